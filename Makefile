@@ -1,0 +1,53 @@
+# Everything a fresh machine needs is set up by the target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+
+.PHONY: serve test lint format types check bench evaluate font clean
+
+serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
+	$(BIN)/paellera serve
+
+test: $(VENV)/.dev font  ## run the test suite; ARGS="-m 'not slow'" narrows it
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(VENV)/.dev
+	$(BIN)/paellera bench
+
+evaluate: $(VENV)/.dev font
+	$(BIN)/python -m model.training.evaluate
+
+# The scenes' objects are glyphs of this font; without it the tests that draw them are skipped and say so.
+font:
+	@test -e $(FONT) || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y fonts-noto-color-emoji; } \
+		|| echo "no $(FONT): install fonts-noto-color-emoji to run the tests that draw objects"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# Reinstalled when the dependencies change; -e, so a change of the code needs nothing.
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet -e '.[dev,train]'
+	touch $@ $(VENV)/.serve
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
