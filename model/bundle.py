@@ -1,0 +1,191 @@
+"""A weights directory ↔ networks: `bundle.json`, one safetensors file per network, and the tokenizer's merges if they are its own.
+
+Loading is strict: every file must be the one that was listed, every tensor expected, present, of the right shape and finite. Modules are
+built on the meta device and take the tensors as they come from the file, so a bundle is in memory once. Nothing here reads a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.config import CONFIG_FILE, BundleConfig, FileEntry
+from model.denoiser import Denoiser
+from model.layers import Pointwise
+from model.prior import Prior
+from model.text import CLIP, ByteEncoder
+from model.vqgan import VQGAN
+
+NETWORKS = ("denoiser", "vqgan", "prior", "byt5", "clip")
+
+
+class BundleError(ValueError):
+    """A bundle that must not be served; the message says which file and which tensor, and why."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One set of weights, in evaluation mode, on one device."""
+
+    config: BundleConfig
+    denoiser: Denoiser
+    vqgan: VQGAN
+    prior: Prior
+    byt5: ByteEncoder
+    clip: CLIP
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in NETWORKS:
+            yield name, getattr(self, name)
+
+
+def build(config: BundleConfig, directory: Path | None, device: torch.device | str = "meta") -> Bundle:
+    """The five networks without their weights. directory: where the tokenizer's own merges lie."""
+    with torch.device(device):
+        return Bundle(
+            config=config,
+            denoiser=Denoiser(config.denoiser),
+            vqgan=VQGAN(config.vqgan),
+            prior=Prior(config.prior),
+            byt5=ByteEncoder(config.byt5),
+            clip=CLIP(config.clip, directory),
+        )
+
+
+def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype) -> Bundle:
+    """Reads and checks a bundle. Raises BundleError, FileNotFoundError, or pydantic.ValidationError for `bundle.json` itself."""
+    config = BundleConfig.read(directory)
+    verify_files(directory, config)
+    bundle = build(config, directory)
+    for name, module in bundle.networks():
+        assign(module, read_tensors(directory / f"{name}.safetensors", device), dtype, where=f"{name}.safetensors")
+        module.eval().requires_grad_(False)
+    return bundle
+
+
+def verify_files(directory: Path, config: BundleConfig) -> None:
+    """Raises BundleError unless every file that is needed is listed, and every listed one there, of the listed size and content."""
+    needed = [f"{name}.safetensors" for name in NETWORKS] + ([config.clip.merges] if config.clip.merges else [])
+    if absent := [name for name in needed if name not in config.files]:
+        raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
+    for name, entry in config.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise BundleError(f"{name} is listed but is not there")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            cut = f"; {_cut_tensor(path)}" if name.endswith(".safetensors") and size < entry.bytes else ""
+            raise BundleError(f"{name} has {size} bytes, {CONFIG_FILE} says {entry.bytes}{cut}")
+        if file_entry(path).sha256 != entry.sha256:
+            raise BundleError(f"{name} is not the file that was listed: its sha256 differs")
+
+
+def _cut_tensor(path: Path) -> str:
+    """Which tensor a truncated safetensors file stops in."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return "it ends within its header"
+    end = path.stat().st_size - 8 - length
+    cut = [(entry["data_offsets"][0], name) for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"][1] > end]
+    return f"the first incomplete tensor is {min(cut)[1]!r}" if cut else "no tensor is incomplete"
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A safetensors file's tensors. Raises BundleError for a file that is not one, and for a tensor with NaN or infinity in it."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise BundleError(f"{path.name} is not a readable safetensors file ({error}); {_cut_tensor(path)}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BundleError(f"{path.name}: tensor {name!r} holds NaN or infinity")
+    return tensors
+
+
+def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
+    """Gives a meta module its tensors, as `dtype` where they are floating point. Raises BundleError naming the first that does not fit."""
+    expected = state_of(module)
+    for name in tensors:
+        if name not in expected:
+            raise BundleError(f"{where}: tensor {name!r} is unknown to this configuration")
+    for name, wanted in expected.items():
+        if name not in tensors:
+            raise BundleError(f"{where}: tensor {name!r} is missing")
+        if tensors[name].is_floating_point() != wanted.is_floating_point():
+            raise BundleError(f"{where}: tensor {name!r} is {tensors[name].dtype}, this configuration needs {wanted.dtype}")
+        if tensors[name].shape != wanted.shape:
+            raise BundleError(f"{where}: tensor {name!r} is {list(tensors[name].shape)}, this configuration needs {list(wanted.shape)}")
+    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    inner(module).load_state_dict(converted, strict=not isinstance(module, ByteEncoder), assign=True)
+    if isinstance(module, ByteEncoder | CLIP):
+        module.complete()
+    arrange(module)
+
+
+@torch.no_grad()
+def arrange(module: nn.Module) -> None:
+    """Lays the weights out in memory as the kernels that read them like it; shapes and values stay.
+
+    Convolutions: channels last. Linear maps in fp32 on a CPU: by columns, because MKL takes 1.2 to 2.4 times as long for a product of a few
+    dozen rows with a transposed matrix as with a plain one (docs/log.md).
+    """
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            linear = name == "in_proj_weight" or (name == "weight" and isinstance(part, nn.Linear | Pointwise))
+            if linear and weight.dtype == torch.float32 and weight.device.type == "cpu":
+                weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+            elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and name == "weight":
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors under their published names: what its safetensors file holds."""
+    state = inner(module).state_dict()
+    if isinstance(module, ByteEncoder):
+        state.pop("encoder.embed_tokens.weight", None)  # the same tensor as `shared.weight`
+    return state
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The network whose names are published, without our wrapper around it."""
+    if isinstance(module, ByteEncoder):
+        return module.t5
+    return module.model if isinstance(module, CLIP) else module
+
+
+def file_entry(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+
+
+def save_bundle(bundle: Bundle, directory: Path, dtype: torch.dtype, merges: Path | None = None) -> BundleConfig:
+    """Writes a bundle, replacing what is there only when all of it is written. merges: the tokenizer's file, if the config names one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as name:
+        partial = Path(name)
+        for network, module in bundle.networks():
+            state = {k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous() for k, t in state_of(module).items()}
+            save_file(state, partial / f"{network}.safetensors")
+        if merges is not None and bundle.config.clip.merges is not None:
+            shutil.copyfile(merges, partial / bundle.config.clip.merges)
+        config = replace(bundle.config, files={path.name: file_entry(path) for path in sorted(partial.iterdir())})
+        config.write(partial)
+        for path in partial.iterdir():
+            path.replace(directory / path.name)
+    return config

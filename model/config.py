@@ -1,0 +1,271 @@
+"""Every network's shape and every bundle's recipe, as frozen dataclasses. No torch here: the API process reads this file too.
+
+Field names are the published constructor arguments; defaults are the published values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+Sampler = Literal["multinomial", "argmax", "typical", "quant"]
+PriorSampler = Literal["ddpm", "ddim"]
+
+CONFIG_FILE = "bundle.json"
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The v3 denoiser (github.com/dome272/Paella, `Paella`); the defaults count 1,008,350,592 parameters."""
+
+    __pydantic_config__ = _STRICT
+
+    byt5_embd: int = 2560
+    c_in: int = 256
+    c_out: int = 256
+    num_labels: int = 8192
+    c_r: int = 64
+    patch_size: int = 2
+    c_cond: int = 1024
+    c_hidden: tuple[int, ...] = (640, 1280, 1280)
+    nhead: tuple[int, ...] = (-1, 16, 16)
+    blocks: tuple[int, ...] = (6, 16, 6)
+    level_config: tuple[str, ...] = ("CT", "CTA", "CTA")
+    clip_embd: int = 1024
+    clip_seq_len: int = 4
+    kernel_size: int = 3
+    self_attn: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("c_hidden", "nhead", "blocks", "level_config"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len({len(self.c_hidden), len(self.nhead), len(self.blocks), len(self.level_config)}) != 1:
+            raise ValueError("c_hidden, nhead, blocks and level_config must name the same number of levels")
+        if unknown := set("".join(self.level_config)) - set("CTA"):
+            raise ValueError(f"level_config may hold C, T and A, not {''.join(sorted(unknown))}")
+
+    @property
+    def token_step(self) -> int:
+        """The token grid's sides are multiples of this: the patch, halved once between each two levels."""
+        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """The v3 VQGAN (`VQModel` of github.com/dome272/Paella); every level after the first halves the picture once more."""
+
+    __pydantic_config__ = _STRICT
+
+    levels: int = 2
+    bottleneck_blocks: int = 12
+    c_hidden: int = 384
+    c_latent: int = 4
+    codebook_size: int = 8192
+    scale_factor: float = 0.3764
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per token and side: 2 from the pixel-unshuffle, 2 from each strided convolution."""
+        return 2**self.levels
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The CLIP text → CLIP image diffusion prior (github.com/dome272/Paella, `PriorModel`)."""
+
+    __pydantic_config__ = _STRICT
+
+    c_hidden: int = 1280
+    c_r: int = 64
+    clip_r: int = 1024
+    num_blocks: int = 48
+
+
+@dataclass(frozen=True)
+class ByteEncoderConfig:
+    """The encoder half of a ByT5: what `transformers.T5Config` needs, and how many bytes a prompt may have (end mark included)."""
+
+    __pydantic_config__ = _STRICT
+
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int = 384
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    feed_forward_proj: str = "gated-gelu"
+    max_bytes: int = 768
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The CLIP pair as open_clip builds it: its own `vision_cfg` and `text_cfg`, and the tokenizer's merges.
+
+    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published vocabulary.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    embed_dim: int
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+    quick_gelu: bool = False
+    merges: str | None = None
+
+    @property
+    def context_length(self) -> int:
+        return int(self.text_cfg.get("context_length", 77))
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one image is drawn, everything resolved.
+
+    guidance, temperature: (first step's value, last step's value), linear in between; guidance applies to the first `guidance_steps`.
+    renoise_steps: after how many of the first steps start tokens are put back.
+    """
+
+    steps: int
+    renoise_steps: int
+    guidance: tuple[float, float]
+    guidance_steps: int
+    temperature: tuple[float, float]
+    sampler: Sampler
+    typical_mass: float = 0.2
+    deterministic: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs the unconditional branch."""
+        return self.guidance_steps > 0 and self.guidance != (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A bundle's sampling defaults: those its authors recommend, not the server's opinion.
+
+    attention_weights: factors on the attention given to the (text, image) condition tokens of the conditional branch; None is off.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    num_inference_steps: int
+    renoise_steps: int
+    guidance_scale: tuple[float, float]
+    guidance_steps: int
+    temperature: tuple[float, float]
+    sampler: Sampler = "multinomial"
+    typical_mass: float = 0.2
+    attention_weights: tuple[float, float] | None = None
+    prior_steps: int = 60
+    prior_guidance: float = 3.0
+    prior_sampler: PriorSampler = "ddpm"
+
+    def sampling(
+        self,
+        *,
+        steps: int | None = None,
+        renoise_steps: int | None = None,
+        guidance: tuple[float, float] | None = None,
+        guidance_steps: int | None = None,
+        temperature: tuple[float, float] | None = None,
+        sampler: Sampler | None = None,
+        typical_mass: float | None = None,
+        deterministic: bool = False,
+    ) -> SamplingConfig:
+        """The recipe with a request's wishes put in. Step counts that are not asked for keep the recipe's share of the steps."""
+        n = steps or self.num_inference_steps
+
+        def share(of: int) -> int:
+            return min(n, round(n * of / self.num_inference_steps))
+
+        return SamplingConfig(
+            steps=n,
+            renoise_steps=share(self.renoise_steps) if renoise_steps is None else renoise_steps,
+            guidance=guidance or self.guidance_scale,
+            guidance_steps=share(self.guidance_steps) if guidance_steps is None else guidance_steps,
+            temperature=temperature or self.temperature,
+            sampler=sampler or self.sampler,
+            typical_mass=self.typical_mass if typical_mass is None else typical_mass,
+            deterministic=deterministic,
+        )
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a bundle, so that a damaged or swapped one is noticed before it is used."""
+
+    __pydantic_config__ = _STRICT
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """`bundle.json`: what a weights directory holds.
+
+    native_size: (width, height) in pixels the weights were trained at.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    native_size: tuple[int, int]
+    denoiser: DenoiserConfig
+    vqgan: VQGANConfig
+    prior: PriorConfig
+    byt5: ByteEncoderConfig
+    clip: CLIPConfig
+    recipe: Recipe
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        agreements = {
+            "denoiser.byt5_embd and byt5.d_model": (self.denoiser.byt5_embd, self.byt5.d_model),
+            "denoiser.clip_embd and clip.embed_dim": (self.denoiser.clip_embd, self.clip.embed_dim),
+            "prior.clip_r and clip.embed_dim": (self.prior.clip_r, self.clip.embed_dim),
+            "denoiser.num_labels and vqgan.codebook_size": (self.denoiser.num_labels, self.vqgan.codebook_size),
+        }
+        for names, (a, b) in agreements.items():
+            if a != b:
+                raise ValueError(f"{names} must be equal, not {a} and {b}")
+
+    @property
+    def size_step(self) -> int:
+        """Width and height are multiples of this many pixels."""
+        return self.vqgan.downscale * self.denoiser.token_step
+
+    @property
+    def sha256(self) -> str:
+        """One name for exactly these weights: the hash over the listed files' hashes."""
+        import hashlib
+
+        return hashlib.sha256("".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()).hexdigest()
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Parses `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the field that is wrong."""
+        return TypeAdapter(cls).validate_json((directory / CONFIG_FILE).read_bytes())
+
+    def write(self, directory: Path) -> None:
+        (directory / CONFIG_FILE).write_bytes(TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n")
+
+
+def find_bundle(name_or_path: str) -> Path:
+    """The directory of a bundle named as in `PAELLERA_WEIGHTS`: one shipped in `weights/`, else a path. Raises FileNotFoundError."""
+    import weights
+
+    shipped = Path(weights.__path__[0]) / name_or_path
+    for directory in (shipped, Path(name_or_path).expanduser()):
+        if (directory / CONFIG_FILE).is_file():
+            return directory
+    raise FileNotFoundError(f"no bundle {name_or_path!r}: neither weights/{name_or_path} nor that path holds a {CONFIG_FILE}")

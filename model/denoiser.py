@@ -1,0 +1,342 @@
+"""The v3 denoiser: token grid, time and condition in, logits over the codebook out.
+
+A U-Net on the token grid whose levels are strings of C (convolution), T (time) and A (attention) blocks. Parameter names and shapes are
+those of the published state dict (github.com/dome272/Paella), so it loads strictly; the code is arranged for speed. What a request's tokens
+do not change is computed once and handed to every step:
+
+    condition = denoiser.condition(byt5, mask, clip, clip_image)     # K and V of every attention block
+    times = denoiser.times(t)                                        # scale and shift of every T block
+    features = denoiser.features(tokens, times, condition)           # one step
+    logits = denoiser.project(features)                              # the bias-free last projection: guidance mixes before it
+
+Letters: B rows of the batch, H W token grid, L condition tokens, C channels, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import DenoiserConfig
+from model.layers import (
+    Conv,
+    Downsample,
+    Norm,
+    Pointwise,
+    Upsample,
+    channels_first,
+    channels_last,
+    norm,
+    pixel_unshuffle,
+    sinusoid,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What the attention blocks read of a prompt, for B rows.
+
+    kv: one [B, L, 2C] per attention block, keys then values, already projected; the values carry the attention weights.
+    mask: [B, L], False where a row's bytes are padding; None when no row has any.
+    """
+
+    kv: tuple[Tensor, ...]
+    mask: Tensor | None
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scales every channel by its energy over the picture, relative to the mean channel's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A sum of squares: `vector_norm` over the middle axes is many times slower on the CPU. fp32, because fp16 cannot hold 256².
+        wide = x.float()
+        energy = (wide * wide).sum((1, 2), keepdim=True).sqrt_()  # `square` is `pow`, ten times a product's time
+        scale = 1 + self.gamma * (energy / (energy.mean(-1, keepdim=True) + 1e-6))
+        return torch.addcmul(self.beta, x, scale.to(x.dtype))
+
+
+class ConvBlock(nn.Module):
+    """C: depthwise convolution, then a channel MLP with global response norm. An up level's first one also sees the skip."""
+
+    def __init__(self, channels: int, kernel_size: int, skip: bool) -> None:
+        super().__init__()
+        inputs = 2 * channels if skip else channels
+        self.depthwise = Conv(inputs, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels, 4 * channels),
+            nn.GELU(),
+            GlobalResponseNorm(4 * channels),
+            nn.Identity(),  # the published dropout's place
+            nn.Linear(4 * channels, channels),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = self.depthwise(x) if skip is None else self._depthwise_pairs(torch.cat([x, skip], dim=-1))
+        return x + self.channelwise(norm(y))
+
+    def _depthwise_pairs(self, x: Tensor) -> Tensor:
+        """The depthwise convolution of 2C channels to C, each group of two taken apart and added: groups of one have a fast kernel."""
+        conv = self.depthwise
+        y = F.conv2d(channels_first(x), conv.weight.flatten(0, 1).unsqueeze(1), padding=conv.padding, groups=x.shape[-1])
+        pairs = channels_last(y).unflatten(-1, (-1, 2))
+        return pairs[..., 0] + pairs[..., 1] + conv.bias
+
+
+class TimeBlock(nn.Module):
+    """T: x · (1 + a) + b with (a, b) linear in the time embedding."""
+
+    def __init__(self, channels: int, c_r: int) -> None:
+        super().__init__()
+        self.mapper = nn.Linear(c_r, 2 * channels)
+
+    def scale_and_shift(self, embedding: Tensor) -> Tensor:
+        """[B, c_r] → [B, 2C]: (1 + a), then b."""
+        a, b = self.mapper(embedding).chunk(2, dim=-1)
+        return torch.cat([1 + a, b], dim=-1)
+
+
+class _ProjectionNames(nn.Module):
+    """Parameters of a `torch.nn.MultiheadAttention` under its names; the arithmetic is AttentionBlock's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+
+class _AttentionNames(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attn = _ProjectionNames(channels)
+
+
+class AttentionBlock(nn.Module):
+    """A: every pixel attends to all pixels and to the condition, through one fused projection of the normed pixels."""
+
+    def __init__(self, channels: int, c_cond: int, nhead: int, self_attn: bool) -> None:
+        super().__init__()
+        self.nhead, self.self_attn = nhead, self_attn
+        self.attention = _AttentionNames(channels)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, channels))
+
+    def condition_kv(self, sequence: Tensor, weights: Tensor | None) -> Tensor:
+        """Condition sequence [B, L, c_cond] → [B, L, 2C].
+
+        weights [B, L] scale the values: the same as scaling the attention after its softmax, and a fused kernel can stay.
+        """
+        attn = self.attention.attn
+        C = attn.out_proj.in_features
+        kv = F.linear(self.kv_mapper(sequence), attn.in_proj_weight[C:], attn.in_proj_bias[C:])
+        if weights is None:
+            return kv
+        return torch.cat([kv[..., :C], kv[..., C:] * weights[..., None].to(kv.dtype)], dim=-1)
+
+    def forward(self, x: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        attn = self.attention.attn
+        B, H, W, C = x.shape
+        qkv = F.linear(norm(x).view(B, H * W, C), attn.in_proj_weight, attn.in_proj_bias)
+        q = qkv[..., :C]
+        if self.self_attn:
+            kv = torch.cat([qkv[..., C:], kv], dim=1)
+        q, k, v = (self._heads(part) for part in (q, kv[..., :C], kv[..., C:]))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else self._key_mask(mask, H * W))
+        return x + attn.out_proj(y.transpose(1, 2).reshape(B, H, W, C))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+
+    def _key_mask(self, mask: Tensor, pixels: int) -> Tensor:
+        if self.self_attn:
+            mask = F.pad(mask, (pixels, 0), value=True)
+        return mask[:, None, None, :]
+
+
+class Denoiser(nn.Module):
+    """The published `Paella` module. Weights start at random (published initialisation); `load_state_dict` takes a published state dict."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.byt5_mapper = nn.Linear(c.byt5_embd, c.c_cond)
+        self.clip_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
+        self.clip_image_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
+
+        self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), Norm())
+        # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch size.
+        self.embedding = nn.Sequential(nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm())
+        levels = range(len(c.c_hidden))
+        self.down_blocks = nn.ModuleList(self._down_level(i) for i in levels)
+        self.up_blocks = nn.ModuleList(self._up_level(i) for i in reversed(levels))
+        self.clf = nn.Sequential(Norm(), Pointwise(c.c_hidden[0], c.c_out * c.patch_size**2))
+        self.out_mapper = nn.Sequential(Norm(), Pointwise(c.c_out, c.num_labels, bias=False))
+
+        # In the order of a forward pass: `modules` walks down_blocks, then up_blocks, each in its own order.
+        self._time_blocks = tuple(b for b in self.modules() if isinstance(b, TimeBlock))
+        self._attention_blocks = tuple(b for b in self.modules() if isinstance(b, AttentionBlock))
+        self._init_weights()
+
+    def _blocks(self, level: int, skip: bool) -> list[nn.Module]:
+        c, channels = self.config, self.config.c_hidden[level]
+        blocks: list[nn.Module] = []
+        for repeat in range(c.blocks[level]):
+            for kind in c.level_config[level]:
+                if kind == "C":
+                    blocks.append(ConvBlock(channels, c.kernel_size, skip=skip and repeat == 0))
+                elif kind == "T":
+                    blocks.append(TimeBlock(channels, c.c_r))
+                else:
+                    blocks.append(AttentionBlock(channels, c.c_cond, c.nhead[level], c.self_attn))
+        return blocks
+
+    def _down_level(self, level: int) -> nn.ModuleList:
+        c = self.config.c_hidden
+        entry = [nn.Sequential(Norm(), Downsample(c[level - 1], c[level]))] if level else []
+        return nn.ModuleList([*entry, *self._blocks(level, skip=False)])
+
+    def _up_level(self, level: int) -> nn.ModuleList:
+        c = self.config.c_hidden
+        leave = [nn.Sequential(Norm(), Upsample(c[level], c[level - 1]))] if level else []
+        return nn.ModuleList([*self._blocks(level, skip=level < len(c) - 1), *leave])
+
+    def _init_weights(self) -> None:
+        """What a fresh network starts its training from: small conditions, residual branches that begin as nearly nothing."""
+        c = self.config
+        depth = sum(c.blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=c.num_labels**-0.5)
+        for mapper in (self.byt5_mapper, self.clip_mapper, self.clip_image_mapper):
+            nn.init.normal_(mapper.weight, std=0.02)
+        nn.init.zeros_(self.clf.get_parameter("1.weight"))
+        nn.init.normal_(self.out_mapper.get_parameter("1.weight"), std=c.num_labels**-0.5)
+        for module in self.modules():
+            if isinstance(module, ConvBlock):
+                module.channelwise.get_parameter("4.weight").data *= depth**-0.5
+            elif isinstance(module, TimeBlock):
+                nn.init.zeros_(module.mapper.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        byt5: Tensor,
+        clip: Tensor | None = None,
+        clip_image: Tensor | Sequence[Tensor] | None = None,
+        attn_weights: Tensor | None = None,
+        byt5_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, K, H, W] of the clean tokens.
+
+        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`. t: [B] in [0, 1], 1 is all noise.
+        byt5: [B, bytes, byt5_embd]; byt5_mask [B, bytes] is False at padding. clip: [B, clip_embd]. clip_image: one such or several.
+        attn_weights: [n], factors on the attention given to the last n condition tokens. Raises ValueError if there are fewer than n.
+        """
+        weights = None if attn_weights is None else self._last_weights(attn_weights, byt5, clip, clip_image)
+        condition = self.condition(byt5, byt5_mask, clip, clip_image, weights)
+        return self.project(self.features(tokens, self.times(t), condition)).permute(0, 3, 1, 2)
+
+    def _last_weights(self, last: Tensor, byt5: Tensor, clip: Tensor | None, image: Tensor | Sequence[Tensor] | None) -> Tensor:
+        groups = (clip is not None) + len(_as_list(image))
+        L = byt5.shape[1] + groups * self.config.clip_seq_len
+        if len(last) > L:
+            raise ValueError(f"attn_weights has {len(last)} entries, but there are only {L} condition tokens")
+        return F.pad(last, (L - len(last), 0), value=1.0).expand(byt5.shape[0], L)
+
+    def condition(
+        self,
+        byt5: Tensor,
+        byt5_mask: Tensor | None = None,
+        clip: Tensor | None = None,
+        clip_image: Tensor | Sequence[Tensor] | None = None,
+        weights: Tensor | None = None,
+    ) -> Condition:
+        """Everything the attention blocks need of the prompt, once per request. weights: [B, L] factors on the attention per token."""
+        B = byt5.shape[0]
+        parts = [self.byt5_mapper(byt5)]
+        if clip is not None:
+            parts.append(self.clip_mapper(clip).view(B, self.config.clip_seq_len, -1))
+        parts += [self.clip_image_mapper(image).view(B, self.config.clip_seq_len, -1) for image in _as_list(clip_image)]
+        sequence = norm(torch.cat(parts, dim=1))  # [B, L, c_cond]
+        mask = None if byt5_mask is None else F.pad(byt5_mask, (0, sequence.shape[1] - byt5.shape[1]), value=True)
+        return Condition(tuple(block.condition_kv(sequence, weights) for block in self._attention_blocks), mask)
+
+    def times(self, t: Tensor) -> Tensor:
+        """Times [B] → [B, S]: scale and shift of every T block, one after the other."""
+        embedding = sinusoid(t, self.config.c_r).to(self.byt5_mapper.weight.dtype)
+        return torch.cat([block.scale_and_shift(embedding) for block in self._time_blocks], dim=-1)
+
+    def features(self, tokens: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """One forward pass up to the last projection: [B, H, W] codes → [B, H, W, c_out]."""
+        state = _Pass(times, iter(condition.kv), condition.mask)
+        x = self._embed(tokens)
+        skips = []
+        for level in self.down_blocks:
+            x = state.run(level, x)
+            skips.append(x)
+        for depth, level in enumerate(self.up_blocks):
+            x = state.run(level, x, skips[-1 - depth] if depth else None)
+        return norm(self._unpatch(norm(x)))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding(pixel_unshuffle(self.in_mapper(tokens), self.config.patch_size))
+
+    def _unpatch(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] → [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle.
+
+        Its channel order (c, i, j) is put into the weights: their rows are copied whole, a picture's channels would be one by one.
+        """
+        p, (B, h, w, _) = self.config.patch_size, x.shape
+        weight, bias = (t.view(-1, p * p, *t.shape[1:]).transpose(0, 1).flatten(0, 1) for t in self.clf[1].parameters())
+        patches = F.linear(x, weight.flatten(1), bias).view(B, h, w, p, p, -1)
+        return patches.transpose(2, 3).reshape(B, h * p, w * p, -1)
+
+    def project(self, features: Tensor) -> Tensor:
+        """[..., c_out] → logits [..., K]. Linear and without bias, so features may be mixed instead of logits."""
+        return self.out_mapper[1](features)
+
+
+class _Pass:
+    """One walk through the levels, handing each T and A block its share of what was computed beforehand."""
+
+    def __init__(self, times: Tensor, kv: Iterator[Tensor], mask: Tensor | None) -> None:
+        self.times, self.kv, self.mask, self.offset = times, kv, mask, 0
+
+    def run(self, level: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        for block in level.children():
+            if isinstance(block, ConvBlock):
+                x, skip = block(x, skip), None
+            elif isinstance(block, TimeBlock):
+                x = self._modulate(x)
+            elif isinstance(block, AttentionBlock):
+                x = block(x, next(self.kv), self.mask)
+            else:
+                x = block(x)
+        return x
+
+    def _modulate(self, x: Tensor) -> Tensor:
+        C = x.shape[-1]
+        scale = self.times[:, None, None, self.offset : self.offset + C]
+        shift = self.times[:, None, None, self.offset + C : self.offset + 2 * C]
+        self.offset += 2 * C
+        return torch.addcmul(shift, x, scale)
+
+
+def _as_list(image: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    if image is None:
+        return []
+    return [image] if isinstance(image, Tensor) else list(image)

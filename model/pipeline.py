@@ -1,0 +1,228 @@
+"""The whole way from prompt to pixels on one bundle's networks: encode → prior → condition → advance × n → decode.
+
+    pipeline = Pipeline.load(find_bundle("tiny"))
+    image = pipeline.generate(["a red apple on a white background"], seeds=[7])[0]      # uint8 [H, W, 3]
+
+The stages are separate because the server interleaves many requests' stages; `generate` is what a script wants.
+Letters: B rows, N branches (one or two a row), H W token grid, L condition tokens, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import operations, sampling
+from model.bundle import Bundle, load_bundle
+from model.config import SamplingConfig
+from model.denoiser import Condition
+from model.operations import Row
+from model.sampling import Noise
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One encoded prompt: byte embeddings [1, L, D] with mask [1, L], CLIP text embedding [1, D']; truncated: encoders that cut it."""
+
+    byt5: Tensor
+    mask: Tensor
+    clip: Tensor
+    truncated: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lanes:
+    """The conditions of one set of rows at one set of branches, stacked; the same for many steps.
+
+    members: each branch's row number and condition. Holding the conditions keeps a later one from taking a freed one's identity.
+    """
+
+    members: list[tuple[int, Condition]]
+    condition: Condition
+    row_of: Tensor  # [N]
+
+    def hold(self, members: list[tuple[int, Condition]]) -> bool:
+        """Whether these are the very same conditions in the same places."""
+        pairs = zip(self.members, members, strict=False)
+        return len(self.members) == len(members) and all(i == j and mine is other for (i, mine), (j, other) in pairs)
+
+
+class Pipeline:
+    """A bundle ready to compute. Not thread-safe: one thread steps it."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle, self.config = bundle, bundle.config
+        self.device = next(bundle.denoiser.parameters()).device
+        self._times: dict[int, Tensor] = {}
+        self._lanes: _Lanes | None = None
+
+    @classmethod
+    def load(cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Reads a bundle; raises what `load_bundle` raises."""
+        return cls(load_bundle(directory, torch.device(device), dtype))
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Pixels (width, height) → tokens (H, W)."""
+        f = self.config.vqgan.downscale
+        return height // f, width // f
+
+    def noise(self, seed: int, width: int, height: int, steps: int) -> Noise:
+        """All of one image's randomness, on the CPU."""
+        prior = (self.config.recipe.prior_steps + 1, self.config.clip.embed_dim)
+        return sampling.draw_noise(seed, codes=self.config.vqgan.codebook_size, grid=self.grid(width, height), steps=steps, prior=prior)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Prompt]:
+        """Text encoders, once per prompt. Neighbours in the list do not change each other's result."""
+        b = self.bundle
+        out, clip = b.byt5(prompts), b.clip.encode_text(prompts)
+        cut = b.clip.truncated(prompts)
+        named = [tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut) for x, y in zip(out.truncated, cut, strict=True)]
+        rows = zip(out.embeddings.split(1), out.mask.split(1), clip.split(1), named, strict=True)
+        return [Prompt(*row) for row in rows]
+
+    @torch.inference_mode()
+    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """The prior: for each prompt and noise, a CLIP image embedding [1, D'] of a picture that fits."""
+        from model.prior import sample
+
+        r = self.config.recipe
+        text = torch.cat([p.clip for p in prompts])
+        noise = torch.stack([n.prior for n in noises], dim=1).to(self.device)
+        return list(sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler).to(text.dtype).split(1))
+
+    @torch.inference_mode()
+    def condition(self, prompt: Prompt, image: Tensor | None = None) -> Condition:
+        """What the denoiser's attention reads. With an image embedding [1, D'] it is the conditional branch, weighted by the recipe."""
+        weights = self._attention_weights(prompt) if image is not None else None
+        return self.bundle.denoiser.condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
+
+    def _attention_weights(self, prompt: Prompt) -> Tensor | None:
+        """The published recipe: of the condition tokens but for padding, the last n (the byte count) weigh `text`, the last 4 `image`."""
+        if self.config.recipe.attention_weights is None:
+            return None
+        text, image = self.config.recipe.attention_weights
+        seq, length = self.config.denoiser.clip_seq_len, prompt.mask.shape[1]
+        real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
+        count = int(prompt.mask.sum())
+        weights = torch.full((count,), text, device=real.device)
+        weights[-seq:] = image
+        full = torch.ones(length + 2 * seq, device=real.device)
+        full[real.nonzero()[-count:, 0]] = weights
+        return full[None]
+
+    @torch.inference_mode()
+    def start(self, noise: Noise, sampling: SamplingConfig, conditional: Condition, unconditional: Condition | None) -> Row:
+        """A generate row, its randomness on the device."""
+        on_device = Noise(*(getattr(noise, name).to(self.device, non_blocking=True) for name in ("start", "prior", "draw", "renoise")))
+        return operations.generate(sampling, on_device, conditional, unconditional)
+
+    @torch.inference_mode()
+    def advance(self, rows: Sequence[Row]) -> None:
+        """One step for every row. All rows share a token grid; everything else is each row's own."""
+        share = torch.tensor([share for row in rows for _, share in row.branches], device=self.device)
+        lanes = self._stack(rows)
+        tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
+        times = torch.stack([self._time_table(row.sampling.steps)[row.step] for row in rows])  # [B, S]
+        features = self.bundle.denoiser.features(tokens[lanes.row_of], times[lanes.row_of], lanes.condition)
+        drawn = self._draw(rows, sampling.mix(features, lanes.row_of, share, len(rows)))
+        probability = torch.tensor([row.renoise_probability for row in rows], device=self.device)
+        start = torch.stack([row.noise.start for row in rows])
+        uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
+        for row, fresh in zip(rows, sampling.renoise(drawn, start, uniform, probability), strict=True):
+            row.tokens, row.step = fresh, row.step + 1
+
+    def _stack(self, rows: Sequence[Row]) -> _Lanes:
+        """The rows' conditions as one batch; built anew only when rows or branches have changed."""
+        members = [(i, condition) for i, row in enumerate(rows) for condition, _ in row.branches]
+        if self._lanes is None or not self._lanes.hold(members):
+            row_of = torch.tensor([i for i, _ in members], device=self.device)
+            self._lanes = _Lanes(members, stack_conditions([condition for _, condition in members]), row_of)
+        return self._lanes
+
+    def _time_table(self, steps: int) -> Tensor:
+        """Scales and shifts of the T blocks at every step of an n-step schedule, [n, S]."""
+        if steps not in self._times:
+            ts = torch.tensor(sampling.timesteps(steps)[:-1], device=self.device)
+            self._times[steps] = self.bundle.denoiser.times(ts)
+        return self._times[steps]
+
+    def _draw(self, rows: Sequence[Row], features: Tensor) -> Tensor:
+        """Guided features [B, H, W, c_out] → tokens [B, H, W], each row by its own sampler."""
+        families: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            families.setdefault(row.sampling.sampler, []).append(i)
+        if len(families) == 1:
+            return self._draw_family(next(iter(families)), rows, features)
+        tokens = torch.empty(features.shape[:-1], dtype=torch.int64, device=self.device)
+        for family, members in families.items():
+            tokens[members] = self._draw_family(family, [rows[i] for i in members], features[members])
+        return tokens
+
+    def _draw_family(self, sampler: str, rows: Sequence[Row], features: Tensor) -> Tensor:
+        project = self.bundle.denoiser.project
+        if sampler == "argmax":
+            return project(features).argmax(-1)
+        inverse = torch.tensor([1 / row.temperatures[row.step] for row in rows], device=self.device)[:, None, None, None]
+        uniform = torch.stack([row.noise.draw[row.step] for row in rows])
+        if sampler == "typical":
+            mass = torch.tensor([row.sampling.typical_mass for row in rows], device=self.device)[:, None, None]
+            logits = project(features).float()
+            return sampling.inverse_cdf(sampling.keep_typical(logits, mass.expand(logits.shape[:-1])) * inverse, uniform)
+        # The projection is linear: dividing what goes in costs a sixteenth of dividing the logits.
+        logits = project((features * inverse).to(features.dtype))
+        if sampler == "quant":
+            quantizer = self.bundle.vqgan.vquantizer
+            return quantizer.nearest(sampling.quantised_mean(logits, quantizer.codebook.weight))
+        return sampling.inverse_cdf(logits, uniform)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Codes [B, H, W] → pictures uint8 [B, height, width, 3] on the CPU."""
+        image = self.bundle.vqgan.decode(tokens).float().clamp_(0, 1).mul_(255).round_()
+        return image.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        config: SamplingConfig | None = None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        negative_prompt: str = "",
+        progress: Callable[[int], object] = lambda step: None,
+    ) -> Tensor:
+        """One picture per prompt and seed, all in one batch: uint8 [B, height, width, 3]. progress: called after every step."""
+        config = config or self.config.recipe.sampling()
+        w, h = width or self.config.native_size[0], height or self.config.native_size[1]
+        noises = [self.noise(seed, w, h, config.steps) for seed in seeds]
+        *encoded, negative = self.encode([*prompts, negative_prompt])
+        images = self.image_embeddings(encoded, noises)
+        unconditional = self.condition(negative) if config.guided else None
+        rows = [
+            self.start(noise, config, self.condition(prompt, image), unconditional)
+            for noise, prompt, image in zip(noises, encoded, images, strict=True)
+        ]
+        for step in range(config.steps):
+            self.advance(rows)
+            progress(step + 1)
+        return self.decode(torch.stack([row.tokens for row in rows]))
+
+
+def stack_conditions(conditions: Sequence[Condition]) -> Condition:
+    """Conditions of one row each → one of many, the shorter ones padded with masked keys."""
+    lengths = [c.kv[0].shape[1] for c in conditions]
+    longest = max(lengths)
+    kv = tuple(
+        torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in block])
+        for block in zip(*(c.kv for c in conditions), strict=True)
+    )
+    masks = [c.mask if c.mask is not None else c.kv[0].new_ones(1, n, dtype=torch.bool) for c, n in zip(conditions, lengths, strict=True)]
+    return Condition(kv, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]))

@@ -1,0 +1,138 @@
+"""The prior: from a prompt's CLIP text embedding to the CLIP image embedding of a picture that fits it, by diffusion in continuous time.
+
+    image_embedding = sample(prior, clip_text, noise, guidance=3.0, sampler="ddpm")
+
+Published parameter names (github.com/dome272/Paella `PriorModel`). Letters: B rows, D embedding, S steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import PriorConfig, PriorSampler
+from model.layers import sinusoid
+
+
+class Block(nn.Sequential):
+    """One residual MLP. Its first projection reads [h, text, t-embedding] side by side, so it is taken apart by columns."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        inner = 4 * config.c_hidden
+        super().__init__(
+            nn.Linear(config.c_hidden + config.clip_r + config.c_r, inner, bias=False),
+            nn.LayerNorm(inner),
+            nn.GELU(),
+            nn.Linear(inner, config.c_hidden, bias=False),
+            nn.LayerNorm(config.c_hidden),
+        )
+        self._columns = (config.c_hidden, config.clip_r, config.c_r)
+
+    def shares(self) -> tuple[Tensor, ...]:
+        """The first projection's weights for h, text and time, [4·c_hidden, columns] each."""
+        return self.get_parameter("0.weight").split(self._columns, dim=1)
+
+    def residual(self, h: Tensor, extra: Tensor) -> Tensor:
+        """h [B, c_hidden]; extra: text's and time's part of the first projection, [B, 4·c_hidden]."""
+        y = torch.addmm(extra, h, self.shares()[0].T)
+        for layer in islice(self, 1, None):
+            y = layer(y)
+        return h + y
+
+
+class Prior(nn.Module):
+    """Predicts the noise in x [B, D] at time t [B], given the text embedding [B, D]."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self._residual = tuple(Block(c) for _ in range(c.num_blocks))
+        self.blocks = nn.ModuleList([nn.Linear(c.clip_r, c.c_hidden), *self._residual, nn.Linear(c.c_hidden, c.clip_r)])
+
+    def condition(self, clip_text: Tensor) -> tuple[Tensor, ...]:
+        """The text's part of every block's first projection, [B, 4·c_hidden] each: the same at every step."""
+        return tuple(F.linear(clip_text, block.shares()[1]) for block in self._residual)
+
+    def times(self, t: Tensor) -> tuple[Tensor, ...]:
+        """The time's part of every block's first projection, [B, 4·c_hidden] each."""
+        embedding = sinusoid(t, self.config.c_r).to(self.get_parameter("blocks.0.weight").dtype)
+        return tuple(F.linear(embedding, block.shares()[2]) for block in self._residual)
+
+    def predict(self, x: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
+        """The noise in x [B, D]; extras: text's and time's part for every block, added."""
+        h = self.blocks[0](x)
+        for block, extra in zip(self._residual, extras, strict=True):
+            h = block.residual(h, extra)
+        return self.blocks[-1](h)
+
+    def forward(self, x: Tensor, t: Tensor, clip_text: Tensor) -> Tensor:
+        """Predicted noise [B, D], with nothing computed beforehand."""
+        parts = zip(self.condition(clip_text), self.times(t), strict=True)
+        return self.predict(x, tuple(text + time for text, time in parts))
+
+
+def alpha_bar(t: Tensor) -> Tensor:
+    """Share of signal left at time t: the cosine schedule with s = 0.008, clamped to [1e-4, 0.9999]."""
+    s = 0.008
+    start = math.cos(s / (1 + s) * math.pi / 2) ** 2
+    return (torch.cos((t + s) / (1 + s) * (math.pi / 2)).square() / start).clamp(1e-4, 0.9999)
+
+
+def add_noise(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x [B, D] as it looks at time t [B]: what the network is trained on."""
+    a = alpha_bar(t)[:, None]
+    return a.sqrt() * x + (1 - a).sqrt() * noise
+
+
+def ddpm_step(x: Tensor, noise_pred: Tensor, a_t: Tensor, a_s: Tensor, noise: Tensor) -> Tensor:
+    """From time t to s < t, given ᾱ at both; noise is standard normal, or zero on the last step."""
+    a = a_t / a_s
+    mean = (x - (1 - a) / (1 - a_t).sqrt() * noise_pred) / a.sqrt()
+    return mean + ((1 - a) * (1 - a_s) / (1 - a_t)).sqrt() * noise
+
+
+def ddim_step(x: Tensor, noise_pred: Tensor, a_t: Tensor, a_s: Tensor) -> Tensor:
+    """From time t to s < t without noise (η = 0); x₀ is not clipped."""
+    x0 = (x - (1 - a_t).sqrt() * noise_pred) / a_t.sqrt()
+    return a_s.sqrt() * x0 + (1 - a_s).sqrt() * noise_pred
+
+
+def trajectory(
+    prior: Prior, clip_text: Tensor, noise: Tensor, *, guidance: float = 3.0, sampler: PriorSampler = "ddpm"
+) -> Iterator[Tensor]:
+    """x [B, D] in fp32 after every step, from noise to CLIP image embeddings of text embeddings [B, D].
+
+    noise: [S + 1, B, D] standard normal: the start, then one for every step (DDIM and the last DDPM step use none of theirs).
+    guidance: unconditional (an all-zero text) to conditional prediction by lerp; 1 is off. Sums are fp32, products the weights' type.
+    """
+    S, B = noise.shape[0] - 1, clip_text.shape[0]
+    guided = guidance != 1.0
+    text = torch.cat([clip_text, torch.zeros_like(clip_text)]) if guided else clip_text
+    condition = prior.condition(text)
+    ts = torch.linspace(1, 0, S + 2, device=noise.device)[1:]
+    a = alpha_bar(ts)
+    times = prior.times(ts[:-1])  # per block [S, inner]
+    x = noise[0].float()
+    for i in range(S):
+        shares = tuple(c + t[i] for c, t in zip(condition, times, strict=True))
+        inputs = x.to(text.dtype)
+        predicted = prior.predict(torch.cat([inputs, inputs]) if guided else inputs, shares).float()
+        if guided:
+            predicted = torch.lerp(predicted[B:], predicted[:B], guidance)
+        if sampler == "ddim":
+            x = ddim_step(x, predicted, a[i], a[i + 1])
+        else:
+            last = i == S - 1
+            x = ddpm_step(x, predicted, a[i], a[i + 1], torch.zeros_like(x) if last else noise[i + 1].float())
+        yield x
+
+
+def sample(prior: Prior, clip_text: Tensor, noise: Tensor, *, guidance: float = 3.0, sampler: PriorSampler = "ddpm") -> Tensor:
+    """CLIP image embeddings [B, D] in fp32 for text embeddings [B, D]: where `trajectory` ends. noise has S + 1 ≥ 2 entries."""
+    *_, end = trajectory(prior, clip_text, noise, guidance=guidance, sampler=sampler)
+    return end

@@ -1,0 +1,66 @@
+"""What a process must do before it computes: called first by the worker, the command line and every trainer, never at import."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+_libraries: list[torch.library.Library] = []
+
+
+def declare_missing_torchvision_operators() -> None:
+    """Lets open_clip and transformers import beside a CPU torch.
+
+    PyPI's torchvision is built for CUDA; next to a CPU build of torch its extension does not load, and its import then dies with
+    "operator torchvision::nms does not exist", because it registers a fake kernel for an operator that nobody declared. Nothing here calls
+    those two operators, so declaring their schemas is the whole cure. Where the extension loads, it declares them itself.
+    """
+    if _libraries or "torchvision" in sys.modules or torch.version.cuda is not None:
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)  # a library's operators go when it is collected
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc's malloc keep what is freed instead of returning every activation's pages to the kernel at once.
+
+    PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault in again. Elsewhere than on glibc this
+    does nothing; a preloaded tcmalloc or jemalloc has its own cache and ignores it.
+    """
+    m_trim_threshold, m_mmap_threshold, largest_mmap_threshold = -1, -3, 32 << 20
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(m_mmap_threshold, largest_mmap_threshold)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def prepare(threads: int = 0) -> None:
+    """All of the above. threads: CPU threads for tensor operations, 0 keeps torch's choice."""
+    declare_missing_torchvision_operators()
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Where to compute: "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What to compute in: "auto" is what the device multiplies fastest: fp16 on CUDA, bf16 on a CPU with AMX or AVX512-BF16, else fp32."""
+    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name != "auto":
+        return named[name]
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -1,0 +1,112 @@
+"""How tokens are drawn: schedules, guidance, samplers, renoising, and all the randomness an image will ever need. Pure functions.
+
+Letters: B rows, H W token grid, K codes, n steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEVER = -1.0  # a renoising probability below every uniform number
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """The randomness of one image, drawn up front, so that nothing else in a batch can change it.
+
+    start: [H, W] tokens the denoising begins with. draw, renoise: [n, H, W] uniforms in [0, 1), one per token and step each.
+    prior: [S + 1, D] standard normal, for the prior's start and steps.
+    """
+
+    start: Tensor
+    prior: Tensor
+    draw: Tensor
+    renoise: Tensor
+
+
+def draw_noise(seed: int, *, codes: int, grid: tuple[int, int], steps: int, prior: tuple[int, int]) -> Noise:
+    """Everything random about the image of `seed` (any int64), on the CPU.
+
+    grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU generator keeps 32). Start tokens come first
+    and the steps' uniforms last and step by step, so the same seed at another step count begins from the same picture.
+    """
+    rng = np.random.Generator(np.random.Philox(seed % 2**64))
+    start = rng.integers(codes, size=grid, dtype=np.int64)
+    gaussian = rng.standard_normal(prior, dtype=np.float32)
+    uniforms = rng.random((steps, 2, *grid), dtype=np.float32)
+    return Noise(
+        start=torch.from_numpy(start),
+        prior=torch.from_numpy(gaussian),
+        draw=torch.from_numpy(uniforms[:, 0].copy()),
+        renoise=torch.from_numpy(uniforms[:, 1].copy()),
+    )
+
+
+def timesteps(steps: int) -> list[float]:
+    """The n + 1 times from 1 (all noise) to 0; step i goes from entry i to entry i + 1."""
+    return torch.linspace(1, 0, steps + 1).tolist()
+
+
+def ramp(ends: tuple[float, float], steps: int) -> list[float]:
+    """n values from the first end to the second, evenly: a temperature or guidance schedule."""
+    return torch.linspace(*ends, steps).tolist()
+
+
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws from softmax(logits) with one uniform each: [..., K] and [...] in [0, 1) → codes [...].
+
+    The first code whose cumulated probability exceeds the uniform. Sums are fp32 and stay unnormalised: comparing with uniform × total
+    spares a division by row, and the clamp catches the uniform that rounds up to the total.
+    """
+    weights = (logits - logits.amax(-1, keepdim=True)).float().exp_()
+    cdf = weights.cumsum(-1)
+    threshold = uniform.unsqueeze(-1) * cdf[..., -1:]
+    found = torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+    return found.clamp_(max=logits.shape[-1] - 1)
+
+
+def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:
+    """Locally typical sampling (arXiv 2202.00666): which codes to keep, [..., K].
+
+    Codes in order of |−log p − entropy|, up to and including the one whose cumulated probability first reaches `mass` [...]; ties are kept.
+    """
+    log_p = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    # A code of probability zero adds nothing to the entropy, though its logarithm is infinite.
+    entropy = -(p * log_p).nan_to_num(0.0).sum(-1, keepdim=True)
+    distance = (-log_p - entropy).abs()
+    ordered, order = distance.sort(dim=-1)
+    cumulated = p.gather(-1, order).cumsum(-1)
+    last = (cumulated < mass[..., None]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return distance <= ordered.gather(-1, last)
+
+
+def keep_typical(logits: Tensor, mass: Tensor) -> Tensor:
+    """Logits [..., K] with every untypical code at −∞; mass [...]."""
+    return logits.masked_fill(~typical_mask(logits, mass), -torch.inf)
+
+
+def quantised_mean(logits: Tensor, codebook: Tensor) -> Tensor:
+    """The probability-weighted mean of codebook vectors: logits [..., K], codebook [K, c] → [..., c], to be quantised again."""
+    return logits.float().softmax(-1) @ codebook.float()
+
+
+def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor) -> Tensor:
+    """Puts start tokens back where uniform ≤ probability: [B, H, W] each, probability [B]; `NEVER` puts none back."""
+    return torch.where(uniform <= probability[:, None, None], start, tokens)
+
+
+def mix(branches: Tensor, row_of: Tensor, share: Tensor, rows: int) -> Tensor:
+    """Guidance: features of all branches [N, H, W, C] → features of rows [B, H, W, C], summed in fp32.
+
+    row_of [N] is each branch's row, share [N] its weight there. Rows are summed apart, so that one with NaN in it harms no other.
+    """
+    if len(branches) == rows:
+        return branches
+    weighted = branches.float() * share[:, None, None, None]
+    mixed = weighted.new_zeros(rows, *branches.shape[1:]).index_add_(0, row_of, weighted)
+    return mixed.to(branches.dtype)

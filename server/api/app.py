@@ -1,0 +1,61 @@
+"""The app factory. Nothing happens at import; the worker starts and stops with the app's lifespan."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from model.config import BundleConfig, find_bundle
+from server.api import errors, native, operations
+from server.api.middleware import BodyLimit, Observation
+from server.api.state import AppState
+from server.engine.client import EngineClient
+from server.engine.process import WorkerMain, run_worker
+from server.metrics import Metrics
+from server.settings import Settings
+
+DESCRIPTION = "Text-to-image with Paella: prompts become pictures in VQGAN tokens."
+
+
+def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_worker) -> FastAPI:
+    """The server as an ASGI app. worker: what its child process runs, importable there.
+
+    Raises FileNotFoundError or pydantic.ValidationError for weights that cannot be served, ValueError for settings that exclude them.
+    """
+    settings = settings or Settings()
+    metrics = Metrics()
+    models = _read_models(settings)
+    for name, config in models.items():
+        metrics.weights_info.labels(name, config.sha256).set(1)
+    state = AppState(settings, metrics, EngineClient(settings, metrics, worker), models)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await state.engine.start()
+        try:
+            yield
+        finally:
+            await state.engine.stop()
+
+    app = FastAPI(title="Paellera", description=DESCRIPTION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
+    app.state.paellera = state
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(Observation, metrics=metrics)
+    errors.register(app)
+    app.include_router(native.router)
+    app.include_router(operations.router)
+    return app
+
+
+def _read_models(settings: Settings) -> dict[str, BundleConfig]:
+    """The served bundles' configurations by name, in the settings' order."""
+    configs = [BundleConfig.read(find_bundle(bundle)) for bundle in settings.bundles]
+    for config in configs:
+        if max(config.native_size) > settings.max_side:
+            raise ValueError(f"max_side {settings.max_side} excludes the native size of {config.name}, {config.native_size}")
+    models = {config.name: config for config in configs}
+    if len(models) < len(configs):
+        raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")
+    return models

@@ -1,0 +1,116 @@
+"""The fields of requests and answers. Their bounds here are the validation and the documentation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from model.config import Sampler
+from server.engine.protocol import Priority
+
+INT64 = 2**63
+
+Format = Literal["png", "jpeg", "webp"]
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("may not hold NUL characters")
+    return text
+
+
+def _with_words(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must hold more than white space")
+    return text
+
+
+def _both_ends(value: object) -> object:
+    if value is None:
+        return None
+    return tuple(value) if isinstance(value, list) else (value, value)
+
+
+Text = Annotated[str, Field(max_length=4000), AfterValidator(_without_nul)]
+Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0.05, le=5, allow_inf_nan=False)]
+StepCount = Annotated[int, Field(ge=0, le=64)]
+
+
+class SamplingFields(BaseModel):
+    """What every native endpoint takes. Absent fields follow the weights' own recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    negative_prompt: Annotated[Text, Field(description="Replaces the empty unconditional text")] = ""
+    width: Annotated[int | None, Field(ge=1, description="Pixels, a multiple of the weights' size step; default: their native size")] = None
+    height: Annotated[int | None, Field(ge=1, description="As width")] = None
+    n: Annotated[int, Field(ge=1, le=16, description="Images; image i of seed s equals image 0 of seed s + i")] = 1
+    seed: Annotated[int | None, Field(ge=-INT64, le=INT64 - 1, description="Absent: drawn, and returned")] = None
+    num_inference_steps: Annotated[int | None, Field(ge=1, le=64, description="Denoising steps")] = None
+    guidance_scale: Annotated[
+        tuple[Guidance, Guidance] | None,
+        BeforeValidator(_both_ends, json_schema_input_type=Guidance | tuple[Guidance, Guidance]),
+        Field(description="Classifier-free guidance, or its [start, end]; 1 is off"),
+    ] = None
+    temperature: Annotated[
+        tuple[Temperature, Temperature] | None,
+        BeforeValidator(_both_ends, json_schema_input_type=Temperature | tuple[Temperature, Temperature]),
+        Field(description="Of the token draws, or its [start, end]"),
+    ] = None
+    sampler: Annotated[Sampler | None, Field(description="How tokens are drawn")] = None
+    typical_mass: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False, description="For the typical sampler")] = None
+    renoise_steps: Annotated[StepCount | None, Field(description="After how many of the first steps noise is put back")] = None
+    guidance_steps: Annotated[StepCount | None, Field(description="How many of the first steps are guided")] = None
+    response_format: Annotated[Format | Literal["json"] | None, Field(description="Overrides the Accept header")] = None
+    quality: Annotated[int, Field(ge=1, le=100, description="JPEG and WebP")] = 90
+    timeout_s: Annotated[float | None, Field(ge=0.05, le=600, allow_inf_nan=False, description="The answer is worthless after this")] = None
+    priority: Annotated[Priority, Field(description="Batch work makes room for interactive work")] = "interactive"
+    deterministic: Annotated[bool | None, Field(description="The same bits whatever else runs")] = None
+    model: Annotated[str | None, Field(max_length=64, description="Which loaded weights; default: the first")] = None
+
+
+class GenerateRequest(SamplingFields):
+    """Text → image."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a red ball on a blue table", "seed": 7},
+                {"prompt": "two green boxes", "n": 4, "guidance_scale": [2, 8], "temperature": 0.8, "response_format": "json"},
+            ]
+        }
+    )
+
+    prompt: Annotated[Text, Field(min_length=1), AfterValidator(_with_words)]
+
+
+class ImageEntry(BaseModel):
+    b64_json: str
+    seed: int
+    width: int
+    height: int
+    format: Format
+
+
+class ImagesAnswer(BaseModel):
+    """The JSON answer. parameters: everything as it took effect; timings: seconds per stage."""
+
+    id: str
+    created: int
+    model: str
+    images: list[ImageEntry]
+    parameters: dict[str, Any]
+    timings: dict[str, float]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorDetail

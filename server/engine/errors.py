@@ -1,0 +1,43 @@
+"""How a job can end without a picture."""
+
+# ruff: noqa: N818  (they name states of the job, as asyncio.QueueFull does)
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """The job was not done."""
+
+
+class QueueFull(EngineError):
+    """Too many rows are unfinished. retry_after: seconds in which the work now queued should be done."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+class Starting(EngineError):
+    """No worker became ready within `start_wait_s`."""
+
+
+class Draining(EngineError):
+    """The server is stopping."""
+
+
+class WorkerLost(EngineError):
+    """The worker died, or stalled and was killed, with the job in it."""
+
+
+class DeadlineExceeded(EngineError):
+    """The job's deadline passed first."""
+
+
+class JobFailed(EngineError):
+    """The worker could not do the job. repeating: whether trying again could help."""
+
+    def __init__(self, code: str, message: str, repeating: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.repeating = repeating

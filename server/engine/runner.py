@@ -1,0 +1,94 @@
+"""The tensors of the worker: rows are started (encode, prior, condition), stepped together, and decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from model.config import find_bundle
+from model.operations import Row
+from model.pipeline import Pipeline, Prompt
+from model.runtime import pick_device, pick_dtype
+from server.engine.protocol import Image, Job
+from server.engine.scheduler import RowId
+from server.settings import Settings
+
+_CACHED_PROMPTS = 128
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+
+class Runner:
+    """The loaded bundles, and the rows that are being denoised on them."""
+
+    def __init__(self, settings: Settings) -> None:
+        device = pick_device(settings.device)
+        self.dtype = pick_dtype(settings.dtype, device)
+        self.device = device
+        loaded = [Pipeline.load(find_bundle(name), device, self.dtype) for name in settings.bundles]
+        self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
+        self._rows: dict[RowId, Row] = {}
+        self._prompts: dict[tuple[str, str], Prompt] = {}
+
+    def start(self, job: Job, indices: Sequence[int], watch: Stopwatch) -> tuple[str, ...]:
+        """Makes rows of these images of a job; returns the encoders that cut its prompt."""
+        pipeline = self._pipelines[job.model]
+        with watch("encode"):
+            prompt, negative = self._encode(pipeline, (job.prompt, job.negative_prompt))
+            unconditional = pipeline.condition(negative) if job.sampling.guided else None
+        with watch("prior"):
+            noises = [pipeline.noise(job.seeds[i], job.width, job.height, job.sampling.steps) for i in indices]
+            images = pipeline.image_embeddings([prompt] * len(noises), noises)
+            conditions = [pipeline.condition(prompt, image) for image in images]
+        for i, noise, condition in zip(indices, noises, conditions, strict=True):
+            self._rows[RowId(job.id, i)] = pipeline.start(noise, job.sampling, condition, unconditional)
+        return prompt.truncated
+
+    def _encode(self, pipeline: Pipeline, prompts: Sequence[str]) -> list[Prompt]:
+        """Encoded prompts; the latest ones are remembered, the empty one above all."""
+        name = pipeline.config.name
+        unknown = [p for p in dict.fromkeys(prompts) if (name, p) not in self._prompts]
+        fresh = zip(unknown, pipeline.encode(unknown), strict=True) if unknown else ()
+        known = {p: self._prompts.pop((name, p)) for p in dict.fromkeys(prompts) if p not in unknown}
+        for prompt, encoded in (*fresh, *known.items()):
+            self._prompts[name, prompt] = encoded  # at the end: used last
+        while len(self._prompts) > _CACHED_PROMPTS:
+            del self._prompts[next(iter(self._prompts))]
+        return [self._prompts[name, p] for p in prompts]
+
+    def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
+        """One denoiser step for rows of one pool; returns those that are now done."""
+        self._pipelines[model].advance([self._rows[row] for row in rows])
+        return [row for row in rows if self._rows[row].done]
+
+    def decode(self, model: str, rows: Sequence[RowId]) -> list[Image]:
+        """Finished rows of one pool → pictures; their slots are free afterwards."""
+        tokens = torch.stack([self._rows.pop(row).tokens for row in rows])
+        pictures = self._pipelines[model].decode(tokens)
+        _, height, width, _ = pictures.shape
+        return [Image(row.index, width, height, picture.numpy().tobytes()) for row, picture in zip(rows, pictures, strict=True)]
+
+    def drop(self, rows: Sequence[RowId]) -> None:
+        """Forgets rows that nobody waits for."""
+        for row in rows:
+            self._rows.pop(row, None)
+
+    def warm_up(self) -> None:
+        """Runs every stage of every bundle once, so that the first request meets nothing new."""
+        for pipeline in self._pipelines.values():
+            pipeline.generate(["warm"], [0], pipeline.config.recipe.sampling(steps=2))

@@ -1,0 +1,46 @@
+"""Every figure the server measures, under the names of the HTTP contract. One registry per app; nothing global."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1, 2, 5, 10, 30)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """The collectors, one attribute each."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.request_duration = self._seconds(
+            "request_duration", "From the request's headers to the answer's last byte", "endpoint", "status"
+        )
+        self.queue_duration = self._seconds("queue_duration", "From arrival to the first encode, waiting for a worker included")
+        self.encode_duration = self._seconds("encode_duration", "Text encoders, per request")
+        self.prior_duration = self._seconds("prior_duration", "Prior, per request")
+        self.step_duration = self._seconds("step_duration", "One denoiser step of one batch")
+        self.decode_duration = self._seconds("decode_duration", "Tokens to pixels, per request")
+        self.image_encode_duration = self._seconds("image_encode_duration", "Pixels to PNG, JPEG or WebP, per request")
+        self.step_rows = Histogram("step_rows", "Rows per denoiser step", namespace="paella", buckets=ROWS, registry=self.registry)
+        self.queue_depth = self._gauge("queue_depth", "Rows admitted and not yet stepping")
+        self.rows_running = self._gauge("rows_running", "Rows being stepped")
+        self.images = self._counter("images", "Pictures answered", "endpoint")
+        self.rejected = self._counter("rejected", "Requests refused, by error code", "reason")
+        self.cancelled = self._counter("cancelled", "Requests whose client went away", "stage")
+        self.worker_restarts = self._counter("worker_restarts", "Workers started to replace one that died or stalled")
+        self.weights_info = self._gauge("weights_info", "Always 1; the labels say which weights are served", "model", "sha256")
+
+    def render(self) -> bytes:
+        """The Prometheus text exposition."""
+        return generate_latest(self.registry)
+
+    def _seconds(self, name: str, documentation: str, *labels: str) -> Histogram:
+        return Histogram(f"{name}_seconds", documentation, labels, namespace="paella", buckets=SECONDS, registry=self.registry)
+
+    def _gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
+        return Gauge(name, documentation, labels, namespace="paella", registry=self.registry)
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(name, documentation, labels, namespace="paella", registry=self.registry)

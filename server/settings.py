@@ -1,0 +1,45 @@
+"""Everything an operator can set, read once from `PAELLERA_*` variables. No other file reads the environment."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 2**20
+
+
+class Settings(BaseSettings):
+    """The server's settings; `Settings(port=9000)` overrides the environment. Raises pydantic.ValidationError naming the field."""
+
+    model_config = SettingsConfigDict(env_prefix="PAELLERA_", frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    weights: Annotated[str, Field(pattern=r"[^,\s]", description="Comma list of bundle names or paths; the first is the default model")] = (
+        "tiny"
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: Annotated[int, Field(ge=0, description="CPU threads of the worker; 0 lets it choose")] = 0
+    deterministic: Annotated[bool, Field(description="What requests get that do not say")] = False
+
+    queue_rows: Annotated[int, Field(ge=1, description="Images that may be unfinished at once before requests get 429")] = 256
+    max_batch_rows: Annotated[int, Field(ge=1, description="Images that are stepped together")] = 16
+    max_side: Annotated[int, Field(ge=1, description="Pixels; the longest width or height")] = 512
+    # Room for one guided 512 × 512 picture of 64 steps (34 million) or sixteen guided 256 × 256 ones of 12 (25 million),
+    # so that the embedded weights on a CPU can answer before the default timeout. On a GPU it may be far more.
+    max_request_work: Annotated[int, Field(ge=1, description="Images times steps times pixels times branches of one request")] = 50_000_000
+    max_body_bytes: Annotated[int, Field(ge=1)] = 32 * MIB
+
+    timeout_s: Annotated[float, Field(ge=0.05, le=600, description="For requests that do not say")] = 60
+    start_wait_s: Annotated[float, Field(ge=0, description="How long requests wait for a starting worker before they get 503")] = 10
+    stall_timeout_s: Annotated[float, Field(gt=0, description="A worker that owes an answer and is silent for longer is replaced")] = 30
+    drain_timeout_s: Annotated[float, Field(ge=0, description="How long a stopping server finishes what it has begun")] = 30
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def bundles(self) -> tuple[str, ...]:
+        """The bundles of `weights`, in order and once each."""
+        return tuple(dict.fromkeys(name.strip() for name in self.weights.split(",") if name.strip()))

@@ -1,0 +1,203 @@
+"""What several test files share: recorded outputs, bundles with weights and without, settings, and an app over the fake worker."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
+from safetensors import safe_open
+
+from model.bundle import Bundle, build, save_bundle
+from model.config import BundleConfig, ByteEncoderConfig, CLIPConfig, DenoiserConfig, PriorConfig, Recipe, VQGANConfig
+from model.pipeline import Pipeline
+from model.runtime import prepare
+from server.api import create_app
+from server.settings import Settings
+from tests import fake_worker
+
+NAME = "fake"
+NATIVE_SIZE = (64, 32)
+MERGES = ("r e", "re d</w>", "o n</w>", "a p", "ap p", "app l", "appl e</w>", "t h", "th e</w>", "i n</w>")
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared() -> None:
+    """Before anything imports open_clip or transformers."""
+    prepare()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws at random is the same in every run and in any order of tests."""
+    torch.manual_seed(0)
+
+
+def golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A file of tests/data: (constructor arguments, state dict, recorded inputs and outputs)."""
+    with safe_open(Path(__file__).parent / "data" / f"{name}.safetensors", framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+    weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
+    return config, weights, {key: t for key, t in tensors.items() if not key.startswith("weights.")}
+
+
+def micro_config(name: str = "random") -> BundleConfig:
+    """The embedded architecture at widths that cost nothing; the size step is 16 pixels."""
+    return BundleConfig(
+        name=name,
+        native_size=(32, 32),
+        denoiser=DenoiserConfig(
+            byt5_embd=16,
+            c_in=16,
+            c_out=16,
+            num_labels=64,
+            c_r=16,
+            c_cond=16,
+            c_hidden=(16, 32),
+            nhead=(2, 4),
+            blocks=(1, 2),
+            level_config=("CTA", "CTA"),
+            clip_embd=16,
+        ),
+        vqgan=VQGANConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=64, scale_factor=1.0),
+        prior=PriorConfig(c_hidden=16, c_r=16, clip_r=16, num_blocks=2),
+        byt5=ByteEncoderConfig(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, max_bytes=64),
+        clip=CLIPConfig(
+            embed_dim=16,
+            vision_cfg={"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8, "mlp_ratio": 2.0},
+            text_cfg={"context_length": 16, "vocab_size": 514 + len(MERGES), "width": 16, "heads": 2, "layers": 1, "mlp_ratio": 2.0},
+            merges="merges.txt.gz",
+        ),
+        recipe=Recipe(
+            num_inference_steps=6,
+            renoise_steps=5,
+            guidance_scale=(4.0, 4.0),
+            guidance_steps=6,
+            temperature=(0.7, 0.3),
+            attention_weights=(1.2, 0.4),
+            prior_steps=4,
+        ),
+    )
+
+
+def write_merges(directory: Path) -> Path:
+    """A tokenizer's merges as open_clip reads them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "merges.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *MERGES]).encode(), mtime=0))
+    return path
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> None:
+    """Weights of which every one matters: a fresh network's last layers are zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+        parameter.data.normal_(std=fan_in**-0.5, generator=generator)
+
+
+def random_networks(merges: Path, name: str = "random") -> Bundle:
+    bundle = build(micro_config(name), merges.parent, "cpu")
+    for _, module in bundle.networks():
+        randomise(module)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def random_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
+    """A directory with a whole bundle of random weights."""
+    merges = write_merges(tmp_path_factory.mktemp("merges"))
+    directory = tmp_path_factory.mktemp("bundles") / "random"
+    save_bundle(random_networks(merges), directory, torch.float32, merges)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pipeline(random_bundle: Path) -> Pipeline:
+    return Pipeline.load(random_bundle)
+
+
+def write_bundle(directory: Path, name: str = NAME) -> Path:
+    """A bundle.json as the smallest weights would have it; the size step is 16 pixels."""
+    config = BundleConfig(
+        name=name,
+        native_size=NATIVE_SIZE,
+        denoiser=DenoiserConfig(
+            byt5_embd=16, num_labels=64, clip_embd=16, c_hidden=(16, 32), nhead=(-1, 4), blocks=(1, 1), level_config=("CT", "CTA")
+        ),
+        vqgan=VQGANConfig(c_hidden=16, codebook_size=64),
+        prior=PriorConfig(c_hidden=16, clip_r=16, num_blocks=1),
+        byt5=ByteEncoderConfig(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4),
+        clip=CLIPConfig(embed_dim=16, vision_cfg={}, text_cfg={}),
+        recipe=Recipe(num_inference_steps=12, renoise_steps=11, guidance_scale=(8.0, 8.0), guidance_steps=12, temperature=(0.7, 0.3)),
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    config.write(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / NAME)
+
+
+@pytest.fixture(scope="session")
+def fake_settings(bundle: Path) -> Callable[..., Settings]:
+    """`fake_settings(queue_rows=4)` → settings that serve the bundle without weights."""
+    return lambda **changes: Settings(weights=str(bundle), **changes)
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app behind a real server on a free port of the loopback; gives its address once it listens."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+    """Raises TimeoutError if the condition does not come true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the condition did not come true")
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def fake_server(fake_settings: Callable[..., Settings]) -> Iterator[str]:
+    """The address of a server with a fake worker, ready, shared by all the tests that leave no trace in it."""
+    with serving(create_app(fake_settings(), worker=fake_worker.main)) as address:
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        yield address
+
+
+@pytest.fixture(scope="session")
+def client(fake_server: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fake_server, timeout=20) as client:
+        yield client

@@ -1,0 +1,79 @@
+"""A worker without a model: it answers with pictures of one colour, chosen by the seed, and does what the prompt's first word says.
+
+`hold` keeps the job until it is cancelled; `slow` takes SLOW_S; `hang` goes silent for ever; `die` exits at once; `fail`, `oom` and
+`late` answer Failed; `cut` says that both encoders truncated the prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from multiprocessing.connection import Connection
+
+from server.engine.protocol import Beat, Cancel, Failed, Finished, Image, Job, Ready, Stop, Timings, ToWorker
+from server.settings import Settings
+
+SLOW_S = 0.15
+EXIT_CODE = 3
+FAILURES: dict[str, Failed] = {
+    "fail": Failed("", "internal", "/home/someone/model.py: Traceback", repeating=False),
+    "oom": Failed("", "out_of_memory", "CUDA out of memory", repeating=True),
+    "late": Failed("", "deadline", "would finish too late", repeating=True),
+}
+
+
+def main(connection: Connection, settings: Settings) -> None:
+    connection.send(Ready("fake", "float32"))
+    held: dict[str, Job] = {}
+    try:
+        while not isinstance(message := connection.recv(), Stop):
+            take(connection, held, message)
+            connection.send(Beat(steps=((1, 0.01),), rows_running=sum(len(job.seeds) for job in held.values()), rows_waiting=0))
+    except EOFError:
+        pass
+
+
+def take(connection: Connection, held: dict[str, Job], message: ToWorker) -> None:
+    match message:
+        case Cancel(id):
+            held.pop(id, None)
+        case Job():
+            answer(connection, held, message)
+
+
+def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
+    word = job.prompt.split()[0]
+    if word == "hold":
+        held[job.id] = job
+    elif word == "hang":
+        time.sleep(3600)
+    elif word == "die":
+        os._exit(EXIT_CODE)
+    elif word in FAILURES:
+        failure = FAILURES[word]
+        connection.send(Failed(job.id, failure.code, failure.message, failure.repeating))
+    else:
+        time.sleep(SLOW_S if word == "slow" else 0)
+        connection.send(finished(job, ("byt5", "clip") if word == "cut" else ()))
+
+
+def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
+    images = tuple(Image(i, job.width, job.height, colour(seed) * (job.width * job.height)) for i, seed in enumerate(job.seeds))
+    # Last image first: nothing promises an order.
+    return Finished(job.id, images[::-1], Timings(queue=0.001, encode=0.002, prior=0.003, denoise=0.004, decode=0.005), truncated)
+
+
+def colour(seed: int) -> bytes:
+    """Three bytes that differ from seed to seed."""
+    return hashlib.sha256(str(seed).encode()).digest()[:3]
+
+
+def dead_on_arrival(connection: Connection, settings: Settings) -> None:
+    """A worker that never becomes ready."""
+    os._exit(EXIT_CODE)
+
+
+def slow_to_start(connection: Connection, settings: Settings) -> None:
+    """A worker that is loading for longer than any test waits."""
+    time.sleep(3600)

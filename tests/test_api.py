@@ -1,0 +1,330 @@
+"""The HTTP contract, over the fake worker: answers, formats, refusals for lack of room or time, operations, OpenAPI."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import PIL.Image
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.api import create_app
+from server.engine.process import WorkerMain
+from server.settings import Settings
+from tests import fake_worker
+from tests.conftest import NAME, NATIVE_SIZE, serving, wait_until, write_bundle
+
+INT64_MAX = 2**63 - 1
+Configure = Callable[..., Settings]
+
+
+def post(client: httpx.Client, prompt: str = "a ball", headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    return client.post("/generate", json={"prompt": prompt, **fields}, headers=headers)
+
+
+def opened(content: bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(content))
+
+
+def metric(client: httpx.Client, name: str, **labels: str) -> float:
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                return sample.value
+    return 0.0
+
+
+@contextmanager
+def served(settings: Settings, worker: WorkerMain = fake_worker.main, *, ready: bool = True) -> Iterator[httpx.Client]:
+    """A client of a server of its own, for the tests that would disturb the shared one."""
+    with serving(create_app(settings, worker=worker)) as address, httpx.Client(base_url=address, timeout=20) as client:
+        if ready:
+            wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield client
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_image_comes_as_a_png_with_its_seed_and_its_parameters(client: httpx.Client) -> None:
+    answer = post(client, seed=7, negative_prompt="blur", guidance_scale=[2, 8], temperature=0.5)
+    assert (answer.status_code, answer.headers["content-type"], answer.headers["x-seed"]) == (200, "image/png", "7")
+    picture = opened(answer.content)
+    assert (picture.size, picture.getpixel((0, 0))) == (NATIVE_SIZE, tuple(fake_worker.colour(7)))
+    assert json.loads(picture.info["parameters"]) == {
+        "model": NAME,
+        "prompt": "a ball",
+        "negative_prompt": "blur",
+        "width": 64,
+        "height": 32,
+        "seed": 7,
+        "num_inference_steps": 12,
+        "guidance_scale": [2, 8],
+        "guidance_steps": 12,
+        "temperature": [0.5, 0.5],
+        "sampler": "multinomial",
+        "typical_mass": 0.2,
+        "renoise_steps": 11,
+        "deterministic": False,
+        "truncated": [],
+    }
+
+
+def test_the_parameters_in_a_png_give_the_same_file_again(client: httpx.Client) -> None:
+    first = post(client, num_inference_steps=5)
+    sent = json.loads(opened(first.content).info["parameters"])
+    del sent["truncated"]
+    assert post(client, **sent).content == first.content
+
+
+def test_server_timing_names_every_stage(client: httpx.Client) -> None:
+    stages = dict(entry.split(";dur=") for entry in post(client).headers["server-timing"].split(", "))
+    assert list(stages) == ["queue", "encode", "prior", "denoise", "decode", "image"]
+    assert float(stages["encode"]) == 2.0
+
+
+def test_several_images_come_as_json_in_the_order_of_their_seeds(client: httpx.Client) -> None:
+    answer = post(client, seed=5, n=3, headers={"X-Request-Id": "mine"}).json()
+    assert (answer["id"], answer["model"], answer["parameters"]["n"], answer["parameters"]["seed"]) == ("mine", NAME, 3, 5)
+    assert set(answer["timings"]) == {"queue", "encode", "prior", "denoise", "decode", "image"}
+    assert abs(answer["created"] - time.time()) < 60
+    assert [entry["seed"] for entry in answer["images"]] == [5, 6, 7]
+    for entry in answer["images"]:
+        picture = opened(base64.b64decode(entry["b64_json"]))
+        assert (*picture.size, picture.format) == (entry["width"], entry["height"], "PNG")
+        assert picture.getpixel((0, 0)) == tuple(fake_worker.colour(entry["seed"]))
+
+
+def test_image_i_of_seed_s_is_image_0_of_seed_s_plus_i(client: httpx.Client) -> None:
+    second = post(client, seed=INT64_MAX, n=2).json()["images"][1]
+    assert second["seed"] == -INT64_MAX - 1
+    assert base64.b64decode(second["b64_json"]) == post(client, seed=second["seed"]).content
+
+
+def test_an_absent_seed_is_drawn_anew_and_returned(client: httpx.Client) -> None:
+    seeds = {post(client).headers["x-seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    ("accept", "fields", "media_type"),
+    [
+        ("*/*", {}, "image/png"),
+        ("image/webp", {}, "image/webp"),
+        ("image/jpeg;q=0.5, image/webp;q=0.9", {}, "image/webp"),
+        ("text/html, image/*;q=0.8", {}, "image/png"),
+        ("application/json", {}, "application/json"),
+        ("text/html", {}, "application/json"),
+        ("image/png;q=0, image/jpeg", {}, "image/jpeg"),
+        ("image/webp", {"response_format": "jpeg"}, "image/jpeg"),
+        ("image/webp", {"response_format": "json"}, "application/json"),
+    ],
+)
+def test_the_format_is_what_was_asked_for(client: httpx.Client, accept: str, fields: dict[str, str], media_type: str) -> None:
+    answer = post(client, headers={"Accept": accept}, **fields)
+    assert answer.headers["content-type"] == media_type
+    content = base64.b64decode(answer.json()["images"][0]["b64_json"]) if media_type == "application/json" else answer.content
+    assert opened(content).format == (media_type.removeprefix("image/").upper() if media_type.startswith("image/") else "PNG")
+
+
+def test_quality_changes_lossy_files(client: httpx.Client) -> None:
+    tables = [opened(post(client, response_format="jpeg", quality=q).content).quantization for q in (10, 95)]  # type: ignore[attr-defined]
+    assert tables[0] != tables[1]
+
+
+def test_a_truncated_prompt_is_reported(client: httpx.Client) -> None:
+    answer = post(client, "cut this")
+    assert answer.headers["x-prompt-truncated"] == "byt5, clip"
+    assert json.loads(opened(answer.content).info["parameters"])["truncated"] == ["byt5", "clip"]
+    assert "x-prompt-truncated" not in post(client).headers
+
+
+def test_step_counts_not_asked_for_keep_the_recipes_share(client: httpx.Client) -> None:
+    sent = post(client, num_inference_steps=24, response_format="json").json()["parameters"]
+    assert (sent["renoise_steps"], sent["guidance_steps"]) == (22, 24)
+
+
+# ── ids ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sane_request_id_comes_back_even_with_an_error(client: httpx.Client) -> None:
+    for answer in (post(client, headers={"X-Request-Id": "abc 1"}), client.get("/nowhere", headers={"X-Request-Id": "abc 1"})):
+        assert answer.headers["x-request-id"] == "abc 1"
+
+
+@pytest.mark.parametrize("sent", ["", "x" * 129, "tab\there", "\xe9"])
+def test_any_other_request_id_is_replaced(client: httpx.Client, sent: str) -> None:
+    answer = client.get("/healthz", headers=[(b"X-Request-Id", sent.encode("latin-1"))])
+    assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_two_requests_may_use_one_id_at_once(client: httpx.Client) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda seed: post(client, "slow", {"X-Request-Id": "same"}, seed=seed), range(4)))
+    assert [answer.headers["x-seed"] for answer in answers] == ["0", "1", "2", "3"]
+
+
+# ── when the engine says no ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)
+
+
+def test_a_passed_deadline_is_504(client: httpx.Client) -> None:
+    began = time.monotonic()
+    answer = post(client, "hold", timeout_s=0.1)
+    assert (answer.status_code, error_of(answer)["code"]) == (504, "deadline_exceeded")
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(("prompt", "code", "retry"), [("fail", "internal", "false"), ("oom", "out_of_memory", None)])
+def test_a_failed_job_is_500_and_says_whether_to_retry(client: httpx.Client, prompt: str, code: str, retry: str | None) -> None:
+    answer = post(client, prompt)
+    assert (answer.status_code, error_of(answer)["code"], answer.headers.get("x-should-retry")) == (500, code, retry)
+    assert "/home" not in answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_a_full_queue_is_429_with_the_time_to_come_back(fake_settings: Configure) -> None:
+    with served(fake_settings(queue_rows=2, drain_timeout_s=0)) as client:
+        holder = threading.Thread(target=post, args=(client, "hold"), kwargs={"n": 2, "timeout_s": 1.0})
+        holder.start()
+        wait_until(lambda: metric(client, "paella_rows_running") == 2)
+        answer = post(client)
+        holder.join()
+        assert (answer.status_code, error_of(answer)["type"]) == (429, "rate_limit_error")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert 0 < int(answer.headers["retry-after-ms"]) <= 1000 * int(answer.headers["retry-after"])
+        assert metric(client, "paella_rejected_total", reason="queue_full") == 1
+
+
+def test_a_lost_worker_is_503_and_the_next_one_serves(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client:
+        answer = post(client, "die")
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "worker_lost")
+        assert post(client).status_code == 200
+        assert metric(client, "paella_worker_restarts_total") == 1
+
+
+def test_a_starting_server_lives_but_is_not_ready(fake_settings: Configure) -> None:
+    with served(fake_settings(start_wait_s=0.05), fake_worker.slow_to_start, ready=False) as client:
+        assert client.get("/healthz").status_code == 200
+        not_ready, refused = client.get("/readyz"), post(client)
+        assert (not_ready.status_code, error_of(not_ready)["message"]) == (503, "starting")
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "starting")
+
+
+def test_a_client_that_goes_away_frees_its_rows(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/generate", json={"prompt": "hold", "n": 3}, timeout=0.3)
+        wait_until(lambda: metric(client, "paella_rows_running") == 0)
+        wait_until(lambda: metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="499") == 1)
+        assert metric(client, "paella_cancelled_total", stage="worker") == 1
+
+
+def test_a_hundred_requests_at_once_are_all_answered_rightly(client: httpx.Client) -> None:
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda seed: post(client, seed=seed), range(100)))
+    for seed, answer in enumerate(answers):
+        assert opened(answer.content).getpixel((0, 0)) == tuple(fake_worker.colour(seed))
+
+
+# ── operations ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_readiness_names_device_and_models(client: httpx.Client) -> None:
+    assert client.get("/readyz").json() == {"status": "ready", "device": "fake", "dtype": "float32", "models": [NAME]}
+
+
+def test_metrics_count_pictures_requests_and_steps(client: httpx.Client) -> None:
+    before = metric(client, "paella_images_total", endpoint="/generate")
+    post(client, n=3)
+    client.get("/no/such/path")
+    assert metric(client, "paella_images_total", endpoint="/generate") == before + 3
+    assert metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="200") > 0
+    assert metric(client, "paella_request_duration_seconds_count", endpoint="unmatched", status="404") > 0
+    assert metric(client, "paella_step_rows_count") > 0
+    assert metric(client, "paella_weights_info", model=NAME) == 1
+
+
+def test_every_request_is_logged_without_its_prompt(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "server.access")
+    post(client, "a secret wish", {"X-Request-Id": "logged"})
+    wait_until(lambda: any(record.__dict__["fields"]["request_id"] == "logged" for record in caplog.records))
+    fields = next(record.__dict__["fields"] for record in caplog.records if record.__dict__["fields"]["request_id"] == "logged")
+    assert (fields["path"], fields["status"], fields["method"]) == ("/generate", 200, "POST")
+    assert "secret" not in str([record.__dict__ for record in caplog.records])
+
+
+def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.Client) -> None:
+    operation = client.get("/openapi.json").json()["paths"]["/generate"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["n"]["maximum"] == 16
+    assert {"maximum": 30, "minimum": 0, "type": "number"} in schema["properties"]["guidance_scale"]["anyOf"]
+    assert (schema["required"], schema["additionalProperties"]) == (["prompt"], False)
+    assert schema["examples"]
+    assert {"200", "400", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
+    assert {"image/png", "image/jpeg", "image/webp", "application/json"} <= set(operation["responses"]["200"]["content"])
+    assert client.get("/docs").status_code == 200
+
+
+def test_the_documented_examples_work(client: httpx.Client) -> None:
+    operation = client.get("/openapi.json").json()["paths"]["/generate"]["post"]
+    for example in operation["requestBody"]["content"]["application/json"]["schema"]["examples"]:
+        assert client.post("/generate", json=example).status_code == 200
+
+
+# ── the app ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_api_process_never_imports_torch() -> None:
+    code = "import server.api, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_unforeseen_error_is_500_without_a_trace(fake_settings: Configure) -> None:
+    app = create_app(fake_settings(), worker=fake_worker.main)
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise RuntimeError("/secret/path")
+
+    answer = TestClient(app).get("/broken")
+    assert (answer.status_code, answer.headers["x-should-retry"], answer.json()["error"]["code"]) == (500, "false", "internal")
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"]
+
+
+def test_several_bundles_are_served_by_name_the_first_by_default(tmp_path: Path) -> None:
+    paths = [str(write_bundle(tmp_path / name, name)) for name in ("one", "two")]
+    with served(Settings(weights=",".join(paths))) as client:
+        assert post(client, response_format="json").json()["model"] == "one"
+        assert post(client, response_format="json", model="two").json()["model"] == "two"
+
+
+def test_weights_that_cannot_be_served_stop_the_start(tmp_path: Path, fake_settings: Configure) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        create_app(Settings(weights="nothing"))
+    with pytest.raises(ValueError, match="max_side"):
+        create_app(fake_settings(max_side=48))
+    same = [str(write_bundle(tmp_path / directory)) for directory in ("a", "b")]
+    with pytest.raises(ValueError, match="same name"):
+        create_app(Settings(weights=",".join(same)))

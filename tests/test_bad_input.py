@@ -1,0 +1,239 @@
+"""Whatever a client sends, it gets a 4xx in the one error shape that names the field, quickly, and the server goes on."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from server.api import create_app
+from server.settings import Settings
+from tests import fake_worker
+from tests.conftest import serving, wait_until
+
+JSON = {"Content-Type": "application/json"}
+
+
+def refused(answer: httpx.Response, status: int, param: str | None = None, mention: str = "") -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert mention in error["message"]
+    assert len(error["message"]) < 500
+    assert "Traceback" not in answer.text
+
+
+def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
+    return client.post("/generate", content=body, headers=JSON)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "mention"),
+    [
+        ("prompt", "", "at least 1"),
+        ("prompt", " \t\n\u3000", "white space"),
+        ("prompt", "x" * 4001, "4000"),
+        ("prompt", "a\0b", "NUL"),
+        ("prompt", 7, "valid string"),
+        ("prompt", None, "valid string"),
+        ("prompt", ["a"], "valid string"),
+        ("negative_prompt", "x" * 4001, "4000"),
+        ("n", 0, "greater than or equal to 1"),
+        ("n", 17, "sent: 17"),
+        ("n", True, "valid integer"),
+        ("n", 2.0, "valid integer"),
+        ("n", "2", "valid integer"),
+        ("seed", 2**63, "less than or equal to"),
+        ("seed", -(2**63) - 1, "greater than or equal to"),
+        ("seed", 10**400, "sent: 1000"),
+        ("seed", 1.5, "valid integer"),
+        ("seed", False, "valid integer"),
+        ("width", 17, "multiple of 16"),
+        ("width", 0, "greater than or equal to 1"),
+        ("width", 10**9, "512"),
+        ("height", 528, "512"),
+        ("height", -16, "sent: -16"),
+        ("num_inference_steps", 0, "greater than or equal to 1"),
+        ("num_inference_steps", 65, "64"),
+        ("guidance_scale", 30.01, "30"),
+        ("guidance_scale", [1, 31], "30"),
+        ("guidance_scale", [1], "required"),
+        ("guidance_scale", [1, 2, 3], "at most 2"),
+        ("guidance_scale", True, "valid number"),
+        ("guidance_scale", "8", "valid number"),
+        ("temperature", 0.04, "0.05"),
+        ("temperature", [0.5, 5.1], "5"),
+        ("temperature", {}, "valid number"),
+        ("sampler", "euler", "'multinomial'"),
+        ("typical_mass", 1.1, "less than or equal to 1"),
+        ("renoise_steps", 13, "num_inference_steps, which is 12"),
+        ("guidance_steps", 13, "num_inference_steps, which is 12"),
+        ("guidance_steps", -1, "greater than or equal to 0"),
+        ("response_format", "bmp", "'png'"),
+        ("quality", 101, "100"),
+        ("timeout_s", 0.04, "0.05"),
+        ("timeout_s", 601, "600"),
+        ("priority", "urgent", "'interactive'"),
+        ("deterministic", 1, "valid boolean"),
+        ("promt", "a ball", "the fields are"),
+        ("stream", True, "the fields are"),
+    ],
+)
+def test_a_field_out_of_bounds_is_422_and_named(client: httpx.Client, field: str, value: object, mention: str) -> None:
+    refused(client.post("/generate", json={"prompt": "a ball", field: value}), 422, field, mention)
+
+
+def test_the_prompt_is_required(client: httpx.Client) -> None:
+    refused(client.post("/generate", json={}), 422, "prompt", "required")
+
+
+def test_unknown_weights_are_404_and_the_known_ones_listed(client: httpx.Client) -> None:
+    refused(client.post("/generate", json={"prompt": "a ball", "model": "big"}), 404, "model", "fake")
+
+
+@pytest.mark.parametrize(
+    ("body", "mention"),
+    [
+        ("", "Expecting value"),
+        ("{", "line 1"),
+        ('{"prompt": "a ball"', "delimiter"),
+        ('{"prompt": "a ball", "guidance_scale": NaN}', "NaN"),
+        ('{"prompt": "a ball", "guidance_scale": -Infinity}', "Infinity"),
+        ('{"prompt": "a ball", "seed": ' + "9" * 5000 + "}", ""),
+        ("[" * 50_000 + "]" * 50_000, "too deeply"),
+        ('{"a":' * 20_000 + "1" + "}" * 20_000, "too deeply"),
+        (b'{"prompt": "\xff\xfe"}', "UTF-8"),
+        ("prompt=a+ball", "Expecting value"),
+    ],
+)
+def test_malformed_json_is_400(client: httpx.Client, body: bytes | str, mention: str) -> None:
+    refused(raw(client, body), 400, None, mention)
+
+
+@pytest.mark.parametrize("body", ["[]", "null", '"a ball"', "7", '[{"prompt": "a ball"}]'])
+def test_json_that_is_not_an_object_is_422(client: httpx.Client, body: str) -> None:
+    refused(raw(client, body), 422, None, "object")
+
+
+@pytest.mark.parametrize("escape", ["\\ud800", "\\udc00", "\\ud800\\ud800", "\\udfff\\ud800"])
+def test_a_lone_surrogate_is_422(client: httpx.Client, escape: str) -> None:
+    refused(raw(client, f'{{"prompt": "a {escape} ball"}}'), 422, "prompt")
+    refused(raw(client, f'{{"prompt": "a ball", "a{escape}": 1}}'), 422, "a" + escape)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_beyond_floating_point_is_422(client: httpx.Client, number: str) -> None:
+    refused(raw(client, f'{{"prompt": "a ball", "temperature": {number}}}'), 422, "temperature")
+
+
+def test_of_a_repeated_field_the_last_counts(client: httpx.Client) -> None:
+    answer = raw(client, '{"prompt": "a ball", "seed": 1, "seed": 2}')
+    assert (answer.status_code, answer.headers["x-seed"]) == (200, "2")
+
+
+def test_an_unknown_fields_long_name_is_shortened(client: httpx.Client) -> None:
+    refused(client.post("/generate", json={"prompt": "a ball", "x" * 50_000: 1}), 422, "x" * 80)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "🎨🐈‍⬛ a cat",
+        "كرة حمراء على طاولة",
+        "\u202eright to left\u202c",
+        "🎨" * 4000,
+        "x" * 4000,
+        "z̷̡̛a̴lgo",
+        "'; DROP TABLE images; --",
+        "{{7*7}} ${x} %s\r\nX-Seed: 1",
+    ],
+)
+def test_unusual_prompts_work(client: httpx.Client, prompt: str) -> None:
+    answer = client.post("/generate", json={"prompt": prompt, "response_format": "json"})
+    assert answer.json()["parameters"]["prompt"] == prompt
+    assert client.post("/generate", json={"prompt": prompt}).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "é", "/"])
+def test_another_content_type_is_415(client: httpx.Client, content_type: str | None) -> None:
+    headers = [] if content_type is None else [(b"Content-Type", content_type.encode())]
+    refused(client.post("/generate", content=b'{"prompt": "a ball"}', headers=headers), 415, None, "application/json")
+
+
+def test_the_content_types_parameters_and_case_do_not_matter(client: httpx.Client) -> None:
+    answer = client.post("/generate", content=b'{"prompt": "a ball"}', headers={"Content-Type": "Application/JSON; charset=utf-8"})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "' + b"x" * 10_000_000 + b'"}',
+        b"[" + b"[]," * 3_000_000 + b"[]]",
+        b"{" + b",".join(b'"k%d":1' % i for i in range(800_000)) + b"}",
+    ],
+    ids=["one string", "many lists", "many fields"],
+)
+def test_ten_megabytes_of_json_are_413_at_once(client: httpx.Client, body: bytes) -> None:
+    began = time.monotonic()
+    refused(raw(client, body), 413, None, "bytes")
+    assert time.monotonic() - began < 1
+
+
+def test_thousands_of_unknown_fields_do_not_hold_up_the_server(client: httpx.Client) -> None:
+    body = json.dumps({f"k{i}": 1 for i in range(10_000)})
+    began = time.monotonic()
+    assert raw(client, body).status_code == 422
+    assert time.monotonic() - began < 1
+
+
+def chunks(count: int) -> Iterator[bytes]:
+    for _ in range(count):
+        yield b" " * 1000
+
+
+def test_a_body_of_unannounced_length_is_bounded_too(client: httpx.Client) -> None:
+    refused(client.post("/generate", content=chunks(1000), headers=JSON), 413, None, "bytes")
+
+
+def test_the_configured_bound_holds_for_announced_and_streamed_bodies(fake_settings: Callable[..., Settings]) -> None:
+    app = create_app(fake_settings(max_body_bytes=2000), worker=fake_worker.main)
+    with serving(app) as address, httpx.Client(base_url=address) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        assert client.post("/generate", json={"prompt": "a ball"}).status_code == 200
+        refused(raw(client, b" " * 2001), 413, None, "2000")
+        refused(client.post("/generate", content=chunks(3), headers=JSON), 413, None, "2000")
+
+
+def test_too_much_work_is_422_with_the_figure(client: httpx.Client) -> None:
+    fields: dict[str, Any] = {"prompt": "a ball", "n": 16, "width": 512, "height": 512, "num_inference_steps": 64}
+    refused(client.post("/generate", json=fields), 422, None, str(16 * 512 * 512 * 64 * 2))
+    refused(client.post("/generate", json={**fields, "guidance_scale": 1}), 422, None, str(16 * 512 * 512 * 64))
+
+
+def test_an_unknown_path_is_404(client: httpx.Client) -> None:
+    refused(client.get("/no/such/path"), 404, None, "/no/such/path")
+    refused(client.post("/generate/", json={"prompt": "a ball"}), 404)
+
+
+def test_a_wrong_method_is_405_and_the_right_one_named(client: httpx.Client) -> None:
+    answer = client.get("/generate")
+    refused(answer, 405, None, "GET")
+    assert answer.headers["allow"] == "POST"
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_harms_nobody(client: httpx.Client, fake_server: str) -> None:
+    connection = http.client.HTTPConnection(urlsplit(fake_server).netloc)
+    connection.putrequest("POST", "/generate")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b'{"prompt":')
+    connection.close()
+    assert client.post("/generate", json={"prompt": "a ball"}).status_code == 200

@@ -1,0 +1,39 @@
+"""Settings come from PAELLERA_* and are checked where they enter."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import Settings
+
+
+def test_the_environment_is_read_with_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAELLERA_PORT", "9001")
+    monkeypatch.setenv("PAELLERA_DETERMINISTIC", "true")
+    monkeypatch.setenv("PORT", "1")
+    settings = Settings()
+    assert (settings.port, settings.deterministic) == (9001, True)
+
+
+def test_arguments_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAELLERA_PORT", "9001")
+    assert Settings(port=9002).port == 9002
+
+
+def test_the_first_of_several_bundles_leads_and_repeats_count_once() -> None:
+    assert Settings(weights=" big, tiny,big,").bundles == ("big", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("port", 70_000), ("weights", " , "), ("device", "gpu"), ("timeout_s", 601), ("queue_rows", 0), ("log_level", "loud"), ("prot", 1)],
+)
+def test_what_is_out_of_bounds_or_unknown_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Settings.model_validate({field: value})
+
+
+def test_settings_cannot_change_after_the_start() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]

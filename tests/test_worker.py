@@ -1,0 +1,321 @@
+"""The worker's loop over a real pipe: a job comes back drawn, cancelled, expired or failed, and the loop goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import SamplingConfig
+from server.engine import worker
+from server.engine.protocol import Beat, Cancel, Failed, Finished, FromWorker, Job, Ready, Stop, ToWorker
+from server.engine.runner import Runner
+from server.engine.worker import Worker
+from server.settings import Settings
+
+PATIENCE_S = 60
+SAMPLING = SamplingConfig(
+    steps=4, renoise_steps=3, guidance=(4.0, 4.0), guidance_steps=4, temperature=(0.7, 0.3), sampler="multinomial", typical_mass=0.2
+)
+
+
+def job(id: str, prompt: str = "red apple", seeds: tuple[int, ...] = (0,), **changes: object) -> Job:
+    made = Job(id, "random", prompt, "", 32, 32, seeds, SAMPLING, deadline=time.monotonic() + PATIENCE_S)
+    return replace(made, **changes)
+
+
+@dataclass
+class Far:
+    """The API process's end of a running worker."""
+
+    connection: Connection
+    runner: Runner
+    thread: threading.Thread
+
+    def send(self, message: ToWorker) -> None:
+        self.connection.send(message)
+
+    def receive(self, wanted: Callable[[FromWorker], bool]) -> FromWorker:
+        """The next message that is wanted; beats and others are passed over."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.connection.poll(max(0.0, deadline - time.monotonic())):
+            if wanted(message := self.connection.recv()):
+                return message
+        raise TimeoutError("the worker says nothing")
+
+    def answer(self, id: str) -> Finished | Failed:
+        message = self.receive(lambda m: isinstance(m, Finished | Failed) and m.id == id)
+        assert isinstance(message, Finished | Failed)
+        return message
+
+    def stop(self) -> None:
+        self.send(Stop())
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def settings(random_bundle: Path) -> Settings:
+    return Settings(weights=str(random_bundle), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def runner(settings: Settings) -> Runner:
+    return Runner(settings)
+
+
+@pytest.fixture
+def far(runner: Runner) -> Iterator[Far]:
+    near, connection = Pipe()
+    thread = threading.Thread(target=Worker(near, runner, max_rows=4).run)
+    thread.start()
+    far = Far(connection, runner, thread)
+    yield far
+    far.stop()
+    near.close()
+    connection.close()
+
+
+class Gate:
+    """Holds the runner inside a step until it is opened, so that a test can say what happened before the next one."""
+
+    def __init__(self, far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+        step = far.runner.step
+
+        def gated(model, rows):
+            self.entered.set()
+            assert self.opened.wait(PATIENCE_S)
+            return step(model, rows)
+
+        monkeypatch.setattr(far.runner, "step", gated)
+
+    def wait(self) -> None:
+        assert self.entered.wait(PATIENCE_S)
+
+
+# ── a job's way ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_job_comes_back_as_the_pictures_the_pipeline_draws(far, pipeline):
+    far.send(job("a", seeds=(3, 4)))
+    answer = far.answer("a")
+    assert isinstance(answer, Finished)
+    expected = pipeline.generate(["red apple"] * 2, [3, 4], SAMPLING).numpy()
+    for image in answer.images:
+        assert (image.width, image.height) == (32, 32)
+        pixels = np.frombuffer(image.pixels, np.uint8).reshape(32, 32, 3)
+        assert np.mean(pixels == expected[image.index]) >= 0.99
+    assert sorted(image.index for image in answer.images) == [0, 1]
+
+
+def test_width_and_height_are_not_confused(far):
+    far.send(job("a", width=48, height=16))
+    answer = far.answer("a")
+    assert isinstance(answer, Finished)
+    assert [(i.width, i.height, len(i.pixels)) for i in answer.images] == [(48, 16, 48 * 16 * 3)]
+
+
+def test_stages_are_timed_and_add_up_to_no_more_than_the_wait(far):
+    began = time.perf_counter()
+    far.send(job("a"))
+    answer = far.answer("a")
+    assert isinstance(answer, Finished)
+    t = answer.timings
+    stages = [t.queue, t.encode, t.prior, t.denoise, t.decode]
+    assert all(stage >= 0 for stage in stages)
+    assert t.denoise > 0
+    assert sum(stages) <= time.perf_counter() - began
+
+
+@pytest.mark.parametrize(("prompt", "truncated"), [("red apple", ()), ("the red apple " * 20, ("byt5", "clip"))])
+def test_cut_prompts_are_reported(far, prompt, truncated):
+    far.send(job("a", prompt))
+    answer = far.answer("a")
+    assert isinstance(answer, Finished)
+    assert answer.truncated == truncated
+
+
+def test_more_rows_than_slots_are_all_drawn(far):
+    far.send(job("many", seeds=tuple(range(9))))
+    answer = far.answer("many")
+    assert isinstance(answer, Finished)
+    assert sorted(image.index for image in answer.images) == list(range(9))
+
+
+def test_a_seed_s_picture_is_the_same_in_company(far):
+    far.send(job("alone", seeds=(7,)))
+    alone = far.answer("alone")
+    for i in range(3):
+        far.send(job(f"neighbour{i}", prompt="the " * i, seeds=(i, i + 10), sampling=replace(SAMPLING, steps=2 + i)))
+    far.send(job("again", seeds=(7,)))
+    again = far.answer("again")
+    assert isinstance(alone, Finished)
+    assert isinstance(again, Finished)
+    one, other = (np.frombuffer(answer.images[0].pixels, np.uint8) for answer in (alone, again))
+    # One token in sixty-four may fall to the other side of a rounding, and shows in its surroundings.
+    assert np.mean(one == other) >= 0.9
+
+
+def test_steps_are_reported_in_beats(far):
+    far.send(job("a", seeds=(0, 1)))
+    steps: list[tuple[int, float]] = []
+    while len(steps) < SAMPLING.steps:
+        beat = far.receive(lambda m: isinstance(m, Beat))
+        assert isinstance(beat, Beat)
+        steps += beat.steps
+    assert [rows for rows, _ in steps] == [2] * SAMPLING.steps
+    assert all(seconds > 0 for _, seconds in steps)
+
+
+def test_an_idle_worker_still_beats(far):
+    beat = far.receive(lambda m: isinstance(m, Beat))
+    assert beat == Beat((), 0, 0)
+
+
+# ── its ends ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cancelled_job_stops_at_the_next_step_and_nothing_is_answered(far, monkeypatch):
+    gate = Gate(far, monkeypatch)
+    far.send(job("doomed", seeds=(0, 1), sampling=replace(SAMPLING, steps=64)))
+    gate.wait()
+    far.send(Cancel("doomed"))
+    far.send(job("other"))
+    gate.opened.set()
+    first = far.receive(lambda m: isinstance(m, Finished | Failed))
+    assert isinstance(first, Finished)
+    assert first.id == "other"
+    assert far.receive(lambda m: isinstance(m, Beat) and not m.steps) == Beat((), 0, 0)
+    assert far.runner._rows == {}
+
+
+def test_cancelling_a_waiting_an_unknown_or_a_finished_job_disturbs_nothing(far):
+    for id in ("unknown", "a", "a"):
+        far.send(Cancel(id))
+    far.send(job("a"))
+    assert isinstance(far.answer("a"), Finished)
+    far.send(Cancel("a"))
+    far.send(job("b"))
+    assert isinstance(far.answer("b"), Finished)
+
+
+def test_a_job_that_is_late_already_is_never_started(far, monkeypatch):
+    def start(*_):
+        raise AssertionError("started")
+
+    monkeypatch.setattr(far.runner, "start", start)
+    far.send(job("late", deadline=time.monotonic() - 1))
+    assert far.answer("late") == Failed("late", "deadline", "the deadline passed", repeating=True)
+
+
+def test_a_job_whose_deadline_passes_on_the_way_is_dropped(far, monkeypatch):
+    gate = Gate(far, monkeypatch)
+    deadline = time.monotonic() + 0.2
+    far.send(job("late", deadline=time.monotonic() + PATIENCE_S))
+    gate.wait()
+    far.send(job("waiting", deadline=deadline))
+    time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
+    gate.opened.set()
+    assert far.answer("waiting") == Failed("waiting", "deadline", "the deadline passed", repeating=True)
+    assert isinstance(far.answer("late"), Finished)
+
+
+@pytest.mark.parametrize("stage", ["start", "step", "decode"])
+@pytest.mark.parametrize(
+    ("error", "code", "repeating"),
+    [
+        (RuntimeError("/secret/path is broken"), "internal", False),
+        (torch.OutOfMemoryError("tried to allocate"), "out_of_memory", True),
+        (MemoryError(), "out_of_memory", True),
+    ],
+)
+def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeypatch, caplog, stage, error, code, repeating):
+    def broken(*_):
+        raise error
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.CRITICAL, logger="server"):
+        patched.setattr(far.runner, stage, broken)
+        far.send(job("a", seeds=(0, 1)))
+        answer = far.answer("a")
+    assert isinstance(answer, Failed)
+    assert (answer.code, answer.repeating) == (code, repeating)
+    assert "secret" not in answer.message
+    far.send(job("b"))
+    assert isinstance(far.answer("b"), Finished)
+    assert far.runner._rows == {}
+
+
+def test_a_job_that_fails_to_start_does_not_take_its_neighbours_with_it(far, monkeypatch, caplog):
+    start = far.runner.start
+
+    def picky(job, *rest):
+        if job.prompt == "poison":
+            raise RuntimeError("poison")
+        return start(job, *rest)
+
+    monkeypatch.setattr(far.runner, "start", picky)
+    gate = Gate(far, monkeypatch)
+    with caplog.at_level(logging.CRITICAL, logger="server"):
+        far.send(job("first"))
+        gate.wait()
+        far.send(job("poisoned", "poison"))
+        far.send(job("second"))
+        gate.opened.set()
+        assert isinstance(far.answer("poisoned"), Failed)
+        assert isinstance(far.answer("first"), Finished)
+        assert isinstance(far.answer("second"), Finished)
+
+
+def test_an_unknown_model_fails_and_stops_nobody(far, caplog):
+    with caplog.at_level(logging.CRITICAL, logger="server"):
+        far.send(job("a", model="huge"))
+        answer = far.answer("a")
+    assert isinstance(answer, Failed)
+    assert not answer.repeating
+
+
+def test_stop_ends_the_loop_with_work_unfinished(runner, monkeypatch):
+    near, connection = Pipe()
+    thread = threading.Thread(target=Worker(near, runner, max_rows=4).run)
+    thread.start()
+    far = Far(connection, runner, thread)
+    gate = Gate(far, monkeypatch)
+    far.send(job("a", sampling=replace(SAMPLING, steps=64)))
+    gate.wait()
+    far.send(Stop())
+    gate.opened.set()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    runner.drop(list(runner._rows))
+
+
+@pytest.fixture
+def own_logger() -> Iterator[None]:
+    """A worker process configures the package's logger; here it is everybody's."""
+    logger = logging.getLogger("server")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = before
+
+
+def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(settings, own_logger):
+    near, connection = Pipe()
+    thread = threading.Thread(target=worker.main, args=(near, settings))
+    thread.start()
+    assert connection.poll(PATIENCE_S)
+    assert connection.recv() == Ready("cpu", "float32")
+    connection.send(job("a"))
+    connection.close()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    near.close()
