@@ -1,0 +1,103 @@
+"""Puts trained networks together into a bundle.
+
+    python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
+    python -m model.training.assemble weights/tiny --dtype float16
+
+Networks without a checkpoint keep those of the bundle that is already there, or random weights: the prior and the denoiser train on a
+bundle whose encoders and VQGAN are trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.bundle import Bundle, build, inner, load_bundle, save_bundle
+from model.config import CONFIG_FILE, BundleConfig
+from model.runtime import prepare
+from model.training import captions, loop, tiny
+from model.training.data import as_float
+
+# Network → (checkpoint, where the published module sits in what was trained).
+_SOURCES = {
+    "vqgan": ("vqgan", "vqgan."),
+    "byt5": ("byte_encoder", "encoder.t5."),
+    "clip": ("clip", "clip.model."),
+    "prior": ("prior", ""),
+    "denoiser": ("denoiser", ""),
+}
+
+
+def tiny_config() -> BundleConfig:
+    return BundleConfig(
+        name="tiny",
+        native_size=(64, 64),
+        denoiser=tiny.DENOISER,
+        vqgan=tiny.VQGAN,
+        prior=tiny.PRIOR,
+        byt5=tiny.BYTE_ENCODER,
+        clip=tiny.CLIP,
+        recipe=tiny.RECIPE,
+    )
+
+
+def trained_state(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The averaged weights of the network below `prefix`, without what only training needed."""
+    return {name.removeprefix(prefix): t for name, t in checkpoint["ema"].items() if name.startswith(prefix)}
+
+
+def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
+    """Writes the bundle and returns its configuration. Raises FileNotFoundError without a CLIP run, whose merges every bundle needs."""
+    config = tiny_config()
+    merges = runs / str(config.clip.merges)
+    there = out / str(config.clip.merges)
+    merges = merges if merges.exists() else there
+    bundle = build(config, merges.parent, "cpu")
+    if (out / CONFIG_FILE).exists():
+        _keep(bundle, load_bundle(out, torch.device("cpu"), torch.float32))
+    for network, (name, prefix) in _SOURCES.items():
+        checkpoint = runs / f"{name}.pt"
+        if checkpoint.exists():
+            inner(getattr(bundle, network)).load_state_dict(trained_state(loop.load(checkpoint), prefix))
+            print(f"{network}: {checkpoint}")
+    give_unit_variance(bundle)
+    return save_bundle(bundle, out, dtype, merges)
+
+
+@torch.no_grad()
+def give_unit_variance(bundle: Bundle, scenes: int = 128) -> None:
+    """Scales CLIP's last projections so that embeddings of scenes have unit variance, which the prior's diffusion begins with.
+
+    Cosines, which are all that CLIP is trained for, stay as they are. Raises FileNotFoundError without the emoji font.
+    """
+    pixels, texts, _ = captions.batch(np.random.default_rng(0), scenes)
+    clip = bundle.clip
+    image = as_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), clip.device)
+    clip.model.visual.proj.data /= clip.encode_image(image).std()
+    clip.model.text_projection.data /= clip.encode_text(texts).std()
+
+
+def _keep(bundle: Bundle, old: Bundle) -> None:
+    for (_, module), (_, kept) in zip(bundle.networks(), old.networks(), strict=True):
+        module.load_state_dict(kept.state_dict())
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path)
+    p.add_argument("--runs", type=Path, default=Path("runs"))
+    p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    args = p.parse_args()
+    prepare()
+    config = assemble(args.runs, args.out, getattr(torch, args.dtype))
+    for name, entry in config.files.items():
+        print(f"{entry.bytes / 1e6:8.2f} MB  {name}")
+
+
+if __name__ == "__main__":
+    main()
