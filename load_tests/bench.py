@@ -1,0 +1,195 @@
+"""How fast one picture is: every stage in this process, the published code on the same weights beside it, then a real server over HTTP.
+
+    python -m load_tests.bench --steps 8,12 --repeats 20 --requests 20      # or: paellera bench …
+    python -m load_tests.bench --repeats 3 --requests 3 --no-transcription  # quick
+
+The `PAELLERA_*` variables apply here as they do to the server (weights, device, dtype, threads). The last line of output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import httpx
+import torch
+from rich.table import Table
+
+from load_tests.report import Report, quantiles
+from load_tests.serving import server_timing_ms, serving
+from load_tests.stages import Workload, ceiling, flops, measure
+from model.config import find_bundle
+from model.pipeline import Pipeline
+from model.runtime import pick_device, pick_dtype, prepare
+from server.settings import Settings
+
+WARM_UP = 2
+_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+_THINGS = ("ball", "box", "cup", "tree", "house", "star", "boat", "apple")
+_PLACES = ("on a table", "under a cloud", "in the snow", "beside a lake", "on the grass", "at night")
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m load_tests.bench") -> None:
+    """Runs the benchmark and prints its report. Raises SystemExit for bad arguments, and what loading the bundle raises."""
+    options, sent = _parse(arguments, program)
+    report = Report("bench", command=shlex.join([*program.split(), *sent]))
+    settings = Settings(weights=options.weights) if options.weights else Settings()
+    prepare(settings.threads)
+    device = pick_device(settings.device)
+    pipeline = Pipeline.load(find_bundle(settings.bundles[0]), device, pick_dtype(settings.dtype, device))
+    measured = _describe(pipeline) | _measure_stages(pipeline, options)
+    report.add(_stage_table(measured["stages"]))
+    if options.requests > 0:
+        measured["http"] = _measure_http(settings.bundles[0], options.steps, options.requests)
+        report.add(_http_table(measured["http"]))
+    report.emit(measured, json_only=options.json_only)
+
+
+def _parse(arguments: Sequence[str] | None, program: str) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the arguments they came from."""
+    parser = argparse.ArgumentParser(prog=program, description="How fast one picture is; the last line of output is JSON.")
+    parser.add_argument("--weights", help="bundle name or path; default: that of the settings")
+    parser.add_argument("--steps", type=_step_counts, default=(8, 12), help="denoising step counts, 8,12 by default")
+    parser.add_argument("--repeats", type=_positive, default=20, help="rounds over all stages, 20 by default")
+    parser.add_argument("--requests", type=int, default=20, help="HTTP requests per step count, 20 by default; 0 starts no server")
+    parser.add_argument("--no-transcription", dest="transcription", action="store_false", help="leave the published code out")
+    parser.add_argument("--json-only", action="store_true", help="no tables")
+    sent = list(sys.argv[1:] if arguments is None else arguments)
+    return parser.parse_args(sent), sent
+
+
+def _step_counts(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and 1 <= int(part) <= 64 for part in parts):
+        raise argparse.ArgumentTypeError(f"numbers from 1 to 64 with commas between them, not {text!r}")
+    return tuple(map(int, parts))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def _describe(pipeline: Pipeline) -> dict[str, Any]:
+    config = pipeline.config
+    return {
+        "weights": config.name,
+        "sha256": config.sha256,
+        "size": list(config.native_size),
+        "device": str(pipeline.device),
+        "dtype": _name(_dtype(pipeline)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _measure_stages(pipeline: Pipeline, options: argparse.Namespace) -> dict[str, Any]:
+    """Times, operations and arithmetic floors by stage, and by how much the engine's loop beats each transcription's."""
+    workload, dtype = Workload(pipeline), _dtype(pipeline)
+    stages = workload.engine_stages(options.steps)
+    dtypes = dict.fromkeys(stages, dtype)
+    if options.transcription:
+        for autocast in (None, dtype) if dtype != torch.float32 else (None,):
+            transcribed = workload.transcription_stages(options.steps, autocast)
+            stages |= transcribed
+            dtypes |= dict.fromkeys(transcribed, autocast or torch.float32)
+    seconds = measure(stages, pipeline.device, warm_up=WARM_UP, repeats=options.repeats)
+    ceilings = {used: ceiling(pipeline.device, used) for used in dict.fromkeys(dtypes.values())}
+    figures = {name: quantiles(seconds[name]) | _floor(flops(stages[name]), ceilings[dtypes[name]]) for name in stages}
+    return {
+        "ceiling_gflops_per_s": {_name(used): round(rate / 1e9, 1) for used, rate in ceilings.items()},
+        "stages": figures,
+        "speedup": _speedups(figures),
+    }
+
+
+def _floor(operations: int, rate: float) -> dict[str, float]:
+    return {"gflop": round(operations / 1e9, 4), "floor_ms": round(operations / rate * 1000, 3)}
+
+
+def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Median of a transcription's loop over the median of the engine's at as many steps."""
+    transcribed = [name for name in figures if name.startswith("transcription")]
+    return {name: round(figures[name]["p50_ms"] / figures[name[name.index("loop_") :]]["p50_ms"], 2) for name in transcribed}
+
+
+def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> dict[str, Any]:
+    """One request at a time against a server of its own; every prompt is new to it, so that nothing comes from a cache."""
+    prompts = _prompts()
+    with serving({"PAELLERA_WEIGHTS": weights}) as server, httpx.Client(base_url=server.url, timeout=600) as client:
+        first, _ = _generate(client, next(prompts), seed=0, steps=step_counts[0])
+        seconds: dict[int, list[float]] = {steps: [] for steps in step_counts}
+        timings: dict[int, list[dict[str, float]]] = {steps: [] for steps in step_counts}
+        for seed, steps in itertools.product(range(1, requests + 1), step_counts):
+            taken, stages = _generate(client, next(prompts), seed, steps)
+            seconds[steps].append(taken)
+            timings[steps].append(stages)
+        return {
+            "start_to_ready_s": round(server.start_to_ready_s, 2),
+            "first_request_ms": round(first * 1000, 2),
+            "requests": {str(n): quantiles(seconds[n]) | {"server_timing_ms": _medians(timings[n])} for n in step_counts},
+            "peak_memory_mib": server.peak_memory_mib(),
+        }
+
+
+def _prompts() -> Iterator[str]:
+    """Prompts that differ in their words and, when those are used up, in a number."""
+    for number in itertools.count(1):
+        for place, colour, thing in itertools.product(_PLACES, _COLOURS, _THINGS):
+            yield f"a {colour} {thing} {place}" + (f", number {number}" if number > 1 else "")
+
+
+def _generate(client: httpx.Client, prompt: str, seed: int, steps: int) -> tuple[float, dict[str, float]]:
+    """One picture: seconds as the client sees them, and the server's own milliseconds by stage. Raises httpx.HTTPStatusError."""
+    began = time.perf_counter()
+    response = client.post("/generate", json={"prompt": prompt, "seed": seed, "num_inference_steps": steps})
+    taken = time.perf_counter() - began
+    response.raise_for_status()
+    return taken, server_timing_ms(response)
+
+
+def _medians(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {stage: quantiles([timing[stage] / 1000 for timing in timings])["p50_ms"] for stage in timings[0]}
+
+
+def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
+    table = _table("One picture, in this process", "stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "floor ms")
+    for name, row in stages.items():
+        table.add_row(name, *(f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms", "p99_ms", "gflop", "floor_ms")))
+    return table
+
+
+def _http_table(http: Mapping[str, Any]) -> Table:
+    """One column per step count; below the client's own times the server's medians by stage."""
+    requests: Mapping[str, Mapping[str, Any]] = http["requests"]
+    table = _table(f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)", "ms", *(f"{steps} steps" for steps in requests))
+    for key in ("p50_ms", "p95_ms", "p99_ms"):
+        table.add_row(key.removesuffix("_ms"), *(f"{row[key]:.2f}" for row in requests.values()))
+    for stage in next(iter(requests.values()))["server_timing_ms"]:
+        table.add_row(f"  {stage}, p50", *(f"{row['server_timing_ms'][stage]:.2f}" for row in requests.values()))
+    return table
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _dtype(pipeline: Pipeline) -> torch.dtype:
+    return pipeline.bundle.denoiser.byt5_mapper.weight.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What one bundle's stages cost in this process: seconds, floating-point operations, and the machine's own ceiling for those.
+
+Stages that are compared run interleaved, one after the other in every round, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from load_tests.transcription import Transcription, denoise
+from model.config import SamplingConfig
+from model.operations import Row
+from model.pipeline import Pipeline, Prompt
+
+Stage = Callable[[], object]
+
+PROMPT = "a small red ball left of a blue box on a green table"
+_CEILING_SIDE = 2048
+# The CPU's attention kernel is the one that torch's counter does not know.
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+}
+
+
+class Workload:
+    """One prompt on one pipeline, and every stage of its way to a picture as something to call."""
+
+    def __init__(self, pipeline: Pipeline, seed: int = 0) -> None:
+        self.pipeline = pipeline
+        config = pipeline.config
+        self.noise = pipeline.noise(seed, *config.native_size, steps=64)
+        self.prompt, self.negative = pipeline.encode([PROMPT, ""])
+        (self.image,) = pipeline.image_embeddings([self.prompt], [self.noise])
+        self.conditional, self.unconditional = pipeline.condition(self.prompt, self.image), pipeline.condition(self.negative)
+        self.tokens = self.noise.start[None].to(pipeline.device)
+
+    def sampling(self, steps: int) -> SamplingConfig:
+        """The recipe at so many steps, by the sampler that the transcription has too."""
+        return self.pipeline.config.recipe.sampling(steps=steps, sampler="multinomial")
+
+    def engine_stages(self, step_counts: Sequence[int]) -> dict[str, Stage]:
+        p, row = self.pipeline, self._row(step_counts[0])
+        return {
+            "encode": lambda: p.encode([PROMPT, ""]),
+            "prior": lambda: p.image_embeddings([self.prompt], [self.noise]),
+            "condition": lambda: (p.condition(self.prompt, self.image), p.condition(self.negative)),
+            "step": lambda: self._step(row),
+            **{f"loop_{n}": partial(self._loop, n) for n in step_counts},
+            "decode": lambda: p.decode(self.tokens),
+        }
+
+    def transcription_stages(self, step_counts: Sequence[int], autocast: torch.dtype | None = None) -> dict[str, Stage]:
+        """The published loop in fp32, or under autocast to the given type."""
+        model = Transcription(self.pipeline.config.denoiser).eval().to(self.pipeline.device)
+        model.load_state_dict(self.pipeline.bundle.denoiser.state_dict())
+        suffix = "" if autocast is None else f"_{str(autocast).removeprefix('torch.')}"
+        return {f"transcription{suffix}_loop_{n}": partial(self._transcribed_loop, model, n, autocast) for n in step_counts}
+
+    def _row(self, steps: int) -> Row:
+        # New conditions, as every request brings its own: the pipeline would otherwise keep the last loop's stacked ones.
+        return self.pipeline.start(self.noise, self.sampling(steps), replace(self.conditional), replace(self.unconditional))
+
+    def _step(self, row: Row) -> None:
+        row.step = 0
+        self.pipeline.advance([row])
+
+    def _loop(self, steps: int) -> None:
+        row = self._row(steps)
+        while not row.done:
+            self.pipeline.advance([row])
+
+    @torch.inference_mode()
+    def _transcribed_loop(self, model: Transcription, steps: int, autocast: torch.dtype | None) -> None:
+        arguments = (denoiser_arguments(self.pipeline, self.prompt, self.image), denoiser_arguments(self.pipeline, self.negative))
+        with torch.autocast(self.pipeline.device.type, autocast, enabled=autocast is not None):
+            for _ in denoise(model, self.tokens, *arguments, self.sampling(steps)):
+                pass
+
+
+def denoiser_arguments(pipeline: Pipeline, prompt: Prompt, image: Tensor | None = None) -> dict[str, Tensor]:
+    """An encoded prompt as the published forward takes it: fp32, without padding. With an image embedding it is the conditional pass."""
+    byt5 = prompt.byt5[:, prompt.mask[0]].float()
+    arguments = {"byt5": byt5, "clip": prompt.clip.float()}
+    if image is None:
+        return arguments
+    arguments["clip_image"] = image.float()
+    if pipeline.config.recipe.attention_weights is not None:
+        text, of_image = pipeline.config.recipe.attention_weights
+        weights = torch.full((byt5.shape[1],), text, device=byt5.device)
+        weights[-pipeline.config.denoiser.clip_seq_len :] = of_image
+        arguments["attn_weights"] = weights
+    return arguments
+
+
+def measure(stages: Mapping[str, Stage], device: torch.device, *, warm_up: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every stage in every round after the warm-up, the device's queue emptied before and after."""
+    seconds: dict[str, list[float]] = {name: [] for name in stages}
+    for round_ in range(warm_up + repeats):
+        for name, stage in stages.items():
+            taken = _seconds(stage, device)
+            if round_ >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _seconds(stage: Stage, device: torch.device) -> float:
+    _synchronise(device)
+    began = time.perf_counter()
+    stage()
+    _synchronise(device)
+    return time.perf_counter() - began
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flops(stage: Stage) -> int:
+    """Floating-point operations of its matrix products, convolutions and attention; two for a multiplication with its addition."""
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+        stage()
+    return counter.get_total_flops()
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of the best of five large matrix products: what the machine can do at all."""
+    a, b = (torch.randn(_CEILING_SIDE, _CEILING_SIDE, device=device).to(dtype) for _ in range(2))
+    times = measure({"product": lambda: a @ b}, device, warm_up=1, repeats=5)["product"]
+    return 2 * _CEILING_SIDE**3 / min(times)

@@ -1,0 +1,207 @@
+"""The command line: what it writes, and that whatever is asked for wrongly is answered with one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import PIL.Image
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import weights
+from load_tests.serving import Server, serving
+from model.config import CONFIG_FILE, BundleConfig
+from server.cli import app
+
+
+def paellera(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def paellera_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """For commands that set up their process's logging."""
+    return subprocess.run([sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_one_line(stderr: str, code: int, expected_code: int, *words: str) -> None:
+    assert code == expected_code, stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith("paellera: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture(scope="module")
+def server(random_bundle: Path) -> Iterator[Server]:
+    with serving({"PAELLERA_WEIGHTS": str(random_bundle)}) as server:
+        yield server
+
+
+@pytest.fixture
+def damaged_bundle(random_bundle: Path, tmp_path: Path) -> Path:
+    """One bit of one weight is not what was listed."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(random_bundle, copy)
+    content = bytearray((copy / "vqgan.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "vqgan.safetensors").write_bytes(content)
+    return copy
+
+
+def test_help_needs_none_of_the_heavy_libraries() -> None:
+    script = "import sys, server.cli; print(*({'torch', 'fastapi', 'pydantic', 'PIL', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+# ── generate ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_generate_writes_the_bytes_that_serve_answers(server: Server, random_bundle: Path, tmp_path: Path) -> None:
+    fields = {"prompt": "a red apple", "seed": -7, "num_inference_steps": 3, "guidance_scale": [2, 5], "width": 48, "negative_prompt": "on"}
+    answer = httpx.post(f"{server.url}/generate", json=fields, timeout=60).raise_for_status()
+    options = ("--seed", "-7", "--steps", "3", "--guidance", "2,5", "--width", "48", "--negative-prompt", "on")
+    result = paellera("generate", "a red apple", "-o", tmp_path / "apple.png", "--weights", random_bundle, *options)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "apple.png").read_bytes() == answer.content
+
+
+def test_generate_numbers_several_pictures_and_counts_their_seeds(random_bundle: Path, tmp_path: Path) -> None:
+    command = ("generate", "the red apple", "--weights", random_bundle, "--steps", "2")
+    result = paellera(*command, "-o", tmp_path / "out.png", "-n", "2", "--seed", "5")
+    assert result.stdout.splitlines() == [f"{tmp_path / 'out-0.png'}  seed 5", f"{tmp_path / 'out-1.png'}  seed 6"]
+    paellera(*command, "-o", tmp_path / "alone.png", "--seed", "6")
+    with PIL.Image.open(tmp_path / "out-1.png") as second, PIL.Image.open(tmp_path / "alone.png") as alone:
+        assert second.text == alone.text
+        assert second.tobytes() == alone.tobytes()
+
+
+def test_drawn_seed_is_printed_and_stored_in_the_picture(random_bundle: Path, tmp_path: Path) -> None:
+    result = paellera("generate", "apple", "-o", tmp_path / "out.png", "--weights", random_bundle, "--steps", "1")
+    with PIL.Image.open(tmp_path / "out.png") as picture:
+        assert result.stdout == f"{tmp_path / 'out.png'}  seed {json.loads(picture.text['parameters'])['seed']}\n"
+
+
+@pytest.mark.parametrize(("name", "format"), [("out.jpg", "JPEG"), ("out.JPEG", "JPEG"), ("out.webp", "WEBP"), ("out.png", "PNG")])
+def test_file_name_chooses_the_format(random_bundle: Path, tmp_path: Path, name: str, format: str) -> None:
+    paellera("generate", "apple", "-o", tmp_path / name, "--weights", random_bundle, "--steps", "1")
+    with PIL.Image.open(tmp_path / name) as picture:
+        assert picture.format == format
+
+
+def test_generate_says_which_encoders_cut_the_prompt(random_bundle: Path, tmp_path: Path) -> None:
+    result = paellera("generate", "apple " * 40, "-o", tmp_path / "out.png", "--weights", random_bundle, "--steps", "1")
+    assert "cut for byt5 and clip" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "33"], ["width", "multiple of 16", "33"]),
+        (["--height", "4096"], ["height", "4096"]),
+        (["--steps", "65"], ["num_inference_steps", "64", "65"]),
+        (["--guidance", "high"], ["guidance", "high"]),
+        (["--guidance", "1,2,3"], ["guidance_scale", "at most 2"]),
+        (["--temperature", "0"], ["temperature", "0.05"]),
+        (["--sampler", "euler"], ["sampler", "argmax", "euler"]),
+        (["--seed", str(2**63)], ["seed", str(2**63)]),
+        (["-n", "0"], ["n:", "0"]),
+        (["--device", "tpu"], ["device", "tpu"]),
+        (["--weights", "absent"], ["absent", CONFIG_FILE]),
+        (["-o", "picture.gif"], [".png", "picture.gif"]),
+        (["-o", "absent/out.png"], ["absent"]),
+    ],
+)
+def test_impossible_request_is_refused_in_one_line(random_bundle: Path, tmp_path: Path, options: Sequence[str], words: list[str]) -> None:
+    result = paellera("generate", "apple", "-o", tmp_path / "out.png", "--weights", random_bundle, *options)
+    assert_one_line(result.stderr, result.exit_code, 2, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_bundle_is_refused_in_one_line(damaged_bundle: Path, tmp_path: Path) -> None:
+    result = paellera("generate", "apple", "-o", tmp_path / "out.png", "--weights", damaged_bundle)
+    assert_one_line(result.stderr, result.exit_code, 2, "vqgan.safetensors", "sha256")
+
+
+# ── serve ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_serve_keeps_torch_out_of_the_api_process(server: Server) -> None:
+    assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+
+
+def test_used_port_is_told_in_one_line(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = str(used.getsockname()[1])
+        result = paellera_process("serve", "--port", port, "--weights", bundle)
+    assert_one_line(result.stderr, result.returncode, 1, "127.0.0.1", port, "in use")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--weights", "absent"], ["absent", CONFIG_FILE]),
+        (["--weights", ","], ["weights"]),
+        (["--port", "65536"], ["port", "65535", "65536"]),
+    ],
+)
+def test_settings_that_cannot_be_served_are_refused_in_one_line(options: list[str], words: list[str]) -> None:
+    result = paellera_process("serve", *options)
+    assert_one_line(result.stderr, result.returncode, 2, *words)
+
+
+def test_bad_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAELLERA_QUEUE_ROWS", "many")
+    result = paellera_process("serve")
+    assert_one_line(result.stderr, result.returncode, 2, "queue_rows", "many")
+
+
+# ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_weights_list_names_the_shipped_bundles_and_their_sizes(
+    random_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(random_bundle, tmp_path / "shipped")
+    (tmp_path / "no-bundle").mkdir()
+    monkeypatch.setattr(weights, "__path__", [str(tmp_path)])
+    listed = sum(entry.bytes for entry in BundleConfig.read(random_bundle).files.values())
+    assert paellera("weights", "list").stdout == f"shipped  {listed / 2**20:.1f} MiB\n"
+
+
+def test_weights_info_counts_parameters_and_bytes(random_bundle: Path) -> None:
+    lines = [line.split() for line in paellera("weights", "info", random_bundle).stdout.splitlines()]
+    config = BundleConfig.read(random_bundle)
+    assert ["sha256", config.sha256] in lines
+    assert ["native", "size", "32", "x", "32"] in lines
+    assert ["size", "step", "16"] in lines
+    size = config.files["prior.safetensors"].bytes
+    # in 16·16 + 16, out 16·16 + 16, and two blocks of 48·64 + 2·64 + 64·16 + 2·16
+    assert ["prior", f"{2 * 272 + 2 * 4256:,}", "parameters", f"{size:,}", "bytes"] in lines
+
+
+def test_weights_verify_accepts_a_whole_bundle(random_bundle: Path) -> None:
+    result = paellera("weights", "verify", random_bundle)
+    assert result.exit_code == 0
+    assert "ok" in result.stdout
+
+
+def test_weights_verify_says_what_is_wrong(damaged_bundle: Path) -> None:
+    result = paellera("weights", "verify", damaged_bundle)
+    assert_one_line(result.stderr, result.exit_code, 1, "vqgan.safetensors", "sha256")
+
+
+def test_weights_verify_names_the_wrong_field_of_the_configuration(damaged_bundle: Path) -> None:
+    config = json.loads((damaged_bundle / CONFIG_FILE).read_text())
+    config["recipe"]["sampler"] = "euler"
+    (damaged_bundle / CONFIG_FILE).write_text(json.dumps(config))
+    result = paellera("weights", "verify", damaged_bundle)
+    assert_one_line(result.stderr, result.exit_code, 1, CONFIG_FILE, "recipe.sampler", "euler")
