@@ -71,6 +71,7 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype) -> Bu
     for name, module in bundle.networks():
         assign(module, read_tensors(directory / f"{name}.safetensors", device), dtype, where=f"{name}.safetensors")
         module.eval().requires_grad_(False)
+    bundle.denoiser.fold()
     return bundle
 
 

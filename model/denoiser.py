@@ -59,7 +59,8 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # A sum of squares: `vector_norm` over the middle axes is many times slower on the CPU. fp32, because fp16 cannot hold 256².
         wide = x.float()
-        energy = (wide * wide).sum((1, 2), keepdim=True).sqrt_()  # `square` is `pow`, ten times a product's time
+        # `square` is `pow`, ten times a product's time. The root of a channel that is zero everywhere has no gradient: hence the 1e-20.
+        energy = (wide * wide).sum((1, 2), keepdim=True).add_(1e-20).sqrt_()
         scale = 1 + self.gamma * (energy / (energy.mean(-1, keepdim=True) + 1e-6))
         return torch.addcmul(self.beta, x, scale.to(x.dtype))
 
@@ -165,6 +166,8 @@ class AttentionBlock(nn.Module):
 class Denoiser(nn.Module):
     """The published `Paella` module. Weights start at random (published initialisation); `load_state_dict` takes a published state dict."""
 
+    patch_table: Tensor | None
+
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = c = config
@@ -175,6 +178,7 @@ class Denoiser(nn.Module):
         self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), Norm())
         # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch size.
         self.embedding = nn.Sequential(nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm())
+        self.register_buffer("patch_table", None, persistent=False)  # [p²·K, C] after `fold`
         levels = range(len(c.c_hidden))
         self.down_blocks = nn.ModuleList(self._down_level(i) for i in levels)
         self.up_blocks = nn.ModuleList(self._up_level(i) for i in reversed(levels))
@@ -293,7 +297,25 @@ class Denoiser(nn.Module):
         return norm(self._unpatch(norm(x)))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self.embedding(pixel_unshuffle(self.in_mapper(tokens), self.config.patch_size))
+        p, table = self.config.patch_size, self.patch_table
+        if table is None:
+            return self.embedding(pixel_unshuffle(self.in_mapper(tokens), p))
+        B, H, W = tokens.shape
+        patches = tokens.view(B, H // p, p, W // p, p).transpose(2, 3).reshape(-1, p * p)
+        offsets = torch.arange(0, len(table), self.config.num_labels, device=tokens.device)
+        x = F.embedding_bag(patches + offsets, table, mode="sum") + self.embedding.get_parameter("1.bias")
+        return norm(x).view(B, H // p, W // p, -1)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Folds what is fixed once the weights are: each code's embedding, normed and projected, for each of its places in a patch.
+
+        Embedding, norm, unshuffle and projection become one lookup and sum. Training needs them apart, so only loading a bundle calls this.
+        """
+        embedding, projection = self.in_mapper.get_parameter("0.weight"), self.embedding.get_parameter("1.weight")
+        codes = norm(embedding.float())  # [K, c_in]
+        places = projection.float().flatten(1).unflatten(1, (codes.shape[1], -1))  # [C, c_in, p²]
+        self.patch_table = torch.einsum("kc,ocp->pko", codes, places).flatten(0, 1).to(embedding.dtype)
 
     def _unpatch(self, x: Tensor) -> Tensor:
         """[B, h, w, C] → [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle.

@@ -8,8 +8,7 @@ Published parameter names (github.com/dome272/Paella `PriorModel`). Letters: B r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 
 from model.config import PriorConfig, PriorSampler
 from model.layers import sinusoid
+
+Predictor = Callable[[Tensor, Iterable[Tensor]], Tensor]
 
 
 class Block(nn.Sequential):
@@ -37,13 +38,6 @@ class Block(nn.Sequential):
         """The first projection's weights for h, text and time, [4·c_hidden, columns] each."""
         return self.get_parameter("0.weight").split(self._columns, dim=1)
 
-    def residual(self, h: Tensor, extra: Tensor) -> Tensor:
-        """h [B, c_hidden]; extra: text's and time's part of the first projection, [B, 4·c_hidden]."""
-        y = torch.addmm(extra, h, self.shares()[0].T)
-        for layer in islice(self, 1, None):
-            y = layer(y)
-        return h + y
-
 
 class Prior(nn.Module):
     """Predicts the noise in x [B, D] at time t [B], given the text embedding [B, D]."""
@@ -63,17 +57,29 @@ class Prior(nn.Module):
         embedding = sinusoid(t, self.config.c_r).to(self.get_parameter("blocks.0.weight").dtype)
         return tuple(F.linear(embedding, block.shares()[2]) for block in self._residual)
 
-    def predict(self, x: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
-        """The noise in x [B, D]; extras: text's and time's part for every block, added."""
-        h = self.blocks[0](x)
-        for block, extra in zip(self._residual, extras, strict=True):
-            h = block.residual(h, extra)
-        return self.blocks[-1](h)
+    def predictor(self) -> Predictor:
+        """(x [B, D], text's and time's part for every block, added) → the noise in x.
+
+        Made once for many steps: on a CPU, at a few rows, looking the weights up costs as much as using them.
+        """
+        enter, leave = self.blocks[0], self.blocks[-1]
+        names = ("1.weight", "1.bias", "3.weight", "4.weight", "4.bias")
+        weights = tuple((block.shares()[0].T, *map(block.get_parameter, names)) for block in self._residual)
+
+        def predict(x: Tensor, extras: Iterable[Tensor]) -> Tensor:
+            h = enter(x)
+            for (first, scale, shift, last, last_scale, last_shift), extra in zip(weights, extras, strict=True):
+                y = torch.addmm(extra, h, first)
+                y = F.gelu(F.layer_norm(y, y.shape[-1:], scale, shift))
+                h = h + F.layer_norm(F.linear(y, last), h.shape[-1:], last_scale, last_shift)
+            return leave(h)
+
+        return predict
 
     def forward(self, x: Tensor, t: Tensor, clip_text: Tensor) -> Tensor:
         """Predicted noise [B, D], with nothing computed beforehand."""
         parts = zip(self.condition(clip_text), self.times(t), strict=True)
-        return self.predict(x, tuple(text + time for text, time in parts))
+        return self.predictor()(x, (text + time for text, time in parts))
 
 
 def alpha_bar(t: Tensor) -> Tensor:
@@ -117,11 +123,12 @@ def trajectory(
     ts = torch.linspace(1, 0, S + 2, device=noise.device)[1:]
     a = alpha_bar(ts)
     times = prior.times(ts[:-1])  # per block [S, inner]
+    predict = prior.predictor()
     x = noise[0].float()
     for i in range(S):
-        shares = tuple(c + t[i] for c, t in zip(condition, times, strict=True))
+        extras = (c + t[i] for c, t in zip(condition, times, strict=True))
         inputs = x.to(text.dtype)
-        predicted = prior.predict(torch.cat([inputs, inputs]) if guided else inputs, shares).float()
+        predicted = predict(torch.cat([inputs, inputs]) if guided else inputs, extras).float()
         if guided:
             predicted = torch.lerp(predicted[B:], predicted[:B], guidance)
         if sampler == "ddim":

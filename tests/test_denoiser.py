@@ -212,3 +212,25 @@ def test_a_fresh_network_says_nothing_yet_and_can_learn():
         gradient = denoiser.clf[1].weight.grad
     assert gradient is not None
     assert gradient.abs().max() > 0
+
+
+def test_a_channel_that_is_zero_everywhere_gives_no_nan_gradient():
+    # It did: the root of a zero energy has an infinite slope, and an hour of training was lost to it.
+    block = GlobalResponseNorm(4)
+    block.gamma.data.fill_(1.0)
+    x = torch.randn(2, 3, 3, 4)
+    x[..., 1] = 0
+    x.requires_grad_()
+    with torch.enable_grad():
+        block(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_folding_changes_nothing():
+    config, weights, recorded = golden("denoiser_v3")
+    denoiser = Denoiser(DenoiserConfig(**config))
+    denoiser.load_state_dict(weights, strict=True)
+    with torch.inference_mode():
+        denoiser.fold()
+        logits = denoiser(recorded["tokens"], recorded["t"], recorded["byt5"])
+    torch.testing.assert_close(logits, recorded["logits_byt5"], atol=1e-4, rtol=0)

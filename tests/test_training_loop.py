@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def small_prior(seed: int = 0) -> Prior:
 
 def prior_loss(network: Prior) -> loop.Loss:
     text, image = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
-    return lambda: prior.diffusion_loss(network, text, image)
+    return lambda: (prior.diffusion_loss(network, text, image), {})
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, o):
@@ -122,3 +124,37 @@ def test_options_come_from_the_command_line():
     assert (options.minutes, options.batch, options.checkpoint) == (2.0, 32, Path("runs/x.pt"))
     assert options.dtype == torch.bfloat16
     assert options.workers == 0
+
+
+def test_a_step_that_is_not_a_number_is_skipped(monkeypatch, o):
+    network, poison = small_prior(), iter([1.0, float("nan"), 1.0])
+    before = [p.clone() for p in network.parameters()]
+    healthy = prior_loss(network)
+
+    def loss():
+        value, figures = healthy()
+        return value * next(poison), figures
+
+    fit(monkeypatch, 3, network, loss, o)
+    assert all(p.isfinite().all() for p in network.parameters())
+    assert any(not torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
+    assert loop.load(o.checkpoint)["step"] == 3
+
+
+def test_two_processes_take_the_same_steps(tmp_path):
+    """What torchrun starts: both draw their own scenes, average their gradients and stay one network."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from model.training import loop\n"
+        "o = loop.options(loop.parser(None, name='x', batch=1, lr=0.1, minutes=0.02).parse_args())\n"
+        "network = torch.nn.Linear(3, 1)\n"
+        "loss = lambda: (network(torch.randn(4, 3)).square().mean(), {})\n"
+        "loop.fit(network, loss, o)\n"
+        "torch.save(network.state_dict(), f'{sys.argv[-1]}.{loop.rank()}')\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    arguments = ["--threads", "1", "--device", "cpu", "--checkpoint", str(tmp_path / "x.pt")]
+    subprocess.run([*torchrun, str(script), *arguments], check=True, timeout=120, capture_output=True, cwd=Path(__file__).parents[1])
+    first, second = (torch.load(f"{tmp_path / 'x.pt'}.{rank}", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)

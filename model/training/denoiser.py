@@ -68,10 +68,13 @@ def token_loss(denoiser: Denoiser, x: Examples, t: Tensor) -> tuple[Tensor, Tens
 def main() -> None:
     p = loop.parser(__doc__, name="denoiser", batch=32, lr=1e-3, minutes=60)
     p.add_argument("bundle", type=Path, help="whose VQGAN, byte encoder and CLIP are trained already")
+    p.add_argument("--from-bundle", action="store_true", help="begin with the bundle's denoiser, not with a random one")
     args = p.parse_args()
     o = loop.options(args)
     bundle = load_bundle(args.bundle, o.device, torch.float32)
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
+    if args.from_bundle:
+        denoiser.load_state_dict(bundle.denoiser.state_dict())
     batches = examples(bundle, o.batch, o.seed, workers=o.workers)
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:

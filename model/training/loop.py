@@ -2,6 +2,8 @@
 
 Time is the budget, not steps: `--minutes 20` means that on any machine, and the learning rate falls over the last 30 % of it. A checkpoint
 holds everything about the networks, so `--resume` goes on where they stopped, with as many minutes more as asked and with new scenes.
+
+Several processes, one a GPU or a core: `torchrun --nproc-per-node 2 -m model.training.denoiser …`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -65,10 +68,13 @@ def options(args: argparse.Namespace) -> Options:
     """Parsed arguments → Options; also readies the process and seeds it."""
     prepare(args.threads)
     device = pick_device(args.device)
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype = pick_dtype(args.dtype, device)
     workers = args.workers if args.workers >= 0 else (os.cpu_count() or 1) - 1 if device.type == "cuda" else 0
-    # A resumed run meets new scenes, not those it began with.
-    seed = args.seed + (load(args.checkpoint)["step"] if args.resume else 0)
+    # A resumed run meets new scenes, not those it began with; so does every process of several.
+    seed = args.seed + (load(args.checkpoint)["step"] if args.resume else 0) + 1_000_003 * rank()
     torch.manual_seed(seed)
     return Options(
         minutes=args.minutes,
@@ -113,6 +119,31 @@ def ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | 
     return update
 
 
+def rank() -> int:
+    """This process's place among those that torchrun started; 0 for one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def average_over_processes(gradients: list[Tensor]) -> None:
+    """Replaces every gradient by its mean over all processes, in one exchange."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def first_clock(share: float) -> float:
+    """The first process's share of the time: all must take the same number of steps at the same learning rates."""
+    if not dist.is_initialized():
+        return share
+    shared = torch.tensor([share], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
 class _Run:
     """Model, average and optimizer of one training, and their way into a checkpoint and out of it."""
 
@@ -122,9 +153,12 @@ class _Run:
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=o.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
         self.parameters = parameters
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
         if o.resume:
             self._restore(load(o.checkpoint, o.device))
+        if dist.is_initialized():
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.module.load_state_dict(saved["model"])
@@ -135,6 +169,8 @@ class _Run:
         torch.set_rng_state(saved["rng"].cpu())
 
     def save(self) -> None:
+        if rank() != 0:
+            return
         contents = {
             "model": self.module.state_dict(),
             "ema": self.average.module.state_dict(),
@@ -154,10 +190,15 @@ class _Run:
             value, figures = loss()
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        average_over_processes([p.grad for p in self.parameters if p.grad is not None])
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.step += 1
+        if not norm.isfinite():
+            # One such step would make every weight NaN, and the next checkpoint with them.
+            self.skipped += 1
+            return {}
         self.optimizer.step()
         self.average.update_parameters(self.module)
-        self.step += 1
         return {"loss": value.detach(), **figures}
 
 
@@ -172,16 +213,17 @@ def fit(
     """
     run = _Run(module, o)
     start = saved = time.monotonic()
-    earlier = run.seconds
+    earlier, total = run.seconds, o.minutes * 60
     shown: dict[str, float] = {}
-    with tqdm(total=round(o.minutes * 60), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s{postfix}", mininterval=5) as bar:
-        while (passed := time.monotonic() - start) < o.minutes * 60:
-            figures = run.learn(loss, passed / (o.minutes * 60))
-            run.seconds = earlier + passed
-            for name, value in figures.items():
+    with tqdm(
+        total=round(total), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s{postfix}", mininterval=5, disable=rank() != 0
+    ) as bar:
+        while (share := first_clock((time.monotonic() - start) / total if total else 1.0)) < 1:
+            for name, value in run.learn(loss, share).items():
                 shown[name] = 0.98 * shown.get(name, float(value)) + 0.02 * float(value)
-            bar.n = passed
-            bar.set_postfix({"step": run.step, **{k: f"{v:.4g}" for k, v in shown.items()}}, refresh=False)
+            run.seconds = earlier + time.monotonic() - start
+            bar.n = share * total
+            bar.set_postfix({"step": run.step, "skipped": run.skipped, **{k: f"{v:.4g}" for k, v in shown.items()}}, refresh=False)
             bar.update(0)
             if time.monotonic() - saved > _SAVE_SECONDS:
                 run.save()
