@@ -22,15 +22,23 @@ _CACHED_PROMPTS = 128
 
 @dataclass
 class Stopwatch:
-    """Seconds per stage."""
+    """Seconds per stage. began: when the last one began, on the performance counter."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    began: float = 0.0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+        self._count(stage, time.perf_counter() - self.began)
+
+    def add(self, other: Stopwatch) -> None:
+        for stage, seconds in other.seconds.items():
+            self._count(stage, seconds)
+
+    def _count(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 class Runner:

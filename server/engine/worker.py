@@ -78,37 +78,43 @@ class Worker:
             try:
                 progress.truncated = self.runner.start(self.scheduler.job(id), wanted, progress.watch)
             except Exception as error:
-                self._fail_all([id], error)
+                self._fail_all([RowId(id, wanted[0])], error)
             progress.stepping_since = progress.stepping_since or time.perf_counter()
 
     def _step(self, rows: list[RowId]) -> None:
         if not rows:
             return
-        jobs = list(dict.fromkeys(row.job for row in rows))
-        model = self.scheduler.job(jobs[0]).model
+        model = self.scheduler.job(rows[0].job).model
         began = time.perf_counter()
         try:
             done = self.runner.step(model, rows)
-            self._steps.append((len(rows), time.perf_counter() - began))
-            if done:
-                self._finish(model, done)
         except Exception as error:
-            self._fail_all(jobs, error)
+            self._fail_all(rows, error)
+            return
+        self._steps.append((len(rows), time.perf_counter() - began))
+        if done:
+            self._finish(model, done)
 
     def _finish(self, model: str, rows: list[RowId]) -> None:
-        denoised_at = time.perf_counter()
         watch = Stopwatch()
-        with watch("decode"):
-            images = self.runner.decode(model, rows)
+        try:
+            with watch("decode"):
+                images = self.runner.decode(model, rows)
+        except Exception as error:
+            self._fail_all(rows, error)
+            return
         for row, image in zip(rows, images, strict=True):
             self.scheduler.finish(row)
             self._progress[row.job].images.append(image)
         for id in dict.fromkeys(row.job for row in rows):
-            progress = self._progress[id]
-            progress.watch.seconds["decode"] = progress.watch.seconds.get("decode", 0.0) + watch.seconds["decode"]
-            if len(progress.images) == len(self.scheduler.job(id).seeds):
-                self.connection.send(self._finished(id, progress, denoised_at))
-                self._forget(id)
+            self._progress[id].watch.add(watch)
+            self._answer_if_complete(id, denoised_at=watch.began)
+
+    def _answer_if_complete(self, id: str, denoised_at: float) -> None:
+        progress = self._progress[id]
+        if len(progress.images) == len(self.scheduler.job(id).seeds):
+            self.connection.send(self._finished(id, progress, denoised_at))
+            self._forget(id)
 
     def _finished(self, id: str, progress: _Progress, denoised_at: float) -> Finished:
         timings = Timings(
@@ -118,10 +124,10 @@ class Worker:
         )
         return Finished(id, tuple(progress.images), timings, progress.truncated)
 
-    def _fail_all(self, jobs: list[str], error: Exception) -> None:
-        """Answers for jobs whose start or step raised; the worker goes on."""
-        log.error("a job's stage raised", exc_info=error)
-        for id in jobs:
+    def _fail_all(self, rows: list[RowId], error: Exception) -> None:
+        """Answers for the jobs whose rows were in the stage that raised; the worker goes on."""
+        log.error("a stage raised", exc_info=error)
+        for id in dict.fromkeys(row.job for row in rows):
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
                 self._fail(id, "out_of_memory", "the device ran out of memory", repeating=True)
             else:
