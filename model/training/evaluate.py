@@ -33,7 +33,7 @@ from model.training.prompts import CONTACT_SHEET, evaluation_prompts, first_hund
 from model.training.scenes import SHAPES, Scene
 
 Case = tuple[str, Scene]
-FIGURES = ("background", "shape_colour", "object_colour", "shape", "object", "position", "both_of_two")
+FIGURES = ("background", "shape_colour", "both_colours", "object_colour", "shape", "object", "position", "both_of_two")
 _BATCH = 20
 _HELD_OUT_SEED = 987_654_321  # no trainer's stream starts from it
 
@@ -57,6 +57,7 @@ def adherence(pipeline: Pipeline, cases: Sequence[Case], sampling: SamplingConfi
     groups: dict[str, list[bool]] = {
         "background": [v.background for _, v in verdicts],
         "shape_colour": [v.colours for _, v in shapes],
+        "both_colours": [v.background and v.colours for _, v in shapes],
         "object_colour": [v.colours for _, v in objects],
         "shape": [v.shapes for _, v in shapes],
         "object": [v.shapes for _, v in objects],
@@ -140,7 +141,7 @@ def main() -> None:
         contact_sheet(pipeline, args.contact_sheet)
     cases = first_hundred() if args.quick else evaluation_prompts()
     by_steps = {f"{n} steps": adherence(pipeline, cases, recipe.sampling(steps=n)) for n in ((12,) if args.quick else (8, 12))}
-    _show(f"{len(cases)} prompts, guidance {recipe.guidance_scale[0]:g}", by_steps)
+    _show(f"{len(cases)} prompts, guidance {recipe.guidance_scale[0]:g} to {recipe.guidance_scale[1]:g}", by_steps)
     result: dict[str, Any] = {
         "bundle": pipeline.config.name,
         "sha256": pipeline.config.sha256,
