@@ -122,7 +122,7 @@ def _show(title: str, rows: dict[str, dict[str, float]]) -> None:
     table = Table("", *FIGURES, title=title)
     for name, figures in rows.items():
         table.add_row(name, *(f"{figures[f]:.1%}" if f in figures else "" for f in FIGURES))
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main() -> None:
