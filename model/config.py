@@ -5,6 +5,7 @@ Field names are the published constructor arguments; defaults are the published 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -247,8 +248,6 @@ class BundleConfig:
     @property
     def sha256(self) -> str:
         """One name for exactly these weights: the hash over the listed files' hashes."""
-        import hashlib
-
         return hashlib.sha256("".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()).hexdigest()
 
     @classmethod

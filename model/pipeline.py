@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import operations, sampling
+from model import operations, prior, sampling
 from model.bundle import Bundle, load_bundle
 from model.config import SamplingConfig
 from model.denoiser import Condition
@@ -74,8 +74,8 @@ class Pipeline:
 
     def noise(self, seed: int, width: int, height: int, steps: int) -> Noise:
         """All of one image's randomness, on the CPU."""
-        prior = (self.config.recipe.prior_steps + 1, self.config.clip.embed_dim)
-        return sampling.draw_noise(seed, codes=self.config.vqgan.codebook_size, grid=self.grid(width, height), steps=steps, prior=prior)
+        shape = (self.config.recipe.prior_steps + 1, self.config.clip.embed_dim)
+        return sampling.draw_noise(seed, codes=self.config.vqgan.codebook_size, grid=self.grid(width, height), steps=steps, prior=shape)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
@@ -90,12 +90,11 @@ class Pipeline:
     @torch.inference_mode()
     def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
         """The prior: for each prompt and noise, a CLIP image embedding [1, D'] of a picture that fits."""
-        from model.prior import sample
-
         r = self.config.recipe
         text = torch.cat([p.clip for p in prompts])
         noise = torch.stack([n.prior for n in noises], dim=1).to(self.device)
-        return list(sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler).to(text.dtype).split(1))
+        drawn = prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
+        return list(drawn.to(text.dtype).split(1))
 
     @torch.inference_mode()
     def condition(self, prompt: Prompt, image: Tensor | None = None) -> Condition:

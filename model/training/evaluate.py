@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,8 +114,6 @@ def contact_sheet(pipeline: Pipeline, path: Path, prompts: Sequence[str] = CONTA
 
 
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))
 
 

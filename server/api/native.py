@@ -77,10 +77,7 @@ async def generate(request: Request) -> Response:
 
 async def _image_answer(state: AppState, job: Job, finished: Finished, format: Format, quality: int) -> Response:
     (content,), seconds = await _encode_all(state, job, finished, format, quality)
-    headers = {"X-Seed": str(job.seeds[0]), "Server-Timing": _server_timing(_stages(finished, seconds))}
-    if finished.truncated:
-        headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
-    return Response(content, media_type=f"image/{format}", headers=headers)
+    return Response(content, media_type=f"image/{format}", headers=_headers(job, finished, _stages(finished, seconds)))
 
 
 async def _json_answer(request: Request, job: Job, finished: Finished, format: Format, quality: int) -> Response:
@@ -102,10 +99,7 @@ async def _json_answer(request: Request, job: Job, finished: Finished, format: F
         }
         return json.dumps(answer).encode()
 
-    headers = {"X-Seed": str(job.seeds[0]), "Server-Timing": _server_timing(stages)}
-    if finished.truncated:
-        headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
-    return Response(await asyncio.to_thread(body), media_type="application/json", headers=headers)
+    return Response(await asyncio.to_thread(body), media_type="application/json", headers=_headers(job, finished, stages))
 
 
 async def _encode_all(state: AppState, job: Job, finished: Finished, format: Format, quality: int) -> tuple[list[bytes], float]:
@@ -125,8 +119,13 @@ def _stages(finished: Finished, image_seconds: float) -> dict[str, float]:
     return {**asdict(finished.timings), "image": image_seconds}
 
 
-def _server_timing(stages: dict[str, float]) -> str:
-    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
+def _headers(job: Job, finished: Finished, stages: dict[str, float]) -> dict[str, str]:
+    """What every answer says beside its pictures; stages: seconds."""
+    timing = ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
+    headers = {"X-Seed": str(job.seeds[0]), "Server-Timing": timing}
+    if finished.truncated:
+        headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
+    return headers
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
