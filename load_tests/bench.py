@@ -109,7 +109,8 @@ def _measure_stages(pipeline: Pipeline, options: argparse.Namespace) -> dict[str
 
 
 def _floor(operations: int, rate: float) -> dict[str, float]:
-    return {"gflop": round(operations / 1e9, 4), "floor_ms": round(operations / rate * 1000, 3)}
+    # Four digits that count, whatever the size of the network: rounding to microseconds made zeros of small ones.
+    return {"gflop": float(f"{operations / 1e9:.4g}"), "floor_ms": float(f"{operations / rate * 1000:.4g}")}
 
 
 def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

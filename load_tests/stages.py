@@ -5,6 +5,7 @@ Stages that are compared run interleaved, one after the other in every round, so
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,9 +24,22 @@ Stage = Callable[[], object]
 
 PROMPT = "a small red ball left of a blue box on a green table"
 _CEILING_SIDE = 2048
-# The CPU's attention kernel is the one that torch's counter does not know.
+
+
+def _linear_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **__: object) -> int:
+    return 2 * math.prod(x) * out_shape[-1]
+
+
+def _depthwise_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **__: object) -> int:
+    return 2 * 9 * math.prod(out_shape)
+
+
+# The CPU's own kernels, which torch's counter does not know. Their packed weights do not tell their shape.
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.mkl._mkl_linear: _linear_flops,
+    torch.ops.mkldnn._linear_pointwise: _linear_flops,
+    torch.ops.mkldnn._convolution_pointwise: _depthwise_flops,
 }
 
 

@@ -72,6 +72,7 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype) -> Bu
         assign(module, read_tensors(directory / f"{name}.safetensors", device), dtype, where=f"{name}.safetensors")
         module.eval().requires_grad_(False)
     bundle.denoiser.fold()
+    bundle.denoiser.pack(*(pixels // config.vqgan.downscale for pixels in reversed(config.native_size)))
     return bundle
 
 

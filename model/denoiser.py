@@ -14,7 +14,7 @@ Letters: B rows of the batch, H W token grid, L condition tokens, C channels, K 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DenoiserConfig
+from model.kernels.packed import PackedDepthwise, PackedLinear, supported
 from model.layers import (
     Conv,
     Downsample,
@@ -61,7 +62,7 @@ class GlobalResponseNorm(nn.Module):
         wide = x.float()
         # `square` is `pow`, ten times a product's time. The root of a channel that is zero everywhere has no gradient: hence the 1e-20.
         energy = (wide * wide).sum((1, 2), keepdim=True).add_(1e-20).sqrt_()
-        scale = 1 + self.gamma * (energy / (energy.mean(-1, keepdim=True) + 1e-6))
+        scale = torch.addcdiv(energy.new_ones(()), self.gamma * energy, energy.mean(-1, keepdim=True).add_(1e-6))
         return torch.addcmul(self.beta, x, scale.to(x.dtype))
 
 
@@ -79,17 +80,41 @@ class ConvBlock(nn.Module):
             nn.Identity(),  # the published dropout's place
             nn.Linear(4 * channels, channels),
         )
+        self.packed: tuple[PackedDepthwise, PackedLinear, PackedLinear] | None = None
+
+    def pack(self, batch: int, height: int, width: int) -> None:
+        """Packs the weights for the CPU's kernels, mostly for inputs of this size."""
+        single, mlp, rows = self._single_depthwise(), self.channelwise.get_parameter, batch * height * width
+        bias = self.depthwise.bias if len(single) == self.depthwise.groups else None
+        self.packed = (
+            PackedDepthwise(single, bias, (batch, height, width, len(single))),
+            PackedLinear(mlp("0.weight"), mlp("0.bias"), rows, "gelu"),
+            PackedLinear(mlp("4.weight"), mlp("4.bias"), rows),
+        )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        y = self.depthwise(x) if skip is None else self._depthwise_pairs(torch.cat([x, skip], dim=-1))
-        return x + self.channelwise(norm(y))
+        y = self._depthwise(x) if skip is None else self._depthwise_pairs(torch.cat([x, skip], dim=-1))
+        if self.packed is None:
+            return x + self.channelwise(norm(y))
+        _, expand, contract = self.packed
+        return x + contract(self.channelwise[2](expand(norm(y))))
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) if self.packed is None else self.packed[0](x)
 
     def _depthwise_pairs(self, x: Tensor) -> Tensor:
         """The depthwise convolution of 2C channels to C, each group of two taken apart and added: groups of one have a fast kernel."""
-        conv = self.depthwise
-        y = F.conv2d(channels_first(x), conv.weight.flatten(0, 1).unsqueeze(1), padding=conv.padding, groups=x.shape[-1])
-        pairs = channels_last(y).unflatten(-1, (-1, 2))
-        return pairs[..., 0] + pairs[..., 1] + conv.bias
+        if self.packed is None:
+            single, padding = self._single_depthwise(), self.depthwise.padding
+            y = channels_last(F.conv2d(channels_first(x), single, padding=padding, groups=len(single)))
+        else:
+            y = self.packed[0](x)
+        pairs = y.unflatten(-1, (-1, 2))
+        return pairs[..., 0] + pairs[..., 1] + self.depthwise.bias
+
+    def _single_depthwise(self) -> Tensor:
+        """The depthwise weight with one input a group: [C, 1, k, k], or [2C, 1, k, k] where there is a skip."""
+        return self.depthwise.weight.flatten(0, 1).unsqueeze(1)
 
 
 class TimeBlock(nn.Module):
@@ -130,6 +155,15 @@ class AttentionBlock(nn.Module):
         self.nhead, self.self_attn = nhead, self_attn
         self.attention = _AttentionNames(channels)
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, channels))
+        self.packed: tuple[PackedLinear, PackedLinear] | None = None
+
+    def pack(self, batch: int, height: int, width: int) -> None:
+        """Packs the weights for the CPU's kernels, mostly for inputs of this size."""
+        attn, rows = self.attention.attn, batch * height * width
+        self.packed = (
+            PackedLinear(attn.in_proj_weight, attn.in_proj_bias, rows),
+            PackedLinear(attn.out_proj.weight, attn.out_proj.bias, rows),
+        )
 
     def condition_kv(self, sequence: Tensor, weights: Tensor | None) -> Tensor:
         """Condition sequence [B, L, c_cond] → [B, L, 2C].
@@ -143,30 +177,28 @@ class AttentionBlock(nn.Module):
             return kv
         return torch.cat([kv[..., :C], kv[..., C:] * weights[..., None].to(kv.dtype)], dim=-1)
 
-    def forward(self, x: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        """bias: [B, 1, 1, keys], added to the scores; the pixels' own keys come first where they are attended to."""
         attn = self.attention.attn
         B, H, W, C = x.shape
-        qkv = F.linear(norm(x).view(B, H * W, C), attn.in_proj_weight, attn.in_proj_bias)
-        q = qkv[..., :C]
+        pixels = norm(x).view(B, H * W, C)
+        qkv = F.linear(pixels, attn.in_proj_weight, attn.in_proj_bias) if self.packed is None else self.packed[0](pixels)
+        q, own = qkv.split((C, 2 * C), dim=-1)
         if self.self_attn:
-            kv = torch.cat([qkv[..., C:], kv], dim=1)
-        q, k, v = (self._heads(part) for part in (q, kv[..., :C], kv[..., C:]))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else self._key_mask(mask, H * W))
-        return x + attn.out_proj(y.transpose(1, 2).reshape(B, H, W, C))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
-
-    def _key_mask(self, mask: Tensor, pixels: int) -> Tensor:
-        if self.self_attn:
-            mask = F.pad(mask, (pixels, 0), value=True)
-        return mask[:, None, None, :]
+            kv = torch.cat([own, kv], dim=1)
+        q = q.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind()
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(B, H, W, C)
+        return x + (attn.out_proj(y) if self.packed is None else self.packed[1](y))
 
 
 class Denoiser(nn.Module):
     """The published `Paella` module. Weights start at random (published initialisation); `load_state_dict` takes a published state dict."""
 
     patch_table: Tensor | None
+    patch_offsets: Tensor | None
+    unpatch_weight: Tensor | None
+    unpatch_bias: Tensor | None
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -178,7 +210,8 @@ class Denoiser(nn.Module):
         self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), Norm())
         # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch size.
         self.embedding = nn.Sequential(nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm())
-        self.register_buffer("patch_table", None, persistent=False)  # [p²·K, C] after `fold`
+        for name in ("patch_table", "patch_offsets", "unpatch_weight", "unpatch_bias"):
+            self.register_buffer(name, None, persistent=False)  # until `fold`
         levels = range(len(c.c_hidden))
         self.down_blocks = nn.ModuleList(self._down_level(i) for i in levels)
         self.up_blocks = nn.ModuleList(self._up_level(i) for i in reversed(levels))
@@ -284,48 +317,72 @@ class Denoiser(nn.Module):
         embedding = sinusoid(t, self.config.c_r).to(self.byt5_mapper.weight.dtype)
         return torch.cat([block.scale_and_shift(embedding) for block in self._time_blocks], dim=-1)
 
-    def features(self, tokens: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        """One forward pass up to the last projection: [B, H, W] codes → [B, H, W, c_out]."""
-        state = _Pass(times, iter(condition.kv), condition.mask)
+    def features(self, tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor | None = None) -> Tensor:
+        """One forward pass up to the last projection: [B, H, W] codes → [N, H, W, c_out], one for each of the N conditions.
+
+        row_of: [N], the row of tokens and times that each condition is for; absent if each has its own. A row's branches are the same until
+        the first attention block tells them apart, so up to there rows are computed, not branches.
+        """
+        state = _Pass(self._time_blocks, times, condition, row_of)
         x = self._embed(tokens)
         skips = []
         for level in self.down_blocks:
             x = state.run(level, x)
             skips.append(x)
         for depth, level in enumerate(self.up_blocks):
-            x = state.run(level, x, skips[-1 - depth] if depth else None)
-        return norm(self._unpatch(norm(x)))
+            x = state.run(level, x, state.branches(skips[-1 - depth]) if depth else None)
+        return norm(self._unpatch(norm(state.branches(x))))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        p, table = self.config.patch_size, self.patch_table
-        if table is None:
+        p, table, offsets = self.config.patch_size, self.patch_table, self.patch_offsets
+        if table is None or offsets is None:
             return self.embedding(pixel_unshuffle(self.in_mapper(tokens), p))
         B, H, W = tokens.shape
         patches = tokens.view(B, H // p, p, W // p, p).transpose(2, 3).reshape(-1, p * p)
-        offsets = torch.arange(0, len(table), self.config.num_labels, device=tokens.device)
         x = F.embedding_bag(patches + offsets, table, mode="sum") + self.embedding.get_parameter("1.bias")
         return norm(x).view(B, H // p, W // p, -1)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Folds what is fixed once the weights are: each code's embedding, normed and projected, for each of its places in a patch.
+        """Folds what is fixed once the weights are; training needs it apart, so only loading a bundle calls this.
 
-        Embedding, norm, unshuffle and projection become one lookup and sum. Training needs them apart, so only loading a bundle calls this.
+        Each code's embedding, normed and projected, for each of its places in a patch: embedding, norm, unshuffle and projection become one
+        lookup and sum. And the last map's weights in the order in which its patches are laid out.
         """
         embedding, projection = self.in_mapper.get_parameter("0.weight"), self.embedding.get_parameter("1.weight")
         codes = norm(embedding.float())  # [K, c_in]
         places = projection.float().flatten(1).unflatten(1, (codes.shape[1], -1))  # [C, c_in, p²]
-        self.patch_table = torch.einsum("kc,ocp->pko", codes, places).flatten(0, 1).to(embedding.dtype)
+        self.patch_table = torch.einsum("kc,ocp->pko", codes, places).flatten(0, 1).to(embedding.dtype)  # [p²·K, C]
+        self.patch_offsets = torch.arange(0, len(self.patch_table), len(codes), device=embedding.device)
+        self.unpatch_weight, self.unpatch_bias = self._unpatch_parameters()
+
+    def pack(self, height: int, width: int) -> None:
+        """Packs the weights for the CPU's kernels where there are such, mostly for one guided row of this token grid."""
+        if not supported(self.in_mapper.get_parameter("0.weight")):
+            return
+        levels, batch = range(len(self.down_blocks)), 1
+        for depth, level in [*zip(levels, self.down_blocks, strict=True), *zip(reversed(levels), self.up_blocks, strict=True)]:
+            factor = self.config.patch_size << depth
+            for block in level.children():
+                if isinstance(block, AttentionBlock):
+                    batch = 2  # where a guided row's branches part
+                if isinstance(block, ConvBlock | AttentionBlock):
+                    block.pack(batch, height // factor, width // factor)
 
     def _unpatch(self, x: Tensor) -> Tensor:
-        """[B, h, w, C] → [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle.
-
-        Its channel order (c, i, j) is put into the weights: their rows are copied whole, a picture's channels would be one by one.
-        """
+        """[B, h, w, C] → [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle."""
         p, (B, h, w, _) = self.config.patch_size, x.shape
-        weight, bias = (t.view(-1, p * p, *t.shape[1:]).transpose(0, 1).flatten(0, 1) for t in self.clf[1].parameters())
-        patches = F.linear(x, weight.flatten(1), bias).view(B, h, w, p, p, -1)
+        weight, bias = self.unpatch_weight, self.unpatch_bias
+        if weight is None:
+            weight, bias = self._unpatch_parameters()
+        patches = F.linear(x, weight, bias).view(B, h, w, p, p, -1)
         return patches.transpose(2, 3).reshape(B, h * p, w * p, -1)
+
+    def _unpatch_parameters(self) -> tuple[Tensor, Tensor]:
+        """`clf`'s weight and bias, the shuffle's channel order (c, i, j) made (i, j, c): a pixel's channels are then copied whole."""
+        places = self.config.patch_size**2
+        weight, bias = (t.view(-1, places, *t.shape[1:]).transpose(0, 1).flatten(0, 1) for t in self.clf[1].parameters())
+        return weight.flatten(1), bias
 
     def project(self, features: Tensor) -> Tensor:
         """[..., c_out] → logits [..., K]. Linear and without bias, so features may be mixed instead of logits."""
@@ -335,8 +392,20 @@ class Denoiser(nn.Module):
 class _Pass:
     """One walk through the levels, handing each T and A block its share of what was computed beforehand."""
 
-    def __init__(self, times: Tensor, kv: Iterator[Tensor], mask: Tensor | None) -> None:
-        self.times, self.kv, self.mask, self.offset = times, kv, mask, 0
+    def __init__(self, time_blocks: Sequence[TimeBlock], times: Tensor, condition: Condition, row_of: Tensor | None) -> None:
+        self.widths = [block.mapper.out_features // 2 for block in time_blocks for _ in range(2)]
+        self.times, self.row_of, self.parted = times, row_of, row_of is None
+        self.modulations, self.used = self._split(times), 0
+        self.kv, self.mask = iter(condition.kv), condition.mask
+        self.biases: dict[int, Tensor] = {}
+
+    def _split(self, times: Tensor) -> tuple[Tensor, ...]:
+        """Scale, shift, scale, … [B, 1, 1, C] of every T block."""
+        return times[:, None, None].split(self.widths, dim=-1)
+
+    def branches(self, x: Tensor) -> Tensor:
+        """[B, …] or [N, …] → [N, …]."""
+        return x if self.row_of is None or len(x) == len(self.row_of) else x.index_select(0, self.row_of)
 
     def run(self, level: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
         for block in level.children():
@@ -345,17 +414,31 @@ class _Pass:
             elif isinstance(block, TimeBlock):
                 x = self._modulate(x)
             elif isinstance(block, AttentionBlock):
-                x = block(x, next(self.kv), self.mask)
+                x = block(self._part(x), next(self.kv), self._bias(x, block.self_attn))
             else:
                 x = block(x)
         return x
 
     def _modulate(self, x: Tensor) -> Tensor:
-        C = x.shape[-1]
-        scale = self.times[:, None, None, self.offset : self.offset + C]
-        shift = self.times[:, None, None, self.offset + C : self.offset + 2 * C]
-        self.offset += 2 * C
+        scale, shift = self.modulations[self.used : self.used + 2]
+        self.used += 2
         return torch.addcmul(shift, x, scale)
+
+    def _part(self, x: Tensor) -> Tensor:
+        """What every branch goes on from."""
+        if not self.parted:
+            self.parted, self.modulations = True, self._split(self.branches(self.times))
+        return self.branches(x)
+
+    def _bias(self, x: Tensor, self_attn: bool) -> Tensor | None:
+        """What a block adds to its scores, the same for all blocks of a level: −∞ at padding. [B, 1, 1, keys], or None without padding."""
+        if self.mask is None:
+            return None
+        pixels = x.shape[1] * x.shape[2] if self_attn else 0
+        if pixels not in self.biases:
+            bias = torch.zeros_like(self.mask, dtype=x.dtype).masked_fill_(~self.mask, -torch.inf)
+            self.biases[pixels] = F.pad(bias, (pixels, 0))[:, None, None]
+        return self.biases[pixels]
 
 
 def _as_list(image: Tensor | Sequence[Tensor] | None) -> list[Tensor]:

@@ -129,7 +129,7 @@ class Pipeline:
         lanes = self._stack(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row.sampling.steps)[row.step] for row in rows])  # [B, S]
-        features = self.bundle.denoiser.features(tokens[lanes.row_of], times[lanes.row_of], lanes.condition)
+        features = self.bundle.denoiser.features(tokens, times, lanes.condition, lanes.row_of)
         drawn = self._draw(rows, sampling.mix(features, lanes.row_of, share, len(rows)))
         probability = torch.tensor([row.renoise_probability for row in rows], device=self.device)
         start = torch.stack([row.noise.start for row in rows])

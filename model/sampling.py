@@ -59,13 +59,11 @@ def ramp(ends: tuple[float, float], steps: int) -> list[float]:
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draws from softmax(logits) with one uniform each: [..., K] and [...] in [0, 1) → codes [...].
 
-    The first code whose cumulated probability exceeds the uniform. Sums are fp32 and stay unnormalised: comparing with uniform × total
-    spares a division by row, and the clamp catches the uniform that rounds up to the total.
+    The first code whose cumulated probability exceeds the uniform, in fp32. Rounding may leave the total a little off one: the uniform is
+    compared with its share of the total, and the clamp catches one that rounds up to it.
     """
-    weights = (logits - logits.amax(-1, keepdim=True)).float().exp_()
-    cdf = weights.cumsum(-1)
-    threshold = uniform.unsqueeze(-1) * cdf[..., -1:]
-    found = torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+    cdf = logits.softmax(-1, dtype=torch.float32).cumsum(-1)
+    found = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
     return found.clamp_(max=logits.shape[-1] - 1)
 
 

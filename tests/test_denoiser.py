@@ -234,3 +234,17 @@ def test_folding_changes_nothing():
         denoiser.fold()
         logits = denoiser(recorded["tokens"], recorded["t"], recorded["byt5"])
     torch.testing.assert_close(logits, recorded["logits_byt5"], atol=1e-4, rtol=0)
+
+
+def test_branches_computed_together_until_attention_are_those_computed_apart():
+    config, weights, recorded = golden("denoiser_v3")
+    denoiser = Denoiser(DenoiserConfig(**config))
+    denoiser.load_state_dict(weights, strict=True)
+    tokens, times = recorded["tokens"], denoiser.times(recorded["t"])
+    row_of = torch.tensor([0, 1, 1, 0])
+    byt5 = recorded["byt5"][row_of] * torch.tensor([1.0, 1.0, 0.0, 0.5])[:, None, None]
+    with torch.inference_mode():
+        condition = denoiser.condition(byt5)
+        together = denoiser.features(tokens, times, condition, row_of)
+        apart = denoiser.features(tokens[row_of], times[row_of], condition)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
