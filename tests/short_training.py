@@ -1,4 +1,4 @@
-"""Trainings of a few steps: the loop runs on time, so here a clock stands still until the last of them."""
+"""Trainings of a few steps. Where the loop runs on time, a clock stands still until the last of them."""
 
 from __future__ import annotations
 
@@ -59,5 +59,35 @@ def run_main(monkeypatch: pytest.MonkeyPatch, trainer: ModuleType, checkpoint: P
     with monkeypatch.context() as patched:
         patched.setattr(loop, "fit", short)
         patched.setattr(sys, "argv", ["trainer", *arguments, *fixed])
+        trainer.main()
+    return losses
+
+
+class Crash(Exception):  # noqa: N818, it is none of the program
+    """What ends a training before its time."""
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, trainer: ModuleType, checkpoint: Path, *arguments: object, crash_at: int | None = None
+) -> list[float]:
+    """A trainer's command line with `--steps` among the arguments: its losses. With `crash_at`, raises Crash after that step and its
+    checkpoint, in the middle of the next."""
+    losses: list[float] = []
+
+    def watched(module: nn.Module, loss: loop.Loss, o: loop.Options, **rest: Any) -> nn.Module:
+        def counted() -> tuple[Tensor, dict[str, Tensor]]:
+            value, figures = loss()
+            losses.append(value.item())
+            if o.checkpoint.exists() and crash_at is not None and loop.load(o.checkpoint)["step"] == crash_at:
+                raise Crash
+            return value, figures
+
+        return _FIT(module, counted, o, **rest)
+
+    fixed = ["--checkpoint", checkpoint, "--device", "cpu", "--dtype", "float32", "--warmup", "3"]
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "fit", watched)
+        patched.setattr(loop, "_SAVE_SECONDS", -1.0)
+        patched.setattr(sys, "argv", ["trainer", *map(str, (*arguments, *fixed))])
         trainer.main()
     return losses

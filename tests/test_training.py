@@ -32,6 +32,7 @@ from tests.short_training import run_main
 def _shapes_alone(monkeypatch):
     for module in (captions, byte_encoder):
         monkeypatch.setattr(module, "sample", lambda rng, objects=0: sample_shape(rng))
+    monkeypatch.setattr(tiny, "NATIVE_SIZE", (64, 64))
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_from_nothing_to_a_bundle_that_draws(monkeypatch, micro, tmp_path):
     config = assemble.assemble(runs, out, torch.float32)
     assert config.name == "tiny"
     bundle = load_bundle(out, torch.device("cpu"), torch.float32)
-    for network, name, prefix in (("vqgan", "vqgan", "vqgan."), ("prior", "prior", ""), ("denoiser", "denoiser", "")):
+    for network, name, prefix in (("vqgan", "vqgan", "vqgan."), ("prior", "prior", ""), ("denoiser", "denoiser", "denoiser.")):
         averaged = assemble.trained_state(loop.load(runs / f"{name}.pt"), prefix)
         assert all(torch.equal(t, averaged[key]) for key, t in getattr(bundle, network).state_dict().items())
     assert Pipeline(bundle).generate(["a red circle"], [0]).shape == (1, 64, 64, 3)
@@ -215,14 +216,21 @@ def test_attributes_named_right_cost_nothing_and_the_worst_is_reported():
     assert loss.item() == pytest.approx(100 * 0.5 / len(ATTRIBUTES), rel=1e-3)
 
 
-def test_attribute_heads_read_nothing_from_padding():
-    heads = AttributeHeads(8)
-    sequence, mask = torch.randn(2, 5, 8), torch.arange(5) < torch.tensor([[3], [5]])
-    changed = sequence.clone()
-    changed[0, 3:] = 1e3
-    before, after = heads(sequence, mask), heads(changed, mask)
-    assert all(torch.equal(before[name], after[name]) for name in ATTRIBUTES)
-    assert {name: logits.shape for name, logits in before.items()} == {name: (2, count) for name, count in ATTRIBUTES.items()}
+def test_there_is_a_head_for_every_attribute():
+    logits = AttributeHeads(8)(torch.randn(5, 8))
+    assert {name: tuple(x.shape) for name, x in logits.items()} == {name: (5, count) for name, count in ATTRIBUTES.items()}
+
+
+def test_bytes_are_asked_of_their_own_caption_and_never_padding(micro):
+    reader = byte_encoder.Reader()
+    reader.heads = torch.nn.Identity()
+    short, long = "red", "a large blue square on a very light yellow background"
+    with torch.no_grad():
+        asked = reader([short, long]).unflatten(0, (2, -1))
+        out = reader.encoder([short, long])
+    for features_asked, embeddings, mask in zip(asked, out.embeddings, out.mask, strict=True):
+        assert (features_asked[:, None] == embeddings[mask]).all(-1).any(-1).all()
+    assert len(asked[1].unique(dim=0)) > 1
 
 
 def test_contrast_is_small_for_pairs_and_large_for_strangers():
@@ -284,7 +292,19 @@ def test_tokens_are_replaced_at_the_share_asked_for_by_any_code():
 def examples(rows: int, length: int = 6) -> features.Examples:
     mask = torch.arange(length) < (1 + torch.arange(rows) % length)[:, None]
     clip_text, clip_image = torch.randn(2, rows, 16)
-    return features.Examples(torch.randint(64, (rows, 8, 8)), torch.randn(rows, length, 16), mask, clip_text, clip_image)
+    tokens, byt5 = torch.randint(64, (rows, 8, 8)), torch.randn(rows, length, 16)
+    return features.Examples(tokens, byt5, mask, clip_text, clip_image, empty=mask.sum(-1) == 1)
+
+
+def test_some_bytes_are_those_of_the_caption_and_never_padding():
+    x = examples(60)
+    x.byt5[~x.mask] = torch.nan
+    some = denoiser.some_bytes(x, 4)
+    assert some.byt5.shape == (60, 4, 16)
+    assert some.mask.shape == (60, 4)
+    assert some.mask.all()
+    assert (some.byt5[:, :, None] == x.byt5[:, None]).all(-1).any(-1).all()
+    assert torch.equal(some.empty, x.empty)
 
 
 def test_text_and_image_are_masked_as_groups_half_of_the_time_and_bytes_never():
@@ -323,8 +343,9 @@ def test_nothing_touched_is_nothing_to_be_right_about():
 # ── scenes as tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_stream_is_decided_by_its_seed():
-    first, again, other = (next(data.stream(3, seed, width=32, height=48)) for seed in (1, 1, 2))
+def test_a_stream_is_decided_by_its_seed(monkeypatch):
+    monkeypatch.setattr(tiny, "NATIVE_SIZE", (32, 48))
+    first, again, other = (next(data.stream(3, seed)) for seed in (1, 1, 2))
     assert first[0].shape == (3, 3, 48, 32)
     assert first[0].dtype == torch.uint8
     assert torch.equal(first[0], again[0])

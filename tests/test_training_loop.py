@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from model.prior import Prior
 from model.training import loop, prior
@@ -20,13 +23,17 @@ from tests.short_training import fit
 def o(tmp_path: Path) -> loop.Options:
     return loop.Options(
         minutes=1,
+        steps=None,
         checkpoint=tmp_path / "runs" / "x.pt",
+        log_dir=None,
         resume=False,
         batch=8,
+        accumulate=1,
         lr=3e-3,
         warmup=2,
         ema=0.99,
         seed=0,
+        data_seed=0,
         device=torch.device("cpu"),
         dtype=torch.float32,
         workers=0,
@@ -110,6 +117,125 @@ def test_the_learning_rate_warms_up_by_steps_and_falls_by_time(o, done, share, r
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(o.lr * rate)
 
 
+@pytest.mark.parametrize(("done", "rate"), [(0, 0.25), (3, 1.0), (14, 1.0), (17, 0.5), (19, 1 / 6)])
+def test_by_steps_the_learning_rate_falls_over_the_last_of_them_whatever_time_it_is(o, done, rate):
+    run = loop._Run(small_prior(), replace(o, warmup=4, steps=20))
+    run.step = done
+    assert run.share(elapsed=1e9) == done / 20
+    assert run.rate(run.share(elapsed=1e9)) == pytest.approx(o.lr * rate)
+
+
+def test_steps_are_counted_from_the_very_first(o):
+    o = replace(o, steps=5)
+    network = small_prior()
+    loop.fit(network, prior_loss(network), replace(o, steps=3))
+    counted = []
+
+    def loss():
+        counted.append(1)
+        return prior_loss(network)()
+
+    loop.fit(network, loss, replace(o, resume=True))
+    assert len(counted) == 2
+    loop.fit(network, loss, replace(o, resume=True))
+    assert len(counted) == 2
+    assert loop.load(o.checkpoint)["step"] == 5
+
+
+def slices_of(network: Prior, size: int) -> loop.Loss:
+    """One fixed batch of 24, `size` rows at a time."""
+    x, text = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    t = torch.linspace(0.1, 0.9, 24)
+    parts = cycle(zip(x.split(size), t.split(size), text.split(size), strict=True))
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        output = network(*next(parts))
+        return output.square().mean(), {"size": output.detach().abs().mean()}
+
+    return loss
+
+
+def test_accumulated_batches_have_the_gradient_of_one_as_large(o):
+    network = small_prior()
+    figures, gradients = [], []
+    for accumulate in (1, 4):
+        run = loop._Run(network, replace(o, accumulate=accumulate))
+        figures.append(run.gradients(slices_of(network, 24 // accumulate)))
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    assert max(g.abs().max() for g in gradients[0]) > 0.01
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert figures[0].keys() == figures[1].keys() == {"loss", "size"}
+    for name in figures[0]:
+        torch.testing.assert_close(figures[0][name], figures[1][name])
+
+
+def test_gradients_are_exchanged_once_a_step_however_many_batches_it_has(monkeypatch, o):
+    network, passes, exchanges = small_prior(), [], []
+    healthy = slices_of(network, 4)
+
+    def loss():
+        passes.append(1)
+        return healthy()
+
+    monkeypatch.setattr(loop, "average_over_processes", lambda gradients: exchanges.append(len(gradients)))
+    loop.fit(network, loss, replace(o, accumulate=3, steps=2))
+    assert len(passes) == 6
+    assert exchanges == [len(list(network.parameters()))] * 2
+
+
+class Files:
+    """Data of which two files could not be used."""
+
+    skipped = {"not an image": 2}  # noqa: RUF012
+
+    def state_dict(self):
+        return {}
+
+
+def scalars(directory: Path) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(directory)).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_gets_means_of_ten_steps_and_the_rest_at_the_end(o, capsys):
+    network, losses = small_prior(), []
+    inner = prior_loss(network)
+
+    def loss():
+        value, _ = inner()
+        losses.append(value.item())
+        return value, {"twice": 2 * value.detach()}
+
+    o = replace(o, steps=23, log_dir=o.checkpoint.parent / "logs", accumulate=1, warmup=30)
+    loop.fit(network, loss, o, Files())
+    seen = scalars(o.log_dir)
+    means = {10: sum(losses[:10]) / 10, 20: sum(losses[10:20]) / 10, 23: sum(losses[20:]) / 3}
+    assert seen["loss"] == pytest.approx(means, rel=1e-5)
+    assert seen["twice"] == pytest.approx({step: 2 * mean for step, mean in means.items()}, rel=1e-5)
+    assert seen["learning_rate"] == pytest.approx({10: o.lr * 10 / 30, 20: o.lr * 20 / 30 * (4 / 23) / 0.3, 23: o.lr * 23 / 30 / 23 / 0.3})
+    assert min(seen["pictures_per_second"].values()) > 0
+    assert {*seen["skipped/files"].values()} == {*seen["skipped/not_an_image"].values()} == {2}
+    assert {*seen["skipped/steps"].values()} == {0}
+    assert "pictures left out: 2 not an image" in capsys.readouterr().out
+
+
+def test_a_resumed_run_s_scalars_replace_those_after_its_checkpoint(o):
+    network, o = small_prior(), replace(o, log_dir=o.checkpoint.parent / "logs")
+    loop.fit(network, prior_loss(network), replace(o, steps=20))
+    saved = loop.load(o.checkpoint)
+    loop.fit(network, prior_loss(network), replace(o, steps=40, resume=True))
+    torch.save(saved, o.checkpoint)  # as if the run had died after 40 steps, its last checkpoint that of step 20
+    loop.fit(network, prior_loss(network), replace(o, steps=30, resume=True))
+    assert sorted(scalars(o.log_dir)["loss"]) == [10, 20, 30]
+
+
+def test_without_a_log_directory_nothing_is_written(o):
+    network = small_prior()
+    loop.fit(network, prior_loss(network), replace(o, steps=1))
+    assert [path.name for path in o.checkpoint.parent.iterdir()] == [o.checkpoint.name]
+
+
 def test_only_what_needs_a_gradient_is_trained(monkeypatch, o):
     network = small_prior()
     frozen = network.get_parameter("blocks.0.weight").requires_grad_(False)
@@ -124,6 +250,25 @@ def test_options_come_from_the_command_line():
     assert (options.minutes, options.batch, options.checkpoint) == (2.0, 32, Path("runs/x.pt"))
     assert options.dtype == torch.bfloat16
     assert options.workers == 0
+    assert (options.steps, options.accumulate, options.log_dir) == (None, 1, None)
+
+
+@pytest.mark.parametrize("option", ["--steps", "--accumulate", "--batch", "--warmup"])
+def test_counts_of_nothing_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        loop.parser("Trains.", name="x", batch=32, lr=1e-3, minutes=5).parse_args([option, "0"])
+    assert "0 is not at least 1" in capsys.readouterr().err
+
+
+def test_by_time_a_resumed_run_draws_anew_and_goes_on_where_positioned_data_stood(tmp_path):
+    parser = loop.parser("Trains.", name="x", batch=32, lr=1e-3, minutes=5)
+    arguments = ["--seed", "3", "--device", "cpu", "--checkpoint", str(tmp_path / "x.pt")]
+    first = loop.options(parser.parse_args(arguments))
+    assert (first.seed, first.data_seed) == (3, 3)
+    for data, data_seed in (({"data": {}}, 3), ({}, 10)):
+        torch.save({"step": 7, **data}, tmp_path / "x.pt")
+        resumed = loop.options(parser.parse_args([*arguments, "--resume"]))
+        assert (resumed.seed, resumed.data_seed) == (10, data_seed)
 
 
 def test_a_step_that_is_not_a_number_is_skipped(monkeypatch, o):
@@ -138,7 +283,9 @@ def test_a_step_that_is_not_a_number_is_skipped(monkeypatch, o):
     fit(monkeypatch, 3, network, loss, o)
     assert all(p.isfinite().all() for p in network.parameters())
     assert any(not torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
-    assert loop.load(o.checkpoint)["step"] == 3
+    saved = loop.load(o.checkpoint)
+    assert (saved["step"], saved["averaged"]) == (3, 2)
+    assert loop._Run(small_prior(), replace(o, resume=True)).average.n_averaged == 2
 
 
 def test_two_processes_take_the_same_steps(tmp_path):

@@ -2,6 +2,7 @@
 
     python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
     python -m model.training.assemble weights/tiny --dtype float16
+    python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt     # a bundle with another denoiser
 
 Networks without a checkpoint keep those of the bundle that is already there, or random weights: the prior and the denoiser train on a
 bundle whose encoders and VQGAN are trained.
@@ -10,15 +11,17 @@ bundle whose encoders and VQGAN are trained.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from model.bundle import Bundle, build, inner, load_bundle, save_bundle
-from model.config import CONFIG_FILE, BundleConfig
+from model.bundle import Bundle, assign, build, inner, load_bundle, save_bundle
+from model.config import CONFIG_FILE, BundleConfig, find_bundle
 from model.runtime import prepare
 from model.training import captions, loop, tiny
 from model.training.data import as_float
@@ -29,14 +32,14 @@ _SOURCES = {
     "byt5": ("byte_encoder", "encoder.t5."),
     "clip": ("clip", "clip.model."),
     "prior": ("prior", ""),
-    "denoiser": ("denoiser", ""),
+    "denoiser": ("denoiser", "denoiser."),
 }
 
 
 def tiny_config() -> BundleConfig:
     return BundleConfig(
         name="tiny",
-        native_size=(64, 64),
+        native_size=tiny.NATIVE_SIZE,
         denoiser=tiny.DENOISER,
         vqgan=tiny.VQGAN,
         prior=tiny.PRIOR,
@@ -65,8 +68,21 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
         if checkpoint.exists():
             inner(getattr(bundle, network)).load_state_dict(trained_state(loop.load(checkpoint), prefix))
             print(f"{network}: {checkpoint}")
-    give_unit_variance(bundle)
+    if (runs / f"{_SOURCES['clip'][0]}.pt").exists():  # one that was kept has been scaled, and others were trained on it
+        give_unit_variance(bundle)
     return save_bundle(bundle, out, dtype, merges)
+
+
+def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
+    """Writes the bundle `base` with a trained denoiser, named after its directory; the other networks stay as they are.
+
+    Raises what `load_bundle` raises, BundleError for a checkpoint of another shape, pydantic.ValidationError for an impossible name.
+    """
+    bundle = load_bundle(base, torch.device("cpu"), torch.float32)
+    assign(bundle.denoiser, trained_state(loop.load(checkpoint), _SOURCES["denoiser"][1]), torch.float32, where=str(checkpoint))
+    config = TypeAdapter(BundleConfig).validate_python(asdict(bundle.config) | {"name": out.resolve().name})
+    merges = None if config.clip.merges is None else base / config.clip.merges
+    return save_bundle(replace(bundle, config=config), out, dtype, merges)
 
 
 @torch.no_grad()
@@ -75,7 +91,7 @@ def give_unit_variance(bundle: Bundle, scenes: int = 128) -> None:
 
     Cosines, which are all that CLIP is trained for, stay as they are. Raises FileNotFoundError without the emoji font.
     """
-    pixels, texts, _ = captions.batch(np.random.default_rng(0), scenes)
+    pixels, texts, _ = captions.batch(np.random.default_rng(0), scenes, *bundle.config.native_size)
     clip = bundle.clip
     image = as_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), clip.device)
     clip.model.visual.proj.data /= clip.encode_image(image).std()
@@ -91,10 +107,18 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
     p.add_argument("--runs", type=Path, default=Path("runs"))
+    p.add_argument("--base", help="name or path of the bundle that all but the denoiser is taken from")
+    p.add_argument("--denoiser", type=Path, help="checkpoint of the denoiser that goes into --base")
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     args = p.parse_args()
+    if (args.base is None) != (args.denoiser is None):
+        p.error("--base and --denoiser go together")
     prepare()
-    config = assemble(args.runs, args.out, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    if args.base is None:
+        config = assemble(args.runs, args.out, dtype)
+    else:
+        config = with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype)
     for name, entry in config.files.items():
         print(f"{entry.bytes / 1e6:8.2f} MB  {name}")
 

@@ -1,9 +1,9 @@
-"""Trains the byte encoder on captions alone: it learns to say what each caption states.
+"""Trains the byte encoder on captions alone: every byte's feature learns to say what the whole caption states.
 
-    python -m model.training.byte_encoder --minutes 8
+    python -m model.training.byte_encoder --minutes 20
 
 The denoiser then reads its frozen features. Trained jointly from scratch instead, the denoiser learnt to draw long before the encoder
-learnt to read, and never listened (docs/log.md).
+learnt to read, and never listened. Where only a pooled feature had to know, it heard colours and no sides (docs/log.md).
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.text import ByteEncoder
 from model.training import loop, tiny
 from model.training.attributes import AttributeHeads, attribute_loss
 from model.training.captions import describe
 from model.training.scenes import sample
+
+_ASKED = 8  # bytes of a caption that must answer
 
 
 class Reader(nn.Module):
     """The encoder and the heads that only its training needs."""
 
     def __init__(self) -> None:
-        from model.text import ByteEncoder
-
         super().__init__()
         self.encoder = ByteEncoder(tiny.BYTE_ENCODER)
         self.heads = AttributeHeads(tiny.BYTE_ENCODER.d_model)
 
     def forward(self, prompts: list[str]) -> dict[str, Tensor]:
+        """B captions → logits [B · _ASKED, classes] per attribute, from as many random bytes of each."""
         out = self.encoder(prompts)
-        return self.heads(out.embeddings, out.mask)
+        asked = out.mask.float().multinomial(_ASKED, replacement=True)[..., None].expand(-1, -1, out.embeddings.shape[-1])
+        return self.heads(out.embeddings.gather(1, asked).flatten(0, 1))
 
 
 def draw_captions(rng: np.random.Generator, n: int) -> tuple[list[str], dict[str, Tensor]]:
@@ -52,13 +55,13 @@ def similar_lengths(rng: np.random.Generator, batch: int, pool: int = 8) -> Iter
 
 
 def main() -> None:
-    o = loop.options(loop.parser(__doc__, name="byte_encoder", batch=128, lr=1e-3, minutes=8).parse_args())
+    o = loop.options(loop.parser(__doc__, name="byte_encoder", batch=128, lr=1e-3, minutes=20).parse_args())
     captions = similar_lengths(np.random.default_rng(o.seed), o.batch)
     trained = Reader().to(o.device).train()
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         prompts, classes = next(captions)
-        value, worst = attribute_loss(trained(prompts), {k: v.to(o.device) for k, v in classes.items()})
+        value, worst = attribute_loss(trained(prompts), {k: v.to(o.device).repeat_interleave(_ASKED) for k, v in classes.items()})
         return value, {"worst": worst}
 
     loop.fit(trained, loss, o)

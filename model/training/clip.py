@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from model.text import CLIP
 from model.training import loop, tiny
-from model.training.attributes import attribute_loss
+from model.training.attributes import AttributeHeads, attribute_loss
 from model.training.byte_encoder import draw_captions
-from model.training.captions import ATTRIBUTES
 from model.training.data import as_float, stream
 
 _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark and end mark
@@ -48,11 +47,7 @@ class Pair(nn.Module):
     def __init__(self, directory: Path) -> None:
         super().__init__()
         self.clip = CLIP(tiny.CLIP, directory)
-        heads = {name: nn.Linear(tiny.CLIP.embed_dim, count) for name, count in ATTRIBUTES.items()}
-        self.heads = nn.ModuleDict(heads)
-
-    def named(self, embedding: Tensor) -> dict[str, Tensor]:
-        return {name: head(embedding) for name, head in self.heads.items()}
+        self.heads = AttributeHeads(tiny.CLIP.embed_dim)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +72,8 @@ def main() -> None:
         image = trained.clip.encode_image(as_float(pixels, o.device))
         text = trained.clip.encode_text(prompts)
         contrast, found = contrastive_loss(image, text, trained.clip.model.logit_scale)
-        image_loss, image_worst = attribute_loss(trained.named(image), classes)
-        text_loss, text_worst = attribute_loss(trained.named(text), classes)
+        image_loss, image_worst = attribute_loss(trained.heads(image), classes)
+        text_loss, text_worst = attribute_loss(trained.heads(text), classes)
         return contrast + image_loss + text_loss, {"found": found, "image": image_worst, "text": text_worst}
 
     loop.fit(trained, loss, o)

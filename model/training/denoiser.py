@@ -1,6 +1,8 @@
-"""Trains the denoiser on captioned scenes, with a bundle's frozen VQGAN and text encoders.
+"""Trains the denoiser on captioned scenes, or on your own pictures, with a bundle's frozen VQGAN and text encoders.
 
     python -m model.training.denoiser runs/tiny --minutes 60
+    python -m model.training.denoiser tiny --data my-pictures --steps 5000
+    python -m model.training.denoiser tiny --data 'shards-{000..009}.tar' --steps 5000
 
 The published objective: replace each token by a random code with probability t, predict the original everywhere, and weigh down the
 positions that were not touched.
@@ -8,17 +10,23 @@ positions that were not touched.
 
 from __future__ import annotations
 
+import argparse
+import math
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.bundle import load_bundle
+from model.bundle import Bundle, load_bundle
+from model.config import find_bundle
 from model.denoiser import Condition, Denoiser
 from model.training import loop
-from model.training.features import Examples, examples
+from model.training.captioned import DataError, open_collection
+from model.training.decoding import Filters
+from model.training.features import Examples, ExampleStream, examples
+from model.training.guides import Guided
+from model.training.pictures import Pictures
 
 LABEL_SMOOTHING = 0.1
 # Published: CLIP text and image are each dropped 9 times in 10, on 600 million pictures. Ours sees a thousandth of that.
@@ -27,6 +35,14 @@ _DROP_CLIP = 0.5
 _IMAGE_NOISE = 0.3
 # Of a row's positions, this share is projected to the codebook and judged: the softmax would else cost as much as the network.
 _JUDGED = 0.25
+# Every byte's feature of our own encoder knows the whole caption (byte_encoder.py), so a few at random say it all, and a step on scenes
+# costs half as much as with all of them: projecting sixty bytes to keys and values is as much work as the network itself. How many changes,
+# so that no number is expected.
+_BYTES_READ = (8, 16, 32)
+# A network that can draw already forgets it at the rate at which a fresh one learns.
+_RATE, _FINETUNING_RATE = 1e-3, 3e-4
+# How many batches of pictures are read at a time, and how often each is met: features.ExampleStream.
+_POOL, _REUSE = 8, 3
 
 
 def corrupt(tokens: Tensor, t: Tensor, codes: int) -> tuple[Tensor, Tensor]:
@@ -35,22 +51,27 @@ def corrupt(tokens: Tensor, t: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     return torch.where(noised, torch.randint_like(tokens, codes), tokens), noised
 
 
-def dropped_condition(denoiser: Denoiser, x: Examples) -> Condition:
+def some_bytes(x: Examples, count: int) -> Examples:
+    """The examples with `count` of each caption's byte features at random, some of a short caption's twice: byt5 [B, count, D]."""
+    chosen = x.mask.float().multinomial(count, replacement=True)
+    byt5 = x.byt5.gather(1, chosen[..., None].expand(-1, -1, x.byt5.shape[-1]))
+    return replace(x, byt5=byt5, mask=torch.ones_like(chosen, dtype=torch.bool))
+
+
+def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_CLIP) -> Condition:
     """The condition of a training batch, where each row keeps or loses its CLIP text and image tokens by masking their keys."""
     B, device, seq = len(x.tokens), x.tokens.device, denoiser.config.clip_seq_len
     image = x.clip_image + _IMAGE_NOISE * x.clip_image.std() * torch.rand(B, 1, device=device) * torch.randn_like(x.clip_image)
     condition = denoiser.condition(x.byt5, x.mask, x.clip_text, image)
-    kept = torch.rand(B, 2, device=device) >= _DROP_CLIP
-    # An empty caption is an end mark alone. Its picture would tell what the missing text may not.
-    kept[:, 1] &= x.mask.sum(-1) > 1
-    groups = kept.repeat_interleave(seq, dim=1)
-    return replace(condition, mask=torch.cat([x.mask, groups], dim=1))
+    # The picture of an empty caption would tell what the missing text may not.
+    kept = (torch.rand(B, 2, device=device) >= drop_clip) & torch.stack([torch.ones_like(x.empty), ~x.empty], dim=1)
+    return replace(condition, mask=torch.cat([x.mask, kept.repeat_interleave(seq, dim=1)], dim=1))
 
 
-def token_loss(denoiser: Denoiser, x: Examples, t: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(denoiser: Denoiser, x: Examples, t: Tensor, drop_clip: float = _DROP_CLIP) -> tuple[Tensor, Tensor]:
     """(the objective, share of judged noised tokens that are predicted right) at times t [B]."""
     noisy, noised = corrupt(x.tokens, t, denoiser.config.num_labels)
-    features = denoiser.features(noisy, denoiser.times(t), dropped_condition(denoiser, x)).flatten(1, 2)  # [B, HW, c_out]
+    features = denoiser.features(noisy, denoiser.times(t), dropped_condition(denoiser, x, drop_clip)).flatten(1, 2)  # [B, HW, c_out]
     B, positions, _ = features.shape
     judged = torch.rand(B, positions, device=t.device).topk(max(1, int(positions * _JUDGED)), dim=1).indices
 
@@ -65,25 +86,64 @@ def token_loss(denoiser: Denoiser, x: Examples, t: Tensor) -> tuple[Tensor, Tens
     return (errors.view_as(weights) * weights).mean(), right
 
 
-def main() -> None:
-    p = loop.parser(__doc__, name="denoiser", batch=32, lr=1e-3, minutes=60)
-    p.add_argument("bundle", type=Path, help="whose VQGAN, byte encoder and CLIP are trained already")
-    p.add_argument("--from-bundle", action="store_true", help="begin with the bundle's denoiser, not with a random one")
-    args = p.parse_args()
+def parser() -> argparse.ArgumentParser:
+    p = loop.parser(__doc__, name="denoiser", batch=32, lr=_RATE, minutes=60)
+    p.add_argument("bundle", help="name or path of the one whose VQGAN, byte encoder and CLIP are trained already")
+    p.add_argument("--data", help="folder of pictures with captions, or shards such as 'shards-{000..009}.tar'; without it, scenes")
+    p.set_defaults(lr=None)  # it depends on where the training begins
+    p.add_argument("--min-side", type=int, default=0, help="leave out pictures whose shorter side has fewer pixels")
+    p.add_argument("--max-aspect", type=float, default=math.inf, help="leave out pictures whose longer side is so many times the shorter")
+    p.add_argument("--drop-clip", type=float, default=_DROP_CLIP, help=f"how often each of CLIP's embeddings is dropped ({_DROP_CLIP:g})")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--from-bundle", action="store_true", help="begin with the bundle's denoiser: what --data does")
+    start.add_argument("--from-scratch", action="store_true", help="begin with a random denoiser: what scenes do")
+    return p
+
+
+def batches(bundle: Bundle, o: loop.Options, data: str | None, filters: Filters) -> ExampleStream:
+    """Encoded batches of o.batch pictures each, of scenes if there is no other data. Raises DataError."""
+    if data is None:
+        return examples(bundle, o.batch, o.data_seed, workers=o.workers)
+    collection = open_collection(data, o.data_seed)
+    pictures = Pictures(collection, _POOL * o.batch, bundle.config.native_size, filters, seed=o.data_seed, threads=o.workers)
+    return ExampleStream(bundle, pictures, o.data_seed, pool=_POOL, reuse=_REUSE)
+
+
+def train(args: argparse.Namespace) -> None:
+    from_bundle = args.from_bundle or (args.data is not None and not args.from_scratch)
+    if args.lr is None:
+        args.lr = _FINETUNING_RATE if args.data is not None and from_bundle else _RATE
     o = loop.options(args)
-    bundle = load_bundle(args.bundle, o.device, torch.float32)
+    bundle = load_bundle(find_bundle(args.bundle), o.device, torch.float32)
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
-    if args.from_bundle:
+    if from_bundle:
         denoiser.load_state_dict(bundle.denoiser.state_dict())
-    batches = examples(bundle, o.batch, o.seed, workers=o.workers)
+    bundle = replace(bundle, denoiser=denoiser)  # lets go of the memory of the one it came with
+    guided = Guided(denoiser, bundle.vqgan.vquantizer.codebook.weight).to(o.device)
+    data = batches(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        x = next(batches)
+        x = next(data)
+        if args.data is None:
+            x = some_bytes(x, _BYTES_READ[int(torch.randint(len(_BYTES_READ), ()))])
         t = 1 - torch.rand(len(x.tokens), device=o.device)
-        value, right = token_loss(denoiser, x, t)
-        return value, {"right": right.detach()}
+        value, right = token_loss(denoiser, x, t, args.drop_clip)
+        if args.data is not None:
+            return value, {"right": right.detach()}
+        more, figures = guided.loss(x.tokens)
+        return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
 
-    loop.fit(denoiser, loss, o)
+    loop.fit(guided, loss, o, data=data)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        train(args)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    if loop.rank() == 0:
+        print(f"to use it: python -m model.training.assemble NEW_BUNDLE --base {args.bundle} --denoiser {args.checkpoint}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _both(verdict: Verdict) -> bool:
 def networks(pipeline: Pipeline, scenes: int = 256) -> dict[str, float]:
     """The other networks on held-out scenes: VQGAN reconstruction, CLIP retrieval among `scenes` pictures, the prior's likeness."""
     bundle, device = pipeline.bundle, pipeline.device
-    pixels, texts, _ = captions.batch(np.random.default_rng(_HELD_OUT_SEED), scenes)
+    pixels, texts, _ = captions.batch(np.random.default_rng(_HELD_OUT_SEED), scenes, *bundle.config.native_size)
     image = as_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)
     dtype = next(bundle.vqgan.parameters()).dtype
     tokens = bundle.vqgan.encode(image.to(dtype))

@@ -1,106 +1,49 @@
-"""The one training loop. A trainer brings a module and a loss; this brings the clock, the schedule, EMA, checkpoints and the progress bar.
+"""The one training loop. A trainer brings a module and a loss; this brings the budget, the schedule, EMA, checkpoints and the progress bar.
 
-Time is the budget, not steps: `--minutes 20` means that on any machine, and the learning rate falls over the last 30 % of it. A checkpoint
-holds everything about the networks, so `--resume` goes on where they stopped, with as many minutes more as asked and with new scenes.
+The budget is time: `--minutes 20` means that on any machine, and the learning rate falls over the last 30 % of it. A checkpoint holds
+everything about the networks, so `--resume` goes on where they stopped, with as many minutes more as asked and with new scenes.
+
+Or it is steps: `--steps 10000` is the same training on any machine, and with `--resume` it is finished as if it had never been interrupted,
+bit for bit where one process trains on the same machine.
 
 Several processes, one a GPU or a core: `torchrun --nproc-per-node 2 -m model.training.denoiser …`.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
-from model.runtime import pick_device, pick_dtype, prepare
+from model.training import checkpoint
+from model.training.checkpoint import load
+from model.training.options import Options, options, parser
+from model.training.processes import average_over_processes, first_clock, rank, total, world
+from model.training.report import Moment, Report, by_reason
+
+__all__ = ["Data", "Loss", "Options", "ema", "fit", "load", "options", "parser", "rank"]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3
 _SAVE_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
-class Options:
-    """What every trainer takes from its command line."""
+class Data(Protocol):
+    """Where a loss takes its batches from, if that has a position to keep."""
 
-    minutes: float
-    checkpoint: Path
-    resume: bool
-    batch: int
-    lr: float
-    warmup: int
-    ema: float
-    seed: int
-    device: torch.device
-    dtype: torch.dtype
-    workers: int
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """How many files could not be used, by reason."""
 
+    def state_dict(self) -> dict[str, Any]: ...
 
-def parser(description: str | None, *, name: str, batch: int, lr: float, minutes: float, ema: float = 0.999) -> argparse.ArgumentParser:
-    """The common arguments, with a trainer's own defaults; it may add others before `options`."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=float, default=minutes, help=f"how long to train (default {minutes:g})")
-    p.add_argument("--checkpoint", type=Path, default=Path("runs") / f"{name}.pt", help="written every two minutes and at the end")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    p.add_argument("--batch", type=int, default=batch, help=f"pictures a step (default {batch})")
-    p.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
-    p.add_argument("--warmup", type=int, default=200, help="steps until the peak")
-    p.add_argument("--ema", type=float, default=ema, help="decay of the averaged weights, the ones that are kept")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto", help="of the products; master weights are float32")
-    p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--workers", type=int, default=-1, help="processes that draw scenes; by default none on a CPU, all cores beside a GPU")
-    return p
-
-
-def options(args: argparse.Namespace) -> Options:
-    """Parsed arguments → Options; also readies the process and seeds it."""
-    prepare(args.threads)
-    device = pick_device(args.device)
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype = pick_dtype(args.dtype, device)
-    workers = args.workers if args.workers >= 0 else (os.cpu_count() or 1) - 1 if device.type == "cuda" else 0
-    # A resumed run meets new scenes, not those it began with; so does every process of several.
-    seed = args.seed + (load(args.checkpoint)["step"] if args.resume else 0) + 1_000_003 * rank()
-    torch.manual_seed(seed)
-    return Options(
-        minutes=args.minutes,
-        checkpoint=args.checkpoint,
-        resume=args.resume,
-        batch=args.batch,
-        lr=args.lr,
-        warmup=args.warmup,
-        ema=args.ema,
-        seed=seed,
-        device=device,
-        dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # bf16 needs no loss scaling
-        workers=workers,
-    )
-
-
-def load(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint's contents: `ema` (the weights to use), `model`, `optimizer`, `step`, `seconds`, `rng`."""
-    return torch.load(checkpoint, map_location=device, weights_only=True)
-
-
-def _save(path: Path, contents: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(contents, partial)
-    partial.replace(path)
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
@@ -119,36 +62,11 @@ def ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | 
     return update
 
 
-def rank() -> int:
-    """This process's place among those that torchrun started; 0 for one alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def average_over_processes(gradients: list[Tensor]) -> None:
-    """Replaces every gradient by its mean over all processes, in one exchange."""
-    if not dist.is_initialized():
-        return
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
-def first_clock(share: float) -> float:
-    """The first process's share of the time: all must take the same number of steps at the same learning rates."""
-    if not dist.is_initialized():
-        return share
-    shared = torch.tensor([share], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(shared, 0)
-    return float(shared)
-
-
 class _Run:
-    """Model, average and optimizer of one training, and their way into a checkpoint and out of it."""
+    """Model, average, optimizer and data of one training, and their way into a checkpoint and out of it."""
 
-    def __init__(self, module: nn.Module, o: Options) -> None:
-        self.module, self.o = module.to(o.device), o
+    def __init__(self, module: nn.Module, o: Options, data: Data | None = None) -> None:
+        self.module, self.o, self.data = module.to(o.device), o, data
         self.average = AveragedModel(module, multi_avg_fn=ema(o.ema), use_buffers=True)
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=o.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
@@ -156,6 +74,7 @@ class _Run:
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         if o.resume:
             self._restore(load(o.checkpoint, o.device))
+        self.first_step = self.step
         if dist.is_initialized():
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
@@ -163,10 +82,15 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         self.module.load_state_dict(saved["model"])
         self.average.module.load_state_dict(saved["ema"])
-        self.average.n_averaged.fill_(saved["step"])
+        self.average.n_averaged.fill_(saved.get("averaged", saved["step"]))
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        torch.set_rng_state(saved["rng"].cpu())
+        if self.data is not None and "data" in saved:
+            self.data.load_state_dict(saved["data"])
+        if rank() == 0:  # the saved noise is the first process's; the others' must stay another
+            torch.set_rng_state(saved["rng"].cpu())
+            if "cuda_rng" in saved and self.o.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.o.device)
 
     def save(self) -> None:
         if rank() != 0:
@@ -174,22 +98,34 @@ class _Run:
         contents = {
             "model": self.module.state_dict(),
             "ema": self.average.module.state_dict(),
+            "averaged": int(self.average.n_averaged),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
         }
-        _save(self.o.checkpoint, contents)
+        if self.o.device.type == "cuda":
+            contents["cuda_rng"] = torch.cuda.get_rng_state(self.o.device)
+        if self.data is not None:
+            contents["data"] = self.data.state_dict()
+        checkpoint.save(self.o.checkpoint, contents)
+
+    def share(self, elapsed: float) -> float:
+        """How much of the budget is spent, 0…1. elapsed: seconds of this call."""
+        if self.o.steps is not None:
+            return self.step / self.o.steps
+        seconds = self.o.minutes * 60
+        return first_clock(elapsed / seconds if seconds else 1.0)
+
+    def rate(self, share: float) -> float:
+        """The next step's learning rate."""
+        return self.o.lr * min(1.0, (self.step + 1) / self.o.warmup) * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
 
     def learn(self, loss: Loss, share: float) -> dict[str, Tensor]:
-        """One step. share: how much of this call's time has passed, 0…1."""
-        rate = self.o.lr * min(1.0, (self.step + 1) / self.o.warmup) * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
+        """One step; returns the loss and its figures, or nothing if the step was skipped."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self.o.device.type, self.o.dtype, enabled=self.o.dtype != torch.float32):
-            value, figures = loss()
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+            group["lr"] = self.rate(share)
+        figures = self.gradients(loss)
         average_over_processes([p.grad for p in self.parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.step += 1
@@ -199,34 +135,53 @@ class _Run:
             return {}
         self.optimizer.step()
         self.average.update_parameters(self.module)
-        return {"loss": value.detach(), **figures}
+        return figures
+
+    def gradients(self, loss: Loss) -> dict[str, Tensor]:
+        """Leaves the gradient of the mean of `accumulate` losses in the parameters; returns the means of loss and figures."""
+        self.optimizer.zero_grad(set_to_none=True)
+        means = defaultdict[str, Tensor](lambda: torch.zeros((), device=self.o.device))
+        for _ in range(self.o.accumulate):
+            with torch.autocast(self.o.device.type, self.o.dtype, enabled=self.o.dtype != torch.float32):
+                value, figures = loss()
+            value = value / self.o.accumulate
+            value.backward()
+            means["loss"] += value.detach()
+            for name, figure in figures.items():
+                means[name] += figure / self.o.accumulate
+        return means
+
+    def moment(self, share: float) -> Moment:
+        """After a step that was taken at this share of the budget."""
+        return Moment(
+            step=self.step,
+            done=share if self.o.steps is None else self.step / self.o.steps,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            pictures=(self.step - self.first_step) * self.o.batch * self.o.accumulate * world(),
+            skipped_steps=self.skipped,
+            skipped_files=self.data.skipped if self.data is not None else {},
+        )
 
 
-def fit(
-    module: nn.Module,
-    loss: Loss,
-    o: Options,
-) -> nn.Module:
-    """Trains `module` for `o.minutes` and returns its averaged twin.
+def fit(module: nn.Module, loss: Loss, o: Options, data: Data | None = None) -> nn.Module:
+    """Trains `module` until the budget is spent and returns its averaged twin.
 
-    loss: draws its own batch; returns the scalar to minimise and figures to show.
+    loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it draws from, to be kept in checkpoints.
     """
-    run = _Run(module, o)
+    run = _Run(module, o, data)
     start = saved = time.monotonic()
-    earlier, total = run.seconds, o.minutes * 60
-    shown: dict[str, float] = {}
-    with tqdm(
-        total=round(total), unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total} s{postfix}", mininterval=5, disable=rank() != 0
-    ) as bar:
-        while (share := first_clock((time.monotonic() - start) / total if total else 1.0)) < 1:
-            for name, value in run.learn(loss, share).items():
-                shown[name] = 0.98 * shown.get(name, float(value)) + 0.02 * float(value)
+    earlier = run.seconds
+    budget, unit = (o.minutes * 60, "s") if o.steps is None else (o.steps, "steps")
+    with Report(budget, unit, o.log_dir, run.step + 1) as report:
+        while (share := run.share(time.monotonic() - start)) < 1:
+            figures = run.learn(loss, share)
             run.seconds = earlier + time.monotonic() - start
-            bar.n = share * total
-            bar.set_postfix({"step": run.step, "skipped": run.skipped, **{k: f"{v:.4g}" for k, v in shown.items()}}, refresh=False)
-            bar.update(0)
+            report.update(figures, run.moment(share))
             if time.monotonic() - saved > _SAVE_SECONDS:
                 run.save()
                 saved = time.monotonic()
     run.save()
+    left_out = total(data.skipped if data is not None else {})
+    if left_out and rank() == 0:
+        print(f"pictures left out: {by_reason(left_out)}")
     return run.average.module

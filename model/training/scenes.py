@@ -303,7 +303,7 @@ LONE_EXTENT: dict[Size, tuple[float, float]] = {"small": (0.23, 0.27), "normal":
 PAIR_EXTENT: dict[Size, tuple[float, float]] = {"small": (0.19, 0.22), "normal": (0.29, 0.34), "large": (0.41, 0.45)}
 _MARGIN = (0.04, 0.08)  # between a thing at a side and the picture's edge
 _WOBBLE = 0.04  # how far a centred thing may lie from the middle
-_COLOUR_JITTER = 9.0
+_COLOUR_JITTER = 4.0
 
 
 def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:

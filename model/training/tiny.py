@@ -1,10 +1,13 @@
-"""The shapes of the embedded networks: the published system in small. 64×64 pixels are 16×16 tokens, 8×8 patches, 4×4 at the bottom."""
+"""The shapes of the embedded networks: the published system in small. 128×128 pixels are 16×16 tokens, 8×8 patches, 4×4 at the bottom."""
 
 from __future__ import annotations
 
 from model.config import ByteEncoderConfig, CLIPConfig, DenoiserConfig, PriorConfig, Recipe, VQGANConfig
 
-VQGAN = VQGANConfig(levels=2, bottleneck_blocks=3, c_hidden=96, c_latent=4, codebook_size=1024, scale_factor=1.0)
+# Pixels (width, height) that the networks are trained at.
+NATIVE_SIZE = (128, 128)
+
+VQGAN = VQGANConfig(levels=3, bottleneck_blocks=3, c_hidden=96, c_latent=4, codebook_size=1024, scale_factor=1.0)
 
 BYTE_ENCODER = ByteEncoderConfig(d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, max_bytes=160)
 
@@ -25,8 +28,8 @@ DENOISER = DenoiserConfig(
     c_r=64,
     patch_size=2,
     c_cond=128,
-    c_hidden=(128, 320),
-    nhead=(-1, 5),
+    c_hidden=(128, 256),
+    nhead=(-1, 4),
     blocks=(2, 2),
     level_config=("CT", "CTA"),
     clip_embd=128,

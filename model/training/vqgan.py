@@ -99,7 +99,7 @@ def busy_crops(images: Tensor, size: int, tries: int = 3) -> Tensor:
 def main() -> None:
     # Codes jump when they are revived, and the average of a code's old and new place is no code: the average is kept short.
     p = loop.parser(__doc__, name="vqgan", batch=64, lr=1.5e-3, minutes=20, ema=0.95)
-    p.add_argument("--crop", type=int, default=32, help="pixels a side of the crops it sees")
+    p.add_argument("--crop", type=int, default=64, help="pixels a side of the crops it sees")
     args = p.parse_args()
     o = loop.options(args)
     scenes = stream(o.batch, o.seed, workers=o.workers)
@@ -128,7 +128,7 @@ def main() -> None:
         if next(steps) % _REVIVE_EVERY == 0:
             trained.codes.revive(latents.detach())
         psnr = -10 * torch.log10(F.mse_loss(output.detach().clamp(0, 1), image))
-        return reconstruction_loss(output, image) + 0.002 * commitment, {"psnr": psnr, "codes": tokens.unique().numel()}
+        return reconstruction_loss(output, image) + 0.03 * commitment, {"psnr": psnr, "codes": tokens.unique().numel()}
 
     loop.fit(trained, loss, o)
 

@@ -1,0 +1,169 @@
+"""Where captioned pictures lie: a folder of files, or webdataset shards. What is listed here has not been looked into yet.
+
+A folder holds `name.png` (.jpg, .jpeg, .webp) with `name.txt` beside it, at any depth; a `metadata.jsonl` with `file_name` and `text` may
+say the captions instead. Shards are tar files of such pairs, named by a path with braces: `shards-{000..009}.tar`.
+
+Several processes share a collection: each has its own files or shards, so that none sees another's pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from pydantic import BaseModel
+
+from model.training.decoding import Unusable
+from model.training.processes import rank, world
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_METADATA = "metadata.jsonl"
+
+T = TypeVar("T")
+
+# Samples of a shard lie in the order in which they were written; this many are held to mix them.
+_SHUFFLED = 1000
+
+
+class DataError(ValueError):
+    """A collection that no training can be made from; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A picture and its caption, each a file or what a file holds; caption is None where there is none."""
+
+    picture: Path | bytes
+    caption: Path | bytes | str | None
+
+
+class _Line(BaseModel):
+    """One line of a metadata.jsonl; it may say more."""
+
+    file_name: str
+    text: str
+
+
+class Collection(Protocol):
+    """Captioned pictures in an order that follows from the seed and the number of the epoch."""
+
+    name: str
+    identity: str  # differs for another collection, or for other pictures in it
+
+    def epoch(self, number: int) -> Iterator[Record | Unusable]:
+        """This process's share of the records, once each; Unusable for what cannot even be listed."""
+
+
+def open_collection(where: str, seed: int) -> Collection:
+    """A folder or a pattern of shards. Raises DataError for what is neither, or too little for the processes that share it."""
+    return Folder(Path(where), seed) if Path(where).is_dir() else Shards(where, seed)
+
+
+class Folder:
+    """The pictures below a directory."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        listed = sorted(_listed(directory).items())
+        if not listed:
+            raise DataError(f"{directory}: no {', '.join(_SUFFIXES)} in it or below it")
+        self.name, self.seed = str(directory), seed
+        self.identity = _identity([name for name, _ in listed])
+        self.records = _share(directory, [record for _, record in listed], "pictures")
+
+    def epoch(self, number: int) -> Iterator[Record | Unusable]:
+        for i in np.random.default_rng([self.seed, number]).permutation(len(self.records)):
+            yield self.records[i]
+
+
+class Shards:
+    """Tar files as webdataset writes them: the parts of a sample follow each other and share their name up to the first dot."""
+
+    def __init__(self, pattern: str, seed: int) -> None:
+        from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
+
+        urls = expand_urls(pattern)
+        # What has a scheme (http:, pipe:) is only looked for when it is read.
+        if absent := [url for url in urls if ":" not in url and not Path(url).is_file()]:
+            raise DataError(f"{absent[0]}: no such folder and no such shard" + (f", nor {len(absent) - 1} more" if absent[1:] else ""))
+        self.name, self.seed = pattern, seed
+        self.identity = _identity(urls)
+        self.urls = _share(pattern, urls, "shards")
+
+    def epoch(self, number: int) -> Iterator[Record | Unusable]:
+        from webdataset.filters import shuffle  # type: ignore[import-untyped]
+
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.urls))
+        samples = (sample for i in order for sample in _samples(self.urls[i]))
+        yield from shuffle(_SHUFFLED, rng=random.Random(f"{self.seed} {number}"))(samples)
+
+
+def _identity(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join([str(world()), *names]).encode(errors="surrogateescape")).hexdigest()
+
+
+def _share(where: Path | str, items: Sequence[T], what: str) -> Sequence[T]:
+    if len(items) < world():
+        raise DataError(f"{where}: {len(items)} {what} for {world()} processes")
+    return items[rank() :: world()]
+
+
+def _listed(directory: Path) -> dict[str, Record | Unusable]:
+    """Every picture, and everything that metadata speaks of, by path within the directory."""
+    files = {Path(parent) / name for parent, _, names in os.walk(directory) for name in names}
+    described = {path: caption for file in sorted(files) if file.name == _METADATA for path, caption in _described(file)}
+    found: dict[Path, Record | Unusable] = {}
+    for path in files:
+        if path.suffix.lower() in _SUFFIXES:
+            beside = path.with_suffix(".txt")
+            caption = described.get(path)
+            found[path] = Record(path, caption if isinstance(caption, str) else beside if beside in files else None)
+    for path, caption in described.items():
+        if path not in found:
+            found[path] = caption if isinstance(caption, Unusable) else Unusable("not an image" if path in files else "no such file")
+    return {os.path.relpath(path, directory): record for path, record in found.items()}
+
+
+def _described(metadata: Path) -> Iterator[tuple[Path, str | Unusable]]:
+    """(picture, caption) for every line; for one that is not understood, the line itself."""
+    for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = _Line.model_validate_json(line)
+            yield metadata.parent / entry.file_name, entry.text
+        except ValueError:
+            yield metadata.with_name(f"{metadata.name}:{number}"), Unusable("metadata not understood")
+
+
+def _samples(url: str) -> Iterator[Record | Unusable]:
+    """What one shard holds, up to where it is damaged."""
+    from webdataset import gopen  # type: ignore[import-untyped]
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # type: ignore[import-untyped]
+
+    errors: list[Exception] = []
+
+    def noted(error: Exception) -> bool:
+        errors.append(error)
+        return True  # webdataset's word for going on, if it can
+
+    try:
+        with gopen(url) as stream:
+            files = tar_file_expander([{"url": url, "stream": stream}], handler=noted)
+            # Of a name that comes twice in a sample, the first counts.
+            for sample in group_by_keys(files, handler=lambda error: True):
+                yield _record(sample)
+    except Exception as error:  # whatever a disk, a pipe or a network trips over
+        noted(error)
+    if errors:
+        yield Unusable("damaged shard")
+
+
+def _record(sample: dict[str, Any]) -> Record | Unusable:
+    picture = next((sample[suffix[1:]] for suffix in _SUFFIXES if suffix[1:] in sample), None)
+    return Unusable("no picture") if picture is None else Record(picture, sample.get("txt"))

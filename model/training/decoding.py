@@ -1,0 +1,81 @@
+"""A picture file's bytes → the pixels a network is trained on: upright, RGB, covering the wanted size and cropped to it."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# What a web page or a camera writes. Pillow knows more, some of which runs other programs on what it opens.
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class Unusable(Exception):  # noqa: N818, being left out is no error of the training
+    """A file that is left out; the message is the reason it is counted under."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which pictures are wanted. min_side: pixels of the shorter side; max_aspect: longer side over shorter."""
+
+    min_side: int = 0
+    max_aspect: float = math.inf
+
+    def check(self, width: int, height: int) -> None:
+        """Raises Unusable."""
+        shorter, longer = sorted((width, height))
+        if shorter < self.min_side:
+            raise Unusable("too small")
+        if longer > self.max_aspect * shorter:
+            raise Unusable("too elongated")
+
+
+def decode(raw: bytes, size: tuple[int, int], filters: Filters, place: tuple[float, float] = (0.5, 0.5)) -> npt.NDArray[np.uint8]:
+    """A JPEG, PNG or WebP file → [height, width, 3].
+
+    size: (width, height) in pixels. place: where the crop lies on the spare length, 0 left or top, 1 right or bottom.
+    Raises Unusable for what is no such file, damaged, or not wanted.
+    """
+    return np.array(cover(rgb(_opened(raw, size, filters)), size, place))
+
+
+def _opened(raw: bytes, size: tuple[int, int], filters: Filters) -> Image.Image:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(raw), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise Unusable("not an image") from None
+    except Image.DecompressionBombError:
+        raise Unusable("too large") from None
+    except Exception:
+        raise Unusable("damaged") from None
+    filters.check(*image.size)
+    try:
+        # A JPEG may be decoded at a half, quarter or eighth of its size; twice what is wanted leaves the rest to a better filter.
+        image.draft(None, (2 * max(size), 2 * max(size)))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever a decoder trips over in a damaged file
+        raise Unusable("damaged") from None
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Any mode → RGB: what is transparent lies on white, 16 bits of grey are scaled, not clipped."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
+def cover(image: Image.Image, size: tuple[int, int], place: tuple[float, float]) -> Image.Image:
+    """The largest part of the picture with the proportions of `size`, at `place`, resized to it."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    width, height = min(image.width, size[0] / scale), min(image.height, size[1] / scale)
+    left, top = place[0] * (image.width - width), place[1] * (image.height - height)
+    return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))

@@ -1,0 +1,146 @@
+"""Batches of somebody's own captioned pictures, at the size that a bundle is trained at.
+
+What cannot be used is left out and counted by reason. All that is random follows from the seed, the epoch and the place in it, so those two
+numbers say where a training stands, whatever number of threads reads ahead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.training.captioned import Collection, DataError, Record
+from model.training.decoding import Filters, Unusable, decode
+from model.training.processes import rank
+from model.training.report import by_reason
+
+S = TypeVar("S")
+T = TypeVar("T")
+_Place = tuple[int, int, Record | Unusable]  # epoch, index in it, what is there
+_Picture = tuple[Tensor, str]
+
+
+class Pictures:
+    """Draws `count` captioned pictures at a time from a collection, over and over."""
+
+    def __init__(
+        self, collection: Collection, count: int, size: tuple[int, int], filters: Filters, *, seed: int = 0, threads: int = 0
+    ) -> None:
+        """size: (width, height) in pixels. threads: how many decode ahead; 0 decodes when asked."""
+        self.collection, self.count, self.size, self.filters, self.seed, self.threads = collection, count, size, filters, seed, threads
+        self.identity = collection.identity
+        self.skipped = Counter[str]()  # by reason, in the first epoch: later ones meet the same files
+        self._restart(0, 0)
+
+    def _restart(self, epoch: int, index: int) -> None:
+        self._begin_epoch(epoch, index)
+        self._outcomes = in_order(self._load, self._places(epoch, index), self.threads)
+
+    def _begin_epoch(self, epoch: int, index: int = 0) -> None:
+        self._epoch, self._index, self._whole = epoch, index, index == 0
+        self._usable, self._unusable = 0, Counter[str]()
+
+    def draw(self) -> tuple[Tensor, list[str]]:
+        """(uint8 [count, 3, H, W], as many captions). Raises DataError if a whole epoch holds nothing that can be used."""
+        images, captions = zip(*islice(self._pictures(), self.count), strict=True)
+        return torch.stack(images), list(captions)
+
+    def _pictures(self) -> Iterator[_Picture]:
+        for outcome in self._outcomes:
+            if outcome is None:
+                self._end_epoch()
+                continue
+            self._index += 1
+            if isinstance(outcome, Unusable):
+                self._leave_out(str(outcome))
+                continue
+            self._usable += 1
+            yield outcome
+
+    def _leave_out(self, reason: str) -> None:
+        self._unusable[reason] += 1
+        if self._epoch == 0:
+            self.skipped[reason] += 1
+
+    def _end_epoch(self) -> None:
+        if self._whole and not self._usable:
+            raise DataError(f"{self.collection.name}: nothing in it can be used ({by_reason(self._unusable) or 'it is empty'})")
+        self._begin_epoch(self._epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands: everything that `draw` will return follows from this."""
+        return {"epoch": self._epoch, "index": self._index, "skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # A checkpoint is the first process's; were its counts taken over by all, their sum would be too large.
+        self.skipped = Counter(state["skipped"] if rank() == 0 else {})
+        self._restart(state["epoch"], state["index"])
+
+    def _places(self, epoch: int, first: int) -> Iterator[_Place | None]:
+        """Everything from a place on, without end; None after the last of every epoch."""
+        while True:
+            for index, record in islice(enumerate(self.collection.epoch(epoch)), first, None):
+                yield epoch, index, record
+            yield None
+            epoch, first = epoch + 1, 0
+
+    def _load(self, place: _Place | None) -> _Picture | Unusable | None:
+        """A picture, uint8 [3, H, W], with its caption, or why there is none."""
+        if place is None:
+            return None
+        epoch, index, record = place
+        if isinstance(record, Unusable):
+            return record
+        x, y = np.random.default_rng([self.seed, epoch, index]).random(2)
+        try:
+            return load(record, self.size, self.filters, (x, y))
+        except Unusable as reason:
+            return reason
+
+
+def load(record: Record, size: tuple[int, int], filters: Filters, place: tuple[float, float]) -> _Picture:
+    """(pixels uint8 [3, H, W], caption). Raises Unusable, for a missing caption before the picture is looked at."""
+    if record.caption is None:
+        raise Unusable("no caption")
+    caption = record.caption if isinstance(record.caption, str) else _text(_contents(record.caption))
+    if not caption.strip():
+        raise Unusable("empty caption")
+    pixels = decode(_contents(record.picture), size, filters, place)
+    return torch.from_numpy(pixels).permute(2, 0, 1), caption.strip()
+
+
+def _contents(file: Path | bytes) -> bytes:
+    try:
+        return file.read_bytes() if isinstance(file, Path) else file
+    except OSError:
+        raise Unusable("unreadable file") from None
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Unusable("caption is not UTF-8") from None
+
+
+def in_order(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
+    """`map`, computed a few items ahead on threads (Pillow lets go of the interpreter while it decodes); 0 threads: when asked."""
+    if not threads:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[T]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 4 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

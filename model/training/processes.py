@@ -1,0 +1,49 @@
+"""Several processes that share one training, as torchrun starts them; one alone is rank 0 of 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's place among those that torchrun started; 0 for one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes share the training."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average_over_processes(gradients: list[Tensor]) -> None:
+    """Replaces every gradient by its mean over all processes, in one exchange."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def first_clock(share: float) -> float:
+    """The first process's share of the time: all must take the same number of steps at the same learning rates."""
+    if not dist.is_initialized():
+        return share
+    shared = torch.tensor([share], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
+def total(counts: Mapping[str, int]) -> Counter[str]:
+    """The sum of all processes' counts; every process must ask."""
+    if not dist.is_initialized():
+        return Counter(counts)
+    gathered: list[dict[str, int]] = [{} for _ in range(world())]
+    dist.all_gather_object(gathered, dict(counts))
+    return sum(map(Counter, gathered), Counter())

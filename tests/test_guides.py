@@ -1,0 +1,80 @@
+"""What guides the denoiser's training asks the right thing of the right place, and is not part of what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.denoiser import Denoiser
+from model.training import guides
+from model.training.guides import Guided
+from tests.conftest import micro_config, randomise
+
+
+def guided() -> Guided:
+    torch.manual_seed(0)
+    config = micro_config()
+    denoiser = Denoiser(config.denoiser)
+    randomise(denoiser)
+    return Guided(denoiser, torch.randn(config.denoiser.num_labels, config.vqgan.c_latent))
+
+
+def run(network: Guided, tokens: torch.Tensor) -> None:
+    denoiser = network.denoiser
+    byt5 = torch.randn(len(tokens), 3, denoiser.config.byt5_embd)
+    denoiser.features(tokens, denoiser.times(torch.full((len(tokens),), 0.5)), denoiser.condition(byt5))
+
+
+def test_patches_hold_the_latents_of_their_own_tokens() -> None:
+    network = guided()
+    p = network.patch
+    tokens = torch.randint(len(network.codebook), (2, 3 * p, 2 * p))
+    patches = network._patches(network.codebook[tokens])
+    assert patches.shape == (2, 3, 2, p * p * network.codebook.shape[1])
+    own = network.codebook[tokens[1, 2 * p : 3 * p, p : 2 * p]].flatten()
+    assert torch.equal(patches[1, 2, 1], own)
+
+
+@pytest.mark.parametrize("question", ["_PLACE", "_LATENTS"])
+def test_either_question_alone_reaches_the_network_s_way_down(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_PLACE", "_LATENTS"):
+        monkeypatch.setattr(guides, name, float(name == question))
+    network = guided()
+    tokens = torch.randint(len(network.codebook), (2, 4 * network.patch, 4 * network.patch))
+    run(network, tokens)
+    more, figures = network.loss(tokens)
+    assert figures.keys() == {"place", "latents"}
+    more.backward()
+    gradient = next(network.denoiser.down_blocks.parameters()).grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_the_same_features_learn_the_answers() -> None:
+    network = guided()
+    tokens = torch.randint(len(network.codebook), (2, 4 * network.patch, 4 * network.patch))
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    figures = []
+    for _ in range(60):
+        run(network, tokens)
+        more, shown = network.loss(tokens)
+        optimizer.zero_grad()
+        more.backward()
+        optimizer.step()
+        figures.append({name: float(value) for name, value in shown.items()})
+    assert figures[-1]["place"] < 0.5 * figures[0]["place"]
+    assert figures[-1]["latents"] < 0.8 * figures[0]["latents"]
+
+
+def test_every_pass_is_asked_about_once() -> None:
+    network = guided()
+    tokens = torch.randint(len(network.codebook), (1, 2 * network.patch, 2 * network.patch))
+    run(network, tokens)
+    network.loss(tokens)
+    with pytest.raises(RuntimeError, match="not been run"):
+        network.loss(tokens)
+
+
+def test_the_denoiser_s_own_state_stays_as_published() -> None:
+    network = guided()
+    assert network.denoiser.state_dict().keys() == Denoiser(micro_config().denoiser).state_dict().keys()
