@@ -20,7 +20,8 @@ Priority = Literal["interactive", "batch"]
 class Job:
     """One request: as many rows as seeds, all of one size and one condition.
 
-    width, height: pixels, multiples of the bundle's size step.
+    width, height: pixels, multiples of the bundle's size step. alone: its rows share no step with another job's, because it may have
+    killed a worker.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Job:
     sampling: SamplingConfig
     deadline: float
     priority: Priority = "interactive"
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
