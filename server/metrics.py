@@ -29,6 +29,8 @@ class Metrics:
         self.images = self._counter("images", "Pictures answered", "endpoint")
         self.rejected = self._counter("rejected", "Requests refused, by error code", "reason")
         self.cancelled = self._counter("cancelled", "Requests whose client went away", "stage")
+        self.cancel_duration = self._seconds("cancel_duration", "From a cancellation until none of the request's rows is stepped any more")
+        self.requests_replayed = self._counter("requests_replayed", "Requests begun again because their worker was lost")
         self.worker_restarts = self._counter("worker_restarts", "Workers started to replace one that died or stalled")
         self.weights_info = self._gauge("weights_info", "Always 1; the labels say which weights are served", "model", "sha256")
 

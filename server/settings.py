@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 2**20
+DEVICE = r"(auto|cpu|cuda(:\d+)?|mps)"
 
 
 class Settings(BaseSettings):
@@ -20,7 +21,11 @@ class Settings(BaseSettings):
     weights: Annotated[str, Field(pattern=r"[^,\s]", description="Comma list of bundle names or paths; the first is the default model")] = (
         "tiny"
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
+    device: Annotated[str, Field(pattern=rf"^{DEVICE}$")] = "auto"
+    devices: Annotated[
+        str | None,
+        Field(pattern=rf"^{DEVICE}(,{DEVICE})*$", description="Comma list, one worker each, such as cuda:0,cuda:1; in place of device"),
+    ] = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Annotated[int, Field(ge=0, description="CPU threads of the worker; 0 lets it choose")] = 0
     deterministic: Annotated[bool, Field(description="What requests get that do not say")] = False
@@ -34,10 +39,15 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1)] = 32 * MIB
 
     timeout_s: Annotated[float, Field(ge=0.05, le=600, description="For requests that do not say")] = 60
-    start_wait_s: Annotated[float, Field(ge=0, description="How long requests wait for a starting worker before they get 503")] = 10
+    start_wait_s: Annotated[float, Field(ge=0, description="How long requests wait for a starting worker before they get 503")] = 30
     stall_timeout_s: Annotated[float, Field(gt=0, description="A worker that owes an answer and is silent for longer is replaced")] = 30
     drain_timeout_s: Annotated[float, Field(ge=0, description="How long a stopping server finishes what it has begun")] = 30
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def worker_devices(self) -> tuple[str, ...]:
+        """The device of every worker; the same one twice is two workers on it."""
+        return (self.device,) if self.devices is None else tuple(self.devices.split(","))
 
     @property
     def bundles(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import os
 import time
 from multiprocessing.connection import Connection
 
-from server.engine.protocol import Beat, Cancel, Failed, Finished, Image, Job, Ready, Stop, Timings, ToWorker
+from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, Image, Job, Ready, Running, Step, Stop, Timings, ToWorker
 from server.settings import Settings
 
 SLOW_S = 0.15
@@ -29,7 +29,9 @@ def main(connection: Connection, settings: Settings) -> None:
     try:
         while not isinstance(message := connection.recv(), Stop):
             take(connection, held, message)
-            connection.send(Beat(steps=((1, 0.01),), rows_running=sum(len(job.seeds) for job in held.values()), rows_waiting=0))
+            connection.send(
+                Beat(steps=(Step(1, 32 * 16, 0.0001),), rows_running=sum(len(job.seeds) for job in held.values()), rows_waiting=0)
+            )
     except EOFError:
         pass
 
@@ -38,12 +40,14 @@ def take(connection: Connection, held: dict[str, Job], message: ToWorker) -> Non
     match message:
         case Cancel(id):
             held.pop(id, None)
+            connection.send(Dropped(id))
         case Job():
             answer(connection, held, message)
 
 
 def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
     word = job.prompt.split()[0]
+    connection.send(Running((job.id,) if job.alone else (*held, job.id)))
     if word == "hold":
         held[job.id] = job
     elif word == "hang":

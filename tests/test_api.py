@@ -215,12 +215,51 @@ def test_a_full_queue_is_429_with_the_time_to_come_back(fake_settings: Configure
         assert metric(client, "paella_rejected_total", reason="queue_full") == 1
 
 
-def test_a_lost_worker_is_503_and_the_next_one_serves(fake_settings: Configure) -> None:
+def test_a_request_that_kills_worker_after_worker_is_500_and_the_next_one_serves(fake_settings: Configure) -> None:
     with served(fake_settings()) as client:
         answer = post(client, "die")
-        assert (answer.status_code, error_of(answer)["code"]) == (503, "worker_lost")
+        assert (answer.status_code, error_of(answer)["code"], answer.headers["x-should-retry"]) == (500, "poison", "false")
         assert post(client).status_code == 200
-        assert metric(client, "paella_worker_restarts_total") == 1
+        assert metric(client, "paella_worker_restarts_total") == 2
+
+
+def test_a_worker_that_is_not_replaced_in_time_is_503(fake_settings: Configure) -> None:
+    with served(fake_settings(start_wait_s=0.05)) as client:
+        answer = post(client, "die")
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "worker_lost")
+
+
+def test_a_deadline_that_cannot_be_met_is_429_at_once(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client:
+        post(client)
+        wait_until(lambda: metric(client, "paella_step_rows_count") > 0)
+        # A row of the fake worker's takes at least ten milliseconds before and after its steps.
+        answer = post(client, "hold", n=16, timeout_s=0.05)
+        assert (answer.status_code, error_of(answer)["code"], answer.headers["x-should-retry"]) == (429, "deadline_unreachable", "false")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert 0 < int(answer.headers["retry-after-ms"]) <= 1000 * int(answer.headers["retry-after"])
+        assert metric(client, "paella_rejected_total", reason="deadline_unreachable") == 1
+
+
+def test_a_running_request_can_be_deleted_by_its_id_and_its_rows_leave(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client, concurrent.futures.ThreadPoolExecutor() as threads:
+        doomed = threads.submit(post, client, "hold", {"X-Request-Id": "doomed"}, n=2)
+        other = threads.submit(post, client, "hold", {"X-Request-Id": "other"})
+        wait_until(lambda: metric(client, "paella_rows_running") == 3)
+        assert client.delete("/requests/doomed").status_code == 204
+        assert (doomed.result().status_code, error_of(doomed.result())["code"]) == (499, "cancelled")
+        wait_until(lambda: metric(client, "paella_rows_running") == 1)
+        assert not other.done()
+        assert metric(client, "paella_cancel_duration_seconds_count") == 1
+        assert metric(client, "paella_cancelled_total", stage="worker") == 1
+        assert client.delete("/requests/doomed").status_code == 404
+        assert client.delete("/requests/other").status_code == 204
+
+
+@pytest.mark.parametrize("id", ["unknown", "%00", "x" * 3000])
+def test_deleting_a_request_that_does_not_run_is_404(client: httpx.Client, id: str) -> None:
+    answer = client.delete(f"/requests/{id}")
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "request_not_found")
 
 
 def test_a_starting_server_lives_but_is_not_ready(fake_settings: Configure) -> None:

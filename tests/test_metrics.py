@@ -12,8 +12,10 @@ def names(metrics: Metrics) -> set[str]:
 
 
 def test_every_figure_of_the_contract_is_exposed() -> None:
-    latencies = {f"paella_{stage}_duration_seconds" for stage in ("request", "queue", "encode", "prior", "step", "decode", "image_encode")}
-    counters = {f"paella_{name}" for name in ("images", "rejected", "cancelled", "worker_restarts")}
+    latencies = {
+        f"paella_{stage}_duration_seconds" for stage in ("request", "queue", "encode", "prior", "step", "decode", "image_encode", "cancel")
+    }
+    counters = {f"paella_{name}" for name in ("images", "rejected", "cancelled", "worker_restarts", "requests_replayed")}
     others = {"paella_step_rows", "paella_queue_depth", "paella_rows_running", "paella_weights_info", "process_resident_memory_bytes"}
     assert latencies | counters | others <= names(Metrics())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ import torch
 
 from model.config import SamplingConfig
 from server.engine import worker
-from server.engine.protocol import Beat, Cancel, Failed, Finished, FromWorker, Job, Ready, Stop, ToWorker
+from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Ready, Running, Step, Stop, ToWorker
 from server.engine.runner import Runner
 from server.engine.worker import Worker
 from server.settings import Settings
@@ -168,13 +169,13 @@ def test_a_seed_s_picture_is_the_same_in_company(far):
 
 def test_steps_are_reported_in_beats(far):
     far.send(job("a", seeds=(0, 1)))
-    steps: list[tuple[int, float]] = []
+    steps: list[Step] = []
     while len(steps) < SAMPLING.steps:
         beat = far.receive(lambda m: isinstance(m, Beat))
         assert isinstance(beat, Beat)
         steps += beat.steps
-    assert [rows for rows, _ in steps] == [2] * SAMPLING.steps
-    assert all(seconds > 0 for _, seconds in steps)
+    assert [(step.rows, step.pixels) for step in steps] == [(2, 32 * 32)] * SAMPLING.steps
+    assert all(step.seconds > 0 for step in steps)
 
 
 def test_an_idle_worker_still_beats(far):
@@ -185,13 +186,14 @@ def test_an_idle_worker_still_beats(far):
 # ── its ends ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_cancelled_job_stops_at_the_next_step_and_nothing_is_answered(far, monkeypatch):
+def test_a_cancelled_job_stops_at_the_next_step_and_no_picture_is_answered(far, monkeypatch):
     gate = Gate(far, monkeypatch)
     far.send(job("doomed", seeds=(0, 1), sampling=replace(SAMPLING, steps=64)))
     gate.wait()
     far.send(Cancel("doomed"))
     far.send(job("other"))
     gate.opened.set()
+    assert far.receive(lambda m: isinstance(m, Dropped | Finished | Failed)) == Dropped("doomed")
     first = far.receive(lambda m: isinstance(m, Finished | Failed))
     assert isinstance(first, Finished)
     assert first.id == "other"
@@ -274,6 +276,67 @@ def test_a_job_that_fails_to_start_does_not_take_its_neighbours_with_it(far, mon
         assert isinstance(far.answer("poisoned"), Failed)
         assert isinstance(far.answer("first"), Finished)
         assert isinstance(far.answer("second"), Finished)
+
+
+@pytest.mark.parametrize("stage", ["step", "decode"])
+@pytest.mark.parametrize("error", [RuntimeError("poison"), torch.OutOfMemoryError("tried to allocate")])
+def test_of_rows_that_share_a_stage_only_those_that_raise_alone_fail(far, monkeypatch, caplog, stage, error):
+    original = getattr(far.runner, stage)
+    together: list[int] = []
+
+    def picky(model, rows):
+        together.append(len(rows))
+        if any(row.job == "poisoned" for row in rows):
+            raise error
+        return original(model, rows)
+
+    far.send(job("alone", seeds=(5,)))
+    alone = far.answer("alone")
+    monkeypatch.setattr(far.runner, stage, picky)
+    gate = Gate(far, monkeypatch)
+    with caplog.at_level(logging.CRITICAL, logger="server"):
+        far.send(job("blocker", sampling=replace(SAMPLING, steps=1), width=16))
+        gate.wait()
+        for id in ("first", "poisoned", "last"):
+            far.send(job(id, seeds=(5,)))
+        gate.opened.set()
+        assert isinstance(far.answer("poisoned"), Failed)
+        first, last = far.answer("first"), far.answer("last")
+    assert max(together) == 3, "they did share the stage"
+    for answer in (first, last):
+        assert isinstance(answer, Finished)
+        assert isinstance(alone, Finished)
+        same = [np.frombuffer(a.images[0].pixels, np.uint8) for a in (answer, alone)]
+        assert np.mean(same[0] == same[1]) >= 0.9
+    assert far.runner._rows == {}
+
+
+def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_change(far, monkeypatch):
+    gate = Gate(far, monkeypatch)
+    far.send(job("a"))
+    gate.wait()
+    assert far.receive(lambda m: isinstance(m, Running | Finished)) == Running(("a",))
+    far.send(job("b"))
+    gate.opened.set()
+    said = []
+    while not isinstance(message := far.receive(lambda m: isinstance(m, Running | Finished)), Finished):
+        said.append(message)
+    assert Running(("a", "b")) in said
+    assert all(one != other for one, other in itertools.pairwise(said))
+
+
+def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more(runner, monkeypatch, caplog):
+    def broken(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "step", broken)
+    near, connection = Pipe()
+    connection.send(job("a"))
+    with pytest.raises(torch.AcceleratorError):
+        Worker(near, runner, max_rows=4).run()
+    runner.drop(list(runner._rows))
+    near.close()
+    connection.close()
 
 
 def test_an_unknown_model_fails_and_stops_nobody(far, caplog):

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model.config import BundleConfig, find_bundle
-from server.api import errors, native, operations
+from server.api import errors, native, operations, requests
 from server.api.middleware import BodyLimit, Observation
 from server.api.state import AppState
 from server.engine.client import EngineClient
@@ -45,6 +45,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     app.add_middleware(Observation, metrics=metrics)
     errors.register(app)
     app.include_router(native.router)
+    app.include_router(requests.router)
     app.include_router(operations.router)
     return app
 

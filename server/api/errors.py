@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from server.api.state import state_of
-from server.engine.errors import DeadlineExceeded, Draining, EngineError, JobFailed, QueueFull, Starting, WorkerLost
+from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, EngineError, JobFailed, QueueFull, Starting, WorkerLost
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -48,6 +48,11 @@ def client_closed() -> ApiError:
     return ApiError(CLIENT_CLOSED_REQUEST, "client_closed", "the client closed the connection")
 
 
+def cancelled() -> ApiError:
+    """Somebody deleted the request while its client still waited for it."""
+    return ApiError(CLIENT_CLOSED_REQUEST, "cancelled", "the request was cancelled")
+
+
 def invalid(param: str, message: str, sent: object) -> ApiError:
     """A field with a value it cannot have. message: what is allowed."""
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", f"{param}: {message} (sent: {_shortened.repr(sent)})", param)
@@ -76,8 +81,10 @@ def from_engine(error: EngineError) -> ApiError:
     """What the engine's exceptions mean over HTTP."""
     match error:
         case QueueFull(retry_after=seconds):
-            headers = {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
-            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", str(error), headers=headers)
+            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", str(error), headers=_come_back(seconds))
+        case DeadlineUnreachable(retry_after=seconds, repeating=repeating):
+            headers = _come_back(seconds) | ({} if repeating else {"x-should-retry": "false"})
+            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "deadline_unreachable", str(error), "timeout_s", headers)
         case Starting():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "starting", f"no worker is ready: {error}")
         case Draining():
@@ -91,6 +98,10 @@ def from_engine(error: EngineError) -> ApiError:
             # The worker's own words may hold paths and addresses: they are in the log, not in the answer.
             return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, code, "the worker could not make the picture", headers=headers)
     return internal_error()
+
+
+def _come_back(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
 def internal_error() -> ApiError:

@@ -6,24 +6,21 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Coroutine
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.body import read_json
-from server.api.errors import client_closed
 from server.api.images import accepted_format, encode
 from server.api.jobs import parameters, plan
+from server.api.requests import unless_cancelled
 from server.api.schemas import ErrorAnswer, Format, GenerateRequest, ImagesAnswer
 from server.api.state import AppState, request_id_of, state_of
 from server.engine.protocol import Finished, Job
 
 router = APIRouter(tags=["native"])
-
-Result = TypeVar("Result")
 
 ERRORS = {
     400: "Malformed JSON",
@@ -31,7 +28,7 @@ ERRORS = {
     413: "Body too large",
     415: "Wrong content type",
     422: "A field out of bounds",
-    429: "Queue full; Retry-After says when to come back",
+    429: "Queue full, or timeout_s too short for what is queued; Retry-After says when to come back",
     500: "Failed; x-should-retry: false if repeating cannot help",
     503: "Starting, draining, or the worker was lost",
     504: "Deadline passed",
@@ -68,7 +65,7 @@ async def generate(request: Request) -> Response:
     state = state_of(request)
     asked = await read_json(request, GenerateRequest)
     job = plan(asked, state)
-    finished = await _unless_disconnected(request, state.engine.run(job))
+    finished = await unless_cancelled(request, state.engine.run(job))
     wanted = asked.response_format or accepted_format(request.headers.get("accept", "*/*"))
     if wanted == "json" or len(job.seeds) > 1:
         return await _json_answer(request, job, finished, "png" if wanted == "json" else wanted, asked.quality)
@@ -126,23 +123,3 @@ def _headers(job: Job, finished: Finished, stages: dict[str, float]) -> dict[str
     if finished.truncated:
         headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
     return headers
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Awaits the work, or cancels it and raises ApiError 499 when the client goes away first."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnection(request))
-    try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise client_closed()
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnection(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

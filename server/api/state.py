@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 from fastapi import Request
 
@@ -12,15 +13,19 @@ from server.engine.client import EngineClient
 from server.metrics import Metrics
 from server.settings import Settings
 
+if TYPE_CHECKING:
+    from server.api.errors import ApiError
+
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """models: the served bundles by name, the default first."""
+    """models: the served bundles by name, the default first. running: by request id, what ends each request of that id with an error."""
 
     settings: Settings
     metrics: Metrics
     engine: EngineClient
     models: dict[str, BundleConfig]
+    running: dict[str, list[asyncio.Future[ApiError]]] = field(default_factory=dict)
 
 
 def state_of(request: Request) -> AppState:

@@ -17,6 +17,18 @@ class QueueFull(EngineError):
         self.retry_after = retry_after
 
 
+class DeadlineUnreachable(EngineError):
+    """The answer would come too late. retry_after: seconds in which enough of the work now queued should be done.
+
+    repeating: whether it could be in time on an idle server.
+    """
+
+    def __init__(self, needed: float, allowed: float, repeating: bool) -> None:
+        super().__init__(f"the answer would take about {needed:.2f} s, more than the {allowed:.2f} s that timeout_s leaves")
+        self.retry_after = needed - allowed
+        self.repeating = repeating
+
+
 class Starting(EngineError):
     """No worker became ready within `start_wait_s`."""
 
@@ -26,7 +38,7 @@ class Draining(EngineError):
 
 
 class WorkerLost(EngineError):
-    """The worker died, or stalled and was killed, with the job in it."""
+    """The worker died, or stalled and was killed, with the job in it, and none was ready to repeat it within `start_wait_s`."""
 
 
 class DeadlineExceeded(EngineError):

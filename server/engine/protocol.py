@@ -20,7 +20,8 @@ Priority = Literal["interactive", "batch"]
 class Job:
     """One request: as many rows as seeds, all of one size and one condition.
 
-    width, height: pixels, multiples of the bundle's size step.
+    width, height: pixels, multiples of the bundle's size step. alone: its rows share no step with another job's, because it may have
+    killed a worker.
     """
 
     id: str
@@ -33,11 +34,12 @@ class Job:
     sampling: SamplingConfig
     deadline: float
     priority: Priority = "interactive"
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop this job's rows before the next step; no answer is expected."""
+    """Drop this job's rows before the next step; answered by Dropped, whether the job is known or not."""
 
     id: str
 
@@ -100,13 +102,36 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """Says that the worker lives, with what it did since the last beat: (rows, seconds) of every denoiser step, and its rows now."""
+class Dropped:
+    """No row of this job is stepped any more."""
 
-    steps: tuple[tuple[int, float], ...]
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The jobs with rows in the stage that begins now, sent only when they change: should the worker die next, one of them did it."""
+
+    jobs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A denoiser step that was done. pixels: width times height of each of its rows."""
+
+    rows: int
+    pixels: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Says that the worker lives, with the steps it did since the last beat, and its rows now."""
+
+    steps: tuple[Step, ...]
     rows_running: int
     rows_waiting: int
 
 
 ToWorker = Job | Cancel | Stop
-FromWorker = Ready | Finished | Failed | Beat
+FromWorker = Ready | Finished | Failed | Dropped | Running | Beat

@@ -86,8 +86,8 @@ class Runner:
 
     def decode(self, model: str, rows: Sequence[RowId]) -> list[Image]:
         """Finished rows of one pool → pictures; their slots are free afterwards."""
-        tokens = torch.stack([self._rows.pop(row).tokens for row in rows])
-        pictures = self._pipelines[model].decode(tokens)
+        pictures = self._pipelines[model].decode(torch.stack([self._rows[row].tokens for row in rows]))
+        self.drop(rows)
         _, height, width, _ = pictures.shape
         return [Image(row.index, width, height, picture.numpy().tobytes()) for row, picture in zip(rows, pictures, strict=True)]
 

@@ -1,15 +1,29 @@
 """Which rows step next. Pure Python: no torch, no clock of its own, so it is tested without a model.
 
-A row is one image of a job. Rows that can share a denoiser step form a pool (same weights, same token grid); a pool steps all of its
-running rows together, so rows join and leave at every step. Pools take turns, the one that has waited longest first.
+A row is one image of a job. Rows that can share a denoiser step form a pool, which steps all of its running rows together, so rows join and
+leave at every step. The pool with interactive rows goes before the one without, then the one with the earliest deadline, but none waits for
+more than `PATIENCE` steps of others (and once for each other pool that has waited as long). Waiting rows get free slots in the same
+order, with a share of the slots and of the turns kept for either priority.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from dataclasses import dataclass
+from bisect import insort
+from dataclasses import dataclass, field
+from itertools import count
 
-from server.engine.protocol import Job
+from server.engine.protocol import Job, Priority
+
+# Between two steps of a pool lie at most this many of others: whatever their deadlines, two pools share the steps three to one at worst.
+PATIENCE = 3
+
+# While both kinds wait, one in so many freed slots goes to a batch row; and batch rows leave one slot in so many to interactive ones.
+BATCH_TURN = 5
+INTERACTIVE_SHARE = 4
+
+# Bytes of a condition, end mark included. A step pads its rows' conditions to the longest: a prompt of 20 bytes should not pay for a
+# neighbour of 700 in every attention block, but pools as narrow as the encoder's ten buckets would leave most steps with a single row.
+LENGTHS = (96, 256, 768)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,37 +36,62 @@ class RowId:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """What rows must have in common to share a step."""
+    """What rows must have in common to share a step.
+
+    length: the class of their conditions, one of LENGTHS. The encoder's own count is known only once a job has started, but it reads
+    bytes, so the text tells as much. own: the job whose rows step alone, or the row that does; None where others may join.
+    """
 
     model: str
     width: int
     height: int
+    length: int
+    own: RowId | str | None
+
+    @classmethod
+    def of(cls, job: Job, index: int) -> Pool:
+        own: RowId | str | None = job.id if job.alone else None
+        # A step's arithmetic may round differently at another batch size, so a deterministic row's steps hold nothing but itself.
+        if job.sampling.deterministic:
+            own = RowId(job.id, index)
+        return cls(job.model, job.width, job.height, _length(job), own)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A pool's running rows, and how many steps of others it has waited for."""
+
+    rows: list[RowId] = field(default_factory=list)
+    waited: int = 0
 
 
 class Scheduler:
-    """Admits rows to at most `max_rows` running slots, in order of arrival, and says which pool steps next."""
+    """Admits rows to at most `max_rows` running slots and says which pool steps next."""
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
         self._jobs: dict[str, Job] = {}
-        self._waiting: deque[RowId] = deque()
-        # The pool that stepped last is at the end.
-        self._running: OrderedDict[Pool, list[RowId]] = OrderedDict()
+        self._arrivals = count()
+        # By deadline, then arrival.
+        self._waiting: dict[Priority, list[tuple[float, int, RowId]]] = {"interactive": [], "batch": []}
+        self._passed_over = 0
+        self._running: dict[Pool, _Running] = {}
 
     def add(self, job: Job) -> None:
         self._jobs[job.id] = job
-        self._waiting.extend(RowId(job.id, i) for i in range(len(job.seeds)))
+        for i in range(len(job.seeds)):
+            insort(self._waiting[job.priority], (job.deadline, next(self._arrivals), RowId(job.id, i)))
 
     def job(self, id: str) -> Job:
         return self._jobs[id]
 
     @property
     def rows_running(self) -> int:
-        return sum(map(len, self._running.values()))
+        return sum(len(running.rows) for running in self._running.values())
 
     @property
     def rows_waiting(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def idle(self) -> bool:
@@ -62,41 +101,77 @@ class Scheduler:
         """Jobs whose deadline has passed: whatever they would still cost is worthless."""
         return [id for id, job in self._jobs.items() if job.deadline <= now]
 
+    # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
     def admit(self) -> list[RowId]:
         """Moves waiting rows into free slots; returns those, to be started before the next step."""
         admitted = []
-        while self._waiting and self.rows_running < self.max_rows:
-            row = self._waiting.popleft()
-            self._running.setdefault(self._pool(row), []).append(row)
+        while self.rows_running < self.max_rows and (row := self._next_waiting()):
+            self._running.setdefault(self._pool(row), _Running()).rows.append(row)
             admitted.append(row)
         return admitted
 
-    def next_rows(self) -> list[RowId]:
-        """The rows of the pool whose turn it is, all to be stepped together; none if nothing runs."""
-        if not self._running:
-            return []
-        pool = next(iter(self._running))
-        self._running.move_to_end(pool)
-        return list(self._running[pool])
+    def _next_waiting(self) -> RowId | None:
+        interactive, batch = self._waiting["interactive"], self._waiting["batch"]
+        batch_may = bool(batch) and self._batch_running < self.max_rows - self.max_rows // INTERACTIVE_SHARE
+        if batch_may and (not interactive or self._passed_over >= BATCH_TURN - 1):
+            self._passed_over = 0
+            return batch.pop(0)[-1]
+        self._passed_over += batch_may
+        return interactive.pop(0)[-1] if interactive else None
+
+    @property
+    def _batch_running(self) -> int:
+        return sum(self._jobs[row.job].priority == "batch" for running in self._running.values() for row in running.rows)
 
     def finish(self, row: RowId) -> None:
         """Frees a row's slot."""
         pool = self._pool(row)
-        self._running[pool].remove(row)
-        if not self._running[pool]:
+        self._running[pool].rows.remove(row)
+        if not self._running[pool].rows:
             del self._running[pool]
 
     def remove(self, id: str) -> list[RowId]:
         """Forgets a job, finished or not; returns its rows that were running. Unknown ids are no error: a cancel may come late."""
         if id not in self._jobs:
             return []
-        self._waiting = deque(row for row in self._waiting if row.job != id)
-        rows = [row for rows in self._running.values() for row in rows if row.job == id]
+        for waiting in self._waiting.values():
+            waiting[:] = [entry for entry in waiting if entry[-1].job != id]
+        rows = [row for running in self._running.values() for row in running.rows if row.job == id]
         for row in rows:
             self.finish(row)
         del self._jobs[id]
         return rows
 
+    # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def next_rows(self) -> list[RowId]:
+        """The rows of the pool whose turn it is, all to be stepped together; none if nothing runs."""
+        if not self._running:
+            return []
+        chosen = self._running[self._next_pool()]
+        for running in self._running.values():
+            running.waited += 1
+        chosen.waited = 0
+        return list(chosen.rows)
+
+    def _next_pool(self) -> Pool:
+        longest = max(self._running, key=lambda pool: self._running[pool].waited)
+        if self._running[longest].waited >= PATIENCE:
+            return longest
+        return min(self._running, key=self._urgency)
+
+    def _urgency(self, pool: Pool) -> tuple[bool, float, int]:
+        """Smaller is sooner."""
+        running = self._running[pool]
+        jobs = [self._jobs[row.job] for row in running.rows]
+        return all(job.priority == "batch" for job in jobs), min(job.deadline for job in jobs), -running.waited
+
     def _pool(self, row: RowId) -> Pool:
-        job = self._jobs[row.job]
-        return Pool(job.model, job.width, job.height)
+        return Pool.of(self._jobs[row.job], row.index)
+
+
+def _length(job: Job) -> int:
+    texts = (job.prompt, job.negative_prompt) if job.sampling.guided else (job.prompt,)
+    longest = max(len(text.encode("utf-8", "replace")) for text in texts) + 1
+    return next((length for length in LENGTHS if longest <= length), LENGTHS[-1])

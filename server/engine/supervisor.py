@@ -1,0 +1,158 @@
+"""Keeps one worker process alive: starts it, notices that it died or fell silent, replaces it, and says whose fault it may have been."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.engine.process import EXIT_GRACE_S, WorkerMain, WorkerProcess
+from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Ready, Running
+from server.metrics import Metrics
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FIRST_RESTART_DELAY_S = 0.1
+LAST_RESTART_DELAY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """Whether a job sent now would be started, and if not, why. device, dtype: the worker's, None until it has said so."""
+
+    ready: bool
+    reason: str
+    device: str | None = None
+    dtype: str | None = None
+
+
+class Listener(Protocol):
+    """Who gives a supervisor its jobs. All are called on the event loop."""
+
+    def worker_ready(self, worker: Supervisor) -> None: ...
+
+    def worker_said(self, worker: Supervisor, message: Finished | Failed | Beat) -> None: ...
+
+    def worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
+        """unfinished: jobs it had; suspects: those of them that had rows in the stage it died in."""
+
+
+class Supervisor:
+    """One worker after the other on one device."""
+
+    def __init__(self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener) -> None:
+        self._main, self._settings, self._metrics, self._listener = main, settings, metrics, listener
+        self._status = WorkerStatus(ready=False, reason="starting")
+        self.rows_running = 0
+        self.failures = 0
+        # Rows of the jobs the worker owes an answer, cancelled ones included.
+        self._owed: dict[str, int] = {}
+        self._cancelled_at: dict[str, float] = {}
+        self._stepping: tuple[str, ...] = ()
+        # Since when the worker owes a sign of life; None while it has nothing to do.
+        self._silent_since: float | None = None
+
+    async def start(self) -> None:
+        """Starts the first worker and returns before it is ready. Raises OSError if there can be no process."""
+        self._worker = self._start_worker()
+        self._tasks = [asyncio.create_task(self._replace_for_ever()), asyncio.create_task(self._watch_for_stalls())]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # One that is not ready is loading weights and hears nothing.
+        await self._worker.stop(EXIT_GRACE_S if self._status.ready else 0)
+
+    @property
+    def status(self) -> WorkerStatus:
+        if self._status.ready and self._stalled:
+            silent = f"the worker has not answered for {self._settings.stall_timeout_s:g} s"
+            return WorkerStatus(False, silent, self._status.device, self._status.dtype)
+        return self._status
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it hears what is sent, at once or when its step is over."""
+        return self._status.ready
+
+    @property
+    def rows_owed(self) -> int:
+        return sum(self._owed.values())
+
+    def send(self, job: Job) -> None:
+        self._owed[job.id] = len(job.seeds)
+        self._silent_since = self._silent_since or time.monotonic()
+        self._worker.send(job)
+
+    def cancel(self, id: str) -> None:
+        """Frees the job's slots at the next step, if the worker has it."""
+        if id in self._owed and id not in self._cancelled_at:
+            self._cancelled_at[id] = time.monotonic()
+            self._worker.send(Cancel(id))
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _receive(self, message: FromWorker) -> None:
+        match message:
+            case Ready(device, dtype):
+                self._status = WorkerStatus(True, "ready", device, dtype)
+                self._listener.worker_ready(self)
+            case Finished(id=id) | Failed(id=id):
+                self.failures = 0
+                self._owed.pop(id, None)
+                self._listener.worker_said(self, message)
+            case Dropped(id):
+                self._owed.pop(id, None)
+                if cancelled_at := self._cancelled_at.pop(id, None):
+                    self._metrics.cancel_duration.observe(time.monotonic() - cancelled_at)
+            case Running(jobs):
+                self._stepping = jobs
+            case Beat():
+                self.rows_running = message.rows_running
+                self._listener.worker_said(self, message)
+        self._silent_since = time.monotonic() if self._owed else None
+
+    # ── its end ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _stalled(self) -> bool:
+        return self._silent_since is not None and time.monotonic() - self._silent_since > self._settings.stall_timeout_s
+
+    def _start_worker(self) -> WorkerProcess:
+        worker = WorkerProcess(self._main, self._settings, self._receive)
+        worker.start()
+        return worker
+
+    async def _replace_for_ever(self) -> None:
+        while True:
+            code = await asyncio.shield(self._worker.exited)
+            self._lose(f"the worker exited with code {code}")
+            while True:
+                self.failures += 1
+                await asyncio.sleep(min(LAST_RESTART_DELAY_S, FIRST_RESTART_DELAY_S * 2**self.failures))
+                try:
+                    self._worker = self._start_worker()
+                    break
+                except OSError:
+                    log.exception("a worker could not be started")
+            self._metrics.worker_restarts.inc()
+
+    def _lose(self, reason: str) -> None:
+        unfinished = frozenset(self._owed) - self._cancelled_at.keys()
+        suspects = unfinished & frozenset(self._stepping)
+        log.error("worker lost", extra={"fields": {"reason": reason, "unfinished": len(unfinished), "suspects": sorted(suspects)}})
+        self._status = WorkerStatus(ready=False, reason=f"{reason}; another is starting")
+        self._owed, self._cancelled_at, self._stepping = {}, {}, ()
+        self._silent_since, self.rows_running = None, 0
+        self._listener.worker_lost(self, reason, unfinished, suspects)
+
+    async def _watch_for_stalls(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.stall_timeout_s / 4)
+            if self._stalled:
+                log.error("worker stalled", extra={"fields": {"silent_s": self._settings.stall_timeout_s}})
+                self._worker.kill()

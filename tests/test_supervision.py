@@ -1,0 +1,214 @@
+"""Workers that are killed, break or hang are replaced; what they had is done all the same, and a poison request harms only itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from model.config import SamplingConfig
+from model.pipeline import Pipeline
+from server.engine.client import LONE_DEATHS, EngineClient
+from server.engine.errors import JobFailed, WorkerLost
+from server.engine.protocol import Job
+from server.metrics import Metrics
+from server.settings import Settings
+from tests import faulty_worker
+from tests.test_client import figure, job, running, until
+
+STEPS = SamplingConfig(steps=6, renoise_steps=5, guidance=(4.0, 4.0), guidance_steps=6, temperature=(0.7, 0.3), sampler="multinomial")
+PATIENCE_S = 240.0
+
+
+def kill(client: EngineClient) -> None:
+    """What `kill -9` and the kernel's out-of-memory killer do."""
+    pid = client._workers[0]._worker._process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+async def holding(client: EngineClient, count: int) -> list[asyncio.Task[object]]:
+    """Jobs that the worker has, together, and will not finish by itself."""
+    tasks: list[asyncio.Task[object]] = [asyncio.create_task(client.run(job("hold", seconds=PATIENCE_S))) for _ in range(count)]
+    await until(lambda: figure(client, "paella_rows_running") == count)
+    return tasks
+
+
+# ── against a fake worker ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_a_killed_worker_had_is_given_to_the_next_one() -> None:
+    async with running() as client:
+        tasks = await holding(client, 3)
+        kill(client)
+        await until(lambda: figure(client, "paella_worker_restarts_total") == 1)
+        await until(lambda: figure(client, "paella_rows_running") == 3)
+        assert figure(client, "paella_requests_replayed_total") == 3
+        assert not any(task.done() for task in tasks)
+        assert client.status().ready
+        for task in tasks:
+            task.cancel()
+
+
+async def test_those_in_the_fatal_stage_run_alone_afterwards_and_the_others_as_before() -> None:
+    async with running() as client:
+        bystander = asyncio.create_task(client.run(job("hold", seconds=PATIENCE_S)))
+        await until(lambda: figure(client, "paella_rows_running") == 1)
+        stage = [asyncio.create_task(client.run(job("hold", seconds=PATIENCE_S))) for _ in range(2)]
+        await until(lambda: figure(client, "paella_rows_running") == 3)
+        first, *rest = client._pending
+        client._workers[0]._stepping = tuple(rest)
+        kill(client)
+        await until(lambda: figure(client, "paella_requests_replayed_total") == 3)
+        assert [client._pending[id].job.alone for id in (first, *rest)] == [False, True, True]
+        for task in (bystander, *stage):
+            task.cancel()
+
+
+async def test_a_poison_request_fails_after_killing_two_workers_by_itself_and_nobody_else_fails() -> None:
+    async with running() as client:
+        tasks = await holding(client, 2)
+        with pytest.raises(JobFailed) as failure:
+            await client.run(job("die", seconds=PATIENCE_S))
+        assert (failure.value.code, failure.value.repeating) == ("poison", False)
+        await until(lambda: figure(client, "paella_rows_running") == 2)
+        # Once in company, then as often alone as it takes.
+        assert figure(client, "paella_worker_restarts_total") == 1 + LONE_DEATHS
+        assert not any(task.done() for task in tasks)
+        await client.run(job())
+        for task in tasks:
+            task.cancel()
+
+
+async def test_a_silent_worker_is_replaced_and_the_request_that_hangs_is_given_up() -> None:
+    async with running(stall_timeout_s=0.4) as client:
+        await client.run(job())
+        with pytest.raises(JobFailed):
+            await client.run(job("hang", seconds=PATIENCE_S))
+        await client.run(job())
+        assert figure(client, "paella_worker_restarts_total") == LONE_DEATHS
+
+
+async def test_a_worker_that_hangs_after_its_only_client_has_gone_is_replaced_too() -> None:
+    async with running(stall_timeout_s=0.4) as client:
+        await client.run(job())
+        hanging = asyncio.create_task(client.run(job("hang", seconds=PATIENCE_S)))
+        await until(lambda: client._workers[0].rows_owed == 1)
+        hanging.cancel()
+        await until(lambda: figure(client, "paella_worker_restarts_total") == 1)
+        assert figure(client, "paella_requests_replayed_total") == 0
+
+
+async def test_readiness_tells_why_and_how_many_requests_wait() -> None:
+    async with running() as client:
+        tasks = await holding(client, 2)
+        kill(client)
+        await until(lambda: not client.status().ready)
+        assert client.status().reason == "the worker exited with code -9; another is starting; requests waiting: 2"
+        await until(lambda: client.status().ready)
+        assert client.status().reason == "ready"
+        for task in tasks:
+            task.cancel()
+
+
+async def test_requests_of_a_lost_worker_wait_for_the_next_only_so_long() -> None:
+    async with running(start_wait_s=0.05) as client:
+        # The first worker, too, must be there within that time: a job of a worker that is there does not wait.
+        await until(lambda: client.status().ready)
+        held = (await holding(client, 1))[0]
+        kill(client)
+        with pytest.raises(WorkerLost):
+            await held
+
+
+async def test_a_cancelled_request_is_not_repeated() -> None:
+    async with running() as client:
+        doomed, other = await holding(client, 2)
+        doomed.cancel()
+        kill(client)
+        await until(lambda: figure(client, "paella_worker_restarts_total") == 1)
+        await until(lambda: figure(client, "paella_rows_running") == 1)
+        assert figure(client, "paella_requests_replayed_total") == 1
+        other.cancel()
+
+
+async def test_the_time_from_a_cancellation_until_the_rows_have_left_is_measured() -> None:
+    async with running() as client:
+        held = (await holding(client, 1))[0]
+        held.cancel()
+        await until(lambda: figure(client, "paella_cancel_duration_seconds_count") == 1)
+        assert client._workers[0].rows_owed == 0
+
+
+# ── against real workers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest_asyncio.fixture
+async def client(random_bundle: Path) -> AsyncIterator[EngineClient]:
+    settings = Settings(weights=str(random_bundle), device="cpu", dtype="float32", drain_timeout_s=0, start_wait_s=PATIENCE_S, threads=1)
+    client = EngineClient(settings, Metrics(), faulty_worker.main)
+    await client.start()
+    yield client
+    await client.stop()
+
+
+def picture(prompt: str, seed: int) -> Job:
+    return replace(job(prompt, seconds=PATIENCE_S), model="random", width=32, height=32, seeds=(seed,), sampling=STEPS)
+
+
+async def ask(client: EngineClient, *prompts: str) -> list[object]:
+    """Answers or errors of jobs that are sent together; the seed is the place."""
+    jobs = [picture(prompt, seed) for seed, prompt in enumerate(prompts)]
+    return await asyncio.gather(*(client.run(each) for each in jobs), return_exceptions=True)
+
+
+def same_picture(answer: object, pipeline: Pipeline, prompt: str, seed: int) -> bool:
+    assert not isinstance(answer, BaseException), answer
+    drawn = np.frombuffer(answer.images[0].pixels, np.uint8)  # type: ignore[attr-defined]
+    # One token in sixty-four may fall to the other side of a rounding, and shows in its surroundings.
+    return bool(np.mean(drawn == pipeline.generate([prompt], [seed], STEPS).numpy().ravel()) >= 0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["accelerator", "kill"])
+async def test_neighbours_of_a_fatal_request_get_the_pictures_of_their_seeds(client: EngineClient, pipeline: Pipeline, fault: str) -> None:
+    first, poisoned, last = await ask(client, "red apple", f"{fault} apple", "the apple")
+    assert same_picture(first, pipeline, "red apple", 0)
+    assert same_picture(last, pipeline, "the apple", 2)
+    assert isinstance(poisoned, JobFailed)
+    assert (poisoned.code, poisoned.repeating) == ("poison", False)
+    assert figure(client, "paella_worker_restarts_total") in (LONE_DEATHS, LONE_DEATHS + 1)
+
+
+@pytest.mark.parametrize(("fault", "code"), [("bug", "internal"), ("memory", "out_of_memory")])
+async def test_what_can_be_survived_costs_no_worker(client: EngineClient, pipeline: Pipeline, fault: str, code: str) -> None:
+    first, guilty, last = await ask(client, "red apple", f"{fault} apple", "the apple")
+    assert same_picture(first, pipeline, "red apple", 0)
+    assert same_picture(last, pipeline, "the apple", 2)
+    assert isinstance(guilty, JobFailed)
+    assert guilty.code == code
+    assert figure(client, "paella_worker_restarts_total") == 0
+
+
+@pytest.mark.slow
+async def test_a_worker_killed_at_work_is_replaced_and_the_picture_is_that_of_the_seed(client: EngineClient, pipeline: Pipeline) -> None:
+    await client.run(picture("red apple", 1))
+    long = replace(picture("red apple", 7), sampling=replace(STEPS, steps=64))
+    task = asyncio.create_task(client.run(long))
+    began = time.monotonic()
+    while client._workers[0]._stepping != (long.id,):
+        assert time.monotonic() - began < PATIENCE_S
+        await asyncio.sleep(0.001)
+    kill(client)
+    answer = await task
+    expected = pipeline.generate(["red apple"], [7], long.sampling).numpy().ravel()
+    assert np.mean(np.frombuffer(answer.images[0].pixels, np.uint8) == expected) >= 0.9
+    assert figure(client, "paella_requests_replayed_total") == 1
