@@ -13,9 +13,9 @@ import pytest
 
 from model.config import SamplingConfig
 from server.engine.client import EngineClient
-from server.engine.errors import DeadlineExceeded, Draining, JobFailed, QueueFull, Starting
+from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, JobFailed, QueueFull, Starting
 from server.engine.process import WorkerMain
-from server.engine.protocol import Job
+from server.engine.protocol import Job, Step
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
@@ -183,3 +183,41 @@ async def test_stopping_does_not_wait_for_what_cannot_finish() -> None:
         await client.stop()
         with pytest.raises(Draining):
             await held
+
+
+async def test_several_workers_share_what_comes_and_one_takes_over_what_another_loses() -> None:
+    async with running(devices="cpu,cpu") as client:
+        await until(lambda: client.status().ready)
+        tasks = [asyncio.create_task(client.run(job("hold", seconds=60))) for _ in range(4)]
+        await until(lambda: figure(client, "paella_rows_running") == 4)
+        assert [worker.rows_owed for worker in client._workers] == [2, 2]
+        first = client._workers[0]._worker._process
+        first.kill()
+        await until(lambda: client._workers[1].rows_owed == 4)
+        assert figure(client, "paella_requests_replayed_total") == 2
+        assert not any(task.done() for task in tasks)
+        await until(lambda: client.status().ready)
+        for task in tasks:
+            task.cancel()
+
+
+async def test_what_is_unfinished_when_a_worker_dies_while_stopping_is_still_done() -> None:
+    async with running(drain_timeout_s=60) as client:
+        await client.run(job())
+        begun = asyncio.create_task(client.run(job("slow", seconds=60)))
+        await until(lambda: client._workers[0].rows_owed == 1)
+        client._workers[0]._worker._process.kill()
+        await client.stop()
+        assert len((await begun).images) == 1
+
+
+async def test_a_deadline_that_what_is_queued_leaves_no_time_for_is_refused_at_once() -> None:
+    async with running() as client:
+        await client.run(job())
+        client._costs.record_step(Step(1, 32 * 16, 1000.0), time.monotonic())
+        held = asyncio.create_task(client.run(job("hold", rows=16, seconds=10_000)))
+        await until(lambda: client.rows_unfinished == 16)
+        with pytest.raises(DeadlineUnreachable) as refusal:
+            await client.run(job(rows=4, seconds=400))
+        assert refusal.value.retry_after > 0
+        held.cancel()

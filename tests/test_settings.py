@@ -27,7 +27,17 @@ def test_the_first_of_several_bundles_leads_and_repeats_count_once() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("port", 70_000), ("weights", " , "), ("device", "gpu"), ("timeout_s", 601), ("queue_rows", 0), ("log_level", "loud"), ("prot", 1)],
+    [
+        ("port", 70_000),
+        ("weights", " , "),
+        ("device", "gpu"),
+        ("devices", "cpu,gpu"),
+        ("devices", ""),
+        ("timeout_s", 601),
+        ("queue_rows", 0),
+        ("log_level", "loud"),
+        ("prot", 1),
+    ],
 )
 def test_what_is_out_of_bounds_or_unknown_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValidationError, match=field):
@@ -37,3 +47,8 @@ def test_what_is_out_of_bounds_or_unknown_is_refused_by_name(field: str, value: 
 def test_settings_cannot_change_after_the_start() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]
+
+
+def test_each_of_the_devices_is_a_worker_and_without_them_there_is_one() -> None:
+    assert Settings(device="cpu").worker_devices == ("cpu",)
+    assert Settings(device="cpu", devices="cuda:0,cuda:1").worker_devices == ("cuda:0", "cuda:1")

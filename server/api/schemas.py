@@ -67,7 +67,9 @@ class SamplingFields(BaseModel):
     quality: Annotated[int, Field(ge=1, le=100, description="JPEG and WebP")] = 90
     timeout_s: Annotated[float | None, Field(ge=0.05, le=600, allow_inf_nan=False, description="The answer is worthless after this")] = None
     priority: Annotated[Priority, Field(description="Batch work makes room for interactive work")] = "interactive"
-    deterministic: Annotated[bool | None, Field(description="The same bits whatever else runs")] = None
+    deterministic: Annotated[
+        bool | None, Field(description="The same bits whatever else runs, at the cost of steps that are shared with nobody")
+    ] = None
     model: Annotated[str | None, Field(max_length=64, description="Which loaded weights; default: the first")] = None
 
 

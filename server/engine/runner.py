@@ -1,4 +1,8 @@
-"""The tensors of the worker: rows are started (encode, prior, condition), stepped together, and decoded."""
+"""The tensors of the worker: rows are started (encode, prior, condition), stepped together, and decoded.
+
+The same arithmetic may round differently at another batch size. What a deterministic job needs is therefore computed for one prompt or
+one image at a time, here and, since the scheduler gives each of its rows a pool of its own, in every step and in decoding.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +23,14 @@ from server.engine.scheduler import RowId
 from server.settings import Settings
 
 _CACHED_PROMPTS = 128
+
+
+class _Text(NamedTuple):
+    """What a prompt's encoding depends on; together: its batch may have held others."""
+
+    model: str
+    prompt: str
+    together: bool
 
 
 @dataclass
@@ -51,33 +64,36 @@ class Runner:
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
         self._rows: dict[RowId, Row] = {}
-        self._prompts: dict[tuple[str, str], Prompt] = {}
+        self._prompts: dict[_Text, Prompt] = {}
 
     def start(self, job: Job, indices: Sequence[int], watch: Stopwatch) -> tuple[str, ...]:
         """Makes rows of these images of a job; returns the encoders that cut its prompt."""
-        pipeline = self._pipelines[job.model]
+        pipeline, together = self._pipelines[job.model], not job.sampling.deterministic
         with watch("encode"):
-            prompt, negative = self._encode(pipeline, (job.prompt, job.negative_prompt))
+            prompt, negative = self._encode(pipeline, (job.prompt, job.negative_prompt), together)
             unconditional = pipeline.condition(negative) if job.sampling.guided else None
         with watch("prior"):
             noises = [pipeline.noise(job.seeds[i], job.width, job.height, job.sampling.steps) for i in indices]
-            images = pipeline.image_embeddings([prompt] * len(noises), noises)
+            batches = [noises] if together else [[noise] for noise in noises]
+            images = [image for batch in batches for image in pipeline.image_embeddings([prompt] * len(batch), batch)]
             conditions = [pipeline.condition(prompt, image) for image in images]
         for i, noise, condition in zip(indices, noises, conditions, strict=True):
             self._rows[RowId(job.id, i)] = pipeline.start(noise, job.sampling, condition, unconditional)
         return prompt.truncated
 
-    def _encode(self, pipeline: Pipeline, prompts: Sequence[str]) -> list[Prompt]:
-        """Encoded prompts; the latest ones are remembered, the empty one above all."""
-        name = pipeline.config.name
-        unknown = [p for p in dict.fromkeys(prompts) if (name, p) not in self._prompts]
-        fresh = zip(unknown, pipeline.encode(unknown), strict=True) if unknown else ()
-        known = {p: self._prompts.pop((name, p)) for p in dict.fromkeys(prompts) if p not in unknown}
-        for prompt, encoded in (*fresh, *known.items()):
-            self._prompts[name, prompt] = encoded  # at the end: used last
+    def _encode(self, pipeline: Pipeline, prompts: Sequence[str], together: bool) -> list[Prompt]:
+        """Encoded prompts; the latest ones are remembered, the empty one above all. together: whether they may share a batch."""
+        texts = [_Text(pipeline.config.name, prompt, together) for prompt in prompts]
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._prompts]
+        batches = [unknown] if together and unknown else [[text] for text in unknown]
+        fresh = {t: p for batch in batches for t, p in zip(batch, pipeline.encode([text.prompt for text in batch]), strict=True)}
+        for text in texts:
+            encoded = self._prompts.pop(text, None) or fresh[text]
+            self._prompts[text] = encoded  # at the end: used last
+        answer = [self._prompts[text] for text in texts]
         while len(self._prompts) > _CACHED_PROMPTS:
             del self._prompts[next(iter(self._prompts))]
-        return [self._prompts[name, p] for p in prompts]
+        return answer
 
     def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
         """One denoiser step for rows of one pool; returns those that are now done."""

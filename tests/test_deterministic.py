@@ -1,0 +1,222 @@
+"""deterministic=true: the same tokens at every step and the same file, bit for bit, whatever else the worker does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import SamplingConfig
+from model.operations import Row
+from server.api.images import encode
+from server.engine.protocol import Image, Job
+from server.engine.runner import Runner, Stopwatch
+from server.engine.scheduler import RowId, Scheduler
+from server.settings import Settings
+
+STEPS = 5
+FIXED = SamplingConfig(
+    steps=STEPS,
+    renoise_steps=4,
+    guidance=(4.0, 2.0),
+    guidance_steps=3,
+    temperature=(0.7, 0.3),
+    sampler="multinomial",
+    typical_mass=0.2,
+    deterministic=True,
+)
+LOOSE = replace(FIXED, deterministic=False)
+
+
+def job(id: str, prompt: str = "red apple", seeds: tuple[int, ...] = (7,), **changes: object) -> Job:
+    sampling = changes.pop("sampling", FIXED)
+    return replace(Job(id, "random", prompt, "", 32, 32, seeds, sampling, deadline=60.0), **changes)  # type: ignore[arg-type]
+
+
+def neighbour(i: int, **changes: object) -> Job:
+    return job(f"neighbour{i}", **{"prompt": "the apple " * i, "seeds": (i,), "sampling": LOOSE, "deadline": 50.0 + 4 * i, **changes})
+
+
+@dataclass
+class Loop:
+    """The worker's loop without a process.
+
+    tokens, features: every row's, of each of its steps. Tokens seldom show that a sum was rounded differently; the features they are drawn
+    from always do.
+    """
+
+    runner: Runner
+    scheduler: Scheduler = field(default_factory=lambda: Scheduler(16))
+    tokens: dict[RowId, list[bytes]] = field(default_factory=dict)
+    features: dict[RowId, list[bytes]] = field(default_factory=dict)
+    images: dict[RowId, Image] = field(default_factory=dict)
+    turns: list[set[str]] = field(default_factory=list)
+
+    def turn(self) -> None:
+        for row in self.scheduler.admit():
+            self.runner.start(self.scheduler.job(row.job), [row.index], Stopwatch())
+        rows = self.scheduler.next_rows()
+        self.turns.append({row.job for row in rows})
+        done = self._step(rows)
+        for row in rows:
+            self.tokens.setdefault(row, []).append(self.runner._rows[row].tokens.numpy().tobytes())
+        for row, image in zip(done, self.runner.decode("random", done) if done else [], strict=True):
+            self.images[row] = image
+            self.scheduler.finish(row)
+
+    def _step(self, rows: list[RowId]) -> list[RowId]:
+        def draw(drawn: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
+            for row, own in zip(rows, features, strict=True):
+                self.features.setdefault(row, []).append(own.numpy().tobytes())
+            return type(pipeline)._draw(pipeline, drawn, features)
+
+        pipeline = self.runner._pipelines["random"]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(pipeline, "_draw", draw)
+            return self.runner.step("random", rows)
+
+    def cancel(self, id: str) -> None:
+        self.runner.drop(self.scheduler.remove(id))
+
+    def run(self) -> None:
+        while self.scheduler.rows_running or self.scheduler.rows_waiting:
+            self.turn()
+
+    def outcome(self, id: str, index: int = 0) -> tuple[list[bytes], list[bytes], bytes]:
+        """Tokens and features of every step, and the PNG."""
+        row = RowId(id, index)
+        return self.tokens[row], self.features[row], encode(self.images[row], "png", 90, {})
+
+
+@pytest.fixture(scope="module")
+def settings(random_bundle: Path) -> Settings:
+    return Settings(weights=str(random_bundle), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def runner(settings: Settings) -> Runner:
+    return Runner(settings)
+
+
+@pytest.fixture
+def loop(runner: Runner) -> Iterator[Loop]:
+    loop = Loop(runner)
+    yield loop
+    runner.drop(list(runner._rows))
+
+
+@pytest.fixture(scope="module")
+def alone(settings: Settings) -> Callable[..., tuple[list[bytes], list[bytes], bytes]]:
+    """What a job comes to in a worker that has never done anything else."""
+
+    def draw(wanted: Job) -> tuple[list[bytes], list[bytes], bytes]:
+        loop = Loop(Runner(settings))
+        loop.scheduler.add(wanted)
+        loop.run()
+        return loop.outcome(wanted.id)
+
+    return draw
+
+
+def test_two_workers_agree(alone):
+    assert alone(job("a")) == alone(job("a"))
+
+
+def test_the_comparison_sees_another_seed(alone):
+    tokens, _, png = alone(job("a"))
+    others, _, other_png = alone(job("a", seeds=(8,)))
+    assert all(one != other for one, other in zip(tokens, others, strict=True))
+    assert png != other_png
+
+
+@pytest.mark.parametrize("seed", [0, 7, -(2**63)])
+@pytest.mark.parametrize("others", [1, 2, 7])
+def test_in_company_of_any_size(loop, alone, seed, others):
+    wanted = job("a", seeds=(seed,))
+    loop.scheduler.add(wanted)
+    for i in range(others):
+        loop.scheduler.add(neighbour(i))
+    loop.run()
+    assert loop.outcome("a") == alone(wanted)
+    # It was in company indeed: others stepped before its last step, and together.
+    last = max(i for i, turn in enumerate(loop.turns) if turn == {"a"})
+    assert any("neighbour0" in turn for turn in loop.turns[:last])
+
+
+@pytest.mark.parametrize("turns", range(STEPS))
+@pytest.mark.parametrize("deadline", [10.0, 90.0])
+def test_joining_late(loop, alone, turns, deadline):
+    loop.scheduler.add(neighbour(0))
+    loop.scheduler.add(neighbour(1))
+    for _ in range(turns):
+        loop.turn()
+    loop.scheduler.add(job("a", deadline=deadline))
+    loop.run()
+    assert loop.outcome("a") == alone(job("a"))
+
+
+@pytest.mark.parametrize("turns", range(STEPS))
+def test_neighbours_that_leave(loop, alone, turns):
+    loop.scheduler.add(job("a", deadline=52.0))
+    for i in range(3):
+        loop.scheduler.add(neighbour(i))
+    for _ in range(turns):
+        loop.turn()
+    loop.cancel("neighbour1")
+    loop.cancel("neighbour0")
+    loop.run()
+    assert loop.outcome("a") == alone(job("a"))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 16), (64, 64)])
+def test_neighbours_of_other_sizes_and_a_row_of_any_size(loop, alone, size):
+    width, height = size
+    loop.scheduler.add(job("a", width=width, height=height))
+    loop.scheduler.add(neighbour(0, width=64, height=32))
+    loop.scheduler.add(neighbour(1, width=width, height=height))
+    loop.run()
+    assert loop.outcome("a") == alone(job("a", width=width, height=height))
+
+
+@pytest.mark.parametrize("prompt", ["", "red apple", "the red apple " * 4])
+@pytest.mark.parametrize("negative", ["", "an apple " * 5])
+def test_prompts_of_any_length_whatever_was_encoded_before(loop, alone, prompt, negative):
+    wanted = job("a", prompt, negative_prompt=negative)
+    # The very same texts, encoded in one batch for somebody who did not ask for this.
+    loop.scheduler.add(neighbour(0, prompt=prompt, negative_prompt="the red apple " * 3, deadline=1.0))
+    loop.scheduler.add(neighbour(1, prompt="apple", negative_prompt=negative, deadline=1.0))
+    loop.scheduler.add(wanted)
+    loop.run()
+    assert loop.outcome("a") == alone(wanted)
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "argmax", "typical", "quant"])
+def test_every_sampler_among_others(loop, alone, sampler):
+    wanted = job("a", sampling=replace(FIXED, sampler=sampler))
+    loop.scheduler.add(wanted)
+    for i, other in enumerate(("multinomial", "argmax", "typical", "quant")):
+        loop.scheduler.add(neighbour(i, sampling=replace(LOOSE, sampler=other)))
+    loop.run()
+    assert loop.outcome("a") == alone(wanted)
+
+
+def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(loop, alone):
+    loop.scheduler.add(job("many", seeds=(7, 8, 9)))
+    loop.run()
+    for i, seed in enumerate((7, 8, 9)):
+        assert loop.outcome("many", i) == alone(job("a", seeds=(seed,)))
+
+
+def test_the_images_of_one_job_are_started_together_to_the_same_end(runner, loop, alone):
+    many = job("many", seeds=(7, 8, 9))
+    runner.start(many, range(3), Stopwatch())
+    started = [runner._rows[RowId("many", i)] for i in range(3)]
+    for row, seed in zip(started, many.seeds, strict=True):
+        single = Runner.__new__(Runner)
+        single.__dict__.update(runner.__dict__, _rows={}, _prompts={})
+        single.start(job("a", seeds=(seed,)), [0], Stopwatch())
+        other = single._rows[RowId("a", 0)]
+        assert all(torch.equal(x, y) for x, y in zip(row.conditional.kv, other.conditional.kv, strict=True))
