@@ -214,6 +214,8 @@ async def test_what_is_unfinished_when_a_worker_dies_while_stopping_is_still_don
 async def test_a_deadline_that_what_is_queued_leaves_no_time_for_is_refused_at_once() -> None:
     async with running() as client:
         await client.run(job())
+        # The worker's own figure comes with its next beat, after the answer, and must not come after this one.
+        await until(lambda: client._costs.step(32 * 16, 1, time.monotonic()) is not None)
         client._costs.record_step(Step(1, 32 * 16, 1000.0), time.monotonic())
         held = asyncio.create_task(client.run(job("hold", rows=16, seconds=10_000)))
         await until(lambda: client.rows_unfinished == 16)
