@@ -14,7 +14,7 @@ Letters: B rows of the batch, H W token grid, L condition tokens, C channels, K 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,25 @@ from model.layers import (
 class Condition:
     """What the attention blocks read of a prompt, for B rows.
 
-    kv: one [B, L, 2C] per attention block, keys then values, already projected; the values carry the attention weights.
-    mask: [B, L], False where a row's bytes are padding; None when no row has any.
+    kv: [B, L, S], for one attention block after the other its keys, then its values, already projected; the values carry the attention
+    weights. mask: [B, L], False where a row's bytes are padding; None when no row has any.
     """
 
-    kv: tuple[Tensor, ...]
+    kv: Tensor
     mask: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return self.kv.shape[1]
+
+    def put(self, row: int, other: Condition) -> None:
+        """Overwrites one row with a condition of one row that is not longer; this one has a mask."""
+        if self.mask is None:
+            raise ValueError("without a mask, what is shorter cannot be told from what is there")
+        self.kv[row, : other.length] = other.kv[0]
+        self.kv[row, other.length :] = 0  # a masked key counts nothing, but nothing times NaN is NaN
+        self.mask[row] = False
+        self.mask[row, : other.length] = True if other.mask is None else other.mask[0]
 
 
 class GlobalResponseNorm(nn.Module):
@@ -221,7 +234,13 @@ class Denoiser(nn.Module):
         # In the order of a forward pass: `modules` walks down_blocks, then up_blocks, each in its own order.
         self._time_blocks = tuple(b for b in self.modules() if isinstance(b, TimeBlock))
         self._attention_blocks = tuple(b for b in self.modules() if isinstance(b, AttentionBlock))
+        self._kv_widths = [2 * b.attention.attn.out_proj.in_features for b in self._attention_blocks]
         self._init_weights()
+
+    @property
+    def condition_width(self) -> int:
+        """S of a `Condition`."""
+        return sum(self._kv_widths)
 
     def _blocks(self, level: int, skip: bool) -> list[nn.Module]:
         c, channels = self.config, self.config.c_hidden[level]
@@ -310,7 +329,7 @@ class Denoiser(nn.Module):
         parts += [self.clip_image_mapper(image).view(B, self.config.clip_seq_len, -1) for image in _as_list(clip_image)]
         sequence = norm(torch.cat(parts, dim=1))  # [B, L, c_cond]
         mask = None if byt5_mask is None else F.pad(byt5_mask, (0, sequence.shape[1] - byt5.shape[1]), value=True)
-        return Condition(tuple(block.condition_kv(sequence, weights) for block in self._attention_blocks), mask)
+        return Condition(torch.cat([block.condition_kv(sequence, weights) for block in self._attention_blocks], dim=-1), mask)
 
     def times(self, t: Tensor) -> Tensor:
         """Times [B] → [B, S]: scale and shift of every T block, one after the other."""
@@ -323,7 +342,7 @@ class Denoiser(nn.Module):
         row_of: [N], the row of tokens and times that each condition is for; absent if each has its own. A row's branches are the same until
         the first attention block tells them apart, so up to there rows are computed, not branches.
         """
-        state = _Pass(self._time_blocks, times, condition, row_of)
+        state = _Pass(self._time_blocks, times, condition.kv.split(self._kv_widths, dim=-1), condition.mask, row_of)
         x = self._embed(tokens)
         skips = []
         for level in self.down_blocks:
@@ -392,11 +411,13 @@ class Denoiser(nn.Module):
 class _Pass:
     """One walk through the levels, handing each T and A block its share of what was computed beforehand."""
 
-    def __init__(self, time_blocks: Sequence[TimeBlock], times: Tensor, condition: Condition, row_of: Tensor | None) -> None:
+    def __init__(
+        self, time_blocks: Sequence[TimeBlock], times: Tensor, kv: Iterable[Tensor], mask: Tensor | None, row_of: Tensor | None
+    ) -> None:
         self.widths = [block.mapper.out_features // 2 for block in time_blocks for _ in range(2)]
         self.times, self.row_of, self.parted = times, row_of, row_of is None
         self.modulations, self.used = self._split(times), 0
-        self.kv, self.mask = iter(condition.kv), condition.mask
+        self.kv, self.mask = iter(kv), mask
         self.biases: dict[int, Tensor] = {}
 
     def _split(self, times: Tensor) -> tuple[Tensor, ...]:

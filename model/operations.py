@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from model.config import SamplingConfig
@@ -44,18 +45,30 @@ class Row:
         s = self.sampling
         return [g if i < s.guidance_steps else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
 
-    @property
-    def branches(self) -> tuple[tuple[Condition, float], ...]:
-        """This step's lanes and their share in the outcome."""
-        guidance = self.guidances[self.step]
-        if self.unconditional is None or guidance == 1.0:
-            return ((self.conditional, 1.0),)
-        return ((self.conditional, guidance), (self.unconditional, 1.0 - guidance))
+    @cached_property
+    def renoise_probabilities(self) -> list[float]:
+        """Chance of each token to return to its start token, after every step."""
+        return [t if i < self.sampling.renoise_steps else NEVER for i, t in enumerate(self.times[1:])]
 
     @property
-    def renoise_probability(self) -> float:
-        """Chance of each token to return to its start token after this step."""
-        return self.times[self.step + 1] if self.step < self.sampling.renoise_steps else NEVER
+    def branches(self) -> tuple[Condition, ...]:
+        """This step's lanes."""
+        if self.unconditional is None or self.guidances[self.step] == 1.0:
+            return (self.conditional,)
+        return (self.conditional, self.unconditional)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """[n, 2]: what the conditional and the unconditional branch count at every step; on the device, as no step sends numbers there."""
+        guidance = torch.tensor(self.guidances, device=self.tokens.device)
+        return torch.stack([guidance, 1 - guidance], dim=1)
+
+    @cached_property
+    def schedule(self) -> Tensor:
+        """[n, 3]: 1 / temperature, renoise probability and typical mass of every step, on the device."""
+        inverse = [1 / temperature for temperature in self.temperatures]
+        mass = [self.sampling.typical_mass] * self.sampling.steps
+        return torch.tensor([inverse, self.renoise_probabilities, mass], device=self.tokens.device).T.contiguous()
 
 
 def generate(sampling: SamplingConfig, noise: Noise, conditional: Condition, unconditional: Condition | None) -> Row:

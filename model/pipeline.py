@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from model import operations, prior, sampling
 from model.bundle import Bundle, load_bundle
-from model.config import SamplingConfig
+from model.config import Sampler, SamplingConfig
 from model.denoiser import Condition
 from model.operations import Row
 from model.sampling import Noise
@@ -36,21 +37,74 @@ class Prompt:
     truncated: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Lanes:
-    """The conditions of one set of rows at one set of branches, stacked; the same for many steps.
+@dataclass(frozen=True, eq=False)
+class Lanes:
+    """The conditions of one set of rows at one set of branches; the same for many steps.
 
     members: each branch's row number and condition. Holding the conditions keeps a later one from taking a freed one's identity.
+    row_of: [N], the row numbers on the device.
     """
 
     members: list[tuple[int, Condition]]
-    condition: Condition
-    row_of: Tensor  # [N]
+    row_of: Tensor
 
     def hold(self, members: list[tuple[int, Condition]]) -> bool:
         """Whether these are the very same conditions in the same places."""
         pairs = zip(self.members, members, strict=False)
         return len(self.members) == len(members) and all(i == j and mine is other for (i, mine), (j, other) in pairs)
+
+    @cached_property
+    def condition(self) -> Condition:
+        """All of them as one batch, stacked when it is first asked for."""
+        return stack_conditions([condition for _, condition in self.members])
+
+
+class Drawing(NamedTuple):
+    """What drawing B rows' tokens takes beside their features: uniform [B, H, W], inverse temperature and typical mass [B]."""
+
+    uniform: Tensor
+    inverse: Tensor
+    mass: Tensor
+
+    def of(self, members: list[int]) -> Drawing:
+        """Only these rows'."""
+        return Drawing(*(part[members] for part in self))
+
+
+class Executor(Protocol):
+    """Computes the two halves of a step, on tensors of one device."""
+
+    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
+        """Tokens [B, H, W], times [B, S] and each branch's share [N] → guided features [B, H, W, c_out]."""
+
+    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+        """Guided features [B, H, W, c_out] → tokens [B, H, W]."""
+
+
+class Eager:
+    """Computes a step by calling one operator after the other."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.denoiser, self.quantizer = bundle.denoiser, bundle.vqgan.vquantizer
+
+    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
+        branches = self.denoiser.features(tokens, times, lanes.condition, lanes.row_of)
+        return sampling.mix(branches, lanes.row_of, share, len(tokens))
+
+    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+        project = self.denoiser.project
+        if sampler == "argmax":
+            return project(features).argmax(-1)
+        inverse = drawing.inverse[:, None, None, None]
+        if sampler == "typical":
+            logits = project(features).float()
+            mass = drawing.mass[:, None, None].expand(logits.shape[:-1])
+            return sampling.inverse_cdf(sampling.keep_typical(logits, mass) * inverse, drawing.uniform)
+        # The projection is linear: dividing what goes in costs a sixteenth of dividing the logits.
+        logits = project((features * inverse).to(features.dtype))
+        if sampler == "quant":
+            return self.quantizer.nearest(sampling.quantised_mean(logits, self.quantizer.codebook.weight))
+        return sampling.inverse_cdf(logits, drawing.uniform)
 
 
 class Pipeline:
@@ -59,8 +113,9 @@ class Pipeline:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config = bundle, bundle.config
         self.device = next(bundle.denoiser.parameters()).device
+        self.executor: Executor = Eager(bundle)
         self._times: dict[int, Tensor] = {}
-        self._lanes: _Lanes | None = None
+        self._lanes: Lanes | None = None
 
     @classmethod
     def load(cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
@@ -125,24 +180,24 @@ class Pipeline:
     @torch.inference_mode()
     def advance(self, rows: Sequence[Row]) -> None:
         """One step for every row. All rows share a token grid; everything else is each row's own."""
-        share = torch.tensor([share for row in rows for _, share in row.branches], device=self.device)
-        lanes = self._stack(rows)
+        lanes = self._lanes_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row.sampling.steps)[row.step] for row in rows])  # [B, S]
-        features = self.bundle.denoiser.features(tokens, times, lanes.condition, lanes.row_of)
-        drawn = self._draw(rows, sampling.mix(features, lanes.row_of, share, len(rows)))
-        probability = torch.tensor([row.renoise_probability for row in rows], device=self.device)
+        share = torch.cat([row.shares[row.step, : len(row.branches)] for row in rows])  # [N]
+        inverse, probability, mass = torch.stack([row.schedule[row.step] for row in rows], dim=1).unbind()  # [B] each
+        uniform = torch.stack([row.noise.draw[row.step] for row in rows])
+        features = self.executor.features(tokens, times, lanes, share)
+        drawn = self._draw(rows, features, Drawing(uniform, inverse, mass))
         start = torch.stack([row.noise.start for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
         for row, fresh in zip(rows, sampling.renoise(drawn, start, uniform, probability), strict=True):
             row.tokens, row.step = fresh, row.step + 1
 
-    def _stack(self, rows: Sequence[Row]) -> _Lanes:
-        """The rows' conditions as one batch; built anew only when rows or branches have changed."""
-        members = [(i, condition) for i, row in enumerate(rows) for condition, _ in row.branches]
+    def _lanes_of(self, rows: Sequence[Row]) -> Lanes:
+        """The rows' branches; another object only when rows or branches have changed."""
+        members = [(i, condition) for i, row in enumerate(rows) for condition in row.branches]
         if self._lanes is None or not self._lanes.hold(members):
-            row_of = torch.tensor([i for i, _ in members], device=self.device)
-            self._lanes = _Lanes(members, stack_conditions([condition for _, condition in members]), row_of)
+            self._lanes = Lanes(members, torch.tensor([i for i, _ in members], device=self.device))
         return self._lanes
 
     def _time_table(self, steps: int) -> Tensor:
@@ -152,34 +207,17 @@ class Pipeline:
             self._times[steps] = self.bundle.denoiser.times(ts)
         return self._times[steps]
 
-    def _draw(self, rows: Sequence[Row], features: Tensor) -> Tensor:
+    def _draw(self, rows: Sequence[Row], features: Tensor, drawing: Drawing) -> Tensor:
         """Guided features [B, H, W, c_out] → tokens [B, H, W], each row by its own sampler."""
-        families: dict[str, list[int]] = {}
+        families: dict[Sampler, list[int]] = {}
         for i, row in enumerate(rows):
             families.setdefault(row.sampling.sampler, []).append(i)
         if len(families) == 1:
-            return self._draw_family(next(iter(families)), rows, features)
+            return self.executor.draw(rows[0].sampling.sampler, features, drawing)
         tokens = torch.empty(features.shape[:-1], dtype=torch.int64, device=self.device)
         for family, members in families.items():
-            tokens[members] = self._draw_family(family, [rows[i] for i in members], features[members])
+            tokens[members] = self.executor.draw(family, features[members], drawing.of(members))
         return tokens
-
-    def _draw_family(self, sampler: str, rows: Sequence[Row], features: Tensor) -> Tensor:
-        project = self.bundle.denoiser.project
-        if sampler == "argmax":
-            return project(features).argmax(-1)
-        inverse = torch.tensor([1 / row.temperatures[row.step] for row in rows], device=self.device)[:, None, None, None]
-        uniform = torch.stack([row.noise.draw[row.step] for row in rows])
-        if sampler == "typical":
-            mass = torch.tensor([row.sampling.typical_mass for row in rows], device=self.device)[:, None, None]
-            logits = project(features).float()
-            return sampling.inverse_cdf(sampling.keep_typical(logits, mass.expand(logits.shape[:-1])) * inverse, uniform)
-        # The projection is linear: dividing what goes in costs a sixteenth of dividing the logits.
-        logits = project((features * inverse).to(features.dtype))
-        if sampler == "quant":
-            quantizer = self.bundle.vqgan.vquantizer
-            return quantizer.nearest(sampling.quantised_mean(logits, quantizer.codebook.weight))
-        return sampling.inverse_cdf(logits, uniform)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -217,11 +255,7 @@ class Pipeline:
 
 def stack_conditions(conditions: Sequence[Condition]) -> Condition:
     """Conditions of one row each → one of many, the shorter ones padded with masked keys."""
-    lengths = [c.kv[0].shape[1] for c in conditions]
-    longest = max(lengths)
-    kv = tuple(
-        torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in block])
-        for block in zip(*(c.kv for c in conditions), strict=True)
-    )
-    masks = [c.mask if c.mask is not None else c.kv[0].new_ones(1, n, dtype=torch.bool) for c, n in zip(conditions, lengths, strict=True)]
+    longest = max(c.length for c in conditions)
+    kv = torch.cat([F.pad(c.kv, (0, 0, 0, longest - c.length)) for c in conditions])
+    masks = [c.mask if c.mask is not None else torch.ones(1, c.length, dtype=torch.bool, device=kv.device) for c in conditions]
     return Condition(kv, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]))

@@ -11,6 +11,7 @@ import torch
 
 from model.config import SamplingConfig
 from model.operations import Row
+from model.pipeline import Drawing
 from server.api.images import encode
 from server.engine.protocol import Image, Job
 from server.engine.runner import Runner, Stopwatch
@@ -68,10 +69,10 @@ class Loop:
             self.scheduler.finish(row)
 
     def _step(self, rows: list[RowId]) -> list[RowId]:
-        def draw(drawn: Sequence[Row], features: torch.Tensor) -> torch.Tensor:
+        def draw(drawn: Sequence[Row], features: torch.Tensor, drawing: Drawing) -> torch.Tensor:
             for row, own in zip(rows, features, strict=True):
                 self.features.setdefault(row, []).append(own.numpy().tobytes())
-            return type(pipeline)._draw(pipeline, drawn, features)
+            return type(pipeline)._draw(pipeline, drawn, features, drawing)
 
         pipeline = self.runner._pipelines["random"]
         with pytest.MonkeyPatch.context() as patched:
@@ -219,4 +220,4 @@ def test_the_images_of_one_job_are_started_together_to_the_same_end(runner, loop
         single.__dict__.update(runner.__dict__, _rows={}, _prompts={})
         single.start(job("a", seeds=(seed,)), [0], Stopwatch())
         other = single._rows[RowId("a", 0)]
-        assert all(torch.equal(x, y) for x, y in zip(row.conditional.kv, other.conditional.kv, strict=True))
+        assert torch.equal(row.conditional.kv, other.conditional.kv)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.pipeline
 from model.config import SamplingConfig
 from model.denoiser import Condition
 from model.operations import Row, generate
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, stack_conditions
 from model.sampling import NEVER
 
 PROMPTS = ("red apple", "", "the red apple in the red apple and on and on, until it is cut", "🍎")
@@ -120,7 +121,7 @@ def test_another_prompt_never_meets_the_conditions_of_a_finished_row(pipeline):
 def test_conditions_are_let_go_once_other_rows_step(pipeline):
     mine = row(pipeline)
     pipeline.advance([mine])
-    held = weakref.ref(mine.conditional.kv[0])
+    held = weakref.ref(mine.conditional.kv)
     del mine
     pipeline.advance([row(pipeline, seed=3)])
     assert held() is None
@@ -128,8 +129,7 @@ def test_conditions_are_let_go_once_other_rows_step(pipeline):
 
 def test_stacked_conditions_are_kept_while_the_same_rows_step(pipeline, monkeypatch):
     stacked = count()
-    original = Pipeline._stack.__globals__["stack_conditions"]
-    monkeypatch.setitem(Pipeline._stack.__globals__, "stack_conditions", lambda conditions: (next(stacked), original(conditions))[1])
+    monkeypatch.setattr(model.pipeline, "stack_conditions", lambda conditions: (next(stacked), stack_conditions(conditions))[1])
     run(pipeline, row(pipeline), row(pipeline, seed=1))
     assert next(stacked) == 1
 
@@ -155,7 +155,7 @@ def test_guidance_stops_after_its_steps(pipeline):
     mine = row(pipeline, config=replace(PLAIN, guidance=(8.0, 5.5), guidance_steps=4))
     shares = []
     while not mine.done:
-        shares.append([share for _, share in mine.branches])
+        shares.append(mine.shares[mine.step, : len(mine.branches)].tolist())
         pipeline.advance([mine])
     assert shares == [[8.0, -7.0], [7.5, -6.5], [7.0, -6.0], [6.5, -5.5], [1.0], [1.0]]
 
@@ -179,10 +179,7 @@ def test_guidance_is_cond_times_g_plus_uncond_times_one_minus_g(pipeline):
 
 def test_renoising_falls_with_time_and_stops_after_its_steps():
     mine = generate(replace(PLAIN, renoise_steps=3), noise=_Start(), conditional=_condition(), unconditional=None)
-    probabilities = []
-    for mine.step in range(6):
-        probabilities.append(mine.renoise_probability)
-    assert probabilities == pytest.approx([5 / 6, 4 / 6, 3 / 6, NEVER, NEVER, NEVER])
+    assert mine.renoise_probabilities == pytest.approx([5 / 6, 4 / 6, 3 / 6, NEVER, NEVER, NEVER])
 
 
 class _Start:
@@ -190,7 +187,7 @@ class _Start:
 
 
 def _condition() -> Condition:
-    return Condition((torch.zeros(1, 1, 2),), None)
+    return Condition(torch.zeros(1, 1, 2), None)
 
 
 def test_attention_weights_go_to_the_last_real_tokens_of_the_conditional_branch(pipeline):
@@ -207,8 +204,8 @@ def test_a_bundle_s_attention_weights_change_the_conditional_branch_alone(pipeli
     weighted, unconditional = pipeline.condition(prompt, image), pipeline.condition(negative)
     off = Pipeline(pipeline.bundle)
     off.config = replace(pipeline.config, recipe=replace(pipeline.config.recipe, attention_weights=None))
-    assert not torch.equal(off.condition(prompt, image).kv[0], weighted.kv[0])
-    assert torch.equal(off.condition(negative).kv[0], unconditional.kv[0])
+    assert not torch.equal(off.condition(prompt, image).kv, weighted.kv)
+    assert torch.equal(off.condition(negative).kv, unconditional.kv)
 
 
 # ── samplers, sizes, stages ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,240 @@
+"""The denoiser's step as CUDA graphs: recorded before the server is ready, replayed afterwards, never recorded again.
+
+A pass is some hundred small kernels, and launching them one by one takes longer than running them. A graph has fixed shapes, so rows are
+padded to the next recorded number and their conditions to the next recorded length; what no graph fits is computed eagerly and counted.
+
+Letters: B rows, N branches, H W token grid, L condition tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import sampling
+from model.config import Sampler
+from model.denoiser import Condition, Denoiser
+from model.pipeline import Drawing, Eager, Lanes, Pipeline
+
+SAMPLERS: tuple[Sampler, ...] = ("multinomial", "argmax", "typical", "quant")
+_WARM_UPS = 2
+
+Function = Callable[[], Tensor]
+
+
+class Recording(Protocol):
+    """A function of tensors in fixed places, to be run again on what lies there then."""
+
+    @property
+    def output(self) -> Tensor: ...
+
+    def replay(self) -> None: ...
+
+
+class Recorder(Protocol):
+    def __call__(self, function: Function) -> Recording: ...
+
+
+class CUDARecorder:
+    """Records on one device, all graphs in one memory pool: no two of them run at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Function) -> Recording:
+        # Libraries set themselves up in their first call, which may not be recorded.
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            for _ in range(_WARM_UPS):
+                function()
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            output = function()
+        return _CUDARecording(graph, output)
+
+
+@dataclass(frozen=True)
+class _CUDARecording:
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+@dataclass
+class Counters:
+    """How often since the start. eager: steps whose shapes no graph fits."""
+
+    recorded: int = 0
+    replayed: int = 0
+    eager: int = 0
+
+
+class Bucket(NamedTuple):
+    """The shapes of one graph. branches: lanes of each row, 1 or 2; length: condition tokens of each lane."""
+
+    grid: tuple[int, int]
+    rows: int
+    branches: int
+    length: int
+
+    @property
+    def lanes(self) -> int:
+        return self.rows * self.branches
+
+    @property
+    def work(self) -> int:
+        return self.lanes * math.prod(self.grid)
+
+
+@dataclass
+class _Step:
+    """One bucket's graph and the views of the static memory that it reads."""
+
+    tokens: Tensor  # [B, H, W]
+    times: Tensor  # [B, S]
+    share: Tensor  # [N]
+    condition: Condition  # N rows, L long
+    recording: Recording
+
+
+@dataclass
+class _Draw:
+    """One sampler's graph at one number of rows, and what it reads."""
+
+    features: Tensor  # [B, H, W, C]
+    drawing: Drawing
+    recording: Recording
+
+
+class Graphs:
+    """Stands in for `Eager` where shapes repeat. recorder: how a function is recorded; a test brings one that needs no GPU."""
+
+    def __init__(self, pipeline: Pipeline, buckets: Iterable[Bucket], recorder: Recorder) -> None:
+        self.eager, self.counters = Eager(pipeline.bundle), Counters()
+        self._record, self._device = recorder, pipeline.device
+        # The largest first: the others then find their memory in the pool.
+        self._buckets = sorted(set(buckets), key=lambda b: (b.work, b.lanes * b.length), reverse=True)
+        self._steps: dict[Bucket, _Step] = {}
+        self._draws: dict[tuple[Sampler, int, tuple[int, int]], _Draw] = {}
+        # Whose conditions lie in the static memory, for which bucket, and where in their shares each lane's is.
+        self._loaded: tuple[Bucket, Lanes, Tensor] | None = None
+
+    @torch.inference_mode()
+    def record_all(self) -> None:
+        """Records every bucket's step, and every sampler's draw for its rows."""
+        memory = _Memory(self.eager.denoiser, self._buckets, self._device)
+        for bucket in self._buckets:
+            self._steps[bucket] = self._record_step(bucket, memory)
+        for sampler in SAMPLERS:
+            for bucket in self._buckets:
+                key = sampler, bucket.rows, bucket.grid
+                if key not in self._draws:
+                    self._draws[key] = self._record_draw(sampler, self._steps[bucket].recording.output)
+
+    # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
+        """As `Executor.features`; the result lasts until the next call."""
+        bucket = self._smallest(tokens, lanes)
+        if bucket is None:
+            self.counters.eager += 1
+            return self.eager.features(tokens, times, lanes, share)
+        step, B = self._steps[bucket], len(tokens)
+        step.tokens[:B] = tokens
+        step.times[:B] = times
+        step.share.copy_(F.pad(share, (0, 1))[self._load(bucket, lanes)])
+        self._replay(step.recording)
+        return step.recording.output[:B]
+
+    def _smallest(self, tokens: Tensor, lanes: Lanes) -> Bucket | None:
+        """The least work that these rows fit into."""
+        B, H, W = tokens.shape
+        branches = max(sum(i == row for i, _ in lanes.members) for row in range(B))
+        length = max(condition.length for _, condition in lanes.members)
+        fitting = [b for b in self._steps if b.grid == (H, W) and b.rows >= B and b.branches >= branches and b.length >= length]
+        return min(fitting, key=lambda b: (b.work, b.length), default=None)
+
+    def _load(self, bucket: Bucket, lanes: Lanes) -> Tensor:
+        """Brings the conditions to where the bucket's graph reads them, unless they are there; returns each lane's place among the shares.
+
+        A lane without a branch counts nothing: it has the place behind the last one. It reads what its row's first lane reads, or, in a
+        row that is not there, whatever lay there before.
+        """
+        if self._loaded is None or self._loaded[:2] != (bucket, lanes):
+            places = [len(lanes.members)] * bucket.lanes
+            target = self._steps[bucket].condition
+            used = dict.fromkeys(range(bucket.rows), 0)
+            for place, (row, condition) in enumerate(lanes.members):
+                lane = row * bucket.branches + used[row]
+                places[lane] = place
+                for own in range(lane, (row + 1) * bucket.branches):
+                    target.put(own, condition)
+                used[row] += 1
+            self._loaded = bucket, lanes, torch.tensor(places, device=self._device)
+        return self._loaded[2]
+
+    def _record_step(self, bucket: Bucket, memory: _Memory) -> _Step:
+        denoiser, rows = self.eager.denoiser, bucket.rows
+        tokens, times, share, condition = memory.views(bucket)
+        row_of = torch.arange(rows, device=self._device).repeat_interleave(bucket.branches)
+
+        def guided() -> Tensor:
+            return sampling.mix(denoiser.features(tokens, times, condition, row_of), row_of, share, rows)
+
+        self.counters.recorded += 1
+        return _Step(tokens, times, share, condition, self._record(guided))
+
+    # ── a draw ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+        """As `Executor.draw`; the result lasts until the next call."""
+        B, H, W, _ = features.shape
+        rows = min((n for family, n, grid in self._draws if family == sampler and grid == (H, W) and n >= B), default=None)
+        if rows is None:
+            return self.eager.draw(sampler, features, drawing)
+        draw = self._draws[sampler, rows, (H, W)]
+        draw.features[:B] = features
+        for static, fresh in zip(draw.drawing, drawing, strict=True):
+            static[:B] = fresh
+        self._replay(draw.recording)
+        return draw.recording.output[:B]
+
+    def _record_draw(self, sampler: Sampler, example: Tensor) -> _Draw:
+        features, rows = torch.zeros_like(example), len(example)
+        drawing = Drawing(*(torch.full(shape, 0.5, device=self._device) for shape in (example.shape[:3], (rows,), (rows,))))
+        self.counters.recorded += 1
+        return _Draw(features, drawing, self._record(lambda: self.eager.draw(sampler, features, drawing)))
+
+    def _replay(self, recording: Recording) -> None:
+        recording.replay()
+        self.counters.replayed += 1
+
+
+class _Memory:
+    """The inputs of all steps, allocated once for the largest; graphs that never run at once can read the same memory."""
+
+    def __init__(self, denoiser: Denoiser, buckets: Iterable[Bucket], device: torch.device) -> None:
+        buckets = list(buckets)
+        keys = max(b.lanes * b.length for b in buckets)
+        self.tokens = torch.zeros(max(b.rows * math.prod(b.grid) for b in buckets), dtype=torch.int64, device=device)
+        self.times = denoiser.times(torch.ones(max(b.rows for b in buckets), device=device))
+        self.share = torch.zeros(max(b.lanes for b in buckets), device=device)
+        self.kv = self.times.new_zeros(keys, denoiser.condition_width)
+        self.mask = torch.ones(keys, dtype=torch.bool, device=device)
+
+    def views(self, b: Bucket) -> tuple[Tensor, Tensor, Tensor, Condition]:
+        """(tokens, times, share, condition) in a bucket's shapes."""
+        keys = b.lanes * b.length
+        condition = Condition(self.kv[:keys].view(b.lanes, b.length, -1), self.mask[:keys].view(b.lanes, b.length))
+        tokens = self.tokens[: b.rows * math.prod(b.grid)].view(b.rows, *b.grid)
+        return tokens, self.times[: b.rows], self.share[: b.lanes], condition

@@ -1,0 +1,133 @@
+"""Replayed steps are the eager ones: whatever the rows, lengths and samplers, padding and static memory change nothing.
+
+What records here runs the function again on every replay, so shapes, padding, places and counts are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.operations import Row
+from model.pipeline import Pipeline
+from server.engine.graphs import SAMPLERS, Bucket, Graphs
+from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
+
+GRID = (8, 8)
+LENGTHS = (16, 80)
+UNGUIDED = replace(PLAIN, guidance=(1.0, 1.0))
+
+
+@dataclass
+class Rerun:
+    """As a graph: its output lies always in the same place."""
+
+    function: Callable[[], Tensor]
+    output: Tensor
+
+    def replay(self) -> None:
+        self.output.copy_(self.function())
+
+
+def rerun(function: Callable[[], Tensor]) -> Rerun:
+    return Rerun(function, function())
+
+
+@pytest.fixture
+def graphs(pipeline: Pipeline) -> Iterator[Graphs]:
+    """The pipeline computes with these for as long as the test runs."""
+    buckets = [Bucket(GRID, rows, branches, length) for rows in (1, 2, 4) for branches in (1, 2) for length in LENGTHS]
+    made = Graphs(pipeline, buckets, rerun)
+    made.record_all()
+    eager, pipeline.executor = pipeline.executor, made
+    yield made
+    pipeline.executor = eager
+
+
+def eagerly(pipeline: Pipeline, *rows: Row) -> list[Tensor]:
+    return run(Pipeline(pipeline.bundle), *rows)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("config", [PLAIN, UNGUIDED, replace(PLAIN, guidance_steps=3)], ids=["guided", "unguided", "guided at first"])
+def test_one_row_draws_what_it_draws_eagerly(pipeline, graphs, config, sampler):
+    config = replace(config, sampler=sampler)
+    (replayed,) = run(pipeline, row(pipeline, config=config))
+    (expected,) = eagerly(pipeline, row(pipeline, config=config))
+    assert agreement(replayed, expected) >= 0.99
+    assert graphs.counters.eager == 0
+
+
+def test_rows_of_every_kind_share_a_replay(pipeline, graphs):
+    def rows() -> list[Row]:
+        configs = [PLAIN, replace(UNGUIDED, sampler="argmax"), replace(PLAIN, guidance_steps=2, sampler="typical")]
+        return [row(pipeline, prompt, seed, config) for seed, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=False))]
+
+    for replayed, expected in zip(run(pipeline, *rows()), eagerly(pipeline, *rows()), strict=True):
+        assert agreement(replayed, expected) >= 0.99
+    assert graphs.counters.eager == 0
+
+
+def test_rows_that_join_and_leave_meet_nothing_of_those_before_them(pipeline, graphs):
+    (expected,) = eagerly(pipeline, row(pipeline))
+    long, mine = row(pipeline, PROMPTS[2], 1, replace(PLAIN, steps=3, renoise_steps=2)), row(pipeline)
+    pipeline.advance([long, mine])
+    pipeline.advance([mine])
+    pipeline.advance([mine, long])
+    pipeline.advance([long, mine])
+    run(pipeline, mine)
+    assert agreement(mine.tokens, expected) >= 0.99
+
+
+def test_a_picture_with_nothing_but_nan_harms_no_padded_neighbour(pipeline, graphs):
+    broken, mine = row(pipeline, PROMPTS[2], seed=1), row(pipeline)
+    broken.conditional = replace(broken.conditional, kv=torch.full_like(broken.conditional.kv, torch.nan))
+    pipeline.advance([broken])
+    (replayed,) = run(pipeline, mine)
+    (expected,) = eagerly(pipeline, row(pipeline))
+    assert agreement(replayed, expected) >= 0.99
+
+
+def test_conditions_are_copied_once_while_the_same_rows_step(pipeline, graphs):
+    mine = row(pipeline)
+    pipeline.advance([mine])
+    loaded = graphs._loaded
+    pipeline.advance([mine])
+    assert graphs._loaded is loaded
+    pipeline.advance([row(pipeline, seed=1)])
+    assert graphs._loaded is not loaded
+
+
+def test_what_no_graph_fits_is_computed_eagerly_and_counted(pipeline, graphs):
+    many = [row(pipeline, seed=seed) for seed in range(5)]
+    pipeline.advance(many)
+    assert (graphs.counters.eager, graphs.counters.replayed) == (1, 0)
+
+
+def test_the_smallest_graph_that_fits_is_replayed(pipeline, graphs):
+    pipeline.advance([row(pipeline, config=UNGUIDED)])
+    assert graphs._loaded is not None
+    assert graphs._loaded[0] == Bucket(GRID, 1, 1, LENGTHS[0] if graphs._loaded[1].members[0][1].length <= LENGTHS[0] else LENGTHS[1])
+
+
+def test_everything_is_recorded_before_the_first_step_and_nothing_after_it(pipeline, graphs):
+    recorded = graphs.counters.recorded
+    run(pipeline, row(pipeline), row(pipeline, seed=1, config=UNGUIDED))
+    assert recorded == graphs.counters.recorded == 12 + 3 * len(SAMPLERS)
+
+
+def test_the_largest_graph_is_recorded_first(pipeline):
+    seen = []
+    buckets = [Bucket(GRID, rows, 2, 80) for rows in (1, 4, 2)]
+
+    def record(function: Callable[[], Tensor]) -> Rerun:
+        recording = rerun(function)
+        seen.append(len(recording.output))
+        return recording
+
+    Graphs(pipeline, buckets, record).record_all()
+    assert seen[:3] == [4, 2, 1]
