@@ -114,7 +114,7 @@ def test_the_learning_rate_warms_up_by_steps_and_falls_by_time(o, done, share, r
     run = loop._Run(network, replace(o, warmup=4))
     run.step = done
     run.learn(prior_loss(network), share)
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(o.lr * rate)
+    assert run.optimizers.lr == pytest.approx(o.lr * rate)
 
 
 @pytest.mark.parametrize(("done", "rate"), [(0, 0.25), (3, 1.0), (14, 1.0), (17, 0.5), (19, 1 / 6)])

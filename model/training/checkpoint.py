@@ -9,7 +9,7 @@ import torch
 
 
 def load(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint's contents: `ema` (the weights to use), `model`, `optimizer`, `step`, `seconds`, random states, the data's position."""
+    """A checkpoint's contents: `ema` (the weights to use), `model`, `optimizers`, `step`, `seconds`, random states, the data's position."""
     return torch.load(checkpoint, map_location=device, weights_only=True)
 
 

@@ -28,17 +28,18 @@ class Examples:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, bundle: Bundle, images: Tensor, captions: list[str]) -> Examples:
-        """images: [B, 3, H, W] in [0, 1] on the bundle's device."""
-        text = bundle.byt5(captions)
-        return cls(
-            tokens=bundle.vqgan.encode(images),
-            byt5=text.embeddings,
-            mask=text.mask,
-            clip_text=bundle.clip.encode_text(captions),
-            clip_image=bundle.clip.encode_image(images),
-            empty=text.mask.sum(-1) <= 1,  # an end mark alone
-        )
+    def of(cls, bundle: Bundle, images: Tensor, captions: list[str], dtype: torch.dtype = torch.float32) -> Examples:
+        """images: [B, 3, H, W] in [0, 1] on the bundle's device. dtype: of the products; what comes out is fp32."""
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            text = bundle.byt5(captions)
+            return cls(
+                tokens=bundle.vqgan.encode(images),
+                byt5=text.embeddings.float(),
+                mask=text.mask,
+                clip_text=bundle.clip.encode_text(captions).float(),
+                clip_image=bundle.clip.encode_image(images).float(),
+                empty=text.mask.sum(-1) <= 1,  # an end mark alone
+            )
 
 
 class ExampleStream:
@@ -49,9 +50,12 @@ class ExampleStream:
     a checkpoint holds where the source stood before the pool and how many of its batches were taken.
     """
 
-    def __init__(self, bundle: Bundle, source: Source, seed: int, *, pool: int, reuse: int, empty: float = 0.1) -> None:
-        """pool: divides the number of pictures the source draws. empty: share of empty captions."""
+    def __init__(
+        self, bundle: Bundle, source: Source, seed: int, *, pool: int, reuse: int, dtype: torch.dtype = torch.float32, empty: float = 0.1
+    ) -> None:
+        """pool: divides the number of pictures the source draws. dtype: of the encoders' products. empty: share of empty captions."""
         self.bundle, self.source, self.seed, self.pool, self.reuse, self.empty = bundle, source, seed, pool, reuse, empty
+        self.dtype = dtype
         self.device = next(bundle.denoiser.parameters()).device
         self._number, self._taken = 0, 0
         self._before = source.state_dict()
@@ -79,7 +83,7 @@ class ExampleStream:
         batches = []
         for chosen in np.split(order, self.pool):
             images = as_float(pixels[torch.from_numpy(chosen)], self.device)
-            batches.append(Examples.of(self.bundle, images, [captions[i] for i in chosen]))
+            batches.append(Examples.of(self.bundle, images, [captions[i] for i in chosen], self.dtype))
         return [batches[i] for _ in range(self.reuse) for i in rng.permutation(self.pool)]
 
     @property
@@ -102,8 +106,16 @@ class ExampleStream:
 
 
 def examples(
-    bundle: Bundle, batch: int, seed: int, *, empty: float = 0.1, pool: int = 24, reuse: int = 5, workers: int = 0
+    bundle: Bundle,
+    batch: int,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    empty: float = 0.1,
+    pool: int = 48,
+    reuse: int = 16,
+    workers: int = 0,
 ) -> ExampleStream:
     """Endless batches of B scenes each."""
     source = SceneSource(pool * batch, seed, workers=workers)
-    return ExampleStream(bundle, source, seed, pool=pool, reuse=reuse, empty=empty)
+    return ExampleStream(bundle, source, seed, pool=pool, reuse=reuse, dtype=dtype, empty=empty)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from model.training import checkpoint
 from model.training.checkpoint import load
+from model.training.optimizers import Optimizers
 from model.training.options import Options, options, parser
 from model.training.processes import average_over_processes, first_clock, rank, total, world
 from model.training.report import Moment, Report, by_reason
@@ -65,12 +66,11 @@ def ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | 
 class _Run:
     """Model, average, optimizer and data of one training, and their way into a checkpoint and out of it."""
 
-    def __init__(self, module: nn.Module, o: Options, data: Data | None = None) -> None:
+    def __init__(self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()) -> None:
         self.module, self.o, self.data = module.to(o.device), o, data
         self.average = AveragedModel(module, multi_avg_fn=ema(o.ema), use_buffers=True)
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=o.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-        self.parameters = parameters
+        self.optimizers = Optimizers(module, o.lr, matrices)
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         if o.resume:
             self._restore(load(o.checkpoint, o.device))
@@ -83,7 +83,7 @@ class _Run:
         self.module.load_state_dict(saved["model"])
         self.average.module.load_state_dict(saved["ema"])
         self.average.n_averaged.fill_(saved.get("averaged", saved["step"]))
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizers.load_state_dict(saved["optimizers"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         if self.data is not None and "data" in saved:
             self.data.load_state_dict(saved["data"])
@@ -99,7 +99,7 @@ class _Run:
             "model": self.module.state_dict(),
             "ema": self.average.module.state_dict(),
             "averaged": int(self.average.n_averaged),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
@@ -123,8 +123,7 @@ class _Run:
 
     def learn(self, loss: Loss, share: float) -> dict[str, Tensor]:
         """One step; returns the loss and its figures, or nothing if the step was skipped."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(share)
+        self.optimizers.lr = self.rate(share)
         figures = self.gradients(loss)
         average_over_processes([p.grad for p in self.parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -133,13 +132,13 @@ class _Run:
             # One such step would make every weight NaN, and the next checkpoint with them.
             self.skipped += 1
             return {}
-        self.optimizer.step()
+        self.optimizers.step()
         self.average.update_parameters(self.module)
         return figures
 
     def gradients(self, loss: Loss) -> dict[str, Tensor]:
         """Leaves the gradient of the mean of `accumulate` losses in the parameters; returns the means of loss and figures."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         means = defaultdict[str, Tensor](lambda: torch.zeros((), device=self.o.device))
         for _ in range(self.o.accumulate):
             with torch.autocast(self.o.device.type, self.o.dtype, enabled=self.o.dtype != torch.float32):
@@ -156,19 +155,20 @@ class _Run:
         return Moment(
             step=self.step,
             done=share if self.o.steps is None else self.step / self.o.steps,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=self.optimizers.lr,
             pictures=(self.step - self.first_step) * self.o.batch * self.o.accumulate * world(),
             skipped_steps=self.skipped,
             skipped_files=self.data.skipped if self.data is not None else {},
         )
 
 
-def fit(module: nn.Module, loss: Loss, o: Options, data: Data | None = None) -> nn.Module:
+def fit(module: nn.Module, loss: Loss, o: Options, data: Data | None = None, matrices: Iterable[str] = ()) -> nn.Module:
     """Trains `module` until the budget is spent and returns its averaged twin.
 
     loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it draws from, to be kept in checkpoints.
+    matrices: names of the parameters that Muon steps.
     """
-    run = _Run(module, o, data)
+    run = _Run(module, o, data, matrices)
     start = saved = time.monotonic()
     earlier = run.seconds
     budget, unit = (o.minutes * 60, "s") if o.steps is None else (o.steps, "steps")
