@@ -14,7 +14,8 @@ from torch import Tensor
 
 from model.operations import Row
 from model.pipeline import Pipeline
-from server.engine.graphs import SAMPLERS, Bucket, Graphs
+from server.engine.graphs import SAMPLERS, Bucket, Graphs, buckets
+from tests.conftest import micro_config
 from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
 
 GRID = (8, 8)
@@ -131,3 +132,19 @@ def test_the_largest_graph_is_recorded_first(pipeline):
 
     Graphs(pipeline, buckets, record).record_all()
     assert seen[:3] == [4, 2, 1]
+
+
+def test_every_row_count_up_to_the_most_has_a_bucket_and_every_length_that_a_text_can_have():
+    config = micro_config()
+    made = buckets(config, max_rows=12, sizes=[(64, 32)])
+    assert {b.rows for b in made} == {1, 2, 4, 8, 12}
+    assert {b.grid for b in made} == {(8, 16)}
+    assert {b.branches for b in made} == {1, 2}
+    assert max(b.length for b in made) == config.byt5.max_bytes + 2 * config.denoiser.clip_seq_len
+
+
+def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
+    made = buckets(pipeline.config, max_rows=2, sizes=[pipeline.config.native_size])
+    (prompt,) = pipeline.encode(["the apple " * 100])
+    condition = pipeline.condition(prompt, torch.ones(1, 16))
+    assert condition.length <= max(b.length for b in made)

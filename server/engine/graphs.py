@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import sampling
-from model.config import Sampler
+from model.config import BundleConfig, Sampler
 from model.denoiser import Condition, Denoiser
 from model.pipeline import Drawing, Eager, Lanes, Pipeline
+from server.engine.scheduler import LENGTHS
 
 SAMPLERS: tuple[Sampler, ...] = ("multinomial", "argmax", "typical", "quant")
 _WARM_UPS = 2
@@ -94,6 +96,16 @@ class Bucket(NamedTuple):
     @property
     def work(self) -> int:
         return self.lanes * math.prod(self.grid)
+
+
+def buckets(config: BundleConfig, max_rows: int, sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
+    """What a server records: these picture sizes (width, height), rows in powers of two, the scheduler's classes of condition lengths."""
+    rows = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
+    # A class counts a text's bytes; CLIP's text and image follow them.
+    longest, clip = config.byt5.max_bytes, 2 * config.denoiser.clip_seq_len
+    lengths = sorted({min(length, longest) + clip for length in LENGTHS})
+    grids = [(height // config.vqgan.downscale, width // config.vqgan.downscale) for width, height in sizes]
+    return [Bucket(*shape) for shape in product(grids, rows, (1, 2), lengths)]
 
 
 @dataclass
