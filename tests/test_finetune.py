@@ -179,9 +179,9 @@ from model.training import denoiser, features, loop
 
 seen, of, fit = [], features.Examples.of.__func__, loop.fit
 
-def watched(cls, bundle, images, captions):
+def watched(cls, bundle, images, captions, *rest):
     seen.extend(captions)
-    return of(cls, bundle, images, captions)
+    return of(cls, bundle, images, captions, *rest)
 
 def kept(module, *rest, **data):
     average = fit(module, *rest, **data)

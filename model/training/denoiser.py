@@ -44,7 +44,7 @@ _BYTES_READ = (8, 16, 32)
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise there, and the caption has to be heard.
 _EARLY = 1.5
 # A network that can draw already forgets it at the rate at which a fresh one learns.
-_RATE, _FINETUNING_RATE = 1e-3, 3e-4
+_RATE, _FINETUNING_RATE = 2e-3, 3e-4
 # How many batches of pictures are read at a time, and how often each is met: features.ExampleStream.
 _POOL, _REUSE = 8, 3
 
@@ -132,8 +132,9 @@ def _matrices(module: nn.Module) -> list[str]:
 
 def train(args: argparse.Namespace) -> None:
     from_bundle = args.from_bundle or (args.data is not None and not args.from_scratch)
+    finetuning = args.data is not None and from_bundle
     if args.lr is None:
-        args.lr = _FINETUNING_RATE if args.data is not None and from_bundle else _RATE
+        args.lr = _FINETUNING_RATE if finetuning else _RATE
     o = loop.options(args)
     bundle = load_bundle(find_bundle(args.bundle), o.device, torch.float32)
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
@@ -154,7 +155,8 @@ def train(args: argparse.Namespace) -> None:
         more, figures = guided.loss(x.tokens)
         return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
 
-    loop.fit(guided, loss, o, data=data, matrices=_matrices(guided))
+    # At a finetuning's rate and in its few steps AdamW gets further.
+    loop.fit(guided, loss, o, data=data, matrices=() if finetuning else _matrices(guided))
 
 
 def main() -> None:
