@@ -1,23 +1,43 @@
-"""What a request means in tokens: a row with its start tokens, conditions and schedule. The sampling loop itself is `pipeline.advance`."""
+"""What a request means in tokens: a row with its start tokens, conditions, schedule, and what of a picture it keeps.
+
+No operation has a loop of its own: `pipeline.advance` steps rows of all kinds together. Letters: H W token grid, n steps.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.config import SamplingConfig
 from model.denoiser import Condition
-from model.sampling import NEVER, Noise, ramp, timesteps
+from model.sampling import NEVER, Noise, ramp, renoise, timesteps
+
+
+class Kept(NamedTuple):
+    """What a row takes from a picture: tokens [H, W], and where they stay as they are, keep [H, W] (True: pinned at every step)."""
+
+    tokens: Tensor
+    keep: Tensor
+
+
+class Region(NamedTuple):
+    """A prompt for a part of the picture. weight: [H, W] in [0, 1], how much it counts at every token."""
+
+    condition: Condition
+    weight: Tensor
 
 
 @dataclass(eq=False)
 class Row:
     """One image on its way.
 
-    tokens: [H, W], now. conditional, unconditional: conditions of one row each; without guidance the second is None.
+    tokens: [H, W], now. conditional, unconditional: conditions of one row each; without guidance the second is None. kept: what no step
+    may change. regions: other prompts for parts of it; the conditional counts where they leave something.
     """
 
     sampling: SamplingConfig
@@ -26,6 +46,8 @@ class Row:
     unconditional: Condition | None
     tokens: Tensor
     step: int = 0
+    kept: Kept | None = None
+    regions: tuple[Region, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -52,16 +74,27 @@ class Row:
 
     @property
     def branches(self) -> tuple[Condition, ...]:
-        """This step's lanes."""
+        """This step's lanes: the prompt, one more for every region, and the unconditional one while there is guidance."""
+        asked = (self.conditional, *(region.condition for region in self.regions))
         if self.unconditional is None or self.guidances[self.step] == 1.0:
-            return (self.conditional,)
-        return (self.conditional, self.unconditional)
+            return asked
+        return (*asked, self.unconditional)
 
     @cached_property
     def shares(self) -> Tensor:
-        """[n, 2]: what the conditional and the unconditional branch count at every step; on the device, as no step sends numbers there."""
+        """[n, branches]: what each branch counts at every step; on the device, as no step sends numbers there."""
         guidance = torch.tensor(self.guidances, device=self.tokens.device)
-        return torch.stack([guidance, 1 - guidance], dim=1)
+        return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
+
+    @cached_property
+    def coverage(self) -> Tensor | None:
+        """[branches, H, W]: where each branch counts, or None where all count everywhere. The prompts' add up to one at every token."""
+        if not self.regions:
+            return None
+        weights = torch.stack([region.weight for region in self.regions])
+        # Regions that overlap share what there is; the prompt itself has the rest.
+        weights = weights / weights.sum(0).clamp_min(1)
+        return torch.cat([1 - weights.sum(0, keepdim=True), weights, torch.ones_like(weights[:1])])
 
     @cached_property
     def schedule(self) -> Tensor:
@@ -71,6 +104,47 @@ class Row:
         return torch.tensor([inverse, self.renoise_probabilities, mass], device=self.tokens.device).T.contiguous()
 
 
-def generate(sampling: SamplingConfig, noise: Noise, conditional: Condition, unconditional: Condition | None) -> Row:
+def generate(
+    sampling: SamplingConfig,
+    noise: Noise,
+    conditional: Condition,
+    unconditional: Condition | None,
+    *,
+    regions: Sequence[Region] = (),
+) -> Row:
     """Text to image: begin with nothing but noise."""
-    return Row(sampling, noise, conditional, unconditional if sampling.guided else None, tokens=noise.start)
+    unconditional = unconditional if sampling.guided else None
+    return Row(sampling, noise, conditional, unconditional, tokens=noise.start, regions=tuple(regions))
+
+
+def repaint(row: Row, kept: Kept) -> Row:
+    """Makes a new row an inpainting or outpainting one: noise where nothing is kept, and the kept tokens pinned at every step."""
+    row.kept = kept
+    row.tokens = torch.where(kept.keep, kept.tokens, row.tokens)
+    return row
+
+
+def edit(row: Row, tokens: Tensor, strength: float) -> Row:
+    """Makes a new row begin with a picture's tokens [H, W], renoised as far as `strength` says.
+
+    It joins the schedule where that much is noise: 0 leaves the picture as it is and takes no step, 1 leaves nothing of it. What returns to
+    noise is what the step before would have renoised, so the same seed gives the same noise at every strength.
+    """
+    steps = row.sampling.steps
+    row.step = steps - round(strength * steps)
+    if row.step > 0:
+        probability = torch.tensor([row.times[row.step] or NEVER], device=tokens.device)
+        row.tokens = renoise(tokens[None], row.noise.start[None], row.noise.renoise[row.step - 1][None], probability)[0]
+    return row
+
+
+def token_mask(mask: Tensor, downscale: int) -> Tensor:
+    """A mask of pixels [height, width], True: repaint → of tokens [H, W]: every token that a masked pixel touches. Sides are multiples."""
+    height, width = mask.shape
+    return mask.view(height // downscale, downscale, width // downscale, downscale).any(dim=3).any(dim=1)
+
+
+def token_weight(weight: Tensor, downscale: int) -> Tensor:
+    """A region's weight of pixels [height, width] → of tokens [H, W], their mean."""
+    height, width = weight.shape
+    return weight.view(height // downscale, downscale, width // downscale, downscale).mean(dim=(1, 3))

@@ -75,7 +75,7 @@ class Executor(Protocol):
     """Computes the two halves of a step, on tensors of one device."""
 
     def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
-        """Tokens [B, H, W], times [B, S] and each branch's share [N] → guided features [B, H, W, c_out]."""
+        """Tokens [B, H, W], times [B, S] and each branch's share [N] or [N, H, W] → guided features [B, H, W, c_out]."""
 
     def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
         """Guided features [B, H, W, c_out] → tokens [B, H, W]."""
@@ -183,7 +183,7 @@ class Pipeline:
         lanes = self._lanes_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row.sampling.steps)[row.step] for row in rows])  # [B, S]
-        share = torch.cat([row.shares[row.step, : len(row.branches)] for row in rows])  # [N]
+        share = self._shares(rows, tokens.shape[1:])
         inverse, probability, mass = torch.stack([row.schedule[row.step] for row in rows], dim=1).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
         features = self.executor.features(tokens, times, lanes, share)
@@ -191,7 +191,16 @@ class Pipeline:
         start = torch.stack([row.noise.start for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
         for row, fresh in zip(rows, sampling.renoise(drawn, start, uniform, probability), strict=True):
-            row.tokens, row.step = fresh, row.step + 1
+            row.tokens = fresh if row.kept is None else torch.where(row.kept.keep, row.kept.tokens, fresh)
+            row.step += 1
+
+    def _shares(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
+        """What every branch counts: [N], or [N, H, W] where a row has regions."""
+        shares = [row.shares[row.step, : len(row.branches)] for row in rows]
+        if all(row.coverage is None for row in rows):
+            return torch.cat(shares)
+        maps = [share[:, None, None].expand(-1, *grid) for share in shares]
+        return torch.cat([m if row.coverage is None else m * row.coverage[: len(m)] for m, row in zip(maps, rows, strict=True)])
 
     def _lanes_of(self, rows: Sequence[Row]) -> Lanes:
         """The rows' branches; another object only when rows or branches have changed."""

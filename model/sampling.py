@@ -101,10 +101,11 @@ def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor)
 def mix(branches: Tensor, row_of: Tensor, share: Tensor, rows: int) -> Tensor:
     """Guidance: features of all branches [N, H, W, C] → features of rows [B, H, W, C], summed in fp32.
 
-    row_of [N] is each branch's row, share [N] its weight there. Rows are summed apart, so that one with NaN in it harms no other.
+    row_of [N] is each branch's row, share [N] or [N, H, W] its weight there. Rows are summed apart, so that one with NaN in it harms no
+    other.
     """
     if len(branches) == rows:
         return branches
-    weighted = branches.float() * share[:, None, None, None]
+    weighted = branches.float() * (share[:, None, None, None] if share.dim() == 1 else share[..., None])
     mixed = weighted.new_zeros(rows, *branches.shape[1:]).index_add_(0, row_of, weighted)
     return mixed.to(branches.dtype)

@@ -157,7 +157,7 @@ class Graphs:
 
     def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
         """As `Executor.features`; the result lasts until the next call."""
-        bucket = self._smallest(tokens, lanes)
+        bucket = self._smallest(tokens, lanes) if share.dim() == 1 else None
         if bucket is None:
             self.counters.eager += 1
             return self.eager.features(tokens, times, lanes, share)
