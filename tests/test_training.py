@@ -289,6 +289,23 @@ def test_tokens_are_replaced_at_the_share_asked_for_by_any_code():
     assert shares.tolist() == pytest.approx([0.1] * 10, abs=0.02)
 
 
+def test_chosen_positions_are_different_ones_and_all_are_chosen_in_time():
+    tokens = torch.randint(8, (500, 4, 4))
+    chosen = denoiser.choose_positions(tokens, 0.5)
+    assert chosen.shape == (500, 8)
+    assert all(len(set(row)) == 8 for row in chosen.tolist())
+    assert (chosen.flatten().bincount(minlength=16) / 500).sub(0.5).abs().max() < 0.15  # seven standard deviations
+
+
+def test_focus_prefers_a_thing_and_its_surroundings_on_either_side_of_the_outline():
+    tokens = torch.zeros(2000, 8, 8, dtype=torch.int64)
+    tokens[:, 2, 2] = 5
+    share = denoiser.choose_positions(tokens, 0.1, focus=4.0).flatten().bincount(minlength=64).view(8, 8) / 2000
+    near = share[1:4, 1:4]
+    assert near.min() > 2 * share[5:, 5:].max()
+    assert near.max() < 1.4 * near.min()  # the thing itself no more than what surrounds it
+
+
 def examples(rows: int, length: int = 6) -> features.Examples:
     mask = torch.arange(length) < (1 + torch.arange(rows) % length)[:, None]
     clip_text, clip_image = torch.randn(2, rows, 16)

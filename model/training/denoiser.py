@@ -37,6 +37,8 @@ _DROP_CLIP = 0.5
 _IMAGE_NOISE = 0.3
 # Of a row's positions, this share is projected to the codebook and judged: the softmax would else cost as much as the network.
 _JUDGED = 0.25
+# On scenes twice as many, and those in and around things so many times as often as plain background, most of which is soon right.
+_JUDGED_OF_SCENES, _FOCUS = 0.5, 4.0
 # Every byte's feature of our own encoder knows the whole caption (byte_encoder.py), so a few at random say it all, and a step on scenes
 # costs half as much as with all of them: projecting sixty bytes to keys and values is as much work as the network itself. How many changes,
 # so that no number is expected.
@@ -82,14 +84,29 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def token_loss(denoiser: Denoiser, x: Examples, t: Tensor, drop_clip: float = _DROP_CLIP) -> tuple[Tensor, Tensor]:
-    """(the objective, share of judged noised tokens that are predicted right) at times t [B]."""
+def choose_positions(tokens: Tensor, share: float, focus: float = 1.0) -> Tensor:
+    """Some positions of each row of tokens [B, H, W], at random: [B, n], as numbers in the flattened grid.
+
+    focus: how many times as likely those are where a token, or one beside it, is not the picture's commonest. Both sides of an outline are
+    in there: to choose by the token alone would teach that things are larger than they are.
+    """
+    B, H, W = tokens.shape
+    commonest = tokens.flatten(1).mode(dim=1).values[:, None, None]
+    busy = F.max_pool2d((tokens != commonest).float(), kernel_size=3, stride=1, padding=1)
+    weight = 1 + (focus - 1) * busy.flatten(1)
+    # The n largest of u^(1/w) are a draw without replacement with weights w (Efraimidis and Spirakis, 2006).
+    return torch.rand(B, H * W, device=tokens.device).pow(1 / weight).topk(max(1, int(H * W * share)), dim=1).indices
+
+
+def token_loss(
+    denoiser: Denoiser, x: Examples, t: Tensor, drop_clip: float = _DROP_CLIP, judged: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(the objective, share of judged noised tokens that are predicted right) at times t [B]. judged: positions [B, n], by default any."""
     noisy, noised = corrupt(x.tokens, t, denoiser.config.num_labels)
     condition = dropped_condition(denoiser, x, drop_clip)
     with _attention(t.device):
         features = denoiser.features(noisy, denoiser.times(t), condition).flatten(1, 2)  # [B, HW, c_out]
-    B, positions, _ = features.shape
-    judged = torch.rand(B, positions, device=t.device).topk(max(1, int(positions * _JUDGED)), dim=1).indices
+    judged = choose_positions(x.tokens, _JUDGED) if judged is None else judged
 
     def pick(grid: Tensor) -> Tensor:
         return grid.flatten(1).gather(1, judged)
@@ -148,8 +165,10 @@ def train(args: argparse.Namespace) -> None:
         x = next(data)
         if args.data is None:
             x = some_bytes(x, _BYTES_READ[int(torch.randint(len(_BYTES_READ), ()))])
-        t = draw_times(len(x.tokens), o.device, _EARLY if args.data is None else 1.0)
-        value, right = token_loss(denoiser, x, t, args.drop_clip)
+            t, judged = draw_times(len(x.tokens), o.device, _EARLY), choose_positions(x.tokens, _JUDGED_OF_SCENES, _FOCUS)
+        else:
+            t, judged = draw_times(len(x.tokens), o.device), choose_positions(x.tokens, _JUDGED)
+        value, right = token_loss(denoiser, x, t, args.drop_clip, judged)
         if args.data is not None:
             return value, {"right": right.detach()}
         more, figures = guided.loss(x.tokens)
