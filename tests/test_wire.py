@@ -24,7 +24,9 @@ def pictures(*sides: int) -> Finished:
 def test_pixels_arrive_as_they_were_and_the_next_message_after_them(sides):
     near, far = Pipe()
     sent = pictures(*sides)
-    thread = threading.Thread(target=lambda: [send(near, message) for message in (sent, Dropped("b"), Preview("c", 0, 1, pictures(8).images[0]))])
+    thread = threading.Thread(
+        target=lambda: [send(near, message) for message in (sent, Dropped("b"), Preview("c", 0, 1, pictures(8).images[0]))]
+    )
     thread.start()
     received = receive(far)
     assert [image.width for image in received.images] == list(sides)
