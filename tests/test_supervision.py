@@ -18,10 +18,10 @@ from model.config import SamplingConfig
 from model.pipeline import Pipeline
 from server.engine.client import LONE_DEATHS, EngineClient
 from server.engine.errors import JobFailed, WorkerLost
-from server.engine.protocol import Job
+from server.engine.protocol import Job, Preview
 from server.metrics import Metrics
 from server.settings import Settings
-from tests import faulty_worker
+from tests import fake_worker, faulty_worker
 from tests.test_client import figure, job, running, until
 
 STEPS = SamplingConfig(steps=6, renoise_steps=5, guidance=(4.0, 4.0), guidance_steps=6, temperature=(0.7, 0.3), sampler="multinomial")
@@ -148,12 +148,30 @@ async def test_the_time_from_a_cancellation_until_the_rows_have_left_is_measured
         assert client._workers[0].rows_owed == 0
 
 
+async def test_a_worker_that_dies_in_the_midst_of_an_answer_has_not_given_it() -> None:
+    async with running() as client:
+        answer = await client.run(job("half", rows=3, seconds=PATIENCE_S))
+        assert [image.pixels for image in answer.images[::-1]] == [fake_worker.colour(i) * (32 * 16) for i in range(3)]
+        assert figure(client, "paella_requests_replayed_total") == 1
+
+
+@pytest.mark.parametrize("word", ["show", "half-show"])
+async def test_previews_are_handed_on_once_each_though_a_worker_began_again(word: str) -> None:
+    previews: list[Preview] = []
+    async with running() as client:
+        await client.run(replace(job(word, seconds=PATIENCE_S), previews=2), previews.append)
+        assert figure(client, "paella_requests_replayed_total") == (word == "half-show")
+    assert [(preview.number, preview.image.pixels[:3]) for preview in previews] == [(i, fake_worker.colour(i)) for i in range(2)]
+
+
 # ── against real workers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest_asyncio.fixture
 async def client(random_bundle: Path) -> AsyncIterator[EngineClient]:
-    settings = Settings(weights=str(random_bundle), device="cpu", dtype="float32", drain_timeout_s=0, start_wait_s=PATIENCE_S, threads=1)
+    settings = Settings(
+        weights=str(random_bundle), device="cpu", dtype="float32", drain_timeout_s=0, start_wait_s=PATIENCE_S, stall_timeout_s=15, threads=1
+    )
     client = EngineClient(settings, Metrics(), faulty_worker.main)
     await client.start()
     yield client
@@ -178,7 +196,7 @@ def same_picture(answer: object, pipeline: Pipeline, prompt: str, seed: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["accelerator", "kill"])
+@pytest.mark.parametrize("fault", ["accelerator", "kill", "hang"])
 async def test_neighbours_of_a_fatal_request_get_the_pictures_of_their_seeds(client: EngineClient, pipeline: Pipeline, fault: str) -> None:
     first, poisoned, last = await ask(client, "red apple", f"{fault} apple", "the apple")
     assert same_picture(first, pipeline, "red apple", 0)
