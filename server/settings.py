@@ -30,6 +30,12 @@ class Settings(BaseSettings):
     threads: Annotated[int, Field(ge=0, description="CPU threads of the worker; 0 lets it choose")] = 0
     deterministic: Annotated[bool, Field(description="What requests get that do not say")] = False
 
+    cuda_graphs: Annotated[bool, Field(description="Record the denoiser's step at start; off, every step is computed eagerly")] = True
+    graph_sizes: Annotated[
+        str,
+        Field(pattern=r"^(\d+x\d+(,\d+x\d+)*)?$", description="Comma list of picture sizes recorded beside the native one: 128x256"),
+    ] = ""
+
     queue_rows: Annotated[int, Field(ge=1, description="Images that may be unfinished at once before requests get 429")] = 256
     max_batch_rows: Annotated[int, Field(ge=1, description="Images that are stepped together")] = 16
     prompt_cache_bytes: Annotated[int, Field(ge=0, description="Encoded prompts and drawn priors a worker remembers; 0 is none")] = (
@@ -51,6 +57,12 @@ class Settings(BaseSettings):
     def worker_devices(self) -> tuple[str, ...]:
         """The device of every worker; the same one twice is two workers on it."""
         return (self.device,) if self.devices is None else tuple(self.devices.split(","))
+
+    @property
+    def picture_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of `graph_sizes`, pixels."""
+        pairs = [size.split("x") for size in self.graph_sizes.split(",") if size]
+        return [(int(width), int(height)) for width, height in pairs]
 
     @property
     def bundles(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ What records here runs the function again on every replay, so shapes, padding, p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from model.operations import Row
 from model.pipeline import Pipeline
 from server.engine.graphs import SAMPLERS, Bucket, Graphs, buckets
+from server.engine.runner import Runner
+from server.settings import Settings
 from tests.conftest import micro_config
 from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
 
@@ -42,7 +45,7 @@ def rerun(function: Callable[[], Tensor]) -> Rerun:
 def graphs(pipeline: Pipeline) -> Iterator[Graphs]:
     """The pipeline computes with these for as long as the test runs."""
     buckets = [Bucket(GRID, rows, branches, length) for rows in (1, 2, 4) for branches in (1, 2) for length in LENGTHS]
-    made = Graphs(pipeline, buckets, rerun)
+    made = Graphs(pipeline, buckets, rerun, Counter())
     made.record_all()
     eager, pipeline.executor = pipeline.executor, made
     yield made
@@ -60,7 +63,7 @@ def test_one_row_draws_what_it_draws_eagerly(pipeline, graphs, config, sampler):
     (replayed,) = run(pipeline, row(pipeline, config=config))
     (expected,) = eagerly(pipeline, row(pipeline, config=config))
     assert agreement(replayed, expected) >= 0.99
-    assert graphs.counters.eager == 0
+    assert not graphs.counters["graph_eager_steps", ""]
 
 
 def test_rows_of_every_kind_share_a_replay(pipeline, graphs):
@@ -70,7 +73,7 @@ def test_rows_of_every_kind_share_a_replay(pipeline, graphs):
 
     for replayed, expected in zip(run(pipeline, *rows()), eagerly(pipeline, *rows()), strict=True):
         assert agreement(replayed, expected) >= 0.99
-    assert graphs.counters.eager == 0
+    assert not graphs.counters["graph_eager_steps", ""]
 
 
 def test_rows_that_join_and_leave_meet_nothing_of_those_before_them(pipeline, graphs):
@@ -106,7 +109,8 @@ def test_conditions_are_copied_once_while_the_same_rows_step(pipeline, graphs):
 def test_what_no_graph_fits_is_computed_eagerly_and_counted(pipeline, graphs):
     many = [row(pipeline, seed=seed) for seed in range(5)]
     pipeline.advance(many)
-    assert (graphs.counters.eager, graphs.counters.replayed) == (1, 0)
+    assert graphs.counters["graph_eager_steps", ""] == 1
+    assert not graphs.counters["graph_replays", ""]
 
 
 def test_the_smallest_graph_that_fits_is_replayed(pipeline, graphs):
@@ -116,9 +120,11 @@ def test_the_smallest_graph_that_fits_is_replayed(pipeline, graphs):
 
 
 def test_everything_is_recorded_before_the_first_step_and_nothing_after_it(pipeline, graphs):
-    recorded = graphs.counters.recorded
+    recorded = graphs.counters["graph_captures", "false"]
     run(pipeline, row(pipeline), row(pipeline, seed=1, config=UNGUIDED))
-    assert recorded == graphs.counters.recorded == 12 + 3 * len(SAMPLERS)
+    assert recorded == graphs.counters["graph_captures", "false"] == 12 + 3 * len(SAMPLERS)
+    assert not graphs.counters["graph_captures", "true"]
+    assert graphs.counters["graph_replays", ""] == 12  # six steps and six draws
 
 
 def test_the_largest_graph_is_recorded_first(pipeline):
@@ -130,7 +136,7 @@ def test_the_largest_graph_is_recorded_first(pipeline):
         seen.append(len(recording.output))
         return recording
 
-    Graphs(pipeline, buckets, record).record_all()
+    Graphs(pipeline, buckets, record, Counter()).record_all()
     assert seen[:3] == [4, 2, 1]
 
 
@@ -148,3 +154,16 @@ def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
     (prompt,) = pipeline.encode(["the apple " * 100])
     condition = pipeline.condition(prompt, torch.ones(1, 16))
     assert condition.length <= max(b.length for b in made)
+
+
+def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settings(random_bundle):
+    runner = Runner(Settings(weights=str(random_bundle), dtype="float32", max_batch_rows=2, graph_sizes="32x64,40x40"))
+    pipeline = runner._pipelines["random"]
+    runner.record_graphs(pipeline, rerun)
+    captures = runner.counters["graph_captures", "false"]
+    for width, height in ((32, 32), (32, 64), (64, 64)):
+        pipeline.generate(["red apple"], [0], PLAIN, width=width, height=height)
+    assert runner.counters["graph_replays", ""] == 2 * 2 * PLAIN.steps  # the size 64×64 has no graph, 40×40 is none of its sizes
+    assert runner.counters["graph_eager_steps", ""] == PLAIN.steps
+    assert captures == runner.counters["graph_captures", "false"]
+    assert not runner.counters["graph_captures", "true"]

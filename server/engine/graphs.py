@@ -9,6 +9,7 @@ Letters: B rows, N branches, H W token grid, L condition tokens, C channels.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -22,6 +23,7 @@ from model import sampling
 from model.config import BundleConfig, Sampler
 from model.denoiser import Condition, Denoiser
 from model.pipeline import Drawing, Eager, Lanes, Pipeline
+from server.engine.protocol import Count
 from server.engine.scheduler import LENGTHS
 
 SAMPLERS: tuple[Sampler, ...] = ("multinomial", "argmax", "typical", "quant")
@@ -72,15 +74,6 @@ class _CUDARecording:
         self.graph.replay()
 
 
-@dataclass
-class Counters:
-    """How often since the start. eager: steps whose shapes no graph fits."""
-
-    recorded: int = 0
-    replayed: int = 0
-    eager: int = 0
-
-
 class Bucket(NamedTuple):
     """The shapes of one graph. branches: lanes of each row, 1 or 2; length: condition tokens of each lane."""
 
@@ -129,11 +122,14 @@ class _Draw:
 
 
 class Graphs:
-    """Stands in for `Eager` where shapes repeat. recorder: how a function is recorded; a test brings one that needs no GPU."""
+    """Stands in for `Eager` where shapes repeat.
 
-    def __init__(self, pipeline: Pipeline, buckets: Iterable[Bucket], recorder: Recorder) -> None:
-        self.eager, self.counters = Eager(pipeline.bundle), Counters()
-        self._record, self._device = recorder, pipeline.device
+    recorder: how a function is recorded; a test brings one that needs no GPU. counters: where to count captures, replays and eager steps.
+    """
+
+    def __init__(self, pipeline: Pipeline, buckets: Iterable[Bucket], recorder: Recorder, counters: Counter[Count]) -> None:
+        self.eager, self.counters = Eager(pipeline.bundle), counters
+        self._recorder, self._device, self._all_recorded = recorder, pipeline.device, False
         # The largest first: the others then find their memory in the pool.
         self._buckets = sorted(set(buckets), key=lambda b: (b.work, b.lanes * b.length), reverse=True)
         self._steps: dict[Bucket, _Step] = {}
@@ -152,6 +148,7 @@ class Graphs:
                 key = sampler, bucket.rows, bucket.grid
                 if key not in self._draws:
                     self._draws[key] = self._record_draw(sampler, self._steps[bucket].recording.output)
+        self._all_recorded = True
 
     # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -159,7 +156,7 @@ class Graphs:
         """As `Executor.features`; the result lasts until the next call."""
         bucket = self._smallest(tokens, lanes) if share.dim() == 1 else None
         if bucket is None:
-            self.counters.eager += 1
+            self.counters["graph_eager_steps", ""] += 1
             return self.eager.features(tokens, times, lanes, share)
         step, B = self._steps[bucket], len(tokens)
         step.tokens[:B] = tokens
@@ -203,7 +200,6 @@ class Graphs:
         def guided() -> Tensor:
             return sampling.mix(denoiser.features(tokens, times, condition, row_of), row_of, share, rows)
 
-        self.counters.recorded += 1
         return _Step(tokens, times, share, condition, self._record(guided))
 
     # ── a draw ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -224,12 +220,17 @@ class Graphs:
     def _record_draw(self, sampler: Sampler, example: Tensor) -> _Draw:
         features, rows = torch.zeros_like(example), len(example)
         drawing = Drawing(*(torch.full(shape, 0.5, device=self._device) for shape in (example.shape[:3], (rows,), (rows,))))
-        self.counters.recorded += 1
         return _Draw(features, drawing, self._record(lambda: self.eager.draw(sampler, features, drawing)))
+
+    # ── counting ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _record(self, function: Function) -> Recording:
+        self.counters["graph_captures", str(self._all_recorded).lower()] += 1
+        return self._recorder(function)
 
     def _replay(self, recording: Recording) -> None:
         recording.replay()
-        self.counters.replayed += 1
+        self.counters["graph_replays", ""] += 1
 
 
 class _Memory:

@@ -21,6 +21,7 @@ from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype
 from server.engine.cache import Cache
 from server.engine.conditions import Conditions, Guess, size, tensors_in, text
+from server.engine.graphs import CUDARecorder, Graphs, Recorder, buckets
 from server.engine.protocol import Count, Image, Job
 from server.engine.scheduler import RowId
 from server.engine.streams import Mark, Streams
@@ -73,7 +74,7 @@ class Runner:
         self.device = device
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
-        self._streams = Streams(device)
+        self._settings, self._streams = settings, Streams(device)
         self.counters: Counter[Count] = Counter()
         self.cache = Cache(settings.prompt_cache_bytes, size, self.counters)
         self._conditions = Conditions(self._pipelines, self.cache)
@@ -130,6 +131,17 @@ class Runner:
             self._starting.pop(row, None)
 
     def warm_up(self) -> None:
-        """Runs every stage of every bundle once, so that the first request meets nothing new."""
+        """Runs every stage of every bundle once, and records its graphs, so that the first request meets nothing new."""
         for pipeline in self._pipelines.values():
             pipeline.generate(["warm"], [0], pipeline.config.recipe.sampling(steps=2))
+            if self.device.type == "cuda" and self._settings.cuda_graphs:
+                self.record_graphs(pipeline, CUDARecorder(self.device))
+
+    def record_graphs(self, pipeline: Pipeline, recorder: Recorder) -> None:
+        """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings."""
+        sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
+        step = pipeline.config.size_step
+        fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
+        graphs = Graphs(pipeline, buckets(pipeline.config, self._settings.max_batch_rows, fitting), recorder, self.counters)
+        graphs.record_all()
+        pipeline.executor = graphs
