@@ -13,13 +13,14 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 import torch
 from rich.table import Table
 
+from load_tests.prompts import prompts
 from load_tests.report import Report, quantiles
 from load_tests.serving import server_timing_ms, serving
 from load_tests.stages import Workload, ceiling, flops, measure
@@ -29,9 +30,6 @@ from model.runtime import pick_device, pick_dtype, prepare
 from server.settings import Settings
 
 WARM_UP = 2
-_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
-_THINGS = ("ball", "box", "cup", "tree", "house", "star", "boat", "apple")
-_PLACES = ("on a table", "under a cloud", "in the snow", "beside a lake", "on the grass", "at night")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m load_tests.bench") -> None:
@@ -121,13 +119,13 @@ def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> dict[str, Any]:
     """One request at a time against a server of its own; every prompt is new to it, so that nothing comes from a cache."""
-    prompts = _prompts()
+    new = prompts()
     with serving({"PAELLERA_WEIGHTS": weights}) as server, httpx.Client(base_url=server.url, timeout=600) as client:
-        first, _ = _generate(client, next(prompts), seed=0, steps=step_counts[0])
+        first, _ = _generate(client, next(new), seed=0, steps=step_counts[0])
         seconds: dict[int, list[float]] = {steps: [] for steps in step_counts}
         timings: dict[int, list[dict[str, float]]] = {steps: [] for steps in step_counts}
         for seed, steps in itertools.product(range(1, requests + 1), step_counts):
-            taken, stages = _generate(client, next(prompts), seed, steps)
+            taken, stages = _generate(client, next(new), seed, steps)
             seconds[steps].append(taken)
             timings[steps].append(stages)
         return {
@@ -136,13 +134,6 @@ def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> di
             "requests": {str(n): quantiles(seconds[n]) | {"server_timing_ms": _medians(timings[n])} for n in step_counts},
             "peak_memory_mib": server.peak_memory_mib(),
         }
-
-
-def _prompts() -> Iterator[str]:
-    """Prompts that differ in their words and, when those are used up, in a number."""
-    for number in itertools.count(1):
-        for place, colour, thing in itertools.product(_PLACES, _COLOURS, _THINGS):
-            yield f"a {colour} {thing} {place}" + (f", number {number}" if number > 1 else "")
 
 
 def _generate(client: httpx.Client, prompt: str, seed: int, steps: int) -> tuple[float, dict[str, float]]:
