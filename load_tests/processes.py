@@ -12,8 +12,12 @@ def family(pid: int) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return sorted(int(child) for path in lists for child in path.read_text().split())
+    return sorted(int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in _read(str(path)).split())
+
+
+def workers(pid: int) -> list[int]:
+    """Those of a server's children that multiprocessing spawned: its workers."""
+    return [child for child in children(pid) if b"spawn_main" in _read(f"/proc/{child}/cmdline")]
 
 
 def resident_mib(pid: int, *, peak: bool = False) -> float | None:
@@ -33,24 +37,25 @@ def open_files(pid: int) -> int | None:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process and of its children that have ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return 0.0
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def machine_cpu_seconds() -> float:
     """Time that all cores together have worked, for whomever; 0 where there is no /proc."""
-    path = Path("/proc/stat")
-    if not path.exists():
-        return 0.0
-    user, nice, system, _idle, _iowait, *interrupts_and_stolen = map(int, path.read_text().split("\n", 1)[0].split()[1:9])
-    return (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
+    times = [int(time) for time in _read("/proc/stat").split(b"\n", 1)[0].split()[1:9]]
+    # The fourth and fifth are those of doing nothing and of waiting for a disk.
+    return (sum(times) - sum(times[3:5])) / os.sysconf("SC_CLK_TCK")
 
 
 def _status(pid: int, key: str) -> int | None:
-    path = Path(f"/proc/{pid}/status")
-    if not path.exists():
-        return None
-    return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{key}:")), None)
+    lines = _read(f"/proc/{pid}/status").decode().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _read(path: str) -> bytes:
+    """Nothing if there is no such file, or not any more."""
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

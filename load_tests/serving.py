@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -9,16 +10,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from load_tests.processes import children, cpu_seconds, family, resident_mib
 
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+IDLE_TIMEOUT_S = 60.0
+RUNNING, WAITING = "paella_rows_running", "paella_queue_depth"
 _POLL_S = 0.05
 
 
@@ -77,6 +82,26 @@ def server_timing_ms(response: httpx.Response) -> dict[str, float]:
     """The `Server-Timing` header: milliseconds by stage."""
     entries = (entry.strip().partition(";dur=") for entry in response.headers.get("server-timing", "").split(",") if entry.strip())
     return {stage: float(duration) for stage, _, duration in entries}
+
+
+async def figures(client: httpx.AsyncClient) -> Counter[str]:
+    """What /metrics says, summed over labels; what it does not say yet is 0. Raises httpx.HTTPStatusError."""
+    answer = (await client.get("/metrics")).raise_for_status()
+    sums: Counter[str] = Counter()
+    for metric in text_string_to_metric_families(answer.text):
+        for sample in metric.samples:
+            sums[sample.name] += sample.value  # type: ignore[assignment]
+    return sums
+
+
+async def figures_when_idle(client: httpx.AsyncClient) -> Counter[str]:
+    """The figures as soon as no row is running or waiting. Raises TimeoutError if that is never."""
+    async with asyncio.timeout(IDLE_TIMEOUT_S):
+        while True:
+            now = await figures(client)
+            if not now[RUNNING] + now[WAITING]:
+                return now
+            await asyncio.sleep(_POLL_S)
 
 
 def _free_port() -> int:
