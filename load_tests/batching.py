@@ -34,8 +34,8 @@ from load_tests.traffic import REQUEST_TIMEOUT_S, Answer, Kind, Load, Target, ki
 PEER = ("-m", "load_tests.peer")
 LOAD = 0.8
 SLOWDOWN_TARGET, THROUGHPUT_TARGET = 0.6, 0.95
-BATCH_SIZES = (1, 4, 8, 16, 32)
-BATCH_TIMEOUTS = (0.0, 0.02, 0.1)
+BATCH_SIZES = (4, 8, 16, 32, 64)
+BATCH_TIMEOUTS = (0.0, 0.05)
 # Batch sizes whose throughput is this close to the best one's go on to the trial of their tails.
 NEARLY_BEST = 0.95
 
@@ -95,9 +95,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=_numbers, default=(8, 12, 16), help="step counts, 8,12,16 by default")
     parser.add_argument("--seconds", type=float, default=60, help="of open-loop arrivals for each server, 60 by default")
     parser.add_argument("--rounds", type=int, default=3, help="turns they are divided into, 3 by default")
-    parser.add_argument("--saturate", type=float, default=8, help="seconds of saturation a turn, two turns each, 8 by default")
+    parser.add_argument("--saturate", type=float, default=10, help="seconds of saturation a turn, two turns each, 10 by default")
     parser.add_argument("--trial", type=float, default=8, help="seconds for each setting of the search, 8 by default")
-    parser.add_argument("--clients", type=int, default=32, help="concurrent clients of a saturated server, 32 by default")
+    parser.add_argument("--clients", type=int, default=64, help="concurrent clients of a saturated server, 64 by default")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     return parser.parse_args(arguments)
 
@@ -169,7 +169,7 @@ class Comparison:
 
     async def _peer_throughput(self, size: int) -> float:
         await self._batching(size, 0.0)
-        return await self.load.saturate(self.peer.target, self.kinds, self.options.clients, self.options.trial / 2, 2.0, self.options.seed)
+        return await self.load.saturate(self.peer.target, self.kinds, self.options.clients, self.options.trial, 3.0, self.options.seed)
 
     async def _peer_tail(self, size: int, wait_s: float, rate: float, alone: Mapping[Kind, float]) -> float:
         await self._batching(size, wait_s)

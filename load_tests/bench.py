@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
     report.add(_stage_table(measured["stages"]))
     if options.requests > 0:
         measured["http"] = _measure_http(settings.bundles[0], options.steps, options.requests)
-        report.add(_http_table(measured["http"]))
+        measured["overhead_ms"] = _overheads(measured["http"], measured["stages"])
+        report.add(_http_table(measured["http"], measured["overhead_ms"]))
     report.emit(measured, json_only=options.json_only)
 
 
@@ -149,6 +150,14 @@ def _medians(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {stage: quantiles([timing[stage] / 1000 for timing in timings])["p50_ms"] for stage in timings[0]}
 
 
+def _overheads(http: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What a request takes by HTTP, at the median, beyond the same request computed in this process, and beyond its bare sampling loop."""
+    return {
+        steps: {f"beyond_{name}": round(row["p50_ms"] - stages[f"{name}_{steps}"]["p50_ms"], 2) for name in ("request", "loop")}
+        for steps, row in http["requests"].items()
+    }
+
+
 def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
     table = _table("One picture, in this process", "stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "floor ms")
     for name, row in stages.items():
@@ -156,7 +165,7 @@ def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def _http_table(http: Mapping[str, Any]) -> Table:
+def _http_table(http: Mapping[str, Any], overheads: Mapping[str, Mapping[str, float]]) -> Table:
     """One column per step count; below the client's own times the server's medians by stage."""
     requests: Mapping[str, Mapping[str, Any]] = http["requests"]
     table = _table(f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)", "ms", *(f"{steps} steps" for steps in requests))
@@ -164,6 +173,8 @@ def _http_table(http: Mapping[str, Any]) -> Table:
         table.add_row(key.removesuffix("_ms"), *(f"{row[key]:.2f}" for row in requests.values()))
     for stage in next(iter(requests.values()))["server_timing_ms"]:
         table.add_row(f"  {stage}, p50", *(f"{row['server_timing_ms'][stage]:.2f}" for row in requests.values()))
+    for name, words in (("beyond_request", "beyond the same in this process"), ("beyond_loop", "beyond the bare loop")):
+        table.add_row(words, *(f"{overheads[steps][name]:.2f}" for steps in requests))
     return table
 
 
