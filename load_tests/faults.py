@@ -127,7 +127,7 @@ async def _run(options: argparse.Namespace) -> list[Outcome]:
     """All faults on one server; then SIGTERM on `paellera serve` itself."""
     settings = {"PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S), "PAELLERA_START_WAIT_S": str(PATIENCE_S)}
     quiet = settings | {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_DRAIN_TIMEOUT_S": str(PATIENCE_S)}
-    bodies = [_body(f"a red ball, number {seed}", seed, options) for seed in range(options.requests)]
+    bodies = [request(f"a red ball, number {seed}", seed, options) for seed in range(options.requests)]
     with serving(quiet, INSTRUMENTED) as server:
         trial = Trial(server, bodies, await _references(server, bodies))
         outcomes = [await trial.run(fault) for fault in FAULTS]
@@ -136,8 +136,8 @@ async def _run(options: argparse.Namespace) -> list[Outcome]:
         return [*outcomes, replace(last, exit_code=await asyncio.to_thread(server.process.wait, PATIENCE_S))]
 
 
-def _body(prompt: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Every second one is deterministic."""
+def request(prompt: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A JSON body; every second one is deterministic."""
     size = {"width": options.side, "height": options.side, "num_inference_steps": options.steps}
     return {"prompt": prompt, "seed": seed, "deterministic": seed % 2 == 0, "timeout_s": PATIENCE_S, **size}
 

@@ -55,6 +55,22 @@ class Target:
     url: str
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """begin: on the performance counter."""
+
+    begin: float
+    seconds: float
+
+    @property
+    def end(self) -> float:
+        return self.begin + self.seconds
+
+    def share(self, began: float, ended: float) -> float:
+        """How much of something lay within. Whole answers would not do: a batch's all come at once, within the window or without."""
+        return max(0.0, min(ended, self.end) - max(began, self.begin)) / (ended - began)
+
+
 def kinds_of(sides: Sequence[int], step_counts: Sequence[int]) -> list[Kind]:
     return [Kind(side, steps) for side, steps in itertools.product(sides, step_counts)]
 
@@ -112,19 +128,20 @@ class Load:
         answer = await self.one(target, arrival.kind, arrival.seed)
         return Answer(answer.kind, answer.status, answer.seconds + late)
 
-    async def saturate(self, target: Target, kinds: Sequence[Kind], clients: int, seconds: float, warm_up: float, seed: int) -> float:
+    async def saturate(self, target: Target, kinds: Sequence[Kind], clients: int, warm_up: float, seconds: float, seed: int) -> float:
         """Answers per second in `seconds` after the warm-up, with so many clients that each ask again when they are answered."""
         chosen = (kinds[i] for i in np.random.default_rng(seed).integers(len(kinds), size=1_000_000))
-        begins = time.perf_counter() + warm_up
-        done = await asyncio.gather(*(self._client_loop(target, chosen, begins, begins + seconds) for _ in range(clients)))
+        window = Window(time.perf_counter() + warm_up, seconds)
+        done = await asyncio.gather(*(self._client_loop(target, chosen, window) for _ in range(clients)))
         return sum(done) / seconds
 
-    async def _client_loop(self, target: Target, kinds: Iterator[Kind], begins: float, ends: float) -> int:
-        done = 0
+    async def _client_loop(self, target: Target, kinds: Iterator[Kind], window: Window) -> float:
+        done = 0.0
         for seed in itertools.count():
+            began = time.perf_counter()
             answer = await self.one(target, next(kinds), seed)
             now = time.perf_counter()
-            if now >= ends:
+            done += window.share(began, now) * (answer.status == httpx.codes.OK)
+            if now >= window.end:
                 break
-            done += now >= begins and answer.status == httpx.codes.OK
         return done
