@@ -158,12 +158,11 @@ def bench(context: typer.Context) -> None:
 
 def run_server(api: FastAPI, settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM, then finishes what is running. Raises SystemExit: 0 after SIGTERM, 1 if it could not start."""
-    import uvicorn
+    from server.api.serve import Server
 
     listener = _listen(settings.host, settings.port)
     _greet(settings, listener.getsockname()[1])
-    grace = math.ceil(settings.drain_timeout_s)
-    server = uvicorn.Server(uvicorn.Config(api, access_log=False, log_config=None, timeout_graceful_shutdown=grace))
+    server = Server(api)
     # Having stopped for a signal, uvicorn sends it to itself again, which would count as killed by it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):

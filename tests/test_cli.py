@@ -140,13 +140,17 @@ def test_serve_keeps_torch_out_of_the_api_process(server: Server) -> None:
     assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
 
 
-def test_a_terminated_server_answers_what_is_running_and_exits_with_0(random_bundle: Path) -> None:
-    long = {"prompt": "a red apple", "seed": 1, "n": 16, "num_inference_steps": 64, "deterministic": True}
-    with serving({"PAELLERA_WEIGHTS": str(random_bundle), "PAELLERA_THREADS": "1"}) as server, ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(httpx.post, f"{server.url}/generate", json=long, timeout=120)
-        wait_until(lambda: "paella_rows_running 16.0" in httpx.get(f"{server.url}/metrics").text, timeout_s=60)
+@pytest.mark.parametrize(("drain_timeout_s", "status"), [("600", 200), ("0", 503)])
+def test_a_terminated_server_gives_what_is_running_its_time_and_exits_with_0(
+    random_bundle: Path, drain_timeout_s: str, status: int
+) -> None:
+    settings = {"PAELLERA_WEIGHTS": str(random_bundle), "PAELLERA_THREADS": "1", "PAELLERA_DRAIN_TIMEOUT_S": drain_timeout_s}
+    long = {"prompt": "a red apple", "seed": 1, "n": 8, "num_inference_steps": 64, "deterministic": True, "timeout_s": 600}
+    with serving(settings) as server, ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(httpx.post, f"{server.url}/generate", json=long, timeout=600)
+        wait_until(lambda: "paella_rows_running 8.0" in httpx.get(f"{server.url}/metrics").text, timeout_s=60)
         server.process.terminate()
-        assert len(answer.result().raise_for_status().json()["images"]) == 16
+        assert answer.result().status_code == status
         assert server.process.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/healthz")
