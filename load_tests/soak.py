@@ -109,6 +109,7 @@ class Soak:
                 await asyncio.gather(*(self._ask_all(client, numbers) for _ in range(clients)))
             async with self._client() as client:
                 snapshots.append(await self._snapshot(client, end))
+            print(snapshots[-1], file=sys.stderr, flush=True)
         return snapshots, self.statuses
 
     def _client(self) -> httpx.AsyncClient:
