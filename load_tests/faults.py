@@ -28,7 +28,7 @@ from load_tests.serving import PAELLERA, RUNNING, WAITING, Server, figures, figu
 
 INSTRUMENTED = ("-m", "load_tests.instrumented")
 STALL_TIMEOUT_S = 4.0
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 POLL_S = 0.02
 GONE = "gone"
 REPLAYED, CANCELLED = "paella_requests_replayed_total", "paella_cancelled_total"
