@@ -13,13 +13,14 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 import torch
 from rich.table import Table
 
+from load_tests.prompts import prompts
 from load_tests.report import Report, quantiles
 from load_tests.serving import server_timing_ms, serving
 from load_tests.stages import Workload, ceiling, flops, measure
@@ -29,9 +30,6 @@ from model.runtime import pick_device, pick_dtype, prepare
 from server.settings import Settings
 
 WARM_UP = 2
-_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
-_THINGS = ("ball", "box", "cup", "tree", "house", "star", "boat", "apple")
-_PLACES = ("on a table", "under a cloud", "in the snow", "beside a lake", "on the grass", "at night")
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m load_tests.bench") -> None:
@@ -46,7 +44,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
     report.add(_stage_table(measured["stages"]))
     if options.requests > 0:
         measured["http"] = _measure_http(settings.bundles[0], options.steps, options.requests)
-        report.add(_http_table(measured["http"]))
+        measured["overhead_ms"] = _overheads(measured["http"], measured["stages"])
+        report.add(_http_table(measured["http"], measured["overhead_ms"]))
     report.emit(measured, json_only=options.json_only)
 
 
@@ -121,13 +120,13 @@ def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> dict[str, Any]:
     """One request at a time against a server of its own; every prompt is new to it, so that nothing comes from a cache."""
-    prompts = _prompts()
+    new = prompts()
     with serving({"PAELLERA_WEIGHTS": weights}) as server, httpx.Client(base_url=server.url, timeout=600) as client:
-        first, _ = _generate(client, next(prompts), seed=0, steps=step_counts[0])
+        first, _ = _generate(client, next(new), seed=0, steps=step_counts[0])
         seconds: dict[int, list[float]] = {steps: [] for steps in step_counts}
         timings: dict[int, list[dict[str, float]]] = {steps: [] for steps in step_counts}
         for seed, steps in itertools.product(range(1, requests + 1), step_counts):
-            taken, stages = _generate(client, next(prompts), seed, steps)
+            taken, stages = _generate(client, next(new), seed, steps)
             seconds[steps].append(taken)
             timings[steps].append(stages)
         return {
@@ -136,13 +135,6 @@ def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> di
             "requests": {str(n): quantiles(seconds[n]) | {"server_timing_ms": _medians(timings[n])} for n in step_counts},
             "peak_memory_mib": server.peak_memory_mib(),
         }
-
-
-def _prompts() -> Iterator[str]:
-    """Prompts that differ in their words and, when those are used up, in a number."""
-    for number in itertools.count(1):
-        for place, colour, thing in itertools.product(_PLACES, _COLOURS, _THINGS):
-            yield f"a {colour} {thing} {place}" + (f", number {number}" if number > 1 else "")
 
 
 def _generate(client: httpx.Client, prompt: str, seed: int, steps: int) -> tuple[float, dict[str, float]]:
@@ -158,6 +150,14 @@ def _medians(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {stage: quantiles([timing[stage] / 1000 for timing in timings])["p50_ms"] for stage in timings[0]}
 
 
+def _overheads(http: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What a request takes by HTTP, at the median, beyond the same request computed in this process, and beyond its bare sampling loop."""
+    return {
+        steps: {f"beyond_{name}": round(row["p50_ms"] - stages[f"{name}_{steps}"]["p50_ms"], 2) for name in ("request", "loop")}
+        for steps, row in http["requests"].items()
+    }
+
+
 def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
     table = _table("One picture, in this process", "stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "floor ms")
     for name, row in stages.items():
@@ -165,7 +165,7 @@ def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def _http_table(http: Mapping[str, Any]) -> Table:
+def _http_table(http: Mapping[str, Any], overheads: Mapping[str, Mapping[str, float]]) -> Table:
     """One column per step count; below the client's own times the server's medians by stage."""
     requests: Mapping[str, Mapping[str, Any]] = http["requests"]
     table = _table(f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)", "ms", *(f"{steps} steps" for steps in requests))
@@ -173,6 +173,8 @@ def _http_table(http: Mapping[str, Any]) -> Table:
         table.add_row(key.removesuffix("_ms"), *(f"{row[key]:.2f}" for row in requests.values()))
     for stage in next(iter(requests.values()))["server_timing_ms"]:
         table.add_row(f"  {stage}, p50", *(f"{row['server_timing_ms'][stage]:.2f}" for row in requests.values()))
+    for name, words in (("beyond_request", "beyond the same in this process"), ("beyond_loop", "beyond the bare loop")):
+        table.add_row(words, *(f"{overheads[steps][name]:.2f}" for steps in requests))
     return table
 
 

@@ -1,51 +1,79 @@
-"""A real `paellera serve` in a child process, for load tests: start it, wait until it is ready, ask it things, stop it."""
+"""A real server in a child process, for load tests: start it, wait until it is ready, look at its processes, stop it."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from load_tests.processes import children, cpu_seconds, family, resident_mib
 
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+IDLE_TIMEOUT_S = 60.0
+RUNNING, WAITING = "paella_rows_running", "paella_queue_depth"
 _POLL_S = 0.05
+
+
+PAELLERA = ("-m", "server.cli", "serve", "--host", "127.0.0.1")
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that was ready `start_to_ready_s` after its process began."""
+    """A server that was ready `start_to_ready_s` after its process began. It leads a process group of its own."""
 
     url: str
-    pid: int
+    process: subprocess.Popen[bytes]
     start_to_ready_s: float
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def peak_memory_mib(self) -> dict[str, list[float]]:
         """Largest resident memory so far of the API process and of each of its children; empty lists elsewhere than on Linux."""
-        return {"api": _peaks([self.pid]), "children": _peaks(_children(self.pid))}
+        return {"api": _peaks([self.pid]), "children": _peaks(children(self.pid))}
+
+    def cpu_seconds(self) -> float:
+        return sum(map(cpu_seconds, family(self.pid)))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """All of its processes stand still, so that another server can be measured."""
+        os.killpg(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.pid, signal.SIGCONT)
 
 
 @contextmanager
-def serving(settings: Mapping[str, str]) -> Iterator[Server]:
+def serving(settings: Mapping[str, str], command: Sequence[str] = PAELLERA, ready: str = "/readyz") -> Iterator[Server]:
     """A server on a free loopback port with this environment's settings and these on top (`{"PAELLERA_WEIGHTS": "tiny"}`).
 
+    command: Python's arguments, to which `--port N` is added. ready: the path that answers 200 once it serves.
     Raises RuntimeError if it exits before it is ready, TimeoutError if it is not ready within `READY_TIMEOUT_S`.
     """
     port = _free_port()
     began = time.perf_counter()
-    command = [sys.executable, "-m", "server.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, env={**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings})
+    arguments = [sys.executable, *command, "--port", str(port)]
+    process = subprocess.Popen(arguments, env={**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings}, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(process, url)
-        yield Server(url, process.pid, time.perf_counter() - began)
+        wait_until_ready(process, url + ready)
+        yield Server(url, process, time.perf_counter() - began)
     finally:
         _stop(process)
 
@@ -56,27 +84,48 @@ def server_timing_ms(response: httpx.Response) -> dict[str, float]:
     return {stage: float(duration) for stage, _, duration in entries}
 
 
+async def figures(client: httpx.AsyncClient) -> Counter[str]:
+    """What /metrics says, summed over labels; what it does not say yet is 0. Raises httpx.HTTPStatusError."""
+    answer = (await client.get("/metrics")).raise_for_status()
+    sums: Counter[str] = Counter()
+    for metric in text_string_to_metric_families(answer.text):
+        for sample in metric.samples:
+            sums[sample.name] += sample.value  # type: ignore[assignment]
+    return sums
+
+
+async def figures_when_idle(client: httpx.AsyncClient) -> Counter[str]:
+    """The figures as soon as no row is running or waiting. Raises TimeoutError if that is never."""
+    async with asyncio.timeout(IDLE_TIMEOUT_S):
+        while True:
+            now = await figures(client)
+            if not now[RUNNING] + now[WAITING]:
+                return now
+            await asyncio.sleep(_POLL_S)
+
+
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    """Raises what `serving` raises."""
     deadline = time.monotonic() + READY_TIMEOUT_S
-    with httpx.Client(base_url=url, timeout=5) as client:
+    with httpx.Client(timeout=5) as client:
         while time.monotonic() < deadline:
             if (code := process.poll()) is not None:
                 raise RuntimeError(f"the server exited with code {code} before it was ready")
-            if _ready(client):
+            if _ready(client, url):
                 return
             time.sleep(_POLL_S)
     raise TimeoutError(f"the server was not ready within {READY_TIMEOUT_S:g} s")
 
 
-def _ready(client: httpx.Client) -> bool:
+def _ready(client: httpx.Client, url: str) -> bool:
     try:
-        return client.get("/readyz").status_code == httpx.codes.OK
+        return client.get(url).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 
@@ -88,20 +137,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return sorted(int(child) for path in lists for child in path.read_text().split())
+    # Whatever it left behind.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _peaks(pids: list[int]) -> list[float]:
-    found = (_status_kib(pid, "VmHWM") for pid in pids)
-    return [round(kib / 1024, 1) for kib in found if kib is not None]
-
-
-def _status_kib(pid: int, key: str) -> int | None:
-    path = Path(f"/proc/{pid}/status")
-    if not path.exists():
-        return None
-    return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{key}:")), None)
+    found = (resident_mib(pid, peak=True) for pid in pids)
+    return [mib for mib in found if mib is not None]

@@ -68,6 +68,7 @@ class Workload:
             "step": lambda: self._step(row),
             **{f"loop_{n}": partial(self._loop, n) for n in step_counts},
             "decode": lambda: p.decode(self.tokens),
+            **{f"request_{n}": partial(self._request, n) for n in step_counts},
         }
 
     def transcription_stages(self, step_counts: Sequence[int], autocast: torch.dtype | None = None) -> dict[str, Stage]:
@@ -89,6 +90,16 @@ class Workload:
         row = self._row(steps)
         while not row.done:
             self.pipeline.advance([row])
+
+    def _request(self, steps: int) -> None:
+        """All that a request with a new prompt computes, one stage after the other; the unconditional text is known already."""
+        p = self.pipeline
+        (prompt,) = p.encode([PROMPT])
+        (image,) = p.image_embeddings([prompt], [self.noise])
+        row = p.start(self.noise, self.sampling(steps), p.condition(prompt, image), p.condition(self.negative))
+        while not row.done:
+            p.advance([row])
+        p.decode(row.tokens[None])
 
     @torch.inference_mode()
     def _transcribed_loop(self, model: Transcription, steps: int, autocast: torch.dtype | None) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Never
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Never
 import typer
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from model.config import BundleConfig
     from server.api.schemas import Format
     from server.engine.protocol import Image, Job
@@ -47,8 +51,6 @@ def serve(
     weights: Weights = None,
 ) -> None:
     """Answer requests over HTTP until stopped. Everything else is set by PAELLERA_* variables."""
-    import uvicorn
-
     from server import logs
     from server.api import create_app
 
@@ -56,14 +58,7 @@ def serve(
         settings = _settings(host=host, port=port, weights=weights)
         logs.configure(settings.log_level)
         api = create_app(settings)
-        listener = _listen(settings.host, settings.port)
-    _greet(settings, listener.getsockname()[1])
-    grace = math.ceil(settings.drain_timeout_s)
-    server = uvicorn.Server(uvicorn.Config(api, access_log=False, log_config=None, timeout_graceful_shutdown=grace))
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
-    if not server.started:
-        _fail("the server could not start; the log says why", FAILED)
+    run_server(api, settings)
 
 
 @app.command()
@@ -159,6 +154,21 @@ def bench(context: typer.Context) -> None:
 
 
 # ── serve ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_server(api: FastAPI, settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes what is running. Raises SystemExit: 0 after SIGTERM, 1 if it could not start."""
+    from server.api.serve import Server
+
+    listener = _listen(settings.host, settings.port)
+    _greet(settings, listener.getsockname()[1])
+    server = Server(api)
+    # Having stopped for a signal, uvicorn sends it to itself again, which would count as killed by it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    if not server.started:
+        _fail("the server could not start; the log says why", FAILED)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from load_tests.bench import main
+from load_tests.bench import _overheads, main
 from load_tests.report import quantiles
 from load_tests.stages import Workload, flops, measure
 from model.config import BundleConfig
@@ -25,7 +25,22 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str],
 
 def test_last_line_holds_every_stage_the_server_and_the_machine(random_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, report = run(capsys, "--weights", str(random_bundle), "--steps", "1,2", "--repeats", "1", "--requests", "1")
-    stages = {"encode", "prior", "condition", "step", "loop_1", "loop_2", "decode", "transcription_loop_1", "transcription_loop_2"}
+    assert report["overhead_ms"].keys() == {"1", "2"}
+    for overhead in report["overhead_ms"].values():
+        assert overhead.keys() == {"beyond_request", "beyond_loop"}
+    stages = {
+        "request_1",
+        "request_2",
+        "encode",
+        "prior",
+        "condition",
+        "step",
+        "loop_1",
+        "loop_2",
+        "decode",
+        "transcription_loop_1",
+        "transcription_loop_2",
+    }
     assert stages <= report["stages"].keys()
     for figures in report["stages"].values():
         assert figures.keys() == {"n", "p50_ms", "p95_ms", "p99_ms", "gflop", "floor_ms"}
@@ -66,6 +81,13 @@ def test_stages_take_turns_and_the_warm_up_is_not_counted() -> None:
 
 def test_quantiles_are_milliseconds_of_the_sorted_times() -> None:
     assert quantiles([i / 1000 for i in range(100, -1, -1)]) == {"n": 101, "p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
+
+
+def test_overheads_are_the_medians_over_http_less_those_in_this_process() -> None:
+    http = {"requests": {"8": {"p50_ms": 70.0}}}
+    assert _overheads(http, {"request_8": {"p50_ms": 55.5}, "loop_8": {"p50_ms": 40.0}}) == {
+        "8": {"beyond_request": 14.5, "beyond_loop": 30.0}
+    }
 
 
 def test_flops_count_the_attention_kernel_of_the_cpu() -> None:

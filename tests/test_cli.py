@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ import weights
 from load_tests.serving import Server, serving
 from model.config import CONFIG_FILE, BundleConfig
 from server.cli import app
+from tests.conftest import wait_until
 
 
 def paellera(*arguments: str | Path) -> Result:
@@ -136,6 +138,22 @@ def test_damaged_bundle_is_refused_in_one_line(damaged_bundle: Path, tmp_path: P
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_serve_keeps_torch_out_of_the_api_process(server: Server) -> None:
     assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+
+
+@pytest.mark.parametrize(("drain_timeout_s", "status"), [("600", 200), ("0", 503)])
+def test_a_terminated_server_gives_what_is_running_its_time_and_exits_with_0(
+    random_bundle: Path, drain_timeout_s: str, status: int
+) -> None:
+    settings = {"PAELLERA_WEIGHTS": str(random_bundle), "PAELLERA_THREADS": "1", "PAELLERA_DRAIN_TIMEOUT_S": drain_timeout_s}
+    long = {"prompt": "a red apple", "seed": 1, "n": 8, "num_inference_steps": 64, "deterministic": True, "timeout_s": 600}
+    with serving(settings) as server, ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(httpx.post, f"{server.url}/generate", json=long, timeout=600)
+        wait_until(lambda: "paella_rows_running 8.0" in httpx.get(f"{server.url}/metrics").text, timeout_s=60)
+        server.process.terminate()
+        assert answer.result().status_code == status
+        assert server.process.wait(60) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/healthz")
 
 
 def test_used_port_is_told_in_one_line(bundle: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from load_tests import faulty_runner
 from model.config import SamplingConfig
 from model.pipeline import Pipeline
 from server.engine.client import LONE_DEATHS, EngineClient
@@ -21,7 +22,7 @@ from server.engine.errors import JobFailed, WorkerLost
 from server.engine.protocol import Job, Preview
 from server.metrics import Metrics
 from server.settings import Settings
-from tests import fake_worker, faulty_worker
+from tests import fake_worker
 from tests.test_client import figure, job, running, until
 
 STEPS = SamplingConfig(steps=6, renoise_steps=5, guidance=(4.0, 4.0), guidance_steps=6, temperature=(0.7, 0.3), sampler="multinomial")
@@ -172,7 +173,7 @@ async def client(random_bundle: Path) -> AsyncIterator[EngineClient]:
     settings = Settings(
         weights=str(random_bundle), device="cpu", dtype="float32", drain_timeout_s=0, start_wait_s=PATIENCE_S, stall_timeout_s=15, threads=1
     )
-    client = EngineClient(settings, Metrics(), faulty_worker.main)
+    client = EngineClient(settings, Metrics(), faulty_runner.main)
     await client.start()
     yield client
     await client.stop()

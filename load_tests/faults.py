@@ -1,0 +1,253 @@
+"""Everything that can go wrong, with requests in flight: who is answered all the same, and how long until the server is ready again.
+
+    python -m load_tests.faults
+
+A request is *lost* if it gets neither a picture nor the error that is meant for it (the poison request's own, say). Every second request is
+deterministic, and its picture must have the bytes that it had when nothing went wrong. Exits with 1 otherwise; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import httpx
+from rich.table import Table
+
+from load_tests.processes import workers
+from load_tests.report import Report
+from load_tests.serving import PAELLERA, RUNNING, WAITING, Server, figures, figures_when_idle, serving
+
+INSTRUMENTED = ("-m", "load_tests.instrumented")
+STALL_TIMEOUT_S = 4.0
+PATIENCE_S = 600.0
+POLL_S = 0.02
+GONE = "gone"
+REPLAYED, CANCELLED = "paella_requests_replayed_total", "paella_cancelled_total"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """guilty: the prompt of one more request, which breaks the worker. meant: the error code for it; None means a picture.
+
+    strike: what is done to the server in place of that, once all are in flight.
+    """
+
+    name: str
+    guilty: str | None = None
+    meant: str | None = None
+    strike: Callable[[Server], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a request ended. code: of the error; status 0 is a connection that broke."""
+
+    status: int
+    code: str | None = None
+    content: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the requests in flight. ready_after_s: from the fault until /readyz says so for good, 0 if it never said otherwise."""
+
+    fault: str
+    in_flight: int
+    answered: int
+    failed_as_meant: int
+    same_bytes: bool
+    replayed: int
+    ready_after_s: float
+    exit_code: int = 0
+
+    @property
+    def lost(self) -> int:
+        return self.in_flight - self.answered - self.failed_as_meant
+
+    @property
+    def good(self) -> bool:
+        return not self.lost and self.same_bytes and not self.exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs every fault. Raises SystemExit with 1 if a request was lost or a picture changed."""
+    sent = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(sent)
+    report = Report("faults", command=shlex.join(["python", "-m", "load_tests.faults", *sent]))
+    outcomes = asyncio.run(_run(options))
+    good = all(outcome.good for outcome in outcomes)
+    report.add(_table(outcomes))
+    lost = sum(outcome.lost for outcome in outcomes)
+    report.emit({"faults": [asdict(outcome) | {"lost": outcome.lost} for outcome in outcomes], "lost": lost, "good": good})
+    sys.exit(not good)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.faults", description="What goes wrong, and who is answered; the last line is JSON."
+    )
+    parser.add_argument("--requests", type=int, default=8, help="in flight at every fault, 8 by default")
+    parser.add_argument("--side", type=int, default=64, help="of their pictures, 64 by default")
+    parser.add_argument("--steps", type=int, default=48, help="of each of them, 48 by default")
+    return parser.parse_args(arguments)
+
+
+def _kill_worker(server: Server) -> None:
+    os.kill(workers(server.pid)[0], signal.SIGKILL)
+
+
+def _terminate(server: Server) -> None:
+    os.kill(server.pid, signal.SIGTERM)
+
+
+FAULTS = (
+    Fault("nothing"),
+    Fault("kill -9 of the worker", strike=_kill_worker),
+    Fault("exception in a step", guilty="bug", meant="internal"),
+    Fault("out of memory", guilty="memory", meant="out_of_memory"),
+    Fault("out of memory unless alone", guilty="memory-crowd"),
+    Fault("device error", guilty="accelerator-once"),
+    Fault("hang", guilty="hang-once"),
+    Fault("poison: kills every worker", guilty="kill", meant="poison"),
+    Fault("client gone", guilty="leave", meant=GONE),
+)
+STOPPED = Fault("SIGTERM of the server", strike=_terminate)
+
+
+async def _run(options: argparse.Namespace) -> list[Outcome]:
+    """All faults on one server; then SIGTERM on `paellera serve` itself."""
+    settings = {"PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S), "PAELLERA_START_WAIT_S": str(PATIENCE_S)}
+    quiet = settings | {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_DRAIN_TIMEOUT_S": str(PATIENCE_S)}
+    bodies = [request(f"a red ball, number {seed}", seed, options) for seed in range(options.requests)]
+    with serving(quiet, INSTRUMENTED) as server:
+        trial = Trial(server, bodies, await _references(server, bodies))
+        outcomes = [await trial.run(fault) for fault in FAULTS]
+    with serving(quiet, PAELLERA) as server:
+        last = await replace(trial, server=server).run(STOPPED)
+        return [*outcomes, replace(last, exit_code=await asyncio.to_thread(server.process.wait, PATIENCE_S))]
+
+
+def request(prompt: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A JSON body; every second one is deterministic."""
+    size = {"width": options.side, "height": options.side, "num_inference_steps": options.steps}
+    return {"prompt": prompt, "seed": seed, "deterministic": seed % 2 == 0, "timeout_s": PATIENCE_S, **size}
+
+
+async def _references(server: Server, bodies: Sequence[Mapping[str, Any]]) -> dict[int, bytes]:
+    """The deterministic pictures by seed, asked for one by one while nothing is wrong."""
+    async with _client(server) as client:
+        return {body["seed"]: (await _ask(client, body)).content for body in bodies if body["deterministic"]}
+
+
+def _client(server: Server) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S + 30, limits=httpx.Limits(max_connections=None))
+
+
+async def _ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Result:
+    try:
+        answer = await client.post("/generate", json=body)
+    except httpx.TransportError:
+        return Result(0)
+    if answer.status_code == httpx.codes.OK:
+        return Result(answer.status_code, content=answer.content)
+    return Result(answer.status_code, answer.json()["error"]["code"])
+
+
+@dataclass
+class Trial:
+    """One server, the requests that are in flight at every fault, and what the deterministic ones must be answered with, by seed."""
+
+    server: Server
+    bodies: list[dict[str, Any]]
+    references: dict[int, bytes]
+
+    async def run(self, fault: Fault) -> Outcome:
+        """Raises RuntimeError if the requests are through before the fault."""
+        async with _client(self.server) as client:
+            before = await figures(client)
+            flying = [asyncio.create_task(_ask(client, body)) for body in self.bodies]
+            await self._until_all_fly(client, flying)
+            guilty = await self._strike(fault, client, flying)
+            watch = asyncio.create_task(self._ready_after(client, fault))
+            results = await asyncio.gather(*flying)
+            answered = sum(result.status == httpx.codes.OK for result in results)
+            as_meant = guilty is not None and await self._as_meant(fault, guilty, client, before)
+            after = before if fault is STOPPED else await figures(client)
+            return Outcome(
+                fault=fault.name,
+                in_flight=len(flying) + (guilty is not None),
+                answered=answered + (as_meant and fault.meant is None),
+                failed_as_meant=int(as_meant and fault.meant is not None),
+                same_bytes=all(self._same(body, result) for body, result in zip(self.bodies, results, strict=True)),
+                replayed=int(after[REPLAYED] - before[REPLAYED]),
+                ready_after_s=await watch,
+            )
+
+    async def _until_all_fly(self, client: httpx.AsyncClient, flying: Sequence[asyncio.Task[Result]]) -> None:
+        while True:
+            now = await figures(client)
+            if any(task.done() for task in flying):
+                raise RuntimeError("a request was through before all had begun: --steps must be more")
+            if now[RUNNING] and now[RUNNING] + now[WAITING] >= len(flying):
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def _strike(self, fault: Fault, client: httpx.AsyncClient, flying: Sequence[asyncio.Task[Result]]) -> asyncio.Task[Result] | None:
+        """The fault happens, or will as soon as the guilty request, which is returned, is in its second step."""
+        if fault.strike:
+            fault.strike(self.server)
+        if fault.guilty is None:
+            return None
+        body = {**self.bodies[-1], "prompt": fault.guilty, "deterministic": False}
+        guilty = asyncio.create_task(_ask(client, body))
+        if fault.meant == GONE:
+            await self._until_all_fly(client, [*flying, guilty])
+            guilty.cancel()
+        return guilty
+
+    async def _as_meant(self, fault: Fault, guilty: asyncio.Task[Result], client: httpx.AsyncClient, before: Mapping[str, float]) -> bool:
+        """Whether the guilty request got its error, or its picture; of a client that left, whether its row was taken out."""
+        if fault.meant == GONE:
+            await asyncio.wait([guilty])
+            now = await figures_when_idle(client)
+            return now[CANCELLED] - before[CANCELLED] == 1
+        result = await guilty
+        return result.code == fault.meant and (fault.meant is not None or result.status == httpx.codes.OK)
+
+    async def _ready_after(self, client: httpx.AsyncClient, fault: Fault) -> float:
+        """Polls until the server has been ready for longer than a stall can go unnoticed."""
+        struck = ready_at = time.perf_counter()
+        while fault is not STOPPED and time.perf_counter() - ready_at < 2 * STALL_TIMEOUT_S:
+            ready = (await client.get("/readyz")).status_code == httpx.codes.OK
+            if not ready:
+                ready_at = time.perf_counter()
+            await asyncio.sleep(POLL_S)
+        return round(ready_at - struck, 2)
+
+    def _same(self, body: Mapping[str, Any], result: Result) -> bool:
+        return not body["deterministic"] or result.content == self.references[body["seed"]]
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(title="Faults with requests in flight", title_justify="left")
+    table.add_column("fault")
+    for column in ("in flight", "answered", "failed as meant", "lost", "same bytes", "replayed", "ready after s"):
+        table.add_column(column, justify="right")
+    for o in outcomes:
+        counts = (o.in_flight, o.answered, o.failed_as_meant, o.lost)
+        ready = f"exit code {o.exit_code}" if o.fault == STOPPED.name else f"{o.ready_after_s:.2f}"
+        table.add_row(o.fault, *map(str, counts), "yes" if o.same_bytes else "NO", str(o.replayed), ready)
+    return table
+
+
+if __name__ == "__main__":
+    main()

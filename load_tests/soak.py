@@ -1,0 +1,172 @@
+"""Thousands of small requests, some of them cancelled: whether anything grows or is left behind.
+
+    python -m load_tests.soak --requests 10000
+
+After every tenth of them the server may come to rest and is looked at: memory of both processes, open files, threads, asyncio tasks, rows.
+Exits with 1 if from the first tenth to the end memory has grown by more than 2 %, or anything else at all; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import httpx
+from rich.table import Table
+
+from load_tests.processes import open_files, resident_mib, threads, workers
+from load_tests.prompts import prompts
+from load_tests.report import Report
+from load_tests.serving import RUNNING, WAITING, Server, figures_when_idle, serving
+
+INSTRUMENTED = ("-m", "load_tests.instrumented")
+GROWTH_ALLOWED = 0.02
+STEPS = 2
+# Of ten requests one is cancelled by id, one by hanging up, and two are deterministic.
+CANCELLED_BY_ID, HANGS_UP, DETERMINISTIC = (3,), (7,), (1, 5)
+HANGS_UP_AFTER_S = 0.02
+REST_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The server while it has nothing to do."""
+
+    requests: int
+    api_mib: float
+    worker_mib: float
+    api_files: int
+    worker_files: int
+    api_threads: int
+    worker_threads: int
+    tasks: int
+    rows: int
+
+    def violations(self, earlier: Snapshot) -> list[str]:
+        """What has grown since, in words."""
+        found = []
+        for name, value in asdict(self).items():
+            before = getattr(earlier, name)
+            allowed = before * (1 + GROWTH_ALLOWED) if name.endswith("_mib") else before
+            if name != "requests" and value > allowed:
+                found.append(f"{name}: {before:g} to {value:g}")
+        return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Raises SystemExit with 1 if anything was left behind or a request went wrong."""
+    sent = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(sent)
+    report = Report("soak", command=shlex.join(["python", "-m", "load_tests.soak", *sent]))
+    began = time.perf_counter()
+    with serving({"PAELLERA_LOG_LEVEL": "error"}, INSTRUMENTED) as server:
+        snapshots, statuses = asyncio.run(Soak(server, options.side).run(options.requests, options.clients))
+    violations = snapshots[-1].violations(snapshots[0]) + [f"status {s}: {n}" for s, n in statuses.items() if s not in EXPECTED]
+    report.add(_table(snapshots))
+    answers = {str(status): n for status, n in sorted(statuses.items())}
+    measured = {"seconds": round(time.perf_counter() - began, 1), "answers": answers, "violations": violations, "good": not violations}
+    report.emit(measured | {"snapshots": [asdict(snapshot) for snapshot in snapshots]})
+    sys.exit(bool(violations))
+
+
+# 499 is what the one who was cancelled by id gets, 0 stands for having hung up.
+EXPECTED = (200, 499, 0)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m load_tests.soak", description="Many small requests; the last line is JSON.")
+    parser.add_argument("--requests", type=int, default=10_000, help="10,000 by default")
+    parser.add_argument("--clients", type=int, default=8, help="requests at once, 8 by default")
+    parser.add_argument("--side", type=int, default=32, help="of the pictures, 32 by default")
+    return parser.parse_args(arguments)
+
+
+class Soak:
+    """Clients of one server."""
+
+    def __init__(self, server: Server, side: int) -> None:
+        self.server, self.side = server, side
+        self.statuses: Counter[int] = Counter()
+        self._prompts = prompts()
+
+    async def run(self, requests: int, clients: int) -> tuple[list[Snapshot], Counter[int]]:
+        """A snapshot after each tenth of the requests, and how many were answered how."""
+        ends = [requests * tenth // 10 for tenth in range(11)]
+        snapshots = []
+        for begin, end in pairwise(ends):
+            # Shared by the clients: each number goes to one of them.
+            numbers = iter(range(begin, end))
+            async with self._client() as client:
+                await asyncio.gather(*(self._ask_all(client, numbers) for _ in range(clients)))
+            async with self._client() as client:
+                snapshots.append(await self._snapshot(client, end))
+            print(snapshots[-1], file=sys.stderr, flush=True)
+        return snapshots, self.statuses
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.server.url, timeout=300)
+
+    async def _ask_all(self, client: httpx.AsyncClient, numbers: Iterator[int]) -> None:
+        for number in numbers:
+            self.statuses[await self._ask(client, number)] += 1
+
+    async def _ask(self, client: httpx.AsyncClient, number: int) -> int:
+        """The answer's status; 0 for the request that hangs up."""
+        kind, id = number % 10, f"soak-{number}"
+        post = client.post("/generate", json=self._body(number), headers={"X-Request-Id": id})
+        if kind in HANGS_UP:
+            with contextlib.suppress(TimeoutError):
+                return (await asyncio.wait_for(post, HANGS_UP_AFTER_S)).status_code
+            return 0
+        if kind in CANCELLED_BY_ID:
+            answer, _ = await asyncio.gather(post, self._cancel(client, id))
+            return answer.status_code
+        return (await post).status_code
+
+    async def _cancel(self, client: httpx.AsyncClient, id: str) -> None:
+        await asyncio.sleep(HANGS_UP_AFTER_S)
+        await client.delete(f"/requests/{id}")
+
+    def _body(self, number: int) -> dict[str, Any]:
+        size = {"width": self.side, "height": self.side, "num_inference_steps": STEPS}
+        return {"prompt": next(self._prompts), "seed": number, "deterministic": number % 10 in DETERMINISTIC, "timeout_s": 300, **size}
+
+    async def _snapshot(self, client: httpx.AsyncClient, requests: int) -> Snapshot:
+        await figures_when_idle(client)
+        # The connections of the clients that have just left are closed in a moment.
+        await asyncio.sleep(REST_S)
+        figures = await figures_when_idle(client)
+        (worker,) = workers(self.server.pid)
+        return Snapshot(
+            requests=requests,
+            api_mib=resident_mib(self.server.pid) or 0.0,
+            worker_mib=resident_mib(worker) or 0.0,
+            api_files=open_files(self.server.pid) or 0,
+            worker_files=open_files(worker) or 0,
+            api_threads=threads(self.server.pid) or 0,
+            worker_threads=threads(worker) or 0,
+            tasks=int(figures["asyncio_tasks"]),
+            rows=int(figures[RUNNING] + figures[WAITING]),
+        )
+
+
+def _table(snapshots: Sequence[Snapshot]) -> Table:
+    table = Table(title="The idle server, after so many requests", title_justify="left")
+    for column in asdict(snapshots[0]):
+        table.add_column(column.replace("_", " "), justify="right")
+    for snapshot in snapshots:
+        table.add_row(*(f"{value:g}" for value in asdict(snapshot).values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()

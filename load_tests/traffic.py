@@ -1,0 +1,147 @@
+"""Requests of mixed sizes and step counts, and two ways to send them: as they arrive, whatever the server does, or as fast as it answers.
+
+Both servers of a comparison get the same requests at the same times. A latency counts from when the request was due, not from when the
+client found time to send it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+
+from load_tests.prompts import prompts
+
+REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a request costs: side × side pixels, denoised in so many steps."""
+
+    side: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.side}x{self.side}, {self.steps} steps"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """at: seconds from the beginning of the trace."""
+
+    at: float
+    kind: Kind
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    kind: Kind
+    status: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server under load. url: where requests are posted to."""
+
+    name: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """begin: on the performance counter."""
+
+    begin: float
+    seconds: float
+
+    @property
+    def end(self) -> float:
+        return self.begin + self.seconds
+
+    def share(self, began: float, ended: float) -> float:
+        """How much of something lay within. Whole answers would not do: a batch's all come at once, within the window or without."""
+        return max(0.0, min(ended, self.end) - max(began, self.begin)) / (ended - began)
+
+
+def kinds_of(sides: Sequence[int], step_counts: Sequence[int]) -> list[Kind]:
+    return [Kind(side, steps) for side, steps in itertools.product(sides, step_counts)]
+
+
+def poisson_trace(kinds: Sequence[Kind], rate: float, seconds: float, seed: int) -> list[Arrival]:
+    """Arrivals at `rate` per second with exponential gaps, every kind as likely; the same for the same arguments."""
+    random = np.random.default_rng(seed)
+    # Twice as many as are expected, and some: the rest lies after the end.
+    times = np.cumsum(random.exponential(1 / rate, int(2 * rate * seconds) + 20))
+    chosen = random.integers(len(kinds), size=len(times))
+    return [Arrival(float(at), kinds[i], n) for n, (at, i) in enumerate(zip(times, chosen, strict=True)) if at < seconds]
+
+
+def slowdowns(answers: Sequence[Answer], alone: Mapping[Kind, float]) -> list[float]:
+    """Each answer's latency over that of the same request on an idle server."""
+    return [answer.seconds / alone[answer.kind] for answer in answers]
+
+
+class Load:
+    """Sends requests over one connection pool. Every prompt is new, so that no server answers from a cache."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+        self._prompts = prompts()
+
+    async def one(self, target: Target, kind: Kind, seed: int) -> Answer:
+        """Status 0 is a connection that broke."""
+        body = {"prompt": next(self._prompts), "seed": seed, "width": kind.side, "height": kind.side, "num_inference_steps": kind.steps}
+        began = time.perf_counter()
+        try:
+            status = (await self._client.post(target.url, json=body)).status_code
+        except httpx.TransportError:
+            status = 0
+        return Answer(kind, status, time.perf_counter() - began)
+
+    async def alone(self, target: Target, kinds: Sequence[Kind], repeats: int) -> dict[Kind, float]:
+        """Median seconds of one request at a time, by kind; one more of each goes first and is not counted."""
+        seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+        for repeat, kind in itertools.product(range(repeats + 1), kinds):
+            answer = await self.one(target, kind, seed=repeat)
+            if repeat:
+                seconds[kind].append(answer.seconds)
+        return {kind: float(np.median(taken)) for kind, taken in seconds.items()}
+
+    async def open_loop(self, target: Target, trace: Sequence[Arrival]) -> list[Answer]:
+        """Sends every request when it is due, and waits until all are answered."""
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._arrive(target, arrival, began)) for arrival in trace]
+        return [task.result() for task in tasks]
+
+    async def _arrive(self, target: Target, arrival: Arrival, began: float) -> Answer:
+        await asyncio.sleep(began + arrival.at - time.perf_counter())
+        late = time.perf_counter() - began - arrival.at
+        answer = await self.one(target, arrival.kind, arrival.seed)
+        return Answer(answer.kind, answer.status, answer.seconds + late)
+
+    async def saturate(self, target: Target, kinds: Sequence[Kind], clients: int, warm_up: float, seconds: float, seed: int) -> float:
+        """Answers per second in `seconds` after the warm-up, with so many clients that each ask again when they are answered."""
+        chosen = (kinds[i] for i in np.random.default_rng(seed).integers(len(kinds), size=1_000_000))
+        window = Window(time.perf_counter() + warm_up, seconds)
+        done = await asyncio.gather(*(self._client_loop(target, chosen, window) for _ in range(clients)))
+        return sum(done) / seconds
+
+    async def _client_loop(self, target: Target, kinds: Iterator[Kind], window: Window) -> float:
+        done = 0.0
+        for seed in itertools.count():
+            began = time.perf_counter()
+            answer = await self.one(target, next(kinds), seed)
+            now = time.perf_counter()
+            done += window.share(began, now) * (answer.status == httpx.codes.OK)
+            if now >= window.end:
+                break
+        return done
