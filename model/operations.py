@@ -36,8 +36,9 @@ class Region(NamedTuple):
 class Row:
     """One image on its way.
 
-    tokens: [H, W], now. conditional, unconditional: conditions of one row each; without guidance the second is None. kept: what no step
-    may change. regions: other prompts for parts of it; the conditional counts where they leave something.
+    tokens: [H, W], now. drawn: [H, W], what the last step drew, before some start tokens were put back; None before the first.
+    conditional, unconditional: conditions of one row each; without guidance the second is None. kept: what no step may change.
+    regions: other prompts for parts of it; the conditional counts where they leave something.
     """
 
     sampling: SamplingConfig
@@ -48,10 +49,20 @@ class Row:
     step: int = 0
     kept: Kept | None = None
     regions: tuple[Region, ...] = ()
+    drawn: Tensor | None = None
 
     @property
     def done(self) -> bool:
         return self.step >= self.sampling.steps
+
+    @property
+    def clean(self) -> Tensor:
+        """[H, W], the picture as far as it has come, without start tokens put back."""
+        return self.tokens if self.done or self.drawn is None else self.drawn
+
+    def pinned(self, tokens: Tensor) -> Tensor:
+        """[H, W] with what is kept put back."""
+        return tokens if self.kept is None else torch.where(self.kept.keep, self.kept.tokens, tokens)
 
     @cached_property
     def times(self) -> list[float]:
@@ -120,7 +131,7 @@ def generate(
 def repaint(row: Row, kept: Kept) -> Row:
     """Makes a new row an inpainting or outpainting one: noise where nothing is kept, and the kept tokens pinned at every step."""
     row.kept = kept
-    row.tokens = torch.where(kept.keep, kept.tokens, row.tokens)
+    row.tokens = row.pinned(row.tokens)
     return row
 
 

@@ -25,6 +25,7 @@ from model.config import Sampler, SamplingConfig
 from model.denoiser import Condition
 from model.operations import Row
 from model.sampling import Noise
+from model.text import bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,11 @@ class Pipeline:
         shape = (self.config.recipe.prior_steps + 1, self.config.clip.embed_dim)
         return sampling.draw_noise(seed, codes=self.config.vqgan.codebook_size, grid=self.grid(width, height), steps=steps, prior=shape)
 
+    def text_length(self, prompt: str) -> int:
+        """Bytes the prompt is padded to by itself; encoded beside longer ones it is padded to theirs."""
+        limit = self.config.byt5.max_bytes
+        return bucket(min(len(prompt.encode("utf-8", "replace")) + 1, limit), limit)
+
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
         """Text encoders, once per prompt. Neighbours in the list do not change each other's result."""
@@ -190,8 +196,10 @@ class Pipeline:
         drawn = self._draw(rows, features, Drawing(uniform, inverse, mass))
         start = torch.stack([row.noise.start for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
-        for row, fresh in zip(rows, sampling.renoise(drawn, start, uniform, probability), strict=True):
-            row.tokens = fresh if row.kept is None else torch.where(row.kept.keep, row.kept.tokens, fresh)
+        fresh = sampling.renoise(drawn, start, uniform, probability)
+        # A copy, because an executor may draw the next rows into the same memory.
+        for row, clean, tokens in zip(rows, drawn.clone(), fresh, strict=True):
+            row.drawn, row.tokens = row.pinned(clean), row.pinned(tokens)
             row.step += 1
 
     def _shares(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
@@ -229,10 +237,14 @@ class Pipeline:
         return tokens
 
     @torch.inference_mode()
+    def pictures(self, tokens: Tensor) -> Tensor:
+        """Codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device."""
+        image = self.bundle.vqgan.decode(tokens).float().clamp_(0, 1).mul_(255).round_()
+        return image.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Codes [B, H, W] → pictures uint8 [B, height, width, 3] on the CPU."""
-        image = self.bundle.vqgan.decode(tokens).float().clamp_(0, 1).mul_(255).round_()
-        return image.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+        return self.pictures(tokens).cpu()
 
     def generate(
         self,

@@ -226,11 +226,11 @@ def _draw(job: Job, settings: Settings) -> tuple[list[Image], tuple[str, ...]]:
     runner = Runner(settings.model_copy(update={"weights": settings.bundles[0]}))
     rows = [RowId(job.id, i) for i in range(len(job.seeds))]
     pools = [[row] for row in rows] if job.sampling.deterministic else [rows]
-    truncated = runner.start(job, range(len(job.seeds)), Stopwatch())
+    (truncated,) = runner.start([(job, range(len(job.seeds)))], Stopwatch())
     for _ in tqdm(range(job.sampling.steps), desc="denoising", unit="step", leave=False, disable=None):
         for pool in pools:
             runner.step(job.model, pool)
-    return [image for pool in pools for image in runner.decode(job.model, pool)], truncated
+    return [image for pool in pools for image in runner.decode(job.model, pool).images()], truncated
 
 
 def _write(images: list[Image], job: Job, truncated: tuple[str, ...], output: Path, format: Format, quality: int) -> None:

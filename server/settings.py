@@ -32,6 +32,9 @@ class Settings(BaseSettings):
 
     queue_rows: Annotated[int, Field(ge=1, description="Images that may be unfinished at once before requests get 429")] = 256
     max_batch_rows: Annotated[int, Field(ge=1, description="Images that are stepped together")] = 16
+    prompt_cache_bytes: Annotated[int, Field(ge=0, description="Encoded prompts and drawn priors a worker remembers; 0 is none")] = (
+        256 * MIB
+    )
     max_side: Annotated[int, Field(ge=1, description="Pixels; the longest width or height")] = 512
     # Room for one guided 512 × 512 picture of 64 steps (34 million) or sixteen guided 256 × 256 ones of 12 (25 million),
     # so that the embedded weights on a CPU can answer before the default timeout. On a GPU it may be far more.

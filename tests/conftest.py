@@ -25,6 +25,7 @@ from model.config import BundleConfig, ByteEncoderConfig, CLIPConfig, DenoiserCo
 from model.pipeline import Pipeline
 from model.runtime import prepare
 from server.api import create_app
+from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
 
@@ -132,6 +133,17 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> P
 @pytest.fixture(scope="session")
 def pipeline(random_bundle: Path) -> Pipeline:
     return Pipeline.load(random_bundle)
+
+
+@pytest.fixture(scope="session")
+def random_settings(random_bundle: Path) -> Settings:
+    """Settings that serve the bundle of random weights."""
+    return Settings(weights=str(random_bundle), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def runner(random_settings: Settings) -> Runner:
+    return Runner(random_settings)
 
 
 def write_bundle(directory: Path, name: str = NAME) -> Path:

@@ -12,6 +12,7 @@ import time
 from multiprocessing.connection import Connection
 
 from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, Image, Job, Ready, Running, Step, Stop, Timings, ToWorker
+from server.engine.wire import receive, send
 from server.settings import Settings
 
 SLOW_S = 0.15
@@ -24,13 +25,14 @@ FAILURES: dict[str, Failed] = {
 
 
 def main(connection: Connection, settings: Settings) -> None:
-    connection.send(Ready("fake", "float32"))
+    send(connection, Ready("fake", "float32"))
     held: dict[str, Job] = {}
     try:
-        while not isinstance(message := connection.recv(), Stop):
+        while not isinstance(message := receive(connection), Stop):
             take(connection, held, message)
-            connection.send(
-                Beat(steps=(Step(1, 32 * 16, 0.0001),), rows_running=sum(len(job.seeds) for job in held.values()), rows_waiting=0)
+            send(
+                connection,
+                Beat(steps=(Step(1, 32 * 16, 0.0001),), rows_running=sum(len(job.seeds) for job in held.values()), rows_waiting=0),
             )
     except EOFError:
         pass
@@ -40,14 +42,14 @@ def take(connection: Connection, held: dict[str, Job], message: ToWorker) -> Non
     match message:
         case Cancel(id):
             held.pop(id, None)
-            connection.send(Dropped(id))
+            send(connection, Dropped(id))
         case Job():
             answer(connection, held, message)
 
 
 def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
     word = job.prompt.split()[0]
-    connection.send(Running((job.id,) if job.alone else (*held, job.id)))
+    send(connection, Running((job.id,) if job.alone else (*held, job.id)))
     if word == "hold":
         held[job.id] = job
     elif word == "hang":
@@ -56,10 +58,10 @@ def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
         os._exit(EXIT_CODE)
     elif word in FAILURES:
         failure = FAILURES[word]
-        connection.send(Failed(job.id, failure.code, failure.message, failure.repeating))
+        send(connection, Failed(job.id, failure.code, failure.message, failure.repeating))
     else:
         time.sleep(SLOW_S if word == "slow" else 0)
-        connection.send(finished(job, ("byt5", "clip") if word == "cut" else ()))
+        send(connection, finished(job, ("byt5", "clip") if word == "cut" else ()))
 
 
 def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:

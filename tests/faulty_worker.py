@@ -30,9 +30,9 @@ class FaultyRunner(Runner):
         super().__init__(settings)
         self._words: dict[str, str] = {}
 
-    def start(self, job: Job, indices: Sequence[int], watch: Stopwatch) -> tuple[str, ...]:
-        self._words[job.id] = job.prompt.split()[0]
-        return super().start(job, indices, watch)
+    def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
+        self._words.update((job.id, job.prompt.split()[0]) for job, _ in parts)
+        return super().start(parts, watch)
 
     def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
         for row in rows:

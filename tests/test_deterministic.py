@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from model.config import SamplingConfig
 from model.operations import Row
 from model.pipeline import Drawing
 from server.api.images import encode
+from server.engine.cache import Cache
+from server.engine.conditions import Conditions, size, tensors_in
 from server.engine.protocol import Image, Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
@@ -57,16 +60,17 @@ class Loop:
     turns: list[set[str]] = field(default_factory=list)
 
     def turn(self) -> None:
-        for row in self.scheduler.admit():
-            self.runner.start(self.scheduler.job(row.job), [row.index], Stopwatch())
+        if parts := [(self.scheduler.job(row.job), [row.index]) for row in self.scheduler.admit()]:
+            self.runner.start(parts, Stopwatch())
         rows = self.scheduler.next_rows()
         self.turns.append({row.job for row in rows})
         done = self._step(rows)
         for row in rows:
             self.tokens.setdefault(row, []).append(self.runner._rows[row].tokens.numpy().tobytes())
-        for row, image in zip(done, self.runner.decode("random", done) if done else [], strict=True):
+        for row, image in zip(done, self.runner.decode("random", done).images() if done else [], strict=True):
             self.images[row] = image
             self.scheduler.finish(row)
+        self.runner.drop(done)
 
     def _step(self, rows: list[RowId]) -> list[RowId]:
         def draw(drawn: Sequence[Row], features: torch.Tensor, drawing: Drawing) -> torch.Tensor:
@@ -92,29 +96,26 @@ class Loop:
         return self.tokens[row], self.features[row], encode(self.images[row], "png", 90, {})
 
 
-@pytest.fixture(scope="module")
-def settings(random_bundle: Path) -> Settings:
-    return Settings(weights=str(random_bundle), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def runner(settings: Settings) -> Runner:
-    return Runner(settings)
+def emptied(runner: Runner, capacity: int = 2**30) -> Runner:
+    """The same weights without rows, and with nothing remembered."""
+    other = copy.copy(runner)
+    other._rows, other._starting, other.counters = {}, {}, Counter()
+    other.cache = Cache(capacity, size, other.counters)
+    other._conditions = Conditions(other._pipelines, other.cache)
+    return other
 
 
 @pytest.fixture
-def loop(runner: Runner) -> Iterator[Loop]:
-    loop = Loop(runner)
-    yield loop
-    runner.drop(list(runner._rows))
+def loop(runner: Runner) -> Loop:
+    return Loop(emptied(runner))
 
 
 @pytest.fixture(scope="module")
-def alone(settings: Settings) -> Callable[..., tuple[list[bytes], list[bytes], bytes]]:
+def alone(random_settings: Settings) -> Callable[..., tuple[list[bytes], list[bytes], bytes]]:
     """What a job comes to in a worker that has never done anything else."""
 
     def draw(wanted: Job) -> tuple[list[bytes], list[bytes], bytes]:
-        loop = Loop(Runner(settings))
+        loop = Loop(Runner(random_settings))
         loop.scheduler.add(wanted)
         loop.run()
         return loop.outcome(wanted.id)
@@ -211,13 +212,22 @@ def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(loop, alone):
         assert loop.outcome("many", i) == alone(job("a", seeds=(seed,)))
 
 
-def test_the_images_of_one_job_are_started_together_to_the_same_end(runner, loop, alone):
-    many = job("many", seeds=(7, 8, 9))
-    runner.start(many, range(3), Stopwatch())
-    started = [runner._rows[RowId("many", i)] for i in range(3)]
-    for row, seed in zip(started, many.seeds, strict=True):
-        single = Runner.__new__(Runner)
-        single.__dict__.update(runner.__dict__, _rows={}, _prompts={})
-        single.start(job("a", seeds=(seed,)), [0], Stopwatch())
-        other = single._rows[RowId("a", 0)]
-        assert torch.equal(row.conditional.kv, other.conditional.kv)
+def test_the_images_of_one_job_are_started_together_to_the_same_end(runner, loop):
+    loop.runner.start([(job("many", seeds=(7, 8, 9)), range(3)), (neighbour(0), [0])], Stopwatch())
+    for i, seed in enumerate((7, 8, 9)):
+        single = emptied(runner)
+        single.start([(job("a", seeds=(seed,)), [0])], Stopwatch())
+        rows = loop.runner._rows[RowId("many", i)], single._rows[RowId("a", 0)]
+        assert all(torch.equal(x, y) for x, y in zip(*map(tensors_in, rows), strict=True))
+
+
+@pytest.mark.parametrize("capacity", [0, 2**30])
+def test_what_is_remembered_is_what_would_be_computed_again(runner, alone, capacity):
+    loop = Loop(emptied(runner, capacity))
+    for i in range(3):
+        loop.scheduler.add(job(f"{i}"))
+        loop.scheduler.add(neighbour(i, prompt="red apple", seeds=(7,)))
+        loop.run()
+    hits = loop.runner.counters["prompt_cache_hits", "prior"]
+    assert [loop.outcome(f"{i}") for i in range(3)] == [alone(job("a"))] * 3
+    assert hits == (4 if capacity else 0)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,8 @@ from model.config import SamplingConfig
 from server.engine import worker
 from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Ready, Running, Step, Stop, ToWorker
 from server.engine.runner import Runner
+from server.engine.wire import receive, send
 from server.engine.worker import Worker
-from server.settings import Settings
 
 PATIENCE_S = 60
 SAMPLING = SamplingConfig(
@@ -43,13 +42,13 @@ class Far:
     thread: threading.Thread
 
     def send(self, message: ToWorker) -> None:
-        self.connection.send(message)
+        send(self.connection, message)
 
     def receive(self, wanted: Callable[[FromWorker], bool]) -> FromWorker:
         """The next message that is wanted; beats and others are passed over."""
         deadline = time.monotonic() + PATIENCE_S
         while self.connection.poll(max(0.0, deadline - time.monotonic())):
-            if wanted(message := self.connection.recv()):
+            if wanted(message := receive(self.connection)):
                 return message
         raise TimeoutError("the worker says nothing")
 
@@ -62,16 +61,6 @@ class Far:
         self.send(Stop())
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def settings(random_bundle: Path) -> Settings:
-    return Settings(weights=str(random_bundle), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def runner(settings: Settings) -> Runner:
-    return Runner(settings)
 
 
 @pytest.fixture
@@ -180,7 +169,8 @@ def test_steps_are_reported_in_beats(far):
 
 def test_an_idle_worker_still_beats(far):
     beat = far.receive(lambda m: isinstance(m, Beat))
-    assert beat == Beat((), 0, 0)
+    assert isinstance(beat, Beat)
+    assert (beat.steps, beat.rows_running, beat.rows_waiting) == ((), 0, 0)
 
 
 # ── its ends ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,7 +187,7 @@ def test_a_cancelled_job_stops_at_the_next_step_and_no_picture_is_answered(far, 
     first = far.receive(lambda m: isinstance(m, Finished | Failed))
     assert isinstance(first, Finished)
     assert first.id == "other"
-    assert far.receive(lambda m: isinstance(m, Beat) and not m.steps) == Beat((), 0, 0)
+    assert far.receive(lambda m: isinstance(m, Beat) and not m.steps and not m.rows_running + m.rows_waiting)
     assert far.runner._rows == {}
 
 
@@ -260,10 +250,10 @@ def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeyp
 def test_a_job_that_fails_to_start_does_not_take_its_neighbours_with_it(far, monkeypatch, caplog):
     start = far.runner.start
 
-    def picky(job, *rest):
-        if job.prompt == "poison":
+    def picky(parts, watch):
+        if any(job.prompt == "poison" for job, _ in parts):
             raise RuntimeError("poison")
-        return start(job, *rest)
+        return start(parts, watch)
 
     monkeypatch.setattr(far.runner, "start", picky)
     gate = Gate(far, monkeypatch)
@@ -331,7 +321,7 @@ def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more
 
     monkeypatch.setattr(runner, "step", broken)
     near, connection = Pipe()
-    connection.send(job("a"))
+    send(connection, job("a"))
     with pytest.raises(torch.AcceleratorError):
         Worker(near, runner, max_rows=4).run()
     runner.drop(list(runner._rows))
@@ -371,13 +361,13 @@ def own_logger() -> Iterator[None]:
     logger.handlers, logger.level, logger.propagate = before
 
 
-def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(settings, own_logger):
+def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(random_settings, own_logger):
     near, connection = Pipe()
-    thread = threading.Thread(target=worker.main, args=(near, settings))
+    thread = threading.Thread(target=worker.main, args=(near, random_settings))
     thread.start()
     assert connection.poll(PATIENCE_S)
-    assert connection.recv() == Ready("cpu", "float32")
-    connection.send(job("a"))
+    assert receive(connection) == Ready("cpu", "float32")
+    send(connection, job("a"))
     connection.close()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()

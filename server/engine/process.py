@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from server.engine.protocol import FromWorker, Stop, ToWorker
+from server.engine.wire import receive, send
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -79,13 +80,13 @@ class WorkerProcess:
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
             with contextlib.suppress(OSError):
-                self._connection.send(message)
+                send(self._connection, message)
 
     def _receive_all(self) -> None:
         loop = self.exited.get_loop()
         try:
             while True:
-                loop.call_soon_threadsafe(self._on_message, self._connection.recv())
+                loop.call_soon_threadsafe(self._on_message, receive(self._connection))
         except (EOFError, OSError):
             pass
         except Exception:

@@ -1,16 +1,25 @@
-"""The words the API process and its workers say to each other. Plain frozen dataclasses over a pipe; no torch, pixels as bytes.
+"""The words the API process and its workers say to each other. Plain frozen dataclasses that cross a pipe by `wire.py`; no torch.
 
 `deadline` and every other time point is `time.monotonic()`, one clock for all processes of a machine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pickle import PickleBuffer
+from typing import Any, Literal, SupportsIndex
 
 from model.config import SamplingConfig
 
 Priority = Literal["interactive", "batch"]
+FailureCode = Literal["deadline", "internal", "out_of_memory"]
+
+# What a worker counts, by the name of the figure and the value of its label, "" where it has none.
+Count = tuple[
+    Literal["prompt_cache_hits", "prompt_cache_misses", "graph_captures", "graph_replays", "graph_eager_steps"],
+    str,
+]
 
 
 # ── API → worker ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -21,7 +30,7 @@ class Job:
     """One request: as many rows as seeds, all of one size and one condition.
 
     width, height: pixels, multiples of the bundle's size step. alone: its rows share no step with another job's, because it may have
-    killed a worker.
+    killed a worker. previews: how many of each image, at most, are sent before it is done.
     """
 
     id: str
@@ -35,6 +44,13 @@ class Job:
     deadline: float
     priority: Priority = "interactive"
     alone: bool = False
+    previews: int = 0
+
+    @property
+    def preview_steps(self) -> tuple[int, ...]:
+        """After how many steps each preview is due: evenly spaced, none at the start or the end, fewer than asked if steps are few."""
+        due = ((i + 1) * self.sampling.steps // (self.previews + 1) for i in range(self.previews))
+        return tuple(sorted(set(due) - {0}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +89,27 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One finished row. pixels: height × width × 3 bytes of RGB."""
+    """One row's picture. pixels: height × width × 3 bytes of RGB."""
 
     index: int
     width: int
     height: int
-    pixels: bytes
+    pixels: bytes | memoryview
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # From protocol 5 on a pickle may leave buffers out, for `wire.py` to send as they are.
+        pixels = PickleBuffer(self.pixels) if protocol.__index__() >= 5 else bytes(self.pixels)
+        return Image, (self.index, self.width, self.height, pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What an unfinished image would be as far as its denoiser sees after so many steps. number: which of the job's `preview_steps`."""
+
+    id: str
+    number: int
+    step: int
+    image: Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +127,7 @@ class Failed:
     """A job that cannot be done. repeating: whether trying again could help."""
 
     id: str
-    code: Literal["deadline", "internal", "out_of_memory"]
+    code: FailureCode
     message: str
     repeating: bool
 
@@ -126,12 +157,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Says that the worker lives, with the steps it did since the last beat, and its rows now."""
+    """Says that the worker lives. steps, counts: since the last beat; the others: now. cache_bytes: what the prompt cache holds."""
 
     steps: tuple[Step, ...]
     rows_running: int
     rows_waiting: int
+    counts: Mapping[Count, int] = field(default_factory=dict)
+    cache_bytes: int = 0
 
 
 ToWorker = Job | Cancel | Stop
-FromWorker = Ready | Finished | Failed | Dropped | Running | Beat
+FromWorker = Ready | Preview | Finished | Failed | Dropped | Running | Beat

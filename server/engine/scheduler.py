@@ -21,6 +21,9 @@ PATIENCE = 3
 BATCH_TURN = 5
 INTERACTIVE_SHARE = 4
 
+# Rows started between two steps while others run, so that no step waits for more encoding than that.
+STARTS = 4
+
 # Bytes of a condition, end mark included. A step pads its rows' conditions to the longest: a prompt of 20 bytes should not pay for a
 # neighbour of 700 in every attention block, but pools as narrow as the encoder's ten buckets would leave most steps with a single row.
 LENGTHS = (96, 256, 768)
@@ -85,6 +88,9 @@ class Scheduler:
     def job(self, id: str) -> Job:
         return self._jobs[id]
 
+    def pool(self, row: RowId) -> Pool:
+        return Pool.of(self._jobs[row.job], row.index)
+
     @property
     def rows_running(self) -> int:
         return sum(len(running.rows) for running in self._running.values())
@@ -103,11 +109,16 @@ class Scheduler:
 
     # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def admit(self) -> list[RowId]:
-        """Moves waiting rows into free slots; returns those, to be started before the next step."""
-        admitted = []
-        while self.rows_running < self.max_rows and (row := self._next_waiting()):
-            self._running.setdefault(self._pool(row), _Running()).rows.append(row)
+    def admit(self, finished: int = 0) -> list[RowId]:
+        """Moves waiting rows into free slots; returns those, to be started before the next step: no more than `STARTS` if others run.
+
+        finished: rows that are not decoded yet, and take slots until they are.
+        """
+        admitted: list[RowId] = []
+        free = self.max_rows - self.rows_running - finished
+        at_most = min(free, STARTS) if self._running else free
+        while len(admitted) < at_most and (row := self._next_waiting()):
+            self._running.setdefault(self.pool(row), _Running()).rows.append(row)
             admitted.append(row)
         return admitted
 
@@ -126,7 +137,7 @@ class Scheduler:
 
     def finish(self, row: RowId) -> None:
         """Frees a row's slot."""
-        pool = self._pool(row)
+        pool = self.pool(row)
         self._running[pool].rows.remove(row)
         if not self._running[pool].rows:
             del self._running[pool]
@@ -166,9 +177,6 @@ class Scheduler:
         running = self._running[pool]
         jobs = [self._jobs[row.job] for row in running.rows]
         return all(job.priority == "batch" for job in jobs), min(job.deadline for job in jobs), -running.waited
-
-    def _pool(self, row: RowId) -> Pool:
-        return Pool.of(self._jobs[row.job], row.index)
 
 
 def _length(job: Job) -> int:

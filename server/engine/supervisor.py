@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.process import EXIT_GRACE_S, WorkerMain, WorkerProcess
-from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Ready, Running
+from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Preview, Ready, Running
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -34,7 +34,7 @@ class Listener(Protocol):
 
     def worker_ready(self, worker: Supervisor) -> None: ...
 
-    def worker_said(self, worker: Supervisor, message: Finished | Failed | Beat) -> None: ...
+    def worker_said(self, worker: Supervisor, message: Preview | Finished | Failed | Beat) -> None: ...
 
     def worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
         """unfinished: jobs it had; suspects: those of them that had rows in the stage it died in."""
@@ -46,7 +46,7 @@ class Supervisor:
     def __init__(self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener) -> None:
         self._main, self._settings, self._metrics, self._listener = main, settings, metrics, listener
         self._status = WorkerStatus(ready=False, reason="starting")
-        self.rows_running = 0
+        self.last_beat = Beat((), 0, 0)
         self.failures = 0
         # Rows of the jobs the worker owes an answer, cancelled ones included.
         self._owed: dict[str, int] = {}
@@ -111,8 +111,10 @@ class Supervisor:
                     self._metrics.cancel_duration.observe(time.monotonic() - cancelled_at)
             case Running(jobs):
                 self._stepping = jobs
+            case Preview():
+                self._listener.worker_said(self, message)
             case Beat():
-                self.rows_running = message.rows_running
+                self.last_beat = message
                 self._listener.worker_said(self, message)
         self._silent_since = time.monotonic() if self._owed else None
 
@@ -147,7 +149,7 @@ class Supervisor:
         log.error("worker lost", extra={"fields": {"reason": reason, "unfinished": len(unfinished), "suspects": sorted(suspects)}})
         self._status = WorkerStatus(ready=False, reason=f"{reason}; another is starting")
         self._owed, self._cancelled_at, self._stepping = {}, {}, ()
-        self._silent_since, self.rows_running = None, 0
+        self._silent_since, self.last_beat = None, Beat((), 0, 0)
         self._listener.worker_lost(self, reason, unfinished, suspects)
 
     async def _watch_for_stalls(self) -> None:
