@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,8 @@ from model.config import BundleConfig, ByteEncoderConfig, CLIPConfig, DenoiserCo
 from model.pipeline import Pipeline
 from model.runtime import prepare
 from server.api import create_app
+from server.engine.cache import Cache
+from server.engine.conditions import Conditions, size
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
@@ -144,6 +148,15 @@ def random_settings(random_bundle: Path) -> Settings:
 @pytest.fixture(scope="module")
 def runner(random_settings: Settings) -> Runner:
     return Runner(random_settings)
+
+
+def emptied(runner: Runner, capacity: int = 2**30) -> Runner:
+    """The same weights without rows, and with nothing remembered."""
+    other = copy.copy(runner)
+    other._rows, other._starting, other.counters = {}, {}, Counter()
+    other.cache = Cache(capacity, size, other.counters)
+    other._conditions = Conditions(other._pipelines, other.cache)
+    return other
 
 
 def write_bundle(directory: Path, name: str = NAME) -> Path:

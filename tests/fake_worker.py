@@ -1,17 +1,34 @@
 """A worker without a model: it answers with pictures of one colour, chosen by the seed, and does what the prompt's first word says.
 
 `hold` keeps the job until it is cancelled; `slow` takes SLOW_S; `hang` goes silent for ever; `die` exits at once; `fail`, `oom` and
-`late` answer Failed; `cut` says that both encoders truncated the prompt.
+`late` answer Failed; `show` sends two previews; `half` dies in the midst of its answer, and `half-show` after the first of two previews,
+but not if it is alone; `cut` says that both encoders truncated the prompt.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import time
 from multiprocessing.connection import Connection
 
-from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, Image, Job, Ready, Running, Step, Stop, Timings, ToWorker
+from server.engine.protocol import (
+    Beat,
+    Cancel,
+    Dropped,
+    Failed,
+    Finished,
+    Image,
+    Job,
+    Preview,
+    Ready,
+    Running,
+    Step,
+    Stop,
+    Timings,
+    ToWorker,
+)
 from server.engine.wire import receive, send
 from server.settings import Settings
 
@@ -56,10 +73,15 @@ def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
         time.sleep(3600)
     elif word == "die":
         os._exit(EXIT_CODE)
+    elif word == "half" and not job.alone:
+        send_half(connection, finished(job))
+        os._exit(EXIT_CODE)
     elif word in FAILURES:
         failure = FAILURES[word]
         send(connection, Failed(job.id, failure.code, failure.message, failure.repeating))
     else:
+        if word.endswith("show"):
+            show(connection, job, at_most=2 if job.alone or word == "show" else 1)
         time.sleep(SLOW_S if word == "slow" else 0)
         send(connection, finished(job, ("byt5", "clip") if word == "cut" else ()))
 
@@ -68,6 +90,21 @@ def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
     images = tuple(Image(i, job.width, job.height, colour(seed) * (job.width * job.height)) for i, seed in enumerate(job.seeds))
     # Last image first: nothing promises an order.
     return Finished(job.id, images[::-1], Timings(queue=0.001, encode=0.002, prior=0.003, denoise=0.004, decode=0.005), truncated)
+
+
+def show(connection: Connection, job: Job, at_most: int) -> None:
+    for number in range(at_most):
+        send(connection, Preview(job.id, number, number + 1, Image(0, job.width, job.height, colour(number) * (job.width * job.height))))
+    if at_most == 1:
+        os._exit(EXIT_CODE)
+
+
+def send_half(connection: Connection, message: Finished) -> None:
+    """All but the last pixels."""
+    header = pickle.dumps(message, protocol=5, buffer_callback=lambda _: None)
+    connection.send((header, len(message.images)))
+    for image in message.images[:-1]:
+        connection.send_bytes(image.pixels)
 
 
 def colour(seed: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.engine.protocol import Beat, Step
 from server.metrics import Metrics
 
 
@@ -16,7 +17,16 @@ def test_every_figure_of_the_contract_is_exposed() -> None:
         f"paella_{stage}_duration_seconds" for stage in ("request", "queue", "encode", "prior", "step", "decode", "image_encode", "cancel")
     }
     counters = {f"paella_{name}" for name in ("images", "rejected", "cancelled", "worker_restarts", "requests_replayed")}
-    others = {"paella_step_rows", "paella_queue_depth", "paella_rows_running", "paella_weights_info", "process_resident_memory_bytes"}
+    counters |= {f"paella_{name}" for name in ("prompt_cache_hits", "prompt_cache_misses", "graph_captures", "graph_replays")}
+    others = {
+        "paella_step_rows",
+        "paella_batch_fill_ratio",
+        "paella_prompt_cache_bytes",
+        "paella_queue_depth",
+        "paella_rows_running",
+        "paella_weights_info",
+        "process_resident_memory_bytes",
+    }
     assert latencies | counters | others <= names(Metrics())
 
 
@@ -31,3 +41,16 @@ def test_two_apps_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.images.labels("/generate").inc()
     assert other.registry.get_sample_value("paella_images_total", {"endpoint": "/generate"}) is None
+
+
+def test_a_beat_s_steps_and_counts_are_added_to_the_figures() -> None:
+    metrics = Metrics()
+    counts = {("prompt_cache_hits", "text"): 3, ("graph_captures", "false"): 2, ("graph_replays", ""): 5}
+    for _ in range(2):
+        metrics.record_beat(Beat((Step(4, 32, 0.1),), 4, 0, counts), max_rows=16)
+    value = metrics.registry.get_sample_value
+    assert value("paella_prompt_cache_hits_total", {"what": "text"}) == 6
+    assert value("paella_graph_captures_total", {"after_ready": "false"}) == 4
+    assert value("paella_graph_replays_total") == 10
+    assert value("paella_batch_fill_ratio_sum") == 0.5
+    assert value("paella_step_rows_sum") == 8

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from model.config import SamplingConfig
 from server.engine.protocol import Job
-from server.engine.scheduler import RowId, Scheduler
+from server.engine.scheduler import STARTS, RowId, Scheduler
 
 SAMPLING = SamplingConfig(
     steps=1, renoise_steps=0, guidance=(1.0, 1.0), guidance_steps=0, temperature=(1.0, 1.0), sampler="argmax", typical_mass=0.2
@@ -46,6 +46,23 @@ def test_a_freed_slot_goes_to_the_next_row():
     s.admit()
     s.finish(RowId("a", 0))
     assert s.admit() == rows("a", 2)
+
+
+def test_while_others_run_only_so_many_rows_are_started_between_two_steps():
+    s = scheduler(4 * STARTS, job("a", STARTS + 1), job("b", 2 * STARTS))
+    assert len(s.admit()) == 3 * STARTS + 1, "nobody waits for these"
+    s.add(job("c", STARTS))
+    assert s.admit() == rows("c", *range(STARTS - 1))
+    s.remove("b")
+    s.add(job("d", 2 * STARTS))
+    assert s.admit() == rows("c", STARTS - 1) + rows("d", *range(STARTS - 1))
+
+
+def test_rows_that_are_finished_and_not_decoded_take_slots():
+    s = scheduler(4, job("a", 3))
+    assert s.admit(finished=2) == rows("a", 0, 1)
+    assert s.admit(finished=2) == []
+    assert s.admit(finished=1) == rows("a", 2)
 
 
 def test_rows_of_one_size_and_model_step_together():

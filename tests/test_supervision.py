@@ -18,10 +18,10 @@ from model.config import SamplingConfig
 from model.pipeline import Pipeline
 from server.engine.client import LONE_DEATHS, EngineClient
 from server.engine.errors import JobFailed, WorkerLost
-from server.engine.protocol import Job
+from server.engine.protocol import Job, Preview
 from server.metrics import Metrics
 from server.settings import Settings
-from tests import faulty_worker
+from tests import fake_worker, faulty_worker
 from tests.test_client import figure, job, running, until
 
 STEPS = SamplingConfig(steps=6, renoise_steps=5, guidance=(4.0, 4.0), guidance_steps=6, temperature=(0.7, 0.3), sampler="multinomial")
@@ -146,6 +146,22 @@ async def test_the_time_from_a_cancellation_until_the_rows_have_left_is_measured
         held.cancel()
         await until(lambda: figure(client, "paella_cancel_duration_seconds_count") == 1)
         assert client._workers[0].rows_owed == 0
+
+
+async def test_a_worker_that_dies_in_the_midst_of_an_answer_has_not_given_it() -> None:
+    async with running() as client:
+        answer = await client.run(job("half", rows=3, seconds=PATIENCE_S))
+        assert [image.pixels for image in answer.images[::-1]] == [fake_worker.colour(i) * (32 * 16) for i in range(3)]
+        assert figure(client, "paella_requests_replayed_total") == 1
+
+
+@pytest.mark.parametrize("word", ["show", "half-show"])
+async def test_previews_are_handed_on_once_each_though_a_worker_began_again(word: str) -> None:
+    previews: list[Preview] = []
+    async with running() as client:
+        await client.run(replace(job(word, seconds=PATIENCE_S), previews=2), previews.append)
+        assert figure(client, "paella_requests_replayed_total") == (word == "half-show")
+    assert [(preview.number, preview.image.pixels[:3]) for preview in previews] == [(i, fake_worker.colour(i)) for i in range(2)]
 
 
 # ── against real workers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,8 +17,12 @@ import torch
 
 from model.config import SamplingConfig
 from server.engine import worker
-from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Ready, Running, Step, Stop, ToWorker
-from server.engine.runner import Runner
+from server.engine.decoder import DECODE_ROWS, Decoder, Due
+from server.engine.failures import Attempts
+from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Preview, Ready, Running, Step, Stop, ToWorker
+from server.engine.runner import Decoding, Runner
+from server.engine.scheduler import Pool, RowId
+from server.engine.streams import Mark
 from server.engine.wire import receive, send
 from server.engine.worker import Worker
 
@@ -171,6 +175,77 @@ def test_an_idle_worker_still_beats(far):
     beat = far.receive(lambda m: isinstance(m, Beat))
     assert isinstance(beat, Beat)
     assert (beat.steps, beat.rows_running, beat.rows_waiting) == ((), 0, 0)
+
+
+# ── previews ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shown(far: Far, id: str) -> tuple[list[Preview], Finished]:
+    """A job's previews in the order in which they came, and its answer."""
+    previews: list[Preview] = []
+    while not isinstance(message := far.receive(lambda m: isinstance(m, Preview | Finished | Failed) and m.id == id), Finished):
+        assert isinstance(message, Preview)
+        previews.append(message)
+    return previews, message
+
+
+@pytest.mark.parametrize(("asked", "steps"), [(0, 4), (1, 4), (3, 4), (8, 4), (8, 1)])
+def test_previews_come_in_order_evenly_spaced_and_no_more_than_asked(far, asked, steps):
+    far.send(job("a", seeds=(0, 1), previews=asked, sampling=replace(SAMPLING, steps=steps, renoise_steps=0)))
+    previews, answer = shown(far, "a")
+    for image in answer.images:
+        own = [(preview.number, preview.step) for preview in previews if preview.image.index == image.index]
+        assert own == list(enumerate({0: [], 1: [2], 3: [1, 2, 3], 8: [1, 2, 3] if steps == 4 else []}[asked]))
+
+
+def test_a_preview_is_what_its_step_drew_and_changes_nobody_s_picture(far, pipeline):
+    far.send(job("plain", seeds=(7,)))
+    far.send(job("neighbour", seeds=(8,), sampling=replace(SAMPLING, steps=6)))
+    plain, neighbour = far.answer("plain"), far.answer("neighbour")
+    far.send(job("shown", seeds=(7,), previews=3))
+    far.send(job("again", seeds=(8,), sampling=replace(SAMPLING, steps=6)))
+    previews, answer = shown(far, "shown")
+    assert [preview.step for preview in previews] == [1, 2, 3]
+    assert len({bytes(preview.image.pixels) for preview in previews}) == 3
+    for one, other in ((plain, answer), (neighbour, far.answer("again"))):
+        pixels = [np.frombuffer(each.images[0].pixels, np.uint8) for each in (one, other)]
+        assert np.mean(pixels[0] == pixels[1]) >= 0.9
+
+
+def test_a_preview_that_was_not_made_in_time_gives_way_to_the_next_and_all_to_finished_rows(runner, monkeypatch):
+    decoded: list[list[RowId]] = []
+
+    def decode(model, rows):
+        decoded.append(list(rows))
+        pixels = torch.zeros(len(rows), 2, 2, 3, dtype=torch.uint8)
+        return Decoding(tuple(rows), (1,) * len(rows), pixels, Mark(None))
+
+    monkeypatch.setattr(runner, "decode", decode)
+    decoder, pool = Decoder(runner, Attempts(lambda jobs: None, Worker._fail)), Pool("random", 2, 2, 96, None)
+    early, busy, done = (RowId(id, 0) for id in ("early", "busy", "done"))
+    for number in range(3):
+        decoder.add(busy, Due(pool, number))
+    decoder.add(early, Due(replace(pool, width=4), 0))
+    decoder.add(done, Due(pool, 0))
+    decoder.add(done, Due(pool))
+    assert [(each.row, each.preview) for each in decoder.turn(idle=False)] == [(done, None)]
+    assert [(each.row, each.preview) for each in decoder.turn(idle=False)] == [(busy, 2)]
+    assert decoder.remove("early") == []
+    assert decoder.turn(idle=False) == []
+    assert decoded == [[done], [busy]]
+
+
+def test_between_two_steps_only_so_many_rows_are_decoded(runner, monkeypatch):
+    decoder, pool = Decoder(runner, Attempts(lambda jobs: None, Worker._fail)), Pool("random", 2, 2, 96, None)
+
+    def decode(model, rows):
+        return Decoding(tuple(rows), (1,) * len(rows), torch.zeros(len(rows), 2, 2, 3, dtype=torch.uint8), Mark(None))
+
+    monkeypatch.setattr(runner, "decode", decode)
+    for i in range(3 * DECODE_ROWS):
+        decoder.add(RowId("a", i), Due(pool))
+    assert [each.row.index for each in decoder.turn(idle=False)] == list(range(DECODE_ROWS))
+    assert len(decoder.turn(idle=True)) == 2 * DECODE_ROWS
 
 
 # ── its ends ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,7 @@
 """How messages cross the pipe between the API process and a worker: a small pickle, then the pixels as they lie in memory.
 
-Shared memory would spare the two copies through the kernel, but a segment outlives a worker that was killed between making it and telling
-of it. What lies in a pipe goes with the pipe: whoever dies in the midst of a message has not sent it.
+Not in shared memory: a segment outlives a worker that is killed between making it and telling of it, and a new one's page faults cost
+more than the pipe's copies. What lies in a pipe goes with it: whoever dies in the midst of a message has not sent it.
 """
 
 from __future__ import annotations

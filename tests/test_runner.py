@@ -1,0 +1,121 @@
+"""What the runner remembers of prompts and priors, how it batches what it has to compute, and what it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from model.pipeline import Pipeline
+from server.engine.conditions import size, tensors_in
+from server.engine.protocol import Job
+from server.engine.runner import Runner, Stopwatch
+from server.engine.scheduler import RowId
+from tests.conftest import emptied
+from tests.test_worker import SAMPLING, job
+
+
+class Calls:
+    """What the encoders and the prior were called with."""
+
+    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.texts: list[Sequence[str]] = []
+        self.priors: list[int] = []
+        encode, image_embeddings = pipeline.encode, pipeline.image_embeddings
+        monkeypatch.setattr(pipeline, "encode", lambda prompts: self.texts.append(prompts) or encode(prompts))
+        monkeypatch.setattr(pipeline, "image_embeddings", lambda p, noises: self.priors.append(len(p)) or image_embeddings(p, noises))
+
+
+@pytest.fixture(name="runner")
+def _fresh(runner: Runner) -> Runner:
+    return emptied(runner)
+
+
+@pytest.fixture
+def calls(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(runner._pipelines["random"], monkeypatch)
+
+
+def started(runner: Runner, *jobs: Job) -> list[RowId]:
+    runner.start([(each, range(len(each.seeds))) for each in jobs], Stopwatch())
+    return [RowId(each.id, i) for each in jobs for i in range(len(each.seeds))]
+
+
+def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
+    """Every image's tokens."""
+    rows = started(runner, *jobs)
+    for _ in range(SAMPLING.steps):
+        runner.step("random", rows)
+    return [runner._rows[row].tokens for row in rows]
+
+
+def test_the_same_prompt_and_seed_are_neither_encoded_nor_drawn_again_and_answer_the_same_tokens(runner, calls):
+    first = drawn(runner, job("a"))
+    assert (len(calls.texts), calls.priors) == (1, [1])
+    again = drawn(runner, job("b"))
+    assert (len(calls.texts), calls.priors) == (1, [1])
+    assert torch.equal(first[0], again[0])
+
+
+def test_the_same_prompt_with_another_seed_is_encoded_once(runner, calls):
+    started(runner, job("a", seeds=(0,)))
+    started(runner, job("b", seeds=(0, 1, 2)))
+    assert (len(calls.texts), calls.priors) == (1, [1, 2])
+    assert (runner.counters["prompt_cache_hits", "text"], runner.counters["prompt_cache_hits", "prior"]) == (2, 1)
+
+
+def test_a_seed_s_prior_at_another_size_is_another_one(runner, calls, pipeline):
+    started(runner, job("a"))
+    (row,) = started(runner, job("b", width=48))
+    assert calls.priors == [1, 1]
+    prompt, noise = pipeline.encode(["red apple"])[0], pipeline.noise(0, 48, 32, SAMPLING.steps)
+    expected = pipeline.condition(prompt, *pipeline.image_embeddings([prompt], [noise]))
+    torch.testing.assert_close(list(tensors_in(runner._rows[row].conditional)), list(tensors_in(expected)))
+
+
+def test_arrivals_are_encoded_together_but_for_other_lengths(runner, calls):
+    long = "the red apple " * 3
+    started(runner, job("a"), job("b", "apple", seeds=(1, 2)), job("c", long, negative_prompt="apple"))
+    assert sorted(map(list, calls.texts), key=len) == [[long], ["red apple", "apple", "", "apple"]]
+    assert calls.priors == [4]
+
+
+def test_what_a_neighbour_s_length_would_pad_is_not_padded(runner):
+    short, _ = started(runner, job("a", "apple"), job("b", "the red apple " * 3))
+    beside = [tensor.shape for tensor in tensors_in(runner._rows[short].conditional)]
+    alone = emptied(runner)
+    (row,) = started(alone, job("a", "apple"))
+    assert [tensor.shape for tensor in tensors_in(alone._rows[row].conditional)] == beside
+
+
+def test_an_unguided_job_encodes_no_negative_prompt(runner, calls):
+    started(runner, job("a", sampling=replace(SAMPLING, guidance=(1.0, 1.0))))
+    assert [list(batch) for batch in calls.texts] == [["red apple"]]
+
+
+def test_the_bound_on_bytes_holds_and_what_does_not_fit_is_computed_all_the_same(runner, calls):
+    small = emptied(runner, capacity=10_000)
+    rows = started(small, *(job(f"{i}", "apple " * (i % 5), seeds=(i,)) for i in range(12)))
+    assert len(small._rows) == len(rows) == 12
+    assert 0 < small.cache.held <= 10_000
+    assert small.cache.held == sum(map(size, small.cache._values.values()))
+
+
+def test_what_is_remembered_holds_no_memory_of_its_batch(runner):
+    started(runner, *(job(f"{i}", f"apple {i}", seeds=(i,)) for i in range(8)))
+    for value in runner.cache._values.values():
+        assert size(value) == sum(tensor.nbytes for tensor in tensors_in(value))
+
+
+def test_an_unfinished_row_shows_what_its_last_step_drew(runner, pipeline):
+    (row,) = started(runner, job("a"))
+    runner.step("random", [row])
+    decoding = runner.decode("random", [row])
+    assert not torch.equal(runner._rows[row].drawn, runner._rows[row].tokens), "start tokens were put back"
+    assert decoding.steps == (1,)
+    (image,) = decoding.images()
+    expected = pipeline.decode(runner._rows[row].drawn[None])
+    assert np.array_equal(np.frombuffer(image.pixels, np.uint8), expected.numpy().ravel())
