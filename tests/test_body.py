@@ -228,7 +228,8 @@ def test_a_form_of_too_many_or_too_long_parts_is_413(endpoint: TestClient, body:
 def test_json_may_be_long_but_not_intricate(endpoint: TestClient) -> None:
     long = json.dumps({"image": BASE64 + "\n" * 2 * TEXT_BODY_BYTES})
     assert endpoint.post("/", content=long, headers={"Content-Type": "application/json"}).json() == {"image": len(PNG)}
-    for intricate in (b"[" + b"[]," * TEXT_BODY_BYTES + b"[]]", b"[" + b"1," * TEXT_BODY_BYTES * 2 + b"1]", b'{"a":' * (TEXT_BODY_BYTES + 1)):
+    lists, numbers, objects = b"[]," * TEXT_BODY_BYTES, b"1," * (TEXT_BODY_BYTES + 1), b'{"a":' * (TEXT_BODY_BYTES + 1)
+    for intricate in (b"[" + lists + b"[]]", b"[" + numbers + b"1]", objects):
         refused(raw(endpoint, intricate, "application/json"), 413, None, "commas", "body_too_large")
     refused(raw(endpoint, b" " * (LIMIT + 1), "application/json"), 413, None, str(LIMIT), "body_too_large")
 

@@ -84,7 +84,7 @@ class Picture:
     def _over(self, background: int) -> Pixels:
         if self.alpha is None:
             return self.rgb
-        alpha = self.alpha[..., None].astype(np.uint32)
+        alpha = self.alpha[..., None].astype(np.uint16)  # 255 × 255 + 127 just fits
         return ((self.rgb * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
@@ -95,6 +95,8 @@ def decode(content: bytes, limits: PictureLimits, param: str = "image") -> Pictu
     container = _inspect(content, limits, param)
     try:
         rgb, alpha = _arrays(_load(container))
+    except MemoryError:
+        raise
     except Exception:
         # Pillow's decoders raise nearly anything, and their messages hold object addresses.
         raise _undecodable(param, f"this {container.format} file is damaged or cut off") from None
