@@ -215,12 +215,13 @@ def _plan(fields: dict[str, Any], settings: Settings) -> tuple[Job, int]:
     from server.api.jobs import plan
     from server.api.schemas import GenerateRequest
     from server.api.state import AppState
+    from server.api.uploads import Decoder
     from server.engine.client import EngineClient
     from server.metrics import Metrics
 
     config = BundleConfig.read(find_bundle(settings.bundles[0]))
     request = GenerateRequest.model_validate(fields)
-    state = AppState(settings, Metrics(), EngineClient(settings), {config.name: config})
+    state = AppState(settings, Metrics(), EngineClient(settings), {config.name: config}, Decoder())
     return plan(request, state), request.quality
 
 

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     # so that the embedded weights on a CPU can answer before the default timeout. On a GPU it may be far more.
     max_request_work: Annotated[int, Field(ge=1, description="Images times steps times pixels times branches of one request")] = 50_000_000
     max_body_bytes: Annotated[int, Field(ge=1)] = 32 * MIB
+    max_image_bytes: Annotated[int, Field(ge=1, description="Of one uploaded picture's file")] = 16 * MIB
+    max_image_pixels: Annotated[int, Field(ge=1, description="Width times height of one uploaded picture")] = 16 * MIB
+    decode_threads: Annotated[int, Field(ge=1, description="Uploaded pictures that are decoded at once")] = 2
 
     timeout_s: Annotated[float, Field(ge=0.05, le=600, description="For requests that do not say")] = 60
     start_wait_s: Annotated[float, Field(ge=0, description="How long requests wait for a starting worker before they get 503")] = 30

@@ -11,6 +11,7 @@ from model.config import BundleConfig, find_bundle
 from server.api import errors, native, operations, requests
 from server.api.middleware import BodyLimit, Observation
 from server.api.state import AppState
+from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
 from server.engine.process import WorkerMain, run_worker
 from server.metrics import Metrics
@@ -29,7 +30,8 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     models = _read_models(settings)
     for name, config in models.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
-    state = AppState(settings, metrics, EngineClient(settings, metrics, worker), models)
+    decoder = Decoder(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
+    state = AppState(settings, metrics, EngineClient(settings, metrics, worker), models, decoder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -38,6 +40,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
             yield
         finally:
             await state.engine.stop()
+            state.decoder.close()
 
     app = FastAPI(title="Paellera", description=DESCRIPTION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.paellera = state

@@ -17,7 +17,16 @@ from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining
 
 CLIENT_CLOSED_REQUEST = 499
 
-_shortened = reprlib.Repr()
+# Of pydantic's and our own types of complaint, those with codes of their own.
+CODES = {"missing": "missing_field", "picture_url": "url_refused"}
+
+
+class _Shortened(reprlib.Repr):
+    def repr_bytes(self, sent: bytes, _: int) -> str:
+        return f"{len(sent)} bytes"
+
+
+_shortened = _Shortened()
 _shortened.maxstring = _shortened.maxother = 80
 
 
@@ -73,7 +82,7 @@ def from_validation(error: ValidationError) -> ApiError:
     message = f"{where}: {first['msg']}"
     if first["type"] != "missing":
         message += f" (sent: {_shortened.repr(first['input'])})"
-    code = "missing_field" if first["type"] == "missing" else "invalid_value"
+    code = CODES.get(first["type"], "invalid_value")
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, message, path[0] if path else None)
 
 

@@ -15,6 +15,7 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.api.errors import ApiError
+    from server.api.uploads import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class AppState:
     metrics: Metrics
     engine: EngineClient
     models: dict[str, BundleConfig]
+    decoder: Decoder
     running: dict[str, list[asyncio.Future[ApiError]]] = field(default_factory=dict)
 
 

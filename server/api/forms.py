@@ -1,0 +1,121 @@
+"""multipart/form-data → the dict that the same request would be as JSON, so that one schema serves both."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from server.api.errors import ApiError
+
+# A part of text holds a prompt, or a list of them; pictures are sent as files.
+LIMITS = {"max_files": 16, "max_fields": 64, "max_part_size": 128 * 1024}
+
+BOOLEANS = {"true": True, "false": False}
+
+
+async def read_form(request: Request, schema: type[BaseModel], limit: int) -> dict[str, Any]:
+    """The parts by name: files as bytes, text as the schema's field wants it, several of one name (or `name[]`) as a list.
+
+    A file named `keyframes.1.image` goes into entry 1 of the JSON text `keyframes`. Raises ApiError: 400 malformed, 413 more or larger
+    parts than a form may have, 422 a file for an entry that is not there.
+    """
+    parts = await _parts(request, limit)
+    fields = _collect([(name, part) for name, part in parts if "." not in name], schema)
+    for name, part in parts:
+        if "." in name:
+            _place(fields, name, part)
+    return fields
+
+
+class _Parser(MultiPartParser):
+    """Knows whether it has seen the closing boundary; what comes before it may be cut anywhere otherwise."""
+
+    complete = False
+
+    def on_end(self) -> None:
+        self.complete = True
+
+
+async def _parts(request: Request, limit: int) -> list[tuple[str, str | bytes]]:
+    parser = _Parser(_without_charset(request.headers), request.stream(), **LIMITS)
+    parser.spool_max_size = limit  # nothing is written to disk: the body is bounded already
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise _refusal(error.message) from None
+    try:
+        if not parser.complete:
+            raise _refusal("it ends before its closing boundary")
+        return [(name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items() if _sent(part)]
+    finally:
+        await form.close()
+
+
+def _without_charset(headers: Headers) -> Headers:
+    """Only the Content-Type, without the parameter that may choose any of Python's codecs; some of them take minutes."""
+    options = headers["content-type"].split(";")
+    return Headers({"content-type": ";".join(option for option in options if not option.strip().lower().startswith("charset"))})
+
+
+def _sent(part: str | UploadFile) -> bool:
+    """Browsers send an unnamed empty file for a file input that nobody used."""
+    return isinstance(part, str) or bool(part.filename or part.size)
+
+
+def _refusal(reason: str) -> ApiError:
+    if reason.startswith(("Too many", "Part exceeded")):
+        return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "form_too_large", f"the form is too large: {reason}")
+    return ApiError(HTTPStatus.BAD_REQUEST, "malformed_form", f"the body is not multipart/form-data: {reason}")
+
+
+def _collect(parts: list[tuple[str, str | bytes]], schema: type[BaseModel]) -> dict[str, Any]:
+    values: dict[str, list[Any]] = {}
+    listed = {name.removesuffix("[]") for name, _ in parts if name.endswith("[]")}
+    for name, part in parts:
+        field = name.removesuffix("[]")
+        values.setdefault(field, []).append(part if isinstance(part, bytes) else _value(part, field, schema))
+    return {field: sent if len(sent) > 1 or field in listed else sent[0] for field, sent in values.items()}
+
+
+def _value(text: str, field: str, schema: type[BaseModel]) -> object:
+    """Text for the fields that take text, otherwise the JSON it is; what is not JSON stays text, and the schema refuses it."""
+    if field not in schema.model_fields or field in _text_fields(schema):
+        return text
+    if (word := text.strip().lower()) in BOOLEANS:
+        return BOOLEANS[word]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+@cache
+def _text_fields(schema: type[BaseModel]) -> frozenset[str]:
+    properties = schema.model_json_schema()["properties"]
+    return frozenset(name for name, kind in properties.items() if any(branch.get("type") == "string" for branch in _branches(kind)))
+
+
+def _branches(kind: dict[str, Any]) -> list[dict[str, Any]]:
+    return kind.get("anyOf", [kind])
+
+
+def _place(fields: dict[str, Any], name: str, part: str | bytes) -> None:
+    """Puts `keyframes.1.image` where it belongs."""
+    *path, last = name.split(".")
+    try:
+        target: Any = fields
+        for key in path:
+            target = target[int(key)] if isinstance(target, list) else target[key]
+        if not isinstance(target, dict) or target is fields or isinstance(part, str):
+            raise TypeError
+        target[last] = part
+    except (KeyError, IndexError, ValueError, TypeError):
+        message = f"{name[:80]}: names no entry of the JSON text before its first dot, or is no file"
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, path[0][:80] or None) from None

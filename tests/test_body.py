@@ -1,0 +1,239 @@
+"""A request with pictures means the same as JSON and as a form, and neither can be made too large, too deep or too strange."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.api.body import TEXT_BODY_BYTES, read_body
+from server.api.errors import ApiError
+from server.api.picture_fields import PictureFile, PictureFiles
+from server.api.schemas import SamplingFields
+from tests.hostile import plain_png
+
+PNG = plain_png()
+BASE64 = base64.b64encode(PNG).decode()
+LIMIT = 2**20
+
+
+class Keyframe(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: str | None = None
+    image: PictureFile | None = None
+
+
+class Everything(SamplingFields):
+    """One field of every kind that the endpoints with pictures have."""
+
+    prompt: str | None = None
+    image: PictureFile | None = None
+    images: Annotated[PictureFiles, Field(max_length=4, default_factory=list)]
+    mask_mode: Literal["alpha", "luminance"] | None = None
+    keep_unmasked: bool = True
+    keyframes: Annotated[list[Keyframe], Field(max_length=8, default_factory=list)]
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> TestClient:
+    """An app that answers what it understood."""
+    app = FastAPI()
+
+    @app.post("/")
+    async def echo(request: Request) -> dict[str, Any]:
+        fields = await read_body(request, Everything, LIMIT)
+        return Everything.model_validate(fields).model_dump(exclude_unset=True, mode="python") | _lengths(fields)
+
+    app.add_exception_handler(ApiError, lambda _, error: error.response())  # type: ignore[attr-defined, arg-type]
+    return TestClient(app)
+
+
+def _lengths(fields: Everything) -> dict[str, Any]:
+    """Pictures as how many bytes they have."""
+    told: dict[str, Any] = {"image": len(fields.image)} if fields.image is not None else {}
+    if fields.images:
+        told["images"] = [len(image) for image in fields.images]
+    if fields.keyframes:
+        told["keyframes"] = [frame.prompt if frame.image is None else len(frame.image) for frame in fields.keyframes]
+    return told
+
+
+def refused(answer: httpx.Response, status: int, param: str | None = None, mention: str = "", code: str | None = None) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert mention in error["message"]
+    assert code in (None, error["code"])
+    assert len(error["message"]) < 500
+
+
+def form(endpoint: TestClient, fields: dict[str, str] | None = None, files: Sequence[tuple[str, Any]] = ()) -> httpx.Response:
+    return endpoint.post("/", files=[*((name, (None, text)) for name, text in (fields or {}).items()), *files])
+
+
+FILE = ("cat.png", PNG, "image/png")
+
+
+def test_json_and_form_mean_the_same(endpoint: TestClient) -> None:
+    plain = {"prompt": "7", "seed": 7, "guidance_scale": [1.0, 4.5], "temperature": 0.7, "keep_unmasked": False, "mask_mode": "alpha"}
+    sent = {**plain, "image": BASE64, "images": [BASE64, BASE64], "keyframes": [{"prompt": "a"}, {"image": BASE64}]}
+    as_json = endpoint.post("/", json=sent)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
+    files = [("image", FILE), ("images", FILE), ("images", FILE), ("keyframes.1.image", FILE)]
+    as_form = form(endpoint, {**texts, "keyframes": '[{"prompt": "a"}, {}]'}, files)
+    assert as_json.status_code == 200, as_json.text
+    assert as_json.json() == as_form.json()
+    assert as_form.json()["prompt"] == "7"
+    assert as_form.json()["keyframes"] == ["a", len(PNG)]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        f"data:image/png;base64,{BASE64}",
+        f"DATA:;Base64,{BASE64}",
+        f"data:text/html;charset=x;base64,{BASE64}",
+        "\r\n".join(BASE64[i : i + 76] for i in range(0, len(BASE64), 76)),
+    ],
+)
+def test_data_urls_and_broken_lines_are_the_same_picture(endpoint: TestClient, sent: str) -> None:
+    assert endpoint.post("/", json={"image": sent}).json() == {"image": len(PNG)}
+    assert form(endpoint, {"image": sent}).json() == {"image": len(PNG)}
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1/a.png", "https://example.com/a.png", "HTTPS://x", "file:///etc/passwd", "ftp://a", "javascript:1"]
+)
+def test_urls_are_refused_by_name(endpoint: TestClient, url: str) -> None:
+    scheme = url.partition(":")[0].lower()
+    refused(endpoint.post("/", json={"image": url}), 422, "image", f"{scheme} URLs are refused", "url_refused")
+    refused(endpoint.post("/", json={"keyframes": [{"image": url}]}), 422, "keyframes", "fetches nothing", "url_refused")
+    refused(form(endpoint, {"image": url}), 422, "image", "fetches nothing", "url_refused")
+
+
+@pytest.mark.parametrize(
+    "sent", ["/etc/passwd", "cat.png", BASE64[:-3], BASE64.replace("A", " ", 1), "é", "data:image/png,raw", "data:;base64"]
+)
+def test_what_is_no_base64_is_422(endpoint: TestClient, sent: str) -> None:
+    refused(endpoint.post("/", json={"image": sent}), 422, "image", "base64", "invalid_value")
+
+
+@pytest.mark.parametrize("sent", [7, {"url": "x"}, [BASE64], True])
+def test_one_picture_is_one_string(endpoint: TestClient, sent: object) -> None:
+    refused(endpoint.post("/", json={"image": sent}), 422, "image", "one picture")
+
+
+def test_one_picture_serves_where_several_may_come(endpoint: TestClient) -> None:
+    assert endpoint.post("/", json={"images": BASE64}).json() == {"images": [len(PNG)]}
+    assert form(endpoint, files=[("images", FILE)]).json() == {"images": [len(PNG)]}
+    assert form(endpoint, files=[("images[]", FILE)]).json() == {"images": [len(PNG)]}
+    assert form(endpoint, files=[("images", FILE), ("images[]", FILE)]).json() == {"images": [len(PNG)] * 2}
+    refused(form(endpoint, files=[("image", FILE), ("image", FILE)]), 422, "image", "one picture")
+
+
+@pytest.mark.parametrize(("text", "meaning"), [("true", True), ("True", True), (" FALSE ", False)])
+def test_booleans_in_a_form_may_be_capitalised(endpoint: TestClient, text: str, meaning: bool) -> None:
+    assert form(endpoint, {"keep_unmasked": text}).json() == {"keep_unmasked": meaning}
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "mention"),
+    [
+        ("seed", "seven", "valid integer"),
+        ("seed", "", "valid integer"),
+        ("seed", "1.5", "valid integer"),
+        ("seed", "9" * 5000, "integer"),
+        ("temperature", "NaN", "finite"),
+        ("keep_unmasked", "1", "valid boolean"),
+        ("guidance_scale", "[1", "valid number"),
+        ("guidance_scale", "[" * 50_000, "valid number"),
+        ("mask_mode", "red", "'luminance'"),
+        ("keyframes", "[{}", "valid list"),
+        ("promt", "a", "the fields are"),
+    ],
+)
+def test_a_forms_text_that_does_not_fit_is_422_and_named(endpoint: TestClient, field: str, text: str, mention: str) -> None:
+    refused(form(endpoint, {field: text}), 422, field, mention)
+
+
+def test_a_file_where_text_belongs_is_422_and_not_echoed(endpoint: TestClient) -> None:
+    refused(form(endpoint, files=[("prompt", FILE)]), 422, "prompt", f"(sent: {len(PNG)} bytes)")
+
+
+@pytest.mark.parametrize(
+    "name", ["keyframes.2.image", "keyframes.x.image", "keyframes.-9.image", "keyframes.0.prompt.a", "nothing.0.image", ".image"]
+)
+def test_a_file_for_an_entry_that_is_not_there_is_422(endpoint: TestClient, name: str) -> None:
+    refused(form(endpoint, {"keyframes": '[{"prompt": "a"}, {}]'}, [(name, FILE)]), 422, name.partition(".")[0] or None)
+
+
+def raw(endpoint: TestClient, body: bytes, content_type: str = "multipart/form-data; boundary=b") -> httpx.Response:
+    return endpoint.post("/", content=body, headers={"Content-Type": content_type})
+
+
+def part(value: bytes, name: bytes = b"prompt") -> bytes:
+    return b'--b\r\nContent-Disposition: form-data; name="' + name + b'"\r\n\r\n' + value + b"\r\n"
+
+
+def test_an_unused_file_input_of_a_browser_counts_as_absent(endpoint: TestClient) -> None:
+    body = part(b"a") + part(b"", b'image"; filename="') + b"--b--\r\n"
+    assert raw(endpoint, body).json() == {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"", "multipart/form-data"),
+        (b"", "multipart/form-data; boundary=b"),
+        (b"prompt=a", "multipart/form-data; boundary=b"),
+        (part(b"a"), "multipart/form-data; boundary=b"),
+        (part(b"a") + b"--c--\r\n", "multipart/form-data; boundary=b"),
+        (part(b"a") + b"--b--\r\n", "multipart/form-data; boundary="),
+        (b"--b\r\nContent-Type: text/plain\r\n\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
+        (b"--b\r\n" + b"X: " + b"x" * 100_000 + b"\r\n\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
+        (b"--b\r\n" + b"X: x\r\n" * 1000 + b"\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
+    ],
+)
+def test_a_malformed_form_is_400(endpoint: TestClient, body: bytes, content_type: str) -> None:
+    refused(raw(endpoint, body, content_type), 400, None, "multipart/form-data", "malformed_form")
+
+
+def test_a_forms_text_is_utf_8_whatever_charset_it_names(endpoint: TestClient) -> None:
+    body = part("größer 🎨".encode()) + b"--b--\r\n"
+    for charset in ("", "; charset=utf-8", "; charset=punycode", "; Charset*=utf-7''x", "; charset=zlib"):
+        assert raw(endpoint, body, f"multipart/form-data; boundary=b{charset}").json() == {"prompt": "größer 🎨"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"".join(part(b"a") for _ in range(65)) + b"--b--\r\n",
+        part(b"a" * (TEXT_BODY_BYTES + 1)) + b"--b--\r\n",
+        b"".join(part(b"a", b'image"; filename="a') for _ in range(17)) + b"--b--\r\n",
+    ],
+    ids=["texts", "long text", "files"],
+)
+def test_a_form_of_too_many_or_too_long_parts_is_413(endpoint: TestClient, body: bytes) -> None:
+    refused(raw(endpoint, body), 413, None, "the form is too large", "form_too_large")
+
+
+def test_json_may_be_long_but_not_intricate(endpoint: TestClient) -> None:
+    long = json.dumps({"image": BASE64 + "\n" * 2 * TEXT_BODY_BYTES})
+    assert endpoint.post("/", content=long, headers={"Content-Type": "application/json"}).json() == {"image": len(PNG)}
+    lists, numbers, objects = b"[]," * TEXT_BODY_BYTES, b"1," * (TEXT_BODY_BYTES + 1), b'{"a":' * (TEXT_BODY_BYTES + 1)
+    for intricate in (b"[" + lists + b"[]]", b"[" + numbers + b"1]", objects):
+        refused(raw(endpoint, intricate, "application/json"), 413, None, "commas", "body_too_large")
+    refused(raw(endpoint, b" " * (LIMIT + 1), "application/json"), 413, None, str(LIMIT), "body_too_large")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/mixed; boundary=b", "image/png"])
+def test_other_content_types_are_415_and_both_allowed_ones_named(endpoint: TestClient, content_type: str) -> None:
+    refused(raw(endpoint, PNG, content_type), 415, None, "application/json or multipart/form-data")
