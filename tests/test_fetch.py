@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -30,13 +31,16 @@ CONTENT = bytes(range(256)) * 1200
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with one file, and an empty cache beside it. Waiting for the next attempt takes no time."""
     from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     with serving(Hub({FILE.where: CONTENT})) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
-        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+        monkeypatch.setattr(file_download, "time", impatient)
+        monkeypatch.setattr(_http, "time", impatient)
         monkeypatch.setattr(manifest, "published", lambda: Manifest({"weights": FILE}))
         disable_progress_bars()
         yield hub
