@@ -85,7 +85,7 @@ def verify_files(directory: Path, config: BundleConfig) -> None:
     if absent := [name for name in needed if name not in config.files]:
         raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
     for name, entry in config.files.items():
-        if Path(name).name != name or name == ".." or "\\" in name:
+        if Path(name).name != name or name in {"", ".."} or "\\" in name:
             raise BundleError(f"{CONFIG_FILE} lists {name!r}, which is no plain file name")
         path = directory / name
         if path.resolve().parent != directory.resolve():
