@@ -77,12 +77,19 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype) -> Bu
 
 
 def verify_files(directory: Path, config: BundleConfig) -> None:
-    """Raises BundleError unless every file that is needed is listed, and every listed one there, of the listed size and content."""
+    """Raises BundleError unless every file that is needed is listed, and every listed one there, of the listed size and content.
+
+    A listed file lies in the directory itself: neither its name nor a symbolic link may lead out of it.
+    """
     needed = [f"{name}.safetensors" for name in NETWORKS] + ([config.clip.merges] if config.clip.merges else [])
     if absent := [name for name in needed if name not in config.files]:
         raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
     for name, entry in config.files.items():
+        if Path(name).name != name or name in {"", ".."} or "\\" in name:
+            raise BundleError(f"{CONFIG_FILE} lists {name!r}, which is no plain file name")
         path = directory / name
+        if path.resolve().parent != directory.resolve():
+            raise BundleError(f"{name} is a symbolic link out of the bundle")
         if not path.is_file():
             raise BundleError(f"{name} is listed but is not there")
         size = path.stat().st_size
@@ -121,8 +128,20 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 
 
 def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
-    """Gives a meta module its tensors, as `dtype` where they are floating point. Raises BundleError naming the first that does not fit."""
-    expected = state_of(module)
+    """Gives a meta module its tensors, as `dtype` where they are floating point. Raises what `check_fit` raises."""
+    check_fit(tensors, state_of(module), where)
+    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    inner(module).load_state_dict(converted, strict=not isinstance(module, ByteEncoder), assign=True)
+    if isinstance(module, ByteEncoder | CLIP):
+        module.complete()
+    arrange(module)
+
+
+def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """Names, kinds and shapes; the values, which may be on the meta device, are not looked at.
+
+    Raises BundleError naming the first tensor that does not fit.
+    """
     for name in tensors:
         if name not in expected:
             raise BundleError(f"{where}: tensor {name!r} is unknown to this configuration")
@@ -133,11 +152,6 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, wh
             raise BundleError(f"{where}: tensor {name!r} is {tensors[name].dtype}, this configuration needs {wanted.dtype}")
         if tensors[name].shape != wanted.shape:
             raise BundleError(f"{where}: tensor {name!r} is {list(tensors[name].shape)}, this configuration needs {list(wanted.shape)}")
-    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    inner(module).load_state_dict(converted, strict=not isinstance(module, ByteEncoder), assign=True)
-    if isinstance(module, ByteEncoder | CLIP):
-        module.complete()
-    arrange(module)
 
 
 @torch.no_grad()

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 Sampler = Literal["multinomial", "argmax", "typical", "quant"]
 PriorSampler = Literal["ddpm", "ddim"]
 
 CONFIG_FILE = "bundle.json"
+FORMAT = 1  # of bundle.json; absent is 1
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -323,10 +325,25 @@ class BundleConfig:
     @classmethod
     def read(cls, directory: Path) -> Self:
         """Parses `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the field that is wrong."""
-        return TypeAdapter(cls).validate_json((directory / CONFIG_FILE).read_bytes())
+        content = (directory / CONFIG_FILE).read_bytes()
+        _refuse_newer(content)
+        return TypeAdapter(cls).validate_json(content)
 
     def write(self, directory: Path) -> None:
         (directory / CONFIG_FILE).write_bytes(TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n")
+
+
+def _refuse_newer(content: bytes) -> None:
+    """A newer format is said to be that before its unknown fields are complained about. Raises pydantic.ValidationError."""
+    try:
+        fields = from_json(content)
+    except ValueError:
+        return  # the parser that follows says what is wrong
+    version = fields.get("format") if isinstance(fields, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        message = f"these weights are of format {version}, this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
+        error = PydanticCustomError("newer_format", "{message}", {"message": message})
+        raise ValidationError.from_exception_data("BundleConfig", [InitErrorDetails(type=error, loc=("format",), input=version)])
 
 
 def find_bundle(name_or_path: str) -> Path:

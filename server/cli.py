@@ -7,26 +7,23 @@ Exit codes: 1 something failed, 2 something was asked for that cannot be.
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Never
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from server.cli_errors import FAILED, REFUSED, fail, one_line_errors
+from server.weights_cli import weights_app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from model.config import BundleConfig
     from server.api.schemas import Format
     from server.engine.protocol import Image, Job
     from server.settings import Settings
-
-FAILED, REFUSED = 1, 2
-MIB = 2**20
 
 FORMATS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -37,11 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-weights_app = typer.Typer(help="The weights that come with Paellera, and others.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
 
 Weights = Annotated[str | None, typer.Option(help="Bundle name or path; default: PAELLERA_WEIGHTS, else tiny")]
-BundleName = Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path")]
 
 
 @app.command()
@@ -54,7 +49,7 @@ def serve(
     from server import logs
     from server.api import create_app
 
-    with _one_line_errors():
+    with one_line_errors():
         settings = _settings(host=host, port=port, weights=weights)
         logs.configure(settings.log_level)
         api = create_app(settings)
@@ -90,7 +85,7 @@ def generate(
         "height": height,
         "n": n,
     }
-    with _one_line_errors():
+    with one_line_errors():
         format = _format_of(output)
         settings = _settings(weights=weights, device=device)
         job, quality = _plan({name: value for name, value in fields.items() if value is not None}, settings)
@@ -98,58 +93,12 @@ def generate(
         _write(images, job, truncated, output, format, quality)
 
 
-@weights_app.command("list")
-def list_weights() -> None:
-    """Name and size of every bundle that came with Paellera."""
-    import weights
-    from model.config import CONFIG_FILE, BundleConfig
-
-    with _one_line_errors():
-        for path in sorted(Path(weights.__path__[0]).glob(f"*/{CONFIG_FILE}")):
-            config = BundleConfig.read(path.parent)
-            typer.echo(f"{path.parent.name}  {_bytes_of(config) / MIB:.1f} MiB")
-
-
-@weights_app.command()
-def info(name: BundleName) -> None:
-    """What a bundle holds: its networks, sizes and recipe."""
-    from dataclasses import asdict
-
-    from model.config import BundleConfig, find_bundle
-
-    with _one_line_errors():
-        directory = find_bundle(name)
-        config = BundleConfig.read(directory)
-        networks = _networks(directory, config)
-    _print_pairs({"name": config.name, "sha256": config.sha256, "bytes": f"{_bytes_of(config):,}"})
-    _print_pairs({"native size": " x ".join(map(str, config.native_size)), "size step": config.size_step})
-    typer.echo("\nnetworks")
-    _print_pairs(networks, indent="  ")
-    typer.echo("\nrecipe")
-    _print_pairs(asdict(config.recipe), indent="  ")
-
-
-@weights_app.command()
-def verify(name: BundleName) -> None:
-    """Load a bundle as strictly as the server does, and say what is wrong with it."""
-    import torch
-
-    from model.bundle import load_bundle
-    from model.config import find_bundle
-    from model.runtime import prepare
-
-    prepare()
-    with _one_line_errors(refused=FAILED):
-        bundle = load_bundle(find_bundle(name), torch.device("cpu"), torch.float32)
-    typer.echo(f"{bundle.config.name}: ok, sha256 {bundle.config.sha256}")
-
-
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Measure every stage, the published code beside it, and a server over HTTP (`paellera bench --help`)."""
     from load_tests.bench import main
 
-    with _one_line_errors():
+    with one_line_errors():
         main(context.args, program="paellera bench")
 
 
@@ -168,7 +117,7 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
-        _fail("the server could not start; the log says why", FAILED)
+        fail("the server could not start; the log says why", FAILED)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -176,7 +125,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        _fail(f"cannot listen on {host} port {port}: {error.strerror}", FAILED)
+        fail(f"cannot listen on {host} port {port}: {error.strerror}", FAILED)
 
 
 def _greet(settings: Settings, port: int) -> None:
@@ -197,7 +146,7 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        _fail(f"{option}: a number, or two with a comma between them (sent: {text!r})", REFUSED)
+        fail(f"{option}: a number, or two with a comma between them (sent: {text!r})", REFUSED)
     return numbers * 2 if len(numbers) == 1 else numbers
 
 
@@ -256,30 +205,6 @@ def _write(images: list[Image], job: Job, truncated: tuple[str, ...], output: Pa
         typer.echo(f"the prompt was cut for {' and '.join(truncated)}", err=True)
 
 
-# ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _bytes_of(config: BundleConfig) -> int:
-    return sum(entry.bytes for entry in config.files.values())
-
-
-def _networks(directory: Path, config: BundleConfig) -> dict[str, str]:
-    """Parameters (running statistics included) and bytes of every network, from the files' headers alone."""
-    from safetensors import safe_open
-
-    def parameters(path: Path) -> int:
-        with safe_open(path, framework="np") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, it is no dict
-
-    files = {name: entry for name, entry in config.files.items() if name.endswith(".safetensors")}
-    return {Path(n).stem: f"{parameters(directory / n):>13,} parameters {e.bytes:>14,} bytes" for n, e in files.items()}
-
-
-def _print_pairs(pairs: dict[str, Any], indent: str = "") -> None:
-    for key, value in pairs.items():
-        typer.echo(f"{indent}{key:<22}{value}")
-
-
 # ── all ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -289,32 +214,6 @@ def _settings(**given: object) -> Settings:
 
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Settings(**options)
-
-
-def _fail(message: str, code: int) -> Never:
-    typer.echo(f"paellera: {message}", err=True)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _one_line_errors(refused: int = REFUSED) -> Iterator[None]:
-    """Turns what can be expected to go wrong into one line and an exit code. refused: that of whatever the user asked for wrongly."""
-    from pydantic import ValidationError
-    from safetensors import SafetensorError
-
-    from server.api.errors import ApiError, from_validation
-
-    try:
-        yield
-    except ValidationError as error:
-        where = "bundle.json: " if error.title == "BundleConfig" else ""
-        _fail(where + from_validation(error).message, refused)
-    except ApiError as error:
-        _fail(error.message, refused)
-    except (ValueError, FileNotFoundError) as error:
-        _fail(str(error), refused)
-    except (OSError, SafetensorError) as error:
-        _fail(str(error), FAILED)
 
 
 if __name__ == "__main__":

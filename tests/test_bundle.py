@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from model.bundle import NETWORKS, BundleError, build, file_entry, load_bundle, read_tensors, save_bundle, state_of
+from model.bundle import NETWORKS, BundleError, build, file_entry, load_bundle, read_tensors, save_bundle, state_of, verify_files
 from model.config import CONFIG_FILE, BundleConfig
 from tests.conftest import random_networks, write_merges
 
@@ -289,3 +289,50 @@ def test_read_tensors_takes_integers_and_empty_files(tmp_path):
     assert read_tensors(path)["counts"].tolist() == [0, 1, 2]
     save_file({}, path)
     assert read_tensors(path) == {}
+
+
+# ── names that lead out of the bundle, and formats to come ────────────────────────────────────────────────────────────────────────
+
+
+def list_as(directory: Path, name: str) -> None:
+    config = BundleConfig.read(directory)
+    replace(config, files={**config.files, name: config.files["merges.txt.gz"]}).write(directory)
+
+
+@pytest.mark.parametrize("name", ["../merges.txt.gz", "sub/../merges.txt.gz", "..", ".", "", "/etc/hostname", "sub\\merges.txt.gz"])
+def test_a_listed_name_that_is_no_plain_file_name_is_refused(directory, name):
+    # Such a file was read wherever it lay.
+    shutil.copyfile(directory / "merges.txt.gz", directory.parent / "merges.txt.gz")
+    list_as(directory, name)
+    with pytest.raises(BundleError, match="no plain file name"):
+        load(directory)
+
+
+def test_a_symbolic_link_out_of_the_bundle_is_refused(directory):
+    # Such a link was followed.
+    outside = directory.parent / "outside.safetensors"
+    (directory / "prior.safetensors").rename(outside)
+    (directory / "prior.safetensors").symlink_to(outside)
+    with pytest.raises(BundleError, match=r"prior\.safetensors is a symbolic link out of the bundle"):
+        load(directory)
+
+
+def test_a_bundle_may_itself_be_reached_through_a_symbolic_link(directory):
+    link = directory.parent / "link"
+    link.symlink_to(directory, target_is_directory=True)
+    verify_files(link, BundleConfig.read(link))
+
+
+def test_a_newer_format_is_refused_as_that_before_its_unknown_fields_are(directory):
+    path = directory / CONFIG_FILE
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2, "surprise": 1'))
+    with pytest.raises(ValidationError, match="these weights are of format 2, this Paellera reads formats up to 1") as refusal:
+        load(directory)
+    assert "surprise" not in str(refusal.value)
+
+
+def test_a_bundle_that_states_no_format_is_of_the_first(directory):
+    path = directory / CONFIG_FILE
+    path.write_text(path.read_text().replace(',\n  "format": 1', ""))
+    assert "format" not in path.read_text()
+    assert BundleConfig.read(directory).format == 1

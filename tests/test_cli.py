@@ -192,7 +192,9 @@ def test_weights_list_names_the_shipped_bundles_and_their_sizes(
     (tmp_path / "no-bundle").mkdir()
     monkeypatch.setattr(weights, "__path__", [str(tmp_path)])
     listed = sum(entry.bytes for entry in BundleConfig.read(random_bundle).files.values())
-    assert paellera("weights", "list").stdout == f"shipped  {listed / 2**20:.1f} MiB\n"
+    lines = paellera("weights", "list").stdout.splitlines()
+    assert lines[:2] == [f"shipped  {listed / 2**20:.1f} MiB", ""]
+    assert any(line.split()[:3] == ["paella_v3", "v3", "denoiser"] for line in lines)
 
 
 def test_weights_info_counts_parameters_and_bytes(random_bundle: Path) -> None:
@@ -203,7 +205,13 @@ def test_weights_info_counts_parameters_and_bytes(random_bundle: Path) -> None:
     assert ["size", "step", "16"] in lines
     size = config.files["prior.safetensors"].bytes
     # in 16·16 + 16, out 16·16 + 16, and two blocks of 48·64 + 2·64 + 64·16 + 2·16
-    assert ["prior", f"{2 * 272 + 2 * 4256:,}", "parameters", f"{size:,}", "bytes"] in lines
+    assert ["prior", f"{2 * 272 + 2 * 4256:,}", "parameters", f"{size:,}", "bytes", "F32"] in lines
+
+
+def test_weights_info_says_what_the_weights_fit_into(random_bundle: Path) -> None:
+    lines = paellera("weights", "info", random_bundle, "--memory", "8").stdout.splitlines()
+    assert any(line.split()[0] == "float32" and line.endswith(" GB, fits in 8 GB") for line in lines if line.strip())
+    assert "does not fit in 1e-09 GB" in paellera("weights", "info", random_bundle, "--memory", "1e-9").stdout
 
 
 def test_weights_verify_accepts_a_whole_bundle(random_bundle: Path) -> None:

@@ -28,6 +28,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def test_the_wheel_holds_the_embedded_weights(names: set[str]) -> None:
     listed = BundleConfig.read(ROOT / "weights" / "tiny").files
     assert {f"weights/tiny/{name}" for name in (*listed, "bundle.json")} <= names
+    assert "weights/manifest.toml" in names
 
 
 def test_the_wheel_holds_the_packages_and_nothing_of_the_tests(names: set[str]) -> None:

@@ -1,0 +1,37 @@
+"""What can be expected to go wrong on the command line, as one line and an exit code: 1 something failed, 2 it cannot be."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Never
+
+import typer
+
+FAILED, REFUSED = 1, 2
+
+
+def fail(message: str, code: int) -> Never:
+    typer.echo(f"paellera: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def one_line_errors(refused: int = REFUSED) -> Iterator[None]:
+    """refused: the exit code for whatever the user asked for wrongly."""
+    from pydantic import ValidationError
+    from safetensors import SafetensorError
+
+    from server.api.errors import ApiError, from_validation
+
+    try:
+        yield
+    except ValidationError as error:
+        where = "bundle.json: " if error.title == "BundleConfig" else ""
+        fail(where + from_validation(error).message, refused)
+    except ApiError as error:
+        fail(error.message, refused)
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error), refused)
+    except (OSError, SafetensorError) as error:
+        fail(str(error), FAILED)

@@ -1,0 +1,186 @@
+"""`paellera weights list | info | verify | fetch | import`: bundles, and the published files that bundles are made of.
+
+Imports wait inside the commands, so that `paellera --help` is instant.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.cli_errors import FAILED, one_line_errors
+
+if TYPE_CHECKING:
+    from model.config import BundleConfig
+    from model.published.manifest import PublishedFile
+
+MIB, GB = 2**20, 10**9
+
+weights_app = typer.Typer(help="The weights that come with Paellera, and others.", no_args_is_help=True)
+
+BundleName = Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path")]
+Checkpoint = Annotated[Path | None, typer.Option(help="A checkpoint in place of the fetched one", metavar="FILE")]
+
+
+class HalfType(StrEnum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@weights_app.command("list")
+def list_weights() -> None:
+    """Every bundle that came with Paellera, and every published file that it knows."""
+    import weights
+    from model.config import CONFIG_FILE, BundleConfig
+    from model.published.manifest import published
+
+    with one_line_errors():
+        for path in sorted(Path(weights.__path__[0]).glob(f"*/{CONFIG_FILE}")):
+            config = BundleConfig.read(path.parent)
+            typer.echo(f"{path.parent.name}  {_bytes_of(config) / MIB:.1f} MiB")
+        manifest = published()
+    typer.echo("\npublished (`paellera weights fetch NAME`)")
+    for name, bundle in manifest.bundles.items():
+        typer.echo(f"  {name:<16} {', '.join(bundle.files)}; recipes {', '.join(bundle.recipes)}")
+    for key, file in manifest.files.items():
+        typer.echo(f"  {key:<16} {file.generation} {file.network:<9}{_size(file.bytes)}  {file.licence:<11} {file.where}")
+
+
+@weights_app.command()
+def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file, as `paellera weights list` calls it")]) -> None:
+    """Download published files into the hub's cache and check them; what is there already is only checked."""
+    from model.published.fetch import fetch as fetch_file
+    from model.published.manifest import published
+
+    with one_line_errors():
+        for file in published().select(name).values():
+            typer.echo(f"{file.where}: {fetch_file(file)}")
+
+
+@weights_app.command("import")
+def import_weights(
+    name: Annotated[str, typer.Argument(help="A published bundle, or a bundle whose configuration (and unnamed networks) to take")],
+    directory: Annotated[Path, typer.Argument(help="The new bundle's directory")],
+    denoiser: Checkpoint = None,
+    vqgan: Checkpoint = None,
+    prior: Checkpoint = None,
+    byt5: Checkpoint = None,
+    clip: Checkpoint = None,
+    dtype: Annotated[HalfType, typer.Option(help="What the weights are kept as")] = HalfType.float16,
+    recipe: Annotated[str | None, typer.Option(help="Sampling defaults, such as model-card or demo; default: the bundle's own")] = None,
+) -> None:
+    """Make a bundle of checkpoints: fetched ones, or the given files (.pt, .bin, .ckpt, .safetensors, or an .index.json of shards)."""
+    import torch
+    from tqdm import tqdm
+
+    from model.published.convert import import_bundle
+    from model.runtime import prepare
+
+    given = {"denoiser": denoiser, "vqgan": vqgan, "prior": prior, "byt5": byt5, "clip": clip}
+    prepare()
+    with one_line_errors():
+        config, sources, merges = _origin(name, recipe, {network: path for network, path in given.items() if path is not None})
+        with tqdm(unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar:
+            written = import_bundle(sources, config, directory, getattr(torch, dtype), merges, bar.update)
+    typer.echo(f"{directory}: {_bytes_of(written):,} bytes, sha256 {written.sha256}")
+
+
+@weights_app.command()
+def info(
+    name: BundleName,
+    memory: Annotated[float | None, typer.Option(help="GB that a machine or a GPU has: what it can run these weights in")] = None,
+) -> None:
+    """What a bundle holds: its networks, sizes and recipe, and the memory that it needs."""
+    from dataclasses import asdict
+
+    from model.config import BundleConfig, find_bundle
+
+    with one_line_errors():
+        directory = find_bundle(name)
+        config = BundleConfig.read(directory)
+        networks = _networks(directory, config)
+    _print_pairs({"name": config.name, "sha256": config.sha256, "bytes": f"{_bytes_of(config):,}"})
+    _print_pairs({"native size": " x ".join(map(str, config.native_size)), "size step": config.size_step})
+    typer.echo("\nnetworks")
+    _print_pairs({n: f"{count:>13,} parameters {size:>14,} bytes  {types}" for n, (count, size, types) in networks.items()}, indent="  ")
+    typer.echo("\nmemory, for the weights alone")
+    _print_pairs(_memory(sum(count for count, _, _ in networks.values()), memory), indent="  ")
+    typer.echo("\nrecipe")
+    _print_pairs(asdict(config.recipe), indent="  ")
+
+
+@weights_app.command()
+def verify(name: BundleName) -> None:
+    """Check a bundle as strictly as the server does, in little memory, and say what is wrong with it."""
+    from model.config import find_bundle
+    from model.published.verify import verify as verify_bundle
+    from model.runtime import prepare
+
+    prepare()
+    with one_line_errors(refused=FAILED):
+        config = verify_bundle(find_bundle(name))
+    typer.echo(f"{config.name}: ok, sha256 {config.sha256}")
+
+
+def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[BundleConfig, dict[str, Path], Path | None]:
+    """The configuration that a new bundle starts from, every network's checkpoint, and the tokenizer's merges if they are its own."""
+    from dataclasses import replace
+
+    from model.bundle import NETWORKS, verify_files
+    from model.config import BundleConfig, find_bundle
+    from model.published.fetch import fetched
+    from model.published.manifest import published
+
+    if name in published().bundles:
+        files: dict[str, PublishedFile] = {file.network: file for file in published().select(name).values()}
+        return published().config(name, recipe), {n: given.get(n) or fetched(files[n]) for n in NETWORKS}, None
+    directory = find_bundle(name)
+    config = BundleConfig.read(directory)
+    verify_files(directory, config)
+    if recipe is not None:
+        config = replace(config, recipe=published().recipe(recipe))
+    sources = {network: directory / f"{network}.safetensors" for network in NETWORKS} | given
+    return config, sources, None if config.clip.merges is None else directory / config.clip.merges
+
+
+def _bytes_of(config: BundleConfig) -> int:
+    return sum(entry.bytes for entry in config.files.values())
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:>6.2f} GB" if count else "  unknown"
+
+
+def _networks(directory: Path, config: BundleConfig) -> dict[str, tuple[int, int, str]]:
+    """Parameters (running statistics included), bytes and number types of every network, from the files' headers alone."""
+    from safetensors import safe_open
+
+    def read(path: Path) -> tuple[int, str]:
+        with safe_open(path, framework="np") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118, it is no dict
+            types = {part.get_dtype() for part in slices if part.get_dtype() not in {"I64", "I32"}}
+            return sum(math.prod(part.get_shape()) for part in slices), ", ".join(sorted(types))
+
+    files = {name: entry for name, entry in config.files.items() if name.endswith(".safetensors")}
+    contents = {name: read(directory / name) for name in files}
+    return {Path(n).stem: (contents[n][0], e.bytes, contents[n][1]) for n, e in files.items()}
+
+
+def _memory(parameters: int, available_gb: float | None) -> dict[str, str]:
+    """What the weights take as each type, and whether that fits; activations come on top and grow with the batch and the picture."""
+
+    def line(width: int) -> str:
+        needed = parameters * width / GB
+        fits = "" if available_gb is None else f", {'fits' if needed < available_gb else 'does not fit'} in {available_gb:g} GB"
+        return f"{needed:.2f} GB{fits}"
+
+    return {"float16, bfloat16": line(2), "float32": line(4)}
+
+
+def _print_pairs(pairs: dict[str, Any], indent: str = "") -> None:
+    for key, value in pairs.items():
+        typer.echo(f"{indent}{key:<22}{value}")
