@@ -86,7 +86,7 @@ class Eager:
     """Computes a step by calling one operator after the other."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.denoiser, self.quantizer = bundle.denoiser, bundle.vqgan.vquantizer
+        self.bundle, self.denoiser = bundle, bundle.denoiser
 
     def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
         branches = self.denoiser.features(tokens, times, lanes.condition, lanes.row_of)
@@ -104,7 +104,8 @@ class Eager:
         # The projection is linear: dividing what goes in costs a sixteenth of dividing the logits.
         logits = project((features * inverse).to(features.dtype))
         if sampler == "quant":
-            return self.quantizer.nearest(sampling.quantised_mean(logits, self.quantizer.codebook.weight))
+            quantizer = self.bundle.vqgan.vquantizer
+            return quantizer.nearest(sampling.quantised_mean(logits, quantizer.codebook.weight))
         return sampling.inverse_cdf(logits, drawing.uniform)
 
 

@@ -12,7 +12,8 @@ from model.config import PriorConfig
 from model.prior import Prior, add_noise, alpha_bar, ddim_step, sample, trajectory
 from tests.conftest import golden
 
-TOLERANCE = {"atol": 1e-4, "rtol": 0}
+# Some of the recorded values are above 100, where 1e-4 is a dozen float32 steps: one processor's products are within that, another's not.
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
