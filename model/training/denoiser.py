@@ -167,7 +167,7 @@ def train(args: argparse.Namespace) -> None:
             x = some_bytes(x, _BYTES_READ[int(torch.randint(len(_BYTES_READ), ()))])
             t, judged = draw_times(len(x.tokens), o.device, _EARLY), choose_positions(x.tokens, _JUDGED_OF_SCENES, _FOCUS)
         else:
-            t, judged = draw_times(len(x.tokens), o.device), choose_positions(x.tokens, _JUDGED)
+            t, judged = draw_times(len(x.tokens), o.device), None
         value, right = token_loss(denoiser, x, t, args.drop_clip, judged)
         if args.data is not None:
             return value, {"right": right.detach()}

@@ -16,9 +16,10 @@ from model.denoiser import Condition
 from model.pipeline import Pipeline, Prompt
 from model.sampling import Noise
 from server.engine.cache import Cache
+from server.engine.grouping import grouped
 from server.engine.protocol import Job
 
-K = TypeVar("K")
+K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
@@ -122,9 +123,6 @@ def size(value: object) -> int:
 
 
 def _in_batches(items: Sequence[K], batch_of: Callable[[K], Hashable], compute: Callable[[list[K]], list[V]]) -> list[V]:
-    """Computes items of the same batch in one call; answers in the order of the items."""
-    batches: dict[Hashable, list[int]] = {}
-    for i, item in enumerate(items):
-        batches.setdefault(batch_of(item), []).append(i)
-    computed = {i: value for members in batches.values() for i, value in zip(members, compute([items[i] for i in members]), strict=True)}
-    return [computed[i] for i in range(len(items))]
+    """Computes items of the same batch in one call; answers in the order of the items, which differ from each other."""
+    computed = {item: value for batch in grouped(items, batch_of) for item, value in zip(batch, compute(batch), strict=True)}
+    return [computed[item] for item in items]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
 
+from server.engine.grouping import grouped
 from server.engine.protocol import FailureCode
 from server.engine.scheduler import RowId
 
@@ -53,14 +54,6 @@ class Attempts:
         else:
             self._fail(rows[0].job, "internal", "the request could not be computed", repeating=False)
         return []
-
-
-def grouped(rows: list[RowId], key: Callable[[RowId], Hashable]) -> list[list[RowId]]:
-    """The rows of each key, in order."""
-    parts: dict[Hashable, list[RowId]] = {}
-    for row in rows:
-        parts.setdefault(key(row), []).append(row)
-    return list(parts.values())
 
 
 def by_job(rows: list[RowId]) -> list[list[RowId]]:

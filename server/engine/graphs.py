@@ -154,7 +154,7 @@ class Graphs:
 
     def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
         """As `Executor.features`; the result lasts until the next call."""
-        bucket = self._smallest(tokens, lanes) if share.dim() == 1 else None
+        bucket = self._bucket(tokens, lanes) if share.dim() == 1 else None
         if bucket is None:
             self.counters["graph_eager_steps", ""] += 1
             return self.eager.features(tokens, times, lanes, share)
@@ -165,9 +165,11 @@ class Graphs:
         self._replay(step.recording)
         return step.recording.output[:B]
 
-    def _smallest(self, tokens: Tensor, lanes: Lanes) -> Bucket | None:
-        """The least work that these rows fit into."""
+    def _bucket(self, tokens: Tensor, lanes: Lanes) -> Bucket | None:
+        """The least work that these rows fit into; found once for as long as the same conditions are read."""
         B, H, W = tokens.shape
+        if self._loaded is not None and self._loaded[1] is lanes and self._loaded[0].grid == (H, W):
+            return self._loaded[0]
         branches = max(sum(i == row for i, _ in lanes.members) for row in range(B))
         length = max(condition.length for _, condition in lanes.members)
         fitting = [b for b in self._steps if b.grid == (H, W) and b.rows >= B and b.branches >= branches and b.length >= length]

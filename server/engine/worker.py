@@ -15,7 +15,8 @@ import torch
 from model.runtime import prepare
 from server import logs
 from server.engine.decoder import Decoder, Due
-from server.engine.failures import Attempts, by_job, grouped
+from server.engine.failures import Attempts, by_job
+from server.engine.grouping import grouped
 from server.engine.protocol import (
     Beat,
     Cancel,
