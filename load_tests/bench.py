@@ -25,7 +25,7 @@ from load_tests.report import Report, quantiles
 from load_tests.serving import server_timing_ms, serving
 from load_tests.stages import Workload, ceiling, flops, measure
 from model.config import find_bundle
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, PipelineV3
 from model.runtime import pick_device, pick_dtype, prepare
 from server.settings import Settings
 
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
     prepare(settings.threads)
     device = pick_device(settings.device)
     pipeline = Pipeline.load(find_bundle(settings.bundles[0]), device, pick_dtype(settings.dtype, device))
+    if not isinstance(pipeline, PipelineV3):
+        raise ValueError(f"weights: {pipeline.config.name} is of the v1 family, and the sampler that is transcribed here is v3's")
     measured = _describe(pipeline) | _measure_stages(pipeline, options)
     report.add(_stage_table(measured["stages"]))
     if options.requests > 0:
@@ -75,7 +77,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _describe(pipeline: Pipeline) -> dict[str, Any]:
+def _describe(pipeline: PipelineV3) -> dict[str, Any]:
     config = pipeline.config
     return {
         "weights": config.name,
@@ -87,7 +89,7 @@ def _describe(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _measure_stages(pipeline: Pipeline, options: argparse.Namespace) -> dict[str, Any]:
+def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[str, Any]:
     """Times, operations and arithmetic floors by stage, and by how much the engine's loop beats each transcription's."""
     workload, dtype = Workload(pipeline), _dtype(pipeline)
     stages = workload.engine_stages(options.steps)
@@ -186,7 +188,7 @@ def _table(title: str, first: str, *columns: str) -> Table:
     return table
 
 
-def _dtype(pipeline: Pipeline) -> torch.dtype:
+def _dtype(pipeline: PipelineV3) -> torch.dtype:
     return pipeline.bundle.denoiser.byt5_mapper.weight.dtype
 
 

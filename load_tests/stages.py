@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from load_tests.transcription import Transcription, denoise
 from model.config import SamplingConfig
 from model.operations import Row
-from model.pipeline import Pipeline, Prompt
+from model.pipeline import PipelineV3, Prompt
 
 Stage = Callable[[], object]
 
@@ -46,7 +46,7 @@ _UNCOUNTED = {
 class Workload:
     """One prompt on one pipeline, and every stage of its way to a picture as something to call."""
 
-    def __init__(self, pipeline: Pipeline, seed: int = 0) -> None:
+    def __init__(self, pipeline: PipelineV3, seed: int = 0) -> None:
         self.pipeline = pipeline
         config = pipeline.config
         self.noise = pipeline.noise(seed, *config.native_size, steps=64)
@@ -109,7 +109,7 @@ class Workload:
                 pass
 
 
-def denoiser_arguments(pipeline: Pipeline, prompt: Prompt, image: Tensor | None = None) -> dict[str, Tensor]:
+def denoiser_arguments(pipeline: PipelineV3, prompt: Prompt, image: Tensor | None = None) -> dict[str, Tensor]:
     """An encoded prompt as the published forward takes it: fp32, without padding. With an image embedding it is the conditional pass."""
     byt5 = prompt.byt5[:, prompt.mask[0]].float()
     arguments = {"byt5": byt5, "clip": prompt.clip.float()}

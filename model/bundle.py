@@ -14,20 +14,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.config import CONFIG_FILE, BundleConfig, FileEntry
+from model.config import (
+    CONFIG_FILE,
+    BundleConfig,
+    BundleV1Config,
+    BundleV3Config,
+    ByteEncoderConfig,
+    CLIPConfig,
+    DenoiserConfig,
+    DenoiserV1Config,
+    FileEntry,
+    PriorConfig,
+    VQGANConfig,
+    VQGANV1Config,
+)
 from model.denoiser import Denoiser
 from model.layers import Pointwise
 from model.prior import Prior
 from model.text import CLIP, ByteEncoder
+from model.v1 import VQGANV1, DenoiserV1
 from model.vqgan import VQGAN
 
-NETWORKS = ("denoiser", "vqgan", "prior", "byt5", "clip")
+# What each part of a configuration describes.
+_NETWORKS: dict[type, Any] = {
+    DenoiserConfig: Denoiser,
+    DenoiserV1Config: DenoiserV1,
+    VQGANConfig: VQGAN,
+    VQGANV1Config: VQGANV1,
+    PriorConfig: Prior,
+    ByteEncoderConfig: ByteEncoder,
+}
 
 
 class BundleError(ValueError):
@@ -36,31 +59,47 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """One set of weights, in evaluation mode, on one device."""
+    """One set of weights, in evaluation mode, on one device; each family of networks has a class of its own below."""
 
     config: BundleConfig
+    denoiser: Denoiser | DenoiserV1
+    vqgan: VQGAN | VQGANV1
+    clip: CLIP
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in self.config.networks:
+            yield name, getattr(self, name)
+
+
+@dataclass(frozen=True)
+class BundleV3(Bundle):
+    config: BundleV3Config
     denoiser: Denoiser
     vqgan: VQGAN
     prior: Prior
     byt5: ByteEncoder
-    clip: CLIP
 
-    def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        for name in NETWORKS:
-            yield name, getattr(self, name)
+
+@dataclass(frozen=True)
+class BundleV1(Bundle):
+    config: BundleV1Config
+    denoiser: DenoiserV1
+    vqgan: VQGANV1
+
+
+_BUNDLES: dict[type, type[Bundle]] = {BundleV3Config: BundleV3, BundleV1Config: BundleV1}
 
 
 def build(config: BundleConfig, directory: Path | None, device: torch.device | str = "meta") -> Bundle:
-    """The five networks without their weights. directory: where the tokenizer's own merges lie."""
+    """A bundle's networks without their weights. directory: where the tokenizer's own merges lie."""
+
+    def network(part: object) -> nn.Module:
+        made: nn.Module = CLIP(part, directory) if isinstance(part, CLIPConfig) else _NETWORKS[type(part)](part)
+        return made
+
     with torch.device(device):
-        return Bundle(
-            config=config,
-            denoiser=Denoiser(config.denoiser),
-            vqgan=VQGAN(config.vqgan),
-            prior=Prior(config.prior),
-            byt5=ByteEncoder(config.byt5),
-            clip=CLIP(config.clip, directory),
-        )
+        networks: dict[str, Any] = {name: network(getattr(config, name)) for name in config.networks}
+    return _BUNDLES[type(config)](config=config, **networks)
 
 
 def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype) -> Bundle:
@@ -71,8 +110,17 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype) -> Bu
     for name, module in bundle.networks():
         assign(module, read_tensors(directory / f"{name}.safetensors", device), dtype, where=f"{name}.safetensors")
         module.eval().requires_grad_(False)
-    bundle.denoiser.fold()
-    bundle.denoiser.pack(*(pixels // config.vqgan.downscale for pixels in reversed(config.native_size)))
+    if isinstance(bundle.denoiser, Denoiser):
+        bundle.denoiser.fold()
+        bundle.denoiser.pack(*(pixels // config.vqgan.downscale for pixels in reversed(config.native_size)))
+    return bundle
+
+
+def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> BundleV3:
+    """As `load_bundle`, where only the v3 networks will do. Raises BundleError for others."""
+    bundle = load_bundle(directory, device, dtype)
+    if not isinstance(bundle, BundleV3):
+        raise BundleError(f"{bundle.config.name} holds {bundle.config.family} networks, and v3 ones are needed")
     return bundle
 
 
@@ -81,7 +129,7 @@ def verify_files(directory: Path, config: BundleConfig) -> None:
 
     A listed file lies in the directory itself: neither its name nor a symbolic link may lead out of it.
     """
-    needed = [f"{name}.safetensors" for name in NETWORKS] + ([config.clip.merges] if config.clip.merges else [])
+    needed = [f"{name}.safetensors" for name in config.networks] + ([config.clip.merges] if config.clip.merges else [])
     if absent := [name for name in needed if name not in config.files]:
         raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
     for name, entry in config.files.items():

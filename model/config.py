@@ -8,13 +8,23 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
+from model.config_text import ByteEncoderConfig as ByteEncoderConfig
+from model.config_text import CLIPConfig as CLIPConfig
+from model.config_v1 import DenoiserV1Config as DenoiserV1Config
+from model.config_v1 import VQGANV1Config as VQGANV1Config
+
 Sampler = Literal["multinomial", "argmax", "typical", "quant"]
 PriorSampler = Literal["ddpm", "ddim"]
+# How the share of noise falls from 1 to 0 over the steps: v3's way and v1's.
+Schedule = Literal["linear", "cosine"]
+# What takes a renoised token's place: its start token, what it was before the step, or a fresh random one.
+RenoiseMode = Literal["start", "prev", "rand"]
+Operation = Literal["generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"]
 
 CONFIG_FILE = "bundle.json"
 FORMAT = 1  # of bundle.json; absent is 1
@@ -27,6 +37,8 @@ class DenoiserConfig:
     """The v3 denoiser (github.com/dome272/Paella, `Paella`); the defaults count 1,008,350,592 parameters."""
 
     __pydantic_config__ = _STRICT
+
+    schedule: ClassVar[Schedule] = "linear"
 
     byt5_embd: int = 2560
     c_in: int = 256
@@ -78,76 +90,6 @@ class VQGANConfig:
 
 
 @dataclass(frozen=True)
-class DenoiserV1Config:
-    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`); the defaults count 577,995,184 parameters.
-
-    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the deepest level's width, halved for each above.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    num_labels: int = 8192
-    c_hidden: int = 1280
-    c_clip: int = 1024
-    c_r: int = 64
-    down_levels: tuple[int, ...] = (4, 8, 16)
-    up_levels: tuple[int, ...] = (16, 8, 4)
-
-    def __post_init__(self) -> None:
-        for name in ("down_levels", "up_levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.down_levels) != len(self.up_levels):
-            raise ValueError("down_levels and up_levels must name the same number of levels")
-
-    @property
-    def token_step(self) -> int:
-        """The token grid's sides are multiples of this, halved once between each two levels."""
-        return int(2 ** (len(self.down_levels) - 1))
-
-
-@dataclass(frozen=True)
-class VQGANV1Config:
-    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`): `ddconfig`, then its own arguments; defaults are ruDALL-E's f8.
-
-    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution` pixels would have one of these sides.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    double_z: bool = False
-    z_channels: int = 256
-    resolution: int = 256
-    in_channels: int = 3
-    out_ch: int = 3
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 4)
-    num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] = (32,)
-    n_embed: int = 8192
-    embed_dim: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("ch_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.double_z or self.z_channels != self.embed_dim:
-            raise ValueError("the Gumbel quantiser takes z_channels = embed_dim latents, not means and variances (double_z)")
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of every level, finest first."""
-        return [self.ch * factor for factor in self.ch_mult]
-
-    @property
-    def downscale(self) -> int:
-        """Pixels per token and side: the picture is halved between each two levels."""
-        return int(2 ** (len(self.ch_mult) - 1))
-
-    def attends(self, level: int) -> bool:
-        """Whether a level has attention, whatever the size of the picture that goes through."""
-        return self.resolution >> level in self.attn_resolutions
-
-
-@dataclass(frozen=True)
 class PriorConfig:
     """The CLIP text → CLIP image diffusion prior (github.com/dome272/Paella, `PriorModel`)."""
 
@@ -157,44 +99,6 @@ class PriorConfig:
     c_r: int = 64
     clip_r: int = 1024
     num_blocks: int = 48
-
-
-@dataclass(frozen=True)
-class ByteEncoderConfig:
-    """The encoder half of a ByT5: what `transformers.T5Config` needs, and how many bytes a prompt may have (end mark included)."""
-
-    __pydantic_config__ = _STRICT
-
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    vocab_size: int = 384
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    feed_forward_proj: str = "gated-gelu"
-    max_bytes: int = 768
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    """The CLIP pair as open_clip builds it: its own `vision_cfg` and `text_cfg`, and the tokenizer's merges.
-
-    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published vocabulary.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    embed_dim: int
-    vision_cfg: dict[str, Any]
-    text_cfg: dict[str, Any]
-    quick_gelu: bool = False
-    merges: str | None = None
-
-    @property
-    def context_length(self) -> int:
-        return int(self.text_cfg.get("context_length", 77))
 
 
 @dataclass(frozen=True)
@@ -213,6 +117,8 @@ class SamplingConfig:
     sampler: Sampler
     typical_mass: float = 0.2
     deterministic: bool = False
+    schedule: Schedule = "linear"
+    renoise_mode: RenoiseMode = "start"
 
     @property
     def guided(self) -> bool:
@@ -240,6 +146,8 @@ class Recipe:
     prior_steps: int = 60
     prior_guidance: float = 3.0
     prior_sampler: PriorSampler = "ddpm"
+    schedule: Schedule = "linear"
+    renoise_mode: RenoiseMode = "start"
 
     def sampling(
         self,
@@ -251,6 +159,7 @@ class Recipe:
         temperature: tuple[float, float] | None = None,
         sampler: Sampler | None = None,
         typical_mass: float | None = None,
+        renoise_mode: RenoiseMode | None = None,
         deterministic: bool = False,
     ) -> SamplingConfig:
         """The recipe with a request's wishes put in. Step counts that are not asked for keep the recipe's share of the steps."""
@@ -268,6 +177,8 @@ class Recipe:
             sampler=sampler or self.sampler,
             typical_mass=self.typical_mass if typical_mass is None else typical_mass,
             deterministic=deterministic,
+            schedule=self.schedule,
+            renoise_mode=renoise_mode or self.renoise_mode,
         )
 
 
@@ -281,41 +192,62 @@ class FileEntry:
     bytes: Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BundleConfig:
-    """`bundle.json`: what a weights directory holds.
+    """`bundle.json`: what a weights directory holds; each family of networks has a class of its own below.
 
-    native_size: (width, height) in pixels the weights were trained at.
+    native_size: (width, height) in pixels the weights were trained at. networks: the fields that are networks, each a file of that name.
     """
 
     __pydantic_config__ = _STRICT
 
+    networks: ClassVar[tuple[str, ...]]
+    samplers: ClassVar[tuple[Sampler, ...]]
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    family: str
     native_size: tuple[int, int]
-    denoiser: DenoiserConfig
-    vqgan: VQGANConfig
-    prior: PriorConfig
-    byt5: ByteEncoderConfig
+    denoiser: DenoiserConfig | DenoiserV1Config
+    vqgan: VQGANConfig | VQGANV1Config
     clip: CLIPConfig
     recipe: Recipe
     files: dict[str, FileEntry] = field(default_factory=dict)
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        agreements = {
-            "denoiser.byt5_embd and byt5.d_model": (self.denoiser.byt5_embd, self.byt5.d_model),
-            "denoiser.clip_embd and clip.embed_dim": (self.denoiser.clip_embd, self.clip.embed_dim),
-            "prior.clip_r and clip.embed_dim": (self.prior.clip_r, self.clip.embed_dim),
-            "denoiser.num_labels and vqgan.codebook_size": (self.denoiser.num_labels, self.vqgan.codebook_size),
-        }
-        for names, (a, b) in agreements.items():
+        for names, (a, b) in self._agreements.items():
             if a != b:
                 raise ValueError(f"{names} must be equal, not {a} and {b}")
+        if self.recipe.sampler not in self.samplers:
+            raise ValueError(f"recipe.sampler: these networks draw by {', '.join(self.samplers)}, not by {self.recipe.sampler}")
+
+    @property
+    def _agreements(self) -> dict[str, tuple[object, object]]:
+        """What two networks must have in common, by the names of both."""
+        return {
+            "denoiser.num_labels and vqgan.codebook_size": (self.denoiser.num_labels, self.vqgan.codebook_size),
+            "recipe.schedule and the denoiser's schedule": (self.recipe.schedule, self.denoiser.schedule),
+        }
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """What these weights were made for."""
+        raise NotImplementedError
+
+    @property
+    def text_limits(self) -> dict[str, int]:
+        """How much of a prompt each encoder takes, end marks included."""
+        return {"clip_tokens": self.clip.context_length}
 
     @property
     def size_step(self) -> int:
         """Width and height are multiples of this many pixels."""
         return self.vqgan.downscale * self.denoiser.token_step
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels."""
+        return self.size_step
 
     @property
     def sha256(self) -> str:
@@ -326,24 +258,97 @@ class BundleConfig:
     def read(cls, directory: Path) -> Self:
         """Parses `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the field that is wrong."""
         content = (directory / CONFIG_FILE).read_bytes()
-        _refuse_newer(content)
-        return TypeAdapter(cls).validate_json(content)
+        return cast(Self, TypeAdapter(_family_of(content)).validate_json(content))
+
+    @staticmethod
+    def parse(fields: dict[str, Any]) -> BundleConfig:
+        """The configuration that these fields are, of the family that they name. Raises pydantic.ValidationError."""
+        return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(fields)
 
     def write(self, directory: Path) -> None:
         (directory / CONFIG_FILE).write_bytes(TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n")
 
 
-def _refuse_newer(content: bytes) -> None:
-    """A newer format is said to be that before its unknown fields are complained about. Raises pydantic.ValidationError."""
+@dataclass(frozen=True, kw_only=True)
+class BundleV3Config(BundleConfig):
+    """Bytes and CLIP text in, a prior between CLIP's text and picture."""
+
+    networks = ("denoiser", "vqgan", "prior", "byt5", "clip")
+    samplers = ("multinomial", "argmax", "typical", "quant")
+
+    family: Literal["v3"] = "v3"
+    denoiser: DenoiserConfig
+    vqgan: VQGANConfig
+    prior: PriorConfig
+    byt5: ByteEncoderConfig
+
+    @property
+    def _agreements(self) -> dict[str, tuple[object, object]]:
+        return {
+            "denoiser.byt5_embd and byt5.d_model": (self.denoiser.byt5_embd, self.byt5.d_model),
+            "denoiser.clip_embd and clip.embed_dim": (self.denoiser.clip_embd, self.clip.embed_dim),
+            "prior.clip_r and clip.embed_dim": (self.prior.clip_r, self.clip.embed_dim),
+            **super()._agreements,
+        }
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        return get_args(Operation)
+
+    @property
+    def text_limits(self) -> dict[str, int]:
+        return {"bytes": self.byt5.max_bytes, **super().text_limits}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleV1Config(BundleConfig):
+    """One CLIP embedding in, of a text or of a picture.
+
+    embedding: what the denoiser was trained on last; the published checkpoints are one of each.
+    """
+
+    networks = ("denoiser", "vqgan", "clip")
+    samplers = ("multinomial", "argmax", "typical")
+
+    family: Literal["v1"] = "v1"
+    denoiser: DenoiserV1Config
+    vqgan: VQGANV1Config
+    embedding: Literal["text", "image"] = "text"
+
+    @property
+    def _agreements(self) -> dict[str, tuple[object, object]]:
+        return {"denoiser.c_clip and clip.embed_dim": (self.denoiser.c_clip, self.clip.embed_dim), **super()._agreements}
+
+    @property
+    def smallest_side(self) -> int:
+        """Reflection padding takes two pixels of the deepest level."""
+        return 2 * self.size_step
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        return ("variations",) if self.embedding == "image" else tuple(o for o in get_args(Operation) if o != "variations")
+
+
+_FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": BundleV1Config}
+
+
+def _family_of(content: bytes) -> type[BundleConfig]:
+    """The class for a `bundle.json`: v3's if it names no family, or none that is known, and the parser then says so.
+
+    A newer format is said to be that before its unknown fields are complained about. Raises pydantic.ValidationError.
+    """
     try:
         fields = from_json(content)
     except ValueError:
-        return  # the parser that follows says what is wrong
-    version = fields.get("format") if isinstance(fields, dict) else None
+        return BundleV3Config  # the parser that follows says what is wrong
+    if not isinstance(fields, dict):
+        return BundleV3Config
+    version = fields.get("format")
     if isinstance(version, int) and version > FORMAT:
         message = f"these weights are of format {version}, this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
         error = PydanticCustomError("newer_format", "{message}", {"message": message})
         raise ValidationError.from_exception_data("BundleConfig", [InitErrorDetails(type=error, loc=("format",), input=version)])
+    return _FAMILIES.get(str(fields.get("family")), BundleV3Config)
 
 
 def find_bundle(name_or_path: str) -> Path:

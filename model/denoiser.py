@@ -48,6 +48,14 @@ class Condition:
     kv: Tensor
     mask: Tensor | None
 
+    @classmethod
+    def stack(cls, conditions: Sequence[Condition]) -> Condition:
+        """Conditions of one row each → one of many, the shorter ones padded with masked keys."""
+        longest = max(c.length for c in conditions)
+        kv = torch.cat([F.pad(c.kv, (0, 0, 0, longest - c.length)) for c in conditions])
+        masks = [c.mask if c.mask is not None else torch.ones(1, c.length, dtype=torch.bool, device=kv.device) for c in conditions]
+        return cls(kv, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]))
+
     @property
     def length(self) -> int:
         return self.kv.shape[1]
@@ -406,6 +414,11 @@ class Denoiser(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """[..., c_out] → logits [..., K]. Linear and without bias, so features may be mixed instead of logits."""
         return self.out_mapper[1](features)
+
+    def sharpened(self, features: Tensor, inverse: Tensor) -> Tensor:
+        """Logits divided by a temperature. inverse: one over it, [B, 1, 1, 1]."""
+        # The projection is linear: dividing what goes in costs a sixteenth of dividing the logits.
+        return self.project((features * inverse).to(features.dtype))
 
 
 class _Pass:

@@ -16,6 +16,9 @@ from torch import Tensor
 from model.config import SamplingConfig
 from model.denoiser import Condition
 from model.sampling import NEVER, Noise, ramp, renoise, timesteps
+from model.v1 import ConditionV1
+
+AnyCondition = Condition | ConditionV1
 
 
 class Kept(NamedTuple):
@@ -28,7 +31,7 @@ class Kept(NamedTuple):
 class Region(NamedTuple):
     """A prompt for a part of the picture. weight: [H, W] in [0, 1], how much it counts at every token."""
 
-    condition: Condition
+    condition: AnyCondition
     weight: Tensor
 
 
@@ -43,8 +46,8 @@ class Row:
 
     sampling: SamplingConfig
     noise: Noise
-    conditional: Condition
-    unconditional: Condition | None
+    conditional: AnyCondition
+    unconditional: AnyCondition | None
     tokens: Tensor
     step: int = 0
     kept: Kept | None = None
@@ -66,7 +69,7 @@ class Row:
 
     @cached_property
     def times(self) -> list[float]:
-        return timesteps(self.sampling.steps)
+        return timesteps(self.sampling.steps, self.sampling.schedule)
 
     @cached_property
     def temperatures(self) -> list[float]:
@@ -80,11 +83,22 @@ class Row:
 
     @cached_property
     def renoise_probabilities(self) -> list[float]:
-        """Chance of each token to return to its start token, after every step."""
+        """Chance of each token to become noise again, after every step."""
         return [t if i < self.sampling.renoise_steps else NEVER for i, t in enumerate(self.times[1:])]
 
     @property
-    def branches(self) -> tuple[Condition, ...]:
+    def source(self) -> Tensor:
+        """[H, W]: what takes the place of the tokens that become noise again after this step."""
+        match self.sampling.renoise_mode:
+            case "start":
+                return self.noise.start
+            case "prev":
+                return self.tokens
+            case "rand":
+                return self.noise.fresh[self.step]
+
+    @property
+    def branches(self) -> tuple[AnyCondition, ...]:
         """This step's lanes: the prompt, one more for every region, and the unconditional one while there is guidance."""
         asked = (self.conditional, *(region.condition for region in self.regions))
         if self.unconditional is None or self.guidances[self.step] == 1.0:
@@ -102,10 +116,8 @@ class Row:
         """[branches, H, W]: where each branch counts, or None where all count everywhere. The prompts' add up to one at every token."""
         if not self.regions:
             return None
-        weights = torch.stack([region.weight for region in self.regions])
-        # Regions that overlap share what there is; the prompt itself has the rest.
-        weights = weights / weights.sum(0).clamp_min(1)
-        return torch.cat([1 - weights.sum(0, keepdim=True), weights, torch.ones_like(weights[:1])])
+        prompts = _prompt_coverage(self.regions)
+        return torch.cat([prompts, torch.ones_like(prompts[:1])])
 
     @cached_property
     def schedule(self) -> Tensor:
@@ -115,16 +127,27 @@ class Row:
         return torch.tensor([inverse, self.renoise_probabilities, mass], device=self.tokens.device).T.contiguous()
 
 
+def _prompt_coverage(regions: Sequence[Region]) -> Tensor:
+    """[1 + regions, H, W]: where the prompt counts, then each region's; they add up to one."""
+    weights = torch.stack([region.weight for region in regions])
+    # Regions that overlap share what there is; the prompt itself has the rest.
+    weights = weights / weights.sum(0).clamp_min(1)
+    return torch.cat([1 - weights.sum(0, keepdim=True), weights])
+
+
 def generate(
     sampling: SamplingConfig,
     noise: Noise,
-    conditional: Condition,
-    unconditional: Condition | None,
+    conditional: AnyCondition,
+    unconditional: AnyCondition | None,
     *,
     regions: Sequence[Region] = (),
 ) -> Row:
-    """Text to image: begin with nothing but noise."""
+    """Text to image: begin with nothing but noise. What v1 has for regions is one condition that differs by position, not branches."""
     unconditional = unconditional if sampling.guided else None
+    if regions and isinstance(conditional, ConditionV1):
+        others = [region.condition for region in regions if isinstance(region.condition, ConditionV1)]
+        conditional, regions = conditional.blended(others, _prompt_coverage(regions)), ()
     return Row(sampling, noise, conditional, unconditional, tokens=noise.start, regions=tuple(regions))
 
 

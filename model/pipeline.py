@@ -9,28 +9,31 @@ Letters: B rows, N branches (one or two a row), H W token grid, L condition toke
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import operations, prior, sampling
-from model.bundle import Bundle, load_bundle
-from model.config import Sampler, SamplingConfig
-from model.denoiser import Condition
-from model.operations import Row
+from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
+from model.config import BundleConfig, BundleV1Config, BundleV3Config, RenoiseMode, Sampler, SamplingConfig, Schedule
+from model.operations import AnyCondition, Row
 from model.sampling import Noise
 from model.text import bucket
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One encoded prompt: byte embeddings [1, L, D] with mask [1, L], CLIP text embedding [1, D']; truncated: encoders that cut it."""
+    """One encoded prompt: byte embeddings [1, L, D] with mask [1, L], CLIP text embedding [1, D']; truncated: encoders that cut it.
+
+    L is 0 where there is no byte encoder.
+    """
 
     byt5: Tensor
     mask: Tensor
@@ -46,18 +49,19 @@ class Lanes:
     row_of: [N], the row numbers on the device.
     """
 
-    members: list[tuple[int, Condition]]
+    members: list[tuple[int, AnyCondition]]
     row_of: Tensor
 
-    def hold(self, members: list[tuple[int, Condition]]) -> bool:
+    def hold(self, members: list[tuple[int, AnyCondition]]) -> bool:
         """Whether these are the very same conditions in the same places."""
         pairs = zip(self.members, members, strict=False)
         return len(self.members) == len(members) and all(i == j and mine is other for (i, mine), (j, other) in pairs)
 
     @cached_property
-    def condition(self) -> Condition:
-        """All of them as one batch, stacked when it is first asked for."""
-        return stack_conditions([condition for _, condition in self.members])
+    def condition(self) -> Any:
+        """All of them as one batch, stacked when it is first asked for: a condition of the kind that they are, which the denoiser knows."""
+        conditions: list[Any] = [condition for _, condition in self.members]
+        return type(conditions[0]).stack(conditions)
 
 
 class Drawing(NamedTuple):
@@ -101,87 +105,71 @@ class Eager:
             logits = project(features).float()
             mass = drawing.mass[:, None, None].expand(logits.shape[:-1])
             return sampling.inverse_cdf(sampling.keep_typical(logits, mass) * inverse, drawing.uniform)
-        # The projection is linear: dividing what goes in costs a sixteenth of dividing the logits.
-        logits = project((features * inverse).to(features.dtype))
+        logits = self.denoiser.sharpened(features, inverse)
         if sampler == "quant":
+            assert isinstance(self.bundle, BundleV3), "a bundle's configuration names the samplers that it knows"
             quantizer = self.bundle.vqgan.vquantizer
             return quantizer.nearest(sampling.quantised_mean(logits, quantizer.codebook.weight))
         return sampling.inverse_cdf(logits, drawing.uniform)
 
 
-class Pipeline:
-    """A bundle ready to compute. Not thread-safe: one thread steps it."""
+class Pipeline(ABC):
+    """A bundle ready to compute; what differs between families is in the classes below. Not thread-safe: one thread steps it."""
+
+    config: BundleConfig
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config = bundle, bundle.config
         self.device = next(bundle.denoiser.parameters()).device
         self.executor: Executor = Eager(bundle)
-        self._times: dict[int, Tensor] = {}
+        self._times: dict[tuple[int, Schedule], Tensor] = {}
         self._lanes: Lanes | None = None
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+    def load(cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
         """Reads a bundle; raises what `load_bundle` raises."""
-        return cls(load_bundle(directory, torch.device(device), dtype))
+        return cls.of(load_bundle(directory, torch.device(device), dtype))
+
+    @staticmethod
+    def of(bundle: Bundle) -> Pipeline:
+        """The pipeline for a bundle's family."""
+        return PipelineV3(bundle) if isinstance(bundle, BundleV3) else PipelineV1(bundle)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Pixels (width, height) → tokens (H, W)."""
         f = self.config.vqgan.downscale
         return height // f, width // f
 
-    def noise(self, seed: int, width: int, height: int, steps: int) -> Noise:
+    @property
+    def prior_noise(self) -> tuple[int, int]:
+        """(S + 1, D): how much Gaussian noise an image takes before its steps."""
+        return 0, self.config.clip.embed_dim
+
+    def noise(self, seed: int, width: int, height: int, steps: int, renoise_mode: RenoiseMode = "start") -> Noise:
         """All of one image's randomness, on the CPU."""
-        shape = (self.config.recipe.prior_steps + 1, self.config.clip.embed_dim)
-        return sampling.draw_noise(seed, codes=self.config.vqgan.codebook_size, grid=self.grid(width, height), steps=steps, prior=shape)
+        codes, grid = self.config.vqgan.codebook_size, self.grid(width, height)
+        return sampling.draw_noise(seed, codes=codes, grid=grid, steps=steps, prior=self.prior_noise, renoise_mode=renoise_mode)
 
+    @abstractmethod
     def text_length(self, prompt: str) -> int:
-        """Bytes the prompt is padded to by itself; encoded beside longer ones it is padded to theirs."""
-        limit = self.config.byt5.max_bytes
-        return bucket(min(len(prompt.encode("utf-8", "replace")) + 1, limit), limit)
+        """Bytes the prompt is padded to by itself; encoded beside longer ones it is padded to theirs. 0: it is not padded."""
 
-    @torch.inference_mode()
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
         """Text encoders, once per prompt. Neighbours in the list do not change each other's result."""
-        b = self.bundle
-        out, clip = b.byt5(prompts), b.clip.encode_text(prompts)
-        cut = b.clip.truncated(prompts)
-        named = [tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut) for x, y in zip(out.truncated, cut, strict=True)]
-        rows = zip(out.embeddings.split(1), out.mask.split(1), clip.split(1), named, strict=True)
-        return [Prompt(*row) for row in rows]
 
-    @torch.inference_mode()
+    @abstractmethod
     def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
-        """The prior: for each prompt and noise, a CLIP image embedding [1, D'] of a picture that fits."""
-        r = self.config.recipe
-        text = torch.cat([p.clip for p in prompts])
-        noise = torch.stack([n.prior for n in noises], dim=1).to(self.device)
-        drawn = prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
-        return list(drawn.to(text.dtype).split(1))
+        """For each prompt and noise, the CLIP embedding [1, D'] of a picture that fits, as these networks imagine it."""
+
+    @abstractmethod
+    def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
+        """What the denoiser reads. With an image embedding [1, D'] it is the conditional branch."""
 
     @torch.inference_mode()
-    def condition(self, prompt: Prompt, image: Tensor | None = None) -> Condition:
-        """What the denoiser's attention reads. With an image embedding [1, D'] it is the conditional branch, weighted by the recipe."""
-        weights = self._attention_weights(prompt) if image is not None else None
-        return self.bundle.denoiser.condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
-
-    def _attention_weights(self, prompt: Prompt) -> Tensor | None:
-        """The published recipe: of the condition tokens but for padding, the last n (the byte count) weigh `text`, the last 4 `image`."""
-        if self.config.recipe.attention_weights is None:
-            return None
-        text, image = self.config.recipe.attention_weights
-        seq, length = self.config.denoiser.clip_seq_len, prompt.mask.shape[1]
-        real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
-        count = int(prompt.mask.sum())
-        weights = torch.full((count,), text, device=real.device)
-        weights[-seq:] = image
-        full = torch.ones(length + 2 * seq, device=real.device)
-        full[real.nonzero()[-count:, 0]] = weights
-        return full[None]
-
-    @torch.inference_mode()
-    def start(self, noise: Noise, sampling: SamplingConfig, conditional: Condition, unconditional: Condition | None) -> Row:
+    def start(self, noise: Noise, sampling: SamplingConfig, conditional: AnyCondition, unconditional: AnyCondition | None) -> Row:
         """A generate row, its randomness on the device."""
-        on_device = Noise(*(getattr(noise, name).to(self.device, non_blocking=True) for name in ("start", "prior", "draw", "renoise")))
+        on_device = Noise(*(getattr(noise, field.name).to(self.device, non_blocking=True) for field in fields(noise)))
         return operations.generate(sampling, on_device, conditional, unconditional)
 
     @torch.inference_mode()
@@ -189,15 +177,15 @@ class Pipeline:
         """One step for every row. All rows share a token grid; everything else is each row's own."""
         lanes = self._lanes_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
-        times = torch.stack([self._time_table(row.sampling.steps)[row.step] for row in rows])  # [B, S]
+        times = torch.stack([self._time_table(row)[row.step] for row in rows])  # [B, S]
         share = self._shares(rows, tokens.shape[1:])
         inverse, probability, mass = torch.stack([row.schedule[row.step] for row in rows], dim=1).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
         features = self.executor.features(tokens, times, lanes, share)
         drawn = self._draw(rows, features, Drawing(uniform, inverse, mass))
-        start = torch.stack([row.noise.start for row in rows])
+        source = torch.stack([row.source for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
-        fresh = sampling.renoise(drawn, start, uniform, probability)
+        fresh = sampling.renoise(drawn, source, uniform, probability)
         # A copy, because an executor may draw the next rows into the same memory.
         for row, clean, tokens in zip(rows, drawn.clone(), fresh, strict=True):
             row.drawn, row.tokens = row.pinned(clean), row.pinned(tokens)
@@ -218,12 +206,12 @@ class Pipeline:
             self._lanes = Lanes(members, torch.tensor([i for i, _ in members], device=self.device))
         return self._lanes
 
-    def _time_table(self, steps: int) -> Tensor:
-        """Scales and shifts of the T blocks at every step of an n-step schedule, [n, S]."""
-        if steps not in self._times:
-            ts = torch.tensor(sampling.timesteps(steps)[:-1], device=self.device)
-            self._times[steps] = self.bundle.denoiser.times(ts)
-        return self._times[steps]
+    def _time_table(self, row: Row) -> Tensor:
+        """What the time does to the denoiser's blocks at every step of the row's schedule, [n, S]."""
+        key = row.sampling.steps, row.sampling.schedule
+        if key not in self._times:
+            self._times[key] = self.bundle.denoiser.times(torch.tensor(row.times[:-1], device=self.device))
+        return self._times[key]
 
     def _draw(self, rows: Sequence[Row], features: Tensor, drawing: Drawing) -> Tensor:
         """Guided features [B, H, W, c_out] → tokens [B, H, W], each row by its own sampler."""
@@ -261,7 +249,7 @@ class Pipeline:
         """One picture per prompt and seed, all in one batch: uint8 [B, height, width, 3]. progress: called after every step."""
         config = config or self.config.recipe.sampling()
         w, h = width or self.config.native_size[0], height or self.config.native_size[1]
-        noises = [self.noise(seed, w, h, config.steps) for seed in seeds]
+        noises = [self.noise(seed, w, h, config.steps, config.renoise_mode) for seed in seeds]
         *encoded, negative = self.encode([*prompts, negative_prompt])
         images = self.image_embeddings(encoded, noises)
         unconditional = self.condition(negative) if config.guided else None
@@ -275,9 +263,81 @@ class Pipeline:
         return self.decode(torch.stack([row.tokens for row in rows]))
 
 
-def stack_conditions(conditions: Sequence[Condition]) -> Condition:
-    """Conditions of one row each → one of many, the shorter ones padded with masked keys."""
-    longest = max(c.length for c in conditions)
-    kv = torch.cat([F.pad(c.kv, (0, 0, 0, longest - c.length)) for c in conditions])
-    masks = [c.mask if c.mask is not None else torch.ones(1, c.length, dtype=torch.bool, device=kv.device) for c in conditions]
-    return Condition(kv, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]))
+class PipelineV3(Pipeline):
+    """Bytes, CLIP's text and the picture that the prior imagines are keys and values for the denoiser's attention."""
+
+    bundle: BundleV3
+    config: BundleV3Config
+
+    @property
+    def prior_noise(self) -> tuple[int, int]:
+        return self.config.recipe.prior_steps + 1, self.config.clip.embed_dim
+
+    def text_length(self, prompt: str) -> int:
+        limit = self.config.byt5.max_bytes
+        return bucket(min(len(prompt.encode("utf-8", "replace")) + 1, limit), limit)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Prompt]:
+        b = self.bundle
+        out, clip = b.byt5(prompts), b.clip.encode_text(prompts)
+        cut = b.clip.truncated(prompts)
+        named = [tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut) for x, y in zip(out.truncated, cut, strict=True)]
+        rows = zip(out.embeddings.split(1), out.mask.split(1), clip.split(1), named, strict=True)
+        return [Prompt(*row) for row in rows]
+
+    @torch.inference_mode()
+    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """By the prior."""
+        r = self.config.recipe
+        text = torch.cat([p.clip for p in prompts])
+        noise = torch.stack([n.prior for n in noises], dim=1).to(self.device)
+        drawn = prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
+        return list(drawn.to(text.dtype).split(1))
+
+    @torch.inference_mode()
+    def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
+        """The conditional branch's keys and values are weighted by the recipe."""
+        weights = self._attention_weights(prompt) if image is not None else None
+        return self.bundle.denoiser.condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
+
+    def _attention_weights(self, prompt: Prompt) -> Tensor | None:
+        """The published recipe: of the condition tokens but for padding, the last n (the byte count) weigh `text`, the last 4 `image`."""
+        if self.config.recipe.attention_weights is None:
+            return None
+        text, image = self.config.recipe.attention_weights
+        seq, length = self.config.denoiser.clip_seq_len, prompt.mask.shape[1]
+        real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
+        count = int(prompt.mask.sum())
+        weights = torch.full((count,), text, device=real.device)
+        weights[-seq:] = image
+        full = torch.ones(length + 2 * seq, device=real.device)
+        full[real.nonzero()[-count:, 0]] = weights
+        return full[None]
+
+
+class PipelineV1(Pipeline):
+    """One CLIP embedding, of the prompt itself since there is no prior, scales and shifts the denoiser's blocks."""
+
+    bundle: BundleV1
+    config: BundleV1Config
+
+    def text_length(self, prompt: str) -> int:
+        return 0
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Prompt]:
+        """The empty text is the zero embedding, v1's unconditional one."""
+        clip, nothing = self.bundle.clip, torch.empty(1, 0, device=self.device)
+        written = torch.tensor([[bool(prompt)] for prompt in prompts], device=self.device)
+        embeddings = (clip.encode_text(prompts) * written).split(1)
+        cut = [("clip",) if is_cut else () for is_cut in clip.truncated(prompts)]
+        return [Prompt(nothing[..., None], nothing.bool(), *row) for row in zip(embeddings, cut, strict=True)]
+
+    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """The texts' own."""
+        return [prompt.clip for prompt in prompts]
+
+    @torch.inference_mode()
+    def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
+        return self.bundle.denoiser.condition(prompt.clip if image is None else image)

@@ -5,11 +5,13 @@ Letters: B rows, H W token grid, K codes, n steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from model.config import RenoiseMode, Schedule
 
 NEVER = -1.0  # a renoising probability below every uniform number
 
@@ -19,35 +21,45 @@ class Noise:
     """The randomness of one image, drawn up front, so that nothing else in a batch can change it.
 
     start: [H, W] tokens the denoising begins with. draw, renoise: [n, H, W] uniforms in [0, 1), one per token and step each.
-    prior: [S + 1, D] standard normal, for the prior's start and steps.
+    prior: [S + 1, D] standard normal, for the prior's start and steps. fresh: [n, H, W] tokens, for the renoise mode `rand` only.
     """
 
     start: Tensor
     prior: Tensor
     draw: Tensor
     renoise: Tensor
+    fresh: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-def draw_noise(seed: int, *, codes: int, grid: tuple[int, int], steps: int, prior: tuple[int, int]) -> Noise:
+def draw_noise(
+    seed: int, *, codes: int, grid: tuple[int, int], steps: int, prior: tuple[int, int], renoise_mode: RenoiseMode = "start"
+) -> Noise:
     """Everything random about the image of `seed` (any int64), on the CPU.
 
     grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU generator keeps 32). Start tokens come first
-    and the steps' uniforms last and step by step, so the same seed at another step count begins from the same picture.
+    and the steps' uniforms last and step by step, so the same seed at another step count begins from the same picture; fresh tokens have a
+    stream of their own, for the same reason.
     """
     rng = np.random.Generator(np.random.Philox(seed % 2**64))
     start = rng.integers(codes, size=grid, dtype=np.int64)
     gaussian = rng.standard_normal(prior, dtype=np.float32)
     uniforms = rng.random((steps, 2, *grid), dtype=np.float32)
-    return Noise(
+    noise = Noise(
         start=torch.from_numpy(start),
         prior=torch.from_numpy(gaussian),
         draw=torch.from_numpy(uniforms[:, 0].copy()),
         renoise=torch.from_numpy(uniforms[:, 1].copy()),
     )
+    if renoise_mode != "rand":
+        return noise
+    fresh = np.random.Generator(np.random.Philox(seed % 2**64).jumped()).integers(codes, size=(steps, *grid), dtype=np.int64)
+    return replace(noise, fresh=torch.from_numpy(fresh))
 
 
-def timesteps(steps: int) -> list[float]:
-    """The n + 1 times from 1 (all noise) to 0; step i goes from entry i to entry i + 1."""
+def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
+    """The n + 1 times from 1 (all noise) to 0: at time t a token is noise with probability t. Step i goes from entry i to entry i + 1."""
+    if schedule == "cosine":
+        return [*torch.cos(torch.linspace(0, 1, steps + 1)[:-1] * (torch.pi / 2)).tolist(), 0.0]
     return torch.linspace(1, 0, steps + 1).tolist()
 
 

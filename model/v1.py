@@ -4,17 +4,21 @@ A fully convolutional U-Net on the token grid. All it knows of prompt and time i
 Parameter names and shapes are those of the published state dict (github.com/dome272/Paella, `DenoiseUNet`), so it loads strictly; the code
 is arranged for speed. What a request's tokens do not change is computed once and handed to every step:
 
-    condition = denoiser.condition(clip, grid)                       # the prompt's share of every block's scale and shift
-    times = denoiser.times(r)                                        # the time's share
-    features = denoiser.features(tokens, modulate(condition, times)) # one step
-    logits = denoiser.project(features)                              # the last projection: guidance mixes before it
+    condition = denoiser.condition(clip, grid)                # the prompt's share of every block's scale and shift
+    times = denoiser.times(t)                                 # the time's share
+    features = denoiser.features(tokens, times, condition)    # one step
+    logits = denoiser.project(features)                       # the last projection: guidance mixes before it
+
+The published time r runs from 0 (all noise) to 1, and the network sees cos(r · π/2), the chance that a token is noise: here that is t, 1 at
+the start as in v3, which goes through the steps along a cosine instead of a line.
 
 Letters: B rows of the batch, H W token grid, C channels, K codes. A level has H/2ⁱ · W/2ⁱ pixels and C·2ⁱ channels, the finest is first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +28,47 @@ from model.config import DenoiserV1Config
 from model.layers import Conv, ConvTranspose, Pointwise, channels_first, channels_last, norm, sinusoid
 from model.v1_vqgan import VQGANV1
 
-__all__ = ["VQGANV1", "DenoiserV1", "Modulation", "modulate", "noise_probability"]
-
-# One tensor for each level, [B, 1, 1, S] or a different one for every position [B, H/2ⁱ, W/2ⁱ, S]: scale, shift, scale, … of its blocks.
-Modulation = tuple[Tensor, ...]
+__all__ = ["VQGANV1", "ConditionV1", "DenoiserV1", "noise_probability"]
 
 
 def noise_probability(r: Tensor) -> Tensor:
-    """The chance that a token is noise at time r, which runs from 0 (all noise) to 1 (none)."""
+    """The chance that a token is noise at the published time r, which runs from 0 (all noise) to 1 (none)."""
     return torch.cos(r * (torch.pi / 2))
 
 
-def modulate(condition: Modulation, times: Modulation) -> Modulation:
-    """The prompt's and the time's shares put together; each may have one row for all the other's."""
-    return tuple(c + t for c, t in zip(condition, times, strict=True))
+@dataclass(frozen=True, slots=True)
+class ConditionV1:
+    """A prompt's share of every block's scale and shift, for B rows.
+
+    levels: for each, [B, 1, 1, S] or a different one for every position [B, H/2ⁱ, W/2ⁱ, S]: scale, shift, scale, … of its blocks.
+    """
+
+    levels: tuple[Tensor, ...]
+
+    @classmethod
+    def stack(cls, conditions: Sequence[ConditionV1]) -> ConditionV1:
+        """Conditions of one row each → one of many; if one of them differs by position, all are spread out."""
+        return cls(tuple(torch.cat(_spread(level)) for level in zip(*(c.levels for c in conditions), strict=True)))
+
+    def blended(self, others: Sequence[ConditionV1], coverage: Tensor) -> ConditionV1:
+        """One condition that differs by position. coverage: [1 + others, H, W], adding up to one: how much this and each other counts.
+
+        What a condition does is linear, so this is what the published model makes of a map of embeddings blended in the same way.
+        """
+        levels = zip(self.levels, *(other.levels for other in others), strict=True)
+        return ConditionV1(tuple(_blend(torch.cat(level), coverage, depth) for depth, level in enumerate(levels)))
+
+
+def _spread(tensors: Sequence[Tensor]) -> list[Tensor]:
+    grid = max(t.shape[1:3] for t in tensors)
+    return [t.expand(-1, *grid, -1) for t in tensors]
+
+
+def _blend(shares: Tensor, coverage: Tensor, depth: int) -> Tensor:
+    """[n, 1, 1, S] and [n, H, W] → [1, H/2ⁱ, W/2ⁱ, S]."""
+    H, W = coverage.shape[1:]
+    weights = F.interpolate(coverage[:, None].float(), size=(H >> depth, W >> depth), mode="bilinear", align_corners=False)
+    return (weights.permute(0, 2, 3, 1) * shares).sum(0, keepdim=True).to(shares.dtype)
 
 
 class _Scalable(nn.Module):
@@ -116,15 +147,15 @@ class DenoiserV1(nn.Module):
         clip: [B, c_clip], or [B, c_clip, h, w] where every position has its own. r: [B] in [0, 1], 0 is all noise.
         """
         condition = self.condition(clip, (tokens.shape[1], tokens.shape[2]))
-        return self.project(self.features(tokens, modulate(condition, self.times(r)))).permute(0, 3, 1, 2)
+        return self.project(self.features(tokens, self.times(noise_probability(r.float())), condition)).permute(0, 3, 1, 2)
 
-    def condition(self, clip: Tensor, grid: tuple[int, int]) -> Modulation:
+    def condition(self, clip: Tensor, grid: tuple[int, int] = (1, 1)) -> ConditionV1:
         """What a prompt does to every block, once per request. clip: [B, c_clip] or [B, c_clip, h, w]; grid: (H, W) of the tokens.
 
         Positions are resized bilinearly to each level.
         """
         maps = clip if clip.dim() == 4 else clip[:, :, None, None]
-        return tuple(self._clip_share(level, maps, grid) for level in range(len(self.widths)))
+        return ConditionV1(tuple(self._clip_share(level, maps, grid) for level in range(len(self.widths))))
 
     def _clip_share(self, level: int, maps: Tensor, grid: tuple[int, int]) -> Tensor:
         if maps.shape[2:] != (1, 1):
@@ -136,23 +167,27 @@ class DenoiserV1(nn.Module):
         ]
         return torch.cat(shares, dim=-1)
 
-    def times(self, r: Tensor) -> Modulation:
-        """Times [B] → what they do to every block, the same at every position."""
-        embedding = sinusoid(noise_probability(r.float()), self.config.c_r).to(self.clf.weight.dtype)[:, None, None]
-        return tuple(self._time_share(level, embedding) for level in range(len(self.widths)))
+    def times(self, t: Tensor) -> Tensor:
+        """Times [B] in [0, 1], 1 is all noise → [B, S]: what they do to every block, the finest level's first."""
+        embedding = sinusoid(t.float(), self.config.c_r).to(self.clf.weight.dtype)
+        return torch.cat([self._time_share(level, embedding) for level in range(len(self.widths))], dim=-1)
 
     def _time_share(self, level: int, embedding: Tensor) -> Tensor:
         c_clip = self.config.c_clip
         mapped = [(block, F.linear(embedding, block.cond_mapper.weight[:, c_clip:])) for block in self._blocks_of(level)]
         return torch.cat([block.scale_and_shift(w) for block, w in mapped], dim=-1)
 
-    def features(self, tokens: Tensor, modulation: Modulation, row_of: Tensor | None = None) -> Tensor:
-        """One forward pass up to the last projection: [B, H, W] codes → [N, H, W, C], one for each of the N modulations.
+    def features(self, tokens: Tensor, times: Tensor, condition: ConditionV1, row_of: Tensor | None = None) -> Tensor:
+        """One forward pass up to the last projection: [B, H, W] codes → [N, H, W, C], one for each of the N conditions.
 
-        row_of: [N], the row of tokens that each modulation is for; absent if each has its own.
+        row_of: [N], the row of tokens and times that each condition is for; absent if each has its own.
         """
+        if row_of is not None:
+            tokens, times = tokens.index_select(0, row_of), times.index_select(0, row_of)
+        shares = times[:, None, None].split([share.shape[-1] for share in condition.levels], dim=-1)
+        modulation = [c + t for c, t in zip(condition.levels, shares, strict=True)]
         parts = [iter(m.split(2 * width, dim=-1)) for m, width in zip(modulation, self.widths, strict=True)]
-        x = self.embedding(tokens if row_of is None else tokens.index_select(0, row_of))
+        x = self.embedding(tokens)
         skips: list[Tensor | None] = []
         for level, part in zip(self.down_blocks, parts, strict=True):
             x = _run(level, x, part)
@@ -165,6 +200,10 @@ class DenoiserV1(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """[..., C] → logits [..., K]. Features may be mixed instead of logits as long as their shares add up to one: there is a bias."""
         return self.clf(features)
+
+    def sharpened(self, features: Tensor, inverse: Tensor) -> Tensor:
+        """Logits divided by a temperature, after the projection because of its bias. inverse: one over it, [B, 1, 1, 1]."""
+        return self.project(features).float() * inverse
 
 
 def _run(level: nn.Module, x: Tensor, modulations: Iterator[Tensor], skip: Tensor | None = None) -> Tensor:

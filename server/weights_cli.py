@@ -57,8 +57,12 @@ def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file, 
     from model.published.manifest import published
 
     with one_line_errors():
-        for file in published().select(name).values():
-            typer.echo(f"{file.where}: {fetch_file(file)}")
+        files = published().select(name).values()
+        for file in files:
+            if file.repository is None and len(files) > 1:
+                typer.echo(f"{file.path} is not on the hub; it is among {file.source}", err=True)
+            else:
+                typer.echo(f"{file.where}: {fetch_file(file)}")
 
 
 @weights_app.command("import")
@@ -130,20 +134,21 @@ def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[Bund
     """The configuration that a new bundle starts from, every network's checkpoint, and the tokenizer's merges if they are its own."""
     from dataclasses import replace
 
-    from model.bundle import NETWORKS, verify_files
+    from model.bundle import verify_files
     from model.config import BundleConfig, find_bundle
     from model.published.fetch import fetched
     from model.published.manifest import published
 
     if name in published().bundles:
         files: dict[str, PublishedFile] = {file.network: file for file in published().select(name).values()}
-        return published().config(name, recipe), {n: given.get(n) or fetched(files[n]) for n in NETWORKS}, None
+        config = published().config(name, recipe)
+        return config, {network: given.get(network) or fetched(files[network]) for network in config.networks}, None
     directory = find_bundle(name)
     config = BundleConfig.read(directory)
     verify_files(directory, config)
     if recipe is not None:
         config = replace(config, recipe=published().recipe(recipe))
-    sources = {network: directory / f"{network}.safetensors" for network in NETWORKS} | given
+    sources = {network: directory / f"{network}.safetensors" for network in config.networks} | given
     return config, sources, None if config.clip.merges is None else directory / config.clip.merges
 
 

@@ -23,7 +23,19 @@ from fastapi import FastAPI
 from safetensors import safe_open
 
 from model.bundle import Bundle, build, save_bundle
-from model.config import BundleConfig, ByteEncoderConfig, CLIPConfig, DenoiserConfig, PriorConfig, Recipe, VQGANConfig
+from model.config import (
+    BundleConfig,
+    BundleV1Config,
+    BundleV3Config,
+    ByteEncoderConfig,
+    CLIPConfig,
+    DenoiserConfig,
+    DenoiserV1Config,
+    PriorConfig,
+    Recipe,
+    VQGANConfig,
+    VQGANV1Config,
+)
 from model.pipeline import Pipeline
 from model.runtime import prepare
 from server.api import create_app
@@ -34,6 +46,7 @@ from server.settings import Settings
 from tests import fake_worker
 
 NAME = "fake"
+NETWORKS = BundleV3Config.networks
 NATIVE_SIZE = (64, 32)
 MERGES = ("r e", "re d</w>", "o n</w>", "a p", "ap p", "app l", "appl e</w>", "t h", "th e</w>", "i n</w>")
 
@@ -63,9 +76,9 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str
     return config, weights, {key: t for key, t in tensors.items() if not key.startswith("weights.")}
 
 
-def micro_config(name: str = "random") -> BundleConfig:
+def micro_config(name: str = "random") -> BundleV3Config:
     """The embedded architecture at widths that cost nothing; the size step is 16 pixels."""
-    return BundleConfig(
+    return BundleV3Config(
         name=name,
         native_size=(32, 32),
         denoiser=DenoiserConfig(
@@ -102,6 +115,28 @@ def micro_config(name: str = "random") -> BundleConfig:
     )
 
 
+def micro_v1_config(name: str = "random-v1") -> BundleV1Config:
+    """The v1 architecture at widths that cost nothing; the size step is 4 pixels."""
+    return BundleV1Config(
+        name=name,
+        native_size=(32, 32),
+        denoiser=DenoiserV1Config(num_labels=64, c_hidden=32, c_clip=16, c_r=16, down_levels=(1, 1), up_levels=(1, 1)),
+        vqgan=VQGANV1Config(
+            ch=32, ch_mult=(1, 1), num_res_blocks=1, resolution=32, attn_resolutions=(16,), z_channels=32, embed_dim=32, n_embed=64
+        ),
+        clip=micro_config().clip,
+        recipe=Recipe(
+            num_inference_steps=6,
+            renoise_steps=5,
+            guidance_scale=(4.0, 4.0),
+            guidance_steps=6,
+            temperature=(1.0, 1.0),
+            sampler="typical",
+            schedule="cosine",
+        ),
+    )
+
+
 def write_merges(directory: Path) -> Path:
     """A tokenizer's merges as open_clip reads them."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -118,8 +153,8 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
         parameter.data.normal_(std=fan_in**-0.5, generator=generator)
 
 
-def random_networks(merges: Path, name: str = "random") -> Bundle:
-    bundle = build(micro_config(name), merges.parent, "cpu")
+def random_networks(merges: Path, config: BundleConfig | None = None) -> Bundle:
+    bundle = build(config or micro_config(), merges.parent, "cpu")
     for _, module in bundle.networks():
         randomise(module)
     return bundle
@@ -131,6 +166,15 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> P
     merges = write_merges(tmp_path_factory.mktemp("merges"))
     directory = tmp_path_factory.mktemp("bundles") / "random"
     save_bundle(random_networks(merges), directory, torch.float32, merges)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def random_v1_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
+    """As `random_bundle`, of the v1 family."""
+    merges = write_merges(tmp_path_factory.mktemp("merges"))
+    directory = tmp_path_factory.mktemp("bundles") / "random-v1"
+    save_bundle(random_networks(merges, micro_v1_config()), directory, torch.float32, merges)
     return directory
 
 
@@ -161,7 +205,7 @@ def emptied(runner: Runner, capacity: int = 2**30) -> Runner:
 
 def write_bundle(directory: Path, name: str = NAME) -> Path:
     """A bundle.json as the smallest weights would have it; the size step is 16 pixels."""
-    config = BundleConfig(
+    config = BundleV3Config(
         name=name,
         native_size=NATIVE_SIZE,
         denoiser=DenoiserConfig(

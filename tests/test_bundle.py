@@ -14,9 +14,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from model.bundle import NETWORKS, BundleError, build, file_entry, load_bundle, read_tensors, save_bundle, state_of, verify_files
+from model.bundle import BundleError, build, file_entry, load_bundle, read_tensors, save_bundle, state_of, verify_files
 from model.config import CONFIG_FILE, BundleConfig
-from tests.conftest import random_networks, write_merges
+from tests.conftest import NETWORKS, random_networks, write_merges
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]

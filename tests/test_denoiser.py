@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DenoiserConfig
-from model.denoiser import AttentionBlock, ConvBlock, Denoiser, GlobalResponseNorm
+from model.denoiser import AttentionBlock, Condition, ConvBlock, Denoiser, GlobalResponseNorm
 from model.layers import Downsample, Upsample, norm
-from model.pipeline import stack_conditions
 from tests.conftest import golden, randomise
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -107,7 +106,7 @@ def test_stacked_conditions_of_any_lengths_draw_what_each_draws_alone(recorded):
         denoiser.condition(x["byt5"][:1], torch.arange(9)[None] < 4, x["clip"][:1], [x["clip_image"][:1], x["clip_image_2"][:1]]),
     ]
     tokens, times = x["tokens"][[0, 1, 0]], denoiser.times(x["t"][[0, 1, 1]])
-    together = denoiser.features(tokens, times, stack_conditions(conditions))
+    together = denoiser.features(tokens, times, Condition.stack(conditions))
     for i, condition in enumerate(conditions):
         alone = denoiser.features(tokens[i : i + 1], times[i : i + 1], condition)
         torch.testing.assert_close(together[i : i + 1], alone, **SAME)
@@ -116,7 +115,7 @@ def test_stacked_conditions_of_any_lengths_draw_what_each_draws_alone(recorded):
 def test_a_single_condition_is_stacked_unchanged(recorded):
     denoiser, x = recorded
     condition = denoiser.condition(x["byt5"][:1])
-    stacked = stack_conditions([condition])
+    stacked = Condition.stack([condition])
     assert torch.equal(stacked.kv, condition.kv)
     assert stacked.mask is not None
     assert stacked.mask.all()

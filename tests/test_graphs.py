@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.operations import Row
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, PipelineV3
 from server.engine.graphs import SAMPLERS, Bucket, Graphs, buckets
 from server.engine.runner import Runner
 from server.settings import Settings
@@ -53,7 +53,7 @@ def graphs(pipeline: Pipeline) -> Iterator[Graphs]:
 
 
 def eagerly(pipeline: Pipeline, *rows: Row) -> list[Tensor]:
-    return run(Pipeline(pipeline.bundle), *rows)
+    return run(PipelineV3(pipeline.bundle), *rows)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

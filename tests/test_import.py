@@ -17,13 +17,14 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from model.bundle import NETWORKS, BundleError, load_bundle
-from model.config import BundleConfig
+from model.bundle import BundleError, load_bundle
+from model.config import BundleConfig, BundleV1Config
+from model.pipeline import Pipeline
 from model.published import convert
 from model.published.checkpoint import open_checkpoint, read_state
 from model.published.convert import import_bundle
 from server.cli import app
-from tests.conftest import golden
+from tests.conftest import NETWORKS, golden
 
 Tensors = dict[str, torch.Tensor]
 
@@ -105,6 +106,29 @@ def test_shards_are_one_checkpoint_and_an_absent_one_is_named(run, states, tmp_p
     assert open_checkpoint(index).tensors.keys() == states["byt5"].keys()
     (tmp_path / "two.bin").unlink()
     assert refusal(run, tmp_path, byt5=index) == "pytorch_model.bin.index.json: shard two.bin is missing"
+
+
+def v1_sources(directory: Path, tmp_path: Path) -> dict[str, Path]:
+    """The three checkpoints of the v1 family, the VQGAN's as its training left it."""
+    states = {name: load_file(directory / f"{name}.safetensors") for name in BundleV1Config.networks}
+    trained = states | {"vqgan": {"state_dict": states["vqgan"] | {"loss.discriminator.main.0.weight": torch.ones(2)}, "epoch": 3}}
+    return {name: saved(content, tmp_path / f"{name}.pt") for name, content in trained.items()}
+
+
+def test_v1_checkpoints_become_a_bundle_that_draws(random_v1_bundle, tmp_path):
+    config = BundleConfig.read(random_v1_bundle)
+    merges = random_v1_bundle / "merges.txt.gz"
+    import_bundle(v1_sources(random_v1_bundle, tmp_path), config, tmp_path / "out", torch.float16, merges)
+    written = load_file(tmp_path / "out" / "denoiser.safetensors")
+    assert all(torch.equal(written[name], t.half()) for name, t in load_file(random_v1_bundle / "denoiser.safetensors").items())
+    assert Pipeline.load(tmp_path / "out").generate(["red apple"], [0]).shape == (1, 32, 32, 3)
+
+
+def test_the_v3_denoiser_is_not_taken_for_the_v1_one(random_v1_bundle, sources, tmp_path):
+    config = BundleConfig.read(random_v1_bundle)
+    with pytest.raises(BundleError, match="it is the v3 denoiser"):
+        import_bundle(sources, config, tmp_path / "out", torch.float16, random_v1_bundle / "merges.txt.gz")
+    assert not (tmp_path / "out").exists()
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

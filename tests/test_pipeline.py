@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.pipeline
 from model.config import SamplingConfig
 from model.denoiser import Condition
 from model.operations import Row, generate
-from model.pipeline import Pipeline, stack_conditions
+from model.pipeline import Pipeline, PipelineV3
 from model.sampling import NEVER
 
 PROMPTS = ("red apple", "", "the red apple in the red apple and on and on, until it is cut", "🍎")
@@ -114,7 +113,7 @@ def test_another_prompt_never_meets_the_conditions_of_a_finished_row(pipeline):
     condition = next((c for c in conditions if id(c) == identity), conditions[0])
     mine, expected = (pipeline.start(noise, config, condition, None) for _ in range(2))
     pipeline.advance([mine])
-    Pipeline(pipeline.bundle).advance([expected])
+    PipelineV3(pipeline.bundle).advance([expected])
     assert torch.equal(mine.tokens, expected.tokens)
 
 
@@ -129,7 +128,8 @@ def test_conditions_are_let_go_once_other_rows_step(pipeline):
 
 def test_stacked_conditions_are_kept_while_the_same_rows_step(pipeline, monkeypatch):
     stacked = count()
-    monkeypatch.setattr(model.pipeline, "stack_conditions", lambda conditions: (next(stacked), stack_conditions(conditions))[1])
+    stack = Condition.stack
+    monkeypatch.setattr(Condition, "stack", lambda conditions: (next(stacked), stack(conditions))[1])
     run(pipeline, row(pipeline), row(pipeline, seed=1))
     assert next(stacked) == 1
 
@@ -202,7 +202,7 @@ def test_a_bundle_s_attention_weights_change_the_conditional_branch_alone(pipeli
     prompt, negative = pipeline.encode(["red apple", ""])
     image = torch.randn(1, 16)
     weighted, unconditional = pipeline.condition(prompt, image), pipeline.condition(negative)
-    off = Pipeline(pipeline.bundle)
+    off = PipelineV3(pipeline.bundle)
     off.config = replace(pipeline.config, recipe=replace(pipeline.config.recipe, attention_weights=None))
     assert not torch.equal(off.condition(prompt, image).kv, weighted.kv)
     assert torch.equal(off.condition(negative).kv, unconditional.kv)

@@ -14,6 +14,7 @@ from server.engine.conditions import size, tensors_in
 from server.engine.protocol import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
+from server.settings import Settings
 from tests.conftest import emptied
 from tests.test_worker import SAMPLING, job
 
@@ -119,3 +120,16 @@ def test_an_unfinished_row_shows_what_its_last_step_drew(runner, pipeline):
     (image,) = decoding.images()
     expected = pipeline.decode(runner._rows[row].drawn[None])
     assert np.array_equal(np.frombuffer(image.pixels, np.uint8), expected.numpy().ravel())
+
+
+def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bundle):
+    runner = Runner(Settings(weights=f"{random_bundle},{random_v1_bundle}", device="cpu", dtype="float32"))
+    runner.warm_up()
+    for model, pipeline in runner._pipelines.items():
+        wanted = replace(job(model), model=model, sampling=pipeline.config.recipe.sampling(steps=2, renoise_mode="rand"))
+        rows = started(runner, wanted)
+        for _ in range(2):
+            done = runner.step(model, rows)
+        assert done == rows
+        (image,) = runner.decode(model, rows).images()
+        assert (image.width, image.height) == (wanted.width, wanted.height)

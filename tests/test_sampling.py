@@ -16,7 +16,7 @@ from torch import Tensor
 from model import operations, sampling
 from model.config import DenoiserConfig, SamplingConfig
 from model.denoiser import Denoiser
-from model.pipeline import Pipeline
+from model.pipeline import PipelineV3
 from tests.conftest import golden
 
 # A correct sampler fails a chi-square test this rarely, were the seed to change.
@@ -63,7 +63,7 @@ def trace():
     steps, tokens = settings["steps"], []
     with torch.no_grad():
         rows = [trace_row(denoiser, wanted, x, recorded, i) for i in range(2)]
-        pipeline = Pipeline(BundleOf(denoiser))
+        pipeline = PipelineV3(BundleOf(denoiser))
         for _ in range(steps):
             pipeline.advance(rows)
             tokens.append(torch.stack([row.tokens for row in rows]))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.bundle import load_bundle
 from model.denoiser import Denoiser
-from model.pipeline import Pipeline
+from model.pipeline import PipelineV3
 from model.training import assemble, byte_encoder, captions, clip, data, denoiser, features, loop, prior, tiny, vqgan
 from model.training.attributes import AttributeHeads, attribute_loss
 from model.training.captions import ATTRIBUTES
@@ -87,7 +87,7 @@ def test_from_nothing_to_a_bundle_that_draws(monkeypatch, micro, tmp_path):
     for network, name, prefix in (("vqgan", "vqgan", "vqgan."), ("prior", "prior", ""), ("denoiser", "denoiser", "denoiser.")):
         averaged = assemble.trained_state(loop.load(runs / f"{name}.pt"), prefix)
         assert all(torch.equal(t, averaged[key]) for key, t in getattr(bundle, network).state_dict().items())
-    assert Pipeline(bundle).generate(["a red circle"], [0]).shape == (1, 64, 64, 3)
+    assert PipelineV3(bundle).generate(["a red circle"], [0]).shape == (1, 64, 64, 3)
 
 
 def test_assembled_embeddings_have_the_variance_the_prior_begins_with(monkeypatch, micro, tmp_path):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import sampling_v1
-from model.config import DenoiserV1Config, SamplingConfig, VQGANV1Config
-from model.sampling import NEVER, typical_mask
-from model.sampling_v1 import Known, Noise, draw_noise, sample
-from model.v1 import VQGANV1, DenoiserV1, modulate, noise_probability
+from model.config import DenoiserV1Config, RenoiseMode, Sampler, SamplingConfig, VQGANV1Config
+from model.operations import Kept, Region, Row, generate, repaint
+from model.pipeline import Drawing, Eager, Pipeline, PipelineV1
+from model.sampling import Noise, draw_noise, keep_typical, timesteps
+from model.v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
 from tests.conftest import golden, randomise
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -145,9 +146,28 @@ def test_a_position_s_condition_counts_there_and_not_far_away():
 def test_branches_of_a_row_are_what_each_is_alone(recorded):
     denoiser, x = recorded
     clip, row_of = torch.cat([x["clip"], torch.zeros(1, 20)]), torch.tensor([0, 1, 1])
-    modulation = modulate(denoiser.condition(clip, (16, 24)), denoiser.times(x["r"][row_of]))
-    logits = denoiser.project(denoiser.features(x["tokens"], modulation, row_of)).permute(0, 3, 1, 2)
+    times = denoiser.times(noise_probability(x["r"]))
+    logits = denoiser.project(denoiser.features(x["tokens"], times, denoiser.condition(clip), row_of)).permute(0, 3, 1, 2)
     torch.testing.assert_close(logits, torch.cat([x["logits"], x["logits_uncond"][1:]]), **TOLERANCE)
+
+
+def test_stacked_conditions_draw_what_each_draws_alone(recorded):
+    denoiser, x = recorded
+    grid = (x["tokens"].shape[1], x["tokens"].shape[2])
+    conditions = [denoiser.condition(x["clip"][:1]), denoiser.condition(x["clip_spatial"][1:], grid)]
+    together = denoiser.features(x["tokens"], denoiser.times(noise_probability(x["r"])), ConditionV1.stack(conditions))
+    logits = denoiser.project(together).permute(0, 3, 1, 2)
+    torch.testing.assert_close(logits, torch.cat([x["logits"][:1], x["logits_spatial"][1:]]), **TOLERANCE)
+
+
+def test_blended_conditions_are_the_condition_of_the_blended_map(recorded):
+    denoiser, x = recorded
+    coverage = torch.rand(2, 16, 24).softmax(0)
+    one, other = (denoiser.condition(x["clip"][i : i + 1]) for i in range(2))
+    blended = one.blended([other], coverage)
+    expected = denoiser.condition(torch.einsum("nc,nhw->chw", x["clip"], coverage)[None], (16, 24))
+    for mine, theirs in zip(blended.levels, expected.levels, strict=True):
+        torch.testing.assert_close(mine, theirs, **SAME)
 
 
 def test_a_fresh_network_can_be_trained():
@@ -189,8 +209,24 @@ def test_any_multiple_of_the_downscale_goes_in_and_comes_out_within_bounds(recor
 # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def recorded_settings() -> tuple[SamplingConfig, Noise, dict[str, Tensor]]:
-    """The traces' settings, and their noise: `draw` holds Gumbel noise instead of uniforms."""
+class BundleOf:
+    """As much of a bundle as stepping needs."""
+
+    def __init__(self, denoiser: DenoiserV1) -> None:
+        self.denoiser, self.config = denoiser, None
+
+
+class Recorded(Eager):
+    """Draws with recorded Gumbel noise, which stands where a row's uniforms are."""
+
+    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+        assert sampler == "typical"
+        logits = keep_typical(self.denoiser.project(features), drawing.mass[:, None, None].expand(features.shape[:-1]))
+        return (logits * drawing.inverse[:, None, None, None] + drawing.uniform).argmax(-1)
+
+
+def recorded_rows(denoiser: DenoiserV1, clip: Tensor, mode: RenoiseMode) -> list[Row]:
+    """The traces' settings and noise as rows of the engine."""
     settings, _, x = golden("sampler_v1")
     config = SamplingConfig(
         steps=settings["steps"],
@@ -200,29 +236,40 @@ def recorded_settings() -> tuple[SamplingConfig, Noise, dict[str, Tensor]]:
         temperature=tuple(settings["temperature"]),
         sampler="typical",
         typical_mass=settings["typical_mass"],
+        schedule="cosine",
+        renoise_mode=mode,
     )
     gumbel = x["gumbel"].view(settings["steps"], *x["init_noise"].shape, -1)
-    return config, Noise(x["init_noise"], gumbel, x["renoise_uniform"], x["renoise_fresh"]), x
+    kept = torch.ones(1, *x["init_noise"].shape)
+    uniform, fresh = torch.cat([x["renoise_uniform"], kept]), torch.cat([x["renoise_fresh"], kept.long()])
+    unconditional = denoiser.condition(torch.zeros_like(clip[:1]))
+    noises = [Noise(x["init_noise"][i], torch.empty(0), gumbel[:, i], uniform[:, i], fresh[:, i]) for i in range(2)]
+    return [generate(config, noise, denoiser.condition(clip[i : i + 1]), unconditional) for i, noise in enumerate(noises)]
 
 
-def gumbel_argmax(logits: Tensor, gumbel: Tensor) -> Tensor:
-    return (logits + gumbel).argmax(-1)
+def traced(denoiser: DenoiserV1, rows: list[Row]) -> Tensor:
+    """Tokens after every step, [n, B, H, W]."""
+    pipeline = PipelineV1(BundleOf(denoiser))
+    pipeline.executor = Recorded(pipeline.bundle)
+    after = []
+    while not rows[0].done:
+        pipeline.advance(rows)
+        after.append(torch.stack([row.tokens for row in rows]))
+    return torch.stack(after)
 
 
 @pytest.mark.parametrize("mode", ["start", "prev", "rand"])
 def test_tokens_after_every_step_equal_the_recorded_ones(recorded, mode):
     denoiser, x = recorded
-    config, noise, trace = recorded_settings()
-    tokens = sample(denoiser, x["clip"], noise, config, renoise_mode=mode, draw=gumbel_argmax)
-    assert torch.equal(torch.stack(list(tokens)), trace[f"tokens_{mode}"])
+    assert torch.equal(traced(denoiser, recorded_rows(denoiser, x["clip"], mode)), golden("sampler_v1")[2][f"tokens_{mode}"])
 
 
 def test_inpainted_tokens_after_every_step_equal_the_recorded_ones(recorded):
     denoiser, x = recorded
-    config, noise, trace = recorded_settings()
-    known = Known(x["tokens"], trace["mask"] == 1)
-    tokens = sample(denoiser, x["clip"], noise, config, known=known, draw=gumbel_argmax)
-    assert torch.equal(torch.stack(list(tokens)), trace["tokens_inpaint"])
+    trace = golden("sampler_v1")[2]
+    kept = zip(x["tokens"], trace["mask"] == 0, strict=True)
+    rows = [repaint(row, Kept(*known)) for row, known in zip(recorded_rows(denoiser, x["clip"], "start"), kept, strict=True)]
+    assert torch.equal(traced(denoiser, rows), trace["tokens_inpaint"])
 
 
 def test_every_recorded_trace_is_checked():
@@ -234,76 +281,80 @@ def test_every_recorded_trace_is_checked():
     }
 
 
+# ── from prompt to picture ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @pytest.fixture(scope="module")
-def small() -> tuple[DenoiserV1, SamplingConfig]:
-    denoiser = DenoiserV1(DenoiserV1Config(num_labels=32, c_hidden=16, c_clip=8, c_r=8, down_levels=(1, 1), up_levels=(1, 1)))
-    randomise(denoiser)
-    config = SamplingConfig(
-        steps=3, renoise_steps=2, guidance=(4.0, 4.0), guidance_steps=3, temperature=(1.0, 0.5), sampler="typical", typical_mass=0.4
+def pipeline(random_v1_bundle: Path) -> PipelineV1:
+    return Pipeline.load(random_v1_bundle)
+
+
+def prompted(pipeline: PipelineV1, seed: int, prompt: str = "red apple", **changes: object) -> Row:
+    config = replace(pipeline.config.recipe.sampling(), **changes)
+    noise = pipeline.noise(seed, 32, 32, config.steps, config.renoise_mode)
+    encoded, negative = pipeline.encode([prompt, ""])
+    (image,) = pipeline.image_embeddings([encoded], [noise])
+    return pipeline.start(noise, config, pipeline.condition(encoded, image), pipeline.condition(negative))
+
+
+def drawn(pipeline: PipelineV1, *rows: Row) -> list[Tensor]:
+    while unfinished := [row for row in rows if not row.done]:
+        pipeline.advance(unfinished)
+    return [row.tokens for row in rows]
+
+
+def test_the_empty_text_is_the_zero_embedding(pipeline):
+    empty, written = pipeline.encode(["", "red apple"])
+    assert not empty.clip.any()
+    assert written.clip.any()
+    assert written.byt5.shape[:2] == written.mask.shape == (1, 0)
+
+
+def test_a_text_that_clip_cuts_is_said_to_be_cut(pipeline):
+    assert [prompt.truncated for prompt in pipeline.encode(["red", "the red apple " * 20])] == [(), ("clip",)]
+
+
+@pytest.mark.parametrize("mode", ["start", "prev", "rand"])
+def test_an_image_is_the_same_alone_and_among_rows_of_other_modes(pipeline, mode):
+    (alone,) = drawn(pipeline, prompted(pipeline, 5, renoise_mode=mode))
+    others = [prompted(pipeline, 6, steps=3, sampler="argmax"), prompted(pipeline, -7, guidance=(1.0, 1.0), sampler="multinomial")]
+    assert (drawn(pipeline, others[0], prompted(pipeline, 5, renoise_mode=mode), others[1])[1] == alone).float().mean() >= 0.99
+
+
+def test_the_renoise_modes_draw_different_pictures(pipeline):
+    pictures = [drawn(pipeline, prompted(pipeline, 5, renoise_mode=mode))[0] for mode in ("start", "prev", "rand")]
+    assert all((one != other).any() for one, other in ((pictures[0], pictures[1]), (pictures[1], pictures[2]), (pictures[0], pictures[2])))
+
+
+def test_regions_are_one_condition_that_differs_by_position_and_no_branches(pipeline):
+    base, other = prompted(pipeline, 3), prompted(pipeline, 3, prompt="in the")
+    everywhere = generate(
+        base.sampling, base.noise, base.conditional, base.unconditional, regions=[Region(other.conditional, torch.ones(16, 16))]
     )
-    return denoiser.eval(), config
+    assert len(everywhere.branches) == 2
+    assert (drawn(pipeline, everywhere)[0] == drawn(pipeline, other)[0]).float().mean() >= 0.99
 
 
-def picture(denoiser: DenoiserV1, clip: Tensor, config: SamplingConfig, seeds: list[int], **how: object) -> Tensor:
-    noise = draw_noise(seeds, codes=32, grid=(4, 6), steps=config.steps)
-    return list(sample(denoiser, clip, noise, config, **how))[-1]
+def test_the_temperature_divides_after_the_bias(pipeline):
+    features, denoiser = torch.randn(1, 4, 4, 16), pipeline.bundle.denoiser
+    inverse = torch.full((1, 1, 1, 1), 2.0)
+    torch.testing.assert_close(denoiser.sharpened(features, inverse), 2 * denoiser.project(features))
 
 
-@pytest.mark.parametrize("mode", ["start", "prev", "rand"])
-def test_known_tokens_stay_in_every_mode(small, mode):
-    denoiser, config = small
-    known = Known(torch.randint(32, (1, 4, 6)), torch.arange(24).view(1, 4, 6) % 3 == 0)
-    noise = draw_noise([1], codes=32, grid=(4, 6), steps=3)
-    for tokens in sample(denoiser, torch.randn(1, 8), noise, config, renoise_mode=mode, known=known):
-        assert torch.equal(tokens[~known.repaint], known.tokens[~known.repaint])
+def test_noise_dwindles_along_a_cosine_and_the_last_step_leaves_none():
+    assert timesteps(4, "cosine") == pytest.approx([1, 0.9239, 0.7071, 0.3827, 0], abs=1e-4)
+    assert timesteps(4, "cosine")[-1] == 0
 
 
-@pytest.mark.parametrize("mode", ["start", "prev", "rand"])
-def test_an_image_is_the_same_alone_and_among_others(small, mode):
-    denoiser, config = small
-    clip = torch.randn(3, 8)
-    together = picture(denoiser, clip, config, [5, 6, -7], renoise_mode=mode)
-    for i, seed in enumerate([5, 6, -7]):
-        assert torch.equal(picture(denoiser, clip[i : i + 1], config, [seed], renoise_mode=mode)[0], together[i])
+def test_fresh_tokens_are_any_of_the_codes_and_the_same_at_more_steps():
+    few, many = (draw_noise(0, codes=3, grid=(40, 40), steps=n, prior=(0, 1), renoise_mode="rand") for n in (1, 5))
+    assert few.fresh.unique().tolist() == [0, 1, 2]
+    assert torch.equal(few.fresh, many.fresh[:1])
+    assert not torch.equal(few.fresh[0], few.start)
+    assert draw_noise(0, codes=3, grid=(40, 40), steps=1, prior=(0, 1)).fresh.numel() == 0
 
 
-def test_guidance_beyond_its_steps_is_none(small):
-    denoiser, config = small
-    clip = torch.randn(1, 8)
-    unguided = picture(denoiser, clip, replace(config, guidance=(1.0, 1.0)), [3])
-    assert torch.equal(picture(denoiser, clip, replace(config, guidance_steps=0), [3]), unguided)
-    assert not torch.equal(picture(denoiser, clip, config, [3]), unguided)
-
-
-def test_only_typical_codes_are_left_and_only_by_that_sampler(small):
-    _, config = small
-    logits = torch.randn(2, 3, 32)
-    kept = sampling_v1.filtered(logits, config).isfinite()
-    assert torch.equal(kept, typical_mask(logits, torch.full((2, 3), 0.4)))
-    assert torch.equal(sampling_v1.filtered(logits, replace(config, sampler="multinomial")), logits)
-
-
-def test_a_sampler_that_v1_does_not_know_is_refused(small):
-    denoiser, config = small
-    with pytest.raises(ValueError, match="not by quant"):
-        picture(denoiser, torch.randn(1, 8), replace(config, sampler="quant"), [0])
-
-
-def test_noise_dwindles_from_step_to_step_and_the_last_step_leaves_none():
-    assert sampling_v1.times(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
-    chances = sampling_v1.renoise_probabilities(4, 9)
-    assert chances[:3] == pytest.approx([0.9239, 0.7071, 0.3827], abs=1e-4)
-    assert chances[3] == NEVER
-    assert sampling_v1.renoise_probabilities(4, 1)[1:] == [NEVER] * 3
-
-
-def test_more_steps_begin_with_the_same_randomness():
-    few, many = (draw_noise([7, 8], codes=64, grid=(4, 6), steps=n) for n in (2, 5))
-    assert torch.equal(few.start, many.start)
-    for one, other in ((few.draw, many.draw), (few.renoise, many.renoise), (few.fresh, many.fresh)):
-        assert torch.equal(one, other[:2])
-
-
-def test_fresh_tokens_are_any_of_the_codes():
-    fresh = draw_noise([0], codes=3, grid=(40, 40), steps=1).fresh
-    assert fresh.unique().tolist() == [0, 1, 2]
+def test_a_picture_is_drawn_from_a_prompt(pipeline):
+    image = pipeline.generate(["red apple", "in the"], [0, 1], width=32, height=16)
+    assert image.shape == (2, 16, 32, 3)
+    assert not torch.equal(image[0], image[1])

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from model.bundle import NETWORKS, BundleError, build, check_fit, file_entry, state_of
+from model.bundle import BundleError, build, check_fit, file_entry, state_of
 from model.config import BundleConfig
 from model.published.checkpoint import Checkpoint, open_checkpoint
 
@@ -51,7 +51,7 @@ def import_bundle(
     if directory.exists():
         raise BundleError(f"{directory} exists already; an import makes a new directory")
     modules = dict(build(config, None if merges is None else merges.parent).networks())
-    plans = {name: _fitting(open_checkpoint(sources[name]), name, state_of(modules[name])) for name in NETWORKS}
+    plans = {name: _fitting(open_checkpoint(sources[name]), name, state_of(modules[name])) for name in config.networks}
     directory.parent.mkdir(parents=True, exist_ok=True)
     _check_space(plans.values(), directory)
     with TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as name:
@@ -74,15 +74,17 @@ def _fitting(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) 
     if found and not any(mark in expected for mark, _ in found):
         mark, title = found[0]
         raise BundleError(f"{where} is not this bundle's {network}: tensor {mark!r} says that it is {title}")
-    kept = _encoder_half(checkpoint) if network == "byt5" else checkpoint
+    kept = _needed(checkpoint, network, expected)
     check_fit(kept.tensors, expected, where)
     return kept
 
 
-def _encoder_half(checkpoint: Checkpoint) -> Checkpoint:
-    """A T5 without its decoder, and without the embedding's second name."""
-    dropped = ("decoder.", "lm_head.", "encoder.embed_tokens.")
-    return replace(checkpoint, tensors={name: t for name, t in checkpoint.tensors.items() if not name.startswith(dropped)})
+def _needed(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) -> Checkpoint:
+    """Without what was published beside the network: a T5's decoder and its embedding's second name, the v1 VQGAN's losses."""
+    beside = {"byt5": ("decoder.", "lm_head.", "encoder.embed_tokens."), "vqgan": ("loss.",)}.get(network, ())
+    return replace(
+        checkpoint, tensors={name: t for name, t in checkpoint.tensors.items() if name in expected or not name.startswith(beside)}
+    )
 
 
 def _check_space(plans: Iterable[Checkpoint], directory: Path) -> None:

@@ -87,7 +87,7 @@ class Manifest:
         """A published bundle's configuration, without files. Raises ValueError."""
         published = self.bundles[bundle]
         chosen = self.recipe(recipe or published.recipes[0])
-        return TypeAdapter(BundleConfig).validate_python({"name": bundle, "recipe": chosen, **published.config})
+        return BundleConfig.parse({"name": bundle, "recipe": chosen, **published.config})
 
 
 @cache

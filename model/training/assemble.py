@@ -20,8 +20,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from model.bundle import Bundle, assign, build, inner, load_bundle, save_bundle
-from model.config import CONFIG_FILE, BundleConfig, find_bundle
+from model.bundle import Bundle, assign, build, inner, load_bundle, load_v3, save_bundle
+from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
 from model.runtime import prepare
 from model.training import captions, loop, tiny
 from model.training.data import as_float
@@ -36,8 +36,8 @@ _SOURCES = {
 }
 
 
-def tiny_config() -> BundleConfig:
-    return BundleConfig(
+def tiny_config() -> BundleV3Config:
+    return BundleV3Config(
         name="tiny",
         native_size=tiny.NATIVE_SIZE,
         denoiser=tiny.DENOISER,
@@ -76,11 +76,11 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
 def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
     """Writes the bundle `base` with a trained denoiser, named after its directory; the other networks stay as they are.
 
-    Raises what `load_bundle` raises, BundleError for a checkpoint of another shape, pydantic.ValidationError for an impossible name.
+    Raises what `load_v3` raises, BundleError for a checkpoint of another shape, pydantic.ValidationError for an impossible name.
     """
-    bundle = load_bundle(base, torch.device("cpu"), torch.float32)
+    bundle = load_v3(base, torch.device("cpu"), torch.float32)
     assign(bundle.denoiser, trained_state(loop.load(checkpoint), _SOURCES["denoiser"][1]), torch.float32, where=str(checkpoint))
-    config = TypeAdapter(BundleConfig).validate_python(asdict(bundle.config) | {"name": out.resolve().name})
+    config = TypeAdapter(BundleV3Config).validate_python(asdict(bundle.config) | {"name": out.resolve().name})
     merges = None if config.clip.merges is None else base / config.clip.merges
     return save_bundle(replace(bundle, config=config), out, dtype, merges)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.bundle import Bundle, load_bundle
+from model.bundle import BundleV3, load_v3
 from model.config import find_bundle
 from model.denoiser import Condition, Denoiser
 from model.training import loop
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def batches(bundle: Bundle, o: loop.Options, data: str | None, filters: Filters) -> ExampleStream:
+def batches(bundle: BundleV3, o: loop.Options, data: str | None, filters: Filters) -> ExampleStream:
     """Encoded batches of o.batch pictures each, of scenes if there is no other data. Raises DataError."""
     if data is None:
         return examples(bundle, o.batch, o.data_seed, dtype=o.dtype, workers=o.workers)
@@ -153,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
     if args.lr is None:
         args.lr = _FINETUNING_RATE if finetuning else _RATE
     o = loop.options(args)
-    bundle = load_bundle(find_bundle(args.bundle), o.device, torch.float32)
+    bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
     if from_bundle:
         denoiser.load_state_dict(bundle.denoiser.state_dict())

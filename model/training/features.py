@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.bundle import Bundle
+from model.bundle import BundleV3
 from model.training.data import SceneSource, Source, as_float
 
 
@@ -28,7 +28,7 @@ class Examples:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, bundle: Bundle, images: Tensor, captions: list[str], dtype: torch.dtype = torch.float32) -> Examples:
+    def of(cls, bundle: BundleV3, images: Tensor, captions: list[str], dtype: torch.dtype = torch.float32) -> Examples:
         """images: [B, 3, H, W] in [0, 1] on the bundle's device. dtype: of the products; what comes out is fp32."""
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             text = bundle.byt5(captions)
@@ -51,7 +51,7 @@ class ExampleStream:
     """
 
     def __init__(
-        self, bundle: Bundle, source: Source, seed: int, *, pool: int, reuse: int, dtype: torch.dtype = torch.float32, empty: float = 0.1
+        self, bundle: BundleV3, source: Source, seed: int, *, pool: int, reuse: int, dtype: torch.dtype = torch.float32, empty: float = 0.1
     ) -> None:
         """pool: divides the number of pictures the source draws. dtype: of the encoders' products. empty: share of empty captions."""
         self.bundle, self.source, self.seed, self.pool, self.reuse, self.empty = bundle, source, seed, pool, reuse, empty
@@ -106,7 +106,7 @@ class ExampleStream:
 
 
 def examples(
-    bundle: Bundle,
+    bundle: BundleV3,
     batch: int,
     seed: int,
     *,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.bundle import load_bundle
+from model.bundle import load_v3
 from model.prior import Prior, add_noise
 from model.text import CLIP
 from model.training import loop
@@ -50,7 +50,7 @@ def main() -> None:
     p.add_argument("bundle", type=Path, help="whose CLIP is trained already")
     args = p.parse_args()
     o = loop.options(args)
-    bundle = load_bundle(args.bundle, o.device, torch.float32)
+    bundle = load_v3(args.bundle, o.device, torch.float32)
     prior = Prior(bundle.config.prior)
     pairs = embeddings(bundle.clip, o)
 

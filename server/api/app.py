@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model.config import BundleConfig, find_bundle
-from server.api import errors, native, operations, requests
+from server.api import errors, models, native, operations, requests
 from server.api.middleware import BodyLimit, Observation
 from server.api.state import AppState
 from server.api.uploads import Decoder, PictureLimits
@@ -27,11 +27,11 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     """
     settings = settings or Settings()
     metrics = Metrics()
-    models = _read_models(settings)
-    for name, config in models.items():
+    bundles = read_models(settings)
+    for name, config in bundles.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
     decoder = Decoder(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
-    state = AppState(settings, metrics, EngineClient(settings, metrics, worker), models, decoder)
+    state = AppState(settings, metrics, EngineClient(settings, metrics, worker), bundles, decoder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,12 +48,13 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     app.add_middleware(Observation, metrics=metrics)
     errors.register(app)
     app.include_router(native.router)
+    app.include_router(models.router)
     app.include_router(requests.router)
     app.include_router(operations.router)
     return app
 
 
-def _read_models(settings: Settings) -> dict[str, BundleConfig]:
+def read_models(settings: Settings) -> dict[str, BundleConfig]:
     """The served bundles' configurations by name, in the settings' order."""
     configs = [BundleConfig.read(find_bundle(bundle)) for bundle in settings.bundles]
     for config in configs:

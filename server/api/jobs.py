@@ -8,8 +8,9 @@ import uuid
 from http import HTTPStatus
 from typing import Any
 
-from model.config import BundleConfig, SamplingConfig
+from model.config import BundleConfig, Operation, SamplingConfig
 from server.api.errors import ApiError, invalid
+from server.api.models import model_named
 from server.api.schemas import INT64, GenerateRequest, SamplingFields
 from server.api.state import AppState
 from server.engine.protocol import Job
@@ -20,14 +21,15 @@ DRAWN_SEEDS = 2**53
 
 
 def plan(request: GenerateRequest, state: AppState) -> Job:
-    """Raises ApiError: 404 for unknown weights, 422 for what these weights or the settings do not allow."""
-    name, config = _choose_model(request.model, state.models)
+    """Raises ApiError: 404 for unknown weights, 400 for what they were not made for, 422 for what they or the settings do not allow."""
+    config = next(iter(state.models.values())) if request.model is None else model_named(request.model, state.models)
+    check_operation(config, "generate")
     width, height = _size(request, config, state.settings)
     sampling = _sampling(request, config, state.settings)
     _check_work(request.n, sampling, width * height, state.settings.max_request_work)
     return Job(
         id=uuid.uuid4().hex,
-        model=name,
+        model=config.name,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         width=width,
@@ -56,25 +58,26 @@ def parameters(job: Job, truncated: tuple[str, ...], index: int) -> dict[str, An
         "sampler": sampling.sampler,
         "typical_mass": sampling.typical_mass,
         "renoise_steps": sampling.renoise_steps,
+        "renoise_mode": sampling.renoise_mode,
         "deterministic": sampling.deterministic,
         "truncated": list(truncated),
     }
 
 
-def _choose_model(asked: str | None, models: dict[str, BundleConfig]) -> tuple[str, BundleConfig]:
-    name = next(iter(models)) if asked is None else asked
-    if name not in models:
-        message = f"model: no such weights; there are {', '.join(models)} (sent: {name!r})"
-        raise ApiError(HTTPStatus.NOT_FOUND, "model_not_found", message, "model")
-    return name, models[name]
+def check_operation(config: BundleConfig, operation: Operation) -> None:
+    """Raises ApiError if these weights were not made for it."""
+    if operation not in config.operations:
+        message = f"model: {config.name} cannot {operation}; it can {', '.join(config.operations)}"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_operation", message, "model")
 
 
 def _size(request: SamplingFields, config: BundleConfig, settings: Settings) -> tuple[int, int]:
     width, height = (sent or native for sent, native in zip((request.width, request.height), config.native_size, strict=True))
     step = config.size_step
     for param, pixels in (("width", width), ("height", height)):
-        if pixels % step or pixels > settings.max_side:
-            raise invalid(param, f"must be a multiple of {step} from {step} to {settings.max_side // step * step} pixels", pixels)
+        if pixels % step or not config.smallest_side <= pixels <= settings.max_side:
+            bounds = f"from {config.smallest_side} to {settings.max_side // step * step} pixels"
+            raise invalid(param, f"must be a multiple of {step} {bounds}", pixels)
     return width, height
 
 
@@ -87,8 +90,12 @@ def _sampling(request: SamplingFields, config: BundleConfig, settings: Settings)
         temperature=request.temperature,
         sampler=request.sampler,
         typical_mass=request.typical_mass,
+        renoise_mode=request.renoise_mode,
         deterministic=settings.deterministic if request.deterministic is None else request.deterministic,
     )
+    if sampling.sampler not in config.samplers:
+        message = f"sampler: {config.name} draws by {', '.join(config.samplers)} (sent: {sampling.sampler!r})"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_sampler", message, "sampler")
     for param, count in (("renoise_steps", sampling.renoise_steps), ("guidance_steps", sampling.guidance_steps)):
         if count > sampling.steps:
             raise invalid(param, f"must be from 0 to num_inference_steps, which is {sampling.steps}", count)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from model.config import Sampler
+from model.config import RenoiseMode, Sampler
 from server.engine.protocol import Priority
 
 INT64 = 2**63
@@ -62,6 +62,10 @@ class SamplingFields(BaseModel):
     sampler: Annotated[Sampler | None, Field(description="How tokens are drawn")] = None
     typical_mass: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False, description="For the typical sampler")] = None
     renoise_steps: Annotated[StepCount | None, Field(description="After how many of the first steps noise is put back")] = None
+    renoise_mode: Annotated[
+        RenoiseMode | None,
+        Field(description="Which noise: the start tokens, those of before the step (prev), or fresh ones (rand)"),
+    ] = None
     guidance_steps: Annotated[StepCount | None, Field(description="How many of the first steps are guided")] = None
     response_format: Annotated[Format | Literal["json"] | None, Field(description="Overrides the Accept header")] = None
     quality: Annotated[int, Field(ge=1, le=100, description="JPEG and WebP")] = 90

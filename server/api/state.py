@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """models: the served bundles by name, the default first. running: by request id, what ends each request of that id with an error."""
+    """models: the served bundles by name, the default first. started_at: Unix seconds.
+
+    running: by request id, what ends each request of that id with an error.
+    """
 
     settings: Settings
     metrics: Metrics
     engine: EngineClient
     models: dict[str, BundleConfig]
     decoder: Decoder
+    started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[str, list[asyncio.Future[ApiError]]] = field(default_factory=dict)
 
 

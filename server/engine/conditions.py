@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from model.denoiser import Condition
+from model.operations import AnyCondition
 from model.pipeline import Pipeline, Prompt
 from model.sampling import Noise
 from server.engine.cache import Cache
@@ -47,7 +47,7 @@ class Encoded:
     """unconditional: for negative prompts."""
 
     prompt: Prompt
-    unconditional: Condition | None
+    unconditional: AnyCondition | None
 
 
 class Conditions:
@@ -56,14 +56,14 @@ class Conditions:
     def __init__(self, pipelines: Mapping[str, Pipeline], cache: Cache) -> None:
         self._pipelines, self._cache = pipelines, cache
 
-    def encode(self, jobs: Sequence[Job]) -> tuple[list[Prompt], list[Condition | None]]:
+    def encode(self, jobs: Sequence[Job]) -> tuple[list[Prompt], list[AnyCondition | None]]:
         """Each job's encoded prompt, and its unconditional branch if it is guided."""
         texts, negatives = [text(job) for job in jobs], [negative(job) for job in jobs]
         wanted = [*texts, *(each for each in negatives if each)]
         encoded = dict(zip(wanted, self._cache.fetch("text", wanted, self._encode), strict=True))
         return [encoded[each].prompt for each in texts], [encoded[each].unconditional if each else None for each in negatives]
 
-    def guess(self, guesses: Sequence[Guess], prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Condition]:
+    def guess(self, guesses: Sequence[Guess], prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[AnyCondition]:
         """The conditional branch of each image: its prompt, and the picture that the prior draws for it from its noise."""
         given = dict(zip(guesses, zip(prompts, noises, strict=True), strict=True))
         return self._cache.fetch("prior", guesses, lambda missing: self._guess(missing, given))
@@ -83,11 +83,11 @@ class Conditions:
 
         return _in_batches(texts, batch_of, encode)
 
-    def _guess(self, guesses: list[Guess], given: Mapping[Guess, tuple[Prompt, Noise]]) -> list[Condition]:
+    def _guess(self, guesses: list[Guess], given: Mapping[Guess, tuple[Prompt, Noise]]) -> list[AnyCondition]:
         def batch_of(each: Guess) -> Hashable:
             return each.text.model if each.text.together else each
 
-        def guess(batch: list[Guess]) -> list[Condition]:
+        def guess(batch: list[Guess]) -> list[AnyCondition]:
             pipeline = self._pipelines[batch[0].text.model]
             prompts, noises = zip(*(given[each] for each in batch), strict=True)
             images = pipeline.image_embeddings(prompts, noises)

@@ -13,16 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import sampling
-from model.config import BundleConfig, Sampler
+from model.config import BundleV3Config, Sampler
 from model.denoiser import Condition, Denoiser
-from model.pipeline import Drawing, Eager, Lanes, Pipeline
+from model.pipeline import Drawing, Eager, Lanes, PipelineV3
 from server.engine.protocol import Count
 from server.engine.scheduler import LENGTHS
 
@@ -91,7 +91,7 @@ class Bucket(NamedTuple):
         return self.lanes * math.prod(self.grid)
 
 
-def buckets(config: BundleConfig, max_rows: int, sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
+def buckets(config: BundleV3Config, max_rows: int, sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
     """What a server records: these picture sizes (width, height), rows in powers of two, the scheduler's classes of condition lengths."""
     rows = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
     # A class counts a text's bytes; CLIP's text and image follow them.
@@ -122,13 +122,13 @@ class _Draw:
 
 
 class Graphs:
-    """Stands in for `Eager` where shapes repeat.
+    """Stands in for `Eager` where shapes repeat. What v1's denoiser reads of a prompt is not recorded.
 
     recorder: how a function is recorded; a test brings one that needs no GPU. counters: where to count captures, replays and eager steps.
     """
 
-    def __init__(self, pipeline: Pipeline, buckets: Iterable[Bucket], recorder: Recorder, counters: Counter[Count]) -> None:
-        self.eager, self.counters = Eager(pipeline.bundle), counters
+    def __init__(self, pipeline: PipelineV3, buckets: Iterable[Bucket], recorder: Recorder, counters: Counter[Count]) -> None:
+        self.eager, self.denoiser, self.counters = Eager(pipeline.bundle), pipeline.bundle.denoiser, counters
         self._recorder, self._device, self._all_recorded = recorder, pipeline.device, False
         # The largest first: the others then find their memory in the pool.
         self._buckets = sorted(set(buckets), key=lambda b: (b.work, b.lanes * b.length), reverse=True)
@@ -140,7 +140,7 @@ class Graphs:
     @torch.inference_mode()
     def record_all(self) -> None:
         """Records every bucket's step, and every sampler's draw for its rows."""
-        memory = _Memory(self.eager.denoiser, self._buckets, self._device)
+        memory = _Memory(self.denoiser, self._buckets, self._device)
         for bucket in self._buckets:
             self._steps[bucket] = self._record_step(bucket, memory)
         for sampler in SAMPLERS:
@@ -171,7 +171,7 @@ class Graphs:
         if self._loaded is not None and self._loaded[1] is lanes and self._loaded[0].grid == (H, W):
             return self._loaded[0]
         branches = max(sum(i == row for i, _ in lanes.members) for row in range(B))
-        length = max(condition.length for _, condition in lanes.members)
+        length = max(condition.length for _, condition in _members(lanes))
         fitting = [b for b in self._steps if b.grid == (H, W) and b.rows >= B and b.branches >= branches and b.length >= length]
         return min(fitting, key=lambda b: (b.work, b.length), default=None)
 
@@ -185,7 +185,7 @@ class Graphs:
             places = [len(lanes.members)] * bucket.lanes
             target = self._steps[bucket].condition
             used = dict.fromkeys(range(bucket.rows), 0)
-            for place, (row, condition) in enumerate(lanes.members):
+            for place, (row, condition) in enumerate(_members(lanes)):
                 lane = row * bucket.branches + used[row]
                 places[lane] = place
                 for own in range(lane, (row + 1) * bucket.branches):
@@ -195,7 +195,7 @@ class Graphs:
         return self._loaded[2]
 
     def _record_step(self, bucket: Bucket, memory: _Memory) -> _Step:
-        denoiser, rows = self.eager.denoiser, bucket.rows
+        denoiser, rows = self.denoiser, bucket.rows
         tokens, times, share, condition = memory.views(bucket)
         row_of = torch.arange(rows, device=self._device).repeat_interleave(bucket.branches)
 
@@ -233,6 +233,11 @@ class Graphs:
     def _replay(self, recording: Recording) -> None:
         recording.replay()
         self.counters["graph_replays", ""] += 1
+
+
+def _members(lanes: Lanes) -> list[tuple[int, Condition]]:
+    """Its rows and conditions, which are of the kind that a `PipelineV3` makes."""
+    return cast(list[tuple[int, Condition]], lanes.members)
 
 
 class _Memory:

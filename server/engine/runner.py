@@ -17,8 +17,9 @@ from torch import Tensor
 
 from model.config import find_bundle
 from model.operations import Row
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, PipelineV3
 from model.runtime import pick_device, pick_dtype
+from model.sampling import Noise
 from server.engine.cache import Cache
 from server.engine.conditions import Conditions, Guess, size, tensors_in, text
 from server.engine.graphs import CUDARecorder, Graphs, Recorder, buckets
@@ -88,7 +89,7 @@ class Runner:
             with watch("encode"):
                 prompts, unconditionals = self._conditions.encode([job for job, _ in parts])
             with watch("prior"):
-                noises = [self._pipelines[job.model].noise(job.seeds[i], job.width, job.height, job.sampling.steps) for _, job, i in images]
+                noises = [self._noise(job, i) for _, job, i in images]
                 guesses = [Guess(text(job), job.seeds[i], job.width, job.height) for _, job, i in images]
                 conditions = self._conditions.guess(guesses, [prompts[place] for place, _, _ in images], noises)
             rows = {
@@ -98,6 +99,9 @@ class Runner:
             self._starting.update(dict.fromkeys(rows, self._streams.mark()))
         self._rows.update(rows)
         return [prompt.truncated for prompt in prompts]
+
+    def _noise(self, job: Job, i: int) -> Noise:
+        return self._pipelines[job.model].noise(job.seeds[i], job.width, job.height, job.sampling.steps, job.sampling.renoise_mode)
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
         """Those that can be stepped without a wait; if there are none, all, after a wait."""
@@ -134,10 +138,10 @@ class Runner:
         """Runs every stage of every bundle once, and records its graphs, so that the first request meets nothing new."""
         for pipeline in self._pipelines.values():
             pipeline.generate(["warm"], [0], pipeline.config.recipe.sampling(steps=2))
-            if self.device.type == "cuda" and self._settings.cuda_graphs:
+            if self.device.type == "cuda" and self._settings.cuda_graphs and isinstance(pipeline, PipelineV3):
                 self.record_graphs(pipeline, CUDARecorder(self.device))
 
-    def record_graphs(self, pipeline: Pipeline, recorder: Recorder) -> None:
+    def record_graphs(self, pipeline: PipelineV3, recorder: Recorder) -> None:
         """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings."""
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
