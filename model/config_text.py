@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
 _STRICT = ConfigDict(extra="forbid")
+
+# Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights in int8.
+Encoders = Literal["device", "cpu", "int8"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model import operations, prior, sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
-from model.config import BundleConfig, BundleV1Config, BundleV3Config, RenoiseMode, Sampler, SamplingConfig, Schedule
+from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, RenoiseMode, Sampler, SamplingConfig, Schedule
 from model.operations import AnyCondition, Row
 from model.sampling import Noise
 from model.text import bucket
@@ -120,15 +120,18 @@ class Pipeline(ABC):
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.config = bundle, bundle.config
-        self.device = next(bundle.denoiser.parameters()).device
+        weight = next(bundle.denoiser.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.executor: Executor = Eager(bundle)
         self._times: dict[tuple[int, Schedule], Tensor] = {}
         self._lanes: Lanes | None = None
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+    def load(
+        cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, encoders: Encoders = "device"
+    ) -> Pipeline:
         """Reads a bundle; raises what `load_bundle` raises."""
-        return cls.of(load_bundle(directory, torch.device(device), dtype))
+        return cls.of(load_bundle(directory, torch.device(device), dtype, encoders))
 
     @staticmethod
     def of(bundle: Bundle) -> Pipeline:
@@ -139,6 +142,10 @@ class Pipeline(ABC):
         """Pixels (width, height) → tokens (H, W)."""
         f = self.config.vqgan.downscale
         return height // f, width // f
+
+    def _here(self, encoded: Tensor) -> Tensor:
+        """What an encoder made, where and as the denoiser takes it."""
+        return encoded.to(self.device, self.dtype)
 
     @property
     def prior_noise(self) -> tuple[int, int]:
@@ -247,6 +254,22 @@ class Pipeline(ABC):
         progress: Callable[[int], object] = lambda step: None,
     ) -> Tensor:
         """One picture per prompt and seed, all in one batch: uint8 [B, height, width, 3]. progress: called after every step."""
+        return self.decode(
+            self.draw(prompts, seeds, config, width=width, height=height, negative_prompt=negative_prompt, progress=progress)
+        )
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        config: SamplingConfig | None = None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        negative_prompt: str = "",
+        progress: Callable[[int], object] = lambda step: None,
+    ) -> Tensor:
+        """As `generate`, not decoded: tokens [B, H, W]."""
         config = config or self.config.recipe.sampling()
         w, h = width or self.config.native_size[0], height or self.config.native_size[1]
         noises = [self.noise(seed, w, h, config.steps, config.renoise_mode) for seed in seeds]
@@ -260,7 +283,7 @@ class Pipeline(ABC):
         for step in range(config.steps):
             self.advance(rows)
             progress(step + 1)
-        return self.decode(torch.stack([row.tokens for row in rows]))
+        return torch.stack([row.tokens for row in rows])
 
 
 class PipelineV3(Pipeline):
@@ -283,7 +306,8 @@ class PipelineV3(Pipeline):
         out, clip = b.byt5(prompts), b.clip.encode_text(prompts)
         cut = b.clip.truncated(prompts)
         named = [tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut) for x, y in zip(out.truncated, cut, strict=True)]
-        rows = zip(out.embeddings.split(1), out.mask.split(1), clip.split(1), named, strict=True)
+        parts = (self._here(out.embeddings), out.mask.to(self.device), self._here(clip))
+        rows = zip(*(part.split(1) for part in parts), named, strict=True)
         return [Prompt(*row) for row in rows]
 
     @torch.inference_mode()
@@ -330,7 +354,7 @@ class PipelineV1(Pipeline):
         """The empty text is the zero embedding, v1's unconditional one."""
         clip, nothing = self.bundle.clip, torch.empty(1, 0, device=self.device)
         written = torch.tensor([[bool(prompt)] for prompt in prompts], device=self.device)
-        embeddings = (clip.encode_text(prompts) * written).split(1)
+        embeddings = (self._here(clip.encode_text(prompts)) * written).split(1)
         cut = [("clip",) if is_cut else () for is_cut in clip.truncated(prompts)]
         return [Prompt(nothing[..., None], nothing.bool(), *row) for row in zip(embeddings, cut, strict=True)]
 

@@ -27,7 +27,7 @@ def one_line_errors(refused: int = REFUSED) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        where = "bundle.json: " if error.title == "BundleConfig" else ""
+        where = "bundle.json: " if error.title.startswith("Bundle") else ""
         fail(where + from_validation(error).message, refused)
     except ApiError as error:
         fail(error.message, refused)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from model.config import Encoders
+
 MIB = 2**20
 DEVICE = r"(auto|cpu|cuda(:\d+)?|mps)"
 
@@ -27,6 +29,9 @@ class Settings(BaseSettings):
         Field(pattern=rf"^{DEVICE}(,{DEVICE})*$", description="Comma list, one worker each, such as cuda:0,cuda:1; in place of device"),
     ] = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    encoders: Annotated[
+        Encoders, Field(description="Text encoders on the device, on the CPU, or on the device with the byte encoder's weights in int8")
+    ] = "device"
     threads: Annotated[int, Field(ge=0, description="CPU threads of the worker; 0 lets it choose")] = 0
     deterministic: Annotated[bool, Field(description="What requests get that do not say")] = False
 

@@ -1,18 +1,17 @@
-"""`paellera weights list | info | verify | fetch | import`: bundles, and the published files that bundles are made of.
+"""`paellera weights list | info | verify | check | fetch | import`: bundles, and the published files that bundles are made of.
 
 Imports wait inside the commands, so that `paellera --help` is instant.
 """
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli_errors import FAILED, one_line_errors
+from server.cli_errors import FAILED, fail, one_line_errors
 
 if TYPE_CHECKING:
     from model.config import BundleConfig
@@ -95,24 +94,22 @@ def import_weights(
 
 @weights_app.command()
 def info(
-    name: BundleName,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path, or a published bundle, whose shapes are known")],
     memory: Annotated[float | None, typer.Option(help="GB that a machine or a GPU has: what it can run these weights in")] = None,
 ) -> None:
     """What a bundle holds: its networks, sizes and recipe, and the memory that it needs."""
     from dataclasses import asdict
 
-    from model.config import BundleConfig, find_bundle
+    from model.published.memory import contents, needs
 
     with one_line_errors():
-        directory = find_bundle(name)
-        config = BundleConfig.read(directory)
-        networks = _networks(directory, config)
-    _print_pairs({"name": config.name, "sha256": config.sha256, "bytes": f"{_bytes_of(config):,}"})
+        config, parts = contents(name)
+    _print_pairs({"name": config.name, "family": config.family, "sha256": config.sha256 if config.files else "-"})
     _print_pairs({"native size": " x ".join(map(str, config.native_size)), "size step": config.size_step})
     typer.echo("\nnetworks")
-    _print_pairs({n: f"{count:>13,} parameters {size:>14,} bytes  {types}" for n, (count, size, types) in networks.items()}, indent="  ")
-    typer.echo("\nmemory, for the weights alone")
-    _print_pairs(_memory(sum(count for count, _, _ in networks.values()), memory), indent="  ")
+    _print_pairs({n: f"{p.parameters:>13,} parameters {p.bytes:>14,} bytes  {p.types}" for n, p in parts.items()}, indent="  ")
+    typer.echo("\nmemory in half precision, for the weights alone, by PAELLERA_ENCODERS")
+    _print_pairs({encoders: need.words(memory) for encoders, need in needs(parts).items()}, indent="  ")
     typer.echo("\nrecipe")
     _print_pairs(asdict(config.recipe), indent="  ")
 
@@ -128,6 +125,42 @@ def verify(name: BundleName) -> None:
     with one_line_errors(refused=FAILED):
         config = verify_bundle(find_bundle(name))
     typer.echo(f"{config.name}: ok, sha256 {config.sha256}")
+
+
+@weights_app.command()
+def check(
+    name: BundleName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the eight pictures")] = Path("weights-check.png"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
+) -> None:
+    """Draw eight fixed prompts, and say plainly whether the weights behave: whether CLIP finds the prompts in the pictures, and no NaN."""
+    from tqdm import tqdm
+
+    from model.config import find_bundle
+    from model.pipeline import Pipeline
+    from model.published.check import PROMPTS, write_sheet
+    from model.published.check import check as check_pipeline
+    from model.runtime import pick_device, pick_dtype, prepare
+
+    prepare()
+    with one_line_errors():
+        where = pick_device(device)
+        pipeline = Pipeline.load(find_bundle(name), where, pick_dtype("auto", where))
+        with tqdm(total=len(PROMPTS), desc="drawing", unit="picture", leave=False, disable=None) as bar:
+            found = check_pipeline(pipeline, bar.update)
+        write_sheet(found.pictures, output)
+    for i, prompt in enumerate(PROMPTS):
+        typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
+    typer.echo(
+        f"CLIP score {found.matched:.3f} with their own prompts, {found.shuffled:.3f} with each other's; by chance: {found.chance:.2%}"
+    )
+    typer.echo(
+        f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits a token, the most common at most {found.most_common:.0%}"
+    )
+    typer.echo(f"{output}: the pictures, in this order, four in a row")
+    if found.problems:
+        fail(f"{pipeline.config.name} does not behave: {'; '.join(found.problems)}", FAILED)
+    typer.echo(f"{pipeline.config.name} behaves: its pictures show what was asked for")
 
 
 def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[BundleConfig, dict[str, Path], Path | None]:
@@ -158,32 +191,6 @@ def _bytes_of(config: BundleConfig) -> int:
 
 def _size(count: int) -> str:
     return f"{count / GB:>6.2f} GB" if count else "  unknown"
-
-
-def _networks(directory: Path, config: BundleConfig) -> dict[str, tuple[int, int, str]]:
-    """Parameters (running statistics included), bytes and number types of every network, from the files' headers alone."""
-    from safetensors import safe_open
-
-    def read(path: Path) -> tuple[int, str]:
-        with safe_open(path, framework="np") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118, it is no dict
-            types = {part.get_dtype() for part in slices if part.get_dtype() not in {"I64", "I32"}}
-            return sum(math.prod(part.get_shape()) for part in slices), ", ".join(sorted(types))
-
-    files = {name: entry for name, entry in config.files.items() if name.endswith(".safetensors")}
-    contents = {name: read(directory / name) for name in files}
-    return {Path(n).stem: (contents[n][0], e.bytes, contents[n][1]) for n, e in files.items()}
-
-
-def _memory(parameters: int, available_gb: float | None) -> dict[str, str]:
-    """What the weights take as each type, and whether that fits; activations come on top and grow with the batch and the picture."""
-
-    def line(width: int) -> str:
-        needed = parameters * width / GB
-        fits = "" if available_gb is None else f", {'fits' if needed < available_gb else 'does not fit'} in {available_gb:g} GB"
-        return f"{needed:.2f} GB{fits}"
-
-    return {"float16, bfloat16": line(2), "float32": line(4)}
 
 
 def _print_pairs(pairs: dict[str, Any], indent: str = "") -> None:

@@ -14,9 +14,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from model.bundle import BundleError, build, file_entry, load_bundle, read_tensors, save_bundle, state_of, verify_files
+from model.bundle import BundleError, build, file_entry, load_bundle, load_v3, read_tensors, save_bundle, state_of, verify_files
 from model.config import CONFIG_FILE, BundleConfig
-from tests.conftest import NETWORKS, random_networks, write_merges
+from tests.conftest import NETWORKS, micro_v1_config, random_networks, write_merges
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
@@ -252,6 +252,19 @@ def test_loading_from_another_working_directory_changes_nothing(random_bundle, t
     there = load_bundle(random_bundle, CPU, torch.float32)
     assert here.clip.tokenizer.encode("red apple") == there.clip.tokenizer.encode("red apple")
     assert all(torch.equal(a, b) for a, b in zip(here.clip.parameters(), there.clip.parameters(), strict=True))
+
+
+def test_where_only_v3_networks_will_do_others_are_refused_by_their_family(random_bundle, random_v1_bundle):
+    assert load_v3(random_bundle, CPU, torch.float32).config.family == "v3"
+    with pytest.raises(BundleError, match="random-v1 holds v1 networks, and v3 ones are needed"):
+        load_v3(random_v1_bundle, CPU, torch.float32)
+
+
+def test_v1_networks_come_back_bit_for_bit(random_v1_bundle, tmp_path):
+    loaded = load_bundle(random_v1_bundle, CPU, torch.float32)
+    saved = random_networks(write_merges(tmp_path), micro_v1_config())
+    for (name, one), (_, other) in zip(saved.networks(), loaded.networks(), strict=True):
+        assert all(torch.equal(t, state_of(other)[key]) for key, t in state_of(one).items()), name
 
 
 def test_leftovers_of_an_interrupted_save_are_no_obstacle(random_bundle, tmp_path):

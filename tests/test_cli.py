@@ -210,8 +210,17 @@ def test_weights_info_counts_parameters_and_bytes(random_bundle: Path) -> None:
 
 def test_weights_info_says_what_the_weights_fit_into(random_bundle: Path) -> None:
     lines = paellera("weights", "info", random_bundle, "--memory", "8").stdout.splitlines()
-    assert any(line.split()[0] == "float32" and line.endswith(" GB, fits in 8 GB") for line in lines if line.strip())
+    assert {line.split()[0] for line in lines if line.endswith(", fits in 8 GB")} == {"device", "cpu", "int8"}
     assert "does not fit in 1e-09 GB" in paellera("weights", "info", random_bundle, "--memory", "1e-9").stdout
+
+
+def test_weights_info_knows_a_published_bundle_by_its_shapes() -> None:
+    lines = paellera("weights", "info", "paella-v3", "--memory", "8").stdout.splitlines()
+    parameters = {line.split()[0]: line.split()[1] for line in lines if " parameters " in line}
+    assert parameters["denoiser"] == "1,008,350,592"
+    fits = {line.split()[0]: line.endswith("fits in 8 GB") for line in lines if line.endswith(" 8 GB")}
+    assert "does not fit" in next(line for line in lines if line.strip().startswith("device"))
+    assert fits["cpu"]
 
 
 def test_weights_verify_accepts_a_whole_bundle(random_bundle: Path) -> None:

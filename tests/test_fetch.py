@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from model.published import fetch as fetching
 from model.published import manifest
 from model.published.fetch import FetchError, fetch, fetched
-from model.published.manifest import Manifest, PublishedFile, published
+from model.published.manifest import Manifest, PublishedBundle, PublishedFile, published
 from server.cli import app
 from tests.hub import Hub, serving
 
@@ -166,6 +166,16 @@ def test_what_was_not_fetched_or_is_not_on_the_hub_is_said(hub: Hub) -> None:
     assert hub.asked == []
 
 
+def test_of_a_bundle_what_the_hub_has_is_fetched_and_the_rest_is_said_to_lie_elsewhere(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"weights": FILE, "elsewhere": replace(FILE, path="f8.pt", repository=None, source="friends")}
+    bundle = PublishedBundle(files=tuple(files), recipes=(), config={})
+    monkeypatch.setattr(manifest, "published", lambda: Manifest(files, bundles={"both": bundle}))
+    result = paellera_fetch("both")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "f8.pt is not on the hub; it is among friends\n"
+    assert fetched(FILE).read_bytes() == CONTENT
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones(hub: Hub) -> None:
     result = paellera_fetch("surprise")
     assert result.exit_code == 2
@@ -177,7 +187,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(hub: Hub) -> None:
 
 def test_every_published_bundle_has_one_file_per_network_and_every_recipe_fits_it() -> None:
     for name, bundle in published().bundles.items():
-        assert sorted(file.network for file in published().select(name).values()) == ["byt5", "clip", "denoiser", "prior", "vqgan"]
+        assert sorted(file.network for file in published().select(name).values()) == sorted(published().config(name).networks)
         for recipe in bundle.recipes:
             assert published().config(name, recipe).recipe == published().recipes[recipe]
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from model.bundle import BundleError, build, check_fit, file_entry, state_of
+from model.bundle import BundleError, build, check_fit, file_entry, is_finite, state_of
 from model.config import BundleConfig
 from model.published.checkpoint import Checkpoint, open_checkpoint
 
@@ -116,8 +116,8 @@ def _pieces(tensor: Tensor, dtype: torch.dtype, where: str) -> Iterator[Tensor]:
     """The tensor's elements in order, as `dtype`. Raises BundleError for one that is not finite, or is not any more."""
     for piece in tensor.detach().reshape(-1).split(_PIECE):
         converted = piece.to(dtype)
-        if dtype.is_floating_point and not converted.isfinite().all():
-            if not piece.isfinite().all():
+        if not is_finite(converted):
+            if not is_finite(piece):
                 raise BundleError(f"{where} holds NaN or infinity")
             raise BundleError(f"{where} holds {piece.abs().max():.6g}, which {str(dtype).removeprefix('torch.')} cannot; bfloat16 can")
         yield converted

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.bundle import BundleError, build, check_fit, state_of, verify_files
+from model.bundle import BundleError, build, check_fit, is_finite, state_of, verify_files
 from model.config import BundleConfig
 
 
@@ -26,7 +26,7 @@ def _check(path: Path, expected: dict[str, Tensor]) -> None:
         shapes: dict[str, Tensor] = {}
         for name in file.keys():  # noqa: SIM118, it is no dict
             tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise BundleError(f"{path.name}: tensor {name!r} holds NaN or infinity")
             shapes[name] = torch.empty_like(tensor, device="meta")
     check_fit(shapes, expected, path.name)
