@@ -20,7 +20,7 @@ from model.training import assemble, captions, denoiser, loop, scenes, tiny
 from model.training.data import SceneSource
 from model.training.features import Examples, ExampleStream
 from model.training.scenes import sample_shape
-from tests.conftest import random_networks, write_merges
+from tests.conftest import micro_config, random_networks, write_merges
 from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
 from tests.short_training import Crash, run
 
@@ -265,7 +265,7 @@ def test_a_denoiser_of_another_shape_is_refused(tmp_path, random_bundle):
 
 
 def test_clip_is_scaled_when_it_comes_from_a_checkpoint_and_left_alone_otherwise(monkeypatch, small_scenes, tmp_path):
-    networks = random_networks(write_merges(tmp_path / "runs"), name="tiny")
+    networks = random_networks(write_merges(tmp_path / "runs"), micro_config("tiny"))
     monkeypatch.setattr(assemble, "tiny_config", lambda: networks.config)
     raw = {f"clip.model.{name}": tensor for name, tensor in networks.clip.model.state_dict().items()}
     torch.save({"ema": raw}, tmp_path / "runs" / "clip.pt")

@@ -33,8 +33,8 @@ PROMPTS = (
 )
 COLUMNS = 4
 
-# The right prompts must fit better than others by so much cosine, which trained pairs do by ten times that and random ones by a hundredth, and
-# better than all but so small a share of assignments.
+# The right prompts must fit better than others by so much cosine, which trained pairs do by ten times that and random ones by a hundredth,
+# and better than all but so small a share of assignments.
 MARGIN, CHANCE = 0.02, 0.01
 COLLAPSED, BLANK = 0.95, 2.0
 
