@@ -79,6 +79,7 @@ def test_one_image_comes_as_a_png_with_its_seed_and_its_parameters(client: httpx
         "sampler": "multinomial",
         "typical_mass": 0.2,
         "renoise_steps": 11,
+        "renoise_mode": "start",
         "deterministic": False,
         "truncated": [],
     }
