@@ -45,7 +45,8 @@ def test_random_weights_do_not_behave_and_the_command_says_so(random_bundle, tmp
     result = CliRunner().invoke(app, ["weights", "check", str(random_bundle), "--output", str(tmp_path / "sheet.png"), "--device", "cpu"])
     assert result.exit_code == 1
     assert "random does not behave: " in result.stderr
-    assert PIL.Image.open(tmp_path / "sheet.png").size == (4 * 32, 2 * 32)
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * 32, 2 * 32)
 
 
 def test_random_v1_weights_do_not_behave_either(random_v1_bundle):
