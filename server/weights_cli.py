@@ -151,11 +151,10 @@ def check(
         write_sheet(found.pictures, output)
     for i, prompt in enumerate(PROMPTS):
         typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
+    typer.echo(f"CLIP score {found.matched:.3f} with their own prompts, {found.shuffled:.3f} with each other's")
+    typer.echo(f"{found.chance:.2%} of all ways to assign the prompts to the pictures fit as well")
     typer.echo(
-        f"CLIP score {found.matched:.3f} with their own prompts, {found.shuffled:.3f} with each other's; by chance: {found.chance:.2%}"
-    )
-    typer.echo(
-        f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits a token, the most common at most {found.most_common:.0%}"
+        f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits a token, a picture's most common {found.most_common:.0%}"
     )
     typer.echo(f"{output}: the pictures, in this order, four in a row")
     if found.problems:
