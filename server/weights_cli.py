@@ -153,9 +153,7 @@ def check(
         typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
     typer.echo(f"CLIP score {found.matched:.3f} with their own prompts, {found.shuffled:.3f} with each other's")
     typer.echo(f"{found.chance:.2%} of all ways to assign the prompts to the pictures fit as well")
-    typer.echo(
-        f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits a token, a picture's most common {found.most_common:.0%}"
-    )
+    typer.echo(f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits a token, one code at most {found.most_common:.0%}")
     typer.echo(f"{output}: the pictures, in this order, four in a row")
     if found.problems:
         fail(f"{pipeline.config.name} does not behave: {'; '.join(found.problems)}", FAILED)
