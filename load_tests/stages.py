@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from load_tests.transcription import Transcription, denoise
 from model.config import SamplingConfig
 from model.operations import Row
-from model.pipeline import PipelineV3, Prompt
+from model.pipeline import PipelineV3
+from model.text import Prompt
 
 Stage = Callable[[], object]
 

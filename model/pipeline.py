@@ -23,22 +23,9 @@ from torch import Tensor
 from model import operations, prior, sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
 from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, RenoiseMode, Sampler, SamplingConfig, Schedule
-from model.operations import AnyCondition, Row
+from model.operations import AnyCondition, Region, Row
 from model.sampling import Noise
-from model.text import bucket
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One encoded prompt: byte embeddings [1, L, D] with mask [1, L], CLIP text embedding [1, D']; truncated: encoders that cut it.
-
-    L is 0 where there is no byte encoder.
-    """
-
-    byt5: Tensor
-    mask: Tensor
-    clip: Tensor
-    truncated: tuple[str, ...]
+from model.text import Prompt, bucket
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,10 +161,29 @@ class Pipeline(ABC):
         """What the denoiser reads. With an image embedding [1, D'] it is the conditional branch."""
 
     @torch.inference_mode()
-    def start(self, noise: Noise, sampling: SamplingConfig, conditional: AnyCondition, unconditional: AnyCondition | None) -> Row:
+    def codes(self, pictures: Tensor) -> Tensor:
+        """Pictures uint8 [B, height, width, 3] → tokens [B, H, W] on the device; the sides are multiples of the VQGAN's step."""
+        return self.bundle.vqgan.encode((pictures.to(self.device).permute(0, 3, 1, 2) / 255).to(self.dtype))
+
+    @torch.inference_mode()
+    def picture_embeddings(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Pictures uint8 [height, width, 3], of any sizes → CLIP image embeddings [1, D'] each."""
+        clip = self.bundle.clip
+        scaled = torch.cat([clip.scale((p.to(clip.device).permute(2, 0, 1) / 255)[None]) for p in pictures])
+        return list(self._here(clip.encode_image(scaled)).split(1))
+
+    @torch.inference_mode()
+    def start(
+        self,
+        noise: Noise,
+        sampling: SamplingConfig,
+        conditional: AnyCondition,
+        unconditional: AnyCondition | None,
+        regions: Sequence[Region] = (),
+    ) -> Row:
         """A generate row, its randomness on the device."""
         on_device = Noise(*(getattr(noise, field.name).to(self.device, non_blocking=True) for field in fields(noise)))
-        return operations.generate(sampling, on_device, conditional, unconditional)
+        return operations.generate(sampling, on_device, conditional, unconditional, regions=regions)
 
     @torch.inference_mode()
     def advance(self, rows: Sequence[Row]) -> None:

@@ -26,6 +26,19 @@ _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """One encoded prompt: byte embeddings [1, L, D] with mask [1, L], CLIP text embedding [1, D']; truncated: encoders that cut it.
+
+    L is 0 where there is no byte encoder.
+    """
+
+    byt5: Tensor
+    mask: Tensor
+    clip: Tensor
+    truncated: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ByteEmbeddings:
     """embeddings [B, L, d_model], L a bucket; mask [B, L], False at padding; truncated: whether each prompt was cut."""
 
@@ -121,11 +134,16 @@ class CLIP(nn.Module):
         """Prompts → [B, embed_dim]."""
         return self.model.encode_text(self.tokenizer(list(prompts)).to(self.device))
 
+    def scale(self, image: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] → the size that the image tower reads."""
+        size = (self.image_size, self.image_size)
+        if image.shape[-2:] == size:
+            return image
+        return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
     def encode_image(self, image: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1], any size → [B, embed_dim]."""
-        size = (self.image_size, self.image_size)
-        if image.shape[-2:] != size:
-            image = F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        image = self.scale(image)
         mean = torch.tensor(_PIXEL_MEAN, device=image.device).view(3, 1, 1)
         std = torch.tensor(_PIXEL_STD, device=image.device).view(3, 1, 1)
         return self.model.encode_image(((image - mean) / std).to(self.model.logit_scale.dtype))

@@ -42,6 +42,7 @@ from server.api import create_app
 from server.engine.cache import Cache
 from server.engine.conditions import Conditions, size
 from server.engine.runner import Runner
+from server.engine.starting import Starter
 from server.settings import Settings
 from tests import fake_worker
 
@@ -199,7 +200,7 @@ def emptied(runner: Runner, capacity: int = 2**30) -> Runner:
     other = copy.copy(runner)
     other._rows, other._starting, other.counters = {}, {}, Counter()
     other.cache = Cache(capacity, size, other.counters)
-    other._conditions = Conditions(other._pipelines, other.cache)
+    other._starter = Starter(other._pipelines, Conditions(other._pipelines, other.cache))
     return other
 
 

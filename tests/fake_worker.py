@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from server.engine.protocol import (
     Beat,
     Cancel,
+    Drawn,
     Dropped,
     Failed,
     Finished,
@@ -65,7 +66,7 @@ def take(connection: Connection, held: dict[str, Job], message: ToWorker) -> Non
 
 
 def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
-    word = job.prompt.split()[0]
+    word = next(iter(" ".join(job.prompts).split()), "")
     send(connection, Running((job.id,) if job.alone else (*held, job.id)))
     if word == "hold":
         held[job.id] = job
@@ -83,6 +84,8 @@ def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
         if word.endswith("show"):
             show(connection, job, at_most=2 if job.alone or word == "show" else 1)
         time.sleep(SLOW_S if word == "slow" else 0)
+        for image in finished(job).images if job.early else ():
+            send(connection, Drawn(job.id, image))
         send(connection, finished(job, ("byt5", "clip") if word == "cut" else ()))
 
 

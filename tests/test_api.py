@@ -66,6 +66,7 @@ def test_one_image_comes_as_a_png_with_its_seed_and_its_parameters(client: httpx
     picture = opened(answer.content)
     assert (picture.size, picture.getpixel((0, 0))) == (NATIVE_SIZE, tuple(fake_worker.colour(7)))
     assert json.loads(picture.info["parameters"]) == {
+        "operation": "generate",
         "model": NAME,
         "prompt": "a ball",
         "negative_prompt": "blur",
@@ -88,7 +89,7 @@ def test_one_image_comes_as_a_png_with_its_seed_and_its_parameters(client: httpx
 def test_the_parameters_in_a_png_give_the_same_file_again(client: httpx.Client) -> None:
     first = post(client, num_inference_steps=5)
     sent = json.loads(opened(first.content).info["parameters"])
-    del sent["truncated"]
+    del sent["truncated"], sent["operation"]
     assert post(client, **sent).content == first.content
 
 

@@ -174,17 +174,17 @@ def test_the_content_types_parameters_and_case_do_not_matter(client: httpx.Clien
 
 @pytest.mark.parametrize(
     "body",
-    [
-        b'{"prompt": "' + b"x" * 10_000_000 + b'"}',
-        b"[" + b"[]," * 3_000_000 + b"[]]",
-        b"{" + b",".join(b'"k%d":1' % i for i in range(800_000)) + b"}",
-    ],
-    ids=["one string", "many lists", "many fields"],
+    [b"[" + b"[]," * 3_000_000 + b"[]]", b"{" + b",".join(b'"k%d":1' % i for i in range(800_000)) + b"}"],
+    ids=["many lists", "many fields"],
 )
-def test_ten_megabytes_of_json_are_413_at_once(client: httpx.Client, body: bytes) -> None:
+def test_ten_megabytes_of_intricate_json_are_413_at_once(client: httpx.Client, body: bytes) -> None:
     began = time.monotonic()
-    refused(raw(client, body), 413, None, "bytes")
+    refused(raw(client, body), 413, None, "brackets")
     assert time.monotonic() - began < 1
+
+
+def test_a_prompt_of_ten_megabytes_is_too_long(client: httpx.Client) -> None:
+    refused(raw(client, b'{"prompt": "' + b"x" * 10_000_000 + b'"}'), 422, "prompt", "4000")
 
 
 def test_thousands_of_unknown_fields_do_not_hold_up_the_server(client: httpx.Client) -> None:
@@ -200,7 +200,7 @@ def chunks(count: int) -> Iterator[bytes]:
 
 
 def test_a_body_of_unannounced_length_is_bounded_too(client: httpx.Client) -> None:
-    refused(client.post("/generate", content=chunks(1000), headers=JSON), 413, None, "bytes")
+    refused(client.post("/generate", content=chunks(34_000), headers=JSON), 413, None, "bytes")
 
 
 def test_the_configured_bound_holds_for_announced_and_streamed_bodies(fake_settings: Callable[..., Settings]) -> None:

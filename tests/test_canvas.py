@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from server.api.canvas import FEATHER, composite, crop, extend, outpaint_canvas, pad_to_multiple
+from model.canvas import FEATHER, composite, crop, extend, outpaint_canvas, pad_to_multiple
 
 sides = st.integers(1, 40)
 margins = st.integers(0, 50)

@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import PIL.Image
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.testclient import TestClient
-from pydantic import BaseModel, ConfigDict
 
-from server.api import errors
-from server.api.body import read_body
+from server.api import create_app
 from server.api.errors import ApiError
-from server.api.picture_fields import PictureFile
-from server.api.uploads import Decoder, MaskMode, PictureLimits, decode, repaint_mask
-from tests import hostile
+from server.api.uploads import PictureLimits, decode, repaint_mask
+from server.engine.protocol import Job
+from server.settings import Settings
+from tests import fake_worker, hostile
+from tests.conftest import serving, wait_until
 
 FOLDER = Path(__file__).parent / "data" / "hostile"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
 
 
-class Sent(BaseModel):
-    """The fields that all the endpoints with pictures share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    image: PictureFile
-    mask: PictureFile | None = None
-    mask_mode: MaskMode | None = None
-
-
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[TestClient]:
-    """An app with nothing but one upload."""
-    app, decoder = FastAPI(), Decoder()
-
-    @app.post("/")
-    async def upload(request: Request) -> dict[str, Any]:
-        sent = await read_body(request, Sent, 2**20)
-        image = await decoder.picture(sent.image)
-        mask = None if sent.mask is None else await decoder.mask(sent.mask, sent.mask_mode, image.size)
-        return {"size": image.size, "alpha": image.had_alpha, "repainted": None if mask is None else int(mask.sum())}
-
-    app.add_exception_handler(ApiError, lambda _, error: error.response())  # type: ignore[attr-defined, arg-type]
-    yield TestClient(app)
-    decoder.close()
+def inpaint(fake_settings: Callable[..., Settings]) -> Iterator[tuple[httpx.Client, list[Job]]]:
+    """A client of a server of its own, and every job that its engine was given."""
+    app, jobs = create_app(fake_settings(), worker=fake_worker.main), list[Job]()
+    run = app.state.paellera.engine.run
+    app.state.paellera.engine.run = lambda job, *rest, **more: jobs.append(job) or run(job, *rest, **more)
+    with serving(app) as address, httpx.Client(base_url=address, timeout=20) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield client, jobs
 
 
 def test_the_manifest_lists_every_file_and_they_are_small() -> None:
@@ -79,26 +65,40 @@ def test_every_file_has_its_expected_outcome(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MANIFEST)
-def test_over_http_every_refusal_has_the_one_shape_and_tells_no_secrets(endpoint: TestClient, name: str) -> None:
-    entry, content = MANIFEST[name], (FOLDER / name).read_bytes()
-    fields = {"mask_mode": entry["mode"]} if "mode" in entry else {}
+def test_inpaint_answers_what_it_can_and_refuses_the_rest_before_the_engine(inpaint: tuple[httpx.Client, list[Job]], name: str) -> None:
+    client, jobs = inpaint
+    entry, content, plain = MANIFEST[name], (FOLDER / name).read_bytes(), (FOLDER / "plain.png").read_bytes()
+    is_mask = entry["role"] == "mask"
+    fields = {"prompt": "a ball", "num_inference_steps": "1"} | ({"mask_mode": entry["mode"]} if "mode" in entry else {})
+    size = (24, 16) if is_mask else tuple(entry.get("size") or (24, 16))
     files = {entry["role"]: ("../../etc/" + name, content)}
-    if entry["role"] == "mask":
-        files["image"] = ("image.png", (FOLDER / "plain.png").read_bytes())
-    answer = endpoint.post("/", data=fields, files=files)
-    assert answer.status_code == entry["status"], answer.text
-    if answer.status_code == 200:
-        assert answer.json()["repainted"] == entry.get("repainted")
+    files |= {"image": ("image.png", plain)} if is_mask else {"mask": ("mask.png", white(size))}
+    jobs.clear()
+    answer = client.post("/inpaint", data=fields, files=files)
+    if entry["status"] == 200 and max(size) > 512:
+        refused(answer, 422, "invalid_value", "image")
+    elif entry["status"] == 200:
+        assert answer.status_code == 200, answer.text
+        assert PIL.Image.open(io.BytesIO(answer.content)).size == size
+        assert len(jobs) == 1
         return
+    else:
+        refused(answer, entry["status"], entry["code"], entry["role"])
+    assert not jobs, "the engine was not asked"
+
+
+def white(size: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("L", (size[0], size[1]), 255).save(file, "PNG")
+    return file.getvalue()
+
+
+def refused(answer: httpx.Response, status: int, code: str, param: str) -> None:
+    """In the one shape, and without secrets."""
+    assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"], error["type"]) == (entry["code"], entry["role"], "invalid_request_error")
-    assert error["message"].startswith(f"{entry['role']}: ")
+    assert (error["code"], error["param"], error["type"]) == (code, param, "invalid_request_error")
+    assert error["message"].startswith(f"{param}: ")
     for secret in ("Traceback", "/", " at 0x", "PIL", "Error"):
         assert secret not in error["message"]
-
-
-def test_errors_register_the_handler_that_the_small_app_stands_for() -> None:
-    app = FastAPI()
-    errors.register(app)
-    assert ApiError in app.exception_handlers

@@ -178,10 +178,10 @@ def test_a_mask_of_another_size_names_both() -> None:
         repaint_mask(as_mask([b"\xff\0"], GREY), None, (5, 4))
 
 
-async def test_no_more_pictures_than_threads_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_more_requests_pictures_than_threads_are_worked_on_at_once() -> None:
     running, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2, timeout=30)
 
-    def slow(content: bytes, limits: PictureLimits, param: str) -> Picture:
+    def slow() -> Picture:
         nonlocal running, most
         with lock:
             running += 1
@@ -189,11 +189,10 @@ async def test_no_more_pictures_than_threads_are_decoded_at_once(monkeypatch: py
         both.wait()
         with lock:
             running -= 1
-        return decode(content, limits, param)
+        return decode(plain_png(), PictureLimits())
 
-    monkeypatch.setattr(uploads, "decode", slow)
     decoder = Decoder(threads=2)
-    pictures = await asyncio.gather(*(decoder.picture(plain_png()) for _ in range(6)))
+    pictures = await asyncio.gather(*(decoder.run(slow) for _ in range(6)))
     decoder.close()
     assert len(pictures) == 6
     assert most == 2

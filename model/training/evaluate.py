@@ -3,6 +3,7 @@
     python -m model.training.evaluate                                 # the embedded weights, all of it
     python -m model.training.evaluate --bundle runs/tiny --quick      # 100 prompts at 12 steps
     python -m model.training.evaluate --contact-sheet docs/contact_sheet.png
+    python -m model.training.evaluate --operations                    # what becomes of pictures: inpainting, outpainting, …
 
 Fixed prompts, fixed seeds, no network among the judges. The last line is one JSON object.
 """
@@ -31,7 +32,9 @@ from model.training import captions
 from model.training.checker import Verdict, judge
 from model.training.data import as_float
 from model.training.prompts import CONTACT_SHEET, evaluation_prompts, first_hundred
+from model.training.repertoire import OPERATIONS
 from model.training.scenes import SHAPES, Scene
+from model.training.studio import Studio
 
 Case = tuple[str, Scene]
 FIGURES = ("background", "shape_colour", "both_colours", "object_colour", "shape", "object", "position", "both_of_two")
@@ -124,17 +127,33 @@ def _show(title: str, rows: dict[str, dict[str, float]]) -> None:
     Console(width=120).print(table)
 
 
+def judge_operations(pipeline: Pipeline, cases: int) -> dict[str, Any]:
+    """Every operation's figures, with a table of them."""
+    studio, table = Studio(pipeline), Table("", "figure", "share", title=f"{cases} cases each")
+    figures = {name: judged(studio, cases) for name, judged in OPERATIONS.items()}
+    for operation, row in figures.items():
+        for name, share in row.items():
+            table.add_row(operation, name.replace("_", " "), f"{share:.1%}")
+    Console(width=120).print(table)
+    return {"bundle": pipeline.config.name, "sha256": pipeline.config.sha256, "cases": cases, "operations": figures}
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bundle", default="tiny")
     p.add_argument("--quick", action="store_true", help="a hundred single-thing prompts at 12 steps only")
     p.add_argument("--contact-sheet", type=Path, help="also writes 32 untuned prompts' pictures there")
+    p.add_argument("--operations", action="store_true", help="judges inpaint, outpaint, variations, edit, interpolate and regions instead")
+    p.add_argument("--cases", type=int, default=100, help="of every operation, 100 by default")
     p.add_argument("--threads", type=int, default=0)
     args = p.parse_args()
     prepare(args.threads)
     device = pick_device()
     pipeline = Pipeline.load(find_bundle(args.bundle), device, pick_dtype("auto", device))
     began = time.monotonic()
+    if args.operations:
+        print(json.dumps(judge_operations(pipeline, args.cases) | {"seconds": round(time.monotonic() - began, 1)}))
+        return
     recipe = pipeline.config.recipe
     if args.contact_sheet:
         contact_sheet(pipeline, args.contact_sheet)

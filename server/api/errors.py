@@ -41,9 +41,13 @@ class ApiError(Exception):
         self.param = param
         self.headers = headers
 
+    @property
+    def body(self) -> dict[str, str | None]:
+        """What stands under `error`."""
+        return {"message": self.message, "type": self._type, "param": self.param, "code": self.code}
+
     def response(self) -> Response:
-        error = {"message": self.message, "type": self._type, "param": self.param, "code": self.code}
-        return JSONResponse({"error": error}, self.status, self.headers)
+        return JSONResponse({"error": self.body}, self.status, self.headers)
 
     @property
     def _type(self) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from server.api.schemas import Format
 from server.engine.protocol import Image
+
+Animation = Literal["gif", "webp"]
+T = TypeVar("T")
 
 MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
     "application/json": "json",
@@ -20,6 +24,7 @@ MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
     "image/*": "png",
     "*/*": "png",
 }
+FRAME_MS = 80
 
 
 def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any]) -> bytes:
@@ -40,15 +45,36 @@ def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any
     return file.getvalue()
 
 
+def animate(images: Sequence[Image], format: Animation, quality: int) -> bytes:
+    """The pictures one after the other, for ever, as one file."""
+    first, *others = (PIL.Image.frombytes("RGB", (image.width, image.height), image.pixels) for image in images)
+    file = io.BytesIO()
+    together: dict[str, Any] = {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0}
+    if format == "gif":
+        first.save(file, "GIF", **together)
+    else:
+        first.save(file, "WEBP", quality=quality, method=2, **together)
+    return file.getvalue()
+
+
 def accepted_format(accept: str) -> Format | Literal["json"]:
     """The first of an `Accept` header's most wanted types that is known; JSON if it names none of the image types."""
+    return _most_wanted(accept, MEDIA_TYPES) or "json"
+
+
+def accepted_animation(accept: str) -> Format | Literal["gif", "json"]:
+    """As `accepted_format`, where GIF is known too."""
+    return _most_wanted(accept, {**MEDIA_TYPES, "image/gif": "gif"}) or "json"
+
+
+def _most_wanted(accept: str, known: Mapping[str, T]) -> T | None:
     wanted = []
     for entry in accept.split(","):
         media_type, *options = (part.strip().lower() for part in entry.split(";"))
         quality = next((option[2:] for option in options if option.startswith("q=")), "1")
         wanted.append((-_number(quality), media_type))
     ranked = sorted((entry for entry in wanted if entry[0] < 0), key=lambda entry: entry[0])
-    return next((MEDIA_TYPES[name] for _, name in ranked if name in MEDIA_TYPES), "json")
+    return next((known[name] for _, name in ranked if name in known), None)
 
 
 def _number(text: str) -> float:

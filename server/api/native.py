@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import json
-import time
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.api.body import read_json
-from server.api.images import accepted_format, encode
-from server.api.jobs import parameters, plan
+from model.config import Operation
+from server.api import answers
+from server.api.body import FORM, JSON, read_body
+from server.api.errors import invalid
+from server.api.events import streamed
+from server.api.images import accepted_animation, accepted_format
+from server.api.jobs import Plan
+from server.api.picture_schemas import InterpolateRequest
+from server.api.planning import OPERATIONS, plan
 from server.api.requests import unless_cancelled
-from server.api.schemas import ErrorAnswer, Format, GenerateRequest, ImagesAnswer
-from server.api.state import AppState, request_id_of, state_of
-from server.engine.protocol import Finished, Job
+from server.api.schemas import ErrorAnswer, Format, ImagesAnswer, SamplingFields
+from server.api.state import state_of
 
 router = APIRouter(tags=["native"])
 
 ERRORS = {
-    400: "Malformed JSON",
+    400: "Malformed JSON or form",
     404: "Unknown weights",
-    413: "Body too large",
+    413: "Body or picture too large",
     415: "Wrong content type",
-    422: "A field out of bounds",
+    422: "A field out of bounds, or a picture that cannot be read",
     429: "Queue full, or timeout_s too short for what is queued; Retry-After says when to come back",
     500: "Failed; x-should-retry: false if repeating cannot help",
     503: "Starting, draining, or the worker was lost",
@@ -54,72 +56,75 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post(
-    "/generate",
-    summary="Text → image",
-    response_class=JSONResponse,
-    responses=RESPONSES,
-    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": GenerateRequest.model_json_schema()}}}},
-)
-async def generate(request: Request) -> Response:
+SUMMARIES: dict[Operation, str] = {
+    "generate": "Text → image",
+    "inpaint": "A part of a picture drawn anew",
+    "outpaint": "A picture continued beyond its edges",
+    "variations": "Other pictures that show the same",
+    "edit": "A picture drawn anew over its own structure",
+    "interpolate": "Pictures on the way between prompts or pictures",
+}
+
+
+def _endpoint(operation: Operation, schema: type[SamplingFields]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        state = state_of(request)
+        asked = await read_body(request, schema, state.settings.max_body_bytes)
+        planned = await plan(asked, operation, state)
+        if isinstance(asked, InterpolateRequest):
+            return await _animate(request, asked, planned)
+        return await _answer(request, asked, planned)
+
+    return endpoint
+
+
+async def _answer(request: Request, asked: SamplingFields, planned: Plan) -> Response:
     state = state_of(request)
-    asked = await read_json(request, GenerateRequest)
-    job = plan(asked, state)
-    finished = await unless_cancelled(request, state.engine.run(job))
+    finished = await unless_cancelled(request, state.engine.run(planned.job))
     wanted = asked.response_format or accepted_format(request.headers.get("accept", "*/*"))
-    if wanted == "json" or len(job.seeds) > 1:
-        return await _json_answer(request, job, finished, "png" if wanted == "json" else wanted, asked.quality)
-    return await _image_answer(state, job, finished, wanted, asked.quality)
+    if wanted == "json" or len(planned.job.seeds) > 1:
+        return await answers.listed(request, planned, finished, "png" if wanted == "json" else wanted, asked.quality)
+    return await answers.one_file(state, planned, finished, wanted, asked.quality)
 
 
-async def _image_answer(state: AppState, job: Job, finished: Finished, format: Format, quality: int) -> Response:
-    (content,), seconds = await _encode_all(state, job, finished, format, quality)
-    return Response(content, media_type=f"image/{format}", headers=_headers(job, finished, _stages(finished, seconds)))
+async def _animate(request: Request, asked: InterpolateRequest, planned: Plan) -> Response:
+    """An animation if the client wants GIF or WebP, otherwise the frames one by one or all at once."""
+    wanted = asked.response_format or accepted_animation(request.headers.get("accept", "*/*"))
+    format: Format | Literal["gif"] = "png" if wanted == "json" else wanted
+    if asked.stream:
+        if format == "gif":
+            raise invalid("response_format", "frames that are streamed are png, jpeg or webp", format)
+        return await streamed(request, partial(answers.one_by_one, request, planned, format, asked.quality))
+    finished = await unless_cancelled(request, state_of(request).engine.run(planned.job))
+    if format == "gif" or format == "webp":
+        return await answers.animation(state_of(request), planned, finished, format, asked.quality)
+    return await answers.listed(request, planned, finished, format, asked.quality)
 
 
-async def _json_answer(request: Request, job: Job, finished: Finished, format: Format, quality: int) -> Response:
-    contents, seconds = await _encode_all(state_of(request), job, finished, format, quality)
-    stages = _stages(finished, seconds)
+def _documented(schema: type[SamplingFields]) -> dict[str, Any]:
+    """The schema without references, which would point nowhere in the document it becomes a part of."""
+    whole = schema.model_json_schema()
+    parts = whole.pop("$defs", {})
 
-    def body() -> bytes:
-        entries = [
-            {"b64_json": base64.b64encode(content).decode(), "seed": seed, "width": job.width, "height": job.height, "format": format}
-            for content, seed in zip(contents, job.seeds, strict=True)
-        ]
-        answer = {
-            "id": request_id_of(request),
-            "created": int(time.time()),
-            "model": job.model,
-            "images": entries,
-            "parameters": {**parameters(job, finished.truncated, 0), "n": len(job.seeds)},
-            "timings": stages,
-        }
-        return json.dumps(answer).encode()
+    def inlined(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return inlined(parts[value["$ref"].rpartition("/")[2]])
+            return {name: inlined(inner) for name, inner in value.items()}
+        return [inlined(inner) for inner in value] if isinstance(value, list) else value
 
-    return Response(await asyncio.to_thread(body), media_type="application/json", headers=_headers(job, finished, stages))
+    return dict(inlined(whole))
 
 
-async def _encode_all(state: AppState, job: Job, finished: Finished, format: Format, quality: int) -> tuple[list[bytes], float]:
-    """The job's pictures as files, in the order of its seeds, and the seconds that took."""
-    began = time.perf_counter()
-    images = sorted(finished.images, key=lambda image: image.index)
-    contents = await asyncio.gather(
-        *(asyncio.to_thread(encode, image, format, quality, parameters(job, finished.truncated, image.index)) for image in images)
+for _operation, (_schema, _) in OPERATIONS.items():
+    _content = {media_type: {"schema": _documented(_schema)} for media_type in (JSON, FORM)}
+    router.add_api_route(
+        f"/{_operation}",
+        _endpoint(_operation, _schema),
+        methods=["POST"],
+        summary=SUMMARIES[_operation],
+        name=_operation,
+        response_class=JSONResponse,
+        responses=RESPONSES,
+        openapi_extra={"requestBody": {"required": True, "content": _content}},
     )
-    seconds = time.perf_counter() - began
-    state.metrics.image_encode_duration.observe(seconds)
-    state.metrics.images.labels("/generate").inc(len(images))
-    return contents, seconds
-
-
-def _stages(finished: Finished, image_seconds: float) -> dict[str, float]:
-    return {**asdict(finished.timings), "image": image_seconds}
-
-
-def _headers(job: Job, finished: Finished, stages: dict[str, float]) -> dict[str, str]:
-    """What every answer says beside its pictures; stages: seconds."""
-    timing = ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
-    headers = {"X-Seed": str(job.seeds[0]), "Server-Timing": timing}
-    if finished.truncated:
-        headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
-    return headers

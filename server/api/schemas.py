@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from model.config import RenoiseMode, Sampler
+from server.api.picture_fields import PictureFile
 from server.engine.protocol import Priority
 
 INT64 = 2**63
@@ -32,16 +33,24 @@ def _both_ends(value: object) -> object:
     return tuple(value) if isinstance(value, list) else (value, value)
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 Text = Annotated[str, Field(max_length=4000), AfterValidator(_without_nul)]
 Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.05, le=5, allow_inf_nan=False)]
 StepCount = Annotated[int, Field(ge=0, le=64)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+WordsText = Annotated[Text, Field(min_length=1), AfterValidator(_with_words)]
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class SamplingFields(BaseModel):
     """What every native endpoint takes. Absent fields follow the weights' own recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = STRICT
 
     negative_prompt: Annotated[Text, Field(description="Replaces the empty unconditional text")] = ""
     width: Annotated[int | None, Field(ge=1, description="Pixels, a multiple of the weights' size step; default: their native size")] = None
@@ -77,6 +86,37 @@ class SamplingFields(BaseModel):
     model: Annotated[str | None, Field(max_length=64, description="Which loaded weights; default: the first")] = None
 
 
+class RegionEntry(BaseModel):
+    """A prompt for a part of the picture."""
+
+    model_config = STRICT
+
+    prompt: WordsText
+    box: Annotated[
+        tuple[Share, Share, Share, Share] | None,
+        BeforeValidator(_as_tuple),
+        Field(description="[x0, y0, x1, y1] in shares of the picture, origin top left"),
+    ] = None
+    mask: Annotated[PictureFile | None, Field(description="Instead of a box: the region is what /inpaint would repaint")] = None
+    weight: Annotated[Share, Field(description="How much it counts there; the main prompt has the rest")] = 1.0
+    softness: Annotated[Share, Field(description="Its borders' ramp, in shares of half the picture's shorter side")] = 0.0
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.box is None) == (self.mask is None):
+            raise ValueError("needs a box or a mask, and not both")
+        if self.box and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
+            raise ValueError("a box is [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
+        return self
+
+
+Regions = Annotated[
+    tuple[RegionEntry, ...],
+    BeforeValidator(_as_tuple),
+    Field(max_length=8, description="Other prompts for parts of the picture; each costs one more branch"),
+]
+
+
 class GenerateRequest(SamplingFields):
     """Text → image."""
 
@@ -89,7 +129,8 @@ class GenerateRequest(SamplingFields):
         }
     )
 
-    prompt: Annotated[Text, Field(min_length=1), AfterValidator(_with_words)]
+    prompt: WordsText
+    regions: Regions = ()
 
 
 class ImageEntry(BaseModel):

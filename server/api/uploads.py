@@ -124,24 +124,17 @@ def repaint_mask(picture: Picture, mode: MaskMode | None, size: tuple[int, int],
 
 
 class Decoder:
-    """Decodes in threads of its own, at most `threads` pictures at once, however many requests wait."""
+    """Threads for what is done with pictures: those of at most `threads` requests at once, however many wait."""
 
     def __init__(self, limits: PictureLimits = PictureLimits(), threads: int = 2) -> None:
         self.limits = limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    async def picture(self, content: bytes, param: str = "image") -> Picture:
-        """Raises what `decode` does."""
-        return await self._run(lambda: decode(content, self.limits, param))
-
-    async def mask(self, content: bytes, mode: MaskMode | None, size: tuple[int, int], param: str = "mask") -> Mask:
-        """Raises what `decode` and `repaint_mask` do."""
-        return await self._run(lambda: repaint_mask(decode(content, self.limits, param), mode, size, param))
-
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, work: Callable[[], Result]) -> Result:
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Does this in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 

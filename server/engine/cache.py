@@ -11,7 +11,7 @@ from server.engine.protocol import Count
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-What = Literal["text", "prior"]
+What = Literal["text", "prior", "picture"]
 
 
 class Cache:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from server.engine.costs import Costs, Pace
 from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, EngineError, JobFailed, QueueFull, Starting, WorkerLost
-from server.engine.pending import OnPreview, Pending
+from server.engine.pending import OnDrawn, OnPreview, Pending
 from server.engine.process import WorkerMain, run_worker
-from server.engine.protocol import Beat, Failed, Finished, Job, Preview
+from server.engine.protocol import Beat, Drawn, Failed, Finished, Job, Preview
 from server.engine.supervisor import Supervisor, WorkerStatus
 from server.metrics import Metrics
 from server.settings import Settings
@@ -73,15 +74,24 @@ class EngineClient:
             return replace(status, reason=f"{status.reason}; requests waiting: {waiting}")
         return status
 
-    async def run(self, job: Job, on_preview: OnPreview | None = None) -> Finished:
+    async def run(
+        self,
+        job: Job,
+        on_preview: OnPreview | None = None,
+        on_drawn: OnDrawn | None = None,
+        on_admitted: Callable[[], object] = lambda: None,
+    ) -> Finished:
         """Answers with the job's pictures; `timings.queue` counts from this call on. Cancelling the awaiting task cancels the job.
 
         job.id must be unique among the unfinished. on_preview: called on the event loop with those of `job.previews` that are made in time,
-        each image's in order and none twice. Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded
-        or JobFailed.
+        each image's in order and none twice. on_drawn: called there with each image of a job that is `early`, in any order and none twice.
+        on_admitted: called before this waits for the first time, unless the job is refused.
+        Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded or JobFailed.
         """
-        entry = self._admit(job, on_preview)
+        entry = self._admit(job)
+        entry.on_preview, entry.on_drawn = on_preview, on_drawn
         try:
+            on_admitted()
             self._dispatch(entry)
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 answer = await entry.answer
@@ -98,7 +108,7 @@ class EngineClient:
 
     # ── in ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _admit(self, job: Job, on_preview: OnPreview | None) -> Pending:
+    def _admit(self, job: Job) -> Pending:
         now = time.monotonic()
         if self._draining:
             raise Draining("the server is stopping")
@@ -109,7 +119,7 @@ class EngineClient:
         if unfinished and unfinished + len(job.seeds) > self._settings.queue_rows:
             raise QueueFull(unfinished * self._pace.seconds_per_row)
         self._check_deadline(job, now)
-        entry = Pending(job, on_preview, now, asyncio.get_running_loop().create_future())
+        entry = Pending(job, now, asyncio.get_running_loop().create_future())
         self._pending[job.id] = entry
         return entry
 
@@ -145,7 +155,7 @@ class EngineClient:
             if entry.worker is None and not entry.answer.done():
                 entry.be_sent(worker)
 
-    def worker_said(self, worker: Supervisor, message: Preview | Finished | Failed | Beat) -> None:
+    def worker_said(self, worker: Supervisor, message: Preview | Drawn | Finished | Failed | Beat) -> None:
         match message:
             case Beat():
                 self._metrics.record_beat(message, self._settings.max_batch_rows)
@@ -158,6 +168,9 @@ class EngineClient:
             case Preview(id):
                 if entry := self._pending.get(id):
                     entry.show(message)
+            case Drawn(id):
+                if entry := self._pending.get(id):
+                    entry.hand_out(message)
             case Finished(id):
                 if (entry := self._pending.get(id)) and entry.sent_at is not None:
                     self._pace.record(entry.rows, entry.sent_at)

@@ -1,23 +1,25 @@
-"""What rows read of their prompts: texts encoded, image embeddings drawn by the prior, keys and values; remembered by `Cache`.
+"""What rows read of their prompts and pictures: encoded, drawn by the prior, as keys and values; remembered by `Cache`.
 
 New arrivals share batches. The same arithmetic may round differently at another batch size, so what a deterministic job needs is computed
-for one text or one image at a time, and remembered apart from what was computed together.
+for one text, one image or one picture at a time, and remembered apart from what was computed together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from model.operations import AnyCondition
-from model.pipeline import Pipeline, Prompt
+from model.pipeline import Pipeline
 from model.sampling import Noise
+from model.text import Prompt
 from server.engine.cache import Cache
 from server.engine.grouping import grouped
-from server.engine.protocol import Job
+from server.engine.protocol import Edit, Job, Raster, Repaint
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -42,6 +44,23 @@ class Guess(NamedTuple):
     height: int
 
 
+class Sketch(NamedTuple):
+    """An image embedding that the prior draws, wanted as such."""
+
+    guess: Guess
+
+
+class Sight(NamedTuple):
+    """What a picture is encoded to, by which weights: its tokens, or CLIP's embedding of it. together: its batch may have held others."""
+
+    model: str
+    kind: Literal["tokens", "embedding"]
+    digest: str
+    width: int
+    height: int
+    together: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """unconditional: for negative prompts."""
@@ -56,17 +75,24 @@ class Conditions:
     def __init__(self, pipelines: Mapping[str, Pipeline], cache: Cache) -> None:
         self._pipelines, self._cache = pipelines, cache
 
-    def encode(self, jobs: Sequence[Job]) -> tuple[list[Prompt], list[AnyCondition | None]]:
-        """Each job's encoded prompt, and its unconditional branch if it is guided."""
-        texts, negatives = [text(job) for job in jobs], [negative(job) for job in jobs]
-        wanted = [*texts, *(each for each in negatives if each)]
-        encoded = dict(zip(wanted, self._cache.fetch("text", wanted, self._encode), strict=True))
-        return [encoded[each].prompt for each in texts], [encoded[each].unconditional if each else None for each in negatives]
+    def encode(self, texts: Sequence[Text]) -> dict[Text, Encoded]:
+        """Each text encoded, with its unconditional branch if it is a negative one."""
+        return dict(zip(texts, self._cache.fetch("text", texts, self._encode), strict=True))
+
+    def look(self, pictures: Mapping[Sight, Raster]) -> dict[Sight, Tensor]:
+        """Each picture as it was to be encoded: tokens [H, W], or a CLIP embedding [1, D']."""
+        sights = list(pictures)
+        return dict(zip(sights, self._cache.fetch("picture", sights, lambda missing: self._look(missing, pictures)), strict=True))
 
     def guess(self, guesses: Sequence[Guess], prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[AnyCondition]:
         """The conditional branch of each image: its prompt, and the picture that the prior draws for it from its noise."""
         given = dict(zip(guesses, zip(prompts, noises, strict=True), strict=True))
         return self._cache.fetch("prior", guesses, lambda missing: self._guess(missing, given))
+
+    def sketch(self, guesses: Sequence[Guess], prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """The pictures that the prior draws as embeddings [1, D'], which are to be mixed before a branch is made of them."""
+        given = dict(zip(guesses, zip(prompts, noises, strict=True), strict=True))
+        return self._cache.fetch("prior", [Sketch(g) for g in guesses], lambda missing: self._sketch([s.guess for s in missing], given))
 
     def _encode(self, texts: list[Text]) -> list[Encoded]:
         def batch_of(each: Text) -> Hashable:
@@ -83,26 +109,64 @@ class Conditions:
 
         return _in_batches(texts, batch_of, encode)
 
-    def _guess(self, guesses: list[Guess], given: Mapping[Guess, tuple[Prompt, Noise]]) -> list[AnyCondition]:
+    def _look(self, sights: list[Sight], pictures: Mapping[Sight, Raster]) -> list[Tensor]:
+        def batch_of(each: Sight) -> Hashable:
+            # CLIP scales every picture to one size; the VQGAN takes it as it is.
+            size = (each.width, each.height) if each.kind == "tokens" else None
+            return (each.model, each.kind, size) if each.together else each
+
+        def look(batch: list[Sight]) -> list[Tensor]:
+            pipeline, pixels = self._pipelines[batch[0].model], [as_tensor(pictures[each]) for each in batch]
+            if batch[0].kind == "embedding":
+                return [embedding.clone() for embedding in pipeline.picture_embeddings(pixels)]
+            return [tokens.clone() for tokens in pipeline.codes(torch.stack(pixels))]
+
+        return _in_batches(sights, batch_of, look)
+
+    def _sketch(self, guesses: list[Guess], given: Mapping[Guess, tuple[Prompt, Noise]]) -> list[Tensor]:
         def batch_of(each: Guess) -> Hashable:
             return each.text.model if each.text.together else each
 
-        def guess(batch: list[Guess]) -> list[AnyCondition]:
-            pipeline = self._pipelines[batch[0].text.model]
+        def sketch(batch: list[Guess]) -> list[Tensor]:
             prompts, noises = zip(*(given[each] for each in batch), strict=True)
-            images = pipeline.image_embeddings(prompts, noises)
-            return [pipeline.condition(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+            return [image.clone() for image in self._pipelines[batch[0].text.model].image_embeddings(prompts, noises)]
 
-        return _in_batches(guesses, batch_of, guess)
+        return _in_batches(guesses, batch_of, sketch)
+
+    def _guess(self, guesses: list[Guess], given: Mapping[Guess, tuple[Prompt, Noise]]) -> list[AnyCondition]:
+        images = self._sketch(guesses, given)
+        return [self._pipelines[g.text.model].condition(given[g][0], image) for g, image in zip(guesses, images, strict=True)]
 
 
-def text(job: Job) -> Text:
-    return Text(job.model, job.prompt, together=not job.sampling.deterministic, negative=False)
+def text(job: Job, prompt: str | None = None) -> Text:
+    """prompt: by default the job's own."""
+    return Text(job.model, job.prompt if prompt is None else prompt, together=not job.sampling.deterministic, negative=False)
 
 
 def negative(job: Job) -> Text | None:
     """None without guidance."""
-    return text(job)._replace(prompt=job.negative_prompt, negative=True) if job.sampling.guided else None
+    return text(job, job.negative_prompt)._replace(negative=True) if job.sampling.guided else None
+
+
+def sight(job: Job, kind: Literal["tokens", "embedding"], picture: Raster) -> Sight:
+    return Sight(job.model, kind, picture.digest, picture.width, picture.height, together=not job.sampling.deterministic)
+
+
+def pictures_of(job: Job) -> dict[Sight, Raster]:
+    """Everything of a job that is to be looked at."""
+    seen = [reference.picture for reference in job.references] + [frame.picture for frame in job.keyframes if frame.picture]
+    sights = {sight(job, "embedding", picture): picture for picture in seen}
+    match job.canvas:
+        case Repaint(picture=picture) | Edit(picture=picture):
+            sights[sight(job, "tokens", picture)] = picture
+    return sights
+
+
+def as_tensor(raster: Raster) -> Tensor:
+    """uint8 [height, width, 3], or [height, width] where there is one byte a pixel."""
+    flat = torch.frombuffer(bytearray(raster.content), dtype=torch.uint8)
+    channels = flat.numel() // (raster.width * raster.height)
+    return flat.view(raster.height, raster.width, *[channels] * (channels > 1))
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

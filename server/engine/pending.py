@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from server.engine.errors import EngineError
-from server.engine.protocol import Finished, Job, Preview
+from server.engine.protocol import Drawn, Finished, Job, Preview
 from server.engine.supervisor import Supervisor
 
 OnPreview = Callable[[Preview], object]
+OnDrawn = Callable[[Drawn], object]
 
 
 @dataclass(slots=True)
@@ -19,15 +20,17 @@ class Pending:
     """worker, sent_at: who was given it when, None while it waits. patience: ends a wait for a worker."""
 
     job: Job
-    on_preview: OnPreview | None
     arrived_at: float
     answer: asyncio.Future[Finished | EngineError]
+    on_preview: OnPreview | None = None
+    on_drawn: OnDrawn | None = None
     worker: Supervisor | None = None
     sent_at: float | None = None
     patience: asyncio.TimerHandle | None = None
     lone_deaths: int = 0
     # The number of each image's latest preview: a worker that begins again begins with the first.
     _previewed: dict[int, int] = field(default_factory=dict)
+    _handed_out: set[int] = field(default_factory=set)
 
     @property
     def rows(self) -> int:
@@ -50,6 +53,12 @@ class Pending:
         if self.on_preview and not self.answer.done() and preview.number > self._previewed.get(preview.image.index, -1):
             self._previewed[preview.image.index] = preview.number
             self.on_preview(preview)
+
+    def hand_out(self, drawn: Drawn) -> None:
+        """Hands on an image unless it was handed on before: a worker that begins again sends all of them."""
+        if self.on_drawn and not self.answer.done() and drawn.image.index not in self._handed_out:
+            self._handed_out.add(drawn.image.index)
+            self.on_drawn(drawn)
 
     def be_sent(self, worker: Supervisor) -> None:
         self.be_patient(None)

@@ -13,6 +13,7 @@ from typing import Any, Literal, SupportsIndex
 from model.config import SamplingConfig
 
 Priority = Literal["interactive", "batch"]
+Mode = Literal["lerp", "slerp"]
 FailureCode = Literal["deadline", "internal", "out_of_memory"]
 
 # What a worker counts, by the name of the figure and the value of its label, "" where it has none.
@@ -22,15 +23,80 @@ Count = tuple[
 ]
 
 
+def _left_out(content: bytes | memoryview, protocol: SupportsIndex) -> PickleBuffer | bytes:
+    """From protocol 5 on a pickle may leave buffers out, for `wire.py` to send as they are."""
+    return PickleBuffer(content) if protocol.__index__() >= 5 else bytes(content)
+
+
 # ── API → worker ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
+class Raster:
+    """A client's picture (height × width × 3 bytes, RGB), mask (height × width, not 0: repaint) or weight (height × width, 255 is all).
+
+    digest: names size and content, for what is remembered of them.
+    """
+
+    width: int
+    height: int
+    content: bytes | memoryview
+    digest: str
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return Raster, (self.width, self.height, _left_out(self.content, protocol), self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Repaint:
+    """Inpainting and outpainting: new tokens where the mask touches them, the picture's elsewhere. Both are as large as the job."""
+
+    picture: Raster
+    mask: Raster
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Begin with the picture, `strength` of it turned to noise. It is as large as the job."""
+
+    picture: Raster
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A picture of any size that says, weighed against others, what is to be seen."""
+
+    picture: Raster
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Keyframe:
+    """What a picture of an interpolation shows: the prompt, or the picture (of any size) with the prompt beside it."""
+
+    prompt: str
+    picture: Raster | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A prompt for a part of the picture. weight: as large as the job."""
+
+    prompt: str
+    weight: Raster
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """One request: as many rows as seeds, all of one size and one condition.
+    """One request: as many rows as seeds, all of one size.
 
     width, height: pixels, multiples of the bundle's size step. alone: its rows share no step with another job's, because it may have
-    killed a worker. previews: how many of each image, at most, are sent before it is done.
+    killed a worker. previews: how many of each image, at most, are sent before it is done. early: each image is sent as soon as it is
+    done, and all of them again with the answer.
+
+    canvas: what its rows begin from, nothing but noise if absent. references: their mixed CLIP embedding stands in for the prior's.
+    keyframes: if any, the rows are frames, evenly spaced from the first to the last; mode: on which path between two of them.
     """
 
     id: str
@@ -45,6 +111,22 @@ class Job:
     priority: Priority = "interactive"
     alone: bool = False
     previews: int = 0
+    early: bool = False
+    canvas: Repaint | Edit | None = None
+    references: tuple[Reference, ...] = ()
+    keyframes: tuple[Keyframe, ...] = ()
+    mode: Mode = "slerp"
+    regions: tuple[Region, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Every text that a conditional branch reads."""
+        own = tuple(keyframe.prompt for keyframe in self.keyframes) or (self.prompt,)
+        return own + tuple(region.prompt for region in self.regions)
+
+    def position(self, index: int) -> float:
+        """Where among the keyframes a frame lies: 1.5 is half way between the second and the third."""
+        return index * (len(self.keyframes) - 1) / max(1, len(self.seeds) - 1)
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
@@ -97,9 +179,7 @@ class Image:
     pixels: bytes | memoryview
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        # From protocol 5 on a pickle may leave buffers out, for `wire.py` to send as they are.
-        pixels = PickleBuffer(self.pixels) if protocol.__index__() >= 5 else bytes(self.pixels)
-        return Image, (self.index, self.width, self.height, pixels)
+        return Image, (self.index, self.width, self.height, _left_out(self.pixels, protocol))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +190,15 @@ class Preview:
     number: int
     step: int
     image: Image
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One image of a job that wants them early. truncated: as `Finished` has it."""
+
+    id: str
+    image: Image
+    truncated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +256,4 @@ class Beat:
 
 
 ToWorker = Job | Cancel | Stop
-FromWorker = Ready | Preview | Finished | Failed | Dropped | Running | Beat
+FromWorker = Ready | Preview | Drawn | Finished | Failed | Dropped | Running | Beat

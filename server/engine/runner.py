@@ -19,12 +19,12 @@ from model.config import find_bundle
 from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
 from model.runtime import pick_device, pick_dtype
-from model.sampling import Noise
 from server.engine.cache import Cache
-from server.engine.conditions import Conditions, Guess, size, tensors_in, text
+from server.engine.conditions import Conditions, size, tensors_in
 from server.engine.graphs import CUDARecorder, Graphs, Recorder, buckets
 from server.engine.protocol import Count, Image, Job
 from server.engine.scheduler import RowId
+from server.engine.starting import Starter, Wanted
 from server.engine.streams import Mark, Streams
 from server.settings import Settings
 
@@ -78,30 +78,19 @@ class Runner:
         self._settings, self._streams = settings, Streams(device)
         self.counters: Counter[Count] = Counter()
         self.cache = Cache(settings.prompt_cache_bytes, size, self.counters)
-        self._conditions = Conditions(self._pipelines, self.cache)
+        self._starter = Starter(self._pipelines, Conditions(self._pipelines, self.cache))
         self._rows: dict[RowId, Row] = {}
         self._starting: dict[RowId, Mark] = {}
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
         """Makes rows of these images of these jobs; returns, for each job, the encoders that cut its prompt."""
-        images = [(place, job, i) for place, (job, indices) in enumerate(parts) for i in indices]
+        images = [Wanted(job, i) for job, indices in parts for i in indices]
         with self._streams.beside():
-            with watch("encode"):
-                prompts, unconditionals = self._conditions.encode([job for job, _ in parts])
-            with watch("prior"):
-                noises = [self._noise(job, i) for _, job, i in images]
-                guesses = [Guess(text(job), job.seeds[i], job.width, job.height) for _, job, i in images]
-                conditions = self._conditions.guess(guesses, [prompts[place] for place, _, _ in images], noises)
-            rows = {
-                RowId(job.id, i): self._pipelines[job.model].start(noise, job.sampling, condition, unconditionals[place])
-                for (place, job, i), noise, condition in zip(images, noises, conditions, strict=True)
-            }
+            made, truncated = self._starter.start(images, watch)
+            rows = {RowId(image.job.id, image.number): row for image, row in zip(images, made, strict=True)}
             self._starting.update(dict.fromkeys(rows, self._streams.mark()))
         self._rows.update(rows)
-        return [prompt.truncated for prompt in prompts]
-
-    def _noise(self, job: Job, i: int) -> Noise:
-        return self._pipelines[job.model].noise(job.seeds[i], job.width, job.height, job.sampling.steps, job.sampling.renoise_mode)
+        return [truncated[job.id] for job, _ in parts]
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
         """Those that can be stepped without a wait; if there are none, all, after a wait."""

@@ -180,6 +180,6 @@ class Scheduler:
 
 
 def _length(job: Job) -> int:
-    texts = (job.prompt, job.negative_prompt) if job.sampling.guided else (job.prompt,)
+    texts = (*job.prompts, job.negative_prompt) if job.sampling.guided else job.prompts
     longest = max(len(text.encode("utf-8", "replace")) for text in texts) + 1
     return next((length for length in LENGTHS if longest <= length), LENGTHS[-1])

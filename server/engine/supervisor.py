@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.process import EXIT_GRACE_S, WorkerMain, WorkerProcess
-from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Preview, Ready, Running
+from server.engine.protocol import Beat, Cancel, Drawn, Dropped, Failed, Finished, FromWorker, Job, Preview, Ready, Running
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -34,7 +34,7 @@ class Listener(Protocol):
 
     def worker_ready(self, worker: Supervisor) -> None: ...
 
-    def worker_said(self, worker: Supervisor, message: Preview | Finished | Failed | Beat) -> None: ...
+    def worker_said(self, worker: Supervisor, message: Preview | Drawn | Finished | Failed | Beat) -> None: ...
 
     def worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
         """unfinished: jobs it had; suspects: those of them that had rows in the stage it died in."""
@@ -111,7 +111,7 @@ class Supervisor:
                     self._metrics.cancel_duration.observe(time.monotonic() - cancelled_at)
             case Running(jobs):
                 self._stepping = jobs
-            case Preview():
+            case Preview() | Drawn():
                 self._listener.worker_said(self, message)
             case Beat():
                 self.last_beat = message

@@ -21,6 +21,7 @@ from server.engine.protocol import (
     Beat,
     Cancel,
     Count,
+    Drawn,
     Dropped,
     Failed,
     FailureCode,
@@ -108,7 +109,10 @@ class Worker:
     def _start(self, rows: list[RowId]) -> None:
         """All in one batch, but for jobs that may have killed a worker."""
         for batch in grouped(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
-            self._attempt(batch, self._encode)
+            for row in self._attempt(batch, self._encode):
+                # An edit that takes no step is done as it begins.
+                if self.runner.steps_done(row) == self.scheduler.job(row.job).sampling.steps:
+                    self._finish(row)
 
     def _encode(self, rows: list[RowId]) -> list[RowId]:
         parts = [(self.scheduler.job(part[0].job), [row.index for row in part]) for part in by_job(rows)]
@@ -121,12 +125,15 @@ class Worker:
 
     def _step(self, rows: list[RowId]) -> None:
         for row in self._attempt(self.runner.started(rows), self._advance) if rows else []:
-            job, pool, steps = self.scheduler.job(row.job), self.scheduler.pool(row), self.runner.steps_done(row)
+            job, steps = self.scheduler.job(row.job), self.runner.steps_done(row)
             if steps == job.sampling.steps:
-                self.scheduler.finish(row)
-                self.decoder.add(row, Due(pool))
+                self._finish(row)
             elif steps in job.preview_steps:
-                self.decoder.add(row, Due(pool, job.preview_steps.index(steps)))
+                self.decoder.add(row, Due(self.scheduler.pool(row), job.preview_steps.index(steps)))
+
+    def _finish(self, row: RowId) -> None:
+        self.scheduler.finish(row)
+        self.decoder.add(row, Due(self.scheduler.pool(row)))
 
     def _advance(self, rows: list[RowId]) -> list[RowId]:
         job, began = self.scheduler.job(rows[0].job), time.perf_counter()
@@ -140,7 +147,10 @@ class Worker:
         decoded = [each for each in self.decoder.turn(idle=not self.scheduler.rows_running) if each.row.job in self._progress]
         for each in decoded:
             if each.preview is None:
-                self._progress[each.row.job].images.append(each.image)
+                progress = self._progress[each.row.job]
+                progress.images.append(each.image)
+                if self.scheduler.job(each.row.job).early:
+                    send(self.connection, Drawn(each.row.job, each.image, progress.truncated))
             else:
                 send(self.connection, Preview(each.row.job, each.preview, each.step, each.image))
         batches = dict.fromkeys((each.row.job, each.seconds) for each in decoded if each.preview is None)

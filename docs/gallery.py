@@ -1,0 +1,138 @@
+"""Draws docs/gallery.md: every operation's curl line, really run against a server with the embedded weights, and what came of it.
+
+python docs/gallery.py        # needs curl; writes docs/gallery.md and docs/gallery/
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from load_tests.serving import serving
+
+DOCS = Path(__file__).parent
+FOLDER = DOCS / "gallery"
+HOST = "localhost:8000"  # as the page shows it
+
+HEAD = """# Gallery
+
+What the embedded weights make of each operation ([operations.md](operations.md)), drawn by `python docs/gallery.py`: these very lines, run
+against `paellera serve`, one after the other, in one folder. Fixed seeds, none of them chosen for its result.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """fields: of the form; `@name` is a file. shown: the files that go in, by what they are. output: the file that comes out."""
+
+    title: str
+    words: str
+    endpoint: str
+    fields: dict[str, str]
+    output: str
+    shown: tuple[tuple[str, str], ...] = ()
+
+    def command(self, host: str) -> list[str]:
+        form = [word for name, value in {**self.fields, "seed": "7"}.items() for word in ("-F", f"{name}={value}")]
+        return ["curl", "-sSf", *form, f"{host}/{self.endpoint}", "-o", self.output]
+
+
+ENTRIES = (
+    Entry("generate", "A prompt.", "generate", {"prompt": "a big red star on a blue background"}, "star.png"),
+    Entry(
+        "inpaint",
+        "White is drawn anew; the rest comes back bit for bit.",
+        "inpaint",
+        {"image": "@star.png", "mask": "@mask.png", "prompt": "a big yellow heart on a blue background"},
+        "inpainted.png",
+        (("image", "star.png"), ("mask", "mask.png")),
+    ),
+    Entry(
+        "outpaint",
+        "The canvas grows on three sides in one pass; no prompt.",
+        "outpaint",
+        {"image": "@star.png", "left": "64", "right": "64", "down": "32"},
+        "outpainted.png",
+        (("image", "star.png"),),
+    ),
+    Entry(
+        "variations",
+        "Another picture that CLIP sees the same in.",
+        "variations",
+        {"image": "@star.png"},
+        "variation.png",
+        (("image", "star.png"),),
+    ),
+    Entry(
+        "variations of two pictures",
+        "Their embeddings, mixed.",
+        "variations",
+        {"image": "@star.png", "image[]": "@inpainted.png", "weights": "[0.5, 0.5]"},
+        "mixed.png",
+        (("image", "star.png"), ("image", "inpainted.png")),
+    ),
+    Entry(
+        "edit",
+        "Six tenths of the tokens become noise, and the new prompt makes something of it.",
+        "edit",
+        {"image": "@star.png", "prompt": "a big green star on a blue background", "strength": "0.6"},
+        "edited.png",
+        (("image", "star.png"),),
+    ),
+    Entry(
+        "regions",
+        "Two prompts, each for its half; the borders fade into each other.",
+        "generate",
+        {
+            "prompt": "a plain white background",
+            "regions": '[{"prompt": "a small red heart on the left, white background", "box": [0, 0, 0.5, 1], "softness": 0.2},'
+            ' {"prompt": "a small blue circle on the right, white background", "box": [0.5, 0, 1, 1], "softness": 0.2}]',
+        },
+        "regions.png",
+    ),
+    Entry(
+        "interpolate",
+        "Sixteen frames on the way from one prompt to another, from the same noise.",
+        "interpolate",
+        {
+            "keyframes": '[{"prompt": "a big red star on a blue background"}, {"prompt": "a big yellow circle on a purple background"}]',
+            "frames": "16",
+            "response_format": "gif",
+        },
+        "between.gif",
+    ),
+)
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    pages = [HEAD]
+    with serving({"PAELLERA_WEIGHTS": "tiny", "PAELLERA_TIMEOUT_S": "600"}) as server:
+        for entry in ENTRIES:
+            subprocess.run(entry.command(server.url), cwd=FOLDER, check=True)
+            if entry.output == "star.png":
+                _draw_mask(FOLDER / "mask.png", Image.open(FOLDER / "star.png").size)
+            pages.append(_page(entry))
+    (DOCS / "gallery.md").write_text("\n".join(pages))
+
+
+def _draw_mask(path: Path, size: tuple[int, int]) -> None:
+    """White in the middle, where the star is."""
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle((size[0] // 8, size[1] // 8, size[0] * 7 // 8, size[1] * 7 // 8), fill=255)
+    mask.save(path)
+
+
+def _page(entry: Entry) -> str:
+    pictures = (*entry.shown, ("result", entry.output))
+    rows = [(name for name, _ in pictures), ("---" for _ in pictures), (f"![{name}](gallery/{file})" for name, file in pictures)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## {entry.title}\n\n{entry.words}\n\n```console\n$ {shlex.join(entry.command(HOST))}\n```\n\n{table}\n"
+
+
+if __name__ == "__main__":
+    main()

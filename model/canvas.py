@@ -1,0 +1,134 @@
+"""Pictures laid out for the networks and put together again: padding, larger canvases, seams. Pure functions on arrays.
+
+[H, W, 3] is uint8 RGB, [H, W] a bool mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Array = TypeVar("Array", Pixels, Mask)
+
+# Pixels; one token of the embedded weights, two of the published ones.
+FEATHER = 8
+
+AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+
+
+def pad_to_multiple(array: Array, step: int, least: int = 0) -> Array:
+    """[H, W, …] → the next multiples of `step` pixels, and no less than `least`; mirrored at the right and the lower edge."""
+    height, width = array.shape[:2]
+    return extend(array, right=max(-width % step, least - width), down=max(-height % step, least - height))
+
+
+def crop(array: Array, width: int, height: int) -> Array:
+    """The upper left part: undoes `pad_to_multiple`. Raises ValueError if the array is smaller."""
+    if array.shape[0] < height or array.shape[1] < width:
+        raise ValueError(f"cannot crop {array.shape[1]}x{array.shape[0]} to {width}x{height}")
+    return array[:height, :width]
+
+
+def extend(array: Array, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0) -> Array:
+    """[H, W, …] → [up + H + down, left + W + right, …], the new pixels mirrored, so that an encoder sees no edge there."""
+    margins = [(up, down), (left, right)] + [(0, 0)] * (array.ndim - 2)
+    return np.pad(array, margins, mode="reflect")
+
+
+def outpaint_canvas(rgb: Pixels, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0) -> tuple[Pixels, Mask]:
+    """The picture on a canvas larger by so many pixels, and the keep-mask: true where the picture lies."""
+    kept = np.zeros((up + rgb.shape[0] + down, left + rgb.shape[1] + right), dtype=np.bool_)
+    kept[up : up + rgb.shape[0], left : left + rgb.shape[1]] = True
+    return extend(rgb, left=left, right=right, up=up, down=down), kept
+
+
+def fill(rgb: Pixels, unknown: Mask) -> Pixels:
+    """The picture with what is unknown drawn from what is around it, ever more blurred inwards; a wholly unknown one as it is.
+
+    An encoder's tokens know their neighbourhood: what is about to be repainted would shine through in those that are kept.
+    """
+    if not unknown.any() or unknown.all():
+        return rgb
+    return np.where(unknown[..., None], np.rint(_pull(rgb.astype(np.float32), ~unknown)).astype(np.uint8), rgb)
+
+
+def _pull(colours: NDArray[np.float32], known: Mask) -> NDArray[np.float32]:
+    """[H, W, 3] with every unknown pixel taken from the same picture at half its size, and so on until something is known there."""
+    if known.all():
+        return colours
+    height, width = known.shape
+    margins = [(0, height % 2), (0, width % 2)]
+    count = np.pad(known, margins).astype(np.float32).reshape(-(-height // 2), 2, -(-width // 2), 2).sum((1, 3))
+    weighted = np.pad(np.where(known[..., None], colours, 0), [*margins, (0, 0)])
+    sums = weighted.reshape(*weighted[::2].shape[:1], 2, -1, 2, 3).sum((1, 3))
+    half = _pull(sums / np.maximum(count, 1)[..., None], count > 0)
+    planes = [PIL.Image.fromarray(plane).resize((width, height), PIL.Image.Resampling.BILINEAR) for plane in np.moveaxis(half, -1, 0)]
+    return np.where(known[..., None], colours, np.stack([np.asarray(plane) for plane in planes], axis=-1))
+
+
+def soften(weight: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
+    """[H, W] with every border inside the picture made a ramp of about so many pixels; what touches the picture's edge stays full there."""
+    radius = pixels // 4
+    for axis in (0, 1, 0, 1) if radius else ():
+        weight = _box_mean(weight, radius, axis)
+    return weight
+
+
+def _box_mean(array: NDArray[np.float32], radius: int, axis: int) -> NDArray[np.float32]:
+    """[H, W] → the means of 2 · radius + 1 neighbours along an axis, the outermost repeated beyond the edges."""
+    margins = [(0, 0), (0, 0)]
+    margins[axis] = (radius + 1, radius)
+    sums = np.pad(array, margins, mode="edge").cumsum(axis=axis, dtype=np.float64)
+    size, length = 2 * radius + 1, array.shape[axis]
+    ends, starts = (np.take(sums, range(first, first + length), axis=axis) for first in (size, 0))
+    return ((ends - starts) / size).astype(np.float32)
+
+
+def box_mask(box: tuple[float, float, float, float], width: int, height: int) -> Mask:
+    """[H, W], true where the box [x0, y0, x1, y1] (shares of the picture) lies; never empty."""
+    mask = np.zeros((height, width), dtype=np.bool_)
+    x0, y0 = (min(round(share * side), side - 1) for share, side in ((box[0], width), (box[1], height)))
+    x1, y1 = max(round(box[2] * width), x0 + 1), max(round(box[3] * height), y0 + 1)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def region_weight(where: Mask, weight: float, softness: float) -> Pixels:
+    """uint8 [H, W]: what a region counts at every pixel, 255 is all. softness: its borders' ramp, in halves of the shorter side."""
+    ramp = math.floor(softness * min(where.shape) / 2)
+    return np.rint(soften(where.astype(np.float32), ramp) * weight * 255).astype(np.uint8)
+
+
+def composite(original: Pixels, painted: Pixels, keep: Mask, feather: int = FEATHER) -> Pixels:
+    """`original` bit for bit where `keep`, `painted` elsewhere, the seam softened over `feather` pixels that are not kept.
+
+    Ring by ring inwards the colours of the kept pixels next to it fade into what was painted: the d-th ring (chessboard distance d from
+    the nearest kept pixel) takes d / (feather + 1) of it. What the original had where it is repainted never shows through.
+    Raises ValueError for shapes that do not fit.
+    """
+    if original.shape != painted.shape or keep.shape != original.shape[:2]:
+        raise ValueError(f"shapes {original.shape}, {painted.shape} and {keep.shape} do not fit")
+    result, reached = np.pad(np.where(keep[..., None], original, painted), [(1, 1), (1, 1), (0, 0)]), np.pad(keep, 1)
+    colours = np.where(reached[..., None], result, 0).astype(np.float32)
+    for distance in range(1, feather + 1):
+        y, x = (1 + axis for axis in (_beside(reached) & ~reached[1:-1, 1:-1]).nonzero())
+        if not len(y):
+            break
+        near = [(y + dy, x + dx) for dy, dx in AROUND]
+        colours[y, x] = np.sum([colours[at] for at in near], axis=0) / np.sum([reached[at] for at in near], axis=0)[:, None]
+        share = distance / (feather + 1)
+        result[y, x] = np.rint(share * result[y, x] + (1 - share) * colours[y, x]).astype(np.uint8)
+        reached[y, x] = True
+    return result[1:-1, 1:-1]
+
+
+def _beside(reached: Mask) -> Mask:
+    """[H + 2, W + 2] → [H, W], whether any of the 3×3 around is true."""
+    rows = reached[:-2] | reached[1:-1] | reached[2:]
+    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]

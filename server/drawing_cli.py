@@ -1,0 +1,268 @@
+"""`paellera generate | inpaint | outpaint | vary | edit | interpolate | replay`: pictures drawn here, without a server.
+
+Imports wait inside the functions, so that `paellera --help` is instant.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.cli_errors import FAILED, REFUSED, fail, one_line_errors
+
+if TYPE_CHECKING:
+    from model.config import Operation
+    from server.api.jobs import Plan
+    from server.engine.protocol import Image
+    from server.settings import Settings
+
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+ANIMATIONS = {".gif": "gif", ".webp": "webp"}
+
+Prompt = Annotated[str, typer.Argument(help="What the picture shows")]
+OptionalPrompt = Annotated[str, typer.Option(help="What it shows beside what the pictures say")]
+Picture = Annotated[Path, typer.Option(help="A PNG, JPEG, WebP or GIF file")]
+RegionList = Annotated[
+    list[str] | None,
+    typer.Option(help='{"prompt": "a star", "box": [0, 0, 0.5, 1]}: another prompt for a part of it, or "mask": a file; may be repeated'),
+]
+Margin = Annotated[int, typer.Option(help="Pixels added on this side")]
+Weights = Annotated[str | None, typer.Option(help="Bundle name or path; default: PAELLERA_WEIGHTS, else tiny")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; default: PAELLERA_DEVICE, else auto")]
+Fields = dict[str, Any]
+
+
+def _common(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file; several become NAME-0, NAME-1, …")],
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same picture; default: drawn")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
+    guidance: Annotated[str | None, typer.Option(help="Classifier-free guidance, a number or START,END; 1 is off")] = None,
+    guidance_steps: Annotated[int | None, typer.Option(help="How many of the first steps are guided")] = None,
+    temperature: Annotated[str | None, typer.Option(help="Of the token draws, a number or START,END")] = None,
+    sampler: Annotated[str | None, typer.Option(help="multinomial, argmax, typical or quant")] = None,
+    typical_mass: Annotated[float | None, typer.Option(help="For the typical sampler")] = None,
+    renoise_mode: Annotated[str | None, typer.Option(help="Which noise: start, prev or rand")] = None,
+    renoise_steps: Annotated[int | None, typer.Option(help="After how many of the first steps noise is put back")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="How many pictures")] = None,
+    deterministic: Annotated[bool | None, typer.Option(help="The same bits whatever else is drawn with it")] = None,
+    weights: Weights = None,
+    device: Device = None,
+) -> None:
+    """The options that every operation has."""
+
+
+def _operation(name: Operation) -> Callable[[Callable[..., Fields]], Callable[..., None]]:
+    """Makes a command of a function from an operation's own options to its request's fields."""
+
+    def decorated(function: Callable[..., Fields]) -> Callable[..., None]:
+        own, common = (inspect.signature(each, eval_str=True) for each in (function, _common))
+
+        @functools.wraps(function)
+        def command(**options: Any) -> None:
+            shared = {option: options.pop(option) for option in common.parameters}
+            with one_line_errors():
+                _run(name, function(**options), **shared)
+
+        every = [*own.parameters.values(), *common.parameters.values()]
+        command.__signature__ = inspect.Signature(sorted(every, key=_has_default))  # type: ignore[attr-defined]
+        command.__annotations__ = {**function.__annotations__, **_common.__annotations__, "return": None}
+        return command
+
+    return decorated
+
+
+def _has_default(parameter: inspect.Parameter) -> bool:
+    return parameter.default is not inspect.Parameter.empty
+
+
+# ── operations ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_operation("generate")
+def generate(prompt: Prompt, region: RegionList = None) -> Fields:
+    """Draw pictures of a prompt. What is not given follows the weights' own recipe."""
+    return {"prompt": prompt, "regions": _regions(region)}
+
+
+@_operation("inpaint")
+def inpaint(
+    prompt: Prompt,
+    image: Picture,
+    mask: Annotated[Path | None, typer.Option(help="As large as the image; default: where the image is transparent")] = None,
+    mask_mode: Annotated[str | None, typer.Option(help="alpha: transparent is repainted; luminance: white is")] = None,
+    keep_unmasked: Annotated[bool, typer.Option(help="Leave pixels outside the mask exactly as they are")] = True,
+    region: RegionList = None,
+) -> Fields:
+    """Draw a part of a picture anew."""
+    files = {"image": image.read_bytes(), "mask": mask.read_bytes() if mask else None}
+    return {"prompt": prompt, **files, "mask_mode": mask_mode, "keep_unmasked": keep_unmasked, "regions": _regions(region)}
+
+
+@_operation("outpaint")
+def outpaint(
+    image: Picture,
+    prompt: OptionalPrompt = "",
+    left: Margin = 0,
+    right: Margin = 0,
+    up: Margin = 0,
+    down: Margin = 0,
+    region: RegionList = None,
+) -> Fields:
+    """Continue a picture beyond its edges; without a prompt as it is."""
+    margins = {"left": left, "right": right, "up": up, "down": down}
+    return {"prompt": prompt, "image": image.read_bytes(), **margins, "regions": _regions(region)}
+
+
+@_operation("variations")
+def vary(
+    image: Annotated[list[Path], typer.Option(help="A PNG, JPEG, WebP or GIF file; several are mixed")],
+    prompt: OptionalPrompt = "",
+    image_weights: Annotated[str | None, typer.Option(help="One for each image, with commas between them; default: equal")] = None,
+) -> Fields:
+    """Draw other pictures that show the same."""
+    return {"prompt": prompt, "image": [path.read_bytes() for path in image], "weights": _numbers("image-weights", image_weights)}
+
+
+@_operation("edit")
+def edit(
+    prompt: Prompt,
+    image: Picture,
+    strength: Annotated[float | None, typer.Option(help="How much of it is turned to noise first: 0 returns it, 1 ignores it")] = None,
+) -> Fields:
+    """Draw a picture anew over its own structure."""
+    return {"prompt": prompt, "image": image.read_bytes(), "strength": strength}
+
+
+@_operation("interpolate")
+def interpolate(
+    keyframe: Annotated[list[str], typer.Option(help="A prompt, or @ and the name of a picture file; two to eight of them")],
+    frames: Annotated[int | None, typer.Option(help="How many pictures")] = None,
+    mode: Annotated[str | None, typer.Option(help="lerp or slerp")] = None,
+    prompt: OptionalPrompt = "",
+) -> Fields:
+    """Draw the pictures on the way between others: an animation if the output is a .gif or a .webp file."""
+    entries = [{"image": Path(each[1:]).read_bytes()} if each.startswith("@") else {"prompt": each} for each in keyframe]
+    return {"keyframes": entries, "frames": frames, "mode": mode, "prompt": prompt}
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A PNG that Paellera made")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file")],
+    image: Annotated[list[Path] | None, typer.Option(help="Every picture that was sent with the request; may be repeated")] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help="Every mask that was; may be repeated")] = None,
+    weights: Weights = None,
+    device: Device = None,
+) -> None:
+    """Make a picture again from the parameters in it, and say whether it is the same; exit code 1 if it is not."""
+    from server.api.images import encode
+    from server.drawing import draw, plan, recorded
+
+    with one_line_errors():
+        operation, fields, frame = recorded(picture.read_bytes(), [path.read_bytes() for path in (*(image or ()), *(mask or ()))])
+        settings = read_settings(weights=weights, device=device)
+        planned, _ = plan(operation, fields, settings)
+        (drawn,), truncated = draw(planned.job, settings, only=frame)
+        content = encode(planned.finish(drawn), "png", 90, planned.parameters(truncated, frame))
+        output.write_bytes(content)
+    if content != picture.read_bytes():
+        fail(f"{output} differs from {picture}: other weights, another device, or it was drawn beside others", FAILED)
+    typer.echo(f"{output}  identical")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds all of these to an app."""
+    for command in (generate, inpaint, outpaint, vary, edit, interpolate, replay):
+        app.command()(command)
+
+
+# ── shared ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _run(
+    operation: Operation,
+    own: Fields,
+    *,
+    output: Path,
+    steps: int | None,
+    guidance: str | None,
+    temperature: str | None,
+    weights: str | None,
+    device: str | None,
+    **others: Any,
+) -> None:
+    from server.drawing import draw, plan
+
+    format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})
+    numbers = {"guidance_scale": _pair("guidance", guidance), "temperature": _pair("temperature", temperature)}
+    fields = {**own, **others, "num_inference_steps": steps, **numbers}
+    settings = read_settings(weights=weights, device=device)
+    planned, quality = plan(operation, {name: value for name, value in fields.items() if value is not None}, settings)
+    images, truncated = draw(planned.job, settings)
+    _write([planned.finish(image) for image in images], planned, truncated, output, format, quality)
+
+
+def _write(images: Sequence[Image], planned: Plan, truncated: tuple[str, ...], output: Path, format: Any, quality: int) -> None:
+    from server.api.images import animate, encode
+
+    if planned.job.keyframes and output.suffix.lower() in ANIMATIONS:
+        output.write_bytes(animate(images, format, quality))
+        typer.echo(f"{output}  seed {planned.job.seeds[0]}")
+        images = []
+    for image in images:
+        path = output if len(planned.job.seeds) == 1 else output.with_stem(f"{output.stem}-{image.index}")
+        path.write_bytes(encode(image, format, quality, planned.parameters(truncated, image.index)))
+        typer.echo(f"{path}  seed {planned.job.seeds[image.index]}")
+    if truncated:
+        typer.echo(f"the prompt was cut for {' and '.join(truncated)}", err=True)
+
+
+def _format_of(output: Path, more: dict[str, str]) -> str:
+    known = FORMATS | more
+    if not output.parent.is_dir():
+        raise ValueError(f"output: there is no directory {str(output.parent)!r}")
+    if output.suffix.lower() not in known:
+        raise ValueError(f"output: the name must end in {', '.join(known)} (sent: {output.name!r})")
+    return known[output.suffix.lower()]
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """ "2,8" → [2, 8]; how many and how large they may be is the request's to say."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        fail(f"{option}: numbers with commas between them (sent: {text!r})", REFUSED)
+
+
+def _pair(option: str, text: str | None) -> list[float] | None:
+    """ "8" → [8, 8]"""
+    numbers = _numbers(option, text)
+    return numbers * 2 if numbers and len(numbers) == 1 else numbers
+
+
+def _regions(texts: Sequence[str] | None) -> list[Fields]:
+    entries = []
+    for text in texts or ():
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            fail(f'region: JSON such as {{"prompt": "a star", "box": [0, 0, 0.5, 1]}} (sent: {text!r})', REFUSED)
+        masked = isinstance(entry, dict) and isinstance(entry.get("mask"), str)
+        entries.append({**entry, "mask": Path(entry["mask"]).read_bytes()} if masked else entry)
+    return entries
+
+
+def read_settings(**given: object) -> Settings:
+    """The environment's settings with the given options on top."""
+    from server.settings import Settings
+
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Settings(**options)
