@@ -93,6 +93,13 @@ def test_what_weights_cannot_do_is_answered_with_400_and_what_they_can(several, 
     assert "typical" in error["message"] or "variations" in error["message"]
 
 
+@pytest.mark.parametrize(("model", "endpoint"), [("of-text", "/variations"), ("of-image", "/inpaint"), ("of-image", "/edit")])
+def test_an_operation_they_were_not_made_for_is_answered_with_400(several, model, endpoint):
+    words = {} if endpoint == "/variations" else {"prompt": "a ball"}
+    answer = several.post(endpoint, json={"image": "aGk=", "model": model, **words})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_operation")
+
+
 def test_a_side_too_short_for_the_networks_is_refused_with_the_shortest(several):
     answer = generate(several, model="of-text", width=4)
     assert answer.status_code == 422
