@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -25,10 +26,16 @@ EXIT_GRACE_S = 5.0
 
 def run_worker(connection: Connection, settings: Settings) -> None:
     """What a worker process runs. The import waits until here because it brings torch, which the API process does without."""
-    # A terminal's Ctrl-C reaches the whole process group, but only the parent decides when the worker stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from server.engine.worker import main
 
+    main(connection, settings)
+
+
+def _run(main: WorkerMain, connection: Connection, settings: Settings) -> None:
+    # A terminal's Ctrl-C and a service manager's SIGTERM reach every process of the group, but only the parent decides when the worker
+    # stops: after the drain.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     main(connection, settings)
 
 
@@ -45,7 +52,7 @@ class WorkerProcess:
         self._outbox: SimpleQueue[ToWorker | None] = SimpleQueue()
         context = multiprocessing.get_context("spawn")
         self._connection, self._far_end = context.Pipe()
-        self._process = context.Process(target=main, args=(self._far_end, settings), name="paellera-worker", daemon=True)
+        self._process = context.Process(target=_run, args=(main, self._far_end, settings), name="paellera-worker", daemon=True)
         self._sender = threading.Thread(target=self._send_all, name="worker-sender", daemon=True)
         self._receiver = threading.Thread(target=self._receive_all, name="worker-receiver", daemon=True)
 
@@ -59,6 +66,8 @@ class WorkerProcess:
         finally:
             # The pipe reports the child's end only if nobody else holds the child's side of it.
             self._far_end.close()
+        # An exiting interpreter sends its children SIGTERM and waits for them; this one ignores that.
+        atexit.register(self.kill)
         self._sender.start()
         self._receiver.start()
 
@@ -102,6 +111,7 @@ class WorkerProcess:
         if self._process.exitcode is None:
             self.kill()
             self._process.join()
+        atexit.unregister(self.kill)
         self._outbox.put(None)
         self._sender.join()
         self._connection.close()
