@@ -45,8 +45,10 @@ from model.v1 import VQGANV1, DenoiserV1
 from model.verified import is_hashed, is_listed, sha256
 from model.vqgan import VQGAN
 
-# Packed weights are copies. They make a pass faster that is bound by its calls, which one with more weights than this is not.
-_PACKED_BYTES = 256 * 2**20
+# Packed and folded weights are copies. They make a pass faster that is bound by its calls, which one with more weights than this is not.
+_FOLDED_BYTES = 256 * 2**20
+# Parameters of a prior; 32 MiB of fp32, about what a core's caches hold.
+_SMALL_PRIOR = 2**23
 
 # What each part of a configuration describes.
 _NETWORKS: dict[type, Any] = {
@@ -116,7 +118,7 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype, encod
     for name, module in bundle.networks():
         elsewhere = encoders == "cpu" and isinstance(module, ByteEncoder | CLIP)
         place = torch.device("cpu") if elsewhere else device
-        kind = pick_dtype("auto", place) if place != device else dtype
+        kind = _dtype_of(module, place, pick_dtype("auto", place) if place != device else dtype)
         assign(module, read_tensors(directory / f"{name}.safetensors", place), kind, where=f"{name}.safetensors")
         if encoders == "int8" and isinstance(module, ByteEncoder):
             to_int8(module.t5.encoder.block)
@@ -125,12 +127,25 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype, encod
     return bundle
 
 
+def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What to keep a network in: the prior's products have two rows for each picture, and those a CPU does fastest in fp32 for as long as
+    the weights are not what it waits for."""
+    few_rows = isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
+    return torch.float32 if few_rows and device.type == "cpu" else dtype
+
+
 def _arrange_for_steps(bundle: Bundle) -> None:
-    denoiser, config = bundle.denoiser, bundle.config
-    if isinstance(denoiser, Denoiser):
-        denoiser.fold()
-        if size(denoiser) <= _PACKED_BYTES:
-            denoiser.pack(*(pixels // config.vqgan.downscale for pixels in reversed(config.native_size)))
+    grid = [pixels // bundle.config.vqgan.downscale for pixels in reversed(bundle.config.native_size)]
+    for _, module in bundle.networks():
+        small = size(module) <= _FOLDED_BYTES
+        if isinstance(module, Denoiser | Prior):
+            module.fold()
+        if isinstance(module, ByteEncoder | CLIP) and small:
+            module.fold()
+        if isinstance(module, Denoiser) and small:
+            module.fold_condition()
+        if isinstance(module, Denoiser | VQGAN) and small:
+            module.pack(*grid)
 
 
 def size(module: nn.Module) -> int:

@@ -198,6 +198,13 @@ class AttentionBlock(nn.Module):
             return kv
         return torch.cat([kv[..., :C], kv[..., C:] * weights[..., None].to(kv.dtype)], dim=-1)
 
+    def folded_kv(self) -> tuple[Tensor, Tensor]:
+        """Both maps of `condition_kv` as one: weight [2C, c_cond], bias [2C]."""
+        attn, dtype = self.attention.attn, self.attention.attn.in_proj_weight.dtype
+        mapper, mapper_bias = (p.float() for p in self.kv_mapper.parameters())
+        weight, bias = (p[attn.out_proj.in_features :].float() for p in (attn.in_proj_weight, attn.in_proj_bias))
+        return (weight @ mapper).to(dtype), torch.addmv(bias, weight, mapper_bias).to(dtype)
+
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
         """bias: [B, 1, 1, keys], added to the scores; the pixels' own keys come first where they are attended to."""
         attn = self.attention.attn
@@ -220,6 +227,8 @@ class Denoiser(nn.Module):
     patch_offsets: Tensor | None
     unpatch_weight: Tensor | None
     unpatch_bias: Tensor | None
+    kv_weight: Tensor | None
+    kv_bias: Tensor | None
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -231,7 +240,7 @@ class Denoiser(nn.Module):
         self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), Norm())
         # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch size.
         self.embedding = nn.Sequential(nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm())
-        for name in ("patch_table", "patch_offsets", "unpatch_weight", "unpatch_bias"):
+        for name in ("patch_table", "patch_offsets", "unpatch_weight", "unpatch_bias", "kv_weight", "kv_bias"):
             self.register_buffer(name, None, persistent=False)  # until `fold`
         levels = range(len(c.c_hidden))
         self.down_blocks = nn.ModuleList(self._down_level(i) for i in levels)
@@ -337,7 +346,17 @@ class Denoiser(nn.Module):
         parts += [self.clip_image_mapper(image).view(B, self.config.clip_seq_len, -1) for image in _as_list(clip_image)]
         sequence = norm(torch.cat(parts, dim=1))  # [B, L, c_cond]
         mask = None if byt5_mask is None else F.pad(byt5_mask, (0, sequence.shape[1] - byt5.shape[1]), value=True)
-        return Condition(torch.cat([block.condition_kv(sequence, weights) for block in self._attention_blocks], dim=-1), mask)
+        return Condition(self._condition_kv(sequence, weights), mask)
+
+    def _condition_kv(self, sequence: Tensor, weights: Tensor | None) -> Tensor:
+        """Condition sequence [B, L, c_cond] → [B, L, S]."""
+        if self.kv_weight is None:
+            return torch.cat([block.condition_kv(sequence, weights) for block in self._attention_blocks], dim=-1)
+        kv = F.linear(F.silu(sequence), self.kv_weight, self.kv_bias)
+        if weights is not None:
+            for own in kv.split(self._kv_widths, dim=-1):
+                own.chunk(2, dim=-1)[1].mul_(weights[..., None].to(kv.dtype))
+        return kv
 
     def times(self, t: Tensor) -> Tensor:
         """Times [B] → [B, S]: scale and shift of every T block, one after the other."""
@@ -382,6 +401,13 @@ class Denoiser(nn.Module):
         self.patch_table = torch.einsum("kc,ocp->pko", codes, places).flatten(0, 1).to(embedding.dtype)  # [p²·K, C]
         self.patch_offsets = torch.arange(0, len(self.patch_table), len(codes), device=embedding.device)
         self.unpatch_weight, self.unpatch_bias = self._unpatch_parameters()
+
+    @torch.no_grad()
+    def fold_condition(self) -> None:
+        """One linear map in place of all that lead from the condition to attention blocks' keys and values, two to each."""
+        if self._attention_blocks:
+            weights, biases = zip(*(block.folded_kv() for block in self._attention_blocks), strict=True)
+            self.kv_weight, self.kv_bias = torch.cat(weights), torch.cat(biases)
 
     def pack(self, height: int, width: int) -> None:
         """Packs the weights for the CPU's kernels where there are such, mostly for one guided row of this token grid."""

@@ -309,8 +309,8 @@ class PipelineV3(Pipeline):
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
         b = self.bundle
-        out, clip = b.byt5(prompts), b.clip.encode_text(prompts)
-        cut = b.clip.truncated(prompts)
+        tokens, cut = b.clip.tokenize(prompts)
+        out, clip = b.byt5(prompts), b.clip.encode_tokens(tokens)
         named = [tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut) for x, y in zip(out.truncated, cut, strict=True)]
         parts = (self._here(out.embeddings), out.mask.to(self.device), self._here(clip))
         rows = zip(*(part.split(1) for part in parts), named, strict=True)
@@ -360,8 +360,9 @@ class PipelineV1(Pipeline):
         """The empty text is the zero embedding, v1's unconditional one."""
         clip, nothing = self.bundle.clip, torch.empty(1, 0, device=self.device)
         written = torch.tensor([[bool(prompt)] for prompt in prompts], device=self.device)
-        embeddings = (self._here(clip.encode_text(prompts)) * written).split(1)
-        cut = [("clip",) if is_cut else () for is_cut in clip.truncated(prompts)]
+        tokens, too_long = clip.tokenize(prompts)
+        embeddings = (self._here(clip.encode_tokens(tokens)) * written).split(1)
+        cut = [("clip",) if is_cut else () for is_cut in too_long]
         return [Prompt(nothing[..., None], nothing.bool(), *row) for row in zip(embeddings, cut, strict=True)]
 
     def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:

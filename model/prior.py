@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.config import PriorConfig, PriorSampler
 from model.layers import sinusoid
 
-Predictor = Callable[[Tensor, Iterable[Tensor]], Tensor]
+Predictor = Callable[[Tensor, Iterable[Tensor], float | None], Tensor]
 
 
 class Block(nn.Sequential):
@@ -47,6 +47,20 @@ class Prior(nn.Module):
         self.config = c = config
         self._residual = tuple(Block(c) for _ in range(c.num_blocks))
         self.blocks = nn.ModuleList([nn.Linear(c.clip_r, c.c_hidden), *self._residual, nn.Linear(c.c_hidden, c.clip_r)])
+        self._schedules: dict[int, Tensor] | None = None
+
+    def fold(self) -> None:
+        """From now on the weights are fixed, so what depends on times alone is computed once."""
+        self._schedules = {}
+
+    def schedule(self, steps: int) -> tuple[list[float], Tensor]:
+        """ᾱ at the steps' times and at the end, and the times' parts, [S, blocks, 1, 4·c_hidden]."""
+        ts = torch.linspace(1, 0, steps + 2)[1:]
+        known = {} if self._schedules is None else self._schedules
+        if steps not in known:
+            device = self.get_parameter("blocks.0.weight").device
+            known[steps] = torch.stack(self.times(ts[:-1].to(device)), dim=1)[:, :, None]
+        return alpha_bar(ts).tolist(), known[steps]
 
     def condition(self, clip_text: Tensor) -> tuple[Tensor, ...]:
         """The text's part of every block's first projection, [B, 4·c_hidden] each: the same at every step."""
@@ -58,28 +72,35 @@ class Prior(nn.Module):
         return tuple(F.linear(embedding, block.shares()[2]) for block in self._residual)
 
     def predictor(self) -> Predictor:
-        """(x [B, D], text's and time's part for every block, added) → the noise in x.
+        """(x [B, D], text's and time's part for every block, added, guidance) → the noise in x.
 
-        Made once for many steps: on a CPU, at a few rows, looking the weights up costs as much as using them.
+        With guidance the parts are [2·B, 4·c_hidden], the conditional half first. Made once for many steps: on a CPU, at a few rows,
+        looking the weights up costs as much as using them.
         """
-        enter, leave = self.blocks[0], self.blocks[-1]
+        enter, leave = (tuple(self.blocks[i].parameters()) for i in (0, -1))
         names = ("1.weight", "1.bias", "3.weight", "4.weight", "4.bias")
         weights = tuple((block.shares()[0].T, *map(block.get_parameter, names)) for block in self._residual)
 
-        def predict(x: Tensor, extras: Iterable[Tensor]) -> Tensor:
-            h = enter(x)
+        def predict(x: Tensor, extras: Iterable[Tensor], guidance: float | None = None) -> Tensor:
+            h = F.linear(x, *enter)
+            if guidance is not None:
+                h = torch.cat([h, h])
             for (first, scale, shift, last, last_scale, last_shift), extra in zip(weights, extras, strict=True):
                 y = torch.addmm(extra, h, first)
                 y = F.gelu(F.layer_norm(y, y.shape[-1:], scale, shift))
                 h = h + F.layer_norm(F.linear(y, last), h.shape[-1:], last_scale, last_shift)
-            return leave(h)
+            if guidance is not None:
+                # The last map is linear and the shares add up to one, so one mixed row leaves instead of two.
+                conditional, unconditional = h.float().chunk(2)
+                h = torch.lerp(unconditional, conditional, guidance).to(x.dtype)
+            return F.linear(h, *leave)
 
         return predict
 
     def forward(self, x: Tensor, t: Tensor, clip_text: Tensor) -> Tensor:
         """Predicted noise [B, D], with nothing computed beforehand."""
         parts = zip(self.condition(clip_text), self.times(t), strict=True)
-        return self.predictor()(x, (text + time for text, time in parts))
+        return self.predictor()(x, (text + time for text, time in parts), None)
 
 
 def alpha_bar(t: Tensor) -> Tensor:
@@ -95,17 +116,17 @@ def add_noise(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
-def ddpm_step(x: Tensor, noise_pred: Tensor, a_t: Tensor, a_s: Tensor, noise: Tensor) -> Tensor:
-    """From time t to s < t, given ᾱ at both; noise is standard normal, or zero on the last step."""
+def ddpm_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float, noise: Tensor | None) -> Tensor:
+    """From time t to s < t, given ᾱ at both; noise is standard normal, or None on the last step."""
     a = a_t / a_s
-    mean = (x - (1 - a) / (1 - a_t).sqrt() * noise_pred) / a.sqrt()
-    return mean + ((1 - a) * (1 - a_s) / (1 - a_t)).sqrt() * noise
+    mean = torch.sub(x, noise_pred, alpha=(1 - a) / math.sqrt(1 - a_t)) / math.sqrt(a)
+    return mean if noise is None else torch.add(mean, noise, alpha=math.sqrt((1 - a) * (1 - a_s) / (1 - a_t)))
 
 
-def ddim_step(x: Tensor, noise_pred: Tensor, a_t: Tensor, a_s: Tensor) -> Tensor:
+def ddim_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float) -> Tensor:
     """From time t to s < t without noise (η = 0); x₀ is not clipped."""
-    x0 = (x - (1 - a_t).sqrt() * noise_pred) / a_t.sqrt()
-    return a_s.sqrt() * x0 + (1 - a_s).sqrt() * noise_pred
+    x0 = torch.sub(x, noise_pred, alpha=math.sqrt(1 - a_t)) / math.sqrt(a_t)
+    return torch.add(math.sqrt(a_s) * x0, noise_pred, alpha=math.sqrt(1 - a_s))
 
 
 def trajectory(
@@ -116,26 +137,20 @@ def trajectory(
     noise: [S + 1, B, D] standard normal: the start, then one for every step (DDIM and the last DDPM step use none of theirs).
     guidance: unconditional (an all-zero text) to conditional prediction by lerp; 1 is off. Sums are fp32, products the weights' type.
     """
-    S, B = noise.shape[0] - 1, clip_text.shape[0]
+    S, dtype = noise.shape[0] - 1, prior.get_parameter("blocks.0.weight").dtype
     guided = guidance != 1.0
-    text = torch.cat([clip_text, torch.zeros_like(clip_text)]) if guided else clip_text
-    condition = prior.condition(text)
-    ts = torch.linspace(1, 0, S + 2, device=noise.device)[1:]
-    a = alpha_bar(ts)
-    times = prior.times(ts[:-1])  # per block [S, inner]
+    text = clip_text.to(dtype)
+    condition = torch.stack(prior.condition(torch.cat([text, torch.zeros_like(text)]) if guided else text))  # [blocks, B or 2B, inner]
+    a, times = prior.schedule(S)
     predict = prior.predictor()
-    x = noise[0].float()
+    noise = noise.float()
+    x = noise[0]
     for i in range(S):
-        extras = (c + t[i] for c, t in zip(condition, times, strict=True))
-        inputs = x.to(text.dtype)
-        predicted = predict(torch.cat([inputs, inputs]) if guided else inputs, extras).float()
-        if guided:
-            predicted = torch.lerp(predicted[B:], predicted[:B], guidance)
+        predicted = predict(x.to(dtype), (condition + times[i]).unbind(), guidance if guided else None).float()
         if sampler == "ddim":
             x = ddim_step(x, predicted, a[i], a[i + 1])
         else:
-            last = i == S - 1
-            x = ddpm_step(x, predicted, a[i], a[i + 1], torch.zeros_like(x) if last else noise[i + 1].float())
+            x = ddpm_step(x, predicted, a[i], a[i + 1], noise[i + 1] if i < S - 1 else None)
         yield x
 
 

@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ByteEncoderConfig, CLIPConfig
+from model.towers import ByteTower, TextTower
 
 # Byte sequences are padded to one of these lengths, so that few shapes occur.
 BYTE_BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+
+# ByT5's vocabulary: three marks, then the bytes.
+_PADDING, _END, _FIRST_BYTE = 0, 1, 3
 
 # CLIP's published channel statistics.
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -51,7 +55,7 @@ class ByteEncoder(nn.Module):
     """transformers' T5 encoder on UTF-8 bytes; the state dict is that of a `T5EncoderModel`."""
 
     def __init__(self, config: ByteEncoderConfig) -> None:
-        from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+        from transformers import T5Config, T5EncoderModel
 
         super().__init__()
         self.config = config
@@ -69,28 +73,35 @@ class ByteEncoder(nn.Module):
             use_cache=False,
         )
         self.t5 = T5EncoderModel(t5)
-        # A prompt is text: "</s>" in it is four characters, not the end mark.
-        self.tokenizer = ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
+        self.tower: ByteTower | None = None
 
     def complete(self) -> None:
         """After tensors were assigned to a module built on the meta device: ties the second name of the embedding to the first."""
         self.t5.set_input_embeddings(self.t5.shared)
 
+    def fold(self) -> None:
+        """From now on the weights are fixed, and a pass takes few calls."""
+        self.tower = ByteTower(self.t5) if ByteTower.supports(self.t5) else None
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
         """Prompts → byte ids [B, L] padded to a bucket, mask [B, L], and which prompts were cut to `max_bytes` (end mark included)."""
         limit = self.config.max_bytes
-        ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-        ends = [[*row[: limit - 1], self.tokenizer.eos_token_id] for row in ids]
-        length = bucket(max(map(len, ends)), limit)
-        tokens = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in ends])
-        mask = torch.arange(length) < torch.tensor([len(row) for row in ends])[:, None]
-        return tokens, mask, tuple(len(row) > limit - 1 for row in ids)
+        # A prompt is text: "</s>" in it is four characters, not the end mark.
+        texts = [prompt.encode("utf-8", "replace") for prompt in prompts]
+        rows = [[byte + _FIRST_BYTE for byte in text[: limit - 1]] + [_END] for text in texts]
+        length = bucket(max(map(len, rows)), limit)
+        tokens = torch.tensor([row + [_PADDING] * (length - len(row)) for row in rows])
+        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        return tokens, mask, tuple(len(text) > limit - 1 for text in texts)
 
     def forward(self, prompts: Sequence[str]) -> ByteEmbeddings:
         tokens, mask, truncated = self.tokenize(prompts)
         device = self.t5.shared.weight.device
         tokens, mask = tokens.to(device), mask.to(device)
-        embeddings = self.t5(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        if self.tower is None or torch.is_autocast_enabled(device.type):  # packed operators know nothing of autocast
+            embeddings = self.t5(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        else:
+            embeddings = self.tower(tokens, mask)
         return ByteEmbeddings(embeddings, mask, truncated)
 
 
@@ -115,6 +126,7 @@ class CLIP(nn.Module):
         self.tokenizer = SimpleTokenizer(context_length=config.context_length, **merges)
         size = config.vision_cfg["image_size"]
         self.image_size: int = size if isinstance(size, int) else size[0]
+        self.tower: TextTower | None = None
 
     def complete(self) -> None:
         """After tensors were assigned to a module built on the meta device: its causal mask is no part of the state."""
@@ -122,17 +134,32 @@ class CLIP(nn.Module):
         mask = torch.full((length, length), -torch.inf, device=self.device, dtype=self.model.logit_scale.dtype).triu_(1)
         self.model.register_buffer("attn_mask", mask, persistent=False)
 
+    def fold(self) -> None:
+        """From now on the weights are fixed, and a text's pass takes few calls."""
+        self.tower = TextTower(self.model) if TextTower.supports(self.model) else None
+
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
-    def truncated(self, prompts: Sequence[str]) -> tuple[bool, ...]:
-        """Which prompts have more tokens than the text tower takes (start and end marks included)."""
-        return tuple(len(self.tokenizer.encode(prompt)) + 2 > self.config.context_length for prompt in prompts)
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[bool, ...]]:
+        """Prompts → token ids [B, context] on the CPU, and which have more tokens than that (start and end marks included)."""
+        context, t = self.config.context_length, self.tokenizer
+        rows = [[t.sot_token_id, *t.encode(prompt), t.eot_token_id] for prompt in prompts]
+        tokens = torch.zeros(len(rows), context, dtype=torch.int64)
+        for own, row in zip(tokens, rows, strict=True):
+            own[: len(row)] = torch.tensor([*row[: context - 1], row[-1]] if len(row) > context else row)
+        return tokens, tuple(len(row) > context for row in rows)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts → [B, embed_dim]."""
-        return self.model.encode_text(self.tokenizer(list(prompts)).to(self.device))
+        return self.encode_tokens(self.tokenize(prompts)[0])
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """What `tokenize` gives → [B, embed_dim]."""
+        if self.tower is None or torch.is_autocast_enabled(self.device.type):
+            return self.model.encode_text(tokens.to(self.device))
+        return self.tower(tokens)
 
     def scale(self, image: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] → the size that the image tower reads."""

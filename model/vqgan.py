@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VQGANConfig
+from model.kernels.packed import LinearMap, PackedDepthwise, linear_map, supported
 from model.layers import Conv, ConvTranspose, Pointwise, channels_first, channels_last, norm, pixel_shuffle, pixel_unshuffle
 
 
@@ -25,14 +26,48 @@ class ResidualBlock(nn.Module):
         self.depthwise = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels))
         self.channelwise = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
         self.gammas = nn.Parameter(torch.zeros(6))
+        self.packed: tuple[PackedDepthwise, LinearMap, LinearMap] | None = None
+
+    @torch.no_grad()
+    def pack(self, height: int, width: int) -> None:
+        """Folds the scalars into the weights, and packs those for the CPU's kernels, mostly for one picture of this size.
+
+        What the scalars do before a map that is linear (and, by its padding, knows no edge) or after it may as well be done by the map.
+        """
+        dtype, g = self.gammas.dtype, self.gammas.float()
+        kernel, around = (p.float() for p in self.depthwise[1].parameters())
+        expand, expand_bias, contract, contract_bias = (p.float() for p in self.channelwise.parameters())
+        folded = (
+            kernel * (1 + g[0]) * g[2],
+            (around + g[1] * kernel.sum((1, 2, 3))) * g[2],
+            expand * (1 + g[3]),
+            expand_bias + g[4] * expand.sum(1),
+            contract * g[5],
+            contract_bias * g[5],
+        )
+        k, b, e, e_bias, c, c_bias = (tensor.to(dtype) for tensor in folded)
+        self.packed = (
+            PackedDepthwise(k, b, (1, height + 2, width + 2, len(k)), padding=0),
+            linear_map(e, e_bias, height * width, "gelu"),
+            linear_map(c, c_bias, height * width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            depthwise, expand, contract = self.packed
+            x = x + depthwise(_replicated(norm(x)))
+            return x + contract(expand(norm(x)))
         g = self.gammas
         y = channels_first(torch.addcmul(g[1], norm(x), 1 + g[0]))
         y = self.depthwise[1](F.pad(y, (1, 1, 1, 1), mode="replicate").contiguous(memory_format=torch.channels_last))
         x = torch.addcmul(x, channels_last(y), g[2])
         y = self.channelwise(torch.addcmul(g[4], norm(x), 1 + g[3]))
         return torch.addcmul(x, y, g[5])
+
+
+def _replicated(x: Tensor) -> Tensor:
+    """[B, H, W, C] with its outermost pixels once more around it, [B, H + 2, W + 2, C]."""
+    return channels_last(F.pad(channels_first(x), (1, 1, 1, 1), mode="replicate"))
 
 
 class VectorQuantizer(nn.Module):
@@ -81,6 +116,16 @@ class VQGAN(nn.Module):
                 blocks.append(ConvTranspose(widths[i - 1], width, 4, stride=2, padding=1))
             blocks += [ResidualBlock(width) for _ in range(1 if i else self.config.bottleneck_blocks)]
         return blocks
+
+    def pack(self, height: int, width: int) -> None:
+        """Packs the decoder's weights for the CPU's kernels where there are such, mostly for one picture of this token grid."""
+        if not supported(self.vquantizer.codebook.weight):
+            return
+        for block in self.up_blocks:
+            if isinstance(block, ConvTranspose):
+                height, width = 2 * height, 2 * width
+            elif isinstance(block, ResidualBlock):
+                block.pack(height, width)
 
     def encode_latents(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] → unquantised, unscaled latents [B, H/f, W/f, c_latent]. H and W are multiples of f."""

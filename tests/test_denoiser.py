@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +112,16 @@ def test_stacked_conditions_of_any_lengths_draw_what_each_draws_alone(recorded):
     for i, condition in enumerate(conditions):
         alone = denoiser.features(tokens[i : i + 1], times[i : i + 1], condition)
         torch.testing.assert_close(together[i : i + 1], alone, **SAME)
+
+
+def test_folded_weights_lead_from_a_prompt_to_the_same_keys_and_values(recorded):
+    denoiser, x = recorded
+    folded = copy.deepcopy(denoiser)
+    folded.fold_condition()
+    weights = torch.rand(2, 9 + 2 * denoiser.config.clip_seq_len) + 0.2
+    for given in (None, weights):
+        kv, expected = (d.condition(x["byt5"], None, x["clip"], x["clip_image"], given).kv for d in (folded, denoiser))
+        torch.testing.assert_close(kv, expected, **SAME)
 
 
 def test_a_single_condition_is_stacked_unchanged(recorded):

@@ -49,7 +49,8 @@ def test_wherever_the_encoders_are_pictures_are_drawn(random_bundle, random_v1_b
 
 def test_what_is_encoded_elsewhere_comes_as_the_denoiser_takes_it(random_bundle):
     pipeline = Pipeline.load(random_bundle, dtype=torch.bfloat16, encoders="cpu")
-    pipeline.bundle.byt5.float()
-    pipeline.bundle.clip.float()
+    for encoder in (pipeline.bundle.byt5, pipeline.bundle.clip):
+        encoder.float()
+        encoder.fold()
     (prompt,) = pipeline.encode(["red apple"])
     assert prompt.byt5.dtype == prompt.clip.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -64,6 +65,15 @@ def test_a_sample_is_where_the_trajectory_ends(recorded):
     torch.testing.assert_close(sample(prior, x["clip_text"], noise, guidance=guidance), x["ddpm_x_after_step"][-1], **TOLERANCE)
 
 
+def test_a_folded_prior_draws_the_same_at_any_number_of_steps(recorded):
+    prior, x, _ = recorded
+    folded = copy.deepcopy(prior)
+    folded.fold()
+    noise = torch.cat([x["ddpm_init"][None], x["ddpm_step_noise"]])
+    for steps in (len(noise) - 1, 2, len(noise) - 1):
+        assert torch.equal(sample(folded, x["clip_text"], noise[: steps + 1]), sample(prior, x["clip_text"], noise[: steps + 1]))
+
+
 def test_the_last_ddpm_step_adds_no_noise(recorded):
     prior, x, _ = recorded
     noise = torch.cat([x["ddpm_init"][None], x["ddpm_step_noise"]])
@@ -76,7 +86,7 @@ def test_guidance_one_is_the_conditional_prediction_alone(recorded):
     prior, x, _ = recorded
     noise = torch.cat([x["ddim_init"][None], torch.zeros(1, 2, 20)])
     ts = torch.linspace(1, 0, 3)[1:]
-    a = alpha_bar(ts)
+    a = alpha_bar(ts).tolist()
     by_hand = ddim_step(noise[0], prior(noise[0], ts[:1].expand(2), x["clip_text"]), a[0], a[1])
     torch.testing.assert_close(sample(prior, x["clip_text"], noise, guidance=1.0, sampler="ddim"), by_hand, **TOLERANCE)
 

@@ -108,10 +108,9 @@ def test_the_bundle_s_own_merges_are_used(clip):
 @pytest.mark.parametrize(("words", "truncated"), [(0, False), (14, False), (15, True), (500, True)])
 def test_clip_says_when_its_context_is_full(clip, words, truncated):
     prompt = " ".join(["red"] * words)
-    assert clip.truncated([prompt]) == (truncated,)
-    tokens = clip.tokenizer([prompt])[0]
-    assert len(tokens) == 16
-    assert clip.tokenizer.eot_token_id in tokens.tolist()
+    tokens, cut = clip.tokenize([prompt])
+    assert cut == (truncated,)
+    assert torch.equal(tokens, clip.tokenizer([prompt]))
 
 
 @given(text=TEXT)
@@ -129,6 +128,26 @@ def test_embeddings_of_one_batch_are_independent_and_not_normalised(clip):
 
 def test_text_beyond_the_context_changes_nothing(clip):
     assert torch.equal(clip.encode_text(["red " * 20 + "apple"]), clip.encode_text(["red " * 30]))
+
+
+# ── few calls ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("prompts", [["red apple"], ["", "an apple on the table", "x" * 100]])
+def test_towers_compute_what_the_published_modules_do(byt5, clip, monkeypatch, prompts):
+    towers = byt5(prompts).embeddings, clip.encode_text(prompts)
+    for network in (byt5, clip):
+        assert network.tower is not None
+        monkeypatch.setattr(network, "tower", None)
+    torch.testing.assert_close(towers, (byt5(prompts).embeddings, clip.encode_text(prompts)), atol=1e-5, rtol=1e-5)
+
+
+def test_autocast_is_obeyed(byt5, clip):
+    exact = byt5(["red apple"]).embeddings, clip.encode_text(["red apple"])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = byt5(["red apple"]).embeddings.float(), clip.encode_text(["red apple"]).float()
+    for one, other in zip(exact, rounded, strict=True):
+        assert 0 < (one - other).abs().max() < 0.1 * one.abs().max()
 
 
 # ── CLIP's pictures ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

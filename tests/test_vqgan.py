@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,8 +55,12 @@ def test_code_vectors_equal_the_recorded_quantized_latents(recorded):
     torch.testing.assert_close(quantized.permute(0, 3, 1, 2), x["quantized"], **TOLERANCE)
 
 
-def test_decoded_codes_equal_the_recorded_picture(recorded):
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoded_codes_equal_the_recorded_picture(recorded, packed):
     vqgan, x = recorded
+    if packed:
+        vqgan = copy.deepcopy(vqgan)
+        vqgan.pack(*x["indices"].shape[1:])
     torch.testing.assert_close(vqgan.decode(x["indices"]), x["decoded_from_indices"], **TOLERANCE)
 
 

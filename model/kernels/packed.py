@@ -7,10 +7,17 @@ them afterwards, and the packed ones stay as they were.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Activation = Literal["none", "gelu", "gelu_tanh"]
+# What the fused operator calls each, and which way of computing it.
+_POINTWISE = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+LinearMap = Callable[[Tensor], Tensor]
 
 
 def supported(weight: Tensor) -> bool:
@@ -22,13 +29,23 @@ def supported(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
+def linear_map(weight: Tensor, bias: Tensor | None, rows: int, activation: Activation = "none") -> LinearMap:
+    """[..., I] → [..., O] by a packed weight where there can be one, by the plain one elsewhere. rows: as for `PackedLinear`."""
+    if supported(weight):
+        return PackedLinear(weight, bias, rows, activation)
+    if activation == "none":
+        return lambda x: F.linear(x, weight, bias)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return lambda x: F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
 class PackedLinear:
-    """[..., I] → [..., O], as `nn.functional.linear`, then GELU if asked for.
+    """[..., I] → [..., O], as `nn.functional.linear`, then GELU, exact or by a hyperbolic tangent, if asked for.
 
     rows: what the product of all other dimensions will mostly be. Another number is computed as exactly, only less fast.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, activation: Literal["none", "gelu"] = "none") -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, activation: Activation = "none") -> None:
         self.weight, self.bias, self.rows, self.activation = weight, bias, rows, activation
         # MKL multiplies fp32 fastest, but only oneDNN does the GELU on the way.
         self.mkl = activation == "none" and weight.dtype == torch.float32
@@ -39,20 +56,21 @@ class PackedLinear:
         if self.mkl:
             y: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
             return y
-        algorithm = "none" if self.activation == "gelu" else ""  # of GELU: the exact one
-        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation, [], algorithm)
+        name, algorithm = _POINTWISE[self.activation]
+        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
         return y
 
 
 class PackedDepthwise:
-    """A depthwise convolution that keeps the size, [B, H, W, C] → [B, H, W, C], for weights [C, 1, k, k].
+    """A depthwise convolution [B, H, W, C] → [B, H, W, C] for weights [C, 1, k, k].
 
-    shape: what the input's will mostly be. Another is computed as exactly, only less fast.
+    shape: what the input's will mostly be. Another is computed as exactly, only less fast. padding: zeros on each side, as many as keep the
+    size unless given.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, shape: tuple[int, int, int, int]) -> None:
-        (B, H, W, C), padding = shape, [k // 2 for k in weight.shape[2:]]
-        self.bias, self.geometry = bias, (padding, [1, 1], [1, 1], C)  # padding, stride, dilation, groups
+    def __init__(self, weight: Tensor, bias: Tensor | None, shape: tuple[int, int, int, int], padding: int | None = None) -> None:
+        (B, H, W, C), zeros = shape, [k // 2 if padding is None else padding for k in weight.shape[2:]]
+        self.bias, self.geometry = bias, (zeros, [1, 1], [1, 1], C)  # padding, stride, dilation, groups
         self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.geometry, [B, C, H, W])
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -45,6 +45,6 @@ RECIPE = Recipe(
     guidance_scale=(4.0, 4.0),
     guidance_steps=12,
     temperature=(0.7, 0.3),
-    prior_steps=10,
+    prior_steps=4,
     prior_guidance=2.0,
 )
