@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from model import operations
 from model.config import SamplingConfig
-from model.operations import Row
+from model.operations import Kept, Region, Row
 from model.pipeline import Drawing
 from server.api.images import encode
 from server.engine.conditions import tensors_in
@@ -19,6 +20,7 @@ from server.engine.scheduler import RowId, Scheduler
 from server.settings import Settings
 from tests.conftest import emptied
 
+SEEDS = (0, 7, -(2**63))
 STEPS = 5
 FIXED = SamplingConfig(
     steps=STEPS,
@@ -127,7 +129,7 @@ def test_the_comparison_sees_another_seed(alone):
     assert png != other_png
 
 
-@pytest.mark.parametrize("seed", [0, 7, -(2**63)])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("others", [1, 2, 7])
 def test_in_company_of_any_size(loop, alone, seed, others):
     wanted = job("a", seeds=(seed,))
@@ -141,21 +143,23 @@ def test_in_company_of_any_size(loop, alone, seed, others):
     assert any("neighbour0" in turn for turn in loop.turns[:last])
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("turns", range(STEPS))
 @pytest.mark.parametrize("deadline", [10.0, 90.0])
-def test_joining_late(loop, alone, turns, deadline):
+def test_joining_late(loop, alone, seed, turns, deadline):
     loop.scheduler.add(neighbour(0))
     loop.scheduler.add(neighbour(1))
     for _ in range(turns):
         loop.turn()
-    loop.scheduler.add(job("a", deadline=deadline))
+    loop.scheduler.add(job("a", seeds=(seed,), deadline=deadline))
     loop.run()
-    assert loop.outcome("a") == alone(job("a"))
+    assert loop.outcome("a") == alone(job("a", seeds=(seed,)))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("turns", range(STEPS))
-def test_neighbours_that_leave(loop, alone, turns):
-    loop.scheduler.add(job("a", deadline=52.0))
+def test_neighbours_that_leave(loop, alone, seed, turns):
+    loop.scheduler.add(job("a", seeds=(seed,), deadline=52.0))
     for i in range(3):
         loop.scheduler.add(neighbour(i))
     for _ in range(turns):
@@ -163,7 +167,32 @@ def test_neighbours_that_leave(loop, alone, turns):
     loop.cancel("neighbour1")
     loop.cancel("neighbour0")
     loop.run()
-    assert loop.outcome("a") == alone(job("a"))
+    assert loop.outcome("a") == alone(job("a", seeds=(seed,)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("operation", ["repaint", "edit", "regions"])
+def test_neighbours_of_other_operations(loop, alone, monkeypatch, seed, operation):
+    start, pipeline = loop.runner.start, loop.runner._pipelines["random"]
+    picture = torch.randint(64, pipeline.grid(32, 32), generator=torch.Generator().manual_seed(1))
+
+    def start_operations(parts, watch):
+        truncated = start(parts, watch)
+        for row in (loop.runner._rows[RowId(job.id, i)] for job, indices in parts for i in indices if job.id != "a"):
+            if operation == "repaint":
+                operations.repaint(row, Kept(picture, picture > 30))
+            elif operation == "edit":
+                operations.edit(row, picture, 0.6)
+            else:
+                row.regions = (Region(row.conditional, (picture > 30).float()),)
+        return truncated
+
+    monkeypatch.setattr(loop.runner, "start", start_operations)
+    loop.scheduler.add(neighbour(0))
+    loop.scheduler.add(job("a", seeds=(seed,)))
+    loop.scheduler.add(neighbour(1))
+    loop.run()
+    assert loop.outcome("a") == alone(job("a", seeds=(seed,)))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 16), (64, 64)])
