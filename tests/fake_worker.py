@@ -50,7 +50,7 @@ def main(connection: Connection, settings: Settings) -> None:
             take(connection, held, message)
             send(
                 connection,
-                Beat(steps=(Step(1, 32 * 16, 0.0001),), rows_running=sum(len(job.seeds) for job in held.values()), rows_waiting=0),
+                Beat(steps=(Step(1, 1, 32 * 16, 0.0001),), rows_running=sum(len(job.seeds) for job in held.values()), rows_waiting=0),
             )
     except EOFError:
         pass

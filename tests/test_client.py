@@ -216,7 +216,7 @@ async def test_a_deadline_that_what_is_queued_leaves_no_time_for_is_refused_at_o
         await client.run(job())
         # The worker's own figure comes with its next beat, after the answer, and must not come after this one.
         await until(lambda: client._costs.step(32 * 16, 1, time.monotonic()) is not None)
-        client._costs.record_step(Step(1, 32 * 16, 1000.0), time.monotonic())
+        client._costs.record_step(Step(1, 1, 32 * 16, 1000.0), time.monotonic())
         held = asyncio.create_task(client.run(job("hold", rows=16, seconds=10_000)))
         await until(lambda: client.rows_unfinished == 16)
         with pytest.raises(DeadlineUnreachable) as refusal:

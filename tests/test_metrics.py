@@ -47,7 +47,7 @@ def test_a_beat_s_steps_and_counts_are_added_to_the_figures() -> None:
     metrics = Metrics()
     counts = {("prompt_cache_hits", "text"): 3, ("graph_captures", "false"): 2, ("graph_replays", ""): 5}
     for _ in range(2):
-        metrics.record_beat(Beat((Step(4, 32, 0.1),), 4, 0, counts), max_rows=16)
+        metrics.record_beat(Beat((Step(4, 8, 32, 0.1),), 4, 0, counts), max_rows=16)
     value = metrics.registry.get_sample_value
     assert value("paella_prompt_cache_hits_total", {"what": "text"}) == 6
     assert value("paella_graph_captures_total", {"after_ready": "false"}) == 4

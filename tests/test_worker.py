@@ -177,6 +177,16 @@ def test_an_idle_worker_still_beats(far):
     assert (beat.steps, beat.rows_running, beat.rows_waiting) == ((), 0, 0)
 
 
+def test_beats_say_how_many_steps_begun_jobs_have_left(far, monkeypatch):
+    monkeypatch.setattr(worker, "_BEAT_S", 0.0)
+    far.send(job("a", seeds=(0, 1)))
+    left: list[int] = []
+    while not isinstance(message := far.receive(lambda m: isinstance(m, Beat | Finished)), Finished):
+        assert isinstance(message, Beat)
+        left += message.left.values()
+    assert left == [6, 4, 2]
+
+
 # ── previews ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

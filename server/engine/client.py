@@ -128,7 +128,8 @@ class EngineClient:
         # Batch work makes room for interactive work, so it is not in its way.
         others = [entry.job for entry in self._pending.values() if (entry.job.priority, job.priority) != ("batch", "interactive")]
         slots = self._settings.max_batch_rows * len(self._workers)
-        finish, allowed = self._costs.predict(job, others, slots, now), job.deadline - now
+        left = {id: steps for worker in self._workers for id, steps in worker.last_beat.left.items()}
+        finish, allowed = self._costs.predict(job, others, slots, now, left), job.deadline - now
         if finish is not None and finish > allowed:
             alone = self._costs.predict(job, [], slots, now)
             raise DeadlineUnreachable(finish, allowed, repeating=alone is None or alone <= allowed)

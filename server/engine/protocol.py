@@ -134,6 +134,12 @@ class Job:
         due = ((i + 1) * self.sampling.steps // (self.previews + 1) for i in range(self.previews))
         return tuple(sorted(set(due) - {0}))
 
+    @property
+    def branches(self) -> float:
+        """How many lanes of a step one of its rows takes, on average over its steps."""
+        guided = self.sampling.guidance_steps / self.sampling.steps if self.sampling.guided else 0.0
+        return 1 + len(self.regions) + guided
+
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
@@ -237,22 +243,27 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A denoiser step that was done. pixels: width times height of each of its rows."""
+    """A denoiser step that was done. branches: lanes of all its rows. pixels: width times height of each of its rows."""
 
     rows: int
+    branches: int
     pixels: int
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Says that the worker lives. steps, counts: since the last beat; the others: now. cache_bytes: what the prompt cache holds."""
+    """Says that the worker lives. steps, counts: since the last beat; the others: now.
+
+    cache_bytes: what the prompt cache holds. left: of every job that has begun, the steps that all of its rows have yet to take.
+    """
 
     steps: tuple[Step, ...]
     rows_running: int
     rows_waiting: int
     counts: Mapping[Count, int] = field(default_factory=dict)
     cache_bytes: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
 
 
 ToWorker = Job | Cancel | Stop

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.config import find_bundle
+from model.config import SamplingConfig, find_bundle
 from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
 from model.runtime import pick_device, pick_dtype
@@ -23,10 +23,13 @@ from server.engine.cache import Cache
 from server.engine.conditions import Conditions, size, tensors_in
 from server.engine.graphs import CUDARecorder, Graphs, Recorder, buckets
 from server.engine.protocol import Count, Image, Job
-from server.engine.scheduler import RowId
+from server.engine.scheduler import LENGTHS, RowId
 from server.engine.starting import Starter, Wanted
 from server.engine.streams import Mark, Streams
 from server.settings import Settings
+
+# At most about so long does a start take for the largest batch.
+WARM_UP_S = 5.0
 
 
 @dataclass
@@ -110,6 +113,10 @@ class Runner:
     def steps_done(self, row: RowId) -> int:
         return self._rows[row].step
 
+    def branches(self, rows: Sequence[RowId]) -> int:
+        """Lanes of these rows' next step."""
+        return sum(len(self._rows[row].branches) for row in rows)
+
     def decode(self, model: str, rows: Sequence[RowId]) -> Decoding:
         """Begins to make pictures of these rows of one pool, finished or not, as far as they have come."""
         tokens = torch.stack([self._rows[row].clean for row in rows])
@@ -124,11 +131,19 @@ class Runner:
             self._starting.pop(row, None)
 
     def warm_up(self) -> None:
-        """Runs every stage of every bundle once, and records its graphs, so that the first request meets nothing new."""
+        """Runs every stage of every bundle, and records its graphs, so that the first request meets nothing new."""
         for pipeline in self._pipelines.values():
-            pipeline.generate(["warm"], [0], pipeline.config.recipe.sampling(steps=2))
+            began, sampling = time.perf_counter(), pipeline.config.recipe.sampling(steps=2)
+            pipeline.generate(["warm"], [0], sampling)
+            self._warm_up_together(pipeline, sampling, time.perf_counter() - began)
             if self.device.type == "cuda" and self._settings.cuda_graphs and isinstance(pipeline, PipelineV3):
                 self.record_graphs(pipeline, CUDARecorder(self.device))
+
+    def _warm_up_together(self, pipeline: Pipeline, sampling: SamplingConfig, seconds: float) -> None:
+        """As many rows at once as there may be, of the longest prompts: allocators keep the most that was ever needed, and what is needed
+        before the first request is no growth afterwards. seconds: of one row; a device that is slow does fewer."""
+        rows = max(1, min(self._settings.max_batch_rows, int(WARM_UP_S / seconds)))
+        pipeline.generate(["warm " * LENGTHS[-1]] * rows, range(rows), sampling)
 
     def record_graphs(self, pipeline: PipelineV3, recorder: Recorder) -> None:
         """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings."""

@@ -50,13 +50,14 @@ _IDLE_BEAT_S = 1.0
 
 @dataclass
 class _Progress:
-    """What a job has so far."""
+    """What a job has so far. steps: of all its rows together; a row that begins later in its schedule has those before behind it."""
 
     arrived_at: float
     started_at: float | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     images: list[Image] = field(default_factory=list)
     truncated: tuple[str, ...] = ()
+    steps: int = 0
 
     def timings(self) -> Timings:
         """All the time since the job's arrival: what is not another stage's is the denoiser's, waits for other rows' turns included."""
@@ -121,7 +122,13 @@ class Worker:
             progress = self._progress[job.id]
             progress.started_at, progress.truncated = progress.started_at or now, truncated
             progress.watch.add(watch)
+        self._count_steps(rows)
         return rows
+
+    def _count_steps(self, rows: list[RowId]) -> None:
+        """Of rows that begin."""
+        for row in rows:
+            self._progress[row.job].steps += self.runner.steps_done(row)
 
     def _step(self, rows: list[RowId]) -> None:
         for row in self._attempt(self.runner.started(rows), self._advance) if rows else []:
@@ -136,9 +143,11 @@ class Worker:
         self.decoder.add(row, Due(self.scheduler.pool(row)))
 
     def _advance(self, rows: list[RowId]) -> list[RowId]:
-        job, began = self.scheduler.job(rows[0].job), time.perf_counter()
+        job, branches, began = self.scheduler.job(rows[0].job), self.runner.branches(rows), time.perf_counter()
         self.runner.step(job.model, rows)
-        self._steps.append(Step(len(rows), job.width * job.height, time.perf_counter() - began))
+        self._steps.append(Step(len(rows), branches, job.width * job.height, time.perf_counter() - began))
+        for row in rows:
+            self._progress[row.job].steps += 1
         return rows
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,6 +189,10 @@ class Worker:
         self.runner.drop([*self.scheduler.remove(id), *self.decoder.remove(id)])
         self._progress.pop(id, None)
 
+    def _steps_left(self, id: str) -> int:
+        job = self.scheduler.job(id)
+        return len(job.seeds) * job.sampling.steps - self._progress[id].steps
+
     def _beat(self) -> None:
         now = time.monotonic()
         if now - self._beat_at >= _BEAT_S or self.scheduler.idle:
@@ -190,6 +203,7 @@ class Worker:
                 self.scheduler.rows_waiting,
                 counted - self._counted,
                 self.runner.cache.held,
+                {id: self._steps_left(id) for id, progress in self._progress.items() if progress.started_at is not None},
             )
             send(self.connection, beat)
             self._steps.clear()
