@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.prior import Prior
 from model.training import loop, prior
@@ -288,20 +289,41 @@ def test_a_step_that_is_not_a_number_is_skipped(monkeypatch, o):
     assert loop._Run(small_prior(), replace(o, resume=True)).average.n_averaged == 2
 
 
-def test_two_processes_take_the_same_steps(tmp_path):
-    """What torchrun starts: both draw their own scenes, average their gradients and stay one network."""
+def matrices_and_a_loss() -> tuple[nn.Module, loop.Loss]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1))
+    x = torch.randn(32, 6)
+    return network, lambda: (network(x).square().mean(), {})
+
+
+def train_matrices(folder: Path, steps: int) -> None:
+    """What a process that torchrun started does: the same data in each, three matrices for Muon, and their sum as a file of its own."""
+    flags = ["--threads", "1", "--device", "cpu", "--dtype", "float32", "--warmup", "1", "--steps", str(steps)]
+    flags += ["--checkpoint", str(folder / "x.pt"), *(["--resume"] if (folder / "x.pt").exists() else [])]
+    o = loop.options(loop.parser(None, name="x", batch=1, lr=0.02, minutes=1).parse_args(flags))
+    network, loss = matrices_and_a_loss()
+    loop.fit(network, loss, o, matrices=["0.weight", "2.weight", "4.weight"])
+    torch.save(network.state_dict(), folder / f"{loop.rank()}.pt")
+
+
+def test_two_processes_stay_one_network_and_take_the_steps_of_one(tmp_path):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    together.mkdir(), alone.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
     script = tmp_path / "train.py"
     script.write_text(
-        "import sys, torch\n"
-        "from model.training import loop\n"
-        "o = loop.options(loop.parser(None, name='x', batch=1, lr=0.1, minutes=0.02).parse_args())\n"
-        "network = torch.nn.Linear(3, 1)\n"
-        "loss = lambda: (network(torch.randn(4, 3)).square().mean(), {})\n"
-        "loop.fit(network, loss, o)\n"
-        "torch.save(network.state_dict(), f'{sys.argv[-1]}.{loop.rank()}')\n"
+        f"from pathlib import Path\nfrom tests.test_training_loop import train_matrices\ntrain_matrices(Path({str(together)!r}), 3)\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    arguments = ["--threads", "1", "--device", "cpu", "--checkpoint", str(tmp_path / "x.pt")]
-    subprocess.run([*torchrun, str(script), *arguments], check=True, timeout=120, capture_output=True, cwd=Path(__file__).parents[1])
-    first, second = (torch.load(f"{tmp_path / 'x.pt'}.{rank}", weights_only=True) for rank in (0, 1))
+    root = Path(__file__).parents[1]
+    subprocess.run([*torchrun, str(script)], check=True, timeout=120, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    train_matrices(alone, 3)
+    first, second, one = (torch.load(path, weights_only=True) for path in (together / "0.pt", together / "1.pt", alone / "0.pt"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.allclose(first[name], one[name], atol=1e-5) for name in first)
+
+    # The shares of both are in the checkpoint: one process goes on where two stopped.
+    for folder in (together, alone):
+        train_matrices(folder, 5)
+    further, one = (torch.load(folder / "0.pt", weights_only=True) for folder in (together, alone))
+    assert all(torch.allclose(further[name], one[name], atol=1e-5) for name in one)
+    assert not any(torch.allclose(further[name], first[name], atol=1e-4) for name in ("0.weight", "2.weight"))

@@ -93,6 +93,8 @@ class _Run:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.o.device)
 
     def save(self) -> None:
+        """Every process must ask; the first one writes."""
+        self.optimizers.gather()
         if rank() != 0:
             return
         contents = {
@@ -177,7 +179,7 @@ def fit(module: nn.Module, loss: Loss, o: Options, data: Data | None = None, mat
             figures = run.learn(loss, share)
             run.seconds = earlier + time.monotonic() - start
             report.update(figures, run.moment(share))
-            if time.monotonic() - saved > _SAVE_SECONDS:
+            if first_clock(time.monotonic() - saved) > _SAVE_SECONDS:
                 run.save()
                 saved = time.monotonic()
     run.save()

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
+from torch.nn import Parameter
 from torch.optim import AdamW, Muon, Optimizer
 
 _WEIGHT_DECAY = 0.01
+
+
+def _muon(matrices: list[Parameter], lr: float) -> Optimizer:
+    """Several processes share the matrices out among them, since Newton and Schulz's iterations take as long as the gradients' exchange."""
+    options: dict[str, Any] = {"lr": lr, "weight_decay": _WEIGHT_DECAY, "adjust_lr_fn": "match_rms_adamw"}
+    if dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # which compiles functions that nobody here needs
+
+        return ZeroRedundancyOptimizer(matrices, optimizer_class=Muon, **options)
+    return Muon(matrices, **options)
 
 
 class Optimizers:
@@ -27,8 +39,7 @@ class Optimizers:
             "adamw": AdamW(others, lr=lr, weight_decay=_WEIGHT_DECAY, betas=(0.9, 0.98), fused=True),
         }
         if chosen:
-            own = [p for name, p in trained if name in chosen]
-            self.parts["muon"] = Muon(own, lr=lr, weight_decay=_WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+            self.parts["muon"] = _muon([p for name, p in trained if name in chosen], lr)
 
     @property
     def lr(self) -> float:
@@ -50,6 +61,11 @@ class Optimizers:
     def zero_grad(self) -> None:
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
+
+    def gather(self) -> None:
+        """Brings the whole state to the first process, whose `state_dict` is then everybody's; every process must ask."""
+        if dist.is_initialized() and "muon" in self.parts:
+            self.parts["muon"].consolidate_state_dict()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}

@@ -31,11 +31,11 @@ def average_over_processes(gradients: list[Tensor]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def first_clock(share: float) -> float:
-    """The first process's share of the time: all must take the same number of steps at the same learning rates."""
+def first_clock(reading: float) -> float:
+    """What the first process reads: all must take the same number of steps at the same learning rates, and save after the same one."""
     if not dist.is_initialized():
-        return share
-    shared = torch.tensor([share], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        return reading
+    shared = torch.tensor([reading], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.broadcast(shared, 0)
     return float(shared)
 
