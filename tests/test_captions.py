@@ -37,7 +37,7 @@ def colours_stated(stated: dict[str, int]) -> list[str]:
 def test_attributes_repeat_the_colours_and_sizes_of_the_caption(scene):
     rng = np.random.default_rng(0)
     for _ in range(300):
-        text, stated = describe(scene, rng)
+        text, stated, *_ = describe(scene, rng)
         assert sorted(colours_in(text)) == sorted(colours_stated(stated))
         for size, words in captions._SIZE_WORDS.items():
             said = len(re.findall(rf"\b({'|'.join(words)})\b", text, re.IGNORECASE))
@@ -48,7 +48,7 @@ def test_attributes_repeat_the_colours_and_sizes_of_the_caption(scene):
 def test_captions_state_nothing_the_scene_does_not_show(scene):
     rng = np.random.default_rng(1)
     for _ in range(300):
-        _, stated = describe(scene, rng)
+        stated = describe(scene, rng).stated
         assert stated["background"] in (0, 1 + NAMES.index(scene.background))
         assert stated["relation"] == (1 + RELATIONS.index(scene.relation) if scene.relation else 0)
         for place in (1, 2):
@@ -60,16 +60,16 @@ def test_captions_state_nothing_the_scene_does_not_show(scene):
 def test_sizes_and_sides_that_matter_are_never_left_out():
     rng = np.random.default_rng(2)
     for _ in range(300):
-        _, stated = describe(SCENES[0], rng)
+        stated = describe(SCENES[0], rng).stated
         assert stated["size_1"] == 1 + captions.SIZES.index("small")
         assert stated["side_1"] == 1 + SIDES.index("left")
 
 
 def test_the_background_is_left_out_now_and_then_but_never_when_complete():
     rng = np.random.default_rng(3)
-    silent = sum(describe(SCENES[0], rng)[1]["background"] == 0 for _ in range(2000)) / 2000
+    silent = sum(describe(SCENES[0], rng).stated["background"] == 0 for _ in range(2000)) / 2000
     assert 0.12 < silent < 0.18
-    complete = [describe(SCENES[0], rng, complete=True)[1] for _ in range(500)]
+    complete = [describe(SCENES[0], rng, complete=True).stated for _ in range(500)]
     assert all(stated["background"] and stated["colour_1"] for stated in complete)
 
 
@@ -90,9 +90,29 @@ def test_articles_fit_and_spaces_are_single(scene):
 def test_pair_captions_put_each_thing_on_its_side():
     rng = np.random.default_rng(6)
     scene = Scene("white", (Thing("star", "red"), Thing("ring", "blue")), "right of")
-    sided = [stated for stated in (describe(scene, rng)[1] for _ in range(300)) if stated["side_1"]]
+    sided = [stated for stated in (describe(scene, rng).stated for _ in range(300)) if stated["side_1"]]
     assert sided
     assert all(SIDES[stated["side_1"] - 1] == "right" and SIDES[stated["side_2"] - 1] == "left" for stated in sided)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_spans_hold_what_is_said_of_each_thing_and_nothing_else(scene):
+    rng = np.random.default_rng(8)
+    for _ in range(300):
+        caption = describe(scene, rng)
+        assert len(caption.spans) == len(caption.things) == len(scene.things)
+        for place, (span, classes) in enumerate(zip(caption.spans, caption.things, strict=True), start=1):
+            said = caption.text[span.start : span.stop]
+            assert colours_in(said) == ([NAMES[classes["colour"] - 1]] if classes["colour"] else [])
+            assert all(classes[name] == caption.stated[f"{name}_{place}"] for name in ("kind", "colour", "size"))
+
+
+@pytest.mark.parametrize(("relation", "sides"), captions._RELATION_SIDES.items())
+def test_the_side_of_each_of_two_things_is_known_even_where_only_their_relation_is_said(relation, sides):
+    scene = Scene("white", (Thing("star", "red"), Thing("ring", "blue")), relation)
+    rng = np.random.default_rng(9)
+    for _ in range(50):
+        assert tuple(SIDES[thing["side"] - 1] for thing in describe(scene, rng).things) == sides
 
 
 @needs_font

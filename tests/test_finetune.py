@@ -146,7 +146,7 @@ def test_the_command_says_in_one_line_that_there_is_nothing_to_train_on(monkeypa
 
 
 def test_neither_font_nor_scene_is_needed_for_pictures(monkeypatch, tmp_path, random_bundle):
-    def absent(*_: object) -> None:
+    def absent(*_: object, **__: object) -> None:
         raise FileNotFoundError("no font, no scenes")
 
     for module, name in ((scenes, "find_font"), (captions, "render"), (captions, "batch")):

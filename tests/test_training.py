@@ -22,7 +22,8 @@ from model.pipeline import PipelineV3
 from model.training import assemble, byte_encoder, captions, clip, data, denoiser, features, loop, prior, tiny, vqgan
 from model.training.attributes import AttributeHeads, attribute_loss
 from model.training.captions import ATTRIBUTES
-from model.training.scenes import sample_shape
+from model.training.palette import NAMES
+from model.training.scenes import KINDS, SIDES, Scene, Thing, sample_shape
 from model.vqgan import VQGAN
 from tests.conftest import micro_config, randomise, write_merges
 from tests.short_training import run_main
@@ -194,14 +195,26 @@ def test_the_crop_with_most_in_it_is_taken():
 
 
 def test_batches_of_captions_are_of_about_one_length_and_keep_their_classes():
-    texts, classes = byte_encoder.draw_captions(np.random.default_rng(0), 8 * 4)
-    stated = {text: [classes[name][i].item() for name in ATTRIBUTES] for i, text in enumerate(texts)}
-    batches = list(islice(byte_encoder.similar_lengths(np.random.default_rng(0), 4), 8))
-    assert Counter(text for batch, _ in batches for text in batch) == Counter(texts)
-    for batch, values in batches:
-        assert [[values[name][i].item() for name in ATTRIBUTES] for i in range(4)] == [stated[text] for text in batch]
-    spans = sorted((min(map(len, batch)), max(map(len, batch))) for batch, _ in batches)
+    drawn = Counter(caption.text for caption in byte_encoder.draw_captions(np.random.default_rng(0), 8 * 4))
+    batches = [batch.texts for batch in islice(byte_encoder.similar_lengths(np.random.default_rng(0), 4), 8)]
+    assert Counter(text for batch in batches for text in batch) == drawn
+    spans = sorted((min(map(len, batch)), max(map(len, batch))) for batch in batches)
     assert all(longest <= shortest for (_, longest), (shortest, _) in pairwise(spans))
+
+
+def test_a_byte_is_asked_about_its_own_thing_and_others_about_none():
+    scene = Scene("white", (Thing("star", "red", "small"), Thing("ring", "blue")), "above")
+    caption = captions.describe(scene, np.random.default_rng(0), complete=True)
+    batch = byte_encoder.Captions.of([caption])
+    assert {name: classes.tolist() for name, classes in batch.stated.items()} == {name: [c] for name, c in caption.stated.items()}
+    star, ring, mark = caption.spans[0].start, caption.spans[1].stop - 1, len(caption.text)
+    own = batch.own(torch.tensor([[star, ring, mark]]))
+    assert {name: classes.tolist() for name, classes in own.items()} == {
+        "kind": [1 + KINDS.index("star"), 1 + KINDS.index("ring"), -1],
+        "colour": [1 + NAMES.index("red"), 1 + NAMES.index("blue"), -1],
+        "size": [1, 0, -1],
+        "side": [1 + SIDES.index("top"), 1 + SIDES.index("bottom"), -1],
+    }
 
 
 def test_attributes_named_right_cost_nothing_and_the_worst_is_reported():
@@ -214,6 +227,8 @@ def test_attributes_named_right_cost_nothing_and_the_worst_is_reported():
     loss, worst = attribute_loss(logits, classes)
     assert worst.item() == pytest.approx(0.5)
     assert loss.item() == pytest.approx(100 * 0.5 / len(ATTRIBUTES), rel=1e-3)
+    classes[name][:3] = -1  # not asked
+    assert attribute_loss(logits, classes)[1].item() == pytest.approx(1)
 
 
 def test_there_is_a_head_for_every_attribute():
@@ -223,14 +238,15 @@ def test_there_is_a_head_for_every_attribute():
 
 def test_bytes_are_asked_of_their_own_caption_and_never_padding(micro):
     reader = byte_encoder.Reader()
-    reader.heads = torch.nn.Identity()
-    short, long = "red", "a large blue square on a very light yellow background"
+    reader.heads = reader.own = torch.nn.Identity()
+    prompts = ["red", "a large blue square on a very light yellow background"]
     with torch.no_grad():
-        asked = reader([short, long]).unflatten(0, (2, -1))
-        out = reader.encoder([short, long])
-    for features_asked, embeddings, mask in zip(asked, out.embeddings, out.mask, strict=True):
-        assert (features_asked[:, None] == embeddings[mask]).all(-1).any(-1).all()
-    assert len(asked[1].unique(dim=0)) > 1
+        asked, whole, own = reader(prompts)
+        out = reader.encoder(prompts)
+    assert out.mask.gather(1, asked).all()
+    assert torch.equal(whole, own)
+    assert torch.equal(whole.unflatten(0, (2, -1)), torch.stack([x[i] for x, i in zip(out.embeddings, asked, strict=True)]))
+    assert len(asked[1].unique()) > 1
 
 
 def test_contrast_is_small_for_pairs_and_large_for_strangers():
@@ -256,8 +272,7 @@ def test_learnt_merges_fill_the_vocabulary_and_shorten_captions(tmp_path, prepar
     clip.learn_merges(path, vocabulary=600, captions=200)
     tokenizer = SimpleTokenizer(bpe_path=str(path))
     assert tokenizer.vocab_size == 600
-    texts, _ = byte_encoder.draw_captions(np.random.default_rng(1), 50)
-    for text in texts:
+    for text in (caption.text for caption in byte_encoder.draw_captions(np.random.default_rng(1), 50)):
         tokens = tokenizer.encode(text)
         assert max(tokens) < 600 - 2
         assert len(tokens) < 0.8 * len(text)
@@ -369,6 +384,15 @@ def test_a_stream_is_decided_by_its_seed(monkeypatch):
     assert first[1] == again[1]
     assert first[1] != other[1]
     assert {name: classes.shape for name, classes in first[2].items()} == dict.fromkeys(ATTRIBUTES, (3,))
+
+
+def test_most_of_the_scenes_that_tokens_are_learnt_from_lie_on_their_lattice(monkeypatch):
+    monkeypatch.setattr(tiny, "NATIVE_SIZE", (128, 128))
+    pixels, _ = data.SceneSource(100, 0).draw()
+    busy = (pixels != pixels[..., :1, :1]).any(1)
+    edges = [int(busy_axis.int().argmax()) for image in busy for busy_axis in (image.any(0), image.any(1))]
+    aligned = sum(x % 8 == y % 8 == 0 for x, y in zip(edges[::2], edges[1::2], strict=True)) / 100
+    assert 0.5 < aligned < 0.95  # a star's points or a triangle's apex need not reach the corner of their box
 
 
 def test_pixels_become_shares_of_white():

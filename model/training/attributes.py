@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,17 +14,18 @@ from model.training.captions import ATTRIBUTES
 class AttributeHeads(nn.Module):
     """One linear map per attribute, from a feature to the attribute's classes."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, attributes: Mapping[str, int] = ATTRIBUTES) -> None:
+        """attributes: how many classes each has."""
         super().__init__()
-        self.classes = nn.ModuleDict({name: nn.Linear(width, count) for name, count in ATTRIBUTES.items()})
+        self.classes = nn.ModuleDict({name: nn.Linear(width, count) for name, count in attributes.items()})
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """Features [B, width] → logits [B, classes] per attribute."""
         return {name: head(features) for name, head in self.classes.items()}
 
 
-def attribute_loss(logits: dict[str, Tensor], classes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy, worst attribute's accuracy) of logits [B, classes] against class numbers [B]."""
-    losses = [F.cross_entropy(logits[name].float(), classes[name]) for name in ATTRIBUTES]
-    hits = [(logits[name].argmax(-1) == classes[name]).float().mean() for name in ATTRIBUTES]
+def attribute_loss(logits: Mapping[str, Tensor], classes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy, worst attribute's accuracy) of logits [B, classes] against class numbers [B], −1 where nothing is asked."""
+    losses = [F.cross_entropy(logit.float(), classes[name], ignore_index=-1) for name, logit in logits.items()]
+    hits = [(logit.argmax(-1) == classes[name])[classes[name] >= 0].float().mean() for name, logit in logits.items()]
     return torch.stack(losses).mean(), torch.stack(hits).min()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,8 @@ ATTRIBUTES: dict[str, int] = {
     **{f"{name}_{place}": 1 + len(classes) for place in (1, 2) for name, classes in _CLASSES.items()},
     "relation": 1 + len(RELATIONS),
 }
+# What a caption says of one thing; its side is always known, from its own words or from the relation.
+THING_ATTRIBUTES: dict[str, int] = {name: 1 + len(classes) for name, classes in _CLASSES.items()}
 
 _COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "gray": ("gray", "grey"),
@@ -84,6 +87,16 @@ _PLAIN = (
 Attributes = dict[str, int]
 
 
+class Caption(NamedTuple):
+    """stated: for every name in `ATTRIBUTES` the class of what the text states, 0 where it is silent. spans: the characters about each
+    thing; things: for each, and every name in `THING_ATTRIBUTES`, the same."""
+
+    text: str
+    stated: Attributes
+    spans: tuple[range, ...]
+    things: tuple[Attributes, ...]
+
+
 @dataclass(frozen=True)
 class _Style:
     """What one caption keeps to throughout. shape_colours: the probability that a shape's colour is named."""
@@ -124,21 +137,40 @@ def _side(side: str, place: int, rng: np.random.Generator, stated: Attributes) -
     return pick(rng, _SIDE_WORDS[side])
 
 
-def _one(thing: Thing, style: _Style, rng: np.random.Generator, stated: Attributes) -> str:
+def _one(thing: Thing, style: _Style, rng: np.random.Generator, stated: Attributes) -> tuple[str, list[str]]:
+    """The subject, and the phrases in it that are about each thing."""
     phrase = _thing(thing, 1, style, rng, stated)
-    if thing.side == "centre" and not _chance(rng, 0.2):
-        return phrase
-    side = _side(thing.side, 1, rng, stated)
-    return f"{phrase} {side}"
+    if thing.side != "centre" or _chance(rng, 0.2):
+        phrase = f"{phrase} {_side(thing.side, 1, rng, stated)}"
+    return phrase, [phrase]
 
 
-def _two(things: Sequence[Thing], relation: Relation, style: _Style, rng: np.random.Generator, stated: Attributes) -> str:
+def _two(things: Sequence[Thing], relation: Relation, style: _Style, rng: np.random.Generator, stated: Attributes) -> tuple[str, list[str]]:
+    """The subject, and the phrases in it that are about each thing."""
     first, second = (_thing(thing, place, style, rng, stated) for place, thing in enumerate(things, start=1))
     stated["relation"] = 1 + RELATIONS.index(relation)
     if _chance(rng, 0.15):
         sides = [_side(side, place, rng, stated) for place, side in enumerate(_RELATION_SIDES[relation], start=1)]
-        return f"{first} {sides[0]} and {second} {sides[1]}"
-    return f"{first} {pick(rng, _RELATION_WORDS[relation])} {second}"
+        first, second = f"{first} {sides[0]}", f"{second} {sides[1]}"
+        return f"{first} and {second}", [first, second]
+    return f"{first} {pick(rng, _RELATION_WORDS[relation])} {second}", [first, second]
+
+
+def _spans(text: str, phrases: Sequence[str]) -> tuple[range, ...]:
+    """Where the phrases lie, one after the other."""
+    spans: list[range] = []
+    for phrase in phrases:
+        start = text.index(phrase, spans[-1].stop if spans else 0)
+        spans.append(range(start, start + len(phrase)))
+    return tuple(spans)
+
+
+def _by_thing(scene: Scene, stated: Attributes) -> tuple[Attributes, ...]:
+    sides = _RELATION_SIDES[scene.relation] if scene.relation else [thing.side for thing in scene.things]
+    return tuple(
+        {name: stated[f"{name}_{place}"] for name in THING_ATTRIBUTES} | {"side": 1 + SIDES.index(side)}
+        for place, side in enumerate(sides, start=1)
+    )
 
 
 def _placed(subject: str, background: str, rng: np.random.Generator) -> str:
@@ -169,8 +201,8 @@ def _finish(caption: str, rng: np.random.Generator) -> str:
     return caption + "." if _chance(rng, 0.12) else caption
 
 
-def describe(scene: Scene, rng: np.random.Generator, *, complete: bool = False) -> tuple[str, Attributes]:
-    """A caption, and for every name in `ATTRIBUTES` the class of what the caption states, 0 where it is silent.
+def describe(scene: Scene, rng: np.random.Generator, *, complete: bool = False) -> Caption:
+    """What somebody might type for the scene.
 
     complete: name the background and the colours of shapes for certain, as a prompt must whose picture is to be judged. Sizes other
     than normal and sides other than the centre are always named, so that a caption without them means a normal, centred thing.
@@ -179,27 +211,40 @@ def describe(scene: Scene, rng: np.random.Generator, *, complete: bool = False) 
     if not scene.things or complete or _chance(rng, 0.85):
         stated["background"] = 1 + NAMES.index(scene.background)
     if not scene.things:
-        return _finish(pick(rng, _PLAIN).format(_colour(scene.background, rng)), rng), stated
+        return Caption(_finish(pick(rng, _PLAIN).format(_colour(scene.background, rng)), rng), stated, (), ())
     style = _Style(article=_chance(rng, 0.7), shape_colours=1.0 if complete else 0.97)
-    subject = _two(scene.things, scene.relation, style, rng, stated) if scene.relation else _one(scene.things[0], style, rng, stated)
-    medium = pick(rng, _MEDIA) if _chance(rng, 0.15) else ""
-    caption = medium + subject
+    if scene.relation:
+        subject, phrases = _two(scene.things, scene.relation, style, rng, stated)
+    else:
+        subject, phrases = _one(scene.things[0], style, rng, stated)
+    text = (pick(rng, _MEDIA) if _chance(rng, 0.15) else "") + subject
     if stated["background"]:
-        caption = _placed(caption, _colour(scene.background, rng), rng)
-    return _finish(caption, rng), stated
+        text = _placed(text, _colour(scene.background, rng), rng)
+    return Caption(_finish(text, rng), stated, _spans(text, phrases), _by_thing(scene, stated))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption alone."""
-    return describe(scene, rng)[0]
+    return describe(scene, rng).text
 
 
 def batch(
-    rng: np.random.Generator, n: int, width: int = 64, height: int = 64, objects: int = DEFAULT_OBJECTS
+    rng: np.random.Generator,
+    n: int,
+    width: int = 64,
+    height: int = 64,
+    objects: int = DEFAULT_OBJECTS,
+    *,
+    lattice: int = 1,
+    aligned: float = 0.0,
 ) -> tuple[Pixels, list[str], dict[str, npt.NDArray[np.int64]]]:
-    """n training examples: pictures `[n,height,width,3]`, captions, and per attribute the classes stated `[n]`."""
+    """n training examples: pictures `[n,height,width,3]`, captions, and per attribute the classes stated `[n]`.
+
+    aligned: the share of pictures that lie on a lattice of so many pixels (scenes.render).
+    """
     scenes: Sequence[Scene] = [sample(rng, objects) for _ in range(n)]
-    images = np.stack([render(scene, rng, width, height) for scene in scenes])
+    lattices = np.where(rng.random(n) < aligned, lattice, 1).tolist()
+    images = np.stack([render(scene, rng, width, height, pixels) for scene, pixels in zip(scenes, lattices, strict=True)])
     described = [describe(scene, rng) for scene in scenes]
-    attributes = {name: np.array([stated[name] for _, stated in described]) for name in ATTRIBUTES}
-    return images, [text for text, _ in described], attributes
+    attributes = {name: np.array([c.stated[name] for c in described]) for name in ATTRIBUTES}
+    return images, [c.text for c in described], attributes

@@ -31,7 +31,7 @@ def learn_merges(path: Path, vocabulary: int, captions: int = 20_000) -> None:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts, _ = draw_captions(np.random.default_rng(0), captions)
+    texts = [caption.text for caption in draw_captions(np.random.default_rng(0), captions)]
     # The trainer counts its own alphabet of letters into the size it is given, so it is asked for more merges than are kept.
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2 * vocabulary, end_of_word_suffix="</w>", show_progress=False))
     folder = path.parent / "merges"

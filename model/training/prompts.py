@@ -51,7 +51,7 @@ CONTACT_SHEET: tuple[str, ...] = (
 def _draw(sample: Callable[[np.random.Generator], Scene], n: int, stream: int) -> list[tuple[str, Scene]]:
     rng = np.random.default_rng([_SEED, stream])
     scenes = [sample(rng) for _ in range(n)]
-    return [(describe(scene, rng, complete=True)[0], scene) for scene in scenes]
+    return [(describe(scene, rng, complete=True).text, scene) for scene in scenes]
 
 
 @lru_cache(maxsize=1)

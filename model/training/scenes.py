@@ -287,13 +287,13 @@ def sample_pair(rng: np.random.Generator, objects: int = DEFAULT_OBJECTS) -> Sce
 
 
 def sample(rng: np.random.Generator, objects: int = DEFAULT_OBJECTS) -> Scene:
-    """A training scene: 45 % one shape, 25 % one object, 25 % two things, 5 % nothing but the background."""
+    """A training scene: 17 % one shape, 15 % one object, 65 % two things, 3 % nothing but the background."""
     draw = rng.random()
-    if draw < 0.45:
+    if draw < 0.17:
         return sample_shape(rng)
-    if draw < 0.70:
+    if draw < 0.32:
         return sample_object(rng, objects)
-    return sample_pair(rng, objects) if draw < 0.95 else Scene(pick(rng, NAMES))
+    return sample_pair(rng, objects) if draw < 0.97 else Scene(pick(rng, NAMES))
 
 
 # ── drawing ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -308,6 +308,12 @@ _COLOUR_JITTER = 4.0
 
 def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * rng.random()
+
+
+def _snap(x: float, lattice: int, most: float = math.inf) -> int:
+    """The multiple of the lattice that is nearest to x and at most `most`."""
+    snapped = lattice * round(x / lattice)
+    return snapped if snapped <= most else int(most // lattice) * lattice
 
 
 def _centred(rng: np.random.Generator, room: int, length: int, unit: int) -> float:
@@ -357,17 +363,18 @@ def _paint(name: str, rng: np.random.Generator) -> list[float]:
     return [min(255.0, max(0.0, c + (rng.random() - 0.5) * 2 * _COLOUR_JITTER)) for c in COLOURS[name]]
 
 
-def _paste(planes: Pixels, thing: Thing, pixels: int, corner: tuple[float, float], rng: np.random.Generator) -> None:
+def _paste(planes: Pixels, thing: Thing, pixels: int, left: int, top: int, rng: np.random.Generator) -> None:
     rgb, alpha = sprite(thing.kind, pixels)
-    left, top = round(corner[0]), round(corner[1])
     inks: Sequence[Floats | float] = _paint(thing.colour, rng) if thing.kind in SHAPES and thing.colour else list(rgb)
     for plane, ink in zip(planes, inks, strict=True):
         patch = plane[top : top + alpha.shape[0], left : left + alpha.shape[1]]
         patch[:] = patch + alpha * (ink - patch) + 0.5
 
 
-def render(scene: Scene, rng: np.random.Generator, width: int = 64, height: int = 64) -> Pixels:
+def render(scene: Scene, rng: np.random.Generator, width: int = 64, height: int = 64, lattice: int = 1) -> Pixels:
     """The scene's picture, `[height,width,3]`. `rng` moves places, sizes and colours a little.
+
+    lattice: pixels of which a thing's longer side and its left and upper margins are multiples.
 
     Raises FileNotFoundError for a scene with objects when the emoji font is missing.
     """
@@ -376,12 +383,12 @@ def render(scene: Scene, rng: np.random.Generator, width: int = 64, height: int 
     for plane, level in zip(planes, _paint(scene.background, rng), strict=True):
         plane.fill(round(level))
     extent = LONE_EXTENT if len(scene.things) == 1 else PAIR_EXTENT
-    lengths = [round(_between(rng, extent[thing.size]) * min(width, height)) for thing in scene.things]
+    lengths = [max(lattice, _snap(_between(rng, extent[thing.size]) * min(width, height), lattice)) for thing in scene.things]
     boxes = [sprite(thing.kind, length)[1].shape[::-1] for thing, length in zip(scene.things, lengths, strict=True)]
     if scene.relation is None:
         corners = [_lone_corner(rng, thing.side, (width, height), box) for thing, box in zip(scene.things, boxes, strict=True)]
     else:
         corners = _pair_corners(rng, scene.relation, (width, height), boxes)
-    for thing, length, corner in zip(scene.things, lengths, corners, strict=True):
-        _paste(planes, thing, length, corner, rng)
+    for thing, length, box, (x, y) in zip(scene.things, lengths, boxes, corners, strict=True):
+        _paste(planes, thing, length, _snap(x, lattice, width - box[0]), _snap(y, lattice, height - box[1]), rng)
     return np.stack(list(planes), axis=-1)
