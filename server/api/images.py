@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import PIL.Image
+from PIL.PngImagePlugin import PngInfo
 
-from server.api.png import png
 from server.api.schemas import Format
 from server.engine.protocol import Image
 
@@ -29,11 +29,14 @@ FRAME_MS = 80
 
 def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any]) -> bytes:
     """The picture as a file; a PNG carries `parameters` in its text. The same arguments always give the same bytes."""
-    if format == "png":
-        return png(image.pixels, image.width, image.height, {"parameters": json.dumps(parameters)})
     picture = PIL.Image.frombytes("RGB", (image.width, image.height), image.pixels)
     file = io.BytesIO()
     match format:
+        case "png":
+            text = PngInfo()
+            text.add_text("parameters", json.dumps(parameters))
+            # Of a slightly noisy picture, level 1 takes a quarter of the default's time for a file a fifth larger.
+            picture.save(file, "PNG", compress_level=1, pnginfo=text)
         case "jpeg":
             picture.save(file, "JPEG", quality=quality)
         case "webp":
