@@ -7,6 +7,7 @@ import concurrent.futures
 import io
 import json
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -279,6 +280,15 @@ def test_a_client_that_goes_away_frees_its_rows(fake_settings: Configure) -> Non
         wait_until(lambda: metric(client, "paella_rows_running") == 0)
         wait_until(lambda: metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="499") == 1)
         assert metric(client, "paella_cancelled_total", stage="worker") == 1
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_goes_away_in_the_midst_of_its_body_is_no_error_of_ours(fake_settings: Configure, kind: str) -> None:
+    with served(fake_settings()) as client:
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 100\r\n\r\n"
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+            connection.sendall(head.encode() + b"--x")
+        wait_until(lambda: metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="499") == 1)
 
 
 def test_a_hundred_requests_at_once_are_all_answered_rightly(client: httpx.Client) -> None:

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from server.api.state import state_of
 from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, EngineError, JobFailed, QueueFull, Starting, WorkerLost
@@ -146,6 +147,10 @@ def register(app: FastAPI) -> None:
         message = f"{status.phrase}: {request.method} {request.url.path[:200]}"
         return await refuse(request, ApiError(status, status.name.lower(), message, headers=error.headers))
 
+    async def refuse_gone(request: Request, _: Exception) -> Response:
+        return await refuse(request, client_closed())
+
     app.add_exception_handler(ApiError, refuse)
+    app.add_exception_handler(ClientDisconnect, refuse_gone)
     app.add_exception_handler(EngineError, refuse_engine)
     app.add_exception_handler(HTTPException, refuse_http)
