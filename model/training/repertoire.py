@@ -179,15 +179,18 @@ def _apart(one: Pixels, other: Pixels) -> float:
 
 
 def regions(studio: Studio, count: int) -> Figures:
-    """Two shapes, each asked for on its own half of one background."""
-    width, height = studio.pipeline.config.native_size
+    """Two shapes, each asked for on its own half of one background, which is wide enough that they do not touch."""
+    config = studio.pipeline.config
+    width, height = config.native_size[0] + config.size_step, config.native_size[1]
     halves = [region_weight(box_mask(box, width, height), 1.0, 0.0) for box in ((0, 0, 0.5, 1), (0.5, 0, 1, 1))]
     rows, cases = [], []
     for i, rng in enumerate(_generators(6, count)):
         scene = sample_shape(rng)
-        things = [replace(scene.things[0], side="left", size="small"), replace(_another(scene, rng).things[0], side="right", size="small")]
+        left, right = scene.things[0], _another(scene, rng).things[0]
+        things = [replace(left, side="left", size="normal"), replace(right, side="right", size="normal")]
         prompts = [_caption(replace(scene, things=(thing,)), rng) for thing in things]
-        rows.append(studio.row(_caption(Scene(scene.background), rng), i, regions=list(zip(prompts, halves, strict=True))))
+        base = _caption(Scene(scene.background), rng)
+        rows.append(studio.row(base, i, (width, height), regions=list(zip(prompts, halves, strict=True))))
         cases.append(things)
     sides = [_by_side(picture) for picture in studio.drawn(rows)]
     both = [[_is(found, thing) for found, thing in zip(f, things, strict=True)] for f, things in zip(sides, cases, strict=True)]
