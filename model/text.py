@@ -134,9 +134,9 @@ class CLIP(nn.Module):
         mask = torch.full((length, length), -torch.inf, device=self.device, dtype=self.model.logit_scale.dtype).triu_(1)
         self.model.register_buffer("attn_mask", mask, persistent=False)
 
-    def fold(self) -> None:
-        """From now on the weights are fixed, and a text's pass takes few calls."""
-        self.tower = TextTower(self.model) if TextTower.supports(self.model) else None
+    def fold(self, packed: bool = True) -> None:
+        """From now on the weights are fixed, and a text's pass takes few calls; packed: by copies of them."""
+        self.tower = TextTower(self.model, packed) if TextTower.supports(self.model) else None
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """The text encoders' passes in few calls, on the parameters of transformers' T5 and open_clip's CLIP, whose own forwards are their twins.
 
 At a prompt's length a pass is some dozen small products, and most of its time went to what lay between them: modules, masks, position
-biases made anew for every text. Made after the weights are loaded (`ByteEncoder.fold`, `CLIP.fold`): they may be copied.
+biases made anew for every text. Made after the weights are loaded (`ByteEncoder.fold`, `CLIP.fold`): packed ones are copies.
 
 Letters: B prompts, L tokens, D width.
 """
@@ -107,9 +107,10 @@ class TextTower:
     It is causal and read at the end mark, so what comes after the longest text's is not computed.
     """
 
-    def __init__(self, clip: Any) -> None:
+    def __init__(self, clip: Any, packed: bool = True) -> None:
         self._clip, self._blocks = clip, list(clip.transformer.resblocks)
-        self._maps = [_text_maps(block) for block in self._blocks]
+        rows = TYPICAL_LENGTH // 2 if packed else None
+        self._maps = [_text_maps(block, rows) for block in self._blocks]
 
     @staticmethod
     def supports(clip: Any) -> bool:
@@ -130,19 +131,19 @@ class TextTower:
         return clip.text_projection(x) if isinstance(clip.text_projection, nn.Linear) else x @ clip.text_projection
 
 
-def _text_maps(block: Any) -> tuple[LinearMap, LinearMap, LinearMap, LinearMap]:
+def _text_maps(block: Any, rows: int | None) -> tuple[LinearMap, LinearMap, LinearMap, LinearMap]:
     """Into the heads and out of them, into the MLP and out of it."""
     attn, mlp, gelu = block.attn, block.mlp, block.mlp.gelu
     expand: LinearMap
     if isinstance(gelu, nn.GELU) and gelu.approximate == "none":
-        expand = linear_map(mlp.c_fc.weight, mlp.c_fc.bias, TYPICAL_LENGTH // 2, "gelu")
+        expand = linear_map(mlp.c_fc.weight, mlp.c_fc.bias, rows, "gelu")
     else:
         expand = nn.Sequential(mlp.c_fc, gelu)
     return (
-        linear_map(attn.in_proj_weight, attn.in_proj_bias, TYPICAL_LENGTH // 2),
-        linear_map(attn.out_proj.weight, attn.out_proj.bias, TYPICAL_LENGTH // 2),
+        linear_map(attn.in_proj_weight, attn.in_proj_bias, rows),
+        linear_map(attn.out_proj.weight, attn.out_proj.bias, rows),
         expand,
-        linear_map(mlp.c_proj.weight, mlp.c_proj.bias, TYPICAL_LENGTH // 2),
+        linear_map(mlp.c_proj.weight, mlp.c_proj.bias, rows),
     )
 
 

@@ -1,7 +1,8 @@
 """Which large files of a bundle were found to be the listed ones, so that a server that starts again need not hash gigabytes.
 
 A file counts as the one that was hashed while its size, its place on the disk and both its times are the same; none of them can stay when
-somebody writes to it or copies it. Bit rot is found by `paellera weights verify`, which hashes everything.
+somebody writes to it or copies it. An import knows what it wrote and remembers that too. Bit rot is found by `paellera weights verify`,
+which hashes everything.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 from model.config import FileEntry
@@ -16,6 +18,8 @@ from model.config import FileEntry
 RECORD = ".verified.json"
 # Below, hashing costs less than a tenth of a second, and nothing is remembered.
 LARGE = 64 * 2**20
+
+_writing = threading.Lock()  # files are hashed side by side
 
 
 def sha256(path: Path) -> str:
@@ -32,21 +36,26 @@ def is_listed(path: Path, entry: FileEntry) -> bool:
     """The same, but a large file need not be hashed again that was since it was written last."""
     if path.stat().st_size < LARGE:
         return is_hashed(path, entry)
-    record = _read(path.parent)
-    state = {"sha256": entry.sha256, "file": _identity(path)}
-    if record.get(path.name) == state:
+    if _read(path.parent).get(path.name) == _state(path, entry):
         return True
     if not is_hashed(path, entry):
         return False
-    # A bundle that cannot be written to is hashed every time.
-    with contextlib.suppress(OSError):
-        (path.parent / RECORD).write_text(json.dumps({**record, path.name: state}))
+    remember(path, entry)
     return True
 
 
-def _identity(path: Path) -> list[int]:
-    state = path.stat()
-    return [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+def remember(path: Path, entry: FileEntry) -> None:
+    """That a file's content is the listed one, if it is large."""
+    if path.stat().st_size < LARGE:
+        return
+    # A bundle that cannot be written to is hashed every time.
+    with _writing, contextlib.suppress(OSError):
+        (path.parent / RECORD).write_text(json.dumps({**_read(path.parent), path.name: _state(path, entry)}))
+
+
+def _state(path: Path, entry: FileEntry) -> dict[str, object]:
+    own = path.stat()
+    return {"sha256": entry.sha256, "file": [own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns]}
 
 
 def _read(directory: Path) -> dict[str, object]:

@@ -179,7 +179,7 @@ def test_a_changed_byte_is_refused(directory):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"byt5\.safetensors is not the file that was listed: its sha256 differs"):
+    with pytest.raises(BundleError, match=r"byt5\.safetensors: not what was listed, the sha256 differs"):
         load(directory)
 
 

@@ -17,6 +17,7 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from model import verified
 from model.bundle import BundleError, load_bundle
 from model.config import BundleConfig, BundleV1Config
 from model.pipeline import Pipeline
@@ -77,6 +78,13 @@ def test_an_imported_bundle_holds_every_tensor_rounded_once(run, states, tmp_pat
         assert written.keys() == states[name].keys()
         for key, tensor in states[name].items():
             assert torch.equal(written[key], tensor.to(dtype) if tensor.is_floating_point() else tensor), key
+    load_bundle(tmp_path / "out", torch.device("cpu"), torch.float32)
+
+
+def test_what_was_imported_is_not_hashed_again(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(verified, "LARGE", 1)
+    run()
+    monkeypatch.setattr(verified, "is_hashed", lambda *_: pytest.fail("hashed"))
     load_bundle(tmp_path / "out", torch.device("cpu"), torch.float32)
 
 

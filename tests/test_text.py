@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from model.pipeline import Pipeline
 from model.text import BYTE_BUCKETS, CLIP, ByteEncoder, bucket
+from model.towers import TextTower
 
 END = 1
 LIMIT = 64  # of the random bundle's byte encoder, end mark included
@@ -140,6 +141,11 @@ def test_towers_compute_what_the_published_modules_do(byt5, clip, monkeypatch, p
         assert network.tower is not None
         monkeypatch.setattr(network, "tower", None)
     torch.testing.assert_close(towers, (byt5(prompts).embeddings, clip.encode_text(prompts)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_tower_without_copies_computes_the_same(clip):
+    packed, plain = (TextTower(clip.model, copies)(clip.tokenize(["red apple"])[0]) for copies in (True, False))
+    torch.testing.assert_close(plain, packed, atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_is_obeyed(byt5, clip):

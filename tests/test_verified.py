@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from model import verified
 from model.bundle import file_entry
-from model.verified import RECORD, is_listed
+from model.verified import RECORD, is_listed, remember
 
 
 @pytest.fixture
@@ -37,6 +38,24 @@ def test_a_large_file_is_hashed_once(large, hashed):
     assert is_listed(large, entry)
     assert is_listed(large, entry)
     assert hashed == [large]
+
+
+def test_what_is_remembered_is_not_hashed(large, hashed):
+    entry = file_entry(large)
+    remember(large, entry)
+    assert is_listed(large, entry)
+    assert hashed == []
+
+
+def test_files_that_are_hashed_side_by_side_are_all_remembered(large, hashed):
+    files = [large.with_name(f"{i}.safetensors") for i in range(16)]
+    for path in files:
+        path.write_bytes(path.name.encode())
+    entries = [file_entry(path) for path in files]
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(is_listed, files, entries))
+    assert all(map(is_listed, files, entries))
+    assert len(hashed) == len(files)
 
 
 def test_a_small_one_is_hashed_every_time_and_nothing_is_written(large, hashed, monkeypatch):

@@ -29,9 +29,12 @@ def supported(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
-def linear_map(weight: Tensor, bias: Tensor | None, rows: int, activation: Activation = "none") -> LinearMap:
-    """[..., I] → [..., O] by a packed weight where there can be one, by the plain one elsewhere. rows: as for `PackedLinear`."""
-    if supported(weight):
+def linear_map(weight: Tensor, bias: Tensor | None, rows: int | None, activation: Activation = "none") -> LinearMap:
+    """[..., I] → [..., O] by a packed weight where there can be one, by the plain one elsewhere.
+
+    rows: as for `PackedLinear`; None: plain, nothing is copied.
+    """
+    if rows is not None and supported(weight):
         return PackedLinear(weight, bias, rows, activation)
     if activation == "none":
         return lambda x: F.linear(x, weight, bias)

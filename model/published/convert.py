@@ -20,6 +20,7 @@ from torch import Tensor
 from model.bundle import BundleError, build, check_fit, file_entry, is_finite, state_of
 from model.config import BundleConfig
 from model.published.checkpoint import Checkpoint, open_checkpoint
+from model.verified import remember
 
 # A tensor by which each published network is known, so that a file in the wrong place can be called by its name.
 _MARKS = {
@@ -64,6 +65,8 @@ def import_bundle(
         written = replace(config, files={path.name: file_entry(path) for path in sorted(partial.iterdir())})
         written.write(partial)
         partial.rename(directory)
+    for file, entry in written.files.items():
+        remember(directory / file, entry)
     return written
 
 
