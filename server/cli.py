@@ -67,13 +67,14 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM, then finishes what is running. Raises SystemExit: 0 after SIGTERM, 1 if it could not start."""
     from server.api.serve import Server
 
-    listener = _listen(settings.host, settings.port)
-    _greet(settings, listener.getsockname()[1])
+    ports = [settings.port] if settings.operations_port is None else [settings.port, settings.operations_port]
+    listeners = [_listen(settings.host, port) for port in ports]
+    _greet(settings, listeners[0].getsockname()[1])
     server = Server(api)
     # Having stopped for a signal, uvicorn sends it to itself again, which would count as killed by it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     if not server.started:
         fail("the server could not start; the log says why", FAILED)
 
@@ -90,7 +91,8 @@ def _greet(settings: Settings, port: int) -> None:
     from rich.console import Console
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    message = f"Paellera is starting on http://{host}:{port} with {', '.join(settings.bundles)}; /readyz says when it is ready."
+    ready = "/readyz" if settings.operations_port is None else f"/readyz on port {settings.operations_port}"
+    message = f"Paellera is starting on http://{host}:{port} with {', '.join(settings.bundles)}; {ready} says when it is ready."
     Console(stderr=True).print(message, markup=False, soft_wrap=True)
 
 

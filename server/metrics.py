@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
 
 from server.engine.protocol import Beat, Timings
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1, 2, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+# Characters of names and values together, by the OpenMetrics specification.
+LONGEST_EXEMPLAR = 128
 
 
 class Metrics:
@@ -49,6 +52,11 @@ class Metrics:
         }
         self.weights_info = self._gauge("weights_info", "Always 1; the labels say which weights are served", "model", "sha256")
 
+    def record_request(self, endpoint: str, status: int, seconds: float, request_id: str) -> None:
+        """The id becomes the exemplar of its bucket, unless it is longer than exemplars may be."""
+        exemplar = {"request_id": request_id} if len(request_id) <= LONGEST_EXEMPLAR - len("request_id") else None
+        self.request_duration.labels(endpoint, status).observe(seconds, exemplar)
+
     def record_timings(self, timings: Timings) -> None:
         self.queue_duration.observe(timings.queue)
         self.encode_duration.observe(timings.encode)
@@ -64,9 +72,10 @@ class Metrics:
             counter = self.counts[name]
             (counter.labels(label) if label else counter).inc(count)
 
-    def render(self) -> bytes:
-        """The Prometheus text exposition."""
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The exposition and its media type: OpenMetrics, which has exemplars, for who accepts it, otherwise Prometheus' own text."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
 
     def _seconds(self, name: str, documentation: str, *labels: str) -> Histogram:
         return Histogram(f"{name}_seconds", documentation, labels, namespace="paella", buckets=SECONDS, registry=self.registry)

@@ -238,16 +238,23 @@ def fake_settings(bundle: Path) -> Callable[..., Settings]:
 def serving(app: FastAPI) -> Iterator[str]:
     """The app behind a real server on a free port of the loopback; gives its address once it listens."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    with running(uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")), listener):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]:
+    """The server in a thread, once it listens."""
+    thread = threading.Thread(target=server.run, kwargs={"sockets": list(listeners)})
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield
     finally:
         server.should_exit = True
         thread.join()
-        listener.close()
+        for listener in listeners:
+            listener.close()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 15) -> None:

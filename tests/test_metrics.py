@@ -9,7 +9,7 @@ from server.metrics import Metrics
 
 
 def names(metrics: Metrics) -> set[str]:
-    return {family.name for family in text_string_to_metric_families(metrics.render().decode())}
+    return {family.name for family in text_string_to_metric_families(metrics.render()[0].decode())}
 
 
 def test_every_figure_of_the_contract_is_exposed() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 
 from model.config import BundleConfig, find_bundle
 from server.api import errors, models, native, operations, requests
-from server.api.middleware import BodyLimit, Observation
+from server.api.limits import Guard
+from server.api.middleware import BodyLimit, Observation, OperationsPort, SecurityHeaders
 from server.api.state import AppState
 from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
@@ -18,6 +21,11 @@ from server.metrics import Metrics
 from server.settings import Settings
 
 DESCRIPTION = "Text-to-image with Paella: prompts become pictures in VQGAN tokens."
+
+# Of an answer's headers, those that pages of other origins may read.
+EXPOSED = ["X-Request-Id", "X-Seed", "X-Prompt-Truncated", "Server-Timing", "Retry-After", "retry-after-ms", "x-should-retry"]
+# For the documentation page; keys are checked by the middleware, before anything is read.
+BEARER = HTTPBearer(auto_error=False, description="One of PAELLERA_API_KEYS")
 
 
 def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_worker) -> FastAPI:
@@ -44,14 +52,32 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
 
     app = FastAPI(title="Paellera", description=DESCRIPTION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.paellera = state
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(Observation, metrics=metrics)
+    add_middleware(app, settings, metrics)
     errors.register(app)
-    app.include_router(native.router)
-    app.include_router(models.router)
-    app.include_router(requests.router)
+    keyed = [Depends(BEARER)] if settings.keys else []
+    app.include_router(native.router, dependencies=keyed)
+    app.include_router(models.router, dependencies=keyed)
+    app.include_router(requests.router, dependencies=keyed)
     app.include_router(operations.router)
     return app
+
+
+def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """From the innermost to the outermost."""
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(Guard, settings=settings)
+    if settings.operations_port is not None:
+        app.add_middleware(OperationsPort, port=settings.operations_port)
+    app.add_middleware(Observation, metrics=metrics)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
+    app.add_middleware(SecurityHeaders)
 
 
 def read_models(settings: Settings) -> dict[str, BundleConfig]:

@@ -85,7 +85,7 @@ def from_validation(error: ValidationError) -> ApiError:
     path = [str(part) for part in first["loc"]]
     where = ".".join(path) or "body"
     message = f"{where}: {first['msg']}"
-    if first["type"] != "missing":
+    if first["type"] not in ("missing", "secret"):
         message += f" (sent: {_shortened.repr(first['input'])})"
     code = CODES.get(first["type"], "invalid_value")
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, message, path[0] if path else None)
@@ -95,9 +95,9 @@ def from_engine(error: EngineError) -> ApiError:
     """What the engine's exceptions mean over HTTP."""
     match error:
         case QueueFull(retry_after=seconds):
-            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", str(error), headers=_come_back(seconds))
+            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "queue_full", str(error), headers=come_back(seconds))
         case DeadlineUnreachable(retry_after=seconds, repeating=repeating):
-            headers = _come_back(seconds) | ({} if repeating else {"x-should-retry": "false"})
+            headers = come_back(seconds) | ({} if repeating else {"x-should-retry": "false"})
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "deadline_unreachable", str(error), "timeout_s", headers)
         case Starting():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "starting", f"no worker is ready: {error}")
@@ -114,7 +114,8 @@ def from_engine(error: EngineError) -> ApiError:
     return internal_error()
 
 
-def _come_back(seconds: float) -> dict[str, str]:
+def come_back(seconds: float) -> dict[str, str]:
+    """The headers that say when to try again."""
     return {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
@@ -128,14 +129,20 @@ def internal_error() -> ApiError:
     )
 
 
+def refusal(error: ApiError, request: Request) -> Response:
+    """The error's answer, counted, and its code kept for the request's line in the log."""
+    request.state.code = error.code
+    if error.status < CLIENT_CLOSED_REQUEST or error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        state_of(request).metrics.rejected.labels(error.code).inc()
+    return error.response()
+
+
 def register(app: FastAPI) -> None:
     """Makes the app answer all of these in the one shape."""
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        if error.status < CLIENT_CLOSED_REQUEST or error.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            state_of(request).metrics.rejected.labels(error.code).inc()
-        return error.response()
+        return refusal(error, request)
 
     async def refuse_engine(request: Request, error: Exception) -> Response:
         assert isinstance(error, EngineError)

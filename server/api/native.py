@@ -20,17 +20,18 @@ from server.api.picture_schemas import InterpolateRequest
 from server.api.planning import OPERATIONS, plan
 from server.api.requests import unless_cancelled
 from server.api.schemas import ErrorAnswer, Format, ImagesAnswer, SamplingFields
-from server.api.state import state_of
+from server.api.state import note, state_of
 
 router = APIRouter(tags=["native"])
 
 ERRORS = {
     400: "Malformed JSON or form",
+    401: "No API key, or an unknown one, where the server wants one",
     404: "Unknown weights",
     413: "Body or picture too large",
     415: "Wrong content type",
     422: "A field out of bounds, or a picture that cannot be read",
-    429: "Queue full, or timeout_s too short for what is queued; Retry-After says when to come back",
+    429: "Queue full, timeout_s too short for what is queued, or the key's limits reached; Retry-After says when to come back",
     500: "Failed; x-should-retry: false if repeating cannot help",
     503: "Starting, draining, or the worker was lost",
     504: "Deadline passed",
@@ -71,6 +72,7 @@ def _endpoint(operation: Operation, schema: type[SamplingFields]) -> Callable[[R
         state = state_of(request)
         asked = await read_body(request, schema, state.settings.max_body_bytes)
         planned = await plan(asked, operation, state)
+        note(request, planned.job)
         if isinstance(asked, InterpolateRequest):
             return await _animate(request, asked, planned)
         return await _answer(request, asked, planned)

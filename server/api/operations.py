@@ -7,13 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.errors import ApiError
 from server.api.schemas import ErrorAnswer
 from server.api.state import state_of
 
 router = APIRouter(tags=["operations"])
+PATHS = ("/healthz", "/readyz", "/metrics")
 
 
 @router.get("/healthz", summary="Process alive", responses={200: {"content": {"application/json": {"example": {"status": "alive"}}}}})
@@ -40,4 +40,5 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics", summary="Prometheus figures", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    content, media_type = state_of(request).metrics.render(request.headers.get("accept", ""))
+    return Response(content, media_type=media_type)

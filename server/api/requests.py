@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.errors import ApiError, cancelled, client_closed
 from server.api.schemas import ErrorAnswer
-from server.api.state import request_id_of, state_of
+from server.api.state import client_of, request_id_of, state_of
 
 router = APIRouter(tags=["operations"])
 
@@ -26,8 +26,8 @@ Result = TypeVar("Result")
     responses={204: {"description": "Its rows leave at the next step"}, 404: {"description": "No such request", "model": ErrorAnswer}},
 )
 async def delete_request(request: Request, id: str) -> Response:
-    """id: the X-Request-Id the client sent with it. Several requests of one id are all cancelled."""
-    if not (running := state_of(request).running.get(id)):
+    """id: the X-Request-Id the client sent with it, and the same API key. Several requests of one id are all cancelled."""
+    if not (running := state_of(request).running.get((client_of(request), id))):
         raise ApiError(HTTPStatus.NOT_FOUND, "request_not_found", "no request with this id is running", "id")
     for ended in running:
         if not ended.done():
@@ -38,7 +38,7 @@ async def delete_request(request: Request, id: str) -> Response:
 async def unless_cancelled(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Awaits the work, or cancels it and raises ApiError 499 when the client goes away or the request is deleted first."""
     task = asyncio.create_task(work)
-    running, id = state_of(request).running, request_id_of(request)
+    running, id = state_of(request).running, (client_of(request), request_id_of(request))
     ended: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
     gone = asyncio.create_task(_disconnection(request))
     running.setdefault(id, []).append(ended)
