@@ -1,6 +1,7 @@
 """Everything that can go wrong, with requests in flight: who is answered all the same, and how long until the server is ready again.
 
     python -m load_tests.faults
+    python -m load_tests.faults --under-load    # other faults, while requests keep arriving: under_load.py
 
 A request is *lost* if it gets neither a picture nor the error that is meant for it (the poison request's own, say). Every second request is
 deterministic, and its picture must have the bytes that it had when nothing went wrong. Exits with 1 otherwise; the last line is JSON.
@@ -22,6 +23,7 @@ from typing import Any
 import httpx
 from rich.table import Table
 
+from load_tests import under_load
 from load_tests.processes import workers
 from load_tests.report import Report
 from load_tests.serving import PAELLERA, RUNNING, WAITING, Server, figures, figures_when_idle, serving
@@ -82,13 +84,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs every fault. Raises SystemExit with 1 if a request was lost or a picture changed."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
-    report = Report("faults", command=shlex.join(["python", "-m", "load_tests.faults", *sent]))
-    outcomes = asyncio.run(_run(options))
+    report = Report(
+        "faults-under-load" if options.under_load else "faults", command=shlex.join(["python", "-m", "load_tests.faults", *sent])
+    )
+    outcomes: Sequence[Outcome] | Sequence[under_load.Outcome]
+    outcomes, table = _under_load(options) if options.under_load else _in_flight(options)
+    report.add(table)
     good = all(outcome.good for outcome in outcomes)
-    report.add(_table(outcomes))
     lost = sum(outcome.lost for outcome in outcomes)
     report.emit({"faults": [asdict(outcome) | {"lost": outcome.lost} for outcome in outcomes], "lost": lost, "good": good})
     sys.exit(not good)
+
+
+def _in_flight(options: argparse.Namespace) -> tuple[Sequence[Outcome], Table]:
+    outcomes = asyncio.run(_run(options))
+    return outcomes, _table(outcomes)
+
+
+def _under_load(options: argparse.Namespace) -> tuple[Sequence[under_load.Outcome], Table]:
+    outcomes = asyncio.run(under_load.measure(options))
+    return outcomes, under_load.table(outcomes, options.rate)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -98,6 +113,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=8, help="in flight at every fault, 8 by default")
     parser.add_argument("--side", type=int, default=64, help="of their pictures, 64 by default")
     parser.add_argument("--steps", type=int, default=48, help="of each of them, 48 by default")
+    parser.add_argument("--under-load", action="store_true", help="other faults, while mixed requests keep arriving")
+    parser.add_argument("--rate", type=float, default=8, help="of those, per second, 8 by default")
+    parser.add_argument("--seconds", type=float, default=15, help="in which they arrive at each fault, 15 by default")
     return parser.parse_args(arguments)
 
 

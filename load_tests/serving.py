@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -60,16 +61,21 @@ class Server:
 
 
 @contextmanager
-def serving(settings: Mapping[str, str], command: Sequence[str] = PAELLERA, ready: str = "/readyz") -> Iterator[Server]:
+def serving(
+    settings: Mapping[str, str], command: Sequence[str] = PAELLERA, ready: str = "/readyz", output: Path | None = None
+) -> Iterator[Server]:
     """A server on a free loopback port with this environment's settings and these on top (`{"PAELLERA_WEIGHTS": "tiny"}`).
 
     command: Python's arguments, to which `--port N` is added. ready: the path that answers 200 once it serves.
+    output: the file that its standard output and standard error go to, in place of ours.
     Raises RuntimeError if it exits before it is ready, TimeoutError if it is not ready within `READY_TIMEOUT_S`.
     """
     port = _free_port()
     began = time.perf_counter()
     arguments = [sys.executable, *command, "--port", str(port)]
-    process = subprocess.Popen(arguments, env={**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings}, start_new_session=True)
+    environment = {**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings}
+    with output.open("wb") if output else contextlib.nullcontext() as file:
+        process = subprocess.Popen(arguments, env=environment, stdout=file, stderr=file, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url + ready)

@@ -10,7 +10,8 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import httpx
 import numpy as np
@@ -42,9 +43,12 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """refused: with an error that says when to come back."""
+
     kind: Kind
     status: int
     seconds: float
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,10 @@ class Window:
         return max(0.0, min(ended, self.end) - max(began, self.begin)) / (ended - began)
 
 
+def refused_honestly(status: int, headers: Mapping[str, str]) -> bool:
+    return status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE) and "retry-after" in headers
+
+
 def kinds_of(sides: Sequence[int], step_counts: Sequence[int]) -> list[Kind]:
     return [Kind(side, steps) for side, steps in itertools.product(sides, step_counts)]
 
@@ -90,21 +98,23 @@ def slowdowns(answers: Sequence[Answer], alone: Mapping[Kind, float]) -> list[fl
 
 
 class Load:
-    """Sends requests over one connection pool. Every prompt is new, so that no server answers from a cache."""
+    """Sends requests over one connection pool. Every prompt is new, so that no server answers from a cache. fields: more of every body."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self._client = client
+    def __init__(self, client: httpx.AsyncClient, fields: Mapping[str, object] = MappingProxyType({})) -> None:
+        self._client, self._fields = client, fields
         self._prompts = prompts()
 
     async def one(self, target: Target, kind: Kind, seed: int) -> Answer:
         """Status 0 is a connection that broke."""
-        body = {"prompt": next(self._prompts), "seed": seed, "width": kind.side, "height": kind.side, "num_inference_steps": kind.steps}
+        size = {"width": kind.side, "height": kind.side, "num_inference_steps": kind.steps}
+        body = {"prompt": next(self._prompts), "seed": seed, **size, **self._fields}
         began = time.perf_counter()
         try:
-            status = (await self._client.post(target.url, json=body)).status_code
+            answer = await self._client.post(target.url, json=body)
         except httpx.TransportError:
-            status = 0
-        return Answer(kind, status, time.perf_counter() - began)
+            return Answer(kind, 0, time.perf_counter() - began)
+        refused = refused_honestly(answer.status_code, answer.headers)
+        return Answer(kind, answer.status_code, time.perf_counter() - began, refused)
 
     async def alone(self, target: Target, kinds: Sequence[Kind], repeats: int) -> dict[Kind, float]:
         """Median seconds of one request at a time, by kind; one more of each goes first and is not counted."""
@@ -126,7 +136,7 @@ class Load:
         await asyncio.sleep(began + arrival.at - time.perf_counter())
         late = time.perf_counter() - began - arrival.at
         answer = await self.one(target, arrival.kind, arrival.seed)
-        return Answer(answer.kind, answer.status, answer.seconds + late)
+        return replace(answer, seconds=answer.seconds + late)
 
     async def saturate(self, target: Target, kinds: Sequence[Kind], clients: int, warm_up: float, seconds: float, seed: int) -> float:
         """Answers per second in `seconds` after the warm-up, with so many clients that each ask again when they are answered."""

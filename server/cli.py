@@ -93,7 +93,9 @@ def _greet(settings: Settings, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     ready = "/readyz" if settings.operations_port is None else f"/readyz on port {settings.operations_port}"
     message = f"Paellera is starting on http://{host}:{port} with {', '.join(settings.bundles)}; {ready} says when it is ready."
-    Console(stderr=True).print(message, markup=False, soft_wrap=True)
+    # A full disk under the log is no reason not to serve.
+    with contextlib.suppress(OSError):
+        Console(stderr=True).print(message, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -230,6 +230,7 @@ def test_a_worker_that_is_not_replaced_in_time_is_503(fake_settings: Configure) 
     with served(fake_settings(start_wait_s=0.05)) as client:
         answer = post(client, "die")
         assert (answer.status_code, error_of(answer)["code"]) == (503, "worker_lost")
+        assert int(answer.headers["retry-after"]) >= 1
 
 
 def test_a_deadline_that_cannot_be_met_is_429_at_once(fake_settings: Configure) -> None:
@@ -271,6 +272,7 @@ def test_a_starting_server_lives_but_is_not_ready(fake_settings: Configure) -> N
         not_ready, refused = client.get("/readyz"), post(client)
         assert (not_ready.status_code, error_of(not_ready)["message"]) == (503, "starting")
         assert (refused.status_code, error_of(refused)["code"]) == (503, "starting")
+        assert int(refused.headers["retry-after"]) >= 1
 
 
 def test_a_client_that_goes_away_frees_its_rows(fake_settings: Configure) -> None:

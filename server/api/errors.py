@@ -17,6 +17,8 @@ from server.api.state import state_of
 from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, EngineError, JobFailed, QueueFull, Starting, WorkerLost
 
 CLIENT_CLOSED_REQUEST = 499
+# A worker is replaced, and this server by another one, in about as many.
+REPLACED_S = 5
 
 # Of pydantic's and our own types of complaint, those with codes of their own.
 CODES = {"missing": "missing_field", "picture_url": "url_refused"}
@@ -100,11 +102,11 @@ def from_engine(error: EngineError) -> ApiError:
             headers = come_back(seconds) | ({} if repeating else {"x-should-retry": "false"})
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "deadline_unreachable", str(error), "timeout_s", headers)
         case Starting():
-            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "starting", f"no worker is ready: {error}")
+            return _unavailable("starting", f"no worker is ready: {error}")
         case Draining():
-            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "draining", str(error))
+            return _unavailable("draining", str(error))
         case WorkerLost():
-            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "worker_lost", "the worker was lost while it had this request; try again")
+            return _unavailable("worker_lost", "the worker was lost while it had this request; try again")
         case DeadlineExceeded():
             return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", "timeout_s passed before the answer was ready", "timeout_s")
         case JobFailed(code=code, repeating=repeating):
@@ -112,6 +114,10 @@ def from_engine(error: EngineError) -> ApiError:
             # The worker's own words may hold paths and addresses: they are in the log, not in the answer.
             return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, code, "the worker could not make the picture", headers=headers)
     return internal_error()
+
+
+def _unavailable(code: str, message: str) -> ApiError:
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, code, message, headers=come_back(REPLACED_S))
 
 
 def come_back(seconds: float) -> dict[str, str]:

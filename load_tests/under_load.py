@@ -1,0 +1,229 @@
+"""What goes wrong while requests keep arriving: `python -m load_tests.faults --under-load`.
+
+Requests arrive at a fixed average rate, whatever the server does. Some seconds after the first of them something happens to the server,
+or other clients begin to misbehave. A request is *lost* if it gets neither a whole picture nor a 429 or 503 that says when to come back.
+In the end no row may be left, and no file of the API process open that was not when it was idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.table import Table
+
+from load_tests.misbehaving import Client
+from load_tests.processes import open_files, workers
+from load_tests.report import quantiles
+from load_tests.serving import Server, figures_when_idle, serving
+from load_tests.traffic import REQUEST_TIMEOUT_S, Answer, Load, Target, kinds_of, poisson_trace
+
+STALL_TIMEOUT_S = 4.0
+FULL_DISK = Path("/dev/full")
+KINDS = kinds_of((64, 128), (8, 12))
+# Of the time in which requests arrive, the share before the fault and the share until it ends.
+BEGINS, ENDS = 0.2, 0.8
+POLL_S = 0.05
+SETTLED_S, CLOSED_TIMEOUT_S = 2.0, 30.0
+Strike = Callable[[Server, float], Awaitable[int]]
+REPLAYED, RESTARTS = "paella_requests_replayed_total", "paella_worker_restarts_total"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """strike: what happens, within so many seconds. Says how many of the clients it brought along got less than they waited for."""
+
+    name: str
+    strike: Strike
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the requests that arrived before, during and after a fault.
+
+    refused: with an error that says when to come back. lost_of_its_own: clients the fault brought along. unready_s: for how long
+    /readyz did not say yes. latency: of all that were sent, from when they were due.
+    """
+
+    fault: str
+    sent: int
+    answered: int
+    refused: int
+    lost_of_its_own: int
+    restarts: int
+    replayed: int
+    files_left: int
+    unready_s: float
+    latency: dict[str, float]
+
+    @property
+    def lost(self) -> int:
+        return self.sent - self.answered - self.refused + self.lost_of_its_own
+
+    @property
+    def good(self) -> bool:
+        return not self.lost and not self.files_left
+
+
+# ── what happens ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _nothing(server: Server, seconds: float) -> int:
+    return 0
+
+
+async def _kill_worker(server: Server, seconds: float) -> int:
+    os.kill(workers(server.pid)[0], signal.SIGKILL)
+    return 0
+
+
+def _stop_worker_for(pause_s: float) -> Strike:
+    async def strike(server: Server, seconds: float) -> int:
+        worker = workers(server.pid)[0]
+        os.kill(worker, signal.SIGSTOP)
+        await asyncio.sleep(pause_s)
+        if worker in workers(server.pid):
+            os.kill(worker, signal.SIGCONT)
+        return 0
+
+    return strike
+
+
+def _clients(misbehave: Callable[[Client, float], Awaitable[bool]], count: int) -> Strike:
+    """So many clients at once; misbehave says whether its client got what it waited for."""
+
+    async def strike(server: Server, seconds: float) -> int:
+        address = httpx.URL(server.url)
+        clients = [Client(address.host, address.port or 80, number) for number in range(count)]
+        return (await asyncio.gather(*(misbehave(client, seconds) for client in clients))).count(False)
+
+    return strike
+
+
+async def _leave_again_and_again(client: Client, seconds: float) -> bool:
+    ends, moments = time.monotonic() + seconds, random.Random(client.number)
+    while time.monotonic() < ends:
+        await client.leave_after(moments.uniform(0, 0.3))
+    return True
+
+
+FAULTS = (
+    Fault("nothing", _nothing),
+    Fault("kill -9 of the worker", _kill_worker),
+    Fault(f"worker stopped for {STALL_TIMEOUT_S / 2:g} s", _stop_worker_for(STALL_TIMEOUT_S / 2)),
+    Fault(f"worker stopped for {2 * STALL_TIMEOUT_S:g} s", _stop_worker_for(2 * STALL_TIMEOUT_S)),
+    Fault("8 slow readers", _clients(Client.read_slowly, 8)),
+    Fault("100 half-open connections", _clients(Client.stay_half_open, 100)),
+    Fault("disconnect storm of 20 clients", _clients(_leave_again_and_again, 20)),
+)
+LOG_ON_FULL_DISK = Fault("log on a full disk", _nothing)
+
+
+# ── the trial ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def measure(options: argparse.Namespace) -> list[Outcome]:
+    """All faults on one server; then one whose log goes to a full disk. A stall is noticed after `STALL_TIMEOUT_S`."""
+    settings = {"PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S), "PAELLERA_LOG_LEVEL": "error"}
+    with serving(settings) as server:
+        outcomes = await _measure(server, FAULTS, options)
+    with serving(settings | {"PAELLERA_LOG_LEVEL": "debug"}, output=FULL_DISK) as server:
+        return outcomes + await _measure(server, [LOG_ON_FULL_DISK], options)
+
+
+async def _measure(server: Server, faults: Sequence[Fault], options: argparse.Namespace) -> list[Outcome]:
+    trial = Trial(server, options.rate, options.seconds)
+    await trial.warm_up()
+    outcomes = []
+    for fault in faults:
+        outcomes.append(await trial.run(fault))
+        print(outcomes[-1], file=sys.stderr, flush=True)
+    return outcomes
+
+
+@dataclass
+class Trial:
+    """One server, and the requests that arrive at every fault, `rate` a second. files: open in the API process when it is idle."""
+
+    server: Server
+    rate: float
+    seconds: float
+    files: int = 0
+
+    async def warm_up(self) -> None:
+        """Until the engine knows what its steps cost."""
+        async with self._client() as client:
+            await Load(client).alone(self._target, KINDS, repeats=1)
+        self.files = await self._fewest_files(0, SETTLED_S)
+
+    async def run(self, fault: Fault) -> Outcome:
+        async with self._client() as client:
+            before = await figures_when_idle(client)
+            trace = poisson_trace(KINDS, self.rate, self.seconds, seed=0)
+            arriving = asyncio.create_task(Load(client).open_loop(self._target, trace))
+            answers, lost, unready_s = await asyncio.gather(arriving, self._strike(fault), self._unready(client, arriving))
+            after = await figures_when_idle(client)
+        files = await self._fewest_files(self.files, CLOSED_TIMEOUT_S)
+        return Outcome(
+            fault=fault.name,
+            sent=len(answers),
+            answered=sum(answer.status == httpx.codes.OK for answer in answers),
+            refused=sum(answer.refused for answer in answers),
+            lost_of_its_own=lost,
+            restarts=int(after[RESTARTS] - before[RESTARTS]),
+            replayed=int(after[REPLAYED] - before[REPLAYED]),
+            files_left=max(0, files - self.files),
+            unready_s=round(unready_s, 2),
+            latency=quantiles([answer.seconds for answer in answers]),
+        )
+
+    async def _strike(self, fault: Fault) -> int:
+        await asyncio.sleep(BEGINS * self.seconds)
+        return await fault.strike(self.server, (ENDS - BEGINS) * self.seconds)
+
+    async def _unready(self, client: httpx.AsyncClient, arriving: asyncio.Task[list[Answer]]) -> float:
+        """For how many seconds /readyz did not say yes."""
+        seconds, checked = 0.0, time.perf_counter()
+        while not arriving.done():
+            ready = (await client.get("/readyz")).status_code == httpx.codes.OK
+            now = time.perf_counter()
+            seconds += 0 if ready else now - checked
+            checked = now
+            await asyncio.sleep(POLL_S)
+        return seconds
+
+    async def _fewest_files(self, enough: int, seconds: float) -> int:
+        """Open in the API process within so many seconds, or until there are few enough: connections are closed in a moment."""
+        ends, fewest = time.monotonic() + seconds, sys.maxsize
+        while time.monotonic() < ends and fewest > enough:
+            fewest = min(fewest, open_files(self.server.pid) or 0)
+            await asyncio.sleep(POLL_S)
+        return fewest
+
+    @property
+    def _target(self) -> Target:
+        return Target("paellera", f"{self.server.url}/generate")
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.server.url, timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None))
+
+
+def table(outcomes: Sequence[Outcome], rate: float) -> Table:
+    title = f"Faults while {rate:g} requests/s arrive"
+    found = Table(title=title, title_justify="left")
+    found.add_column("fault")
+    for column in ("sent", "answered", "refused", "lost", "restarts", "replayed", "files left", "not ready s", "p50 ms", "p99 ms"):
+        found.add_column(column, justify="right")
+    for o in outcomes:
+        counts = (o.sent, o.answered, o.refused, o.lost, o.restarts, o.replayed, o.files_left)
+        found.add_row(o.fault, *map(str, counts), f"{o.unready_s:.2f}", f"{o.latency['p50_ms']:.0f}", f"{o.latency['p99_ms']:.0f}")
+    return found
