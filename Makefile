@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test lint format types check bench batching faults soak evaluate font clean
+.PHONY: serve test lint format types check bench batching curve faults soak evaluate font clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
@@ -28,11 +28,11 @@ check: lint types test
 bench: $(VENV)/.dev
 	$(BIN)/paellera bench
 
-batching: $(VENV)/.dev  ## mixed load beside whole-request batching
+batching curve: $(VENV)/.dev  ## mixed load beside whole-request batching; latency at rising rates
 	$(BIN)/pip install --quiet -e '.[load]'
-	$(BIN)/python -m load_tests.batching $(ARGS)
+	$(BIN)/python -m load_tests.$@ $(ARGS)
 
-faults soak: $(VENV)/.dev  ## everything that can go wrong; ten thousand requests
+faults soak: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
 evaluate: $(VENV)/.dev font

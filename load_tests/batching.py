@@ -91,8 +91,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m load_tests.batching", description="Mixed requests, two servers; the last line is JSON."
     )
-    parser.add_argument("--sides", type=_numbers, default=(64, 128, 192), help="picture sides in pixels, 64,128,192 by default")
-    parser.add_argument("--steps", type=_numbers, default=(8, 12, 16), help="step counts, 8,12,16 by default")
+    parser.add_argument("--sides", type=numbers, default=(64, 128, 192), help="picture sides in pixels, 64,128,192 by default")
+    parser.add_argument("--steps", type=numbers, default=(8, 12, 16), help="step counts, 8,12,16 by default")
     parser.add_argument("--seconds", type=float, default=30, help="of open-loop arrivals for each server, 30 by default")
     parser.add_argument("--rounds", type=int, default=3, help="turns they are divided into, 3 by default")
     parser.add_argument("--saturate", type=float, default=8, help="seconds of saturation a turn, two turns each, 8 by default")
@@ -102,7 +102,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"numbers with commas between them, not {text!r}")
