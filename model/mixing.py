@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.runtime import send
 from model.text import Prompt, bucket
 
 Mode = Literal["lerp", "slerp"]
@@ -35,7 +36,7 @@ def mean(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     if len(embeddings) == 1:
         return embeddings[0]
     stacked = torch.cat(list(embeddings)).float()
-    share = torch.tensor(weights, device=stacked.device)[:, None] / sum(weights)
+    share = send(weights, stacked.device)[:, None] / sum(weights)
     length = (share * stacked.norm(dim=-1, keepdim=True)).sum(0)
     return (F.normalize((share * stacked).sum(0, keepdim=True), dim=-1) * length).to(embeddings[0].dtype)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.config import SamplingConfig
 from model.denoiser import Condition
+from model.runtime import send
 from model.sampling import NEVER, Noise, ramp, renoise, timesteps
 from model.v1 import ConditionV1
 
@@ -108,7 +109,7 @@ class Row:
     @cached_property
     def shares(self) -> Tensor:
         """[n, branches]: what each branch counts at every step; on the device, as no step sends numbers there."""
-        guidance = torch.tensor(self.guidances, device=self.tokens.device)
+        guidance = send(self.guidances, self.tokens.device)
         return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
 
     @cached_property
@@ -124,7 +125,8 @@ class Row:
         """[n, 3]: 1 / temperature, renoise probability and typical mass of every step, on the device."""
         inverse = [1 / temperature for temperature in self.temperatures]
         mass = [self.sampling.typical_mass] * self.sampling.steps
-        return torch.tensor([inverse, self.renoise_probabilities, mass], device=self.tokens.device).T.contiguous()
+        parts = torch.tensor([inverse, self.renoise_probabilities, mass]).T.contiguous()
+        return parts.to(self.tokens.device, non_blocking=True)
 
 
 def _prompt_coverage(regions: Sequence[Region]) -> Tensor:
@@ -167,7 +169,7 @@ def edit(row: Row, tokens: Tensor, strength: float) -> Row:
     steps = row.sampling.steps
     row.step = steps - round(strength * steps)
     if row.step > 0:
-        probability = torch.tensor([row.times[row.step] or NEVER], device=tokens.device)
+        probability = send([row.times[row.step] or NEVER], tokens.device)
         row.tokens = renoise(tokens[None], row.noise.start[None], row.noise.renoise[row.step - 1][None], probability)[0]
     return row
 

@@ -9,6 +9,7 @@ Letters: B rows, N branches (one or two a row), H W token grid, L condition toke
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +25,7 @@ from model import operations, prior, sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
 from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, RenoiseMode, Sampler, SamplingConfig, Schedule
 from model.operations import AnyCondition, Region, Row
+from model.runtime import send
 from model.sampling import Noise
 from model.text import Prompt, bucket
 
@@ -58,9 +60,16 @@ class Drawing(NamedTuple):
     inverse: Tensor
     mass: Tensor
 
-    def of(self, members: list[int]) -> Drawing:
+    def of(self, members: Tensor) -> Drawing:
         """Only these rows'."""
         return Drawing(*(part[members] for part in self))
+
+
+# Their logits over 8192 codes are 1 GiB in fp32, of which a sampler needs several.
+_TOKENS_DRAWN_AT_ONCE = 2**15
+
+# The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings [B, D'].
+Imagine = Callable[[Tensor, Tensor], Tensor]
 
 
 class Executor(Protocol):
@@ -84,6 +93,11 @@ class Eager:
         return sampling.mix(branches, lanes.row_of, share, len(tokens))
 
     def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+        rows = max(1, _TOKENS_DRAWN_AT_ONCE // math.prod(features.shape[1:3]))
+        parts = zip(features.split(rows), *(part.split(rows) for part in drawing), strict=True)
+        return torch.cat([self._draw(sampler, own, Drawing(*rest)) for own, *rest in parts])
+
+    def _draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
         project = self.denoiser.project
         if sampler == "argmax":
             return project(features).argmax(-1)
@@ -132,7 +146,7 @@ class Pipeline(ABC):
 
     def _here(self, encoded: Tensor) -> Tensor:
         """What an encoder made, where and as the denoiser takes it."""
-        return encoded.to(self.device, self.dtype)
+        return encoded.to(self.device, self.dtype, non_blocking=True)
 
     @property
     def prior_noise(self) -> tuple[int, int]:
@@ -163,13 +177,13 @@ class Pipeline(ABC):
     @torch.inference_mode()
     def codes(self, pictures: Tensor) -> Tensor:
         """Pictures uint8 [B, height, width, 3] → tokens [B, H, W] on the device; the sides are multiples of the VQGAN's step."""
-        return self.bundle.vqgan.encode((pictures.to(self.device).permute(0, 3, 1, 2) / 255).to(self.dtype))
+        return self.bundle.vqgan.encode((pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype))
 
     @torch.inference_mode()
     def picture_embeddings(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """Pictures uint8 [height, width, 3], of any sizes → CLIP image embeddings [1, D'] each."""
         clip = self.bundle.clip
-        scaled = torch.cat([clip.scale((p.to(clip.device).permute(2, 0, 1) / 255)[None]) for p in pictures])
+        scaled = torch.cat([clip.scale((p.to(clip.device, non_blocking=True).permute(2, 0, 1) / 255)[None]) for p in pictures])
         return list(self._here(clip.encode_image(scaled)).split(1))
 
     @torch.inference_mode()
@@ -216,14 +230,14 @@ class Pipeline(ABC):
         """The rows' branches; another object only when rows or branches have changed."""
         members = [(i, condition) for i, row in enumerate(rows) for condition in row.branches]
         if self._lanes is None or not self._lanes.hold(members):
-            self._lanes = Lanes(members, torch.tensor([i for i, _ in members], device=self.device))
+            self._lanes = Lanes(members, send([i for i, _ in members], self.device))
         return self._lanes
 
     def _time_table(self, row: Row) -> Tensor:
         """What the time does to the denoiser's blocks at every step of the row's schedule, [n, S]."""
         key = row.sampling.steps, row.sampling.schedule
         if key not in self._times:
-            self._times[key] = self.bundle.denoiser.times(torch.tensor(row.times[:-1], device=self.device))
+            self._times[key] = self.bundle.denoiser.times(send(row.times[:-1], self.device))
         return self._times[key]
 
     def _draw(self, rows: Sequence[Row], features: Tensor, drawing: Drawing) -> Tensor:
@@ -234,7 +248,8 @@ class Pipeline(ABC):
         if len(families) == 1:
             return self.executor.draw(rows[0].sampling.sampler, features, drawing)
         tokens = torch.empty(features.shape[:-1], dtype=torch.int64, device=self.device)
-        for family, members in families.items():
+        for family, numbers in families.items():
+            members = send(numbers, self.device)
             tokens[members] = self.executor.draw(family, features[members], drawing.of(members))
         return tokens
 
@@ -298,6 +313,10 @@ class PipelineV3(Pipeline):
     bundle: BundleV3
     config: BundleV3Config
 
+    def __init__(self, bundle: BundleV3) -> None:
+        super().__init__(bundle)
+        self.imagine: Imagine = self._imagine
+
     @property
     def prior_noise(self) -> tuple[int, int]:
         return self.config.recipe.prior_steps + 1, self.config.clip.embed_dim
@@ -312,18 +331,20 @@ class PipelineV3(Pipeline):
         tokens, cut = b.clip.tokenize(prompts)
         out, clip = b.byt5(prompts), b.clip.encode_tokens(tokens)
         named = [tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut) for x, y in zip(out.truncated, cut, strict=True)]
-        parts = (self._here(out.embeddings), out.mask.to(self.device), self._here(clip))
+        parts = (self._here(out.embeddings), out.mask.to(self.device, non_blocking=True), self._here(clip))
         rows = zip(*(part.split(1) for part in parts), named, strict=True)
         return [Prompt(*row) for row in rows]
 
     @torch.inference_mode()
     def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
         """By the prior."""
-        r = self.config.recipe
         text = torch.cat([p.clip for p in prompts])
-        noise = torch.stack([n.prior for n in noises], dim=1).to(self.device)
-        drawn = prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
-        return list(drawn.to(text.dtype).split(1))
+        noise = torch.stack([n.prior for n in noises], dim=1).to(self.device, non_blocking=True)
+        return list(self.imagine(text, noise).to(text.dtype).split(1))
+
+    def _imagine(self, text: Tensor, noise: Tensor) -> Tensor:
+        r = self.config.recipe
+        return prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
 
     @torch.inference_mode()
     def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
@@ -336,14 +357,12 @@ class PipelineV3(Pipeline):
         if self.config.recipe.attention_weights is None:
             return None
         text, image = self.config.recipe.attention_weights
-        seq, length = self.config.denoiser.clip_seq_len, prompt.mask.shape[1]
+        seq = self.config.denoiser.clip_seq_len
         real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
-        count = int(prompt.mask.sum())
-        weights = torch.full((count,), text, device=real.device)
-        weights[-seq:] = image
-        full = torch.ones(length + 2 * seq, device=real.device)
-        full[real.nonzero()[-count:, 0]] = weights
-        return full[None]
+        # Counted from the end, the last is 1. Nothing asks the device for a number: the answer would come when all before it is computed.
+        place = real.flip(0).cumsum(0).flip(0)
+        weights = torch.where(place <= seq, image, text)
+        return torch.where(real & (place <= prompt.mask.sum()), weights, 1.0)[None]
 
 
 class PipelineV1(Pipeline):
@@ -359,7 +378,7 @@ class PipelineV1(Pipeline):
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
         """The empty text is the zero embedding, v1's unconditional one."""
         clip, nothing = self.bundle.clip, torch.empty(1, 0, device=self.device)
-        written = torch.tensor([[bool(prompt)] for prompt in prompts], device=self.device)
+        written = send([bool(prompt) for prompt in prompts], self.device)[:, None]
         tokens, too_long = clip.tokenize(prompts)
         embeddings = (self._here(clip.encode_tokens(tokens)) * written).split(1)
         cut = [("clip",) if is_cut else () for is_cut in too_long]

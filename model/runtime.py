@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 _libraries: list[torch.library.Library] = []
 
@@ -46,6 +48,12 @@ def prepare(threads: int = 0) -> None:
         torch.set_num_threads(threads)
 
 
+def send(values: Sequence[float] | Sequence[bool], device: torch.device) -> Tensor:
+    """Numbers as a tensor on the device. `torch.tensor(values, device=…)` waits until the device is through with all that was launched
+    before; this only puts the copy behind it."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """Where to compute: "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
     if name == "auto":
@@ -53,6 +61,13 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def use(device: torch.device) -> torch.device:
+    """Makes it the one that whatever takes the current device takes: recording and kernels do, whichever their tensors are on."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

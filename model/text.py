@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ByteEncoderConfig, CLIPConfig
+from model.runtime import send
 from model.towers import ByteTower, TextTower
 
 # Byte sequences are padded to one of these lengths, so that few shapes occur.
@@ -97,7 +98,7 @@ class ByteEncoder(nn.Module):
     def forward(self, prompts: Sequence[str]) -> ByteEmbeddings:
         tokens, mask, truncated = self.tokenize(prompts)
         device = self.t5.shared.weight.device
-        tokens, mask = tokens.to(device), mask.to(device)
+        tokens, mask = (t.to(device, non_blocking=True) for t in (tokens, mask))
         if self.tower is None or torch.is_autocast_enabled(device.type):  # packed operators know nothing of autocast
             embeddings = self.t5(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         else:
@@ -158,7 +159,7 @@ class CLIP(nn.Module):
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """What `tokenize` gives → [B, embed_dim]."""
         if self.tower is None or torch.is_autocast_enabled(self.device.type):
-            return self.model.encode_text(tokens.to(self.device))
+            return self.model.encode_text(tokens.to(self.device, non_blocking=True))
         return self.tower(tokens)
 
     def scale(self, image: Tensor) -> Tensor:
@@ -171,6 +172,5 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1], any size → [B, embed_dim]."""
         image = self.scale(image)
-        mean = torch.tensor(_PIXEL_MEAN, device=image.device).view(3, 1, 1)
-        std = torch.tensor(_PIXEL_STD, device=image.device).view(3, 1, 1)
+        mean, std = (send(values, image.device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
         return self.model.encode_image(((image - mean) / std).to(self.model.logit_scale.dtype))

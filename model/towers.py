@@ -121,11 +121,13 @@ class TextTower:
         clip, (B, context) = self._clip, tokens.shape
         ends = tokens.argmax(-1)  # the end mark has the largest number
         length = min(-(-(int(ends.max()) + 1) // _TOKEN_STEP) * _TOKEN_STEP, context)
-        x = F.embedding(tokens[:, :length].to(clip.positional_embedding.device), clip.token_embedding.weight)
+        device = clip.positional_embedding.device
+        tokens, ends = (t.to(device, non_blocking=True) for t in (tokens[:, :length], ends))
+        x = F.embedding(tokens, clip.token_embedding.weight)
         x = x + clip.positional_embedding[:length]
         for block, maps in zip(self._blocks, self._maps, strict=True):
             x = _text_block(x, block, *maps)
-        x = clip.ln_final(x[torch.arange(B, device=x.device), ends.to(x.device)])
+        x = clip.ln_final(x[torch.arange(B, device=device), ends])
         if clip.text_projection is None:
             return x
         return clip.text_projection(x) if isinstance(clip.text_projection, nn.Linear) else x @ clip.text_projection

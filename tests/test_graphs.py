@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
 from server.engine.graphs import SAMPLERS, Bucket, Graphs, buckets
+from server.engine.prior_graphs import PriorGraphs
+from server.engine.protocol import Count
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config
@@ -24,6 +27,16 @@ from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
 GRID = (8, 8)
 LENGTHS = (16, 80)
 UNGUIDED = replace(PLAIN, guidance=(1.0, 1.0))
+
+
+class NothingAsked(TorchDispatchMode):
+    """Fails where a function asks the device for a number: what is recorded may not, and what runs beside the steps would wait for it."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.ASKING, f"{func} waits for the device"
+        return func(*args, **kwargs or {})
 
 
 @dataclass
@@ -38,7 +51,8 @@ class Rerun:
 
 
 def rerun(function: Callable[[], Tensor]) -> Rerun:
-    return Rerun(function, function())
+    with NothingAsked():
+        return Rerun(function, function())
 
 
 @pytest.fixture
@@ -159,11 +173,54 @@ def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
 def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settings(random_bundle):
     runner = Runner(Settings(weights=str(random_bundle), dtype="float32", max_batch_rows=2, graph_sizes="32x64,40x40"))
     pipeline = runner._pipelines["random"]
-    runner.record_graphs(pipeline, rerun)
+    runner.record_graphs(pipeline, lambda: rerun)
     captures = runner.counters["graph_captures", "false"]
     for width, height in ((32, 32), (32, 64), (64, 64)):
         pipeline.generate(["red apple"], [0], PLAIN, width=width, height=height)
-    assert runner.counters["graph_replays", ""] == 2 * 2 * PLAIN.steps  # the size 64×64 has no graph, 40×40 is none of its sizes
+    # The size 64×64 has no graph, 40×40 is none of its sizes; each picture's prior is one.
+    assert runner.counters["graph_replays", ""] == 2 * 2 * PLAIN.steps + 3
     assert runner.counters["graph_eager_steps", ""] == PLAIN.steps
     assert captures == runner.counters["graph_captures", "false"]
     assert not runner.counters["graph_captures", "true"]
+
+
+def test_nothing_on_the_way_from_a_text_to_a_step_waits_for_the_device(pipeline, graphs):
+    with NothingAsked():
+        mine = row(pipeline, config=replace(PLAIN, sampler="quant"))
+        pipeline.advance([mine, row(pipeline, PROMPTS[2], 1, UNGUIDED)])
+
+
+def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
+    counters: Counter[Count] = Counter()
+    graphs = PriorGraphs(pipeline, (1, 4), rerun, counters)
+    graphs.record_all()
+    steps, width = pipeline.prior_noise
+    drawn = []
+    for count in (1, 3, 2):
+        text, noise = torch.randn(count, width), torch.randn(steps, count, width)
+        drawn.append((graphs(text, noise), pipeline.imagine(text, noise)))
+    for replayed, expected in drawn:  # after all of them: a replay takes nothing away from those before it
+        torch.testing.assert_close(replayed, expected, atol=1e-5, rtol=1e-5)
+    assert counters["graph_replays", ""] == 3
+    graphs(torch.randn(5, width), torch.randn(steps, 5, width))
+    assert counters["graph_replays", ""] == 3
+
+
+def test_what_cannot_be_recorded_is_computed_eagerly(pipeline):
+    def refuse_large(function: Callable[[], Tensor]) -> Rerun:
+        recording = rerun(function)
+        if len(recording.output) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return recording
+
+    counters: Counter[Count] = Counter()
+    graphs = Graphs(pipeline, [Bucket(GRID, rows, 2, 80) for rows in (1, 2)], refuse_large, counters)
+    graphs.record_all()
+    assert counters["graph_captures", "false"] == 1 + len(SAMPLERS)
+    replaying = PipelineV3(pipeline.bundle)
+    replaying.executor = graphs
+    for tokens, expected in zip(
+        run(replaying, row(pipeline), row(pipeline, seed=1)), eagerly(pipeline, row(pipeline), row(pipeline, seed=1)), strict=True
+    ):
+        assert agreement(tokens, expected) >= 0.99
+    assert counters["graph_eager_steps", ""] == PLAIN.steps

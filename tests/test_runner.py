@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 
 from model.pipeline import Pipeline
 from server.engine.conditions import size, tensors_in
-from server.engine.protocol import Job
+from server.engine.protocol import Edit, Job, Raster
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
+from server.engine.streams import Streams
 from server.settings import Settings
 from tests.conftest import emptied
 from tests.test_worker import SAMPLING, job
@@ -120,6 +122,32 @@ def test_an_unfinished_row_shows_what_its_last_step_drew(runner, pipeline):
     (image,) = decoding.images()
     expected = pipeline.decode(runner._rows[row].drawn[None])
     assert np.array_equal(np.frombuffer(image.pixels, np.uint8), expected.numpy().ravel())
+
+
+class Recalled(Streams):
+    """What is read beside the steps, and that it is read there."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.reading: list[torch.Tensor] = []
+        self.inside = False
+
+    @contextmanager
+    def beside(self, reading: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+        self.reading, self.inside = list(reading), True
+        yield
+        self.inside = False
+
+
+def test_a_row_that_is_done_as_it_begins_is_read_in_the_stream_that_made_its_tokens(runner, monkeypatch):
+    streams, stack = Recalled(), torch.stack
+    runner._streams = streams
+    picture = Raster(32, 32, bytes(32 * 32 * 3), "black")
+    (row,) = started(runner, job("a", canvas=Edit(picture, strength=0.0)))
+    assert runner._rows[row].done
+    monkeypatch.setattr(torch, "stack", lambda tensors: stack(tensors) if streams.inside else pytest.fail("stacked in another stream"))
+    runner.decode("random", [row])
+    assert [tensor is runner._rows[row].tokens for tensor in streams.reading] == [True]
 
 
 def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bundle):

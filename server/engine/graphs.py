@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,55 +23,12 @@ from model import sampling
 from model.config import BundleV3Config, Sampler
 from model.denoiser import Condition, Denoiser
 from model.pipeline import Drawing, Eager, Lanes, PipelineV3
+from model.runtime import send
 from server.engine.protocol import Count
+from server.engine.recording import Function, Recorder, Recording, recorded
 from server.engine.scheduler import LENGTHS
 
 SAMPLERS: tuple[Sampler, ...] = ("multinomial", "argmax", "typical", "quant")
-_WARM_UPS = 2
-
-Function = Callable[[], Tensor]
-
-
-class Recording(Protocol):
-    """A function of tensors in fixed places, to be run again on what lies there then."""
-
-    @property
-    def output(self) -> Tensor: ...
-
-    def replay(self) -> None: ...
-
-
-class Recorder(Protocol):
-    def __call__(self, function: Function) -> Recording: ...
-
-
-class CUDARecorder:
-    """Records on one device, all graphs in one memory pool: no two of them run at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Function) -> Recording:
-        # Libraries set themselves up in their first call, which may not be recorded.
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            for _ in range(_WARM_UPS):
-                function()
-        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            output = function()
-        return _CUDARecording(graph, output)
-
-
-@dataclass(frozen=True)
-class _CUDARecording:
-    graph: torch.cuda.CUDAGraph
-    output: Tensor
-
-    def replay(self) -> None:
-        self.graph.replay()
 
 
 class Bucket(NamedTuple):
@@ -91,14 +48,18 @@ class Bucket(NamedTuple):
         return self.lanes * math.prod(self.grid)
 
 
+def row_counts(most: int) -> list[int]:
+    """Powers of two, and the most."""
+    return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+
+
 def buckets(config: BundleV3Config, max_rows: int, sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
     """What a server records: these picture sizes (width, height), rows in powers of two, the scheduler's classes of condition lengths."""
-    rows = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
     # A class counts a text's bytes; CLIP's text and image follow them.
     longest, clip = config.byt5.max_bytes, 2 * config.denoiser.clip_seq_len
     lengths = sorted({min(length, longest) + clip for length in LENGTHS})
     grids = [(height // config.vqgan.downscale, width // config.vqgan.downscale) for width, height in sizes]
-    return [Bucket(*shape) for shape in product(grids, rows, (1, 2), lengths)]
+    return [Bucket(*shape) for shape in product(grids, row_counts(max_rows), (1, 2), lengths)]
 
 
 @dataclass
@@ -142,12 +103,12 @@ class Graphs:
         """Records every bucket's step, and every sampler's draw for its rows."""
         memory = _Memory(self.denoiser, self._buckets, self._device)
         for bucket in self._buckets:
-            self._steps[bucket] = self._record_step(bucket, memory)
-        for sampler in SAMPLERS:
-            for bucket in self._buckets:
-                key = sampler, bucket.rows, bucket.grid
-                if key not in self._draws:
-                    self._draws[key] = self._record_draw(sampler, self._steps[bucket].recording.output)
+            if step := self._record_step(bucket, memory):
+                self._steps[bucket] = step
+        examples = {(bucket.rows, bucket.grid): step.recording.output for bucket, step in self._steps.items()}
+        for sampler, ((rows, grid), example) in product(SAMPLERS, examples.items()):
+            if draw := self._record_draw(sampler, example):
+                self._draws[sampler, rows, grid] = draw
         self._all_recorded = True
 
     # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,10 +152,10 @@ class Graphs:
                 for own in range(lane, (row + 1) * bucket.branches):
                     target.put(own, condition)
                 used[row] += 1
-            self._loaded = bucket, lanes, torch.tensor(places, device=self._device)
+            self._loaded = bucket, lanes, send(places, self._device)
         return self._loaded[2]
 
-    def _record_step(self, bucket: Bucket, memory: _Memory) -> _Step:
+    def _record_step(self, bucket: Bucket, memory: _Memory) -> _Step | None:
         denoiser, rows = self.denoiser, bucket.rows
         tokens, times, share, condition = memory.views(bucket)
         row_of = torch.arange(rows, device=self._device).repeat_interleave(bucket.branches)
@@ -202,7 +163,8 @@ class Graphs:
         def guided() -> Tensor:
             return sampling.mix(denoiser.features(tokens, times, condition, row_of), row_of, share, rows)
 
-        return _Step(tokens, times, share, condition, self._record(guided))
+        recording = self._record(guided, f"the step of {bucket}")
+        return None if recording is None else _Step(tokens, times, share, condition, recording)
 
     # ── a draw ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,16 +181,16 @@ class Graphs:
         self._replay(draw.recording)
         return draw.recording.output[:B]
 
-    def _record_draw(self, sampler: Sampler, example: Tensor) -> _Draw:
+    def _record_draw(self, sampler: Sampler, example: Tensor) -> _Draw | None:
         features, rows = torch.zeros_like(example), len(example)
         drawing = Drawing(*(torch.full(shape, 0.5, device=self._device) for shape in (example.shape[:3], (rows,), (rows,))))
-        return _Draw(features, drawing, self._record(lambda: self.eager.draw(sampler, features, drawing)))
+        recording = self._record(lambda: self.eager.draw(sampler, features, drawing), f"the draw of {rows} rows by {sampler}")
+        return None if recording is None else _Draw(features, drawing, recording)
 
     # ── counting ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _record(self, function: Function) -> Recording:
-        self.counters["graph_captures", str(self._all_recorded).lower()] += 1
-        return self._recorder(function)
+    def _record(self, function: Function, name: str) -> Recording | None:
+        return recorded(self._recorder, function, name, self.counters, ready=self._all_recorded)
 
     def _replay(self, recording: Recording) -> None:
         recording.replay()

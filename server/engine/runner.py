@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,11 +18,13 @@ from torch import Tensor
 from model.config import SamplingConfig, find_bundle
 from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
-from model.runtime import pick_device, pick_dtype
+from model.runtime import pick_device, pick_dtype, use
 from server.engine.cache import Cache
 from server.engine.conditions import Conditions, size, tensors_in
-from server.engine.graphs import CUDARecorder, Graphs, Recorder, buckets
+from server.engine.graphs import Graphs, buckets, row_counts
+from server.engine.prior_graphs import PriorGraphs
 from server.engine.protocol import Count, Image, Job
+from server.engine.recording import CUDARecorder, Recorder
 from server.engine.scheduler import LENGTHS, RowId
 from server.engine.starting import Starter, Wanted
 from server.engine.streams import Mark, Streams
@@ -73,7 +75,7 @@ class Runner:
     """The loaded bundles, and the rows that are being denoised on them. counters: what was counted since the start."""
 
     def __init__(self, settings: Settings) -> None:
-        device = pick_device(settings.device)
+        device = use(pick_device(settings.device))
         self.dtype = pick_dtype(settings.dtype, device)
         self.device = device
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders) for name in settings.bundles]
@@ -119,9 +121,10 @@ class Runner:
 
     def decode(self, model: str, rows: Sequence[RowId]) -> Decoding:
         """Begins to make pictures of these rows of one pool, finished or not, as far as they have come."""
-        tokens = torch.stack([self._rows[row].clean for row in rows])
+        tokens = [self._rows[row].clean for row in rows]
+        # Everything in there, the stacking too: a row that was done as it began has tokens that were made beside the steps.
         with self._streams.beside(reading=tokens):
-            pixels = self._streams.to_host(self._pipelines[model].pictures(tokens))
+            pixels = self._streams.to_host(self._pipelines[model].pictures(torch.stack(tokens)))
             return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self._streams.mark())
 
     def drop(self, rows: Sequence[RowId]) -> None:
@@ -137,7 +140,7 @@ class Runner:
             pipeline.generate(["warm"], [0], sampling)
             self._warm_up_together(pipeline, sampling, time.perf_counter() - began)
             if self.device.type == "cuda" and self._settings.cuda_graphs and isinstance(pipeline, PipelineV3):
-                self.record_graphs(pipeline, CUDARecorder(self.device))
+                self.record_graphs(pipeline, lambda: CUDARecorder(self.device))
 
     def _warm_up_together(self, pipeline: Pipeline, sampling: SamplingConfig, seconds: float) -> None:
         """As many rows at once as there may be, of the longest prompts: allocators keep the most that was ever needed, and what is needed
@@ -145,11 +148,15 @@ class Runner:
         rows = max(1, min(self._settings.max_batch_rows, int(WARM_UP_S / seconds)))
         pipeline.generate(["warm " * LENGTHS[-1]] * rows, range(rows), sampling)
 
-    def record_graphs(self, pipeline: PipelineV3, recorder: Recorder) -> None:
-        """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings."""
+    def record_graphs(self, pipeline: PipelineV3, new_recorder: Callable[[], Recorder]) -> None:
+        """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings.
+        The prior's are too, and as they run beside the others they have a recorder of their own."""
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
-        graphs = Graphs(pipeline, buckets(pipeline.config, self._settings.max_batch_rows, fitting), recorder, self.counters)
+        most = self._settings.max_batch_rows
+        graphs = Graphs(pipeline, buckets(pipeline.config, most, fitting), new_recorder(), self.counters)
         graphs.record_all()
-        pipeline.executor = graphs
+        imagine = PriorGraphs(pipeline, row_counts(most), new_recorder(), self.counters)
+        imagine.record_all()
+        pipeline.executor, pipeline.imagine = graphs, imagine

@@ -88,7 +88,9 @@ class Starter:
         job, pipeline = image.job, self._pipelines[image.job.model]
         downscale = pipeline.config.vqgan.downscale
         regions = [
-            operations.Region(encodings.guesses[image.guess(region.prompt)], _weight(region.weight, downscale).to(pipeline.device))
+            operations.Region(
+                encodings.guesses[image.guess(region.prompt)], _weight(region.weight, downscale).to(pipeline.device, non_blocking=True)
+            )
             for region in job.regions
         ]
         against = negative(job)
@@ -96,7 +98,7 @@ class Starter:
         row = pipeline.start(noise, job.sampling, self._conditional(image, encodings), unconditional, regions)
         match job.canvas:
             case Repaint(picture, mask):
-                repainted = operations.token_mask(as_tensor(mask).bool(), downscale).to(pipeline.device)
+                repainted = operations.token_mask(as_tensor(mask).bool(), downscale).to(pipeline.device, non_blocking=True)
                 return operations.repaint(row, Kept(encodings.sights[sight(job, "tokens", picture)], ~repainted))
             case Edit(picture, strength):
                 return operations.edit(row, encodings.sights[sight(job, "tokens", picture)], strength)

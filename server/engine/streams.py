@@ -38,14 +38,16 @@ class Streams:
         self._last_step: torch.cuda.Event | None = None
 
     @contextmanager
-    def beside(self, reading: Tensor | None = None) -> Iterator[None]:
+    def beside(self, reading: Iterable[Tensor] = ()) -> Iterator[None]:
         """What is launched in here runs beside the steps; if it reads what they made, after those already launched."""
         if self._side is None:
             yield
             return
-        if reading is not None:
+        made = list(reading)
+        if made:
             self._side.wait_stream(torch.cuda.current_stream(self._device))
-            reading.record_stream(self._side)
+        for tensor in made:
+            tensor.record_stream(self._side)
         with torch.cuda.stream(self._side):
             yield
 
