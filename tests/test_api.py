@@ -318,6 +318,42 @@ def test_metrics_count_pictures_requests_and_steps(client: httpx.Client) -> None
     assert metric(client, "paella_weights_info", model=NAME) == 1
 
 
+def test_of_workers_that_were_replaced_nothing_is_left_and_nothing_is_counted_twice(fake_settings: Configure) -> None:
+    def processes(client: httpx.Client) -> list[float]:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        return [sample.value for family in families for sample in family.samples if sample.name == "paella_worker_resident_memory_bytes"]
+
+    with served(fake_settings(devices="cpu,cpu")) as client:
+        assert metric(client, "paella_images_total", endpoint="/generate") == 0
+        post(client)
+        wait_until(lambda: len(processes(client)) == 1)
+        first = processes(client)
+        assert error_of(post(client, "die"))["code"] == "poison"
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        assert processes(client) == []
+        post(client)
+        wait_until(lambda: len(processes(client)) == 1)
+        assert processes(client) != first
+        assert metric(client, "paella_worker_restarts_total") == 2
+        assert metric(client, "paella_requests_replayed_total") == 1
+        assert metric(client, "paella_images_total", endpoint="/generate") == 2
+        assert metric(client, "paella_queue_duration_seconds_count") == 2
+        assert [metric(client, "paella_worker_ready", worker=worker) for worker in "01"] == [1, 1]
+
+
+def test_a_request_that_is_refused_early_counts_for_its_endpoint(fake_settings: Configure) -> None:
+    with served(fake_settings(api_keys="a-key-of-the-house")) as client:
+        assert post(client).status_code == 401
+        wait_until(lambda: metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="401") == 1)
+
+
+def test_a_probe_before_the_worker_is_ready_is_no_refusal(fake_settings: Configure) -> None:
+    with served(fake_settings(), fake_worker.slow_to_start, ready=False) as client:
+        assert client.get("/readyz").status_code == 503
+        assert metric(client, "paella_rejected_total", reason="not_ready") == 0
+        assert "not_ready" not in client.get("/metrics").text
+
+
 def test_every_request_is_logged_without_its_prompt(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "server.access")
     post(client, "a secret wish", {"X-Request-Id": "logged"})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.protocol import Beat, Step
-from server.metrics import Metrics
+from server.engine.protocol import Beat, Step, Usage
+from server.metrics import LIMITS, REFUSALS, WORKERS, Metrics, WorkerState, document
 
 
 def names(metrics: Metrics) -> set[str]:
@@ -14,7 +16,8 @@ def names(metrics: Metrics) -> set[str]:
 
 def test_every_figure_of_the_contract_is_exposed() -> None:
     latencies = {
-        f"paella_{stage}_duration_seconds" for stage in ("request", "queue", "encode", "prior", "step", "decode", "image_encode", "cancel")
+        f"paella_{stage}_duration_seconds"
+        for stage in ("request", "queue", "encode", "prior", "denoise", "step", "decode", "image_encode", "cancel")
     }
     counters = {f"paella_{name}" for name in ("images", "rejected", "cancelled", "worker_restarts", "requests_replayed")}
     counters |= {f"paella_{name}" for name in ("prompt_cache_hits", "prompt_cache_misses", "graph_captures", "graph_replays")}
@@ -40,7 +43,8 @@ def test_latencies_have_an_edge_at_exactly_half_a_second() -> None:
 def test_two_apps_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.images.labels("/generate").inc()
-    assert other.registry.get_sample_value("paella_images_total", {"endpoint": "/generate"}) is None
+    other.expect(["/generate"])
+    assert other.registry.get_sample_value("paella_images_total", {"endpoint": "/generate"}) == 0
 
 
 def test_a_beat_s_steps_and_counts_are_added_to_the_figures() -> None:
@@ -54,3 +58,35 @@ def test_a_beat_s_steps_and_counts_are_added_to_the_figures() -> None:
     assert value("paella_graph_replays_total") == 10
     assert value("paella_batch_fill_ratio_sum") == 0.5
     assert value("paella_step_rows_sum") == 8
+
+
+def test_the_documented_figures_are_those_that_are_shown() -> None:
+    metrics = Metrics()
+    metrics.watch(list)
+    documented = {figure.name.removesuffix("_total"): figure.kind for figure in (*metrics.figures, *WORKERS)}
+    families = {family.name: family.type for family in metrics.registry.collect() if not family.name.startswith("process_")}
+    assert families == documented
+    assert Path("docs/metrics.md").read_text() == document(), "python -m server.metrics > docs/metrics.md"
+
+
+def test_figures_with_known_labels_are_there_before_anything_has_happened() -> None:
+    metrics = Metrics()
+    metrics.expect(["/generate"])
+    value = metrics.registry.get_sample_value
+    assert {value("paella_rejected_total", {"reason": reason}) for reason in (*REFUSALS, *LIMITS)} == {0}
+    assert value("paella_request_duration_seconds_bucket", {"endpoint": "/generate", "status": "200", "le": "0.5"}) == 0
+    assert value("paella_prompt_cache_hits_total", {"what": "prior"}) == 0
+    assert value("paella_graph_captures_total", {"after_ready": "true"}) == 0
+
+
+def test_of_a_worker_that_is_lost_no_figure_of_its_process_is_left() -> None:
+    metrics, states = Metrics(), [WorkerState(True, 0, Usage(7, 1.5, {"allocated": 3})), WorkerState(True, 2, Usage(9, 2.5))]
+    metrics.watch(lambda: states)
+    value = metrics.registry.get_sample_value
+    assert [value("paella_worker_resident_memory_bytes", {"worker": worker}) for worker in "01"] == [7, 9]
+    assert value("paella_gpu_memory_bytes", {"worker": "0", "kind": "allocated"}) == 3
+    assert value("paella_worker_silent_seconds", {"worker": "1"}) == 2
+    states[0] = WorkerState(False, 0, None)
+    assert [value("paella_worker_cpu_seconds_total", {"worker": worker}) for worker in "01"] == [None, 2.5]
+    assert value("paella_gpu_memory_bytes", {"worker": "0", "kind": "allocated"}) is None
+    assert [value("paella_worker_ready", {"worker": worker}) for worker in "01"] == [0, 1]

@@ -13,6 +13,7 @@ from model.config import BundleConfig, find_bundle
 from server.api import errors, models, native, operations, requests
 from server.api.limits import Guard
 from server.api.middleware import BodyLimit, Observation, OperationsPort, SecurityHeaders
+from server.api.planning import OPERATIONS
 from server.api.state import AppState
 from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
@@ -35,6 +36,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     """
     settings = settings or Settings()
     metrics = Metrics()
+    metrics.expect(f"/{operation}" for operation in OPERATIONS)
     bundles = read_models(settings)
     for name, config in bundles.items():
         metrics.weights_info.labels(name, config.sha256).set(1)

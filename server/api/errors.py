@@ -19,6 +19,8 @@ from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining
 CLIENT_CLOSED_REQUEST = 499
 # A worker is replaced, and this server by another one, in about as many.
 REPLACED_S = 5
+# What a probe of /readyz is told, which has refused nobody.
+NOT_READY = "not_ready"
 
 # Of pydantic's and our own types of complaint, those with codes of their own.
 CODES = {"missing": "missing_field", "picture_url": "url_refused"}
@@ -138,7 +140,8 @@ def internal_error() -> ApiError:
 def refusal(error: ApiError, request: Request) -> Response:
     """The error's answer, counted, and its code kept for the request's line in the log."""
     request.state.code = error.code
-    if error.status < CLIENT_CLOSED_REQUEST or error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+    refused = error.status < CLIENT_CLOSED_REQUEST or error.status == HTTPStatus.SERVICE_UNAVAILABLE
+    if refused and error.code != NOT_READY:
         state_of(request).metrics.rejected.labels(error.code).inc()
     return error.response()
 

@@ -67,8 +67,9 @@ class Observation:
             self._record(scope, status, time.perf_counter() - began, server_timing)
 
     def _record(self, scope: Scope, status: int, seconds: float, server_timing: str | None) -> None:
-        # Only routes become labels: paths that clients make up would fill the metrics.
-        endpoint = getattr(scope.get("route"), "path", "unmatched")
+        # Only routes become labels: paths that clients make up would fill the metrics. What is refused early has not met its route.
+        early = scope["path"] if scope["path"] in self._metrics.endpoints else "unmatched"
+        endpoint = str(getattr(scope.get("route"), "path", early))
         state = scope["state"]
         self._metrics.record_request(endpoint, status, seconds, state["request_id"])
         fields = {

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.api.errors import ApiError
+from server.api.errors import NOT_READY, ApiError
 from server.api.schemas import ErrorAnswer
 from server.api.state import state_of
 
@@ -33,7 +33,7 @@ async def readyz(request: Request) -> Response:
     state = state_of(request)
     status = state.engine.status()
     if not status.ready:
-        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", status.reason)
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY, status.reason)
     answer: dict[str, Any] = {"status": "ready", "device": status.device, "dtype": status.dtype, "models": list(state.models)}
     return JSONResponse(answer)
 

@@ -37,6 +37,7 @@ class EngineClient:
         self._draining = False
         self._metrics.queue_depth.set_function(lambda: max(0, self.rows_unfinished - self.rows_running))
         self._metrics.rows_running.set_function(lambda: self.rows_running)
+        self._metrics.watch(lambda: [worker.state for worker in self._workers])
         self._metrics.prompt_cache_bytes.set_function(lambda: sum(worker.last_beat.cache_bytes for worker in self._workers))
 
     @property

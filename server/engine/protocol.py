@@ -252,6 +252,15 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a worker's process has of the machine. device_bytes: of its GPU's memory, by kind; empty without one."""
+
+    resident_bytes: int
+    cpu_seconds: float
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """Says that the worker lives. steps, counts: since the last beat; the others: now.
 
@@ -264,6 +273,7 @@ class Beat:
     counts: Mapping[Count, int] = field(default_factory=dict)
     cache_bytes: int = 0
     left: Mapping[str, int] = field(default_factory=dict)
+    usage: Usage | None = None
 
 
 ToWorker = Job | Cancel | Stop

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from server.engine.process import EXIT_GRACE_S, WorkerMain, WorkerProcess
 from server.engine.protocol import Beat, Cancel, Drawn, Dropped, Failed, Finished, FromWorker, Job, Preview, Ready, Running
-from server.metrics import Metrics
+from server.metrics import Metrics, WorkerState
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,12 @@ class Supervisor:
             silent = f"the worker has not answered for {self._settings.stall_timeout_s:g} s"
             return WorkerStatus(False, silent, self._status.device, self._status.dtype)
         return self._status
+
+    @property
+    def state(self) -> WorkerState:
+        """For the metrics."""
+        silent_s = 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
+        return WorkerState(self.status.ready, silent_s, self.last_beat.usage)
 
     @property
     def accepting(self) -> bool:

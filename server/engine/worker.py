@@ -37,6 +37,7 @@ from server.engine.protocol import (
 )
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
+from server.engine.usage import usage
 from server.engine.wire import receive, send
 from server.settings import Settings
 
@@ -204,6 +205,7 @@ class Worker:
                 counted - self._counted,
                 self.runner.cache.held,
                 {id: self._steps_left(id) for id, progress in self._progress.items() if progress.started_at is not None},
+                usage(self.runner.device),
             )
             send(self.connection, beat)
             self._steps.clear()
