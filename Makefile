@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test lint format types check bench batching curve faults soak evaluate font clean
+.PHONY: serve test lint format types check bench batching curve faults soak evaluate font prometheus clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
-test: $(VENV)/.dev font  ## run the test suite; ARGS="-m 'not slow'" narrows it
+test: $(VENV)/.dev font prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
 
 lint: $(VENV)/.dev
@@ -42,6 +42,11 @@ evaluate: $(VENV)/.dev font
 font:
 	@test -e $(FONT) || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y fonts-noto-color-emoji; } \
 		|| echo "no $(FONT): install fonts-noto-color-emoji to run the tests that draw objects"
+
+# Rules, alerts and the dashboard's queries are tested with the real thing.
+prometheus:
+	@command -v promtool >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& apt-get install -qq -y --no-install-recommends prometheus; } || echo "no promtool: install prometheus to run the tests that need it"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -66,7 +66,7 @@ def test_the_documented_figures_are_those_that_are_shown() -> None:
     documented = {figure.name.removesuffix("_total"): figure.kind for figure in (*metrics.figures, *WORKERS)}
     families = {family.name: family.type for family in metrics.registry.collect() if not family.name.startswith("process_")}
     assert families == documented
-    assert Path("docs/metrics.md").read_text() == document(), "python -m server.metrics > docs/metrics.md"
+    assert (Path(__file__).parents[1] / "docs/metrics.md").read_text() == document(), "python -m server.metrics > docs/metrics.md"
 
 
 def test_figures_with_known_labels_are_there_before_anything_has_happened() -> None:
