@@ -42,20 +42,24 @@ class _Parser(MultiPartParser):
     def on_end(self) -> None:
         self.complete = True
 
+    def close(self) -> None:
+        """All of its files, that of an unfinished part among them, of which the form does not know."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
 
 async def _parts(request: Request, limit: int) -> list[tuple[str, str | bytes]]:
     parser = _Parser(_without_charset(request.headers), request.stream(), **LIMITS)
     parser.spool_max_size = limit  # nothing is written to disk: the body is bounded already
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        raise _refusal(error.message) from None
-    try:
         if not parser.complete:
             raise _refusal("it ends before its closing boundary")
         return [(name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items() if _sent(part)]
+    except MultiPartException as error:
+        raise _refusal(error.message) from None
     finally:
-        await form.close()
+        parser.close()
 
 
 def _without_charset(headers: Headers) -> Headers:
