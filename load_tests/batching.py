@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +24,8 @@ import httpx
 import numpy as np
 from rich.table import Table
 
-from load_tests.processes import machine_cpu_seconds
 from load_tests.report import Report, quantiles
-from load_tests.serving import Server, serving
+from load_tests.serving import Others, Server, serving
 from load_tests.traffic import REQUEST_TIMEOUT_S, Answer, Kind, Load, Target, kinds_of, poisson_trace, slowdowns
 
 PEER = ("-m", "load_tests.peer")
@@ -74,17 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(sent)
     report = Report("batching", command=shlex.join(["python", "-m", "load_tests.batching", *sent]))
     with serving({}, PEER, "/health") as peer, serving({}) as own:
-        began, foreign = time.perf_counter(), _foreign_cpu_seconds(peer, own)
+        others = Others(peer, own)
         measured = asyncio.run(Comparison(peer, own, options).run())
-        cores = (time.perf_counter() - began) * (os.cpu_count() or 1)
-        measured["others_share_of_the_machine"] = round((_foreign_cpu_seconds(peer, own) - foreign) / cores, 3)
+        measured["others_share_of_the_machine"] = others.share()
     report.add(_table(measured))
     report.emit(measured)
-
-
-def _foreign_cpu_seconds(*servers: Server) -> float:
-    """What the machine has computed for others than this process and the servers."""
-    return machine_cpu_seconds() - time.process_time() - sum(server.cpu_seconds() for server in servers)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

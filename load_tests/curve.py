@@ -25,7 +25,7 @@ from rich.table import Table
 
 from load_tests.batching import numbers
 from load_tests.report import Report, quantiles
-from load_tests.serving import Server, figures_when_idle, serving
+from load_tests.serving import Others, Server, figures_when_idle, serving
 from load_tests.traffic import REQUEST_TIMEOUT_S, Answer, Arrival, Load, Target, kinds_of, poisson_trace
 
 FACTOR, PRECISION = 1.5, 1.12
@@ -35,7 +35,7 @@ TARGET_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What came of one rate. rate, arrived, served: per second; the others are shares of what arrived."""
+    """What came of one rate. rate, arrived, served: per second; latency: of what was answered, if anything was; the others are shares."""
 
     rate: float
     arrived: float
@@ -52,17 +52,19 @@ class Point:
     @property
     def on_target(self) -> bool:
         """Whether 99 of 100 are answered within half a second."""
-        return self.latency["p99_ms"] <= TARGET_S * 1000 and self.refused + self.failed <= REFUSED_SHARE
+        return self.latency.get("p99_ms", math.inf) <= TARGET_S * 1000 and self.refused + self.failed <= REFUSED_SHARE
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if the server does not start or answers nothing."""
+    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if the server does not start."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("curve", command=shlex.join(["python", "-m", "load_tests.curve", *sent]))
     with serving({}) as server:
+        others = Others(server)
         points = asyncio.run(Curve(server, options).run())
-    measured = {"kinds": [str(kind) for kind in kinds_of(options.sides, options.steps)], **summary(points)}
+        measured: dict[str, Any] = {"others_share_of_the_machine": others.share()}
+    measured |= {"kinds": [str(kind) for kind in kinds_of(options.sides, options.steps)], **summary(points)}
     report.add(_table(points))
     report.emit(measured)
     if options.plot:
@@ -98,7 +100,7 @@ def next_rate(points: Sequence[Point], first: float) -> float | None:
 
 
 def evaluate(rate: float, trace: Sequence[Arrival], answers: Sequence[Answer], warm_up: float, seconds: float) -> Point:
-    """Counts what was due after the warm-up, and what was answered in the seconds after it. Raises IndexError if nothing was."""
+    """Counts what was due after the warm-up, and what was answered in the seconds after it."""
     counted = [answer for arrival, answer in zip(trace, answers, strict=True) if arrival.at >= warm_up]
     good = [answer.seconds for answer in counted if answer.status == httpx.codes.OK]
     ends = (arrival.at + answer.seconds for arrival, answer in zip(trace, answers, strict=True) if answer.status == httpx.codes.OK)
@@ -107,7 +109,7 @@ def evaluate(rate: float, trace: Sequence[Arrival], answers: Sequence[Answer], w
         rate=round(rate, 3),
         arrived=round(len(counted) / seconds, 3),
         served=round(sum(warm_up <= end < warm_up + seconds for end in ends) / seconds, 3),
-        latency=quantiles(good),
+        latency=quantiles(good) if good else {},
         under_target=round(sum(taken < TARGET_S for taken in good) / len(counted), 4),
         refused=round(refused / len(counted), 4),
         failed=round((len(counted) - len(good) - refused) / len(counted), 4),
@@ -157,7 +159,7 @@ def _table(points: Sequence[Point]) -> Table:
         table.add_column(column, justify="right")
     for p in sorted(points, key=lambda point: point.rate):
         rates = (f"{p.rate:.1f}", f"{p.arrived:.1f}", f"{p.served:.1f}")
-        tails = (f"{p.latency[f'p{q}_ms']:.0f}" for q in (50, 95, 99))
+        tails = (f"{p.latency.get(f'p{q}_ms', math.nan):.0f}" for q in (50, 95, 99))
         shares = (f"{100 * share:.1f}" for share in (p.under_target, p.refused, p.failed))
         table.add_row(*rates, *tails, *shares, "yes" if p.sustained else "no")
     return table

@@ -33,7 +33,7 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
 
 
 def _lines(axes: Axes, measured: Mapping[str, Any]) -> None:
-    points = measured["points"]
+    points = [point for point in measured["points"] if point["latency"]]
     rates = [point["rate"] for point in points]
     for name, colour in COLOURS.items():
         latencies = [point["latency"][f"{name}_ms"] for point in points]
@@ -41,9 +41,9 @@ def _lines(axes: Axes, measured: Mapping[str, Any]) -> None:
         axes.annotate(name, (rates[0], latencies[0]), (-6, 0), textcoords="offset points", ha="right", va="center", color=colour)
     axes.axhline(TARGET_MS, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate("500 ms", (0, TARGET_MS), (4, 4), xycoords=("axes fraction", "data"), textcoords="offset points")
-    saturated = [point["rate"] for point in points if not point["sustained"]]
-    axes.axvspan(min(saturated), RIGHT * max(rates), color=FAINT, alpha=0.15, linewidth=0)
-    axes.annotate("saturated", (min(saturated), 1), (4, -12), xycoords=("data", "axes fraction"), textcoords="offset points", color=FAINT)
+    saturated = min(point["rate"] for point in measured["points"] if not point["sustained"])
+    axes.axvspan(saturated, RIGHT * max(rates[-1], saturated), color=FAINT, alpha=0.15, linewidth=0)
+    axes.annotate("saturated", (saturated, 1), (4, -12), xycoords=("data", "axes fraction"), textcoords="offset points", color=FAINT)
 
 
 def _frame(axes: Axes, rightmost: float) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from load_tests.processes import children, cpu_seconds, family, resident_mib
+from load_tests.processes import children, cpu_seconds, family, machine_cpu_seconds, resident_mib
 
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -58,6 +58,22 @@ class Server:
             yield
         finally:
             os.killpg(self.pid, signal.SIGCONT)
+
+
+class Others:
+    """What the machine does, from now on, for others than this process and its servers."""
+
+    def __init__(self, *servers: Server) -> None:
+        self._servers = servers
+        self._began, self._before = time.perf_counter(), self._cpu_seconds()
+
+    def share(self) -> float:
+        """Of what its cores could have done."""
+        could = (time.perf_counter() - self._began) * (os.cpu_count() or 1)
+        return round((self._cpu_seconds() - self._before) / could, 3)
+
+    def _cpu_seconds(self) -> float:
+        return machine_cpu_seconds() - time.process_time() - sum(server.cpu_seconds() for server in self._servers)
 
 
 @contextmanager
