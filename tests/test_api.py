@@ -375,6 +375,17 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
     assert client.get("/docs").status_code == 200
 
 
+def test_the_documents_bounds_are_exact_and_its_forms_have_no_null(client: httpx.Client) -> None:
+    content = client.get("/openapi.json").json()["paths"]["/inpaint"]["post"]["requestBody"]["content"]
+    as_json, as_form = (content[kind]["schema"]["properties"] for kind in ("application/json", "multipart/form-data"))
+    bounds = {"type": "integer", "minimum": -INT64_MAX - 1, "exclusiveMaximum": INT64_MAX + 1}
+    assert bounds in as_json["seed"]["anyOf"]
+    assert {"type": "null"} in as_json["seed"]["anyOf"]
+    assert bounds.items() <= as_form["seed"].items()
+    assert "null" not in json.dumps(as_form["mask"])
+    assert as_form["regions"]["maxItems"] == 8
+
+
 def test_the_documented_examples_work(client: httpx.Client) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/generate"]["post"]
     for example in operation["requestBody"]["content"]["application/json"]["schema"]["examples"]:

@@ -13,6 +13,7 @@ from model.config import BundleConfig, find_bundle
 from server.api import errors, models, native, operations, requests
 from server.api.limits import Guard
 from server.api.middleware import BodyLimit, Observation, OperationsPort, SecurityHeaders
+from server.api.openapi import DocumentedApp
 from server.api.planning import OPERATIONS
 from server.api.state import AppState
 from server.api.uploads import Decoder, PictureLimits
@@ -52,7 +53,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
             await state.engine.stop()
             state.decoder.close()
 
-    app = FastAPI(title="Paellera", description=DESCRIPTION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
+    app = DocumentedApp(title="Paellera", description=DESCRIPTION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.paellera = state
     add_middleware(app, settings, metrics)
     errors.register(app)

@@ -48,8 +48,10 @@ def _listed(sent: Any) -> Any:
     return sent if isinstance(sent, list) else [sent]
 
 
-PictureFile = Annotated[bytes, BeforeValidator(file_bytes, json_schema_input_type=str), Field(description=DESCRIPTION)]
+Encoded = Annotated[str, Field(min_length=1, description=DESCRIPTION)]
+
+PictureFile = Annotated[bytes, BeforeValidator(file_bytes, json_schema_input_type=Encoded), Field(description=DESCRIPTION)]
 """One picture."""
 
-PictureFiles = Annotated[list[PictureFile], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+PictureFiles = Annotated[list[PictureFile], BeforeValidator(_listed, json_schema_input_type=Encoded | list[Encoded])]
 """One picture or several; give it `Field(max_length=…)`."""

@@ -56,7 +56,7 @@ class SamplingFields(BaseModel):
     width: Annotated[int | None, Field(ge=1, description="Pixels, a multiple of the weights' size step; default: their native size")] = None
     height: Annotated[int | None, Field(ge=1, description="As width")] = None
     n: Annotated[int, Field(ge=1, le=16, description="Images; image i of seed s equals image 0 of seed s + i")] = 1
-    seed: Annotated[int | None, Field(ge=-INT64, le=INT64 - 1, description="Absent: drawn, and returned")] = None
+    seed: Annotated[int | None, Field(ge=-INT64, lt=INT64, description="Absent: drawn, and returned")] = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=64, description="Denoising steps")] = None
     guidance_scale: Annotated[
         tuple[Guidance, Guidance] | None,
@@ -112,8 +112,9 @@ class RegionEntry(BaseModel):
 
 Regions = Annotated[
     tuple[RegionEntry, ...],
-    BeforeValidator(_as_tuple),
+    # Before the validator, or the document calls it a string's length.
     Field(max_length=8, description="Other prompts for parts of the picture; each costs one more branch"),
+    BeforeValidator(_as_tuple),
 ]
 
 
