@@ -1,9 +1,11 @@
 """Thousands of small requests, some of them cancelled: whether anything grows or is left behind.
 
     python -m load_tests.soak --requests 10000
+    python -m load_tests.soak --minutes 60
 
 After every tenth of them the server may come to rest and is looked at: memory of both processes, open files, threads, asyncio tasks, rows.
-Exits with 1 if from the first tenth to the end memory has grown by more than 2 %, or anything else at all; the last line is JSON.
+Exits with 1 if from the first tenth to the end memory has grown by more than 2 %, or anything else at all, or a request went wrong. What
+memory grows by in an hour is the slope of a line through the snapshots; p99 is that of the answers of a tenth. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -11,21 +13,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import httpx
+import numpy as np
 from rich.table import Table
 
 from load_tests.processes import open_files, resident_mib, threads, workers
 from load_tests.prompts import prompts
-from load_tests.report import Report
+from load_tests.report import Report, quantiles
 from load_tests.serving import RUNNING, WAITING, Server, figures_when_idle, serving
 
 INSTRUMENTED = ("-m", "load_tests.instrumented")
@@ -64,6 +67,15 @@ class Snapshot:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Tenth:
+    """ended_s: since the first request. latency: of the requests that nobody cancelled."""
+
+    snapshot: Snapshot
+    ended_s: float
+    latency: dict[str, float]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Raises SystemExit with 1 if anything was left behind or a request went wrong."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
@@ -71,13 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = Report("soak", command=shlex.join(["python", "-m", "load_tests.soak", *sent]))
     began = time.perf_counter()
     with serving({"PAELLERA_LOG_LEVEL": "error", "PAELLERA_PROMPT_CACHE_BYTES": str(_CACHE_BYTES)}, INSTRUMENTED) as server:
-        snapshots, statuses = asyncio.run(Soak(server, options.side).run(options.requests, options.clients))
-    violations = snapshots[-1].violations(snapshots[0]) + [f"status {s}: {n}" for s, n in statuses.items() if s not in EXPECTED]
-    report.add(_table(snapshots))
-    answers = {str(status): n for status, n in sorted(statuses.items())}
-    measured = {"seconds": round(time.perf_counter() - began, 1), "answers": answers, "violations": violations, "good": not violations}
-    report.emit(measured | {"snapshots": [asdict(snapshot) for snapshot in snapshots]})
-    sys.exit(bool(violations))
+        soak = Soak(server, options.side)
+        tenths = asyncio.run(soak.run(shares(options.requests, options.minutes), options.clients))
+    measured = {"seconds": round(time.perf_counter() - began, 1), **judge(tenths, soak.statuses)}
+    report.add(_table(tenths))
+    report.emit(measured)
+    sys.exit(not measured["good"])
 
 
 # 499 is what the one who was cancelled by id gets, 0 stands for having hung up.
@@ -87,9 +98,48 @@ EXPECTED = (200, 499, 0)
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m load_tests.soak", description="Many small requests; the last line is JSON.")
     parser.add_argument("--requests", type=int, default=10_000, help="10,000 by default")
+    parser.add_argument("--minutes", type=float, help="as many requests as fit into them instead")
     parser.add_argument("--clients", type=int, default=8, help="requests at once, 8 by default")
     parser.add_argument("--side", type=int, default=32, help="of the pictures, 32 by default")
     return parser.parse_args(arguments)
+
+
+def shares(requests: int, minutes: float | None) -> Iterator[Iterator[int]]:
+    """The numbers of the requests of each tenth; with minutes, each tenth begins when it is asked for and lasts as long."""
+    if minutes is None:
+        yield from (iter(range(requests * tenth // 10, requests * (tenth + 1) // 10)) for tenth in range(10))
+        return
+    numbers = itertools.count()
+    for _ in range(10):
+        yield _until(time.monotonic() + 60 * minutes / 10, numbers)
+
+
+def _until(end: float, numbers: Iterator[int]) -> Iterator[int]:
+    while time.monotonic() < end:
+        yield next(numbers)
+
+
+def judge(tenths: Sequence[Tenth], statuses: Mapping[int, int]) -> dict[str, Any]:
+    """What has grown or gone wrong. p99_drift: the last tenth's over the first's, less one."""
+    first, last = tenths[0], tenths[-1]
+    errors = {str(status): n for status, n in statuses.items() if status not in EXPECTED}
+    violations = last.snapshot.violations(first.snapshot) + [f"status {status}: {n}" for status, n in errors.items()]
+    return {
+        "answers": {str(status): n for status, n in sorted(statuses.items())},
+        "errors": sum(errors.values()),
+        "memory_mib_per_hour": {name: _slope(tenths, name) for name in ("api_mib", "worker_mib")},
+        "p99_drift": round(last.latency["p99_ms"] / first.latency["p99_ms"] - 1, 3),
+        "violations": violations,
+        "good": not violations,
+        "snapshots": [asdict(tenth.snapshot) for tenth in tenths],
+        "latency": [tenth.latency for tenth in tenths],
+    }
+
+
+def _slope(tenths: Sequence[Tenth], name: str) -> float:
+    """MiB per hour."""
+    hours, mib = [tenth.ended_s / 3600 for tenth in tenths], [getattr(tenth.snapshot, name) for tenth in tenths]
+    return round(float(np.polyfit(hours, mib, 1)[0]), 2)
 
 
 class Soak:
@@ -98,28 +148,32 @@ class Soak:
     def __init__(self, server: Server, side: int) -> None:
         self.server, self.side = server, side
         self.statuses: Counter[int] = Counter()
+        self._seconds: list[float] = []
         self._prompts = prompts()
 
-    async def run(self, requests: int, clients: int) -> tuple[list[Snapshot], Counter[int]]:
-        """A snapshot after each tenth of the requests, and how many were answered how."""
-        ends = [requests * tenth // 10 for tenth in range(11)]
-        snapshots = []
-        for begin, end in pairwise(ends):
-            # Shared by the clients: each number goes to one of them.
-            numbers = iter(range(begin, end))
+    async def run(self, shares: Iterator[Iterator[int]], clients: int) -> list[Tenth]:
+        """One tenth after the other, with a snapshot after each."""
+        began, tenths = time.perf_counter(), []
+        for numbers in shares:
+            self._seconds = []
+            # The numbers are shared by the clients: each goes to one of them.
             async with self._client() as client:
                 await asyncio.gather(*(self._ask_all(client, numbers) for _ in range(clients)))
             async with self._client() as client:
-                snapshots.append(await self._snapshot(client, end))
-            print(snapshots[-1], file=sys.stderr, flush=True)
-        return snapshots, self.statuses
+                snapshot = await self._snapshot(client, self.statuses.total())
+            tenths.append(Tenth(snapshot, time.perf_counter() - began, quantiles(self._seconds)))
+            print(tenths[-1], file=sys.stderr, flush=True)
+        return tenths
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.server.url, timeout=300)
 
     async def _ask_all(self, client: httpx.AsyncClient, numbers: Iterator[int]) -> None:
         for number in numbers:
+            began = time.perf_counter()
             self.statuses[await self._ask(client, number)] += 1
+            if number % 10 not in CANCELLED_BY_ID + HANGS_UP:
+                self._seconds.append(time.perf_counter() - began)
 
     async def _ask(self, client: httpx.AsyncClient, number: int) -> int:
         """The answer's status; 0 for the request that hangs up."""
@@ -161,12 +215,13 @@ class Soak:
         )
 
 
-def _table(snapshots: Sequence[Snapshot]) -> Table:
-    table = Table(title="The idle server, after so many requests", title_justify="left")
-    for column in asdict(snapshots[0]):
+def _table(tenths: Sequence[Tenth]) -> Table:
+    table = Table(title="The idle server, after so many requests, and the latency of those before", title_justify="left")
+    for column in (*asdict(tenths[0].snapshot), "p50 ms", "p99 ms"):
         table.add_column(column.replace("_", " "), justify="right")
-    for snapshot in snapshots:
-        table.add_row(*(f"{value:g}" for value in asdict(snapshot).values()))
+    for tenth in tenths:
+        latency = (tenth.latency["p50_ms"], tenth.latency["p99_ms"])
+        table.add_row(*(f"{value:g}" for value in asdict(tenth.snapshot).values()), *(f"{value:.0f}" for value in latency))
     return table
 
 

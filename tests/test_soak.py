@@ -1,4 +1,4 @@
-"""What the soak test calls a leak, and which requests it sends."""
+"""What the soak test calls a leak or an error, and how its requests are divided."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from load_tests.soak import Snapshot
+from load_tests.soak import Snapshot, Tenth, judge, shares
 
 FIRST = Snapshot(
     requests=1000,
@@ -36,3 +36,37 @@ def test_whatever_else_grows_is_named(change: dict[str, float]) -> None:
 
 def test_less_than_before_is_no_leak() -> None:
     assert replace(FIRST, api_files=15, worker_mib=500.0, tasks=4).violations(FIRST) == []
+
+
+def test_the_requests_are_divided_into_tenths_and_each_is_sent_once() -> None:
+    tenths = [list(numbers) for numbers in shares(1004, None)]
+    assert [len(tenth) for tenth in tenths] == [100, 100, 101, 100, 101, 100, 100, 101, 100, 101]
+    assert [number for tenth in tenths for number in tenth] == list(range(1004))
+
+
+def test_minutes_are_divided_by_time_and_no_number_is_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100_000))
+    monkeypatch.setattr("load_tests.soak.time.monotonic", lambda: float(next(clock)))
+    tenths = [list(numbers) for numbers in shares(0, 5.0)]
+    assert all(28 <= len(tenth) <= 30 for tenth in tenths)
+    assert [number for tenth in tenths for number in tenth] == list(range(sum(map(len, tenths))))
+
+
+def tenths(growth_mib: float, p99_growth: float) -> list[Tenth]:
+    """Ten tenths of six minutes each."""
+    return [
+        Tenth(replace(FIRST, requests=1000 * i, worker_mib=600 + growth_mib * i), 360.0 * (i + 1), {"p99_ms": 100 + p99_growth * i})
+        for i in range(10)
+    ]
+
+
+def test_memory_is_told_by_the_hour_and_the_drift_of_p99_from_first_to_last() -> None:
+    found = judge(tenths(1.0, 2.0), {200: 9000, 499: 500, 0: 500})
+    assert found["memory_mib_per_hour"] == {"api_mib": pytest.approx(0, abs=0.01), "worker_mib": 10.0}
+    assert (found["p99_drift"], found["errors"], found["good"]) == (0.18, 0, True)
+
+
+def test_an_error_is_counted_and_named() -> None:
+    found = judge(tenths(0, 0), {200: 9000, 503: 2, 500: 1})
+    assert (found["errors"], found["good"]) == (3, False)
+    assert found["violations"] == ["status 503: 2", "status 500: 1"]
