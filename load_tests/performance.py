@@ -1,0 +1,190 @@
+"""docs/performance.md and docs/curve.svg from what was measured: the newest result of each kind and machine in load_tests/results.
+
+python -m load_tests.performance
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PLOT = ROOT / "load_tests" / "results", ROOT / "docs" / "performance.md", ROOT / "docs" / "curve.svg"
+
+INTRODUCTION = """# Performance
+
+Everything here was measured by the command above its table, on the machine named with it, with the embedded weights unless it says
+otherwise. `python -m load_tests.performance` writes this page from `load_tests/results/`."""
+
+Result = Mapping[str, Any]
+# A sentence, and a table's header and rows.
+Section = tuple[str, list[str], list[list[Any]]]
+
+
+def main() -> None:
+    """The plot is that of the newest curve of all, and needs the extra `load`."""
+    found = results(RESULTS)
+    PAGE.write_text(page(found))
+    for result in newest(found, "curve")[:1]:
+        from load_tests.plot import draw
+
+        draw(result, PLOT)
+
+
+def results(directory: Path) -> list[dict[str, Any]]:
+    """Oldest first; each with its file's name under `file`."""
+    found = [json.loads(path.read_text()) | {"file": path.name} for path in directory.glob("*.json")]
+    return sorted((result for result in found if "report" in result), key=lambda result: str(result["date"]))
+
+
+def newest(found: Iterable[Result], report: str) -> list[Result]:
+    """The last result of this kind on each machine, and for each family of networks, the latest first."""
+    last = {(r["hardware"]["cpu"], *r.get("families", ())): r for r in found if r["report"] == report}
+    return sorted(last.values(), key=lambda result: str(result["date"]), reverse=True)
+
+
+def page(found: Sequence[Result]) -> str:
+    """The whole page in Markdown."""
+    parts = [INTRODUCTION]
+    for report, (title, render) in SECTIONS.items():
+        measured = newest(found, report)
+        parts += [f"## {title}"] * bool(measured)
+        for result in measured:
+            said, header, rows = render(result)
+            parts += [_origin(result), said, *([_table(header, rows)] if rows else [])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _origin(result: Result) -> str:
+    """How, where and when, and how busy the machine was with other things, as far as that is known."""
+    hardware = result["hardware"]
+    flags = hardware["cpu_flags"]
+    special = "AMX" if "amx_bf16" in flags else "AVX512-BF16" if "avx512_bf16" in flags else "AVX-512" if "avx512f" in flags else ""
+    machine = f"{hardware['usable_cores']} cores of {hardware['cpu']}" + (f" ({special})" if special else "")
+    others = result.get("others_share_of_the_machine")
+    busy = "" if others is None else f", {_percent(others)} of it busy with other things"
+    source = f"[all of it](../load_tests/results/{result['file']})"
+    return f"`{result['command']}`: {machine}{busy}, {result['date'][:10]}; {source}."
+
+
+# ── sections ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _bench(result: Result) -> Section:
+    http, stages, overhead = result["http"], result["stages"], result.get("overhead_ms", {})
+    rows = []
+    for steps, row in http["requests"].items():
+        loop = stages[f"loop_{steps}"]
+        transcribed, beyond = stages.get(f"transcription_loop_{steps}", {}).get("p50_ms"), overhead.get(steps, {}).get("beyond_request")
+        times = (row["p50_ms"], row["p95_ms"], row["p99_ms"], loop["p50_ms"], loop["floor_ms"], transcribed, beyond)
+        rows.append([steps, *map(_ms, times)])
+    width, height = result["size"]
+    memory = http["peak_memory_mib"]
+    said = f"{width}x{height} pixels, {result['dtype']}, one request at a time; milliseconds. Ready after {http['start_to_ready_s']:.1f} s;"
+    said += f" at most {max(memory['api']):.0f} MiB in the API process, {max(memory['children']):.0f} in the worker."
+    return said, ["steps", "p50", "p95", "p99", "loop", "its floor", "published loop", "HTTP and processes"], rows
+
+
+def _curve(result: Result) -> Section:
+    rows = []
+    for point in result["points"]:
+        latency = (_ms(point["latency"].get(f"p{q}_ms")) for q in (50, 95, 99))
+        shares = (_percent(point["under_target"]), _percent(point["refused"]))
+        rows.append([f"{point['rate']:.1f}", f"{point['served']:.1f}", *latency, *shares])
+    said = f"{', '.join(result['kinds'])}; requests are sent when they are due, whatever the server does. It keeps up with"
+    said += f" {result['knee_per_s']:.1f} a second; up to {result['on_target_per_s']:.1f}, 99 of 100 are answered within half a second."
+    said += "\n\n![latency over the rate of arrivals](curve.svg)"
+    return said, ["arriving /s", "answered /s", "p50 ms", "p95 ms", "p99 ms", "under 500 ms", "refused"], rows
+
+
+def _batching(result: Result) -> Section:
+    peer, own, ratio = result["litserve"], result["paellera"], result["ratios"]["throughput"]
+    rows = [["answers /s, saturated", f"{peer['throughput_per_s']:.1f}", f"{own['throughput_per_s']:.1f}", f"{ratio:.2f}"]]
+    for name, key, quantile in (("latency p99, ms", "latency", "p99_ms"), ("slowdown p99", "slowdown", "p99")):
+        theirs, ours = peer[key][quantile], own[key][quantile]
+        rows.append([name, _ms(theirs), _ms(ours), f"{ours / theirs:.2f}"])
+    said = "Nine kinds of requests arrive at either server, at 80 % of what LitServe with whole-request batching can do. A slowdown is a"
+    return f"{said} latency over the same request's on the idle server.", ["", "LitServe", "Paellera", "ratio"], rows
+
+
+def _operations(result: Result) -> Section:
+    rows = []
+    for name, row in result["operations"].items():
+        rows.append([f"`/{name}`", *(_ms(row[f"p{q}_ms"]) for q in (50, 95, 99)), f"{row['ratio']:.2f}"])
+    return "One request at a time.", ["", "p50 ms", "p95 ms", "p99 ms", "of `/generate`"], rows
+
+
+def _faults(result: Result) -> Section:
+    keys = ("fault", "in_flight", "answered", "failed_as_meant", "lost")
+    rows = [[*(f[key] for key in keys), "yes" if f["same_bytes"] else "no", f["ready_after_s"]] for f in result["faults"]]
+    said = "Every deterministic picture must have the bytes it has when nothing goes wrong."
+    return said, ["fault", "in flight", "answered", "failed as meant", "lost", "same bytes", "ready again, s"], rows
+
+
+def _faults_under_load(result: Result) -> Section:
+    keys = ("fault", "sent", "answered", "refused", "lost", "replayed", "unready_s")
+    rows = [[*(f[key] for key in keys), _ms(f["latency"]["p99_ms"])] for f in result["faults"]]
+    said = "Requests keep arriving, whatever happens. Lost is who gets neither a picture nor a refusal that says when to come back."
+    return said, ["fault", "sent", "answered", "refused", "lost", "replayed", "not ready, s", "p99 ms"], rows
+
+
+def _soak(result: Result) -> Section:
+    first, last = result["snapshots"][0], result["snapshots"][-1]
+    said = f"{last['requests']:,} requests in {result['seconds'] / 60:.0f} minutes."
+    if "p99_drift" in result:
+        slope = result["memory_mib_per_hour"]
+        said += f" Per hour {slope['api_mib']:+.1f} MiB in the API process and {slope['worker_mib']:+.1f} in the worker; p99"
+        said += f" {result['p99_drift']:+.1%} from the first tenth to the last; {result['errors']} errors."
+    names = {"api_mib": "API process, MiB", "worker_mib": "worker, MiB", "api_files": "files", "api_threads": "threads", "tasks": "tasks"}
+    header = ["idle", f"after {first['requests']:,}", f"after {last['requests']:,}"]
+    return said, header, [[name, first[key], last[key]] for key, name in names.items()]
+
+
+def _full_size(result: Result) -> Section:
+    rows = []
+    for name, family in result["families"].items():
+        parameters = sum(part["parameters"] for part in family["parts"].values())
+        seconds = (family["import"]["seconds"], family["load"]["seconds"], family["serving"]["seconds_per_step"])
+        peak = max(family["serving"]["peak_rss_mib"]["children"]) / 1024
+        rows.append([name, f"{parameters / 1e9:.2f} billion", *(f"{each:.1f}" for each in seconds), f"{peak:.1f}"])
+    return "The published networks with random values.", ["", "parameters", "import, s", "load, s", "a step, s", "worker, GiB"], rows
+
+
+def _fuzz(result: Result) -> Section:
+    found = ", ".join(result["found"] + result["errors"]) or "nothing"
+    return f"{result['requests']:,} requests to {result['operations']['tested']} operations; found: {found}.", [], []
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], Section]]] = {
+    "bench": ("One picture", _bench),
+    "operations": ("Other operations", _operations),
+    "curve": ("Latency and throughput", _curve),
+    "batching": ("Mixed requests, beside whole-request batching", _batching),
+    "faults": ("Faults with requests in flight", _faults),
+    "faults-under-load": ("Faults while requests arrive", _faults_under_load),
+    "soak": ("Thousands of requests on end", _soak),
+    "fuzz": ("Requests that nobody would send", _fuzz),
+    "full_size": ("At full size", _full_size),
+}
+
+
+# ── words ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _ms(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+if __name__ == "__main__":
+    main()
