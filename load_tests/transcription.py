@@ -189,7 +189,7 @@ class Transcription(nn.Module):
         half = self.config.c_r // 2
         frequencies = torch.exp(torch.arange(half, device=t.device) * -(math.log(10000) / (half - 1)))
         angles = (t * 10000)[:, None] * frequencies[None, :]
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return torch.cat([angles.sin(), angles.cos()], dim=1).to(self.byt5_mapper.weight.dtype)
 
     def _condition(self, byt5: Tensor, clip: Tensor | None, clip_image: Tensor | Sequence[Tensor] | None) -> Tensor:
         def group(mapped: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype, encod
         if encoders == "int8" and isinstance(module, ByteEncoder):
             to_int8(module.t5.encoder.block)
         module.eval().requires_grad_(False)
-    _arrange_for_steps(bundle)
+    arrange_for_steps(bundle)
     return bundle
 
 
@@ -135,7 +135,8 @@ def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> to
     return torch.float32 if few_rows and device.type == "cpu" else dtype
 
 
-def _arrange_for_steps(bundle: Bundle) -> None:
+def arrange_for_steps(bundle: Bundle) -> None:
+    """Once the weights are there and fixed: folds and packs what makes a pass faster."""
     grid = [pixels // bundle.config.vqgan.downscale for pixels in reversed(bundle.config.native_size)]
     for _, module in bundle.networks():
         # A GPU gets its work by calls, and nothing is packed for it: the condition's map is copied, a ninth of the published denoiser.

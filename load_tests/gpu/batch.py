@@ -1,0 +1,140 @@
+"""So many pictures at once on one pipeline, and every stage of their way as something to call, with the least it can cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from load_tests.gpu.recorders import recorder_for
+from load_tests.gpu.timing import Ceilings, Stage
+from load_tests.gpu.weights import weight_bytes
+from load_tests.prompts import prompts
+from load_tests.stages import flops
+from model.bundle import Bundle, BundleV3
+from model.operations import Row
+from model.pipeline import Pipeline, PipelineV3
+from model.prior import Block
+from server.engine.graphs import Graphs, buckets
+from server.engine.prior_graphs import PriorGraphs
+from server.engine.recording import Recorder
+
+STAGES = ("encode", "prior", "condition", "step", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """flops: of one picture; they add up. read: bytes of weights, which all pictures share."""
+
+    flops: float
+    read: float
+
+    def floor_ms(self, ceilings: Ceilings, rows: int) -> float:
+        return ceilings.floor_ms(self.flops * rows, self.read)
+
+
+class Batch:
+    """`rows` different prompts and seeds at one size (width, height)."""
+
+    def __init__(self, pipeline: Pipeline, rows: int, size: tuple[int, int]) -> None:
+        self.pipeline, self.size, self.rows = pipeline, size, rows
+        self.texts = list(itertools.islice(prompts(), rows))
+        self.noises = [pipeline.noise(seed, *size, steps=64) for seed in range(rows)]
+        self.prompts = pipeline.encode(self.texts)
+        (negative,) = pipeline.encode([""])
+        self.images = pipeline.image_embeddings(self.prompts, self.noises)
+        self.conditions = [pipeline.condition(prompt, image) for prompt, image in zip(self.prompts, self.images, strict=True)]
+        self.unconditional = pipeline.condition(negative)
+        self.tokens = torch.stack([noise.start for noise in self.noises]).to(pipeline.device)
+
+    @property
+    def recordable(self) -> bool:
+        """v1's steps are not."""
+        return isinstance(self.pipeline, PipelineV3)
+
+    def record(self, recorder: Recorder | None = None, beside: Recorder | None = None, *, room_for: int | None = None) -> None:
+        """From now on the pipeline replays these shapes, where it is recordable. room_for: rows of the graphs; default: as many as here."""
+        p, rows = self.pipeline, room_for or self.rows
+        if not isinstance(p, PipelineV3):
+            return
+        own = [b for b in buckets(p.config, rows, [self.size]) if b.rows == rows and b.branches == 2]
+        graphs = Graphs(p, own[:1], recorder or recorder_for(p.device), Counter())  # of the shortest texts, as these are
+        graphs.record_all()
+        imagine = PriorGraphs(p, [rows], beside or recorder_for(p.device), Counter())
+        imagine.record_all()
+        p.executor, p.imagine = graphs, imagine
+
+    def started(self, steps: int) -> list[Row]:
+        """Rows with conditions of their own, as every request brings some: the pipeline would otherwise keep the last stacked ones."""
+        sampling, p = self.pipeline.config.recipe.sampling(steps=steps, sampler="multinomial"), self.pipeline
+        return [
+            p.start(noise, sampling, replace(condition), replace(self.unconditional))
+            for noise, condition in zip(self.noises, self.conditions, strict=True)
+        ]
+
+    def stages(self, step_counts: Sequence[int]) -> dict[str, Stage]:
+        p, rows = self.pipeline, self.started(step_counts[0])
+        return {
+            "encode": lambda: p.encode(self.texts),
+            "prior": lambda: p.image_embeddings(self.prompts, self.noises),
+            "condition": lambda: [p.condition(prompt, image) for prompt, image in zip(self.prompts, self.images, strict=True)],
+            "step": lambda: self._step(rows),
+            "decode": lambda: p.pictures(self.tokens),
+            **{f"loop_{n}": partial(self.loop, n) for n in step_counts},
+            **{f"request_{n}": partial(self.request, n) for n in step_counts},
+        }
+
+    def _step(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            row.step = 0
+        self.pipeline.advance(rows)
+
+    def loop(self, steps: int) -> torch.Tensor:
+        """Tokens [B, H, W]."""
+        rows = self.started(steps)
+        while not rows[0].done:
+            self.pipeline.advance(rows)
+        return torch.stack([row.tokens for row in rows])
+
+    def request(self, steps: int) -> torch.Tensor:
+        """All that new prompts compute, one stage after the other, up to pixels on the CPU; the unconditional text is known already."""
+        p = self.pipeline
+        encoded = p.encode(self.texts)
+        images = p.image_embeddings(encoded, self.noises)
+        self.conditions = [p.condition(prompt, image) for prompt, image in zip(encoded, images, strict=True)]
+        return p.decode(self.loop(steps))
+
+
+def costs(bundle: Bundle, size: tuple[int, int], step_counts: Sequence[int]) -> dict[str, Cost]:
+    """Of every stage, counted in one eager run of one picture; the prior's where there is none is nothing."""
+    stages, read = Batch(Pipeline.of(bundle), 1, size).stages(step_counts), _read(bundle)
+    found = {name: Cost(flops(stages[name]), read[name]) for name in STAGES}
+    for n in step_counts:
+        found[f"loop_{n}"] = Cost(n * found["step"].flops, n * found["step"].read)
+        parts = [found[name] for name in ("encode", "prior", "condition", f"loop_{n}", "decode")]
+        found[f"request_{n}"] = Cost(sum(part.flops for part in parts), sum(part.read for part in parts))
+    return found
+
+
+def _read(b: Bundle) -> dict[str, float]:
+    """The weights that each stage reads at least once; what lies in a cache from the pass before is a part too small to count."""
+    read: dict[str, float] = {
+        "encode": weight_bytes(b.clip.model, but="visual."),
+        "prior": 0,
+        "condition": 0,
+        "step": weight_bytes(b.denoiser),
+        "decode": weight_bytes(b.vqgan) / 2,
+    }
+    if isinstance(b, BundleV3):
+        kv = b.denoiser.kv_weight
+        read["encode"] += weight_bytes(b.byt5)
+        # At every step only the columns that see the picture: the text's and the time's parts are computed beforehand.
+        blocks = [block for block in b.prior.blocks if isinstance(block, Block)]
+        used = sum(block.shares()[0].nbytes + block.get_parameter("3.weight").nbytes for block in blocks)
+        read["prior"] = b.config.recipe.prior_steps * used
+        read["condition"] = 0 if kv is None else kv.nbytes
+    return read

@@ -1,0 +1,152 @@
+"""Whether what is fast is right: half precision beside fp32, graphs beside eager steps, kernels beside their plain twins.
+
+Errors are ‖x − reference‖ / ‖reference‖ on fresh random inputs; NaN is never good. What a replay does not write is spoiled beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from load_tests.gpu.batch import Batch
+from load_tests.gpu.options import Options
+from load_tests.gpu.recorders import poisoned, recorder_for
+from load_tests.gpu.results import Results
+from load_tests.gpu.stages import release
+from load_tests.gpu.weights import Family
+from model.config import Sampler
+from model.pipeline import Drawing, Eager, Lanes, Pipeline, PipelineV3
+from model.runtime import send
+from model.text import Prompt
+from server.engine.graphs import SAMPLERS
+
+# A network of a hundred layers adds up its roundings, of which fp16 has eleven bits and bf16 eight.
+LIMITS = {torch.float32: 0.001, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Of tokens drawn from the same features: a batch of another size rounds its products differently, and a draw may fall to the next code.
+_AGREEMENT = 0.9
+_ROWS = (1, 3, 2)
+_STEPS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """value: an error, which must be at most the limit, or an agreement, which must be at least that."""
+
+    check: str
+    value: float
+    limit: float
+    agreement: bool = False
+
+    @property
+    def good(self) -> bool:
+        return self.value >= self.limit if self.agreement else self.value <= self.limit
+
+
+def run(options: Options, results: Results) -> None:
+    for family in options.families:
+        for find in (_precision, _graphs):
+            for check in find(family, options):
+                results.add({"family": family, **asdict(check), "value": float(f"{check.value:.3g}"), "good": check.good})
+            release(options.device)
+
+
+def error(found: Tensor, reference: Tensor) -> float:
+    """‖found − reference‖ / ‖reference‖ in fp64; NaN if there is one in it."""
+    exact = reference.double()
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def agreement(found: Tensor, reference: Tensor) -> float:
+    return float((found == reference).double().mean())
+
+
+# ── precision ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _precision(family: Family, options: Options) -> Iterator[Check]:
+    torch.backends.cudnn.allow_tf32 = False  # or the reference would have ten bits itself
+    exact = Pipeline.of(options.bundle(family, torch.float32))
+    given = Batch(exact, 2, options.size(family))
+    reference = _outputs(exact, given)
+    given.pipeline = None  # type: ignore[assignment]  # its weights' memory is needed
+    del exact
+    for dtype in (torch.float16, torch.bfloat16):
+        release(options.device)
+        found = _outputs(Pipeline.of(options.bundle(family, dtype)), given)
+        for name, own in found.items():
+            yield Check(f"{name} in {str(dtype).removeprefix('torch.')}", error(own, reference[name]), LIMITS[dtype])
+
+
+@torch.inference_mode()
+def _outputs(pipeline: Pipeline, given: Batch) -> dict[str, Tensor]:
+    """Of every network, each from the inputs that fp32 gave it."""
+    dtype, b = pipeline.dtype, pipeline.bundle
+    prompts = [_cast(prompt, dtype) for prompt in given.prompts]
+    conditions = [pipeline.condition(prompt, image.to(dtype)) for prompt, image in zip(prompts, given.images, strict=True)]
+    lanes = Lanes(list(enumerate(conditions)), send(list(range(given.rows)), pipeline.device))
+    times = b.denoiser.times(send([0.6, 0.3], pipeline.device))
+    features = Eager(b).features(given.tokens, times, lanes, send([1.0] * given.rows, pipeline.device))
+    encoded = pipeline.encode(given.texts)
+    outputs = {
+        "CLIP's text": torch.cat([prompt.clip for prompt in encoded]),
+        "logits": b.denoiser.project(features),
+        "pixels": b.vqgan.decode(given.tokens),
+    }
+    if isinstance(pipeline, PipelineV3):
+        outputs["bytes"] = torch.cat([prompt.byt5[prompt.mask] for prompt in encoded])
+        outputs["prior"] = torch.cat(pipeline.image_embeddings(prompts, given.noises))
+    return outputs
+
+
+def _cast(prompt: Prompt, dtype: torch.dtype) -> Prompt:
+    return replace(prompt, byt5=prompt.byt5.to(dtype), clip=prompt.clip.to(dtype))
+
+
+# ── graphs ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _graphs(family: Family, options: Options) -> Iterator[Check]:
+    """Rows that fill their graph and rows that do not, replayed beside the same rows computed eagerly."""
+    bundle = options.bundle(family)
+    for rows in _ROWS:
+        eager, replayed = (Batch(Pipeline.of(bundle), rows, options.size(family)) for _ in range(2))
+        if not eager.recordable:
+            return
+        recorders = (poisoned(recorder_for(options.device)) for _ in range(2))
+        replayed.record(*recorders, room_for=max(_ROWS))
+        yield from (replace(check, check=f"{check.check} of {rows} rows, replayed") for check in _compared(eager, replayed))
+        release(options.device)
+
+
+def _compared(eager: Batch, replayed: Batch) -> Iterator[Check]:
+    both, limit = (replayed, eager), LIMITS[eager.pipeline.dtype]
+    found, expected = (_features(batch) for batch in both)
+    yield Check("features", error(found, expected), limit)
+    yield Check("prior", error(*(torch.cat(b.pipeline.image_embeddings(b.prompts, b.noises)) for b in both)), limit)
+    for sampler in SAMPLERS:
+        drawn, again = (_draw(batch, sampler, expected) for batch in both)
+        yield Check(f"{sampler} draw", agreement(drawn, again), _AGREEMENT, agreement=True)
+    # How far roundings lead apart is to be known; no limit says how far they may.
+    yield Check("tokens after all steps", agreement(*(batch.loop(_STEPS) for batch in both)), 0.0, agreement=True)
+
+
+@torch.inference_mode()
+def _draw(batch: Batch, sampler: Sampler, features: Tensor) -> Tensor:
+    uniform = torch.rand(features.shape[:3], generator=torch.Generator().manual_seed(0)).to(features.device)
+    temperature, mass = send([1.5] * batch.rows, features.device), send([0.3] * batch.rows, features.device)
+    return batch.pipeline.executor.draw(sampler, features, Drawing(uniform, temperature, mass)).clone()
+
+
+@torch.inference_mode()
+def _features(batch: Batch) -> Tensor:
+    """Guided ones, of the first step, of fresh tokens; the same for both."""
+    p, n = batch.pipeline, batch.rows
+    generator = torch.Generator().manual_seed(n)
+    tokens = torch.randint(p.config.vqgan.codebook_size, batch.tokens.shape, generator=generator).to(p.device)
+    members = [(row, condition) for row in range(n) for condition in (batch.conditions[row], batch.unconditional)]
+    lanes = Lanes(members, send([row for row, _ in members], p.device))
+    times = p.bundle.denoiser.times(send([1 - row / n for row in range(n)], p.device))
+    return p.executor.features(tokens, times, lanes, send([3.0, -2.0] * n, p.device)).clone()

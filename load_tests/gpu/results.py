@@ -1,0 +1,43 @@
+"""What one part of the program has found so far: a file that is whole after every row, so that a run that is stopped keeps what it had."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+class Results:
+    """directory: where `PART.json` lies; None: it is not written."""
+
+    def __init__(self, part: str, directory: Path | None) -> None:
+        self.part, self.rows = part, list[Row]()
+        self._file = None if directory is None else directory / f"{part}.json"
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(f"{self.part}: " + ", ".join(f"{key} {value}" for key, value in row.items() if _is_short(value)), file=sys.stderr, flush=True)
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.rows, indent=1))
+            partial.replace(self._file)
+
+    def table(self) -> Table:
+        """Every short value of every row; a column for each name that occurs."""
+        columns = list(dict.fromkeys(key for row in self.rows for key, value in row.items() if _is_short(value)))
+        table = Table(title=self.part, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            table.add_row(*(str(row.get(column, "")) for column in columns))
+        return table
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str | int | float | bool)

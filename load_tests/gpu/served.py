@@ -1,0 +1,94 @@
+"""The real server process on a bundle of random weights, over HTTP: one client at a time, then arrivals at shares of what it can do.
+
+Whether a picture is the same alone and in company is asked for too, as are the graphs that were recorded after it was ready: none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from load_tests.gpu.options import Options
+from load_tests.gpu.results import Results
+from load_tests.gpu.weights import Family, written
+from load_tests.report import quantiles
+from load_tests.serving import Server, figures_when_idle, serving
+from load_tests.traffic import REQUEST_TIMEOUT_S, Kind, Load, Target, poisson_trace
+
+LOADS = (0.5, 0.8, 0.95)
+_SEEDS = 16
+
+
+def run(options: Options, results: Results) -> None:
+    for family in options.families:
+        with written(options.config(family), options.device, options.dtype, options.room) as bundle:
+            settings = {
+                "PAELLERA_WEIGHTS": str(bundle),
+                "PAELLERA_DEVICE": options.device.type,
+                "PAELLERA_DTYPE": str(options.dtype).removeprefix("torch."),
+                "PAELLERA_MAX_BATCH_ROWS": str(max(options.rows)),
+                "PAELLERA_MAX_REQUEST_WORK": str(10**10),
+                "PAELLERA_STALL_TIMEOUT_S": "120",
+            }
+            with serving(settings) as server:
+                asyncio.run(_Served(server, family, options, results).run())
+
+
+class _Served:
+    def __init__(self, server: Server, family: Family, options: Options, results: Results) -> None:
+        self.server, self.options, self.results, self.family = server, options, results, family
+        self.target = Target("paellera", f"{server.url}/generate")
+        self.kind = Kind(options.size(family)[0], options.steps[-1])
+
+    async def run(self) -> None:
+        self._add("ready", {"after_s": round(self.server.start_to_ready_s, 1)})
+        async with httpx.AsyncClient(
+            base_url=self.server.url, timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None)
+        ) as client:
+            load = Load(client)
+            await self._alone(load)
+            rate = await self._saturate(load)
+            for share in LOADS:
+                await self._arrivals(load, share, rate)
+            await self._agreement(client)
+            figures = await figures_when_idle(client)
+        kept = {name: value for name, value in figures.items() if name.startswith(("paella_graph", "paella_worker_restarts"))}
+        self._add("counters", {name.removeprefix("paella_"): value for name, value in kept.items()})
+        peaks = self.server.peak_memory_mib()
+        self._add("memory", {name: max(values, default=0.0) for name, values in peaks.items()})
+
+    def _add(self, what: str, row: dict[str, Any]) -> None:
+        self.results.add({"family": self.family, "what": what, **row})
+
+    async def _alone(self, load: Load) -> None:
+        answers = [await load.one(self.target, self.kind, seed) for seed in range(self.options.budget.runs + 1)]
+        self._add("one client", {"kind": str(self.kind), **quantiles([answer.seconds for answer in answers[1:]])})
+
+    async def _saturate(self, load: Load) -> float:
+        warm_up, seconds = (0.2, 0.5) if self.options.micro else (4.0, 12.0)
+        clients = 3 * max(self.options.rows)
+        rate = await load.saturate(self.target, [self.kind], clients, warm_up, seconds, seed=0)
+        self._add("saturated", {"clients": clients, "pictures_per_s": round(rate, 3)})
+        return rate
+
+    async def _arrivals(self, load: Load, share: float, rate: float) -> None:
+        trace = poisson_trace([self.kind], max(share * rate, 1.0), 0.5 if self.options.micro else 20.0, seed=1)
+        answers = await load.open_loop(self.target, trace)
+        good = [answer.seconds for answer in answers if answer.status == httpx.codes.OK]
+        lost = len(answers) - len(good)
+        self._add(f"arrivals at {share:.0%}", {"per_s": round(share * rate, 3), "not_200": lost, **(quantiles(good) if good else {})})
+
+    async def _agreement(self, client: httpx.AsyncClient) -> None:
+        """Pictures alone and sixteen at once: how many have the same pixels, and whether all do that were promised to."""
+        for deterministic in (False, True):
+            alone = [await self._pixels(client, seed, deterministic) for seed in range(_SEEDS)]
+            together = await asyncio.gather(*(self._pixels(client, seed, deterministic) for seed in range(_SEEDS)))
+            same = sum(one == other for one, other in zip(alone, together, strict=True))
+            self._add("alone and together", {"deterministic": deterministic, "pictures": _SEEDS, "same": same})
+
+    async def _pixels(self, client: httpx.AsyncClient, seed: int, deterministic: bool) -> bytes:
+        body = {"prompt": "a red ball on a table", "seed": seed, "num_inference_steps": self.kind.steps, "deterministic": deterministic}
+        answer = (await client.post("/generate", json=body)).raise_for_status()
+        return answer.content

@@ -1,0 +1,76 @@
+"""Every stage and whole requests, in one process: families, sizes, rows and step counts, each beside the least it can take."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from load_tests.gpu.batch import Batch, Cost, costs
+from load_tests.gpu.options import Options
+from load_tests.gpu.results import Results, Row
+from load_tests.gpu.timing import Ceilings, measure
+from model.bundle import Bundle
+from model.pipeline import Pipeline
+
+
+def run(options: Options, results: Results) -> None:
+    ceilings = options.ceilings()
+    results.add({"ceiling_tflops_per_s": round(ceilings.flops / 1e12, 3), "ceiling_gb_per_s": round(ceilings.bytes / 1e9, 3)})
+    for family in options.families:
+        bundle = options.bundle(family)
+        for side in options.sides:
+            least = costs(bundle, (side, side), options.steps)
+            for rows in options.rows:
+                where = {"family": family, "side": side, "rows": rows}
+                try:
+                    _measure(bundle, side, rows, _Judge(where, least, ceilings, results), options)
+                except torch.OutOfMemoryError as error:
+                    results.add({**where, "stage": "does not fit", "why": str(error).splitlines()[0]})
+                release(options.device)
+
+
+class _Judge:
+    """Puts what was measured beside what is the least."""
+
+    def __init__(self, where: Row, least: dict[str, Cost], ceilings: Ceilings, results: Results) -> None:
+        self.where, self.least, self.ceilings, self.results = where, least, ceilings, results
+
+    def add(self, executor: str, stage: str, figures: Row) -> None:
+        rows, cost = self.where["rows"], self.least[stage]
+        floor = cost.floor_ms(self.ceilings, rows)
+        share = floor / max(figures["p50_ms"], 1e-9)
+        judged = {"tflop": float(f"{cost.flops * rows / 1e12:.4g}"), "floor_ms": float(f"{floor:.4g}"), "of_floor": float(f"{share:.3g}")}
+        self.results.add({**self.where, "executor": executor, "stage": stage, **figures, **judged})
+
+
+def _measure(bundle: Bundle, side: int, rows: int, judge: _Judge, options: Options) -> None:
+    """Eagerly where that is all there is, or for one picture; by graphs where steps are recorded."""
+    batch = Batch(Pipeline.of(bundle), rows, (side, side))
+    if rows == 1 or not batch.recordable:
+        _measure_stages(batch, "eager", judge, options)
+    if batch.recordable:
+        batch.record()
+        _measure_stages(batch, "graphs", judge, options)
+    judge.results.add({**judge.where, "stage": "memory", **memory(options.device)})
+
+
+def _measure_stages(batch: Batch, executor: str, judge: _Judge, options: Options) -> None:
+    for name, stage in batch.stages(options.steps).items():
+        judge.add(executor, name, measure(stage, options.device, options.budget))
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """The most that was allocated since it was last asked, in GiB."""
+    if device.type != "cuda":
+        return {"peak_gib": 0.0}
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_gib": round(peak, 2)}
+
+
+def release(device: torch.device) -> None:
+    """Gives back what nobody holds any more, graphs' memory too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
