@@ -300,7 +300,7 @@ def sample(rng: np.random.Generator, objects: int = DEFAULT_OBJECTS) -> Scene:
 
 # A thing's longer side as a share of the picture's shorter one.
 LONE_EXTENT: dict[Size, tuple[float, float]] = {"small": (0.23, 0.27), "normal": (0.39, 0.46), "large": (0.60, 0.68)}
-PAIR_EXTENT: dict[Size, tuple[float, float]] = {"small": (0.24, 0.27), "normal": (0.36, 0.38), "large": (0.46, 0.48)}
+PAIR_EXTENT: dict[Size, tuple[float, float]] = {"small": (0.24, 0.26), "normal": (0.34, 0.35), "large": (0.425, 0.45)}
 _MARGIN = (0.04, 0.08)  # between a thing at a side and the picture's edge
 _WOBBLE = 0.04  # how far a centred thing may lie from the middle
 _COLOUR_JITTER = 4.0
