@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test lint format types check bench batching curve faults soak fuzz evaluate font prometheus clean
+.PHONY: serve test lint format types check bench batching curve faults soak fuzz scenarios evaluate font prometheus clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
@@ -28,7 +28,7 @@ check: lint types test
 bench: $(VENV)/.dev
 	$(BIN)/paellera bench
 
-batching curve fuzz: $(VENV)/.dev  ## mixed load beside whole-request batching; latency at rising rates; Schemathesis
+batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; at rising rates; Schemathesis; Locust
 	$(BIN)/pip install --quiet -e '.[load]'
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 

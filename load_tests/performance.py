@@ -90,7 +90,7 @@ def _bench(result: Result) -> Section:
 def _curve(result: Result) -> Section:
     rows = []
     for point in result["points"]:
-        latency = (_ms(point["latency"].get(f"p{q}_ms")) for q in (50, 95, 99))
+        latency = _latencies(point["latency"])
         shares = (_percent(point["under_target"]), _percent(point["refused"]))
         rows.append([f"{point['rate']:.1f}", f"{point['served']:.1f}", *latency, *shares])
     said = f"{', '.join(result['kinds'])}; requests are sent when they are due, whatever the server does. It keeps up with"
@@ -112,7 +112,7 @@ def _batching(result: Result) -> Section:
 def _operations(result: Result) -> Section:
     rows = []
     for name, row in result["operations"].items():
-        rows.append([f"`/{name}`", *(_ms(row[f"p{q}_ms"]) for q in (50, 95, 99)), f"{row['ratio']:.2f}"])
+        rows.append([f"`/{name}`", *_latencies(row), f"{row['ratio']:.2f}"])
     return "One request at a time.", ["", "p50 ms", "p95 ms", "p99 ms", "of `/generate`"], rows
 
 
@@ -152,6 +152,12 @@ def _full_size(result: Result) -> Section:
     return "The published networks with random values.", ["", "parameters", "import, s", "load, s", "a step, s", "worker, GiB"], rows
 
 
+def _scenarios(result: Result) -> Section:
+    rows = [[row["scenario"], f"`{row['request']}`", row["requests"], row["failures"], *_latencies(row)] for row in result["rows"]]
+    said = f"{result['users']} clients at once, in Locust's scenarios (`load_tests/locustfile.py`)."
+    return said, ["scenario", "request", "sent", "failed", "p50 ms", "p95 ms", "p99 ms"], rows
+
+
 def _fuzz(result: Result) -> Section:
     found = ", ".join(result["found"] + result["errors"]) or "nothing"
     return f"{result['requests']:,} requests to {result['operations']['tested']} operations; found: {found}.", [], []
@@ -162,6 +168,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Section]]] = {
     "operations": ("Other operations", _operations),
     "curve": ("Latency and throughput", _curve),
     "batching": ("Mixed requests, beside whole-request batching", _batching),
+    "scenarios": ("Clients who think", _scenarios),
     "faults": ("Faults with requests in flight", _faults),
     "faults-under-load": ("Faults while requests arrive", _faults_under_load),
     "soak": ("Thousands of requests on end", _soak),
@@ -176,6 +183,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Section]]] = {
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _latencies(row: Mapping[str, float]) -> list[str]:
+    return [_ms(row.get(f"p{q}_ms")) for q in (50, 95, 99)]
 
 
 def _ms(milliseconds: float | None) -> str:

@@ -139,6 +139,16 @@ def test_one_picture_serves_where_several_may_come(endpoint: TestClient) -> None
     refused(form(endpoint, files=[("image", FILE), ("image", FILE)]), 422, "image", "one picture")
 
 
+@pytest.mark.parametrize("text", ["2", "2.0", "2e0", "0.2e1"])
+def test_an_integer_may_have_a_fraction_of_zeros(endpoint: TestClient, text: str) -> None:
+    assert endpoint.post("/", content=f'{{"seed": {text}}}', headers={"content-type": "application/json"}).json() == {"seed": 2}
+    assert form(endpoint, {"seed": text}).json() == {"seed": 2}
+
+
+def test_in_a_form_one_value_is_a_list_of_one_where_only_lists_fit(endpoint: TestClient) -> None:
+    assert form(endpoint, {"keyframes": '{"prompt": "a ball"}'}).json() == {"keyframes": ["a ball"]}
+
+
 @pytest.mark.parametrize(("text", "meaning"), [("true", True), ("True", True), (" FALSE ", False)])
 def test_booleans_in_a_form_may_be_capitalised(endpoint: TestClient, text: str, meaning: bool) -> None:
     assert form(endpoint, {"keep_unmasked": text}).json() == {"keep_unmasked": meaning}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from load_tests.performance import PAGE, RESULTS, SECTIONS, newest, page, results
+from load_tests.performance import PAGE, RESULTS, newest, page, results
 
 
 def result(date: str, cpu: str = "EPYC", **more: Any) -> dict[str, Any]:
@@ -13,12 +13,6 @@ def result(date: str, cpu: str = "EPYC", **more: Any) -> dict[str, Any]:
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text() == page(results(RESULTS)), "run python -m load_tests.performance"
-
-
-def test_every_kind_of_result_has_its_section() -> None:
-    kinds = {found["report"] for found in results(RESULTS)}
-    # How alike pictures are in company is told where it is promised, in docs/engine.md.
-    assert kinds - {"agreement"} <= set(SECTIONS)
 
 
 def test_the_newest_of_each_machine_is_shown() -> None:

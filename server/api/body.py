@@ -10,7 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from server.api.errors import ApiError, from_validation, unknown_field
-from server.api.forms import read_form
+from server.api.forms import number, read_form
 
 # Two prompts of 4000 characters, each escaped as a surrogate pair, take 96,000 bytes. What is longer holds nothing useful,
 # and parsing megabytes of brackets would stop the event loop for seconds.
@@ -83,7 +83,7 @@ def _check_structure(body: bytes) -> bytes:
 
 def _parse(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body, parse_constant=_refuse_constant)
+        fields = json.loads(body, parse_float=number, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, "malformed_json", f"the body is not JSON: {_reason(error)}") from None
     if not isinstance(fields, dict):

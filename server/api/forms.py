@@ -17,6 +17,8 @@ from server.api.errors import ApiError
 # A part of text holds a prompt, or a list of them; pictures are sent as files.
 LIMITS = {"max_files": 16, "max_fields": 64, "max_part_size": 128 * 1024}
 
+# Beyond, a float may stand for several integers.
+LARGEST_EXACT = 2**53
 BOOLEANS = {"true": True, "false": False}
 
 
@@ -85,7 +87,12 @@ def _collect(parts: list[tuple[str, str | bytes]], schema: type[BaseModel]) -> d
     for name, part in parts:
         field = name.removesuffix("[]")
         values.setdefault(field, []).append(part if isinstance(part, bytes) else _value(part, field, schema))
-    return {field: sent if len(sent) > 1 or field in listed else sent[0] for field, sent in values.items()}
+    return {field: sent if len(sent) > 1 or field in listed else _alone(sent[0], field, schema) for field, sent in values.items()}
+
+
+def _alone(value: Any, field: str, schema: type[BaseModel]) -> Any:
+    """A value as its field wants it: where only a list fits, it is one of one. What could not be read is left for the schema to refuse."""
+    return value if isinstance(value, list | str) or field not in _list_fields(schema) else [value]
 
 
 def _value(text: str, field: str, schema: type[BaseModel]) -> object:
@@ -95,19 +102,31 @@ def _value(text: str, field: str, schema: type[BaseModel]) -> object:
     if (word := text.strip().lower()) in BOOLEANS:
         return BOOLEANS[word]
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=number)
     except (ValueError, RecursionError):
         return text
 
 
+def number(text: str) -> int | float:
+    """A JSON number with a fraction or an exponent; 2.0 is an integer, as JSON Schema has it."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else value
+
+
 @cache
 def _text_fields(schema: type[BaseModel]) -> frozenset[str]:
+    return frozenset(name for name, types in _types(schema).items() if "string" in types)
+
+
+@cache
+def _list_fields(schema: type[BaseModel]) -> frozenset[str]:
+    return frozenset(name for name, types in _types(schema).items() if types - {"null"} == {"array"})
+
+
+def _types(schema: type[BaseModel]) -> dict[str, set[str | None]]:
+    """Every field's JSON types; None for what has a name of its own in the schema."""
     properties = schema.model_json_schema()["properties"]
-    return frozenset(name for name, kind in properties.items() if any(branch.get("type") == "string" for branch in _branches(kind)))
-
-
-def _branches(kind: dict[str, Any]) -> list[dict[str, Any]]:
-    return kind.get("anyOf", [kind])
+    return {name: {branch.get("type") for branch in kind.get("anyOf", [kind])} for name, kind in properties.items()}
 
 
 def _place(fields: dict[str, Any], name: str, part: str | bytes) -> None:
