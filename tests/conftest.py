@@ -278,3 +278,11 @@ def fake_server(fake_settings: Callable[..., Settings]) -> Iterator[str]:
 def client(fake_server: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=fake_server, timeout=20) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def live_server() -> Iterator[str]:
+    """The address of a server with the embedded weights and a real worker, ready, shared likewise."""
+    with serving(create_app(Settings(port=0))) as address:
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200, timeout_s=240)
+        yield address

@@ -16,17 +16,14 @@ import PIL.Image
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.api import create_app
-from server.settings import Settings
-from tests.conftest import serving, wait_until
+from tests.conftest import wait_until
 
 APPLE = {"prompt": "a red apple on a white background", "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[httpx.Client]:
-    with serving(create_app(Settings(port=0))) as url, httpx.Client(base_url=url, timeout=60) as client:
-        wait_until(lambda: client.get("/readyz").status_code == 200, timeout_s=60)
+def server(live_server: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=live_server, timeout=60) as client:
         yield client
 
 

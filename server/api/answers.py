@@ -1,4 +1,4 @@
-"""What the engine made of a plan → the answer: one file, an animation, several pictures as JSON, or events."""
+"""What the engine made of a plan → the answer: one file, an animation, or several pictures as JSON."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from server.api.events import Emit, Event
 from server.api.images import Animation, animate, encode
 from server.api.jobs import Plan
 from server.api.schemas import Format
 from server.api.state import AppState, request_id_of, state_of
-from server.engine.protocol import Drawn, Finished, Image
+from server.engine.protocol import Finished, Image
 
 Result = TypeVar("Result")
 
 
 async def one_file(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
-    (content,), seconds = await _encode_all(state, plan, finished, format, quality)
-    return Response(content, media_type=f"image/{format}", headers=_headers(plan, finished, _stages(finished, seconds)))
+    (content,), seconds = await encode_all(state, plan, finished, format, quality)
+    return Response(content, media_type=f"image/{format}", headers=_headers(plan, finished, stages_of(finished, seconds)))
 
 
 async def animation(state: AppState, plan: Plan, finished: Finished, format: Animation, quality: int) -> Response:
@@ -34,63 +33,45 @@ async def animation(state: AppState, plan: Plan, finished: Finished, format: Ani
         return animate([plan.finish(image) for image in _ordered(finished)], format, quality)
 
     content, seconds = await _timed(state, plan, len(finished.images), make)
-    return Response(content, media_type=f"image/{format}", headers=_headers(plan, finished, _stages(finished, seconds)))
+    return Response(content, media_type=f"image/{format}", headers=_headers(plan, finished, stages_of(finished, seconds)))
 
 
 async def listed(request: Request, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
-    contents, seconds = await _encode_all(state_of(request), plan, finished, format, quality)
-    stages = _stages(finished, seconds)
+    contents, seconds = await encode_all(state_of(request), plan, finished, format, quality)
+    stages = stages_of(finished, seconds)
 
     def body() -> bytes:
-        entries = [_entry(plan, i, content, format) for i, content in enumerate(contents)]
-        return json.dumps({**_about(request, plan, finished, stages), "images": entries}).encode()
+        return json.dumps(about(request, plan, finished, stages) | entries(plan, contents, format)).encode()
 
     return Response(await asyncio.to_thread(body), media_type="application/json", headers=_headers(plan, finished, stages))
-
-
-async def one_by_one(request: Request, plan: Plan, format: Format, quality: int, emit: Emit) -> None:
-    """Runs an early job: `queued` with the request's id, `image` for each picture as soon as it is done, `completed` with the rest."""
-    state, sending = state_of(request), set[asyncio.Task[None]]()
-
-    async def send(drawn: Drawn) -> None:
-        def entry() -> dict[str, Any]:
-            index = drawn.image.index
-            content = encode(plan.finish(drawn.image), format, quality, plan.parameters(drawn.truncated, index))
-            return {"index": index, **_entry(plan, index, content, format)}
-
-        entry_made, _ = await _timed(state, plan, 1, entry)
-        emit(Event("image", entry_made))
-
-    finished = await state.engine.run(
-        plan.job,
-        on_drawn=lambda drawn: sending.add(asyncio.create_task(send(drawn))),
-        on_admitted=lambda: emit(Event("queued", {"id": request_id_of(request)})),
-    )
-    await asyncio.gather(*sending)
-    emit(Event("completed", _about(request, plan, finished, asdict(finished.timings))))
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _entry(plan: Plan, index: int, content: bytes, format: Format) -> dict[str, Any]:
+def entries(plan: Plan, contents: Sequence[bytes], format: Format) -> dict[str, Any]:
+    """The files, in the order of their seeds, as JSON has them."""
+    return {"images": [entry(plan, i, content, format) for i, content in enumerate(contents)]}
+
+
+def entry(plan: Plan, index: int, content: bytes, format: Format) -> dict[str, Any]:
     size = {"width": plan.size[0], "height": plan.size[1]}
     return {"b64_json": base64.b64encode(content).decode(), "seed": plan.job.seeds[index], **size, "format": format}
 
 
-def _about(request: Request, plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, Any]:
+def about(request: Request, plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, Any]:
     """What an answer says beside its pictures; stages: seconds."""
     parameters = plan.parameters(finished.truncated, 0) | {"n": 1 if plan.job.keyframes else len(plan.job.seeds)}
     parameters.pop("frame", None)
-    about = {"id": request_id_of(request), "created": int(time.time()), "model": plan.job.model}
-    return {**about, "parameters": parameters, "timings": stages}
+    answer = {"id": request_id_of(request), "created": int(time.time()), "model": plan.job.model}
+    return {**answer, "parameters": parameters, "timings": stages}
 
 
 def _ordered(finished: Finished) -> list[Image]:
     return sorted(finished.images, key=lambda image: image.index)
 
 
-async def _encode_all(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> tuple[list[bytes], float]:
+async def encode_all(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> tuple[list[bytes], float]:
     """The job's pictures as files, in the order of its seeds, and the seconds that took."""
 
     def make(image: Image) -> bytes:
@@ -98,23 +79,23 @@ async def _encode_all(state: AppState, plan: Plan, finished: Finished, format: F
 
     began = time.perf_counter()
     contents = await asyncio.gather(*(asyncio.to_thread(make, image) for image in _ordered(finished)))
-    return list(contents), _count(state, plan, len(contents), began)
+    return list(contents), count(state, plan, len(contents), began)
 
 
 async def _timed(state: AppState, plan: Plan, images: int, work: Callable[[], Result]) -> tuple[Result, float]:
     began = time.perf_counter()
     result = await asyncio.to_thread(work)
-    return result, _count(state, plan, images, began)
+    return result, count(state, plan, images, began)
 
 
-def _count(state: AppState, plan: Plan, images: int, began: float) -> float:
+def count(state: AppState, plan: Plan, images: int, began: float) -> float:
     seconds = time.perf_counter() - began
     state.metrics.image_encode_duration.observe(seconds)
     state.metrics.images.labels(f"/{plan.operation}").inc(images)
     return seconds
 
 
-def _stages(finished: Finished, image_seconds: float) -> dict[str, float]:
+def stages_of(finished: Finished, image_seconds: float) -> dict[str, float]:
     return {**asdict(finished.timings), "image": image_seconds}
 
 

@@ -121,6 +121,7 @@ class Draft:
             sampling=self.sampling,
             deadline=self.began + (self.settings.timeout_s if asked.timeout_s is None else asked.timeout_s),
             priority=asked.priority,
+            previews=asked.partial_images,
             **{"seeds": seeds(asked.seed, asked.n), **parts},
         )
         _check_work(job, self.sampling.steps if steps is None else steps, self.settings.max_request_work)
@@ -128,7 +129,9 @@ class Draft:
 
 
 def draft(asked: SamplingFields, operation: Operation, state: AppState) -> Draft:
-    """Raises ApiError: 404 for unknown weights, 400 for what they were not made for, 422 for step counts that do not fit."""
+    """Raises ApiError: 404 for unknown weights, 400 for what they were not made for, 422 for fields that do not fit each other."""
+    if asked.partial_images and not asked.stream:
+        raise invalid("partial_images", "previews come in a stream only: send stream true", asked.partial_images)
     config = next(iter(state.models.values())) if asked.model is None else model_named(asked.model, state.models)
     check_operation(config, operation)
     return Draft(asked, config, _sampling(asked, config, state.settings), state.settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -21,6 +20,7 @@ from server.api.planning import OPERATIONS, plan
 from server.api.requests import unless_cancelled
 from server.api.schemas import ErrorAnswer, Format, ImagesAnswer, SamplingFields
 from server.api.state import note, state_of
+from server.api.streaming import Story
 
 router = APIRouter(tags=["native"])
 
@@ -82,11 +82,14 @@ def _endpoint(operation: Operation, schema: type[SamplingFields]) -> Callable[[R
 
 async def _answer(request: Request, asked: SamplingFields, planned: Plan) -> Response:
     state = state_of(request)
-    finished = await unless_cancelled(request, state.engine.run(planned.job))
     wanted = asked.response_format or accepted_format(request.headers.get("accept", "*/*"))
+    format: Format = "png" if wanted == "json" else wanted
+    if asked.stream:
+        return await streamed(request, Story(request, planned, format, asked.quality).tell)
+    finished = await unless_cancelled(request, state.engine.run(planned.job))
     if wanted == "json" or len(planned.job.seeds) > 1:
-        return await answers.listed(request, planned, finished, "png" if wanted == "json" else wanted, asked.quality)
-    return await answers.one_file(state, planned, finished, wanted, asked.quality)
+        return await answers.listed(request, planned, finished, format, asked.quality)
+    return await answers.one_file(state, planned, finished, format, asked.quality)
 
 
 async def _animate(request: Request, asked: InterpolateRequest, planned: Plan) -> Response:
@@ -96,7 +99,7 @@ async def _animate(request: Request, asked: InterpolateRequest, planned: Plan) -
     if asked.stream:
         if format == "gif":
             raise invalid("response_format", "frames that are streamed are png, jpeg or webp", format)
-        return await streamed(request, partial(answers.one_by_one, request, planned, format, asked.quality))
+        return await streamed(request, Story(request, planned, format, asked.quality).tell)
     finished = await unless_cancelled(request, state_of(request).engine.run(planned.job))
     if format == "gif" or format == "webp":
         return await answers.animation(state_of(request), planned, finished, format, asked.quality)

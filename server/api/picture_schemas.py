@@ -84,4 +84,3 @@ class InterpolateRequest(SamplingFields):
     n: Literal[1] = 1
     # One more format than the other operations know.
     response_format: Annotated[AnyFormat | None, Field(description="Overrides the Accept header; gif and webp are animations")] = None  # type: ignore[assignment]
-    stream: Annotated[bool, Field(description="Server-sent events: every frame as soon as it is done")] = False

@@ -84,6 +84,10 @@ class SamplingFields(BaseModel):
         bool | None, Field(description="The same bits whatever else runs, at the cost of steps that are shared with nobody")
     ] = None
     model: Annotated[str | None, Field(max_length=64, description="Which loaded weights; default: the first")] = None
+    stream: Annotated[bool, Field(description="Answer with server-sent events, from the place in the queue to the pictures")] = False
+    partial_images: Annotated[
+        int, Field(ge=0, le=8, description="With stream: previews of each picture, at most, evenly spread over its steps")
+    ] = 0
 
 
 class RegionEntry(BaseModel):

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from server.engine.costs import Costs, Pace
+from server.engine.costs import Costs, Forecast, Pace
 from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, EngineError, JobFailed, QueueFull, Starting, WorkerLost
-from server.engine.pending import OnDrawn, OnPreview, Pending
+from server.engine.pending import OnDrawn, OnPreview, OnStarted, Pending
 from server.engine.process import WorkerMain, run_worker
-from server.engine.protocol import Beat, Drawn, Failed, Finished, Job, Preview
+from server.engine.protocol import Beat, Drawn, Failed, Finished, Job, Preview, Running
 from server.engine.supervisor import Supervisor, WorkerStatus
 from server.metrics import Metrics
 from server.settings import Settings
@@ -80,19 +80,21 @@ class EngineClient:
         job: Job,
         on_preview: OnPreview | None = None,
         on_drawn: OnDrawn | None = None,
-        on_admitted: Callable[[], object] = lambda: None,
+        on_admitted: Callable[[Forecast], object] = lambda _: None,
+        on_started: OnStarted | None = None,
     ) -> Finished:
         """Answers with the job's pictures; `timings.queue` counts from this call on. Cancelling the awaiting task cancels the job.
 
         job.id must be unique among the unfinished. on_preview: called on the event loop with those of `job.previews` that are made in time,
         each image's in order and none twice. on_drawn: called there with each image of a job that is `early`, in any order and none twice.
-        on_admitted: called before this waits for the first time, unless the job is refused.
+        on_admitted: called before this waits for the first time, unless the job is refused. on_started: called there, once, when a worker
+        begins with it.
         Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded or JobFailed.
         """
         entry = self._admit(job)
-        entry.on_preview, entry.on_drawn = on_preview, on_drawn
+        entry.on_preview, entry.on_drawn, entry.on_started = on_preview, on_drawn, on_started
         try:
-            on_admitted()
+            on_admitted(entry.forecast)
             self._dispatch(entry)
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 answer = await entry.answer
@@ -119,12 +121,11 @@ class EngineClient:
         # A request larger than the queue itself is still done, alone.
         if unfinished and unfinished + len(job.seeds) > self._settings.queue_rows:
             raise QueueFull(unfinished * self._pace.seconds_per_row)
-        self._check_deadline(job, now)
-        entry = Pending(job, now, asyncio.get_running_loop().create_future())
+        entry = Pending(job, now, self._foresee(job, now), asyncio.get_running_loop().create_future())
         self._pending[job.id] = entry
         return entry
 
-    def _check_deadline(self, job: Job, now: float) -> None:
+    def _foresee(self, job: Job, now: float) -> Forecast:
         """Raises DeadlineUnreachable if, as far as is known, the job's answer would come too late."""
         # Batch work makes room for interactive work, so it is not in its way.
         others = [entry.job for entry in self._pending.values() if (entry.job.priority, job.priority) != ("batch", "interactive")]
@@ -134,6 +135,10 @@ class EngineClient:
         if finish is not None and finish > allowed:
             alone = self._costs.predict(job, [], slots, now)
             raise DeadlineUnreachable(finish, allowed, repeating=alone is None or alone <= allowed)
+        before = sum(len(other.seeds) for other in others)
+        # The pace never forgets: it is no ground to refuse anybody, but better than no figure at all.
+        seconds = (before + len(job.seeds)) * self._pace.seconds_per_row if finish is None else finish
+        return Forecast(max(0, before + 1 - slots), seconds)
 
     def _dispatch(self, entry: Pending) -> None:
         """Gives the job to the worker with the fewest rows, or lets it wait for one."""
@@ -157,8 +162,11 @@ class EngineClient:
             if entry.worker is None and not entry.answer.done():
                 entry.be_sent(worker)
 
-    def worker_said(self, worker: Supervisor, message: Preview | Drawn | Finished | Failed | Beat) -> None:
+    def worker_said(self, worker: Supervisor, message: Running | Preview | Drawn | Finished | Failed | Beat) -> None:
         match message:
+            case Running(jobs):
+                for begun in filter(None, map(self._pending.get, jobs)):
+                    begun.start()
             case Beat():
                 self._metrics.record_beat(message, self._settings.max_batch_rows)
                 for step in message.steps:

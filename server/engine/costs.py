@@ -29,6 +29,14 @@ class _Average:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of a job that is admitted. position: rows that must be done before its first can begin. seconds: until it should be done."""
+
+    position: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Ahead:
     """An unfinished job. left: steps that all of its rows together have yet to take."""
 

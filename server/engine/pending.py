@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from server.engine.costs import Forecast
 from server.engine.errors import EngineError
 from server.engine.protocol import Drawn, Finished, Job, Preview
 from server.engine.supervisor import Supervisor
 
 OnPreview = Callable[[Preview], object]
 OnDrawn = Callable[[Drawn], object]
+OnStarted = Callable[[], object]
 
 
 @dataclass(slots=True)
@@ -21,7 +23,9 @@ class Pending:
 
     job: Job
     arrived_at: float
+    forecast: Forecast
     answer: asyncio.Future[Finished | EngineError]
+    on_started: OnStarted | None = None
     on_preview: OnPreview | None = None
     on_drawn: OnDrawn | None = None
     worker: Supervisor | None = None
@@ -47,6 +51,12 @@ class Pending:
         answer = replace(message, timings=timings)
         self.resolve(answer)
         return answer
+
+    def start(self) -> None:
+        """Says once that the first of its rows is begun."""
+        if self.on_started and not self.answer.done():
+            self.on_started()
+        self.on_started = None
 
     def show(self, preview: Preview) -> None:
         """Hands on a preview unless this one, or a later one of the image, was handed on before."""

@@ -129,10 +129,17 @@ class Job:
         return index * (len(self.keyframes) - 1) / max(1, len(self.seeds) - 1)
 
     @property
+    def steps_skipped(self) -> int:
+        """How many steps of the schedule lie behind each row when it begins: an edit joins where as much is noise as it asks for."""
+        steps = self.sampling.steps
+        return steps - round(self.canvas.strength * steps) if isinstance(self.canvas, Edit) else 0
+
+    @property
     def preview_steps(self) -> tuple[int, ...]:
-        """After how many steps each preview is due: evenly spaced, none at the start or the end, fewer than asked if steps are few."""
-        due = ((i + 1) * self.sampling.steps // (self.previews + 1) for i in range(self.previews))
-        return tuple(sorted(set(due) - {0}))
+        """At which step each preview is due: evenly spaced, none at the start or the end, fewer than asked if steps are few."""
+        taken = self.sampling.steps - self.steps_skipped
+        due = {(i + 1) * taken // (self.previews + 1) for i in range(self.previews)}
+        return tuple(self.steps_skipped + steps for steps in sorted(due - {0}))
 
     @property
     def branches(self) -> float:
@@ -190,7 +197,7 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What an unfinished image would be as far as its denoiser sees after so many steps. number: which of the job's `preview_steps`."""
+    """What an unfinished image would be as far as its denoiser sees at this step of the schedule. number: which of `preview_steps`."""
 
     id: str
     number: int

@@ -34,7 +34,7 @@ class Listener(Protocol):
 
     def worker_ready(self, worker: Supervisor) -> None: ...
 
-    def worker_said(self, worker: Supervisor, message: Preview | Drawn | Finished | Failed | Beat) -> None: ...
+    def worker_said(self, worker: Supervisor, message: Running | Preview | Drawn | Finished | Failed | Beat) -> None: ...
 
     def worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
         """unfinished: jobs it had; suspects: those of them that had rows in the stage it died in."""
@@ -117,6 +117,7 @@ class Supervisor:
                     self._metrics.cancel_duration.observe(time.monotonic() - cancelled_at)
             case Running(jobs):
                 self._stepping = jobs
+                self._listener.worker_said(self, message)
             case Preview() | Drawn():
                 self._listener.worker_said(self, message)
             case Beat():
