@@ -81,7 +81,7 @@ def _with_files(value: Any, files: Mapping[str, bytes], name: str = "") -> Any:
         return {key: _with_files(inner, files, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [_with_files(inner, files, name) for inner in value]
-    if name not in ("image", "mask"):
+    if name not in ("image", "mask", "references"):
         return value
     if value not in files:
         raise ValueError(f"it takes the {name} with {value}; give it by --{name}")

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 async def one_file(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
     (content,), seconds = await encode_all(state, plan, finished, format, quality)
-    return Response(content, media_type=f"image/{format}", headers=_headers(plan, finished, stages_of(finished, seconds)))
+    return Response(content, media_type=f"image/{format}", headers=headers_of(plan, finished, stages_of(finished, seconds)))
 
 
 async def animation(state: AppState, plan: Plan, finished: Finished, format: Animation, quality: int) -> Response:
@@ -33,7 +33,7 @@ async def animation(state: AppState, plan: Plan, finished: Finished, format: Ani
         return animate([plan.finish(image) for image in _ordered(finished)], format, quality)
 
     content, seconds = await _timed(state, plan, len(finished.images), make)
-    return Response(content, media_type=f"image/{format}", headers=_headers(plan, finished, stages_of(finished, seconds)))
+    return Response(content, media_type=f"image/{format}", headers=headers_of(plan, finished, stages_of(finished, seconds)))
 
 
 async def listed(request: Request, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
@@ -43,7 +43,7 @@ async def listed(request: Request, plan: Plan, finished: Finished, format: Forma
     def body() -> bytes:
         return json.dumps(about(request, plan, finished, stages) | entries(plan, contents, format)).encode()
 
-    return Response(await asyncio.to_thread(body), media_type="application/json", headers=_headers(plan, finished, stages))
+    return Response(await asyncio.to_thread(body), media_type="application/json", headers=headers_of(plan, finished, stages))
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -99,7 +99,7 @@ def stages_of(finished: Finished, image_seconds: float) -> dict[str, float]:
     return {**asdict(finished.timings), "image": image_seconds}
 
 
-def _headers(plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, str]:
+def headers_of(plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, str]:
     """stages: seconds."""
     timing = ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
     headers = {"X-Seed": str(plan.job.seeds[0]), "Server-Timing": timing}

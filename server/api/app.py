@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from model.config import BundleConfig, find_bundle
-from server.api import errors, models, native, operations, requests
+from server.api import errors, models, native, openai, operations, requests
 from server.api.limits import Guard
 from server.api.middleware import BodyLimit, Observation, OperationsPort, SecurityHeaders
 from server.api.openapi import DocumentedApp
@@ -59,6 +59,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     errors.register(app)
     keyed = [Depends(BEARER)] if settings.keys else []
     app.include_router(native.router, dependencies=keyed)
+    app.include_router(openai.router, dependencies=keyed)
     app.include_router(models.router, dependencies=keyed)
     app.include_router(requests.router, dependencies=keyed)
     app.include_router(operations.router)

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 PREVIEWS = 16
 # A reader takes at least one of these in `send_timeout_s`, whatever an event's length: bytes.
 PIECE = 64 * 1024
-HEARTBEAT = b": still there\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,16 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Comment:
+    """What clients ignore, but proxies see."""
+
+    text: str
+
+    def encode(self) -> bytes:
+        return f": {self.text}\n\n".encode()
+
+
+@dataclass(frozen=True, slots=True)
 class Later:
     """An event that is made, in a thread, when its reader is there to take it. preview_of: a picture's index; None, it is never dropped."""
 
@@ -53,18 +62,20 @@ class Later:
         return self.make().encode()
 
 
-Emit = Callable[[Event | Later], None]
+Item = Event | Comment | Later
+Emit = Callable[[Item], None]
+HEARTBEAT = Comment("still there")
 
 
 class Outbox:
     """What a reader has not taken yet: at most `PREVIEWS` previews and one of each picture, and all that is no preview."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Event | Later] = deque()
+        self._waiting: deque[Item] = deque()
         self._changed = asyncio.Event()
         self._closed = False
 
-    def put(self, item: Event | Later) -> None:
+    def put(self, item: Item) -> None:
         if isinstance(item, Later) and item.preview_of is not None:
             self._make_room(item.preview_of)
         self._waiting.append(item)
@@ -75,7 +86,7 @@ class Outbox:
         self._closed = True
         self._changed.set()
 
-    async def take(self, patience_s: float | None = None) -> Event | Later | None:
+    async def take(self, patience_s: float | None = None) -> Item | None:
         """The next; None if there will be none. Raises TimeoutError if there is none for so long."""
         async with asyncio.timeout(patience_s):
             await self.wait()
@@ -146,7 +157,7 @@ class EventStream(Response):
         try:
             item = await self._outbox.take(self._settings.heartbeat_s)
         except TimeoutError:
-            return HEARTBEAT
+            return HEARTBEAT.encode()
         if isinstance(item, Later):
             return await asyncio.to_thread(item.encode)
         return None if item is None else item.encode()

@@ -13,7 +13,7 @@ from typing import Any
 from model.canvas import Array, pad_to_multiple
 from model.config import BundleConfig, Operation, SamplingConfig
 from server.api.errors import ApiError, invalid
-from server.api.models import model_named
+from server.api.models import model_asked
 from server.api.schemas import INT64, SamplingFields
 from server.api.state import AppState
 from server.engine.protocol import Image, Job
@@ -79,16 +79,11 @@ class Draft:
         width, height = (
             sent or native for sent, native in zip((self.asked.width, self.asked.height), self.config.native_size, strict=True)
         )
-        step = self.config.size_step
+        possible = sides(self.config, self.settings)
         for param, pixels in (("width", width), ("height", height)):
-            if pixels % step or not self.config.smallest_side <= pixels <= self.settings.max_side:
-                bounds = f"from {self.config.smallest_side} to {self._largest} pixels"
-                raise invalid(param, f"must be a multiple of {step} {bounds}", pixels)
+            if pixels not in possible:
+                raise invalid(param, f"must be a multiple of {possible.step} from {possible[0]} to {possible[-1]} pixels", pixels)
         return width, height
-
-    @property
-    def _largest(self) -> int:
-        return self.settings.max_side // self.config.size_step * self.config.size_step
 
     def padded(self, array: Array) -> Array:
         """[H, W, …] as large as these weights draw it, mirrored at the right and the lower edge."""
@@ -96,8 +91,9 @@ class Draft:
 
     def check_side(self, size: tuple[int, int], param: str) -> None:
         """Raises ApiError 422 if a picture of this size is larger than what may be drawn."""
-        if max(size) > self._largest:
-            raise invalid(param, f"the result may have at most {self._largest} pixels a side", f"{size[0]}x{size[1]}")
+        largest = sides(self.config, self.settings)[-1]
+        if max(size) > largest:
+            raise invalid(param, f"the result may have at most {largest} pixels a side", f"{size[0]}x{size[1]}")
 
     def check_sent(self, size: tuple[int, int]) -> None:
         """Raises ApiError 422 if width or height is given and is not what the answer will have."""
@@ -132,9 +128,14 @@ def draft(asked: SamplingFields, operation: Operation, state: AppState) -> Draft
     """Raises ApiError: 404 for unknown weights, 400 for what they were not made for, 422 for fields that do not fit each other."""
     if asked.partial_images and not asked.stream:
         raise invalid("partial_images", "previews come in a stream only: send stream true", asked.partial_images)
-    config = next(iter(state.models.values())) if asked.model is None else model_named(asked.model, state.models)
+    config = model_asked(asked.model, state.models)
     check_operation(config, operation)
     return Draft(asked, config, _sampling(asked, config, state.settings), state.settings)
+
+
+def sides(config: BundleConfig, settings: Settings) -> range:
+    """What width and height may be, in pixels."""
+    return range(config.smallest_side, settings.max_side + 1, config.size_step)
 
 
 def check_operation(config: BundleConfig, operation: Operation) -> None:

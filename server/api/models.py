@@ -31,6 +31,11 @@ async def show_model(request: Request, name: str) -> Response:
     return JSONResponse(describe(model_named(name, state.models), state))
 
 
+def model_asked(name: str | None, models: dict[str, BundleConfig]) -> BundleConfig:
+    """The default if none is named. Raises ApiError for weights that are not loaded."""
+    return next(iter(models.values())) if name is None else model_named(name, models)
+
+
 def model_named(name: str, models: dict[str, BundleConfig]) -> BundleConfig:
     """Raises ApiError for weights that are not loaded."""
     if name not in models:

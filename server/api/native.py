@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from model.config import Operation
 from server.api import answers
-from server.api.body import FORM, JSON, read_body
+from server.api.body import read_body
+from server.api.documents import BINARY, request_body, responses
 from server.api.errors import invalid
 from server.api.events import streamed
 from server.api.images import accepted_animation, accepted_format
@@ -18,44 +19,15 @@ from server.api.jobs import Plan
 from server.api.picture_schemas import InterpolateRequest
 from server.api.planning import OPERATIONS, plan
 from server.api.requests import unless_cancelled
-from server.api.schemas import ErrorAnswer, Format, ImagesAnswer, SamplingFields
+from server.api.schemas import Format, ImagesAnswer, SamplingFields
 from server.api.state import note, state_of
 from server.api.streaming import Story
 
 router = APIRouter(tags=["native"])
 
-ERRORS = {
-    400: "Malformed JSON or form",
-    401: "No API key, or an unknown one, where the server wants one",
-    404: "Unknown weights",
-    413: "Body or picture too large",
-    415: "Wrong content type",
-    422: "A field out of bounds, or a picture that cannot be read",
-    429: "Queue full, timeout_s too short for what is queued, or the key's limits reached; Retry-After says when to come back",
-    500: "Failed; x-should-retry: false if repeating cannot help",
-    503: "Starting, draining, or the worker was lost",
-    504: "Deadline passed",
-}
-BINARY = {"schema": {"type": "string", "format": "binary"}}
-HEADERS = {
-    name: {"description": meaning, "schema": {"type": "string"}}
-    for name, meaning in {
-        "X-Seed": "The image's seed",
-        "X-Request-Id": "The client's, or one made here",
-        "Server-Timing": "queue, encode, prior, denoise, decode, image; milliseconds",
-        "X-Prompt-Truncated": "The encoders that could not take the whole prompt, if any",
-    }.items()
-}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "One image as a file; JSON for several, or if asked for",
-        "model": ImagesAnswer,
-        "content": {"image/png": BINARY, "image/jpeg": BINARY, "image/webp": BINARY},
-        "headers": HEADERS,
-    },
-    **{status: {"description": description, "model": ErrorAnswer} for status, description in ERRORS.items()},
-}
-
+IMAGES = {f"image/{format}": BINARY for format in ("png", "jpeg", "webp")}
+EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "queued, started, preview, image, completed, error"}}}
+RESPONSES = responses("One image as a file; JSON for several, or if asked for; events with stream", ImagesAnswer, IMAGES | EVENTS)
 
 SUMMARIES: dict[Operation, str] = {
     "generate": "Text → image",
@@ -106,23 +78,7 @@ async def _animate(request: Request, asked: InterpolateRequest, planned: Plan) -
     return await answers.listed(request, planned, finished, format, asked.quality)
 
 
-def _documented(schema: type[SamplingFields]) -> dict[str, Any]:
-    """The schema without references, which would point nowhere in the document it becomes a part of."""
-    whole = schema.model_json_schema()
-    parts = whole.pop("$defs", {})
-
-    def inlined(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "$ref" in value:
-                return inlined(parts[value["$ref"].rpartition("/")[2]])
-            return {name: inlined(inner) for name, inner in value.items()}
-        return [inlined(inner) for inner in value] if isinstance(value, list) else value
-
-    return dict(inlined(whole))
-
-
 for _operation, (_schema, _) in OPERATIONS.items():
-    _content = {media_type: {"schema": _documented(_schema)} for media_type in (JSON, FORM)}
     router.add_api_route(
         f"/{_operation}",
         _endpoint(_operation, _schema),
@@ -131,5 +87,5 @@ for _operation, (_schema, _) in OPERATIONS.items():
         name=_operation,
         response_class=JSONResponse,
         responses=RESPONSES,
-        openapi_extra={"requestBody": {"required": True, "content": _content}},
+        openapi_extra=request_body(_schema),
     )

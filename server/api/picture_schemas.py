@@ -12,6 +12,10 @@ from server.api.uploads import MaskMode
 from server.engine.protocol import Mode
 
 AnyFormat = Format | Literal["gif", "json"]
+References = Annotated[
+    PictureFiles,
+    Field(max_length=7, description="Pictures that say, with the prompt, what is to be seen: as /variations reads them, all alike"),
+]
 Margin = Annotated[int, Field(ge=0, le=4096, description="Pixels added on this side; at least one of the four must be above 0")]
 
 
@@ -26,6 +30,7 @@ class InpaintRequest(SamplingFields):
         Field(description="alpha: transparent is repainted; luminance: white is; default: alpha if the mask has an alpha channel"),
     ] = None
     keep_unmasked: Annotated[bool, Field(description="Pixels outside the mask come back bit for bit")] = True
+    references: References = Field(default_factory=list)
     regions: Regions = ()
 
 
@@ -57,6 +62,7 @@ class EditRequest(SamplingFields):
     prompt: WordsText
     image: PictureFile
     strength: Annotated[Share, Field(description="How much of it is turned to noise first: 0 returns it, 1 ignores it")] = 0.6
+    references: References = Field(default_factory=list)
 
 
 class KeyframeEntry(BaseModel):

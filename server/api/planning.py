@@ -59,10 +59,11 @@ def inpaint(asked: InpaintRequest, made: Draft, limits: PictureLimits) -> Plan:
     mask = _mask(asked, picture, limits)
     laid = Laid(made.padded(picture.on_white), made.padded(mask), picture.size)
     regions, regional = _regions(asked.regions, picture.size, made, limits)
+    references, referred = _references(asked.references, made, limits)
     files = {"image": file_hash(asked.image)} | ({} if asked.mask is None else {"mask": file_hash(asked.mask)})
-    own = {**files, "mask_mode": asked.mask_mode, "keep_unmasked": asked.keep_unmasked, **regional}
-    finish = partial(_put_together if asked.keep_unmasked else _cropped, laid)
-    return Plan("inpaint", made.job(laid.drawn_size, asked.prompt, canvas=laid.canvas, regions=regions), laid.size, own, finish)
+    own = {**files, "mask_mode": asked.mask_mode, "keep_unmasked": asked.keep_unmasked, **referred, **regional}
+    job = made.job(laid.drawn_size, asked.prompt, canvas=laid.canvas, references=references, regions=regions)
+    return Plan("inpaint", job, laid.size, own, partial(_put_together if asked.keep_unmasked else _cropped, laid))
 
 
 def outpaint(asked: OutpaintRequest, made: Draft, limits: PictureLimits) -> Plan:
@@ -100,8 +101,10 @@ def edit(asked: EditRequest, made: Draft, limits: PictureLimits) -> Plan:
     padded = made.padded(rgb)
     laid = Laid(padded, np.ones(padded.shape[:2], dtype=np.bool_), size)
     steps = round(asked.strength * made.sampling.steps)
-    job = made.job(laid.drawn_size, asked.prompt, steps=steps, canvas=Edit(raster(padded), asked.strength))
-    return Plan("edit", job, size, {"image": file_hash(asked.image), "strength": asked.strength}, partial(_cropped, laid))
+    references, referred = _references(asked.references, made, limits)
+    job = made.job(laid.drawn_size, asked.prompt, steps=steps, canvas=Edit(raster(padded), asked.strength), references=references)
+    own = {"image": file_hash(asked.image), "strength": asked.strength, **referred}
+    return Plan("edit", job, size, own, partial(_cropped, laid))
 
 
 def interpolate(asked: InterpolateRequest, made: Draft, limits: PictureLimits) -> Plan:
@@ -185,6 +188,15 @@ def _where(entry: RegionEntry, size: tuple[int, int], index: int, limits: Pictur
         return box_mask(entry.box, *size)
     param = f"regions.{index}.mask"
     return repaint_mask(decode(entry.mask or b"", limits, param), None, size, param)
+
+
+def _references(contents: Sequence[bytes], made: Draft, limits: PictureLimits) -> tuple[tuple[Reference, ...], dict[str, Any]]:
+    """Pictures that stand in for the prior's, and what the parameters say of them."""
+    if not contents:
+        return (), {}
+    check_operation(made.config, "variations")
+    shown = [reference(decode(content, limits, "references").on_white) for content in contents]
+    return tuple(Reference(picture, 1.0) for picture in shown), {"references": [file_hash(content) for content in contents]}
 
 
 def _keyframe(entry: KeyframeEntry, prompt: str, index: int, limits: PictureLimits) -> Keyframe:

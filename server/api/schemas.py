@@ -47,14 +47,12 @@ WordsText = Annotated[Text, Field(min_length=1), AfterValidator(_with_words)]
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class SamplingFields(BaseModel):
-    """What every native endpoint takes. Absent fields follow the weights' own recipe."""
+class RecipeFields(BaseModel):
+    """What every endpoint that draws takes, OpenAI's too. Absent fields follow the weights' own recipe."""
 
     model_config = STRICT
 
     negative_prompt: Annotated[Text, Field(description="Replaces the empty unconditional text")] = ""
-    width: Annotated[int | None, Field(ge=1, description="Pixels, a multiple of the weights' size step; default: their native size")] = None
-    height: Annotated[int | None, Field(ge=1, description="As width")] = None
     n: Annotated[int, Field(ge=1, le=16, description="Images; image i of seed s equals image 0 of seed s + i")] = 1
     seed: Annotated[int | None, Field(ge=-INT64, lt=INT64, description="Absent: drawn, and returned")] = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=64, description="Denoising steps")] = None
@@ -76,8 +74,6 @@ class SamplingFields(BaseModel):
         Field(description="Which noise: the start tokens, those of before the step (prev), or fresh ones (rand)"),
     ] = None
     guidance_steps: Annotated[StepCount | None, Field(description="How many of the first steps are guided")] = None
-    response_format: Annotated[Format | Literal["json"] | None, Field(description="Overrides the Accept header")] = None
-    quality: Annotated[int, Field(ge=1, le=100, description="JPEG and WebP")] = 90
     timeout_s: Annotated[float | None, Field(ge=0.05, le=600, allow_inf_nan=False, description="The answer is worthless after this")] = None
     priority: Annotated[Priority, Field(description="Batch work makes room for interactive work")] = "interactive"
     deterministic: Annotated[
@@ -88,6 +84,15 @@ class SamplingFields(BaseModel):
     partial_images: Annotated[
         int, Field(ge=0, le=8, description="With stream: previews of each picture, at most, evenly spread over its steps")
     ] = 0
+
+
+class SamplingFields(RecipeFields):
+    """What every native endpoint takes."""
+
+    width: Annotated[int | None, Field(ge=1, description="Pixels, a multiple of the weights' size step; default: their native size")] = None
+    height: Annotated[int | None, Field(ge=1, description="As width")] = None
+    response_format: Annotated[Format | Literal["json"] | None, Field(description="Overrides the Accept header")] = None
+    quality: Annotated[int, Field(ge=1, le=100, description="JPEG and WebP")] = 90
 
 
 class RegionEntry(BaseModel):

@@ -1,0 +1,60 @@
+"""What the OpenAPI document says of the endpoints that draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from server.api.body import FORM, JSON
+from server.api.schemas import ErrorAnswer
+
+ERRORS = {
+    400: "Malformed JSON or form, or something that these weights cannot do",
+    401: "No API key, or an unknown one, where the server wants one",
+    404: "Unknown weights",
+    413: "Body or picture too large",
+    415: "Wrong content type",
+    422: "A field out of bounds, or a picture that cannot be read",
+    429: "Queue full, timeout_s too short for what is queued, or the key's limits reached; Retry-After says when to come back",
+    500: "Failed; x-should-retry: false if repeating cannot help",
+    503: "Starting, draining, or the worker was lost",
+    504: "Deadline passed",
+}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+HEADERS = {
+    name: {"description": meaning, "schema": {"type": "string"}}
+    for name, meaning in {
+        "X-Seed": "The image's seed",
+        "X-Request-Id": "The client's, or one made here",
+        "Server-Timing": "queue, encode, prior, denoise, decode, image; milliseconds",
+        "X-Prompt-Truncated": "The encoders that could not take the whole prompt, if any",
+    }.items()
+}
+
+
+def responses(description: str, model: type[BaseModel], content: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """model: what a JSON answer holds; content: what else an answer may be."""
+    answer = {"description": description, "model": model, "content": content, "headers": HEADERS}
+    return {200: answer, **{status: {"description": text, "model": ErrorAnswer} for status, text in ERRORS.items()}}
+
+
+def request_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """JSON and form, for `openapi_extra`."""
+    described = _without_references(schema)
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": described} for media_type in (JSON, FORM)}}}
+
+
+def _without_references(schema: type[BaseModel]) -> dict[str, Any]:
+    """The schema with its parts in place of references, which would point nowhere in the document it becomes a part of."""
+    whole = schema.model_json_schema()
+    parts = whole.pop("$defs", {})
+
+    def inlined(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return inlined(parts[value["$ref"].rpartition("/")[2]])
+            return {name: inlined(inner) for name, inner in value.items()}
+        return [inlined(inner) for inner in value] if isinstance(value, list) else value
+
+    return dict(inlined(whole))
