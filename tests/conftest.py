@@ -257,7 +257,7 @@ def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]
             listener.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     """Raises TimeoutError if the condition does not come true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -284,5 +284,5 @@ def client(fake_server: str) -> Iterator[httpx.Client]:
 def live_server() -> Iterator[str]:
     """The address of a server with the embedded weights and a real worker, ready, shared likewise."""
     with serving(create_app(Settings(port=0))) as address:
-        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200, timeout_s=240)
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200, timeout_s=600)
         yield address

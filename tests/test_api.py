@@ -24,6 +24,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api import create_app
+from server.api.request_examples import EXAMPLES
 from server.engine.process import WorkerMain
 from server.settings import Settings
 from tests import fake_worker
@@ -364,14 +365,22 @@ def test_every_request_is_logged_without_its_prompt(client: httpx.Client, caplog
 
 
 def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.Client) -> None:
-    operation = client.get("/openapi.json").json()["paths"]["/generate"]["post"]
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    document = client.get("/openapi.json").json()
+    drawing = {path: methods["post"] for path, methods in document["paths"].items() if "post" in methods}
+    assert set(drawing) == set(EXAMPLES)
+    for operation in drawing.values():
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        assert schema["additionalProperties"] is False
+        assert schema["properties"]["seed"]["anyOf"][0]["minimum"] == -(2**63)
+        assert {"200", "400", "401", "404", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
+        assert "event: " in operation["responses"]["200"]["content"]["text/event-stream"]["example"]
+        assert "retry-after-ms" in operation["responses"]["429"]["headers"]
+    generate = drawing["/generate"]
+    schema = generate["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["n"]["maximum"] == 16
     assert {"maximum": 30, "minimum": 0, "type": "number"} in schema["properties"]["guidance_scale"]["anyOf"]
-    assert (schema["required"], schema["additionalProperties"]) == (["prompt"], False)
-    assert schema["examples"]
-    assert {"200", "400", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
-    assert {"image/png", "image/jpeg", "image/webp", "application/json"} <= set(operation["responses"]["200"]["content"])
+    assert schema["required"] == ["prompt"]
+    assert {"image/png", "image/jpeg", "image/webp", "application/json"} <= set(generate["responses"]["200"]["content"])
     assert client.get("/docs").status_code == 200
 
 
@@ -386,10 +395,11 @@ def test_the_documents_bounds_are_exact_and_its_forms_have_no_null(client: httpx
     assert as_form["regions"]["maxItems"] == 8
 
 
-def test_the_documented_examples_work(client: httpx.Client) -> None:
-    operation = client.get("/openapi.json").json()["paths"]["/generate"]["post"]
-    for example in operation["requestBody"]["content"]["application/json"]["schema"]["examples"]:
-        assert client.post("/generate", json=example).status_code == 200
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_the_documented_examples_work(client: httpx.Client, path: str) -> None:
+    operation = client.get("/openapi.json").json()["paths"][path]["post"]
+    answer = client.post(path, json=operation["requestBody"]["content"]["application/json"]["example"])
+    assert answer.status_code == 200, answer.text
 
 
 # ── the app ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from server.api.body import FORM, JSON
+from server.api.events import Event
+from server.api.request_examples import EXAMPLES
 from server.api.schemas import ErrorAnswer
 
 ERRORS = {
@@ -33,16 +35,40 @@ HEADERS = {
 }
 
 
+RETRY = {
+    name: {"description": meaning, "schema": {"type": "string"}}
+    for name, meaning in {
+        "Retry-After": "Seconds; with 429 and 503",
+        "retry-after-ms": "The same in milliseconds",
+        "x-should-retry": "false if repeating cannot help",
+    }.items()
+}
+
+
 def responses(description: str, model: type[BaseModel], content: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     """model: what a JSON answer holds; content: what else an answer may be."""
     answer = {"description": description, "model": model, "content": content, "headers": HEADERS}
-    return {200: answer, **{status: {"description": text, "model": ErrorAnswer} for status, text in ERRORS.items()}}
+    return {200: answer, **{status: _error(status, text) for status, text in ERRORS.items()}}
 
 
-def request_body(schema: type[BaseModel]) -> dict[str, Any]:
+def _error(status: int, description: str) -> dict[str, Any]:
+    answer = {"description": description, "model": ErrorAnswer}
+    return answer | ({"headers": RETRY} if status in (429, 500, 503) else {})
+
+
+def events(*told: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """A stream's content. told: events and their data, as an example."""
+    example = "".join(Event(name, data).encode().decode() for name, data in told)
+    schema = {"type": "string", "description": f"Server-sent events: {', '.join(dict(told))}, error"}
+    return {"text/event-stream": {"schema": schema, "example": example}}
+
+
+def request_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
     """JSON and form, for `openapi_extra`."""
     described = _without_references(schema)
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": described} for media_type in (JSON, FORM)}}}
+    content: dict[str, Any] = {media_type: {"schema": described} for media_type in (JSON, FORM)}
+    content[JSON]["example"] = EXAMPLES[path]
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _without_references(schema: type[BaseModel]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from model.config import Operation
 from server.api import answers
 from server.api.body import read_body
-from server.api.documents import BINARY, request_body, responses
+from server.api.documents import BINARY, events, request_body, responses
 from server.api.errors import invalid
 from server.api.events import streamed
 from server.api.images import accepted_animation, accepted_format
@@ -26,7 +26,13 @@ from server.api.streaming import Story
 router = APIRouter(tags=["native"])
 
 IMAGES = {f"image/{format}": BINARY for format in ("png", "jpeg", "webp")}
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "queued, started, preview, image, completed, error"}}}
+EVENTS = events(
+    ("queued", {"id": "mine", "position": 0, "predicted_s": 0.08}),
+    ("started", {"id": "mine", "steps": 12}),
+    ("preview", {"index": 0, "step": 6, "of": 12, "b64_json": "…", "width": 128, "height": 128, "format": "jpeg"}),
+    ("image", {"index": 0, "b64_json": "…", "seed": 7, "width": 128, "height": 128, "format": "png"}),
+    ("completed", {"id": "mine", "created": 1763749200, "model": "tiny", "images": [], "parameters": {}, "timings": {}}),
+)
 RESPONSES = responses("One image as a file; JSON for several, or if asked for; events with stream", ImagesAnswer, IMAGES | EVENTS)
 
 SUMMARIES: dict[Operation, str] = {
@@ -87,5 +93,5 @@ for _operation, (_schema, _) in OPERATIONS.items():
         name=_operation,
         response_class=JSONResponse,
         responses=RESPONSES,
-        openapi_extra=request_body(_schema),
+        openapi_extra=request_body(_schema, f"/{_operation}"),
     )

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from model.config import BundleConfig
 from server.api.body import read_body
-from server.api.documents import request_body, responses
+from server.api.documents import events, request_body, responses
 from server.api.errors import ApiError
 from server.api.events import streamed
 from server.api.jobs import Plan, sides
@@ -103,8 +103,12 @@ def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
     raise unsupported("size", f"{config.name} draws auto ({native}) and any WIDTHxHEIGHT of these pixels: {listed}", sent)
 
 
+_told = {"b64_json": "…", "created_at": 1763749200, "size": "128x128", "quality": "medium", "background": "opaque", "output_format": "png"}
 for _endpoint in ENDPOINTS:
-    _events = {"text/event-stream": {"schema": {"type": "string", "description": f"{_endpoint.events}.partial_image, .completed, error"}}}
+    _events = events(
+        (f"{_endpoint.events}.partial_image", {**_told, "partial_image_index": 0, "index": 0}),
+        (f"{_endpoint.events}.completed", {**_told, "index": 0, "usage": {"…": 0}}),
+    )
     router.add_api_route(
         _endpoint.path,
         _handler(_endpoint),
@@ -113,5 +117,5 @@ for _endpoint in ENDPOINTS:
         name=f"openai{_endpoint.path.replace('/', '_')}",
         response_class=JSONResponse,
         responses=responses("The pictures; with stream, events", ImagesResponse, _events),
-        openapi_extra=request_body(_endpoint.schema),
+        openapi_extra=request_body(_endpoint.schema, f"{router.prefix}{_endpoint.path}"),
     )

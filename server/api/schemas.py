@@ -130,15 +130,6 @@ Regions = Annotated[
 class GenerateRequest(SamplingFields):
     """Text → image."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"prompt": "a red ball on a blue table", "seed": 7},
-                {"prompt": "two green boxes", "n": 4, "guidance_scale": [2, 8], "temperature": 0.8, "response_format": "json"},
-            ]
-        }
-    )
-
     prompt: WordsText
     regions: Regions = ()
 
@@ -170,4 +161,17 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "error": {
+                    "message": "n: Input should be less than or equal to 16 (sent: 17)",
+                    "type": "invalid_request_error",
+                    "param": "n",
+                    "code": "invalid_value",
+                }
+            }
+        }
+    )
+
     error: ErrorDetail

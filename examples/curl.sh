@@ -1,0 +1,15 @@
+#!/bin/sh
+# A prompt becomes a PNG, and the PNG's apple another one. Usage: sh curl.sh [URL]
+set -eu
+url=${1:-${PAELLERA_URL:-http://127.0.0.1:8000}}
+
+curl --fail-with-body --silent --show-error "$url/generate" \
+    --header 'Content-Type: application/json' \
+    --data '{"prompt": "a red apple on a white background", "seed": 7}' \
+    --output apple.png
+
+curl --fail-with-body --silent --show-error "$url/edit" \
+    --form image=@apple.png --form prompt='a green apple on a white background' --form seed=7 \
+    --output green.png
+
+echo apple.png green.png

@@ -1,0 +1,26 @@
+"""A prompt for the whole picture and others for its halves: python regions.py [URL]"""
+
+import os
+import sys
+from pathlib import Path
+
+import httpx
+
+url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
+
+answer = httpx.post(
+    f"{url}/generate",
+    json={
+        "prompt": "a white background",
+        "regions": [
+            {"prompt": "a red circle on a white background", "box": [0, 0, 0.5, 1], "softness": 0.1},
+            {"prompt": "a blue square on a white background", "box": [0.5, 0, 1, 1], "softness": 0.1},
+        ],
+        "width": 256,
+        "height": 128,
+        "seed": 7,
+    },
+    timeout=60,
+)
+Path("halves.png").write_bytes(answer.raise_for_status().content)
+print("halves.png")

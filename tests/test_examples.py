@@ -1,0 +1,105 @@
+"""Every example runs as its first lines say, against one live server, and leaves the files it names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(directory: Path, name: str, *arguments: str) -> str:
+    """What it prints."""
+    interpreter = "sh" if name.endswith(".sh") else sys.executable
+    environment = {name: value for name, value in os.environ.items() if name != "PAELLERA_URL"}
+    command = [interpreter, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "pictures"),
+    [
+        ("curl.sh", (128, 128), ["apple.png", "green.png"]),
+        ("generate.py", (128, 128), [f"star-{seed}.png" for seed in (7, 8, 9, 10)]),
+        ("openai_client.py", (128, 128), ["apple.png", "edited.png"]),
+        ("inpaint.py", (128, 128), ["before.png", "mask.png", "after.png"]),
+        ("outpaint.py", (256, 128), ["wide.png"]),
+        ("regions.py", (256, 128), ["halves.png"]),
+    ],
+)
+def test_an_example_draws_its_pictures(live_server: str, tmp_path: Path, name: str, size: tuple[int, int], pictures: list[str]) -> None:
+    printed = run(tmp_path, name, live_server)
+    for picture in pictures:
+        assert picture in printed
+        with PIL.Image.open(tmp_path / picture) as image:
+            image.load()
+            assert image.size == size
+
+
+@pytest.mark.parametrize(("name", "picture", "least"), [("stream_to_gif.py", "apple.gif", 2), ("interpolate.py", "way.gif", 10)])
+def test_an_example_makes_its_animation(live_server: str, tmp_path: Path, name: str, picture: str, least: int) -> None:
+    assert picture in run(tmp_path, name, live_server)
+    with PIL.Image.open(tmp_path / picture) as image:
+        assert getattr(image, "n_frames", 1) >= least
+
+
+def test_the_batch_is_as_large_as_asked(live_server: str, tmp_path: Path) -> None:
+    assert "20 pictures" in run(tmp_path, "batch.py", live_server, "20")
+    assert len(list(tmp_path.glob("circle-*.png"))) == 20
+
+
+def test_the_address_may_come_from_the_environment(live_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "load.py")],
+        env=os.environ | {"PAELLERA_URL": live_server},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()][:2] == ["pictures", "latency mean, s"]
+
+
+class Prometheus(BaseHTTPRequestHandler):
+    """Answers every query with 1.5."""
+
+    def do_GET(self) -> None:
+        assert self.path.startswith("/api/v1/query?query=")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": {"result": [{"metric": {}, "value": [0, "1.5"]}]}}).encode())
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def prometheus() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Prometheus) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_load_can_be_read_from_prometheus_too(prometheus: str, tmp_path: Path) -> None:
+    figures = [line.split() for line in run(tmp_path, "load.py", "http://127.0.0.1:1", prometheus).splitlines()]
+    assert len(figures) == 7
+    assert {figure[-1] for figure in figures} == {"1.5"}
+
+
+def test_every_example_is_run_here() -> None:
+    text = Path(__file__).read_text()
+    assert all(f'"{example.name}"' in text for example in EXAMPLES.iterdir() if example.suffix in (".py", ".sh"))
