@@ -83,7 +83,9 @@ def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
         ("priority", "urgent", "'interactive'"),
         ("deterministic", 1, "valid boolean"),
         ("promt", "a ball", "the fields are"),
-        ("stream", True, "the fields are"),
+        ("stream", 1, "valid boolean"),
+        ("partial_images", 9, "less than or equal to 8"),
+        ("partial_images", 2, "stream"),
     ],
 )
 def test_a_field_out_of_bounds_is_422_and_named(client: httpx.Client, field: str, value: object, mention: str) -> None:
