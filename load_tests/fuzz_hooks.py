@@ -31,6 +31,14 @@ SEMANTIC = (
     "must be a PNG",
     "is damaged",
     "frames that are streamed",
+    "must be a multiple",
+    "may have at most",
+    "have no URL",
+    "pictures are png, jpeg or webp",
+    "pictures are opaque",
+    "a png has no quality",
+    "draws auto",
+    "has the image's own size",
 )
 PICTURE_FIELDS = ("image", "mask")
 MARGINS = ("left", "right", "up", "down")
@@ -82,22 +90,40 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
 def _shrink(body: dict[str, Any], path: str) -> None:
     """To what is quickly drawn and goes together, whatever the other fields are."""
     body.pop("model", None)
-    if path == "/outpaint":
-        body |= {side: SIDE * bool(body.get(side)) for side in MARGINS} | {"right": SIDE}
-    if path in ("/inpaint", "/outpaint", "/edit"):
-        body.pop("width", None)
-        body.pop("height", None)
-    elif "size" not in body:
-        body |= {"width": SIDE, "height": SIDE}
     body["num_inference_steps"] = STEPS
     body |= {name: min(body[name] or 0, STEPS) for name in ("renoise_steps", "guidance_steps") if name in body}
     for entry in body.get("regions") or ():
         entry.pop("mask", None)
         entry["box"] = [0, 0, 0.5, 1]
-    if path == "/interpolate":
-        body |= {"frames": FRAMES, "keyframes": [{"prompt": "a red ball"}, {"image": PICTURES[0]}]}
-    if path == "/inpaint":
-        body |= {"image": PICTURES[0], "mask": PICTURES[2], "mask_mode": "luminance"}
+    if path.startswith("/v1/"):
+        _shrink_openai(body, path)
+    else:
+        _shrink_native(body, path)
+
+
+def _shrink_native(body: dict[str, Any], path: str) -> None:
+    if path in ("/generate", "/variations", "/interpolate"):
+        body |= {"width": SIDE, "height": SIDE}
+    else:
+        body.pop("width", None)
+        body.pop("height", None)
+    match path:
+        case "/inpaint":
+            body |= {"image": PICTURES[0], "mask": PICTURES[2], "mask_mode": "luminance"}
+        case "/outpaint":
+            body |= {side: SIDE * bool(body.get(side)) for side in MARGINS} | {"right": SIDE}
+        case "/variations":
+            body.pop("weights", None)
+        case "/interpolate":
+            body |= {"frames": FRAMES, "keyframes": [{"prompt": "a red ball"}, {"image": PICTURES[0]}]}
+
+
+def _shrink_openai(body: dict[str, Any], path: str) -> None:
+    for name in ("response_format", "output_format", "output_compression", "background"):
+        body.pop(name, None)
+    body["size"] = f"{SIDE}x{SIDE}"
+    if path == "/v1/images/edits" and body.get("mask"):
+        body |= {"size": "auto", "image": PICTURES[0], "mask": PICTURES[2], "mask_mode": "luminance"}
 
 
 schemathesis.openapi.format("picture", strategies.sampled_from(PICTURES))
