@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from model.config import SamplingConfig
-from server.engine.client import EngineClient
+from server.engine.client import TRY_AGAIN_S, EngineClient
 from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, JobFailed, QueueFull, Starting
 from server.engine.process import WorkerMain
 from server.engine.protocol import Job, Step
@@ -209,6 +209,19 @@ async def test_what_is_unfinished_when_a_worker_dies_while_stopping_is_still_don
         client._workers[0]._worker._process.kill()
         await client.stop()
         assert len((await begun).images) == 1
+
+
+async def test_an_idle_server_tries_what_a_slow_spell_some_time_ago_would_have_it_refuse() -> None:
+    async with running() as client:
+        await client.run(job())
+        # The worker's own figure comes with its next beat, after the answer, and must not come after these.
+        await until(lambda: client._costs.step(32 * 16, 1, time.monotonic()) is not None)
+        slow = Step(1, 1, 32 * 16, 1000.0)
+        client._costs.record_step(slow, time.monotonic())
+        with pytest.raises(DeadlineUnreachable):
+            await client.run(job())
+        client._costs.record_step(slow, time.monotonic() - TRY_AGAIN_S)
+        assert len((await client.run(job())).images) == 1
 
 
 async def test_a_deadline_that_what_is_queued_leaves_no_time_for_is_refused_at_once() -> None:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # A job that was alone in the stage in which so many workers died is not given to another.
 LONE_DEATHS = 2
+TRY_AGAIN_S = 10.0
 
 
 class EngineClient:
@@ -132,13 +133,17 @@ class EngineClient:
         slots = self._settings.max_batch_rows * len(self._workers)
         left = {id: steps for worker in self._workers for id, steps in worker.last_beat.left.items()}
         finish, allowed = self._costs.predict(job, others, slots, now, left), job.deadline - now
-        if finish is not None and finish > allowed:
+        if finish is not None and finish > allowed and not self._may_try(now):
             alone = self._costs.predict(job, [], slots, now)
             raise DeadlineUnreachable(finish, allowed, repeating=alone is None or alone <= allowed)
         before = sum(len(other.seeds) for other in others)
         # The pace never forgets: it is no ground to refuse anybody, but better than no figure at all.
         seconds = (before + len(job.seeds)) * self._pace.seconds_per_row if finish is None else finish
         return Forecast(max(0, before + 1 - slots), seconds)
+
+    def _may_try(self, now: float) -> bool:
+        """Whether an idle server does better to try: after a slow spell it would refuse everybody until that is forgotten."""
+        return not self._pending and now - self._costs.measured_at > TRY_AGAIN_S
 
     def _dispatch(self, entry: Pending) -> None:
         """Gives the job to the worker with the fewest rows, or lets it wait for one."""

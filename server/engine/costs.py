@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections import defaultdict
@@ -54,12 +55,17 @@ def _steps(job: Job) -> int:
 
 @dataclass(slots=True)
 class Costs:
-    """Averages of a step's seconds by picture size and branches, and of the seconds a row takes before and after its steps."""
+    """Averages of a step's seconds by picture size and branches, and of the seconds a row takes before and after its steps.
 
+    measured_at: when the last step was recorded, monotonic seconds.
+    """
+
+    measured_at: float = -math.inf
     _steps: dict[int, dict[int, _Average]] = field(default_factory=dict)
     _around: _Average | None = None
 
     def record_step(self, step: Step, now: float) -> None:
+        self.measured_at = now
         known = self._steps.setdefault(step.pixels, {})
         known.setdefault(step.branches, _Average(step.seconds, now)).record(step.seconds, now)
 
