@@ -395,6 +395,12 @@ def test_the_documents_bounds_are_exact_and_its_forms_have_no_null(client: httpx
     assert as_form["regions"]["maxItems"] == 8
 
 
+def test_only_interpolate_is_documented_to_answer_with_gif(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    posts = {path: operations["post"] for path, operations in paths.items() if "post" in operations}
+    assert {path for path, post in posts.items() if "image/gif" in post["responses"]["200"]["content"]} == {"/interpolate"}
+
+
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_the_documented_examples_work(client: httpx.Client, path: str) -> None:
     operation = client.get("/openapi.json").json()["paths"][path]["post"]

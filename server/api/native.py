@@ -26,6 +26,7 @@ from server.api.streaming import Story
 router = APIRouter(tags=["native"])
 
 IMAGES = {f"image/{format}": BINARY for format in ("png", "jpeg", "webp")}
+ANIMATIONS = {f"image/{format}": BINARY for format in ("gif", "webp")}
 EVENTS = events(
     ("queued", {"id": "mine", "position": 0, "predicted_s": 0.08}),
     ("started", {"id": "mine", "steps": 12}),
@@ -34,6 +35,7 @@ EVENTS = events(
     ("completed", {"id": "mine", "created": 1763749200, "model": "tiny", "images": [], "parameters": {}, "timings": {}}),
 )
 RESPONSES = responses("One image as a file; JSON for several, or if asked for; events with stream", ImagesAnswer, IMAGES | EVENTS)
+ANIMATED = responses("An animation; JSON if asked for; events with stream", ImagesAnswer, ANIMATIONS | EVENTS)
 
 SUMMARIES: dict[Operation, str] = {
     "generate": "Text → image",
@@ -92,6 +94,6 @@ for _operation, (_schema, _) in OPERATIONS.items():
         summary=SUMMARIES[_operation],
         name=_operation,
         response_class=JSONResponse,
-        responses=RESPONSES,
+        responses=ANIMATED if _schema is InterpolateRequest else RESPONSES,
         openapi_extra=request_body(_schema, f"/{_operation}"),
     )
