@@ -31,6 +31,12 @@ def test_the_wheel_holds_the_embedded_weights(names: set[str]) -> None:
     assert "weights/manifest.toml" in names
 
 
+def test_the_wheel_holds_the_playground(names: set[str]) -> None:
+    files = {path.name for path in (ROOT / "server" / "playground").iterdir()}
+    assert "index.html" in files
+    assert {f"server/playground/{name}" for name in files} <= names
+
+
 def test_the_wheel_holds_the_packages_and_nothing_of_the_tests(names: set[str]) -> None:
     assert {"server/cli.py", "model/denoiser.py", "load_tests/bench.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "runs/", "docs/"))]

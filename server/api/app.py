@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from model.config import BundleConfig, find_bundle
-from server.api import errors, models, native, openai, operations, requests
+from server.api import errors, models, native, openai, operations, playground, requests
 from server.api.limits import Guard
 from server.api.middleware import BodyLimit, Observation, OperationsPort, SecurityHeaders
 from server.api.openapi import DocumentedApp
@@ -63,6 +63,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     app.include_router(models.router, dependencies=keyed)
     app.include_router(requests.router, dependencies=keyed)
     app.include_router(operations.router)
+    app.include_router(playground.router)
     return app
 
 

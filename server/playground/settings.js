@@ -1,0 +1,158 @@
+// The form's settings: their bounds and defaults are the chosen weights', and only what was changed is sent.
+
+const RANGES = ["num_inference_steps", "guidance_scale", "strength"];
+const SIZED = ["generate", "variations", "interpolate"];
+
+export class Settings {
+  constructor(form) {
+    this.form = form;
+    this.fields = form.elements;
+    this.model = null;
+    this.changed = new Set();
+    form.addEventListener("input", ({ target }) => {
+      this.changed.add(target.name);
+      this.#show();
+    });
+  }
+
+  get operation() {
+    return this.fields.operation.value;
+  }
+
+  /** model: an entry of GET /v1/models. What was changed stays, as far as these weights can. */
+  use(model) {
+    const kept = this.#values();
+    this.model = model;
+    const { size_step: step, min_side: low, max_side: high } = model.limits;
+    const sides = Array.from({ length: Math.floor(high / step) }, (_, i) => (i + 1) * step).filter((side) => side >= low);
+    for (const name of ["width", "height"]) options(this.fields[name], sides);
+    options(this.fields.sampler, model.capabilities.samplers);
+    for (const radio of this.fields.operation) radio.disabled = !model.capabilities.operations.includes(radio.value);
+    if (!model.capabilities.operations.includes(this.operation)) [...this.fields.operation].find((radio) => !radio.disabled)?.click();
+    this.#defaults();
+    this.#write(kept);
+  }
+
+  reset() {
+    this.changed.clear();
+    this.#defaults();
+    this.fields.negative_prompt.value = this.fields.seed.value = "";
+    Object.assign(this.fields.n, { value: "1" });
+    this.fields.partial_images.value = "5";
+    this.fields.deterministic.checked = false;
+    this.#show();
+  }
+
+  /** The request's fields beside prompts and pictures. Throws Error with a sentence for what is no number. */
+  request() {
+    const { fields, changed } = this;
+    const operation = this.operation;
+    const asked = { model: this.model.id };
+    const number = (name) => bounded(fields[name]);
+    if (SIZED.includes(operation)) Object.assign(asked, { width: number("width"), height: number("height") });
+    for (const name of ["num_inference_steps", "guidance_scale"]) if (changed.has(name)) asked[name] = number(name);
+    if (changed.has("sampler")) asked.sampler = fields.sampler.value;
+    if (changed.has("temperature_start") || changed.has("temperature_end")) {
+      asked.temperature = [number("temperature_start"), number("temperature_end")];
+    }
+    if (fields.seed.value.trim()) asked.seed = whole(fields.seed);
+    if (fields.negative_prompt.value.trim()) asked.negative_prompt = fields.negative_prompt.value.trim();
+    if (fields.deterministic.checked) asked.deterministic = true;
+    if (operation === "edit") asked.strength = number("strength");
+    if (operation === "interpolate") return { ...asked, frames: number("frames"), mode: fields.mode.value };
+    return { ...asked, n: number("n") };
+  }
+
+  get previews() {
+    return bounded(this.fields.partial_images);
+  }
+
+  /** As a picture's own parameters say. */
+  fill(parameters) {
+    const { guidance_scale: guidance, temperature, ...same } = parameters;
+    this.changed.clear();
+    this.#defaults();
+    this.#write({ ...same, guidance_scale: guidance?.[0], temperature_start: temperature?.[0], temperature_end: temperature?.[1] });
+  }
+
+  /** The pixels of the picture that is asked for. */
+  get size() {
+    return { width: Number(this.fields.width.value), height: Number(this.fields.height.value) };
+  }
+
+  /** What of this is worth remembering until the page is opened again. */
+  remember() {
+    return { ...this.#values(), prompt: this.fields.prompt.value };
+  }
+
+  recall(values) {
+    this.#write(values);
+  }
+
+  #values() {
+    return Object.fromEntries([...this.changed].filter((name) => this.fields[name]?.value !== undefined).map((name) => [name, valueOf(this.fields[name])]));
+  }
+
+  #defaults() {
+    const { native_size: size, recipe } = this.model;
+    this.#set({
+      width: size[0],
+      height: size[1],
+      num_inference_steps: recipe.num_inference_steps,
+      guidance_scale: recipe.guidance_scale[0],
+      sampler: recipe.sampler,
+      temperature_start: recipe.temperature[0],
+      temperature_end: recipe.temperature[1],
+    });
+  }
+
+  /** Writes what the form has a place for, and counts what differs from the defaults as changed. */
+  #write(values) {
+    for (const [name, value] of Object.entries(values)) {
+      const field = this.fields[name];
+      if (name === "operation" || name === "model" || value === undefined || value === null || !field) continue;
+      const before = valueOf(field);
+      this.#set({ [name]: value });
+      if (valueOf(field) !== before) this.changed.add(name);
+    }
+    this.#show();
+  }
+
+  #set(values) {
+    for (const [name, value] of Object.entries(values)) {
+      const field = this.fields[name];
+      if (field.type === "checkbox") field.checked = Boolean(value);
+      else if (field.tagName !== "SELECT" || [...field.options].some((option) => option.value === String(value))) field.value = String(value);
+    }
+    this.#show();
+  }
+
+  #show() {
+    for (const name of RANGES) this.form.querySelector(`output[for="${name}"]`).value = this.fields[name].value;
+  }
+}
+
+function valueOf(field) {
+  return field.type === "checkbox" ? field.checked : field.value;
+}
+
+function options(select, values) {
+  select.replaceChildren(...values.map((value) => new Option(value, value)));
+}
+
+function labelOf(field) {
+  return [...field.labels[0].childNodes].find((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()).data.trim();
+}
+
+/** Throws Error unless the field holds a number within its bounds. */
+function bounded(field) {
+  if (field.value === "" || !field.checkValidity()) throw new Error(`${labelOf(field)}: a number from ${field.min} to ${field.max}`);
+  return Number(field.value);
+}
+
+/** Beyond what JavaScript counts exactly, a seed would become another. */
+function whole(field) {
+  const value = Number(field.value);
+  if (!Number.isSafeInteger(value)) throw new Error(`${labelOf(field)}: a whole number between −2⁵³ and 2⁵³`);
+  return value;
+}

@@ -1,0 +1,61 @@
+// A request as a command line and as Python. Pictures become files of the names that the page's downloads have.
+
+const RESULTS = { json: "answer.json", gif: "frames.gif", png: "picture.png" };
+
+/** request: {operation, fields, files}; files: the names of fields that are pictures → file names. address: of the endpoint. */
+export function curl({ operation, fields, files }, address, keyed) {
+  const key = keyed ? [`-H "Authorization: Bearer $PAELLERA_API_KEY"`] : [];
+  const parts = Object.keys(files).length ? formParts(fields, files) : [`-H 'Content-Type: application/json'`, `-d ${quoted(JSON.stringify(fields))}`];
+  return [`curl -sS --fail-with-body ${address}`, ...key, ...parts, `-o ${output(operation, fields)}`].join(" \\\n  ");
+}
+
+function formParts(fields, files) {
+  const texts = Object.entries(fields).map(([name, value]) => `--form-string ${quoted(`${name}=${plain(value)}`)}`);
+  const pictures = Object.entries(files).map(([name, file]) => `-F ${quoted(`${name}=@${file}`)}`);
+  return [...pictures, ...texts];
+}
+
+/** For a POSIX shell. */
+function quoted(text) {
+  return `'${text.replaceAll("'", `'\\''`)}'`;
+}
+
+function plain(value) {
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+export function python({ operation, fields, files }, address, keyed) {
+  const named = Object.keys(files).length > 0;
+  const sent = named ? Object.fromEntries(Object.entries(fields).map(([name, value]) => [name, plain(value)])) : fields;
+  const opened = Object.entries(files).map(([name, file]) => `    ${literal(name)}: Path(${literal(file)}).open("rb"),`);
+  return [
+    ...(keyed ? ["import os"] : []),
+    "from pathlib import Path",
+    "",
+    "import httpx",
+    "",
+    `fields = ${dictionary(sent)}`,
+    ...(named ? ["files = {", ...opened, "}"] : []),
+    ...(keyed ? [`headers = {"Authorization": f"Bearer {os.environ['PAELLERA_API_KEY']}"}`] : []),
+    `answer = httpx.post(${[literal(String(address)), named ? "data=fields, files=files" : "json=fields", ...(keyed ? ["headers=headers"] : []), "timeout=60"].join(", ")})`,
+    "answer.raise_for_status()",
+    `Path(${literal(output(operation, fields))}).write_bytes(answer.content)`,
+  ].join("\n");
+}
+
+function output(operation, { n = 1, response_format }) {
+  return RESULTS[response_format ?? (n > 1 ? "json" : "png")];
+}
+
+function dictionary(fields) {
+  return ["{", ...Object.entries(fields).map(([name, value]) => `    ${literal(name)}: ${literal(value)},`), "}"].join("\n");
+}
+
+/** JSON is Python but for three words. */
+function literal(value) {
+  if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
+  if (value === null) return "None";
+  if (typeof value === "boolean") return value ? "True" : "False";
+  if (typeof value === "object") return `{${Object.entries(value).map(([name, inner]) => `${literal(name)}: ${literal(inner)}`).join(", ")}}`;
+  return JSON.stringify(value);
+}
