@@ -40,6 +40,10 @@ request-timeout = 300
 continue-on-failure = true
 warnings = false
 
+[checks]
+# How fast it is, other programs say.
+max_response_time = 300
+
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", {", ".join(map(str, REFUSALS))}]
 """

@@ -59,7 +59,8 @@ def _error(status: int, description: str) -> dict[str, Any]:
 def events(*told: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     """A stream's content. told: events and their data, as an example."""
     example = "".join(Event(name, data).encode().decode() for name, data in told)
-    schema = {"type": "string", "description": f"Server-sent events: {', '.join(dict(told))}, error"}
+    # Without a type: some readers take it for the whole stream, a text, others for an event, an object.
+    schema = {"description": f"Server-sent events: {', '.join(dict(told))}, error"}
     return {"text/event-stream": {"schema": schema, "example": example}}
 
 
