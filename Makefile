@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test lint format types check bench batching curve faults soak fuzz scenarios evaluate font prometheus clean
+.PHONY: serve test scale-test lint format types check bench batching curve faults soak fuzz scenarios evaluate font prometheus clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
 test: $(VENV)/.dev font prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
+
+scale-test: $(VENV)/.dev  ## the tests that start a Ray of their own
+	$(BIN)/pip install --quiet -e '.[scale]'
+	$(BIN)/pytest -m ray $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

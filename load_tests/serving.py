@@ -86,7 +86,7 @@ def serving(
     output: the file that its standard output and standard error go to, in place of ours.
     Raises RuntimeError if it exits before it is ready, TimeoutError if it is not ready within `READY_TIMEOUT_S`.
     """
-    port = _free_port()
+    port = free_port()
     began = time.perf_counter()
     arguments = [sys.executable, *command, "--port", str(port)]
     environment = {**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings}
@@ -126,7 +126,8 @@ async def figures_when_idle(client: httpx.AsyncClient) -> Counter[str]:
             await asyncio.sleep(_POLL_S)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

@@ -79,6 +79,17 @@ class Workload:
         suffix = "" if autocast is None else f"_{str(autocast).removeprefix('torch.')}"
         return {f"transcription{suffix}_loop_{n}": partial(self._transcribed_loop, model, n, autocast) for n in step_counts}
 
+    def step_of(self, rows: int) -> Stage:
+        """The first step of so many images at once."""
+        batch = [self._row(12) for _ in range(rows)]
+
+        def step() -> None:
+            for row in batch:
+                row.step = 0
+            self.pipeline.advance(batch)
+
+        return step
+
     def _row(self, steps: int) -> Row:
         # New conditions, as every request brings its own: the pipeline would otherwise keep the last loop's stacked ones.
         return self.pipeline.start(self.noise, self.sampling(steps), replace(self.conditional), replace(self.unconditional))
@@ -125,23 +136,25 @@ def denoiser_arguments(pipeline: PipelineV3, prompt: Prompt, image: Tensor | Non
     return arguments
 
 
-def measure(stages: Mapping[str, Stage], device: torch.device, *, warm_up: int, repeats: int) -> dict[str, list[float]]:
+def measure(
+    stages: Mapping[str, Stage], device: torch.device, *, warm_up: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every stage in every round after the warm-up, the device's queue emptied before and after."""
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for round_ in range(warm_up + repeats):
         for name, stage in stages.items():
-            taken = _seconds(stage, device)
+            taken = _seconds(stage, device, clock)
             if round_ >= warm_up:
                 seconds[name].append(taken)
     return seconds
 
 
-def _seconds(stage: Stage, device: torch.device) -> float:
+def _seconds(stage: Stage, device: torch.device, clock: Callable[[], float]) -> float:
     _synchronise(device)
-    began = time.perf_counter()
+    began = clock()
     stage()
     _synchronise(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _synchronise(device: torch.device) -> None:

@@ -56,6 +56,14 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What starts a Ray runs only where it is asked for: `-m ray`."""
+    if "ray" not in config.option.markexpr:
+        unwanted = [item for item in items if item.get_closest_marker("ray")]
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if item not in unwanted]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prepared() -> None:
     """Before anything imports open_clip or transformers."""
@@ -257,13 +265,13 @@ def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]
             listener.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60, interval_s: float = 0.01) -> None:
     """Raises TimeoutError if the condition does not come true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("the condition did not come true")
-        time.sleep(0.01)
+        time.sleep(interval_s)
 
 
 @pytest.fixture(scope="session")

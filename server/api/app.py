@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
@@ -18,6 +19,7 @@ from server.api.planning import OPERATIONS
 from server.api.state import AppState
 from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
+from server.engine.face import MakeEngine
 from server.engine.process import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.settings import Settings
@@ -30,8 +32,8 @@ EXPOSED = ["X-Request-Id", "X-Seed", "X-Prompt-Truncated", "Server-Timing", "Ret
 BEARER = HTTPBearer(auto_error=False, description="One of PAELLERA_API_KEYS")
 
 
-def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_worker) -> FastAPI:
-    """The server as an ASGI app. worker: what its child process runs, importable there.
+def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_worker, engine: MakeEngine | None = None) -> FastAPI:
+    """The server as an ASGI app. worker: what its child process runs, importable there. engine: makes one that is not in this process.
 
     Raises FileNotFoundError or pydantic.ValidationError for weights that cannot be served, ValueError for settings that exclude them.
     """
@@ -42,7 +44,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     for name, config in bundles.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
     decoder = Decoder(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
-    state = AppState(settings, metrics, EngineClient(settings, metrics, worker), bundles, decoder)
+    state = AppState(settings, metrics, (engine or partial(EngineClient, worker=worker))(settings, metrics), bundles, decoder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

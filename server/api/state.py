@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from fastapi import Request
 
 from model.config import BundleConfig
-from server.engine.client import EngineClient
+from server.engine.face import Engine
 from server.engine.protocol import Job
 from server.metrics import Metrics
 from server.settings import Settings
@@ -29,7 +29,7 @@ class AppState:
 
     settings: Settings
     metrics: Metrics
-    engine: EngineClient
+    engine: Engine
     models: dict[str, BundleConfig]
     decoder: Decoder
     started_at: int = field(default_factory=lambda: int(time.time()))

@@ -129,7 +129,7 @@ class Pace:
     rows: float = 1.0
     last_finish: float = field(default_factory=time.monotonic)
 
-    def record(self, rows: int, sent_at: float) -> None:
+    def record(self, rows: float, sent_at: float) -> None:
         now = time.monotonic()
         self.seconds = 0.9 * self.seconds + now - max(self.last_finish, sent_at)
         self.rows = 0.9 * self.rows + rows

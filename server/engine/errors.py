@@ -4,9 +4,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EngineError(Exception):
     """The job was not done."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it is, not made anew from its message: the classes below are made of other things.
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class QueueFull(EngineError):
