@@ -99,7 +99,7 @@ class Metrics:
         self.batch_fill_ratio = self._histogram("batch_fill_ratio", "Rows per denoiser step over max_batch_rows", RATIOS)
         self.queue_depth = self._gauge("queue_depth", "Rows admitted and not yet stepping")
         self.rows_running = self._gauge("rows_running", "Rows being stepped")
-        self.images = self._counter("images", "Pictures answered", "endpoint")
+        self.images = self._counter("images", "Pictures answered, by native endpoint", "endpoint")
         self.rejected = self._counter("rejected", "Requests refused, by error code; probes of /readyz are none", "reason")
         self.cancelled = self._counter("cancelled", "Requests whose client went away", "stage")
         self.cancel_duration = self._seconds("cancel_duration", "From a cancellation until none of the request's rows is stepped any more")
@@ -117,11 +117,15 @@ class Metrics:
         self.weights_info = self._gauge("weights_info", "Always 1; the labels say which weights are served", "model", "sha256")
         self._begin_at_zero()
 
-    def expect(self, endpoints: Iterable[str]) -> None:
-        """Those that draw: their figures are there, at 0, before the first request, so that a rate sees it."""
-        self.endpoints = frozenset(endpoints)
-        for endpoint in self.endpoints:
+    def expect(self, own: Sequence[str], others: Sequence[str] = ()) -> None:
+        """Endpoints that draw: their figures are there, at 0, before the first request, so that a rate sees it.
+
+        own: the native ones, under which pictures are counted whoever asked for them.
+        """
+        self.endpoints = frozenset((*own, *others))
+        for endpoint in own:
             self.images.labels(endpoint)
+        for endpoint in (*own, *others):
             self.request_duration.labels(endpoint, 200)
 
     def watch(self, read: Callable[[], Sequence[WorkerState]]) -> None:

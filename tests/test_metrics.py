@@ -71,8 +71,10 @@ def test_the_documented_figures_are_those_that_are_shown() -> None:
 
 def test_figures_with_known_labels_are_there_before_anything_has_happened() -> None:
     metrics = Metrics()
-    metrics.expect(["/generate"])
+    metrics.expect(["/generate"], ["/v1/images/generations"])
     value = metrics.registry.get_sample_value
+    assert value("paella_images_total", {"endpoint": "/v1/images/generations"}) is None
+    assert value("paella_request_duration_seconds_count", {"endpoint": "/v1/images/generations", "status": "200"}) == 0
     assert {value("paella_rejected_total", {"reason": reason}) for reason in (*REFUSALS, *LIMITS)} == {0}
     assert value("paella_request_duration_seconds_bucket", {"endpoint": "/generate", "status": "200", "le": "0.5"}) == 0
     assert value("paella_prompt_cache_hits_total", {"what": "prior"}) == 0

@@ -39,7 +39,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     """
     settings = settings or Settings()
     metrics = Metrics()
-    metrics.expect(f"/{operation}" for operation in OPERATIONS)
+    metrics.expect([f"/{operation}" for operation in OPERATIONS], [f"{openai.router.prefix}{asked.path}" for asked in openai.ENDPOINTS])
     bundles = read_models(settings)
     for name, config in bundles.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
