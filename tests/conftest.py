@@ -278,7 +278,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60, interval_s:
 def fake_server(fake_settings: Callable[..., Settings]) -> Iterator[str]:
     """The address of a server with a fake worker, ready, shared by all the tests that leave no trace in it."""
     with serving(create_app(fake_settings(), worker=fake_worker.main)) as address:
-        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        wait_until(lambda: httpx.get(f"{address}/readyz", timeout=60).status_code == 200)
         yield address
 
 
