@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test scale-test lint format types check bench batching curve faults soak fuzz scenarios evaluate font prometheus clean
+.PHONY: serve test scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios evaluate font browser prometheus clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
-test: $(VENV)/.dev font prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
+test: $(VENV)/.dev font browser prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
 
 scale-test: $(VENV)/.dev  ## the tests that start a Ray of their own
@@ -46,6 +46,15 @@ evaluate: $(VENV)/.dev font
 font:
 	@test -e $(FONT) || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y fonts-noto-color-emoji; } \
 		|| echo "no $(FONT): install fonts-noto-color-emoji to run the tests that draw objects"
+
+# Drives the playground; without one the tests that do so are skipped and say so.
+browser:
+	@command -v chromium >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } \
+		|| echo "no Chromium: install chromium to run the tests of the playground"
+
+screenshots: $(VENV)/.dev browser  ## the documentation's pictures of the playground
+	$(BIN)/pytest tests/test_browser.py -k fits --screenshots docs/playground
 
 # Rules, alerts and the dashboard's queries are tested with the real thing.
 prometheus:

@@ -56,6 +56,17 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", help="where to leave pictures of the playground: docs/playground to renew the documentation's")
+
+
+@pytest.fixture
+def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = Path(request.config.getoption("--screenshots") or tmp_path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What starts a Ray runs only where it is asked for: `-m ray`."""
     if "ray" not in config.option.markexpr:

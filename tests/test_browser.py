@@ -1,0 +1,400 @@
+"""The playground driven as people drive it, by mouse and by keyboard, against a server with the embedded weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+from playwright.sync_api import Browser, expect
+from prometheus_client.parser import text_string_to_metric_families
+
+from load_tests.browser import CHROMIUM, Playground, browser
+from server.api import create_app
+from server.settings import Settings
+from tests import fake_worker
+from tests.conftest import serving, wait_until
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
+
+ROOT = Path(__file__).parents[1]
+APPLE = "a red apple on a white background"
+STAR = ROOT / "docs" / "gallery" / "star.png"
+SHOWN = (
+    "a strawberry on a cyan background",
+    "a dog on a yellow background",
+    "a big yellow star on a purple background",
+    "a cat on a blue background",
+    "a green cactus on an orange background",
+    "a red mushroom on a black background",
+)
+Open = Callable[..., Playground]
+
+
+@pytest.fixture(scope="module")
+def plain_address(fake_settings: Callable[..., Settings]) -> Iterator[str]:
+    with serving(create_app(fake_settings(), worker=fake_worker.main)) as url:
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as launched:
+        yield launched
+
+
+@pytest.fixture
+def opened(chromium: Browser) -> Iterator[Open]:
+    """Opens the page in a browser that remembers nothing; in the end nothing must have been complained about but what was expected."""
+    pages: list[Playground] = []
+
+    def open(url: str, **context: Any) -> Playground:
+        size = {"width": 1280, "height": 900}
+        playground = Playground(chromium.new_context(**{"viewport": size, "reduced_motion": "reduce", **context}).new_page())
+        pages.append(playground)
+        playground.page.goto(url)
+        return playground
+
+    yield open
+    for playground in pages:
+        playground.page.context.close()
+    assert [complaint for playground in pages for complaint in playground.complaints] == []
+
+
+@pytest.fixture
+def playground(opened: Open, live_server: str) -> Playground:
+    """With the embedded weights."""
+    playground = opened(live_server)
+    playground.ready()
+    return playground
+
+
+@pytest.fixture
+def plain(opened: Open, plain_address: str) -> Playground:
+    """With a worker that answers at once, in plain colours of 64 × 32 pixels."""
+    playground = opened(plain_address)
+    playground.ready()
+    return playground
+
+
+# ── with the embedded weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_picture_is_seen_at_least_twice_before_it_is_done(playground: Playground) -> None:
+    playground.page.evaluate(
+        """() => {
+          window.seen = [];
+          const watch = (records) => window.seen.push(...records.map(({ target }) => target.src));
+          new MutationObserver(watch).observe(document.getElementById("picture"), { attributeFilter: ["src"] });
+        }"""
+    )
+    said = playground.draw(APPLE)
+    assert "first seen after" in said
+    assert len(playground.page.evaluate("window.seen")) >= 3
+    red, green, blue = np.median(playground.shown[52:76, 52:76].reshape(-1, 3), axis=0)
+    assert red > max(green, blue) + 60, "the last of them is the apple"
+
+
+def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(playground: Playground) -> None:
+    playground.load(STAR)
+    playground.choose("Inpaint")
+    playground.drag("#mask", (0.3, 0.3), (0.7, 0.3), (0.5, 0.7))
+    before = playground.shown
+    playground.draw("a yellow circle on a blue background")
+    changed = (playground.shown != before).any(axis=-1)
+    assert changed[30:50, 45:85].any()
+    assert not changed[:12].any()
+    assert not changed[-12:].any()
+
+
+def test_a_border_that_is_dragged_outwards_is_where_the_picture_goes_on(playground: Playground) -> None:
+    playground.load(STAR)
+    playground.choose("Outpaint")
+    before = playground.shown
+    playground.drag(".handle.right", (0.5, 0.5), (5.5, 0.5))
+    added = int(playground.page.get_attribute(".handle.right", "aria-valuenow") or 0)
+    assert added > 0
+    playground.draw()
+    assert playground.shown.shape == (128, 128 + added, 3)
+    assert (playground.shown[:, :128] == before).all()
+
+
+def test_frames_between_two_prompts_can_be_looked_at_one_by_one(playground: Playground) -> None:
+    page = playground.page
+    playground.choose("Interpolate")
+    page.fill("#frames", "3")
+    for i, prompt in enumerate(("a red circle on white", "a blue square on white")):
+        page.locator("#keyframes input").nth(i).fill(prompt)
+    playground.draw()
+    first = playground.shown
+    page.locator("#frame-number").focus()
+    page.keyboard.press("End")
+    assert page.get_attribute("#frame-number", "max") == "2"
+    assert (playground.shown != first).any()
+
+
+def test_the_history_is_there_when_the_page_is_opened_again_and_makes_the_same_picture(playground: Playground) -> None:
+    page = playground.page
+    playground.draw(APPLE)
+    first = playground.shown
+    playground.draw("a blue square on a yellow background")
+    page.select_option("#theme", "dark")
+    page.reload()
+    playground.ready()
+    assert page.get_attribute("html", "data-theme") == "dark"
+    assert page.locator("#gallery img").evaluate_all("images => images.map(({ alt }) => alt)") == [
+        "a blue square on a yellow background",
+        APPLE,
+    ]
+    page.locator("#gallery button").nth(1).click()
+    assert (playground.shown == first).all()
+    page.get_by_role("button", name="Use its settings").click()
+    assert page.input_value("#prompt") == APPLE
+    page.evaluate("document.getElementById('status').textContent = ''")
+    page.keyboard.press("Control+Enter")
+    playground.finished()
+    assert np.abs(playground.shown - first).mean() < 8
+    page.locator("#gallery button").nth(0).focus()
+    page.keyboard.press("Delete")
+    assert page.locator("#gallery button").count() == 2
+
+
+def test_the_page_fits_desktops_and_phones_and_both_themes(opened: Open, live_server: str, screenshots: Path) -> None:
+    for name, width, height, scheme in (("desktop", 1280, 900, "light"), ("dark", 1280, 900, "dark"), ("phone", 390, 844, "light")):
+        playground = opened(live_server, viewport={"width": width, "height": height}, color_scheme=scheme)
+        playground.ready()
+        playground.page.evaluate("document.getElementById('seed').value = 2")
+        for prompt in SHOWN:
+            playground.draw(prompt)
+        assert playground.page.evaluate("document.documentElement.scrollWidth") == width
+        playground.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+        picture = PIL.Image.open(io.BytesIO(playground.page.screenshot(full_page=name == "phone")))
+        path = screenshots / f"{name}.png"
+        picture.convert("RGB").quantize(256, PIL.Image.Quantize.FASTOCTREE, dither=PIL.Image.Dither.NONE).save(path, optimize=True)
+        assert path.stat().st_size < 150_000
+
+
+# ── with plain colours ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_mouse_is_needed_for_masks_and_borders(plain: Playground) -> None:
+    page = plain.page
+    plain.load(STAR)
+    plain.choose("Inpaint")
+    page.locator("#mask").focus()
+    for key in ("ArrowUp", "d", "ArrowRight", "Shift+ArrowRight", "d", "Shift+ArrowDown", " "):
+        page.keyboard.press(key)
+    before = plain.shown
+    plain.draw("a yellow circle on a blue background")
+    assert (plain.shown != before).any()
+    plain.choose("Outpaint")
+    page.locator(".handle.up").focus()
+    for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowDown", "PageUp"):
+        page.keyboard.press(key)
+    plain.draw()
+    assert plain.shown.shape == (128 + 2 * 8 + 4 * 8, 128, 3)
+
+
+def test_several_pictures_are_drawn_beside_each_other_and_one_is_chosen(plain: Playground) -> None:
+    plain.page.fill("#n", "3")
+    plain.draw(APPLE)
+    assert plain.page.locator("#gallery img").count() == 3
+    plain.page.locator("#tiles button").nth(2).click()
+    assert plain.shown.shape == (32, 64, 3)
+
+
+def test_variations_and_edits_begin_with_the_picture_that_is_shown(plain: Playground) -> None:
+    plain.load(STAR)
+    for operation, prompt, size in (("Edit", "a green star", (128, 128, 3)), ("Vary", "", (32, 64, 3))):
+        before = plain.shown
+        plain.choose(operation)
+        plain.draw(prompt)
+        assert plain.shown.shape == size
+        assert plain.shown.shape != before.shape or (plain.shown != before).any()
+
+
+def test_a_picture_can_be_dropped_and_pasted(plain: Playground) -> None:
+    for event, holder in (("drop", "dataTransfer"), ("paste", "clipboardData")):
+        plain.page.evaluate(
+            """async ({ event, holder }) => {
+              const canvas = Object.assign(document.createElement("canvas"), { width: 64, height: 32 });
+              const blob = await new Promise((resolve) => canvas.toBlob(resolve));
+              const transfer = new DataTransfer();
+              transfer.items.add(new File([blob], `${event}.png`, { type: "image/png" }));
+              const Kind = event === "drop" ? DragEvent : ClipboardEvent;
+              document.body.dispatchEvent(new Kind(event, { [holder]: transfer, bubbles: true, cancelable: true }));
+            }""",
+            {"event": event, "holder": holder},
+        )
+        expect(plain.page.locator("#caption")).to_have_text(f"{event}.png")
+        assert plain.shown.shape == (32, 64, 3)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_serious_keeps_anybody_from_using_it(opened: Open, plain_address: str, scheme: str) -> None:
+    playground = opened(plain_address, color_scheme=scheme)
+    playground.ready()
+    found = serious(playground)
+    playground.draw(APPLE)
+    playground.page.locator("#code summary").click()
+    for operation in ("Inpaint", "Outpaint", "Edit", "Interpolate"):
+        playground.choose(operation)
+        found |= serious(playground)
+    assert found == set()
+
+
+def serious(playground: Playground) -> set[str]:
+    """What axe finds to be serious or critical on the page as it is."""
+    playground.page.evaluate((ROOT / "tests" / "data" / "axe-core" / "axe.min.js").read_text())
+    violations = playground.page.evaluate("async () => (await axe.run()).violations")
+    return {
+        f"{violation['id']}: {node['html']} {node['failureSummary']}"
+        for violation in violations
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    }
+
+
+def test_the_same_request_from_a_terminal_is_the_same_request(plain: Playground, tmp_path: Path) -> None:
+    page = plain.page
+    page.fill("#seed", "7")
+    plain.draw('it\'s a "red" apple')
+    page.locator("#code summary").click()
+    page.get_by_role("button", name="Copy as Python").click()
+    expect(page.locator("#snippet")).to_contain_text("import httpx")
+    subprocess.run([sys.executable, "-c", page.inner_text("#snippet")], cwd=tmp_path, check=True, timeout=60)
+    picture = np.asarray(PIL.Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
+    assert np.abs(picture - plain.shown).mean() < 8
+
+
+def test_a_request_with_pictures_is_a_form_whose_files_can_be_had(plain: Playground, tmp_path: Path) -> None:
+    page = plain.page
+    plain.load(STAR)
+    plain.choose("Inpaint")
+    plain.drag("#mask", (0.4, 0.4), (0.6, 0.6))
+    page.fill("#prompt", "it's a heart")
+    page.locator("#code summary").click()
+    page.get_by_role("button", name="Copy as curl").click()
+    for name in ("image.png", "mask.png"):
+        with page.expect_download() as download:
+            page.get_by_role("link", name=name).click()
+        download.value.save_as(tmp_path / name)
+    subprocess.run(page.inner_text("#snippet"), shell=True, cwd=tmp_path, check=True, timeout=60)
+    with PIL.Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (128, 128)
+
+
+def test_a_refusal_is_shown_in_the_server_s_words_at_the_field_it_blames(plain: Playground) -> None:
+    page = plain.page
+    page.route(
+        "**/generate", lambda route: route.continue_(post_data=json.dumps({**route.request.post_data_json, "num_inference_steps": 65}))
+    )
+    plain.press(APPLE)
+    expect(page.locator("#error")).to_contain_text("num_inference_steps: Input should be less than or equal to 64 (sent: 65)")
+    expect(page.locator("#error")).to_contain_text("422 invalid_value")
+    expect(page.locator("#num_inference_steps")).to_be_focused()
+    assert [complaint for complaint in plain.complaints if "422" not in complaint] == []
+    plain.complaints.clear()
+
+
+def test_a_cancelled_request_leaves_the_server_and_the_picture_stays(plain: Playground, plain_address: str) -> None:
+    plain.draw(APPLE)
+    before = plain.shown
+    plain.press("hold this until it is cancelled")
+    wait_until(lambda: rows(plain_address) == 1, timeout_s=60)
+    plain.page.keyboard.press("Escape")
+    expect(plain.page.locator("#status")).to_have_text("Cancelled.")
+    assert (plain.shown == before).all()
+    wait_until(lambda: rows(plain_address) == 0, timeout_s=60)
+
+
+def rows(address: str) -> float:
+    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
+    names = ("paella_rows_running", "paella_queue_depth")
+    return sum(sample.value for family in families for sample in family.samples if sample.name in names)
+
+
+def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(opened: Open, fake_settings: Callable[..., Settings]) -> None:
+    with serving(create_app(fake_settings(api_keys="0123456789abcdef"), worker=fake_worker.main)) as url:
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
+        playground = opened(url)
+        page = playground.page
+        expect(page.locator("#readiness")).to_contain_text("an API key is needed")
+        page.get_by_label("This server asks for a key").fill("0123456789abcdef")
+        page.keyboard.press("Enter")
+        playground.ready()
+        expect(page.locator("#key-form")).to_be_hidden()
+        assert page.input_value("#model") == "fake"
+        playground.complaints[:] = [complaint for complaint in playground.complaints if "401" not in complaint]
+        page.close()
+
+
+def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address: str) -> None:
+    playground = opened("about:blank")
+    page = playground.page
+    models = httpx.get(f"{plain_address}/v1/models").json()
+    other = json.loads(json.dumps(models["data"][0]))
+    other["id"] = "other"
+    other["capabilities"] = {**other["capabilities"], "operations": ["generate", "inpaint"], "samplers": ["argmax"]}
+    page.route("**/v1/models", lambda route: route.fulfill(json={**models, "data": [*models["data"], other]}))
+    playground.open(plain_address)
+    expect(page.locator("#incapable")).to_be_hidden()
+    page.select_option("#model", "other")
+    expect(page.get_by_role("radio", name="Vary")).to_be_disabled()
+    expect(page.locator("#incapable")).to_have_text("other was not made for: outpaint, vary, edit, interpolate.")
+    assert page.locator("#sampler option").all_inner_texts() == ["argmax"]
+
+
+def test_old_pictures_make_room_for_new_ones_and_their_parameters_stay(plain: Playground) -> None:
+    left = plain.page.evaluate(
+        """async () => {
+          const { History } = await import("/playground/history.js");
+          const kept = new Map();
+          const size = () => [...kept.values()].reduce((sum, text) => sum + text.length, 0);
+          const storage = {
+            getItem: (name) => kept.get(name) ?? null,
+            removeItem: (name) => kept.delete(name),
+            setItem: (name, text) => {
+              if (size() - (kept.get(name)?.length ?? 0) + text.length > 1000) throw new Error("quota");
+              kept.set(name, text);
+            },
+          };
+          const history = new History(storage);
+          for (const id of ["a", "b", "c", "d"]) history.add({ id }, ["x".repeat(300)]);
+          return history.entries.map(({ id }) => [id, history.pictures(id) !== null]);
+        }"""
+    )
+    assert left == [["d", True], ["c", True], ["b", True], ["a", False]]
+
+
+def test_quantiles_are_read_off_the_server_s_histogram_as_prometheus_does(plain: Playground) -> None:
+    line = 'paella_request_duration_seconds_bucket{{endpoint="{}",le="{}",status="{}"}} {}'
+    counts = (("/generate", "0.1", 200, 10), ("/generate", "0.2", 200, 30), ("/generate", "+Inf", 200, 40))
+    others = (("/generate", "0.1", 422, 99), ("/metrics", "0.1", 200, 99), ("/v1/models/{name}", "0.1", 200, 99))
+    text = "\n".join(line.format(*sample) for sample in (*counts, *others))
+    found = plain.page.evaluate(
+        """async (text) => {
+          const { histogram, quantile, difference } = await import("/playground/latency.js");
+          const counts = histogram(text);
+          const none = difference(counts, counts);
+          return [quantile(0.125, counts), quantile(0.5, counts), quantile(0.9, counts), Number.isNaN(quantile(0.5, none))];
+        }""",
+        text,
+    )
+    assert found == [pytest.approx(0.05), pytest.approx(0.15), pytest.approx(0.2), True]
+
+
+def test_the_latency_chart_follows_the_server_s_figures(plain: Playground) -> None:
+    plain.draw(APPLE)
+    expect(plain.page.locator("#latency-summary")).to_have_text(re.compile(r"Last minute: \d+ answered, p50 \d+ ms"))
+    assert plain.page.locator("#chart circle").count() == 2
