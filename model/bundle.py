@@ -32,11 +32,13 @@ from model.config import (
     DenoiserV1Config,
     Encoders,
     FileEntry,
+    Kernels,
     PriorConfig,
     VQGANConfig,
     VQGANV1Config,
 )
 from model.denoiser import Denoiser
+from model.kernels.choice import fused
 from model.kernels.int8 import to_int8
 from model.layers import Pointwise
 from model.prior import Prior
@@ -111,7 +113,9 @@ def build(config: BundleConfig, directory: Path | None, device: torch.device | s
     return _BUNDLES[type(config)](config=config, **networks)
 
 
-def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype, encoders: Encoders = "device") -> Bundle:
+def load_bundle(
+    directory: Path, device: torch.device, dtype: torch.dtype, encoders: Encoders = "device", kernels: Kernels = "auto"
+) -> Bundle:
     """Reads and checks a bundle. Raises BundleError, FileNotFoundError, or pydantic.ValidationError for `bundle.json` itself."""
     config = BundleConfig.read(directory)
     verify_files(directory, config, is_listed)
@@ -124,7 +128,7 @@ def load_bundle(directory: Path, device: torch.device, dtype: torch.dtype, encod
         if encoders == "int8" and isinstance(module, ByteEncoder):
             to_int8(module.t5.encoder.block)
         module.eval().requires_grad_(False)
-    arrange_for_steps(bundle)
+    arrange_for_steps(bundle, kernels)
     return bundle
 
 
@@ -135,8 +139,8 @@ def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> to
     return torch.float32 if few_rows and device.type == "cpu" else dtype
 
 
-def arrange_for_steps(bundle: Bundle) -> None:
-    """Once the weights are there and fixed: folds and packs what makes a pass faster."""
+def arrange_for_steps(bundle: Bundle, kernels: Kernels = "auto") -> None:
+    """Once the weights are there and fixed: folds and packs what makes a pass faster, and chooses the kernels."""
     grid = [pixels // bundle.config.vqgan.downscale for pixels in reversed(bundle.config.native_size)]
     for _, module in bundle.networks():
         # A GPU gets its work by calls, and nothing is packed for it: the condition's map is copied, a ninth of the published denoiser.
@@ -151,6 +155,8 @@ def arrange_for_steps(bundle: Bundle) -> None:
             module.fold_condition()
         if isinstance(module, Denoiser | VQGAN) and small:
             module.pack(*grid)
+        if isinstance(module, Denoiser) and fused(kernels, (weight := next(module.parameters())).device, weight.dtype):
+            module.fuse()
 
 
 def size(module: nn.Module) -> int:

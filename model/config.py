@@ -16,6 +16,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 from model.config_text import ByteEncoderConfig as ByteEncoderConfig
 from model.config_text import CLIPConfig as CLIPConfig
 from model.config_text import Encoders as Encoders
+from model.config_text import Kernels as Kernels
 from model.config_v1 import DenoiserV1Config as DenoiserV1Config
 from model.config_v1 import VQGANV1Config as VQGANV1Config
 

@@ -11,6 +11,8 @@ _STRICT = ConfigDict(extra="forbid")
 
 # Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights in int8.
 Encoders = Literal["device", "cpu", "int8"]
+# What computes the denoiser's steps; auto is Triton's kernels on CUDA, if Triton is installed.
+Kernels = Literal["auto", "triton", "torch"]
 
 
 @dataclass(frozen=True)

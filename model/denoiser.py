@@ -91,6 +91,7 @@ class Denoiser(nn.Module):
         # In the order of a forward pass: `modules` walks down_blocks, then up_blocks, each in its own order.
         self._time_blocks = tuple(b for b in self.modules() if isinstance(b, TimeBlock))
         self._attention_blocks = tuple(b for b in self.modules() if isinstance(b, AttentionBlock))
+        self.fused = False
         self._kv_widths = [2 * b.attention.attn.out_proj.in_features for b in self._attention_blocks]
         self._init_weights()
 
@@ -261,6 +262,22 @@ class Denoiser(nn.Module):
                     batch = 2  # where a guided row's branches part
                 if isinstance(block, ConvBlock | AttentionBlock):
                     block.pack(batch, height // factor, width // factor)
+
+    def fuse(self) -> None:
+        """From now on Triton's kernels compute the convolution blocks, and draw where they can. They read the weights as they are now."""
+        self.fused = True
+        for block in self.modules():
+            if isinstance(block, ConvBlock):
+                block.fuse()
+
+    def draw(self, sampler: str, features: Tensor, uniform: Tensor, inverse: Tensor) -> Tensor | None:
+        """Codes [B, H, W] from guided features [B, H, W, c_out], uniform [B, H, W] and inverse temperature [B] without logits in between;
+        None where that is not fused."""
+        if not self.fused:
+            return None
+        from model.kernels.fused.draw import draw_grid
+
+        return draw_grid(sampler, features, self.out_mapper.get_parameter("1.weight").flatten(1), uniform, inverse)
 
     def _unpatch(self, x: Tensor) -> Tensor:
         """[B, h, w, C] → [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle."""

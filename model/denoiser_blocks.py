@@ -5,12 +5,17 @@ Letters: B rows of the batch, H W grid, L condition tokens, C channels.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels.packed import PackedDepthwise, PackedLinear
 from model.layers import Conv, channels_first, channels_last, norm
+
+if TYPE_CHECKING:
+    from model.kernels.fused.conv_block import FusedConvBlock  # imports Triton
 
 
 class GlobalResponseNorm(nn.Module):
@@ -45,6 +50,16 @@ class ConvBlock(nn.Module):
             nn.Linear(4 * channels, channels),
         )
         self.packed: tuple[PackedDepthwise, PackedLinear, PackedLinear] | None = None
+        self.fused: FusedConvBlock | None = None
+
+    def fuse(self) -> None:
+        """From now on Triton's kernels compute it, where they can."""
+        from model.kernels.fused.conv_block import FusedConvBlock
+
+        if FusedConvBlock.supports(self.depthwise):
+            response = self.channelwise.get_parameter("2.gamma"), self.channelwise.get_parameter("2.beta")
+            expand, contract = (cast(nn.Linear, self.channelwise[i]) for i in (0, 4))
+            self.fused = FusedConvBlock(self.depthwise, expand, response, contract)
 
     def pack(self, batch: int, height: int, width: int) -> None:
         """Packs the weights for the CPU's kernels, mostly for inputs of this size."""
@@ -57,6 +72,8 @@ class ConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.fused is not None:
+            return self.fused(x, skip)
         y = self._depthwise(x) if skip is None else self._depthwise_pairs(torch.cat([x, skip], dim=-1))
         if self.packed is None:
             return x + self.channelwise(norm(y))

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from model import operations, prior, sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
-from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, RenoiseMode, Sampler, SamplingConfig, Schedule
+from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, Kernels, RenoiseMode, Sampler, SamplingConfig, Schedule
+from model.denoiser import Denoiser
 from model.operations import AnyCondition, Region, Row
 from model.runtime import send
 from model.sampling import Noise
@@ -98,6 +99,9 @@ class Eager:
         return torch.cat([self._draw(sampler, own, Drawing(*rest)) for own, *rest in parts])
 
     def _draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+        fused = self.denoiser.draw(sampler, features, drawing.uniform, drawing.inverse) if isinstance(self.denoiser, Denoiser) else None
+        if fused is not None:
+            return fused
         project = self.denoiser.project
         if sampler == "argmax":
             return project(features).argmax(-1)
@@ -129,10 +133,15 @@ class Pipeline(ABC):
 
     @classmethod
     def load(
-        cls, directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, encoders: Encoders = "device"
+        cls,
+        directory: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        encoders: Encoders = "device",
+        kernels: Kernels = "auto",
     ) -> Pipeline:
         """Reads a bundle; raises what `load_bundle` raises."""
-        return cls.of(load_bundle(directory, torch.device(device), dtype, encoders))
+        return cls.of(load_bundle(directory, torch.device(device), dtype, encoders, kernels))
 
     @staticmethod
     def of(bundle: Bundle) -> Pipeline:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, SecretStr
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model.config import Encoders
+from model.config import Encoders, Kernels
 
 MIB = 2**20
 DEVICE = r"(auto|cpu|cuda(:\d+)?|mps)"
@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     encoders: Annotated[
         Encoders, Field(description="Text encoders on the device, on the CPU, or on the device with the byte encoder's weights in int8")
     ] = "device"
+    kernels: Annotated[
+        Kernels, Field(description="What computes the steps: Triton's kernels on CUDA if it is installed, or torch alone")
+    ] = "auto"
     threads: Annotated[int, Field(ge=0, description="CPU threads of the worker; 0 lets it choose")] = 0
     deterministic: Annotated[bool, Field(description="What requests get that do not say")] = False
 

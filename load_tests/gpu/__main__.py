@@ -5,9 +5,9 @@
     python -m load_tests.gpu --part stages --families v3 --rows 1,8
     python -m load_tests.gpu --smoke                                # the program itself, on micro sizes, anywhere
 
-checks: half precision beside fp32, graphs beside eager steps, kernels beside their plain twins. stages: every stage and whole requests.
-transcription: the published sampler beside ours. profile: kernels and idle shares. served: the real server over HTTP. What is found is
-written to `--out` row by row. The last line of output is JSON. Exits with 1 if a check fails, with 2 where there is no CUDA device.
+checks: half precision beside fp32, graphs beside eager steps. kernels: Triton's beside their plain twins. stages: every stage and whole
+requests. transcription: the published sampler beside ours. profile: kernels and idle shares. served: the real server over HTTP. What is
+found is written to `--out` row by row. The last line of output is JSON. Exits with 1 if a check fails, with 2 where there is no CUDA.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from typing import Any, get_args
 import torch
 
 from load_tests.batching import numbers
-from load_tests.gpu import checks, profile, served, stages, transcription
+from load_tests.gpu import checks, kernels, profile, served, stages, transcription
 from load_tests.gpu.options import Options
 from load_tests.gpu.results import Results
 from load_tests.gpu.timing import Budget
 from load_tests.gpu.weights import Family
 from load_tests.report import Report
+from model.config import Kernels
 from model.runtime import prepare
 
 PARTS: dict[str, Callable[[Options, Results], None]] = {
     "checks": checks.run,
+    "kernels": kernels.run,
     "stages": stages.run,
     "transcription": transcription.run,
     "profile": profile.run,
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.add(results.table())
         found[part] = results.rows
     report.emit({"device": _device_name(options.device), "dtype": str(options.dtype).removeprefix("torch."), **found})
-    return int(not all(row["good"] for row in found.get("checks", [])))
+    return int(not all(row.get("good", True) for rows in found.values() for row in rows))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,6 +68,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--sides", type=numbers, help="of the pictures in pixels, 256,512 by default")
     p.add_argument("--steps", type=numbers, help="step counts, 8,12 by default")
     p.add_argument("--dtype", choices=["float16", "bfloat16"], help="float16 by default")
+    p.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="what computes the steps")
     p.add_argument("--runs", type=int, help="of every measurement, 50 by default; fewer where they would take more than four seconds")
     p.add_argument("--out", type=Path, help="a directory for PART.json and profiles")
     p.add_argument("--room", type=Path, help="a directory for a bundle of 10 GB; default: the system's temporary one")
@@ -78,6 +81,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _options(parsed: argparse.Namespace) -> Options:
     smoke = parsed.smoke
     return Options(
+        kernels=parsed.kernels,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=getattr(torch, parsed.dtype or ("float32" if smoke else "float16")),
         families=tuple(parsed.families),

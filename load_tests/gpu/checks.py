@@ -1,4 +1,4 @@
-"""Whether what is fast is right: half precision beside fp32, graphs beside eager steps, kernels beside their plain twins.
+"""Whether what is fast is right: half precision, by the chosen kernels, beside fp32 by the plain ones, and graphs beside eager steps.
 
 Errors are ‖x − reference‖ / ‖reference‖ on fresh random inputs; NaN is never good. What a replay does not write is spoiled beforehand.
 """
@@ -68,7 +68,7 @@ def agreement(found: Tensor, reference: Tensor) -> float:
 
 def _precision(family: Family, options: Options) -> Iterator[Check]:
     torch.backends.cudnn.allow_tf32 = False  # or the reference would have ten bits itself
-    exact = Pipeline.of(options.bundle(family, torch.float32))
+    exact = Pipeline.of(options.bundle(family, torch.float32, kernels="torch"))
     given = Batch(exact, 2, options.size(family))
     reference = _outputs(exact, given)
     given.pipeline = None  # type: ignore[assignment]  # its weights' memory is needed

@@ -10,7 +10,7 @@ import torch
 from load_tests.gpu.timing import Budget, Ceilings, ceilings
 from load_tests.gpu.weights import Family, config_of, random_bundle
 from model.bundle import Bundle
-from model.config import BundleConfig
+from model.config import BundleConfig, Kernels
 
 _MICRO_SIDE = 64
 
@@ -19,6 +19,7 @@ _MICRO_SIDE = 64
 class Options:
     """micro: sizes that try the program and measure nothing. out: for results; room: for a bundle; None: nowhere, the system's choice."""
 
+    kernels: Kernels
     device: torch.device
     dtype: torch.dtype
     families: tuple[Family, ...]
@@ -33,8 +34,8 @@ class Options:
     def config(self, family: Family) -> BundleConfig:
         return config_of(family, micro=self.micro)
 
-    def bundle(self, family: Family, dtype: torch.dtype | None = None) -> Bundle:
-        return random_bundle(self.config(family), self.device, dtype or self.dtype)
+    def bundle(self, family: Family, dtype: torch.dtype | None = None, kernels: Kernels | None = None) -> Bundle:
+        return random_bundle(self.config(family), self.device, dtype or self.dtype, kernels or self.kernels)
 
     def size(self, family: Family) -> tuple[int, int]:
         """(width, height) that the family was made for."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -46,5 +49,18 @@ def poisoned(recorder: Recorder) -> Recorder:
     return lambda function: _Poisoned(recorder(function))
 
 
-def poison(tensor: Tensor) -> None:
-    tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+def poison(tensor: Tensor) -> Tensor:
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, new memory that Python code asks for is full of NaN, or of codes that do not exist: what a kernel does not write shows."""
+    with ExitStack() as patches:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patches.enter_context(patch.object(owner, name, _spoiling(getattr(owner, name))))
+        yield
+
+
+def _spoiling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments, **options: poison(make(*arguments, **options))

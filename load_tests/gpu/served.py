@@ -28,6 +28,7 @@ def run(options: Options, results: Results) -> None:
                 "PAELLERA_WEIGHTS": str(bundle),
                 "PAELLERA_DEVICE": options.device.type,
                 "PAELLERA_DTYPE": str(options.dtype).removeprefix("torch."),
+                "PAELLERA_KERNELS": options.kernels,
                 "PAELLERA_MAX_BATCH_ROWS": str(max(options.rows)),
                 "PAELLERA_MAX_REQUEST_WORK": str(10**10),
                 "PAELLERA_STALL_TIMEOUT_S": "120",

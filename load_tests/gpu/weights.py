@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.bundle import Bundle, arrange_for_steps, assign, build, save_bundle, state_of
-from model.config import BundleConfig, BundleV1Config, BundleV3Config, CLIPConfig
+from model.config import BundleConfig, BundleV1Config, BundleV3Config, CLIPConfig, Kernels
 from model.published.manifest import published
 
 Family = Literal["v3", "v1"]
@@ -26,14 +26,14 @@ def config_of(family: Family, *, micro: bool) -> BundleConfig:
     return _micro(config) if micro else config
 
 
-def random_bundle(config: BundleConfig, device: torch.device, dtype: torch.dtype) -> Bundle:
+def random_bundle(config: BundleConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels = "torch") -> Bundle:
     """A bundle of random values, ready for steps. They are the same in every type, up to rounding, on one kind of device."""
     bundle = build(config, None)
     for seed, (name, module) in enumerate(bundle.networks()):
         generator = torch.Generator(device).manual_seed(seed)
         assign(module, {key: _random(key, t, generator, dtype) for key, t in state_of(module).items()}, dtype, where=name)
         module.eval().requires_grad_(False)
-    arrange_for_steps(bundle)
+    arrange_for_steps(bundle, kernels)
     return bundle
 
 

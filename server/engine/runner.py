@@ -78,7 +78,7 @@ class Runner:
         device = use(pick_device(settings.device))
         self.dtype = pick_dtype(settings.dtype, device)
         self.device = device
-        loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders) for name in settings.bundles]
+        loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
         self._settings, self._streams = settings, Streams(device)
         self.counters: Counter[Count] = Counter()

@@ -1,0 +1,70 @@
+"""A denoiser that Triton's kernels compute is the plain one, whoever decides that they do. Interpreted where there is no CUDA device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.denoiser import Denoiser
+from model.denoiser_blocks import ConvBlock
+from model.kernels.choice import fused
+from model.kernels.fused import trial
+from model.pipeline import Drawing, Eager, Pipeline, PipelineV3
+from server.engine.runner import Runner
+from server.settings import Settings
+from tests.conftest import micro_config, randomise
+
+
+def test_a_fused_denoiser_sees_what_the_plain_one_sees():
+    denoiser = Denoiser(micro_config().denoiser).eval().requires_grad_(False)
+    randomise(denoiser)
+    given = torch.randint(64, (2, 4, 4)), torch.tensor([0.9, 0.2]), torch.randn(2, 5, 16), torch.randn(2, 16)
+    expected = denoiser(*given)
+    denoiser.fuse()
+    assert all(block.fused for block in denoiser.modules() if isinstance(block, ConvBlock))
+    torch.testing.assert_close(denoiser(*given), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "argmax", "typical", "quant"])
+def test_every_sampler_draws_the_same_codes_fused_or_not(pipeline: Pipeline, sampler):
+    bundle = replace(pipeline.bundle, denoiser=copy.copy(pipeline.bundle.denoiser))
+    features, uniform = torch.randn(2, 4, 4, 16), torch.rand(2, 4, 4)
+    drawing = Drawing(uniform, torch.tensor([0.7, 1.5]), torch.tensor([0.4, 0.9]))
+    expected = Eager(bundle).draw(sampler, features, drawing)
+    bundle.denoiser.fused = True
+    assert torch.equal(Eager(bundle).draw(sampler, features, drawing), expected)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_kernels_that_agree_are_chosen_for_cuda_alone_unless_somebody_says_otherwise(monkeypatch):
+    monkeypatch.setattr(trial, "disagreeing", lambda device, dtype: [])
+    assert [fused("auto", device, torch.float16) for device in (CPU, CUDA)] == [False, True]
+    assert [fused("torch", CUDA, torch.float16), fused("triton", CPU, torch.float16)] == [False, True]
+
+
+def test_kernels_that_are_wrong_or_do_not_compile_are_not_chosen_and_the_log_says_why(monkeypatch, caplog):
+    monkeypatch.setattr(trial, "disagreeing", lambda device, dtype: ["argmax draw"])
+    assert not fused("auto", CUDA, torch.float16)
+    assert "argmax draw" in caplog.text
+    monkeypatch.setattr(trial, "disagreeing", lambda device, dtype: 1 / 0)
+    assert not fused("auto", CUDA, torch.float16)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_the_trial_passes_kernels_that_agree_and_names_one_that_does_not(monkeypatch):
+    assert trial.disagreeing(CPU, torch.float32) == []
+    monkeypatch.setattr(trial, "gelu_response", lambda x, gamma, beta: torch.full_like(x, torch.nan))
+    assert trial.disagreeing(CPU, torch.float32) == ["gelu_response"]
+
+
+def test_the_setting_decides_for_the_server_s_denoiser(random_bundle):
+    for kernels in ("torch", "triton", "auto"):
+        runner = Runner(Settings(weights=str(random_bundle), device="cpu", dtype="float32", kernels=kernels))
+        (pipeline,) = runner._pipelines.values()
+        assert isinstance(pipeline, PipelineV3)
+        assert pipeline.bundle.denoiser.fused == (kernels == "triton")
