@@ -345,5 +345,5 @@ def test_a_stream_that_is_closed_after_its_first_preview_is_drawn_no_further(liv
 def test_references_change_what_an_edit_shows(live_server: str) -> None:
     grey, red = (png(np.full((128, 128, 3), colour, np.uint8)) for colour in ([128] * 3, [220, 20, 20]))
     with connect(live_server, timeout=120) as api:
-        edits = [api.images.edit(image=images, prompt="a ball", extra_body={"seed": 1}) for images in ([grey], [grey, red])]
+        edits = [api.images.edit(image=images, prompt="a ball", extra_body={"seed": 1, "strength": 1}) for images in ([grey], [grey, red])]
     assert (pixels(edits[0]) != pixels(edits[1])).any()
