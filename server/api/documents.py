@@ -24,25 +24,27 @@ ERRORS = {
     504: "Deadline passed",
 }
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-HEADERS = {
-    name: {"description": meaning, "schema": {"type": "string"}}
-    for name, meaning in {
+
+
+def _headers(meanings: dict[str, str]) -> dict[str, Any]:
+    return {name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in meanings.items()}
+
+
+HEADERS = _headers(
+    {
         "X-Seed": "The image's seed",
         "X-Request-Id": "The client's, or one made here",
         "Server-Timing": "queue, encode, prior, denoise, decode, image; milliseconds",
         "X-Prompt-Truncated": "The encoders that could not take the whole prompt, if any",
-    }.items()
-}
-
-
-RETRY = {
-    name: {"description": meaning, "schema": {"type": "string"}}
-    for name, meaning in {
+    }
+)
+RETRY = _headers(
+    {
         "Retry-After": "Seconds; with 429 and 503",
         "retry-after-ms": "The same in milliseconds",
         "x-should-retry": "false if repeating cannot help",
-    }.items()
-}
+    }
+)
 
 
 def responses(description: str, model: type[BaseModel], content: dict[str, Any]) -> dict[int | str, dict[str, Any]]:

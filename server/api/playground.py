@@ -42,10 +42,12 @@ HEADERS = {
 class StaticFile:
     content: bytes
     media_type: str
+    etag: str
 
-    @property
-    def etag(self) -> str:
-        return f'"{hashlib.sha256(self.content).hexdigest()[:32]}"'
+    @classmethod
+    def read(cls, path: Path) -> StaticFile:
+        content = path.read_bytes()
+        return cls(content, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
@@ -60,8 +62,8 @@ async def file(request: Request, name: str) -> Response:
 
 @cache
 def static_files() -> dict[str, StaticFile]:
-    """By name; read once."""
-    return {path.name: StaticFile(path.read_bytes(), MEDIA_TYPES[path.suffix]) for path in sorted(DIRECTORY.iterdir())}
+    """By name; read and hashed once."""
+    return {path.name: StaticFile.read(path) for path in sorted(DIRECTORY.iterdir())}
 
 
 def _answer(request: Request, name: str) -> Response:
