@@ -155,7 +155,7 @@ def arrange_for_steps(bundle: Bundle, kernels: Kernels = "auto") -> None:
             module.fold_condition()
         if isinstance(module, Denoiser | VQGAN) and small:
             module.pack(*grid)
-        if isinstance(module, Denoiser) and fused(kernels, (weight := next(module.parameters())).device, weight.dtype):
+        if isinstance(module, Denoiser) and fused(kernels, (weight := next(module.parameters())).device, weight.dtype, module.config):
             module.fuse()
 
 

@@ -39,27 +39,28 @@ def test_every_sampler_draws_the_same_codes_fused_or_not(pipeline: Pipeline, sam
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CONFIG = micro_config().denoiser
 
 
 def test_kernels_that_agree_are_chosen_for_cuda_alone_unless_somebody_says_otherwise(monkeypatch):
-    monkeypatch.setattr(trial, "disagreeing", lambda device, dtype: [])
-    assert [fused("auto", device, torch.float16) for device in (CPU, CUDA)] == [False, True]
-    assert [fused("torch", CUDA, torch.float16), fused("triton", CPU, torch.float16)] == [False, True]
+    monkeypatch.setattr(trial, "disagreeing", lambda *_: [])
+    assert [fused("auto", device, torch.float16, CONFIG) for device in (CPU, CUDA)] == [False, True]
+    assert [fused("torch", CUDA, torch.float16, CONFIG), fused("triton", CPU, torch.float16, CONFIG)] == [False, True]
 
 
 def test_kernels_that_are_wrong_or_do_not_compile_are_not_chosen_and_the_log_says_why(monkeypatch, caplog):
-    monkeypatch.setattr(trial, "disagreeing", lambda device, dtype: ["argmax draw"])
-    assert not fused("auto", CUDA, torch.float16)
+    monkeypatch.setattr(trial, "disagreeing", lambda *_: ["argmax draw"])
+    assert not fused("auto", CUDA, torch.float16, CONFIG)
     assert "argmax draw" in caplog.text
-    monkeypatch.setattr(trial, "disagreeing", lambda device, dtype: 1 / 0)
-    assert not fused("auto", CUDA, torch.float16)
+    monkeypatch.setattr(trial, "disagreeing", lambda *_: 1 / 0)
+    assert not fused("auto", CUDA, torch.float16, CONFIG)
     assert "ZeroDivisionError" in caplog.text
 
 
 def test_the_trial_passes_kernels_that_agree_and_names_one_that_does_not(monkeypatch):
-    assert trial.disagreeing(CPU, torch.float32) == []
+    assert trial.disagreeing(CPU, torch.float32, CONFIG) == []
     monkeypatch.setattr(trial, "gelu_response", lambda x, gamma, beta: torch.full_like(x, torch.nan))
-    assert trial.disagreeing(CPU, torch.float32) == ["gelu_response"]
+    assert trial.disagreeing(CPU, torch.float32, CONFIG) == [f"gelu_response of {C} channels" for C in sorted({*CONFIG.c_hidden})]
 
 
 def test_the_setting_decides_for_the_server_s_denoiser(random_bundle):

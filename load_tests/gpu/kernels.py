@@ -32,6 +32,10 @@ class Shape:
     codes: int = 0
     features: int = 256
 
+    @property
+    def label(self) -> str:
+        return f"{self.rows} of {self.side}x{self.side}, {self.channels or self.codes} {'channels' if self.channels else 'codes'}"
+
 
 # A guided picture's levels, then those of sixteen.
 SHAPES = [Shape(rows, side, channels) for rows in (2, 32) for side, channels in ((32, 640), (16, 1280), (8, 1280))]

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PIXELS = 4
+# Of so many values a program reads the neighbours: sixteen a thread.
+_VALUES = 4096
 
 
 def plain_depthwise_norm(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
@@ -25,42 +26,38 @@ def plain_depthwise_norm(x: Tensor, skip: Tensor | None, weight: Tensor, bias: T
 
 
 def taps_of(weight: Tensor) -> Tensor:
-    """A convolution's weight [C, n, 3, 3] as the kernel reads it, [9, n, C]: neighbours in memory are neighbours in channels."""
-    return weight.detach().permute(2, 3, 1, 0).flatten(0, 1).contiguous()
+    """A convolution's weight [C, n, 3, 3] as the kernel reads it, [9, C · n]: neighbours in memory are neighbours in channels."""
+    return weight.detach().permute(2, 3, 0, 1).flatten(2).flatten(0, 1).contiguous()
 
 
 def depthwise_norm(x: Tensor, skip: Tensor | None, taps: Tensor, bias: Tensor) -> Tensor:
     """As the twin. x and skip are contiguous, C is even where there is a skip."""
     B, H, W, C = x.shape
     out = torch.empty_like(x)
-    grid = (triton.cdiv(B * H * W, _PIXELS),)
-    shape = (B * H * W, H, W, C)
-    paired, block = skip is not None, triton.next_power_of_2(C)
-    _depthwise_norm[grid](x, x if skip is None else skip, taps, bias, out, *shape, PAIRED=paired, PIXELS=_PIXELS, BLOCK=block, num_warps=8)
+    inputs, block = 1 if skip is None else 2, triton.next_power_of_2(C)
+    pixels = max(1, _VALUES // (inputs * block))
+    grid, shape = (triton.cdiv(B * H * W, pixels),), (B * H * W, H, W, C)
+    _depthwise_norm[grid](x, x if skip is None else skip, taps, bias, out, *shape, INPUTS=inputs, PIXELS=pixels, BLOCK=block, num_warps=8)
     return out
 
 
-@triton.jit
-def _depthwise_norm(x, skip, taps, bias, out, pixels, H, W, C, PAIRED: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    n, c = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.arange(0, BLOCK)
+# The grid's sizes are as they are asked for: a kernel for those that sixteen divides would be compiled apart, while a request waits.
+@triton.jit(do_not_specialize=["pixels", "H", "W"])
+def _depthwise_norm(x, skip, taps, bias, out, pixels, H, W, C, INPUTS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
+    n, c, j = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.arange(0, BLOCK), tl.arange(0, INPUTS * BLOCK)
     inside = (c < C)[None, :]
     h, w = (n // W) % H, n % W
     total = tl.zeros([PIXELS, BLOCK], tl.float32) + tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(9):
-        down, right = tap // 3 - 1, tap % 3 - 1
-        there = (n < pixels) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W)
-        mask = there[:, None] & inside
-        place = (n + down * W + right).to(tl.int64)[:, None] * C
-        if PAIRED:
-            of_x = (c < C // 2)[None, :]
-            for half in tl.static_range(2):
-                channel = (2 * c + half)[None, :]
-                value = tl.load(x + place + channel, mask=mask & of_x, other=0.0).to(tl.float32)
-                value += tl.load(skip + place + channel - C, mask=mask & (c >= C // 2)[None, :], other=0.0).to(tl.float32)
-                total += value * tl.load(taps + (2 * tap + half) * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        else:
-            value = tl.load(x + place + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            total += value * tl.load(taps + tap * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    for down in range(-1, 2):  # not unrolled: nine taps' loads begun at once are more than the registers hold
+        for right in tl.static_range(-1, 2):
+            there = ((n < pixels) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W))[:, None]
+            place = (n + down * W + right).to(tl.int64)[:, None] * C + j[None, :]
+            value = tl.load(x + place, mask=there & (j < C)[None, :], other=0.0).to(tl.float32)
+            if INPUTS == 2:
+                value += tl.load(skip + place - C, mask=there & ((j >= C) & (j < 2 * C))[None, :], other=0.0).to(tl.float32)
+            tap = 3 * (down + 1) + right + 1
+            value *= tl.load(taps + tap * INPUTS * C + j, mask=j < INPUTS * C, other=0.0).to(tl.float32)[None, :]
+            total += tl.sum(tl.reshape(value, [PIXELS, BLOCK, INPUTS]), axis=2)
     mean = tl.sum(total, axis=1)[:, None] / C  # beyond the last channel all is zero
     apart = tl.where(inside, total - mean, 0.0)
     variance = tl.sum(apart * apart, axis=1)[:, None] / C

@@ -40,8 +40,9 @@ def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, unif
     """As the twin, for D a power of two from 16; a draw within rounding of two codes' boundary may be the other."""
     (N, D), wide = features.shape, features.dtype == torch.float32
     codes = torch.empty(N, dtype=torch.int64, device=features.device)
-    tokens, block = (32, 64) if wide else (64, 128)
-    shape = {"D": D, "TOKENS": tokens, "BLOCK": block, "PRECISION": "ieee" if wide else "tf32"}
+    tokens = 16 if wide else 64
+    # Two stages of 64 codes, 32 KiB each for 256 features: for twice the codes or for three stages shared memory is too small.
+    shape = {"D": D, "TOKENS": tokens, "BLOCK": 64, "PRECISION": "ieee" if wide else "tf32", "num_stages": 2}
     features, grid = features.contiguous(), (triton.cdiv(N, tokens),)
     if sampler == "argmax":
         _argmax[grid](features, weight, codes, N, len(weight), *weight.stride(), **shape)
@@ -68,7 +69,7 @@ def _logits(own, weight, start, codes, by_code, by_feature, D: tl.constexpr, BLO
     return tl.where((k < codes)[None, :], product, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _multinomial(
     features, weight, inverse, uniform, out, tokens, codes, by_code, by_feature,
     D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,7 +96,7 @@ def _multinomial(
     tl.store(out + n, tl.minimum(found, codes - 1).to(tl.int64), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _argmax(
     features, weight, out, tokens, codes, by_code, by_feature,
     D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,

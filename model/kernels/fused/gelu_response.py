@@ -41,7 +41,7 @@ def gelu_response(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _gelu_energy(x, y, energy, pixels, channels, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """y [B, P, C] becomes the GELU of x; energy [B, PARTS, C]: the sum of squares over each part of the pixels."""
     c, part, row = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), tl.program_id(2).to(tl.int64)

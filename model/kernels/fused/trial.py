@@ -1,36 +1,58 @@
-"""A trial of the kernels where they are to run: on small random inputs, each beside its plain twin."""
+"""A trial of the kernels where they are to run: on small random inputs, as wide as a network's, each beside its plain twin.
+
+As wide, because a kernel is another for every width: a device may have the registers and the shared memory for one, and not for the next.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from model.config import DenoiserConfig
 from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
-from model.kernels.fused.draw import SAMPLERS, draw, plain_draw
+from model.kernels.fused.draw import SAMPLERS, Fused, draw, plain_draw, supported
 from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
 
 _ERROR, _AGREEMENT = 0.05, 0.9
-_C = 64
+_TOKENS = 70
+
+Random = Callable[..., Tensor]
 
 
-def disagreeing(device: torch.device, dtype: torch.dtype) -> list[str]:
+def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig) -> list[str]:
     """The kernels whose results are not their twins'. Raises whatever a kernel raises that does not compile there."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    x, skip, bias = random(2, 5, 6, _C), random(2, 5, 6, _C), random(_C)
+    wrong = [
+        f"{name} of {C} channels" for C in sorted({*config.c_hidden}) for name, error in _errors(random, C).items() if not error < _ERROR
+    ]
+    return wrong + [f"{sampler} draw" for sampler in SAMPLERS if not _agreement(sampler, random, config) >= _AGREEMENT]
+
+
+def _errors(random: Random, C: int) -> dict[str, float]:
+    """Of a block's kernels. NaN is no small error."""
+    x, skip, bias = random(2, 5, 6, C), random(2, 5, 6, C), random(C)
     errors = {}
     for name, other, inputs in (("depthwise_norm", None, 1), ("depthwise_norm with a skip", skip, 2)):
-        weight = random(_C, inputs, 3, 3)
+        weight = random(C, inputs, 3, 3)
         errors[name] = _error(depthwise_norm(x, other, taps_of(weight), bias), plain_depthwise_norm(x, other, weight, bias))
-    response = x.flatten(1, 2), random(_C), bias
+    response = random(2, 30, 4 * C), random(4 * C), random(4 * C)
     errors["gelu_response"] = _error(gelu_response(*response), plain_gelu_response(*response))
-    given = random(70, _C) / 8, random(200, _C), random(70).float().exp(), torch.rand(70, generator=generator, device=device)
-    same = {f"{sampler} draw": (draw(sampler, *given) == plain_draw(sampler, *given)).float().mean().item() for sampler in SAMPLERS}
-    wrong = [name for name, error in errors.items() if not error < _ERROR]  # NaN is no small error
-    return wrong + [name for name, share in same.items() if share < _AGREEMENT]
+    return errors
+
+
+def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
+    """The share of tokens that get the same code; 1 for what is never drawn so."""
+    features, weight = random(_TOKENS, config.c_out) / config.c_out**0.5, random(config.num_labels, config.c_out)
+    if not supported(sampler, weight):
+        return 1.0
+    given = features, weight, random(_TOKENS).float().exp(), random(_TOKENS).float().sigmoid()
+    return (draw(sampler, *given) == plain_draw(sampler, *given)).float().mean().item()
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
