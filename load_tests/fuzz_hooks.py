@@ -40,6 +40,7 @@ SEMANTIC = (
     "a png has no quality",
     "draws auto",
     "has the image's own size",
+    "num_inference_steps, which is",
 )
 PICTURE_FIELDS = ("image", "mask")
 MARGINS = ("left", "right", "up", "down")

@@ -39,6 +39,7 @@ def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
     [
         ("prompt", "", "at least 1"),
         ("prompt", " \t\n\u3000", "white space"),
+        ("prompt", "\x1d\x85\ufeff", "white space"),
         ("prompt", "x" * 4001, "4000"),
         ("prompt", "a\0b", "NUL"),
         ("prompt", 7, "valid string"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
 
 from model.config import BundleConfig
 from server.api.errors import ApiError
@@ -17,18 +17,58 @@ from server.api.state import AppState, state_of
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", summary="The loaded weights, the default first")
-async def list_models(request: Request) -> Response:
-    state = state_of(request)
-    return JSONResponse({"object": "list", "data": [describe(config, state) for config in state.models.values()]})
+class ModelLimits(BaseModel):
+    """Sizes are in pixels. text: how much of a prompt each encoder reads, end marks included; the rest is cut."""
+
+    size_step: Annotated[int, Field(description="Widths and heights are multiples of it")]
+    min_side: int
+    max_side: int
+    max_request_work: Annotated[int, Field(description="Images times steps times pixels times branches of one request")]
+    text: dict[str, int]
+
+
+class ModelEntry(BaseModel):
+    """OpenAI's fields, then ours."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: Annotated[int, Field(description="When this server started, in seconds since 1970")]
+    owned_by: str = "paellera"
+    family: str
+    sha256: str
+    native_size: Annotated[tuple[int, int], Field(description="[width, height] in pixels")]
+    limits: ModelLimits
+    capabilities: Annotated[dict[str, list[str]], Field(description="Operations, samplers and networks, by name")]
+    recipe: Annotated[dict[str, Any], Field(description="What absent fields of a request follow")]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
+SHOW_MODEL = "show_model"
 
 
 @router.get(
-    "/v1/models/{name}", summary="One of the loaded weights", responses={404: {"description": "No such weights", "model": ErrorAnswer}}
+    "/v1/models",
+    summary="The loaded weights, the default first",
+    responses={200: {"links": {"default": {"operationId": SHOW_MODEL, "parameters": {"name": "$response.body#/data/0/id"}}}}},
 )
-async def show_model(request: Request, name: str) -> Response:
+async def list_models(request: Request) -> ModelList:
     state = state_of(request)
-    return JSONResponse(describe(model_named(name, state.models), state))
+    return ModelList(data=[describe(config, state) for config in state.models.values()])
+
+
+@router.get(
+    "/v1/models/{name}",
+    summary="One of the loaded weights",
+    operation_id=SHOW_MODEL,
+    responses={404: {"description": "No such weights", "model": ErrorAnswer}},
+)
+async def show_model(request: Request, name: str) -> ModelEntry:
+    state = state_of(request)
+    return describe(model_named(name, state.models), state)
 
 
 def model_asked(name: str | None, models: dict[str, BundleConfig]) -> BundleConfig:
@@ -44,24 +84,22 @@ def model_named(name: str, models: dict[str, BundleConfig]) -> BundleConfig:
     return models[name]
 
 
-def describe(config: BundleConfig, state: AppState) -> dict[str, Any]:
-    """OpenAI's fields, then ours. Sizes are [width, height] in pixels; prompts are cut at what `text` says each encoder takes."""
+def describe(config: BundleConfig, state: AppState) -> ModelEntry:
+    """What these weights are and can do, in this server's limits."""
     step = config.size_step
-    return {
-        "id": config.name,
-        "object": "model",
-        "created": state.started_at,
-        "owned_by": "paellera",
-        "family": config.family,
-        "sha256": config.sha256,
-        "native_size": list(config.native_size),
-        "limits": {
-            "size_step": step,
-            "min_side": config.smallest_side,
-            "max_side": state.settings.max_side // step * step,
-            "max_request_work": state.settings.max_request_work,
-            "text": config.text_limits,
-        },
-        "capabilities": {"operations": list(config.operations), "samplers": list(config.samplers), "networks": list(config.networks)},
-        "recipe": asdict(config.recipe),
-    }
+    return ModelEntry(
+        id=config.name,
+        created=state.started_at,
+        family=config.family,
+        sha256=config.sha256,
+        native_size=config.native_size,
+        limits=ModelLimits(
+            size_step=step,
+            min_side=config.smallest_side,
+            max_side=state.settings.max_side // step * step,
+            max_request_work=state.settings.max_request_work,
+            text=config.text_limits,
+        ),
+        capabilities={"operations": list(config.operations), "samplers": list(config.samplers), "networks": list(config.networks)},
+        recipe=asdict(config.recipe),
+    )

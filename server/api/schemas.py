@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -15,6 +16,12 @@ INT64 = 2**63
 Format = Literal["png", "jpeg", "webp"]
 
 
+# The document's words for what the two validators say, in syntax that Python's and ECMA's engines read alike.
+_SHOWN = r"[^\s\x00-\x1f\x7f-\x9f\ufeff]"
+_NO_NUL = r"^[^\x00]*$"
+_WORDS = rf"^[^\x00]*{_SHOWN}[^\x00]*$"
+
+
 def _without_nul(text: str) -> str:
     if "\0" in text:
         raise ValueError("may not hold NUL characters")
@@ -22,8 +29,8 @@ def _without_nul(text: str) -> str:
 
 
 def _with_words(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must hold more than white space")
+    if not re.search(_SHOWN, text):
+        raise ValueError("must hold more than white space and control characters")
     return text
 
 
@@ -37,12 +44,12 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Text = Annotated[str, Field(max_length=4000), AfterValidator(_without_nul)]
+Text = Annotated[str, Field(max_length=4000, json_schema_extra={"pattern": _NO_NUL}), AfterValidator(_without_nul)]
 Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.05, le=5, allow_inf_nan=False)]
 StepCount = Annotated[int, Field(ge=0, le=64)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-WordsText = Annotated[Text, Field(min_length=1), AfterValidator(_with_words)]
+WordsText = Annotated[Text, Field(min_length=1, json_schema_extra={"pattern": _WORDS}), AfterValidator(_with_words)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
