@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     timeout_s: Annotated[float, Field(ge=0.05, le=600, description="For requests that do not say")] = 60
     start_wait_s: Annotated[float, Field(ge=0, description="How long requests wait for a starting worker before they get 503")] = 30
     heartbeat_s: Annotated[float, Field(gt=0, description="A stream in which nothing happens for so long sends a comment")] = 15
+    receive_timeout_s: Annotated[
+        float, Field(gt=0, description="A client whose head takes longer, or whose body does not go on for so long, is let go")
+    ] = 30
     send_timeout_s: Annotated[float, Field(gt=0, description="A reader of a stream that takes nothing for so long is let go")] = 30
     stall_timeout_s: Annotated[float, Field(gt=0, description="A worker that owes an answer and is silent for longer is replaced")] = 30
     drain_timeout_s: Annotated[float, Field(ge=0, description="How long a stopping server finishes what it has begun")] = 30

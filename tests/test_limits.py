@@ -27,7 +27,7 @@ from server.api.limits import MAX_HEADER_BYTES, MAX_URL_BYTES, Keys, Rate
 from server.api.serve import Server
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import running, serving, wait_until
+from tests.conftest import running, wait_until
 
 KEY, OTHER = "a-key-of-the-house", "another-key-of-it"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
@@ -40,21 +40,29 @@ def asking(settings: Settings) -> TestClient:
 
 
 @contextmanager
-def served(settings: Settings) -> Iterator[httpx.Client]:
-    with serving(create_app(settings, worker=fake_worker.main)) as address, httpx.Client(base_url=address, timeout=20) as client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
-        yield client
-
-
-@contextmanager
 def listening(settings: Settings, ports: int = 1) -> Iterator[list[int]]:
-    """The command line's own server, with nothing behind it that is ready; gives its ports, of which `operations_port` may be the last."""
+    """The command line's own server; gives its ports, of which `operations_port` may be the last."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ports)]
     numbers = [listener.getsockname()[1] for listener in listeners]
     if ports > 1:
         settings = settings.model_copy(update={"operations_port": numbers[-1]})
     with running(Server(create_app(settings, worker=fake_worker.main)), *listeners):
         yield numbers
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[httpx.Client]:
+    """A client of it, once the fake worker is ready."""
+    with listening(settings) as (port,), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield client
+
+
+def all_answered(port: int, sent: bytes) -> bytes:
+    """What comes until the server closes the connection on which this was sent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(sent)
+        return b"".join(iter(lambda: connection.recv(1000), b""))
 
 
 def code(answer: httpx.Response) -> str:
@@ -218,6 +226,27 @@ def test_a_head_that_does_not_end_is_not_kept(fake_settings: Configure, endless:
     with listening(fake_settings()) as (port,), socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(endless + more * (MAX_URL_BYTES + MAX_HEADER_BYTES))
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\nGET /"])
+def test_a_head_that_takes_too_long_is_not_waited_for(fake_settings: Configure, begun: bytes) -> None:
+    with listening(fake_settings(receive_timeout_s=0.2)) as (port,):
+        received = all_answered(port, begun)
+    assert received.count(b"HTTP/1.1 ") == begun.count(b"\r\n\r\n")
+
+
+def test_a_body_that_does_not_go_on_is_answered_and_not_waited_for(fake_settings: Configure, access_log: pytest.LogCaptureFixture) -> None:
+    head = b"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\nX-Request-Id: slow\r\n\r\n"
+    with listening(fake_settings(receive_timeout_s=0.2)) as (port,):
+        received = all_answered(port, head + b'{"prompt": ')
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_too_slow"
+    assert said(access_log, "slow")["status"] == 408
+
+
+def test_an_answer_may_take_longer_than_its_request_may(fake_settings: Configure) -> None:
+    with served(fake_settings(receive_timeout_s=0.2)) as client:
+        assert client.post("/generate", json={"prompt": "hold", "timeout_s": 1}).status_code == 504
 
 
 def test_a_long_body_is_no_long_head(fake_settings: Configure) -> None:

@@ -71,7 +71,7 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
 
 def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     """From the innermost to the outermost."""
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
     app.add_middleware(Guard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(OperationsPort, port=settings.operations_port)

@@ -45,6 +45,12 @@ def too_large(limit: int) -> ApiError:
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", f"the body may have at most {limit} bytes")
 
 
+def too_slow(timeout_s: float) -> ApiError:
+    # The rest of the body would be taken for the next request.
+    headers = {"Connection": "close"}
+    return ApiError(HTTPStatus.REQUEST_TIMEOUT, "body_too_slow", f"the body did not go on for {timeout_s:g} s", headers=headers)
+
+
 def _media_type(request: Request, *allowed: str) -> str:
     sent = request.headers.get("content-type", "")
     media_type = sent.partition(";")[0].strip().lower()

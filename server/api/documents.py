@@ -15,6 +15,7 @@ ERRORS = {
     400: "Malformed JSON or form, or something that these weights cannot do",
     401: "No API key, or an unknown one, where the server wants one",
     404: "Unknown weights",
+    408: "The body did not go on",
     413: "Body or picture too large",
     415: "Wrong content type",
     422: "A field out of bounds, or a picture that cannot be read",

@@ -5,6 +5,7 @@ Pure ASGI, so that nothing is buffered.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -15,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.body import too_large
+from server.api.body import too_large, too_slow
 from server.api.errors import ApiError, internal_error, refusal
 from server.api.operations import PATHS
 from server.metrics import Metrics
@@ -119,27 +120,42 @@ class OperationsPort:
 
 
 class BodyLimit:
-    """Stops reading a body at `limit` bytes, announced or not: whoever reads on gets ApiError 413."""
+    """Stops reading a body at `limit` bytes, announced or not, and where it does not go on for `timeout_s`.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    Whoever reads on gets ApiError: 413, or 408.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
         self._app = app
         self._limit = limit
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         announced = Headers(scope=scope).get("content-length", "0")
-        received = 0
+        received, complete = 0, False
 
         async def receive_bounded() -> Message:
-            nonlocal received
+            nonlocal received, complete
+            if complete:
+                # What comes after the body is that the client goes away, which takes as long as it likes.
+                return await receive()
             if announced.isdecimal() and int(announced) > self._limit:
                 raise too_large(self._limit)
-            message = await receive()
+            message = await self._next(receive)
             received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if received > self._limit:
                 raise too_large(self._limit)
             return message
 
         await self._app(scope, receive_bounded, send)
+
+    async def _next(self, receive: Receive) -> Message:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await receive()
+        except TimeoutError:
+            raise too_slow(self._timeout_s) from None

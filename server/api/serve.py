@@ -18,10 +18,24 @@ WRITING_S = 5
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Closes connections whose request line and headers do not end within the bounds; those that do are for `limits.Guard` to judge."""
+    """Closes connections whose request line and headers do not end within the bounds; those that do are for `limits.Guard` to judge.
+
+    head_timeout_s: from the connection's beginning, or from the last answer's end.
+    """
+
+    head_timeout_s: float
 
     _unfinished = 0
     _in_head = True
+    _head_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_came()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -36,6 +50,26 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._in_head = False
+        self._head_came()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self._head_came()
+        self._head_due = self.loop.call_later(self.head_timeout_s, self._head_is_late)
+
+    def _head_came(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+
+    def _head_is_late(self) -> None:
+        # Of requests that came close behind one another the last may wait for its answer still.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_head()
+        else:
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -43,11 +77,16 @@ class Server(uvicorn.Server):
 
     def __init__(self, api: FastAPI) -> None:
         self._state: AppState = api.state.paellera
-        grace = math.ceil(self._state.settings.drain_timeout_s) + WRITING_S
-        proxies = self._state.settings.trusted_proxies
+        settings = self._state.settings
+        grace = math.ceil(settings.drain_timeout_s) + WRITING_S
+        proxies = settings.trusted_proxies
+
+        class Protocol(BoundedProtocol):
+            head_timeout_s = settings.receive_timeout_s
+
         config = uvicorn.Config(
             api,
-            http=BoundedProtocol,
+            http=Protocol,
             access_log=False,
             log_config=None,
             server_header=False,
