@@ -155,7 +155,9 @@ def arrange_for_steps(bundle: Bundle, kernels: Kernels = "auto") -> None:
             module.fold_condition()
         if isinstance(module, Denoiser | VQGAN) and small:
             module.pack(*grid)
-        if isinstance(module, Denoiser) and fused(kernels, (weight := next(module.parameters())).device, weight.dtype, module.config):
+        if isinstance(module, Denoiser | Prior) and fused(
+            kernels, (weight := next(module.parameters())).device, weight.dtype, module.config
+        ):
             module.fuse()
 
 

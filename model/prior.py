@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,27 @@ class Block(nn.Sequential):
         return self.get_parameter("0.weight").split(self._columns, dim=1)
 
 
+class BlockWeights(NamedTuple):
+    """A block's, but for the parts of its first projection that see text and time. Letters: D c_hidden, I inner channels.
+
+    first: [D, I], a view by columns. scale, shift: [I], of the first layer norm; last: [D, I]; last_scale, last_shift: [D].
+    """
+
+    first: Tensor
+    scale: Tensor
+    shift: Tensor
+    last: Tensor
+    last_scale: Tensor
+    last_shift: Tensor
+
+
+def plain_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
+    """h [B, D], and the text's and time's part [B, I] → [B, D]."""
+    y = torch.addmm(extra, h, w.first)
+    y = F.gelu(F.layer_norm(y, y.shape[-1:], w.scale, w.shift))
+    return h + F.layer_norm(F.linear(y, w.last), h.shape[-1:], w.last_scale, w.last_shift)
+
+
 class Prior(nn.Module):
     """Predicts the noise in x [B, D] at time t [B], given the text embedding [B, D]."""
 
@@ -48,10 +70,15 @@ class Prior(nn.Module):
         self._residual = tuple(Block(c) for _ in range(c.num_blocks))
         self.blocks = nn.ModuleList([nn.Linear(c.clip_r, c.c_hidden), *self._residual, nn.Linear(c.c_hidden, c.clip_r)])
         self._schedules: dict[int, Tensor] | None = None
+        self.fused = False
 
     def fold(self) -> None:
         """From now on the weights are fixed, so what depends on times alone is computed once."""
         self._schedules = {}
+
+    def fuse(self) -> None:
+        """From now on Triton's kernels compute the blocks of a few rows."""
+        self.fused = True
 
     def schedule(self, steps: int) -> tuple[list[float], Tensor]:
         """ᾱ at the steps' times and at the end, and the times' parts, [S, blocks, 1, 4·c_hidden]."""
@@ -79,16 +106,15 @@ class Prior(nn.Module):
         """
         enter, leave = (tuple(self.blocks[i].parameters()) for i in (0, -1))
         names = ("1.weight", "1.bias", "3.weight", "4.weight", "4.bias")
-        weights = tuple((block.shares()[0].T, *map(block.get_parameter, names)) for block in self._residual)
+        weights = tuple(BlockWeights(block.shares()[0].T, *map(block.get_parameter, names)) for block in self._residual)
 
         def predict(x: Tensor, extras: Iterable[Tensor], guidance: float | None = None) -> Tensor:
             h = F.linear(x, *enter)
             if guidance is not None:
                 h = torch.cat([h, h])
-            for (first, scale, shift, last, last_scale, last_shift), extra in zip(weights, extras, strict=True):
-                y = torch.addmm(extra, h, first)
-                y = F.gelu(F.layer_norm(y, y.shape[-1:], scale, shift))
-                h = h + F.layer_norm(F.linear(y, last), h.shape[-1:], last_scale, last_shift)
+            block = self._block_for(len(h))
+            for own, extra in zip(weights, extras, strict=True):
+                h = block(h, extra, own)
             if guidance is not None:
                 # The last map is linear and the shares add up to one, so one mixed row leaves instead of two.
                 conditional, unconditional = h.float().chunk(2)
@@ -96,6 +122,13 @@ class Prior(nn.Module):
             return F.linear(h, *leave)
 
         return predict
+
+    def _block_for(self, rows: int) -> Callable[[Tensor, Tensor, BlockWeights], Tensor]:
+        if not self.fused:
+            return plain_block
+        from model.kernels.fused.prior_block import ROWS, prior_block
+
+        return prior_block if rows <= ROWS else plain_block
 
     def forward(self, x: Tensor, t: Tensor, clip_text: Tensor) -> Tensor:
         """Predicted noise [B, D], with nothing computed beforehand."""

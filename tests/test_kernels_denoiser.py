@@ -1,4 +1,4 @@
-"""A denoiser that Triton's kernels compute is the plain one, whoever decides that they do. Interpreted where there is no CUDA device."""
+"""What Triton's kernels compute is what plain networks compute, whoever decides that they do. Interpreted where there is no CUDA device."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.config import PriorConfig
 from model.denoiser import Denoiser
 from model.denoiser_blocks import ConvBlock
 from model.kernels.choice import fused
 from model.kernels.fused import trial
 from model.pipeline import Drawing, Eager, Pipeline, PipelineV3
+from model.prior import Prior, sample
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config, randomise
@@ -38,6 +40,15 @@ def test_every_sampler_draws_the_same_codes_fused_or_not(pipeline: Pipeline, sam
     assert torch.equal(Eager(bundle).draw(sampler, features, drawing), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9], ids=["one picture", "three", "more than the kernels are for"])
+def test_a_fused_prior_imagines_what_the_plain_one_imagines(rows):
+    prior = Prior(PriorConfig(c_hidden=24, c_r=8, clip_r=16, num_blocks=3)).eval().requires_grad_(False)
+    given = torch.randn(rows, 16), torch.randn(4, rows, 16)
+    expected = sample(prior, *given, guidance=2.0)
+    prior.fuse()
+    torch.testing.assert_close(sample(prior, *given, guidance=2.0), expected, atol=1e-4, rtol=1e-4)
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = micro_config().denoiser
 
@@ -59,13 +70,16 @@ def test_kernels_that_are_wrong_or_do_not_compile_are_not_chosen_and_the_log_say
 
 def test_the_trial_passes_kernels_that_agree_and_names_one_that_does_not(monkeypatch):
     assert trial.disagreeing(CPU, torch.float32, CONFIG) == []
+    assert trial.disagreeing(CPU, torch.float32, micro_config().prior) == []
+    monkeypatch.setattr(trial, "prior_block", lambda h, extra, w: h)
+    assert trial.disagreeing(CPU, torch.float32, micro_config().prior) == ["prior_block"]
     monkeypatch.setattr(trial, "gelu_response", lambda x, gamma, beta: torch.full_like(x, torch.nan))
     assert trial.disagreeing(CPU, torch.float32, CONFIG) == [f"gelu_response of {C} channels" for C in sorted({*CONFIG.c_hidden})]
 
 
-def test_the_setting_decides_for_the_server_s_denoiser(random_bundle):
+def test_the_setting_decides_for_the_server_s_networks(random_bundle):
     for kernels in ("torch", "triton", "auto"):
         runner = Runner(Settings(weights=str(random_bundle), device="cpu", dtype="float32", kernels=kernels))
         (pipeline,) = runner._pipelines.values()
         assert isinstance(pipeline, PipelineV3)
-        assert pipeline.bundle.denoiser.fused == (kernels == "triton")
+        assert pipeline.bundle.denoiser.fused == pipeline.bundle.prior.fused == (kernels == "triton")

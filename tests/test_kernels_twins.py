@@ -13,6 +13,8 @@ from load_tests.gpu.recorders import poisoned_memory
 from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.fused.draw import SAMPLERS, draw, plain_draw
 from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
+from model.kernels.fused.prior_block import ROWS, prior_block
+from model.prior import BlockWeights, plain_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -78,9 +80,32 @@ def test_of_equal_logits_the_first_code_is_the_largest():
     assert draw("argmax", torch.ones(1, 16, device=DEVICE), weight, torch.ones(1, device=DEVICE), torch.ones(1, device=DEVICE)).item() == 70
 
 
+def block_weights(D: int, inner: int, dtype: torch.dtype) -> BlockWeights:
+    """The first is a view by columns, as a prior has it."""
+    first = random(inner, D + 7, dtype=dtype)[:, :D].T
+    return BlockWeights(first, *(random(inner, dtype=dtype) for _ in range(2)), random(D, inner, dtype=dtype), *random(2, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter multiplies bfloat16's bits as whole numbers
+@pytest.mark.parametrize(("rows", "D", "inner"), [(1, 40, 160), (5, 280, 530), (ROWS, 16, 300)])
+def test_a_prior_s_block_in_three_kernels_is_the_plain_one(rows, D, inner, dtype):
+    h, extra, w = random(rows, D, dtype=dtype), random(rows, inner, dtype=dtype), block_weights(D, inner, dtype)
+    exact = plain_block(h.float(), extra.float(), BlockWeights(*(part.float() for part in w)))
+    assert error(prior_block(h, extra, w), exact) < LIMITS[dtype]
+
+
+def test_a_prior_s_row_has_the_same_bits_whatever_other_rows_there_are():
+    h, extra, w = random(ROWS, 40), random(ROWS, 160), block_weights(40, 160, torch.float32)
+    together = prior_block(h, extra, w)
+    h[1:] = torch.nan
+    assert torch.equal(prior_block(h, extra, w)[0], together[0])
+    assert torch.equal(prior_block(h[:1], extra[:1], w)[0], together[0])
+
+
 def test_every_kernel_is_put_beside_its_twin_and_its_twin_in_fp32():
-    made = list(cases(Shape(rows=1, side=2, channels=8, codes=32, features=16), DEVICE, torch.float32))
-    assert {case.name.split(",")[0] for case in made} == {"depthwise norm", "GELU and response norm", "multinomial", "argmax"}
+    made = list(cases(Shape(rows=1, side=2, channels=8, codes=32, features=16, prior=8), DEVICE, torch.float32))
+    names = {"depthwise norm", "GELU and response norm", "multinomial", "argmax", "prior blocks"}
+    assert {case.name.split(",")[0] for case in made} == names
     for case in made:
         assert case.judge().good, case.name
         assert case.bytes > 0

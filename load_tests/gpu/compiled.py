@@ -28,7 +28,7 @@ import torch
 from rich.table import Table
 
 from load_tests.batching import numbers
-from load_tests.gpu.kernels import DRAWN, SHAPES, cases
+from load_tests.gpu.kernels import ALL_SHAPES, cases
 from load_tests.report import Report
 
 _COMMAND = "python -m load_tests.gpu.compiled"
@@ -101,7 +101,7 @@ def compiled(capability: int, dtype: torch.dtype) -> Iterator[Compiled]:
     """Every kernel of every published shape, each once. Raises what Triton's compiler raises."""
     seen = set()
     with _compiling(capability) as launched:
-        for shape in (*SHAPES, *DRAWN):
+        for shape in ALL_SHAPES:
             for case in cases(shape, "meta", dtype):
                 case.kernel()
                 for kernel, grid in launched:

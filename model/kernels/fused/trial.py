@@ -10,10 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.config import DenoiserConfig
+from model.config import DenoiserConfig, PriorConfig
 from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.fused.draw import SAMPLERS, Fused, draw, plain_draw, supported
 from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
+from model.kernels.fused.prior_block import prior_block
+from model.prior import BlockWeights, plain_block
 
 _ERROR, _AGREEMENT = 0.05, 0.9
 _TOKENS = 70
@@ -21,13 +23,15 @@ _TOKENS = 70
 Random = Callable[..., Tensor]
 
 
-def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig) -> list[str]:
-    """The kernels whose results are not their twins'. Raises whatever a kernel raises that does not compile there."""
+def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig) -> list[str]:
+    """The network's kernels whose results are not their twins'. Raises whatever a kernel raises that does not compile there."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
+    if isinstance(config, PriorConfig):
+        return [] if _prior_error(random, config) < _ERROR else ["prior_block"]
     wrong = [
         f"{name} of {C} channels" for C in sorted({*config.c_hidden}) for name, error in _errors(random, C).items() if not error < _ERROR
     ]
@@ -53,6 +57,14 @@ def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
         return 1.0
     given = features, weight, random(_TOKENS).float().exp(), random(_TOKENS).float().sigmoid()
     return (draw(sampler, *given) == plain_draw(sampler, *given)).float().mean().item()
+
+
+def _prior_error(random: Random, config: PriorConfig) -> float:
+    D, inner = config.c_hidden, 4 * config.c_hidden
+    first = (random(inner, D + config.clip_r + config.c_r) / D**0.5)[:, :D].T
+    weights = BlockWeights(first, random(inner), random(inner), random(D, inner) / inner**0.5, random(D), random(D))
+    given = random(3, D), random(3, inner), weights
+    return _error(prior_block(*given), plain_block(*given))
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
