@@ -71,6 +71,8 @@ _TOKENS_DRAWN_AT_ONCE = 2**15
 
 # The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings [B, D'].
 Imagine = Callable[[Tensor, Tensor], Tensor]
+# The decoder: codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device.
+Pictures = Callable[[Tensor], Tensor]
 
 
 class Executor(Protocol):
@@ -128,6 +130,7 @@ class Pipeline(ABC):
         weight = next(bundle.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.executor: Executor = Eager(bundle)
+        self.pictures: Pictures = self._pictures
         self._times: dict[tuple[int, Schedule], Tensor] = {}
         self._lanes: Lanes | None = None
 
@@ -263,8 +266,7 @@ class Pipeline(ABC):
         return tokens
 
     @torch.inference_mode()
-    def pictures(self, tokens: Tensor) -> Tensor:
-        """Codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device."""
+    def _pictures(self, tokens: Tensor) -> Tensor:
         image = self.bundle.vqgan.decode(tokens).float().clamp_(0, 1).mul_(255).round_()
         return image.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

@@ -50,6 +50,16 @@ class ConditionV1:
         """Conditions of one row each → one of many; if one of them differs by position, all are spread out."""
         return cls(tuple(torch.cat(_spread(level)) for level in zip(*(c.levels for c in conditions), strict=True)))
 
+    @property
+    def length(self) -> int:
+        """Positions that it tells apart."""
+        return self.levels[0].shape[1:3].numel()
+
+    def put(self, row: int, other: ConditionV1) -> None:
+        """Overwrites one row with a condition of one row that tells as many positions apart."""
+        for own, level in zip(self.levels, other.levels, strict=True):
+            own[row] = level[0]
+
     def blended(self, others: Sequence[ConditionV1], coverage: Tensor) -> ConditionV1:
         """One condition that differs by position. coverage: [1 + others, H, W], adding up to one: how much this and each other counts.
 
@@ -139,6 +149,11 @@ class DenoiserV1(nn.Module):
         """A level's blocks on the way down, then on the way up: the order of its modulation."""
         parts = (self.down_blocks[level], self.up_blocks[-1 - level])
         return [block for part in parts for block in part.children() if isinstance(block, Block)]
+
+    @property
+    def modulation_widths(self) -> list[int]:
+        """S of every level."""
+        return [2 * width * len(self._blocks_of(level)) for level, width in enumerate(self.widths)]
 
     def forward(self, tokens: Tensor, clip: Tensor, r: Tensor) -> Tensor:
         """Logits [B, K, H, W] of the clean tokens.

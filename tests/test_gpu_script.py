@@ -38,7 +38,13 @@ def test_without_a_device_it_says_so_in_a_line_and_measures_nothing(monkeypatch,
 def test_all_is_checked_and_every_stage_is_put_beside_its_floor(capsys, tmp_path):
     report = run(capsys, "--part", "checks", "stages", "--families", "v3", "--rows", "1", "--out", str(tmp_path))
     checked = {row["check"] for row in report["checks"]}
-    assert {"logits in float16", "prior in bfloat16", "features of 3 rows, replayed", "argmax draw of 2 rows, replayed"} <= checked
+    assert {
+        "logits in float16",
+        "prior in bfloat16",
+        "features of 3 rows, replayed",
+        "argmax draw of 2 rows, replayed",
+        "pixels of 1 rows, replayed",
+    } <= checked
     for executor in ("eager", "graphs"):
         rows = [row for row in report["stages"] if row.get("executor") == executor]
         assert {row["stage"] for row in rows} == STAGES
@@ -47,9 +53,9 @@ def test_all_is_checked_and_every_stage_is_put_beside_its_floor(capsys, tmp_path
         assert json.loads((tmp_path / f"{part}.json").read_text()) == report[part]
 
 
-def test_v1_is_measured_eagerly_and_the_published_sampler_beside_ours(capsys, tmp_path):
+def test_v1_is_measured_as_v3_is_and_the_published_sampler_beside_ours(capsys, tmp_path):
     report = run(capsys, "--part", "stages", "transcription", "profile", "--rows", "1", "--families", "v1", "v3", "--out", str(tmp_path))
-    assert {row["executor"] for row in report["stages"] if row.get("family") == "v1" and "executor" in row} == {"eager"}
+    assert {row["executor"] for row in report["stages"] if row.get("family") == "v1" and "executor" in row} == {"eager", "graphs"}
     assert {row["sampler"].split(",")[0] for row in report["transcription"]} == {"ours", "published"}
     assert all(row["kernels_ms"] for row in report["profile"] if row["launches"])
     assert (tmp_path / "profiles" / "v3-1-step.txt").read_text()

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.operations import Row
+from model.operations import Region, Row
 from model.pipeline import Pipeline, PipelineV3
-from server.engine.graphs import SAMPLERS, Bucket, Graphs, buckets
+from server.engine.buckets import Bucket, buckets
+from server.engine.graphs import Graphs
+from server.engine.picture_graphs import PictureGraphs
 from server.engine.prior_graphs import PriorGraphs
 from server.engine.protocol import Count
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config
-from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
+from tests.test_pipeline import PLAIN, PROMPTS, SAMPLERS, agreement, row, run
 
 GRID = (8, 8)
 LENGTHS = (16, 80)
@@ -177,8 +179,8 @@ def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settin
     captures = runner.counters["graph_captures", "false"]
     for width, height in ((32, 32), (32, 64), (64, 64)):
         pipeline.generate(["red apple"], [0], PLAIN, width=width, height=height)
-    # The size 64×64 has no graph, 40×40 is none of its sizes; each picture's prior is one.
-    assert runner.counters["graph_replays", ""] == 2 * 2 * PLAIN.steps + 3
+    # The size 64×64 has no graph, 40×40 is none of its sizes; each picture's prior is one, and so is what decodes the others.
+    assert runner.counters["graph_replays", ""] == 2 * 2 * PLAIN.steps + 3 + 2
     assert runner.counters["graph_eager_steps", ""] == PLAIN.steps
     assert captures == runner.counters["graph_captures", "false"]
     assert not runner.counters["graph_captures", "true"]
@@ -204,6 +206,62 @@ def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
     assert counters["graph_replays", ""] == 3
     graphs(torch.randn(5, width), torch.randn(steps, 5, width))
     assert counters["graph_replays", ""] == 3
+
+
+def test_pictures_replayed_are_those_decoded_eagerly_for_any_number_and_size_of_them(pipeline):
+    counters: Counter[Count] = Counter()
+    graphs = PictureGraphs(pipeline, [GRID, (8, 16)], (1, 4), rerun, counters)
+    graphs.record_all()
+    tokens = [torch.randint(64, (count, *grid)) for count, grid in ((3, GRID), (1, (8, 16)), (2, GRID))]
+    decoded = [graphs(each) for each in tokens]
+    for each, pictures in zip(tokens, decoded, strict=True):  # after all of them: a replay takes nothing away from those before it
+        assert (pictures.int() - pipeline.pictures(each).int()).abs().max() <= 1
+    assert (counters["graph_captures", "false"], counters["graph_replays", ""]) == (4, 3)
+    for odd in (torch.randint(64, (5, *GRID)), torch.randint(64, (1, 16, 16))):
+        assert torch.equal(graphs(odd), pipeline.pictures(odd))
+    assert counters["graph_replays", ""] == 3
+
+
+V1 = replace(PLAIN, temperature=(1.0, 1.0), schedule="cosine")
+
+
+@pytest.fixture(scope="module")
+def v1(random_v1_bundle) -> Pipeline:
+    return Pipeline.load(random_v1_bundle)
+
+
+@pytest.fixture
+def v1_graphs(v1: Pipeline) -> Iterator[Graphs]:
+    """As `graphs`."""
+    made = Graphs(v1, buckets(v1.config, 4, [v1.config.native_size]), rerun, Counter())
+    made.record_all()
+    eager, v1.executor = v1.executor, made
+    yield made
+    v1.executor = eager
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "argmax", "typical"])
+def test_rows_of_v1_draw_what_they_draw_eagerly(v1, v1_graphs, sampler):
+    def rows() -> list[Row]:
+        configs = [replace(V1, sampler=sampler), replace(V1, guidance=(1.0, 1.0)), replace(V1, guidance_steps=2, sampler="argmax")]
+        return [row(v1, prompt, seed, config) for seed, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=False))]
+
+    for replayed, expected in zip(run(v1, *rows()), run(Pipeline.of(v1.bundle), *rows()), strict=True):
+        assert agreement(replayed, expected) >= 0.99
+    assert not v1_graphs.counters["graph_eager_steps", ""]
+    assert v1_graphs.counters["graph_captures", "false"] == 6 + 3 * 3
+
+
+def test_rows_of_v1_with_regions_are_computed_eagerly_beside_others(v1, v1_graphs):
+    def rows() -> list[Row]:
+        (other,) = v1.encode(["red"])
+        plain, own = row(v1), row(v1, seed=1)
+        region = Region(v1.condition(other), torch.eye(16))
+        return [plain, v1.start(own.noise, own.sampling, own.conditional, own.unconditional, [region])]
+
+    for replayed, expected in zip(run(v1, *rows()), run(Pipeline.of(v1.bundle), *rows()), strict=True):
+        assert agreement(replayed, expected) >= 0.99
+    assert v1_graphs.counters["graph_eager_steps", ""] == PLAIN.steps
 
 
 def test_what_cannot_be_recorded_is_computed_eagerly(pipeline):

@@ -19,7 +19,9 @@ from model.bundle import Bundle, BundleV3
 from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
 from model.prior import Block
-from server.engine.graphs import Graphs, buckets
+from server.engine.buckets import buckets, grids
+from server.engine.graphs import Graphs
+from server.engine.picture_graphs import PictureGraphs
 from server.engine.prior_graphs import PriorGraphs
 from server.engine.recording import Recorder
 
@@ -51,22 +53,20 @@ class Batch:
         self.unconditional = pipeline.condition(negative)
         self.tokens = torch.stack([noise.start for noise in self.noises]).to(pipeline.device)
 
-    @property
-    def recordable(self) -> bool:
-        """v1's steps are not."""
-        return isinstance(self.pipeline, PipelineV3)
-
     def record(self, recorder: Recorder | None = None, beside: Recorder | None = None, *, room_for: int | None = None) -> None:
-        """From now on the pipeline replays these shapes, where it is recordable. room_for: rows of the graphs; default: as many as here."""
+        """From now on the pipeline replays these shapes. room_for: rows of the graphs; default: as many as here."""
         p, rows = self.pipeline, room_for or self.rows
-        if not isinstance(p, PipelineV3):
-            return
         own = [b for b in buckets(p.config, rows, [self.size]) if b.rows == rows and b.branches == 2]
         graphs = Graphs(p, own[:1], recorder or recorder_for(p.device), Counter())  # of the shortest texts, as these are
         graphs.record_all()
-        imagine = PriorGraphs(p, [rows], beside or recorder_for(p.device), Counter())
-        imagine.record_all()
-        p.executor, p.imagine = graphs, imagine
+        beside = beside or recorder_for(p.device)
+        pictures = PictureGraphs(p, grids(p.config, [self.size]), [rows], beside, Counter())
+        pictures.record_all()
+        p.executor, p.pictures = graphs, pictures
+        if isinstance(p, PipelineV3):
+            imagine = PriorGraphs(p, [rows], beside, Counter())
+            imagine.record_all()
+            p.imagine = imagine
 
     def started(self, steps: int) -> list[Row]:
         """Rows with conditions of their own, as every request brings some: the pipeline would otherwise keep the last stacked ones."""

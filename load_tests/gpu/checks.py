@@ -21,7 +21,6 @@ from model.config import Sampler
 from model.pipeline import Drawing, Eager, Lanes, Pipeline, PipelineV3
 from model.runtime import send
 from model.text import Prompt
-from server.engine.graphs import SAMPLERS
 
 # A network of a hundred layers adds up its roundings, of which fp16 has eleven bits and bf16 eight.
 LIMITS = {torch.float32: 0.001, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -113,8 +112,6 @@ def _graphs(family: Family, options: Options) -> Iterator[Check]:
     bundle = options.bundle(family)
     for rows in _ROWS:
         eager, replayed = (Batch(Pipeline.of(bundle), rows, options.size(family)) for _ in range(2))
-        if not eager.recordable:
-            return
         recorders = (poisoned(recorder_for(options.device)) for _ in range(2))
         replayed.record(*recorders, room_for=max(_ROWS))
         yield from (replace(check, check=f"{check.check} of {rows} rows, replayed") for check in _compared(eager, replayed))
@@ -125,8 +122,10 @@ def _compared(eager: Batch, replayed: Batch) -> Iterator[Check]:
     both, limit = (replayed, eager), LIMITS[eager.pipeline.dtype]
     found, expected = (_features(batch) for batch in both)
     yield Check("features", error(found, expected), limit)
-    yield Check("prior", error(*(torch.cat(b.pipeline.image_embeddings(b.prompts, b.noises)) for b in both)), limit)
-    for sampler in SAMPLERS:
+    yield Check("pixels", error(*(batch.pipeline.pictures(batch.tokens) for batch in both)), limit)
+    if isinstance(eager.pipeline, PipelineV3):
+        yield Check("prior", error(*(torch.cat(b.pipeline.image_embeddings(b.prompts, b.noises)) for b in both)), limit)
+    for sampler in eager.pipeline.config.samplers:
         drawn, again = (_draw(batch, sampler, expected) for batch in both)
         yield Check(f"{sampler} draw", agreement(drawn, again), _AGREEMENT, agreement=True)
     # How far roundings lead apart is to be known; no limit says how far they may.

@@ -48,13 +48,12 @@ class _Judge:
 
 
 def _measure(bundle: Bundle, side: int, rows: int, judge: _Judge, options: Options) -> None:
-    """Eagerly where that is all there is, or for one picture; by graphs where steps are recorded."""
+    """By graphs, and for one picture eagerly too."""
     batch = Batch(Pipeline.of(bundle), rows, (side, side))
-    if rows == 1 or not batch.recordable:
+    if rows == 1:
         _measure_stages(batch, "eager", judge, options)
-    if batch.recordable:
-        batch.record()
-        _measure_stages(batch, "graphs", judge, options)
+    batch.record()
+    _measure_stages(batch, "graphs", judge, options)
     judge.results.add({**judge.where, "stage": "memory", **memory(options.device)})
 
 

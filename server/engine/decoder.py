@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from server.engine.failures import Attempts
 from server.engine.protocol import Image
-from server.engine.runner import Decoding, Runner
+from server.engine.runner import DECODE_ROWS, Decoding, Runner
 from server.engine.scheduler import Pool, RowId
-
-# Rows decoded at once: nobody's step waits for more than one decode of so many.
-DECODE_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,58 +8,24 @@ Letters: B rows, N branches, H W token grid, L condition tokens, C channels.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import sampling
-from model.config import BundleV3Config, Sampler
-from model.denoiser import Condition, Denoiser
-from model.pipeline import Drawing, Eager, Lanes, PipelineV3
+from model.config import Sampler
+from model.operations import AnyCondition
+from model.pipeline import Drawing, Eager, Lanes, Pipeline
 from model.runtime import send
+from server.engine.buckets import Bucket, Memory
 from server.engine.protocol import Count
 from server.engine.recording import Function, Recorder, Recording, recorded
-from server.engine.scheduler import LENGTHS
-
-SAMPLERS: tuple[Sampler, ...] = ("multinomial", "argmax", "typical", "quant")
-
-
-class Bucket(NamedTuple):
-    """The shapes of one graph. branches: lanes of each row, 1 or 2; length: condition tokens of each lane."""
-
-    grid: tuple[int, int]
-    rows: int
-    branches: int
-    length: int
-
-    @property
-    def lanes(self) -> int:
-        return self.rows * self.branches
-
-    @property
-    def work(self) -> int:
-        return self.lanes * math.prod(self.grid)
-
-
-def row_counts(most: int) -> list[int]:
-    """Powers of two, and the most."""
-    return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
-
-
-def buckets(config: BundleV3Config, max_rows: int, sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
-    """What a server records: these picture sizes (width, height), rows in powers of two, the scheduler's classes of condition lengths."""
-    # A class counts a text's bytes; CLIP's text and image follow them.
-    longest, clip = config.byt5.max_bytes, 2 * config.denoiser.clip_seq_len
-    lengths = sorted({min(length, longest) + clip for length in LENGTHS})
-    grids = [(height // config.vqgan.downscale, width // config.vqgan.downscale) for width, height in sizes]
-    return [Bucket(*shape) for shape in product(grids, row_counts(max_rows), (1, 2), lengths)]
 
 
 @dataclass
@@ -69,7 +35,7 @@ class _Step:
     tokens: Tensor  # [B, H, W]
     times: Tensor  # [B, S]
     share: Tensor  # [N]
-    condition: Condition  # N rows, L long
+    condition: AnyCondition  # N rows, L long
     recording: Recording
 
 
@@ -83,14 +49,15 @@ class _Draw:
 
 
 class Graphs:
-    """Stands in for `Eager` where shapes repeat. What v1's denoiser reads of a prompt is not recorded.
+    """Stands in for `Eager` where shapes repeat. What differs by position, as regions do, is not recorded.
 
     recorder: how a function is recorded; a test brings one that needs no GPU. counters: where to count captures, replays and eager steps.
     """
 
-    def __init__(self, pipeline: PipelineV3, buckets: Iterable[Bucket], recorder: Recorder, counters: Counter[Count]) -> None:
+    def __init__(self, pipeline: Pipeline, buckets: Iterable[Bucket], recorder: Recorder, counters: Counter[Count]) -> None:
         self.eager, self.denoiser, self.counters = Eager(pipeline.bundle), pipeline.bundle.denoiser, counters
         self._recorder, self._device, self._all_recorded = recorder, pipeline.device, False
+        self._samplers = pipeline.config.samplers
         # The largest first: the others then find their memory in the pool.
         self._buckets = sorted(set(buckets), key=lambda b: (b.work, b.lanes * b.length), reverse=True)
         self._steps: dict[Bucket, _Step] = {}
@@ -101,12 +68,12 @@ class Graphs:
     @torch.inference_mode()
     def record_all(self) -> None:
         """Records every bucket's step, and every sampler's draw for its rows."""
-        memory = _Memory(self.denoiser, self._buckets, self._device)
+        memory = Memory(self.denoiser, self._buckets, self._device)
         for bucket in self._buckets:
             if step := self._record_step(bucket, memory):
                 self._steps[bucket] = step
         examples = {(bucket.rows, bucket.grid): step.recording.output for bucket, step in self._steps.items()}
-        for sampler, ((rows, grid), example) in product(SAMPLERS, examples.items()):
+        for sampler, ((rows, grid), example) in product(self._samplers, examples.items()):
             if draw := self._record_draw(sampler, example):
                 self._draws[sampler, rows, grid] = draw
         self._all_recorded = True
@@ -132,7 +99,7 @@ class Graphs:
         if self._loaded is not None and self._loaded[1] is lanes and self._loaded[0].grid == (H, W):
             return self._loaded[0]
         branches = max(sum(i == row for i, _ in lanes.members) for row in range(B))
-        length = max(condition.length for _, condition in _members(lanes))
+        length = max(condition.length for _, condition in lanes.members)
         fitting = [b for b in self._steps if b.grid == (H, W) and b.rows >= B and b.branches >= branches and b.length >= length]
         return min(fitting, key=lambda b: (b.work, b.length), default=None)
 
@@ -144,9 +111,9 @@ class Graphs:
         """
         if self._loaded is None or self._loaded[:2] != (bucket, lanes):
             places = [len(lanes.members)] * bucket.lanes
-            target = self._steps[bucket].condition
+            target: Any = self._steps[bucket].condition  # of the same kind as the members
             used = dict.fromkeys(range(bucket.rows), 0)
-            for place, (row, condition) in enumerate(_members(lanes)):
+            for place, (row, condition) in enumerate(lanes.members):
                 lane = row * bucket.branches + used[row]
                 places[lane] = place
                 for own in range(lane, (row + 1) * bucket.branches):
@@ -155,8 +122,9 @@ class Graphs:
             self._loaded = bucket, lanes, send(places, self._device)
         return self._loaded[2]
 
-    def _record_step(self, bucket: Bucket, memory: _Memory) -> _Step | None:
-        denoiser, rows = self.denoiser, bucket.rows
+    def _record_step(self, bucket: Bucket, memory: Memory) -> _Step | None:
+        rows = bucket.rows
+        denoiser: Any = self.denoiser  # which reads conditions of the kind that its memory has
         tokens, times, share, condition = memory.views(bucket)
         row_of = torch.arange(rows, device=self._device).repeat_interleave(bucket.branches)
 
@@ -195,28 +163,3 @@ class Graphs:
     def _replay(self, recording: Recording) -> None:
         recording.replay()
         self.counters["graph_replays", ""] += 1
-
-
-def _members(lanes: Lanes) -> list[tuple[int, Condition]]:
-    """Its rows and conditions, which are of the kind that a `PipelineV3` makes."""
-    return cast(list[tuple[int, Condition]], lanes.members)
-
-
-class _Memory:
-    """The inputs of all steps, allocated once for the largest; graphs that never run at once can read the same memory."""
-
-    def __init__(self, denoiser: Denoiser, buckets: Iterable[Bucket], device: torch.device) -> None:
-        buckets = list(buckets)
-        keys = max(b.lanes * b.length for b in buckets)
-        self.tokens = torch.zeros(max(b.rows * math.prod(b.grid) for b in buckets), dtype=torch.int64, device=device)
-        self.times = denoiser.times(torch.ones(max(b.rows for b in buckets), device=device))
-        self.share = torch.zeros(max(b.lanes for b in buckets), device=device)
-        self.kv = self.times.new_zeros(keys, denoiser.condition_width)
-        self.mask = torch.ones(keys, dtype=torch.bool, device=device)
-
-    def views(self, b: Bucket) -> tuple[Tensor, Tensor, Tensor, Condition]:
-        """(tokens, times, share, condition) in a bucket's shapes."""
-        keys = b.lanes * b.length
-        condition = Condition(self.kv[:keys].view(b.lanes, b.length, -1), self.mask[:keys].view(b.lanes, b.length))
-        tokens = self.tokens[: b.rows * math.prod(b.grid)].view(b.rows, *b.grid)
-        return tokens, self.times[: b.rows], self.share[: b.lanes], condition

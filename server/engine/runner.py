@@ -19,9 +19,11 @@ from model.config import SamplingConfig, find_bundle
 from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
 from model.runtime import pick_device, pick_dtype, use
+from server.engine.buckets import buckets, grids, row_counts
 from server.engine.cache import Cache
 from server.engine.conditions import Conditions, size, tensors_in
-from server.engine.graphs import Graphs, buckets, row_counts
+from server.engine.graphs import Graphs
+from server.engine.picture_graphs import PictureGraphs
 from server.engine.prior_graphs import PriorGraphs
 from server.engine.protocol import Count, Image, Job
 from server.engine.recording import CUDARecorder, Recorder
@@ -30,6 +32,8 @@ from server.engine.starting import Starter, Wanted
 from server.engine.streams import Mark, Streams
 from server.settings import Settings
 
+# Rows decoded at once: nobody's step waits for more than one decode of so many.
+DECODE_ROWS = 4
 # At most about so long does a start take for the largest batch.
 WARM_UP_S = 5.0
 
@@ -139,7 +143,7 @@ class Runner:
             began, sampling = time.perf_counter(), pipeline.config.recipe.sampling(steps=2)
             pipeline.generate(["warm"], [0], sampling)
             self._warm_up_together(pipeline, sampling, time.perf_counter() - began)
-            if self.device.type == "cuda" and self._settings.cuda_graphs and isinstance(pipeline, PipelineV3):
+            if self.device.type == "cuda" and self._settings.cuda_graphs:
                 self.record_graphs(pipeline, lambda: CUDARecorder(self.device))
 
     def _warm_up_together(self, pipeline: Pipeline, sampling: SamplingConfig, seconds: float) -> None:
@@ -148,15 +152,20 @@ class Runner:
         rows = max(1, min(self._settings.max_batch_rows, int(WARM_UP_S / seconds)))
         pipeline.generate(["warm " * LENGTHS[-1]] * rows, range(rows), sampling)
 
-    def record_graphs(self, pipeline: PipelineV3, new_recorder: Callable[[], Recorder]) -> None:
+    def record_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
         """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings.
-        The prior's are too, and as they run beside the others they have a recorder of their own."""
+        Pictures and the prior are too, and as they run beside the others they have a recorder of their own."""
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
         most = self._settings.max_batch_rows
         graphs = Graphs(pipeline, buckets(pipeline.config, most, fitting), new_recorder(), self.counters)
         graphs.record_all()
-        imagine = PriorGraphs(pipeline, row_counts(most), new_recorder(), self.counters)
-        imagine.record_all()
-        pipeline.executor, pipeline.imagine = graphs, imagine
+        beside = new_recorder()
+        pictures = PictureGraphs(pipeline, grids(pipeline.config, fitting), row_counts(DECODE_ROWS), beside, self.counters)
+        pictures.record_all()
+        pipeline.executor, pipeline.pictures = graphs, pictures
+        if isinstance(pipeline, PipelineV3):
+            imagine = PriorGraphs(pipeline, row_counts(most), beside, self.counters)
+            imagine.record_all()
+            pipeline.imagine = imagine
