@@ -129,6 +129,14 @@ class Row:
         return parts.to(self.tokens.device, non_blocking=True)
 
 
+def kept(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
+    """Where rows' tokens stay as they are and which they are, [B, H, W] each; None if no row keeps any."""
+    if all(row.kept is None for row in rows):
+        return None
+    each = [row.kept or Kept(row.tokens, torch.zeros_like(row.tokens, dtype=torch.bool)) for row in rows]
+    return torch.stack([own.keep for own in each]), torch.stack([own.tokens for own in each])
+
+
 def _prompt_coverage(regions: Sequence[Region]) -> Tensor:
     """[1 + regions, H, W]: where the prompt counts, then each region's; they add up to one."""
     weights = torch.stack([region.weight for region in regions])

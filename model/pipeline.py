@@ -224,11 +224,20 @@ class Pipeline(ABC):
         drawn = self._draw(rows, features, Drawing(uniform, inverse, mass))
         source = torch.stack([row.source for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
-        fresh = sampling.renoise(drawn, source, uniform, probability)
-        # A copy, because an executor may draw the next rows into the same memory.
-        for row, clean, tokens in zip(rows, drawn.clone(), fresh, strict=True):
-            row.drawn, row.tokens = row.pinned(clean), row.pinned(tokens)
+        # Not in the memory that was drawn into, because an executor may draw the next rows there.
+        settled = self._settle(drawn, source, uniform, probability, operations.kept(rows))
+        for row, clean, tokens in zip(rows, *settled, strict=True):
+            row.drawn, row.tokens = clean, tokens
             row.step += 1
+
+    @cached_property
+    def _settle(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`sampling.settle`, or the kernel where the denoiser has some."""
+        if not (isinstance(self.bundle.denoiser, Denoiser) and self.bundle.denoiser.fused):
+            return sampling.settle
+        from model.kernels.fused.settle import settle
+
+        return settle
 
     def _shares(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
         """What every branch counts: [N], or [N, H, W] where a row has regions."""

@@ -110,6 +110,20 @@ def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor)
     return torch.where(uniform <= probability[:, None, None], start, tokens)
 
 
+def settle(
+    drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a step leaves, both [B, H, W] and in memory of their own: the picture as far as it has come, and what the next step reads.
+
+    drawn, source [B, H, W]: this step's tokens, and what takes the place of those that become noise again; uniform, probability as for
+    `renoise`. kept: where tokens stay as they are (True) and which they are, [B, H, W] each.
+    """
+    following = renoise(drawn, source, uniform, probability)
+    if kept is None:
+        return drawn.clone(), following
+    return torch.where(*kept, drawn), torch.where(*kept, following)
+
+
 def mix(branches: Tensor, row_of: Tensor, share: Tensor, rows: int) -> Tensor:
     """Guidance: features of all branches [N, H, W, C] → features of rows [B, H, W, C], summed in fp32.
 

@@ -11,7 +11,7 @@ import pytest
 
 from load_tests.gpu.compiled import Compiled
 
-KERNELS = {"depthwise_norm", "gelu_energy", "scales", "apply", "multinomial", "argmax", "expand", "contract", "join"}
+KERNELS = {"depthwise_norm", "gelu_energy", "scales", "apply", "multinomial", "argmax", "expand", "contract", "join", "settle"}
 
 
 def test_at_the_published_sizes_every_kernel_compiles_for_a100_and_h100_and_fits_them():

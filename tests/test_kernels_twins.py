@@ -10,10 +10,12 @@ from torch import Tensor
 
 from load_tests.gpu.kernels import Shape, cases
 from load_tests.gpu.recorders import poisoned_memory
+from model import sampling
 from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.fused.draw import SAMPLERS, draw, plain_draw
 from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
 from model.kernels.fused.prior_block import ROWS, prior_block
+from model.kernels.fused.settle import settle
 from model.prior import BlockWeights, plain_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,9 +104,23 @@ def test_a_prior_s_row_has_the_same_bits_whatever_other_rows_there_are():
     assert torch.equal(prior_block(h[:1], extra[:1], w)[0], together[0])
 
 
+@pytest.mark.parametrize("grid", [(5, 7), (40, 33)], ids=["less than a program's tokens", "more"])
+@pytest.mark.parametrize("keeping", [False, True])
+def test_what_a_step_leaves_is_the_same_in_one_kernel(grid, keeping):
+    drawn, source, pinned = (torch.randint(99, (3, *grid), device=DEVICE) for _ in range(3))
+    # A chance below every uniform number puts nothing back, and one of zero only where the number is zero, too.
+    probability, uniform = torch.tensor([0.5, sampling.NEVER, 0.0], device=DEVICE), torch.rand(3, *grid, device=DEVICE)
+    uniform[2, 0] = 0
+    kept = (torch.rand(3, *grid, device=DEVICE) < 0.3, pinned) if keeping else None
+    found, expected = (each(drawn, source, uniform, probability, kept) for each in (settle, sampling.settle))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert {part.data_ptr() for part in (*found, *expected)}.isdisjoint({drawn.data_ptr()})
+
+
 def test_every_kernel_is_put_beside_its_twin_and_its_twin_in_fp32():
     made = list(cases(Shape(rows=1, side=2, channels=8, codes=32, features=16, prior=8), DEVICE, torch.float32))
-    names = {"depthwise norm", "GELU and response norm", "multinomial", "argmax", "prior blocks"}
+    names = {"depthwise norm", "GELU and response norm", "multinomial", "argmax", "prior blocks", "settle"}
     assert {case.name.split(",")[0] for case in made} == names
     for case in made:
         assert case.judge().good, case.name

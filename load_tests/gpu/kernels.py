@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from load_tests.gpu.options import Options
 from load_tests.gpu.recorders import poisoned_memory, recorder_for
 from load_tests.gpu.results import Results
 from load_tests.gpu.timing import measure
+from model import sampling
 from model.prior import BlockWeights, plain_block
 
 _DRAWS = 0.9
@@ -96,6 +97,7 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     if shape.codes:
         yield _draw(shape, device, dtype, "multinomial")
         yield _draw(shape, device, dtype, "argmax")
+        yield from (_settle(shape, device, keeping) for keeping in (False, True))
     if shape.prior:
         yield _prior(shape, device, dtype)
 
@@ -157,6 +159,27 @@ def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multi
 
     given = inputs()
     return Case(sampler, lambda: draw(sampler, *given), lambda: plain_draw(sampler, *given), judge, given[0].nbytes + weight.nbytes + 8 * N)
+
+
+def _settle(shape: Shape, device: str, keeping: bool) -> Case:
+    from model.kernels.fused.settle import settle
+
+    size = (shape.rows, shape.side, shape.side)
+
+    def inputs() -> tuple[Any, ...]:
+        drawn, source, pinned = (torch.randint(shape.codes, size, device=device) for _ in range(3))
+        kept = (torch.rand(size, device=device) < 0.5, pinned) if keeping else None
+        return drawn, source, torch.rand(size, device=device), torch.rand(shape.rows, device=device), kept
+
+    def judge() -> Check:
+        given = inputs()
+        with poisoned_memory():
+            found = settle(*given)
+        return Check(name, min(map(agreement, found, sampling.settle(*given))), 1.0, agreement=True)
+
+    name, given = f"settle{', keeping' if keeping else ''}", inputs()
+    read = sum(part.nbytes for part in (*given[:3], given[0], given[0], *(given[4] or ())))
+    return Case(name, lambda: settle(*given)[1], lambda: sampling.settle(*given)[1], judge, read)
 
 
 def _prior(shape: Shape, device: str, dtype: torch.dtype) -> Case:

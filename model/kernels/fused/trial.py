@@ -10,11 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from model import sampling
 from model.config import DenoiserConfig, PriorConfig
 from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.fused.draw import SAMPLERS, Fused, draw, plain_draw, supported
 from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
 from model.kernels.fused.prior_block import prior_block
+from model.kernels.fused.settle import settle
 from model.prior import BlockWeights, plain_block
 
 _ERROR, _AGREEMENT = 0.05, 0.9
@@ -35,7 +37,8 @@ def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig
     wrong = [
         f"{name} of {C} channels" for C in sorted({*config.c_hidden}) for name, error in _errors(random, C).items() if not error < _ERROR
     ]
-    return wrong + [f"{sampler} draw" for sampler in SAMPLERS if not _agreement(sampler, random, config) >= _AGREEMENT]
+    wrong += [f"{sampler} draw" for sampler in SAMPLERS if not _agreement(sampler, random, config) >= _AGREEMENT]
+    return wrong if _settles(random) else [*wrong, "settle"]
 
 
 def _errors(random: Random, C: int) -> dict[str, float]:
@@ -57,6 +60,14 @@ def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
         return 1.0
     given = features, weight, random(_TOKENS).float().exp(), random(_TOKENS).float().sigmoid()
     return (draw(sampler, *given) == plain_draw(sampler, *given)).float().mean().item()
+
+
+def _settles(random: Random) -> bool:
+    """Tokens are moved, not computed: they are the twin's, all of them."""
+    drawn, source, pinned = (random(2, 5, 6).mul(100).long() for _ in range(3))
+    given = drawn, source, random(2, 5, 6).float().sigmoid(), random(2).float().sigmoid()
+    results = ((settle(*given, kept), sampling.settle(*given, kept)) for kept in (None, (random(2, 5, 6) > 0, pinned)))
+    return all(torch.equal(torch.stack(found), torch.stack(expected)) for found, expected in results)
 
 
 def _prior_error(random: Random, config: PriorConfig) -> float:
