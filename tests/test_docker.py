@@ -89,6 +89,13 @@ def test_every_container_is_read_only_without_capabilities_and_published_to_this
         assert all((DOCKER / path).exists() for path in mounted)
 
 
+def test_on_a_gpu_triton_can_compile_its_launchers_and_run_them() -> None:
+    """A tmpfs is mounted noexec unless told otherwise, and the slim image has no compiler: without either torch would compute."""
+    assert any(keyword == "RUN" and "gcc libc6-dev" in rest for keyword, rest in stages()[1])
+    assert COMPOSE["services"]["server-gpu"]["tmpfs"] == ["/tmp:exec"]
+    assert COMPOSE["services"]["server-cpu"]["tmpfs"] == ["/tmp"]
+
+
 # ── its commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
