@@ -37,10 +37,10 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
-def test_convolution_and_norm_at_once_are_one_after_the_other(dtype, skip):
-    x, weight, bias = random(2, 3, 5, 12, dtype=dtype), random(12, 1 + skip, 3, 3, dtype=dtype), random(12, dtype=dtype)
-    other = random(2, 3, 5, 12, dtype=dtype) if skip else None
+@pytest.mark.parametrize(("C", "skip"), [(12, False), (12, True), (11, True)], ids=["plain", "skip", "a channel of x and of the skip"])
+def test_convolution_and_norm_at_once_are_one_after_the_other(dtype, C, skip):
+    x, weight, bias = random(2, 3, 5, C, dtype=dtype), random(C, 1 + skip, 3, 3, dtype=dtype), random(C, dtype=dtype)
+    other = random(2, 3, 5, C, dtype=dtype) if skip else None
     exact = plain_depthwise_norm(x.float(), None if other is None else other.float(), weight.float(), bias.float())
     assert error(depthwise_norm(x, other, taps_of(weight), bias), exact) < LIMITS[dtype]
 

@@ -17,6 +17,7 @@ from load_tests.gpu.recorders import poisoned, recorder_for
 from load_tests.gpu.results import Results
 from load_tests.gpu.stages import release
 from load_tests.gpu.weights import Family
+from model.bundle import BundleV3
 from model.config import Sampler
 from model.pipeline import Drawing, Eager, Lanes, Pipeline, PipelineV3
 from model.runtime import send
@@ -74,7 +75,11 @@ def _precision(family: Family, options: Options) -> Iterator[Check]:
     del exact
     for dtype in (torch.float16, torch.bfloat16):
         release(options.device)
-        found = _outputs(Pipeline.of(options.bundle(family, dtype)), given)
+        bundle = options.bundle(family, dtype)
+        if isinstance(bundle, BundleV3) and options.device.type == "cuda" and options.kernels != "torch":
+            yield Check("Triton's kernels are in use", float(bundle.denoiser.fused and bundle.prior.fused), 1.0, agreement=True)
+        found = _outputs(Pipeline.of(bundle), given)
+        del bundle
         for name, own in found.items():
             yield Check(f"{name} in {str(dtype).removeprefix('torch.')}", error(own, reference[name]), LIMITS[dtype])
 

@@ -31,7 +31,7 @@ def taps_of(weight: Tensor) -> Tensor:
 
 
 def depthwise_norm(x: Tensor, skip: Tensor | None, taps: Tensor, bias: Tensor) -> Tensor:
-    """As the twin. x and skip are contiguous, C is even where there is a skip."""
+    """As the twin, for contiguous x and skip."""
     B, H, W, C = x.shape
     out = torch.empty_like(x)
     inputs, block = 1 if skip is None else 2, triton.next_power_of_2(C)
