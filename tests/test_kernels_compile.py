@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from load_tests.gpu.compiled import Compiled
+from load_tests.gpu.kernels import ODD
 
 KERNELS = {"depthwise_norm", "gelu_energy", "scales", "apply", "multinomial", "argmax", "expand", "contract", "join", "settle"}
 
@@ -23,6 +24,7 @@ def test_at_the_published_sizes_every_kernel_compiles_for_a100_and_h100_and_fits
     found = json.loads(done.stdout.splitlines()[-1])["kernels"]
     for target in (80, 90):
         assert {each["kernel"] for each in found if each["target"] == target} == KERNELS
+    assert not [each for each in found if any(shape.label in each["shape"] for shape in ODD)], "an odd size has a kernel of its own"
 
 
 @pytest.mark.parametrize(("spilled", "shared", "good"), [(0, 227 << 10, True), (8, 0, True), (200, 0, False), (0, 256 << 10, False)])

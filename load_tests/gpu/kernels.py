@@ -51,7 +51,9 @@ SHAPES = [Shape(rows, side, channels) for rows in (2, 32) for side, channels in 
 DRAWN = [Shape(rows, 64, codes=8192) for rows in (1, 16)]
 # One guided picture, two, and eight.
 IMAGINED = [Shape(rows, prior=1280) for rows in (2, 4, 16)]
-ALL_SHAPES = [*SHAPES, *DRAWN, *IMAGINED]
+# Nothing that a power of two divides. They come last: a kernel that is compiled for them alone would be compiled while a request waits.
+ODD = [Shape(3, 9, 640), Shape(3, 9, 1280), Shape(3, 9, codes=8192), Shape(3, prior=1280)]
+ALL_SHAPES = [*SHAPES, *DRAWN, *IMAGINED, *ODD]
 
 
 @dataclass(frozen=True, slots=True)
