@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     kernels: Annotated[
         Kernels, Field(description="What computes the steps: Triton's kernels on CUDA if it is installed, or torch alone")
     ] = "auto"
-    threads: Annotated[int, Field(ge=0, description="CPU threads of the worker; 0 lets it choose")] = 0
+    threads: Annotated[int, Field(ge=0, description="CPU threads of the worker; 0: as many as step fastest just now")] = 0
     deterministic: Annotated[bool, Field(description="What requests get that do not say")] = False
 
     cuda_graphs: Annotated[bool, Field(description="Record the denoiser's step at start; off, every step is computed eagerly")] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from server.engine.protocol import Edit, Job, Raster
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.engine.streams import Streams
+from server.engine.threads import Threads
 from server.settings import Settings
 from tests.conftest import emptied
 from tests.test_worker import SAMPLING, job
@@ -161,3 +162,25 @@ def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bu
         assert done == rows
         (image,) = runner.decode(model, rows).images()
         assert (image.width, image.height) == (wanted.width, wanted.height)
+
+
+def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that_are_chosen(runner, monkeypatch):
+    computing: list[int] = []
+    used: list[int] = []
+    threads = Threads(4, computing.append)
+    threads.chosen = 1
+    monkeypatch.setattr(runner, "_threads", threads)
+    pipeline = runner._pipelines["random"]
+
+    def watched(compute: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args: used.append(threads._used) or compute(*args)
+
+    for name in ("encode", "advance", "pictures"):
+        monkeypatch.setattr(pipeline, name, watched(getattr(pipeline, name)))
+    for deterministic, expected in ((True, 4), (False, 1)):
+        one = job(f"{deterministic}", sampling=replace(SAMPLING, deterministic=deterministic))
+        drawn(runner, one)
+        runner.decode("random", [RowId(one.id, 0)])
+        assert set(used) == {expected}
+        used.clear()
+    assert computing[-1] == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ from server.engine.recording import CUDARecorder, Recorder
 from server.engine.scheduler import LENGTHS, RowId
 from server.engine.starting import Starter, Wanted
 from server.engine.streams import Mark, Streams
+from server.engine.threads import Threads
 from server.settings import Settings
 
 # Rows decoded at once: nobody's step waits for more than one decode of so many.
@@ -85,6 +86,8 @@ class Runner:
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
         self._settings, self._streams = settings, Streams(device)
+        # With one there is nothing to choose, and nothing is changed.
+        self._threads = Threads(torch.get_num_threads() if device.type == "cpu" and not settings.threads else 1)
         self.counters: Counter[Count] = Counter()
         self.cache = Cache(settings.prompt_cache_bytes, size, self.counters)
         self._starter = Starter(self._pipelines, Conditions(self._pipelines, self.cache))
@@ -94,7 +97,7 @@ class Runner:
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
         """Makes rows of these images of these jobs; returns, for each job, the encoders that cut its prompt."""
         images = [Wanted(job, i) for job, indices in parts for i in indices]
-        with self._streams.beside():
+        with self._steady(any(job.sampling.deterministic for job, _ in parts)), self._streams.beside():
             made, truncated = self._starter.start(images, watch)
             rows = {RowId(image.job.id, image.number): row for image, row in zip(images, made, strict=True)}
             self._starting.update(dict.fromkeys(rows, self._streams.mark()))
@@ -112,7 +115,10 @@ class Runner:
 
     def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
         """One denoiser step for started rows of one pool; returns those that are now done."""
-        self._pipelines[model].advance([self._rows[row] for row in rows])
+        stepped = [self._rows[row] for row in rows]
+        kind = (model, len(rows), self.branches(rows), stepped[0].tokens.shape)
+        with self._threads.all() if stepped[0].sampling.deterministic else self._threads.step(kind):
+            self._pipelines[model].advance(stepped)
         self._streams.stepped()
         return [row for row in rows if self._rows[row].done]
 
@@ -126,10 +132,15 @@ class Runner:
     def decode(self, model: str, rows: Sequence[RowId]) -> Decoding:
         """Begins to make pictures of these rows of one pool, finished or not, as far as they have come."""
         tokens = [self._rows[row].clean for row in rows]
+        deterministic = any(self._rows[row].sampling.deterministic for row in rows)
         # Everything in there, the stacking too: a row that was done as it began has tokens that were made beside the steps.
-        with self._streams.beside(reading=tokens):
+        with self._steady(deterministic), self._streams.beside(reading=tokens):
             pixels = self._streams.to_host(self._pipelines[model].pictures(torch.stack(tokens)))
             return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self._streams.mark())
+
+    def _steady(self, deterministic: bool) -> AbstractContextManager[None]:
+        """What a deterministic row needs is rounded alike at any time, however many threads the steps use just now."""
+        return self._threads.all() if deterministic else nullcontext()
 
     def drop(self, rows: Sequence[RowId]) -> None:
         """Forgets rows that nobody waits for."""
