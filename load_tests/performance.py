@@ -87,6 +87,13 @@ def _bench(result: Result) -> Section:
     return said, ["steps", "p50", "p95", "p99", "loop", "its floor", "published loop", "HTTP and processes"], rows
 
 
+def _neighbours(result: Result) -> Section:
+    rows = [[r["threads"], r["neighbours"], *(_ms(r[key]) for key in ("p50_ms", "p95_ms", "longest_ms"))] for r in result["rows"]]
+    said = "One request at a time. Chosen is what the worker does by itself (engine.md says how); the others are fixed numbers of threads,"
+    said += " the last as OpenMP would have it."
+    return said, ["threads", "busy processes", "p50 ms", "p95 ms", "longest"], rows
+
+
 def _curve(result: Result) -> Section:
     rows = []
     for point in result["points"]:
@@ -165,6 +172,7 @@ def _fuzz(result: Result) -> Section:
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], Section]]] = {
     "bench": ("One picture", _bench),
+    "neighbours": ("One picture beside busy processes", _neighbours),
     "operations": ("Other operations", _operations),
     "curve": ("Latency and throughput", _curve),
     "batching": ("Mixed requests, beside whole-request batching", _batching),

@@ -1,16 +1,17 @@
-"""Log lines as JSON objects, one per line, on standard error. What a record carries in `extra={"fields": …}` becomes keys."""
+"""Log lines as JSON objects, one per line, on standard error, times in UTC. What a record carries in `extra={"fields": …}` becomes keys."""
 
 from __future__ import annotations
 
 import json
 import logging
+from datetime import UTC, datetime
 from typing import Any
 
 
 class JSONFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": f"{record.created:.3f}",
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

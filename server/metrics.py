@@ -49,6 +49,7 @@ WORKERS = (
     Figure("paella_worker_silent_seconds", "gauge", ("worker",), "Since the worker was last heard, while it owes an answer; otherwise 0"),
     Figure("paella_worker_resident_memory_bytes", "gauge", ("worker",), "Resident memory of the worker's process"),
     Figure("paella_worker_cpu_seconds_total", "counter", ("worker",), "Processor time of the worker's process, all its threads"),
+    Figure("paella_worker_threads", "gauge", ("worker",), "Threads that compute its steps just now; on a CPU with busy neighbours fewer"),
     Figure("paella_gpu_memory_bytes", "gauge", ("worker", "kind"), "On CUDA: allocated by tensors, reserved by torch, total of the device"),
 )
 
@@ -67,6 +68,7 @@ class Workers(Collector):
             {(worker,): state.silent_s for worker, state in states.items()},
             {(worker,): usage.resident_bytes for worker, usage in heard.items()},
             {(worker,): usage.cpu_seconds for worker, usage in heard.items()},
+            {(worker,): usage.threads for worker, usage in heard.items()},
             {(worker, kind): size for worker, usage in heard.items() for kind, size in usage.device_bytes.items()},
         )
         for figure, values in zip(WORKERS, samples, strict=True):

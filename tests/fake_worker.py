@@ -51,7 +51,7 @@ def main(connection: Connection, settings: Settings) -> None:
             take(connection, held, message)
             running = sum(len(job.seeds) for job in held.values())
             # As if it had as many bytes as its process has a number, so that tests can tell one from the next.
-            usage = Usage(os.getpid(), time.process_time(), {"allocated": 1})
+            usage = Usage(os.getpid(), time.process_time(), 1, {"allocated": 1})
             send(connection, Beat((Step(1, 1, 32 * 16, 0.0001),), running, 0, {("prompt_cache_hits", "text"): 1}, usage=usage))
     except EOFError:
         pass

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from datetime import datetime
+
+import pytest
 
 from server.logs import JSONFormatter
 
@@ -15,6 +18,7 @@ def test_a_line_is_one_json_object_with_the_records_fields() -> None:
     text = JSONFormatter().format(record)
     line = json.loads(text)
     assert (line["message"], line["status"], line["level"]) == ('got a "quoted"\nline', 200, "info")
+    assert datetime.fromisoformat(line["time"]).timestamp() == pytest.approx(record.created, abs=1e-3)
     assert "\n" not in text
 
 

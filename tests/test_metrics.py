@@ -82,10 +82,11 @@ def test_figures_with_known_labels_are_there_before_anything_has_happened() -> N
 
 
 def test_of_a_worker_that_is_lost_no_figure_of_its_process_is_left() -> None:
-    metrics, states = Metrics(), [WorkerState(True, 0, Usage(7, 1.5, {"allocated": 3})), WorkerState(True, 2, Usage(9, 2.5))]
+    metrics, states = Metrics(), [WorkerState(True, 0, Usage(7, 1.5, 2, {"allocated": 3})), WorkerState(True, 2, Usage(9, 2.5, 1))]
     metrics.watch(lambda: states)
     value = metrics.registry.get_sample_value
     assert [value("paella_worker_resident_memory_bytes", {"worker": worker}) for worker in "01"] == [7, 9]
+    assert [value("paella_worker_threads", {"worker": worker}) for worker in "01"] == [2, 1]
     assert value("paella_gpu_memory_bytes", {"worker": "0", "kind": "allocated"}) == 3
     assert value("paella_worker_silent_seconds", {"worker": "1"}) == 2
     states[0] = WorkerState(False, 0, None)

@@ -260,10 +260,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a worker's process has of the machine. device_bytes: of its GPU's memory, by kind; empty without one."""
+    """What a worker's process has of the machine.
+
+    threads: those that compute its steps just now. device_bytes: of its GPU's memory, by kind; empty without one.
+    """
 
     resident_bytes: int
     cpu_seconds: float
+    threads: int
     device_bytes: Mapping[str, int] = field(default_factory=dict)
 
 

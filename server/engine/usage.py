@@ -15,7 +15,7 @@ STATM = Path("/proc/self/statm")
 
 
 def usage(device: torch.device) -> Usage:
-    return Usage(_resident_bytes(), time.process_time(), _device_bytes(device) if device.type == "cuda" else {})
+    return Usage(_resident_bytes(), time.process_time(), torch.get_num_threads(), _device_bytes(device) if device.type == "cuda" else {})
 
 
 def _resident_bytes() -> int:
