@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli_errors import FAILED, REFUSED, fail, one_line_errors
+from server.engine.spinning import bound_spinning
 
 if TYPE_CHECKING:
     from model.config import Operation
@@ -163,6 +164,7 @@ def replay(
     device: Device = None,
 ) -> None:
     """Make a picture again from the parameters in it, and say whether it is the same; exit code 1 if it is not."""
+    bound_spinning()
     from server.api.images import encode
     from server.drawing import draw, plan, recorded
 
@@ -199,6 +201,7 @@ def _run(
     device: str | None,
     **others: Any,
 ) -> None:
+    bound_spinning()
     from server.drawing import draw, plan
 
     format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})

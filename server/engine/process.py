@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from server.engine.protocol import FromWorker, Stop, ToWorker
+from server.engine.spinning import bound_spinning
 from server.engine.wire import receive, send
 from server.settings import Settings
 
@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 WorkerMain = Callable[[Connection, Settings], None]
 
 EXIT_GRACE_S = 5.0
-# Measured: fewer make an undisturbed step longer, more a disturbed one (docs/log.md).
-SPINS = 10_000
 
 
 def run_worker(connection: Connection, settings: Settings) -> None:
@@ -33,16 +31,6 @@ def run_worker(connection: Connection, settings: Settings) -> None:
     from server.engine.worker import main
 
     main(connection, settings)
-
-
-def bound_spinning() -> None:
-    """Before torch is imported: lets OpenMP's threads sleep sooner while they wait for each other, unless the environment has a say in it.
-
-    Undisturbed they do not get there. By default they spin for longer than the kernel lets a neighbour compute, and take from each other
-    what they wait for.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 def _run(main: WorkerMain, connection: Connection, settings: Settings) -> None:

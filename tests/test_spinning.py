@@ -1,4 +1,4 @@
-"""What a worker's process is given before it computes."""
+"""How long threads spin, said before they begin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from server.engine.process import SPINS, bound_spinning
+from server.engine.spinning import SPINS, bound_spinning
 
 
 @pytest.mark.parametrize(
