@@ -184,3 +184,11 @@ def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that
         assert set(used) == {expected}
         used.clear()
     assert computing[-1] == 1
+
+
+@pytest.mark.parametrize(("threads", "most"), [(0, 3), (2, 1)])
+def test_threads_are_chosen_unless_the_settings_say_how_many(runner, monkeypatch, threads, most):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(runner, "_settings", runner._settings.model_copy(update={"threads": threads}))
+    runner.choose_threads()
+    assert runner._threads.chosen == most

@@ -448,7 +448,9 @@ def own_logger() -> Iterator[None]:
 
 def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(random_settings, own_logger):
     near, connection = Pipe()
-    thread = threading.Thread(target=worker.main, args=(near, random_settings))
+    # All of this process computes with the threads that a worker chooses; this one chooses none.
+    settings = random_settings.model_copy(update={"threads": torch.get_num_threads()})
+    thread = threading.Thread(target=worker.main, args=(near, settings))
     thread.start()
     assert connection.poll(PATIENCE_S)
     assert receive(connection) == Ready("cpu", "float32")

@@ -126,6 +126,7 @@ ROWS: dict[str, tuple[Spec, ...]] = {
                 ("API", f'sum(rate(process_cpu_seconds_total{{job="paellera"}}{RATE}))'),
             ),
         ),
+        ("Threads", "short", (("worker {{worker}}", "paella_worker_threads"),)),
         (
             "Memory",
             "bytes",

@@ -86,13 +86,17 @@ class Runner:
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
         self._settings, self._streams = settings, Streams(device)
-        # With one there is nothing to choose, and nothing is changed.
-        self._threads = Threads(torch.get_num_threads() if device.type == "cpu" and not settings.threads else 1)
+        self._threads = Threads(1)
         self.counters: Counter[Count] = Counter()
         self.cache = Cache(settings.prompt_cache_bytes, size, self.counters)
         self._starter = Starter(self._pipelines, Conditions(self._pipelines, self.cache))
         self._rows: dict[RowId, Row] = {}
         self._starting: dict[RowId, Mark] = {}
+
+    def choose_threads(self) -> None:
+        """From now on a CPU's steps use as many of torch's threads as are fastest just now, unless the settings say how many."""
+        if self.device.type == "cpu" and not self._settings.threads:
+            self._threads = Threads(torch.get_num_threads())
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
         """Makes rows of these images of these jobs; returns, for each job, the encoders that cut its prompt."""

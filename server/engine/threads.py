@@ -40,7 +40,7 @@ class Trial:
 
 
 class Threads:
-    """From 1 to `most`; doubled and halved in turn to see what that does.
+    """From 1 to `most`; doubled and halved in turn to see what that does. With one there is nothing to choose, and nothing is changed.
 
     use: makes torch compute with so many from then on. clock: seconds.
     """

@@ -219,6 +219,7 @@ def main(connection: Connection, settings: Settings, make_runner: Callable[[Sett
     try:
         runner = make_runner(settings)
         runner.warm_up()
+        runner.choose_threads()
         send(connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch.")))
         Worker(connection, runner, settings.max_batch_rows).run()
     except (EOFError, BrokenPipeError):
