@@ -9,7 +9,6 @@ The last line of output is JSON.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -22,10 +21,10 @@ import httpx
 from rich.table import Table
 
 from load_tests.prompts import prompts
-from load_tests.report import Report, quantiles
+from load_tests.report import Report, quantiles, usable_cores
 from load_tests.serving import Server, serving
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = usable_cores()
 ALL = {"PAELLERA_THREADS": str(CORES)}
 # What libgomp does if nobody says anything.
 UNBOUNDED = {"GOMP_SPINCOUNT": "300000"}
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         servers = {name: stack.enter_context(serving({"PAELLERA_LOG_LEVEL": "error", **settings})) for name, settings in SERVERS.items()}
         rows = [row for neighbours in NEIGHBOURS for row in measure(servers, neighbours, options)]
     report.add(_table(rows))
-    report.emit({"cores": CORES, "rows": rows})
+    report.emit({"rows": rows})
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

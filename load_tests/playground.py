@@ -66,11 +66,7 @@ def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _table(measured: dict[str, Any]) -> Table:
     table = Table("", "p50 ms", "p95 ms", title="From the button")
-    for name, words in (
-        ("first_preview", "to the first preview"),
-        ("picture", "to the picture"),
-        ("server", "of that, in the server's stages"),
-    ):
+    for name, words in ROWS.items():
         table.add_row(words, f"{measured[name]['p50_ms']:.0f}", f"{measured[name]['p95_ms']:.0f}")
     share = measured["first_to_whole"]
     table.add_row("first preview / picture", f"{share['p50']:.2f}", f"{share['p95']:.2f}")

@@ -40,16 +40,21 @@ def hardware() -> dict[str, Any]:
     """CPU, memory and GPUs, and how busy the machine was before the measurement."""
     cpuinfo = _cpuinfo()
     flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": cpuinfo.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, where the system tells."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -63,10 +63,10 @@ class Threads:
             began = self._clock()
             yield
             seconds = self._clock() - began
-        if trial:
-            self._tried(trial, seconds / min(times))
-        else:
-            self._stepped(kind, seconds)
+            if trial:
+                self._tried(trial, seconds / min(times))
+            else:
+                self._stepped(kind, seconds)
 
     @contextmanager
     def all(self) -> Iterator[None]:
@@ -115,7 +115,6 @@ class Threads:
         if min(trial.shares) < GAIN:
             self.chosen, self._pause = trial.threads, SOON
             self._times.clear()
-            self._set(self.chosen)
         else:
             self._pause = min(2 * self._pause, LATE)
         self._wait = self._pause
