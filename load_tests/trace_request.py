@@ -29,7 +29,7 @@ import httpx
 import uvicorn
 
 from server.api import create_app
-from server.engine.process import run_worker
+from server.engine.supervisor import run_worker
 from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

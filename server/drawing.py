@@ -17,7 +17,7 @@ from server.api.planning import OPERATIONS, file_hash
 from server.api.state import AppState
 from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
-from server.engine.protocol import Image, Job
+from server.engine.messages import Image, Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.metrics import Metrics

@@ -41,8 +41,7 @@ from model.config import (
 from model.pipeline import Pipeline
 from model.runtime import prepare
 from server.api import create_app
-from server.engine.cache import Cache
-from server.engine.conditions import Conditions, size
+from server.engine.prompt_cache import Cache, Conditions, size
 from server.engine.runner import Runner
 from server.engine.starting import Starter
 from server.settings import Settings

@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.cache import Cache
-from server.engine.protocol import Count
+from server.engine.messages import Count
+from server.engine.prompt_cache import Cache
 
 
 def cache(capacity: int) -> Cache:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.costs import MEMORY_S, Costs
-from server.engine.protocol import Job, Step, Timings
+from server.engine.latency_model import MEMORY_S, Costs
+from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import RowId, Scheduler
 from tests.test_fairness import Machine
 from tests.test_scheduler import SAMPLING, job

@@ -13,8 +13,8 @@ from model.config import SamplingConfig
 from model.operations import Kept, Region, Row
 from model.pipeline import Drawing
 from server.api.images import encode
-from server.engine.conditions import tensors_in
-from server.engine.protocol import Image, Job
+from server.engine.messages import Image, Job
+from server.engine.prompt_cache import tensors_in
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
 from server.settings import Settings

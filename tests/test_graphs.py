@@ -16,11 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.operations import Region, Row
 from model.pipeline import Pipeline, PipelineV3
-from server.engine.buckets import Bucket, buckets
-from server.engine.graphs import Graphs
-from server.engine.picture_graphs import PictureGraphs
-from server.engine.prior_graphs import PriorGraphs
-from server.engine.protocol import Count
+from server.engine.cuda_graphs import Bucket, Graphs, PictureGraphs, PriorGraphs, buckets
+from server.engine.messages import Count
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config

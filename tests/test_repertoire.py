@@ -10,7 +10,7 @@ from model.pipeline import Pipeline
 from model.training.repertoire import OPERATIONS, around, seam
 from model.training.scenes import Scene, Thing, render
 from model.training.studio import Studio
-from server.engine.protocol import Repaint
+from server.engine.messages import Repaint
 from server.engine.runner import Runner
 from tests.conftest import emptied
 from tests.test_starting import drawn, job, mask, picture

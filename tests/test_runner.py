@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from model.pipeline import Pipeline
-from server.engine.conditions import size, tensors_in
-from server.engine.protocol import Edit, Job, Raster
-from server.engine.runner import Runner, Stopwatch
+from server.engine.cpu_threads import Threads
+from server.engine.messages import Edit, Job, Raster
+from server.engine.prompt_cache import size, tensors_in
+from server.engine.runner import Runner, Stopwatch, Streams
 from server.engine.scheduler import RowId
-from server.engine.streams import Streams
-from server.engine.threads import Threads
 from server.settings import Settings
 from tests.conftest import emptied
 from tests.test_worker import SAMPLING, job

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from server.engine.spinning import SPINS, bound_spinning
+from server.engine.cpu_threads import SPINS, bound_spinning
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from server.api.rasters import raster
-from server.engine.protocol import Edit, Job, Keyframe, Raster, Reference, Region, Repaint
+from server.engine.messages import Edit, Job, Keyframe, Raster, Reference, Region, Repaint
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings

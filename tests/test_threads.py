@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from server.engine.threads import LATE, SOON, Threads
+from server.engine.cpu_threads import LATE, SOON, Threads
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 

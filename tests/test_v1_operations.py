@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.protocol import Job
+from server.engine.messages import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings

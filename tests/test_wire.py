@@ -9,8 +9,7 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from server.engine.protocol import Dropped, Finished, Image, Preview, Timings
-from server.engine.wire import receive, send
+from server.engine.messages import Dropped, Finished, Image, Preview, Timings, receive, send
 
 
 def pictures(*sides: int) -> Finished:

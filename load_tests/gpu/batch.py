@@ -19,11 +19,7 @@ from model.bundle import Bundle, BundleV3
 from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
 from model.prior import Block
-from server.engine.buckets import buckets, grids
-from server.engine.graphs import Graphs
-from server.engine.picture_graphs import PictureGraphs
-from server.engine.prior_graphs import PriorGraphs
-from server.engine.recording import Recorder
+from server.engine.cuda_graphs import Graphs, PictureGraphs, PriorGraphs, Recorder, buckets, grids
 
 STAGES = ("encode", "prior", "condition", "step", "decode")
 

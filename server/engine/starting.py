@@ -15,8 +15,8 @@ from model.operations import AnyCondition, Kept, Row
 from model.pipeline import Pipeline
 from model.sampling import Noise
 from model.text import Prompt
-from server.engine.conditions import Conditions, Encoded, Guess, Sight, Text, as_tensor, negative, pictures_of, sight, text
-from server.engine.protocol import Edit, Job, Raster, Repaint
+from server.engine.messages import Edit, Job, Raster, Repaint
+from server.engine.prompt_cache import Conditions, Encoded, Guess, Sight, Text, as_tensor, negative, pictures_of, sight, text
 
 
 class Stage(Protocol):

@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from server.engine.grouping import grouped
-from server.engine.protocol import FailureCode
+from server.engine.messages import FailureCode
+from server.engine.prompt_cache import grouped
 from server.engine.scheduler import RowId
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,12 @@ they are faster as long as nobody else computes. Nobody says when that changes, 
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import torch
 
 Use = Callable[[int], object]
 Clock = Callable[[], float]
@@ -31,6 +30,13 @@ SOON, LATE = 8, 256
 KINDS = 256
 
 
+def _set_torch_threads(threads: int) -> None:
+    # Imported here: the supervisor, which has no torch, imports this module too.
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 @dataclass
 class Trial:
     """shares: of the time that the chosen number of threads takes, one for each step."""
@@ -45,7 +51,7 @@ class Threads:
     use: makes torch compute with so many from then on. clock: seconds.
     """
 
-    def __init__(self, most: int, use: Use = torch.set_num_threads, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, most: int, use: Use = _set_torch_threads, clock: Clock = time.perf_counter) -> None:
         self.chosen = self._used = self._most = most
         self._use, self._clock = use, clock
         # The last times of each kind of step with the chosen number, seconds.
@@ -118,3 +124,17 @@ class Threads:
         else:
             self._pause = min(2 * self._pause, LATE)
         self._wait = self._pause
+
+
+# Measured: fewer make an undisturbed step longer, more a disturbed one (docs/log.md).
+SPINS = 10_000
+
+
+def bound_spinning() -> None:
+    """Before torch is imported: lets threads that wait go to sleep sooner, unless the environment has a say in it.
+
+    Undisturbed they do not get there. By default they spin for longer than the kernel lets a neighbour compute, and take from each other
+    what they wait for.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

@@ -1,14 +1,16 @@
-"""What rows read of their prompts and pictures: encoded, drawn by the prior, as keys and values; remembered by `Cache`.
+"""Encode prompts and images in batches, run the prior, and remember the results.
 
-New arrivals share batches. The same arithmetic may round differently at another batch size, so what a deterministic job needs is computed
-for one text, one image or one picture at a time, and remembered apart from what was computed together.
+New arrivals share batches. The same arithmetic may round differently at another batch size, so
+everything that a deterministic job needs is computed one text, one image or one prior at a time,
+and cached apart from the results of shared batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +19,59 @@ from model.operations import AnyCondition
 from model.pipeline import Pipeline
 from model.sampling import Noise
 from model.text import Prompt
-from server.engine.cache import Cache
-from server.engine.grouping import grouped
-from server.engine.protocol import Edit, Job, Raster, Repaint
+from server.engine.messages import Count, Edit, Job, Raster, Repaint
+
+T = TypeVar("T")
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """The items of each key, in order."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+What = Literal["text", "prior", "picture"]
+
+
+class Cache:
+    """size: bytes of a value. capacity: bytes of all values together; one that is larger by itself is not kept. held: bytes now."""
+
+    def __init__(self, capacity: int, size: Callable[[object], int], counters: Counter[Count]) -> None:
+        self.capacity, self.held = capacity, 0
+        self._size, self._counters = size, counters
+        self._values: OrderedDict[Hashable, object] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def fetch(self, what: What, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+        """The keys' values; those that are not held are computed, all of them in one call and each once. Keys differ between kinds."""
+        values = {key: cast(V, self._values[key]) for key in keys if key in self._values}
+        missing = [key for key in dict.fromkeys(keys) if key not in values]
+        self._counters["prompt_cache_hits", what] += len(keys) - len(missing)
+        self._counters["prompt_cache_misses", what] += len(missing)
+        if missing:
+            values.update(zip(missing, compute(missing), strict=True))
+        for key in keys:
+            self._use(key, values[key])
+        return [values[key] for key in keys]
+
+    def _use(self, key: Hashable, value: object) -> None:
+        """Puts the value in the last place to be given up."""
+        if key not in self._values:
+            size = self._size(value)
+            if size > self.capacity:
+                return
+            self._values[key] = value
+            self.held += size
+        self._values.move_to_end(key)
+        while self.held > self.capacity:
+            self.held -= self._size(self._values.popitem(last=False)[1])
 
 
 class Text(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from server.engine.failures import Attempts
-from server.engine.protocol import Image
+from server.engine.failure_isolation import Attempts
+from server.engine.messages import Image
 from server.engine.runner import DECODE_ROWS, Decoding, Runner
 from server.engine.scheduler import Pool, RowId
 
