@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from load_tests.transcription import Transcription, denoise
 from model.config import SamplingConfig
-from model.operations import Row
+from model.networks.text_encoders import Prompt
 from model.pipeline import PipelineV3
-from model.text import Prompt
+from model.rows import Row
 
 Stage = Callable[[], object]
 

@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import operations, prior, sampling
+from model import rows as operations
+from model import sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
 from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, Kernels, RenoiseMode, Sampler, SamplingConfig, Schedule
-from model.denoiser import Denoiser
-from model.operations import AnyCondition, Region, Row
+from model.networks import prior
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.text_encoders import Prompt, bucket
+from model.rows import AnyCondition, Region, Row
 from model.runtime import send
 from model.sampling import Noise
-from model.text import Prompt, bucket
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +237,7 @@ class Pipeline(ABC):
         """`sampling.settle`, or the kernel where the denoiser has some."""
         if not (isinstance(self.bundle.denoiser, Denoiser) and self.bundle.denoiser.fused):
             return sampling.settle
-        from model.kernels.fused.settle import settle
+        from model.kernels.triton.settle import settle
 
         return settle
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from model import operations
+from model import rows as operations
 from model.config import SamplingConfig
-from model.operations import Kept, Region, Row
 from model.pipeline import Drawing
+from model.rows import Kept, Region, Row
 from server.api.images import encode
 from server.engine.messages import Image, Job
 from server.engine.prompt_cache import tensors_in

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.operations import Region, Row
 from model.pipeline import Pipeline, PipelineV3
+from model.rows import Region, Row
 from server.engine.cuda_graphs import Bucket, Graphs, PictureGraphs, PriorGraphs, buckets
 from server.engine.messages import Count
 from server.engine.runner import Runner

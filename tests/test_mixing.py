@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.mixing import Shown, between, lerp, mean, slerp
+from model.conditioning import Shown, between, lerp, mean, slerp
 from model.pipeline import Pipeline
 
 MODES = ("lerp", "slerp")

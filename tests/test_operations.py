@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.operations import Kept, Region, Row, edit, generate, repaint, token_mask, token_weight
 from model.pipeline import Pipeline
+from model.rows import Kept, Region, Row, edit, generate, repaint, token_mask, token_weight
 from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
 
 GRID = (8, 8)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig
-from model.denoiser import Condition
-from model.operations import Row, generate
+from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
+from model.rows import Row, generate
 from model.sampling import NEVER
 
 PROMPTS = ("red apple", "", "the red apple in the red apple and on and on, until it is cut", "🍎")

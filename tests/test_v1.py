@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DenoiserV1Config, RenoiseMode, Sampler, SamplingConfig, VQGANV1Config
-from model.operations import Kept, Region, Row, generate, repaint
+from model.networks.denoiser_v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
 from model.pipeline import Drawing, Eager, Pipeline, PipelineV1
+from model.rows import Kept, Region, Row, generate, repaint
 from model.sampling import Noise, draw_noise, keep_typical, timesteps
-from model.v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
 from tests.conftest import golden, randomise
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from model import sampling
 from model.config import BundleConfig, BundleV3Config, Sampler
-from model.denoiser import Condition, Denoiser
-from model.operations import AnyCondition
+from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
+from model.networks.denoiser_v3 import Condition, Denoiser
 from model.pipeline import Drawing, Eager, Imagine, Lanes, Pictures, Pipeline, PipelineV3
+from model.rows import AnyCondition
 from model.runtime import send
-from model.v1 import ConditionV1, DenoiserV1
 from server.engine.messages import Count
 from server.engine.scheduler import LENGTHS
 

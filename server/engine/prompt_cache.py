@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from model.operations import AnyCondition
+from model.networks.text_encoders import Prompt
 from model.pipeline import Pipeline
+from model.rows import AnyCondition
 from model.sampling import Noise
-from model.text import Prompt
 from server.engine.messages import Count, Edit, Job, Raster, Repaint
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig, find_bundle
-from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
+from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
 from server.engine.cpu_threads import Threads
 from server.engine.cuda_graphs import CUDARecorder, Graphs, PictureGraphs, PriorGraphs, Recorder, buckets, grids, row_counts

@@ -9,12 +9,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from model import operations
-from model.mixing import Shown, between, mean
-from model.operations import AnyCondition, Kept, Row
+from model import rows as operations
+from model.conditioning import Shown, between, mean
+from model.networks.text_encoders import Prompt
 from model.pipeline import Pipeline
+from model.rows import AnyCondition, Kept, Row
 from model.sampling import Noise
-from model.text import Prompt
 from server.engine.messages import Edit, Job, Raster, Repaint
 from server.engine.prompt_cache import Conditions, Encoded, Guess, Sight, Text, as_tensor, negative, pictures_of, sight, text
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.prior import BlockWeights
+from model.networks.prior import BlockWeights
 
 # What a tensor core multiplies at the least. With more rows the vendor's products read the weights as well, and are better at the rest.
 ROWS = 16

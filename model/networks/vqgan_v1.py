@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VQGANV1Config
-from model.layers import Conv, Pointwise, channels_first, channels_last
+from model.networks.layers import Conv, Pointwise, channels_first, channels_last
 
 
 class GroupNorm(nn.GroupNorm):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from model.published.manifest import PublishedFile
+from model.checkpoints.manifest import PublishedFile
 
 RECORD = "paellera-checksums.json"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels.fused.depthwise_norm import depthwise_norm, taps_of
-from model.kernels.fused.gelu_response import gelu_response
+from model.kernels.triton.depthwise_norm import depthwise_norm, taps_of
+from model.kernels.triton.gelu_response import gelu_response
 
 
 class FusedConvBlock:

@@ -17,10 +17,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from model.bundle import BundleError, build, check_fit, file_entry, is_finite, state_of
+from model.bundle import BundleError, build, check_fit, file_entry, is_finite, remember, state_of
+from model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from model.config import BundleConfig
-from model.published.checkpoint import Checkpoint, open_checkpoint
-from model.verified import remember
 
 # A tensor by which each published network is known, so that a file in the wrong place can be called by its name.
 _MARKS = {

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.checkpoints.manifest import published
 from model.config import CONFIG_FILE, BundleConfig, Encoders, find_bundle
-from model.published.manifest import published
 
 GB = 10**9
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from model.bundle import load_bundle
 from model.config import DenoiserConfig
-from model.denoiser import Denoiser
-from model.kernels.packed import PackedDepthwise, PackedLinear, supported
+from model.kernels import cpu_prepacked
+from model.kernels.cpu_prepacked import PackedDepthwise, PackedLinear, supported
+from model.networks.denoiser_v3 import ConvBlock, Denoiser
 from tests.conftest import golden
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if supported(torch.empty(1, dtype=dtype))]
@@ -55,6 +60,44 @@ def test_packed_depthwise_is_the_convolution_for_any_size(shape: tuple[int, int,
 def test_half_precision_and_other_devices_stay_plain() -> None:
     assert not supported(torch.empty(1, dtype=torch.float16))
     assert not supported(torch.empty(1, device="meta"))
+
+
+@pytest.fixture
+def trial() -> Iterator[None]:
+    """Every type is tried again, before the test and after it."""
+    cpu_prepacked._passes_trial.cache_clear()
+    yield
+    cpu_prepacked._passes_trial.cache_clear()
+
+
+def missing(*_: object) -> Tensor:
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+
+
+def wrong(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
+    return torch.zeros(*x.shape[:-1], 40, dtype=x.dtype)
+
+
+COMPUTING = [("mkldnn", "_linear_pointwise"), ("mkldnn", "_convolution_pointwise"), ("mkl", "_mkl_linear")]
+PACKING = [("mkldnn", "_reorder_linear_weight"), ("mkldnn", "_reorder_convolution_weight"), ("mkl", "_mkl_reorder_linear_weight")]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name", "operator"),
+    [(*each, missing) for each in (*COMPUTING, *PACKING)] + [(*each, wrong) for each in COMPUTING],
+)
+def test_an_operator_that_fails_or_disagrees_leaves_a_bundle_plain_with_one_line_in_the_log(
+    random_bundle: Path, trial: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, namespace: str, name: str, operator
+) -> None:
+    monkeypatch.setattr(getattr(torch.ops, namespace), name, operator)
+    bundle = load_bundle(random_bundle, torch.device("cpu"), torch.float32)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "packed CPU kernels" in caplog.text
+    monkeypatch.undo()
+    condition = bundle.denoiser.condition(torch.zeros(1, 16, 16), None, torch.zeros(1, 16))
+    tokens = torch.zeros(1, 8, 8, dtype=torch.int64)
+    assert bundle.denoiser.features(tokens, bundle.denoiser.times(torch.ones(1)), condition).isfinite().all()
+    assert all(block.packed is None for block in bundle.denoiser.modules() if isinstance(block, ConvBlock))
 
 
 def test_packing_the_denoiser_changes_nothing() -> None:
