@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.config import Interpolation
 from model.networks.text_encoders import Prompt, bucket
 from model.runtime import send
 
-Mode = Literal["lerp", "slerp"]
-
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class Conditioning:
     """All that a conditional branch is made of: an encoded prompt, and a CLIP image embedding [1, D]."""
 
     prompt: Prompt
@@ -56,7 +54,7 @@ def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
     return torch.where(angle.sin() < 1e-3, lerp(one, other, share).float(), arc * lengths).to(one.dtype)
 
 
-def between(one: Shown, other: Shown, share: float, mode: Mode) -> Shown:
+def interpolate(one: Conditioning, other: Conditioning, share: float, mode: Interpolation) -> Conditioning:
     """Every part on its way from one to the other: at 0 and 1 the very same objects.
 
     Byte sequences of different lengths meet at a length between theirs, each stretched to it.
@@ -75,7 +73,7 @@ def between(one: Shown, other: Shown, share: float, mode: Mode) -> Shown:
         mix(one.prompt.clip, other.prompt.clip, share),
         tuple(sorted({*one.prompt.truncated, *other.prompt.truncated})),
     )
-    return Shown(prompt, mix(one.image, other.image, share))
+    return Conditioning(prompt, mix(one.image, other.image, share))
 
 
 def _stretched(sequence: Tensor, length: int) -> Tensor:

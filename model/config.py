@@ -139,6 +139,8 @@ Sampler = Literal["multinomial", "argmax", "typical", "quant"]
 PriorSampler = Literal["ddpm", "ddim"]
 # How the share of noise falls from 1 to 0 over the steps: v3's way and v1's.
 Schedule = Literal["linear", "cosine"]
+# The path between two conditionings: straight, or along the great circle.
+Interpolation = Literal["lerp", "slerp"]
 # What takes a renoised token's place: its start token, what it was before the step, or a fresh random one.
 RenoiseMode = Literal["start", "prev", "rand"]
 Operation = Literal["generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig
+from model.image_request import steps_skipped
 from model.networks.denoiser_v1 import ConditionV1
 from model.networks.denoiser_v3 import Condition
 from model.runtime import send
@@ -22,14 +23,14 @@ from model.sampling import NEVER, Noise, ramp, renoise, timesteps
 AnyCondition = Condition | ConditionV1
 
 
-class Kept(NamedTuple):
+class PinnedTokens(NamedTuple):
     """What a row takes from a picture: tokens [H, W], and where they stay as they are, keep [H, W] (True: pinned at every step)."""
 
     tokens: Tensor
     keep: Tensor
 
 
-class Region(NamedTuple):
+class RegionBranch(NamedTuple):
     """A prompt for a part of the picture. weight: [H, W] in [0, 1], how much it counts at every token."""
 
     condition: AnyCondition
@@ -41,8 +42,8 @@ class Row:
     """One image on its way.
 
     tokens: [H, W], now. drawn: [H, W], what the last step drew, before some start tokens were put back; None before the first.
-    conditional, unconditional: conditions of one row each; without guidance the second is None. kept: what no step may change.
-    regions: other prompts for parts of it; the conditional counts where they leave something.
+    conditional, unconditional: conditions of one row each; without guidance the second is None. pinned: what no step may change.
+    regions: other prompts for parts of it; the conditional counts where they leave something. truncated: encoders that cut a prompt.
     """
 
     sampling: SamplingConfig
@@ -51,9 +52,10 @@ class Row:
     unconditional: AnyCondition | None
     tokens: Tensor
     step: int = 0
-    kept: Kept | None = None
-    regions: tuple[Region, ...] = ()
+    pinned: PinnedTokens | None = None
+    regions: tuple[RegionBranch, ...] = ()
     drawn: Tensor | None = None
+    truncated: tuple[str, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -64,9 +66,9 @@ class Row:
         """[H, W], the picture as far as it has come, without start tokens put back."""
         return self.tokens if self.done or self.drawn is None else self.drawn
 
-    def pinned(self, tokens: Tensor) -> Tensor:
+    def pin(self, tokens: Tensor) -> Tensor:
         """[H, W] with what is kept put back."""
-        return tokens if self.kept is None else torch.where(self.kept.keep, self.kept.tokens, tokens)
+        return tokens if self.pinned is None else torch.where(self.pinned.keep, self.pinned.tokens, tokens)
 
     @cached_property
     def times(self) -> list[float]:
@@ -107,7 +109,7 @@ class Row:
         return (*asked, self.unconditional)
 
     @cached_property
-    def shares(self) -> Tensor:
+    def guidance_weights(self) -> Tensor:
         """[n, branches]: what each branch counts at every step; on the device, as no step sends numbers there."""
         guidance = send(self.guidances, self.tokens.device)
         return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
@@ -129,15 +131,15 @@ class Row:
         return parts.to(self.tokens.device, non_blocking=True)
 
 
-def kept(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
+def pinned_tokens(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
     """Where rows' tokens stay as they are and which they are, [B, H, W] each; None if no row keeps any."""
-    if all(row.kept is None for row in rows):
+    if all(row.pinned is None for row in rows):
         return None
-    each = [row.kept or Kept(row.tokens, torch.zeros_like(row.tokens, dtype=torch.bool)) for row in rows]
+    each = [row.pinned or PinnedTokens(row.tokens, torch.zeros_like(row.tokens, dtype=torch.bool)) for row in rows]
     return torch.stack([own.keep for own in each]), torch.stack([own.tokens for own in each])
 
 
-def _prompt_coverage(regions: Sequence[Region]) -> Tensor:
+def _prompt_coverage(regions: Sequence[RegionBranch]) -> Tensor:
     """[1 + regions, H, W]: where the prompt counts, then each region's; they add up to one."""
     weights = torch.stack([region.weight for region in regions])
     # Regions that overlap share what there is; the prompt itself has the rest.
@@ -151,7 +153,7 @@ def generate(
     conditional: AnyCondition,
     unconditional: AnyCondition | None,
     *,
-    regions: Sequence[Region] = (),
+    regions: Sequence[RegionBranch] = (),
 ) -> Row:
     """Text to image: begin with nothing but noise. What v1 has for regions is one condition that differs by position, not branches."""
     unconditional = unconditional if sampling.guided else None
@@ -161,10 +163,10 @@ def generate(
     return Row(sampling, noise, conditional, unconditional, tokens=noise.start, regions=tuple(regions))
 
 
-def repaint(row: Row, kept: Kept) -> Row:
+def repaint(row: Row, pinned: PinnedTokens) -> Row:
     """Makes a new row an inpainting or outpainting one: noise where nothing is kept, and the kept tokens pinned at every step."""
-    row.kept = kept
-    row.tokens = row.pinned(row.tokens)
+    row.pinned = pinned
+    row.tokens = row.pin(row.tokens)
     return row
 
 
@@ -175,7 +177,7 @@ def edit(row: Row, tokens: Tensor, strength: float) -> Row:
     noise is what the step before would have renoised, so the same seed gives the same noise at every strength.
     """
     steps = row.sampling.steps
-    row.step = steps - round(strength * steps)
+    row.step = steps_skipped(strength, steps)
     if row.step > 0:
         probability = send([row.times[row.step] or NEVER], tokens.device)
         row.tokens = renoise(tokens[None], row.noise.start[None], row.noise.renoise[row.step - 1][None], probability)[0]

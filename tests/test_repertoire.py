@@ -13,7 +13,7 @@ from model.training.studio import Studio
 from server.engine.messages import Repaint
 from server.engine.runner import Runner
 from tests.conftest import emptied
-from tests.test_starting import drawn, job, mask, picture
+from tests.test_row_builder import drawn, job, mask, picture
 
 STAR = Scene("blue", (Thing("star", "red"),))
 

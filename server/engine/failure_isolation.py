@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from model.row_builder import group_by
 from server.engine.messages import FailureCode
-from server.engine.prompt_cache import grouped
 from server.engine.scheduler import RowId
 
 log = logging.getLogger(__name__)
@@ -57,4 +57,4 @@ class Attempts:
 
 
 def by_job(rows: list[RowId]) -> list[list[RowId]]:
-    return grouped(rows, lambda row: row.job)
+    return group_by(rows, lambda row: row.job)

@@ -14,13 +14,22 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pickle import PickleBuffer
 from typing import Any, Literal, SupportsIndex
 
-from model.config import SamplingConfig
+from model.config import Interpolation, SamplingConfig
+from model.image_request import (
+    Edit,
+    ImageRequest,
+    Keyframe,
+    Reference,
+    Region,
+    Repaint,
+    conditional_prompts,
+    out_of_band,
+    steps_skipped,
+)
 
 Priority = Literal["interactive", "batch"]
-Mode = Literal["lerp", "slerp"]
 FailureCode = Literal["deadline", "internal", "out_of_memory"]
 
 # What a worker counts, by the name of the figure and the value of its label, "" where it has none.
@@ -30,68 +39,7 @@ Count = tuple[
 ]
 
 
-def _left_out(content: bytes | memoryview, protocol: SupportsIndex) -> PickleBuffer | bytes:
-    """From protocol 5 on a pickle may leave buffers out, for `wire.py` to send as they are."""
-    return PickleBuffer(content) if protocol.__index__() >= 5 else bytes(content)
-
-
 # ── API → worker ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Raster:
-    """A client's picture (height × width × 3 bytes, RGB), mask (height × width, not 0: repaint) or weight (height × width, 255 is all).
-
-    digest: names size and content, for what is remembered of them.
-    """
-
-    width: int
-    height: int
-    content: bytes | memoryview
-    digest: str
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return Raster, (self.width, self.height, _left_out(self.content, protocol), self.digest)
-
-
-@dataclass(frozen=True, slots=True)
-class Repaint:
-    """Inpainting and outpainting: new tokens where the mask touches them, the picture's elsewhere. Both are as large as the job."""
-
-    picture: Raster
-    mask: Raster
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """Begin with the picture, `strength` of it turned to noise. It is as large as the job."""
-
-    picture: Raster
-    strength: float
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """A picture of any size that says, weighed against others, what is to be seen."""
-
-    picture: Raster
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Keyframe:
-    """What a picture of an interpolation shows: the prompt, or the picture (of any size) with the prompt beside it."""
-
-    prompt: str
-    picture: Raster | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A prompt for a part of the picture. weight: as large as the job."""
-
-    prompt: str
-    weight: Raster
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +70,30 @@ class Job:
     canvas: Repaint | Edit | None = None
     references: tuple[Reference, ...] = ()
     keyframes: tuple[Keyframe, ...] = ()
-    mode: Mode = "slerp"
+    mode: Interpolation = "slerp"
     regions: tuple[Region, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """Every text that a conditional branch reads."""
-        own = tuple(keyframe.prompt for keyframe in self.keyframes) or (self.prompt,)
-        return own + tuple(region.prompt for region in self.regions)
+        return conditional_prompts(self.prompt, self.keyframes, self.regions)
+
+    def image(self, index: int) -> ImageRequest:
+        """Return everything that decides what image `index` looks like."""
+        return ImageRequest(
+            prompt=self.prompt,
+            seed=self.seeds[index],
+            width=self.width,
+            height=self.height,
+            sampling=self.sampling,
+            negative_prompt=self.negative_prompt,
+            canvas=self.canvas,
+            references=self.references,
+            keyframes=self.keyframes,
+            position=self.position(index) if self.keyframes else 0.0,
+            mode=self.mode,
+            regions=self.regions,
+        )
 
     def position(self, index: int) -> float:
         """Where among the keyframes a frame lies: 1.5 is half way between the second and the third."""
@@ -139,7 +103,7 @@ class Job:
     def steps_skipped(self) -> int:
         """How many steps of the schedule lie behind each row when it begins: an edit joins where as much is noise as it asks for."""
         steps = self.sampling.steps
-        return steps - round(self.canvas.strength * steps) if isinstance(self.canvas, Edit) else 0
+        return steps_skipped(self.canvas.strength, steps) if isinstance(self.canvas, Edit) else 0
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
@@ -199,7 +163,7 @@ class Image:
     pixels: bytes | memoryview
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return Image, (self.index, self.width, self.height, _left_out(self.pixels, protocol))
+        return Image, (self.index, self.width, self.height, out_of_band(self.pixels, protocol))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from model.config import SamplingConfig, find_bundle
 from model.pipeline import Pipeline, PipelineV3
+from model.row_builder import RowBuilder, group_by
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
 from server.engine.cpu_threads import Threads
 from server.engine.cuda_graphs import CUDARecorder, Graphs, PictureGraphs, PriorGraphs, Recorder, buckets, grids, row_counts
 from server.engine.messages import Count, Image, Job
-from server.engine.prompt_cache import Cache, Conditions, size, tensors_in
+from server.engine.prompt_cache import PromptCache, tensor_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
-from server.engine.starting import Starter, Wanted
 from server.settings import Settings
 
 
@@ -145,8 +145,8 @@ class Runner:
         self._settings, self._streams = settings, Streams(device)
         self._threads = Threads(1)
         self.counters: Counter[Count] = Counter()
-        self.cache = Cache(settings.prompt_cache_bytes, size, self.counters)
-        self._starter = Starter(self._pipelines, Conditions(self._pipelines, self.cache))
+        self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
+        self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self._pipelines.items()}
         self._rows: dict[RowId, Row] = {}
         self._starting: dict[RowId, Mark] = {}
 
@@ -156,14 +156,20 @@ class Runner:
             self._threads = Threads(torch.get_num_threads())
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
-        """Makes rows of these images of these jobs; returns, for each job, the encoders that cut its prompt."""
-        images = [Wanted(job, i) for job, indices in parts for i in indices]
+        """Build the rows of these images of these jobs.
+
+        Returns, for each job, the encoders that cut one of its prompts.
+        """
+        images = [(job, index) for job, indices in parts for index in indices]
         with self._steady(any(job.sampling.deterministic for job, _ in parts)), self._streams.beside():
-            made, truncated = self._starter.start(images, watch)
-            rows = {RowId(image.job.id, image.number): row for image, row in zip(images, made, strict=True)}
+            rows: dict[RowId, Row] = {}
+            for group in group_by(images, lambda image: image[0].model):
+                builder = self._builders[group[0][0].model]
+                built = builder.build([job.image(index) for job, index in group], watch)
+                rows.update(zip((RowId(job.id, index) for job, index in group), built, strict=True))
             self._starting.update(dict.fromkeys(rows, self._streams.mark()))
         self._rows.update(rows)
-        return [truncated[job.id] for job, _ in parts]
+        return [rows[RowId(job.id, indices[0])].truncated for job, indices in parts]
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
         """Those that can be stepped without a wait; if there are none, all, after a wait."""

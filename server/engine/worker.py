@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from model.row_builder import group_by
 from model.runtime import prepare
 from server import logs
 from server.engine.decode_queue import Decoder, Due
@@ -40,7 +41,6 @@ from server.engine.messages import (
     receive,
     send,
 )
-from server.engine.prompt_cache import grouped
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
 from server.settings import Settings
@@ -137,7 +137,7 @@ class Worker:
 
     def _start(self, rows: list[RowId]) -> None:
         """All in one batch, but for jobs that may have killed a worker."""
-        for batch in grouped(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
+        for batch in group_by(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
             for row in self._attempt(batch, self._encode):
                 # An edit that takes no step is done as it begins.
                 if self.runner.steps_done(row) == self.scheduler.job(row.job).sampling.steps:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.pipeline import Pipeline
-from model.rows import Kept, Region, Row, edit, generate, repaint, token_mask, token_weight
+from model.rows import PinnedTokens, RegionBranch, Row, edit, generate, repaint, token_mask, token_weight
 from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
 
 GRID = (8, 8)
@@ -25,7 +25,7 @@ def left_half() -> Tensor:
 
 
 def with_regions(pipeline: Pipeline, *regions: tuple[str, Tensor], prompt: str = PROMPTS[0]) -> Row:
-    made = [Region(row(pipeline, text).conditional, weight) for text, weight in regions]
+    made = [RegionBranch(row(pipeline, text).conditional, weight) for text, weight in regions]
     base = row(pipeline, prompt)
     return generate(PLAIN, base.noise, base.conditional, base.unconditional, regions=made)
 
@@ -35,7 +35,7 @@ def with_regions(pipeline: Pipeline, *regions: tuple[str, Tensor], prompt: str =
 
 def test_what_is_kept_is_there_after_every_step_and_the_rest_is_painted(pipeline, picture):
     keep = left_half()
-    mine = repaint(row(pipeline), Kept(picture, keep))
+    mine = repaint(row(pipeline), PinnedTokens(picture, keep))
     while not mine.done:
         assert torch.equal(mine.tokens[keep], picture[keep])
         pipeline.advance([mine])
@@ -45,23 +45,23 @@ def test_what_is_kept_is_there_after_every_step_and_the_rest_is_painted(pipeline
 
 def test_the_rest_is_painted_in_sight_of_what_is_kept(pipeline, picture):
     keep = left_half()
-    one, other = (repaint(row(pipeline), Kept(tokens, keep)) for tokens in (picture, 63 - picture))
+    one, other = (repaint(row(pipeline), PinnedTokens(tokens, keep)) for tokens in (picture, 63 - picture))
     assert not torch.equal(*(tokens[~keep] for tokens in run(pipeline, one, other)))
 
 
 def test_keeping_nothing_is_generating(pipeline, picture):
-    nothing = Kept(picture, torch.zeros(GRID, dtype=torch.bool))
+    nothing = PinnedTokens(picture, torch.zeros(GRID, dtype=torch.bool))
     assert torch.equal(run(pipeline, repaint(row(pipeline), nothing))[0], run(pipeline, row(pipeline))[0])
 
 
 def test_keeping_everything_returns_the_picture(pipeline, picture):
-    everything = Kept(picture, torch.ones(GRID, dtype=torch.bool))
+    everything = PinnedTokens(picture, torch.ones(GRID, dtype=torch.bool))
     assert torch.equal(run(pipeline, repaint(row(pipeline), everything))[0], picture)
 
 
 def test_a_kept_picture_changes_nothing_for_its_neighbours(pipeline, picture):
     (alone,) = run(pipeline, row(pipeline))
-    among, _ = run(pipeline, row(pipeline), repaint(row(pipeline, seed=4), Kept(picture, left_half())))
+    among, _ = run(pipeline, row(pipeline), repaint(row(pipeline, seed=4), PinnedTokens(picture, left_half())))
     assert agreement(among, alone) >= 0.99
 
 

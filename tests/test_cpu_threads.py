@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable
 
 import pytest
 
-from server.engine.cpu_threads import LATE, SOON, Threads
+from server.engine.cpu_threads import LATE, SOON, SPINS, Threads, bound_spinning
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 
@@ -120,3 +121,15 @@ def test_where_there_is_nothing_to_choose_nothing_is_changed() -> None:
     with machine.threads.all():
         pass
     assert set(machine.used) == {1}
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_that_wait_sleep_soon_unless_the_environment_says_how_long_they_spin(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], spins: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(said))
+    bound_spinning()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
 from server.api.rasters import raster
-from server.engine.messages import Edit, Job, Keyframe, Raster, Reference, Region, Repaint
+from server.engine.messages import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
@@ -21,18 +22,18 @@ from tests.test_worker import SAMPLING, Far, far, job  # noqa: F401, the fixture
 FIXED = replace(SAMPLING, deterministic=True)
 
 
-def picture(seed: int = 0, width: int = 32, height: int = 32) -> Raster:
+def picture(seed: int = 0, width: int = 32, height: int = 32) -> InputImage:
     return raster(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
 
 
-def mask(*corner: int) -> Raster:
+def mask(*corner: int) -> InputImage:
     """White from (0, 0) to the corner (x, y)."""
     white = np.zeros((32, 32), dtype=np.bool_)
     white[: corner[1], : corner[0]] = True
     return raster(white)
 
 
-def weight(value: int = 255) -> Raster:
+def weight(value: int = 255) -> InputImage:
     return raster(np.full((32, 32), value, dtype=np.uint8))
 
 
@@ -61,7 +62,7 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
     return [runner._rows[row].tokens for row in rows]
 
 
-def tokens_of(runner: Runner, shown: Raster) -> torch.Tensor:
+def tokens_of(runner: Runner, shown: InputImage) -> torch.Tensor:
     pixels = torch.frombuffer(bytearray(shown.content), dtype=torch.uint8).view(1, shown.height, shown.width, 3)
     return runner._pipelines["random"].codes(pixels)[0]
 

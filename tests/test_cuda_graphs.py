@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.pipeline import Pipeline, PipelineV3
-from model.rows import Region, Row
+from model.rows import RegionBranch, Row
 from server.engine.cuda_graphs import Bucket, Graphs, PictureGraphs, PriorGraphs, buckets
 from server.engine.messages import Count
 from server.engine.runner import Runner
@@ -253,7 +253,7 @@ def test_rows_of_v1_with_regions_are_computed_eagerly_beside_others(v1, v1_graph
     def rows() -> list[Row]:
         (other,) = v1.encode(["red"])
         plain, own = row(v1), row(v1, seed=1)
-        region = Region(v1.condition(other), torch.eye(16))
+        region = RegionBranch(v1.condition(other), torch.eye(16))
         return [plain, v1.start(own.noise, own.sampling, own.conditional, own.unconditional, [region])]
 
     for replayed, expected in zip(run(v1, *rows()), run(Pipeline.of(v1.bundle), *rows()), strict=True):

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.messages import Count
-from server.engine.prompt_cache import Cache
+from server.engine.prompt_cache import PromptCache
 
 
-def cache(capacity: int) -> Cache:
+def cache(capacity: int) -> PromptCache:
     """Of texts, each as large as it is long."""
-    return Cache(capacity, lambda value: len(str(value)), Counter[Count]())
+    return PromptCache(capacity, lambda value: len(str(value)), Counter[Count]())
 
 
-def fetch(cache: Cache, *keys: str) -> list[str]:
+def fetch(cache: PromptCache, *keys: str) -> list[str]:
     """The keys that had to be computed; a key's value is the key itself."""
     computed: list[str] = []
 
@@ -68,7 +68,7 @@ def test_keys_of_one_call_are_answered_though_they_do_not_fit_together():
 
 def test_hits_and_misses_are_counted_by_kind():
     counters = Counter[Count]()
-    held = Cache(10, len, counters)
+    held = PromptCache(10, len, counters)
     held.fetch("text", ["a", "b", "a"], list)
     held.fetch("prior", ["c"], list)
     held.fetch("text", ["b"], list)

@@ -5,30 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.conditioning import Shown, between, lerp, mean, slerp
+from model.conditioning import Conditioning, interpolate, lerp, mean, slerp
 from model.pipeline import Pipeline
 
 MODES = ("lerp", "slerp")
 
 
 @pytest.fixture
-def shown(pipeline: Pipeline) -> list[Shown]:
+def shown(pipeline: Pipeline) -> list[Conditioning]:
     """Prompts of 4, 10 and 40 bytes and their pictures."""
     prompts = pipeline.encode(["red", "red apple", "the red apple in the red apple on and on"])
     noise = pipeline.noise(0, 32, 32, 1)
-    return [Shown(p, image) for p, image in zip(prompts, pipeline.image_embeddings(prompts, [noise] * 3), strict=True)]
+    return [Conditioning(p, image) for p, image in zip(prompts, pipeline.image_embeddings(prompts, [noise] * 3), strict=True)]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_ends_are_the_very_keyframes(shown, mode):
-    assert between(shown[0], shown[1], 0.0, mode) is shown[0]
-    assert between(shown[0], shown[1], 1.0, mode) is shown[1]
+    assert interpolate(shown[0], shown[1], 0.0, mode) is shown[0]
+    assert interpolate(shown[0], shown[1], 1.0, mode) is shown[1]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share", [0.001, 0.999])
 def test_beside_an_end_everything_is_nearly_there(shown, mode, share):
-    end, made = shown[1] if share > 0.5 else shown[0], between(shown[0], shown[1], share, mode)
+    end, made = shown[1] if share > 0.5 else shown[0], interpolate(shown[0], shown[1], share, mode)
     assert torch.equal(made.prompt.mask.sum(), end.prompt.mask.sum())
     for mine, its in ((made.image, end.image), (made.prompt.clip, end.prompt.clip)):
         torch.testing.assert_close(mine, its, rtol=0.02, atol=0.02)
@@ -38,7 +38,7 @@ def test_beside_an_end_everything_is_nearly_there(shown, mode, share):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_in_the_middle_there_are_as_many_bytes_as_on_the_mean_and_no_more_padding_than_needed(shown, mode):
-    made = between(shown[0], shown[2], 0.5, mode)
+    made = interpolate(shown[0], shown[2], 0.5, mode)
     assert int(made.prompt.mask.sum()) == 22
     assert made.prompt.byt5.shape[:2] == made.prompt.mask.shape == (1, 32)
     assert made.prompt.byt5.isfinite().all()
