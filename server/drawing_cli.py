@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli_errors import FAILED, REFUSED, fail, one_line_errors
-from server.engine.cpu_threads import bound_spinning
+from server.engine.cpu_threads import limit_spin_count
 
 if TYPE_CHECKING:
     from model.config import Operation
@@ -164,7 +164,7 @@ def replay(
     device: Device = None,
 ) -> None:
     """Make a picture again from the parameters in it, and say whether it is the same; exit code 1 if it is not."""
-    bound_spinning()
+    limit_spin_count()
     from server.api.images import encode
     from server.drawing import draw, plan, recorded
 
@@ -201,7 +201,7 @@ def _run(
     device: str | None,
     **others: Any,
 ) -> None:
-    bound_spinning()
+    limit_spin_count()
     from server.drawing import draw, plan
 
     format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})

@@ -6,14 +6,12 @@ python -m server.metrics > docs/metrics.md
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-
-from server.engine.messages import Beat, Timings, Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1, 2, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -37,11 +35,18 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """Of one worker, now. silent_s: since it was last heard, while it owes an answer. usage: None until it is heard."""
+    """One worker's figures, now.
+
+    silent_s: seconds since its last message, while it owes an answer. The others, of its process:
+    None before its first heartbeat.
+    """
 
     ready: bool
     silent_s: float
-    usage: Usage | None
+    resident_bytes: int | None = None
+    cpu_seconds: float | None = None
+    threads: int | None = None
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 WORKERS = (
@@ -62,20 +67,20 @@ class Workers(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         states = {str(number): state for number, state in enumerate(self._read())}
-        heard = {worker: state.usage for worker, state in states.items() if state.usage}
-        samples: tuple[Mapping[tuple[str, ...], float], ...] = (
+        samples: tuple[Mapping[tuple[str, ...], float | None], ...] = (
             {(worker,): state.ready for worker, state in states.items()},
             {(worker,): state.silent_s for worker, state in states.items()},
-            {(worker,): usage.resident_bytes for worker, usage in heard.items()},
-            {(worker,): usage.cpu_seconds for worker, usage in heard.items()},
-            {(worker,): usage.threads for worker, usage in heard.items()},
-            {(worker, kind): size for worker, usage in heard.items() for kind, size in usage.device_bytes.items()},
+            {(worker,): state.resident_bytes for worker, state in states.items()},
+            {(worker,): state.cpu_seconds for worker, state in states.items()},
+            {(worker,): state.threads for worker, state in states.items()},
+            {(worker, kind): size for worker, state in states.items() for kind, size in state.device_bytes.items()},
         )
         for figure, values in zip(WORKERS, samples, strict=True):
             made = GaugeMetricFamily if figure.kind == "gauge" else CounterMetricFamily
             family = made(figure.name, figure.meaning, labels=figure.labels)
             for labels, value in values.items():
-                family.add_metric(labels, value)
+                if value is not None:
+                    family.add_metric(labels, value)
             yield family
 
 
@@ -108,6 +113,13 @@ class Metrics:
         self.requests_replayed = self._counter("requests_replayed", "Requests begun again because their worker was lost")
         self.worker_restarts = self._counter("worker_restarts", "Workers started to replace one that died or stalled")
         self.prompt_cache_bytes = self._gauge("prompt_cache_bytes", "Bytes of encoded prompts and drawn priors that the workers remember")
+        self.stages = {
+            "queue": self.queue_duration,
+            "encode": self.encode_duration,
+            "prior": self.prior_duration,
+            "denoise": self.denoise_duration,
+            "decode": self.decode_duration,
+        }
         # What workers count, by the names they give it.
         self.counts = {
             "prompt_cache_hits": self._counter("prompt_cache_hits", "Encoded texts and drawn priors that were remembered", "what"),
@@ -139,21 +151,21 @@ class Metrics:
         exemplar = {"request_id": request_id} if len(request_id) <= LONGEST_EXEMPLAR - len("request_id") else None
         self.request_duration.labels(endpoint, status).observe(seconds, exemplar)
 
-    def record_timings(self, timings: Timings) -> None:
-        self.queue_duration.observe(timings.queue)
-        self.encode_duration.observe(timings.encode)
-        self.prior_duration.observe(timings.prior)
-        self.denoise_duration.observe(timings.denoise)
-        self.decode_duration.observe(timings.decode)
+    def record_stages(self, seconds: Mapping[str, float]) -> None:
+        """Record a finished request. seconds: by stage, each the name of a `…_duration` figure."""
+        for stage, value in seconds.items():
+            self.stages[stage].observe(value)
 
-    def record_beat(self, beat: Beat, max_rows: int) -> None:
-        for step in beat.steps:
-            self.step_rows.observe(step.rows)
-            self.batch_fill_ratio.observe(step.rows / max_rows)
-            self.step_duration.observe(step.seconds)
-        for (name, label), count in beat.counts.items():
-            counter = self.counts[name]
-            (counter.labels(label) if label else counter).inc(count)
+    def record_step(self, rows: int, seconds: float, max_rows: int) -> None:
+        """Record one denoiser step of so many rows."""
+        self.step_rows.observe(rows)
+        self.batch_fill_ratio.observe(rows / max_rows)
+        self.step_duration.observe(seconds)
+
+    def count(self, name: str, label: str, count: int) -> None:
+        """Add to one of `counts`. label: its label's value, "" where it has none."""
+        counter = self.counts[name]
+        (counter.labels(label) if label else counter).inc(count)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The exposition and its media type: OpenMetrics, which has exemplars, for who accepts it, otherwise Prometheus' own text."""

@@ -12,7 +12,7 @@ import torch
 
 from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
-from server.engine.cpu_threads import Threads
+from server.engine.cpu_threads import ThreadTuner
 from server.engine.messages import Job
 from server.engine.prompt_cache import tensor_bytes, tensors_in
 from server.engine.runner import Runner, Stopwatch, Streams
@@ -167,7 +167,7 @@ def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bu
 def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that_are_chosen(runner, monkeypatch):
     computing: list[int] = []
     used: list[int] = []
-    threads = Threads(4, computing.append)
+    threads = ThreadTuner(4, computing.append)
     threads.chosen = 1
     monkeypatch.setattr(runner, "_threads", threads)
     pipeline = runner._pipelines["random"]

@@ -20,7 +20,7 @@ from model.pipeline import Pipeline, PipelineV3
 from model.row_builder import RowBuilder, group_by
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
-from server.engine.cpu_threads import Threads
+from server.engine.cpu_threads import ThreadTuner
 from server.engine.cuda_graphs import CUDARecorder, Graphs, PictureGraphs, PriorGraphs, Recorder, buckets, grids, row_counts
 from server.engine.messages import Count, Image, Job
 from server.engine.prompt_cache import PromptCache, tensor_bytes, tensors_in
@@ -143,7 +143,7 @@ class Runner:
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
         self._settings, self._streams = settings, Streams(device)
-        self._threads = Threads(1)
+        self._threads = ThreadTuner(1)
         self.counters: Counter[Count] = Counter()
         self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
         self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self._pipelines.items()}
@@ -153,7 +153,7 @@ class Runner:
     def choose_threads(self) -> None:
         """From now on a CPU's steps use as many of torch's threads as are fastest just now, unless the settings say how many."""
         if self.device.type == "cpu" and not self._settings.threads:
-            self._threads = Threads(torch.get_num_threads())
+            self._threads = ThreadTuner(torch.get_num_threads())
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
         """Build the rows of these images of these jobs.

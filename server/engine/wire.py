@@ -1,3 +1,5 @@
-"""Old name of `server.engine.messages`, until nothing imports it."""
+"""Old names of `server.engine.messages`, until nothing imports them."""
 
-from server.engine.messages import *  # noqa: F403
+from server.engine.messages import receive_message, send_message
+
+receive, send = receive_message, send_message
