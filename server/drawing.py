@@ -5,21 +5,22 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import PIL.Image
 from tqdm import tqdm
 
 from model.config import BundleConfig, Operation, find_bundle
-from model.runtime import prepare
+from model.pipeline import Pipeline
+from model.row_builder import RowBuilder
+from model.runtime import pick_device, pick_dtype, prepare, use
 from server.api.jobs import Plan, draft
 from server.api.planning import OPERATIONS, file_hash
 from server.api.state import AppState
 from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
-from server.engine.protocol import Image, Job
-from server.engine.runner import Runner, Stopwatch
-from server.engine.scheduler import RowId
+from server.engine.messages import Image, Job
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -35,26 +36,28 @@ def plan(operation: Operation, fields: dict[str, Any], settings: Settings) -> tu
 
 
 def draw(job: Job, settings: Settings, only: int | None = None) -> tuple[list[Image], tuple[str, ...]]:
-    """The job's pictures as they were drawn, or the one of this number, and the encoders that cut its prompt."""
+    """Return the job's images, or the one of number `only`, and the encoders that cut its prompt."""
     prepare(settings.threads)
-    runner = Runner(settings.model_copy(update={"weights": settings.bundles[0]}))
+    device = use(pick_device(settings.device))
+    dtype = pick_dtype(settings.dtype, device)
+    pipeline = Pipeline.load(find_bundle(settings.bundles[0]), device, dtype, settings.encoders, settings.kernels)
+    builder = RowBuilder(pipeline)
     indices = list(range(len(job.seeds))) if only is None else [only]
     at_once = 1 if job.sampling.deterministic else settings.max_batch_rows
     images, truncated = list[Image](), tuple[str, ...]()
     with tqdm(total=len(indices) * job.sampling.steps, desc="denoising", unit="step", leave=False, disable=None) as bar:
         for start in range(0, len(indices), at_once):
-            (truncated,) = runner.start([(job, indices[start : start + at_once])], Stopwatch())
-            images += _drawn(runner, job, [RowId(job.id, i) for i in indices[start : start + at_once]], bar)
+            batch = indices[start : start + at_once]
+            rows = builder.build([job.image(index) for index in batch])
+            pixels = pipeline.decode(pipeline.denoise(rows, partial(_advance, bar, len(rows)))).numpy()
+            images += [Image(index, job.width, job.height, own.tobytes()) for index, own in zip(batch, pixels, strict=True)]
+            truncated = rows[0].truncated
     return images, truncated
 
 
-def _drawn(runner: Runner, job: Job, rows: Sequence[RowId], bar: tqdm[Any]) -> list[Image]:
-    while runner.steps_done(rows[0]) < job.sampling.steps:
-        runner.step(job.model, rows)
-        bar.update(len(rows))
-    images = runner.decode(job.model, rows).images()
-    runner.drop(rows)
-    return images
+def _advance(bar: tqdm[Any], rows: int, _: int) -> None:
+    """Move the bar by one step of so many rows."""
+    bar.update(rows)
 
 
 def recorded(picture: bytes, files: Sequence[bytes]) -> tuple[Operation, dict[str, Any], int]:

@@ -23,8 +23,8 @@ from server import logs
 from server.api import create_app
 from server.api.serve import WRITING_S
 from server.engine.errors import EngineError
-from server.engine.process import WorkerMain, run_worker
-from server.engine.protocol import Finished, Job
+from server.engine.messages import Finished, Job
+from server.engine.supervisor import WorkerMain, run_worker
 from server.scale.loads import Load, Waits, replicas_for
 from server.scale.remote import REPORT_TIMEOUT_S, LocalEngine, RemoteEngine, Report
 from server.scale.telling import Call

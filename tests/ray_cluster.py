@@ -13,7 +13,7 @@ import ray
 from ray import serve
 
 from server import ray_app
-from server.engine.process import run_worker
+from server.engine.supervisor import run_worker
 from tests import fake_worker
 
 

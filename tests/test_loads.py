@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import SamplingConfig
-from server.engine.protocol import Job
+from server.engine.messages import Job
 from server.scale.loads import Load, Meter, Waits, replicas_for, units
 
 

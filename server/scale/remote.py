@@ -17,9 +17,8 @@ from ray.serve.exceptions import RayServeException
 
 from server.engine.client import EngineClient
 from server.engine.errors import DeadlineExceeded, Draining, EngineError, Starting, WorkerLost
-from server.engine.process import WorkerMain, run_worker
-from server.engine.protocol import Finished, Job
-from server.engine.supervisor import WorkerStatus
+from server.engine.messages import Finished, Job
+from server.engine.supervisor import WorkerMain, WorkerStatus, run_worker
 from server.metrics import Metrics
 from server.scale.figures import Fleet
 from server.scale.loads import Load, Meter
