@@ -12,7 +12,7 @@ from model import operations
 from model.config import SamplingConfig
 from model.operations import Kept, Region, Row
 from model.pipeline import Drawing
-from server.api.images import encode
+from server.api.images.encode import encode
 from server.engine.conditions import tensors_in
 from server.engine.protocol import Image, Job
 from server.engine.runner import Runner, Stopwatch

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import Metrics
-from server.scale.figures import Fleet, merged
+from server.ray_serve.merged_metrics import Fleet, merged
 
 
 def registry(pictures: int) -> CollectorRegistry:

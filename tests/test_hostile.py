@@ -14,7 +14,7 @@ import pytest
 
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.uploads import PictureLimits, decode, repaint_mask
+from server.api.images.decode import PictureLimits, decode, repaint_mask
 from server.engine.protocol import Job
 from server.settings import Settings
 from tests import fake_worker, hostile

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.config import SamplingConfig
 from server.engine.protocol import Job
-from server.scale.loads import Load, Meter, Waits, replicas_for, units
+from server.ray_serve.routing import Load, Meter, Waits, replicas_for, units
 
 
 def job(rows: int = 1, side: int = 256, steps: int = 12, patience_s: float = 60) -> Job:

@@ -25,10 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from server.api.body import FORM, JSON, read_body
-from server.api.containers import PNG_MAGIC, DamagedFileError, UnknownFormatError, inspect
 from server.api.errors import ApiError
+from server.api.images.decode import PictureLimits, decode
+from server.api.images.sniff import PNG_MAGIC, DamagedFileError, UnknownFormatError, inspect
 from server.api.picture_fields import PictureFile, PictureFiles, file_bytes
-from server.api.uploads import PictureLimits, decode
 from tests.hostile import encoded, gif, plain_png
 
 LIMIT = 2**16

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from server.api import create_app
-from server.api.events import PREVIEWS, Event, EventStream, Later, Outbox
+from server.api.sse import PREVIEWS, Event, EventStream, Later, Outbox
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.engine.protocol import Drawn, Image, Preview
-from server.scale.telling import Telling
+from server.ray_serve.deduplication import Telling
 
 
 def preview(number: int, index: int = 0) -> Preview:

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.api import uploads
-from server.api.containers import orientation
 from server.api.errors import ApiError
-from server.api.uploads import TURNS, Decoder, Picture, PictureLimits, decode, repaint_mask
+from server.api.images import decode as uploads
+from server.api.images.decode import TURNS, Decoder, Picture, PictureLimits, decode, repaint_mask
+from server.api.images.sniff import orientation
 from tests.hostile import GREY, GREY_ALPHA, PALETTE, RED, RGBA, SIZE, chunk, encoded, exif, gif, plain_png, png, segment, two_colours
 
 LIMITS = PictureLimits()

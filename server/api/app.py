@@ -11,13 +11,13 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from model.config import BundleConfig, find_bundle
-from server.api import errors, models, native, openai, operations, playground, requests
-from server.api.limits import Guard
+from server.api import cancellation, errors, routes_health, routes_models, routes_native, routes_openai, static
+from server.api.auth import Guard
+from server.api.images.decode import Decoder, PictureLimits
 from server.api.middleware import BodyLimit, Observation, OperationsPort, SecurityHeaders
 from server.api.openapi import DocumentedApp
 from server.api.planning import OPERATIONS
 from server.api.state import AppState
-from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
 from server.engine.face import MakeEngine
 from server.engine.process import WorkerMain, run_worker
@@ -39,7 +39,8 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     """
     settings = settings or Settings()
     metrics = Metrics()
-    metrics.expect([f"/{operation}" for operation in OPERATIONS], [f"{openai.router.prefix}{asked.path}" for asked in openai.ENDPOINTS])
+    openai_paths = [f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS]
+    metrics.expect([f"/{operation}" for operation in OPERATIONS], openai_paths)
     bundles = read_models(settings)
     for name, config in bundles.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
@@ -60,12 +61,12 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
     add_middleware(app, settings, metrics)
     errors.register(app)
     keyed = [Depends(BEARER)] if settings.keys else []
-    app.include_router(native.router, dependencies=keyed)
-    app.include_router(openai.router, dependencies=keyed)
-    app.include_router(models.router, dependencies=keyed)
-    app.include_router(requests.router, dependencies=keyed)
-    app.include_router(operations.router)
-    app.include_router(playground.router)
+    app.include_router(routes_native.router, dependencies=keyed)
+    app.include_router(routes_openai.router, dependencies=keyed)
+    app.include_router(routes_models.router, dependencies=keyed)
+    app.include_router(cancellation.router, dependencies=keyed)
+    app.include_router(routes_health.router)
+    app.include_router(static.router)
     return app
 
 

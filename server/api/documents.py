@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from server.api.body import FORM, JSON
-from server.api.events import Event
 from server.api.request_examples import EXAMPLES
 from server.api.schemas import ErrorAnswer
+from server.api.sse import Event
 
 ERRORS = {
     400: "Malformed JSON or form, or something that these weights cannot do",

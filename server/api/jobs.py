@@ -13,7 +13,7 @@ from typing import Any
 from model.canvas import Array, pad_to_multiple
 from model.config import BundleConfig, Operation, SamplingConfig
 from server.api.errors import ApiError, invalid
-from server.api.models import model_asked
+from server.api.routes_models import model_asked
 from server.api.schemas import INT64, SamplingFields
 from server.api.state import AppState
 from server.engine.protocol import Image, Job

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.body import too_large, too_slow
 from server.api.errors import ApiError, internal_error, refusal
-from server.api.operations import PATHS
+from server.api.routes_health import PATHS
 from server.metrics import Metrics
 
 log = logging.getLogger("server.access")

@@ -12,11 +12,11 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from server.api import answers
-from server.api.events import Comment, Emit, Event, Later
-from server.api.images import encode
+from server.api import responses
+from server.api.images.encode import encode
 from server.api.jobs import Plan
 from server.api.openai_schemas import ImagesFields
+from server.api.sse import Comment, Emit, Event, Later
 from server.api.state import state_of
 from server.engine.protocol import Finished, Preview
 
@@ -29,7 +29,7 @@ class Answer:
 
     async def respond(self, finished: Finished) -> Response:
         contents, stages = await self._encode(finished)
-        headers = answers.headers_of(self.plan, finished, stages)
+        headers = responses.headers_of(self.plan, finished, stages)
 
         def body() -> bytes:
             data = [self._entry(i, content) for i, content in enumerate(contents)]
@@ -62,8 +62,8 @@ class Answer:
     async def _encode(self, finished: Finished) -> tuple[list[bytes], dict[str, float]]:
         """The pictures' files, and the seconds of every stage."""
         format, quality = self.asked.file_format, self.asked.file_quality
-        contents, seconds = await answers.encode_all(state_of(self.request), self.plan, finished, format, quality)
-        return contents, answers.stages_of(finished, seconds)
+        contents, seconds = await responses.encode_all(state_of(self.request), self.plan, finished, format, quality)
+        return contents, responses.stages_of(finished, seconds)
 
     def _entry(self, index: int, content: bytes) -> dict[str, Any]:
         return {"b64_json": base64.b64encode(content).decode(), "seed": self.plan.job.seeds[index]}

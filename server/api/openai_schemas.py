@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from model.config import Operation
+from server.api.images.decode import MaskMode
 from server.api.picture_fields import PictureFile, PictureFiles
 from server.api.schemas import Format, RecipeFields, Regions, Share, Text, WordsText
-from server.api.uploads import MaskMode
 
 Quality = Literal["low", "medium", "high"]
 AnyQuality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]

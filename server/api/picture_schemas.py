@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from server.api.images.decode import MaskMode
 from server.api.picture_fields import PictureFile, PictureFiles
 from server.api.schemas import STRICT, Format, Regions, SamplingFields, Share, Text, WordsText
-from server.api.uploads import MaskMode
 from server.engine.protocol import Mode
 
 AnyFormat = Format | Literal["gif", "json"]

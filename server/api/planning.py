@@ -17,12 +17,12 @@ import numpy as np
 from model.canvas import Mask, Pixels, box_mask, composite, crop, fill, outpaint_canvas, region_weight
 from model.config import Operation
 from server.api.errors import ApiError, invalid
+from server.api.images.decode import Picture, PictureLimits, decode, repaint_mask
 from server.api.jobs import Draft, Plan, check_operation, draft, seeds
 from server.api.picture_schemas import EditRequest, InpaintRequest, InterpolateRequest, KeyframeEntry, OutpaintRequest, VariationsRequest
 from server.api.rasters import array_of, image_of, raster, reference, scaled
 from server.api.schemas import GenerateRequest, RegionEntry, SamplingFields
 from server.api.state import AppState
-from server.api.uploads import Picture, PictureLimits, decode, repaint_mask
 from server.engine.protocol import Edit, Image, Keyframe, Reference, Region, Repaint
 
 

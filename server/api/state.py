@@ -17,7 +17,7 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.api.errors import ApiError
-    from server.api.uploads import Decoder
+    from server.api.images.decode import Decoder
 
 
 @dataclass(frozen=True, slots=True)

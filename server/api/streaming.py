@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 
 from fastapi import Request
 
-from server.api import answers
-from server.api.events import Emit, Event, Later
-from server.api.images import encode
+from server.api import responses
+from server.api.images.encode import encode
 from server.api.jobs import Plan
 from server.api.schemas import Format
+from server.api.sse import Emit, Event, Later
 from server.api.state import request_id_of, state_of
 from server.engine.costs import Forecast
 from server.engine.protocol import Drawn, Finished, Preview
@@ -61,14 +61,14 @@ class Story:
     def _image(self, drawn: Drawn) -> Event:
         plan, index, began = self.plan, drawn.image.index, time.perf_counter()
         content = encode(plan.finish(drawn.image), self.format, self.quality, plan.parameters(drawn.truncated, index))
-        answers.count(state_of(self.request), plan, 1, began)
-        return Event("image", {"index": index, **answers.entry(plan, index, content, self.format)})
+        responses.count(state_of(self.request), plan, 1, began)
+        return Event("image", {"index": index, **responses.entry(plan, index, content, self.format)})
 
     async def _completed(self, finished: Finished) -> Later:
         """The JSON answer; of an early job without its pictures, which have been told."""
         state, plan = state_of(self.request), self.plan
         if plan.job.early:
-            return Later(lambda: Event("completed", answers.about(self.request, plan, finished, asdict(finished.timings))))
-        contents, seconds = await answers.encode_all(state, plan, finished, self.format, self.quality)
-        answer = answers.about(self.request, plan, finished, answers.stages_of(finished, seconds))
-        return Later(lambda: Event("completed", answer | answers.entries(plan, contents, self.format)))
+            return Later(lambda: Event("completed", responses.about(self.request, plan, finished, asdict(finished.timings))))
+        contents, seconds = await responses.encode_all(state, plan, finished, self.format, self.quality)
+        answer = responses.about(self.request, plan, finished, responses.stages_of(finished, seconds))
+        return Later(lambda: Event("completed", answer | responses.entries(plan, contents, self.format)))

@@ -21,9 +21,9 @@ from server.engine.process import WorkerMain, run_worker
 from server.engine.protocol import Finished, Job
 from server.engine.supervisor import WorkerStatus
 from server.metrics import Metrics
-from server.scale.figures import Fleet
-from server.scale.loads import Load, Meter
-from server.scale.telling import Call, Telling
+from server.ray_serve.deduplication import Call, Telling
+from server.ray_serve.merged_metrics import Fleet
+from server.ray_serve.routing import Load, Meter
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

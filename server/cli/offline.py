@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from model.config import BundleConfig, Operation, find_bundle
 from model.runtime import prepare
+from server.api.images.decode import Decoder, PictureLimits
 from server.api.jobs import Plan, draft
 from server.api.planning import OPERATIONS, file_hash
 from server.api.state import AppState
-from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
 from server.engine.protocol import Image, Job
 from server.engine.runner import Runner, Stopwatch

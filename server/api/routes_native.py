@@ -9,17 +9,17 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from model.config import Operation
-from server.api import answers
 from server.api.body import read_body
+from server.api.cancellation import unless_cancelled
 from server.api.documents import BINARY, events, request_body, responses
 from server.api.errors import invalid
-from server.api.events import streamed
-from server.api.images import accepted_animation, accepted_format
+from server.api.images.encode import accepted_animation, accepted_format
 from server.api.jobs import Plan
 from server.api.picture_schemas import InterpolateRequest
 from server.api.planning import OPERATIONS, plan
-from server.api.requests import unless_cancelled
+from server.api.responses import animation, listed, one_file
 from server.api.schemas import Format, ImagesAnswer, SamplingFields
+from server.api.sse import streamed
 from server.api.state import note, state_of
 from server.api.streaming import Story
 
@@ -68,8 +68,8 @@ async def _answer(request: Request, asked: SamplingFields, planned: Plan) -> Res
         return await streamed(request, Story(request, planned, format, asked.quality).tell)
     finished = await unless_cancelled(request, state.engine.run(planned.job))
     if wanted == "json" or len(planned.job.seeds) > 1:
-        return await answers.listed(request, planned, finished, format, asked.quality)
-    return await answers.one_file(state, planned, finished, format, asked.quality)
+        return await listed(request, planned, finished, format, asked.quality)
+    return await one_file(state, planned, finished, format, asked.quality)
 
 
 async def _animate(request: Request, asked: InterpolateRequest, planned: Plan) -> Response:
@@ -82,8 +82,8 @@ async def _animate(request: Request, asked: InterpolateRequest, planned: Plan) -
         return await streamed(request, Story(request, planned, format, asked.quality).tell)
     finished = await unless_cancelled(request, state_of(request).engine.run(planned.job))
     if format == "gif" or format == "webp":
-        return await answers.animation(state_of(request), planned, finished, format, asked.quality)
-    return await answers.listed(request, planned, finished, format, asked.quality)
+        return await animation(state_of(request), planned, finished, format, asked.quality)
+    return await listed(request, planned, finished, format, asked.quality)
 
 
 for _operation, (_schema, _) in OPERATIONS.items():

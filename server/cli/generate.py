@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli_errors import FAILED, REFUSED, fail, one_line_errors
+from server.cli.errors import FAILED, REFUSED, fail, one_line_errors
 from server.engine.spinning import bound_spinning
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def replay(
 ) -> None:
     """Make a picture again from the parameters in it, and say whether it is the same; exit code 1 if it is not."""
     bound_spinning()
-    from server.api.images import encode
-    from server.drawing import draw, plan, recorded
+    from server.api.images.encode import encode
+    from server.cli.offline import draw, plan, recorded
 
     with one_line_errors():
         operation, fields, frame = recorded(picture.read_bytes(), [path.read_bytes() for path in (*(image or ()), *(mask or ()))])
@@ -202,7 +202,7 @@ def _run(
     **others: Any,
 ) -> None:
     bound_spinning()
-    from server.drawing import draw, plan
+    from server.cli.offline import draw, plan
 
     format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})
     numbers = {"guidance_scale": _pair("guidance", guidance), "temperature": _pair("temperature", temperature)}
@@ -214,7 +214,7 @@ def _run(
 
 
 def _write(images: Sequence[Image], planned: Plan, truncated: tuple[str, ...], output: Path, format: Any, quality: int) -> None:
-    from server.api.images import animate, encode
+    from server.api.images.encode import animate, encode
 
     if planned.job.keyframes and output.suffix.lower() in ANIMATIONS:
         output.write_bytes(animate(images, format, quality))

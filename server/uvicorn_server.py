@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.limits import MAX_HEADER_BYTES, MAX_URL_BYTES
+from server.api.auth import MAX_HEADER_BYTES, MAX_URL_BYTES
 from server.api.state import AppState
 
 # For answers to be written, once the engine has given them.

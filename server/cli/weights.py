@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli_errors import FAILED, fail, one_line_errors
+from server.cli.errors import FAILED, fail, one_line_errors
 
 if TYPE_CHECKING:
     from model.config import BundleConfig

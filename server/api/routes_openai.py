@@ -13,15 +13,15 @@ from fastapi.responses import JSONResponse
 
 from model.config import BundleConfig
 from server.api.body import read_body
+from server.api.cancellation import unless_cancelled
 from server.api.documents import events, request_body, responses
 from server.api.errors import ApiError
-from server.api.events import streamed
 from server.api.jobs import Plan, sides
-from server.api.models import model_asked
 from server.api.openai_answers import Answer
 from server.api.openai_schemas import EditsRequest, GenerationsRequest, ImagesFields, ImagesResponse, Size, VariationRequest
 from server.api.planning import OPERATIONS, plan
-from server.api.requests import unless_cancelled
+from server.api.routes_models import model_asked
+from server.api.sse import streamed
 from server.api.state import AppState, note, state_of
 from server.settings import Settings
 

@@ -20,8 +20,8 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from server.api.containers import Container, DamagedFileError, UnknownFormatError, inspect, orientation
 from server.api.errors import ApiError
+from server.api.images.sniff import Container, DamagedFileError, UnknownFormatError, inspect, orientation
 
 MaskMode = Literal["alpha", "luminance"]
 Pixels = NDArray[np.uint8]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli_errors import FAILED, fail, one_line_errors
-from server.drawing_cli import Weights, read_settings, register
-from server.weights_cli import weights_app
+from server.cli.errors import FAILED, fail, one_line_errors
+from server.cli.generate import Weights, read_settings, register
+from server.cli.weights import weights_app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -65,7 +65,7 @@ def bench(context: typer.Context) -> None:
 
 def run_server(api: FastAPI, settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM, then finishes what is running. Raises SystemExit: 0 after SIGTERM, 1 if it could not start."""
-    from server.api.serve import Server
+    from server.uvicorn_server import Server
 
     ports = [settings.port] if settings.operations_port is None else [settings.port, settings.operations_port]
     listeners = [_listen(settings.host, port) for port in ports]
@@ -96,7 +96,3 @@ def _greet(settings: Settings, port: int) -> None:
     # A full disk under the log is no reason not to serve.
     with contextlib.suppress(OSError):
         Console(stderr=True).print(message, markup=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    app()

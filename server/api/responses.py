@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from server.api.images import Animation, animate, encode
+from server.api.images.encode import Animation, animate, encode
 from server.api.jobs import Plan
 from server.api.schemas import Format
 from server.api.state import AppState, request_id_of, state_of

@@ -1,0 +1,207 @@
+"""The same HTTP API over many engines, on Ray Serve: `serve run server.ray_app:app min_replicas=2 max_replicas=8`.
+
+Two deployments. `Api` is the FastAPI app; `Engine` one engine with its worker process a replica. A job goes to the replica that should be
+done with it first; a replica that is lost costs time but no answer, because jobs are seeded. docs/scale.md says how to run it.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any
+
+import httpx
+import ray
+from fastapi import FastAPI, Response
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import logs
+from server.api import create_app
+from server.engine.errors import EngineError
+from server.engine.process import WorkerMain, run_worker
+from server.engine.protocol import Finished, Job
+from server.ray_serve.deduplication import Call
+from server.ray_serve.engines import REPORT_TIMEOUT_S, LocalEngine, RemoteEngine, Report
+from server.ray_serve.routing import Load, Waits, replicas_for
+from server.settings import Settings
+from server.uvicorn_server import WRITING_S
+
+# The engines' own queues say what is too much, and answer 429; Ray's would let requests wait without saying so.
+UNBOUNDED = 100_000
+# In an update a new replica comes before an old one goes: one more at a time, up to a hundred replicas.
+SURGE_PERCENT = 1
+
+
+class Scale(BaseModel):
+    """How far to scale: the arguments of `serve run`. What a replica does is set by `PAELLERA_*` where this is run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    min_replicas: Annotated[int, Field(ge=1, description="Engines there always are")] = 1
+    max_replicas: Annotated[int, Field(ge=1, description="Engines there may be at most")] = 1
+    target_rows: Annotated[float, Field(gt=0, description="Unfinished images of a replica, beyond which there should be another")] = 16
+    upscale_delay_s: Annotated[float, Field(ge=0, description="For how long more must be wanted before there are more")] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0, description="For how long fewer must be enough before there are fewer")] = 300
+    look_back_s: Annotated[float, Field(gt=10, description="Over how long unfinished images are averaged; Ray wants more than 10")] = 30
+    cpus: Annotated[float, Field(ge=0, description="Ray's CPUs a replica; PAELLERA_THREADS should be as many")] = 1
+    gpus: Annotated[float, Field(ge=0, description="Ray's GPUs a replica, whose one worker sees no other")] = 0
+    api_replicas: Annotated[int, Field(ge=1, description="Processes that speak HTTP; limits and idempotency keys hold in each")] = 1
+    start_timeout_s: Annotated[float, Field(gt=0, description="How long a replica may load its weights")] = 600
+    worker: WorkerMain = run_worker
+
+
+def app(scale: Scale) -> serve.Application:
+    """The application. Raises what `create_app` and `Settings` raise."""
+    settings = Settings()
+    both = {
+        "max_ongoing_requests": UNBOUNDED,
+        "max_surge_percent": SURGE_PERCENT,
+        "logging_config": {"enable_access_log": False},
+        "graceful_shutdown_timeout_s": settings.drain_timeout_s + WRITING_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    engine = serve.deployment(
+        health_check_period_s=5,
+        autoscaling_config=_autoscaling(scale),
+        ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
+        request_router_config=RequestRouterConfig(request_router_class=ShortestWait, request_routing_stats_period_s=1.0),
+        **both,
+    )(Engine)
+    api = serve.deployment(num_replicas=scale.api_replicas, **both)(serve.ingress()(Api))
+    return api.bind(settings, engine.bind(settings, scale.start_timeout_s, scale.worker))
+
+
+def _autoscaling(scale: Scale) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=scale.min_replicas,
+        max_replicas=scale.max_replicas,
+        upscale_delay_s=scale.upscale_delay_s,
+        downscale_delay_s=scale.downscale_delay_s,
+        look_back_period_s=scale.look_back_s,
+        policy=AutoscalingPolicy(policy_function=ByRows, policy_kwargs={"target_rows": scale.target_rows}),
+    )
+
+
+class ByRows:
+    """Asks for so many replicas that each has `target_rows` unfinished images. Bounds and delays are Ray's to apply."""
+
+    def __init__(self, target_rows: float) -> None:
+        self._target_rows = target_rows
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        rows = sum(context.aggregated_metrics.get("rows", {}).values())
+        return replicas_for(rows, self._target_rows), {}
+
+
+class ShortestWait(RequestRouter):
+    """Gives a job to the replica that should be done with it first; to the next if that one takes no more."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._waits = Waits(ray.get_runtime_context().get_actor_id())
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        job = next(arg for arg in pending_request.args if isinstance(arg, Job))
+        by_id = {replica.replica_id: replica for replica in candidate_replicas}
+        loads = {id: Load(**replica.routing_stats) for id, replica in by_id.items()}
+        ranked = self._waits.ranked(list(by_id), loads, job)
+        # At once, not when the replica has agreed: of jobs that come together, each must know of those before it.
+        self._waits.send(pending_request.metadata.internal_request_id, ranked[0], job)
+        return [[by_id[id]] for id in ranked]
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._waits.complete(internal_request_id, replica_id)
+
+
+class Engine:
+    """One engine. Ray routes to it once its workers are ready, and replaces it if they stay away."""
+
+    async def __init__(self, settings: Settings, start_timeout_s: float, worker: WorkerMain) -> None:  # type: ignore[misc]
+        logs.configure(settings.log_level)
+        self._engine = LocalEngine(settings, worker)
+        await self._engine.start(start_timeout_s)
+
+    async def __del__(self) -> None:
+        await self._engine.stop()
+
+    async def run(self, *args: Any) -> AsyncIterator[Call | Finished | EngineError]:
+        async for message in self._engine.run(*args):
+            yield message
+
+    async def report(self) -> Report:
+        return self._engine.report(_name())
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        return asdict(self._engine.load())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {"rows": self._engine.rows}
+
+    async def check_health(self) -> None:
+        self._engine.check()
+
+
+class Api:
+    """The HTTP API, whose engine is all replicas of `Engine`."""
+
+    def __init__(self, settings: Settings, engines: Any) -> None:
+        logs.configure(settings.log_level)
+        context = serve.get_replica_context()
+        self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
+        # Ray's proxy has one port.
+        settings = settings.model_copy(update={"operations_port": None})
+        self._app = create_app(settings, engine=partial(RemoteEngine, engines=engines, peers=self._peers))
+        self._engine: RemoteEngine = self._app.state.paellera.engine
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return Front(self._app, self._peers)
+
+    async def report(self) -> Report:
+        return Report(_name(), None, list(self._engine.own_figures.collect()))
+
+    async def delete(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+        """This replica's answer to a DELETE."""
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(self._app), base_url="http://peer") as client:
+            answer = await client.delete(path, headers=headers)
+        return answer.status_code, dict(answer.headers), answer.content
+
+
+class Front:
+    """Around the app of each API replica: a DELETE goes to all of them, since any may have the request."""
+
+    def __init__(self, app: FastAPI, peers: Any) -> None:
+        self._app, self._peers = app, peers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Ray's proxy sends the same one.
+                del MutableHeaders(scope=message)["X-Request-Id"]
+            await send(message)
+
+        if scope["type"] == "http" and scope["method"] == "DELETE":
+            await (await self._deleted(scope))(scope, receive, send_without_id)
+        else:
+            await self._app(scope, receive, send_without_id)
+
+    async def _deleted(self, scope: Scope) -> Response:
+        """The best of all answers."""
+        path = scope["raw_path"].decode()
+        asked = self._peers.broadcast("delete", path, dict(Headers(scope=scope)))
+        answers = await asked.results_async(timeout_s=REPORT_TIMEOUT_S, return_exceptions=True)
+        status, headers, content = min((answer for answer in answers if isinstance(answer, tuple)), key=lambda answer: answer[0])
+        return Response(content, status, headers)
+
+
+def _name() -> str:
+    context = serve.get_replica_context()
+    return f"{context.deployment}-{context.replica_tag}"
