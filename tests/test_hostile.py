@@ -14,7 +14,7 @@ import pytest
 
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.images.decode import PictureLimits, decode, repaint_mask
+from server.api.images.decode import ImageLimits, decode, repaint_mask
 from server.engine.protocol import Job
 from server.settings import Settings
 from tests import fake_worker, hostile
@@ -54,13 +54,13 @@ def test_the_files_are_what_the_script_makes(tmp_path: Path) -> None:
 def test_every_file_has_its_expected_outcome(name: str) -> None:
     entry, content = MANIFEST[name], (FOLDER / name).read_bytes()
     if entry["status"] == 200:
-        picture = decode(content, PictureLimits())
+        picture = decode(content, ImageLimits())
         assert picture.size == tuple(entry["size"])
-        assert picture.had_alpha == entry["alpha"]
+        assert picture.has_alpha == entry["alpha"]
         assert "repainted" not in entry or repaint_mask(picture, entry.get("mode"), hostile.SIZE).sum() == entry["repainted"]
         return
     with pytest.raises(ApiError) as refused:
-        repaint_mask(decode(content, PictureLimits()), entry.get("mode"), hostile.SIZE)
+        repaint_mask(decode(content, ImageLimits()), entry.get("mode"), hostile.SIZE)
     assert (refused.value.status, refused.value.code) == (entry["status"], entry["code"])
 
 

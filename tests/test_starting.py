@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.api.rasters import raster
+from server.api.planning import raster
 from server.engine.protocol import Edit, Job, Keyframe, Raster, Reference, Region, Repaint
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from server.api import create_app
-from server.api.sse import PREVIEWS, Event, EventStream, Later, Outbox
+from server.api.sse import MAX_PREVIEWS, DeferredEvent, Event, EventQueue, EventStream
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
@@ -152,25 +152,25 @@ def test_a_reader_that_goes_away_frees_its_rows(fake_settings: Configure) -> Non
 
 
 async def test_for_a_slow_reader_the_latest_preview_of_each_picture_is_kept_and_nothing_else_is_lost() -> None:
-    outbox = Outbox()
-    outbox.put(Event("queued", {}))
+    queue = EventQueue()
+    queue.put(Event("queued", {}))
     for number in range(20):
         for picture in range(3):
-            outbox.put(Later(lambda p=picture, n=number: Event("preview", {"picture": p, "number": n}), picture))
-    outbox.put(Event("completed", {}))
-    outbox.close()
+            queue.put(DeferredEvent(lambda p=picture, n=number: Event("preview", {"picture": p, "number": n}), picture))
+    queue.put(Event("completed", {}))
+    queue.close()
     taken = []
-    while (item := await outbox.take()) is not None:
-        taken.append(item.make() if isinstance(item, Later) else item)
+    while (item := await queue.get()) is not None:
+        taken.append(item.make() if isinstance(item, DeferredEvent) else item)
     previews = [event.data for event in taken if event.name == "preview"]
     assert [event.name for event in (taken[0], taken[-1])] == ["queued", "completed"]
-    assert len(previews) == PREVIEWS
+    assert len(previews) == MAX_PREVIEWS
     assert [preview for preview in previews if preview["number"] == 19] == [{"picture": p, "number": 19} for p in range(3)]
 
 
 async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(fake_settings: Configure) -> None:
-    outbox, work = Outbox(), asyncio.create_task(asyncio.sleep(3600))
-    outbox.put(Event("queued", {}))
+    queue, work = EventQueue(), asyncio.create_task(asyncio.sleep(3600))
+    queue.put(Event("queued", {}))
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -179,23 +179,23 @@ async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(fake
             await asyncio.Event().wait()
 
     async with asyncio.timeout(15):
-        await EventStream(outbox, work, fake_settings(send_timeout_s=0.05), "id")({}, None, send)  # type: ignore[arg-type]
+        await EventStream(queue, work, fake_settings(send_timeout_s=0.05), "id")({}, None, send)  # type: ignore[arg-type]
         await asyncio.wait({work})
     assert work.cancelled()
     assert all(message.get("more_body", True) for message in sent), "the answer has no end, so the server closes the connection"
 
 
 async def test_long_events_are_sent_in_pieces_so_that_a_reader_has_time_for_each(fake_settings: Configure) -> None:
-    outbox, work = Outbox(), asyncio.create_task(asyncio.sleep(0))
+    queue, work = EventQueue(), asyncio.create_task(asyncio.sleep(0))
     event = Event("completed", {"b64_json": "A" * 300_000})
-    outbox.put(event)
-    outbox.close()
+    queue.put(event)
+    queue.close()
     bodies: list[bytes] = []
 
     async def send(message: Any) -> None:
         bodies.append(message.get("body", b""))
 
-    await EventStream(outbox, work, fake_settings(), "id")({}, None, send)  # type: ignore[arg-type]
+    await EventStream(queue, work, fake_settings(), "id")({}, None, send)  # type: ignore[arg-type]
     assert b"".join(bodies) == event.encode()
     assert max(map(len, bodies)) <= 2**16
 
@@ -204,14 +204,14 @@ async def test_what_nobody_foresaw_ends_the_stream_with_an_error_that_tells_noth
     def broken() -> Event:
         raise RuntimeError("/secret/path")
 
-    outbox, work = Outbox(), asyncio.create_task(asyncio.sleep(3600))
-    outbox.put(Later(broken))
+    queue, work = EventQueue(), asyncio.create_task(asyncio.sleep(3600))
+    queue.put(DeferredEvent(broken))
     bodies: list[bytes] = []
 
     async def send(message: Any) -> None:
         bodies.append(message.get("body", b""))
 
-    await EventStream(outbox, work, fake_settings(), "id")({}, None, send)  # type: ignore[arg-type]
+    await EventStream(queue, work, fake_settings(), "id")({}, None, send)  # type: ignore[arg-type]
     ((name, data),) = events(iter(b"".join(bodies).decode().splitlines()))
     assert (name, data["error"]["code"]) == ("error", "internal")
     assert "secret" not in str(data)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from server.api.errors import ApiError
-from server.api.images import decode as uploads
-from server.api.images.decode import TURNS, Decoder, Picture, PictureLimits, decode, repaint_mask
-from server.api.images.sniff import orientation
+from server.api.images import decode as decode_module
+from server.api.images.decode import DecodedImage, ImageDecoder, ImageLimits, decode, repaint_mask
+from server.api.images.metadata import TRANSPOSITIONS, orientation
 from tests.hostile import GREY, GREY_ALPHA, PALETTE, RED, RGBA, SIZE, chunk, encoded, exif, gif, plain_png, png, segment, two_colours
 
-LIMITS = PictureLimits()
+LIMITS = ImageLimits()
 W, H = SIZE
 
 
@@ -29,7 +29,7 @@ def test_the_pixels_and_the_hash_of_the_bytes_arrive() -> None:
     picture = decode(content, LIMITS)
     np.testing.assert_array_equal(picture.rgb, np.asarray(two_colours()))
     assert picture.rgb.dtype == np.uint8
-    assert (picture.size, picture.alpha, picture.had_alpha) == (SIZE, None, False)
+    assert (picture.size, picture.alpha, picture.has_alpha) == (SIZE, None, False)
     assert picture.sha256 == hashlib.sha256(content).hexdigest()
     assert picture.on_white is picture.rgb
 
@@ -45,7 +45,7 @@ def test_bytes_behind_the_picture_change_its_hash_only() -> None:
 def test_a_rotated_picture_stands_upright(turn: int, order: str) -> None:
     upright = np.random.default_rng(turn).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     inverse = {6: 8, 8: 6}.get(turn, turn)
-    stored = Image.fromarray(upright) if turn == 1 else Image.fromarray(upright).transpose(TURNS[inverse])
+    stored = Image.fromarray(upright) if turn == 1 else Image.fromarray(upright).transpose(TRANSPOSITIONS[inverse])
     rows = [row.tobytes() for row in np.asarray(stored)]
     content = png(rows, width=stored.width, extra=chunk(b"eXIf", exif(turn, order)))  # type: ignore[arg-type]
     np.testing.assert_array_equal(decode(content, LIMITS).rgb, upright)
@@ -104,23 +104,23 @@ def test_transparent_pixels_are_white_on_white_and_opaque_ones_keep_their_bits()
 @pytest.mark.parametrize(
     ("limits", "mention"),
     [
-        (PictureLimits(max_bytes=100), "at most 100 bytes"),
-        (PictureLimits(max_pixels=W * H - 1), f"at most {W * H - 1} pixels (sent: 24x16)"),
+        (ImageLimits(max_bytes=100), "at most 100 bytes"),
+        (ImageLimits(max_pixels=W * H - 1), f"at most {W * H - 1} pixels (sent: 24x16)"),
     ],
 )
-def test_both_limits_are_413_and_named(limits: PictureLimits, mention: str) -> None:
+def test_both_limits_are_413_and_named(limits: ImageLimits, mention: str) -> None:
     with pytest.raises(ApiError) as refused:
         decode(plain_png(), limits, "image")
     assert (refused.value.status, refused.value.code, refused.value.param) == (413, "image_too_large", "image")
     assert mention in refused.value.message
-    assert decode(plain_png(), PictureLimits(len(plain_png()), W * H)).size == SIZE
+    assert decode(plain_png(), ImageLimits(len(plain_png()), W * H)).size == SIZE
 
 
 def test_too_many_pixels_are_refused_before_a_decoder_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads.PIL.Image, "open", lambda *_, **__: pytest.fail("the file was opened"))
+    monkeypatch.setattr(decode_module.PIL.Image, "open", lambda *_, **__: pytest.fail("the file was opened"))
     for content in (plain_png(), encoded("JPEG"), encoded("WEBP"), gif()):
         with pytest.raises(ApiError) as refused:
-            decode(content, PictureLimits(max_pixels=3))
+            decode(content, ImageLimits(max_pixels=3))
         assert refused.value.status == 413
 
 
@@ -155,7 +155,7 @@ def test_pillows_warnings_are_not_heard() -> None:
     assert not heard
 
 
-def as_mask(rows: list[bytes], colours: int) -> Picture:
+def as_mask(rows: list[bytes], colours: int) -> DecodedImage:
     return decode(png(rows, width=2, colours=colours), LIMITS, "mask")
 
 
@@ -181,7 +181,7 @@ def test_a_mask_of_another_size_names_both() -> None:
 async def test_no_more_requests_pictures_than_threads_are_worked_on_at_once() -> None:
     running, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2, timeout=30)
 
-    def slow() -> Picture:
+    def slow() -> DecodedImage:
         nonlocal running, most
         with lock:
             running += 1
@@ -189,9 +189,9 @@ async def test_no_more_requests_pictures_than_threads_are_worked_on_at_once() ->
         both.wait()
         with lock:
             running -= 1
-        return decode(plain_png(), PictureLimits())
+        return decode(plain_png(), ImageLimits())
 
-    decoder = Decoder(threads=2)
+    decoder = ImageDecoder(threads=2)
     pictures = await asyncio.gather(*(decoder.run(slow) for _ in range(6)))
     decoder.close()
     assert len(pictures) == 6

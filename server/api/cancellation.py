@@ -1,4 +1,4 @@
-"""Requests that are being worked on: each under its X-Request-Id, and ended early when its client goes away or somebody deletes it."""
+"""Running requests: registered by id, and ended when the client disconnects or deletes them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.errors import ApiError, cancelled, client_closed
 from server.api.schemas import ErrorAnswer
-from server.api.state import client_of, request_id_of, state_of
+from server.api.state import app_state, request_state, running_key
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["requests"])
 
 Result = TypeVar("Result")
 
@@ -23,12 +23,17 @@ Result = TypeVar("Result")
     status_code=204,
     summary="Cancel a running request",
     response_class=Response,
-    responses={204: {"description": "Its rows leave at the next step"}, 404: {"description": "No such request", "model": ErrorAnswer}},
+    responses={
+        204: {"description": "Cancelled; its rows leave at the next step"},
+        404: {"description": "No such request", "model": ErrorAnswer},
+    },
 )
 async def delete_request(request: Request, id: str) -> Response:
-    """id: the X-Request-Id the client sent with it, and the same API key. Several requests of one id are all cancelled."""
-    if not (running := state_of(request).running.get((client_of(request), id))):
-        raise ApiError(HTTPStatus.NOT_FOUND, "request_not_found", "no request with this id is running", "id")
+    """Cancel all running requests of the caller's API key with this `X-Request-Id`."""
+    client = request_state(request).client or ""
+    if not (running := app_state(request).running.get((client, id))):
+        message = "no request with this id is running"
+        raise ApiError(HTTPStatus.NOT_FOUND, "request_not_found", message, "id")
     for ended in running:
         if not ended.done():
             ended.set_result(cancelled())
@@ -36,25 +41,29 @@ async def delete_request(request: Request, id: str) -> Response:
 
 
 async def unless_cancelled(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Awaits the work, or cancels it and raises ApiError 499 when the client goes away or the request is deleted first."""
+    """Return the result of `work`, or cancel it when the request ends first.
+
+    Raises:
+        ApiError: 499, the client disconnected or the request was deleted.
+    """
     task = asyncio.create_task(work)
-    running, id = state_of(request).running, (client_of(request), request_id_of(request))
+    running, key = app_state(request).running, running_key(request)
     ended: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
-    gone = asyncio.create_task(_disconnection(request))
-    running.setdefault(id, []).append(ended)
-    events: tuple[asyncio.Future[Any], ...] = (task, ended, gone)
+    disconnected = asyncio.create_task(_disconnection(request))
+    running.setdefault(key, []).append(ended)
+    events: tuple[asyncio.Future[Any], ...] = (task, ended, disconnected)
     try:
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ended.result() if ended.done() else client_closed()
         return task.result()
     finally:
-        running[id].remove(ended)
-        if not running[id]:
-            del running[id]
-        gone.cancel()
+        running[key].remove(ended)
+        if not running[key]:
+            del running[key]
+        disconnected.cancel()
         task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
 async def _disconnection(request: Request) -> None:

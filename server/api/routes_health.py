@@ -1,4 +1,4 @@
-"""What operators and their machines ask: alive, ready, measured."""
+"""Probes and metrics: `/healthz`, `/readyz`, `/metrics`."""
 
 from __future__ import annotations
 
@@ -10,35 +10,56 @@ from fastapi.responses import JSONResponse
 
 from server.api.errors import NOT_READY, ApiError
 from server.api.schemas import ErrorAnswer
-from server.api.state import state_of
+from server.api.state import app_state
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["health"])
 PATHS = ("/healthz", "/readyz", "/metrics")
 
+ALIVE = {"status": "alive"}
+READY = {"status": "ready", "device": "cpu", "dtype": "float32", "models": ["tiny"]}
 
-@router.get("/healthz", summary="Process alive", responses={200: {"content": {"application/json": {"example": {"status": "alive"}}}}})
+
+@router.get(
+    "/healthz",
+    summary="Liveness probe: the process answers",
+    responses={200: {"content": {"application/json": {"example": ALIVE}}}},
+)
 async def healthz() -> Response:
-    return JSONResponse({"status": "alive"})
+    """Return 200 while the process runs."""
+    return JSONResponse(ALIVE)
 
 
 @router.get(
     "/readyz",
-    summary="Worker warm, stepping and accepting",
+    summary="Readiness probe: a worker is warm and accepts requests",
     responses={
-        200: {"content": {"application/json": {"example": {"status": "ready", "device": "cpu", "dtype": "float32", "models": ["tiny"]}}}},
+        200: {"content": {"application/json": {"example": READY}}},
         503: {"description": "Not ready, with the reason", "model": ErrorAnswer},
     },
 )
 async def readyz(request: Request) -> Response:
-    state = state_of(request)
+    """Return 200 while a worker is ready, otherwise 503 with the reason."""
+    state = app_state(request)
     status = state.engine.status()
     if not status.ready:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY, status.reason)
-    answer: dict[str, Any] = {"status": "ready", "device": status.device, "dtype": status.dtype, "models": list(state.models)}
+    answer: dict[str, Any] = {
+        "status": "ready",
+        "device": status.device,
+        "dtype": status.dtype,
+        "models": list(state.models),
+    }
     return JSONResponse(answer)
 
 
-@router.get("/metrics", summary="Prometheus figures", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get(
+    "/metrics",
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}},
+)
 async def metrics(request: Request) -> Response:
-    content, media_type = state_of(request).metrics.render(request.headers.get("accept", ""))
+    """Return all metrics in the format that the client accepts."""
+    accept = request.headers.get("accept", "")
+    content, media_type = app_state(request).metrics.render(accept)
     return Response(content, media_type=media_type)

@@ -1,4 +1,4 @@
-"""The playground at `/`: one page and what it loads, all of it from here and with a policy that lets the browser ask nobody else."""
+"""The playground at `/`: one page and its files, under a policy that forbids other origins."""
 
 from __future__ import annotations
 
@@ -32,42 +32,48 @@ POLICY = {
     "frame-ancestors": "'none'",
 }
 HEADERS = {
-    "Content-Security-Policy": "; ".join(f"{directive} {sources}" for directive, sources in POLICY.items()),
-    # Kept by the browser, but asked for again every time: an upgraded server never meets an old script.
+    "Content-Security-Policy": "; ".join(f"{name} {sources}" for name, sources in POLICY.items()),
+    # Browsers revalidate every time, so that an upgraded server never meets an old script.
     "Cache-Control": "no-cache",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class StaticFile:
+    """A file of the playground."""
+
     content: bytes
     media_type: str
     etag: str
 
     @classmethod
     def read(cls, path: Path) -> StaticFile:
+        """Read and hash the file."""
         content = path.read_bytes()
-        return cls(content, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        return cls(content, MEDIA_TYPES[path.suffix], etag)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
 async def page(request: Request) -> Response:
-    return _answer(request, "index.html")
+    """Return the page."""
+    return _response(request, "index.html")
 
 
 @router.api_route("/playground/{name}", methods=["GET", "HEAD"])
 async def file(request: Request, name: str) -> Response:
-    return _answer(request, name)
+    """Return a file of the page."""
+    return _response(request, name)
 
 
 @cache
 def static_files() -> dict[str, StaticFile]:
-    """By name; read and hashed once."""
+    """Return all files by name; they are read once."""
     return {path.name: StaticFile.read(path) for path in sorted(DIRECTORY.iterdir())}
 
 
-def _answer(request: Request, name: str) -> Response:
-    """Raises ApiError 404 for what is no file of the page."""
+def _response(request: Request, name: str) -> Response:
+    """Return the file, or 304 if the client has it. Raises ApiError 404."""
     if (file := static_files().get(name)) is None:
         raise ApiError(HTTPStatus.NOT_FOUND, "not_found", "the playground has no such file")
     headers = {**HEADERS, "ETag": file.etag}

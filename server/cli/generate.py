@@ -19,7 +19,7 @@ from server.engine.spinning import bound_spinning
 
 if TYPE_CHECKING:
     from model.config import Operation
-    from server.api.jobs import Plan
+    from server.api.planning import Plan
     from server.engine.protocol import Image
     from server.settings import Settings
 
@@ -166,13 +166,14 @@ def replay(
     """Make a picture again from the parameters in it, and say whether it is the same; exit code 1 if it is not."""
     bound_spinning()
     from server.api.images.encode import encode
-    from server.cli.offline import draw, plan, recorded
+    from server.cli.offline import generate as generate_images
+    from server.cli.offline import plan, recorded_request
 
     with one_line_errors():
-        operation, fields, frame = recorded(picture.read_bytes(), [path.read_bytes() for path in (*(image or ()), *(mask or ()))])
+        operation, fields, frame = recorded_request(picture.read_bytes(), [path.read_bytes() for path in (*(image or ()), *(mask or ()))])
         settings = read_settings(weights=weights, device=device)
         planned, _ = plan(operation, fields, settings)
-        (drawn,), truncated = draw(planned.job, settings, only=frame)
+        (drawn,), truncated = generate_images(planned.job, settings, only=frame)
         content = encode(planned.finish(drawn), "png", 90, planned.parameters(truncated, frame))
         output.write_bytes(content)
     if content != picture.read_bytes():
@@ -202,14 +203,15 @@ def _run(
     **others: Any,
 ) -> None:
     bound_spinning()
-    from server.cli.offline import draw, plan
+    from server.cli.offline import generate as generate_images
+    from server.cli.offline import plan
 
     format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})
     numbers = {"guidance_scale": _pair("guidance", guidance), "temperature": _pair("temperature", temperature)}
     fields = {**own, **others, "num_inference_steps": steps, **numbers}
     settings = read_settings(weights=weights, device=device)
     planned, quality = plan(operation, {name: value for name, value in fields.items() if value is not None}, settings)
-    images, truncated = draw(planned.job, settings)
+    images, truncated = generate_images(planned.job, settings)
     _write([planned.finish(image) for image in images], planned, truncated, output, format, quality)
 
 

@@ -28,7 +28,7 @@ from server.ray_serve.deduplication import Call
 from server.ray_serve.engines import REPORT_TIMEOUT_S, LocalEngine, RemoteEngine, Report
 from server.ray_serve.routing import Load, Waits, replicas_for
 from server.settings import Settings
-from server.uvicorn_server import WRITING_S
+from server.uvicorn_server import WRITE_TIMEOUT_S
 
 # The engines' own queues say what is too much, and answer 429; Ray's would let requests wait without saying so.
 UNBOUNDED = 100_000
@@ -61,7 +61,7 @@ def app(scale: Scale) -> serve.Application:
         "max_ongoing_requests": UNBOUNDED,
         "max_surge_percent": SURGE_PERCENT,
         "logging_config": {"enable_access_log": False},
-        "graceful_shutdown_timeout_s": settings.drain_timeout_s + WRITING_S,
+        "graceful_shutdown_timeout_s": settings.drain_timeout_s + WRITE_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
     engine = serve.deployment(

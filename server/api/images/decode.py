@@ -1,6 +1,7 @@
-"""Pictures in: bytes from a client → arrays, or the error that says what is wrong with them. What each odd file means: docs/uploads.md.
+"""Uploaded image files to arrays, or the error that names the problem. Odd files: docs/uploads.md.
 
-The bytes are hostile until proven otherwise: format and size come from the content alone and are checked before anything is decoded.
+Uploads are hostile until checked: format and size come from the content alone and are checked
+before anything is decoded.
 """
 
 from __future__ import annotations
@@ -20,50 +21,47 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from model.canvas import Mask, Pixels
 from server.api.errors import ApiError
-from server.api.images.sniff import Container, DamagedFileError, UnknownFormatError, inspect, orientation
+from server.api.images.metadata import upright
+from server.api.images.sniff import DamagedFileError, ImageFile, UnknownFormatError, sniff
 
 MaskMode = Literal["alpha", "luminance"]
-Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
 Result = TypeVar("Result")
 
 MIB = 2**20
 HALF = 128
 # ITU-R 601 in parts of 1000.
 LUMA = np.array([299, 587, 114], dtype=np.uint32)
-# How a picture must be turned that was stored in EXIF orientation 2…8.
-TURNS = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
 
-_warnings = threading.Lock()
+_warnings_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class PictureLimits:
-    """Of one uploaded picture: its file, and what it would be when decoded."""
+class ImageLimits:
+    """Limits of one uploaded image: bytes of its file, pixels when decoded."""
 
     max_bytes: int = 16 * MIB
     max_pixels: int = 16 * MIB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Picture:
-    """rgb: uint8 [H, W, 3] as stored, transparent pixels too. alpha: uint8 [H, W] if the file had any. sha256: of the uploaded bytes."""
+class DecodedImage:
+    """An uploaded image.
+
+    Attributes:
+        rgb: uint8 [H, W, 3] as stored, transparent pixels included.
+        alpha: uint8 [H, W], None if the file has no transparency.
+        sha256: hex digest of the uploaded file.
+    """
 
     rgb: Pixels
-    alpha: Pixels | None
+    alpha: NDArray[np.uint8] | None
     sha256: str
 
     @property
-    def had_alpha(self) -> bool:
+    def has_alpha(self) -> bool:
+        """Whether the file has transparency."""
         return self.alpha is not None
 
     @property
@@ -73,11 +71,11 @@ class Picture:
 
     @property
     def on_white(self) -> Pixels:
-        """uint8 [H, W, 3] as a viewer shows it; opaque pixels keep their bits."""
+        """uint8 [H, W, 3] over white, as a viewer shows it; opaque pixels are unchanged."""
         return self._over(255)
 
     @property
-    def luminance(self) -> Pixels:
+    def luminance(self) -> NDArray[np.uint8]:
         """uint8 [H, W], ITU-R 601; transparent pixels are black, whatever colour they hide."""
         return ((self._over(0) @ LUMA + 500) // 1000).astype(np.uint8)
 
@@ -85,90 +83,110 @@ class Picture:
         if self.alpha is None:
             return self.rgb
         alpha = self.alpha[..., None].astype(np.uint16)  # 255 × 255 + 127 just fits
-        return ((self.rgb * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
+        blended = (self.rgb * alpha + background * (255 - alpha) + 127) // 255
+        return blended.astype(np.uint8)
 
 
-def decode(content: bytes, limits: PictureLimits, param: str = "image") -> Picture:
-    """Raises ApiError naming `param`: 413 beyond the limits, 422 for what is no PNG, JPEG, WebP or GIF or cannot be decoded."""
+def decode(content: bytes, limits: ImageLimits, param: str = "image") -> DecodedImage:
+    """Decode a PNG, JPEG, WebP or GIF file.
+
+    Raises:
+        ApiError: names `param`; 413 beyond the limits, 422 for other formats and damaged files.
+    """
     if len(content) > limits.max_bytes:
-        raise _too_large(param, f"a file may have at most {limits.max_bytes} bytes", f"{len(content)}")
-    container = _inspect(content, limits, param)
+        allowed = f"a file may have at most {limits.max_bytes} bytes"
+        raise _too_large(param, allowed, f"{len(content)}")
+    file = _checked_file(content, limits, param)
     try:
-        rgb, alpha = _arrays(_load(container))
+        rgb, alpha = _arrays(_load(file))
     except MemoryError:
         raise
     except Exception:
         # Pillow's decoders raise nearly anything, and their messages hold object addresses.
-        raise _undecodable(param, f"this {container.format} file is damaged or cut off") from None
-    return Picture(rgb, alpha, hashlib.sha256(content).hexdigest())
+        raise _undecodable(param, f"this {file.format} file is damaged or cut off") from None
+    return DecodedImage(rgb, alpha, hashlib.sha256(content).hexdigest())
 
 
-def repaint_mask(picture: Picture, mode: MaskMode | None, size: tuple[int, int], param: str = "mask") -> Mask:
-    """bool [H, W], true where the picture of `size` (width, height) is repainted; half-way values count as the nearer end.
+def repaint_mask(image: DecodedImage, mode: MaskMode | None, size: tuple[int, int], param: str = "mask") -> Mask:
+    """Return bool [H, W], true where the target image of `size` (width, height) is repainted.
 
-    mode: alpha, transparent is repainted; luminance, white is repainted; None, alpha if the mask has an alpha channel. An image without
-    a mask of its own may serve as one with mode alpha. Raises ApiError 422: another size, no alpha channel, nothing to repaint.
+    Values between the extremes count as the nearer one. An image without a separate mask may serve
+    as its own with mode alpha.
+
+    Args:
+        image: the decoded mask.
+        mode: alpha repaints transparent pixels, luminance white ones; None is alpha if the mask
+            has an alpha channel.
+        size: the target image's.
+        param: the field to name in errors.
+
+    Raises:
+        ApiError: 422 for another size, no alpha channel, or nothing to repaint.
     """
-    if picture.size != size:
-        message = f"{param}: must be as large as the image, {size[0]}x{size[1]} pixels (sent: {picture.size[0]}x{picture.size[1]})"
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "mask_size_mismatch", message, param)
-    if mode == "alpha" and picture.alpha is None:
-        message = f"{param}: has no alpha channel; send one, or mask_mode luminance with white where the image is repainted"
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "mask_without_alpha", message, param)
-    by_alpha = picture.alpha is not None and mode != "luminance"
-    mask: Mask = picture.alpha < HALF if by_alpha and picture.alpha is not None else picture.luminance >= HALF
+    if image.size != size:
+        width, height = image.size
+        message = f"must be as large as the image, {size[0]}x{size[1]} pixels (sent: {width}x{height})"
+        raise _unprocessable("mask_size_mismatch", param, message)
+    if mode == "alpha" and image.alpha is None:
+        message = "has no alpha channel; send one, or mask_mode luminance with white where the image is repainted"
+        raise _unprocessable("mask_without_alpha", param, message)
+    alpha = None if mode == "luminance" else image.alpha
+    mask: Mask = image.luminance >= HALF if alpha is None else alpha < HALF
     if not mask.any():
-        message = f"{param}: leaves nothing to repaint; {'transparent' if by_alpha else 'white'} pixels are repainted, and it has none"
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "empty_mask", message, param)
+        kind = "white" if alpha is None else "transparent"
+        message = f"nothing to repaint; {kind} pixels are repainted, and the mask has none"
+        raise _unprocessable("empty_mask", param, message)
     return mask
 
 
-class Decoder:
-    """Threads for what is done with pictures: those of at most `threads` requests at once, however many wait."""
+class ImageDecoder:
+    """Thread pool for image work: `threads` requests at once, the others wait."""
 
-    def __init__(self, limits: PictureLimits = PictureLimits(), threads: int = 2) -> None:
-        self.limits = limits
+    def __init__(self, limits: ImageLimits | None = None, threads: int = 2) -> None:
+        self.limits = limits or ImageLimits()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def close(self) -> None:
+        """Cancel waiting work; do not wait for running work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Does this in one of the threads."""
+        """Return the result of `work`, run in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
-def _inspect(content: bytes, limits: PictureLimits, param: str) -> Container:
+def _checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
     if not content:
         raise _undecodable(param, "the file is empty")
     try:
-        container = inspect(content)
+        file = sniff(content)
     except UnknownFormatError as error:
-        message = f"{param}: must be a PNG, JPEG, WebP or GIF file (sent: {error})"
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unsupported_image_format", message, param) from None
+        message = f"must be a PNG, JPEG, WebP or GIF file (sent: {error})"
+        raise _unprocessable("unsupported_image_format", param, message) from None
     except DamagedFileError as error:
         raise _undecodable(param, f"the file is damaged: {error}") from None
-    if not container.pixels:
+    if not file.pixels:
         raise _undecodable(param, "the file is damaged: its width or height is 0")
-    if container.pixels > limits.max_pixels:
-        raise _too_large(param, f"may have at most {limits.max_pixels} pixels", f"{container.width}x{container.height}")
-    return container
+    if file.pixels > limits.max_pixels:
+        allowed = f"may have at most {limits.max_pixels} pixels"
+        raise _too_large(param, allowed, f"{file.width}x{file.height}")
+    return file
 
 
-def _load(container: Container) -> PIL.Image.Image:
-    """The first picture of the file, upright."""
-    # Pillow's warnings are about a client's file and would fill our log. The lock, because filters are shared by all threads.
-    with _warnings, warnings.catch_warnings(action="ignore"):
-        image = PIL.Image.open(io.BytesIO(container.content), formats=(container.format,))
-    if image.size != (container.width, container.height):
+def _load(file: ImageFile) -> PIL.Image.Image:
+    """Return the first image of the file, upright."""
+    # Pillow's warnings concern a client's file and would fill the log. All threads share the
+    # warning filters, hence the lock.
+    with _warnings_lock, warnings.catch_warnings(action="ignore"):
+        image = PIL.Image.open(io.BytesIO(file.content), formats=(file.format,))
+    if image.size != (file.width, file.height):
         raise ValueError("the file has two sizes")
     image.load()
-    turn = TURNS.get(orientation(image.info.get("exif", b"")))
-    return image if turn is None else image.transpose(turn)
+    return upright(image)
 
 
-def _arrays(image: PIL.Image.Image) -> tuple[Pixels, Pixels | None]:
-    """The image in 8 bits: rgb [H, W, 3] and, where the file has transparency, alpha [H, W]."""
+def _arrays(image: PIL.Image.Image) -> tuple[Pixels, NDArray[np.uint8] | None]:
+    """Return the image in 8 bits: rgb [H, W, 3] and, if it has transparency, alpha [H, W]."""
     if image.mode.startswith("I"):
         return _from_16_bits(np.asarray(image), image.info.get("transparency"))
     if not image.has_transparency_data:
@@ -177,16 +195,21 @@ def _arrays(image: PIL.Image.Image) -> tuple[Pixels, Pixels | None]:
     return rgba[..., :3].copy(), rgba[..., 3].copy()
 
 
-def _from_16_bits(grey: NDArray[np.integer], transparent: int | None) -> tuple[Pixels, Pixels | None]:
-    """The upper byte, as Pillow takes it from 16-bit colours; its own conversion of greys would clip."""
+def _from_16_bits(grey: NDArray[np.integer], transparent: int | None) -> tuple[Pixels, NDArray[np.uint8] | None]:
+    """Return the upper byte, as Pillow does for 16-bit colours; its grey conversion clips."""
     rgb = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
     alpha = None if transparent is None else np.where(grey == transparent, 0, 255).astype(np.uint8)
     return rgb, alpha
 
 
 def _too_large(param: str, allowed: str, sent: str) -> ApiError:
-    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "image_too_large", f"{param}: {allowed} (sent: {sent})", param)
+    message = f"{param}: {allowed} (sent: {sent})"
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "image_too_large", message, param)
 
 
 def _undecodable(param: str, reason: str) -> ApiError:
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "undecodable_image", f"{param}: {reason}", param)
+    return _unprocessable("undecodable_image", param, reason)
+
+
+def _unprocessable(code: str, param: str, message: str) -> ApiError:
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, f"{param}: {message}", param)

@@ -1,7 +1,8 @@
-"""What a picture file says of itself, read from its first bytes: its format and size, and the part of it that holds the first picture.
+"""Format and size of an image file from its header, and the part of the file a decoder needs.
 
-Nothing is decoded or decompressed here, and every walk over a file is bounded: texts, colour profiles, comments and whatever else
-may swell on decoding are left out before a decoder sees the file.
+This module decodes and decompresses nothing, and bounds every walk over a file. It removes texts,
+colour profiles, comments and everything else that may grow on decoding, before a decoder sees
+the file.
 """
 
 from __future__ import annotations
@@ -10,26 +11,25 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-Format = Literal["PNG", "JPEG", "WEBP", "GIF"]
+FileFormat = Literal["PNG", "JPEG", "WEBP", "GIF"]
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-# Without these a picture looks the same; of an animation they leave its default image.
+# The chunks that affect the image; without the others an animation is its default image.
 PNG_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND"})
-# Encoders write chunks of 8 KiB and more; a file of millions of empty ones would keep a decoder's Python loop busy for a minute.
+# Encoders write chunks of 8 KiB and more; millions of empty ones keep a decoder busy for a minute.
 MAX_PNG_CHUNKS = 20_000
 
 JPEG_SOI, JPEG_SOS = b"\xff\xd8", b"\xff\xda"
 JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
-# Comments and what applications add, but neither JFIF's (E0) nor Adobe's (EE), which tells how the colours are coded.
+# Comments and application data, except JFIF (E0) and Adobe (EE), which define the colour coding.
 JPEG_EXTRAS = frozenset({0xFE, 0xEF, *range(0xE1, 0xEE)})
 EXIF = b"Exif\0\0"
-ORIENTATION = 0x0112
 MAX_JPEG_SEGMENTS = 2000
-# A progressive file has about ten. Every further one passes over all the pixels again and may take four bytes.
+# A progressive file has about ten. Each scan costs a pass over all pixels and may take four bytes.
 MAX_JPEG_SCANS = 100
 
-# What else people send, recognised only to be named in the refusal.
-OTHERS = {
+# Other formats that clients send, recognised only to be named in the error.
+OTHER_FORMATS = {
     b"%PDF": "PDF",
     b"PK\x03\x04": "ZIP",
     b"BM": "BMP",
@@ -44,29 +44,41 @@ OTHERS = {
 
 
 class UnknownFormatError(Exception):
-    """It is none of the four formats."""
+    """The file has none of the four formats. The message names the format, if known."""
 
 
 class DamagedFileError(Exception):
-    """It begins as one of the four formats, but does not go on like that. The message says where."""
+    """The file begins as one of the four formats but is damaged. The message says where."""
 
 
 @dataclass(frozen=True, slots=True)
-class Container:
-    """width, height: pixels, as the header has them, before any rotation. content: the file without what no picture needs."""
+class ImageFile:
+    """An image file whose header was read.
 
-    format: Format
+    Attributes:
+        width: pixels, as in the header, before any rotation.
+        height: as width.
+        content: the file without the parts that do not affect the image.
+    """
+
+    format: FileFormat
     width: int
     height: int
     content: bytes
 
     @property
     def pixels(self) -> int:
+        """Width times height."""
         return self.width * self.height
 
 
-def inspect(content: bytes) -> Container:
-    """Raises UnknownFormatError, or DamagedFileError for a file without a readable size."""
+def sniff(content: bytes) -> ImageFile:
+    """Return format, size and content of an image file.
+
+    Raises:
+        UnknownFormatError: the file is no PNG, JPEG, WebP or GIF.
+        DamagedFileError: the file has no readable size.
+    """
     try:
         if content.startswith(PNG_MAGIC):
             return _png(content)
@@ -78,25 +90,10 @@ def inspect(content: bytes) -> Container:
             return _gif(content)
     except (struct.error, IndexError):
         raise DamagedFileError("it ends within its header") from None
-    raise UnknownFormatError(_guess(content))
+    raise UnknownFormatError(_other_format(content))
 
 
-def orientation(exif: bytes) -> int:
-    """1…8, how a picture with this EXIF block was held; 1, upright, if it does not say so or is damaged."""
-    tiff = exif.removeprefix(EXIF)
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    try:
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        entries = (struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * i) for i in range(count))
-        return next((value for tag, _, _, value in entries if tag == ORIENTATION), 1)
-    except struct.error:
-        return 1
-
-
-def _png(content: bytes) -> Container:
+def _png(content: bytes) -> ImageFile:
     if content[12:16] != b"IHDR":
         raise DamagedFileError("the first chunk is not IHDR")
     width, height = struct.unpack_from(">II", content, 16)
@@ -107,11 +104,11 @@ def _png(content: bytes) -> Container:
             kept.append(content[start:end])
         start = end
         if name == b"IEND" or start >= len(content):
-            return Container("PNG", width, height, b"".join(kept))
+            return ImageFile("PNG", width, height, b"".join(kept))
     raise DamagedFileError(f"it has more than {MAX_PNG_CHUNKS} chunks")
 
 
-def _jpeg(content: bytes) -> Container:
+def _jpeg(content: bytes) -> ImageFile:
     kept: list[bytes] = []
     exif, start, size = b"", 2, None
     for _ in range(MAX_JPEG_SEGMENTS):
@@ -132,16 +129,16 @@ def _jpeg(content: bytes) -> Container:
     raise DamagedFileError(f"it has more than {MAX_JPEG_SEGMENTS} segments")
 
 
-def _jpeg_of(content: bytes, size: tuple[int, int] | None) -> Container:
+def _jpeg_of(content: bytes, size: tuple[int, int] | None) -> ImageFile:
     if size is None:
         raise DamagedFileError("it has no frame header")
     # Coded pixels never hold these two bytes.
     if content.count(JPEG_SOS) > MAX_JPEG_SCANS:
         raise DamagedFileError(f"it has more than {MAX_JPEG_SCANS} scans")
-    return Container("JPEG", size[1], size[0], content)
+    return ImageFile("JPEG", size[1], size[0], content)
 
 
-def _webp(content: bytes) -> Container:
+def _webp(content: bytes) -> ImageFile:
     match content[12:16]:
         case b"VP8X":
             width, height = (1 + int.from_bytes(content[at : at + 3], "little") for at in (24, 27))
@@ -152,14 +149,14 @@ def _webp(content: bytes) -> Container:
             width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
         case _:
             raise DamagedFileError("the first chunk is none of WebP's")
-    # The sizes beyond a file that ends here would read as zeros.
+    # A size beyond the end of the file would read as zeros.
     if len(content) < 30:
         raise DamagedFileError("it ends within its header")
-    return Container("WEBP", width, height, content)
+    return ImageFile("WEBP", width, height, content)
 
 
-def _gif(content: bytes) -> Container:
-    """The larger of the canvas and the first frame, which may reach beyond it."""
+def _gif(content: bytes) -> ImageFile:
+    """Return the larger of the canvas and the first frame, which may exceed the canvas."""
     width, height, flags = struct.unpack_from("<HHB", content, 6)
     head = start = 13 + _palette_bytes(flags)
     control = b""
@@ -172,7 +169,7 @@ def _gif(content: bytes) -> Container:
         raise DamagedFileError("it has no frame")
     x, y, frame_width, frame_height = struct.unpack_from("<HHHH", content, start + 1)
     content = content[:head] + control + content[start:]
-    return Container("GIF", max(width, x + frame_width), max(height, y + frame_height), content)
+    return ImageFile("GIF", max(width, x + frame_width), max(height, y + frame_height), content)
 
 
 def _palette_bytes(flags: int) -> int:
@@ -180,14 +177,14 @@ def _palette_bytes(flags: int) -> int:
 
 
 def _after_blocks(content: bytes, start: int) -> int:
-    """Where a chain of length-prefixed blocks ends."""
+    """Return where a chain of length-prefixed blocks ends."""
     while length := content[start]:
         start += 1 + length
     return start + 1
 
 
-def _guess(content: bytes) -> str:
-    for magic, name in OTHERS.items():
+def _other_format(content: bytes) -> str:
+    for magic, name in OTHER_FORMATS.items():
         if content.startswith(magic):
             return name
     if content[4:8] == b"ftyp":
