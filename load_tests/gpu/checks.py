@@ -73,7 +73,7 @@ def _precision(family: Family, options: Options) -> Iterator[Check]:
     reference = _outputs(exact, given)
     given.pipeline = None  # type: ignore[assignment]  # its weights' memory is needed
     del exact
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16,) if options.quick else (torch.float16, torch.bfloat16):
         release(options.device)
         bundle = options.bundle(family, dtype)
         if isinstance(bundle, BundleV3) and options.device.type == "cuda" and options.kernels != "torch":
