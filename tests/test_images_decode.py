@@ -1,4 +1,4 @@
-"""What the arrays hold, beyond what tests/test_hostile.py asks of every odd file."""
+"""What the arrays hold, beyond what tests/test_images_hostile.py asks of every odd file."""
 
 from __future__ import annotations
 

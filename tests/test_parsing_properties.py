@@ -1,6 +1,6 @@
 """Whatever bytes come: a picture, a form or a body is understood, or refused with an error of ours; never anything else.
 
-What single odd files and bodies mean: test_hostile.py, test_uploads.py, test_body.py.
+What single odd files and bodies mean: test_images_hostile.py, test_images_decode.py, test_body.py.
 """
 
 from __future__ import annotations

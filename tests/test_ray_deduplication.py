@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.engine.protocol import Drawn, Image, Preview
-from server.ray_serve.deduplication import Telling
+from server.ray_serve.deduplication import ReplayFilter
 
 
 def preview(number: int, index: int = 0) -> Preview:
@@ -17,9 +17,9 @@ def drawn(index: int) -> Drawn:
 def told(*calls: tuple[str, object]) -> list[tuple[str, object]]:
     heard: list[tuple[str, object]] = []
     hooks = ("on_admitted", "on_preview", "on_drawn")
-    telling = Telling({name: lambda *args, name=name: heard.append((name, *args)) for name in hooks})
+    replay_filter = ReplayFilter({name: lambda *args, name=name: heard.append((name, *args)) for name in hooks})
     for name, *args in calls:
-        telling.tell((name, tuple(args)))
+        replay_filter.forward((name, tuple(args)))
     return heard
 
 

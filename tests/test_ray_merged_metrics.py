@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import Metrics
-from server.ray_serve.merged_metrics import Fleet, merged
+from server.ray_serve.merged_metrics import MergedRegistry, merge_metrics
 
 
 def registry(pictures: int) -> CollectorRegistry:
@@ -16,7 +16,7 @@ def registry(pictures: int) -> CollectorRegistry:
 
 
 def test_every_sample_says_whose_it_is_and_every_family_stands_once() -> None:
-    fleet = Fleet()
+    fleet = MergedRegistry()
     fleet.replicas = {"a": registry(2).collect(), "b": registry(3).collect()}
     text = generate_latest(fleet).decode()
     families = list(text_string_to_metric_families(text))
@@ -28,5 +28,5 @@ def test_every_sample_says_whose_it_is_and_every_family_stands_once() -> None:
 
 
 def test_without_replicas_there_are_no_figures() -> None:
-    assert generate_latest(Fleet()) == b""
-    assert merged({}) == []
+    assert generate_latest(MergedRegistry()) == b""
+    assert merge_metrics({}) == []

@@ -1,7 +1,8 @@
-"""The same HTTP API over many engines, on Ray Serve: `serve run server.ray_app:app min_replicas=2 max_replicas=8`.
+"""The HTTP API over many engines, on Ray Serve: `serve run server.ray_app:app max_replicas=8`.
 
-Two deployments. `Api` is the FastAPI app; `Engine` one engine with its worker process a replica. A job goes to the replica that should be
-done with it first; a replica that is lost costs time but no answer, because jobs are seeded. docs/scale.md says how to run it.
+Two deployments: `Api` is the FastAPI app, `Engine` one engine with its worker process per replica.
+A job goes to the replica with the earliest expected finish; a lost replica costs time but no
+answer, because jobs are seeded. docs/scale.md says how to run it.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -26,36 +27,38 @@ from server.engine.process import WorkerMain, run_worker
 from server.engine.protocol import Finished, Job
 from server.ray_serve.deduplication import Call
 from server.ray_serve.engines import REPORT_TIMEOUT_S, LocalEngine, RemoteEngine, Report
-from server.ray_serve.routing import Load, Waits, replicas_for
+from server.ray_serve.routing import Load, WaitEstimator, replicas_for
 from server.settings import Settings
 from server.uvicorn_server import WRITE_TIMEOUT_S
 
-# The engines' own queues say what is too much, and answer 429; Ray's would let requests wait without saying so.
+# The engines' own queues reject requests with 429; Ray's would let them wait silently.
 UNBOUNDED = 100_000
-# In an update a new replica comes before an old one goes: one more at a time, up to a hundred replicas.
+# In an update, one new replica starts before an old one stops, up to a hundred replicas.
 SURGE_PERCENT = 1
 
 
 class Scale(BaseModel):
-    """How far to scale: the arguments of `serve run`. What a replica does is set by `PAELLERA_*` where this is run."""
+    """Arguments of `serve run`. Replicas take `PAELLERA_*` settings from where it is run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    min_replicas: Annotated[int, Field(ge=1, description="Engines there always are")] = 1
-    max_replicas: Annotated[int, Field(ge=1, description="Engines there may be at most")] = 1
-    target_rows: Annotated[float, Field(gt=0, description="Unfinished images of a replica, beyond which there should be another")] = 16
-    upscale_delay_s: Annotated[float, Field(ge=0, description="For how long more must be wanted before there are more")] = 10
-    downscale_delay_s: Annotated[float, Field(ge=0, description="For how long fewer must be enough before there are fewer")] = 300
-    look_back_s: Annotated[float, Field(gt=10, description="Over how long unfinished images are averaged; Ray wants more than 10")] = 30
-    cpus: Annotated[float, Field(ge=0, description="Ray's CPUs a replica; PAELLERA_THREADS should be as many")] = 1
-    gpus: Annotated[float, Field(ge=0, description="Ray's GPUs a replica, whose one worker sees no other")] = 0
-    api_replicas: Annotated[int, Field(ge=1, description="Processes that speak HTTP; limits and idempotency keys hold in each")] = 1
-    start_timeout_s: Annotated[float, Field(gt=0, description="How long a replica may load its weights")] = 600
+    min_replicas: Annotated[int, Field(ge=1, description="Minimum number of engines")] = 1
+    max_replicas: Annotated[int, Field(ge=1, description="Maximum number of engines")] = 1
+    target_rows: Annotated[float, Field(gt=0, description="Unfinished images per replica beyond which another one is started")] = 16
+    upscale_delay_s: Annotated[float, Field(ge=0, description="Delay before replicas are added")] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0, description="Delay before replicas are removed")] = 300
+    look_back_s: Annotated[
+        float, Field(gt=10, description="Averaging period of unfinished images; Ray requires more than 10")
+    ] = 30
+    cpus: Annotated[float, Field(ge=0, description="Ray CPUs per replica; set PAELLERA_THREADS to the same number")] = 1
+    gpus: Annotated[float, Field(ge=0, description="Ray GPUs per replica; its one worker sees no other")] = 0
+    api_replicas: Annotated[int, Field(ge=1, description="HTTP processes; limits per key apply to each")] = 1
+    start_timeout_s: Annotated[float, Field(gt=0, description="Timeout for a replica to load its weights")] = 600
     worker: WorkerMain = run_worker
 
 
 def app(scale: Scale) -> serve.Application:
-    """The application. Raises what `create_app` and `Settings` raise."""
+    """Return the application. Raises the exceptions of `create_app` and `Settings`."""
     settings = Settings()
     both = {
         "max_ongoing_requests": UNBOUNDED,
@@ -87,7 +90,10 @@ def _autoscaling(scale: Scale) -> AutoscalingConfig:
 
 
 class ByRows:
-    """Asks for so many replicas that each has `target_rows` unfinished images. Bounds and delays are Ray's to apply."""
+    """Autoscaling policy: `target_rows` unfinished images per replica.
+
+    Ray applies bounds and delays.
+    """
 
     def __init__(self, target_rows: float) -> None:
         self._target_rows = target_rows
@@ -98,11 +104,11 @@ class ByRows:
 
 
 class ShortestWait(RequestRouter):
-    """Gives a job to the replica that should be done with it first; to the next if that one takes no more."""
+    """Request router: the replica with the earliest expected finish, then the next ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._waits = Waits(ray.get_runtime_context().get_actor_id())
+        self._waits = WaitEstimator(ray.get_runtime_context().get_actor_id())
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -113,9 +119,9 @@ class ShortestWait(RequestRouter):
         job = next(arg for arg in pending_request.args if isinstance(arg, Job))
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
         loads = {id: Load(**replica.routing_stats) for id, replica in by_id.items()}
-        ranked = self._waits.ranked(list(by_id), loads, job)
-        # At once, not when the replica has agreed: of jobs that come together, each must know of those before it.
-        self._waits.send(pending_request.metadata.internal_request_id, ranked[0], job)
+        ranked = self._waits.rank(list(by_id), loads, job)
+        # At once, not when the replica has accepted: simultaneous jobs must know of each other.
+        self._waits.assign(pending_request.metadata.internal_request_id, ranked[0], job)
         return [[by_id[id]] for id in ranked]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
@@ -123,7 +129,7 @@ class ShortestWait(RequestRouter):
 
 
 class Engine:
-    """One engine. Ray routes to it once its workers are ready, and replaces it if they stay away."""
+    """One engine. Ray routes to it once its workers are ready, and replaces it if they stay lost."""
 
     async def __init__(self, settings: Settings, start_timeout_s: float, worker: WorkerMain) -> None:  # type: ignore[misc]
         logs.configure(settings.log_level)
@@ -151,13 +157,13 @@ class Engine:
 
 
 class Api:
-    """The HTTP API, whose engine is all replicas of `Engine`."""
+    """The HTTP API; its engine is all replicas of `Engine`."""
 
     def __init__(self, settings: Settings, engines: Any) -> None:
         logs.configure(settings.log_level)
         context = serve.get_replica_context()
         self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
-        # Ray's proxy has one port.
+        # Ray's proxy has a single port.
         settings = settings.model_copy(update={"operations_port": None})
         self._app = create_app(settings, engine=partial(RemoteEngine, engines=engines, peers=self._peers))
         self._engine: RemoteEngine = self._app.state.paellera.engine
@@ -166,17 +172,17 @@ class Api:
         return Front(self._app, self._peers)
 
     async def report(self) -> Report:
-        return Report(_name(), None, list(self._engine.own_figures.collect()))
+        return Report(_name(), None, list(self._engine.own_metrics.collect()))
 
     async def delete(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
-        """This replica's answer to a DELETE."""
+        """Return this replica's answer to a DELETE."""
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self._app), base_url="http://peer") as client:
             answer = await client.delete(path, headers=headers)
         return answer.status_code, dict(answer.headers), answer.content
 
 
 class Front:
-    """Around the app of each API replica: a DELETE goes to all of them, since any may have the request."""
+    """ASGI app around each API replica: a DELETE goes to all, since any may have the request."""
 
     def __init__(self, app: FastAPI, peers: Any) -> None:
         self._app, self._peers = app, peers
@@ -184,7 +190,7 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Ray's proxy sends the same one.
+                # Ray's proxy adds the same header.
                 del MutableHeaders(scope=message)["X-Request-Id"]
             await send(message)
 
@@ -194,7 +200,7 @@ class Front:
             await self._app(scope, receive, send_without_id)
 
     async def _deleted(self, scope: Scope) -> Response:
-        """The best of all answers."""
+        """Return the best of all answers."""
         path = scope["raw_path"].decode()
         asked = self._peers.broadcast("delete", path, dict(Headers(scope=scope)))
         answers = await asked.results_async(timeout_s=REPORT_TIMEOUT_S, return_exceptions=True)

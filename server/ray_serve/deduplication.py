@@ -1,4 +1,4 @@
-"""What the caller of a job is told, once, however often the job begins."""
+"""Replay de-duplication: a caller gets every call once, however often its job is restarted."""
 
 from __future__ import annotations
 
@@ -8,34 +8,41 @@ from typing import Any
 
 from server.engine.protocol import Drawn, Preview
 
-# A call that `EngineClient.run` makes to its caller: the parameter's name, and with what.
+# A call of one of the hooks of `EngineClient.run`: the parameter's name and the arguments.
 Call = tuple[str, tuple[Any, ...]]
 
 
 @dataclass(slots=True)
-class Telling:
-    """hooks: the caller's, by their names as parameters of `EngineClient.run`."""
+class ReplayFilter:
+    """Forwards calls to a caller's hooks, without those that a replay repeats.
+
+    Attributes:
+        hooks: by their names as parameters of `EngineClient.run`.
+    """
 
     hooks: Mapping[str, Callable[..., object]]
-    _told: set[object] = field(default_factory=set)
-    _previewed: dict[int, int] = field(default_factory=dict)
+    _forwarded: set[object] = field(default_factory=set)
+    _latest_preview: dict[int, int] = field(default_factory=dict)
 
-    def tell(self, call: Call) -> None:
-        """Hands on what is new: a preview later than those of its image so far, a drawn image or anything else the first time."""
+    def forward(self, call: Call) -> None:
+        """Call the hook if the call is new.
+
+        A preview is new if it is later than its image's last one, any other call the first time.
+        """
         name, args = call
-        if (hook := self.hooks.get(name)) and self._is_news(name, args):
+        if (hook := self.hooks.get(name)) and self._is_new(name, args):
             hook(*args)
 
-    def _is_news(self, name: str, args: tuple[Any, ...]) -> bool:
+    def _is_new(self, name: str, args: tuple[Any, ...]) -> bool:
         match args:
             case (Preview(number=number, image=image),):
-                latest = self._previewed.get(image.index, -1)
-                self._previewed[image.index] = max(latest, number)
+                latest = self._latest_preview.get(image.index, -1)
+                self._latest_preview[image.index] = max(latest, number)
                 return number > latest
             case (Drawn(image=image),):
-                news: object = (name, image.index)
+                key: object = (name, image.index)
             case _:
-                news = name
-        told = news in self._told
-        self._told.add(news)
-        return not told
+                key = name
+        is_new = key not in self._forwarded
+        self._forwarded.add(key)
+        return is_new

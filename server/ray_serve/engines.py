@@ -1,4 +1,7 @@
-"""The engine as the HTTP API knows it, at the other end of a Ray handle: jobs go to one of many replicas, and to another if it is lost."""
+"""Engines on both ends of a Ray handle: `RemoteEngine` in the API, `LocalEngine` in a replica.
+
+A job goes to one of many replicas, and to another if that one is lost.
+"""
 
 from __future__ import annotations
 
@@ -21,42 +24,42 @@ from server.engine.process import WorkerMain, run_worker
 from server.engine.protocol import Finished, Job
 from server.engine.supervisor import WorkerStatus
 from server.metrics import Metrics
-from server.ray_serve.deduplication import Call, Telling
-from server.ray_serve.merged_metrics import Fleet
-from server.ray_serve.routing import Load, Meter
+from server.ray_serve.deduplication import Call, ReplayFilter
+from server.ray_serve.merged_metrics import MergedRegistry
+from server.ray_serve.routing import Load, LoadMeter
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
 REPORT_TIMEOUT_S = 5.0
-# A job whose replica went away under it so often is not given to another: it may be what makes them go.
-LIVES = 4
-# By which a replica says that it cannot, although another might.
-ELSEWHERE = (Draining, Starting, WorkerLost)
+# Replicas lost under one job after which it fails: the job itself may be the cause.
+MAX_ATTEMPTS = 4
+# Errors of one replica where another may succeed.
+RETRYABLE = (Draining, Starting, WorkerLost)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a replica says every second. status: None for one that has no engine."""
+    """A replica's report of every second. status: None if it has no engine."""
 
     replica: str
     status: WorkerStatus | None
-    figures: list[Metric]
+    metrics: list[Metric]
 
 
 class LocalEngine:
-    """A replica's side: one `EngineClient` with its workers."""
+    """One `EngineClient` with its workers, in a replica."""
 
     def __init__(self, settings: Settings, worker: WorkerMain = run_worker) -> None:
         self._metrics = Metrics()
         self._engine = EngineClient(settings, self._metrics, worker)
-        self._meter = Meter()
+        self._meter = LoadMeter()
         self._settings = settings
         self._not_ready_since: float | None = None
 
     async def start(self, timeout_s: float) -> None:
-        """Returns when the workers are ready. Raises RuntimeError if they are not in time."""
+        """Wait until the workers are ready. Raises RuntimeError after the timeout."""
         await self._engine.start()
         deadline = time.monotonic() + timeout_s
         while not (status := self._engine.status()).ready:
@@ -65,40 +68,48 @@ class LocalEngine:
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
+        """Stop the workers."""
         await self._engine.stop()
 
-    async def run(self, sender: str, job: Job, patience_s: float, hooks: tuple[str, ...]) -> AsyncIterator[Call | Finished | EngineError]:
-        """What `EngineClient.run` calls of these hooks, as it happens, then how it ended.
+    async def run(self, sender: str, job: Job, timeout_s: float, hooks: tuple[str, ...]) -> AsyncIterator[Call | Finished | EngineError]:
+        """Run a job; yield the calls of its hooks as they happen, then the outcome.
 
-        patience_s: until the job's deadline, since machines have clocks of their own.
+        Args:
+            sender: the API replica.
+            job: the job; its deadline is replaced.
+            timeout_s: seconds until the deadline, because machines have clocks of their own.
+            hooks: names of the hooks of `EngineClient.run` to report.
         """
         calls: asyncio.Queue[Call | None] = asyncio.Queue()
-        job = replace(job, deadline=time.monotonic() + patience_s)
-        work = asyncio.create_task(self._engine.run(job, **{name: partial(_put, calls, name) for name in hooks}))
+        job = replace(job, deadline=time.monotonic() + timeout_s)
+        reporters = {name: partial(_put, calls, name) for name in hooks}
+        work = asyncio.create_task(self._engine.run(job, **reporters))
         work.add_done_callback(lambda _: calls.put_nowait(None))
         end = self._meter.begin(sender, job)
-        done = False
+        finished = False
         try:
             while (call := await calls.get()) is not None:
                 yield call
             outcome = work.exception() or work.result()
-            done = isinstance(outcome, Finished)
+            finished = isinstance(outcome, Finished)
             if not isinstance(outcome, Finished | EngineError):
                 raise outcome
             yield outcome
         finally:
-            end(done)
+            end(finished)
             work.cancel()
 
     def load(self) -> Load:
+        """Return the load, for routing."""
         return self._meter.load(self._engine.status().ready)
 
     @property
     def rows(self) -> int:
+        """Unfinished images, for autoscaling."""
         return self._engine.rows_unfinished
 
     def check(self) -> None:
-        """Raises RuntimeError once no worker has been ready for longer than requests would wait for one."""
+        """Raise RuntimeError once no worker was ready for `start_wait_s`."""
         status = self._engine.status()
         if status.ready:
             self._not_ready_since = None
@@ -108,7 +119,9 @@ class LocalEngine:
             raise RuntimeError(status.reason)
 
     def report(self, replica: str) -> Report:
-        return Report(replica, self._engine.status(), list(self._metrics.registry.collect()))
+        """Return status and metrics."""
+        metrics = list(self._metrics.registry.collect())
+        return Report(replica, self._engine.status(), metrics)
 
 
 def _put(calls: asyncio.Queue[Call | None], name: str, *args: Any) -> None:
@@ -116,96 +129,119 @@ def _put(calls: asyncio.Queue[Call | None], name: str, *args: Any) -> None:
 
 
 class RemoteEngine:
-    """The API's side: what `EngineClient` is to the endpoints, over all replicas.
+    """All replicas as one engine, in the API: the counterpart of `EngineClient`.
 
-    engines, peers: Ray handles of the deployment whose replicas are `LocalEngine`s, and of the API's own.
+    Attributes:
+        own_metrics: registry of this process.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, engines: Any, peers: Any) -> None:
+        """Create the engine.
+
+        Args:
+            settings: the server's.
+            metrics: this process's; its registry is replaced by one for all replicas.
+            engines: Ray handle of the deployment whose replicas are `LocalEngine`s.
+            peers: Ray handle of the API's own deployment.
+        """
         self._settings, self._metrics = settings, metrics
         self._engines, self._peers = engines, peers
         self._sender = ray.get_runtime_context().get_actor_id()
         self._reports: list[Report] = []
         self._draining = False
-        self.own_figures = metrics.registry
-        self._fleet = metrics.registry = Fleet()
+        self.own_metrics = metrics.registry
+        self._merged = metrics.registry = MergedRegistry()
 
     async def start(self) -> None:
-        self._reporting = asyncio.create_task(self._report_for_ever())
+        """Start polling the replicas for reports."""
+        self._polling = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
-        """Refuses new jobs; Ray has waited for the unfinished ones."""
+        """Reject new jobs; Ray has waited for the unfinished ones."""
         self._draining = True
-        self._reporting.cancel()
-        await asyncio.gather(self._reporting, return_exceptions=True)
+        self._polling.cancel()
+        await asyncio.gather(self._polling, return_exceptions=True)
 
     def status(self) -> WorkerStatus:
-        """Ready while any replica is."""
+        """Return ready while any replica is."""
         statuses = [report.status for report in self._reports if report.status]
         if self._draining:
             return WorkerStatus(ready=False, reason="draining")
         ready = (status for status in statuses if status.ready)
-        return next(ready, next(iter(statuses), WorkerStatus(ready=False, reason="no replica has an engine yet")))
+        none = WorkerStatus(ready=False, reason="no replica has an engine yet")
+        return next(ready, next(iter(statuses), none))
 
     async def run(self, job: Job, **hooks: Any) -> Finished:
-        """As `EngineClient.run`, wherever the job is done; it begins again elsewhere if its replica is lost, which is harmless."""
-        telling = Telling({name: hook for name, hook in hooks.items() if hook})
+        """Run a job as `EngineClient.run` does, on any replica.
+
+        It restarts elsewhere if its replica is lost, with the same result because it is seeded.
+        """
+        replay_filter = ReplayFilter({name: hook for name, hook in hooks.items() if hook})
         if self._draining:
             raise Draining("the server is stopping")
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
-                return await self._run(job, telling)
+                return await self._run(job, replay_filter)
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed") from None
 
-    async def _run(self, job: Job, telling: Telling) -> Finished:
+    async def _run(self, job: Job, replay_filter: ReplayFilter) -> Finished:
         arrived_at = time.monotonic()
-        for _ in range(LIVES):
+        for _ in range(MAX_ATTEMPTS):
             began = time.monotonic()
             try:
-                finished = await self._attempt(job, telling)
-                timings = replace(finished.timings, queue=finished.timings.queue + began - arrived_at)
-                return replace(finished, timings=timings)
-            except ELSEWHERE as error:
+                finished = await self._attempt(job, replay_filter)
+                queue = finished.timings.queue + began - arrived_at
+                return replace(finished, timings=replace(finished.timings, queue=queue))
+            except RETRYABLE as error:
                 lost: Exception = error
             except (RayError, RayServeException) as error:
                 lost = WorkerLost(f"a replica was lost: {type(error).__name__}")
-            log.warning("begun again elsewhere", extra={"fields": {"job": job.id, "reason": str(lost)}})
+            fields = {"job": job.id, "reason": str(lost)}
+            log.warning("job restarted on another replica", extra={"fields": fields})
             self._metrics.requests_replayed.inc()
         raise lost
 
-    async def _attempt(self, job: Job, telling: Telling) -> Finished:
-        """Raises the job's EngineError, or what Ray raises if the replica is lost."""
-        # A replica that says at once that it has the job is known to be there.
-        hooks = tuple({*telling.hooks, "on_admitted"})
-        stream = self._engines.options(stream=True).run.remote(self._sender, job, job.deadline - time.monotonic(), hooks)
+    async def _attempt(self, job: Job, replay_filter: ReplayFilter) -> Finished:
+        """Run the job on one replica.
+
+        Raises:
+            EngineError: the job's.
+            RayError, RayServeException: the replica was lost.
+        """
+        # A replica confirms at once that it has the job, which shows that it is alive.
+        hooks = tuple({*replay_filter.hooks, "on_admitted"})
+        timeout_s = job.deadline - time.monotonic()
+        engines = self._engines.options(stream=True)
+        stream = engines.run.remote(self._sender, job, timeout_s, hooks)
         try:
-            async with asyncio.timeout(self._settings.start_wait_s) as patience:
+            async with asyncio.timeout(self._settings.start_wait_s) as timeout:
                 async for message in stream:
-                    patience.reschedule(None)
+                    timeout.reschedule(None)
                     if isinstance(message, Finished):
                         return message
                     if isinstance(message, EngineError):
                         raise message
-                    telling.tell(message)
+                    replay_filter.forward(message)
         except TimeoutError:
             raise Starting("no replica took the request in time") from None
         finally:
             stream.cancel()
         raise WorkerLost("a replica ended without an answer")
 
-    async def _report_for_ever(self) -> None:
+    async def _poll(self) -> None:
         while True:
             self._reports = [*await self._ask(self._engines), *await self._ask(self._peers)]
-            self._fleet.replicas = {report.replica: report.figures for report in self._reports}
+            self._merged.replicas = {report.replica: report.metrics for report in self._reports}
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     async def _ask(self, handle: Any) -> list[Report]:
-        """Those that answer: replicas come and go."""
+        """Return the reports of those that answer: replicas come and go."""
         try:
             answers = await handle.broadcast("report").results_async(timeout_s=REPORT_TIMEOUT_S, return_exceptions=True)
         except Exception as error:
-            # Asked again in a second.
-            log.warning("no reports", extra={"fields": {"reason": repr(error)[:200]}})
+            # The next poll is a second later.
+            fields = {"reason": repr(error)[:200]}
+            log.warning("replica reports missing", extra={"fields": fields})
             return []
         return [answer for answer in answers if isinstance(answer, Report)]

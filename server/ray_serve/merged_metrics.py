@@ -1,4 +1,4 @@
-"""The figures of many processes as one exposition: each sample says in its label `replica` whose it is."""
+"""Metrics of many processes as one exposition, with the label `replica` on every sample."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from collections.abc import Iterable, Mapping
 from prometheus_client import CollectorRegistry, Metric
 
 
-class Fleet(CollectorRegistry):
-    """What the replicas said last, in place of what this process alone would say."""
+class MergedRegistry(CollectorRegistry):
+    """The replicas' latest metrics, in place of those of this process.
+
+    Attributes:
+        replicas: metrics by name of the replica.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.replicas: Mapping[str, Iterable[Metric]] = {}
 
     def collect(self) -> Iterable[Metric]:
-        return merged(self.replicas)
+        """Return the merged metrics."""
+        return merge_metrics(self.replicas)
 
 
-def merged(replicas: Mapping[str, Iterable[Metric]]) -> list[Metric]:
-    """One family a name, since the exposition may name each only once."""
+def merge_metrics(replicas: Mapping[str, Iterable[Metric]]) -> list[Metric]:
+    """Return one family per name: the exposition may name each only once."""
     families: dict[str, Metric] = {}
     for replica, metrics in replicas.items():
         for metric in metrics:
-            family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            empty = Metric(metric.name, metric.documentation, metric.type)
+            family = families.setdefault(metric.name, empty)
             family.samples += [sample._replace(labels={**sample.labels, "replica": replica}) for sample in metric.samples]
     return list(families.values())
