@@ -1,4 +1,4 @@
-"""What can be expected to go wrong on the command line, as one line and an exit code: 1 something failed, 2 it cannot be."""
+"""Expected errors of the command line as one line and an exit code: 1 failed, 2 invalid request."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ FAILED, REFUSED = 1, 2
 
 
 def fail(message: str, code: int) -> Never:
+    """Print the error and exit."""
     typer.echo(f"paellera: {message}", err=True)
     raise typer.Exit(code)
 
 
 @contextlib.contextmanager
 def one_line_errors(refused: int = REFUSED) -> Iterator[None]:
-    """refused: the exit code for whatever the user asked for wrongly."""
+    """Turn expected exceptions into one line and an exit code.
+
+    Args:
+        refused: the exit code of an invalid request.
+    """
     from pydantic import ValidationError
     from safetensors import SafetensorError
 

@@ -1,6 +1,6 @@
-"""`paellera generate | inpaint | outpaint | vary | edit | interpolate | replay`: pictures drawn here, without a server.
+"""Image commands, in this process without a server: `paellera generate` … `paellera replay`.
 
-Imports wait inside the functions, so that `paellera --help` is instant.
+Functions import what they need, so that `paellera --help` is instant.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 ANIMATIONS = {".gif": "gif", ".webp": "webp"}
 
-Prompt = Annotated[str, typer.Argument(help="What the picture shows")]
-OptionalPrompt = Annotated[str, typer.Option(help="What it shows beside what the pictures say")]
+Prompt = Annotated[str, typer.Argument(help="Description of the image")]
+OptionalPrompt = Annotated[str, typer.Option(help="Description, in addition to the images")]
 Picture = Annotated[Path, typer.Option(help="A PNG, JPEG, WebP or GIF file")]
 RegionList = Annotated[
     list[str] | None,
-    typer.Option(help='{"prompt": "a star", "box": [0, 0, 0.5, 1]}: another prompt for a part of it, or "mask": a file; may be repeated'),
+    typer.Option(
+        help='{"prompt": "a star", "box": [0, 0, 0.5, 1]}: another prompt for a part of the image, or "mask": a file; may be repeated'
+    ),
 ]
 Margin = Annotated[int, typer.Option(help="Pixels added on this side")]
 Weights = Annotated[str | None, typer.Option(help="Bundle name or path; default: PAELLERA_WEIGHTS, else tiny")]
@@ -40,29 +42,29 @@ Fields = dict[str, Any]
 
 
 def _common(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file; several become NAME-0, NAME-1, …")],
-    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same picture; default: drawn")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file; several images become NAME-0, NAME-1, …")],
+    negative_prompt: Annotated[str | None, typer.Option(help="Description of unwanted content")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same image; default: random")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance: Annotated[str | None, typer.Option(help="Classifier-free guidance, a number or START,END; 1 is off")] = None,
-    guidance_steps: Annotated[int | None, typer.Option(help="How many of the first steps are guided")] = None,
-    temperature: Annotated[str | None, typer.Option(help="Of the token draws, a number or START,END")] = None,
+    guidance_steps: Annotated[int | None, typer.Option(help="Number of first steps with guidance")] = None,
+    temperature: Annotated[str | None, typer.Option(help="Sampling temperature of the tokens, a number or START,END")] = None,
     sampler: Annotated[str | None, typer.Option(help="multinomial, argmax, typical or quant")] = None,
-    typical_mass: Annotated[float | None, typer.Option(help="For the typical sampler")] = None,
-    renoise_mode: Annotated[str | None, typer.Option(help="Which noise: start, prev or rand")] = None,
-    renoise_steps: Annotated[int | None, typer.Option(help="After how many of the first steps noise is put back")] = None,
+    typical_mass: Annotated[float | None, typer.Option(help="Probability mass of sampler typical")] = None,
+    renoise_mode: Annotated[str | None, typer.Option(help="Source of the added noise: start, prev or rand")] = None,
+    renoise_steps: Annotated[int | None, typer.Option(help="Number of first steps that add noise again")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels")] = None,
-    n: Annotated[int | None, typer.Option("-n", help="How many pictures")] = None,
-    deterministic: Annotated[bool | None, typer.Option(help="The same bits whatever else is drawn with it")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Number of images")] = None,
+    deterministic: Annotated[bool | None, typer.Option(help="Bit-identical images, one at a time")] = None,
     weights: Weights = None,
     device: Device = None,
 ) -> None:
-    """The options that every operation has."""
+    """Common options of all operations."""
 
 
 def _operation(name: Operation) -> Callable[[Callable[..., Fields]], Callable[..., None]]:
-    """Makes a command of a function from an operation's own options to its request's fields."""
+    """Return a decorator that makes a command of a function from options to a request's fields."""
 
     def decorated(function: Callable[..., Fields]) -> Callable[..., None]:
         own, common = (inspect.signature(each, eval_str=True) for each in (function, _common))
@@ -90,7 +92,7 @@ def _has_default(parameter: inspect.Parameter) -> bool:
 
 @_operation("generate")
 def generate(prompt: Prompt, region: RegionList = None) -> Fields:
-    """Draw pictures of a prompt. What is not given follows the weights' own recipe."""
+    """Generate images from a prompt. Absent options follow the recipe of the weights."""
     return {"prompt": prompt, "regions": _regions(region)}
 
 
@@ -98,12 +100,12 @@ def generate(prompt: Prompt, region: RegionList = None) -> Fields:
 def inpaint(
     prompt: Prompt,
     image: Picture,
-    mask: Annotated[Path | None, typer.Option(help="As large as the image; default: where the image is transparent")] = None,
-    mask_mode: Annotated[str | None, typer.Option(help="alpha: transparent is repainted; luminance: white is")] = None,
-    keep_unmasked: Annotated[bool, typer.Option(help="Leave pixels outside the mask exactly as they are")] = True,
+    mask: Annotated[Path | None, typer.Option(help="As large as the image; default: the image's transparency")] = None,
+    mask_mode: Annotated[str | None, typer.Option(help="alpha repaints transparent pixels, luminance white ones")] = None,
+    keep_unmasked: Annotated[bool, typer.Option(help="Leave pixels outside the mask unchanged")] = True,
     region: RegionList = None,
 ) -> Fields:
-    """Draw a part of a picture anew."""
+    """Repaint a part of an image."""
     files = {"image": image.read_bytes(), "mask": mask.read_bytes() if mask else None}
     return {"prompt": prompt, **files, "mask_mode": mask_mode, "keep_unmasked": keep_unmasked, "regions": _regions(region)}
 
@@ -118,18 +120,18 @@ def outpaint(
     down: Margin = 0,
     region: RegionList = None,
 ) -> Fields:
-    """Continue a picture beyond its edges; without a prompt as it is."""
+    """Extend an image beyond its edges; without a prompt, continue it."""
     margins = {"left": left, "right": right, "up": up, "down": down}
     return {"prompt": prompt, "image": image.read_bytes(), **margins, "regions": _regions(region)}
 
 
 @_operation("variations")
 def vary(
-    image: Annotated[list[Path], typer.Option(help="A PNG, JPEG, WebP or GIF file; several are mixed")],
+    image: Annotated[list[Path], typer.Option(help="A PNG, JPEG, WebP or GIF file; may be repeated")],
     prompt: OptionalPrompt = "",
-    image_weights: Annotated[str | None, typer.Option(help="One for each image, with commas between them; default: equal")] = None,
+    image_weights: Annotated[str | None, typer.Option(help="Comma-separated, one for each image; default: equal")] = None,
 ) -> Fields:
-    """Draw other pictures that show the same."""
+    """Generate other images with the same content."""
     return {"prompt": prompt, "image": [path.read_bytes() for path in image], "weights": _numbers("image-weights", image_weights)}
 
 
@@ -137,33 +139,33 @@ def vary(
 def edit(
     prompt: Prompt,
     image: Picture,
-    strength: Annotated[float | None, typer.Option(help="How much of it is turned to noise first: 0 returns it, 1 ignores it")] = None,
+    strength: Annotated[float | None, typer.Option(help="Fraction turned to noise first: 0 returns the image, 1 ignores it")] = None,
 ) -> Fields:
-    """Draw a picture anew over its own structure."""
+    """Redraw an image, keeping its structure."""
     return {"prompt": prompt, "image": image.read_bytes(), "strength": strength}
 
 
 @_operation("interpolate")
 def interpolate(
-    keyframe: Annotated[list[str], typer.Option(help="A prompt, or @ and the name of a picture file; two to eight of them")],
-    frames: Annotated[int | None, typer.Option(help="How many pictures")] = None,
+    keyframe: Annotated[list[str], typer.Option(help="A prompt, or @ and the name of an image file; two to eight of them")],
+    frames: Annotated[int | None, typer.Option(help="Number of images")] = None,
     mode: Annotated[str | None, typer.Option(help="lerp or slerp")] = None,
     prompt: OptionalPrompt = "",
 ) -> Fields:
-    """Draw the pictures on the way between others: an animation if the output is a .gif or a .webp file."""
+    """Generate the images between others: an animation if the output is a .gif or a .webp file."""
     entries = [{"image": Path(each[1:]).read_bytes()} if each.startswith("@") else {"prompt": each} for each in keyframe]
     return {"keyframes": entries, "frames": frames, "mode": mode, "prompt": prompt}
 
 
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG that Paellera made")],
+    picture: Annotated[Path, typer.Argument(help="A PNG generated by Paellera")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png file")],
-    image: Annotated[list[Path] | None, typer.Option(help="Every picture that was sent with the request; may be repeated")] = None,
-    mask: Annotated[list[Path] | None, typer.Option(help="Every mask that was; may be repeated")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Every image that was sent with the request; may be repeated")] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help="Every mask that was sent with the request; may be repeated")] = None,
     weights: Weights = None,
     device: Device = None,
 ) -> None:
-    """Make a picture again from the parameters in it, and say whether it is the same; exit code 1 if it is not."""
+    """Generate an image again from the parameters in it; exit code 1 if the result differs."""
     bound_spinning()
     from server.api.images.encode import encode
     from server.cli.offline import generate as generate_images
@@ -177,12 +179,12 @@ def replay(
         content = encode(planned.finish(drawn), "png", 90, planned.parameters(truncated, frame))
         output.write_bytes(content)
     if content != picture.read_bytes():
-        fail(f"{output} differs from {picture}: other weights, another device, or it was drawn beside others", FAILED)
+        fail(f"{output} differs from {picture}: other weights, another device, or it was generated in a batch with others", FAILED)
     typer.echo(f"{output}  identical")
 
 
 def register(app: typer.Typer) -> None:
-    """Adds all of these to an app."""
+    """Add all commands to an app."""
     for command in (generate, inpaint, outpaint, vary, edit, interpolate, replay):
         app.command()(command)
 
@@ -227,7 +229,7 @@ def _write(images: Sequence[Image], planned: Plan, truncated: tuple[str, ...], o
         path.write_bytes(encode(image, format, quality, planned.parameters(truncated, image.index)))
         typer.echo(f"{path}  seed {planned.job.seeds[image.index]}")
     if truncated:
-        typer.echo(f"the prompt was cut for {' and '.join(truncated)}", err=True)
+        typer.echo(f"the prompt was truncated for {' and '.join(truncated)}", err=True)
 
 
 def _format_of(output: Path, more: dict[str, str]) -> str:
@@ -240,15 +242,15 @@ def _format_of(output: Path, more: dict[str, str]) -> str:
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
-    """ "2,8" → [2, 8]; how many and how large they may be is the request's to say."""
+    """Return "2,8" as [2, 8]; the request checks count and bounds."""
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        fail(f"{option}: numbers with commas between them (sent: {text!r})", REFUSED)
+        fail(f"{option}: must be comma-separated numbers (sent: {text!r})", REFUSED)
 
 
 def _pair(option: str, text: str | None) -> list[float] | None:
-    """ "8" → [8, 8]"""
+    """Return "8" as [8, 8]."""
     numbers = _numbers(option, text)
     return numbers * 2 if numbers and len(numbers) == 1 else numbers
 
@@ -259,14 +261,14 @@ def _regions(texts: Sequence[str] | None) -> list[Fields]:
         try:
             entry = json.loads(text)
         except ValueError:
-            fail(f'region: JSON such as {{"prompt": "a star", "box": [0, 0, 0.5, 1]}} (sent: {text!r})', REFUSED)
+            fail(f'region: must be JSON such as {{"prompt": "a star", "box": [0, 0, 0.5, 1]}} (sent: {text!r})', REFUSED)
         masked = isinstance(entry, dict) and isinstance(entry.get("mask"), str)
         entries.append({**entry, "mask": Path(entry["mask"]).read_bytes()} if masked else entry)
     return entries
 
 
 def read_settings(**given: object) -> Settings:
-    """The environment's settings with the given options on top."""
+    """Return the environment's settings, overridden by the given options."""
     from server.settings import Settings
 
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -1,7 +1,7 @@
-"""The command line: `paellera serve | generate | inpaint | outpaint | vary | edit | interpolate | replay | weights | bench`.
+"""The command line: `paellera serve`, the image commands, `weights` and `bench`.
 
-Imports wait inside the commands, so that `paellera --help` is instant and `serve` keeps torch out of the API process.
-Exit codes: 1 something failed, 2 something was asked for that cannot be.
+Commands import what they need, so that `paellera --help` is instant and `serve` keeps torch out of
+the API process. Exit codes: 1 failed, 2 invalid request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 app = typer.Typer(
-    help="An inference server for Paella: a prompt becomes a picture.",
+    help="An inference server for Paella, a text-to-image model.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -40,7 +40,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Default: PAELLERA_PORT, else 8000; 0 is any free one")] = None,
     weights: Weights = None,
 ) -> None:
-    """Answer requests over HTTP until stopped. Everything else is set by PAELLERA_* variables."""
+    """Serve the HTTP API until stopped. All other settings are PAELLERA_* variables."""
     from server import logs
     from server.api import create_app
 
@@ -53,7 +53,7 @@ def serve(
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Measure every stage, the published code beside it, and a server over HTTP (`paellera bench --help`)."""
+    """Measure every stage, the published code, and a server over HTTP (`paellera bench --help`)."""
     from load_tests.bench import main
 
     with one_line_errors():
@@ -64,23 +64,27 @@ def bench(context: typer.Context) -> None:
 
 
 def run_server(api: FastAPI, settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what is running. Raises SystemExit: 0 after SIGTERM, 1 if it could not start."""
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Raises:
+        SystemExit: 0 after SIGTERM, 1 if the server could not start.
+    """
     from server.uvicorn_server import Server
 
     ports = [settings.port] if settings.operations_port is None else [settings.port, settings.operations_port]
     listeners = [_listen(settings.host, port) for port in ports]
     _greet(settings, listeners[0].getsockname()[1])
     server = Server(api)
-    # Having stopped for a signal, uvicorn sends it to itself again, which would count as killed by it.
+    # After a drain, uvicorn raises the signal again, which would count as killed by it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=listeners)
     if not server.started:
-        fail("the server could not start; the log says why", FAILED)
+        fail("the server could not start; the log has the reason", FAILED)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. It is made here and not by uvicorn, whose own complaint about a used port is a log line."""
+    """Return a listening socket; uvicorn would report a used port only in the log."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -92,7 +96,7 @@ def _greet(settings: Settings, port: int) -> None:
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     ready = "/readyz" if settings.operations_port is None else f"/readyz on port {settings.operations_port}"
-    message = f"Paellera is starting on http://{host}:{port} with {', '.join(settings.bundles)}; {ready} says when it is ready."
-    # A full disk under the log is no reason not to serve.
+    message = f"Paellera is starting on http://{host}:{port} with {', '.join(settings.bundles)}; {ready} tells when it is ready."
+    # Serve even if the log's disk is full.
     with contextlib.suppress(OSError):
         Console(stderr=True).print(message, markup=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""`paellera weights list | info | verify | check | fetch | import`: bundles, and the published files that bundles are made of.
+"""`paellera weights list | info | verify | check | fetch | import`: bundles and published files.
 
-Imports wait inside the commands, so that `paellera --help` is instant.
+Commands import what they need, so that `paellera --help` is instant.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MIB, GB = 2**20, 10**9
 
-weights_app = typer.Typer(help="The weights that come with Paellera, and others.", no_args_is_help=True)
+weights_app = typer.Typer(help="Included and published weights.", no_args_is_help=True)
 
 BundleName = Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path")]
 Checkpoint = Annotated[Path | None, typer.Option(help="A checkpoint in place of the fetched one", metavar="FILE")]
@@ -32,7 +32,7 @@ class HalfType(StrEnum):
 
 @weights_app.command("list")
 def list_weights() -> None:
-    """Every bundle that came with Paellera, and every published file that it knows."""
+    """List the included bundles and all known published files."""
     import weights
     from model.config import CONFIG_FILE, BundleConfig
     from model.published.manifest import published
@@ -50,8 +50,8 @@ def list_weights() -> None:
 
 
 @weights_app.command()
-def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file, as `paellera weights list` calls it")]) -> None:
-    """Download published files into the hub's cache and check them; what is there already is only checked."""
+def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file of `paellera weights list`")]) -> None:
+    """Download published files into the hub's cache and verify them; cached files are only verified."""
     from model.published.fetch import fetch as fetch_file
     from model.published.manifest import published
 
@@ -66,17 +66,17 @@ def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file, 
 
 @weights_app.command("import")
 def import_weights(
-    name: Annotated[str, typer.Argument(help="A published bundle, or a bundle whose configuration (and unnamed networks) to take")],
+    name: Annotated[str, typer.Argument(help="A published bundle, or a bundle whose configuration and other networks to use")],
     directory: Annotated[Path, typer.Argument(help="The new bundle's directory")],
     denoiser: Checkpoint = None,
     vqgan: Checkpoint = None,
     prior: Checkpoint = None,
     byt5: Checkpoint = None,
     clip: Checkpoint = None,
-    dtype: Annotated[HalfType, typer.Option(help="What the weights are kept as")] = HalfType.float16,
+    dtype: Annotated[HalfType, typer.Option(help="Precision of the written weights")] = HalfType.float16,
     recipe: Annotated[str | None, typer.Option(help="Sampling defaults, such as model-card or demo; default: the bundle's own")] = None,
 ) -> None:
-    """Make a bundle of checkpoints: fetched ones, or the given files (.pt, .bin, .ckpt, .safetensors, or an .index.json of shards)."""
+    """Write a bundle from checkpoints: fetched ones, or .pt, .bin, .ckpt, .safetensors, .index.json."""
     import torch
     from tqdm import tqdm
 
@@ -94,10 +94,10 @@ def import_weights(
 
 @weights_app.command()
 def info(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path, or a published bundle, whose shapes are known")],
-    memory: Annotated[float | None, typer.Option(help="GB that a machine or a GPU has: what it can run these weights in")] = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path, or a published bundle")],
+    memory: Annotated[float | None, typer.Option(help="GB of a machine or GPU: show the precisions that fit")] = None,
 ) -> None:
-    """What a bundle holds: its networks, sizes and recipe, and the memory that it needs."""
+    """Show a bundle's networks, sizes, recipe and memory needs."""
     from dataclasses import asdict
 
     from model.published.memory import contents, needs
@@ -116,7 +116,7 @@ def info(
 
 @weights_app.command()
 def verify(name: BundleName) -> None:
-    """Check a bundle as strictly as the server does, in little memory, and say what is wrong with it."""
+    """Verify a bundle as strictly as the server does, in little memory."""
     from model.config import find_bundle
     from model.published.verify import verify as verify_bundle
     from model.runtime import prepare
@@ -130,10 +130,10 @@ def verify(name: BundleName) -> None:
 @weights_app.command()
 def check(
     name: BundleName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the eight pictures")] = Path("weights-check.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the eight images")] = Path("weights-check.png"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
 ) -> None:
-    """Draw eight fixed prompts, and say plainly whether the weights behave: whether CLIP finds the prompts in the pictures, and no NaN."""
+    """Generate eight fixed prompts and check the images: CLIP recognises the prompts, and no NaN."""
     from tqdm import tqdm
 
     from model.config import find_bundle
@@ -146,22 +146,24 @@ def check(
     with one_line_errors():
         where = pick_device(device)
         pipeline = Pipeline.load(find_bundle(name), where, pick_dtype("auto", where))
-        with tqdm(total=len(PROMPTS), desc="drawing", unit="picture", leave=False, disable=None) as bar:
+        with tqdm(total=len(PROMPTS), desc="generating", unit="image", leave=False, disable=None) as bar:
             found = check_pipeline(pipeline, bar.update)
         write_sheet(found.pictures, output)
     for i, prompt in enumerate(PROMPTS):
         typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
-    typer.echo(f"CLIP score {found.matched:.3f} with their own prompts, {found.shuffled:.3f} with each other's")
-    typer.echo(f"{found.chance:.2%} of all ways to assign the prompts to the pictures fit as well")
-    typer.echo(f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits a token, one code at most {found.most_common:.0%}")
-    typer.echo(f"{output}: the pictures, in this order, four in a row")
+    typer.echo(f"CLIP score {found.matched:.3f} with their own prompts, {found.shuffled:.3f} with those of other images")
+    typer.echo(f"{found.chance:.2%} of all assignments of prompts to images score as high")
+    typer.echo(
+        f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits per token, the most frequent code {found.most_common:.0%}"
+    )
+    typer.echo(f"{output}: the images in this order, four per row")
     if found.problems:
-        fail(f"{pipeline.config.name} does not behave: {'; '.join(found.problems)}", FAILED)
-    typer.echo(f"{pipeline.config.name} behaves: its pictures show what was asked for")
+        fail(f"{pipeline.config.name} fails the check: {'; '.join(found.problems)}", FAILED)
+    typer.echo(f"{pipeline.config.name} passes the check: its images match their prompts")
 
 
 def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[BundleConfig, dict[str, Path], Path | None]:
-    """The configuration that a new bundle starts from, every network's checkpoint, and the tokenizer's merges if they are its own."""
+    """Return a new bundle's configuration, checkpoints by network, and its tokenizer's merges if any."""
     from dataclasses import replace
 
     from model.bundle import verify_files

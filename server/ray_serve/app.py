@@ -47,9 +47,7 @@ class Scale(BaseModel):
     target_rows: Annotated[float, Field(gt=0, description="Unfinished images per replica beyond which another one is started")] = 16
     upscale_delay_s: Annotated[float, Field(ge=0, description="Delay before replicas are added")] = 10
     downscale_delay_s: Annotated[float, Field(ge=0, description="Delay before replicas are removed")] = 300
-    look_back_s: Annotated[
-        float, Field(gt=10, description="Averaging period of unfinished images; Ray requires more than 10")
-    ] = 30
+    look_back_s: Annotated[float, Field(gt=10, description="Averaging period of unfinished images; Ray requires more than 10")] = 30
     cpus: Annotated[float, Field(ge=0, description="Ray CPUs per replica; set PAELLERA_THREADS to the same number")] = 1
     gpus: Annotated[float, Field(ge=0, description="Ray GPUs per replica; its one worker sees no other")] = 0
     api_replicas: Annotated[int, Field(ge=1, description="HTTP processes; limits per key apply to each")] = 1
