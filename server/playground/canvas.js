@@ -1,21 +1,21 @@
-// The easel: the picture that is shown or being drawn, as large as there is room, with space around it where borders can be dragged to.
+// The canvas: the shown or running image, scaled to fit, with space around it for margins.
 
 const NO_MARGINS = { left: 0, right: 0, up: 0, down: 0 };
 const LARGEST_SCALE = 6;
 
-export class Stage {
+export class Canvas {
   constructor(elements) {
     Object.assign(this, elements);
     this.size = { width: 1, height: 1 };
     this.margins = NO_MARGINS;
     this.frames = [];
     this.scale = 1;
-    new ResizeObserver(() => this.layout()).observe(this.easel);
+    new ResizeObserver(() => this.layout()).observe(this.area);
     this.frameNumber.addEventListener("input", () => this.#turn(Number(this.frameNumber.value)));
     this.play.addEventListener("click", () => this.#toggle());
   }
 
-  /** A picture, or the frames of an interpolation; urls: data URLs, of this size. */
+  /** Shows an image, or the frames of an interpolation. urls: data URLs, of this size. */
   show(urls, size, alt) {
     this.#pause();
     this.frames = urls;
@@ -28,7 +28,7 @@ export class Stage {
     this.layout();
   }
 
-  /** Nothing to see yet. */
+  /** Shows the empty state. */
   clear() {
     this.#pause();
     this.frames = [];
@@ -36,7 +36,7 @@ export class Stage {
     this.player.hidden = true;
   }
 
-  /** Several pictures beside each other, none of them chosen yet; returns a function (index, url) that fills one in. choose: called with the index of one. */
+  /** Shows several images side by side; returns a function (index, url) that fills one in. choose: called with the index of one. */
   tile(count, choose) {
     const items = Array.from({ length: count }, (_, i) => tile(i, choose));
     this.tiles.replaceChildren(...items);
@@ -49,7 +49,7 @@ export class Stage {
     };
   }
 
-  /** What is being drawn, in place of what was shown. */
+  /** Shows a preview in place of the image. */
   preview(url, size) {
     this.#only(this.frame);
     Object.assign(this, { size, margins: NO_MARGINS });
@@ -58,15 +58,15 @@ export class Stage {
   }
 
   busy(is) {
-    this.easel.classList.toggle("busy", is);
-    this.easel.ariaBusy = String(is);
+    this.area.classList.toggle("busy", is);
+    this.area.ariaBusy = String(is);
   }
 
   get current() {
     return this.frames[Number(this.frameNumber.value)] ?? null;
   }
 
-  /** frozen: the scale stays, so that a border stays under the pointer. */
+  /** frozen: keeps the scale, so that a border stays under the pointer. */
   layout({ margins = this.margins, frozen = false } = {}) {
     this.margins = margins;
     const { left, right, up, down } = margins;
@@ -79,8 +79,8 @@ export class Stage {
   }
 
   #fitting(total) {
-    const room = this.roomy() ? 0.68 : 1;
-    const { clientWidth, clientHeight } = this.easel;
+    const room = this.hasMargins() ? 0.68 : 1;
+    const { clientWidth, clientHeight } = this.area;
     const padding = 32;
     return Math.min(LARGEST_SCALE, (room * (clientWidth - padding)) / total.width, (room * (clientHeight - padding)) / total.height);
   }
@@ -111,7 +111,7 @@ export class Stage {
 function tile(index, choose) {
   const button = document.createElement("button");
   button.type = "button";
-  button.append(Object.assign(document.createElement("img"), { alt: `Picture ${index + 1}` }));
+  button.append(Object.assign(document.createElement("img"), { alt: `Image ${index + 1}` }));
   button.addEventListener("click", () => choose(index));
   const item = document.createElement("li");
   item.append(button);

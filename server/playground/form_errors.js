@@ -1,6 +1,6 @@
-// What went wrong, in the server's own words, at the field that it blames.
+// Error messages, in the server's words, and the field at fault marked.
 
-export class Complaints {
+export class FormErrors {
   constructor(box, form) {
     Object.assign(this, { box, form });
   }
@@ -10,16 +10,16 @@ export class Complaints {
     for (const field of this.form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
   }
 
-  /** code: for those who look it up. */
-  say(sentence, code = "") {
-    const message = Object.assign(document.createElement("p"), { textContent: sentence });
+  /** code: shown below the message. */
+  show(message, code = "") {
+    const text = Object.assign(document.createElement("p"), { textContent: message });
     const note = Object.assign(document.createElement("p"), { textContent: code, className: "code" });
-    this.box.replaceChildren(message, ...(code ? [note] : []));
+    this.box.replaceChildren(text, ...(code ? [note] : []));
   }
 
   /** error: a ServerError. */
-  refuse({ message, status, code, param, retryAfter }) {
-    this.say(message, [status, code, retryAfter && `again in ${retryAfter} s`].filter(Boolean).join(" "));
+  showServerError({ message, status, code, param, retryAfter }) {
+    this.show(message, [status, code, retryAfter && `retry in ${retryAfter} s`].filter(Boolean).join(" "));
     const field = this.form.elements[param] ?? this.form.elements[`${param}_start`];
     if (!field?.id) return;
     field.ariaInvalid = "true";

@@ -1,12 +1,12 @@
-// Pictures from outside: dropped, pasted or opened, turned into PNGs no larger than the weights draw.
+// Images dropped, pasted or opened, converted to PNGs no larger than the weights support.
 
-/** take: called with {url, width, height, name}. refuse: called with a sentence. side: the most pixels a side. */
-export function listen({ input, take, refuse, side }) {
+/** onImage: called with {url, width, height, name}. onError: called with a message. side: maximum pixels a side. */
+export function listenForImages({ input, onImage, onError, side }) {
   const load = async (file) => {
     try {
-      take({ ...(await read(file, side())), name: file.name || "a pasted picture" });
+      onImage({ ...(await readImage(file, side())), name: file.name || "a pasted image" });
     } catch {
-      refuse(`${file.name || "What was pasted"} could not be read as a picture.`);
+      onError(`${file.name || "The pasted file"} is not a readable image.`);
     }
   };
   input.addEventListener("change", () => {
@@ -14,7 +14,7 @@ export function listen({ input, take, refuse, side }) {
     input.value = "";
   });
   document.addEventListener("paste", (event) => {
-    const file = picture(event.clipboardData);
+    const file = imageFile(event.clipboardData);
     if (!file) return;
     event.preventDefault();
     load(file);
@@ -35,12 +35,12 @@ export function listen({ input, take, refuse, side }) {
   });
 }
 
-function picture(data) {
+function imageFile(data) {
   return [...(data?.files ?? [])].find((file) => file.type.startsWith("image/"));
 }
 
-/** The picture in a file, turned as its camera said, on white, scaled down to at most `side` pixels a side. */
-export async function read(file, side) {
+/** Returns the image of a file, upright, on white, scaled down to at most `side` pixels a side. */
+export async function readImage(file, side) {
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
   const size = { width: Math.max(1, Math.round(bitmap.width * scale)), height: Math.max(1, Math.round(bitmap.height * scale)) };

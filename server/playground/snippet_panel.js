@@ -1,20 +1,20 @@
-// The request that the form stands for, as a command line or as Python, with the files that it names.
+// The form's request as a command line or as Python, with links to its files.
 
 import { address, bearerKey } from "./api.js";
-import { named } from "./composing.js";
+import { withFiles } from "./build_request.js";
 import { curl, python } from "./snippets.js";
 
 const LANGUAGES = { curl, python };
 
-export class Terminal {
-  /** compose: → a request, or throws what it lacks. */
-  constructor({ details, snippet, files }, compose) {
-    Object.assign(this, { details, snippet, files, compose, language: "curl" });
+export class SnippetPanel {
+  /** buildRequest: returns a request, or throws IncompleteRequest. */
+  constructor({ details, snippet, files }, buildRequest) {
+    Object.assign(this, { details, snippet, files, buildRequest, language: "curl" });
   }
 
   show() {
     try {
-      const request = named(this.compose());
+      const request = withFiles(this.buildRequest());
       this.snippet.textContent = LANGUAGES[this.language](request, address(request.operation), Boolean(bearerKey.get()));
       this.files.replaceChildren(...Object.entries(request.contents).map(fileLink));
     } catch (error) {
@@ -30,7 +30,7 @@ export class Terminal {
     try {
       await navigator.clipboard.writeText(this.snippet.textContent);
     } catch {
-      // Over plain HTTP from another machine there is no clipboard to write to.
+      // Browsers offer no clipboard over plain HTTP from another machine.
       getSelection().selectAllChildren(this.snippet);
       document.execCommand("copy");
     }

@@ -1,19 +1,19 @@
-// What a picture is: its caption, its parameters, and where its milliseconds went.
+// Details of an image: caption, parameters, and latency by stage.
 
 import { describe } from "./gallery.js";
 import { render } from "./timings.js";
 
-/** entry: of the history. repeatable: whether the request that made it can be repeated. */
-export function about({ box, caption, facts, again, reuse, timings }, entry, repeatable) {
+/** entry: of the history. repeatable: whether its request can be sent again. */
+export function showDetails({ box, caption, facts, again, reuse, timings }, entry, repeatable) {
   box.hidden = false;
   caption.textContent = describe(entry);
-  facts.replaceChildren(...listed(entry).map(fact));
+  facts.replaceChildren(...rows(entry).map(row));
   reuse.hidden = !entry.parameters;
   again.hidden = !repeatable;
   render(timings, entry.timings, entry.seconds);
 }
 
-function listed({ parameters, width, height, model }) {
+function rows({ parameters, width, height, model }) {
   const size = ["Size", `${width} × ${height}`];
   if (!parameters) return [size];
   return [
@@ -26,7 +26,7 @@ function listed({ parameters, width, height, model }) {
   ];
 }
 
-function fact([name, value]) {
+function row([name, value]) {
   const item = document.createElement("div");
   const term = Object.assign(document.createElement("dt"), { textContent: name });
   item.append(term, Object.assign(document.createElement("dd"), { textContent: String(value) }));
