@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from load_tests.transcription import Transcription, denoise
 from model.config import SamplingConfig
-from model.operations import Row
+from model.networks.text_encoders import Prompt
 from model.pipeline import PipelineV3
-from model.text import Prompt
+from model.rows import Row
 
 Stage = Callable[[], object]
 
@@ -99,9 +99,7 @@ class Workload:
         self.pipeline.advance([row])
 
     def _loop(self, steps: int) -> None:
-        row = self._row(steps)
-        while not row.done:
-            self.pipeline.advance([row])
+        self.pipeline.denoise([self._row(steps)])
 
     def _request(self, steps: int) -> None:
         """All that a request with a new prompt computes, one stage after the other; the unconditional text is known already."""
@@ -109,9 +107,7 @@ class Workload:
         (prompt,) = p.encode([PROMPT])
         (image,) = p.image_embeddings([prompt], [self.noise])
         row = p.start(self.noise, self.sampling(steps), p.condition(prompt, image), p.condition(self.negative))
-        while not row.done:
-            p.advance([row])
-        p.decode(row.tokens[None])
+        p.decode(p.denoise([row]))
 
     @torch.inference_mode()
     def _transcribed_loop(self, model: Transcription, steps: int, autocast: torch.dtype | None) -> None:

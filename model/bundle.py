@@ -6,9 +6,12 @@ built on the meta device and take the tensors as they come from the file, so a b
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,19 +40,15 @@ from model.config import (
     VQGANConfig,
     VQGANV1Config,
 )
-from model.denoiser import Denoiser
-from model.kernels.choice import fused
 from model.kernels.int8 import to_int8
-from model.layers import Pointwise
-from model.prior import Prior
+from model.networks.denoiser_v1 import VQGANV1, DenoiserV1
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.prior import Prior
+from model.networks.text_encoders import CLIP, ByteEncoder
+from model.networks.vqgan_v3 import VQGAN
+from model.optimize import lay_out_weights, optimize
 from model.runtime import pick_dtype
-from model.text import CLIP, ByteEncoder
-from model.v1 import VQGANV1, DenoiserV1
-from model.verified import is_hashed, is_listed, sha256
-from model.vqgan import VQGAN
 
-# Packed and folded weights are copies. They make a pass faster that is bound by its calls, which one with more weights than this is not.
-_FOLDED_BYTES = 256 * 2**20
 # Parameters of a prior; 32 MiB of fp32, about what a core's caches hold.
 _SMALL_PRIOR = 2**23
 
@@ -128,8 +127,14 @@ def load_bundle(
         if encoders == "int8" and isinstance(module, ByteEncoder):
             to_int8(module.t5.encoder.block)
         module.eval().requires_grad_(False)
-    arrange_for_steps(bundle, kernels)
+    optimize_bundle(bundle, kernels)
     return bundle
+
+
+def optimize_bundle(bundle: Bundle, kernels: Kernels = "auto") -> None:
+    """Prepare loaded, fixed weights for inference at the bundle's native size."""
+    width, height = (pixels // bundle.config.vqgan.downscale for pixels in bundle.config.native_size)
+    optimize((network for _, network in bundle.networks()), (height, width), kernels)
 
 
 def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -139,39 +144,63 @@ def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> to
     return torch.float32 if few_rows and device.type == "cpu" else dtype
 
 
-def arrange_for_steps(bundle: Bundle, kernels: Kernels = "auto") -> None:
-    """Once the weights are there and fixed: folds and packs what makes a pass faster, and chooses the kernels."""
-    grid = [pixels // bundle.config.vqgan.downscale for pixels in reversed(bundle.config.native_size)]
-    for _, module in bundle.networks():
-        # A GPU gets its work by calls, and nothing is packed for it: the condition's map is copied, a ninth of the published denoiser.
-        small = size(module) <= _FOLDED_BYTES or next(module.parameters()).device.type == "cuda"
-        if isinstance(module, Denoiser | Prior):
-            module.fold()
-        if isinstance(module, CLIP):
-            module.fold(packed=small)  # open_clip's own pass takes bfloat16 three times as long on a CPU
-        if isinstance(module, ByteEncoder) and small:
-            module.fold()
-        if isinstance(module, Denoiser) and small:
-            module.fold_condition()
-        if isinstance(module, Denoiser | VQGAN) and small:
-            module.pack(*grid)
-        if isinstance(module, Denoiser | Prior) and fused(
-            kernels, (weight := next(module.parameters())).device, weight.dtype, module.config
-        ):
-            module.fuse()
-
-
-def size(module: nn.Module) -> int:
-    """Bytes of its parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
 def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> BundleV3:
     """As `load_bundle`, where only the v3 networks will do. Raises BundleError for others."""
     bundle = load_bundle(directory, device, dtype)
     if not isinstance(bundle, BundleV3):
         raise BundleError(f"{bundle.config.name} holds {bundle.config.family} networks, and v3 ones are needed")
     return bundle
+
+
+RECORD = ".verified.json"
+# Below, hashing costs less than a tenth of a second, and nothing is remembered.
+LARGE = 64 * 2**20
+
+_writing = threading.Lock()  # files are hashed side by side
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_hashed(path: Path, entry: FileEntry) -> bool:
+    """Whether the file's content is the listed one."""
+    return sha256(path) == entry.sha256
+
+
+def is_listed(path: Path, entry: FileEntry) -> bool:
+    """The same, but a large file need not be hashed again that was since it was written last."""
+    if path.stat().st_size < LARGE:
+        return is_hashed(path, entry)
+    if _read(path.parent).get(path.name) == _state(path, entry):
+        return True
+    if not is_hashed(path, entry):
+        return False
+    remember(path, entry)
+    return True
+
+
+def remember(path: Path, entry: FileEntry) -> None:
+    """That a file's content is the listed one, if it is large."""
+    if path.stat().st_size < LARGE:
+        return
+    # A bundle that cannot be written to is hashed every time.
+    with _writing, contextlib.suppress(OSError):
+        (path.parent / RECORD).write_text(json.dumps({**_read(path.parent), path.name: _state(path, entry)}))
+
+
+def _state(path: Path, entry: FileEntry) -> dict[str, object]:
+    own = path.stat()
+    return {"sha256": entry.sha256, "file": [own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns]}
+
+
+def _read(directory: Path) -> dict[str, object]:
+    try:
+        record = json.loads((directory / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed) -> None:
@@ -248,7 +277,7 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, wh
     inner(module).load_state_dict(converted, strict=not isinstance(module, ByteEncoder), assign=True)
     if isinstance(module, ByteEncoder | CLIP):
         module.complete()
-    arrange(module)
+    lay_out_weights(module)
 
 
 def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
@@ -266,22 +295,6 @@ def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: st
             raise BundleError(f"{where}: tensor {name!r} is {tensors[name].dtype}, this configuration needs {wanted.dtype}")
         if tensors[name].shape != wanted.shape:
             raise BundleError(f"{where}: tensor {name!r} is {list(tensors[name].shape)}, this configuration needs {list(wanted.shape)}")
-
-
-@torch.no_grad()
-def arrange(module: nn.Module) -> None:
-    """Lays the weights out in memory as the kernels that read them like it; shapes and values stay.
-
-    Convolutions: channels last. Linear maps in fp32 on a CPU: by columns, because MKL takes 1.2 to 2.4 times as long for a product of a few
-    dozen rows with a transposed matrix as with a plain one (docs/log.md).
-    """
-    for part in module.modules():
-        for name, weight in part.named_parameters(recurse=False):
-            linear = name == "in_proj_weight" or (name == "weight" and isinstance(part, nn.Linear | Pointwise))
-            if linear and weight.dtype == torch.float32 and weight.device.type == "cpu":
-                weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
-            elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and name == "weight":
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

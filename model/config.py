@@ -1,7 +1,4 @@
-"""Every network's shape and every bundle's recipe, as frozen dataclasses. No torch here: the API process reads this file too.
-
-Field names are the published constructor arguments; defaults are the published values.
-"""
+"""The shapes of the text encoders and of CLIP, as frozen dataclasses. No torch here. Import them from `model.config`."""
 
 from __future__ import annotations
 
@@ -13,17 +10,137 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
-from model.config_text import ByteEncoderConfig as ByteEncoderConfig
-from model.config_text import CLIPConfig as CLIPConfig
-from model.config_text import Encoders as Encoders
-from model.config_text import Kernels as Kernels
-from model.config_v1 import DenoiserV1Config as DenoiserV1Config
-from model.config_v1 import VQGANV1Config as VQGANV1Config
+_STRICT = ConfigDict(extra="forbid")
+
+# Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights in int8.
+Encoders = Literal["device", "cpu", "int8"]
+# What computes the denoiser's steps; auto is Triton's kernels on CUDA, if Triton is installed.
+Kernels = Literal["auto", "triton", "torch"]
+
+
+@dataclass(frozen=True)
+class ByteEncoderConfig:
+    """The encoder half of a ByT5: what `transformers.T5Config` needs, and how many bytes a prompt may have (end mark included)."""
+
+    __pydantic_config__ = _STRICT
+
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int = 384
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    feed_forward_proj: str = "gated-gelu"
+    max_bytes: int = 768
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The CLIP pair as open_clip builds it: its own `vision_cfg` and `text_cfg`, and the tokenizer's merges.
+
+    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published vocabulary.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    embed_dim: int
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+    quick_gelu: bool = False
+    merges: str | None = None
+
+    @property
+    def context_length(self) -> int:
+        return int(self.text_cfg.get("context_length", 77))
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class DenoiserV1Config:
+    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`); the defaults count 577,995,184 parameters.
+
+    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the deepest level's width, halved for each above.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    schedule: ClassVar[Literal["cosine"]] = "cosine"
+
+    num_labels: int = 8192
+    c_hidden: int = 1280
+    c_clip: int = 1024
+    c_r: int = 64
+    down_levels: tuple[int, ...] = (4, 8, 16)
+    up_levels: tuple[int, ...] = (16, 8, 4)
+
+    def __post_init__(self) -> None:
+        for name in ("down_levels", "up_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.down_levels) != len(self.up_levels):
+            raise ValueError("down_levels and up_levels must name the same number of levels")
+
+    @property
+    def token_step(self) -> int:
+        """The token grid's sides are multiples of this, halved once between each two levels."""
+        return int(2 ** (len(self.down_levels) - 1))
+
+
+@dataclass(frozen=True)
+class VQGANV1Config:
+    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`): `ddconfig`, then its own arguments; defaults are ruDALL-E's f8.
+
+    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution` pixels would have one of these sides.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    double_z: bool = False
+    z_channels: int = 256
+    resolution: int = 256
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (32,)
+    n_embed: int = 8192
+    embed_dim: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("ch_mult", "attn_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.double_z or self.z_channels != self.embed_dim:
+            raise ValueError("the Gumbel quantiser takes z_channels = embed_dim latents, not means and variances (double_z)")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of every level, finest first."""
+        return [self.ch * factor for factor in self.ch_mult]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.n_embed
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per token and side: the picture is halved between each two levels."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+    def attends(self, level: int) -> bool:
+        """Whether a level has attention, whatever the size of the picture that goes through."""
+        return self.resolution >> level in self.attn_resolutions
+
 
 Sampler = Literal["multinomial", "argmax", "typical", "quant"]
 PriorSampler = Literal["ddpm", "ddim"]
 # How the share of noise falls from 1 to 0 over the steps: v3's way and v1's.
 Schedule = Literal["linear", "cosine"]
+# The path between two conditionings: straight, or along the great circle.
+Interpolation = Literal["lerp", "slerp"]
 # What takes a renoised token's place: its start token, what it was before the step, or a fresh random one.
 RenoiseMode = Literal["start", "prev", "rand"]
 Operation = Literal["generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"]

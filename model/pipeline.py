@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import operations, prior, sampling
+from model import sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
 from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, Kernels, RenoiseMode, Sampler, SamplingConfig, Schedule
-from model.denoiser import Denoiser
-from model.operations import AnyCondition, Region, Row
+from model.networks import prior
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.text_encoders import Prompt, bucket
+from model.rows import AnyCondition, RegionBranch, Row, generate, pinned_tokens
 from model.runtime import send
 from model.sampling import Noise
-from model.text import Prompt, bucket
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,11 +206,11 @@ class Pipeline(ABC):
         sampling: SamplingConfig,
         conditional: AnyCondition,
         unconditional: AnyCondition | None,
-        regions: Sequence[Region] = (),
+        regions: Sequence[RegionBranch] = (),
     ) -> Row:
         """A generate row, its randomness on the device."""
         on_device = Noise(*(getattr(noise, field.name).to(self.device, non_blocking=True) for field in fields(noise)))
-        return operations.generate(sampling, on_device, conditional, unconditional, regions=regions)
+        return generate(sampling, on_device, conditional, unconditional, regions=regions)
 
     @torch.inference_mode()
     def advance(self, rows: Sequence[Row]) -> None:
@@ -225,23 +226,35 @@ class Pipeline(ABC):
         source = torch.stack([row.source for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
         # Not in the memory that was drawn into, because an executor may draw the next rows there.
-        settled = self._settle(drawn, source, uniform, probability, operations.kept(rows))
+        settled = self._settle(drawn, source, uniform, probability, pinned_tokens(rows))
         for row, clean, tokens in zip(rows, *settled, strict=True):
             row.drawn, row.tokens = clean, tokens
             row.step += 1
+
+    def denoise(self, rows: Sequence[Row], progress: Callable[[int], object] = lambda steps: None) -> Tensor:
+        """Step rows of one token grid until all are done; return their tokens [B, H, W].
+
+        progress: called after every step with the number of steps since the call.
+        """
+        steps = 0
+        while unfinished := [row for row in rows if not row.done]:
+            self.advance(unfinished)
+            steps += 1
+            progress(steps)
+        return torch.stack([row.tokens for row in rows])
 
     @cached_property
     def _settle(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """`sampling.settle`, or the kernel where the denoiser has some."""
         if not (isinstance(self.bundle.denoiser, Denoiser) and self.bundle.denoiser.fused):
             return sampling.settle
-        from model.kernels.fused.settle import settle
+        from model.kernels.triton.settle import settle
 
         return settle
 
     def _shares(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
         """What every branch counts: [N], or [N, H, W] where a row has regions."""
-        shares = [row.shares[row.step, : len(row.branches)] for row in rows]
+        shares = [row.guidance_weights[row.step, : len(row.branches)] for row in rows]
         if all(row.coverage is None for row in rows):
             return torch.cat(shares)
         maps = [share[:, None, None].expand(-1, *grid) for share in shares]
@@ -321,10 +334,7 @@ class Pipeline(ABC):
             self.start(noise, config, self.condition(prompt, image), unconditional)
             for noise, prompt, image in zip(noises, encoded, images, strict=True)
         ]
-        for step in range(config.steps):
-            self.advance(rows)
-            progress(step + 1)
-        return torch.stack([row.tokens for row in rows])
+        return self.denoise(rows, progress)
 
 
 class PipelineV3(Pipeline):

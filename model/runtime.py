@@ -78,4 +78,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return named[name]
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    # A private function, and no worse without it than fp32.
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -13,7 +13,7 @@ import pickle
 import time
 from multiprocessing.connection import Connection
 
-from server.engine.protocol import (
+from server.engine.messages import (
     Beat,
     Cancel,
     Drawn,
@@ -30,8 +30,9 @@ from server.engine.protocol import (
     Timings,
     ToWorker,
     Usage,
+    receive,
+    send,
 )
-from server.engine.wire import receive, send
 from server.settings import Settings
 
 SLOW_S = 0.15

@@ -12,7 +12,7 @@ import sys
 import ray
 from ray import serve
 
-from server.engine.process import run_worker
+from server.engine.supervisor import run_worker
 from server.ray_serve import app as ray_app
 from tests import fake_worker
 

@@ -14,8 +14,8 @@ import pytest
 from model.config import SamplingConfig
 from server.engine.client import TRY_AGAIN_S, EngineClient
 from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, JobFailed, QueueFull, Starting
-from server.engine.process import WorkerMain
-from server.engine.protocol import Job, Step
+from server.engine.messages import Job, Step
+from server.engine.supervisor import WorkerMain
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker

@@ -15,7 +15,7 @@ import pytest
 from server.api import create_app
 from server.api.errors import ApiError
 from server.api.images.decode import ImageLimits, decode, repaint_mask
-from server.engine.protocol import Job
+from server.engine.messages import Job
 from server.settings import Settings
 from tests import fake_worker, hostile
 from tests.conftest import serving, wait_until

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.protocol import Beat, Step, Usage
+from server.engine.messages import Beat, Step, Usage
 from server.metrics import ENGINE_REJECTIONS, KEY_REJECTIONS, WORKER_METRICS, Metrics, WorkerState, document
 
 

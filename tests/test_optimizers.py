@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.training.denoiser import _matrices, draw_times
 from model.training.optimizers import Optimizers
 from tests.conftest import micro_config

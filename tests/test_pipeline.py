@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig
-from model.denoiser import Condition
-from model.operations import Row, generate
+from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
+from model.rows import Row, generate
 from model.sampling import NEVER
 
 PROMPTS = ("red apple", "", "the red apple in the red apple and on and on, until it is cut", "🍎")
@@ -155,7 +155,7 @@ def test_guidance_stops_after_its_steps(pipeline):
     mine = row(pipeline, config=replace(PLAIN, guidance=(8.0, 5.5), guidance_steps=4))
     shares = []
     while not mine.done:
-        shares.append(mine.shares[mine.step, : len(mine.branches)].tolist())
+        shares.append(mine.guidance_weights[mine.step, : len(mine.branches)].tolist())
         pipeline.advance([mine])
     assert shares == [[8.0, -7.0], [7.5, -6.5], [7.0, -6.0], [6.5, -5.5], [1.0], [1.0]]
 

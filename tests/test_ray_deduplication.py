@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.engine.protocol import Drawn, Image, Preview
+from server.engine.messages import Drawn, Image, Preview
 from server.ray_serve.deduplication import ReplayFilter
 
 

@@ -10,10 +10,10 @@ from model.pipeline import Pipeline
 from model.training.repertoire import OPERATIONS, around, seam
 from model.training.scenes import Scene, Thing, render
 from model.training.studio import Studio
-from server.engine.protocol import Repaint
+from server.engine.messages import Repaint
 from server.engine.runner import Runner
 from tests.conftest import emptied
-from tests.test_starting import drawn, job, mask, picture
+from tests.test_row_builder import drawn, job, mask, picture
 
 STAR = Scene("blue", (Thing("star", "red"),))
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
-from server.engine.conditions import size, tensors_in
-from server.engine.protocol import Edit, Job, Raster
-from server.engine.runner import Runner, Stopwatch
+from server.engine.cpu_threads import Threads
+from server.engine.messages import Job
+from server.engine.prompt_cache import tensor_bytes, tensors_in
+from server.engine.runner import Runner, Stopwatch, Streams
 from server.engine.scheduler import RowId
-from server.engine.streams import Streams
-from server.engine.threads import Threads
 from server.settings import Settings
 from tests.conftest import emptied
 from tests.test_worker import SAMPLING, job
@@ -105,13 +105,13 @@ def test_the_bound_on_bytes_holds_and_what_does_not_fit_is_computed_all_the_same
     rows = started(small, *(job(f"{i}", "apple " * (i % 5), seeds=(i,)) for i in range(12)))
     assert len(small._rows) == len(rows) == 12
     assert 0 < small.cache.held <= 10_000
-    assert small.cache.held == sum(map(size, small.cache._values.values()))
+    assert small.cache.held == sum(map(tensor_bytes, small.cache._values.values()))
 
 
 def test_what_is_remembered_holds_no_memory_of_its_batch(runner):
     started(runner, *(job(f"{i}", f"apple {i}", seeds=(i,)) for i in range(8)))
     for value in runner.cache._values.values():
-        assert size(value) == sum(tensor.nbytes for tensor in tensors_in(value))
+        assert tensor_bytes(value) == sum(tensor.nbytes for tensor in tensors_in(value))
 
 
 def test_an_unfinished_row_shows_what_its_last_step_drew(runner, pipeline):
@@ -143,7 +143,7 @@ class Recalled(Streams):
 def test_a_row_that_is_done_as_it_begins_is_read_in_the_stream_that_made_its_tokens(runner, monkeypatch):
     streams, stack = Recalled(), torch.stack
     runner._streams = streams
-    picture = Raster(32, 32, bytes(32 * 32 * 3), "black")
+    picture = InputImage(32, 32, bytes(32 * 32 * 3), "black")
     (row,) = started(runner, job("a", canvas=Edit(picture, strength=0.0)))
     assert runner._rows[row].done
     monkeypatch.setattr(torch, "stack", lambda tensors: stack(tensors) if streams.inside else pytest.fail("stacked in another stream"))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from model import operations, sampling
+from model import rows as operations
+from model import sampling
 from model.config import DenoiserConfig, SamplingConfig
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.pipeline import PipelineV3
 from tests.conftest import golden
 

@@ -19,7 +19,7 @@ from model.config import SamplingConfig
 from model.pipeline import Pipeline
 from server.engine.client import LONE_DEATHS, EngineClient
 from server.engine.errors import JobFailed, WorkerLost
-from server.engine.protocol import Job, Preview
+from server.engine.messages import Job, Preview
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker

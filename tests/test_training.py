@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.bundle import load_bundle
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.vqgan_v3 import VQGAN
 from model.pipeline import PipelineV3
 from model.training import assemble, byte_encoder, captions, clip, data, denoiser, features, loop, prior, tiny, vqgan
 from model.training.attributes import AttributeHeads, attribute_loss
 from model.training.captions import ATTRIBUTES
 from model.training.palette import NAMES
 from model.training.scenes import KINDS, SIDES, Scene, Thing, sample_shape
-from model.vqgan import VQGAN
 from tests.conftest import micro_config, randomise, write_merges
 from tests.short_training import run_main
 

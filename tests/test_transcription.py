@@ -12,7 +12,7 @@ from torch import Tensor
 from load_tests.stages import denoiser_arguments
 from load_tests.transcription import Transcription, denoise
 from model.config import DenoiserConfig, SamplingConfig
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.pipeline import Pipeline
 from tests.conftest import golden, randomise
 

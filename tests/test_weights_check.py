@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from model.checkpoints.check import PROMPTS, Findings, check
 from model.config import find_bundle
 from model.pipeline import Pipeline
-from model.published.check import PROMPTS, Findings, check
 from server.cli import app
 from tests.conftest import randomise
 

@@ -17,13 +17,27 @@ import torch
 
 from model.config import SamplingConfig
 from server.engine import worker
-from server.engine.decoder import DECODE_ROWS, Decoder, Due
-from server.engine.failures import Attempts
-from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Preview, Ready, Running, Step, Stop, ToWorker
-from server.engine.runner import Decoding, Runner
+from server.engine.decode_queue import DECODE_ROWS, Decoder, Due
+from server.engine.failure_isolation import Attempts
+from server.engine.messages import (
+    Beat,
+    Cancel,
+    Dropped,
+    Failed,
+    Finished,
+    FromWorker,
+    Job,
+    Preview,
+    Ready,
+    Running,
+    Step,
+    Stop,
+    ToWorker,
+    receive,
+    send,
+)
+from server.engine.runner import Decoding, Mark, Runner
 from server.engine.scheduler import Pool, RowId
-from server.engine.streams import Mark
-from server.engine.wire import receive, send
 from server.engine.worker import Worker
 
 PATIENCE_S = 60

@@ -16,14 +16,10 @@ from load_tests.gpu.weights import weight_bytes
 from load_tests.prompts import prompts
 from load_tests.stages import flops
 from model.bundle import Bundle, BundleV3
-from model.operations import Row
+from model.networks.prior import Block
 from model.pipeline import Pipeline, PipelineV3
-from model.prior import Block
-from server.engine.buckets import buckets, grids
-from server.engine.graphs import Graphs
-from server.engine.picture_graphs import PictureGraphs
-from server.engine.prior_graphs import PriorGraphs
-from server.engine.recording import Recorder
+from model.rows import Row
+from server.engine.cuda_graphs import Graphs, PictureGraphs, PriorGraphs, Recorder, buckets, grids
 
 STAGES = ("encode", "prior", "condition", "step", "decode")
 

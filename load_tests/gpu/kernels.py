@@ -19,7 +19,7 @@ from load_tests.gpu.recorders import poisoned_memory, recorder_for
 from load_tests.gpu.results import Results
 from load_tests.gpu.timing import measure
 from model import sampling
-from model.prior import BlockWeights, plain_block
+from model.networks.prior import BlockWeights, plain_block
 
 _DRAWS = 0.9
 _REPEATS = 10
@@ -105,7 +105,7 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _depthwise(shape: Shape, device: str, dtype: torch.dtype, skip: bool) -> Case:
-    from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
+    from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 
     size, C = (shape.rows, shape.side, shape.side, shape.channels), shape.channels
     weight, bias = torch.randn(C, 1 + skip, 3, 3, device=device).to(dtype), torch.randn(C, device=device).to(dtype)
@@ -128,7 +128,7 @@ def _depthwise(shape: Shape, device: str, dtype: torch.dtype, skip: bool) -> Cas
 
 
 def _response(shape: Shape, device: str, dtype: torch.dtype) -> Case:
-    from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
+    from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
 
     size, C = (shape.rows, shape.side**2, 4 * shape.channels), 4 * shape.channels
     gamma, beta = (torch.randn(C, device=device).to(dtype) for _ in range(2))
@@ -145,7 +145,7 @@ def _response(shape: Shape, device: str, dtype: torch.dtype) -> Case:
 
 
 def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multinomial", "argmax"]) -> Case:
-    from model.kernels.fused.draw import draw, plain_draw
+    from model.kernels.triton.draw import draw, plain_draw
 
     N, weight = shape.rows * shape.side**2, torch.randn(shape.codes, shape.features, device=device).to(dtype)
 
@@ -164,7 +164,7 @@ def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multi
 
 
 def _settle(shape: Shape, device: str, keeping: bool) -> Case:
-    from model.kernels.fused.settle import settle
+    from model.kernels.triton.settle import settle
 
     size = (shape.rows, shape.side, shape.side)
 
@@ -185,7 +185,7 @@ def _settle(shape: Shape, device: str, keeping: bool) -> Case:
 
 
 def _prior(shape: Shape, device: str, dtype: torch.dtype) -> Case:
-    from model.kernels.fused.prior_block import prior_block
+    from model.kernels.triton.prior_block import prior_block
 
     B, D, inner = shape.rows, shape.prior, 4 * shape.prior
     blocks = [_block_weights(D, inner, device, dtype) for _ in range(_BLOCKS)]

@@ -32,8 +32,8 @@ from server.api.openapi import DocumentedApp
 from server.api.planning import OPERATIONS
 from server.api.state import AppState
 from server.engine.client import EngineClient
-from server.engine.face import MakeEngine
-from server.engine.process import WorkerMain, run_worker
+from server.engine.interface import MakeEngine
+from server.engine.supervisor import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.settings import Settings
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-from numpy.typing import NDArray
 
 from model.canvas import (
     Array,
@@ -32,6 +31,7 @@ from model.canvas import (
     region_weight,
 )
 from model.config import BundleConfig, Operation, SamplingConfig
+from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
 from server.api.errors import ApiError, invalid_value
 from server.api.images.decode import DecodedImage, ImageLimits, decode, repaint_mask
 from server.api.schemas import (
@@ -47,7 +47,7 @@ from server.api.schemas import (
     VariationsRequest,
 )
 from server.api.state import AppState
-from server.engine.protocol import Edit, Image, Job, Keyframe, Raster, Reference, Region, Repaint
+from server.engine.messages import Image, Job
 from server.settings import Settings
 
 # JavaScript reads JSON numbers exactly up to here, so that any client can send a seed back.
@@ -285,7 +285,7 @@ class Layout(NamedTuple):
     @property
     def canvas(self) -> Repaint:
         """The worker's input: the image, filled where it is repainted, and the mask."""
-        return Repaint(raster(fill(self.rgb, self.repainted)), raster(self.repainted))
+        return Repaint(InputImage.of(fill(self.rgb, self.repainted)), InputImage.of(self.repainted))
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -354,7 +354,7 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, limits: ImageLimits) -> 
     regions, region_parameters = _regions(request.regions, layout.size, drafted, limits)
     # Without a prompt the image itself is the condition, if the weights support that.
     by_image = not request.prompt.strip() and "variations" in drafted.config.operations
-    references = (Reference(reference_raster(image.on_white), 1.0),) if by_image else ()
+    references = (Reference(reference_image(image.on_white), 1.0),) if by_image else ()
     job = drafted.job(
         layout.padded_size,
         request.prompt,
@@ -373,8 +373,8 @@ def _variations(request: VariationsRequest, drafted: Draft, limits: ImageLimits)
         allowed = f"one for each image ({count}), at least one of them above 0"
         raise invalid_value("weights", allowed, request.weights)
     size = drafted.size()
-    rasters = [reference_raster(decode(content, limits).on_white) for content in request.image]
-    references = tuple(map(Reference, rasters, weights))
+    images = [reference_image(decode(content, limits).on_white) for content in request.image]
+    references = tuple(map(Reference, images, weights))
     job = drafted.job(size, request.prompt, references=references)
     hashes = [file_hash(content) for content in request.image]
     return Plan("variations", job, size, {"image": hashes, "weights": weights})
@@ -393,7 +393,7 @@ def _edit(request: EditRequest, drafted: Draft, limits: ImageLimits) -> Plan:
         layout.padded_size,
         request.prompt,
         steps=steps,
-        canvas=Edit(raster(padded), request.strength),
+        canvas=Edit(InputImage.of(padded), request.strength),
         references=references,
     )
     parameters = {
@@ -488,7 +488,7 @@ def _regions(
     for i, entry in enumerate(entries):
         mask = _region_mask(entry, size, i, limits)
         weight = region_weight(mask, entry.weight, entry.softness)
-        regions.append(Region(entry.prompt, raster(drafted.padded(weight))))
+        regions.append(Region(entry.prompt, InputImage.of(drafted.padded(weight))))
         place = {"box": list(entry.box)} if entry.box else {"mask": file_hash(entry.mask or b"")}
         shape = {"weight": entry.weight, "softness": entry.softness}
         parameters.append({"prompt": entry.prompt, **place, **shape})
@@ -508,7 +508,7 @@ def _references(contents: Sequence[bytes], drafted: Draft, limits: ImageLimits) 
         return (), {}
     check_operation(drafted.config, "variations")
     images = [decode(content, limits, "references") for content in contents]
-    references = tuple(Reference(reference_raster(image.on_white), 1.0) for image in images)
+    references = tuple(Reference(reference_image(image.on_white), 1.0) for image in images)
     return references, {"references": [file_hash(content) for content in contents]}
 
 
@@ -516,27 +516,19 @@ def _keyframe(entry: KeyframeEntry, prompt: str, index: int, limits: ImageLimits
     if entry.image is None:
         return Keyframe(entry.prompt or "")
     image = decode(entry.image, limits, f"keyframes.{index}.image")
-    return Keyframe(prompt, reference_raster(image.on_white))
+    return Keyframe(prompt, reference_image(image.on_white))
 
 
 # ── arrays to and from the worker's pipe ──────────────────────────────────────────────────────────
 
 
-def raster(array: NDArray[np.uint8] | Mask) -> Raster:
-    """Return [H, W, 3] or [H, W] as bytes for the pipe; a bool becomes 0 or 1."""
-    content = np.ascontiguousarray(array).view(np.uint8).tobytes()
-    person = str(array.shape).encode()[:16]
-    name = hashlib.blake2b(content, digest_size=16, person=person).hexdigest()
-    return Raster(array.shape[1], array.shape[0], content, name)
-
-
-def reference_raster(rgb: Pixels) -> Raster:
+def reference_image(rgb: Pixels) -> InputImage:
     """Return uint8 [H, W, 3] for CLIP, scaled down if it is much larger than CLIP reads."""
     height, width = rgb.shape[:2]
     scale = REFERENCE_SIDE / max(width, height)
     if scale >= 1:
-        return raster(rgb)
-    return raster(resized(rgb, max(1, round(width * scale)), max(1, round(height * scale))))
+        return InputImage.of(rgb)
+    return InputImage.of(resized(rgb, max(1, round(width * scale)), max(1, round(height * scale))))
 
 
 def resized(rgb: Pixels, width: int, height: int) -> Pixels:

@@ -16,8 +16,8 @@ from server.api.images.encode import AnimationFormat, Format, animate, encode
 from server.api.planning import Plan
 from server.api.sse import DeferredEvent, Emit, Event
 from server.api.state import AppState, app_state, request_state
-from server.engine.costs import Forecast
-from server.engine.protocol import Drawn, Finished, Image, Preview
+from server.engine.latency_model import Forecast
+from server.engine.messages import Drawn, Finished, Image, Preview
 
 T = TypeVar("T")
 

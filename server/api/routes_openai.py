@@ -37,7 +37,7 @@ from server.api.planning import OPERATIONS, Plan, find_model, plan, possible_sid
 from server.api.responses import answer_headers, encode_all, stage_seconds
 from server.api.sse import Comment, DeferredEvent, Emit, Event, stream_events
 from server.api.state import AppState, app_state, log_job
-from server.engine.protocol import Finished, Preview
+from server.engine.messages import Finished, Preview
 from server.settings import Settings
 
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")

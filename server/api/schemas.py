@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from model.config import RenoiseMode, Sampler
+from model.config import Interpolation, RenoiseMode, Sampler
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
-from server.engine.protocol import Mode, Priority
+from server.engine.messages import Priority
 
 INT64 = 2**63
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -351,7 +351,7 @@ class InterpolateRequest(SamplingFields):
     keyframes: Annotated[list[KeyframeEntry], Field(min_length=2, max_length=8)]
     frames: Annotated[int, Field(ge=2, le=64, description="Number of images, first and last keyframe included")] = 16
     mode: Annotated[
-        Mode,
+        Interpolation,
         Field(description="Path between two keyframes: linear (lerp) or spherical (slerp)"),
     ] = "slerp"
     prompt: Annotated[Text, Field(description="Prompt of the keyframes that are images")] = ""

@@ -13,8 +13,8 @@ from starlette.types import Scope
 from model.config import BundleConfig
 from server.api.errors import ApiError
 from server.api.images.decode import ImageDecoder
-from server.engine.face import Engine
-from server.engine.protocol import Job
+from server.engine.interface import Engine
+from server.engine.messages import Job
 from server.metrics import Metrics
 from server.settings import Settings
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.errors import FAILED, REFUSED, fail, one_line_errors
-from server.engine.spinning import bound_spinning
+from server.engine.cpu_threads import bound_spinning
 
 if TYPE_CHECKING:
     from model.config import Operation
     from server.api.planning import Plan
-    from server.engine.protocol import Image
+    from server.engine.messages import Image
     from server.settings import Settings
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}

@@ -7,18 +7,19 @@ bit-identical to the server's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from model.config import BundleConfig, Operation, find_bundle
-from model.runtime import prepare
+from model.pipeline import Pipeline
+from model.row_builder import RowBuilder
+from model.runtime import pick_device, pick_dtype, prepare, use
 from server.api.images.decode import ImageLimits
 from server.api.images.metadata import read_parameters
 from server.api.planning import OPERATIONS, Plan, draft, file_hash
-from server.engine.protocol import Image, Job
-from server.engine.runner import Runner, Stopwatch
-from server.engine.scheduler import RowId
+from server.engine.messages import Image, Job
 from server.settings import Settings
 
 
@@ -49,26 +50,29 @@ def generate(job: Job, settings: Settings, only: int | None = None) -> tuple[lis
         The generated images, before postprocessing, and the encoders that truncated the prompt.
     """
     prepare(settings.threads)
-    runner = Runner(settings.model_copy(update={"weights": settings.bundles[0]}))
+    device = use(pick_device(settings.device))
+    dtype = pick_dtype(settings.dtype, device)
+    bundle = find_bundle(settings.bundles[0])
+    pipeline = Pipeline.load(bundle, device, dtype, settings.encoders, settings.kernels)
+    builder = RowBuilder(pipeline)
     indices = list(range(len(job.seeds))) if only is None else [only]
-    batch = 1 if job.sampling.deterministic else settings.max_batch_rows
+    size = 1 if job.sampling.deterministic else settings.max_batch_rows
     images, truncated = list[Image](), tuple[str, ...]()
     steps = len(indices) * job.sampling.steps
     with tqdm(total=steps, desc="denoising", unit="step", leave=False, disable=None) as bar:
-        for start in range(0, len(indices), batch):
-            selected = indices[start : start + batch]
-            (truncated,) = runner.start([(job, selected)], Stopwatch())
-            images += _run_rows(runner, job, [RowId(job.id, i) for i in selected], bar)
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            rows = builder.build([job.image(index) for index in batch])
+            tokens = pipeline.denoise(rows, partial(_advance, bar, len(rows)))
+            for index, pixels in zip(batch, pipeline.decode(tokens).numpy(), strict=True):
+                images.append(Image(index, job.width, job.height, pixels.tobytes()))
+            truncated = rows[0].truncated
     return images, truncated
 
 
-def _run_rows(runner: Runner, job: Job, rows: Sequence[RowId], bar: tqdm[Any]) -> list[Image]:
-    while runner.steps_done(rows[0]) < job.sampling.steps:
-        runner.step(job.model, rows)
-        bar.update(len(rows))
-    images = runner.decode(job.model, rows).images()
-    runner.drop(rows)
-    return images
+def _advance(bar: tqdm[Any], rows: int, _: int) -> None:
+    """Advance the progress bar by one step of this many rows."""
+    bar.update(rows)
 
 
 def recorded_request(png: bytes, files: Sequence[bytes]) -> tuple[Operation, dict[str, Any], int]:

@@ -14,8 +14,8 @@ import typer
 from server.cli.errors import FAILED, fail, one_line_errors
 
 if TYPE_CHECKING:
+    from model.checkpoints.manifest import PublishedFile
     from model.config import BundleConfig
-    from model.published.manifest import PublishedFile
 
 MIB, GB = 2**20, 10**9
 
@@ -34,8 +34,8 @@ class HalfType(StrEnum):
 def list_weights() -> None:
     """List the included bundles and all known published files."""
     import weights
+    from model.checkpoints.manifest import published
     from model.config import CONFIG_FILE, BundleConfig
-    from model.published.manifest import published
 
     with one_line_errors():
         for path in sorted(Path(weights.__path__[0]).glob(f"*/{CONFIG_FILE}")):
@@ -52,8 +52,8 @@ def list_weights() -> None:
 @weights_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file of `paellera weights list`")]) -> None:
     """Download published files into the hub's cache and verify them; cached files are only verified."""
-    from model.published.fetch import fetch as fetch_file
-    from model.published.manifest import published
+    from model.checkpoints.fetch import fetch as fetch_file
+    from model.checkpoints.manifest import published
 
     with one_line_errors():
         files = published().select(name).values()
@@ -80,7 +80,7 @@ def import_weights(
     import torch
     from tqdm import tqdm
 
-    from model.published.convert import import_bundle
+    from model.checkpoints.convert import import_bundle
     from model.runtime import prepare
 
     given = {"denoiser": denoiser, "vqgan": vqgan, "prior": prior, "byt5": byt5, "clip": clip}
@@ -100,7 +100,7 @@ def info(
     """Show a bundle's networks, sizes, recipe and memory needs."""
     from dataclasses import asdict
 
-    from model.published.memory import contents, needs
+    from model.checkpoints.memory import contents, needs
 
     with one_line_errors():
         config, parts = contents(name)
@@ -117,8 +117,8 @@ def info(
 @weights_app.command()
 def verify(name: BundleName) -> None:
     """Verify a bundle as strictly as the server does, in little memory."""
+    from model.checkpoints.verify import verify as verify_bundle
     from model.config import find_bundle
-    from model.published.verify import verify as verify_bundle
     from model.runtime import prepare
 
     prepare()
@@ -136,10 +136,10 @@ def check(
     """Generate eight fixed prompts and check the images: CLIP recognises the prompts, and no NaN."""
     from tqdm import tqdm
 
+    from model.checkpoints.check import PROMPTS, write_sheet
+    from model.checkpoints.check import check as check_pipeline
     from model.config import find_bundle
     from model.pipeline import Pipeline
-    from model.published.check import PROMPTS, write_sheet
-    from model.published.check import check as check_pipeline
     from model.runtime import pick_device, pick_dtype, prepare
 
     prepare()
@@ -167,9 +167,9 @@ def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[Bund
     from dataclasses import replace
 
     from model.bundle import verify_files
+    from model.checkpoints.fetch import fetched
+    from model.checkpoints.manifest import published
     from model.config import BundleConfig, find_bundle
-    from model.published.fetch import fetched
-    from model.published.manifest import published
 
     if name in published().bundles:
         files: dict[str, PublishedFile] = {file.network: file for file in published().select(name).values()}

@@ -1,14 +1,14 @@
-"""The tensors of the worker: rows are started (encode, prior, condition), stepped together, and decoded.
+"""Hold the worker's tensors: start rows (encode, prior, condition), step them, decode them.
 
-Starting and decoding run beside the steps where the device can do both (`streams.py`). The scheduler gives each deterministic row a pool of
-its own, so that it meets the same shapes whatever else is done.
+On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each
+deterministic row a pool of its own, so that it always meets the same shapes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -16,22 +16,79 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig, find_bundle
-from model.operations import Row
 from model.pipeline import Pipeline, PipelineV3
+from model.row_builder import RowBuilder, group_by
+from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
-from server.engine.buckets import buckets, grids, row_counts
-from server.engine.cache import Cache
-from server.engine.conditions import Conditions, size, tensors_in
-from server.engine.graphs import Graphs
-from server.engine.picture_graphs import PictureGraphs
-from server.engine.prior_graphs import PriorGraphs
-from server.engine.protocol import Count, Image, Job
-from server.engine.recording import CUDARecorder, Recorder
+from server.engine.cpu_threads import Threads
+from server.engine.cuda_graphs import CUDARecorder, Graphs, PictureGraphs, PriorGraphs, Recorder, buckets, grids, row_counts
+from server.engine.messages import Count, Image, Job
+from server.engine.prompt_cache import PromptCache, tensor_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
-from server.engine.starting import Starter, Wanted
-from server.engine.streams import Mark, Streams
-from server.engine.threads import Threads
 from server.settings import Settings
+
+
+class Mark:
+    """A place in the side stream."""
+
+    def __init__(self, event: torch.cuda.Event | None) -> None:
+        self._event = event
+
+    @property
+    def passed(self) -> bool:
+        """Whether the device has come by."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Streams:
+    """The device's own stream, in which rows are stepped, and the one beside it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last_step: torch.cuda.Event | None = None
+
+    @contextmanager
+    def beside(self, reading: Iterable[Tensor] = ()) -> Iterator[None]:
+        """What is launched in here runs beside the steps; if it reads what they made, after those already launched."""
+        if self._side is None:
+            yield
+            return
+        made = list(reading)
+        if made:
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+        for tensor in made:
+            tensor.record_stream(self._side)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def mark(self) -> Mark:
+        """After all that was launched beside the steps so far."""
+        return Mark(None if self._side is None else self._side.record_event())
+
+    def hand_over(self, made: Iterable[Tensor]) -> None:
+        """Tensors made beside the steps, and past their mark, will be read by steps: their memory is not free before those are through."""
+        if self._side is not None:
+            for tensor in made:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy that is complete when a mark set after this call is passed."""
+        if self._side is None:
+            return tensor.cpu()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def stepped(self) -> None:
+        """Called after a step was launched: waits for the one before it. With more than two under way a new row would wait for all."""
+        if self._side is not None:
+            if self._last_step is not None:
+                self._last_step.synchronize()
+            self._last_step = torch.cuda.current_stream(self._device).record_event()
+
 
 # Rows decoded at once: nobody's step waits for more than one decode of so many.
 DECODE_ROWS = 4
@@ -88,8 +145,8 @@ class Runner:
         self._settings, self._streams = settings, Streams(device)
         self._threads = Threads(1)
         self.counters: Counter[Count] = Counter()
-        self.cache = Cache(settings.prompt_cache_bytes, size, self.counters)
-        self._starter = Starter(self._pipelines, Conditions(self._pipelines, self.cache))
+        self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
+        self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self._pipelines.items()}
         self._rows: dict[RowId, Row] = {}
         self._starting: dict[RowId, Mark] = {}
 
@@ -99,14 +156,20 @@ class Runner:
             self._threads = Threads(torch.get_num_threads())
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
-        """Makes rows of these images of these jobs; returns, for each job, the encoders that cut its prompt."""
-        images = [Wanted(job, i) for job, indices in parts for i in indices]
+        """Build the rows of these images of these jobs.
+
+        Returns, for each job, the encoders that cut one of its prompts.
+        """
+        images = [(job, index) for job, indices in parts for index in indices]
         with self._steady(any(job.sampling.deterministic for job, _ in parts)), self._streams.beside():
-            made, truncated = self._starter.start(images, watch)
-            rows = {RowId(image.job.id, image.number): row for image, row in zip(images, made, strict=True)}
+            rows: dict[RowId, Row] = {}
+            for group in group_by(images, lambda image: image[0].model):
+                builder = self._builders[group[0][0].model]
+                built = builder.build([job.image(index) for job, index in group], watch)
+                rows.update(zip((RowId(job.id, index) for job, index in group), built, strict=True))
             self._starting.update(dict.fromkeys(rows, self._streams.mark()))
         self._rows.update(rows)
-        return [truncated[job.id] for job, _ in parts]
+        return [rows[RowId(job.id, indices[0])].truncated for job, indices in parts]
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
         """Those that can be stepped without a wait; if there are none, all, after a wait."""

@@ -12,7 +12,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 from itertools import count
 
-from server.engine.protocol import Job, Priority
+from server.engine.messages import Job, Priority
 
 # Between two steps of a pool lie at most this many of others: whatever their deadlines, two pools share the steps three to one at worst.
 PATIENCE = 3

@@ -1,23 +1,26 @@
-"""The worker process: receive → schedule → start → step → decode, until told to stop."""
+"""Run the worker process: receive → schedule → start → step → decode, until told to stop."""
 
 from __future__ import annotations
 
 import logging
 import os
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
+from model.row_builder import group_by
 from model.runtime import prepare
 from server import logs
-from server.engine.decoder import Decoder, Due
-from server.engine.failures import Attempts, by_job
-from server.engine.grouping import grouped
-from server.engine.protocol import (
+from server.engine.decode_queue import Decoder, Due
+from server.engine.failure_isolation import Attempts, by_job
+from server.engine.messages import (
     Beat,
     Cancel,
     Count,
@@ -34,12 +37,36 @@ from server.engine.protocol import (
     Step,
     Stop,
     Timings,
+    Usage,
+    receive,
+    send,
 )
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
-from server.engine.usage import usage
-from server.engine.wire import receive, send
 from server.settings import Settings
+
+STATM = Path("/proc/self/statm")
+
+
+def usage(device: torch.device) -> Usage:
+    return Usage(_resident_bytes(), time.process_time(), torch.get_num_threads(), _device_bytes(device) if device.type == "cuda" else {})
+
+
+def _resident_bytes() -> int:
+    """Where the system does not tell, the most it ever was."""
+    if STATM.exists():
+        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device_bytes(device: torch.device) -> dict[str, int]:
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "total": torch.cuda.get_device_properties(device).total_memory,
+    }
+
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +137,7 @@ class Worker:
 
     def _start(self, rows: list[RowId]) -> None:
         """All in one batch, but for jobs that may have killed a worker."""
-        for batch in grouped(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
+        for batch in group_by(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
             for row in self._attempt(batch, self._encode):
                 # An edit that takes no step is done as it begins.
                 if self.runner.steps_done(row) == self.scheduler.job(row.job).sampling.steps:

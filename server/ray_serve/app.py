@@ -23,8 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import logs
 from server.api import create_app
 from server.engine.errors import EngineError
-from server.engine.process import WorkerMain, run_worker
-from server.engine.protocol import Finished, Job
+from server.engine.messages import Finished, Job
+from server.engine.supervisor import WorkerMain, run_worker
 from server.ray_serve.deduplication import Call
 from server.ray_serve.engines import REPORT_TIMEOUT_S, LocalEngine, RemoteEngine, Report
 from server.ray_serve.routing import Load, WaitEstimator, replicas_for

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.engine.protocol import Drawn, Preview
+from server.engine.messages import Drawn, Preview
 
 # A call of one of the hooks of `EngineClient.run`: the parameter's name and the arguments.
 Call = tuple[str, tuple[Any, ...]]

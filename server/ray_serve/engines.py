@@ -20,9 +20,8 @@ from ray.serve.exceptions import RayServeException
 
 from server.engine.client import EngineClient
 from server.engine.errors import DeadlineExceeded, Draining, EngineError, Starting, WorkerLost
-from server.engine.process import WorkerMain, run_worker
-from server.engine.protocol import Finished, Job
-from server.engine.supervisor import WorkerStatus
+from server.engine.messages import Finished, Job
+from server.engine.supervisor import WorkerMain, WorkerStatus, run_worker
 from server.metrics import Metrics
 from server.ray_serve.deduplication import Call, ReplayFilter
 from server.ray_serve.merged_metrics import MergedRegistry

@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server.engine.costs import Pace
-from server.engine.protocol import Job
+from server.engine.latency_model import Pace
+from server.engine.messages import Job
 
 # An image of 256 × 256 in twelve guided steps: pixels times steps times branches.
 UNIT = 256 * 256 * 12 * 2

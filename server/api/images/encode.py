@@ -9,7 +9,7 @@ from typing import Any, Literal
 import PIL.Image
 
 from server.api.images.metadata import png_text
-from server.engine.protocol import Image
+from server.engine.messages import Image
 
 Format = Literal["png", "jpeg", "webp"]
 AnimationFormat = Literal["gif", "webp"]
