@@ -33,7 +33,7 @@ class JSONFormatter(JsonFormatter):
 
 
 def configure(level: str) -> None:
-    """Log this package's records from `level` upwards; every process of the server calls it once."""
+    """Log this package's records from `level` upwards; call it once per process."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONFormatter())
     for name in ("server", "uvicorn.error"):

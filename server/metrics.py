@@ -43,46 +43,68 @@ class StageTimings(Protocol):
     """Seconds per stage of one request."""
 
     @property
-    def queue(self) -> float: ...
+    def queue(self) -> float:
+        """Waiting in the queue."""
+
     @property
-    def encode(self) -> float: ...
+    def encode(self) -> float:
+        """Text encoders."""
+
     @property
-    def prior(self) -> float: ...
+    def prior(self) -> float:
+        """Prior."""
+
     @property
-    def denoise(self) -> float: ...
+    def denoise(self) -> float:
+        """All denoiser steps."""
+
     @property
-    def decode(self) -> float: ...
+    def decode(self) -> float:
+        """Tokens to pixels."""
 
 
 class DenoiserStep(Protocol):
     """One denoiser step of one batch."""
 
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """Rows in the batch."""
+
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """Duration."""
 
 
 class WorkerReport(Protocol):
-    """Steps, and counts by (name, label value), since the worker's last report."""
+    """Work since the worker's last report."""
 
     @property
-    def steps(self) -> Sequence[DenoiserStep]: ...
+    def steps(self) -> Sequence[DenoiserStep]:
+        """Denoiser steps."""
+
     @property
-    def counts(self) -> Mapping[Any, int]: ...
+    def counts(self) -> Mapping[Any, int]:
+        """Counts by (name, label value)."""
 
 
 class ProcessStats(Protocol):
-    """A worker's process. device_bytes: GPU memory by kind, empty on CPU."""
+    """A worker's process."""
 
     @property
-    def resident_bytes(self) -> int: ...
+    def resident_bytes(self) -> int:
+        """Resident memory."""
+
     @property
-    def cpu_seconds(self) -> float: ...
+    def cpu_seconds(self) -> float:
+        """CPU time of all threads."""
+
     @property
-    def threads(self) -> int: ...
+    def threads(self) -> int:
+        """Threads that compute steps."""
+
     @property
-    def device_bytes(self) -> Mapping[str, int]: ...
+    def device_bytes(self) -> Mapping[str, int]:
+        """GPU memory by kind; empty on CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The app factory. Importing it does nothing; the engine starts and stops with the app's lifespan."""
+"""The app factory. Imports start nothing; the engine runs during the app's lifespan."""
 
 from __future__ import annotations
 

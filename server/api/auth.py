@@ -38,6 +38,7 @@ class Guard:
         self._concurrency = Concurrency(settings.key_concurrency)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request, then pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

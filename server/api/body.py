@@ -1,4 +1,4 @@
-"""Request bodies, JSON and multipart/form-data, to a validated schema or the error that names the problem.
+"""Request bodies, JSON and multipart/form-data, to a validated schema or a precise error.
 
 A form becomes the dict that the same request has as JSON, so one schema serves both.
 """

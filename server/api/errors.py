@@ -125,26 +125,29 @@ def from_engine(error: EngineError) -> ApiError:
     """Return the HTTP error for an engine error."""
     match error:
         case QueueFull(retry_after=seconds):
-            return _too_many("queue_full", str(error), None, retry_headers(seconds))
+            answer = _too_many("queue_full", str(error), None, retry_headers(seconds))
         case DeadlineUnreachable(retry_after=seconds, repeating=retryable):
             headers = retry_headers(seconds) | _no_retry(retryable)
-            return _too_many("deadline_unreachable", str(error), "timeout_s", headers)
+            answer = _too_many("deadline_unreachable", str(error), "timeout_s", headers)
         case Starting():
-            return _unavailable("starting", f"no worker is ready: {error}")
+            answer = _unavailable("starting", f"no worker is ready: {error}")
         case Draining():
-            return _unavailable("draining", str(error))
+            answer = _unavailable("draining", str(error))
         case WorkerLost():
             message = "the worker was lost while it processed this request; try again"
-            return _unavailable("worker_lost", message)
+            answer = _unavailable("worker_lost", message)
         case DeadlineExceeded():
             message = "timeout_s passed before the answer was ready"
-            return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", message, "timeout_s")
+            status = HTTPStatus.GATEWAY_TIMEOUT
+            answer = ApiError(status, "deadline_exceeded", message, "timeout_s")
         case JobFailed(code=code, repeating=retryable):
             # The worker's message may hold paths and addresses: the log has it, the answer not.
             message = "the worker could not generate the image"
             status = HTTPStatus.INTERNAL_SERVER_ERROR
-            return ApiError(status, code, message, headers=_no_retry(retryable))
-    return internal_error()
+            answer = ApiError(status, code, message, headers=_no_retry(retryable))
+        case _:
+            answer = internal_error()
+    return answer
 
 
 def retry_headers(seconds: float) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""ASGI middleware around every request: id, access log, metrics, ports, body limit, headers, errors.
+"""ASGI middleware: request id, access log, metrics, ports, body limit, headers, errors.
 
 Pure ASGI, so that nothing is buffered.
 """
@@ -53,6 +53,7 @@ class Observation:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Observe one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -109,6 +110,8 @@ class SecurityHeaders:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Add the headers to one answer."""
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -126,6 +129,7 @@ class HealthPort:
         self._app, self._port = app, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 404 on the wrong port."""
         if scope["type"] == "http" and self._is_misdirected(scope):
             error = ApiError(HTTPStatus.NOT_FOUND, "not_found", "not on this port")
             await error_response(error, Request(scope))(scope, receive, send)
@@ -149,6 +153,7 @@ class BodyLimit:
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on with a bounded body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

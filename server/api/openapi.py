@@ -85,7 +85,7 @@ def describe_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
 
 
 def _without_references(schema: type[BaseModel]) -> dict[str, Any]:
-    """Return the schema with definitions inlined: references would point nowhere in the document."""
+    """Return the schema with inlined definitions: the document has no place for them."""
     whole = schema.model_json_schema()
     definitions = whole.pop("$defs", {})
 

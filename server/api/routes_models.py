@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the loaded weights, their capabilities and limits, in OpenAI's shape and more."""
+"""`GET /v1/models`: the loaded weights, their capabilities and limits, for OpenAI's clients."""
 
 from __future__ import annotations
 

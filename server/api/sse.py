@@ -150,6 +150,7 @@ class EventStream(Response):
         self._settings, self._request_id = settings, request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
         start = {
             "type": "http.response.start",
             "status": self.status_code,

@@ -64,7 +64,7 @@ def _common(
 
 
 def _operation(name: Operation) -> Callable[[Callable[..., Fields]], Callable[..., None]]:
-    """Return a decorator that makes a command of a function from options to a request's fields."""
+    """Return a decorator that makes a command of a function that returns request fields."""
 
     def decorated(function: Callable[..., Fields]) -> Callable[..., None]:
         own, common = (inspect.signature(each, eval_str=True) for each in (function, _common))
@@ -152,7 +152,7 @@ def interpolate(
     mode: Annotated[str | None, typer.Option(help="lerp or slerp")] = None,
     prompt: OptionalPrompt = "",
 ) -> Fields:
-    """Generate the images between others: an animation if the output is a .gif or a .webp file."""
+    """Generate the images between others; an animation for .gif and .webp output."""
     entries = [{"image": Path(each[1:]).read_bytes()} if each.startswith("@") else {"prompt": each} for each in keyframe]
     return {"keyframes": entries, "frames": frames, "mode": mode, "prompt": prompt}
 

@@ -26,6 +26,8 @@ Checkpoint = Annotated[Path | None, typer.Option(help="A checkpoint in place of 
 
 
 class HalfType(StrEnum):
+    """Half-precision types."""
+
     float16 = "float16"
     bfloat16 = "bfloat16"
 
@@ -51,7 +53,7 @@ def list_weights() -> None:
 
 @weights_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file of `paellera weights list`")]) -> None:
-    """Download published files into the hub's cache and verify them; cached files are only verified."""
+    """Download published files into the hub's cache and verify all of them."""
     from model.checkpoints.fetch import fetch as fetch_file
     from model.checkpoints.manifest import published
 
@@ -76,7 +78,10 @@ def import_weights(
     dtype: Annotated[HalfType, typer.Option(help="Precision of the written weights")] = HalfType.float16,
     recipe: Annotated[str | None, typer.Option(help="Sampling defaults, such as model-card or demo; default: the bundle's own")] = None,
 ) -> None:
-    """Write a bundle from checkpoints: fetched ones, or .pt, .bin, .ckpt, .safetensors, .index.json."""
+    """Write a bundle from fetched or given checkpoints.
+
+    Files may be .pt, .bin, .ckpt, .safetensors, or an .index.json of shards.
+    """
     import torch
     from tqdm import tqdm
 
@@ -133,7 +138,7 @@ def check(
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the eight images")] = Path("weights-check.png"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
 ) -> None:
-    """Generate eight fixed prompts and check the images: CLIP recognises the prompts, and no NaN."""
+    """Generate eight fixed prompts and check the images by CLIP, and for NaN."""
     from tqdm import tqdm
 
     from model.checkpoints.check import PROMPTS, write_sheet
@@ -163,7 +168,7 @@ def check(
 
 
 def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[BundleConfig, dict[str, Path], Path | None]:
-    """Return a new bundle's configuration, checkpoints by network, and its tokenizer's merges if any."""
+    """Return a new bundle's configuration, checkpoints by network, and own tokenizer merges."""
     from dataclasses import replace
 
     from model.bundle import verify_files

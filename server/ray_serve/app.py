@@ -97,6 +97,7 @@ class ByRows:
         self._target_rows = target_rows
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Return the number of replicas wanted."""
         rows = sum(context.aggregated_metrics.get("rows", {}).values())
         return replicas_for(rows, self._target_rows), {}
 
@@ -111,6 +112,7 @@ class ShortestWait(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        """Rank the replicas for one job."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
@@ -123,6 +125,7 @@ class ShortestWait(RequestRouter):
         return [[by_id[id]] for id in ranked]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Stop counting a completed job."""
         self._waits.complete(internal_request_id, replica_id)
 
 
@@ -138,19 +141,24 @@ class Engine:
         await self._engine.stop()
 
     async def run(self, *args: Any) -> AsyncIterator[Call | Finished | EngineError]:
+        """Run a job; yield hook calls, then the outcome."""
         async for message in self._engine.run(*args):
             yield message
 
     async def report(self) -> Report:
+        """Return metrics, and the engine's status if there is one."""
         return self._engine.report(_name())
 
     async def record_routing_stats(self) -> dict[str, Any]:
+        """Return the load, for routing."""
         return asdict(self._engine.load())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the unfinished images, for autoscaling."""
         return {"rows": self._engine.rows}
 
     async def check_health(self) -> None:
+        """Raise RuntimeError if the engine stays unready."""
         self._engine.check()
 
 
@@ -170,6 +178,7 @@ class Api:
         return Front(self._app, self._peers)
 
     async def report(self) -> Report:
+        """Return metrics, and the engine's status if there is one."""
         return Report(_name(), None, list(self._engine.own_metrics.collect()))
 
     async def delete(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
@@ -186,6 +195,8 @@ class Front:
         self._app, self._peers = app, peers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on; broadcast a DELETE."""
+
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Ray's proxy adds the same header.
