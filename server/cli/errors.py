@@ -8,7 +8,7 @@ from typing import Never
 
 import typer
 
-FAILED, REFUSED = 1, 2
+FAILED, INVALID = 1, 2
 
 
 def fail(message: str, code: int) -> Never:
@@ -18,11 +18,11 @@ def fail(message: str, code: int) -> Never:
 
 
 @contextlib.contextmanager
-def one_line_errors(refused: int = REFUSED) -> Iterator[None]:
+def one_line_errors(invalid_code: int = INVALID) -> Iterator[None]:
     """Turn expected exceptions into one line and an exit code.
 
     Args:
-        refused: the exit code of an invalid request.
+        invalid_code: the exit code of an invalid request.
     """
     from pydantic import ValidationError
     from safetensors import SafetensorError
@@ -33,10 +33,10 @@ def one_line_errors(refused: int = REFUSED) -> Iterator[None]:
         yield
     except ValidationError as error:
         where = "bundle.json: " if error.title.startswith("Bundle") else ""
-        fail(where + from_validation(error).message, refused)
+        fail(where + from_validation(error).message, invalid_code)
     except ApiError as error:
-        fail(error.message, refused)
+        fail(error.message, invalid_code)
     except (ValueError, FileNotFoundError) as error:
-        fail(str(error), refused)
+        fail(str(error), invalid_code)
     except (OSError, SafetensorError) as error:
         fail(str(error), FAILED)

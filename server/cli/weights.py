@@ -127,7 +127,7 @@ def verify(name: BundleName) -> None:
     from model.runtime import prepare
 
     prepare()
-    with one_line_errors(refused=FAILED):
+    with one_line_errors(invalid_code=FAILED):
         config = verify_bundle(find_bundle(name))
     typer.echo(f"{config.name}: ok, sha256 {config.sha256}")
 

@@ -22,17 +22,17 @@ def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any
 
     The same arguments give the same bytes. quality: 1…100, for JPEG and WebP.
     """
-    picture = _pillow(image)
+    pillow_image = _pillow(image)
     file = io.BytesIO()
     match format:
         case "png":
             # Compression level 1 takes a quarter of the default's time for a file 20 % larger.
-            picture.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))
+            pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))
         case "jpeg":
-            picture.save(file, "JPEG", quality=quality)
+            pillow_image.save(file, "JPEG", quality=quality)
         case "webp":
             # Method 2 of 0…6 takes 0.6 of the default's time for nearly the same size.
-            picture.save(file, "WEBP", quality=quality, method=2)
+            pillow_image.save(file, "WEBP", quality=quality, method=2)
     return file.getvalue()
 
 

@@ -21,7 +21,7 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
 from tests.test_api import metric
-from tests.test_picture_operations import Array, fields_of, noise, png, white
+from tests.test_image_operations import Array, fields_of, noise, png, white
 
 Told = list[tuple[str, dict[str, Any]]]
 Configure = Callable[..., Settings]
