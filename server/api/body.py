@@ -255,7 +255,11 @@ def _list_fields(schema: type[BaseModel]) -> frozenset[str]:
 def _types(schema: type[BaseModel]) -> dict[str, set[str | None]]:
     """Return every field's JSON types; None for a type that is a reference in the schema."""
     properties = schema.model_json_schema()["properties"]
-    return {name: {branch.get("type") for branch in kind.get("anyOf", [kind])} for name, kind in properties.items()}
+    return {name: _types_of(kind) for name, kind in properties.items()}
+
+
+def _types_of(kind: dict[str, Any]) -> set[str | None]:
+    return {branch.get("type") for branch in kind.get("anyOf", [kind])}
 
 
 def _place(fields: dict[str, Any], name: str, part: str | bytes) -> None:

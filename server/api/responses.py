@@ -156,7 +156,8 @@ class NativeStream:
         return Event("preview", data)
 
     def _image(self, drawn: Drawn) -> Event:
-        plan, index, began = self.plan, drawn.image.index, time.perf_counter()
+        began = time.perf_counter()
+        plan, index = self.plan, drawn.image.index
         parameters = plan.parameters(drawn.truncated, index)
         content = encode(plan.finish(drawn.image), self.format, self.quality, parameters)
         record_images(app_state(self.request), plan, 1, began)
