@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from server.engine.errors import (
     DeadlineExceeded,
@@ -287,15 +287,13 @@ class EngineClient:
                 if (entry := self._pending.get(id)) and entry.sent_at is not None:
                     self._pace.record(entry.rows, entry.sent_at)
                     timings = entry.finish(message, entry.sent_at).timings
-                    self._metrics.record_stages(asdict(timings))
+                    self._metrics.record_timings(timings)
                     self._latency.record_job(entry.rows, timings, time.monotonic())
 
     def _record_heartbeat(self, heartbeat: Heartbeat) -> None:
+        self._metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)
         for step in heartbeat.steps:
-            self._metrics.record_step(step.rows, step.seconds, self._settings.max_batch_rows)
             self._latency.record_step(step, time.monotonic())
-        for (name, label), count in heartbeat.counts.items():
-            self._metrics.count(name, label, count)
 
     def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
         """Replay the worker's jobs, which are seeded; suspects run alone from now on, or fail."""

@@ -35,11 +35,6 @@ class DeadlineUnreachable(EngineError):
         self.retry_after = needed - allowed
         self.retryable = retryable
 
-    @property
-    def repeating(self) -> bool:
-        """Return `retryable`: its old name, until nothing reads it."""
-        return self.retryable
-
 
 class Starting(EngineError):
     """No worker became ready within `start_wait_s`."""
@@ -65,8 +60,3 @@ class JobFailed(EngineError):
         self.code = code
         self.message = message
         self.retryable = retryable
-
-    @property
-    def repeating(self) -> bool:
-        """Return `retryable`: its old name, until nothing reads it."""
-        return self.retryable

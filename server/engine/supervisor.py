@@ -211,16 +211,7 @@ class Supervisor:
     def state(self) -> WorkerState:
         """The worker's figures for /metrics."""
         silent_s = 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
-        if (stats := self.last_heartbeat.stats) is None:
-            return WorkerState(self.status.ready, silent_s)
-        return WorkerState(
-            self.status.ready,
-            silent_s,
-            resident_bytes=stats.resident_bytes,
-            cpu_seconds=stats.cpu_seconds,
-            threads=stats.threads,
-            device_bytes=stats.device_bytes,
-        )
+        return WorkerState(self.status.ready, silent_s, self.last_heartbeat.stats)
 
     @property
     def accepting(self) -> bool:
