@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import Interpolation
+from model.networks.layers import to_device
 from model.networks.text_encoders import Prompt, bucket
-from model.runtime import to_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
 from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, Kernels, RenoiseMode, Sampler, SamplingConfig, Schedule
 from model.networks import prior
 from model.networks.denoiser_v3 import Denoiser
+from model.networks.layers import to_device
 from model.networks.text_encoders import Prompt, bucket
 from model.rows import AnyCondition, RegionBranch, Row, generate, pinned_tokens
-from model.runtime import to_device
 from model.sampling import Noise
 
 

@@ -17,7 +17,7 @@ from model.config import SamplingConfig
 from model.image_request import steps_skipped
 from model.networks.denoiser_v1 import ConditionV1
 from model.networks.denoiser_v3 import Condition
-from model.runtime import to_device
+from model.networks.layers import to_device
 from model.sampling import NEVER, Noise, ramp, renoise, timesteps
 
 AnyCondition = Condition | ConditionV1

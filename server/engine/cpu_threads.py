@@ -30,13 +30,6 @@ SOON, LATE = 8, 256
 KINDS = 256
 
 
-def _set_torch_threads(threads: int) -> None:
-    # Imported here: the supervisor, which has no torch, imports this module too.
-    import torch
-
-    torch.set_num_threads(threads)
-
-
 @dataclass
 class Trial:
     """shares: of the time that the chosen number of threads takes, one for each step."""
@@ -51,7 +44,7 @@ class ThreadTuner:
     use: makes torch compute with so many from then on. clock: seconds.
     """
 
-    def __init__(self, most: int, use: Use = _set_torch_threads, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, most: int, use: Use, clock: Clock = time.perf_counter) -> None:
         self.chosen = self._used = self._most = most
         self._use, self._clock = use, clock
         # The last times of each kind of step with the chosen number, seconds.

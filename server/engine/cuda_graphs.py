@@ -28,9 +28,9 @@ from model import sampling
 from model.config import BundleConfig, BundleV3Config, Sampler
 from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
 from model.networks.denoiser_v3 import Condition, Denoiser
+from model.networks.layers import to_device
 from model.pipeline import BranchBatch, DecodeFn, Eager, Pipeline, PipelineV3, PriorFn, SamplingInputs
 from model.rows import AnyCondition
-from model.runtime import to_device
 from server.engine.messages import Count
 from server.engine.scheduler import LENGTHS
 

@@ -143,7 +143,7 @@ class Runner:
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
         self._settings, self._streams = settings, Streams(device)
-        self._threads = ThreadTuner(1)
+        self._threads = ThreadTuner(1, torch.set_num_threads)
         self.counters: Counter[Count] = Counter()
         self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
         self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self._pipelines.items()}
@@ -153,7 +153,7 @@ class Runner:
     def choose_threads(self) -> None:
         """From now on a CPU's steps use as many of torch's threads as are fastest just now, unless the settings say how many."""
         if self.device.type == "cpu" and not self._settings.threads:
-            self._threads = ThreadTuner(torch.get_num_threads())
+            self._threads = ThreadTuner(torch.get_num_threads(), torch.set_num_threads)
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
         """Build the rows of these images of these jobs.
