@@ -12,7 +12,7 @@ from model import rows as operations
 from model.config import SamplingConfig
 from model.pipeline import Drawing
 from model.rows import PinnedTokens, RegionBranch, Row
-from server.api.images import encode
+from server.api.images.encode import encode
 from server.engine.messages import Image, Job
 from server.engine.prompt_cache import tensors_in
 from server.engine.runner import Runner, Stopwatch

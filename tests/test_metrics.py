@@ -7,7 +7,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.messages import Beat, Step, Usage
-from server.metrics import LIMITS, REFUSALS, WORKERS, Metrics, WorkerState, document
+from server.metrics import ENGINE_REJECTIONS, KEY_REJECTIONS, WORKER_METRICS, Metrics, WorkerState, document
 
 
 def names(metrics: Metrics) -> set[str]:
@@ -63,7 +63,7 @@ def test_a_beat_s_steps_and_counts_are_added_to_the_figures() -> None:
 def test_the_documented_figures_are_those_that_are_shown() -> None:
     metrics = Metrics()
     metrics.watch(list)
-    documented = {figure.name.removesuffix("_total"): figure.kind for figure in (*metrics.figures, *WORKERS)}
+    documented = {figure.name.removesuffix("_total"): figure.kind for figure in (*metrics.infos, *WORKER_METRICS)}
     families = {family.name: family.type for family in metrics.registry.collect() if not family.name.startswith("process_")}
     assert families == documented
     assert (Path(__file__).parents[1] / "docs/metrics.md").read_text() == document(), "python -m server.metrics > docs/metrics.md"
@@ -75,7 +75,7 @@ def test_figures_with_known_labels_are_there_before_anything_has_happened() -> N
     value = metrics.registry.get_sample_value
     assert value("paella_images_total", {"endpoint": "/v1/images/generations"}) is None
     assert value("paella_request_duration_seconds_count", {"endpoint": "/v1/images/generations", "status": "200"}) == 0
-    assert {value("paella_rejected_total", {"reason": reason}) for reason in (*REFUSALS, *LIMITS)} == {0}
+    assert {value("paella_rejected_total", {"reason": reason}) for reason in (*ENGINE_REJECTIONS, *KEY_REJECTIONS)} == {0}
     assert value("paella_request_duration_seconds_bucket", {"endpoint": "/generate", "status": "200", "le": "0.5"}) == 0
     assert value("paella_prompt_cache_hits_total", {"what": "prior"}) == 0
     assert value("paella_graph_captures_total", {"after_ready": "true"}) == 0

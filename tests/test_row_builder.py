@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
-from server.api.rasters import raster
 from server.engine.messages import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
@@ -23,18 +22,18 @@ FIXED = replace(SAMPLING, deterministic=True)
 
 
 def picture(seed: int = 0, width: int = 32, height: int = 32) -> InputImage:
-    return raster(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
+    return InputImage.of(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
 
 
 def mask(*corner: int) -> InputImage:
     """White from (0, 0) to the corner (x, y)."""
     white = np.zeros((32, 32), dtype=np.bool_)
     white[: corner[1], : corner[0]] = True
-    return raster(white)
+    return InputImage.of(white)
 
 
 def weight(value: int = 255) -> InputImage:
-    return raster(np.full((32, 32), value, dtype=np.uint8))
+    return InputImage.of(np.full((32, 32), value, dtype=np.uint8))
 
 
 CANVAS = Repaint(picture(), mask(16, 32))

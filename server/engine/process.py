@@ -1,3 +1,0 @@
-"""Old name of `server.engine.supervisor`, until nothing imports it."""
-
-from server.engine.supervisor import *  # noqa: F403
