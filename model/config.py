@@ -20,7 +20,7 @@ Kernels = Literal["auto", "triton", "torch"]
 
 @dataclass(frozen=True)
 class ByteEncoderConfig:
-    """The encoder half of a ByT5: what `transformers.T5Config` needs, and how many bytes a prompt may have (end mark included)."""
+    """The encoder half of a ByT5: the arguments of `transformers.T5Config`, and the most bytes of a prompt (end mark included)."""
 
     __pydantic_config__ = _STRICT
 
@@ -53,6 +53,7 @@ class CLIPConfig:
 
     @property
     def context_length(self) -> int:
+        """Tokens of a text, start and end marks included."""
         return int(self.text_cfg.get("context_length", 77))
 
 
@@ -123,6 +124,7 @@ class VQGANV1Config:
 
     @property
     def codebook_size(self) -> int:
+        """Number of codes."""
         return self.n_embed
 
     @property
@@ -131,7 +133,7 @@ class VQGANV1Config:
         return int(2 ** (len(self.ch_mult) - 1))
 
     def attends(self, level: int) -> bool:
-        """Whether a level has attention, whatever the size of the picture that goes through."""
+        """Return whether a level has attention, for images of any size."""
         return self.resolution >> level in self.attn_resolutions
 
 
@@ -222,7 +224,7 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one image is drawn, everything resolved.
+    """The sampling of one image, with all defaults filled in.
 
     guidance, temperature: (first step's value, last step's value), linear in between; guidance applies to the first `guidance_steps`.
     renoise_steps: after how many of the first steps start tokens are put back.
@@ -247,7 +249,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A bundle's sampling defaults: those its authors recommend, not the server's opinion.
+    """A bundle's sampling defaults, as its authors recommend them.
 
     attention_weights: factors on the attention given to the (text, image) condition tokens of the conditional branch; None is off.
     """
@@ -281,7 +283,7 @@ class Recipe:
         renoise_mode: RenoiseMode | None = None,
         deterministic: bool = False,
     ) -> SamplingConfig:
-        """The recipe with a request's wishes put in. Step counts that are not asked for keep the recipe's share of the steps."""
+        """Return the recipe with a request's values. Step counts that are absent keep the recipe's share of the steps."""
         n = steps or self.num_inference_steps
 
         def share(of: int) -> int:
@@ -303,7 +305,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a bundle, so that a damaged or swapped one is noticed before it is used."""
+    """One file of a bundle, by which a damaged or replaced one is detected before it is used."""
 
     __pydantic_config__ = _STRICT
 
@@ -313,7 +315,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
-    """`bundle.json`: what a weights directory holds; each family of networks has a class of its own below.
+    """`bundle.json`, the description of a weights directory; each family of networks has a class of its own below.
 
     native_size: (width, height) in pixels the weights were trained at. networks: the fields that are networks, each a file of that name.
     """
@@ -342,7 +344,7 @@ class BundleConfig:
 
     @property
     def _agreements(self) -> dict[str, tuple[object, object]]:
-        """What two networks must have in common, by the names of both."""
+        """Pairs of values that must be equal in two networks, by the names of both."""
         return {
             "denoiser.num_labels and vqgan.codebook_size": (self.denoiser.num_labels, self.vqgan.codebook_size),
             "recipe.schedule and the denoiser's schedule": (self.recipe.schedule, self.denoiser.schedule),
@@ -350,47 +352,48 @@ class BundleConfig:
 
     @property
     def operations(self) -> tuple[Operation, ...]:
-        """What these weights were made for."""
+        """The operations that these weights were trained for."""
         raise NotImplementedError
 
     @property
     def text_limits(self) -> dict[str, int]:
-        """How much of a prompt each encoder takes, end marks included."""
+        """The longest prompt of each encoder, end marks included."""
         return {"clip_tokens": self.clip.context_length}
 
     @property
     def size_step(self) -> int:
-        """Width and height are multiples of this many pixels."""
+        """Width and height are multiples of this number of pixels."""
         return self.vqgan.downscale * self.denoiser.token_step
 
     @property
     def smallest_side(self) -> int:
-        """Pixels."""
+        """The smallest width and height, pixels."""
         return self.size_step
 
     @property
     def sha256(self) -> str:
-        """One name for exactly these weights: the hash over the listed files' hashes."""
+        """A name for exactly these weights: the hash over the listed files' hashes."""
         return hashlib.sha256("".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()).hexdigest()
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Parses `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the field that is wrong."""
+        """Parse `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the wrong field."""
         content = (directory / CONFIG_FILE).read_bytes()
         return cast(Self, TypeAdapter(_family_of(content)).validate_json(content))
 
     @staticmethod
     def parse(fields: dict[str, Any]) -> BundleConfig:
-        """The configuration that these fields are, of the family that they name. Raises pydantic.ValidationError."""
+        """Return the configuration with these fields, of the family that they name. Raises pydantic.ValidationError."""
         return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(fields)
 
     def write(self, directory: Path) -> None:
+        """Write `bundle.json`."""
         (directory / CONFIG_FILE).write_bytes(TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleV3Config(BundleConfig):
-    """Bytes and CLIP text in, a prior between CLIP's text and picture."""
+    """Bytes and CLIP text as inputs, and a prior from CLIP's text to CLIP's image."""
 
     networks = ("denoiser", "vqgan", "prior", "byt5", "clip")
     samplers = ("multinomial", "argmax", "typical", "quant")
@@ -412,16 +415,18 @@ class BundleV3Config(BundleConfig):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
+        """All operations."""
         return get_args(Operation)
 
     @property
     def text_limits(self) -> dict[str, int]:
+        """Bytes and CLIP's tokens."""
         return {"bytes": self.byt5.max_bytes, **super().text_limits}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleV1Config(BundleConfig):
-    """One CLIP embedding in, of a text or of a picture.
+    """One CLIP embedding as input, of a text or of an image.
 
     embedding: what the denoiser was trained on last; the published checkpoints are one of each.
     """
@@ -445,6 +450,7 @@ class BundleV1Config(BundleConfig):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
+        """Variations for an image embedding, all others for a text embedding."""
         return ("variations",) if self.embedding == "image" else tuple(o for o in get_args(Operation) if o != "variations")
 
 
@@ -452,7 +458,7 @@ _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": Bundl
 
 
 def _family_of(content: bytes) -> type[BundleConfig]:
-    """The class for a `bundle.json`: v3's if it names no family, or none that is known, and the parser then says so.
+    """Return the class for a `bundle.json`; v3's if the family is absent or unknown, which its parser then rejects.
 
     A newer format is said to be that before its unknown fields are complained about. Raises pydantic.ValidationError.
     """
@@ -471,7 +477,7 @@ def _family_of(content: bytes) -> type[BundleConfig]:
 
 
 def find_bundle(name_or_path: str) -> Path:
-    """The directory of a bundle named as in `PAELLERA_WEIGHTS`: one shipped in `weights/`, else a path. Raises FileNotFoundError."""
+    """Return the directory of a bundle: one in `weights/`, else a path. Raises FileNotFoundError."""
     import weights
 
     shipped = Path(weights.__path__[0]) / name_or_path

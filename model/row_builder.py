@@ -21,12 +21,11 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from model import rows as operations
 from model.conditioning import Conditioning, interpolate, mean
 from model.image_request import Edit, ImageRequest, InputImage, Repaint
 from model.networks.text_encoders import Prompt
 from model.pipeline import Pipeline
-from model.rows import AnyCondition, PinnedTokens, RegionBranch, Row
+from model.rows import AnyCondition, PinnedTokens, RegionBranch, Row, edit, repaint, token_mask, token_weight
 from model.sampling import Noise
 
 T = TypeVar("T")
@@ -228,15 +227,15 @@ class RowBuilder:
         tokens = encodings.images[self._image_key(request, "tokens", request.canvas.picture)]
         match request.canvas:
             case Repaint(mask=mask):
-                keep = ~operations.token_mask(as_tensor(mask).bool(), self._downscale)
-                return operations.repaint(row, PinnedTokens(tokens, self._on_device(keep)))
+                keep = ~token_mask(as_tensor(mask).bool(), self._downscale)
+                return repaint(row, PinnedTokens(tokens, self._on_device(keep)))
             case Edit(strength=strength):
-                return operations.edit(row, tokens, strength)
+                return edit(row, tokens, strength)
 
     def _regions(self, request: ImageRequest, encodings: _Encodings) -> list[RegionBranch]:
         branches = []
         for region in request.regions:
-            weight = operations.token_weight(as_tensor(region.weight).float() / 255, self._downscale)
+            weight = token_weight(as_tensor(region.weight).float() / 255, self._downscale)
             condition = encodings.conditions[self._prior_key(request, region.prompt)]
             branches.append(RegionBranch(condition, self._on_device(weight)))
         return branches

@@ -72,6 +72,7 @@ class Findings:
 
     @property
     def codes_used(self) -> int:
+        """Number of different codes in all images."""
         return len(self.tokens.unique())
 
     @property
@@ -87,7 +88,7 @@ class Findings:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with the weights, in words; nothing if they behave."""
+        """The problems of the weights, in words; none if they behave."""
         found = [f"there is NaN or infinity in the {where}" for where in self.broken]
         if self.most_common > COLLAPSED:
             found.append(f"one code fills {self.most_common:.0%} of a picture")
@@ -101,22 +102,24 @@ class Findings:
 
 
 class _Watched(Eager):
-    """Notes whether what the denoiser makes is finite."""
+    """Record whether the denoiser's results are finite."""
 
     broken = False
 
     def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+        """Compute as `Eager.features`."""
         features = super().features(tokens, times, branches, weights)
         self.broken = self.broken or not is_finite(features)
         return features
 
     def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        """Compute as `Eager.sample`, with NaN as zero."""
         return super().sample(sampler, features.nan_to_num(), inputs)
 
 
 @torch.inference_mode()
 def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> Findings:
-    """Draws the prompts, one after the other, by the bundle's own recipe. progress: called after every picture."""
+    """Generate the prompts' images, one after the other, by the bundle's own recipe. progress: called after every image."""
     watched = pipeline.executor = _Watched(pipeline.bundle)
     tokens = []
     for seed, prompt in enumerate(PROMPTS):
@@ -139,7 +142,7 @@ def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> 
 
 
 def write_sheet(pictures: Tensor, path: Path) -> None:
-    """The pictures in rows of four. Raises ValueError for a name that is no picture's, OSError."""
+    """Write the images in rows of four. Raises ValueError for a name that is no image's, OSError."""
     _, height, width, _ = pictures.shape
     rows = -(-len(pictures) // COLUMNS)
     sheet = Image.new("RGB", (width * COLUMNS, height * rows), "white")

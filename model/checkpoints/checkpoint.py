@@ -37,7 +37,7 @@ class Checkpoint:
     files: dict[str, Path]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors in that order, each only until the next is asked for. Raises BundleError."""
+        """Yield the named tensors in that order, each valid until the next is yielded. Raises BundleError."""
         for path, batch in self._batches(names):
             state = read_state(path)
             for name in batch:
@@ -57,7 +57,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's names and shapes. path: the file, or a `*.index.json` that names its shards. Raises BundleError, FileNotFoundError."""
+    """Read a checkpoint's names and shapes. path: the file, or a `*.index.json` that names its shards.
+
+    Raises BundleError, FileNotFoundError.
+    """
     tensors: dict[str, Tensor] = {}
     files: dict[str, Path] = {}
     for shard in _shards(path):
@@ -68,7 +71,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files that an index names, or the file itself."""
+    """Return the files that an index names, or the file itself."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.name.endswith(".index.json"):
@@ -126,7 +129,7 @@ def _why(error: Exception) -> str:
 
 
 def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
-    """The state dict in whatever a checkpoint holds beside it."""
+    """Return the state dict from a checkpoint that also holds other things."""
     while isinstance(content, dict):
         if content and all(isinstance(value, Tensor) and isinstance(name, str) for name, value in content.items()):
             return content

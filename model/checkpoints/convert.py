@@ -44,7 +44,7 @@ def import_bundle(
     merges: Path | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> BundleConfig:
-    """Writes a new bundle. sources: every network's checkpoint; dtype: float16 or bfloat16; progress: is told of bytes written.
+    """Write a new bundle. sources: every network's checkpoint; dtype: float16 or bfloat16; progress: called with bytes written.
 
     Raises BundleError naming file and tensor, FileNotFoundError, or OSError for a disk that is too small.
     """
@@ -70,7 +70,7 @@ def import_bundle(
 
 
 def _fitting(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) -> Checkpoint:
-    """The checkpoint without what the network does not need. Raises BundleError if it is not this network's."""
+    """Return the checkpoint without tensors that the network does not need. Raises BundleError if it is not this network's."""
     where = checkpoint.path.name
     found = [(mark, title) for mark, title in _MARKS.items() if mark in checkpoint.tensors]
     if found and not any(mark in expected for mark, _ in found):
@@ -97,7 +97,7 @@ def _check_space(plans: Iterable[Checkpoint], directory: Path) -> None:
 
 
 def _write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Callable[[int], object]) -> None:
-    """A safetensors file, tensor by tensor: eight bytes of header length, the header (padded to eight), the data in its order."""
+    """Write a safetensors file, tensor by tensor: eight bytes of header length, the header (padded to eight), the data in its order."""
     types = {name: dtype if tensor.is_floating_point() else torch.int64 for name, tensor in checkpoint.tensors.items()}
     header: dict[str, object] = {}
     end = 0
@@ -115,7 +115,7 @@ def _write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Cal
 
 
 def _pieces(tensor: Tensor, dtype: torch.dtype, where: str) -> Iterator[Tensor]:
-    """The tensor's elements in order, as `dtype`. Raises BundleError for one that is not finite, or is not any more."""
+    """Yield the tensor's elements in order, as `dtype`. Raises BundleError if one is not finite, or no longer is as `dtype`."""
     for piece in tensor.detach().reshape(-1).split(_PIECE):
         converted = piece.to(dtype)
         if not is_finite(converted):

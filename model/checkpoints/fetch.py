@@ -28,7 +28,7 @@ class FetchError(OSError):
 
 
 def fetch(file: PublishedFile) -> Path:
-    """Where the file lies, after it was downloaded if it was not there, with its checksum right. Raises FetchError.
+    """Return a file's path, downloaded if it is absent, with its checksum verified. Raises FetchError.
 
     The checksum is the manifest's, else the one recorded at the first fetch, else (and then it is recorded) the one that the hub states.
     """
@@ -45,7 +45,7 @@ def fetch(file: PublishedFile) -> Path:
 
 
 def fetched(file: PublishedFile) -> Path:
-    """Where an earlier fetch left the file; no network is asked. Raises FetchError."""
+    """Return the path of a file that was fetched before, without network access. Raises FetchError."""
     repository = _repository(file)
     from huggingface_hub import try_to_load_from_cache
 
@@ -73,7 +73,7 @@ def _one_line(file: PublishedFile) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, for people. The hub's error for a file that is neither reachable nor cached tells the cause in `__cause__`."""
+    """Return the cause in words. The hub's error for a file that is neither reachable nor cached has it in `__cause__`."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -102,7 +102,7 @@ def _check_space(file: PublishedFile, size: int, target: Path) -> None:
 
 
 def _check_content(file: PublishedFile, path: Path) -> None:
-    """Raises FetchError, and removes the file from the cache, if its content is not what it must be."""
+    """Compare a file's content with its checksum. Raises FetchError and removes the file from the cache if it differs."""
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     stored = path.resolve()

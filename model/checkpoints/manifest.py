@@ -40,6 +40,7 @@ class PublishedFile:
 
     @property
     def where(self) -> str:
+        """The file's place, for messages."""
         return f"{self.repository}/{self.path}" if self.repository else f"{self.path} ({self.source})"
 
 
@@ -56,6 +57,8 @@ class PublishedBundle:
 
 @dataclass(frozen=True)
 class Manifest:
+    """The published files, recipes and bundles."""
+
     __pydantic_config__ = _STRICT
 
     files: dict[str, PublishedFile]
@@ -64,11 +67,11 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises pydantic.ValidationError, FileNotFoundError, or tomllib.TOMLDecodeError."""
+        """Parse a manifest. Raises pydantic.ValidationError, FileNotFoundError, or tomllib.TOMLDecodeError."""
         return TypeAdapter(cls).validate_python(tomllib.loads(path.read_text()))
 
     def select(self, name: str) -> dict[str, PublishedFile]:
-        """The files of a bundle, or the one file of that key or file name. Raises ValueError."""
+        """Return the files of a bundle, or the one file of that key or file name. Raises ValueError."""
         if name in self.bundles:
             return {key: self.files[key] for key in self.bundles[name].files}
         named = {key: file for key, file in self.files.items() if name in {key, file.path, file.where}}
@@ -78,13 +81,13 @@ class Manifest:
         return named
 
     def recipe(self, name: str) -> Recipe:
-        """Raises ValueError."""
+        """Return a recipe by name. Raises ValueError."""
         if name not in self.recipes:
             raise ValueError(f"{name!r} is no published recipe; there are {', '.join(self.recipes)}")
         return self.recipes[name]
 
     def config(self, bundle: str, recipe: str | None = None) -> BundleConfig:
-        """A published bundle's configuration, without files. Raises ValueError."""
+        """Return a published bundle's configuration, without files. Raises ValueError."""
         published = self.bundles[bundle]
         chosen = self.recipe(recipe or published.recipes[0])
         return BundleConfig.parse({"name": bundle, "recipe": chosen, **published.config})
@@ -92,7 +95,7 @@ class Manifest:
 
 @cache
 def published() -> Manifest:
-    """The manifest that came with Paellera."""
+    """Return Paellera's own manifest."""
     import weights
 
     return Manifest.read(Path(weights.__file__).with_name("manifest.toml"))

@@ -37,7 +37,10 @@ class Need:
 
 
 def contents(name: str) -> tuple[BundleConfig, dict[str, Part]]:
-    """A bundle's configuration and networks; of a published one that is not here its shapes. Raises FileNotFoundError or ValueError."""
+    """Return a bundle's configuration and networks; for a published bundle that is absent, their shapes.
+
+    Raises FileNotFoundError or ValueError.
+    """
     try:
         directory = find_bundle(name)
     except FileNotFoundError:
@@ -53,7 +56,7 @@ def contents(name: str) -> tuple[BundleConfig, dict[str, Part]]:
 
 
 def shapes(config: BundleConfig) -> dict[str, Part]:
-    """What the networks would be in half precision, from their configuration alone."""
+    """Return the networks' sizes in half precision, from their configuration alone."""
     from model.bundle import build, state_of
     from model.runtime import prepare
 

@@ -92,7 +92,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 
 def linear_map(weight: Tensor, bias: Tensor | None, rows: int | None, activation: Activation = "none") -> LinearMap:
-    """[..., I] → [..., O] by a packed weight where there can be one, by the plain one elsewhere.
+    """Return a linear map [..., I] → [..., O], packed where that is supported.
 
     rows: as for `PackedLinear`; None: plain, nothing is copied.
     """
@@ -109,7 +109,7 @@ def _plain_map(weight: Tensor, bias: Tensor | None, activation: Activation) -> L
 
 
 class PackedLinear:
-    """[..., I] → [..., O], as `nn.functional.linear`, then GELU, exact or by a hyperbolic tangent, if asked for.
+    """A linear map [..., I] → [..., O] as `nn.functional.linear`, then GELU if asked for.
 
     rows: what the product of all other dimensions will mostly be. Another number is computed as exactly, only less fast.
     """
@@ -122,6 +122,7 @@ class PackedLinear:
         self.packed: Tensor = reorder(weight.detach().contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Compute it for x [..., I]."""
         if self.mkl:
             y: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
             return y
@@ -143,5 +144,6 @@ class PackedDepthwise:
         self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.geometry, [B, C, H, W])
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], "")
         return y.permute(0, 2, 3, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class BlockWeights(NamedTuple):
-    """A block's, but for the parts of its first projection that see text and time. Letters: D c_hidden, I inner channels.
+    """A block's weights, without the parts of its first projection that read text and time. Letters: D c_hidden, I inner channels.
 
     first: [D, I], a view by columns. scale, shift: [I], of the first layer norm; last: [D, I]; last_scale, last_shift: [D].
     """
@@ -28,7 +28,7 @@ class BlockWeights(NamedTuple):
 
 
 def plain_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
-    """h [B, D], and the text's and time's part [B, I] → [B, D]."""
+    """Compute a block: h [B, D], and the text's and time's part [B, I] → [B, D]."""
     y = torch.addmm(extra, h, w.first)
     y = F.gelu(F.layer_norm(y, y.shape[-1:], w.scale, w.shift))
     return h + F.layer_norm(F.linear(y, w.last), h.shape[-1:], w.last_scale, w.last_shift)

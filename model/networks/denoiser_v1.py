@@ -32,7 +32,7 @@ __all__ = ["VQGANV1", "ConditionV1", "DenoiserV1", "noise_probability"]
 
 
 def noise_probability(r: Tensor) -> Tensor:
-    """The chance that a token is noise at the published time r, which runs from 0 (all noise) to 1 (none)."""
+    """Return the probability that a token is noise at the published time r, from 0 (all noise) to 1 (none)."""
     return torch.cos(r * (torch.pi / 2))
 
 
@@ -47,21 +47,23 @@ class ConditionV1:
 
     @classmethod
     def stack(cls, conditions: Sequence[ConditionV1]) -> ConditionV1:
-        """Conditions of one row each → one of many; if one of them differs by position, all are spread out."""
+        """Stack conditions of one row each; if one of them differs by position, all are spread out."""
         return cls(tuple(torch.cat(_spread(level)) for level in zip(*(c.levels for c in conditions), strict=True)))
 
     @property
     def length(self) -> int:
-        """Positions that it tells apart."""
+        """Positions that differ."""
         return self.levels[0].shape[1:3].numel()
 
     def put(self, row: int, other: ConditionV1) -> None:
-        """Overwrites one row with a condition of one row that tells as many positions apart."""
+        """Overwrite one row with a condition of one row with as many positions."""
         for own, level in zip(self.levels, other.levels, strict=True):
             own[row] = level[0]
 
     def blended(self, others: Sequence[ConditionV1], coverage: Tensor) -> ConditionV1:
-        """One condition that differs by position. coverage: [1 + others, H, W], adding up to one: how much this and each other counts.
+        """Return one condition that differs by position.
+
+        coverage: [1 + others, H, W], weights of this and each other one, adding up to one.
 
         What a condition does is linear, so this is what the published model makes of a map of embeddings blended in the same way.
         """
@@ -75,7 +77,7 @@ def _spread(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _blend(shares: Tensor, coverage: Tensor, depth: int) -> Tensor:
-    """[n, 1, 1, S] and [n, H, W] → [1, H/2ⁱ, W/2ⁱ, S]."""
+    """Blend [n, 1, 1, S] by weights [n, H, W] to [1, H/2ⁱ, W/2ⁱ, S]."""
     H, W = coverage.shape[1:]
     weights = F.interpolate(coverage[:, None].float(), size=(H >> depth, W >> depth), mode="bilinear", align_corners=False)
     return (weights.permute(0, 2, 3, 1) * shares).sum(0, keepdim=True).to(shares.dtype)
@@ -105,12 +107,13 @@ class Block(nn.Module):
         self.cond_mapper = nn.Linear(c_cond, channels)
 
     def scale_and_shift(self, w: Tensor) -> Tensor:
-        """A share of the mapped condition [..., C] → of the scale and shift of the normed pixels [..., 2C]. Linear: shares add up."""
+        """Map a part of the mapped condition [..., C] to its part of scale and shift [..., 2C]. Linear: parts add up."""
         scale = self.ln.gamma.view(1) * self.ln.ln.weight
         shift = self.ln.gamma.view(1) * self.ln.ln.bias + self.ln.beta.view(1)
         return torch.cat([w * scale, w * shift], dim=-1)
 
     def forward(self, x: Tensor, modulation: Tensor, skip: Tensor | None) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         padded = F.pad(channels_first(x), (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
         scale, shift = modulation.chunk(2, dim=-1)
         y = torch.addcmul(shift, norm(channels_last(self.depthwise[1](padded))), scale)
@@ -146,7 +149,7 @@ class DenoiserV1(nn.Module):
         return nn.ModuleList([*self._blocks(level, self.config.up_levels[-1 - level], skip=not deepest), *leave])
 
     def _blocks_of(self, level: int) -> list[Block]:
-        """A level's blocks on the way down, then on the way up: the order of its modulation."""
+        """Return a level's blocks on the way down, then on the way up: the order of its modulation."""
         parts = (self.down_blocks[level], self.up_blocks[-1 - level])
         return [block for part in parts for block in part.children() if isinstance(block, Block)]
 
@@ -156,7 +159,7 @@ class DenoiserV1(nn.Module):
         return [2 * width * len(self._blocks_of(level)) for level, width in enumerate(self.widths)]
 
     def forward(self, tokens: Tensor, clip: Tensor, r: Tensor) -> Tensor:
-        """Logits [B, K, H, W] of the clean tokens.
+        """Return logits [B, K, H, W] of the clean tokens.
 
         tokens: [B, H, W] codes; H and W are multiples of `config.token_step`, and at least twice that.
         clip: [B, c_clip], or [B, c_clip, h, w] where every position has its own. r: [B] in [0, 1], 0 is all noise.
@@ -165,7 +168,9 @@ class DenoiserV1(nn.Module):
         return self.project(self.features(tokens, self.times(noise_probability(r.float())), condition)).permute(0, 3, 1, 2)
 
     def condition(self, clip: Tensor, grid: tuple[int, int] = (1, 1)) -> ConditionV1:
-        """What a prompt does to every block, once per request. clip: [B, c_clip] or [B, c_clip, h, w]; grid: (H, W) of the tokens.
+        """Return a prompt's part of every block, once per request.
+
+        clip: [B, c_clip] or [B, c_clip, h, w]; grid: (H, W) of the tokens.
 
         Positions are resized bilinearly to each level.
         """
@@ -183,7 +188,7 @@ class DenoiserV1(nn.Module):
         return torch.cat(shares, dim=-1)
 
     def times(self, t: Tensor) -> Tensor:
-        """Times [B] in [0, 1], 1 is all noise → [B, S]: what they do to every block, the finest level's first."""
+        """Map times [B] in [0, 1], 1 is all noise, to [B, S]: their part of every block, the finest level's first."""
         embedding = sinusoid(t.float(), self.config.c_r).to(self.clf.weight.dtype)
         return torch.cat([self._time_share(level, embedding) for level in range(len(self.widths))], dim=-1)
 
@@ -193,7 +198,7 @@ class DenoiserV1(nn.Module):
         return torch.cat([block.scale_and_shift(w) for block, w in mapped], dim=-1)
 
     def features(self, tokens: Tensor, times: Tensor, condition: ConditionV1, row_of: Tensor | None = None) -> Tensor:
-        """One forward pass up to the last projection: [B, H, W] codes → [N, H, W, C], one for each of the N conditions.
+        """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, C], one for each of N conditions.
 
         row_of: [N], the row of tokens and times that each condition is for; absent if each has its own.
         """
@@ -213,11 +218,14 @@ class DenoiserV1(nn.Module):
         return x
 
     def project(self, features: Tensor) -> Tensor:
-        """[..., C] → logits [..., K]. Features may be mixed instead of logits as long as their shares add up to one: there is a bias."""
+        """Map features [..., C] to logits [..., K].
+
+        It has a bias, so features may be mixed instead of logits only by weights that add up to one.
+        """
         return self.clf(features)
 
     def sharpened(self, features: Tensor, inverse: Tensor) -> Tensor:
-        """Logits divided by a temperature, after the projection because of its bias. inverse: one over it, [B, 1, 1, 1]."""
+        """Return logits divided by a temperature, after the projection because of its bias. inverse: one over it, [B, 1, 1, 1]."""
         return self.project(features).float() * inverse
 
 

@@ -30,7 +30,7 @@ class ResidualBlock(nn.Module):
 
     @torch.no_grad()
     def pack(self, height: int, width: int) -> None:
-        """Folds the scalars into the weights, and packs those for the CPU's kernels, mostly for one picture of this size.
+        """Fold the scalars into the weights, and pack those for the CPU's kernels, for one image of this size mostly.
 
         What the scalars do before a map that is linear (and, by its padding, knows no edge) or after it may as well be done by the map.
         """
@@ -53,6 +53,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         if self.packed is not None:
             depthwise, expand, contract = self.packed
             x = x + depthwise(_replicated(norm(x)))
@@ -66,7 +67,7 @@ class ResidualBlock(nn.Module):
 
 
 def _replicated(x: Tensor) -> Tensor:
-    """[B, H, W, C] with its outermost pixels once more around it, [B, H + 2, W + 2, C]."""
+    """Pad [B, H, W, C] by its outermost pixels to [B, H + 2, W + 2, C]."""
     return channels_last(F.pad(channels_first(x), (1, 1, 1, 1), mode="replicate"))
 
 
@@ -79,7 +80,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Latents [..., c_latent] → codes [...], in fp32: half a bit decides between neighbours."""
+        """Return the nearest codes [...] of latents [..., c_latent], in fp32: half a bit decides between neighbours."""
         codes = self.codebook.weight.float()
         flat = latents.float().reshape(-1, latents.shape[-1])
         # |x − c|² without |x|², which is the same for every code.
@@ -118,7 +119,7 @@ class VQGAN(nn.Module):
         return blocks
 
     def pack(self, height: int, width: int) -> None:
-        """Packs the decoder's weights for the CPU's kernels where there are such, mostly for one picture of this token grid."""
+        """Pack the decoder's weights for the CPU's kernels if supported, for one image of this token grid mostly."""
         if not supported(self.vquantizer.codebook.weight):
             return
         for block in self.up_blocks:
@@ -128,23 +129,23 @@ class VQGAN(nn.Module):
                 block.pack(height, width)
 
     def encode_latents(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [0, 1] → unquantised, unscaled latents [B, H/f, W/f, c_latent]. H and W are multiples of f."""
+        """Encode images [B, 3, H, W] in [0, 1] as unquantised, unscaled latents [B, H/f, W/f, c_latent]. H and W are multiples of f."""
         x = self.in_block(pixel_unshuffle(image.permute(0, 2, 3, 1), 2))
         for block in self.down_blocks[:-1]:
             x = block(x)
         return channels_last(self.down_blocks[-1](channels_first(x)))
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [0, 1] → codes [B, H/f, W/f]."""
+        """Encode images [B, 3, H, W] in [0, 1] as codes [B, H/f, W/f]."""
         return self.vquantizer.nearest(self.encode_latents(image))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Unscaled latents [B, h, w, c_latent] → image [B, 3, h·f, w·f], about [0, 1], not clamped."""
+        """Decode unscaled latents [B, h, w, c_latent] to images [B, 3, h·f, w·f], about [0, 1], not clamped."""
         x = latents.to(self.vquantizer.codebook.weight.dtype)
         for block in self.up_blocks:
             x = block(x)
         return pixel_shuffle(self.out_block(x), 2).permute(0, 3, 1, 2)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Codes [B, h, w] → image [B, 3, h·f, w·f], about [0, 1], not clamped."""
+        """Decode codes [B, h, w] to images [B, 3, h·f, w·f], about [0, 1], not clamped."""
         return self.decode_latents(self.vquantizer.codebook(tokens))

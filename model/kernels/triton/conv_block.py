@@ -24,10 +24,11 @@ class FusedConvBlock:
 
     @staticmethod
     def supports(depthwise: nn.Conv2d) -> bool:
-        """The published kernel size, of one input a channel or two."""
+        """Return whether the convolution has the published kernel size, and one input a channel or two."""
         return depthwise.kernel_size == (3, 3) and depthwise.weight.shape[1] <= 2
 
     def __call__(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Compute it; shapes as in the class."""
         skip = None if skip is None else skip.contiguous()
         y = self.expand(depthwise_norm(x.contiguous(), skip, self.taps, self.bias))
         y = gelu_response(y.flatten(1, 2), self.gamma, self.beta)

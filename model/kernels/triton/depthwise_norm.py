@@ -19,19 +19,19 @@ _VALUES = 4096
 
 
 def plain_depthwise_norm(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """The twin: x and skip [B, H, W, C], weight [C, 1 or 2, 3, 3] as a convolution has it, bias [C] → [B, H, W, C]."""
+    """Compute the twin: x and skip [B, H, W, C], weight [C, 1 or 2, 3, 3], bias [C] → [B, H, W, C]."""
     y = x if skip is None else torch.cat([x, skip], dim=-1)
     y = F.conv2d(y.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias)).permute(0, 2, 3, 1)
     return F.layer_norm(y, y.shape[-1:], eps=1e-6)
 
 
 def taps_of(weight: Tensor) -> Tensor:
-    """A convolution's weight [C, n, 3, 3] as the kernel reads it, [9, C · n]: neighbours in memory are neighbours in channels."""
+    """Rearrange a convolution's weight [C, n, 3, 3] as the kernel reads it, [9, C · n]: neighbours in memory are neighbours in channels."""
     return weight.detach().permute(2, 3, 0, 1).flatten(2).flatten(0, 1).contiguous()
 
 
 def depthwise_norm(x: Tensor, skip: Tensor | None, taps: Tensor, bias: Tensor) -> Tensor:
-    """As the twin, for contiguous x and skip."""
+    """Compute as the twin, for contiguous x and skip."""
     B, H, W, C = x.shape
     out = torch.empty_like(x)
     inputs, block = 1 if skip is None else 2, triton.next_power_of_2(C)

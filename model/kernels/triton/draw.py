@@ -24,20 +24,20 @@ SAMPLERS: tuple[Fused, ...] = ("multinomial", "argmax")
 
 
 def plain_draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
-    """The twin: features [N, D], weight [K, D], inverse temperature and uniform [N] → codes [N]."""
+    """Compute the twin: features [N, D], weight [K, D], inverse temperature and uniform [N] → codes [N]."""
     if sampler == "argmax":
         return F.linear(features, weight).argmax(-1)
     return inverse_cdf(F.linear((features * inverse[:, None]).to(features.dtype), weight), uniform)
 
 
 def supported(sampler: str, weight: Tensor) -> bool:
-    """Whether the kernel knows the sampler and the projection's size."""
+    """Return whether the kernel knows the sampler and the projection's size."""
     D = weight.shape[1]
     return sampler in SAMPLERS and D >= 16 and D & (D - 1) == 0
 
 
 def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
-    """As the twin, for D a power of two from 16; a draw within rounding of two codes' boundary may be the other."""
+    """Compute as the twin, for D a power of two from 16; a draw within rounding of two codes' boundary may differ."""
     (N, D), wide = features.shape, features.dtype == torch.float32
     codes = torch.empty(N, dtype=torch.int64, device=features.device)
     tokens = 16 if wide else 64

@@ -30,7 +30,7 @@ _BLOCK = 256
 
 
 def prior_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
-    """As the twin, for at most `ROWS` rows: h [B, D], extra [B, I] → [B, D]."""
+    """Compute as the twin, for at most `ROWS` rows: h [B, D], extra [B, I] → [B, D]."""
     (B, D), inner = h.shape, extra.shape[1]
     h, extra = h.contiguous(), extra.contiguous()
     tiles, slices = triton.cdiv(inner, _EXPANDED), triton.cdiv(inner, _SLICE)
@@ -52,7 +52,7 @@ def _expand(
     h, weight, extra, y, moments, rows, channels, inner, by_input, by_output,
     ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y [B, I] = h · weight + extra; moments [tiles, 2, ROWS]: of each row the mean of a tile, and the squares of what is apart from it."""
+    """Compute y [B, I] = h · weight + extra, and moments [tiles, 2, ROWS]: each row's mean and squared deviations of a tile."""
     tile = tl.program_id(0)
     m, n = tl.arange(0, ROWS), tile * TILE + tl.arange(0, TILE)
     there, inside = (m < rows)[:, None], (n < inner)[None, :]
@@ -76,7 +76,7 @@ def _contract(
     y, moments, scale, shift, weight, parts, rows, channels, inner, by_output, by_input,
     ROWS: tl.constexpr, EXPANDED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts [slices, B, D]: the products of GELU(layer norm(y)) with the weight, each over one slice of the inputs."""
+    """Compute parts [slices, B, D]: the products of GELU(layer norm(y)) with the weight, each over one slice of the inputs."""
     slice_ = tl.program_id(1)
     m, n, k = tl.arange(0, ROWS), tl.program_id(0) * TILE + tl.arange(0, TILE), slice_ * SLICE + tl.arange(0, SLICE)
     there, known = (m < rows)[:, None], k < inner
@@ -98,7 +98,7 @@ def _contract(
 
 @triton.jit(do_not_specialize=["rows"])
 def _join(h, parts, scale, shift, out, rows, channels, SLICES: tl.constexpr, BLOCK: tl.constexpr):
-    """out = h + layer norm(the sum of the parts); one program a row."""
+    """Compute out = h + layer norm(the sum of the parts); one program a row."""
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     inside = c < channels
     total = tl.zeros([BLOCK], tl.float32)

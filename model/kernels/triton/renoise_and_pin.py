@@ -17,7 +17,7 @@ _BLOCK = 1024
 def renoise_and_pin(
     drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As the twin."""
+    """Compute as the twin."""
     B, tokens = len(drawn), drawn[0].numel()
     drawn, source, uniform, probability = (part.contiguous() for part in (drawn, source, uniform, probability))
     clean, following = torch.empty_like(drawn), torch.empty_like(drawn)

@@ -26,7 +26,7 @@ Random = Callable[..., Tensor]
 
 
 def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig) -> list[str]:
-    """The network's kernels whose results are not their twins'. Raises whatever a kernel raises that does not compile there."""
+    """Name the network's kernels whose results are not their twins'. Raises the error of a kernel that does not compile."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -42,7 +42,7 @@ def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig
 
 
 def _errors(random: Random, C: int) -> dict[str, float]:
-    """Of a block's kernels. NaN is no small error."""
+    """Return the errors of a convolution block's kernels. NaN is no small error."""
     x, skip, bias = random(2, 5, 6, C), random(2, 5, 6, C), random(C)
     errors = {}
     for name, other, inputs in (("depthwise_norm", None, 1), ("depthwise_norm with a skip", skip, 2)):
@@ -54,7 +54,7 @@ def _errors(random: Random, C: int) -> dict[str, float]:
 
 
 def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
-    """The share of tokens that get the same code; 1 for what is never drawn so."""
+    """Return the share of tokens that get the same code; 1 for a sampler without a kernel."""
     features, weight = random(_TOKENS, config.c_out) / config.c_out**0.5, random(config.num_labels, config.c_out)
     if not supported(sampler, weight):
         return 1.0
