@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -19,7 +20,6 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Protocol
 
-from server.engine.cpu_threads import limit_spin_count
 from server.engine.messages import (
     Cancel,
     Drawn,
@@ -49,6 +49,20 @@ WorkerMessage = Running | Preview | Drawn | Finished | Failed | Heartbeat
 EXIT_GRACE_S = 5.0
 FIRST_RESTART_DELAY_S = 0.1
 LAST_RESTART_DELAY_S = 30.0
+
+# OpenMP's spin count, measured: a smaller one slows an undisturbed step, a larger one a disturbed step
+# (docs/log.md).
+SPIN_COUNT = 10_000
+
+
+def limit_spin_count() -> None:
+    """Let waiting OpenMP threads sleep sooner; call it before torch is imported.
+
+    By default they spin for longer than the kernel lets another process compute, and take the cores
+    from the threads that they wait for. The environment's own settings take precedence.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
 def run_worker(connection: Connection, settings: Settings) -> None:

@@ -7,12 +7,12 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -20,7 +20,6 @@ from model.row_builder import group_by
 from model.runtime import prepare
 from server import logs
 from server.engine.decode_queue import DecodedImage, DecodeQueue, DecodeRequest
-from server.engine.failure_isolation import IsolatedStage, by_job
 from server.engine.messages import (
     Cancel,
     Count,
@@ -56,6 +55,74 @@ DEVICE_FAILED = 70
 _HEARTBEAT_S = 0.25
 _IDLE_HEARTBEAT_S = 1.0
 _STATM = Path("/proc/self/statm")
+
+
+# ── failure isolation ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailure:
+    """A job that failed by itself. retryable: whether another attempt could succeed."""
+
+    job: str
+    code: FailureCode
+    message: str
+    retryable: bool
+
+
+class IsolatedStage(Generic[Result]):
+    """One stage for the rows of several jobs: for all together, then, if that raises, job by job.
+
+        attempt = IsolatedStage(rows, stage)
+        while batch := attempt.next_batch():
+            if failure := attempt.run(batch):
+                ...
+        attempt.results
+
+    A stage must change no row before all of its rows are computed, so that it can run again.
+    """
+
+    def __init__(self, rows: list[RowId], stage: Callable[[list[RowId]], list[Result]]) -> None:
+        self.results: list[Result] = []
+        self._stage = stage
+        self._batches = deque([rows])
+
+    def next_batch(self) -> list[RowId]:
+        """Return the rows to run next; none when the stage is over."""
+        return self._batches.popleft() if self._batches else []
+
+    def run(self, batch: list[RowId]) -> StageFailure | None:
+        """Run the stage for a batch; return the failure of a job that raised alone.
+
+        Raises torch.AcceleratorError, after which this process can compute nothing.
+        """
+        try:
+            self.results += self._stage(batch)
+            return None
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            jobs = by_job(batch)
+            log.error("stage failed", exc_info=error, extra={"fields": {"jobs": len(jobs)}})
+            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # Only here, where the error and the tensors in its frames are gone.
+        if out_of_memory:
+            torch.cuda.empty_cache()
+        if len(jobs) > 1:
+            self._batches.extendleft(reversed(jobs))
+            return None
+        job = batch[0].job
+        if out_of_memory:
+            return StageFailure(job, "out_of_memory", "the device ran out of memory", retryable=True)
+        return StageFailure(job, "internal", "the request could not be computed", retryable=False)
+
+
+def by_job(rows: list[RowId]) -> list[list[RowId]]:
+    """Return the rows of each job, in order."""
+    return group_by(rows, lambda row: row.job)
+
+
+# ── the loop ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
