@@ -12,7 +12,6 @@ from starlette.middleware.cors import CORSMiddleware
 
 from model.config import BundleConfig, find_bundle
 from server.api import (
-    cancellation,
     routes_health,
     routes_models,
     routes_native,
@@ -111,7 +110,6 @@ def create_app(
     app.include_router(routes_native.router, dependencies=authenticated)
     app.include_router(routes_openai.router, dependencies=authenticated)
     app.include_router(routes_models.router, dependencies=authenticated)
-    app.include_router(cancellation.router, dependencies=authenticated)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app
