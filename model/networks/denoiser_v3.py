@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DenoiserConfig
-from model.kernels.cpu_prepacked import PackedDepthwise, PackedLinear, supported
+from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
 from model.networks.layers import (
     Conv,
     Downsample,

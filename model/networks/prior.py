@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import PriorConfig, PriorSampler
-from model.kernels.prior_block import BlockFn, BlockWeights, plain_block
+from model.kernels.cpu import BlockFn, BlockWeights, plain_block
 from model.networks.layers import sinusoid
 
 Predictor = Callable[[Tensor, Iterable[Tensor], float | None], Tensor]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ByteEncoderConfig, CLIPConfig
-from model.kernels.cpu_prepacked import LinearMap, linear_map
+from model.kernels.cpu import LinearMap, linear_map
 from model.networks.layers import to_device
 
 # Passes are packed for a text of about this many tokens.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VQGANConfig
-from model.kernels.cpu_prepacked import LinearMap, PackedDepthwise, linear_map, supported
+from model.kernels.cpu import LinearMap, PackedDepthwise, linear_map, supported
 from model.networks.layers import Conv, ConvTranspose, Pointwise, channels_first, channels_last, norm, pixel_shuffle, pixel_unshuffle
 
 

@@ -18,10 +18,10 @@ from server.api import (
     routes_openai,
     static,
 )
-from server.api.auth import Guard
 from server.api.images.decode import ImageDecoder, ImageLimits
 from server.api.middleware import (
     BodyLimit,
+    Guard,
     HealthPort,
     Observation,
     SecurityHeaders,
