@@ -114,7 +114,8 @@ def _plain_map(weight: Tensor, bias: Tensor | None, activation: Activation) -> L
 class PackedLinear:
     """A linear map [..., I] → [..., O] as `nn.functional.linear`, then GELU if asked for.
 
-    rows: what the product of all other dimensions will mostly be. Another number is computed as exactly, only less fast.
+    rows: what the product of all other dimensions will mostly be. Another number is computed as
+    exactly, only less fast.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, activation: Activation = "none") -> None:
@@ -137,8 +138,8 @@ class PackedLinear:
 class PackedDepthwise:
     """A depthwise convolution [B, H, W, C] → [B, H, W, C] for weights [C, 1, k, k].
 
-    shape: what the input's will mostly be. Another is computed as exactly, only less fast. padding: zeros on each side, as many as keep the
-    size unless given.
+    shape: what the input's will mostly be. Another is computed as exactly, only less fast. padding:
+    zeros on each side, as many as keep the size unless given.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, shape: tuple[int, int, int, int], padding: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Hold the worker's tensors: start rows (encode, prior, condition), step them, decode them.
 
-On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each deterministic
-row a pool of its own, so that it always meets the same shapes.
+On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each
+deterministic row a pool of its own, so that it always meets the same shapes.
 """
 
 from __future__ import annotations
@@ -112,10 +112,11 @@ class Streams:
 
 # ── CPU threads ───────────────────────────────────────────────────────────────────────────────────
 
-# A step is a thousand small operations, and at the end of each its threads wait for the last of them.
-# Beside another busy process, the kernel takes the core of one thread away for milliseconds at a time: on
-# two cores two threads then take several times as long as one, though they are faster while the machine
-# is otherwise idle. Steps are therefore timed, and other numbers of threads tried.
+# A step is a thousand small operations, and at the end of each its threads wait for the last of
+# them. Beside another busy process, the kernel takes the core of one thread away for milliseconds
+# at a time: on two cores two threads then take several times as long as one, though they are faster
+# while the machine is otherwise idle. Steps are therefore timed, and other numbers of threads
+# tried.
 
 SetThreads = Callable[[int], object]
 Clock = Callable[[], float]
@@ -339,7 +340,8 @@ class Runner:
         """Begin to decode these rows of one pool, finished or not, as far as they have come."""
         tokens = [self._rows[row].clean for row in rows]
         deterministic = any(self._rows[row].sampling.deterministic for row in rows)
-        # The stacking is inside too: the tokens of a row that was done as it began were made beside the steps.
+        # The stacking is inside too: the tokens of a row that was done as it began were made beside
+        # the steps.
         with self._steady(deterministic), self._streams.beside(reading=tokens):
             pixels = self._streams.to_host(self._pipelines[model].decode_tokens(torch.stack(tokens)))
             return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self._streams.mark())

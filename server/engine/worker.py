@@ -453,5 +453,6 @@ def main(connection: Connection, settings: Settings, make_runner: Callable[[Sett
         log.warning("API process gone")
     except torch.AcceleratorError:
         log.critical("device failed", exc_info=True)
-        # An orderly exit would free tensors on a device that answers to nothing any more, and may hang in it.
+        # An orderly exit would free tensors on a device that answers to nothing any more, and may
+        # hang in it.
         os._exit(DEVICE_FAILED)

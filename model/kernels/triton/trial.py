@@ -1,6 +1,7 @@
 """A trial of the kernels where they are to run: on small random inputs, as wide as a network's, each beside its plain twin.
 
-As wide, because a kernel is another for every width: a device may have the registers and the shared memory for one, and not for the next.
+As wide, because a kernel is another for every width: a device may have the registers and the shared
+memory for one, and not for the next.
 """
 
 from __future__ import annotations
