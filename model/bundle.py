@@ -1,11 +1,11 @@
 """Load and save bundles: `bundle.json`, one safetensors file per network, and the tokenizer's merges, if any.
 
-Loading is strict: every file must be the listed one, and every tensor expected, present, of the right
-shape and finite. Modules are built on the meta device and take the tensors as they come from the file,
-so a bundle is in memory once. Nothing here reads a pickle.
+Loading is strict: every file must be the listed one, and every tensor expected, present, of the
+right shape and finite. Modules are built on the meta device and take the tensors as they come from
+the file, so a bundle is in memory once. Nothing here reads a pickle.
 
-A large file is hashed once: it counts as the hashed one while its size, its place on the disk and both
-its times are the same. `paellera weights verify` hashes everything.
+A large file is hashed once: it counts as the hashed one while its size, its place on the disk and
+both its times are the same. `paellera weights verify` hashes everything.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def optimize_bundle(bundle: Bundle, kernels: Kernels = "auto") -> None:
 def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the type to keep a network in.
 
-    The prior's products have two rows for each image, and a CPU computes those fastest in fp32, as long as
-    reading the weights is not what takes the time.
+    The prior's products have two rows for each image, and a CPU computes those fastest in fp32, as
+    long as reading the weights is not what takes the time.
     """
     few_rows = isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
     return torch.float32 if few_rows and device.type == "cpu" else dtype
@@ -219,15 +219,16 @@ def _read(directory: Path) -> dict[str, object]:
 def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed) -> None:
     """Check that every needed file is listed, and that every listed file is the listed one.
 
-    Raises BundleError. same: compares a file of the right size. A listed file lies in the directory itself:
-    neither its name nor a symbolic link may lead out of it.
+    Raises BundleError. same: compares a file of the right size. A listed file lies in the directory
+    itself: neither its name nor a symbolic link may lead out of it.
     """
     needed = [f"{name}.safetensors" for name in config.networks] + ([config.clip.merges] if config.clip.merges else [])
     if absent := [name for name in needed if name not in config.files]:
         raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
     for name, entry in config.files.items():
         _check_place(directory, name, entry.bytes)
-    # Side by side: hashing lets go of the interpreter's lock, and gigabytes take longer to hash than to read.
+    # Side by side: hashing lets go of the interpreter's lock, and gigabytes take longer to hash
+    # than to read.
     with ThreadPoolExecutor() as threads:
         results = threads.map(lambda name: same(directory / name, config.files[name]), config.files)
         if changed := [name for name, is_same in zip(config.files, results, strict=True) if not is_same]:

@@ -51,7 +51,8 @@ def outpaint_canvas(rgb: Pixels, *, left: int = 0, right: int = 0, up: int = 0, 
 def fill(rgb: Pixels, unknown: Mask) -> Pixels:
     """Return the image with unknown pixels filled from those around them, more blurred inwards; a wholly unknown one unchanged.
 
-    An encoder's tokens know their neighbourhood: what is about to be repainted would shine through in those that are kept.
+    An encoder's tokens know their neighbourhood: what is about to be repainted would shine through
+    in those that are kept.
     """
     if not unknown.any() or unknown.all():
         return rgb
@@ -108,9 +109,10 @@ def region_weight(where: Mask, weight: float, softness: float) -> Pixels:
 def composite(original: Pixels, painted: Pixels, keep: Mask, feather: int = FEATHER) -> Pixels:
     """Return `original` bit for bit where `keep`, `painted` elsewhere, the seam softened over `feather` pixels that are not kept.
 
-    Ring by ring inwards the colours of the kept pixels next to it fade into what was painted: the d-th ring (chessboard distance d from
-    the nearest kept pixel) takes d / (feather + 1) of it. What the original had where it is repainted never shows through.
-    Raises ValueError for shapes that do not fit.
+    Ring by ring inwards the colours of the kept pixels next to it fade into what was painted: the
+    d-th ring (chessboard distance d from the nearest kept pixel) takes d / (feather + 1) of it.
+    What the original had where it is repainted never shows through. Raises ValueError for shapes
+    that do not fit.
     """
     if original.shape != painted.shape or keep.shape != original.shape[:2]:
         raise ValueError(f"shapes {original.shape}, {painted.shape} and {keep.shape} do not fit")

@@ -12,7 +12,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 _STRICT = ConfigDict(extra="forbid")
 
-# Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights in int8.
+# Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights
+# in int8.
 Encoders = Literal["device", "cpu", "int8"]
 # What computes the denoiser's steps; auto is Triton's kernels on CUDA, if Triton is installed.
 Kernels = Literal["auto", "triton", "torch"]
@@ -40,7 +41,8 @@ class ByteEncoderConfig:
 class CLIPConfig:
     """The CLIP pair as open_clip builds it: its own `vision_cfg` and `text_cfg`, and the tokenizer's merges.
 
-    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published vocabulary.
+    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published
+    vocabulary.
     """
 
     __pydantic_config__ = _STRICT
@@ -64,7 +66,8 @@ _STRICT = ConfigDict(extra="forbid")
 class DenoiserV1Config:
     """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`); the defaults count 577,995,184 parameters.
 
-    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the deepest level's width, halved for each above.
+    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the
+    deepest level's width, halved for each above.
     """
 
     __pydantic_config__ = _STRICT
@@ -94,7 +97,8 @@ class DenoiserV1Config:
 class VQGANV1Config:
     """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`): `ddconfig`, then its own arguments; defaults are ruDALL-E's f8.
 
-    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution` pixels would have one of these sides.
+    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution`
+    pixels would have one of these sides.
     """
 
     __pydantic_config__ = _STRICT
@@ -143,7 +147,8 @@ PriorSampler = Literal["ddpm", "ddim"]
 Schedule = Literal["linear", "cosine"]
 # The path between two conditionings: straight, or along the great circle.
 Interpolation = Literal["lerp", "slerp"]
-# What takes a renoised token's place: its start token, what it was before the step, or a fresh random one.
+# What takes a renoised token's place: its start token, what it was before the step, or a fresh
+# random one.
 RenoiseMode = Literal["start", "prev", "rand"]
 Operation = Literal["generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"]
 
@@ -226,8 +231,9 @@ class PriorConfig:
 class SamplingConfig:
     """The sampling of one image, with all defaults filled in.
 
-    guidance, temperature: (first step's value, last step's value), linear in between; guidance applies to the first `guidance_steps`.
-    renoise_steps: after how many of the first steps start tokens are put back.
+    guidance, temperature: (first step's value, last step's value), linear in between; guidance
+    applies to the first `guidance_steps`. renoise_steps: after how many of the first steps start
+    tokens are put back.
     """
 
     steps: int
@@ -251,7 +257,8 @@ class SamplingConfig:
 class Recipe:
     """A bundle's sampling defaults, as its authors recommend them.
 
-    attention_weights: factors on the attention given to the (text, image) condition tokens of the conditional branch; None is off.
+    attention_weights: factors on the attention given to the (text, image) condition tokens of the
+    conditional branch; None is off.
     """
 
     __pydantic_config__ = _STRICT
@@ -317,7 +324,8 @@ class FileEntry:
 class BundleConfig:
     """`bundle.json`, the description of a weights directory; each family of networks has a class of its own below.
 
-    native_size: (width, height) in pixels the weights were trained at. networks: the fields that are networks, each a file of that name.
+    native_size: (width, height) in pixels the weights were trained at. networks: the fields that
+    are networks, each a file of that name.
     """
 
     __pydantic_config__ = _STRICT
@@ -460,7 +468,8 @@ _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": Bundl
 def _family_of(content: bytes) -> type[BundleConfig]:
     """Return the class for a `bundle.json`; v3's if the family is absent or unknown, which its parser then rejects.
 
-    A newer format is said to be that before its unknown fields are complained about. Raises pydantic.ValidationError.
+    A newer format is said to be that before its unknown fields are complained about. Raises
+    pydantic.ValidationError.
     """
     try:
         fields = from_json(content)

@@ -3,8 +3,9 @@
     pipeline = Pipeline.load(find_bundle("tiny"))
     image = pipeline.generate(["a red apple on a white background"], seeds=[7])[0]      # uint8 [H, W, 3]
 
-The stages are separate because the server interleaves many requests' stages; scripts call `generate`.
-Letters: B rows, N branches (one or two a row), H W token grid, L condition tokens, K codes.
+The stages are separate because the server interleaves many requests' stages; scripts call
+`generate`. Letters: B rows, N branches (one or two a row), H W token grid, L condition tokens, K
+codes.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from model.sampling import Noise
 class BranchBatch:
     """The conditions of one set of rows at one step; the same object for many steps.
 
-    members: each branch's row number and condition. The references keep the conditions alive, so that a
-    later one cannot take a freed one's identity. row_of: [N], the row numbers on the device.
+    members: each branch's row number and condition. The references keep the conditions alive, so
+    that a later one cannot take a freed one's identity. row_of: [N], the row numbers on the device.
     """
 
     members: list[tuple[int, AnyCondition]]
@@ -73,7 +74,8 @@ class SamplingInputs(NamedTuple):
 # Their logits over 8192 codes are 1 GiB in fp32, of which a sampler needs several.
 _TOKENS_DRAWN_AT_ONCE = 2**15
 
-# The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings [B, D'].
+# The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings
+# [B, D'].
 PriorFn = Callable[[Tensor, Tensor], Tensor]
 # The decoder: codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device.
 DecodeFn = Callable[[Tensor], Tensor]
@@ -417,15 +419,16 @@ class PipelineV3(Pipeline):
     def _attention_weights(self, prompt: Prompt) -> Tensor | None:
         """Return the published recipe's weights [1, L] of condition tokens.
 
-        Counted from the end and without padding, the last 4 weigh `image`, and those before them, as many as the
-        prompt has bytes, `text`.
+        Counted from the end and without padding, the last 4 weigh `image`, and those before them,
+        as many as the prompt has bytes, `text`.
         """
         if self.config.recipe.attention_weights is None:
             return None
         text, image = self.config.recipe.attention_weights
         seq = self.config.denoiser.clip_seq_len
         real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
-        # Counted from the end, the last is 1. Nothing asks the device for a number: the answer would come when all before it is computed.
+        # Counted from the end, the last is 1. Nothing asks the device for a number: the answer
+        # would come when all before it is computed.
         place = real.flip(0).cumsum(0).flip(0)
         weights = torch.where(place <= seq, image, text)
         return torch.where(real & (place <= prompt.mask.sum()), weights, 1.0)[None]

@@ -315,7 +315,8 @@ class _BatchEncoder:
 
     def _encode_texts(self, keys: list[TextKey]) -> list[EncodedText]:
         def batch_of(key: TextKey) -> Hashable:
-            # Texts of one length: a short one would be padded to its neighbours', and pay for it in every step.
+            # Texts of one length: a short one would be padded to its neighbours', and pay for it in
+            # every step.
             return self._pipeline.text_length(key.prompt) if key.shared else key
 
         def encode(batch: list[TextKey]) -> list[EncodedText]:

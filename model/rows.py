@@ -1,7 +1,7 @@
 """One image being denoised, and the meaning of every operation as such a row.
 
-No operation has a loop of its own: `Pipeline.advance` steps rows of all kinds together. The fields of
-a `Row` differ by what it begins from, what it keeps and which conditions it reads.
+No operation has a loop of its own: `Pipeline.advance` steps rows of all kinds together. The fields
+of a `Row` differ by what it begins from, what it keeps and which conditions it reads.
 
 Letters: H W token grid, n steps.
 """
@@ -44,10 +44,11 @@ class RegionBranch(NamedTuple):
 class Row:
     """One image being denoised.
 
-    tokens: [H, W], now. drawn: [H, W], the latest step's draw, before some tokens became noise again; None
-    before the first step. conditional, unconditional: conditions of one row each; without guidance the
-    second is None. pinned: tokens that no step may change. regions: conditions for parts of the image; the
-    conditional one has the weight that they leave. truncated: the encoders that cut one of its prompts.
+    tokens: [H, W], now. drawn: [H, W], the latest step's draw, before some tokens became noise
+    again; None before the first step. conditional, unconditional: conditions of one row each;
+    without guidance the second is None. pinned: tokens that no step may change. regions: conditions
+    for parts of the image; the conditional one has the weight that they leave. truncated: the
+    encoders that cut one of its prompts.
     """
 
     sampling: SamplingConfig
@@ -186,9 +187,9 @@ def repaint(row: Row, pinned: PinnedTokens) -> Row:
 def edit(row: Row, tokens: Tensor, strength: float) -> Row:
     """Turn a new row into one that begins with an image's tokens [H, W]; return it.
 
-    strength: the share of the tokens that is renoised; the row joins the schedule where that much is noise.
-    0 leaves the image as it is and takes no step, 1 leaves nothing of it. The renoised tokens are those of
-    the step before, so the same seed gives the same noise at every strength.
+    strength: the share of the tokens that is renoised; the row joins the schedule where that much
+    is noise. 0 leaves the image as it is and takes no step, 1 leaves nothing of it. The renoised
+    tokens are those of the step before, so the same seed gives the same noise at every strength.
     """
     steps = row.sampling.steps
     row.step = steps_skipped(strength, steps)

@@ -13,9 +13,10 @@ _libraries: list[torch.library.Library] = []
 def declare_missing_torchvision_operators() -> None:
     """Let open_clip and transformers be imported beside a CPU build of torch.
 
-    PyPI's torchvision is built for CUDA; next to a CPU build of torch its extension does not load, and its import then dies with
-    "operator torchvision::nms does not exist", because it registers a fake kernel for an operator that nobody declared. Nothing here calls
-    those two operators, so declaring their schemas is the whole cure. Where the extension loads, it declares them itself.
+    PyPI's torchvision is built for CUDA; next to a CPU build of torch its extension does not load,
+    and its import then dies with "operator torchvision::nms does not exist", because it registers a
+    fake kernel for an operator that nobody declared. Nothing here calls those two operators, so
+    declaring their schemas is the whole cure. Where the extension loads, it declares them itself.
     """
     if _libraries or "torchvision" in sys.modules or torch.version.cuda is not None:
         return
@@ -28,8 +29,9 @@ def declare_missing_torchvision_operators() -> None:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep freed memory, instead of returning every activation's pages to the kernel.
 
-    PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault in again. Elsewhere than on glibc this
-    does nothing; a preloaded tcmalloc or jemalloc has its own cache and ignores it.
+    PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault
+    in again. Elsewhere than on glibc this does nothing; a preloaded tcmalloc or jemalloc has its
+    own cache and ignores it.
     """
     m_trim_threshold, m_mmap_threshold, largest_mmap_threshold = -1, -3, 32 << 20
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

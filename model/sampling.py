@@ -20,8 +20,9 @@ NEVER = -1.0  # a renoising probability below every uniform number
 class Noise:
     """The randomness of one image, drawn up front, so that nothing else in a batch can change it.
 
-    start: [H, W] tokens the denoising begins with. draw, renoise: [n, H, W] uniforms in [0, 1), one per token and step each.
-    prior: [S + 1, D] standard normal, for the prior's start and steps. fresh: [n, H, W] tokens, for the renoise mode `rand` only.
+    start: [H, W] tokens the denoising begins with. draw, renoise: [n, H, W] uniforms in [0, 1), one
+    per token and step each. prior: [S + 1, D] standard normal, for the prior's start and steps.
+    fresh: [n, H, W] tokens, for the renoise mode `rand` only.
     """
 
     start: Tensor
@@ -36,9 +37,10 @@ def draw_noise(
 ) -> Noise:
     """Draw everything random about the image of `seed` (any int64), on the CPU.
 
-    grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU generator keeps 32). Start tokens come first
-    and the steps' uniforms last and step by step, so the same seed at another step count begins from the same picture; fresh tokens have a
-    stream of their own, for the same reason.
+    grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU
+    generator keeps 32). Start tokens come first and the steps' uniforms last and step by step, so
+    the same seed at another step count begins from the same picture; fresh tokens have a stream of
+    their own, for the same reason.
     """
     rng = np.random.Generator(np.random.Philox(seed % 2**64))
     start = rng.integers(codes, size=grid, dtype=np.int64)
@@ -74,8 +76,9 @@ def ramp(ends: tuple[float, float], steps: int) -> list[float]:
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw codes [...] from softmax(logits [..., K]), with one uniform in [0, 1) each.
 
-    The first code whose cumulated probability exceeds the uniform, in fp32. Rounding may leave the total a little off one: the uniform is
-    compared with its share of the total, and the clamp catches one that rounds up to it.
+    The first code whose cumulated probability exceeds the uniform, in fp32. Rounding may leave the
+    total a little off one: the uniform is compared with its share of the total, and the clamp
+    catches one that rounds up to it.
     """
     cdf = logits.softmax(-1, dtype=torch.float32).cumsum(-1)
     found = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
@@ -85,7 +88,8 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
 def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:
     """Return the codes to keep in locally typical sampling (arXiv 2202.00666), [..., K].
 
-    Codes in order of |−log p − entropy|, up to and including the one whose cumulated probability first reaches `mass` [...]; ties are kept.
+    Codes in order of |−log p − entropy|, up to and including the one whose cumulated probability
+    first reaches `mass` [...]; ties are kept.
     """
     log_p = logits.float().log_softmax(-1)
     p = log_p.exp()
@@ -118,8 +122,9 @@ def renoise_and_pin(
 ) -> tuple[Tensor, Tensor]:
     """Return the decodable tokens after a step, and the next step's input, [B, H, W] each, in new memory.
 
-    drawn, source [B, H, W]: this step's tokens, and what takes the place of those that become noise again; uniform, probability as for
-    `renoise`. kept: where tokens stay as they are (True) and which they are, [B, H, W] each.
+    drawn, source [B, H, W]: this step's tokens, and what takes the place of those that become noise
+    again; uniform, probability as for `renoise`. kept: where tokens stay as they are (True) and
+    which they are, [B, H, W] each.
     """
     following = renoise(drawn, source, uniform, probability)
     if kept is None:
@@ -130,8 +135,8 @@ def renoise_and_pin(
 def mix_branches(branches: Tensor, row_of: Tensor, weights: Tensor, rows: int) -> Tensor:
     """Apply guidance: mix the features of branches [N, H, W, C] into those of rows [B, H, W, C], in fp32.
 
-    row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight there. Rows are summed apart,
-    so that one with NaN in it harms no other.
+    row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight there. Rows are
+    summed apart, so that one with NaN in it harms no other.
     """
     if len(branches) == rows:
         return branches

@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.auth import MAX_HEADER_BYTES, MAX_URL_BYTES
+from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES
 from server.api.state import AppState
 
 # Seconds for writing answers after the engine has stopped.

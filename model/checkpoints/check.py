@@ -1,6 +1,7 @@
 """Whether weights behave: eight prompts are drawn, compared by the bundle's own CLIP, and counted: `paellera weights check NAME`.
 
-Published weights cannot be exercised where these are developed, so whoever has them looks with this.
+Published weights cannot be exercised where these are developed, so whoever has them looks with
+this.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from model.bundle import is_finite
 from model.config import Sampler
 from model.pipeline import BranchBatch, Eager, Pipeline, SamplingInputs
 
-# Simple things in plain colours, which every generation of weights has seen; the seeds are their places.
+# Simple things in plain colours, which every generation of weights has seen; the seeds are their
+# places.
 PROMPTS = (
     "a red apple on a white background",
     "a big yellow star on a black background",
@@ -33,8 +35,9 @@ PROMPTS = (
 )
 COLUMNS = 4
 
-# The right prompts must fit better than others by so much cosine, which trained pairs do by ten times that and random ones by a hundredth,
-# and better than all but so small a share of assignments.
+# The right prompts must fit better than others by so much cosine, which trained pairs do by ten
+# times that and random ones by a hundredth, and better than all but so small a share of
+# assignments.
 MARGIN, CHANCE = 0.02, 0.01
 COLLAPSED, BLANK = 0.95, 2.0
 

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from model.bundle import BundleError
 
-# Where training checkpoints keep the weights, the averaged ones first: those are what one samples with.
+# Where training checkpoints keep the weights, the averaged ones first: those are what one samples
+# with.
 _NESTED = ("ema_state_dict", "state_dict_ema", "params_ema", "ema", "state_dict", "model_state_dict", "model", "params", "weights")
 _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 
-# Pages of a mapped file count as the process's memory until it is unmapped: after this many bytes it is, and mapped anew.
+# Pages of a mapped file count as the process's memory until it is unmapped: after this many bytes
+# it is, and mapped anew.
 _BATCH_BYTES = 128 * 2**20
 
 

@@ -1,6 +1,7 @@
 """Published checkpoints → a bundle in half precision: `paellera weights import paella-v3 DIRECTORY`.
 
-One tensor is in memory at a time, and of a large one a piece; the bundle appears when all of it is written, or not at all.
+One tensor is in memory at a time, and of a large one a piece; the bundle appears when all of it is
+written, or not at all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from model.bundle import BundleError, build, check_fit, file_entry, is_finite, r
 from model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from model.config import BundleConfig
 
-# A tensor by which each published network is known, so that a file in the wrong place can be called by its name.
+# A tensor by which each published network is known, so that a file in the wrong place can be called
+# by its name.
 _MARKS = {
     "byt5_mapper.weight": "the v3 denoiser",
     "down_blocks.0.0.cond_mapper.weight": "the v1 denoiser",
@@ -46,7 +48,8 @@ def import_bundle(
 ) -> BundleConfig:
     """Write a new bundle. sources: every network's checkpoint; dtype: float16 or bfloat16; progress: called with bytes written.
 
-    Raises BundleError naming file and tensor, FileNotFoundError, or OSError for a disk that is too small.
+    Raises BundleError naming file and tensor, FileNotFoundError, or OSError for a disk that is too
+    small.
     """
     if directory.exists():
         raise BundleError(f"{directory} exists already; an import makes a new directory")

@@ -1,7 +1,8 @@
 """A published file from the hub into the hub's own cache, checked: `paellera weights fetch NAME`.
 
-`huggingface_hub` does the transfer: what its environment says (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) holds here too. A connection
-that breaks is resumed where it broke; what cannot be finished leaves nothing behind. No torch here.
+`huggingface_hub` does the transfer: what its environment says (HF_ENDPOINT, HF_HOME,
+HF_HUB_OFFLINE, HF_TOKEN) holds here too. A connection that breaks is resumed where it broke; what
+cannot be finished leaves nothing behind. No torch here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class FetchError(OSError):
 def fetch(file: PublishedFile) -> Path:
     """Return a file's path, downloaded if it is absent, with its checksum verified. Raises FetchError.
 
-    The checksum is the manifest's, else the one recorded at the first fetch, else (and then it is recorded) the one that the hub states.
+    The checksum is the manifest's, else the one recorded at the first fetch, else (and then it is
+    recorded) the one that the hub states.
     """
     repository = _repository(file)
     from huggingface_hub import hf_hub_download

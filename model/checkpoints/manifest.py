@@ -21,8 +21,9 @@ _STRICT = ConfigDict(extra="forbid")
 class PublishedFile:
     """One file as its authors published it.
 
-    repository, path: on the hub; without a repository the file lies elsewhere, and `source` says in words where.
-    bytes: of the file, possibly rounded; 0 is unknown. sha256: None where nobody states it.
+    repository, path: on the hub; without a repository the file lies elsewhere, and `source` says in
+    words where. bytes: of the file, possibly rounded; 0 is unknown. sha256: None where nobody
+    states it.
     """
 
     __pydantic_config__ = _STRICT

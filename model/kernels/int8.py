@@ -1,6 +1,7 @@
 """Linear maps whose weights are kept in int8, a scale for each output: half the memory of fp16, for encoders that run once a prompt.
 
-Only the weights are rounded; they are multiplied in the type of what comes in, one layer's at a time.
+Only the weights are rounded; they are multiplied in the type of what comes in, one layer's at a
+time.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
 """The v1 denoiser: token grid, CLIP embedding and time in, logits over the codebook out. The v1 VQGAN is in `model/v1_vqgan.py`.
 
-A fully convolutional U-Net on the token grid. All it knows of prompt and time is a factor on every channel of every block, linear in both.
-Parameter names and shapes are those of the published state dict (github.com/dome272/Paella, `DenoiseUNet`), so it loads strictly; the code
-is arranged for speed. What a request's tokens do not change is computed once and handed to every step:
+A fully convolutional U-Net on the token grid. All it knows of prompt and time is a factor on every
+channel of every block, linear in both. Parameter names and shapes are those of the published state
+dict (github.com/dome272/Paella, `DenoiseUNet`), so it loads strictly; the code is arranged for
+speed. What a request's tokens do not change is computed once and handed to every step:
 
     condition = denoiser.condition(clip, grid)                # the prompt's share of every block's scale and shift
     times = denoiser.times(t)                                 # the time's share
     features = denoiser.features(tokens, times, condition)    # one step
     logits = denoiser.project(features)                       # the last projection: guidance mixes before it
 
-The published time r runs from 0 (all noise) to 1, and the network sees cos(r · π/2), the chance that a token is noise: here that is t, 1 at
-the start as in v3, which goes through the steps along a cosine instead of a line.
+The published time r runs from 0 (all noise) to 1, and the network sees cos(r · π/2), the chance
+that a token is noise: here that is t, 1 at the start as in v3, which goes through the steps along a
+cosine instead of a line.
 
-Letters: B rows of the batch, H W token grid, C channels, K codes. A level has H/2ⁱ · W/2ⁱ pixels and C·2ⁱ channels, the finest is first.
+Letters: B rows of the batch, H W token grid, C channels, K codes. A level has H/2ⁱ · W/2ⁱ pixels
+and C·2ⁱ channels, the finest is first.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def noise_probability(r: Tensor) -> Tensor:
 class ConditionV1:
     """A prompt's share of every block's scale and shift, for B rows.
 
-    levels: for each, [B, 1, 1, S] or a different one for every position [B, H/2ⁱ, W/2ⁱ, S]: scale, shift, scale, … of its blocks.
+    levels: for each, [B, 1, 1, S] or a different one for every position [B, H/2ⁱ, W/2ⁱ, S]: scale,
+    shift, scale, … of its blocks.
     """
 
     levels: tuple[Tensor, ...]
@@ -65,7 +69,8 @@ class ConditionV1:
 
         coverage: [1 + others, H, W], weights of this and each other one, adding up to one.
 
-        What a condition does is linear, so this is what the published model makes of a map of embeddings blended in the same way.
+        What a condition does is linear, so this is what the published model makes of a map of
+        embeddings blended in the same way.
         """
         levels = zip(self.levels, *(other.levels for other in others), strict=True)
         return ConditionV1(tuple(_blend(torch.cat(level), coverage, depth) for depth, level in enumerate(levels)))
@@ -98,7 +103,8 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, c_cond: int, skip: bool) -> None:
         super().__init__()
-        # Index 0 is the published reflection padding; here it is done in forward, on the channels-last view.
+        # Index 0 is the published reflection padding; here it is done in forward, on the
+        # channels-last view.
         self.depthwise = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels))
         self.ln = _Scalable(channels)
         inputs = 2 * channels if skip else channels
@@ -161,8 +167,9 @@ class DenoiserV1(nn.Module):
     def forward(self, tokens: Tensor, clip: Tensor, r: Tensor) -> Tensor:
         """Return logits [B, K, H, W] of the clean tokens.
 
-        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`, and at least twice that.
-        clip: [B, c_clip], or [B, c_clip, h, w] where every position has its own. r: [B] in [0, 1], 0 is all noise.
+        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`, and at least twice
+        that. clip: [B, c_clip], or [B, c_clip, h, w] where every position has its own. r: [B] in
+        [0, 1], 0 is all noise.
         """
         condition = self.condition(clip, (tokens.shape[1], tokens.shape[2]))
         return self.project(self.features(tokens, self.times(noise_probability(r.float())), condition)).permute(0, 3, 1, 2)
@@ -200,7 +207,8 @@ class DenoiserV1(nn.Module):
     def features(self, tokens: Tensor, times: Tensor, condition: ConditionV1, row_of: Tensor | None = None) -> Tensor:
         """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, C], one for each of N conditions.
 
-        row_of: [N], the row of tokens and times that each condition is for; absent if each has its own.
+        row_of: [N], the row of tokens and times that each condition is for; absent if each has its
+        own.
         """
         if row_of is not None:
             tokens, times = tokens.index_select(0, row_of), times.index_select(0, row_of)
@@ -220,7 +228,8 @@ class DenoiserV1(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """Map features [..., C] to logits [..., K].
 
-        It has a bias, so features may be mixed instead of logits only by weights that add up to one.
+        It has a bias, so features may be mixed instead of logits only by weights that add up to
+        one.
         """
         return self.clf(features)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DenoiserConfig
-from model.kernels.cpu_prepacked import PackedDepthwise, PackedLinear, supported
+from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
 from model.networks.layers import (
     Conv,
     Downsample,
@@ -42,9 +42,11 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute it for x [B, H, W, C]."""
-        # A sum of squares: `vector_norm` over the middle axes is many times slower on the CPU. fp32, because fp16 cannot hold 256².
+        # A sum of squares: `vector_norm` over the middle axes is many times slower on the CPU.
+        # fp32, because fp16 cannot hold 256².
         wide = x.float()
-        # `square` is `pow`, ten times a product's time. The root of a channel that is zero everywhere has no gradient: hence the 1e-20.
+        # `square` is `pow`, ten times a product's time. The root of a channel that is zero
+        # everywhere has no gradient: hence the 1e-20.
         energy = (wide * wide).sum((1, 2), keepdim=True).add_(1e-20).sqrt_()
         scale = torch.addcdiv(energy.new_ones(()), self.gamma * energy, energy.mean(-1, keepdim=True).add_(1e-6))
         return torch.addcmul(self.beta, x, scale.to(x.dtype))
@@ -165,7 +167,8 @@ class AttentionBlock(nn.Module):
     def condition_kv(self, sequence: Tensor, weights: Tensor | None) -> Tensor:
         """Map a condition sequence [B, L, c_cond] to keys and values [B, L, 2C].
 
-        weights [B, L] scale the values: the same as scaling the attention after its softmax, and a fused kernel can stay.
+        weights [B, L] scale the values: the same as scaling the attention after its softmax, and a
+        fused kernel can stay.
         """
         attn = self.attention.attn
         C = attn.out_proj.in_features
@@ -184,7 +187,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
         """Compute it for x [B, H, W, C].
 
-        kv: [B, L, 2C]. bias: [B, 1, 1, keys], added to the scores; the pixels' own keys come first if they are attended to.
+        kv: [B, L, 2C]. bias: [B, 1, 1, keys], added to the scores; the pixels' own keys come first
+        if they are attended to.
         """
         attn = self.attention.attn
         B, H, W, C = x.shape
@@ -203,8 +207,9 @@ class AttentionBlock(nn.Module):
 class Condition:
     """The input of the attention blocks from the prompt, for B rows.
 
-    kv: [B, L, S], for one attention block after the other its keys, then its values, already projected; the values carry the attention
-    weights. mask: [B, L], False where a row's bytes are padding; None when no row has any.
+    kv: [B, L, S], for one attention block after the other its keys, then its values, already
+    projected; the values carry the attention weights. mask: [B, L], False where a row's bytes are
+    padding; None when no row has any.
     """
 
     kv: Tensor
@@ -251,7 +256,8 @@ class Denoiser(nn.Module):
         self.clip_image_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
 
         self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), Norm())
-        # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch size.
+        # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch
+        # size.
         self.embedding = nn.Sequential(nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm())
         for name in ("patch_table", "patch_offsets", "unpatch_weight", "unpatch_bias", "kv_weight", "kv_bias"):
             self.register_buffer(name, None, persistent=False)  # until `fold`
@@ -261,7 +267,8 @@ class Denoiser(nn.Module):
         self.clf = nn.Sequential(Norm(), Pointwise(c.c_hidden[0], c.c_out * c.patch_size**2))
         self.out_mapper = nn.Sequential(Norm(), Pointwise(c.c_out, c.num_labels, bias=False))
 
-        # In the order of a forward pass: `modules` walks down_blocks, then up_blocks, each in its own order.
+        # In the order of a forward pass: `modules` walks down_blocks, then up_blocks, each in its
+        # own order.
         self._time_blocks = tuple(b for b in self.modules() if isinstance(b, TimeBlock))
         self._attention_blocks = tuple(b for b in self.modules() if isinstance(b, AttentionBlock))
         self.fused = False
@@ -329,9 +336,10 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Return logits [B, K, H, W] of the clean tokens.
 
-        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`. t: [B] in [0, 1], 1 is all noise.
-        byt5: [B, bytes, byt5_embd]; byt5_mask [B, bytes] is False at padding. clip: [B, clip_embd]. clip_image: one such or several.
-        attn_weights: [n], factors on the attention given to the last n condition tokens. Raises ValueError if there are fewer than n.
+        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`. t: [B] in [0, 1], 1
+        is all noise. byt5: [B, bytes, byt5_embd]; byt5_mask [B, bytes] is False at padding. clip:
+        [B, clip_embd]. clip_image: one such or several. attn_weights: [n], factors on the attention
+        given to the last n condition tokens. Raises ValueError if there are fewer than n.
         """
         weights = None if attn_weights is None else self._last_weights(attn_weights, byt5, clip, clip_image)
         condition = self.condition(byt5, byt5_mask, clip, clip_image, weights)
@@ -380,8 +388,9 @@ class Denoiser(nn.Module):
     def features(self, tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor | None = None) -> Tensor:
         """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, c_out], one for each of N conditions.
 
-        row_of: [N], the row of tokens and times that each condition is for; absent if each has its own. A row's branches are the same until
-        the first attention block tells them apart, so up to there rows are computed, not branches.
+        row_of: [N], the row of tokens and times that each condition is for; absent if each has its
+        own. A row's branches are the same until the first attention block tells them apart, so up
+        to there rows are computed, not branches.
         """
         state = _Pass(self._time_blocks, times, condition.kv.split(self._kv_widths, dim=-1), condition.mask, row_of)
         x = self._embed(tokens)
@@ -406,8 +415,9 @@ class Denoiser(nn.Module):
     def fold(self) -> None:
         """Fold what fixed weights allow; training needs them apart, so only `model.optimize` calls this.
 
-        Each code's embedding, normed and projected, for each of its places in a patch: embedding, norm, unshuffle and projection become one
-        lookup and sum. And the last map's weights in the order in which its patches are laid out.
+        Each code's embedding, normed and projected, for each of its places in a patch: embedding,
+        norm, unshuffle and projection become one lookup and sum. And the last map's weights in the
+        order in which its patches are laid out.
         """
         embedding, projection = self.in_mapper.get_parameter("0.weight"), self.embedding.get_parameter("1.weight")
         codes = norm(embedding.float())  # [K, c_in]

@@ -2,7 +2,8 @@
 
     image_embedding = sample(prior, clip_text, noise, guidance=3.0, sampler="ddpm")
 
-Published parameter names (github.com/dome272/Paella `PriorModel`). Letters: B rows, D embedding, S steps.
+Published parameter names (github.com/dome272/Paella `PriorModel`). Letters: B rows, D embedding, S
+steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import PriorConfig, PriorSampler
-from model.kernels.prior_block import BlockFn, BlockWeights, plain_block
+from model.kernels.cpu import BlockFn, BlockWeights, plain_block
 from model.networks.layers import sinusoid
 
 Predictor = Callable[[Tensor, Iterable[Tensor], float | None], Tensor]
@@ -85,8 +86,8 @@ class Prior(nn.Module):
     def predictor(self) -> Predictor:
         """Return a function (x [B, D], the blocks' parts of text and time, guidance) → the noise in x.
 
-        With guidance the parts are [2·B, 4·c_hidden], the conditional half first. Made once for many steps: on a CPU, at a few rows,
-        looking the weights up costs as much as using them.
+        With guidance the parts are [2·B, 4·c_hidden], the conditional half first. Made once for
+        many steps: on a CPU, at a few rows, looking the weights up costs as much as using them.
         """
         enter, leave = (tuple(self.blocks[i].parameters()) for i in (0, -1))
         names = ("1.weight", "1.bias", "3.weight", "4.weight", "4.bias")
@@ -100,7 +101,8 @@ class Prior(nn.Module):
             for own, extra in zip(weights, extras, strict=True):
                 h = block(h, extra, own)
             if guidance is not None:
-                # The last map is linear and the shares add up to one, so one mixed row leaves instead of two.
+                # The last map is linear and the shares add up to one, so one mixed row leaves
+                # instead of two.
                 conditional, unconditional = h.float().chunk(2)
                 h = torch.lerp(unconditional, conditional, guidance).to(x.dtype)
             return F.linear(h, *leave)
@@ -149,8 +151,9 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """Yield x [B, D] in fp32 after every step, from noise to CLIP image embeddings of text embeddings [B, D].
 
-    noise: [S + 1, B, D] standard normal: the start, then one for every step (DDIM and the last DDPM step use none of theirs).
-    guidance: unconditional (an all-zero text) to conditional prediction by lerp; 1 is off. Sums are fp32, products the weights' type.
+    noise: [S + 1, B, D] standard normal: the start, then one for every step (DDIM and the last DDPM
+    step use none of theirs). guidance: unconditional (an all-zero text) to conditional prediction
+    by lerp; 1 is off. Sums are fp32, products the weights' type.
     """
     S, dtype = noise.shape[0] - 1, prior.get_parameter("blocks.0.weight").dtype
     guided = guidance != 1.0

@@ -1,7 +1,8 @@
 """The text encoders' passes in few calls, on the parameters of transformers' T5 and open_clip's CLIP, whose own forwards are their twins.
 
-At a prompt's length a pass is some dozen small products, and most of its time went to what lay between them: modules, masks, position
-biases made anew for every text. Made after the weights are loaded (`ByteEncoder.fold`, `CLIP.fold`): packed ones are copies.
+At a prompt's length a pass is some dozen small products, and most of its time went to what lay
+between them: modules, masks, position biases made anew for every text. Made after the weights are
+loaded (`ByteEncoder.fold`, `CLIP.fold`): packed ones are copies.
 
 Letters: B prompts, L tokens, D width.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ByteEncoderConfig, CLIPConfig
-from model.kernels.cpu_prepacked import LinearMap, linear_map
+from model.kernels.cpu import LinearMap, linear_map
 from model.networks.layers import to_device
 
 # Passes are packed for a text of about this many tokens.

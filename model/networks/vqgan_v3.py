@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VQGANConfig
-from model.kernels.cpu_prepacked import LinearMap, PackedDepthwise, linear_map, supported
+from model.kernels.cpu import LinearMap, PackedDepthwise, linear_map, supported
 from model.networks.layers import Conv, ConvTranspose, Pointwise, channels_first, channels_last, norm, pixel_shuffle, pixel_unshuffle
 
 
@@ -22,7 +22,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Index 0 is the published replication padding; here it is done in forward, on the channels-last view.
+        # Index 0 is the published replication padding; here it is done in forward, on the
+        # channels-last view.
         self.depthwise = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels))
         self.channelwise = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -32,7 +33,8 @@ class ResidualBlock(nn.Module):
     def pack(self, height: int, width: int) -> None:
         """Fold the scalars into the weights, and pack those for the CPU's kernels, for one image of this size mostly.
 
-        What the scalars do before a map that is linear (and, by its padding, knows no edge) or after it may as well be done by the map.
+        What the scalars do before a map that is linear (and, by its padding, knows no edge) or
+        after it may as well be done by the map.
         """
         dtype, g = self.gammas.dtype, self.gammas.float()
         kernel, around = (p.float() for p in self.depthwise[1].parameters())

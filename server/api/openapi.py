@@ -145,7 +145,8 @@ def _without_null(kind: dict[str, Any]) -> dict[str, Any]:
 
 # ── examples ──────────────────────────────────────────────────────────────────────────────────────
 
-# A red square on white, a white square on black, and black with a transparent square, all of 64 × 64 pixels.
+# A red square on white, a white square on black, and black with a transparent square, all of 64 ×
+# 64 pixels.
 IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAABlBMVEX6+vrIKCgNZfwnAAAAGklEQVR42mNgGJKA////DwwMTDDu"
     "8GAMRQAAxtQDLKllrNgAAAAASUVORK5CYII="

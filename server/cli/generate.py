@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.errors import FAILED, INVALID, fail, one_line_errors
-from server.engine.cpu_threads import limit_spin_count
+from server.engine.supervisor import limit_spin_count
 
 if TYPE_CHECKING:
     from model.config import Operation

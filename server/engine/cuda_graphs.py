@@ -261,7 +261,8 @@ class StepGraphs:
         self._buckets = sorted(set(buckets), key=lambda b: (b.work, b.branches * b.length), reverse=True)
         self._steps: dict[Bucket, _Step] = {}
         self._draws: dict[tuple[Sampler, int, tuple[int, int]], _Draw] = {}
-        # Whose conditions lie in the static inputs, for which bucket, and where each branch's weight is.
+        # Whose conditions lie in the static inputs, for which bucket, and where each branch's
+        # weight is.
         self._loaded: tuple[Bucket, BranchBatch, Tensor] | None = None
 
     @torch.inference_mode()
@@ -307,8 +308,9 @@ class StepGraphs:
     def _load(self, bucket: Bucket, branches: BranchBatch) -> Tensor:
         """Copy the conditions to the bucket's inputs, unless they are there; return each one's place among the weights.
 
-        A place without a branch counts nothing: its weight is the zero behind the last one. It reads
-        the condition of its row's first branch or, in a row that does not exist, the previous content.
+        A place without a branch counts nothing: its weight is the zero behind the last one. It
+        reads the condition of its row's first branch or, in a row that does not exist, the previous
+        content.
         """
         if self._loaded is None or self._loaded[:2] != (bucket, branches):
             places = [len(branches.members)] * bucket.branches

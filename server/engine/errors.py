@@ -26,8 +26,8 @@ class QueueFull(EngineError):
 class DeadlineUnreachable(EngineError):
     """The answer would come after the deadline.
 
-    retry_after: seconds until enough of the present queue should be done. retryable: whether the job
-    could be in time on an idle server.
+    retry_after: seconds until enough of the present queue should be done. retryable: whether the
+    job could be in time on an idle server.
     """
 
     def __init__(self, needed: float, allowed: float, retryable: bool) -> None:

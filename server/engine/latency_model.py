@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import Pool
 
-# Older measurements reject no job: one slow step on an idle server would otherwise reject all that follow.
+# Older measurements reject no job: one slow step on an idle server would otherwise reject all that
+# follow.
 MEMORY_S = 60.0
 # The weight of the latest value in an average.
 WEIGHT = 0.2
@@ -88,9 +89,9 @@ class LatencyModel:
         Returns None while too little is known. left: of started jobs, the steps that all of their
         rows have yet to take.
 
-        While the running rows take turns, a round costs one step of every pool. A row without a free
-        slot waits until enough of the rows before it are done. A row with fewer steps to go than the
-        job delays it in that share of its rounds.
+        While the running rows take turns, a round costs one step of every pool. A row without a
+        free slot waits until enough of the rows before it are done. A row with fewer steps to go
+        than the job delays it in that share of its rounds.
         """
         unfinished = [_Unfinished(other, (left or {}).get(other.id, _steps(other))) for other in others]
         unfinished = [each for each in unfinished if each.left]

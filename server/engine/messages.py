@@ -5,7 +5,8 @@ followed by the pixels as they lie in memory. Shared memory is not used: a segme
 that is killed before it names the segment, and page faults of a new one cost more than the pipe's
 copies. A message is received as a whole or, if its sender dies while sending it, not at all.
 
-`deadline` and every other time point is `time.monotonic()`, one clock for all processes of a machine.
+`deadline` and every other time point is `time.monotonic()`, one clock for all processes of a
+machine.
 """
 
 from __future__ import annotations
@@ -257,8 +258,8 @@ class ProcessStats:
 class Heartbeat:
     """The worker's state. steps, counts: since the last heartbeat; the others: now.
 
-    cache_bytes: held by the prompt cache. left: of every started job, the steps that all of its rows
-    have yet to take.
+    cache_bytes: held by the prompt cache. left: of every started job, the steps that all of its
+    rows have yet to take.
     """
 
     steps: tuple[Step, ...]

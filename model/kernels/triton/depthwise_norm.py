@@ -1,7 +1,8 @@
 """A depthwise 3 × 3 convolution and the layer norm of its result in one kernel, channels last, and the plain twin.
 
-A program has all channels of a few pixels, so the norm's sums stay with it. Where there is a skip, every output channel reads two input
-channels of the skip laid behind x: they are read from where they are instead of being laid together.
+A program has all channels of a few pixels, so the norm's sums stay with it. Where there is a skip,
+every output channel reads two input channels of the skip laid behind x: they are read from where
+they are instead of being laid together.
 
 Letters: B rows, H W grid, C channels.
 """
@@ -41,7 +42,8 @@ def depthwise_norm(x: Tensor, skip: Tensor | None, taps: Tensor, bias: Tensor) -
     return out
 
 
-# The grid's sizes are as they are asked for: a kernel for those that sixteen divides would be compiled apart, while a request waits.
+# The grid's sizes are as they are asked for: a kernel for those that sixteen divides would be
+# compiled apart, while a request waits.
 @triton.jit(do_not_specialize=["pixels", "H", "W"])
 def _depthwise_norm(x, skip, taps, bias, out, pixels, H, W, C, INPUTS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
     n, c, j = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.arange(0, BLOCK), tl.arange(0, INPUTS * BLOCK)

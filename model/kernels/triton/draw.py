@@ -1,8 +1,9 @@
 """Last projection and draw in one kernel: features → codes, without ever writing the logits.
 
-Guidance has been mixed before: the projection is linear. The multinomial draw inverts the cumulated distribution by one uniform number a
-token, the same that the plain twin takes, in two passes over the codes: one for the total, one for where the uniform lies. Both compute
-the product; that is less than writing and reading what it gives.
+Guidance has been mixed before: the projection is linear. The multinomial draw inverts the cumulated
+distribution by one uniform number a token, the same that the plain twin takes, in two passes over
+the codes: one for the total, one for where the uniform lies. Both compute the product; that is less
+than writing and reading what it gives.
 
 Letters: N tokens, D features, K codes.
 """
@@ -41,7 +42,8 @@ def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, unif
     (N, D), wide = features.shape, features.dtype == torch.float32
     codes = torch.empty(N, dtype=torch.int64, device=features.device)
     tokens = 16 if wide else 64
-    # Two stages of 64 codes, 32 KiB each for 256 features: for twice the codes or for three stages shared memory is too small.
+    # Two stages of 64 codes, 32 KiB each for 256 features: for twice the codes or for three stages
+    # shared memory is too small.
     shape = {"D": D, "TOKENS": tokens, "BLOCK": 64, "PRECISION": "ieee" if wide else "tf32", "num_stages": 2}
     features, grid = features.contiguous(), (triton.cdiv(N, tokens),)
     if sampler == "argmax":

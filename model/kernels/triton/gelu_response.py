@@ -1,8 +1,10 @@
 """GELU and global response norm over a picture, in three passes instead of a dozen: a Triton kernel for each, and the plain twin.
 
-The first pass writes the GELU and sums its squares as it goes; the second makes each channel's scale; the third applies it. It
-could be applied while the next linear map reads its operand, but then that product, where nearly all of a step's time goes, would have to
-be a kernel of our own instead of the vendor's. To leave a pass over the activations for that would have to be measured first.
+The first pass writes the GELU and sums its squares as it goes; the second makes each channel's
+scale; the third applies it. It could be applied while the next linear map reads its operand, but
+then that product, where nearly all of a step's time goes, would have to be a kernel of our own
+instead of the vendor's. To leave a pass over the activations for that would have to be measured
+first.
 
 Letters: B pictures, P pixels, C channels.
 """
@@ -15,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Into so many parts the pixels of a picture are divided, whose sums are added in one order: no atomics, the same bits in every run.
+# Into so many parts the pixels of a picture are divided, whose sums are added in one order: no
+# atomics, the same bits in every run.
 _PARTS = 8
 _BLOCK = 1024
 

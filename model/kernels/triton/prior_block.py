@@ -1,13 +1,15 @@
 """A block of the prior in three kernels, for few rows, whose time is that of reading the weights.
 
-`model.kernels.prior_block.plain_block` is the twin.
+`model.kernels.cpu.plain_block` is the twin.
 
-At sixteen rows and fewer a product is over before its weights are there, so what counts is that all of the device's processors read at
-once, and that little is launched in between. The first kernel divides the outputs among programs, which leave their share of the layer
-norm's sums; the second divides outputs and inputs, norms and bends (GELU) only its own inputs while its weights are on their way, and
-leaves partial sums; the third adds them in one order, norms and adds them to the row. No atomics: the same bits in every run, whatever
-other rows there are. Norming in the second's and first's place would be a launch less, but every program would do all of a row again: at
-the published sizes that is more arithmetic than the launch takes time.
+At sixteen rows and fewer a product is over before its weights are there, so what counts is that all
+of the device's processors read at once, and that little is launched in between. The first kernel
+divides the outputs among programs, which leave their share of the layer norm's sums; the second
+divides outputs and inputs, norms and bends (GELU) only its own inputs while its weights are on
+their way, and leaves partial sums; the third adds them in one order, norms and adds them to the
+row. No atomics: the same bits in every run, whatever other rows there are. Norming in the second's
+and first's place would be a launch less, but every program would do all of a row again: at the
+published sizes that is more arithmetic than the launch takes time.
 
 Letters: B rows, D channels of the residual stream, I inner channels.
 """
@@ -19,12 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.prior_block import BlockWeights
+from model.kernels.cpu import BlockWeights
 
-# What a tensor core multiplies at the least. With more rows the vendor's products read the weights as well, and are better at the rest.
+# What a tensor core multiplies at the least. With more rows the vendor's products read the weights
+# as well, and are better at the rest.
 ROWS = 16
-# Outputs of a program of the first kernel; outputs and inputs of one of the second. The published sizes make 160 and 200 programs of them,
-# enough for an H100's or H200's 132 processors, each with 64 to 80 KiB of weights.
+# Outputs of a program of the first kernel; outputs and inputs of one of the second. The published
+# sizes make 160 and 200 programs of them, enough for an H100's or H200's 132 processors, each with
+# 64 to 80 KiB of weights.
 _EXPANDED, _CONTRACTED, _SLICE = 32, 128, 256
 _BLOCK = 256
 

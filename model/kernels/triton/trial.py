@@ -1,6 +1,7 @@
 """A trial of the kernels where they are to run: on small random inputs, as wide as a network's, each beside its plain twin.
 
-As wide, because a kernel is another for every width: a device may have the registers and the shared memory for one, and not for the next.
+As wide, because a kernel is another for every width: a device may have the registers and the shared
+memory for one, and not for the next.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from model import sampling
 from model.config import DenoiserConfig, PriorConfig
-from model.kernels.prior_block import BlockWeights, plain_block
+from model.kernels.cpu import BlockWeights, plain_block
 from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.triton.draw import SAMPLERS, Fused, draw, plain_draw, supported
 from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
