@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def draw(pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
     """Tokens [B, H, W] of pictures that share every stage."""
-    return pipeline.draw(texts, seeds, pipeline.config.recipe.sampling(steps=steps)).cpu()
+    return pipeline.generate_tokens(texts, seeds, pipeline.config.recipe.sampling(steps=steps)).cpu()
 
 
 def _agreement(pipeline: Pipeline, texts: Sequence[str], alone: Tensor, rows: int, steps: int | None) -> dict[str, float]:

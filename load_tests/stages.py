@@ -52,7 +52,7 @@ class Workload:
         config = pipeline.config
         self.noise = pipeline.noise(seed, *config.native_size, steps=64)
         self.prompt, self.negative = pipeline.encode([PROMPT, ""])
-        (self.image,) = pipeline.image_embeddings([self.prompt], [self.noise])
+        (self.image,) = pipeline.prior_embeddings([self.prompt], [self.noise])
         self.conditional, self.unconditional = pipeline.condition(self.prompt, self.image), pipeline.condition(self.negative)
         self.tokens = self.noise.start[None].to(pipeline.device)
 
@@ -64,7 +64,7 @@ class Workload:
         p, row = self.pipeline, self._row(step_counts[0])
         return {
             "encode": lambda: p.encode([PROMPT, ""]),
-            "prior": lambda: p.image_embeddings([self.prompt], [self.noise]),
+            "prior": lambda: p.prior_embeddings([self.prompt], [self.noise]),
             "condition": lambda: (p.condition(self.prompt, self.image), p.condition(self.negative)),
             "step": lambda: self._step(row),
             **{f"loop_{n}": partial(self._loop, n) for n in step_counts},
@@ -105,7 +105,7 @@ class Workload:
         """All that a request with a new prompt computes, one stage after the other; the unconditional text is known already."""
         p = self.pipeline
         (prompt,) = p.encode([PROMPT])
-        (image,) = p.image_embeddings([prompt], [self.noise])
+        (image,) = p.prior_embeddings([prompt], [self.noise])
         row = p.start(self.noise, self.sampling(steps), p.condition(prompt, image), p.condition(self.negative))
         p.decode(p.denoise([row]))
 

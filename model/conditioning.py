@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.config import Interpolation
 from model.networks.text_encoders import Prompt, bucket
-from model.runtime import send
+from model.runtime import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def mean(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     if len(embeddings) == 1:
         return embeddings[0]
     stacked = torch.cat(list(embeddings)).float()
-    share = send(weights, stacked.device)[:, None] / sum(weights)
+    share = to_device(weights, stacked.device)[:, None] / sum(weights)
     length = (share * stacked.norm(dim=-1, keepdim=True)).sum(0)
     return (F.normalize((share * stacked).sum(0, keepdim=True), dim=-1) * length).to(embeddings[0].dtype)
 

@@ -28,12 +28,12 @@ from model.networks import prior
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.text_encoders import Prompt, bucket
 from model.rows import AnyCondition, RegionBranch, Row, generate, pinned_tokens
-from model.runtime import send
+from model.runtime import to_device
 from model.sampling import Noise
 
 
 @dataclass(frozen=True, eq=False)
-class Lanes:
+class BranchBatch:
     """The conditions of one set of rows at one set of branches; the same for many steps.
 
     members: each branch's row number and condition. Holding the conditions keeps a later one from taking a freed one's identity.
@@ -55,70 +55,77 @@ class Lanes:
         return type(conditions[0]).stack(conditions)
 
 
-class Drawing(NamedTuple):
-    """What drawing B rows' tokens takes beside their features: uniform [B, H, W], inverse temperature and typical mass [B]."""
+class SamplingInputs(NamedTuple):
+    """The inputs of drawing B rows' tokens beside their features.
+
+    uniform: [B, H, W]. inverse: one over the temperature, [B]. mass: typical mass, [B].
+    """
 
     uniform: Tensor
     inverse: Tensor
     mass: Tensor
 
-    def of(self, members: Tensor) -> Drawing:
-        """Only these rows'."""
-        return Drawing(*(part[members] for part in self))
+    def select(self, members: Tensor) -> SamplingInputs:
+        """Return these rows' inputs."""
+        return SamplingInputs(*(part[members] for part in self))
 
 
 # Their logits over 8192 codes are 1 GiB in fp32, of which a sampler needs several.
 _TOKENS_DRAWN_AT_ONCE = 2**15
 
 # The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings [B, D'].
-Imagine = Callable[[Tensor, Tensor], Tensor]
+PriorFn = Callable[[Tensor, Tensor], Tensor]
 # The decoder: codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device.
-Pictures = Callable[[Tensor], Tensor]
+DecodeFn = Callable[[Tensor], Tensor]
 
 
 class Executor(Protocol):
     """Computes the two halves of a step, on tensors of one device."""
 
-    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
-        """Tokens [B, H, W], times [B, S] and each branch's share [N] or [N, H, W] → guided features [B, H, W, c_out]."""
+    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+        """Return guided features [B, H, W, c_out].
 
-    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
-        """Guided features [B, H, W, c_out] → tokens [B, H, W]."""
+        tokens: [B, H, W]. times: [B, S]. weights: each branch's guidance weight, [N] or [N, H, W].
+        """
+
+    def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        """Draw tokens [B, H, W] from guided features [B, H, W, c_out]."""
 
 
 class Eager:
-    """Computes a step by calling one operator after the other."""
+    """Compute a step by calling one operator after the other."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.denoiser = bundle, bundle.denoiser
 
-    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
-        branches = self.denoiser.features(tokens, times, lanes.condition, lanes.row_of)
-        return sampling.mix(branches, lanes.row_of, share, len(tokens))
+    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+        features = self.denoiser.features(tokens, times, branches.condition, branches.row_of)
+        return sampling.mix_branches(features, branches.row_of, weights, len(tokens))
 
-    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+    def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         rows = max(1, _TOKENS_DRAWN_AT_ONCE // math.prod(features.shape[1:3]))
-        parts = zip(features.split(rows), *(part.split(rows) for part in drawing), strict=True)
-        return torch.cat([self._draw(sampler, own, Drawing(*rest)) for own, *rest in parts])
+        parts = zip(features.split(rows), *(part.split(rows) for part in inputs), strict=True)
+        return torch.cat([self._sample(sampler, part, SamplingInputs(*rest)) for part, *rest in parts])
 
-    def _draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
-        fused = self.denoiser.draw(sampler, features, drawing.uniform, drawing.inverse) if isinstance(self.denoiser, Denoiser) else None
-        if fused is not None:
-            return fused
+    def _sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        if isinstance(self.denoiser, Denoiser):
+            fused = self.denoiser.draw(sampler, features, inputs.uniform, inputs.inverse)
+            if fused is not None:
+                return fused
         project = self.denoiser.project
         if sampler == "argmax":
             return project(features).argmax(-1)
-        inverse = drawing.inverse[:, None, None, None]
+        inverse = inputs.inverse[:, None, None, None]
         if sampler == "typical":
             logits = project(features).float()
-            mass = drawing.mass[:, None, None].expand(logits.shape[:-1])
-            return sampling.inverse_cdf(sampling.keep_typical(logits, mass) * inverse, drawing.uniform)
+            mass = inputs.mass[:, None, None].expand(logits.shape[:-1])
+            return sampling.inverse_cdf(sampling.keep_typical(logits, mass) * inverse, inputs.uniform)
         logits = self.denoiser.sharpened(features, inverse)
         if sampler == "quant":
             assert isinstance(self.bundle, BundleV3), "a bundle's configuration names the samplers that it knows"
             quantizer = self.bundle.vqgan.vquantizer
             return quantizer.nearest(sampling.quantised_mean(logits, quantizer.codebook.weight))
-        return sampling.inverse_cdf(logits, drawing.uniform)
+        return sampling.inverse_cdf(logits, inputs.uniform)
 
 
 class Pipeline(ABC):
@@ -131,9 +138,9 @@ class Pipeline(ABC):
         weight = next(bundle.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.executor: Executor = Eager(bundle)
-        self.pictures: Pictures = self._pictures
+        self.decode_tokens: DecodeFn = self._decode_tokens
         self._times: dict[tuple[int, Schedule], Tensor] = {}
-        self._lanes: Lanes | None = None
+        self._branches: BranchBatch | None = None
 
     @classmethod
     def load(
@@ -180,7 +187,7 @@ class Pipeline(ABC):
         """Text encoders, once per prompt. Neighbours in the list do not change each other's result."""
 
     @abstractmethod
-    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
         """For each prompt and noise, the CLIP embedding [1, D'] of a picture that fits, as these networks imagine it."""
 
     @abstractmethod
@@ -188,16 +195,27 @@ class Pipeline(ABC):
         """What the denoiser reads. With an image embedding [1, D'] it is the conditional branch."""
 
     @torch.inference_mode()
-    def codes(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         """Pictures uint8 [B, height, width, 3] → tokens [B, H, W] on the device; the sides are multiples of the VQGAN's step."""
         return self.bundle.vqgan.encode((pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype))
 
     @torch.inference_mode()
-    def picture_embeddings(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+    def embed_images(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """Pictures uint8 [height, width, 3], of any sizes → CLIP image embeddings [1, D'] each."""
         clip = self.bundle.clip
         scaled = torch.cat([clip.scale((p.to(clip.device, non_blocking=True).permute(2, 0, 1) / 255)[None]) for p in pictures])
         return list(self._here(clip.encode_image(scaled)).split(1))
+
+    # Old names, until nothing calls them.
+
+    def codes(self, pictures: Tensor) -> Tensor:
+        return self.encode_images(pictures)
+
+    def picture_embeddings(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        return self.embed_images(pictures)
+
+    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        return self.prior_embeddings(prompts, noises)
 
     @torch.inference_mode()
     def start(
@@ -215,18 +233,18 @@ class Pipeline(ABC):
     @torch.inference_mode()
     def advance(self, rows: Sequence[Row]) -> None:
         """One step for every row. All rows share a token grid; everything else is each row's own."""
-        lanes = self._lanes_of(rows)
+        branches = self._branches_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row)[row.step] for row in rows])  # [B, S]
-        share = self._shares(rows, tokens.shape[1:])
+        weights = self._guidance_weights(rows, tokens.shape[1:])
         inverse, probability, mass = torch.stack([row.schedule[row.step] for row in rows], dim=1).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
-        features = self.executor.features(tokens, times, lanes, share)
-        drawn = self._draw(rows, features, Drawing(uniform, inverse, mass))
+        features = self.executor.features(tokens, times, branches, weights)
+        drawn = self._sample(rows, features, SamplingInputs(uniform, inverse, mass))
         source = torch.stack([row.source for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
         # Not in the memory that was drawn into, because an executor may draw the next rows there.
-        settled = self._settle(drawn, source, uniform, probability, pinned_tokens(rows))
+        settled = self._renoise_and_pin(drawn, source, uniform, probability, pinned_tokens(rows))
         for row, clean, tokens in zip(rows, *settled, strict=True):
             row.drawn, row.tokens = clean, tokens
             row.step += 1
@@ -244,57 +262,57 @@ class Pipeline(ABC):
         return torch.stack([row.tokens for row in rows])
 
     @cached_property
-    def _settle(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """`sampling.settle`, or the kernel where the denoiser has some."""
+    def _renoise_and_pin(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`sampling.renoise_and_pin`, or the kernel where the denoiser has some."""
         if not (isinstance(self.bundle.denoiser, Denoiser) and self.bundle.denoiser.fused):
-            return sampling.settle
-        from model.kernels.triton.settle import settle
+            return sampling.renoise_and_pin
+        from model.kernels.triton.renoise_and_pin import renoise_and_pin
 
-        return settle
+        return renoise_and_pin
 
-    def _shares(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
-        """What every branch counts: [N], or [N, H, W] where a row has regions."""
-        shares = [row.guidance_weights[row.step, : len(row.branches)] for row in rows]
+    def _guidance_weights(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
+        """Return every branch's weight: [N], or [N, H, W] where a row has regions."""
+        weights = [row.guidance_weights[row.step, : len(row.branches)] for row in rows]
         if all(row.coverage is None for row in rows):
-            return torch.cat(shares)
-        maps = [share[:, None, None].expand(-1, *grid) for share in shares]
+            return torch.cat(weights)
+        maps = [weight[:, None, None].expand(-1, *grid) for weight in weights]
         return torch.cat([m if row.coverage is None else m * row.coverage[: len(m)] for m, row in zip(maps, rows, strict=True)])
 
-    def _lanes_of(self, rows: Sequence[Row]) -> Lanes:
+    def _branches_of(self, rows: Sequence[Row]) -> BranchBatch:
         """The rows' branches; another object only when rows or branches have changed."""
         members = [(i, condition) for i, row in enumerate(rows) for condition in row.branches]
-        if self._lanes is None or not self._lanes.hold(members):
-            self._lanes = Lanes(members, send([i for i, _ in members], self.device))
-        return self._lanes
+        if self._branches is None or not self._branches.hold(members):
+            self._branches = BranchBatch(members, to_device([i for i, _ in members], self.device))
+        return self._branches
 
     def _time_table(self, row: Row) -> Tensor:
         """What the time does to the denoiser's blocks at every step of the row's schedule, [n, S]."""
         key = row.sampling.steps, row.sampling.schedule
         if key not in self._times:
-            self._times[key] = self.bundle.denoiser.times(send(row.times[:-1], self.device))
+            self._times[key] = self.bundle.denoiser.times(to_device(row.times[:-1], self.device))
         return self._times[key]
 
-    def _draw(self, rows: Sequence[Row], features: Tensor, drawing: Drawing) -> Tensor:
+    def _sample(self, rows: Sequence[Row], features: Tensor, inputs: SamplingInputs) -> Tensor:
         """Guided features [B, H, W, c_out] → tokens [B, H, W], each row by its own sampler."""
         families: dict[Sampler, list[int]] = {}
         for i, row in enumerate(rows):
             families.setdefault(row.sampling.sampler, []).append(i)
         if len(families) == 1:
-            return self.executor.draw(rows[0].sampling.sampler, features, drawing)
+            return self.executor.sample(rows[0].sampling.sampler, features, inputs)
         tokens = torch.empty(features.shape[:-1], dtype=torch.int64, device=self.device)
         for family, numbers in families.items():
-            members = send(numbers, self.device)
-            tokens[members] = self.executor.draw(family, features[members], drawing.of(members))
+            members = to_device(numbers, self.device)
+            tokens[members] = self.executor.sample(family, features[members], inputs.select(members))
         return tokens
 
     @torch.inference_mode()
-    def _pictures(self, tokens: Tensor) -> Tensor:
+    def _decode_tokens(self, tokens: Tensor) -> Tensor:
         image = self.bundle.vqgan.decode(tokens).float().clamp_(0, 1).mul_(255).round_()
         return image.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Codes [B, H, W] → pictures uint8 [B, height, width, 3] on the CPU."""
-        return self.pictures(tokens).cpu()
+        return self.decode_tokens(tokens).cpu()
 
     def generate(
         self,
@@ -309,10 +327,10 @@ class Pipeline(ABC):
     ) -> Tensor:
         """One picture per prompt and seed, all in one batch: uint8 [B, height, width, 3]. progress: called after every step."""
         return self.decode(
-            self.draw(prompts, seeds, config, width=width, height=height, negative_prompt=negative_prompt, progress=progress)
+            self.generate_tokens(prompts, seeds, config, width=width, height=height, negative_prompt=negative_prompt, progress=progress)
         )
 
-    def draw(
+    def generate_tokens(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -328,7 +346,7 @@ class Pipeline(ABC):
         w, h = width or self.config.native_size[0], height or self.config.native_size[1]
         noises = [self.noise(seed, w, h, config.steps, config.renoise_mode) for seed in seeds]
         *encoded, negative = self.encode([*prompts, negative_prompt])
-        images = self.image_embeddings(encoded, noises)
+        images = self.prior_embeddings(encoded, noises)
         unconditional = self.condition(negative) if config.guided else None
         rows = [
             self.start(noise, config, self.condition(prompt, image), unconditional)
@@ -345,7 +363,7 @@ class PipelineV3(Pipeline):
 
     def __init__(self, bundle: BundleV3) -> None:
         super().__init__(bundle)
-        self.imagine: Imagine = self._imagine
+        self.run_prior: PriorFn = self._run_prior
 
     @property
     def prior_noise(self) -> tuple[int, int]:
@@ -366,13 +384,13 @@ class PipelineV3(Pipeline):
         return [Prompt(*row) for row in rows]
 
     @torch.inference_mode()
-    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
         """By the prior."""
         text = torch.cat([p.clip for p in prompts])
         noise = torch.stack([n.prior for n in noises], dim=1).to(self.device, non_blocking=True)
-        return list(self.imagine(text, noise).to(text.dtype).split(1))
+        return list(self.run_prior(text, noise).to(text.dtype).split(1))
 
-    def _imagine(self, text: Tensor, noise: Tensor) -> Tensor:
+    def _run_prior(self, text: Tensor, noise: Tensor) -> Tensor:
         r = self.config.recipe
         return prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
 
@@ -408,13 +426,13 @@ class PipelineV1(Pipeline):
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
         """The empty text is the zero embedding, v1's unconditional one."""
         clip, nothing = self.bundle.clip, torch.empty(1, 0, device=self.device)
-        written = send([bool(prompt) for prompt in prompts], self.device)[:, None]
+        written = to_device([bool(prompt) for prompt in prompts], self.device)[:, None]
         tokens, too_long = clip.tokenize(prompts)
         embeddings = (self._here(clip.encode_tokens(tokens)) * written).split(1)
         cut = [("clip",) if is_cut else () for is_cut in too_long]
         return [Prompt(nothing[..., None], nothing.bool(), *row) for row in zip(embeddings, cut, strict=True)]
 
-    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
         """The texts' own."""
         return [prompt.clip for prompt in prompts]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,21 @@ class NoCache:
         distinct = list(dict.fromkeys(keys))
         values = dict(zip(distinct, compute(distinct), strict=True)) if distinct else {}
         return [values[key] for key in keys]
+
+
+class DictCache:
+    """Remember everything, or the keys that `keeps` accepts, without a bound."""
+
+    def __init__(self, keeps: Callable[[Hashable], bool] = lambda key: True) -> None:
+        self._keeps = keeps
+        self._values: dict[Hashable, Any] = {}
+
+    def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+        missing = [key for key in dict.fromkeys(keys) if key not in self._values]
+        values = dict(zip(missing, compute(missing), strict=True)) if missing else {}
+        found = [values[key] if key in values else self._values[key] for key in keys]
+        self._values.update((key, value) for key, value in values.items() if self._keeps(key))
+        return found
 
 
 class TextKey(NamedTuple):
@@ -322,15 +337,15 @@ class _BatchEncoder:
         def encode(batch: list[ImageKey]) -> list[Tensor]:
             pixels = [as_tensor(images[key]) for key in batch]
             if batch[0].kind == "embedding":
-                return [embedding.clone() for embedding in self._pipeline.picture_embeddings(pixels)]
-            return [tokens.clone() for tokens in self._pipeline.codes(torch.stack(pixels))]
+                return [embedding.clone() for embedding in self._pipeline.embed_images(pixels)]
+            return [tokens.clone() for tokens in self._pipeline.encode_images(torch.stack(pixels))]
 
         return _in_batches(keys, batch_of, encode)
 
     def _run_prior(self, keys: list[PriorKey], noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]) -> list[Tensor]:
         def run(batch: list[PriorKey]) -> list[Tensor]:
             prompts = [texts[key.text].prompt for key in batch]
-            embeddings = self._pipeline.image_embeddings(prompts, [noises[key] for key in batch])
+            embeddings = self._pipeline.prior_embeddings(prompts, [noises[key] for key in batch])
             return [embedding.clone() for embedding in embeddings]
 
         return _in_batches(keys, lambda key: None if key.text.shared else key, run)

@@ -17,7 +17,7 @@ from model.config import SamplingConfig
 from model.image_request import steps_skipped
 from model.networks.denoiser_v1 import ConditionV1
 from model.networks.denoiser_v3 import Condition
-from model.runtime import send
+from model.runtime import to_device
 from model.sampling import NEVER, Noise, ramp, renoise, timesteps
 
 AnyCondition = Condition | ConditionV1
@@ -111,7 +111,7 @@ class Row:
     @cached_property
     def guidance_weights(self) -> Tensor:
         """[n, branches]: what each branch counts at every step; on the device, as no step sends numbers there."""
-        guidance = send(self.guidances, self.tokens.device)
+        guidance = to_device(self.guidances, self.tokens.device)
         return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
 
     @cached_property
@@ -179,7 +179,7 @@ def edit(row: Row, tokens: Tensor, strength: float) -> Row:
     steps = row.sampling.steps
     row.step = steps_skipped(strength, steps)
     if row.step > 0:
-        probability = send([row.times[row.step] or NEVER], tokens.device)
+        probability = to_device([row.times[row.step] or NEVER], tokens.device)
         row.tokens = renoise(tokens[None], row.noise.start[None], row.noise.renoise[row.step - 1][None], probability)[0]
     return row
 

@@ -48,7 +48,7 @@ def prepare(threads: int = 0) -> None:
         torch.set_num_threads(threads)
 
 
-def send(values: Sequence[float] | Sequence[bool], device: torch.device) -> Tensor:
+def to_device(values: Sequence[float] | Sequence[bool], device: torch.device) -> Tensor:
     """Numbers as a tensor on the device. `torch.tensor(values, device=…)` waits until the device is through with all that was launched
     before; this only puts the copy behind it."""
     return torch.tensor(values).to(device, non_blocking=True)

@@ -110,7 +110,7 @@ def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor)
     return torch.where(uniform <= probability[:, None, None], start, tokens)
 
 
-def settle(
+def renoise_and_pin(
     drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """What a step leaves, both [B, H, W] and in memory of their own: the picture as far as it has come, and what the next step reads.
@@ -124,14 +124,14 @@ def settle(
     return torch.where(*kept, drawn), torch.where(*kept, following)
 
 
-def mix(branches: Tensor, row_of: Tensor, share: Tensor, rows: int) -> Tensor:
+def mix_branches(branches: Tensor, row_of: Tensor, weights: Tensor, rows: int) -> Tensor:
     """Guidance: features of all branches [N, H, W, C] → features of rows [B, H, W, C], summed in fp32.
 
-    row_of [N] is each branch's row, share [N] or [N, H, W] its weight there. Rows are summed apart, so that one with NaN in it harms no
-    other.
+    row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight there. Rows are summed apart,
+    so that one with NaN in it harms no other.
     """
     if len(branches) == rows:
         return branches
-    weighted = branches.float() * (share[:, None, None, None] if share.dim() == 1 else share[..., None])
+    weighted = branches.float() * (weights[:, None, None, None] if weights.dim() == 1 else weights[..., None])
     mixed = weighted.new_zeros(rows, *branches.shape[1:]).index_add_(0, row_of, weighted)
     return mixed.to(branches.dtype)

@@ -279,7 +279,7 @@ class Metrics:
         self.denoise_duration.observe(timings.denoise)
         self.decode_duration.observe(timings.decode)
 
-    def record_beat(self, report: WorkerReport, max_rows: int) -> None:
+    def record_heartbeat(self, report: WorkerReport, max_rows: int) -> None:
         """Add a worker's report. max_rows: rows that a batch may have."""
         for step in report.steps:
             self.step_rows.observe(step.rows)

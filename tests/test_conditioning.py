@@ -16,7 +16,7 @@ def shown(pipeline: Pipeline) -> list[Conditioning]:
     """Prompts of 4, 10 and 40 bytes and their pictures."""
     prompts = pipeline.encode(["red", "red apple", "the red apple in the red apple on and on"])
     noise = pipeline.noise(0, 32, 32, 1)
-    return [Conditioning(p, image) for p, image in zip(prompts, pipeline.image_embeddings(prompts, [noise] * 3), strict=True)]
+    return [Conditioning(p, image) for p, image in zip(prompts, pipeline.prior_embeddings(prompts, [noise] * 3), strict=True)]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from server.engine.cpu_threads import LATE, SOON, SPINS, Threads, bound_spinning
+from server.engine.cpu_threads import LATE, SOON, SPINS, ThreadTuner, limit_spin_count
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 
@@ -19,7 +19,7 @@ class Machine:
         self.now, self.computing = 0.0, cores
         self.used: list[int] = []
         self.seconds: Callable[[int], float] = SHARE_OF_ONE.__getitem__
-        self.threads = Threads(cores, self.use, lambda: self.now)
+        self.threads = ThreadTuner(cores, self.use, lambda: self.now)
 
     def use(self, threads: int) -> None:
         self.computing = threads
@@ -131,5 +131,5 @@ def test_threads_that_wait_sleep_soon_unless_the_environment_says_how_long_they_
     monkeypatch: pytest.MonkeyPatch, said: dict[str, str], spins: str | None
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(said))
-    bound_spinning()
+    limit_spin_count()
     assert os.environ.get("GOMP_SPINCOUNT") == spins

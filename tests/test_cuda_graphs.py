@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.pipeline import Pipeline, PipelineV3
 from model.rows import RegionBranch, Row
-from server.engine.cuda_graphs import Bucket, Graphs, PictureGraphs, PriorGraphs, buckets
+from server.engine.cuda_graphs import Bucket, DecodeGraphs, PriorGraphs, StepGraphs, step_buckets
 from server.engine.messages import Count
 from server.engine.runner import Runner
 from server.settings import Settings
@@ -55,11 +55,11 @@ def rerun(function: Callable[[], Tensor]) -> Rerun:
 
 
 @pytest.fixture
-def graphs(pipeline: Pipeline) -> Iterator[Graphs]:
+def graphs(pipeline: Pipeline) -> Iterator[StepGraphs]:
     """The pipeline computes with these for as long as the test runs."""
     buckets = [Bucket(GRID, rows, branches, length) for rows in (1, 2, 4) for branches in (1, 2) for length in LENGTHS]
-    made = Graphs(pipeline, buckets, rerun, Counter())
-    made.record_all()
+    made = StepGraphs(pipeline, buckets, rerun, Counter())
+    made.capture_all()
     eager, pipeline.executor = pipeline.executor, made
     yield made
     pipeline.executor = eager
@@ -149,21 +149,21 @@ def test_the_largest_graph_is_recorded_first(pipeline):
         seen.append(len(recording.output))
         return recording
 
-    Graphs(pipeline, buckets, record, Counter()).record_all()
+    StepGraphs(pipeline, buckets, record, Counter()).capture_all()
     assert seen[:3] == [4, 2, 1]
 
 
 def test_every_row_count_up_to_the_most_has_a_bucket_and_every_length_that_a_text_can_have():
     config = micro_config()
-    made = buckets(config, max_rows=12, sizes=[(64, 32)])
+    made = step_buckets(config, max_rows=12, sizes=[(64, 32)])
     assert {b.rows for b in made} == {1, 2, 4, 8, 12}
     assert {b.grid for b in made} == {(8, 16)}
-    assert {b.branches for b in made} == {1, 2}
+    assert {b.branches_per_row for b in made} == {1, 2}
     assert max(b.length for b in made) == config.byt5.max_bytes + 2 * config.denoiser.clip_seq_len
 
 
 def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
-    made = buckets(pipeline.config, max_rows=2, sizes=[pipeline.config.native_size])
+    made = step_buckets(pipeline.config, max_rows=2, sizes=[pipeline.config.native_size])
     (prompt,) = pipeline.encode(["the apple " * 100])
     condition = pipeline.condition(prompt, torch.ones(1, 16))
     assert condition.length <= max(b.length for b in made)
@@ -172,7 +172,7 @@ def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
 def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settings(random_bundle):
     runner = Runner(Settings(weights=str(random_bundle), dtype="float32", max_batch_rows=2, graph_sizes="32x64,40x40"))
     pipeline = runner._pipelines["random"]
-    runner.record_graphs(pipeline, lambda: rerun)
+    runner.capture_graphs(pipeline, lambda: rerun)
     captures = runner.counters["graph_captures", "false"]
     for width, height in ((32, 32), (32, 64), (64, 64)):
         pipeline.generate(["red apple"], [0], PLAIN, width=width, height=height)
@@ -192,12 +192,12 @@ def test_nothing_on_the_way_from_a_text_to_a_step_waits_for_the_device(pipeline,
 def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
     counters: Counter[Count] = Counter()
     graphs = PriorGraphs(pipeline, (1, 4), rerun, counters)
-    graphs.record_all()
+    graphs.capture_all()
     steps, width = pipeline.prior_noise
     drawn = []
     for count in (1, 3, 2):
         text, noise = torch.randn(count, width), torch.randn(steps, count, width)
-        drawn.append((graphs(text, noise), pipeline.imagine(text, noise)))
+        drawn.append((graphs(text, noise), pipeline.run_prior(text, noise)))
     for replayed, expected in drawn:  # after all of them: a replay takes nothing away from those before it
         torch.testing.assert_close(replayed, expected, atol=1e-5, rtol=1e-5)
     assert counters["graph_replays", ""] == 3
@@ -207,15 +207,15 @@ def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
 
 def test_pictures_replayed_are_those_decoded_eagerly_for_any_number_and_size_of_them(pipeline):
     counters: Counter[Count] = Counter()
-    graphs = PictureGraphs(pipeline, [GRID, (8, 16)], (1, 4), rerun, counters)
-    graphs.record_all()
+    graphs = DecodeGraphs(pipeline, [GRID, (8, 16)], (1, 4), rerun, counters)
+    graphs.capture_all()
     tokens = [torch.randint(64, (count, *grid)) for count, grid in ((3, GRID), (1, (8, 16)), (2, GRID))]
     decoded = [graphs(each) for each in tokens]
     for each, pictures in zip(tokens, decoded, strict=True):  # after all of them: a replay takes nothing away from those before it
-        assert (pictures.int() - pipeline.pictures(each).int()).abs().max() <= 1
+        assert (pictures.int() - pipeline.decode_tokens(each).int()).abs().max() <= 1
     assert (counters["graph_captures", "false"], counters["graph_replays", ""]) == (4, 3)
     for odd in (torch.randint(64, (5, *GRID)), torch.randint(64, (1, 16, 16))):
-        assert torch.equal(graphs(odd), pipeline.pictures(odd))
+        assert torch.equal(graphs(odd), pipeline.decode_tokens(odd))
     assert counters["graph_replays", ""] == 3
 
 
@@ -228,10 +228,10 @@ def v1(random_v1_bundle) -> Pipeline:
 
 
 @pytest.fixture
-def v1_graphs(v1: Pipeline) -> Iterator[Graphs]:
+def v1_graphs(v1: Pipeline) -> Iterator[StepGraphs]:
     """As `graphs`."""
-    made = Graphs(v1, buckets(v1.config, 4, [v1.config.native_size]), rerun, Counter())
-    made.record_all()
+    made = StepGraphs(v1, step_buckets(v1.config, 4, [v1.config.native_size]), rerun, Counter())
+    made.capture_all()
     eager, v1.executor = v1.executor, made
     yield made
     v1.executor = eager
@@ -269,8 +269,8 @@ def test_what_cannot_be_recorded_is_computed_eagerly(pipeline):
         return recording
 
     counters: Counter[Count] = Counter()
-    graphs = Graphs(pipeline, [Bucket(GRID, rows, 2, 80) for rows in (1, 2)], refuse_large, counters)
-    graphs.record_all()
+    graphs = StepGraphs(pipeline, [Bucket(GRID, rows, 2, 80) for rows in (1, 2)], refuse_large, counters)
+    graphs.capture_all()
     assert counters["graph_captures", "false"] == 1 + len(SAMPLERS)
     replaying = PipelineV3(pipeline.bundle)
     replaying.executor = graphs

@@ -10,7 +10,7 @@ import torch
 
 from model import rows as operations
 from model.config import SamplingConfig
-from model.pipeline import Drawing
+from model.pipeline import SamplingInputs
 from model.rows import PinnedTokens, RegionBranch, Row
 from server.api.images.encode import encode
 from server.engine.messages import Image, Job
@@ -73,14 +73,14 @@ class Loop:
         self.runner.drop(done)
 
     def _step(self, rows: list[RowId]) -> list[RowId]:
-        def draw(drawn: Sequence[Row], features: torch.Tensor, drawing: Drawing) -> torch.Tensor:
+        def draw(drawn: Sequence[Row], features: torch.Tensor, drawing: SamplingInputs) -> torch.Tensor:
             for row, own in zip(rows, features, strict=True):
                 self.features.setdefault(row, []).append(own.numpy().tobytes())
-            return type(pipeline)._draw(pipeline, drawn, features, drawing)
+            return type(pipeline)._sample(pipeline, drawn, features, drawing)
 
         pipeline = self.runner._pipelines["random"]
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(pipeline, "_draw", draw)
+            patched.setattr(pipeline, "_sample", draw)
             return self.runner.step("random", rows)
 
     def cancel(self, id: str) -> None:

@@ -14,7 +14,7 @@ from model.kernels.triton.prior_block import ROWS, prior_block
 from model.networks.denoiser_v3 import ConvBlock, Denoiser
 from model.networks.prior import Prior, sample
 from model.optimize import use_triton
-from model.pipeline import Drawing, Eager, Pipeline, PipelineV3
+from model.pipeline import Eager, Pipeline, PipelineV3, SamplingInputs
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config, randomise
@@ -34,10 +34,10 @@ def test_a_fused_denoiser_sees_what_the_plain_one_sees():
 def test_every_sampler_draws_the_same_codes_fused_or_not(pipeline: Pipeline, sampler):
     bundle = replace(pipeline.bundle, denoiser=copy.copy(pipeline.bundle.denoiser))
     features, uniform = torch.randn(2, 4, 4, 16), torch.rand(2, 4, 4)
-    drawing = Drawing(uniform, torch.tensor([0.7, 1.5]), torch.tensor([0.4, 0.9]))
-    expected = Eager(bundle).draw(sampler, features, drawing)
+    drawing = SamplingInputs(uniform, torch.tensor([0.7, 1.5]), torch.tensor([0.4, 0.9]))
+    expected = Eager(bundle).sample(sampler, features, drawing)
     bundle.denoiser.fused = True
-    assert torch.equal(Eager(bundle).draw(sampler, features, drawing), expected)
+    assert torch.equal(Eager(bundle).sample(sampler, features, drawing), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9], ids=["one picture", "three", "more than the kernels are for"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.latency_model import MEMORY_S, Costs
+from server.engine.latency_model import MEMORY_S, LatencyModel
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import RowId, Scheduler
 from tests.test_fairness import Machine
@@ -20,8 +20,8 @@ def asked(id: str = "new", steps: int = 10, rows: int = 1, **changes: object) ->
     return replace(job(id, rows), sampling=replace(SAMPLING, steps=steps), **changes)
 
 
-def costs(*measured: tuple[int, int, float]) -> Costs:
-    made = Costs()
+def costs(*measured: tuple[int, int, float]) -> LatencyModel:
+    made = LatencyModel()
     for rows, pixels, seconds in measured:
         made.record_step(Step(rows, rows, pixels, seconds), now=0.0)
     return made
@@ -107,7 +107,7 @@ def test_averages_follow_a_change():
 def test_predictions_are_near_what_the_scheduler_does(seed):
     """Jobs of three sizes arrive at random under a load that fills the slots; each prediction is compared with its job's finish."""
     rng = random.Random(seed)
-    slots, made, scheduler = 8, Costs(), Scheduler(8)
+    slots, made, scheduler = 8, LatencyModel(), Scheduler(8)
 
     def seconds(rows: int, width: int) -> float:
         return (0.02 + 0.01 * rows) * width / 64

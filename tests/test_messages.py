@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from server.engine.messages import Dropped, Finished, Image, Preview, Timings, receive, send
+from server.engine.messages import Dropped, Finished, Image, Preview, Timings, receive_message, send_message
 
 
 def pictures(*sides: int) -> Finished:
@@ -24,15 +24,15 @@ def test_pixels_arrive_as_they_were_and_the_next_message_after_them(sides):
     near, far = Pipe()
     sent = pictures(*sides)
     thread = threading.Thread(
-        target=lambda: [send(near, message) for message in (sent, Dropped("b"), Preview("c", 0, 1, pictures(8).images[0]))]
+        target=lambda: [send_message(near, message) for message in (sent, Dropped("b"), Preview("c", 0, 1, pictures(8).images[0]))]
     )
     thread.start()
-    received = receive(far)
+    received = receive_message(far)
     assert [image.width for image in received.images] == list(sides)
     assert all(bytes(x.pixels) == bytes(y.pixels) for x, y in zip(received.images, sent.images, strict=True))
     assert all(isinstance(image.pixels, bytes) for image in received.images)
-    assert receive(far) == Dropped("b")
-    assert bytes(receive(far).image.pixels) == bytes(pictures(8).images[0].pixels)
+    assert receive_message(far) == Dropped("b")
+    assert bytes(receive_message(far).image.pixels) == bytes(pictures(8).images[0].pixels)
     thread.join()
     near.close()
     far.close()
@@ -45,13 +45,13 @@ def test_pixels_are_left_out_of_the_pickle():
 
 def test_a_message_that_breaks_off_is_not_received():
     near, far = Pipe()
-    send(near, Dropped("whole"))
+    send_message(near, Dropped("whole"))
     header = pickle.dumps(sent := pictures(8), protocol=5, buffer_callback=lambda _: None)
     near.send((header, len(sent.images)))
     near.close()
-    assert receive(far) == Dropped("whole")
+    assert receive_message(far) == Dropped("whole")
     with pytest.raises((EOFError, OSError)):
-        receive(far)
+        receive_message(far)
     far.close()
 
 

@@ -30,7 +30,7 @@ SAMPLERS = ("multinomial", "argmax", "typical", "quant")
 def row(pipeline: Pipeline, prompt: str = PROMPTS[0], seed: int = 0, config: SamplingConfig = PLAIN) -> Row:
     noise = pipeline.noise(seed, 32, 32, config.steps)
     encoded, negative = pipeline.encode([prompt, ""])
-    (image,) = pipeline.image_embeddings([encoded], [noise])
+    (image,) = pipeline.prior_embeddings([encoded], [noise])
     return pipeline.start(noise, config, pipeline.condition(encoded, image), pipeline.condition(negative))
 
 
@@ -265,9 +265,9 @@ def test_what_was_cut_is_said_by_encoder(pipeline):
     assert both.truncated == ("byt5", "clip")
 
 
-def test_image_embeddings_belong_to_their_prompt_and_noise(pipeline):
+def test_prior_embeddings_belong_to_their_prompt_and_noise(pipeline):
     prompts, noises = pipeline.encode(PROMPTS[:2]), [pipeline.noise(seed, 32, 32, 1) for seed in (1, 2)]
-    together = pipeline.image_embeddings(prompts, noises)
+    together = pipeline.prior_embeddings(prompts, noises)
     for prompt, noise, embedding in zip(prompts, noises, together, strict=True):
-        torch.testing.assert_close(pipeline.image_embeddings([prompt], [noise])[0], embedding, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pipeline.prior_embeddings([prompt], [noise])[0], embedding, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)

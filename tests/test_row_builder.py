@@ -63,7 +63,7 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
 
 def tokens_of(runner: Runner, shown: InputImage) -> torch.Tensor:
     pixels = torch.frombuffer(bytearray(shown.content), dtype=torch.uint8).view(1, shown.height, shown.width, 3)
-    return runner._pipelines["random"].codes(pixels)[0]
+    return runner._pipelines["random"].encode_images(pixels)[0]
 
 
 def test_tokens_under_the_mask_are_drawn_and_the_others_are_the_pictures(runner):
@@ -91,7 +91,7 @@ def test_an_edit_of_strength_zero_is_the_picture_and_one_of_strength_one_ignores
 
 
 def test_variations_ask_no_prior_and_follow_their_pictures_and_weights(runner, monkeypatch):
-    monkeypatch.setattr(type(runner._pipelines["random"]), "image_embeddings", None)
+    monkeypatch.setattr(type(runner._pipelines["random"]), "prior_embeddings", None)
     one, other = Reference(picture(1), 1.0), Reference(picture(2), 1.0)
     each = [(one,), (other,), (one, other), (one, replace(other, weight=0.1)), (one, replace(other, weight=0.0))]
     drawn(runner, *(job(str(i), references=r, prompt="") for i, r in enumerate(each)))
@@ -111,8 +111,8 @@ def test_the_first_and_the_last_frame_are_what_their_prompts_draw_with_the_same_
 def test_a_prior_is_asked_once_for_a_keyframe_however_many_frames(runner, monkeypatch):
     asked: list[int] = []
     pipeline = runner._pipelines["random"]
-    draw = pipeline.image_embeddings
-    monkeypatch.setattr(pipeline, "image_embeddings", lambda prompts, noises: asked.append(len(prompts)) or draw(prompts, noises))
+    draw = pipeline.prior_embeddings
+    monkeypatch.setattr(pipeline, "prior_embeddings", lambda prompts, noises: asked.append(len(prompts)) or draw(prompts, noises))
     drawn(runner, job("a", **FRAMES | {"seeds": (0,) * 6}))
     assert asked == [2]
 
@@ -125,8 +125,8 @@ def test_a_region_of_full_weight_everywhere_is_its_prompt(runner):
 def test_pictures_are_encoded_once_and_together_with_those_of_other_arrivals(runner, monkeypatch):
     batches: list[int] = []
     pipeline = runner._pipelines["random"]
-    codes = pipeline.codes
-    monkeypatch.setattr(pipeline, "codes", lambda pictures: batches.append(len(pictures)) or codes(pictures))
+    codes = pipeline.encode_images
+    monkeypatch.setattr(pipeline, "encode_images", lambda pictures: batches.append(len(pictures)) or codes(pictures))
     jobs = [job(str(i), canvas=Repaint(picture(i % 2), mask(16, 16))) for i in range(4)]
     drawn(runner, *jobs)
     drawn(runner, replace(jobs[0], id="again"))
@@ -168,7 +168,7 @@ def test_an_edit_without_a_step_comes_back_as_the_reconstruction(far: Far, pipel
     far.send(job("a", canvas=Edit(picture(), 0.0)))
     pixels = np.frombuffer(far.answer("a").images[0].pixels, np.uint8)
     shown = torch.frombuffer(bytearray(picture().content), dtype=torch.uint8).view(1, 32, 32, 3)
-    assert np.array_equal(pixels, pipeline.decode(pipeline.codes(shown)).flatten().numpy())
+    assert np.array_equal(pixels, pipeline.decode(pipeline.encode_images(shown)).flatten().numpy())
 
 
 def test_an_early_job_sends_each_image_and_then_all_of_them(far: Far):  # noqa: F811

@@ -12,7 +12,7 @@ import torch
 
 from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
-from server.engine.cpu_threads import Threads
+from server.engine.cpu_threads import ThreadTuner
 from server.engine.messages import Job
 from server.engine.prompt_cache import tensor_bytes, tensors_in
 from server.engine.runner import Runner, Stopwatch, Streams
@@ -28,9 +28,9 @@ class Calls:
     def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self.texts: list[Sequence[str]] = []
         self.priors: list[int] = []
-        encode, image_embeddings = pipeline.encode, pipeline.image_embeddings
+        encode, prior_embeddings = pipeline.encode, pipeline.prior_embeddings
         monkeypatch.setattr(pipeline, "encode", lambda prompts: self.texts.append(prompts) or encode(prompts))
-        monkeypatch.setattr(pipeline, "image_embeddings", lambda p, noises: self.priors.append(len(p)) or image_embeddings(p, noises))
+        monkeypatch.setattr(pipeline, "prior_embeddings", lambda p, noises: self.priors.append(len(p)) or prior_embeddings(p, noises))
 
 
 @pytest.fixture(name="runner")
@@ -76,7 +76,7 @@ def test_a_seed_s_prior_at_another_size_is_another_one(runner, calls, pipeline):
     (row,) = started(runner, job("b", width=48))
     assert calls.priors == [1, 1]
     prompt, noise = pipeline.encode(["red apple"])[0], pipeline.noise(0, 48, 32, SAMPLING.steps)
-    expected = pipeline.condition(prompt, *pipeline.image_embeddings([prompt], [noise]))
+    expected = pipeline.condition(prompt, *pipeline.prior_embeddings([prompt], [noise]))
     torch.testing.assert_close(list(tensors_in(runner._rows[row].conditional)), list(tensors_in(expected)))
 
 
@@ -167,7 +167,7 @@ def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bu
 def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that_are_chosen(runner, monkeypatch):
     computing: list[int] = []
     used: list[int] = []
-    threads = Threads(4, computing.append)
+    threads = ThreadTuner(4, computing.append)
     threads.chosen = 1
     monkeypatch.setattr(runner, "_threads", threads)
     pipeline = runner._pipelines["random"]
@@ -175,7 +175,7 @@ def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that
     def watched(compute: Callable[..., object]) -> Callable[..., object]:
         return lambda *args: used.append(threads._used) or compute(*args)
 
-    for name in ("encode", "advance", "pictures"):
+    for name in ("encode", "advance", "decode_tokens"):
         monkeypatch.setattr(pipeline, name, watched(getattr(pipeline, name)))
     for deterministic, expected in ((True, 4), (False, 1)):
         one = job(f"{deterministic}", sampling=replace(SAMPLING, deterministic=deterministic))

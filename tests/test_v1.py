@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import DenoiserV1Config, RenoiseMode, Sampler, SamplingConfig, VQGANV1Config
 from model.networks.denoiser_v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
-from model.pipeline import Drawing, Eager, Pipeline, PipelineV1
+from model.pipeline import Eager, Pipeline, PipelineV1, SamplingInputs
 from model.rows import PinnedTokens, RegionBranch, Row, generate, repaint
 from model.sampling import Noise, draw_noise, keep_typical, timesteps
 from tests.conftest import golden, randomise
@@ -219,10 +219,10 @@ class BundleOf:
 class Recorded(Eager):
     """Draws with recorded Gumbel noise, which stands where a row's uniforms are."""
 
-    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+    def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         assert sampler == "typical"
-        logits = keep_typical(self.denoiser.project(features), drawing.mass[:, None, None].expand(features.shape[:-1]))
-        return (logits * drawing.inverse[:, None, None, None] + drawing.uniform).argmax(-1)
+        logits = keep_typical(self.denoiser.project(features), inputs.mass[:, None, None].expand(features.shape[:-1]))
+        return (logits * inputs.inverse[:, None, None, None] + inputs.uniform).argmax(-1)
 
 
 def recorded_rows(denoiser: DenoiserV1, clip: Tensor, mode: RenoiseMode) -> list[Row]:
@@ -293,7 +293,7 @@ def prompted(pipeline: PipelineV1, seed: int, prompt: str = "red apple", **chang
     config = replace(pipeline.config.recipe.sampling(), **changes)
     noise = pipeline.noise(seed, 32, 32, config.steps, config.renoise_mode)
     encoded, negative = pipeline.encode([prompt, ""])
-    (image,) = pipeline.image_embeddings([encoded], [noise])
+    (image,) = pipeline.prior_embeddings([encoded], [noise])
     return pipeline.start(noise, config, pipeline.condition(encoded, image), pipeline.condition(negative))
 
 

@@ -99,7 +99,7 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     if shape.codes:
         yield _draw(shape, device, dtype, "multinomial")
         yield _draw(shape, device, dtype, "argmax")
-        yield from (_settle(shape, device, keeping) for keeping in (False, True))
+        yield from (_renoise_and_pin(shape, device, keeping) for keeping in (False, True))
     if shape.prior:
         yield _prior(shape, device, dtype)
 
@@ -163,8 +163,8 @@ def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multi
     return Case(sampler, lambda: draw(sampler, *given), lambda: plain_draw(sampler, *given), judge, given[0].nbytes + weight.nbytes + 8 * N)
 
 
-def _settle(shape: Shape, device: str, keeping: bool) -> Case:
-    from model.kernels.triton.settle import settle
+def _renoise_and_pin(shape: Shape, device: str, keeping: bool) -> Case:
+    from model.kernels.triton.renoise_and_pin import renoise_and_pin
 
     size = (shape.rows, shape.side, shape.side)
 
@@ -176,12 +176,12 @@ def _settle(shape: Shape, device: str, keeping: bool) -> Case:
     def judge() -> Check:
         given = inputs()
         with poisoned_memory():
-            found = settle(*given)
-        return Check(name, min(map(agreement, found, sampling.settle(*given))), 1.0, agreement=True)
+            found = renoise_and_pin(*given)
+        return Check(name, min(map(agreement, found, sampling.renoise_and_pin(*given))), 1.0, agreement=True)
 
-    name, given = f"settle{', keeping' if keeping else ''}", inputs()
+    name, given = f"renoise_and_pin{', keeping' if keeping else ''}", inputs()
     read = sum(part.nbytes for part in (*given[:3], given[0], given[0], *(given[4] or ())))
-    return Case(name, lambda: settle(*given)[1], lambda: sampling.settle(*given)[1], judge, read)
+    return Case(name, lambda: renoise_and_pin(*given)[1], lambda: sampling.renoise_and_pin(*given)[1], judge, read)
 
 
 def _prior(shape: Shape, device: str, dtype: torch.dtype) -> Case:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.bundle import is_finite
 from model.config import Sampler
-from model.pipeline import Drawing, Eager, Lanes, Pipeline
+from model.pipeline import BranchBatch, Eager, Pipeline, SamplingInputs
 
 # Simple things in plain colours, which every generation of weights has seen; the seeds are their places.
 PROMPTS = (
@@ -105,13 +105,13 @@ class _Watched(Eager):
 
     broken = False
 
-    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
-        features = super().features(tokens, times, lanes, share)
+    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+        features = super().features(tokens, times, branches, weights)
         self.broken = self.broken or not is_finite(features)
         return features
 
-    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
-        return super().draw(sampler, features.nan_to_num(), drawing)
+    def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        return super().sample(sampler, features.nan_to_num(), inputs)
 
 
 @torch.inference_mode()
@@ -120,7 +120,7 @@ def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> 
     watched = pipeline.executor = _Watched(pipeline.bundle)
     tokens = []
     for seed, prompt in enumerate(PROMPTS):
-        tokens.append(pipeline.draw([prompt], [seed])[0].cpu())
+        tokens.append(pipeline.generate_tokens([prompt], [seed])[0].cpu())
         progress()
     drawn = torch.stack(tokens)
     decoded = torch.cat([pipeline.bundle.vqgan.decode(t[None].to(pipeline.device)).float().cpu() for t in drawn])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.config import ByteEncoderConfig, CLIPConfig
 from model.kernels.cpu_prepacked import LinearMap, linear_map
-from model.runtime import send
+from model.runtime import to_device
 
 # Passes are packed for a text of about this many tokens.
 TYPICAL_LENGTH = 64
@@ -313,5 +313,5 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1], any size → [B, embed_dim]."""
         image = self.scale(image)
-        mean, std = (send(values, image.device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
+        mean, std = (to_device(values, image.device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
         return self.model.encode_image(((image - mean) / std).to(self.model.logit_scale.dtype))

@@ -126,7 +126,7 @@ def from_engine(error: EngineError) -> ApiError:
     match error:
         case QueueFull(retry_after=seconds):
             answer = _too_many("queue_full", str(error), None, retry_headers(seconds))
-        case DeadlineUnreachable(retry_after=seconds, repeating=retryable):
+        case DeadlineUnreachable(retry_after=seconds, retryable=retryable):
             headers = retry_headers(seconds) | _no_retry(retryable)
             answer = _too_many("deadline_unreachable", str(error), "timeout_s", headers)
         case Starting():
@@ -140,7 +140,7 @@ def from_engine(error: EngineError) -> ApiError:
             message = "timeout_s passed before the answer was ready"
             status = HTTPStatus.GATEWAY_TIMEOUT
             answer = ApiError(status, "deadline_exceeded", message, "timeout_s")
-        case JobFailed(code=code, repeating=retryable):
+        case JobFailed(code=code, retryable=retryable):
             # The worker's message may hold paths and addresses: the log has it, the answer not.
             message = "the worker could not generate the image"
             status = HTTPStatus.INTERNAL_SERVER_ERROR

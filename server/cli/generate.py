@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.errors import FAILED, INVALID, fail, one_line_errors
-from server.engine.cpu_threads import bound_spinning
+from server.engine.cpu_threads import limit_spin_count
 
 if TYPE_CHECKING:
     from model.config import Operation
@@ -166,7 +166,7 @@ def replay(
     device: Device = None,
 ) -> None:
     """Generate an image again from the parameters in it; exit code 1 if the result differs."""
-    bound_spinning()
+    limit_spin_count()
     from server.api.images.encode import encode
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan, recorded_request
@@ -204,7 +204,7 @@ def _run(
     device: str | None,
     **others: Any,
 ) -> None:
-    bound_spinning()
+    limit_spin_count()
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan
 

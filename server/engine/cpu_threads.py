@@ -45,7 +45,7 @@ class Trial:
     shares: list[float] = field(default_factory=list)
 
 
-class Threads:
+class ThreadTuner:
     """From 1 to `most`; doubled and halved in turn to see what that does. With one there is nothing to choose, and nothing is changed.
 
     use: makes torch compute with so many from then on. clock: seconds.
@@ -130,7 +130,7 @@ class Threads:
 SPINS = 10_000
 
 
-def bound_spinning() -> None:
+def limit_spin_count() -> None:
     """Before torch is imported: lets threads that wait go to sleep sooner, unless the environment has a say in it.
 
     Undisturbed they do not get there. By default they spin for longer than the kernel lets a neighbour compute, and take from each other

@@ -1,27 +1,30 @@
-"""What waits to be decoded, and what is being decoded: finished rows first, then previews, in their order."""
+"""Queue rows for decoding: finished rows first, then previews, in their order, one batch at a time."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.engine.failure_isolation import Attempts
 from server.engine.messages import Image
-from server.engine.runner import DECODE_ROWS, Decoding, Runner
+from server.engine.runner import DECODE_ROWS, Decoding
 from server.engine.scheduler import Pool, RowId
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
-    """What a row waits for. preview: its number, None if the row is finished."""
+class DecodeRequest:
+    """A row's request. preview: its number, None if the row is finished."""
 
     pool: Pool
     preview: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """A row's picture after so many steps. preview: its number, None if the row is finished. seconds: what its batch took."""
+class DecodedImage:
+    """A row's image after `step` steps.
+
+    preview: its number, None if the row is finished. seconds: the time its batch took.
+    """
 
     row: RowId
     step: int
@@ -31,46 +34,45 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Underway:
+class _InProgress:
     decoding: Decoding
-    due: dict[RowId, Due]
+    requests: dict[RowId, DecodeRequest]
     began: float
 
-    def finish(self) -> list[Decoded]:
+    def finish(self) -> list[DecodedImage]:
         images = self.decoding.images()
         seconds = time.perf_counter() - self.began
         rows = zip(self.decoding.rows, self.decoding.steps, images, strict=True)
-        return [Decoded(row, step, self.due[row].preview, image, seconds) for row, step, image in rows]
+        return [DecodedImage(row, step, self.requests[row].preview, image, seconds) for row, step, image in rows]
 
 
-class Decoder:
-    """At most one decode is under way."""
+class DecodeQueue:
+    """Rows that wait to be decoded, and the one batch that is being decoded."""
 
-    def __init__(self, runner: Runner, attempt: Attempts) -> None:
-        self._runner, self._attempt = runner, attempt
-        self._finished: dict[RowId, Due] = {}
-        self._previews: dict[RowId, Due] = {}
-        self._underway: list[_Underway] = []
+    def __init__(self) -> None:
+        self._finished: dict[RowId, DecodeRequest] = {}
+        self._previews: dict[RowId, DecodeRequest] = {}
+        self._in_progress: list[_InProgress] = []
 
     @property
     def rows_finished(self) -> int:
-        """Rows that are through with their steps and not decoded."""
+        """Rows that have taken all of their steps and are not being decoded yet."""
         return len(self._finished)
 
     @property
-    def rows_underway(self) -> list[RowId]:
-        return [row for underway in self._underway for row in underway.decoding.rows]
+    def rows_in_progress(self) -> list[RowId]:
+        return [row for each in self._in_progress for row in each.decoding.rows]
 
-    def add(self, row: RowId, due: Due) -> None:
-        """A preview takes the place of an earlier one that was not made, and comes too late once its row is finished."""
-        if due.preview is None:
+    def add(self, row: RowId, request: DecodeRequest) -> None:
+        """Add a row; a preview replaces an earlier one, and a finished row its preview."""
+        if request.preview is None:
             self._previews.pop(row, None)
-            self._finished[row] = due
+            self._finished[row] = request
         else:
-            self._previews[row] = due
+            self._previews[row] = request
 
     def remove(self, id: str) -> list[RowId]:
-        """Forgets a job; returns its finished rows."""
+        """Forget a job; return its finished rows."""
         for row in [row for row in self._previews if row.job == id]:
             del self._previews[row]
         finished = [row for row in self._finished if row.job == id]
@@ -78,33 +80,27 @@ class Decoder:
             del self._finished[row]
         return finished
 
-    def turn(self, *, idle: bool) -> list[Decoded]:
-        """Begins one decode and returns what is decoded; idle: no step waits, so all that is finished is decoded at once."""
-        decoded = self._turn(idle)
-        while idle and self._finished:
-            decoded += self._turn(idle)
-        return decoded
+    def next_batch(self) -> dict[RowId, DecodeRequest]:
+        """Take at most `DECODE_ROWS` rows of one pool; none while a batch is being decoded."""
+        if self._in_progress:
+            return {}
+        return _take_batch(self._finished) or _take_batch(self._previews)
 
-    def _turn(self, idle: bool) -> list[Decoded]:
-        if not self._underway:
-            self._begin(_take_batch(self._finished) or _take_batch(self._previews))
-        if not idle and not all(underway.decoding.mark.passed for underway in self._underway):
+    def start(self, requests: dict[RowId, DecodeRequest], decodings: Sequence[Decoding], began: float) -> None:
+        """Begin a batch. began: when its decoding was launched, `time.perf_counter` seconds."""
+        self._in_progress = [_InProgress(decoding, requests, began) for decoding in decodings]
+
+    def collect(self, *, wait: bool) -> list[DecodedImage]:
+        """Return the images of the batch, if it is decoded or `wait` is true."""
+        if not wait and not all(each.decoding.mark.passed for each in self._in_progress):
             return []
-        decoded = [each for underway in self._underway for each in underway.finish()]
-        self._underway = []
-        self._runner.drop([each.row for each in decoded if each.preview is None])
+        decoded = [image for each in self._in_progress for image in each.finish()]
+        self._in_progress = []
         return decoded
 
-    def _begin(self, due: dict[RowId, Due]) -> None:
-        began = time.perf_counter()
-        decodings = self._attempt(list(due), lambda rows: [self._runner.decode(due[rows[0]].pool.model, rows)]) if due else []
-        self._underway = [_Underway(decoding, due, began) for decoding in decodings]
-        begun = set(self.rows_underway)
-        self._runner.drop([row for row in due if row not in begun])  # their jobs have failed
 
-
-def _take_batch(waiting: dict[RowId, Due]) -> dict[RowId, Due]:
-    """The first row, and those of its pool that may be decoded with it."""
+def _take_batch(waiting: dict[RowId, DecodeRequest]) -> dict[RowId, DecodeRequest]:
+    """Remove and return the first row, and those of its pool that may be decoded with it."""
     first = next(iter(waiting.values()), None)
-    batch = [row for row, due in waiting.items() if first and due.pool == first.pool][:DECODE_ROWS]
+    batch = [row for row, request in waiting.items() if first and request.pool == first.pool][:DECODE_ROWS]
     return {row: waiting.pop(row) for row in batch}

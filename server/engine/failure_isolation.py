@@ -1,10 +1,12 @@
-"""Stages that raise: tried again for each job alone, so that only those fail that raise by themselves."""
+"""Isolate failures: a stage that raises runs again for each job alone, so only jobs that raise by themselves fail."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,44 +19,63 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class Fail(Protocol):
-    """Ends a job without a picture."""
+@dataclass(frozen=True, slots=True)
+class StageFailure:
+    """A job that failed by itself. retryable: whether another attempt could succeed."""
 
-    def __call__(self, id: str, code: FailureCode, message: str, *, repeating: bool) -> None: ...
+    job: str
+    code: FailureCode
+    message: str
+    retryable: bool
 
 
-class Attempts:
-    """announce: told the jobs of every stage before it begins."""
+class IsolatedStage(Generic[Result]):
+    """One stage for the rows of several jobs: for all together, then, if that raises, job by job.
 
-    def __init__(self, announce: Callable[[tuple[str, ...]], None], fail: Fail) -> None:
-        self._announce, self._fail = announce, fail
+        attempt = IsolatedStage(rows, stage)
+        while batch := attempt.next_batch():
+            if failure := attempt.run(batch):
+                ...
+        attempt.results
 
-    def __call__(self, rows: list[RowId], stage: Callable[[list[RowId]], list[Result]]) -> list[Result]:
-        """Runs a stage for rows together or, should that raise, for one job after the other.
+    A stage must change no row before all of its rows are computed, so that it can run again.
+    """
 
-        A stage changes no row before all of its rows are computed, so running it again is harmless. Raises torch.AcceleratorError: after
-        that nothing can be computed in this process.
+    def __init__(self, rows: list[RowId], stage: Callable[[list[RowId]], list[Result]]) -> None:
+        self.results: list[Result] = []
+        self._stage = stage
+        self._batches = deque([rows])
+
+    def next_batch(self) -> list[RowId]:
+        """Return the rows to run next; none when the stage is over."""
+        return self._batches.popleft() if self._batches else []
+
+    def run(self, batch: list[RowId]) -> StageFailure | None:
+        """Run the stage for a batch; return the failure of a job that raised alone.
+
+        Raises torch.AcceleratorError, after which this process can compute nothing.
         """
-        parts = by_job(rows)
-        self._announce(tuple(part[0].job for part in parts))
         try:
-            return stage(rows)
+            self.results += self._stage(batch)
+            return None
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            log.error("a stage raised", exc_info=error, extra={"fields": {"jobs": len(parts)}})
+            jobs = by_job(batch)
+            log.error("stage failed", exc_info=error, extra={"fields": {"jobs": len(jobs)}})
             out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         # Only here, where the error and the tensors in its frames are gone.
         if out_of_memory:
             torch.cuda.empty_cache()
-        if len(parts) > 1:
-            return [result for part in parts for result in self(part, stage)]
+        if len(jobs) > 1:
+            self._batches.extendleft(reversed(jobs))
+            return None
+        job = batch[0].job
         if out_of_memory:
-            self._fail(rows[0].job, "out_of_memory", "the device ran out of memory", repeating=True)
-        else:
-            self._fail(rows[0].job, "internal", "the request could not be computed", repeating=False)
-        return []
+            return StageFailure(job, "out_of_memory", "the device ran out of memory", retryable=True)
+        return StageFailure(job, "internal", "the request could not be computed", retryable=False)
 
 
 def by_job(rows: list[RowId]) -> list[list[RowId]]:
+    """Return the rows of each job, in order."""
     return group_by(rows, lambda row: row.job)

@@ -1,4 +1,4 @@
-"""What the endpoints need of an engine, wherever its workers are."""
+"""Define what the endpoints need of an engine, wherever its workers are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.settings import Settings
 
 
 class Engine(Protocol):
-    """`EngineClient` is one in this process; its docstrings say what is promised."""
+    """The methods of `EngineClient`, the engine in this process, whose docstrings specify them."""
 
     async def start(self) -> None: ...
 
@@ -22,7 +22,7 @@ class Engine(Protocol):
 
     @property
     def run(self) -> Callable[..., Coroutine[Any, Any, Finished]]:
-        """Of a job, and of functions to be called while it runs, by the names of `EngineClient.run`'s parameters."""
+        """Run a job; hooks are passed by the names of `EngineClient.run`'s parameters."""
 
 
 MakeEngine = Callable[[Settings, Metrics], Engine]

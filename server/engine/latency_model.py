@@ -54,7 +54,7 @@ def _steps(job: Job) -> int:
 
 
 @dataclass(slots=True)
-class Costs:
+class LatencyModel:
     """Averages of a step's seconds by picture size and branches, and of the seconds a row takes before and after its steps.
 
     measured_at: when the last step was recorded, monotonic seconds.

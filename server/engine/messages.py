@@ -3,7 +3,7 @@
 Messages are plain frozen dataclasses, no torch. A message crosses the pipe as a small pickle,
 followed by the pixels as they lie in memory. Shared memory is not used: a segment outlives a worker
 that is killed before it names the segment, and page faults of a new one cost more than the pipe's
-copies. A message of a worker that dies while sending it is not received.
+copies. A message is received as a whole or, if its sender dies while sending it, not at all.
 
 `deadline` and every other time point is `time.monotonic()`, one clock for all processes of a machine.
 """
@@ -32,26 +32,27 @@ from model.image_request import (
 Priority = Literal["interactive", "batch"]
 FailureCode = Literal["deadline", "internal", "out_of_memory"]
 
-# What a worker counts, by the name of the figure and the value of its label, "" where it has none.
+# A worker's counters: the metric's name and the value of its label, "" where it has none.
 Count = tuple[
     Literal["prompt_cache_hits", "prompt_cache_misses", "graph_captures", "graph_replays", "graph_eager_steps"],
     str,
 ]
 
 
-# ── API → worker ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── API → worker ──────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request: as many rows as seeds, all of one size.
 
-    width, height: pixels, multiples of the bundle's size step. alone: its rows share no step with another job's, because it may have
-    killed a worker. previews: how many of each image, at most, are sent before it is done. early: each image is sent as soon as it is
-    done, and all of them again with the answer.
+    width, height: pixels, multiples of the bundle's size step. alone: its rows share no step with
+    another job's, because it is suspected of having crashed a worker. previews: how many of each
+    image, at most, are sent before it is done. early: each image is sent as soon as it is done, and
+    all of them again with the answer.
 
-    canvas: what its rows begin from, nothing but noise if absent. references: their mixed CLIP embedding stands in for the prior's.
-    keyframes: if any, the rows are frames, evenly spaced from the first to the last; mode: on which path between two of them.
+    The other fields are those of `model.image_request.ImageRequest`. With keyframes the rows are
+    frames, evenly spaced from the first keyframe to the last.
     """
 
     id: str
@@ -96,32 +97,35 @@ class Job:
         )
 
     def position(self, index: int) -> float:
-        """Where among the keyframes a frame lies: 1.5 is half way between the second and the third."""
+        """Return a frame's place among the keyframes: 1.5 is half way from the second to the third."""
         return index * (len(self.keyframes) - 1) / max(1, len(self.seeds) - 1)
 
     @property
     def steps_skipped(self) -> int:
-        """How many steps of the schedule lie behind each row when it begins: an edit joins where as much is noise as it asks for."""
+        """Steps of the schedule that lie before each row's first: an edit joins where as much is noise."""
         steps = self.sampling.steps
         return steps_skipped(self.canvas.strength, steps) if isinstance(self.canvas, Edit) else 0
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
-        """At which step each preview is due: evenly spaced, none at the start or the end, fewer than asked if steps are few."""
+        """The step of each preview: evenly spaced, none at the start or the end.
+
+        Fewer than asked for if steps are few.
+        """
         taken = self.sampling.steps - self.steps_skipped
         due = {(i + 1) * taken // (self.previews + 1) for i in range(self.previews)}
         return tuple(self.steps_skipped + steps for steps in sorted(due - {0}))
 
     @property
     def branches(self) -> float:
-        """How many lanes of a step one of its rows takes, on average over its steps."""
+        """Branches of one of its rows, averaged over its steps."""
         guided = self.sampling.guidance_steps / self.sampling.steps if self.sampling.guided else 0.0
         return 1 + len(self.regions) + guided
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop this job's rows before the next step; answered by Dropped, whether the job is known or not."""
+    """Drop this job's rows before the next step; answered by Dropped, whether it is known or not."""
 
     id: str
 
@@ -131,12 +135,12 @@ class Stop:
     """Finish nothing more and exit."""
 
 
-# ── worker → API ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── worker → API ──────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Weights loaded and every stage run once."""
+    """The weights are loaded, and every stage has run once."""
 
     device: str
     dtype: str
@@ -144,7 +148,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds a job spent in each stage of the worker; `queue` is from arrival in the worker to its first encode."""
+    """Seconds of a job in each stage of the worker. queue: from its arrival there to its first encode."""
 
     queue: float = 0.0
     encode: float = 0.0
@@ -155,7 +159,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One row's picture. pixels: height × width × 3 bytes of RGB."""
+    """One row's image. pixels: height × width × 3 bytes of RGB."""
 
     index: int
     width: int
@@ -168,7 +172,10 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What an unfinished image would be as far as its denoiser sees at this step of the schedule. number: which of `preview_steps`."""
+    """An unfinished image, as the denoiser predicts it at this step of the schedule.
+
+    number: its place in `preview_steps`.
+    """
 
     id: str
     number: int
@@ -178,7 +185,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One image of a job that wants them early. truncated: as `Finished` has it."""
+    """One image of an `early` job. truncated: as in `Finished`."""
 
     id: str
     image: Image
@@ -187,7 +194,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A whole job. truncated: names of the encoders that could not take the whole prompt ("byt5", "clip")."""
+    """A whole job. truncated: the encoders that could not take a whole prompt ("byt5", "clip")."""
 
     id: str
     images: tuple[Image, ...]
@@ -197,12 +204,12 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A job that cannot be done. repeating: whether trying again could help."""
+    """A job that cannot be done. retryable: whether another attempt could succeed."""
 
     id: str
     code: FailureCode
     message: str
-    repeating: bool
+    retryable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,14 +221,17 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """The jobs with rows in the stage that begins now, sent only when they change: should the worker die next, one of them did it."""
+    """The jobs of the stage that begins now, sent only when they change.
+
+    Should the worker die next, these jobs are the suspects.
+    """
 
     jobs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A denoiser step that was done. branches: lanes of all its rows. pixels: width times height of each of its rows."""
+    """A finished denoiser step. branches: of all its rows. pixels: width times height of each row."""
 
     rows: int
     branches: int
@@ -230,10 +240,11 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What a worker's process has of the machine.
+class ProcessStats:
+    """A worker process's share of the machine.
 
-    threads: those that compute its steps just now. device_bytes: of its GPU's memory, by kind; empty without one.
+    threads: those that compute its steps now. device_bytes: of its GPU's memory, by kind; empty
+    without a GPU.
     """
 
     resident_bytes: int
@@ -243,10 +254,11 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """Says that the worker lives. steps, counts: since the last beat; the others: now.
+class Heartbeat:
+    """The worker's state. steps, counts: since the last heartbeat; the others: now.
 
-    cache_bytes: what the prompt cache holds. left: of every job that has begun, the steps that all of its rows have yet to take.
+    cache_bytes: held by the prompt cache. left: of every started job, the steps that all of its rows
+    have yet to take.
     """
 
     steps: tuple[Step, ...]
@@ -255,15 +267,18 @@ class Beat:
     counts: Mapping[Count, int] = field(default_factory=dict)
     cache_bytes: int = 0
     left: Mapping[str, int] = field(default_factory=dict)
-    usage: Usage | None = None
+    stats: ProcessStats | None = None
 
 
 ToWorker = Job | Cancel | Stop
-FromWorker = Ready | Preview | Drawn | Finished | Failed | Dropped | Running | Beat
+FromWorker = Ready | Preview | Drawn | Finished | Failed | Dropped | Running | Heartbeat
 
 
-def send(connection: Connection, message: object) -> None:
-    """Raises OSError if nobody reads any more."""
+# ── the pipe ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def send_message(connection: Connection, message: object) -> None:
+    """Send a message. Raises OSError if the other end is closed."""
     buffers: list[pickle.PickleBuffer] = []
     header = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     connection.send((header, len(buffers)))
@@ -271,7 +286,7 @@ def send(connection: Connection, message: object) -> None:
         connection.send_bytes(buffer.raw())
 
 
-def receive(connection: Connection) -> Any:
-    """The next message, once all of it is there. Raises EOFError or OSError if the other end is gone."""
+def receive_message(connection: Connection) -> Any:
+    """Return the next message. Raises EOFError or OSError if the other end is closed."""
     header, count = connection.recv()
     return pickle.loads(header, buffers=[connection.recv_bytes() for _ in range(count)])

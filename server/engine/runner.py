@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig, find_bundle
-from model.pipeline import Pipeline, PipelineV3
+from model.pipeline import Pipeline
 from model.row_builder import RowBuilder, group_by
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
-from server.engine.cpu_threads import Threads
-from server.engine.cuda_graphs import CUDARecorder, Graphs, PictureGraphs, PriorGraphs, Recorder, buckets, grids, row_counts
+from server.engine.cpu_threads import ThreadTuner
+from server.engine.cuda_graphs import CUDARecorder, GraphShapes, Recorder, use_cuda_graphs
 from server.engine.messages import Count, Image, Job
 from server.engine.prompt_cache import PromptCache, tensor_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
@@ -143,7 +143,7 @@ class Runner:
         loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
         self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
         self._settings, self._streams = settings, Streams(device)
-        self._threads = Threads(1)
+        self._threads = ThreadTuner(1)
         self.counters: Counter[Count] = Counter()
         self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
         self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self._pipelines.items()}
@@ -153,7 +153,7 @@ class Runner:
     def choose_threads(self) -> None:
         """From now on a CPU's steps use as many of torch's threads as are fastest just now, unless the settings say how many."""
         if self.device.type == "cpu" and not self._settings.threads:
-            self._threads = Threads(torch.get_num_threads())
+            self._threads = ThreadTuner(torch.get_num_threads())
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
         """Build the rows of these images of these jobs.
@@ -193,7 +193,7 @@ class Runner:
         return self._rows[row].step
 
     def branches(self, rows: Sequence[RowId]) -> int:
-        """Lanes of these rows' next step."""
+        """BranchBatch of these rows' next step."""
         return sum(len(self._rows[row].branches) for row in rows)
 
     def decode(self, model: str, rows: Sequence[RowId]) -> Decoding:
@@ -202,7 +202,7 @@ class Runner:
         deterministic = any(self._rows[row].sampling.deterministic for row in rows)
         # Everything in there, the stacking too: a row that was done as it began has tokens that were made beside the steps.
         with self._steady(deterministic), self._streams.beside(reading=tokens):
-            pixels = self._streams.to_host(self._pipelines[model].pictures(torch.stack(tokens)))
+            pixels = self._streams.to_host(self._pipelines[model].decode_tokens(torch.stack(tokens)))
             return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self._streams.mark())
 
     def _steady(self, deterministic: bool) -> AbstractContextManager[None]:
@@ -222,7 +222,7 @@ class Runner:
             pipeline.generate(["warm"], [0], sampling)
             self._warm_up_together(pipeline, sampling, time.perf_counter() - began)
             if self.device.type == "cuda" and self._settings.cuda_graphs:
-                self.record_graphs(pipeline, lambda: CUDARecorder(self.device))
+                self.capture_graphs(pipeline, lambda: CUDARecorder(self.device))
 
     def _warm_up_together(self, pipeline: Pipeline, sampling: SamplingConfig, seconds: float) -> None:
         """As many rows at once as there may be, of the longest prompts: allocators keep the most that was ever needed, and what is needed
@@ -230,20 +230,10 @@ class Runner:
         rows = max(1, min(self._settings.max_batch_rows, int(WARM_UP_S / seconds)))
         pipeline.generate(["warm " * LENGTHS[-1]] * rows, range(rows), sampling)
 
-    def record_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
-        """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings.
-        Pictures and the prior are too, and as they run beside the others they have a recorder of their own."""
+    def capture_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
+        """Replay the pipeline's computations from now on, at its native size and those of the settings."""
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
-        most = self._settings.max_batch_rows
-        graphs = Graphs(pipeline, buckets(pipeline.config, most, fitting), new_recorder(), self.counters)
-        graphs.record_all()
-        beside = new_recorder()
-        pictures = PictureGraphs(pipeline, grids(pipeline.config, fitting), row_counts(DECODE_ROWS), beside, self.counters)
-        pictures.record_all()
-        pipeline.executor, pipeline.pictures = graphs, pictures
-        if isinstance(pipeline, PipelineV3):
-            imagine = PriorGraphs(pipeline, row_counts(most), beside, self.counters)
-            imagine.record_all()
-            pipeline.imagine = imagine
+        shapes = GraphShapes.for_server(pipeline.config, fitting, self._settings.max_batch_rows, DECODE_ROWS)
+        use_cuda_graphs(pipeline, shapes, new_recorder, self.counters)

@@ -16,7 +16,7 @@ from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_
 from model.kernels.triton.draw import SAMPLERS, Fused, draw, plain_draw, supported
 from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
 from model.kernels.triton.prior_block import prior_block
-from model.kernels.triton.settle import settle
+from model.kernels.triton.renoise_and_pin import renoise_and_pin
 from model.networks.prior import BlockWeights, plain_block
 
 _ERROR, _AGREEMENT = 0.05, 0.9
@@ -38,7 +38,7 @@ def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig
         f"{name} of {C} channels" for C in sorted({*config.c_hidden}) for name, error in _errors(random, C).items() if not error < _ERROR
     ]
     wrong += [f"{sampler} draw" for sampler in SAMPLERS if not _agreement(sampler, random, config) >= _AGREEMENT]
-    return wrong if _settles(random) else [*wrong, "settle"]
+    return wrong if _moves_tokens(random) else [*wrong, "renoise_and_pin"]
 
 
 def _errors(random: Random, C: int) -> dict[str, float]:
@@ -62,11 +62,11 @@ def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
     return (draw(sampler, *given) == plain_draw(sampler, *given)).float().mean().item()
 
 
-def _settles(random: Random) -> bool:
+def _moves_tokens(random: Random) -> bool:
     """Tokens are moved, not computed: they are the twin's, all of them."""
     drawn, source, pinned = (random(2, 5, 6).mul(100).long() for _ in range(3))
     given = drawn, source, random(2, 5, 6).float().sigmoid(), random(2).float().sigmoid()
-    results = ((settle(*given, kept), sampling.settle(*given, kept)) for kept in (None, (random(2, 5, 6) > 0, pinned)))
+    results = ((renoise_and_pin(*given, kept), sampling.renoise_and_pin(*given, kept)) for kept in (None, (random(2, 5, 6) > 0, pinned)))
     return all(torch.equal(torch.stack(found), torch.stack(expected)) for found, expected in results)
 
 

@@ -1,6 +1,6 @@
 """What follows a draw, in one kernel: renoising, what is kept put back, and the tokens that the next step reads.
 
-`model.sampling.settle` is the twin: three launches, or four where a row keeps something.
+`model.sampling.renoise_and_pin` is the twin: three launches, or four where a row keeps something.
 Letters: B rows, H W token grid.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-def settle(
+def renoise_and_pin(
     drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """As the twin."""
@@ -23,12 +23,12 @@ def settle(
     clean, following = torch.empty_like(drawn), torch.empty_like(drawn)
     keep, pinned = (drawn, drawn) if kept is None else (kept[0].contiguous().view(torch.uint8), kept[1].contiguous())
     parts = drawn, source, uniform, probability, keep, pinned, clean, following
-    _settle[triton.cdiv(tokens, _BLOCK), B](*parts, tokens, KEPT=kept is not None, BLOCK=_BLOCK)
+    _renoise_and_pin[triton.cdiv(tokens, _BLOCK), B](*parts, tokens, KEPT=kept is not None, BLOCK=_BLOCK)
     return clean, following
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _settle(
+def _renoise_and_pin(
     drawn, source, uniform, probability, keep, pinned, clean, following, tokens, KEPT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     i, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
