@@ -148,6 +148,12 @@ def test_a_pool_that_is_half_done_takes_half_of_its_turns():
     assert made.predict(asked(), others, slots=4, now=0.0, left={"b": 5}) == pytest.approx(10 * (0.1 + 0.5 * 0.5))
 
 
+def test_a_pool_with_more_steps_left_than_the_job_takes_no_more_turns_than_the_job():
+    made = costs((1, SMALL, 0.1), (1, LARGE, 0.5), (2, LARGE, 0.9))
+    others = [asked("b", width=256, steps=30)]
+    assert made.predict(asked(), others, slots=4, now=0.0) == pytest.approx(10 * (0.1 + 0.5))
+
+
 def test_the_nearest_size_is_the_ground_for_others():
     made = costs((1, SMALL, 0.1), (1, LARGE, 0.8))
     assert made.step(200 * 64, 1, now=0.0) == pytest.approx(0.8 * 200 / 256)
