@@ -1,4 +1,4 @@
-"""Conditions between and among others: embeddings mixed by weight, and everything a prompt became moved towards another's. Pure functions.
+"""Mix conditions: embeddings by weight, and everything that a prompt became towards another's. Pure functions.
 
 Letters: L condition tokens, D channels.
 """
@@ -13,21 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import Interpolation
+from model.networks.layers import to_device
 from model.networks.text_encoders import Prompt, bucket
-from model.runtime import to_device
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """All that a conditional branch is made of: an encoded prompt, and a CLIP image embedding [1, D]."""
+    """The inputs of a conditional branch: an encoded prompt, and a CLIP image embedding [1, D]."""
 
     prompt: Prompt
     image: Tensor
 
 
 def mean(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Embeddings [1, D] → their weighted mean, lengthened to their mean length: the mere mean of unlike ones is short, and no network has
-    learned to read that. Raises ValueError unless a weight is above 0.
+    """Return the weighted mean of embeddings [1, D], scaled to their mean length.
+
+    The plain mean of different embeddings is shorter than any of them, and no network was trained on such.
+    Raises ValueError unless a weight is above 0.
     """
     if not any(weight > 0 for weight in weights):
         raise ValueError("at least one weight must be above 0")
@@ -40,12 +42,15 @@ def mean(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def lerp(one: Tensor, other: Tensor, share: float) -> Tensor:
-    """[…, D] → the straight way from one to the other."""
+    """Interpolate […, D] linearly."""
     return torch.lerp(one.float(), other.float(), share).to(one.dtype)
 
 
 def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
-    """[…, D] → along the great circle, with lengths on the straight way; where the directions leave no circle to choose, straight too."""
+    """Interpolate […, D] along the great circle, with lengths interpolated linearly.
+
+    Opposite directions have no single great circle and are interpolated linearly.
+    """
     a, b = one.float(), other.float()
     lengths = torch.lerp(a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True), share)
     a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
@@ -55,9 +60,9 @@ def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
 
 
 def interpolate(one: Conditioning, other: Conditioning, share: float, mode: Interpolation) -> Conditioning:
-    """Every part on its way from one to the other: at 0 and 1 the very same objects.
+    """Interpolate every part of two conditionings; at 0 and 1 the very same objects are returned.
 
-    Byte sequences of different lengths meet at a length between theirs, each stretched to it.
+    Byte sequences of different lengths are stretched to a length between theirs.
     """
     if share in (0.0, 1.0):
         return other if share else one
@@ -77,7 +82,7 @@ def interpolate(one: Conditioning, other: Conditioning, share: float, mode: Inte
 
 
 def _stretched(sequence: Tensor, length: int) -> Tensor:
-    """[L, D] → [length, D], evenly, the first and the last where they are."""
+    """Resample [L, D] evenly to [length, D]; the first and the last element stay."""
     if len(sequence) == length:
         return sequence
     return F.interpolate(sequence.float().T[None], length, mode="linear", align_corners=True)[0].T.to(sequence.dtype)

@@ -50,6 +50,7 @@ class NoCache:
     """Compute everything at every call, each distinct key once."""
 
     def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+        """Compute every distinct key."""
         distinct = list(dict.fromkeys(keys))
         values = dict(zip(distinct, compute(distinct), strict=True)) if distinct else {}
         return [values[key] for key in keys]
@@ -63,6 +64,7 @@ class DictCache:
         self._values: dict[Hashable, Any] = {}
 
     def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+        """Return remembered values; compute the others in one call."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._values]
         values = dict(zip(missing, compute(missing), strict=True)) if missing else {}
         found = [values[key] if key in values else self._values[key] for key in keys]
@@ -71,7 +73,7 @@ class DictCache:
 
 
 class TextKey(NamedTuple):
-    """What an encoded text depends on.
+    """The inputs of an encoded text.
 
     shared: whether its batch may have held others. negative: with an unconditional branch.
     """
@@ -83,7 +85,7 @@ class TextKey(NamedTuple):
 
 
 class PriorKey(NamedTuple):
-    """What the prior's result depends on.
+    """The inputs of the prior's result.
 
     The size is part of it because a seed's noise for the prior comes after its start tokens.
     """
@@ -101,7 +103,7 @@ class EmbeddingKey(NamedTuple):
 
 
 class ImageKey(NamedTuple):
-    """What an encoded image depends on: its tokens, or CLIP's embedding of it."""
+    """The inputs of an encoded image: its tokens, or CLIP's embedding of it."""
 
     model: str
     kind: Literal["tokens", "embedding"]

@@ -1,6 +1,9 @@
-"""What a request means in tokens: a row with its start tokens, conditions, schedule, and what of a picture it keeps.
+"""One image being denoised, and the meaning of every operation as such a row.
 
-No operation has a loop of its own: `pipeline.advance` steps rows of all kinds together. Letters: H W token grid, n steps.
+No operation has a loop of its own: `Pipeline.advance` steps rows of all kinds together. The fields of
+a `Row` differ by what it begins from, what it keeps and which conditions it reads.
+
+Letters: H W token grid, n steps.
 """
 
 from __future__ import annotations
@@ -17,21 +20,21 @@ from model.config import SamplingConfig
 from model.image_request import steps_skipped
 from model.networks.denoiser_v1 import ConditionV1
 from model.networks.denoiser_v3 import Condition
-from model.runtime import to_device
+from model.networks.layers import to_device
 from model.sampling import NEVER, Noise, ramp, renoise, timesteps
 
 AnyCondition = Condition | ConditionV1
 
 
 class PinnedTokens(NamedTuple):
-    """What a row takes from a picture: tokens [H, W], and where they stay as they are, keep [H, W] (True: pinned at every step)."""
+    """An image's tokens [H, W], and the mask `keep` [H, W]: where it is true, every step keeps the token."""
 
     tokens: Tensor
     keep: Tensor
 
 
 class RegionBranch(NamedTuple):
-    """A prompt for a part of the picture. weight: [H, W] in [0, 1], how much it counts at every token."""
+    """A condition for a part of the image. weight: [H, W] in [0, 1], its weight at every token."""
 
     condition: AnyCondition
     weight: Tensor
@@ -39,11 +42,12 @@ class RegionBranch(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """One image on its way.
+    """One image being denoised.
 
-    tokens: [H, W], now. drawn: [H, W], what the last step drew, before some start tokens were put back; None before the first.
-    conditional, unconditional: conditions of one row each; without guidance the second is None. pinned: what no step may change.
-    regions: other prompts for parts of it; the conditional counts where they leave something. truncated: encoders that cut a prompt.
+    tokens: [H, W], now. drawn: [H, W], the latest step's draw, before some tokens became noise again; None
+    before the first step. conditional, unconditional: conditions of one row each; without guidance the
+    second is None. pinned: tokens that no step may change. regions: conditions for parts of the image; the
+    conditional one has the weight that they leave. truncated: the encoders that cut one of its prompts.
     """
 
     sampling: SamplingConfig
@@ -59,39 +63,42 @@ class Row:
 
     @property
     def done(self) -> bool:
+        """Whether all steps are taken."""
         return self.step >= self.sampling.steps
 
     @property
     def clean(self) -> Tensor:
-        """[H, W], the picture as far as it has come, without start tokens put back."""
+        """[H, W]: the tokens without renoised ones, as decoded for a preview."""
         return self.tokens if self.done or self.drawn is None else self.drawn
 
     def pin(self, tokens: Tensor) -> Tensor:
-        """[H, W] with what is kept put back."""
+        """Return tokens [H, W] with the pinned ones put in."""
         return tokens if self.pinned is None else torch.where(self.pinned.keep, self.pinned.tokens, tokens)
 
     @cached_property
     def times(self) -> list[float]:
+        """Share of noise before every step and at the end, n + 1 values."""
         return timesteps(self.sampling.steps, self.sampling.schedule)
 
     @cached_property
     def temperatures(self) -> list[float]:
+        """Temperature of every step."""
         return ramp(self.sampling.temperature, self.sampling.steps)
 
     @cached_property
     def guidances(self) -> list[float]:
-        """Guidance of every step; 1 where it has stopped."""
+        """Guidance of every step; 1 after `guidance_steps`."""
         s = self.sampling
         return [g if i < s.guidance_steps else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
 
     @cached_property
     def renoise_probabilities(self) -> list[float]:
-        """Chance of each token to become noise again, after every step."""
+        """Probability of each token to become noise again, after every step."""
         return [t if i < self.sampling.renoise_steps else NEVER for i, t in enumerate(self.times[1:])]
 
     @property
     def source(self) -> Tensor:
-        """[H, W]: what takes the place of the tokens that become noise again after this step."""
+        """[H, W]: the replacements of tokens that become noise again after this step."""
         match self.sampling.renoise_mode:
             case "start":
                 return self.noise.start
@@ -102,7 +109,7 @@ class Row:
 
     @property
     def branches(self) -> tuple[AnyCondition, ...]:
-        """This step's lanes: the prompt, one more for every region, and the unconditional one while there is guidance."""
+        """This step's conditions: the prompt's, the regions', and the unconditional one while there is guidance."""
         asked = (self.conditional, *(region.condition for region in self.regions))
         if self.unconditional is None or self.guidances[self.step] == 1.0:
             return asked
@@ -110,13 +117,16 @@ class Row:
 
     @cached_property
     def guidance_weights(self) -> Tensor:
-        """[n, branches]: what each branch counts at every step; on the device, as no step sends numbers there."""
+        """[n, branches]: every branch's weight at every step, on the device."""
         guidance = to_device(self.guidances, self.tokens.device)
         return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
 
     @cached_property
     def coverage(self) -> Tensor | None:
-        """[branches, H, W]: where each branch counts, or None where all count everywhere. The prompts' add up to one at every token."""
+        """[branches, H, W]: every branch's weight at every token; None without regions.
+
+        The prompt's and the regions' weights add up to one at every token.
+        """
         if not self.regions:
             return None
         prompts = _prompt_coverage(self.regions)
@@ -132,7 +142,7 @@ class Row:
 
 
 def pinned_tokens(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
-    """Where rows' tokens stay as they are and which they are, [B, H, W] each; None if no row keeps any."""
+    """Return where rows keep tokens, and those tokens, [B, H, W] each; None if no row keeps any."""
     if all(row.pinned is None for row in rows):
         return None
     each = [row.pinned or PinnedTokens(row.tokens, torch.zeros_like(row.tokens, dtype=torch.bool)) for row in rows]
@@ -140,7 +150,7 @@ def pinned_tokens(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
 
 
 def _prompt_coverage(regions: Sequence[RegionBranch]) -> Tensor:
-    """[1 + regions, H, W]: where the prompt counts, then each region's; they add up to one."""
+    """Return the weight of the prompt, then of each region, [1 + regions, H, W]; they add up to one."""
     weights = torch.stack([region.weight for region in regions])
     # Regions that overlap share what there is; the prompt itself has the rest.
     weights = weights / weights.sum(0).clamp_min(1)
@@ -155,7 +165,10 @@ def generate(
     *,
     regions: Sequence[RegionBranch] = (),
 ) -> Row:
-    """Text to image: begin with nothing but noise. What v1 has for regions is one condition that differs by position, not branches."""
+    """Return a text-to-image row, which begins with nothing but noise.
+
+    For v1, regions are blended into one condition that differs by position, not into branches.
+    """
     unconditional = unconditional if sampling.guided else None
     if regions and isinstance(conditional, ConditionV1):
         others = [region.condition for region in regions if isinstance(region.condition, ConditionV1)]
@@ -164,17 +177,18 @@ def generate(
 
 
 def repaint(row: Row, pinned: PinnedTokens) -> Row:
-    """Makes a new row an inpainting or outpainting one: noise where nothing is kept, and the kept tokens pinned at every step."""
+    """Turn a new row into an inpainting or outpainting one, with pinned tokens at every step; return it."""
     row.pinned = pinned
     row.tokens = row.pin(row.tokens)
     return row
 
 
 def edit(row: Row, tokens: Tensor, strength: float) -> Row:
-    """Makes a new row begin with a picture's tokens [H, W], renoised as far as `strength` says.
+    """Turn a new row into one that begins with an image's tokens [H, W]; return it.
 
-    It joins the schedule where that much is noise: 0 leaves the picture as it is and takes no step, 1 leaves nothing of it. What returns to
-    noise is what the step before would have renoised, so the same seed gives the same noise at every strength.
+    strength: the share of the tokens that is renoised; the row joins the schedule where that much is noise.
+    0 leaves the image as it is and takes no step, 1 leaves nothing of it. The renoised tokens are those of
+    the step before, so the same seed gives the same noise at every strength.
     """
     steps = row.sampling.steps
     row.step = steps_skipped(strength, steps)
@@ -185,12 +199,15 @@ def edit(row: Row, tokens: Tensor, strength: float) -> Row:
 
 
 def token_mask(mask: Tensor, downscale: int) -> Tensor:
-    """A mask of pixels [height, width], True: repaint → of tokens [H, W]: every token that a masked pixel touches. Sides are multiples."""
+    """Return a mask of tokens [H, W] from a mask of pixels [height, width], true where to repaint.
+
+    Every token that a masked pixel touches is masked. The sides are multiples of `downscale`.
+    """
     height, width = mask.shape
     return mask.view(height // downscale, downscale, width // downscale, downscale).any(dim=3).any(dim=1)
 
 
 def token_weight(weight: Tensor, downscale: int) -> Tensor:
-    """A region's weight of pixels [height, width] → of tokens [H, W], their mean."""
+    """Return a region's weight of tokens [H, W], the means of its weight of pixels [height, width]."""
     height, width = weight.shape
     return weight.view(height // downscale, downscale, width // downscale, downscale).mean(dim=(1, 3))

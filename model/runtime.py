@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 _libraries: list[torch.library.Library] = []
 
@@ -46,12 +44,6 @@ def prepare(threads: int = 0) -> None:
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-
-
-def to_device(values: Sequence[float] | Sequence[bool], device: torch.device) -> Tensor:
-    """Numbers as a tensor on the device. `torch.tensor(values, device=…)` waits until the device is through with all that was launched
-    before; this only puts the copy behind it."""
-    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from server.engine.cpu_threads import LATE, SOON, SPINS, ThreadTuner, limit_spin_count
+from server.engine.cpu_threads import LATE, SOON, SPIN_COUNT, ThreadTuner, limit_spin_count
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 
@@ -125,7 +125,7 @@ def test_where_there_is_nothing_to_choose_nothing_is_changed() -> None:
 
 @pytest.mark.parametrize(
     ("said", "spins"),
-    [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
 def test_threads_that_wait_sleep_soon_unless_the_environment_says_how_long_they_spin(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, str], spins: str | None

@@ -11,12 +11,12 @@ from torch import Tensor
 from load_tests.gpu.kernels import Shape, cases
 from load_tests.gpu.recorders import poisoned_memory
 from model import sampling
+from model.kernels.prior_block import BlockWeights, plain_block
 from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.triton.draw import SAMPLERS, draw, plain_draw
 from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
 from model.kernels.triton.prior_block import ROWS, prior_block
 from model.kernels.triton.renoise_and_pin import renoise_and_pin
-from model.networks.prior import BlockWeights, plain_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -19,9 +19,9 @@ from load_tests.gpu.stages import release
 from load_tests.gpu.weights import Family
 from model.bundle import BundleV3
 from model.config import Sampler
+from model.networks.layers import to_device
 from model.networks.text_encoders import Prompt
 from model.pipeline import BranchBatch, Eager, Pipeline, PipelineV3, SamplingInputs
-from model.runtime import to_device
 
 # A network of a hundred layers adds up its roundings, of which fp16 has eleven bits and bf16 eight.
 LIMITS = {torch.float32: 0.001, torch.float16: 0.02, torch.bfloat16: 0.1}

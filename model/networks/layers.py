@@ -1,8 +1,9 @@
-"""The few pieces that the v3 denoiser and VQGAN share. Activations are channels-last everywhere: [B, H, W, C], contiguous in C."""
+"""Small pieces that the networks share. Activations are channels-last: [B, H, W, C], contiguous in C."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -104,3 +105,12 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     angles = t.float()[:, None] * 10000 * frequencies
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return F.pad(embedding, (0, dim % 2))
+
+
+def to_device(values: Sequence[float] | Sequence[bool], device: torch.device) -> Tensor:
+    """Return numbers as a tensor on the device, without waiting for it.
+
+    `torch.tensor(values, device=…)` waits until the device has finished all that was launched
+    before; this only queues the copy behind it.
+    """
+    return torch.tensor(values).to(device, non_blocking=True)

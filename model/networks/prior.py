@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import PriorConfig, PriorSampler
+from model.kernels.prior_block import BlockFn, BlockWeights, plain_block
 from model.networks.layers import sinusoid
 
 Predictor = Callable[[Tensor, Iterable[Tensor], float | None], Tensor]
@@ -38,31 +38,6 @@ class Block(nn.Sequential):
     def shares(self) -> tuple[Tensor, ...]:
         """The first projection's weights for h, text and time, [4·c_hidden, columns] each."""
         return self.get_parameter("0.weight").split(self._columns, dim=1)
-
-
-class BlockWeights(NamedTuple):
-    """A block's, but for the parts of its first projection that see text and time. Letters: D c_hidden, I inner channels.
-
-    first: [D, I], a view by columns. scale, shift: [I], of the first layer norm; last: [D, I]; last_scale, last_shift: [D].
-    """
-
-    first: Tensor
-    scale: Tensor
-    shift: Tensor
-    last: Tensor
-    last_scale: Tensor
-    last_shift: Tensor
-
-
-def plain_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
-    """h [B, D], and the text's and time's part [B, I] → [B, D]."""
-    y = torch.addmm(extra, h, w.first)
-    y = F.gelu(F.layer_norm(y, y.shape[-1:], w.scale, w.shift))
-    return h + F.layer_norm(F.linear(y, w.last), h.shape[-1:], w.last_scale, w.last_shift)
-
-
-# What computes one block: h [B, D], the text's and time's part [B, I], its weights → [B, D].
-BlockFn = Callable[[Tensor, Tensor, BlockWeights], Tensor]
 
 
 class Prior(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.config import ByteEncoderConfig, CLIPConfig
 from model.kernels.cpu_prepacked import LinearMap, linear_map
-from model.runtime import to_device
+from model.networks.layers import to_device
 
 # Passes are packed for a text of about this many tokens.
 TYPICAL_LENGTH = 64

@@ -64,9 +64,11 @@ class PendingJob:
 
     @property
     def rows(self) -> int:
+        """Images of the job."""
         return len(self.job.seeds)
 
     def resolve(self, answer: Finished | EngineError) -> None:
+        """Set the answer, unless there is one already."""
         # The caller may be cancelled in the same turn of the loop.
         if not self.answer.done():
             self.answer.set_result(answer)
@@ -97,6 +99,7 @@ class PendingJob:
             self.on_drawn(drawn)
 
     def send_to(self, worker: Supervisor) -> None:
+        """Send the job to a worker."""
         self.set_timeout(None)
         self.worker, self.sent_at = worker, time.monotonic()
         worker.send(self.job)
@@ -272,23 +275,30 @@ class EngineClient:
                     started.start()
             case Heartbeat():
                 self._record_heartbeat(message)
-            case Failed(id, code, text, retryable):
-                fields = {"job": id, "code": code, "reason": text, "retryable": retryable}
-                log.error("job failed", extra={"fields": fields})
-                if entry := self._pending.get(id):
-                    entry.resolve(DeadlineExceeded(text) if code == "deadline" else JobFailed(code, text, retryable))
-            case Preview(id):
-                if entry := self._pending.get(id):
-                    entry.show(message)
-            case Drawn(id):
-                if entry := self._pending.get(id):
-                    entry.deliver(message)
-            case Finished(id):
-                if (entry := self._pending.get(id)) and entry.sent_at is not None:
-                    self._pace.record(entry.rows, entry.sent_at)
-                    timings = entry.finish(message, entry.sent_at).timings
-                    self._metrics.record_timings(timings)
-                    self._latency.record_job(entry.rows, timings, time.monotonic())
+            case Failed():
+                self._fail(message)
+            case Finished():
+                self._finish(message)
+            case Preview(id) if entry := self._pending.get(id):
+                entry.show(message)
+            case Drawn(id) if entry := self._pending.get(id):
+                entry.deliver(message)
+
+    def _fail(self, message: Failed) -> None:
+        fields = {"job": message.id, "code": message.code, "reason": message.message, "retryable": message.retryable}
+        log.error("job failed", extra={"fields": fields})
+        if entry := self._pending.get(message.id):
+            if message.code == "deadline":
+                entry.resolve(DeadlineExceeded(message.message))
+            else:
+                entry.resolve(JobFailed(message.code, message.message, message.retryable))
+
+    def _finish(self, message: Finished) -> None:
+        if (entry := self._pending.get(message.id)) and entry.sent_at is not None:
+            self._pace.record(entry.rows, entry.sent_at)
+            timings = entry.finish(message, entry.sent_at).timings
+            self._metrics.record_timings(timings)
+            self._latency.record_job(entry.rows, timings, time.monotonic())
 
     def _record_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)

@@ -28,9 +28,9 @@ from model import sampling
 from model.config import BundleConfig, BundleV3Config, Sampler
 from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
 from model.networks.denoiser_v3 import Condition, Denoiser
+from model.networks.layers import to_device
 from model.pipeline import BranchBatch, DecodeFn, Eager, Pipeline, PipelineV3, PriorFn, SamplingInputs
 from model.rows import AnyCondition
-from model.runtime import to_device
 from server.engine.messages import Count
 from server.engine.scheduler import LENGTHS
 
@@ -57,6 +57,7 @@ class Bucket(NamedTuple):
 
     @property
     def branches(self) -> int:
+        """Branches of all rows together."""
         return self.rows * self.branches_per_row
 
     @property
@@ -113,15 +114,18 @@ class Recording(Protocol):
     """A captured function: a replay runs it again on its inputs' present values."""
 
     @property
-    def output(self) -> Tensor: ...
+    def output(self) -> Tensor:
+        """The result of the latest replay, always in the same place."""
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Run the function again."""
 
 
 class Recorder(Protocol):
     """Captures a function of tensors in fixed places. A test brings one that needs no GPU."""
 
-    def __call__(self, function: Function) -> Recording: ...
+    def __call__(self, function: Function) -> Recording:
+        """Run a function and capture it. Raises RuntimeError if it cannot be captured."""
 
 
 def use_cuda_graphs(pipeline: Pipeline, shapes: GraphShapes, new_recorder: Callable[[], Recorder], counters: Counter[Count]) -> None:
@@ -164,6 +168,7 @@ class CUDARecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Function) -> Recording:
+        """Run a function and capture it. Raises RuntimeError if it cannot be captured."""
         # Libraries set themselves up in their first call, which may not be captured.
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
@@ -182,6 +187,7 @@ class _CUDARecording:
     output: Tensor
 
     def replay(self) -> None:
+        """Launch the graph."""
         self.graph.replay()
 
 
@@ -391,6 +397,7 @@ class PriorGraphs:
 
     @torch.inference_mode()
     def capture_all(self) -> None:
+        """Capture every number of images."""
         for rows in self._rows:
             if run := self._capture(rows):
                 self._captured[rows] = run
@@ -442,6 +449,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture_all(self) -> None:
+        """Capture every grid and number of images."""
         for shape in self._shapes:
             tokens = torch.zeros(shape, dtype=torch.int64, device=self._device)
             if recording := self._capture(tokens):

@@ -61,6 +61,7 @@ class DecodeQueue:
 
     @property
     def rows_in_progress(self) -> list[RowId]:
+        """The rows of the batch that is being decoded."""
         return [row for each in self._in_progress for row in each.decoding.rows]
 
     def add(self, row: RowId, request: DecodeRequest) -> None:

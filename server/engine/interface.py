@@ -14,11 +14,14 @@ from server.settings import Settings
 class Engine(Protocol):
     """The methods of `EngineClient`, the engine in this process, whose docstrings specify them."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Start the workers; return before they are ready."""
 
-    async def stop(self) -> None: ...
+    async def stop(self) -> None:
+        """Drain, then stop the workers."""
 
-    def status(self) -> WorkerStatus: ...
+    def status(self) -> WorkerStatus:
+        """Return whether a job sent now would be started, and if not, why."""
 
     @property
     def run(self) -> Callable[..., Coroutine[Any, Any, Finished]]:

@@ -1,4 +1,4 @@
-"""What the workers' time goes to, as measured, and from that how long a job would take."""
+"""Predict a job's latency from measured step times, so that a job that would be late is rejected at once."""
 
 from __future__ import annotations
 
@@ -12,33 +12,38 @@ from dataclasses import dataclass, field
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import Pool
 
-# What was measured longer ago is no ground to refuse anybody: otherwise one slow step on an idle server could refuse all that follow.
+# Older measurements reject no job: one slow step on an idle server would otherwise reject all that follow.
 MEMORY_S = 60.0
+# The weight of the latest value in an average.
 WEIGHT = 0.2
 
 
 @dataclass(slots=True)
 class _Average:
-    """Of about the last five values. at: when the latest came, monotonic seconds."""
+    """A moving average of about five values. at: time of the latest, monotonic seconds."""
 
     value: float
     at: float
 
     def record(self, value: float, now: float) -> None:
+        """Add a value."""
         self.value += WEIGHT * (value - self.value)
         self.at = now
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of a job that is admitted. position: rows that must be done before its first can begin. seconds: until it should be done."""
+    """The forecast of an admitted job.
+
+    position: rows that must be done before its first can start. seconds: until it should be done.
+    """
 
     position: int
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Ahead:
+class _Unfinished:
     """An unfinished job. left: steps that all of its rows together have yet to take."""
 
     job: Job
@@ -55,81 +60,98 @@ def _steps(job: Job) -> int:
 
 @dataclass(slots=True)
 class LatencyModel:
-    """Averages of a step's seconds by picture size and branches, and of the seconds a row takes before and after its steps.
+    """Averages of a step's seconds by image size and branches, and of a row's seconds outside its steps.
 
-    measured_at: when the last step was recorded, monotonic seconds.
+    measured_at: time of the last step that was recorded, monotonic seconds.
     """
 
     measured_at: float = -math.inf
     _steps: dict[int, dict[int, _Average]] = field(default_factory=dict)
-    _around: _Average | None = None
+    _overhead: _Average | None = None
 
     def record_step(self, step: Step, now: float) -> None:
+        """Record a finished step."""
         self.measured_at = now
         known = self._steps.setdefault(step.pixels, {})
         known.setdefault(step.branches, _Average(step.seconds, now)).record(step.seconds, now)
 
     def record_job(self, rows: int, timings: Timings, now: float) -> None:
+        """Record the time of a finished job outside its steps."""
         seconds = (timings.encode + timings.prior + timings.decode) / rows
-        if self._around is None:
-            self._around = _Average(seconds, now)
-        self._around.record(seconds, now)
+        if self._overhead is None:
+            self._overhead = _Average(seconds, now)
+        self._overhead.record(seconds, now)
 
     def predict(self, job: Job, others: Sequence[Job], slots: int, now: float, left: Mapping[str, int] | None = None) -> float | None:
-        """Seconds from now until `job` is done while `others` are unfinished, before it or beside it; None while too little is known.
+        """Return the seconds from now until `job` is done while `others` are unfinished.
 
-        left: of jobs that have begun, the steps that all of their rows have yet to take. While the rows that run take turns, a round costs
-        one step of every pool. A row that finds no free slot waits until enough of those before it are through; one that has fewer steps to
-        go than the job is in its way for that share of its rounds.
+        Returns None while too little is known. left: of started jobs, the steps that all of their
+        rows have yet to take.
+
+        While the running rows take turns, a round costs one step of every pool. A row without a free
+        slot waits until enough of the rows before it are done. A row with fewer steps to go than the
+        job delays it in that share of its rounds.
         """
-        ahead = [_Ahead(other, (left or {}).get(other.id, _steps(other))) for other in others]
-        ahead = [each for each in ahead if each.left]
-        rows = sum(each.rows for each in ahead) + len(job.seeds)
-        own = _Ahead(job, _steps(job))
-        waiting = sum(each.left for each in [*ahead, own]) / rows * max(0, rows - slots) / slots
+        unfinished = [_Unfinished(other, (left or {}).get(other.id, _steps(other))) for other in others]
+        unfinished = [each for each in unfinished if each.left]
+        everything = [*unfinished, _Unfinished(job, _steps(job))]
+        rows = sum(each.rows for each in everything)
+        waiting = sum(each.left for each in everything) / rows * max(0, rows - slots) / slots
         rounds = job.sampling.steps + waiting
-        seconds = self._seconds_per_round([*ahead, own], rounds, slots, now)
-        around = self._around.value if self._around and now - self._around.at < MEMORY_S else 0.0
-        return None if seconds is None else rounds * seconds + around * rows
+        seconds = self._seconds_per_round(everything, rounds, slots, now)
+        recent = self._overhead is not None and now - self._overhead.at < MEMORY_S
+        overhead = self._overhead.value if self._overhead and recent else 0.0
+        return None if seconds is None else rounds * seconds + overhead * rows
 
-    def _seconds_per_round(self, jobs: Sequence[_Ahead], rounds: float, slots: int, now: float) -> float | None:
+    def _seconds_per_round(self, jobs: Sequence[_Unfinished], rounds: float, slots: int, now: float) -> float | None:
         present: dict[Pool, float] = defaultdict(float)
-        branches: dict[Pool, float] = {}
+        branches: dict[Pool, float] = defaultdict(float)
         for each in jobs:
+            share = min(1.0, each.left / each.rows / rounds)
             for i in range(each.rows):
-                pool, share = Pool.of(each.job, i), min(1.0, each.left / each.rows / rounds)
+                pool = Pool.of(each.job, i)
                 present[pool] += share
-                branches[pool] = branches.get(pool, 0.0) + share * each.job.branches
+                branches[pool] += share * each.job.branches
         running = min(1.0, slots / sum(present.values()))
-        costs = [
+        seconds = [
             self._round(pool.width * pool.height, count * running, branches[pool] / count, now) for pool, count in present.items() if count
         ]
-        return None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)
+        return None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)
 
     def _round(self, pixels: int, rows: float, branches: float, now: float) -> float | None:
-        """Seconds of a step of so many rows of so many branches; of less than one row, its share of a step."""
+        """Return the seconds of a step of so many rows; of less than one row, its share of a step.
+
+        branches: of each row.
+        """
         seconds = self.step(pixels, max(1.0, rows) * branches, now)
         return None if seconds is None else seconds * min(1.0, rows)
 
     def step(self, pixels: int, branches: float, now: float) -> float | None:
-        """Seconds of a step of so many lanes; in a line between numbers that were measured, beyond and for other sizes in proportion."""
-        recent = {p: {r: a.value for r, a in known.items() if now - a.at < MEMORY_S} for p, known in self._steps.items()}
-        sizes = [p for p, known in recent.items() if known]
+        """Return the seconds of a step of so many branches.
+
+        Interpolated between measured numbers; in proportion beyond them and for other sizes.
+        """
+        recent = {
+            size: {count: average.value for count, average in known.items() if now - average.at < MEMORY_S}
+            for size, known in self._steps.items()
+        }
+        sizes = [size for size, known in recent.items() if known]
         if not sizes:
             return None
-        nearest = min(sizes, key=lambda p: abs(p - pixels))
+        nearest = min(sizes, key=lambda size: abs(size - pixels))
         return _interpolate(recent[nearest], branches) * pixels / nearest
 
 
 @dataclass(slots=True)
 class Pace:
-    """Seconds the workers take per row, averaged over about the last ten jobs; a fifth of a second before anything is measured."""
+    """The seconds that workers take per row, averaged over about ten jobs; 0.2 before the first one."""
 
     seconds: float = 0.2
     rows: float = 1.0
     last_finish: float = field(default_factory=lambda: time.monotonic())
 
     def record(self, rows: float, sent_at: float) -> None:
+        """Record a finished job of so many rows. sent_at: monotonic seconds."""
         now = time.monotonic()
         self.seconds = 0.9 * self.seconds + now - max(self.last_finish, sent_at)
         self.rows = 0.9 * self.rows + rows
@@ -137,6 +159,7 @@ class Pace:
 
     @property
     def seconds_per_row(self) -> float:
+        """The average."""
         return self.seconds / self.rows
 
 

@@ -105,6 +105,7 @@ class WorkerProcess:
         self._outbox.put(message)
 
     def kill(self) -> None:
+        """Send SIGKILL."""
         self._process.kill()
 
     async def stop(self, grace_s: float) -> None:
@@ -194,6 +195,7 @@ class Supervisor:
         self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_for_stalls())]
 
     async def stop(self) -> None:
+        """Stop the worker; it is not replaced."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -202,6 +204,7 @@ class Supervisor:
 
     @property
     def status(self) -> WorkerStatus:
+        """The worker's state, for probes and for dispatching."""
         if self._status.ready and self._stalled:
             silent = f"the worker has not answered for {self._settings.stall_timeout_s:g} s"
             return WorkerStatus(False, silent, self._status.device, self._status.dtype)
@@ -220,9 +223,11 @@ class Supervisor:
 
     @property
     def rows_owed(self) -> int:
+        """Rows that the worker has not answered."""
         return sum(self._owed.values())
 
     def send(self, job: Job) -> None:
+        """Send the worker a job."""
         self._owed[job.id] = len(job.seeds)
         self._silent_since = self._silent_since or time.monotonic()
         self._worker.send(job)

@@ -1,4 +1,6 @@
-"""A block of the prior in three kernels, for so few rows that it waits for its weights alone. `model.prior.plain_block` is the twin.
+"""A block of the prior in three kernels, for few rows, whose time is that of reading the weights.
+
+`model.kernels.prior_block.plain_block` is the twin.
 
 At sixteen rows and fewer a product is over before its weights are there, so what counts is that all of the device's processors read at
 once, and that little is launched in between. The first kernel divides the outputs among programs, which leave their share of the layer
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.networks.prior import BlockWeights
+from model.kernels.prior_block import BlockWeights
 
 # What a tensor core multiplies at the least. With more rows the vendor's products read the weights as well, and are better at the rest.
 ROWS = 16
