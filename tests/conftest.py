@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import os
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -39,10 +37,8 @@ from model.config import (
     VQGANV1Config,
 )
 from model.pipeline import Pipeline
-from model.row_builder import RowBuilder
 from model.runtime import prepare
 from server.api import create_app
-from server.engine.prompt_cache import PromptCache, tensor_bytes
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
@@ -222,11 +218,8 @@ def runner(random_settings: Settings) -> Runner:
 
 def emptied(runner: Runner, capacity: int = 2**30) -> Runner:
     """The same weights without rows, and with nothing remembered."""
-    other = copy.copy(runner)
-    other._rows, other._starting, other.counters = {}, {}, Counter()
-    other.cache = PromptCache(capacity, tensor_bytes, other.counters)
-    other._builders = {name: RowBuilder(pipeline, other.cache) for name, pipeline in other._pipelines.items()}
-    return other
+    settings = Settings(device="cpu", dtype="float32", prompt_cache_bytes=capacity, threads=1)
+    return Runner(settings, runner.pipelines.values())
 
 
 def write_bundle(directory: Path, name: str = NAME) -> Path:

@@ -171,7 +171,7 @@ def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
 
 def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settings(random_bundle):
     runner = Runner(Settings(weights=str(random_bundle), dtype="float32", max_batch_rows=2, graph_sizes="32x64,40x40"))
-    pipeline = runner._pipelines["random"]
+    pipeline = runner.pipelines["random"]
     runner.capture_graphs(pipeline, lambda: rerun)
     captures = runner.counters["graph_captures", "false"]
     for width, height in ((32, 32), (32, 64), (64, 64)):

@@ -248,7 +248,7 @@ def test_a_cancelled_job_stops_at_the_next_step_and_no_picture_is_answered(far, 
     assert isinstance(first, Finished)
     assert first.id == "other"
     assert far.receive(lambda m: isinstance(m, Heartbeat) and not m.steps and not m.rows_running + m.rows_waiting)
-    assert far.runner._rows == {}
+    assert far.runner.rows == {}
 
 
 def test_cancelling_a_waiting_an_unknown_or_a_finished_job_disturbs_nothing(far):
@@ -304,7 +304,7 @@ def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeyp
     assert "secret" not in answer.message
     far.send(job("b"))
     assert isinstance(far.answer("b"), Finished)
-    assert far.runner._rows == {}
+    assert far.runner.rows == {}
 
 
 def test_a_job_that_fails_to_start_does_not_take_its_neighbours_with_it(far, monkeypatch, caplog):
@@ -358,7 +358,7 @@ def test_of_rows_that_share_a_stage_only_those_that_raise_alone_fail(far, monkey
         assert isinstance(alone, Finished)
         same = [np.frombuffer(a.images[0].pixels, np.uint8) for a in (answer, alone)]
         assert np.mean(same[0] == same[1]) >= 0.9
-    assert far.runner._rows == {}
+    assert far.runner.rows == {}
 
 
 def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_change(far, monkeypatch):
@@ -384,7 +384,7 @@ def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more
     send_message(connection, job("a"))
     with pytest.raises(torch.AcceleratorError):
         Worker(near, runner, max_rows=4).run()
-    runner.drop(list(runner._rows))
+    runner.drop(list(runner.rows))
     near.close()
     connection.close()
 
@@ -409,7 +409,7 @@ def test_stop_ends_the_loop_with_work_unfinished(runner, monkeypatch):
     gate.opened.set()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
-    runner.drop(list(runner._rows))
+    runner.drop(list(runner.rows))
 
 
 @pytest.fixture
