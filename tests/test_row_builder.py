@@ -74,9 +74,10 @@ def test_tokens_under_the_mask_are_drawn_and_the_others_are_the_pictures(runner)
 
 
 def test_one_masked_pixel_has_its_token_drawn(runner):
-    (tokens,) = drawn(runner, job("a", canvas=Repaint(picture(), mask(1, 1))))
+    images = drawn(runner, job("a", seeds=(0, 1, 2, 3), canvas=Repaint(picture(), mask(1, 1))))
     own = tokens_of(runner, picture())
-    assert {(0, 0)} >= {tuple(at) for at in (tokens != own).nonzero().tolist()}
+    # One seed may draw the very token that was there.
+    assert {tuple(at) for tokens in images for at in (tokens != own).nonzero().tolist()} == {(0, 0)}
 
 
 def test_a_mask_of_everything_is_generating(runner):
