@@ -37,11 +37,11 @@ from load_tests.report import Report, wilson_interval
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("server/engine", "server/api", "model/sampling.py", "model/rows.py", "model/row_builder.py")
-# Tests of a module beside the one of its own name.
+# Tests of a module or a folder, the quickest first, beside the one of the module's own name.
 RELATED_TESTS = {
     "model/row_builder.py": ("test_runner", "test_v1_operations"),
-    "model/rows.py": ("test_row_builder", "test_pipeline", "test_cuda_graphs"),
-    "model/sampling.py": ("test_rows", "test_pipeline", "test_transcription"),
+    "model/rows.py": ("test_rows", "test_row_builder", "test_pipeline", "test_cuda_graphs"),
+    "model/sampling.py": ("test_sampling", "test_rows", "test_pipeline", "test_transcription"),
     "server/api": ("test_api",),
     "server/api/app.py": ("test_models", "test_playground"),
     "server/api/auth.py": ("test_auth",),
@@ -49,7 +49,7 @@ RELATED_TESTS = {
     "server/api/cancellation.py": ("test_sse", "test_bad_input"),
     "server/api/errors.py": ("test_errors", "test_bad_input"),
     "server/api/images": ("test_images_decode", "test_images_hostile", "test_image_operations"),
-    "server/api/middleware.py": ("test_bad_input", "test_logs", "test_metrics"),
+    "server/api/middleware.py": ("test_middleware", "test_bad_input", "test_auth"),
     "server/api/openai_schemas.py": ("test_openai_client",),
     "server/api/openapi.py": ("test_openai_client", "test_bad_input"),
     "server/api/planning.py": ("test_image_operations", "test_bad_input", "test_canvas", "test_openai_client"),
@@ -61,14 +61,14 @@ RELATED_TESTS = {
     "server/api/schemas.py": ("test_bad_input", "test_image_operations", "test_parsing_properties"),
     "server/api/sse.py": ("test_openai_client",),
     "server/api/static.py": ("test_playground",),
-    "server/engine/client.py": ("test_supervision",),
+    "server/engine/client.py": ("test_admission", "test_client", "test_supervision"),
     "server/engine/errors.py": ("test_client", "test_api"),
-    "server/engine/latency_model.py": ("test_client",),
-    "server/engine/messages.py": ("test_worker", "test_row_builder"),
+    "server/engine/latency_model.py": ("test_latency_model", "test_admission"),
+    "server/engine/messages.py": ("test_messages", "test_worker", "test_row_builder"),
     "server/engine/prompt_cache.py": ("test_runner",),
-    "server/engine/runner.py": ("test_worker", "test_row_builder"),
-    "server/engine/scheduler.py": ("test_fairness", "test_worker"),
-    "server/engine/supervisor.py": ("test_supervision", "test_client"),
+    "server/engine/runner.py": ("test_runner", "test_worker", "test_row_builder"),
+    "server/engine/scheduler.py": ("test_scheduler", "test_fairness", "test_worker"),
+    "server/engine/supervisor.py": ("test_supervisor", "test_client", "test_supervision"),
 }
 # Slow or machine-dependent tests prove nothing here that others do not.
 MARKERS = "not slow and not browser and not ray and not observability and not gpu"
@@ -172,10 +172,10 @@ def _files(modules: Sequence[str]) -> list[Path]:
 
 
 def related_tests(module: str, root: Path = ROOT) -> list[str]:
-    """Return the test files of a module, those of its own name first. Raises LookupError if there are none."""
+    """Return the test files of a module, the quickest first. Raises LookupError if there are none."""
     path = Path(module)
-    names = [f"test_{path.stem}", f"test_{path.parent.name}_{path.stem}"]
-    for place in (path, *path.parents):
+    names = [*RELATED_TESTS.get(module, ()), f"test_{path.stem}", f"test_{path.parent.name}_{path.stem}"]
+    for place in path.parents:
         names += RELATED_TESTS.get(place.as_posix(), ())
     tests = [f"tests/{name}.py" for name in dict.fromkeys(names) if (root / "tests" / f"{name}.py").exists()]
     if not tests:
