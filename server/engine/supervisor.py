@@ -120,6 +120,11 @@ class WorkerProcess:
         """Queue the message; it is lost silently if the worker has exited, which `exited` reports."""
         self._outbox.put(message)
 
+    @property
+    def pid(self) -> int | None:
+        """Return the process's number, None before it is started."""
+        return self._process.pid
+
     def kill(self) -> None:
         """Send SIGKILL."""
         self._process.kill()
@@ -236,6 +241,11 @@ class Supervisor:
     def accepting(self) -> bool:
         """Whether the worker reads jobs, at once or after its current step."""
         return self._status.ready
+
+    @property
+    def pid(self) -> int | None:
+        """Return the number of the present worker's process."""
+        return self._worker.pid
 
     @property
     def rows_owed(self) -> int:
