@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios evaluate font browser prometheus clean
+.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate font browser prometheus clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
 test: $(VENV)/.dev font browser prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
+
+test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training; ARGS=tests/test_client.py narrows it
+	$(BIN)/pytest --fast $(ARGS)
+
+mutate: $(VENV)/.dev  ## plant small faults and count those that the tests catch; ARGS="--count 20 --modules model/rows.py"
+	$(BIN)/python -m load_tests.mutate $(ARGS)
 
 scale-test: $(VENV)/.dev  ## the tests that start a Ray of their own
 	$(BIN)/pip install --quiet -e '.[scale]'

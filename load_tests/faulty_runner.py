@@ -40,7 +40,7 @@ class FaultyRunner(Runner):
 
     def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
         for row in rows:
-            if self._rows[row].step == FAULTY_STEP - 1:
+            if self.rows[row].step == FAULTY_STEP - 1:
                 self._meet(self._jobs[row], crowd=len(rows) > 1)
         return super().step(model, rows)
 

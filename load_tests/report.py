@@ -8,6 +8,7 @@ report.emit({"stages": …})
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,6 +35,15 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """Count, median, 95th and 99th percentile, in milliseconds. Raises IndexError without any measurement."""
     p50, p95, p99 = np.quantile(seconds, (0.5, 0.95, 0.99)) * 1000
     return {"n": len(seconds), "p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3), "p99_ms": round(float(p99), 3)}
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's interval of a proportion, at 95 % by default; (0, 1) for n = 0."""
+    if not n:
+        return 0.0, 1.0
+    middle = (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(successes * (n - successes) / n + z * z / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def hardware() -> dict[str, Any]:

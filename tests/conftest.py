@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
+import multiprocessing.process
 import os
 import socket
+import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import httpx
 import hypothesis
@@ -39,10 +39,8 @@ from model.config import (
     VQGANV1Config,
 )
 from model.pipeline import Pipeline
-from model.row_builder import RowBuilder
 from model.runtime import prepare
 from server.api import create_app
-from server.engine.prompt_cache import PromptCache, tensor_bytes
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
@@ -63,7 +61,48 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests without a browser, a process or training")
     parser.addoption("--screenshots", help="where to leave pictures of the playground: docs/playground to renew the documentation's")
+
+
+# Fixtures that start a server with a worker process, and modules of which every test starts a process.
+PROCESS_FIXTURES = {"fake_server", "live_server"}
+PROCESS_MODULES = {
+    "test_browser",
+    "test_client",
+    "test_docker",
+    "test_end_to_end",
+    "test_examples",
+    "test_full_disk",
+    "test_models",
+    "test_observability",
+    "test_packaging",
+    "test_processes",
+    "test_ray_app",
+    "test_runtime",
+    "test_signals",
+    "test_supervision",
+    "test_under_load",
+}
+TRAINING_MODULES = {"test_captions", "test_checker", "test_finetune", "test_training", "test_training_loop"}
+NOT_FAST = ("browser", "gpu", "observability", "process", "ray", "slow", "training")
+
+
+@pytest.fixture(autouse=True)
+def _fast_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --fast, fail a test that starts a process or a server: it lacks the mark `process`."""
+    if not request.config.getoption("--fast"):
+        yield
+        return
+
+    def refuse(*_: object, **__: object) -> Never:
+        pytest.fail("a fast test starts no process and no server: mark it with `process`", pytrace=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", refuse)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        patch.setattr(uvicorn.Server, "run", refuse)
+        yield
 
 
 @pytest.fixture
@@ -74,11 +113,18 @@ def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What starts a Ray runs only where it is asked for: `-m ray`."""
+    """Mark what starts a process or trains; run tests that start a Ray only with `-m ray`; with --fast run the fast ones."""
+    for item in items:
+        if item.path.stem in PROCESS_MODULES or PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+        if item.path.stem in TRAINING_MODULES:
+            item.add_marker("training")
+    unwanted = set(NOT_FAST if config.getoption("--fast") else ())
     if "ray" not in config.option.markexpr:
-        unwanted = [item for item in items if item.get_closest_marker("ray")]
-        config.hook.pytest_deselected(items=unwanted)
-        items[:] = [item for item in items if item not in unwanted]
+        unwanted.add("ray")
+    deselected = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -222,11 +268,8 @@ def runner(random_settings: Settings) -> Runner:
 
 def emptied(runner: Runner, capacity: int = 2**30) -> Runner:
     """The same weights without rows, and with nothing remembered."""
-    other = copy.copy(runner)
-    other._rows, other._starting, other.counters = {}, {}, Counter()
-    other.cache = PromptCache(capacity, tensor_bytes, other.counters)
-    other._builders = {name: RowBuilder(pipeline, other.cache) for name, pipeline in other._pipelines.items()}
-    return other
+    settings = Settings(device="cpu", dtype="float32", prompt_cache_bytes=capacity, threads=1)
+    return Runner(settings, runner.pipelines.values())
 
 
 def write_bundle(directory: Path, name: str = NAME) -> Path:

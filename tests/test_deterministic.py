@@ -66,7 +66,7 @@ class Loop:
         self.turns.append({row.job for row in rows})
         done = self._step(rows)
         for row in rows:
-            self.tokens.setdefault(row, []).append(self.runner._rows[row].tokens.numpy().tobytes())
+            self.tokens.setdefault(row, []).append(self.runner.rows[row].tokens.numpy().tobytes())
         for row, image in zip(done, self.runner.decode("random", done).images() if done else [], strict=True):
             self.images[row] = image
             self.scheduler.finish(row)
@@ -78,7 +78,7 @@ class Loop:
                 self.features.setdefault(row, []).append(own.numpy().tobytes())
             return type(pipeline)._sample(pipeline, drawn, features, drawing)
 
-        pipeline = self.runner._pipelines["random"]
+        pipeline = self.runner.pipelines["random"]
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(pipeline, "_sample", draw)
             return self.runner.step("random", rows)
@@ -173,12 +173,12 @@ def test_neighbours_that_leave(loop, alone, seed, turns):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("operation", ["repaint", "edit", "regions"])
 def test_neighbours_of_other_operations(loop, alone, monkeypatch, seed, operation):
-    start, pipeline = loop.runner.start, loop.runner._pipelines["random"]
+    start, pipeline = loop.runner.start, loop.runner.pipelines["random"]
     picture = torch.randint(64, pipeline.grid(32, 32), generator=torch.Generator().manual_seed(1))
 
     def start_operations(parts, watch):
         truncated = start(parts, watch)
-        for row in (loop.runner._rows[RowId(job.id, i)] for job, indices in parts for i in indices if job.id != "a"):
+        for row in (loop.runner.rows[RowId(job.id, i)] for job, indices in parts for i in indices if job.id != "a"):
             if operation == "repaint":
                 operations.repaint(row, PinnedTokens(picture, picture > 30))
             elif operation == "edit":
@@ -239,7 +239,7 @@ def test_the_images_of_one_job_are_started_together_to_the_same_end(runner, loop
     for i, seed in enumerate((7, 8, 9)):
         single = emptied(runner)
         single.start([(job("a", seeds=(seed,)), [0])], Stopwatch())
-        rows = loop.runner._rows[RowId("many", i)], single._rows[RowId("a", 0)]
+        rows = loop.runner.rows[RowId("many", i)], single.rows[RowId("a", 0)]
         assert all(torch.equal(x, y) for x, y in zip(*map(tensors_in, rows), strict=True))
 
 

@@ -15,6 +15,7 @@ import pytest
 from server.api import create_app
 from server.api.errors import ApiError
 from server.api.images.decode import ImageLimits, decode, repaint_mask
+from server.api.images.sniff import DamagedFileError, sniff
 from server.engine.messages import Job
 from server.settings import Settings
 from tests import fake_worker, hostile
@@ -62,6 +63,15 @@ def test_every_file_has_its_expected_outcome(name: str) -> None:
     with pytest.raises(ApiError) as refused:
         repaint_mask(decode(content, ImageLimits()), entry.get("mode"), hostile.SIZE)
     assert (refused.value.status, refused.value.code) == (entry["status"], entry["code"])
+
+
+def test_scans_are_bounded_though_a_decoder_would_read_more() -> None:
+    many = (FOLDER / "many_scans.jpg").read_bytes()
+    with PIL.Image.open(io.BytesIO(many)) as image:
+        image.load()
+    with pytest.raises(DamagedFileError, match="100 scans"):
+        sniff(many)
+    assert decode(hostile.with_scans(100), ImageLimits()).size == hostile.SIZE
 
 
 @pytest.mark.parametrize("name", MANIFEST)

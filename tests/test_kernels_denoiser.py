@@ -80,6 +80,6 @@ def test_the_trial_passes_kernels_that_agree_and_names_one_that_does_not(monkeyp
 def test_the_setting_decides_for_the_server_s_networks(random_bundle):
     for kernels in ("torch", "triton", "auto"):
         runner = Runner(Settings(weights=str(random_bundle), device="cpu", dtype="float32", kernels=kernels))
-        (pipeline,) = runner._pipelines.values()
+        (pipeline,) = runner.pipelines.values()
         assert isinstance(pipeline, PipelineV3)
         assert pipeline.bundle.denoiser.fused == pipeline.bundle.prior.fused == (kernels == "triton")

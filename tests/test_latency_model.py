@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.engine.latency_model import MEMORY_S, LatencyModel
+from server.engine.latency_model import MEMORY_S, LatencyModel, Pace
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import RowId, Scheduler
 from tests.test_fairness import Machine
@@ -96,11 +96,90 @@ def test_what_was_measured_long_ago_refuses_nobody():
     assert made.predict(asked(), [], slots=4, now=MEMORY_S) is None
 
 
-def test_averages_follow_a_change():
+def test_a_measured_step_is_averaged_with_the_last_five_and_the_latest_is_noted():
     made = costs((1, SMALL, 1.0))
+    made.record_step(Step(1, 1, SMALL, 2.0), now=3.0)
+    assert made.step(SMALL, 1, now=3.0) == pytest.approx(1.2)
+    assert made.measured_at == 3.0
     for _ in range(20):
-        made.record_step(Step(1, 1, SMALL, 0.1), now=0.0)
-    assert made.step(SMALL, 1, now=0.0) == pytest.approx(0.1, rel=0.2)
+        made.record_step(Step(1, 1, SMALL, 0.1), now=3.0)
+    assert made.step(SMALL, 1, now=3.0) == pytest.approx(0.1, rel=0.2)
+
+
+def test_the_seconds_around_a_job_s_steps_are_averaged_counted_per_row_and_forgotten_after_a_minute():
+    made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
+    made.record_job(1, Timings(encode=0.3, prior=0.5, decode=0.2), now=0.0)
+    made.record_job(1, Timings(encode=2.0), now=1.0)
+    made.record_step(Step(1, 1, SMALL, 0.1), now=50.0)
+    made.record_step(Step(4, 4, SMALL, 0.1), now=50.0)
+    others = [asked("b", rows=3)]
+    assert made.predict(asked(), others, slots=4, now=60.9) == pytest.approx(10 * 0.1 + 4 * 1.2)
+    assert made.predict(asked(), others, slots=4, now=61.0) == pytest.approx(10 * 0.1)
+
+
+def test_a_measurement_counts_for_a_minute():
+    made = costs((1, SMALL, 0.1))
+    made.record_step(Step(1, 1, LARGE, 0.8), now=50.0)
+    assert made.step(SMALL, 1, now=59.9) == pytest.approx(0.1)
+    assert made.step(SMALL, 1, now=60.0) == pytest.approx(0.2), "in proportion to the larger size"
+    assert made.step(SMALL, 1, now=110.0) is None
+
+
+def test_rows_beyond_the_slots_wait_for_a_share_of_the_rounds_where_a_step_costs_the_same_for_any_rows():
+    made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
+    assert made.predict(asked(steps=10), [asked("b", rows=11)], slots=4, now=0.0) == pytest.approx(3 * 10 * 0.1)
+
+
+def test_no_more_rows_than_slots_share_a_step():
+    made = costs((4, SMALL, 0.1), (8, SMALL, 0.4))
+    # 71 steps are left in 8 rows, of which 4 wait: 8.875 rounds, and the job's own.
+    assert made.predict(asked(steps=1), [asked("b", rows=7, steps=10)], slots=4, now=0.0) == pytest.approx(9.875 * 0.1)
+
+
+def test_rows_of_a_pool_cost_their_branches_on_average():
+    made = costs((1, SMALL, 0.1), (3, SMALL, 0.2), (4, SMALL, 0.9))
+    guided = replace(SAMPLING, steps=10, guidance=(4.0, 4.0), guidance_steps=10)
+    assert made.predict(asked(), [replace(asked("b"), sampling=guided)], slots=4, now=0.0) == pytest.approx(10 * 0.2)
+
+
+def test_a_pool_that_is_half_done_takes_half_of_its_turns():
+    made = costs((1, SMALL, 0.1), (1, LARGE, 0.5), (2, LARGE, 0.9))
+    others = [asked("b", width=256)]
+    assert made.predict(asked(), others, slots=4, now=0.0, left={"b": 5}) == pytest.approx(10 * (0.1 + 0.5 * 0.5))
+
+
+def test_a_pool_with_more_steps_left_than_the_job_takes_no_more_turns_than_the_job():
+    made = costs((1, SMALL, 0.1), (1, LARGE, 0.5), (2, LARGE, 0.9))
+    others = [asked("b", width=256, steps=30)]
+    assert made.predict(asked(), others, slots=4, now=0.0) == pytest.approx(10 * (0.1 + 0.5))
+
+
+def test_the_nearest_size_is_the_ground_for_others():
+    made = costs((1, SMALL, 0.1), (1, LARGE, 0.8))
+    assert made.step(200 * 64, 1, now=0.0) == pytest.approx(0.8 * 200 / 256)
+    assert made.step(80 * 64, 1, now=0.0) == pytest.approx(0.1 * 80 / 64)
+
+
+def test_between_two_counts_of_branches_a_step_lies_on_a_line_and_beyond_them_in_proportion():
+    made = costs((2, SMALL, 0.1), (4, SMALL, 0.5), (8, SMALL, 0.6))
+    expected = {1: 0.05, 2: 0.1, 3: 0.3, 4: 0.5, 5: 0.525, 8: 0.6, 16: 1.2}
+    assert {n: made.step(SMALL, n, now=0.0) for n in expected} == pytest.approx(expected)
+
+
+def test_the_pace_is_of_the_busy_time_of_about_ten_jobs(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("server.engine.latency_model.time.monotonic", lambda: now)
+    pace = Pace(last_finish=now)
+    assert pace.seconds_per_row == pytest.approx(0.2)
+    now = 102.0
+    pace.record(4, sent_at=100.0)
+    assert pace.seconds_per_row == pytest.approx((0.9 * 0.2 + 2) / (0.9 + 4))
+    now = 103.0
+    pace.record(2, sent_at=101.0)  # half of its time was the one's before it
+    assert pace.seconds_per_row == pytest.approx((0.9 * 2.18 + 1) / (0.9 * 4.9 + 2))
+    now = 111.0
+    pace.record(1, sent_at=110.0)  # idle until then
+    assert pace.seconds_per_row == pytest.approx((0.9 * 2.962 + 1) / (0.9 * 6.41 + 1))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -85,4 +85,4 @@ def test_the_bound_holds_whatever_is_fetched(capacity, calls):
     held = cache(capacity)
     for keys in calls:
         fetch(held, *keys)
-        assert held.held == sum(map(len, map(str, held._values.values()))) <= capacity
+        assert held.held == sum(map(len, map(str, held.values()))) <= capacity

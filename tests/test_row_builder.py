@@ -56,14 +56,14 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
     """Every image's tokens."""
     runner.start([(each, range(len(each.seeds))) for each in jobs], Stopwatch())
     rows = [RowId(each.id, i) for each in jobs for i in range(len(each.seeds))]
-    while left := [row for row in rows if not runner._rows[row].done]:
+    while left := [row for row in rows if not runner.rows[row].done]:
         runner.step(jobs[0].model, left)
-    return [runner._rows[row].tokens for row in rows]
+    return [runner.rows[row].tokens for row in rows]
 
 
 def tokens_of(runner: Runner, shown: InputImage) -> torch.Tensor:
     pixels = torch.frombuffer(bytearray(shown.content), dtype=torch.uint8).view(1, shown.height, shown.width, 3)
-    return runner._pipelines["random"].encode_images(pixels)[0]
+    return runner.pipelines["random"].encode_images(pixels)[0]
 
 
 def test_tokens_under_the_mask_are_drawn_and_the_others_are_the_pictures(runner):
@@ -74,9 +74,10 @@ def test_tokens_under_the_mask_are_drawn_and_the_others_are_the_pictures(runner)
 
 
 def test_one_masked_pixel_has_its_token_drawn(runner):
-    (tokens,) = drawn(runner, job("a", canvas=Repaint(picture(), mask(1, 1))))
+    images = drawn(runner, job("a", seeds=(0, 1, 2, 3), canvas=Repaint(picture(), mask(1, 1))))
     own = tokens_of(runner, picture())
-    assert {(0, 0)} >= {tuple(at) for at in (tokens != own).nonzero().tolist()}
+    # One seed may draw the very token that was there.
+    assert {tuple(at) for tokens in images for at in (tokens != own).nonzero().tolist()} == {(0, 0)}
 
 
 def test_a_mask_of_everything_is_generating(runner):
@@ -91,11 +92,11 @@ def test_an_edit_of_strength_zero_is_the_picture_and_one_of_strength_one_ignores
 
 
 def test_variations_ask_no_prior_and_follow_their_pictures_and_weights(runner, monkeypatch):
-    monkeypatch.setattr(type(runner._pipelines["random"]), "prior_embeddings", None)
+    monkeypatch.setattr(type(runner.pipelines["random"]), "prior_embeddings", None)
     one, other = Reference(picture(1), 1.0), Reference(picture(2), 1.0)
     each = [(one,), (other,), (one, other), (one, replace(other, weight=0.1)), (one, replace(other, weight=0.0))]
     drawn(runner, *(job(str(i), references=r, prompt="") for i, r in enumerate(each)))
-    first, second, both, mostly, only = (runner._rows[RowId(str(i), 0)].conditional.kv for i in range(5))
+    first, second, both, mostly, only = (runner.rows[RowId(str(i), 0)].conditional.kv for i in range(5))
     torch.testing.assert_close(only, first)
     distances = [(mixed - first).norm().item() for mixed in (mostly, both, second)]
     assert 0 < distances[0] < distances[1] < distances[2]
@@ -110,7 +111,7 @@ def test_the_first_and_the_last_frame_are_what_their_prompts_draw_with_the_same_
 
 def test_a_prior_is_asked_once_for_a_keyframe_however_many_frames(runner, monkeypatch):
     asked: list[int] = []
-    pipeline = runner._pipelines["random"]
+    pipeline = runner.pipelines["random"]
     draw = pipeline.prior_embeddings
     monkeypatch.setattr(pipeline, "prior_embeddings", lambda prompts, noises: asked.append(len(prompts)) or draw(prompts, noises))
     drawn(runner, job("a", **FRAMES | {"seeds": (0,) * 6}))
@@ -124,7 +125,7 @@ def test_a_region_of_full_weight_everywhere_is_its_prompt(runner):
 
 def test_pictures_are_encoded_once_and_together_with_those_of_other_arrivals(runner, monkeypatch):
     batches: list[int] = []
-    pipeline = runner._pipelines["random"]
+    pipeline = runner.pipelines["random"]
     codes = pipeline.encode_images
     monkeypatch.setattr(pipeline, "encode_images", lambda pictures: batches.append(len(pictures)) or codes(pictures))
     jobs = [job(str(i), canvas=Repaint(picture(i % 2), mask(16, 16))) for i in range(4)]
@@ -143,9 +144,9 @@ def test_a_deterministic_job_of_any_kind_has_the_same_tokens_in_any_company(runn
     runner.start([(each, range(len(each.seeds))) for each in (*others, mine)], Stopwatch())
     rows = [RowId("b", i) for i in range(len(mine.seeds))]
     for row in rows:
-        while not runner._rows[row].done:
+        while not runner.rows[row].done:
             runner.step("random", [row])
-    assert all(torch.equal(runner._rows[row].tokens, tokens) for row, tokens in zip(rows, alone, strict=True))
+    assert all(torch.equal(runner.rows[row].tokens, tokens) for row, tokens in zip(rows, alone, strict=True))
 
 
 def test_the_first_generation_does_all_of_it_too(random_v1_bundle):

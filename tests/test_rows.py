@@ -140,6 +140,12 @@ def test_regions_that_overlap_share_and_the_prompt_has_the_rest(pipeline):
     assert torch.equal(coverage[4], torch.ones(GRID))
 
 
+def test_regions_that_leave_something_leave_it_to_the_prompt(pipeline):
+    coverage = with_regions(pipeline, *((prompt, torch.full(GRID, 0.25)) for prompt in PROMPTS[1:3])).coverage
+    assert coverage is not None
+    assert torch.allclose(coverage[:3, 0, 0], torch.tensor([0.5, 0.25, 0.25]))
+
+
 def test_rows_with_regions_and_rows_without_share_steps(pipeline):
     (alone,) = run(pipeline, row(pipeline))
     regional = with_regions(pipeline, (PROMPTS[2], left_half().float()), (PROMPTS[3], 1 - left_half().float()))

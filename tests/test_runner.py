@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def _fresh(runner: Runner) -> Runner:
 
 @pytest.fixture
 def calls(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(runner._pipelines["random"], monkeypatch)
+    return Calls(runner.pipelines["random"], monkeypatch)
 
 
 def started(runner: Runner, *jobs: Job) -> list[RowId]:
@@ -52,7 +53,7 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
     rows = started(runner, *jobs)
     for _ in range(SAMPLING.steps):
         runner.step("random", rows)
-    return [runner._rows[row].tokens for row in rows]
+    return [runner.rows[row].tokens for row in rows]
 
 
 def test_the_same_prompt_and_seed_are_neither_encoded_nor_drawn_again_and_answer_the_same_tokens(runner, calls):
@@ -76,7 +77,7 @@ def test_a_seed_s_prior_at_another_size_is_another_one(runner, calls, pipeline):
     assert calls.priors == [1, 1]
     prompt, noise = pipeline.encode(["red apple"])[0], pipeline.noise(0, 48, 32, SAMPLING.steps)
     expected = pipeline.condition(prompt, *pipeline.prior_embeddings([prompt], [noise]))
-    torch.testing.assert_close(list(tensors_in(runner._rows[row].conditional)), list(tensors_in(expected)))
+    torch.testing.assert_close(list(tensors_in(runner.rows[row].conditional)), list(tensors_in(expected)))
 
 
 def test_arrivals_are_encoded_together_but_for_other_lengths(runner, calls):
@@ -88,10 +89,10 @@ def test_arrivals_are_encoded_together_but_for_other_lengths(runner, calls):
 
 def test_what_a_neighbour_s_length_would_pad_is_not_padded(runner):
     short, _ = started(runner, job("a", "apple"), job("b", "the red apple " * 3))
-    beside = [tensor.shape for tensor in tensors_in(runner._rows[short].conditional)]
+    beside = [tensor.shape for tensor in tensors_in(runner.rows[short].conditional)]
     alone = emptied(runner)
     (row,) = started(alone, job("a", "apple"))
-    assert [tensor.shape for tensor in tensors_in(alone._rows[row].conditional)] == beside
+    assert [tensor.shape for tensor in tensors_in(alone.rows[row].conditional)] == beside
 
 
 def test_an_unguided_job_encodes_no_negative_prompt(runner, calls):
@@ -102,14 +103,14 @@ def test_an_unguided_job_encodes_no_negative_prompt(runner, calls):
 def test_the_bound_on_bytes_holds_and_what_does_not_fit_is_computed_all_the_same(runner, calls):
     small = emptied(runner, capacity=10_000)
     rows = started(small, *(job(f"{i}", "apple " * (i % 5), seeds=(i,)) for i in range(12)))
-    assert len(small._rows) == len(rows) == 12
+    assert len(small.rows) == len(rows) == 12
     assert 0 < small.cache.held <= 10_000
-    assert small.cache.held == sum(map(tensor_bytes, small.cache._values.values()))
+    assert small.cache.held == sum(map(tensor_bytes, small.cache.values()))
 
 
 def test_what_is_remembered_holds_no_memory_of_its_batch(runner):
     started(runner, *(job(f"{i}", f"apple {i}", seeds=(i,)) for i in range(8)))
-    for value in runner.cache._values.values():
+    for value in runner.cache.values():
         assert tensor_bytes(value) == sum(tensor.nbytes for tensor in tensors_in(value))
 
 
@@ -117,10 +118,10 @@ def test_an_unfinished_row_shows_what_its_last_step_drew(runner, pipeline):
     (row,) = started(runner, job("a"))
     runner.step("random", [row])
     decoding = runner.decode("random", [row])
-    assert not torch.equal(runner._rows[row].drawn, runner._rows[row].tokens), "start tokens were put back"
+    assert not torch.equal(runner.rows[row].drawn, runner.rows[row].tokens), "start tokens were put back"
     assert decoding.steps == (1,)
     (image,) = decoding.images()
-    expected = pipeline.decode(runner._rows[row].drawn[None])
+    expected = pipeline.decode(runner.rows[row].drawn[None])
     assert np.array_equal(np.frombuffer(image.pixels, np.uint8), expected.numpy().ravel())
 
 
@@ -141,19 +142,19 @@ class Recalled(Streams):
 
 def test_a_row_that_is_done_as_it_begins_is_read_in_the_stream_that_made_its_tokens(runner, monkeypatch):
     streams, stack = Recalled(), torch.stack
-    runner._streams = streams
+    runner.streams = streams
     picture = InputImage(32, 32, bytes(32 * 32 * 3), "black")
     (row,) = started(runner, job("a", canvas=Edit(picture, strength=0.0)))
-    assert runner._rows[row].done
+    assert runner.rows[row].done
     monkeypatch.setattr(torch, "stack", lambda tensors: stack(tensors) if streams.inside else pytest.fail("stacked in another stream"))
     runner.decode("random", [row])
-    assert [tensor is runner._rows[row].tokens for tensor in streams.reading] == [True]
+    assert [tensor is runner.rows[row].tokens for tensor in streams.reading] == [True]
 
 
 def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bundle):
     runner = Runner(Settings(weights=f"{random_bundle},{random_v1_bundle}", device="cpu", dtype="float32"))
     runner.warm_up()
-    for model, pipeline in runner._pipelines.items():
+    for model, pipeline in runner.pipelines.items():
         wanted = replace(job(model), model=model, sampling=pipeline.config.recipe.sampling(steps=2, renoise_mode="rand"))
         rows = started(runner, wanted)
         for _ in range(2):
@@ -164,15 +165,15 @@ def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bu
 
 
 def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that_are_chosen(runner, monkeypatch):
-    computing: list[int] = []
-    used: list[int] = []
-    threads = ThreadTuner(4, computing.append)
+    computing, used = [4], list[int]()
+    seconds = count()  # every step takes as long as any other
+    threads = ThreadTuner(4, computing.append, lambda: float(next(seconds)))
     threads.chosen = 1
-    monkeypatch.setattr(runner, "_threads", threads)
-    pipeline = runner._pipelines["random"]
+    monkeypatch.setattr(runner, "threads", threads)
+    pipeline = runner.pipelines["random"]
 
     def watched(compute: Callable[..., object]) -> Callable[..., object]:
-        return lambda *args: used.append(threads._used) or compute(*args)
+        return lambda *args: used.append(computing[-1]) or compute(*args)
 
     for name in ("encode", "advance", "decode_tokens"):
         monkeypatch.setattr(pipeline, name, watched(getattr(pipeline, name)))
@@ -188,6 +189,6 @@ def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that
 @pytest.mark.parametrize(("threads", "most"), [(0, 3), (2, 1)])
 def test_threads_are_chosen_unless_the_settings_say_how_many(runner, monkeypatch, threads, most):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(runner, "_settings", runner._settings.model_copy(update={"threads": threads}))
-    runner.choose_threads()
-    assert runner._threads.chosen == most
+    chosen = Runner(Settings(device="cpu", dtype="float32", threads=threads), runner.pipelines.values())
+    chosen.choose_threads()
+    assert chosen.threads.chosen == most

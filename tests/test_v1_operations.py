@@ -22,7 +22,7 @@ def v1(random_v1_bundle: Path) -> Runner:
 
 
 def asked(runner: Runner, id: str, **parts: object) -> Job:
-    sampling = runner._pipelines["random-v1"].config.recipe.sampling(steps=4)
+    sampling = runner.pipelines["random-v1"].config.recipe.sampling(steps=4)
     return replace(job(id, model="random-v1", **parts), sampling=sampling)
 
 
@@ -30,9 +30,9 @@ def drawn(runner: Runner, *jobs: Job) -> dict[str, list[torch.Tensor]]:
     """Every image's tokens, by job."""
     runner.start([(each, range(len(each.seeds))) for each in jobs], Stopwatch())
     rows = [RowId(each.id, i) for each in jobs for i in range(len(each.seeds))]
-    while left := [row for row in rows if not runner._rows[row].done]:
+    while left := [row for row in rows if not runner.rows[row].done]:
         runner.step("random-v1", left)
-    return {each.id: [runner._rows[RowId(each.id, i)].tokens for i in range(len(each.seeds))] for each in jobs}
+    return {each.id: [runner.rows[RowId(each.id, i)].tokens for i in range(len(each.seeds))] for each in jobs}
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -55,4 +55,4 @@ def test_rows_of_all_operations_share_their_steps(v1):
 
 def test_regions_cost_v1_no_branches(v1):
     v1.start([(asked(v1, "regions", **EVERY_KIND["regions"]), range(1))], Stopwatch())
-    assert len(v1._rows[RowId("regions", 0)].branches) == 2
+    assert len(v1.rows[RowId("regions", 0)].branches) == 2

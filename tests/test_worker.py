@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from server.engine.messages import (
 )
 from server.engine.runner import Runner
 from server.engine.worker import Worker
+from tests.test_decode_queue import LateMark
 
 PATIENCE_S = 60
 SAMPLING = SamplingConfig(
@@ -248,7 +250,7 @@ def test_a_cancelled_job_stops_at_the_next_step_and_no_picture_is_answered(far, 
     assert isinstance(first, Finished)
     assert first.id == "other"
     assert far.receive(lambda m: isinstance(m, Heartbeat) and not m.steps and not m.rows_running + m.rows_waiting)
-    assert far.runner._rows == {}
+    assert far.runner.rows == {}
 
 
 def test_cancelling_a_waiting_an_unknown_or_a_finished_job_disturbs_nothing(far):
@@ -271,15 +273,16 @@ def test_a_job_that_is_late_already_is_never_started(far, monkeypatch):
 
 
 def test_a_job_whose_deadline_passes_on_the_way_is_dropped(far, monkeypatch):
-    gate = Gate(far, monkeypatch)
-    deadline = time.monotonic() + 0.2
-    far.send(job("late", deadline=time.monotonic() + PATIENCE_S))
+    gate, clock = Gate(far, monkeypatch), time.monotonic
+    far.send(job("patient", deadline=math.inf))
     gate.wait()
-    far.send(job("waiting", deadline=deadline))
-    time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
+    far.send(job("waiting", deadline=clock() + 3600))
+    far.send(job("in time", deadline=clock() + 3 * 3600))
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * 3600)
     gate.opened.set()
     assert far.answer("waiting") == Failed("waiting", "deadline", "the deadline passed", retryable=True)
-    assert isinstance(far.answer("late"), Finished)
+    assert isinstance(far.answer("patient"), Finished)
+    assert isinstance(far.answer("in time"), Finished)
 
 
 @pytest.mark.parametrize("stage", ["start", "step", "decode"])
@@ -304,7 +307,7 @@ def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeyp
     assert "secret" not in answer.message
     far.send(job("b"))
     assert isinstance(far.answer("b"), Finished)
-    assert far.runner._rows == {}
+    assert far.runner.rows == {}
 
 
 def test_a_job_that_fails_to_start_does_not_take_its_neighbours_with_it(far, monkeypatch, caplog):
@@ -358,7 +361,7 @@ def test_of_rows_that_share_a_stage_only_those_that_raise_alone_fail(far, monkey
         assert isinstance(alone, Finished)
         same = [np.frombuffer(a.images[0].pixels, np.uint8) for a in (answer, alone)]
         assert np.mean(same[0] == same[1]) >= 0.9
-    assert far.runner._rows == {}
+    assert far.runner.rows == {}
 
 
 def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_change(far, monkeypatch):
@@ -375,6 +378,34 @@ def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_c
     assert all(one != other for one, other in itertools.pairwise(said))
 
 
+def test_suspects_share_no_batch_as_they_start(far, monkeypatch):
+    batches, start = list[set[str]](), far.runner.start
+    monkeypatch.setattr(far.runner, "start", lambda parts, watch: batches.append({job.id for job, _ in parts}) or start(parts, watch))
+    gate = Gate(far, monkeypatch)
+    far.send(job("first"))
+    gate.wait()
+    for id in ("suspect", "one", "other"):
+        far.send(job(id, alone="suspect" in id))
+    gate.opened.set()
+    for _ in range(4):
+        assert isinstance(far.receive(lambda m: isinstance(m, Finished | Failed)), Finished)
+    assert sorted(batches, key=sorted) == [{"first"}, {"one", "other"}, {"suspect"}]
+
+
+def test_jobs_that_are_being_decoded_are_announced_with_those_of_the_stage_beside_them(far, monkeypatch):
+    mark, decode = LateMark(), far.runner.decode
+    monkeypatch.setattr(far.runner, "decode", lambda model, rows: replace(decode(model, rows), mark=mark))
+    gate = Gate(far, monkeypatch)
+    far.send(job("long", width=16, sampling=replace(SAMPLING, steps=64)))
+    gate.wait()
+    far.send(job("short", sampling=replace(SAMPLING, steps=1)))  # no stage of theirs is shared: they differ in size
+    gate.opened.set()
+    assert far.receive(lambda m: isinstance(m, Running) and len(m.jobs) == 2) == Running(("long", "short"))
+    mark.passed = True
+    assert isinstance(far.answer("short"), Finished)
+    assert isinstance(far.answer("long"), Finished)
+
+
 def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more(runner, monkeypatch, caplog):
     def broken(*_):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -384,7 +415,7 @@ def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more
     send_message(connection, job("a"))
     with pytest.raises(torch.AcceleratorError):
         Worker(near, runner, max_rows=4).run()
-    runner.drop(list(runner._rows))
+    runner.drop(list(runner.rows))
     near.close()
     connection.close()
 
@@ -409,7 +440,7 @@ def test_stop_ends_the_loop_with_work_unfinished(runner, monkeypatch):
     gate.opened.set()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
-    runner.drop(list(runner._rows))
+    runner.drop(list(runner.rows))
 
 
 @pytest.fixture

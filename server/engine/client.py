@@ -113,21 +113,24 @@ class PendingJob:
 
 
 class EngineClient:
-    """Run jobs in worker processes, one per device, and replace each that crashes or stalls."""
+    """Run jobs in worker processes, one per device, and replace each that crashes or stalls.
+
+    workers: one supervisor per device.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None, worker: WorkerMain = run_worker) -> None:
         self._settings = settings
-        self._metrics = metrics or Metrics()
+        self.metrics = metrics or Metrics()
         per_device = [settings.model_copy(update={"device": name, "devices": None}) for name in settings.worker_devices]
-        self._workers = [Supervisor(worker, device_settings, self._metrics, self) for device_settings in per_device]
+        self.workers = [Supervisor(worker, device_settings, self.metrics, self) for device_settings in per_device]
         self._pending: dict[str, PendingJob] = {}
         self._pace = Pace()
         self._latency = LatencyModel()
         self._draining = False
-        self._metrics.queue_depth.set_function(lambda: max(0, self.rows_unfinished - self.rows_running))
-        self._metrics.rows_running.set_function(lambda: self.rows_running)
-        self._metrics.watch(lambda: [worker.state for worker in self._workers])
-        self._metrics.prompt_cache_bytes.set_function(lambda: sum(worker.last_heartbeat.cache_bytes for worker in self._workers))
+        self.metrics.queue_depth.set_function(lambda: max(0, self.rows_unfinished - self.rows_running))
+        self.metrics.rows_running.set_function(lambda: self.rows_running)
+        self.metrics.watch(lambda: [worker.state for worker in self.workers])
+        self.metrics.prompt_cache_bytes.set_function(lambda: sum(worker.last_heartbeat.cache_bytes for worker in self.workers))
 
     @property
     def rows_unfinished(self) -> int:
@@ -137,14 +140,14 @@ class EngineClient:
     @property
     def rows_running(self) -> int:
         """Images being drawn, by the workers' last heartbeats."""
-        return sum(worker.last_heartbeat.rows_running for worker in self._workers)
+        return sum(worker.last_heartbeat.rows_running for worker in self.workers)
 
     async def start(self) -> None:
         """Start the workers and return before they are ready.
 
         Raises OSError if the system grants no process.
         """
-        for worker in self._workers:
+        for worker in self.workers:
             await worker.start()
 
     async def stop(self) -> None:
@@ -154,14 +157,14 @@ class EngineClient:
             await asyncio.wait(answers, timeout=self._settings.drain_timeout_s)
         for entry in self._pending.values():
             entry.resolve(Draining("the server is stopping"))
-        await asyncio.gather(*(worker.stop() for worker in self._workers))
+        await asyncio.gather(*(worker.stop() for worker in self.workers))
 
     def status(self) -> WorkerStatus:
         """Return ready when every worker is; otherwise the reason of the first that is not.
 
         The reason names the number of requests that wait for a worker.
         """
-        statuses = [worker.status for worker in self._workers]
+        statuses = [worker.status for worker in self.workers]
         status = next((status for status in statuses if not status.ready), statuses[0])
         if self._draining:
             return replace(status, ready=False, reason="draining")
@@ -200,7 +203,7 @@ class EngineClient:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed") from None
         except asyncio.CancelledError:
-            self._metrics.cancelled.labels("worker" if entry.worker else "queue").inc()
+            self.metrics.cancelled.labels("worker" if entry.worker else "queue").inc()
             raise
         finally:
             self._forget(entry)
@@ -229,8 +232,8 @@ class EngineClient:
         """Predict the job's finish. Raises DeadlineUnreachable if it is after the deadline."""
         # Batch work makes room for interactive work, so it does not delay it.
         others = [entry.job for entry in self._pending.values() if (entry.job.priority, job.priority) != ("batch", "interactive")]
-        slots = self._settings.max_batch_rows * len(self._workers)
-        left = {id: steps for worker in self._workers for id, steps in worker.last_heartbeat.left.items()}
+        slots = self._settings.max_batch_rows * len(self.workers)
+        left = {id: steps for worker in self.workers for id, steps in worker.last_heartbeat.left.items()}
         finish, allowed = self._latency.predict(job, others, slots, now, left), job.deadline - now
         if finish is not None and finish > allowed and not self._may_try(now):
             alone = self._latency.predict(job, [], slots, now)
@@ -249,7 +252,7 @@ class EngineClient:
 
     def _dispatch(self, entry: PendingJob) -> None:
         """Send the job to the worker with the fewest rows, or let it wait for one."""
-        if workers := [worker for worker in self._workers if worker.accepting]:
+        if workers := [worker for worker in self.workers if worker.accepting]:
             entry.send_to(min(workers, key=lambda worker: worker.rows_owed))
             return
         error = WorkerLost if entry.sent_at else Starting
@@ -301,11 +304,11 @@ class EngineClient:
         if (entry := self._pending.get(message.id)) and entry.sent_at is not None:
             self._pace.record(entry.rows, entry.sent_at)
             timings = entry.finish(message, entry.sent_at).timings
-            self._metrics.record_timings(timings)
+            self.metrics.record_timings(timings)
             self._latency.record_job(entry.rows, timings, time.monotonic())
 
     def _record_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self._metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)
+        self.metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)
         for step in heartbeat.steps:
             self._latency.record_step(step, time.monotonic())
 
@@ -322,5 +325,5 @@ class EngineClient:
                 log.error("job abandoned", extra={"fields": {"job": id, "workers_lost": entry.solo_crashes}})
                 entry.resolve(JobFailed("poison", reason, retryable=False))
             else:
-                self._metrics.requests_replayed.inc()
+                self.metrics.requests_replayed.inc()
                 self._dispatch(entry)

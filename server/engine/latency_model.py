@@ -149,7 +149,7 @@ class Pace:
 
     seconds: float = 0.2
     rows: float = 1.0
-    last_finish: float = field(default_factory=time.monotonic)
+    last_finish: float = field(default_factory=lambda: time.monotonic())
 
     def record(self, rows: float, sent_at: float) -> None:
         """Record a finished job of so many rows. sent_at: monotonic seconds."""

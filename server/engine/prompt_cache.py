@@ -31,6 +31,10 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._values)
 
+    def values(self) -> list[object]:
+        """Return all values, the least recently used first."""
+        return list(self._values.values())
+
     def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
         """Return the keys' values; compute the missing ones in one call, each once.
 

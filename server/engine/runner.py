@@ -283,24 +283,28 @@ class Runner:
     counters: totals since the start.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, pipelines: Iterable[Pipeline] | None = None) -> None:
+        """Load the bundles of the settings, unless `pipelines` holds them already."""
         device = use(pick_device(settings.device))
         self.dtype = pick_dtype(settings.dtype, device)
         self.device = device
-        pipelines = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
-        self._pipelines = {pipeline.config.name: pipeline for pipeline in pipelines}
-        self._settings, self._streams = settings, Streams(device)
-        self._threads = ThreadTuner(1, torch.set_num_threads)
+        if pipelines is None:
+            pipelines = [
+                Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles
+            ]
+        self.pipelines = {pipeline.config.name: pipeline for pipeline in pipelines}
+        self._settings, self.streams = settings, Streams(device)
+        self.threads = ThreadTuner(1, torch.set_num_threads)
         self.counters: Counter[Count] = Counter()
         self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
-        self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self._pipelines.items()}
-        self._rows: dict[RowId, Row] = {}
+        self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self.pipelines.items()}
+        self.rows: dict[RowId, Row] = {}
         self._starting: dict[RowId, Mark] = {}
 
     def choose_threads(self) -> None:
         """Tune a CPU's number of threads from now on, unless the settings fix it."""
         if self.device.type == "cpu" and not self._settings.threads:
-            self._threads = ThreadTuner(torch.get_num_threads(), torch.set_num_threads)
+            self.threads = ThreadTuner(torch.get_num_threads(), torch.set_num_threads)
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
         """Build the rows of these images of these jobs.
@@ -308,14 +312,14 @@ class Runner:
         Returns, for each job, the encoders that cut one of its prompts.
         """
         images = [(job, index) for job, indices in parts for index in indices]
-        with self._steady(any(job.sampling.deterministic for job, _ in parts)), self._streams.beside():
+        with self._steady(any(job.sampling.deterministic for job, _ in parts)), self.streams.beside():
             rows: dict[RowId, Row] = {}
             for group in group_by(images, lambda image: image[0].model):
                 builder = self._builders[group[0][0].model]
                 built = builder.build([job.image(index) for job, index in group], watch)
                 rows.update(zip((RowId(job.id, index) for job, index in group), built, strict=True))
-            self._starting.update(dict.fromkeys(rows, self._streams.mark()))
-        self._rows.update(rows)
+            self._starting.update(dict.fromkeys(rows, self.streams.mark()))
+        self.rows.update(rows)
         return [rows[RowId(job.id, indices[0])].truncated for job, indices in parts]
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
@@ -328,51 +332,51 @@ class Runner:
         for row in ready:
             if mark := self._starting.pop(row, None):
                 mark.wait()
-                self._streams.hand_over(tensors_in(self._rows[row]))
+                self.streams.hand_over(tensors_in(self.rows[row]))
         return ready
 
     def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
         """Take one denoiser step for started rows of one pool; return those that are now done."""
-        stepped = [self._rows[row] for row in rows]
+        stepped = [self.rows[row] for row in rows]
         kind = (model, len(rows), self.branches(rows), stepped[0].tokens.shape)
-        with self._threads.all() if stepped[0].sampling.deterministic else self._threads.step(kind):
-            self._pipelines[model].advance(stepped)
-        self._streams.stepped()
-        return [row for row in rows if self._rows[row].done]
+        with self.threads.all() if stepped[0].sampling.deterministic else self.threads.step(kind):
+            self.pipelines[model].advance(stepped)
+        self.streams.stepped()
+        return [row for row in rows if self.rows[row].done]
 
     def steps_done(self, row: RowId) -> int:
         """Return the number of steps that a row has taken, skipped ones included."""
-        return self._rows[row].step
+        return self.rows[row].step
 
     def branches(self, rows: Sequence[RowId]) -> int:
         """Return the number of branches of these rows' next step."""
-        return sum(len(self._rows[row].branches) for row in rows)
+        return sum(len(self.rows[row].branches) for row in rows)
 
     def decode(self, model: str, rows: Sequence[RowId]) -> Decoding:
         """Begin to decode these rows of one pool, finished or not, as far as they have come."""
-        tokens = [self._rows[row].clean for row in rows]
-        deterministic = any(self._rows[row].sampling.deterministic for row in rows)
+        tokens = [self.rows[row].clean for row in rows]
+        deterministic = any(self.rows[row].sampling.deterministic for row in rows)
         # The stacking is inside too: the tokens of a row that was done as it began were made beside
         # the steps.
-        with self._steady(deterministic), self._streams.beside(reading=tokens):
-            pixels = self._streams.to_host(self._pipelines[model].decode_tokens(torch.stack(tokens)))
-            return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self._streams.mark())
+        with self._steady(deterministic), self.streams.beside(reading=tokens):
+            pixels = self.streams.to_host(self.pipelines[model].decode_tokens(torch.stack(tokens)))
+            return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self.streams.mark())
 
     def _steady(self, deterministic: bool) -> AbstractContextManager[None]:
         """Compute with all threads if deterministic: roundings must not depend on the tuning."""
-        return self._threads.all() if deterministic else nullcontext()
+        return self.threads.all() if deterministic else nullcontext()
 
     def drop(self, rows: Sequence[RowId]) -> None:
         """Forget rows, known or not."""
         for row in rows:
-            self._rows.pop(row, None)
+            self.rows.pop(row, None)
             self._starting.pop(row, None)
 
     # ── before the first request ──────────────────────────────────────────────────────────────────
 
     def warm_up(self) -> None:
         """Run every stage of every bundle and capture its graphs, so that no request has to."""
-        for pipeline in self._pipelines.values():
+        for pipeline in self.pipelines.values():
             began, sampling = time.perf_counter(), pipeline.config.recipe.sampling(steps=2)
             pipeline.generate(["warm"], [0], sampling)
             self._warm_up_batch(pipeline, sampling, time.perf_counter() - began)

@@ -125,6 +125,11 @@ class WorkerProcess:
         """
         self._outbox.put(message)
 
+    @property
+    def pid(self) -> int | None:
+        """Return the process's number, None before it is started."""
+        return self._process.pid
+
     def kill(self) -> None:
         """Send SIGKILL."""
         self._process.kill()
@@ -247,6 +252,11 @@ class Supervisor:
     def accepting(self) -> bool:
         """Whether the worker reads jobs, at once or after its current step."""
         return self._status.ready
+
+    @property
+    def pid(self) -> int | None:
+        """Return the number of the present worker's process."""
+        return self._worker.pid
 
     @property
     def rows_owed(self) -> int:

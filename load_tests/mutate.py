@@ -1,0 +1,239 @@
+"""Plant small faults in the code, one at a time, and count how many of them the tests catch.
+
+    python -m load_tests.mutate
+    python -m load_tests.mutate --count 20 --seed 1 --modules server/engine/client.py model/rows.py
+
+Each fault (a mutant) is planted in a temporary copy of the working tree, and the tests related to its
+module run there: `tests/test_<module>.py` and those of `RELATED_TESTS`. A mutant is caught if a test
+fails or the tests take longer than their timeout. Survivors that change no behaviour are listed with
+a reason in `load_tests/equivalent_mutants.py`. Exits with 1 if the tests fail without a fault; the
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from load_tests.equivalent_mutants import EQUIVALENT
+from load_tests.mutants import Mutant, find_mutants
+from load_tests.report import Report, wilson_interval
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("server/engine", "server/api", "model/sampling.py", "model/rows.py", "model/row_builder.py")
+# Tests of a module or a folder, the quickest first, beside the one of the module's own name.
+RELATED_TESTS = {
+    "model/row_builder.py": ("test_runner", "test_v1_operations"),
+    "model/rows.py": ("test_rows", "test_row_builder", "test_pipeline", "test_cuda_graphs"),
+    "model/sampling.py": ("test_sampling", "test_rows", "test_pipeline", "test_transcription"),
+    "server/api": ("test_api",),
+    "server/api/app.py": ("test_models", "test_playground"),
+    "server/api/body.py": ("test_bad_input", "test_parsing_properties"),
+    "server/api/errors.py": ("test_errors", "test_bad_input"),
+    "server/api/images": ("test_images_decode", "test_images_hostile", "test_image_operations"),
+    "server/api/middleware.py": ("test_middleware", "test_bad_input", "test_auth"),
+    "server/api/openai_schemas.py": ("test_openai_client",),
+    "server/api/openapi.py": ("test_openai_client", "test_bad_input"),
+    "server/api/planning.py": ("test_image_operations", "test_bad_input", "test_canvas", "test_openai_client"),
+    "server/api/responses.py": ("test_image_operations", "test_openai_client"),
+    "server/api/routes_health.py": ("test_models",),
+    "server/api/routes_models.py": ("test_models",),
+    "server/api/routes_native.py": ("test_image_operations", "test_sse"),
+    "server/api/routes_openai.py": ("test_openai_client",),
+    "server/api/schemas.py": ("test_bad_input", "test_image_operations", "test_parsing_properties"),
+    "server/api/sse.py": ("test_openai_client",),
+    "server/api/state.py": ("test_sse", "test_bad_input"),
+    "server/api/static.py": ("test_playground",),
+    "server/engine/client.py": ("test_admission", "test_client", "test_supervision"),
+    "server/engine/errors.py": ("test_client", "test_api"),
+    "server/engine/latency_model.py": ("test_latency_model", "test_admission"),
+    "server/engine/messages.py": ("test_messages", "test_worker", "test_row_builder"),
+    "server/engine/prompt_cache.py": ("test_runner",),
+    "server/engine/runner.py": ("test_cpu_threads", "test_runner", "test_worker", "test_row_builder"),
+    "server/engine/scheduler.py": ("test_scheduler", "test_fairness", "test_worker"),
+    "server/engine/supervisor.py": ("test_supervisor", "test_cpu_threads", "test_client", "test_supervision"),
+    "server/engine/worker.py": ("test_failure_isolation", "test_decode_queue"),
+}
+# Slow or machine-dependent tests prove nothing here that others do not.
+MARKERS = "not slow and not browser and not ray and not observability and not gpu"
+NICENESS = 10
+LEAST_TIMEOUT_S = 60.0
+TIMEOUT_FACTOR = 5.0
+FAILED, INTERRUPTED, USAGE_ERROR = 1, 2, 4
+
+Outcome = Literal["caught", "timeout", "survived", "equivalent"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One mutant's outcome, and the seconds that its tests took."""
+
+    mutant: Mutant
+    outcome: Outcome
+    seconds: float
+
+
+class Copy:
+    """A temporary copy of the working tree, in which one file at a time is mutated."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        for name in filter(None, names):
+            source, target = ROOT / name, directory / name
+            if source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+
+    @contextlib.contextmanager
+    def planted(self, mutant: Mutant) -> Iterator[None]:
+        """The copy with the mutant in it, for as long as the context lasts."""
+        path = self.directory / mutant.module
+        original = path.read_text()
+        path.write_text(mutant.source)
+        try:
+            yield
+        finally:
+            path.write_text(original)
+
+    def run_tests(self, tests: Sequence[str], timeout_s: float) -> tuple[int | None, float]:
+        """Run the test files until the first failure; return pytest's exit code, None after a timeout, and seconds."""
+        command = ["nice", "-n", str(NICENESS), sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", MARKERS]
+        environment = {**os.environ, "PYTHONPATH": str(self.directory), "PYTHONDONTWRITEBYTECODE": "1"}
+        began = time.monotonic()
+        output = subprocess.DEVNULL
+        process = subprocess.Popen(
+            [*command, *tests], cwd=self.directory, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        # Workers that a failed test left behind are in the same group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return code, time.monotonic() - began
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Raise SystemExit with 1 if the tests fail without a mutant."""
+    sent = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(sent)
+    report = Report("mutate", command=shlex.join(["python", "-m", "load_tests.mutate", *sent]))
+    mutants = sample(options.modules, options.count, options.seed)
+    if options.list:
+        print("\n".join(mutant.identity for mutant in mutants))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        results = list(_run_all(Copy(Path(directory)), mutants))
+    report.add(_table(results))
+    report.emit(summary(results))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m load_tests.mutate", description="Mutation testing; the last line is JSON.")
+    parser.add_argument("--count", type=int, default=60, help="mutants drawn at random from all, 60 by default; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, 0 by default")
+    parser.add_argument("--modules", nargs="+", default=MODULES, help="files and folders, relative to the repository")
+    parser.add_argument("--list", action="store_true", help="print the drawn mutants and run nothing")
+    return parser.parse_args(arguments)
+
+
+def sample(modules: Sequence[str], count: int, seed: int) -> list[Mutant]:
+    """Draw mutants without replacement, every one of the modules' with equal chance; return them by module."""
+    found = [mutant for path in _files(modules) for mutant in find_mutants(path.relative_to(ROOT).as_posix(), path.read_text())]
+    drawn = random.Random(seed).sample(found, min(count, len(found))) if count else found
+    return sorted(drawn, key=lambda mutant: (mutant.module, mutant.line))
+
+
+def _files(modules: Sequence[str]) -> list[Path]:
+    paths = [ROOT / module for module in modules]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"no such module: {', '.join(missing)}")
+    return sorted({file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])})
+
+
+def related_tests(module: str, root: Path = ROOT) -> list[str]:
+    """Return the test files of a module, the quickest first. Raises LookupError if there are none."""
+    path = Path(module)
+    names = [*RELATED_TESTS.get(module, ()), f"test_{path.stem}", f"test_{path.parent.name}_{path.stem}"]
+    for place in path.parents:
+        names += RELATED_TESTS.get(place.as_posix(), ())
+    tests = [f"tests/{name}.py" for name in dict.fromkeys(names) if (root / "tests" / f"{name}.py").exists()]
+    if not tests:
+        raise LookupError(f"no tests of {module}")
+    return tests
+
+
+def _run_all(copy: Copy, mutants: Sequence[Mutant]) -> Iterator[Result]:
+    baselines: dict[str, float] = {}
+    for number, mutant in enumerate(mutants, 1):
+        tests = related_tests(mutant.module, copy.directory)
+        if mutant.module not in baselines:
+            code, baselines[mutant.module] = copy.run_tests(tests, timeout_s=600)
+            if code != 0:
+                sys.exit(f"the tests of {mutant.module} fail without a mutant: {' '.join(tests)}")
+        timeout_s = max(LEAST_TIMEOUT_S, TIMEOUT_FACTOR * baselines[mutant.module])
+        result = run_mutant(copy, mutant, tests, timeout_s)
+        print(f"{number}/{len(mutants)} {result.outcome} {result.seconds:.0f} s {mutant.identity}", file=sys.stderr, flush=True)
+        yield result
+
+
+def run_mutant(copy: Copy, mutant: Mutant, tests: Sequence[str], timeout_s: float) -> Result:
+    """Plant one mutant and run its tests. Raises RuntimeError if pytest could not run them."""
+    if mutant.identity in EQUIVALENT:
+        return Result(mutant, "equivalent", 0.0)
+    with copy.planted(mutant):
+        code, seconds = copy.run_tests(tests, timeout_s)
+    if code is None:
+        return Result(mutant, "timeout", seconds)
+    if code not in (0, FAILED, INTERRUPTED, USAGE_ERROR):
+        raise RuntimeError(f"pytest exited with {code} for {mutant.identity}")
+    return Result(mutant, "caught" if code else "survived", seconds)
+
+
+def summary(results: Sequence[Result]) -> dict[str, object]:
+    """Count outcomes. rate: of those that change behaviour, caught or timed out, with its 95 % interval."""
+    counts = Counter(result.outcome for result in results)
+    caught = counts["caught"] + counts["timeout"]
+    relevant = caught + counts["survived"]
+    low, high = wilson_interval(caught, relevant)
+    return {
+        "mutants": len(results),
+        **{outcome: counts[outcome] for outcome in ("caught", "timeout", "survived", "equivalent")},
+        "rate": round(caught / relevant, 4) if relevant else None,
+        "interval_95": [round(low, 4), round(high, 4)],
+        "survivors": [result.mutant.identity for result in results if result.outcome == "survived"],
+    }
+
+
+def _table(results: Sequence[Result]) -> Table:
+    table = Table(title="Planted faults, by module", title_justify="left")
+    for heading in ("module", "caught", "survived", "timeout", "equivalent"):
+        table.add_column(heading, justify="left" if heading == "module" else "right")
+    for module in (*dict.fromkeys(result.mutant.module for result in results), "all"):
+        counts = Counter(result.outcome for result in results if module in (result.mutant.module, "all"))
+        table.add_row(module, *(str(counts[outcome]) for outcome in ("caught", "survived", "timeout", "equivalent")))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,555 @@
+"""Admission, forecasts, dispatch and replay, against workers that the test plays: no process, no real clock."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import pytest
+
+from model.config import SamplingConfig
+from server.engine.client import MAX_SOLO_CRASHES, RETRY_FORECAST_S, EngineClient
+from server.engine.errors import (
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    Draining,
+    EngineError,
+    JobFailed,
+    QueueFull,
+    Starting,
+    WorkerLost,
+)
+from server.engine.latency_model import Forecast
+from server.engine.messages import (
+    Drawn,
+    Failed,
+    Finished,
+    Heartbeat,
+    Image,
+    Job,
+    Preview,
+    ProcessStats,
+    Running,
+    Step,
+    Timings,
+)
+from server.engine.supervisor import Listener, WorkerMain, WorkerMessage, WorkerStatus
+from server.metrics import Metrics, WorkerState
+from server.settings import Settings
+from tests import fake_worker
+from tests.virtual_time import START, settle, virtual_time
+
+SAMPLING = SamplingConfig(steps=10, renoise_steps=0, guidance=(1.0, 1.0), guidance_steps=0, temperature=(1.0, 1.0), sampler="argmax")
+PIXELS = 32 * 16
+SLOTS = 4
+
+ids = count()
+
+
+def job(rows: int = 1, seconds: float = 1000.0, **changes: Any) -> Job:
+    id, deadline = f"job{next(ids)}", time.monotonic() + seconds
+    return replace(Job(id, "fake", "", "", 32, 16, tuple(range(rows)), SAMPLING, deadline), **changes)
+
+
+class PlayedWorker:
+    """A supervisor and its worker, played by the test."""
+
+    def __init__(self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener) -> None:
+        self.settings, self.listener = settings, listener
+        self.last_heartbeat = Heartbeat((), 0, 0)
+        self.status = WorkerStatus(ready=False, reason="starting")
+        self.jobs: dict[str, Job] = {}
+        self.received: list[Job] = []
+        self.cancelled: list[str] = []
+        self.started = self.stopped = False
+
+    @property
+    def accepting(self) -> bool:
+        return self.status.ready
+
+    @property
+    def rows_owed(self) -> int:
+        return sum(len(each.seeds) for each in self.jobs.values())
+
+    @property
+    def state(self) -> WorkerState:
+        return WorkerState(self.status.ready, 0.0, self.last_heartbeat.stats)
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    def send(self, job: Job) -> None:
+        self.jobs[job.id] = job
+        self.received.append(job)
+
+    def cancel(self, id: str) -> None:
+        if self.jobs.pop(id, None):
+            self.cancelled.append(id)
+
+    # ── the worker's side ─────────────────────────────────────────────────────────────────────────
+
+    def become_ready(self, device: str = "played") -> None:
+        self.status = WorkerStatus(ready=True, reason="ready", device=device)
+        self.listener.on_worker_ready(self)  # type: ignore[arg-type]
+
+    def say(self, message: WorkerMessage) -> None:
+        if isinstance(message, Heartbeat):
+            self.last_heartbeat = message
+        if isinstance(message, Finished | Failed):
+            self.jobs.pop(message.id, None)
+        self.listener.on_worker_message(self, message)  # type: ignore[arg-type]
+
+    def measure(self, *steps: tuple[int, float]) -> None:
+        """Report steps: (rows, seconds)."""
+        self.say(Heartbeat(tuple(Step(rows, rows, PIXELS, seconds) for rows, seconds in steps), 0, 0))
+
+    def finish(self, id: str, timings: Timings | None = None) -> None:
+        images = tuple(picture(i) for i in range(len(self.jobs[id].seeds)))
+        self.say(Finished(id, images, timings or Timings()))
+
+    def crash(self, *suspects: str) -> None:
+        """Lose every job, and be ready again."""
+        lost, self.jobs = frozenset(self.jobs), {}
+        self.status = WorkerStatus(ready=False, reason="crashed; another is starting")
+        self.listener.on_worker_lost(self, "crashed", lost, frozenset(suspects))  # type: ignore[arg-type]
+
+
+def picture(index: int) -> Image:
+    return Image(index, 32, 16, bytes(PIXELS * 3))
+
+
+class Engine:
+    """A client, its played workers, and what its callers were told."""
+
+    def __init__(self, client: EngineClient, workers: list[PlayedWorker], metrics: Metrics) -> None:
+        self.client, self.workers, self.metrics = client, workers, metrics
+        self.worker = workers[0]
+        self.forecasts: dict[str, Forecast] = {}
+
+    async def ask(self, job: Job, **hooks: Any) -> asyncio.Task[Finished]:
+        """Let the client have a job; return once it is admitted or rejected."""
+        keep = hooks.pop("on_admitted", lambda forecast: self.forecasts.update({job.id: forecast}))
+        task = asyncio.create_task(self.client.run(job, on_admitted=keep, **hooks))
+        await settle()
+        return task
+
+    async def forecast(self, job: Job) -> Forecast:
+        """Return a job's forecast and cancel the job."""
+        task = await self.ask(job)
+        if task.done():
+            task.result()
+        task.cancel()
+        await settle()
+        return self.forecasts[job.id]
+
+    def figure(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+@asynccontextmanager
+async def engine(ready: bool = True, **settings: Any) -> AsyncIterator[Engine]:
+    workers: list[PlayedWorker] = []
+
+    def play(*args: Any) -> PlayedWorker:
+        workers.append(PlayedWorker(*args))
+        return workers[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.client.Supervisor", play)
+        metrics = Metrics()
+        chosen = {"drain_timeout_s": 0, "max_batch_rows": SLOTS, "queue_rows": 64, **settings}
+        client = EngineClient(Settings(**chosen), metrics, fake_worker.main)
+        await client.start()
+        if ready:
+            for worker in workers:
+                worker.become_ready()
+        yield Engine(client, workers, metrics)
+        await client.stop()
+        await settle()
+
+
+async def raised(task: Awaitable[Finished], kind: type[EngineError]) -> Any:
+    with pytest.raises(kind) as caught:
+        await task
+    return caught.value
+
+
+# ── admission ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_batch_work_does_not_delay_interactive_jobs() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 0.1), (SLOTS, 0.1))
+        await e.ask(job(rows=16, priority="batch"))
+        interactive, batch = await e.forecast(job()), await e.forecast(job(priority="batch"))
+        assert interactive == Forecast(position=0, seconds=pytest.approx(10 * 0.1))
+        assert batch.position == 16 + 1 - SLOTS
+        assert batch.seconds > 4 * interactive.seconds
+        # Nor is one rejected for it, though it has no time for the batch work.
+        await e.forecast(job(seconds=1.5))
+        await raised(await e.ask(job(seconds=1.5, priority="batch")), DeadlineUnreachable)
+
+
+@virtual_time
+async def test_interactive_work_delays_jobs_of_both_priorities() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 0.1), (SLOTS, 0.1))
+        await e.ask(job(rows=15))
+        for priority in ("interactive", "batch"):
+            forecast = await e.forecast(job(priority=priority))
+            assert forecast == Forecast(position=12, seconds=pytest.approx(4 * 10 * 0.1))
+
+
+@virtual_time
+async def test_steps_that_a_heartbeat_says_are_done_delay_nobody() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 0.1), (SLOTS, 0.1))
+        other = job(rows=SLOTS)
+        await e.ask(other)
+        before = await e.forecast(job())
+        e.worker.say(Heartbeat((), SLOTS, 0, left={other.id: SLOTS}))
+        after = await e.forecast(job())
+        assert before.seconds == pytest.approx((10 + 10 / SLOTS) * 0.1)
+        assert after.seconds < 11 * 0.1
+
+
+@virtual_time
+async def test_a_job_is_rejected_at_once_if_it_would_be_late_and_told_whether_to_come_back() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 0.1), (SLOTS, 0.1))
+        await e.ask(job(rows=SLOTS))
+        late = await raised(await e.ask(job(seconds=1.1)), DeadlineUnreachable)
+        assert late.retryable
+        assert late.retry_after == pytest.approx(1.25 - 1.1)
+        hopeless = await raised(await e.ask(job(seconds=0.9)), DeadlineUnreachable)
+        assert not hopeless.retryable
+        await e.forecast(job(seconds=1.3))
+        assert e.client.rows_unfinished == SLOTS, "rejected jobs leave nothing behind"
+
+
+@virtual_time
+async def test_an_idle_server_tries_a_job_again_when_its_measurements_are_old() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 100.0))
+        await raised(await e.ask(job(seconds=1)), DeadlineUnreachable)
+        await asyncio.sleep(RETRY_FORECAST_S - 0.1)
+        await raised(await e.ask(job(seconds=1)), DeadlineUnreachable)
+        await asyncio.sleep(0.2)
+        held = await e.ask(job(seconds=5))
+        assert not held.done()
+        await raised(await e.ask(job(seconds=1)), DeadlineUnreachable)  # it is idle no more
+
+
+@virtual_time
+async def test_without_a_measurement_the_pace_of_rows_is_the_forecast() -> None:
+    async with engine() as e:
+        await e.ask(job(rows=3))
+        assert (await e.forecast(job(rows=2))).seconds == pytest.approx(5 * 0.2)
+
+
+@virtual_time
+async def test_the_queue_is_bounded_in_rows_and_a_job_larger_than_it_is_done_alone() -> None:
+    async with engine(queue_rows=4) as e:
+        large = await e.ask(job(rows=9))
+        assert not large.done()
+        full = await raised(await e.ask(job()), QueueFull)
+        assert full.retry_after == pytest.approx(9 * 0.2)
+        large.cancel()
+        await settle()
+        assert not (await e.ask(job(rows=3))).done()
+        assert not (await e.ask(job(rows=1))).done()
+        await raised(await e.ask(job()), QueueFull)
+
+
+@virtual_time
+async def test_the_pace_follows_finished_jobs() -> None:
+    async with engine(queue_rows=4) as e:
+        for _ in range(60):
+            each = job(rows=4)
+            await e.ask(each)
+            await asyncio.sleep(2)
+            e.worker.finish(each.id)
+            await settle()
+        await e.ask(job(rows=4))
+        full = await raised(await e.ask(job()), QueueFull)
+        assert full.retry_after == pytest.approx(4 * 0.5, rel=0.01)
+
+
+@virtual_time
+async def test_a_passed_deadline_is_no_admission() -> None:
+    async with engine() as e:
+        await asyncio.sleep(1)
+        await raised(await e.ask(job(seconds=0)), DeadlineExceeded)
+        assert e.worker.received == []
+
+
+# ── dispatch and answers ──────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_a_job_goes_to_the_worker_that_owes_the_fewest_rows() -> None:
+    async with engine(devices="cpu,cpu") as e:
+        for rows in (2, 1, 2, 1):
+            await e.ask(job(rows=rows))
+        assert [[len(each.seeds) for each in worker.received] for worker in e.workers] == [[2, 1], [1, 2]]
+        assert [worker.settings.devices for worker in e.workers] == [None, None]
+
+
+@virtual_time
+async def test_every_worker_s_slots_count() -> None:
+    async with engine(devices="cpu,cpu") as e:
+        e.worker.measure((1, 0.1), (8, 0.1))
+        await e.ask(job(rows=8))
+        assert (await e.forecast(job())).position == 1
+
+
+@virtual_time
+async def test_an_answer_s_queue_time_counts_from_the_request_on() -> None:
+    async with engine(ready=False) as e:
+        waiting = job()
+        task = await e.ask(waiting)
+        await asyncio.sleep(3)
+        e.worker.become_ready()
+        await asyncio.sleep(2)
+        e.worker.finish(waiting.id, Timings(queue=0.5, denoise=1.5))
+        answer = await task
+        assert answer.timings == Timings(queue=3.5, denoise=1.5)
+        assert e.figure("paella_queue_duration_seconds_sum") == pytest.approx(3.5)
+        assert e.client.rows_unfinished == 0
+
+
+@virtual_time
+async def test_time_around_the_steps_is_part_of_later_forecasts() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 0.1))
+        first = job()
+        await e.ask(first)
+        e.worker.finish(first.id, Timings(encode=0.2, decode=0.3, denoise=7.0))
+        await settle()
+        assert (await e.forecast(job())).seconds == pytest.approx(10 * 0.1 + 0.5)
+
+
+@virtual_time
+async def test_requests_wait_for_a_starting_worker_as_long_as_the_settings_say() -> None:
+    async with engine(ready=False, start_wait_s=7) as e:
+        task = await e.ask(job())
+        assert e.client.status().reason == "starting; requests waiting: 1"
+        await asyncio.sleep(6.9)
+        assert not task.done()
+        await asyncio.sleep(0.2)
+        assert "starting" in str(await raised(task, Starting))
+        assert time.monotonic() - START == pytest.approx(7.1)
+
+
+@virtual_time
+async def test_a_worker_that_is_ready_in_time_ends_the_wait() -> None:
+    async with engine(ready=False, start_wait_s=7) as e:
+        task = await e.ask(job())
+        await asyncio.sleep(5)
+        e.worker.become_ready()
+        await asyncio.sleep(60)
+        assert not task.done()
+        assert len(e.worker.received) == 1
+
+
+@virtual_time
+async def test_a_job_ends_at_its_deadline_and_frees_the_worker() -> None:
+    async with engine() as e:
+        held = job(seconds=3)
+        await raised(await e.ask(held), DeadlineExceeded)
+        assert time.monotonic() - START == pytest.approx(3)
+        assert e.worker.cancelled == [held.id]
+
+
+@virtual_time
+async def test_cancelling_the_caller_frees_the_worker_and_is_counted_by_place() -> None:
+    async with engine(ready=False) as e:
+        queued = await e.ask(job())
+        queued.cancel()
+        await settle()
+        e.worker.become_ready()
+        assert e.worker.received == []
+        sent = await e.ask(held := job())
+        sent.cancel()
+        await settle()
+        assert e.worker.cancelled == [held.id]
+        assert [e.figure("paella_cancelled_total", stage=stage) for stage in ("queue", "worker")] == [1, 1]
+
+
+@virtual_time
+async def test_failures_are_told_to_their_own_caller() -> None:
+    async with engine() as e:
+        one, other, late = job(), job(), job()
+        tasks = [await e.ask(each) for each in (one, other, late)]
+        e.worker.say(Failed(one.id, "out_of_memory", "no memory", retryable=True))
+        e.worker.say(Failed(late.id, "deadline", "the deadline passed", retryable=True))
+        e.worker.say(Failed("unknown", "internal", "", retryable=False))
+        failure = await raised(tasks[0], JobFailed)
+        assert (failure.code, failure.message, failure.retryable) == ("out_of_memory", "no memory", True)
+        await raised(tasks[2], DeadlineExceeded)
+        assert not tasks[1].done()
+
+
+@virtual_time
+async def test_messages_about_a_job_that_nobody_waits_for_are_ignored() -> None:
+    async with engine() as e:
+        (await e.ask(gone := job())).cancel()
+        await settle()
+        for message in (Preview(gone.id, 0, 1, picture(0)), Drawn(gone.id, picture(0)), Running((gone.id,))):
+            e.worker.say(message)
+        e.worker.say(Finished(gone.id, (), Timings()))
+        assert not (await e.ask(job())).done()
+
+
+@virtual_time
+async def test_heartbeats_become_figures() -> None:
+    async with engine(devices="cpu,cpu") as e:
+        for worker in e.workers:
+            stats = ProcessStats(1, 1.0, 1)
+            counts = {("prompt_cache_hits", "text"): 2}
+            worker.say(Heartbeat((Step(2, 2, PIXELS, 0.1),), 3, 0, counts=counts, cache_bytes=5, stats=stats))
+        await e.ask(job(rows=10))
+        assert e.client.rows_running == e.figure("paella_rows_running") == 6
+        assert e.figure("paella_queue_depth") == 4
+        assert e.figure("paella_prompt_cache_bytes") == 10
+        assert e.figure("paella_prompt_cache_hits_total", what="text") == 4
+        assert e.figure("paella_step_rows_count") == 2
+
+
+# ── replay ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_a_replay_delivers_each_image_and_preview_once_and_starts_once() -> None:
+    async with engine() as e:
+        drawn: list[int] = []
+        previews: list[tuple[int, int]] = []
+        starts: list[str] = []
+        early = job(rows=2, early=True, previews=3)
+        task = await e.ask(
+            early,
+            on_drawn=lambda message: drawn.append(message.image.index),
+            on_preview=lambda message: previews.append((message.image.index, message.number)),
+            on_started=lambda: starts.append("started"),
+        )
+        e.worker.say(Running((early.id,)))
+        for index, number in ((0, 0), (0, 1), (1, 0)):
+            e.worker.say(Preview(early.id, number, number + 1, picture(index)))
+        e.worker.say(Drawn(early.id, picture(0)))
+        e.worker.crash()
+        e.worker.become_ready()
+        e.worker.say(Running((early.id,)))
+        for index, number in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+            e.worker.say(Preview(early.id, number, number + 1, picture(index)))
+        for index in (1, 0):
+            e.worker.say(Drawn(early.id, picture(index)))
+        e.worker.finish(early.id)
+        await task
+        assert drawn == [0, 1]
+        assert previews == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1)]
+        assert starts == ["started"]
+        assert e.figure("paella_requests_replayed_total") == 1
+
+
+@virtual_time
+async def test_only_suspects_run_alone_and_those_that_shared_the_stage_are_given_another_chance() -> None:
+    async with engine() as e:
+        first, second, bystander = job(), job(), job()
+        tasks = [await e.ask(each) for each in (first, second, bystander)]
+        for _ in range(MAX_SOLO_CRASHES + 1):
+            e.worker.crash(first.id, second.id)
+            e.worker.become_ready()
+        replayed = e.worker.received[-3:]
+        assert {each.id: each.alone for each in replayed} == {first.id: True, second.id: True, bystander.id: False}
+        assert not any(task.done() for task in tasks)
+
+
+@virtual_time
+async def test_a_job_that_crashes_workers_by_itself_is_abandoned_and_its_neighbour_is_not() -> None:
+    async with engine() as e:
+        poison, bystander = job(), job()
+        task, other = await e.ask(poison), await e.ask(bystander)
+        for crash in range(MAX_SOLO_CRASHES):
+            assert not task.done(), crash
+            e.worker.crash(poison.id)
+            e.worker.become_ready()
+        failure = await raised(task, JobFailed)
+        assert (failure.code, failure.retryable) == ("poison", False)
+        assert not other.done()
+        assert [each.id for each in e.worker.received[2:]] == [poison.id, bystander.id, bystander.id]
+        assert e.figure("paella_requests_replayed_total") == 3
+
+
+@virtual_time
+async def test_a_lost_worker_s_jobs_go_to_another_at_once_or_wait_for_one_as_long_as_the_settings_say() -> None:
+    async with engine(devices="cpu,cpu", start_wait_s=7) as e:
+        one, two = e.workers
+        tasks = [await e.ask(job()) for _ in range(2)]
+        one.crash()
+        assert two.rows_owed == 2
+        two.crash()
+        await asyncio.sleep(6.9)
+        assert not any(task.done() for task in tasks)
+        await asyncio.sleep(0.2)
+        for task in tasks:
+            assert "crashed" in str(await raised(task, WorkerLost))
+
+
+@virtual_time
+async def test_a_job_that_was_answered_is_not_replayed() -> None:
+    async with engine() as e:
+        late = job(rows=1)
+        await e.ask(late)
+        e.worker.say(Failed(late.id, "internal", "", retryable=False))
+        e.worker.jobs[late.id] = late
+        e.worker.crash()
+        assert e.figure("paella_requests_replayed_total") == 0
+
+
+# ── status and stop ───────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_the_server_is_ready_when_every_worker_is() -> None:
+    async with engine(ready=False, devices="cpu,cpu") as e:
+        assert all(worker.started for worker in e.workers)
+        e.workers[1].become_ready()
+        assert (e.client.status().ready, e.client.status().reason) == (False, "starting")
+        e.workers[0].become_ready()
+        assert (e.client.status().ready, e.client.status().reason) == (True, "ready")
+
+
+@virtual_time
+async def test_stopping_rejects_new_jobs_and_gives_the_unfinished_ones_the_drain_timeout() -> None:
+    async with engine(drain_timeout_s=5) as e:
+        quick, stuck = job(), job()
+        tasks = [await e.ask(each) for each in (quick, stuck)]
+        stopping = asyncio.create_task(e.client.stop())
+        await settle()
+        assert (e.client.status().ready, e.client.status().reason) == (False, "draining")
+        await raised(await e.ask(job()), Draining)
+        await asyncio.sleep(3)
+        e.worker.finish(quick.id)
+        assert (await tasks[0]).id == quick.id
+        assert not e.worker.stopped
+        await raised(tasks[1], Draining)
+        assert time.monotonic() - START == pytest.approx(5)
+        await stopping
+        assert e.worker.stopped
+
+
+@virtual_time
+async def test_stopping_an_idle_server_waits_for_nothing() -> None:
+    async with engine(drain_timeout_s=5) as e:
+        await e.client.stop()
+        assert e.worker.stopped
+        assert time.monotonic() == START

@@ -1,0 +1,342 @@
+"""One supervisor and the processes that it starts, played by the test: restarts, stalls, suspects, and no real clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from server.engine.messages import (
+    Cancel,
+    Drawn,
+    Dropped,
+    Failed,
+    Finished,
+    FromWorker,
+    Heartbeat,
+    Preview,
+    ProcessStats,
+    Ready,
+    Running,
+    Timings,
+    ToWorker,
+)
+from server.engine.supervisor import EXIT_GRACE_S, Supervisor, WorkerMain, WorkerMessage
+from server.metrics import Metrics
+from server.settings import Settings
+from tests import fake_worker
+from tests.test_admission import job, picture
+from tests.virtual_time import START, settle, virtual_time
+
+STALL_S = 8.0
+
+
+class PlayedProcess:
+    """A worker process that does what the test says, and nothing else."""
+
+    def __init__(self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]) -> None:
+        self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self.say = on_message
+        self.started_at = 0.0
+        self.received: list[ToWorker] = []
+        self.grace_s: float | None = None
+
+    def start(self) -> None:
+        self.started_at = time.monotonic() - START
+
+    def send(self, message: ToWorker) -> None:
+        self.received.append(message)
+
+    def kill(self) -> None:
+        self.exit(-9)
+
+    def exit(self, code: int) -> None:
+        if not self.exited.done():
+            self.exited.set_result(code)
+
+    async def stop(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+
+
+class Listener:
+    """Everything that a supervisor reports."""
+
+    def __init__(self) -> None:
+        self.ready = 0
+        self.messages: list[WorkerMessage] = []
+        self.losses: list[tuple[str, frozenset[str], frozenset[str]]] = []
+
+    def on_worker_ready(self, worker: Supervisor) -> None:
+        self.ready += 1
+
+    def on_worker_message(self, worker: Supervisor, message: WorkerMessage) -> None:
+        self.messages.append(message)
+
+    def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
+        self.losses.append((reason, unfinished, suspects))
+
+
+class Setting:
+    """A started supervisor and its surroundings. refusals: starts that the system grants no process to."""
+
+    def __init__(self) -> None:
+        self.processes: list[PlayedProcess] = []
+        self.listener, self.metrics = Listener(), Metrics()
+        self.refusals = 0
+
+    def process(self, *args: Any) -> PlayedProcess:
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError("no process")
+        self.processes.append(PlayedProcess(*args))
+        return self.processes[-1]
+
+    @property
+    def now(self) -> PlayedProcess:
+        """The present process."""
+        return self.processes[-1]
+
+    def figure(self, name: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name)
+
+
+@asynccontextmanager
+async def supervised(ready: bool = True, **settings: Any) -> AsyncIterator[tuple[Supervisor, Setting]]:
+    setting = Setting()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.supervisor.WorkerProcess", setting.process)
+        chosen = Settings(**{"stall_timeout_s": STALL_S, **settings})
+        supervisor = Supervisor(fake_worker.main, chosen, setting.metrics, setting.listener)
+        await supervisor.start()
+        if ready:
+            setting.now.say(Ready("cpu", "float32"))
+        await settle()
+        yield supervisor, setting
+        await supervisor.stop()
+
+
+# ── restarts ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_restarts_are_delayed_ever_longer_up_to_half_a_minute() -> None:
+    async with supervised(ready=False) as (_, s):
+        delays = []
+        for _ in range(11):
+            began = time.monotonic() - START
+            s.now.exit(1)
+            await asyncio.sleep(100)
+            delays.append(round(s.now.started_at - began, 3))
+        assert delays == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30, 30]
+        assert s.figure("paella_worker_restarts_total") == 11
+
+
+@virtual_time
+@pytest.mark.parametrize("answer", [Finished("a", (), Timings()), Failed("a", "internal", "", retryable=False)])
+async def test_the_delay_begins_again_after_a_worker_has_answered_and_not_before(answer: WorkerMessage) -> None:
+    async with supervised() as (_, s):
+
+        async def delay() -> float:
+            began = time.monotonic() - START
+            s.now.exit(1)
+            await asyncio.sleep(100)
+            return round(s.now.started_at - began, 3)
+
+        assert [await delay() for _ in range(3)] == [0.2, 0.4, 0.8]
+        s.now.say(Ready("cpu", "float32"))
+        assert await delay() == 1.6
+        s.now.say(answer)
+        assert await delay() == 0.2
+
+
+@virtual_time
+async def test_a_process_that_the_system_refuses_is_asked_for_again_after_a_longer_delay(caplog: pytest.LogCaptureFixture) -> None:
+    async with supervised() as (_, s):
+        s.refusals = 2
+        s.now.exit(1)
+        with caplog.at_level(logging.CRITICAL, logger="server"):
+            await asyncio.sleep(100)
+        assert s.now.started_at == pytest.approx(0.2 + 0.4 + 0.8)
+        assert s.figure("paella_worker_restarts_total") == 1
+
+
+@virtual_time
+async def test_the_status_tells_why_no_job_would_be_started() -> None:
+    async with supervised(ready=False) as (supervisor, s):
+        assert (supervisor.status.ready, supervisor.status.reason) == (False, "starting")
+        assert not supervisor.accepting
+        s.now.say(Ready("cpu", "bfloat16"))
+        assert supervisor.accepting
+        assert s.listener.ready == 1
+        assert (supervisor.status.reason, supervisor.status.device, supervisor.status.dtype) == ("ready", "cpu", "bfloat16")
+        s.now.exit(3)
+        await settle()
+        assert (supervisor.status.ready, supervisor.status.reason) == (False, "the worker exited with code 3; another is starting")
+        assert not supervisor.accepting
+
+
+# ── stalls ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_a_worker_that_owes_an_answer_and_is_silent_for_too_long_is_killed() -> None:
+    async with supervised() as (supervisor, s):
+        await asyncio.sleep(60)
+        supervisor.send(job())
+        await asyncio.sleep(STALL_S - 0.01)
+        assert (supervisor.status.ready, supervisor.state.silent_s) == (True, pytest.approx(STALL_S - 0.01))
+        await asyncio.sleep(0.02)
+        assert supervisor.status.reason == "the worker has not answered for 8 s"
+        assert not supervisor.status.ready
+        # It may still answer, so jobs are sent until it is killed.
+        assert supervisor.accepting
+        await asyncio.sleep(STALL_S / 4 + 0.1)
+        assert s.listener.losses[0][0] == "the worker exited with code -9"
+
+
+@virtual_time
+async def test_every_message_ends_the_silence_and_an_idle_worker_may_be_silent() -> None:
+    async with supervised() as (supervisor, s):
+        supervisor.send(held := job())
+        for _ in range(10):
+            await asyncio.sleep(STALL_S - 0.1)
+            s.now.say(Heartbeat((), 1, 0))
+            assert supervisor.state.silent_s == 0
+        s.now.say(Finished(held.id, (), Timings()))
+        await asyncio.sleep(10 * STALL_S)
+        assert supervisor.status.ready
+        assert supervisor.state.silent_s == 0
+        assert len(s.processes) == 1
+
+
+@virtual_time
+async def test_a_second_job_does_not_end_the_silence() -> None:
+    async with supervised() as (supervisor, _):
+        supervisor.send(job())
+        await asyncio.sleep(STALL_S - 1)
+        supervisor.send(job())
+        assert supervisor.state.silent_s == pytest.approx(STALL_S - 1)
+
+
+@virtual_time
+async def test_a_new_worker_is_not_blamed_for_the_silence_of_the_one_before_it() -> None:
+    async with supervised() as (supervisor, s):
+        supervisor.send(job())
+        s.now.say(Heartbeat((), 5, 0, stats=ProcessStats(1, 1.0, 1)))
+        s.now.exit(1)
+        await asyncio.sleep(60)
+        assert supervisor.state.silent_s == 0
+        assert supervisor.state.usage is None
+        assert supervisor.last_heartbeat.rows_running == 0
+        assert len(s.processes) == 2
+
+
+# ── jobs ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_a_lost_worker_s_unfinished_jobs_are_named_and_those_of_its_last_stage_suspected() -> None:
+    async with supervised() as (supervisor, s):
+        done, running, waiting, cancelled = (job() for _ in range(4))
+        for each in (done, running, waiting, cancelled):
+            supervisor.send(each)
+        s.now.say(Running((waiting.id, done.id)))
+        s.now.say(Running((done.id, running.id, cancelled.id)))
+        s.now.say(Finished(done.id, (), Timings()))
+        supervisor.cancel(cancelled.id)
+        s.now.exit(1)
+        await settle()
+        ((_, unfinished, suspects),) = s.listener.losses
+        assert unfinished == {running.id, waiting.id}
+        assert suspects == {running.id}
+        assert supervisor.rows_owed == 0
+
+
+@virtual_time
+async def test_the_next_worker_s_jobs_are_no_suspects_of_the_one_before_it() -> None:
+    async with supervised() as (supervisor, s):
+        supervisor.send(first := job())
+        s.now.say(Running((first.id,)))
+        s.now.exit(1)
+        await asyncio.sleep(1)
+        supervisor.send(first)
+        s.now.exit(1)
+        await settle()
+        assert [suspects for _, _, suspects in s.listener.losses] == [{first.id}, frozenset()]
+
+
+@virtual_time
+async def test_rows_are_owed_until_they_are_answered_or_dropped() -> None:
+    async with supervised() as (supervisor, s):
+        one, two, three = job(rows=1), job(rows=2), job(rows=4)
+        for each in (one, two, three):
+            supervisor.send(each)
+        assert supervisor.rows_owed == 7
+        supervisor.cancel(three.id)
+        assert supervisor.rows_owed == 7
+        s.now.say(Dropped(three.id))
+        assert supervisor.rows_owed == 3
+        s.now.say(Finished(two.id, (), Timings()))
+        s.now.say(Failed(one.id, "internal", "", retryable=False))
+        assert supervisor.rows_owed == 0
+
+
+@virtual_time
+async def test_a_job_is_cancelled_once_and_the_time_until_it_is_dropped_measured() -> None:
+    async with supervised() as (supervisor, s):
+        supervisor.send(held := job())
+        supervisor.cancel("unknown")
+        supervisor.cancel(held.id)
+        supervisor.cancel(held.id)
+        assert s.now.received == [held, Cancel(held.id)]
+        await asyncio.sleep(2.5)
+        s.now.say(Dropped(held.id))
+        s.now.say(Dropped(held.id))
+        assert s.figure("paella_cancel_duration_seconds_count") == 1
+        assert s.figure("paella_cancel_duration_seconds_sum") == pytest.approx(2.5)
+
+
+@virtual_time
+async def test_messages_about_jobs_are_passed_on_in_their_order() -> None:
+    async with supervised() as (_, s):
+        messages: list[WorkerMessage] = [
+            Running(("a",)),
+            Preview("a", 0, 1, picture(0)),
+            Drawn("a", picture(0)),
+            Heartbeat((), 1, 0),
+            Finished("a", (), Timings()),
+            Failed("b", "internal", "", retryable=False),
+        ]
+        for message in (*messages, Dropped("c")):
+            s.now.say(message)
+        assert s.listener.messages == messages
+
+
+# ── stopping ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+@pytest.mark.parametrize(("ready", "grace_s"), [(True, EXIT_GRACE_S), (False, 0)])
+async def test_a_worker_that_reads_messages_is_given_time_to_stop_and_replaced_no_more(ready: bool, grace_s: float) -> None:
+    async with supervised(ready) as (supervisor, s):
+        await supervisor.stop()
+        assert s.now.grace_s == grace_s
+        s.now.exit(0)
+        await asyncio.sleep(100)
+        assert len(s.processes) == 1
+        assert s.listener.losses == []
+
+
+@virtual_time
+async def test_no_process_at_the_start_is_an_error() -> None:
+    setting = Setting()
+    setting.refusals = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.engine.supervisor.WorkerProcess", setting.process)
+        with pytest.raises(OSError, match="no process"):
+            await Supervisor(fake_worker.main, Settings(), setting.metrics, setting.listener).start()
