@@ -1,4 +1,4 @@
-"""Pictures laid out for the networks and put together again: padding, larger canvases, seams. Pure functions on arrays.
+"""Pad, extend, fill and composite images for the networks: pure functions on arrays.
 
 [H, W, 3] is uint8 RGB, [H, W] a bool mask.
 """
@@ -23,33 +23,47 @@ AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 
 
 def pad_to_multiple(array: Array, step: int, least: int = 0) -> Array:
-    """Pad [H, W, …] to the next multiples of `step` pixels, and at least `least`, mirrored at the right and lower edge."""
+    """Pad [H, W, …] to multiples of `step` pixels, and to at least `least`.
+
+    The new pixels, at the right and lower edge, mirror the image.
+    """
     height, width = array.shape[:2]
     return extend(array, right=max(-width % step, least - width), down=max(-height % step, least - height))
 
 
 def crop(array: Array, width: int, height: int) -> Array:
-    """Return the upper left part, which undoes `pad_to_multiple`. Raises ValueError if the array is smaller."""
+    """Return the upper left part of this size, which undoes `pad_to_multiple`.
+
+    Raises ValueError if the array is smaller.
+    """
     if array.shape[0] < height or array.shape[1] < width:
         raise ValueError(f"cannot crop {array.shape[1]}x{array.shape[0]} to {width}x{height}")
     return array[:height, :width]
 
 
 def extend(array: Array, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0) -> Array:
-    """Return [up + H + down, left + W + right, …] from [H, W, …], the new pixels mirrored, so that an encoder sees no edge there."""
+    """Return [up + H + down, left + W + right, …] from [H, W, …].
+
+    The new pixels mirror the image, so that an encoder sees no edge there.
+    """
     margins = [(up, down), (left, right)] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, margins, mode="reflect")
 
 
 def outpaint_canvas(rgb: Pixels, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0) -> tuple[Pixels, Mask]:
-    """Return the image on a canvas larger by these margins, and the keep mask: true where the image lies."""
+    """Return the image on a canvas that is larger by these margins, and the keep mask.
+
+    The mask is bool, true where the image lies.
+    """
     kept = np.zeros((up + rgb.shape[0] + down, left + rgb.shape[1] + right), dtype=np.bool_)
     kept[up : up + rgb.shape[0], left : left + rgb.shape[1]] = True
     return extend(rgb, left=left, right=right, up=up, down=down), kept
 
 
 def fill(rgb: Pixels, unknown: Mask) -> Pixels:
-    """Return the image with unknown pixels filled from those around them, more blurred inwards; a wholly unknown one unchanged.
+    """Return the image with unknown pixels filled from those around them, more blurred inwards.
+
+    An image without any known pixel is returned unchanged.
 
     An encoder's tokens know their neighbourhood: what is about to be repainted would shine through
     in those that are kept.
@@ -60,7 +74,7 @@ def fill(rgb: Pixels, unknown: Mask) -> Pixels:
 
 
 def _pull(colours: NDArray[np.float32], known: Mask) -> NDArray[np.float32]:
-    """Fill every unknown pixel of [H, W, 3] from the image at half its size, recursively until it is known there."""
+    """Fill every unknown pixel of [H, W, 3] from the image at half its size, recursively."""
     if known.all():
         return colours
     height, width = known.shape
@@ -74,7 +88,10 @@ def _pull(colours: NDArray[np.float32], known: Mask) -> NDArray[np.float32]:
 
 
 def soften(weight: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
-    """Turn every border inside [H, W] into a ramp of about so many pixels; at the image's own edge it stays full."""
+    """Turn every border inside [H, W] into a ramp of about this many pixels.
+
+    At the image's own edge the weight stays full.
+    """
     radius = pixels // 4
     for axis in (0, 1, 0, 1) if radius else ():
         weight = _box_mean(weight, radius, axis)
@@ -82,7 +99,10 @@ def soften(weight: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
 
 
 def _box_mean(array: NDArray[np.float32], radius: int, axis: int) -> NDArray[np.float32]:
-    """Return the means of 2 · radius + 1 neighbours along an axis of [H, W], the outermost repeated beyond the edges."""
+    """Return the means of 2 · radius + 1 neighbours along an axis of [H, W].
+
+    Beyond the edges the outermost values are repeated.
+    """
     margins = [(0, 0), (0, 0)]
     margins[axis] = (radius + 1, radius)
     sums = np.pad(array, margins, mode="edge").cumsum(axis=axis, dtype=np.float64)
@@ -92,7 +112,10 @@ def _box_mean(array: NDArray[np.float32], radius: int, axis: int) -> NDArray[np.
 
 
 def box_mask(box: tuple[float, float, float, float], width: int, height: int) -> Mask:
-    """Return a mask [H, W], true inside the box [x0, y0, x1, y1] (shares of the image); never empty."""
+    """Return a mask [H, W], true inside the box; never empty.
+
+    box: (x0, y0, x1, y1), shares of the image's width and height.
+    """
     mask = np.zeros((height, width), dtype=np.bool_)
     x0, y0 = (min(round(share * side), side - 1) for share, side in ((box[0], width), (box[1], height)))
     x1, y1 = max(round(box[2] * width), x0 + 1), max(round(box[3] * height), y0 + 1)
@@ -101,13 +124,18 @@ def box_mask(box: tuple[float, float, float, float], width: int, height: int) ->
 
 
 def region_weight(where: Mask, weight: float, softness: float) -> Pixels:
-    """Return a region's weight at every pixel, uint8 [H, W]; 255 is all. softness: the borders' ramp, in halves of the shorter side."""
+    """Return a region's weight at every pixel, uint8 [H, W]; 255 is the full weight.
+
+    softness: width of the ramp at the borders, in halves of the shorter side.
+    """
     ramp = math.floor(softness * min(where.shape) / 2)
     return np.rint(soften(where.astype(np.float32), ramp) * weight * 255).astype(np.uint8)
 
 
 def composite(original: Pixels, painted: Pixels, keep: Mask, feather: int = FEATHER) -> Pixels:
-    """Return `original` bit for bit where `keep`, `painted` elsewhere, the seam softened over `feather` pixels that are not kept.
+    """Return `original` bit for bit where `keep`, and `painted` elsewhere, with a softened seam.
+
+    feather: width of the seam in pixels, all of them pixels that are not kept.
 
     Ring by ring inwards the colours of the kept pixels next to it fade into what was painted: the
     d-th ring (chessboard distance d from the nearest kept pixel) takes d / (feather + 1) of it.

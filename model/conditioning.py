@@ -1,4 +1,4 @@
-"""Mix conditions: embeddings by weight, and everything that a prompt became towards another's. Pure functions.
+"""Mix conditions: embeddings by weight, and a whole prompt towards another. Pure functions.
 
 Letters: L condition tokens, D channels.
 """

@@ -1,4 +1,4 @@
-"""The shapes of the text encoders and of CLIP, as frozen dataclasses. No torch here. Import them from `model.config`."""
+"""Configurations of the networks, recipes and bundles, as frozen dataclasses. No torch here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Kernels = Literal["auto", "triton", "torch"]
 
 @dataclass(frozen=True)
 class ByteEncoderConfig:
-    """The encoder half of a ByT5: the arguments of `transformers.T5Config`, and the most bytes of a prompt (end mark included)."""
+    """The encoder half of a ByT5: the arguments of `transformers.T5Config`.
+
+    max_bytes: most bytes of a prompt, end mark included.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -39,7 +42,7 @@ class ByteEncoderConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The CLIP pair as open_clip builds it: its own `vision_cfg` and `text_cfg`, and the tokenizer's merges.
+    """The CLIP pair: open_clip's `vision_cfg` and `text_cfg`, and the tokenizer's merges.
 
     merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published
     vocabulary.
@@ -64,7 +67,9 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class DenoiserV1Config:
-    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`); the defaults count 577,995,184 parameters.
+    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`).
+
+    The defaults count 577,995,184 parameters.
 
     down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the
     deepest level's width, halved for each above.
@@ -89,13 +94,15 @@ class DenoiserV1Config:
 
     @property
     def token_step(self) -> int:
-        """The token grid's sides are multiples of this, halved once between each two levels."""
+        """Divisor of the token grid's sides, which are halved once between every two levels."""
         return int(2 ** (len(self.down_levels) - 1))
 
 
 @dataclass(frozen=True)
 class VQGANV1Config:
-    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`): `ddconfig`, then its own arguments; defaults are ruDALL-E's f8.
+    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`).
+
+    The arguments are those of `ddconfig`, then the model's own; the defaults are ruDALL-E's f8.
 
     resolution, attn_resolutions: attention sits at the levels where a picture of `resolution`
     pixels would have one of these sides.
@@ -119,7 +126,8 @@ class VQGANV1Config:
         for name in ("ch_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.double_z or self.z_channels != self.embed_dim:
-            raise ValueError("the Gumbel quantiser takes z_channels = embed_dim latents, not means and variances (double_z)")
+            needed = "z_channels = embed_dim latents, not means and variances (double_z)"
+            raise ValueError(f"the Gumbel quantiser takes {needed}")
 
     @property
     def widths(self) -> list[int]:
@@ -160,7 +168,10 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """The v3 denoiser (github.com/dome272/Paella, `Paella`); the defaults count 1,008,350,592 parameters."""
+    """The v3 denoiser (github.com/dome272/Paella, `Paella`).
+
+    The defaults count 1,008,350,592 parameters.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -192,13 +203,16 @@ class DenoiserConfig:
 
     @property
     def token_step(self) -> int:
-        """The token grid's sides are multiples of this: the patch, halved once between each two levels."""
+        """Divisor of the token grid's sides: the patch, halved once between every two levels."""
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """The v3 VQGAN (`VQModel` of github.com/dome272/Paella); every level after the first halves the picture once more."""
+    """The v3 VQGAN (github.com/dome272/Paella, `VQModel`).
+
+    Every level after the first halves the image once more.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -211,7 +225,7 @@ class VQGANConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per token and side: 2 from the pixel-unshuffle, 2 from each strided convolution."""
+        """Pixels per token and side: 2 by the pixel-unshuffle, 2 by each strided convolution."""
         return 2**self.levels
 
 
@@ -277,7 +291,7 @@ class Recipe:
     schedule: Schedule = "linear"
     renoise_mode: RenoiseMode = "start"
 
-    def sampling(
+    def sampling(  # noqa: PLR0913  (one argument for each field that a request may set)
         self,
         *,
         steps: int | None = None,
@@ -290,7 +304,10 @@ class Recipe:
         renoise_mode: RenoiseMode | None = None,
         deterministic: bool = False,
     ) -> SamplingConfig:
-        """Return the recipe with a request's values. Step counts that are absent keep the recipe's share of the steps."""
+        """Return the recipe with a request's values.
+
+        Absent step counts keep the recipe's share of the steps.
+        """
         n = steps or self.num_inference_steps
 
         def share(of: int) -> int:
@@ -322,7 +339,9 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
-    """`bundle.json`, the description of a weights directory; each family of networks has a class of its own below.
+    """The contents of `bundle.json`, which describes a weights directory.
+
+    Each family of networks has a class of its own below.
 
     native_size: (width, height) in pixels the weights were trained at. networks: the fields that
     are networks, each a file of that name.
@@ -348,7 +367,8 @@ class BundleConfig:
             if a != b:
                 raise ValueError(f"{names} must be equal, not {a} and {b}")
         if self.recipe.sampler not in self.samplers:
-            raise ValueError(f"recipe.sampler: these networks draw by {', '.join(self.samplers)}, not by {self.recipe.sampler}")
+            known, sampler = ", ".join(self.samplers), self.recipe.sampler
+            raise ValueError(f"recipe.sampler: these networks draw by {known}, not by {sampler}")
 
     @property
     def _agreements(self) -> dict[str, tuple[object, object]]:
@@ -385,13 +405,19 @@ class BundleConfig:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Parse `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the wrong field."""
+        """Parse `bundle.json`.
+
+        Raises FileNotFoundError, or pydantic.ValidationError naming the wrong field.
+        """
         content = (directory / CONFIG_FILE).read_bytes()
         return cast(Self, TypeAdapter(_family_of(content)).validate_json(content))
 
     @staticmethod
     def parse(fields: dict[str, Any]) -> BundleConfig:
-        """Return the configuration with these fields, of the family that they name. Raises pydantic.ValidationError."""
+        """Return the configuration with these fields, of the family that they name.
+
+        Raises pydantic.ValidationError.
+        """
         return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(fields)
 
     def write(self, directory: Path) -> None:
@@ -466,7 +492,9 @@ _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": Bundl
 
 
 def _family_of(content: bytes) -> type[BundleConfig]:
-    """Return the class for a `bundle.json`; v3's if the family is absent or unknown, which its parser then rejects.
+    """Return the class for a `bundle.json`.
+
+    An absent or unknown family gives v3's class, whose parser then rejects it.
 
     A newer format is said to be that before its unknown fields are complained about. Raises
     pydantic.ValidationError.
@@ -479,18 +507,23 @@ def _family_of(content: bytes) -> type[BundleConfig]:
         return BundleV3Config
     version = fields.get("format")
     if isinstance(version, int) and version > FORMAT:
-        message = f"these weights are of format {version}, this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
+        limit = f"this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
+        message = f"these weights are of format {version}, {limit}"
         error = PydanticCustomError("newer_format", "{message}", {"message": message})
         raise ValidationError.from_exception_data("BundleConfig", [InitErrorDetails(type=error, loc=("format",), input=version)])
     return _FAMILIES.get(str(fields.get("family")), BundleV3Config)
 
 
 def find_bundle(name_or_path: str) -> Path:
-    """Return the directory of a bundle: one in `weights/`, else a path. Raises FileNotFoundError."""
+    """Return the directory of a bundle: one in `weights/`, else a path.
+
+    Raises FileNotFoundError.
+    """
     import weights
 
     shipped = Path(weights.__path__[0]) / name_or_path
     for directory in (shipped, Path(name_or_path).expanduser()):
         if (directory / CONFIG_FILE).is_file():
             return directory
-    raise FileNotFoundError(f"no bundle {name_or_path!r}: neither weights/{name_or_path} nor that path holds a {CONFIG_FILE}")
+    places = f"neither weights/{name_or_path} nor that path holds a {CONFIG_FILE}"
+    raise FileNotFoundError(f"no bundle {name_or_path!r}: {places}")

@@ -1,7 +1,8 @@
 """Build rows from image requests: encode texts and images, run the prior, start each row.
 
     builder = RowBuilder(pipeline)
-    rows = builder.build([ImageRequest("a red apple", 7, 128, 128, pipeline.config.recipe.sampling())])
+    sampling = pipeline.config.recipe.sampling()
+    rows = builder.build([ImageRequest("a red apple", 7, 128, 128, sampling)])
     tokens = pipeline.denoise(rows)                     # [B, H, W]
 
 The engine, the command line, the evaluation and the GPU checks all build their rows here.

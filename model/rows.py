@@ -27,7 +27,10 @@ AnyCondition = Condition | ConditionV1
 
 
 class PinnedTokens(NamedTuple):
-    """An image's tokens [H, W], and the mask `keep` [H, W]: where it is true, every step keeps the token."""
+    """An image's tokens [H, W], and the mask `keep` [H, W].
+
+    Where the mask is true, every step keeps the token.
+    """
 
     tokens: Tensor
     keep: Tensor
@@ -69,7 +72,7 @@ class Row:
 
     @property
     def clean(self) -> Tensor:
-        """[H, W]: the tokens without renoised ones, as decoded for a preview."""
+        """Tokens [H, W] without renoised ones, as decoded for a preview."""
         return self.tokens if self.done or self.drawn is None else self.drawn
 
     def pin(self, tokens: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class Row:
 
     @property
     def source(self) -> Tensor:
-        """[H, W]: the replacements of tokens that become noise again after this step."""
+        """Replacements [H, W] of the tokens that become noise again after this step."""
         match self.sampling.renoise_mode:
             case "start":
                 return self.noise.start
@@ -110,7 +113,7 @@ class Row:
 
     @property
     def branches(self) -> tuple[AnyCondition, ...]:
-        """This step's conditions: the prompt's, the regions', and the unconditional one while there is guidance."""
+        """This step's conditions: the prompt's, the regions', the unconditional one if guided."""
         asked = (self.conditional, *(region.condition for region in self.regions))
         if self.unconditional is None or self.guidances[self.step] == 1.0:
             return asked
@@ -118,13 +121,13 @@ class Row:
 
     @cached_property
     def guidance_weights(self) -> Tensor:
-        """[n, branches]: every branch's weight at every step, on the device."""
+        """Every branch's weight at every step, [n, branches], on the device."""
         guidance = to_device(self.guidances, self.tokens.device)
         return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
 
     @cached_property
     def coverage(self) -> Tensor | None:
-        """[branches, H, W]: every branch's weight at every token; None without regions.
+        """Every branch's weight at every token, [branches, H, W]; None without regions.
 
         The prompt's and the regions' weights add up to one at every token.
         """
@@ -135,7 +138,7 @@ class Row:
 
     @cached_property
     def schedule(self) -> Tensor:
-        """[n, 3]: 1 / temperature, renoise probability and typical mass of every step, on the device."""
+        """1 / temperature, renoise probability and typical mass of every step, [n, 3]."""
         inverse = [1 / temperature for temperature in self.temperatures]
         mass = [self.sampling.typical_mass] * self.sampling.steps
         parts = torch.tensor([inverse, self.renoise_probabilities, mass]).T.contiguous()
@@ -151,7 +154,10 @@ def pinned_tokens(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
 
 
 def _prompt_coverage(regions: Sequence[RegionBranch]) -> Tensor:
-    """Return the weight of the prompt, then of each region, [1 + regions, H, W]; they add up to one."""
+    """Return the weight of the prompt, then of each region, [1 + regions, H, W].
+
+    The weights of a token add up to one.
+    """
     weights = torch.stack([region.weight for region in regions])
     # Regions that overlap share what there is; the prompt itself has the rest.
     weights = weights / weights.sum(0).clamp_min(1)
@@ -178,7 +184,10 @@ def generate(
 
 
 def repaint(row: Row, pinned: PinnedTokens) -> Row:
-    """Turn a new row into an inpainting or outpainting one, with pinned tokens at every step; return it."""
+    """Turn a new row into an inpainting or outpainting one; return it.
+
+    pinned: the tokens to keep at every step.
+    """
     row.pinned = pinned
     row.tokens = row.pin(row.tokens)
     return row
@@ -209,6 +218,9 @@ def token_mask(mask: Tensor, downscale: int) -> Tensor:
 
 
 def token_weight(weight: Tensor, downscale: int) -> Tensor:
-    """Return a region's weight of tokens [H, W], the means of its weight of pixels [height, width]."""
+    """Return a region's weight of tokens [H, W]: means of its weight of pixels.
+
+    weight: [height, width].
+    """
     height, width = weight.shape
     return weight.view(height // downscale, downscale, width // downscale, downscale).mean(dim=(1, 3))

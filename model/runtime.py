@@ -1,4 +1,7 @@
-"""What a process must do before it computes: called first by the worker, the command line and every trainer, never at import."""
+"""Set up a process before it computes: worker, command line and trainers call this first.
+
+Nothing here runs at import.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ def declare_missing_torchvision_operators() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep freed memory, instead of returning every activation's pages to the kernel.
+    """Let glibc's malloc keep freed memory instead of returning it to the kernel.
+
+    Otherwise every activation's pages would be returned, and faulted in again.
 
     PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault
     in again. Elsewhere than on glibc this does nothing; a preloaded tcmalloc or jemalloc has its
@@ -49,12 +54,16 @@ def prepare(threads: int = 0) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device of this name; "auto" is CUDA if there is one, else the CPU. Raises ValueError for an absent one."""
+    """Return the device of this name; "auto" is CUDA if there is one, else the CPU.
+
+    Raises ValueError for an absent one.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        present = torch.cuda.device_count()
+        raise ValueError(f"device {name!r} is not there: this machine has {present} CUDA devices")
     return device
 
 

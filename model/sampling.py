@@ -1,4 +1,6 @@
-"""How tokens are drawn: schedules, guidance, samplers, renoising, and all the randomness an image will ever need. Pure functions.
+"""Draw tokens: schedules, guidance, samplers, renoising, and an image's randomness.
+
+Pure functions.
 
 Letters: B rows, H W token grid, K codes, n steps.
 """
@@ -59,9 +61,9 @@ def draw_noise(
 
 
 def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
-    """Return the n + 1 times from 1 (all noise) to 0; at time t a token is noise with probability t.
+    """Return the n + 1 times from 1 (all noise) to 0.
 
-    Step i goes from entry i to entry i + 1.
+    At time t a token is noise with probability t. Step i goes from entry i to entry i + 1.
     """
     if schedule == "cosine":
         return [*torch.cos(torch.linspace(0, 1, steps + 1)[:-1] * (torch.pi / 2)).tolist(), 0.0]
@@ -69,7 +71,7 @@ def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
 
 
 def ramp(ends: tuple[float, float], steps: int) -> list[float]:
-    """Return n values from the first end to the second, evenly: a temperature or guidance schedule."""
+    """Return n values evenly from the first end to the second: temperatures or guidances."""
     return torch.linspace(*ends, steps).tolist()
 
 
@@ -108,19 +110,27 @@ def keep_typical(logits: Tensor, mass: Tensor) -> Tensor:
 
 
 def quantised_mean(logits: Tensor, codebook: Tensor) -> Tensor:
-    """Return the probability-weighted mean of codebook vectors [..., c], from logits [..., K] and codebook [K, c]."""
+    """Return the probability-weighted mean of codebook vectors, [..., c].
+
+    logits: [..., K]. codebook: [K, c].
+    """
     return logits.float().softmax(-1) @ codebook.float()
 
 
 def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor) -> Tensor:
-    """Put start tokens back where uniform ≤ probability: [B, H, W] each, probability [B]; `NEVER` puts none back."""
+    """Put start tokens back where uniform ≤ probability; `NEVER` puts none back.
+
+    tokens, start, uniform: [B, H, W]. probability: [B].
+    """
     return torch.where(uniform <= probability[:, None, None], start, tokens)
 
 
 def renoise_and_pin(
     drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the decodable tokens after a step, and the next step's input, [B, H, W] each, in new memory.
+    """Return the decodable tokens after a step, and the next step's input, in new memory.
+
+    Both are [B, H, W].
 
     drawn, source [B, H, W]: this step's tokens, and what takes the place of those that become noise
     again; uniform, probability as for `renoise`. kept: where tokens stay as they are (True) and
@@ -133,10 +143,10 @@ def renoise_and_pin(
 
 
 def mix_branches(branches: Tensor, row_of: Tensor, weights: Tensor, rows: int) -> Tensor:
-    """Apply guidance: mix the features of branches [N, H, W, C] into those of rows [B, H, W, C], in fp32.
+    """Apply guidance: mix features of branches [N, H, W, C] into those of rows [B, H, W, C].
 
-    row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight there. Rows are
-    summed apart, so that one with NaN in it harms no other.
+    Sums are fp32. row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight
+    there. Rows are summed apart, so that one with NaN in it harms no other.
     """
     if len(branches) == rows:
         return branches

@@ -20,7 +20,7 @@ WRITE_TIMEOUT_S = 5
 class BoundedProtocol(HttpToolsProtocol):
     """Closes connections whose request line and headers exceed the limits.
 
-    `auth.Guard` answers requests that end within both limits together but exceed one of them.
+    `middleware.Guard` answers requests that end within both limits together but exceed one of them.
 
     Attributes:
         head_timeout_s: seconds for a request's head, from the start of the connection or the end

@@ -1,7 +1,7 @@
-"""Whether weights behave: eight prompts are drawn, compared by the bundle's own CLIP, and counted: `paellera weights check NAME`.
+"""Check weights by the images of eight prompts: `paellera weights check NAME`.
 
-Published weights cannot be exercised where these are developed, so whoever has them looks with
-this.
+The bundle's own CLIP compares the images with their prompts. The owner of published weights runs
+this, because they cannot be exercised where this is developed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ COLLAPSED, BLANK = 0.95, 2.0
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """pictures: uint8 [8, height, width, 3]. tokens: [8, H, W] of `codes`. similarity: [8, 8], cosine of each picture with each prompt.
+    """The generated images and their scores.
 
-    broken: what NaN or infinity was found in.
+    pictures: uint8 [8, height, width, 3]. tokens: [8, H, W] of `codes` codes. similarity: [8, 8],
+    cosine of each image with each prompt. broken: the stages whose results had NaN or infinity.
     """
 
     pictures: Tensor
@@ -68,7 +69,7 @@ class Findings:
 
     @property
     def chance(self) -> float:
-        """The share of all assignments of prompts to pictures that fit at least as well as the right one."""
+        """Share of all assignments of prompts to images that fit as well as the right one."""
         scores = self.similarity.double().numpy()
         every = scores[np.arange(len(scores)), np.array(list(permutations(range(len(scores)))))].sum(1)
         return float((every >= np.trace(scores) - 1e-9).mean())
@@ -96,11 +97,10 @@ class Findings:
         if self.most_common > COLLAPSED:
             found.append(f"one code fills {self.most_common:.0%} of a picture")
         if (blank := int((self.pictures.float().std((1, 2, 3)) < BLANK).sum())) > 0:
-            found.append(f"{blank} of the pictures are blank")
+            found.append(f"{blank} of the images are blank")
         if self.matched - self.shuffled < MARGIN or self.chance > CHANCE:
-            found.append(
-                f"the pictures do not show their prompts: CLIP scores {self.matched:.3f} for those, {self.shuffled:.3f} for others"
-            )
+            scores = f"{self.matched:.3f} for those, {self.shuffled:.3f} for others"
+            found.append(f"the images do not show their prompts: CLIP scores {scores}")
         return found
 
 
@@ -122,7 +122,10 @@ class _Watched(Eager):
 
 @torch.inference_mode()
 def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> Findings:
-    """Generate the prompts' images, one after the other, by the bundle's own recipe. progress: called after every image."""
+    """Generate the prompts' images, one after the other, by the bundle's own recipe.
+
+    progress: called after every image.
+    """
     watched = pipeline.executor = _Watched(pipeline.bundle)
     tokens = []
     for seed, prompt in enumerate(PROMPTS):
@@ -145,7 +148,10 @@ def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> 
 
 
 def write_sheet(pictures: Tensor, path: Path) -> None:
-    """Write the images in rows of four. Raises ValueError for a name that is no image's, OSError."""
+    """Write the images in rows of four.
+
+    Raises ValueError for a file name that is no image's, and OSError.
+    """
     _, height, width, _ = pictures.shape
     rows = -(-len(pictures) // COLUMNS)
     sheet = Image.new("RGB", (width * COLUMNS, height * rows), "white")

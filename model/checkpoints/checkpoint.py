@@ -1,4 +1,4 @@
-"""A published checkpoint, pickle or safetensors, whole or in shards, as named tensors that are read one after another.
+"""Read a published checkpoint, pickle or safetensors, whole or in shards, tensor by tensor.
 
 Pickles are mapped into memory and unpickled with `weights_only=True`: nothing in them runs.
 """
@@ -32,14 +32,20 @@ _BATCH_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """path: as it was given. tensors: on the meta device, by name. files: by name, the file that holds the tensor."""
+    """The names and shapes of a checkpoint, and the files that hold the tensors.
+
+    path: as it was given. tensors: on the meta device, by name. files: the file of each tensor.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     files: dict[str, Path]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the named tensors in that order, each valid until the next is yielded. Raises BundleError."""
+        """Yield the named tensors in this order, each valid until the next is yielded.
+
+        Raises BundleError.
+        """
         for path, batch in self._batches(names):
             state = read_state(path)
             for name in batch:
@@ -59,7 +65,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's names and shapes. path: the file, or a `*.index.json` that names its shards.
+    """Read a checkpoint's names and shapes.
+
+    path: the file, or a `*.index.json` that names its shards.
 
     Raises BundleError, FileNotFoundError.
     """
@@ -91,12 +99,16 @@ def _shards(path: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """One file's tensors under the names that the network knows, mapped where the format allows it. Raises BundleError."""
+    """Return one file's tensors under the network's names, mapped where the format allows it.
+
+    Raises BundleError.
+    """
     content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
     state = {_plain(name): tensor for name, tensor in _unwrapped(content, path.name).items()}
     for name, tensor in state.items():
         if tensor.dtype == torch.float64:
-            raise BundleError(f"{path.name}: tensor {name!r} is torch.float64; published weights are float32, float16 or bfloat16")
+            published = "published weights are float32, float16 or bfloat16"
+            raise BundleError(f"{path.name}: tensor {name!r} is torch.float64; {published}")
         if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
             raise BundleError(f"{path.name}: tensor {name!r} is no plain array of numbers")
     return state

@@ -1,4 +1,4 @@
-"""`weights/manifest.toml`: the published files, recipes, and the bundles that can be made of them. No torch here."""
+"""Read `weights/manifest.toml`: published files, recipes and bundles. No torch here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class PublishedBundle:
-    """The files that make a whole bundle, and its configuration. recipes: the first is the default."""
+    """The files of a whole bundle, and its configuration.
+
+    recipes: the first is the default.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -68,17 +71,24 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Parse a manifest. Raises pydantic.ValidationError, FileNotFoundError, or tomllib.TOMLDecodeError."""
+        """Parse a manifest.
+
+        Raises pydantic.ValidationError, FileNotFoundError, or tomllib.TOMLDecodeError.
+        """
         return TypeAdapter(cls).validate_python(tomllib.loads(path.read_text()))
 
     def select(self, name: str) -> dict[str, PublishedFile]:
-        """Return the files of a bundle, or the one file of that key or file name. Raises ValueError."""
+        """Return the files of a bundle, or the one file of this key or file name.
+
+        Raises ValueError if there is none, or more than one.
+        """
         if name in self.bundles:
             return {key: self.files[key] for key in self.bundles[name].files}
         named = {key: file for key, file in self.files.items() if name in {key, file.path, file.where}}
         if len(named) != 1:
             known = ", ".join((*self.bundles, *self.files))
-            raise ValueError(f"{name!r} is {'more than one' if named else 'no'} published file or bundle; there are {known}")
+            count = "more than one" if named else "no"
+            raise ValueError(f"{name!r} is {count} published file or bundle; there are {known}")
         return named
 
     def recipe(self, name: str) -> Recipe:

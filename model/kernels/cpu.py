@@ -1,4 +1,4 @@
-"""Compute the networks' operations where no Triton kernel does: packed weights, and the prior's block.
+"""Compute operations without Triton: packed weights on the CPU, and the prior's block.
 
 Packed linear maps and depthwise convolutions have their weights laid out as the CPU's kernels read
 them. The operators are those that `torch.compile` calls for frozen weights; without them each call
@@ -54,7 +54,7 @@ def _passes_trial(dtype: torch.dtype) -> bool:
 
 
 def _offered(dtype: torch.dtype) -> bool:
-    """Return whether this build of torch says that it has the kernels, and the CPU the arithmetic."""
+    """Return whether torch was built with the kernels and the CPU has the arithmetic."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -126,7 +126,7 @@ class PackedLinear:
         self.packed: Tensor = reorder(weight.detach().contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute it for x [..., I]."""
+        """Compute the map for x [..., I]."""
         if self.mkl:
             y: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
             return y
@@ -148,7 +148,7 @@ class PackedDepthwise:
         self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.geometry, [B, C, H, W])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute it for x [B, H, W, C]."""
+        """Compute the convolution for x [B, H, W, C]."""
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], "")
         return y.permute(0, 2, 3, 1)
 

@@ -1,4 +1,6 @@
-"""Linear maps whose weights are kept in int8, a scale for each output: half the memory of fp16, for encoders that run once a prompt.
+"""Linear maps with int8 weights and a scale per output: half the memory of fp16.
+
+They serve encoders that run once per prompt.
 
 Only the weights are rounded; they are multiplied in the type of what comes in, one layer's at a
 time.
@@ -12,7 +14,10 @@ from torch import Tensor, nn
 
 
 class Int8Linear(nn.Module):
-    """A linear map [..., I] → [..., O] with its weights rounded to 255 steps between each row's extremes."""
+    """A linear map [..., I] → [..., O] with weights rounded to 255 steps.
+
+    The steps lie between each row's extremes.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -27,7 +32,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if twin.bias is None else twin.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute it for x [..., I]."""
+        """Compute the map for x [..., I]."""
         y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 

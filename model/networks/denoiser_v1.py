@@ -1,14 +1,16 @@
-"""The v1 denoiser: token grid, CLIP embedding and time in, logits over the codebook out. The v1 VQGAN is in `model/v1_vqgan.py`.
+"""The v1 denoiser: token grid, CLIP embedding and time in, logits over the codebook out.
+
+The v1 VQGAN is in `model/networks/vqgan_v1.py`.
 
 A fully convolutional U-Net on the token grid. All it knows of prompt and time is a factor on every
 channel of every block, linear in both. Parameter names and shapes are those of the published state
 dict (github.com/dome272/Paella, `DenoiseUNet`), so it loads strictly; the code is arranged for
 speed. What a request's tokens do not change is computed once and handed to every step:
 
-    condition = denoiser.condition(clip, grid)                # the prompt's share of every block's scale and shift
-    times = denoiser.times(t)                                 # the time's share
-    features = denoiser.features(tokens, times, condition)    # one step
-    logits = denoiser.project(features)                       # the last projection: guidance mixes before it
+    condition = denoiser.condition(clip, grid)      # the prompt's part of every scale and shift
+    times = denoiser.times(t)                       # the time's part
+    features = denoiser.features(tokens, times, condition)      # one step
+    logits = denoiser.project(features)             # guidance mixes before this last projection
 
 The published time r runs from 0 (all noise) to 1, and the network sees cos(r · π/2), the chance
 that a token is noise: here that is t, 1 at the start as in v3, which goes through the steps along a
@@ -35,7 +37,7 @@ __all__ = ["VQGANV1", "ConditionV1", "DenoiserV1", "noise_probability"]
 
 
 def noise_probability(r: Tensor) -> Tensor:
-    """Return the probability that a token is noise at the published time r, from 0 (all noise) to 1 (none)."""
+    """Return the probability that a token is noise at published time r, 0 (all noise) to 1."""
     return torch.cos(r * (torch.pi / 2))
 
 
@@ -51,7 +53,10 @@ class ConditionV1:
 
     @classmethod
     def stack(cls, conditions: Sequence[ConditionV1]) -> ConditionV1:
-        """Stack conditions of one row each; if one of them differs by position, all are spread out."""
+        """Stack conditions of one row each.
+
+        If one of them differs by position, all are spread over the positions.
+        """
         return cls(tuple(torch.cat(_spread(level)) for level in zip(*(c.levels for c in conditions), strict=True)))
 
     @property
@@ -89,7 +94,10 @@ def _blend(shares: Tensor, coverage: Tensor, depth: int) -> Tensor:
 
 
 class _Scalable(nn.Module):
-    """Parameters of the published modulated layer norm: γ · w · LN(x) + β · w, with w from the condition and an affine LN."""
+    """Parameters of the published modulated layer norm, γ · w · LN(x) + β · w.
+
+    w comes from the condition and an affine layer norm.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,7 +107,10 @@ class _Scalable(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise convolution, modulated norm, then a channel MLP. An up level's first one also sees the skip."""
+    """Depthwise convolution, modulated norm, then a channel MLP.
+
+    The first block of an up level also reads the skip.
+    """
 
     def __init__(self, channels: int, c_cond: int, skip: bool) -> None:
         super().__init__()
@@ -113,7 +124,10 @@ class Block(nn.Module):
         self.cond_mapper = nn.Linear(c_cond, channels)
 
     def scale_and_shift(self, w: Tensor) -> Tensor:
-        """Map a part of the mapped condition [..., C] to its part of scale and shift [..., 2C]. Linear: parts add up."""
+        """Map a part of the mapped condition [..., C] to its part of scale and shift [..., 2C].
+
+        The map is linear: parts add up.
+        """
         scale = self.ln.gamma.view(1) * self.ln.ln.weight
         shift = self.ln.gamma.view(1) * self.ln.ln.bias + self.ln.beta.view(1)
         return torch.cat([w * scale, w * shift], dim=-1)
@@ -155,7 +169,7 @@ class DenoiserV1(nn.Module):
         return nn.ModuleList([*self._blocks(level, self.config.up_levels[-1 - level], skip=not deepest), *leave])
 
     def _blocks_of(self, level: int) -> list[Block]:
-        """Return a level's blocks on the way down, then on the way up: the order of its modulation."""
+        """Return a level's blocks on the way down, then up: the order of its modulation."""
         parts = (self.down_blocks[level], self.up_blocks[-1 - level])
         return [block for part in parts for block in part.children() if isinstance(block, Block)]
 
@@ -195,7 +209,10 @@ class DenoiserV1(nn.Module):
         return torch.cat(shares, dim=-1)
 
     def times(self, t: Tensor) -> Tensor:
-        """Map times [B] in [0, 1], 1 is all noise, to [B, S]: their part of every block, the finest level's first."""
+        """Map times [B] in [0, 1], 1 is all noise, to their part of every block, [B, S].
+
+        The finest level's blocks come first.
+        """
         embedding = sinusoid(t.float(), self.config.c_r).to(self.clf.weight.dtype)
         return torch.cat([self._time_share(level, embedding) for level in range(len(self.widths))], dim=-1)
 
@@ -205,7 +222,9 @@ class DenoiserV1(nn.Module):
         return torch.cat([block.scale_and_shift(w) for block, w in mapped], dim=-1)
 
     def features(self, tokens: Tensor, times: Tensor, condition: ConditionV1, row_of: Tensor | None = None) -> Tensor:
-        """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, C], one for each of N conditions.
+        """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, C].
+
+        The result has one entry for each of N conditions.
 
         row_of: [N], the row of tokens and times that each condition is for; absent if each has its
         own.
@@ -234,7 +253,10 @@ class DenoiserV1(nn.Module):
         return self.clf(features)
 
     def sharpened(self, features: Tensor, inverse: Tensor) -> Tensor:
-        """Return logits divided by a temperature, after the projection because of its bias. inverse: one over it, [B, 1, 1, 1]."""
+        """Return logits divided by a temperature, after the projection because of its bias.
+
+        inverse: one over the temperature, [B, 1, 1, 1].
+        """
         return self.project(features).float() * inverse
 
 

@@ -1,4 +1,4 @@
-"""What the v3 denoiser's levels are strings of: C (convolution), T (time) and A (attention) blocks, under their published names.
+"""The v3 denoiser: C (convolution), T (time) and A (attention) blocks under their published names.
 
 Letters: B rows of the batch, H W grid, L condition tokens, C channels.
 """
@@ -53,7 +53,10 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """C: depthwise convolution, then a channel MLP with global response norm. An up level's first one also sees the skip."""
+    """C: depthwise convolution, then a channel MLP with global response norm.
+
+    The first block of an up level also reads the skip.
+    """
 
     def __init__(self, channels: int, kernel_size: int, skip: bool) -> None:
         super().__init__()
@@ -102,7 +105,10 @@ class ConvBlock(nn.Module):
         return self.depthwise(x) if self.packed is None else self.packed[0](x)
 
     def _depthwise_pairs(self, x: Tensor) -> Tensor:
-        """Convolve 2C channels to C: each group of two apart, then added, because groups of one have a fast kernel."""
+        """Convolve 2C channels to C, by two depthwise convolutions that are added.
+
+        Groups of one channel have a fast kernel, groups of two have none.
+        """
         if self.packed is None:
             single, padding = self._single_depthwise(), self.depthwise.padding
             y = channels_last(F.conv2d(channels_first(x), single, padding=padding, groups=len(single)))
@@ -112,7 +118,10 @@ class ConvBlock(nn.Module):
         return pairs[..., 0] + pairs[..., 1] + self.depthwise.bias
 
     def _single_depthwise(self) -> Tensor:
-        """Return the depthwise weight with one input a group: [C, 1, k, k], or [2C, 1, k, k] with a skip."""
+        """Return the depthwise weight with one input per group: [C, 1, k, k], or [2C, 1, k, k].
+
+        The latter is that of a block with a skip.
+        """
         return self.depthwise.weight.flatten(0, 1).unsqueeze(1)
 
 
@@ -130,7 +139,10 @@ class TimeBlock(nn.Module):
 
 
 class _ProjectionNames(nn.Module):
-    """Parameters of a `torch.nn.MultiheadAttention` under its names; the arithmetic is AttentionBlock's."""
+    """Parameters of a `torch.nn.MultiheadAttention` under its names.
+
+    `AttentionBlock` computes with them.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -147,7 +159,10 @@ class _AttentionNames(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """A: every pixel attends to all pixels and to the condition, through one fused projection of the normed pixels."""
+    """A: every pixel attends to all pixels and to the condition.
+
+    One fused projection reads the normed pixels.
+    """
 
     def __init__(self, channels: int, c_cond: int, nhead: int, self_attn: bool) -> None:
         super().__init__()
@@ -239,7 +254,11 @@ class Condition:
 
 
 class Denoiser(nn.Module):
-    """The published `Paella` module. Weights start at random (published initialisation); `load_state_dict` takes a published state dict."""
+    """The published `Paella` module.
+
+    Weights start at random (published initialisation); `load_state_dict` takes a published state
+    dict.
+    """
 
     patch_table: Tensor | None
     patch_offsets: Tensor | None
@@ -360,7 +379,10 @@ class Denoiser(nn.Module):
         clip_image: Tensor | Sequence[Tensor] | None = None,
         weights: Tensor | None = None,
     ) -> Condition:
-        """Return the condition of a prompt, once per request. weights: [B, L] factors on the attention per token."""
+        """Return the condition of a prompt, computed once per request.
+
+        weights: factors on the attention given to each token, [B, L].
+        """
         B = byt5.shape[0]
         parts = [self.byt5_mapper(byt5)]
         if clip is not None:
@@ -386,7 +408,9 @@ class Denoiser(nn.Module):
         return torch.cat([block.scale_and_shift(embedding) for block in self._time_blocks], dim=-1)
 
     def features(self, tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor | None = None) -> Tensor:
-        """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, c_out], one for each of N conditions.
+        """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, c_out].
+
+        The result has one entry for each of N conditions.
 
         row_of: [N], the row of tokens and times that each condition is for; absent if each has its
         own. A row's branches are the same until the first attention block tells them apart, so up
@@ -413,7 +437,7 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Fold what fixed weights allow; training needs them apart, so only `model.optimize` calls this.
+        """Fold fixed weights; only `model.optimize` calls this, because training needs them apart.
 
         Each code's embedding, normed and projected, for each of its places in a patch: embedding,
         norm, unshuffle and projection become one lookup and sum. And the last map's weights in the
@@ -428,13 +452,16 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def fold_condition(self) -> None:
-        """Fold the two linear maps from the condition to each attention block's keys and values, all into one."""
+        """Fold the two linear maps from the condition to the attention blocks' keys and values."""
         if self._attention_blocks:
             weights, biases = zip(*(block.folded_kv() for block in self._attention_blocks), strict=True)
             self.kv_weight, self.kv_bias = torch.cat(weights), torch.cat(biases)
 
     def pack(self, height: int, width: int) -> None:
-        """Pack the weights for the CPU's kernels if supported, for one guided row of this token grid mostly."""
+        """Pack the weights for the CPU's kernels if supported.
+
+        The packed form is fastest for one guided row of this token grid.
+        """
         if not supported(self.in_mapper.get_parameter("0.weight")):
             return
         levels, batch = range(len(self.down_blocks)), 1
@@ -447,7 +474,10 @@ class Denoiser(nn.Module):
                     block.pack(batch, height // factor, width // factor)
 
     def fuse(self) -> None:
-        """Compute convolution blocks and draws by Triton's kernels from now on, with the weights as they are now."""
+        """Compute convolution blocks and draws by Triton's kernels from now on.
+
+        Later changes of the weights have no effect.
+        """
         self.fused = True
         for block in self.modules():
             if isinstance(block, ConvBlock):
@@ -474,13 +504,19 @@ class Denoiser(nn.Module):
         return patches.transpose(2, 3).reshape(B, h * p, w * p, -1)
 
     def _unpatch_parameters(self) -> tuple[Tensor, Tensor]:
-        """Return `clf`'s weight and bias with the channel order (c, i, j) as (i, j, c), so that a pixel's channels are copied whole."""
+        """Return `clf`'s weight and bias with the channel order (c, i, j) as (i, j, c).
+
+        In this order a pixel's channels are copied whole.
+        """
         places = self.config.patch_size**2
         weight, bias = (t.view(-1, places, *t.shape[1:]).transpose(0, 1).flatten(0, 1) for t in self.clf[1].parameters())
         return weight.flatten(1), bias
 
     def project(self, features: Tensor) -> Tensor:
-        """Map features [..., c_out] to logits [..., K]. Linear and without bias, so features may be mixed instead of logits."""
+        """Map features [..., c_out] to logits [..., K].
+
+        The map is linear and without bias, so features may be mixed instead of logits.
+        """
         return self.out_mapper[1](features)
 
     def sharpened(self, features: Tensor, inverse: Tensor) -> Tensor:
@@ -490,7 +526,7 @@ class Denoiser(nn.Module):
 
 
 class _Pass:
-    """One walk through the levels; T and A blocks get their parts of what was computed beforehand."""
+    """One walk through the levels, which gives T and A blocks their precomputed parts."""
 
     def __init__(
         self, time_blocks: Sequence[TimeBlock], times: Tensor, kv: Iterable[Tensor], mask: Tensor | None, row_of: Tensor | None
@@ -534,7 +570,9 @@ class _Pass:
         return self.branches(x)
 
     def _bias(self, x: Tensor, self_attn: bool) -> Tensor | None:
-        """Return a block's addition to its scores, the same for all blocks of a level: −∞ at padding.
+        """Return an attention block's addition to its scores: −∞ at padding.
+
+        The blocks of a level have the same.
 
         [B, 1, 1, keys], or None without padding.
         """

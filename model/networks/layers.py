@@ -1,4 +1,4 @@
-"""Small pieces that the networks share. Activations are channels-last: [B, H, W, C], contiguous in C."""
+"""Layers that the networks share. Activations are channels-last: [B, H, W, C], contiguous in C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 def norm(x: Tensor) -> Tensor:
-    """Layer-normalise the last dimension, without parameters, eps 1e-6: the only normalisation of the v3 networks."""
+    """Layer-normalise the last dimension without parameters, eps 1e-6, as all v3 networks do."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -28,14 +28,20 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
-    """Rearrange [B, H, W, C] to [B, H/f, W/f, C·f²], channels in the order of `torch.nn.PixelUnshuffle`."""
+    """Rearrange [B, H, W, C] to [B, H/f, W/f, C·f²].
+
+    The channels have the order of `torch.nn.PixelUnshuffle`.
+    """
     B, H, W, C = x.shape
     x = x.view(B, H // factor, factor, W // factor, factor, C)
     return x.permute(0, 1, 3, 5, 2, 4).reshape(B, H // factor, W // factor, C * factor**2)
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
-    """Rearrange [B, H, W, C·f²] to [B, H·f, W·f, C], channels in the order of `torch.nn.PixelShuffle`."""
+    """Rearrange [B, H, W, C·f²] to [B, H·f, W·f, C].
+
+    The channels have the order of `torch.nn.PixelShuffle`.
+    """
     B, H, W, C = x.shape
     x = x.view(B, H, W, C // factor**2, factor, factor)
     return x.permute(0, 1, 4, 2, 5, 3).reshape(B, H * factor, W * factor, C // factor**2)
@@ -66,7 +72,10 @@ class ConvTranspose(nn.ConvTranspose2d):
 
 
 class Downsample(nn.Conv2d):
-    """A 2×2 convolution of stride 2: [B, H, W, C] → [B, H/2, W/2, O], as the linear map of 2×2 patches that it is."""
+    """A 2×2 convolution of stride 2: [B, H, W, C] → [B, H/2, W/2, O].
+
+    It is computed as a linear map of 2×2 patches.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 2, stride=2)
@@ -80,7 +89,10 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.ConvTranspose2d):
-    """A 2×2 transposed convolution of stride 2: [B, H, W, C] → [B, 2H, 2W, O], every pixel a linear map of one."""
+    """A 2×2 transposed convolution of stride 2: [B, H, W, C] → [B, 2H, 2W, O].
+
+    It is computed as a linear map of pixels.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 2, stride=2)
@@ -94,7 +106,7 @@ class Upsample(nn.ConvTranspose2d):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1×1 convolution applied as what it is, a linear map of channels: [..., C] → [..., O]."""
+    """A 1×1 convolution, computed as a linear map of channels: [..., C] → [..., O]."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, 1, bias=bias)
@@ -105,7 +117,10 @@ class Pointwise(nn.Conv2d):
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Embed times t [B] in [0, 1] as [B, dim] in fp32: sines, then cosines, of t·10000 (both v3 networks)."""
+    """Embed times t [B] in [0, 1] as [B, dim] in fp32, as both v3 networks do.
+
+    Sines of t·10000 come first, then cosines.
+    """
     half = dim // 2
     frequencies = torch.arange(half, device=t.device, dtype=torch.float32).mul(-math.log(10000) / (half - 1)).exp()
     angles = t.float()[:, None] * 10000 * frequencies

@@ -1,4 +1,4 @@
-"""The text encoders' passes in few calls, on the parameters of transformers' T5 and open_clip's CLIP, whose own forwards are their twins.
+"""The text encoders in few calls: transformers' T5 and open_clip's CLIP, which stay their twins.
 
 At a prompt's length a pass is some dozen small products, and most of its time went to what lay
 between them: modules, masks, position biases made anew for every text. Made after the weights are
@@ -96,7 +96,10 @@ def _byte_layer(attention: Any, feed_forward: Any) -> _ByteLayer:
 
 
 def joined(parts: list[Any]) -> Tensor:
-    """Join the weights of several linear maps of the same input; theirs become views, so nothing is in memory twice."""
+    """Join the weights of several linear maps of the same input.
+
+    The maps' own weights become views, so nothing is in memory twice.
+    """
     weight = torch.cat([part.weight.data for part in parts])
     for part, own in zip(parts, weight.split([len(part.weight) for part in parts]), strict=True):
         part.weight.data = own
@@ -178,7 +181,9 @@ _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One encoded prompt: byte embeddings [1, L, D] with mask [1, L], CLIP text embedding [1, D']; truncated: encoders that cut it.
+    """One encoded prompt: byte embeddings [1, L, D] and mask [1, L], CLIP embedding [1, D'].
+
+    truncated: names of the encoders that cut the prompt.
 
     L is 0 where there is no byte encoder.
     """
@@ -191,7 +196,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ByteEmbeddings:
-    """embeddings [B, L, d_model], L a bucket; mask [B, L], False at padding; truncated: whether each prompt was cut."""
+    """Encoded bytes of B prompts.
+
+    embeddings: [B, L, d_model], L a bucket. mask: [B, L], False at padding. truncated: whether each
+    prompt was cut.
+    """
 
     embeddings: Tensor
     mask: Tensor
@@ -223,7 +232,7 @@ class ByteEncoder(nn.Module):
         self.tower: ByteTower | None = None
 
     def complete(self) -> None:
-        """Tie the embedding's second name to the first, after tensors were assigned to a meta module."""
+        """Tie the embedding's second name to the first, after a meta module got its tensors."""
         self.t5.set_input_embeddings(self.t5.shared)
 
     def fold(self) -> None:
@@ -231,7 +240,10 @@ class ByteEncoder(nn.Module):
         self.tower = ByteTower(self.t5) if ByteTower.supports(self.t5) else None
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
-        """Return byte ids [B, L] padded to a bucket, mask [B, L], and which prompts were cut to `max_bytes` (end mark included)."""
+        """Return byte ids [B, L] padded to a bucket, mask [B, L], and which prompts were cut.
+
+        A prompt is cut to `max_bytes`, end mark included.
+        """
         limit = self.config.max_bytes
         # A prompt is text: "</s>" in it is four characters, not the end mark.
         texts = [prompt.encode("utf-8", "replace") for prompt in prompts]
@@ -259,10 +271,16 @@ def bucket(length: int, limit: int) -> int:
 
 
 class CLIP(nn.Module):
-    """open_clip's CLIP, both towers; embeddings are not normalised, as the published system uses them."""
+    """open_clip's CLIP, both towers.
+
+    Embeddings are not normalised, as the published system uses them.
+    """
 
     def __init__(self, config: CLIPConfig, directory: Path | None = None) -> None:
-        """Build the networks. directory: of the bundle's own merges file, for configurations that name one."""
+        """Build the networks.
+
+        directory: of the bundle's own merges file, for configurations that name one.
+        """
         import open_clip
         from open_clip.tokenizer import SimpleTokenizer
 
@@ -277,13 +295,16 @@ class CLIP(nn.Module):
         self.tower: TextTower | None = None
 
     def complete(self) -> None:
-        """Build the causal mask, which is no part of the state, after tensors were assigned to a meta module."""
+        """Build the causal mask, which no state dict has, after a meta module got its tensors."""
         length = self.config.context_length
         mask = torch.full((length, length), -torch.inf, device=self.device, dtype=self.model.logit_scale.dtype).triu_(1)
         self.model.register_buffer("attn_mask", mask, persistent=False)
 
     def fold(self, packed: bool = True) -> None:
-        """Compute texts by `TextTower` from now on, in few calls; the weights are fixed. packed: by copies of them."""
+        """Compute texts by `TextTower` from now on, in few calls; the weights are fixed.
+
+        packed: by copies of the weights.
+        """
         self.tower = TextTower(self.model, packed) if TextTower.supports(self.model) else None
 
     @property
@@ -292,7 +313,10 @@ class CLIP(nn.Module):
         return self.model.logit_scale.device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[bool, ...]]:
-        """Return token ids [B, context] on the CPU, and which prompts have more tokens (start and end marks included)."""
+        """Return token ids [B, context] on the CPU, and which prompts have more tokens.
+
+        Start and end marks count.
+        """
         context, t = self.config.context_length, self.tokenizer
         rows = [[t.sot_token_id, *t.encode(prompt), t.eot_token_id] for prompt in prompts]
         tokens = torch.zeros(len(rows), context, dtype=torch.int64)

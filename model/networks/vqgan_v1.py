@@ -1,4 +1,4 @@
-"""The v1 VQGAN: pictures to codes and back (github.com/CompVis/taming-transformers `GumbelVQ`, published parameter names).
+"""The v1 VQGAN: images to codes and back (github.com/CompVis/taming-transformers `GumbelVQ`).
 
     tokens = vqgan.encode(image)     # [B, 3, H, W] in [0, 1] → [B, H/f, W/f]
     image = vqgan.decode(tokens)     # and back, clamped to [0, 1]
@@ -99,7 +99,10 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, with attention if configured, and the way to the next level, if any."""
+    """Residual blocks at one resolution, with attention if configured.
+
+    Every level but the last ends with the way to the next.
+    """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, leave: Downsample | Upsample | None) -> None:
         super().__init__()
@@ -178,7 +181,10 @@ class Decoder(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """A classifier over the codes, and their vectors. Only training draws from the classifier; here the likeliest code counts."""
+    """A classifier over the codes, and their vectors.
+
+    Training draws from the classifier; here the likeliest code counts.
+    """
 
     def __init__(self, config: VQGANV1Config) -> None:
         super().__init__()
@@ -186,7 +192,10 @@ class GumbelQuantizer(nn.Module):
         self.embed = nn.Embedding(config.n_embed, config.embed_dim)
 
     def likeliest(self, latents: Tensor) -> Tensor:
-        """Return the likeliest codes [...] of latents [..., C], in fp32: half a bit decides between neighbours."""
+        """Return the likeliest codes [...] of latents [..., C].
+
+        fp32, because half a bit decides between neighbours.
+        """
         bias = None if self.proj.bias is None else self.proj.bias.float()
         return F.linear(latents.float(), self.proj.weight.flatten(1).float(), bias).argmax(-1)
 
@@ -204,7 +213,10 @@ class VQGANV1(nn.Module):
         self.post_quant_conv = Pointwise(config.embed_dim, config.z_channels)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Encode images [B, 3, H, W] in [0, 1] as codes [B, H/f, W/f]. H and W are multiples of f."""
+        """Encode images [B, 3, H, W] in [0, 1] as codes [B, H/f, W/f].
+
+        H and W are multiples of f.
+        """
         x = channels_last(2 * image - 1)
         return self.quantize.likeliest(self.quant_conv(self.encoder(x)))
 

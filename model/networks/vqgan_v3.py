@@ -1,4 +1,4 @@
-"""The v3 VQGAN: pictures to codes and back (github.com/dome272/Paella `VQModel`, published parameter names).
+"""The v3 VQGAN: images to codes and back (github.com/dome272/Paella `VQModel`).
 
     tokens = vqgan.encode(image)     # [B, 3, H, W] in [0, 1] → [B, H/f, W/f]
     image = vqgan.decode(tokens)     # and back; not clamped, as published
@@ -18,7 +18,10 @@ from model.networks.layers import Conv, ConvTranspose, Pointwise, channels_first
 
 
 class ResidualBlock(nn.Module):
-    """Depthwise 3×3, then a channel MLP; six learned scalars scale, shift and weigh the two branches."""
+    """Depthwise 3×3, then a channel MLP.
+
+    Six learned scalars scale, shift and weigh the two branches.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,7 +34,9 @@ class ResidualBlock(nn.Module):
 
     @torch.no_grad()
     def pack(self, height: int, width: int) -> None:
-        """Fold the scalars into the weights, and pack those for the CPU's kernels, for one image of this size mostly.
+        """Fold the scalars into the weights, and pack those for the CPU's kernels.
+
+        The packed form is fastest for one image of this size.
 
         What the scalars do before a map that is linear (and, by its padding, knows no edge) or
         after it may as well be done by the map.
@@ -82,7 +87,10 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Return the nearest codes [...] of latents [..., c_latent], in fp32: half a bit decides between neighbours."""
+        """Return the nearest codes [...] of latents [..., c_latent].
+
+        fp32, because half a bit decides between neighbours.
+        """
         codes = self.codebook.weight.float()
         flat = latents.float().reshape(-1, latents.shape[-1])
         # |x − c|² without |x|², which is the same for every code.
@@ -121,7 +129,10 @@ class VQGAN(nn.Module):
         return blocks
 
     def pack(self, height: int, width: int) -> None:
-        """Pack the decoder's weights for the CPU's kernels if supported, for one image of this token grid mostly."""
+        """Pack the decoder's weights for the CPU's kernels if supported.
+
+        The packed form is fastest for one image of this token grid.
+        """
         if not supported(self.vquantizer.codebook.weight):
             return
         for block in self.up_blocks:
@@ -131,7 +142,10 @@ class VQGAN(nn.Module):
                 block.pack(height, width)
 
     def encode_latents(self, image: Tensor) -> Tensor:
-        """Encode images [B, 3, H, W] in [0, 1] as unquantised, unscaled latents [B, H/f, W/f, c_latent]. H and W are multiples of f."""
+        """Encode images [B, 3, H, W] in [0, 1] as latents [B, H/f, W/f, c_latent].
+
+        The latents are neither quantised nor scaled. H and W are multiples of f.
+        """
         x = self.in_block(pixel_unshuffle(image.permute(0, 2, 3, 1), 2))
         for block in self.down_blocks[:-1]:
             x = block(x)
@@ -142,7 +156,10 @@ class VQGAN(nn.Module):
         return self.vquantizer.nearest(self.encode_latents(image))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decode unscaled latents [B, h, w, c_latent] to images [B, 3, h·f, w·f], about [0, 1], not clamped."""
+        """Decode unscaled latents [B, h, w, c_latent] to images [B, 3, h·f, w·f].
+
+        The values are about [0, 1], not clamped.
+        """
         x = latents.to(self.vquantizer.codebook.weight.dtype)
         for block in self.up_blocks:
             x = block(x)

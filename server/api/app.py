@@ -120,7 +120,8 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     configs = [BundleConfig.read(find_bundle(bundle)) for bundle in settings.bundles]
     for config in configs:
         if max(config.native_size) > settings.max_side:
-            raise ValueError(f"max_side {settings.max_side} excludes the native size of {config.name}, {config.native_size}")
+            native = f"the native size of {config.name}, {config.native_size}"
+            raise ValueError(f"max_side {settings.max_side} excludes {native}")
     models = {config.name: config for config in configs}
     if len(models) < len(configs):
         raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """What every request handler needs.
+    """The state that every request handler reads.
 
     Attributes:
         models: configurations of the served bundles by name, the default first.
@@ -46,7 +46,7 @@ class AppState:
 
 @dataclass(slots=True)
 class RequestState:
-    """What the middleware and the handlers know of one request; the access log shows all of it.
+    """The state of one request, shared by middleware and handlers and shown in the access log.
 
     Attributes:
         id: the client's `X-Request-Id`, or a generated one.
@@ -95,7 +95,7 @@ def log_job(request: Request, job: Job) -> None:
 
 
 def cancel(request: Request, id: str) -> bool:
-    """End all running requests of the caller's API key with this id; return whether there were any."""
+    """End the running requests of the caller's API key with this id; return whether any was."""
     running = app_state(request).running.get((request_state(request).client or "", id), [])
     for ended in running:
         if not ended.done():

@@ -143,7 +143,10 @@ class EngineClient:
         return sum(worker.last_heartbeat.rows_running for worker in self.workers)
 
     async def start(self) -> None:
-        """Start the workers and return before they are ready. Raises OSError if there can be no process."""
+        """Start the workers and return before they are ready.
+
+        Raises OSError if the system grants no process.
+        """
         for worker in self.workers:
             await worker.start()
 

@@ -1,4 +1,4 @@
-"""Predict a job's latency from measured step times, so that a job that would be late is rejected at once."""
+"""Predict a job's latency from measured step times, to reject a job that would be late at once."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _steps(job: Job) -> int:
 
 @dataclass(slots=True)
 class LatencyModel:
-    """Averages of a step's seconds by image size and branches, and of a row's seconds outside its steps.
+    """Averages of a step's seconds, by image size and branches, and of a row's other seconds.
 
     measured_at: time of the last step that was recorded, monotonic seconds.
     """
@@ -145,7 +145,7 @@ class LatencyModel:
 
 @dataclass(slots=True)
 class Pace:
-    """The seconds that workers take per row, averaged over about ten jobs; 0.2 before the first one."""
+    """Seconds that workers take per row, averaged over about ten jobs; 0.2 before the first."""
 
     seconds: float = 0.2
     rows: float = 1.0

@@ -87,7 +87,10 @@ class Streams:
         return Mark(None if self._side is None else self._side.record_event())
 
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
-        """Let steps read tensors made beside them: their memory is not reused before the steps end."""
+        """Let steps read tensors made beside them.
+
+        Their memory is not reused before the steps end.
+        """
         if self._side is not None:
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
@@ -135,7 +138,10 @@ KINDS = 256
 
 @dataclass
 class _Trial:
-    """A number of threads that is tried. ratios: of each step's time to that of the chosen number."""
+    """A number of threads that is tried.
+
+    ratios: each step's time divided by that of the chosen number.
+    """
 
     threads: int
     ratios: list[float] = field(default_factory=list)
@@ -272,7 +278,10 @@ class Decoding:
 
 
 class Runner:
-    """The loaded bundles, and the rows that are being denoised. counters: totals since the start."""
+    """The loaded bundles, and the rows that are being denoised.
+
+    counters: totals since the start.
+    """
 
     def __init__(self, settings: Settings, pipelines: Iterable[Pipeline] | None = None) -> None:
         """Load the bundles of the settings, unless `pipelines` holds them already."""
@@ -314,7 +323,10 @@ class Runner:
         return [rows[RowId(job.id, indices[0])].truncated for job, indices in parts]
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
-        """Return the rows that can be stepped without a wait; if there are none, all, after a wait."""
+        """Return the rows that can be stepped without a wait.
+
+        If there is none, wait, and return all.
+        """
         ready = [row for row in rows if row not in self._starting or self._starting[row].passed]
         ready = ready or list(rows)
         for row in ready:
@@ -351,7 +363,7 @@ class Runner:
             return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self.streams.mark())
 
     def _steady(self, deterministic: bool) -> AbstractContextManager[None]:
-        """Compute with all threads if deterministic, so that roundings do not depend on the tuning."""
+        """Compute with all threads if deterministic: roundings must not depend on the tuning."""
         return self.threads.all() if deterministic else nullcontext()
 
     def drop(self, rows: Sequence[RowId]) -> None:
@@ -363,7 +375,7 @@ class Runner:
     # ── before the first request ──────────────────────────────────────────────────────────────────
 
     def warm_up(self) -> None:
-        """Run every stage of every bundle and capture its graphs, so that no request does it first."""
+        """Run every stage of every bundle and capture its graphs, so that no request has to."""
         for pipeline in self.pipelines.values():
             began, sampling = time.perf_counter(), pipeline.config.recipe.sampling(steps=2)
             pipeline.generate(["warm"], [0], sampling)
@@ -381,7 +393,7 @@ class Runner:
         pipeline.generate(["warm " * LENGTHS[-1]] * rows, range(rows), sampling)
 
     def capture_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
-        """Replay the pipeline's computations from now on, at its native size and those of the settings."""
+        """Replay the pipeline's computations from now on, at its native and the settings' sizes."""
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]

@@ -1,4 +1,6 @@
-"""Keep one worker process alive: start it, detect a crash or a stall, replace it, name the suspects.
+"""Keep one worker process alive: start it, detect a crash or a stall, replace it.
+
+The listener learns of lost jobs, and which of them are suspects.
 
 The API process never imports torch: the worker's code is imported in the child process.
 """
@@ -117,7 +119,10 @@ class WorkerProcess:
         self._receiver.start()
 
     def send(self, message: ToWorker) -> None:
-        """Queue the message; it is lost silently if the worker has exited, which `exited` reports."""
+        """Queue the message.
+
+        A message to a worker that has exited is lost; `exited` reports the exit.
+        """
         self._outbox.put(message)
 
     @property
@@ -191,7 +196,10 @@ class Listener(Protocol):
         """Handle a message about jobs."""
 
     def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
-        """Handle the loss of unfinished jobs; suspects: those of them in the stage that it died in."""
+        """Handle the loss of unfinished jobs.
+
+        suspects: those of them in the stage in which the worker died.
+        """
 
 
 class Supervisor:
@@ -211,7 +219,10 @@ class Supervisor:
         self._silent_since: float | None = None
 
     async def start(self) -> None:
-        """Start the first worker and return before it is ready. Raises OSError if there can be no process."""
+        """Start the first worker and return before it is ready.
+
+        Raises OSError if the system grants no process.
+        """
         self._worker = self._start_worker()
         self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_for_stalls())]
 

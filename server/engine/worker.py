@@ -225,7 +225,10 @@ def _take_batch(waiting: dict[RowId, DecodeRequest]) -> dict[RowId, DecodeReques
 
 @dataclass
 class _Progress:
-    """The state of one job. steps: of all its rows together, those skipped at the start included."""
+    """The state of one job.
+
+    steps: of all its rows together, those skipped at the start included.
+    """
 
     arrived_at: float
     started_at: float | None = None

@@ -1,4 +1,4 @@
-"""A depthwise 3 × 3 convolution and the layer norm of its result in one kernel, channels last, and the plain twin.
+"""A depthwise 3 × 3 convolution and its layer norm in one kernel, channels last, and the twin.
 
 A program has all channels of a few pixels, so the norm's sums stay with it. Where there is a skip,
 every output channel reads two input channels of the skip laid behind x: they are read from where
@@ -20,14 +20,20 @@ _VALUES = 4096
 
 
 def plain_depthwise_norm(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute the twin: x and skip [B, H, W, C], weight [C, 1 or 2, 3, 3], bias [C] → [B, H, W, C]."""
+    """Compute the twin for x and skip [B, H, W, C], weight [C, 1 or 2, 3, 3] and bias [C].
+
+    Returns [B, H, W, C].
+    """
     y = x if skip is None else torch.cat([x, skip], dim=-1)
     y = F.conv2d(y.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias)).permute(0, 2, 3, 1)
     return F.layer_norm(y, y.shape[-1:], eps=1e-6)
 
 
 def taps_of(weight: Tensor) -> Tensor:
-    """Rearrange a convolution's weight [C, n, 3, 3] as the kernel reads it, [9, C · n]: neighbours in memory are neighbours in channels."""
+    """Rearrange a convolution's weight [C, n, 3, 3] as the kernel reads it, [9, C · n].
+
+    Neighbours in memory are neighbours in channels.
+    """
     return weight.detach().permute(2, 3, 0, 1).flatten(2).flatten(0, 1).contiguous()
 
 

@@ -25,7 +25,10 @@ SAMPLERS: tuple[Fused, ...] = ("multinomial", "argmax")
 
 
 def plain_draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
-    """Compute the twin: features [N, D], weight [K, D], inverse temperature and uniform [N] → codes [N]."""
+    """Compute the twin: features [N, D], weight [K, D] → codes [N].
+
+    inverse: inverse temperature, [N]. uniform: [N].
+    """
     if sampler == "argmax":
         return F.linear(features, weight).argmax(-1)
     return inverse_cdf(F.linear((features * inverse[:, None]).to(features.dtype), weight), uniform)
@@ -38,7 +41,10 @@ def supported(sampler: str, weight: Tensor) -> bool:
 
 
 def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
-    """Compute as the twin, for D a power of two from 16; a draw within rounding of two codes' boundary may differ."""
+    """Compute as the twin, for D a power of two from 16.
+
+    A draw within rounding of two codes' boundary may differ.
+    """
     (N, D), wide = features.shape, features.dtype == torch.float32
     codes = torch.empty(N, dtype=torch.int64, device=features.device)
     tokens = 16 if wide else 64
@@ -54,7 +60,10 @@ def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, unif
 
 
 def draw_grid(sampler: str, features: Tensor, weight: Tensor, uniform: Tensor, inverse: Tensor) -> Tensor | None:
-    """Rows of tokens: features [B, H, W, D], uniform [B, H, W], inverse temperature [B] → codes [B, H, W]; None where it cannot draw so."""
+    """Draw codes [B, H, W] from features [B, H, W, D]; None where no kernel can.
+
+    uniform: [B, H, W]. inverse: inverse temperature, [B].
+    """
     if not supported(sampler, weight):
         return None
     inverse = inverse[:, None, None].expand_as(uniform)
@@ -64,7 +73,10 @@ def draw_grid(sampler: str, features: Tensor, weight: Tensor, uniform: Tensor, i
 
 @triton.jit
 def _logits(own, weight, start, codes, by_code, by_feature, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """[TOKENS, D] → [TOKENS, BLOCK] for codes from start, rounded as the twin's are; −∞ beyond the last code."""
+    """Compute logits [TOKENS, BLOCK] of the codes from `start`, from features [TOKENS, D].
+
+    Rounded as the twin's are; −∞ beyond the last code.
+    """
     k, d = start + tl.arange(0, BLOCK), tl.arange(0, D)
     part = tl.load(weight + k[None, :] * by_code + d[:, None] * by_feature, mask=(k < codes)[None, :], other=0.0)
     product = tl.dot(own, part, input_precision=PRECISION).to(own.dtype).to(tl.float32)

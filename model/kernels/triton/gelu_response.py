@@ -1,4 +1,4 @@
-"""GELU and global response norm over a picture, in three passes instead of a dozen: a Triton kernel for each, and the plain twin.
+"""GELU and global response norm over an image in three passes instead of a dozen, and the twin.
 
 The first pass writes the GELU and sums its squares as it goes; the second makes each channel's
 scale; the third applies it. It could be applied while the next linear map reads its operand, but
@@ -46,7 +46,10 @@ def gelu_response(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["pixels"])
 def _gelu_energy(x, y, energy, pixels, channels, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Compute y [B, P, C] becomes the GELU of x; energy [B, PARTS, C]: the sum of squares over each part of the pixels."""
+    """Replace y [B, P, C] by the GELU of x, and compute its energy.
+
+    energy: [B, PARTS, C], the sum of squares over each part of the pixels.
+    """
     c, part, row = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), tl.program_id(2).to(tl.int64)
     share = tl.cdiv(pixels, PARTS)
     total = tl.zeros([BLOCK_C], tl.float32)
@@ -65,7 +68,7 @@ def _gelu_energy(x, y, energy, pixels, channels, PARTS: tl.constexpr, BLOCK_P: t
 
 @triton.jit
 def _scales(energy, gamma, scale, channels, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute energy [B, PARTS, C], gamma [C] → scale [B, C]; one program a picture."""
+    """Compute scale [B, C] from energy [B, PARTS, C] and gamma [C]; one program per image."""
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     inside = c < channels
     total = tl.zeros([BLOCK], tl.float32)
@@ -79,7 +82,7 @@ def _scales(energy, gamma, scale, channels, PARTS: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _apply(x, scale, beta, size, channels, BLOCK: tl.constexpr):
-    """Compute x [B, size] becomes x · scale + beta by channel."""
+    """Replace x [B, size] by x · scale + beta, by channel."""
     i, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     inside, c = i < size, i % channels
     place = x + row * size + i

@@ -45,7 +45,8 @@ def prior_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
     _expand[tiles,](h, w.first, extra, y, moments, B, D, inner, *w.first.stride(), TILE=_EXPANDED, BLOCK=_BLOCK, **shared, num_stages=4)
     _contract[triton.cdiv(D, _CONTRACTED), slices](
         y, moments, w.scale, w.shift, w.last, parts, B, D, inner, *w.last.stride(),
-        EXPANDED=_EXPANDED, TILES=triton.next_power_of_2(tiles), TILE=_CONTRACTED, SLICE=_SLICE, **shared, num_warps=16,
+        EXPANDED=_EXPANDED, TILES=triton.next_power_of_2(tiles), TILE=_CONTRACTED, SLICE=_SLICE,
+        **shared, num_warps=16,
     )  # fmt: skip
     _join[B,](h, parts, w.last_scale, w.last_shift, out, B, D, SLICES=slices, BLOCK=triton.next_power_of_2(D), num_warps=16)
     return out
@@ -56,7 +57,10 @@ def _expand(
     h, weight, extra, y, moments, rows, channels, inner, by_input, by_output,
     ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute y [B, I] = h · weight + extra, and moments [tiles, 2, ROWS]: each row's mean and squared deviations of a tile."""
+    """Compute y [B, I] = h · weight + extra, and its moments.
+
+    moments: [tiles, 2, ROWS], each row's mean and squared deviations in a tile.
+    """
     tile = tl.program_id(0)
     m, n = tl.arange(0, ROWS), tile * TILE + tl.arange(0, TILE)
     there, inside = (m < rows)[:, None], (n < inner)[None, :]
@@ -78,9 +82,13 @@ def _expand(
 @triton.jit(do_not_specialize=["rows"])
 def _contract(
     y, moments, scale, shift, weight, parts, rows, channels, inner, by_output, by_input,
-    ROWS: tl.constexpr, EXPANDED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, EXPANDED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute parts [slices, B, D]: the products of GELU(layer norm(y)) with the weight, each over one slice of the inputs."""
+    """Compute parts [slices, B, D]: products of GELU(layer norm(y)) with the weight.
+
+    Each part is over one slice of the inputs.
+    """
     slice_ = tl.program_id(1)
     m, n, k = tl.arange(0, ROWS), tl.program_id(0) * TILE + tl.arange(0, TILE), slice_ * SLICE + tl.arange(0, SLICE)
     there, known = (m < rows)[:, None], k < inner
@@ -102,7 +110,7 @@ def _contract(
 
 @triton.jit(do_not_specialize=["rows"])
 def _join(h, parts, scale, shift, out, rows, channels, SLICES: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute out = h + layer norm(the sum of the parts); one program a row."""
+    """Compute out = h + layer norm(the sum of the parts); one program per row."""
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     inside = c < channels
     total = tl.zeros([BLOCK], tl.float32)

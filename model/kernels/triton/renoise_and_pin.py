@@ -1,4 +1,4 @@
-"""What follows a draw, in one kernel: renoising, what is kept put back, and the tokens that the next step reads.
+"""Renoise drawn tokens, pin kept ones, and prepare the next step's input in one kernel.
 
 `model.sampling.renoise_and_pin` is the twin: three launches, or four where a row keeps something.
 Letters: B rows, H W token grid.
@@ -29,7 +29,8 @@ def renoise_and_pin(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _renoise_and_pin(
-    drawn, source, uniform, probability, keep, pinned, clean, following, tokens, KEPT: tl.constexpr, BLOCK: tl.constexpr
+    drawn, source, uniform, probability, keep, pinned, clean, following, tokens,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     inside, place = i < tokens, row.to(tl.int64) * tokens + i

@@ -141,7 +141,7 @@ def repaint_mask(image: DecodedImage, mode: MaskMode | None, size: tuple[int, in
         message = f"must be as large as the image, {size[0]}x{size[1]} pixels (sent: {width}x{height})"
         raise _unprocessable("mask_size_mismatch", param, message)
     if mode == "alpha" and image.alpha is None:
-        message = "has no alpha channel; send one, or mask_mode luminance with white where the image is repainted"
+        message = "has no alpha channel; send one, or mask_mode luminance with white to repaint"
         raise _unprocessable("mask_without_alpha", param, message)
     alpha = None if mode == "luminance" else image.alpha
     mask: Mask = image.luminance >= HALF if alpha is None else alpha < HALF
