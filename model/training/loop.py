@@ -7,19 +7,25 @@ Or it is steps: `--steps 10000` is the same training on any machine, and with `-
 bit for bit where one process trains on the same machine.
 
 Several processes, one a GPU or a core: `torchrun --nproc-per-node 2 -m model.training.denoiser …`.
+
+On CUDA nothing waits for the device: a step is recorded once as a graph and replayed (for that a loss must take its batch from tensors that
+stay where they are, and ask the device for no number), a step that is not a number counts as nothing, and figures are read now and then.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from model.training import checkpoint
 from model.training.checkpoint import load
@@ -28,11 +34,13 @@ from model.training.options import Options, options, parser
 from model.training.processes import average_over_processes, first_clock, rank, total, world
 from model.training.report import Moment, Report, by_reason
 
-__all__ = ["Data", "Loss", "Options", "ema", "fit", "load", "options", "parser", "rank"]
+__all__ = ["Average", "Data", "Loss", "Mixture", "Options", "fit", "load", "options", "parser", "rank"]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3
 _SAVE_SECONDS = 120.0
+# On CUDA: steps before one is recorded, how many may be under way, and seconds between two looks at the figures.
+_REHEARSALS, _UNDER_WAY, _LOOK_SECONDS = 3, 4, 2.0
 
 
 class Data(Protocol):
@@ -47,20 +55,47 @@ class Data(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Moving average with at most this decay: a short run would else average in its first steps."""
+@dataclass(frozen=True)
+class Mixture:
+    """Losses of unlike batches, each with a share of the steps; which one a step takes follows from its number."""
+
+    losses: tuple[Loss, ...]
+    shares: tuple[float, ...]
+
+    def of(self, step: int) -> Loss:
+        return random.Random(step).choices(self.losses, self.shares)[0]
+
+
+class Average:
+    """A module's twin, the moving average of its weights with at most this decay: a short run would else average in its first steps.
+
+    `advance` says on the host how much the next `update` counts, which touches tensors alone.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.n_averaged = deepcopy(module).requires_grad_(False), decay, 0
+        pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
+        self._old = [old for old, _ in pairs if old.is_floating_point()]
+        self._new = [new for old, new in pairs if old.is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._share = torch.ones((), device=next(module.parameters()).device)
+
+    def advance(self) -> None:
+        n = self.n_averaged
+        self._share.fill_(1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0)
+        self.n_averaged += 1
 
     @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        n = float(count)
-        share = 1 - min(decay, (1 + n) / (10 + n))
-        for old, new in zip(averaged, current, strict=True):
-            if old.is_floating_point():
-                old.lerp_(new, share)
-            else:
-                old.copy_(new)
+    def update(self) -> None:
+        for old, new in self._counters:
+            old.copy_(new)
+        change = torch._foreach_sub(self._new, self._old)
+        torch._foreach_mul_(change, self._share)
+        torch._foreach_add_(self._old, change)
 
-    return update
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 class _Run:
@@ -68,10 +103,14 @@ class _Run:
 
     def __init__(self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()) -> None:
         self.module, self.o, self.data = module.to(o.device), o, data
-        self.average = AveragedModel(module, multi_avg_fn=ema(o.ema), use_buffers=True)
+        self.average = Average(module, o.ema)
         self.optimizers = Optimizers(module, o.lr, matrices)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.recording = o.record and o.device.type == "cuda" and not dist.is_initialized()
+        self._recorded: dict[Loss, torch.cuda.CUDAGraph] = {}
+        self._sums, self._summed = dict[str, Tensor](), 0
+        self._under_way = deque[torch.cuda.Event]()
         if o.resume:
             self._restore(load(o.checkpoint, o.device))
         self.first_step = self.step
@@ -82,7 +121,7 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         self.module.load_state_dict(saved["model"])
         self.average.module.load_state_dict(saved["ema"])
-        self.average.n_averaged.fill_(saved.get("averaged", saved["step"]))
+        self.average.n_averaged = saved.get("averaged", saved["step"])
         self.optimizers.load_state_dict(saved["optimizers"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         if self.data is not None and "data" in saved:
@@ -100,7 +139,7 @@ class _Run:
         contents = {
             "model": self.module.state_dict(),
             "ema": self.average.module.state_dict(),
-            "averaged": int(self.average.n_averaged),
+            "averaged": self.average.n_averaged,
             "optimizers": self.optimizers.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -123,20 +162,87 @@ class _Run:
         """The next step's learning rate."""
         return self.o.lr * min(1.0, (self.step + 1) / self.o.warmup) * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
 
-    def learn(self, loss: Loss, share: float) -> dict[str, Tensor]:
-        """One step; returns the loss and its figures, or nothing if the step was skipped."""
+    def learn(self, loss: Loss | Mixture, share: float) -> dict[str, Tensor]:
+        """One step; returns the loss and its figures, or nothing if the step was skipped or is on its way."""
         self.optimizers.lr = self.rate(share)
-        figures = self.gradients(loss)
+        own = loss.of(self.step) if isinstance(loss, Mixture) else loss
+        self.step += 1
+        if self.o.device.type == "cuda":
+            self._launch(own)
+            return {}
+        figures = self.gradients(own)
         average_over_processes([p.grad for p in self.parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.step += 1
         if not norm.isfinite():
             # One such step would make every weight NaN, and the next checkpoint with them.
             self.skipped += 1
             return {}
         self.optimizers.step()
-        self.average.update_parameters(self.module)
+        self.average.advance()
+        self.average.update()
         return figures
+
+    def _launch(self, loss: Loss) -> None:
+        """One step on CUDA, recorded if it can be."""
+        self.average.advance()
+        if self.recording and loss not in self._recorded:
+            self._record(loss)
+        if loss in self._recorded:
+            self._recorded[loss].replay()
+        else:
+            self._compute(loss)
+        self._summed += 1
+        done = torch.cuda.Event()
+        done.record()
+        self._under_way.append(done)
+        if len(self._under_way) > _UNDER_WAY:  # the clock that the budget is read from must not run ahead of the device
+            self._under_way.popleft().synchronize()
+
+    def _compute(self, loss: Loss) -> None:
+        """A step's whole work, without waiting for any of it."""
+        figures = self.gradients(loss)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        average_over_processes(gradients)
+        whole = nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite()
+        for gradient in gradients:
+            gradient.masked_fill_(~whole, 0)
+        self.optimizers.step()
+        self.average.update()
+        for name, figure in {**figures, "skipped": ~whole}.items():
+            figure = torch.where(whole, figure.float(), 0) if name != "skipped" else figure.float()
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(figure)
+            self._sums[name].add_(figure)
+
+    def _record(self, loss: Loss) -> None:
+        """Some steps as they come, for libraries to choose and allocate, then one that is only recorded."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_REHEARSALS):
+                self._compute(loss)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizers.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._compute(loss)
+        except RuntimeError as error:
+            print(f"not recorded, computed step by step: {error}", file=sys.stderr, flush=True)
+            torch.cuda.synchronize()
+            self.recording = False
+            return
+        self._recorded[loss] = graph
+
+    def drain(self) -> dict[str, Tensor]:
+        """On CUDA, the means of the figures since the last time; waits for the device."""
+        values = {name: float(total) for name, total in self._sums.items()}
+        for total in self._sums.values():
+            total.zero_()
+        self.skipped += round(values.pop("skipped", 0))
+        steps, self._summed = max(self._summed, 1), 0
+        return {name: torch.tensor(value / steps) for name, value in values.items()}
 
     def gradients(self, loss: Loss) -> dict[str, Tensor]:
         """Leaves the gradient of the mean of `accumulate` losses in the parameters; returns the means of loss and figures."""
@@ -164,24 +270,45 @@ class _Run:
         )
 
 
-def fit(module: nn.Module, loss: Loss, o: Options, data: Data | None = None, matrices: Iterable[str] = ()) -> nn.Module:
+def fit(
+    module: nn.Module,
+    loss: Loss | Mixture,
+    o: Options,
+    data: Data | None = None,
+    matrices: Iterable[str] = (),
+    before: Callable[[], None] | None = None,
+    saved: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """Trains `module` until the budget is spent and returns its averaged twin.
 
     loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it draws from, to be kept in checkpoints.
-    matrices: names of the parameters that Muon steps.
+    matrices: names of the parameters that Muon steps. before: called before every step, never recorded. saved: called with the averaged
+    twin after every checkpoint but the last.
     """
     run = _Run(module, o, data, matrices)
-    start = saved = time.monotonic()
+    on_cuda = o.device.type == "cuda"
+    start = last_save = looked = time.monotonic()
     earlier = run.seconds
     budget, unit = (o.minutes * 60, "s") if o.steps is None else (o.steps, "steps")
     with Report(budget, unit, o.log_dir, run.step + 1) as report:
         while (share := run.share(time.monotonic() - start)) < 1:
+            if before is not None:
+                before()
             figures = run.learn(loss, share)
-            run.seconds = earlier + time.monotonic() - start
-            report.update(figures, run.moment(share))
-            if first_clock(time.monotonic() - saved) > _SAVE_SECONDS:
+            now = time.monotonic()
+            run.seconds = earlier + now - start
+            if not on_cuda:
+                report.update(figures, run.moment(share))
+            elif now - looked > _LOOK_SECONDS:
+                report.update(run.drain(), run.moment(share))
+                looked = now
+            if first_clock(now - last_save) > (o.save_seconds or _SAVE_SECONDS):
                 run.save()
-                saved = time.monotonic()
+                if saved is not None:
+                    saved(run.average.module)
+                last_save = time.monotonic()
+        if on_cuda:
+            report.update(run.drain(), run.moment(share))
     run.save()
     left_out = total(data.skipped if data is not None else {})
     if left_out and rank() == 0:

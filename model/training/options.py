@@ -20,7 +20,8 @@ class Options:
     """A training's budget and settings.
 
     steps: the budget, counted from the very first step, or None for `minutes` from now on. batch: pictures of one pass; `accumulate` passes
-    make a step. seed: for what must be new after a resumption; data_seed: for data whose position is in the checkpoint.
+    make a step. seed: for what must be new after a resumption; data_seed: for data whose position is in the checkpoint. save_seconds:
+    between two checkpoints, 0 for the usual two minutes. record: steps on CUDA are recorded as graphs where they can be.
     """
 
     minutes: float
@@ -38,6 +39,8 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     workers: int
+    save_seconds: float = 0.0
+    record: bool = True
 
 
 def parser(description: str | None, *, name: str, batch: int, lr: float, minutes: float, ema: float = 0.999) -> argparse.ArgumentParser:
@@ -57,6 +60,7 @@ def parser(description: str | None, *, name: str, batch: int, lr: float, minutes
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", help="of the products; master weights are float32")
     p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--no-record", action="store_true", help="on CUDA, launch every operator of every step anew")
     p.add_argument("--workers", type=int, default=-1, help="that draw or decode pictures; by default none on a CPU, all cores beside a GPU")
     return p
 
@@ -95,6 +99,7 @@ def options(args: argparse.Namespace) -> Options:
         device=device,
         dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # bf16 needs no loss scaling
         workers=workers,
+        record=not args.no_record,
     )
 
 

@@ -40,6 +40,7 @@ class Report:
         self.total, self.smooth = total, dict[str, float]()
         self._sums, self._steps = defaultdict[str, float](float), 0
         self._latest: Moment | None = None
+        self._first = first_step - 1
         self._since, self._pictures = time.monotonic(), 0
         self._writer = None
         if log_dir is not None and rank() == 0:
@@ -63,9 +64,10 @@ class Report:
             self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
             self._sums[name] += value
         self._steps += bool(figures)
+        due = now.step // _WRITE_EVERY != (self._latest.step // _WRITE_EVERY if self._latest else self._first // _WRITE_EVERY)
         self._latest = now
         self._show(now)
-        if now.step % _WRITE_EVERY == 0:
+        if due:
             self._write()
 
     def _show(self, now: Moment) -> None:
