@@ -13,7 +13,7 @@ from model.training.scenery import BACKGROUNDS, SCENES
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring", "crescent")
 SHAPE_ASPECTS: dict[str, float] = {"star": 1.05, "heart": 1.11, "triangle": 1.11, "diamond": 0.76, "crescent": 0.9}
 
-_FILE = Path(__file__).with_name("kinds.jsonl")
+FILE = Path(__file__).with_name("kinds.jsonl")
 _ALIKE = 32.0  # ΔE below which a shape would be hard to tell from its background
 
 _MANY_WORDS = (" of ", " with ", " in ", " on ", " behind ", " from ", " taking ")
@@ -82,7 +82,7 @@ def _read(path: Path) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-KINDS: tuple[Kind, ...] = _read(_FILE)
+KINDS: tuple[Kind, ...] = _read(FILE)
 NAMES_OF_KINDS: tuple[str, ...] = (*SHAPES, *(kind.name for kind in KINDS))
 NUMBERS: dict[str, int] = {name: number for number, name in enumerate(NAMES_OF_KINDS)}  # sprite number by name
 
