@@ -1,9 +1,9 @@
 """Captions: what somebody might type for a scene, with the book of what each states.
 
-`describe` words a scene in one of many ways: articles or none, synonyms, plurals, word order, typing
-errors, "a photo of", upper case, a description instead of the noun. Sizes other than normal and
-sides other than the centre are always said, so that a caption without them means a normal, centred
-thing; a caption without a background means mostly white.
+`describe` words a scene in one of many ways: articles or none, synonyms, plurals, word order,
+typing errors, "a photo of", upper case, a description instead of the noun. Sizes other than normal
+and sides other than the centre are always said, so that a caption without them means a normal,
+centred thing; a caption without a background means mostly white.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ def tag_sets() -> dict[str, tuple[tuple[str, ...], ...]]:
     holders: dict[tuple[str, ...], set[int]] = {}
     for number, kind in enumerate(KINDS):
         for size in (2, 3):
-            for tags in combinations(sorted(set(kind.tags))[:8], size):
+            for tags in combinations(sorted(set(kind.tags)), size):
                 holders.setdefault(tags, set()).add(number)
     unique: dict[str, list[tuple[str, ...]]] = {}
     for tags, numbers in holders.items():

@@ -1,12 +1,12 @@
 """Synthetic scenes: shapes and well-known objects on a plain or painted background.
 
 A `Scene` is a description, `sample` draws one as the training mixture has it, and `layout` decides
-where its sprites go. `captions.describe` says only what such a picture shows. Sampling needs neither
-torch nor the art, so that many processes can do it at once; `render.render` draws the layouts.
+where its sprites go. `captions.describe` says only what such a picture shows. Sampling needs no
+torch and no art, so that many processes can do it at once; `render.render` draws the layouts.
 
-Things are large and lie on the lattice of the VQGAN's tokens: a sprite's longer side is one of a few
-lengths, and the centre of its box is a multiple of 16 pixels, so that the same few codes draw the
-same object wherever it stands.
+Things are large and lie on the lattice of the VQGAN's tokens: a sprite's longer side is one of
+a few lengths, and the centre of its box is a multiple of 16 pixels, so that the same few codes draw
+the same object wherever it stands.
 """
 
 from __future__ import annotations
@@ -615,6 +615,8 @@ def layout(scene: Scene, rng: Random, *, aligned: bool = True) -> Layout:
     sprites = []
     spots = _spots(rng, scene)
     turned = not aligned and chance(rng, _TURNED)
+    share = _MIRRORED if aligned else _MIRRORED_ANYWHERE
+    mirrored = {thing.kind: chance(rng, share) for thing in scene.things}
     for thing, spot in spots:
         length, x, y = spot if aligned else _loosened(rng, scene, thing, spot)
         angle = 0.0
@@ -622,8 +624,8 @@ def layout(scene: Scene, rng: Random, *, aligned: bool = True) -> Layout:
             largest = _LARGEST_TURN if len(spots) == 1 else _LARGEST_TURN / 2
             angle = (2 * rng.random() - 1) * largest
             length *= 0.95
-        mirror = chance(rng, _MIRRORED if aligned else _MIRRORED_ANYWHERE)
         tint = _tint(rng, thing)
+        mirror = thing.kind not in SHAPES and mirrored[thing.kind]
         sprites.append(Sprite(NUMBERS[thing.kind], x, y, length, mirror, angle, tint))
     params = tuple(rng.random() for _ in range(8))
     return Layout(BACKGROUND_NUMBERS[scene.background], params, tuple(sprites))
