@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from torch import Tensor
 from model.training.palette import COLOURS, NAMES
 from model.training.scenery import BACKGROUNDS, GROUND, HORIZON, SCENES
 
-__all__ = ["BACKGROUNDS", "GROUND", "HORIZON", "PARAMETERS", "SCENES", "paint"]
+__all__ = ["BACKGROUNDS", "GROUND", "HORIZON", "PARAMETERS", "SCENES", "VARIANTS", "paint"]
 
 PARAMETERS = 8  # random numbers a background takes
+VARIANTS = 64  # pictures of each scene
 
 _WOBBLE = 6.0  # levels by which a colour varies
 _TOKEN = 16  # pixels a side
@@ -284,17 +286,60 @@ _SCENES: dict[str, Callable[[_Sheet], Tensor]] = {
 }
 
 
+class _Bank:
+    """Every scene in `VARIANTS` variants of one size, painted when first asked for on a CPU, and all at once elsewhere."""
+
+    def __init__(self, height: int, width: int, device: torch.device) -> None:
+        self._size = (height, width)
+        self._pictures = torch.empty(len(SCENES) * VARIANTS, 3, height, width, dtype=torch.uint8, device=device)
+        self._missing = set(range(len(self._pictures)))
+        self._lazy = device.type == "cpu"
+        if not self._lazy:
+            self._paint(sorted(self._missing))
+
+    def _paint(self, numbers: list[int]) -> None:
+        height, width = self._size
+        device, unit = self._pictures.device, min(height, width)
+        x, y = ((torch.arange(extent, device=device) + 0.5) / unit for extent in (width, height))
+        table = torch.rand(VARIANTS, PARAMETERS, generator=torch.Generator().manual_seed(0)).to(device)
+        for scene, name in enumerate(SCENES):
+            rows = torch.tensor([number for number in numbers if number // VARIANTS == scene], dtype=torch.long, device=device)
+            if len(rows):
+                sheet = _Sheet(table[rows % VARIANTS], x[None, None, None], y[None, None, :, None], width / unit, height / unit, unit)
+                self._pictures[rows] = (_SCENES[name](sheet) + 0.5).clamp(0, 255).to(torch.uint8)
+        self._missing -= set(numbers)
+
+    def take(self, numbers: Tensor) -> Tensor:
+        """Pictures `[n,3,height,width]` uint8 of scene × VARIANTS + variant."""
+        if self._lazy and self._missing:
+            self._paint(sorted(self._missing.intersection(numbers.tolist())))
+        return self._pictures[numbers]
+
+
+_bank = lru_cache(maxsize=8)(_Bank)
+
+
+@lru_cache(maxsize=8)
+def _palette(device: torch.device) -> Tensor:
+    return torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
+
+
 def paint(background: Tensor, params: Tensor, height: int, width: int) -> Tensor:
     """Pictures of backgrounds `[N,3,height,width]` of 0…255, float32.
 
-    background: indices into `BACKGROUNDS` `[N]`; params: uniform numbers of 0…1 `[N,8]` that vary colours and places.
+    background: indices into `BACKGROUNDS` `[N]`; params: numbers of 0…1 `[N,8]`: the first three vary a plain colour, the fourth chooses one of the
+    `VARIANTS` of a scene. After the first call for a size nothing waits for the device.
     """
-    device, unit = params.device, min(height, width)
-    x, y = ((torch.arange(extent, device=device) + 0.5) / unit for extent in (width, height))
-    pictures = torch.empty(len(background), 3, height, width, dtype=torch.float32, device=device)
-    for number in torch.unique(background).tolist():
-        rows = (background == number).nonzero()[:, 0]
-        sheet = _Sheet(params[rows].float(), x[None, None, None], y[None, None, :, None], width / unit, height / unit, unit)
-        name = BACKGROUNDS[number]
-        pictures[rows] = _plain(sheet, name) if name in NAMES else _SCENES[name](sheet)
-    return pictures.clamp_(0, 255)
+    device = params.device
+    scene = background.long() - len(NAMES)
+    variant = (params[:, 3] * VARIANTS).long().clamp(0, VARIANTS - 1)
+    plain = _palette(device)[background.long().clamp(max=len(NAMES) - 1)] + _WOBBLE * (2 * params[:, :3].float() - 1)
+    pictures = plain.clamp(0, 255)[:, :, None, None].expand(-1, -1, height, width).contiguous()
+    numbers = scene * VARIANTS + variant
+    if device.type == "cpu":
+        rows = (scene >= 0).nonzero()[:, 0]
+        if len(rows):
+            pictures[rows] = _bank(height, width, device).take(numbers[rows]).float()
+        return pictures
+    painted = _bank(height, width, device).take(numbers.clamp(min=0))
+    return torch.where((scene >= 0)[:, None, None, None], painted.float(), pictures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from model.training.kinds import SHAPES
 
 MOST_SPRITES = 4
 _CHUNK = 256  # pictures that are drawn at once
+_TAPS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # where a pixel is sampled
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,27 @@ class _Placed:
 def _sample(placed: _Placed, atlas: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     """The sprites as they look in a box (left, top, width, height) of the picture: `[n,4,height,width]`, 0…255, premultiplied by alpha.
 
-    Each pixel is the mean of four bilinear samples from a sprite that was halved until it is less than twice as long as asked.
+    Each pixel is the mean of four bilinear samples, which is smooth down to a quarter of the atlas' side.
     """
     left, top, width, height = box
-    device = atlas.device
-    masters = atlas[placed.sprite.long()].float()
-    shape = (placed.sprite < len(SHAPES))[:, None, None, None]
-    colour = torch.where(shape, placed.tint.float()[:, :, None, None] / 255, 1.0)
+    masters = atlas[placed.sprite.long().clamp(min=0)].float()
     turn = torch.deg2rad(placed.angle)
-    unit = 2 / placed.length  # grid_sample's picture reaches from -1 to 1
-    cosine, sine = torch.cos(turn) * unit, torch.sin(turn) * unit
-    flip = torch.where(placed.mirror, -1.0, 1.0)
-    x = (torch.arange(2 * width, device=device) + 0.5) / 2 + left - placed.centre[:, :1]
-    y = (torch.arange(2 * height, device=device) + 0.5) / 2 + top - placed.centre[:, 1:]
-    x, y = x[:, None, :], y[:, :, None]
-    cosine, sine, flip = cosine[:, None, None], sine[:, None, None], flip[:, None, None]
-    grid = torch.stack([(x * cosine + y * sine) * flip, y * cosine - x * sine], dim=-1)
-    if len(placed.length) and float(placed.length.max()) * 2 <= masters.shape[-1]:
-        masters = F.avg_pool2d(masters, 2)
-    sampled = F.avg_pool2d(F.grid_sample(masters, grid, mode="bilinear", padding_mode="zeros", align_corners=False), 2)
-    return torch.cat([sampled[:, :3] * colour, sampled[:, 3:]], dim=1)
+    unit = 2 / placed.length.clamp(min=1)  # grid_sample's sprite reaches from -1 to 1
+    cosine, sine = ((f(turn) * unit)[:, None, None] for f in (torch.cos, torch.sin))
+    flip = torch.where(placed.mirror, -1.0, 1.0)[:, None, None]
+    x = torch.arange(width, device=atlas.device) + left - placed.centre[:, None, :1]
+    y = torch.arange(height, device=atlas.device)[:, None] + top - placed.centre[:, 1:, None]
+    total: Tensor | None = None
+    for dx, dy in _TAPS:
+        u, v = x + dx, y + dy
+        grid = torch.stack([(u * cosine + v * sine) * flip, v * cosine - u * sine], dim=-1)
+        sampled = F.grid_sample(masters, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        total = sampled if total is None else total.add_(sampled)
+    assert total is not None
+    shape = (placed.sprite < len(SHAPES))[:, None]
+    share = torch.where(shape, placed.tint.float() / 255, 1.0) / len(_TAPS)
+    cover = torch.cat([share, torch.full_like(share[:, :1], 1 / len(_TAPS))], dim=1) * (placed.sprite >= 0)[:, None]
+    return total * cover[:, :, None, None]
 
 
 def _box(length: float, x: float, y: float, angle: float, width: int, height: int) -> tuple[int, int, int, int]:
@@ -115,35 +117,32 @@ def _box(length: float, x: float, y: float, angle: float, width: int, height: in
     return left, top, min(width, int(x + reach) + 1) - left, min(height, int(y + reach) + 1) - top
 
 
-def _parts(layouts: Layouts, slot: int, width: int, height: int) -> Iterator[tuple[Tensor, _Placed, tuple[int, int, int, int]]]:
-    """Rows that have a sprite in a slot, in groups that share a box: each alone on a CPU, all together on a GPU."""
-    rows = (layouts.sprite[:, slot] >= 0).nonzero()[:, 0]
-    fields = [getattr(layouts, field.name)[rows, slot] for field in dataclasses.fields(_Placed)]
-    if layouts.sprite.device.type != "cpu":
-        halved = fields[2] * 2 <= 256
-        for chosen in (halved, ~halved):
-            if bool(chosen.any()):
-                yield rows[chosen], _Placed(*(field[chosen] for field in fields)), (0, 0, width, height)
-        return
-    placed = zip(fields[2].tolist(), fields[1].tolist(), fields[4].tolist(), strict=True)
-    for i, (length, (x, y), angle) in enumerate(placed):
-        yield rows[i : i + 1], _Placed(*(field[i : i + 1] for field in fields)), _box(length, x, y, angle, width, height)
+def _draw_all(pictures: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
+    """Draw the sprites of a slot over all pictures at once, without waiting for the device."""
+    placed = _Placed(*(getattr(layouts, field.name)[:, slot] for field in dataclasses.fields(_Placed)))
+    patch = _sample(placed, atlas, (0, 0, pictures.shape[3], pictures.shape[2]))
+    pictures.mul_(1 - patch[:, 3:] / 255).add_(patch[:, :3])
+
+
+def _draw_each(pictures: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
+    """Draw the sprites of a slot one by one, each in its own box."""
+    height, width = pictures.shape[2:]
+    for row in (layouts.sprite[:, slot] >= 0).nonzero()[:, 0].tolist():
+        placed = _Placed(*(getattr(layouts, field.name)[row : row + 1, slot] for field in dataclasses.fields(_Placed)))
+        x, y = placed.centre[0].tolist()
+        box = _box(float(placed.length), x, y, float(placed.angle), width, height)
+        left, top, w, h = box
+        if w > 0 and h > 0:
+            patch = _sample(placed, atlas, box)[0]
+            pictures[row, :, top : top + h, left : left + w].mul_(1 - patch[3:] / 255).add_(patch[:3])
 
 
 def _draw(layouts: Layouts, atlas: Tensor, width: int, height: int) -> Tensor:
-    pictures = paint(layouts.background.long(), layouts.params, height, width)
+    pictures = paint(layouts.background, layouts.params, height, width)
+    draw = _draw_each if atlas.device.type == "cpu" else _draw_all
     for slot in range(layouts.sprite.shape[1]):
-        for rows, placed, box in _parts(layouts, slot, width, height):
-            left, top, w, h = box
-            if w <= 0 or h <= 0:
-                continue
-            patch = _sample(placed, atlas, box)
-            if len(rows) == 1:
-                view = pictures[int(rows), :, top : top + h, left : left + w]
-                view.mul_(1 - patch[0, 3:] / 255).add_(patch[0, :3])
-            else:
-                pictures[rows] = pictures[rows] * (1 - patch[:, 3:] / 255) + patch[:, :3]
-    return (pictures + 0.5).clamp_(0, 255).to(torch.uint8)
+        draw(pictures, layouts, slot, atlas)
+    return pictures.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
