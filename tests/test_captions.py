@@ -215,3 +215,10 @@ def test_every_painted_scene_has_words_of_its_own(scene):
     assert scene.background in captions._SCENE_WORDS
     rng = random.Random(15)
     assert len({describe(scene, rng, complete=True).text.lower() for _ in range(50)}) > 5
+
+
+def test_no_words_mean_two_painted_scenes():
+    seen: dict[str, str] = {}
+    for name, words in captions._SCENE_WORDS.items():
+        for phrase in {*words.phrases, *words.nouns, *words.bare}:
+            assert seen.setdefault(phrase, name) == name

@@ -69,9 +69,8 @@ _COLOUR_WORDS: dict[str, tuple[str, ...]] = {
 _SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "cross": ("plus sign",),
     "diamond": ("rhombus",),
-    "circle": ("disc", "round circle"),
+    "circle": ("disc",),
     "star": ("five-pointed star",),
-    "triangle": ("upright triangle",),
 }
 _SHAPE_PLURALS: dict[str, str] = {"cross": "crosses"}
 _SIZE_WORDS: dict[str, tuple[str, ...]] = {
@@ -113,7 +112,10 @@ _MEDIA = (
     "picture of ",
     "drawing of ",
     "image of ",
+    "draw ",
+    "show me ",
 )
+_COMMAS = (", ", ", ", " ")
 _FILLERS = ("cute ", "nice ", "beautiful ", "lovely ", "shiny ")
 _CLOSE_UP_BEFORE = (
     "a close-up of ",
@@ -136,7 +138,6 @@ _PAINTED_EMPTY = ("{}", "{}", "{}", "a picture of {}", "an empty picture of {}",
 _TAGGED = (
     "something to do with {}",
     "a thing like this: {}",
-    "it has to do with {}",
     "a thing about {}",
     "{}",
 )
@@ -291,7 +292,7 @@ class Caption(NamedTuple):
     things: tuple[Attributes, ...]
 
 
-_AN = ("a", "e", "i", "o", "u")
+_AN = ("a", "e", "i", "o", "u", "hour", "x-ray", "suv", "8 ")
 _NOT_AN = ("uni", "use", "uku", "ufo", "eu", "one", "u-")
 
 
@@ -414,12 +415,15 @@ def _side(side: Side, place: int, rng: Random, stated: Attributes) -> str:
 Parts = list[tuple[str, int]]  # pieces of the text, each with the place of its thing, 0 for none
 
 
-def _one(thing: Thing, article: bool, wording: Wording, rng: Random, stated: Attributes) -> Parts:
+def _one(
+    thing: Thing, article: bool, led: bool, wording: Wording, rng: Random, stated: Attributes
+) -> Parts:
+    """Return one thing in words. led: words such as "a photo of" go before it."""
     phrase = _thing(thing, 1, article, wording, rng, stated)
     if thing.side == "centre" and not (thing.count == 1 and chance(rng, wording.centre)):
         return [(phrase, 1)]
     side = _side(thing.side, 1, rng, stated)
-    if " " in side and chance(rng, 0.12):
+    if " " in side and not led and chance(rng, 0.15):
         return [(f"{side}, {phrase}", 1)]
     return [(f"{phrase} {side}", 1)]
 
@@ -464,7 +468,7 @@ def _on_plain(background: str, rng: Random) -> tuple[str, str]:
         case 4:
             return "", f" on {background}"
         case 5:
-            return "", f", {background} background"
+            return "", f"{pick(rng, _COMMAS)}{background} background"
         case 6:
             return "", f" with {whole}"
         case 7:
@@ -547,10 +551,11 @@ def describe(
         stated["background"] = 1 + BACKGROUND_NUMBERS[scene.background]
         return Caption(_finish(_empty(scene, rng), wording, rng), stated, (), ())
     article = chance(rng, wording.articles)
+    media = pick(rng, _MEDIA) if chance(rng, wording.media) else ""
     if scene.close_up:
         parts: Parts = [(_thing(scene.things[0], 1, article, wording, rng, stated), 1)]
     elif len(scene.things) == 1:
-        parts = _one(scene.things[0], article, wording, rng, stated)
+        parts = _one(scene.things[0], article, bool(media), wording, rng, stated)
     else:
         parts = _several(scene, article, wording, rng, stated)
     before = after = closing = ""
@@ -567,8 +572,8 @@ def describe(
             before += pick(rng, _CLOSE_UP_BEFORE)
         else:
             closing = pick(rng, _CLOSE_UP_AFTER)
-    elif chance(rng, wording.media):
-        before += pick(rng, _MEDIA)
+    else:
+        before += media
     text, spans = _joined(before, parts)
     text = _finish(text + closing + after, wording, rng)
     return Caption(text, stated, spans, _by_thing(scene, stated))
