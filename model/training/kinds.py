@@ -16,6 +16,18 @@ SHAPE_ASPECTS: dict[str, float] = {"star": 1.05, "heart": 1.11, "triangle": 1.11
 FILE = Path(__file__).with_name("kinds.jsonl")
 _ALIKE = 32.0  # ΔE below which a shape would be hard to tell from its background
 
+# The palette colours in which a shape would be hard to see before much of a scene.
+HIDDEN_COLOURS: dict[str, tuple[str, ...]] = {
+    "day sky": ("white",),
+    "sea": ("white",),
+    "meadow": ("green",),
+    "snow": ("white",),
+    "starry night": ("black",),
+    "space": ("black",),
+    "city": ("gray",),
+    "room": ("white",),
+}
+
 _MANY_WORDS = (" of ", " with ", " in ", " on ", " behind ", " from ", " taking ")
 _IRREGULAR = {"leaf": "leaves", "knife": "knives", "loaf": "loaves", "scarf": "scarves", "wolf": "wolves", "mouse": "mice", "tooth": "teeth"}
 _IRREGULAR |= {"foot": "feet", "goose": "geese", "ox": "oxen", "man": "men", "dice": "dice", "fish": "fish", "deer": "deer", "piece": "pieces"}
@@ -117,7 +129,3 @@ def backgrounds_for(sprite: int | str, colour: str | None = None) -> tuple[str, 
         raise ValueError("a shape has no colour of its own")
     plain = [name for name in COLOURS if distance(COLOURS[colour], COLOURS[name]) >= _ALIKE]
     return (*plain, *(name for name in SCENES if colour not in HIDDEN_COLOURS.get(name, ())))
-
-
-# The palette colours in which a shape would be hard to see before a scene.
-HIDDEN_COLOURS: dict[str, tuple[str, ...]] = {}
