@@ -1,7 +1,8 @@
-"""The objects' art: Microsoft's Fluent Emoji 3D (MIT licence), fetched from npm when training or evaluation needs it. Nothing of it is committed.
+"""Fetch and read the objects' art: Microsoft's Fluent Emoji 3D (MIT licence), from npm.
 
-`python -m model.training.art` (or `make art`) fetches it; `python -m model.training.art --pack FILE` writes the sprites of `KINDS` into one file, which
-`$PAELLERA_ART` may name on a machine without network.
+Training and evaluation need it; nothing of it is committed. `make art`, that is
+`python -m model.training.art`, fetches it. `python -m model.training.art --pack FILE` writes the
+sprites of `KINDS` into one file, which `$PAELLERA_ART` may name on a machine without network.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ Point = tuple[float, float]
 
 
 def art_folder() -> Path:
-    """Where the art is or belongs: `$PAELLERA_ART` (a folder or a packed file), else a cache in the home folder."""
+    """Return where the art is or belongs.
+
+    That is `$PAELLERA_ART`, a folder or a packed file, else a cache in the home folder.
+    """
     return Path(os.environ.get("PAELLERA_ART") or Path.home() / ".cache" / "paellera" / "art")
 
 
 def art_file() -> Path:
-    """The tar file with the art. Raises FileNotFoundError when it has not been fetched."""
+    """Return the tar file with the art. Raises FileNotFoundError when it has not been fetched."""
     place = art_folder()
     path = place / TARBALL if place.is_dir() else place
     if not path.is_file():
@@ -62,7 +66,8 @@ def _check(path: Path) -> None:
 def fetch() -> Path:
     """Fetch the art with npm unless it is there, check it and return its file.
 
-    Raises FileNotFoundError without npm, subprocess.SubprocessError when npm fails, ValueError for a file of another content.
+    Raises FileNotFoundError without npm, subprocess.SubprocessError when npm fails, ValueError for
+    a file of another content.
     """
     folder = art_folder()
     if folder.is_file():
@@ -79,7 +84,10 @@ def fetch() -> Path:
 
 
 def read(codes: set[str]) -> dict[str, bytes]:
-    """The WebP files of these codes. Raises FileNotFoundError without the art, KeyError when it lacks one of them."""
+    """Return the WebP files of some codes.
+
+    Raises FileNotFoundError without the art, KeyError when it lacks one of them.
+    """
     files: dict[str, bytes] = {}
     with tarfile.open(art_file()) as tar:
         for member in tar:
@@ -92,7 +100,7 @@ def read(codes: set[str]) -> dict[str, bytes]:
 
 
 def pack(path: Path) -> None:
-    """Write the files of `KINDS` as one tar file of about 4 MB, which `$PAELLERA_ART` may name. Raises as `read` does."""
+    """Write the files of `KINDS` as one tar file of about 4 MB. Raises as `read` does."""
     with tarfile.open(path, "w") as tar:
         for code, data in sorted(read({kind.code for kind in KINDS}).items()):
             member = tarfile.TarInfo(f"assets/{code}.webp")
@@ -137,7 +145,7 @@ _ELLIPSES: dict[str, list[tuple[float, float, float, float, bool]]] = {
 
 
 def draw_shape(name: str) -> Image.Image:
-    """One of `SHAPES`, white on nothing, as an RGBA image."""
+    """Return one of `SHAPES`, white on nothing, as an RGBA image."""
     last = 2 * _MASTER - 1  # drawn at twice the size for smooth edges
     mask = Image.new("L", (2 * _MASTER, 2 * _MASTER))
     draw = ImageDraw.Draw(mask)
@@ -154,7 +162,10 @@ def draw_shape(name: str) -> Image.Image:
 
 
 def fit(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
-    """An RGBA image cropped to its outline, its longer side `side` pixels, centred: `[4, side, side]`, premultiplied by its alpha."""
+    """Return an RGBA image cropped to its outline, centred, its longer side `side` pixels.
+
+    The result is `[4,side,side]`, premultiplied by its alpha.
+    """
     cropped = image.crop(image.getchannel("A").getbbox()).convert("RGBa")
     scale = side / max(cropped.size)
     width, height = (max(1, round(extent * scale)) for extent in cropped.size)
@@ -167,14 +178,14 @@ def fit(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
 
 
 def shapes(side: int = SIDE) -> Tensor:
-    """The nine shapes' sprites, white: `[9, 4, side, side]` uint8, RGBA, premultiplied by alpha. Needs no art."""
+    """Return the nine shapes, white: `[9,4,side,side]` uint8, RGBA, premultiplied by alpha."""
     return torch.from_numpy(np.stack([fit(draw_shape(name), side) for name in SHAPES]))
 
 
 def atlas(side: int = SIDE) -> Tensor:
-    """All sprites in the order of `NAMES_OF_KINDS`: `[S, 4, side, side]` uint8, RGBA, premultiplied by alpha.
+    """Return all sprites in the order of `NAMES_OF_KINDS`: `[S,4,side,side]` uint8.
 
-    Raises FileNotFoundError without the art.
+    They are RGBA, premultiplied by alpha. Raises FileNotFoundError without the art.
     """
     files = read({kind.code for kind in KINDS})
     objects = [fit(Image.open(io.BytesIO(files[kind.code])).convert("RGBA"), side) for kind in KINDS]

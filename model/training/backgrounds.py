@@ -1,6 +1,8 @@
-"""The backgrounds of the synthetic pictures: plain colours and simple scenes of smooth gradients, painted in batches on any device.
+"""Paint the backgrounds of the synthetic pictures, in batches and on any device.
 
-Lengths are in units of the picture's shorter side, y downwards. Small dots sit in the middle of a token, so that the VQGAN sees few different ones.
+They are plain colours and simple scenes of smooth gradients. Lengths are in units of the picture's
+shorter side, y downwards. Dots and windows sit in the middle of a token, a sixteenth of that side,
+so that the VQGAN sees few different ones.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ PARAMETERS = 8  # random numbers a background takes
 VARIANTS = 64  # pictures of each scene
 
 _WOBBLE = 6.0  # levels by which a colour varies
-_TOKEN = 16  # pixels a side
+_TOKENS = 16  # a unit
 _PATTERN = 24  # tokens a side after which dots repeat
 
 Colour = tuple[int, int, int]
@@ -30,7 +33,11 @@ _WHITE: Colour = (255, 255, 255)
 
 @dataclass(frozen=True)
 class _Sheet:
-    """n pictures in the making. p: `[n,8]` of 0…1; x `[1,1,1,W]` and y `[1,1,H,1]`: pixels' middles; height: of the picture; unit: pixels a unit."""
+    """n pictures in the making.
+
+    p: their numbers of 0…1 `[n,8]`; x `[1,1,1,W]` and y `[1,1,H,1]`: the middles of the pixels;
+    width and height: of the picture, in units; unit: pixels a unit.
+    """
 
     p: Tensor
     x: Tensor
@@ -40,53 +47,50 @@ class _Sheet:
     unit: int
 
     def number(self, i: int, low: float, high: float) -> Tensor:
-        """Parameter i, spread from low to high: `[n,1,1,1]`."""
+        """Return parameter i, spread from low to high: `[n,1,1,1]`."""
         return low + (high - low) * self.p[:, i, None, None, None]
 
     def colour(self, colour: Colour) -> Tensor:
-        """A colour that varies a little: `[n,3,1,1]`."""
+        """Return a colour that varies a little: `[n,3,1,1]`."""
         return (self.p.new_tensor(colour) + _WOBBLE * (2 * self.p[:, :3] - 1))[:, :, None, None]
 
     def gradient(self, stops: Sequence[tuple[float, Colour]]) -> Tensor:
-        """Colours from top to bottom, each stop at a share of the height: `[n,3,H,1]`."""
+        """Return colours from top to bottom, each stop at a share of the height: `[n,3,H,1]`."""
         where = self.y / self.height
         result = self.colour(stops[0][1]).expand(-1, -1, where.shape[2], -1)
-        for (y0, _), (y1, colour) in zip(stops, stops[1:], strict=False):
+        for (y0, _), (y1, colour) in pairwise(stops):
             result = torch.lerp(result, self.colour(colour), ((where - y0) / (y1 - y0)).clamp(0, 1))
         return result
 
     def edge(self, inside: Tensor) -> Tensor:
-        """Cover of 0…1 from how far a pixel lies inside an outline, in units."""
+        """Return a cover of 0…1 from how far each pixel lies inside an outline, in units."""
         return (inside * self.unit + 0.5).clamp(0, 1)
 
     def disc(self, x: Tensor | float, y: Tensor | float, radius: Tensor | float, squash: float = 1.0) -> Tensor:
-        """Cover of a disc, or of an ellipse `squash` times as high as wide."""
+        """Return the cover of a disc, or of an ellipse `squash` times as high as wide."""
         return self.edge(radius - ((self.x - x) ** 2 + ((self.y - y) / squash) ** 2).sqrt())
 
     def hills(self, level: float, swing: float, waves: float, phase: Tensor) -> Tensor:
-        """Cover of hills whose ridge lies at a share `level` of the height and swings by `swing` units."""
+        """Return the cover of hills; their ridge swings by `swing` units around a share `level` of the height."""
         turns = 6.2832 * (waves * self.x / self.width + phase)
         ridge = level * self.height + swing * (0.7 * torch.sin(turns) + 0.3 * torch.sin(2 * turns + 1))
         return self.edge(self.y - ridge)
 
     def cloud(self, x: Tensor, y: Tensor, size: Tensor | float) -> Tensor:
-        """Cover of a cloud: four discs over a flat bottom at y."""
+        """Return the cover of a cloud: four discs over a flat bottom at y."""
         parts = ((-0.55, 0.0, 0.3), (-0.15, -0.18, 0.42), (0.3, -0.08, 0.36), (0.65, 0.06, 0.24))
-        discs = [radius * size - ((self.x - x - dx * size) ** 2 + (self.y - y - dy * size) ** 2).sqrt() for dx, dy, radius in parts]
+        discs = [radius * size - torch.hypot(self.x - x - dx * size, self.y - y - dy * size) for dx, dy, radius in parts]
         inside = torch.stack(discs).amax(dim=0)
         return self.edge(torch.minimum(inside, y + 0.12 * size - self.y))
 
     def dots(self, radius: float, every: int) -> Tensor:
-        """Cover of dots in the middle of about one of `every` tokens."""
+        """Return the cover of dots in the middle of about one of `every` tokens."""
         generator = torch.Generator().manual_seed(every)
         pattern = (torch.rand(_PATTERN, _PATTERN, generator=generator) * every).long().eq(0).to(self.p.device)
-        down, right = (torch.arange(-(-extent.numel() // _TOKEN), device=self.p.device) for extent in (self.y, self.x))
-        shift = (self.p[:, 6:8] * _PATTERN).long().clamp(max=_PATTERN - 1)
-        cells = pattern[(down[None, :, None] + shift[:, :1, None]) % _PATTERN, (right[None, None] + shift[:, 1:, None]) % _PATTERN]
-        middle = torch.arange(_TOKEN, device=self.p.device) + 0.5 - _TOKEN / 2
-        dot = (radius - (middle[:, None] ** 2 + middle[None] ** 2).sqrt() + 0.5).clamp(0, 1)
-        tiled = (cells[:, :, None, :, None] * dot[None, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        return tiled[:, None, : self.y.numel(), : self.x.numel()]
+        down, right = (self.y * _TOKENS).long(), (self.x * _TOKENS).long()
+        shift = (self.p[:, 6:8] * _PATTERN).long()[:, :, None, None]
+        chosen = pattern[(down + shift[:, :1]) % _PATTERN, (right + shift[:, 1:]) % _PATTERN]
+        return chosen * self.disc((right + 0.5) / _TOKENS, (down + 0.5) / _TOKENS, radius)
 
 
 def _over(picture: Tensor, cover: Tensor, colour: Tensor) -> Tensor:
@@ -100,7 +104,8 @@ def _plain(sheet: _Sheet, name: str) -> Tensor:
 def _day_sky(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (64, 150, 236)), (1, (186, 224, 252))])
     for i, (level, size) in enumerate(((0.2, 0.34), (0.55, 0.24), (0.86, 0.4))):
-        sky = _over(sky, s.cloud(s.number(3 + i, 0, s.width), s.number(7 - i, level - 0.06, level + 0.06) * s.height, size), s.colour(_WHITE))
+        y = s.number(7 - i, level - 0.06, level + 0.06) * s.height
+        sky = _over(sky, s.cloud(s.number(3 + i, 0, s.width), y, size), s.colour(_WHITE))
     return sky
 
 
@@ -113,7 +118,7 @@ def _sunset(s: _Sheet) -> Tensor:
 
 def _starry_night(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (10, 14, 58)), (0.85, (52, 62, 140))])
-    sky = _over(sky, s.dots(2.2, 12), s.colour((252, 246, 214)))
+    sky = _over(sky, s.dots(0.0086, 12), s.colour((252, 246, 214)))
     x, y = s.number(3, 0.14, 0.86) * s.width, 0.16
     moon = s.disc(x, y, 0.09) * (1 - s.disc(x + 0.045, y - 0.02, 0.075))
     sky = _over(sky, moon, s.colour((252, 238, 178)))
@@ -150,11 +155,11 @@ def _snow(s: _Sheet) -> Tensor:
         x = (s.number(3 + i, 0, 0.3) + 0.05 + 0.33 * i) * s.width
         sky = _over(sky, _pine(s, x, 0.62 * s.height, 0.26), s.colour((74, 116, 116)))
     sky = _over(sky, s.hills(0.6, 0.03, 1.0, s.number(6, 0, 1)), s.gradient([(0.56, (236, 243, 252)), (1, (250, 252, 255))]))
-    return _over(sky, s.dots(2.6, 9), s.colour(_WHITE))
+    return _over(sky, s.dots(0.0102, 9), s.colour(_WHITE))
 
 
 def _pine(s: _Sheet, x: Tensor, foot: float, height: float) -> Tensor:
-    """Cover of a pine: three triangles one over the other."""
+    """Return the cover of a pine: three triangles one over the other."""
     cover = torch.zeros((), device=s.p.device)
     for top, bottom, half in ((1.0, 0.6, 0.15), (0.78, 0.34, 0.22), (0.54, 0.0, 0.29)):
         y0, y1 = foot - top * height, foot - bottom * height
@@ -179,11 +184,11 @@ def _space(s: _Sheet) -> Tensor:
         x, y = s.number(3 + i, 0, 1) * s.width, s.number(6 - i, 0, 1) * s.height
         glow = torch.exp(-((s.x - x) ** 2 + (s.y - y) ** 2) / 0.12)
         sky = _over(sky, 0.75 * glow, s.colour(colour))
-    sky = _over(sky, s.dots(1.8, 10), s.colour((255, 252, 236)))
-    x, y, radius = s.number(5, 0.1, 0.9) * s.width, 0.9 * s.height, 0.16
-    light = ((s.x - x) * -0.6 + (s.y - y) * -0.8) / radius
+    sky = _over(sky, s.dots(0.007, 10), s.colour((255, 252, 236)))
+    x, foot, radius = s.number(5, 0.1, 0.9) * s.width, 0.9 * s.height, 0.16
+    light = ((s.x - x) * -0.6 + (s.y - foot) * -0.8) / radius
     planet = torch.lerp(s.colour((120, 40, 60)), s.colour((246, 150, 96)), (0.5 + 0.6 * light).clamp(0, 1))
-    return _over(sky, s.disc(x, y, radius), planet)
+    return _over(sky, s.disc(x, foot, radius), planet)
 
 
 def _beach(s: _Sheet) -> Tensor:
@@ -195,7 +200,7 @@ def _beach(s: _Sheet) -> Tensor:
 
 
 def _peak(s: _Sheet, x: Tensor, top: float, foot: float, slope: float) -> tuple[Tensor, Tensor]:
-    """Covers of a mountain and of its cap of snow."""
+    """Return the covers of a mountain and of its cap of snow."""
     inside = (s.y - top) / slope - (s.x - x).abs()
     jagged = top + 0.3 * (foot - top) + 0.02 * torch.cos((s.x - x) * 52)
     mountain = s.edge(inside)
@@ -215,7 +220,7 @@ def _mountains(s: _Sheet) -> Tensor:
 def _city(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (148, 178, 220)), (0.8, (244, 222, 206))])
     street = HORIZON["city"] or 1
-    cell = _TOKEN / s.unit
+    cell = 1 / _TOKENS
     columns = torch.floor(s.x / cell)
     window = s.edge(0.25 * cell - (s.x - (columns + 0.5) * cell).abs())
     rows = (torch.floor(s.y / cell) + 0.5) * cell
@@ -287,7 +292,10 @@ _SCENES: dict[str, Callable[[_Sheet], Tensor]] = {
 
 
 class _Bank:
-    """Every scene in `VARIANTS` variants of one size, painted when first asked for on a CPU, and all at once elsewhere."""
+    """Every scene in `VARIANTS` variants of one size.
+
+    On a CPU each is painted when it is first asked for, elsewhere all are painted at once.
+    """
 
     def __init__(self, height: int, width: int, device: torch.device) -> None:
         self._size = (height, width)
@@ -310,7 +318,7 @@ class _Bank:
         self._missing -= set(numbers)
 
     def take(self, numbers: Tensor) -> Tensor:
-        """Pictures `[n,3,height,width]` uint8 of scene × VARIANTS + variant."""
+        """Return pictures `[n,3,height,width]` uint8; numbers: scene × VARIANTS + variant."""
         if self._lazy and self._missing:
             self._paint(sorted(self._missing.intersection(numbers.tolist())))
         return self._pictures[numbers]
@@ -325,10 +333,11 @@ def _palette(device: torch.device) -> Tensor:
 
 
 def paint(background: Tensor, params: Tensor, height: int, width: int) -> Tensor:
-    """Pictures of backgrounds `[N,3,height,width]` of 0…255, float32.
+    """Return pictures of backgrounds `[N,3,height,width]` of 0…255, float32.
 
-    background: indices into `BACKGROUNDS` `[N]`; params: numbers of 0…1 `[N,8]`: the first three vary a plain colour, the fourth chooses one of the
-    `VARIANTS` of a scene. After the first call for a size nothing waits for the device.
+    background: indices into `BACKGROUNDS` `[N]`; params: numbers of 0…1 `[N,8]`: the first three
+    vary a plain colour, the fourth chooses one of the `VARIANTS` of a scene. After the first call
+    for a size nothing waits for the device.
     """
     device = params.device
     scene = background.long() - len(NAMES)

@@ -1,4 +1,7 @@
-"""What the synthetic pictures show: nine shapes, and the objects of `kinds.jsonl` with the words people have for them. Needs neither art nor torch."""
+"""Name what the synthetic pictures show: nine shapes and the objects of `kinds.jsonl`.
+
+Needs neither the art nor torch.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,20 @@ HIDDEN_COLOURS: dict[str, tuple[str, ...]] = {
 }
 
 _MANY_WORDS = (" of ", " with ", " in ", " on ", " behind ", " from ", " taking ")
-_IRREGULAR = {"leaf": "leaves", "knife": "knives", "loaf": "loaves", "scarf": "scarves", "wolf": "wolves", "mouse": "mice", "tooth": "teeth"}
-_IRREGULAR |= {"foot": "feet", "goose": "geese", "ox": "oxen", "man": "men", "dice": "dice", "fish": "fish", "deer": "deer", "piece": "pieces"}
+_IRREGULAR = {"leaf": "leaves", "knife": "knives", "loaf": "loaves", "scarf": "scarves", "wolf": "wolves"}
+_IRREGULAR |= {"mouse": "mice", "tooth": "teeth", "foot": "feet", "goose": "geese", "ox": "oxen"}
+_IRREGULAR |= {"dice": "dice", "fish": "fish", "deer": "deer"}
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One object of the art.
 
-    name: what people type, lower case and singular; unique over all kinds and shapes, as is every synonym. code: the file's stem in the art.
-    tags: words about it without the noun. colour: the palette colour people would call it by, or None.
-    bare: those of name and synonyms that take no article ("bread", "scissors").
-    aspect: width over height of its outline. hidden: the backgrounds before which too little of it can be seen.
+    name: what people type, lower case and singular; unique over all kinds and shapes, as is every
+    synonym. code: the file's stem in the art. tags: words about it without the noun. colour: the
+    palette colour people would call it by, or None. bare: those of name and synonyms that take no
+    article ("bread", "scissors"). aspect: width over height of its outline. hidden: the backgrounds
+    before which too little of it can be seen.
     """
 
     name: str
@@ -56,7 +61,7 @@ class Kind:
 
 
 def plural(noun: str) -> str:
-    """The regular plural of a noun phrase: "glass of milk" → "glasses of milk"."""
+    """Return the regular plural of a noun phrase: "glass of milk" → "glasses of milk"."""
     for middle in _MANY_WORDS:
         if middle in noun:
             head, tail = noun.split(middle, 1)
@@ -100,13 +105,16 @@ NUMBERS: dict[str, int] = {name: number for number, name in enumerate(NAMES_OF_K
 
 
 def object_of(sprite: int | str) -> Kind | None:
-    """The object of a sprite's name or number; None for a shape. Raises KeyError or IndexError for an unknown one."""
+    """Return the object of a sprite's name or number, None for a shape.
+
+    Raises KeyError or IndexError for an unknown one.
+    """
     number = NUMBERS[sprite] if isinstance(sprite, str) else sprite
     return None if number < len(SHAPES) else KINDS[number - len(SHAPES)]
 
 
 def aspect(sprite: int | str) -> float:
-    """Width over height of a sprite's outline, by its name or number."""
+    """Return width over height of a sprite's outline, by its name or number."""
     kind = object_of(sprite)
     if kind is not None:
         return kind.aspect
@@ -114,14 +122,17 @@ def aspect(sprite: int | str) -> float:
 
 
 def outline(sprite: int | str, length: float) -> tuple[float, float]:
-    """Width and height in pixels of a sprite whose longer side is `length` pixels."""
+    """Return width and height in pixels of a sprite whose longer side is `length` pixels."""
     ratio = aspect(sprite)
     return (length, length / ratio) if ratio >= 1 else (length * ratio, length)
 
 
 @lru_cache(maxsize=4096)
 def backgrounds_for(sprite: int | str, colour: str | None = None) -> tuple[str, ...]:
-    """The backgrounds before which a sprite can be seen. colour: a shape's palette colour, which a shape must have."""
+    """Return the backgrounds before which a sprite can be seen.
+
+    colour: a shape's palette colour. Raises ValueError for a shape without one.
+    """
     kind = object_of(sprite)
     if kind is not None:
         return tuple(name for name in BACKGROUNDS if name not in kind.hidden)

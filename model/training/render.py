@@ -1,4 +1,4 @@
-"""Pictures from layouts: backgrounds with sprites pasted over them, antialiased, in batches on any device."""
+"""Draw pictures from layouts: backgrounds with sprites pasted over them, on any device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _TAPS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # where a pixe
 class Layouts:
     """Where everything is in N pictures of up to M sprites each.
 
-    background `[N]` int16 and params `[N,8]` float32: see `backgrounds.paint`. sprite `[N,M]` int16: index into `NAMES_OF_KINDS`, -1 for none.
-    centre `[N,M,2]` float32: x and y of the sprite's middle in pixels. length `[N,M]` float32: pixels of its longer side. mirror `[N,M]` bool.
-    angle `[N,M]` float32: degrees clockwise. tint `[N,M,3]` uint8: a shape's colour; objects have their own.
+    background `[N]` int16 and params `[N,8]` float32: see `backgrounds.paint`. sprite `[N,M]` int16:
+    index into `NAMES_OF_KINDS`, -1 for none. centre `[N,M,2]` float32: x and y of the sprite's
+    middle in pixels. length `[N,M]` float32: pixels of its longer side. mirror `[N,M]` bool: swap
+    left and right. angle `[N,M]` float32: degrees clockwise. tint `[N,M,3]` uint8: a shape's
+    colour; objects have their own.
     """
 
     background: Tensor
@@ -38,7 +40,7 @@ class Layouts:
 
     @classmethod
     def blank(cls, count: int, sprites: int = MOST_SPRITES) -> Layouts:
-        """Layouts of `count` white pictures without sprites, to be filled in place."""
+        """Return layouts of `count` white pictures without sprites, to be filled in place."""
         return cls(
             background=torch.full((count,), 10, dtype=torch.int16),
             params=torch.full((count, PARAMETERS), 0.5),
@@ -54,20 +56,20 @@ class Layouts:
         return len(self.background)
 
     def __getitem__(self, rows: Tensor | slice) -> Layouts:
-        """The layouts of some rows, in their order."""
+        """Return the layouts of some rows, in their order."""
         return Layouts(**{name: tensor[rows] for name, tensor in self.state().items()})
 
     def to(self, device: torch.device | str) -> Layouts:
-        """The same on a device."""
+        """Return the same on a device."""
         return Layouts(**{name: tensor.to(device) for name, tensor in self.state().items()})
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors by name, for saving; `Layouts(**state)` is the way back."""
+        """Return the tensors by name, for saving; `Layouts(**state)` is the way back."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @staticmethod
     def cat(parts: Sequence[Layouts]) -> Layouts:
-        """All rows of some layouts of the same M, one after the other."""
+        """Return the rows of some layouts of the same M, one after the other."""
         states = [part.state() for part in parts]
         return Layouts(**{name: torch.cat([state[name] for state in states]) for name in states[0]})
 
@@ -85,9 +87,10 @@ class _Placed:
 
 
 def _sample(placed: _Placed, atlas: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-    """The sprites as they look in a box (left, top, width, height) of the picture: `[n,4,height,width]`, 0…255, premultiplied by alpha.
+    """Return the sprites as they look in a box (left, top, width, height) of the picture.
 
-    Each pixel is the mean of four bilinear samples, which is smooth down to a quarter of the atlas' side.
+    The result is `[n,4,height,width]` of 0…255, premultiplied by alpha. Each pixel is the mean of
+    four bilinear samples, which is smooth down to a quarter of the atlas' side.
     """
     left, top, width, height = box
     masters = atlas[placed.sprite.long().clamp(min=0)].float()
@@ -111,7 +114,7 @@ def _sample(placed: _Placed, atlas: Tensor, box: tuple[int, int, int, int]) -> T
 
 
 def _box(length: float, x: float, y: float, angle: float, width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the part of the picture that a sprite can touch."""
+    """Return left, top, width and height of the part of the picture that a sprite can touch."""
     reach = length / 2 * (1.0 if angle == 0 else 1.42) + 2
     left, top = max(0, int(x - reach)), max(0, int(y - reach))
     return left, top, min(width, int(x + reach) + 1) - left, min(height, int(y + reach) + 1) - top
@@ -147,9 +150,10 @@ def _draw(layouts: Layouts, atlas: Tensor, width: int, height: int) -> Tensor:
 
 @torch.no_grad()
 def render(layouts: Layouts, atlas: Tensor, width: int = 256, height: int = 256) -> Tensor:
-    """The layouts' pictures `[N,3,height,width]` uint8, on the device of both arguments; later sprites lie over earlier ones.
+    """Return the layouts' pictures `[N,3,height,width]` uint8, on the device of both arguments.
 
-    atlas: `art.atlas()` or any `[S,4,side,side]` uint8 that holds every sprite the layouts name, premultiplied by alpha.
+    Later sprites lie over earlier ones. atlas: `art.atlas()` or any `[S,4,side,side]` uint8 of
+    sprites premultiplied by alpha that holds every sprite the layouts name.
     """
     parts = [_draw(layouts[i : i + _CHUNK], atlas, width, height) for i in range(0, len(layouts), _CHUNK)]
     return torch.cat(parts) if parts else torch.empty(0, 3, height, width, dtype=torch.uint8, device=atlas.device)

@@ -1,6 +1,7 @@
-"""How wide each object of `kinds.jsonl` is and before which backgrounds it can be seen, measured from the art and written into that file.
+"""Measure how wide each object is and before which backgrounds it can be seen.
 
-`python -m model.training.visibility` does so after a change of the kinds or the backgrounds; pictures are then laid out without the art.
+`python -m model.training.visibility` writes both into `kinds.jsonl`, after a change of the kinds or
+the backgrounds; pictures are then laid out without the art.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ Flags = npt.NDArray[np.bool_]
 
 
 def seen(colours: Floats, solid: Flags, behind: Floats) -> bool:
-    """Whether neither much of a thing nor a part of its outline vanishes before a background.
+    """Tell whether neither much of a thing nor a part of its outline vanishes before a background.
 
-    colours: the thing's CIELAB `[H,W,3]`; solid: where it is `[H,W]`; behind: the background's CIELAB, `[1,1,3]` for a plain one, else `[H,W,3]`. A scene
-    hides different parts of a thing at different places, so there less has to be seen.
+    colours: the thing's CIELAB `[H,W,3]`; solid: where it is `[H,W]`; behind: the background's
+    CIELAB, `[1,1,3]` for a plain one, else `[H,W,3]`. A scene hides different parts of a thing at
+    different places, so there less has to be seen.
     """
     visible = solid & (np.linalg.norm(colours - behind, axis=-1) >= ALIKE)
     if behind.size > 3:
