@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.denoiser import Denoiser
-from model.training.denoiser import _matrices, draw_times
+from model.training.denoiser import matrices_of, draw_times
 from model.training.optimizers import Optimizers
 from tests.conftest import micro_config
 
@@ -72,7 +72,7 @@ def test_the_state_of_other_optimizers_is_refused(prepared):
 
 def test_muon_gets_the_blocks_matrices_and_neither_embeddings_nor_what_reads_a_condition(prepared):
     denoiser = Denoiser(micro_config().denoiser)
-    names = _matrices(denoiser)
+    names = matrices_of(denoiser)
     assert "down_blocks.0.0.channelwise.0.weight" in names
     assert not [name for name in names if "mapper" in name or "bias" in name or "clf" in name]
     assert all(denoiser.get_parameter(name).ndim == 2 for name in names)

@@ -93,18 +93,32 @@ def test_the_kept_weights_are_the_average_not_the_last(monkeypatch, o):
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_the_average_forgets_no_slower_than_its_decay_and_faster_at_first(decay):
-    update, average, expected = loop.ema(decay), torch.zeros(1), 0.0
-    for n in range(1, 40):
-        update([average], [torch.full((1,), float(n))], n)
-        weight = min(decay, (1 + n) / (10 + n))
+    module = nn.Linear(1, 1, bias=False)
+    average, expected = loop.Average(module, decay), 0.0
+    for n in range(40):
+        nn.init.constant_(module.weight, float(n))
+        average.advance()
+        average.update()
+        weight = min(decay, (1 + n) / (10 + n)) if n else 0.0
         expected = weight * expected + (1 - weight) * n
-    assert average.item() == pytest.approx(expected, rel=1e-5)
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_average_of_a_counter_is_the_counter():
-    counter = torch.tensor(3)
-    loop.ema(0.9)([counter], [torch.tensor(8)], 5)
-    assert counter.item() == 8
+    module = nn.BatchNorm1d(2)
+    average = loop.Average(module, 0.9)
+    module.num_batches_tracked.fill_(8)
+    average.advance()
+    average.update()
+    assert average.module.num_batches_tracked == 8
+
+
+def test_a_mixture_takes_every_loss_at_its_share_and_the_same_one_at_the_same_step():
+    losses = tuple(lambda name=name: name for name in "ab")
+    mixture = loop.Mixture(losses, (0.8, 0.2))
+    chosen = [mixture.of(step)() for step in range(2000)]
+    assert chosen == [mixture.of(step)() for step in range(2000)]
+    assert chosen.count("b") / 2000 == pytest.approx(0.2, abs=0.04)
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from model.bundle import Bundle, assign, build, inner, load_bundle, load_v3, save_bundle
+from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, load_v3, save_bundle
 from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
 from model.runtime import prepare
-from model.training import captions, loop, tiny
-from model.training.data import as_float
+from model.training import loop, tiny
+from model.training.clip import give_unit_variance
+from model.training.data import Scenes
 
+# Pictures that CLIP's embeddings are given unit variance by.
+_SCALED_BY = 256
 # Network → (checkpoint, where the published module sits in what was trained).
 _SOURCES = {
     "vqgan": ("vqgan", "vqgan."),
@@ -54,8 +56,10 @@ def trained_state(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in checkpoint["ema"].items() if name.startswith(prefix)}
 
 
-def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Writes the bundle and returns its configuration. Raises FileNotFoundError without a CLIP run, whose merges every bundle needs."""
+def assemble(runs: Path, out: Path, dtype: torch.dtype, corpus: Path | None = None) -> BundleConfig:
+    """Writes the bundle and returns its configuration. Raises FileNotFoundError without a CLIP run, whose merges every bundle needs, and
+    without the art where there is one.
+    """
     config = tiny_config()
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
@@ -68,8 +72,9 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
         if checkpoint.exists():
             inner(getattr(bundle, network)).load_state_dict(trained_state(loop.load(checkpoint), prefix))
             print(f"{network}: {checkpoint}")
-    if (runs / f"{_SOURCES['clip'][0]}.pt").exists():  # one that was kept has been scaled, and others were trained on it
-        give_unit_variance(bundle)
+    # One that was kept has been scaled, and others were trained on it.
+    if (runs / f"{_SOURCES['clip'][0]}.pt").exists() and isinstance(bundle, BundleV3):
+        give_unit_variance(bundle.clip, Scenes.load(corpus, torch.device("cpu"), scenes=_SCALED_BY), _SCALED_BY)
     return save_bundle(bundle, out, dtype, merges)
 
 
@@ -85,19 +90,6 @@ def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -
     return save_bundle(replace(bundle, config=config), out, dtype, merges)
 
 
-@torch.no_grad()
-def give_unit_variance(bundle: Bundle, scenes: int = 128) -> None:
-    """Scales CLIP's last projections so that embeddings of scenes have unit variance, which the prior's diffusion begins with.
-
-    Cosines, which are all that CLIP is trained for, stay as they are. Raises FileNotFoundError without the emoji font.
-    """
-    pixels, texts, _ = captions.batch(np.random.default_rng(0), scenes, *bundle.config.native_size)
-    clip = bundle.clip
-    image = as_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), clip.device)
-    clip.model.visual.proj.data /= clip.encode_image(image).std()
-    clip.model.text_projection.data /= clip.encode_text(texts).std()
-
-
 def _keep(bundle: Bundle, old: Bundle) -> None:
     for (_, module), (_, kept) in zip(bundle.networks(), old.networks(), strict=True):
         module.load_state_dict(kept.state_dict())
@@ -107,6 +99,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
     p.add_argument("--runs", type=Path, default=Path("runs"))
+    p.add_argument("--corpus", type=Path, help="of whose pictures CLIP's embeddings shall have unit variance; by default a small one")
     p.add_argument("--base", help="name or path of the bundle that all but the denoiser is taken from")
     p.add_argument("--denoiser", type=Path, help="checkpoint of the denoiser that goes into --base")
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
@@ -116,7 +109,7 @@ def main() -> None:
     prepare()
     dtype = getattr(torch, args.dtype)
     if args.base is None:
-        config = assemble(args.runs, args.out, dtype)
+        config = assemble(args.runs, args.out, dtype, args.corpus)
     else:
         config = with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype)
     for name, entry in config.files.items():

@@ -11,53 +11,23 @@ and nothing of its own, all bytes were alike, attention had nothing to choose fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.bundle import load_v3
+from model.config import find_bundle
 from model.text import ByteEncoder
 from model.training import loop, tiny
 from model.training.attributes import AttributeHeads, attribute_loss
-from model.training.captions import ATTRIBUTES, THING_ATTRIBUTES, Caption, describe
-from model.training.scenes import sample
+from model.training.captions import ATTRIBUTES, THING_ATTRIBUTES
+from model.training.data import Scenes, Text
+from model.training.features import encode_bytes
 
 _ASKED = 8  # bytes of a caption that must answer
-
-
-@dataclass(frozen=True)
-class Captions:
-    """n captions and what they state.
-
-    texts: ASCII, so that a character is a byte. stated: classes [n] per attribute of a caption. about [n, longest + 1]: the place, 1 or 2,
-    of the thing that a byte is about, 0 for others and the end mark. things: classes [n, 3] per attribute of a thing, by its place; −1
-    where there is no thing.
-    """
-
-    texts: list[str]
-    stated: dict[str, Tensor]
-    about: Tensor
-    things: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, captions: list[Caption]) -> Self:
-        about = torch.zeros(len(captions), 1 + max(len(caption.text) for caption in captions), dtype=torch.long)
-        things = {name: torch.full((len(captions), 3), -1) for name in THING_ATTRIBUTES}
-        for row, caption in enumerate(captions):
-            for place, (span, classes) in enumerate(zip(caption.spans, caption.things, strict=True), start=1):
-                about[row, span.start : span.stop] = place
-                for name, value in classes.items():
-                    things[name][row, place] = value
-        stated = {name: torch.tensor([c.stated[name] for c in captions]) for name in ATTRIBUTES}
-        return cls([c.text for c in captions], stated, about, things)
-
-    def own(self, asked: Tensor) -> dict[str, Tensor]:
-        """Classes [n · k] per attribute of the things that the asked bytes [n, k] are about."""
-        places = self.about.gather(1, asked)
-        return {name: classes.gather(1, places).flatten() for name, classes in self.things.items()}
+# Most captions are short, and padding costs as much as text: most steps read those of at most so many bytes.
+_SHORT, _SHORT_STEPS = 79, 0.75
 
 
 class Reader(nn.Module):
@@ -66,45 +36,82 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = ByteEncoder(tiny.BYTE_ENCODER)
-        self.heads = AttributeHeads(tiny.BYTE_ENCODER.d_model)
+        self.heads = AttributeHeads(tiny.BYTE_ENCODER.d_model, ATTRIBUTES)
         self.own = AttributeHeads(tiny.BYTE_ENCODER.d_model, THING_ATTRIBUTES)
 
-    def forward(self, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, text: Text) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """B captions → some random bytes of each [B, _ASKED], and their logits [B · _ASKED, classes] per attribute of the whole caption and
         of the things they are about."""
-        out = self.encoder(prompts)
-        asked = out.mask.float().multinomial(_ASKED, replacement=True)
-        features = out.embeddings.gather(1, asked[..., None].expand(-1, -1, out.embeddings.shape[-1])).flatten(0, 1)
+        embeddings = encode_bytes(self.encoder, text)
+        chance = torch.rand(len(embeddings), _ASKED, device=embeddings.device)
+        asked = (chance * (text.length[:, None] + 1)).long()
+        features = embeddings.gather(1, asked[..., None].expand(-1, -1, embeddings.shape[-1])).flatten(0, 1)
         return asked, self.heads(features), self.own(features)
 
 
-def reading_loss(reader: Reader, captions: Captions) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the mean of both questions' losses, the worst attribute's accuracy in each)."""
-    asked, whole, own = reader(captions.texts)
-    stated = {name: classes.to(asked.device).repeat_interleave(_ASKED) for name, classes in captions.stated.items()}
-    things = {name: classes.to(asked.device) for name, classes in captions.own(asked.cpu()).items()}
-    (whole_loss, whole_worst), (own_loss, own_worst) = attribute_loss(whole, stated), attribute_loss(own, things)
-    return (whole_loss + own_loss) / 2, {"worst": whole_worst, "own": own_worst}
+def reading_loss(reader: Reader, scenes: Scenes, index: Tensor, which: Tensor, longest: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the mean of both questions' losses, the worst attribute's accuracy in each) for captions `which` [B] of scenes [B]."""
+    asked, whole, own = reader(scenes.text(index, which, longest))
+    stated = {name: classes.repeat_interleave(_ASKED) for name, classes in scenes.stated(index, which).items()}
+    whole_loss, whole_worst = attribute_loss(whole, stated)
+    own_loss, own_worst = attribute_loss(own, scenes.own(index, which, asked))
+    return whole_loss + own_loss, {"worst": whole_worst, "own": own_worst}
 
 
-def draw_captions(rng: np.random.Generator, n: int) -> list[Caption]:
-    """n captions of sampled scenes."""
-    return [describe(sample(rng), rng) for _ in range(n)]
+@torch.no_grad()
+def accuracies(reader: Reader, scenes: Scenes, index: Tensor, batch: int = 512) -> dict[str, float]:
+    """How often each attribute is read from a random byte, over the first captions of scenes [N]; of a thing under `own.` its name."""
+    hits: dict[str, list[Tensor]] = {}
+    for part in index.split(batch):
+        which = torch.zeros_like(part)
+        asked, whole, own = reader(scenes.text(part, which))
+        stated = {name: classes.repeat_interleave(_ASKED) for name, classes in scenes.stated(part, which).items()}
+        for prefix, logits, classes in (("", whole, stated), ("own.", own, scenes.own(part, which, asked))):
+            for name, logit in logits.items():
+                known = classes[name] >= 0
+                hits.setdefault(prefix + name, []).append((logit.argmax(-1) == classes[name])[known])
+    return {name: float(torch.cat(parts).float().mean()) for name, parts in hits.items()}
 
 
-def similar_lengths(rng: np.random.Generator, batch: int, pool: int = 8) -> Iterator[Captions]:
-    """Endless batches of captions, each of about one length, because padding costs as much as text."""
-    while True:
-        captions = sorted(draw_captions(rng, pool * batch), key=lambda caption: len(caption.text))
-        for start in batch * rng.permutation(pool):
-            yield Captions.of(captions[start : start + batch])
+def matrices(module: nn.Module) -> list[str]:
+    """The layers' maps, for Muon; embeddings and heads are AdamW's."""
+    return [
+        name for name, p in module.named_parameters() if p.ndim == 2 and ".block." in name and "relative_attention_bias" not in name
+    ]
+
+
+def train(reader: Reader, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> Reader:
+    """Trains until the budget is spent, but not on the corpus' last scenes."""
+    reader.train()
+    everything = torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device)
+    short = scenes.shorter_than(_SHORT)
+    short = short[short < len(everything)]
+
+    def loss(among: Tensor, longest: int | None) -> loop.Loss:
+        return lambda: reading_loss(reader, scenes, *scenes.some(o.batch, among), longest)
+
+    losses = (loss(short, _SHORT), loss(everything, None))
+    shares = (_SHORT_STEPS, 1 - _SHORT_STEPS) if len(short) else (0.0, 1.0)
+    trained: Reader = loop.fit(reader, loop.Mixture(losses, shares), o, matrices=matrices(reader)).eval()  # type: ignore[assignment]
+    return trained
+
+
+def begin(bundle: str | None) -> Reader:
+    """A reader, fresh or with the encoder of a bundle."""
+    reader = Reader()
+    if bundle is not None:
+        kept: Mapping[str, Tensor] = load_v3(find_bundle(bundle), torch.device("cpu"), torch.float32).byt5.state_dict()
+        reader.encoder.load_state_dict(kept)
+    return reader
 
 
 def main() -> None:
-    o = loop.options(loop.parser(__doc__, name="byte_encoder", batch=128, lr=1e-3, minutes=20).parse_args())
-    captions = similar_lengths(np.random.default_rng(o.seed), o.batch)
-    reader = Reader().to(o.device).train()
-    loop.fit(reader, lambda: reading_loss(reader, next(captions)), o)
+    p = loop.parser(__doc__, name="byte_encoder", batch=128, lr=1e-3, minutes=20)
+    p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose byte encoder to go on with")
+    args = p.parse_args()
+    o = loop.options(args)
+    scenes = Scenes.load(args.corpus, o.device, o.seed)
+    train(begin(args.from_bundle).to(o.device), scenes, o)
 
 
 if __name__ == "__main__":

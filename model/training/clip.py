@@ -8,37 +8,68 @@ The attribute heads are what makes minutes enough; they are thrown away. The tex
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.bundle import load_v3
+from model.config import find_bundle
 from model.text import CLIP
 from model.training import loop, tiny
 from model.training.attributes import AttributeHeads, attribute_loss
-from model.training.byte_encoder import draw_captions
-from model.training.data import as_float, stream
+from model.training.data import Scenes
 
 _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark and end mark
+# Scaled-down pictures are kept and met again with other captions; before every step some are drawn anew.
+_KEPT, _RENEWED = 16, 0.25  # batches; share of a batch
+_LEARNT_FROM = 20_000  # captions, for the vocabulary
+# The scale of CLIP's logits begins where open_clip's does.
+_SCALE = 2.66
 
 
-def learn_merges(path: Path, vocabulary: int, captions: int = 20_000) -> None:
-    """Writes the byte-pair merges of sampled captions as open_clip's tokenizer reads them: gzipped, a header, a pair a line."""
+def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
+    """Writes the byte-pair merges of captions as open_clip's tokenizer reads them: gzipped, a header, a pair a line."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts = [caption.text for caption in draw_captions(np.random.default_rng(0), captions)]
     # The trainer counts its own alphabet of letters into the size it is given, so it is asked for more merges than are kept.
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2 * vocabulary, end_of_word_suffix="</w>", show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=2 * vocabulary, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
     folder = path.parent / "merges"
     folder.mkdir(parents=True, exist_ok=True)
     merges_file = Path(tokenizer.model.save(str(folder))[1])
     merges = merges_file.read_text().splitlines()[1 : 1 + vocabulary - _SPECIAL]
     path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *merges]).encode(), mtime=0))
+
+
+def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
+    """All captions' tokens, int16 [N, C, context]: what `clip.tokenize` makes of each, with every word looked up once."""
+    text, length = scenes.corpus.text.cpu().numpy(), scenes.corpus.length.cpu().numpy()
+    N, C, _ = text.shape
+    tokenizer, context = clip.tokenizer, clip.config.context_length
+    first, last = tokenizer.sot_token_id, tokenizer.eot_token_id
+    known: dict[str, list[int]] = {}
+    tokens = torch.zeros(N * C, context, dtype=torch.int16)
+    rows = tokens.numpy()
+    for row, (line, count) in enumerate(zip(text.reshape(N * C, -1), length.reshape(-1).tolist(), strict=True)):
+        caption = line[:count].tobytes().decode(errors="replace")
+        if caption.isascii() and "&" not in caption:  # the tokenizer's pattern spans no space, and its cleaning changes nothing here
+            numbers = [first]
+            for word in caption.lower().split():
+                if word not in known:
+                    known[word] = tokenizer.encode(word)
+                numbers += known[word]
+        else:
+            numbers = [first, *tokenizer.encode(caption)]
+        numbers = numbers[: context - 1]
+        rows[row, : len(numbers)] = numbers
+        rows[row, len(numbers)] = last
+    return tokens.view(N, C, context)
 
 
 class Pair(nn.Module):
@@ -53,30 +84,124 @@ class Pair(nn.Module):
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(CLIP's symmetric loss, share of pictures that find their caption) for embeddings [B, D]."""
     logits = scale.exp().clamp(max=100) * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
-    own = torch.arange(len(logits), device=logits.device)
-    loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    return loss, (logits.argmax(-1) == own).float().mean()
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits.float(), target) + F.cross_entropy(logits.float().T, target)) / 2
+    return loss, (logits.argmax(-1) == target).float().mean()
+
+
+class Thumbnails:
+    """Pictures at the size that CLIP's image tower reads, uint8 [capacity, 3, S, S], and whose they are."""
+
+    def __init__(self, clip: CLIP, scenes: Scenes, batch: int, members: tuple[Tensor, ...]) -> None:
+        self.clip, self.scenes, self.members, self.batch = clip, scenes, members, batch
+        self.count = max(1, round(_RENEWED * batch))
+        S, device = clip.image_size, scenes.device
+        self.capacity = _KEPT * batch
+        self.pixels = torch.zeros(self.capacity, 3, S, S, dtype=torch.uint8, device=device)
+        self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
+        self._next = 0
+        for _ in range(-(-self.capacity // self.count)):
+            self.renew()
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Puts new pictures in the place of the oldest; mostly square ones, as in the corpus."""
+        weights = [len(own) for own in self.members]
+        aspect = int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))
+        index, _ = self.scenes.some(self.count, self.members[aspect])
+        place = torch.arange(self._next, self._next + self.count, device=index.device) % self.capacity
+        scaled = self.clip.scale(self.scenes.pictures(index, aspect))
+        self.pixels[place], self.index[place] = scaled.mul(255).round().to(torch.uint8), index
+        self._next = (self._next + self.count) % self.capacity
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """(pictures [B, 3, S, S] in [0, 1], their scenes' numbers [B])."""
+        chosen = (torch.rand(self.batch, device=self.index.device) * self.capacity).long()
+        return self.pixels[chosen].float() / 255, self.index[chosen]
+
+
+def pair_loss(pair: Pair, scenes: Scenes, image: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the objective, figures) for pictures [B, 3, S, S] of scenes [B], each with one of its captions."""
+    if scenes.clip_tokens is None:
+        raise ValueError("the captions' tokens are not known")
+    which = (torch.rand(len(index), device=index.device) * scenes.corpus.text.shape[1]).long()
+    shown = pair.clip.encode_image(image)
+    said = pair.clip.model.encode_text(scenes.clip_tokens[index, which].long())
+    contrast, found = contrastive_loss(shown, said, pair.clip.model.logit_scale)
+    classes = scenes.stated(index, which)
+    image_loss, image_worst = attribute_loss(pair.heads(shown), classes)
+    text_loss, text_worst = attribute_loss(pair.heads(said), classes)
+    return contrast + image_loss + text_loss, {"found": found, "image": image_worst, "text": text_worst}
+
+
+@torch.no_grad()
+def retrieval(pair: CLIP, scenes: Scenes, index: Tensor, among: int = 256) -> float:
+    """How often a picture finds its own caption among so many, over square scenes [N]."""
+    if scenes.clip_tokens is None:
+        raise ValueError("the captions' tokens are not known")
+    found = []
+    for part in index.split(among):
+        image = pair.encode_image(scenes.pictures(part))
+        text = pair.model.encode_text(scenes.clip_tokens[part, 0].long())
+        found.append(contrastive_loss(image, text, pair.model.logit_scale)[1])
+    return float(sum(found)) / len(found)
+
+
+@torch.no_grad()
+def give_unit_variance(clip: CLIP, scenes: Scenes, pictures: int = 256) -> None:
+    """Scales CLIP's last projections so that embeddings of scenes have unit variance, which the prior's diffusion begins with.
+
+    Cosines, which are all that CLIP is trained for, stay as they are.
+    """
+    index = scenes.of_aspect[0][:pictures]
+    text = torch.cat([clip.encode_text([scenes.corpus.caption(i) for i in part.tolist()]) for part in index.split(32)])
+    image = torch.cat([clip.encode_image(scenes.pictures(part)) for part in index.split(32)])
+    clip.model.visual.proj.data /= image.float().std()
+    clip.model.text_projection.data /= text.float().std()
+
+
+def matrices(module: nn.Module) -> list[str]:
+    """The layers' maps, for Muon."""
+    return [name for name, p in module.named_parameters() if p.ndim == 2 and ".resblocks." in name]
+
+
+def train(pair: Pair, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> Pair:
+    """Trains until the budget is spent, but not on the corpus' last scenes. scenes: with the captions' tokens."""
+    pair.train()
+    bound = max(len(scenes.corpus) - held_out, 1)
+    members = tuple(own[own < bound] for own in scenes.of_aspect)
+    thumbnails = Thumbnails(pair.clip, scenes, o.batch, members)
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        return pair_loss(pair, scenes, *thumbnails.draw())
+
+    trained: Pair = loop.fit(pair, loss, o, matrices=matrices(pair), before=thumbnails.renew).eval()  # type: ignore[assignment]
+    return trained
+
+
+def with_tokens(scenes: Scenes, clip: CLIP) -> Scenes:
+    """The scenes with their captions' tokens."""
+    return loop.replace(scenes, clip_tokens=tokenize(clip, scenes).to(scenes.device))
 
 
 def main() -> None:
-    o = loop.options(loop.parser(__doc__, name="clip", batch=128, lr=1e-3, minutes=15).parse_args())
+    p = loop.parser(__doc__, name="clip", batch=128, lr=1e-3, minutes=15)
+    p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose pair and vocabulary to go on with")
+    args = p.parse_args()
+    o = loop.options(args)
+    scenes = Scenes.load(args.corpus, o.device, o.seed)
     merges = o.checkpoint.parent / str(tiny.CLIP.merges)
-    if not merges.exists():
-        learn_merges(merges, tiny.CLIP.text_cfg["vocab_size"])
-    scenes = stream(o.batch, o.seed, workers=o.workers)
-    trained = Pair(o.checkpoint.parent).to(o.device).train()
-
-    def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        pixels, prompts, classes = next(scenes)
-        classes = {k: v.to(o.device) for k, v in classes.items()}
-        image = trained.clip.encode_image(as_float(pixels, o.device))
-        text = trained.clip.encode_text(prompts)
-        contrast, found = contrastive_loss(image, text, trained.clip.model.logit_scale)
-        image_loss, image_worst = attribute_loss(trained.heads(image), classes)
-        text_loss, text_worst = attribute_loss(trained.heads(text), classes)
-        return contrast + image_loss + text_loss, {"found": found, "image": image_worst, "text": text_worst}
-
-    loop.fit(trained, loss, o)
+    kept = find_bundle(args.from_bundle) if args.from_bundle else None
+    if kept is not None:
+        merges.parent.mkdir(parents=True, exist_ok=True)
+        merges.write_bytes((kept / str(tiny.CLIP.merges)).read_bytes())
+    elif not merges.exists():
+        learn_merges(merges, tiny.CLIP.text_cfg["vocab_size"], scenes.captions(_LEARNT_FROM))
+    pair = Pair(o.checkpoint.parent)
+    if kept is not None:
+        pair.clip.load_state_dict(load_v3(kept, torch.device("cpu"), torch.float32).clip.state_dict())
+        pair.clip.model.logit_scale.data.fill_(_SCALE)
+    train(pair.to(o.device), with_tokens(scenes, pair.clip), o)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,10 @@ from model.config import find_bundle
 from model.denoiser import Condition, Denoiser
 from model.training import loop
 from model.training.captioned import DataError, open_collection
+from model.training.clip import with_tokens
+from model.training.data import Scenes
 from model.training.decoding import Filters
-from model.training.features import Examples, ExampleStream, examples
+from model.training.features import Examples, ExampleStream, Pool
 from model.training.guides import Guided
 from model.training.pictures import Pictures
 
@@ -34,15 +38,21 @@ LABEL_SMOOTHING = 0.1
 # Published: CLIP text and image are each dropped 9 times in 10, on 600 million pictures. Ours sees a thousandth of that.
 _DROP_CLIP = 0.5
 # The prior's embeddings are not quite those of a picture; noise of this share keeps the denoiser from trusting them to the last digit.
-_IMAGE_NOISE = 0.3
+_IMAGE_NOISE = 0.5
 # Of a row's positions, this share is projected to the codebook and judged: the softmax would else cost as much as the network.
 _JUDGED = 0.25
 # On scenes twice as many, and those in and around things so many times as often as plain background, most of which is soon right.
 _JUDGED_OF_SCENES, _FOCUS = 0.5, 4.0
-# Every byte's feature of our own encoder knows the whole caption (byte_encoder.py), so a few at random say it all, and a step on scenes
-# costs half as much as with all of them: projecting sixty bytes to keys and values is as much work as the network itself. How many changes,
-# so that no number is expected.
-_BYTES_READ = (8, 16, 32)
+# Every byte's feature of our own encoder knows the whole caption (byte_encoder.py), so some at random say it all, and a step on scenes
+# costs less than with all of them: projecting sixty bytes to keys and values is as much work as the network itself. What a step reads: its
+# aspect, how many bytes of each caption (None is all) and the share of such steps. Some read all, as a request does.
+_STEPS: tuple[tuple[int, int | None, float], ...] = ((0, 32, 0.68), (0, None, 0.22), (1, 32, 0.05), (2, 32, 0.05))
+# Pictures of 3:2 have half as many tokens again.
+_BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
+# How often an encoded scene is met, with other noise each time; encoded at a time, and before the first step.
+_MET, _ENCODED_AT_ONCE, _ENCODED_FIRST = 24, 8, 32
+# The prior is mistaken at times. Of the captioned rows this share is given another picture's embedding: the words are what counts.
+_MISTAKEN = 0.06
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise there, and the caption has to be heard.
 _EARLY = 1.5
 # A network that can draw already forgets it at the rate at which a fresh one learns.
@@ -62,20 +72,31 @@ def corrupt(tokens: Tensor, t: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     return torch.where(noised, torch.randint_like(tokens, codes), tokens), noised
 
 
-def some_bytes(x: Examples, count: int) -> Examples:
-    """The examples with `count` of each caption's byte features at random, some of a short caption's twice: byt5 [B, count, D]."""
-    chosen = x.mask.float().multinomial(count, replacement=True)
-    byt5 = x.byt5.gather(1, chosen[..., None].expand(-1, -1, x.byt5.shape[-1]))
-    return replace(x, byt5=byt5, mask=torch.ones_like(chosen, dtype=torch.bool))
+@contextmanager
+def folded(denoiser: Denoiser) -> Iterator[None]:
+    """Within it the condition's two maps to every block's keys and values are one, their product, through which gradients pass."""
+    parts = [block.folded_kv() for block in denoiser.attention_blocks]
+    if parts:
+        weights, biases = zip(*parts, strict=True)
+        denoiser.kv_weight, denoiser.kv_bias = torch.cat(weights), torch.cat(biases)
+    try:
+        yield
+    finally:
+        denoiser.kv_weight = denoiser.kv_bias = None
 
 
 def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_CLIP) -> Condition:
     """The condition of a training batch, where each row keeps or loses its CLIP text and image tokens by masking their keys."""
     B, device, seq = len(x.tokens), x.tokens.device, denoiser.config.clip_seq_len
     image = x.clip_image + _IMAGE_NOISE * x.clip_image.std() * torch.rand(B, 1, device=device) * torch.randn_like(x.clip_image)
-    condition = denoiser.condition(x.byt5, x.mask, x.clip_text, image)
-    # The picture of an empty caption would tell what the missing text may not.
-    kept = (torch.rand(B, 2, device=device) >= drop_clip) & torch.stack([torch.ones_like(x.empty), ~x.empty], dim=1)
+    alone = torch.zeros_like(x.empty) if x.shown is None else x.shown
+    mistaken = (torch.rand(B, device=device) < _MISTAKEN) & ~x.empty
+    image = torch.where(mistaken[:, None], image.roll(1, 0), image)
+    with folded(denoiser):
+        condition = denoiser.condition(x.byt5, x.mask, x.clip_text, image)
+    # The picture of an empty caption would tell what the missing text may not, unless it is all that is told.
+    text, pictured = (torch.rand(B, 2, device=device) >= drop_clip).unbind(1)
+    kept = torch.stack([text, (pictured & ~x.empty) | alone], dim=1)
     return replace(condition, mask=torch.cat([x.mask, kept.repeat_interleave(seq, dim=1)], dim=1))
 
 
@@ -84,15 +105,15 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def choose_positions(tokens: Tensor, share: float, focus: float = 1.0) -> Tensor:
+def choose_positions(tokens: Tensor, share: float, focus: float = 1.0, commonest: Tensor | None = None) -> Tensor:
     """Some positions of each row of tokens [B, H, W], at random: [B, n], as numbers in the flattened grid.
 
-    focus: how many times as likely those are where a token, or one beside it, is not the picture's commonest. Both sides of an outline are
-    in there: to choose by the token alone would teach that things are larger than they are.
+    focus: how many times as likely those are where a token, or one beside it, is not the picture's commonest [B], which is looked for if
+    it is not known. Both sides of an outline are in there: to choose by the token alone would teach that things are larger than they are.
     """
     B, H, W = tokens.shape
-    commonest = tokens.flatten(1).mode(dim=1).values[:, None, None]
-    busy = F.max_pool2d((tokens != commonest).float(), kernel_size=3, stride=1, padding=1)
+    usual = tokens.flatten(1).mode(dim=1).values if commonest is None else commonest
+    busy = F.max_pool2d((tokens != usual[:, None, None]).float(), kernel_size=3, stride=1, padding=1)
     weight = 1 + (focus - 1) * busy.flatten(1)
     # The n largest of u^(1/w) are a draw without replacement with weights w (Efraimidis and Spirakis, 2006).
     return torch.rand(B, H * W, device=tokens.device).pow(1 / weight).topk(max(1, int(H * W * share)), dim=1).indices
@@ -126,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(lr=None)  # it depends on where the training begins
     p.add_argument("--min-side", type=int, default=0, help="leave out pictures whose shorter side has fewer pixels")
     p.add_argument("--max-aspect", type=float, default=math.inf, help="leave out pictures whose longer side is so many times the shorter")
+    p.add_argument("--kept", type=int, default=8192, help="encoded scenes of each aspect held in memory (default 8192)")
     p.add_argument("--drop-clip", type=float, default=_DROP_CLIP, help=f"how often each of CLIP's embeddings is dropped ({_DROP_CLIP:g})")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--from-bundle", action="store_true", help="begin with the bundle's denoiser: what --data does")
@@ -133,16 +155,95 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def batches(bundle: BundleV3, o: loop.Options, data: str | None, filters: Filters) -> ExampleStream:
-    """Encoded batches of o.batch pictures each, of scenes if there is no other data. Raises DataError."""
-    if data is None:
-        return examples(bundle, o.batch, o.data_seed, dtype=o.dtype, workers=o.workers)
+def own_pictures(bundle: BundleV3, o: loop.Options, data: str, filters: Filters) -> ExampleStream:
+    """Encoded batches of o.batch of somebody's own pictures. Raises DataError."""
     collection = open_collection(data, o.data_seed)
     pictures = Pictures(collection, _POOL * o.batch, bundle.config.native_size, filters, seed=o.data_seed, threads=o.workers)
     return ExampleStream(bundle, pictures, o.data_seed, pool=_POOL, reuse=_REUSE, dtype=o.dtype)
 
 
-def _matrices(module: nn.Module) -> list[str]:
+@dataclass
+class Encoding:
+    """The pools that scenes are drawn from, one for each aspect that has any, and when they grow."""
+
+    bundle: BundleV3
+    pools: dict[int, Pool]
+    batch: int
+    steps: int = 0
+
+    @classmethod
+    def of(cls, bundle: BundleV3, scenes: Scenes, batch: int, capacity: int, dtype: torch.dtype) -> Encoding:
+        """capacity: pictures kept of each aspect, at most."""
+        present = [aspect for aspect, own in enumerate(scenes.of_aspect) if len(own)]
+        return cls(bundle, {aspect: Pool(bundle.config, scenes, aspect, capacity, dtype) for aspect in present}, batch)
+
+    @property
+    def mixture(self) -> tuple[tuple[int, int | None, float], ...]:
+        """_STEPS of those aspects of which there are pictures."""
+        return tuple(step for step in _STEPS if step[0] in self.pools)
+
+    def begin(self, first: int = _ENCODED_FIRST) -> None:
+        """Encodes `first` batches, of the square pictures, and a share of the others."""
+        for aspect, pool in self.pools.items():
+            pool.read_nothing(self.bundle)
+            wanted = min(self.batch * first // (1 if aspect == 0 else 8), pool.capacity)
+            while pool.encoded < wanted:
+                pool.grow(self.bundle, self._at_once)
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Nothing: no scene is unusable."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands: what the pools hold follows from this."""
+        return {"steps": self.steps, "encoded": {aspect: pool.encoded for aspect, pool in self.pools.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Encodes what the pools held then, but for what has been replaced since."""
+        self.steps = state["steps"]
+        for aspect, pool in self.pools.items():
+            pool.restore(self.bundle, state["encoded"][aspect], self._at_once)
+
+    @property
+    def _at_once(self) -> int:
+        return min(_ENCODED_AT_ONCE * self.batch, 1024)
+
+    def grow(self) -> None:
+        """Called before every step: encodes some more when those there are have been met often enough."""
+        self.steps += 1
+        for aspect, pool in self.pools.items():
+            share = sum(share for own, _, share in _STEPS if own == aspect)
+            if pool.encoded * _MET < self.steps * self.batch * share:
+                pool.grow(self.bundle, self._at_once)
+
+
+def scene_loss(guided: Guided, pool: Pool, batch: int, bytes_read: int | None, drop_clip: float = _DROP_CLIP) -> loop.Loss:
+    """The loss of random batches from a pool."""
+    denoiser = guided.denoiser
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        x = pool.draw(batch, bytes_read)
+        t = draw_times(batch, x.tokens.device, _EARLY)
+        judged = choose_positions(x.tokens, _JUDGED_OF_SCENES, _FOCUS, x.commonest)
+        value, right = token_loss(denoiser, x, t, drop_clip, judged)
+        more, figures = guided.loss(x.tokens)
+        return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
+
+    return loss
+
+
+def scene_losses(guided: Guided, encoding: Encoding, drop_clip: float = _DROP_CLIP) -> loop.Mixture:
+    """A loss for each kind of step in their shares."""
+
+    def of(aspect: int, bytes_read: int | None) -> loop.Loss:
+        return scene_loss(guided, encoding.pools[aspect], round(encoding.batch * _BATCH_SHARES[aspect]), bytes_read, drop_clip)
+
+    aspects, read, shares = zip(*encoding.mixture, strict=True)
+    return loop.Mixture(tuple(map(of, aspects, read)), shares)
+
+
+def matrices_of(module: nn.Module) -> list[str]:
     """The blocks' own projections; those of the condition and the time, whose inputs are few, are left to AdamW."""
     return [name for name, p in module.named_parameters() if p.ndim == 2 and "_blocks." in name and "mapper" not in name]
 
@@ -159,23 +260,22 @@ def train(args: argparse.Namespace) -> None:
         denoiser.load_state_dict(bundle.denoiser.state_dict())
     bundle = replace(bundle, denoiser=denoiser)  # lets go of the memory of the one it came with
     guided = Guided(denoiser, bundle.vqgan.vquantizer.codebook.weight).to(o.device)
-    data = batches(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
+    if args.data is not None:
+        data = own_pictures(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
 
-    def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        x = next(data)
-        if args.data is None:
-            x = some_bytes(x, _BYTES_READ[int(torch.randint(len(_BYTES_READ), ()))])
-            t, judged = draw_times(len(x.tokens), o.device, _EARLY), choose_positions(x.tokens, _JUDGED_OF_SCENES, _FOCUS)
-        else:
-            t, judged = draw_times(len(x.tokens), o.device), None
-        value, right = token_loss(denoiser, x, t, args.drop_clip, judged)
-        if args.data is not None:
+        def loss() -> tuple[Tensor, dict[str, Tensor]]:
+            x = next(data)
+            value, right = token_loss(denoiser, x, draw_times(len(x.tokens), o.device), args.drop_clip)
             return value, {"right": right.detach()}
-        more, figures = guided.loss(x.tokens)
-        return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
 
-    # At a finetuning's rate and in its few steps AdamW gets further.
-    loop.fit(guided, loss, o, data=data, matrices=() if finetuning else _matrices(guided))
+        # At a finetuning's rate and in its few steps AdamW gets further. Its batches are of many lengths, and made on the host.
+        matrices = () if finetuning else matrices_of(guided)
+        loop.fit(guided, loss, replace(o, record=False), data=data, matrices=matrices)
+        return
+    scenes = with_tokens(Scenes.load(args.corpus, o.device, o.data_seed), bundle.clip)
+    encoding = Encoding.of(bundle, scenes, o.batch, args.kept, o.dtype)
+    encoding.begin()
+    loop.fit(guided, scene_losses(guided, encoding, args.drop_clip), o, data=encoding, matrices=matrices_of(guided), before=encoding.grow)
 
 
 def main() -> None:

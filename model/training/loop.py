@@ -20,7 +20,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +34,7 @@ from model.training.options import Options, options, parser
 from model.training.processes import average_over_processes, first_clock, rank, total, world
 from model.training.report import Moment, Report, by_reason
 
-__all__ = ["Average", "Data", "Loss", "Mixture", "Options", "fit", "load", "options", "parser", "rank"]
+__all__ = ["Average", "Data", "Loss", "Mixture", "Options", "fit", "load", "options", "parser", "rank", "replace"]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3

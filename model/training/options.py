@@ -50,6 +50,7 @@ def parser(description: str | None, *, name: str, batch: int, lr: float, minutes
     p.add_argument("--steps", type=_positive, help="how long to train instead: this many steps, those before --resume among them")
     p.add_argument("--checkpoint", type=Path, default=Path("runs") / f"{name}.pt", help="written every two minutes and at the end")
     p.add_argument("--log-dir", type=Path, help="where to write TensorBoard scalars (default nowhere)")
+    p.add_argument("--corpus", type=Path, help="what `python -m model.training.corpus` wrote; without it, a small one is sampled")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     p.add_argument("--batch", type=_positive, default=batch, help=f"pictures a pass (default {batch})")
     p.add_argument("--accumulate", type=_positive, default=1, help="passes a step (default 1): for batches that do not fit into memory")
