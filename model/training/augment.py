@@ -60,12 +60,11 @@ def warped(pictures: Tensor, reach: Tensor) -> Tensor:
     device = pictures.device
     coarse = torch.randn(n, 2, height // 8, width // 8, device=device) * reach
     flow = F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1)
-    unit = torch.tensor([2 / width, 2 / height], device=device)
-    identity = torch.eye(2, 3, device=device)[None]
-    places = F.affine_grid(identity, [1, 1, height, width], align_corners=False)
-    return F.grid_sample(
-        pictures, places + flow * unit, padding_mode="border", align_corners=False
+    across, down = ((torch.arange(k, device=device) * 2 + 1) / k - 1 for k in (width, height))
+    grid = torch.stack(
+        [across + flow[..., 0] * (2 / width), down[:, None] + flow[..., 1] * (2 / height)], dim=-1
     )
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
 def _recoloured(pictures: Tensor) -> Tensor:
@@ -85,5 +84,5 @@ def damaged(pictures: Tensor) -> Tensor:
     pictures = warped(pictures, _strength(n, device, 1.6))
     pictures = torch.lerp(pictures, blurred(pictures, 2), _strength(n, device, 1.0))
     pictures = blocky(_recoloured(pictures), _strength(n, device, _COARSENESS))
-    noise = torch.randn_like(pictures) * _strength(n, device, 0.06)
+    noise = torch.randn_like(pictures) * _strength(n, device, 0.045)
     return (pictures + noise).clamp(0, 1)

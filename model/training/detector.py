@@ -80,10 +80,10 @@ class Seen(NamedTuple):
 class Detector(nn.Module):
     """A residual network with a grid of cells as its answer."""
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), features: int = 192) -> None:
+    def __init__(self, widths: Sequence[int] = (64, 128, 256), features: int = 192) -> None:
         super().__init__()
-        a, b, c, d = widths
-        self.stem = nn.Sequential(_Conv(3, a, 3, 2), _Conv(a, b, 3, 2), _Bottleneck(b, b // 2))
+        b, c, d = widths
+        self.stem = nn.Sequential(_Conv(3, b, 7, 4), _Bottleneck(b, b // 2))
         self.middle = nn.Sequential(_Conv(b, c, 3, 2), *[_Bottleneck(c, c // 2) for _ in range(3)])
         inner = d * 3 // 8
         self.deep = nn.Sequential(_Conv(c, d, 3, 2), *[_Bottleneck(d, inner) for _ in range(4)])

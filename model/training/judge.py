@@ -9,6 +9,7 @@ all of them anew: one to four things of any kind, size and place before any back
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,9 +89,9 @@ class Scatter(nn.Module):
         sprite, background = self._sprites(n)
         chosen = torch.randint(len(self.arrangements), (n,), device=device)
         corners = self.arrangements[chosen]  # [N, M, 4]
-        cuts = NATIVE * torch.stack(
-            [torch.zeros(n, 2), 0.5 + 0.24 * (torch.rand(n, 2) - 0.5), torch.ones(n, 2)], dim=2
-        ).to(device)  # [N, axis, 3]
+        cuts = torch.rand(n, 2, 3, device=device) * 0.24 + 0.38  # [N, axis, 3]
+        cuts[..., 0], cuts[..., 2] = 0.0, 1.0
+        cuts = NATIVE * cuts
         low, high = (
             torch.stack(
                 [cuts[:, axis].gather(1, corners[..., part + axis].clamp_min(0)) for axis in (0, 1)],
@@ -129,8 +130,8 @@ class Scatter(nn.Module):
     def _sprites(self, n: int) -> tuple[Tensor, Tensor]:
         """Return kinds [N, M] and a background [N] before which they can be seen."""
         first = torch.randint(len(self.seen), (n, 1), device=self.seen.device)
-        background = torch.multinomial(self.seen[first[:, 0]], 1)[:, 0]
-        others = torch.multinomial(self.seen.T[background], _M - 1)
+        background = _drawn(self.seen[first[:, 0]], 1)[:, 0]
+        others = _drawn(self.seen.T[background], _M - 1)
         same = torch.rand(n, 1, device=self.seen.device) < _SAME
         return torch.cat([first, torch.where(same, first, others)], dim=1), background
 
@@ -143,13 +144,19 @@ class Scatter(nn.Module):
         return (colours + jitter).clamp(0, 255).round().to(torch.uint8)
 
 
+def _drawn(weights: Tensor, count: int) -> Tensor:
+    """Draw `count` different columns per row of weights [N, K], without waiting for the device."""
+    return (weights / torch.empty_like(weights).exponential_()).topk(count).indices
+
+
 def targets(layouts: Layouts, box: Tensor, grid: tuple[int, int]) -> Targets:
     """Return the right answers for layouts and their boxes [N, M, 2], both in pixels."""
     h, w = grid
     there = (layouts.sprite >= 0).float()
     middle = layouts.centre / CELL
-    limits = torch.tensor([w, h], device=middle.device)
-    cell = middle.floor().clamp_min(0).minimum(limits - 1)
+    cell = torch.stack(
+        [middle[..., axis].floor().clamp(0, k - 1) for axis, k in ((0, w), (1, h))], dim=-1
+    )
     extents = (box / CELL).clamp_min(0.5)
     boxes = torch.cat([middle - cell - 0.5, extents.log2()], dim=-1)
     y = torch.arange(h, device=middle.device)[:, None, None]
@@ -201,13 +208,12 @@ def _at(grid: Tensor, cells: Tensor) -> Tensor:
 
 def halved(layouts: Layouts) -> Layouts:
     """Return the layouts for pictures of half the size."""
-    halves = layouts[slice(None)]
-    halves.centre, halves.length = layouts.centre / 2, layouts.length / 2
-    return halves
+    return replace(layouts, centre=layouts.centre / 2, length=layouts.length / 2)
 
 
 def main() -> None:
     parser = loop.parser(__doc__, name="judge", batch=64, lr=2e-3, minutes=30, ema=0.998)
+    parser.set_defaults(warmup=60)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     o = loop.options(args := parser.parse_args())
     sprites = atlas(SIDE).to(o.device)
