@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK = 8  # pixels a side of what a code stands for, at half the native size
-_COARSENESS = 0.10  # the largest quantisation step, as a share of the range, at the highest frequency
+# The largest quantisation step of the lowest frequency, as a share of the range.
+_COARSENESS = 0.10
 
 
 def _strength(n: int, device: torch.device, largest: float) -> Tensor:

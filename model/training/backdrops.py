@@ -1,7 +1,7 @@
 """Which background a picture has, found without a network: the closest of all there are.
 
-A plain colour is read from the border. A painted scene is compared with every variant of all scenes;
-a model mixes variants, so each pixel takes the most similar one of the few that are closest.
+A plain colour is read from the border. A painted scene is compared with every variant of all
+scenes; a model mixes variants, so each pixel takes the most similar one of the few closest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.training.backgrounds import PARAMETERS, VARIANTS, paint
 from model.training.palette import COLOURS
-from model.training.scenery import BACKGROUNDS, SCENES
+from model.training.scenery import BACKGROUNDS
 
 _NATIVE = 256  # pixels of the shorter side at which scenes are painted
 _COARSE, _CLOSE = 16, 64  # pixels of the shorter side in which all and the last few are compared
@@ -23,7 +23,11 @@ _MIXED = 6  # of one scene that a picture may be a mixture of
 _PLAIN_FIRST = 1.5  # ΔE that a painted scene must be closer than a plain colour
 _PLAIN = len(COLOURS)
 
-_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.072175), (0.0193339, 0.119192, 0.9503041))
+_XYZ = (
+    (0.4124564, 0.3575761, 0.1804375),
+    (0.2126729, 0.7151522, 0.072175),
+    (0.0193339, 0.119192, 0.9503041),
+)
 
 
 def lab(rgb: Tensor) -> Tensor:
@@ -31,7 +35,9 @@ def lab(rgb: Tensor) -> Tensor:
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     matrix = rgb.new_tensor(_XYZ)
     xyz = torch.einsum("dc,nc...->nd...", matrix / matrix.sum(1, keepdim=True), linear)
-    f = torch.where(xyz > (6 / 29) ** 3, xyz.clamp_min(1e-6) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    f = torch.where(
+        xyz > (6 / 29) ** 3, xyz.clamp_min(1e-6) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29
+    )
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
@@ -138,7 +144,7 @@ def _border_colour(planes: Tensor) -> Tensor:
 
 
 def _bias(planes: Tensor, behind: Tensor) -> Tensor:
-    """Return by how much pictures [N, 3, H, W] are brighter than their backgrounds, [N, 3, 1, 1]."""
+    """Return how much brighter pictures [N, 3, H, W] are than backgrounds, [N, 3, 1, 1]."""
     apart = (planes - behind).flatten(2)
     near = apart.abs().amax(1, keepdim=True) < 0.12
     share = near.float().sum(2).clamp_min(1)

@@ -19,8 +19,8 @@ from model.training.kinds import SHAPES
 from model.training.scenes import Relation, Scene, Side, Thing
 
 _MOST = 6  # found things that are considered for a scene's things
-# Share of the shorter side by which a thing at a side lies off the middle, at least: scenes are laid
-# out with twice as much.
+# Share of the shorter side by which a thing at a side lies off the middle, at least: scenes are
+# laid out with twice as much.
 _OFF_CENTRE = 0.07
 
 

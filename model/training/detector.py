@@ -3,10 +3,10 @@
     judge = Detector.load()
     judge.read(pictures)  # uint8 [N, H, W, 3] → list[Reading]
 
-`judge.py` trains it, on damaged renders alone: it has never seen what the judged networks draw. A cell of
-its grid is one of the VQGAN's tokens: 16 pixels of 256. Every cell answers whether a thing's middle
-lies in it, how large the thing's box is and which kind it is; the whole picture answers for the
-background. A shape's colour is read from the pixels that the shape covers.
+`judge.py` trains it, on damaged renders alone: it has never seen what the judged networks draw. A
+cell of its grid is one of the VQGAN's tokens: 16 pixels of 256. Every cell answers whether a
+thing's middle lies in it, how large the thing's box is and which kind it is; the whole picture
+answers for the background. A shape's colour is read from the pixels that the shape covers.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Detector(nn.Module):
         self.place = nn.Conv2d(features, 5, 1)
         self.kinds = nn.Linear(features, len(NAMES_OF_KINDS))
         self.background = nn.Linear(c + d, len(BACKGROUNDS))
-        nn.init.constant_(self.place.bias[:1], -4.0)
+        with torch.no_grad():  # few cells hold a thing's middle
+            self.place.get_parameter("bias")[0] = -4.0
 
     @classmethod
     def load(cls, path: Path = WEIGHTS, device: torch.device | str = "cpu") -> Detector:
@@ -268,7 +269,7 @@ def overlap(middle: Floats, box: Floats, other_middle: Floats, other_box: Floats
 @lru_cache(maxsize=1)
 def _shape_masks() -> Floats:
     """Return the opacity of every shape's sprite [9, 64, 64], its longer side 64."""
-    return shapes(64)[:, 3].numpy().astype(np.float32) / 255
+    return shapes(64)[:, 3].float().div(255).numpy()
 
 
 def shape_colour(

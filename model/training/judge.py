@@ -68,7 +68,16 @@ class Targets(NamedTuple):
 
 
 class Scatter(nn.Module):
-    """Lays out random pictures on its device, without a word of Python for any one of them."""
+    """Lays out random pictures on its device, all at once.
+
+    seen: [S, B], 1 where a sprite can be seen before a background. sizes: [S, 2], the width and
+    height of sprites one pixel long. colours: [12, 3]. arrangements: [A, M, 4].
+    """
+
+    seen: Tensor
+    sizes: Tensor
+    colours: Tensor
+    arrangements: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,13 +101,7 @@ class Scatter(nn.Module):
         cuts = torch.rand(n, 2, 3, device=device) * 0.24 + 0.38  # [N, axis, 3]
         cuts[..., 0], cuts[..., 2] = 0.0, 1.0
         cuts = NATIVE * cuts
-        low, high = (
-            torch.stack(
-                [cuts[:, axis].gather(1, corners[..., part + axis].clamp_min(0)) for axis in (0, 1)],
-                dim=-1,
-            )
-            for part in (0, 2)
-        )
+        low, high = (_corner(cuts, corners[..., part : part + 2]) for part in (0, 2))
         room = high - low - 2 * _GAP
         sizes = self.sizes[sprite]
         largest = (room / sizes).amin(-1)
@@ -142,6 +145,11 @@ class Scatter(nn.Module):
         colours = self.colours[(background[:, None] + step) % names].float()
         jitter = _TINT_JITTER * (2 * torch.rand(n, _M, 3, device=device) - 1)
         return (colours + jitter).clamp(0, 255).round().to(torch.uint8)
+
+
+def _corner(cuts: Tensor, which: Tensor) -> Tensor:
+    """Return the (x, y) [N, M, 2] of the cuts [N, 2, 3] with these numbers [N, M, 2]."""
+    return torch.stack([cuts[:, i].gather(1, which[..., i].clamp_min(0)) for i in (0, 1)], dim=-1)
 
 
 def _drawn(weights: Tensor, count: int) -> Tensor:
@@ -218,7 +226,8 @@ def main() -> None:
     o = loop.options(args := parser.parse_args())
     sprites = atlas(SIDE).to(o.device)
     scatter = Scatter().to(o.device)
-    detector = Detector().to(o.device, memory_format=torch.channels_last).train()
+    detector = Detector().train().to(o.device)
+    detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def step() -> tuple[Tensor, dict[str, Tensor]]:
         layouts, box = scatter(o.batch)

@@ -3,9 +3,10 @@
     judge = Templates(atlas())
     judge.read(pictures)  # uint8 [N, H, W, 3] → list[Reading]
 
-The background is the plain colour or the painted scene that leaves least to explain (`backdrops.py`),
-things are regions unlike it, and a region's kind is the template that explains its pixels best when
-it is pasted over the background. Nothing is trained, and no recipe or reward is chosen by it.
+The background is the plain colour or the painted scene that leaves least to explain
+(`backdrops.py`), things are regions unlike it, and a region's kind is the template that explains
+its pixels best when it is pasted over the background. Nothing is trained, and no recipe or reward
+is chosen by it.
 
 Letters: N pictures, R regions, T templates, C pixels a side and P pixels of the cells in which
 regions and templates are compared.
@@ -248,8 +249,11 @@ class Templates:
     def _aligned(
         self, views: Views, groups: Sequence[Group], chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return how the groups' squares must be moved [R, 3] for one of the chosen templates [R, t]
-        to fit best, and what each leaves over in its own best place [R, t]."""
+        """Return how the groups' squares must be moved for one of the chosen templates to fit best.
+
+        chosen: templates [R, t]. Returns [R, 3] as `_cells` takes it, and what each template leaves
+        over in its own best place [R, t].
+        """
         upright = torch.tensor([0.0, 0.0, 1.0], device=self.device)
         jitter = upright.repeat(len(groups), 1)
         left = torch.full(chosen.shape, torch.inf, device=self.device)
@@ -268,8 +272,10 @@ class Templates:
         return jitter, left
 
     def _apart(self, cells: Cells, chosen: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how far cells are from templates [R, t] pasted before their backgrounds, and [R] from
-        the backgrounds alone, by colours and by edges."""
+        """Return how far cells are from templates [R, t] pasted before their backgrounds.
+
+        By colours and by edges, and [R] alike from the backgrounds alone.
+        """
         sprites = self.fine[chosen]  # [R, t, 4, 2 C, 2 C]
         is_shape = (chosen < colours.shape[1])[..., None, None, None]
         index = chosen.clamp_max(colours.shape[1] - 1)[..., None].expand(-1, -1, 3)
@@ -398,8 +404,8 @@ def _certainty(found: Found) -> float:
 def sprite_cells(atlas: Tensor) -> Tensor:
     """Return the sprites' templates [T, 4, 2 C, 2 C], premultiplied by alpha, of 0 … 1.
 
-    A kind's are one after the other: every angle upright and mirrored. Each is fitted to its cell by
-    its box, as pictures' regions are.
+    A kind's are one after the other: every angle upright and mirrored. Each is fitted to its cell
+    by its box, as pictures' regions are.
     """
     planes = atlas.float() / 255
     turned = [
