@@ -32,6 +32,7 @@ SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 SIDE = 256  # pixels a side of an atlas' sprites
 
 _FETCH_SECONDS = 300.0
+_FAINT = 8  # alpha up to which a pixel at the rim does not count as the outline's
 _MASTER = 512  # pixels a side of a shape before it is scaled down
 
 Point = tuple[float, float]
@@ -129,7 +130,7 @@ def _cross() -> list[Point]:
 
 
 _POLYGONS: dict[str, Callable[[], list[Point]]] = {
-    "square": lambda: [(0.05, 0.05), (0.95, 0.05), (0.95, 0.95), (0.05, 0.95)],
+    "square": lambda: [(0, 0), (1, 0), (1, 1), (0, 1)],
     "triangle": lambda: [(0.5, 0.05), (1, 0.95), (0, 0.95)],
     "star": _star,
     "heart": _heart,
@@ -166,7 +167,8 @@ def fit(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
 
     The result is `[4,side,side]`, premultiplied by its alpha.
     """
-    cropped = image.crop(image.getchannel("A").getbbox()).convert("RGBa")
+    visible = image.getchannel("A").point([255 * (alpha > _FAINT) for alpha in range(256)])
+    cropped = image.crop(visible.getbbox()).convert("RGBa")
     scale = side / max(cropped.size)
     width, height = (max(1, round(extent * scale)) for extent in cropped.size)
     resized = cropped.resize((width, height), Image.Resampling.LANCZOS) if cropped.size != (width, height) else cropped

@@ -14,7 +14,7 @@ from model.training.palette import COLOURS, distance
 from model.training.scenery import BACKGROUNDS, SCENES
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring", "crescent")
-SHAPE_ASPECTS: dict[str, float] = {"star": 1.05, "heart": 1.11, "triangle": 1.11, "diamond": 0.76, "crescent": 0.9}
+SHAPE_ASPECTS: dict[str, float] = {"star": 1.05, "heart": 1.1, "triangle": 1.11, "diamond": 0.76, "crescent": 0.77}
 
 FILE = Path(__file__).with_name("kinds.jsonl")
 _ALIKE = 32.0  # ΔE below which a shape would be hard to tell from its background

@@ -59,7 +59,7 @@ def main() -> None:
     for row, sprite in zip(map(json.loads, FILE.read_text(encoding="utf-8").splitlines()), sprites[len(SHAPES) :], strict=True):
         solid = sprite[3] > 127
         colours = lab((sprite[:3] * 255 / np.maximum(sprite[3], 1)).clip(0, 255).transpose(1, 2, 0))
-        width, height = (int((sprite[3] > 0).any(axis=axis).sum()) for axis in (0, 1))
+        width, height = (int((sprite[3] > 8).any(axis=axis).sum()) for axis in (0, 1))
         row |= {"aspect": round(width / height, 2), "hidden": hidden(colours, solid)}
         lines.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
     FILE.write_text("\n".join(lines) + "\n", encoding="utf-8")
