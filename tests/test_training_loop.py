@@ -113,6 +113,20 @@ def test_the_average_of_a_counter_is_the_counter():
     assert average.module.num_batches_tracked == 8
 
 
+def test_a_tensor_of_two_names_is_averaged_once_and_a_mask_not_at_all():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    module.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
+    average = loop.Average(module, 0.5)
+    for value in (1.0, 3.0):
+        nn.init.constant_(module[0].weight, value)
+        average.advance()
+        average.update()
+    assert average.module[1].weight is average.module[0].weight
+    assert average.module[0].weight.mean().item() == pytest.approx(1 + 2 * (1 - 2 / 11))
+    assert average.module.mask.isinf().all()
+
+
 def test_a_mixture_takes_every_loss_at_its_share_and_the_same_one_at_the_same_step():
     losses = tuple(lambda name=name: name for name in "ab")
     mixture = loop.Mixture(losses, (0.8, 0.2))

@@ -34,7 +34,7 @@ from model.training.options import Options, options, parser
 from model.training.processes import average_over_processes, first_clock, rank, total, world
 from model.training.report import Moment, Report, by_reason
 
-__all__ = ["Average", "Data", "Loss", "Mixture", "Options", "fit", "load", "options", "parser", "rank", "replace"]
+__all__ = ["Average", "Data", "Loss", "Mixture", "Options", "fit", "load", "options", "parser", "prepared", "rank", "replace"]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3
@@ -74,7 +74,10 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay, self.n_averaged = deepcopy(module).requires_grad_(False), decay, 0
-        pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
+        # What no state dict holds is no weight, and a mask's infinities have no average.
+        twins, originals = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
+        once = {id(original): name for name, original in originals.items()}  # of a tensor with two names only one is averaged
+        pairs = [(twins[name].detach(), originals[name].detach()) for name in once.values()]
         self._old = [old for old, _ in pairs if old.is_floating_point()]
         self._new = [new for old, new in pairs if old.is_floating_point()]
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
@@ -235,6 +238,25 @@ class _Run:
             return
         self._recorded[loss] = graph
 
+    def rehearse(self, losses: Iterable[Loss]) -> None:
+        """Records every loss's step beforehand, with whatever its batches hold now; weights and optimizers are then as they were."""
+        if not self.recording:
+            return
+        state = [*_tensors(self.module), *_tensors(self.average.module)]
+        kept = [tensor.detach().clone() for tensor in state]
+        self.optimizers.lr = 0.0
+        self.average.advance()
+        for loss in losses:
+            if self.recording:
+                self._record(loss)
+        with torch.no_grad():
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
+        self.optimizers.forget()
+        self.average.n_averaged = 0
+        for total in self._sums.values():
+            total.zero_()
+
     def drain(self) -> dict[str, Tensor]:
         """On CUDA, the means of the figures since the last time; waits for the device."""
         values = {name: float(total) for name, total in self._sums.items()}
@@ -270,6 +292,13 @@ class _Run:
         )
 
 
+def prepared(module: nn.Module, losses: Iterable[Loss], o: Options, matrices: Iterable[str] = ()) -> _Run:
+    """A training that has not begun, its steps recorded where they can be: what takes long and needs no data yet."""
+    run = _Run(module, o, None, matrices)
+    run.rehearse(losses)
+    return run
+
+
 def fit(
     module: nn.Module,
     loss: Loss | Mixture,
@@ -278,14 +307,17 @@ def fit(
     matrices: Iterable[str] = (),
     before: Callable[[], None] | None = None,
     saved: Callable[[nn.Module], None] | None = None,
+    run: _Run | None = None,
 ) -> nn.Module:
     """Trains `module` until the budget is spent and returns its averaged twin.
 
     loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it draws from, to be kept in checkpoints.
     matrices: names of the parameters that Muon steps. before: called before every step, never recorded. saved: called with the averaged
-    twin after every checkpoint but the last.
+    twin after every checkpoint but the last. run: what `prepared` returned for the same module, to go on with.
     """
-    run = _Run(module, o, data, matrices)
+    if run is None:
+        run = _Run(module, o, data, matrices)
+    run.o, run.data = o, data
     on_cuda = o.device.type == "cuda"
     start = last_save = looked = time.monotonic()
     earlier = run.seconds

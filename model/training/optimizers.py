@@ -124,6 +124,14 @@ class Optimizers:
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 
+    def forget(self) -> None:
+        """Momenta and counters as before the first step, in the same tensors."""
+        for part in self.parts.values():
+            for state in part.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+
     def gather(self) -> None:
         """Brings the whole state to the first process, whose `state_dict` is then everybody's; every process must ask."""
         if dist.is_initialized() and "muon" in self.parts:

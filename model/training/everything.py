@@ -1,0 +1,499 @@
+"""Trains all of the embedded networks within one budget of seconds, on one machine, from a corpus to a bundle.
+
+    python -m model.training.everything OUT --budget-seconds 300 --vqgan runs/vqgan.pt
+    python -m model.training.everything OUT --smoke                      # the same, as small and short as can be
+    python -m model.training.everything --join OUT weights/tiny          # what a run has left → a bundle
+
+A process each for the VQGAN, the byte encoder, CLIP with the prior, and the denoiser; this one samples the corpus, watches the clock, and
+writes what there is to OUT every time that something is new: parts of at most 15 MiB, a log, figures. A run that is killed has left that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.runtime import prepare
+
+_PART = 15 * 2**20  # bytes
+_STATE = "state.safetensors"
+# Shares of the budget: until when encoders and VQGAN learn, until when the denoiser does.
+_ENCODERS, _DENOISER = 0.29, 0.94
+_POLL = 0.25  # seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and times of a run. Deadlines are readings of `time.time()`."""
+
+    scratch: Path
+    encoders_until: float
+    denoiser_until: float
+    end: float
+    smoke: bool
+    vqgan: str | None
+    pictures: int
+    record: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() and not self.smoke else "cpu")
+
+    def batch(self, usual: int, smallest: int) -> int:
+        return smallest if self.smoke else usual
+
+    def save(self) -> None:
+        fields = {name: str(value) if isinstance(value, Path) else value for name, value in self.__dict__.items()}
+        _write(self.scratch / "plan.json", json.dumps(fields).encode())
+
+    @classmethod
+    def load(cls, scratch: Path) -> Plan:
+        fields = json.loads((scratch / "plan.json").read_text())
+        return cls(**{**fields, "scratch": scratch})
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The whole file or none of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _save(path: Path, contents: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    torch.save(contents, partial)
+    partial.replace(path)
+
+
+def _wait_for(*paths: Path) -> None:
+    while not all(path.exists() for path in paths):
+        time.sleep(_POLL / 5)
+
+
+def _say(text: str) -> None:
+    print(f"[{time.time() % 1e5:9.2f}] {text}", flush=True)
+
+
+# ── what each process does ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _options(plan: Plan, name: str, until: float, *, batch: int, lr: float, ema: float = 0.999, warmup: int = 100) -> Any:
+    from model.training.options import Options
+
+    return Options(
+        minutes=max(until - time.time(), 0.5) / 60,
+        steps=None,
+        checkpoint=plan.scratch / f"{name}.pt",
+        log_dir=None,
+        resume=False,
+        batch=batch,
+        accumulate=1,
+        lr=lr,
+        warmup=3 if plan.smoke else warmup,
+        ema=ema,
+        seed=0,
+        data_seed=0,
+        device=plan.device,
+        dtype=torch.bfloat16 if plan.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else torch.float32,
+        workers=0,
+        save_seconds=3.0 if plan.smoke else 40.0,
+        record=plan.record,
+    )
+
+
+def _scenes(plan: Plan, tokens: bool) -> Any:
+    """The corpus and the art, on the device, as soon as they are there."""
+    from model.training import corpus
+    from model.training.data import Scenes
+
+    s = plan.scratch
+    _wait_for(s / "atlas.pt", s / "corpus.safetensors", *([s / "clip_tokens.pt"] if tokens else []))
+    known = torch.load(s / "clip_tokens.pt").to(plan.device) if tokens else None
+    return Scenes(corpus.load(s / "corpus.safetensors").to(plan.device), torch.load(s / "atlas.pt").to(plan.device), known)
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(number)
+    torch.backends.cudnn.benchmark = True
+
+
+def _role_vqgan(plan: Plan) -> None:
+    from model.training import loop, tiny, vqgan
+
+    _seed(1)
+    trained = vqgan.trained_vqgan(Path(plan.vqgan)) if plan.vqgan else vqgan.Autoencoder.fresh(tiny.VQGAN)
+    trained.to(plan.device)
+    scenes = _scenes(plan, tokens=False)
+    _figures(plan, "vqgan before", {"psnr": vqgan.held_out_psnr(trained.vqgan.eval(), scenes, *_few(plan))} if plan.vqgan else {})
+    o = _options(plan, "vqgan", plan.encoders_until, batch=plan.batch(256, 8), lr=1e-3, ema=0.98)
+    with _accelerated(trained, plan):
+        network = vqgan.train(trained, scenes, loop.replace(o, record=False), crop=64 if plan.smoke else 128)
+    _done(plan, "vqgan")
+    _figures(plan, "vqgan", {"psnr": vqgan.held_out_psnr(network, scenes, *_few(plan))})
+
+
+def _few(plan: Plan) -> tuple[int, int]:
+    """How many pictures figures are measured on, and how many of them at a time."""
+    return (16, 8) if plan.smoke else (1024, 128)
+
+
+def _role_bytes(plan: Plan) -> None:
+    from model.training import byte_encoder
+
+    _seed(2)
+    reader = byte_encoder.Reader().to(plan.device)
+    scenes = _scenes(plan, tokens=False)
+    o = _options(plan, "byte_encoder", plan.encoders_until, batch=plan.batch(1024, 32), lr=2e-3)
+    trained = byte_encoder.train(reader, scenes, o)
+    _done(plan, "byte_encoder")
+    held_out = torch.arange(len(scenes.corpus) - _few(plan)[0], len(scenes.corpus), device=plan.device)
+    _figures(plan, "bytes", byte_encoder.accuracies(trained, scenes, held_out))
+
+
+def _role_clip(plan: Plan) -> None:
+    from model.training import clip, prior, tiny
+
+    _seed(3)
+    _wait_for(plan.scratch / str(tiny.CLIP.merges))
+    pair = clip.Pair(plan.scratch).to(plan.device)
+    scenes = _scenes(plan, tokens=True)
+    o = _options(plan, "clip", plan.encoders_until, batch=plan.batch(1024, 16), lr=1e-3)
+    network = clip.train(pair, scenes, o).clip
+    clip.give_unit_variance(network, scenes, *_few(plan)[1:])
+    _save(plan.scratch / "clip_scaled.pt", network.model.state_dict())
+    _done(plan, "clip")
+    index = scenes.of_aspect[0][-_few(plan)[0] :]
+    _figures(plan, "clip", {"found": clip.retrieval(network, scenes, index, 16 if plan.smoke else 256)})
+    o = _options(plan, "prior", plan.denoiser_until - 1, batch=plan.batch(1024, 32), lr=1e-3)
+    texts, images = prior.embeddings(network, scenes, 100 if plan.smoke else 60_000, o.dtype, o.batch)
+    # The processor has nothing else to do by now, and the GPU has.
+    torch.set_num_threads(1 if plan.smoke else 8)
+    o = _replace(o, device=torch.device("cpu"), dtype=torch.float32)
+    trained = prior.train(prior.Prior(tiny.PRIOR), texts.cpu(), images.cpu(), o)
+    _done(plan, "prior")
+    _figures(plan, "prior", _prior_figures(trained, texts[: _few(plan)[0], 0].cpu(), images[: _few(plan)[0]].cpu()))
+
+
+def _prior_figures(trained: Any, text: Tensor, image: Tensor) -> dict[str, float]:
+    """Of embeddings [n, D]: cosine of what the prior imagines to the picture's, and how often that is the nearest of all."""
+    import torch.nn.functional as F
+
+    from model.prior import sample
+
+    with torch.no_grad():
+        imagined = sample(trained, text, torch.randn(5, *text.shape), guidance=2.0)
+    likeness = F.normalize(imagined, dim=-1) @ F.normalize(image, dim=-1).T
+    nearest = likeness.argmax(-1) == torch.arange(len(text))
+    return {"cosine": float(likeness.diag().mean()), "nearest": float(nearest.float().mean())}
+
+
+def _role_denoiser(plan: Plan) -> None:
+    from model.bundle import BundleV3, build, inner
+    from model.training import denoiser, loop, tiny
+    from model.training.assemble import tiny_config, trained_state
+    from model.training.guides import Guided
+
+    _seed(4)
+    s = plan.scratch
+    _wait_for(s / str(tiny.CLIP.merges))
+    bundle = build(tiny_config(), s, plan.device)
+    if not isinstance(bundle, BundleV3):
+        raise TypeError("the embedded bundle is v3's")
+    scenes = _scenes(plan, tokens=True)
+    guided = Guided(bundle.denoiser.train(), bundle.vqgan.vquantizer.codebook.weight).to(plan.device)
+    for network in (bundle.vqgan, bundle.byt5, bundle.clip):
+        network.eval().requires_grad_(False)
+    batch = plan.batch(512, 8)
+    encoding = denoiser.Encoding.of(bundle, scenes, batch, plan.batch(400_000, 64), torch.bfloat16)
+    o = _options(plan, "denoiser", plan.denoiser_until, batch=batch, lr=4e-3 if not plan.smoke else 2e-3)
+    losses = denoiser.scene_losses(guided, encoding)
+    with _accelerated(guided, plan):
+        for pool in encoding.pools.values():
+            pool.fake()
+        run = loop.prepared(guided, losses.losses, o, denoiser.matrices_of(guided))
+        _say("denoiser: prepared")
+        _wait_for(*(s / f"{name}.done" for name in ("vqgan", "byte_encoder", "clip")))
+        states = {"vqgan": trained_state(loop.load(s / "vqgan.pt"), "vqgan.")}
+        states["byt5"] = trained_state(loop.load(s / "byte_encoder.pt"), "encoder.t5.")
+        states["clip"] = torch.load(s / "clip_scaled.pt")
+        for name, state in states.items():
+            inner(getattr(bundle, name)).load_state_dict(state)
+        guided.codebook.copy_(bundle.vqgan.vquantizer.codebook.weight)
+        for pool in encoding.pools.values():
+            pool.forget()
+        encoding.begin(8 if plan.smoke else 32)
+        _say("denoiser: begins")
+        o = loop.replace(o, minutes=max(plan.denoiser_until - time.time(), 0.5) / 60)
+        loop.fit(guided, losses, o, encoding, denoiser.matrices_of(guided), encoding.grow, run=run)
+    encoded = {str(aspect): pool.encoded for aspect, pool in encoding.pools.items()}
+    _done(plan, "denoiser")
+    _figures(plan, "denoiser", {"steps": run.step, "skipped": run.skipped, **{f"encoded {a}": n for a, n in encoded.items()}})
+
+
+@contextlib.contextmanager
+def _accelerated(module: Any, plan: Plan) -> Iterator[None]:
+    """Within it, whatever is faster on this device and says the same."""
+    yield
+
+
+_ROLES: dict[str, Callable[[Plan], None]] = {
+    "vqgan": _role_vqgan,
+    "bytes": _role_bytes,
+    "clip": _role_clip,
+    "denoiser": _role_denoiser,
+}
+
+
+def _replace(o: Any, **changes: Any) -> Any:
+    from model.training import loop
+
+    return loop.replace(o, **changes)
+
+
+def _done(plan: Plan, name: str) -> None:
+    _write(plan.scratch / f"{name}.done", b"")
+    _say(f"{name}: done")
+
+
+def _figures(plan: Plan, name: str, figures: dict[str, Any]) -> None:
+    _say(f"{name}: {figures}")
+    _write(plan.scratch / f"{name.replace(' ', '_')}.figures", json.dumps({name: figures}).encode())
+
+
+# ── the one that watches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Watch:
+    """The other processes, and what they have left so far."""
+
+    def __init__(self, plan: Plan, out: Path, started: float) -> None:
+        self.plan, self.out, self.started = plan, out, started
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.tried: dict[str, int] = {}
+        self.exported: dict[str, float] = {}
+        self.seen_log: dict[str, int] = {}
+
+    def start(self, role: str) -> None:
+        self.tried[role] = self.tried.get(role, 0) + 1
+        log = (self.plan.scratch / f"{role}.log").open("ab")
+        again = ["--no-record"] if self.tried[role] > 1 else []
+        command = [sys.executable, "-u", "-m", "model.training.everything", "--role", role, "--scratch", str(self.plan.scratch), *again]
+        self.processes[role] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def look(self) -> None:
+        """Shows what was said, starts again what has failed, and exports what is new."""
+        self.show()
+        for role, process in self.processes.items():
+            if process.poll() not in (None, 0) and self.tried[role] == 1 and time.time() < self.plan.denoiser_until - 20:
+                _say(f"{role} ended with {process.returncode}; once more, step by step")
+                self.start(role)
+        self.export()
+
+    def show(self) -> None:
+        whole = []
+        for role in self.processes:
+            path = self.plan.scratch / f"{role}.log"
+            text = path.read_bytes() if path.exists() else b""
+            fresh, self.seen_log[role] = text[self.seen_log.get(role, 0) :], len(text)
+            for line in fresh.decode(errors="replace").replace("\r", "\n").splitlines():
+                if line.strip():
+                    print(f"{role}: {line.strip()}", flush=True)
+            whole.append(f"==== {role}\n{text.decode(errors='replace')}")
+        _write(self.out / "log.txt", "\n".join(whole).replace("\r", "\n").encode()[-8 * 2**20 :])
+
+    def export(self) -> None:
+        """Writes parts and figures if a checkpoint is newer than those written last."""
+        names = ("vqgan.pt", "byte_encoder.pt", "clip_scaled.pt", "clip.pt", "prior.pt", "denoiser.pt")
+        there = {name: path.stat().st_mtime for name in names if (path := self.plan.scratch / name).exists()}
+        self._write_figures()
+        if there == self.exported:
+            return
+        try:
+            _write_parts(self.out, _collected(self.plan.scratch))
+            self.exported = there
+        except Exception:
+            traceback.print_exc()
+
+    def _write_figures(self) -> None:
+        figures: dict[str, Any] = {"seconds": round(time.time() - self.started, 1)}
+        for path in sorted(self.plan.scratch.glob("*.figures")):
+            figures |= json.loads(path.read_text())
+        _write(self.out / "figures.json", json.dumps(figures, indent=1).encode())
+
+    @property
+    def working(self) -> bool:
+        return any(process.poll() is None for process in self.processes.values())
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+
+
+def _collected(scratch: Path) -> dict[str, Tensor]:
+    """The averaged weights of every network that there is a checkpoint of, in fp16, and CLIP's merges as bytes."""
+    from model.training import loop
+    from model.training.assemble import _SOURCES, trained_state
+
+    tensors: dict[str, Tensor] = {}
+    for network, (name, prefix) in _SOURCES.items():
+        if network == "clip" and (scratch / "clip_scaled.pt").exists():
+            state = torch.load(scratch / "clip_scaled.pt", map_location="cpu")
+        elif (scratch / f"{name}.pt").exists():
+            state = trained_state(loop.load(scratch / f"{name}.pt"), prefix)
+        else:
+            continue
+        tensors |= {f"{network}:{key}": t.half() if t.is_floating_point() else t for key, t in state.items()}
+    if (scratch / "vqgan.pt").exists():  # what the codebook's training goes on with
+        codes = trained_state(loop.load(scratch / "vqgan.pt"), "codes.")
+        tensors |= {f"codes:{key}": t.float() for key, t in codes.items()}
+    for merges in scratch.glob("*.txt.gz"):
+        tensors[f"file:{merges.name}"] = torch.frombuffer(bytearray(merges.read_bytes()), dtype=torch.uint8)
+    return tensors
+
+
+def _write_parts(out: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save
+
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    parts = [content[start : start + _PART] for start in range(0, len(content), _PART)]
+    for number, part in enumerate(parts):
+        _write(out / f"{_STATE}.{number}", part)
+
+
+def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Makes a bundle of the parts that a run has left in `out`; networks that were not trained are random.
+
+    Raises FileNotFoundError where there are no parts.
+    """
+    from safetensors.torch import load
+
+    from model.bundle import build, inner, save_bundle
+    from model.training.assemble import tiny_config
+
+    parts = sorted(out.glob(f"{_STATE}.*"), key=lambda path: int(path.suffix[1:]))
+    if not parts:
+        raise FileNotFoundError(f"{out}: no {_STATE}.0 in it")
+    tensors = load(b"".join(path.read_bytes() for path in parts))
+    config = tiny_config()
+    with tempfile.TemporaryDirectory() as folder:
+        merges = Path(folder) / str(config.clip.merges)
+        merges.write_bytes(bytes(tensors[f"file:{config.clip.merges}"].tolist()))
+        made = build(config, merges.parent, "cpu")
+        for name, network in made.networks():
+            state = {key.partition(":")[2]: t.float() if t.is_floating_point() else t for key, t in tensors.items() if key.startswith(f"{name}:")}
+            if state:
+                inner(network).load_state_dict(state, strict=name != "byt5")
+        written = save_bundle(made, bundle, dtype, merges)
+    for name, entry in written.files.items():
+        print(f"{entry.bytes / 1e6:8.2f} MB  {name}")
+
+
+def _prepare_data(plan: Plan) -> None:
+    """Atlas, corpus, vocabulary and tokens, each a file as soon as it is there."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from safetensors.numpy import save_file
+
+    from model.text import CLIP
+    from model.training import art, clip, corpus, tiny
+    from model.training.data import Scenes
+
+    s = plan.scratch
+    with ThreadPoolExecutor(1) as thread:
+        drawn = thread.submit(art.atlas)
+        arrays = corpus.sample_arrays(plan.pictures, 0, max(1, (os.cpu_count() or 2) - 3))
+        save_file(arrays, s / "corpus.partial")
+        (s / "corpus.partial").rename(s / "corpus.safetensors")
+        _say(f"corpus: {plan.pictures}")
+        known = corpus.load(s / "corpus.safetensors")
+        _save(s / "atlas.pt", drawn.result())
+        _say("atlas")
+    scenes = Scenes(known, torch.empty(0))
+    merges = s / str(tiny.CLIP.merges)
+    if not merges.exists():
+        clip.learn_merges(s / "learnt.gz", tiny.CLIP.text_cfg["vocab_size"], scenes.captions(1000 if plan.smoke else 20_000))
+        (s / "learnt.gz").rename(merges)
+    _say("merges")
+    _save(s / "clip_tokens.pt", clip.tokenize(CLIP(tiny.CLIP, s), scenes))
+    _say("tokens")
+
+
+def everything(args: argparse.Namespace) -> None:
+    started = args.started or time.time()
+    args.out.mkdir(parents=True, exist_ok=True)
+    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # noqa: S108, a name of our own in it
+    scratch = Path(tempfile.mkdtemp(prefix="everything-", dir=root))
+    budget = args.budget_seconds
+    encoders, denoiser = (0.5, 0.8) if args.smoke else (_ENCODERS, _DENOISER)
+    plan = Plan(
+        scratch=scratch,
+        encoders_until=started + encoders * budget,
+        denoiser_until=started + denoiser * budget,
+        end=started + budget,
+        smoke=args.smoke,
+        vqgan=None if args.vqgan is None else str(args.vqgan.resolve()),
+        pictures=400 if args.smoke else args.pictures,
+    )
+    plan.save()
+    watch = Watch(plan, args.out, started)
+    try:
+        for role in _ROLES:
+            watch.start(role)
+        _prepare_data(plan)
+        while watch.working and time.time() < plan.end - (1 if args.smoke else 4):
+            watch.look()
+            time.sleep(4 * _POLL)
+        watch.look()
+    finally:
+        watch.stop()
+        watch.show()
+        shutil.rmtree(scratch, ignore_errors=True)
+    _say(f"{time.time() - started:.1f} s")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path, nargs="?")
+    p.add_argument("--budget-seconds", type=float, default=300)
+    p.add_argument("--started", type=float, help="when the budget began, as `date +%%s` says it (default now)")
+    p.add_argument("--vqgan", type=Path, help="checkpoint of `model.training.vqgan` to go on with")
+    p.add_argument("--pictures", type=int, default=400_000)
+    p.add_argument("--smoke", action="store_true", help="on the CPU, with next to nothing of everything")
+    p.add_argument("--join", type=Path, nargs=2, metavar=("OUT", "BUNDLE"), help="make a bundle of what a run has left")
+    p.add_argument("--role", choices=_ROLES, help=argparse.SUPPRESS)
+    p.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("--no-record", action="store_true", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.role:
+        plan = Plan.load(args.scratch)
+        plan = Plan(**{**plan.__dict__, "record": not args.no_record})
+        prepare(1 if plan.smoke else 2)
+        _ROLES[args.role](plan)
+    elif args.join:
+        prepare()
+        join(*args.join)
+    elif args.out is None:
+        p.error("where to?")
+    else:
+        prepare()
+        everything(args)
+
+
+if __name__ == "__main__":
+    main()
