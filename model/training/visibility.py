@@ -61,6 +61,8 @@ def main() -> None:
         colours = lab((sprite[:3] * 255 / np.maximum(sprite[3], 1)).clip(0, 255).transpose(1, 2, 0))
         width, height = (int((sprite[3] > 8).any(axis=axis).sum()) for axis in (0, 1))
         row |= {"aspect": round(width / height, 2), "hidden": hidden(colours, solid)}
+        if not row["hidden"]:
+            del row["hidden"]
         lines.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
     FILE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
