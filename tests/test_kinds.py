@@ -81,6 +81,10 @@ def test_irregular_plurals_are_in_the_list() -> None:
     assert plurals["sheep"] == "sheep"
 
 
+def test_what_must_not_be_mirrored_is_in_the_list() -> None:
+    assert set(NAMES_OF_KINDS) >= kinds.ONE_WAY
+
+
 def test_outlines() -> None:
     assert outline("circle", 100) == (100, 100)
     assert aspect("cactus") == aspect(NUMBERS["cactus"])

@@ -103,6 +103,29 @@ KINDS: tuple[Kind, ...] = _read(FILE)
 NAMES_OF_KINDS: tuple[str, ...] = (*SHAPES, *(kind.name for kind in KINDS))
 NUMBERS: dict[str, int] = {name: number for number, name in enumerate(NAMES_OF_KINDS)}  # sprite number by name
 
+# Objects with letters, numbers or notes on them, which a mirror would spoil.
+ONE_WAY: frozenset[str] = frozenset(
+    (
+        "gold medal",
+        "silver medal",
+        "bronze medal",
+        "slot machine",
+        "music note",
+        "treble clef",
+        "convenience store",
+        "dollar bill",
+        "flying money",
+        "money bag",
+        "bank",
+        "red envelope",
+        "hotel",
+        "watch",
+        "mantel clock",
+        "world map",
+        "globe",
+    )
+)
+
 
 def object_of(sprite: int | str) -> Kind | None:
     """Return the object of a sprite's name or number, None for a shape.
