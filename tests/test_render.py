@@ -12,7 +12,7 @@ from model.training import art
 from model.training.backgrounds import VARIANTS, paint
 from model.training.kinds import SHAPES
 from model.training.palette import COLOURS
-from model.training.render import Layouts, render
+from model.training.render import Layouts, _draw_all, render
 from model.training.scenery import BACKGROUNDS, SCENES
 
 SQUARE, TRIANGLE = SHAPES.index("square"), SHAPES.index("triangle")
@@ -185,6 +185,18 @@ def test_all_variants_are_reached() -> None:
     ends = paint(numbers, params, 32, 32)
     params[:, 3] = torch.tensor([0.5 / VARIANTS, 1 - 0.5 / VARIANTS])
     assert torch.equal(paint(numbers, params, 32, 32), ends)
+
+
+def test_drawing_all_at_once_is_drawing_one_by_one(atlas: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU draws a slot's sprites over whole pictures."""
+    layouts = Layouts.blank(6, 2)
+    layouts.sprite[:] = torch.tensor([[SQUARE, -1], [-1, -1], [OBJECT, TRIANGLE], [2, 3], [-1, OBJECT], [4, 5]])
+    layouts.centre[:] = 256 * torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(0))
+    layouts.length[:] = torch.where(layouts.sprite >= 0, 96.0, 0.0)
+    layouts.angle[:] = 7.0
+    expected = render(layouts, atlas)
+    monkeypatch.setattr("model.training.render._draw_each", _draw_all)
+    assert (render(layouts, atlas).int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.gpu
