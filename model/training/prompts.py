@@ -76,17 +76,28 @@ def _single_object(rng: Random, number: int) -> _Drawn:
         yield _alone(rng, object_named(kind.name), choices[number % len(choices)]), COMPLETE
 
 
+def _squared(scene: Scene) -> Scene:
+    """Return the scene as a square picture, its thing in the middle where its side has no room there."""
+    square = replace(scene, aspect=SQUARE)
+    if len(scene.things) != 1 or scene.things[0].side == "centre":
+        return square
+    thing = scene.things[0]
+    if thing.side in scenes.sides_for(thing.kind, thing.size, SQUARE, scene.background):
+        return square
+    return replace(square, things=(replace(thing, side="centre"),))
+
+
 def _shape_colour(rng: Random, number: int) -> _Drawn:
     """Every shape in every colour that training shows it in."""
     for shape in SHAPES:
         for colour in scenes.shape_colours(shape):
-            yield replace(scenes.lone(rng, Thing(shape, colour), 0.0), aspect=SQUARE), COMPLETE
+            yield _squared(scenes.lone(rng, Thing(shape, colour), 0.0)), COMPLETE
 
 
 def _square(sampler: Callable[[Random], Scene]) -> Callable[[Random, int], _Drawn]:
     def drawn(rng: Random, number: int) -> _Drawn:
         while True:
-            yield replace(sampler(rng), aspect=SQUARE), COMPLETE
+            yield _squared(sampler(rng)), COMPLETE
 
     return drawn
 
@@ -101,7 +112,7 @@ def _counting(rng: Random, number: int) -> _Drawn:
 def _position(rng: Random, number: int) -> _Drawn:
     """Things at a side, and as often two of which one lies left of, above … the other."""
     while True:
-        scene = replace(scenes.sample_object(rng), aspect=SQUARE)
+        scene = _squared(scenes.sample_object(rng))
         if scene.things[0].side != "centre":
             yield scene, COMPLETE
             pair = replace(scenes.sample_pair(rng), aspect=SQUARE)
@@ -147,7 +158,7 @@ def _combinations(rng: Random, unseen: bool) -> _Drawn:
         for options in (SCENES, NAMES, SCENES):
             yield _before(rng, options, unseen), COMPLETE
         shape, colour = pick(rng, coloured)
-        yield replace(scenes.lone(rng, Thing(shape, colour), 0.0), aspect=SQUARE), COMPLETE
+        yield _squared(scenes.lone(rng, Thing(shape, colour), 0.0)), COMPLETE
         for _ in range(2):
             yield _both(rng, unseen), COMPLETE
 

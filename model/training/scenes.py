@@ -20,6 +20,7 @@ from zlib import crc32
 from model.training.kinds import (
     KINDS,
     NUMBERS,
+    ONE_WAY,
     SHAPES,
     Kind,
     backgrounds_for,
@@ -628,7 +629,7 @@ def layout(scene: Scene, rng: Random, *, aligned: bool = True) -> Layout:
             angle = (2 * rng.random() - 1) * largest
             length *= 0.95
         tint = _tint(rng, thing)
-        mirror = thing.kind not in SHAPES and mirrored[thing.kind]
+        mirror = mirrored[thing.kind] and thing.kind not in SHAPES and thing.kind not in ONE_WAY
         sprites.append(Sprite(NUMBERS[thing.kind], x, y, length, mirror, angle, tint))
     params = tuple(rng.random() for _ in range(8))
     return Layout(BACKGROUND_NUMBERS[scene.background], params, tuple(sprites))
