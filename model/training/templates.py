@@ -47,7 +47,8 @@ _UNEXPLAINED = 0.6  # share left over from which a region before a painted scene
 _SHORTLIST, _LAST = 16, 6  # templates that are compared more closely, twice
 _SHIFTS = tuple((x, y) for x in (0.0, -1.0, 1.0) for y in (0.0, -1.0, 1.0))  # in pixels of a cell
 _SCALES = (0.94, 1.06)
-_EDGES = 3.0  # weight of edges beside colours in the last comparison
+_EDGES = 2.0  # weight of edges beside colours in the last comparison
+_ANY_COLOUR = 1.3  # how much closer a shape must be, since its colour is free
 _BATCH = 64
 
 Labels = npt.NDArray[np.int32]
@@ -126,7 +127,8 @@ class Templates:
         size = (round(height * scale), round(width * scale))
         planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
         numbers, behind = self.backdrops.find(planes)
-        fields = _unlike(planes, behind).cpu().numpy()
+        painted = torch.tensor([number >= len(NAMES) for number in numbers], device=self.device)
+        fields = _unlike(planes, behind, painted).cpu().numpy()
         labels = [_labels(field) for field in fields]
         views = Views(planes, behind, torch.from_numpy(np.stack(labels)).to(self.device))
         groups = self._things(views, labels)
@@ -208,7 +210,7 @@ class Templates:
         else:
             products = torch.einsum("rd,rtd->rt", own, self.vectors[chosen]) + self.energy[chosen]
         objects = contrast.square().sum((1, 2))[:, None] + products
-        count = shapes.shape[1]
+        shapes, count = _ANY_COLOUR * shapes, shapes.shape[1]
         if chosen is None:
             return torch.cat([shapes, objects[:, count:]], dim=1)
         return torch.where(chosen < count, shapes.gather(1, chosen.clamp_max(count - 1)), objects)
@@ -239,6 +241,7 @@ class Templates:
         cells = self._cells(views, groups, jitter)
         _, colours = self._shapes_left_over(cells.halved())
         apart, energy = self._apart(cells, last, colours)
+        apart = torch.where(last < len(self.shapes), apart * _ANY_COLOUR, apart)
         rows = torch.arange(len(groups), device=self.device)
         winner = last[rows, apart.argmin(1)]
         share = (apart.amin(1) / energy.clamp_min(1e-6)).tolist()
@@ -288,9 +291,15 @@ class Templates:
         )
 
 
+def _smooth(planes: Tensor) -> Tensor:
+    """Blur planes [..., H, W]: a judge must not expect details that no decoder draws."""
+    flat = planes.flatten(0, -3)
+    return F.avg_pool2d(flat, 3, 1, 1, count_include_pad=False).view_as(planes)
+
+
 def _distance(one: Tensor, other: Tensor) -> Tensor:
     """Return the squared difference of colours and edges [...] of pictures [..., 3, H, W]."""
-    apart = one - other
+    apart = _smooth(one - other)
     down, across = apart.diff(dim=-2), apart.diff(dim=-1)
     edges = down.square().sum((-3, -2, -1)) + across.square().sum((-3, -2, -1))
     return apart.square().sum((-3, -2, -1)) + _EDGES * edges
@@ -299,10 +308,14 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 # ── pictures → regions ────────────────────────────────────────────────────────────────────────────
 
 
-def _unlike(pictures: Tensor, behind: Tensor) -> Tensor:
-    """Return the smoothed ΔE [N, H, W] between pictures and backgrounds [N, 3, H, W]."""
-    apart = (lab(pictures) - lab(behind)).square().sum(1, keepdim=True).sqrt()
-    return F.avg_pool2d(apart, 3, 1, 1, count_include_pad=False)[:, 0]
+def _unlike(pictures: Tensor, behind: Tensor, painted: Tensor) -> Tensor:
+    """Return the smoothed ΔE [N, H, W] between pictures and backgrounds [N, 3, H, W].
+
+    painted: [N], where the background has details of its own; these are blurred away beforehand.
+    """
+    blur = painted[:, None, None, None]
+    one, other = (torch.where(blur, _smooth(_smooth(x)), x) for x in (pictures, behind))
+    return _smooth((lab(one) - lab(other)).square().sum(1).sqrt())
 
 
 def _labels(unlike: npt.NDArray[np.float32]) -> Labels:
