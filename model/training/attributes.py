@@ -39,5 +39,5 @@ def attribute_loss(logits: Mapping[str, Tensor], classes: Mapping[str, Tensor]) 
         errors = F.cross_entropy(logit.float(), classes[name].clamp_min(0), reduction="none")
         losses.append((errors * asked).sum() / count * (_KIND if name.startswith("kind") else 1.0))
         right = (logit.argmax(-1) == classes[name]).float().sum() / count
-        hits.append(torch.where(asked.any(), right, 1.0))
+        hits.append(right.masked_fill(~asked.any(), 1.0))
     return torch.stack(losses).mean(), torch.stack(hits).min()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.bundle import load_v3
 from model.config import find_bundle
-from model.text import CLIP
+from model.text import CLIP, PIXEL_STATISTICS
 from model.training import loop, tiny
 from model.training.attributes import AttributeHeads, attribute_loss
 from model.training.data import Scenes
@@ -100,6 +100,7 @@ class Thumbnails:
         self.pixels = torch.zeros(self.capacity, 3, S, S, dtype=torch.uint8, device=device)
         self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
         self._next = 0
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in PIXEL_STATISTICS)
         for _ in range(-(-self.capacity // self.count)):
             self.renew()
 
@@ -115,17 +116,17 @@ class Thumbnails:
         self._next = (self._next + self.count) % self.capacity
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """(pictures [B, 3, S, S] in [0, 1], their scenes' numbers [B])."""
+        """(pictures [B, 3, S, S] as the image tower takes them, their scenes' numbers [B])."""
         chosen = (torch.rand(self.batch, device=self.index.device) * self.capacity).long()
-        return self.pixels[chosen].float() / 255, self.index[chosen]
+        return (self.pixels[chosen].float() / 255 - self.mean) / self.std, self.index[chosen]
 
 
 def pair_loss(pair: Pair, scenes: Scenes, image: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the objective, figures) for pictures [B, 3, S, S] of scenes [B], each with one of its captions."""
+    """(the objective, figures) for pictures [B, 3, S, S], as the image tower takes them, of scenes [B], each with one of its captions."""
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     which = (torch.rand(len(index), device=index.device) * scenes.corpus.text.shape[1]).long()
-    shown = pair.clip.encode_image(image)
+    shown = pair.clip.model.encode_image(image)
     said = pair.clip.model.encode_text(scenes.clip_tokens[index, which].long())
     contrast, found = contrastive_loss(shown, said, pair.clip.model.logit_scale)
     classes = scenes.stated(index, which)

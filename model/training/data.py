@@ -1,6 +1,6 @@
 """The captioned scenes of a corpus, on the device that trains: pictures are drawn when they are asked for, captions are read as they lie.
 
-Nothing here asks the device for a number, so all of it may be part of a recorded step. Letters: N scenes, B of them, L bytes.
+Nothing here asks the device for a number or sends it one, so all of it may be part of a recorded step. Letters: N scenes, B of them, L bytes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Text:
         padded = torch.nn.functional.pad(self.bytes.long(), (0, 1))
         place = torch.arange(padded.shape[1], device=padded.device)
         length = self.length.long()[:, None]
-        return torch.where(place < length, padded + _FIRST_BYTE, torch.where(place == length, _END, 0))
+        return (padded + _FIRST_BYTE) * (place < length) + _END * (place == length)
 
     @property
     def mask(self) -> Tensor:
@@ -110,7 +110,7 @@ class Scenes:
         inside = (asked[..., None] >= span[:, None, :, 0]) & (asked[..., None] < span[:, None, :, 1])  # [B, k, 3]
         place = inside.int().argmax(-1)
         classes = things.gather(1, place[..., None].expand(-1, -1, things.shape[-1]))
-        classes = torch.where(inside.any(-1, keepdim=True), classes, -1).flatten(0, 1)
+        classes = classes.masked_fill(~inside.any(-1, keepdim=True), -1).flatten(0, 1)
         return dict(zip(self.corpus.thing_attributes, classes.unbind(-1), strict=True))
 
     def some(self, count: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ def token_loss(
     logits = denoiser.project(features.gather(1, judged[..., None].expand(-1, -1, features.shape[-1])))
     target, touched = pick(x.tokens), pick(noised)
     errors = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none", label_smoothing=LABEL_SMOOTHING)
-    weights = torch.where(touched, 1.0, 1 - 0.7 * (1 - t[:, None]))
+    weights = 1 - 0.7 * (1 - t[:, None]) * ~touched
     right = ((logits.max(-1).indices == target) & touched).sum() / touched.sum().clamp_min(1)
     return (errors.view_as(weights) * weights).mean(), right
 

@@ -1,11 +1,14 @@
 """Trains all of the embedded networks within one budget of seconds, on one machine, from a corpus to a bundle.
 
-    python -m model.training.everything OUT --budget-seconds 300 --vqgan runs/vqgan.pt
-    python -m model.training.everything OUT --smoke                      # the same, as small and short as can be
-    python -m model.training.everything --join OUT weights/tiny          # what a run has left → a bundle
+    python -m model.training.everything OUT --budget-seconds 300
+    python -m model.training.everything ONE --phases vqgan,bytes,clip,judge --budget-seconds 110 --vqgan runs/vqgan.pt
+    python -m model.training.everything TWO --phases denoiser,prior --from ONE --budget-seconds 290       # the same in two goes
+    python -m model.training.everything OUT --smoke                      # on the CPU, as small and short as can be
+    python -m model.training.everything --join TWO weights/tiny          # what a run has left → a bundle
 
-A process each for the VQGAN, the byte encoder, CLIP with the prior, and the denoiser; this one samples the corpus, watches the clock, and
-writes what there is to OUT every time that something is new: parts of at most 15 MiB, a log, figures. A run that is killed has left that.
+A process each for the VQGAN, the byte encoder, CLIP, the judge of pictures, the denoiser and the prior; this one samples the corpus,
+watches the clock, and writes what there is to OUT every time that something is new: parts of at most 15 MiB, a log, figures. A run that is
+killed has left that.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from model.runtime import prepare
 
 _PART = 15 * 2**20  # bytes
 _STATE = "state.safetensors"
-# Shares of the budget: until when encoders and VQGAN learn, until when the denoiser does.
-_ENCODERS, _DENOISER = 0.29, 0.94
+# Of the budget, the share that encoders and VQGAN have where the denoiser follows them; seconds for what comes after the last step.
+_ENCODERS, _AFTERWARDS = 0.29, 9.0
+# The judge learns for so many seconds, the byte encoder for this share of the others' time.
+_JUDGE, _BYTES = 50.0, 0.8
 _POLL = 0.25  # seconds
 
 
@@ -58,7 +63,10 @@ class Plan:
         return smallest if self.smoke else usual
 
     def save(self) -> None:
-        fields = {name: str(value) if isinstance(value, Path) else value for name, value in self.__dict__.items()}
+        fields = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in self.__dict__.items()
+        }
         _write(self.scratch / "plan.json", json.dumps(fields).encode())
 
     @classmethod
@@ -85,6 +93,11 @@ def _wait_for(*paths: Path) -> None:
         time.sleep(_POLL / 5)
 
 
+def _net(plan: Plan, name: str) -> Path:
+    """Where a network's weights are once they are final, under their published names."""
+    return plan.scratch / f"{name}.net"
+
+
 def _say(text: str) -> None:
     print(f"[{time.time() % 1e5:9.2f}] {text}", flush=True)
 
@@ -92,7 +105,16 @@ def _say(text: str) -> None:
 # ── what each process does ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _options(plan: Plan, name: str, until: float, *, batch: int, lr: float, ema: float = 0.999, warmup: int = 100) -> Any:
+def _options(
+    plan: Plan,
+    name: str,
+    until: float,
+    *,
+    batch: int,
+    lr: float,
+    ema: float = 0.999,
+    warmup: int = 100,
+) -> Any:
     from model.training.options import Options
 
     return Options(
@@ -109,7 +131,9 @@ def _options(plan: Plan, name: str, until: float, *, batch: int, lr: float, ema:
         seed=0,
         data_seed=0,
         device=plan.device,
-        dtype=torch.bfloat16 if plan.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else torch.float32,
+        dtype=torch.bfloat16
+        if plan.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        else torch.float32,
         workers=0,
         save_seconds=3.0 if plan.smoke else 40.0,
         record=plan.record,
@@ -124,7 +148,11 @@ def _scenes(plan: Plan, tokens: bool) -> Any:
     s = plan.scratch
     _wait_for(s / "atlas.pt", s / "corpus.safetensors", *([s / "clip_tokens.pt"] if tokens else []))
     known = torch.load(s / "clip_tokens.pt").to(plan.device) if tokens else None
-    return Scenes(corpus.load(s / "corpus.safetensors").to(plan.device), torch.load(s / "atlas.pt").to(plan.device), known)
+    return Scenes(
+        corpus.load(s / "corpus.safetensors").to(plan.device),
+        torch.load(s / "atlas.pt").to(plan.device),
+        known,
+    )
 
 
 def _seed(number: int) -> None:
@@ -136,14 +164,24 @@ def _role_vqgan(plan: Plan) -> None:
     from model.training import loop, tiny, vqgan
 
     _seed(1)
-    trained = vqgan.trained_vqgan(Path(plan.vqgan)) if plan.vqgan else vqgan.Autoencoder.fresh(tiny.VQGAN)
+    trained = (
+        vqgan.trained_vqgan(Path(plan.vqgan)) if plan.vqgan else vqgan.Autoencoder.fresh(tiny.VQGAN)
+    )
     trained.to(plan.device)
     scenes = _scenes(plan, tokens=False)
-    _figures(plan, "vqgan before", {"psnr": vqgan.held_out_psnr(trained.vqgan.eval(), scenes, *_few(plan))} if plan.vqgan else {})
+    _figures(
+        plan,
+        "vqgan before",
+        {"psnr": vqgan.held_out_psnr(trained.vqgan.eval(), scenes, *_few(plan))}
+        if plan.vqgan
+        else {},
+    )
     o = _options(plan, "vqgan", plan.encoders_until, batch=plan.batch(256, 8), lr=1e-3, ema=0.98)
-    with _accelerated(trained, plan):
-        network = vqgan.train(trained, scenes, loop.replace(o, record=False), crop=64 if plan.smoke else 128)
-    _done(plan, "vqgan")
+    with _accelerated(trained, plan, 64, 64):
+        network = vqgan.train(
+            trained, scenes, loop.replace(o, record=False), crop=64 if plan.smoke else 128
+        )
+    _final(plan, "vqgan", network)
     _figures(plan, "vqgan", {"psnr": vqgan.held_out_psnr(network, scenes, *_few(plan))})
 
 
@@ -158,10 +196,13 @@ def _role_bytes(plan: Plan) -> None:
     _seed(2)
     reader = byte_encoder.Reader().to(plan.device)
     scenes = _scenes(plan, tokens=False)
-    o = _options(plan, "byte_encoder", plan.encoders_until, batch=plan.batch(1024, 32), lr=2e-3)
+    until = time.time() + _BYTES * (plan.encoders_until - time.time())
+    o = _options(plan, "byte_encoder", until, batch=plan.batch(1024, 32), lr=2e-3)
     trained = byte_encoder.train(reader, scenes, o)
-    _done(plan, "byte_encoder")
-    held_out = torch.arange(len(scenes.corpus) - _few(plan)[0], len(scenes.corpus), device=plan.device)
+    _final(plan, "byt5", trained.encoder)
+    held_out = torch.arange(
+        len(scenes.corpus) - _few(plan)[0], len(scenes.corpus), device=plan.device
+    )
     _figures(plan, "bytes", byte_encoder.accuracies(trained, scenes, held_out))
 
 
@@ -175,18 +216,60 @@ def _role_clip(plan: Plan) -> None:
     o = _options(plan, "clip", plan.encoders_until, batch=plan.batch(1024, 16), lr=1e-3)
     network = clip.train(pair, scenes, o).clip
     clip.give_unit_variance(network, scenes, *_few(plan)[1:])
-    _save(plan.scratch / "clip_scaled.pt", network.model.state_dict())
-    _done(plan, "clip")
+    _final(plan, "clip", network)
     index = scenes.of_aspect[0][-_few(plan)[0] :]
-    _figures(plan, "clip", {"found": clip.retrieval(network, scenes, index, 16 if plan.smoke else 256)})
-    o = _options(plan, "prior", plan.denoiser_until - 1, batch=plan.batch(1024, 32), lr=1e-3)
-    texts, images = prior.embeddings(network, scenes, 100 if plan.smoke else 60_000, o.dtype, o.batch)
+    _figures(
+        plan, "clip", {"found": clip.retrieval(network, scenes, index, 16 if plan.smoke else 256)}
+    )
+
+
+def _role_judge(plan: Plan) -> None:
+    from model.training import judge
+
+    left = plan.encoders_until - time.time() - (4 if plan.smoke else 12)
+    minutes = max(min(_JUDGE, left), 1) / 60
+    own = [
+        "--minutes",
+        str(minutes),
+        "--batch",
+        str(plan.batch(512, 8)),
+        "--lr",
+        "3e-3",
+        "--device",
+        plan.device.type,
+    ]
+    sys.argv = [
+        "judge",
+        *own,
+        "--checkpoint",
+        str(plan.scratch / "judge.pt"),
+        "--out",
+        str(plan.scratch / "detector.safetensors"),
+    ]
+    judge.main()
+
+
+def _role_prior(plan: Plan) -> None:
+    from model.text import CLIP
+    from model.training import prior, tiny
+
+    _seed(5)
+    _wait_for(_net(plan, "clip"), plan.scratch / str(tiny.CLIP.merges))
+    network = CLIP(tiny.CLIP, plan.scratch).to(plan.device).eval().requires_grad_(False)
+    network.model.load_state_dict(torch.load(_net(plan, "clip")))
+    scenes = _scenes(plan, tokens=True)
+    o = _options(plan, "prior", plan.denoiser_until - 2, batch=plan.batch(1024, 32), lr=1e-3)
+    texts, images = (
+        t.cpu()
+        for t in prior.embeddings(network, scenes, 100 if plan.smoke else 60_000, o.dtype, o.batch)
+    )
     # The processor has nothing else to do by now, and the GPU has.
     torch.set_num_threads(1 if plan.smoke else 8)
+    held_out = _few(plan)[0]
     o = _replace(o, device=torch.device("cpu"), dtype=torch.float32)
-    trained = prior.train(prior.Prior(tiny.PRIOR), texts.cpu(), images.cpu(), o)
-    _done(plan, "prior")
-    _figures(plan, "prior", _prior_figures(trained, texts[: _few(plan)[0], 0].cpu(), images[: _few(plan)[0]].cpu()))
+    trained = prior.train(prior.Prior(tiny.PRIOR), texts[held_out:], images[held_out:], o)
+    _final(plan, "prior", trained)
+    _figures(plan, "prior", _prior_figures(trained, texts[:held_out, 0], images[:held_out]))
 
 
 def _prior_figures(trained: Any, text: Tensor, image: Tensor) -> dict[str, float]:
@@ -205,7 +288,7 @@ def _prior_figures(trained: Any, text: Tensor, image: Tensor) -> dict[str, float
 def _role_denoiser(plan: Plan) -> None:
     from model.bundle import BundleV3, build, inner
     from model.training import denoiser, loop, tiny
-    from model.training.assemble import tiny_config, trained_state
+    from model.training.assemble import tiny_config
     from model.training.guides import Guided
 
     _seed(4)
@@ -215,47 +298,62 @@ def _role_denoiser(plan: Plan) -> None:
     if not isinstance(bundle, BundleV3):
         raise TypeError("the embedded bundle is v3's")
     scenes = _scenes(plan, tokens=True)
-    guided = Guided(bundle.denoiser.train(), bundle.vqgan.vquantizer.codebook.weight).to(plan.device)
+    guided = Guided(bundle.denoiser.train(), bundle.vqgan.vquantizer.codebook.weight).to(
+        plan.device
+    )
     for network in (bundle.vqgan, bundle.byt5, bundle.clip):
         network.eval().requires_grad_(False)
     batch = plan.batch(512, 8)
     encoding = denoiser.Encoding.of(bundle, scenes, batch, plan.batch(400_000, 64), torch.bfloat16)
-    o = _options(plan, "denoiser", plan.denoiser_until, batch=batch, lr=4e-3 if not plan.smoke else 2e-3)
+    o = _options(
+        plan, "denoiser", plan.denoiser_until, batch=batch, lr=4e-3 if not plan.smoke else 2e-3
+    )
     losses = denoiser.scene_losses(guided, encoding)
-    with _accelerated(guided, plan):
+    with _accelerated(guided, plan, batch, 8):
         for pool in encoding.pools.values():
             pool.fake()
         run = loop.prepared(guided, losses.losses, o, denoiser.matrices_of(guided))
         _say("denoiser: prepared")
-        _wait_for(*(s / f"{name}.done" for name in ("vqgan", "byte_encoder", "clip")))
-        states = {"vqgan": trained_state(loop.load(s / "vqgan.pt"), "vqgan.")}
-        states["byt5"] = trained_state(loop.load(s / "byte_encoder.pt"), "encoder.t5.")
-        states["clip"] = torch.load(s / "clip_scaled.pt")
-        for name, state in states.items():
-            inner(getattr(bundle, name)).load_state_dict(state)
+        names = ("vqgan", "byt5", "clip")
+        _wait_for(*(_net(plan, name) for name in names))
+        for name in names:
+            inner(getattr(bundle, name)).load_state_dict(
+                torch.load(_net(plan, name), map_location=plan.device), strict=name != "byt5"
+            )
         guided.codebook.copy_(bundle.vqgan.vquantizer.codebook.weight)
         for pool in encoding.pools.values():
             pool.forget()
         encoding.begin(8 if plan.smoke else 32)
         _say("denoiser: begins")
         o = loop.replace(o, minutes=max(plan.denoiser_until - time.time(), 0.5) / 60)
-        loop.fit(guided, losses, o, encoding, denoiser.matrices_of(guided), encoding.grow, run=run)
+        loop.fit(guided, losses, o, None, denoiser.matrices_of(guided), encoding.grow, run=run)
     encoded = {str(aspect): pool.encoded for aspect, pool in encoding.pools.items()}
-    _done(plan, "denoiser")
-    _figures(plan, "denoiser", {"steps": run.step, "skipped": run.skipped, **{f"encoded {a}": n for a, n in encoded.items()}})
+    _figures(
+        plan,
+        "denoiser",
+        {
+            "steps": run.step,
+            "skipped": run.skipped,
+            **{f"encoded {a}": n for a, n in encoded.items()},
+        },
+    )
 
 
 @contextlib.contextmanager
-def _accelerated(module: Any, plan: Plan) -> Iterator[None]:
-    """Within it, whatever is faster on this device and says the same."""
-    yield
+def _accelerated(module: Any, plan: Plan, batch: int, side: int) -> Iterator[None]:
+    from model.training.depthwise import accelerated
+
+    with accelerated(module, batch, side):
+        yield
 
 
 _ROLES: dict[str, Callable[[Plan], None]] = {
+    "judge": _role_judge,
     "vqgan": _role_vqgan,
     "bytes": _role_bytes,
     "clip": _role_clip,
     "denoiser": _role_denoiser,
+    "prior": _role_prior,
 }
 
 
@@ -265,8 +363,10 @@ def _replace(o: Any, **changes: Any) -> Any:
     return loop.replace(o, **changes)
 
 
-def _done(plan: Plan, name: str) -> None:
-    _write(plan.scratch / f"{name}.done", b"")
+def _final(plan: Plan, name: str, network: Any) -> None:
+    from model.bundle import state_of
+
+    _save(_net(plan, name), {key: t.detach().cpu() for key, t in state_of(network).items()})
     _say(f"{name}: done")
 
 
@@ -292,14 +392,33 @@ class Watch:
         self.tried[role] = self.tried.get(role, 0) + 1
         log = (self.plan.scratch / f"{role}.log").open("ab")
         again = ["--no-record"] if self.tried[role] > 1 else []
-        command = [sys.executable, "-u", "-m", "model.training.everything", "--role", role, "--scratch", str(self.plan.scratch), *again]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "model.training.everything",
+            "--role",
+            role,
+            "--scratch",
+            str(self.plan.scratch),
+            *again,
+        ]
         self.processes[role] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def look(self) -> None:
         """Shows what was said, starts again what has failed, and exports what is new."""
         self.show()
         for role, process in self.processes.items():
-            if process.poll() not in (None, 0) and self.tried[role] == 1 and time.time() < self.plan.denoiser_until - 20:
+            until = (
+                self.plan.denoiser_until
+                if role in ("denoiser", "prior")
+                else self.plan.encoders_until
+            )
+            if (
+                process.poll() not in (None, 0)
+                and self.tried[role] == 1
+                and time.time() < until - 15
+            ):
                 _say(f"{role} ended with {process.returncode}; once more, step by step")
                 self.start(role)
         self.export()
@@ -318,9 +437,13 @@ class Watch:
 
     def export(self) -> None:
         """Writes parts and figures if a checkpoint is newer than those written last."""
-        names = ("vqgan.pt", "byte_encoder.pt", "clip_scaled.pt", "clip.pt", "prior.pt", "denoiser.pt")
-        there = {name: path.stat().st_mtime for name in names if (path := self.plan.scratch / name).exists()}
+        names = ("vqgan.pt", "byte_encoder.pt", "clip.pt", "prior.pt", "denoiser.pt")
+        files = [*(self.plan.scratch / name for name in names), *self.plan.scratch.glob("*.net")]
+        there = {path.name: path.stat().st_mtime for path in files if path.exists()}
         self._write_figures()
+        judge = self.plan.scratch / "detector.safetensors"
+        if judge.exists():
+            shutil.copyfile(judge, self.out / judge.name)
         if there == self.exported:
             return
         try:
@@ -352,18 +475,22 @@ def _collected(scratch: Path) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for network, (name, prefix) in _SOURCES.items():
-        if network == "clip" and (scratch / "clip_scaled.pt").exists():
-            state = torch.load(scratch / "clip_scaled.pt", map_location="cpu")
+        if (scratch / f"{network}.net").exists():
+            state = torch.load(scratch / f"{network}.net", map_location="cpu")
         elif (scratch / f"{name}.pt").exists():
             state = trained_state(loop.load(scratch / f"{name}.pt"), prefix)
         else:
             continue
-        tensors |= {f"{network}:{key}": t.half() if t.is_floating_point() else t for key, t in state.items()}
+        tensors |= {
+            f"{network}:{key}": t.half() if t.is_floating_point() else t for key, t in state.items()
+        }
     if (scratch / "vqgan.pt").exists():  # what the codebook's training goes on with
         codes = trained_state(loop.load(scratch / "vqgan.pt"), "codes.")
         tensors |= {f"codes:{key}": t.float() for key, t in codes.items()}
     for merges in scratch.glob("*.txt.gz"):
-        tensors[f"file:{merges.name}"] = torch.frombuffer(bytearray(merges.read_bytes()), dtype=torch.uint8)
+        tensors[f"file:{merges.name}"] = torch.frombuffer(
+            bytearray(merges.read_bytes()), dtype=torch.uint8
+        )
     return tensors
 
 
@@ -381,27 +508,58 @@ def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
 
     Raises FileNotFoundError where there are no parts.
     """
-    from safetensors.torch import load
-
     from model.bundle import build, inner, save_bundle
     from model.training.assemble import tiny_config
 
-    parts = sorted(out.glob(f"{_STATE}.*"), key=lambda path: int(path.suffix[1:]))
-    if not parts:
-        raise FileNotFoundError(f"{out}: no {_STATE}.0 in it")
-    tensors = load(b"".join(path.read_bytes() for path in parts))
-    config = tiny_config()
+    tensors, config = _read_parts(out), tiny_config()
     with tempfile.TemporaryDirectory() as folder:
         merges = Path(folder) / str(config.clip.merges)
-        merges.write_bytes(bytes(tensors[f"file:{config.clip.merges}"].tolist()))
+        merges.write_bytes(_merges(tensors))
         made = build(config, merges.parent, "cpu")
         for name, network in made.networks():
-            state = {key.partition(":")[2]: t.float() if t.is_floating_point() else t for key, t in tensors.items() if key.startswith(f"{name}:")}
-            if state:
+            if state := _state(tensors, name):
                 inner(network).load_state_dict(state, strict=name != "byt5")
         written = save_bundle(made, bundle, dtype, merges)
     for name, entry in written.files.items():
         print(f"{entry.bytes / 1e6:8.2f} MB  {name}")
+
+
+def _read_parts(out: Path) -> dict[str, Tensor]:
+    """Raises FileNotFoundError where there are no parts."""
+    from safetensors.torch import load
+
+    parts = sorted(out.glob(f"{_STATE}.*"), key=lambda path: int(path.suffix[1:]))
+    if not parts:
+        raise FileNotFoundError(f"{out}: no {_STATE}.0 in it")
+    return load(b"".join(path.read_bytes() for path in parts))
+
+
+def _state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """One network's weights in fp32 under their published names; empty if it was not trained."""
+    own = {key.partition(":")[2]: t for key, t in tensors.items() if key.startswith(f"{name}:")}
+    return {key: t.float() if t.is_floating_point() else t for key, t in own.items()}
+
+
+def _merges(tensors: dict[str, Tensor]) -> bytes:
+    return bytes(next(t for name, t in tensors.items() if name.startswith("file:")).tolist())
+
+
+def _begin_from(plan: Plan, out: Path, phases: list[str]) -> None:
+    """Puts an earlier run's networks where those that this run does not train are looked for."""
+    from model.training import tiny
+
+    tensors = _read_parts(out)
+    (plan.scratch / str(tiny.CLIP.merges)).write_bytes(_merges(tensors))
+    for network, role in (
+        ("vqgan", "vqgan"),
+        ("byt5", "bytes"),
+        ("clip", "clip"),
+        ("prior", "prior"),
+        ("denoiser", "denoiser"),
+    ):
+        state = _state(tensors, network)
+        if state and role not in phases:
+            _save(_net(plan, network), state)
 
 
 def _prepare_data(plan: Plan) -> None:
@@ -427,7 +585,11 @@ def _prepare_data(plan: Plan) -> None:
     scenes = Scenes(known, torch.empty(0))
     merges = s / str(tiny.CLIP.merges)
     if not merges.exists():
-        clip.learn_merges(s / "learnt.gz", tiny.CLIP.text_cfg["vocab_size"], scenes.captions(1000 if plan.smoke else 20_000))
+        clip.learn_merges(
+            s / "learnt.gz",
+            tiny.CLIP.text_cfg["vocab_size"],
+            scenes.captions(1000 if plan.smoke else 20_000),
+        )
         (s / "learnt.gz").rename(merges)
     _say("merges")
     _save(s / "clip_tokens.pt", clip.tokenize(CLIP(tiny.CLIP, s), scenes))
@@ -437,15 +599,19 @@ def _prepare_data(plan: Plan) -> None:
 def everything(args: argparse.Namespace) -> None:
     started = args.started or time.time()
     args.out.mkdir(parents=True, exist_ok=True)
-    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # noqa: S108, a name of our own in it
+    memory = Path("/dev/shm")  # noqa: S108, a name of our own in it
+    root = memory if memory.is_dir() and shutil.disk_usage(memory).free > 8 * 2**30 else None
     scratch = Path(tempfile.mkdtemp(prefix="everything-", dir=root))
-    budget = args.budget_seconds
-    encoders, denoiser = (0.5, 0.8) if args.smoke else (_ENCODERS, _DENOISER)
+    end, phases = started + args.budget_seconds, args.phases.split(",")
+    denoiser_until = end - (0.2 * args.budget_seconds if args.smoke else _AFTERWARDS)
+    share = 0.5 if args.smoke else _ENCODERS
     plan = Plan(
         scratch=scratch,
-        encoders_until=started + encoders * budget,
-        denoiser_until=started + denoiser * budget,
-        end=started + budget,
+        encoders_until=started + share * args.budget_seconds
+        if "denoiser" in phases
+        else denoiser_until,
+        denoiser_until=denoiser_until,
+        end=end,
         smoke=args.smoke,
         vqgan=None if args.vqgan is None else str(args.vqgan.resolve()),
         pictures=400 if args.smoke else args.pictures,
@@ -453,7 +619,9 @@ def everything(args: argparse.Namespace) -> None:
     plan.save()
     watch = Watch(plan, args.out, started)
     try:
-        for role in _ROLES:
+        if args.from_run is not None:
+            _begin_from(plan, args.from_run, phases)
+        for role in phases:
             watch.start(role)
         _prepare_data(plan)
         while watch.working and time.time() < plan.end - (1 if args.smoke else 4):
@@ -468,18 +636,43 @@ def everything(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("out", type=Path, nargs="?")
     p.add_argument("--budget-seconds", type=float, default=300)
-    p.add_argument("--started", type=float, help="when the budget began, as `date +%%s` says it (default now)")
+    p.add_argument(
+        "--started", type=float, help="when the budget began, as `date +%%s` says it (default now)"
+    )
+    p.add_argument(
+        "--phases",
+        default=",".join(_ROLES),
+        help=f"which networks to train (default {','.join(_ROLES)})",
+    )
+    p.add_argument(
+        "--from",
+        dest="from_run",
+        type=Path,
+        help="what an earlier run has left: the networks that this one does not train",
+    )
     p.add_argument("--vqgan", type=Path, help="checkpoint of `model.training.vqgan` to go on with")
-    p.add_argument("--pictures", type=int, default=400_000)
-    p.add_argument("--smoke", action="store_true", help="on the CPU, with next to nothing of everything")
-    p.add_argument("--join", type=Path, nargs=2, metavar=("OUT", "BUNDLE"), help="make a bundle of what a run has left")
+    p.add_argument("--pictures", type=int, default=300_000)
+    p.add_argument(
+        "--smoke", action="store_true", help="on the CPU, with next to nothing of everything"
+    )
+    p.add_argument(
+        "--join",
+        type=Path,
+        nargs=2,
+        metavar=("OUT", "BUNDLE"),
+        help="make a bundle of what a run has left",
+    )
     p.add_argument("--role", choices=_ROLES, help=argparse.SUPPRESS)
     p.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     p.add_argument("--no-record", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args()
+    if unknown := set(args.phases.split(",")) - _ROLES.keys():
+        p.error(f"no such phase: {', '.join(sorted(unknown))}")
     if args.role:
         plan = Plan.load(args.scratch)
         plan = Plan(**{**plan.__dict__, "record": not args.no_record})

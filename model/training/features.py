@@ -245,7 +245,7 @@ class Pool:
         chance = torch.rand(count, device=device)
         silent = chance < empty + shown
         length = self.length[index, which].long()
-        mask = torch.arange(self.byt5.shape[2], device=device) <= torch.where(silent, 0, length)[:, None]
+        mask = torch.arange(self.byt5.shape[2], device=device) <= (length * ~silent)[:, None]
         if bytes_read is None:
             byt5 = self.byt5[index, which]
         else:

@@ -112,6 +112,7 @@ class _Run:
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.recording = o.record and o.device.type == "cuda" and not dist.is_initialized()
         self._recorded: dict[Loss, torch.cuda.CUDAGraph] = {}
+        self._memory: Any = None  # of the recorded steps
         self._sums, self._summed = dict[str, Tensor](), 0
         self._under_way = deque[torch.cuda.Event]()
         if o.resume:
@@ -212,7 +213,7 @@ class _Run:
         self.optimizers.step()
         self.average.update()
         for name, figure in {**figures, "skipped": ~whole}.items():
-            figure = torch.where(whole, figure.float(), 0) if name != "skipped" else figure.float()
+            figure = figure.float().masked_fill(~whole, 0) if name != "skipped" else figure.float()
             if name not in self._sums:
                 self._sums[name] = torch.zeros_like(figure)
             self._sums[name].add_(figure)
@@ -229,8 +230,10 @@ class _Run:
         graph = torch.cuda.CUDAGraph()
         try:
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Nothing of one step is read after another, so all may be in the same memory.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 self._compute(loss)
+            self._memory = graph.pool()
         except RuntimeError as error:
             print(f"not recorded, computed step by step: {error}", file=sys.stderr, flush=True)
             torch.cuda.synchronize()
