@@ -28,6 +28,7 @@ from torch import Tensor
 
 from model.training.backdrops import Backdrops, lab
 from model.training.checker import Found, Reading
+from model.training.close_ups import CloseUp, CloseUps
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import NAMES, nearest
 from model.training.scenery import BACKGROUNDS
@@ -44,6 +45,10 @@ _PARTS = 6  # regions of a picture that are looked at
 _NEAR = 14.0  # pixels between the parts of one thing, at most
 _ANOTHER = 0.04  # share of the picture's contrast that a thing more must explain
 _UNEXPLAINED = 0.6  # share left over from which a region before a painted scene is part of it
+_BEYOND = 0.06  # share of an edge covered by a thing that goes beyond it
+_CLOSE = 0.6  # share of a picture left over below which it is a close-up
+_BARE = 0.03  # share of a close-up that shows enough of its background
+_EVEN = 0.1  # how uneven that may be, of 0 … 1, and still be a plain colour
 _SHORTLIST, _LAST = 16, 6  # templates that are compared more closely, twice
 _SHIFTS = tuple((x, y) for x in (0.0, -1.0, 1.0) for y in (0.0, -1.0, 1.0))  # in pixels of a cell
 _SCALES = (0.94, 1.06)
@@ -114,6 +119,7 @@ class Templates:
         self.vectors = torch.cat(parts, dim=1)  # [T, 8 P]
         self.energy = ink.square().sum((1, 2))  # [T]
         self.backdrops = Backdrops(self.device)
+        self.close_ups = CloseUps(atlas)
 
     @torch.inference_mode()
     def read(self, pictures: Tensor) -> list[Reading]:
@@ -131,8 +137,15 @@ class Templates:
         fields = _unlike(planes, behind, painted).cpu().numpy()
         labels = [_labels(field) for field in fields]
         views = Views(planes, behind, torch.from_numpy(np.stack(labels)).to(self.device))
-        groups = self._things(views, labels)
+        near = [i for i, some in enumerate(labels) if height == width and cropped(some)]
+        close = {i: self.close_ups.find(planes[i]) for i in near}
+        close = {i: one for i, one in close.items() if one.left < _CLOSE}
+        groups = [group for group in self._things(views, labels) if group.picture not in close]
         things: list[list[Found]] = [[] for _ in numbers]
+        for i, one in close.items():
+            things[i].append(_close_up(one))
+            if one.bare > _BARE and one.uneven < _EVEN:
+                numbers[i] = NAMES.index(nearest([255 * level for level in one.behind]))
         for group, (kind, left, colour) in zip(groups, self._match(views, groups), strict=True):
             if numbers[group.picture] < len(NAMES) or left < _UNEXPLAINED:
                 found = _found(group, NAMES_OF_KINDS[kind], left, colour, size)
@@ -336,6 +349,13 @@ def _labels(unlike: npt.NDArray[np.float32]) -> Labels:
     return np.asarray(order[labels], dtype=np.int32)
 
 
+def cropped(labels: Labels) -> bool:
+    """Return whether things [H, W] go beyond the picture on two sides at least."""
+    mask = labels > 0
+    edges = (mask[0], mask[-1], mask[:, 0], mask[:, -1])
+    return sum(float(edge.mean()) > _BEYOND for edge in edges) >= 2
+
+
 def candidates(picture: int, labels: Labels) -> Iterator[Group]:
     """Return every region as a group, and those near to each other also together."""
     boxes = [
@@ -405,6 +425,10 @@ def _found(
         ((x1 - x0) / min(size), (y1 - y0) / min(size)),
         max(0.0, 1 - left),
     )
+
+
+def _close_up(one: CloseUp) -> Found:
+    return Found(NAMES_OF_KINDS[one.kind], None, one.centre, (one.length,) * 2, 1 - one.left)
 
 
 def _certainty(found: Found) -> float:
