@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 8  # pixels a side of what a code stands for, at half the native size
+_BLOCK = 4  # pixels a side of what a code stands for, at a quarter of the native size
 # The largest quantisation step of the lowest frequency, as a share of the range.
 _COARSENESS = 0.10
 
@@ -59,7 +59,7 @@ def warped(pictures: Tensor, reach: Tensor) -> Tensor:
     """Move pixels smoothly by up to a few times reach [N, 1, 1, 1], given in pixels."""
     n, _, height, width = pictures.shape
     device = pictures.device
-    coarse = torch.randn(n, 2, height // 8, width // 8, device=device) * reach
+    coarse = torch.randn(n, 2, height // _BLOCK, width // _BLOCK, device=device) * reach
     flow = F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1)
     across, down = ((torch.arange(k, device=device) * 2 + 1) / k - 1 for k in (width, height))
     grid = torch.stack(

@@ -1,10 +1,10 @@
 """Trains the first judge, `detector.py`, on damaged renders of all kinds.
 
-    python -m model.training.judge --minutes 30                # CPU, one core
-    python -m model.training.judge --minutes 1.2 --batch 512   # a large GPU
+    python -m model.training.judge --minutes 20                # one core of a CPU
 
-Needs the art (`make art`). Pictures are laid out, rendered and damaged on the device that trains,
-all of them anew: one to four things of any kind, size and place before any background.
+Needs the art (`make art`). The finder learns from whole pictures, one to four things of any kind,
+size and place before any background; the namer from crops of single things, boxed about as the
+finder would. Both are laid out, drawn and damaged anew for every step, on the device that trains.
 """
 
 from __future__ import annotations
@@ -20,13 +20,24 @@ from torch import Tensor, nn
 from model.training import loop
 from model.training.art import atlas
 from model.training.augment import damaged
-from model.training.detector import CELL, SIDE, WEIGHTS, Detector, Seen
+from model.training.backgrounds import paint
+from model.training.detector import (
+    CELL,
+    CROP,
+    NATIVE,
+    ROOM,
+    SIDE,
+    WEIGHTS,
+    Detector,
+    Seen,
+    gather,
+    masked,
+)
 from model.training.kinds import NAMES_OF_KINDS, SHAPES, backgrounds_for, outline
 from model.training.palette import COLOURS
 from model.training.render import Layouts, render
 from model.training.scenery import BACKGROUNDS
 
-NATIVE = 2 * SIDE  # pixels a side of the pictures that layouts speak of
 _M = 4
 # Boxes (left, top, right, bottom) of the things, in shares of a picture cut at (x, y) = (1, 1):
 # the picture is cut in two places at random, so that the halves have different sizes.
@@ -50,6 +61,10 @@ _SAME = 0.15  # of the pictures: all things are of one kind
 _TURN = 12.0  # degrees, at most
 _TINT_JITTER = 8.0
 _GAP = 4.0  # pixels between a thing and its box's edge
+_ATLAS = 64  # pixels a side of the sprites that training draws
+_PICTURES = 4  # crops for each whole picture
+# How far a box is off its thing: of its side, and of its shape.
+_OFF, _SCALE, _ASPECT = 0.08, 0.13, 0.1
 
 
 class Targets(NamedTuple):
@@ -146,6 +161,63 @@ class Scatter(nn.Module):
         jitter = _TINT_JITTER * (2 * torch.rand(n, _M, 3, device=device) - 1)
         return (colours + jitter).clamp(0, 255).round().to(torch.uint8)
 
+    def crops(self, n: int, atlas: Tensor) -> tuple[Tensor, Tensor]:
+        """Return n crops [N, 3, 48, 48] of 0 … 1, boxed as the finder might, and their kinds."""
+        device = self.sizes.device
+        sprites, background = self._sprites(n)
+        sprite, tint = sprites[:, 0], self._tints(background)[:, 0].float() / 255
+        size = self.sizes[sprite]
+        close = (torch.rand(n, device=device) < _CLOSE_UPS)[:, None]
+        # Lengths in sides of a box, or of a whole picture that a close-up fills.
+        length = 1 + _SCALE * _even(n, 1, device=device)
+        length = torch.where(close, 1.35 + 0.25 * _even(n, 1, device=device), length)
+        extent = size * length  # [N, 2]
+        beyond = close & (extent > 1)
+        off = _even(n, 2, device=device) * torch.where(beyond, 0.2, _OFF)
+        share = extent.clamp_max(1) * (1 + _ASPECT * _even(n, 2, device=device))
+        share = share / share.amax(1, keepdim=True) / ROOM
+        pixels = _pasted(atlas[sprite], length[:, 0] / ROOM, off * 2 / ROOM)
+        shape = (sprite < len(SHAPES))[:, None]
+        ink = pixels[:, :3] * torch.where(shape, tint, 1.0)[..., None, None]
+        crops = ink + (1 - pixels[:, 3:]) * self._behind(background)
+        return masked(damaged(crops), share), sprite
+
+    def _behind(self, background: Tensor) -> Tensor:
+        """Return parts of backgrounds [N, 3, 48, 48] of 0 … 1."""
+        n, device = len(background), background.device
+        params = torch.rand(n, 8, device=device)
+        painted = paint(background.to(torch.int16), params, SIDE, SIDE) / 255
+        scale = 0.25 + 0.65 * torch.rand(n, 1, device=device)
+        matrix = torch.zeros(n, 2, 3, device=device)
+        matrix[:, 0, 0], matrix[:, 1, 1] = scale[:, 0], scale[:, 0]
+        matrix[:, :, 2] = (1 - scale) * _even(n, 2, device=device)
+        grid = F.affine_grid(matrix, [n, 3, CROP, CROP], align_corners=False)
+        return F.grid_sample(painted, grid, align_corners=False)
+
+
+def _even(*size: int, device: torch.device) -> Tensor:
+    """Return numbers that are as likely anywhere in -1 … 1."""
+    return 2 * torch.rand(*size, device=device) - 1
+
+
+def _pasted(sprites: Tensor, length: Tensor, shift: Tensor) -> Tensor:
+    """Return sprites [N, 4, S, S] as they look in crops [N, 4, 48, 48] of 0 … 1.
+
+    length: [N], the sprite's side in crops' sides. shift: [N, 2] of its middle, in half sides. Some
+    are turned and some mirrored.
+    """
+    n, device = len(sprites), sprites.device
+    turn = torch.deg2rad(_TURN * _even(n, device=device)) * (torch.rand(n, device=device) < 0.5)
+    flip = torch.where(torch.rand(n, device=device) < 0.4, -1.0, 1.0)
+    cosine, sine = torch.cos(turn) / length, torch.sin(turn) / length
+    x, y = -shift[:, 0], -shift[:, 1]
+    across = torch.stack([cosine, sine, cosine * x + sine * y], dim=-1) * flip[:, None]
+    down = torch.stack([-sine, cosine, cosine * y - sine * x], dim=-1)
+    matrix = torch.stack([across, down], dim=1)
+    grid = F.affine_grid(matrix, [n, 4, 2 * CROP, 2 * CROP], align_corners=False)
+    sampled = F.grid_sample(sprites.float() / 255, grid, align_corners=False)
+    return F.avg_pool2d(sampled, 2)
+
 
 def _corner(cuts: Tensor, which: Tensor) -> Tensor:
     """Return the (x, y) [N, M, 2] of the cuts [N, 2, 3] with these numbers [N, M, 2]."""
@@ -182,8 +254,8 @@ def targets(layouts: Layouts, box: Tensor, grid: tuple[int, int]) -> Targets:
     )
 
 
-def loss(detector: Detector, seen: Seen, right: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of the questions' losses, and figures to show."""
+def place_loss(seen: Seen, right: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of the finder's answers, and figures to show."""
     count = right.there.sum().clamp_min(1)
     logits, heat = seen.middles.float(), right.heat
     # CenterNet's focal loss: cells near a middle are half right.
@@ -191,54 +263,49 @@ def loss(detector: Detector, seen: Seen, right: Targets) -> tuple[Tensor, dict[s
     hit = F.logsigmoid(logits) * (1 - certain).square() * (heat >= 1)
     miss = F.logsigmoid(-logits) * certain.square() * (1 - heat).pow(4) * (heat < 1)
     middles = -(hit + miss).sum() / count
-    boxes = _at(seen.boxes, right.cells).float()
+    boxes = gather(seen.boxes, right.cells).float()
     places = ((boxes - right.boxes).abs().sum(-1) * right.there).sum() / count
-    answers = detector.kinds(_at(seen.cells, right.cells)).float()
-    kinds = F.cross_entropy(
-        answers.flatten(0, 1), right.kinds.flatten(), reduction="none", label_smoothing=0.02
-    )
-    kinds = (kinds * right.there.flatten()).sum() / count
     background = F.cross_entropy(seen.background.float(), right.background)
-    named = ((answers.argmax(-1) == right.kinds) * right.there).sum() / count
     figures = {
-        "kind": named.detach(),
         "middles": middles.detach(),
         "places": places.detach(),
         "backdrop": (seen.background.argmax(-1) == right.background).float().mean(),
     }
-    return middles + 0.3 * places + kinds + 0.5 * background, figures
+    return middles + 0.3 * places + 0.5 * background, figures
 
 
-def _at(grid: Tensor, cells: Tensor) -> Tensor:
-    """Return what a grid [N, h, w, D] holds at cells [N, M] → [N, M, D]."""
-    return grid.flatten(1, 2).gather(1, cells[..., None].expand(-1, -1, grid.shape[-1]))
-
-
-def halved(layouts: Layouts) -> Layouts:
-    """Return the layouts for pictures of half the size."""
-    return replace(layouts, centre=layouts.centre / 2, length=layouts.length / 2)
+def scaled(layouts: Layouts, scale: float) -> Layouts:
+    """Return the layouts for pictures of another size."""
+    return replace(layouts, centre=layouts.centre * scale, length=layouts.length * scale)
 
 
 def main() -> None:
-    parser = loop.parser(__doc__, name="judge", batch=64, lr=2e-3, minutes=30, ema=0.998)
-    parser.set_defaults(warmup=60)
+    parser = loop.parser(__doc__, name="judge", batch=128, lr=3e-3, minutes=20, ema=0.995)
+    parser.set_defaults(warmup=50)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     o = loop.options(args := parser.parse_args())
-    sprites = atlas(SIDE).to(o.device)
+    sprites = atlas(_ATLAS).to(o.device)
     scatter = Scatter().to(o.device)
     detector = Detector().train().to(o.device)
     detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pictures = max(1, o.batch // _PICTURES)
 
-    def step() -> tuple[Tensor, dict[str, Tensor]]:
-        layouts, box = scatter(o.batch)
+    def drawn() -> tuple[Tensor, Targets, Tensor, Tensor]:
+        layouts, box = scatter(pictures)
+        whole = render(scaled(layouts, SIDE / NATIVE), sprites, SIDE, SIDE).float() / 255
+        right = targets(layouts, box, (NATIVE // CELL, NATIVE // CELL))
+        return damaged(whole), right, *scatter.crops(o.batch, sprites)
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(o.device.type, enabled=False):
-            pictures = render(halved(layouts), sprites, SIDE, SIDE).float() / 255
-            pictures = damaged(pictures).contiguous(memory_format=torch.channels_last)
-        seen = detector(pictures)
-        grid = (seen.middles.shape[1], seen.middles.shape[2])
-        return loss(detector, seen, targets(layouts, box, grid))
+            whole, right, crops, kinds = drawn()
+        last = torch.channels_last
+        places, figures = place_loss(detector.finder(whole.contiguous(memory_format=last)), right)
+        logits = detector.namer(crops.contiguous(memory_format=last)).float()
+        figures["kind"] = (logits.argmax(-1) == kinds).float().mean()
+        return places + F.cross_entropy(logits, kinds, label_smoothing=0.02), figures
 
-    trained = loop.fit(detector, step, o)
+    trained = loop.fit(detector, loss, o)
     assert isinstance(trained, Detector)
     trained.save(args.out)
 
