@@ -23,6 +23,7 @@ from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, lo
 from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
 from model.runtime import prepare
 from model.training import loop, tiny
+from model.training.checkpoint import averaged as trained_state
 from model.training.clip import give_unit_variance
 from model.training.data import Scenes
 
@@ -49,11 +50,6 @@ def tiny_config() -> BundleV3Config:
         clip=tiny.CLIP,
         recipe=tiny.RECIPE,
     )
-
-
-def trained_state(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The averaged weights of the network below `prefix`, without what only training needed."""
-    return {name.removeprefix(prefix): t for name, t in checkpoint["ema"].items() if name.startswith(prefix)}
 
 
 def assemble(runs: Path, out: Path, dtype: torch.dtype, corpus: Path | None = None) -> BundleConfig:

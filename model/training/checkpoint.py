@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def load(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's contents: `ema` (the weights to use), `model`, `optimizers`, `step`, `seconds`, random states, the data's position."""
     return torch.load(checkpoint, map_location=device, weights_only=True)
+
+
+def averaged(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The averaged weights of the network below `prefix`, without what only training needed."""
+    return {name.removeprefix(prefix): t for name, t in checkpoint["ema"].items() if name.startswith(prefix)}
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:

@@ -15,24 +15,27 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.stateless import _reparametrize_module
 
 from model.bundle import BundleV3, load_v3
-from model.config import find_bundle
+from model.config import BundleV3Config, find_bundle
 from model.denoiser import Condition, Denoiser
-from model.training import loop
+from model.training import checkpoint, loop
 from model.training.captioned import DataError, open_collection
-from model.training.clip import with_tokens
 from model.training.data import Scenes
 from model.training.decoding import Filters
 from model.training.features import Examples, ExampleStream, Pool
 from model.training.guides import Guided
+from model.training.judged import cross_entropy
 from model.training.pictures import Pictures
+from model.vqgan import VQGAN
 
 LABEL_SMOOTHING = 0.1
 # Published: CLIP text and image are each dropped 9 times in 10, on 600 million pictures. Ours sees a thousandth of that.
@@ -41,16 +44,15 @@ _DROP_CLIP = 0.5
 _IMAGE_NOISE = 0.5
 # Of a row's positions, this share is projected to the codebook and judged: the softmax would else cost as much as the network.
 _JUDGED = 0.25
-# On scenes twice as many, and those in and around things so many times as often as plain background, most of which is soon right.
-_JUDGED_OF_SCENES, _FOCUS = 0.5, 4.0
-# Every byte's feature of our own encoder knows the whole caption (byte_encoder.py), so some at random say it all, and a step on scenes
-# costs less than with all of them: projecting sixty bytes to keys and values is as much work as the network itself. What a step reads: its
-# aspect, how many bytes of each caption (None is all) and the share of such steps. Some read all, as a request does.
-_STEPS: tuple[tuple[int, int | None, float], ...] = ((0, 32, 0.68), (0, None, 0.22), (1, 32, 0.05), (2, 32, 0.05))
+# On scenes a few more, and those in and around things so many times as often as plain background, most of which is soon right.
+_JUDGED_OF_SCENES, _FOCUS = 0.35, 4.0
+# A byte's feature says all of its own thing and of the background (codes.py), so some bytes at random say it all, and a step costs less than
+# with all of them. What a step reads: its aspect, how many bytes of each caption, and the share of such steps.
+_STEPS: tuple[tuple[int, int, float], ...] = ((0, 12, 0.45), (0, 24, 0.45), (1, 16, 0.05), (2, 16, 0.05))
 # Pictures of 3:2 have half as many tokens again.
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
 # How often an encoded scene is met, with other noise each time; encoded at a time, and before the first step.
-_MET, _ENCODED_AT_ONCE, _ENCODED_FIRST = 24, 8, 32
+_MET, _ENCODED_AT_ONCE, _ENCODED_FIRST = 16, 4, 16
 # The prior is mistaken at times. Of the captioned rows this share is given another picture's embedding: the words are what counts.
 _MISTAKEN = 0.06
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise there, and the caption has to be heard.
@@ -92,8 +94,9 @@ def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_
     alone = torch.zeros_like(x.empty) if x.shown is None else x.shown
     mistaken = (torch.rand(B, device=device) < _MISTAKEN) & ~x.empty
     image = torch.where(mistaken[:, None], image.roll(1, 0), image)
+    dtype = denoiser.byt5_mapper.weight.dtype
     with folded(denoiser):
-        condition = denoiser.condition(x.byt5, x.mask, x.clip_text, image)
+        condition = denoiser.condition(x.byt5.to(dtype), x.mask, x.clip_text.to(dtype), image.to(dtype))
     # The picture of an empty caption would tell what the missing text may not, unless it is all that is told.
     text, pictured = (torch.rand(B, 2, device=device) >= drop_clip).unbind(1)
     kept = torch.stack([text, (pictured & ~x.empty) | alone], dim=1)
@@ -124,30 +127,41 @@ def token_loss(
 ) -> tuple[Tensor, Tensor]:
     """(the objective, share of judged noised tokens that are predicted right) at times t [B]. judged: positions [B, n], by default any."""
     noisy, noised = corrupt(x.tokens, t, denoiser.config.num_labels)
-    condition = dropped_condition(denoiser, x, drop_clip)
-    with _attention(t.device):
-        features = denoiser.features(noisy, denoiser.times(t), condition).flatten(1, 2)  # [B, HW, c_out]
     judged = choose_positions(x.tokens, _JUDGED) if judged is None else judged
+    with in_products(denoiser), _attention(t.device):
+        condition = dropped_condition(denoiser, x, drop_clip)
+        features = denoiser.features(noisy, denoiser.times(t), condition).flatten(1, 2)  # [B, HW, c_out]
+        asked = features.gather(1, judged[..., None].expand(-1, -1, features.shape[-1])).flatten(0, 1)
+    target, touched = (grid.flatten(1).gather(1, judged).flatten() for grid in (x.tokens, noised))
+    weights = 1 - 0.7 * (1 - t).repeat_interleave(judged.shape[1]) * ~touched
+    projection = denoiser.out_mapper.get_parameter("1.weight").flatten(1)
+    value, right = cross_entropy(asked, projection, target, weights / len(target), LABEL_SMOOTHING)
+    return value, (right & touched).sum() / touched.sum().clamp_min(1)
 
-    def pick(grid: Tensor) -> Tensor:
-        return grid.flatten(1).gather(1, judged)
 
-    logits = denoiser.project(features.gather(1, judged[..., None].expand(-1, -1, features.shape[-1])))
-    target, touched = pick(x.tokens), pick(noised)
-    errors = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none", label_smoothing=LABEL_SMOOTHING)
-    weights = 1 - 0.7 * (1 - t[:, None]) * ~touched
-    right = ((logits.max(-1).indices == target) & touched).sum() / touched.sum().clamp_min(1)
-    return (errors.view_as(weights) * weights).mean(), right
+@contextmanager
+def in_products(denoiser: Denoiser) -> Iterator[None]:
+    """Within it the network is of the type that autocast would multiply in, activations and all, as it is when it draws; gradients reach its
+    own weights. Autocast itself casts to and fro at every norm, which is a quarter of a step on a CPU."""
+    device = next(denoiser.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device)
+    cast = {name: p.to(dtype) for name, p in denoiser.named_parameters()}
+    with torch.autocast(device, enabled=False), _reparametrize_module(denoiser, cast):
+        yield
 
 
 def parser() -> argparse.ArgumentParser:
     p = loop.parser(__doc__, name="denoiser", batch=32, lr=_RATE, minutes=60)
-    p.add_argument("bundle", help="name or path of the one whose VQGAN, byte encoder and CLIP are trained already")
+    p.add_argument("bundle", nargs="?", help="name or path of the one whose VQGAN is trained already; for --data its encoders too")
+    p.add_argument("--vqgan", type=Path, help="instead of a bundle: the checkpoint or the weights of a VQGAN, of the size in tiny.py")
     p.add_argument("--data", help="folder of pictures with captions, or shards such as 'shards-{000..009}.tar'; without it, scenes")
     p.set_defaults(lr=None)  # it depends on where the training begins
     p.add_argument("--min-side", type=int, default=0, help="leave out pictures whose shorter side has fewer pixels")
     p.add_argument("--max-aspect", type=float, default=math.inf, help="leave out pictures whose longer side is so many times the shorter")
-    p.add_argument("--kept", type=int, default=8192, help="encoded scenes of each aspect held in memory (default 8192)")
+    p.add_argument("--kept", type=int, default=300_000, help="encoded scenes of each aspect held in memory (default 300000)")
     p.add_argument("--drop-clip", type=float, default=_DROP_CLIP, help=f"how often each of CLIP's embeddings is dropped ({_DROP_CLIP:g})")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--from-bundle", action="store_true", help="begin with the bundle's denoiser: what --data does")
@@ -166,29 +180,28 @@ def own_pictures(bundle: BundleV3, o: loop.Options, data: str, filters: Filters)
 class Encoding:
     """The pools that scenes are drawn from, one for each aspect that has any, and when they grow."""
 
-    bundle: BundleV3
+    vqgan: VQGAN
     pools: dict[int, Pool]
     batch: int
     steps: int = 0
 
     @classmethod
-    def of(cls, bundle: BundleV3, scenes: Scenes, batch: int, capacity: int, dtype: torch.dtype) -> Encoding:
+    def of(cls, config: BundleV3Config, vqgan: VQGAN, scenes: Scenes, batch: int, capacity: int, dtype: torch.dtype) -> Encoding:
         """capacity: pictures kept of each aspect, at most."""
         present = [aspect for aspect, own in enumerate(scenes.of_aspect) if len(own)]
-        return cls(bundle, {aspect: Pool(bundle.config, scenes, aspect, capacity, dtype) for aspect in present}, batch)
+        return cls(vqgan, {aspect: Pool(config, scenes, aspect, capacity, dtype) for aspect in present}, batch)
 
     @property
-    def mixture(self) -> tuple[tuple[int, int | None, float], ...]:
+    def mixture(self) -> tuple[tuple[int, int, float], ...]:
         """_STEPS of those aspects of which there are pictures."""
         return tuple(step for step in _STEPS if step[0] in self.pools)
 
     def begin(self, first: int = _ENCODED_FIRST) -> None:
-        """Encodes `first` batches, of the square pictures, and a share of the others."""
+        """Encodes `first` batches of the square pictures, and a share of the others."""
         for aspect, pool in self.pools.items():
-            pool.read_nothing(self.bundle)
             wanted = min(self.batch * first // (1 if aspect == 0 else 8), pool.capacity)
             while pool.encoded < wanted:
-                pool.grow(self.bundle, self._at_once)
+                pool.grow(self.vqgan, self._at_once)
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -203,7 +216,7 @@ class Encoding:
         """Encodes what the pools held then, but for what has been replaced since."""
         self.steps = state["steps"]
         for aspect, pool in self.pools.items():
-            pool.restore(self.bundle, state["encoded"][aspect], self._at_once)
+            pool.restore(self.vqgan, state["encoded"][aspect], self._at_once)
 
     @property
     def _at_once(self) -> int:
@@ -215,10 +228,10 @@ class Encoding:
         for aspect, pool in self.pools.items():
             share = sum(share for own, _, share in _STEPS if own == aspect)
             if pool.encoded * _MET < self.steps * self.batch * share:
-                pool.grow(self.bundle, self._at_once)
+                pool.grow(self.vqgan, self._at_once)
 
 
-def scene_loss(guided: Guided, pool: Pool, batch: int, bytes_read: int | None, drop_clip: float = _DROP_CLIP) -> loop.Loss:
+def scene_loss(guided: Guided, pool: Pool, batch: int, bytes_read: int, drop_clip: float = _DROP_CLIP) -> loop.Loss:
     """The loss of random batches from a pool."""
     denoiser = guided.denoiser
 
@@ -236,7 +249,7 @@ def scene_loss(guided: Guided, pool: Pool, batch: int, bytes_read: int | None, d
 def scene_losses(guided: Guided, encoding: Encoding, drop_clip: float = _DROP_CLIP) -> loop.Mixture:
     """A loss for each kind of step in their shares."""
 
-    def of(aspect: int, bytes_read: int | None) -> loop.Loss:
+    def of(aspect: int, bytes_read: int) -> loop.Loss:
         return scene_loss(guided, encoding.pools[aspect], round(encoding.batch * _BATCH_SHARES[aspect]), bytes_read, drop_clip)
 
     aspects, read, shares = zip(*encoding.mixture, strict=True)
@@ -254,28 +267,56 @@ def train(args: argparse.Namespace) -> None:
     if args.lr is None:
         args.lr = _FINETUNING_RATE if finetuning else _RATE
     o = loop.options(args)
+    if args.data is not None:
+        train_on_own(args, o, from_bundle, finetuning)
+        return
+    config, vqgan, kept = _frozen(args, o)
+    denoiser = Denoiser(config.denoiser).to(o.device)
+    if args.from_bundle and kept is not None:
+        denoiser.load_state_dict(kept)
+    guided = Guided(denoiser, vqgan.vquantizer.codebook.weight).to(o.device)
+    scenes = Scenes.load(args.corpus, o.device, o.data_seed)
+    encoding = Encoding.of(config, vqgan, scenes, o.batch, args.kept, o.dtype)
+    encoding.begin()
+    mixture = scene_losses(guided, encoding, args.drop_clip)
+    loop.fit(guided, mixture, o, data=encoding, matrices=matrices_of(guided), before=encoding.grow)
+
+
+def _frozen(args: argparse.Namespace, o: loop.Options) -> tuple[BundleV3Config, VQGAN, dict[str, Tensor] | None]:
+    """The configuration, the VQGAN, and the bundle's denoiser if there is a bundle. Raises DataError without either."""
+    if args.vqgan is not None:
+        from model.training.assemble import tiny_config
+
+        config, vqgan = tiny_config(), VQGAN(tiny_config().vqgan)
+        state = loop.load(args.vqgan)
+        vqgan.load_state_dict(checkpoint.averaged(state, "vqgan.") if "ema" in state else state)
+        return config, vqgan.to(o.device).eval().requires_grad_(False), None
+    if args.bundle is None:
+        raise DataError("a bundle or --vqgan is needed: tokens come from a trained VQGAN")
+    bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
+    return bundle.config, bundle.vqgan, bundle.denoiser.state_dict()
+
+
+def train_on_own(args: argparse.Namespace, o: loop.Options, from_bundle: bool, finetuning: bool) -> None:
+    """On somebody's own pictures, with a bundle's encoders."""
+    if args.bundle is None:
+        raise DataError("--data needs a bundle, whose encoders read the captions")
     bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
     if from_bundle:
         denoiser.load_state_dict(bundle.denoiser.state_dict())
     bundle = replace(bundle, denoiser=denoiser)  # lets go of the memory of the one it came with
     guided = Guided(denoiser, bundle.vqgan.vquantizer.codebook.weight).to(o.device)
-    if args.data is not None:
-        data = own_pictures(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
+    data = own_pictures(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
 
-        def loss() -> tuple[Tensor, dict[str, Tensor]]:
-            x = next(data)
-            value, right = token_loss(denoiser, x, draw_times(len(x.tokens), o.device), args.drop_clip)
-            return value, {"right": right.detach()}
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        x = next(data)
+        value, right = token_loss(denoiser, x, draw_times(len(x.tokens), o.device), args.drop_clip)
+        return value, {"right": right.detach()}
 
-        # At a finetuning's rate and in its few steps AdamW gets further. Its batches are of many lengths, and made on the host.
-        matrices = () if finetuning else matrices_of(guided)
-        loop.fit(guided, loss, replace(o, record=False), data=data, matrices=matrices)
-        return
-    scenes = with_tokens(Scenes.load(args.corpus, o.device, o.data_seed), bundle.clip)
-    encoding = Encoding.of(bundle, scenes, o.batch, args.kept, o.dtype)
-    encoding.begin()
-    loop.fit(guided, scene_losses(guided, encoding, args.drop_clip), o, data=encoding, matrices=matrices_of(guided), before=encoding.grow)
+    # At a finetuning's rate and in its few steps AdamW gets further. Its batches are of many lengths, and made on the host.
+    matrices = () if finetuning else matrices_of(guided)
+    loop.fit(guided, loss, replace(o, record=False), data=data, matrices=matrices)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -19,9 +19,16 @@ from torch import Tensor
 from model.bundle import BundleV3
 from model.config import BundleV3Config
 from model.text import ByteEncoder
+from model.training.codes import USED, Codes
 from model.training.data import Scenes, Source, Text, as_float
+from model.training.processes import rank, world
 from model.training.scenes import ASPECTS
 from model.vqgan import VQGAN
+
+
+_AT_ONCE = 32  # pictures that are drawn and encoded together
+# Encoders are not as exact as the codes that they learn: noise up to these deviations on a byte's channels, and on a caption's.
+_BYTE_NOISE, _TEXT_NOISE = 0.4, 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,80 +154,40 @@ def encode_pictures(vqgan: VQGAN, images: Tensor) -> Tensor:
 
 
 class Pool:
-    """Scenes of one aspect, encoded: up to `capacity` of them, the oldest replaced when there are more.
+    """Scenes of one aspect, encoded: their tokens and whose they are, up to `capacity` of them, the oldest replaced when there are more.
 
-    `grow` encodes some more, between steps; `draw` may be part of a recorded step. It draws among those encoded so far.
+    `grow` encodes some more, between steps; `draw` may be part of a recorded step. It draws among those encoded so far. What their captions
+    say and what CLIP sees in them are codes (`codes.py`). Processes that share a training have each their share of the scenes.
     """
 
-    def __init__(
-        self, config: BundleV3Config, scenes: Scenes, aspect: int, capacity: int, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """dtype: of the encoders' products."""
-        self.scenes, self.aspect, self.dtype = scenes, aspect, dtype
-        self.members = scenes.of_aspect[aspect]
+    def __init__(self, config: BundleV3Config, scenes: Scenes, aspect: int, capacity: int, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the VQGAN's products."""
+        self.scenes, self.aspect, self.dtype, self.codes = scenes, aspect, dtype, Codes(scenes.corpus)
+        self.members = scenes.of_aspect[aspect][rank() :: world()]
         self.capacity = min(capacity, len(self.members))
         width, height = ASPECTS[aspect]
         f, device = config.vqgan.downscale, scenes.device
-        captions, longest = scenes.corpus.text.shape[1:]
-        half = torch.float16 if device.type == "cuda" else torch.bfloat16
-
-        def space(*shape: int, dtype: torch.dtype = half) -> Tensor:
-            return torch.zeros(self.capacity, *shape, dtype=dtype, device=device)
-
-        self.tokens = space(height // f, width // f, dtype=torch.int16)
-        self.commonest = space(dtype=torch.int16)
-        self.byt5 = space(captions, longest, config.byt5.d_model)
-        self.length = space(captions, dtype=torch.int16)
-        self.clip_text = space(captions, config.clip.embed_dim)
-        self.clip_image = space(config.clip.embed_dim)
-        self.nothing_byt5 = torch.zeros(config.byt5.d_model, dtype=half, device=device)
-        self.nothing_clip = torch.zeros(config.clip.embed_dim, dtype=half, device=device)
+        self.tokens = torch.zeros(self.capacity, height // f, width // f, dtype=torch.int16, device=device)
+        self.commonest = torch.zeros(self.capacity, dtype=torch.int16, device=device)
+        self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
         self.encoded, self._filled = 0, torch.ones((), device=device)
 
     @torch.no_grad()
-    def read_nothing(self, bundle: BundleV3) -> None:
-        """What the encoders make of an empty caption; called once, when they are there."""
-        empty = Text(torch.zeros(1, 1, dtype=torch.uint8, device=self.scenes.device), torch.zeros(1, device=self.scenes.device))
-        self.nothing_byt5.copy_(encode_bytes(bundle.byt5, empty)[0, 0])
-        self.nothing_clip.copy_(bundle.clip.encode_tokens(bundle.clip.tokenize([""])[0])[0])
-
-    @torch.no_grad()
-    def grow(self, bundle: BundleV3, count: int) -> None:
+    def grow(self, vqgan: VQGAN, count: int) -> None:
         """Encodes `count` more scenes of the corpus, fewer at its end; after that the first ones again, if not all fit."""
         if self.encoded >= len(self.members) == self.capacity:
             return
         start = self.encoded % len(self.members)
         index = self.members[start : start + count]
         place = torch.arange(self.encoded, self.encoded + len(index), device=index.device) % self.capacity
-        device = index.device
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            images = self.scenes.pictures(index, self.aspect)
-            tokens = encode_pictures(bundle.vqgan, images)
-            self.clip_image[place] = bundle.clip.encode_image(images).to(self.clip_image.dtype)
-            for which in range(self.byt5.shape[1]):
-                text = self.scenes.text(index, torch.full_like(index, which))
-                self.byt5[place, which] = encode_bytes(bundle.byt5, text).to(self.byt5.dtype)
-                self.length[place, which] = text.length
-                self.clip_text[place, which] = self._clip_text(bundle, index, which).to(self.clip_text.dtype)
-        self.tokens[place] = tokens.to(torch.int16)
+        with torch.autocast(index.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            tokens = torch.cat([encode_pictures(vqgan, self.scenes.pictures(part, self.aspect)) for part in index.split(_AT_ONCE)])
+        self.tokens[place], self.index[place] = tokens.to(torch.int16), index
         self.commonest[place] = commonest(tokens).to(torch.int16)
         self.encoded += len(index)
         self._filled.fill_(min(self.encoded, self.capacity))
 
-    def _clip_text(self, bundle: BundleV3, index: Tensor, which: int) -> Tensor:
-        known = self.scenes.clip_tokens
-        if known is not None:
-            return bundle.clip.model.encode_text(known[index, which].long())
-        return bundle.clip.encode_text([self.scenes.corpus.caption(i, which) for i in index.tolist()])
-
-    def fake(self) -> None:
-        """Random contents, to rehearse with before there are any."""
-        self.tokens.random_(0, 1000)
-        self.byt5.normal_()
-        self.length.random_(5, 60)
-        self._filled.fill_(self.capacity)
-
-    def restore(self, bundle: BundleV3, encoded: int, at_once: int) -> None:
+    def restore(self, vqgan: VQGAN, encoded: int, at_once: int) -> None:
         """Goes to where it stood when so many had been encoded, `at_once` at a time; what was replaced since is passed over."""
         self.forget()
         while self.encoded < encoded:
@@ -228,7 +195,13 @@ class Pool:
             if encoded - self.encoded > self.capacity + at_once:
                 self.encoded += min(at_once, left)
             else:
-                self.grow(bundle, at_once)
+                self.grow(vqgan, at_once)
+
+    def fake(self) -> None:
+        """Random contents, to rehearse with before there are any."""
+        self.tokens.random_(0, 1000)
+        self.index.copy_(self.members[: self.capacity])
+        self._filled.fill_(self.capacity)
 
     def forget(self) -> None:
         """Nothing encoded."""
@@ -236,31 +209,28 @@ class Pool:
         self._filled.fill_(1)
 
     @torch.no_grad()
-    def draw(self, count: int, bytes_read: int | None, empty: float = 0.1, shown: float = 0.1) -> Examples:
-        """`count` random ones. bytes_read: so many of each caption's bytes, random ones; None is all. empty, shown: shares of captions
-        that are empty, without and with the picture's embedding in their place."""
-        device = self.tokens.device
-        index = (torch.rand(count, device=device) * self._filled).long()
-        which = (torch.rand(count, device=device) * self.byt5.shape[1]).long()
+    def draw(self, count: int, bytes_read: int, empty: float = 0.1, shown: float = 0.1) -> Examples:
+        """`count` random ones. bytes_read: so many of each caption's bytes, random ones. empty, shown: shares of captions that are empty,
+        without and with the picture's embedding in their place."""
+        corpus, device = self.scenes.corpus, self.tokens.device
+        chosen = (torch.rand(count, device=device) * self._filled).long()
+        which = (torch.rand(count, device=device) * corpus.text.shape[1]).long()
         chance = torch.rand(count, device=device)
-        silent = chance < empty + shown
-        length = self.length[index, which].long()
-        mask = torch.arange(self.byt5.shape[2], device=device) <= (length * ~silent)[:, None]
-        if bytes_read is None:
-            byt5 = self.byt5[index, which]
-        else:
-            order = torch.rand(mask.shape, device=device).masked_fill_(~mask, -1).topk(bytes_read, dim=1).indices
-            byt5, mask = self.byt5[index[:, None], which[:, None], order], mask.gather(1, order)
-        first = self.nothing_byt5[None, None].expand_as(byt5)
+        silent, index = chance < empty + shown, self.index[chosen]
+        place = (torch.rand(count, bytes_read, device=device) * (corpus.length[index, which].float()[:, None] + 1)).long()
+        said = ~silent[:, None]
+        byt5 = self.codes.bytes(index, which, place) * said[..., None]
+        byt5[..., :USED] += _BYTE_NOISE * torch.rand(count, 1, 1, device=device) * torch.randn(count, bytes_read, USED, device=device)
+        text = self.codes.text(index, which) * said
         return Examples(
-            tokens=self.tokens[index].long(),
-            byt5=torch.where(silent[:, None, None], first, byt5).float(),
-            mask=mask,
-            clip_text=torch.where(silent[:, None], self.nothing_clip, self.clip_text[index, which]).float(),
-            clip_image=self.clip_image[index].float(),
+            tokens=self.tokens[chosen].long(),
+            byt5=byt5,
+            mask=torch.ones(count, bytes_read, dtype=torch.bool, device=device),
+            clip_text=text + _TEXT_NOISE * torch.rand(count, 1, device=device) * torch.randn_like(text),
+            clip_image=self.codes.pictures(index),
             empty=silent,
             shown=(chance >= empty) & silent,
-            commonest=self.commonest[index].long(),
+            commonest=self.commonest[chosen].long(),
         )
 
 
@@ -271,9 +241,3 @@ def commonest(tokens: Tensor) -> Tensor:
     begins = F.pad(flat[:, 1:] != flat[:, :-1], (1, 0), value=True)
     run = place - torch.where(begins, place, 0).cummax(dim=1).values  # how far into its run of equal codes each is
     return flat.gather(1, run.argmax(dim=1, keepdim=True))[:, 0]
-
-
-def first_of(x: Examples, count: int) -> Examples:
-    """The first `count` of the examples."""
-    fields = {name: getattr(x, name) for name in ("tokens", "byt5", "mask", "clip_text", "clip_image", "empty", "shown", "commonest")}
-    return replace(x, **{name: None if t is None else t[:count] for name, t in fields.items()})
