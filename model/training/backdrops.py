@@ -14,7 +14,6 @@ from model.training.backgrounds import PARAMETERS, VARIANTS, paint
 from model.training.palette import COLOURS
 from model.training.scenery import BACKGROUNDS
 
-_NATIVE = 256  # pixels of the shorter side at which scenes are painted
 _COARSE, _CLOSE = 16, 64  # pixels of the shorter side in which all and the last few are compared
 _BORDER, _BORDER_WEIGHT = 1 / 12, 4.0  # share along the edge that counts more: seldom covered
 _CAP = 25.0  # ΔE beyond which a pixel is taken for a thing's
@@ -53,12 +52,8 @@ class Bank:
         self.scenes = numbers.repeat_interleave(VARIANTS)
         params = torch.zeros(VARIANTS, PARAMETERS, device=device)
         params[:, 3] = (torch.arange(VARIANTS, device=device) + 0.5) / VARIANTS
-        native = _scaled_size(size, _NATIVE)
-        parts = []
-        for number in numbers:
-            painted = paint(number.expand(VARIANTS), params, *native)
-            parts.append(_scaled(painted, size).round().clamp(0, 255).to(torch.uint8))
-        self.pictures = torch.cat(parts)
+        painted = [paint(number.expand(VARIANTS), params, *size) for number in numbers]
+        self.pictures = torch.cat([some.round().to(torch.uint8) for some in painted])
         coarse = _scaled(self.pictures.float(), _scaled_size(size, _COARSE))
         self.coarse = lab(coarse / 255)
 

@@ -68,39 +68,25 @@ class CloseUps:
     """Compares square pictures with objects that are larger than they."""
 
     def __init__(self, atlas: Tensor) -> None:
-        self.atlas = atlas
+        self.sprites = _reduced(atlas, 2 * _FINE)
+        self._small = _reduced(atlas, 2 * _COARSE)
 
     @cached_property
     def _all(self) -> tuple[Place, Pixels]:
         """All templates, made when the first picture is looked at."""
-        device = self.atlas.device
+        device = self.sprites.device
         options = list(product((1.0, -1.0), _LENGTHS, _SHIFTS, _SHIFTS))
         table = torch.tensor(options, device=device)
-        count = len(self.atlas) - len(SHAPES)
+        count = len(self.sprites) - len(SHAPES)
         sprites = torch.arange(count, device=device) + len(SHAPES)
         table = table.repeat(count, 1)
         sprites = sprites.repeat_interleave(len(options))
         place = Place(sprites, table[:, 0], table[:, 1], table[:, 2:])
         parts = [
-            self._pixels(place.rows(slice(i, i + _CHUNK)), _COARSE)
+            _pixels(self._small, place.rows(slice(i, i + _CHUNK)), _COARSE)
             for i in range(0, len(sprites), _CHUNK)
         ]
         return place, Pixels(*(torch.cat(some) for some in zip(*parts, strict=True)))
-
-    def _pixels(self, place: Place, side: int) -> Pixels:
-        """Return templates as they look in a picture, of 0 … 1."""
-        unit = 1 / place.length
-        zero = torch.zeros_like(unit)
-        x, y = (-2 * place.shift[:, axis] * unit for axis in (0, 1))
-        across = torch.stack([place.flip * unit, zero, place.flip * x], dim=-1)
-        matrix = torch.stack([across, torch.stack([zero, unit, y], dim=-1)], dim=1)
-        size = [len(unit), 4, 2 * side, 2 * side]
-        grid = F.affine_grid(matrix, size, align_corners=False)
-        sampled = F.grid_sample(self.atlas[place.sprite].float(), grid, align_corners=False)
-        planes = F.avg_pool2d(sampled, 2).flatten(2) / 255
-        ink, opacity = planes[:, :3], planes[:, 3].contiguous()
-        energy = (ink.square().sum(1) / opacity.clamp_min(1e-3)).sum(1)
-        return Pixels(ink.flatten(1), opacity, energy)
 
     def find(self, picture: Tensor) -> CloseUp:
         """Return the best template of a square picture [3, H, W] of 0 … 1."""
@@ -110,16 +96,16 @@ class CloseUps:
         fine = _shrunk(picture, _FINE)
         for reach, share in _STEPS:
             tried = _moved(place, reach, share)
-            left = _left_over(fine, self._pixels(tried, _FINE)).view(len(place.sprite), -1)
+            left = _left_over(fine, _pixels(self.sprites, tried, _FINE)).view(len(place.sprite), -1)
             best = left.argmin(1)
             row = torch.arange(len(best), device=best.device) * left.shape[1] + best
             place = tried.rows(row)
-        left = _left_over(fine, self._pixels(place, _FINE))
+        left = _left_over(fine, _pixels(self.sprites, place, _FINE))
         best = left.argmin()
         return self._described(place.rows(best[None]), fine, float(left[best]))
 
     def _described(self, place: Place, fine: Tensor, left: float) -> CloseUp:
-        covered = self._pixels(place, _FINE).opacity.view(1, _FINE, _FINE)
+        covered = _pixels(self.sprites, place, _FINE).opacity.view(1, _FINE, _FINE)
         near = F.max_pool2d(covered, 3, 1, 1)  # an outline is seldom hit exactly
         bare = (near.flatten() < _NOTHING).float()
         colour = (fine * bare).sum(1) / bare.sum().clamp_min(1e-6)
@@ -137,6 +123,28 @@ class CloseUps:
             float(bare.mean()),
             uneven,
         )
+
+
+def _reduced(atlas: Tensor, side: int) -> Tensor:
+    """Return sprites uint8 [S, 4, H, W] as float of 0 … 1, with about `side` pixels a side."""
+    step = max(1, atlas.shape[-1] // side)
+    return torch.cat([F.avg_pool2d(some.float() / 255, step) for some in atlas.split(64)])
+
+
+def _pixels(sprites: Tensor, place: Place, side: int) -> Pixels:
+    """Return templates as they look in a picture, of 0 … 1."""
+    unit = 1 / place.length
+    zero = torch.zeros_like(unit)
+    x, y = (-2 * place.shift[:, axis] * unit for axis in (0, 1))
+    across = torch.stack([place.flip * unit, zero, place.flip * x], dim=-1)
+    matrix = torch.stack([across, torch.stack([zero, unit, y], dim=-1)], dim=1)
+    size = [len(unit), 4, 2 * side, 2 * side]
+    grid = F.affine_grid(matrix, size, align_corners=False)
+    sampled = F.grid_sample(sprites[place.sprite], grid, align_corners=False)
+    planes = F.avg_pool2d(sampled, 2).flatten(2)
+    ink, opacity = planes[:, :3], planes[:, 3].contiguous()
+    energy = (ink.square().sum(1) / opacity.clamp_min(1e-3)).sum(1)
+    return Pixels(ink.flatten(1), opacity, energy)
 
 
 def _shrunk(picture: Tensor, side: int) -> Tensor:
