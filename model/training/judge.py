@@ -62,7 +62,7 @@ _TURN = 12.0  # degrees, at most
 _TINT_JITTER = 8.0
 _GAP = 4.0  # pixels between a thing and its box's edge
 _ATLAS = 64  # pixels a side of the sprites that training draws
-_PICTURES = 4  # crops for each whole picture
+_PICTURES = 8  # crops for each whole picture
 # How far a box is off its thing: of its side, and of its shape.
 _OFF, _SCALE, _ASPECT = 0.08, 0.13, 0.1
 
