@@ -20,8 +20,8 @@ from model.training.corpus import Corpus
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 
 _SEED = 20_261_128  # of the kinds' vectors: networks that were trained with others do not understand these
-_KIND = 96  # channels
-_ONE = 4.0  # what stands in a class' own place
+KIND_WIDTH = 96  # channels
+ONE = 4.0  # what stands in a class' own place
 WIDTH = 192
 
 # Where in a byte's vector stands what: the attributes of its own thing, which thing it is, then what the whole caption says.
@@ -30,7 +30,7 @@ _WHOLE = ("background", "relation", "view")
 
 
 def _starts() -> tuple[dict[str, int], int]:
-    starts, at = {}, _KIND
+    starts, at = {}, KIND_WIDTH
     for name in _OWN:
         starts[name], at = at, at + THING_ATTRIBUTES[name] - 1
     starts["place"], at = at, at + len(PLACES)
@@ -44,7 +44,7 @@ STARTS, USED = _starts()  # of WIDTH channels; the rest are free, because a laye
 
 def _one_hot(classes: Tensor, count: int) -> Tensor:
     """Classes […], 0 and below for silent → […, count − 1]."""
-    return _ONE * (classes[..., None] == torch.arange(1, count, device=classes.device)).float()
+    return ONE * (classes[..., None] == torch.arange(1, count, device=classes.device)).float()
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Codes:
 
     @cached_property
     def kinds(self) -> Tensor:
-        """[1 + kinds, _KIND]: a vector for every class of "kind"; the silent one's is nothing."""
-        table = torch.randn(1 + len(NAMES_OF_KINDS), _KIND, generator=torch.Generator().manual_seed(_SEED))
+        """[1 + kinds, KIND_WIDTH]: a vector for every class of "kind"; the silent one's is nothing."""
+        table = torch.randn(1 + len(NAMES_OF_KINDS), KIND_WIDTH, generator=torch.Generator().manual_seed(_SEED))
         table[0] = 0
         return table.to(self.corpus.text.device)
 
@@ -67,7 +67,7 @@ class Codes:
         parts = [self.kinds[classes[..., names.index("kind")].clamp_min(0)]]
         parts += [_one_hot(classes[..., names.index(name)], THING_ATTRIBUTES[name]) for name in _OWN]
         there = (classes[..., :1] >= 0).float()
-        place = _ONE * torch.eye(len(PLACES), device=classes.device).expand(*classes.shape[:-2], -1, -1)
+        place = ONE * torch.eye(len(PLACES), device=classes.device).expand(*classes.shape[:-2], -1, -1)
         vectors = torch.cat([*parts, place], dim=-1) * there
         return F.pad(vectors, (0, WIDTH - vectors.shape[-1]))
 
@@ -111,17 +111,17 @@ class Codes:
         count = there.sum(-1, keepdim=True)
         kinds = (self.kinds[drawn.sprite.long() + 1] * there[..., None]).sum(1) / count.clamp_min(1)
         # Of several of one kind the kind is the same; of several kinds each has its share, brought to one kind's length.
-        kinds = F.normalize(kinds, dim=-1) * _KIND**0.5 * (count > 0)
+        kinds = F.normalize(kinds, dim=-1) * KIND_WIDTH**0.5 * (count > 0)
         shape = there * (drawn.sprite < len(SHAPES))
         nearest = (drawn.tint[:, :, None].float() / 255 - self.colours).square().sum(-1).argmin(-1)  # [B, M]
-        colour = _ONE * (F.one_hot(nearest, len(self.colours)).float() * shape[..., None]).sum(1) / count.clamp_min(1)
+        colour = ONE * (F.one_hot(nearest, len(self.colours)).float() * shape[..., None]).sum(1) / count.clamp_min(1)
         sides = torch.tensor([384.0, 256.0], device=device), torch.tensor([256.0, 384.0], device=device)
         wide, tall = (self.corpus.aspect[index] == 1)[:, None], (self.corpus.aspect[index] == 2)[:, None]
         extent = 256.0 + wide * (sides[0] - 256.0) + tall * (sides[1] - 256.0)  # [B, 2]
         middle = (drawn.centre / extent[:, None] - 0.5) * there[..., None]
-        where = 2 * _ONE * middle.sum(1) / count.clamp_min(1)  # [B, 2]
-        spread = 2 * _ONE * (middle - middle.sum(1, keepdim=True) / count.clamp_min(1)[..., None]).abs().mul(there[..., None]).sum(1)
-        length = _ONE * ((drawn.length * there).sum(1, keepdim=True) / count.clamp_min(1) / 128 - 1)
+        where = 2 * ONE * middle.sum(1) / count.clamp_min(1)  # [B, 2]
+        spread = 2 * ONE * (middle - middle.sum(1, keepdim=True) / count.clamp_min(1)[..., None]).abs().mul(there[..., None]).sum(1)
+        length = ONE * ((drawn.length * there).sum(1, keepdim=True) / count.clamp_min(1) / 128 - 1)
         number = _one_hot(count[:, 0], 1 + drawn.sprite.shape[1])
         background = _one_hot(drawn.background.long() + 1, ATTRIBUTES["background"])
         vectors = torch.cat([kinds, colour, where, spread, length, number], dim=-1)

@@ -76,9 +76,9 @@ class Scenes:
     clip_tokens: Tensor | None = None
 
     @classmethod
-    def load(cls, path: Path | None, device: torch.device, seed: int = 0, scenes: int = _OWN_SCENES) -> Scenes:
-        """The corpus in a file, or one sampled here and now. Raises FileNotFoundError without the art."""
-        atlas = art.atlas().to(device)
+    def load(cls, path: Path | None, device: torch.device, seed: int = 0, scenes: int = _OWN_SCENES, pictures: bool = True) -> Scenes:
+        """The corpus in a file, or one sampled here and now. Raises FileNotFoundError without the art, unless no `pictures` are needed."""
+        atlas = (art.atlas() if pictures else torch.empty(0)).to(device)
         known = corpus.load(path) if path is not None else corpus.generate(scenes, seed, 1)
         return cls(known.to(device), atlas)
 
