@@ -23,17 +23,14 @@ from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, lo
 from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
 from model.runtime import prepare
 from model.training import loop, tiny
-from model.training.checkpoint import averaged as trained_state
-from model.training.clip import give_unit_variance
-from model.training.data import Scenes
+from model.training.checkpoint import averaged
+from model.training.codes import quiet
 
-# Pictures that CLIP's embeddings are given unit variance by.
-_SCALED_BY = 256
 # Network → (checkpoint, where the published module sits in what was trained).
 _SOURCES = {
     "vqgan": ("vqgan", "vqgan."),
-    "byt5": ("byte_encoder", "encoder.t5."),
-    "clip": ("clip", "clip.model."),
+    "byt5": ("byte_encoder", "t5."),
+    "clip": ("clip", "model."),
     "prior": ("prior", ""),
     "denoiser": ("denoiser", "denoiser."),
 }
@@ -52,10 +49,8 @@ def tiny_config() -> BundleV3Config:
     )
 
 
-def assemble(runs: Path, out: Path, dtype: torch.dtype, corpus: Path | None = None) -> BundleConfig:
-    """Writes the bundle and returns its configuration. Raises FileNotFoundError without a CLIP run, whose merges every bundle needs, and
-    without the art where there is one.
-    """
+def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
+    """Writes the bundle and returns its configuration. Raises FileNotFoundError without a CLIP run, whose merges every bundle needs."""
     config = tiny_config()
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
@@ -66,11 +61,10 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype, corpus: Path | None = No
     for network, (name, prefix) in _SOURCES.items():
         checkpoint = runs / f"{name}.pt"
         if checkpoint.exists():
-            inner(getattr(bundle, network)).load_state_dict(trained_state(loop.load(checkpoint), prefix))
+            inner(getattr(bundle, network)).load_state_dict(averaged(loop.load(checkpoint), prefix), strict=network != "byt5")
             print(f"{network}: {checkpoint}")
-    # One that was kept has been scaled, and others were trained on it.
-    if (runs / f"{_SOURCES['clip'][0]}.pt").exists() and isinstance(bundle, BundleV3):
-        give_unit_variance(bundle.clip, Scenes.load(corpus, torch.device("cpu"), scenes=_SCALED_BY), _SCALED_BY)
+    if (runs / f"{_SOURCES['denoiser'][0]}.pt").exists() and isinstance(bundle, BundleV3):
+        quiet(bundle.denoiser)
     return save_bundle(bundle, out, dtype, merges)
 
 
@@ -80,7 +74,7 @@ def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -
     Raises what `load_v3` raises, BundleError for a checkpoint of another shape, pydantic.ValidationError for an impossible name.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
-    assign(bundle.denoiser, trained_state(loop.load(checkpoint), _SOURCES["denoiser"][1]), torch.float32, where=str(checkpoint))
+    assign(bundle.denoiser, averaged(loop.load(checkpoint), _SOURCES["denoiser"][1]), torch.float32, where=str(checkpoint))
     config = TypeAdapter(BundleV3Config).validate_python(asdict(bundle.config) | {"name": out.resolve().name})
     merges = None if config.clip.merges is None else base / config.clip.merges
     return save_bundle(replace(bundle, config=config), out, dtype, merges)
@@ -95,7 +89,6 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
     p.add_argument("--runs", type=Path, default=Path("runs"))
-    p.add_argument("--corpus", type=Path, help="of whose pictures CLIP's embeddings shall have unit variance; by default a small one")
     p.add_argument("--base", help="name or path of the bundle that all but the denoiser is taken from")
     p.add_argument("--denoiser", type=Path, help="checkpoint of the denoiser that goes into --base")
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
@@ -105,7 +98,7 @@ def main() -> None:
     prepare()
     dtype = getattr(torch, args.dtype)
     if args.base is None:
-        config = assemble(args.runs, args.out, dtype, args.corpus)
+        config = assemble(args.runs, args.out, dtype)
     else:
         config = with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype)
     for name, entry in config.files.items():

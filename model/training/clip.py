@@ -1,8 +1,9 @@
-"""Trains the CLIP pair on captioned scenes: contrastively, with both towers also naming what is stated.
+"""Trains CLIP's towers on captioned scenes: each learns to say the codes (codes.py), the one of captions, the other of pictures.
 
     python -m model.training.clip --minutes 15
 
-The attribute heads are what makes minutes enough; they are thrown away. The text tower's vocabulary is learnt first, from captions.
+What a caption's code and its picture's have in common is most of either, so the towers find each other without being compared. The text
+tower's vocabulary is learnt first, from captions.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from model.bundle import load_v3
 from model.config import find_bundle
 from model.text import CLIP, PIXEL_STATISTICS
 from model.training import loop, tiny
-from model.training.attributes import AttributeHeads, attribute_loss
+from model.training.codes import KIND_WIDTH, Codes
 from model.training.data import Scenes
 
 _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark and end mark
 # Scaled-down pictures are kept and met again with other captions; before every step some are drawn anew.
 _KEPT, _RENEWED = 16, 0.25  # batches; share of a batch
 _LEARNT_FROM = 20_000  # captions, for the vocabulary
-# The scale of CLIP's logits begins where open_clip's does.
-_SCALE = 2.66
+# How much the question for the kind counts, what its dot products are multiplied by, and how like a kind's own vector one must be.
+_KIND_SHARE, _KIND_SCALE, _CLEAR = 0.3, 1 / 8, 0.8
 
 
 def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
@@ -72,21 +73,18 @@ def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
     return tokens.view(N, C, context)
 
 
-class Pair(nn.Module):
-    """Both towers, and linear heads on their embeddings."""
+def encode_tokens(clip: CLIP, tokens: Tensor, longest: int) -> Tensor:
+    """What `clip.model.encode_text` makes of tokens [B, context] of which none is longer than `longest`, without what lies behind."""
+    model, tokens = clip.model, tokens[:, :longest].long()
+    x = model.token_embedding(tokens) + model.positional_embedding[:longest]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
+    return x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ model.text_projection
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self.clip = CLIP(tiny.CLIP, directory)
-        self.heads = AttributeHeads(tiny.CLIP.embed_dim)
 
-
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(CLIP's symmetric loss, share of pictures that find their caption) for embeddings [B, D]."""
-    logits = scale.exp().clamp(max=100) * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
-    target = torch.arange(len(logits), device=logits.device)
-    loss = (F.cross_entropy(logits.float(), target) + F.cross_entropy(logits.float().T, target)) / 2
-    return loss, (logits.argmax(-1) == target).float().mean()
+def found(image: Tensor, text: Tensor) -> Tensor:
+    """The share of pictures that find their caption among all, by embeddings [B, D]."""
+    likeness = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+    return (likeness.argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
 
 
 class Thumbnails:
@@ -111,7 +109,7 @@ class Thumbnails:
         aspect = int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))
         index, _ = self.scenes.some(self.count, self.members[aspect])
         place = torch.arange(self._next, self._next + self.count, device=index.device) % self.capacity
-        scaled = self.clip.scale(self.scenes.pictures(index, aspect))
+        scaled = self.clip.scale(self.scenes.small_pictures(index, aspect))
         self.pixels[place], self.index[place] = scaled.mul(255).round().to(torch.uint8), index
         self._next = (self._next + self.count) % self.capacity
 
@@ -121,62 +119,61 @@ class Thumbnails:
         return (self.pixels[chosen].float() / 255 - self.mean) / self.std, self.index[chosen]
 
 
-def pair_loss(pair: Pair, scenes: Scenes, image: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+    """(squared distance of embeddings [B, D] to codes [B, D] and the cross-entropy of the kind that is shown most, how often it is right)."""
+    said = said.float()
+    wanted = code[:, :KIND_WIDTH]
+    likeness = wanted @ codes.kinds.T
+    best = likeness.max(-1)
+    clear = (best.values > _CLEAR * KIND_WIDTH).float()  # not where several kinds are mixed, nor where nothing is there
+    logits = said[:, :KIND_WIDTH] @ codes.kinds.T * _KIND_SCALE
+    errors = F.cross_entropy(logits, best.indices, reduction="none")
+    right = ((logits.argmax(-1) == best.indices) * clear).sum() / clear.sum().clamp_min(1)
+    return F.mse_loss(said, code) + _KIND_SHARE * (errors * clear).mean(), right
+
+
+def pair_loss(clip: CLIP, scenes: Scenes, codes: Codes, image: Tensor, index: Tensor, longest: int) -> tuple[Tensor, dict[str, Tensor]]:
     """(the objective, figures) for pictures [B, 3, S, S], as the image tower takes them, of scenes [B], each with one of its captions."""
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     which = (torch.rand(len(index), device=index.device) * scenes.corpus.text.shape[1]).long()
-    shown = pair.clip.model.encode_image(image)
-    said = pair.clip.model.encode_text(scenes.clip_tokens[index, which].long())
-    contrast, found = contrastive_loss(shown, said, pair.clip.model.logit_scale)
-    classes = scenes.stated(index, which)
-    image_loss, image_worst = attribute_loss(pair.heads(shown), classes)
-    text_loss, text_worst = attribute_loss(pair.heads(said), classes)
-    return contrast + image_loss + text_loss, {"found": found, "image": image_worst, "text": text_worst}
+    shown, said = clip.model.encode_image(image), encode_tokens(clip, scenes.clip_tokens[index, which], longest)
+    seen_loss, seen = tower_loss(shown, codes.pictures(index), codes)
+    read_loss, read = tower_loss(said, codes.text(index, which), codes)
+    return seen_loss + read_loss, {"image": seen, "text": read, "found": found(shown.detach(), said.detach())}
 
 
 @torch.no_grad()
-def retrieval(pair: CLIP, scenes: Scenes, index: Tensor, among: int = 256) -> float:
+def retrieval(clip: CLIP, scenes: Scenes, index: Tensor, among: int = 256) -> float:
     """How often a picture finds its own caption among so many, over square scenes [N]."""
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
-    found = []
+    shares = []
     for part in index.split(among):
-        image = pair.encode_image(scenes.pictures(part))
-        text = pair.model.encode_text(scenes.clip_tokens[part, 0].long())
-        found.append(contrastive_loss(image, text, pair.model.logit_scale)[1])
-    return float(sum(found)) / len(found)
-
-
-@torch.no_grad()
-def give_unit_variance(clip: CLIP, scenes: Scenes, pictures: int = 256) -> None:
-    """Scales CLIP's last projections so that embeddings of scenes have unit variance, which the prior's diffusion begins with.
-
-    Cosines, which are all that CLIP is trained for, stay as they are.
-    """
-    index = scenes.of_aspect[0][:pictures]
-    text = torch.cat([clip.encode_text([scenes.corpus.caption(i) for i in part.tolist()]) for part in index.split(32)])
-    image = torch.cat([clip.encode_image(scenes.pictures(part)) for part in index.split(32)])
-    clip.model.visual.proj.data /= image.float().std()
-    clip.model.text_projection.data /= text.float().std()
+        image = torch.cat([clip.encode_image(scenes.pictures(few)) for few in part.split(32)])
+        shares.append(found(image, clip.model.encode_text(scenes.clip_tokens[part, 0].long())))
+    return float(sum(shares)) / len(shares)
 
 
 def matrices(module: nn.Module) -> list[str]:
-    """The layers' maps, for Muon."""
+    """The text layers' maps, for Muon."""
     return [name for name, p in module.named_parameters() if p.ndim == 2 and ".resblocks." in name]
 
 
-def train(pair: Pair, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> Pair:
+def train(clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> CLIP:
     """Trains until the budget is spent, but not on the corpus' last scenes. scenes: with the captions' tokens."""
-    pair.train()
+    clip.train()
+    if scenes.clip_tokens is None:
+        raise ValueError("the captions' tokens are not known")
     bound = max(len(scenes.corpus) - held_out, 1)
     members = tuple(own[own < bound] for own in scenes.of_aspect)
-    thumbnails = Thumbnails(pair.clip, scenes, o.batch, members)
+    codes, thumbnails = Codes(scenes.corpus), Thumbnails(clip, scenes, o.batch, members)
+    longest = int(scenes.clip_tokens.argmax(-1).max()) + 1
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        return pair_loss(pair, scenes, *thumbnails.draw())
+        return pair_loss(clip, scenes, codes, *thumbnails.draw(), longest)
 
-    trained: Pair = loop.fit(pair, loss, o, matrices=matrices(pair), before=thumbnails.renew).eval()  # type: ignore[assignment]
+    trained: CLIP = loop.fit(clip, loss, o, matrices=matrices(clip), before=thumbnails.renew).eval()  # type: ignore[assignment]
     return trained
 
 
@@ -198,11 +195,13 @@ def main() -> None:
         merges.write_bytes((kept / str(tiny.CLIP.merges)).read_bytes())
     elif not merges.exists():
         learn_merges(merges, tiny.CLIP.text_cfg["vocab_size"], scenes.captions(_LEARNT_FROM))
-    pair = Pair(o.checkpoint.parent)
+    clip = CLIP(tiny.CLIP, o.checkpoint.parent)
     if kept is not None:
-        pair.clip.load_state_dict(load_v3(kept, torch.device("cpu"), torch.float32).clip.state_dict())
-        pair.clip.model.logit_scale.data.fill_(_SCALE)
-    train(pair.to(o.device), with_tokens(scenes, pair.clip), o)
+        clip.load_state_dict(load_v3(kept, torch.device("cpu"), torch.float32).clip.state_dict())
+    scenes = with_tokens(scenes, clip)
+    trained = train(clip.to(o.device), scenes, o)
+    if loop.rank() == 0:
+        print(f"found among 256: {retrieval(trained, scenes, scenes.of_aspect[0][-256:]):.3f}")
 
 
 if __name__ == "__main__":

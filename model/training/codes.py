@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.denoiser import Denoiser
 from model.training.captions import ATTRIBUTES, PLACES, THING_ATTRIBUTES
 from model.training.corpus import Corpus
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
@@ -40,6 +41,13 @@ def _starts() -> tuple[dict[str, int], int]:
 
 
 STARTS, USED = _starts()  # of WIDTH channels; the rest are free, because a layer norm must put its energy somewhere
+
+
+@torch.no_grad()
+def quiet(denoiser: Denoiser) -> None:
+    """Makes a denoiser that has learnt from codes deaf to the channels that they leave free, where encoders may say anything."""
+    if denoiser.config.byt5_embd == WIDTH:
+        denoiser.byt5_mapper.weight[:, USED:] = 0
 
 
 def _one_hot(classes: Tensor, count: int) -> Tensor:

@@ -6,12 +6,13 @@ Nothing here asks the device for a number or sends it one, so all of it may be p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.training import art, corpus
@@ -53,7 +54,7 @@ class Text:
     @property
     def ids(self) -> Tensor:
         """What ByT5 reads: [B, L + 1] with an end mark, then padding."""
-        padded = torch.nn.functional.pad(self.bytes.long(), (0, 1))
+        padded = F.pad(self.bytes.long(), (0, 1))
         place = torch.arange(padded.shape[1], device=padded.device)
         length = self.length.long()[:, None]
         return (padded + _FIRST_BYTE) * (place < length) + _END * (place == length)
@@ -94,6 +95,18 @@ class Scenes:
     def pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of scenes [B], all of one aspect."""
         return as_float(render(self.corpus.layouts[index], self.atlas, *ASPECTS[aspect]), self.device)
+
+    @cached_property
+    def small_atlas(self) -> Tensor:
+        """The art at half its size."""
+        return torch.cat([F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in self.atlas.split(64)])
+
+    def small_pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
+        """As `pictures`, at half the size."""
+        drawn = self.corpus.layouts[index]
+        halved = replace(drawn, centre=drawn.centre / 2, length=drawn.length / 2)
+        width, height = ASPECTS[aspect]
+        return as_float(render(halved, self.small_atlas, width // 2, height // 2), self.device)
 
     def text(self, index: Tensor, which: Tensor, longest: int | None = None) -> Text:
         """Captions number `which` [B] of scenes [B], cut to the `longest` bytes."""

@@ -1,26 +1,25 @@
-"""Trains the prior to turn a caption's CLIP embedding into that of its picture.
+"""Trains the prior to turn the code of a caption into that of its picture (codes.py): what CLIP's towers learn to say.
 
-python -m model.training.prior runs/tiny --minutes 6
+    python -m model.training.prior --minutes 6
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.bundle import load_v3
+from model.config import find_bundle
 from model.prior import Prior, add_noise
-from model.text import CLIP
-from model.training import loop
-from model.training.clip import with_tokens
+from model.training import loop, tiny
+from model.training.codes import Codes
 from model.training.data import Scenes
 
 _UNCONDITIONAL = 0.1
-# Encoding a scene costs as much as many steps of the prior, so they are encoded once, and met again with other noise.
-_PICTURES = 8_000
+# The text tower is not as exact as the codes that it learns: noise up to this deviation.
+_NOISE = 0.4
+_BATCH = 512
 
 
 def diffusion_loss(prior: Prior, clip_text: Tensor, clip_image: Tensor) -> Tensor:
@@ -31,49 +30,45 @@ def diffusion_loss(prior: Prior, clip_text: Tensor, clip_image: Tensor) -> Tenso
     return F.mse_loss(prior(add_noise(clip_image, t, noise), t, text).float(), noise)
 
 
-@torch.no_grad()
-def embeddings(clip: CLIP, scenes: Scenes, pictures: int, dtype: torch.dtype = torch.float32, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """(text [n, C, D], image [n, D]) embeddings of the first square scenes. scenes: with the captions' tokens."""
-    if scenes.clip_tokens is None:
-        raise ValueError("the captions' tokens are not known")
-    index, texts, images = scenes.of_aspect[0][:pictures], [], []
-    with torch.autocast(scenes.device.type, dtype, enabled=dtype != torch.float32):
-        for part in index.split(batch):
-            images.append(clip.encode_image(scenes.pictures(part)).float())
-            said = scenes.clip_tokens[part].long()
-            texts.append(clip.model.encode_text(said.flatten(0, 1)).float().unflatten(0, said.shape[:2]))
-    return torch.cat(texts), torch.cat(images)
-
-
-def train(prior: Prior, texts: Tensor, images: Tensor, o: loop.Options) -> Prior:
-    """Trains until the budget is spent on embeddings [n, C, D] and [n, D]."""
+def train(prior: Prior, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> Prior:
+    """Trains until the budget is spent, but not on the corpus' last scenes."""
+    codes, among = Codes(scenes.corpus), torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device)
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = (torch.rand(o.batch, device=images.device) * len(images)).long()
-        which = (torch.rand(o.batch, device=images.device) * texts.shape[1]).long()
-        return diffusion_loss(prior, texts[chosen, which], images[chosen]), {}
+        index, which = scenes.some(o.batch, among)
+        text = codes.text(index, which)
+        text = text + _NOISE * torch.rand(len(text), 1, device=text.device) * torch.randn_like(text)
+        return diffusion_loss(prior, text, codes.pictures(index)), {}
 
-    trained: Prior = loop.fit(prior, loss, o, matrices=matrices(prior)).eval()  # type: ignore[assignment]
+    trained: Prior = loop.fit(prior, loss, o).eval()  # type: ignore[assignment]
     return trained
 
 
-def matrices(module: nn.Module) -> list[str]:
-    """None: AdamW is what the prior's broad, shallow maps are trained with."""
-    return []
+@torch.no_grad()
+def likeness(prior: Prior, scenes: Scenes, index: Tensor, guidance: float = 2.0, steps: int = 4) -> dict[str, float]:
+    """Of scenes [N]: cosine of what the prior imagines to the picture's code, and how often that is the nearest of all."""
+    from model.prior import sample
+
+    codes = Codes(scenes.corpus)
+    text, image = codes.text(index, torch.zeros_like(index)), codes.pictures(index)
+    imagined = sample(prior, text, torch.randn(steps + 1, *text.shape, device=text.device), guidance=guidance)
+    cosines = F.normalize(imagined, dim=-1) @ F.normalize(image, dim=-1).T
+    nearest = cosines.argmax(-1) == torch.arange(len(text), device=text.device)
+    return {"cosine": float(cosines.diag().mean()), "nearest": float(nearest.float().mean())}
 
 
 def main() -> None:
-    p = loop.parser(__doc__, name="prior", batch=256, lr=1e-3, minutes=6)
-    p.add_argument("bundle", type=Path, help="whose CLIP is trained already")
-    p.add_argument("--from-bundle", action="store_true", help="begin with the bundle's prior")
+    p = loop.parser(__doc__, name="prior", batch=_BATCH, lr=1e-3, minutes=6)
+    p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose prior to go on with")
     args = p.parse_args()
     o = loop.options(args)
-    bundle = load_v3(args.bundle, o.device, torch.float32)
-    prior = Prior(bundle.config.prior).to(o.device)
+    prior = Prior(tiny.PRIOR)
     if args.from_bundle:
-        prior.load_state_dict(bundle.prior.state_dict())
-    scenes = with_tokens(Scenes.load(args.corpus, o.device, o.seed), bundle.clip)
-    train(prior, *embeddings(bundle.clip, scenes, _PICTURES, o.dtype), o)
+        prior.load_state_dict(load_v3(find_bundle(args.from_bundle), torch.device("cpu"), torch.float32).prior.state_dict())
+    scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=False)
+    trained = train(prior.to(o.device), scenes, o)
+    if loop.rank() == 0:
+        print(likeness(trained, scenes, torch.arange(max(len(scenes.corpus) - 512, 0), len(scenes.corpus), device=o.device)))
 
 
 if __name__ == "__main__":
