@@ -39,8 +39,8 @@ batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; a
 faults soak: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
-evaluate: $(VENV)/.dev font
-	$(BIN)/python -m model.training.evaluate
+evaluate: $(VENV)/.dev art  ## PaellaBench on the embedded weights; ARGS=--quick is short
+	$(BIN)/python -m model.training.evaluate $(ARGS)
 
 # The objects of the pictures that training and evaluation draw; without them the tests that draw them are skipped and say so.
 art: $(VENV)/.dev  ## fetch the objects' art with npm into $PAELLERA_ART, or ~/.cache/paellera/art
