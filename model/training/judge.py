@@ -62,7 +62,8 @@ _TURN = 12.0  # degrees, at most
 _TINT_JITTER = 8.0
 _GAP = 4.0  # pixels between a thing and its box's edge
 _ATLAS = 64  # pixels a side of the sprites that training draws
-_PICTURES = 8  # crops for each whole picture
+_PICTURES = 0.75  # whole pictures for each crop
+_SHAPES = 0.1  # of the things are shapes, which have many colours
 # How far a box is off its thing: of its side, and of its shape.
 _OFF, _SCALE, _ASPECT = 0.08, 0.13, 0.1
 
@@ -147,10 +148,13 @@ class Scatter(nn.Module):
 
     def _sprites(self, n: int) -> tuple[Tensor, Tensor]:
         """Return kinds [N, M] and a background [N] before which they can be seen."""
-        first = torch.randint(len(self.seen), (n, 1), device=self.seen.device)
+        device = self.seen.device
+        first = torch.randint(len(self.seen), (n, 1), device=device)
+        shapes = torch.randint(len(SHAPES), (n, 1), device=device)
+        first = torch.where(torch.rand(n, 1, device=device) < _SHAPES, shapes, first)
         background = _drawn(self.seen[first[:, 0]], 1)[:, 0]
         others = _drawn(self.seen.T[background], _M - 1)
-        same = torch.rand(n, 1, device=self.seen.device) < _SAME
+        same = torch.rand(n, 1, device=device) < _SAME
         return torch.cat([first, torch.where(same, first, others)], dim=1), background
 
     def _tints(self, background: Tensor) -> Tensor:
@@ -280,7 +284,7 @@ def scaled(layouts: Layouts, scale: float) -> Layouts:
 
 
 def main() -> None:
-    parser = loop.parser(__doc__, name="judge", batch=128, lr=3e-3, minutes=20, ema=0.995)
+    parser = loop.parser(__doc__, name="judge", batch=64, lr=3e-3, minutes=20, ema=0.995)
     parser.set_defaults(warmup=50)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     o = loop.options(args := parser.parse_args())
@@ -288,7 +292,7 @@ def main() -> None:
     scatter = Scatter().to(o.device)
     detector = Detector().train().to(o.device)
     detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pictures = max(1, o.batch // _PICTURES)
+    pictures = max(1, round(o.batch * _PICTURES))
 
     def drawn() -> tuple[Tensor, Targets, Tensor, Tensor]:
         layouts, box = scatter(pictures)
