@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,28 +31,39 @@ class Clock:
 
 
 def fit(
-    monkeypatch: pytest.MonkeyPatch, steps: int, module: nn.Module, loss: loop.Loss, o: loop.Options, **rest: Any
+    monkeypatch: pytest.MonkeyPatch, steps: int, module: nn.Module, loss: loop.Loss | loop.Mixture, o: loop.Options, **rest: Any
 ) -> tuple[nn.Module, list[float]]:
     """`loop.fit` for a number of steps instead of minutes: (averaged module, losses)."""
     clock, losses = Clock(), []
 
-    def counted() -> tuple[Tensor, dict[str, Tensor]]:
-        value, figures = loss()
-        losses.append(value.item())
+    def look(value: float) -> None:
+        losses.append(value)
         if len(losses) == steps:
             clock.end()
-        return value, figures
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "time", clock)
-        return _FIT(module, counted, o, **rest), losses
+        return _FIT(module, watched(loss, look), o, **rest), losses
+
+
+def watched(loss: loop.Loss | loop.Mixture, look: Callable[[float], None]) -> loop.Loss | loop.Mixture:
+    """The loss, or every one of a mixture, told to `look` as a number each time that it is computed."""
+    if isinstance(loss, loop.Mixture):
+        return replace(loss, losses=tuple(watched(own, look) for own in loss.losses))
+
+    def counted() -> tuple[Tensor, dict[str, Tensor]]:
+        value, figures = loss()
+        look(value.item())
+        return value, figures
+
+    return counted
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, trainer: ModuleType, checkpoint: Path, steps: int, *arguments: str) -> list[float]:
     """A trainer's command line, for a number of steps instead of minutes: its losses."""
     losses: list[float] = []
 
-    def short(module: nn.Module, loss: loop.Loss, o: loop.Options, **rest: Any) -> nn.Module:
+    def short(module: nn.Module, loss: loop.Loss | loop.Mixture, o: loop.Options, **rest: Any) -> nn.Module:
         average, seen = fit(monkeypatch, steps, module, loss, o, **rest)
         losses.extend(seen)
         return average
@@ -74,19 +87,17 @@ def run(
     checkpoint, in the middle of the next."""
     losses: list[float] = []
 
-    def watched(module: nn.Module, loss: loop.Loss, o: loop.Options, **rest: Any) -> nn.Module:
-        def counted() -> tuple[Tensor, dict[str, Tensor]]:
-            value, figures = loss()
-            losses.append(value.item())
+    def interrupted(module: nn.Module, loss: loop.Loss | loop.Mixture, o: loop.Options, **rest: Any) -> nn.Module:
+        def look(value: float) -> None:
+            losses.append(value)
             if o.checkpoint.exists() and crash_at is not None and loop.load(o.checkpoint)["step"] == crash_at:
                 raise Crash
-            return value, figures
 
-        return _FIT(module, counted, o, **rest)
+        return _FIT(module, watched(loss, look), o, **rest)
 
     fixed = ["--checkpoint", checkpoint, "--device", "cpu", "--dtype", "float32", "--warmup", "3"]
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "fit", watched)
+        patched.setattr(loop, "fit", interrupted)
         patched.setattr(loop, "_SAVE_SECONDS", -1.0)
         patched.setattr(sys, "argv", ["trainer", *map(str, (*arguments, *fixed))])
         trainer.main()

@@ -16,13 +16,13 @@ from torch import Tensor
 from model.bundle import BundleError, load_bundle
 from model.config import BundleConfig, find_bundle
 from model.pipeline import Pipeline
-from model.training import assemble, captions, denoiser, loop, scenes, tiny
-from model.training.data import SceneSource
+from model.training import art, assemble, denoiser, loop
 from model.training.features import Examples, ExampleStream
-from model.training.scenes import sample_shape
-from tests.conftest import micro_config, random_networks, write_merges
+from model.vqgan import VQGAN
+from tests.conftest import randomise
 from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
 from tests.short_training import Crash, run
+from tests.small_training import _art_of_our_own, corpus_file, small_config, use  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,25 +30,16 @@ ROOT = Path(__file__).parents[1]
 # ── a position within encoded pools ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def small_scenes(monkeypatch):
-    """Shapes alone, at the random bundle's size."""
-    monkeypatch.setattr(captions, "sample", lambda rng, objects=0: sample_shape(rng))
-    monkeypatch.setattr(tiny, "NATIVE_SIZE", (32, 32))
-
-
 def same(a: Examples, b: Examples) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "byt5", "mask", "clip_text", "clip_image"))
 
 
-@pytest.mark.parametrize("form", ["scenes", "folder"])
-def test_a_stream_of_examples_goes_on_in_the_middle_of_a_pool(small_scenes, tmp_path, random_bundle, form):
+def test_a_stream_of_examples_goes_on_in_the_middle_of_a_pool(tmp_path, random_bundle):
     bundle = load_bundle(random_bundle, torch.device("cpu"), torch.float32)
     write_pictures(tmp_path, 10)
 
     def stream() -> ExampleStream:
-        source = SceneSource(8, 3) if form == "scenes" else pictures(tmp_path, 8, size=(32, 32))
-        return ExampleStream(bundle, source, 3, pool=4, reuse=2)
+        return ExampleStream(bundle, pictures(tmp_path, 8, size=(32, 32)), 3, pool=4, reuse=2)
 
     whole, states, batches = stream(), [], []
     for _ in range(20):
@@ -91,12 +82,21 @@ def identical(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize(("form", "crashes"), [("folder", (3, 27)), ("shards", (5,)), ("scenes", (5,))])
-def test_an_interrupted_run_of_n_steps_ends_as_one_that_was_not(monkeypatch, small_scenes, tmp_path, random_bundle, form, crashes):
+def test_an_interrupted_run_of_n_steps_ends_as_one_that_was_not(monkeypatch, tmp_path, random_bundle, corpus_file, form, crashes):  # noqa: F811
     """Weights, average with its counter, optimizer, random state, the data's position: bit for bit, in the first pool and in a later."""
     write_mixed(tmp_path / "data")
     write_pictures(tmp_path / "data", 12)
-    where = {"folder": ["--data", tmp_path / "data"], "shards": ["--data", write_shards(tmp_path / "shards", [tmp_path / "data"])]}
-    common = [random_bundle, *where.get(form, []), "--steps", crashes[-1] + 2, "--batch", 2]
+    if form == "scenes":
+        use(monkeypatch, small_config())
+        vqgan = VQGAN(small_config().vqgan)
+        randomise(vqgan)
+        torch.save(vqgan.state_dict(), tmp_path / "vqgan.net")
+        where = ["--vqgan", tmp_path / "vqgan.net", "--corpus", corpus_file]
+    elif form == "folder":
+        where = [random_bundle, "--data", tmp_path / "data"]
+    else:
+        where = [random_bundle, "--data", write_shards(tmp_path / "shards", [tmp_path / "data"])]
+    common = [*where, "--steps", crashes[-1] + 2, "--batch", 2]
     run(monkeypatch, denoiser, tmp_path / "whole.pt", *common)
     torch.manual_seed(99)
     resume: list[str] = []
@@ -145,25 +145,34 @@ def test_the_command_says_in_one_line_that_there_is_nothing_to_train_on(monkeypa
         run(monkeypatch, denoiser, tmp_path / "x.pt", random_bundle, "--data", tmp_path, "--steps", 1)
 
 
-def test_neither_font_nor_scene_is_needed_for_pictures(monkeypatch, tmp_path, random_bundle):
-    def absent(*_: object, **__: object) -> None:
-        raise FileNotFoundError("no font, no scenes")
+def test_no_art_is_needed_for_pictures(monkeypatch, tmp_path, random_bundle, corpus_file):  # noqa: F811
+    def absent() -> None:
+        raise FileNotFoundError("no art")
 
-    for module, name in ((scenes, "find_font"), (captions, "render"), (captions, "batch")):
-        monkeypatch.setattr(module, name, absent)
-    with pytest.raises(FileNotFoundError, match="no scenes"):
-        run(monkeypatch, denoiser, tmp_path / "x.pt", random_bundle, "--steps", 1)
+    monkeypatch.setattr(art, "atlas", absent)
+    with pytest.raises(FileNotFoundError, match="no art"):
+        run(monkeypatch, denoiser, tmp_path / "x.pt", random_bundle, "--corpus", corpus_file, "--steps", 1)
     write_pictures(tmp_path / "data", 4)
     run(monkeypatch, denoiser, tmp_path / "x.pt", random_bundle, "--data", tmp_path / "data", "--steps", 1)
     assemble.with_denoiser(random_bundle, tmp_path / "x.pt", tmp_path / "out", torch.float32)
     assert loop.load(tmp_path / "x.pt")["step"] == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "a bundle or --vqgan is needed"), (["--data", "somewhere"], "--data needs a bundle")],
+)
+def test_the_command_says_what_it_lacks(monkeypatch, tmp_path, arguments, said):
+    with pytest.raises(SystemExit, match=said):
+        run(monkeypatch, denoiser, tmp_path / "x.pt", *arguments, "--steps", 1)
+
+
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 1.0), (1.0, 0.0), (0.9, 0.1)])
 def test_the_share_of_dropped_clip_embeddings_can_be_chosen(random_bundle, share, kept):
     bundle = load_bundle(random_bundle, torch.device("cpu"), torch.float32)
     x = Examples.of(bundle, torch.rand(1, 3, 32, 32), ["a caption"])
-    rows = Examples(*(getattr(x, name).expand(2000, *[-1] * (getattr(x, name).dim() - 1)) for name in Examples.__slots__))
+    names = ("tokens", "byt5", "mask", "clip_text", "clip_image", "empty")
+    rows = Examples(*(getattr(x, name).expand(2000, *[-1] * (getattr(x, name).dim() - 1)) for name in names))
     with torch.no_grad():
         mask = denoiser.dropped_condition(bundle.denoiser, rows, share).mask
     assert mask is not None
@@ -262,21 +271,6 @@ def test_a_denoiser_of_another_shape_is_refused(tmp_path, random_bundle):
     with pytest.raises(BundleError, match=r"x\.pt"):
         assemble.with_denoiser(random_bundle, tmp_path / "x.pt", tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
-
-
-def test_clip_is_scaled_when_it_comes_from_a_checkpoint_and_left_alone_otherwise(monkeypatch, small_scenes, tmp_path):
-    networks = random_networks(write_merges(tmp_path / "runs"), micro_config("tiny"))
-    monkeypatch.setattr(assemble, "tiny_config", lambda: networks.config)
-    raw = {f"clip.model.{name}": tensor for name, tensor in networks.clip.model.state_dict().items()}
-    torch.save({"ema": raw}, tmp_path / "runs" / "clip.pt")
-    assemble.assemble(tmp_path / "runs", tmp_path / "out", torch.float32)
-    scaled = tensors(tmp_path / "out")["clip"]
-    changed = {name for name, tensor in scaled.items() if not torch.equal(tensor, raw[f"clip.{name}"])}
-    assert changed == {"model.visual.proj", "model.text_projection"}
-    (tmp_path / "runs" / "clip.pt").unlink()
-    monkeypatch.setattr(captions, "batch", None)  # no scene is drawn any more
-    assemble.assemble(tmp_path / "runs", tmp_path / "out", torch.float32)
-    assert identical(tensors(tmp_path / "out")["clip"], scaled)
 
 
 # ── the embedded weights learn something new ──────────────────────────────────────────────────────────────────────────────────────

@@ -24,15 +24,16 @@ from model.bundle import load_v3
 from model.config import ByteEncoderConfig, find_bundle
 from model.text import ByteEncoder
 from model.training import loop, tiny
-from model.training.captions import ATTRIBUTES, THING_ATTRIBUTES
-from model.training.codes import KIND_WIDTH, ONE, STARTS, USED, Codes
+from model.training.captions import THING_ATTRIBUTES
+from model.training.codes import KIND_WIDTH, ONE, STARTS, USED, Codes, classes_of
 from model.training.data import Scenes, Text
 from model.training.features import encode_bytes
 
 # Bytes of a thing cut out of its caption, before and behind its first; the share of the steps that read such, at first and at last.
 _BEFORE, _BEHIND = 3, 25
-_CUT_FIRST, _CUT_LAST, _CUT_STEPS = 1.0, 0.25, 1500
+_CUT_FIRST, _CUT_LAST, _CUT_STEPS = 1.0, 0.25, 1200
 _KIND_SHARE, _KIND_SCALE = 0.3, 1 / 8  # how much the question for the kind counts, and what its dot products are multiplied by
+_OTHERS_SHARE, _SHARPNESS = 0.2, 2.0  # the same of the other attributes
 _WORD_BYTES = 16  # captions of a batch are of one length, to so many bytes
 _NEAR = 5.0  # what a head that looks at one neighbour adds to its score, before anything is learnt
 
@@ -58,15 +59,26 @@ def reading_loss(encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor,
     channels = STARTS["background"] if cut else USED
     read = text.mask[..., None].float()
     distance = ((found - target)[..., :channels].square() * read).sum() / (read.sum() * channels)
-    # One byte in four, and of those what belongs to something of a known kind.
-    asked, wanted = found[:, ::4, :KIND_WIDTH].flatten(0, 1), target[:, ::4, :KIND_WIDTH].flatten(0, 1)
-    known = (wanted != 0).any(-1) & text.mask[:, ::4].flatten()
-    asked, wanted = asked[known], wanted[known]
-    logits = asked @ codes.kinds.T * _KIND_SCALE
-    kind = torch.cdist(wanted, codes.kinds).argmin(-1)
+    # One byte in four is asked what it means; of its kind, those that belong to something of a known one.
+    asked, wanted = (vectors[:, ::4].flatten(0, 1) for vectors in (found, target))
+    there = text.mask[:, ::4].flatten()
+    asked, wanted = asked[there], wanted[there]
+    known = (wanted[:, :KIND_WIDTH] != 0).any(-1)
+    logits = asked[known, :KIND_WIDTH] @ codes.kinds.T * _KIND_SCALE
+    kind = torch.cdist(wanted[known, :KIND_WIDTH], codes.kinds).argmin(-1)
     named = F.cross_entropy(logits, kind)
-    figures = {"distance": distance.detach(), "kind": (logits.argmax(-1) == kind).float().mean()}
-    return distance + _KIND_SHARE * named, figures
+    others = [_class_error(asked, wanted, name) for name in STARTS if not cut or name in THING_ATTRIBUTES]
+    figures = {"distance": distance.detach(), "kind": (logits.argmax(-1) == kind).float().mean(), "others": sum(others).detach() / len(others)}
+    return distance + _KIND_SHARE * named + _OTHERS_SHARE * sum(others), figures
+
+
+def _class_error(asked: Tensor, wanted: Tensor, name: str) -> Tensor:
+    """The cross-entropy of an attribute's class, silence being a class of its own, by vectors [n, D]."""
+    own = slice(STARTS[name], STARTS[name] + classes_of(name) - 1)
+    silent = torch.full_like(asked[:, :1], ONE / 2)
+    likelier, best = wanted[:, own].max(-1)
+    logits = torch.cat([silent, asked[:, own]], dim=-1) * _SHARPNESS
+    return F.cross_entropy(logits, torch.where(likelier > 0, 1 + best, 0))
 
 
 def captions(scenes: Scenes, codes: Codes, batch: int, rng: np.random.Generator, held_out: int) -> Iterator[tuple[Text, Tensor]]:
@@ -127,8 +139,7 @@ def read(found: Tensor, codes: Codes, name: str) -> Tensor:
     if name == "kind":
         likeness = found[..., :KIND_WIDTH] @ codes.kinds[1:].T / KIND_WIDTH
         return torch.where(likeness.amax(-1) > 0.5, 1 + likeness.argmax(-1), 0)
-    count = {**THING_ATTRIBUTES, **ATTRIBUTES}[name] - 1
-    own = found[..., STARTS[name] : STARTS[name] + count]
+    own = found[..., STARTS[name] : STARTS[name] + classes_of(name) - 1]
     return torch.where(own.amax(-1) > ONE / 2, 1 + own.argmax(-1), 0)
 
 
@@ -140,7 +151,8 @@ def matrices(module: torch.nn.Module) -> list[str]:
 def train(encoder: ByteEncoder, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> ByteEncoder:
     """Trains until the budget is spent, but not on the corpus' last scenes."""
     encoder.train()
-    codes, rng, steps = Codes(scenes.corpus), np.random.default_rng(o.seed), count()
+    codes, rng = Codes(scenes.corpus), np.random.default_rng(o.seed)
+    steps = count(loop.load(o.checkpoint)["step"] if o.resume else 0)
     whole, parts = captions(scenes, codes, o.batch, rng, held_out), pieces(scenes, codes, 2 * o.batch, held_out)
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:

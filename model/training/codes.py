@@ -43,6 +43,11 @@ def _starts() -> tuple[dict[str, int], int]:
 STARTS, USED = _starts()  # of WIDTH channels; the rest are free, because a layer norm must put its energy somewhere
 
 
+def classes_of(name: str) -> int:
+    """How many classes an attribute of STARTS has, the silent one among them."""
+    return 1 + len(PLACES) if name == "place" else {**ATTRIBUTES, **THING_ATTRIBUTES}[name]
+
+
 @torch.no_grad()
 def quiet(denoiser: Denoiser) -> None:
     """Makes a denoiser that has learnt from codes deaf to the channels that they leave free, where encoders may say anything."""

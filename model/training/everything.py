@@ -37,8 +37,7 @@ _PART = 15 * 2**20  # bytes
 _STATE = "state.safetensors"
 # Of the budget, the share that encoders and VQGAN have where the denoiser follows them; seconds for what comes after the last step.
 _ENCODERS, _AFTERWARDS = 0.29, 9.0
-# The judge learns for so many seconds, the byte encoder for this share of the others' time.
-_JUDGE, _BYTES = 50.0, 0.8
+_JUDGE = 50.0  # seconds that the judge learns for
 _POLL = 0.25  # seconds
 
 
@@ -191,36 +190,37 @@ def _few(plan: Plan) -> tuple[int, int]:
 
 
 def _role_bytes(plan: Plan) -> None:
-    from model.training import byte_encoder
+    from model.training import byte_encoder, tiny
 
     _seed(2)
-    reader = byte_encoder.Reader().to(plan.device)
+    encoder = byte_encoder.fresh(tiny.BYTE_ENCODER).to(plan.device)
     scenes = _scenes(plan, tokens=False)
-    until = time.time() + _BYTES * (plan.encoders_until - time.time())
-    o = _options(plan, "byte_encoder", until, batch=plan.batch(1024, 32), lr=2e-3)
-    trained = byte_encoder.train(reader, scenes, o)
-    _final(plan, "byt5", trained.encoder)
-    held_out = torch.arange(
-        len(scenes.corpus) - _few(plan)[0], len(scenes.corpus), device=plan.device
-    )
-    _figures(plan, "bytes", byte_encoder.accuracies(trained, scenes, held_out))
+    o = _options(plan, "byte_encoder", plan.encoders_until, batch=plan.batch(512, 16), lr=2e-3)
+    trained = byte_encoder.train(encoder, scenes, o, _few(plan)[0])
+    _final(plan, "byt5", trained)
+    _figures(plan, "bytes", byte_encoder.accuracies(trained, scenes, _held_out(plan, scenes)))
+
+
+def _held_out(plan: Plan, scenes: Any) -> Tensor:
+    """Scenes that no trainer has met."""
+    return torch.arange(len(scenes.corpus) - _few(plan)[0], len(scenes.corpus), device=plan.device)
 
 
 def _role_clip(plan: Plan) -> None:
-    from model.training import clip, prior, tiny
+    from model.text import CLIP
+    from model.training import clip, tiny
 
     _seed(3)
     _wait_for(plan.scratch / str(tiny.CLIP.merges))
-    pair = clip.Pair(plan.scratch).to(plan.device)
+    towers = CLIP(tiny.CLIP, plan.scratch).to(plan.device)
     scenes = _scenes(plan, tokens=True)
-    o = _options(plan, "clip", plan.encoders_until, batch=plan.batch(1024, 16), lr=1e-3)
-    network = clip.train(pair, scenes, o).clip
-    clip.give_unit_variance(network, scenes, *_few(plan)[1:])
-    _final(plan, "clip", network)
-    index = scenes.of_aspect[0][-_few(plan)[0] :]
-    _figures(
-        plan, "clip", {"found": clip.retrieval(network, scenes, index, 16 if plan.smoke else 256)}
-    )
+    o = _options(plan, "clip", plan.encoders_until, batch=plan.batch(512, 16), lr=2e-3)
+    trained = clip.train(towers, scenes, o, _few(plan)[0])
+    _final(plan, "clip", trained)
+    index = _held_out(plan, scenes)
+    index = index[scenes.corpus.aspect[index] == 0]
+    among = 8 if plan.smoke else 256
+    _figures(plan, "clip", {"found": clip.retrieval(trained, scenes, index, among)})
 
 
 def _role_judge(plan: Plan) -> None:
@@ -250,93 +250,50 @@ def _role_judge(plan: Plan) -> None:
 
 
 def _role_prior(plan: Plan) -> None:
-    from model.text import CLIP
     from model.training import prior, tiny
 
     _seed(5)
-    _wait_for(_net(plan, "clip"), plan.scratch / str(tiny.CLIP.merges))
-    network = CLIP(tiny.CLIP, plan.scratch).to(plan.device).eval().requires_grad_(False)
-    network.model.load_state_dict(torch.load(_net(plan, "clip")))
-    scenes = _scenes(plan, tokens=True)
-    o = _options(plan, "prior", plan.denoiser_until - 2, batch=plan.batch(1024, 32), lr=1e-3)
-    texts, images = (
-        t.cpu()
-        for t in prior.embeddings(network, scenes, 100 if plan.smoke else 60_000, o.dtype, o.batch)
-    )
-    # The processor has nothing else to do by now, and the GPU has.
-    torch.set_num_threads(1 if plan.smoke else 8)
-    held_out = _few(plan)[0]
-    o = _replace(o, device=torch.device("cpu"), dtype=torch.float32)
-    trained = prior.train(prior.Prior(tiny.PRIOR), texts[held_out:], images[held_out:], o)
+    scenes = _scenes(plan, tokens=False)
+    o = _options(plan, "prior", plan.encoders_until, batch=plan.batch(1024, 32), lr=1e-3)
+    trained = prior.train(prior.Prior(tiny.PRIOR).to(plan.device), scenes, o, _few(plan)[0])
     _final(plan, "prior", trained)
-    _figures(plan, "prior", _prior_figures(trained, texts[:held_out, 0], images[:held_out]))
-
-
-def _prior_figures(trained: Any, text: Tensor, image: Tensor) -> dict[str, float]:
-    """Of embeddings [n, D]: cosine of what the prior imagines to the picture's, and how often that is the nearest of all."""
-    import torch.nn.functional as F
-
-    from model.prior import sample
-
-    with torch.no_grad():
-        imagined = sample(trained, text, torch.randn(5, *text.shape), guidance=2.0)
-    likeness = F.normalize(imagined, dim=-1) @ F.normalize(image, dim=-1).T
-    nearest = likeness.argmax(-1) == torch.arange(len(text))
-    return {"cosine": float(likeness.diag().mean()), "nearest": float(nearest.float().mean())}
+    _figures(plan, "prior", prior.likeness(trained, scenes, _held_out(plan, scenes)))
 
 
 def _role_denoiser(plan: Plan) -> None:
-    from model.bundle import BundleV3, build, inner
-    from model.training import denoiser, loop, tiny
+    from model.denoiser import Denoiser
+    from model.training import denoiser, loop
     from model.training.assemble import tiny_config
     from model.training.guides import Guided
+    from model.vqgan import VQGAN
 
     _seed(4)
-    s = plan.scratch
-    _wait_for(s / str(tiny.CLIP.merges))
-    bundle = build(tiny_config(), s, plan.device)
-    if not isinstance(bundle, BundleV3):
-        raise TypeError("the embedded bundle is v3's")
-    scenes = _scenes(plan, tokens=True)
-    guided = Guided(bundle.denoiser.train(), bundle.vqgan.vquantizer.codebook.weight).to(
-        plan.device
-    )
-    for network in (bundle.vqgan, bundle.byt5, bundle.clip):
-        network.eval().requires_grad_(False)
+    config = tiny_config()
+    vqgan = VQGAN(config.vqgan).to(plan.device).eval().requires_grad_(False)
+    scenes = _scenes(plan, tokens=False)
+    guided = Guided(Denoiser(config.denoiser), vqgan.vquantizer.codebook.weight).to(plan.device)
     batch = plan.batch(512, 8)
-    encoding = denoiser.Encoding.of(bundle, scenes, batch, plan.batch(400_000, 64), torch.bfloat16)
-    o = _options(
-        plan, "denoiser", plan.denoiser_until, batch=batch, lr=4e-3 if not plan.smoke else 2e-3
-    )
+    capacity = plan.batch(400_000, 64)
+    o = _options(plan, "denoiser", plan.denoiser_until, batch=batch, lr=2e-3 if plan.smoke else 4e-3)
+    encoding = denoiser.Encoding.of(config, vqgan, scenes, batch, capacity, o.dtype)
     losses = denoiser.scene_losses(guided, encoding)
     with _accelerated(guided, plan, batch, 8):
         for pool in encoding.pools.values():
             pool.fake()
         run = loop.prepared(guided, losses.losses, o, denoiser.matrices_of(guided))
         _say("denoiser: prepared")
-        names = ("vqgan", "byt5", "clip")
-        _wait_for(*(_net(plan, name) for name in names))
-        for name in names:
-            inner(getattr(bundle, name)).load_state_dict(
-                torch.load(_net(plan, name), map_location=plan.device), strict=name != "byt5"
-            )
-        guided.codebook.copy_(bundle.vqgan.vquantizer.codebook.weight)
+        _wait_for(_net(plan, "vqgan"))
+        vqgan.load_state_dict(torch.load(_net(plan, "vqgan"), map_location=plan.device))
+        guided.codebook.copy_(vqgan.vquantizer.codebook.weight)
         for pool in encoding.pools.values():
             pool.forget()
         encoding.begin(8 if plan.smoke else 32)
         _say("denoiser: begins")
         o = loop.replace(o, minutes=max(plan.denoiser_until - time.time(), 0.5) / 60)
-        loop.fit(guided, losses, o, None, denoiser.matrices_of(guided), encoding.grow, run=run)
-    encoded = {str(aspect): pool.encoded for aspect, pool in encoding.pools.items()}
-    _figures(
-        plan,
-        "denoiser",
-        {
-            "steps": run.step,
-            "skipped": run.skipped,
-            **{f"encoded {a}": n for a, n in encoded.items()},
-        },
-    )
+        matrices = denoiser.matrices_of(guided)
+        loop.fit(guided, losses, o, None, matrices, encoding.grow, run=run)
+    encoded = {f"encoded {aspect}": pool.encoded for aspect, pool in encoding.pools.items()}
+    _figures(plan, "denoiser", {"steps": run.step, "skipped": run.skipped, **encoded})
 
 
 @contextlib.contextmanager
@@ -471,21 +428,22 @@ class Watch:
 def _collected(scratch: Path) -> dict[str, Tensor]:
     """The averaged weights of every network that there is a checkpoint of, in fp16, and CLIP's merges as bytes."""
     from model.training import loop
-    from model.training.assemble import _SOURCES, trained_state
+    from model.training.assemble import _SOURCES
+    from model.training.checkpoint import averaged
 
     tensors: dict[str, Tensor] = {}
     for network, (name, prefix) in _SOURCES.items():
         if (scratch / f"{network}.net").exists():
             state = torch.load(scratch / f"{network}.net", map_location="cpu")
         elif (scratch / f"{name}.pt").exists():
-            state = trained_state(loop.load(scratch / f"{name}.pt"), prefix)
+            state = averaged(loop.load(scratch / f"{name}.pt"), prefix)
         else:
             continue
         tensors |= {
             f"{network}:{key}": t.half() if t.is_floating_point() else t for key, t in state.items()
         }
     if (scratch / "vqgan.pt").exists():  # what the codebook's training goes on with
-        codes = trained_state(loop.load(scratch / "vqgan.pt"), "codes.")
+        codes = averaged(loop.load(scratch / "vqgan.pt"), "codes.")
         tensors |= {f"codes:{key}": t.float() for key, t in codes.items()}
     for merges in scratch.glob("*.txt.gz"):
         tensors[f"file:{merges.name}"] = torch.frombuffer(
@@ -510,6 +468,7 @@ def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
     """
     from model.bundle import build, inner, save_bundle
     from model.training.assemble import tiny_config
+    from model.training.codes import quiet
 
     tensors, config = _read_parts(out), tiny_config()
     with tempfile.TemporaryDirectory() as folder:
@@ -519,6 +478,8 @@ def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
         for name, network in made.networks():
             if state := _state(tensors, name):
                 inner(network).load_state_dict(state, strict=name != "byt5")
+                if name == "denoiser":
+                    quiet(network)
         written = save_bundle(made, bundle, dtype, merges)
     for name, entry in written.files.items():
         print(f"{entry.bytes / 1e6:8.2f} MB  {name}")

@@ -87,8 +87,9 @@ class Autoencoder(nn.Module):
         return cls(vqgan)
 
     def start_from(self, latents: Tensor) -> None:
-        """Codes begin as latents of one batch, not at random."""
-        chosen = latents[torch.randint(len(latents), (len(self.codes.sums),), device=latents.device)]
+        """Codes begin as latents of one batch, not at random; some twice if there are too few."""
+        order = torch.randperm(len(latents), device=latents.device)
+        chosen = latents[order.repeat(-(-len(self.codes.sums) // len(order)))[: len(self.codes.sums)]]
         self.codes.sums.copy_(chosen)
         self.vqgan.vquantizer.codebook.weight.data.copy_(chosen)
 
