@@ -95,7 +95,7 @@ class Thumbnails:
         self.count = max(1, round(_RENEWED * batch))
         S, device = clip.image_size, scenes.device
         self.capacity = _KEPT * batch
-        self.pixels = torch.zeros(self.capacity, 3, S, S, dtype=torch.uint8, device=device)
+        self.pixels = torch.zeros(self.capacity, 3, S, S, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
         self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
         self._next = 0
         self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in PIXEL_STATISTICS)
@@ -163,6 +163,7 @@ def matrices(module: nn.Module) -> list[str]:
 def train(clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> CLIP:
     """Trains until the budget is spent, but not on the corpus' last scenes. scenes: with the captions' tokens."""
     clip.train()
+    clip.model.visual.to(memory_format=torch.channels_last)
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     bound = max(len(scenes.corpus) - held_out, 1)

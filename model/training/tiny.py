@@ -14,12 +14,12 @@ BYTE_ENCODER = ByteEncoderConfig(d_model=192, d_kv=32, d_ff=384, num_layers=3, n
 CLIP = CLIPConfig(
     embed_dim=192,
     # Four layers that are one deep are a small residual network: it learns to tell kinds from far fewer pictures than a transformer.
-    vision_cfg={"image_size": 96, "width": 16, "layers": [1, 1, 1, 1], "head_width": 32},
-    text_cfg={"context_length": 48, "vocab_size": 2048, "width": 128, "heads": 4, "layers": 3, "mlp_ratio": 2.0},
+    vision_cfg={"image_size": 64, "width": 12, "layers": [1, 1, 1, 1], "head_width": 32},
+    text_cfg={"context_length": 48, "vocab_size": 1792, "width": 128, "heads": 4, "layers": 3, "mlp_ratio": 2.0},
     merges="clip_merges.txt.gz",
 )
 
-PRIOR = PriorConfig(c_hidden=192, c_r=32, clip_r=192, num_blocks=3)
+PRIOR = PriorConfig(c_hidden=192, c_r=32, clip_r=192, num_blocks=2)
 
 DENOISER = DenoiserConfig(
     byt5_embd=192,
