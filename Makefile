@@ -19,6 +19,7 @@ scale-test: $(VENV)/.dev  ## the tests that start a Ray of their own
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

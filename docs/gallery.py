@@ -1,4 +1,4 @@
-"""Draws docs/gallery.md: every operation's curl line, really run against a server with the embedded weights, and what came of it.
+"""Draw docs/gallery.md: the curl command of every operation, run against a server, and its result.
 
 python docs/gallery.py        # needs curl; writes docs/gallery.md and docs/gallery/
 """
@@ -20,14 +20,15 @@ HOST = "localhost:8000"  # as the page shows it
 
 HEAD = """# Gallery
 
-What the embedded weights make of each operation ([operations.md](operations.md)), drawn by `python docs/gallery.py`: these very lines, run
-against `paellera serve`, one after the other, in one folder. Fixed seeds, none of them chosen for its result.
+*For client developers.* Each operation ([operations.md](operations.md)) with the embedded weights.
+`python docs/gallery.py` draws this page: it runs exactly these commands against `paellera serve`,
+in order, in one folder. Seeds are fixed, and none was chosen for its result.
 """
 
 
 @dataclass(frozen=True)
 class Entry:
-    """fields: of the form; `@name` is a file. shown: the files that go in, by what they are. output: the file that comes out."""
+    """One example. fields: of the form; `@name` is a file. shown: (label, file) of the inputs. output: the resulting file."""
 
     title: str
     words: str
@@ -42,10 +43,10 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("generate", "A prompt.", "generate", {"prompt": "a big red star on a blue background"}, "star.png"),
+    Entry("generate", "One prompt.", "generate", {"prompt": "a big red star on a blue background"}, "star.png"),
     Entry(
         "inpaint",
-        "White is drawn anew; the rest comes back bit for bit.",
+        "The white area of the mask is drawn anew; all other pixels are returned bit for bit.",
         "inpaint",
         {"image": "@star.png", "mask": "@mask.png", "prompt": "a big yellow heart on a blue background"},
         "inpainted.png",
@@ -53,7 +54,7 @@ ENTRIES = (
     ),
     Entry(
         "outpaint",
-        "The canvas grows on three sides in one pass; no prompt.",
+        "The canvas is extended on three sides in one pass, without a prompt.",
         "outpaint",
         {"image": "@star.png", "left": "64", "right": "64", "down": "32"},
         "outpainted.png",
@@ -61,15 +62,15 @@ ENTRIES = (
     ),
     Entry(
         "variations",
-        "Another picture that CLIP sees the same in.",
+        "Another image with a similar CLIP embedding.",
         "variations",
         {"image": "@star.png"},
         "variation.png",
         (("image", "star.png"),),
     ),
     Entry(
-        "variations of two pictures",
-        "Their embeddings, mixed.",
+        "variations of two images",
+        "The weighted mean of two CLIP embeddings.",
         "variations",
         {"image": "@star.png", "image[]": "@inpainted.png", "weights": "[0.5, 0.5]"},
         "mixed.png",
@@ -77,7 +78,7 @@ ENTRIES = (
     ),
     Entry(
         "edit",
-        "Six tenths of the tokens become noise, and the new prompt makes something of it.",
+        "60 % of the tokens are replaced by noise and drawn anew with another prompt.",
         "edit",
         {"image": "@star.png", "prompt": "a big green star on a blue background", "strength": "0.6"},
         "edited.png",
@@ -85,7 +86,7 @@ ENTRIES = (
     ),
     Entry(
         "regions",
-        "Two prompts, each for its half; the borders fade into each other.",
+        "Two prompts, one for each half, with soft borders.",
         "generate",
         {
             "prompt": "a plain white background",
@@ -96,7 +97,7 @@ ENTRIES = (
     ),
     Entry(
         "interpolate",
-        "Sixteen frames on the way from one prompt to another, from the same noise.",
+        "16 frames between two prompts, from the same noise.",
         "interpolate",
         {
             "keyframes": '[{"prompt": "a big red star on a blue background"}, {"prompt": "a big yellow circle on a purple background"}]',

@@ -53,16 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def draw(pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
     """Tokens [B, H, W] of pictures that share every stage."""
-    config, (width, height) = pipeline.config.recipe.sampling(steps=steps), pipeline.config.native_size
-    noises = [pipeline.noise(seed, width, height, config.steps) for seed in seeds]
-    *encoded, negative = pipeline.encode([*texts, ""])
-    images = pipeline.image_embeddings(encoded, noises)
-    given = zip(noises, encoded, images, strict=True)
-    unconditional = pipeline.condition(negative)
-    rows = [pipeline.start(noise, config, pipeline.condition(prompt, image), unconditional) for noise, prompt, image in given]
-    while not rows[0].done:
-        pipeline.advance(rows)
-    return torch.stack([row.tokens for row in rows]).cpu()
+    return pipeline.generate_tokens(texts, seeds, pipeline.config.recipe.sampling(steps=steps)).cpu()
 
 
 def _agreement(pipeline: Pipeline, texts: Sequence[str], alone: Tensor, rows: int, steps: int | None) -> dict[str, float]:

@@ -56,7 +56,7 @@ class Playground:
         self.page.get_by_role("radio", name=operation, exact=True).check()
 
     def load(self, path: Path) -> None:
-        """A picture from a file onto the easel."""
+        """A picture from a file onto the canvas."""
         self.page.set_input_files("#open", path)
         expect(self.page.locator("#caption")).to_have_text(path.name)
 
@@ -77,7 +77,7 @@ class Playground:
 
     @property
     def shown(self) -> NDArray[np.int_]:
-        """The picture on the easel, [H, W, 3]."""
+        """The picture on the canvas, [H, W, 3]."""
         source = self.page.get_attribute("#picture", "src") or ""
         picture = PIL.Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
         return np.asarray(picture.convert("RGB")).astype(int)

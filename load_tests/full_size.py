@@ -26,13 +26,12 @@ from rich.table import Table
 from load_tests.report import Report
 from load_tests.serving import server_timing_ms, serving
 from load_tests.stages import flops
-from model.bundle import build
+from model.bundle import RECORD, build
+from model.checkpoints.manifest import published
+from model.checkpoints.memory import needs, shapes
 from model.config import BundleConfig, BundleV3Config
-from model.denoiser import Denoiser
-from model.published.manifest import published
-from model.published.memory import needs, shapes
+from model.networks.denoiser_v3 import Denoiser
 from model.runtime import prepare
-from model.verified import RECORD
 
 BUNDLES = {"v3": "paella-v3", "v1": "paella-v1"}
 GB, MIB = 10**9, 2**20
@@ -66,7 +65,7 @@ _IMPORT = _MEASURE.format(
 import torch
 from pathlib import Path
 from model.config import BundleConfig
-from model.published.convert import import_bundle
+from model.checkpoints.convert import import_bundle
 """,
     work="""
 directory = Path(sys.argv[1])

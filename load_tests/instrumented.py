@@ -14,7 +14,7 @@ from prometheus_client import Gauge
 from server import logs
 from server.api import create_app
 from server.api.state import AppState
-from server.cli import run_server
+from server.cli.main import run_server
 from server.settings import Settings
 
 

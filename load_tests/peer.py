@@ -18,8 +18,8 @@ from torch import Tensor
 from model.config import find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
-from server.api.images import encode
-from server.engine.protocol import Image
+from server.api.images.encode import encode
+from server.engine.messages import Image
 from server.settings import Settings
 
 LARGEST_BATCH = 64

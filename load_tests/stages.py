@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from load_tests.transcription import Transcription, denoise
 from model.config import SamplingConfig
-from model.operations import Row
+from model.networks.text_encoders import Prompt
 from model.pipeline import PipelineV3
-from model.text import Prompt
+from model.rows import Row
 
 Stage = Callable[[], object]
 
@@ -52,7 +52,7 @@ class Workload:
         config = pipeline.config
         self.noise = pipeline.noise(seed, *config.native_size, steps=64)
         self.prompt, self.negative = pipeline.encode([PROMPT, ""])
-        (self.image,) = pipeline.image_embeddings([self.prompt], [self.noise])
+        (self.image,) = pipeline.prior_embeddings([self.prompt], [self.noise])
         self.conditional, self.unconditional = pipeline.condition(self.prompt, self.image), pipeline.condition(self.negative)
         self.tokens = self.noise.start[None].to(pipeline.device)
 
@@ -64,7 +64,7 @@ class Workload:
         p, row = self.pipeline, self._row(step_counts[0])
         return {
             "encode": lambda: p.encode([PROMPT, ""]),
-            "prior": lambda: p.image_embeddings([self.prompt], [self.noise]),
+            "prior": lambda: p.prior_embeddings([self.prompt], [self.noise]),
             "condition": lambda: (p.condition(self.prompt, self.image), p.condition(self.negative)),
             "step": lambda: self._step(row),
             **{f"loop_{n}": partial(self._loop, n) for n in step_counts},
@@ -99,19 +99,15 @@ class Workload:
         self.pipeline.advance([row])
 
     def _loop(self, steps: int) -> None:
-        row = self._row(steps)
-        while not row.done:
-            self.pipeline.advance([row])
+        self.pipeline.denoise([self._row(steps)])
 
     def _request(self, steps: int) -> None:
         """All that a request with a new prompt computes, one stage after the other; the unconditional text is known already."""
         p = self.pipeline
         (prompt,) = p.encode([PROMPT])
-        (image,) = p.image_embeddings([prompt], [self.noise])
+        (image,) = p.prior_embeddings([prompt], [self.noise])
         row = p.start(self.noise, self.sampling(steps), p.condition(prompt, image), p.condition(self.negative))
-        while not row.done:
-            p.advance([row])
-        p.decode(row.tokens[None])
+        p.decode(p.denoise([row]))
 
     @torch.inference_mode()
     def _transcribed_loop(self, model: Transcription, steps: int, autocast: torch.dtype | None) -> None:

@@ -1,14 +1,21 @@
-"""A weights directory ↔ networks: `bundle.json`, one safetensors file per network, and the tokenizer's merges if they are its own.
+"""Load and save bundles: `bundle.json`, one safetensors file per network, and the tokenizer's merges, if any.
 
-Loading is strict: every file must be the one that was listed, every tensor expected, present, of the right shape and finite. Modules are
-built on the meta device and take the tensors as they come from the file, so a bundle is in memory once. Nothing here reads a pickle.
+Loading is strict: every file must be the listed one, and every tensor expected, present, of the right
+shape and finite. Modules are built on the meta device and take the tensors as they come from the file,
+so a bundle is in memory once. Nothing here reads a pickle.
+
+A large file is hashed once: it counts as the hashed one while its size, its place on the disk and both
+its times are the same. `paellera weights verify` hashes everything.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,19 +44,15 @@ from model.config import (
     VQGANConfig,
     VQGANV1Config,
 )
-from model.denoiser import Denoiser
-from model.kernels.choice import fused
 from model.kernels.int8 import to_int8
-from model.layers import Pointwise
-from model.prior import Prior
+from model.networks.denoiser_v1 import VQGANV1, DenoiserV1
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.prior import Prior
+from model.networks.text_encoders import CLIP, ByteEncoder
+from model.networks.vqgan_v3 import VQGAN
+from model.optimize import lay_out_weights, optimize
 from model.runtime import pick_dtype
-from model.text import CLIP, ByteEncoder
-from model.v1 import VQGANV1, DenoiserV1
-from model.verified import is_hashed, is_listed, sha256
-from model.vqgan import VQGAN
 
-# Packed and folded weights are copies. They make a pass faster that is bound by its calls, which one with more weights than this is not.
-_FOLDED_BYTES = 256 * 2**20
 # Parameters of a prior; 32 MiB of fp32, about what a core's caches hold.
 _SMALL_PRIOR = 2**23
 
@@ -78,12 +81,15 @@ class Bundle:
     clip: CLIP
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield each network and its name."""
         for name in self.config.networks:
             yield name, getattr(self, name)
 
 
 @dataclass(frozen=True)
 class BundleV3(Bundle):
+    """The v3 networks."""
+
     config: BundleV3Config
     denoiser: Denoiser
     vqgan: VQGAN
@@ -93,6 +99,8 @@ class BundleV3(Bundle):
 
 @dataclass(frozen=True)
 class BundleV1(Bundle):
+    """The v1 networks."""
+
     config: BundleV1Config
     denoiser: DenoiserV1
     vqgan: VQGANV1
@@ -102,7 +110,7 @@ _BUNDLES: dict[type, type[Bundle]] = {BundleV3Config: BundleV3, BundleV1Config: 
 
 
 def build(config: BundleConfig, directory: Path | None, device: torch.device | str = "meta") -> Bundle:
-    """A bundle's networks without their weights. directory: where the tokenizer's own merges lie."""
+    """Build a bundle's networks without weights. directory: of the tokenizer's own merges."""
 
     def network(part: object) -> nn.Module:
         made: nn.Module = CLIP(part, directory) if isinstance(part, CLIPConfig) else _NETWORKS[type(part)](part)
@@ -116,7 +124,7 @@ def build(config: BundleConfig, directory: Path | None, device: torch.device | s
 def load_bundle(
     directory: Path, device: torch.device, dtype: torch.dtype, encoders: Encoders = "device", kernels: Kernels = "auto"
 ) -> Bundle:
-    """Reads and checks a bundle. Raises BundleError, FileNotFoundError, or pydantic.ValidationError for `bundle.json` itself."""
+    """Read and check a bundle. Raises BundleError, FileNotFoundError, or pydantic.ValidationError for `bundle.json`."""
     config = BundleConfig.read(directory)
     verify_files(directory, config, is_listed)
     bundle = build(config, directory)
@@ -128,57 +136,91 @@ def load_bundle(
         if encoders == "int8" and isinstance(module, ByteEncoder):
             to_int8(module.t5.encoder.block)
         module.eval().requires_grad_(False)
-    arrange_for_steps(bundle, kernels)
+    optimize_bundle(bundle, kernels)
     return bundle
 
 
+def optimize_bundle(bundle: Bundle, kernels: Kernels = "auto") -> None:
+    """Prepare loaded, fixed weights for inference at the bundle's native size."""
+    width, height = (pixels // bundle.config.vqgan.downscale for pixels in bundle.config.native_size)
+    optimize((network for _, network in bundle.networks()), (height, width), kernels)
+
+
 def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What to keep a network in: the prior's products have two rows for each picture, and those a CPU does fastest in fp32 for as long as
-    the weights are not what it waits for."""
+    """Return the type to keep a network in.
+
+    The prior's products have two rows for each image, and a CPU computes those fastest in fp32, as long as
+    reading the weights is not what takes the time.
+    """
     few_rows = isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
     return torch.float32 if few_rows and device.type == "cpu" else dtype
 
 
-def arrange_for_steps(bundle: Bundle, kernels: Kernels = "auto") -> None:
-    """Once the weights are there and fixed: folds and packs what makes a pass faster, and chooses the kernels."""
-    grid = [pixels // bundle.config.vqgan.downscale for pixels in reversed(bundle.config.native_size)]
-    for _, module in bundle.networks():
-        # A GPU gets its work by calls, and nothing is packed for it: the condition's map is copied, a ninth of the published denoiser.
-        small = size(module) <= _FOLDED_BYTES or next(module.parameters()).device.type == "cuda"
-        if isinstance(module, Denoiser | Prior):
-            module.fold()
-        if isinstance(module, CLIP):
-            module.fold(packed=small)  # open_clip's own pass takes bfloat16 three times as long on a CPU
-        if isinstance(module, ByteEncoder) and small:
-            module.fold()
-        if isinstance(module, Denoiser) and small:
-            module.fold_condition()
-        if isinstance(module, Denoiser | VQGAN) and small:
-            module.pack(*grid)
-        if isinstance(module, Denoiser | Prior) and fused(
-            kernels, (weight := next(module.parameters())).device, weight.dtype, module.config
-        ):
-            module.fuse()
-
-
-def size(module: nn.Module) -> int:
-    """Bytes of its parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
 def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> BundleV3:
-    """As `load_bundle`, where only the v3 networks will do. Raises BundleError for others."""
+    """Load a bundle of v3 networks. Raises BundleError for others, and the errors of `load_bundle`."""
     bundle = load_bundle(directory, device, dtype)
     if not isinstance(bundle, BundleV3):
         raise BundleError(f"{bundle.config.name} holds {bundle.config.family} networks, and v3 ones are needed")
     return bundle
 
 
-def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed) -> None:
-    """Raises BundleError unless every file that is needed is listed, and every listed one there, of the listed size and content.
+RECORD = ".verified.json"
+# Below, hashing costs less than a tenth of a second, and nothing is remembered.
+LARGE = 64 * 2**20
 
-    same: whether a file of the right size is the listed one. A listed file lies in the directory itself: neither its name nor a symbolic
-    link may lead out of it.
+_writing = threading.Lock()  # files are hashed side by side
+
+
+def sha256(path: Path) -> str:
+    """Return a file's hash, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_hashed(path: Path, entry: FileEntry) -> bool:
+    """Return whether the file's content is the listed one."""
+    return sha256(path) == entry.sha256
+
+
+def is_listed(path: Path, entry: FileEntry) -> bool:
+    """Return the same; a large file is not hashed again unless it may have changed since."""
+    if path.stat().st_size < LARGE:
+        return is_hashed(path, entry)
+    if _read(path.parent).get(path.name) == _state(path, entry):
+        return True
+    if not is_hashed(path, entry):
+        return False
+    remember(path, entry)
+    return True
+
+
+def remember(path: Path, entry: FileEntry) -> None:
+    """Record that a file's content is the listed one, if it is large."""
+    if path.stat().st_size < LARGE:
+        return
+    # A bundle that cannot be written to is hashed every time.
+    with _writing, contextlib.suppress(OSError):
+        (path.parent / RECORD).write_text(json.dumps({**_read(path.parent), path.name: _state(path, entry)}))
+
+
+def _state(path: Path, entry: FileEntry) -> dict[str, object]:
+    own = path.stat()
+    return {"sha256": entry.sha256, "file": [own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns]}
+
+
+def _read(directory: Path) -> dict[str, object]:
+    try:
+        record = json.loads((directory / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed) -> None:
+    """Check that every needed file is listed, and that every listed file is the listed one.
+
+    Raises BundleError. same: compares a file of the right size. A listed file lies in the directory itself:
+    neither its name nor a symbolic link may lead out of it.
     """
     needed = [f"{name}.safetensors" for name in config.networks] + ([config.clip.merges] if config.clip.merges else [])
     if absent := [name for name in needed if name not in config.files]:
@@ -193,7 +235,7 @@ def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, Fi
 
 
 def _check_place(directory: Path, name: str, expected: int) -> None:
-    """A listed file lies in the directory itself, and has as many bytes as expected."""
+    """Raise BundleError unless a listed file lies in the directory itself and has the expected size."""
     path = directory / name
     if Path(name).name != name or name in {"", ".."} or "\\" in name:
         raise BundleError(f"{CONFIG_FILE} lists {name!r}, which is no plain file name")
@@ -208,7 +250,7 @@ def _check_place(directory: Path, name: str, expected: int) -> None:
 
 
 def _cut_tensor(path: Path) -> str:
-    """Which tensor a truncated safetensors file stops in."""
+    """Name the tensor that a truncated safetensors file ends in."""
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -222,7 +264,7 @@ def _cut_tensor(path: Path) -> str:
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """A safetensors file's tensors. Raises BundleError for a file that is not one, and for a tensor with NaN or infinity in it."""
+    """Return a safetensors file's tensors. Raises BundleError for other files, and for NaN or infinity."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -235,24 +277,27 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. The extremes tell as much as all values, in a hundredth of the time (docs/log.md)."""
+    """Return whether no value is NaN or infinite.
+
+    The extremes tell as much as all values, in a hundredth of the time (docs/log.md).
+    """
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
-    """Gives a meta module its tensors, as `dtype` where they are floating point. Raises what `check_fit` raises."""
+    """Give a meta module its tensors, as `dtype` where they are floating point. Raises the errors of `check_fit`."""
     check_fit(tensors, state_of(module), where)
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     inner(module).load_state_dict(converted, strict=not isinstance(module, ByteEncoder), assign=True)
     if isinstance(module, ByteEncoder | CLIP):
         module.complete()
-    arrange(module)
+    lay_out_weights(module)
 
 
 def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """Names, kinds and shapes; the values, which may be on the meta device, are not looked at.
+    """Compare names, kinds and shapes; the values may be on the meta device.
 
     Raises BundleError naming the first tensor that does not fit.
     """
@@ -268,24 +313,8 @@ def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: st
             raise BundleError(f"{where}: tensor {name!r} is {list(tensors[name].shape)}, this configuration needs {list(wanted.shape)}")
 
 
-@torch.no_grad()
-def arrange(module: nn.Module) -> None:
-    """Lays the weights out in memory as the kernels that read them like it; shapes and values stay.
-
-    Convolutions: channels last. Linear maps in fp32 on a CPU: by columns, because MKL takes 1.2 to 2.4 times as long for a product of a few
-    dozen rows with a transposed matrix as with a plain one (docs/log.md).
-    """
-    for part in module.modules():
-        for name, weight in part.named_parameters(recurse=False):
-            linear = name == "in_proj_weight" or (name == "weight" and isinstance(part, nn.Linear | Pointwise))
-            if linear and weight.dtype == torch.float32 and weight.device.type == "cpu":
-                weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
-            elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and name == "weight":
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-
-
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors under their published names: what its safetensors file holds."""
+    """Return a network's tensors under their published names, as its safetensors file holds them."""
     state = inner(module).state_dict()
     if isinstance(module, ByteEncoder):
         state.pop("encoder.embed_tokens.weight", None)  # the same tensor as `shared.weight`
@@ -293,18 +322,22 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The network whose names are published, without our wrapper around it."""
+    """Return the network whose names are published, without our wrapper around it."""
     if isinstance(module, ByteEncoder):
         return module.t5
     return module.model if isinstance(module, CLIP) else module
 
 
 def file_entry(path: Path) -> FileEntry:
+    """Return a file's entry in `bundle.json`."""
     return FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
 
 
 def save_bundle(bundle: Bundle, directory: Path, dtype: torch.dtype, merges: Path | None = None) -> BundleConfig:
-    """Writes a bundle, replacing what is there only when all of it is written. merges: the tokenizer's file, if the config names one."""
+    """Write a bundle; replace files only after all are written.
+
+    merges: the tokenizer's file, if the configuration names one.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as name:
         partial = Path(name)

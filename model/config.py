@@ -1,7 +1,4 @@
-"""Every network's shape and every bundle's recipe, as frozen dataclasses. No torch here: the API process reads this file too.
-
-Field names are the published constructor arguments; defaults are the published values.
-"""
+"""The shapes of the text encoders and of CLIP, as frozen dataclasses. No torch here. Import them from `model.config`."""
 
 from __future__ import annotations
 
@@ -13,17 +10,139 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
-from model.config_text import ByteEncoderConfig as ByteEncoderConfig
-from model.config_text import CLIPConfig as CLIPConfig
-from model.config_text import Encoders as Encoders
-from model.config_text import Kernels as Kernels
-from model.config_v1 import DenoiserV1Config as DenoiserV1Config
-from model.config_v1 import VQGANV1Config as VQGANV1Config
+_STRICT = ConfigDict(extra="forbid")
+
+# Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights in int8.
+Encoders = Literal["device", "cpu", "int8"]
+# What computes the denoiser's steps; auto is Triton's kernels on CUDA, if Triton is installed.
+Kernels = Literal["auto", "triton", "torch"]
+
+
+@dataclass(frozen=True)
+class ByteEncoderConfig:
+    """The encoder half of a ByT5: the arguments of `transformers.T5Config`, and the most bytes of a prompt (end mark included)."""
+
+    __pydantic_config__ = _STRICT
+
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int = 384
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    feed_forward_proj: str = "gated-gelu"
+    max_bytes: int = 768
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The CLIP pair as open_clip builds it: its own `vision_cfg` and `text_cfg`, and the tokenizer's merges.
+
+    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published vocabulary.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    embed_dim: int
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+    quick_gelu: bool = False
+    merges: str | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text, start and end marks included."""
+        return int(self.text_cfg.get("context_length", 77))
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class DenoiserV1Config:
+    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`); the defaults count 577,995,184 parameters.
+
+    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the deepest level's width, halved for each above.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    schedule: ClassVar[Literal["cosine"]] = "cosine"
+
+    num_labels: int = 8192
+    c_hidden: int = 1280
+    c_clip: int = 1024
+    c_r: int = 64
+    down_levels: tuple[int, ...] = (4, 8, 16)
+    up_levels: tuple[int, ...] = (16, 8, 4)
+
+    def __post_init__(self) -> None:
+        for name in ("down_levels", "up_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.down_levels) != len(self.up_levels):
+            raise ValueError("down_levels and up_levels must name the same number of levels")
+
+    @property
+    def token_step(self) -> int:
+        """The token grid's sides are multiples of this, halved once between each two levels."""
+        return int(2 ** (len(self.down_levels) - 1))
+
+
+@dataclass(frozen=True)
+class VQGANV1Config:
+    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`): `ddconfig`, then its own arguments; defaults are ruDALL-E's f8.
+
+    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution` pixels would have one of these sides.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    double_z: bool = False
+    z_channels: int = 256
+    resolution: int = 256
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (32,)
+    n_embed: int = 8192
+    embed_dim: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("ch_mult", "attn_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.double_z or self.z_channels != self.embed_dim:
+            raise ValueError("the Gumbel quantiser takes z_channels = embed_dim latents, not means and variances (double_z)")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of every level, finest first."""
+        return [self.ch * factor for factor in self.ch_mult]
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return self.n_embed
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per token and side: the picture is halved between each two levels."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+    def attends(self, level: int) -> bool:
+        """Return whether a level has attention, for images of any size."""
+        return self.resolution >> level in self.attn_resolutions
+
 
 Sampler = Literal["multinomial", "argmax", "typical", "quant"]
 PriorSampler = Literal["ddpm", "ddim"]
 # How the share of noise falls from 1 to 0 over the steps: v3's way and v1's.
 Schedule = Literal["linear", "cosine"]
+# The path between two conditionings: straight, or along the great circle.
+Interpolation = Literal["lerp", "slerp"]
 # What takes a renoised token's place: its start token, what it was before the step, or a fresh random one.
 RenoiseMode = Literal["start", "prev", "rand"]
 Operation = Literal["generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"]
@@ -105,7 +224,7 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one image is drawn, everything resolved.
+    """The sampling of one image, with all defaults filled in.
 
     guidance, temperature: (first step's value, last step's value), linear in between; guidance applies to the first `guidance_steps`.
     renoise_steps: after how many of the first steps start tokens are put back.
@@ -130,7 +249,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A bundle's sampling defaults: those its authors recommend, not the server's opinion.
+    """A bundle's sampling defaults, as its authors recommend them.
 
     attention_weights: factors on the attention given to the (text, image) condition tokens of the conditional branch; None is off.
     """
@@ -164,7 +283,7 @@ class Recipe:
         renoise_mode: RenoiseMode | None = None,
         deterministic: bool = False,
     ) -> SamplingConfig:
-        """The recipe with a request's wishes put in. Step counts that are not asked for keep the recipe's share of the steps."""
+        """Return the recipe with a request's values. Step counts that are absent keep the recipe's share of the steps."""
         n = steps or self.num_inference_steps
 
         def share(of: int) -> int:
@@ -186,7 +305,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a bundle, so that a damaged or swapped one is noticed before it is used."""
+    """One file of a bundle, by which a damaged or replaced one is detected before it is used."""
 
     __pydantic_config__ = _STRICT
 
@@ -196,7 +315,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
-    """`bundle.json`: what a weights directory holds; each family of networks has a class of its own below.
+    """`bundle.json`, the description of a weights directory; each family of networks has a class of its own below.
 
     native_size: (width, height) in pixels the weights were trained at. networks: the fields that are networks, each a file of that name.
     """
@@ -225,7 +344,7 @@ class BundleConfig:
 
     @property
     def _agreements(self) -> dict[str, tuple[object, object]]:
-        """What two networks must have in common, by the names of both."""
+        """Pairs of values that must be equal in two networks, by the names of both."""
         return {
             "denoiser.num_labels and vqgan.codebook_size": (self.denoiser.num_labels, self.vqgan.codebook_size),
             "recipe.schedule and the denoiser's schedule": (self.recipe.schedule, self.denoiser.schedule),
@@ -233,47 +352,48 @@ class BundleConfig:
 
     @property
     def operations(self) -> tuple[Operation, ...]:
-        """What these weights were made for."""
+        """The operations that these weights were trained for."""
         raise NotImplementedError
 
     @property
     def text_limits(self) -> dict[str, int]:
-        """How much of a prompt each encoder takes, end marks included."""
+        """The longest prompt of each encoder, end marks included."""
         return {"clip_tokens": self.clip.context_length}
 
     @property
     def size_step(self) -> int:
-        """Width and height are multiples of this many pixels."""
+        """Width and height are multiples of this number of pixels."""
         return self.vqgan.downscale * self.denoiser.token_step
 
     @property
     def smallest_side(self) -> int:
-        """Pixels."""
+        """The smallest width and height, pixels."""
         return self.size_step
 
     @property
     def sha256(self) -> str:
-        """One name for exactly these weights: the hash over the listed files' hashes."""
+        """A name for exactly these weights: the hash over the listed files' hashes."""
         return hashlib.sha256("".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()).hexdigest()
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Parses `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the field that is wrong."""
+        """Parse `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the wrong field."""
         content = (directory / CONFIG_FILE).read_bytes()
         return cast(Self, TypeAdapter(_family_of(content)).validate_json(content))
 
     @staticmethod
     def parse(fields: dict[str, Any]) -> BundleConfig:
-        """The configuration that these fields are, of the family that they name. Raises pydantic.ValidationError."""
+        """Return the configuration with these fields, of the family that they name. Raises pydantic.ValidationError."""
         return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(fields)
 
     def write(self, directory: Path) -> None:
+        """Write `bundle.json`."""
         (directory / CONFIG_FILE).write_bytes(TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleV3Config(BundleConfig):
-    """Bytes and CLIP text in, a prior between CLIP's text and picture."""
+    """Bytes and CLIP text as inputs, and a prior from CLIP's text to CLIP's image."""
 
     networks = ("denoiser", "vqgan", "prior", "byt5", "clip")
     samplers = ("multinomial", "argmax", "typical", "quant")
@@ -295,16 +415,18 @@ class BundleV3Config(BundleConfig):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
+        """All operations."""
         return get_args(Operation)
 
     @property
     def text_limits(self) -> dict[str, int]:
+        """Bytes and CLIP's tokens."""
         return {"bytes": self.byt5.max_bytes, **super().text_limits}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleV1Config(BundleConfig):
-    """One CLIP embedding in, of a text or of a picture.
+    """One CLIP embedding as input, of a text or of an image.
 
     embedding: what the denoiser was trained on last; the published checkpoints are one of each.
     """
@@ -328,6 +450,7 @@ class BundleV1Config(BundleConfig):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
+        """Variations for an image embedding, all others for a text embedding."""
         return ("variations",) if self.embedding == "image" else tuple(o for o in get_args(Operation) if o != "variations")
 
 
@@ -335,7 +458,7 @@ _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": Bundl
 
 
 def _family_of(content: bytes) -> type[BundleConfig]:
-    """The class for a `bundle.json`: v3's if it names no family, or none that is known, and the parser then says so.
+    """Return the class for a `bundle.json`; v3's if the family is absent or unknown, which its parser then rejects.
 
     A newer format is said to be that before its unknown fields are complained about. Raises pydantic.ValidationError.
     """
@@ -354,7 +477,7 @@ def _family_of(content: bytes) -> type[BundleConfig]:
 
 
 def find_bundle(name_or_path: str) -> Path:
-    """The directory of a bundle named as in `PAELLERA_WEIGHTS`: one shipped in `weights/`, else a path. Raises FileNotFoundError."""
+    """Return the directory of a bundle: one in `weights/`, else a path. Raises FileNotFoundError."""
     import weights
 
     shipped = Path(weights.__path__[0]) / name_or_path

@@ -1,9 +1,9 @@
-"""The whole way from prompt to pixels on one bundle's networks: encode → prior → condition → advance × n → decode.
+"""Run one bundle's networks from prompt to pixels: encode → prior → condition → n steps → decode.
 
     pipeline = Pipeline.load(find_bundle("tiny"))
     image = pipeline.generate(["a red apple on a white background"], seeds=[7])[0]      # uint8 [H, W, 3]
 
-The stages are separate because the server interleaves many requests' stages; `generate` is what a script wants.
+The stages are separate because the server interleaves many requests' stages; scripts call `generate`.
 Letters: B rows, N branches (one or two a row), H W token grid, L condition tokens, K codes.
 """
 
@@ -21,107 +21,120 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import operations, prior, sampling
+from model import sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
 from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, Kernels, RenoiseMode, Sampler, SamplingConfig, Schedule
-from model.denoiser import Denoiser
-from model.operations import AnyCondition, Region, Row
-from model.runtime import send
+from model.networks import prior
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.layers import to_device
+from model.networks.text_encoders import Prompt, bucket
+from model.rows import AnyCondition, RegionBranch, Row, generate, pinned_tokens
 from model.sampling import Noise
-from model.text import Prompt, bucket
 
 
 @dataclass(frozen=True, eq=False)
-class Lanes:
-    """The conditions of one set of rows at one set of branches; the same for many steps.
+class BranchBatch:
+    """The conditions of one set of rows at one step; the same object for many steps.
 
-    members: each branch's row number and condition. Holding the conditions keeps a later one from taking a freed one's identity.
-    row_of: [N], the row numbers on the device.
+    members: each branch's row number and condition. The references keep the conditions alive, so that a
+    later one cannot take a freed one's identity. row_of: [N], the row numbers on the device.
     """
 
     members: list[tuple[int, AnyCondition]]
     row_of: Tensor
 
     def hold(self, members: list[tuple[int, AnyCondition]]) -> bool:
-        """Whether these are the very same conditions in the same places."""
+        """Return whether these are the very same conditions in the same places."""
         pairs = zip(self.members, members, strict=False)
         return len(self.members) == len(members) and all(i == j and mine is other for (i, mine), (j, other) in pairs)
 
     @cached_property
     def condition(self) -> Any:
-        """All of them as one batch, stacked when it is first asked for: a condition of the kind that they are, which the denoiser knows."""
+        """All conditions stacked into one batch, when it is first read; of the kind that the denoiser reads."""
         conditions: list[Any] = [condition for _, condition in self.members]
         return type(conditions[0]).stack(conditions)
 
 
-class Drawing(NamedTuple):
-    """What drawing B rows' tokens takes beside their features: uniform [B, H, W], inverse temperature and typical mass [B]."""
+class SamplingInputs(NamedTuple):
+    """The inputs of drawing B rows' tokens beside their features.
+
+    uniform: [B, H, W]. inverse: one over the temperature, [B]. mass: typical mass, [B].
+    """
 
     uniform: Tensor
     inverse: Tensor
     mass: Tensor
 
-    def of(self, members: Tensor) -> Drawing:
-        """Only these rows'."""
-        return Drawing(*(part[members] for part in self))
+    def select(self, members: Tensor) -> SamplingInputs:
+        """Return these rows' inputs."""
+        return SamplingInputs(*(part[members] for part in self))
 
 
 # Their logits over 8192 codes are 1 GiB in fp32, of which a sampler needs several.
 _TOKENS_DRAWN_AT_ONCE = 2**15
 
 # The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings [B, D'].
-Imagine = Callable[[Tensor, Tensor], Tensor]
+PriorFn = Callable[[Tensor, Tensor], Tensor]
 # The decoder: codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device.
-Pictures = Callable[[Tensor], Tensor]
+DecodeFn = Callable[[Tensor], Tensor]
 
 
 class Executor(Protocol):
     """Computes the two halves of a step, on tensors of one device."""
 
-    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
-        """Tokens [B, H, W], times [B, S] and each branch's share [N] or [N, H, W] → guided features [B, H, W, c_out]."""
+    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+        """Return guided features [B, H, W, c_out].
 
-    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
-        """Guided features [B, H, W, c_out] → tokens [B, H, W]."""
+        tokens: [B, H, W]. times: [B, S]. weights: each branch's guidance weight, [N] or [N, H, W].
+        """
+
+    def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        """Draw tokens [B, H, W] from guided features [B, H, W, c_out]."""
 
 
 class Eager:
-    """Computes a step by calling one operator after the other."""
+    """Compute a step by calling one operator after the other."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.denoiser = bundle, bundle.denoiser
 
-    def features(self, tokens: Tensor, times: Tensor, lanes: Lanes, share: Tensor) -> Tensor:
-        branches = self.denoiser.features(tokens, times, lanes.condition, lanes.row_of)
-        return sampling.mix(branches, lanes.row_of, share, len(tokens))
+    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+        """Compute as `Executor.features`."""
+        features = self.denoiser.features(tokens, times, branches.condition, branches.row_of)
+        return sampling.mix_branches(features, branches.row_of, weights, len(tokens))
 
-    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+    def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        """Compute as `Executor.sample`."""
         rows = max(1, _TOKENS_DRAWN_AT_ONCE // math.prod(features.shape[1:3]))
-        parts = zip(features.split(rows), *(part.split(rows) for part in drawing), strict=True)
-        return torch.cat([self._draw(sampler, own, Drawing(*rest)) for own, *rest in parts])
+        parts = zip(features.split(rows), *(part.split(rows) for part in inputs), strict=True)
+        return torch.cat([self._sample(sampler, part, SamplingInputs(*rest)) for part, *rest in parts])
 
-    def _draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
-        fused = self.denoiser.draw(sampler, features, drawing.uniform, drawing.inverse) if isinstance(self.denoiser, Denoiser) else None
-        if fused is not None:
-            return fused
+    def _sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        if isinstance(self.denoiser, Denoiser):
+            fused = self.denoiser.draw(sampler, features, inputs.uniform, inputs.inverse)
+            if fused is not None:
+                return fused
         project = self.denoiser.project
         if sampler == "argmax":
             return project(features).argmax(-1)
-        inverse = drawing.inverse[:, None, None, None]
+        inverse = inputs.inverse[:, None, None, None]
         if sampler == "typical":
             logits = project(features).float()
-            mass = drawing.mass[:, None, None].expand(logits.shape[:-1])
-            return sampling.inverse_cdf(sampling.keep_typical(logits, mass) * inverse, drawing.uniform)
+            mass = inputs.mass[:, None, None].expand(logits.shape[:-1])
+            return sampling.inverse_cdf(sampling.keep_typical(logits, mass) * inverse, inputs.uniform)
         logits = self.denoiser.sharpened(features, inverse)
         if sampler == "quant":
             assert isinstance(self.bundle, BundleV3), "a bundle's configuration names the samplers that it knows"
             quantizer = self.bundle.vqgan.vquantizer
             return quantizer.nearest(sampling.quantised_mean(logits, quantizer.codebook.weight))
-        return sampling.inverse_cdf(logits, drawing.uniform)
+        return sampling.inverse_cdf(logits, inputs.uniform)
 
 
 class Pipeline(ABC):
-    """A bundle ready to compute; what differs between families is in the classes below. Not thread-safe: one thread steps it."""
+    """A bundle ready to compute; the two classes below are its families. Not thread-safe.
+
+    executor, decode_tokens: replaced by CUDA graphs where they are captured.
+    """
 
     config: BundleConfig
 
@@ -130,9 +143,9 @@ class Pipeline(ABC):
         weight = next(bundle.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.executor: Executor = Eager(bundle)
-        self.pictures: Pictures = self._pictures
+        self.decode_tokens: DecodeFn = self._decode_tokens
         self._times: dict[tuple[int, Schedule], Tensor] = {}
-        self._lanes: Lanes | None = None
+        self._branches: BranchBatch | None = None
 
     @classmethod
     def load(
@@ -143,60 +156,74 @@ class Pipeline(ABC):
         encoders: Encoders = "device",
         kernels: Kernels = "auto",
     ) -> Pipeline:
-        """Reads a bundle; raises what `load_bundle` raises."""
+        """Read a bundle. Raises the errors of `load_bundle`."""
         return cls.of(load_bundle(directory, torch.device(device), dtype, encoders, kernels))
 
     @staticmethod
     def of(bundle: Bundle) -> Pipeline:
-        """The pipeline for a bundle's family."""
+        """Return the pipeline for a bundle's family."""
         return PipelineV3(bundle) if isinstance(bundle, BundleV3) else PipelineV1(bundle)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Pixels (width, height) → tokens (H, W)."""
+        """Convert pixels (width, height) to tokens (H, W)."""
         f = self.config.vqgan.downscale
         return height // f, width // f
 
     def _here(self, encoded: Tensor) -> Tensor:
-        """What an encoder made, where and as the denoiser takes it."""
+        """Move an encoder's result to the denoiser's device and type."""
         return encoded.to(self.device, self.dtype, non_blocking=True)
 
     @property
     def prior_noise(self) -> tuple[int, int]:
-        """(S + 1, D): how much Gaussian noise an image takes before its steps."""
+        """(S + 1, D): the Gaussian noise of an image for the prior."""
         return 0, self.config.clip.embed_dim
 
     def noise(self, seed: int, width: int, height: int, steps: int, renoise_mode: RenoiseMode = "start") -> Noise:
-        """All of one image's randomness, on the CPU."""
+        """Return all of one image's randomness, on the CPU."""
         codes, grid = self.config.vqgan.codebook_size, self.grid(width, height)
         return sampling.draw_noise(seed, codes=codes, grid=grid, steps=steps, prior=self.prior_noise, renoise_mode=renoise_mode)
 
     @abstractmethod
     def text_length(self, prompt: str) -> int:
-        """Bytes the prompt is padded to by itself; encoded beside longer ones it is padded to theirs. 0: it is not padded."""
+        """Return the bytes that the prompt alone is padded to; 0 if it is not padded."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
-        """Text encoders, once per prompt. Neighbours in the list do not change each other's result."""
+        """Encode texts in one batch. Neighbours in the list do not change each other's result."""
 
     @abstractmethod
-    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
-        """For each prompt and noise, the CLIP embedding [1, D'] of a picture that fits, as these networks imagine it."""
+    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """Return, for each prompt and noise, the CLIP embedding [1, D'] of an image that fits the prompt."""
 
     @abstractmethod
     def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
-        """What the denoiser reads. With an image embedding [1, D'] it is the conditional branch."""
+        """Return the denoiser's condition. image: a CLIP embedding [1, D'], for the conditional branch."""
 
     @torch.inference_mode()
-    def codes(self, pictures: Tensor) -> Tensor:
-        """Pictures uint8 [B, height, width, 3] → tokens [B, H, W] on the device; the sides are multiples of the VQGAN's step."""
+    def encode_images(self, pictures: Tensor) -> Tensor:
+        """Encode images uint8 [B, height, width, 3] to tokens [B, H, W]; sides are multiples of the VQGAN's step."""
         return self.bundle.vqgan.encode((pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype))
 
     @torch.inference_mode()
-    def picture_embeddings(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """Pictures uint8 [height, width, 3], of any sizes → CLIP image embeddings [1, D'] each."""
+    def embed_images(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return CLIP embeddings [1, D'] of images uint8 [height, width, 3] of any sizes."""
         clip = self.bundle.clip
         scaled = torch.cat([clip.scale((p.to(clip.device, non_blocking=True).permute(2, 0, 1) / 255)[None]) for p in pictures])
         return list(self._here(clip.encode_image(scaled)).split(1))
+
+    # Old names, until nothing calls them.
+
+    def codes(self, pictures: Tensor) -> Tensor:
+        """Return `encode_images`."""
+        return self.encode_images(pictures)
+
+    def picture_embeddings(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Return `embed_images`."""
+        return self.embed_images(pictures)
+
+    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """Return `prior_embeddings`."""
+        return self.prior_embeddings(prompts, noises)
 
     @torch.inference_mode()
     def start(
@@ -205,83 +232,95 @@ class Pipeline(ABC):
         sampling: SamplingConfig,
         conditional: AnyCondition,
         unconditional: AnyCondition | None,
-        regions: Sequence[Region] = (),
+        regions: Sequence[RegionBranch] = (),
     ) -> Row:
-        """A generate row, its randomness on the device."""
+        """Return a text-to-image row, its randomness on the device."""
         on_device = Noise(*(getattr(noise, field.name).to(self.device, non_blocking=True) for field in fields(noise)))
-        return operations.generate(sampling, on_device, conditional, unconditional, regions=regions)
+        return generate(sampling, on_device, conditional, unconditional, regions=regions)
 
     @torch.inference_mode()
     def advance(self, rows: Sequence[Row]) -> None:
-        """One step for every row. All rows share a token grid; everything else is each row's own."""
-        lanes = self._lanes_of(rows)
+        """Take one step for every row. All rows share a token grid; everything else is each row's own."""
+        branches = self._branches_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row)[row.step] for row in rows])  # [B, S]
-        share = self._shares(rows, tokens.shape[1:])
+        weights = self._guidance_weights(rows, tokens.shape[1:])
         inverse, probability, mass = torch.stack([row.schedule[row.step] for row in rows], dim=1).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
-        features = self.executor.features(tokens, times, lanes, share)
-        drawn = self._draw(rows, features, Drawing(uniform, inverse, mass))
+        features = self.executor.features(tokens, times, branches, weights)
+        drawn = self._sample(rows, features, SamplingInputs(uniform, inverse, mass))
         source = torch.stack([row.source for row in rows])
         uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
         # Not in the memory that was drawn into, because an executor may draw the next rows there.
-        settled = self._settle(drawn, source, uniform, probability, operations.kept(rows))
+        settled = self._renoise_and_pin(drawn, source, uniform, probability, pinned_tokens(rows))
         for row, clean, tokens in zip(rows, *settled, strict=True):
             row.drawn, row.tokens = clean, tokens
             row.step += 1
 
+    def denoise(self, rows: Sequence[Row], progress: Callable[[int], object] = lambda steps: None) -> Tensor:
+        """Step rows of one token grid until all are done; return their tokens [B, H, W].
+
+        progress: called after every step with the number of steps since the call.
+        """
+        steps = 0
+        while unfinished := [row for row in rows if not row.done]:
+            self.advance(unfinished)
+            steps += 1
+            progress(steps)
+        return torch.stack([row.tokens for row in rows])
+
     @cached_property
-    def _settle(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """`sampling.settle`, or the kernel where the denoiser has some."""
+    def _renoise_and_pin(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`sampling.renoise_and_pin`, or its kernel where the denoiser has kernels."""
         if not (isinstance(self.bundle.denoiser, Denoiser) and self.bundle.denoiser.fused):
-            return sampling.settle
-        from model.kernels.fused.settle import settle
+            return sampling.renoise_and_pin
+        from model.kernels.triton.renoise_and_pin import renoise_and_pin
 
-        return settle
+        return renoise_and_pin
 
-    def _shares(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
-        """What every branch counts: [N], or [N, H, W] where a row has regions."""
-        shares = [row.shares[row.step, : len(row.branches)] for row in rows]
+    def _guidance_weights(self, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
+        """Return every branch's weight: [N], or [N, H, W] where a row has regions."""
+        weights = [row.guidance_weights[row.step, : len(row.branches)] for row in rows]
         if all(row.coverage is None for row in rows):
-            return torch.cat(shares)
-        maps = [share[:, None, None].expand(-1, *grid) for share in shares]
+            return torch.cat(weights)
+        maps = [weight[:, None, None].expand(-1, *grid) for weight in weights]
         return torch.cat([m if row.coverage is None else m * row.coverage[: len(m)] for m, row in zip(maps, rows, strict=True)])
 
-    def _lanes_of(self, rows: Sequence[Row]) -> Lanes:
-        """The rows' branches; another object only when rows or branches have changed."""
+    def _branches_of(self, rows: Sequence[Row]) -> BranchBatch:
+        """Return the rows' branches; another object only when rows or branches have changed."""
         members = [(i, condition) for i, row in enumerate(rows) for condition in row.branches]
-        if self._lanes is None or not self._lanes.hold(members):
-            self._lanes = Lanes(members, send([i for i, _ in members], self.device))
-        return self._lanes
+        if self._branches is None or not self._branches.hold(members):
+            self._branches = BranchBatch(members, to_device([i for i, _ in members], self.device))
+        return self._branches
 
     def _time_table(self, row: Row) -> Tensor:
-        """What the time does to the denoiser's blocks at every step of the row's schedule, [n, S]."""
+        """Return the time's part of the denoiser's blocks at every step of the row's schedule, [n, S]."""
         key = row.sampling.steps, row.sampling.schedule
         if key not in self._times:
-            self._times[key] = self.bundle.denoiser.times(send(row.times[:-1], self.device))
+            self._times[key] = self.bundle.denoiser.times(to_device(row.times[:-1], self.device))
         return self._times[key]
 
-    def _draw(self, rows: Sequence[Row], features: Tensor, drawing: Drawing) -> Tensor:
-        """Guided features [B, H, W, c_out] → tokens [B, H, W], each row by its own sampler."""
+    def _sample(self, rows: Sequence[Row], features: Tensor, inputs: SamplingInputs) -> Tensor:
+        """Draw tokens [B, H, W] from guided features [B, H, W, c_out], each row by its own sampler."""
         families: dict[Sampler, list[int]] = {}
         for i, row in enumerate(rows):
             families.setdefault(row.sampling.sampler, []).append(i)
         if len(families) == 1:
-            return self.executor.draw(rows[0].sampling.sampler, features, drawing)
+            return self.executor.sample(rows[0].sampling.sampler, features, inputs)
         tokens = torch.empty(features.shape[:-1], dtype=torch.int64, device=self.device)
         for family, numbers in families.items():
-            members = send(numbers, self.device)
-            tokens[members] = self.executor.draw(family, features[members], drawing.of(members))
+            members = to_device(numbers, self.device)
+            tokens[members] = self.executor.sample(family, features[members], inputs.select(members))
         return tokens
 
     @torch.inference_mode()
-    def _pictures(self, tokens: Tensor) -> Tensor:
+    def _decode_tokens(self, tokens: Tensor) -> Tensor:
         image = self.bundle.vqgan.decode(tokens).float().clamp_(0, 1).mul_(255).round_()
         return image.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Codes [B, H, W] → pictures uint8 [B, height, width, 3] on the CPU."""
-        return self.pictures(tokens).cpu()
+        """Decode tokens [B, H, W] to images uint8 [B, height, width, 3] on the CPU."""
+        return self.decode_tokens(tokens).cpu()
 
     def generate(
         self,
@@ -294,12 +333,15 @@ class Pipeline(ABC):
         negative_prompt: str = "",
         progress: Callable[[int], object] = lambda step: None,
     ) -> Tensor:
-        """One picture per prompt and seed, all in one batch: uint8 [B, height, width, 3]. progress: called after every step."""
+        """Return one image per prompt and seed, all in one batch: uint8 [B, height, width, 3].
+
+        progress: called after every step with the number of steps so far.
+        """
         return self.decode(
-            self.draw(prompts, seeds, config, width=width, height=height, negative_prompt=negative_prompt, progress=progress)
+            self.generate_tokens(prompts, seeds, config, width=width, height=height, negative_prompt=negative_prompt, progress=progress)
         )
 
-    def draw(
+    def generate_tokens(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -310,43 +352,43 @@ class Pipeline(ABC):
         negative_prompt: str = "",
         progress: Callable[[int], object] = lambda step: None,
     ) -> Tensor:
-        """As `generate`, not decoded: tokens [B, H, W]."""
+        """Return tokens [B, H, W]; the arguments are those of `generate`."""
         config = config or self.config.recipe.sampling()
         w, h = width or self.config.native_size[0], height or self.config.native_size[1]
         noises = [self.noise(seed, w, h, config.steps, config.renoise_mode) for seed in seeds]
         *encoded, negative = self.encode([*prompts, negative_prompt])
-        images = self.image_embeddings(encoded, noises)
+        images = self.prior_embeddings(encoded, noises)
         unconditional = self.condition(negative) if config.guided else None
         rows = [
             self.start(noise, config, self.condition(prompt, image), unconditional)
             for noise, prompt, image in zip(noises, encoded, images, strict=True)
         ]
-        for step in range(config.steps):
-            self.advance(rows)
-            progress(step + 1)
-        return torch.stack([row.tokens for row in rows])
+        return self.denoise(rows, progress)
 
 
 class PipelineV3(Pipeline):
-    """Bytes, CLIP's text and the picture that the prior imagines are keys and values for the denoiser's attention."""
+    """Bytes, CLIP's text and the prior's image are keys and values for the denoiser's attention."""
 
     bundle: BundleV3
     config: BundleV3Config
 
     def __init__(self, bundle: BundleV3) -> None:
         super().__init__(bundle)
-        self.imagine: Imagine = self._imagine
+        self.run_prior: PriorFn = self._run_prior
 
     @property
     def prior_noise(self) -> tuple[int, int]:
+        """(S + 1, D), by the recipe's number of prior steps."""
         return self.config.recipe.prior_steps + 1, self.config.clip.embed_dim
 
     def text_length(self, prompt: str) -> int:
+        """Return the length class of the prompt's bytes."""
         limit = self.config.byt5.max_bytes
         return bucket(min(len(prompt.encode("utf-8", "replace")) + 1, limit), limit)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
+        """Encode by both text encoders."""
         b = self.bundle
         tokens, cut = b.clip.tokenize(prompts)
         out, clip = b.byt5(prompts), b.clip.encode_tokens(tokens)
@@ -356,24 +398,28 @@ class PipelineV3(Pipeline):
         return [Prompt(*row) for row in rows]
 
     @torch.inference_mode()
-    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
-        """By the prior."""
+    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """Run the prior."""
         text = torch.cat([p.clip for p in prompts])
         noise = torch.stack([n.prior for n in noises], dim=1).to(self.device, non_blocking=True)
-        return list(self.imagine(text, noise).to(text.dtype).split(1))
+        return list(self.run_prior(text, noise).to(text.dtype).split(1))
 
-    def _imagine(self, text: Tensor, noise: Tensor) -> Tensor:
+    def _run_prior(self, text: Tensor, noise: Tensor) -> Tensor:
         r = self.config.recipe
         return prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
 
     @torch.inference_mode()
     def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
-        """The conditional branch's keys and values are weighted by the recipe."""
+        """Return keys and values; the conditional branch's are weighted by the recipe."""
         weights = self._attention_weights(prompt) if image is not None else None
         return self.bundle.denoiser.condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
 
     def _attention_weights(self, prompt: Prompt) -> Tensor | None:
-        """The published recipe: of the condition tokens but for padding, the last n (the byte count) weigh `text`, the last 4 `image`."""
+        """Return the published recipe's weights [1, L] of condition tokens.
+
+        Counted from the end and without padding, the last 4 weigh `image`, and those before them, as many as the
+        prompt has bytes, `text`.
+        """
         if self.config.recipe.attention_weights is None:
             return None
         text, image = self.config.recipe.attention_weights
@@ -392,22 +438,24 @@ class PipelineV1(Pipeline):
     config: BundleV1Config
 
     def text_length(self, prompt: str) -> int:
+        """Return 0: CLIP pads every text alike."""
         return 0
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
-        """The empty text is the zero embedding, v1's unconditional one."""
+        """Encode by CLIP. The empty text is the zero embedding, v1's unconditional one."""
         clip, nothing = self.bundle.clip, torch.empty(1, 0, device=self.device)
-        written = send([bool(prompt) for prompt in prompts], self.device)[:, None]
+        written = to_device([bool(prompt) for prompt in prompts], self.device)[:, None]
         tokens, too_long = clip.tokenize(prompts)
         embeddings = (self._here(clip.encode_tokens(tokens)) * written).split(1)
         cut = [("clip",) if is_cut else () for is_cut in too_long]
         return [Prompt(nothing[..., None], nothing.bool(), *row) for row in zip(embeddings, cut, strict=True)]
 
-    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
-        """The texts' own."""
+    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+        """Return the texts' own embeddings."""
         return [prompt.clip for prompt in prompts]
 
     @torch.inference_mode()
     def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
+        """Return the blocks' scales and shifts, of the image if there is one, else of the text."""
         return self.bundle.denoiser.condition(prompt.clip if image is None else image)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 _libraries: list[torch.library.Library] = []
 
 
 def declare_missing_torchvision_operators() -> None:
-    """Lets open_clip and transformers import beside a CPU torch.
+    """Let open_clip and transformers be imported beside a CPU build of torch.
 
     PyPI's torchvision is built for CUDA; next to a CPU build of torch its extension does not load, and its import then dies with
     "operator torchvision::nms does not exist", because it registers a fake kernel for an operator that nobody declared. Nothing here calls
@@ -28,7 +26,7 @@ def declare_missing_torchvision_operators() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's malloc keep what is freed instead of returning every activation's pages to the kernel at once.
+    """Let glibc's malloc keep freed memory, instead of returning every activation's pages to the kernel.
 
     PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault in again. Elsewhere than on glibc this
     does nothing; a preloaded tcmalloc or jemalloc has its own cache and ignores it.
@@ -41,21 +39,15 @@ def keep_freed_memory() -> None:
 
 
 def prepare(threads: int = 0) -> None:
-    """All of the above. threads: CPU threads for tensor operations, 0 keeps torch's choice."""
+    """Do all of the above. threads: CPU threads for tensor operations; 0 keeps torch's choice."""
     declare_missing_torchvision_operators()
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
 
 
-def send(values: Sequence[float] | Sequence[bool], device: torch.device) -> Tensor:
-    """Numbers as a tensor on the device. `torch.tensor(values, device=…)` waits until the device is through with all that was launched
-    before; this only puts the copy behind it."""
-    return torch.tensor(values).to(device, non_blocking=True)
-
-
 def pick_device(name: str = "auto") -> torch.device:
-    """Where to compute: "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    """Return the device of this name; "auto" is CUDA if there is one, else the CPU. Raises ValueError for an absent one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -65,17 +57,22 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def use(device: torch.device) -> torch.device:
-    """Makes it the one that whatever takes the current device takes: recording and kernels do, whichever their tensors are on."""
+    """Make the device the current one, on which graphs are captured and kernels run; return it."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What to compute in: "auto" is what the device multiplies fastest: fp16 on CUDA, bf16 on a CPU with AMX or AVX512-BF16, else fp32."""
+    """Return the type of this name; "auto" is what the device multiplies fastest.
+
+    That is fp16 on CUDA, bf16 on a CPU with AMX or AVX512-BF16, else fp32.
+    """
     named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name != "auto":
         return named[name]
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    # A private function, and no worse without it than fp32.
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if has_bf16 else torch.float32

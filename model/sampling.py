@@ -34,7 +34,7 @@ class Noise:
 def draw_noise(
     seed: int, *, codes: int, grid: tuple[int, int], steps: int, prior: tuple[int, int], renoise_mode: RenoiseMode = "start"
 ) -> Noise:
-    """Everything random about the image of `seed` (any int64), on the CPU.
+    """Draw everything random about the image of `seed` (any int64), on the CPU.
 
     grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU generator keeps 32). Start tokens come first
     and the steps' uniforms last and step by step, so the same seed at another step count begins from the same picture; fresh tokens have a
@@ -57,19 +57,22 @@ def draw_noise(
 
 
 def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
-    """The n + 1 times from 1 (all noise) to 0: at time t a token is noise with probability t. Step i goes from entry i to entry i + 1."""
+    """Return the n + 1 times from 1 (all noise) to 0; at time t a token is noise with probability t.
+
+    Step i goes from entry i to entry i + 1.
+    """
     if schedule == "cosine":
         return [*torch.cos(torch.linspace(0, 1, steps + 1)[:-1] * (torch.pi / 2)).tolist(), 0.0]
     return torch.linspace(1, 0, steps + 1).tolist()
 
 
 def ramp(ends: tuple[float, float], steps: int) -> list[float]:
-    """n values from the first end to the second, evenly: a temperature or guidance schedule."""
+    """Return n values from the first end to the second, evenly: a temperature or guidance schedule."""
     return torch.linspace(*ends, steps).tolist()
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws from softmax(logits) with one uniform each: [..., K] and [...] in [0, 1) → codes [...].
+    """Draw codes [...] from softmax(logits [..., K]), with one uniform in [0, 1) each.
 
     The first code whose cumulated probability exceeds the uniform, in fp32. Rounding may leave the total a little off one: the uniform is
     compared with its share of the total, and the clamp catches one that rounds up to it.
@@ -80,7 +83,7 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:
-    """Locally typical sampling (arXiv 2202.00666): which codes to keep, [..., K].
+    """Return the codes to keep in locally typical sampling (arXiv 2202.00666), [..., K].
 
     Codes in order of |−log p − entropy|, up to and including the one whose cumulated probability first reaches `mass` [...]; ties are kept.
     """
@@ -96,24 +99,24 @@ def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:
 
 
 def keep_typical(logits: Tensor, mass: Tensor) -> Tensor:
-    """Logits [..., K] with every untypical code at −∞; mass [...]."""
+    """Return logits [..., K] with every untypical code at −∞; mass [...]."""
     return logits.masked_fill(~typical_mask(logits, mass), -torch.inf)
 
 
 def quantised_mean(logits: Tensor, codebook: Tensor) -> Tensor:
-    """The probability-weighted mean of codebook vectors: logits [..., K], codebook [K, c] → [..., c], to be quantised again."""
+    """Return the probability-weighted mean of codebook vectors [..., c], from logits [..., K] and codebook [K, c]."""
     return logits.float().softmax(-1) @ codebook.float()
 
 
 def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor) -> Tensor:
-    """Puts start tokens back where uniform ≤ probability: [B, H, W] each, probability [B]; `NEVER` puts none back."""
+    """Put start tokens back where uniform ≤ probability: [B, H, W] each, probability [B]; `NEVER` puts none back."""
     return torch.where(uniform <= probability[:, None, None], start, tokens)
 
 
-def settle(
+def renoise_and_pin(
     drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What a step leaves, both [B, H, W] and in memory of their own: the picture as far as it has come, and what the next step reads.
+    """Return the decodable tokens after a step, and the next step's input, [B, H, W] each, in new memory.
 
     drawn, source [B, H, W]: this step's tokens, and what takes the place of those that become noise again; uniform, probability as for
     `renoise`. kept: where tokens stay as they are (True) and which they are, [B, H, W] each.
@@ -124,14 +127,14 @@ def settle(
     return torch.where(*kept, drawn), torch.where(*kept, following)
 
 
-def mix(branches: Tensor, row_of: Tensor, share: Tensor, rows: int) -> Tensor:
-    """Guidance: features of all branches [N, H, W, C] → features of rows [B, H, W, C], summed in fp32.
+def mix_branches(branches: Tensor, row_of: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """Apply guidance: mix the features of branches [N, H, W, C] into those of rows [B, H, W, C], in fp32.
 
-    row_of [N] is each branch's row, share [N] or [N, H, W] its weight there. Rows are summed apart, so that one with NaN in it harms no
-    other.
+    row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight there. Rows are summed apart,
+    so that one with NaN in it harms no other.
     """
     if len(branches) == rows:
         return branches
-    weighted = branches.float() * (share[:, None, None, None] if share.dim() == 1 else share[..., None])
+    weighted = branches.float() * (weights[:, None, None, None] if weights.dim() == 1 else weights[..., None])
     mixed = weighted.new_zeros(rows, *branches.shape[1:]).index_add_(0, row_of, weighted)
     return mixed.to(branches.dtype)

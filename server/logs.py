@@ -1,29 +1,39 @@
-"""Log lines as JSON objects, one per line, on standard error, times in UTC. What a record carries in `extra={"fields": …}` becomes keys."""
+"""Log lines as JSON objects, one per line, on standard error, times in UTC.
+
+The dict in a record's `extra={"fields": …}` becomes top-level keys.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
-from datetime import UTC, datetime
 from typing import Any
 
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
 
-class JSONFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+RENAMED = {"levelname": "level", "name": "logger", "exc_info": "exception"}
+
+
+class JSONFormatter(JsonFormatter):
+    """Writes `level`, `logger`, `message`, `time`, the record's fields, and `exception` if any."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ("levelname", "name", "message"),
+            rename_fields=RENAMED,
+            timestamp="time",
+            # uvicorn adds the message with terminal colours.
+            reserved_attrs=[*RESERVED_ATTRS, "color_message"],
+        )
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """Return the line's keys and values."""
+        log_data["level"] = log_data["level"].lower()
+        return log_data | log_data.pop("fields", {})
 
 
 def configure(level: str) -> None:
-    """Sends this package's records, from `level` upwards, to standard error; every process of the server calls it once."""
+    """Log this package's records from `level` upwards; call it once per process."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONFormatter())
     for name in ("server", "uvicorn.error"):

@@ -39,12 +39,11 @@ from model.config import (
     VQGANV1Config,
 )
 from model.pipeline import Pipeline
+from model.row_builder import RowBuilder
 from model.runtime import prepare
 from server.api import create_app
-from server.engine.cache import Cache
-from server.engine.conditions import Conditions, size
+from server.engine.prompt_cache import PromptCache, tensor_bytes
 from server.engine.runner import Runner
-from server.engine.starting import Starter
 from server.settings import Settings
 from tests import fake_worker
 
@@ -225,8 +224,8 @@ def emptied(runner: Runner, capacity: int = 2**30) -> Runner:
     """The same weights without rows, and with nothing remembered."""
     other = copy.copy(runner)
     other._rows, other._starting, other.counters = {}, {}, Counter()
-    other.cache = Cache(capacity, size, other.counters)
-    other._starter = Starter(other._pipelines, Conditions(other._pipelines, other.cache))
+    other.cache = PromptCache(capacity, tensor_bytes, other.counters)
+    other._builders = {name: RowBuilder(pipeline, other.cache) for name, pipeline in other._pipelines.items()}
     return other
 
 

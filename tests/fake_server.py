@@ -6,7 +6,7 @@ import sys
 
 from server import logs
 from server.api import create_app
-from server.cli import run_server
+from server.cli.main import run_server
 from server.settings import Settings
 from tests import fake_worker
 

@@ -13,46 +13,47 @@ import pickle
 import time
 from multiprocessing.connection import Connection
 
-from server.engine.protocol import (
-    Beat,
+from server.engine.messages import (
     Cancel,
     Drawn,
     Dropped,
     Failed,
     Finished,
+    Heartbeat,
     Image,
     Job,
     Preview,
+    ProcessStats,
     Ready,
     Running,
     Step,
     Stop,
     Timings,
     ToWorker,
-    Usage,
+    receive_message,
+    send_message,
 )
-from server.engine.wire import receive, send
 from server.settings import Settings
 
 SLOW_S = 0.15
 EXIT_CODE = 3
 FAILURES: dict[str, Failed] = {
-    "fail": Failed("", "internal", "/home/someone/model.py: Traceback", repeating=False),
-    "oom": Failed("", "out_of_memory", "CUDA out of memory", repeating=True),
-    "late": Failed("", "deadline", "would finish too late", repeating=True),
+    "fail": Failed("", "internal", "/home/someone/model.py: Traceback", retryable=False),
+    "oom": Failed("", "out_of_memory", "CUDA out of memory", retryable=True),
+    "late": Failed("", "deadline", "would finish too late", retryable=True),
 }
 
 
 def main(connection: Connection, settings: Settings) -> None:
-    send(connection, Ready("fake", "float32"))
+    send_message(connection, Ready("fake", "float32"))
     held: dict[str, Job] = {}
     try:
-        while not isinstance(message := receive(connection), Stop):
+        while not isinstance(message := receive_message(connection), Stop):
             take(connection, held, message)
             running = sum(len(job.seeds) for job in held.values())
             # As if it had as many bytes as its process has a number, so that tests can tell one from the next.
-            usage = Usage(os.getpid(), time.process_time(), 1, {"allocated": 1})
-            send(connection, Beat((Step(1, 1, 32 * 16, 0.0001),), running, 0, {("prompt_cache_hits", "text"): 1}, usage=usage))
+            stats = ProcessStats(os.getpid(), time.process_time(), 1, {"allocated": 1})
+            send_message(connection, Heartbeat((Step(1, 1, 32 * 16, 0.0001),), running, 0, {("prompt_cache_hits", "text"): 1}, stats=stats))
     except EOFError:
         pass
 
@@ -61,14 +62,14 @@ def take(connection: Connection, held: dict[str, Job], message: ToWorker) -> Non
     match message:
         case Cancel(id):
             held.pop(id, None)
-            send(connection, Dropped(id))
+            send_message(connection, Dropped(id))
         case Job():
             answer(connection, held, message)
 
 
 def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
     word = next(iter(" ".join(job.prompts).split()), "")
-    send(connection, Running((job.id,) if job.alone else (*held, job.id)))
+    send_message(connection, Running((job.id,) if job.alone else (*held, job.id)))
     if word == "hold":
         held[job.id] = job
     elif word == "hang":
@@ -80,14 +81,14 @@ def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
         os._exit(EXIT_CODE)
     elif word in FAILURES:
         failure = FAILURES[word]
-        send(connection, Failed(job.id, failure.code, failure.message, failure.repeating))
+        send_message(connection, Failed(job.id, failure.code, failure.message, failure.retryable))
     else:
         if word.endswith("show"):
             show(connection, job, at_most=2 if job.alone or word == "show" else 1)
         time.sleep(SLOW_S if word == "slow" else 0)
         for image in finished(job).images if job.early else ():
-            send(connection, Drawn(job.id, image))
-        send(connection, finished(job, ("byt5", "clip") if word == "cut" else ()))
+            send_message(connection, Drawn(job.id, image))
+        send_message(connection, finished(job, ("byt5", "clip") if word == "cut" else ()))
 
 
 def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
@@ -98,7 +99,9 @@ def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
 
 def show(connection: Connection, job: Job, at_most: int) -> None:
     for number in range(at_most):
-        send(connection, Preview(job.id, number, number + 1, Image(0, job.width, job.height, colour(number) * (job.width * job.height))))
+        send_message(
+            connection, Preview(job.id, number, number + 1, Image(0, job.width, job.height, colour(number) * (job.width * job.height)))
+        )
     if at_most == 1:
         os._exit(EXIT_CODE)
 

@@ -12,8 +12,8 @@ import sys
 import ray
 from ray import serve
 
-from server import ray_app
-from server.engine.process import run_worker
+from server.engine.supervisor import run_worker
+from server.ray_serve import app as ray_app
 from tests import fake_worker
 
 

@@ -24,8 +24,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api import create_app
-from server.api.request_examples import EXAMPLES
-from server.engine.process import WorkerMain
+from server.api.openapi import EXAMPLES
+from server.engine.supervisor import WorkerMain
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, NATIVE_SIZE, serving, wait_until, write_bundle

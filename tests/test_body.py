@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.body import TEXT_BODY_BYTES, read_body
 from server.api.errors import ApiError
-from server.api.picture_fields import PictureFile, PictureFiles
-from server.api.schemas import SamplingFields
+from server.api.schemas import ImageBytes, ImageBytesList, SamplingFields
 from tests.hostile import plain_png
 
 PNG = plain_png()
@@ -27,15 +26,15 @@ LIMIT = 2**20
 class Keyframe(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: str | None = None
-    image: PictureFile | None = None
+    image: ImageBytes | None = None
 
 
 class Everything(SamplingFields):
     """One field of every kind that the endpoints with pictures have."""
 
     prompt: str | None = None
-    image: PictureFile | None = None
-    images: Annotated[PictureFiles, Field(max_length=4, default_factory=list)]
+    image: ImageBytes | None = None
+    images: Annotated[ImageBytesList, Field(max_length=4, default_factory=list)]
     mask_mode: Literal["alpha", "luminance"] | None = None
     keep_unmasked: bool = True
     keyframes: Annotated[list[Keyframe], Field(max_length=8, default_factory=list)]
@@ -128,7 +127,7 @@ def test_what_is_no_base64_is_422(endpoint: TestClient, sent: str) -> None:
 
 @pytest.mark.parametrize("sent", [7, {"url": "x"}, [BASE64], True])
 def test_one_picture_is_one_string(endpoint: TestClient, sent: object) -> None:
-    refused(endpoint.post("/", json={"image": sent}), 422, "image", "one picture")
+    refused(endpoint.post("/", json={"image": sent}), 422, "image", "one image")
 
 
 def test_one_picture_serves_where_several_may_come(endpoint: TestClient) -> None:
@@ -136,7 +135,7 @@ def test_one_picture_serves_where_several_may_come(endpoint: TestClient) -> None
     assert form(endpoint, files=[("images", FILE)]).json() == {"images": [len(PNG)]}
     assert form(endpoint, files=[("images[]", FILE)]).json() == {"images": [len(PNG)]}
     assert form(endpoint, files=[("images", FILE), ("images[]", FILE)]).json() == {"images": [len(PNG)] * 2}
-    refused(form(endpoint, files=[("image", FILE), ("image", FILE)]), 422, "image", "one picture")
+    refused(form(endpoint, files=[("image", FILE), ("image", FILE)]), 422, "image", "one image")
 
 
 @pytest.mark.parametrize("text", ["2", "2.0", "2e0", "0.2e1"])

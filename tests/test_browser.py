@@ -99,7 +99,7 @@ def test_a_picture_is_seen_at_least_twice_before_it_is_done(playground: Playgrou
         }"""
     )
     said = playground.draw(APPLE)
-    assert "first seen after" in said
+    assert "first preview after" in said
     assert len(playground.page.evaluate("window.seen")) >= 3
     red, green, blue = np.median(playground.shown[52:76, 52:76].reshape(-1, 3), axis=0)
     assert red > max(green, blue) + 60, "the last of them is the apple"
@@ -273,7 +273,7 @@ def test_the_same_request_from_a_terminal_is_the_same_request(plain: Playground,
     page.get_by_role("button", name="Copy as Python").click()
     expect(page.locator("#snippet")).to_contain_text("import httpx")
     subprocess.run([sys.executable, "-c", page.inner_text("#snippet")], cwd=tmp_path, check=True, timeout=60)
-    picture = np.asarray(PIL.Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
+    picture = np.asarray(PIL.Image.open(tmp_path / "result.png").convert("RGB")).astype(int)
     assert np.abs(picture - plain.shown).mean() < 8
 
 
@@ -290,7 +290,7 @@ def test_a_request_with_pictures_is_a_form_whose_files_can_be_had(plain: Playgro
             page.get_by_role("link", name=name).click()
         download.value.save_as(tmp_path / name)
     subprocess.run(page.inner_text("#snippet"), shell=True, cwd=tmp_path, check=True, timeout=60)
-    with PIL.Image.open(tmp_path / "picture.png") as picture:
+    with PIL.Image.open(tmp_path / "result.png") as picture:
         assert picture.size == (128, 128)
 
 
@@ -329,8 +329,8 @@ def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(opened: Open, f
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
         playground = opened(url)
         page = playground.page
-        expect(page.locator("#readiness")).to_contain_text("an API key is needed")
-        page.get_by_label("This server asks for a key").fill("0123456789abcdef")
+        expect(page.locator("#readiness")).to_contain_text("an API key is required")
+        page.get_by_label("This server requires an API key").fill("0123456789abcdef")
         page.keyboard.press("Enter")
         playground.ready()
         expect(page.locator("#key-form")).to_be_hidden()
@@ -351,7 +351,7 @@ def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address:
     expect(page.locator("#incapable")).to_be_hidden()
     page.select_option("#model", "other")
     expect(page.get_by_role("radio", name="Vary")).to_be_disabled()
-    expect(page.locator("#incapable")).to_have_text("other was not made for: outpaint, vary, edit, interpolate.")
+    expect(page.locator("#incapable")).to_have_text("other does not support: outpaint, vary, edit, interpolate.")
     assert page.locator("#sampler option").all_inner_texts() == ["argmax"]
 
 
@@ -371,7 +371,7 @@ def test_old_pictures_make_room_for_new_ones_and_their_parameters_stay(plain: Pl
           };
           const history = new History(storage);
           for (const id of ["a", "b", "c", "d"]) history.add({ id }, ["x".repeat(300)]);
-          return history.entries.map(({ id }) => [id, history.pictures(id) !== null]);
+          return history.entries.map(({ id }) => [id, history.images(id) !== null]);
         }"""
     )
     assert left == [["d", True], ["c", True], ["b", True], ["a", False]]

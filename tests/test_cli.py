@@ -100,7 +100,7 @@ def test_file_name_chooses_the_format(random_bundle: Path, tmp_path: Path, name:
 
 def test_generate_says_which_encoders_cut_the_prompt(random_bundle: Path, tmp_path: Path) -> None:
     result = paellera("generate", "apple " * 40, "-o", tmp_path / "out.png", "--weights", random_bundle, "--steps", "1")
-    assert "cut for byt5 and clip" in result.stderr
+    assert "truncated for byt5 and clip" in result.stderr
 
 
 @pytest.mark.parametrize(

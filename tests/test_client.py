@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from model.config import SamplingConfig
-from server.engine.client import TRY_AGAIN_S, EngineClient
+from server.engine.client import RETRY_FORECAST_S, EngineClient
 from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, JobFailed, QueueFull, Starting
-from server.engine.process import WorkerMain
-from server.engine.protocol import Job, Step
+from server.engine.messages import Job, Step
+from server.engine.supervisor import WorkerMain
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
@@ -125,12 +125,12 @@ async def test_a_deadline_already_passed_is_never_sent() -> None:
         assert figure(client, "paella_worker_restarts_total") == 0
 
 
-@pytest.mark.parametrize(("prompt", "code", "repeating"), [("fail", "internal", False), ("oom", "out_of_memory", True)])
-async def test_a_job_the_worker_cannot_do_fails_alone(prompt: str, code: str, repeating: bool) -> None:
+@pytest.mark.parametrize(("prompt", "code", "retryable"), [("fail", "internal", False), ("oom", "out_of_memory", True)])
+async def test_a_job_the_worker_cannot_do_fails_alone(prompt: str, code: str, retryable: bool) -> None:
     async with running() as client:
         with pytest.raises(JobFailed) as failure:
             await client.run(job(prompt))
-        assert (failure.value.code, failure.value.repeating) == (code, repeating)
+        assert (failure.value.code, failure.value.retryable) == (code, retryable)
         await client.run(job())
 
 
@@ -215,12 +215,12 @@ async def test_an_idle_server_tries_what_a_slow_spell_some_time_ago_would_have_i
     async with running() as client:
         await client.run(job())
         # The worker's own figure comes with its next beat, after the answer, and must not come after these.
-        await until(lambda: client._costs.step(32 * 16, 1, time.monotonic()) is not None)
+        await until(lambda: client._latency.step(32 * 16, 1, time.monotonic()) is not None)
         slow = Step(1, 1, 32 * 16, 1000.0)
-        client._costs.record_step(slow, time.monotonic())
+        client._latency.record_step(slow, time.monotonic())
         with pytest.raises(DeadlineUnreachable):
             await client.run(job())
-        client._costs.record_step(slow, time.monotonic() - TRY_AGAIN_S)
+        client._latency.record_step(slow, time.monotonic() - RETRY_FORECAST_S)
         assert len((await client.run(job())).images) == 1
 
 
@@ -228,8 +228,8 @@ async def test_a_deadline_that_what_is_queued_leaves_no_time_for_is_refused_at_o
     async with running() as client:
         await client.run(job())
         # The worker's own figure comes with its next beat, after the answer, and must not come after this one.
-        await until(lambda: client._costs.step(32 * 16, 1, time.monotonic()) is not None)
-        client._costs.record_step(Step(1, 1, 32 * 16, 1000.0), time.monotonic())
+        await until(lambda: client._latency.step(32 * 16, 1, time.monotonic()) is not None)
+        client._latency.record_step(Step(1, 1, 32 * 16, 1000.0), time.monotonic())
         held = asyncio.create_task(client.run(job("hold", rows=16, seconds=10_000)))
         await until(lambda: client.rows_unfinished == 16)
         with pytest.raises(DeadlineUnreachable) as refusal:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DenoiserConfig
-from model.denoiser import Condition, Denoiser
-from model.denoiser_blocks import AttentionBlock, ConvBlock, GlobalResponseNorm
-from model.layers import Downsample, Upsample, norm
+from model.networks.denoiser_v3 import AttentionBlock, Condition, ConvBlock, Denoiser, GlobalResponseNorm
+from model.networks.layers import Downsample, Upsample, norm
 from tests.conftest import golden, randomise
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from model import operations
+from model import rows as operations
 from model.config import SamplingConfig
-from model.operations import Kept, Region, Row
-from model.pipeline import Drawing
-from server.api.images import encode
-from server.engine.conditions import tensors_in
-from server.engine.protocol import Image, Job
+from model.pipeline import SamplingInputs
+from model.rows import PinnedTokens, RegionBranch, Row
+from server.api.images.encode import encode
+from server.engine.messages import Image, Job
+from server.engine.prompt_cache import tensors_in
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
 from server.settings import Settings
@@ -73,14 +73,14 @@ class Loop:
         self.runner.drop(done)
 
     def _step(self, rows: list[RowId]) -> list[RowId]:
-        def draw(drawn: Sequence[Row], features: torch.Tensor, drawing: Drawing) -> torch.Tensor:
+        def draw(drawn: Sequence[Row], features: torch.Tensor, drawing: SamplingInputs) -> torch.Tensor:
             for row, own in zip(rows, features, strict=True):
                 self.features.setdefault(row, []).append(own.numpy().tobytes())
-            return type(pipeline)._draw(pipeline, drawn, features, drawing)
+            return type(pipeline)._sample(pipeline, drawn, features, drawing)
 
         pipeline = self.runner._pipelines["random"]
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(pipeline, "_draw", draw)
+            patched.setattr(pipeline, "_sample", draw)
             return self.runner.step("random", rows)
 
     def cancel(self, id: str) -> None:
@@ -180,11 +180,11 @@ def test_neighbours_of_other_operations(loop, alone, monkeypatch, seed, operatio
         truncated = start(parts, watch)
         for row in (loop.runner._rows[RowId(job.id, i)] for job, indices in parts for i in indices if job.id != "a"):
             if operation == "repaint":
-                operations.repaint(row, Kept(picture, picture > 30))
+                operations.repaint(row, PinnedTokens(picture, picture > 30))
             elif operation == "edit":
                 operations.edit(row, picture, 0.6)
             else:
-                row.regions = (Region(row.conditional, (picture > 30).float()),)
+                row.regions = (RegionBranch(row.conditional, (picture > 30).float()),)
         return truncated
 
     monkeypatch.setattr(loop.runner, "start", start_operations)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.protocol import Job
+from server.engine.messages import Job
 from server.engine.scheduler import BATCH_TURN, INTERACTIVE_SHARE, LENGTHS, PATIENCE, Pool, RowId, Scheduler
 from tests.test_scheduler import SAMPLING, job, rows, scheduler
 

@@ -14,10 +14,10 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from model.published import fetch as fetching
-from model.published import manifest
-from model.published.fetch import FetchError, fetch, fetched
-from model.published.manifest import Manifest, PublishedBundle, PublishedFile, published
+from model.checkpoints import fetch as fetching
+from model.checkpoints import manifest
+from model.checkpoints.fetch import FetchError, fetch, fetched
+from model.checkpoints.manifest import Manifest, PublishedBundle, PublishedFile, published
 from server.cli import app
 from tests.hub import Hub, serving
 

@@ -7,10 +7,10 @@ import torch
 
 from load_tests.full_size import forward_flops, shallow
 from load_tests.random_checkpoints import random_like, write_checkpoints
+from model.checkpoints.convert import import_bundle
+from model.checkpoints.manifest import published
+from model.checkpoints.memory import needs, shapes
 from model.pipeline import Pipeline
-from model.published.convert import import_bundle
-from model.published.manifest import published
-from model.published.memory import needs, shapes
 from tests.conftest import micro_v1_config, write_merges
 
 PARAMETERS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 
 from load_tests.gpu.__main__ import main
 from load_tests.gpu.batch import costs
+from load_tests.gpu.budget import PLAN, BudgetRun, Progress, Task, choose, run_tasks
 from load_tests.gpu.checks import Check, error
 from load_tests.gpu.recorders import poisoned, rerun
 from load_tests.gpu.results import Results
 from load_tests.gpu.timing import Budget, Ceilings, measure
 from load_tests.gpu.weights import config_of, random_bundle
+from load_tests.report import Report
 
 STAGES = {"encode", "prior", "condition", "step", "decode", "loop_2", "request_2"}
 
@@ -136,3 +139,49 @@ def test_random_weights_are_the_same_in_every_type_up_to_rounding(tmp_path: Path
     exact, half = (random_bundle(config, torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16))
     for (name, one), (_, other) in zip(exact.denoiser.state_dict().items(), half.denoiser.state_dict().items(), strict=True):
         torch.testing.assert_close(one.to(torch.bfloat16), other, msg=name)
+
+
+def report_of_nothing() -> Report:
+    return Report("gpu", command="test", hardware={})
+
+
+def test_run_by_budget_records_every_task_and_ends_in_one_json_line(capsys, tmp_path):
+    status = main(["--smoke", "--budget-minutes", "3", "--out", str(tmp_path), "--tasks", "stages-v1"])
+    assert status == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    task = report["tasks"]["stages-v1"]
+    assert task["outcome"] == "passed"
+    assert {"loop_2", "decode"} <= {row.get("stage") for row in task["rows"]["stages"]}
+    assert json.loads((tmp_path / "gpu.json").read_text())["tasks"] == report["tasks"]
+
+
+def test_task_that_no_longer_fits_the_budget_is_skipped_and_says_so(tmp_path):
+    long = Task("long", seconds=3600, arguments=())
+    assert BudgetRun([long], minutes=0.2, out=tmp_path, report=report_of_nothing()).run() == 0
+    assert Progress(tmp_path).read()["ended"]["long"]["outcome"] == "skipped: no time left"
+
+
+def test_failed_task_is_recorded_and_the_next_one_still_runs(tmp_path):
+    def run(arguments: Sequence[str]) -> int:
+        if "broken" in arguments:
+            raise RuntimeError("device-side assert")
+        return 1 if "wrong" in arguments else 0
+
+    tasks = [Task(name, 0.0, (name,)) for name in ("broken", "wrong", "fine")]
+    assert run_tasks(tasks, 60, tmp_path, run, device_works=lambda: True) == 0
+    outcomes = {name: ended["outcome"] for name, ended in Progress(tmp_path).read()["ended"].items()}
+    assert outcomes == {"broken": "failed: RuntimeError: device-side assert", "wrong": "failed: a check did not pass", "fine": "passed"}
+
+
+def test_device_that_no_longer_works_asks_for_a_new_process(tmp_path):
+    def run(arguments: Sequence[str]) -> int:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    tasks = [Task("broken", 0.0, ()), Task("next", 0.0, ())]
+    assert run_tasks(tasks, 60, tmp_path, run, device_works=lambda: False) != 0
+    assert list(Progress(tmp_path).read()["ended"]) == ["broken"]
+
+
+def test_unknown_task_names_the_known_ones():
+    with pytest.raises(ValueError, match="checks-v3"):
+        choose(PLAN, ["check"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.training import guides
 from model.training.guides import Guided
 from tests.conftest import micro_config, randomise

@@ -17,13 +17,13 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from model import verified
+from model import bundle as verified
 from model.bundle import BundleError, load_bundle
+from model.checkpoints import convert
+from model.checkpoints.checkpoint import open_checkpoint, read_state
+from model.checkpoints.convert import import_bundle
 from model.config import BundleConfig, BundleV1Config
 from model.pipeline import Pipeline
-from model.published import convert
-from model.published.checkpoint import open_checkpoint, read_state
-from model.published.convert import import_bundle
 from server.cli import app
 from tests.conftest import NETWORKS, golden
 
@@ -253,8 +253,8 @@ MEASURE = """
 import os, sys, torch
 from pathlib import Path
 from load_tests.processes import resident_mib
-from model.published.checkpoint import open_checkpoint
-from model.published.convert import _write
+from model.checkpoints.checkpoint import open_checkpoint
+from model.checkpoints.convert import _write
 baseline = resident_mib(os.getpid(), peak=True)
 _write(Path(sys.argv[2]), open_checkpoint(Path(sys.argv[1])), torch.float16, lambda size: None)
 print((resident_mib(os.getpid(), peak=True) - baseline) * 2**20)

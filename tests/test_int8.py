@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from model.bundle import load_bundle, size
+from model.bundle import load_bundle
 from model.config import find_bundle
 from model.kernels.int8 import Int8Linear
+from model.optimize import size
 from model.pipeline import Pipeline
 
 CPU = torch.device("cpu")

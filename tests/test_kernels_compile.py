@@ -12,7 +12,7 @@ import pytest
 from load_tests.gpu.compiled import Compiled
 from load_tests.gpu.kernels import ODD
 
-KERNELS = {"depthwise_norm", "gelu_energy", "scales", "apply", "multinomial", "argmax", "expand", "contract", "join", "settle"}
+KERNELS = {"depthwise_norm", "gelu_energy", "scales", "apply", "multinomial", "argmax", "expand", "contract", "join", "renoise_and_pin"}
 
 
 def test_at_the_published_sizes_every_kernel_compiles_for_a100_and_h100_and_fits_them():

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from model.config import PriorConfig
-from model.denoiser import Denoiser
-from model.denoiser_blocks import ConvBlock
-from model.kernels.choice import fused
-from model.kernels.fused import trial
-from model.pipeline import Drawing, Eager, Pipeline, PipelineV3
-from model.prior import Prior, sample
+from model.kernels.triton import trial
+from model.kernels.triton.prior_block import ROWS, prior_block
+from model.networks.denoiser_v3 import ConvBlock, Denoiser
+from model.networks.prior import Prior, sample
+from model.optimize import use_triton
+from model.pipeline import Eager, Pipeline, PipelineV3, SamplingInputs
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config, randomise
@@ -34,10 +34,10 @@ def test_a_fused_denoiser_sees_what_the_plain_one_sees():
 def test_every_sampler_draws_the_same_codes_fused_or_not(pipeline: Pipeline, sampler):
     bundle = replace(pipeline.bundle, denoiser=copy.copy(pipeline.bundle.denoiser))
     features, uniform = torch.randn(2, 4, 4, 16), torch.rand(2, 4, 4)
-    drawing = Drawing(uniform, torch.tensor([0.7, 1.5]), torch.tensor([0.4, 0.9]))
-    expected = Eager(bundle).draw(sampler, features, drawing)
+    drawing = SamplingInputs(uniform, torch.tensor([0.7, 1.5]), torch.tensor([0.4, 0.9]))
+    expected = Eager(bundle).sample(sampler, features, drawing)
     bundle.denoiser.fused = True
-    assert torch.equal(Eager(bundle).draw(sampler, features, drawing), expected)
+    assert torch.equal(Eager(bundle).sample(sampler, features, drawing), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9], ids=["one picture", "three", "more than the kernels are for"])
@@ -45,7 +45,7 @@ def test_a_fused_prior_imagines_what_the_plain_one_imagines(rows):
     prior = Prior(PriorConfig(c_hidden=24, c_r=8, clip_r=16, num_blocks=3)).eval().requires_grad_(False)
     given = torch.randn(rows, 16), torch.randn(4, rows, 16)
     expected = sample(prior, *given, guidance=2.0)
-    prior.fuse()
+    prior.fuse(prior_block, ROWS)
     torch.testing.assert_close(sample(prior, *given, guidance=2.0), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -55,16 +55,16 @@ CONFIG = micro_config().denoiser
 
 def test_kernels_that_agree_are_chosen_for_cuda_alone_unless_somebody_says_otherwise(monkeypatch):
     monkeypatch.setattr(trial, "disagreeing", lambda *_: [])
-    assert [fused("auto", device, torch.float16, CONFIG) for device in (CPU, CUDA)] == [False, True]
-    assert [fused("torch", CUDA, torch.float16, CONFIG), fused("triton", CPU, torch.float16, CONFIG)] == [False, True]
+    assert [use_triton("auto", device, torch.float16, CONFIG) for device in (CPU, CUDA)] == [False, True]
+    assert [use_triton("torch", CUDA, torch.float16, CONFIG), use_triton("triton", CPU, torch.float16, CONFIG)] == [False, True]
 
 
 def test_kernels_that_are_wrong_or_do_not_compile_are_not_chosen_and_the_log_says_why(monkeypatch, caplog):
     monkeypatch.setattr(trial, "disagreeing", lambda *_: ["argmax draw"])
-    assert not fused("auto", CUDA, torch.float16, CONFIG)
+    assert not use_triton("auto", CUDA, torch.float16, CONFIG)
     assert "argmax draw" in caplog.text
     monkeypatch.setattr(trial, "disagreeing", lambda *_: 1 / 0)
-    assert not fused("auto", CUDA, torch.float16, CONFIG)
+    assert not use_triton("auto", CUDA, torch.float16, CONFIG)
     assert "ZeroDivisionError" in caplog.text
 
 

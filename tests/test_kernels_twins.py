@@ -11,12 +11,12 @@ from torch import Tensor
 from load_tests.gpu.kernels import Shape, cases
 from load_tests.gpu.recorders import poisoned_memory
 from model import sampling
-from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
-from model.kernels.fused.draw import SAMPLERS, draw, plain_draw
-from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
-from model.kernels.fused.prior_block import ROWS, prior_block
-from model.kernels.fused.settle import settle
-from model.prior import BlockWeights, plain_block
+from model.kernels.prior_block import BlockWeights, plain_block
+from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
+from model.kernels.triton.draw import SAMPLERS, draw, plain_draw
+from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
+from model.kernels.triton.prior_block import ROWS, prior_block
+from model.kernels.triton.renoise_and_pin import renoise_and_pin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -112,7 +112,7 @@ def test_what_a_step_leaves_is_the_same_in_one_kernel(grid, keeping):
     probability, uniform = torch.tensor([0.5, sampling.NEVER, 0.0], device=DEVICE), torch.rand(3, *grid, device=DEVICE)
     uniform[2, 0] = 0
     kept = (torch.rand(3, *grid, device=DEVICE) < 0.3, pinned) if keeping else None
-    found, expected = (each(drawn, source, uniform, probability, kept) for each in (settle, sampling.settle))
+    found, expected = (each(drawn, source, uniform, probability, kept) for each in (renoise_and_pin, sampling.renoise_and_pin))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert {part.data_ptr() for part in (*found, *expected)}.isdisjoint({drawn.data_ptr()})
@@ -120,7 +120,7 @@ def test_what_a_step_leaves_is_the_same_in_one_kernel(grid, keeping):
 
 def test_every_kernel_is_put_beside_its_twin_and_its_twin_in_fp32():
     made = list(cases(Shape(rows=1, side=2, channels=8, codes=32, features=16, prior=8), DEVICE, torch.float32))
-    names = {"depthwise norm", "GELU and response norm", "multinomial", "argmax", "prior blocks", "settle"}
+    names = {"depthwise norm", "GELU and response norm", "multinomial", "argmax", "prior blocks", "renoise_and_pin"}
     assert {case.name.split(",")[0] for case in made} == names
     for case in made:
         assert case.judge().good, case.name

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.protocol import Beat, Step, Usage
-from server.metrics import LIMITS, REFUSALS, WORKERS, Metrics, WorkerState, document
+from server.engine.messages import Heartbeat, ProcessStats, Step
+from server.metrics import ENGINE_REJECTIONS, KEY_REJECTIONS, WORKER_METRICS, Metrics, WorkerState, document
 
 
 def names(metrics: Metrics) -> set[str]:
@@ -51,7 +51,7 @@ def test_a_beat_s_steps_and_counts_are_added_to_the_figures() -> None:
     metrics = Metrics()
     counts = {("prompt_cache_hits", "text"): 3, ("graph_captures", "false"): 2, ("graph_replays", ""): 5}
     for _ in range(2):
-        metrics.record_beat(Beat((Step(4, 8, 32, 0.1),), 4, 0, counts), max_rows=16)
+        metrics.record_heartbeat(Heartbeat((Step(4, 8, 32, 0.1),), 4, 0, counts), max_rows=16)
     value = metrics.registry.get_sample_value
     assert value("paella_prompt_cache_hits_total", {"what": "text"}) == 6
     assert value("paella_graph_captures_total", {"after_ready": "false"}) == 4
@@ -63,7 +63,7 @@ def test_a_beat_s_steps_and_counts_are_added_to_the_figures() -> None:
 def test_the_documented_figures_are_those_that_are_shown() -> None:
     metrics = Metrics()
     metrics.watch(list)
-    documented = {figure.name.removesuffix("_total"): figure.kind for figure in (*metrics.figures, *WORKERS)}
+    documented = {figure.name.removesuffix("_total"): figure.kind for figure in (*metrics.infos, *WORKER_METRICS)}
     families = {family.name: family.type for family in metrics.registry.collect() if not family.name.startswith("process_")}
     assert families == documented
     assert (Path(__file__).parents[1] / "docs/metrics.md").read_text() == document(), "python -m server.metrics > docs/metrics.md"
@@ -75,14 +75,17 @@ def test_figures_with_known_labels_are_there_before_anything_has_happened() -> N
     value = metrics.registry.get_sample_value
     assert value("paella_images_total", {"endpoint": "/v1/images/generations"}) is None
     assert value("paella_request_duration_seconds_count", {"endpoint": "/v1/images/generations", "status": "200"}) == 0
-    assert {value("paella_rejected_total", {"reason": reason}) for reason in (*REFUSALS, *LIMITS)} == {0}
+    assert {value("paella_rejected_total", {"reason": reason}) for reason in (*ENGINE_REJECTIONS, *KEY_REJECTIONS)} == {0}
     assert value("paella_request_duration_seconds_bucket", {"endpoint": "/generate", "status": "200", "le": "0.5"}) == 0
     assert value("paella_prompt_cache_hits_total", {"what": "prior"}) == 0
     assert value("paella_graph_captures_total", {"after_ready": "true"}) == 0
 
 
 def test_of_a_worker_that_is_lost_no_figure_of_its_process_is_left() -> None:
-    metrics, states = Metrics(), [WorkerState(True, 0, Usage(7, 1.5, 2, {"allocated": 3})), WorkerState(True, 2, Usage(9, 2.5, 1))]
+    metrics, states = (
+        Metrics(),
+        [WorkerState(True, 0, ProcessStats(7, 1.5, 2, {"allocated": 3})), WorkerState(True, 2, ProcessStats(9, 2.5, 1))],
+    )
     metrics.watch(lambda: states)
     value = metrics.registry.get_sample_value
     assert [value("paella_worker_resident_memory_bytes", {"worker": worker}) for worker in "01"] == [7, 9]

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from server.metrics import WORKERS, Metrics
+from server.metrics import WORKER_METRICS, Metrics
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +154,7 @@ def test_the_dashboard_is_what_its_script_writes_and_grafana_s_types_lose_nothin
 
 def test_the_dashboard_leaves_out_no_figure_and_shows_the_line_at_500_ms() -> None:
     read = " ".join((*QUERIES, *(rule["expr"] for rule in RULES)))
-    figures = {figure.name for figure in (*Metrics().figures, *WORKERS)} - {"paella_weights_info", "paella_cancel_duration_seconds"}
+    figures = {figure.name for figure in (*Metrics().infos, *WORKER_METRICS)} - {"paella_weights_info", "paella_cancel_duration_seconds"}
     assert {name for name in figures if name not in read} == set()
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     lines = [step["value"] for panel in PANELS for step in panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])]

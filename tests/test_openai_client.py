@@ -29,7 +29,7 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, serving, wait_until
 from tests.test_api import metric
-from tests.test_picture_operations import Array, noise, png
+from tests.test_image_operations import Array, noise, png
 
 Configure = Callable[..., Settings]
 IMAGE = png(noise())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.denoiser import Denoiser
-from model.training.denoiser import matrices_of, draw_times
+from model.networks.denoiser_v3 import Denoiser
+from model.training.denoiser import draw_times, matrices_of
 from model.training.optimizers import Optimizers
 from tests.conftest import micro_config
 

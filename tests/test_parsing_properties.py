@@ -1,6 +1,6 @@
 """Whatever bytes come: a picture, a form or a body is understood, or refused with an error of ours; never anything else.
 
-What single odd files and bodies mean: test_hostile.py, test_uploads.py, test_body.py.
+What single odd files and bodies mean: test_images_hostile.py, test_images_decode.py, test_body.py.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from server.api.body import FORM, JSON, read_body
-from server.api.containers import PNG_MAGIC, DamagedFileError, UnknownFormatError, inspect
 from server.api.errors import ApiError
-from server.api.picture_fields import PictureFile, PictureFiles, file_bytes
-from server.api.uploads import PictureLimits, decode
+from server.api.images.decode import ImageLimits, decode
+from server.api.images.sniff import PNG_MAGIC, DamagedFileError, UnknownFormatError, sniff
+from server.api.schemas import ImageBytes, ImageBytesList, file_bytes
 from tests.hostile import encoded, gif, plain_png
 
 LIMIT = 2**16
-LIMITS = PictureLimits(max_bytes=LIMIT, max_pixels=64 * 64)
+LIMITS = ImageLimits(max_bytes=LIMIT, max_pixels=64 * 64)
 FILES = [plain_png(), encoded("JPEG"), encoded("WEBP"), gif()]
 HEADS = [PNG_MAGIC, b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"GIF89a", PNG_MAGIC + b"\0\0\0\rIHDR"]
 BOUNDARY = "limit"
@@ -50,8 +50,8 @@ class Fields(BaseModel):
     steps: Annotated[int, Field(ge=1, le=64)] | None = None
     scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     flag: bool = False
-    image: PictureFile | None = None
-    images: Annotated[PictureFiles, Field(max_length=3)] = []
+    image: ImageBytes | None = None
+    images: Annotated[ImageBytesList, Field(max_length=3)] = []
 
 
 def sent(body: bytes, content_type: str, cuts: Sequence[int] = ()) -> Fields:
@@ -82,7 +82,7 @@ def form(*parts: tuple[str, bytes, bool]) -> bytes:
 @settings(max_examples=200)
 def test_what_begins_like_a_picture_has_a_size_or_is_damaged_and_never_grows(head: bytes, rest: bytes) -> None:
     try:
-        container = inspect(head + rest)
+        container = sniff(head + rest)
     except (DamagedFileError, UnknownFormatError):
         return
     assert len(container.content) <= len(head + rest)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig
-from model.denoiser import Condition
-from model.operations import Row, generate
+from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
+from model.rows import Row, generate
 from model.sampling import NEVER
 
 PROMPTS = ("red apple", "", "the red apple in the red apple and on and on, until it is cut", "🍎")
@@ -30,7 +30,7 @@ SAMPLERS = ("multinomial", "argmax", "typical", "quant")
 def row(pipeline: Pipeline, prompt: str = PROMPTS[0], seed: int = 0, config: SamplingConfig = PLAIN) -> Row:
     noise = pipeline.noise(seed, 32, 32, config.steps)
     encoded, negative = pipeline.encode([prompt, ""])
-    (image,) = pipeline.image_embeddings([encoded], [noise])
+    (image,) = pipeline.prior_embeddings([encoded], [noise])
     return pipeline.start(noise, config, pipeline.condition(encoded, image), pipeline.condition(negative))
 
 
@@ -155,7 +155,7 @@ def test_guidance_stops_after_its_steps(pipeline):
     mine = row(pipeline, config=replace(PLAIN, guidance=(8.0, 5.5), guidance_steps=4))
     shares = []
     while not mine.done:
-        shares.append(mine.shares[mine.step, : len(mine.branches)].tolist())
+        shares.append(mine.guidance_weights[mine.step, : len(mine.branches)].tolist())
         pipeline.advance([mine])
     assert shares == [[8.0, -7.0], [7.5, -6.5], [7.0, -6.0], [6.5, -5.5], [1.0], [1.0]]
 
@@ -265,9 +265,9 @@ def test_what_was_cut_is_said_by_encoder(pipeline):
     assert both.truncated == ("byt5", "clip")
 
 
-def test_image_embeddings_belong_to_their_prompt_and_noise(pipeline):
+def test_prior_embeddings_belong_to_their_prompt_and_noise(pipeline):
     prompts, noises = pipeline.encode(PROMPTS[:2]), [pipeline.noise(seed, 32, 32, 1) for seed in (1, 2)]
-    together = pipeline.image_embeddings(prompts, noises)
+    together = pipeline.prior_embeddings(prompts, noises)
     for prompt, noise, embedding in zip(prompts, noises, together, strict=True):
-        torch.testing.assert_close(pipeline.image_embeddings([prompt], [noise])[0], embedding, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pipeline.prior_embeddings([prompt], [noise])[0], embedding, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)

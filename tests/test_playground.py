@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from server.api import create_app
-from server.api.playground import DIRECTORY, static_files
+from server.api.static import DIRECTORY, static_files
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving

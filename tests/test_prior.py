@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import PriorConfig
-from model.prior import Prior, add_noise, alpha_bar, ddim_step, sample, trajectory
+from model.networks.prior import Prior, add_noise, alpha_bar, ddim_step, sample, trajectory
 from tests.conftest import golden
 
 # Some of the recorded values are above 100, where 1e-4 is a dozen float32 steps: one processor's products are within that, another's not.

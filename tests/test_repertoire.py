@@ -15,11 +15,11 @@ from model.training.checker import Found, Reading
 from model.training.repertoire import OPERATIONS, Stage, around, by_side, seam
 from model.training.scenes import Scene, Thing
 from model.training.studio import Studio
-from server.engine.protocol import Repaint
+from server.engine.messages import Repaint
 from server.engine.runner import Runner
 from tests.conftest import emptied
 from tests.test_evaluate import Guess, sprites
-from tests.test_starting import drawn, job, mask, picture
+from tests.test_row_builder import drawn, job, mask, picture
 
 __all__ = ["sprites"]
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
-from server.engine.conditions import size, tensors_in
-from server.engine.protocol import Edit, Job, Raster
-from server.engine.runner import Runner, Stopwatch
+from server.engine.cpu_threads import ThreadTuner
+from server.engine.messages import Job
+from server.engine.prompt_cache import tensor_bytes, tensors_in
+from server.engine.runner import Runner, Stopwatch, Streams
 from server.engine.scheduler import RowId
-from server.engine.streams import Streams
-from server.engine.threads import Threads
 from server.settings import Settings
 from tests.conftest import emptied
 from tests.test_worker import SAMPLING, job
@@ -28,9 +28,9 @@ class Calls:
     def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self.texts: list[Sequence[str]] = []
         self.priors: list[int] = []
-        encode, image_embeddings = pipeline.encode, pipeline.image_embeddings
+        encode, prior_embeddings = pipeline.encode, pipeline.prior_embeddings
         monkeypatch.setattr(pipeline, "encode", lambda prompts: self.texts.append(prompts) or encode(prompts))
-        monkeypatch.setattr(pipeline, "image_embeddings", lambda p, noises: self.priors.append(len(p)) or image_embeddings(p, noises))
+        monkeypatch.setattr(pipeline, "prior_embeddings", lambda p, noises: self.priors.append(len(p)) or prior_embeddings(p, noises))
 
 
 @pytest.fixture(name="runner")
@@ -76,7 +76,7 @@ def test_a_seed_s_prior_at_another_size_is_another_one(runner, calls, pipeline):
     (row,) = started(runner, job("b", width=48))
     assert calls.priors == [1, 1]
     prompt, noise = pipeline.encode(["red apple"])[0], pipeline.noise(0, 48, 32, SAMPLING.steps)
-    expected = pipeline.condition(prompt, *pipeline.image_embeddings([prompt], [noise]))
+    expected = pipeline.condition(prompt, *pipeline.prior_embeddings([prompt], [noise]))
     torch.testing.assert_close(list(tensors_in(runner._rows[row].conditional)), list(tensors_in(expected)))
 
 
@@ -105,13 +105,13 @@ def test_the_bound_on_bytes_holds_and_what_does_not_fit_is_computed_all_the_same
     rows = started(small, *(job(f"{i}", "apple " * (i % 5), seeds=(i,)) for i in range(12)))
     assert len(small._rows) == len(rows) == 12
     assert 0 < small.cache.held <= 10_000
-    assert small.cache.held == sum(map(size, small.cache._values.values()))
+    assert small.cache.held == sum(map(tensor_bytes, small.cache._values.values()))
 
 
 def test_what_is_remembered_holds_no_memory_of_its_batch(runner):
     started(runner, *(job(f"{i}", f"apple {i}", seeds=(i,)) for i in range(8)))
     for value in runner.cache._values.values():
-        assert size(value) == sum(tensor.nbytes for tensor in tensors_in(value))
+        assert tensor_bytes(value) == sum(tensor.nbytes for tensor in tensors_in(value))
 
 
 def test_an_unfinished_row_shows_what_its_last_step_drew(runner, pipeline):
@@ -143,7 +143,7 @@ class Recalled(Streams):
 def test_a_row_that_is_done_as_it_begins_is_read_in_the_stream_that_made_its_tokens(runner, monkeypatch):
     streams, stack = Recalled(), torch.stack
     runner._streams = streams
-    picture = Raster(32, 32, bytes(32 * 32 * 3), "black")
+    picture = InputImage(32, 32, bytes(32 * 32 * 3), "black")
     (row,) = started(runner, job("a", canvas=Edit(picture, strength=0.0)))
     assert runner._rows[row].done
     monkeypatch.setattr(torch, "stack", lambda tensors: stack(tensors) if streams.inside else pytest.fail("stacked in another stream"))
@@ -167,7 +167,7 @@ def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bu
 def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that_are_chosen(runner, monkeypatch):
     computing: list[int] = []
     used: list[int] = []
-    threads = Threads(4, computing.append)
+    threads = ThreadTuner(4, computing.append)
     threads.chosen = 1
     monkeypatch.setattr(runner, "_threads", threads)
     pipeline = runner._pipelines["random"]
@@ -175,7 +175,7 @@ def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that
     def watched(compute: Callable[..., object]) -> Callable[..., object]:
         return lambda *args: used.append(threads._used) or compute(*args)
 
-    for name in ("encode", "advance", "pictures"):
+    for name in ("encode", "advance", "decode_tokens"):
         monkeypatch.setattr(pipeline, name, watched(getattr(pipeline, name)))
     for deterministic, expected in ((True, 4), (False, 1)):
         one = job(f"{deterministic}", sampling=replace(SAMPLING, deterministic=deterministic))

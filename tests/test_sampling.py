@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from model import operations, sampling
+from model import rows as operations
+from model import sampling
 from model.config import DenoiserConfig, SamplingConfig
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.pipeline import PipelineV3
 from tests.conftest import golden
 
@@ -278,7 +279,7 @@ def test_even_a_uniform_of_zero_is_not_renoised_after_the_last_renoising_step():
 
 def test_mixing_weighs_branches_of_each_row_and_of_no_other():
     features = torch.randn(5, 2, 3, 4)
-    mixed = sampling.mix(features, torch.tensor([0, 0, 1, 2, 2]), torch.tensor([3.0, -2.0, 1.0, 1.5, -0.5]), rows=3)
+    mixed = sampling.mix_branches(features, torch.tensor([0, 0, 1, 2, 2]), torch.tensor([3.0, -2.0, 1.0, 1.5, -0.5]), rows=3)
     expected = torch.stack([3 * features[0] - 2 * features[1], features[2], 1.5 * features[3] - 0.5 * features[4]])
     torch.testing.assert_close(mixed, expected)
 
@@ -286,14 +287,14 @@ def test_mixing_weighs_branches_of_each_row_and_of_no_other():
 def test_a_row_that_is_not_a_number_harms_no_other():
     features = torch.randn(4, 2, 2, 3)
     features[:2] = torch.nan
-    mixed = sampling.mix(features, torch.tensor([0, 0, 1, 1]), torch.tensor([3.0, -2.0, 3.0, -2.0]), rows=2)
+    mixed = sampling.mix_branches(features, torch.tensor([0, 0, 1, 1]), torch.tensor([3.0, -2.0, 3.0, -2.0]), rows=2)
     torch.testing.assert_close(mixed[1], 3 * features[2] - 2 * features[3])
 
 
 def test_mixing_half_precision_adds_in_single_precision():
     # 8 · 9000 is beyond fp16, the difference is not.
     features = torch.tensor([9000.0, 9010.0]).half().view(2, 1, 1, 1)
-    mixed = sampling.mix(features, torch.tensor([0, 0]), torch.tensor([8.0, -7.0]), rows=1)
+    mixed = sampling.mix_branches(features, torch.tensor([0, 0]), torch.tensor([8.0, -7.0]), rows=1)
     assert mixed.dtype == torch.float16
     assert mixed.item() == torch.tensor(8 * features[0].item() - 7 * features[1].item()).half().item()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from model.config import SamplingConfig
-from server.engine.protocol import Job
+from server.engine.messages import Job
 from server.engine.scheduler import STARTS, RowId, Scheduler
 
 SAMPLING = SamplingConfig(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from server.settings import Settings
+from server.settings import Settings, document
 
 
 def test_the_environment_is_read_with_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +54,9 @@ def test_settings_cannot_change_after_the_start() -> None:
 def test_each_of_the_devices_is_a_worker_and_without_them_there_is_one() -> None:
     assert Settings(device="cpu").worker_devices == ("cpu",)
     assert Settings(device="cpu", devices="cuda:0,cuda:1").worker_devices == ("cuda:0", "cuda:1")
+
+
+def test_every_setting_is_described_and_the_page_of_settings_is_current() -> None:
+    assert [name for name, info in Settings.model_fields.items() if not info.description] == []
+    page = Path(__file__).parents[1] / "docs/settings.md"
+    assert page.read_text() == document(), "python -m server.settings > docs/settings.md"

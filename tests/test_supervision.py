@@ -17,9 +17,9 @@ import pytest_asyncio
 from load_tests import faulty_runner
 from model.config import SamplingConfig
 from model.pipeline import Pipeline
-from server.engine.client import LONE_DEATHS, EngineClient
+from server.engine.client import MAX_SOLO_CRASHES, EngineClient
 from server.engine.errors import JobFailed, WorkerLost
-from server.engine.protocol import Job, Preview
+from server.engine.messages import Job, Preview
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
@@ -66,7 +66,7 @@ async def test_those_in_the_fatal_stage_run_alone_afterwards_and_the_others_as_b
         stage = [asyncio.create_task(client.run(job("hold", seconds=PATIENCE_S))) for _ in range(2)]
         await until(lambda: figure(client, "paella_rows_running") == 3)
         first, *rest = client._pending
-        client._workers[0]._stepping = tuple(rest)
+        client._workers[0]._running = tuple(rest)
         kill(client)
         await until(lambda: figure(client, "paella_requests_replayed_total") == 3)
         assert [client._pending[id].job.alone for id in (first, *rest)] == [False, True, True]
@@ -79,10 +79,10 @@ async def test_a_poison_request_fails_after_killing_two_workers_by_itself_and_no
         tasks = await holding(client, 2)
         with pytest.raises(JobFailed) as failure:
             await client.run(job("die", seconds=PATIENCE_S))
-        assert (failure.value.code, failure.value.repeating) == ("poison", False)
+        assert (failure.value.code, failure.value.retryable) == ("poison", False)
         await until(lambda: figure(client, "paella_rows_running") == 2)
         # Once in company, then as often alone as it takes.
-        assert figure(client, "paella_worker_restarts_total") == 1 + LONE_DEATHS
+        assert figure(client, "paella_worker_restarts_total") == 1 + MAX_SOLO_CRASHES
         assert not any(task.done() for task in tasks)
         await client.run(job())
         for task in tasks:
@@ -95,7 +95,7 @@ async def test_a_silent_worker_is_replaced_and_the_request_that_hangs_is_given_u
         with pytest.raises(JobFailed):
             await client.run(job("hang", seconds=PATIENCE_S))
         await client.run(job())
-        assert figure(client, "paella_worker_restarts_total") == LONE_DEATHS
+        assert figure(client, "paella_worker_restarts_total") == MAX_SOLO_CRASHES
 
 
 async def test_a_worker_that_hangs_after_its_only_client_has_gone_is_replaced_too() -> None:
@@ -203,8 +203,8 @@ async def test_neighbours_of_a_fatal_request_get_the_pictures_of_their_seeds(cli
     assert same_picture(first, pipeline, "red apple", 0)
     assert same_picture(last, pipeline, "the apple", 2)
     assert isinstance(poisoned, JobFailed)
-    assert (poisoned.code, poisoned.repeating) == ("poison", False)
-    assert figure(client, "paella_worker_restarts_total") in (LONE_DEATHS, LONE_DEATHS + 1)
+    assert (poisoned.code, poisoned.retryable) == ("poison", False)
+    assert figure(client, "paella_worker_restarts_total") in (MAX_SOLO_CRASHES, MAX_SOLO_CRASHES + 1)
 
 
 @pytest.mark.parametrize(("fault", "code"), [("bug", "internal"), ("memory", "out_of_memory")])
@@ -223,7 +223,7 @@ async def test_a_worker_killed_at_work_is_replaced_and_the_picture_is_that_of_th
     long = replace(picture("red apple", 7), sampling=replace(STEPS, steps=64))
     task = asyncio.create_task(client.run(long))
     began = time.monotonic()
-    while client._workers[0]._stepping != (long.id,):
+    while client._workers[0]._running != (long.id,):
         assert time.monotonic() - began < PATIENCE_S
         await asyncio.sleep(0.001)
     kill(client)

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.networks.text_encoders import BYTE_BUCKETS, CLIP, ByteEncoder, TextTower, bucket
 from model.pipeline import Pipeline
-from model.text import BYTE_BUCKETS, CLIP, ByteEncoder, bucket
-from model.towers import TextTower
 
 END = 1
 LIMIT = 64  # of the random bundle's byte encoder, end mark included

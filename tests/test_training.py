@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.bundle import load_bundle, state_of
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.pipeline import PipelineV3
-from model.text import CLIP, ByteEncoder
+from model.networks.text_encoders import CLIP, ByteEncoder
 from model.training import assemble, byte_encoder, clip, codes, data, denoiser, depthwise, everything, features, loop, prior, vqgan
 from model.training.captions import ATTRIBUTES, THING_ATTRIBUTES
 from model.training.codes import Codes
@@ -31,7 +31,7 @@ from model.training.data import Text
 from model.training.features import Pool, encode_bytes, encode_pictures
 from model.training.guides import Guided
 from model.training.judged import cross_entropy
-from model.vqgan import VQGAN, ResidualBlock
+from model.networks.vqgan_v3 import VQGAN, ResidualBlock
 from tests.conftest import micro_config, randomise, write_merges
 from tests.short_training import run_main
 from tests.small_training import _art_of_our_own, corpus_file, scenes, small_config, use  # noqa: F401

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from model.prior import Prior
+from model.networks.prior import Prior
 from model.training import loop, prior
 from tests.conftest import micro_config
 from tests.short_training import fit

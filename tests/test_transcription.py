@@ -12,7 +12,7 @@ from torch import Tensor
 from load_tests.stages import denoiser_arguments
 from load_tests.transcription import Transcription, denoise
 from model.config import DenoiserConfig, SamplingConfig
-from model.denoiser import Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.pipeline import Pipeline
 from tests.conftest import golden, randomise
 
@@ -118,7 +118,7 @@ def test_engine_draws_the_tokens_that_the_transcription_draws(random_bundle: Pat
     config = pipeline.config.recipe.sampling(steps=4, renoise_steps=3, guidance=(3.0, 2.0), guidance_steps=3, sampler="argmax")
     noise = pipeline.noise(5, *pipeline.config.native_size, config.steps)
     prompt, negative = pipeline.encode(["a red apple on a white table", ""])
-    (image,) = pipeline.image_embeddings([prompt], [noise])
+    (image,) = pipeline.prior_embeddings([prompt], [noise])
 
     row = pipeline.start(noise, config, pipeline.condition(prompt, image), pipeline.condition(negative))
     arguments = (denoiser_arguments(pipeline, prompt, image), denoiser_arguments(pipeline, negative))

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DenoiserV1Config, RenoiseMode, Sampler, SamplingConfig, VQGANV1Config
-from model.operations import Kept, Region, Row, generate, repaint
-from model.pipeline import Drawing, Eager, Pipeline, PipelineV1
+from model.networks.denoiser_v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
+from model.pipeline import Eager, Pipeline, PipelineV1, SamplingInputs
+from model.rows import PinnedTokens, RegionBranch, Row, generate, repaint
 from model.sampling import Noise, draw_noise, keep_typical, timesteps
-from model.v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
 from tests.conftest import golden, randomise
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -219,10 +219,10 @@ class BundleOf:
 class Recorded(Eager):
     """Draws with recorded Gumbel noise, which stands where a row's uniforms are."""
 
-    def draw(self, sampler: Sampler, features: Tensor, drawing: Drawing) -> Tensor:
+    def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         assert sampler == "typical"
-        logits = keep_typical(self.denoiser.project(features), drawing.mass[:, None, None].expand(features.shape[:-1]))
-        return (logits * drawing.inverse[:, None, None, None] + drawing.uniform).argmax(-1)
+        logits = keep_typical(self.denoiser.project(features), inputs.mass[:, None, None].expand(features.shape[:-1]))
+        return (logits * inputs.inverse[:, None, None, None] + inputs.uniform).argmax(-1)
 
 
 def recorded_rows(denoiser: DenoiserV1, clip: Tensor, mode: RenoiseMode) -> list[Row]:
@@ -268,7 +268,7 @@ def test_inpainted_tokens_after_every_step_equal_the_recorded_ones(recorded):
     denoiser, x = recorded
     trace = golden("sampler_v1")[2]
     kept = zip(x["tokens"], trace["mask"] == 0, strict=True)
-    rows = [repaint(row, Kept(*known)) for row, known in zip(recorded_rows(denoiser, x["clip"], "start"), kept, strict=True)]
+    rows = [repaint(row, PinnedTokens(*known)) for row, known in zip(recorded_rows(denoiser, x["clip"], "start"), kept, strict=True)]
     assert torch.equal(traced(denoiser, rows), trace["tokens_inpaint"])
 
 
@@ -293,7 +293,7 @@ def prompted(pipeline: PipelineV1, seed: int, prompt: str = "red apple", **chang
     config = replace(pipeline.config.recipe.sampling(), **changes)
     noise = pipeline.noise(seed, 32, 32, config.steps, config.renoise_mode)
     encoded, negative = pipeline.encode([prompt, ""])
-    (image,) = pipeline.image_embeddings([encoded], [noise])
+    (image,) = pipeline.prior_embeddings([encoded], [noise])
     return pipeline.start(noise, config, pipeline.condition(encoded, image), pipeline.condition(negative))
 
 
@@ -329,7 +329,7 @@ def test_the_renoise_modes_draw_different_pictures(pipeline):
 def test_regions_are_one_condition_that_differs_by_position_and_no_branches(pipeline):
     base, other = prompted(pipeline, 3), prompted(pipeline, 3, prompt="in the")
     everywhere = generate(
-        base.sampling, base.noise, base.conditional, base.unconditional, regions=[Region(other.conditional, torch.ones(16, 16))]
+        base.sampling, base.noise, base.conditional, base.unconditional, regions=[RegionBranch(other.conditional, torch.ones(16, 16))]
     )
     assert len(everywhere.branches) == 2
     assert (drawn(pipeline, everywhere)[0] == drawn(pipeline, other)[0]).float().mean() >= 0.99

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.protocol import Job
+from server.engine.messages import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
-from tests.test_starting import EVERY_KIND
+from tests.test_row_builder import EVERY_KIND
 from tests.test_worker import job
 
 

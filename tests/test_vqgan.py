@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import VQGANConfig
-from model.layers import pixel_shuffle, pixel_unshuffle
-from model.vqgan import VQGAN, VectorQuantizer
+from model.networks.layers import pixel_shuffle, pixel_unshuffle
+from model.networks.vqgan_v3 import VQGAN, VectorQuantizer
 from tests.conftest import golden, randomise
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from model.checkpoints.check import PROMPTS, Findings, check
 from model.config import find_bundle
 from model.pipeline import Pipeline
-from model.published.check import PROMPTS, Findings, check
 from server.cli import app
 from tests.conftest import randomise
 
@@ -44,7 +44,7 @@ def test_a_trained_bundle_whose_denoiser_was_not_does_not_behave():
 def test_random_weights_do_not_behave_and_the_command_says_so(random_bundle, tmp_path):
     result = CliRunner().invoke(app, ["weights", "check", str(random_bundle), "--output", str(tmp_path / "sheet.png"), "--device", "cpu"])
     assert result.exit_code == 1
-    assert "random does not behave: " in result.stderr
+    assert "random fails the check: " in result.stderr
     with PIL.Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (4 * 32, 2 * 32)
 

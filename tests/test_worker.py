@@ -17,13 +17,24 @@ import torch
 
 from model.config import SamplingConfig
 from server.engine import worker
-from server.engine.decoder import DECODE_ROWS, Decoder, Due
-from server.engine.failures import Attempts
-from server.engine.protocol import Beat, Cancel, Dropped, Failed, Finished, FromWorker, Job, Preview, Ready, Running, Step, Stop, ToWorker
-from server.engine.runner import Decoding, Runner
-from server.engine.scheduler import Pool, RowId
-from server.engine.streams import Mark
-from server.engine.wire import receive, send
+from server.engine.messages import (
+    Cancel,
+    Dropped,
+    Failed,
+    Finished,
+    FromWorker,
+    Heartbeat,
+    Job,
+    Preview,
+    Ready,
+    Running,
+    Step,
+    Stop,
+    ToWorker,
+    receive_message,
+    send_message,
+)
+from server.engine.runner import Runner
 from server.engine.worker import Worker
 
 PATIENCE_S = 60
@@ -46,13 +57,13 @@ class Far:
     thread: threading.Thread
 
     def send(self, message: ToWorker) -> None:
-        send(self.connection, message)
+        send_message(self.connection, message)
 
     def receive(self, wanted: Callable[[FromWorker], bool]) -> FromWorker:
         """The next message that is wanted; beats and others are passed over."""
         deadline = time.monotonic() + PATIENCE_S
         while self.connection.poll(max(0.0, deadline - time.monotonic())):
-            if wanted(message := receive(self.connection)):
+            if wanted(message := receive_message(self.connection)):
                 return message
         raise TimeoutError("the worker says nothing")
 
@@ -164,25 +175,25 @@ def test_steps_are_reported_in_beats(far):
     far.send(job("a", seeds=(0, 1)))
     steps: list[Step] = []
     while len(steps) < SAMPLING.steps:
-        beat = far.receive(lambda m: isinstance(m, Beat))
-        assert isinstance(beat, Beat)
+        beat = far.receive(lambda m: isinstance(m, Heartbeat))
+        assert isinstance(beat, Heartbeat)
         steps += beat.steps
     assert [(step.rows, step.pixels) for step in steps] == [(2, 32 * 32)] * SAMPLING.steps
     assert all(step.seconds > 0 for step in steps)
 
 
 def test_an_idle_worker_still_beats(far):
-    beat = far.receive(lambda m: isinstance(m, Beat))
-    assert isinstance(beat, Beat)
+    beat = far.receive(lambda m: isinstance(m, Heartbeat))
+    assert isinstance(beat, Heartbeat)
     assert (beat.steps, beat.rows_running, beat.rows_waiting) == ((), 0, 0)
 
 
 def test_beats_say_how_many_steps_begun_jobs_have_left(far, monkeypatch):
-    monkeypatch.setattr(worker, "_BEAT_S", 0.0)
+    monkeypatch.setattr(worker, "_HEARTBEAT_S", 0.0)
     far.send(job("a", seeds=(0, 1)))
     left: list[int] = []
-    while not isinstance(message := far.receive(lambda m: isinstance(m, Beat | Finished)), Finished):
-        assert isinstance(message, Beat)
+    while not isinstance(message := far.receive(lambda m: isinstance(m, Heartbeat | Finished)), Finished):
+        assert isinstance(message, Heartbeat)
         left += message.left.values()
     assert left == [6, 4, 2]
 
@@ -222,42 +233,6 @@ def test_a_preview_is_what_its_step_drew_and_changes_nobody_s_picture(far, pipel
         assert np.mean(pixels[0] == pixels[1]) >= 0.9
 
 
-def test_a_preview_that_was_not_made_in_time_gives_way_to_the_next_and_all_to_finished_rows(runner, monkeypatch):
-    decoded: list[list[RowId]] = []
-
-    def decode(model, rows):
-        decoded.append(list(rows))
-        pixels = torch.zeros(len(rows), 2, 2, 3, dtype=torch.uint8)
-        return Decoding(tuple(rows), (1,) * len(rows), pixels, Mark(None))
-
-    monkeypatch.setattr(runner, "decode", decode)
-    decoder, pool = Decoder(runner, Attempts(lambda jobs: None, Worker._fail)), Pool("random", 2, 2, 96, None)
-    early, busy, done = (RowId(id, 0) for id in ("early", "busy", "done"))
-    for number in range(3):
-        decoder.add(busy, Due(pool, number))
-    decoder.add(early, Due(replace(pool, width=4), 0))
-    decoder.add(done, Due(pool, 0))
-    decoder.add(done, Due(pool))
-    assert [(each.row, each.preview) for each in decoder.turn(idle=False)] == [(done, None)]
-    assert [(each.row, each.preview) for each in decoder.turn(idle=False)] == [(busy, 2)]
-    assert decoder.remove("early") == []
-    assert decoder.turn(idle=False) == []
-    assert decoded == [[done], [busy]]
-
-
-def test_between_two_steps_only_so_many_rows_are_decoded(runner, monkeypatch):
-    decoder, pool = Decoder(runner, Attempts(lambda jobs: None, Worker._fail)), Pool("random", 2, 2, 96, None)
-
-    def decode(model, rows):
-        return Decoding(tuple(rows), (1,) * len(rows), torch.zeros(len(rows), 2, 2, 3, dtype=torch.uint8), Mark(None))
-
-    monkeypatch.setattr(runner, "decode", decode)
-    for i in range(3 * DECODE_ROWS):
-        decoder.add(RowId("a", i), Due(pool))
-    assert [each.row.index for each in decoder.turn(idle=False)] == list(range(DECODE_ROWS))
-    assert len(decoder.turn(idle=True)) == 2 * DECODE_ROWS
-
-
 # ── its ends ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -272,7 +247,7 @@ def test_a_cancelled_job_stops_at_the_next_step_and_no_picture_is_answered(far, 
     first = far.receive(lambda m: isinstance(m, Finished | Failed))
     assert isinstance(first, Finished)
     assert first.id == "other"
-    assert far.receive(lambda m: isinstance(m, Beat) and not m.steps and not m.rows_running + m.rows_waiting)
+    assert far.receive(lambda m: isinstance(m, Heartbeat) and not m.steps and not m.rows_running + m.rows_waiting)
     assert far.runner._rows == {}
 
 
@@ -292,7 +267,7 @@ def test_a_job_that_is_late_already_is_never_started(far, monkeypatch):
 
     monkeypatch.setattr(far.runner, "start", start)
     far.send(job("late", deadline=time.monotonic() - 1))
-    assert far.answer("late") == Failed("late", "deadline", "the deadline passed", repeating=True)
+    assert far.answer("late") == Failed("late", "deadline", "the deadline passed", retryable=True)
 
 
 def test_a_job_whose_deadline_passes_on_the_way_is_dropped(far, monkeypatch):
@@ -303,20 +278,20 @@ def test_a_job_whose_deadline_passes_on_the_way_is_dropped(far, monkeypatch):
     far.send(job("waiting", deadline=deadline))
     time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
     gate.opened.set()
-    assert far.answer("waiting") == Failed("waiting", "deadline", "the deadline passed", repeating=True)
+    assert far.answer("waiting") == Failed("waiting", "deadline", "the deadline passed", retryable=True)
     assert isinstance(far.answer("late"), Finished)
 
 
 @pytest.mark.parametrize("stage", ["start", "step", "decode"])
 @pytest.mark.parametrize(
-    ("error", "code", "repeating"),
+    ("error", "code", "retryable"),
     [
         (RuntimeError("/secret/path is broken"), "internal", False),
         (torch.OutOfMemoryError("tried to allocate"), "out_of_memory", True),
         (MemoryError(), "out_of_memory", True),
     ],
 )
-def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeypatch, caplog, stage, error, code, repeating):
+def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeypatch, caplog, stage, error, code, retryable):
     def broken(*_):
         raise error
 
@@ -325,7 +300,7 @@ def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeyp
         far.send(job("a", seeds=(0, 1)))
         answer = far.answer("a")
     assert isinstance(answer, Failed)
-    assert (answer.code, answer.repeating) == (code, repeating)
+    assert (answer.code, answer.retryable) == (code, retryable)
     assert "secret" not in answer.message
     far.send(job("b"))
     assert isinstance(far.answer("b"), Finished)
@@ -406,7 +381,7 @@ def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more
 
     monkeypatch.setattr(runner, "step", broken)
     near, connection = Pipe()
-    send(connection, job("a"))
+    send_message(connection, job("a"))
     with pytest.raises(torch.AcceleratorError):
         Worker(near, runner, max_rows=4).run()
     runner.drop(list(runner._rows))
@@ -419,7 +394,7 @@ def test_an_unknown_model_fails_and_stops_nobody(far, caplog):
         far.send(job("a", model="huge"))
         answer = far.answer("a")
     assert isinstance(answer, Failed)
-    assert not answer.repeating
+    assert not answer.retryable
 
 
 def test_stop_ends_the_loop_with_work_unfinished(runner, monkeypatch):
@@ -453,8 +428,8 @@ def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(ra
     thread = threading.Thread(target=worker.main, args=(near, settings))
     thread.start()
     assert connection.poll(PATIENCE_S)
-    assert receive(connection) == Ready("cpu", "float32")
-    send(connection, job("a"))
+    assert receive_message(connection) == Ready("cpu", "float32")
+    send_message(connection, job("a"))
     connection.close()
     thread.join(PATIENCE_S)
     assert not thread.is_alive()

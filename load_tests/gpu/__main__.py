@@ -1,9 +1,11 @@
 """Checks and measures everything on a CUDA device, on random weights of the published sizes; no file is needed.
 
+    python -m load_tests.gpu --budget-minutes 6 --out results       # the most important parts first, ends in time
     python -m load_tests.gpu --out results                          # everything: about forty minutes
     python -m load_tests.gpu --part checks --out results            # one part; each is meant to end within ten minutes
     python -m load_tests.gpu --part stages --families v3 --rows 1,8
     python -m load_tests.gpu --smoke                                # the program itself, on micro sizes, anywhere
+    python -m load_tests.gpu --smoke --budget-minutes 4 --out runs  # the same for the run by budget
 
 checks: half precision beside fp32, graphs beside eager steps. kernels: Triton's beside their plain twins. stages: every stage and whole
 requests. transcription: the published sampler beside ours. profile: kernels and idle shares. served: the real server over HTTP. What is
@@ -23,6 +25,7 @@ import torch
 
 from load_tests.batching import numbers
 from load_tests.gpu import checks, kernels, profile, served, stages, transcription
+from load_tests.gpu.budget import PLAN, SMOKE_PLAN, BudgetRun, choose, run_tasks
 from load_tests.gpu.options import Options
 from load_tests.gpu.results import Results
 from load_tests.gpu.timing import Budget
@@ -49,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("there is no CUDA device here: nothing was measured", file=sys.stderr)
         return 2
     report = Report("gpu", command=shlex.join(["python", "-m", "load_tests.gpu", *sent]))
+    if parsed.budget_minutes is not None or parsed.child is not None:
+        return _run_plan(parsed, report)
     prepare()
     options, found = _options(parsed), dict[str, Any]()
     for part in parsed.part:
@@ -58,6 +63,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[part] = results.rows
     report.emit({"device": _device_name(options.device), "dtype": str(options.dtype).removeprefix("torch."), **found})
     return int(not all(row.get("good", True) for rows in found.values() for row in rows))
+
+
+def _run_plan(parsed: argparse.Namespace, report: Report) -> int:
+    """Run the plan within a budget, as its parent or as the child that runs the tasks."""
+    tasks = choose(SMOKE_PLAN if parsed.smoke else PLAN, parsed.tasks)
+    if parsed.child is not None:
+        return run_tasks(tasks, parsed.child, parsed.out, main, _device_works)
+    return BudgetRun(tasks, parsed.budget_minutes, parsed.out, report).run()
+
+
+def _device_works() -> bool:
+    """Whether CUDA still answers; after an illegal access it never does again in this process."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -71,11 +95,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="what computes the steps")
     p.add_argument("--runs", type=int, help="of every measurement, 50 by default; fewer where they would take more than four seconds")
     p.add_argument("--out", type=Path, help="a directory for PART.json and profiles")
+    p.add_argument("--budget-minutes", type=float, help="run the plan of budget.py and end within so many minutes; needs --out")
+    p.add_argument("--tasks", nargs="+", default=[], help="with --budget-minutes: only these tasks of the plan")
+    p.add_argument("--child", type=float, help=argparse.SUPPRESS)  # seconds left, given by the parent of a budget run
+    p.add_argument(
+        "--quick", action="store_true", help="shorter loads in `served`, no bfloat16 in `checks`, no compiled models in `transcription`"
+    )
     p.add_argument("--room", type=Path, help="a directory for a bundle of 10 GB; default: the system's temporary one")
     p.add_argument(
         "--smoke", action="store_true", help="micro sizes, on the CPU where there is no CUDA: tries the program, measures nothing"
     )
-    return p.parse_args(arguments)
+    parsed = p.parse_args(arguments)
+    if (parsed.budget_minutes is not None or parsed.child is not None) and parsed.out is None:
+        p.error("--budget-minutes needs --out")
+    return parsed
 
 
 def _options(parsed: argparse.Namespace) -> Options:
@@ -90,6 +123,7 @@ def _options(parsed: argparse.Namespace) -> Options:
         steps=parsed.steps or ((2,) if smoke else (8, 12)),
         budget=Budget(runs=parsed.runs or 1, seconds=0.1, least=1) if smoke else Budget(runs=parsed.runs or 50),
         micro=smoke,
+        quick=parsed.quick,
         out=parsed.out,
         room=parsed.room,
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -16,14 +16,12 @@ from load_tests.gpu.weights import weight_bytes
 from load_tests.prompts import prompts
 from load_tests.stages import flops
 from model.bundle import Bundle, BundleV3
-from model.operations import Row
-from model.pipeline import Pipeline, PipelineV3
-from model.prior import Block
-from server.engine.buckets import buckets, grids
-from server.engine.graphs import Graphs
-from server.engine.picture_graphs import PictureGraphs
-from server.engine.prior_graphs import PriorGraphs
-from server.engine.recording import Recorder
+from model.image_request import ImageRequest
+from model.networks.prior import Block
+from model.pipeline import Pipeline
+from model.row_builder import DictCache, RowBuilder, TextKey
+from model.rows import Row
+from server.engine.cuda_graphs import GraphShapes, Recorder, grids, step_buckets, use_cuda_graphs
 
 STAGES = ("encode", "prior", "condition", "step", "decode")
 
@@ -48,42 +46,54 @@ class Batch:
         self.noises = [pipeline.noise(seed, *size, steps=64) for seed in range(rows)]
         self.prompts = pipeline.encode(self.texts)
         (negative,) = pipeline.encode([""])
-        self.images = pipeline.image_embeddings(self.prompts, self.noises)
+        self.images = pipeline.prior_embeddings(self.prompts, self.noises)
         self.conditions = [pipeline.condition(prompt, image) for prompt, image in zip(self.prompts, self.images, strict=True)]
         self.unconditional = pipeline.condition(negative)
         self.tokens = torch.stack([noise.start for noise in self.noises]).to(pipeline.device)
 
-    def record(self, recorder: Recorder | None = None, beside: Recorder | None = None, *, room_for: int | None = None) -> None:
-        """From now on the pipeline replays these shapes. room_for: rows of the graphs; default: as many as here."""
-        p, rows = self.pipeline, room_for or self.rows
-        own = [b for b in buckets(p.config, rows, [self.size]) if b.rows == rows and b.branches == 2]
-        graphs = Graphs(p, own[:1], recorder or recorder_for(p.device), Counter())  # of the shortest texts, as these are
-        graphs.record_all()
-        beside = beside or recorder_for(p.device)
-        pictures = PictureGraphs(p, grids(p.config, [self.size]), [rows], beside, Counter())
-        pictures.record_all()
-        p.executor, p.pictures = graphs, pictures
-        if isinstance(p, PipelineV3):
-            imagine = PriorGraphs(p, [rows], beside, Counter())
-            imagine.record_all()
-            p.imagine = imagine
+    def record(self, new_recorder: Callable[[], Recorder] | None = None, *, room_for: int | None = None) -> None:
+        """From now on the pipeline replays these shapes, wired as the server's runner wires them.
+
+        room_for: rows of the graphs; default: as many as here.
+        """
+        config, device, rows = self.pipeline.config, self.pipeline.device, room_for or self.rows
+        fitting = [b for b in step_buckets(config, rows, [self.size]) if b.rows == rows and b.branches_per_row == 2]
+        # The first is that of the shortest texts, as these are.
+        shapes = GraphShapes(fitting[:1], grids(config, [self.size]), [rows], [rows])
+        use_cuda_graphs(self.pipeline, shapes, new_recorder or (lambda: recorder_for(device)), Counter())
+
+    @cached_property
+    def _builder(self) -> RowBuilder:
+        return RowBuilder(self.pipeline, DictCache())
+
+    @cached_property
+    def _builder_of_new(self) -> RowBuilder:
+        """New prompts have to be encoded, but the server knows the empty negative prompt already."""
+        return RowBuilder(self.pipeline, DictCache(lambda key: isinstance(key, TextKey) and key.negative))
 
     def started(self, steps: int) -> list[Row]:
-        """Rows with conditions of their own, as every request brings some: the pipeline would otherwise keep the last stacked ones."""
-        sampling, p = self.pipeline.config.recipe.sampling(steps=steps, sampler="multinomial"), self.pipeline
-        return [
-            p.start(noise, sampling, replace(condition), replace(self.unconditional))
-            for noise, condition in zip(self.noises, self.conditions, strict=True)
-        ]
+        """Return rows of known prompts, with conditions of their own, as every request brings some.
+
+        The pipeline would otherwise keep the last stacked ones.
+        """
+        rows = self._builder.build(self._requests(steps), noises=self.noises)
+        for row in rows:
+            row.conditional = replace(row.conditional)
+            row.unconditional = replace(row.unconditional) if row.unconditional else None
+        return rows
+
+    def _requests(self, steps: int) -> list[ImageRequest]:
+        sampling = self.pipeline.config.recipe.sampling(steps=steps, sampler="multinomial")
+        return [ImageRequest(text, seed, *self.size, sampling) for seed, text in enumerate(self.texts)]
 
     def stages(self, step_counts: Sequence[int]) -> dict[str, Stage]:
         p, rows = self.pipeline, self.started(step_counts[0])
         return {
             "encode": lambda: p.encode(self.texts),
-            "prior": lambda: p.image_embeddings(self.prompts, self.noises),
+            "prior": lambda: p.prior_embeddings(self.prompts, self.noises),
             "condition": lambda: [p.condition(prompt, image) for prompt, image in zip(self.prompts, self.images, strict=True)],
             "step": lambda: self._step(rows),
-            "decode": lambda: p.pictures(self.tokens),
+            "decode": lambda: p.decode_tokens(self.tokens),
             **{f"loop_{n}": partial(self.loop, n) for n in step_counts},
             **{f"request_{n}": partial(self.request, n) for n in step_counts},
         }
@@ -95,18 +105,12 @@ class Batch:
 
     def loop(self, steps: int) -> torch.Tensor:
         """Tokens [B, H, W]."""
-        rows = self.started(steps)
-        while not rows[0].done:
-            self.pipeline.advance(rows)
-        return torch.stack([row.tokens for row in rows])
+        return self.pipeline.denoise(self.started(steps))
 
     def request(self, steps: int) -> torch.Tensor:
-        """All that new prompts compute, one stage after the other, up to pixels on the CPU; the unconditional text is known already."""
-        p = self.pipeline
-        encoded = p.encode(self.texts)
-        images = p.image_embeddings(encoded, self.noises)
-        self.conditions = [p.condition(prompt, image) for prompt, image in zip(encoded, images, strict=True)]
-        return p.decode(self.loop(steps))
+        """Compute everything for new prompts, one stage after the other, up to pixels on the CPU."""
+        rows = self._builder_of_new.build(self._requests(steps), noises=self.noises)
+        return self.pipeline.decode(self.pipeline.denoise(rows))
 
 
 def costs(bundle: Bundle, size: tuple[int, int], step_counts: Sequence[int]) -> dict[str, Cost]:

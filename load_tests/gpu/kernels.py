@@ -19,7 +19,7 @@ from load_tests.gpu.recorders import poisoned_memory, recorder_for
 from load_tests.gpu.results import Results
 from load_tests.gpu.timing import measure
 from model import sampling
-from model.prior import BlockWeights, plain_block
+from model.kernels.prior_block import BlockWeights, plain_block
 
 _DRAWS = 0.9
 _REPEATS = 10
@@ -99,13 +99,13 @@ def cases(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
     if shape.codes:
         yield _draw(shape, device, dtype, "multinomial")
         yield _draw(shape, device, dtype, "argmax")
-        yield from (_settle(shape, device, keeping) for keeping in (False, True))
+        yield from (_renoise_and_pin(shape, device, keeping) for keeping in (False, True))
     if shape.prior:
         yield _prior(shape, device, dtype)
 
 
 def _depthwise(shape: Shape, device: str, dtype: torch.dtype, skip: bool) -> Case:
-    from model.kernels.fused.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
+    from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 
     size, C = (shape.rows, shape.side, shape.side, shape.channels), shape.channels
     weight, bias = torch.randn(C, 1 + skip, 3, 3, device=device).to(dtype), torch.randn(C, device=device).to(dtype)
@@ -128,7 +128,7 @@ def _depthwise(shape: Shape, device: str, dtype: torch.dtype, skip: bool) -> Cas
 
 
 def _response(shape: Shape, device: str, dtype: torch.dtype) -> Case:
-    from model.kernels.fused.gelu_response import gelu_response, plain_gelu_response
+    from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
 
     size, C = (shape.rows, shape.side**2, 4 * shape.channels), 4 * shape.channels
     gamma, beta = (torch.randn(C, device=device).to(dtype) for _ in range(2))
@@ -145,7 +145,7 @@ def _response(shape: Shape, device: str, dtype: torch.dtype) -> Case:
 
 
 def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multinomial", "argmax"]) -> Case:
-    from model.kernels.fused.draw import draw, plain_draw
+    from model.kernels.triton.draw import draw, plain_draw
 
     N, weight = shape.rows * shape.side**2, torch.randn(shape.codes, shape.features, device=device).to(dtype)
 
@@ -163,8 +163,8 @@ def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multi
     return Case(sampler, lambda: draw(sampler, *given), lambda: plain_draw(sampler, *given), judge, given[0].nbytes + weight.nbytes + 8 * N)
 
 
-def _settle(shape: Shape, device: str, keeping: bool) -> Case:
-    from model.kernels.fused.settle import settle
+def _renoise_and_pin(shape: Shape, device: str, keeping: bool) -> Case:
+    from model.kernels.triton.renoise_and_pin import renoise_and_pin
 
     size = (shape.rows, shape.side, shape.side)
 
@@ -176,16 +176,16 @@ def _settle(shape: Shape, device: str, keeping: bool) -> Case:
     def judge() -> Check:
         given = inputs()
         with poisoned_memory():
-            found = settle(*given)
-        return Check(name, min(map(agreement, found, sampling.settle(*given))), 1.0, agreement=True)
+            found = renoise_and_pin(*given)
+        return Check(name, min(map(agreement, found, sampling.renoise_and_pin(*given))), 1.0, agreement=True)
 
-    name, given = f"settle{', keeping' if keeping else ''}", inputs()
+    name, given = f"renoise_and_pin{', keeping' if keeping else ''}", inputs()
     read = sum(part.nbytes for part in (*given[:3], given[0], given[0], *(given[4] or ())))
-    return Case(name, lambda: settle(*given)[1], lambda: sampling.settle(*given)[1], judge, read)
+    return Case(name, lambda: renoise_and_pin(*given)[1], lambda: sampling.renoise_and_pin(*given)[1], judge, read)
 
 
 def _prior(shape: Shape, device: str, dtype: torch.dtype) -> Case:
-    from model.kernels.fused.prior_block import prior_block
+    from model.kernels.triton.prior_block import prior_block
 
     B, D, inner = shape.rows, shape.prior, 4 * shape.prior
     blocks = [_block_weights(D, inner, device, dtype) for _ in range(_BLOCKS)]

@@ -17,7 +17,11 @@ _MICRO_SIDE = 64
 
 @dataclass(frozen=True)
 class Options:
-    """micro: sizes that try the program and measure nothing. out: for results; room: for a bundle; None: nowhere, the system's choice."""
+    """Options of all parts.
+
+    micro: sizes that try the program and measure nothing. quick: fewer and shorter loads. out: for results; room: for a bundle; None:
+    nowhere, the system's choice.
+    """
 
     kernels: Kernels
     device: torch.device
@@ -28,6 +32,7 @@ class Options:
     steps: tuple[int, ...]
     budget: Budget
     micro: bool
+    quick: bool
     out: Path | None
     room: Path | None
 

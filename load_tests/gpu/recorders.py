@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from server.engine.recording import CUDARecorder, Function, Recorder, Recording
+from server.engine.cuda_graphs import CUDARecorder, Function, Recorder, Recording
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Whether a picture is the same alone and in company is asked for too, as are the 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -19,6 +20,25 @@ from load_tests.traffic import REQUEST_TIMEOUT_S, Kind, Load, Target, poisson_tr
 
 LOADS = (0.5, 0.8, 0.95)
 _SEEDS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """Seconds of each load, shares of the saturated rate, and pictures compared alone and together."""
+
+    warm_up: float
+    saturated: float
+    arrivals: float
+    loads: tuple[float, ...]
+    seeds: int
+
+    @classmethod
+    def of(cls, options: Options) -> Durations:
+        if options.micro:
+            return cls(warm_up=0.2, saturated=0.5, arrivals=0.5, loads=LOADS, seeds=_SEEDS)
+        if options.quick:
+            return cls(warm_up=1.0, saturated=4.0, arrivals=5.0, loads=(0.5, 0.8), seeds=8)
+        return cls(warm_up=4.0, saturated=12.0, arrivals=20.0, loads=LOADS, seeds=_SEEDS)
 
 
 def run(options: Options, results: Results) -> None:
@@ -40,6 +60,7 @@ def run(options: Options, results: Results) -> None:
 class _Served:
     def __init__(self, server: Server, family: Family, options: Options, results: Results) -> None:
         self.server, self.options, self.results, self.family = server, options, results, family
+        self.durations = Durations.of(options)
         self.target = Target("paellera", f"{server.url}/generate")
         self.kind = Kind(options.size(family)[0], options.steps[-1])
 
@@ -51,7 +72,7 @@ class _Served:
             load = Load(client)
             await self._alone(load)
             rate = await self._saturate(load)
-            for share in LOADS:
+            for share in self.durations.loads:
                 await self._arrivals(load, share, rate)
             await self._agreement(client)
             figures = await figures_when_idle(client)
@@ -68,14 +89,14 @@ class _Served:
         self._add("one client", {"kind": str(self.kind), **quantiles([answer.seconds for answer in answers[1:]])})
 
     async def _saturate(self, load: Load) -> float:
-        warm_up, seconds = (0.2, 0.5) if self.options.micro else (4.0, 12.0)
+        warm_up, seconds = self.durations.warm_up, self.durations.saturated
         clients = 3 * max(self.options.rows)
         rate = await load.saturate(self.target, [self.kind], clients, warm_up, seconds, seed=0)
         self._add("saturated", {"clients": clients, "pictures_per_s": round(rate, 3)})
         return rate
 
     async def _arrivals(self, load: Load, share: float, rate: float) -> None:
-        trace = poisson_trace([self.kind], max(share * rate, 1.0), 0.5 if self.options.micro else 20.0, seed=1)
+        trace = poisson_trace([self.kind], max(share * rate, 1.0), self.durations.arrivals, seed=1)
         answers = await load.open_loop(self.target, trace)
         good = [answer.seconds for answer in answers if answer.status == httpx.codes.OK]
         lost = len(answers) - len(good)
@@ -84,10 +105,10 @@ class _Served:
     async def _agreement(self, client: httpx.AsyncClient) -> None:
         """Pictures alone and sixteen at once: how many have the same pixels, and whether all do that were promised to."""
         for deterministic in (False, True):
-            alone = [await self._pixels(client, seed, deterministic) for seed in range(_SEEDS)]
-            together = await asyncio.gather(*(self._pixels(client, seed, deterministic) for seed in range(_SEEDS)))
+            alone = [await self._pixels(client, seed, deterministic) for seed in range(self.durations.seeds)]
+            together = await asyncio.gather(*(self._pixels(client, seed, deterministic) for seed in range(self.durations.seeds)))
             same = sum(one == other for one, other in zip(alone, together, strict=True))
-            self._add("alone and together", {"deterministic": deterministic, "pictures": _SEEDS, "same": same})
+            self._add("alone and together", {"deterministic": deterministic, "pictures": self.durations.seeds, "same": same})
 
     async def _pixels(self, client: httpx.AsyncClient, seed: int, deterministic: bool) -> bytes:
         body = {"prompt": "a red ball on a table", "seed": seed, "num_inference_steps": self.kind.steps, "deterministic": deterministic}

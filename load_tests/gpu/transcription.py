@@ -41,7 +41,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def _measure(model: _Published, batch: Batch, options: Options, results: Results) -> None:
-    for compiled in (False,) if options.micro else (False, True):
+    for compiled in (False,) if options.micro or options.quick else (False, True):
         row: dict[str, Any] = {"rows": batch.rows, "sampler": f"{model.name}, {'compiled' if compiled else 'eager'}"}
         try:
             if compiled:

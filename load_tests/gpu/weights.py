@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.bundle import Bundle, arrange_for_steps, assign, build, save_bundle, state_of
+from model.bundle import Bundle, assign, build, optimize_bundle, save_bundle, state_of
+from model.checkpoints.manifest import published
 from model.config import BundleConfig, BundleV1Config, BundleV3Config, CLIPConfig, Kernels
-from model.published.manifest import published
 
 Family = Literal["v3", "v1"]
 BUNDLES: dict[Family, str] = {"v3": "paella-v3", "v1": "paella-v1"}
@@ -33,7 +33,7 @@ def random_bundle(config: BundleConfig, device: torch.device, dtype: torch.dtype
         generator = torch.Generator(device).manual_seed(seed)
         assign(module, {key: _random(key, t, generator, dtype) for key, t in state_of(module).items()}, dtype, where=name)
         module.eval().requires_grad_(False)
-    arrange_for_steps(bundle, kernels)
+    optimize_bundle(bundle, kernels)
     return bundle
 
 

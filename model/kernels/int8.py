@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Int8Linear(nn.Module):
-    """[..., I] → [..., O], its plain twin's map with weights rounded to 255 steps between each row's extremes."""
+    """A linear map [..., I] → [..., O] with its weights rounded to 255 steps between each row's extremes."""
 
     weight: Tensor
     scale: Tensor
@@ -26,13 +26,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if twin.bias is None else twin.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [..., I]."""
         y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
 def to_int8(module: nn.Module) -> None:
-    """Puts every linear map in it into int8, one after the other."""
+    """Replace every linear map in a module by its int8 form, one after the other."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.denoiser_blocks import ConvBlock
+from model.networks.denoiser_v3 import ConvBlock
 from model.layers import channels_first, channels_last
 from model.vqgan import ResidualBlock
 

@@ -1,4 +1,4 @@
-"""The HTTP side: what is asked is checked here, and what the engine makes of it is put into pictures."""
+"""The HTTP API: validates requests, plans jobs for the engine, answers with images."""
 
 from server.api.app import create_app
 

@@ -1,4 +1,4 @@
-"""The app factory. Nothing happens at import; the worker starts and stops with the app's lifespan."""
+"""The app factory. Imports start nothing; the engine runs during the app's lifespan."""
 
 from __future__ import annotations
 
@@ -11,40 +11,82 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from model.config import BundleConfig, find_bundle
-from server.api import errors, models, native, openai, operations, playground, requests
-from server.api.limits import Guard
-from server.api.middleware import BodyLimit, Observation, OperationsPort, SecurityHeaders
+from server.api import (
+    cancellation,
+    routes_health,
+    routes_models,
+    routes_native,
+    routes_openai,
+    static,
+)
+from server.api.auth import Guard
+from server.api.images.decode import ImageDecoder, ImageLimits
+from server.api.middleware import (
+    BodyLimit,
+    HealthPort,
+    Observation,
+    SecurityHeaders,
+    register_error_handlers,
+)
 from server.api.openapi import DocumentedApp
 from server.api.planning import OPERATIONS
 from server.api.state import AppState
-from server.api.uploads import Decoder, PictureLimits
 from server.engine.client import EngineClient
-from server.engine.face import MakeEngine
-from server.engine.process import WorkerMain, run_worker
+from server.engine.interface import MakeEngine
+from server.engine.supervisor import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.settings import Settings
 
-DESCRIPTION = "Text-to-image with Paella: prompts become pictures in VQGAN tokens."
+DESCRIPTION = "Text-to-image with Paella, which generates images as VQGAN tokens."
 
-# Of an answer's headers, those that pages of other origins may read.
-EXPOSED = ["X-Request-Id", "X-Seed", "X-Prompt-Truncated", "Server-Timing", "Retry-After", "retry-after-ms", "x-should-retry"]
-# For the documentation page; keys are checked by the middleware, before anything is read.
+# Headers of answers that pages of other origins may read.
+EXPOSED_HEADERS = [
+    "X-Request-Id",
+    "X-Seed",
+    "X-Prompt-Truncated",
+    "Server-Timing",
+    "Retry-After",
+    "retry-after-ms",
+    "x-should-retry",
+]
+# For the documentation page; the middleware checks keys before it reads anything.
 BEARER = HTTPBearer(auto_error=False, description="One of PAELLERA_API_KEYS")
 
 
-def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_worker, engine: MakeEngine | None = None) -> FastAPI:
-    """The server as an ASGI app. worker: what its child process runs, importable there. engine: makes one that is not in this process.
+def create_app(
+    settings: Settings | None = None,
+    *,
+    worker: WorkerMain = run_worker,
+    engine: MakeEngine | None = None,
+) -> FastAPI:
+    """Return the server as an ASGI app.
 
-    Raises FileNotFoundError or pydantic.ValidationError for weights that cannot be served, ValueError for settings that exclude them.
+    Args:
+        settings: default: from the environment.
+        worker: main function of the worker process, importable there.
+        engine: makes an engine outside this process, in place of one with a worker process.
+
+    Raises:
+        FileNotFoundError: weights do not exist.
+        pydantic.ValidationError: weights or settings are invalid.
+        ValueError: settings exclude the weights.
     """
     settings = settings or Settings()
     metrics = Metrics()
-    metrics.expect([f"/{operation}" for operation in OPERATIONS], [f"{openai.router.prefix}{asked.path}" for asked in openai.ENDPOINTS])
-    bundles = read_models(settings)
-    for name, config in bundles.items():
+    openai_paths = [f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS]
+    metrics.expect([f"/{operation}" for operation in OPERATIONS], openai_paths)
+    models = read_models(settings)
+    for name, config in models.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
-    decoder = Decoder(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), settings.decode_threads)
-    state = AppState(settings, metrics, (engine or partial(EngineClient, worker=worker))(settings, metrics), bundles, decoder)
+    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    make_engine = engine or partial(EngineClient, worker=worker)
+    state = AppState(
+        settings,
+        metrics,
+        make_engine(settings, metrics),
+        models,
+        ImageDecoder(limits, settings.decode_threads),
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,40 +97,28 @@ def create_app(settings: Settings | None = None, *, worker: WorkerMain = run_wor
             await state.engine.stop()
             state.decoder.close()
 
-    app = DocumentedApp(title="Paellera", description=DESCRIPTION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
+    app = DocumentedApp(
+        title="Paellera",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.paellera = state
-    add_middleware(app, settings, metrics)
-    errors.register(app)
-    keyed = [Depends(BEARER)] if settings.keys else []
-    app.include_router(native.router, dependencies=keyed)
-    app.include_router(openai.router, dependencies=keyed)
-    app.include_router(models.router, dependencies=keyed)
-    app.include_router(requests.router, dependencies=keyed)
-    app.include_router(operations.router)
-    app.include_router(playground.router)
+    _add_middleware(app, settings, metrics)
+    register_error_handlers(app)
+    authenticated = [Depends(BEARER)] if settings.keys else []
+    app.include_router(routes_native.router, dependencies=authenticated)
+    app.include_router(routes_openai.router, dependencies=authenticated)
+    app.include_router(routes_models.router, dependencies=authenticated)
+    app.include_router(cancellation.router, dependencies=authenticated)
+    app.include_router(routes_health.router)
+    app.include_router(static.router)
     return app
 
 
-def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
-    """From the innermost to the outermost."""
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
-    app.add_middleware(Guard, settings=settings)
-    if settings.operations_port is not None:
-        app.add_middleware(OperationsPort, port=settings.operations_port)
-    app.add_middleware(Observation, metrics=metrics)
-    if settings.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED,
-        )
-    app.add_middleware(SecurityHeaders)
-
-
 def read_models(settings: Settings) -> dict[str, BundleConfig]:
-    """The served bundles' configurations by name, in the settings' order."""
+    """Return the configurations of the served bundles by name, in the settings' order."""
     configs = [BundleConfig.read(find_bundle(bundle)) for bundle in settings.bundles]
     for config in configs:
         if max(config.native_size) > settings.max_side:
@@ -97,3 +127,21 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     if len(models) < len(configs):
         raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")
     return models
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """Add the middleware, the innermost first."""
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
+    app.add_middleware(Guard, settings=settings)
+    if settings.operations_port is not None:
+        app.add_middleware(HealthPort, port=settings.operations_port)
+    app.add_middleware(Observation, metrics=metrics)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    app.add_middleware(SecurityHeaders)

@@ -1,22 +1,33 @@
-"""Request bodies: bytes from the client → a validated schema, or the error that says what is wrong with them."""
+"""Request bodies, JSON and multipart/form-data, to a validated schema or a precise error.
+
+A form becomes the dict that the same request has as JSON, so one schema serves both.
+"""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from http import HTTPStatus
 from typing import Any, Never, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.api.errors import ApiError, from_validation, unknown_field
-from server.api.forms import number, read_form
 
-# Two prompts of 4000 characters, each escaped as a surrogate pair, take 96,000 bytes. What is longer holds nothing useful,
-# and parsing megabytes of brackets would stop the event loop for seconds.
+# Two prompts of 4000 characters, each escaped as a surrogate pair, take 96,000 bytes. Parsing
+# megabytes of brackets would block the event loop for seconds.
 TEXT_BODY_BYTES = 128 * 1024
-# A body with pictures in it is long strings and little else: commas, brackets and braces, as many as a full text body could have.
+# A body with images in it is long strings and little else: as many commas, brackets and braces as
+# a full text body could have.
 STRUCTURE = (b",", b"[", b"{")
+# A text part holds a prompt, or a list of them; images are sent as files.
+FORM_LIMITS = {"max_files": 16, "max_fields": 64, "max_part_size": 128 * 1024}
+# Beyond, a float may stand for several integers.
+LARGEST_EXACT = 2**53
+BOOLEANS = {"true": True, "false": False}
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -25,43 +36,49 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 async def read_body(request: Request, schema: type[Schema], limit: int) -> Schema:
-    """The body of an endpoint that takes pictures: JSON with base64 in it, or a form with files; the same schema serves both.
+    """Read and validate a body: JSON with images as base64, or a form with images as files.
 
-    Raises ApiError: 415 unless it is one of them, 413 beyond `limit` bytes or the parts a form may have, 400 malformed, 422 what the
-    schema refuses.
+    Args:
+        request: the request.
+        schema: the fields, for both content types.
+        limit: bytes.
+
+    Raises:
+        ApiError: 415 for other content types, 413 beyond `limit` or the parts a form may have,
+            400 malformed, 422 rejected by the schema.
     """
-    if _media_type(request, JSON, FORM) == FORM:
-        return _validate(await read_form(request, schema, limit), schema)
-    return _validate(_parse(_check_structure(await _read(request, limit))), schema)
+    if _media_type(request) == FORM:
+        return _validate(await _read_form(request, schema, limit), schema)
+    body = await _read(request, limit)
+    _check_structure(body)
+    return _validate(_parse(body), schema)
 
 
-async def read_json(request: Request, schema: type[Schema], limit: int = TEXT_BODY_BYTES) -> Schema:
-    """Raises ApiError: 415 unless it is JSON, 413 beyond `limit` bytes, 400 malformed, 422 what the schema refuses."""
-    _media_type(request, JSON)
-    return _validate(_parse(await _read(request, limit)), schema)
+def body_too_large(limit: int) -> ApiError:
+    """Return the error for a body beyond `limit` bytes."""
+    message = f"the body may have at most {limit} bytes"
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", message)
 
 
-def too_large(limit: int) -> ApiError:
-    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", f"the body may have at most {limit} bytes")
-
-
-def too_slow(timeout_s: float) -> ApiError:
-    # The rest of the body would be taken for the next request.
+def body_too_slow(timeout_s: float) -> ApiError:
+    """Return the error for a body of which nothing arrived within the timeout."""
+    # On a kept connection, the rest of the body would be taken for the next request.
     headers = {"Connection": "close"}
-    return ApiError(HTTPStatus.REQUEST_TIMEOUT, "body_too_slow", f"the body did not go on for {timeout_s:g} s", headers=headers)
+    message = f"no data of the body arrived for {timeout_s:g} s"
+    return ApiError(HTTPStatus.REQUEST_TIMEOUT, "body_too_slow", message, headers=headers)
 
 
-def _media_type(request: Request, *allowed: str) -> str:
+def _media_type(request: Request) -> str:
     sent = request.headers.get("content-type", "")
     media_type = sent.partition(";")[0].strip().lower()
-    if media_type not in allowed:
-        message = f"Content-Type must be {' or '.join(allowed)} (sent: {sent[:80]!r})"
+    if media_type not in (JSON, FORM):
+        message = f"Content-Type must be {JSON} or {FORM} (sent: {sent[:80]!r})"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
     return media_type
 
 
 def _validate(fields: dict[str, Any], schema: type[Schema]) -> Schema:
-    # pydantic would refuse these too, but only after it has written an error for every single one.
+    # Pydantic rejects these too, but only after writing an error for every single one.
     unknown = next((name for name in fields if name not in schema.model_fields), None)
     if unknown is not None:
         raise unknown_field(unknown, schema.model_fields)
@@ -71,33 +88,44 @@ def _validate(fields: dict[str, Any], schema: type[Schema]) -> Schema:
         raise from_validation(error) from None
 
 
+# ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
+
+
 async def _read(request: Request, limit: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            raise too_large(limit)
+            raise body_too_large(limit)
     return bytes(body)
 
 
-def _check_structure(body: bytes) -> bytes:
-    if len(body) > TEXT_BODY_BYTES and sum(body.count(mark) for mark in STRUCTURE) > TEXT_BODY_BYTES:
+def _check_structure(body: bytes) -> None:
+    structure = sum(body.count(mark) for mark in STRUCTURE)
+    if len(body) > TEXT_BODY_BYTES and structure > TEXT_BODY_BYTES:
         message = f"the body may have at most {TEXT_BODY_BYTES} commas, brackets and braces"
         raise ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", message)
-    return body
 
 
 def _parse(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body, parse_float=number, parse_constant=_refuse_constant)
+        fields = json.loads(body, parse_float=_number, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "malformed_json", f"the body is not JSON: {_reason(error)}") from None
+        message = f"the body is not JSON: {_reason(error)}"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "malformed_json", message) from None
     if not isinstance(fields, dict):
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", "the body must be a JSON object")
+        message = "the body must be a JSON object"
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message)
     return fields
 
 
-def _refuse_constant(name: str) -> Never:
+def _number(text: str) -> int | float:
+    """Return a JSON number with a fraction or an exponent; 2.0 is an integer, as in JSON Schema."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else value
+
+
+def _reject_constant(name: str) -> Never:
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -110,3 +138,141 @@ def _reason(error: Exception) -> str:
         case RecursionError():
             return "it is nested too deeply"
     return str(error)[:200]
+
+
+# ── multipart/form-data ───────────────────────────────────────────────────────────────────────────
+
+
+async def _read_form(request: Request, schema: type[BaseModel], limit: int) -> dict[str, Any]:
+    """Return the parts by name: files as bytes, text as the schema's field needs it.
+
+    Several parts of one name (or `name[]`) become a list. A file named `keyframes.1.image` goes
+    into entry 1 of the JSON text `keyframes`.
+
+    Raises:
+        ApiError: 400 malformed, 413 more or larger parts than allowed, 422 a file for an entry
+            that does not exist.
+    """
+    parts = await _parts(request, limit)
+    fields = _collect([(name, part) for name, part in parts if "." not in name], schema)
+    for name, part in parts:
+        if "." in name:
+            _place(fields, name, part)
+    return fields
+
+
+class _Parser(MultiPartParser):
+    """Records whether it reached the closing boundary; a form without it may be cut anywhere."""
+
+    complete = False
+
+    def on_end(self) -> None:
+        self.complete = True
+
+    def close(self) -> None:
+        """Close all files, including that of an unfinished part, unknown to the form."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
+
+async def _parts(request: Request, limit: int) -> list[tuple[str, str | bytes]]:
+    parser = _Parser(_without_charset(request.headers), request.stream(), **FORM_LIMITS)
+    parser.spool_max_size = limit  # nothing is written to disk: the body is bounded already
+    try:
+        form = await parser.parse()
+        if not parser.complete:
+            raise _malformed_form("it ends before its closing boundary")
+        parts = [(name, part) for name, part in form.multi_items() if _is_sent(part)]
+        return [(name, await part.read() if isinstance(part, UploadFile) else part) for name, part in parts]
+    except MultiPartException as error:
+        raise _malformed_form(error.message) from None
+    finally:
+        parser.close()
+
+
+def _without_charset(headers: Headers) -> Headers:
+    """Return only the Content-Type, without `charset`: some of Python's codecs take minutes."""
+    options = headers["content-type"].split(";")
+    kept = (option for option in options if not option.strip().lower().startswith("charset"))
+    return Headers({"content-type": ";".join(kept)})
+
+
+def _is_sent(part: str | UploadFile) -> bool:
+    """Return False for the unnamed empty file that browsers send for an unused file input."""
+    return isinstance(part, str) or bool(part.filename or part.size)
+
+
+def _malformed_form(reason: str) -> ApiError:
+    if reason.startswith(("Too many", "Part exceeded")):
+        message = f"the form is too large: {reason}"
+        return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "form_too_large", message)
+    message = f"the body is not multipart/form-data: {reason}"
+    return ApiError(HTTPStatus.BAD_REQUEST, "malformed_form", message)
+
+
+def _collect(parts: list[tuple[str, str | bytes]], schema: type[BaseModel]) -> dict[str, Any]:
+    values: dict[str, list[Any]] = {}
+    lists = {name.removesuffix("[]") for name, _ in parts if name.endswith("[]")}
+    for name, part in parts:
+        field = name.removesuffix("[]")
+        value = part if isinstance(part, bytes) else _value(part, field, schema)
+        values.setdefault(field, []).append(value)
+    return {field: sent if len(sent) > 1 or field in lists else _single(sent[0], field, schema) for field, sent in values.items()}
+
+
+def _single(value: Any, field: str, schema: type[BaseModel]) -> Any:
+    """Return a field's only value, in a list if the field takes only lists.
+
+    Text that could not be parsed is left for the schema to reject.
+    """
+    if isinstance(value, list | str) or field not in _list_fields(schema):
+        return value
+    return [value]
+
+
+def _value(text: str, field: str, schema: type[BaseModel]) -> object:
+    """Return the text for text fields, otherwise the JSON in it, or the text if it is not JSON."""
+    if field not in schema.model_fields or field in _text_fields(schema):
+        return text
+    if (word := text.strip().lower()) in BOOLEANS:
+        return BOOLEANS[word]
+    try:
+        return json.loads(text, parse_float=_number)
+    except (ValueError, RecursionError):
+        return text
+
+
+@cache
+def _text_fields(schema: type[BaseModel]) -> frozenset[str]:
+    return frozenset(name for name, types in _types(schema).items() if "string" in types)
+
+
+@cache
+def _list_fields(schema: type[BaseModel]) -> frozenset[str]:
+    return frozenset(name for name, types in _types(schema).items() if types - {"null"} == {"array"})
+
+
+def _types(schema: type[BaseModel]) -> dict[str, set[str | None]]:
+    """Return every field's JSON types; None for a type that is a reference in the schema."""
+    properties = schema.model_json_schema()["properties"]
+    return {name: _types_of(kind) for name, kind in properties.items()}
+
+
+def _types_of(kind: dict[str, Any]) -> set[str | None]:
+    return {branch.get("type") for branch in kind.get("anyOf", [kind])}
+
+
+def _place(fields: dict[str, Any], name: str, part: str | bytes) -> None:
+    """Put the part `keyframes.1.image` into its entry."""
+    *path, last = name.split(".")
+    try:
+        target: Any = fields
+        for key in path:
+            target = target[int(key)] if isinstance(target, list) else target[key]
+        if not isinstance(target, dict) or target is fields or isinstance(part, str):
+            raise TypeError
+        target[last] = part
+    except (KeyError, IndexError, ValueError, TypeError):
+        message = f"{name[:80]}: not a file, or no such entry in the JSON text before the first dot"
+        param = path[0][:80] or None
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, param) from None

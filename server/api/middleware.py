@@ -1,4 +1,4 @@
-"""Around every request: its id, its line in the log, its duration, its port, the bound on its body, the headers of its answer.
+"""ASGI middleware: request id, access log, metrics, ports, body limit, headers, errors.
 
 Pure ASGI, so that nothing is buffered.
 """
@@ -12,89 +12,106 @@ import time
 import uuid
 from http import HTTPStatus
 
+from fastapi import FastAPI, Response
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.body import too_large, too_slow
-from server.api.errors import ApiError, internal_error, refusal
-from server.api.operations import PATHS
+from server.api.body import body_too_large, body_too_slow
+from server.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    NOT_READY,
+    ApiError,
+    client_closed,
+    from_engine,
+    internal_error,
+)
+from server.api.routes_health import PATHS
+from server.api.state import RequestState, add_request_state, app_state, request_state
+from server.engine.errors import EngineError
 from server.metrics import Metrics
 
 log = logging.getLogger("server.access")
 
-# No Strict-Transport-Security: over plain HTTP it is void, and whoever ends TLS in front of this knows what else their host serves.
+# No Strict-Transport-Security: it is void over plain HTTP, and only the operator of the TLS proxy
+# knows what else the host serves.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
-SANE_ID = re.compile(r"[ -~]{1,128}")
+VALID_ID = re.compile(r"[ -~]{1,128}")
 
 
 class Observation:
-    """Gives every request an id, answers 500 for what nobody handled, then logs and measures it."""
+    """Assigns every request an id, answers 500 for unhandled exceptions, logs and measures."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Observe one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
         sent_id = Headers(scope=scope).get("x-request-id", "")
-        request_id = sent_id if SANE_ID.fullmatch(sent_id) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = RequestState(sent_id if VALID_ID.fullmatch(sent_id) else uuid.uuid4().hex)
+        add_request_state(scope, state)
         status, server_timing = 0, None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, server_timing
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
+                headers["X-Request-Id"] = state.id
                 status, server_timing = message["status"], headers.get("server-timing")
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            log.exception("unhandled", extra={"fields": {"request_id": request_id}})
+            log.exception("unhandled exception", extra={"fields": {"request_id": state.id}})
             if not status:
                 await internal_error().response()(scope, receive, send_with_id)
         finally:
             self._record(scope, status, time.perf_counter() - began, server_timing)
 
     def _record(self, scope: Scope, status: int, seconds: float, server_timing: str | None) -> None:
-        # Only routes become labels: paths that clients make up would fill the metrics. What is refused early has not met its route.
-        early = scope["path"] if scope["path"] in self._metrics.endpoints else "unmatched"
-        endpoint = str(getattr(scope.get("route"), "path", early))
-        state = scope["state"]
-        self._metrics.record_request(endpoint, status, seconds, state["request_id"])
+        # Only routes become labels: paths invented by clients would fill the metrics. A request
+        # rejected before routing has no route yet.
+        known = scope["path"] in self._metrics.endpoints
+        endpoint = getattr(scope.get("route"), "path", scope["path"] if known else "unmatched")
+        state = request_state(scope)
+        self._metrics.record_request(str(endpoint), status, seconds, state.id)
         fields = {
-            "request_id": state["request_id"],
+            "request_id": state.id,
             "method": scope["method"],
             "path": scope["path"][:200],
             "status": status,
-            "code": state.get("code"),
+            "code": state.error_code,
             "duration_ms": round(seconds * 1000, 2),
             "server_timing": server_timing,
             "client": (scope.get("client") or ("unknown",))[0],
-            "key": state.get("client"),
-            **state.get("asked", {}),
+            "key": state.client,
+            **state.job_fields,
         }
-        log.info("request", extra={"fields": {name: value for name, value in fields.items() if value is not None}})
+        present = {name: value for name, value in fields.items() if value is not None}
+        log.info("request", extra={"fields": present})
 
 
 class SecurityHeaders:
-    """What keeps browsers from misreading, framing or telling on an answer, unless it says so itself."""
+    """Adds the headers that keep browsers from misreading, framing or reporting an answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Add the headers to one answer."""
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -105,24 +122,29 @@ class SecurityHeaders:
         await self._app(scope, receive, send_with_headers)
 
 
-class OperationsPort:
-    """Serves the operations' paths on this port alone, and nothing else there."""
+class HealthPort:
+    """Serves health and metrics on this port alone, and nothing else there."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self._app, self._port = app, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (scope["path"] in PATHS) != ((scope.get("server") or ("", None))[1] == self._port):
+        """Answer 404 on the wrong port."""
+        if scope["type"] == "http" and self._is_misdirected(scope):
             error = ApiError(HTTPStatus.NOT_FOUND, "not_found", "not on this port")
-            await refusal(error, Request(scope))(scope, receive, send)
+            await error_response(error, Request(scope))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
+    def _is_misdirected(self, scope: Scope) -> bool:
+        port = (scope.get("server") or ("", None))[1]
+        return (scope["path"] in PATHS) != (port == self._port)
+
 
 class BodyLimit:
-    """Stops reading a body at `limit` bytes, announced or not, and where it does not go on for `timeout_s`.
+    """Bounds a body to `limit` bytes, announced or not, and to `timeout_s` between its chunks.
 
-    Whoever reads on gets ApiError: 413, or 408.
+    The reader of the body gets ApiError 413 or 408.
     """
 
     def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
@@ -131,6 +153,7 @@ class BodyLimit:
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on with a bounded body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -140,15 +163,15 @@ class BodyLimit:
         async def receive_bounded() -> Message:
             nonlocal received, complete
             if complete:
-                # What comes after the body is that the client goes away, which takes as long as it likes.
+                # After the body only the client's disconnect follows; it has no timeout.
                 return await receive()
             if announced.isdecimal() and int(announced) > self._limit:
-                raise too_large(self._limit)
+                raise body_too_large(self._limit)
             message = await self._next(receive)
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > self._limit:
-                raise too_large(self._limit)
+                raise body_too_large(self._limit)
             return message
 
         await self._app(scope, receive_bounded, send)
@@ -158,4 +181,44 @@ class BodyLimit:
             async with asyncio.timeout(self._timeout_s):
                 return await receive()
         except TimeoutError:
-            raise too_slow(self._timeout_s) from None
+            raise body_too_slow(self._timeout_s) from None
+
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def error_response(error: ApiError, request: Request) -> Response:
+    """Return the error's answer; count it and note its code for the access log."""
+    request_state(request).error_code = error.code
+    unavailable = error.status == HTTPStatus.SERVICE_UNAVAILABLE
+    rejected = error.status < CLIENT_CLOSED_REQUEST or unavailable
+    if rejected and error.code != NOT_READY:
+        app_state(request).metrics.rejected.labels(error.code).inc()
+    return error.response()
+
+
+def register_error_handlers(app: FastAPI) -> None:
+    """Make the app answer every exception in the one shape of errors."""
+
+    async def on_api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error_response(error, request)
+
+    async def on_engine_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, EngineError)
+        return error_response(from_engine(error), request)
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = HTTPStatus(error.status_code)
+        message = f"{status.phrase}: {request.method} {request.url.path[:200]}"
+        api_error = ApiError(status, status.name.lower(), message, headers=error.headers)
+        return error_response(api_error, request)
+
+    async def on_disconnect(request: Request, _: Exception) -> Response:
+        return error_response(client_closed(), request)
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
+    app.add_exception_handler(EngineError, on_engine_error)
+    app.add_exception_handler(HTTPException, on_http_exception)

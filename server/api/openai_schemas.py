@@ -1,4 +1,7 @@
-"""The fields of OpenAI's image endpoints, with the native ones that its clients send as `extra_body`, and what they mean here."""
+"""Fields of OpenAI's image endpoints, and their meaning as native fields.
+
+Native fields that OpenAI's API lacks come as the client's `extra_body`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from model.config import Operation
-from server.api.picture_fields import PictureFile, PictureFiles
-from server.api.schemas import Format, RecipeFields, Regions, Share, Text, WordsText
-from server.api.uploads import MaskMode
+from server.api.images.decode import MaskMode
+from server.api.images.encode import Format
+from server.api.schemas import (
+    Fraction,
+    ImageBytes,
+    ImageBytesList,
+    NonBlankText,
+    RecipeFields,
+    Regions,
+    Text,
+)
 
 Quality = Literal["low", "medium", "high"]
 AnyQuality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
@@ -24,26 +35,41 @@ QUALITIES: dict[AnyQuality, Quality] = {
     "xhigh": "high",
     "max": "high",
 }
-# Times the recipe's steps.
-STEPS: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
-MOST_STEPS = 64
-FILES: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "webp": "webp"}
+# Factors of the recipe's steps.
+STEP_FACTORS: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
+MAX_STEPS = 64
+FILE_FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "webp": "webp"}
 
 Size = tuple[int, int] | None
 
 
 class ImagesFields(RecipeFields):
-    """What all of OpenAI's image endpoints take. null is the same as absent."""
+    """Fields of all of OpenAI's image endpoints. null means absent."""
 
-    size: Annotated[str, Field(max_length=32, description="WIDTHxHEIGHT in pixels; auto: native, or the picture's own")] = "auto"
-    quality: Annotated[
-        AnyQuality, Field(description="Denoising steps: low half of the recipe's, high, hd, xhigh and max twice; else the recipe's")
+    size: Annotated[
+        str,
+        Field(
+            max_length=32,
+            description="WIDTHxHEIGHT in pixels; auto: the native size, or the sent image's",
+        ),
     ] = "auto"
-    output_format: Annotated[Literal["png", "jpeg", "webp", "gif", "svg"], Field(description="gif and svg are answered with 400")] = "png"
-    output_compression: Annotated[int | None, Field(ge=0, le=100, description="JPEG and WebP: their quality; default: 90")] = None
+    quality: Annotated[
+        AnyQuality,
+        Field(
+            description="Denoising steps: low is half of the recipe's, high, hd, xhigh and max are twice as many, the others the recipe's"
+        ),
+    ] = "auto"
+    output_format: Annotated[
+        Literal["png", "jpeg", "webp", "gif", "svg"],
+        Field(description="File format; gif and svg are answered with 400"),
+    ] = "png"
+    output_compression: Annotated[int | None, Field(ge=0, le=100, description="Quality of JPEG and WebP; default: 90")] = None
     response_format: Annotated[Literal["b64_json", "url"], Field(description="url is answered with 400")] = "b64_json"
-    background: Annotated[Literal["auto", "opaque", "transparent"], Field(description="transparent is answered with 400")] = "auto"
-    user: Annotated[Text | None, Field(description="Taken, and neither used nor kept")] = None
+    background: Annotated[
+        Literal["auto", "opaque", "transparent"],
+        Field(description="transparent is answered with 400"),
+    ] = "auto"
+    user: Annotated[Text | None, Field(description="Accepted, but neither used nor stored")] = None
     safety_identifier: Annotated[Text | None, Field(description="As user")] = None
 
     @model_validator(mode="before")
@@ -53,64 +79,94 @@ class ImagesFields(RecipeFields):
 
     @property
     def file_format(self) -> Format:
-        """Of the pictures in the answer."""
-        return FILES.get(self.output_format, "png")
+        """Format of the answer's images."""
+        return FILE_FORMATS.get(self.output_format, "png")
 
     @property
     def file_quality(self) -> int:
+        """Quality of JPEG and WebP, 1…100."""
         return 90 if self.output_compression is None else max(1, self.output_compression)
 
     @property
     def effective_quality(self) -> Quality:
+        """The quality, one of three."""
         return QUALITIES[self.quality]
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
-        """The native request that does this: its operation and its fields. size: (width, height) as asked for; None: auto."""
+        """Return the operation and the fields of the native request that does the same.
+
+        Args:
+            size: requested (width, height), None for auto.
+            recipe_steps: denoising steps of the weights' recipe.
+        """
         raise NotImplementedError
 
     def _common(self, size: Size, recipe_steps: int) -> dict[str, Any]:
         fields: dict[str, Any] = {name: getattr(self, name) for name in RecipeFields.model_fields}
         if self.num_inference_steps is None:
-            fields["num_inference_steps"] = min(MOST_STEPS, max(1, round(STEPS[self.effective_quality] * recipe_steps)))
+            steps = round(STEP_FACTORS[self.effective_quality] * recipe_steps)
+            fields["num_inference_steps"] = min(MAX_STEPS, max(1, steps))
         return fields if size is None else fields | {"width": size[0], "height": size[1]}
 
 
 class GenerationsRequest(ImagesFields):
-    """Text → image."""
+    """Text to image."""
 
-    prompt: WordsText
-    moderation: Annotated[Literal["auto", "low"], Field(description="Taken; nothing is moderated here")] = "auto"
-    style: Annotated[Literal["vivid", "natural"] | None, Field(description="Taken; the prompt says what style it is to be")] = None
+    prompt: NonBlankText
+    moderation: Annotated[Literal["auto", "low"], Field(description="Accepted without effect: nothing is moderated")] = "auto"
+    style: Annotated[
+        Literal["vivid", "natural"] | None,
+        Field(description="Accepted without effect: describe the style in the prompt"),
+    ] = None
     regions: Regions = ()
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
-        return "generate", {**self._common(size, recipe_steps), "prompt": self.prompt, "regions": self.regions}
+        """Return /generate."""
+        fields = self._common(size, recipe_steps)
+        return "generate", {**fields, "prompt": self.prompt, "regions": self.regions}
 
 
 class EditsRequest(ImagesFields):
-    """Picture → image: what is transparent in the mask drawn anew, or, without one, the whole picture over its own structure."""
+    """Repaint the transparent part of the mask, or, without a mask, redraw the whole image."""
 
-    prompt: WordsText
-    image: Annotated[PictureFiles, Field(min_length=1, max_length=8, description="The first is edited; the others say what is to be seen")]
-    mask: Annotated[PictureFile | None, Field(description="As large as the first image; where its alpha is 0, that is drawn anew")] = None
-    input_fidelity: Annotated[
-        Literal["high", "low"] | None, Field(description="Without mask and strength: high keeps more of the picture, strength 0.4")
+    prompt: NonBlankText
+    image: Annotated[
+        ImageBytesList,
+        Field(
+            min_length=1,
+            max_length=8,
+            description="The first is edited; the others show the wanted content",
+        ),
+    ]
+    mask: Annotated[
+        ImageBytes | None,
+        Field(description="As large as the first image; transparent pixels are repainted"),
     ] = None
-    moderation: Annotated[Literal["auto", "low"], Field(description="Taken; nothing is moderated here")] = "auto"
-    strength: Annotated[Share | None, Field(description="Without mask: how much of the picture is turned to noise first; default: 0.6")] = (
-        None
-    )
-    mask_mode: Annotated[MaskMode, Field(description="luminance: what is white is drawn anew")] = "alpha"
-    keep_unmasked: Annotated[bool, Field(description="Pixels outside the mask come back bit for bit")] = True
+    input_fidelity: Annotated[
+        Literal["high", "low"] | None,
+        Field(description="Without mask and strength: high keeps more of the image, strength 0.4"),
+    ] = None
+    moderation: Annotated[Literal["auto", "low"], Field(description="Accepted without effect: nothing is moderated")] = "auto"
+    strength: Annotated[
+        Fraction | None,
+        Field(description="Without mask: fraction turned to noise first; default: 0.6"),
+    ] = None
+    mask_mode: Annotated[MaskMode, Field(description="luminance repaints white pixels instead")] = "alpha"
+    keep_unmasked: Annotated[bool, Field(description="Return pixels outside the mask unchanged, bit for bit")] = True
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
+        """Return /inpaint with a mask, /edit without."""
         first, *others = self.image
-        shown = {"prompt": self.prompt, "image": first, "references": others}
+        inputs = {"prompt": self.prompt, "image": first, "references": others}
         if self.mask is None:
-            return "edit", {**self._common(size, recipe_steps), **shown, **self._strength()}
-        # In the picture's own size: whoever asks for another is told so when it is known.
-        masked = {"mask": self.mask, "mask_mode": self.mask_mode, "keep_unmasked": self.keep_unmasked}
-        return "inpaint", {**self._common(None, recipe_steps), **shown, **masked}
+            return "edit", {**self._common(size, recipe_steps), **inputs, **self._strength()}
+        # In the image's own size: another requested size is rejected once the image is decoded.
+        masked = {
+            "mask": self.mask,
+            "mask_mode": self.mask_mode,
+            "keep_unmasked": self.keep_unmasked,
+        }
+        return "inpaint", {**self._common(None, recipe_steps), **inputs, **masked}
 
     def _strength(self) -> dict[str, float]:
         if self.strength is not None:
@@ -119,32 +175,36 @@ class EditsRequest(ImagesFields):
 
 
 class VariationRequest(ImagesFields):
-    """Picture → other pictures that show the same."""
+    """Other images with the same content."""
 
-    image: Annotated[PictureFiles, Field(min_length=1, max_length=8)]
-    prompt: Annotated[Text, Field(description="What else they should show")] = ""
+    image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
+    prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
-        return "variations", {**self._common(size, recipe_steps), "image": self.image, "prompt": self.prompt}
+        """Return /variations."""
+        fields = self._common(size, recipe_steps)
+        return "variations", {**fields, "image": self.image, "prompt": self.prompt}
 
 
-# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class ImageData(BaseModel):
-    """seed is an extension."""
+    """One image. seed is an extension."""
 
     b64_json: str
     seed: int
 
 
 class InputDetails(BaseModel):
+    """Input tokens by kind."""
+
     text_tokens: int
     image_tokens: int
 
 
 class Usage(BaseModel):
-    """text: the prompt's bytes. image: the VQGAN's tokens, and one for each picture that says what is to be seen."""
+    """Token counts. Text: bytes of prompts. Image: VQGAN tokens, and one per image read by CLIP."""
 
     input_tokens: int
     input_tokens_details: InputDetails
@@ -153,7 +213,7 @@ class Usage(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """OpenAI's answer. size, quality, background and output_format: as they took effect."""
+    """OpenAI's answer. size, quality, background, output_format: effective values."""
 
     created: int
     data: list[ImageData]

@@ -1,39 +1,136 @@
-"""The OpenAPI document, where FastAPI's own is not exact: bounds of integers are integers, and a form has no null."""
+"""The OpenAPI document: descriptions of the endpoints that generate images, and exact types."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
-from server.api.body import FORM
+from server.api.body import FORM, JSON
+from server.api.schemas import ErrorAnswer
+from server.api.sse import Event
+
+ERRORS = {
+    400: "Malformed JSON or form, or unsupported by the weights",
+    401: "API key missing or unknown",
+    404: "Unknown weights",
+    408: "Timeout while reading the body",
+    413: "Body or image too large",
+    415: "Unsupported Content-Type",
+    422: "A field out of bounds, or an image that cannot be decoded",
+    429: "Queue full, deadline unreachable, or the key's limits exceeded; Retry-After says when",
+    500: "Failed; x-should-retry: false if a retry cannot help",
+    503: "Starting, draining, or the worker was lost",
+    504: "Deadline exceeded",
+}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _headers(descriptions: dict[str, str]) -> dict[str, Any]:
+    return {name: {"description": description, "schema": {"type": "string"}} for name, description in descriptions.items()}
+
+
+HEADERS = _headers(
+    {
+        "X-Seed": "Seed of the first image",
+        "X-Request-Id": "The client's id, or a generated one",
+        "Server-Timing": "queue, encode, prior, denoise, decode, image, in milliseconds",
+        "X-Prompt-Truncated": "Encoders that truncated the prompt, if any",
+    }
+)
+RETRY_HEADERS = _headers(
+    {
+        "Retry-After": "Seconds until a retry; with 429 and 503",
+        "retry-after-ms": "The same in milliseconds",
+        "x-should-retry": "false if a retry cannot help",
+    }
+)
+
+
+# ── endpoints ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe_answers(description: str, model: type[BaseModel], content: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` of an endpoint that generates images.
+
+    Args:
+        description: the successful answer.
+        model: the JSON answer.
+        content: other media types of the answer.
+    """
+    answer = {"description": description, "model": model, "content": content, "headers": HEADERS}
+    return {200: answer, **{status: _error(status, text) for status, text in ERRORS.items()}}
+
+
+def _error(status: int, description: str) -> dict[str, Any]:
+    answer = {"description": description, "model": ErrorAnswer}
+    return answer | ({"headers": RETRY_HEADERS} if status in (429, 500, 503) else {})
+
+
+def describe_events(*events: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of a stream. events: names and example data."""
+    example = "".join(Event(name, data).encode().decode() for name, data in events)
+    # No type: some readers take it for the whole stream, a text, others for an event, an object.
+    schema = {"description": f"Server-sent events: {', '.join(dict(events))}, error"}
+    return {"text/event-stream": {"schema": schema, "example": example}}
+
+
+def describe_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
+    """Return FastAPI's `openapi_extra` of an endpoint that takes JSON and forms."""
+    described = _without_references(schema)
+    content: dict[str, Any] = {media_type: {"schema": described} for media_type in (JSON, FORM)}
+    content[JSON]["example"] = EXAMPLES[path]
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _without_references(schema: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema with inlined definitions: the document has no place for them."""
+    whole = schema.model_json_schema()
+    definitions = whole.pop("$defs", {})
+
+    def inlined(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return inlined(definitions[value["$ref"].rpartition("/")[2]])
+            return {name: inlined(inner) for name, inner in value.items()}
+        return [inlined(inner) for inner in value] if isinstance(value, list) else value
+
+    return dict(inlined(whole))
+
+
+# ── document ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class DocumentedApp(FastAPI):
+    """FastAPI with an exact document: integer bounds are integers, and forms have no null."""
+
     def openapi(self) -> dict[str, Any]:
+        """Return the document."""
         if self.openapi_schema is None:
             self.openapi_schema = exact(super().openapi())
         return self.openapi_schema
 
 
 def exact(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with whole numbers for whole numbers, and forms whose fields are absent where JSON's may be null."""
-    whole: dict[str, Any] = _whole(document)
+    """Return the document with whole numbers as integers and without null in forms."""
+    whole: dict[str, Any] = _with_integers(document)
     for path in whole["paths"].values():
         for operation in path.values():
             form = operation.get("requestBody", {}).get("content", {}).get(FORM)
             if form and "properties" in form["schema"]:
-                form["schema"]["properties"] = {name: _without_null(kind) for name, kind in form["schema"]["properties"].items()}
+                fields = form["schema"]["properties"].items()
+                form["schema"]["properties"] = {name: _without_null(kind) for name, kind in fields}
     return whole
 
 
-def _whole(value: Any) -> Any:
-    """Floats lose the last digits of a 64-bit bound, and readers that parse decimals exactly see another one."""
+def _with_integers(value: Any) -> Any:
+    """Floats lose the last digits of a 64-bit bound, which exact readers of decimals notice."""
     match value:
         case dict():
-            return {key: _whole(inner) for key, inner in value.items()}
+            return {key: _with_integers(inner) for key, inner in value.items()}
         case list():
-            return [_whole(inner) for inner in value]
+            return [_with_integers(inner) for inner in value]
         case float() if value.is_integer():
             return int(value)
     return value
@@ -44,3 +141,30 @@ def _without_null(kind: dict[str, Any]) -> dict[str, Any]:
     if len(branches) == 1:
         return branches[0] | {key: value for key, value in kind.items() if key != "anyOf"}
     return kind | {"anyOf": branches} if branches else kind
+
+
+# ── examples ──────────────────────────────────────────────────────────────────────────────────────
+
+# A red square on white, a white square on black, and black with a transparent square, all of 64 × 64 pixels.
+IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAABlBMVEX6+vrIKCgNZfwnAAAAGklEQVR42mNgGJKA////DwwMTDDu"
+    "8GAMRQAAxtQDLKllrNgAAAAASUVORK5CYII="
+)
+MASK = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAHklEQVR42mNgGFyAkYHhPwMDAyMDE0xklIHMGGwAAPa7AUAn7aGOAAAAAElFTkSuQmCC"
+CUT_OUT = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAQAAAAAYLlVAAAATklEQVR42u3ZMQoAIAwDwFT8/5f1CQ4OFbzMhRx0TGWlNSMBAAAA"
+    "AAAA6M08XtRlw/ICAAAAAAAAAAAAAAAAAIDHAWUvAAAAAAAA+B6wAU68A3/6aluKAAAAAElFTkSuQmCC"
+)
+
+# A request body for every endpoint that generates images, by path. A test sends them all.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "/generate": {"prompt": "a red ball on a blue table", "seed": 7, "n": 2, "guidance_scale": [2, 8], "temperature": 0.8},
+    "/inpaint": {"prompt": "a yellow star on a white background", "image": IMAGE, "mask": MASK},
+    "/outpaint": {"image": IMAGE, "left": 32, "right": 32},
+    "/variations": {"image": [IMAGE, f"data:image/png;base64,{MASK}"], "weights": [0.8, 0.2]},
+    "/edit": {"prompt": "a green square on a white background", "image": IMAGE, "strength": 0.7},
+    "/interpolate": {"keyframes": [{"prompt": "a red circle"}, {"prompt": "a blue square"}], "frames": 4, "response_format": "gif"},
+    "/v1/images/generations": {"prompt": "a red ball on a blue table", "n": 2, "quality": "low", "output_format": "webp", "seed": 7},
+    "/v1/images/edits": {"prompt": "a yellow star on a white background", "image": IMAGE, "mask": CUT_OUT},
+    "/v1/images/variations": {"image": IMAGE, "n": 2},
+}

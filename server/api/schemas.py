@@ -1,25 +1,31 @@
-"""The fields of requests and answers. Their bounds here are the validation and the documentation."""
+"""Fields of the native endpoints' requests and answers; their bounds validate and document them."""
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from model.config import RenoiseMode, Sampler
-from server.api.picture_fields import PictureFile
-from server.engine.protocol import Priority
+from model.config import Interpolation, RenoiseMode, Sampler
+from server.api.images.decode import MaskMode
+from server.api.images.encode import Format
+from server.engine.messages import Priority
 
 INT64 = 2**63
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-Format = Literal["png", "jpeg", "webp"]
+AnyFormat = Format | Literal["gif", "json"]
 
 
-# The document's words for what the two validators say, in syntax that Python's and ECMA's engines read alike.
-_SHOWN = r"[^\s\x00-\x1f\x7f-\x9f\ufeff]"
+# ── text and numbers ──────────────────────────────────────────────────────────────────────────────
+
+# The two text validators as patterns for the document, read alike by Python's and ECMA's engines.
+_VISIBLE = r"[^\s\x00-\x1f\x7f-\x9f\ufeff]"
 _NO_NUL = r"^[^\x00]*$"
-_WORDS = rf"^[^\x00]*{_SHOWN}[^\x00]*$"
+_NOT_BLANK = rf"^[^\x00]*{_VISIBLE}[^\x00]*$"
 
 
 def _without_nul(text: str) -> str:
@@ -28,13 +34,13 @@ def _without_nul(text: str) -> str:
     return text
 
 
-def _with_words(text: str) -> str:
-    if not re.search(_SHOWN, text):
+def _not_blank(text: str) -> str:
+    if not re.search(_VISIBLE, text):
         raise ValueError("must hold more than white space and control characters")
     return text
 
 
-def _both_ends(value: object) -> object:
+def _pair(value: object) -> object:
     if value is None:
         return None
     return tuple(value) if isinstance(value, list) else (value, value)
@@ -44,78 +50,193 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Text = Annotated[str, Field(max_length=4000, json_schema_extra={"pattern": _NO_NUL}), AfterValidator(_without_nul)]
+Text = Annotated[
+    str,
+    Field(max_length=4000, json_schema_extra={"pattern": _NO_NUL}),
+    AfterValidator(_without_nul),
+]
+NonBlankText = Annotated[
+    Text,
+    Field(min_length=1, json_schema_extra={"pattern": _NOT_BLANK}),
+    AfterValidator(_not_blank),
+]
 Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.05, le=5, allow_inf_nan=False)]
 StepCount = Annotated[int, Field(ge=0, le=64)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-WordsText = Annotated[Text, Field(min_length=1, json_schema_extra={"pattern": _WORDS}), AfterValidator(_with_words)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+# ── images ────────────────────────────────────────────────────────────────────────────────────────
+
+URL_SCHEME = re.compile(r"([a-z][a-z0-9+.-]{0,30}):", re.IGNORECASE)
+IMAGE_DESCRIPTION = "A PNG, JPEG, WebP or GIF file: base64 or a data URL in JSON, a file in a form"
+
+
+def file_bytes(sent: object) -> bytes:
+    """Return an image file sent as bytes, base64 or a data URL with base64.
+
+    Raises:
+        PydanticCustomError: for anything else.
+    """
+    if isinstance(sent, bytes):
+        return sent
+    if not isinstance(sent, str):
+        message = "one image is expected, as a file, base64 or a data URL"
+        raise PydanticCustomError("image_type", message)
+    return _from_base64(_payload(sent))
+
+
+def _payload(sent: str) -> str:
+    """Return the part of a data URL after the comma, or all of a text that is no URL."""
+    scheme = URL_SCHEME.match(sent)
+    if scheme is None:
+        return sent
+    if scheme[1].lower() != "data":
+        message = "{scheme} URLs are refused, the server fetches nothing; send the image as base64, a data URL or a file"
+        raise PydanticCustomError("image_url", message, {"scheme": scheme[1].lower()})
+    head, comma, payload = sent.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        message = "a data URL must hold base64: data:image/png;base64,…"
+        raise PydanticCustomError("image_encoding", message)
+    return payload
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        # Mail and command-line encoders break lines.
+        return base64.b64decode(text.encode("ascii").translate(None, b"\r\n\t"), validate=True)
+    except ValueError:
+        message = "must be base64 with its padding, or a data URL that holds it"
+        raise PydanticCustomError("image_encoding", message) from None
+
+
+def _as_list(sent: Any) -> Any:
+    return sent if isinstance(sent, list) else [sent]
+
+
+Base64Text = Annotated[str, Field(min_length=1, description=IMAGE_DESCRIPTION)]
+
+ImageBytes = Annotated[
+    bytes,
+    BeforeValidator(file_bytes, json_schema_input_type=Base64Text),
+    Field(description=IMAGE_DESCRIPTION),
+]
+"""One image file."""
+
+ImageBytesList = Annotated[
+    list[ImageBytes],
+    BeforeValidator(_as_list, json_schema_input_type=Base64Text | list[Base64Text]),
+]
+"""One image file or several; give it `Field(max_length=…)`."""
+
+
+# ── common fields ─────────────────────────────────────────────────────────────────────────────────
 
 
 class RecipeFields(BaseModel):
-    """What every endpoint that draws takes, OpenAI's too. Absent fields follow the weights' own recipe."""
+    """Fields of every endpoint that generates images, OpenAI's included.
+
+    Absent fields follow the recipe of the weights.
+    """
 
     model_config = STRICT
 
-    negative_prompt: Annotated[Text, Field(description="Replaces the empty unconditional text")] = ""
-    n: Annotated[int, Field(ge=1, le=16, description="Images; image i of seed s equals image 0 of seed s + i")] = 1
-    seed: Annotated[int | None, Field(ge=-INT64, lt=INT64, description="Absent: drawn, and returned")] = None
+    negative_prompt: Annotated[Text, Field(description="Text that replaces the empty unconditional prompt")] = ""
+    n: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=16,
+            description="Number of images; image i of seed s equals image 0 of seed s + i",
+        ),
+    ] = 1
+    seed: Annotated[
+        int | None,
+        Field(ge=-INT64, lt=INT64, description="Random seed; default: random, and returned"),
+    ] = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=64, description="Denoising steps")] = None
     guidance_scale: Annotated[
         tuple[Guidance, Guidance] | None,
-        BeforeValidator(_both_ends, json_schema_input_type=Guidance | tuple[Guidance, Guidance]),
-        Field(description="Classifier-free guidance, or its [start, end]; 1 is off"),
+        BeforeValidator(_pair, json_schema_input_type=Guidance | tuple[Guidance, Guidance]),
+        Field(description="Classifier-free guidance, a number or [start, end]; 1 is off"),
     ] = None
     temperature: Annotated[
         tuple[Temperature, Temperature] | None,
-        BeforeValidator(_both_ends, json_schema_input_type=Temperature | tuple[Temperature, Temperature]),
-        Field(description="Of the token draws, or its [start, end]"),
+        BeforeValidator(_pair, json_schema_input_type=Temperature | tuple[Temperature, Temperature]),
+        Field(description="Sampling temperature of the tokens, a number or [start, end]"),
     ] = None
-    sampler: Annotated[Sampler | None, Field(description="How tokens are drawn")] = None
-    typical_mass: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False, description="For the typical sampler")] = None
-    renoise_steps: Annotated[StepCount | None, Field(description="After how many of the first steps noise is put back")] = None
+    sampler: Annotated[Sampler | None, Field(description="Method that samples tokens")] = None
+    typical_mass: Annotated[
+        float | None,
+        Field(ge=0, le=1, allow_inf_nan=False, description="Probability mass of sampler typical"),
+    ] = None
+    renoise_steps: Annotated[StepCount | None, Field(description="Number of first steps that add noise again")] = None
     renoise_mode: Annotated[
         RenoiseMode | None,
-        Field(description="Which noise: the start tokens, those of before the step (prev), or fresh ones (rand)"),
+        Field(description="Source of that noise: the start tokens (start), the tokens before the step (prev), or new random ones (rand)"),
     ] = None
-    guidance_steps: Annotated[StepCount | None, Field(description="How many of the first steps are guided")] = None
-    timeout_s: Annotated[float | None, Field(ge=0.05, le=600, allow_inf_nan=False, description="The answer is worthless after this")] = None
-    priority: Annotated[Priority, Field(description="Batch work makes room for interactive work")] = "interactive"
+    guidance_steps: Annotated[StepCount | None, Field(description="Number of first steps with guidance")] = None
+    timeout_s: Annotated[
+        float | None,
+        Field(
+            ge=0.05,
+            le=600,
+            allow_inf_nan=False,
+            description="Deadline, in seconds from arrival; a later answer is an error 504",
+        ),
+    ] = None
+    priority: Annotated[Priority, Field(description="batch requests give way to interactive ones")] = "interactive"
     deterministic: Annotated[
-        bool | None, Field(description="The same bits whatever else runs, at the cost of steps that are shared with nobody")
+        bool | None,
+        Field(description="Bit-identical images whatever else runs; the request shares no steps with others and takes longer"),
     ] = None
-    model: Annotated[str | None, Field(max_length=64, description="Which loaded weights; default: the first")] = None
-    stream: Annotated[bool, Field(description="Answer with server-sent events, from the place in the queue to the pictures")] = False
+    model: Annotated[str | None, Field(max_length=64, description="Name of loaded weights; default: the first")] = None
+    stream: Annotated[bool, Field(description="Answer with server-sent events: queue position to images")] = False
     partial_images: Annotated[
-        int, Field(ge=0, le=8, description="With stream: previews of each picture, at most, evenly spread over its steps")
+        int,
+        Field(
+            ge=0,
+            le=8,
+            description="With stream: maximum number of previews of each image, evenly spread over its steps",
+        ),
     ] = 0
 
 
 class SamplingFields(RecipeFields):
-    """What every native endpoint takes."""
+    """Fields of every native endpoint."""
 
-    width: Annotated[int | None, Field(ge=1, description="Pixels, a multiple of the weights' size step; default: their native size")] = None
+    width: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Pixels, a multiple of the weights' size step; default: their native size",
+        ),
+    ] = None
     height: Annotated[int | None, Field(ge=1, description="As width")] = None
     response_format: Annotated[Format | Literal["json"] | None, Field(description="Overrides the Accept header")] = None
-    quality: Annotated[int, Field(ge=1, le=100, description="JPEG and WebP")] = 90
+    quality: Annotated[int, Field(ge=1, le=100, description="Quality of JPEG and WebP")] = 90
 
 
 class RegionEntry(BaseModel):
-    """A prompt for a part of the picture."""
+    """A prompt for a part of the image."""
 
     model_config = STRICT
 
-    prompt: WordsText
+    prompt: NonBlankText
     box: Annotated[
-        tuple[Share, Share, Share, Share] | None,
+        tuple[Fraction, Fraction, Fraction, Fraction] | None,
         BeforeValidator(_as_tuple),
-        Field(description="[x0, y0, x1, y1] in shares of the picture, origin top left"),
+        Field(description="[x0, y0, x1, y1] as fractions of the image, origin top left"),
     ] = None
-    mask: Annotated[PictureFile | None, Field(description="Instead of a box: the region is what /inpaint would repaint")] = None
-    weight: Annotated[Share, Field(description="How much it counts there; the main prompt has the rest")] = 1.0
-    softness: Annotated[Share, Field(description="Its borders' ramp, in shares of half the picture's shorter side")] = 0.0
+    mask: Annotated[
+        ImageBytes | None,
+        Field(description="Instead of a box: the region is the part that /inpaint would repaint"),
+    ] = None
+    weight: Annotated[Fraction, Field(description="Weight in the region; the main prompt has the rest")] = 1.0
+    softness: Annotated[
+        Fraction,
+        Field(description="Width of the border's ramp, as a fraction of half the shorter side"),
+    ] = 0.0
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -129,19 +250,122 @@ class RegionEntry(BaseModel):
 Regions = Annotated[
     tuple[RegionEntry, ...],
     # Before the validator, or the document calls it a string's length.
-    Field(max_length=8, description="Other prompts for parts of the picture; each costs one more branch"),
+    Field(
+        max_length=8,
+        description="Other prompts for parts of the image; each costs one more branch",
+    ),
     BeforeValidator(_as_tuple),
 ]
+References = Annotated[
+    ImageBytesList,
+    Field(
+        max_length=7,
+        description="Images that, beside the prompt, show the wanted content: as in /variations, equally weighted",
+    ),
+]
+Margin = Annotated[
+    int,
+    Field(ge=0, le=4096, description="Pixels added on this side; at least one side must be above 0"),
+]
+AnimationChoice = Annotated[AnyFormat | None, Field(description="Overrides the Accept header; gif and webp are animations")]
+
+
+# ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class GenerateRequest(SamplingFields):
-    """Text → image."""
+    """Text to image."""
 
-    prompt: WordsText
+    prompt: NonBlankText
     regions: Regions = ()
 
 
+class InpaintRequest(SamplingFields):
+    """Repaint a part of an image. Width and height, if given, must be the image's."""
+
+    prompt: NonBlankText
+    image: ImageBytes
+    mask: Annotated[
+        ImageBytes | None,
+        Field(description="As large as the image; default: the image's own transparency"),
+    ] = None
+    mask_mode: Annotated[
+        MaskMode | None,
+        Field(description="alpha repaints transparent pixels, luminance white ones; default: alpha if the mask has an alpha channel"),
+    ] = None
+    keep_unmasked: Annotated[bool, Field(description="Return pixels outside the mask unchanged, bit for bit")] = True
+    references: References = Field(default_factory=list)
+    regions: Regions = ()
+
+
+class OutpaintRequest(SamplingFields):
+    """Extend an image beyond its edges. Width and height, if given, must be the result's."""
+
+    prompt: Annotated[Text, Field(description="Empty: continue the image")] = ""
+    image: ImageBytes
+    left: Margin = 0
+    right: Margin = 0
+    up: Margin = 0
+    down: Margin = 0
+    regions: Regions = ()
+
+
+class VariationsRequest(SamplingFields):
+    """Other images with the same content, as CLIP sees it."""
+
+    image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
+    weights: Annotated[list[Fraction] | None, Field(description="One for each image; default: equal")] = None
+    prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
+
+
+class EditRequest(SamplingFields):
+    """Redraw an image, keeping its structure. Width and height, if given, scale it first."""
+
+    prompt: NonBlankText
+    image: ImageBytes
+    strength: Annotated[
+        Fraction,
+        Field(description="Fraction turned to noise first: 0 returns the image, 1 ignores it"),
+    ] = 0.6
+    references: References = Field(default_factory=list)
+
+
+class KeyframeEntry(BaseModel):
+    """A point of an interpolation: a prompt or an image."""
+
+    model_config = STRICT
+
+    prompt: NonBlankText | None = None
+    image: ImageBytes | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.prompt is None) == (self.image is None):
+            raise ValueError("needs a prompt or an image, and not both")
+        return self
+
+
+class InterpolateRequest(SamplingFields):
+    """Images between prompts or images, all from the same noise."""
+
+    keyframes: Annotated[list[KeyframeEntry], Field(min_length=2, max_length=8)]
+    frames: Annotated[int, Field(ge=2, le=64, description="Number of images, first and last keyframe included")] = 16
+    mode: Annotated[
+        Interpolation,
+        Field(description="Path between two keyframes: linear (lerp) or spherical (slerp)"),
+    ] = "slerp"
+    prompt: Annotated[Text, Field(description="Prompt of the keyframes that are images")] = ""
+    n: Literal[1] = 1
+    # One more format than the other operations have.
+    response_format: AnimationChoice = None  # type: ignore[assignment]
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
+
+
 class ImageEntry(BaseModel):
+    """One image of a JSON answer."""
+
     b64_json: str
     seed: int
     width: int
@@ -150,7 +374,7 @@ class ImageEntry(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """The JSON answer. parameters: everything as it took effect; timings: seconds per stage."""
+    """The JSON answer. parameters: all effective values; timings: seconds per stage."""
 
     id: str
     created: int
@@ -161,6 +385,8 @@ class ImagesAnswer(BaseModel):
 
 
 class ErrorDetail(BaseModel):
+    """An error: a message for people, a stable code for programs, the field at fault if any."""
+
     message: str
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None
@@ -168,6 +394,8 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
+    """The body of every error answer."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {

@@ -1,57 +1,94 @@
-"""What every request handler needs, made once per app."""
+"""State of the app, created once, and state of one request, created by the middleware."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 from fastapi import Request
+from starlette.types import Scope
 
 from model.config import BundleConfig
-from server.engine.face import Engine
-from server.engine.protocol import Job
+from server.api.errors import ApiError
+from server.api.images.decode import ImageDecoder
+from server.engine.interface import Engine
+from server.engine.messages import Job
 from server.metrics import Metrics
 from server.settings import Settings
 
-if TYPE_CHECKING:
-    from server.api.errors import ApiError
-    from server.api.uploads import Decoder
+REQUEST_STATE = "paellera.request"
 
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """models: the served bundles by name, the default first. started_at: Unix seconds.
+    """What every request handler needs.
 
-    running: by client and request id, what ends each such request with an error.
+    Attributes:
+        models: configurations of the served bundles by name, the default first.
+        decoder: thread pool that decodes uploaded images.
+        started_at: Unix seconds.
+        running: by client and request id, the futures that end running requests with an error.
     """
 
     settings: Settings
     metrics: Metrics
     engine: Engine
     models: dict[str, BundleConfig]
-    decoder: Decoder
+    decoder: ImageDecoder
     started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[tuple[str, str], list[asyncio.Future[ApiError]]] = field(default_factory=dict)
 
 
-def state_of(request: Request) -> AppState:
+@dataclass(slots=True)
+class RequestState:
+    """What the middleware and the handlers know of one request; the access log shows all of it.
+
+    Attributes:
+        id: the client's `X-Request-Id`, or a generated one.
+        client: name of the API key, None until the request is authenticated.
+        error_code: code of the error answer, if the answer is one.
+        job_fields: the job's fields for the access log, empty until there is a job.
+    """
+
+    id: str
+    client: str | None = None
+    error_code: str | None = None
+    job_fields: dict[str, Any] = field(default_factory=dict)
+
+
+def app_state(request: Request) -> AppState:
+    """Return the state of the request's app."""
     return cast(AppState, request.app.state.paellera)
 
 
-def request_id_of(request: Request) -> str:
-    """The client's `X-Request-Id`, or the one the middleware made."""
-    return cast(str, request.state.request_id)
+def add_request_state(scope: Scope, state: RequestState) -> None:
+    """Attach the state to the request of this ASGI scope."""
+    scope[REQUEST_STATE] = state
 
 
-def client_of(request: Request) -> str:
-    """The name of the API key it came with, or what stands for everybody."""
-    return cast(str, request.state.client)
+def request_state(scope: Request | Scope) -> RequestState:
+    """Return the state of this request, or of the request of this ASGI scope."""
+    return cast(RequestState, scope[REQUEST_STATE])
 
 
-def note(request: Request, job: Job) -> None:
-    """Has the request's line in the log say what was asked: the prompts, too, if the settings want them there."""
-    asked = {"job": job.id, "model": job.model, "images": len(job.seeds), "seed": job.seeds[0], "size": f"{job.width}x{job.height}"}
-    prompts = {"prompts": job.prompts, "negative_prompt": job.negative_prompt} if state_of(request).settings.log_prompts else {}
-    request.state.asked = {**asked, "steps": job.sampling.steps, **prompts}
+def running_key(request: Request) -> tuple[str, str]:
+    """Return the client and the id under which `AppState.running` has this request."""
+    state = request_state(request)
+    return state.client or "", state.id
+
+
+def log_job(request: Request, job: Job) -> None:
+    """Add the job to the request's access log line, its prompts only if the settings say so."""
+    fields = {
+        "job": job.id,
+        "model": job.model,
+        "images": len(job.seeds),
+        "seed": job.seeds[0],
+        "size": f"{job.width}x{job.height}",
+        "steps": job.sampling.steps,
+    }
+    if app_state(request).settings.log_prompts:
+        fields |= {"prompts": job.prompts, "negative_prompt": job.negative_prompt}
+    request_state(request).job_fields = fields

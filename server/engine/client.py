@@ -1,4 +1,7 @@
-"""The API process's side of the engine: admits jobs, hands them to the workers, and repeats those that a worker took with it."""
+"""Admit jobs, dispatch them to the workers, and replay those that a lost worker had.
+
+Runs in the API process, on one event loop.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,124 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from server.engine.costs import Costs, Forecast, Pace
-from server.engine.errors import DeadlineExceeded, DeadlineUnreachable, Draining, EngineError, JobFailed, QueueFull, Starting, WorkerLost
-from server.engine.pending import OnDrawn, OnPreview, OnStarted, Pending
-from server.engine.process import WorkerMain, run_worker
-from server.engine.protocol import Beat, Drawn, Failed, Finished, Job, Preview, Running
-from server.engine.supervisor import Supervisor, WorkerStatus
+from server.engine.errors import (
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    Draining,
+    EngineError,
+    JobFailed,
+    QueueFull,
+    Starting,
+    WorkerLost,
+)
+from server.engine.latency_model import Forecast, LatencyModel, Pace
+from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Job, Preview, Running
+from server.engine.supervisor import Supervisor, WorkerMain, WorkerMessage, WorkerStatus, run_worker
 from server.metrics import Metrics
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# A job that was alone in the stage in which so many workers died is not given to another.
-LONE_DEATHS = 2
-TRY_AGAIN_S = 10.0
+OnPreview = Callable[[Preview], object]
+OnDrawn = Callable[[Drawn], object]
+OnStarted = Callable[[], object]
+
+# A job that was alone in the stage in which this many workers crashed is not replayed again.
+MAX_SOLO_CRASHES = 2
+# An idle server admits a job whose forecast is too late once its measurements are this old, seconds.
+RETRY_FORECAST_S = 10.0
+
+
+@dataclass(slots=True)
+class PendingJob:
+    """One unfinished job: the worker that has it, and the caller's hooks.
+
+    worker, sent_at: None while the job waits for a worker. timeout: ends that wait. solo_crashes:
+    workers that crashed in a stage with this job alone.
+    """
+
+    job: Job
+    arrived_at: float
+    forecast: Forecast
+    answer: asyncio.Future[Finished | EngineError]
+    on_started: OnStarted | None = None
+    on_preview: OnPreview | None = None
+    on_drawn: OnDrawn | None = None
+    worker: Supervisor | None = None
+    sent_at: float | None = None
+    timeout: asyncio.TimerHandle | None = None
+    solo_crashes: int = 0
+    # The number of each image's latest preview: a replay begins with the first.
+    _previewed: dict[int, int] = field(default_factory=dict)
+    _delivered: set[int] = field(default_factory=set)
+
+    @property
+    def rows(self) -> int:
+        """Images of the job."""
+        return len(self.job.seeds)
+
+    def resolve(self, answer: Finished | EngineError) -> None:
+        """Set the answer, unless there is one already."""
+        # The caller may be cancelled in the same turn of the loop.
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def finish(self, message: Finished, sent_at: float) -> Finished:
+        """Resolve to the answer, its queue time counted from the arrival here; return it."""
+        timings = replace(message.timings, queue=message.timings.queue + sent_at - self.arrived_at)
+        answer = replace(message, timings=timings)
+        self.resolve(answer)
+        return answer
+
+    def start(self) -> None:
+        """Report once that the job's first row is started."""
+        if self.on_started and not self.answer.done():
+            self.on_started()
+        self.on_started = None
+
+    def show(self, preview: Preview) -> None:
+        """Deliver a preview, unless a replay repeats it."""
+        if self.on_preview and not self.answer.done() and preview.number > self._previewed.get(preview.image.index, -1):
+            self._previewed[preview.image.index] = preview.number
+            self.on_preview(preview)
+
+    def deliver(self, drawn: Drawn) -> None:
+        """Deliver an image, unless a replay repeats it."""
+        if self.on_drawn and not self.answer.done() and drawn.image.index not in self._delivered:
+            self._delivered.add(drawn.image.index)
+            self.on_drawn(drawn)
+
+    def send_to(self, worker: Supervisor) -> None:
+        """Send the job to a worker."""
+        self.set_timeout(None)
+        self.worker, self.sent_at = worker, time.monotonic()
+        worker.send(self.job)
+
+    def set_timeout(self, timeout: asyncio.TimerHandle | None) -> None:
+        """Replace the timer that ends the wait for a worker."""
+        if self.timeout:
+            self.timeout.cancel()
+        self.timeout = timeout
 
 
 class EngineClient:
-    """Runs jobs in worker processes, one a device, which are replaced whenever they die or stall. To be used from one event loop."""
+    """Run jobs in worker processes, one per device, and replace each that crashes or stalls."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None, worker: WorkerMain = run_worker) -> None:
         self._settings = settings
         self._metrics = metrics or Metrics()
-        devices = [settings.model_copy(update={"device": device, "devices": None}) for device in settings.worker_devices]
-        self._workers = [Supervisor(worker, own, self._metrics, self) for own in devices]
-        self._pending: dict[str, Pending] = {}
+        per_device = [settings.model_copy(update={"device": name, "devices": None}) for name in settings.worker_devices]
+        self._workers = [Supervisor(worker, device_settings, self._metrics, self) for device_settings in per_device]
+        self._pending: dict[str, PendingJob] = {}
         self._pace = Pace()
-        self._costs = Costs()
+        self._latency = LatencyModel()
         self._draining = False
         self._metrics.queue_depth.set_function(lambda: max(0, self.rows_unfinished - self.rows_running))
         self._metrics.rows_running.set_function(lambda: self.rows_running)
         self._metrics.watch(lambda: [worker.state for worker in self._workers])
-        self._metrics.prompt_cache_bytes.set_function(lambda: sum(worker.last_beat.cache_bytes for worker in self._workers))
+        self._metrics.prompt_cache_bytes.set_function(lambda: sum(worker.last_heartbeat.cache_bytes for worker in self._workers))
 
     @property
     def rows_unfinished(self) -> int:
@@ -48,16 +135,16 @@ class EngineClient:
 
     @property
     def rows_running(self) -> int:
-        """Images being drawn, as the workers said last."""
-        return sum(worker.last_beat.rows_running for worker in self._workers)
+        """Images being drawn, by the workers' last heartbeats."""
+        return sum(worker.last_heartbeat.rows_running for worker in self._workers)
 
     async def start(self) -> None:
-        """Starts the workers and returns before they are ready. Raises OSError if there can be no process."""
+        """Start the workers and return before they are ready. Raises OSError if there can be no process."""
         for worker in self._workers:
             await worker.start()
 
     async def stop(self) -> None:
-        """Refuses new jobs, gives the unfinished ones `drain_timeout_s`, then ends the workers."""
+        """Refuse new jobs, give the unfinished ones `drain_timeout_s`, then stop the workers."""
         self._draining = True
         if answers := [entry.answer for entry in self._pending.values()]:
             await asyncio.wait(answers, timeout=self._settings.drain_timeout_s)
@@ -66,7 +153,10 @@ class EngineClient:
         await asyncio.gather(*(worker.stop() for worker in self._workers))
 
     def status(self) -> WorkerStatus:
-        """Ready when every worker is; otherwise the reason of the first that is not, and how many requests wait for it."""
+        """Return ready when every worker is; otherwise the reason of the first that is not.
+
+        The reason names the number of requests that wait for a worker.
+        """
         statuses = [worker.status for worker in self._workers]
         status = next((status for status in statuses if not status.ready), statuses[0])
         if self._draining:
@@ -84,16 +174,20 @@ class EngineClient:
         on_admitted: Callable[[Forecast], object] = lambda _: None,
         on_started: OnStarted | None = None,
     ) -> Finished:
-        """Answers with the job's pictures; `timings.queue` counts from this call on. Cancelling the awaiting task cancels the job.
+        """Return the job's images; `timings.queue` counts from this call on.
 
-        job.id must be unique among the unfinished. on_preview: called on the event loop with those of `job.previews` that are made in time,
-        each image's in order and none twice. on_drawn: called there with each image of a job that is `early`, in any order and none twice.
-        on_admitted: called before this waits for the first time, unless the job is refused. on_started: called there, once, when a worker
-        begins with it.
-        Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded or JobFailed.
+        Cancelling the awaiting task cancels the job. job.id must be unique among the unfinished.
+        The hooks are called on the event loop. on_preview: with those of `job.previews` that are made
+        in time, each image's in order and none twice. on_drawn: with each image of a job that is
+        `early`, in any order and none twice. on_admitted: before this waits for the first time,
+        unless the job is rejected. on_started: once, when a worker starts the job.
+
+        Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded or
+        JobFailed.
         """
         entry = self._admit(job)
-        entry.on_preview, entry.on_drawn, entry.on_started = on_preview, on_drawn, on_started
+        entry.on_preview, entry.on_drawn = on_preview, on_drawn
+        entry.on_started = on_started
         try:
             on_admitted(entry.forecast)
             self._dispatch(entry)
@@ -110,9 +204,9 @@ class EngineClient:
             raise answer
         return answer
 
-    # ── in ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── admission and dispatch ────────────────────────────────────────────────────────────────────
 
-    def _admit(self, job: Job) -> Pending:
+    def _admit(self, job: Job) -> PendingJob:
         now = time.monotonic()
         if self._draining:
             raise Draining("the server is stopping")
@@ -122,89 +216,107 @@ class EngineClient:
         # A request larger than the queue itself is still done, alone.
         if unfinished and unfinished + len(job.seeds) > self._settings.queue_rows:
             raise QueueFull(unfinished * self._pace.seconds_per_row)
-        entry = Pending(job, now, self._foresee(job, now), asyncio.get_running_loop().create_future())
+        answer: asyncio.Future[Finished | EngineError] = asyncio.get_running_loop().create_future()
+        entry = PendingJob(job, now, self._forecast(job, now), answer)
         self._pending[job.id] = entry
         return entry
 
-    def _foresee(self, job: Job, now: float) -> Forecast:
-        """Raises DeadlineUnreachable if, as far as is known, the job's answer would come too late."""
-        # Batch work makes room for interactive work, so it is not in its way.
+    def _forecast(self, job: Job, now: float) -> Forecast:
+        """Predict the job's finish. Raises DeadlineUnreachable if it is after the deadline."""
+        # Batch work makes room for interactive work, so it does not delay it.
         others = [entry.job for entry in self._pending.values() if (entry.job.priority, job.priority) != ("batch", "interactive")]
         slots = self._settings.max_batch_rows * len(self._workers)
-        left = {id: steps for worker in self._workers for id, steps in worker.last_beat.left.items()}
-        finish, allowed = self._costs.predict(job, others, slots, now, left), job.deadline - now
+        left = {id: steps for worker in self._workers for id, steps in worker.last_heartbeat.left.items()}
+        finish, allowed = self._latency.predict(job, others, slots, now, left), job.deadline - now
         if finish is not None and finish > allowed and not self._may_try(now):
-            alone = self._costs.predict(job, [], slots, now)
-            raise DeadlineUnreachable(finish, allowed, repeating=alone is None or alone <= allowed)
+            alone = self._latency.predict(job, [], slots, now)
+            raise DeadlineUnreachable(finish, allowed, retryable=alone is None or alone <= allowed)
         before = sum(len(other.seeds) for other in others)
-        # The pace never forgets: it is no ground to refuse anybody, but better than no figure at all.
+        # The pace may be old: it is no reason to reject a job, but better than no figure at all.
         seconds = (before + len(job.seeds)) * self._pace.seconds_per_row if finish is None else finish
         return Forecast(max(0, before + 1 - slots), seconds)
 
     def _may_try(self, now: float) -> bool:
-        """Whether an idle server does better to try: after a slow spell it would refuse everybody until that is forgotten."""
-        return not self._pending and now - self._costs.measured_at > TRY_AGAIN_S
+        """Return whether the server is idle and its measurements are old.
 
-    def _dispatch(self, entry: Pending) -> None:
-        """Gives the job to the worker with the fewest rows, or lets it wait for one."""
+        After a slow spell it would otherwise reject every job until the measurements expire.
+        """
+        return not self._pending and now - self._latency.measured_at > RETRY_FORECAST_S
+
+    def _dispatch(self, entry: PendingJob) -> None:
+        """Send the job to the worker with the fewest rows, or let it wait for one."""
         if workers := [worker for worker in self._workers if worker.accepting]:
-            entry.be_sent(min(workers, key=lambda worker: worker.rows_owed))
-        else:
-            error = WorkerLost if entry.sent_at else Starting
-            loop = asyncio.get_running_loop()
-            entry.be_patient(loop.call_later(self._settings.start_wait_s, lambda: entry.resolve(error(self.status().reason))))
+            entry.send_to(min(workers, key=lambda worker: worker.rows_owed))
+            return
+        error = WorkerLost if entry.sent_at else Starting
+        loop = asyncio.get_running_loop()
+        wait_s = self._settings.start_wait_s
+        entry.set_timeout(loop.call_later(wait_s, lambda: entry.resolve(error(self.status().reason))))
 
-    def _forget(self, entry: Pending) -> None:
+    def _forget(self, entry: PendingJob) -> None:
         del self._pending[entry.job.id]
-        entry.be_patient(None)
+        entry.set_timeout(None)
         if entry.worker:
             entry.worker.cancel(entry.job.id)
 
-    # ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── events of the workers ─────────────────────────────────────────────────────────────────────
 
-    def worker_ready(self, worker: Supervisor) -> None:
+    def on_worker_ready(self, worker: Supervisor) -> None:
+        """Send the worker every job that waits."""
         for entry in self._pending.values():
             if entry.worker is None and not entry.answer.done():
-                entry.be_sent(worker)
+                entry.send_to(worker)
 
-    def worker_said(self, worker: Supervisor, message: Running | Preview | Drawn | Finished | Failed | Beat) -> None:
+    def on_worker_message(self, worker: Supervisor, message: WorkerMessage) -> None:
+        """Pass a message on to its job, and its figures to the metrics."""
         match message:
             case Running(jobs):
-                for begun in filter(None, map(self._pending.get, jobs)):
-                    begun.start()
-            case Beat():
-                self._metrics.record_beat(message, self._settings.max_batch_rows)
-                for step in message.steps:
-                    self._costs.record_step(step, time.monotonic())
-            case Failed(id, code, text, repeating):
-                log.error("job failed", extra={"fields": {"job": id, "code": code, "reason": text, "repeating": repeating}})
-                if entry := self._pending.get(id):
-                    entry.resolve(DeadlineExceeded(text) if code == "deadline" else JobFailed(code, text, repeating))
-            case Preview(id):
-                if entry := self._pending.get(id):
-                    entry.show(message)
-            case Drawn(id):
-                if entry := self._pending.get(id):
-                    entry.hand_out(message)
-            case Finished(id):
-                if (entry := self._pending.get(id)) and entry.sent_at is not None:
-                    self._pace.record(entry.rows, entry.sent_at)
-                    timings = entry.finish(message, entry.sent_at).timings
-                    self._metrics.record_timings(timings)
-                    self._costs.record_job(entry.rows, timings, time.monotonic())
+                for started in filter(None, map(self._pending.get, jobs)):
+                    started.start()
+            case Heartbeat():
+                self._record_heartbeat(message)
+            case Failed():
+                self._fail(message)
+            case Finished():
+                self._finish(message)
+            case Preview(id) if entry := self._pending.get(id):
+                entry.show(message)
+            case Drawn(id) if entry := self._pending.get(id):
+                entry.deliver(message)
 
-    def worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
-        """Repeats what the worker had, which is harmless because it is seeded; a suspect from now on alone, or not at all."""
+    def _fail(self, message: Failed) -> None:
+        fields = {"job": message.id, "code": message.code, "reason": message.message, "retryable": message.retryable}
+        log.error("job failed", extra={"fields": fields})
+        if entry := self._pending.get(message.id):
+            if message.code == "deadline":
+                entry.resolve(DeadlineExceeded(message.message))
+            else:
+                entry.resolve(JobFailed(message.code, message.message, message.retryable))
+
+    def _finish(self, message: Finished) -> None:
+        if (entry := self._pending.get(message.id)) and entry.sent_at is not None:
+            self._pace.record(entry.rows, entry.sent_at)
+            timings = entry.finish(message, entry.sent_at).timings
+            self._metrics.record_timings(timings)
+            self._latency.record_job(entry.rows, timings, time.monotonic())
+
+    def _record_heartbeat(self, heartbeat: Heartbeat) -> None:
+        self._metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)
+        for step in heartbeat.steps:
+            self._latency.record_step(step, time.monotonic())
+
+    def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
+        """Replay the worker's jobs, which are seeded; suspects run alone from now on, or fail."""
         for id in unfinished:
             if (entry := self._pending.get(id)) is None or entry.answer.done():
                 continue
             entry.worker = None
             if id in suspects:
                 entry.job = replace(entry.job, alone=True)
-                entry.lone_deaths += len(suspects) == 1
-            if entry.lone_deaths >= LONE_DEATHS:
-                log.error("a job is given up", extra={"fields": {"job": id, "workers_lost": entry.lone_deaths}})
-                entry.resolve(JobFailed("poison", reason, repeating=False))
+                entry.solo_crashes += len(suspects) == 1
+            if entry.solo_crashes >= MAX_SOLO_CRASHES:
+                log.error("job abandoned", extra={"fields": {"job": id, "workers_lost": entry.solo_crashes}})
+                entry.resolve(JobFailed("poison", reason, retryable=False))
             else:
                 self._metrics.requests_replayed.inc()
                 self._dispatch(entry)

@@ -1,4 +1,4 @@
-"""How a job can end without a picture."""
+"""Define the ways in which a job can end without an image."""
 
 # ruff: noqa: N818  (they name states of the job, as asyncio.QueueFull does)
 
@@ -11,12 +11,12 @@ class EngineError(Exception):
     """The job was not done."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As it is, not made anew from its message: the classes below are made of other things.
+        # Copied as it is, not built again from its message: the classes below take other arguments.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class QueueFull(EngineError):
-    """Too many rows are unfinished. retry_after: seconds in which the work now queued should be done."""
+    """Too many rows are unfinished. retry_after: seconds until the present queue should be done."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after:.1f} s")
@@ -24,15 +24,16 @@ class QueueFull(EngineError):
 
 
 class DeadlineUnreachable(EngineError):
-    """The answer would come too late. retry_after: seconds in which enough of the work now queued should be done.
+    """The answer would come after the deadline.
 
-    repeating: whether it could be in time on an idle server.
+    retry_after: seconds until enough of the present queue should be done. retryable: whether the job
+    could be in time on an idle server.
     """
 
-    def __init__(self, needed: float, allowed: float, repeating: bool) -> None:
+    def __init__(self, needed: float, allowed: float, retryable: bool) -> None:
         super().__init__(f"the answer would take about {needed:.2f} s, more than the {allowed:.2f} s that timeout_s leaves")
         self.retry_after = needed - allowed
-        self.repeating = repeating
+        self.retryable = retryable
 
 
 class Starting(EngineError):
@@ -44,7 +45,7 @@ class Draining(EngineError):
 
 
 class WorkerLost(EngineError):
-    """The worker died, or stalled and was killed, with the job in it, and none was ready to repeat it within `start_wait_s`."""
+    """The job's worker crashed or stalled, and none was ready to replay it within `start_wait_s`."""
 
 
 class DeadlineExceeded(EngineError):
@@ -52,10 +53,10 @@ class DeadlineExceeded(EngineError):
 
 
 class JobFailed(EngineError):
-    """The worker could not do the job. repeating: whether trying again could help."""
+    """The worker could not do the job. retryable: whether another attempt could succeed."""
 
-    def __init__(self, code: str, message: str, repeating: bool) -> None:
+    def __init__(self, code: str, message: str, retryable: bool) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
-        self.repeating = repeating
+        self.retryable = retryable

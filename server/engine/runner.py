@@ -1,14 +1,14 @@
-"""The tensors of the worker: rows are started (encode, prior, condition), stepped together, and decoded.
+"""Hold the worker's tensors: start rows (encode, prior, condition), step them, decode them.
 
-Starting and decoding run beside the steps where the device can do both (`streams.py`). The scheduler gives each deterministic row a pool of
-its own, so that it meets the same shapes whatever else is done.
+On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each deterministic
+row a pool of its own, so that it always meets the same shapes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -16,27 +16,101 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig, find_bundle
-from model.operations import Row
-from model.pipeline import Pipeline, PipelineV3
+from model.pipeline import Pipeline
+from model.row_builder import RowBuilder, group_by
+from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
-from server.engine.buckets import buckets, grids, row_counts
-from server.engine.cache import Cache
-from server.engine.conditions import Conditions, size, tensors_in
-from server.engine.graphs import Graphs
-from server.engine.picture_graphs import PictureGraphs
-from server.engine.prior_graphs import PriorGraphs
-from server.engine.protocol import Count, Image, Job
-from server.engine.recording import CUDARecorder, Recorder
+from server.engine.cpu_threads import ThreadTuner
+from server.engine.cuda_graphs import CUDARecorder, GraphShapes, Recorder, use_cuda_graphs
+from server.engine.messages import Count, Image, Job
+from server.engine.prompt_cache import PromptCache, tensor_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
-from server.engine.starting import Starter, Wanted
-from server.engine.streams import Mark, Streams
-from server.engine.threads import Threads
 from server.settings import Settings
 
-# Rows decoded at once: nobody's step waits for more than one decode of so many.
+# Rows decoded at once: no step waits for more than one decode of this many.
 DECODE_ROWS = 4
-# At most about so long does a start take for the largest batch.
+# The time that the largest batch may take at start, about.
 WARM_UP_S = 5.0
+
+
+# ── streams ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class Mark:
+    """A place in the side stream. Without a stream it is passed at once."""
+
+    def __init__(self, event: torch.cuda.Event | None) -> None:
+        self._event = event
+
+    @property
+    def passed(self) -> bool:
+        """Whether the device has computed everything before it."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        """Wait until the device has computed everything before it."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Streams:
+    """The device's own stream, in which rows are stepped, and on CUDA another one beside it.
+
+    On a CPU everything runs in line. The CUDA half follows the documented rules for streams and the
+    caching allocator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last_step: torch.cuda.Event | None = None
+
+    @contextmanager
+    def beside(self, reading: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Launch everything in this context beside the steps.
+
+        reading: tensors made by steps; it then runs after the steps that are already launched.
+        """
+        if self._side is None:
+            yield
+            return
+        read = list(reading)
+        if read:
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+        for tensor in read:
+            tensor.record_stream(self._side)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def mark(self) -> Mark:
+        """Return the place after everything launched beside the steps so far."""
+        return Mark(None if self._side is None else self._side.record_event())
+
+    def hand_over(self, tensors: Iterable[Tensor]) -> None:
+        """Let steps read tensors made beside them: their memory is not reused before the steps end."""
+        if self._side is not None:
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Return a copy that is complete when a mark set after this call is passed."""
+        if self._side is None:
+            return tensor.cpu()
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return copy.copy_(tensor, non_blocking=True)
+
+    def stepped(self) -> None:
+        """Wait for the step before the one that was launched last.
+
+        With more than two in flight a new row would wait for all of them.
+        """
+        if self._side is not None:
+            if self._last_step is not None:
+                self._last_step.synchronize()
+            self._last_step = torch.cuda.current_stream(self._device).record_event()
+
+
+# ── the runner ────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -47,21 +121,27 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Measure a stage."""
         began = time.perf_counter()
         yield
         self.count(stage, time.perf_counter() - began)
 
     def add(self, other: Stopwatch) -> None:
+        """Add another stopwatch's seconds."""
         for stage, seconds in other.seconds.items():
             self.count(stage, seconds)
 
     def count(self, stage: str, seconds: float) -> None:
+        """Add seconds to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Pictures [B, height, width, 3] that are there when their mark is passed. rows: whose; steps: after how many steps of each."""
+    """Images [B, height, width, 3] that are complete when their mark is passed.
+
+    rows: of each image. steps: that each row has taken.
+    """
 
     rows: tuple[RowId, ...]
     steps: tuple[int, ...]
@@ -69,48 +149,55 @@ class Decoding:
     mark: Mark
 
     def images(self) -> list[Image]:
-        """Waits for them."""
+        """Wait for the images and return them."""
         self.mark.wait()
         _, height, width, _ = self.pixels.shape
-        pixels = [memoryview(picture.numpy()).cast("B") for picture in self.pixels]
-        return [Image(row.index, width, height, own) for row, own in zip(self.rows, pixels, strict=True)]
+        pixels = [memoryview(image.numpy()).cast("B") for image in self.pixels]
+        return [Image(row.index, width, height, content) for row, content in zip(self.rows, pixels, strict=True)]
 
 
 class Runner:
-    """The loaded bundles, and the rows that are being denoised on them. counters: what was counted since the start."""
+    """The loaded bundles, and the rows that are being denoised. counters: totals since the start."""
 
     def __init__(self, settings: Settings) -> None:
         device = use(pick_device(settings.device))
         self.dtype = pick_dtype(settings.dtype, device)
         self.device = device
-        loaded = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
-        self._pipelines = {pipeline.config.name: pipeline for pipeline in loaded}
+        pipelines = [Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles]
+        self._pipelines = {pipeline.config.name: pipeline for pipeline in pipelines}
         self._settings, self._streams = settings, Streams(device)
-        self._threads = Threads(1)
+        self._threads = ThreadTuner(1, torch.set_num_threads)
         self.counters: Counter[Count] = Counter()
-        self.cache = Cache(settings.prompt_cache_bytes, size, self.counters)
-        self._starter = Starter(self._pipelines, Conditions(self._pipelines, self.cache))
+        self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
+        self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self._pipelines.items()}
         self._rows: dict[RowId, Row] = {}
         self._starting: dict[RowId, Mark] = {}
 
     def choose_threads(self) -> None:
-        """From now on a CPU's steps use as many of torch's threads as are fastest just now, unless the settings say how many."""
+        """Tune a CPU's number of threads from now on, unless the settings fix it."""
         if self.device.type == "cpu" and not self._settings.threads:
-            self._threads = Threads(torch.get_num_threads())
+            self._threads = ThreadTuner(torch.get_num_threads(), torch.set_num_threads)
 
     def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
-        """Makes rows of these images of these jobs; returns, for each job, the encoders that cut its prompt."""
-        images = [Wanted(job, i) for job, indices in parts for i in indices]
+        """Build the rows of these images of these jobs.
+
+        Returns, for each job, the encoders that cut one of its prompts.
+        """
+        images = [(job, index) for job, indices in parts for index in indices]
         with self._steady(any(job.sampling.deterministic for job, _ in parts)), self._streams.beside():
-            made, truncated = self._starter.start(images, watch)
-            rows = {RowId(image.job.id, image.number): row for image, row in zip(images, made, strict=True)}
+            rows: dict[RowId, Row] = {}
+            for group in group_by(images, lambda image: image[0].model):
+                builder = self._builders[group[0][0].model]
+                built = builder.build([job.image(index) for job, index in group], watch)
+                rows.update(zip((RowId(job.id, index) for job, index in group), built, strict=True))
             self._starting.update(dict.fromkeys(rows, self._streams.mark()))
         self._rows.update(rows)
-        return [truncated[job.id] for job, _ in parts]
+        return [rows[RowId(job.id, indices[0])].truncated for job, indices in parts]
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
-        """Those that can be stepped without a wait; if there are none, all, after a wait."""
-        ready = [row for row in rows if row not in self._starting or self._starting[row].passed] or list(rows)
+        """Return the rows that can be stepped without a wait; if there are none, all, after a wait."""
+        ready = [row for row in rows if row not in self._starting or self._starting[row].passed]
+        ready = ready or list(rows)
         for row in ready:
             if mark := self._starting.pop(row, None):
                 mark.wait()
@@ -118,7 +205,7 @@ class Runner:
         return ready
 
     def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
-        """One denoiser step for started rows of one pool; returns those that are now done."""
+        """Take one denoiser step for started rows of one pool; return those that are now done."""
         stepped = [self._rows[row] for row in rows]
         kind = (model, len(rows), self.branches(rows), stepped[0].tokens.shape)
         with self._threads.all() if stepped[0].sampling.deterministic else self._threads.step(kind):
@@ -127,60 +214,56 @@ class Runner:
         return [row for row in rows if self._rows[row].done]
 
     def steps_done(self, row: RowId) -> int:
+        """Return the number of steps that a row has taken, skipped ones included."""
         return self._rows[row].step
 
     def branches(self, rows: Sequence[RowId]) -> int:
-        """Lanes of these rows' next step."""
+        """Return the number of branches of these rows' next step."""
         return sum(len(self._rows[row].branches) for row in rows)
 
     def decode(self, model: str, rows: Sequence[RowId]) -> Decoding:
-        """Begins to make pictures of these rows of one pool, finished or not, as far as they have come."""
+        """Begin to decode these rows of one pool, finished or not, as far as they have come."""
         tokens = [self._rows[row].clean for row in rows]
         deterministic = any(self._rows[row].sampling.deterministic for row in rows)
-        # Everything in there, the stacking too: a row that was done as it began has tokens that were made beside the steps.
+        # The stacking is inside too: the tokens of a row that was done as it began were made beside the steps.
         with self._steady(deterministic), self._streams.beside(reading=tokens):
-            pixels = self._streams.to_host(self._pipelines[model].pictures(torch.stack(tokens)))
+            pixels = self._streams.to_host(self._pipelines[model].decode_tokens(torch.stack(tokens)))
             return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self._streams.mark())
 
     def _steady(self, deterministic: bool) -> AbstractContextManager[None]:
-        """What a deterministic row needs is rounded alike at any time, however many threads the steps use just now."""
+        """Compute with all threads if deterministic, so that roundings do not depend on the tuning."""
         return self._threads.all() if deterministic else nullcontext()
 
     def drop(self, rows: Sequence[RowId]) -> None:
-        """Forgets rows that nobody waits for."""
+        """Forget rows, known or not."""
         for row in rows:
             self._rows.pop(row, None)
             self._starting.pop(row, None)
 
+    # ── before the first request ──────────────────────────────────────────────────────────────────
+
     def warm_up(self) -> None:
-        """Runs every stage of every bundle, and records its graphs, so that the first request meets nothing new."""
+        """Run every stage of every bundle and capture its graphs, so that no request does it first."""
         for pipeline in self._pipelines.values():
             began, sampling = time.perf_counter(), pipeline.config.recipe.sampling(steps=2)
             pipeline.generate(["warm"], [0], sampling)
-            self._warm_up_together(pipeline, sampling, time.perf_counter() - began)
+            self._warm_up_batch(pipeline, sampling, time.perf_counter() - began)
             if self.device.type == "cuda" and self._settings.cuda_graphs:
-                self.record_graphs(pipeline, lambda: CUDARecorder(self.device))
+                self.capture_graphs(pipeline, lambda: CUDARecorder(self.device))
 
-    def _warm_up_together(self, pipeline: Pipeline, sampling: SamplingConfig, seconds: float) -> None:
-        """As many rows at once as there may be, of the longest prompts: allocators keep the most that was ever needed, and what is needed
-        before the first request is no growth afterwards. seconds: of one row; a device that is slow does fewer."""
+    def _warm_up_batch(self, pipeline: Pipeline, sampling: SamplingConfig, seconds: float) -> None:
+        """Generate the largest batch, of the longest prompts; fewer rows on a slow device.
+
+        Allocators keep the most memory that was ever needed: needed now, it is no growth later.
+        seconds: that one row takes.
+        """
         rows = max(1, min(self._settings.max_batch_rows, int(WARM_UP_S / seconds)))
         pipeline.generate(["warm " * LENGTHS[-1]] * rows, range(rows), sampling)
 
-    def record_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
-        """From now on the pipeline's steps are replayed where their shapes were recorded: its native size, and those of the settings.
-        Pictures and the prior are too, and as they run beside the others they have a recorder of their own."""
+    def capture_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
+        """Replay the pipeline's computations from now on, at its native size and those of the settings."""
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
-        most = self._settings.max_batch_rows
-        graphs = Graphs(pipeline, buckets(pipeline.config, most, fitting), new_recorder(), self.counters)
-        graphs.record_all()
-        beside = new_recorder()
-        pictures = PictureGraphs(pipeline, grids(pipeline.config, fitting), row_counts(DECODE_ROWS), beside, self.counters)
-        pictures.record_all()
-        pipeline.executor, pipeline.pictures = graphs, pictures
-        if isinstance(pipeline, PipelineV3):
-            imagine = PriorGraphs(pipeline, row_counts(most), beside, self.counters)
-            imagine.record_all()
-            pipeline.imagine = imagine
+        shapes = GraphShapes.for_server(pipeline.config, fitting, self._settings.max_batch_rows, DECODE_ROWS)
+        use_cuda_graphs(pipeline, shapes, new_recorder, self.counters)

@@ -1,9 +1,10 @@
-"""Which rows step next. Pure Python: no torch, no clock of its own, so it is tested without a model.
+"""Decide which rows start and which rows step next. Pure Python, no torch, no clock.
 
-A row is one image of a job. Rows that can share a denoiser step form a pool, which steps all of its running rows together, so rows join and
-leave at every step. The pool with interactive rows goes before the one without, then the one with the earliest deadline, but none waits for
-more than `PATIENCE` steps of others (and once for each other pool that has waited as long). Waiting rows get free slots in the same
-order, with a share of the slots and of the turns kept for either priority.
+A row is one image of a job. Rows that can share a denoiser step form a pool, which steps all of its
+running rows together, so rows join and leave at every step. A pool with interactive rows goes before
+one without, then the one with the earliest deadline, but none waits for more than `PATIENCE` steps of
+others (and once for each other pool that has waited as long). Waiting rows get free slots in the same
+order, with a share of the slots and of the turns reserved for either priority.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ from bisect import insort
 from dataclasses import dataclass, field
 from itertools import count
 
-from server.engine.protocol import Job, Priority
+from server.engine.messages import Job, Priority
 
-# Between two steps of a pool lie at most this many of others: whatever their deadlines, two pools share the steps three to one at worst.
+# Steps of other pools between two of one pool, at most: two pools share the steps three to one at worst.
 PATIENCE = 3
 
-# While both kinds wait, one in so many freed slots goes to a batch row; and batch rows leave one slot in so many to interactive ones.
+# While both priorities wait, every fifth freed slot goes to a batch row. Batch rows leave a quarter of
+# the slots to interactive ones.
 BATCH_TURN = 5
 INTERACTIVE_SHARE = 4
 
 # Rows started between two steps while others run, so that no step waits for more encoding than that.
 STARTS = 4
 
-# Bytes of a condition, end mark included. A step pads its rows' conditions to the longest: a prompt of 20 bytes should not pay for a
-# neighbour of 700 in every attention block, but pools as narrow as the encoder's ten buckets would leave most steps with a single row.
+# Classes of condition lengths, in bytes, end mark included. A step pads its rows' conditions to the
+# longest: a prompt of 20 bytes should not pay for a neighbour of 700 in every attention block, but pools
+# as narrow as the encoder's ten buckets would leave most steps with a single row.
 LENGTHS = (96, 256, 768)
 
 
@@ -39,37 +42,40 @@ class RowId:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """What rows must have in common to share a step.
+    """The properties that rows must share to step together.
 
-    length: the class of their conditions, one of LENGTHS. The encoder's own count is known only once a job has started, but it reads
-    bytes, so the text tells as much. own: the job whose rows step alone, or the row that does; None where others may join.
+    length: the class of their conditions, one of LENGTHS. The encoder's own count is known only once a
+    job has started, but it reads bytes, so the text tells as much. reserved_for: the job whose rows
+    step alone, or the row that does; None where others may join.
     """
 
     model: str
     width: int
     height: int
     length: int
-    own: RowId | str | None
+    reserved_for: RowId | str | None
 
     @classmethod
     def of(cls, job: Job, index: int) -> Pool:
-        own: RowId | str | None = job.id if job.alone else None
-        # A step's arithmetic may round differently at another batch size, so a deterministic row's steps hold nothing but itself.
+        """Return the pool of image `index` of a job."""
+        reserved_for: RowId | str | None = job.id if job.alone else None
+        # A step's arithmetic may round differently at another batch size, so a deterministic row's
+        # steps hold nothing but itself.
         if job.sampling.deterministic:
-            own = RowId(job.id, index)
-        return cls(job.model, job.width, job.height, _length(job), own)
+            reserved_for = RowId(job.id, index)
+        return cls(job.model, job.width, job.height, _length(job), reserved_for)
 
 
 @dataclass(slots=True)
 class _Running:
-    """A pool's running rows, and how many steps of others it has waited for."""
+    """A pool's running rows, and the number of steps of others since its last one."""
 
     rows: list[RowId] = field(default_factory=list)
     waited: int = 0
 
 
 class Scheduler:
-    """Admits rows to at most `max_rows` running slots and says which pool steps next."""
+    """Give rows at most `max_rows` running slots, and choose the pool that steps next."""
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
@@ -81,38 +87,45 @@ class Scheduler:
         self._running: dict[Pool, _Running] = {}
 
     def add(self, job: Job) -> None:
+        """Add a job; its rows wait for slots."""
         self._jobs[job.id] = job
         for i in range(len(job.seeds)):
             insort(self._waiting[job.priority], (job.deadline, next(self._arrivals), RowId(job.id, i)))
 
     def job(self, id: str) -> Job:
+        """Return a job by its id."""
         return self._jobs[id]
 
     def pool(self, row: RowId) -> Pool:
+        """Return a row's pool."""
         return Pool.of(self._jobs[row.job], row.index)
 
     @property
     def rows_running(self) -> int:
+        """Rows with a slot."""
         return sum(len(running.rows) for running in self._running.values())
 
     @property
     def rows_waiting(self) -> int:
+        """Rows without a slot."""
         return sum(map(len, self._waiting.values()))
 
     @property
     def idle(self) -> bool:
+        """Whether there is no job."""
         return not self._jobs
 
     def expired(self, now: float) -> list[str]:
-        """Jobs whose deadline has passed: whatever they would still cost is worthless."""
+        """Return the jobs whose deadline has passed."""
         return [id for id, job in self._jobs.items() if job.deadline <= now]
 
-    # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── slots ─────────────────────────────────────────────────────────────────────────────────────
 
     def admit(self, finished: int = 0) -> list[RowId]:
-        """Moves waiting rows into free slots; returns those, to be started before the next step: no more than `STARTS` if others run.
+        """Move waiting rows into free slots, and return them, to be started before the next step.
 
-        finished: rows that are not decoded yet, and take slots until they are.
+        No more than `STARTS` if others run. finished: rows that are not decoded yet, and take slots
+        until they are.
         """
         admitted: list[RowId] = []
         free = self.max_rows - self.rows_running - finished
@@ -124,7 +137,8 @@ class Scheduler:
 
     def _next_waiting(self) -> RowId | None:
         interactive, batch = self._waiting["interactive"], self._waiting["batch"]
-        batch_may = bool(batch) and self._batch_running < self.max_rows - self.max_rows // INTERACTIVE_SHARE
+        most = self.max_rows - self.max_rows // INTERACTIVE_SHARE
+        batch_may = bool(batch) and self._batch_running < most
         if batch_may and (not interactive or self._passed_over >= BATCH_TURN - 1):
             self._passed_over = 0
             return batch.pop(0)[-1]
@@ -133,17 +147,21 @@ class Scheduler:
 
     @property
     def _batch_running(self) -> int:
-        return sum(self._jobs[row.job].priority == "batch" for running in self._running.values() for row in running.rows)
+        rows = [row for running in self._running.values() for row in running.rows]
+        return sum(self._jobs[row.job].priority == "batch" for row in rows)
 
     def finish(self, row: RowId) -> None:
-        """Frees a row's slot."""
+        """Free a row's slot."""
         pool = self.pool(row)
         self._running[pool].rows.remove(row)
         if not self._running[pool].rows:
             del self._running[pool]
 
     def remove(self, id: str) -> list[RowId]:
-        """Forgets a job, finished or not; returns its rows that were running. Unknown ids are no error: a cancel may come late."""
+        """Forget a job, finished or not; return its running rows.
+
+        An unknown id is no error, since a cancellation may be late.
+        """
         if id not in self._jobs:
             return []
         for waiting in self._waiting.values():
@@ -154,10 +172,10 @@ class Scheduler:
         del self._jobs[id]
         return rows
 
-    # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── turns ─────────────────────────────────────────────────────────────────────────────────────
 
     def next_rows(self) -> list[RowId]:
-        """The rows of the pool whose turn it is, all to be stepped together; none if nothing runs."""
+        """Return the rows of the next pool, all to be stepped together; none if nothing runs."""
         if not self._running:
             return []
         chosen = self._running[self._next_pool()]
@@ -173,10 +191,11 @@ class Scheduler:
         return min(self._running, key=self._urgency)
 
     def _urgency(self, pool: Pool) -> tuple[bool, float, int]:
-        """Smaller is sooner."""
+        """Return a key that is smaller for a more urgent pool."""
         running = self._running[pool]
         jobs = [self._jobs[row.job] for row in running.rows]
-        return all(job.priority == "batch" for job in jobs), min(job.deadline for job in jobs), -running.waited
+        batch_only = all(job.priority == "batch" for job in jobs)
+        return batch_only, min(job.deadline for job in jobs), -running.waited
 
 
 def _length(job: Job) -> int:

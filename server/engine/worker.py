@@ -1,24 +1,27 @@
-"""The worker process: receive → schedule → start → step → decode, until told to stop."""
+"""Run the worker process: receive → schedule → start → step → decode, until told to stop."""
 
 from __future__ import annotations
 
 import logging
 import os
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from model.row_builder import group_by
 from model.runtime import prepare
 from server import logs
-from server.engine.decoder import Decoder, Due
-from server.engine.failures import Attempts, by_job
-from server.engine.grouping import grouped
-from server.engine.protocol import (
-    Beat,
+from server.engine.decode_queue import DecodedImage, DecodeQueue, DecodeRequest
+from server.engine.failure_isolation import IsolatedStage, by_job
+from server.engine.messages import (
     Cancel,
     Count,
     Drawn,
@@ -26,32 +29,38 @@ from server.engine.protocol import (
     Failed,
     FailureCode,
     Finished,
+    Heartbeat,
     Image,
     Job,
     Preview,
+    ProcessStats,
     Ready,
     Running,
     Step,
     Stop,
     Timings,
+    receive_message,
+    send_message,
 )
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
-from server.engine.usage import usage
-from server.engine.wire import receive, send
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
+# The exit code of a worker whose device failed.
 DEVICE_FAILED = 70
 
-_BEAT_S = 0.25
-_IDLE_BEAT_S = 1.0
+_HEARTBEAT_S = 0.25
+_IDLE_HEARTBEAT_S = 1.0
+_STATM = Path("/proc/self/statm")
 
 
 @dataclass
 class _Progress:
-    """What a job has so far. steps: of all its rows together; a row that begins later in its schedule has those before behind it."""
+    """The state of one job. steps: of all its rows together, those skipped at the start included."""
 
     arrived_at: float
     started_at: float | None = None
@@ -61,7 +70,10 @@ class _Progress:
     steps: int = 0
 
     def timings(self) -> Timings:
-        """All the time since the job's arrival: what is not another stage's is the denoiser's, waits for other rows' turns included."""
+        """Split the time since the job's arrival into stages.
+
+        Time that belongs to no other stage is the denoiser's, waits for other rows included.
+        """
         started_at = self.started_at or self.arrived_at
         denoise = time.perf_counter() - started_at - sum(self.watch.seconds.values())
         return Timings(queue=started_at - self.arrived_at, denoise=denoise, **self.watch.seconds)
@@ -72,76 +84,71 @@ class Worker:
 
     def __init__(self, connection: Connection, runner: Runner, max_rows: int) -> None:
         self.connection, self.runner = connection, runner
-        self._attempt = Attempts(self._announce, self._fail)
-        self.scheduler, self.decoder = Scheduler(max_rows), Decoder(runner, self._attempt)
+        self.scheduler, self.decode_queue = Scheduler(max_rows), DecodeQueue()
         self._progress: dict[str, _Progress] = {}
         self._steps: list[Step] = []
-        self._counted: Counter[Count] = Counter()
+        self._counts_sent: Counter[Count] = Counter()
         self._announced: tuple[str, ...] = ()
-        self._beat_at = 0.0
+        self._heartbeat_at = 0.0
 
     def run(self) -> None:
-        """Serves until Stop, or until the API process is gone (EOFError)."""
+        """Serve until Stop. Raises EOFError or OSError when the API process is gone."""
         while self._receive():
             for id in self.scheduler.expired(time.monotonic()):
-                self._fail(id, "deadline", "the deadline passed", repeating=True)
-            self._start(self.scheduler.admit(self.decoder.rows_finished))
+                self._fail(id, "deadline", "the deadline passed", retryable=True)
+            self._start(self.scheduler.admit(self.decode_queue.rows_finished))
             self._step(self.scheduler.next_rows())
             self._decode()
-            self._beat()
+            self._send_heartbeat()
 
     def _receive(self) -> bool:
-        """Takes every message that is there, waiting for one only while there is nothing to do. False: stop."""
-        while self.connection.poll(_IDLE_BEAT_S if self.scheduler.idle else 0):
-            match receive(self.connection):
+        """Take every message in the pipe; wait for one only when idle. Return False to stop."""
+        while self.connection.poll(_IDLE_HEARTBEAT_S if self.scheduler.idle else 0):
+            match receive_message(self.connection):
                 case Job() as job:
                     self.scheduler.add(job)
                     self._progress[job.id] = _Progress(arrived_at=time.perf_counter())
                 case Cancel(id):
                     self._forget(id)
-                    send(self.connection, Dropped(id))
+                    send_message(self.connection, Dropped(id))
                 case Stop():
                     return False
             if self.scheduler.idle:
                 break
         return True
 
-    # ── stages ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── stages ────────────────────────────────────────────────────────────────────────────────────
 
     def _start(self, rows: list[RowId]) -> None:
-        """All in one batch, but for jobs that may have killed a worker."""
-        for batch in grouped(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
-            for row in self._attempt(batch, self._encode):
+        """Start all rows in one batch, except for suspects of a crash, which start alone."""
+        for batch in group_by(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
+            for row in self._run_stage(batch, self._build_rows):
                 # An edit that takes no step is done as it begins.
                 if self.runner.steps_done(row) == self.scheduler.job(row.job).sampling.steps:
                     self._finish(row)
 
-    def _encode(self, rows: list[RowId]) -> list[RowId]:
+    def _build_rows(self, rows: list[RowId]) -> list[RowId]:
         parts = [(self.scheduler.job(part[0].job), [row.index for row in part]) for part in by_job(rows)]
         watch, now = Stopwatch(), time.perf_counter()
         for (job, _), truncated in zip(parts, self.runner.start(parts, watch), strict=True):
             progress = self._progress[job.id]
             progress.started_at, progress.truncated = progress.started_at or now, truncated
             progress.watch.add(watch)
-        self._count_steps(rows)
-        return rows
-
-    def _count_steps(self, rows: list[RowId]) -> None:
-        """Of rows that begin."""
         for row in rows:
             self._progress[row.job].steps += self.runner.steps_done(row)
+        return rows
 
     def _step(self, rows: list[RowId]) -> None:
-        for row in self._attempt(self.runner.started(rows), self._advance) if rows else []:
+        for row in self._run_stage(self.runner.started(rows), self._advance):
             job, steps = self.scheduler.job(row.job), self.runner.steps_done(row)
             if steps == job.sampling.steps:
                 self._finish(row)
             elif steps in job.preview_steps:
-                self.decoder.add(row, Due(self.scheduler.pool(row), job.preview_steps.index(steps)))
+                self.decode_queue.add(row, DecodeRequest(self.scheduler.pool(row), job.preview_steps.index(steps)))
 
     def _finish(self, row: RowId) -> None:
         self.scheduler.finish(row)
-        self.decoder.add(row, Due(self.scheduler.pool(row)))
+        self.decode_queue.add(row, DecodeRequest(self.scheduler.pool(row)))
 
     def _advance(self, rows: list[RowId]) -> list[RowId]:
         job, branches, began = self.scheduler.job(rows[0].job), self.runner.branches(rows), time.perf_counter()
@@ -151,18 +158,46 @@ class Worker:
             self._progress[row.job].steps += 1
         return rows
 
-    # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def _decode(self) -> None:
-        decoded = [each for each in self.decoder.turn(idle=not self.scheduler.rows_running) if each.row.job in self._progress]
+        """Decode one batch; with no step to take, decode all finished rows. Send the images."""
+        idle = not self.scheduler.rows_running
+        decoded = self._decode_batch(wait=idle)
+        while idle and self.decode_queue.rows_finished:
+            decoded += self._decode_batch(wait=idle)
+        self._send_images([each for each in decoded if each.row.job in self._progress])
+
+    def _decode_batch(self, *, wait: bool) -> list[DecodedImage]:
+        """Begin the next batch, and return the images of the one that is decoded."""
+        if requests := self.decode_queue.next_batch():
+            model, began = next(iter(requests.values())).pool.model, time.perf_counter()
+            decodings = self._run_stage(list(requests), lambda rows: [self.runner.decode(model, rows)])
+            self.decode_queue.start(requests, decodings, began)
+            started = set(self.decode_queue.rows_in_progress)
+            self.runner.drop([row for row in requests if row not in started])  # their jobs failed
+        decoded = self.decode_queue.collect(wait=wait)
+        self.runner.drop([each.row for each in decoded if each.preview is None])
+        return decoded
+
+    def _run_stage(self, rows: list[RowId], stage: Callable[[list[RowId]], list[Result]]) -> list[Result]:
+        """Run a stage, each job alone should it raise; fail the jobs that raise alone."""
+        attempt = IsolatedStage(rows, stage)
+        while batch := attempt.next_batch():
+            self._announce(batch)
+            if failure := attempt.run(batch):
+                self._fail(failure.job, failure.code, failure.message, retryable=failure.retryable)
+        return attempt.results
+
+    # ── messages ──────────────────────────────────────────────────────────────────────────────────
+
+    def _send_images(self, decoded: list[DecodedImage]) -> None:
         for each in decoded:
-            if each.preview is None:
-                progress = self._progress[each.row.job]
-                progress.images.append(each.image)
-                if self.scheduler.job(each.row.job).early:
-                    send(self.connection, Drawn(each.row.job, each.image, progress.truncated))
-            else:
-                send(self.connection, Preview(each.row.job, each.preview, each.step, each.image))
+            if each.preview is not None:
+                send_message(self.connection, Preview(each.row.job, each.preview, each.step, each.image))
+                continue
+            progress = self._progress[each.row.job]
+            progress.images.append(each.image)
+            if self.scheduler.job(each.row.job).early:
+                send_message(self.connection, Drawn(each.row.job, each.image, progress.truncated))
         batches = dict.fromkeys((each.row.job, each.seconds) for each in decoded if each.preview is None)
         for id, seconds in batches:
             self._progress[id].watch.count("decode", seconds)
@@ -172,59 +207,86 @@ class Worker:
     def _answer_if_complete(self, id: str) -> None:
         progress = self._progress[id]
         if len(progress.images) == len(self.scheduler.job(id).seeds):
-            send(self.connection, Finished(id, tuple(progress.images), progress.timings(), progress.truncated))
+            answer = Finished(id, tuple(progress.images), progress.timings(), progress.truncated)
+            send_message(self.connection, answer)
             self._forget(id)
 
-    def _announce(self, jobs: tuple[str, ...]) -> None:
-        """What is decoded beside a stage may be what breaks the device in it."""
-        jobs = tuple(dict.fromkeys((*jobs, *(row.job for row in self.decoder.rows_underway))))
+    def _announce(self, rows: list[RowId]) -> None:
+        """Name the jobs that the API process must suspect, should this process die now.
+
+        A decode that runs beside the stage may be the one that breaks the device.
+        """
+        jobs = tuple(dict.fromkeys(row.job for row in (*rows, *self.decode_queue.rows_in_progress)))
         if jobs != self._announced:
-            send(self.connection, Running(jobs))
+            send_message(self.connection, Running(jobs))
             self._announced = jobs
 
-    def _fail(self, id: str, code: FailureCode, message: str, *, repeating: bool) -> None:
-        send(self.connection, Failed(id, code, message, repeating))
+    def _fail(self, id: str, code: FailureCode, message: str, *, retryable: bool) -> None:
+        send_message(self.connection, Failed(id, code, message, retryable))
         self._forget(id)
 
     def _forget(self, id: str) -> None:
-        self.runner.drop([*self.scheduler.remove(id), *self.decoder.remove(id)])
+        self.runner.drop([*self.scheduler.remove(id), *self.decode_queue.remove(id)])
         self._progress.pop(id, None)
 
     def _steps_left(self, id: str) -> int:
         job = self.scheduler.job(id)
         return len(job.seeds) * job.sampling.steps - self._progress[id].steps
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         now = time.monotonic()
-        if now - self._beat_at >= _BEAT_S or self.scheduler.idle:
-            counted = Counter(self.runner.counters)
-            beat = Beat(
-                tuple(self._steps),
-                self.scheduler.rows_running,
-                self.scheduler.rows_waiting,
-                counted - self._counted,
-                self.runner.cache.held,
-                {id: self._steps_left(id) for id, progress in self._progress.items() if progress.started_at is not None},
-                usage(self.runner.device),
-            )
-            send(self.connection, beat)
-            self._steps.clear()
-            self._counted, self._beat_at = counted, now
+        if now - self._heartbeat_at < _HEARTBEAT_S and not self.scheduler.idle:
+            return
+        counts = Counter(self.runner.counters)
+        heartbeat = Heartbeat(
+            steps=tuple(self._steps),
+            rows_running=self.scheduler.rows_running,
+            rows_waiting=self.scheduler.rows_waiting,
+            counts=counts - self._counts_sent,
+            cache_bytes=self.runner.cache.held,
+            left={id: self._steps_left(id) for id, each in self._progress.items() if each.started_at is not None},
+            stats=process_stats(self.runner.device),
+        )
+        send_message(self.connection, heartbeat)
+        self._steps.clear()
+        self._counts_sent, self._heartbeat_at = counts, now
+
+
+def process_stats(device: torch.device) -> ProcessStats:
+    """Return this process's memory, processor time, threads, and memory of its device."""
+    device_bytes = _device_bytes(device) if device.type == "cuda" else {}
+    return ProcessStats(_resident_bytes(), time.process_time(), torch.get_num_threads(), device_bytes)
+
+
+def _resident_bytes() -> int:
+    """Return the resident memory; where the system has no /proc, the most it ever was."""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device_bytes(device: torch.device) -> dict[str, int]:
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "total": torch.cuda.get_device_properties(device).total_memory,
+    }
 
 
 def main(connection: Connection, settings: Settings, make_runner: Callable[[Settings], Runner] = Runner) -> None:
-    """A worker process from its first line to its last. make_runner: what loads the weights."""
+    """Run a worker process from its first line to its last. make_runner: loads the weights."""
     logs.configure(settings.log_level)
     prepare(settings.threads)
     try:
         runner = make_runner(settings)
         runner.warm_up()
         runner.choose_threads()
-        send(connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch.")))
+        send_message(connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch.")))
         Worker(connection, runner, settings.max_batch_rows).run()
     except (EOFError, BrokenPipeError):
-        log.warning("the API process is gone")
+        log.warning("API process gone")
     except torch.AcceleratorError:
-        log.critical("the device failed", exc_info=True)
+        log.critical("device failed", exc_info=True)
         # An orderly exit would free tensors on a device that answers to nothing any more, and may hang in it.
         os._exit(DEVICE_FAILED)

@@ -1,8 +1,8 @@
-// The server's HTTP contract: JSON, server-sent events, errors in their one shape, and a bearer key if it wants one.
+// HTTP client: JSON, server-sent events, errors, and the bearer key if one is required.
 
 const KEY = "paellera.key";
 
-/** What the server said was wrong. param: the field that is to blame; code: for programs; retryAfter: seconds, or null. */
+/** An error answer. param: the field at fault; code: for programs; retryAfter: seconds, or null. */
 export class ServerError extends Error {
   constructor(status, { message, param = null, code = "" }, retryAfter = null) {
     super(message);
@@ -22,16 +22,16 @@ export function address(path) {
   return new URL(path, document.baseURI);
 }
 
-/** Throws ServerError for an answer that is one, TypeError if there is no answer. */
+/** Throws ServerError for an error answer, TypeError without an answer. */
 export async function send(path, options = {}) {
   const headers = new Headers(options.headers);
   if (bearerKey.get()) headers.set("Authorization", `Bearer ${bearerKey.get()}`);
   const response = await fetch(address(path), { ...options, headers });
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   return response;
 }
 
-async function refusal(response) {
+async function errorOf(response) {
   const text = await response.text();
   try {
     return new ServerError(response.status, JSON.parse(text).error, response.headers.get("Retry-After"));
@@ -40,7 +40,7 @@ async function refusal(response) {
   }
 }
 
-/** The events of a streamed request, {name, data} each. Throws ServerError for the event `error` too. */
+/** Yields the events of a streamed request, {name, data}. Throws ServerError also for the event `error`. */
 export async function* stream(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
   const response = await send(path, { method: "POST", headers, body: JSON.stringify(body), signal });
@@ -50,7 +50,7 @@ export async function* stream(path, body, signal) {
   }
 }
 
-/** A body of server-sent events, one by one; heartbeats are comments and are left out. */
+/** Yields server-sent events of a body, without comments such as heartbeats. */
 export async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";

@@ -1,11 +1,11 @@
-// Who answers: the weights that are loaded, whether a worker is ready, and the key if one is wanted.
+// The server's state: loaded weights, readiness, and the API key if one is required.
 
 import { bearerKey, send } from "./api.js";
 
-const PATIENCE = 1500;
+const RETRY_MS = 1500;
 
 export class Connection {
-  /** connected: called with the entries of GET /v1/models whenever they have been read. */
+  /** connected: called with the entries of GET /v1/models after each read. */
   constructor({ readiness, keyForm, key }, connected) {
     Object.assign(this, { readiness, keyForm, key, connected });
     keyForm.addEventListener("submit", (event) => {
@@ -15,7 +15,7 @@ export class Connection {
     });
   }
 
-  /** Again and again until there is an answer. */
+  /** Retries until the server answers. */
   async connect() {
     try {
       const { data } = await (await send("v1/models")).json();
@@ -39,7 +39,7 @@ export class Connection {
       const { device, dtype } = await (await send("readyz")).json();
       this.#say(`Ready on ${device}, ${dtype}`, "ready");
     } catch (error) {
-      // Health may be asked on another port; then requests themselves will tell.
+      // Probes may be on another port; then requests show whether the server is ready.
       if (error.status === 404) this.#say("Connected", "ready");
       else throw error;
     }
@@ -47,7 +47,7 @@ export class Connection {
 
   #later(error) {
     this.#say(error.status ? error.message : "The server does not answer", "waiting");
-    setTimeout(() => this.connect(), PATIENCE);
+    setTimeout(() => this.connect(), RETRY_MS);
   }
 
   #say(sentence, state) {

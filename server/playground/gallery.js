@@ -1,4 +1,4 @@
-// The history as a contact sheet: one tab stop, arrow keys within, Delete removes.
+// The history as thumbnails: one tab stop, arrow keys within, Delete removes.
 
 const MOVES = { ArrowRight: 1, ArrowLeft: -1 };
 
@@ -11,23 +11,23 @@ export class Gallery {
     list.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  /** pictures: entry → data URLs or null. */
-  render(entries, pictures) {
-    this.list.replaceChildren(...entries.map((entry) => this.#item(entry, pictures(entry)?.[0])));
+  /** images: returns an entry's data URLs or null. */
+  render(entries, images) {
+    this.list.replaceChildren(...entries.map((entry) => this.#item(entry, images(entry)?.[0])));
     this.#tabStop();
   }
 
-  prepend(entry, picture) {
-    this.list.prepend(this.#item(entry, picture));
+  prepend(entry, image) {
+    this.list.prepend(this.#item(entry, image));
     this.#tabStop();
   }
 
-  /** Marks the entry that is shown. */
+  /** Marks the shown entry. */
   mark(id) {
     for (const button of this.buttons) button.setAttribute("aria-current", String(button.dataset.id === id));
   }
 
-  /** Takes an entry off the sheet, the focus to its neighbour. */
+  /** Removes an entry and moves the focus to its neighbour. */
   drop(id) {
     const index = this.buttons.findIndex((button) => button.dataset.id === id);
     const focused = this.list.contains(document.activeElement);
@@ -40,13 +40,13 @@ export class Gallery {
     return [...this.list.querySelectorAll("button")];
   }
 
-  #item(entry, picture) {
+  #item(entry, image) {
     const button = document.createElement("button");
     button.type = "button";
     button.dataset.id = entry.id;
     button.tabIndex = -1;
     button.title = entry.prompt;
-    button.append(picture ? thumbnail(entry, picture) : placeholder(entry));
+    button.append(image ? thumbnail(entry, image) : placeholder(entry));
     button.addEventListener("click", () => this.select(entry));
     const item = document.createElement("li");
     item.append(button);
@@ -83,9 +83,9 @@ export class Gallery {
   }
 }
 
-function thumbnail(entry, picture) {
+function thumbnail(entry, url) {
   const image = document.createElement("img");
-  image.src = picture;
+  image.src = url;
   image.alt = describe(entry);
   return image;
 }
@@ -99,7 +99,7 @@ function placeholder(entry) {
 
 const DONE = { inpaint: "Inpainted", outpaint: "Outpainted", variations: "Varied", edit: "Edited", interpolate: "Between" };
 
-/** What a picture is, in words. */
+/** Describes an image. */
 export function describe({ operation, prompt }) {
   const done = DONE[operation];
   if (!done) return prompt;

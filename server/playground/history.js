@@ -1,13 +1,13 @@
-// What was drawn, newest first, in the browser's own storage: parameters always, pictures as far as there is room.
+// Generated images, newest first, in the browser's storage: all parameters, and images while there is room.
 
 const INDEX = "paellera.history";
-const PICTURES = "paellera.pictures.";
-const LONGEST = 300;
+const IMAGES = "paellera.pictures.";
+const MAX_ENTRIES = 300;
 
 /**
- * An entry is {id, at, operation, model, prompt, width, height, parameters, timings, seconds, preview}, the last two seconds from the button to
- * the picture and to its first preview; its pictures, data URLs, are kept under a name of their own, one of them or an interpolation's frames.
- * Where storage is forbidden, all of it lasts as long as the page.
+ * An entry is {id, at, operation, model, prompt, width, height, parameters, timings, seconds, preview}; the last two are seconds from the
+ * button to the image and to its first preview. Its images, data URLs, are stored separately: one, or an interpolation's frames.
+ * Without storage, the history lasts as long as the page.
  */
 export class History {
   constructor(storage = available()) {
@@ -19,28 +19,28 @@ export class History {
     return this.#read(INDEX) ?? [];
   }
 
-  /** Drops the oldest pictures until these fit, and the oldest entries beyond the longest history. */
-  add(entry, pictures) {
+  /** Drops the oldest images until these fit, and the oldest entries beyond the maximum. */
+  add(entry, images) {
     const entries = [entry, ...this.entries];
-    for (const dropped of entries.splice(LONGEST)) this.#erase(PICTURES + dropped.id);
+    for (const dropped of entries.splice(MAX_ENTRIES)) this.#erase(IMAGES + dropped.id);
     this.#write(INDEX, entries, entries);
-    this.#write(PICTURES + entry.id, pictures, entries);
+    this.#write(IMAGES + entry.id, images, entries);
   }
 
   remove(id) {
     const entries = this.entries.filter((entry) => entry.id !== id);
     this.#write(INDEX, entries, entries);
-    this.#erase(PICTURES + id);
+    this.#erase(IMAGES + id);
   }
 
   clear() {
-    for (const { id } of this.entries) this.#erase(PICTURES + id);
+    for (const { id } of this.entries) this.#erase(IMAGES + id);
     this.#erase(INDEX);
   }
 
-  /** The data URLs, or null for what had to make room. */
-  pictures(id) {
-    return this.#read(PICTURES + id);
+  /** Returns the data URLs, or null if they were dropped. */
+  images(id) {
+    return this.#read(IMAGES + id);
   }
 
   #read(name) {
@@ -55,10 +55,10 @@ export class History {
 
   #write(name, value, entries) {
     const text = JSON.stringify(value);
-    const dispensable = entries.map(({ id }) => PICTURES + id).filter((other) => other !== name);
+    const dispensable = entries.map(({ id }) => IMAGES + id).filter((other) => other !== name);
     while (!this.#stored(name, text)) {
       const oldest = dispensable.pop();
-      // Larger than all there is: it lasts as long as the page.
+      // Larger than the storage: it lasts as long as the page.
       if (oldest === undefined) return this.memory.set(name, text);
       this.storage?.removeItem(oldest);
     }

@@ -1,7 +1,7 @@
-// What an interpolation comes by: a list of prompts and pictures.
+// The keyframes of an interpolation: a list of prompts and images.
 
-const AT_LEAST = 2;
-const AT_MOST = 8;
+const MIN_KEYFRAMES = 2;
+const MAX_KEYFRAMES = 8;
 
 export class Keyframes {
   /** change: called when the list has changed. */
@@ -12,10 +12,10 @@ export class Keyframes {
   }
 
   get full() {
-    return this.list.children.length >= AT_MOST;
+    return this.list.children.length >= MAX_KEYFRAMES;
   }
 
-  /** As the server takes them; pictures are data URLs. */
+  /** The request's keyframes; images are data URLs. */
   get values() {
     return [...this.list.children].map((item) => {
       const image = item.querySelector("img");
@@ -25,11 +25,11 @@ export class Keyframes {
 
   get complete() {
     const values = this.values;
-    return values.length >= AT_LEAST && values.every(({ image, prompt }) => image || prompt);
+    return values.length >= MIN_KEYFRAMES && values.every(({ image, prompt }) => image || prompt);
   }
 
   get title() {
-    return this.values.map(({ prompt }) => prompt ?? "a picture").join(" and ");
+    return this.values.map(({ prompt }) => prompt ?? "an image").join(" and ");
   }
 
   addPrompt(text = "") {
@@ -38,11 +38,11 @@ export class Keyframes {
     return input;
   }
 
-  addPicture(url, alt) {
+  addImage(url, alt) {
     this.#add(Object.assign(document.createElement("img"), { src: url, alt }));
   }
 
-  /** Replaces all of them by prompts. */
+  /** Replaces all keyframes by prompts. */
   fill(prompts) {
     this.list.replaceChildren();
     for (const prompt of prompts) this.addPrompt(prompt);

@@ -1,36 +1,36 @@
-// The server's own latency histogram, read from its metrics every two seconds, as p50 and p95 of the last minute over the last five.
+// Latency chart: p50 and p95 of the last minute, over five minutes, from the server's histogram every two seconds.
 
 const SAMPLE = /^paella_request_duration_seconds_bucket\{([^}]*)\} (\S+)/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
-const DRAWING = /^\/(generate|inpaint|outpaint|variations|edit|interpolate|v1\/images\/.*)$/;
+const GENERATING = /^\/(generate|inpaint|outpaint|variations|edit|interpolate|v1\/images\/.*)$/;
 const PERIOD = 2000;
 const SHOWN = 300_000;
 const WINDOW = 60_000;
-const PROMISE = 0.5;
-const LOWEST = 0.02;
+const TARGET = 0.5;
+const MIN_SECONDS = 0.02;
 const MARKS = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30];
 
-/** Cumulative counts by upper edge in seconds, of the requests that drew something: Map, ascending, +Infinity last. */
+/** Returns a Map of cumulative counts of generating requests by upper edge in seconds, ascending, +Infinity last. */
 export function histogram(text) {
   const counts = new Map();
   for (const line of text.split("\n")) {
     const [, labels, value] = SAMPLE.exec(line) ?? [];
     if (!labels) continue;
     const { le, endpoint, status } = Object.fromEntries([...labels.matchAll(LABEL)].map(([, name, label]) => [name, label]));
-    if (status !== "200" || !DRAWING.test(endpoint)) continue;
+    if (status !== "200" || !GENERATING.test(endpoint)) continue;
     const edge = le === "+Inf" ? Infinity : Number(le);
     counts.set(edge, (counts.get(edge) ?? 0) + Number(value));
   }
   return new Map([...counts].sort(([a], [b]) => a - b));
 }
 
-/** What was counted between two histograms. A server that began anew counts from nothing. */
+/** Returns the counts between two histograms. A restarted server counts from 0. */
 export function difference(later, earlier) {
   const restarted = (later.get(Infinity) ?? 0) < (earlier.get(Infinity) ?? 0);
   return new Map([...later].map(([edge, count]) => [edge, count - (restarted ? 0 : (earlier.get(edge) ?? 0))]));
 }
 
-/** As Prometheus has it: linear within a bucket, the last finite edge for what is beyond. NaN of nothing. */
+/** Returns a quantile as Prometheus does: linear within a bucket, the last finite edge beyond it, NaN without counts. */
 export function quantile(share, counts) {
   const total = counts.get(Infinity) ?? 0;
   if (!total) return NaN;
@@ -55,7 +55,7 @@ export class Latency {
     try {
       this.#take(histogram(await this.read()), Date.now());
     } catch (error) {
-      this.summary.textContent = error.status ? `The server keeps its figures to itself: ${error.message}` : "The server does not answer.";
+      this.summary.textContent = error.status ? `Metrics unavailable: ${error.message}` : "The server does not answer.";
     }
   }
 
@@ -75,8 +75,8 @@ export class Latency {
     const shown = this.polls.filter((poll) => poll.at >= now - SHOWN);
     const top = Math.max(1, ...shown.map(({ p95 }) => (p95 || 0) * 1.2));
     const x = (at) => 40 + (width - 48) * (1 - (now - at) / SHOWN);
-    // Logarithmic: what is twice as fast looks the same everywhere.
-    const y = (seconds) => 8 + (height - 30) * (1 - Math.log(Math.max(seconds, LOWEST) / LOWEST) / Math.log(top / LOWEST));
+    // Logarithmic: equal ratios have equal heights.
+    const y = (seconds) => 8 + (height - 30) * (1 - Math.log(Math.max(seconds, MIN_SECONDS) / MIN_SECONDS) / Math.log(top / MIN_SECONDS));
     this.chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.chart.ariaLabel = `Latency over the last five minutes. ${this.summary.textContent}`;
     this.chart.replaceChildren(
@@ -91,18 +91,18 @@ function sentence(recent) {
   const count = recent.get(Infinity) ?? 0;
   if (!count) return "No request has been answered in the last minute.";
   const [p50, p95] = [0.5, 0.95].map((share) => `${Math.round(quantile(share, recent) * 1000)} ms`);
-  const kept = Math.floor((100 * (recent.get(PROMISE) ?? 0)) / count);
+  const kept = Math.floor((100 * (recent.get(TARGET) ?? 0)) / count);
   return `Last minute: ${count} answered, p50 ${p50}, p95 ${p95}, ${kept} % within 500 ms.`;
 }
 
 function axis({ width, top, y }) {
-  const marks = MARKS.filter((seconds) => seconds <= top && seconds !== PROMISE);
+  const marks = MARKS.filter((seconds) => seconds <= top && seconds !== TARGET);
   const grid = marks.flatMap((seconds) => [
     svg("line", { class: "grid", x1: 40, x2: width - 8, y1: y(seconds), y2: y(seconds) }),
     svg("text", { x: 34, y: y(seconds) + 4, "text-anchor": "end" }, String(Math.round(seconds * 1000))),
   ]);
-  const promise = svg("line", { class: "promise", x1: 40, x2: width - 8, y1: y(PROMISE), y2: y(PROMISE) });
-  return [...grid, promise, svg("text", { class: "promise-text", x: 34, y: y(PROMISE) + 4, "text-anchor": "end" }, "500")];
+  const promise = svg("line", { class: "promise", x1: 40, x2: width - 8, y1: y(TARGET), y2: y(TARGET) });
+  return [...grid, promise, svg("text", { class: "promise-text", x: 34, y: y(TARGET) + 4, "text-anchor": "end" }, "500")];
 }
 
 function minutes({ now, x, height }) {
@@ -112,7 +112,7 @@ function minutes({ now, x, height }) {
   });
 }
 
-/** One polyline for every stretch in which something was answered. */
+/** Returns one polyline per stretch with answers. */
 function lines(polls, name, x, y) {
   const stretches = [[]];
   for (const poll of polls) {

@@ -1,21 +1,21 @@
-// The playground: wires the form, the easel, the history and the server to each other.
+// The playground: connects form, canvas, history and server.
 
-import { about } from "./about.js";
 import { ServerError, send } from "./api.js";
-import { Complaints } from "./complaints.js";
-import { FROM_PICTURE, WORDS_OPTIONAL, Lacking, compose } from "./composing.js";
+import { IncompleteRequest, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
+import { Canvas } from "./canvas.js";
 import { Connection } from "./connection.js";
-import { draw } from "./drawing.js";
+import { showDetails } from "./details.js";
+import { FormErrors } from "./form_errors.js";
 import { Gallery, describe } from "./gallery.js";
 import { History } from "./history.js";
-import { listen } from "./intake.js";
+import { listenForImages } from "./image_import.js";
 import { Keyframes } from "./keyframes.js";
 import { Latency } from "./latency.js";
 import { Margins } from "./margins.js";
 import { Mask } from "./mask.js";
+import { runRequest } from "./run_request.js";
 import { Settings } from "./settings.js";
-import { Stage } from "./stage.js";
-import { Terminal } from "./terminal.js";
+import { SnippetPanel } from "./snippet_panel.js";
 import { milliseconds } from "./timings.js";
 
 const EXAMPLES = [
@@ -25,12 +25,12 @@ const EXAMPLES = [
   "a big yellow star on a purple background",
 ];
 const OPERATIONS = {
-  generate: ["Generate", "Text becomes a picture."],
-  inpaint: ["Inpaint", "Paint over the part that is to be drawn anew, and say what should be there."],
-  outpaint: ["Outpaint", "Drag the borders outwards, or move them with the arrow keys. Without words the picture is continued."],
-  variations: ["Vary", "Other pictures that show the same. Words may be added."],
-  edit: ["Edit", "The picture is drawn anew over its own structure."],
-  interpolate: ["Interpolate", "Pictures on the way between prompts or pictures, all from the same noise."],
+  generate: ["Generate", "Text to image."],
+  inpaint: ["Inpaint", "Paint over the part to repaint, and describe its new content."],
+  outpaint: ["Outpaint", "Drag the borders outwards, or move them with the arrow keys. Without a prompt, the image is continued."],
+  variations: ["Vary", "Other images with the same content. The prompt is optional."],
+  edit: ["Edit", "Redraw the image, keeping its structure."],
+  interpolate: ["Interpolate", "Images between prompts or images, all from the same noise."],
 };
 const FORM = "paellera.form";
 
@@ -38,8 +38,8 @@ const $ = (id) => document.getElementById(id);
 
 const history = new History();
 const settings = new Settings($("form"));
-const stage = new Stage({
-  easel: $("easel"),
+const canvas = new Canvas({
+  area: $("canvas"),
   frame: $("frame"),
   picture: $("picture"),
   mask: $("mask"),
@@ -48,13 +48,13 @@ const stage = new Stage({
   player: $("player"),
   play: $("play"),
   frameNumber: $("frame-number"),
-  roomy: () => settings.operation === "outpaint",
+  hasMargins: () => settings.operation === "outpaint",
 });
-const complaints = new Complaints($("error"), $("form"));
-const terminal = new Terminal({ details: $("code"), snippet: $("snippet"), files: $("snippet-files") }, asked);
-const mask = new Mask({ canvas: $("mask"), ring: $("ring"), brush: $("brush"), erase: $("erase") }, () => terminal.show());
+const errors = new FormErrors($("error"), $("form"));
+const snippets = new SnippetPanel({ details: $("code"), snippet: $("snippet"), files: $("snippet-files") }, currentRequest);
+const mask = new Mask({ canvas: $("mask"), ring: $("ring"), brush: $("brush"), erase: $("erase") }, () => snippets.show());
 const margins = new Margins(document.querySelectorAll(".handle"), showMargins);
-const keyframes = new Keyframes($("keyframes"), () => terminal.show());
+const keyframes = new Keyframes($("keyframes"), () => snippets.show());
 const gallery = new Gallery($("gallery"), { select: show, remove: forget });
 const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key") }, useModels);
 
@@ -67,31 +67,31 @@ const panel = {
   timings: { section: $("timings"), strip: $("strip"), list: $("stages") },
 };
 
-/** Of the pictures drawn since the page was opened, what was asked for. */
+/** Requests of the images generated since the page was opened, by entry id. */
 const requests = new Map();
 let models = [];
 let shown = null;
 let running = null;
 let recalled = false;
 
-// ── drawing ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── requests ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-function asked() {
-  return compose({ settings, stage, mask, margins, keyframes, prompt: $("prompt") });
+function currentRequest() {
+  return buildRequest({ settings, canvas, mask, margins, keyframes, prompt: $("prompt") });
 }
 
 async function run(make) {
   if (running) return;
-  complaints.clear();
+  errors.clear();
   const began = performance.now();
-  const drawn = [];
+  const generated = [];
   try {
     const request = make();
     begin();
-    const options = { stage, report, signal: running.signal, began, previews: settings.previews, choose: (i) => drawn[i] && show(drawn[i]) };
-    const result = await draw(request, options);
-    drawn.push(...keep(request, result));
-    finish(drawn, result);
+    const options = { canvas, report, signal: running.signal, began, previews: settings.previews, choose: (i) => generated[i] && show(generated[i]) };
+    const result = await runRequest(request, options);
+    generated.push(...keep(request, result));
+    finish(generated, result);
   } catch (error) {
     fail(error);
   } finally {
@@ -101,27 +101,27 @@ async function run(make) {
 
 function begin() {
   running = new AbortController();
-  stage.busy(true);
+  canvas.busy(true);
   $("run").ariaDisabled = "true";
   $("cancel").ariaDisabled = "false";
-  report("Drawing…", 0);
-  $("easel").scrollIntoView({ block: "nearest" });
+  report("Generating…", 0);
+  $("canvas").scrollIntoView({ block: "nearest" });
 }
 
 function end() {
   running = null;
-  stage.busy(false);
+  canvas.busy(false);
   $("run").ariaDisabled = "false";
   $("cancel").ariaDisabled = "true";
   $("progress").value = 0;
 }
 
-function report(sentence, share) {
-  if (sentence !== null) $("status").textContent = sentence;
-  $("progress").value = share;
+function report(message, fraction) {
+  if (message !== null) $("status").textContent = message;
+  $("progress").value = fraction;
 }
 
-/** Puts what was drawn into the history; returns its entries, first drawn first. */
+/** Adds the images to the history; returns its new entries, the first image first. */
 function keep(request, { answer, urls, seconds, preview }) {
   const { parameters, timings, model } = answer;
   const common = { at: Date.now(), operation: request.operation, model, prompt: request.title, timings, seconds, preview };
@@ -134,21 +134,21 @@ function keep(request, { answer, urls, seconds, preview }) {
     parameters: { ...parameters, seed, n: 1 },
   }));
   entries.forEach((entry, i) => {
-    const pictures = seeds.length > 1 ? [urls[i]] : urls;
+    const images = seeds.length > 1 ? [urls[i]] : urls;
     requests.set(entry.id, request);
-    history.add(entry, pictures);
-    gallery.prepend(entry, pictures[0]);
+    history.add(entry, images);
+    gallery.prepend(entry, images[0]);
   });
   showHistory();
   return entries;
 }
 
-function finish(drawn, { seconds, preview }) {
-  if (drawn.length === 1) show(drawn[0]);
-  else select(drawn[0]);
-  const first = preview === undefined ? "" : `, first seen after ${milliseconds(preview)}`;
-  const what = drawn.length > 1 ? `${drawn.length} pictures` : shown.operation === "interpolate" ? "All frames" : "Drawn";
-  $("status").textContent = `${what} in ${milliseconds(seconds)}${first}. Seed ${drawn[0].parameters.seed}.`;
+function finish(generated, { seconds, preview }) {
+  if (generated.length === 1) show(generated[0]);
+  else select(generated[0]);
+  const first = preview === undefined ? "" : `, first preview after ${milliseconds(preview)}`;
+  const what = generated.length > 1 ? `${generated.length} images` : shown.operation === "interpolate" ? "All frames" : "Generated";
+  $("status").textContent = `${what} in ${milliseconds(seconds)}${first}. Seed ${generated[0].parameters.seed}.`;
 }
 
 function fail(error) {
@@ -156,46 +156,46 @@ function fail(error) {
   if (error.name === "AbortError") return void ($("status").textContent = "Cancelled.");
   $("status").textContent = "";
   if (error.status === 401) connection.askForKey(error);
-  if (error instanceof ServerError) return complaints.refuse(error);
-  // A browser says TypeError when nobody answers.
-  complaints.say(error instanceof TypeError && running ? "The server does not answer." : error.message);
-  if (error instanceof Lacking) error.element.focus();
+  if (error instanceof ServerError) return errors.showServerError(error);
+  // fetch throws TypeError without an answer.
+  errors.show(error instanceof TypeError && running ? "The server does not answer." : error.message);
+  if (error instanceof IncompleteRequest) error.element.focus();
 }
 
 function cancel() {
   running?.abort();
 }
 
-// ── what is shown ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── shown image ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Puts an entry of the history on the easel, a picture to go on from. */
+/** Shows an entry of the history on the canvas, as input of further requests. */
 function show(entry) {
-  const pictures = history.pictures(entry.id);
+  const images = history.images(entry.id);
   select(entry);
-  if (!pictures) {
-    complaints.say("This picture had to make room for newer ones. “Use its settings” and draw it again: its seed gives the same picture.");
+  if (!images) {
+    errors.show("This image was removed for newer ones. “Use its settings” and generate it again: its seed gives the same image.");
     return;
   }
-  stage.show(pictures, { width: entry.width, height: entry.height }, describe(entry));
+  canvas.show(images, { width: entry.width, height: entry.height }, describe(entry));
   mask.reset(entry);
   margins.reset(entry, longestSide());
   showHint();
 }
 
-/** Says what an entry is, beside the easel. */
+/** Shows an entry's details. */
 function select(entry) {
-  complaints.clear();
+  errors.clear();
   shown = entry;
   gallery.mark(entry.id);
-  about(panel, entry, requests.has(entry.id));
+  showDetails(panel, entry, requests.has(entry.id));
 }
 
-/** What was on the easel before a request failed, with its mask and its borders. */
+/** Shows the image again that was there before a failed request, with its mask and margins. */
 function restore() {
-  const pictures = shown && history.pictures(shown.id);
-  if (!pictures) return stage.clear();
-  stage.show(pictures, { width: shown.width, height: shown.height }, describe(shown));
-  stage.layout({ margins: margins.values });
+  const images = shown && history.images(shown.id);
+  if (!images) return canvas.clear();
+  canvas.show(images, { width: shown.width, height: shown.height }, describe(shown));
+  canvas.layout({ margins: margins.values });
 }
 
 function forget(id) {
@@ -207,7 +207,7 @@ function forget(id) {
 
 function blank() {
   shown = null;
-  stage.clear();
+  canvas.clear();
   $("shown").hidden = true;
   $("timings").hidden = true;
 }
@@ -223,13 +223,13 @@ function showMargins(dragging) {
   const { width, height } = margins.size;
   const grown = `${width} × ${height}: ${left} left, ${right} right, ${up} up, ${down} down`;
   $("margins").value = margins.empty ? "Drag a border outwards." : grown;
-  stage.layout({ margins: margins.values, frozen: dragging });
-  margins.scale = stage.scale;
-  if (!dragging) terminal.show();
+  canvas.layout({ margins: margins.values, frozen: dragging });
+  margins.scale = canvas.scale;
+  if (!dragging) snippets.show();
 }
 
 async function copy(language) {
-  await terminal.copy(language);
+  await snippets.copy(language);
   $("status").textContent = "Copied.";
 }
 
@@ -248,7 +248,7 @@ function useModel() {
   settings.use(model);
   const names = Object.entries(OPERATIONS).filter(([operation]) => !model.capabilities.operations.includes(operation));
   $("incapable").hidden = !names.length;
-  $("incapable").textContent = `${model.id} was not made for: ${names.map(([, [label]]) => label.toLowerCase()).join(", ")}.`;
+  $("incapable").textContent = `${model.id} does not support: ${names.map(([, [label]]) => label.toLowerCase()).join(", ")}.`;
   $("add-picture").disabled = !model.capabilities.operations.includes("variations");
   if (shown) margins.reset(shown, longestSide());
   useOperation();
@@ -266,17 +266,17 @@ function useOperation() {
   for (const element of document.querySelectorAll("[data-not-for]")) element.hidden = element.dataset.notFor.split(" ").includes(operation);
   $("run-label").textContent = label;
   showHint();
-  $("prompt-label").textContent = WORDS_OPTIONAL.includes(operation) ? "Prompt, if any" : "Prompt";
+  $("prompt-label").textContent = PROMPT_OPTIONAL.includes(operation) ? "Prompt (optional)" : "Prompt";
   if (operation === "interpolate" && !keyframes.values.length) keyframes.fill([$("prompt").value, ""]);
-  if (!running) stage.layout({ margins: operation === "outpaint" ? margins.values : { left: 0, right: 0, up: 0, down: 0 } });
-  margins.scale = stage.scale;
-  terminal.show();
+  if (!running) canvas.layout({ margins: operation === "outpaint" ? margins.values : { left: 0, right: 0, up: 0, down: 0 } });
+  margins.scale = canvas.scale;
+  snippets.show();
 }
 
 function showHint() {
   const [, hint] = OPERATIONS[settings.operation];
-  const lacking = FROM_PICTURE.includes(settings.operation) && !stage.current;
-  $("operation-hint").textContent = lacking ? `${hint} Draw, drop or open a picture first.` : hint;
+  const incomplete = NEEDS_IMAGE.includes(settings.operation) && !canvas.current;
+  $("operation-hint").textContent = incomplete ? `${hint} Generate, drop or open an image first.` : hint;
 }
 
 function reuse({ operation, prompt, model, parameters }) {
@@ -307,7 +307,7 @@ function recall() {
   }
 }
 
-function take({ url, width, height, name }) {
+function importImage({ url, width, height, name }) {
   const entry = { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), at: Date.now(), operation: "opened", prompt: name, width, height };
   history.add(entry, [url]);
   gallery.prepend(entry, url);
@@ -348,12 +348,12 @@ const pressed = {
   forget: () => forget(shown.id),
   reset: () => settings.reset(),
   download: () => {
-    const url = stage.current ?? history.pictures(shown.id)[0];
+    const url = canvas.current ?? history.images(shown.id)[0];
     const extension = /^data:image\/(\w+)/.exec(url)[1];
     Object.assign($("download"), { href: url, download: `paellera-${shown.parameters?.seed ?? "opened"}.${extension}` });
   },
   "forget-all": () => {
-    if (!confirm("Delete all pictures of the history?")) return;
+    if (!confirm("Delete all images of the history?")) return;
     history.clear();
     gallery.render([], () => null);
     showHistory();
@@ -364,7 +364,7 @@ const pressed = {
   "mask-clear": () => mask.clear(),
   "margins-clear": () => margins.clear(),
   "add-prompt": () => keyframes.addPrompt().focus(),
-  "add-picture": () => (stage.current ? keyframes.addPicture(stage.current, describe(shown)) : complaints.say("There is no picture to add yet.")),
+  "add-picture": () => (canvas.current ? keyframes.addImage(canvas.current, describe(shown)) : errors.show("There is no image to add yet.")),
   "copy-curl": () => copy("curl"),
   "copy-python": () => copy("python"),
 };
@@ -372,12 +372,12 @@ for (const [id, act] of Object.entries(pressed)) $(id).addEventListener("click",
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  run(asked);
+  run(currentRequest);
 });
 $("form").addEventListener("input", ({ target }) => {
   remember();
   if (target.name === "operation") useOperation();
-  else terminal.show();
+  else snippets.show();
 });
 $("model").addEventListener("change", useModel);
 $("theme").value = document.documentElement.dataset.theme;
@@ -386,12 +386,12 @@ $("theme").addEventListener("change", ({ target }) => {
   localStorage.setItem("paellera.theme", target.value);
 });
 document.addEventListener("keydown", shortcut);
-window.addEventListener("storage", () => gallery.render(history.entries, ({ id }) => history.pictures(id)));
-listen({ input: $("open"), take, refuse: (sentence) => complaints.say(sentence), side: longestSide });
+window.addEventListener("storage", () => gallery.render(history.entries, ({ id }) => history.images(id)));
+listenForImages({ input: $("open"), onImage: importImage, onError: (message) => errors.show(message), side: longestSide });
 
 $("examples").append(...EXAMPLES.map(example));
 $("settings").open = matchMedia("(min-width: 60rem)").matches;
-gallery.render(history.entries, ({ id }) => history.pictures(id));
+gallery.render(history.entries, ({ id }) => history.images(id));
 showHistory();
 const metrics = async () => (await send("metrics")).text();
 new Latency({ chart: $("chart"), summary: $("latency-summary"), read: metrics });

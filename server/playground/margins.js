@@ -1,11 +1,11 @@
-// The four borders of a picture that is to be continued: dragged, or moved with the arrow keys as sliders.
+// The four margins of an outpainted image: borders dragged, or moved with the arrow keys as sliders.
 
 const PIXELS = 8;
 const OUTWARDS = { left: [-1, 0], right: [1, 0], up: [0, -1], down: [0, 1] };
 const OPPOSITE = { left: "right", right: "left", up: "down", down: "up" };
 
 export class Margins {
-  /** change: called with whether a drag goes on when a margin has changed, and with false when a drag is over. */
+  /** change: called when a margin has changed, with whether a drag is going on. */
   constructor(handles, change) {
     this.handles = handles;
     this.change = change;
@@ -15,7 +15,7 @@ export class Margins {
     for (const handle of handles) this.#listen(handle, handle.dataset.side);
   }
 
-  /** Of a picture of this size, in results of at most `side` pixels a side. */
+  /** Sets the image's size and the maximum pixels a side of results. */
   reset({ width, height }, side) {
     this.limits = { width, height, side };
     this.clear();
@@ -30,7 +30,7 @@ export class Margins {
     return !Object.values(this.values).some(Boolean);
   }
 
-  /** Of the result, (width, height) in pixels. */
+  /** The result's size in pixels. */
   get size() {
     const { left, right, up, down } = this.values;
     return { width: left + this.limits.width + right, height: up + this.limits.height + down };
@@ -81,7 +81,7 @@ export class Margins {
 
   #key(event, side) {
     const [x, y] = OUTWARDS[side];
-    // Outwards is more; across the border's direction, up and right are, as on any slider.
+    // Outwards increases; across the border's direction, up and right do, as on any slider.
     const along = { ArrowLeft: -(x || 1), ArrowRight: x || 1, ArrowUp: -(y || -1), ArrowDown: y || -1 };
     const pages = { PageUp: 4, PageDown: -4 };
     const ends = { Home: 0, End: this.#room(side) };

@@ -1,7 +1,7 @@
-// A mask painted over a picture: pointer or keyboard, undo, and the PNG that the server is sent, white where it is to be repainted.
+// A mask painted over an image, by pointer or keyboard, with undo; sent as a PNG, white where to repaint.
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-const UNDONE_AT_MOST = 30;
+const MAX_UNDO = 30;
 
 export class Mask {
   /** change: called when the mask has changed. */
@@ -18,7 +18,7 @@ export class Mask {
     this.canvas.addEventListener("blur", () => (this.ring.hidden = true));
   }
 
-  /** An empty mask of a picture of this size. */
+  /** Starts an empty mask of this size. */
   reset({ width, height }) {
     Object.assign(this.canvas, { width, height });
     Object.assign(this, { undoable: [], cursor: null, down: false });
@@ -49,7 +49,7 @@ export class Mask {
     return !this.#alpha.some((value) => value > 127);
   }
 
-  /** A data URL of a PNG, white on black. */
+  /** Returns a data URL of a PNG, white on black. */
   png() {
     const canvas = document.createElement("canvas");
     Object.assign(canvas, { width: this.canvas.width, height: this.canvas.height });
@@ -71,10 +71,10 @@ export class Mask {
 
   #remember() {
     this.undoable.push(this.context.getImageData(0, 0, this.canvas.width, this.canvas.height));
-    this.undoable.splice(0, this.undoable.length - UNDONE_AT_MOST);
+    this.undoable.splice(0, this.undoable.length - MAX_UNDO);
   }
 
-  /** The mask's pixel under a pointer. */
+  /** Returns the mask's pixel under a pointer. */
   #place(event) {
     const box = this.canvas.getBoundingClientRect();
     return {
@@ -109,7 +109,7 @@ export class Mask {
     Object.assign(this.context, { lineCap: "round", lineWidth: Number(this.brush.value), strokeStyle: this.paint });
     this.context.beginPath();
     this.context.moveTo(from.x, from.y);
-    // A line of no length draws no cap everywhere.
+    // Some browsers draw no cap for a line of length 0.
     this.context.lineTo(to.x + 0.01, to.y);
     this.context.stroke();
     if (this.last) this.last = to;
@@ -179,7 +179,7 @@ export class Mask {
   }
 }
 
-/** Seen on pictures of any colour. */
+/** Visible on images of any colour. */
 function stripes(context) {
   const tile = Object.assign(document.createElement("canvas"), { width: 4, height: 4 });
   const ink = tile.getContext("2d");

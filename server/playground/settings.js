@@ -1,4 +1,4 @@
-// The form's settings: their bounds and defaults are the chosen weights', and only what was changed is sent.
+// The form's settings, with bounds and defaults of the selected weights; only changed ones are sent.
 
 const RANGES = ["num_inference_steps", "guidance_scale", "strength"];
 const SIZED = ["generate", "variations", "interpolate"];
@@ -19,7 +19,7 @@ export class Settings {
     return this.fields.operation.value;
   }
 
-  /** model: an entry of GET /v1/models. What was changed stays, as far as these weights can. */
+  /** model: an entry of GET /v1/models. Changed settings stay if these weights support them. */
   use(model) {
     const kept = this.#values();
     this.model = model;
@@ -43,7 +43,7 @@ export class Settings {
     this.#show();
   }
 
-  /** The request's fields beside prompts and pictures. Throws Error with a sentence for what is no number. */
+  /** Returns the request's fields except prompts and images. Throws Error for an invalid number. */
   request() {
     const { fields, changed } = this;
     const operation = this.operation;
@@ -67,7 +67,7 @@ export class Settings {
     return bounded(this.fields.partial_images);
   }
 
-  /** As a picture's own parameters say. */
+  /** Sets the form to an image's parameters. */
   fill(parameters) {
     const { guidance_scale: guidance, temperature, ...same } = parameters;
     this.changed.clear();
@@ -75,12 +75,12 @@ export class Settings {
     this.#write({ ...same, guidance_scale: guidance?.[0], temperature_start: temperature?.[0], temperature_end: temperature?.[1] });
   }
 
-  /** The pixels of the picture that is asked for. */
+  /** The requested size in pixels. */
   get size() {
     return { width: Number(this.fields.width.value), height: Number(this.fields.height.value) };
   }
 
-  /** What of this is worth remembering until the page is opened again. */
+  /** Returns the values to restore when the page is opened again. */
   remember() {
     return { ...this.#values(), prompt: this.fields.prompt.value };
   }
@@ -106,7 +106,7 @@ export class Settings {
     });
   }
 
-  /** Writes what the form has a place for, and counts what differs from the defaults as changed. */
+  /** Writes known fields; those that differ from the defaults count as changed. */
   #write(values) {
     for (const [name, value] of Object.entries(values)) {
       const field = this.fields[name];
@@ -144,15 +144,15 @@ function labelOf(field) {
   return [...field.labels[0].childNodes].find((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()).data.trim();
 }
 
-/** Throws Error unless the field holds a number within its bounds. */
+/** Returns the field's number. Throws Error if it is out of bounds. */
 function bounded(field) {
-  if (field.value === "" || !field.checkValidity()) throw new Error(`${labelOf(field)}: a number from ${field.min} to ${field.max}`);
+  if (field.value === "" || !field.checkValidity()) throw new Error(`${labelOf(field)}: must be a number from ${field.min} to ${field.max}`);
   return Number(field.value);
 }
 
-/** Beyond what JavaScript counts exactly, a seed would become another. */
+/** Returns the field's integer. Throws Error beyond the integers that JavaScript represents exactly. */
 function whole(field) {
   const value = Number(field.value);
-  if (!Number.isSafeInteger(value)) throw new Error(`${labelOf(field)}: a whole number between −2⁵³ and 2⁵³`);
+  if (!Number.isSafeInteger(value)) throw new Error(`${labelOf(field)}: must be an integer between −2⁵³ and 2⁵³`);
   return value;
 }

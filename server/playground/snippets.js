@@ -1,8 +1,8 @@
-// A request as a command line and as Python. Pictures become files of the names that the page's downloads have.
+// A request as a command line and as Python. Images become files, named like the page's downloads.
 
-const RESULTS = { json: "answer.json", gif: "frames.gif", png: "picture.png" };
+const RESULTS = { json: "answer.json", gif: "frames.gif", png: "result.png" };
 
-/** request: {operation, fields, files}; files: the names of fields that are pictures → file names. address: of the endpoint. */
+/** request: {operation, fields, files}; files: file names by image field. address: of the endpoint. */
 export function curl({ operation, fields, files }, address, keyed) {
   const key = keyed ? [`-H "Authorization: Bearer $PAELLERA_API_KEY"`] : [];
   const parts = Object.keys(files).length ? formParts(fields, files) : [`-H 'Content-Type: application/json'`, `-d ${quoted(JSON.stringify(fields))}`];
@@ -11,11 +11,11 @@ export function curl({ operation, fields, files }, address, keyed) {
 
 function formParts(fields, files) {
   const texts = Object.entries(fields).map(([name, value]) => `--form-string ${quoted(`${name}=${plain(value)}`)}`);
-  const pictures = Object.entries(files).map(([name, file]) => `-F ${quoted(`${name}=@${file}`)}`);
-  return [...pictures, ...texts];
+  const images = Object.entries(files).map(([name, file]) => `-F ${quoted(`${name}=@${file}`)}`);
+  return [...images, ...texts];
 }
 
-/** For a POSIX shell. */
+/** Quotes for a POSIX shell. */
 function quoted(text) {
   return `'${text.replaceAll("'", `'\\''`)}'`;
 }
@@ -51,7 +51,7 @@ function dictionary(fields) {
   return ["{", ...Object.entries(fields).map(([name, value]) => `    ${literal(name)}: ${literal(value)},`), "}"].join("\n");
 }
 
-/** JSON is Python but for three words. */
+/** Returns a JSON value as a Python literal. */
 function literal(value) {
   if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
   if (value === null) return "None";

@@ -1,4 +1,4 @@
-// Applied before anything is painted, so that a chosen theme does not flash in the other one. Storage may be forbidden.
+// Applies the theme before the first paint, so that the other one does not flash. Storage may be forbidden.
 try {
   document.documentElement.dataset.theme = localStorage.getItem("paellera.theme") ?? "";
 } catch {

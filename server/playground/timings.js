@@ -1,15 +1,15 @@
-// Where the milliseconds of an answer went: the server's stages, and what the way and the browser added.
+// Latency of an answer by stage: the server's stages, then network and browser.
 
 const STAGES = {
   queue: "waiting",
-  encode: "reading the prompt",
-  prior: "imagining (prior)",
+  encode: "encoding the prompt",
+  prior: "prior",
   denoise: "denoising",
   decode: "tokens to pixels",
   image: "pixels to PNG",
 };
 
-/** timings: the server's, seconds by stage. seconds: from the button to the picture. */
+/** timings: the server's, seconds by stage. seconds: from the button to the image. */
 export function render({ section, strip, list }, timings, seconds) {
   section.hidden = !timings;
   if (!timings) return;

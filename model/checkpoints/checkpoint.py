@@ -1,0 +1,153 @@
+"""A published checkpoint, pickle or safetensors, whole or in shards, as named tensors that are read one after another.
+
+Pickles are mapped into memory and unpickled with `weights_only=True`: nothing in them runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.bundle import BundleError
+
+# Where training checkpoints keep the weights, the averaged ones first: those are what one samples with.
+_NESTED = ("ema_state_dict", "state_dict_ema", "params_ema", "ema", "state_dict", "model_state_dict", "model", "params", "weights")
+_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+
+# Pages of a mapped file count as the process's memory until it is unmapped: after this many bytes it is, and mapped anew.
+_BATCH_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """path: as it was given. tensors: on the meta device, by name. files: by name, the file that holds the tensor."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    files: dict[str, Path]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the named tensors in that order, each valid until the next is yielded. Raises BundleError."""
+        for path, batch in self._batches(names):
+            state = read_state(path)
+            for name in batch:
+                yield name, state.pop(name)
+
+    def _batches(self, names: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
+        batch: list[str] = []
+        size = 0
+        for name in names:
+            if batch and (size >= _BATCH_BYTES or self.files[name] != self.files[batch[0]]):
+                yield self.files[batch[0]], batch
+                batch, size = [], 0
+            batch.append(name)
+            size += self.tensors[name].nbytes
+        if batch:
+            yield self.files[batch[0]], batch
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's names and shapes. path: the file, or a `*.index.json` that names its shards.
+
+    Raises BundleError, FileNotFoundError.
+    """
+    tensors: dict[str, Tensor] = {}
+    files: dict[str, Path] = {}
+    for shard in _shards(path):
+        for name, tensor in read_state(shard).items():
+            tensors[name] = torch.empty_like(tensor, device="meta")
+            files[name] = shard
+    return Checkpoint(path, tensors, files)
+
+
+def _shards(path: Path) -> list[Path]:
+    """Return the files that an index names, or the file itself."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not path.name.endswith(".index.json"):
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BundleError(f"{path.name} is no index of shards: it has no weight_map") from None
+    for name in names:
+        if Path(name).name != name:
+            raise BundleError(f"{path.name} names {name!r}, which is no plain file name")
+        if not path.with_name(name).is_file():
+            raise BundleError(f"{path.name}: shard {name} is missing")
+    return [path.with_name(name) for name in names]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """One file's tensors under the names that the network knows, mapped where the format allows it. Raises BundleError."""
+    content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+    state = {_plain(name): tensor for name, tensor in _unwrapped(content, path.name).items()}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.float64:
+            raise BundleError(f"{path.name}: tensor {name!r} is torch.float64; published weights are float32, float16 or bfloat16")
+        if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+            raise BundleError(f"{path.name}: tensor {name!r} is no plain array of numbers")
+    return state
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise BundleError(f"{path.name} is not a readable safetensors file ({error})") from None
+
+
+def _unpickled(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if not mapped and file.read(2) == b"PK":
+            raise BundleError(f"{path.name} is cut short: the end of its zip archive is missing")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:  # a hostile or damaged pickle can raise whatever it likes
+        raise BundleError(f"{path.name} is refused: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    text = str(error)
+    if wanted := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"its pickle asks for {wanted[1]}, and weights need no code"
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return f"it is no readable checkpoint ({lines[0][:120]})"
+
+
+def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
+    """Return the state dict from a checkpoint that also holds other things."""
+    while isinstance(content, dict):
+        if content and all(isinstance(value, Tensor) and isinstance(name, str) for name, value in content.items()):
+            return content
+        nested = next((content[key] for key in _NESTED if isinstance(content.get(key), dict) and content[key]), None)
+        if nested is None:
+            raise BundleError(f"{where}: {_no_weights(content)}")
+        content = nested
+    raise BundleError(f"{where} holds a {type(content).__name__}, not a state dict")
+
+
+def _no_weights(content: dict[Any, Any]) -> str:
+    if "param_groups" in content:
+        return "this is an optimizer's state; there are no weights in it"
+    other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+    return "there are no tensors in it" if other is None else f"entry {other!r} is no tensor, and there is no state dict in it"
+
+
+def _plain(name: str) -> str:
+    while wrapper := next((w for w in _WRAPPERS if name.startswith(w)), None):
+        name = name.removeprefix(wrapper)
+    return name

@@ -1,0 +1,1 @@
+"""Uploaded and generated image files: header checks, decoding, encoding, metadata."""

@@ -1,0 +1,215 @@
+"""Uploaded image files to arrays, or the error that names the problem. Odd files: docs/uploads.md.
+
+Uploads are hostile until checked: format and size come from the content alone and are checked
+before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Literal, TypeVar
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from model.canvas import Mask, Pixels
+from server.api.errors import ApiError
+from server.api.images.metadata import upright
+from server.api.images.sniff import DamagedFileError, ImageFile, UnknownFormatError, sniff
+
+MaskMode = Literal["alpha", "luminance"]
+Result = TypeVar("Result")
+
+MIB = 2**20
+HALF = 128
+# ITU-R 601 in parts of 1000.
+LUMA = np.array([299, 587, 114], dtype=np.uint32)
+
+_warnings_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """Limits of one uploaded image: bytes of its file, pixels when decoded."""
+
+    max_bytes: int = 16 * MIB
+    max_pixels: int = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedImage:
+    """An uploaded image.
+
+    Attributes:
+        rgb: uint8 [H, W, 3] as stored, transparent pixels included.
+        alpha: uint8 [H, W], None if the file has no transparency.
+        sha256: hex digest of the uploaded file.
+    """
+
+    rgb: Pixels
+    alpha: NDArray[np.uint8] | None
+    sha256: str
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the file has transparency."""
+        return self.alpha is not None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.rgb.shape[1], self.rgb.shape[0]
+
+    @property
+    def on_white(self) -> Pixels:
+        """uint8 [H, W, 3] over white, as a viewer shows it; opaque pixels are unchanged."""
+        return self._over(255)
+
+    @property
+    def luminance(self) -> NDArray[np.uint8]:
+        """uint8 [H, W], ITU-R 601; transparent pixels are black, whatever colour they hide."""
+        return ((self._over(0) @ LUMA + 500) // 1000).astype(np.uint8)
+
+    def _over(self, background: int) -> Pixels:
+        if self.alpha is None:
+            return self.rgb
+        alpha = self.alpha[..., None].astype(np.uint16)  # 255 × 255 + 127 just fits
+        blended = (self.rgb * alpha + background * (255 - alpha) + 127) // 255
+        return blended.astype(np.uint8)
+
+
+def decode(content: bytes, limits: ImageLimits, param: str = "image") -> DecodedImage:
+    """Decode a PNG, JPEG, WebP or GIF file.
+
+    Raises:
+        ApiError: names `param`; 413 beyond the limits, 422 for other formats and damaged files.
+    """
+    if len(content) > limits.max_bytes:
+        allowed = f"a file may have at most {limits.max_bytes} bytes"
+        raise _too_large(param, allowed, f"{len(content)}")
+    file = _checked_file(content, limits, param)
+    try:
+        rgb, alpha = _arrays(_load(file))
+    except MemoryError:
+        raise
+    except Exception:
+        # Pillow's decoders raise nearly anything, and their messages hold object addresses.
+        raise _undecodable(param, f"this {file.format} file is damaged or cut off") from None
+    return DecodedImage(rgb, alpha, hashlib.sha256(content).hexdigest())
+
+
+def repaint_mask(image: DecodedImage, mode: MaskMode | None, size: tuple[int, int], param: str = "mask") -> Mask:
+    """Return bool [H, W], true where the target image of `size` (width, height) is repainted.
+
+    Values between the extremes count as the nearer one. An image without a separate mask may serve
+    as its own with mode alpha.
+
+    Args:
+        image: the decoded mask.
+        mode: alpha repaints transparent pixels, luminance white ones; None is alpha if the mask
+            has an alpha channel.
+        size: the target image's.
+        param: the field to name in errors.
+
+    Raises:
+        ApiError: 422 for another size, no alpha channel, or nothing to repaint.
+    """
+    if image.size != size:
+        width, height = image.size
+        message = f"must be as large as the image, {size[0]}x{size[1]} pixels (sent: {width}x{height})"
+        raise _unprocessable("mask_size_mismatch", param, message)
+    if mode == "alpha" and image.alpha is None:
+        message = "has no alpha channel; send one, or mask_mode luminance with white where the image is repainted"
+        raise _unprocessable("mask_without_alpha", param, message)
+    alpha = None if mode == "luminance" else image.alpha
+    mask: Mask = image.luminance >= HALF if alpha is None else alpha < HALF
+    if not mask.any():
+        kind = "white" if alpha is None else "transparent"
+        message = f"nothing to repaint; {kind} pixels are repainted, and the mask has none"
+        raise _unprocessable("empty_mask", param, message)
+    return mask
+
+
+class ImageDecoder:
+    """Thread pool for image work: `threads` requests at once, the others wait."""
+
+    def __init__(self, limits: ImageLimits | None = None, threads: int = 2) -> None:
+        self.limits = limits or ImageLimits()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def close(self) -> None:
+        """Cancel waiting work; do not wait for running work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Return the result of `work`, run in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
+    if not content:
+        raise _undecodable(param, "the file is empty")
+    try:
+        file = sniff(content)
+    except UnknownFormatError as error:
+        message = f"must be a PNG, JPEG, WebP or GIF file (sent: {error})"
+        raise _unprocessable("unsupported_image_format", param, message) from None
+    except DamagedFileError as error:
+        raise _undecodable(param, f"the file is damaged: {error}") from None
+    if not file.pixels:
+        raise _undecodable(param, "the file is damaged: its width or height is 0")
+    if file.pixels > limits.max_pixels:
+        allowed = f"may have at most {limits.max_pixels} pixels"
+        raise _too_large(param, allowed, f"{file.width}x{file.height}")
+    return file
+
+
+def _load(file: ImageFile) -> PIL.Image.Image:
+    """Return the first image of the file, upright."""
+    # Pillow's warnings concern a client's file and would fill the log. All threads share the
+    # warning filters, hence the lock.
+    with _warnings_lock, warnings.catch_warnings(action="ignore"):
+        image = PIL.Image.open(io.BytesIO(file.content), formats=(file.format,))
+    if image.size != (file.width, file.height):
+        raise ValueError("the file has two sizes")
+    image.load()
+    return upright(image)
+
+
+def _arrays(image: PIL.Image.Image) -> tuple[Pixels, NDArray[np.uint8] | None]:
+    """Return the image in 8 bits: rgb [H, W, 3] and, if it has transparency, alpha [H, W]."""
+    if image.mode.startswith("I"):
+        return _from_16_bits(np.asarray(image), image.info.get("transparency"))
+    if not image.has_transparency_data:
+        return np.array(image.convert("RGB")), None
+    rgba = np.asarray(image.convert("RGBA"))
+    return rgba[..., :3].copy(), rgba[..., 3].copy()
+
+
+def _from_16_bits(grey: NDArray[np.integer], transparent: int | None) -> tuple[Pixels, NDArray[np.uint8] | None]:
+    """Return the upper byte, as Pillow does for 16-bit colours; its grey conversion clips."""
+    rgb = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    alpha = None if transparent is None else np.where(grey == transparent, 0, 255).astype(np.uint8)
+    return rgb, alpha
+
+
+def _too_large(param: str, allowed: str, sent: str) -> ApiError:
+    message = f"{param}: {allowed} (sent: {sent})"
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "image_too_large", message, param)
+
+
+def _undecodable(param: str, reason: str) -> ApiError:
+    return _unprocessable("undecodable_image", param, reason)
+
+
+def _unprocessable(code: str, param: str, message: str) -> ApiError:
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, f"{param}: {message}", param)

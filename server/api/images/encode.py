@@ -1,0 +1,57 @@
+"""Generated RGB images to PNG, JPEG, WebP and GIF files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import PIL.Image
+
+from server.api.images.metadata import png_text
+from server.engine.messages import Image
+
+Format = Literal["png", "jpeg", "webp"]
+AnimationFormat = Literal["gif", "webp"]
+
+FRAME_MS = 80
+
+
+def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any]) -> bytes:
+    """Return the image as a file; a PNG holds `parameters` in a text chunk.
+
+    The same arguments give the same bytes. quality: 1…100, for JPEG and WebP.
+    """
+    pillow_image = _pillow(image)
+    file = io.BytesIO()
+    match format:
+        case "png":
+            # Compression level 1 takes a quarter of the default's time for a file 20 % larger.
+            pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))
+        case "jpeg":
+            pillow_image.save(file, "JPEG", quality=quality)
+        case "webp":
+            # Method 2 of 0…6 takes 0.6 of the default's time for nearly the same size.
+            pillow_image.save(file, "WEBP", quality=quality, method=2)
+    return file.getvalue()
+
+
+def animate(images: Sequence[Image], format: AnimationFormat, quality: int) -> bytes:
+    """Return the images as one animation that repeats endlessly. quality: 1…100, for WebP."""
+    first, *others = (_pillow(image) for image in images)
+    file = io.BytesIO()
+    options: dict[str, Any] = {
+        "save_all": True,
+        "append_images": others,
+        "duration": FRAME_MS,
+        "loop": 0,
+    }
+    if format == "gif":
+        first.save(file, "GIF", **options)
+    else:
+        first.save(file, "WEBP", quality=quality, method=2, **options)
+    return file.getvalue()
+
+
+def _pillow(image: Image) -> PIL.Image.Image:
+    return PIL.Image.frombytes("RGB", (image.width, image.height), image.pixels)

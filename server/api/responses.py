@@ -1,0 +1,248 @@
+"""A finished plan to an answer: one file, an animation, JSON with several images, or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+from fastapi import Request, Response
+
+from server.api.images.encode import AnimationFormat, Format, animate, encode
+from server.api.planning import Plan
+from server.api.sse import DeferredEvent, Emit, Event
+from server.api.state import AppState, app_state, request_state
+from server.engine.latency_model import Forecast
+from server.engine.messages import Drawn, Finished, Image, Preview
+
+T = TypeVar("T")
+
+MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
+    "application/json": "json",
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+    "image/*": "png",
+    "*/*": "png",
+}
+
+
+# ── content negotiation ───────────────────────────────────────────────────────────────────────────
+
+
+def accepted_format(accept: str) -> Format | Literal["json"]:
+    """Return the preferred supported type of an `Accept` header; JSON if it has no image type."""
+    return _preferred(accept, MEDIA_TYPES) or "json"
+
+
+def accepted_animation(accept: str) -> Format | Literal["gif", "json"]:
+    """Return as `accepted_format`, with GIF supported too."""
+    return _preferred(accept, {**MEDIA_TYPES, "image/gif": "gif"}) or "json"
+
+
+def _preferred(accept: str, known: Mapping[str, T]) -> T | None:
+    weighted = []
+    for entry in accept.split(","):
+        media_type, *options = (part.strip().lower() for part in entry.split(";"))
+        weight = next((option[2:] for option in options if option.startswith("q=")), "1")
+        weighted.append((-_weight(weight), media_type))
+    ranked = sorted((entry for entry in weighted if entry[0] < 0), key=lambda entry: entry[0])
+    return next((known[name] for _, name in ranked if name in known), None)
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def file_response(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
+    """Return the only image as a file."""
+    (content,), seconds = await encode_all(state, plan, finished, format, quality)
+    headers = answer_headers(plan, finished, stage_seconds(finished, seconds))
+    return Response(content, media_type=f"image/{format}", headers=headers)
+
+
+async def animation_response(state: AppState, plan: Plan, finished: Finished, format: AnimationFormat, quality: int) -> Response:
+    """Return all images in one file, without parameters in it."""
+
+    def make() -> bytes:
+        return animate([plan.finish(image) for image in _ordered(finished)], format, quality)
+
+    began = time.perf_counter()
+    content = await asyncio.to_thread(make)
+    seconds = record_images(state, plan, len(finished.images), began)
+    headers = answer_headers(plan, finished, stage_seconds(finished, seconds))
+    return Response(content, media_type=f"image/{format}", headers=headers)
+
+
+async def json_response(request: Request, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
+    """Return all images as JSON."""
+    contents, seconds = await encode_all(app_state(request), plan, finished, format, quality)
+    stages = stage_seconds(finished, seconds)
+
+    def body() -> bytes:
+        fields = answer_fields(request, plan, finished, stages)
+        return json.dumps(fields | image_entries(plan, contents, format)).encode()
+
+    headers = answer_headers(plan, finished, stages)
+    content = await asyncio.to_thread(body)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStream:
+    """A native request as events: queue position, start, previews, frames, the JSON answer.
+
+    A preview is the answer if the denoiser stopped there: composited and cropped like the answer.
+
+    Attributes:
+        format: of the images' files.
+        quality: of JPEG and WebP.
+    """
+
+    request: Request
+    plan: Plan
+    format: Format
+    quality: int
+
+    async def run(self, emit: Emit) -> None:
+        """Run the plan's job and emit its events. Raises EngineError."""
+        finished = await app_state(self.request).engine.run(
+            self.plan.job,
+            on_admitted=lambda forecast: emit(self._queued(forecast)),
+            on_started=lambda: emit(self._started()),
+            on_preview=lambda preview: emit(DeferredEvent(lambda: self._preview(preview), preview.image.index)),
+            on_drawn=lambda drawn: emit(DeferredEvent(lambda: self._image(drawn))),
+        )
+        emit(await self._completed(finished))
+
+    @property
+    def _id(self) -> str:
+        return request_state(self.request).id
+
+    def _queued(self, forecast: Forecast) -> Event:
+        predicted_s = round(forecast.seconds, 3)
+        data = {"id": self._id, "position": forecast.position, "predicted_s": predicted_s}
+        return Event("queued", data)
+
+    def _started(self) -> Event:
+        job = self.plan.job
+        return Event("started", {"id": self._id, "steps": job.sampling.steps - job.steps_skipped})
+
+    def _preview(self, preview: Preview) -> Event:
+        skipped = self.plan.job.steps_skipped
+        # Clients do not keep previews; a JPEG takes at most 1/12 of a PNG's time and 1/6 of its
+        # bytes: docs/log.md.
+        format: Format = "jpeg" if self.format == "png" else self.format
+        content = encode(self.plan.finish(preview.image), format, self.quality, {})
+        data = {
+            "index": preview.image.index,
+            "step": preview.step - skipped,
+            "of": self.plan.job.sampling.steps - skipped,
+            "b64_json": base64.b64encode(content).decode(),
+            "width": self.plan.size[0],
+            "height": self.plan.size[1],
+            "format": format,
+        }
+        return Event("preview", data)
+
+    def _image(self, drawn: Drawn) -> Event:
+        began = time.perf_counter()
+        plan, index = self.plan, drawn.image.index
+        parameters = plan.parameters(drawn.truncated, index)
+        content = encode(plan.finish(drawn.image), self.format, self.quality, parameters)
+        record_images(app_state(self.request), plan, 1, began)
+        return Event("image", {"index": index, **image_entry(plan, index, content, self.format)})
+
+    async def _completed(self, finished: Finished) -> DeferredEvent:
+        """Return the JSON answer; without its images if those were sent early."""
+        state, plan = app_state(self.request), self.plan
+        if plan.job.early:
+            stages = asdict(finished.timings)
+            return DeferredEvent(lambda: Event("completed", answer_fields(self.request, plan, finished, stages)))
+        contents, seconds = await encode_all(state, plan, finished, self.format, self.quality)
+        stages = stage_seconds(finished, seconds)
+        fields = answer_fields(self.request, plan, finished, stages)
+        return DeferredEvent(lambda: Event("completed", fields | image_entries(plan, contents, self.format)))
+
+
+# ── parts ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def image_entries(plan: Plan, contents: Sequence[bytes], format: Format) -> dict[str, Any]:
+    """Return the files as JSON, in the order of their seeds."""
+    entries = [image_entry(plan, i, content, format) for i, content in enumerate(contents)]
+    return {"images": entries}
+
+
+def image_entry(plan: Plan, index: int, content: bytes, format: Format) -> dict[str, Any]:
+    """Return one file as JSON."""
+    return {
+        "b64_json": base64.b64encode(content).decode(),
+        "seed": plan.job.seeds[index],
+        "width": plan.size[0],
+        "height": plan.size[1],
+        "format": format,
+    }
+
+
+def answer_fields(request: Request, plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, Any]:
+    """Return the JSON answer without its images. stages: seconds."""
+    images = 1 if plan.job.keyframes else len(plan.job.seeds)
+    parameters = plan.parameters(finished.truncated, 0) | {"n": images}
+    parameters.pop("frame", None)
+    return {
+        "id": request_state(request).id,
+        "created": int(time.time()),
+        "model": plan.job.model,
+        "parameters": parameters,
+        "timings": stages,
+    }
+
+
+async def encode_all(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> tuple[list[bytes], float]:
+    """Return the job's images as files, in the order of its seeds, and the seconds spent."""
+
+    def make(image: Image) -> bytes:
+        parameters = plan.parameters(finished.truncated, image.index)
+        return encode(plan.finish(image), format, quality, parameters)
+
+    began = time.perf_counter()
+    work = (asyncio.to_thread(make, image) for image in _ordered(finished))
+    contents = await asyncio.gather(*work)
+    return list(contents), record_images(state, plan, len(contents), began)
+
+
+def record_images(state: AppState, plan: Plan, count: int, began: float) -> float:
+    """Count encoded images and observe the seconds since `began`; return the seconds."""
+    seconds = time.perf_counter() - began
+    state.metrics.image_encode_duration.observe(seconds)
+    state.metrics.images.labels(f"/{plan.operation}").inc(count)
+    return seconds
+
+
+def stage_seconds(finished: Finished, image_seconds: float) -> dict[str, float]:
+    """Return the seconds of every stage, image encoding included."""
+    return {**asdict(finished.timings), "image": image_seconds}
+
+
+def answer_headers(plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, str]:
+    """Return the headers of an answer with images. stages: seconds."""
+    timing = ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
+    headers = {"X-Seed": str(plan.job.seeds[0]), "Server-Timing": timing}
+    if finished.truncated:
+        headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
+    return headers
+
+
+def _ordered(finished: Finished) -> list[Image]:
+    return sorted(finished.images, key=lambda image: image.index)

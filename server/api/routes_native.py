@@ -1,0 +1,122 @@
+"""The native endpoints: all of Paella's operations under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from model.config import Operation
+from server.api.body import read_body
+from server.api.cancellation import unless_cancelled
+from server.api.errors import invalid_value
+from server.api.images.encode import Format
+from server.api.openapi import BINARY, describe_answers, describe_body, describe_events
+from server.api.planning import OPERATIONS, Plan, plan
+from server.api.responses import (
+    NativeStream,
+    accepted_animation,
+    accepted_format,
+    animation_response,
+    file_response,
+    json_response,
+)
+from server.api.schemas import ImagesAnswer, InterpolateRequest, SamplingFields
+from server.api.sse import stream_events
+from server.api.state import app_state, log_job
+
+router = APIRouter(tags=["native"])
+
+_FILE = {"b64_json": "…", "width": 128, "height": 128}
+_ANSWER = {
+    "id": "mine",
+    "created": 1763749200,
+    "model": "tiny",
+    "images": [],
+    "parameters": {},
+    "timings": {},
+}
+IMAGES = {f"image/{format}": BINARY for format in ("png", "jpeg", "webp")}
+ANIMATIONS = {f"image/{format}": BINARY for format in ("gif", "webp")}
+EVENTS = describe_events(
+    ("queued", {"id": "mine", "position": 0, "predicted_s": 0.08}),
+    ("started", {"id": "mine", "steps": 12}),
+    ("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),
+    ("image", {"index": 0, **_FILE, "seed": 7, "format": "png"}),
+    ("completed", _ANSWER),
+)
+RESPONSES = describe_answers(
+    "One image as a file; JSON for several or on request; events with stream",
+    ImagesAnswer,
+    IMAGES | EVENTS,
+)
+ANIMATION_RESPONSES = describe_answers("An animation; JSON on request; events with stream", ImagesAnswer, ANIMATIONS | EVENTS)
+
+SUMMARIES: dict[Operation, str] = {
+    "generate": "Text to image",
+    "inpaint": "Repaint a part of an image",
+    "outpaint": "Extend an image beyond its edges",
+    "variations": "Other images with the same content",
+    "edit": "Redraw an image, keeping its structure",
+    "interpolate": "Images between prompts or images",
+}
+
+
+def _endpoint(operation: Operation, schema: type[SamplingFields]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        state = app_state(request)
+        fields = await read_body(request, schema, state.settings.max_body_bytes)
+        planned = await plan(fields, operation, state)
+        log_job(request, planned.job)
+        if isinstance(fields, InterpolateRequest):
+            return await _answer_frames(request, fields, planned)
+        return await _answer_images(request, fields, planned)
+
+    return endpoint
+
+
+async def _answer_images(request: Request, fields: SamplingFields, planned: Plan) -> Response:
+    state = app_state(request)
+    accept = request.headers.get("accept", "*/*")
+    wanted = fields.response_format or accepted_format(accept)
+    format: Format = "png" if wanted == "json" else wanted
+    if fields.stream:
+        stream = NativeStream(request, planned, format, fields.quality)
+        return await stream_events(request, stream.run)
+    finished = await unless_cancelled(request, state.engine.run(planned.job))
+    if wanted == "json" or len(planned.job.seeds) > 1:
+        return await json_response(request, planned, finished, format, fields.quality)
+    return await file_response(state, planned, finished, format, fields.quality)
+
+
+async def _answer_frames(request: Request, fields: InterpolateRequest, planned: Plan) -> Response:
+    """Return an animation for GIF and WebP, otherwise the frames as a stream or as JSON."""
+    state = app_state(request)
+    accept = request.headers.get("accept", "*/*")
+    wanted = fields.response_format or accepted_animation(accept)
+    format: Format | Literal["gif"] = "png" if wanted == "json" else wanted
+    if fields.stream:
+        if format == "gif":
+            allowed = "frames of a stream are png, jpeg or webp"
+            raise invalid_value("response_format", allowed, format)
+        stream = NativeStream(request, planned, format, fields.quality)
+        return await stream_events(request, stream.run)
+    finished = await unless_cancelled(request, state.engine.run(planned.job))
+    if format == "gif" or format == "webp":
+        return await animation_response(state, planned, finished, format, fields.quality)
+    return await json_response(request, planned, finished, format, fields.quality)
+
+
+for _operation, (_schema, _) in OPERATIONS.items():
+    router.add_api_route(
+        f"/{_operation}",
+        _endpoint(_operation, _schema),
+        methods=["POST"],
+        summary=SUMMARIES[_operation],
+        name=_operation,
+        response_class=JSONResponse,
+        responses=ANIMATION_RESPONSES if _schema is InterpolateRequest else RESPONSES,
+        openapi_extra=describe_body(_schema, f"/{_operation}"),
+    )

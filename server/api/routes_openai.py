@@ -1,0 +1,254 @@
+"""OpenAI's image endpoints, mapped to the native operations so that its clients work unchanged.
+
+docs/api.md has the mapping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from model.config import BundleConfig
+from server.api.body import read_body
+from server.api.cancellation import unless_cancelled
+from server.api.errors import ApiError
+from server.api.images.encode import encode
+from server.api.openai_schemas import (
+    EditsRequest,
+    GenerationsRequest,
+    ImagesFields,
+    ImagesResponse,
+    Size,
+    VariationRequest,
+)
+from server.api.openapi import describe_answers, describe_body, describe_events
+from server.api.planning import OPERATIONS, Plan, find_model, plan, possible_sides
+from server.api.responses import answer_headers, encode_all, stage_seconds
+from server.api.sse import Comment, DeferredEvent, Emit, Event, stream_events
+from server.api.state import AppState, app_state, log_job
+from server.engine.messages import Finished, Preview
+from server.settings import Settings
+
+SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+
+router = APIRouter(prefix="/v1/images", tags=["openai"])
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of OpenAI's endpoints. event_prefix: first part of its events' names."""
+
+    path: str
+    schema: type[ImagesFields]
+    event_prefix: str
+    summary: str
+
+
+ENDPOINTS = (
+    Endpoint("/generations", GenerationsRequest, "image_generation", "Text to image"),
+    Endpoint("/edits", EditsRequest, "image_edit", "Redraw an image, or repaint its masked part"),
+    Endpoint("/variations", VariationRequest, "image_generation", "Other images with the same content"),
+)
+
+
+def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        state = app_state(request)
+        fields = await read_body(request, endpoint.schema, state.settings.max_body_bytes)
+        answer = OpenAIAnswer(request, fields, await _plan(fields, state))
+        log_job(request, answer.plan.job)
+        if fields.stream:
+            return await stream_events(request, partial(answer.stream, endpoint.event_prefix))
+        finished = await unless_cancelled(request, state.engine.run(answer.plan.job))
+        return await answer.respond(finished)
+
+    return handle
+
+
+# ── request ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _plan(fields: ImagesFields, state: AppState) -> Plan:
+    config = find_model(fields.model, state.models)
+    _check_supported(fields)
+    size = _size(fields.size, config, state.settings)
+    operation, native = fields.native(size, config.recipe.num_inference_steps)
+    # Validated already: the native fields have the same types.
+    planned = await plan(OPERATIONS[operation][0].model_construct(**native), operation, state)
+    if size not in (None, planned.size):
+        width, height = planned.size
+        message = f"an edit with a mask has the image's own size: send auto or {width}x{height}"
+        raise _unsupported("size", message, fields.size)
+    return planned
+
+
+def _unsupported(param: str, supported: str, sent: object) -> ApiError:
+    """Return the error for a value that OpenAI's API has and the weights do not support."""
+    message = f"{param}: {supported} (sent: {sent!r})"
+    return ApiError(HTTPStatus.BAD_REQUEST, "unsupported_value", message, param)
+
+
+def _check_supported(fields: ImagesFields) -> None:
+    if fields.response_format == "url":
+        message = "images are not stored, so they have no URL; send b64_json"
+        raise _unsupported("response_format", message, "url")
+    if fields.output_format != fields.file_format:
+        message = "images are png, jpeg or webp"
+        raise _unsupported("output_format", message, fields.output_format)
+    if fields.background == "transparent":
+        raise _unsupported("background", "images are opaque; send opaque or auto", "transparent")
+    if fields.output_compression is not None and fields.output_format == "png":
+        message = "is for jpeg and webp; a png has no quality"
+        raise _unsupported("output_compression", message, fields.output_compression)
+
+
+def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
+    """Return (width, height), None for auto. Raises ApiError 400 that lists possible sizes."""
+    if sent == "auto":
+        return None
+    sides = possible_sides(config, settings)
+    if match := SIZE.fullmatch(sent):
+        size = int(match[1]), int(match[2])
+        if size[0] in sides and size[1] in sides:
+            return size
+    native = "x".join(map(str, config.native_size))
+    listed = ", ".join(map(str, sides))
+    message = f"{config.name} supports auto ({native}) and WIDTHxHEIGHT of any of these pixels: {listed}"
+    raise _unsupported("size", message, sent)
+
+
+# ── answer ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIAnswer:
+    """A finished plan as OpenAI's JSON answer or events."""
+
+    request: Request
+    fields: ImagesFields
+    plan: Plan
+
+    async def respond(self, finished: Finished) -> Response:
+        """Return all images as one JSON answer."""
+        contents, stages = await self._encode(finished)
+
+        def body() -> bytes:
+            data = [self._entry(i, content) for i, content in enumerate(contents)]
+            answer = {
+                "created": int(time.time()),
+                "data": data,
+                "usage": self._usage(len(data)),
+                **self._effective,
+            }
+            return json.dumps(answer).encode()
+
+        headers = answer_headers(self.plan, finished, stages)
+        content = await asyncio.to_thread(body)
+        return Response(content, media_type="application/json", headers=headers)
+
+    async def stream(self, prefix: str, emit: Emit) -> None:
+        """Run the plan's job; emit `prefix`.partial_image, and `prefix`.completed per image."""
+        finished = await app_state(self.request).engine.run(
+            self.plan.job,
+            # OpenAI has no such event, but the answer's headers should not wait for an image.
+            on_admitted=lambda _: emit(Comment("queued")),
+            on_preview=lambda preview: emit(DeferredEvent(lambda: self._partial(f"{prefix}.partial_image", preview), preview.image.index)),
+        )
+        contents, _ = await self._encode(finished)
+        usage = self._usage(1)
+        for index, content in enumerate(contents):
+            name = f"{prefix}.completed"
+            emit(DeferredEvent(partial(self._event, name, content, index=index, usage=usage)))
+
+    def _partial(self, name: str, preview: Preview) -> Event:
+        # In the requested format: clients save previews under that name.
+        image = self.plan.finish(preview.image)
+        content = encode(image, self.fields.file_format, self.fields.file_quality, {})
+        index = preview.image.index
+        return self._event(name, content, index=index, partial_image_index=preview.number)
+
+    def _event(self, name: str, content: bytes, **extra: Any) -> Event:
+        """Return an event with a file. index, of the request's image, is an extension."""
+        data = {
+            "type": name,
+            "b64_json": base64.b64encode(content).decode(),
+            "created_at": int(time.time()),
+            **self._effective,
+            **extra,
+        }
+        return Event(name, data)
+
+    async def _encode(self, finished: Finished) -> tuple[list[bytes], dict[str, float]]:
+        """Return the images' files, and the seconds of every stage."""
+        contents, seconds = await encode_all(
+            app_state(self.request),
+            self.plan,
+            finished,
+            self.fields.file_format,
+            self.fields.file_quality,
+        )
+        return contents, stage_seconds(finished, seconds)
+
+    def _entry(self, index: int, content: bytes) -> dict[str, Any]:
+        encoded = base64.b64encode(content).decode()
+        return {"b64_json": encoded, "seed": self.plan.job.seeds[index]}
+
+    @property
+    def _effective(self) -> dict[str, str]:
+        return {
+            "size": f"{self.plan.size[0]}x{self.plan.size[1]}",
+            "quality": self.fields.effective_quality,
+            "background": "opaque",
+            "output_format": self.fields.file_format,
+        }
+
+    def _usage(self, images: int) -> dict[str, Any]:
+        """Return token counts: bytes of prompts, VQGAN tokens, one per image read by CLIP."""
+        job = self.plan.job
+        config = app_state(self.request).models[job.model]
+        tokens = job.width * job.height // config.vqgan.downscale**2
+        text = sum(len(prompt.encode("utf-8", "replace")) for prompt in job.prompts)
+        image = len(job.references) + (tokens if job.canvas else 0)
+        return {
+            "input_tokens": text + image,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+            "output_tokens": images * tokens,
+            "total_tokens": text + image + images * tokens,
+        }
+
+
+_example = {
+    "b64_json": "…",
+    "created_at": 1763749200,
+    "size": "128x128",
+    "quality": "medium",
+    "background": "opaque",
+    "output_format": "png",
+}
+for _endpoint in ENDPOINTS:
+    _prefix = _endpoint.event_prefix
+    _events = describe_events(
+        (f"{_prefix}.partial_image", {**_example, "partial_image_index": 0, "index": 0}),
+        (f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),
+    )
+    router.add_api_route(
+        _endpoint.path,
+        _handler(_endpoint),
+        methods=["POST"],
+        summary=_endpoint.summary,
+        name=f"openai{_endpoint.path.replace('/', '_')}",
+        response_class=JSONResponse,
+        responses=describe_answers("The images; with stream, events", ImagesResponse, _events),
+        openapi_extra=describe_body(_endpoint.schema, f"{router.prefix}{_endpoint.path}"),
+    )

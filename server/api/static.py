@@ -1,0 +1,82 @@
+"""The playground at `/`: one page and its files, under a policy that forbids other origins."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.errors import ApiError
+
+router = APIRouter(include_in_schema=False)
+
+DIRECTORY = Path(__file__).parents[1] / "playground"
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "img-src": "'self' blob: data:",
+    "connect-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+}
+HEADERS = {
+    "Content-Security-Policy": "; ".join(f"{name} {sources}" for name, sources in POLICY.items()),
+    # Browsers revalidate every time, so that an upgraded server never meets an old script.
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StaticFile:
+    """A file of the playground."""
+
+    content: bytes
+    media_type: str
+    etag: str
+
+    @classmethod
+    def read(cls, path: Path) -> StaticFile:
+        """Read and hash the file."""
+        content = path.read_bytes()
+        etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        return cls(content, MEDIA_TYPES[path.suffix], etag)
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def page(request: Request) -> Response:
+    """Return the page."""
+    return _response(request, "index.html")
+
+
+@router.api_route("/playground/{name}", methods=["GET", "HEAD"])
+async def file(request: Request, name: str) -> Response:
+    """Return a file of the page."""
+    return _response(request, name)
+
+
+@cache
+def static_files() -> dict[str, StaticFile]:
+    """Return all files by name; they are read once."""
+    return {path.name: StaticFile.read(path) for path in sorted(DIRECTORY.iterdir())}
+
+
+def _response(request: Request, name: str) -> Response:
+    """Return the file, or 304 if the client has it. Raises ApiError 404."""
+    if (file := static_files().get(name)) is None:
+        raise ApiError(HTTPStatus.NOT_FOUND, "not_found", "the playground has no such file")
+    headers = {**HEADERS, "ETag": file.etag}
+    if file.etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return Response(file.content, media_type=file.media_type, headers=headers)

@@ -1,0 +1,275 @@
+"""Image commands, in this process without a server: `paellera generate` … `paellera replay`.
+
+Functions import what they need, so that `paellera --help` is instant.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.cli.errors import FAILED, INVALID, fail, one_line_errors
+from server.engine.cpu_threads import limit_spin_count
+
+if TYPE_CHECKING:
+    from model.config import Operation
+    from server.api.planning import Plan
+    from server.engine.messages import Image
+    from server.settings import Settings
+
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+ANIMATIONS = {".gif": "gif", ".webp": "webp"}
+
+Prompt = Annotated[str, typer.Argument(help="Description of the image")]
+OptionalPrompt = Annotated[str, typer.Option(help="Description, in addition to the images")]
+ImageFile = Annotated[Path, typer.Option(help="A PNG, JPEG, WebP or GIF file")]
+RegionList = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='{"prompt": "a star", "box": [0, 0, 0.5, 1]}: another prompt for a part of the image, or "mask": a file; may be repeated'
+    ),
+]
+Margin = Annotated[int, typer.Option(help="Pixels added on this side")]
+Weights = Annotated[str | None, typer.Option(help="Bundle name or path; default: PAELLERA_WEIGHTS, else tiny")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; default: PAELLERA_DEVICE, else auto")]
+Fields = dict[str, Any]
+
+
+def _common(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file; several images become NAME-0, NAME-1, …")],
+    negative_prompt: Annotated[str | None, typer.Option(help="Description of unwanted content")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same image; default: random")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
+    guidance: Annotated[str | None, typer.Option(help="Classifier-free guidance, a number or START,END; 1 is off")] = None,
+    guidance_steps: Annotated[int | None, typer.Option(help="Number of first steps with guidance")] = None,
+    temperature: Annotated[str | None, typer.Option(help="Sampling temperature of the tokens, a number or START,END")] = None,
+    sampler: Annotated[str | None, typer.Option(help="multinomial, argmax, typical or quant")] = None,
+    typical_mass: Annotated[float | None, typer.Option(help="Probability mass of sampler typical")] = None,
+    renoise_mode: Annotated[str | None, typer.Option(help="Source of the added noise: start, prev or rand")] = None,
+    renoise_steps: Annotated[int | None, typer.Option(help="Number of first steps that add noise again")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Number of images")] = None,
+    deterministic: Annotated[bool | None, typer.Option(help="Bit-identical images, one at a time")] = None,
+    weights: Weights = None,
+    device: Device = None,
+) -> None:
+    """Common options of all operations."""
+
+
+def _operation(name: Operation) -> Callable[[Callable[..., Fields]], Callable[..., None]]:
+    """Return a decorator that makes a command of a function that returns request fields."""
+
+    def decorated(function: Callable[..., Fields]) -> Callable[..., None]:
+        own, common = (inspect.signature(each, eval_str=True) for each in (function, _common))
+
+        @functools.wraps(function)
+        def command(**options: Any) -> None:
+            shared = {option: options.pop(option) for option in common.parameters}
+            with one_line_errors():
+                _run(name, function(**options), **shared)
+
+        every = [*own.parameters.values(), *common.parameters.values()]
+        command.__signature__ = inspect.Signature(sorted(every, key=_has_default))  # type: ignore[attr-defined]
+        command.__annotations__ = {**function.__annotations__, **_common.__annotations__, "return": None}
+        return command
+
+    return decorated
+
+
+def _has_default(parameter: inspect.Parameter) -> bool:
+    return parameter.default is not inspect.Parameter.empty
+
+
+# ── operations ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@_operation("generate")
+def generate(prompt: Prompt, region: RegionList = None) -> Fields:
+    """Generate images from a prompt. Absent options follow the recipe of the weights."""
+    return {"prompt": prompt, "regions": _regions(region)}
+
+
+@_operation("inpaint")
+def inpaint(
+    prompt: Prompt,
+    image: ImageFile,
+    mask: Annotated[Path | None, typer.Option(help="As large as the image; default: the image's transparency")] = None,
+    mask_mode: Annotated[str | None, typer.Option(help="alpha repaints transparent pixels, luminance white ones")] = None,
+    keep_unmasked: Annotated[bool, typer.Option(help="Leave pixels outside the mask unchanged")] = True,
+    region: RegionList = None,
+) -> Fields:
+    """Repaint a part of an image."""
+    files = {"image": image.read_bytes(), "mask": mask.read_bytes() if mask else None}
+    return {"prompt": prompt, **files, "mask_mode": mask_mode, "keep_unmasked": keep_unmasked, "regions": _regions(region)}
+
+
+@_operation("outpaint")
+def outpaint(
+    image: ImageFile,
+    prompt: OptionalPrompt = "",
+    left: Margin = 0,
+    right: Margin = 0,
+    up: Margin = 0,
+    down: Margin = 0,
+    region: RegionList = None,
+) -> Fields:
+    """Extend an image beyond its edges; without a prompt, continue it."""
+    margins = {"left": left, "right": right, "up": up, "down": down}
+    return {"prompt": prompt, "image": image.read_bytes(), **margins, "regions": _regions(region)}
+
+
+@_operation("variations")
+def vary(
+    image: Annotated[list[Path], typer.Option(help="A PNG, JPEG, WebP or GIF file; may be repeated")],
+    prompt: OptionalPrompt = "",
+    image_weights: Annotated[str | None, typer.Option(help="Comma-separated, one for each image; default: equal")] = None,
+) -> Fields:
+    """Generate other images with the same content."""
+    return {"prompt": prompt, "image": [path.read_bytes() for path in image], "weights": _numbers("image-weights", image_weights)}
+
+
+@_operation("edit")
+def edit(
+    prompt: Prompt,
+    image: ImageFile,
+    strength: Annotated[float | None, typer.Option(help="Fraction turned to noise first: 0 returns the image, 1 ignores it")] = None,
+) -> Fields:
+    """Redraw an image, keeping its structure."""
+    return {"prompt": prompt, "image": image.read_bytes(), "strength": strength}
+
+
+@_operation("interpolate")
+def interpolate(
+    keyframe: Annotated[list[str], typer.Option(help="A prompt, or @ and the name of an image file; two to eight of them")],
+    frames: Annotated[int | None, typer.Option(help="Number of images")] = None,
+    mode: Annotated[str | None, typer.Option(help="lerp or slerp")] = None,
+    prompt: OptionalPrompt = "",
+) -> Fields:
+    """Generate the images between others; an animation for .gif and .webp output."""
+    entries = [{"image": Path(each[1:]).read_bytes()} if each.startswith("@") else {"prompt": each} for each in keyframe]
+    return {"keyframes": entries, "frames": frames, "mode": mode, "prompt": prompt}
+
+
+def replay(
+    png: Annotated[Path, typer.Argument(help="A PNG generated by Paellera")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file")],
+    image: Annotated[list[Path] | None, typer.Option(help="Every image that was sent with the request; may be repeated")] = None,
+    mask: Annotated[list[Path] | None, typer.Option(help="Every mask that was sent with the request; may be repeated")] = None,
+    weights: Weights = None,
+    device: Device = None,
+) -> None:
+    """Generate an image again from the parameters in it; exit code 1 if the result differs."""
+    limit_spin_count()
+    from server.api.images.encode import encode
+    from server.cli.offline import generate as generate_images
+    from server.cli.offline import plan, recorded_request
+
+    with one_line_errors():
+        operation, fields, frame = recorded_request(png.read_bytes(), [path.read_bytes() for path in (*(image or ()), *(mask or ()))])
+        settings = read_settings(weights=weights, device=device)
+        planned, _ = plan(operation, fields, settings)
+        (generated,), truncated = generate_images(planned.job, settings, only=frame)
+        content = encode(planned.finish(generated), "png", 90, planned.parameters(truncated, frame))
+        output.write_bytes(content)
+    if content != png.read_bytes():
+        fail(f"{output} differs from {png}: other weights, another device, or it was generated in a batch with others", FAILED)
+    typer.echo(f"{output}  identical")
+
+
+def register(app: typer.Typer) -> None:
+    """Add all commands to an app."""
+    for command in (generate, inpaint, outpaint, vary, edit, interpolate, replay):
+        app.command()(command)
+
+
+# ── shared ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _run(
+    operation: Operation,
+    own: Fields,
+    *,
+    output: Path,
+    steps: int | None,
+    guidance: str | None,
+    temperature: str | None,
+    weights: str | None,
+    device: str | None,
+    **others: Any,
+) -> None:
+    limit_spin_count()
+    from server.cli.offline import generate as generate_images
+    from server.cli.offline import plan
+
+    format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})
+    numbers = {"guidance_scale": _pair("guidance", guidance), "temperature": _pair("temperature", temperature)}
+    fields = {**own, **others, "num_inference_steps": steps, **numbers}
+    settings = read_settings(weights=weights, device=device)
+    planned, quality = plan(operation, {name: value for name, value in fields.items() if value is not None}, settings)
+    images, truncated = generate_images(planned.job, settings)
+    _write([planned.finish(image) for image in images], planned, truncated, output, format, quality)
+
+
+def _write(images: Sequence[Image], planned: Plan, truncated: tuple[str, ...], output: Path, format: Any, quality: int) -> None:
+    from server.api.images.encode import animate, encode
+
+    if planned.job.keyframes and output.suffix.lower() in ANIMATIONS:
+        output.write_bytes(animate(images, format, quality))
+        typer.echo(f"{output}  seed {planned.job.seeds[0]}")
+        images = []
+    for image in images:
+        path = output if len(planned.job.seeds) == 1 else output.with_stem(f"{output.stem}-{image.index}")
+        path.write_bytes(encode(image, format, quality, planned.parameters(truncated, image.index)))
+        typer.echo(f"{path}  seed {planned.job.seeds[image.index]}")
+    if truncated:
+        typer.echo(f"the prompt was truncated for {' and '.join(truncated)}", err=True)
+
+
+def _format_of(output: Path, more: dict[str, str]) -> str:
+    known = FORMATS | more
+    if not output.parent.is_dir():
+        raise ValueError(f"output: there is no directory {str(output.parent)!r}")
+    if output.suffix.lower() not in known:
+        raise ValueError(f"output: the name must end in {', '.join(known)} (sent: {output.name!r})")
+    return known[output.suffix.lower()]
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """Return "2,8" as [2, 8]; the request checks count and bounds."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        fail(f"{option}: must be comma-separated numbers (sent: {text!r})", INVALID)
+
+
+def _pair(option: str, text: str | None) -> list[float] | None:
+    """Return "8" as [8, 8]."""
+    numbers = _numbers(option, text)
+    return numbers * 2 if numbers and len(numbers) == 1 else numbers
+
+
+def _regions(texts: Sequence[str] | None) -> list[Fields]:
+    entries = []
+    for text in texts or ():
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            fail(f'region: must be JSON such as {{"prompt": "a star", "box": [0, 0, 0.5, 1]}} (sent: {text!r})', INVALID)
+        masked = isinstance(entry, dict) and isinstance(entry.get("mask"), str)
+        entries.append({**entry, "mask": Path(entry["mask"]).read_bytes()} if masked else entry)
+    return entries
+
+
+def read_settings(**given: object) -> Settings:
+    """Return the environment's settings, overridden by the given options."""
+    from server.settings import Settings
+
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Settings(**options)

@@ -1,0 +1,102 @@
+"""The command line: `paellera serve`, the image commands, `weights` and `bench`.
+
+Commands import what they need, so that `paellera --help` is instant and `serve` keeps torch out of
+the API process. Exit codes: 1 failed, 2 invalid request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.cli.errors import FAILED, fail, one_line_errors
+from server.cli.generate import Weights, read_settings, register
+from server.cli.weights import weights_app
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from server.settings import Settings
+
+app = typer.Typer(
+    help="An inference server for Paella, a text-to-image model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(weights_app, name="weights")
+register(app)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: PAELLERA_HOST, else 127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: PAELLERA_PORT, else 8000; 0 is any free one")] = None,
+    weights: Weights = None,
+) -> None:
+    """Serve the HTTP API until stopped. All other settings are PAELLERA_* variables."""
+    from server import logs
+    from server.api import create_app
+
+    with one_line_errors():
+        settings = read_settings(host=host, port=port, weights=weights)
+        logs.configure(settings.log_level)
+        api = create_app(settings)
+    run_server(api, settings)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure every stage, the published code, and a server over HTTP (`paellera bench --help`)."""
+    from load_tests.bench import main
+
+    with one_line_errors():
+        main(context.args, program="paellera bench")
+
+
+# ── serve ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_server(api: FastAPI, settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Raises:
+        SystemExit: 0 after SIGTERM, 1 if the server could not start.
+    """
+    from server.uvicorn_server import Server
+
+    ports = [settings.port] if settings.operations_port is None else [settings.port, settings.operations_port]
+    listeners = [_listen(settings.host, port) for port in ports]
+    _greet(settings, listeners[0].getsockname()[1])
+    server = Server(api)
+    # After a drain, uvicorn raises the signal again, which would count as killed by it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=listeners)
+    if not server.started:
+        fail("the server could not start; the log has the reason", FAILED)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; uvicorn would report a used port only in the log."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        fail(f"cannot listen on {host} port {port}: {error.strerror}", FAILED)
+
+
+def _greet(settings: Settings, port: int) -> None:
+    from rich.console import Console
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    ready = "/readyz" if settings.operations_port is None else f"/readyz on port {settings.operations_port}"
+    message = f"Paellera is starting on http://{host}:{port} with {', '.join(settings.bundles)}; {ready} tells when it is ready."
+    # Serve even if the log's disk is full.
+    with contextlib.suppress(OSError):
+        Console(stderr=True).print(message, markup=False, soft_wrap=True)

@@ -1,0 +1,76 @@
+"""Remember encoded prompts, encoded images and results of the prior, up to a number of bytes."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import TypeVar, cast
+
+from torch import Tensor
+
+from model.row_builder import Cached
+from server.engine.messages import Count
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class PromptCache:
+    """A least-recently-used cache, bounded by bytes; a `model.row_builder.EncodingCache`.
+
+    capacity: bytes of all values together; a larger value is not kept. size_of: bytes of a value.
+    held: bytes now. counters: where hits and misses are counted.
+    """
+
+    def __init__(self, capacity: int, size_of: Callable[[object], int], counters: Counter[Count]) -> None:
+        self.capacity, self.held = capacity, 0
+        self._size_of, self._counters = size_of, counters
+        self._values: OrderedDict[Hashable, object] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+        """Return the keys' values; compute the missing ones in one call, each once.
+
+        Keys of different kinds must differ.
+        """
+        values = {key: cast(V, self._values[key]) for key in keys if key in self._values}
+        missing = [key for key in dict.fromkeys(keys) if key not in values]
+        self._counters["prompt_cache_hits", kind] += len(keys) - len(missing)
+        self._counters["prompt_cache_misses", kind] += len(missing)
+        if missing:
+            values.update(zip(missing, compute(missing), strict=True))
+        for key in keys:
+            self._use(key, values[key])
+        return [values[key] for key in keys]
+
+    def _use(self, key: Hashable, value: object) -> None:
+        """Mark the value as the last one used, and evict others if there is no room."""
+        if key not in self._values:
+            size = self._size_of(value)
+            if size > self.capacity:
+                return
+            self._values[key] = value
+            self.held += size
+        self._values.move_to_end(key)
+        while self.held > self.capacity:
+            self.held -= self._size_of(self._values.popitem(last=False)[1])
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield every tensor in a tree of dataclasses and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def tensor_bytes(value: object) -> int:
+    """Return the bytes of the memory that the tensors in a value hold."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors_in(value))

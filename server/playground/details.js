@@ -1,0 +1,34 @@
+// Details of an image: caption, parameters, and latency by stage.
+
+import { describe } from "./gallery.js";
+import { render } from "./timings.js";
+
+/** entry: of the history. repeatable: whether its request can be sent again. */
+export function showDetails({ box, caption, facts, again, reuse, timings }, entry, repeatable) {
+  box.hidden = false;
+  caption.textContent = describe(entry);
+  facts.replaceChildren(...rows(entry).map(row));
+  reuse.hidden = !entry.parameters;
+  again.hidden = !repeatable;
+  render(timings, entry.timings, entry.seconds);
+}
+
+function rows({ parameters, width, height, model }) {
+  const size = ["Size", `${width} × ${height}`];
+  if (!parameters) return [size];
+  return [
+    size,
+    ["Seed", parameters.seed],
+    ["Steps", parameters.num_inference_steps],
+    ["Guidance", [...new Set(parameters.guidance_scale)].join(" → ")],
+    ["Sampler", parameters.sampler],
+    ["Weights", model],
+  ];
+}
+
+function row([name, value]) {
+  const item = document.createElement("div");
+  const term = Object.assign(document.createElement("dt"), { textContent: name });
+  item.append(term, Object.assign(document.createElement("dd"), { textContent: String(value) }));
+  return item;
+}

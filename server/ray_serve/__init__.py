@@ -1,0 +1,1 @@
+"""Many engines behind one HTTP API, on Ray Serve. Only `app.py` and `engines.py` import Ray."""

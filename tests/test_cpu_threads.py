@@ -1,0 +1,135 @@
+"""Steps are computed with as many threads as are fastest just now. The machine whose steps are timed is simulated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+
+import pytest
+
+from server.engine.cpu_threads import LATE, SOON, SPIN_COUNT, ThreadTuner, limit_spin_count
+
+SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
+
+
+class Machine:
+    """Steps take `seconds(threads)` times their size on it. used: with how many threads each was computed."""
+
+    def __init__(self, cores: int) -> None:
+        self.now, self.computing = 0.0, cores
+        self.used: list[int] = []
+        self.seconds: Callable[[int], float] = SHARE_OF_ONE.__getitem__
+        self.threads = ThreadTuner(cores, self.use, lambda: self.now)
+
+    def use(self, threads: int) -> None:
+        self.computing = threads
+
+    def step(self, times: int = 1, kind: Hashable = "", size: float = 1) -> None:
+        for _ in range(times):
+            with self.threads.step(kind):
+                self.used.append(self.computing)
+                self.now += size * self.seconds(self.computing)
+
+    def neighbour(self) -> None:
+        """Takes a core: whatever waits for the thread on it waits long."""
+        self.seconds = lambda threads: 1.1 if threads == 1 else 4.0
+
+
+def test_undisturbed_all_cores_are_used_and_trials_become_rare() -> None:
+    machine = Machine(2)
+    machine.step(10 * LATE)
+    assert machine.threads.chosen == machine.computing == 2
+    assert machine.used[-2 * LATE :].count(1) <= 4
+
+
+def test_beside_a_neighbour_one_is_used_after_a_few_steps_and_all_again_when_it_is_gone() -> None:
+    machine = Machine(2)
+    machine.step(10 * LATE)
+    machine.neighbour()
+    machine.step(4)
+    assert (machine.threads.chosen, machine.used[-4:]) == (1, [2, 2, 1, 1])
+    machine.step(10 * LATE)
+    assert machine.used[-2 * LATE :].count(2) <= 4
+    machine.seconds = SHARE_OF_ONE.__getitem__
+    machine.step(LATE + 4)
+    assert machine.threads.chosen == 2
+
+
+def test_a_neighbour_who_is_there_from_the_start_is_found_as_soon() -> None:
+    machine = Machine(2)
+    machine.neighbour()
+    machine.step(SOON + 4)
+    assert machine.threads.chosen == 1
+
+
+def test_the_best_of_many_is_found() -> None:
+    machine = Machine(16)
+    machine.step(100)
+    assert machine.threads.chosen == 4
+
+
+def test_one_step_that_takes_long_changes_nothing() -> None:
+    machine = Machine(2)
+    for _ in range(20):
+        machine.step(20)
+        machine.step(size=9)
+    assert machine.threads.chosen == 2
+
+
+def test_steps_of_several_kinds_are_held_against_their_own_kind() -> None:
+    machine = Machine(2)
+    for _ in range(5 * SOON):
+        machine.step(kind="small", size=1)
+        machine.step(kind="large", size=50)
+    assert machine.used.count(1) < len(machine.used) / 8
+    machine.neighbour()
+    for _ in range(3):
+        machine.step(kind="small", size=1)
+        machine.step(kind="large", size=50)
+    assert machine.threads.chosen == 1
+
+
+def test_what_must_not_depend_on_the_neighbours_has_all_of_them() -> None:
+    machine = Machine(2)
+    machine.neighbour()
+    machine.step(2 * SOON)
+    with machine.threads.all():
+        assert machine.computing == 2
+    assert machine.computing == 1
+
+
+def test_a_step_that_fails_in_a_trial_leaves_the_chosen_number_and_is_tried_again() -> None:
+    machine = Machine(2)
+    machine.step(SOON + 1)
+
+    def fail(threads: int) -> float:
+        raise RuntimeError
+
+    times, machine.seconds = machine.seconds, fail
+    with pytest.raises(RuntimeError):
+        machine.step()
+    assert machine.computing == 2
+    machine.seconds = times
+    machine.step()
+    assert machine.used[-2:] == [1, 1]
+
+
+def test_where_there_is_nothing_to_choose_nothing_is_changed() -> None:
+    machine = Machine(1)
+    machine.use = lambda threads: pytest.fail("changed")  # type: ignore[method-assign]
+    machine.step(LATE)
+    with machine.threads.all():
+        pass
+    assert set(machine.used) == {1}
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_that_wait_sleep_soon_unless_the_environment_says_how_long_they_spin(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], spins: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(said))
+    limit_spin_count()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -1,0 +1,198 @@
+"""What the arrays hold, beyond what tests/test_images_hostile.py asks of every odd file."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from server.api.errors import ApiError
+from server.api.images import decode as decode_module
+from server.api.images.decode import DecodedImage, ImageDecoder, ImageLimits, decode, repaint_mask
+from server.api.images.metadata import TRANSPOSITIONS, orientation
+from tests.hostile import GREY, GREY_ALPHA, PALETTE, RED, RGBA, SIZE, chunk, encoded, exif, gif, plain_png, png, segment, two_colours
+
+LIMITS = ImageLimits()
+W, H = SIZE
+
+
+def test_the_pixels_and_the_hash_of_the_bytes_arrive() -> None:
+    content = plain_png()
+    picture = decode(content, LIMITS)
+    np.testing.assert_array_equal(picture.rgb, np.asarray(two_colours()))
+    assert picture.rgb.dtype == np.uint8
+    assert (picture.size, picture.alpha, picture.has_alpha) == (SIZE, None, False)
+    assert picture.sha256 == hashlib.sha256(content).hexdigest()
+    assert picture.on_white is picture.rgb
+
+
+def test_bytes_behind_the_picture_change_its_hash_only() -> None:
+    plain, polyglot = decode(plain_png(), LIMITS), decode(plain_png() + b"PK\x03\x04", LIMITS)
+    np.testing.assert_array_equal(plain.rgb, polyglot.rgb)
+    assert plain.sha256 != polyglot.sha256
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_rotated_picture_stands_upright(turn: int, order: str) -> None:
+    upright = np.random.default_rng(turn).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    inverse = {6: 8, 8: 6}.get(turn, turn)
+    stored = Image.fromarray(upright) if turn == 1 else Image.fromarray(upright).transpose(TRANSPOSITIONS[inverse])
+    rows = [row.tobytes() for row in np.asarray(stored)]
+    content = png(rows, width=stored.width, extra=chunk(b"eXIf", exif(turn, order)))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(decode(content, LIMITS).rgb, upright)
+
+
+def test_rotation_agrees_with_pillows() -> None:
+    from PIL import ImageOps
+
+    jpeg = encoded("JPEG")
+    content = jpeg[:2] + segment(0xE1, b"Exif\0\0" + exif(7)) + jpeg[2:]
+    with Image.open(io.BytesIO(content)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(decode(content, LIMITS).rgb, expected)
+
+
+@given(st.binary(max_size=80))
+@settings(max_examples=100)
+def test_any_exif_block_has_an_orientation(block: bytes) -> None:
+    assert orientation(b"MM\0*" + block) >= 0
+
+
+def test_sixteen_bits_keep_their_upper_byte() -> None:
+    values = np.arange(0, 65536, 2731, dtype=np.uint16)[:W]
+    grey = decode(png([values.astype(">u2").tobytes()], depth=16, colours=GREY), LIMITS)
+    np.testing.assert_array_equal(grey.rgb[0], (values >> 8).astype(np.uint8)[:, None].repeat(3, axis=1))
+    colour = decode(png([values.astype(">u2").tobytes()], width=W // 3, depth=16), LIMITS)
+    np.testing.assert_array_equal(colour.rgb[0].ravel(), values >> 8)
+
+
+def test_a_palettes_transparency_becomes_alpha() -> None:
+    extra = chunk(b"PLTE", bytes(RED) + b"\0\0\0") + chunk(b"tRNS", b"\x10")
+    picture = decode(png([b"\0\1"], width=2, colours=PALETTE, extra=extra), LIMITS)
+    assert picture.rgb.tolist() == [[list(RED), [0, 0, 0]]]
+    assert picture.alpha is not None
+    assert picture.alpha.tolist() == [[0x10, 255]]
+
+
+def test_cmyk_is_the_colour_its_viewer_shows() -> None:
+    picture = decode(encoded("JPEG", Image.new("CMYK", SIZE, (0, 255, 255, 0))), LIMITS)
+    assert np.abs(picture.rgb.astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_an_animations_first_frame_is_taken() -> None:
+    first, second = two_colours(), Image.new("RGB", SIZE, (0, 0, 255))
+    for form, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        content = encoded(form, first, save_all=True, append_images=[second], **options)
+        np.testing.assert_array_equal(decode(content, LIMITS).rgb, np.asarray(first))
+    assert decode(gif(frames=3), LIMITS).rgb.shape == (2, 2, 3)
+
+
+def test_transparent_pixels_are_white_on_white_and_opaque_ones_keep_their_bits() -> None:
+    picture = decode(png([b"\x0a\x14\x1e\0" + b"\x0a\x14\x1e\xff" + b"\0\0\0\x80"], width=3, colours=RGBA), LIMITS)
+    assert picture.on_white.tolist() == [[[255, 255, 255], [10, 20, 30], [127, 127, 127]]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "mention"),
+    [
+        (ImageLimits(max_bytes=100), "at most 100 bytes"),
+        (ImageLimits(max_pixels=W * H - 1), f"at most {W * H - 1} pixels (sent: 24x16)"),
+    ],
+)
+def test_both_limits_are_413_and_named(limits: ImageLimits, mention: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        decode(plain_png(), limits, "image")
+    assert (refused.value.status, refused.value.code, refused.value.param) == (413, "image_too_large", "image")
+    assert mention in refused.value.message
+    assert decode(plain_png(), ImageLimits(len(plain_png()), W * H)).size == SIZE
+
+
+def test_too_many_pixels_are_refused_before_a_decoder_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module.PIL.Image, "open", lambda *_, **__: pytest.fail("the file was opened"))
+    for content in (plain_png(), encoded("JPEG"), encoded("WEBP"), gif()):
+        with pytest.raises(ApiError) as refused:
+            decode(content, ImageLimits(max_pixels=3))
+        assert refused.value.status == 413
+
+
+def status_of(content: bytes) -> int:
+    try:
+        decode(content, LIMITS)
+    except ApiError as error:
+        return error.status
+    return 200
+
+
+@given(st.sampled_from([plain_png(), encoded("JPEG"), encoded("WEBP"), gif()]), st.data())
+@settings(max_examples=150)
+def test_a_file_with_flipped_bytes_is_a_picture_or_an_error_of_ours(content: bytes, data: st.DataObject) -> None:
+    broken = bytearray(content)
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
+        broken[at] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(len(content) // 2, len(content)))
+    outcome = status_of(bytes(broken[:end]))
+    assert outcome in (200, 413, 422)
+
+
+def test_pillows_warnings_are_not_heard() -> None:
+    jpeg = encoded("JPEG")
+    broken = jpeg[:2] + segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\x02\0\x1a\x01\x05\0") + jpeg[2:]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        Image.open(io.BytesIO(broken)).close()
+        assert heard, "Pillow has nothing to say about this file any more"
+        heard.clear()
+        assert decode(broken, LIMITS).size == SIZE
+    assert not heard
+
+
+def as_mask(rows: list[bytes], colours: int) -> DecodedImage:
+    return decode(png(rows, width=2, colours=colours), LIMITS, "mask")
+
+
+def test_without_a_mode_alpha_counts_if_there_is_any_and_white_otherwise() -> None:
+    assert repaint_mask(as_mask([b"\xff\0\0\xff"], GREY_ALPHA), None, (2, 1)).tolist() == [[True, False]]
+    assert repaint_mask(as_mask([b"\xff\0"], GREY), None, (2, 1)).tolist() == [[True, False]]
+
+
+def test_luminance_takes_no_notice_of_colours_that_transparency_hides() -> None:
+    assert repaint_mask(as_mask([b"\xff\0\xff\xff"], GREY_ALPHA), "luminance", (2, 1)).tolist() == [[False, True]]
+
+
+def test_an_image_can_be_its_own_mask() -> None:
+    image = decode(png([b"\1\2\3\0" + b"\1\2\3\xff"], width=2, colours=RGBA), LIMITS)
+    assert repaint_mask(image, "alpha", image.size, "image").tolist() == [[True, False]]
+
+
+def test_a_mask_of_another_size_names_both() -> None:
+    with pytest.raises(ApiError, match="5x4 pixels \\(sent: 2x1\\)"):
+        repaint_mask(as_mask([b"\xff\0"], GREY), None, (5, 4))
+
+
+async def test_no_more_requests_pictures_than_threads_are_worked_on_at_once() -> None:
+    running, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2, timeout=30)
+
+    def slow() -> DecodedImage:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        both.wait()
+        with lock:
+            running -= 1
+        return decode(plain_png(), ImageLimits())
+
+    decoder = ImageDecoder(threads=2)
+    pictures = await asyncio.gather(*(decoder.run(slow) for _ in range(6)))
+    decoder.close()
+    assert len(pictures) == 6
+    assert most == 2

@@ -1,0 +1,104 @@
+"""Every file of tests/data/hostile meets the outcome its manifest tells."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import PIL.Image
+import pytest
+
+from server.api import create_app
+from server.api.errors import ApiError
+from server.api.images.decode import ImageLimits, decode, repaint_mask
+from server.engine.messages import Job
+from server.settings import Settings
+from tests import fake_worker, hostile
+from tests.conftest import serving, wait_until
+
+FOLDER = Path(__file__).parent / "data" / "hostile"
+MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def inpaint(fake_settings: Callable[..., Settings]) -> Iterator[tuple[httpx.Client, list[Job]]]:
+    """A client of a server of its own, and every job that its engine was given."""
+    app, jobs = create_app(fake_settings(), worker=fake_worker.main), list[Job]()
+    run = app.state.paellera.engine.run
+    app.state.paellera.engine.run = lambda job, *rest, **more: jobs.append(job) or run(job, *rest, **more)
+    with serving(app) as address, httpx.Client(base_url=address, timeout=20) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield client, jobs
+
+
+def test_the_manifest_lists_every_file_and_they_are_small() -> None:
+    files = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.name != "manifest.json"}
+    assert set(files) == set(MANIFEST)
+    assert len(files) >= 60
+    assert sum(files.values()) < 300_000
+
+
+def test_the_files_are_what_the_script_makes(tmp_path: Path) -> None:
+    hostile.write(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == MANIFEST
+    exact = [name for name, entry in MANIFEST.items() if entry["exact"]]
+    assert len(exact) >= 60
+    assert not [name for name in exact if (tmp_path / name).read_bytes() != (FOLDER / name).read_bytes()]
+
+
+@pytest.mark.parametrize("name", MANIFEST)
+def test_every_file_has_its_expected_outcome(name: str) -> None:
+    entry, content = MANIFEST[name], (FOLDER / name).read_bytes()
+    if entry["status"] == 200:
+        picture = decode(content, ImageLimits())
+        assert picture.size == tuple(entry["size"])
+        assert picture.has_alpha == entry["alpha"]
+        assert "repainted" not in entry or repaint_mask(picture, entry.get("mode"), hostile.SIZE).sum() == entry["repainted"]
+        return
+    with pytest.raises(ApiError) as refused:
+        repaint_mask(decode(content, ImageLimits()), entry.get("mode"), hostile.SIZE)
+    assert (refused.value.status, refused.value.code) == (entry["status"], entry["code"])
+
+
+@pytest.mark.parametrize("name", MANIFEST)
+def test_inpaint_answers_what_it_can_and_refuses_the_rest_before_the_engine(inpaint: tuple[httpx.Client, list[Job]], name: str) -> None:
+    client, jobs = inpaint
+    entry, content, plain = MANIFEST[name], (FOLDER / name).read_bytes(), (FOLDER / "plain.png").read_bytes()
+    is_mask = entry["role"] == "mask"
+    fields = {"prompt": "a ball", "num_inference_steps": "1"} | ({"mask_mode": entry["mode"]} if "mode" in entry else {})
+    size = (24, 16) if is_mask else tuple(entry.get("size") or (24, 16))
+    files = {entry["role"]: ("../../etc/" + name, content)}
+    files |= {"image": ("image.png", plain)} if is_mask else {"mask": ("mask.png", white(size))}
+    jobs.clear()
+    answer = client.post("/inpaint", data=fields, files=files)
+    if entry["status"] == 200 and max(size) > 512:
+        refused(answer, 422, "invalid_value", "image")
+    elif entry["status"] == 200:
+        assert answer.status_code == 200, answer.text
+        assert PIL.Image.open(io.BytesIO(answer.content)).size == size
+        assert len(jobs) == 1
+        return
+    else:
+        refused(answer, entry["status"], entry["code"], entry["role"])
+    assert not jobs, "the engine was not asked"
+
+
+def white(size: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("L", (size[0], size[1]), 255).save(file, "PNG")
+    return file.getvalue()
+
+
+def refused(answer: httpx.Response, status: int, code: str, param: str) -> None:
+    """In the one shape, and without secrets."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"], error["type"]) == (code, param, "invalid_request_error")
+    assert error["message"].startswith(f"{param}: ")
+    for secret in ("Traceback", "/", " at 0x", "PIL", "Error"):
+        assert secret not in error["message"]

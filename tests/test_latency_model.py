@@ -1,0 +1,145 @@
+"""Predictions from measured steps: what is known, what is not, and how near they come to what a scheduler then does."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from server.engine.latency_model import MEMORY_S, LatencyModel
+from server.engine.messages import Job, Step, Timings
+from server.engine.scheduler import RowId, Scheduler
+from tests.test_fairness import Machine
+from tests.test_scheduler import SAMPLING, job
+
+SMALL, LARGE = 64 * 64, 256 * 64
+
+
+def asked(id: str = "new", steps: int = 10, rows: int = 1, **changes: object) -> Job:
+    return replace(job(id, rows), sampling=replace(SAMPLING, steps=steps), **changes)
+
+
+def costs(*measured: tuple[int, int, float]) -> LatencyModel:
+    made = LatencyModel()
+    for rows, pixels, seconds in measured:
+        made.record_step(Step(rows, rows, pixels, seconds), now=0.0)
+    return made
+
+
+def test_nothing_is_predicted_from_nothing():
+    assert costs().predict(asked(), [], slots=4, now=0.0) is None
+
+
+def test_an_idle_server_takes_a_job_s_steps_and_what_lies_around_them():
+    made = costs((1, SMALL, 0.1))
+    made.record_job(2, Timings(queue=9.0, encode=0.2, prior=0.1, denoise=9.0, decode=0.1), now=0.0)
+    assert made.predict(asked(steps=10), [], slots=4, now=0.0) == pytest.approx(10 * 0.1 + 0.2)
+
+
+def test_neighbours_in_a_step_cost_what_a_step_of_so_many_rows_does():
+    made = costs((1, SMALL, 0.1), (4, SMALL, 0.16))
+    assert made.predict(asked(steps=10), [asked("b", rows=3)], slots=4, now=0.0) == pytest.approx(10 * 0.16)
+    assert made.predict(asked(steps=10), [asked("b")], slots=4, now=0.0) == pytest.approx(10 * 0.12)
+
+
+def test_rows_that_are_nearly_done_are_hardly_in_the_way():
+    made = costs((1, SMALL, 0.1), (4, SMALL, 0.16))
+    assert made.predict(asked(steps=10), [asked("b", rows=3)], 4, 0.0, {"b": 3}) == pytest.approx(10 * 0.106)
+    assert made.predict(asked(steps=10), [asked("b", rows=3)], 4, 0.0, {"b": 0}) == pytest.approx(10 * 0.1)
+
+
+def test_a_row_without_a_slot_waits_for_the_steps_that_are_left():
+    made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
+    full, half, nothing = (made.predict(asked(steps=10), [asked("b", rows=4)], 4, 0.0, {"b": 4 * steps}) for steps in (10, 5, 0))
+    assert full > half > nothing == pytest.approx(10 * 0.1)
+
+
+def test_a_branch_costs_what_a_row_without_guidance_does():
+    made = costs((1, SMALL, 0.1), (2, SMALL, 0.15), (4, SMALL, 0.25))
+    guided = replace(asked(), sampling=replace(SAMPLING, steps=10, guidance=(4.0, 4.0), guidance_steps=10))
+    half = replace(guided, sampling=replace(guided.sampling, guidance_steps=5))
+    assert made.predict(guided, [], slots=4, now=0.0) == pytest.approx(10 * 0.15)
+    assert made.predict(half, [], slots=4, now=0.0) == pytest.approx(10 * 0.125)
+    assert made.predict(guided, [replace(guided, id="b")], slots=4, now=0.0) == pytest.approx(10 * 0.25)
+
+
+def test_each_other_pool_takes_its_turn():
+    made = costs((1, SMALL, 0.1), (1, LARGE, 0.5))
+    assert made.predict(asked(steps=10), [asked("b", width=256)], slots=4, now=0.0) == pytest.approx(10 * 0.6)
+
+
+def test_rows_without_a_slot_wait_for_those_before_them():
+    made = costs((4, SMALL, 0.1))
+    alone = made.predict(asked(steps=10), [asked("b", rows=3)], slots=4, now=0.0)
+    behind = made.predict(asked(steps=10), [asked("b", rows=11)], slots=4, now=0.0)
+    assert alone == pytest.approx(1.0)
+    assert behind == pytest.approx(1.0 + 8 / 4 * 1.0)
+
+
+def test_deterministic_rows_cost_a_step_each():
+    made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
+    fixed = replace(asked(rows=4), sampling=replace(SAMPLING, steps=10, deterministic=True))
+    assert made.predict(fixed, [], slots=4, now=0.0) == pytest.approx(10 * 4 * 0.1)
+
+
+def test_other_sizes_and_row_counts_are_guessed_in_proportion():
+    made = costs((2, SMALL, 0.2))
+    assert made.step(LARGE, 2, now=0.0) == pytest.approx(0.8)
+    assert made.step(SMALL, 8, now=0.0) == pytest.approx(0.8)
+    assert made.step(SMALL, 1, now=0.0) == pytest.approx(0.1)
+
+
+def test_what_was_measured_long_ago_refuses_nobody():
+    made = costs((1, SMALL, 1000.0))
+    assert made.predict(asked(), [], slots=4, now=MEMORY_S - 1) is not None
+    assert made.predict(asked(), [], slots=4, now=MEMORY_S) is None
+
+
+def test_averages_follow_a_change():
+    made = costs((1, SMALL, 1.0))
+    for _ in range(20):
+        made.record_step(Step(1, 1, SMALL, 0.1), now=0.0)
+    assert made.step(SMALL, 1, now=0.0) == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_predictions_are_near_what_the_scheduler_does(seed):
+    """Jobs of three sizes arrive at random under a load that fills the slots; each prediction is compared with its job's finish."""
+    rng = random.Random(seed)
+    slots, made, scheduler = 8, LatencyModel(), Scheduler(8)
+
+    def seconds(rows: int, width: int) -> float:
+        return (0.02 + 0.01 * rows) * width / 64
+
+    def measured(turn: list[RowId]) -> float:
+        width = scheduler.job(turn[0].job).width
+        made.record_step(Step(len(turn), len(turn), width * 64, seconds(len(turn), width)), now=0.0)
+        return seconds(len(turn), width)
+
+    machine = Machine(scheduler, measured)
+    todo: dict[str, Job] = {}
+    predicted: dict[str, tuple[float, float]] = {}
+    for i in range(300):
+        if i < 200 and rng.random() < 0.15:
+            new = asked(f"{i}", rng.randint(4, 16), rng.randint(1, 4), width=rng.choice([64, 64, 64, 128]), deadline=machine.now + 60)
+            left = {id: sum(j.sampling.steps - machine.steps[RowId(id, r)] for r in range(len(j.seeds))) for id, j in todo.items()}
+            if (guess := made.predict(new, list(todo.values()), slots, 0.0, left)) is not None:
+                predicted[new.id] = (machine.now, guess)
+            todo[new.id] = new
+            scheduler.add(new)
+        if todo:
+            machine.step()
+        for id in [id for id, each in todo.items() if all(RowId(id, r) in machine.finished_at for r in range(len(each.seeds)))]:
+            scheduler.remove(id)
+            took = max(at for row, at in machine.finished_at.items() if row.job == id)
+            if id in predicted:
+                arrived, guess = predicted.pop(id)
+                predicted[f"{id} done"] = (took - arrived, guess)
+            del todo[id]
+    ratios = sorted(guess / took for id, (took, guess) in predicted.items() if id.endswith("done"))
+    assert len(ratios) >= 10
+    assert 0.7 < ratios[len(ratios) // 2] < 1.6
+    # Who arrives later cannot be foreseen, so a few are far off.
+    tenth = len(ratios) // 10
+    assert 0.3 < ratios[tenth] <= ratios[-1 - tenth] < 3

@@ -1,0 +1,194 @@
+"""What each operation's rows read and begin from, on networks of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
+from server.engine.messages import Job
+from server.engine.runner import Runner, Stopwatch
+from server.engine.scheduler import RowId
+from server.settings import Settings
+from tests.conftest import emptied
+from tests.test_worker import SAMPLING, Far, far, job  # noqa: F401, the fixture
+
+FIXED = replace(SAMPLING, deterministic=True)
+
+
+def picture(seed: int = 0, width: int = 32, height: int = 32) -> InputImage:
+    return InputImage.of(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+def mask(*corner: int) -> InputImage:
+    """White from (0, 0) to the corner (x, y)."""
+    white = np.zeros((32, 32), dtype=np.bool_)
+    white[: corner[1], : corner[0]] = True
+    return InputImage.of(white)
+
+
+def weight(value: int = 255) -> InputImage:
+    return InputImage.of(np.full((32, 32), value, dtype=np.uint8))
+
+
+CANVAS = Repaint(picture(), mask(16, 32))
+FRAMES = {"seeds": (0, 0, 0), "keyframes": (Keyframe("red apple"), Keyframe("the red apple"))}
+EVERY_KIND = {
+    "inpaint": {"canvas": CANVAS},
+    "edit": {"canvas": Edit(picture(), 0.5)},
+    "variations": {"references": (Reference(picture(1), 0.3), Reference(picture(2, 20, 50), 0.7))},
+    "interpolate": {"seeds": (0, 0, 0), "keyframes": (Keyframe("red apple"), Keyframe("", picture(3)))},
+    "regions": {"regions": (Region("on and on", weight(128)), Region("apple", weight(128)))},
+}
+
+
+@pytest.fixture(name="runner")
+def _fresh(runner: Runner) -> Runner:
+    return emptied(runner)
+
+
+def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
+    """Every image's tokens."""
+    runner.start([(each, range(len(each.seeds))) for each in jobs], Stopwatch())
+    rows = [RowId(each.id, i) for each in jobs for i in range(len(each.seeds))]
+    while left := [row for row in rows if not runner._rows[row].done]:
+        runner.step(jobs[0].model, left)
+    return [runner._rows[row].tokens for row in rows]
+
+
+def tokens_of(runner: Runner, shown: InputImage) -> torch.Tensor:
+    pixels = torch.frombuffer(bytearray(shown.content), dtype=torch.uint8).view(1, shown.height, shown.width, 3)
+    return runner._pipelines["random"].encode_images(pixels)[0]
+
+
+def test_tokens_under_the_mask_are_drawn_and_the_others_are_the_pictures(runner):
+    (tokens,) = drawn(runner, job("a", canvas=CANVAS))
+    own = tokens_of(runner, CANVAS.picture)
+    assert torch.equal(tokens[:, 4:], own[:, 4:])
+    assert (tokens[:, :4] != own[:, :4]).float().mean() > 0.5
+
+
+def test_one_masked_pixel_has_its_token_drawn(runner):
+    (tokens,) = drawn(runner, job("a", canvas=Repaint(picture(), mask(1, 1))))
+    own = tokens_of(runner, picture())
+    assert {(0, 0)} >= {tuple(at) for at in (tokens != own).nonzero().tolist()}
+
+
+def test_a_mask_of_everything_is_generating(runner):
+    (tokens,) = drawn(runner, job("a", canvas=Repaint(picture(), mask(32, 32))))
+    assert torch.equal(tokens, drawn(runner, job("b"))[0])
+
+
+def test_an_edit_of_strength_zero_is_the_picture_and_one_of_strength_one_ignores_it(runner):
+    none, all_of_it = drawn(runner, job("a", canvas=Edit(picture(), 0.0)), job("b", canvas=Edit(picture(), 1.0)))
+    assert torch.equal(none, tokens_of(runner, picture()))
+    assert torch.equal(all_of_it, drawn(runner, job("c"))[0])
+
+
+def test_variations_ask_no_prior_and_follow_their_pictures_and_weights(runner, monkeypatch):
+    monkeypatch.setattr(type(runner._pipelines["random"]), "prior_embeddings", None)
+    one, other = Reference(picture(1), 1.0), Reference(picture(2), 1.0)
+    each = [(one,), (other,), (one, other), (one, replace(other, weight=0.1)), (one, replace(other, weight=0.0))]
+    drawn(runner, *(job(str(i), references=r, prompt="") for i, r in enumerate(each)))
+    first, second, both, mostly, only = (runner._rows[RowId(str(i), 0)].conditional.kv for i in range(5))
+    torch.testing.assert_close(only, first)
+    distances = [(mixed - first).norm().item() for mixed in (mostly, both, second)]
+    assert 0 < distances[0] < distances[1] < distances[2]
+
+
+def test_the_first_and_the_last_frame_are_what_their_prompts_draw_with_the_same_seed(runner):
+    ends = drawn(runner, job("a", **FRAMES))
+    alone = drawn(runner, job("b"), job("c", prompt="the red apple"))
+    assert torch.equal(ends[0], alone[0])
+    assert torch.equal(ends[-1], alone[1])
+
+
+def test_a_prior_is_asked_once_for_a_keyframe_however_many_frames(runner, monkeypatch):
+    asked: list[int] = []
+    pipeline = runner._pipelines["random"]
+    draw = pipeline.prior_embeddings
+    monkeypatch.setattr(pipeline, "prior_embeddings", lambda prompts, noises: asked.append(len(prompts)) or draw(prompts, noises))
+    drawn(runner, job("a", **FRAMES | {"seeds": (0,) * 6}))
+    assert asked == [2]
+
+
+def test_a_region_of_full_weight_everywhere_is_its_prompt(runner):
+    (tokens,) = drawn(runner, job("a", regions=(Region("the red apple", weight()),)))
+    assert torch.equal(tokens, drawn(runner, job("b", prompt="the red apple"))[0])
+
+
+def test_pictures_are_encoded_once_and_together_with_those_of_other_arrivals(runner, monkeypatch):
+    batches: list[int] = []
+    pipeline = runner._pipelines["random"]
+    codes = pipeline.encode_images
+    monkeypatch.setattr(pipeline, "encode_images", lambda pictures: batches.append(len(pictures)) or codes(pictures))
+    jobs = [job(str(i), canvas=Repaint(picture(i % 2), mask(16, 16))) for i in range(4)]
+    drawn(runner, *jobs)
+    drawn(runner, replace(jobs[0], id="again"))
+    assert batches == [2]
+    assert runner.counters["prompt_cache_hits", "picture"] == 1
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_deterministic_job_of_any_kind_has_the_same_tokens_in_any_company(runner, kind):
+    alone = drawn(runner, job("a", sampling=FIXED, **EVERY_KIND[kind]))
+    runner = emptied(runner)
+    mine = job("b", sampling=FIXED, **EVERY_KIND[kind])
+    others = [job(f"{other}{i}", prompt="apple", **parts) for i, (other, parts) in enumerate(EVERY_KIND.items())]
+    runner.start([(each, range(len(each.seeds))) for each in (*others, mine)], Stopwatch())
+    rows = [RowId("b", i) for i in range(len(mine.seeds))]
+    for row in rows:
+        while not runner._rows[row].done:
+            runner.step("random", [row])
+    assert all(torch.equal(runner._rows[row].tokens, tokens) for row, tokens in zip(rows, alone, strict=True))
+
+
+def test_the_first_generation_does_all_of_it_too(random_v1_bundle):
+    runner = Runner(Settings(weights=str(random_v1_bundle), device="cpu", dtype="float32"))
+    sampling = replace(SAMPLING, sampler="typical", schedule="cosine")
+    jobs = [job(kind, model="random-v1", sampling=sampling, **parts) for kind, parts in EVERY_KIND.items()]
+    made = drawn(runner, *jobs)
+    assert len(made) == sum(len(each.seeds) for each in jobs)
+    assert len({tuple(tokens.flatten().tolist()) for tokens in made}) > len(EVERY_KIND)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_every_kind_comes_back_from_a_worker(far: Far, kind):  # noqa: F811
+    far.send(job(kind, **EVERY_KIND[kind]))
+    answer = far.answer(kind)
+    assert [len(image.pixels) for image in answer.images] == [32 * 32 * 3] * len(EVERY_KIND[kind].get("seeds", (0,)))
+
+
+def test_an_edit_without_a_step_comes_back_as_the_reconstruction(far: Far, pipeline):  # noqa: F811
+    far.send(job("a", canvas=Edit(picture(), 0.0)))
+    pixels = np.frombuffer(far.answer("a").images[0].pixels, np.uint8)
+    shown = torch.frombuffer(bytearray(picture().content), dtype=torch.uint8).view(1, 32, 32, 3)
+    assert np.array_equal(pixels, pipeline.decode(pipeline.encode_images(shown)).flatten().numpy())
+
+
+def test_an_early_job_sends_each_image_and_then_all_of_them(far: Far):  # noqa: F811
+    far.send(job("a", early=True, **FRAMES))
+    early = [far.receive(lambda m: hasattr(m, "image")).image for _ in range(3)]
+    assert {image.index: bytes(image.pixels) for image in early} == {i.index: bytes(i.pixels) for i in far.answer("a").images}
+
+
+def test_a_job_crosses_the_pipe_with_its_pictures_beside_the_pickle(tmp_path: Path):
+    import pickle
+
+    sent = job("a", canvas=CANVAS, regions=(Region("on", weight()),))
+    buffers: list[pickle.PickleBuffer] = []
+    header = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
+    assert len(header) < 1500
+    assert sum(len(buffer.raw()) for buffer in buffers) == 32 * 32 * 5
+    received = pickle.loads(header, buffers=[bytes(buffer.raw()) for buffer in buffers])
+    assert received == sent == pickle.loads(pickle.dumps(sent, protocol=4))
+
+
+def test_positions_of_frames_are_even_and_end_at_the_last_keyframe():
+    frames: Sequence[float] = [job("a", seeds=(0,) * 5, keyframes=(Keyframe("a"),) * 3).position(i) for i in range(5)]
+    assert frames == [0.0, 0.5, 1.0, 1.5, 2.0]
