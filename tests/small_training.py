@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,5 +75,5 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def scenes(corpus_file: Path) -> Iterator[Scenes]:
-    yield Scenes(corpus.load(corpus_file), drawn_art())
+def scenes(corpus_file: Path) -> Scenes:
+    return Scenes(corpus.load(corpus_file), drawn_art())

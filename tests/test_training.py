@@ -22,16 +22,16 @@ from torch import Tensor
 
 from model.bundle import load_bundle, state_of
 from model.networks.denoiser_v3 import Denoiser
-from model.pipeline import PipelineV3
 from model.networks.text_encoders import CLIP, ByteEncoder
+from model.networks.vqgan_v3 import VQGAN, ResidualBlock
+from model.pipeline import PipelineV3
 from model.training import assemble, byte_encoder, clip, codes, data, denoiser, depthwise, everything, features, loop, prior, vqgan
-from model.training.captions import ATTRIBUTES, THING_ATTRIBUTES
+from model.training.captions import THING_ATTRIBUTES
 from model.training.codes import Codes
 from model.training.data import Text
 from model.training.features import Pool, encode_bytes, encode_pictures
 from model.training.guides import Guided
 from model.training.judged import cross_entropy
-from model.networks.vqgan_v3 import VQGAN, ResidualBlock
 from tests.conftest import micro_config, randomise, write_merges
 from tests.short_training import run_main
 from tests.small_training import _art_of_our_own, corpus_file, scenes, small_config, use  # noqa: F401
@@ -341,7 +341,7 @@ def test_an_encoder_begins_with_heads_that_look_at_their_neighbours(small):
 def test_captions_tokens_are_the_tokenizer_s(small, tmp_path, scenes):  # noqa: F811
     towers = CLIP(small.clip, write_merges(tmp_path).parent)
     tokens = clip.tokenize(towers, scenes)
-    for i in range(0, 40):
+    for i in range(40):
         for which in (0, 1):
             expected = towers.tokenize([scenes.corpus.caption(i, which)])[0][0]
             assert torch.equal(tokens[i, which].long(), expected), scenes.corpus.caption(i, which)
@@ -356,7 +356,7 @@ def test_a_text_without_its_padding_is_encoded_alike(small, tmp_path):
         torch.testing.assert_close(short, towers.model.encode_text(tokens), atol=1e-4, rtol=1e-4)
 
 
-def test_learnt_merges_fill_the_vocabulary_and_shorten_captions(tmp_path, prepared, scenes):
+def test_learnt_merges_fill_the_vocabulary_and_shorten_captions(tmp_path, prepared, scenes):  # noqa: F811
     from open_clip.tokenizer import SimpleTokenizer
 
     path = tmp_path / "merges.txt.gz"

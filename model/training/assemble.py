@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, load_v3, save_bundle
 from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle

@@ -68,8 +68,10 @@ def reading_loss(encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor,
     kind = torch.cdist(wanted[known, :KIND_WIDTH], codes.kinds).argmin(-1)
     named = F.cross_entropy(logits, kind)
     others = [_class_error(asked, wanted, name) for name in STARTS if not cut or name in THING_ATTRIBUTES]
-    figures = {"distance": distance.detach(), "kind": (logits.argmax(-1) == kind).float().mean(), "others": sum(others).detach() / len(others)}
-    return distance + _KIND_SHARE * named + _OTHERS_SHARE * sum(others), figures
+    other = torch.stack(others)
+    right = (logits.argmax(-1) == kind).float().mean()
+    figures = {"distance": distance.detach(), "kind": right, "others": other.detach().mean()}
+    return distance + _KIND_SHARE * named + _OTHERS_SHARE * other.sum(), figures
 
 
 def _class_error(asked: Tensor, wanted: Tensor, name: str) -> Tensor:

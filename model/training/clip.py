@@ -120,7 +120,7 @@ class Thumbnails:
 
 
 def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """(squared distance of embeddings [B, D] to codes [B, D] and the cross-entropy of the kind that is shown most, how often it is right)."""
+    """(squared distance of embeddings [B, D] to codes [B, D] and cross-entropy of the kind that is shown most, how often it is right)."""
     said = said.float()
     wanted = code[:, :KIND_WIDTH]
     likeness = wanted @ codes.kinds.T
@@ -132,15 +132,21 @@ def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor
     return F.mse_loss(said, code) + _KIND_SHARE * (errors * clear).mean(), right
 
 
-def pair_loss(clip: CLIP, scenes: Scenes, codes: Codes, image: Tensor, index: Tensor, longest: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the objective, figures) for pictures [B, 3, S, S], as the image tower takes them, of scenes [B], each with one of its captions."""
+def pair_loss(
+    clip: CLIP, scenes: Scenes, codes: Codes, index: Tensor, image: Tensor | None, longest: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the objective, figures) for scenes [B], each with one of its captions, and their pictures [B, 3, S, S] as the image tower takes
+    them; without pictures, of the text tower alone."""
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     which = (torch.rand(len(index), device=index.device) * scenes.corpus.text.shape[1]).long()
-    shown, said = clip.model.encode_image(image), encode_tokens(clip, scenes.clip_tokens[index, which], longest)
+    said = encode_tokens(clip, scenes.clip_tokens[index, which], longest)
+    loss, read = tower_loss(said, codes.text(index, which), codes)
+    if image is None:
+        return loss, {"text": read}
+    shown = clip.model.encode_image(image)
     seen_loss, seen = tower_loss(shown, codes.pictures(index), codes)
-    read_loss, read = tower_loss(said, codes.text(index, which), codes)
-    return seen_loss + read_loss, {"image": seen, "text": read, "found": found(shown.detach(), said.detach())}
+    return loss + seen_loss, {"image": seen, "text": read, "found": found(shown.detach(), said.detach())}
 
 
 @torch.no_grad()
@@ -160,21 +166,30 @@ def matrices(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if p.ndim == 2 and ".resblocks." in name]
 
 
-def train(clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> CLIP:
+def train(clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000, *, text_only: bool = False) -> CLIP:
     """Trains until the budget is spent, but not on the corpus' last scenes. scenes: with the captions' tokens."""
     clip.train()
     clip.model.visual.to(memory_format=torch.channels_last)
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     bound = max(len(scenes.corpus) - held_out, 1)
-    members = tuple(own[own < bound] for own in scenes.of_aspect)
-    codes, thumbnails = Codes(scenes.corpus), Thumbnails(clip, scenes, o.batch, members)
-    longest = int(scenes.clip_tokens.argmax(-1).max()) + 1
+    codes, longest = Codes(scenes.corpus), int(scenes.clip_tokens.argmax(-1).max()) + 1
+    if text_only:
+        clip.model.visual.requires_grad_(False)
+        among = torch.arange(bound, device=scenes.device)
+
+        def read() -> tuple[Tensor, dict[str, Tensor]]:
+            return pair_loss(clip, scenes, codes, scenes.some(o.batch, among)[0], None, longest)
+
+        trained: CLIP = loop.fit(clip, read, o, matrices=matrices(clip)).eval()  # type: ignore[assignment]
+        return trained
+    thumbnails = Thumbnails(clip, scenes, o.batch, tuple(own[own < bound] for own in scenes.of_aspect))
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        return pair_loss(clip, scenes, codes, *thumbnails.draw(), longest)
+        image, index = thumbnails.draw()
+        return pair_loss(clip, scenes, codes, index, image, longest)
 
-    trained: CLIP = loop.fit(clip, loss, o, matrices=matrices(clip), before=thumbnails.renew).eval()  # type: ignore[assignment]
+    trained = loop.fit(clip, loss, o, matrices=matrices(clip), before=thumbnails.renew).eval()  # type: ignore[assignment]
     return trained
 
 
@@ -186,9 +201,11 @@ def with_tokens(scenes: Scenes, clip: CLIP) -> Scenes:
 def main() -> None:
     p = loop.parser(__doc__, name="clip", batch=128, lr=1e-3, minutes=15)
     p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose pair and vocabulary to go on with")
+    p.add_argument("--start", type=Path, help="checkpoint whose averaged weights to begin with")
+    p.add_argument("--text-only", action="store_true", help="leave the image tower as it is, and draw no pictures")
     args = p.parse_args()
     o = loop.options(args)
-    scenes = Scenes.load(args.corpus, o.device, o.seed)
+    scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=not args.text_only)
     merges = o.checkpoint.parent / str(tiny.CLIP.merges)
     kept = find_bundle(args.from_bundle) if args.from_bundle else None
     if kept is not None:
@@ -199,9 +216,11 @@ def main() -> None:
     clip = CLIP(tiny.CLIP, o.checkpoint.parent)
     if kept is not None:
         clip.load_state_dict(load_v3(kept, torch.device("cpu"), torch.float32).clip.state_dict())
+    if args.start is not None:
+        clip.load_state_dict(loop.load(args.start)["ema"])
     scenes = with_tokens(scenes, clip)
-    trained = train(clip.to(o.device), scenes, o)
-    if loop.rank() == 0:
+    trained = train(clip.to(o.device), scenes, o, text_only=args.text_only)
+    if loop.rank() == 0 and not args.text_only:
         print(f"found among 256: {retrieval(trained, scenes, scenes.of_aspect[0][-256:]):.3f}")
 
 

@@ -1,6 +1,7 @@
 """The captioned scenes of a corpus, on the device that trains: pictures are drawn when they are asked for, captions are read as they lie.
 
-Nothing here asks the device for a number or sends it one, so all of it may be part of a recorded step. Letters: N scenes, B of them, L bytes.
+Nothing here asks the device for a number or sends it one, so all of it may be part of a recorded step.
+Letters: N scenes, B of them, L bytes.
 """
 
 from __future__ import annotations

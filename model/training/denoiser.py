@@ -46,8 +46,8 @@ _IMAGE_NOISE = 0.5
 _JUDGED = 0.25
 # On scenes a few more, and those in and around things so many times as often as plain background, most of which is soon right.
 _JUDGED_OF_SCENES, _FOCUS = 0.35, 4.0
-# A byte's feature says all of its own thing and of the background (codes.py), so some bytes at random say it all, and a step costs less than
-# with all of them. What a step reads: its aspect, how many bytes of each caption, and the share of such steps.
+# A byte's feature says all of its own thing and of the background (codes.py), so some bytes at random say it all, and a step costs less
+# than with all of them. What a step reads: its aspect, how many bytes of each caption, and the share of such steps.
 _STEPS: tuple[tuple[int, int, float], ...] = ((0, 12, 0.45), (0, 24, 0.45), (1, 16, 0.05), (2, 16, 0.05))
 # Pictures of 3:2 have half as many tokens again.
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
@@ -141,8 +141,8 @@ def token_loss(
 
 @contextmanager
 def in_products(denoiser: Denoiser) -> Iterator[None]:
-    """Within it the network is of the type that autocast would multiply in, activations and all, as it is when it draws; gradients reach its
-    own weights. Autocast itself casts to and fro at every norm, which is a quarter of a step on a CPU."""
+    """Within it the network is of the type that autocast would multiply in, activations and all, as it is when it draws; gradients reach
+    its own weights. Autocast itself casts to and fro at every norm, which is a quarter of a step on a CPU."""
     device = next(denoiser.parameters()).device.type
     if not torch.is_autocast_enabled(device):
         yield

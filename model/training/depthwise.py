@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.networks.denoiser_v3 import ConvBlock
 from model.layers import channels_first, channels_last
+from model.networks.denoiser_v3 import ConvBlock
 from model.vqgan import ResidualBlock
 
 try:

@@ -560,7 +560,7 @@ def _prepare_data(plan: Plan) -> None:
 def everything(args: argparse.Namespace) -> None:
     started = args.started or time.time()
     args.out.mkdir(parents=True, exist_ok=True)
-    memory = Path("/dev/shm")  # noqa: S108, a name of our own in it
+    memory = Path("/dev/shm")
     root = memory if memory.is_dir() and shutil.disk_usage(memory).free > 8 * 2**30 else None
     scratch = Path(tempfile.mkdtemp(prefix="everything-", dir=root))
     end, phases = started + args.budget_seconds, args.phases.split(",")

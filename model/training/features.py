@@ -25,7 +25,6 @@ from model.training.processes import rank, world
 from model.training.scenes import ASPECTS
 from model.vqgan import VQGAN
 
-
 _AT_ONCE = 32  # pictures that are drawn and encoded together
 # Encoders are not as exact as the codes that they learn: noise up to these deviations on a byte's channels, and on a caption's.
 _BYTE_NOISE, _TEXT_NOISE = 0.4, 0.4

@@ -257,14 +257,14 @@ class _Run:
                 tensor.copy_(before)
         self.optimizers.forget()
         self.average.n_averaged = 0
-        for total in self._sums.values():
-            total.zero_()
+        for summed in self._sums.values():
+            summed.zero_()
 
     def drain(self) -> dict[str, Tensor]:
         """On CUDA, the means of the figures since the last time; waits for the device."""
-        values = {name: float(total) for name, total in self._sums.items()}
-        for total in self._sums.values():
-            total.zero_()
+        values = {name: float(summed) for name, summed in self._sums.items()}
+        for summed in self._sums.values():
+            summed.zero_()
         self.skipped += round(values.pop("skipped", 0))
         steps, self._summed = max(self._summed, 1), 0
         return {name: torch.tensor(value / steps) for name, value in values.items()}
