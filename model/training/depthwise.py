@@ -4,6 +4,9 @@ cuDNN's choice for bf16 with channels last may take tens of times as long, above
 faster is measured where they are to run (`accelerated`). Letters: B pictures, H W pixels, C channels.
 """
 
+# Triton's functions are another language in Python's syntax.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import sys
@@ -244,7 +247,7 @@ def fastest(shape: tuple[int, int, int, int], device: torch.device) -> Way:
 def accelerated(module: nn.Module, batch: int, side: int) -> Iterator[None]:
     """Within it, the depthwise convolutions of a denoiser or a VQGAN on CUDA go the way that is fastest at `batch` grids of side², the
     widest there are. Elsewhere everything stays as it is."""
-    blocks = [block for block in module.modules() if isinstance(block, ConvBlock | ResidualBlock)]
+    blocks: list[Any] = [block for block in module.modules() if isinstance(block, ConvBlock | ResidualBlock)]
     device = next(module.parameters()).device
     if device.type != "cuda" or not blocks:
         yield
@@ -263,7 +266,7 @@ def accelerated(module: nn.Module, batch: int, side: int) -> Iterator[None]:
 
 def _redirect(block: Any, way: Way) -> None:
     if isinstance(block, ResidualBlock):
-        block.forward = MethodType(_residual_way(way), block)
+        block.__dict__["forward"] = MethodType(_residual_way(way), block)
         return
 
     def single(self: Any, x: Tensor) -> Tensor:

@@ -250,12 +250,13 @@ def _role_judge(plan: Plan) -> None:
 
 
 def _role_prior(plan: Plan) -> None:
+    from model.prior import Prior
     from model.training import prior, tiny
 
     _seed(5)
     scenes = _scenes(plan, tokens=False)
     o = _options(plan, "prior", plan.encoders_until, batch=plan.batch(1024, 32), lr=1e-3)
-    trained = prior.train(prior.Prior(tiny.PRIOR).to(plan.device), scenes, o, _few(plan)[0])
+    trained = prior.train(Prior(tiny.PRIOR).to(plan.device), scenes, o, _few(plan)[0])
     _final(plan, "prior", trained)
     _figures(plan, "prior", prior.likeness(trained, scenes, _held_out(plan, scenes)))
 
@@ -467,6 +468,7 @@ def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
     Raises FileNotFoundError where there are no parts.
     """
     from model.bundle import build, inner, save_bundle
+    from model.denoiser import Denoiser
     from model.training.assemble import tiny_config
     from model.training.codes import quiet
 
@@ -478,7 +480,7 @@ def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
         for name, network in made.networks():
             if state := _state(tensors, name):
                 inner(network).load_state_dict(state, strict=name != "byt5")
-                if name == "denoiser":
+                if isinstance(network, Denoiser):
                     quiet(network)
         written = save_bundle(made, bundle, dtype, merges)
     for name, entry in written.files.items():

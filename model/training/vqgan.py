@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -189,8 +190,9 @@ def train(trained: Autoencoder, scenes: Scenes, o: loop.Options, crop: int, held
             latents = [trained.vqgan.encode_latents(batch()).flatten(0, 2) for _ in range(max(8, 2 * wanted // per))]
             if trained.vqgan.vquantizer.codebook.weight.std() < 1e-2:  # untrained ones are tiny
                 trained.start_from(torch.cat(latents))
-    average = loop.fit(trained, lambda: training_loss(trained, batch()), o, matrices=_matrices(trained))
-    return average.vqgan.eval()
+    average: Any = loop.fit(trained, lambda: training_loss(trained, batch()), o, matrices=_matrices(trained))
+    vqgan: VQGAN = average.vqgan.eval()
+    return vqgan
 
 
 def main() -> None:
