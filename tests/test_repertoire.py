@@ -3,6 +3,8 @@ the server would."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,8 @@ def test_the_studio_draws_the_tokens_that_the_engine_draws(
     shown, where = picture(), mask(16, 32)
     pixels = np.frombuffer(bytearray(shown.content), np.uint8).reshape(32, 32, 3)
     masked = np.frombuffer(where.content, np.uint8).reshape(32, 32).astype(np.bool_)
-    row = studio._repainting(studio.row("red apple", 0), pixels, masked)
+    request = studio.inpainting("red apple", 0, pixels, masked)
+    (row,) = studio.builder.build([replace(request, canvas=Repaint(shown, where))])
     while not row.done:
         pipeline.advance([row])
     (tokens,) = drawn(

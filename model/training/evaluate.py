@@ -220,15 +220,18 @@ def _lone_scenes(copies: int) -> list[BenchPrompt]:
     cases = []
     for _ in range(copies):
         for name in NAMES_OF_KINDS:
-            if name in SHAPES:
-                thing = scenes.Thing(name, scenes.pick(rng, scenes.shape_colours(name)))
-            else:
-                thing = scenes.object_named(name)
-            scene = scenes.lone(rng, thing, 0.3)
+            scene = _alone(name, rng)
             while scene.aspect != SQUARE:
-                scene = scenes.lone(rng, thing, 0.3)
+                scene = _alone(name, rng)
             cases.append(BenchPrompt(name, scene))
     return cases
+
+
+def _alone(name: str, rng: np.random.Generator) -> Scene:
+    if name not in SHAPES:
+        return scenes.lone(rng, scenes.object_named(name), 0.3)
+    colour = scenes.pick(rng, scenes.shape_colours(name))
+    return scenes.lone(rng, scenes.Thing(name, colour), 0.3)
 
 
 def judge_judges(bench: Bench, copies: int = 2) -> dict[str, Any]:

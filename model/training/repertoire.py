@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.canvas import Mask, Pixels, box_mask, composite, outpaint_canvas, region_weight
-from model.operations import Row
+from model.image_request import ImageRequest
 from model.training.benchmark import rendered
 from model.training.captions import describe
 from model.training.checker import Found, Judge, Reading, read_all
@@ -57,7 +57,7 @@ class Stage:
         size = self.studio.pipeline.config.native_size
         return np.asarray(rendered([scene], [seed], self.sprites, size)[0])
 
-    def drawn(self, rows: Sequence[Row]) -> list[Pixels]:
+    def drawn(self, rows: Sequence[ImageRequest]) -> list[Pixels]:
         return self.studio.drawn(rows)
 
     def read(self, pictures: Sequence[Pixels]) -> list[Reading]:
@@ -206,10 +206,10 @@ def variations(stage: Stage, count: int) -> Figures:
     rows, kinds, originals = [], [], []
     for i, rng in enumerate(_generators(3, count)):
         scene = _object(rng)
-        like = studio.seen(stage.render(scene, i))
-        rows += [studio.row("", 2 * i, like=like), studio.row("", 2 * i + 1, like=like)]
+        picture = stage.render(scene, i)
+        rows += [studio.text("", 2 * i + j, like=picture) for j in (0, 1)]
         kinds.append(scene.things[0])
-        originals.append(like)
+        originals.append(studio.seen(picture))
     drawn = stage.drawn(rows)
     found = [_first(reading) for reading in stage.read(drawn)]
     kept = [_is(found[2 * i + j], thing) for i, thing in enumerate(kinds) for j in (0, 1)]
@@ -262,7 +262,7 @@ def interpolate(stage: Stage, count: int) -> Figures:
     ends, nearer = list[bool](), list[bool]()
     for i, rng in enumerate(_generators(5, count)):
         prompts = _caption(_shape(rng), rng), _caption(_shape(rng), rng)
-        rows = [*studio.frames(prompts, i, FRAMES), *(studio.row(prompt, i) for prompt in prompts)]
+        rows = [*studio.frames(prompts, i, FRAMES), *(studio.text(prompt, i) for prompt in prompts)]
         *frames, first, last = stage.drawn(rows)
         ends.append(_apart(frames[0], first) < 1 and _apart(frames[-1], last) < 1)
         one, half = (_mean_apart(frames, gap) for gap in (1, FRAMES // 2))
@@ -296,7 +296,7 @@ def regions(stage: Stage, count: int) -> Figures:
         texts = [_caption(replace(scene, things=(thing,)), rng) for thing in things]
         base = _caption(Scene(scene.background), rng)
         made = list(zip(texts, halves, strict=True))
-        rows.append(stage.studio.row(base, i, (width, height), regions=made))
+        rows.append(stage.studio.text(base, i, (width, height), regions=made))
         cases.append(things)
     sides = [by_side(reading) for reading in stage.read(stage.drawn(rows))]
     pairs = [list(zip(f, t, strict=True)) for f, t in zip(sides, cases, strict=True)]
