@@ -58,6 +58,10 @@ def test_the_bench_has_a_row_for_every_judge_and_every_check(
     assert table.row_count == 13 + 1 + 3
 
 
+def test_a_small_bundle_is_refused_with_a_reason(pipeline: Pipeline) -> None:
+    assert "needs 256" in str(evaluate.unfit(pipeline))
+
+
 def test_time_decides_how_many_seeds() -> None:
     assert evaluate.seeds_within(600, 12, 1500) == 4
     assert evaluate.seeds_within(600, 6, 1500) == 2

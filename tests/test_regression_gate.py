@@ -10,6 +10,7 @@ from model.runtime import pick_device, pick_dtype
 from model.training import benchmark, prompts
 from model.training.benchmark import CRITERIA, Drawn
 from model.training.detector import WEIGHTS, Detector
+from model.training.evaluate import unfit
 
 LEAST = 18  # of 30; the embedded weights' own figure less three standard deviations
 
@@ -18,8 +19,8 @@ LEAST = 18  # of 30; the embedded weights' own figure less three standard deviat
 def test_the_embedded_weights_draw_what_the_gates_prompts_say() -> None:
     device = pick_device()
     pipeline = Pipeline.load(find_bundle("tiny"), device, pick_dtype("auto", device))
-    if min(pipeline.config.native_size) < 256:
-        pytest.skip("the embedded weights know another world than the gate's prompts")
+    if reason := unfit(pipeline):
+        pytest.skip(reason)
     cases = prompts.regression_gate()
     source = Drawn(pipeline, pipeline.config.recipe.sampling())
     sheet = benchmark.judged(source, cases, [0], Detector.load())

@@ -39,7 +39,7 @@ from model.training.art import atlas
 from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
 from model.training.captions import COMPLETE, describe
 from model.training.checker import Judge, check
-from model.training.detector import WEIGHTS, Detector
+from model.training.detector import NATIVE, WEIGHTS, Detector
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.prompts import CONTACT_SHEET, BenchPrompt
 from model.training.repertoire import OPERATIONS, Stage
@@ -391,6 +391,15 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
+def unfit(pipeline: Pipeline) -> str | None:
+    """Return why PaellaBench cannot judge a bundle, None if it can."""
+    width, height = pipeline.config.native_size
+    if min(width, height) >= NATIVE:
+        return None
+    name = pipeline.config.name
+    return f"not evaluated: {name} draws {width} by {height} pixels, PaellaBench needs {NATIVE}"
+
+
 def main() -> None:
     args = _parser().parse_args()
     prepare(args.threads)
@@ -400,6 +409,8 @@ def main() -> None:
     )
     began = time.monotonic()
     pipeline = Pipeline.load(find_bundle(args.bundle), device, pick_dtype(args.dtype, device))
+    if reason := unfit(pipeline):
+        raise SystemExit(reason)
     first = Detector.load(args.judge, device)
     sprites = atlas().to(device)
     result: dict[str, Any] = {"bundle": pipeline.config.name, "sha256": pipeline.config.sha256}

@@ -56,7 +56,8 @@ _ARRANGEMENTS: tuple[tuple[tuple[int, int, int, int], ...], ...] = (
     (_NONE, _NONE, _NONE, _NONE),
 )
 _SMALLEST = 64.0  # pixels
-_CLOSE_UPS = 0.1  # of the pictures of one thing
+_CLOSE_UPS = 0.3  # of the pictures of one thing
+_CLOSE_CROPS = 0.15  # of the crops
 _SAME = 0.15  # of the pictures: all things are of one kind
 _TURN = 12.0  # degrees, at most
 _TINT_JITTER = 8.0
@@ -171,7 +172,7 @@ class Scatter(nn.Module):
         sprites, background = self._sprites(n)
         sprite, tint = sprites[:, 0], self._tints(background)[:, 0].float() / 255
         size = self.sizes[sprite]
-        close = (torch.rand(n, device=device) < _CLOSE_UPS)[:, None]
+        close = (torch.rand(n, device=device) < _CLOSE_CROPS)[:, None]
         # Lengths in sides of a box, or of a whole picture that a close-up fills.
         length = 1 + _SCALE * _even(n, 1, device=device)
         length = torch.where(close, 1.35 + 0.25 * _even(n, 1, device=device), length)
