@@ -1,4 +1,5 @@
-"""The embedded networks at the smallest widths that can be trained, with scenes and art that no network is needed to fetch."""
+"""The embedded networks at the smallest widths that can be trained, with scenes and art that no
+network is needed to fetch."""
 
 from __future__ import annotations
 
@@ -19,14 +20,24 @@ SCENES = 200
 
 
 def small_config() -> BundleV3Config:
-    """As tests.conftest.micro_config, but with the widths of the codes, and 16 pixels to a token, as scenes have."""
+    """As tests.conftest.micro_config, but with the widths of the codes, and 16 pixels to a token,
+    as scenes have."""
     c = micro_config()
     text = {**c.clip.text_cfg, "context_length": 48}
     return replace(
         c,
         native_size=(256, 256),
-        vqgan=VQGANConfig(levels=4, bottleneck_blocks=1, c_hidden=16, c_latent=4, codebook_size=64, scale_factor=1.0),
-        byt5=ByteEncoderConfig(d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, max_bytes=160),
+        vqgan=VQGANConfig(
+            levels=4,
+            bottleneck_blocks=1,
+            c_hidden=16,
+            c_latent=4,
+            codebook_size=64,
+            scale_factor=1.0,
+        ),
+        byt5=ByteEncoderConfig(
+            d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, max_bytes=160
+        ),
         clip=CLIPConfig(
             embed_dim=WIDTH,
             vision_cfg={"image_size": 32, "width": 4, "layers": [1, 1, 1, 1], "head_width": 32},
@@ -54,10 +65,13 @@ def use(monkeypatch: pytest.MonkeyPatch, config: BundleV3Config) -> None:
 
 
 def drawn_art(side: int = 32) -> torch.Tensor:
-    """A sprite for every kind, each a rectangle of its own colour, premultiplied RGBA uint8 [S, 4, side, side]."""
+    """A sprite for every kind, each a rectangle of its own colour, premultiplied RGBA uint8 [S, 4,
+    side, side]."""
     generator = torch.Generator().manual_seed(0)
     sprites = torch.zeros(len(NAMES_OF_KINDS), 4, side, side, dtype=torch.uint8)
-    colours = torch.randint(256, (len(NAMES_OF_KINDS), 3, 1, 1), generator=generator, dtype=torch.uint8)
+    colours = torch.randint(
+        256, (len(NAMES_OF_KINDS), 3, 1, 1), generator=generator, dtype=torch.uint8
+    )
     sprites[:, :3, 2:-2, 2:-2], sprites[:, 3, 2:-2, 2:-2] = colours, 255
     return sprites
 

@@ -1,7 +1,10 @@
 """Training: every objective falls and is what it says, and what comes out is a bundle that draws.
 
-The networks are as small as they can be and the sprites are rectangles, so neither a GPU nor the art is needed.
+The networks are as small as they can be and the sprites are rectangles, so neither a GPU nor the
+art is needed.
 """
+
+# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -25,7 +28,20 @@ from model.networks.denoiser_v3 import Denoiser
 from model.networks.text_encoders import CLIP, ByteEncoder
 from model.networks.vqgan_v3 import VQGAN, ResidualBlock
 from model.pipeline import PipelineV3
-from model.training import assemble, byte_encoder, clip, codes, data, denoiser, depthwise, everything, features, loop, prior, vqgan
+from model.training import (
+    assemble,
+    byte_encoder,
+    clip,
+    codes,
+    data,
+    denoiser,
+    depthwise,
+    everything,
+    features,
+    loop,
+    prior,
+    vqgan,
+)
 from model.training.captions import THING_ATTRIBUTES
 from model.training.codes import Codes
 from model.training.data import Text
@@ -54,7 +70,7 @@ def vqgan_file(small, tmp_path):
     return tmp_path / "vqgan.net"
 
 
-# ── every trainer learns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── every trainer learns ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -68,56 +84,99 @@ def vqgan_file(small, tmp_path):
     ],
     ids=lambda value: value.__name__.rpartition(".")[2] if isinstance(value, ModuleType) else None,
 )
-def test_every_trainer_s_objective_falls(monkeypatch, vqgan_file, corpus_file, tmp_path, trainer, steps, lr, falls_to):  # noqa: F811
+def test_every_trainer_s_objective_falls(
+    monkeypatch, vqgan_file, corpus_file, tmp_path, trainer, steps, lr, falls_to
+):
     write_merges(tmp_path)
     more = {denoiser: ["--vqgan", str(vqgan_file)], vqgan: ["--crop", "32"]}.get(trainer, [])
-    losses = run_main(monkeypatch, trainer, tmp_path / "x.pt", steps, *more, "--corpus", str(corpus_file), "--lr", lr)
+    losses = run_main(
+        monkeypatch,
+        trainer,
+        tmp_path / "x.pt",
+        steps,
+        *more,
+        "--corpus",
+        str(corpus_file),
+        "--lr",
+        lr,
+    )
     assert len(losses) == steps
     assert np.mean(losses[-10:]) < falls_to * np.mean(losses[:5])
 
 
-def train_all(monkeypatch, runs, corpus_file, steps=2):  # noqa: F811
+def train_all(monkeypatch, runs, corpus_file, steps=2):
     write_merges(runs)
     common = ["--corpus", str(corpus_file)]
     run_main(monkeypatch, vqgan, runs / "vqgan.pt", steps, "--crop", "32", *common)
     for trainer, name in ((byte_encoder, "byte_encoder"), (clip, "clip"), (prior, "prior")):
         run_main(monkeypatch, trainer, runs / f"{name}.pt", steps, *common)
-    run_main(monkeypatch, denoiser, runs / "denoiser.pt", steps, "--vqgan", str(runs / "vqgan.pt"), *common)
+    run_main(
+        monkeypatch,
+        denoiser,
+        runs / "denoiser.pt",
+        steps,
+        "--vqgan",
+        str(runs / "vqgan.pt"),
+        *common,
+    )
 
 
-def test_from_nothing_to_a_bundle_that_draws(monkeypatch, small, corpus_file, tmp_path):  # noqa: F811
+def test_from_nothing_to_a_bundle_that_draws(monkeypatch, small, corpus_file, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     train_all(monkeypatch, runs, corpus_file)
     config = assemble.assemble(runs, out, torch.float32)
     assert config.name == "tiny"
     bundle = load_bundle(out, torch.device("cpu"), torch.float32)
-    for network, name, prefix in (("vqgan", "vqgan", "vqgan."), ("prior", "prior", ""), ("denoiser", "denoiser", "denoiser.")):
+    for network, name, prefix in (
+        ("vqgan", "vqgan", "vqgan."),
+        ("prior", "prior", ""),
+        ("denoiser", "denoiser", "denoiser."),
+    ):
         averaged = assemble.averaged(loop.load(runs / f"{name}.pt"), prefix)
         if network == "denoiser":
-            averaged["byt5_mapper.weight"][:, codes.USED :] = 0  # what the codes leave free is not listened to
-        assert all(torch.equal(t, averaged[key]) for key, t in getattr(bundle, network).state_dict().items())
+            averaged["byt5_mapper.weight"][:, codes.USED :] = (
+                0  # what the codes leave free is not listened to
+            )
+        assert all(
+            torch.equal(t, averaged[key])
+            for key, t in getattr(bundle, network).state_dict().items()
+        )
     assert PipelineV3(bundle).generate(["a red circle"], [0]).shape == (1, 256, 256, 3)
 
 
-def test_networks_without_a_checkpoint_stay_as_they_were(monkeypatch, small, corpus_file, tmp_path):  # noqa: F811
+def test_networks_without_a_checkpoint_stay_as_they_were(monkeypatch, small, corpus_file, tmp_path):
     write_merges(tmp_path / "runs")
     assemble.assemble(tmp_path / "runs", tmp_path / "out", torch.float32)
     before = load_bundle(tmp_path / "out", torch.device("cpu"), torch.float32)
-    run_main(monkeypatch, vqgan, tmp_path / "runs" / "vqgan.pt", 2, "--crop", "32", "--corpus", str(corpus_file))
+    run_main(
+        monkeypatch,
+        vqgan,
+        tmp_path / "runs" / "vqgan.pt",
+        2,
+        "--crop",
+        "32",
+        "--corpus",
+        str(corpus_file),
+    )
     assemble.assemble(tmp_path / "runs", tmp_path / "out", torch.float32)
     after = load_bundle(tmp_path / "out", torch.device("cpu"), torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(before.denoiser.parameters(), after.denoiser.parameters(), strict=True))
-    assert not torch.equal(before.vqgan.vquantizer.codebook.weight, after.vqgan.vquantizer.codebook.weight)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before.denoiser.parameters(), after.denoiser.parameters(), strict=True)
+    )
+    assert not torch.equal(
+        before.vqgan.vquantizer.codebook.weight, after.vqgan.vquantizer.codebook.weight
+    )
 
 
-def test_a_trainer_resumes_from_its_command_line(monkeypatch, small, corpus_file, tmp_path):  # noqa: F811
+def test_a_trainer_resumes_from_its_command_line(monkeypatch, small, corpus_file, tmp_path):
     checkpoint = tmp_path / "prior.pt"
     run_main(monkeypatch, prior, checkpoint, 2, "--corpus", str(corpus_file))
     run_main(monkeypatch, prior, checkpoint, 3, "--corpus", str(corpus_file), "--resume")
     assert loop.load(checkpoint)["step"] == 5
 
 
-def test_every_trainer_can_begin_with_a_bundle(monkeypatch, small, corpus_file, tmp_path):  # noqa: F811
+def test_every_trainer_can_begin_with_a_bundle(monkeypatch, small, corpus_file, tmp_path):
     write_merges(tmp_path / "runs")
     out = tmp_path / "out"
     assemble.assemble(tmp_path / "runs", out, torch.float32)
@@ -137,27 +196,41 @@ def test_every_trainer_can_begin_with_a_bundle(monkeypatch, small, corpus_file, 
                 assert torch.equal(averaged[name], tensor), f"{network}: {name}"
 
 
-def test_a_checkpoint_holds_tensors_and_plain_values_and_no_name_of_ours(monkeypatch, vqgan_file, corpus_file, tmp_path):  # noqa: F811
+def test_a_checkpoint_holds_tensors_and_plain_values_and_no_name_of_ours(
+    monkeypatch, vqgan_file, corpus_file, tmp_path
+):
     """So that it loads after files are renamed."""
     path = tmp_path / "denoiser.pt"
-    run_main(monkeypatch, denoiser, path, 2, "--vqgan", str(vqgan_file), "--corpus", str(corpus_file))
+    run_main(
+        monkeypatch, denoiser, path, 2, "--vqgan", str(vqgan_file), "--corpus", str(corpus_file)
+    )
     with zipfile.ZipFile(path) as archive:
         (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
-        strings = {str(argument) for _, argument, _ in pickletools.genops(io.BytesIO(archive.read(pickled))) if argument is not None}
-    assert not [text for text in strings if text.startswith(("model.training", "model.denoiser", "tests"))]
+        strings = {
+            str(argument)
+            for _, argument, _ in pickletools.genops(io.BytesIO(archive.read(pickled)))
+            if argument is not None
+        }
+    assert not [
+        text for text in strings if text.startswith(("model.training", "model.denoiser", "tests"))
+    ]
     assert loop.load(path)["step"] == 2
 
 
-# ── VQGAN ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── VQGAN ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_loss_of_a_picture_to_itself_is_nothing_and_edges_count_beside_pixels():
     image = torch.rand(2, 3, 8, 8)
     assert vqgan.reconstruction_loss(image, image) == 0
-    assert vqgan.reconstruction_loss(image + 0.1, image).item() == pytest.approx(0.01 + 0.05 * 0.1, rel=1e-3)
+    assert vqgan.reconstruction_loss(image + 0.1, image).item() == pytest.approx(
+        0.01 + 0.05 * 0.1, rel=1e-3
+    )
     ramp = 0.1 * torch.arange(8.0).expand(2, 3, 8, 8)
     expected = ramp.square().mean() + 0.005 + 0.05 * ramp.mean()
-    assert vqgan.reconstruction_loss(image + ramp, image).item() == pytest.approx(expected.item(), rel=1e-3)
+    assert vqgan.reconstruction_loss(image + ramp, image).item() == pytest.approx(
+        expected.item(), rel=1e-3
+    )
 
 
 def test_gradients_pass_straight_through_the_quantiser_to_the_encoder():
@@ -186,7 +259,9 @@ def test_a_code_moves_to_the_mean_of_the_latents_it_wins():
     latents, tokens = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 0, 2])
     for _ in range(1500):
         codes = codebook.follow(latents, tokens)
-    torch.testing.assert_close(codes, torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 5.0]]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        codes, torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 5.0]]), atol=1e-3, rtol=0
+    )
     assert codebook.counts.tolist() == pytest.approx([2, 0, 1], abs=1e-3)
 
 
@@ -252,16 +327,16 @@ def test_a_picture_s_own_psnr():
     assert vqgan.psnr(image + 0.1, image).item() == pytest.approx(20, rel=1e-3)
 
 
-# ── the language of codes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the language of codes ─────────────────────────────────────────────────────────────────────────
 
 
-def test_kinds_vectors_are_those_that_the_weights_were_trained_with(scenes):  # noqa: F811
+def test_kinds_vectors_are_those_that_the_weights_were_trained_with(scenes):
     table = Codes(scenes.corpus).kinds
     assert table[0].abs().max() == 0
     assert table[1, :3].tolist() == pytest.approx([0.14428, 0.01810, 0.92268], abs=1e-4)
 
 
-def test_a_byte_says_what_its_own_thing_is_like_and_what_the_whole_says(scenes):  # noqa: F811
+def test_a_byte_says_what_its_own_thing_is_like_and_what_the_whole_says(scenes):
     known, index = Codes(scenes.corpus), torch.arange(len(scenes.corpus))
     for which in (0, 1):
         own_which = torch.full_like(index, which)
@@ -269,19 +344,23 @@ def test_a_byte_says_what_its_own_thing_is_like_and_what_the_whole_says(scenes):
         vectors = known.bytes(index, own_which, place)
         classes = scenes.own(index, own_which, place)
         for name in THING_ATTRIBUTES:
-            assert torch.equal(byte_encoder.read(vectors, known, name).flatten(), classes[name].clamp_min(0))
+            assert torch.equal(
+                byte_encoder.read(vectors, known, name).flatten(), classes[name].clamp_min(0)
+            )
         stated = scenes.stated(index, own_which)
         for name in ("background", "relation", "view"):
             assert torch.equal(byte_encoder.read(vectors, known, name)[:, 0], stated[name])
         assert vectors[..., codes.USED :].abs().max() == 0
 
 
-def test_a_picture_s_code_is_most_like_its_captions(scenes):  # noqa: F811
+def test_a_picture_s_code_is_most_like_its_captions(scenes):
     known, index = Codes(scenes.corpus), scenes.of_aspect[0]
     image = known.pictures(index)
     assert image.isfinite().all()
     assert clip.found(image, known.text(index, torch.zeros_like(index))) > 0.8
-    assert image.std().item() == pytest.approx(0.9, abs=0.2)  # the prior's diffusion begins with about unit variance
+    assert image.std().item() == pytest.approx(
+        0.9, abs=0.2
+    )  # the prior's diffusion begins with about unit variance
 
 
 def test_what_is_free_is_not_listened_to(small):
@@ -293,7 +372,7 @@ def test_what_is_free_is_not_listened_to(small):
     assert torch.equal(network.byt5_mapper(vectors), network.byt5_mapper(other))
 
 
-# ── captions and encoders ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── captions and encoders ─────────────────────────────────────────────────────────────────────────
 
 
 def test_text_as_bytes_is_what_the_encoder_reads_of_it(small):
@@ -309,13 +388,17 @@ def test_text_as_bytes_is_what_the_encoder_reads_of_it(small):
         out, ours = encoder(prompts), encode_bytes(encoder, text)
     for i, own in enumerate(rows):
         assert torch.equal(text.mask[i].int().sum(), torch.tensor(len(own) + 1))
-        torch.testing.assert_close(ours[i, : len(own) + 1], out.embeddings[i, : len(own) + 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            ours[i, : len(own) + 1], out.embeddings[i, : len(own) + 1], atol=1e-4, rtol=1e-4
+        )
 
 
-def test_pieces_are_cut_out_of_captions_around_a_thing(scenes):  # noqa: F811
+def test_pieces_are_cut_out_of_captions_around_a_thing(scenes):
     known = Codes(scenes.corpus)
     text, target = next(byte_encoder.pieces(scenes, known, 64, held_out=0))
-    everything_said = {scenes.corpus.caption(i, which) for i in range(len(scenes.corpus)) for which in (0, 1)}
+    everything_said = {
+        scenes.corpus.caption(i, which) for i in range(len(scenes.corpus)) for which in (0, 1)
+    }
     spoken = (target[..., : codes.KIND_WIDTH] != 0).any(-1)
     for row, length, about in zip(text.bytes, text.length.tolist(), spoken, strict=True):
         piece = bytes(row[:length].tolist()).decode(errors="ignore")
@@ -324,8 +407,10 @@ def test_pieces_are_cut_out_of_captions_around_a_thing(scenes):  # noqa: F811
     assert spoken.any(-1).float().mean() > 0.8
 
 
-def test_batches_of_captions_are_of_about_one_length(scenes):  # noqa: F811
-    drawn = byte_encoder.captions(scenes, Codes(scenes.corpus), 16, np.random.default_rng(0), held_out=20)
+def test_batches_of_captions_are_of_about_one_length(scenes):
+    drawn = byte_encoder.captions(
+        scenes, Codes(scenes.corpus), 16, np.random.default_rng(0), held_out=20
+    )
     for text, target in islice(drawn, 8):
         assert text.length.max() - text.length.min() <= 2 * 16
         assert target.shape == (16, int(text.length.max()) + 1, codes.WIDTH)
@@ -338,7 +423,7 @@ def test_an_encoder_begins_with_heads_that_look_at_their_neighbours(small):
     assert (bias[1].argmax(-1)[:-1] == torch.arange(1, 9)).all()
 
 
-def test_captions_tokens_are_the_tokenizer_s(small, tmp_path, scenes):  # noqa: F811
+def test_captions_tokens_are_the_tokenizer_s(small, tmp_path, scenes):
     towers = CLIP(small.clip, write_merges(tmp_path).parent)
     tokens = clip.tokenize(towers, scenes)
     for i in range(40):
@@ -356,7 +441,7 @@ def test_a_text_without_its_padding_is_encoded_alike(small, tmp_path):
         torch.testing.assert_close(short, towers.model.encode_text(tokens), atol=1e-4, rtol=1e-4)
 
 
-def test_learnt_merges_fill_the_vocabulary_and_shorten_captions(tmp_path, prepared, scenes):  # noqa: F811
+def test_learnt_merges_fill_the_vocabulary_and_shorten_captions(tmp_path, prepared, scenes):
     from open_clip.tokenizer import SimpleTokenizer
 
     path = tmp_path / "merges.txt.gz"
@@ -371,17 +456,17 @@ def test_learnt_merges_fill_the_vocabulary_and_shorten_captions(tmp_path, prepar
         assert tokenizer.decode(tokens).replace(" ", "") == text.lower().replace(" ", "")
 
 
-# ── pools ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pools ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def pool(small, scenes):  # noqa: F811
+def pool(small, scenes):
     network = VQGAN(small.vqgan).eval().requires_grad_(False)
     randomise(network)
     return Pool(small, scenes, 0, 48), network
 
 
-def test_a_pool_holds_the_tokens_of_its_pictures(pool, scenes):  # noqa: F811
+def test_a_pool_holds_the_tokens_of_its_pictures(pool, scenes):
     own, network = pool
     own.grow(network, 20)
     assert own.encoded == 20
@@ -392,10 +477,12 @@ def test_a_pool_holds_the_tokens_of_its_pictures(pool, scenes):  # noqa: F811
     assert x.tokens.shape == (64, 16, 16)
     assert x.byt5.shape == (64, 5, codes.WIDTH)
     assert x.byt5[..., codes.USED :].abs().max() == 0
-    assert {*map(tuple, x.tokens.flatten(1).tolist())} <= {*map(tuple, own.tokens[:20].flatten(1).tolist())}
+    assert {*map(tuple, x.tokens.flatten(1).tolist())} <= {
+        *map(tuple, own.tokens[:20].flatten(1).tolist())
+    }
 
 
-def test_a_pool_goes_on_where_it_stood(pool, small, scenes):  # noqa: F811
+def test_a_pool_goes_on_where_it_stood(pool, small, scenes):
     own, network = pool
     for _ in range(7):
         own.grow(network, 20)
@@ -421,7 +508,7 @@ def test_the_commonest_code_is_one_that_no_other_is_more_frequent_than():
     assert torch.equal(counts.gather(1, features.commonest(tokens)[:, None])[:, 0], counts.amax(1))
 
 
-def test_pictures_of_half_the_size_show_the_same(scenes):  # noqa: F811
+def test_pictures_of_half_the_size_show_the_same(scenes):
     index = scenes.of_aspect[0][:8]
     whole, half = scenes.pictures(index), scenes.small_pictures(index)
     assert half.shape == (8, 3, 128, 128)
@@ -429,13 +516,15 @@ def test_pictures_of_half_the_size_show_the_same(scenes):  # noqa: F811
 
 
 def test_pixels_become_shares_of_white():
-    assert data.as_float(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.device("cpu")).tolist() == pytest.approx([0, 0.2, 1])
+    assert data.as_float(
+        torch.tensor([0, 51, 255], dtype=torch.uint8), torch.device("cpu")
+    ).tolist() == pytest.approx([0, 0.2, 1])
 
 
-# ── everything at once ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── everything at once ────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_a_run_leaves_becomes_a_bundle(monkeypatch, small, corpus_file, tmp_path):  # noqa: F811
+def test_what_a_run_leaves_becomes_a_bundle(monkeypatch, small, corpus_file, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     train_all(monkeypatch, runs, corpus_file)
     (runs / "merges.txt.gz").replace(runs / str(small.clip.merges))
@@ -445,7 +534,10 @@ def test_what_a_run_leaves_becomes_a_bundle(monkeypatch, small, corpus_file, tmp
     assert len(list(out.iterdir())) > 2
     everything.join(out, tmp_path / "joined", torch.float32)
     expected = assemble.assemble(runs, tmp_path / "assembled", torch.float16)
-    joined, assembled = (load_bundle(tmp_path / name, torch.device("cpu"), torch.float32) for name in ("joined", "assembled"))
+    joined, assembled = (
+        load_bundle(tmp_path / name, torch.device("cpu"), torch.float32)
+        for name in ("joined", "assembled")
+    )
     assert expected.name == joined.config.name
     for (name, one), (_, other) in zip(joined.networks(), assembled.networks(), strict=True):
         for key, tensor in state_of(one).items():
@@ -464,11 +556,13 @@ def test_an_unknown_phase_is_refused(monkeypatch, capsys):
     assert "no such phase: cooking" in capsys.readouterr().err
 
 
-# ── depthwise convolutions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── depthwise convolutions ────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("way", [name for name in depthwise.WAYS if name != "library"])
-@pytest.mark.parametrize(("shape", "padding"), [((3, 8, 8, 40), 1), ((2, 10, 12, 24), 0), ((5, 4, 4, 33), 1)])
+@pytest.mark.parametrize(
+    ("shape", "padding"), [((3, 8, 8, 40), 1), ((2, 10, 12, 24), 0), ((5, 4, 4, 33), 1)]
+)
 def test_every_way_is_the_library_s(way, shape, padding):
     if way == "triton":
         pytest.importorskip("triton")
@@ -500,7 +594,7 @@ def test_redirected_blocks_compute_the_same_and_are_put_back(monkeypatch):
         torch.testing.assert_close(block(x), plain, atol=1e-5, rtol=1e-5)
 
 
-# ── prior and denoiser ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── prior and denoiser ────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_tenth_of_the_prior_s_texts_is_blank_and_the_noise_is_what_it_learns():
@@ -530,13 +624,21 @@ def test_chosen_positions_are_different_ones_and_all_are_chosen_in_time():
     chosen = denoiser.choose_positions(tokens, 0.5)
     assert chosen.shape == (500, 8)
     assert all(len(set(row)) == 8 for row in chosen.tolist())
-    assert (chosen.flatten().bincount(minlength=16) / 500).sub(0.5).abs().max() < 0.15  # seven standard deviations
+    assert (chosen.flatten().bincount(minlength=16) / 500).sub(
+        0.5
+    ).abs().max() < 0.15  # seven standard deviations
 
 
 def test_focus_prefers_a_thing_and_its_surroundings_on_either_side_of_the_outline():
     tokens = torch.zeros(2000, 8, 8, dtype=torch.int64)
     tokens[:, 2, 2] = 5
-    share = denoiser.choose_positions(tokens, 0.1, focus=4.0).flatten().bincount(minlength=64).view(8, 8) / 2000
+    share = (
+        denoiser.choose_positions(tokens, 0.1, focus=4.0)
+        .flatten()
+        .bincount(minlength=64)
+        .view(8, 8)
+        / 2000
+    )
     near = share[1:4, 1:4]
     assert near.min() > 2 * share[5:, 5:].max()
     assert near.max() < 1.4 * near.min()  # the thing itself no more than what surrounds it
@@ -563,7 +665,9 @@ def test_text_and_image_are_masked_as_groups_half_of_the_time_and_bytes_never():
     assert image[~empty, 0].float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert not image[empty].any()
     # Each is dropped for itself.
-    assert (text[~empty, 0] & image[~empty, 0]).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert (text[~empty, 0] & image[~empty, 0]).float().mean().item() == pytest.approx(
+        0.25, abs=0.05
+    )
 
 
 def test_positions_that_were_not_touched_weigh_less_the_earlier_it_is():
@@ -572,7 +676,9 @@ def test_positions_that_were_not_touched_weigh_less_the_earlier_it_is():
     with torch.no_grad():
         for t, weight in ((1.0, 1.0), (0.0, 0.3), (0.5, 0.5 + 0.5 * 0.65)):
             loss, _ = denoiser.token_loss(network, x, torch.full((400,), t))
-            assert loss.item() == pytest.approx(weight * math.log(64), rel=0.02 if t == 0.5 else 1e-4)
+            assert loss.item() == pytest.approx(
+                weight * math.log(64), rel=0.02 if t == 0.5 else 1e-4
+            )
 
 
 def test_nothing_touched_is_nothing_to_be_right_about():
@@ -599,7 +705,9 @@ def test_errors_and_gradients_of_the_judged_positions_are_those_of_the_logits():
             value, right = cross_entropy(f, p, target, weights, 0.1)
             assert torch.equal(right, (features_ @ projection.T).argmax(-1) == target)
         else:
-            value = (F.cross_entropy(f @ p.T, target, reduction="none", label_smoothing=0.1) * weights).sum()
+            value = (
+                F.cross_entropy(f @ p.T, target, reduction="none", label_smoothing=0.1) * weights
+            ).sum()
         results.append([value, *torch.autograd.grad(2 * value, [f, p])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -617,10 +725,14 @@ def test_in_products_the_network_is_bf16_and_its_own_weights_get_the_gradients(p
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             value, _ = denoiser.scene_loss(guided, own, 8, 6)()
         value.backward()
-        gradients.append({name: p.grad for name, p in guided.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in guided.named_parameters() if p.grad is not None}
+        )
     assert {p.dtype for p in guided.parameters()} == {torch.float32}
     assert gradients[0].keys() == gradients[1].keys()
-    whole, halves = (torch.cat([g.flatten() for g in own_gradients.values()]) for own_gradients in gradients)
+    whole, halves = (
+        torch.cat([g.flatten() for g in own_gradients.values()]) for own_gradients in gradients
+    )
     assert F.cosine_similarity(whole, halves, dim=0) > 0.98
 
 

@@ -2,10 +2,10 @@
 
     python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
     python -m model.training.assemble weights/tiny --dtype float16
-    python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt     # a bundle with another denoiser
+    python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt
 
-Networks without a checkpoint keep those of the bundle that is already there, or random weights: the prior and the denoiser train on a
-bundle whose encoders and VQGAN are trained.
+Networks without a checkpoint keep those of the bundle that is already there, or random weights: the
+prior and the denoiser train on a bundle whose encoders and VQGAN are trained.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def tiny_config() -> BundleV3Config:
 
 
 def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Writes the bundle and returns its configuration. Raises FileNotFoundError without a CLIP run, whose merges every bundle needs."""
+    """Write the bundle and return its configuration. Raises FileNotFoundError without a CLIP run,
+    whose merges every bundle needs."""
     config = tiny_config()
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
@@ -59,7 +60,9 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
     for network, (name, prefix) in _SOURCES.items():
         checkpoint = runs / f"{name}.pt"
         if checkpoint.exists():
-            inner(getattr(bundle, network)).load_state_dict(averaged(loop.load(checkpoint), prefix), strict=network != "byt5")
+            inner(getattr(bundle, network)).load_state_dict(
+                averaged(loop.load(checkpoint), prefix), strict=network != "byt5"
+            )
             print(f"{network}: {checkpoint}")
     if (runs / f"{_SOURCES['denoiser'][0]}.pt").exists() and isinstance(bundle, BundleV3):
         quiet(bundle.denoiser)
@@ -67,13 +70,22 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
 
 
 def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Writes the bundle `base` with a trained denoiser, named after its directory; the other networks stay as they are.
+    """Write the bundle `base` with a trained denoiser, named after its directory; the other
+    networks stay as they are.
 
-    Raises what `load_v3` raises, BundleError for a checkpoint of another shape, pydantic.ValidationError for an impossible name.
+    Raises what `load_v3` raises, BundleError for a checkpoint of another shape,
+    pydantic.ValidationError for an impossible name.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
-    assign(bundle.denoiser, averaged(loop.load(checkpoint), _SOURCES["denoiser"][1]), torch.float32, where=str(checkpoint))
-    config = TypeAdapter(BundleV3Config).validate_python(asdict(bundle.config) | {"name": out.resolve().name})
+    assign(
+        bundle.denoiser,
+        averaged(loop.load(checkpoint), _SOURCES["denoiser"][1]),
+        torch.float32,
+        where=str(checkpoint),
+    )
+    config = TypeAdapter(BundleV3Config).validate_python(
+        asdict(bundle.config) | {"name": out.resolve().name}
+    )
     merges = None if config.clip.merges is None else base / config.clip.merges
     return save_bundle(replace(bundle, config=config), out, dtype, merges)
 
@@ -84,10 +96,14 @@ def _keep(bundle: Bundle, old: Bundle) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("out", type=Path)
     p.add_argument("--runs", type=Path, default=Path("runs"))
-    p.add_argument("--base", help="name or path of the bundle that all but the denoiser is taken from")
+    p.add_argument(
+        "--base", help="name or path of the bundle that all but the denoiser is taken from"
+    )
     p.add_argument("--denoiser", type=Path, help="checkpoint of the denoiser that goes into --base")
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     args = p.parse_args()

@@ -1,13 +1,15 @@
-"""Trains the byte encoder to say the codes (codes.py) of captions: at every byte what its own thing is like, and what the whole says.
+"""Trains the byte encoder to say the codes (codes.py) of captions: at every byte what its own thing
+is like, and what the whole says.
 
     python -m model.training.byte_encoder --minutes 20
 
-The denoiser reads these features, and learns from the codes themselves meanwhile. Trained jointly from scratch instead, the denoiser learnt
-to draw long before the encoder learnt to read, and never listened. Where only a pooled feature had to know, it heard colours and no sides;
-where every byte knew the whole and nothing of its own, of two things the colours came out mixed (docs/log.md).
+The denoiser reads these features, and learns from the codes themselves meanwhile. Trained jointly
+from scratch instead, the denoiser learnt to draw long before the encoder learnt to read, and never
+listened. Where only a pooled feature had to know, it heard colours and no sides; where every byte
+knew the whole and nothing of its own, of two things the colours came out mixed (docs/log.md).
 
-At first it reads things alone, cut out of their captions: words are what takes longest to learn, and a third as many bytes are read five
-times as fast.
+At first it reads things alone, cut out of their captions: words are what takes longest to learn,
+and a third as many bytes are read five times as fast.
 """
 
 from __future__ import annotations
@@ -22,36 +24,48 @@ from torch import Tensor
 
 from model.bundle import load_v3
 from model.config import ByteEncoderConfig, find_bundle
-from model.text import ByteEncoder
+from model.networks.text_encoders import ByteEncoder
 from model.training import loop, tiny
 from model.training.captions import THING_ATTRIBUTES
 from model.training.codes import KIND_WIDTH, ONE, STARTS, USED, Codes, classes_of
 from model.training.data import Scenes, Text
 from model.training.features import encode_bytes
 
-# Bytes of a thing cut out of its caption, before and behind its first; the share of the steps that read such, at first and at last.
+# Bytes of a thing cut out of its caption, before and behind its first; the share of the steps that
+# read such, at first and at last.
 _BEFORE, _BEHIND = 3, 25
 _CUT_FIRST, _CUT_LAST, _CUT_STEPS = 1.0, 0.25, 1200
-_KIND_SHARE, _KIND_SCALE = 0.3, 1 / 8  # how much the question for the kind counts, and what its dot products are multiplied by
+_KIND_SHARE, _KIND_SCALE = (
+    0.3,
+    1 / 8,
+)  # how much the question for the kind counts, and what its dot products are multiplied by
 _OTHERS_SHARE, _SHARPNESS = 0.2, 2.0  # the same of the other attributes
 _WORD_BYTES = 16  # captions of a batch are of one length, to so many bytes
 _NEAR = 5.0  # what a head that looks at one neighbour adds to its score, before anything is learnt
 
 
 def fresh(config: ByteEncoderConfig) -> ByteEncoder:
-    """An encoder whose heads look at their neighbours to begin with, one at the byte before, one at the byte behind and so on, the last
-    wherever it likes: what a word is lies in the order of its bytes."""
+    """Return an encoder whose heads look at their neighbours to begin with, one at the byte before,
+    one at the byte behind and so on, the last wherever it likes: what a word is lies in the order
+    of its bytes."""
     encoder = ByteEncoder(config)
-    bias = encoder.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data  # [buckets, heads]
+    bias = (
+        encoder.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data
+    )  # [buckets, heads]
     bias.normal_(std=0.1)
     half = config.relative_attention_num_buckets // 2
     for head, offset in zip(range(config.num_heads - 1), (-1, 1, -2, 2, -3, 3), strict=False):
-        bias[half + offset if offset > 0 else -offset, head] += _NEAR  # buckets from `half` on are what lies behind
+        bias[half + offset if offset > 0 else -offset, head] += (
+            _NEAR  # buckets from `half` on are what lies behind
+        )
     return encoder
 
 
-def reading_loss(encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor, cut: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """(squared distance to the codes and the kind's cross-entropy, figures) for captions whose bytes are to say `target` [B, L + 1, D].
+def reading_loss(
+    encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor, cut: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return (squared distance to the codes and the kind's cross-entropy, figures) for captions
+    whose bytes are to say `target` [B, L + 1, D].
 
     cut: the captions are pieces, of which nobody knows what the whole says.
     """
@@ -59,7 +73,8 @@ def reading_loss(encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor,
     channels = STARTS["background"] if cut else USED
     read = text.mask[..., None].float()
     distance = ((found - target)[..., :channels].square() * read).sum() / (read.sum() * channels)
-    # One byte in four is asked what it means; of its kind, those that belong to something of a known one.
+    # One byte in four is asked what it means; of its kind, those that belong to something of a
+    # known one.
     asked, wanted = (vectors[:, ::4].flatten(0, 1) for vectors in (found, target))
     there = text.mask[:, ::4].flatten()
     asked, wanted = asked[there], wanted[there]
@@ -67,7 +82,9 @@ def reading_loss(encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor,
     logits = asked[known, :KIND_WIDTH] @ codes.kinds.T * _KIND_SCALE
     kind = torch.cdist(wanted[known, :KIND_WIDTH], codes.kinds).argmin(-1)
     named = F.cross_entropy(logits, kind)
-    others = [_class_error(asked, wanted, name) for name in STARTS if not cut or name in THING_ATTRIBUTES]
+    others = [
+        _class_error(asked, wanted, name) for name in STARTS if not cut or name in THING_ATTRIBUTES
+    ]
     other = torch.stack(others)
     right = (logits.argmax(-1) == kind).float().mean()
     figures = {"distance": distance.detach(), "kind": right, "others": other.detach().mean()}
@@ -75,7 +92,8 @@ def reading_loss(encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor,
 
 
 def _class_error(asked: Tensor, wanted: Tensor, name: str) -> Tensor:
-    """The cross-entropy of an attribute's class, silence being a class of its own, by vectors [n, D]."""
+    """Return the cross-entropy of an attribute's class, silence being a class of its own, by
+    vectors [n, D]."""
     own = slice(STARTS[name], STARTS[name] + classes_of(name) - 1)
     silent = torch.full_like(asked[:, :1], ONE / 2)
     likelier, best = wanted[:, own].max(-1)
@@ -83,22 +101,37 @@ def _class_error(asked: Tensor, wanted: Tensor, name: str) -> Tensor:
     return F.cross_entropy(logits, torch.where(likelier > 0, 1 + best, 0))
 
 
-def captions(scenes: Scenes, codes: Codes, batch: int, rng: np.random.Generator, held_out: int) -> Iterator[tuple[Text, Tensor]]:
-    """Endless batches of whole captions of about one length, each with what its bytes are to say."""
+def captions(
+    scenes: Scenes, codes: Codes, batch: int, rng: np.random.Generator, held_out: int
+) -> Iterator[tuple[Text, Tensor]]:
+    """Yield endless batches of whole captions of about one length, each with what its bytes are to
+    say."""
     length = scenes.corpus.length[: max(len(scenes.corpus) - held_out, 1)].cpu().numpy()
     order = np.argsort(length.reshape(-1) // _WORD_BYTES + rng.random(length.size), kind="stable")
     C = length.shape[1]
     while True:
         for start in rng.permutation(np.arange(0, max(len(order) - batch, 1), batch)):
             chosen = order[start : start + batch]
-            index, which = (torch.from_numpy(part).to(scenes.device) for part in np.divmod(chosen, C))
+            index, which = (
+                torch.from_numpy(part).to(scenes.device) for part in np.divmod(chosen, C)
+            )
             longest = int(length.reshape(-1)[chosen].max())
             text = scenes.text(index, which, longest)
-            yield text, codes.bytes(index, which, torch.arange(longest + 1, device=scenes.device).expand(len(chosen), -1))
+            yield (
+                text,
+                codes.bytes(
+                    index,
+                    which,
+                    torch.arange(longest + 1, device=scenes.device).expand(len(chosen), -1),
+                ),
+            )
 
 
-def pieces(scenes: Scenes, codes: Codes, batch: int, held_out: int) -> Iterator[tuple[Text, Tensor]]:
-    """Endless batches of things cut out of their captions, each with what its bytes are to say."""
+def pieces(
+    scenes: Scenes, codes: Codes, batch: int, held_out: int
+) -> Iterator[tuple[Text, Tensor]]:
+    """Yield endless batches of things cut out of their captions, each with what its bytes are to
+    say."""
     c = scenes.corpus
     among = torch.arange(max(len(c) - held_out, 1), device=scenes.device)
     width = _BEFORE + _BEHIND
@@ -109,35 +142,57 @@ def pieces(scenes: Scenes, codes: Codes, batch: int, held_out: int) -> Iterator[
         start, stop = span.gather(1, thing[:, None, None].expand(-1, 1, 2))[:, 0].unbind(-1)
         first = (start - torch.randint(_BEFORE + 1, (batch,), device=scenes.device)).clamp_min(0)
         place = first[:, None] + torch.arange(width + 1, device=scenes.device)
-        longest = (stop + torch.randint(_BEFORE + 1, (batch,), device=scenes.device)).minimum(c.length[index, which].long())
+        longest = (stop + torch.randint(_BEFORE + 1, (batch,), device=scenes.device)).minimum(
+            c.length[index, which].long()
+        )
         cut = (longest - first).clamp(1, width)
         inside = torch.arange(width, device=scenes.device) < cut[:, None]
-        source = c.text[index, which].gather(1, place[:, :width].clamp(max=c.text.shape[-1] - 1)) * inside
-        target = codes.bytes(index, which, torch.where(torch.arange(width + 1, device=scenes.device) < cut[:, None], place, -1))
+        source = (
+            c.text[index, which].gather(1, place[:, :width].clamp(max=c.text.shape[-1] - 1))
+            * inside
+        )
+        target = codes.bytes(
+            index,
+            which,
+            torch.where(torch.arange(width + 1, device=scenes.device) < cut[:, None], place, -1),
+        )
         yield Text(source, cut), target
 
 
 @torch.no_grad()
-def accuracies(encoder: ByteEncoder, scenes: Scenes, index: Tensor, batch: int = 64) -> dict[str, float]:
-    """How often each attribute is read right at a byte, over the first captions of scenes [N]: of its own thing, and of the whole."""
+def accuracies(
+    encoder: ByteEncoder, scenes: Scenes, index: Tensor, batch: int = 64
+) -> dict[str, float]:
+    """Return how often each attribute is read right at a byte, over the first captions of scenes
+    [N]: of its own thing, and of the whole."""
     codes, hits = Codes(scenes.corpus), dict[str, list[Tensor]]()
     for part in index.split(batch):
         which = torch.zeros_like(part)
         longest = int(scenes.corpus.length[part, which].max())
         text = scenes.text(part, which, longest)
         found = encode_bytes(encoder, text).float()
-        classes = scenes.own(part, which, torch.arange(longest + 1, device=part.device).expand(len(part), -1))
-        stated = {name: c[:, None].expand(-1, longest + 1).flatten() for name, c in scenes.stated(part, which).items()}
-        for name, wanted in {**classes, **{n: stated[n] for n in ("background", "relation", "view")}}.items():
+        classes = scenes.own(
+            part, which, torch.arange(longest + 1, device=part.device).expand(len(part), -1)
+        )
+        stated = {
+            name: c[:, None].expand(-1, longest + 1).flatten()
+            for name, c in scenes.stated(part, which).items()
+        }
+        for name, wanted in {
+            **classes,
+            **{n: stated[n] for n in ("background", "relation", "view")},
+        }.items():
             own = name in THING_ATTRIBUTES
             said = read(found, codes, name).flatten()
-            asked = text.mask.flatten() & ((wanted >= 0) if own else torch.ones_like(wanted, dtype=torch.bool))
+            asked = text.mask.flatten() & (
+                (wanted >= 0) if own else torch.ones_like(wanted, dtype=torch.bool)
+            )
             hits.setdefault(name, []).append((said == wanted)[asked])
     return {name: float(torch.cat(parts).float().mean()) for name, parts in hits.items()}
 
 
 def read(found: Tensor, codes: Codes, name: str) -> Tensor:
-    """What vectors […, D] say of an attribute: classes […], 0 where they are silent."""
+    """Return what vectors […, D] say of an attribute: classes […], 0 where they are silent."""
     if name == "kind":
         likeness = found[..., :KIND_WIDTH] @ codes.kinds[1:].T / KIND_WIDTH
         return torch.where(likeness.amax(-1) > 0.5, 1 + likeness.argmax(-1), 0)
@@ -146,16 +201,25 @@ def read(found: Tensor, codes: Codes, name: str) -> Tensor:
 
 
 def matrices(module: torch.nn.Module) -> list[str]:
-    """The layers' maps, for Muon."""
-    return [name for name, p in module.named_parameters() if p.ndim == 2 and ".block." in name and "relative_attention_bias" not in name]
+    """Return the layers' maps, for Muon."""
+    return [
+        name
+        for name, p in module.named_parameters()
+        if p.ndim == 2 and ".block." in name and "relative_attention_bias" not in name
+    ]
 
 
-def train(encoder: ByteEncoder, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> ByteEncoder:
-    """Trains until the budget is spent, but not on the corpus' last scenes."""
+def train(
+    encoder: ByteEncoder, scenes: Scenes, o: loop.Options, held_out: int = 1000
+) -> ByteEncoder:
+    """Train until the budget is spent, but not on the corpus' last scenes."""
     encoder.train()
     codes, rng = Codes(scenes.corpus), np.random.default_rng(o.seed)
     steps = count(loop.load(o.checkpoint)["step"] if o.resume else 0)
-    whole, parts = captions(scenes, codes, o.batch, rng, held_out), pieces(scenes, codes, 2 * o.batch, held_out)
+    whole, parts = (
+        captions(scenes, codes, o.batch, rng, held_out),
+        pieces(scenes, codes, 2 * o.batch, held_out),
+    )
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         share = _CUT_FIRST + (_CUT_LAST - _CUT_FIRST) * min(1.0, next(steps) / _CUT_STEPS)
@@ -164,13 +228,19 @@ def train(encoder: ByteEncoder, scenes: Scenes, o: loop.Options, held_out: int =
         return reading_loss(encoder, text, codes, target, cut)
 
     # Its batches are of many lengths, and made on the host.
-    trained: ByteEncoder = loop.fit(encoder, loss, loop.replace(o, record=False), matrices=matrices(encoder)).eval()  # type: ignore[assignment]
+    trained: ByteEncoder = loop.fit(
+        encoder, loss, loop.replace(o, record=False), matrices=matrices(encoder)
+    ).eval()  # type: ignore[assignment]
     return trained
 
 
 def main() -> None:
     p = loop.parser(__doc__, name="byte_encoder", batch=64, lr=2e-3, minutes=20)
-    p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose byte encoder to go on with")
+    p.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="name or path of the bundle whose byte encoder to go on with",
+    )
     args = p.parse_args()
     o = loop.options(args)
     scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=False)
@@ -181,7 +251,9 @@ def main() -> None:
         encoder.requires_grad_(True)
     trained = train(encoder.to(o.device), scenes, o)
     if loop.rank() == 0:
-        index = torch.arange(max(len(scenes.corpus) - 256, 0), len(scenes.corpus), device=scenes.device)
+        index = torch.arange(
+            max(len(scenes.corpus) - 256, 0), len(scenes.corpus), device=scenes.device
+        )
         print({name: round(value, 4) for name, value in accuracies(trained, scenes, index).items()})
 
 

@@ -1,9 +1,10 @@
-"""Trains CLIP's towers on captioned scenes: each learns to say the codes (codes.py), the one of captions, the other of pictures.
+"""Trains CLIP's towers on captioned scenes: each learns to say the codes (codes.py), the one of
+captions, the other of pictures.
 
     python -m model.training.clip --minutes 15
 
-What a caption's code and its picture's have in common is most of either, so the towers find each other without being compared. The text
-tower's vocabulary is learnt first, from captions.
+What a caption's code and its picture's have in common is most of either, so the towers find each
+other without being compared. The text tower's vocabulary is learnt first, from captions.
 """
 
 from __future__ import annotations
@@ -18,28 +19,34 @@ from torch import Tensor, nn
 
 from model.bundle import load_v3
 from model.config import find_bundle
-from model.text import CLIP, PIXEL_STATISTICS
+from model.networks.text_encoders import CLIP, PIXEL_STATISTICS
 from model.training import loop, tiny
 from model.training.codes import KIND_WIDTH, Codes
 from model.training.data import Scenes
 
 _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark and end mark
-# Scaled-down pictures are kept and met again with other captions; before every step some are drawn anew.
+# Scaled-down pictures are kept and met again with other captions; before every step some are drawn
+# anew.
 _KEPT, _RENEWED = 16, 0.25  # batches; share of a batch
 _LEARNT_FROM = 20_000  # captions, for the vocabulary
-# How much the question for the kind counts, what its dot products are multiplied by, and how like a kind's own vector one must be.
+# How much the question for the kind counts, what its dot products are multiplied by, and how like a
+# kind's own vector one must be.
 _KIND_SHARE, _KIND_SCALE, _CLEAR = 0.3, 1 / 8, 0.8
 
 
 def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
-    """Writes the byte-pair merges of captions as open_clip's tokenizer reads them: gzipped, a header, a pair a line."""
+    """Write the byte-pair merges of captions as open_clip's tokenizer reads them: gzipped, a
+    header, a pair a line."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The trainer counts its own alphabet of letters into the size it is given, so it is asked for more merges than are kept.
-    trainer = trainers.BpeTrainer(vocab_size=2 * vocabulary, end_of_word_suffix="</w>", show_progress=False)
+    # The trainer counts its own alphabet of letters into the size it is given, so it is asked for
+    # more merges than are kept.
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * vocabulary, end_of_word_suffix="</w>", show_progress=False
+    )
     tokenizer.train_from_iterator(captions, trainer)
     folder = path.parent / "merges"
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +56,8 @@ def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
 
 
 def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
-    """All captions' tokens, int16 [N, C, context]: what `clip.tokenize` makes of each, with every word looked up once."""
+    """Return all captions' tokens, int16 [N, C, context]: what `clip.tokenize` makes of each, with
+    every word looked up once."""
     text, length = scenes.corpus.text.cpu().numpy(), scenes.corpus.length.cpu().numpy()
     N, C, _ = text.shape
     tokenizer, context = clip.tokenizer, clip.config.context_length
@@ -57,9 +65,13 @@ def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
     known: dict[str, list[int]] = {}
     tokens = torch.zeros(N * C, context, dtype=torch.int16)
     rows = tokens.numpy()
-    for row, (line, count) in enumerate(zip(text.reshape(N * C, -1), length.reshape(-1).tolist(), strict=True)):
+    for row, (line, count) in enumerate(
+        zip(text.reshape(N * C, -1), length.reshape(-1).tolist(), strict=True)
+    ):
         caption = line[:count].tobytes().decode(errors="replace")
-        if caption.isascii() and "&" not in caption:  # the tokenizer's pattern spans no space, and its cleaning changes nothing here
+        if (
+            caption.isascii() and "&" not in caption
+        ):  # the tokenizer's pattern spans no space, and its cleaning changes nothing here
             numbers = [first]
             for word in caption.lower().split():
                 if word not in known:
@@ -74,7 +86,8 @@ def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
 
 
 def encode_tokens(clip: CLIP, tokens: Tensor, longest: int) -> Tensor:
-    """What `clip.model.encode_text` makes of tokens [B, context] of which none is longer than `longest`, without what lies behind."""
+    """Return what `clip.model.encode_text` makes of tokens [B, context] of which none is longer
+    than `longest`, without what lies behind."""
     model, tokens = clip.model, tokens[:, :longest].long()
     x = model.token_embedding(tokens) + model.positional_embedding[:longest]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
@@ -82,50 +95,61 @@ def encode_tokens(clip: CLIP, tokens: Tensor, longest: int) -> Tensor:
 
 
 def found(image: Tensor, text: Tensor) -> Tensor:
-    """The share of pictures that find their caption among all, by embeddings [B, D]."""
+    """Return the share of pictures that find their caption among all, by embeddings [B, D]."""
     likeness = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
     return (likeness.argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
 
 
 class Thumbnails:
-    """Pictures at the size that CLIP's image tower reads, uint8 [capacity, 3, S, S], and whose they are."""
+    """Pictures at the size that CLIP's image tower reads, uint8 [capacity, 3, S, S], and whose they
+    are."""
 
     def __init__(self, clip: CLIP, scenes: Scenes, batch: int, members: tuple[Tensor, ...]) -> None:
         self.clip, self.scenes, self.members, self.batch = clip, scenes, members, batch
         self.count = max(1, round(_RENEWED * batch))
         S, device = clip.image_size, scenes.device
         self.capacity = _KEPT * batch
-        self.pixels = torch.zeros(self.capacity, 3, S, S, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
+        self.pixels = torch.zeros(
+            self.capacity, 3, S, S, dtype=torch.uint8, device=device
+        ).contiguous(memory_format=torch.channels_last)
         self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
         self._next = 0
-        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in PIXEL_STATISTICS)
+        self.mean, self.std = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in PIXEL_STATISTICS
+        )
         for _ in range(-(-self.capacity // self.count)):
             self.renew()
 
     @torch.no_grad()
     def renew(self) -> None:
-        """Puts new pictures in the place of the oldest; mostly square ones, as in the corpus."""
+        """Put new pictures in the place of the oldest; mostly square ones, as in the corpus."""
         weights = [len(own) for own in self.members]
         aspect = int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))
         index, _ = self.scenes.some(self.count, self.members[aspect])
-        place = torch.arange(self._next, self._next + self.count, device=index.device) % self.capacity
+        place = (
+            torch.arange(self._next, self._next + self.count, device=index.device) % self.capacity
+        )
         scaled = self.clip.scale(self.scenes.small_pictures(index, aspect))
         self.pixels[place], self.index[place] = scaled.mul(255).round().to(torch.uint8), index
         self._next = (self._next + self.count) % self.capacity
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """(pictures [B, 3, S, S] as the image tower takes them, their scenes' numbers [B])."""
+        """Return (pictures [B, 3, S, S] as the image tower takes them, their scenes' numbers
+        [B])."""
         chosen = (torch.rand(self.batch, device=self.index.device) * self.capacity).long()
         return (self.pixels[chosen].float() / 255 - self.mean) / self.std, self.index[chosen]
 
 
 def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """(squared distance of embeddings [B, D] to codes [B, D] and cross-entropy of the kind that is shown most, how often it is right)."""
+    """Return (squared distance of embeddings [B, D] to codes [B, D] and cross-entropy of the kind
+    that is shown most, how often it is right)."""
     said = said.float()
     wanted = code[:, :KIND_WIDTH]
     likeness = wanted @ codes.kinds.T
     best = likeness.max(-1)
-    clear = (best.values > _CLEAR * KIND_WIDTH).float()  # not where several kinds are mixed, nor where nothing is there
+    clear = (
+        best.values > _CLEAR * KIND_WIDTH
+    ).float()  # not where several kinds are mixed, nor where nothing is there
     logits = said[:, :KIND_WIDTH] @ codes.kinds.T * _KIND_SCALE
     errors = F.cross_entropy(logits, best.indices, reduction="none")
     right = ((logits.argmax(-1) == best.indices) * clear).sum() / clear.sum().clamp_min(1)
@@ -135,8 +159,9 @@ def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor
 def pair_loss(
     clip: CLIP, scenes: Scenes, codes: Codes, index: Tensor, image: Tensor | None, longest: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the objective, figures) for scenes [B], each with one of its captions, and their pictures [B, 3, S, S] as the image tower takes
-    them; without pictures, of the text tower alone."""
+    """Return (the objective, figures) for scenes [B], each with one of its captions, and their
+    pictures [B, 3, S, S] as the image tower takes them; without pictures, of the text tower
+    alone."""
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     which = (torch.rand(len(index), device=index.device) * scenes.corpus.text.shape[1]).long()
@@ -146,12 +171,16 @@ def pair_loss(
         return loss, {"text": read}
     shown = clip.model.encode_image(image)
     seen_loss, seen = tower_loss(shown, codes.pictures(index), codes)
-    return loss + seen_loss, {"image": seen, "text": read, "found": found(shown.detach(), said.detach())}
+    return loss + seen_loss, {
+        "image": seen,
+        "text": read,
+        "found": found(shown.detach(), said.detach()),
+    }
 
 
 @torch.no_grad()
 def retrieval(clip: CLIP, scenes: Scenes, index: Tensor, among: int = 256) -> float:
-    """How often a picture finds its own caption among so many, over square scenes [N]."""
+    """Return how often a picture finds its own caption among so many, over square scenes [N]."""
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     shares = []
@@ -162,12 +191,15 @@ def retrieval(clip: CLIP, scenes: Scenes, index: Tensor, among: int = 256) -> fl
 
 
 def matrices(module: nn.Module) -> list[str]:
-    """The text layers' maps, for Muon."""
+    """Return the text layers' maps, for Muon."""
     return [name for name, p in module.named_parameters() if p.ndim == 2 and ".resblocks." in name]
 
 
-def train(clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000, *, text_only: bool = False) -> CLIP:
-    """Trains until the budget is spent, but not on the corpus' last scenes. scenes: with the captions' tokens."""
+def train(
+    clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000, *, text_only: bool = False
+) -> CLIP:
+    """Train until the budget is spent, but not on the corpus' last scenes. scenes: with the
+    captions' tokens."""
     clip.train()
     clip.model.visual.to(memory_format=torch.channels_last)
     if scenes.clip_tokens is None:
@@ -183,7 +215,9 @@ def train(clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000, *, 
 
         trained: CLIP = loop.fit(clip, read, o, matrices=matrices(clip)).eval()  # type: ignore[assignment]
         return trained
-    thumbnails = Thumbnails(clip, scenes, o.batch, tuple(own[own < bound] for own in scenes.of_aspect))
+    thumbnails = Thumbnails(
+        clip, scenes, o.batch, tuple(own[own < bound] for own in scenes.of_aspect)
+    )
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         image, index = thumbnails.draw()
@@ -194,15 +228,23 @@ def train(clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000, *, 
 
 
 def with_tokens(scenes: Scenes, clip: CLIP) -> Scenes:
-    """The scenes with their captions' tokens."""
+    """Return the scenes with their captions' tokens."""
     return loop.replace(scenes, clip_tokens=tokenize(clip, scenes).to(scenes.device))
 
 
 def main() -> None:
     p = loop.parser(__doc__, name="clip", batch=128, lr=1e-3, minutes=15)
-    p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose pair and vocabulary to go on with")
+    p.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="name or path of the bundle whose pair and vocabulary to go on with",
+    )
     p.add_argument("--start", type=Path, help="checkpoint whose averaged weights to begin with")
-    p.add_argument("--text-only", action="store_true", help="leave the image tower as it is, and draw no pictures")
+    p.add_argument(
+        "--text-only",
+        action="store_true",
+        help="leave the image tower as it is, and draw no pictures",
+    )
     args = p.parse_args()
     o = loop.options(args)
     scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=not args.text_only)

@@ -1,7 +1,8 @@
-"""The captioned scenes of a corpus, on the device that trains: pictures are drawn when they are asked for, captions are read as they lie.
+"""The captioned scenes of a corpus, on the device that trains: pictures are drawn when they are
+asked for, captions are read as they lie.
 
-Nothing here asks the device for a number or sends it one, so all of it may be part of a recorded step.
-Letters: N scenes, B of them, L bytes.
+Nothing here asks the device for a number or sends it one, so all of it may be part of a recorded
+step. Letters: N scenes, B of them, L bytes.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Source(Protocol):
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """How many files could not be used, by reason."""
+        """Return how many files could not be used, by reason."""
 
     def draw(self) -> tuple[Tensor, list[str]]:
-        """(uint8 [N, 3, H, W], N captions)."""
+        """Return (uint8 [N, 3, H, W], N captions)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands: everything that `draw` will return follows from this."""
+        """Return where it stands: everything that `draw` will return follows from this."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -54,7 +55,7 @@ class Text:
 
     @property
     def ids(self) -> Tensor:
-        """What ByT5 reads: [B, L + 1] with an end mark, then padding."""
+        """Return what ByT5 reads: [B, L + 1] with an end mark, then padding."""
         padded = F.pad(self.bytes.long(), (0, 1))
         place = torch.arange(padded.shape[1], device=padded.device)
         length = self.length.long()[:, None]
@@ -62,8 +63,11 @@ class Text:
 
     @property
     def mask(self) -> Tensor:
-        """[B, L + 1], False at padding."""
-        return torch.arange(self.bytes.shape[1] + 1, device=self.bytes.device) <= self.length.long()[:, None]
+        """Return [B, L + 1], False at padding."""
+        return (
+            torch.arange(self.bytes.shape[1] + 1, device=self.bytes.device)
+            <= self.length.long()[:, None]
+        )
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,16 @@ class Scenes:
     clip_tokens: Tensor | None = None
 
     @classmethod
-    def load(cls, path: Path | None, device: torch.device, seed: int = 0, scenes: int = _OWN_SCENES, pictures: bool = True) -> Scenes:
-        """The corpus in a file, or one sampled here and now. Raises FileNotFoundError without the art, unless no `pictures` are needed."""
+    def load(
+        cls,
+        path: Path | None,
+        device: torch.device,
+        seed: int = 0,
+        scenes: int = _OWN_SCENES,
+        pictures: bool = True,
+    ) -> Scenes:
+        """Return the corpus in a file, or one sampled here and now. Raises FileNotFoundError
+        without the art, unless no `pictures` are needed."""
         atlas = (art.atlas() if pictures else torch.empty(0)).to(device)
         known = corpus.load(path) if path is not None else corpus.generate(scenes, seed, 1)
         return cls(known.to(device), atlas)
@@ -90,60 +102,85 @@ class Scenes:
 
     @cached_property
     def of_aspect(self) -> tuple[Tensor, ...]:
-        """The numbers of the scenes of each of ASPECTS."""
-        return tuple((self.corpus.aspect == number).nonzero()[:, 0] for number in range(len(ASPECTS)))
+        """Return the numbers of the scenes of each of ASPECTS."""
+        return tuple(
+            (self.corpus.aspect == number).nonzero()[:, 0] for number in range(len(ASPECTS))
+        )
 
     def pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] of scenes [B], all of one aspect."""
-        return as_float(render(self.corpus.layouts[index], self.atlas, *ASPECTS[aspect]), self.device)
+        """Return pictures [B, 3, H, W] in [0, 1] of scenes [B], all of one aspect."""
+        return as_float(
+            render(self.corpus.layouts[index], self.atlas, *ASPECTS[aspect]), self.device
+        )
 
     @cached_property
     def small_atlas(self) -> Tensor:
-        """The art at half its size."""
-        return torch.cat([F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in self.atlas.split(64)])
+        """Return the art at half its size."""
+        return torch.cat(
+            [F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in self.atlas.split(64)]
+        )
 
     def small_pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
-        """As `pictures`, at half the size."""
+        """Return what `pictures` does, at half the size."""
         drawn = self.corpus.layouts[index]
         halved = replace(drawn, centre=drawn.centre / 2, length=drawn.length / 2)
         width, height = ASPECTS[aspect]
         return as_float(render(halved, self.small_atlas, width // 2, height // 2), self.device)
 
     def text(self, index: Tensor, which: Tensor, longest: int | None = None) -> Text:
-        """Captions number `which` [B] of scenes [B], cut to the `longest` bytes."""
+        """Return captions number `which` [B] of scenes [B], cut to the `longest` bytes."""
         cut = self.corpus.text.shape[-1] - 1 if longest is None else longest
-        return Text(self.corpus.text[index, which, :cut], self.corpus.length[index, which].clamp(max=cut))
+        return Text(
+            self.corpus.text[index, which, :cut], self.corpus.length[index, which].clamp(max=cut)
+        )
 
     def stated(self, index: Tensor, which: Tensor) -> dict[str, Tensor]:
-        """Classes [B] per attribute of a caption."""
-        return dict(zip(self.corpus.attributes, self.corpus.stated[index, which].long().unbind(-1), strict=True))
+        """Return classes [B] per attribute of a caption."""
+        return dict(
+            zip(
+                self.corpus.attributes,
+                self.corpus.stated[index, which].long().unbind(-1),
+                strict=True,
+            )
+        )
 
     def own(self, index: Tensor, which: Tensor, asked: Tensor) -> dict[str, Tensor]:
-        """Classes [B · k] per attribute of the things that the asked bytes [B, k] are about, −1 for a byte that is about none."""
-        span, things = self.corpus.span[index, which], self.corpus.things[index, which].long()  # [B, 3, 2], [B, 3, T]
-        inside = (asked[..., None] >= span[:, None, :, 0]) & (asked[..., None] < span[:, None, :, 1])  # [B, k, 3]
+        """Return classes [B · k] per attribute of the things that the asked bytes [B, k] are about,
+        −1 for a byte that is about none."""
+        span, things = (
+            self.corpus.span[index, which],
+            self.corpus.things[index, which].long(),
+        )  # [B, 3, 2], [B, 3, T]
+        inside = (asked[..., None] >= span[:, None, :, 0]) & (
+            asked[..., None] < span[:, None, :, 1]
+        )  # [B, k, 3]
         place = inside.int().argmax(-1)
         classes = things.gather(1, place[..., None].expand(-1, -1, things.shape[-1]))
         classes = classes.masked_fill(~inside.any(-1, keepdim=True), -1).flatten(0, 1)
         return dict(zip(self.corpus.thing_attributes, classes.unbind(-1), strict=True))
 
     def some(self, count: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Random scenes [count], of those numbered `among`, and the number of a caption of each."""
+        """Return random scenes [count], of those numbered `among`, and the number of a caption of
+        each."""
         n = len(self.corpus) if among is None else len(among)
         index = (torch.rand(count, device=self.device) * n).long().clamp_(max=n - 1)
         which = (torch.rand(count, device=self.device) * self.corpus.text.shape[1]).long()
         return (index if among is None else among[index]), which
 
     def shorter_than(self, longest: int) -> Tensor:
-        """The numbers of the square scenes of which no caption has more bytes."""
+        """Return the numbers of the square scenes of which no caption has more bytes."""
         short = (self.corpus.length <= longest).all(-1)
         return (short & (self.corpus.aspect == 0)).nonzero()[:, 0]
 
     def captions(self, count: int) -> Iterator[str]:
-        """The first captions as text."""
-        return (self.corpus.caption(i, which) for i in range(min(count, len(self.corpus))) for which in range(self.corpus.text.shape[1]))
+        """Return the first captions as text."""
+        return (
+            self.corpus.caption(i, which)
+            for i in range(min(count, len(self.corpus)))
+            for which in range(self.corpus.text.shape[1])
+        )
 
 
 def as_float(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 pictures → float32 in [0, 1] on the device."""
+    """Turn uint8 pictures into float32 in [0, 1] on the device."""
     return pixels.to(device, non_blocking=True).float().div_(255)

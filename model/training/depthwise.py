@@ -1,7 +1,9 @@
-"""Depthwise 3×3 convolutions that learn quickly on a GPU: channels stay last, and one pass over the pixels gives each gradient.
+"""Depthwise 3×3 convolutions that learn quickly on a GPU: channels stay last, and one pass over the
+pixels gives each gradient.
 
-cuDNN's choice for bf16 with channels last may take tens of times as long, above all for the weight's gradient. Whether ours are right and
-faster is measured where they are to run (`accelerated`). Letters: B pictures, H W pixels, C channels.
+cuDNN's choice for bf16 with channels last may take tens of times as long, above all for the
+weight's gradient. Whether ours are right and faster is measured where they are to run
+(`accelerated`). Letters: B pictures, H W pixels, C channels.
 """
 
 # Triton's functions are another language in Python's syntax.
@@ -20,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import channels_first, channels_last
 from model.networks.denoiser_v3 import ConvBlock
-from model.vqgan import ResidualBlock
+from model.networks.layers import channels_first, channels_last
+from model.networks.vqgan_v3 import ResidualBlock
 
 try:
     import triton
@@ -52,7 +54,8 @@ if triton is not None:
         BP: tl.constexpr,
         BC: tl.constexpr,
     ):
-        """y [B, HO, WO, C] = x [B, H, W, C], padded by P zeros, with taps w [9, C]; N = B · HO · WO."""
+        """Compute y [B, HO, WO, C] = x [B, H, W, C], padded by P zeros, with taps w [9, C]; N = B ·
+        HO · WO."""
         pixel = tl.program_id(0) * BP + tl.arange(0, BP)
         c = tl.program_id(1) * BC + tl.arange(0, BC)
         picture = pixel // (HO * WO)
@@ -79,7 +82,8 @@ if triton is not None:
     def _weight_gradient(
         x, g, parts, H, W, C, HO, WO, P, N, per, BP: tl.constexpr, BC: tl.constexpr
     ):
-        """parts [chunks, 9, C]: of g [B, HO, WO, C] times x [B, H, W, C] where each tap read it, the sums over `per` pixels each."""
+        """Compute parts [chunks, 9, C]: of g [B, HO, WO, C] times x [B, H, W, C] where each tap
+        read it, the sums over `per` pixels each."""
         chunk, tap = tl.program_id(0), tl.program_id(2)
         c = tl.program_id(1) * BC + tl.arange(0, BC)
         total = tl.zeros((BC,), tl.float32)
@@ -154,7 +158,7 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """What autocast would compute in."""
+    """Return what autocast would compute in."""
     return (
         torch.get_autocast_dtype(x.device.type)
         if torch.is_autocast_enabled(x.device.type)
@@ -163,20 +167,20 @@ def _product_type(x: Tensor) -> torch.dtype:
 
 
 def by_triton(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """[B, H, W, C] → depthwise convolution, by the kernels above."""
+    """Convolve [B, H, W, C] by the kernels above."""
     y: Tensor = _Depthwise.apply(x.to(_product_type(x)).contiguous(), weight, bias, padding)  # type: ignore[no-untyped-call]
     return y
 
 
 def by_library(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """As torch does it: channels last."""
+    """Convolve as torch does it: channels last."""
     return channels_last(
         F.conv2d(channels_first(x), weight, bias, padding=padding, groups=len(weight))
     )
 
 
 def by_planes(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """As torch does it where every channel is a plane."""
+    """Convolve as torch does it where every channel is a plane."""
     return channels_last(
         F.conv2d(channels_first(x).contiguous(), weight, bias, padding=padding, groups=len(weight))
     )
@@ -189,7 +193,8 @@ WAYS: dict[str, Way] = {"triton": by_triton, "planes": by_planes, "library": by_
 def _seconds(
     way: Way, shape: tuple[int, int, int, int], device: torch.device, times: int = 5
 ) -> float:
-    """Of a pass there and back. Raises ArithmeticError if the result or a gradient is not what fp32 gives."""
+    """Time a pass there and back. Raises ArithmeticError if the result or a gradient is not what
+    fp32 gives."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device)
     weight = torch.randn(shape[-1], 1, 3, 3, generator=generator, device=device)
@@ -219,7 +224,7 @@ def _settle(device: torch.device) -> None:
 
 
 def fastest(shape: tuple[int, int, int, int], device: torch.device) -> Way:
-    """The fastest of WAYS that is right, for inputs of this shape on this device."""
+    """Return the fastest of WAYS that is right, for inputs of this shape on this device."""
     taken: dict[str, float] = {}
     for name, way in WAYS.items():
         try:
@@ -245,9 +250,12 @@ def fastest(shape: tuple[int, int, int, int], device: torch.device) -> Way:
 
 @contextmanager
 def accelerated(module: nn.Module, batch: int, side: int) -> Iterator[None]:
-    """Within it, the depthwise convolutions of a denoiser or a VQGAN on CUDA go the way that is fastest at `batch` grids of side², the
-    widest there are. Elsewhere everything stays as it is."""
-    blocks: list[Any] = [block for block in module.modules() if isinstance(block, ConvBlock | ResidualBlock)]
+    """Choose a way; within it, the depthwise convolutions of a denoiser or a VQGAN on CUDA go the
+    way that is fastest at `batch` grids of side², the widest there are. Elsewhere everything stays
+    as it is."""
+    blocks: list[Any] = [
+        block for block in module.modules() if isinstance(block, ConvBlock | ResidualBlock)
+    ]
     device = next(module.parameters()).device
     if device.type != "cuda" or not blocks:
         yield
@@ -281,10 +289,10 @@ def _redirect(block: Any, way: Way) -> None:
 
 
 def _residual_way(way: Way) -> Callable[[Any, Tensor], Tensor]:
-    from model.layers import norm
+    from model.networks.layers import norm
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """As `ResidualBlock.forward`."""
+        """Compute as `ResidualBlock.forward`."""
         g = self.gammas
         y = channels_first(torch.addcmul(g[1], norm(x), 1 + g[0]))
         y = channels_last(F.pad(y, (1, 1, 1, 1), mode="replicate"))

@@ -1,14 +1,15 @@
-"""Trains all of the embedded networks within one budget of seconds, on one machine, from a corpus to a bundle.
+"""Trains all of the embedded networks within one budget of seconds, on one machine, from a corpus
+to a bundle.
 
     python -m model.training.everything OUT --budget-seconds 300
-    python -m model.training.everything ONE --phases vqgan,bytes,clip,judge --budget-seconds 110 --vqgan runs/vqgan.pt
-    python -m model.training.everything TWO --phases denoiser,prior --from ONE --budget-seconds 290       # the same in two goes
-    python -m model.training.everything OUT --smoke                      # on the CPU, as small and short as can be
-    python -m model.training.everything --join TWO weights/tiny          # what a run has left → a bundle
+    python -m model.training.everything OUT --smoke          # on the CPU, small and short
+    python -m model.training.everything ONE --phases vqgan,bytes,clip,prior --budget-seconds 110
+    python -m model.training.everything TWO --phases denoiser --from ONE --budget-seconds 290
+    python -m model.training.everything --join TWO weights/tiny     # what a run has left → a bundle
 
-A process each for the VQGAN, the byte encoder, CLIP, the judge of pictures, the denoiser and the prior; this one samples the corpus,
-watches the clock, and writes what there is to OUT every time that something is new: parts of at most 15 MiB, a log, figures. A run that is
-killed has left that.
+A process each for the VQGAN, the byte encoder, CLIP, the judge of pictures, the denoiser and the
+prior; this one samples the corpus, watches the clock, and writes what there is to OUT every time
+that something is new: parts of at most 15 MiB, a log, figures. A run that is killed has left that.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from model.runtime import prepare
 
 _PART = 15 * 2**20  # bytes
 _STATE = "state.safetensors"
-# Of the budget, the share that encoders and VQGAN have where the denoiser follows them; seconds for what comes after the last step.
+# Of the budget, the share that encoders and VQGAN have where the denoiser follows them; seconds for
+# what comes after the last step.
 _ENCODERS, _AFTERWARDS = 0.29, 9.0
 _JUDGE = 50.0  # seconds that the judge learns for
 _POLL = 0.25  # seconds
@@ -75,7 +77,7 @@ class Plan:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The whole file or none of it."""
+    """Write the whole file or none of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
@@ -93,7 +95,7 @@ def _wait_for(*paths: Path) -> None:
 
 
 def _net(plan: Plan, name: str) -> Path:
-    """Where a network's weights are once they are final, under their published names."""
+    """Return where a network's weights are once they are final, under their published names."""
     return plan.scratch / f"{name}.net"
 
 
@@ -101,7 +103,7 @@ def _say(text: str) -> None:
     print(f"[{time.time() % 1e5:9.2f}] {text}", flush=True)
 
 
-# ── what each process does ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what each process does ────────────────────────────────────────────────────────────────────────
 
 
 def _options(
@@ -140,7 +142,7 @@ def _options(
 
 
 def _scenes(plan: Plan, tokens: bool) -> Any:
-    """The corpus and the art, on the device, as soon as they are there."""
+    """Return the corpus and the art, on the device, as soon as they are there."""
     from model.training import corpus
     from model.training.data import Scenes
 
@@ -185,7 +187,7 @@ def _role_vqgan(plan: Plan) -> None:
 
 
 def _few(plan: Plan) -> tuple[int, int]:
-    """How many pictures figures are measured on, and how many of them at a time."""
+    """Return how many pictures figures are measured on, and how many of them at a time."""
     return (16, 8) if plan.smoke else (1024, 128)
 
 
@@ -202,12 +204,12 @@ def _role_bytes(plan: Plan) -> None:
 
 
 def _held_out(plan: Plan, scenes: Any) -> Tensor:
-    """Scenes that no trainer has met."""
+    """Return scenes that no trainer has met."""
     return torch.arange(len(scenes.corpus) - _few(plan)[0], len(scenes.corpus), device=plan.device)
 
 
 def _role_clip(plan: Plan) -> None:
-    from model.text import CLIP
+    from model.networks.text_encoders import CLIP
     from model.training import clip, tiny
 
     _seed(3)
@@ -250,7 +252,7 @@ def _role_judge(plan: Plan) -> None:
 
 
 def _role_prior(plan: Plan) -> None:
-    from model.prior import Prior
+    from model.networks.prior import Prior
     from model.training import prior, tiny
 
     _seed(5)
@@ -262,11 +264,11 @@ def _role_prior(plan: Plan) -> None:
 
 
 def _role_denoiser(plan: Plan) -> None:
-    from model.denoiser import Denoiser
+    from model.networks.denoiser_v3 import Denoiser
+    from model.networks.vqgan_v3 import VQGAN
     from model.training import denoiser, loop
     from model.training.assemble import tiny_config
     from model.training.guides import Guided
-    from model.vqgan import VQGAN
 
     _seed(4)
     config = tiny_config()
@@ -275,7 +277,9 @@ def _role_denoiser(plan: Plan) -> None:
     guided = Guided(Denoiser(config.denoiser), vqgan.vquantizer.codebook.weight).to(plan.device)
     batch = plan.batch(512, 8)
     capacity = plan.batch(400_000, 64)
-    o = _options(plan, "denoiser", plan.denoiser_until, batch=batch, lr=2e-3 if plan.smoke else 4e-3)
+    o = _options(
+        plan, "denoiser", plan.denoiser_until, batch=batch, lr=2e-3 if plan.smoke else 4e-3
+    )
     encoding = denoiser.Encoding.of(config, vqgan, scenes, batch, capacity, o.dtype)
     losses = denoiser.scene_losses(guided, encoding)
     with _accelerated(guided, plan, batch, 8):
@@ -333,7 +337,7 @@ def _figures(plan: Plan, name: str, figures: dict[str, Any]) -> None:
     _write(plan.scratch / f"{name.replace(' ', '_')}.figures", json.dumps({name: figures}).encode())
 
 
-# ── the one that watches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the one that watches ──────────────────────────────────────────────────────────────────────────
 
 
 class Watch:
@@ -364,7 +368,7 @@ class Watch:
         self.processes[role] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def look(self) -> None:
-        """Shows what was said, starts again what has failed, and exports what is new."""
+        """Show what was said, start again what has failed, and export what is new."""
         self.show()
         for role, process in self.processes.items():
             until = (
@@ -394,7 +398,7 @@ class Watch:
         _write(self.out / "log.txt", "\n".join(whole).replace("\r", "\n").encode()[-8 * 2**20 :])
 
     def export(self) -> None:
-        """Writes parts and figures if a checkpoint is newer than those written last."""
+        """Write parts and figures if a checkpoint is newer than those written last."""
         names = ("vqgan.pt", "byte_encoder.pt", "clip.pt", "prior.pt", "denoiser.pt")
         files = [*(self.plan.scratch / name for name in names), *self.plan.scratch.glob("*.net")]
         there = {path.name: path.stat().st_mtime for path in files if path.exists()}
@@ -427,7 +431,8 @@ class Watch:
 
 
 def _collected(scratch: Path) -> dict[str, Tensor]:
-    """The averaged weights of every network that there is a checkpoint of, in fp16, and CLIP's merges as bytes."""
+    """Return the averaged weights of every network that there is a checkpoint of, in fp16, and
+    CLIP's merges as bytes."""
     from model.training import loop
     from model.training.assemble import _SOURCES
     from model.training.checkpoint import averaged
@@ -463,12 +468,13 @@ def _write_parts(out: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Makes a bundle of the parts that a run has left in `out`; networks that were not trained are random.
+    """Make a bundle of the parts that a run has left in `out`; networks that were not trained are
+    random.
 
     Raises FileNotFoundError where there are no parts.
     """
     from model.bundle import build, inner, save_bundle
-    from model.denoiser import Denoiser
+    from model.networks.denoiser_v3 import Denoiser
     from model.training.assemble import tiny_config
     from model.training.codes import quiet
 
@@ -488,7 +494,7 @@ def join(out: Path, bundle: Path, dtype: torch.dtype = torch.float16) -> None:
 
 
 def _read_parts(out: Path) -> dict[str, Tensor]:
-    """Raises FileNotFoundError where there are no parts."""
+    """Return what the parts hold. Raises FileNotFoundError where there are no parts."""
     from safetensors.torch import load
 
     parts = sorted(out.glob(f"{_STATE}.*"), key=lambda path: int(path.suffix[1:]))
@@ -498,7 +504,8 @@ def _read_parts(out: Path) -> dict[str, Tensor]:
 
 
 def _state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """One network's weights in fp32 under their published names; empty if it was not trained."""
+    """Return one network's weights in fp32 under their published names; empty if it was not
+    trained."""
     own = {key.partition(":")[2]: t for key, t in tensors.items() if key.startswith(f"{name}:")}
     return {key: t.float() if t.is_floating_point() else t for key, t in own.items()}
 
@@ -508,7 +515,7 @@ def _merges(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _begin_from(plan: Plan, out: Path, phases: list[str]) -> None:
-    """Puts an earlier run's networks where those that this run does not train are looked for."""
+    """Put an earlier run's networks where those that this run does not train are looked for."""
     from model.training import tiny
 
     tensors = _read_parts(out)
@@ -526,12 +533,12 @@ def _begin_from(plan: Plan, out: Path, phases: list[str]) -> None:
 
 
 def _prepare_data(plan: Plan) -> None:
-    """Atlas, corpus, vocabulary and tokens, each a file as soon as it is there."""
+    """Make atlas, corpus, vocabulary and tokens, each a file as soon as it is there."""
     from concurrent.futures import ThreadPoolExecutor
 
     from safetensors.numpy import save_file
 
-    from model.text import CLIP
+    from model.networks.text_encoders import CLIP
     from model.training import art, clip, corpus, tiny
     from model.training.data import Scenes
 

@@ -1,7 +1,9 @@
-"""The denoiser's last projection and its cross-entropy in one: logits over the codebook are never all in memory.
+"""The denoiser's last projection and its cross-entropy in one: logits over the codebook are never
+all in memory.
 
-They, their softmax and what autograd keeps of both took a third of a step on a CPU. Here some hundred rows at a time go from features to
-gradients while they are in the cache. Letters: N positions, c channels, K codes.
+They, their softmax and what autograd keeps of both took a third of a step on a CPU. Here some
+hundred rows at a time go from features to gradients while they are in the cache. Letters: N
+positions, c channels, K codes.
 """
 
 from __future__ import annotations
@@ -16,11 +18,22 @@ _ROWS_ON_CPU, _ROWS = 256, 32_768  # at a time
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, projection: Tensor, target: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        """features [N, c], projection [K, c], target and weights [N] → (the weighted sum of errors, which are right [N])."""
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        projection: Tensor,
+        target: Tensor,
+        weights: Tensor,
+        smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Turn features [N, c], projection [K, c], target and weights [N] → (the weighted sum of
+        errors, which are right [N])."""
         dtype, K = features.dtype, len(projection)
         W = projection.to(dtype)
-        to_features, to_projection = torch.empty_like(features), torch.zeros_like(projection, dtype=torch.float32)
+        to_features, to_projection = (
+            torch.empty_like(features),
+            torch.zeros_like(projection, dtype=torch.float32),
+        )
         total, right = weights.new_zeros(()), torch.empty_like(target, dtype=torch.bool)
         rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
         for start in range(0, len(features), rows):
@@ -50,8 +63,13 @@ class _CrossEntropy(torch.autograd.Function):
         return (to_features * g).to(to_features.dtype), to_projection * g, None, None, None
 
 
-def cross_entropy(features: Tensor, projection: Tensor, target: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """features [N, c], projection [K, c], target and weights [N] → (the sum of the errors, weighted, with smoothed labels; which are right
-    [N]). Products are of the features' type, sums fp32; only features and projection get gradients."""
-    result: tuple[Tensor, Tensor] = _CrossEntropy.apply(features, projection, target, weights.float(), smoothing)  # type: ignore[no-untyped-call]
+def cross_entropy(
+    features: Tensor, projection: Tensor, target: Tensor, weights: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Turn features [N, c], projection [K, c], target and weights [N] → (the sum of the errors,
+    weighted, with smoothed labels; which are right [N]). Products are of the features' type, sums
+    fp32; only features and projection get gradients."""
+    result: tuple[Tensor, Tensor] = _CrossEntropy.apply(
+        features, projection, target, weights.float(), smoothing
+    )  # type: ignore[no-untyped-call]
     return result

@@ -1,15 +1,19 @@
-"""The one training loop. A trainer brings a module and a loss; this brings the budget, the schedule, EMA, checkpoints and the progress bar.
+"""The one training loop. A trainer brings a module and a loss; this brings the budget, the
+schedule, EMA, checkpoints and the progress bar.
 
-The budget is time: `--minutes 20` means that on any machine, and the learning rate falls over the last 30 % of it. A checkpoint holds
-everything about the networks, so `--resume` goes on where they stopped, with as many minutes more as asked and with new scenes.
+The budget is time: `--minutes 20` means that on any machine, and the learning rate falls over the
+last 30 % of it. A checkpoint holds everything about the networks, so `--resume` goes on where they
+stopped, with as many minutes more as asked and with new scenes.
 
-Or it is steps: `--steps 10000` is the same training on any machine, and with `--resume` it is finished as if it had never been interrupted,
-bit for bit where one process trains on the same machine.
+Or it is steps: `--steps 10000` is the same training on any machine, and with `--resume` it is
+finished as if it had never been interrupted, bit for bit where one process trains on the same
+machine.
 
 Several processes, one a GPU or a core: `torchrun --nproc-per-node 2 -m model.training.denoiser …`.
 
-On CUDA nothing waits for the device: a step is recorded once as a graph and replayed (for that a loss must take its batch from tensors that
-stay where they are, and ask the device for no number), a step that is not a number counts as nothing, and figures are read now and then.
+On CUDA nothing waits for the device: a step is recorded once as a graph and replayed (for that a
+loss must take its batch from tensors that stay where they are, and ask the device for no number), a
+step that is not a number counts as nothing, and figures are read now and then.
 """
 
 from __future__ import annotations
@@ -34,12 +38,26 @@ from model.training.options import Options, options, parser
 from model.training.processes import average_over_processes, first_clock, rank, total, world
 from model.training.report import Moment, Report, by_reason
 
-__all__ = ["Average", "Data", "Loss", "Mixture", "Options", "fit", "load", "options", "parser", "prepared", "rank", "replace"]
+__all__ = [
+    "Average",
+    "Data",
+    "Loss",
+    "Mixture",
+    "Options",
+    "fit",
+    "load",
+    "options",
+    "parser",
+    "prepared",
+    "rank",
+    "replace",
+]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3
 _SAVE_SECONDS = 120.0
-# On CUDA: steps before one is recorded, how many may be under way, and seconds between two looks at the figures.
+# On CUDA: steps before one is recorded, how many may be under way, and seconds between two looks at
+# the figures.
 _REHEARSALS, _UNDER_WAY, _LOOK_SECONDS = 3, 4, 2.0
 
 
@@ -48,7 +66,7 @@ class Data(Protocol):
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """How many files could not be used, by reason."""
+        """Return how many files could not be used, by reason."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -57,7 +75,8 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Losses of unlike batches, each with a share of the steps; which one a step takes follows from its number."""
+    """Losses of unlike batches, each with a share of the steps; which one a step takes follows from
+    its number."""
 
     losses: tuple[Loss, ...]
     shares: tuple[float, ...]
@@ -67,7 +86,8 @@ class Mixture:
 
 
 class Average:
-    """A module's twin, the moving average of its weights with at most this decay: a short run would else average in its first steps.
+    """A module's twin, the moving average of its weights with at most this decay: a short run would
+    else average in its first steps.
 
     `advance` says on the host how much the next `update` counts, which touches tensors alone.
     """
@@ -76,7 +96,9 @@ class Average:
         self.module, self.decay, self.n_averaged = deepcopy(module).requires_grad_(False), decay, 0
         # What no state dict holds is no weight, and a mask's infinities have no average.
         twins, originals = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
-        once = {id(original): name for name, original in originals.items()}  # of a tensor with two names only one is averaged
+        once = {
+            id(original): name for name, original in originals.items()
+        }  # of a tensor with two names only one is averaged
         pairs = [(twins[name].detach(), originals[name].detach()) for name in once.values()]
         self._old = [old for old, _ in pairs if old.is_floating_point()]
         self._new = [new for old, new in pairs if old.is_floating_point()]
@@ -102,9 +124,12 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 class _Run:
-    """Model, average, optimizer and data of one training, and their way into a checkpoint and out of it."""
+    """Model, average, optimizer and data of one training, and their way into a checkpoint and out
+    of it."""
 
-    def __init__(self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()
+    ) -> None:
         self.module, self.o, self.data = module.to(o.device), o, data
         self.average = Average(module, o.ema)
         self.optimizers = Optimizers(module, o.lr, matrices)
@@ -136,7 +161,7 @@ class _Run:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.o.device)
 
     def save(self) -> None:
-        """Every process must ask; the first one writes."""
+        """Write the checkpoint: every process must ask, and the first one writes."""
         self.optimizers.gather()
         if rank() != 0:
             return
@@ -156,18 +181,23 @@ class _Run:
         checkpoint.save(self.o.checkpoint, contents)
 
     def share(self, elapsed: float) -> float:
-        """How much of the budget is spent, 0…1. elapsed: seconds of this call."""
+        """Return how much of the budget is spent, 0…1. elapsed: seconds of this call."""
         if self.o.steps is not None:
             return self.step / self.o.steps
         seconds = self.o.minutes * 60
         return first_clock(elapsed / seconds if seconds else 1.0)
 
     def rate(self, share: float) -> float:
-        """The next step's learning rate."""
-        return self.o.lr * min(1.0, (self.step + 1) / self.o.warmup) * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
+        """Return the next step's learning rate."""
+        return (
+            self.o.lr
+            * min(1.0, (self.step + 1) / self.o.warmup)
+            * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
+        )
 
     def learn(self, loss: Loss | Mixture, share: float) -> dict[str, Tensor]:
-        """One step; returns the loss and its figures, or nothing if the step was skipped or is on its way."""
+        """Take one step and return the loss and its figures, or nothing if the step was skipped or
+        is on its way."""
         self.optimizers.lr = self.rate(share)
         own = loss.of(self.step) if isinstance(loss, Mixture) else loss
         self.step += 1
@@ -187,7 +217,7 @@ class _Run:
         return figures
 
     def _launch(self, loss: Loss) -> None:
-        """One step on CUDA, recorded if it can be."""
+        """Take one step on CUDA, recorded if it can be."""
         self.average.advance()
         if self.recording and loss not in self._recorded:
             self._record(loss)
@@ -199,11 +229,13 @@ class _Run:
         done = torch.cuda.Event()
         done.record()
         self._under_way.append(done)
-        if len(self._under_way) > _UNDER_WAY:  # the clock that the budget is read from must not run ahead of the device
+        if (
+            len(self._under_way) > _UNDER_WAY
+        ):  # the clock that the budget is read from must not run ahead of the device
             self._under_way.popleft().synchronize()
 
     def _compute(self, loss: Loss) -> None:
-        """A step's whole work, without waiting for any of it."""
+        """Do a step's whole work, without waiting for any of it."""
         figures = self.gradients(loss)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         average_over_processes(gradients)
@@ -219,7 +251,8 @@ class _Run:
             self._sums[name].add_(figure)
 
     def _record(self, loss: Loss) -> None:
-        """Some steps as they come, for libraries to choose and allocate, then one that is only recorded."""
+        """Take some steps as they come, for libraries to choose and allocate, then one that is only
+        recorded."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -242,7 +275,8 @@ class _Run:
         self._recorded[loss] = graph
 
     def rehearse(self, losses: Iterable[Loss]) -> None:
-        """Records every loss's step beforehand, with whatever its batches hold now; weights and optimizers are then as they were."""
+        """Record every loss's step beforehand, with whatever its batches hold now; weights and
+        optimizers are then as they were."""
         if not self.recording:
             return
         state = [*_tensors(self.module), *_tensors(self.average.module)]
@@ -261,7 +295,7 @@ class _Run:
             summed.zero_()
 
     def drain(self) -> dict[str, Tensor]:
-        """On CUDA, the means of the figures since the last time; waits for the device."""
+        """Return, on CUDA, the means of the figures since the last time; waits for the device."""
         values = {name: float(summed) for name, summed in self._sums.items()}
         for summed in self._sums.values():
             summed.zero_()
@@ -270,11 +304,14 @@ class _Run:
         return {name: torch.tensor(value / steps) for name, value in values.items()}
 
     def gradients(self, loss: Loss) -> dict[str, Tensor]:
-        """Leaves the gradient of the mean of `accumulate` losses in the parameters; returns the means of loss and figures."""
+        """Leave the gradient of the mean of `accumulate` losses in the parameters; returns the
+        means of loss and figures."""
         self.optimizers.zero_grad()
         means = defaultdict[str, Tensor](lambda: torch.zeros((), device=self.o.device))
         for _ in range(self.o.accumulate):
-            with torch.autocast(self.o.device.type, self.o.dtype, enabled=self.o.dtype != torch.float32):
+            with torch.autocast(
+                self.o.device.type, self.o.dtype, enabled=self.o.dtype != torch.float32
+            ):
                 value, figures = loss()
             value = value / self.o.accumulate
             value.backward()
@@ -284,7 +321,8 @@ class _Run:
         return means
 
     def moment(self, share: float) -> Moment:
-        """After a step that was taken at this share of the budget."""
+        """Return where the training stands after a step that was taken at this share of the
+        budget."""
         return Moment(
             step=self.step,
             done=share if self.o.steps is None else self.step / self.o.steps,
@@ -295,8 +333,11 @@ class _Run:
         )
 
 
-def prepared(module: nn.Module, losses: Iterable[Loss], o: Options, matrices: Iterable[str] = ()) -> _Run:
-    """A training that has not begun, its steps recorded where they can be: what takes long and needs no data yet."""
+def prepared(
+    module: nn.Module, losses: Iterable[Loss], o: Options, matrices: Iterable[str] = ()
+) -> _Run:
+    """Return a training that has not begun, its steps recorded where they can be: what takes long
+    and needs no data yet."""
     run = _Run(module, o, None, matrices)
     run.rehearse(losses)
     return run
@@ -312,11 +353,12 @@ def fit(
     saved: Callable[[nn.Module], None] | None = None,
     run: _Run | None = None,
 ) -> nn.Module:
-    """Trains `module` until the budget is spent and returns its averaged twin.
+    """Train `module` until the budget is spent and return its averaged twin.
 
-    loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it draws from, to be kept in checkpoints.
-    matrices: names of the parameters that Muon steps. before: called before every step, never recorded. saved: called with the averaged
-    twin after every checkpoint but the last. run: what `prepared` returned for the same module, to go on with.
+    loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it
+    draws from, to be kept in checkpoints. matrices: names of the parameters that Muon steps.
+    before: called before every step, never recorded. saved: called with the averaged twin after
+    every checkpoint but the last. run: what `prepared` returned for the same module, to go on with.
     """
     if run is None:
         run = _Run(module, o, data, matrices)

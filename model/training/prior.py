@@ -1,6 +1,7 @@
-"""Trains the prior to turn the code of a caption into that of its picture (codes.py): what CLIP's towers learn to say.
+"""Trains the prior to turn the code of a caption into that of its picture (codes.py): what CLIP's
+towers learn to say.
 
-    python -m model.training.prior --minutes 6
+python -m model.training.prior --minutes 6
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from model.bundle import load_v3
 from model.config import find_bundle
-from model.prior import Prior, add_noise
+from model.networks.prior import Prior, add_noise
 from model.training import loop, tiny
 from model.training.codes import Codes
 from model.training.data import Scenes
@@ -23,7 +24,8 @@ _BATCH = 512
 
 
 def diffusion_loss(prior: Prior, clip_text: Tensor, clip_image: Tensor) -> Tensor:
-    """Squared error of the predicted noise for embeddings [B, D]; a tenth of the texts are blanked, for guidance."""
+    """Return the squared error of the predicted noise for embeddings [B, D]; a tenth of the texts
+    are blanked, for guidance."""
     t = torch.rand(len(clip_image), device=clip_image.device)
     noise = torch.randn_like(clip_image)
     text = clip_text * (torch.rand_like(t) >= _UNCONDITIONAL)[:, None]
@@ -31,8 +33,11 @@ def diffusion_loss(prior: Prior, clip_text: Tensor, clip_image: Tensor) -> Tenso
 
 
 def train(prior: Prior, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> Prior:
-    """Trains until the budget is spent, but not on the corpus' last scenes."""
-    codes, among = Codes(scenes.corpus), torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device)
+    """Train until the budget is spent, but not on the corpus' last scenes."""
+    codes, among = (
+        Codes(scenes.corpus),
+        torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device),
+    )
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         index, which = scenes.some(o.batch, among)
@@ -45,13 +50,18 @@ def train(prior: Prior, scenes: Scenes, o: loop.Options, held_out: int = 1000) -
 
 
 @torch.no_grad()
-def likeness(prior: Prior, scenes: Scenes, index: Tensor, guidance: float = 2.0, steps: int = 4) -> dict[str, float]:
-    """Of scenes [N]: cosine of what the prior imagines to the picture's code, and how often that is the nearest of all."""
-    from model.prior import sample
+def likeness(
+    prior: Prior, scenes: Scenes, index: Tensor, guidance: float = 2.0, steps: int = 4
+) -> dict[str, float]:
+    """Return, of scenes [N], the cosine of what the prior imagines to the picture's code, and how
+    often that is the nearest of all."""
+    from model.networks.prior import sample
 
     codes = Codes(scenes.corpus)
     text, image = codes.text(index, torch.zeros_like(index)), codes.pictures(index)
-    imagined = sample(prior, text, torch.randn(steps + 1, *text.shape, device=text.device), guidance=guidance)
+    imagined = sample(
+        prior, text, torch.randn(steps + 1, *text.shape, device=text.device), guidance=guidance
+    )
     cosines = F.normalize(imagined, dim=-1) @ F.normalize(image, dim=-1).T
     nearest = cosines.argmax(-1) == torch.arange(len(text), device=text.device)
     return {"cosine": float(cosines.diag().mean()), "nearest": float(nearest.float().mean())}
@@ -59,16 +69,30 @@ def likeness(prior: Prior, scenes: Scenes, index: Tensor, guidance: float = 2.0,
 
 def main() -> None:
     p = loop.parser(__doc__, name="prior", batch=_BATCH, lr=1e-3, minutes=6)
-    p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose prior to go on with")
+    p.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="name or path of the bundle whose prior to go on with",
+    )
     args = p.parse_args()
     o = loop.options(args)
     prior = Prior(tiny.PRIOR)
     if args.from_bundle:
-        prior.load_state_dict(load_v3(find_bundle(args.from_bundle), torch.device("cpu"), torch.float32).prior.state_dict())
+        prior.load_state_dict(
+            load_v3(
+                find_bundle(args.from_bundle), torch.device("cpu"), torch.float32
+            ).prior.state_dict()
+        )
     scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=False)
     trained = train(prior.to(o.device), scenes, o)
     if loop.rank() == 0:
-        print(likeness(trained, scenes, torch.arange(max(len(scenes.corpus) - 512, 0), len(scenes.corpus), device=o.device)))
+        print(
+            likeness(
+                trained,
+                scenes,
+                torch.arange(max(len(scenes.corpus) - 512, 0), len(scenes.corpus), device=o.device),
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,41 @@
-"""The shapes of the embedded networks: the published system in small. 256×256 pixels are 16×16 tokens, 8×8 patches, 4×4 at the bottom."""
+"""The shapes of the embedded networks: the published system in small. 256×256 pixels are 16×16
+tokens, 8×8 patches, 4×4 at the bottom."""
 
 from __future__ import annotations
 
-from model.config import ByteEncoderConfig, CLIPConfig, DenoiserConfig, PriorConfig, Recipe, VQGANConfig
+from model.config import (
+    ByteEncoderConfig,
+    CLIPConfig,
+    DenoiserConfig,
+    PriorConfig,
+    Recipe,
+    VQGANConfig,
+)
 
 # Pixels (width, height) that the networks are trained at, mostly.
 NATIVE_SIZE = (256, 256)
 
-VQGAN = VQGANConfig(levels=4, bottleneck_blocks=3, c_hidden=192, c_latent=8, codebook_size=4096, scale_factor=1.0)
+VQGAN = VQGANConfig(
+    levels=4, bottleneck_blocks=3, c_hidden=192, c_latent=8, codebook_size=4096, scale_factor=1.0
+)
 
-BYTE_ENCODER = ByteEncoderConfig(d_model=192, d_kv=32, d_ff=384, num_layers=3, num_heads=6, max_bytes=160)
+BYTE_ENCODER = ByteEncoderConfig(
+    d_model=192, d_kv=32, d_ff=384, num_layers=3, num_heads=6, max_bytes=160
+)
 
 CLIP = CLIPConfig(
     embed_dim=192,
-    # Four layers that are one deep are a small residual network: it learns to tell kinds from far fewer pictures than a transformer.
+    # Four layers that are one deep are a small residual network: it learns to tell kinds from far
+    # fewer pictures than a transformer.
     vision_cfg={"image_size": 64, "width": 12, "layers": [1, 1, 1, 1], "head_width": 32},
-    text_cfg={"context_length": 48, "vocab_size": 1792, "width": 128, "heads": 4, "layers": 3, "mlp_ratio": 2.0},
+    text_cfg={
+        "context_length": 48,
+        "vocab_size": 1792,
+        "width": 128,
+        "heads": 4,
+        "layers": 3,
+        "mlp_ratio": 2.0,
+    },
     merges="clip_merges.txt.gz",
 )
 

@@ -1,10 +1,11 @@
 """Trains the VQGAN on captioned scenes' pictures.
 
     python -m model.training.vqgan --minutes 20
-    python -m model.training.vqgan --decoder-only --from-bundle tiny     # the codes stay what they are
+    python -m model.training.vqgan --decoder-only --from-bundle tiny    # codes stay as they are
 
-Pixel error, squared and plain, plus the error of neighbouring pixels' differences (which keeps edges crisp); the codebook follows the
-latents it wins by moving averages, and codes that win nothing are put where a latent of the batch is.
+Pixel error, squared and plain, plus the error of neighbouring pixels' differences (which keeps
+edges crisp); the codebook follows the latents it wins by moving averages, and codes that win
+nothing are put where a latent of the batch is.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 
 from model.bundle import load_v3
 from model.config import VQGANConfig, find_bundle
+from model.networks.vqgan_v3 import VQGAN, ResidualBlock
 from model.training import loop, tiny
 from model.training.data import Scenes
 from model.training.scenes import ASPECTS
-from model.vqgan import VQGAN, ResidualBlock
 
 _CODEBOOK_DECAY = 0.99
 _COMMITMENT, _PLAIN, _EDGES = 0.03, 0.05, 0.5
 _DEAD = 0.02  # of the mean count
-# Codes jump when they are revived, and the average of a code's old and new place is no code: the average is kept short.
+# Codes jump when they are revived, and the average of a code's old and new place is no code: the
+# average is kept short.
 _EMA = 0.95
 _RATE = 1.5e-3
 
@@ -45,7 +47,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def follow(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """Latents [N, c] and the codes [N] that won them → the new codebook [K, c]."""
+        """Turn latents [N, c] and the codes [N] that won them into the new codebook [K, c]."""
         won = torch.zeros_like(self.sums).index_add_(0, tokens, latents)
         count = torch.zeros_like(self.counts).index_add_(0, tokens, torch.ones_like(latents[:, 0]))
         self.counts.lerp_(count, 1 - _CODEBOOK_DECAY)
@@ -54,7 +56,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def revive(self, latents: Tensor) -> None:
-        """Gives every code that wins next to nothing the place of a random latent."""
+        """Give every code that wins next to nothing the place of a random latent."""
         mean = self.counts.mean()
         dead = self.counts < _DEAD * mean
         chosen = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]
@@ -76,26 +78,30 @@ class Autoencoder(nn.Module):
         trained = cls(VQGAN(config))
         for block in trained.modules():
             if isinstance(block, ResidualBlock):
-                # Published zeros would leave every residual branch without a gradient to start from.
+                # Published zeros would leave every residual branch without a gradient to start
+                # from.
                 block.gammas.data[[2, 5]] = 0.5
         return trained
 
     @classmethod
     def of(cls, state: dict[str, Tensor], config: VQGANConfig) -> Autoencoder:
-        """One that goes on from a VQGAN's weights."""
+        """Return one that goes on from a VQGAN's weights."""
         vqgan = VQGAN(config)
         vqgan.load_state_dict(state)
         return cls(vqgan)
 
     def start_from(self, latents: Tensor) -> None:
-        """Codes begin as latents of one batch, not at random; some twice if there are too few."""
+        """Let the codes begin as latents of one batch, not at random; some twice if there are too
+        few."""
         order = torch.randperm(len(latents), device=latents.device)
-        chosen = latents[order.repeat(-(-len(self.codes.sums) // len(order)))[: len(self.codes.sums)]]
+        chosen = latents[
+            order.repeat(-(-len(self.codes.sums) // len(order)))[: len(self.codes.sums)]
+        ]
         self.codes.sums.copy_(chosen)
         self.vqgan.vquantizer.codebook.weight.data.copy_(chosen)
 
     def freeze_codes(self) -> None:
-        """From now on only the decoder learns, so that tokens stay what they are."""
+        """Let only the decoder learn from now on, so that tokens stay what they are."""
         for module in (self.vqgan.in_block, self.vqgan.down_blocks):
             module.requires_grad_(False).eval()
 
@@ -110,7 +116,7 @@ class Autoencoder(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image [B, 3, H, W] → (reconstruction, latents [N, c], tokens [N])."""
+        """Turn an image [B, 3, H, W] into (reconstruction, latents [N, c], tokens [N])."""
         latents = self.vqgan.encode_latents(image).float()
         flat = latents.flatten(0, 2)
         with torch.autocast(image.device.type, enabled=False):
@@ -121,13 +127,15 @@ class Autoencoder(nn.Module):
 
 
 def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
-    """Squared error of pixels and of the differences of neighbours, and a little of the plain error, all over [B, 3, H, W]."""
+    """Return the squared error of pixels and of the differences of neighbours, and a little of the
+    plain error, all over [B, 3, H, W]."""
     edges = sum(F.mse_loss(output.diff(dim=d), image.diff(dim=d)) for d in (-1, -2))
     return F.mse_loss(output, image) + _EDGES * edges + _PLAIN * F.l1_loss(output, image)
 
 
 def training_loss(trained: Autoencoder, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the objective, figures) for pictures [B, 3, H, W] in [0, 1]; the codebook follows, unless the codes are frozen."""
+    """Return (the objective, figures) for pictures [B, 3, H, W] in [0, 1]; the codebook follows,
+    unless the codes are frozen."""
     output, latents, tokens = trained(image)
     output = output.float()
     loss = reconstruction_loss(output, image)
@@ -142,25 +150,34 @@ def training_loss(trained: Autoencoder, image: Tensor) -> tuple[Tensor, dict[str
 
 
 def psnr(output: Tensor, image: Tensor) -> Tensor:
-    """Mean over pictures [B, 3, H, W] in [0, 1], in dB."""
-    return (-10 * (output.clamp(0, 1) - image).square().mean((1, 2, 3)).clamp_min(1e-8).log10()).mean()
+    """Return the mean over pictures [B, 3, H, W] in [0, 1], in dB."""
+    return (
+        -10 * (output.clamp(0, 1) - image).square().mean((1, 2, 3)).clamp_min(1e-8).log10()
+    ).mean()
 
 
 def busy_crops(images: Tensor, size: int, tries: int = 3) -> Tensor:
-    """Of `tries` crops, at random places but the same ones in all pictures [B, 3, H, W], each picture's with most in it.
+    """Choose of `tries` crops, at random places but the same ones in all pictures [B, 3, H, W],
+    each picture's with most in it.
 
-    The network is local, and most of a scene is background: a quarter of the pixels teaches nearly as much as all of them.
+    The network is local, and most of a scene is background: a quarter of the pixels teaches nearly
+    as much as all of them.
     """
     _, _, H, W = images.shape
-    tops, lefts = torch.randint(H - size + 1, (tries,)).tolist(), torch.randint(W - size + 1, (tries,)).tolist()
-    crops = torch.stack([images[..., y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)])
+    tops, lefts = (
+        torch.randint(H - size + 1, (tries,)).tolist(),
+        torch.randint(W - size + 1, (tries,)).tolist(),
+    )
+    crops = torch.stack(
+        [images[..., y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
+    )
     busiest = crops.float().var((-1, -2)).sum(-1).argmax(0)  # [B]
     return crops[busiest, torch.arange(len(images), device=images.device)]
 
 
 @torch.no_grad()
 def held_out_psnr(vqgan: VQGAN, scenes: Scenes, pictures: int = 512, batch: int = 32) -> float:
-    """Over the corpus' last square pictures, whole, which `train` leaves out, in dB."""
+    """Measure over the corpus' last square pictures, whole, which `train` leaves out, in dB."""
     members = scenes.of_aspect[0][-pictures:]
     values = []
     for index in members.split(batch):
@@ -170,12 +187,14 @@ def held_out_psnr(vqgan: VQGAN, scenes: Scenes, pictures: int = 512, batch: int 
 
 
 def _matrices(module: nn.Module) -> list[str]:
-    """The residual blocks' maps, for Muon."""
+    """Return the residual blocks' maps, for Muon."""
     return [name for name, p in module.named_parameters() if p.ndim == 2 and "channelwise" in name]
 
 
-def train(trained: Autoencoder, scenes: Scenes, o: loop.Options, crop: int, held_out: int = 512) -> VQGAN:
-    """Trains until the budget is spent; crop: pixels a side of what it sees of a picture."""
+def train(
+    trained: Autoencoder, scenes: Scenes, o: loop.Options, crop: int, held_out: int = 512
+) -> VQGAN:
+    """Train until the budget is spent; crop: pixels a side of what it sees of a picture."""
     trained.train()
     members = scenes.of_aspect[0]
     members = members[: max(len(members) - held_out, len(members) // 2)]
@@ -186,11 +205,19 @@ def train(trained: Autoencoder, scenes: Scenes, o: loop.Options, crop: int, held
 
     if not o.resume and not trained.frozen and trained.codes.counts.eq(1).all():
         with torch.no_grad():
-            wanted, per = len(trained.codes.sums), o.batch * (crop // trained.vqgan.config.downscale) ** 2
-            latents = [trained.vqgan.encode_latents(batch()).flatten(0, 2) for _ in range(max(8, 2 * wanted // per))]
+            wanted, per = (
+                len(trained.codes.sums),
+                o.batch * (crop // trained.vqgan.config.downscale) ** 2,
+            )
+            latents = [
+                trained.vqgan.encode_latents(batch()).flatten(0, 2)
+                for _ in range(max(8, 2 * wanted // per))
+            ]
             if trained.vqgan.vquantizer.codebook.weight.std() < 1e-2:  # untrained ones are tiny
                 trained.start_from(torch.cat(latents))
-    average: Any = loop.fit(trained, lambda: training_loss(trained, batch()), o, matrices=_matrices(trained))
+    average: Any = loop.fit(
+        trained, lambda: training_loss(trained, batch()), o, matrices=_matrices(trained)
+    )
     vqgan: VQGAN = average.vqgan.eval()
     return vqgan
 
@@ -198,8 +225,14 @@ def train(trained: Autoencoder, scenes: Scenes, o: loop.Options, crop: int, held
 def main() -> None:
     p = loop.parser(__doc__, name="vqgan", batch=64, lr=_RATE, minutes=20, ema=_EMA)
     p.add_argument("--crop", type=int, default=128, help="pixels a side of the crops it sees")
-    p.add_argument("--from-bundle", metavar="BUNDLE", help="name or path of the bundle whose VQGAN to go on with")
-    p.add_argument("--decoder-only", action="store_true", help="leave encoder and codes as they are")
+    p.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="name or path of the bundle whose VQGAN to go on with",
+    )
+    p.add_argument(
+        "--decoder-only", action="store_true", help="leave encoder and codes as they are"
+    )
     args: argparse.Namespace = p.parse_args()
     o = loop.options(args)
     scenes = Scenes.load(args.corpus, o.device, o.seed)
@@ -215,7 +248,7 @@ def main() -> None:
 
 
 def trained_vqgan(checkpoint: Path, config: VQGANConfig | None = None) -> Autoencoder:
-    """What a checkpoint's average holds, its codebook's counts with it."""
+    """Return what a checkpoint's average holds, its codebook's counts with it."""
     trained = Autoencoder(VQGAN(config or tiny.VQGAN))
     trained.load_state_dict(loop.load(checkpoint)["ema"])
     return trained
