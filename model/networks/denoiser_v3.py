@@ -295,6 +295,11 @@ class Denoiser(nn.Module):
         self._init_weights()
 
     @property
+    def attention_blocks(self) -> tuple[AttentionBlock, ...]:
+        """The attention blocks in the order of a forward pass."""
+        return self._attention_blocks
+
+    @property
     def condition_width(self) -> int:
         """S of a `Condition`."""
         return sum(self._kv_widths)

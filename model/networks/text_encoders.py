@@ -174,9 +174,8 @@ BYTE_BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 # ByT5's vocabulary: three marks, then the bytes.
 _PADDING, _END, _FIRST_BYTE = 0, 1, 3
 
-# CLIP's published channel statistics.
-_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+# Published channel statistics of CLIP: mean and standard deviation of red, green and blue.
+PIXEL_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,5 +343,5 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1], of any size, as [B, embed_dim]."""
         image = self.scale(image)
-        mean, std = (to_device(values, image.device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
+        mean, std = (to_device(values, image.device).view(3, 1, 1) for values in PIXEL_STATISTICS)
         return self.model.encode_image(((image - mean) / std).to(self.model.logit_scale.dtype))
