@@ -2,14 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate art font browser prometheus clean
+.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate art browser prometheus clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
-test: $(VENV)/.dev font browser prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
+test: $(VENV)/.dev browser prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training; ARGS=tests/test_client.py narrows it
@@ -52,11 +51,6 @@ evaluate: $(VENV)/.dev art  ## PaellaBench on the embedded weights; ARGS=--quick
 # The objects of the pictures that training and evaluation draw; without them the tests that draw them are skipped and say so.
 art: $(VENV)/.dev  ## fetch the objects' art with npm into $PAELLERA_ART, or ~/.cache/paellera/art
 	$(BIN)/python -m model.training.art
-
-# The scenes' objects are glyphs of this font; without it the tests that draw them are skipped and say so.
-font:
-	@test -e $(FONT) || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y fonts-noto-color-emoji; } \
-		|| echo "no $(FONT): install fonts-noto-color-emoji to run the tests that draw objects"
 
 # Drives the playground; without one the tests that do so are skipped and say so.
 browser:
