@@ -13,10 +13,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from load_tests.serving import serving
+from model.config import BundleConfig, find_bundle
 
 DOCS = Path(__file__).parent
 FOLDER = DOCS / "gallery"
 HOST = "localhost:8000"  # as the page shows it
+WIDTH, HEIGHT = BundleConfig.read(find_bundle("tiny")).native_size
 
 HEAD = """# Gallery
 
@@ -72,7 +74,12 @@ ENTRIES = (
         "outpaint",
         "The canvas is extended on three sides in one pass, without a prompt.",
         "outpaint",
-        {"image": "@star.png", "left": "64", "right": "64", "down": "32"},
+        {
+            "image": "@star.png",
+            "left": str(WIDTH // 2),
+            "right": str(WIDTH // 2),
+            "down": str(HEIGHT // 4),
+        },
         "outpainted.png",
         (("image", "star.png"),),
     ),

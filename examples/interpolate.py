@@ -9,9 +9,9 @@ import httpx
 url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
 
 prompts = (
-    "a red circle on a white background",
+    "a red apple on a white background",
     "a yellow star on a white background",
-    "a blue square on a white background",
+    "a cat on a white background",
 )
 answer = httpx.post(
     f"{url}/interpolate",

@@ -1,10 +1,12 @@
 """A picture continued to both sides: python outpaint.py [URL]"""
 
+import io
 import os
 import sys
 from pathlib import Path
 
 import httpx
+from PIL import Image
 
 url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
 
@@ -14,10 +16,11 @@ with httpx.Client(base_url=url, timeout=60) as client:
         .raise_for_status()
         .content
     )
-    # Without a prompt the picture itself says what it shows.
+    half = str(Image.open(io.BytesIO(apple)).width // 2)
+    # Without a prompt the image itself is the prompt.
     wide = (
         client.post(
-            "/outpaint", data={"left": "64", "right": "64", "seed": "7"}, files={"image": apple}
+            "/outpaint", data={"left": half, "right": half, "seed": "7"}, files={"image": apple}
         )
         .raise_for_status()
         .content

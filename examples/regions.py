@@ -8,24 +8,21 @@ import httpx
 
 url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
 
+width, height = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["native_size"]
 answer = httpx.post(
     f"{url}/generate",
     json={
         "prompt": "a white background",
         "regions": [
-            {
-                "prompt": "a red circle on a white background",
-                "box": [0, 0, 0.5, 1],
-                "softness": 0.1,
-            },
+            {"prompt": "a red apple on a white background", "box": [0, 0, 0.5, 1], "softness": 0.1},
             {
                 "prompt": "a blue square on a white background",
                 "box": [0.5, 0, 1, 1],
                 "softness": 0.1,
             },
         ],
-        "width": 256,
-        "height": 128,
+        "width": 2 * width,
+        "height": height,
         "seed": 7,
     },
     timeout=60,

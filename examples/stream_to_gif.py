@@ -13,7 +13,7 @@ url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http
 
 frames: list[Image.Image] = []
 body = {
-    "prompt": "a red apple on a white background",
+    "prompt": "a cat on a blue background",
     "seed": 7,
     "num_inference_steps": 12,
     "stream": True,
@@ -37,10 +37,10 @@ with httpx.stream("POST", f"{url}/generate", json=body, timeout=60) as answer:
             ]
 
 frames[0].save(
-    "apple.gif",
+    "cat.gif",
     save_all=True,
     append_images=frames[1:],
     duration=[150] * (len(frames) - 1) + [1500],
     loop=0,
 )
-print("apple.gif")
+print("cat.gif")

@@ -28,7 +28,7 @@ import numpy as np
 from rich.table import Table
 
 from load_tests.report import Report, quantiles
-from load_tests.serving import Others, Server, serving
+from load_tests.serving import Others, Server, Sizes, serving
 from load_tests.traffic import (
     REQUEST_TIMEOUT_S,
     Answer,
@@ -42,6 +42,8 @@ from load_tests.traffic import (
 
 PEER = ("-m", "load_tests.peer")
 LOAD = 0.8
+# Image sides over the native width.
+SCALES = (0.5, 1.0, 1.5)
 SLOWDOWN_TARGET, THROUGHPUT_TARGET = 0.6, 0.95
 BATCH_SIZES = (8, 16, 32)
 BATCH_TIMEOUTS = (0.0, 0.05)
@@ -92,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(sent)
     report = Report("batching", command=shlex.join(["python", "-m", "load_tests.batching", *sent]))
     with serving({}, PEER, "/health") as peer, serving({}) as own:
+        options.sides = options.sides or default_sides(own.sizes())
         others = Others(peer, own)
         measured = asyncio.run(Comparison(peer, own, options).run())
         measured["others_share_of_the_machine"] = others.share()
@@ -107,8 +110,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sides",
         type=numbers,
-        default=(64, 128, 192),
-        help="picture sides in pixels, 64,128,192 by default",
+        help="image sides in pixels; by default 0.5, 1 and 1.5 times the native width",
     )
     parser.add_argument(
         "--steps", type=numbers, default=(8, 12, 16), help="step counts, 8,12,16 by default"
@@ -142,6 +144,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     return parser.parse_args(arguments)
+
+
+def default_sides(sizes: Sizes) -> tuple[int, ...]:
+    """Return different image sides around the native width, in pixels."""
+    return tuple(sorted({sizes.side(scale) for scale in SCALES}))
 
 
 def numbers(text: str) -> tuple[int, ...]:

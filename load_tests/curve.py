@@ -1,7 +1,7 @@
 """Latency at rising rates of arrivals, up to where the server cannot keep up and a little beyond.
 
     python -m load_tests.curve --plot docs/curve.svg
-    python -m load_tests.curve --seconds 4 --sides 64,128 --steps 8,12
+    python -m load_tests.curve --seconds 4 --sides 128,256 --steps 8,12
 
 Requests come as a Poisson process and wait for nobody; a latency counts from when the request was
 due. The rate is multiplied until the server is saturated: it answers less than 95 % of what
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(sent)
     report = Report("curve", command=shlex.join(["python", "-m", "load_tests.curve", *sent]))
     with serving({}) as server:
+        options.sides = options.sides or (server.sizes().native[0],)
         others = Others(server)
         points = asyncio.run(Curve(server, options).run())
         measured: dict[str, Any] = {"others_share_of_the_machine": others.share()}
@@ -102,7 +103,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Latency at rising rates; the last line is JSON.",
     )
     parser.add_argument(
-        "--sides", type=numbers, default=(128,), help="picture sides in pixels, 128 by default"
+        "--sides", type=numbers, help="image sides in pixels, the native width by default"
     )
     parser.add_argument("--steps", type=numbers, default=(12,), help="step counts, 12 by default")
     parser.add_argument(

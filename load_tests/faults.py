@@ -134,7 +134,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--requests", type=int, default=8, help="in flight at every fault, 8 by default"
     )
-    parser.add_argument("--side", type=int, default=64, help="of their pictures, 64 by default")
+    parser.add_argument(
+        "--side", type=int, help="of their images in pixels, half the native width by default"
+    )
     parser.add_argument("--steps", type=int, default=48, help="of each of them, 48 by default")
     parser.add_argument(
         "--under-load", action="store_true", help="other faults, while mixed requests keep arriving"
@@ -178,10 +180,11 @@ async def _run(options: argparse.Namespace) -> list[Outcome]:
         "PAELLERA_START_WAIT_S": str(PATIENCE_S),
     }
     quiet = settings | {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_DRAIN_TIMEOUT_S": str(PATIENCE_S)}
-    bodies = [
-        request(f"a red ball, number {seed}", seed, options) for seed in range(options.requests)
-    ]
     with serving(quiet, INSTRUMENTED) as server:
+        options.side = options.side or server.sizes().side(0.5)
+        bodies = [
+            request(f"a red ball, number {seed}", seed, options) for seed in range(options.requests)
+        ]
         trial = Trial(server, bodies, await _references(server, bodies))
         outcomes = [await trial.run(fault) for fault in FAULTS]
     with serving(quiet, PAELLERA) as server:

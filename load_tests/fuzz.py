@@ -29,11 +29,11 @@ from typing import Any
 from rich.table import Table
 
 from load_tests.report import Report
-from load_tests.serving import serving
+from load_tests.serving import Sizes, serving
+from model.config import BundleConfig, find_bundle
+from server.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-# One native picture with the recipe's own steps; more is refused.
-MAX_WORK = 400_000
 # What else may become of a request that fits the document; why, a check of our own looks at.
 REFUSALS = (400, 404, 409, 413, 422, 429)
 CONFIGURATION = f"""
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(sent)
     report = Report("fuzz", command=shlex.join(["python", "-m", "load_tests.fuzz", *sent]))
     with _server(options.url) as url, tempfile.TemporaryDirectory() as directory:
-        summary, answers = fuzz(f"{url}/openapi.json", options, Path(directory))
+        summary, answers = fuzz(url, options, Path(directory))
     measured = judge(summary, options.at_least) | {
         "answers": {" ".join(map(str, key)): n for key, n in sorted(answers.items())}
     }
@@ -101,14 +101,21 @@ def _server(url: str | None) -> Iterator[str]:
     if url:
         yield url
         return
-    with serving(
-        {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_MAX_REQUEST_WORK": str(MAX_WORK)}
-    ) as server:
+    work = native_work(BundleConfig.read(find_bundle(Settings().bundles[0])))
+    with serving({"PAELLERA_LOG_LEVEL": "error", "PAELLERA_MAX_REQUEST_WORK": str(work)}) as server:
         yield server.url
 
 
+def native_work(config: BundleConfig) -> int:
+    """Return the work of one guided native image with the recipe's steps; a request of more is
+    rejected.
+    """
+    width, height = config.native_size
+    return 2 * config.recipe.num_inference_steps * width * height
+
+
 def fuzz(
-    document: str, options: argparse.Namespace, directory: Path
+    url: str, options: argparse.Namespace, directory: Path
 ) -> tuple[dict[str, Any], Counter[tuple[str, str, int]]]:
     """Schemathesis's own summary, and how many requests were answered how: (phase, valid or
     invalid, status).
@@ -117,17 +124,8 @@ def fuzz(
         directory / name for name in ("schemathesis.toml", "summary.json", "events.ndjson")
     )
     configuration.write_text(CONFIGURATION)
-    command = [
-        sys.executable,
-        "-m",
-        "schemathesis.cli",
-        "--config-file",
-        str(configuration),
-        "run",
-        document,
-        "--checks",
-        "all",
-    ]
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(configuration)]
+    command += ["run", f"{url}/openapi.json", "--checks", "all"]
     command += [
         "--max-examples",
         str(options.examples),
@@ -147,13 +145,8 @@ def fuzz(
     # Its own report is for people; ours ends in JSON.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command += ["--generation-database", "none"]
-    subprocess.run(
-        command,
-        stdout=sys.stderr,
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": path, "FUZZ_SIDE": str(Sizes.of(url).low)}
+    subprocess.run(command, stdout=sys.stderr, cwd=directory, env=environment, check=False)
     if options.keep:
         shutil.copy(events, options.keep)
     with events.open() as lines:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import zlib
 from typing import Any
@@ -14,7 +15,9 @@ import PIL.Image
 import schemathesis
 from hypothesis import strategies
 
-SIDE, STEPS, FRAMES = 32, 4, 3
+# The smallest possible side in pixels, from `load_tests.fuzz`.
+SIDE = int(os.environ.get("FUZZ_SIDE", "64"))
+STEPS, FRAMES = 4, 3
 # Why a request that fits the document may be refused all the same: what fields, pictures and
 # weights ask of each other.
 SEMANTIC = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import gevent
@@ -18,16 +19,24 @@ import PIL.Image
 from locust import HttpUser, between
 
 from load_tests.prompts import prompts
+from load_tests.serving import Sizes
 from load_tests.traffic import refused_honestly
 
-SIDE, STEPS = 128, 8
+STEPS = 8
 BURST = 8
 NEW_PROMPTS = prompts()
 
 
-def picture(mode: str) -> str:
+@lru_cache(maxsize=1)
+def native_size(host: str) -> tuple[int, int]:
+    """Return (width, height) of the server's default model in pixels."""
+    return Sizes.of(host).native
+
+
+@lru_cache(maxsize=2)
+def picture(size: tuple[int, int], mode: str) -> str:
     """Base64 of a PNG: a gradient, or with mode L a mask whose lower half is white."""
-    gradient = PIL.Image.linear_gradient("L").resize((SIDE, SIDE))
+    gradient = PIL.Image.linear_gradient("L").resize(size)
     image = (
         gradient.point(lambda value: 255 * (value > 127)) if mode == "L" else gradient.convert(mode)
     )
@@ -36,7 +45,9 @@ def picture(mode: str) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-IMAGE, MASK = picture("RGB"), picture("L")
+def image(user: HttpUser) -> str:
+    """Return an image of the native size."""
+    return picture(native_size(user.host), "RGB")
 
 
 def ask(user: HttpUser, operation: str, fields: Mapping[str, Any]) -> None:
@@ -49,23 +60,24 @@ def ask(user: HttpUser, operation: str, fields: Mapping[str, Any]) -> None:
 
 
 def generate(user: HttpUser) -> None:
-    ask(user, "generate", {"width": SIDE, "height": SIDE})
+    ask(user, "generate", {})
 
 
 def inpaint(user: HttpUser) -> None:
-    ask(user, "inpaint", {"image": IMAGE, "mask": MASK})
+    ask(user, "inpaint", {"image": image(user), "mask": picture(native_size(user.host), "L")})
 
 
 def outpaint(user: HttpUser) -> None:
-    ask(user, "outpaint", {"image": IMAGE, "right": 64})
+    width, _ = native_size(user.host)
+    ask(user, "outpaint", {"image": image(user), "right": width // 2})
 
 
 def edit(user: HttpUser) -> None:
-    ask(user, "edit", {"image": IMAGE, "strength": 0.5})
+    ask(user, "edit", {"image": image(user), "strength": 0.5})
 
 
 def vary(user: HttpUser) -> None:
-    ask(user, "variations", {"image": IMAGE, "n": 2})
+    ask(user, "variations", {"image": image(user), "n": 2})
 
 
 def interpolate(user: HttpUser) -> None:

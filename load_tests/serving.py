@@ -34,6 +34,33 @@ PAELLERA = ("-m", "server.cli", "serve", "--host", "127.0.0.1")
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """Image sizes of a server's default model, all in pixels.
+
+    native: (width, height). step: widths and heights are multiples of it. low, high: bounds of a
+    side.
+    """
+
+    native: tuple[int, int]
+    step: int
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, url: str) -> Sizes:
+        """Ask a server. Raises httpx.HTTPStatusError."""
+        model = httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]
+        width, height = model["native_size"]
+        limits = model["limits"]
+        return cls((width, height), limits["size_step"], limits["min_side"], limits["max_side"])
+
+    def side(self, scale: float) -> int:
+        """Return the possible side closest to the native width times `scale`."""
+        steps = round(scale * self.native[0] / self.step)
+        return min(max(steps * self.step, self.low), self.high)
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """A server that was ready `start_to_ready_s` after its process began. It leads a process
     group of its own.
@@ -52,6 +79,10 @@ class Server:
         lists elsewhere than on Linux.
         """
         return {"api": _peaks([self.pid]), "children": _peaks(children(self.pid))}
+
+    def sizes(self) -> Sizes:
+        """Return the sizes of the default model. Raises httpx.HTTPStatusError."""
+        return Sizes.of(self.url)
 
     def cpu_seconds(self) -> float:
         return sum(map(cpu_seconds, family(self.pid)))

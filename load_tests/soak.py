@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_PROMPT_CACHE_BYTES": str(_CACHE_BYTES)},
         INSTRUMENTED,
     ) as server:
-        soak = Soak(server, options.side)
+        soak = Soak(server, options.side or server.sizes().low)
         tenths = asyncio.run(soak.run(shares(options.requests, options.minutes), options.clients))
     measured = {"seconds": round(time.perf_counter() - began, 1), **judge(tenths, soak.statuses)}
     report.add(_table(tenths))
@@ -108,7 +108,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=10_000, help="10,000 by default")
     parser.add_argument("--minutes", type=float, help="as many requests as fit into them instead")
     parser.add_argument("--clients", type=int, default=8, help="requests at once, 8 by default")
-    parser.add_argument("--side", type=int, default=32, help="of the pictures, 32 by default")
+    parser.add_argument(
+        "--side", type=int, help="of the images in pixels, the smallest possible by default"
+    )
     return parser.parse_args(arguments)
 
 

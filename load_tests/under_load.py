@@ -26,11 +26,20 @@ from load_tests.misbehaving import Client
 from load_tests.processes import open_files, workers
 from load_tests.report import quantiles
 from load_tests.serving import Server, figures_when_idle, serving
-from load_tests.traffic import REQUEST_TIMEOUT_S, Answer, Load, Target, kinds_of, poisson_trace
+from load_tests.traffic import (
+    REQUEST_TIMEOUT_S,
+    Answer,
+    Kind,
+    Load,
+    Target,
+    kinds_of,
+    poisson_trace,
+)
 
 STALL_TIMEOUT_S = 4.0
 FULL_DISK = Path("/dev/full")
-KINDS = kinds_of((64, 128), (8, 12))
+# Image sides over the native width, and step counts.
+SCALES, STEP_COUNTS = (0.5, 1.0), (8, 12)
 # Of the time in which requests arrive, the share before the fault and the share until it ends.
 BEGINS, ENDS = 0.2, 0.8
 POLL_S = 0.05
@@ -151,7 +160,9 @@ async def measure(options: argparse.Namespace) -> list[Outcome]:
 async def _measure(
     server: Server, faults: Sequence[Fault], options: argparse.Namespace
 ) -> list[Outcome]:
-    trial = Trial(server, options.rate, options.seconds)
+    sizes = server.sizes()
+    kinds = kinds_of([sizes.side(scale) for scale in SCALES], STEP_COUNTS)
+    trial = Trial(server, kinds, options.rate, options.seconds)
     await trial.warm_up()
     outcomes = []
     for fault in faults:
@@ -162,11 +173,13 @@ async def _measure(
 
 @dataclass
 class Trial:
-    """One server, and the requests that arrive at every fault, `rate` a second. files: open in
-    the API process when it is idle.
+    """One server, and the requests of `kinds` that arrive at every fault, `rate` a second.
+
+    files: open in the API process when it is idle.
     """
 
     server: Server
+    kinds: Sequence[Kind]
     rate: float
     seconds: float
     files: int = 0
@@ -174,13 +187,13 @@ class Trial:
     async def warm_up(self) -> None:
         """Until the engine knows what its steps cost."""
         async with self._client() as client:
-            await Load(client).alone(self._target, KINDS, repeats=1)
+            await Load(client).alone(self._target, self.kinds, repeats=1)
         self.files = await self._fewest_files(0, SETTLED_S)
 
     async def run(self, fault: Fault) -> Outcome:
         async with self._client() as client:
             before = await figures_when_idle(client)
-            trace = poisson_trace(KINDS, self.rate, self.seconds, seed=0)
+            trace = poisson_trace(self.kinds, self.rate, self.seconds, seed=0)
             arriving = asyncio.create_task(Load(client).open_loop(self._target, trace))
             answers, lost, unready_s = await asyncio.gather(
                 arriving, self._strike(fault), self._unready(client, arriving)

@@ -145,16 +145,17 @@ class Settings(BaseSettings):
         Field(ge=0, description="Size of a worker's cache of encoded prompts and priors; 0: none"),
     ] = 256 * MIB
     max_side: Annotated[int, Field(ge=1, description="Maximum width and height in pixels")] = 512
-    # Enough for one guided 512 × 512 image of 64 steps (34 million) or sixteen guided 256 × 256
-    # ones of 12 (25 million), so that the embedded weights on a CPU answer before the default
-    # timeout. A GPU allows far more.
+    # Enough for sixteen guided 512 × 512 images of 12 steps, or for as much interpolation as a
+    # request can ask for at 256 × 256: 64 frames. Sixteen 256 × 256 images of a prompt are a
+    # quarter of it. The embedded weights on a CPU answer all of these before the default timeout.
+    # A GPU allows far more.
     max_request_work: Annotated[
         int,
         Field(
             ge=1,
             description="Maximum work per request: images times steps times pixels times branches",
         ),
-    ] = 50_000_000
+    ] = 16 * 512 * 512 * 12 * 2
     max_body_bytes: Annotated[int, Field(ge=1, description="Maximum size of a request's body")] = (
         32 * MIB
     )

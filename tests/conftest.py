@@ -39,6 +39,7 @@ from model.config import (
     Recipe,
     VQGANConfig,
     VQGANV1Config,
+    find_bundle,
 )
 from model.pipeline import Pipeline
 from model.runtime import prepare
@@ -429,6 +430,24 @@ def fake_server(fake_settings: Callable[..., Settings]) -> Iterator[str]:
 def client(fake_server: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=fake_server, timeout=20) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def embedded() -> BundleConfig:
+    """The configuration of the embedded weights."""
+    return BundleConfig.read(find_bundle("tiny"))
+
+
+@pytest.fixture(scope="session")
+def native(embedded: BundleConfig) -> tuple[int, int]:
+    """(width, height) of the embedded weights' images, in pixels."""
+    return embedded.native_size
+
+
+@pytest.fixture(scope="session")
+def step(embedded: BundleConfig) -> int:
+    """The embedded weights' size step, in pixels."""
+    return embedded.size_step
 
 
 @pytest.fixture(scope="session")

@@ -395,6 +395,7 @@ def share_of_zorb(images: Tensor) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.judges_weights
 def test_a_minute_teaches_the_embedded_denoiser_a_thing_it_has_never_seen(tmp_path):
     base, out = find_bundle("tiny"), tmp_path / "zorbs"
     size = BundleConfig.read(base).native_size

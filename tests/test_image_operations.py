@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from model.config import BundleConfig
 from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
@@ -369,14 +370,14 @@ def test_a_regions_mask_is_as_large_as_the_picture(client: httpx.Client) -> None
     assert client.post("/generate", files=parts).status_code == 200
 
 
-def test_work_counts_regions_frames_and_the_steps_an_edit_takes() -> None:
-    """Twelve guided steps of 64×32 pixels are 49,152."""
+def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: BundleConfig) -> None:
+    width, height = embedded.native_size
     app = create_app(Settings(weights="tiny", max_request_work=1), worker=fake_worker.main)
     box = {"prompt": "a box", "box": [0, 0, 1, 1]}
-    image = png(noise(128, 128))
+    image = png(noise(width, height))
     with serving(app) as address, httpx.Client(base_url=address) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        one = 12 * 128 * 128
+        one = embedded.recipe.num_inference_steps * width * height
         refused(
             as_json(client, "generate", prompt="a ball", regions=[box, box]),
             422,

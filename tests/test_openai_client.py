@@ -467,8 +467,9 @@ def test_the_client_comes_back_when_a_full_queue_says_so(fake_settings: Configur
 
 
 def test_a_stream_that_is_closed_after_its_first_preview_is_drawn_no_further(
-    live_server: str,
+    live_server: str, step: int
 ) -> None:
+    width, height = 4 * step, 8 * step
     with (
         httpx.Client(base_url=live_server, timeout=60) as client,
         connect(live_server, timeout=120) as api,
@@ -476,23 +477,25 @@ def test_a_stream_that_is_closed_after_its_first_preview_is_drawn_no_further(
         cancelled = metric(client, "paella_cancelled_total", stage="worker")
         with api.images.generate(
             prompt="a red ball",
-            size="256x256",
+            size=f"{width}x{height}",
             stream=True,
             partial_images=8,
             extra_body={"num_inference_steps": 64},
         ) as stream:
             event = next(iter(stream))
             assert isinstance(event, ImageGenPartialImageEvent)
-            assert (event.partial_image_index, file(event.b64_json).size) == (0, (256, 256))
+            assert (event.partial_image_index, file(event.b64_json).size) == (0, (width, height))
         wait_until(
             lambda: metric(client, "paella_cancelled_total", stage="worker") == cancelled + 1
         )
         wait_until(lambda: metric(client, "paella_rows_running") == 0, timeout_s=60)
 
 
-def test_references_change_what_an_edit_shows(live_server: str) -> None:
+@pytest.mark.judges_weights
+def test_references_change_what_an_edit_shows(live_server: str, native: tuple[int, int]) -> None:
+    width, height = native
     grey, red = (
-        png(np.full((128, 128, 3), colour, np.uint8)) for colour in ([128] * 3, [220, 20, 20])
+        png(np.full((height, width, 3), colour, np.uint8)) for colour in ([128] * 3, [220, 20, 20])
     )
     with connect(live_server, timeout=120) as api:
         edits = [

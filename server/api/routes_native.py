@@ -29,7 +29,7 @@ from server.api.state import app_state, cancel, log_job, unless_cancelled
 
 router = APIRouter()
 
-_FILE = {"b64_json": "…", "width": 128, "height": 128}
+_FILE = {"b64_json": "…", "width": 256, "height": 256}
 _ANSWER = {
     "id": "mine",
     "created": 1763749200,

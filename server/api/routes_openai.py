@@ -238,7 +238,7 @@ class OpenAIAnswer:
 _example = {
     "b64_json": "…",
     "created_at": 1763749200,
-    "size": "128x128",
+    "size": "256x256",
     "quality": "medium",
     "background": "opaque",
     "output_format": "png",

@@ -21,7 +21,7 @@ import { milliseconds } from "./timings.js";
 const EXAMPLES = [
   "a red mushroom on a black background",
   "a strawberry on a cyan background",
-  "a dog on a yellow background",
+  "a cat on a blue background",
   "a big yellow star on a purple background",
 ];
 const OPERATIONS = {

@@ -21,6 +21,7 @@ export class Mask {
   /** Starts an empty mask of this size. */
   reset({ width, height }) {
     Object.assign(this.canvas, { width, height });
+    this.#scaleBrush(Math.max(width, height));
     Object.assign(this, { undoable: [], cursor: null, down: false });
     this.ring.hidden = true;
     this.change();
@@ -67,6 +68,19 @@ export class Mask {
 
   get #middle() {
     return { x: this.canvas.width / 2, y: this.canvas.height / 2 };
+  }
+
+  /** Keeps the brush's share of its range, which is up to half the image's longer side. */
+  #scaleBrush(side) {
+    const share = Number(this.brush.value) / Number(this.brush.max);
+    this.brush.max = String(Math.max(Number(this.brush.min), Math.round(side / 2)));
+    this.brush.value = String(share * Number(this.brush.max));
+  }
+
+  /** Pixels that an arrow key moves the brush. */
+  #stride(far) {
+    const side = Math.max(this.canvas.width, this.canvas.height);
+    return Math.max(1, Math.round(side / (far ? 8 : 32)));
   }
 
   #remember() {
@@ -139,7 +153,7 @@ export class Mask {
   }
 
   #action(event) {
-    if (event.key in MOVES) return () => this.#step(MOVES[event.key], event.shiftKey ? 16 : 4);
+    if (event.key in MOVES) return () => this.#step(MOVES[event.key], this.#stride(event.shiftKey));
     if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z") return () => this.undo();
     if (event.ctrlKey || event.metaKey || event.altKey) return null;
     return {
