@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.errors import FAILED, INVALID, fail, one_line_errors
-from server.engine.supervisor import limit_spin_count
 
 if TYPE_CHECKING:
     from model.config import Operation
@@ -238,6 +237,8 @@ def replay(
     device: Device = None,
 ) -> None:
     """Generate an image again from the parameters in it; exit code 1 if the result differs."""
+    from server.engine.supervisor import limit_spin_count
+
     limit_spin_count()
     from server.api.images.encode import encode
     from server.cli.offline import generate as generate_images
@@ -279,6 +280,8 @@ def _run(
     device: str | None,
     **others: Any,
 ) -> None:
+    from server.engine.supervisor import limit_spin_count
+
     limit_spin_count()
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan
