@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from load_tests.fuzz import count, judge
+
+ROOT = Path(__file__).parents[1]
 
 SUMMARY: dict[str, Any] = {
     "test_cases": {"generated": 5200},
@@ -67,3 +72,18 @@ def test_a_run_without_findings_is_good() -> None:
 )
 def test_findings_errors_and_too_few_requests_are_not(change: dict[str, Any]) -> None:
     assert not judge(SUMMARY | change, at_least=5000)["good"]
+
+
+def test_every_reason_that_excuses_a_refusal_is_a_message_of_the_server() -> None:
+    tree = ast.parse((ROOT / "load_tests" / "fuzz_hooks.py").read_text())
+    (reasons,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SEMANTIC"
+    )
+    texts = [
+        path.read_text() for part in ("server", "model") for path in (ROOT / part).rglob("*.py")
+    ]
+    # A message that is written over several lines is one.
+    source = re.sub(r'"\s*\n\s*[rf]?"', "", "\n".join(texts))
+    assert [reason for reason in reasons if reason not in source] == []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.networks.denoiser_v3 import Denoiser
 from model.training.denoiser import draw_times, matrices_of
-from model.training.optimizers import Optimizers
+from model.training.optimizers import BatchedMuon, Optimizers
 from tests.conftest import micro_config
 
 
@@ -48,6 +48,23 @@ def test_a_matrix_is_stepped_in_all_its_directions_alike(prepared):
     assert torch.allclose(
         by_adamw.abs(), torch.tensor(1e-3), rtol=0.02
     )  # whose first step goes as far in every entry
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_matrices_of_one_shape_are_stepped_together_as_torch_steps_each(prepared, shape):
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(3)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    batched = BatchedMuon(ours, 0.01)
+    single = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(shape, generator=generator)
+            q.grad = p.grad.clone()
+        batched.step()
+        single.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.allclose(p, q, atol=2e-4)
 
 
 def test_the_rate_is_that_of_all_parts(prepared):

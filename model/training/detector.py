@@ -41,6 +41,9 @@ ROOM = 1.12  # side of a crop, in longer sides of the box it shows
 GREY = 0.5  # what the namer sees beyond a box
 _STRIDE = NATIVE // SIDE
 _SURE = 0.35  # confidence from which a cell holds a thing
+# A thing larger than the picture has no middle to be sure of, but the picture is not empty either.
+_CLOSE_LOW, _CLOSE_HIGH = 0.15, 0.55
+_CLOSE_NAMED = 0.4  # the namer's confidence from which the whole picture is such a thing
 _CANDIDATES = 12
 _OVERLAP = 0.45  # share of the smaller box that lies in the other, from which both are one thing
 _BATCH = 64
@@ -208,6 +211,7 @@ class Detector(nn.Module):
         columns = seen.middles.shape[2]
         middles = torch.stack([cells % columns, cells // columns], -1) + 0.5 + boxes[..., :2]
         middles, extents = middles * CELL, boxes[..., 2:].exp2() * CELL
+        self._fill_with_close_ups(planes, scores, middles, extents)
         answers = [x.cpu().numpy() for x in (scores, middles, extents)]
         kept = [_distinct(*(answer[i] for answer in answers)) for i in range(len(planes))]
         rows = torch.tensor([(i, k) for i, some in enumerate(kept) for k in some], dtype=torch.long)
@@ -222,6 +226,24 @@ class Detector(nn.Module):
             shape = (picture.shape[0], picture.shape[1])
             readings.append(Reading(BACKGROUNDS[backgrounds[i]], things, shape))
         return readings
+
+    def _fill_with_close_ups(
+        self, planes: Tensor, scores: Tensor, middles: Tensor, extents: Tensor
+    ) -> None:
+        """Make one candidate of a whole picture that shows a part of a larger thing, in place."""
+        best = scores.amax(1)
+        rows = ((best > _CLOSE_LOW) & (best < _CLOSE_HIGH)).nonzero()[:, 0]
+        if not len(rows):
+            return
+        unit = NATIVE / min(planes.shape[-2:])
+        whole = extents.new_tensor([planes.shape[-1], planes.shape[-2]]) * unit
+        box = whole.expand(len(rows), 2)
+        crops = cut(shrunk(planes[rows], NATIVE // 2), box / 2, box)
+        named = self.namer(crops).softmax(-1).amax(1)
+        rows, named = rows[named > _CLOSE_NAMED], named[named > _CLOSE_NAMED]
+        scores[rows] = 0.0
+        scores[rows, 0] = named
+        middles[rows, 0], extents[rows, 0] = whole / 2, whole
 
     def _name(self, planes: Tensor, rows: Tensor, middles: Tensor, extents: Tensor) -> list[str]:
         """Name the things of rows [R, 2]: a picture's number and a candidate's."""

@@ -107,6 +107,8 @@ class Average:
 
     def advance(self) -> None:
         n = self.n_averaged
+        if n == 0:  # the twins of several processes are one from here on, to the last bit
+            torch._foreach_copy_(self._old, self._new)
         self._share.fill_(1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0)
         self.n_averaged += 1
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 _WEIGHT_DECAY = 0.01
 # Muon's published constants: Newton and Schulz's quintic, how often it is iterated, its momentum,
@@ -79,16 +79,10 @@ def _muon(matrices: list[Parameter], lr: float | Tensor) -> Optimizer:
     """Return Muon; several processes share the matrices out among them, since Newton and Schulz's
     iterations take as long as the gradients' exchange."""
     if dist.is_initialized():
-        from torch.distributed.optim import (
-            ZeroRedundancyOptimizer,
-        )  # which compiles functions that nobody here needs
+        # Importing it compiles functions that nobody here needs.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        options: dict[str, Any] = {
-            "lr": lr,
-            "weight_decay": _WEIGHT_DECAY,
-            "adjust_lr_fn": "match_rms_adamw",
-        }
-        return ZeroRedundancyOptimizer(matrices, optimizer_class=Muon, **options)
+        return ZeroRedundancyOptimizer(matrices, optimizer_class=BatchedMuon, lr=lr)
     return BatchedMuon(matrices, lr)
 
 

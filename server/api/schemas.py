@@ -92,7 +92,10 @@ def _payload(sent: str) -> str:
     if scheme is None:
         return sent
     if scheme[1].lower() != "data":
-        message = "{scheme} URLs are refused; send the image as base64, a data URL or a file"
+        message = (
+            "{scheme} URLs are refused, because the server fetches nothing; "
+            "send the image as base64, a data URL or a file"
+        )
         raise PydanticCustomError("image_url", message, {"scheme": scheme[1].lower()})
     head, comma, payload = sent.partition(",")
     if not comma or not head.lower().endswith(";base64"):

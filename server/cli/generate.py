@@ -237,9 +237,7 @@ def replay(
     device: Device = None,
 ) -> None:
     """Generate an image again from the parameters in it; exit code 1 if the result differs."""
-    from server.engine.supervisor import limit_spin_count
-
-    limit_spin_count()
+    _limit_spin_count()
     from server.api.images.encode import encode
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan, recorded_request
@@ -268,6 +266,13 @@ def register(app: typer.Typer) -> None:
 # ── shared ────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _limit_spin_count() -> None:
+    """Bound how long OpenMP's waiting threads spin; called before torch is imported."""
+    from server.engine.supervisor import limit_spin_count
+
+    limit_spin_count()
+
+
 def _run(
     operation: Operation,
     own: Fields,
@@ -280,9 +285,7 @@ def _run(
     device: str | None,
     **others: Any,
 ) -> None:
-    from server.engine.supervisor import limit_spin_count
-
-    limit_spin_count()
+    _limit_spin_count()
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan
 
