@@ -166,7 +166,7 @@ def _pieces(tensor: Tensor, dtype: torch.dtype, where: str) -> Iterator[Tensor]:
             if not is_finite(piece):
                 raise BundleError(f"{where} holds NaN or infinity")
             largest, narrow = piece.abs().max(), str(dtype).removeprefix("torch.")
-            raise BundleError(f"{where} holds {largest:.6g}, too large for {narrow}; use bfloat16")
+            raise BundleError(f"{where} holds {largest:.6g}, which {narrow} cannot; bfloat16 can")
         yield converted
 
 
