@@ -43,7 +43,7 @@ async def running(worker: WorkerMain = fake_worker.main, **settings: Any) -> Asy
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):  # a busy machine takes long to start a process
         while not condition():  # noqa: ASYNC110 -- the figures polled have no event
             await asyncio.sleep(0.005)
 
