@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate font browser prometheus clean
+.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate art font browser prometheus clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
@@ -46,8 +46,12 @@ batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; a
 faults soak: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
-evaluate: $(VENV)/.dev font
-	$(BIN)/python -m model.training.evaluate
+evaluate: $(VENV)/.dev art  ## PaellaBench on the embedded weights; ARGS=--quick is short
+	$(BIN)/python -m model.training.evaluate $(ARGS)
+
+# The objects of the pictures that training and evaluation draw; without them the tests that draw them are skipped and say so.
+art: $(VENV)/.dev  ## fetch the objects' art with npm into $PAELLERA_ART, or ~/.cache/paellera/art
+	$(BIN)/python -m model.training.art
 
 # The scenes' objects are glyphs of this font; without it the tests that draw them are skipped and say so.
 font:

@@ -39,7 +39,7 @@ LIMIT = 30
 WORKER_FILES = "PAELLERA_TRACE_WORKER_FILES"
 # The signal that starts the worker's recording, and, sent again, ends it.
 TOGGLE = signal.SIGUSR1
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
 
 
 class CallRecorder:

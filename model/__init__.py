@@ -1,0 +1,1 @@
+"""Networks and mathematics of Paella: nothing of HTTP, queues or processes."""

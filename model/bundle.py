@@ -1,11 +1,11 @@
-"""Load and save bundles: `bundle.json`, one safetensors file per network, and the tokenizer's merges, if any.
+"""Load and save bundles: `bundle.json`, a safetensors file per network, and the tokenizer's merges.
 
-Loading is strict: every file must be the listed one, and every tensor expected, present, of the right
-shape and finite. Modules are built on the meta device and take the tensors as they come from the file,
-so a bundle is in memory once. Nothing here reads a pickle.
+Loading is strict: every file must be the listed one, and every tensor expected, present, of the
+right shape and finite. Modules are built on the meta device and take the tensors as they come from
+the file, so a bundle is in memory once. Nothing here reads a pickle.
 
-A large file is hashed once: it counts as the hashed one while its size, its place on the disk and both
-its times are the same. `paellera weights verify` hashes everything.
+A large file is hashed once: it counts as the hashed one while its size, its place on the disk and
+both its times are the same. `paellera weights verify` hashes everything.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """One set of weights, in evaluation mode, on one device; each family of networks has a class of its own below."""
+    """One set of weights, in evaluation mode, on one device.
+
+    Each family of networks has a class of its own below.
+    """
 
     config: BundleConfig
     denoiser: Denoiser | DenoiserV1
@@ -124,7 +127,10 @@ def build(config: BundleConfig, directory: Path | None, device: torch.device | s
 def load_bundle(
     directory: Path, device: torch.device, dtype: torch.dtype, encoders: Encoders = "device", kernels: Kernels = "auto"
 ) -> Bundle:
-    """Read and check a bundle. Raises BundleError, FileNotFoundError, or pydantic.ValidationError for `bundle.json`."""
+    """Read a bundle and check it.
+
+    Raises BundleError, FileNotFoundError, or pydantic.ValidationError for an invalid `bundle.json`.
+    """
     config = BundleConfig.read(directory)
     verify_files(directory, config, is_listed)
     bundle = build(config, directory)
@@ -149,15 +155,18 @@ def optimize_bundle(bundle: Bundle, kernels: Kernels = "auto") -> None:
 def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the type to keep a network in.
 
-    The prior's products have two rows for each image, and a CPU computes those fastest in fp32, as long as
-    reading the weights is not what takes the time.
+    The prior's products have two rows for each image, and a CPU computes those fastest in fp32, as
+    long as reading the weights is not what takes the time.
     """
     few_rows = isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
     return torch.float32 if few_rows and device.type == "cpu" else dtype
 
 
 def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> BundleV3:
-    """Load a bundle of v3 networks. Raises BundleError for others, and the errors of `load_bundle`."""
+    """Load a bundle of v3 networks.
+
+    Raises BundleError for another family, and the errors of `load_bundle`.
+    """
     bundle = load_bundle(directory, device, dtype)
     if not isinstance(bundle, BundleV3):
         raise BundleError(f"{bundle.config.name} holds {bundle.config.family} networks, and v3 ones are needed")
@@ -183,7 +192,7 @@ def is_hashed(path: Path, entry: FileEntry) -> bool:
 
 
 def is_listed(path: Path, entry: FileEntry) -> bool:
-    """Return the same; a large file is not hashed again unless it may have changed since."""
+    """Return as `is_hashed`, but hash a large file only if it may have changed since."""
     if path.stat().st_size < LARGE:
         return is_hashed(path, entry)
     if _read(path.parent).get(path.name) == _state(path, entry):
@@ -219,15 +228,16 @@ def _read(directory: Path) -> dict[str, object]:
 def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed) -> None:
     """Check that every needed file is listed, and that every listed file is the listed one.
 
-    Raises BundleError. same: compares a file of the right size. A listed file lies in the directory itself:
-    neither its name nor a symbolic link may lead out of it.
+    Raises BundleError. same: compares a file of the right size. A listed file lies in the directory
+    itself: neither its name nor a symbolic link may lead out of it.
     """
     needed = [f"{name}.safetensors" for name in config.networks] + ([config.clip.merges] if config.clip.merges else [])
     if absent := [name for name in needed if name not in config.files]:
         raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
     for name, entry in config.files.items():
         _check_place(directory, name, entry.bytes)
-    # Side by side: hashing lets go of the interpreter's lock, and gigabytes take longer to hash than to read.
+    # Side by side: hashing lets go of the interpreter's lock, and gigabytes take longer to hash
+    # than to read.
     with ThreadPoolExecutor() as threads:
         results = threads.map(lambda name: same(directory / name, config.files[name]), config.files)
         if changed := [name for name, is_same in zip(config.files, results, strict=True) if not is_same]:
@@ -235,7 +245,10 @@ def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, Fi
 
 
 def _check_place(directory: Path, name: str, expected: int) -> None:
-    """Raise BundleError unless a listed file lies in the directory itself and has the expected size."""
+    """Check that a listed file lies in the directory itself and has the expected size.
+
+    Raises BundleError otherwise.
+    """
     path = directory / name
     if Path(name).name != name or name in {"", ".."} or "\\" in name:
         raise BundleError(f"{CONFIG_FILE} lists {name!r}, which is no plain file name")
@@ -264,7 +277,10 @@ def _cut_tensor(path: Path) -> str:
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return a safetensors file's tensors. Raises BundleError for other files, and for NaN or infinity."""
+    """Return a safetensors file's tensors by name.
+
+    Raises BundleError for another format, and for NaN or infinity.
+    """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -287,7 +303,10 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
-    """Give a meta module its tensors, as `dtype` where they are floating point. Raises the errors of `check_fit`."""
+    """Give a meta module its tensors, converted to `dtype` where they are floating point.
+
+    Raises the errors of `check_fit`.
+    """
     check_fit(tensors, state_of(module), where)
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     inner(module).load_state_dict(converted, strict=not isinstance(module, ByteEncoder), assign=True)
@@ -307,14 +326,16 @@ def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: st
     for name, wanted in expected.items():
         if name not in tensors:
             raise BundleError(f"{where}: tensor {name!r} is missing")
-        if tensors[name].is_floating_point() != wanted.is_floating_point():
-            raise BundleError(f"{where}: tensor {name!r} is {tensors[name].dtype}, this configuration needs {wanted.dtype}")
-        if tensors[name].shape != wanted.shape:
-            raise BundleError(f"{where}: tensor {name!r} is {list(tensors[name].shape)}, this configuration needs {list(wanted.shape)}")
+        found, needs = tensors[name], "this configuration needs"
+        if found.is_floating_point() != wanted.is_floating_point():
+            raise BundleError(f"{where}: tensor {name!r} is {found.dtype}, {needs} {wanted.dtype}")
+        if found.shape != wanted.shape:
+            shapes = f"{list(found.shape)}, {needs} {list(wanted.shape)}"
+            raise BundleError(f"{where}: tensor {name!r} is {shapes}")
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors under their published names, as its safetensors file holds them."""
+    """Return a network's tensors under their published names, as in its safetensors file."""
     state = inner(module).state_dict()
     if isinstance(module, ByteEncoder):
         state.pop("encoder.embed_tokens.weight", None)  # the same tensor as `shared.weight`

@@ -1,4 +1,4 @@
-"""Pictures laid out for the networks and put together again: padding, larger canvases, seams. Pure functions on arrays.
+"""Pad, extend, fill and composite images for the networks: pure functions on arrays.
 
 [H, W, 3] is uint8 RGB, [H, W] a bool mask.
 """
@@ -23,35 +23,50 @@ AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 
 
 def pad_to_multiple(array: Array, step: int, least: int = 0) -> Array:
-    """[H, W, …] → the next multiples of `step` pixels, and no less than `least`; mirrored at the right and the lower edge."""
+    """Pad [H, W, …] to multiples of `step` pixels, and to at least `least`.
+
+    The new pixels, at the right and lower edge, mirror the image.
+    """
     height, width = array.shape[:2]
     return extend(array, right=max(-width % step, least - width), down=max(-height % step, least - height))
 
 
 def crop(array: Array, width: int, height: int) -> Array:
-    """The upper left part: undoes `pad_to_multiple`. Raises ValueError if the array is smaller."""
+    """Return the upper left part of this size, which undoes `pad_to_multiple`.
+
+    Raises ValueError if the array is smaller.
+    """
     if array.shape[0] < height or array.shape[1] < width:
         raise ValueError(f"cannot crop {array.shape[1]}x{array.shape[0]} to {width}x{height}")
     return array[:height, :width]
 
 
 def extend(array: Array, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0) -> Array:
-    """[H, W, …] → [up + H + down, left + W + right, …], the new pixels mirrored, so that an encoder sees no edge there."""
+    """Return [up + H + down, left + W + right, …] from [H, W, …].
+
+    The new pixels mirror the image, so that an encoder sees no edge there.
+    """
     margins = [(up, down), (left, right)] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, margins, mode="reflect")
 
 
 def outpaint_canvas(rgb: Pixels, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0) -> tuple[Pixels, Mask]:
-    """The picture on a canvas larger by so many pixels, and the keep-mask: true where the picture lies."""
+    """Return the image on a canvas that is larger by these margins, and the keep mask.
+
+    The mask is bool, true where the image lies.
+    """
     kept = np.zeros((up + rgb.shape[0] + down, left + rgb.shape[1] + right), dtype=np.bool_)
     kept[up : up + rgb.shape[0], left : left + rgb.shape[1]] = True
     return extend(rgb, left=left, right=right, up=up, down=down), kept
 
 
 def fill(rgb: Pixels, unknown: Mask) -> Pixels:
-    """The picture with what is unknown drawn from what is around it, ever more blurred inwards; a wholly unknown one as it is.
+    """Return the image with unknown pixels filled from those around them, more blurred inwards.
 
-    An encoder's tokens know their neighbourhood: what is about to be repainted would shine through in those that are kept.
+    An image without any known pixel is returned unchanged.
+
+    An encoder's tokens know their neighbourhood: what is about to be repainted would shine through
+    in those that are kept.
     """
     if not unknown.any() or unknown.all():
         return rgb
@@ -59,7 +74,7 @@ def fill(rgb: Pixels, unknown: Mask) -> Pixels:
 
 
 def _pull(colours: NDArray[np.float32], known: Mask) -> NDArray[np.float32]:
-    """[H, W, 3] with every unknown pixel taken from the same picture at half its size, and so on until something is known there."""
+    """Fill every unknown pixel of [H, W, 3] from the image at half its size, recursively."""
     if known.all():
         return colours
     height, width = known.shape
@@ -73,7 +88,10 @@ def _pull(colours: NDArray[np.float32], known: Mask) -> NDArray[np.float32]:
 
 
 def soften(weight: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
-    """[H, W] with every border inside the picture made a ramp of about so many pixels; what touches the picture's edge stays full there."""
+    """Turn every border inside [H, W] into a ramp of about this many pixels.
+
+    At the image's own edge the weight stays full.
+    """
     radius = pixels // 4
     for axis in (0, 1, 0, 1) if radius else ():
         weight = _box_mean(weight, radius, axis)
@@ -81,7 +99,10 @@ def soften(weight: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
 
 
 def _box_mean(array: NDArray[np.float32], radius: int, axis: int) -> NDArray[np.float32]:
-    """[H, W] → the means of 2 · radius + 1 neighbours along an axis, the outermost repeated beyond the edges."""
+    """Return the means of 2 · radius + 1 neighbours along an axis of [H, W].
+
+    Beyond the edges the outermost values are repeated.
+    """
     margins = [(0, 0), (0, 0)]
     margins[axis] = (radius + 1, radius)
     sums = np.pad(array, margins, mode="edge").cumsum(axis=axis, dtype=np.float64)
@@ -91,7 +112,10 @@ def _box_mean(array: NDArray[np.float32], radius: int, axis: int) -> NDArray[np.
 
 
 def box_mask(box: tuple[float, float, float, float], width: int, height: int) -> Mask:
-    """[H, W], true where the box [x0, y0, x1, y1] (shares of the picture) lies; never empty."""
+    """Return a mask [H, W], true inside the box; never empty.
+
+    box: (x0, y0, x1, y1), shares of the image's width and height.
+    """
     mask = np.zeros((height, width), dtype=np.bool_)
     x0, y0 = (min(round(share * side), side - 1) for share, side in ((box[0], width), (box[1], height)))
     x1, y1 = max(round(box[2] * width), x0 + 1), max(round(box[3] * height), y0 + 1)
@@ -100,17 +124,23 @@ def box_mask(box: tuple[float, float, float, float], width: int, height: int) ->
 
 
 def region_weight(where: Mask, weight: float, softness: float) -> Pixels:
-    """uint8 [H, W]: what a region counts at every pixel, 255 is all. softness: its borders' ramp, in halves of the shorter side."""
+    """Return a region's weight at every pixel, uint8 [H, W]; 255 is the full weight.
+
+    softness: width of the ramp at the borders, in halves of the shorter side.
+    """
     ramp = math.floor(softness * min(where.shape) / 2)
     return np.rint(soften(where.astype(np.float32), ramp) * weight * 255).astype(np.uint8)
 
 
 def composite(original: Pixels, painted: Pixels, keep: Mask, feather: int = FEATHER) -> Pixels:
-    """`original` bit for bit where `keep`, `painted` elsewhere, the seam softened over `feather` pixels that are not kept.
+    """Return `original` bit for bit where `keep`, and `painted` elsewhere, with a softened seam.
 
-    Ring by ring inwards the colours of the kept pixels next to it fade into what was painted: the d-th ring (chessboard distance d from
-    the nearest kept pixel) takes d / (feather + 1) of it. What the original had where it is repainted never shows through.
-    Raises ValueError for shapes that do not fit.
+    feather: width of the seam in pixels, all of them pixels that are not kept.
+
+    Ring by ring inwards the colours of the kept pixels next to it fade into what was painted: the
+    d-th ring (chessboard distance d from the nearest kept pixel) takes d / (feather + 1) of it.
+    What the original had where it is repainted never shows through. Raises ValueError for shapes
+    that do not fit.
     """
     if original.shape != painted.shape or keep.shape != original.shape[:2]:
         raise ValueError(f"shapes {original.shape}, {painted.shape} and {keep.shape} do not fit")
@@ -129,6 +159,6 @@ def composite(original: Pixels, painted: Pixels, keep: Mask, feather: int = FEAT
 
 
 def _beside(reached: Mask) -> Mask:
-    """[H + 2, W + 2] → [H, W], whether any of the 3×3 around is true."""
+    """Return [H, W] from [H + 2, W + 2]: whether any pixel of the 3×3 around is true."""
     rows = reached[:-2] | reached[1:-1] | reached[2:]
     return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]

@@ -1,4 +1,4 @@
-"""Mix conditions: embeddings by weight, and everything that a prompt became towards another's. Pure functions.
+"""Mix conditions: embeddings by weight, and a whole prompt towards another. Pure functions.
 
 Letters: L condition tokens, D channels.
 """
@@ -28,8 +28,8 @@ class Conditioning:
 def mean(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return the weighted mean of embeddings [1, D], scaled to their mean length.
 
-    The plain mean of different embeddings is shorter than any of them, and no network was trained on such.
-    Raises ValueError unless a weight is above 0.
+    The plain mean of different embeddings is shorter than any of them, and no network was trained
+    on such. Raises ValueError unless a weight is above 0.
     """
     if not any(weight > 0 for weight in weights):
         raise ValueError("at least one weight must be above 0")

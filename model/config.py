@@ -1,4 +1,4 @@
-"""The shapes of the text encoders and of CLIP, as frozen dataclasses. No torch here. Import them from `model.config`."""
+"""Configurations of the networks, recipes and bundles, as frozen dataclasses. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
 
 _STRICT = ConfigDict(extra="forbid")
 
-# Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights in int8.
+# Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights
+# in int8.
 Encoders = Literal["device", "cpu", "int8"]
 # What computes the denoiser's steps; auto is Triton's kernels on CUDA, if Triton is installed.
 Kernels = Literal["auto", "triton", "torch"]
@@ -20,7 +21,10 @@ Kernels = Literal["auto", "triton", "torch"]
 
 @dataclass(frozen=True)
 class ByteEncoderConfig:
-    """The encoder half of a ByT5: what `transformers.T5Config` needs, and how many bytes a prompt may have (end mark included)."""
+    """The encoder half of a ByT5: the arguments of `transformers.T5Config`.
+
+    max_bytes: most bytes of a prompt, end mark included.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -38,9 +42,10 @@ class ByteEncoderConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The CLIP pair as open_clip builds it: its own `vision_cfg` and `text_cfg`, and the tokenizer's merges.
+    """The CLIP pair: open_clip's `vision_cfg` and `text_cfg`, and the tokenizer's merges.
 
-    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published vocabulary.
+    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published
+    vocabulary.
     """
 
     __pydantic_config__ = _STRICT
@@ -53,6 +58,7 @@ class CLIPConfig:
 
     @property
     def context_length(self) -> int:
+        """Tokens of a text, start and end marks included."""
         return int(self.text_cfg.get("context_length", 77))
 
 
@@ -61,9 +67,12 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class DenoiserV1Config:
-    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`); the defaults count 577,995,184 parameters.
+    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`).
 
-    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the deepest level's width, halved for each above.
+    The defaults count 577,995,184 parameters.
+
+    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the
+    deepest level's width, halved for each above.
     """
 
     __pydantic_config__ = _STRICT
@@ -85,15 +94,18 @@ class DenoiserV1Config:
 
     @property
     def token_step(self) -> int:
-        """The token grid's sides are multiples of this, halved once between each two levels."""
+        """Divisor of the token grid's sides, which are halved once between every two levels."""
         return int(2 ** (len(self.down_levels) - 1))
 
 
 @dataclass(frozen=True)
 class VQGANV1Config:
-    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`): `ddconfig`, then its own arguments; defaults are ruDALL-E's f8.
+    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`).
 
-    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution` pixels would have one of these sides.
+    The arguments are those of `ddconfig`, then the model's own; the defaults are ruDALL-E's f8.
+
+    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution`
+    pixels would have one of these sides.
     """
 
     __pydantic_config__ = _STRICT
@@ -114,7 +126,8 @@ class VQGANV1Config:
         for name in ("ch_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.double_z or self.z_channels != self.embed_dim:
-            raise ValueError("the Gumbel quantiser takes z_channels = embed_dim latents, not means and variances (double_z)")
+            needed = "z_channels = embed_dim latents, not means and variances (double_z)"
+            raise ValueError(f"the Gumbel quantiser takes {needed}")
 
     @property
     def widths(self) -> list[int]:
@@ -123,6 +136,7 @@ class VQGANV1Config:
 
     @property
     def codebook_size(self) -> int:
+        """Number of codes."""
         return self.n_embed
 
     @property
@@ -131,7 +145,7 @@ class VQGANV1Config:
         return int(2 ** (len(self.ch_mult) - 1))
 
     def attends(self, level: int) -> bool:
-        """Whether a level has attention, whatever the size of the picture that goes through."""
+        """Return whether a level has attention, for images of any size."""
         return self.resolution >> level in self.attn_resolutions
 
 
@@ -141,7 +155,8 @@ PriorSampler = Literal["ddpm", "ddim"]
 Schedule = Literal["linear", "cosine"]
 # The path between two conditionings: straight, or along the great circle.
 Interpolation = Literal["lerp", "slerp"]
-# What takes a renoised token's place: its start token, what it was before the step, or a fresh random one.
+# What takes a renoised token's place: its start token, what it was before the step, or a fresh
+# random one.
 RenoiseMode = Literal["start", "prev", "rand"]
 Operation = Literal["generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"]
 
@@ -153,7 +168,10 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """The v3 denoiser (github.com/dome272/Paella, `Paella`); the defaults count 1,008,350,592 parameters."""
+    """The v3 denoiser (github.com/dome272/Paella, `Paella`).
+
+    The defaults count 1,008,350,592 parameters.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -185,13 +203,16 @@ class DenoiserConfig:
 
     @property
     def token_step(self) -> int:
-        """The token grid's sides are multiples of this: the patch, halved once between each two levels."""
+        """Divisor of the token grid's sides: the patch, halved once between every two levels."""
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """The v3 VQGAN (`VQModel` of github.com/dome272/Paella); every level after the first halves the picture once more."""
+    """The v3 VQGAN (github.com/dome272/Paella, `VQModel`).
+
+    Every level after the first halves the image once more.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -204,7 +225,7 @@ class VQGANConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per token and side: 2 from the pixel-unshuffle, 2 from each strided convolution."""
+        """Pixels per token and side: 2 by the pixel-unshuffle, 2 by each strided convolution."""
         return 2**self.levels
 
 
@@ -222,10 +243,11 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one image is drawn, everything resolved.
+    """The sampling of one image, with all defaults filled in.
 
-    guidance, temperature: (first step's value, last step's value), linear in between; guidance applies to the first `guidance_steps`.
-    renoise_steps: after how many of the first steps start tokens are put back.
+    guidance, temperature: (first step's value, last step's value), linear in between; guidance
+    applies to the first `guidance_steps`. renoise_steps: after how many of the first steps start
+    tokens are put back.
     """
 
     steps: int
@@ -247,9 +269,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A bundle's sampling defaults: those its authors recommend, not the server's opinion.
+    """A bundle's sampling defaults, as its authors recommend them.
 
-    attention_weights: factors on the attention given to the (text, image) condition tokens of the conditional branch; None is off.
+    attention_weights: factors on the attention given to the (text, image) condition tokens of the
+    conditional branch; None is off.
     """
 
     __pydantic_config__ = _STRICT
@@ -268,7 +291,7 @@ class Recipe:
     schedule: Schedule = "linear"
     renoise_mode: RenoiseMode = "start"
 
-    def sampling(
+    def sampling(  # noqa: PLR0913  (one argument for each field that a request may set)
         self,
         *,
         steps: int | None = None,
@@ -281,7 +304,10 @@ class Recipe:
         renoise_mode: RenoiseMode | None = None,
         deterministic: bool = False,
     ) -> SamplingConfig:
-        """The recipe with a request's wishes put in. Step counts that are not asked for keep the recipe's share of the steps."""
+        """Return the recipe with a request's values.
+
+        Absent step counts keep the recipe's share of the steps.
+        """
         n = steps or self.num_inference_steps
 
         def share(of: int) -> int:
@@ -303,7 +329,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a bundle, so that a damaged or swapped one is noticed before it is used."""
+    """One file of a bundle, by which a damaged or replaced one is detected before it is used."""
 
     __pydantic_config__ = _STRICT
 
@@ -313,9 +339,12 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
-    """`bundle.json`: what a weights directory holds; each family of networks has a class of its own below.
+    """The contents of `bundle.json`, which describes a weights directory.
 
-    native_size: (width, height) in pixels the weights were trained at. networks: the fields that are networks, each a file of that name.
+    Each family of networks has a class of its own below.
+
+    native_size: (width, height) in pixels the weights were trained at. networks: the fields that
+    are networks, each a file of that name.
     """
 
     __pydantic_config__ = _STRICT
@@ -338,11 +367,12 @@ class BundleConfig:
             if a != b:
                 raise ValueError(f"{names} must be equal, not {a} and {b}")
         if self.recipe.sampler not in self.samplers:
-            raise ValueError(f"recipe.sampler: these networks draw by {', '.join(self.samplers)}, not by {self.recipe.sampler}")
+            known, sampler = ", ".join(self.samplers), self.recipe.sampler
+            raise ValueError(f"recipe.sampler: these networks draw by {known}, not by {sampler}")
 
     @property
     def _agreements(self) -> dict[str, tuple[object, object]]:
-        """What two networks must have in common, by the names of both."""
+        """Pairs of values that must be equal in two networks, by the names of both."""
         return {
             "denoiser.num_labels and vqgan.codebook_size": (self.denoiser.num_labels, self.vqgan.codebook_size),
             "recipe.schedule and the denoiser's schedule": (self.recipe.schedule, self.denoiser.schedule),
@@ -350,47 +380,54 @@ class BundleConfig:
 
     @property
     def operations(self) -> tuple[Operation, ...]:
-        """What these weights were made for."""
+        """The operations that these weights were trained for."""
         raise NotImplementedError
 
     @property
     def text_limits(self) -> dict[str, int]:
-        """How much of a prompt each encoder takes, end marks included."""
+        """The longest prompt of each encoder, end marks included."""
         return {"clip_tokens": self.clip.context_length}
 
     @property
     def size_step(self) -> int:
-        """Width and height are multiples of this many pixels."""
+        """Width and height are multiples of this number of pixels."""
         return self.vqgan.downscale * self.denoiser.token_step
 
     @property
     def smallest_side(self) -> int:
-        """Pixels."""
+        """The smallest width and height, pixels."""
         return self.size_step
 
     @property
     def sha256(self) -> str:
-        """One name for exactly these weights: the hash over the listed files' hashes."""
+        """A name for exactly these weights: the hash over the listed files' hashes."""
         return hashlib.sha256("".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()).hexdigest()
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Parses `bundle.json`. Raises FileNotFoundError, or pydantic.ValidationError naming the field that is wrong."""
+        """Parse `bundle.json`.
+
+        Raises FileNotFoundError, or pydantic.ValidationError naming the wrong field.
+        """
         content = (directory / CONFIG_FILE).read_bytes()
         return cast(Self, TypeAdapter(_family_of(content)).validate_json(content))
 
     @staticmethod
     def parse(fields: dict[str, Any]) -> BundleConfig:
-        """The configuration that these fields are, of the family that they name. Raises pydantic.ValidationError."""
+        """Return the configuration with these fields, of the family that they name.
+
+        Raises pydantic.ValidationError.
+        """
         return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(fields)
 
     def write(self, directory: Path) -> None:
+        """Write `bundle.json`."""
         (directory / CONFIG_FILE).write_bytes(TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleV3Config(BundleConfig):
-    """Bytes and CLIP text in, a prior between CLIP's text and picture."""
+    """Bytes and CLIP text as inputs, and a prior from CLIP's text to CLIP's image."""
 
     networks = ("denoiser", "vqgan", "prior", "byt5", "clip")
     samplers = ("multinomial", "argmax", "typical", "quant")
@@ -412,16 +449,18 @@ class BundleV3Config(BundleConfig):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
+        """All operations."""
         return get_args(Operation)
 
     @property
     def text_limits(self) -> dict[str, int]:
+        """Bytes and CLIP's tokens."""
         return {"bytes": self.byt5.max_bytes, **super().text_limits}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleV1Config(BundleConfig):
-    """One CLIP embedding in, of a text or of a picture.
+    """One CLIP embedding as input, of a text or of an image.
 
     embedding: what the denoiser was trained on last; the published checkpoints are one of each.
     """
@@ -445,6 +484,7 @@ class BundleV1Config(BundleConfig):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
+        """Variations for an image embedding, all others for a text embedding."""
         return ("variations",) if self.embedding == "image" else tuple(o for o in get_args(Operation) if o != "variations")
 
 
@@ -452,9 +492,12 @@ _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": Bundl
 
 
 def _family_of(content: bytes) -> type[BundleConfig]:
-    """The class for a `bundle.json`: v3's if it names no family, or none that is known, and the parser then says so.
+    """Return the class for a `bundle.json`.
 
-    A newer format is said to be that before its unknown fields are complained about. Raises pydantic.ValidationError.
+    An absent or unknown family gives v3's class, whose parser then rejects it.
+
+    A newer format is said to be that before its unknown fields are complained about. Raises
+    pydantic.ValidationError.
     """
     try:
         fields = from_json(content)
@@ -464,18 +507,23 @@ def _family_of(content: bytes) -> type[BundleConfig]:
         return BundleV3Config
     version = fields.get("format")
     if isinstance(version, int) and version > FORMAT:
-        message = f"these weights are of format {version}, this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
+        limit = f"this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
+        message = f"these weights are of format {version}, {limit}"
         error = PydanticCustomError("newer_format", "{message}", {"message": message})
         raise ValidationError.from_exception_data("BundleConfig", [InitErrorDetails(type=error, loc=("format",), input=version)])
     return _FAMILIES.get(str(fields.get("family")), BundleV3Config)
 
 
 def find_bundle(name_or_path: str) -> Path:
-    """The directory of a bundle named as in `PAELLERA_WEIGHTS`: one shipped in `weights/`, else a path. Raises FileNotFoundError."""
+    """Return the directory of a bundle: one in `weights/`, else a path.
+
+    Raises FileNotFoundError.
+    """
     import weights
 
     shipped = Path(weights.__path__[0]) / name_or_path
     for directory in (shipped, Path(name_or_path).expanduser()):
         if (directory / CONFIG_FILE).is_file():
             return directory
-    raise FileNotFoundError(f"no bundle {name_or_path!r}: neither weights/{name_or_path} nor that path holds a {CONFIG_FILE}")
+    places = f"neither weights/{name_or_path} nor that path holds a {CONFIG_FILE}"
+    raise FileNotFoundError(f"no bundle {name_or_path!r}: {places}")

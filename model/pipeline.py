@@ -1,10 +1,11 @@
 """Run one bundle's networks from prompt to pixels: encode → prior → condition → n steps → decode.
 
     pipeline = Pipeline.load(find_bundle("tiny"))
-    image = pipeline.generate(["a red apple on a white background"], seeds=[7])[0]      # uint8 [H, W, 3]
+    image = pipeline.generate(["a red apple"], seeds=[7])[0]      # uint8 [H, W, 3]
 
-The stages are separate because the server interleaves many requests' stages; scripts call `generate`.
-Letters: B rows, N branches (one or two a row), H W token grid, L condition tokens, K codes.
+The stages are separate because the server interleaves many requests' stages; scripts call
+`generate`. Letters: B rows, N branches (one or two a row), H W token grid, L condition tokens, K
+codes.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from model.sampling import Noise
 class BranchBatch:
     """The conditions of one set of rows at one step; the same object for many steps.
 
-    members: each branch's row number and condition. The references keep the conditions alive, so that a
-    later one cannot take a freed one's identity. row_of: [N], the row numbers on the device.
+    members: each branch's row number and condition. The references keep the conditions alive, so
+    that a later one cannot take a freed one's identity. row_of: [N], the row numbers on the device.
     """
 
     members: list[tuple[int, AnyCondition]]
@@ -50,7 +51,7 @@ class BranchBatch:
 
     @cached_property
     def condition(self) -> Any:
-        """All conditions stacked into one batch, when it is first read; of the kind that the denoiser reads."""
+        """All conditions stacked into one batch, of the denoiser's kind, when it is first read."""
         conditions: list[Any] = [condition for _, condition in self.members]
         return type(conditions[0]).stack(conditions)
 
@@ -66,21 +67,22 @@ class SamplingInputs(NamedTuple):
     mass: Tensor
 
     def select(self, members: Tensor) -> SamplingInputs:
-        """Return these rows' inputs."""
+        """Return the inputs of these rows."""
         return SamplingInputs(*(part[members] for part in self))
 
 
 # Their logits over 8192 codes are 1 GiB in fp32, of which a sampler needs several.
 _TOKENS_DRAWN_AT_ONCE = 2**15
 
-# The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings [B, D'].
+# The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings
+# [B, D'].
 PriorFn = Callable[[Tensor, Tensor], Tensor]
 # The decoder: codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device.
 DecodeFn = Callable[[Tensor], Tensor]
 
 
 class Executor(Protocol):
-    """Computes the two halves of a step, on tensors of one device."""
+    """Compute the two halves of a step, on tensors of one device."""
 
     def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
         """Return guided features [B, H, W, c_out].
@@ -193,15 +195,21 @@ class Pipeline(ABC):
 
     @abstractmethod
     def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
-        """Return, for each prompt and noise, the CLIP embedding [1, D'] of an image that fits the prompt."""
+        """Return, for each prompt and noise, the CLIP embedding [1, D'] of a fitting image."""
 
     @abstractmethod
     def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
-        """Return the denoiser's condition. image: a CLIP embedding [1, D'], for the conditional branch."""
+        """Return the denoiser's condition.
+
+        image: a CLIP embedding [1, D'], for the conditional branch.
+        """
 
     @torch.inference_mode()
     def encode_images(self, pictures: Tensor) -> Tensor:
-        """Encode images uint8 [B, height, width, 3] to tokens [B, H, W]; sides are multiples of the VQGAN's step."""
+        """Encode images uint8 [B, height, width, 3] to tokens [B, H, W].
+
+        Width and height are multiples of the VQGAN's step.
+        """
         return self.bundle.vqgan.encode((pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype))
 
     @torch.inference_mode()
@@ -240,7 +248,10 @@ class Pipeline(ABC):
 
     @torch.inference_mode()
     def advance(self, rows: Sequence[Row]) -> None:
-        """Take one step for every row. All rows share a token grid; everything else is each row's own."""
+        """Take one step for every row.
+
+        All rows share a token grid; everything else may differ by row.
+        """
         branches = self._branches_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row)[row.step] for row in rows])  # [B, S]
@@ -294,14 +305,14 @@ class Pipeline(ABC):
         return self._branches
 
     def _time_table(self, row: Row) -> Tensor:
-        """Return the time's part of the denoiser's blocks at every step of the row's schedule, [n, S]."""
+        """Return the time's part of the denoiser's blocks at every step of the schedule, [n, S]."""
         key = row.sampling.steps, row.sampling.schedule
         if key not in self._times:
             self._times[key] = self.bundle.denoiser.times(to_device(row.times[:-1], self.device))
         return self._times[key]
 
     def _sample(self, rows: Sequence[Row], features: Tensor, inputs: SamplingInputs) -> Tensor:
-        """Draw tokens [B, H, W] from guided features [B, H, W, c_out], each row by its own sampler."""
+        """Draw tokens [B, H, W] from guided features [B, H, W, c_out], by each row's sampler."""
         families: dict[Sampler, list[int]] = {}
         for i, row in enumerate(rows):
             families.setdefault(row.sampling.sampler, []).append(i)
@@ -417,22 +428,26 @@ class PipelineV3(Pipeline):
     def _attention_weights(self, prompt: Prompt) -> Tensor | None:
         """Return the published recipe's weights [1, L] of condition tokens.
 
-        Counted from the end and without padding, the last 4 weigh `image`, and those before them, as many as the
-        prompt has bytes, `text`.
+        Counted from the end and without padding, the last 4 weigh `image`, and those before them,
+        as many as the prompt has bytes, `text`.
         """
         if self.config.recipe.attention_weights is None:
             return None
         text, image = self.config.recipe.attention_weights
         seq = self.config.denoiser.clip_seq_len
         real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
-        # Counted from the end, the last is 1. Nothing asks the device for a number: the answer would come when all before it is computed.
+        # Counted from the end, the last is 1. Nothing asks the device for a number: the answer
+        # would come when all before it is computed.
         place = real.flip(0).cumsum(0).flip(0)
         weights = torch.where(place <= seq, image, text)
         return torch.where(real & (place <= prompt.mask.sum()), weights, 1.0)[None]
 
 
 class PipelineV1(Pipeline):
-    """One CLIP embedding, of the prompt itself since there is no prior, scales and shifts the denoiser's blocks."""
+    """A CLIP embedding scales and shifts the denoiser's blocks.
+
+    There is no prior: the embedding is the prompt's own.
+    """
 
     bundle: BundleV1
     config: BundleV1Config

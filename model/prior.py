@@ -1,3 +1,3 @@
-"""Old name of `model.networks.prior`."""
+"""Re-export `model.networks.prior` under the name that other projects import."""
 
 from model.networks.prior import *  # noqa: F403

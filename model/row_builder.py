@@ -1,7 +1,8 @@
 """Build rows from image requests: encode texts and images, run the prior, start each row.
 
     builder = RowBuilder(pipeline)
-    rows = builder.build([ImageRequest("a red apple", 7, 128, 128, pipeline.config.recipe.sampling())])
+    sampling = pipeline.config.recipe.sampling()
+    rows = builder.build([ImageRequest("a red apple", 7, 128, 128, sampling)])
     tokens = pipeline.denoise(rows)                     # [B, H, W]
 
 The engine, the command line, the evaluation and the GPU checks all build their rows here.
@@ -21,12 +22,11 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from model import rows as operations
 from model.conditioning import Conditioning, interpolate, mean
 from model.image_request import Edit, ImageRequest, InputImage, Repaint
 from model.networks.text_encoders import Prompt
 from model.pipeline import Pipeline
-from model.rows import AnyCondition, PinnedTokens, RegionBranch, Row
+from model.rows import AnyCondition, PinnedTokens, RegionBranch, Row, edit, repaint, token_mask, token_weight
 from model.sampling import Noise
 
 T = TypeVar("T")
@@ -228,15 +228,15 @@ class RowBuilder:
         tokens = encodings.images[self._image_key(request, "tokens", request.canvas.picture)]
         match request.canvas:
             case Repaint(mask=mask):
-                keep = ~operations.token_mask(as_tensor(mask).bool(), self._downscale)
-                return operations.repaint(row, PinnedTokens(tokens, self._on_device(keep)))
+                keep = ~token_mask(as_tensor(mask).bool(), self._downscale)
+                return repaint(row, PinnedTokens(tokens, self._on_device(keep)))
             case Edit(strength=strength):
-                return operations.edit(row, tokens, strength)
+                return edit(row, tokens, strength)
 
     def _regions(self, request: ImageRequest, encodings: _Encodings) -> list[RegionBranch]:
         branches = []
         for region in request.regions:
-            weight = operations.token_weight(as_tensor(region.weight).float() / 255, self._downscale)
+            weight = token_weight(as_tensor(region.weight).float() / 255, self._downscale)
             condition = encodings.conditions[self._prior_key(request, region.prompt)]
             branches.append(RegionBranch(condition, self._on_device(weight)))
         return branches
@@ -316,7 +316,8 @@ class _BatchEncoder:
 
     def _encode_texts(self, keys: list[TextKey]) -> list[EncodedText]:
         def batch_of(key: TextKey) -> Hashable:
-            # Texts of one length: a short one would be padded to its neighbours', and pay for it in every step.
+            # Texts of one length: a short one would be padded to its neighbours', and pay for it in
+            # every step.
             return self._pipeline.text_length(key.prompt) if key.shared else key
 
         def encode(batch: list[TextKey]) -> list[EncodedText]:

@@ -1,7 +1,7 @@
 """One image being denoised, and the meaning of every operation as such a row.
 
-No operation has a loop of its own: `Pipeline.advance` steps rows of all kinds together. The fields of
-a `Row` differ by what it begins from, what it keeps and which conditions it reads.
+No operation has a loop of its own: `Pipeline.advance` steps rows of all kinds together. The fields
+of a `Row` differ by what it begins from, what it keeps and which conditions it reads.
 
 Letters: H W token grid, n steps.
 """
@@ -27,7 +27,10 @@ AnyCondition = Condition | ConditionV1
 
 
 class PinnedTokens(NamedTuple):
-    """An image's tokens [H, W], and the mask `keep` [H, W]: where it is true, every step keeps the token."""
+    """An image's tokens [H, W], and the mask `keep` [H, W].
+
+    Where the mask is true, every step keeps the token.
+    """
 
     tokens: Tensor
     keep: Tensor
@@ -44,10 +47,11 @@ class RegionBranch(NamedTuple):
 class Row:
     """One image being denoised.
 
-    tokens: [H, W], now. drawn: [H, W], the latest step's draw, before some tokens became noise again; None
-    before the first step. conditional, unconditional: conditions of one row each; without guidance the
-    second is None. pinned: tokens that no step may change. regions: conditions for parts of the image; the
-    conditional one has the weight that they leave. truncated: the encoders that cut one of its prompts.
+    tokens: [H, W], now. drawn: [H, W], the latest step's draw, before some tokens became noise
+    again; None before the first step. conditional, unconditional: conditions of one row each;
+    without guidance the second is None. pinned: tokens that no step may change. regions: conditions
+    for parts of the image; the conditional one has the weight that they leave. truncated: the
+    encoders that cut one of its prompts.
     """
 
     sampling: SamplingConfig
@@ -68,7 +72,7 @@ class Row:
 
     @property
     def clean(self) -> Tensor:
-        """[H, W]: the tokens without renoised ones, as decoded for a preview."""
+        """Tokens [H, W] without renoised ones, as decoded for a preview."""
         return self.tokens if self.done or self.drawn is None else self.drawn
 
     def pin(self, tokens: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ class Row:
 
     @property
     def source(self) -> Tensor:
-        """[H, W]: the replacements of tokens that become noise again after this step."""
+        """Replacements [H, W] of the tokens that become noise again after this step."""
         match self.sampling.renoise_mode:
             case "start":
                 return self.noise.start
@@ -109,7 +113,7 @@ class Row:
 
     @property
     def branches(self) -> tuple[AnyCondition, ...]:
-        """This step's conditions: the prompt's, the regions', and the unconditional one while there is guidance."""
+        """This step's conditions: the prompt's, the regions', the unconditional one if guided."""
         asked = (self.conditional, *(region.condition for region in self.regions))
         if self.unconditional is None or self.guidances[self.step] == 1.0:
             return asked
@@ -117,13 +121,13 @@ class Row:
 
     @cached_property
     def guidance_weights(self) -> Tensor:
-        """[n, branches]: every branch's weight at every step, on the device."""
+        """Every branch's weight at every step, [n, branches], on the device."""
         guidance = to_device(self.guidances, self.tokens.device)
         return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
 
     @cached_property
     def coverage(self) -> Tensor | None:
-        """[branches, H, W]: every branch's weight at every token; None without regions.
+        """Every branch's weight at every token, [branches, H, W]; None without regions.
 
         The prompt's and the regions' weights add up to one at every token.
         """
@@ -134,7 +138,7 @@ class Row:
 
     @cached_property
     def schedule(self) -> Tensor:
-        """[n, 3]: 1 / temperature, renoise probability and typical mass of every step, on the device."""
+        """1 / temperature, renoise probability and typical mass of every step, [n, 3]."""
         inverse = [1 / temperature for temperature in self.temperatures]
         mass = [self.sampling.typical_mass] * self.sampling.steps
         parts = torch.tensor([inverse, self.renoise_probabilities, mass]).T.contiguous()
@@ -150,7 +154,10 @@ def pinned_tokens(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
 
 
 def _prompt_coverage(regions: Sequence[RegionBranch]) -> Tensor:
-    """Return the weight of the prompt, then of each region, [1 + regions, H, W]; they add up to one."""
+    """Return the weight of the prompt, then of each region, [1 + regions, H, W].
+
+    The weights of a token add up to one.
+    """
     weights = torch.stack([region.weight for region in regions])
     # Regions that overlap share what there is; the prompt itself has the rest.
     weights = weights / weights.sum(0).clamp_min(1)
@@ -177,7 +184,10 @@ def generate(
 
 
 def repaint(row: Row, pinned: PinnedTokens) -> Row:
-    """Turn a new row into an inpainting or outpainting one, with pinned tokens at every step; return it."""
+    """Turn a new row into an inpainting or outpainting one; return it.
+
+    pinned: the tokens to keep at every step.
+    """
     row.pinned = pinned
     row.tokens = row.pin(row.tokens)
     return row
@@ -186,9 +196,9 @@ def repaint(row: Row, pinned: PinnedTokens) -> Row:
 def edit(row: Row, tokens: Tensor, strength: float) -> Row:
     """Turn a new row into one that begins with an image's tokens [H, W]; return it.
 
-    strength: the share of the tokens that is renoised; the row joins the schedule where that much is noise.
-    0 leaves the image as it is and takes no step, 1 leaves nothing of it. The renoised tokens are those of
-    the step before, so the same seed gives the same noise at every strength.
+    strength: the share of the tokens that is renoised; the row joins the schedule where that much
+    is noise. 0 leaves the image as it is and takes no step, 1 leaves nothing of it. The renoised
+    tokens are those of the step before, so the same seed gives the same noise at every strength.
     """
     steps = row.sampling.steps
     row.step = steps_skipped(strength, steps)
@@ -208,6 +218,9 @@ def token_mask(mask: Tensor, downscale: int) -> Tensor:
 
 
 def token_weight(weight: Tensor, downscale: int) -> Tensor:
-    """Return a region's weight of tokens [H, W], the means of its weight of pixels [height, width]."""
+    """Return a region's weight of tokens [H, W]: means of its weight of pixels.
+
+    weight: [height, width].
+    """
     height, width = weight.shape
     return weight.view(height // downscale, downscale, width // downscale, downscale).mean(dim=(1, 3))

@@ -1,4 +1,7 @@
-"""What a process must do before it computes: called first by the worker, the command line and every trainer, never at import."""
+"""Set up a process before it computes: worker, command line and trainers call this first.
+
+Nothing here runs at import.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ _libraries: list[torch.library.Library] = []
 
 
 def declare_missing_torchvision_operators() -> None:
-    """Lets open_clip and transformers import beside a CPU torch.
+    """Let open_clip and transformers be imported beside a CPU build of torch.
 
-    PyPI's torchvision is built for CUDA; next to a CPU build of torch its extension does not load, and its import then dies with
-    "operator torchvision::nms does not exist", because it registers a fake kernel for an operator that nobody declared. Nothing here calls
-    those two operators, so declaring their schemas is the whole cure. Where the extension loads, it declares them itself.
+    PyPI's torchvision is built for CUDA; next to a CPU build of torch its extension does not load,
+    and its import then dies with "operator torchvision::nms does not exist", because it registers a
+    fake kernel for an operator that nobody declared. Nothing here calls those two operators, so
+    declaring their schemas is the whole cure. Where the extension loads, it declares them itself.
     """
     if _libraries or "torchvision" in sys.modules or torch.version.cuda is not None:
         return
@@ -26,10 +30,13 @@ def declare_missing_torchvision_operators() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's malloc keep what is freed instead of returning every activation's pages to the kernel at once.
+    """Let glibc's malloc keep freed memory instead of returning it to the kernel.
 
-    PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault in again. Elsewhere than on glibc this
-    does nothing; a preloaded tcmalloc or jemalloc has its own cache and ignores it.
+    Otherwise every activation's pages would be returned, and faulted in again.
+
+    PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault
+    in again. Elsewhere than on glibc this does nothing; a preloaded tcmalloc or jemalloc has its
+    own cache and ignores it.
     """
     m_trim_threshold, m_mmap_threshold, largest_mmap_threshold = -1, -3, 32 << 20
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -39,7 +46,7 @@ def keep_freed_memory() -> None:
 
 
 def prepare(threads: int = 0) -> None:
-    """All of the above. threads: CPU threads for tensor operations, 0 keeps torch's choice."""
+    """Do all of the above. threads: CPU threads for tensor operations; 0 keeps torch's choice."""
     declare_missing_torchvision_operators()
     keep_freed_memory()
     if threads:
@@ -47,24 +54,31 @@ def prepare(threads: int = 0) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Where to compute: "auto" is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    """Return the device of this name; "auto" is CUDA if there is one, else the CPU.
+
+    Raises ValueError for an absent one.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        present = torch.cuda.device_count()
+        raise ValueError(f"device {name!r} is not there: this machine has {present} CUDA devices")
     return device
 
 
 def use(device: torch.device) -> torch.device:
-    """Makes it the one that whatever takes the current device takes: recording and kernels do, whichever their tensors are on."""
+    """Make the device the current one, on which graphs are captured and kernels run; return it."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What to compute in: "auto" is what the device multiplies fastest: fp16 on CUDA, bf16 on a CPU with AMX or AVX512-BF16, else fp32."""
+    """Return the type of this name; "auto" is what the device multiplies fastest.
+
+    That is fp16 on CUDA, bf16 on a CPU with AMX or AVX512-BF16, else fp32.
+    """
     named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name != "auto":
         return named[name]

@@ -1,4 +1,6 @@
-"""How tokens are drawn: schedules, guidance, samplers, renoising, and all the randomness an image will ever need. Pure functions.
+"""Draw tokens: schedules, guidance, samplers, renoising, and an image's randomness.
+
+Pure functions.
 
 Letters: B rows, H W token grid, K codes, n steps.
 """
@@ -20,8 +22,9 @@ NEVER = -1.0  # a renoising probability below every uniform number
 class Noise:
     """The randomness of one image, drawn up front, so that nothing else in a batch can change it.
 
-    start: [H, W] tokens the denoising begins with. draw, renoise: [n, H, W] uniforms in [0, 1), one per token and step each.
-    prior: [S + 1, D] standard normal, for the prior's start and steps. fresh: [n, H, W] tokens, for the renoise mode `rand` only.
+    start: [H, W] tokens the denoising begins with. draw, renoise: [n, H, W] uniforms in [0, 1), one
+    per token and step each. prior: [S + 1, D] standard normal, for the prior's start and steps.
+    fresh: [n, H, W] tokens, for the renoise mode `rand` only.
     """
 
     start: Tensor
@@ -34,11 +37,12 @@ class Noise:
 def draw_noise(
     seed: int, *, codes: int, grid: tuple[int, int], steps: int, prior: tuple[int, int], renoise_mode: RenoiseMode = "start"
 ) -> Noise:
-    """Everything random about the image of `seed` (any int64), on the CPU.
+    """Draw everything random about the image of `seed` (any int64), on the CPU.
 
-    grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU generator keeps 32). Start tokens come first
-    and the steps' uniforms last and step by step, so the same seed at another step count begins from the same picture; fresh tokens have a
-    stream of their own, for the same reason.
+    grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU
+    generator keeps 32). Start tokens come first and the steps' uniforms last and step by step, so
+    the same seed at another step count begins from the same picture; fresh tokens have a stream of
+    their own, for the same reason.
     """
     rng = np.random.Generator(np.random.Philox(seed % 2**64))
     start = rng.integers(codes, size=grid, dtype=np.int64)
@@ -57,22 +61,26 @@ def draw_noise(
 
 
 def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
-    """The n + 1 times from 1 (all noise) to 0: at time t a token is noise with probability t. Step i goes from entry i to entry i + 1."""
+    """Return the n + 1 times from 1 (all noise) to 0.
+
+    At time t a token is noise with probability t. Step i goes from entry i to entry i + 1.
+    """
     if schedule == "cosine":
         return [*torch.cos(torch.linspace(0, 1, steps + 1)[:-1] * (torch.pi / 2)).tolist(), 0.0]
     return torch.linspace(1, 0, steps + 1).tolist()
 
 
 def ramp(ends: tuple[float, float], steps: int) -> list[float]:
-    """n values from the first end to the second, evenly: a temperature or guidance schedule."""
+    """Return n values evenly from the first end to the second: temperatures or guidances."""
     return torch.linspace(*ends, steps).tolist()
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws from softmax(logits) with one uniform each: [..., K] and [...] in [0, 1) → codes [...].
+    """Draw codes [...] from softmax(logits [..., K]), with one uniform in [0, 1) each.
 
-    The first code whose cumulated probability exceeds the uniform, in fp32. Rounding may leave the total a little off one: the uniform is
-    compared with its share of the total, and the clamp catches one that rounds up to it.
+    The first code whose cumulated probability exceeds the uniform, in fp32. Rounding may leave the
+    total a little off one: the uniform is compared with its share of the total, and the clamp
+    catches one that rounds up to it.
     """
     cdf = logits.softmax(-1, dtype=torch.float32).cumsum(-1)
     found = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
@@ -80,9 +88,10 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:
-    """Locally typical sampling (arXiv 2202.00666): which codes to keep, [..., K].
+    """Return the codes to keep in locally typical sampling (arXiv 2202.00666), [..., K].
 
-    Codes in order of |−log p − entropy|, up to and including the one whose cumulated probability first reaches `mass` [...]; ties are kept.
+    Codes in order of |−log p − entropy|, up to and including the one whose cumulated probability
+    first reaches `mass` [...]; ties are kept.
     """
     log_p = logits.float().log_softmax(-1)
     p = log_p.exp()
@@ -96,27 +105,36 @@ def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:
 
 
 def keep_typical(logits: Tensor, mass: Tensor) -> Tensor:
-    """Logits [..., K] with every untypical code at −∞; mass [...]."""
+    """Return logits [..., K] with every untypical code at −∞; mass [...]."""
     return logits.masked_fill(~typical_mask(logits, mass), -torch.inf)
 
 
 def quantised_mean(logits: Tensor, codebook: Tensor) -> Tensor:
-    """The probability-weighted mean of codebook vectors: logits [..., K], codebook [K, c] → [..., c], to be quantised again."""
+    """Return the probability-weighted mean of codebook vectors, [..., c].
+
+    logits: [..., K]. codebook: [K, c].
+    """
     return logits.float().softmax(-1) @ codebook.float()
 
 
 def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor) -> Tensor:
-    """Puts start tokens back where uniform ≤ probability: [B, H, W] each, probability [B]; `NEVER` puts none back."""
+    """Put start tokens back where uniform ≤ probability; `NEVER` puts none back.
+
+    tokens, start, uniform: [B, H, W]. probability: [B].
+    """
     return torch.where(uniform <= probability[:, None, None], start, tokens)
 
 
 def renoise_and_pin(
     drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What a step leaves, both [B, H, W] and in memory of their own: the picture as far as it has come, and what the next step reads.
+    """Return the decodable tokens after a step, and the next step's input, in new memory.
 
-    drawn, source [B, H, W]: this step's tokens, and what takes the place of those that become noise again; uniform, probability as for
-    `renoise`. kept: where tokens stay as they are (True) and which they are, [B, H, W] each.
+    Both are [B, H, W].
+
+    drawn, source [B, H, W]: this step's tokens, and what takes the place of those that become noise
+    again; uniform, probability as for `renoise`. kept: where tokens stay as they are (True) and
+    which they are, [B, H, W] each.
     """
     following = renoise(drawn, source, uniform, probability)
     if kept is None:
@@ -125,10 +143,10 @@ def renoise_and_pin(
 
 
 def mix_branches(branches: Tensor, row_of: Tensor, weights: Tensor, rows: int) -> Tensor:
-    """Guidance: features of all branches [N, H, W, C] → features of rows [B, H, W, C], summed in fp32.
+    """Apply guidance: mix features of branches [N, H, W, C] into those of rows [B, H, W, C].
 
-    row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight there. Rows are summed apart,
-    so that one with NaN in it harms no other.
+    Sums are fp32. row_of [N] is each branch's row, weights [N] or [N, H, W] its guidance weight
+    there. Rows are summed apart, so that one with NaN in it harms no other.
     """
     if len(branches) == rows:
         return branches

@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.auth import MAX_HEADER_BYTES, MAX_URL_BYTES
+from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES
 from server.api.state import AppState
 
 # Seconds for writing answers after the engine has stopped.
@@ -20,7 +20,7 @@ WRITE_TIMEOUT_S = 5
 class BoundedProtocol(HttpToolsProtocol):
     """Closes connections whose request line and headers exceed the limits.
 
-    `auth.Guard` answers requests that end within both limits together but exceed one of them.
+    `middleware.Guard` answers requests that end within both limits together but exceed one of them.
 
     Attributes:
         head_timeout_s: seconds for a request's head, from the start of the connection or the end

@@ -1,8 +1,11 @@
-"""Trainings of a few steps. Where the loop runs on time, a clock stands still until the last of them."""
+"""Trainings of a few steps. Where the loop runs on time, a clock stands still until the last of
+them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,33 +32,71 @@ class Clock:
 
 
 def fit(
-    monkeypatch: pytest.MonkeyPatch, steps: int, module: nn.Module, loss: loop.Loss, o: loop.Options, **rest: Any
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    module: nn.Module,
+    loss: loop.Loss | loop.Mixture,
+    o: loop.Options,
+    **rest: Any,
 ) -> tuple[nn.Module, list[float]]:
     """`loop.fit` for a number of steps instead of minutes: (averaged module, losses)."""
     clock, losses = Clock(), []
 
-    def counted() -> tuple[Tensor, dict[str, Tensor]]:
-        value, figures = loss()
-        losses.append(value.item())
+    def look(value: float) -> None:
+        losses.append(value)
         if len(losses) == steps:
             clock.end()
-        return value, figures
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "time", clock)
-        return _FIT(module, counted, o, **rest), losses
+        return _FIT(module, watched(loss, look), o, **rest), losses
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, trainer: ModuleType, checkpoint: Path, steps: int, *arguments: str) -> list[float]:
+def watched(
+    loss: loop.Loss | loop.Mixture, look: Callable[[float], None]
+) -> loop.Loss | loop.Mixture:
+    """The loss, or every one of a mixture, told to `look` as a number each time that it is
+    computed."""
+    if isinstance(loss, loop.Mixture):
+        return replace(loss, losses=tuple(watched(own, look) for own in loss.losses))
+
+    def counted() -> tuple[Tensor, dict[str, Tensor]]:
+        value, figures = loss()
+        look(value.item())
+        return value, figures
+
+    return counted
+
+
+def run_main(
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: ModuleType,
+    checkpoint: Path,
+    steps: int,
+    *arguments: str,
+) -> list[float]:
     """A trainer's command line, for a number of steps instead of minutes: its losses."""
     losses: list[float] = []
 
-    def short(module: nn.Module, loss: loop.Loss, o: loop.Options, **rest: Any) -> nn.Module:
+    def short(
+        module: nn.Module, loss: loop.Loss | loop.Mixture, o: loop.Options, **rest: Any
+    ) -> nn.Module:
         average, seen = fit(monkeypatch, steps, module, loss, o, **rest)
         losses.extend(seen)
         return average
 
-    fixed = ["--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "float32", "--warmup", "3", "--batch", "16"]
+    fixed = [
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--warmup",
+        "3",
+        "--batch",
+        "16",
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(loop, "fit", short)
         patched.setattr(sys, "argv", ["trainer", *arguments, *fixed])
@@ -68,25 +109,33 @@ class Crash(Exception):  # noqa: N818, it is none of the program
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, trainer: ModuleType, checkpoint: Path, *arguments: object, crash_at: int | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: ModuleType,
+    checkpoint: Path,
+    *arguments: object,
+    crash_at: int | None = None,
 ) -> list[float]:
-    """A trainer's command line with `--steps` among the arguments: its losses. With `crash_at`, raises Crash after that step and its
-    checkpoint, in the middle of the next."""
+    """A trainer's command line with `--steps` among the arguments: its losses. With `crash_at`,
+    raises Crash after that step and its checkpoint, in the middle of the next."""
     losses: list[float] = []
 
-    def watched(module: nn.Module, loss: loop.Loss, o: loop.Options, **rest: Any) -> nn.Module:
-        def counted() -> tuple[Tensor, dict[str, Tensor]]:
-            value, figures = loss()
-            losses.append(value.item())
-            if o.checkpoint.exists() and crash_at is not None and loop.load(o.checkpoint)["step"] == crash_at:
+    def interrupted(
+        module: nn.Module, loss: loop.Loss | loop.Mixture, o: loop.Options, **rest: Any
+    ) -> nn.Module:
+        def look(value: float) -> None:
+            losses.append(value)
+            if (
+                o.checkpoint.exists()
+                and crash_at is not None
+                and loop.load(o.checkpoint)["step"] == crash_at
+            ):
                 raise Crash
-            return value, figures
 
-        return _FIT(module, counted, o, **rest)
+        return _FIT(module, watched(loss, look), o, **rest)
 
     fixed = ["--checkpoint", checkpoint, "--device", "cpu", "--dtype", "float32", "--warmup", "3"]
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "fit", watched)
+        patched.setattr(loop, "fit", interrupted)
         patched.setattr(loop, "_SAVE_SECONDS", -1.0)
         patched.setattr(sys, "argv", ["trainer", *map(str, (*arguments, *fixed))])
         trainer.main()

@@ -22,8 +22,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from server.api import create_app
-from server.api.auth import MAX_HEADER_BYTES, MAX_URL_BYTES, Keys, Rate
 from server.api.errors import ApiError, from_validation
+from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES, Keys, Rate
 from server.settings import Settings
 from server.uvicorn_server import Server
 from tests import fake_worker

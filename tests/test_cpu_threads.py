@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from server.engine.cpu_threads import LATE, SOON, SPIN_COUNT, ThreadTuner, limit_spin_count
+from server.engine.runner import LATE, SOON, ThreadTuner
+from server.engine.supervisor import SPIN_COUNT, limit_spin_count
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 

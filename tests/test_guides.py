@@ -1,4 +1,5 @@
-"""What guides the denoiser's training asks the right thing of the right place, and is not part of what is kept."""
+"""What guides the denoiser's training asks the right thing of the right place, and is not part of
+what is kept."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def guided() -> Guided:
 def run(network: Guided, tokens: torch.Tensor) -> None:
     denoiser = network.denoiser
     byt5 = torch.randn(len(tokens), 3, denoiser.config.byt5_embd)
-    denoiser.features(tokens, denoiser.times(torch.full((len(tokens),), 0.5)), denoiser.condition(byt5))
+    denoiser.features(
+        tokens, denoiser.times(torch.full((len(tokens),), 0.5)), denoiser.condition(byt5)
+    )
 
 
 def test_patches_hold_the_latents_of_their_own_tokens() -> None:
@@ -36,7 +39,9 @@ def test_patches_hold_the_latents_of_their_own_tokens() -> None:
 
 
 @pytest.mark.parametrize("question", ["_PLACE", "_LATENTS"])
-def test_either_question_alone_reaches_the_network_s_way_down(question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_either_question_alone_reaches_the_network_s_way_down(
+    question: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("_PLACE", "_LATENTS"):
         monkeypatch.setattr(guides, name, float(name == question))
     network = guided()
@@ -77,4 +82,7 @@ def test_every_pass_is_asked_about_once() -> None:
 
 def test_the_denoiser_s_own_state_stays_as_published() -> None:
     network = guided()
-    assert network.denoiser.state_dict().keys() == Denoiser(micro_config().denoiser).state_dict().keys()
+    assert (
+        network.denoiser.state_dict().keys()
+        == Denoiser(micro_config().denoiser).state_dict().keys()
+    )

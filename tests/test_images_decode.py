@@ -16,8 +16,7 @@ from PIL import Image
 
 from server.api.errors import ApiError
 from server.api.images import decode as decode_module
-from server.api.images.decode import DecodedImage, ImageDecoder, ImageLimits, decode, repaint_mask
-from server.api.images.metadata import TRANSPOSITIONS, orientation
+from server.api.images.decode import TRANSPOSITIONS, DecodedImage, ImageDecoder, ImageLimits, decode, orientation, repaint_mask
 from tests.hostile import GREY, GREY_ALPHA, PALETTE, RED, RGBA, SIZE, chunk, encoded, exif, gif, plain_png, png, segment, two_colours
 
 LIMITS = ImageLimits()

@@ -11,7 +11,7 @@ from torch import Tensor
 from load_tests.gpu.kernels import Shape, cases
 from load_tests.gpu.recorders import poisoned_memory
 from model import sampling
-from model.kernels.prior_block import BlockWeights, plain_block
+from model.kernels.cpu import BlockWeights, plain_block
 from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.triton.draw import SAMPLERS, draw, plain_draw
 from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response

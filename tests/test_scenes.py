@@ -1,7 +1,8 @@
-"""Scenes: what is sampled can be seen, fits, and keeps the promises its description makes."""
+"""Scenes: things can be seen, stay inside and apart, and lie where the description says."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from itertools import combinations
 
@@ -9,25 +10,57 @@ import numpy as np
 import pytest
 
 from model.training import scenes
-from model.training.palette import COLOURS, distance, lab, nearest
-from model.training.scenes import OBJECTS, SHAPES, Scene, Thing, backgrounds, find_font, render, sample, sprite
+from model.training.kinds import KINDS, NAMES_OF_KINDS, SHAPES, outline
+from model.training.palette import COLOURS, NAMES, distance, lab
+from model.training.scenery import BACKGROUNDS, GROUND, SCENES
+from model.training.scenes import (
+    ASPECTS,
+    RELATIONS,
+    SIDES,
+    SQUARE,
+    TOKEN,
+    Layout,
+    Scene,
+    Sprite,
+    Thing,
+    held_out,
+    layout,
+    sample,
+)
+
+KIND_NAMES = [kind.name for kind in KINDS]
 
 
-def font_missing() -> bool:
-    try:
-        find_font()
-    except FileNotFoundError:
-        return True
-    return False
+def box(sprite: Sprite) -> tuple[float, float, float, float]:
+    """Return (left, top, right, bottom) of a sprite's box."""
+    width, height = outline(sprite.number, sprite.length)
+    return (
+        sprite.x - width / 2,
+        sprite.y - height / 2,
+        sprite.x + width / 2,
+        sprite.y + height / 2,
+    )
 
 
-needs_font = pytest.mark.skipif(font_missing(), reason="the emoji font (Debian: fonts-noto-color-emoji) is not installed")
-SIZES = [(64, 64), (96, 64), (64, 96), (128, 128), (224, 160)]
+def apart(first: Sprite, second: Sprite) -> float:
+    """Return the gap between two boxes in pixels, negative where they overlap."""
+    a, b = box(first), box(second)
+    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
 
-def mask(image: np.ndarray) -> np.ndarray:
-    """Pixels that are not the background, which is the top left one."""
-    return (image != image[0, 0]).any(axis=-1)
+def inside(drawn: Layout, scene: Scene, slack: float = 0.01) -> bool:
+    """Return whether every box lies within the picture."""
+    width, height = scene.aspect
+    boxes = map(box, drawn.sprites)
+    return all(
+        left >= -slack and top >= -slack and right <= width + slack and bottom <= height + slack
+        for left, top, right, bottom in boxes
+    )
+
+
+def sampled(n: int, seed: int) -> list[tuple[Scene, random.Random]]:
+    rng = random.Random(seed)
+    return [(sample(rng), rng) for _ in range(n)]
 
 
 def test_lab_agrees_with_known_values():
@@ -40,128 +73,185 @@ def test_palette_colours_are_far_apart():
     assert min(float(distance(a, b)) for a, b in combinations(COLOURS.values(), 2)) > 30
 
 
-@pytest.mark.parametrize("name", COLOURS)
-def test_a_jittered_colour_keeps_its_name(name):
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        assert nearest(render(Scene(name), rng, 8, 8)[0, 0]) == name
-
-
-@pytest.mark.parametrize(("width", "height"), SIZES)
-def test_pictures_have_the_size_asked_for_and_things_stay_inside(width, height):
-    rng = np.random.default_rng(1)
-    for kind in SHAPES:
-        for side in scenes.SIDES:
-            image = render(Scene("white", (Thing(kind, "blue", "large", side),)), rng, width, height)
-            assert image.shape == (height, width, 3)
-            assert image.dtype == np.uint8
-            thing = mask(image)
-            assert 0 < thing.sum() == thing[1:-1, 1:-1].sum()
-
-
-@pytest.mark.parametrize(("width", "height"), SIZES)
-@pytest.mark.parametrize("relation", scenes.RELATIONS)
-def test_two_things_lie_as_the_relation_says_and_never_touch(relation, width, height):
-    rng = np.random.default_rng(2)
-    for first, second in scenes._PAIR_SIZES:
-        things = (Thing("square", "red", first), Thing("square", "blue", second))
-        image = render(Scene("white", things, relation), rng, width, height)
-        red, blue = (np.argwhere(distance(image, COLOURS[colour]) < 30) for colour in ("red", "blue"))
-        axis = 0 if relation in ("above", "below") else 1
-        ahead, behind = (blue, red) if relation in ("right of", "below") else (red, blue)
-        assert behind[:, axis].min() - ahead[:, axis].max() > 2
-
-
-@pytest.mark.parametrize("side", scenes.SIDES)
-def test_a_thing_lies_at_its_side(side):
-    rng = np.random.default_rng(3)
-    for size in ("small", "normal", "large"):
-        rows, columns = np.nonzero(mask(render(Scene("black", (Thing("circle", "red", size, side),)), rng)))
-        x, y = (columns.min() + columns.max() - 63) / 2, (rows.min() + rows.max() - 63) / 2
-        beyond = {"centre": 4 - max(abs(x), abs(y)), "left": -x - 4, "right": x - 4, "top": -y - 4, "bottom": y - 4}
-        assert beyond[side] > 0
-
-
-@pytest.mark.parametrize(("width", "height"), SIZES)
-@pytest.mark.parametrize("side", scenes.SIDES)
-def test_an_aligned_thing_begins_and_ends_with_a_cell_of_the_lattice(side, width, height):
-    rng = np.random.default_rng(4)
-    for size in ("small", "normal", "large"):
-        scene = Scene("white", (Thing("circle", "red", size, side),))
-        image = render(scene, rng, width, height, lattice=8)
-        rows, columns = np.nonzero(mask(image))
-        assert {limit % 8 for limit in (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)} == {0}
-
-
-def test_size_words_do_not_overlap():
-    for extents in (scenes.LONE_EXTENT, scenes.PAIR_EXTENT):
-        assert extents["small"][1] * 1.3 < extents["normal"][0]
-        assert extents["normal"][1] * 1.2 < extents["large"][0]
-
-
-def test_edges_are_smooth():
-    image = render(Scene("black", (Thing("circle", "white"),)), np.random.default_rng(4))
-    assert len(np.unique(image[..., 0])) > 20
-
-
-def test_the_same_seed_draws_the_same_picture():
-    scene = Scene("pink", (Thing("star", "black"), Thing("ring", "green")), "above")
-    assert np.array_equal(render(scene, np.random.default_rng(5)), render(scene, np.random.default_rng(5)))
-    assert not np.array_equal(render(scene, np.random.default_rng(5)), render(scene, np.random.default_rng(6)))
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_a_sprite_has_the_length_asked_for_and_is_not_written_out_of_its_box(kind):
-    for pixels in (9, 27, 64, 300):
-        rgb, alpha = sprite(kind, pixels)
-        assert max(alpha.shape) == pixels
-        assert rgb.shape == (3, *alpha.shape)
-        assert alpha.min() >= 0
-        assert alpha.max() <= 1
-
-
-def test_a_missing_font_names_the_package(tmp_path):
-    with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
-        find_font([tmp_path])
-
-
-@needs_font
-@pytest.mark.parametrize("kind", OBJECTS)
-def test_every_object_has_a_glyph_of_its_own_and_backgrounds_that_show_it(kind):
-    _, alpha = sprite(kind, 64)
-    assert 0.15 < alpha.mean() < 0.99
-    assert len(backgrounds(kind, OBJECTS[kind].colour)) >= 6
-
-
-@needs_font
-def test_no_two_objects_look_the_same():
-    pictures = {kind: sprite(kind, 32)[0].mean(axis=(1, 2)) for kind in OBJECTS}
-    assert len({tuple(mean.tolist()) for mean in pictures.values()}) == len(OBJECTS)
-
-
-@needs_font
-def test_things_never_have_the_background_s_colour():
-    rng = np.random.default_rng(7)
-    for scene in (sample(rng) for _ in range(2000)):
-        for thing in scene.things:
-            assert thing.colour != scene.background
-            assert scene.background in backgrounds(thing.kind, thing.colour)
-
-
-@needs_font
 def test_the_mixture_has_its_stated_shares():
-    rng = np.random.default_rng(8)
-    counts = Counter(
-        "plain" if not s.things else "pair" if s.relation else "shape" if s.things[0].kind in SHAPES else "object"
-        for s in (sample(rng) for _ in range(4000))
+    def category(scene: Scene) -> str:
+        if not scene.things:
+            return "empty"
+        if len(scene.things) == 3:
+            return "three"
+        shapes = [thing.kind in SHAPES for thing in scene.things]
+        if scene.relation:
+            return "shapes" if all(shapes) else "pair"
+        if scene.things[0].count > 1:
+            return "count"
+        return "shape" if shapes[0] else "close-up" if scene.close_up else "object"
+
+    counts = Counter(category(scene) for scene, _ in sampled(8000, 0))
+    shares = {name: count / 8000 for name, count in counts.items()}
+    assert shares == pytest.approx(
+        {
+            "object": 0.44,
+            "close-up": 0.06,
+            "shape": 0.10,
+            "pair": 0.14,
+            "shapes": 0.09,
+            "count": 0.12,
+            "three": 0.03,
+            "empty": 0.02,
+        },
+        abs=0.02,
     )
-    shares = {name: count / 4000 for name, count in counts.items()}
-    assert shares == pytest.approx({"shape": 0.17, "object": 0.15, "pair": 0.65, "plain": 0.03}, abs=0.03)
 
 
-@needs_font
-@pytest.mark.parametrize("objects", [1, 16, len(OBJECTS)])
-def test_only_the_first_objects_are_drawn_and_all_of_them(objects):
-    rng = np.random.default_rng(9)
-    kinds = {thing.kind for _ in range(2500) for thing in sample(rng, objects).things}
-    assert kinds == {*SHAPES, *list(OBJECTS)[:objects]}
+def test_shares_of_backgrounds_aspects_and_places():
+    drawn = [scene for scene, _ in sampled(8000, 1)]
+    odd = sum(scene.aspect != SQUARE for scene in drawn) / len(drawn)
+    assert odd == pytest.approx(0.1, abs=0.02)
+    lone = [s for s in drawn if len(s.things) == 1 and s.things[0].count == 1 and not s.close_up]
+    objects = [scene for scene in lone if scene.things[0].kind not in SHAPES]
+    painted = sum(scene.background in SCENES for scene in objects) / len(objects)
+    assert 0.2 < painted < 0.32
+    centred = sum(scene.things[0].side == "centre" for scene in lone) / len(lone)
+    assert 0.5 < centred < 0.75
+    assert {scene.things[0].side for scene in lone} == set(SIDES)
+
+
+def test_every_kind_and_background_is_drawn():
+    drawn = [scene for scene, _ in sampled(30_000, 2)]
+    assert {thing.kind for scene in drawn for thing in scene.things} == {*NAMES_OF_KINDS}
+    assert {scene.background for scene in drawn} == {*BACKGROUNDS}
+
+
+def test_things_are_seen_before_their_background():
+    for scene, _ in sampled(4000, 3):
+        for thing in scene.things:
+            assert scene.background in scenes.visible_on(thing.kind, thing.colour)
+            if thing.kind in SHAPES:
+                assert thing.colour != scene.background
+
+
+def test_held_out_pairs_are_never_shown():
+    assert (
+        0.03 < np.mean([held_out(kind, name) for kind in KIND_NAMES for name in BACKGROUNDS]) < 0.06
+    )
+    assert held_out("apple", "zebra") == held_out("zebra", "apple")
+    for scene, _ in sampled(8000, 4):
+        for thing in scene.things:
+            if thing.kind in SHAPES:
+                assert not held_out(thing.kind, thing.colour or "")
+            else:
+                assert not held_out(thing.kind, scene.background)
+        kinds = [thing.kind for thing in scene.things]
+        assert not any(held_out(*pair) for pair in combinations(kinds, 2))
+
+
+def test_every_shape_keeps_most_colours():
+    assert all(len(scenes.shape_colours(shape)) >= 9 for shape in SHAPES)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_sprites_stay_inside_and_never_touch(aligned):
+    for scene, rng in sampled(4000, 5):
+        drawn = layout(scene, rng, aligned=aligned)
+        assert len(drawn.sprites) == sum(thing.count for thing in scene.things)
+        assert BACKGROUNDS[drawn.background] == scene.background
+        assert len(drawn.params) == 8
+        if not scene.close_up:
+            assert inside(drawn, scene), scene
+            for first, second in combinations(drawn.sprites, 2):
+                assert apart(first, second) > (0 if aligned else -2), scene
+
+
+def test_aligned_sprites_lie_on_the_lattice_with_few_lengths():
+    lengths = Counter()
+    for scene, rng in sampled(4000, 6):
+        for sprite in layout(scene, rng, aligned=True).sprites:
+            assert sprite.x % TOKEN == 0
+            assert sprite.y % TOKEN == 0
+            assert sprite.angle == 0
+            lengths[sprite.length] += 1
+    assert all(length % TOKEN == 0 for length in lengths)
+    assert len(lengths) <= 12
+
+
+def test_layouts_off_the_lattice_are_turned_and_mirrored_at_times():
+    rng = random.Random(7)
+    scene = Scene("white", (Thing("zebra", None),))
+    drawn = [layout(scene, rng, aligned=False).sprites[0] for _ in range(400)]
+    assert 0.4 < np.mean([sprite.mirror for sprite in drawn]) < 0.6
+    assert 0.4 < np.mean([sprite.angle != 0 for sprite in drawn]) < 0.6
+    assert max(abs(sprite.angle) for sprite in drawn) <= 10
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+@pytest.mark.parametrize("side", SIDES)
+def test_a_thing_lies_at_its_side(side, aspect):
+    rng = random.Random(8)
+    for size in ("small", "normal", "large"):
+        if side != "centre" and side not in scenes.sides_for("skull", size, aspect, "white"):
+            continue
+        scene = Scene("black", (Thing("skull", "white", size, side),), None, aspect)
+        for _ in range(20):
+            sprite = layout(scene, rng).sprites[0]
+            x, y = sprite.x - aspect[0] / 2, sprite.y - aspect[1] / 2
+            assert {"left": x <= -32, "right": x >= 32}.get(side.split()[-1], True)
+            assert {"top": y <= -32, "bottom": y >= 32}.get(side.split()[0], True)
+            if side == "centre":
+                assert (x, y) == (0, 0)
+
+
+def test_nothing_flies_over_a_ground():
+    for scene, _ in sampled(6000, 9):
+        if len(scene.things) == 1 and GROUND.get(scene.background):
+            assert not scene.things[0].side.startswith("top")
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_two_things_lie_as_the_relation_says(relation, aspect):
+    rng = random.Random(10)
+    for sizes in scenes._PAIR_SIZES:
+        kinds = rng.sample(KIND_NAMES, 2)
+        things = tuple(Thing(kind, None, size) for kind, size in zip(kinds, sizes, strict=True))
+        first, second = layout(Scene("white", things, relation, aspect), rng).sprites
+        across = {"above": first.y < second.y, "below": first.y > second.y}
+        along = {"right of": first.x > second.x}
+        assert {**across, **along}.get(relation, first.x < second.x)
+        assert first.x == second.x or first.y == second.y
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_things_of_a_count_are_alike(count, aspect):
+    rng = random.Random(11)
+    for kind in (*SHAPES, *rng.sample(KIND_NAMES, 40)):
+        drawn = layout(Scene("white", (Thing(kind, "red", count=count),), None, aspect), rng)
+        assert len(drawn.sprites) == count
+        assert len({(s.number, s.length, s.mirror) for s in drawn.sprites}) == 1
+
+
+def test_close_ups_are_larger_than_the_picture():
+    rng = random.Random(12)
+    for _ in range(200):
+        scene = scenes.sample_close_up(rng)
+        (sprite,) = layout(scene, rng).sprites
+        assert 1.1 * 256 < sprite.length < 1.7 * 256
+
+
+def test_the_same_seed_samples_the_same_scenes():
+    first, second = (
+        [layout(sample(rng), rng) for _ in range(50)]
+        for rng in (random.Random(1), random.Random(1))
+    )
+    assert first == second
+
+
+def test_the_default_background_is_white_where_that_shows_the_things():
+    assert scenes.default_background(Scene("red", (Thing("star", "blue"),))) == "white"
+    white = Scene("red", (Thing("star", "white"), Thing("ring", "green")), "and")
+    assert scenes.default_background(white) == "blue"
+    assert {scenes.default_background(scene) for scene, _ in sampled(500, 13)} <= {*NAMES}
+
+
+def test_a_numpy_generator_is_as_good_a_source():
+    assert sample(np.random.default_rng(0)).background in BACKGROUNDS

@@ -1,4 +1,5 @@
-"""The training loop: a resumed run is the run that never stopped, and what is kept is the average."""
+"""The training loop: a resumed run is the run that never stopped, and what is kept is the
+average."""
 
 from __future__ import annotations
 
@@ -53,16 +54,26 @@ def prior_loss(network: Prior) -> loop.Loss:
 
 def test_a_resumed_run_is_the_run_that_never_stopped(monkeypatch, o):
     whole = small_prior()
-    whole_average, whole_losses = fit(monkeypatch, 4, whole, prior_loss(whole), replace(o, checkpoint=o.checkpoint.with_name("whole.pt")))
+    whole_average, whole_losses = fit(
+        monkeypatch,
+        4,
+        whole,
+        prior_loss(whole),
+        replace(o, checkpoint=o.checkpoint.with_name("whole.pt")),
+    )
 
     first = small_prior()
     _, losses = fit(monkeypatch, 2, first, prior_loss(first), o)
-    second = small_prior(seed=99)  # other weights and another state of the generator, both to be replaced
+    second = small_prior(
+        seed=99
+    )  # other weights and another state of the generator, both to be replaced
     average, more = fit(monkeypatch, 2, second, prior_loss(second), replace(o, resume=True))
 
     assert losses + more == whole_losses
     for one, other in ((whole, second), (whole_average, average)):
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)
+        )
     assert loop.load(o.checkpoint)["step"] == 4
 
 
@@ -93,22 +104,51 @@ def test_the_kept_weights_are_the_average_not_the_last(monkeypatch, o):
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_the_average_forgets_no_slower_than_its_decay_and_faster_at_first(decay):
-    update, average, expected = loop.ema(decay), torch.zeros(1), 0.0
-    for n in range(1, 40):
-        update([average], [torch.full((1,), float(n))], n)
-        weight = min(decay, (1 + n) / (10 + n))
+    module = nn.Linear(1, 1, bias=False)
+    average, expected = loop.Average(module, decay), 0.0
+    for n in range(40):
+        nn.init.constant_(module.weight, float(n))
+        average.advance()
+        average.update()
+        weight = min(decay, (1 + n) / (10 + n)) if n else 0.0
         expected = weight * expected + (1 - weight) * n
-    assert average.item() == pytest.approx(expected, rel=1e-5)
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_average_of_a_counter_is_the_counter():
-    counter = torch.tensor(3)
-    loop.ema(0.9)([counter], [torch.tensor(8)], 5)
-    assert counter.item() == 8
+    module = nn.BatchNorm1d(2)
+    average = loop.Average(module, 0.9)
+    module.num_batches_tracked.fill_(8)
+    average.advance()
+    average.update()
+    assert average.module.num_batches_tracked == 8
+
+
+def test_a_tensor_of_two_names_is_averaged_once_and_a_mask_not_at_all():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    module.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
+    average = loop.Average(module, 0.5)
+    for value in (1.0, 3.0):
+        nn.init.constant_(module[0].weight, value)
+        average.advance()
+        average.update()
+    assert average.module[1].weight is average.module[0].weight
+    assert average.module[0].weight.mean().item() == pytest.approx(1 + 2 * (1 - 2 / 11))
+    assert average.module.mask.isinf().all()
+
+
+def test_a_mixture_takes_every_loss_at_its_share_and_the_same_one_at_the_same_step():
+    losses = tuple(lambda name=name: name for name in "ab")
+    mixture = loop.Mixture(losses, (0.8, 0.2))
+    chosen = [mixture.of(step)() for step in range(2000)]
+    assert chosen == [mixture.of(step)() for step in range(2000)]
+    assert chosen.count("b") / 2000 == pytest.approx(0.2, abs=0.04)
 
 
 @pytest.mark.parametrize(
-    ("done", "share", "rate"), [(0, 0.0, 0.25), (1, 0.5, 0.5), (3, 0.0, 1.0), (9, 0.7, 1.0), (9, 0.85, 0.5), (9, 1.0, 0.02)]
+    ("done", "share", "rate"),
+    [(0, 0.0, 0.25), (1, 0.5, 0.5), (3, 0.0, 1.0), (9, 0.7, 1.0), (9, 0.85, 0.5), (9, 1.0, 0.02)],
 )
 def test_the_learning_rate_warms_up_by_steps_and_falls_by_time(o, done, share, rate):
     network = small_prior()
@@ -179,7 +219,9 @@ def test_gradients_are_exchanged_once_a_step_however_many_batches_it_has(monkeyp
         passes.append(1)
         return healthy()
 
-    monkeypatch.setattr(loop, "average_over_processes", lambda gradients: exchanges.append(len(gradients)))
+    monkeypatch.setattr(
+        loop, "average_over_processes", lambda gradients: exchanges.append(len(gradients))
+    )
     loop.fit(network, loss, replace(o, accumulate=3, steps=2))
     assert len(passes) == 6
     assert exchanges == [len(list(network.parameters()))] * 2
@@ -196,7 +238,10 @@ class Files:
 
 def scalars(directory: Path) -> dict[str, dict[int, float]]:
     events = EventAccumulator(str(directory)).Reload()
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_gets_means_of_ten_steps_and_the_rest_at_the_end(o, capsys):
@@ -213,8 +258,12 @@ def test_tensorboard_gets_means_of_ten_steps_and_the_rest_at_the_end(o, capsys):
     seen = scalars(o.log_dir)
     means = {10: sum(losses[:10]) / 10, 20: sum(losses[10:20]) / 10, 23: sum(losses[20:]) / 3}
     assert seen["loss"] == pytest.approx(means, rel=1e-5)
-    assert seen["twice"] == pytest.approx({step: 2 * mean for step, mean in means.items()}, rel=1e-5)
-    assert seen["learning_rate"] == pytest.approx({10: o.lr * 10 / 30, 20: o.lr * 20 / 30 * (4 / 23) / 0.3, 23: o.lr * 23 / 30 / 23 / 0.3})
+    assert seen["twice"] == pytest.approx(
+        {step: 2 * mean for step, mean in means.items()}, rel=1e-5
+    )
+    assert seen["learning_rate"] == pytest.approx(
+        {10: o.lr * 10 / 30, 20: o.lr * 20 / 30 * (4 / 23) / 0.3, 23: o.lr * 23 / 30 / 23 / 0.3}
+    )
     assert min(seen["pictures_per_second"].values()) > 0
     assert {*seen["skipped/files"].values()} == {*seen["skipped/not_an_image"].values()} == {2}
     assert {*seen["skipped/steps"].values()} == {0}
@@ -226,7 +275,9 @@ def test_a_resumed_run_s_scalars_replace_those_after_its_checkpoint(o):
     loop.fit(network, prior_loss(network), replace(o, steps=20))
     saved = loop.load(o.checkpoint)
     loop.fit(network, prior_loss(network), replace(o, steps=40, resume=True))
-    torch.save(saved, o.checkpoint)  # as if the run had died after 40 steps, its last checkpoint that of step 20
+    torch.save(
+        saved, o.checkpoint
+    )  # as if the run had died after 40 steps, its last checkpoint that of step 20
     loop.fit(network, prior_loss(network), replace(o, steps=30, resume=True))
     assert sorted(scalars(o.log_dir)["loss"]) == [10, 20, 30]
 
@@ -247,7 +298,9 @@ def test_only_what_needs_a_gradient_is_trained(monkeypatch, o):
 
 def test_options_come_from_the_command_line():
     parser = loop.parser("Trains.", name="x", batch=32, lr=1e-3, minutes=5)
-    options = loop.options(parser.parse_args(["--minutes", "2", "--device", "cpu", "--dtype", "float16"]))
+    options = loop.options(
+        parser.parse_args(["--minutes", "2", "--device", "cpu", "--dtype", "float16"])
+    )
     assert (options.minutes, options.batch, options.checkpoint) == (2.0, 32, Path("runs/x.pt"))
     assert options.dtype == torch.bfloat16
     assert options.workers == 0
@@ -297,9 +350,25 @@ def matrices_and_a_loss() -> tuple[nn.Module, loop.Loss]:
 
 
 def train_matrices(folder: Path, steps: int) -> None:
-    """What a process that torchrun started does: the same data in each, three matrices for Muon, and their sum as a file of its own."""
-    flags = ["--threads", "1", "--device", "cpu", "--dtype", "float32", "--warmup", "1", "--steps", str(steps)]
-    flags += ["--checkpoint", str(folder / "x.pt"), *(["--resume"] if (folder / "x.pt").exists() else [])]
+    """What a process that torchrun started does: the same data in each, three matrices for Muon,
+    and their sum as a file of its own."""
+    flags = [
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--warmup",
+        "1",
+        "--steps",
+        str(steps),
+    ]
+    flags += [
+        "--checkpoint",
+        str(folder / "x.pt"),
+        *(["--resume"] if (folder / "x.pt").exists() else []),
+    ]
     o = loop.options(loop.parser(None, name="x", batch=1, lr=0.02, minutes=1).parse_args(flags))
     network, loss = matrices_and_a_loss()
     loop.fit(network, loss, o, matrices=["0.weight", "2.weight", "4.weight"])
@@ -309,15 +378,35 @@ def train_matrices(folder: Path, steps: int) -> None:
 def test_two_processes_stay_one_network_and_take_the_steps_of_one(tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     together.mkdir(), alone.mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--standalone",
+    ]
     script = tmp_path / "train.py"
     script.write_text(
-        f"from pathlib import Path\nfrom tests.test_training_loop import train_matrices\ntrain_matrices(Path({str(together)!r}), 3)\n"
+        "from pathlib import Path\n"
+        "from tests.test_training_loop import train_matrices\n"
+        f"train_matrices(Path({str(together)!r}), 3)\n"
     )
     root = Path(__file__).parents[1]
-    subprocess.run([*torchrun, str(script)], check=True, timeout=120, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    subprocess.run(
+        [*torchrun, str(script)],
+        check=True,
+        timeout=120,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     train_matrices(alone, 3)
-    first, second, one = (torch.load(path, weights_only=True) for path in (together / "0.pt", together / "1.pt", alone / "0.pt"))
+    first, second, one = (
+        torch.load(path, weights_only=True)
+        for path in (together / "0.pt", together / "1.pt", alone / "0.pt")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.allclose(first[name], one[name], atol=1e-5) for name in first)
 
@@ -326,4 +415,6 @@ def test_two_processes_stay_one_network_and_take_the_steps_of_one(tmp_path):
         train_matrices(folder, 5)
     further, one = (torch.load(folder / "0.pt", weights_only=True) for folder in (together, alone))
     assert all(torch.allclose(further[name], one[name], atol=1e-5) for name in one)
-    assert not any(torch.allclose(further[name], first[name], atol=1e-4) for name in ("0.weight", "2.weight"))
+    assert not any(
+        torch.allclose(further[name], first[name], atol=1e-4) for name in ("0.weight", "2.weight")
+    )

@@ -19,7 +19,7 @@ from load_tests.gpu.recorders import poisoned_memory, recorder_for
 from load_tests.gpu.results import Results
 from load_tests.gpu.timing import measure
 from model import sampling
-from model.kernels.prior_block import BlockWeights, plain_block
+from model.kernels.cpu import BlockWeights, plain_block
 
 _DRAWS = 0.9
 _REPEATS = 10

@@ -1,6 +1,7 @@
-"""Whether weights behave: eight prompts are drawn, compared by the bundle's own CLIP, and counted: `paellera weights check NAME`.
+"""Check weights by the images of eight prompts: `paellera weights check NAME`.
 
-Published weights cannot be exercised where these are developed, so whoever has them looks with this.
+The bundle's own CLIP compares the images with their prompts. The owner of published weights runs
+this, because they cannot be exercised where this is developed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from model.bundle import is_finite
 from model.config import Sampler
 from model.pipeline import BranchBatch, Eager, Pipeline, SamplingInputs
 
-# Simple things in plain colours, which every generation of weights has seen; the seeds are their places.
+# Simple things in plain colours, which every generation of weights has seen; the seeds are their
+# places.
 PROMPTS = (
     "a red apple on a white background",
     "a big yellow star on a black background",
@@ -33,17 +35,19 @@ PROMPTS = (
 )
 COLUMNS = 4
 
-# The right prompts must fit better than others by so much cosine, which trained pairs do by ten times that and random ones by a hundredth,
-# and better than all but so small a share of assignments.
+# The right prompts must fit better than others by so much cosine, which trained pairs do by ten
+# times that and random ones by a hundredth, and better than all but so small a share of
+# assignments.
 MARGIN, CHANCE = 0.02, 0.01
 COLLAPSED, BLANK = 0.95, 2.0
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """pictures: uint8 [8, height, width, 3]. tokens: [8, H, W] of `codes`. similarity: [8, 8], cosine of each picture with each prompt.
+    """The generated images and their scores.
 
-    broken: what NaN or infinity was found in.
+    pictures: uint8 [8, height, width, 3]. tokens: [8, H, W] of `codes` codes. similarity: [8, 8],
+    cosine of each image with each prompt. broken: the stages whose results had NaN or infinity.
     """
 
     pictures: Tensor
@@ -65,13 +69,14 @@ class Findings:
 
     @property
     def chance(self) -> float:
-        """The share of all assignments of prompts to pictures that fit at least as well as the right one."""
+        """Share of all assignments of prompts to images that fit as well as the right one."""
         scores = self.similarity.double().numpy()
         every = scores[np.arange(len(scores)), np.array(list(permutations(range(len(scores)))))].sum(1)
         return float((every >= np.trace(scores) - 1e-9).mean())
 
     @property
     def codes_used(self) -> int:
+        """Number of different codes in all images."""
         return len(self.tokens.unique())
 
     @property
@@ -87,36 +92,40 @@ class Findings:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with the weights, in words; nothing if they behave."""
+        """The problems of the weights, in words; none if they behave."""
         found = [f"there is NaN or infinity in the {where}" for where in self.broken]
         if self.most_common > COLLAPSED:
             found.append(f"one code fills {self.most_common:.0%} of a picture")
         if (blank := int((self.pictures.float().std((1, 2, 3)) < BLANK).sum())) > 0:
-            found.append(f"{blank} of the pictures are blank")
+            found.append(f"{blank} of the images are blank")
         if self.matched - self.shuffled < MARGIN or self.chance > CHANCE:
-            found.append(
-                f"the pictures do not show their prompts: CLIP scores {self.matched:.3f} for those, {self.shuffled:.3f} for others"
-            )
+            scores = f"{self.matched:.3f} for those, {self.shuffled:.3f} for others"
+            found.append(f"the images do not show their prompts: CLIP scores {scores}")
         return found
 
 
 class _Watched(Eager):
-    """Notes whether what the denoiser makes is finite."""
+    """Record whether the denoiser's results are finite."""
 
     broken = False
 
     def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+        """Compute as `Eager.features`."""
         features = super().features(tokens, times, branches, weights)
         self.broken = self.broken or not is_finite(features)
         return features
 
     def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
+        """Compute as `Eager.sample`, with NaN as zero."""
         return super().sample(sampler, features.nan_to_num(), inputs)
 
 
 @torch.inference_mode()
 def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> Findings:
-    """Draws the prompts, one after the other, by the bundle's own recipe. progress: called after every picture."""
+    """Generate the prompts' images, one after the other, by the bundle's own recipe.
+
+    progress: called after every image.
+    """
     watched = pipeline.executor = _Watched(pipeline.bundle)
     tokens = []
     for seed, prompt in enumerate(PROMPTS):
@@ -139,7 +148,10 @@ def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> 
 
 
 def write_sheet(pictures: Tensor, path: Path) -> None:
-    """The pictures in rows of four. Raises ValueError for a name that is no picture's, OSError."""
+    """Write the images in rows of four.
+
+    Raises ValueError for a file name that is no image's, and OSError.
+    """
     _, height, width, _ = pictures.shape
     rows = -(-len(pictures) // COLUMNS)
     sheet = Image.new("RGB", (width * COLUMNS, height * rows), "white")

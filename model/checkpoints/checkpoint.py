@@ -1,4 +1,4 @@
-"""A published checkpoint, pickle or safetensors, whole or in shards, as named tensors that are read one after another.
+"""Read a published checkpoint, pickle or safetensors, whole or in shards, tensor by tensor.
 
 Pickles are mapped into memory and unpickled with `weights_only=True`: nothing in them runs.
 """
@@ -20,24 +20,32 @@ from torch import Tensor
 
 from model.bundle import BundleError
 
-# Where training checkpoints keep the weights, the averaged ones first: those are what one samples with.
+# Where training checkpoints keep the weights, the averaged ones first: those are what one samples
+# with.
 _NESTED = ("ema_state_dict", "state_dict_ema", "params_ema", "ema", "state_dict", "model_state_dict", "model", "params", "weights")
 _WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 
-# Pages of a mapped file count as the process's memory until it is unmapped: after this many bytes it is, and mapped anew.
+# Pages of a mapped file count as the process's memory until it is unmapped: after this many bytes
+# it is, and mapped anew.
 _BATCH_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """path: as it was given. tensors: on the meta device, by name. files: by name, the file that holds the tensor."""
+    """The names and shapes of a checkpoint, and the files that hold the tensors.
+
+    path: as it was given. tensors: on the meta device, by name. files: the file of each tensor.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     files: dict[str, Path]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors in that order, each only until the next is asked for. Raises BundleError."""
+        """Yield the named tensors in this order, each valid until the next is yielded.
+
+        Raises BundleError.
+        """
         for path, batch in self._batches(names):
             state = read_state(path)
             for name in batch:
@@ -57,7 +65,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's names and shapes. path: the file, or a `*.index.json` that names its shards. Raises BundleError, FileNotFoundError."""
+    """Read a checkpoint's names and shapes.
+
+    path: the file, or a `*.index.json` that names its shards.
+
+    Raises BundleError, FileNotFoundError.
+    """
     tensors: dict[str, Tensor] = {}
     files: dict[str, Path] = {}
     for shard in _shards(path):
@@ -68,7 +81,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files that an index names, or the file itself."""
+    """Return the files that an index names, or the file itself."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.name.endswith(".index.json"):
@@ -86,12 +99,16 @@ def _shards(path: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """One file's tensors under the names that the network knows, mapped where the format allows it. Raises BundleError."""
+    """Return one file's tensors under the network's names, mapped where the format allows it.
+
+    Raises BundleError.
+    """
     content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
     state = {_plain(name): tensor for name, tensor in _unwrapped(content, path.name).items()}
     for name, tensor in state.items():
         if tensor.dtype == torch.float64:
-            raise BundleError(f"{path.name}: tensor {name!r} is torch.float64; published weights are float32, float16 or bfloat16")
+            published = "published weights are float32, float16 or bfloat16"
+            raise BundleError(f"{path.name}: tensor {name!r} is torch.float64; {published}")
         if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
             raise BundleError(f"{path.name}: tensor {name!r} is no plain array of numbers")
     return state
@@ -126,7 +143,7 @@ def _why(error: Exception) -> str:
 
 
 def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
-    """The state dict in whatever a checkpoint holds beside it."""
+    """Return the state dict from a checkpoint that also holds other things."""
     while isinstance(content, dict):
         if content and all(isinstance(value, Tensor) and isinstance(name, str) for name, value in content.items()):
             return content

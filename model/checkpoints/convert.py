@@ -1,6 +1,7 @@
-"""Published checkpoints → a bundle in half precision: `paellera weights import paella-v3 DIRECTORY`.
+"""Convert published checkpoints to a bundle: `paellera weights import paella-v3 DIRECTORY`.
 
-One tensor is in memory at a time, and of a large one a piece; the bundle appears when all of it is written, or not at all.
+One tensor is in memory at a time, and of a large one a piece; the bundle appears when all of it is
+written, or not at all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from model.bundle import BundleError, build, check_fit, file_entry, is_finite, r
 from model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from model.config import BundleConfig
 
-# A tensor by which each published network is known, so that a file in the wrong place can be called by its name.
+# A tensor by which each published network is known, so that a file in the wrong place can be called
+# by its name.
 _MARKS = {
     "byt5_mapper.weight": "the v3 denoiser",
     "down_blocks.0.0.cond_mapper.weight": "the v1 denoiser",
@@ -44,9 +46,13 @@ def import_bundle(
     merges: Path | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> BundleConfig:
-    """Writes a new bundle. sources: every network's checkpoint; dtype: float16 or bfloat16; progress: is told of bytes written.
+    """Write a new bundle in half precision; return its configuration.
 
-    Raises BundleError naming file and tensor, FileNotFoundError, or OSError for a disk that is too small.
+    sources: every network's checkpoint. dtype: float16 or bfloat16. progress: called with the bytes
+    of each piece that was written.
+
+    Raises BundleError naming file and tensor, FileNotFoundError, or OSError for a disk that is too
+    small.
     """
     if directory.exists():
         raise BundleError(f"{directory} exists already; an import makes a new directory")
@@ -70,7 +76,10 @@ def import_bundle(
 
 
 def _fitting(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) -> Checkpoint:
-    """The checkpoint without what the network does not need. Raises BundleError if it is not this network's."""
+    """Return the checkpoint without tensors that the network does not need.
+
+    Raises BundleError if it is a checkpoint of another network.
+    """
     where = checkpoint.path.name
     found = [(mark, title) for mark, title in _MARKS.items() if mark in checkpoint.tensors]
     if found and not any(mark in expected for mark, _ in found):
@@ -82,7 +91,10 @@ def _fitting(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) 
 
 
 def _needed(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) -> Checkpoint:
-    """Without what was published beside the network: a T5's decoder and its embedding's second name, the v1 VQGAN's losses."""
+    """Return the checkpoint without tensors that were published beside the network.
+
+    These are a T5's decoder and its embedding's second name, and the v1 VQGAN's losses.
+    """
     beside = {"byt5": ("decoder.", "lm_head.", "encoder.embed_tokens."), "vqgan": ("loss.",)}.get(network, ())
     return replace(
         checkpoint, tensors={name: t for name, t in checkpoint.tensors.items() if name in expected or not name.startswith(beside)}
@@ -97,7 +109,11 @@ def _check_space(plans: Iterable[Checkpoint], directory: Path) -> None:
 
 
 def _write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Callable[[int], object]) -> None:
-    """A safetensors file, tensor by tensor: eight bytes of header length, the header (padded to eight), the data in its order."""
+    """Write a safetensors file, tensor by tensor.
+
+    The file holds eight bytes of header length, the header (padded to eight), and the data in its
+    order.
+    """
     types = {name: dtype if tensor.is_floating_point() else torch.int64 for name, tensor in checkpoint.tensors.items()}
     header: dict[str, object] = {}
     end = 0
@@ -115,13 +131,17 @@ def _write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Cal
 
 
 def _pieces(tensor: Tensor, dtype: torch.dtype, where: str) -> Iterator[Tensor]:
-    """The tensor's elements in order, as `dtype`. Raises BundleError for one that is not finite, or is not any more."""
+    """Yield the tensor's elements in order, converted to `dtype`.
+
+    Raises BundleError for an element that is not finite, before or after the conversion.
+    """
     for piece in tensor.detach().reshape(-1).split(_PIECE):
         converted = piece.to(dtype)
         if not is_finite(converted):
             if not is_finite(piece):
                 raise BundleError(f"{where} holds NaN or infinity")
-            raise BundleError(f"{where} holds {piece.abs().max():.6g}, which {str(dtype).removeprefix('torch.')} cannot; bfloat16 can")
+            largest, narrow = piece.abs().max(), str(dtype).removeprefix("torch.")
+            raise BundleError(f"{where} holds {largest:.6g}, too large for {narrow}; use bfloat16")
         yield converted
 
 

@@ -1,7 +1,8 @@
-"""A published file from the hub into the hub's own cache, checked: `paellera weights fetch NAME`.
+"""Fetch a published file into the hub's cache and check it: `paellera weights fetch NAME`.
 
-`huggingface_hub` does the transfer: what its environment says (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) holds here too. A connection
-that breaks is resumed where it broke; what cannot be finished leaves nothing behind. No torch here.
+`huggingface_hub` does the transfer: what its environment says (HF_ENDPOINT, HF_HOME,
+HF_HUB_OFFLINE, HF_TOKEN) holds here too. A connection that breaks is resumed where it broke; what
+cannot be finished leaves nothing behind. No torch here.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ _LFS_ETAG = re.compile(r"[0-9a-f]{64}")  # the hub's ETag of a large file is its
 
 
 class FetchError(OSError):
-    """A file that could not be fetched; the message says which and why, in one line."""
+    """A file could not be fetched; the message names it and the reason, in one line."""
 
 
 def fetch(file: PublishedFile) -> Path:
-    """Where the file lies, after it was downloaded if it was not there, with its checksum right. Raises FetchError.
+    """Return a file's path, downloaded if it is absent, with its checksum verified.
 
-    The checksum is the manifest's, else the one recorded at the first fetch, else (and then it is recorded) the one that the hub states.
+    Raises FetchError.
+
+    The checksum is the manifest's, else the one recorded at the first fetch, else (and then it is
+    recorded) the one that the hub states.
     """
     repository = _repository(file)
     from huggingface_hub import hf_hub_download
@@ -45,7 +49,10 @@ def fetch(file: PublishedFile) -> Path:
 
 
 def fetched(file: PublishedFile) -> Path:
-    """Where an earlier fetch left the file; no network is asked. Raises FetchError."""
+    """Return the path of a file that was fetched before, without network access.
+
+    Raises FetchError.
+    """
     repository = _repository(file)
     from huggingface_hub import try_to_load_from_cache
 
@@ -63,7 +70,11 @@ def _repository(file: PublishedFile) -> str:
 
 @contextmanager
 def _one_line(file: PublishedFile) -> Iterator[None]:
-    """huggingface_hub lets its HTTP library's errors through, and which library that is depends on its version: hence `Exception`."""
+    """Turn every error inside the context into a FetchError of one line.
+
+    `huggingface_hub` passes its HTTP library's errors on, and the library depends on its version:
+    hence `Exception`.
+    """
     try:
         yield
     except FetchError:
@@ -73,7 +84,10 @@ def _one_line(file: PublishedFile) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, for people. The hub's error for a file that is neither reachable nor cached tells the cause in `__cause__`."""
+    """Return the cause in words.
+
+    The hub's error for a file that is neither reachable nor cached has its cause in `__cause__`.
+    """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -81,20 +95,31 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return "it is not in the cache, and the hub may not be asked (HF_HUB_OFFLINE)"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in {401, 403}:
-        return f"the hub does not let you have it ({status}): log in with `hf auth login`, or accept the repository's terms on its page"
-    if status == 404 or isinstance(error, EntryNotFoundError):
-        return "the hub has no such file or repository (404)"
-    if status == 429:
-        return "the hub asks for patience (429, too many requests): try again later"
+    if isinstance(error, EntryNotFoundError):
+        status = 404
     if status is not None:
-        return f"the hub answered {status}"
+        return _status_reason(status)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"the download did not finish: {lines[0]}"
 
 
+def _status_reason(status: int) -> str:
+    """Return the meaning of the hub's HTTP status, in words."""
+    if status in {401, 403}:
+        remedy = "log in with `hf auth login`, or accept the repository's terms on its page"
+        return f"the hub denies access ({status}): {remedy}"
+    if status == 404:
+        return "the hub has no such file or repository (404)"
+    if status == 429:
+        return "the hub limits the request rate (429, too many requests): try again later"
+    return f"the hub answered {status}"
+
+
 def _check_space(file: PublishedFile, size: int, target: Path) -> None:
-    """target: the file to come. Raises FetchError."""
+    """Check that the disk has room for a file of `size` bytes. Raises FetchError otherwise.
+
+    target: the path of the future file.
+    """
     directory = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(directory).free
     if free < size:
@@ -102,7 +127,10 @@ def _check_space(file: PublishedFile, size: int, target: Path) -> None:
 
 
 def _check_content(file: PublishedFile, path: Path) -> None:
-    """Raises FetchError, and removes the file from the cache, if its content is not what it must be."""
+    """Compare a file's content with its checksum.
+
+    Removes the file from the cache and raises FetchError if they differ.
+    """
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     stored = path.resolve()

@@ -1,4 +1,4 @@
-"""`weights/manifest.toml`: the published files, recipes, and the bundles that can be made of them. No torch here."""
+"""Read `weights/manifest.toml`: published files, recipes and bundles. No torch here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _STRICT = ConfigDict(extra="forbid")
 class PublishedFile:
     """One file as its authors published it.
 
-    repository, path: on the hub; without a repository the file lies elsewhere, and `source` says in words where.
-    bytes: of the file, possibly rounded; 0 is unknown. sha256: None where nobody states it.
+    repository, path: on the hub; without a repository the file lies elsewhere, and `source` says in
+    words where. bytes: of the file, possibly rounded; 0 is unknown. sha256: None where nobody
+    states it.
     """
 
     __pydantic_config__ = _STRICT
@@ -40,12 +41,16 @@ class PublishedFile:
 
     @property
     def where(self) -> str:
+        """The file's place, for messages."""
         return f"{self.repository}/{self.path}" if self.repository else f"{self.path} ({self.source})"
 
 
 @dataclass(frozen=True)
 class PublishedBundle:
-    """The files that make a whole bundle, and its configuration. recipes: the first is the default."""
+    """The files of a whole bundle, and its configuration.
+
+    recipes: the first is the default.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -56,6 +61,8 @@ class PublishedBundle:
 
 @dataclass(frozen=True)
 class Manifest:
+    """The published files, recipes and bundles."""
+
     __pydantic_config__ = _STRICT
 
     files: dict[str, PublishedFile]
@@ -64,27 +71,34 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises pydantic.ValidationError, FileNotFoundError, or tomllib.TOMLDecodeError."""
+        """Parse a manifest.
+
+        Raises pydantic.ValidationError, FileNotFoundError, or tomllib.TOMLDecodeError.
+        """
         return TypeAdapter(cls).validate_python(tomllib.loads(path.read_text()))
 
     def select(self, name: str) -> dict[str, PublishedFile]:
-        """The files of a bundle, or the one file of that key or file name. Raises ValueError."""
+        """Return the files of a bundle, or the one file of this key or file name.
+
+        Raises ValueError if there is none, or more than one.
+        """
         if name in self.bundles:
             return {key: self.files[key] for key in self.bundles[name].files}
         named = {key: file for key, file in self.files.items() if name in {key, file.path, file.where}}
         if len(named) != 1:
             known = ", ".join((*self.bundles, *self.files))
-            raise ValueError(f"{name!r} is {'more than one' if named else 'no'} published file or bundle; there are {known}")
+            count = "more than one" if named else "no"
+            raise ValueError(f"{name!r} is {count} published file or bundle; there are {known}")
         return named
 
     def recipe(self, name: str) -> Recipe:
-        """Raises ValueError."""
+        """Return a recipe by name. Raises ValueError."""
         if name not in self.recipes:
             raise ValueError(f"{name!r} is no published recipe; there are {', '.join(self.recipes)}")
         return self.recipes[name]
 
     def config(self, bundle: str, recipe: str | None = None) -> BundleConfig:
-        """A published bundle's configuration, without files. Raises ValueError."""
+        """Return a published bundle's configuration, without files. Raises ValueError."""
         published = self.bundles[bundle]
         chosen = self.recipe(recipe or published.recipes[0])
         return BundleConfig.parse({"name": bundle, "recipe": chosen, **published.config})
@@ -92,7 +106,7 @@ class Manifest:
 
 @cache
 def published() -> Manifest:
-    """The manifest that came with Paellera."""
+    """Return Paellera's own manifest."""
     import weights
 
     return Manifest.read(Path(weights.__file__).with_name("manifest.toml"))

@@ -1,4 +1,4 @@
-"""How large a bundle's networks are, and what memory they need: `paellera weights info NAME`."""
+"""Report the sizes of a bundle's networks and their memory needs: `paellera weights info NAME`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ GB = 10**9
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network. parameters: running statistics included. types: of its numbers, as safetensors calls them."""
+    """The size of one network.
+
+    parameters: running statistics included. types: of its numbers, by safetensors' names.
+    """
 
     parameters: int
     bytes: int
@@ -30,14 +33,23 @@ class Need:
     cpu: int = 0
 
     def words(self, gb: float | None = None) -> str:
-        """gb: what the device has, if that is known. Activations come on top and grow with the batch and the picture."""
+        """Return the need in words, and whether it fits.
+
+        gb: memory of the device, if it is known. Activations need more memory, which grows with the
+        batch and the image.
+        """
         beside = f", {self.cpu / GB:.2f} GB on the CPU" if self.cpu else ""
         fits = "" if gb is None else f", {'fits' if self.device < gb * GB else 'does not fit'} in {gb:g} GB"
         return f"{self.device / GB:.2f} GB on the device{beside}{fits}"
 
 
 def contents(name: str) -> tuple[BundleConfig, dict[str, Part]]:
-    """A bundle's configuration and networks; of a published one that is not here its shapes. Raises FileNotFoundError or ValueError."""
+    """Return a bundle's configuration and networks.
+
+    The networks of a published bundle that is absent are computed from their shapes.
+
+    Raises FileNotFoundError or ValueError.
+    """
     try:
         directory = find_bundle(name)
     except FileNotFoundError:
@@ -53,7 +65,7 @@ def contents(name: str) -> tuple[BundleConfig, dict[str, Part]]:
 
 
 def shapes(config: BundleConfig) -> dict[str, Part]:
-    """What the networks would be in half precision, from their configuration alone."""
+    """Return the networks' sizes in half precision, from their configuration alone."""
     from model.bundle import build, state_of
     from model.runtime import prepare
 
@@ -63,7 +75,7 @@ def shapes(config: BundleConfig) -> dict[str, Part]:
 
 
 def _read(path: Path) -> Part:
-    """From the file's header alone."""
+    """Return the size of a safetensors file's network, from its header alone."""
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
@@ -73,7 +85,7 @@ def _read(path: Path) -> Part:
 
 
 def needs(parts: Mapping[str, Part]) -> dict[Encoders, Need]:
-    """Memory of the weights in half precision for every place of the text encoders."""
+    """Return the memory of the weights in half precision for every place of the text encoders."""
     half = {name: 2 * part.parameters for name, part in parts.items()}
     total, text = sum(half.values()), sum(half.get(name, 0) for name in ("byt5", "clip"))
     return {"device": Need(total), "cpu": Need(total - text, text), "int8": Need(total - half.get("byt5", 0) // 2)}

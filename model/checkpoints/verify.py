@@ -1,4 +1,4 @@
-"""A bundle checked without loading it, hashes, names, shapes and every value: `paellera weights verify NAME`."""
+"""Check a bundle without loading it: `paellera weights verify NAME`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from model.config import BundleConfig
 
 
 def verify(directory: Path) -> BundleConfig:
-    """One tensor is in memory at a time. Raises what `model.bundle.load_bundle` raises, or safetensors.SafetensorError."""
+    """Check hashes, names, shapes and every value; return the configuration.
+
+    One tensor is in memory at a time. Raises the errors of `model.bundle.load_bundle`, and
+    safetensors.SafetensorError.
+    """
     config = BundleConfig.read(directory)
     verify_files(directory, config)
     for name, module in build(config, directory).networks():

@@ -1,0 +1,1 @@
+"""Faster forms of the networks' operations, each beside its plain equivalent."""

@@ -1,6 +1,9 @@
-"""Linear maps whose weights are kept in int8, a scale for each output: half the memory of fp16, for encoders that run once a prompt.
+"""Linear maps with int8 weights and a scale per output: half the memory of fp16.
 
-Only the weights are rounded; they are multiplied in the type of what comes in, one layer's at a time.
+They serve encoders that run once per prompt.
+
+Only the weights are rounded; they are multiplied in the type of what comes in, one layer's at a
+time.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ from torch import Tensor, nn
 
 
 class Int8Linear(nn.Module):
-    """[..., I] → [..., O], its plain twin's map with weights rounded to 255 steps between each row's extremes."""
+    """A linear map [..., I] → [..., O] with weights rounded to 255 steps.
+
+    The steps lie between each row's extremes.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -26,13 +32,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if twin.bias is None else twin.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the map for x [..., I]."""
         y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
 def to_int8(module: nn.Module) -> None:
-    """Puts every linear map in it into int8, one after the other."""
+    """Replace every linear map in a module by its int8 form, one after the other."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

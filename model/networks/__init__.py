@@ -1,0 +1,1 @@
+"""The networks of both published families, under their published parameter names."""

@@ -1,18 +1,23 @@
-"""The v1 denoiser: token grid, CLIP embedding and time in, logits over the codebook out. The v1 VQGAN is in `model/v1_vqgan.py`.
+"""The v1 denoiser: token grid, CLIP embedding and time in, logits over the codebook out.
 
-A fully convolutional U-Net on the token grid. All it knows of prompt and time is a factor on every channel of every block, linear in both.
-Parameter names and shapes are those of the published state dict (github.com/dome272/Paella, `DenoiseUNet`), so it loads strictly; the code
-is arranged for speed. What a request's tokens do not change is computed once and handed to every step:
+The v1 VQGAN is in `model/networks/vqgan_v1.py`.
 
-    condition = denoiser.condition(clip, grid)                # the prompt's share of every block's scale and shift
-    times = denoiser.times(t)                                 # the time's share
-    features = denoiser.features(tokens, times, condition)    # one step
-    logits = denoiser.project(features)                       # the last projection: guidance mixes before it
+A fully convolutional U-Net on the token grid. All it knows of prompt and time is a factor on every
+channel of every block, linear in both. Parameter names and shapes are those of the published state
+dict (github.com/dome272/Paella, `DenoiseUNet`), so it loads strictly; the code is arranged for
+speed. What a request's tokens do not change is computed once and handed to every step:
 
-The published time r runs from 0 (all noise) to 1, and the network sees cos(r · π/2), the chance that a token is noise: here that is t, 1 at
-the start as in v3, which goes through the steps along a cosine instead of a line.
+    condition = denoiser.condition(clip, grid)      # the prompt's part of every scale and shift
+    times = denoiser.times(t)                       # the time's part
+    features = denoiser.features(tokens, times, condition)      # one step
+    logits = denoiser.project(features)             # guidance mixes before this last projection
 
-Letters: B rows of the batch, H W token grid, C channels, K codes. A level has H/2ⁱ · W/2ⁱ pixels and C·2ⁱ channels, the finest is first.
+The published time r runs from 0 (all noise) to 1, and the network sees cos(r · π/2), the chance
+that a token is noise: here that is t, 1 at the start as in v3, which goes through the steps along a
+cosine instead of a line.
+
+Letters: B rows of the batch, H W token grid, C channels, K codes. A level has H/2ⁱ · W/2ⁱ pixels
+and C·2ⁱ channels, the finest is first.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ __all__ = ["VQGANV1", "ConditionV1", "DenoiserV1", "noise_probability"]
 
 
 def noise_probability(r: Tensor) -> Tensor:
-    """The chance that a token is noise at the published time r, which runs from 0 (all noise) to 1 (none)."""
+    """Return the probability that a token is noise at published time r, 0 (all noise) to 1."""
     return torch.cos(r * (torch.pi / 2))
 
 
@@ -40,30 +45,37 @@ def noise_probability(r: Tensor) -> Tensor:
 class ConditionV1:
     """A prompt's share of every block's scale and shift, for B rows.
 
-    levels: for each, [B, 1, 1, S] or a different one for every position [B, H/2ⁱ, W/2ⁱ, S]: scale, shift, scale, … of its blocks.
+    levels: for each, [B, 1, 1, S] or a different one for every position [B, H/2ⁱ, W/2ⁱ, S]: scale,
+    shift, scale, … of its blocks.
     """
 
     levels: tuple[Tensor, ...]
 
     @classmethod
     def stack(cls, conditions: Sequence[ConditionV1]) -> ConditionV1:
-        """Conditions of one row each → one of many; if one of them differs by position, all are spread out."""
+        """Stack conditions of one row each.
+
+        If one of them differs by position, all are spread over the positions.
+        """
         return cls(tuple(torch.cat(_spread(level)) for level in zip(*(c.levels for c in conditions), strict=True)))
 
     @property
     def length(self) -> int:
-        """Positions that it tells apart."""
+        """Positions that differ."""
         return self.levels[0].shape[1:3].numel()
 
     def put(self, row: int, other: ConditionV1) -> None:
-        """Overwrites one row with a condition of one row that tells as many positions apart."""
+        """Overwrite one row with a condition of one row with as many positions."""
         for own, level in zip(self.levels, other.levels, strict=True):
             own[row] = level[0]
 
     def blended(self, others: Sequence[ConditionV1], coverage: Tensor) -> ConditionV1:
-        """One condition that differs by position. coverage: [1 + others, H, W], adding up to one: how much this and each other counts.
+        """Return one condition that differs by position.
 
-        What a condition does is linear, so this is what the published model makes of a map of embeddings blended in the same way.
+        coverage: [1 + others, H, W], weights of this and each other one, adding up to one.
+
+        What a condition does is linear, so this is what the published model makes of a map of
+        embeddings blended in the same way.
         """
         levels = zip(self.levels, *(other.levels for other in others), strict=True)
         return ConditionV1(tuple(_blend(torch.cat(level), coverage, depth) for depth, level in enumerate(levels)))
@@ -75,14 +87,17 @@ def _spread(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _blend(shares: Tensor, coverage: Tensor, depth: int) -> Tensor:
-    """[n, 1, 1, S] and [n, H, W] → [1, H/2ⁱ, W/2ⁱ, S]."""
+    """Blend [n, 1, 1, S] by weights [n, H, W] to [1, H/2ⁱ, W/2ⁱ, S]."""
     H, W = coverage.shape[1:]
     weights = F.interpolate(coverage[:, None].float(), size=(H >> depth, W >> depth), mode="bilinear", align_corners=False)
     return (weights.permute(0, 2, 3, 1) * shares).sum(0, keepdim=True).to(shares.dtype)
 
 
 class _Scalable(nn.Module):
-    """Parameters of the published modulated layer norm: γ · w · LN(x) + β · w, with w from the condition and an affine LN."""
+    """Parameters of the published modulated layer norm, γ · w · LN(x) + β · w.
+
+    w comes from the condition and an affine layer norm.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,11 +107,15 @@ class _Scalable(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise convolution, modulated norm, then a channel MLP. An up level's first one also sees the skip."""
+    """Depthwise convolution, modulated norm, then a channel MLP.
+
+    The first block of an up level also reads the skip.
+    """
 
     def __init__(self, channels: int, c_cond: int, skip: bool) -> None:
         super().__init__()
-        # Index 0 is the published reflection padding; here it is done in forward, on the channels-last view.
+        # Index 0 is the published reflection padding; here it is done in forward, on the
+        # channels-last view.
         self.depthwise = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels))
         self.ln = _Scalable(channels)
         inputs = 2 * channels if skip else channels
@@ -105,12 +124,16 @@ class Block(nn.Module):
         self.cond_mapper = nn.Linear(c_cond, channels)
 
     def scale_and_shift(self, w: Tensor) -> Tensor:
-        """A share of the mapped condition [..., C] → of the scale and shift of the normed pixels [..., 2C]. Linear: shares add up."""
+        """Map a part of the mapped condition [..., C] to its part of scale and shift [..., 2C].
+
+        The map is linear: parts add up.
+        """
         scale = self.ln.gamma.view(1) * self.ln.ln.weight
         shift = self.ln.gamma.view(1) * self.ln.ln.bias + self.ln.beta.view(1)
         return torch.cat([w * scale, w * shift], dim=-1)
 
     def forward(self, x: Tensor, modulation: Tensor, skip: Tensor | None) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         padded = F.pad(channels_first(x), (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
         scale, shift = modulation.chunk(2, dim=-1)
         y = torch.addcmul(shift, norm(channels_last(self.depthwise[1](padded))), scale)
@@ -146,7 +169,7 @@ class DenoiserV1(nn.Module):
         return nn.ModuleList([*self._blocks(level, self.config.up_levels[-1 - level], skip=not deepest), *leave])
 
     def _blocks_of(self, level: int) -> list[Block]:
-        """A level's blocks on the way down, then on the way up: the order of its modulation."""
+        """Return a level's blocks on the way down, then up: the order of its modulation."""
         parts = (self.down_blocks[level], self.up_blocks[-1 - level])
         return [block for part in parts for block in part.children() if isinstance(block, Block)]
 
@@ -156,16 +179,19 @@ class DenoiserV1(nn.Module):
         return [2 * width * len(self._blocks_of(level)) for level, width in enumerate(self.widths)]
 
     def forward(self, tokens: Tensor, clip: Tensor, r: Tensor) -> Tensor:
-        """Logits [B, K, H, W] of the clean tokens.
+        """Return logits [B, K, H, W] of the clean tokens.
 
-        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`, and at least twice that.
-        clip: [B, c_clip], or [B, c_clip, h, w] where every position has its own. r: [B] in [0, 1], 0 is all noise.
+        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`, and at least twice
+        that. clip: [B, c_clip], or [B, c_clip, h, w] where every position has its own. r: [B] in
+        [0, 1], 0 is all noise.
         """
         condition = self.condition(clip, (tokens.shape[1], tokens.shape[2]))
         return self.project(self.features(tokens, self.times(noise_probability(r.float())), condition)).permute(0, 3, 1, 2)
 
     def condition(self, clip: Tensor, grid: tuple[int, int] = (1, 1)) -> ConditionV1:
-        """What a prompt does to every block, once per request. clip: [B, c_clip] or [B, c_clip, h, w]; grid: (H, W) of the tokens.
+        """Return a prompt's part of every block, once per request.
+
+        clip: [B, c_clip] or [B, c_clip, h, w]; grid: (H, W) of the tokens.
 
         Positions are resized bilinearly to each level.
         """
@@ -183,7 +209,10 @@ class DenoiserV1(nn.Module):
         return torch.cat(shares, dim=-1)
 
     def times(self, t: Tensor) -> Tensor:
-        """Times [B] in [0, 1], 1 is all noise → [B, S]: what they do to every block, the finest level's first."""
+        """Map times [B] in [0, 1], 1 is all noise, to their part of every block, [B, S].
+
+        The finest level's blocks come first.
+        """
         embedding = sinusoid(t.float(), self.config.c_r).to(self.clf.weight.dtype)
         return torch.cat([self._time_share(level, embedding) for level in range(len(self.widths))], dim=-1)
 
@@ -193,9 +222,12 @@ class DenoiserV1(nn.Module):
         return torch.cat([block.scale_and_shift(w) for block, w in mapped], dim=-1)
 
     def features(self, tokens: Tensor, times: Tensor, condition: ConditionV1, row_of: Tensor | None = None) -> Tensor:
-        """One forward pass up to the last projection: [B, H, W] codes → [N, H, W, C], one for each of the N conditions.
+        """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, C].
 
-        row_of: [N], the row of tokens and times that each condition is for; absent if each has its own.
+        The result has one entry for each of N conditions.
+
+        row_of: [N], the row of tokens and times that each condition is for; absent if each has its
+        own.
         """
         if row_of is not None:
             tokens, times = tokens.index_select(0, row_of), times.index_select(0, row_of)
@@ -213,11 +245,18 @@ class DenoiserV1(nn.Module):
         return x
 
     def project(self, features: Tensor) -> Tensor:
-        """[..., C] → logits [..., K]. Features may be mixed instead of logits as long as their shares add up to one: there is a bias."""
+        """Map features [..., C] to logits [..., K].
+
+        It has a bias, so features may be mixed instead of logits only by weights that add up to
+        one.
+        """
         return self.clf(features)
 
     def sharpened(self, features: Tensor, inverse: Tensor) -> Tensor:
-        """Logits divided by a temperature, after the projection because of its bias. inverse: one over it, [B, 1, 1, 1]."""
+        """Return logits divided by a temperature, after the projection because of its bias.
+
+        inverse: one over the temperature, [B, 1, 1, 1].
+        """
         return self.project(features).float() * inverse
 
 

@@ -1,4 +1,4 @@
-"""What the v3 denoiser's levels are strings of: C (convolution), T (time) and A (attention) blocks, under their published names.
+"""The v3 denoiser: C (convolution), T (time) and A (attention) blocks under their published names.
 
 Letters: B rows of the batch, H W grid, L condition tokens, C channels.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DenoiserConfig
-from model.kernels.cpu_prepacked import PackedDepthwise, PackedLinear, supported
+from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
 from model.networks.layers import (
     Conv,
     Downsample,
@@ -41,16 +41,22 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # A sum of squares: `vector_norm` over the middle axes is many times slower on the CPU. fp32, because fp16 cannot hold 256².
+        """Compute it for x [B, H, W, C]."""
+        # A sum of squares: `vector_norm` over the middle axes is many times slower on the CPU.
+        # fp32, because fp16 cannot hold 256².
         wide = x.float()
-        # `square` is `pow`, ten times a product's time. The root of a channel that is zero everywhere has no gradient: hence the 1e-20.
+        # `square` is `pow`, ten times a product's time. The root of a channel that is zero
+        # everywhere has no gradient: hence the 1e-20.
         energy = (wide * wide).sum((1, 2), keepdim=True).add_(1e-20).sqrt_()
         scale = torch.addcdiv(energy.new_ones(()), self.gamma * energy, energy.mean(-1, keepdim=True).add_(1e-6))
         return torch.addcmul(self.beta, x, scale.to(x.dtype))
 
 
 class ConvBlock(nn.Module):
-    """C: depthwise convolution, then a channel MLP with global response norm. An up level's first one also sees the skip."""
+    """C: depthwise convolution, then a channel MLP with global response norm.
+
+    The first block of an up level also reads the skip.
+    """
 
     def __init__(self, channels: int, kernel_size: int, skip: bool) -> None:
         super().__init__()
@@ -67,7 +73,7 @@ class ConvBlock(nn.Module):
         self.fused: FusedConvBlock | None = None
 
     def fuse(self) -> None:
-        """From now on Triton's kernels compute it, where they can."""
+        """Compute the block by Triton's kernels from now on, where they support it."""
         from model.kernels.triton.conv_block import FusedConvBlock
 
         if FusedConvBlock.supports(self.depthwise):
@@ -76,7 +82,7 @@ class ConvBlock(nn.Module):
             self.fused = FusedConvBlock(self.depthwise, expand, response, contract)
 
     def pack(self, batch: int, height: int, width: int) -> None:
-        """Packs the weights for the CPU's kernels, mostly for inputs of this size."""
+        """Pack the weights for the CPU's kernels, for inputs mostly of this size."""
         single, mlp, rows = self._single_depthwise(), self.channelwise.get_parameter, batch * height * width
         bias = self.depthwise.bias if len(single) == self.depthwise.groups else None
         self.packed = (
@@ -86,6 +92,7 @@ class ConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Compute it for x [B, H, W, C] and a skip of the same shape."""
         if self.fused is not None:
             return self.fused(x, skip)
         y = self._depthwise(x) if skip is None else self._depthwise_pairs(torch.cat([x, skip], dim=-1))
@@ -98,7 +105,10 @@ class ConvBlock(nn.Module):
         return self.depthwise(x) if self.packed is None else self.packed[0](x)
 
     def _depthwise_pairs(self, x: Tensor) -> Tensor:
-        """The depthwise convolution of 2C channels to C, each group of two taken apart and added: groups of one have a fast kernel."""
+        """Convolve 2C channels to C, by two depthwise convolutions that are added.
+
+        Groups of one channel have a fast kernel, groups of two have none.
+        """
         if self.packed is None:
             single, padding = self._single_depthwise(), self.depthwise.padding
             y = channels_last(F.conv2d(channels_first(x), single, padding=padding, groups=len(single)))
@@ -108,7 +118,10 @@ class ConvBlock(nn.Module):
         return pairs[..., 0] + pairs[..., 1] + self.depthwise.bias
 
     def _single_depthwise(self) -> Tensor:
-        """The depthwise weight with one input a group: [C, 1, k, k], or [2C, 1, k, k] where there is a skip."""
+        """Return the depthwise weight with one input per group: [C, 1, k, k], or [2C, 1, k, k].
+
+        The latter is that of a block with a skip.
+        """
         return self.depthwise.weight.flatten(0, 1).unsqueeze(1)
 
 
@@ -120,13 +133,16 @@ class TimeBlock(nn.Module):
         self.mapper = nn.Linear(c_r, 2 * channels)
 
     def scale_and_shift(self, embedding: Tensor) -> Tensor:
-        """[B, c_r] → [B, 2C]: (1 + a), then b."""
+        """Map embeddings [B, c_r] to [B, 2C]: (1 + a), then b."""
         a, b = self.mapper(embedding).chunk(2, dim=-1)
         return torch.cat([1 + a, b], dim=-1)
 
 
 class _ProjectionNames(nn.Module):
-    """Parameters of a `torch.nn.MultiheadAttention` under its names; the arithmetic is AttentionBlock's."""
+    """Parameters of a `torch.nn.MultiheadAttention` under its names.
+
+    `AttentionBlock` computes with them.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -143,7 +159,10 @@ class _AttentionNames(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """A: every pixel attends to all pixels and to the condition, through one fused projection of the normed pixels."""
+    """A: every pixel attends to all pixels and to the condition.
+
+    One fused projection reads the normed pixels.
+    """
 
     def __init__(self, channels: int, c_cond: int, nhead: int, self_attn: bool) -> None:
         super().__init__()
@@ -153,7 +172,7 @@ class AttentionBlock(nn.Module):
         self.packed: tuple[PackedLinear, PackedLinear] | None = None
 
     def pack(self, batch: int, height: int, width: int) -> None:
-        """Packs the weights for the CPU's kernels, mostly for inputs of this size."""
+        """Pack the weights for the CPU's kernels, for inputs mostly of this size."""
         attn, rows = self.attention.attn, batch * height * width
         self.packed = (
             PackedLinear(attn.in_proj_weight, attn.in_proj_bias, rows),
@@ -161,9 +180,10 @@ class AttentionBlock(nn.Module):
         )
 
     def condition_kv(self, sequence: Tensor, weights: Tensor | None) -> Tensor:
-        """Condition sequence [B, L, c_cond] → [B, L, 2C].
+        """Map a condition sequence [B, L, c_cond] to keys and values [B, L, 2C].
 
-        weights [B, L] scale the values: the same as scaling the attention after its softmax, and a fused kernel can stay.
+        weights [B, L] scale the values: the same as scaling the attention after its softmax, and a
+        fused kernel can stay.
         """
         attn = self.attention.attn
         C = attn.out_proj.in_features
@@ -173,14 +193,18 @@ class AttentionBlock(nn.Module):
         return torch.cat([kv[..., :C], kv[..., C:] * weights[..., None].to(kv.dtype)], dim=-1)
 
     def folded_kv(self) -> tuple[Tensor, Tensor]:
-        """Both maps of `condition_kv` as one: weight [2C, c_cond], bias [2C]."""
+        """Return both maps of `condition_kv` as one: weight [2C, c_cond], bias [2C]."""
         attn, dtype = self.attention.attn, self.attention.attn.in_proj_weight.dtype
         mapper, mapper_bias = (p.float() for p in self.kv_mapper.parameters())
         weight, bias = (p[attn.out_proj.in_features :].float() for p in (attn.in_proj_weight, attn.in_proj_bias))
         return (weight @ mapper).to(dtype), torch.addmv(bias, weight, mapper_bias).to(dtype)
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        """bias: [B, 1, 1, keys], added to the scores; the pixels' own keys come first where they are attended to."""
+        """Compute it for x [B, H, W, C].
+
+        kv: [B, L, 2C]. bias: [B, 1, 1, keys], added to the scores; the pixels' own keys come first
+        if they are attended to.
+        """
         attn = self.attention.attn
         B, H, W, C = x.shape
         pixels = norm(x).view(B, H * W, C)
@@ -196,10 +220,11 @@ class AttentionBlock(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What the attention blocks read of a prompt, for B rows.
+    """The input of the attention blocks from the prompt, for B rows.
 
-    kv: [B, L, S], for one attention block after the other its keys, then its values, already projected; the values carry the attention
-    weights. mask: [B, L], False where a row's bytes are padding; None when no row has any.
+    kv: [B, L, S], for one attention block after the other its keys, then its values, already
+    projected; the values carry the attention weights. mask: [B, L], False where a row's bytes are
+    padding; None when no row has any.
     """
 
     kv: Tensor
@@ -207,7 +232,7 @@ class Condition:
 
     @classmethod
     def stack(cls, conditions: Sequence[Condition]) -> Condition:
-        """Conditions of one row each → one of many, the shorter ones padded with masked keys."""
+        """Stack conditions of one row each, the shorter ones padded with masked keys."""
         longest = max(c.length for c in conditions)
         kv = torch.cat([F.pad(c.kv, (0, 0, 0, longest - c.length)) for c in conditions])
         masks = [c.mask if c.mask is not None else torch.ones(1, c.length, dtype=torch.bool, device=kv.device) for c in conditions]
@@ -215,10 +240,11 @@ class Condition:
 
     @property
     def length(self) -> int:
+        """Condition tokens of each row."""
         return self.kv.shape[1]
 
     def put(self, row: int, other: Condition) -> None:
-        """Overwrites one row with a condition of one row that is not longer; this one has a mask."""
+        """Overwrite one row with a condition of one row that is not longer; this one has a mask."""
         if self.mask is None:
             raise ValueError("without a mask, what is shorter cannot be told from what is there")
         self.kv[row, : other.length] = other.kv[0]
@@ -228,7 +254,11 @@ class Condition:
 
 
 class Denoiser(nn.Module):
-    """The published `Paella` module. Weights start at random (published initialisation); `load_state_dict` takes a published state dict."""
+    """The published `Paella` module.
+
+    Weights start at random (published initialisation); `load_state_dict` takes a published state
+    dict.
+    """
 
     patch_table: Tensor | None
     patch_offsets: Tensor | None
@@ -245,7 +275,8 @@ class Denoiser(nn.Module):
         self.clip_image_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
 
         self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), Norm())
-        # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch size.
+        # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch
+        # size.
         self.embedding = nn.Sequential(nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm())
         for name in ("patch_table", "patch_offsets", "unpatch_weight", "unpatch_bias", "kv_weight", "kv_bias"):
             self.register_buffer(name, None, persistent=False)  # until `fold`
@@ -255,12 +286,18 @@ class Denoiser(nn.Module):
         self.clf = nn.Sequential(Norm(), Pointwise(c.c_hidden[0], c.c_out * c.patch_size**2))
         self.out_mapper = nn.Sequential(Norm(), Pointwise(c.c_out, c.num_labels, bias=False))
 
-        # In the order of a forward pass: `modules` walks down_blocks, then up_blocks, each in its own order.
+        # In the order of a forward pass: `modules` walks down_blocks, then up_blocks, each in its
+        # own order.
         self._time_blocks = tuple(b for b in self.modules() if isinstance(b, TimeBlock))
         self._attention_blocks = tuple(b for b in self.modules() if isinstance(b, AttentionBlock))
         self.fused = False
         self._kv_widths = [2 * b.attention.attn.out_proj.in_features for b in self._attention_blocks]
         self._init_weights()
+
+    @property
+    def attention_blocks(self) -> tuple[AttentionBlock, ...]:
+        """The attention blocks in the order of a forward pass."""
+        return self._attention_blocks
 
     @property
     def condition_width(self) -> int:
@@ -291,7 +328,7 @@ class Denoiser(nn.Module):
         return nn.ModuleList([*self._blocks(level, skip=level < len(c) - 1), *leave])
 
     def _init_weights(self) -> None:
-        """What a fresh network starts its training from: small conditions, residual branches that begin as nearly nothing."""
+        """Initialise as published: small conditions, residual branches close to zero."""
         c = self.config
         depth = sum(c.blocks)
         for module in self.modules():
@@ -321,11 +358,12 @@ class Denoiser(nn.Module):
         attn_weights: Tensor | None = None,
         byt5_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, K, H, W] of the clean tokens.
+        """Return logits [B, K, H, W] of the clean tokens.
 
-        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`. t: [B] in [0, 1], 1 is all noise.
-        byt5: [B, bytes, byt5_embd]; byt5_mask [B, bytes] is False at padding. clip: [B, clip_embd]. clip_image: one such or several.
-        attn_weights: [n], factors on the attention given to the last n condition tokens. Raises ValueError if there are fewer than n.
+        tokens: [B, H, W] codes; H and W are multiples of `config.token_step`. t: [B] in [0, 1], 1
+        is all noise. byt5: [B, bytes, byt5_embd]; byt5_mask [B, bytes] is False at padding. clip:
+        [B, clip_embd]. clip_image: one such or several. attn_weights: [n], factors on the attention
+        given to the last n condition tokens. Raises ValueError if there are fewer than n.
         """
         weights = None if attn_weights is None else self._last_weights(attn_weights, byt5, clip, clip_image)
         condition = self.condition(byt5, byt5_mask, clip, clip_image, weights)
@@ -346,7 +384,10 @@ class Denoiser(nn.Module):
         clip_image: Tensor | Sequence[Tensor] | None = None,
         weights: Tensor | None = None,
     ) -> Condition:
-        """Everything the attention blocks need of the prompt, once per request. weights: [B, L] factors on the attention per token."""
+        """Return the condition of a prompt, computed once per request.
+
+        weights: factors on the attention given to each token, [B, L].
+        """
         B = byt5.shape[0]
         parts = [self.byt5_mapper(byt5)]
         if clip is not None:
@@ -357,7 +398,7 @@ class Denoiser(nn.Module):
         return Condition(self._condition_kv(sequence, weights), mask)
 
     def _condition_kv(self, sequence: Tensor, weights: Tensor | None) -> Tensor:
-        """Condition sequence [B, L, c_cond] → [B, L, S]."""
+        """Map a condition sequence [B, L, c_cond] to [B, L, S]."""
         if self.kv_weight is None:
             return torch.cat([block.condition_kv(sequence, weights) for block in self._attention_blocks], dim=-1)
         kv = F.linear(F.silu(sequence), self.kv_weight, self.kv_bias)
@@ -367,15 +408,18 @@ class Denoiser(nn.Module):
         return kv
 
     def times(self, t: Tensor) -> Tensor:
-        """Times [B] → [B, S]: scale and shift of every T block, one after the other."""
+        """Map times [B] to [B, S]: scale and shift of every T block, one after the other."""
         embedding = sinusoid(t, self.config.c_r).to(self.byt5_mapper.weight.dtype)
         return torch.cat([block.scale_and_shift(embedding) for block in self._time_blocks], dim=-1)
 
     def features(self, tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor | None = None) -> Tensor:
-        """One forward pass up to the last projection: [B, H, W] codes → [N, H, W, c_out], one for each of the N conditions.
+        """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, c_out].
 
-        row_of: [N], the row of tokens and times that each condition is for; absent if each has its own. A row's branches are the same until
-        the first attention block tells them apart, so up to there rows are computed, not branches.
+        The result has one entry for each of N conditions.
+
+        row_of: [N], the row of tokens and times that each condition is for; absent if each has its
+        own. A row's branches are the same until the first attention block tells them apart, so up
+        to there rows are computed, not branches.
         """
         state = _Pass(self._time_blocks, times, condition.kv.split(self._kv_widths, dim=-1), condition.mask, row_of)
         x = self._embed(tokens)
@@ -398,10 +442,11 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Folds what is fixed once the weights are; training needs it apart, so only loading a bundle calls this.
+        """Fold fixed weights; only `model.optimize` calls this, because training needs them apart.
 
-        Each code's embedding, normed and projected, for each of its places in a patch: embedding, norm, unshuffle and projection become one
-        lookup and sum. And the last map's weights in the order in which its patches are laid out.
+        Each code's embedding, normed and projected, for each of its places in a patch: embedding,
+        norm, unshuffle and projection become one lookup and sum. And the last map's weights in the
+        order in which its patches are laid out.
         """
         embedding, projection = self.in_mapper.get_parameter("0.weight"), self.embedding.get_parameter("1.weight")
         codes = norm(embedding.float())  # [K, c_in]
@@ -412,13 +457,16 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def fold_condition(self) -> None:
-        """One linear map in place of all that lead from the condition to attention blocks' keys and values, two to each."""
+        """Fold the two linear maps from the condition to the attention blocks' keys and values."""
         if self._attention_blocks:
             weights, biases = zip(*(block.folded_kv() for block in self._attention_blocks), strict=True)
             self.kv_weight, self.kv_bias = torch.cat(weights), torch.cat(biases)
 
     def pack(self, height: int, width: int) -> None:
-        """Packs the weights for the CPU's kernels where there are such, mostly for one guided row of this token grid."""
+        """Pack the weights for the CPU's kernels if supported.
+
+        The packed form is fastest for one guided row of this token grid.
+        """
         if not supported(self.in_mapper.get_parameter("0.weight")):
             return
         levels, batch = range(len(self.down_blocks)), 1
@@ -431,15 +479,20 @@ class Denoiser(nn.Module):
                     block.pack(batch, height // factor, width // factor)
 
     def fuse(self) -> None:
-        """From now on Triton's kernels compute the convolution blocks, and draw where they can. They read the weights as they are now."""
+        """Compute convolution blocks and draws by Triton's kernels from now on.
+
+        Later changes of the weights have no effect.
+        """
         self.fused = True
         for block in self.modules():
             if isinstance(block, ConvBlock):
                 block.fuse()
 
     def draw(self, sampler: str, features: Tensor, uniform: Tensor, inverse: Tensor) -> Tensor | None:
-        """Codes [B, H, W] from guided features [B, H, W, c_out], uniform [B, H, W] and inverse temperature [B] without logits in between;
-        None where that is not fused."""
+        """Draw codes [B, H, W] without logits in memory; None where that is not fused.
+
+        features: guided, [B, H, W, c_out]. uniform: [B, H, W]. inverse: inverse temperature, [B].
+        """
         if not self.fused:
             return None
         from model.kernels.triton.draw import draw_grid
@@ -447,7 +500,7 @@ class Denoiser(nn.Module):
         return draw_grid(sampler, features, self.out_mapper.get_parameter("1.weight").flatten(1), uniform, inverse)
 
     def _unpatch(self, x: Tensor) -> Tensor:
-        """[B, h, w, C] → [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle."""
+        """Map [B, h, w, C] to [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle."""
         p, (B, h, w, _) = self.config.patch_size, x.shape
         weight, bias = self.unpatch_weight, self.unpatch_bias
         if weight is None:
@@ -456,23 +509,29 @@ class Denoiser(nn.Module):
         return patches.transpose(2, 3).reshape(B, h * p, w * p, -1)
 
     def _unpatch_parameters(self) -> tuple[Tensor, Tensor]:
-        """`clf`'s weight and bias, the shuffle's channel order (c, i, j) made (i, j, c): a pixel's channels are then copied whole."""
+        """Return `clf`'s weight and bias with the channel order (c, i, j) as (i, j, c).
+
+        In this order a pixel's channels are copied whole.
+        """
         places = self.config.patch_size**2
         weight, bias = (t.view(-1, places, *t.shape[1:]).transpose(0, 1).flatten(0, 1) for t in self.clf[1].parameters())
         return weight.flatten(1), bias
 
     def project(self, features: Tensor) -> Tensor:
-        """[..., c_out] → logits [..., K]. Linear and without bias, so features may be mixed instead of logits."""
+        """Map features [..., c_out] to logits [..., K].
+
+        The map is linear and without bias, so features may be mixed instead of logits.
+        """
         return self.out_mapper[1](features)
 
     def sharpened(self, features: Tensor, inverse: Tensor) -> Tensor:
-        """Logits divided by a temperature. inverse: one over it, [B, 1, 1, 1]."""
+        """Return logits divided by a temperature. inverse: one over it, [B, 1, 1, 1]."""
         # The projection is linear: dividing what goes in costs a sixteenth of dividing the logits.
         return self.project((features * inverse).to(features.dtype))
 
 
 class _Pass:
-    """One walk through the levels, handing each T and A block its share of what was computed beforehand."""
+    """One walk through the levels, which gives T and A blocks their precomputed parts."""
 
     def __init__(
         self, time_blocks: Sequence[TimeBlock], times: Tensor, kv: Iterable[Tensor], mask: Tensor | None, row_of: Tensor | None
@@ -484,14 +543,15 @@ class _Pass:
         self.biases: dict[int, Tensor] = {}
 
     def _split(self, times: Tensor) -> tuple[Tensor, ...]:
-        """Scale, shift, scale, … [B, 1, 1, C] of every T block."""
+        """Return scale, shift, scale, … [B, 1, 1, C] of every T block."""
         return times[:, None, None].split(self.widths, dim=-1)
 
     def branches(self, x: Tensor) -> Tensor:
-        """[B, …] or [N, …] → [N, …]."""
+        """Expand rows [B, …] to branches [N, …]; branches stay."""
         return x if self.row_of is None or len(x) == len(self.row_of) else x.index_select(0, self.row_of)
 
     def run(self, level: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Run one level."""
         for block in level.children():
             if isinstance(block, ConvBlock):
                 x, skip = block(x, skip), None
@@ -509,13 +569,18 @@ class _Pass:
         return torch.addcmul(shift, x, scale)
 
     def _part(self, x: Tensor) -> Tensor:
-        """What every branch goes on from."""
+        """Expand to branches, in the first attention block."""
         if not self.parted:
             self.parted, self.modulations = True, self._split(self.branches(self.times))
         return self.branches(x)
 
     def _bias(self, x: Tensor, self_attn: bool) -> Tensor | None:
-        """What a block adds to its scores, the same for all blocks of a level: −∞ at padding. [B, 1, 1, keys], or None without padding."""
+        """Return an attention block's addition to its scores: −∞ at padding.
+
+        The blocks of a level have the same.
+
+        [B, 1, 1, keys], or None without padding.
+        """
         if self.mask is None:
             return None
         pixels = x.shape[1] * x.shape[2] if self_attn else 0

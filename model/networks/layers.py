@@ -1,4 +1,4 @@
-"""Small pieces that the networks share. Activations are channels-last: [B, H, W, C], contiguous in C."""
+"""Layers that the networks share. Activations are channels-last: [B, H, W, C], contiguous in C."""
 
 from __future__ import annotations
 
@@ -13,29 +13,35 @@ EPS = 1e-6
 
 
 def norm(x: Tensor) -> Tensor:
-    """Layer norm over the last dimension, without parameters, eps 1e-6: the only normalisation the v3 networks know."""
+    """Layer-normalise the last dimension without parameters, eps 1e-6, as all v3 networks do."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """[B, H, W, C] seen as [B, C, H, W] in channels-last memory format; no copy."""
+    """View [B, H, W, C] as [B, C, H, W] in channels-last memory format; no copy."""
     return x.permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The way back. A copy only where a convolution chose another memory format."""
+    """Undo `channels_first`; a copy only where a convolution chose another memory format."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
 def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
-    """[B, H, W, C] → [B, H/f, W/f, C·f²], channels in the order of `torch.nn.PixelUnshuffle`."""
+    """Rearrange [B, H, W, C] to [B, H/f, W/f, C·f²].
+
+    The channels have the order of `torch.nn.PixelUnshuffle`.
+    """
     B, H, W, C = x.shape
     x = x.view(B, H // factor, factor, W // factor, factor, C)
     return x.permute(0, 1, 3, 5, 2, 4).reshape(B, H // factor, W // factor, C * factor**2)
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
-    """[B, H, W, C·f²] → [B, H·f, W·f, C], channels in the order of `torch.nn.PixelShuffle`."""
+    """Rearrange [B, H, W, C·f²] to [B, H·f, W·f, C].
+
+    The channels have the order of `torch.nn.PixelShuffle`.
+    """
     B, H, W, C = x.shape
     x = x.view(B, H, W, C // factor**2, factor, factor)
     return x.permute(0, 1, 4, 2, 5, 3).reshape(B, H * factor, W * factor, C // factor**2)
@@ -45,6 +51,7 @@ class Norm(nn.Module):
     """`norm` as a member of a published nn.Sequential."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it; shapes as in the class."""
         return norm(x)
 
 
@@ -52,6 +59,7 @@ class Conv(nn.Conv2d):
     """A convolution [B, H, W, C] → [B, H', W', O]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it; shapes as in the class."""
         return channels_last(super().forward(channels_first(x)))
 
 
@@ -59,16 +67,21 @@ class ConvTranspose(nn.ConvTranspose2d):
     """A transposed convolution [B, H, W, C] → [B, H', W', O]."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Compute it; shapes as in the class."""
         return channels_last(super().forward(channels_first(x), output_size))
 
 
 class Downsample(nn.Conv2d):
-    """A 2×2 convolution of stride 2: [B, H, W, C] → [B, H/2, W/2, O], as the linear map of 2×2 patches that it is."""
+    """A 2×2 convolution of stride 2: [B, H, W, C] → [B, H/2, W/2, O].
+
+    It is computed as a linear map of 2×2 patches.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it; shapes as in the class."""
         B, H, W, C = x.shape
         patches = x.view(B, H // 2, 2, W // 2, 2, C).transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C)
         # A view where the weight lies channels-last in memory, as after loading a bundle.
@@ -76,12 +89,16 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.ConvTranspose2d):
-    """A 2×2 transposed convolution of stride 2: [B, H, W, C] → [B, 2H, 2W, O], every pixel a linear map of one."""
+    """A 2×2 transposed convolution of stride 2: [B, H, W, C] → [B, 2H, 2W, O].
+
+    It is computed as a linear map of pixels.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 2, stride=2)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Compute it; shapes as in the class."""
         B, H, W, _ = x.shape
         patches = (x @ self.weight.permute(0, 2, 3, 1).flatten(1)).view(B, H, W, 2, 2, -1)
         y = patches.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1)
@@ -89,17 +106,21 @@ class Upsample(nn.ConvTranspose2d):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1×1 convolution applied as what it is, a linear map of channels: [..., C] → [..., O]."""
+    """A 1×1 convolution, computed as a linear map of channels: [..., C] → [..., O]."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__(inputs, outputs, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it; shapes as in the class."""
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Times t [B] in [0, 1] → [B, dim] in fp32: sines, then cosines, of t·10000 (both v3 networks' embedding)."""
+    """Embed times t [B] in [0, 1] as [B, dim] in fp32, as both v3 networks do.
+
+    Sines of t·10000 come first, then cosines.
+    """
     half = dim // 2
     frequencies = torch.arange(half, device=t.device, dtype=torch.float32).mul(-math.log(10000) / (half - 1)).exp()
     angles = t.float()[:, None] * 10000 * frequencies

@@ -1,8 +1,11 @@
-"""The prior: from a prompt's CLIP text embedding to the CLIP image embedding of a picture that fits it, by diffusion in continuous time.
+"""The prior: a prompt's CLIP text embedding to the CLIP image embedding of a fitting image.
+
+A diffusion model in continuous time.
 
     image_embedding = sample(prior, clip_text, noise, guidance=3.0, sampler="ddpm")
 
-Published parameter names (github.com/dome272/Paella `PriorModel`). Letters: B rows, D embedding, S steps.
+Published parameter names (github.com/dome272/Paella `PriorModel`). Letters: B rows, D embedding, S
+steps.
 """
 
 from __future__ import annotations
@@ -15,14 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import PriorConfig, PriorSampler
-from model.kernels.prior_block import BlockFn, BlockWeights, plain_block
+from model.kernels.cpu import BlockFn, BlockWeights, plain_block
 from model.networks.layers import sinusoid
 
 Predictor = Callable[[Tensor, Iterable[Tensor], float | None], Tensor]
 
 
 class Block(nn.Sequential):
-    """One residual MLP. Its first projection reads [h, text, t-embedding] side by side, so it is taken apart by columns."""
+    """One residual MLP.
+
+    Its first projection reads [h, text, t-embedding] side by side, so it is taken apart by columns.
+    """
 
     def __init__(self, config: PriorConfig) -> None:
         inner = 4 * config.c_hidden
@@ -36,12 +42,12 @@ class Block(nn.Sequential):
         self._columns = (config.c_hidden, config.clip_r, config.c_r)
 
     def shares(self) -> tuple[Tensor, ...]:
-        """The first projection's weights for h, text and time, [4·c_hidden, columns] each."""
+        """Return the first projection's weights for h, text and time, [4·c_hidden, …] each."""
         return self.get_parameter("0.weight").split(self._columns, dim=1)
 
 
 class Prior(nn.Module):
-    """Predicts the noise in x [B, D] at time t [B], given the text embedding [B, D]."""
+    """Predict the noise in x [B, D] at time t [B], given the text embedding [B, D]."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -52,7 +58,7 @@ class Prior(nn.Module):
         self._fused: tuple[BlockFn, int] | None = None
 
     def fold(self) -> None:
-        """From now on the weights are fixed, so what depends on times alone is computed once."""
+        """Compute everything that depends on times alone once, from now on; weights are fixed."""
         self._schedules = {}
 
     @property
@@ -65,7 +71,10 @@ class Prior(nn.Module):
         self._fused = block, most_rows
 
     def schedule(self, steps: int) -> tuple[list[float], Tensor]:
-        """ᾱ at the steps' times and at the end, and the times' parts, [S, blocks, 1, 4·c_hidden]."""
+        """Return ᾱ at the steps' times and at the end, and the parts of the times.
+
+        The parts are [S, blocks, 1, 4·c_hidden].
+        """
         ts = torch.linspace(1, 0, steps + 2)[1:]
         known = {} if self._schedules is None else self._schedules
         if steps not in known:
@@ -74,19 +83,22 @@ class Prior(nn.Module):
         return alpha_bar(ts).tolist(), known[steps]
 
     def condition(self, clip_text: Tensor) -> tuple[Tensor, ...]:
-        """The text's part of every block's first projection, [B, 4·c_hidden] each: the same at every step."""
+        """Return the text's part of every block's first projection, [B, 4·c_hidden] each.
+
+        It is the same at every step.
+        """
         return tuple(F.linear(clip_text, block.shares()[1]) for block in self._residual)
 
     def times(self, t: Tensor) -> tuple[Tensor, ...]:
-        """The time's part of every block's first projection, [B, 4·c_hidden] each."""
+        """Return the time's part of every block's first projection, [B, 4·c_hidden] each."""
         embedding = sinusoid(t, self.config.c_r).to(self.get_parameter("blocks.0.weight").dtype)
         return tuple(F.linear(embedding, block.shares()[2]) for block in self._residual)
 
     def predictor(self) -> Predictor:
-        """(x [B, D], text's and time's part for every block, added, guidance) → the noise in x.
+        """Return a function (x [B, D], the blocks' parts of text and time, guidance) → noise in x.
 
-        With guidance the parts are [2·B, 4·c_hidden], the conditional half first. Made once for many steps: on a CPU, at a few rows,
-        looking the weights up costs as much as using them.
+        With guidance the parts are [2·B, 4·c_hidden], the conditional half first. Made once for
+        many steps: on a CPU, at a few rows, looking the weights up costs as much as using them.
         """
         enter, leave = (tuple(self.blocks[i].parameters()) for i in (0, -1))
         names = ("1.weight", "1.bias", "3.weight", "4.weight", "4.bias")
@@ -100,7 +112,8 @@ class Prior(nn.Module):
             for own, extra in zip(weights, extras, strict=True):
                 h = block(h, extra, own)
             if guidance is not None:
-                # The last map is linear and the shares add up to one, so one mixed row leaves instead of two.
+                # The last map is linear and the shares add up to one, so one mixed row leaves
+                # instead of two.
                 conditional, unconditional = h.float().chunk(2)
                 h = torch.lerp(unconditional, conditional, guidance).to(x.dtype)
             return F.linear(h, *leave)
@@ -113,33 +126,39 @@ class Prior(nn.Module):
         return plain_block
 
     def forward(self, x: Tensor, t: Tensor, clip_text: Tensor) -> Tensor:
-        """Predicted noise [B, D], with nothing computed beforehand."""
+        """Return the predicted noise [B, D], without anything computed beforehand."""
         parts = zip(self.condition(clip_text), self.times(t), strict=True)
         return self.predictor()(x, (text + time for text, time in parts), None)
 
 
 def alpha_bar(t: Tensor) -> Tensor:
-    """Share of signal left at time t: the cosine schedule with s = 0.008, clamped to [1e-4, 0.9999]."""
+    """Return the share of signal left at time t, clamped to [1e-4, 0.9999].
+
+    The schedule is the cosine one with s = 0.008.
+    """
     s = 0.008
     start = math.cos(s / (1 + s) * math.pi / 2) ** 2
     return (torch.cos((t + s) / (1 + s) * (math.pi / 2)).square() / start).clamp(1e-4, 0.9999)
 
 
 def add_noise(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x [B, D] as it looks at time t [B]: what the network is trained on."""
+    """Return x [B, D] with the noise of time t [B], the network's input in training."""
     a = alpha_bar(t)[:, None]
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
 def ddpm_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float, noise: Tensor | None) -> Tensor:
-    """From time t to s < t, given ᾱ at both; noise is standard normal, or None on the last step."""
+    """Step from time t to s < t, given ᾱ at both.
+
+    noise: standard normal, or None on the last step.
+    """
     a = a_t / a_s
     mean = torch.sub(x, noise_pred, alpha=(1 - a) / math.sqrt(1 - a_t)) / math.sqrt(a)
     return mean if noise is None else torch.add(mean, noise, alpha=math.sqrt((1 - a) * (1 - a_s) / (1 - a_t)))
 
 
 def ddim_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float) -> Tensor:
-    """From time t to s < t without noise (η = 0); x₀ is not clipped."""
+    """Step from time t to s < t without noise (η = 0); x₀ is not clipped."""
     x0 = torch.sub(x, noise_pred, alpha=math.sqrt(1 - a_t)) / math.sqrt(a_t)
     return torch.add(math.sqrt(a_s) * x0, noise_pred, alpha=math.sqrt(1 - a_s))
 
@@ -147,10 +166,12 @@ def ddim_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float) -> Tensor:
 def trajectory(
     prior: Prior, clip_text: Tensor, noise: Tensor, *, guidance: float = 3.0, sampler: PriorSampler = "ddpm"
 ) -> Iterator[Tensor]:
-    """x [B, D] in fp32 after every step, from noise to CLIP image embeddings of text embeddings [B, D].
+    """Yield x [B, D] in fp32 after every step, from noise to CLIP image embeddings.
 
-    noise: [S + 1, B, D] standard normal: the start, then one for every step (DDIM and the last DDPM step use none of theirs).
-    guidance: unconditional (an all-zero text) to conditional prediction by lerp; 1 is off. Sums are fp32, products the weights' type.
+    clip_text: text embeddings, [B, D]. noise: [S + 1, B, D] standard normal: the start, then one
+    for every step (DDIM and the last DDPM step use none of theirs). guidance: unconditional (an
+    all-zero text) to conditional prediction by lerp; 1 is off. Sums are fp32, products the weights'
+    type.
     """
     S, dtype = noise.shape[0] - 1, prior.get_parameter("blocks.0.weight").dtype
     guided = guidance != 1.0
@@ -170,6 +191,9 @@ def trajectory(
 
 
 def sample(prior: Prior, clip_text: Tensor, noise: Tensor, *, guidance: float = 3.0, sampler: PriorSampler = "ddpm") -> Tensor:
-    """CLIP image embeddings [B, D] in fp32 for text embeddings [B, D]: where `trajectory` ends. noise has S + 1 ≥ 2 entries."""
+    """Return CLIP image embeddings [B, D] in fp32 for text embeddings [B, D].
+
+    They are the end of `trajectory`. noise: [S + 1, B, D], S ≥ 1.
+    """
     *_, end = trajectory(prior, clip_text, noise, guidance=guidance, sampler=sampler)
     return end

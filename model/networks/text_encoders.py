@@ -1,7 +1,8 @@
-"""The text encoders' passes in few calls, on the parameters of transformers' T5 and open_clip's CLIP, whose own forwards are their twins.
+"""The text encoders in few calls: transformers' T5 and open_clip's CLIP, which stay their twins.
 
-At a prompt's length a pass is some dozen small products, and most of its time went to what lay between them: modules, masks, position
-biases made anew for every text. Made after the weights are loaded (`ByteEncoder.fold`, `CLIP.fold`): packed ones are copies.
+At a prompt's length a pass is some dozen small products, and most of its time went to what lay
+between them: modules, masks, position biases made anew for every text. Made after the weights are
+loaded (`ByteEncoder.fold`, `CLIP.fold`): packed ones are copies.
 
 Letters: B prompts, L tokens, D width.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ByteEncoderConfig, CLIPConfig
-from model.kernels.cpu_prepacked import LinearMap, linear_map
+from model.kernels.cpu import LinearMap, linear_map
 from model.networks.layers import to_device
 
 # Passes are packed for a text of about this many tokens.
@@ -53,11 +54,13 @@ class ByteTower:
 
     @staticmethod
     def supports(t5: Any) -> bool:
+        """Return whether a T5's weights are plain and its feed-forward gated by GELU."""
         # Not what is kept in int8.
         plain = isinstance(t5.encoder.block[0].layer[0].SelfAttention.q, nn.Linear)
         return bool(plain and t5.config.feed_forward_proj == "gated-gelu")
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Encode byte ids [B, L] with mask [B, L]."""
         bias = self._bias(tokens.shape[1]).masked_fill(~mask[:, None, None], -torch.inf)  # [B, heads, L, L]
         x = F.embedding(tokens, self._t5.shared.weight)
         for layer in self._layers:
@@ -73,7 +76,7 @@ class ByteTower:
         return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
     def _bias(self, length: int) -> Tensor:
-        """[1, heads, L, L], the same for every text of a length."""
+        """Return the position bias [1, heads, L, L], the same for every text of a length."""
         if length not in self._biases:
             self._biases[length] = self._t5.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length).contiguous()
         return self._biases[length]
@@ -93,7 +96,10 @@ def _byte_layer(attention: Any, feed_forward: Any) -> _ByteLayer:
 
 
 def joined(parts: list[Any]) -> Tensor:
-    """The weights of several linear maps of the same input as one, of which theirs become views: nothing is in memory twice."""
+    """Join the weights of several linear maps of the same input.
+
+    The maps' own weights become views, so nothing is in memory twice.
+    """
     weight = torch.cat([part.weight.data for part in parts])
     for part, own in zip(parts, weight.split([len(part.weight) for part in parts]), strict=True):
         part.weight.data = own
@@ -118,10 +124,12 @@ class TextTower:
 
     @staticmethod
     def supports(clip: Any) -> bool:
+        """Return whether the tower can compute this CLIP."""
         plain = all(type(block).__name__ == "ResidualAttentionBlock" for block in clip.transformer.resblocks)
         return bool(plain and clip.text_pool_type == "argmax" and clip.attn_mask is not None)
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """Encode token ids [B, context]."""
         clip, (B, context) = self._clip, tokens.shape
         ends = tokens.argmax(-1)  # the end mark has the largest number
         length = min(-(-(int(ends.max()) + 1) // _TOKEN_STEP) * _TOKEN_STEP, context)
@@ -138,7 +146,7 @@ class TextTower:
 
 
 def _text_maps(block: Any, rows: int | None) -> tuple[LinearMap, LinearMap, LinearMap, LinearMap]:
-    """Into the heads and out of them, into the MLP and out of it."""
+    """Return a block's maps into and out of the heads, and into and out of the MLP."""
     attn, mlp, gelu = block.attn, block.mlp, block.mlp.gelu
     expand: LinearMap
     if isinstance(gelu, nn.GELU) and gelu.approximate == "none":
@@ -166,14 +174,15 @@ BYTE_BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 # ByT5's vocabulary: three marks, then the bytes.
 _PADDING, _END, _FIRST_BYTE = 0, 1, 3
 
-# CLIP's published channel statistics.
-_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+# Published channel statistics of CLIP: mean and standard deviation of red, green and blue.
+PIXEL_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One encoded prompt: byte embeddings [1, L, D] with mask [1, L], CLIP text embedding [1, D']; truncated: encoders that cut it.
+    """One encoded prompt: byte embeddings [1, L, D] and mask [1, L], CLIP embedding [1, D'].
+
+    truncated: names of the encoders that cut the prompt.
 
     L is 0 where there is no byte encoder.
     """
@@ -186,7 +195,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ByteEmbeddings:
-    """embeddings [B, L, d_model], L a bucket; mask [B, L], False at padding; truncated: whether each prompt was cut."""
+    """Encoded bytes of B prompts.
+
+    embeddings: [B, L, d_model], L a bucket. mask: [B, L], False at padding. truncated: whether each
+    prompt was cut.
+    """
 
     embeddings: Tensor
     mask: Tensor
@@ -218,15 +231,18 @@ class ByteEncoder(nn.Module):
         self.tower: ByteTower | None = None
 
     def complete(self) -> None:
-        """After tensors were assigned to a module built on the meta device: ties the second name of the embedding to the first."""
+        """Tie the embedding's second name to the first, after a meta module got its tensors."""
         self.t5.set_input_embeddings(self.t5.shared)
 
     def fold(self) -> None:
-        """From now on the weights are fixed, and a pass takes few calls."""
+        """Compute by `ByteTower` from now on, in few calls; the weights are fixed."""
         self.tower = ByteTower(self.t5) if ByteTower.supports(self.t5) else None
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
-        """Prompts → byte ids [B, L] padded to a bucket, mask [B, L], and which prompts were cut to `max_bytes` (end mark included)."""
+        """Return byte ids [B, L] padded to a bucket, mask [B, L], and which prompts were cut.
+
+        A prompt is cut to `max_bytes`, end mark included.
+        """
         limit = self.config.max_bytes
         # A prompt is text: "</s>" in it is four characters, not the end mark.
         texts = [prompt.encode("utf-8", "replace") for prompt in prompts]
@@ -237,6 +253,7 @@ class ByteEncoder(nn.Module):
         return tokens, mask, tuple(len(text) > limit - 1 for text in texts)
 
     def forward(self, prompts: Sequence[str]) -> ByteEmbeddings:
+        """Encode prompts."""
         tokens, mask, truncated = self.tokenize(prompts)
         device = self.t5.shared.weight.device
         tokens, mask = (t.to(device, non_blocking=True) for t in (tokens, mask))
@@ -248,15 +265,21 @@ class ByteEncoder(nn.Module):
 
 
 def bucket(length: int, limit: int) -> int:
-    """The smallest bucket that holds `length`, at most `limit`."""
+    """Return the smallest bucket that holds `length`, at most `limit`."""
     return next((b for b in BYTE_BUCKETS if length <= b < limit), limit)
 
 
 class CLIP(nn.Module):
-    """open_clip's CLIP, both towers; embeddings are not normalised, as the published system uses them."""
+    """open_clip's CLIP, both towers.
+
+    Embeddings are not normalised, as the published system uses them.
+    """
 
     def __init__(self, config: CLIPConfig, directory: Path | None = None) -> None:
-        """directory: where the bundle's own merges file lies, for configurations that name one."""
+        """Build the networks.
+
+        directory: of the bundle's own merges file, for configurations that name one.
+        """
         import open_clip
         from open_clip.tokenizer import SimpleTokenizer
 
@@ -271,21 +294,28 @@ class CLIP(nn.Module):
         self.tower: TextTower | None = None
 
     def complete(self) -> None:
-        """After tensors were assigned to a module built on the meta device: its causal mask is no part of the state."""
+        """Build the causal mask, which no state dict has, after a meta module got its tensors."""
         length = self.config.context_length
         mask = torch.full((length, length), -torch.inf, device=self.device, dtype=self.model.logit_scale.dtype).triu_(1)
         self.model.register_buffer("attn_mask", mask, persistent=False)
 
     def fold(self, packed: bool = True) -> None:
-        """From now on the weights are fixed, and a text's pass takes few calls; packed: by copies of them."""
+        """Compute texts by `TextTower` from now on, in few calls; the weights are fixed.
+
+        packed: by copies of the weights.
+        """
         self.tower = TextTower(self.model, packed) if TextTower.supports(self.model) else None
 
     @property
     def device(self) -> torch.device:
+        """The weights' device."""
         return self.model.logit_scale.device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[bool, ...]]:
-        """Prompts → token ids [B, context] on the CPU, and which have more tokens than that (start and end marks included)."""
+        """Return token ids [B, context] on the CPU, and which prompts have more tokens.
+
+        Start and end marks count.
+        """
         context, t = self.config.context_length, self.tokenizer
         rows = [[t.sot_token_id, *t.encode(prompt), t.eot_token_id] for prompt in prompts]
         tokens = torch.zeros(len(rows), context, dtype=torch.int64)
@@ -294,24 +324,24 @@ class CLIP(nn.Module):
         return tokens, tuple(len(row) > context for row in rows)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts → [B, embed_dim]."""
+        """Encode prompts as [B, embed_dim]."""
         return self.encode_tokens(self.tokenize(prompts)[0])
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """What `tokenize` gives → [B, embed_dim]."""
+        """Encode the tokens of `tokenize` as [B, embed_dim]."""
         if self.tower is None or torch.is_autocast_enabled(self.device.type):
             return self.model.encode_text(tokens.to(self.device, non_blocking=True))
         return self.tower(tokens)
 
     def scale(self, image: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] → the size that the image tower reads."""
+        """Scale images [B, 3, H, W] in [0, 1] to the size that the image tower reads."""
         size = (self.image_size, self.image_size)
         if image.shape[-2:] == size:
             return image
         return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], any size → [B, embed_dim]."""
+        """Encode images [B, 3, H, W] in [0, 1], of any size, as [B, embed_dim]."""
         image = self.scale(image)
-        mean, std = (to_device(values, image.device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
+        mean, std = (to_device(values, image.device).view(3, 1, 1) for values in PIXEL_STATISTICS)
         return self.model.encode_image(((image - mean) / std).to(self.model.logit_scale.dtype))

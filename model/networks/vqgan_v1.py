@@ -1,4 +1,4 @@
-"""The v1 VQGAN: pictures to codes and back (github.com/CompVis/taming-transformers `GumbelVQ`, published parameter names).
+"""The v1 VQGAN: images to codes and back (github.com/CompVis/taming-transformers `GumbelVQ`).
 
     tokens = vqgan.encode(image)     # [B, 3, H, W] in [0, 1] → [B, H/f, W/f]
     image = vqgan.decode(tokens)     # and back, clamped to [0, 1]
@@ -22,6 +22,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(32, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         return channels_last(super().forward(channels_first(x)))
 
 
@@ -38,6 +39,7 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = Pointwise(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -52,6 +54,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (Pointwise(channels, channels) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         pixels = self.norm(x).flatten(1, 2)[:, None]  # [B, 1, H·W, C]
         y = F.scaled_dot_product_attention(self.q(pixels), self.k(pixels), self.v(pixels))
         return x + self.proj_out(y).view_as(x)
@@ -65,17 +68,19 @@ class Downsample(nn.Module):
         self.conv = Conv(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         return self.conv(F.pad(x, (0, 0, 0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Every pixel four times, then a 3×3 convolution."""
+    """Repeat every pixel 2×2 times, then a 3×3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         return self.conv(channels_last(F.interpolate(channels_first(x), scale_factor=2.0, mode="nearest")))
 
 
@@ -89,11 +94,15 @@ class Middle(nn.Module):
         self.block_2 = ResidualBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each with its attention where there is any, and the way to the next level, if there is one."""
+    """Residual blocks at one resolution, with attention if configured.
+
+    Every level but the last ends with the way to the next.
+    """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, leave: Downsample | Upsample | None) -> None:
         super().__init__()
@@ -104,6 +113,7 @@ class Level(nn.Module):
             self.add_module(self.leave, leave)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
@@ -112,6 +122,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Image to latents."""
+
     def __init__(self, config: VQGANV1Config) -> None:
         super().__init__()
         c, widths = config, config.widths
@@ -131,6 +143,7 @@ class Encoder(nn.Module):
         self.conv_out = Conv(widths[-1], c.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         x = self.conv_in(image)
         for level in self.down:
             x = level(x)
@@ -138,6 +151,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents to image."""
+
     def __init__(self, config: VQGANV1Config) -> None:
         super().__init__()
         c, widths = config, config.widths
@@ -158,6 +173,7 @@ class Decoder(nn.Module):
         self.conv_out = Conv(widths[0], c.out_ch, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         x = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             x = level(x)
@@ -165,7 +181,10 @@ class Decoder(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """A classifier over the codes, and their vectors. Only training draws from the classifier; here the likeliest code counts."""
+    """A classifier over the codes, and their vectors.
+
+    Training draws from the classifier; here the likeliest code counts.
+    """
 
     def __init__(self, config: VQGANV1Config) -> None:
         super().__init__()
@@ -173,7 +192,10 @@ class GumbelQuantizer(nn.Module):
         self.embed = nn.Embedding(config.n_embed, config.embed_dim)
 
     def likeliest(self, latents: Tensor) -> Tensor:
-        """Latents [..., C] → codes [...], in fp32: half a bit decides between neighbours."""
+        """Return the likeliest codes [...] of latents [..., C].
+
+        fp32, because half a bit decides between neighbours.
+        """
         bias = None if self.proj.bias is None else self.proj.bias.float()
         return F.linear(latents.float(), self.proj.weight.flatten(1).float(), bias).argmax(-1)
 
@@ -191,11 +213,14 @@ class VQGANV1(nn.Module):
         self.post_quant_conv = Pointwise(config.embed_dim, config.z_channels)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [0, 1] → codes [B, H/f, W/f]. H and W are multiples of f."""
+        """Encode images [B, 3, H, W] in [0, 1] as codes [B, H/f, W/f].
+
+        H and W are multiples of f.
+        """
         x = channels_last(2 * image - 1)
         return self.quantize.likeliest(self.quant_conv(self.encoder(x)))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Codes [B, h, w] → image [B, 3, h·f, w·f], clamped to [0, 1]."""
+        """Decode codes [B, h, w] to images [B, 3, h·f, w·f], clamped to [0, 1]."""
         y = self.decoder(self.post_quant_conv(self.quantize.embed(tokens)))
         return (channels_first(y) / 2 + 0.5).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The v3 VQGAN: pictures to codes and back (github.com/dome272/Paella `VQModel`, published parameter names).
+"""The v3 VQGAN: images to codes and back (github.com/dome272/Paella `VQModel`).
 
     tokens = vqgan.encode(image)     # [B, 3, H, W] in [0, 1] → [B, H/f, W/f]
     image = vqgan.decode(tokens)     # and back; not clamped, as published
@@ -13,16 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VQGANConfig
-from model.kernels.cpu_prepacked import LinearMap, PackedDepthwise, linear_map, supported
+from model.kernels.cpu import LinearMap, PackedDepthwise, linear_map, supported
 from model.networks.layers import Conv, ConvTranspose, Pointwise, channels_first, channels_last, norm, pixel_shuffle, pixel_unshuffle
 
 
 class ResidualBlock(nn.Module):
-    """Depthwise 3×3, then a channel MLP; six learned scalars scale, shift and weigh the two branches."""
+    """Depthwise 3×3, then a channel MLP.
+
+    Six learned scalars scale, shift and weigh the two branches.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Index 0 is the published replication padding; here it is done in forward, on the channels-last view.
+        # Index 0 is the published replication padding; here it is done in forward, on the
+        # channels-last view.
         self.depthwise = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels))
         self.channelwise = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -30,9 +34,12 @@ class ResidualBlock(nn.Module):
 
     @torch.no_grad()
     def pack(self, height: int, width: int) -> None:
-        """Folds the scalars into the weights, and packs those for the CPU's kernels, mostly for one picture of this size.
+        """Fold the scalars into the weights, and pack those for the CPU's kernels.
 
-        What the scalars do before a map that is linear (and, by its padding, knows no edge) or after it may as well be done by the map.
+        The packed form is fastest for one image of this size.
+
+        What the scalars do before a map that is linear (and, by its padding, knows no edge) or
+        after it may as well be done by the map.
         """
         dtype, g = self.gammas.dtype, self.gammas.float()
         kernel, around = (p.float() for p in self.depthwise[1].parameters())
@@ -53,6 +60,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute it for x [B, H, W, C]."""
         if self.packed is not None:
             depthwise, expand, contract = self.packed
             x = x + depthwise(_replicated(norm(x)))
@@ -66,7 +74,7 @@ class ResidualBlock(nn.Module):
 
 
 def _replicated(x: Tensor) -> Tensor:
-    """[B, H, W, C] with its outermost pixels once more around it, [B, H + 2, W + 2, C]."""
+    """Pad [B, H, W, C] by its outermost pixels to [B, H + 2, W + 2, C]."""
     return channels_last(F.pad(channels_first(x), (1, 1, 1, 1), mode="replicate"))
 
 
@@ -79,7 +87,10 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Latents [..., c_latent] → codes [...], in fp32: half a bit decides between neighbours."""
+        """Return the nearest codes [...] of latents [..., c_latent].
+
+        fp32, because half a bit decides between neighbours.
+        """
         codes = self.codebook.weight.float()
         flat = latents.float().reshape(-1, latents.shape[-1])
         # |x − c|² without |x|², which is the same for every code.
@@ -118,7 +129,10 @@ class VQGAN(nn.Module):
         return blocks
 
     def pack(self, height: int, width: int) -> None:
-        """Packs the decoder's weights for the CPU's kernels where there are such, mostly for one picture of this token grid."""
+        """Pack the decoder's weights for the CPU's kernels if supported.
+
+        The packed form is fastest for one image of this token grid.
+        """
         if not supported(self.vquantizer.codebook.weight):
             return
         for block in self.up_blocks:
@@ -128,23 +142,29 @@ class VQGAN(nn.Module):
                 block.pack(height, width)
 
     def encode_latents(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [0, 1] → unquantised, unscaled latents [B, H/f, W/f, c_latent]. H and W are multiples of f."""
+        """Encode images [B, 3, H, W] in [0, 1] as latents [B, H/f, W/f, c_latent].
+
+        The latents are neither quantised nor scaled. H and W are multiples of f.
+        """
         x = self.in_block(pixel_unshuffle(image.permute(0, 2, 3, 1), 2))
         for block in self.down_blocks[:-1]:
             x = block(x)
         return channels_last(self.down_blocks[-1](channels_first(x)))
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [0, 1] → codes [B, H/f, W/f]."""
+        """Encode images [B, 3, H, W] in [0, 1] as codes [B, H/f, W/f]."""
         return self.vquantizer.nearest(self.encode_latents(image))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Unscaled latents [B, h, w, c_latent] → image [B, 3, h·f, w·f], about [0, 1], not clamped."""
+        """Decode unscaled latents [B, h, w, c_latent] to images [B, 3, h·f, w·f].
+
+        The values are about [0, 1], not clamped.
+        """
         x = latents.to(self.vquantizer.codebook.weight.dtype)
         for block in self.up_blocks:
             x = block(x)
         return pixel_shuffle(self.out_block(x), 2).permute(0, 3, 1, 2)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Codes [B, h, w] → image [B, 3, h·f, w·f], about [0, 1], not clamped."""
+        """Decode codes [B, h, w] to images [B, 3, h·f, w·f], about [0, 1], not clamped."""
         return self.decode_latents(self.vquantizer.codebook(tokens))

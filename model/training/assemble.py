@@ -2,10 +2,10 @@
 
     python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
     python -m model.training.assemble weights/tiny --dtype float16
-    python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt     # a bundle with another denoiser
+    python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt
 
-Networks without a checkpoint keep those of the bundle that is already there, or random weights: the prior and the denoiser train on a
-bundle whose encoders and VQGAN are trained.
+Networks without a checkpoint keep those of the bundle that is already there, or random weights: the
+prior and the denoiser train on a bundle whose encoders and VQGAN are trained.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
-from model.bundle import Bundle, assign, build, inner, load_bundle, load_v3, save_bundle
+from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, load_v3, save_bundle
 from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
 from model.runtime import prepare
-from model.training import captions, loop, tiny
-from model.training.data import as_float
+from model.training import loop, tiny
+from model.training.checkpoint import averaged
+from model.training.codes import quiet
 
 # Network → (checkpoint, where the published module sits in what was trained).
 _SOURCES = {
     "vqgan": ("vqgan", "vqgan."),
-    "byt5": ("byte_encoder", "encoder.t5."),
-    "clip": ("clip", "clip.model."),
+    "byt5": ("byte_encoder", "t5."),
+    "clip": ("clip", "model."),
     "prior": ("prior", ""),
     "denoiser": ("denoiser", "denoiser."),
 }
@@ -49,13 +47,9 @@ def tiny_config() -> BundleV3Config:
     )
 
 
-def trained_state(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The averaged weights of the network below `prefix`, without what only training needed."""
-    return {name.removeprefix(prefix): t for name, t in checkpoint["ema"].items() if name.startswith(prefix)}
-
-
 def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Writes the bundle and returns its configuration. Raises FileNotFoundError without a CLIP run, whose merges every bundle needs."""
+    """Write the bundle and return its configuration. Raises FileNotFoundError without a CLIP run,
+    whose merges every bundle needs."""
     config = tiny_config()
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
@@ -66,36 +60,34 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
     for network, (name, prefix) in _SOURCES.items():
         checkpoint = runs / f"{name}.pt"
         if checkpoint.exists():
-            inner(getattr(bundle, network)).load_state_dict(trained_state(loop.load(checkpoint), prefix))
+            inner(getattr(bundle, network)).load_state_dict(
+                averaged(loop.load(checkpoint), prefix), strict=network != "byt5"
+            )
             print(f"{network}: {checkpoint}")
-    if (runs / f"{_SOURCES['clip'][0]}.pt").exists():  # one that was kept has been scaled, and others were trained on it
-        give_unit_variance(bundle)
+    if (runs / f"{_SOURCES['denoiser'][0]}.pt").exists() and isinstance(bundle, BundleV3):
+        quiet(bundle.denoiser)
     return save_bundle(bundle, out, dtype, merges)
 
 
 def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Writes the bundle `base` with a trained denoiser, named after its directory; the other networks stay as they are.
+    """Write the bundle `base` with a trained denoiser, named after its directory; the other
+    networks stay as they are.
 
-    Raises what `load_v3` raises, BundleError for a checkpoint of another shape, pydantic.ValidationError for an impossible name.
+    Raises what `load_v3` raises, BundleError for a checkpoint of another shape,
+    pydantic.ValidationError for an impossible name.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
-    assign(bundle.denoiser, trained_state(loop.load(checkpoint), _SOURCES["denoiser"][1]), torch.float32, where=str(checkpoint))
-    config = TypeAdapter(BundleV3Config).validate_python(asdict(bundle.config) | {"name": out.resolve().name})
+    assign(
+        bundle.denoiser,
+        averaged(loop.load(checkpoint), _SOURCES["denoiser"][1]),
+        torch.float32,
+        where=str(checkpoint),
+    )
+    config = TypeAdapter(BundleV3Config).validate_python(
+        asdict(bundle.config) | {"name": out.resolve().name}
+    )
     merges = None if config.clip.merges is None else base / config.clip.merges
     return save_bundle(replace(bundle, config=config), out, dtype, merges)
-
-
-@torch.no_grad()
-def give_unit_variance(bundle: Bundle, scenes: int = 128) -> None:
-    """Scales CLIP's last projections so that embeddings of scenes have unit variance, which the prior's diffusion begins with.
-
-    Cosines, which are all that CLIP is trained for, stay as they are. Raises FileNotFoundError without the emoji font.
-    """
-    pixels, texts, _ = captions.batch(np.random.default_rng(0), scenes, *bundle.config.native_size)
-    clip = bundle.clip
-    image = as_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), clip.device)
-    clip.model.visual.proj.data /= clip.encode_image(image).std()
-    clip.model.text_projection.data /= clip.encode_text(texts).std()
 
 
 def _keep(bundle: Bundle, old: Bundle) -> None:
@@ -104,10 +96,14 @@ def _keep(bundle: Bundle, old: Bundle) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("out", type=Path)
     p.add_argument("--runs", type=Path, default=Path("runs"))
-    p.add_argument("--base", help="name or path of the bundle that all but the denoiser is taken from")
+    p.add_argument(
+        "--base", help="name or path of the bundle that all but the denoiser is taken from"
+    )
     p.add_argument("--denoiser", type=Path, help="checkpoint of the denoiser that goes into --base")
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     args = p.parse_args()

@@ -6,15 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def load(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint's contents: `ema` (the weights to use), `model`, `optimizers`, `step`, `seconds`, random states, the data's position."""
+    """Return a checkpoint's contents: `ema` (the weights to use), `model`, `optimizers`, `step`,
+    `seconds`, random states, the data's position."""
     return torch.load(checkpoint, map_location=device, weights_only=True)
 
 
+def averaged(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Return the averaged weights of the network below `prefix`, without what only training
+    needed."""
+    return {
+        name.removeprefix(prefix): t
+        for name, t in checkpoint["ema"].items()
+        if name.startswith(prefix)
+    }
+
+
 def save(path: Path, contents: dict[str, Any]) -> None:
-    """Writes beside the old file, then takes its place."""
+    """Write beside the old file, then take its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(contents, partial)

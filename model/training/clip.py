@@ -1,39 +1,53 @@
-"""Trains the CLIP pair on captioned scenes: contrastively, with both towers also naming what is stated.
+"""Trains CLIP's towers on captioned scenes: each learns to say the codes (codes.py), the one of
+captions, the other of pictures.
 
     python -m model.training.clip --minutes 15
 
-The attribute heads are what makes minutes enough; they are thrown away. The text tower's vocabulary is learnt first, from captions.
+What a caption's code and its picture's have in common is most of either, so the towers find each
+other without being compared. The text tower's vocabulary is learnt first, from captions.
 """
 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.text import CLIP
+from model.bundle import load_v3
+from model.config import find_bundle
+from model.networks.text_encoders import CLIP, PIXEL_STATISTICS
 from model.training import loop, tiny
-from model.training.attributes import AttributeHeads, attribute_loss
-from model.training.byte_encoder import draw_captions
-from model.training.data import as_float, stream
+from model.training.codes import KIND_WIDTH, Codes
+from model.training.data import Scenes
 
 _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark and end mark
+# Scaled-down pictures are kept and met again with other captions; before every step some are drawn
+# anew.
+_KEPT, _RENEWED = 16, 0.25  # batches; share of a batch
+_LEARNT_FROM = 20_000  # captions, for the vocabulary
+# How much the question for the kind counts, what its dot products are multiplied by, and how like a
+# kind's own vector one must be.
+_KIND_SHARE, _KIND_SCALE, _CLEAR = 0.3, 1 / 8, 0.8
 
 
-def learn_merges(path: Path, vocabulary: int, captions: int = 20_000) -> None:
-    """Writes the byte-pair merges of sampled captions as open_clip's tokenizer reads them: gzipped, a header, a pair a line."""
+def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
+    """Write the byte-pair merges of captions as open_clip's tokenizer reads them: gzipped, a
+    header, a pair a line."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts = [caption.text for caption in draw_captions(np.random.default_rng(0), captions)]
-    # The trainer counts its own alphabet of letters into the size it is given, so it is asked for more merges than are kept.
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2 * vocabulary, end_of_word_suffix="</w>", show_progress=False))
+    # The trainer counts its own alphabet of letters into the size it is given, so it is asked for
+    # more merges than are kept.
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * vocabulary, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
     folder = path.parent / "merges"
     folder.mkdir(parents=True, exist_ok=True)
     merges_file = Path(tokenizer.model.save(str(folder))[1])
@@ -41,42 +55,215 @@ def learn_merges(path: Path, vocabulary: int, captions: int = 20_000) -> None:
     path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *merges]).encode(), mtime=0))
 
 
-class Pair(nn.Module):
-    """Both towers, and linear heads on their embeddings."""
+def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
+    """Return all captions' tokens, int16 [N, C, context]: what `clip.tokenize` makes of each, with
+    every word looked up once."""
+    text, length = scenes.corpus.text.cpu().numpy(), scenes.corpus.length.cpu().numpy()
+    N, C, _ = text.shape
+    tokenizer, context = clip.tokenizer, clip.config.context_length
+    first, last = tokenizer.sot_token_id, tokenizer.eot_token_id
+    known: dict[str, list[int]] = {}
+    tokens = torch.zeros(N * C, context, dtype=torch.int16)
+    rows = tokens.numpy()
+    for row, (line, count) in enumerate(
+        zip(text.reshape(N * C, -1), length.reshape(-1).tolist(), strict=True)
+    ):
+        caption = line[:count].tobytes().decode(errors="replace")
+        if (
+            caption.isascii() and "&" not in caption
+        ):  # the tokenizer's pattern spans no space, and its cleaning changes nothing here
+            numbers = [first]
+            for word in caption.lower().split():
+                if word not in known:
+                    known[word] = tokenizer.encode(word)
+                numbers += known[word]
+        else:
+            numbers = [first, *tokenizer.encode(caption)]
+        numbers = numbers[: context - 1]
+        rows[row, : len(numbers)] = numbers
+        rows[row, len(numbers)] = last
+    return tokens.view(N, C, context)
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self.clip = CLIP(tiny.CLIP, directory)
-        self.heads = AttributeHeads(tiny.CLIP.embed_dim)
+
+def encode_tokens(clip: CLIP, tokens: Tensor, longest: int) -> Tensor:
+    """Return what `clip.model.encode_text` makes of tokens [B, context] of which none is longer
+    than `longest`, without what lies behind."""
+    model, tokens = clip.model, tokens[:, :longest].long()
+    x = model.token_embedding(tokens) + model.positional_embedding[:longest]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
+    return x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ model.text_projection
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(CLIP's symmetric loss, share of pictures that find their caption) for embeddings [B, D]."""
-    logits = scale.exp().clamp(max=100) * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
-    own = torch.arange(len(logits), device=logits.device)
-    loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    return loss, (logits.argmax(-1) == own).float().mean()
+def found(image: Tensor, text: Tensor) -> Tensor:
+    """Return the share of pictures that find their caption among all, by embeddings [B, D]."""
+    likeness = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+    return (likeness.argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
+
+
+class Thumbnails:
+    """Pictures at the size that CLIP's image tower reads, uint8 [capacity, 3, S, S], and whose they
+    are."""
+
+    def __init__(self, clip: CLIP, scenes: Scenes, batch: int, members: tuple[Tensor, ...]) -> None:
+        self.clip, self.scenes, self.members, self.batch = clip, scenes, members, batch
+        self.count = max(1, round(_RENEWED * batch))
+        S, device = clip.image_size, scenes.device
+        self.capacity = _KEPT * batch
+        self.pixels = torch.zeros(
+            self.capacity, 3, S, S, dtype=torch.uint8, device=device
+        ).contiguous(memory_format=torch.channels_last)
+        self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
+        self._next = 0
+        self.mean, self.std = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in PIXEL_STATISTICS
+        )
+        for _ in range(-(-self.capacity // self.count)):
+            self.renew()
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Put new pictures in the place of the oldest; mostly square ones, as in the corpus."""
+        weights = [len(own) for own in self.members]
+        aspect = int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))
+        index, _ = self.scenes.some(self.count, self.members[aspect])
+        place = (
+            torch.arange(self._next, self._next + self.count, device=index.device) % self.capacity
+        )
+        scaled = self.clip.scale(self.scenes.small_pictures(index, aspect))
+        self.pixels[place], self.index[place] = scaled.mul(255).round().to(torch.uint8), index
+        self._next = (self._next + self.count) % self.capacity
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Return (pictures [B, 3, S, S] as the image tower takes them, their scenes' numbers
+        [B])."""
+        chosen = (torch.rand(self.batch, device=self.index.device) * self.capacity).long()
+        return (self.pixels[chosen].float() / 255 - self.mean) / self.std, self.index[chosen]
+
+
+def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+    """Return (squared distance of embeddings [B, D] to codes [B, D] and cross-entropy of the kind
+    that is shown most, how often it is right)."""
+    said = said.float()
+    wanted = code[:, :KIND_WIDTH]
+    likeness = wanted @ codes.kinds.T
+    best = likeness.max(-1)
+    clear = (
+        best.values > _CLEAR * KIND_WIDTH
+    ).float()  # not where several kinds are mixed, nor where nothing is there
+    logits = said[:, :KIND_WIDTH] @ codes.kinds.T * _KIND_SCALE
+    errors = F.cross_entropy(logits, best.indices, reduction="none")
+    right = ((logits.argmax(-1) == best.indices) * clear).sum() / clear.sum().clamp_min(1)
+    return F.mse_loss(said, code) + _KIND_SHARE * (errors * clear).mean(), right
+
+
+def pair_loss(
+    clip: CLIP, scenes: Scenes, codes: Codes, index: Tensor, image: Tensor | None, longest: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return (the objective, figures) for scenes [B], each with one of its captions, and their
+    pictures [B, 3, S, S] as the image tower takes them; without pictures, of the text tower
+    alone."""
+    if scenes.clip_tokens is None:
+        raise ValueError("the captions' tokens are not known")
+    which = (torch.rand(len(index), device=index.device) * scenes.corpus.text.shape[1]).long()
+    said = encode_tokens(clip, scenes.clip_tokens[index, which], longest)
+    loss, read = tower_loss(said, codes.text(index, which), codes)
+    if image is None:
+        return loss, {"text": read}
+    shown = clip.model.encode_image(image)
+    seen_loss, seen = tower_loss(shown, codes.pictures(index), codes)
+    return loss + seen_loss, {
+        "image": seen,
+        "text": read,
+        "found": found(shown.detach(), said.detach()),
+    }
+
+
+@torch.no_grad()
+def retrieval(clip: CLIP, scenes: Scenes, index: Tensor, among: int = 256) -> float:
+    """Return how often a picture finds its own caption among so many, over square scenes [N]."""
+    if scenes.clip_tokens is None:
+        raise ValueError("the captions' tokens are not known")
+    shares = []
+    for part in index.split(among):
+        image = torch.cat([clip.encode_image(scenes.pictures(few)) for few in part.split(32)])
+        shares.append(found(image, clip.model.encode_text(scenes.clip_tokens[part, 0].long())))
+    return float(sum(shares)) / len(shares)
+
+
+def matrices(module: nn.Module) -> list[str]:
+    """Return the text layers' maps, for Muon."""
+    return [name for name, p in module.named_parameters() if p.ndim == 2 and ".resblocks." in name]
+
+
+def train(
+    clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000, *, text_only: bool = False
+) -> CLIP:
+    """Train until the budget is spent, but not on the corpus' last scenes. scenes: with the
+    captions' tokens."""
+    clip.train()
+    clip.model.visual.to(memory_format=torch.channels_last)
+    if scenes.clip_tokens is None:
+        raise ValueError("the captions' tokens are not known")
+    bound = max(len(scenes.corpus) - held_out, 1)
+    codes, longest = Codes(scenes.corpus), int(scenes.clip_tokens.argmax(-1).max()) + 1
+    if text_only:
+        clip.model.visual.requires_grad_(False)
+        among = torch.arange(bound, device=scenes.device)
+
+        def read() -> tuple[Tensor, dict[str, Tensor]]:
+            return pair_loss(clip, scenes, codes, scenes.some(o.batch, among)[0], None, longest)
+
+        trained: CLIP = loop.fit(clip, read, o, matrices=matrices(clip)).eval()  # type: ignore[assignment]
+        return trained
+    thumbnails = Thumbnails(
+        clip, scenes, o.batch, tuple(own[own < bound] for own in scenes.of_aspect)
+    )
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        image, index = thumbnails.draw()
+        return pair_loss(clip, scenes, codes, index, image, longest)
+
+    trained = loop.fit(clip, loss, o, matrices=matrices(clip), before=thumbnails.renew).eval()  # type: ignore[assignment]
+    return trained
+
+
+def with_tokens(scenes: Scenes, clip: CLIP) -> Scenes:
+    """Return the scenes with their captions' tokens."""
+    return loop.replace(scenes, clip_tokens=tokenize(clip, scenes).to(scenes.device))
 
 
 def main() -> None:
-    o = loop.options(loop.parser(__doc__, name="clip", batch=128, lr=1e-3, minutes=15).parse_args())
+    p = loop.parser(__doc__, name="clip", batch=128, lr=1e-3, minutes=15)
+    p.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="name or path of the bundle whose pair and vocabulary to go on with",
+    )
+    p.add_argument("--start", type=Path, help="checkpoint whose averaged weights to begin with")
+    p.add_argument(
+        "--text-only",
+        action="store_true",
+        help="leave the image tower as it is, and draw no pictures",
+    )
+    args = p.parse_args()
+    o = loop.options(args)
+    scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=not args.text_only)
     merges = o.checkpoint.parent / str(tiny.CLIP.merges)
-    if not merges.exists():
-        learn_merges(merges, tiny.CLIP.text_cfg["vocab_size"])
-    scenes = stream(o.batch, o.seed, workers=o.workers)
-    trained = Pair(o.checkpoint.parent).to(o.device).train()
-
-    def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        pixels, prompts, classes = next(scenes)
-        classes = {k: v.to(o.device) for k, v in classes.items()}
-        image = trained.clip.encode_image(as_float(pixels, o.device))
-        text = trained.clip.encode_text(prompts)
-        contrast, found = contrastive_loss(image, text, trained.clip.model.logit_scale)
-        image_loss, image_worst = attribute_loss(trained.heads(image), classes)
-        text_loss, text_worst = attribute_loss(trained.heads(text), classes)
-        return contrast + image_loss + text_loss, {"found": found, "image": image_worst, "text": text_worst}
-
-    loop.fit(trained, loss, o)
+    kept = find_bundle(args.from_bundle) if args.from_bundle else None
+    if kept is not None:
+        merges.parent.mkdir(parents=True, exist_ok=True)
+        merges.write_bytes((kept / str(tiny.CLIP.merges)).read_bytes())
+    elif not merges.exists():
+        learn_merges(merges, tiny.CLIP.text_cfg["vocab_size"], scenes.captions(_LEARNT_FROM))
+    clip = CLIP(tiny.CLIP, o.checkpoint.parent)
+    if kept is not None:
+        clip.load_state_dict(load_v3(kept, torch.device("cpu"), torch.float32).clip.state_dict())
+    if args.start is not None:
+        clip.load_state_dict(loop.load(args.start)["ema"])
+    scenes = with_tokens(scenes, clip)
+    trained = train(clip.to(o.device), scenes, o, text_only=args.text_only)
+    if loop.rank() == 0 and not args.text_only:
+        print(f"found among 256: {retrieval(trained, scenes, scenes.of_aspect[0][-256:]):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
-"""Endless batches of freshly drawn captioned scenes."""
+"""The captioned scenes of a corpus, on the device that trains: pictures are drawn when they are
+asked for, captions are read as they lie.
+
+Nothing here asks the device for a number or sends it one, so all of it may be part of a recorded
+step. Letters: N scenes, B of them, L bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import count
-from types import MappingProxyType
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from model.training import captions, tiny
+from model.training import art, corpus
+from model.training.corpus import Corpus
+from model.training.render import render
+from model.training.scenes import ASPECTS
 
-# Of the scenes that tokens are learnt from, this share lies on the tokens' own lattice. A circle's outline may fall across a token in
-# endless ways, and each is another code; aligned, the same few codes draw it every time, and a small network has that many fewer to learn.
-# The rest lies anywhere, as in the pictures that people upload.
-_ALIGNED = 0.8
-
-Batch = tuple[Tensor, list[str], dict[str, Tensor]]
+# ByT5's vocabulary: three marks, then the bytes.
+_END, _FIRST_BYTE = 1, 3
+# Scenes of a corpus that a trainer samples for itself, and the processes that do it.
+_OWN_SCENES = 20_000
 
 
 class Source(Protocol):
@@ -29,64 +35,152 @@ class Source(Protocol):
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """How many files could not be used, by reason."""
+        """Return how many files could not be used, by reason."""
 
     def draw(self) -> tuple[Tensor, list[str]]:
-        """(uint8 [N, 3, H, W], N captions)."""
+        """Return (uint8 [N, 3, H, W], N captions)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands: everything that `draw` will return follows from this."""
+        """Return where it stands: everything that `draw` will return follows from this."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Scenes(Dataset[Batch]):
-    """Batch i, whoever draws it: (pictures uint8 [B, 3, H, W], B captions, attribute classes [B] each)."""
+@dataclass(frozen=True)
+class Text:
+    """B captions: bytes uint8 [B, L], 0 behind their ends, and how many each has, [B]."""
 
-    def __init__(self, batch: int, seed: int, aligned: float = 0.0) -> None:
-        """aligned: the share of pictures that lie on the lattice of the VQGAN's tokens."""
-        self.batch, self.seed, self.aligned = batch, seed, aligned
+    bytes: Tensor
+    length: Tensor
 
-    def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng([self.seed, index])
-        lattice = tiny.VQGAN.downscale
-        images, texts, attributes = captions.batch(rng, self.batch, *tiny.NATIVE_SIZE, lattice=lattice, aligned=self.aligned)
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return pixels, texts, {name: torch.from_numpy(classes) for name, classes in attributes.items()}
+    @property
+    def ids(self) -> Tensor:
+        """Return what ByT5 reads: [B, L + 1] with an end mark, then padding."""
+        padded = F.pad(self.bytes.long(), (0, 1))
+        place = torch.arange(padded.shape[1], device=padded.device)
+        length = self.length.long()[:, None]
+        return (padded + _FIRST_BYTE) * (place < length) + _END * (place == length)
+
+    @property
+    def mask(self) -> Tensor:
+        """Return [B, L + 1], False at padding."""
+        return (
+            torch.arange(self.bytes.shape[1] + 1, device=self.bytes.device)
+            <= self.length.long()[:, None]
+        )
 
 
-def stream(batch: int, seed: int, *, workers: int = 0, start: int = 0, aligned: float = 0.0) -> Iterator[Batch]:
-    """The batches of `Scenes` from `start` on, without end, drawn in `workers` other processes (0: in this one)."""
-    # Its own generator: a loader takes a number from torch's, and where a resumed training makes one, the original did not.
-    generator = torch.Generator().manual_seed(seed)
-    return iter(DataLoader(Scenes(batch, seed, aligned), batch_size=None, sampler=count(start), num_workers=workers, generator=generator))
+@dataclass(frozen=True)
+class Scenes:
+    """A corpus and what draws it, on one device.
 
+    clip_tokens: int16 [N, C, context], CLIP's tokens of its captions, where they are known.
+    """
 
-class SceneSource:
-    """Scenes as a source: where it stands is the number of batches drawn."""
+    corpus: Corpus
+    atlas: Tensor
+    clip_tokens: Tensor | None = None
 
-    identity = "scenes"
-    skipped: Mapping[str, int] = MappingProxyType({})
+    @classmethod
+    def load(
+        cls,
+        path: Path | None,
+        device: torch.device,
+        seed: int = 0,
+        scenes: int = _OWN_SCENES,
+        pictures: bool = True,
+    ) -> Scenes:
+        """Return the corpus in a file, or one sampled here and now. Raises FileNotFoundError
+        without the art, unless no `pictures` are needed."""
+        atlas = (art.atlas() if pictures else torch.empty(0)).to(device)
+        known = corpus.load(path) if path is not None else corpus.generate(scenes, seed, 1)
+        return cls(known.to(device), atlas)
 
-    def __init__(self, batch: int, seed: int, *, workers: int = 0) -> None:
-        self.batch, self.seed, self.workers = batch, seed, workers
-        self._drawn = 0
-        self._stream: Iterator[Batch] | None = None
+    @property
+    def device(self) -> torch.device:
+        return self.atlas.device
 
-    def draw(self) -> tuple[Tensor, list[str]]:
-        if self._stream is None:
-            self._stream = stream(self.batch, self.seed, workers=self.workers, start=self._drawn, aligned=_ALIGNED)
-        self._drawn += 1
-        pixels, texts, _ = next(self._stream)
-        return pixels, texts
+    @cached_property
+    def of_aspect(self) -> tuple[Tensor, ...]:
+        """Return the numbers of the scenes of each of ASPECTS."""
+        return tuple(
+            (self.corpus.aspect == number).nonzero()[:, 0] for number in range(len(ASPECTS))
+        )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self._drawn}
+    def pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
+        """Return pictures [B, 3, H, W] in [0, 1] of scenes [B], all of one aspect."""
+        return as_float(
+            render(self.corpus.layouts[index], self.atlas, *ASPECTS[aspect]), self.device
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._drawn, self._stream = state["drawn"], None
+    @cached_property
+    def small_atlas(self) -> Tensor:
+        """Return the art at half its size."""
+        return torch.cat(
+            [F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in self.atlas.split(64)]
+        )
+
+    def small_pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
+        """Return what `pictures` does, at half the size."""
+        drawn = self.corpus.layouts[index]
+        halved = replace(drawn, centre=drawn.centre / 2, length=drawn.length / 2)
+        width, height = ASPECTS[aspect]
+        return as_float(render(halved, self.small_atlas, width // 2, height // 2), self.device)
+
+    def text(self, index: Tensor, which: Tensor, longest: int | None = None) -> Text:
+        """Return captions number `which` [B] of scenes [B], cut to the `longest` bytes."""
+        cut = self.corpus.text.shape[-1] - 1 if longest is None else longest
+        return Text(
+            self.corpus.text[index, which, :cut], self.corpus.length[index, which].clamp(max=cut)
+        )
+
+    def stated(self, index: Tensor, which: Tensor) -> dict[str, Tensor]:
+        """Return classes [B] per attribute of a caption."""
+        return dict(
+            zip(
+                self.corpus.attributes,
+                self.corpus.stated[index, which].long().unbind(-1),
+                strict=True,
+            )
+        )
+
+    def own(self, index: Tensor, which: Tensor, asked: Tensor) -> dict[str, Tensor]:
+        """Return classes [B · k] per attribute of the things that the asked bytes [B, k] are about,
+        −1 for a byte that is about none."""
+        span, things = (
+            self.corpus.span[index, which],
+            self.corpus.things[index, which].long(),
+        )  # [B, 3, 2], [B, 3, T]
+        inside = (asked[..., None] >= span[:, None, :, 0]) & (
+            asked[..., None] < span[:, None, :, 1]
+        )  # [B, k, 3]
+        place = inside.int().argmax(-1)
+        classes = things.gather(1, place[..., None].expand(-1, -1, things.shape[-1]))
+        classes = classes.masked_fill(~inside.any(-1, keepdim=True), -1).flatten(0, 1)
+        return dict(zip(self.corpus.thing_attributes, classes.unbind(-1), strict=True))
+
+    def some(self, count: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return random scenes [count], of those numbered `among`, and the number of a caption of
+        each."""
+        n = len(self.corpus) if among is None else len(among)
+        index = (torch.rand(count, device=self.device) * n).long().clamp_(max=n - 1)
+        which = (torch.rand(count, device=self.device) * self.corpus.text.shape[1]).long()
+        return (index if among is None else among[index]), which
+
+    def shorter_than(self, longest: int) -> Tensor:
+        """Return the numbers of the square scenes of which no caption has more bytes."""
+        short = (self.corpus.length <= longest).all(-1)
+        return (short & (self.corpus.aspect == 0)).nonzero()[:, 0]
+
+    def captions(self, count: int) -> Iterator[str]:
+        """Return the first captions as text."""
+        return (
+            self.corpus.caption(i, which)
+            for i in range(min(count, len(self.corpus)))
+            for which in range(self.corpus.text.shape[1])
+        )
 
 
 def as_float(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 pictures → float32 in [0, 1] on the device."""
+    """Turn uint8 pictures into float32 in [0, 1] on the device."""
     return pixels.to(device, non_blocking=True).float().div_(255)

@@ -1,150 +1,384 @@
-"""Trains the denoiser on captioned scenes, or on your own pictures, with a bundle's frozen VQGAN and text encoders.
+"""Trains the denoiser on captioned scenes, or on your own pictures, with a bundle's frozen VQGAN
+and text encoders.
 
     python -m model.training.denoiser runs/tiny --minutes 60
     python -m model.training.denoiser tiny --data my-pictures --steps 5000
     python -m model.training.denoiser tiny --data 'shards-{000..009}.tar' --steps 5000
 
-The published objective: replace each token by a random code with probability t, predict the original everywhere, and weigh down the
-positions that were not touched.
+The published objective: replace each token by a random code with probability t, predict the
+original everywhere, and weigh down the positions that were not touched.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.stateless import _reparametrize_module
 
 from model.bundle import BundleV3, load_v3
-from model.config import find_bundle
-from model.denoiser import Condition, Denoiser
-from model.training import loop
+from model.config import BundleV3Config, find_bundle
+from model.networks.denoiser_v3 import Condition, Denoiser
+from model.networks.vqgan_v3 import VQGAN
+from model.training import checkpoint, loop
 from model.training.captioned import DataError, open_collection
+from model.training.data import Scenes
 from model.training.decoding import Filters
-from model.training.features import Examples, ExampleStream, examples
+from model.training.features import Examples, ExampleStream, Pool
 from model.training.guides import Guided
+from model.training.judged import cross_entropy
 from model.training.pictures import Pictures
 
 LABEL_SMOOTHING = 0.1
-# Published: CLIP text and image are each dropped 9 times in 10, on 600 million pictures. Ours sees a thousandth of that.
+# Published: CLIP text and image are each dropped 9 times in 10, on 600 million pictures. Ours sees
+# a thousandth of that.
 _DROP_CLIP = 0.5
-# The prior's embeddings are not quite those of a picture; noise of this share keeps the denoiser from trusting them to the last digit.
-_IMAGE_NOISE = 0.3
-# Of a row's positions, this share is projected to the codebook and judged: the softmax would else cost as much as the network.
+# The prior's embeddings are not quite those of a picture; noise of this share keeps the denoiser
+# from trusting them to the last digit.
+_IMAGE_NOISE = 0.5
+# Of a row's positions, this share is projected to the codebook and judged: the softmax would else
+# cost as much as the network.
 _JUDGED = 0.25
-# On scenes twice as many, and those in and around things so many times as often as plain background, most of which is soon right.
-_JUDGED_OF_SCENES, _FOCUS = 0.5, 4.0
-# Every byte's feature of our own encoder knows the whole caption (byte_encoder.py), so a few at random say it all, and a step on scenes
-# costs half as much as with all of them: projecting sixty bytes to keys and values is as much work as the network itself. How many changes,
-# so that no number is expected.
-_BYTES_READ = (8, 16, 32)
-# On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise there, and the caption has to be heard.
+# On scenes a few more, and those in and around things so many times as often as plain background,
+# most of which is soon right.
+_JUDGED_OF_SCENES, _FOCUS = 0.35, 4.0
+# A byte's feature says all of its own thing and of the background (codes.py), so some bytes at
+# random say it all, and a step costs less than with all of them. What a step reads: its aspect, how
+# many bytes of each caption, and the share of such steps.
+_STEPS: tuple[tuple[int, int, float], ...] = (
+    (0, 12, 0.45),
+    (0, 24, 0.45),
+    (1, 16, 0.05),
+    (2, 16, 0.05),
+)
+# Pictures of 3:2 have half as many tokens again.
+_BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
+# How often an encoded scene is met, with other noise each time; encoded at a time, and before the
+# first step.
+_MET, _ENCODED_AT_ONCE, _ENCODED_FIRST = 16, 4, 16
+# The prior is mistaken at times. Of the captioned rows this share is given another picture's
+# embedding: the words are what counts.
+_MISTAKEN = 0.06
+# On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise
+# there, and the caption has to be heard.
 _EARLY = 1.5
 # A network that can draw already forgets it at the rate at which a fresh one learns.
 _RATE, _FINETUNING_RATE = 2e-3, 3e-4
-# How many batches of pictures are read at a time, and how often each is met: features.ExampleStream.
+# How many batches of pictures are read at a time, and how often each is met:
+# features.ExampleStream.
 _POOL, _REUSE = 8, 3
 
 
 def draw_times(count: int, device: torch.device, early: float = 1.0) -> Tensor:
-    """Times [count] in (0, 1], evenly spread as published where early is 1, and the nearer to 1 the larger it is."""
+    """Return times [count] in (0, 1], evenly spread as published where early is 1, and the nearer
+    to 1 the larger it is."""
     return 1 - torch.rand(count, device=device) ** early
 
 
 def corrupt(tokens: Tensor, t: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Tokens [B, H, W] with random codes at a share t [B] of the positions, and where those are."""
+    """Return tokens [B, H, W] with random codes at a share t [B] of the positions, and where those
+    are."""
     noised = torch.rand(tokens.shape, device=tokens.device) < t[:, None, None]
     return torch.where(noised, torch.randint_like(tokens, codes), tokens), noised
 
 
-def some_bytes(x: Examples, count: int) -> Examples:
-    """The examples with `count` of each caption's byte features at random, some of a short caption's twice: byt5 [B, count, D]."""
-    chosen = x.mask.float().multinomial(count, replacement=True)
-    byt5 = x.byt5.gather(1, chosen[..., None].expand(-1, -1, x.byt5.shape[-1]))
-    return replace(x, byt5=byt5, mask=torch.ones_like(chosen, dtype=torch.bool))
+@contextmanager
+def folded(denoiser: Denoiser) -> Iterator[None]:
+    """Fold the condition: within it, its two maps to every block's keys and values are one, their
+    product, through which gradients pass."""
+    parts = [block.folded_kv() for block in denoiser.attention_blocks]
+    if parts:
+        weights, biases = zip(*parts, strict=True)
+        denoiser.kv_weight, denoiser.kv_bias = torch.cat(weights), torch.cat(biases)
+    try:
+        yield
+    finally:
+        denoiser.kv_weight = denoiser.kv_bias = None
 
 
 def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_CLIP) -> Condition:
-    """The condition of a training batch, where each row keeps or loses its CLIP text and image tokens by masking their keys."""
+    """Return the condition of a training batch, where each row keeps or loses its CLIP text and
+    image tokens by masking their keys."""
     B, device, seq = len(x.tokens), x.tokens.device, denoiser.config.clip_seq_len
-    image = x.clip_image + _IMAGE_NOISE * x.clip_image.std() * torch.rand(B, 1, device=device) * torch.randn_like(x.clip_image)
-    condition = denoiser.condition(x.byt5, x.mask, x.clip_text, image)
-    # The picture of an empty caption would tell what the missing text may not.
-    kept = (torch.rand(B, 2, device=device) >= drop_clip) & torch.stack([torch.ones_like(x.empty), ~x.empty], dim=1)
+    image = x.clip_image + _IMAGE_NOISE * x.clip_image.std() * torch.rand(
+        B, 1, device=device
+    ) * torch.randn_like(x.clip_image)
+    alone = torch.zeros_like(x.empty) if x.shown is None else x.shown
+    mistaken = (torch.rand(B, device=device) < _MISTAKEN) & ~x.empty
+    image = torch.where(mistaken[:, None], image.roll(1, 0), image)
+    dtype = denoiser.byt5_mapper.weight.dtype
+    with folded(denoiser):
+        condition = denoiser.condition(
+            x.byt5.to(dtype), x.mask, x.clip_text.to(dtype), image.to(dtype)
+        )
+    # The picture of an empty caption would tell what the missing text may not, unless it is all
+    # that is told.
+    text, pictured = (torch.rand(B, 2, device=device) >= drop_clip).unbind(1)
+    kept = torch.stack([text, (pictured & ~x.empty) | alone], dim=1)
     return replace(condition, mask=torch.cat([x.mask, kept.repeat_interleave(seq, dim=1)], dim=1))
 
 
 def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU the fused attention's backward pass takes twice the time of plain products."""
+    """Choose how attention is computed: on a CPU the fused attention's backward pass takes twice
+    the time of plain products."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def choose_positions(tokens: Tensor, share: float, focus: float = 1.0) -> Tensor:
-    """Some positions of each row of tokens [B, H, W], at random: [B, n], as numbers in the flattened grid.
+def choose_positions(
+    tokens: Tensor, share: float, focus: float = 1.0, commonest: Tensor | None = None
+) -> Tensor:
+    """Return some positions of each row of tokens [B, H, W], at random: [B, n], as numbers in the
+    flattened grid.
 
-    focus: how many times as likely those are where a token, or one beside it, is not the picture's commonest. Both sides of an outline are
-    in there: to choose by the token alone would teach that things are larger than they are.
+    focus: how many times as likely those are where a token, or one beside it, is not the picture's
+    commonest [B], which is looked for if it is not known. Both sides of an outline are in there: to
+    choose by the token alone would teach that things are larger than they are.
     """
     B, H, W = tokens.shape
-    commonest = tokens.flatten(1).mode(dim=1).values[:, None, None]
-    busy = F.max_pool2d((tokens != commonest).float(), kernel_size=3, stride=1, padding=1)
+    usual = tokens.flatten(1).mode(dim=1).values if commonest is None else commonest
+    busy = F.max_pool2d(
+        (tokens != usual[:, None, None]).float(), kernel_size=3, stride=1, padding=1
+    )
     weight = 1 + (focus - 1) * busy.flatten(1)
-    # The n largest of u^(1/w) are a draw without replacement with weights w (Efraimidis and Spirakis, 2006).
-    return torch.rand(B, H * W, device=tokens.device).pow(1 / weight).topk(max(1, int(H * W * share)), dim=1).indices
+    # The n largest of u^(1/w) are a draw without replacement with weights w (Efraimidis and
+    # Spirakis, 2006).
+    return (
+        torch.rand(B, H * W, device=tokens.device)
+        .pow(1 / weight)
+        .topk(max(1, int(H * W * share)), dim=1)
+        .indices
+    )
 
 
 def token_loss(
-    denoiser: Denoiser, x: Examples, t: Tensor, drop_clip: float = _DROP_CLIP, judged: Tensor | None = None
+    denoiser: Denoiser,
+    x: Examples,
+    t: Tensor,
+    drop_clip: float = _DROP_CLIP,
+    judged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(the objective, share of judged noised tokens that are predicted right) at times t [B]. judged: positions [B, n], by default any."""
+    """Return (the objective, share of judged noised tokens that are predicted right) at times t
+    [B]. judged: positions [B, n], by default any."""
     noisy, noised = corrupt(x.tokens, t, denoiser.config.num_labels)
-    condition = dropped_condition(denoiser, x, drop_clip)
-    with _attention(t.device):
-        features = denoiser.features(noisy, denoiser.times(t), condition).flatten(1, 2)  # [B, HW, c_out]
     judged = choose_positions(x.tokens, _JUDGED) if judged is None else judged
+    with in_products(denoiser), _attention(t.device):
+        condition = dropped_condition(denoiser, x, drop_clip)
+        features = denoiser.features(noisy, denoiser.times(t), condition).flatten(
+            1, 2
+        )  # [B, HW, c_out]
+        asked = features.gather(1, judged[..., None].expand(-1, -1, features.shape[-1])).flatten(
+            0, 1
+        )
+    target, touched = (grid.flatten(1).gather(1, judged).flatten() for grid in (x.tokens, noised))
+    weights = 1 - 0.7 * (1 - t).repeat_interleave(judged.shape[1]) * ~touched
+    projection = denoiser.out_mapper.get_parameter("1.weight").flatten(1)
+    value, right = cross_entropy(asked, projection, target, weights / len(target), LABEL_SMOOTHING)
+    return value, (right & touched).sum() / touched.sum().clamp_min(1)
 
-    def pick(grid: Tensor) -> Tensor:
-        return grid.flatten(1).gather(1, judged)
 
-    logits = denoiser.project(features.gather(1, judged[..., None].expand(-1, -1, features.shape[-1])))
-    target, touched = pick(x.tokens), pick(noised)
-    errors = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none", label_smoothing=LABEL_SMOOTHING)
-    weights = torch.where(touched, 1.0, 1 - 0.7 * (1 - t[:, None]))
-    right = ((logits.max(-1).indices == target) & touched).sum() / touched.sum().clamp_min(1)
-    return (errors.view_as(weights) * weights).mean(), right
+@contextmanager
+def in_products(denoiser: Denoiser) -> Iterator[None]:
+    """Compute in halves: within it the network is of the type that autocast would multiply in,
+    activations and all, as it is when it draws; gradients reach its own weights. Autocast itself
+    casts to and fro at every norm, which is a quarter of a step on a CPU."""
+    device = next(denoiser.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device)
+    cast = {name: p.to(dtype) for name, p in denoiser.named_parameters()}
+    with torch.autocast(device, enabled=False), _reparametrize_module(denoiser, cast):
+        yield
 
 
 def parser() -> argparse.ArgumentParser:
     p = loop.parser(__doc__, name="denoiser", batch=32, lr=_RATE, minutes=60)
-    p.add_argument("bundle", help="name or path of the one whose VQGAN, byte encoder and CLIP are trained already")
-    p.add_argument("--data", help="folder of pictures with captions, or shards such as 'shards-{000..009}.tar'; without it, scenes")
+    p.add_argument(
+        "bundle",
+        nargs="?",
+        help="name or path of the one whose VQGAN is trained already; for --data its encoders too",
+    )
+    p.add_argument(
+        "--vqgan",
+        type=Path,
+        help="instead of a bundle: a VQGAN's checkpoint or weights, of the size in tiny.py",
+    )
+    p.add_argument(
+        "--data",
+        help="folder of captioned pictures, or shards such as 'shards-{000..009}.tar'; else scenes",
+    )
     p.set_defaults(lr=None)  # it depends on where the training begins
-    p.add_argument("--min-side", type=int, default=0, help="leave out pictures whose shorter side has fewer pixels")
-    p.add_argument("--max-aspect", type=float, default=math.inf, help="leave out pictures whose longer side is so many times the shorter")
-    p.add_argument("--drop-clip", type=float, default=_DROP_CLIP, help=f"how often each of CLIP's embeddings is dropped ({_DROP_CLIP:g})")
+    p.add_argument(
+        "--min-side",
+        type=int,
+        default=0,
+        help="leave out pictures whose shorter side has fewer pixels",
+    )
+    p.add_argument(
+        "--max-aspect",
+        type=float,
+        default=math.inf,
+        help="leave out pictures whose longer side is so many times the shorter",
+    )
+    p.add_argument(
+        "--kept",
+        type=int,
+        default=300_000,
+        help="encoded scenes of each aspect held in memory (default 300000)",
+    )
+    p.add_argument(
+        "--drop-clip",
+        type=float,
+        default=_DROP_CLIP,
+        help=f"how often each of CLIP's embeddings is dropped ({_DROP_CLIP:g})",
+    )
     start = p.add_mutually_exclusive_group()
-    start.add_argument("--from-bundle", action="store_true", help="begin with the bundle's denoiser: what --data does")
-    start.add_argument("--from-scratch", action="store_true", help="begin with a random denoiser: what scenes do")
+    start.add_argument(
+        "--from-bundle",
+        action="store_true",
+        help="begin with the bundle's denoiser: what --data does",
+    )
+    start.add_argument(
+        "--from-scratch", action="store_true", help="begin with a random denoiser: what scenes do"
+    )
     return p
 
 
-def batches(bundle: BundleV3, o: loop.Options, data: str | None, filters: Filters) -> ExampleStream:
-    """Encoded batches of o.batch pictures each, of scenes if there is no other data. Raises DataError."""
-    if data is None:
-        return examples(bundle, o.batch, o.data_seed, dtype=o.dtype, workers=o.workers)
+def own_pictures(bundle: BundleV3, o: loop.Options, data: str, filters: Filters) -> ExampleStream:
+    """Return encoded batches of o.batch of somebody's own pictures. Raises DataError."""
     collection = open_collection(data, o.data_seed)
-    pictures = Pictures(collection, _POOL * o.batch, bundle.config.native_size, filters, seed=o.data_seed, threads=o.workers)
+    pictures = Pictures(
+        collection,
+        _POOL * o.batch,
+        bundle.config.native_size,
+        filters,
+        seed=o.data_seed,
+        threads=o.workers,
+    )
     return ExampleStream(bundle, pictures, o.data_seed, pool=_POOL, reuse=_REUSE, dtype=o.dtype)
 
 
-def _matrices(module: nn.Module) -> list[str]:
-    """The blocks' own projections; those of the condition and the time, whose inputs are few, are left to AdamW."""
-    return [name for name, p in module.named_parameters() if p.ndim == 2 and "_blocks." in name and "mapper" not in name]
+@dataclass
+class Encoding:
+    """The pools that scenes are drawn from, one for each aspect that has any, and when they
+    grow."""
+
+    vqgan: VQGAN
+    pools: dict[int, Pool]
+    batch: int
+    steps: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: BundleV3Config,
+        vqgan: VQGAN,
+        scenes: Scenes,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+    ) -> Encoding:
+        """Return an encoding of nothing yet. capacity: pictures kept of each aspect, at most."""
+        present = [aspect for aspect, own in enumerate(scenes.of_aspect) if len(own)]
+        return cls(
+            vqgan,
+            {aspect: Pool(config, scenes, aspect, capacity, dtype) for aspect in present},
+            batch,
+        )
+
+    @property
+    def mixture(self) -> tuple[tuple[int, int, float], ...]:
+        """Return _STEPS of those aspects of which there are pictures."""
+        return tuple(step for step in _STEPS if step[0] in self.pools)
+
+    def begin(self, first: int = _ENCODED_FIRST) -> None:
+        """Encode `first` batches of the square pictures, and a share of the others."""
+        for aspect, pool in self.pools.items():
+            wanted = min(self.batch * first // (1 if aspect == 0 else 8), pool.capacity)
+            while pool.encoded < wanted:
+                pool.grow(self.vqgan, self._at_once)
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Return nothing: no scene is unusable."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it stands: what the pools hold follows from this."""
+        return {
+            "steps": self.steps,
+            "encoded": {aspect: pool.encoded for aspect, pool in self.pools.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Encode what the pools held then, but for what has been replaced since."""
+        self.steps = state["steps"]
+        for aspect, pool in self.pools.items():
+            pool.restore(self.vqgan, state["encoded"][aspect], self._at_once)
+
+    @property
+    def _at_once(self) -> int:
+        return min(_ENCODED_AT_ONCE * self.batch, 1024)
+
+    def grow(self) -> None:
+        """Encode, before every step, some more when those there are have been met often enough."""
+        self.steps += 1
+        for aspect, pool in self.pools.items():
+            share = sum(share for own, _, share in _STEPS if own == aspect)
+            if pool.encoded * _MET < self.steps * self.batch * share:
+                pool.grow(self.vqgan, self._at_once)
+
+
+def scene_loss(
+    guided: Guided, pool: Pool, batch: int, bytes_read: int, drop_clip: float = _DROP_CLIP
+) -> loop.Loss:
+    """Return the loss of random batches from a pool."""
+    denoiser = guided.denoiser
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        x = pool.draw(batch, bytes_read)
+        t = draw_times(batch, x.tokens.device, _EARLY)
+        judged = choose_positions(x.tokens, _JUDGED_OF_SCENES, _FOCUS, x.commonest)
+        value, right = token_loss(denoiser, x, t, drop_clip, judged)
+        more, figures = guided.loss(x.tokens)
+        return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
+
+    return loss
+
+
+def scene_losses(guided: Guided, encoding: Encoding, drop_clip: float = _DROP_CLIP) -> loop.Mixture:
+    """Return a loss for each kind of step in their shares."""
+
+    def of(aspect: int, bytes_read: int) -> loop.Loss:
+        return scene_loss(
+            guided,
+            encoding.pools[aspect],
+            round(encoding.batch * _BATCH_SHARES[aspect]),
+            bytes_read,
+            drop_clip,
+        )
+
+    aspects, read, shares = zip(*encoding.mixture, strict=True)
+    return loop.Mixture(tuple(map(of, aspects, read)), shares)
+
+
+def matrices_of(module: nn.Module) -> list[str]:
+    """Return the blocks' own projections; those of the condition and the time, whose inputs are
+    few, are left to AdamW."""
+    return [
+        name
+        for name, p in module.named_parameters()
+        if p.ndim == 2 and "_blocks." in name and "mapper" not in name
+    ]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -153,29 +387,62 @@ def train(args: argparse.Namespace) -> None:
     if args.lr is None:
         args.lr = _FINETUNING_RATE if finetuning else _RATE
     o = loop.options(args)
+    if args.data is not None:
+        train_on_own(args, o, from_bundle, finetuning)
+        return
+    config, vqgan, kept = _frozen(args, o)
+    denoiser = Denoiser(config.denoiser).to(o.device)
+    if args.from_bundle and kept is not None:
+        denoiser.load_state_dict(kept)
+    guided = Guided(denoiser, vqgan.vquantizer.codebook.weight).to(o.device)
+    scenes = Scenes.load(args.corpus, o.device, o.data_seed)
+    encoding = Encoding.of(config, vqgan, scenes, o.batch, args.kept, o.dtype)
+    encoding.begin()
+    mixture = scene_losses(guided, encoding, args.drop_clip)
+    loop.fit(guided, mixture, o, data=encoding, matrices=matrices_of(guided), before=encoding.grow)
+
+
+def _frozen(
+    args: argparse.Namespace, o: loop.Options
+) -> tuple[BundleV3Config, VQGAN, dict[str, Tensor] | None]:
+    """Return the configuration, the VQGAN, and the bundle's denoiser if there is a bundle. Raises
+    DataError without either."""
+    if args.vqgan is not None:
+        from model.training.assemble import tiny_config
+
+        config, vqgan = tiny_config(), VQGAN(tiny_config().vqgan)
+        state = loop.load(args.vqgan)
+        vqgan.load_state_dict(checkpoint.averaged(state, "vqgan.") if "ema" in state else state)
+        return config, vqgan.to(o.device).eval().requires_grad_(False), None
+    if args.bundle is None:
+        raise DataError("a bundle or --vqgan is needed: tokens come from a trained VQGAN")
+    bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
+    return bundle.config, bundle.vqgan, bundle.denoiser.state_dict()
+
+
+def train_on_own(
+    args: argparse.Namespace, o: loop.Options, from_bundle: bool, finetuning: bool
+) -> None:
+    """Train on somebody's own pictures, with a bundle's encoders."""
+    if args.bundle is None:
+        raise DataError("--data needs a bundle, whose encoders read the captions")
     bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
     if from_bundle:
         denoiser.load_state_dict(bundle.denoiser.state_dict())
     bundle = replace(bundle, denoiser=denoiser)  # lets go of the memory of the one it came with
     guided = Guided(denoiser, bundle.vqgan.vquantizer.codebook.weight).to(o.device)
-    data = batches(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
+    data = own_pictures(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         x = next(data)
-        if args.data is None:
-            x = some_bytes(x, _BYTES_READ[int(torch.randint(len(_BYTES_READ), ()))])
-            t, judged = draw_times(len(x.tokens), o.device, _EARLY), choose_positions(x.tokens, _JUDGED_OF_SCENES, _FOCUS)
-        else:
-            t, judged = draw_times(len(x.tokens), o.device), None
-        value, right = token_loss(denoiser, x, t, args.drop_clip, judged)
-        if args.data is not None:
-            return value, {"right": right.detach()}
-        more, figures = guided.loss(x.tokens)
-        return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
+        value, right = token_loss(denoiser, x, draw_times(len(x.tokens), o.device), args.drop_clip)
+        return value, {"right": right.detach()}
 
-    # At a finetuning's rate and in its few steps AdamW gets further.
-    loop.fit(guided, loss, o, data=data, matrices=() if finetuning else _matrices(guided))
+    # At a finetuning's rate and in its few steps AdamW gets further. Its batches are of many
+    # lengths, and made on the host.
+    matrices = () if finetuning else matrices_of(guided)
+    loop.fit(guided, loss, replace(o, record=False), data=data, matrices=matrices)
 
 
 def main() -> None:
@@ -185,7 +452,10 @@ def main() -> None:
     except DataError as error:
         raise SystemExit(str(error)) from None
     if loop.rank() == 0:
-        print(f"to use it: python -m model.training.assemble NEW_BUNDLE --base {args.bundle} --denoiser {args.checkpoint}")
+        print(
+            "to use it: python -m model.training.assemble NEW_BUNDLE "
+            f"--base {args.bundle} --denoiser {args.checkpoint}"
+        )
 
 
 if __name__ == "__main__":

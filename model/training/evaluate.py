@@ -1,20 +1,25 @@
-"""How well a bundle draws what it is asked, judged by reading pixels.
+"""How well a bundle draws what it is asked: PaellaBench, read by two judges.
 
-    python -m model.training.evaluate                                 # the embedded weights, all of it
-    python -m model.training.evaluate --bundle runs/tiny --quick      # 100 prompts at 12 steps
-    python -m model.training.evaluate --contact-sheet docs/contact_sheet.png
-    python -m model.training.evaluate --operations                    # what becomes of pictures: inpainting, outpainting, …
+    python -m model.training.evaluate                          # the embedded weights, all of it
+    python -m model.training.evaluate --bundle runs/tiny --quick    # 300 prompts, one seed
+    python -m model.training.evaluate --contact-sheet docs/contact_sheet.webp
+    python -m model.training.evaluate --operations             # inpainting, outpainting, …
+    python -m model.training.evaluate --curves docs/plots      # guidance, steps, KID
+    python -m model.training.evaluate --judges                 # the judges themselves
 
-Fixed prompts, fixed seeds, no network among the judges. The last line is one JSON object.
+Fixed prompts, fixed seeds. The last line is one JSON object. Needs the art (`make art`) for the
+second judge and the true renders.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,157 +27,419 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from model.config import SamplingConfig, find_bundle
+from load_tests.report import Report
+from model.config import find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
-from model.training import captions
-from model.training.checker import Verdict, judge
-from model.training.data import as_float
-from model.training.prompts import CONTACT_SHEET, evaluation_prompts, first_hundred
-from model.training.repertoire import OPERATIONS
-from model.training.scenes import SHAPES, Scene
+from model.training import benchmark, scenes
+from model.training.art import atlas
+from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
+from model.training.captions import COMPLETE, describe
+from model.training.checker import Judge, check
+from model.training.detector import NATIVE, WEIGHTS, Detector
+from model.training.kinds import NAMES_OF_KINDS, SHAPES
+from model.training.prompts import CONTACT_SHEET, BenchPrompt
+from model.training.repertoire import OPERATIONS, Stage
+from model.training.scenes import SQUARE, Scene
 from model.training.studio import Studio
+from model.training.templates import Templates
 
-Case = tuple[str, Scene]
-FIGURES = ("background", "shape_colour", "both_colours", "object_colour", "shape", "object", "position", "both_of_two")
-_BATCH = 20
+JUDGES = ("detector", "templates")
 _HELD_OUT_SEED = 987_654_321  # no trainer's stream starts from it
+_QUICK = 25  # prompts of a category
+_ORACLE = 60  # prompts of a category whose true renders the second judge reads
+_RESERVE = 0.2  # of the time: for renders, judges and kinds drawn again
+_CONFUSIONS = 20
+_BATCH = 16
 
 
-def draw(pipeline: Pipeline, prompts: Sequence[str], sampling: SamplingConfig) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Pictures [N, H, W, 3] of the prompts, the i-th with seed i."""
-    parts = [
-        pipeline.generate(prompts[i : i + _BATCH], range(i, min(i + _BATCH, len(prompts))), sampling)
-        for i in range(0, len(prompts), _BATCH)
-    ]
-    return torch.cat(parts).numpy()
+@dataclass(frozen=True)
+class Bench:
+    """What an evaluation needs: a bundle, its recipe's pictures, sprites and the two judges."""
+
+    pipeline: Pipeline
+    source: Source
+    sprites: Tensor
+    first: Detector
+    second: Judge
+
+    def read(self, cases: Sequence[BenchPrompt], seeds: Sequence[int], label: str) -> Sheet:
+        """Draw and judge a category's pictures, with a line about it on standard error."""
+        began = time.monotonic()
+        sheet = benchmark.judged(self.source, cases, seeds, self.first, self.second)
+        seconds = time.monotonic() - began
+        _tell(f"{label}: {len(cases)} prompts, {len(seeds)} seeds, {seconds:.0f} s")
+        return sheet
 
 
-def adherence(pipeline: Pipeline, cases: Sequence[Case], sampling: SamplingConfig) -> dict[str, float]:
-    """Shares of pictures that are what the prompt says, by `FIGURES`; a figure without cases is left out."""
-    pictures = draw(pipeline, [prompt for prompt, _ in cases], sampling)
-    verdicts = [(scene, judge(picture, scene)) for (_, scene), picture in zip(cases, pictures, strict=True)]
-    single = [(s, v) for s, v in verdicts if len(s.things) == 1]
-    shapes = [(s, v) for s, v in single if s.things[0].kind in SHAPES]
-    objects = [(s, v) for s, v in single if s.things[0].kind not in SHAPES]
-    groups: dict[str, list[bool]] = {
-        "background": [v.background for _, v in verdicts],
-        "shape_colour": [v.colours for _, v in shapes],
-        "both_colours": [v.background and v.colours for _, v in shapes],
-        "object_colour": [v.colours for _, v in objects],
-        "shape": [v.shapes for _, v in shapes],
-        "object": [v.shapes for _, v in objects],
-        "position": [v.positions for _, v in single],
-        "both_of_two": [_both(v) for s, v in verdicts if len(s.things) == 2],
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ── PaellaBench ───────────────────────────────────────────────────────────────────────────────────
+
+
+def seeds_within(seconds: float, pictures_per_second: float, prompts: int) -> int:
+    """Return for how many seeds of each prompt there is time, 1 … 4."""
+    affordable = seconds * pictures_per_second / max(prompts, 1)
+    return max(1, min(benchmark.SEEDS, int(affordable)))
+
+
+def draw_bench(bench: Bench, set_name: str, minutes: float, quick: bool) -> dict[str, Sheet]:
+    """Draw and judge all categories.
+
+    On a slow machine others than single_object get fewer seeds, so that the time suffices.
+    """
+    cases = benchmark.categories(set_name, _QUICK if quick else None)
+    began = time.monotonic()
+    seeds = 1 if quick else benchmark.SEEDS
+    single = bench.read(cases["single_object"], range(seeds), "single_object")
+    sheets = {"single_object": single}
+    spent = time.monotonic() - began
+    if not quick:
+        others = sum(len(some) for name, some in cases.items() if name not in sheets)
+        rate = len(cases["single_object"]) * seeds / spent
+        seeds = seeds_within(minutes * 60 * (1 - _RESERVE) - spent, rate, others)
+    for name, some in cases.items():
+        if name not in sheets:
+            sheets[name] = bench.read(some, range(seeds), name)
+    return sheets
+
+
+def draw_again(bench: Bench, single: Sheet) -> dict[str, float]:
+    """Return the share of right pictures of every weak kind, among 16 with fresh seeds."""
+    weak = benchmark.weak_kinds(single)
+    if not weak:
+        return {}
+    source = benchmark.judged(bench.source, weak, benchmark.FRESH, bench.first)
+    shares = benchmark.hits(source, "detector", benchmark.CRITERIA["single_object"]).mean(1)
+    names = [case.scene.things[0].kind for case in weak]
+    return dict(sorted(zip(names, shares.tolist(), strict=True), key=lambda pair: pair[1]))
+
+
+def oracle(bench: Bench, cases: Mapping[str, Sequence[BenchPrompt]]) -> dict[str, Sheet]:
+    """Return the judges' readings of the true renders after a way through the VQGAN."""
+    source = Rendered(bench.sprites, bench.pipeline)
+    sheets = {}
+    for name, some in cases.items():
+        chosen = some[:: max(1, len(some) // _ORACLE)]
+        sheets[name] = benchmark.judged(source, chosen, [0], bench.first, bench.second)
+    _tell("oracle: true renders through the VQGAN")
+    return sheets
+
+
+def true_features(bench: Bench, sheets: Mapping[str, Sheet]) -> Tensor:
+    """Return the first judge's features of true renders of all prompts' scenes."""
+    source = Rendered(bench.sprites)
+    made = [benchmark.judged(source, sheet.cases, [0], bench.first) for sheet in sheets.values()]
+    return torch.cat([sheet.features for sheet in made])
+
+
+def paella_bench(bench: Bench, set_name: str, minutes: float, quick: bool) -> dict[str, Any]:
+    """Return all figures of PaellaBench."""
+    sheets = draw_bench(bench, set_name, minutes, quick)
+    again = {} if quick else draw_again(bench, sheets["single_object"])
+    truth = oracle(bench, {name: sheet.cases for name, sheet in sheets.items()})
+    drawn = torch.cat([sheet.features for sheet in sheets.values()])
+    distance, spread = benchmark.kid(drawn, true_features(bench, sheets))
+    rows: dict[str, dict[str, Figure]] = {}
+    for judge in JUDGES:
+        rows[judge] = benchmark.figures(sheets, judge)
+        rows[f"oracle, {judge}"] = benchmark.figures(truth, judge)
+    rows["shuffled prompts"] = benchmark.figures(sheets, "detector", shift=1)
+    return {
+        "rows": rows,
+        "more": benchmark.more_figures(sheets, "detector"),
+        "drawn_again": again,
+        "kid": (distance, spread),
+        "agreement": agreement(sheets),
     }
-    return {name: round(float(np.mean(hits)), 4) for name, hits in groups.items() if hits}
 
 
-def _both(verdict: Verdict) -> bool:
-    return verdict.colours and verdict.shapes and verdict.positions
+def agreement(sheets: Mapping[str, Sheet]) -> float:
+    """Return for which share of pictures both judges give the category's verdict alike."""
+    same = []
+    for name, sheet in sheets.items():
+        one, other = (benchmark.hits(sheet, j, benchmark.CRITERIA[name]) for j in JUDGES)
+        same.append((one[:, : other.shape[1]] == other).ravel())
+    return float(np.concatenate(same).mean())
+
+
+def bench_table(result: Mapping[str, Any], title: str) -> Table:
+    """Return the table of categories: scores with intervals, best of the seeds, and other rows."""
+    rows: dict[str, dict[str, Figure]] = result["rows"]
+    table = Table("category", "n, seeds", "detector", "95 %", "best of", title=title)
+    for heading in ("templates", "oracle", "oracle, t.", "shuffled"):
+        table.add_column(heading, justify="right")
+    keys = ("templates", "oracle, detector", "oracle, templates", "shuffled prompts")
+    for name, figure in rows["detector"].items():
+        others = [f"{rows[key][name].mean:.1%}" if name in rows[key] else "" for key in keys]
+        table.add_row(name.replace("_", " "), *_cells(figure), *others)
+    means = [f"{benchmark.mean(rows[key]):.1%}" for key in keys]
+    first = rows["detector"]
+    scores = (f"{benchmark.mean(first):.1%}", "", f"{benchmark.best_mean(first):.1%}")
+    table.add_section()
+    table.add_row("PaellaBench mean", "", *scores, *means)
+    table.add_section()
+    for name, figure in result["more"].items():
+        table.add_row(name, *_cells(figure))
+    return table
+
+
+def _cells(figure: Figure) -> tuple[str, str, str, str]:
+    interval = f"{figure.low:.1%} … {figure.high:.1%}"
+    return f"{figure.n}, {figure.seeds}", f"{figure.mean:.1%}", interval, f"{figure.best:.1%}"
+
+
+def bench_json(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures as plain values."""
+    rows: dict[str, dict[str, Figure]] = result["rows"]
+    distance, spread = result["kid"]
+    again: dict[str, float] = result["drawn_again"]
+    return {
+        "paella_bench": {judge: round(benchmark.mean(rows[judge]), 4) for judge in JUDGES},
+        "best_of_mean": round(benchmark.best_mean(rows["detector"]), 4),
+        "rows": {key: {n: f.as_dict() for n, f in row.items()} for key, row in rows.items()},
+        "more": {name: figure.as_dict() for name, figure in result["more"].items()},
+        "weak_kinds_drawn_again": {name: round(share, 4) for name, share in again.items()},
+        "kinds_below_half": [name for name, share in again.items() if share < 0.5],
+        "kid_times_1000": {"mean": round(distance, 3), "std": round(spread, 3)},
+        "judges_agree": round(result["agreement"], 4),
+    }
+
+
+# ── the judges themselves ─────────────────────────────────────────────────────────────────────────
+
+
+def _lone_scenes(copies: int) -> list[BenchPrompt]:
+    """Return scenes of every kind alone, shapes in turn in all colours."""
+    rng = np.random.default_rng(_HELD_OUT_SEED)
+    cases = []
+    for _ in range(copies):
+        for name in NAMES_OF_KINDS:
+            scene = _alone(name, rng)
+            while scene.aspect != SQUARE:
+                scene = _alone(name, rng)
+            cases.append(BenchPrompt(name, scene))
+    return cases
+
+
+def _alone(name: str, rng: np.random.Generator) -> Scene:
+    if name not in SHAPES:
+        return scenes.lone(rng, scenes.object_named(name), 0.3)
+    colour = scenes.pick(rng, scenes.shape_colours(name))
+    return scenes.lone(rng, scenes.Thing(name, colour), 0.3)
+
+
+def judge_judges(bench: Bench, copies: int = 2) -> dict[str, Any]:
+    """Return what the judges read in single objects that are known, and what they confuse."""
+    cases = _lone_scenes(copies)
+    sources = {"renders": Rendered(bench.sprites), "reconstructions": None}
+    sources["reconstructions"] = Rendered(bench.sprites, bench.pipeline)
+    result: dict[str, Any] = {"n": len(cases)}
+    for name, source in sources.items():
+        assert source is not None
+        sheet = benchmark.judged(source, cases, [0], bench.first, bench.second)
+        _tell(f"judges: {name} read")
+        for judge in JUDGES:
+            found = [row[0] for row in sheet.readings[judge]]
+            seen = [check(reading, case.scene) for reading, case in zip(found, cases, strict=True)]
+            shares = {
+                key: round(float(np.mean([getattr(verdict, key) for verdict in seen])), 4)
+                for key in ("kinds", "colours", "background", "count", "positions", "all")
+            }
+            wrong = Counter(
+                f"{case.scene.things[0].kind} → {_named(reading.things)}"
+                for case, reading, verdict in zip(cases, found, seen, strict=True)
+                if not verdict.kinds
+            )
+            confused = dict(wrong.most_common(_CONFUSIONS))
+            result[f"{judge}, {name}"] = shares | {"confusions": confused}
+    return result
+
+
+def _named(things: Sequence[Any]) -> str:
+    return things[0].kind if things else "nothing"
+
+
+def judges_table(result: Mapping[str, Any]) -> Table:
+    """Return the judges' shares, and the most frequent confusions below."""
+    keys = ("kinds", "colours", "background", "count", "positions", "all")
+    table = Table("judge, pictures", *keys, title=f"{result['n']} single things")
+    for name, shares in result.items():
+        if name != "n":
+            table.add_row(name, *(f"{shares[key]:.1%}" for key in keys))
+    return table
+
+
+# ── the other networks ────────────────────────────────────────────────────────────────────────────
 
 
 @torch.inference_mode()
-def networks(pipeline: Pipeline, scenes: int = 256) -> dict[str, float]:
-    """The other networks on held-out scenes: VQGAN reconstruction, CLIP retrieval among `scenes` pictures, the prior's likeness."""
-    bundle, device = pipeline.bundle, pipeline.device
-    pixels, texts, _ = captions.batch(np.random.default_rng(_HELD_OUT_SEED), scenes, *bundle.config.native_size)
-    image = as_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)
-    dtype = next(bundle.vqgan.parameters()).dtype
-    tokens = bundle.vqgan.encode(image.to(dtype))
-    error = F.mse_loss(bundle.vqgan.decode(tokens).float().clamp(0, 1), image, reduction="none").mean((1, 2, 3))
+def networks(pipeline: Pipeline, sprites: Tensor, count: int = 256) -> dict[str, float]:
+    """Return figures of the other networks on held-out scenes.
+
+    VQGAN reconstruction, CLIP retrieval among `count` pictures, the prior's likeness.
+    """
+    rng = np.random.default_rng(_HELD_OUT_SEED)
+    chosen = [_square(rng) for _ in range(count)]
+    texts = [describe(scene, rng, wording=COMPLETE).text for scene in chosen]
+    cases = [BenchPrompt(text, scene) for text, scene in zip(texts, chosen, strict=True)]
+    errors, truths, used = [], [], set[int]()
+    renders = Rendered(sprites)
+    for start in range(0, count, _BATCH):
+        pictures = renders.pictures(cases[start : start + _BATCH], [start] * _BATCH)
+        tokens = pipeline.codes(pictures)
+        used.update(tokens.unique().tolist())
+        apart = (pipeline.decode(tokens).float() - pictures.float()) / 255
+        errors.append(apart.square().mean((1, 2, 3)))
+        truths += pipeline.picture_embeddings(list(pictures))
     prompts = pipeline.encode(texts)
-    text, truth = torch.cat([p.clip for p in prompts]).float(), bundle.clip.encode_image(image).float()
+    truth, text = torch.cat(truths).float(), torch.cat([prompt.clip for prompt in prompts]).float()
     similarity = F.normalize(truth, dim=-1) @ F.normalize(text, dim=-1).T
-    own = torch.arange(scenes, device=device)
+    correct = torch.arange(count, device=similarity.device)
     width, height = pipeline.config.native_size
-    guessed = torch.cat(pipeline.image_embeddings(prompts, [pipeline.noise(i, width, height, 1) for i in range(scenes)])).float()
+    noises = [pipeline.noise(i, width, height, 1) for i in range(count)]
+    guessed = torch.cat(pipeline.image_embeddings(prompts, noises)).float()
+    likeness = F.cosine_similarity
     return {
-        "vqgan_psnr": round(float((-10 * error.log10()).mean()), 2),
-        "codes_used": tokens.unique().numel(),
-        "clip_text_found": round(float((similarity.argmax(1) == own).float().mean()), 4),
-        "clip_image_found": round(float((similarity.argmax(0) == own).float().mean()), 4),
-        "prior_cosine": round(float(F.cosine_similarity(guessed, truth).mean()), 4),
-        "prior_cosine_shuffled": round(float(F.cosine_similarity(guessed, truth.roll(1, 0)).mean()), 4),
+        "vqgan_psnr": round(float((-10 * torch.cat(errors).log10()).mean()), 2),
+        "codes_used": len(used),
+        "clip_text_found": round(float((similarity.argmax(1) == correct).float().mean()), 4),
+        "clip_image_found": round(float((similarity.argmax(0) == correct).float().mean()), 4),
+        "prior_cosine": round(float(likeness(guessed, truth).mean()), 4),
+        "prior_cosine_shuffled": round(float(likeness(guessed, truth.roll(1, 0)).mean()), 4),
     }
 
 
-def contact_sheet(pipeline: Pipeline, path: Path, prompts: Sequence[str] = CONTACT_SHEET, columns: int = 8, scale: int = 2) -> None:
-    """Writes the prompts' pictures with their words below; seeds are the positions."""
-    pictures = draw(pipeline, prompts, pipeline.config.recipe.sampling())
+def _square(rng: np.random.Generator) -> Scene:
+    while True:
+        scene = scenes.sample(rng)
+        if scene.aspect == SQUARE:
+            return scene
+
+
+# ── sheets and operations ─────────────────────────────────────────────────────────────────────────
+
+
+def contact_sheet(
+    pipeline: Pipeline, path: Path, prompts: Sequence[str] = CONTACT_SHEET, columns: int = 8
+) -> None:
+    """Write the prompts' pictures with their words below; seeds are the positions."""
+    sampling = pipeline.config.recipe.sampling()
+    parts = [
+        pipeline.generate(
+            prompts[i : i + _BATCH], range(i, min(i + _BATCH, len(prompts))), sampling
+        )
+        for i in range(0, len(prompts), _BATCH)
+    ]
+    pictures = torch.cat(parts).numpy()
     _, height, width, _ = pictures.shape
-    cell = (width * scale + 12, height * scale + 44)
+    cell = (width + 12, height + 40)
     rows = -(-len(prompts) // columns)
     sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         x, y = i % columns * cell[0] + 6, i // columns * cell[1] + 6
-        sheet.paste(Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.LANCZOS), (x, y))
-        pen.text((x, y + height * scale + 4), _wrapped(prompt, 24), fill="black", font_size=10, spacing=1)
+        sheet.paste(Image.fromarray(picture), (x, y))
+        text = "\n".join(textwrap.wrap(prompt, max(12, width // 7)))
+        pen.text((x, y + height + 3), text, fill="black", font_size=12, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.save(path, quality=90, method=6)
 
 
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width))
+def judge_operations(
+    pipeline: Pipeline, judge: Detector, sprites: Tensor, cases: int
+) -> tuple[dict[str, dict[str, float]], Table]:
+    """Return every operation's figures, and a table of them."""
+    stage = Stage(Studio(pipeline), judge, sprites)
+    table = Table("operation", "figure", "share", title=f"{cases} cases each")
+    result = {}
+    for name, measure in OPERATIONS.items():
+        result[name] = measure(stage, cases)
+        for figure, share in result[name].items():
+            table.add_row(name, figure.replace("_", " "), f"{share:.1%}")
+        _tell(f"operation {name}: {result[name]}")
+    return result, table
 
 
-def _show(title: str, rows: dict[str, dict[str, float]]) -> None:
-    table = Table("", *FIGURES, title=title)
-    for name, figures in rows.items():
-        table.add_row(name, *(f"{figures[f]:.1%}" if f in figures else "" for f in FIGURES))
-    Console(width=120).print(table)
+# ── command line ──────────────────────────────────────────────────────────────────────────────────
 
 
-def judge_operations(pipeline: Pipeline, cases: int) -> dict[str, Any]:
-    """Every operation's figures, with a table of them."""
-    studio, table = Studio(pipeline), Table("", "figure", "share", title=f"{cases} cases each")
-    figures = {name: judged(studio, cases) for name, judged in OPERATIONS.items()}
-    for operation, row in figures.items():
-        for name, share in row.items():
-            table.add_row(operation, name.replace("_", " "), f"{share:.1%}")
-    Console(width=120).print(table)
-    return {"bundle": pipeline.config.name, "sha256": pipeline.config.sha256, "cases": cases, "operations": figures}
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--bundle", default="tiny")
+    p.add_argument("--set", default="report", help="tune, reward or report (default)")
+    p.add_argument("--quick", action="store_true", help="25 prompts of a category, one seed")
+    p.add_argument("--minutes", type=float, default=15, help="after which seeds are saved on")
+    p.add_argument("--contact-sheet", type=Path, help="also write 48 untuned prompts' pictures")
+    p.add_argument("--operations", action="store_true", help="judge the image operations instead")
+    p.add_argument("--cases", type=int, default=100, help="of every operation, 100 by default")
+    p.add_argument("--curves", type=Path, metavar="FOLDER", help="plot the curves there instead")
+    p.add_argument("--judges", action="store_true", help="validate the judges instead")
+    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the first judge's weights")
+    p.add_argument("--steps", type=int, help="other than the recipe's")
+    p.add_argument("--guidance", type=float, help="other than the recipe's")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--threads", type=int, default=0)
+    return p
+
+
+def unfit(pipeline: Pipeline) -> str | None:
+    """Return why PaellaBench cannot judge a bundle, None if it can."""
+    width, height = pipeline.config.native_size
+    if min(width, height) >= NATIVE:
+        return None
+    name = pipeline.config.name
+    return f"not evaluated: {name} draws {width} by {height} pixels, PaellaBench needs {NATIVE}"
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--bundle", default="tiny")
-    p.add_argument("--quick", action="store_true", help="a hundred single-thing prompts at 12 steps only")
-    p.add_argument("--contact-sheet", type=Path, help="also writes 32 untuned prompts' pictures there")
-    p.add_argument("--operations", action="store_true", help="judges inpaint, outpaint, variations, edit, interpolate and regions instead")
-    p.add_argument("--cases", type=int, default=100, help="of every operation, 100 by default")
-    p.add_argument("--threads", type=int, default=0)
-    args = p.parse_args()
+    args = _parser().parse_args()
     prepare(args.threads)
-    device = pick_device()
-    pipeline = Pipeline.load(find_bundle(args.bundle), device, pick_dtype("auto", device))
+    device = pick_device(args.device)
+    report = Report(
+        "evaluate", command=" ".join(["python -m model.training.evaluate", *sys.argv[1:]])
+    )
     began = time.monotonic()
-    if args.operations:
-        print(json.dumps(judge_operations(pipeline, args.cases) | {"seconds": round(time.monotonic() - began, 1)}))
-        return
-    recipe = pipeline.config.recipe
+    pipeline = Pipeline.load(find_bundle(args.bundle), device, pick_dtype(args.dtype, device))
+    if reason := unfit(pipeline):
+        raise SystemExit(reason)
+    first = Detector.load(args.judge, device)
+    sprites = atlas().to(device)
+    result: dict[str, Any] = {"bundle": pipeline.config.name, "sha256": pipeline.config.sha256}
     if args.contact_sheet:
         contact_sheet(pipeline, args.contact_sheet)
-    cases = first_hundred() if args.quick else evaluation_prompts()
-    by_steps = {f"{n} steps": adherence(pipeline, cases, recipe.sampling(steps=n)) for n in ((12,) if args.quick else (8, 12))}
-    _show(f"{len(cases)} prompts, guidance {recipe.guidance_scale[0]:g} to {recipe.guidance_scale[1]:g}", by_steps)
-    result: dict[str, Any] = {
-        "bundle": pipeline.config.name,
-        "sha256": pipeline.config.sha256,
-        "prompts": len(cases),
-        "adherence": by_steps,
-    }
-    if not args.quick:
-        guidances = {f"guidance {g}": adherence(pipeline, first_hundred(), recipe.sampling(guidance=(g, g))) for g in (1.0, 2.0, 4.0, 8.0)}
-        _show("100 single-thing prompts, 12 steps", guidances)
-        result["guidance"] = guidances
-    result["networks"] = networks(pipeline)
+    if args.operations:
+        shares, table = judge_operations(pipeline, first, sprites, args.cases)
+        result |= {"cases": args.cases, "operations": shares}
+        report.add(table)
+    elif args.curves:
+        from model.training import curves  # which needs matplotlib
+
+        result |= curves.measure(pipeline, first, sprites, args.curves)
+    else:
+        guidance = None if args.guidance is None else (args.guidance, args.guidance)
+        sampling = pipeline.config.recipe.sampling(steps=args.steps, guidance=guidance)
+        second = Templates(atlas(128).to(device))
+        bench = Bench(pipeline, Drawn(pipeline, sampling), sprites, first, second)
+        if args.judges:
+            result |= judge_judges(bench)
+            report.add(judges_table(result | {}))
+        else:
+            found = paella_bench(bench, args.set, args.minutes, args.quick)
+            title = f"PaellaBench, {args.set} prompts, {sampling.steps} steps"
+            report.add(bench_table(found, title))
+            result |= {"steps": sampling.steps, "guidance": sampling.guidance}
+            result |= bench_json(found) | {"networks": networks(pipeline, sprites)}
     result["seconds"] = round(time.monotonic() - began, 1)
-    print(json.dumps(result))
+    report.emit(result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Captioned pictures as the denoiser and the prior see them: tokens and embeddings from the frozen networks of a bundle."""
+"""Captioned pictures as the denoiser and the prior see them: tokens and embeddings from the frozen
+networks of a bundle.
+
+Scenes of a corpus are encoded once, into a `Pool` on the device, which training draws from without
+ever waiting. Somebody's own pictures come through an `ExampleStream`.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,32 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.bundle import BundleV3
-from model.training.data import SceneSource, Source, as_float
+from model.config import BundleV3Config
+from model.networks.text_encoders import ByteEncoder
+from model.networks.vqgan_v3 import VQGAN
+from model.training.codes import USED, Codes
+from model.training.data import Scenes, Source, Text, as_float
+from model.training.processes import rank, world
+from model.training.scenes import ASPECTS
+
+_AT_ONCE = 32  # pictures that are drawn and encoded together
+# Encoders are not as exact as the codes that they learn: noise up to these deviations on a byte's
+# channels, and on a caption's.
+_BYTE_NOISE, _TEXT_NOISE = 0.4, 0.4
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """B captioned pictures. tokens [B, H, W]; byt5 [B, L, D] with mask [B, L]; clip_text, clip_image [B, D']; empty [B]: no caption."""
+    """B captioned pictures. tokens [B, H, W]; byt5 [B, L, D] with mask [B, L]; clip_text,
+    clip_image [B, D']; empty [B]: no caption.
+
+    shown: [B], which of the empty ones are nevertheless to be drawn from their CLIP embedding; None
+    is none. commonest: [B], the code that is most frequent in each, if it is known.
+    """
 
     tokens: Tensor
     byt5: Tensor
@@ -25,11 +47,20 @@ class Examples:
     clip_text: Tensor
     clip_image: Tensor
     empty: Tensor
+    shown: Tensor | None = None
+    commonest: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, bundle: BundleV3, images: Tensor, captions: list[str], dtype: torch.dtype = torch.float32) -> Examples:
-        """images: [B, 3, H, W] in [0, 1] on the bundle's device. dtype: of the products; what comes out is fp32."""
+    def of(
+        cls,
+        bundle: BundleV3,
+        images: Tensor,
+        captions: list[str],
+        dtype: torch.dtype = torch.float32,
+    ) -> Examples:
+        """Return encoded pictures. images: [B, 3, H, W] in [0, 1] on the bundle's device. dtype: of
+        the products; what comes out is fp32."""
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             text = bundle.byt5(captions)
             return cls(
@@ -43,18 +74,36 @@ class Examples:
 
 
 class ExampleStream:
-    """Endless batches from a source, captions of about one length together, because padding costs as much as text.
+    """Endless batches from a source, captions of about one length together, because padding costs
+    as much as text.
 
-    The source draws `pool` batches at a time; they are encoded once and gone through `reuse` times: the noise is fresh each time, and
-    encoding costs as much as a third of a training step. What a pool does with its pictures follows from the seed and the pool's number, so
-    a checkpoint holds where the source stood before the pool and how many of its batches were taken.
+    The source draws `pool` batches at a time; they are encoded once and gone through `reuse` times:
+    the noise is fresh each time, and encoding costs as much as a third of a training step. What a
+    pool does with its pictures follows from the seed and the pool's number, so a checkpoint holds
+    where the source stood before the pool and how many of its batches were taken.
     """
 
     def __init__(
-        self, bundle: BundleV3, source: Source, seed: int, *, pool: int, reuse: int, dtype: torch.dtype = torch.float32, empty: float = 0.1
+        self,
+        bundle: BundleV3,
+        source: Source,
+        seed: int,
+        *,
+        pool: int,
+        reuse: int,
+        dtype: torch.dtype = torch.float32,
+        empty: float = 0.1,
     ) -> None:
-        """pool: divides the number of pictures the source draws. dtype: of the encoders' products. empty: share of empty captions."""
-        self.bundle, self.source, self.seed, self.pool, self.reuse, self.empty = bundle, source, seed, pool, reuse, empty
+        """Create it. pool: divides the number of pictures the source draws. dtype: of the encoders'
+        products. empty: share of empty captions."""
+        self.bundle, self.source, self.seed, self.pool, self.reuse, self.empty = (
+            bundle,
+            source,
+            seed,
+            pool,
+            reuse,
+            empty,
+        )
         self.dtype = dtype
         self.device = next(bundle.denoiser.parameters()).device
         self._number, self._taken = 0, 0
@@ -75,7 +124,7 @@ class ExampleStream:
         return self._batches[self._taken - 1]
 
     def _encoded(self) -> list[Examples]:
-        """The next pool's batches in the order in which they are met."""
+        """Return the next pool's batches in the order in which they are met."""
         rng = np.random.default_rng([self.seed, 1, self._number])
         pixels, captions = self.source.draw()
         captions = ["" if rng.random() < self.empty else caption for caption in captions]
@@ -83,39 +132,194 @@ class ExampleStream:
         batches = []
         for chosen in np.split(order, self.pool):
             images = as_float(pixels[torch.from_numpy(chosen)], self.device)
-            batches.append(Examples.of(self.bundle, images, [captions[i] for i in chosen], self.dtype))
+            batches.append(
+                Examples.of(self.bundle, images, [captions[i] for i in chosen], self.dtype)
+            )
         return [batches[i] for _ in range(self.reuse) for i in rng.permutation(self.pool)]
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """How many files could not be used, by reason."""
+        """Return how many files could not be used, by reason."""
         return self.source.skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands: everything that it will yield follows from this."""
-        return {"source": self.source.identity, "before": self._before, "pool": self._number, "taken": self._taken}
+        """Return where it stands: everything that it will yield follows from this."""
+        return {
+            "source": self.source.identity,
+            "before": self._before,
+            "pool": self._number,
+            "taken": self._taken,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there; a position in another source (other files, another number of processes) is left alone, and that is said."""
+        """Go on from there; a position in another source (other files, another number of processes)
+        is left alone, and that is said."""
         if state["source"] != self.source.identity:
-            warnings.warn("this is not the data the checkpoint was trained on: it is begun with its first picture", stacklevel=2)
+            warnings.warn(
+                "this is not the data the checkpoint was trained on: "
+                "it is begun with its first picture",
+                stacklevel=2,
+            )
             return
         self._number, self._taken, self._before = state["pool"], state["taken"], state["before"]
         self.source.load_state_dict(self._before)
         self._batches = []
 
 
-def examples(
-    bundle: BundleV3,
-    batch: int,
-    seed: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    empty: float = 0.1,
-    pool: int = 48,
-    reuse: int = 16,
-    workers: int = 0,
-) -> ExampleStream:
-    """Endless batches of B scenes each."""
-    source = SceneSource(pool * batch, seed, workers=workers)
-    return ExampleStream(bundle, source, seed, pool=pool, reuse=reuse, dtype=dtype, empty=empty)
+def encode_bytes(encoder: ByteEncoder, text: Text) -> Tensor:
+    """Turn captions into embeddings [B, L + 1, D], what `encoder` makes of them, in calls that ask
+    the device for nothing and keep gradients."""
+    t5, mask = encoder.t5.encoder, text.mask
+    heads, eps = t5.config.num_heads, t5.config.layer_norm_epsilon
+    x = F.embedding(text.ids, encoder.t5.shared.weight)
+    length = x.shape[1]
+    bias = t5.block[0].layer[0].SelfAttention.compute_bias(length, length)  # [1, heads, L, L]
+    bias = bias.masked_fill(~mask[:, None, None], -1e4)
+    for block in t5.block:
+        own, gate = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+        y = F.rms_norm(x, x.shape[-1:], block.layer[0].layer_norm.weight, eps)
+        q, k, v = (m(y).unflatten(-1, (heads, -1)).transpose(1, 2) for m in (own.q, own.k, own.v))
+        y = (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+        x = x + own.o(y)
+        y = F.rms_norm(x, x.shape[-1:], block.layer[1].layer_norm.weight, eps)
+        x = x + gate.wo(F.gelu(gate.wi_0(y), approximate="tanh") * gate.wi_1(y))
+    return F.rms_norm(x, x.shape[-1:], t5.final_layer_norm.weight, eps)
+
+
+def encode_pictures(vqgan: VQGAN, images: Tensor) -> Tensor:
+    """Turn images [B, 3, H, W] in [0, 1] into codes [B, h, w]; which code is nearest is decided in
+    fp32, under autocast too."""
+    latents = vqgan.encode_latents(images)
+    with torch.autocast(images.device.type, enabled=False):
+        return vqgan.vquantizer.nearest(latents.float())
+
+
+class Pool:
+    """Scenes of one aspect, encoded: their tokens and whose they are, up to `capacity` of them, the
+    oldest replaced when there are more.
+
+    `grow` encodes some more, between steps; `draw` may be part of a recorded step. It draws among
+    those encoded so far. What their captions say and what CLIP sees in them are codes (`codes.py`).
+    Processes that share a training have each their share of the scenes.
+    """
+
+    def __init__(
+        self,
+        config: BundleV3Config,
+        scenes: Scenes,
+        aspect: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Create it. dtype: of the VQGAN's products."""
+        self.scenes, self.aspect, self.dtype, self.codes = (
+            scenes,
+            aspect,
+            dtype,
+            Codes(scenes.corpus),
+        )
+        self.members = scenes.of_aspect[aspect][rank() :: world()]
+        self.capacity = min(capacity, len(self.members))
+        width, height = ASPECTS[aspect]
+        f, device = config.vqgan.downscale, scenes.device
+        self.tokens = torch.zeros(
+            self.capacity, height // f, width // f, dtype=torch.int16, device=device
+        )
+        self.commonest = torch.zeros(self.capacity, dtype=torch.int16, device=device)
+        self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
+        self.encoded, self._filled = 0, torch.ones((), device=device)
+
+    @torch.no_grad()
+    def grow(self, vqgan: VQGAN, count: int) -> None:
+        """Encode `count` more scenes of the corpus, fewer at its end; after that the first ones
+        again, if not all fit."""
+        if self.encoded >= len(self.members) == self.capacity:
+            return
+        start = self.encoded % len(self.members)
+        index = self.members[start : start + count]
+        place = (
+            torch.arange(self.encoded, self.encoded + len(index), device=index.device)
+            % self.capacity
+        )
+        with torch.autocast(index.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            tokens = torch.cat(
+                [
+                    encode_pictures(vqgan, self.scenes.pictures(part, self.aspect))
+                    for part in index.split(_AT_ONCE)
+                ]
+            )
+        self.tokens[place], self.index[place] = tokens.to(torch.int16), index
+        self.commonest[place] = commonest(tokens).to(torch.int16)
+        self.encoded += len(index)
+        self._filled.fill_(min(self.encoded, self.capacity))
+
+    def restore(self, vqgan: VQGAN, encoded: int, at_once: int) -> None:
+        """Go to where it stood when so many had been encoded, `at_once` at a time; what was
+        replaced since is passed over."""
+        self.forget()
+        while self.encoded < encoded:
+            left = len(self.members) - self.encoded % len(self.members)
+            if encoded - self.encoded > self.capacity + at_once:
+                self.encoded += min(at_once, left)
+            else:
+                self.grow(vqgan, at_once)
+
+    def fake(self) -> None:
+        """Fill it with random contents, to rehearse with before there are any."""
+        self.tokens.random_(0, 1000)
+        self.index.copy_(self.members[: self.capacity])
+        self._filled.fill_(self.capacity)
+
+    def forget(self) -> None:
+        """Hold nothing any more."""
+        self.encoded = 0
+        self._filled.fill_(1)
+
+    @torch.no_grad()
+    def draw(self, count: int, bytes_read: int, empty: float = 0.1, shown: float = 0.1) -> Examples:
+        """Draw `count` random ones. bytes_read: so many of each caption's bytes, random ones.
+        empty, shown: shares of captions that are empty, without and with the picture's embedding in
+        their place."""
+        corpus, device = self.scenes.corpus, self.tokens.device
+        chosen = (torch.rand(count, device=device) * self._filled).long()
+        which = (torch.rand(count, device=device) * corpus.text.shape[1]).long()
+        chance = torch.rand(count, device=device)
+        silent, index = chance < empty + shown, self.index[chosen]
+        place = (
+            torch.rand(count, bytes_read, device=device)
+            * (corpus.length[index, which].float()[:, None] + 1)
+        ).long()
+        said = ~silent[:, None]
+        byt5 = self.codes.bytes(index, which, place) * said[..., None]
+        byt5[..., :USED] += (
+            _BYTE_NOISE
+            * torch.rand(count, 1, 1, device=device)
+            * torch.randn(count, bytes_read, USED, device=device)
+        )
+        text = self.codes.text(index, which) * said
+        return Examples(
+            tokens=self.tokens[chosen].long(),
+            byt5=byt5,
+            mask=torch.ones(count, bytes_read, dtype=torch.bool, device=device),
+            clip_text=text
+            + _TEXT_NOISE * torch.rand(count, 1, device=device) * torch.randn_like(text),
+            clip_image=self.codes.pictures(index),
+            empty=silent,
+            shown=(chance >= empty) & silent,
+            commonest=self.commonest[chosen].long(),
+        )
+
+
+def commonest(tokens: Tensor) -> Tensor:
+    """Return the most frequent code [B] of each row of tokens [B, H, W]."""
+    flat = tokens.flatten(1).sort(dim=1).values
+    place = torch.arange(flat.shape[1], device=flat.device)
+    begins = F.pad(flat[:, 1:] != flat[:, :-1], (1, 0), value=True)
+    run = (
+        place - torch.where(begins, place, 0).cummax(dim=1).values
+    )  # how far into its run of equal codes each is
+    return flat.gather(1, run.argmax(dim=1, keepdim=True))[:, 0]

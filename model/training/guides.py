@@ -1,8 +1,10 @@
-"""Two questions to the denoiser's deepest features while it learns: where are you, and what is the clean picture here?
+"""Two questions to the denoiser's deepest features while it learns: where are you, and what is the
+clean picture here?
 
-Nothing tells a convolution where it is but the zeros beyond the border, and a caption's "on the left" means nothing to a network that
-cannot tell left from right; nor does being able to tell pay while "on the left" means nothing. From the tokens' cross-entropy alone it
-stayed at that for 100,000 pictures (docs/log.md). The heads that ask are not part of the network that is kept.
+Nothing tells a convolution where it is but the zeros beyond the border, and a caption's "on the
+left" means nothing to a network that cannot tell left from right; nor does being able to tell pay
+while "on the left" means nothing. From the tokens' cross-entropy alone it stayed at that for
+100,000 pictures (docs/log.md). The heads that ask are not part of the network that is kept.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.denoiser import Denoiser
-from model.layers import norm
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.layers import norm
 
 _PLACE, _LATENTS = 0.2, 1.0  # how much either question counts beside the tokens
 _LONGEST = 64  # cells a side
@@ -33,7 +35,9 @@ class Guided(nn.Module):
         self.denoiser = denoiser
         self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
         config = denoiser.config
-        self.patch = config.patch_size << (len(config.c_hidden) - 1)  # tokens a side of a deepest cell
+        self.patch = config.patch_size << (
+            len(config.c_hidden) - 1
+        )  # tokens a side of a deepest cell
         self.place = nn.Linear(config.c_hidden[-1], 2 * _LONGEST)
         self.latents = nn.Linear(config.c_hidden[-1], self.patch**2 * codebook.shape[1])
         self._deepest: Tensor | None = None
@@ -44,23 +48,30 @@ class Guided(nn.Module):
         self._deepest = inputs[0]
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what to add to the objective, figures to show) for the latest pass, whose clean tokens were [B, H, W]."""
+        """Return (what to add to the objective, figures to show) for the latest pass, whose clean
+        tokens were [B, H, W]."""
         if self._deepest is None:
             raise RuntimeError("the denoiser has not been run")
         x, self._deepest = norm(self._deepest).float(), None  # [B, h, w, C]
         place = self._place_loss(x)
         latents = F.mse_loss(self.latents(x), self._patches(self.codebook[tokens]))
-        return _PLACE * place + _LATENTS * latents, {"place": place.detach(), "latents": latents.detach()}
+        return _PLACE * place + _LATENTS * latents, {
+            "place": place.detach(),
+            "latents": latents.detach(),
+        }
 
     def _place_loss(self, x: Tensor) -> Tensor:
         B, h, w, _ = x.shape
         rows = torch.arange(h, device=x.device)[:, None].expand(B, h, w)
         columns = torch.arange(w, device=x.device).expand(B, h, w)
         for_rows, for_columns = self.place(x).flatten(0, 2).chunk(2, dim=-1)
-        return F.cross_entropy(for_rows, rows.flatten()) + F.cross_entropy(for_columns, columns.flatten())
+        return F.cross_entropy(for_rows, rows.flatten()) + F.cross_entropy(
+            for_columns, columns.flatten()
+        )
 
     def _patches(self, latents: Tensor) -> Tensor:
-        """[B, H, W, c] → [B, h, w, c·p²], one vector for all the tokens of a deepest cell."""
+        """Turn [B, H, W, c] into [B, h, w, c·p²], one vector for all the tokens of a deepest
+        cell."""
         B, H, W, c = latents.shape
         p = self.patch
         return latents.view(B, H // p, p, W // p, p, c).transpose(2, 3).flatten(3)

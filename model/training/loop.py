@@ -1,25 +1,35 @@
-"""The one training loop. A trainer brings a module and a loss; this brings the budget, the schedule, EMA, checkpoints and the progress bar.
+"""The one training loop. A trainer brings a module and a loss; this brings the budget, the
+schedule, EMA, checkpoints and the progress bar.
 
-The budget is time: `--minutes 20` means that on any machine, and the learning rate falls over the last 30 % of it. A checkpoint holds
-everything about the networks, so `--resume` goes on where they stopped, with as many minutes more as asked and with new scenes.
+The budget is time: `--minutes 20` means that on any machine, and the learning rate falls over the
+last 30 % of it. A checkpoint holds everything about the networks, so `--resume` goes on where they
+stopped, with as many minutes more as asked and with new scenes.
 
-Or it is steps: `--steps 10000` is the same training on any machine, and with `--resume` it is finished as if it had never been interrupted,
-bit for bit where one process trains on the same machine.
+Or it is steps: `--steps 10000` is the same training on any machine, and with `--resume` it is
+finished as if it had never been interrupted, bit for bit where one process trains on the same
+machine.
 
 Several processes, one a GPU or a core: `torchrun --nproc-per-node 2 -m model.training.denoiser …`.
+
+On CUDA nothing waits for the device: a step is recorded once as a graph and replayed (for that a
+loss must take its batch from tensors that stay where they are, and ask the device for no number), a
+step that is not a number counts as nothing, and figures are read now and then.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from model.training import checkpoint
 from model.training.checkpoint import load
@@ -28,11 +38,27 @@ from model.training.options import Options, options, parser
 from model.training.processes import average_over_processes, first_clock, rank, total, world
 from model.training.report import Moment, Report, by_reason
 
-__all__ = ["Data", "Loss", "Options", "ema", "fit", "load", "options", "parser", "rank"]
+__all__ = [
+    "Average",
+    "Data",
+    "Loss",
+    "Mixture",
+    "Options",
+    "fit",
+    "load",
+    "options",
+    "parser",
+    "prepared",
+    "rank",
+    "replace",
+]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3
 _SAVE_SECONDS = 120.0
+# On CUDA: steps before one is recorded, how many may be under way, and seconds between two looks at
+# the figures.
+_REHEARSALS, _UNDER_WAY, _LOOK_SECONDS = 3, 4, 2.0
 
 
 class Data(Protocol):
@@ -40,38 +66,80 @@ class Data(Protocol):
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """How many files could not be used, by reason."""
+        """Return how many files could not be used, by reason."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Moving average with at most this decay: a short run would else average in its first steps."""
+@dataclass(frozen=True)
+class Mixture:
+    """Losses of unlike batches, each with a share of the steps; which one a step takes follows from
+    its number."""
+
+    losses: tuple[Loss, ...]
+    shares: tuple[float, ...]
+
+    def of(self, step: int) -> Loss:
+        return random.Random(step).choices(self.losses, self.shares)[0]
+
+
+class Average:
+    """A module's twin, the moving average of its weights with at most this decay: a short run would
+    else average in its first steps.
+
+    `advance` says on the host how much the next `update` counts, which touches tensors alone.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.n_averaged = deepcopy(module).requires_grad_(False), decay, 0
+        # What no state dict holds is no weight, and a mask's infinities have no average.
+        twins, originals = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
+        once = {
+            id(original): name for name, original in originals.items()
+        }  # of a tensor with two names only one is averaged
+        pairs = [(twins[name].detach(), originals[name].detach()) for name in once.values()]
+        self._old = [old for old, _ in pairs if old.is_floating_point()]
+        self._new = [new for old, new in pairs if old.is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._share = torch.ones((), device=next(module.parameters()).device)
+
+    def advance(self) -> None:
+        n = self.n_averaged
+        self._share.fill_(1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0)
+        self.n_averaged += 1
 
     @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        n = float(count)
-        share = 1 - min(decay, (1 + n) / (10 + n))
-        for old, new in zip(averaged, current, strict=True):
-            if old.is_floating_point():
-                old.lerp_(new, share)
-            else:
-                old.copy_(new)
+    def update(self) -> None:
+        for old, new in self._counters:
+            old.copy_(new)
+        change = torch._foreach_sub(self._new, self._old)
+        torch._foreach_mul_(change, self._share)
+        torch._foreach_add_(self._old, change)
 
-    return update
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 class _Run:
-    """Model, average, optimizer and data of one training, and their way into a checkpoint and out of it."""
+    """Model, average, optimizer and data of one training, and their way into a checkpoint and out
+    of it."""
 
-    def __init__(self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()
+    ) -> None:
         self.module, self.o, self.data = module.to(o.device), o, data
-        self.average = AveragedModel(module, multi_avg_fn=ema(o.ema), use_buffers=True)
+        self.average = Average(module, o.ema)
         self.optimizers = Optimizers(module, o.lr, matrices)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.recording = o.record and o.device.type == "cuda" and not dist.is_initialized()
+        self._recorded: dict[Loss, torch.cuda.CUDAGraph] = {}
+        self._memory: Any = None  # of the recorded steps
+        self._sums, self._summed = dict[str, Tensor](), 0
+        self._under_way = deque[torch.cuda.Event]()
         if o.resume:
             self._restore(load(o.checkpoint, o.device))
         self.first_step = self.step
@@ -82,7 +150,7 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         self.module.load_state_dict(saved["model"])
         self.average.module.load_state_dict(saved["ema"])
-        self.average.n_averaged.fill_(saved.get("averaged", saved["step"]))
+        self.average.n_averaged = saved.get("averaged", saved["step"])
         self.optimizers.load_state_dict(saved["optimizers"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         if self.data is not None and "data" in saved:
@@ -93,14 +161,14 @@ class _Run:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.o.device)
 
     def save(self) -> None:
-        """Every process must ask; the first one writes."""
+        """Write the checkpoint: every process must ask, and the first one writes."""
         self.optimizers.gather()
         if rank() != 0:
             return
         contents = {
             "model": self.module.state_dict(),
             "ema": self.average.module.state_dict(),
-            "averaged": int(self.average.n_averaged),
+            "averaged": self.average.n_averaged,
             "optimizers": self.optimizers.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -113,37 +181,137 @@ class _Run:
         checkpoint.save(self.o.checkpoint, contents)
 
     def share(self, elapsed: float) -> float:
-        """How much of the budget is spent, 0…1. elapsed: seconds of this call."""
+        """Return how much of the budget is spent, 0…1. elapsed: seconds of this call."""
         if self.o.steps is not None:
             return self.step / self.o.steps
         seconds = self.o.minutes * 60
         return first_clock(elapsed / seconds if seconds else 1.0)
 
     def rate(self, share: float) -> float:
-        """The next step's learning rate."""
-        return self.o.lr * min(1.0, (self.step + 1) / self.o.warmup) * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
+        """Return the next step's learning rate."""
+        return (
+            self.o.lr
+            * min(1.0, (self.step + 1) / self.o.warmup)
+            * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
+        )
 
-    def learn(self, loss: Loss, share: float) -> dict[str, Tensor]:
-        """One step; returns the loss and its figures, or nothing if the step was skipped."""
+    def learn(self, loss: Loss | Mixture, share: float) -> dict[str, Tensor]:
+        """Take one step and return the loss and its figures, or nothing if the step was skipped or
+        is on its way."""
         self.optimizers.lr = self.rate(share)
-        figures = self.gradients(loss)
+        own = loss.of(self.step) if isinstance(loss, Mixture) else loss
+        self.step += 1
+        if self.o.device.type == "cuda":
+            self._launch(own)
+            return {}
+        figures = self.gradients(own)
         average_over_processes([p.grad for p in self.parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.step += 1
         if not norm.isfinite():
             # One such step would make every weight NaN, and the next checkpoint with them.
             self.skipped += 1
             return {}
         self.optimizers.step()
-        self.average.update_parameters(self.module)
+        self.average.advance()
+        self.average.update()
         return figures
 
+    def _launch(self, loss: Loss) -> None:
+        """Take one step on CUDA, recorded if it can be."""
+        self.average.advance()
+        if self.recording and loss not in self._recorded:
+            self._record(loss)
+        if loss in self._recorded:
+            self._recorded[loss].replay()
+        else:
+            self._compute(loss)
+        self._summed += 1
+        done = torch.cuda.Event()
+        done.record()
+        self._under_way.append(done)
+        if (
+            len(self._under_way) > _UNDER_WAY
+        ):  # the clock that the budget is read from must not run ahead of the device
+            self._under_way.popleft().synchronize()
+
+    def _compute(self, loss: Loss) -> None:
+        """Do a step's whole work, without waiting for any of it."""
+        figures = self.gradients(loss)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        average_over_processes(gradients)
+        whole = nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite()
+        for gradient in gradients:
+            gradient.masked_fill_(~whole, 0)
+        self.optimizers.step()
+        self.average.update()
+        for name, figure in {**figures, "skipped": ~whole}.items():
+            figure = figure.float().masked_fill(~whole, 0) if name != "skipped" else figure.float()
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(figure)
+            self._sums[name].add_(figure)
+
+    def _record(self, loss: Loss) -> None:
+        """Take some steps as they come, for libraries to choose and allocate, then one that is only
+        recorded."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_REHEARSALS):
+                self._compute(loss)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizers.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            torch.cuda.synchronize()
+            # Nothing of one step is read after another, so all may be in the same memory.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                self._compute(loss)
+            self._memory = graph.pool()
+        except RuntimeError as error:
+            print(f"not recorded, computed step by step: {error}", file=sys.stderr, flush=True)
+            torch.cuda.synchronize()
+            self.recording = False
+            return
+        self._recorded[loss] = graph
+
+    def rehearse(self, losses: Iterable[Loss]) -> None:
+        """Record every loss's step beforehand, with whatever its batches hold now; weights and
+        optimizers are then as they were."""
+        if not self.recording:
+            return
+        state = [*_tensors(self.module), *_tensors(self.average.module)]
+        kept = [tensor.detach().clone() for tensor in state]
+        self.optimizers.lr = 0.0
+        self.average.advance()
+        for loss in losses:
+            if self.recording:
+                self._record(loss)
+        with torch.no_grad():
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
+        self.optimizers.forget()
+        self.average.n_averaged = 0
+        for summed in self._sums.values():
+            summed.zero_()
+
+    def drain(self) -> dict[str, Tensor]:
+        """Return, on CUDA, the means of the figures since the last time; waits for the device."""
+        values = {name: float(summed) for name, summed in self._sums.items()}
+        for summed in self._sums.values():
+            summed.zero_()
+        self.skipped += round(values.pop("skipped", 0))
+        steps, self._summed = max(self._summed, 1), 0
+        return {name: torch.tensor(value / steps) for name, value in values.items()}
+
     def gradients(self, loss: Loss) -> dict[str, Tensor]:
-        """Leaves the gradient of the mean of `accumulate` losses in the parameters; returns the means of loss and figures."""
+        """Leave the gradient of the mean of `accumulate` losses in the parameters; returns the
+        means of loss and figures."""
         self.optimizers.zero_grad()
         means = defaultdict[str, Tensor](lambda: torch.zeros((), device=self.o.device))
         for _ in range(self.o.accumulate):
-            with torch.autocast(self.o.device.type, self.o.dtype, enabled=self.o.dtype != torch.float32):
+            with torch.autocast(
+                self.o.device.type, self.o.dtype, enabled=self.o.dtype != torch.float32
+            ):
                 value, figures = loss()
             value = value / self.o.accumulate
             value.backward()
@@ -153,7 +321,8 @@ class _Run:
         return means
 
     def moment(self, share: float) -> Moment:
-        """After a step that was taken at this share of the budget."""
+        """Return where the training stands after a step that was taken at this share of the
+        budget."""
         return Moment(
             step=self.step,
             done=share if self.o.steps is None else self.step / self.o.steps,
@@ -164,24 +333,59 @@ class _Run:
         )
 
 
-def fit(module: nn.Module, loss: Loss, o: Options, data: Data | None = None, matrices: Iterable[str] = ()) -> nn.Module:
-    """Trains `module` until the budget is spent and returns its averaged twin.
+def prepared(
+    module: nn.Module, losses: Iterable[Loss], o: Options, matrices: Iterable[str] = ()
+) -> _Run:
+    """Return a training that has not begun, its steps recorded where they can be: what takes long
+    and needs no data yet."""
+    run = _Run(module, o, None, matrices)
+    run.rehearse(losses)
+    return run
 
-    loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it draws from, to be kept in checkpoints.
-    matrices: names of the parameters that Muon steps.
+
+def fit(
+    module: nn.Module,
+    loss: Loss | Mixture,
+    o: Options,
+    data: Data | None = None,
+    matrices: Iterable[str] = (),
+    before: Callable[[], None] | None = None,
+    saved: Callable[[nn.Module], None] | None = None,
+    run: _Run | None = None,
+) -> nn.Module:
+    """Train `module` until the budget is spent and return its averaged twin.
+
+    loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it
+    draws from, to be kept in checkpoints. matrices: names of the parameters that Muon steps.
+    before: called before every step, never recorded. saved: called with the averaged twin after
+    every checkpoint but the last. run: what `prepared` returned for the same module, to go on with.
     """
-    run = _Run(module, o, data, matrices)
-    start = saved = time.monotonic()
+    if run is None:
+        run = _Run(module, o, data, matrices)
+    run.o, run.data = o, data
+    on_cuda = o.device.type == "cuda"
+    start = last_save = looked = time.monotonic()
     earlier = run.seconds
     budget, unit = (o.minutes * 60, "s") if o.steps is None else (o.steps, "steps")
     with Report(budget, unit, o.log_dir, run.step + 1) as report:
         while (share := run.share(time.monotonic() - start)) < 1:
+            if before is not None:
+                before()
             figures = run.learn(loss, share)
-            run.seconds = earlier + time.monotonic() - start
-            report.update(figures, run.moment(share))
-            if first_clock(time.monotonic() - saved) > _SAVE_SECONDS:
+            now = time.monotonic()
+            run.seconds = earlier + now - start
+            if not on_cuda:
+                report.update(figures, run.moment(share))
+            elif now - looked > _LOOK_SECONDS:
+                report.update(run.drain(), run.moment(share))
+                looked = now
+            if first_clock(now - last_save) > (o.save_seconds or _SAVE_SECONDS):
                 run.save()
-                saved = time.monotonic()
+                if saved is not None:
+                    saved(run.average.module)
+                last_save = time.monotonic()
+        if on_cuda:
+            report.update(run.drain(), run.moment(share))
     run.save()
     left_out = total(data.skipped if data is not None else {})
     if left_out and rank() == 0:

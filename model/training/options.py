@@ -19,8 +19,11 @@ from model.training.processes import rank
 class Options:
     """A training's budget and settings.
 
-    steps: the budget, counted from the very first step, or None for `minutes` from now on. batch: pictures of one pass; `accumulate` passes
-    make a step. seed: for what must be new after a resumption; data_seed: for data whose position is in the checkpoint.
+    steps: the budget, counted from the very first step, or None for `minutes` from now on. batch:
+    pictures of one pass; `accumulate` passes make a step. seed: for what must be new after a
+    resumption; data_seed: for data whose position is in the checkpoint. save_seconds: between two
+    checkpoints, 0 for the usual two minutes. record: steps on CUDA are recorded as graphs where
+    they can be.
     """
 
     minutes: float
@@ -38,26 +41,71 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     workers: int
+    save_seconds: float = 0.0
+    record: bool = True
 
 
-def parser(description: str | None, *, name: str, batch: int, lr: float, minutes: float, ema: float = 0.999) -> argparse.ArgumentParser:
-    """The common arguments, with a trainer's own defaults; it may add others before `options`."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=float, default=minutes, help=f"how long to train (default {minutes:g})")
-    p.add_argument("--steps", type=_positive, help="how long to train instead: this many steps, those before --resume among them")
-    p.add_argument("--checkpoint", type=Path, default=Path("runs") / f"{name}.pt", help="written every two minutes and at the end")
-    p.add_argument("--log-dir", type=Path, help="where to write TensorBoard scalars (default nowhere)")
+def parser(
+    description: str | None, *, name: str, batch: int, lr: float, minutes: float, ema: float = 0.999
+) -> argparse.ArgumentParser:
+    """Return the common arguments, with a trainer's own defaults; it may add others before
+    `options`."""
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--minutes", type=float, default=minutes, help=f"how long to train (default {minutes:g})"
+    )
+    p.add_argument(
+        "--steps",
+        type=_positive,
+        help="how long to train instead: this many steps, those before --resume among them",
+    )
+    p.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=Path("runs") / f"{name}.pt",
+        help="written every two minutes and at the end",
+    )
+    p.add_argument(
+        "--log-dir", type=Path, help="where to write TensorBoard scalars (default nowhere)"
+    )
+    p.add_argument(
+        "--corpus",
+        type=Path,
+        help="what `python -m model.training.corpus` wrote; without it, a small one is sampled",
+    )
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    p.add_argument("--batch", type=_positive, default=batch, help=f"pictures a pass (default {batch})")
-    p.add_argument("--accumulate", type=_positive, default=1, help="passes a step (default 1): for batches that do not fit into memory")
+    p.add_argument(
+        "--batch", type=_positive, default=batch, help=f"pictures a pass (default {batch})"
+    )
+    p.add_argument(
+        "--accumulate",
+        type=_positive,
+        default=1,
+        help="passes a step (default 1): for batches that do not fit into memory",
+    )
     p.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
     p.add_argument("--warmup", type=_positive, default=200, help="steps until the peak")
-    p.add_argument("--ema", type=float, default=ema, help="decay of the averaged weights, the ones that are kept")
+    p.add_argument(
+        "--ema",
+        type=float,
+        default=ema,
+        help="decay of the averaged weights, the ones that are kept",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto", help="of the products; master weights are float32")
     p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--workers", type=int, default=-1, help="that draw or decode pictures; by default none on a CPU, all cores beside a GPU")
+    p.add_argument(
+        "--no-record", action="store_true", help="on CUDA, launch every operator of every step anew"
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=-1,
+        help="that draw or decode pictures; by default none on a CPU, all cores beside a GPU",
+    )
     return p
 
 
@@ -69,11 +117,17 @@ def _positive(text: str) -> int:
 
 
 def options(args: argparse.Namespace) -> Options:
-    """Parsed arguments → Options; also readies the process and seeds it."""
+    """Turn parsed arguments into Options; also ready the process and seed it."""
     prepare(args.threads)
     device = _join_others(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
-    workers = args.workers if args.workers >= 0 else (os.cpu_count() or 1) - 1 if device.type == "cuda" else 0
+    workers = (
+        args.workers
+        if args.workers >= 0
+        else (os.cpu_count() or 1) - 1
+        if device.type == "cuda"
+        else 0
+    )
     saved = checkpoint.load(args.checkpoint) if args.resume else {}
     first = args.seed + 1_000_003 * rank()
     # A resumed run meets new scenes, not those it began with; so does every process of several.
@@ -95,11 +149,12 @@ def options(args: argparse.Namespace) -> Options:
         device=device,
         dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # bf16 needs no loss scaling
         workers=workers,
+        record=not args.no_record,
     )
 
 
 def _join_others(device: torch.device) -> torch.device:
-    """With torchrun, joins the processes it started; each has a GPU to itself if there are any."""
+    """With torchrun, join the processes it started; each has a GPU to itself if there are any."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":

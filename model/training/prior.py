@@ -1,63 +1,98 @@
-"""Trains the prior to turn a caption's CLIP embedding into that of its picture.
+"""Trains the prior to turn the code of a caption into that of its picture (codes.py): what CLIP's
+towers learn to say.
 
-python -m model.training.prior runs/tiny --minutes 6
+python -m model.training.prior --minutes 6
 """
 
 from __future__ import annotations
-
-from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.bundle import load_v3
-from model.prior import Prior, add_noise
-from model.text import CLIP
-from model.training import loop
-from model.training.data import as_float, stream
+from model.config import find_bundle
+from model.networks.prior import Prior, add_noise
+from model.training import loop, tiny
+from model.training.codes import Codes
+from model.training.data import Scenes
 
 _UNCONDITIONAL = 0.1
-# Encoding a batch of scenes costs as much as many steps of the prior, so the latest ones are kept and met again with other noise.
-_KEPT = 256
-_STEPS_PER_BATCH = 8
-_BATCHES_PER_STEP = 4
+# The text tower is not as exact as the codes that it learns: noise up to this deviation.
+_NOISE = 0.4
+_BATCH = 512
 
 
 def diffusion_loss(prior: Prior, clip_text: Tensor, clip_image: Tensor) -> Tensor:
-    """Squared error of the predicted noise for embeddings [B, D]; a tenth of the texts are blanked, for guidance."""
+    """Return the squared error of the predicted noise for embeddings [B, D]; a tenth of the texts
+    are blanked, for guidance."""
     t = torch.rand(len(clip_image), device=clip_image.device)
     noise = torch.randn_like(clip_image)
     text = clip_text * (torch.rand_like(t) >= _UNCONDITIONAL)[:, None]
     return F.mse_loss(prior(add_noise(clip_image, t, noise), t, text).float(), noise)
 
 
+def train(prior: Prior, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> Prior:
+    """Train until the budget is spent, but not on the corpus' last scenes."""
+    codes, among = (
+        Codes(scenes.corpus),
+        torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device),
+    )
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        index, which = scenes.some(o.batch, among)
+        text = codes.text(index, which)
+        text = text + _NOISE * torch.rand(len(text), 1, device=text.device) * torch.randn_like(text)
+        return diffusion_loss(prior, text, codes.pictures(index)), {}
+
+    trained: Prior = loop.fit(prior, loss, o).eval()  # type: ignore[assignment]
+    return trained
+
+
 @torch.no_grad()
-def embeddings(clip: CLIP, o: loop.Options) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (text, image) embeddings, [4·batch, D] each, of scenes that are met several times."""
-    kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=_KEPT)
-    for pixels, captions, _ in stream(o.batch, o.seed, workers=o.workers):
-        kept.append((clip.encode_text(captions), clip.encode_image(as_float(pixels, o.device))))
-        for _ in range(_STEPS_PER_BATCH):
-            texts, images = zip(*(kept[i] for i in torch.randint(len(kept), (_BATCHES_PER_STEP,)).tolist()), strict=True)
-            yield torch.cat(texts), torch.cat(images)
+def likeness(
+    prior: Prior, scenes: Scenes, index: Tensor, guidance: float = 2.0, steps: int = 4
+) -> dict[str, float]:
+    """Return, of scenes [N], the cosine of what the prior imagines to the picture's code, and how
+    often that is the nearest of all."""
+    from model.networks.prior import sample
+
+    codes = Codes(scenes.corpus)
+    text, image = codes.text(index, torch.zeros_like(index)), codes.pictures(index)
+    imagined = sample(
+        prior, text, torch.randn(steps + 1, *text.shape, device=text.device), guidance=guidance
+    )
+    cosines = F.normalize(imagined, dim=-1) @ F.normalize(image, dim=-1).T
+    nearest = cosines.argmax(-1) == torch.arange(len(text), device=text.device)
+    return {"cosine": float(cosines.diag().mean()), "nearest": float(nearest.float().mean())}
 
 
 def main() -> None:
-    p = loop.parser(__doc__, name="prior", batch=64, lr=1e-3, minutes=6)
-    p.add_argument("bundle", type=Path, help="whose CLIP is trained already")
+    p = loop.parser(__doc__, name="prior", batch=_BATCH, lr=1e-3, minutes=6)
+    p.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="name or path of the bundle whose prior to go on with",
+    )
     args = p.parse_args()
     o = loop.options(args)
-    bundle = load_v3(args.bundle, o.device, torch.float32)
-    prior = Prior(bundle.config.prior)
-    pairs = embeddings(bundle.clip, o)
-
-    def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        return diffusion_loss(prior, *next(pairs)), {}
-
-    loop.fit(prior, loss, o)
+    prior = Prior(tiny.PRIOR)
+    if args.from_bundle:
+        prior.load_state_dict(
+            load_v3(
+                find_bundle(args.from_bundle), torch.device("cpu"), torch.float32
+            ).prior.state_dict()
+        )
+    scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=False)
+    trained = train(prior.to(o.device), scenes, o)
+    if loop.rank() == 0:
+        print(
+            likeness(
+                trained,
+                scenes,
+                torch.arange(max(len(scenes.corpus) - 512, 0), len(scenes.corpus), device=o.device),
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,38 @@
-"""How well a bundle's operations do what they are for, judged by reading pixels: `python -m model.training.evaluate --operations`.
+"""How well a bundle's operations do what they are for: `evaluate --operations`.
 
-Every case begins with a scene that is drawn exactly, not with what the weights make of it, so that a figure is the operation's own.
+Every case begins with a true render, not with what the weights make of a prompt, so that a figure
+is the operation's own. The first judge reads the results.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from model.canvas import Mask, Pixels, box_mask, composite, outpaint_canvas, region_weight
+from model.image_request import ImageRequest
+from model.training.benchmark import rendered
 from model.training.captions import describe
-from model.training.checker import Found, background_rgb, objects_found
+from model.training.checker import Found, Judge, Reading, read_all
+from model.training.kinds import KINDS, SHAPES
 from model.training.palette import NAMES, distance, nearest
-from model.training.scenes import SHAPES, Scene, Thing, backgrounds, pick, render, sample_object, sample_shape
+from model.training.scenes import (
+    SQUARE,
+    Scene,
+    Thing,
+    backgrounds,
+    lone,
+    object_named,
+    pick,
+    shape_colours,
+)
 from model.training.studio import Studio
 
 Figures = dict[str, float]
@@ -25,134 +41,212 @@ STRENGTH = 0.6
 FRAMES = 8
 _SEED = 20231122
 _NEAR = 0.12  # share of the picture's side within which a thing has kept its position
+_UNLIKE = 14.0  # ΔE from the background from which a pixel is a thing's
 
 
-def _generators(stream: int, count: int) -> list[np.random.Generator]:
-    """One a case, the same whatever the other cases are."""
-    return [np.random.default_rng([_SEED, stream, i]) for i in range(count)]
+@dataclass(frozen=True)
+class Stage:
+    """What measuring an operation needs: its rows, a judge, and sprites to render cases from."""
+
+    studio: Studio
+    judge: Judge
+    sprites: Tensor
+
+    def render(self, scene: Scene, seed: int) -> Pixels:
+        """Return the scene's true picture [H, W, 3] in the bundle's native size."""
+        size = self.studio.pipeline.config.native_size
+        return np.asarray(rendered([scene], [seed], self.sprites, size)[0])
+
+    def drawn(self, rows: Sequence[ImageRequest]) -> list[Pixels]:
+        return self.studio.drawn(rows)
+
+    def read(self, pictures: Sequence[Pixels]) -> list[Reading]:
+        return read_all(self.judge, pictures)
+
+
+def _generators(stream: int, count: int) -> list[random.Random]:
+    """Return one a case, the same whatever the other cases are."""
+    return [random.Random(f"{_SEED}/{stream}/{i}") for i in range(count)]
 
 
 def _share(hits: Sequence[bool]) -> float:
     return round(float(np.mean(hits)), 4)
 
 
-def _caption(scene: Scene, rng: np.random.Generator) -> str:
-    return describe(scene, rng, complete=True)[0]
+def _caption(scene: Scene, rng: random.Random) -> str:
+    return describe(scene, rng, complete=True).text
 
 
-def _another(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with a shape of another kind and colour in the thing's place."""
+def _shape(rng: random.Random) -> Scene:
+    """Return a shape of any colour, size and side before a plain background."""
+    shape = pick(rng, SHAPES)
+    return _lone(rng, Thing(shape, pick(rng, shape_colours(shape))))
+
+
+def _object(rng: random.Random) -> Scene:
+    return _lone(rng, object_named(pick(rng, KINDS).name))
+
+
+def _lone(rng: random.Random, thing: Thing) -> Scene:
+    while True:
+        scene = lone(rng, thing, painted=0.0)
+        if scene.aspect == SQUARE and scene.background in NAMES:
+            return scene
+
+
+def _another(scene: Scene, rng: random.Random) -> Scene:
+    """Return the scene with a shape of another kind and colour in the thing's place."""
     old = scene.things[0]
     while True:
-        new = replace(old, kind=pick(rng, SHAPES), colour=pick(rng, NAMES))
-        if new.kind != old.kind and new.colour != old.colour and scene.background in backgrounds(new.kind, new.colour):
+        shape = pick(rng, SHAPES)
+        new = replace(old, kind=shape, colour=pick(rng, shape_colours(shape)))
+        apart = new.kind != old.kind and new.colour != old.colour
+        if apart and scene.background in backgrounds(new.kind, new.colour):
             return replace(scene, things=(new,))
 
 
-def _largest(picture: Pixels) -> Found | None:
-    return next(iter(objects_found(picture)), None)
+def _first(reading: Reading) -> Found | None:
+    return next(iter(reading.things), None)
 
 
 def _is(found: Found | None, thing: Thing) -> bool:
     return found is not None and found.kind == thing.kind
 
 
-def inpaint(studio: Studio, count: int) -> Figures:
-    """ "Replace this shape by a …": the mask is a square around it, the prompt describes the picture that is wanted."""
+def _coloured(found: Found | None, thing: Thing) -> bool:
+    return found is not None and found.colour == thing.colour
+
+
+def background_rgb(picture: Pixels) -> npt.NDArray[np.float64]:
+    """Return the median colour [3] of the border of a picture [H, W, 3]."""
+    edge = max(1, min(picture.shape[:2]) // 32)
+    inner = np.zeros(picture.shape[:2], dtype=bool)
+    inner[edge:-edge, edge:-edge] = True
+    return np.asarray(np.median(picture[~inner], axis=0))
+
+
+def inpaint(stage: Stage, count: int) -> Figures:
+    """Replace a shape by another: the mask is a square around it, the prompt the wanted picture."""
     rows, cases = [], []
     for i, rng in enumerate(_generators(1, count)):
-        scene = sample_shape(rng)
-        picture, wanted = _rendered(studio, scene, rng), _another(scene, rng)
+        scene = _shape(rng)
+        picture, wanted = stage.render(scene, i), _another(scene, rng)
         mask = around(picture)
-        rows.append(studio.inpainting(_caption(wanted, rng), i, picture, mask))
+        rows.append(stage.studio.inpainting(_caption(wanted, rng), i, picture, mask))
         cases.append((picture, mask, wanted.things[0]))
-    results = [composite(picture, drawn, ~mask) for drawn, (picture, mask, _) in zip(studio.drawn(rows), cases, strict=True)]
-    found = [_largest(result) for result in results]
-    pairs = list(zip(results, cases, found, strict=True))
+    pairs = list(zip(stage.drawn(rows), cases, strict=True))
+    results = [composite(picture, drawn, ~mask) for drawn, (picture, mask, _) in pairs]
+    found = [_first(reading) for reading in stage.read(results)]
+    judged = list(zip(results, cases, found, strict=True))
+    same = [(result[~mask] == picture[~mask]).all() for result, (picture, mask, _), _ in judged]
     return {
-        "object_in_mask": _share([_is(f, thing) and _inside(f, mask) for _, (_, mask, thing), f in pairs]),
-        "colour": _share([f is not None and f.colour == thing.colour for _, (_, _, thing), f in pairs]),
-        "outside_identical": _share([bool((result[~mask] == picture[~mask]).all()) for result, (picture, mask, _), _ in pairs]),
+        "object_in_mask": _share(
+            [_is(f, thing) and _inside(f, mask) for _, (_, mask, thing), f in judged]
+        ),
+        "colour": _share([_coloured(f, thing) for _, (_, _, thing), f in judged]),
+        "outside_identical": _share([bool(alike) for alike in same]),
     }
 
 
 def around(picture: Pixels, margin: float = 0.08) -> Mask:
-    """A square around everything unlike the background, larger by `margin` of the picture's side on every side."""
-    unlike = distance(picture, background_rgb(picture)) > 14
-    (top, *_, bottom), (left, *_, right) = (np.flatnonzero(unlike.any(axis=axis)) for axis in (1, 0))
-    half = max(bottom - top, right - left) / 2 + margin * min(picture.shape[:2])
-    y, x = (top + bottom) / 2, (left + right) / 2
+    """Return a square around everything unlike the plain background.
+
+    margin: by how much it is larger on every side, in shares of the picture's.
+    """
+    unlike = distance(picture, background_rgb(picture)) > _UNLIKE
+    rows, columns = (np.flatnonzero(unlike.any(axis=axis)) for axis in (1, 0))
+    extents = [places[-1] - places[0] for places in (rows, columns)]
+    half = max(extents) / 2 + margin * min(picture.shape[:2])
+    y, x = ((places[0] + places[-1]) / 2 for places in (rows, columns))
     mask = np.zeros(picture.shape[:2], dtype=np.bool_)
-    mask[max(0, round(y - half)) : round(y + half) + 1, max(0, round(x - half)) : round(x + half) + 1] = True
+    spans = [slice(max(0, round(at - half)), round(at + half) + 1) for at in (y, x)]
+    mask[spans[0], spans[1]] = True
     return mask
 
 
 def _inside(found: Found | None, mask: Mask) -> bool:
-    """Whether a thing's centre lies where the mask is."""
-    return found is not None and bool(mask[round(found.centre[1] * (len(mask) - 1)), round(found.centre[0] * (mask.shape[1] - 1))])
+    """Return whether a thing's centre lies where the mask is."""
+    if found is None:
+        return False
+    x, y = (min(1.0, max(0.0, share)) for share in found.centre)
+    return bool(mask[round(y * (mask.shape[0] - 1)), round(x * (mask.shape[1] - 1))])
 
 
-def outpaint(studio: Studio, count: int) -> Figures:
-    """A picture continued on one to four sides, without a prompt."""
-    step, colours, seams = studio.pipeline.config.size_step, list[bool](), list[bool]()
+def outpaint(stage: Stage, count: int) -> Figures:
+    """Continue a picture on one to four sides, without a prompt."""
+    step = stage.studio.pipeline.config.size_step
+    colours, seams = list[bool](), list[bool]()
     for i, rng in enumerate(_generators(2, count)):
-        scene = sample_shape(rng) if i % 3 else sample_object(rng)
-        picture = _rendered(studio, scene, rng)
-        sides = rng.permutation(["left", "right", "up", "down"])[: 1 + i % 4]
-        margins = {str(side): step for side in sides}
+        scene = _shape(rng) if i % 3 else _object(rng)
+        picture = stage.render(scene, i)
+        sides = rng.sample(["left", "right", "up", "down"], 1 + i % 4)
+        margins = dict.fromkeys(sides, step)
         canvas, kept = outpaint_canvas(picture, **margins)
-        result = composite(canvas, studio.drawn([studio.outpainting("", i, picture, **margins)])[0], kept)
+        (drawn,) = stage.drawn([stage.studio.outpainting("", i, picture, **margins)])
+        result = composite(canvas, drawn, kept)
         colours.append(nearest(np.median(result[~kept], axis=0)) == scene.background)
-        seams.append(seam(result, kept) <= 14)
+        seams.append(seam(result, kept) <= _UNLIKE)
     return {"background_colour": _share(colours), "seam_invisible": _share(seams)}
 
 
 def seam(picture: Pixels, kept: Mask) -> float:
-    """The median ΔE across the border of what is kept, from the last kept pixel to the first that is not."""
+    """Return the median ΔE across the border of what is kept, from one pixel to the next."""
     steps = []
     for axis in (0, 1):
-        ahead, behind = np.take(picture, range(1, picture.shape[axis]), axis), np.take(picture, range(picture.shape[axis] - 1), axis)
+        length = picture.shape[axis]
+        ahead, behind = (np.take(picture, range(i, length - 1 + i), axis) for i in (1, 0))
         border = np.diff(kept.astype(np.int8), axis=axis) != 0
         steps.append(distance(ahead[border], behind[border]))
     return float(np.median(np.concatenate(steps)))
 
 
-def variations(studio: Studio, count: int) -> Figures:
-    """Two variations of every picture, by other seeds."""
-    rows, scenes = [], []
+def variations(stage: Stage, count: int) -> Figures:
+    """Draw two variations of every object's picture, by other seeds."""
+    studio = stage.studio
+    rows, kinds, originals = [], [], []
     for i, rng in enumerate(_generators(3, count)):
-        scene = sample_shape(rng) if i % 3 else sample_object(rng)
-        like = studio.seen(_rendered(studio, scene, rng))
-        rows += [studio.row("", 2 * i, like=like), studio.row("", 2 * i + 1, like=like)]
-        scenes.append((scene, like))
-    drawn = studio.drawn(rows)
+        scene = _object(rng)
+        picture = stage.render(scene, i)
+        rows += [studio.text("", 2 * i + j, like=picture) for j in (0, 1)]
+        kinds.append(scene.things[0])
+        originals.append(studio.seen(picture))
+    drawn = stage.drawn(rows)
+    found = [_first(reading) for reading in stage.read(drawn)]
+    kept = [_is(found[2 * i + j], thing) for i, thing in enumerate(kinds) for j in (0, 1)]
     pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
-    originals = F.normalize(torch.cat([like for _, like in scenes]).float(), dim=-1)
+    truth = F.normalize(torch.cat(originals).float(), dim=-1)
     seen = F.normalize(torch.cat([studio.seen(one) for one, _ in pairs]).float(), dim=-1)
+    closest = (seen @ truth.T).argmax(1).cpu()
     return {
-        "object": _share([_is(_largest(one), scene.things[0]) for (scene, _), (one, _) in zip(scenes, pairs, strict=True)]),
-        "clip_finds_original": _share(((seen @ originals.T).argmax(1).cpu() == torch.arange(count)).tolist()),
-        "differ": _share([float(distance(one, other).mean()) > 1 for one, other in pairs]),
+        "object": _share(kept),
+        "clip_finds_original": _share((closest == torch.arange(count)).tolist()),
+        "differ": _share([_apart(one, other) > 1 for one, other in pairs]),
     }
 
 
-def edit(studio: Studio, count: int) -> Figures:
-    """A shape given another colour at strength 0.6."""
-    rows, cases = [], []
+def edit(stage: Stage, count: int) -> Figures:
+    """Give a shape another colour at strength 0.6."""
+    rows, wanted, before = [], [], []
     for i, rng in enumerate(_generators(4, count)):
-        scene = sample_shape(rng)
+        scene = _shape(rng)
         (old,) = scene.things
-        colours = [name for name in NAMES if name != old.colour and scene.background in backgrounds(old.kind, name)]
-        wanted = replace(scene, things=(replace(old, colour=pick(rng, colours)),))
-        picture = _rendered(studio, scene, rng)
-        rows.append(studio.edit(_caption(wanted, rng), i, picture, STRENGTH))
-        cases.append((wanted.things[0], _largest(picture)))
-    found = [_largest(picture) for picture in studio.drawn(rows)]
-    pairs = list(zip(cases, found, strict=True))
+        colours = [
+            name
+            for name in shape_colours(old.kind)
+            if name != old.colour and scene.background in backgrounds(old.kind, name)
+        ]
+        new = replace(scene, things=(replace(old, colour=pick(rng, colours)),))
+        picture = stage.render(scene, i)
+        rows.append(stage.studio.edit(_caption(new, rng), i, picture, STRENGTH))
+        wanted.append(new.things[0])
+        before.append(picture)
+    found = [_first(reading) for reading in stage.read(stage.drawn(rows))]
+    earlier = [_first(reading) for reading in stage.read(before)]
+    pairs = list(zip(wanted, found, strict=True))
     return {
-        "colour_changed": _share([f is not None and f.colour == thing.colour for (thing, _), f in pairs]),
-        "position_kept": _share([_beside(before, f) for (_, before), f in pairs]),
-        "shape_kept": _share([_is(f, thing) for (thing, _), f in pairs]),
+        "colour_changed": _share([_coloured(f, thing) for thing, f in pairs]),
+        "position_kept": _share([_beside(a, b) for a, b in zip(earlier, found, strict=True)]),
+        "shape_kept": _share([_is(f, thing) for thing, f in pairs]),
     }
 
 
@@ -162,15 +256,17 @@ def _beside(before: Found | None, after: Found | None) -> bool:
     return max(abs(a - b) for a, b in zip(before.centre, after.centre, strict=True)) < _NEAR
 
 
-def interpolate(studio: Studio, count: int) -> Figures:
-    """Eight frames between two prompts; pictures are compared by the mean ΔE of their pixels."""
+def interpolate(stage: Stage, count: int) -> Figures:
+    """Draw eight frames between two prompts; the mean ΔE of pixels compares pictures."""
+    studio = stage.studio
     ends, nearer = list[bool](), list[bool]()
     for i, rng in enumerate(_generators(5, count)):
-        prompts = _caption(sample_shape(rng), rng), _caption(sample_shape(rng), rng)
-        *frames, first, last = studio.drawn([*studio.frames(prompts, i, FRAMES), *(studio.row(prompt, i) for prompt in prompts)])
+        prompts = _caption(_shape(rng), rng), _caption(_shape(rng), rng)
+        rows = [*studio.frames(prompts, i, FRAMES), *(studio.text(prompt, i) for prompt in prompts)]
+        *frames, first, last = stage.drawn(rows)
         ends.append(_apart(frames[0], first) < 1 and _apart(frames[-1], last) < 1)
-        apart = {gap: np.mean([_apart(frames[j], frames[j + gap]) for j in range(FRAMES - gap)]) for gap in (1, FRAMES // 2)}
-        nearer.append(bool(apart[1] < apart[FRAMES // 2]))
+        one, half = (_mean_apart(frames, gap) for gap in (1, FRAMES // 2))
+        nearer.append(one < half)
     return {"ends_match": _share(ends), "neighbours_nearer": _share(nearer)}
 
 
@@ -178,41 +274,50 @@ def _apart(one: Pixels, other: Pixels) -> float:
     return float(distance(one, other).mean())
 
 
-def regions(studio: Studio, count: int) -> Figures:
-    """Two shapes, each asked for on its own half of one background, which is wide enough that they do not touch."""
-    config = studio.pipeline.config
+def _mean_apart(frames: Sequence[Pixels], gap: int) -> float:
+    pairs = zip(frames, frames[gap:], strict=False)
+    return float(np.mean([_apart(one, other) for one, other in pairs]))
+
+
+def regions(stage: Stage, count: int) -> Figures:
+    """Draw two shapes, each asked for on its own half of one wide background."""
+    config = stage.studio.pipeline.config
     width, height = config.native_size[0] + config.size_step, config.native_size[1]
-    halves = [region_weight(box_mask(box, width, height), 1.0, 0.0) for box in ((0, 0, 0.5, 1), (0.5, 0, 1, 1))]
+    boxes = ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
+    halves = [region_weight(box_mask(box, width, height), 1.0, 0.0) for box in boxes]
     rows, cases = [], []
     for i, rng in enumerate(_generators(6, count)):
-        scene = sample_shape(rng)
+        scene = _shape(rng)
         left, right = scene.things[0], _another(scene, rng).things[0]
-        things = [replace(left, side="left", size="normal"), replace(right, side="right", size="normal")]
-        prompts = [_caption(replace(scene, things=(thing,)), rng) for thing in things]
+        things = [
+            replace(left, side="left", size="small"),
+            replace(right, side="right", size="small"),
+        ]
+        texts = [_caption(replace(scene, things=(thing,)), rng) for thing in things]
         base = _caption(Scene(scene.background), rng)
-        rows.append(studio.row(base, i, (width, height), regions=list(zip(prompts, halves, strict=True))))
+        made = list(zip(texts, halves, strict=True))
+        rows.append(stage.studio.text(base, i, (width, height), regions=made))
         cases.append(things)
-    sides = [_by_side(picture) for picture in studio.drawn(rows)]
-    both = [[_is(found, thing) for found, thing in zip(f, things, strict=True)] for f, things in zip(sides, cases, strict=True)]
-    coloured = [[f is not None and f.colour == t.colour for f, t in zip(fs, ts, strict=True)] for fs, ts in zip(sides, cases, strict=True)]
+    sides = [by_side(reading) for reading in stage.read(stage.drawn(rows))]
+    pairs = [list(zip(f, t, strict=True)) for f, t in zip(sides, cases, strict=True)]
+    kinds = [[_is(found, thing) for found, thing in some] for some in pairs]
+    colours = [[_coloured(found, thing) for found, thing in some] for some in pairs]
     return {
-        "object_on_its_side": _share([hit for hits in both for hit in hits]),
-        "colour_on_its_side": _share([hit for hits in coloured for hit in hits]),
-        "both": _share([all(hits) for hits in both]),
+        "object_on_its_side": _share([hit for hits in kinds for hit in hits]),
+        "colour_on_its_side": _share([hit for hits in colours for hit in hits]),
+        "both": _share([all(hits) for hits in kinds]),
     }
 
 
-def _by_side(picture: Pixels) -> list[Found | None]:
-    """The largest thing on the left, and on the right."""
-    found = objects_found(picture)
-    return [next((f for f in found if (f.centre[0] > 0.5) == right), None) for right in (False, True)]
+def by_side(reading: Reading) -> list[Found | None]:
+    """Return the most certain thing on the left, and on the right."""
+    return [
+        next((f for f in reading.things if (f.centre[0] > 0.5) == right), None)
+        for right in (False, True)
+    ]
 
 
-def _rendered(studio: Studio, scene: Scene, rng: np.random.Generator) -> Pixels:
-    return render(scene, rng, *studio.pipeline.config.native_size)
-
-
-OPERATIONS: dict[str, Callable[[Studio, int], Figures]] = {
+OPERATIONS: dict[str, Callable[[Stage, int], Figures]] = {
     "inpaint": inpaint,
     "outpaint": outpaint,
     "variations": variations,

@@ -1,4 +1,5 @@
-"""What a training shows while it runs: a progress bar and, where asked for, scalars for TensorBoard."""
+"""What a training shows while it runs: a progress bar and, where asked for, scalars for
+TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _WRITE_EVERY = 10  # steps, of which the means are written
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a training stands after a step. done: share of its budget; pictures: how many so far, since this process began."""
+    """Where a training stands after a step. done: share of its budget; pictures: how many so far,
+    since this process began."""
 
     step: int
     done: float
@@ -33,13 +35,17 @@ class Report:
     """Only the first of several processes shows anything."""
 
     def __init__(self, total: float, unit: str, log_dir: Path | None, first_step: int) -> None:
-        """total: the budget, in `unit`. Scalars from `first_step` on replace those of an earlier run that got further. Raises ImportError
-        where there is a log_dir but no TensorBoard."""
+        """Create it. total: the budget, in `unit`. Scalars from `first_step` on replace those of an
+        earlier run that got further. Raises ImportError where there is a log_dir but no
+        TensorBoard."""
         bar_format = f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {unit}{{postfix}}"
-        self.bar = tqdm(total=round(total), bar_format=bar_format, mininterval=5, disable=rank() != 0)
+        self.bar = tqdm(
+            total=round(total), bar_format=bar_format, mininterval=5, disable=rank() != 0
+        )
         self.total, self.smooth = total, dict[str, float]()
         self._sums, self._steps = defaultdict[str, float](float), 0
         self._latest: Moment | None = None
+        self._first = first_step - 1
         self._since, self._pictures = time.monotonic(), 0
         self._writer = None
         if log_dir is not None and rank() == 0:
@@ -57,15 +63,18 @@ class Report:
             self._writer.close()
 
     def update(self, figures: Mapping[str, Tensor | float], now: Moment) -> None:
-        """figures: those of this step; none of a step that was skipped."""
+        """Take note of a step. figures: those of this step; none of a step that was skipped."""
         for name, figure in figures.items():
             value = float(figure)
             self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
             self._sums[name] += value
         self._steps += bool(figures)
+        due = now.step // _WRITE_EVERY != (
+            self._latest.step // _WRITE_EVERY if self._latest else self._first // _WRITE_EVERY
+        )
         self._latest = now
         self._show(now)
-        if now.step % _WRITE_EVERY == 0:
+        if due:
             self._write()
 
     def _show(self, now: Moment) -> None:
@@ -73,19 +82,29 @@ class Report:
         if now.skipped_files:
             shown["left out"] = by_reason(now.skipped_files)
         self.bar.n = now.done * self.total
-        self.bar.set_postfix(shown | {name: f"{value:.4g}" for name, value in self.smooth.items()}, refresh=False)
+        self.bar.set_postfix(
+            shown | {name: f"{value:.4g}" for name, value in self.smooth.items()}, refresh=False
+        )
         self.bar.update(0)
 
     def _write(self) -> None:
-        """Everything since the last time, as means and rates."""
+        """Write everything since the last time, as means and rates."""
         now, clock = self._latest, time.monotonic()
         if self._writer is None or now is None or not self._steps:
             return
         scalars = {name: value / self._steps for name, value in self._sums.items()}
         scalars["learning_rate"] = now.learning_rate
-        scalars["pictures_per_second"] = (now.pictures - self._pictures) / max(clock - self._since, 1e-9)
-        scalars["skipped/steps"], scalars["skipped/files"] = now.skipped_steps, sum(now.skipped_files.values())
-        scalars |= {f"skipped/{reason.replace(' ', '_')}": count for reason, count in now.skipped_files.items()}
+        scalars["pictures_per_second"] = (now.pictures - self._pictures) / max(
+            clock - self._since, 1e-9
+        )
+        scalars["skipped/steps"], scalars["skipped/files"] = (
+            now.skipped_steps,
+            sum(now.skipped_files.values()),
+        )
+        scalars |= {
+            f"skipped/{reason.replace(' ', '_')}": count
+            for reason, count in now.skipped_files.items()
+        }
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, now.step)
         self._sums.clear()
@@ -93,5 +112,5 @@ class Report:
 
 
 def by_reason(counts: Mapping[str, int]) -> str:
-    """Counts as a person reads them, the most frequent first: "3 damaged, 1 no caption"."""
+    """Return counts as a person reads them, the most frequent first: "3 damaged, 1 no caption"."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(counts).most_common())

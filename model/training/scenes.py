@@ -1,394 +1,635 @@
-"""Synthetic scenes: one or two shapes or well-known objects on a plain background, sampled, laid out and drawn at any size.
+"""Synthetic scenes: shapes and well-known objects on a plain or painted background.
 
-A scene is a description; `render` is its picture. What `captions.describe` says of a scene is always visible in that picture.
+A `Scene` is a description, `sample` draws one as the training mixture has it, and `layout` decides
+where its sprites go. `captions.describe` says only what such a picture shows. Sampling needs no
+torch and no art, so that many processes can do it at once; `render.render` draws the layouts.
+
+Things are large and lie on the lattice of the VQGAN's tokens: a sprite's longer side is one of
+a few lengths, and the centre of its box is a multiple of 16 pixels, so that the same few codes draw
+the same object wherever it stands.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Literal, TypeVar
+from functools import cache
+from typing import Literal, NamedTuple, Protocol, TypeVar
+from zlib import crc32
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
-
-from model.training.palette import COLOURS, NAMES, distance
+from model.training.kinds import (
+    KINDS,
+    NUMBERS,
+    ONE_WAY,
+    SHAPES,
+    Kind,
+    backgrounds_for,
+    object_of,
+    outline,
+)
+from model.training.palette import COLOURS, NAMES
+from model.training.scenery import BACKGROUNDS, GROUND, SCENES
 
 Size = Literal["small", "normal", "large"]
-Side = Literal["centre", "left", "right", "top", "bottom"]
+Side = Literal[
+    "centre",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "top left",
+    "top right",
+    "bottom left",
+    "bottom right",
+]
 Relation = Literal["and", "left of", "right of", "above", "below"]
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
+Aspect = tuple[int, int]
 T = TypeVar("T")
 
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond", "crescent")
-SIDES: tuple[Side, ...] = ("centre", "left", "right", "top", "bottom")
+SIDES: tuple[Side, ...] = (
+    "centre",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "top left",
+    "top right",
+    "bottom left",
+    "bottom right",
+)
 RELATIONS: tuple[Relation, ...] = ("and", "left of", "right of", "above", "below")
+SQUARE: Aspect = (256, 256)
+WIDE: Aspect = (384, 256)
+TALL: Aspect = (256, 384)
+ASPECTS: tuple[Aspect, ...] = (SQUARE, WIDE, TALL)  # (width, height) in pixels
+TOKEN = 16  # pixels a side
+MOST = 4  # sprites in a picture
 
-
-@dataclass(frozen=True)
-class Object:
-    """A glyph of the emoji font. colour: the palette colour people would call it by, or None; words: its names, the usual one first."""
-
-    glyph: str
-    colour: str | None
-    words: tuple[str, ...]
-
-
-# The order counts: `objects=n` means the first n, and the text encoder's class numbers follow it, so new ones go to the end.
-OBJECTS: dict[str, Object] = {
-    "apple": Object("🍎", "red", ("apple",)),
-    "banana": Object("🍌", "yellow", ("banana",)),
-    "cat": Object("🐱", None, ("cat", "cat face", "kitten")),
-    "dog": Object("🐶", None, ("dog", "dog face", "puppy")),
-    "tree": Object("🌳", "green", ("tree",)),
-    "sunflower": Object("🌻", "yellow", ("sunflower",)),
-    "car": Object("🚗", "red", ("car",)),
-    "house": Object("🏠", None, ("house",)),
-    "sun": Object("🌞", "yellow", ("sun",)),
-    "fish": Object("🐟", "blue", ("fish",)),
-    "mushroom": Object("🍄", "red", ("mushroom", "toadstool")),
-    "strawberry": Object("🍓", "red", ("strawberry",)),
-    "ball": Object("⚽", None, ("soccer ball", "ball", "football")),
-    "umbrella": Object("☂", "blue", ("umbrella",)),
-    "cactus": Object("🌵", "green", ("cactus",)),
-    "pizza": Object("🍕", None, ("pizza", "slice of pizza", "pizza slice")),
-    "tulip": Object("🌷", "pink", ("tulip", "flower")),
-    "frog": Object("🐸", "green", ("frog", "frog face")),
-    "panda": Object("🐼", None, ("panda", "panda face")),
-    "pumpkin": Object("🎃", "orange", ("pumpkin",)),
-    "grapes": Object("🍇", "purple", ("bunch of grapes",)),
-    "penguin": Object("🐧", None, ("penguin",)),
-    "rocket": Object("🚀", None, ("rocket",)),
-    "crab": Object("🦀", "orange", ("crab",)),
-    "pig": Object("🐷", "pink", ("pig", "pig face")),
-    "fox": Object("🦊", "orange", ("fox", "fox face")),
-    "bear": Object("🐻", "brown", ("bear", "bear face")),
-    "monkey": Object("🐵", "brown", ("monkey", "monkey face")),
-    "rabbit": Object("🐰", None, ("rabbit", "rabbit face", "bunny")),
-    "mouse": Object("🐭", "gray", ("mouse", "mouse face")),
-    "chick": Object("🐤", "yellow", ("chick",)),
-    "owl": Object("🦉", "brown", ("owl",)),
-    "butterfly": Object("🦋", None, ("butterfly",)),
-    "bee": Object("🐝", None, ("bee",)),
-    "ladybug": Object("🐞", "red", ("ladybug", "ladybird")),
-    "turtle": Object("🐢", "green", ("turtle",)),
-    "snail": Object("🐌", "brown", ("snail",)),
-    "octopus": Object("🐙", "pink", ("octopus",)),
-    "lemon": Object("🍋", "yellow", ("lemon",)),
-    "pear": Object("🍐", "green", ("pear",)),
-    "cherries": Object("🍒", "red", ("pair of cherries",)),
-    "watermelon": Object("🍉", None, ("watermelon", "slice of watermelon")),
-    "pineapple": Object("🍍", None, ("pineapple",)),
-    "carrot": Object("🥕", "orange", ("carrot",)),
-    "cheese": Object("🧀", "yellow", ("piece of cheese",)),
-    "burger": Object("🍔", None, ("burger", "hamburger")),
-    "donut": Object("🍩", None, ("donut", "doughnut")),
-    "bell": Object("🔔", "yellow", ("bell",)),
-    "balloon": Object("🎈", "red", ("balloon",)),
-    "rose": Object("🌹", "red", ("rose",)),
+# A thing of a relation lies on this side: (the first's, the second's).
+RELATION_SIDES: dict[Relation, tuple[Side, Side]] = {
+    "and": ("left", "right"),
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
 }
-KINDS: tuple[str, ...] = (*SHAPES, *OBJECTS)
+THREE_SIDES: tuple[Side, Side, Side] = ("top left", "top right", "bottom")
 
 
-@dataclass(frozen=True)
+class Random(Protocol):
+    """A source of numbers: `random.Random` (the faster one) or `numpy.random.Generator`."""
+
+    def random(self) -> float:
+        """Return a float in [0, 1)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape or object. colour: a shape's colour, an object's natural one or None."""
+    """Some shapes or objects of one kind.
+
+    colour: a shape's colour; the palette colour people call an object by, or None. count: 1 … 4.
+    """
 
     kind: str
     colour: str | None
     size: Size = "normal"
     side: Side = "centre"
+    count: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scene:
-    """background: a palette colour. relation: how the first of two things lies to the second ("and": first on the left), else None."""
+    """A picture's description.
+
+    background: one of BACKGROUNDS. relation: where the first of two things lies to the second
+    ("and": the first on the left), else None. aspect: (width, height) in pixels. close_up: the one
+    thing is larger than the picture, which shows a part of it.
+    """
 
     background: str
     things: tuple[Thing, ...] = ()
     relation: Relation | None = None
+    aspect: Aspect = SQUARE
+    close_up: bool = False
 
 
-# ── sprites ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── kinds and what can be seen before what ────────────────────────────────────────────────────────
 
-FONT_FILE = "NotoColorEmoji.ttf"
-FONT_FOLDERS = ("/usr/share/fonts/truetype/noto", "/usr/share/fonts/noto", "/usr/share/fonts/noto-emoji", "/usr/share/fonts/google-noto")
-_FONT_SIZE = 109  # the only size of the font's bitmaps
-_MASTER = 512  # pixels a side of a shape before it is scaled down
+BACKGROUND_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(BACKGROUNDS)}
+_BY_NAME: dict[str, Kind] = {kind.name: kind for kind in KINDS}
+_OBJECTS: tuple[str, ...] = tuple(_BY_NAME)
 
-Point = tuple[float, float]
-
-
-def find_font(folders: Sequence[str | Path] = FONT_FOLDERS) -> Path:
-    """The emoji font's file. Raises FileNotFoundError naming the package to install."""
-    for folder in folders:
-        if (path := Path(folder) / FONT_FILE).is_file():
-            return path
-    raise FileNotFoundError(f"{FONT_FILE} is in none of {', '.join(map(str, folders))}: install the package fonts-noto-color-emoji")
+# The background meant by a caption that names none: the first in which everything can be seen.
+_DEFAULTS = ("white", "blue", "green", "black", "yellow")
+# One of so many pairs is never shown in training, so that pictures of such pairs can be asked for.
+_HELD_OUT = 24
 
 
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(find_font(), _FONT_SIZE)
+def pick(rng: Random, options: Sequence[T]) -> T:
+    """Return one of the options, each as likely."""
+    return options[int(rng.random() * len(options))]
 
 
-def _glyph(text: str) -> Image.Image:
-    image = Image.new("RGBA", (2 * _FONT_SIZE, 2 * _FONT_SIZE))
-    ImageDraw.Draw(image).text((16, 16), text, font=_font(), embedded_color=True)
-    return image
+def chance(rng: Random, probability: float) -> bool:
+    """Return True with the probability."""
+    return rng.random() < probability
 
 
-def _star() -> list[Point]:
-    turns = [(math.pi * i / 5, 0.5 if i % 2 == 0 else 0.21) for i in range(10)]
-    return [(0.5 + r * math.sin(a), 0.5 - r * math.cos(a)) for a, r in turns]
+def kind_of(name: str) -> Kind | None:
+    """Return the object of that name, None for a shape. Raises KeyError for an unknown name."""
+    return object_of(name)
 
 
-def _heart() -> list[Point]:
-    turns = np.linspace(0, 2 * math.pi, 120)
-    x = 16 * np.sin(turns) ** 3
-    y = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
-    return [(0.5 + a / 34, 0.48 - b / 34) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+def object_named(name: str) -> Thing:
+    """Return one object with its natural colour. Raises KeyError for an unknown name."""
+    return Thing(name, _BY_NAME[name].colour)
 
 
-def _cross() -> list[Point]:
-    a, b = 0.33, 0.67
-    return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+def held_out(first: str, second: str) -> bool:
+    """Return whether training never shows the pair together, whichever comes first.
 
-
-_POLYGONS: dict[str, Callable[[], list[Point]]] = {
-    "square": lambda: [(0.05, 0.05), (0.95, 0.05), (0.95, 0.95), (0.05, 0.95)],
-    "triangle": lambda: [(0.5, 0.05), (1, 0.95), (0, 0.95)],
-    "star": _star,
-    "heart": _heart,
-    "cross": _cross,
-    "diamond": lambda: [(0.5, 0), (0.88, 0.5), (0.5, 1), (0.12, 0.5)],
-}
-# Ellipses drawn one over the other, each (x0, y0, x1, y1, filled); an empty one cuts a hole.
-_ELLIPSES: dict[str, list[tuple[float, float, float, float, bool]]] = {
-    "circle": [(0, 0, 1, 1, True)],
-    "ring": [(0, 0, 1, 1, True), (0.24, 0.24, 0.76, 0.76, False)],
-    "crescent": [(0, 0, 1, 1, True), (0.36, 0.08, 1.2, 0.92, False)],
-}
-
-
-def _shape(kind: str) -> Image.Image:
-    mask = Image.new("L", (_MASTER, _MASTER))
-    draw = ImageDraw.Draw(mask)
-    if kind in _POLYGONS:
-        draw.polygon([(x * _MASTER, y * _MASTER) for x, y in _POLYGONS[kind]()], fill=255)
-    for x0, y0, x1, y1, filled in _ELLIPSES.get(kind, []):
-        draw.ellipse((x0 * _MASTER, y0 * _MASTER, x1 * _MASTER, y1 * _MASTER), fill=255 if filled else 0)
-    image = Image.new("RGBA", mask.size, (255, 255, 255, 255))
-    image.putalpha(mask)
-    return image
-
-
-@lru_cache(maxsize=len(KINDS))
-def _master(kind: str) -> Image.Image:
-    image = _glyph(OBJECTS[kind].glyph) if kind in OBJECTS else _shape(kind)
-    return image.crop(image.getchannel("A").getbbox())
-
-
-@lru_cache(maxsize=4096)
-def sprite(kind: str, pixels: int) -> tuple[Floats, Floats]:
-    """A kind cropped to its outline, the longer side `pixels` long → (RGB of 0…255 `[3,h,w]`, opacity of 0…1 `[h,w]`); shapes are white.
-
-    The arrays are cached, so do not write to them. Raises FileNotFoundError for an object when the emoji font is missing.
+    A pair is an object and a background, a shape and its colour, or two kinds. White, which is
+    meant where nothing is said, is shown with everything.
     """
-    master = _master(kind)
-    scale = pixels / max(master.size)
-    size = (max(1, round(master.width * scale)), max(1, round(master.height * scale)))
-    scaled = np.asarray(master.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC), dtype=np.float32)
-    planes = np.ascontiguousarray(scaled.transpose(2, 0, 1))
-    return planes[:3], planes[3] / 255
+    if "white" in (first, second):
+        return False
+    pair = f"{first}|{second}|novel" if first < second else f"{second}|{first}|novel"
+    return crc32(pair.encode()) % _HELD_OUT == 0
 
 
-# ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@cache
+def visible_on(kind: str, colour: str | None) -> tuple[str, ...]:
+    """Return the backgrounds in front of which the thing is easy to see."""
+    return backgrounds_for(kind, colour if kind in SHAPES else None)
 
-DEFAULT_OBJECTS = 16
-_ALIKE = 32.0  # ΔE below which a thing would be hard to tell from its background
-_LONE_SIZES: tuple[Size, ...] = ("normal", "normal", "normal", "small", "large")
+
+@cache
+def backgrounds(kind: str, colour: str | None) -> tuple[str, ...]:
+    """Return the backgrounds that training shows the thing in front of."""
+    seen = visible_on(kind, colour)
+    if kind in SHAPES:
+        return seen
+    return tuple(name for name in seen if not held_out(kind, name)) or seen
+
+
+@cache
+def _plain(kind: str, colour: str | None) -> frozenset[str]:
+    return frozenset(backgrounds(kind, colour)) & frozenset(NAMES)
+
+
+@cache
+def _painted(kind: str, colour: str | None) -> frozenset[str]:
+    return frozenset(backgrounds(kind, colour)) & frozenset(SCENES)
+
+
+def _shared(things: Sequence[Thing], painted: bool) -> Sequence[str]:
+    """Return the plain or painted backgrounds for all of the things, in their usual order."""
+    table, order = (_painted, SCENES) if painted else (_plain, NAMES)
+    common = table(things[0].kind, things[0].colour)
+    for thing in things[1:]:
+        common = common & table(thing.kind, thing.colour)
+    return [name for name in order if name in common]
+
+
+@cache
+def _default(kind: str, colour: str | None) -> tuple[str, ...]:
+    return tuple(name for name in _DEFAULTS if name in visible_on(kind, colour))
+
+
+def default_background(scene: Scene) -> str:
+    """Return the background meant by a caption of this scene that names none; mostly white."""
+    choices = [_default(thing.kind, thing.colour) for thing in scene.things]
+    shared = [name for name in _DEFAULTS if all(name in choice for choice in choices)]
+    return shared[0] if shared else "white"
+
+
+# ── sampling ──────────────────────────────────────────────────────────────────────────────────────
+
+# Shares of the training mixture.
+_SHARES: dict[str, float] = {
+    "object": 0.50,  # one of _CLOSE_UPS of them a close-up
+    "shape": 0.10,
+    "pair": 0.15,
+    "count": 0.12,
+    "attribution": 0.08,
+    "three": 0.03,
+    "empty": 0.02,
+}
+_CLOSE_UPS = 0.12  # of pictures of one object
+_ODD_ASPECTS = 0.10  # 3:2 or 2:3
+_SCENES_FOR_ONE = 0.30  # of pictures of one object: before a painted scene
+_SCENES_FOR_MORE = 0.08  # of all other pictures
+_DEFAULT_SHARE = 0.12  # of plain backgrounds: the default, beside its turn among all
+_CENTRED = 0.5
+_LONE_SIZES: tuple[Size, ...] = ("small",) * 5 + ("normal",) * 9 + ("large",) * 6
+_NORMAL_PAIRS: tuple[tuple[Size, Size], ...] = (("normal", "normal"),) * 8
 _PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
-    ("normal", "normal"),
-    ("normal", "normal"),
-    ("normal", "normal"),
+    *_NORMAL_PAIRS,
     ("normal", "small"),
     ("small", "normal"),
-    ("normal", "large"),
-    ("large", "normal"),
     ("small", "large"),
     ("large", "small"),
 )
 
 
-def _clashes(kind: str, colour: str | None, background: str) -> bool:
-    if colour is not None and distance(COLOURS[colour], COLOURS[background]) < _ALIKE:
-        return True
-    if kind in SHAPES:
-        return False
-    rgb, alpha = sprite(kind, 64)
-    solid = alpha > 0.5
-    seen = solid & (distance(rgb.transpose(1, 2, 0), COLOURS[background]) >= _ALIKE)
-    shrinks = any(seen.any(axis=a).sum() < 0.94 * solid.any(axis=a).sum() for a in (0, 1))
-    return bool(shrinks or seen.sum() < 0.78 * solid.sum())
+def _aspect(rng: Random) -> Aspect:
+    draw = rng.random()
+    if draw >= _ODD_ASPECTS:
+        return SQUARE
+    return WIDE if draw < _ODD_ASPECTS / 2 else TALL
 
 
-@lru_cache(maxsize=1024)
-def backgrounds(kind: str, colour: str | None) -> tuple[str, ...]:
-    """The palette colours in front of which neither much of the thing nor a part of its outline vanishes."""
-    return tuple(name for name in NAMES if not _clashes(kind, colour, name))
+def _background(rng: Random, things: Sequence[Thing], painted: float) -> str | None:
+    """Return a background that shows all things, None if there is none."""
+    scenes = _shared(things, painted=True) if chance(rng, painted) else ()
+    if scenes:
+        return pick(rng, scenes)
+    plain = _shared(things, painted=False)
+    if not plain:
+        return None
+    usual = next((name for name in _DEFAULTS if name in plain), None)
+    return usual if usual and chance(rng, _DEFAULT_SHARE) else pick(rng, plain)
 
 
-def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of the options, each as likely (`Generator.choice` takes ten times as long)."""
-    return options[int(rng.random() * len(options))]
+def shape_colours(shape: str) -> tuple[str, ...]:
+    """Return the colours that training shows the shape in."""
+    return _SHAPE_COLOURS[shape]
 
 
-def _some_shape(rng: np.random.Generator) -> Thing:
-    return Thing(pick(rng, SHAPES), pick(rng, NAMES))
+_SHAPE_COLOURS: dict[str, tuple[str, ...]] = {
+    shape: tuple(name for name in NAMES if not held_out(shape, name)) for shape in SHAPES
+}
 
 
-def _some_object(rng: np.random.Generator, objects: int) -> Thing:
-    kind = pick(rng, KINDS[len(SHAPES) : len(SHAPES) + objects])
-    return Thing(kind, OBJECTS[kind].colour)
+def _some_shape(rng: Random) -> Thing:
+    shape = pick(rng, SHAPES)
+    return Thing(shape, pick(rng, _SHAPE_COLOURS[shape]))
 
 
-def _lone(rng: np.random.Generator, thing: Thing) -> Scene:
+def _some_object(rng: Random) -> Thing:
+    return object_named(pick(rng, _OBJECTS))
+
+
+def _some_thing(rng: Random, shapes: float) -> Thing:
+    return _some_shape(rng) if chance(rng, shapes) else _some_object(rng)
+
+
+def lone(rng: Random, thing: Thing, painted: float = _SCENES_FOR_MORE) -> Scene:
+    """Return a scene of the one thing, with any size, side and background."""
+    aspect = _aspect(rng)
+    background = _background(rng, (thing,), painted) or "white"
     size = pick(rng, _LONE_SIZES)
-    side = pick(rng, SIDES) if rng.random() < 0.55 else "centre"
-    return Scene(pick(rng, backgrounds(thing.kind, thing.colour)), (replace(thing, size=size, side=side),))
+    sides = sides_for(thing.kind, size, aspect, background)
+    side = "centre" if chance(rng, _CENTRED) or not sides else pick(rng, sides)
+    return Scene(background, (replace(thing, size=size, side=side),), None, aspect)
 
 
-def sample_shape(rng: np.random.Generator) -> Scene:
-    """One shape, with any colour, size and side."""
-    return _lone(rng, _some_shape(rng))
+def sample_shape(rng: Random) -> Scene:
+    """Return a scene of one shape."""
+    return lone(rng, _some_shape(rng))
 
 
-def sample_object(rng: np.random.Generator, objects: int = DEFAULT_OBJECTS) -> Scene:
-    """One of the first `objects` objects, with any size and side."""
-    return _lone(rng, _some_object(rng, objects))
+def sample_object(rng: Random) -> Scene:
+    """Return a scene of one object."""
+    return lone(rng, _some_object(rng), _SCENES_FOR_ONE)
 
 
-def sample_pair(rng: np.random.Generator, objects: int = DEFAULT_OBJECTS) -> Scene:
-    """Two different things, three in four of them shapes, at most one of them large."""
-    while True:
-        first, second = (_some_shape(rng) if rng.random() < 0.75 else _some_object(rng, objects) for _ in range(2))
-        shared = [name for name in backgrounds(first.kind, first.colour) if name in backgrounds(second.kind, second.colour)]
-        if first != second and shared:
-            break
+def sample_close_up(rng: Random) -> Scene:
+    """Return a scene of one object that is larger than the picture."""
+    thing = _some_object(rng)
+    background = _background(rng, (thing,), _SCENES_FOR_MORE) or "white"
+    return Scene(background, (thing,), None, _aspect(rng), close_up=True)
+
+
+def _pair(rng: Random, first: Thing, second: Thing, painted: float) -> Scene | None:
+    if first == second or first.kind == second.kind or held_out(first.kind, second.kind):
+        return None
+    background = _background(rng, (first, second), painted)
+    if background is None:
+        return None
     sizes = pick(rng, _PAIR_SIZES)
     things = (replace(first, size=sizes[0]), replace(second, size=sizes[1]))
-    return Scene(pick(rng, shared), things, pick(rng, RELATIONS))
+    return Scene(background, things, pick(rng, RELATIONS), _aspect(rng))
 
 
-def sample(rng: np.random.Generator, objects: int = DEFAULT_OBJECTS) -> Scene:
-    """A training scene: 17 % one shape, 15 % one object, 65 % two things, 3 % nothing but the background."""
+def _until(rng: Random, attempt: Callable[[Random], Scene | None]) -> Scene:
+    while True:
+        if scene := attempt(rng):
+            return scene
+
+
+def sample_pair(rng: Random) -> Scene:
+    """Return a scene of two things of different kinds, three in four of them objects."""
+
+    def attempt(rng: Random) -> Scene | None:
+        return _pair(rng, _some_thing(rng, 0.25), _some_thing(rng, 0.25), _SCENES_FOR_MORE)
+
+    return _until(rng, attempt)
+
+
+def sample_attribution(rng: Random) -> Scene:
+    """Return a scene of two shapes of different kinds and colours."""
+
+    def attempt(rng: Random) -> Scene | None:
+        first, second = _some_shape(rng), _some_shape(rng)
+        return None if first.colour == second.colour else _pair(rng, first, second, 0.0)
+
+    return _until(rng, attempt)
+
+
+def sample_count(rng: Random) -> Scene:
+    """Return a scene of two to four of the same, one in four of them shapes."""
+    thing = replace(_some_thing(rng, 0.25), count=2 + int(rng.random() * 3))
+    background = _background(rng, (thing,), _SCENES_FOR_MORE) or "white"
+    return Scene(background, (thing,), None, _aspect(rng))
+
+
+def sample_three(rng: Random) -> Scene:
+    """Return a scene of three things of different kinds."""
+
+    def attempt(rng: Random) -> Scene | None:
+        things = (_some_thing(rng, 0.3), _some_thing(rng, 0.3), _some_thing(rng, 0.3))
+        names = [thing.kind for thing in things]
+        if len(set(names)) < 3 or any(held_out(names[i], names[i - 1]) for i in range(3)):
+            return None
+        background = _background(rng, things, _SCENES_FOR_MORE)
+        return Scene(background, things, None, _aspect(rng)) if background else None
+
+    return _until(rng, attempt)
+
+
+def sample_empty(rng: Random) -> Scene:
+    """Return a scene without things, as often painted as plain."""
+    return Scene(pick(rng, SCENES if chance(rng, 0.5) else NAMES), (), None, _aspect(rng))
+
+
+def _object_or_close_up(rng: Random) -> Scene:
+    return sample_close_up(rng) if chance(rng, _CLOSE_UPS) else sample_object(rng)
+
+
+SAMPLERS: dict[str, Callable[[Random], Scene]] = {
+    "object": _object_or_close_up,
+    "shape": sample_shape,
+    "pair": sample_pair,
+    "count": sample_count,
+    "attribution": sample_attribution,
+    "three": sample_three,
+    "empty": sample_empty,
+}
+
+
+def sample(rng: Random) -> Scene:
+    """Return a scene as the training mixture has it."""
     draw = rng.random()
-    if draw < 0.17:
-        return sample_shape(rng)
-    if draw < 0.32:
-        return sample_object(rng, objects)
-    return sample_pair(rng, objects) if draw < 0.97 else Scene(pick(rng, NAMES))
+    for name, share in _SHARES.items():
+        draw -= share
+        if draw < 0:
+            return SAMPLERS[name](rng)
+    return sample_object(rng)
 
 
-# ── drawing ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── layout ────────────────────────────────────────────────────────────────────────────────────────
 
-# A thing's longer side as a share of the picture's shorter one.
-LONE_EXTENT: dict[Size, tuple[float, float]] = {"small": (0.23, 0.27), "normal": (0.39, 0.46), "large": (0.60, 0.68)}
-PAIR_EXTENT: dict[Size, tuple[float, float]] = {"small": (0.24, 0.26), "normal": (0.34, 0.35), "large": (0.425, 0.45)}
-_MARGIN = (0.04, 0.08)  # between a thing at a side and the picture's edge
-_WOBBLE = 0.04  # how far a centred thing may lie from the middle
-_COLOUR_JITTER = 4.0
-
-
-def _between(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * rng.random()
-
-
-def _snap(x: float, lattice: int, most: float = math.inf) -> int:
-    """The multiple of the lattice that is nearest to x and at most `most`."""
-    snapped = lattice * round(x / lattice)
-    return snapped if snapped <= most else int(most // lattice) * lattice
-
-
-def _centred(rng: np.random.Generator, room: int, length: int, unit: int) -> float:
-    return (room - length) / 2 + _between(rng, (-_WOBBLE, _WOBBLE)) * unit
-
-
-def _lone_corner(rng: np.random.Generator, side: Side, room: tuple[int, int], box: tuple[int, int]) -> tuple[float, float]:
-    """(x, y) of the thing's top left corner; room and box are (width, height)."""
-    unit = min(room)
-    x, y = (_centred(rng, room[axis], box[axis], unit) for axis in (0, 1))
-    margin = _between(rng, _MARGIN) * unit
-    match side:
-        case "left":
-            x = margin
-        case "right":
-            x = room[0] - box[0] - margin
-        case "top":
-            y = margin
-        case "bottom":
-            y = room[1] - box[1] - margin
-    return x, y
+# Longer sides in pixels; the shorter side of every picture is 256 pixels long.
+LONE_LENGTHS: dict[Size, tuple[int, ...]] = {
+    "small": (128, 128, 96),
+    "normal": (176,),
+    "large": (224,),
+}
+PAIR_LENGTHS: dict[Size, int] = {"small": 80, "normal": 112, "large": 144}
+ROOMY_PAIR_LENGTHS: dict[Size, int] = {"small": 96, "normal": 144, "large": 192}  # along 384 pixels
+CLOSE_UP_LENGTHS: tuple[int, ...] = (304, 352, 400)
+_COUNT_LENGTH = 96
+_ROW_LENGTH = 80
+_THREE_LENGTH = 96
+_MARGIN = 4  # pixels between a thing and the picture's edge, at least
+_NOTICED = 2 * TOKEN  # a thing at a side lies so far from the middle, at least
+_INWARD = 0.25  # how often a thing at a side lies one step nearer to the middle, if there is room
+_GAP = 8  # pixels between the boxes of two things, at least
+_CLOSE_UP_STEPS = 3  # how far a close-up's middle may lie from the thing's, in tokens
+_MIRRORED = 0.1  # of the things on the lattice, where few codes matter
+_MIRRORED_ANYWHERE = 0.5  # of the others
+_TURNED = 0.5  # of pictures off the lattice
+_LARGEST_TURN = 10.0  # degrees
+_TINT_JITTER = 4
 
 
-def _pair_starts(rng: np.random.Generator, room: int, lengths: tuple[int, int]) -> tuple[float, float]:
-    """Where two things in a row start; nearly half of the spare room lies between them, so that they never touch."""
-    spare = room - sum(lengths)
-    start = spare * _between(rng, (0.2, 0.34))
-    gap = spare * _between(rng, (0.42, 0.5))
-    return start, start + lengths[0] + gap
+class Sprite(NamedTuple):
+    """A sprite in a picture: its number, its box's centre and longer side in pixels, its colour."""
+
+    number: int
+    x: float
+    y: float
+    length: float
+    mirror: bool
+    angle: float
+    tint: tuple[int, int, int]
 
 
-def _pair_corners(
-    rng: np.random.Generator, relation: Relation, room: tuple[int, int], boxes: Sequence[tuple[int, int]]
-) -> list[tuple[float, float]]:
-    axis = 1 if relation in ("above", "below") else 0
-    order = (1, 0) if relation in ("right of", "below") else (0, 1)
-    starts = _pair_starts(rng, room[axis], (boxes[order[0]][axis], boxes[order[1]][axis]))
-    corners = []
-    for place, box in zip((starts[order[0]], starts[order[1]]), boxes, strict=True):
-        across = _centred(rng, room[1 - axis], box[1 - axis], min(room))
-        corners.append((place, across) if axis == 0 else (across, place))
-    return corners
+class Layout(NamedTuple):
+    """One picture as a row of `render.Layouts`: background's number, its 8 parameters, sprites."""
+
+    background: int
+    params: tuple[float, ...]
+    sprites: tuple[Sprite, ...]
 
 
-def _paint(name: str, rng: np.random.Generator) -> list[float]:
-    """A palette colour, slightly off."""
-    return [min(255.0, max(0.0, c + (rng.random() - 0.5) * 2 * _COLOUR_JITTER)) for c in COLOURS[name]]
+@cache
+def _box(kind: str, length: int) -> tuple[float, float]:
+    """Return the (width, height) of the kind's box in pixels."""
+    return outline(kind, length)
 
 
-def _paste(planes: Pixels, thing: Thing, pixels: int, left: int, top: int, rng: np.random.Generator) -> None:
-    rgb, alpha = sprite(thing.kind, pixels)
-    inks: Sequence[Floats | float] = _paint(thing.colour, rng) if thing.kind in SHAPES and thing.colour else list(rgb)
-    for plane, ink in zip(planes, inks, strict=True):
-        patch = plane[top : top + alpha.shape[0], left : left + alpha.shape[1]]
-        patch[:] = patch + alpha * (ink - patch) + 0.5
+def _shift(room: int, length: float) -> int:
+    """Return how far a thing may be moved off the middle, in whole tokens, given in pixels."""
+    return max(0, int((room - length) / 2 - _MARGIN) // TOKEN * TOKEN)
 
 
-def render(scene: Scene, rng: np.random.Generator, width: int = 64, height: int = 64, lattice: int = 1) -> Pixels:
-    """The scene's picture, `[height,width,3]`. `rng` moves places, sizes and colours a little.
+_DIRECTIONS: dict[Side, tuple[int, int]] = {
+    "centre": (0, 0),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+    "top left": (-1, -1),
+    "top right": (1, -1),
+    "bottom left": (-1, 1),
+    "bottom right": (1, 1),
+}
 
-    lattice: pixels of which a thing's longer side and its left and upper margins are multiples.
 
-    Raises FileNotFoundError for a scene with objects when the emoji font is missing.
+@cache
+def _room(kind: str, length: int, aspect: Aspect) -> tuple[int, int]:
+    box = _box(kind, length)
+    return _shift(aspect[0], box[0]), _shift(aspect[1], box[1])
+
+
+@cache
+def _sides(kind: str, size: Size, aspect: Aspect, ground: bool) -> tuple[Side, ...]:
+    room = _room(kind, max(LONE_LENGTHS[size]), aspect)
+    free = [space >= _NOTICED for space in room]
+    sides = [
+        side
+        for side, (x, y) in _DIRECTIONS.items()
+        if side != "centre" and (free[0] or not x) and (free[1] or not y) and not (ground and y < 0)
+    ]
+    # Plain sides twice as often as corners.
+    return (*sides, *(side for side in sides if " " not in side))
+
+
+def sides_for(kind: str, size: Size, aspect: Aspect, background: str) -> tuple[Side, ...]:
+    """Return the sides where a single thing can lie and be noticed to; nothing flies over a ground.
+
+    Sides come twice where they are twice as likely as a corner.
     """
-    # Colour planes first: NumPy is several times faster on long rows than on rows of three.
-    planes = np.empty((3, height, width), dtype=np.uint8)
-    for plane, level in zip(planes, _paint(scene.background, rng), strict=True):
-        plane.fill(round(level))
-    extent = LONE_EXTENT if len(scene.things) == 1 else PAIR_EXTENT
-    lengths = [max(lattice, _snap(_between(rng, extent[thing.size]) * min(width, height), lattice)) for thing in scene.things]
-    boxes = [sprite(thing.kind, length)[1].shape[::-1] for thing, length in zip(scene.things, lengths, strict=True)]
-    if scene.relation is None:
-        corners = [_lone_corner(rng, thing.side, (width, height), box) for thing, box in zip(scene.things, boxes, strict=True)]
-    else:
-        corners = _pair_corners(rng, scene.relation, (width, height), boxes)
-    for thing, length, box, (x, y) in zip(scene.things, lengths, boxes, corners, strict=True):
-        _paste(planes, thing, length, _snap(x, lattice, width - box[0]), _snap(y, lattice, height - box[1]), rng)
-    return np.stack(list(planes), axis=-1)
+    return _sides(kind, size, aspect, GROUND.get(background, False))
+
+
+def _tint(rng: Random, thing: Thing) -> tuple[int, int, int]:
+    if thing.kind not in SHAPES or thing.colour is None:
+        return 255, 255, 255
+    red, green, blue = (
+        min(255, max(0, round(value + (2 * rng.random() - 1) * _TINT_JITTER)))
+        for value in COLOURS[thing.colour]
+    )
+    return red, green, blue
+
+
+Spot = tuple[int, float, float]  # length, centre
+
+
+def _lone_spot(rng: Random, thing: Thing, aspect: Aspect) -> Spot:
+    length = pick(rng, LONE_LENGTHS[thing.size])
+    middle = (aspect[0] // 2, aspect[1] // 2)
+    if thing.side == "centre":
+        return length, *middle
+    place = []
+    inward = chance(rng, _INWARD)
+    room = _room(thing.kind, length, aspect)
+    for axis, direction in enumerate(_DIRECTIONS[thing.side]):
+        shift = room[axis] - TOKEN if inward and room[axis] >= _NOTICED + TOKEN else room[axis]
+        place.append(middle[axis] + direction * shift)
+    return length, place[0], place[1]
+
+
+def _close_up_spot(rng: Random, aspect: Aspect) -> Spot:
+    length = pick(rng, CLOSE_UP_LENGTHS)
+    place = []
+    for room in aspect:
+        steps = int(rng.random() * (2 * _CLOSE_UP_STEPS + 1)) - _CLOSE_UP_STEPS
+        place.append(room // 2 + steps * TOKEN)
+    return length, place[0], place[1]
+
+
+def _to_lattice(x: float) -> int:
+    return TOKEN * round(x / TOKEN)
+
+
+def _pair_spots(scene: Scene) -> list[Spot]:
+    """Return the spots of two things: each in the middle of its half, or as room is needed."""
+    axis = 1 if scene.relation in ("above", "below") else 0
+    room = scene.aspect[axis]
+    lengths = ROOMY_PAIR_LENGTHS if room > scene.aspect[1 - axis] else PAIR_LENGTHS
+    sides = RELATION_SIDES[scene.relation or "and"]
+    first = 0 if sides[0] in ("left", "top") else 1
+    boxes = [_box(thing.kind, lengths[thing.size]) for thing in scene.things]
+    extents = [box[axis] for box in boxes]
+    # The spare room is shared out as margin, gap and margin; the gap is the largest.
+    spare = room - sum(extents)
+    ahead, behind = extents[first], extents[1 - first]
+    along = [0.0, 0.0]
+    along[first] = _to_lattice(spare * 0.28 + ahead / 2)
+    along[1 - first] = _to_lattice(room - spare * 0.28 - behind / 2)
+    if along[1 - first] - along[first] < (ahead + behind) / 2 + _GAP:
+        along[1 - first] += TOKEN if along[1 - first] + TOKEN + behind / 2 <= room else 0
+    if along[1 - first] - along[first] < (ahead + behind) / 2 + _GAP:
+        along[first] -= TOKEN if along[first] - TOKEN - ahead / 2 >= 0 else 0
+    across = scene.aspect[1 - axis] // 2
+    spots: list[Spot] = []
+    for thing, place in zip(scene.things, along, strict=True):
+        x, y = (place, across) if axis == 0 else (across, place)
+        spots.append((lengths[thing.size], x, y))
+    return spots
+
+
+@cache
+def _quarters(aspect: Aspect) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the middles of the halves, on the lattice: (left, right), (top, bottom)."""
+    width, height = aspect
+    return (width // 4, width - width // 4), (height // 4, height - height // 4)
+
+
+def _count_spots(rng: Random, thing: Thing, aspect: Aspect) -> list[Spot]:
+    """Return the spots of two, three or four of the same: side by side, a triangle, two by two."""
+    (left, right), (top, bottom) = _quarters(aspect)
+    middle = (aspect[0] // 2, aspect[1] // 2)
+    length = _COUNT_LENGTH
+    if thing.count == 2:
+        pair = PAIR_LENGTHS["normal"]
+        width, height = _box(thing.kind, pair)
+        if width > 2 * height:  # long things lie better one above the other
+            return [(pair, middle[0], top), (pair, middle[0], bottom)]
+        return [(pair, left, middle[1]), (pair, right, middle[1])]
+    if thing.count == 4:
+        return [(length, x, y) for y in (top, bottom) for x in (left, right)]
+    row = (middle[0] - 80, middle[0], middle[0] + 80)
+    if _box(thing.kind, _ROW_LENGTH)[0] <= 72 and chance(rng, 0.4):
+        return [(_ROW_LENGTH, x, middle[1]) for x in row]
+    one, two = (top, bottom) if chance(rng, 0.7) else (bottom, top)
+    return [(length, middle[0], one), (length, left, two), (length, right, two)]
+
+
+def _spots(rng: Random, scene: Scene) -> list[tuple[Thing, Spot]]:
+    """Return every sprite's thing and where it goes, on the lattice."""
+    if not scene.things:
+        return []
+    if scene.close_up:
+        return [(scene.things[0], _close_up_spot(rng, scene.aspect))]
+    if scene.relation:
+        return list(zip(scene.things, _pair_spots(scene), strict=True))
+    if len(scene.things) == 3:
+        (left, right), (top, bottom) = _quarters(scene.aspect)
+        places = ((left, top), (right, top), (scene.aspect[0] // 2, bottom))
+        return [(t, (_THREE_LENGTH, *at)) for t, at in zip(scene.things, places, strict=True)]
+    thing = scene.things[0]
+    if thing.count > 1:
+        return [(thing, spot) for spot in _count_spots(rng, thing, scene.aspect)]
+    return [(thing, _lone_spot(rng, thing, scene.aspect))]
+
+
+def _loosened(rng: Random, scene: Scene, thing: Thing, spot: Spot) -> tuple[float, float, float]:
+    """Return (length, x, y) a little off the lattice, within the picture and short of others."""
+    length = spot[0] * (0.9 + 0.1 * rng.random())
+    width, height = _box(thing.kind, spot[0])
+    reach = min(TOKEN / 2, 0.05 * spot[0])
+    place = []
+    for at, extent, room in zip(spot[1:], (width, height), scene.aspect, strict=True):
+        x = at + (2 * rng.random() - 1) * reach
+        half = min(extent, room) / 2
+        place.append(x if scene.close_up else min(room - half, max(half, x)))
+    return length, place[0], place[1]
+
+
+def layout(scene: Scene, rng: Random, *, aligned: bool = True) -> Layout:
+    """Return where the scene's sprites go.
+
+    aligned: on the lattice of tokens, upright and with the usual lengths; otherwise anywhere near,
+    somewhat smaller, mirrored half of the time and turned a little half of the time.
+    """
+    sprites = []
+    spots = _spots(rng, scene)
+    turned = not aligned and chance(rng, _TURNED)
+    share = _MIRRORED if aligned else _MIRRORED_ANYWHERE
+    mirrored = {thing.kind: chance(rng, share) for thing in scene.things}
+    for thing, spot in spots:
+        length, x, y = spot if aligned else _loosened(rng, scene, thing, spot)
+        angle = 0.0
+        if turned:
+            largest = _LARGEST_TURN if len(spots) == 1 else _LARGEST_TURN / 2
+            angle = (2 * rng.random() - 1) * largest
+            length *= 0.95
+        tint = _tint(rng, thing)
+        mirror = mirrored[thing.kind] and thing.kind not in SHAPES and thing.kind not in ONE_WAY
+        sprites.append(Sprite(NUMBERS[thing.kind], x, y, length, mirror, angle, tint))
+    params = tuple(rng.random() for _ in range(8))
+    return Layout(BACKGROUND_NUMBERS[scene.background], params, tuple(sprites))

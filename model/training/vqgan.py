@@ -1,25 +1,37 @@
 """Trains the VQGAN on captioned scenes' pictures.
 
     python -m model.training.vqgan --minutes 20
+    python -m model.training.vqgan --decoder-only --from-bundle tiny    # codes stay as they are
 
-Pixel error plus the error of neighbouring pixels' differences (which keeps edges crisp); the codebook follows the latents it wins by moving
-averages, and codes that win nothing are put where a latent of the batch is.
+Pixel error, squared and plain, plus the error of neighbouring pixels' differences (which keeps
+edges crisp); the codebook follows the latents it wins by moving averages, and codes that win
+nothing are put where a latent of the batch is.
 """
 
 from __future__ import annotations
 
-from itertools import count
+import argparse
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.bundle import load_v3
+from model.config import VQGANConfig, find_bundle
+from model.networks.vqgan_v3 import VQGAN, ResidualBlock
 from model.training import loop, tiny
-from model.training.data import as_float, stream
-from model.vqgan import VQGAN, ResidualBlock
+from model.training.data import Scenes
+from model.training.scenes import ASPECTS
 
 _CODEBOOK_DECAY = 0.99
-_REVIVE_EVERY = 50
+_COMMITMENT, _PLAIN, _EDGES = 0.03, 0.05, 0.5
+_DEAD = 0.02  # of the mean count
+# Codes jump when they are revived, and the average of a code's old and new place is no code: the
+# average is kept short.
+_EMA = 0.95
+_RATE = 1.5e-3
 
 
 class Codebook(nn.Module):
@@ -35,21 +47,21 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def follow(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """Latents [N, c] and the codes [N] that won them → the new codebook [K, c]."""
+        """Turn latents [N, c] and the codes [N] that won them into the new codebook [K, c]."""
         won = torch.zeros_like(self.sums).index_add_(0, tokens, latents)
-        count = torch.bincount(tokens, minlength=len(self.counts)).float()
+        count = torch.zeros_like(self.counts).index_add_(0, tokens, torch.ones_like(latents[:, 0]))
         self.counts.lerp_(count, 1 - _CODEBOOK_DECAY)
         self.sums.lerp_(won, 1 - _CODEBOOK_DECAY)
         return self.sums / self.counts.clamp_min(1e-4)[:, None]
 
     @torch.no_grad()
     def revive(self, latents: Tensor) -> None:
-        """Gives every code that wins next to nothing the place of a random latent."""
-        dead = (self.counts < 0.02 * self.counts.mean()).nonzero()[:, 0]
-        chosen = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]
+        """Give every code that wins next to nothing the place of a random latent."""
         mean = self.counts.mean()
-        self.counts[dead] = mean
-        self.sums[dead] = chosen * mean
+        dead = self.counts < _DEAD * mean
+        chosen = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]
+        self.sums.copy_(torch.where(dead[:, None], chosen * mean, self.sums))
+        self.counts.copy_(torch.where(dead, mean, self.counts))
 
 
 class Autoencoder(nn.Module):
@@ -61,76 +73,185 @@ class Autoencoder(nn.Module):
         self.codes = Codebook(vqgan.vquantizer.codebook.weight.detach())
         vqgan.vquantizer.codebook.weight.requires_grad_(False)
 
+    @classmethod
+    def fresh(cls, config: VQGANConfig) -> Autoencoder:
+        trained = cls(VQGAN(config))
+        for block in trained.modules():
+            if isinstance(block, ResidualBlock):
+                # Published zeros would leave every residual branch without a gradient to start
+                # from.
+                block.gammas.data[[2, 5]] = 0.5
+        return trained
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor], config: VQGANConfig) -> Autoencoder:
+        """Return one that goes on from a VQGAN's weights."""
+        vqgan = VQGAN(config)
+        vqgan.load_state_dict(state)
+        return cls(vqgan)
+
     def start_from(self, latents: Tensor) -> None:
-        """Codes begin as latents of one batch, not at random."""
-        chosen = latents[torch.randperm(len(latents))[: len(self.codes.sums)]]
+        """Let the codes begin as latents of one batch, not at random; some twice if there are too
+        few."""
+        order = torch.randperm(len(latents), device=latents.device)
+        chosen = latents[
+            order.repeat(-(-len(self.codes.sums) // len(order)))[: len(self.codes.sums)]
+        ]
         self.codes.sums.copy_(chosen)
         self.vqgan.vquantizer.codebook.weight.data.copy_(chosen)
 
+    def freeze_codes(self) -> None:
+        """Let only the decoder learn from now on, so that tokens stay what they are."""
+        for module in (self.vqgan.in_block, self.vqgan.down_blocks):
+            module.requires_grad_(False).eval()
+
+    @property
+    def frozen(self) -> bool:
+        return not self.vqgan.in_block[1].weight.requires_grad
+
+    def train(self, mode: bool = True) -> Autoencoder:
+        super().train(mode)
+        if self.frozen:  # the batch norm's statistics are the codes' too
+            self.vqgan.down_blocks.eval()
+        return self
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image [B, 3, H, W] → (reconstruction, latents [N, c], tokens [N])."""
+        """Turn an image [B, 3, H, W] into (reconstruction, latents [N, c], tokens [N])."""
         latents = self.vqgan.encode_latents(image).float()
         flat = latents.flatten(0, 2)
-        tokens = self.vqgan.vquantizer.nearest(flat.detach())
+        with torch.autocast(image.device.type, enabled=False):
+            tokens = self.vqgan.vquantizer.nearest(flat.detach())
         codes = self.vqgan.vquantizer.codebook.weight[tokens].view_as(latents)
         through = latents + (codes - latents).detach()  # the straight-through estimate
         return self.vqgan.decode_latents(through), flat, tokens
 
 
 def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
-    """Squared error of pixels and of the differences of neighbours, both over [B, 3, H, W]."""
-    pixels = F.mse_loss(output, image)
+    """Return the squared error of pixels and of the differences of neighbours, and a little of the
+    plain error, all over [B, 3, H, W]."""
     edges = sum(F.mse_loss(output.diff(dim=d), image.diff(dim=d)) for d in (-1, -2))
-    return pixels + 0.5 * edges
+    return F.mse_loss(output, image) + _EDGES * edges + _PLAIN * F.l1_loss(output, image)
+
+
+def training_loss(trained: Autoencoder, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return (the objective, figures) for pictures [B, 3, H, W] in [0, 1]; the codebook follows,
+    unless the codes are frozen."""
+    output, latents, tokens = trained(image)
+    output = output.float()
+    loss = reconstruction_loss(output, image)
+    figures = {"psnr": psnr(output.detach(), image)}
+    if trained.frozen:
+        return loss, figures
+    codes = trained.vqgan.vquantizer.codebook.weight
+    commitment = F.mse_loss(latents, codes[tokens])
+    codes.data.copy_(trained.codes.follow(latents.detach(), tokens))
+    trained.codes.revive(latents.detach())
+    return loss + _COMMITMENT * commitment, figures
+
+
+def psnr(output: Tensor, image: Tensor) -> Tensor:
+    """Return the mean over pictures [B, 3, H, W] in [0, 1], in dB."""
+    return (
+        -10 * (output.clamp(0, 1) - image).square().mean((1, 2, 3)).clamp_min(1e-8).log10()
+    ).mean()
 
 
 def busy_crops(images: Tensor, size: int, tries: int = 3) -> Tensor:
-    """Of `tries` crops, at random places but the same ones in all pictures [B, 3, H, W], each picture's with most in it.
+    """Choose of `tries` crops, at random places but the same ones in all pictures [B, 3, H, W],
+    each picture's with most in it.
 
-    The network is local, and most of a scene is background: a quarter of the pixels teaches nearly as much as all of them.
+    The network is local, and most of a scene is background: a quarter of the pixels teaches nearly
+    as much as all of them.
     """
     _, _, H, W = images.shape
-    tops, lefts = torch.randint(H - size + 1, (tries,)).tolist(), torch.randint(W - size + 1, (tries,)).tolist()
-    crops = torch.stack([images[..., y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)])
+    tops, lefts = (
+        torch.randint(H - size + 1, (tries,)).tolist(),
+        torch.randint(W - size + 1, (tries,)).tolist(),
+    )
+    crops = torch.stack(
+        [images[..., y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
+    )
     busiest = crops.float().var((-1, -2)).sum(-1).argmax(0)  # [B]
-    return crops[busiest, torch.arange(len(images))]
+    return crops[busiest, torch.arange(len(images), device=images.device)]
+
+
+@torch.no_grad()
+def held_out_psnr(vqgan: VQGAN, scenes: Scenes, pictures: int = 512, batch: int = 32) -> float:
+    """Measure over the corpus' last square pictures, whole, which `train` leaves out, in dB."""
+    members = scenes.of_aspect[0][-pictures:]
+    values = []
+    for index in members.split(batch):
+        image = scenes.pictures(index)
+        values.append(psnr(vqgan.decode(vqgan.encode(image)).float(), image) * len(index))
+    return float(sum(values)) / len(members)
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Return the residual blocks' maps, for Muon."""
+    return [name for name, p in module.named_parameters() if p.ndim == 2 and "channelwise" in name]
+
+
+def train(
+    trained: Autoencoder, scenes: Scenes, o: loop.Options, crop: int, held_out: int = 512
+) -> VQGAN:
+    """Train until the budget is spent; crop: pixels a side of what it sees of a picture."""
+    trained.train()
+    members = scenes.of_aspect[0]
+    members = members[: max(len(members) - held_out, len(members) // 2)]
+
+    def batch() -> Tensor:
+        image = scenes.pictures(scenes.some(o.batch, members)[0])
+        return busy_crops(image, crop) if crop < min(ASPECTS[0]) else image
+
+    if not o.resume and not trained.frozen and trained.codes.counts.eq(1).all():
+        with torch.no_grad():
+            wanted, per = (
+                len(trained.codes.sums),
+                o.batch * (crop // trained.vqgan.config.downscale) ** 2,
+            )
+            latents = [
+                trained.vqgan.encode_latents(batch()).flatten(0, 2)
+                for _ in range(max(8, 2 * wanted // per))
+            ]
+            if trained.vqgan.vquantizer.codebook.weight.std() < 1e-2:  # untrained ones are tiny
+                trained.start_from(torch.cat(latents))
+    average: Any = loop.fit(
+        trained, lambda: training_loss(trained, batch()), o, matrices=_matrices(trained)
+    )
+    vqgan: VQGAN = average.vqgan.eval()
+    return vqgan
 
 
 def main() -> None:
-    # Codes jump when they are revived, and the average of a code's old and new place is no code: the average is kept short.
-    p = loop.parser(__doc__, name="vqgan", batch=64, lr=1.5e-3, minutes=20, ema=0.95)
-    p.add_argument("--crop", type=int, default=64, help="pixels a side of the crops it sees")
-    args = p.parse_args()
+    p = loop.parser(__doc__, name="vqgan", batch=64, lr=_RATE, minutes=20, ema=_EMA)
+    p.add_argument("--crop", type=int, default=128, help="pixels a side of the crops it sees")
+    p.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="name or path of the bundle whose VQGAN to go on with",
+    )
+    p.add_argument(
+        "--decoder-only", action="store_true", help="leave encoder and codes as they are"
+    )
+    args: argparse.Namespace = p.parse_args()
     o = loop.options(args)
-    scenes = stream(o.batch, o.seed, workers=o.workers)
-    trained = Autoencoder(VQGAN(tiny.VQGAN)).to(o.device).train()
-    for block in trained.modules():
-        if isinstance(block, ResidualBlock):
-            # Published zeros would leave every residual branch without a gradient to start from.
-            block.gammas.data[[2, 5]] = 0.5
+    scenes = Scenes.load(args.corpus, o.device, o.seed)
+    if args.from_bundle:
+        kept = load_v3(find_bundle(args.from_bundle), torch.device("cpu"), torch.float32).vqgan
+        trained = Autoencoder.of(kept.state_dict(), kept.config)
+    else:
+        trained = Autoencoder.fresh(tiny.VQGAN)
+    if args.decoder_only:
+        trained.freeze_codes()
+    # Crops differ from step to step by numbers that the host draws, so a step is not recorded.
+    train(trained.to(o.device), scenes, loop.replace(o, record=False), args.crop)
 
-    def batch() -> Tensor:
-        return as_float(busy_crops(next(scenes)[0], args.crop), o.device)
 
-    if not o.resume:
-        with torch.no_grad():
-            trained.start_from(trained.vqgan.encode_latents(torch.cat([batch() for _ in range(8)])).flatten(0, 2))
-
-    steps = count()
-
-    def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        image = batch()
-        output, latents, tokens = trained(image)
-        output = output.float()
-        codes = trained.vqgan.vquantizer.codebook.weight
-        commitment = F.mse_loss(latents, codes[tokens])
-        codes.data.copy_(trained.codes.follow(latents.detach(), tokens))
-        if next(steps) % _REVIVE_EVERY == 0:
-            trained.codes.revive(latents.detach())
-        psnr = -10 * torch.log10(F.mse_loss(output.detach().clamp(0, 1), image))
-        return reconstruction_loss(output, image) + 0.03 * commitment, {"psnr": psnr, "codes": tokens.unique().numel()}
-
-    loop.fit(trained, loss, o)
+def trained_vqgan(checkpoint: Path, config: VQGANConfig | None = None) -> Autoencoder:
+    """Return what a checkpoint's average holds, its codebook's counts with it."""
+    trained = Autoencoder(VQGAN(config or tiny.VQGAN))
+    trained.load_state_dict(loop.load(checkpoint)["ema"])
+    return trained
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ from starlette.middleware.cors import CORSMiddleware
 
 from model.config import BundleConfig, find_bundle
 from server.api import (
-    cancellation,
     routes_health,
     routes_models,
     routes_native,
     routes_openai,
     static,
 )
-from server.api.auth import Guard
 from server.api.images.decode import ImageDecoder, ImageLimits
 from server.api.middleware import (
     BodyLimit,
+    Guard,
     HealthPort,
     Observation,
     SecurityHeaders,
@@ -111,7 +110,6 @@ def create_app(
     app.include_router(routes_native.router, dependencies=authenticated)
     app.include_router(routes_openai.router, dependencies=authenticated)
     app.include_router(routes_models.router, dependencies=authenticated)
-    app.include_router(cancellation.router, dependencies=authenticated)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app
@@ -122,7 +120,8 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     configs = [BundleConfig.read(find_bundle(bundle)) for bundle in settings.bundles]
     for config in configs:
         if max(config.native_size) > settings.max_side:
-            raise ValueError(f"max_side {settings.max_side} excludes the native size of {config.name}, {config.native_size}")
+            native = f"the native size of {config.name}, {config.native_size}"
+            raise ValueError(f"max_side {settings.max_side} excludes {native}")
     models = {config.name: config for config in configs}
     if len(models) < len(configs):
         raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")

@@ -55,9 +55,7 @@ class ImagesFields(RecipeFields):
     ] = "auto"
     quality: Annotated[
         AnyQuality,
-        Field(
-            description="Denoising steps: low is half of the recipe's, high, hd, xhigh and max are twice as many, the others the recipe's"
-        ),
+        Field(description="Steps of the recipe; half with low; twice with high, hd, xhigh and max"),
     ] = "auto"
     output_format: Annotated[
         Literal["png", "jpeg", "webp", "gif", "svg"],

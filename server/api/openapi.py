@@ -145,12 +145,16 @@ def _without_null(kind: dict[str, Any]) -> dict[str, Any]:
 
 # ── examples ──────────────────────────────────────────────────────────────────────────────────────
 
-# A red square on white, a white square on black, and black with a transparent square, all of 64 × 64 pixels.
+# A red square on white, a white square on black, and black with a transparent square, all of 64 ×
+# 64 pixels.
 IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAABlBMVEX6+vrIKCgNZfwnAAAAGklEQVR42mNgGJKA////DwwMTDDu"
     "8GAMRQAAxtQDLKllrNgAAAAASUVORK5CYII="
 )
-MASK = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAHklEQVR42mNgGFyAkYHhPwMDAyMDE0xklIHMGGwAAPa7AUAn7aGOAAAAAElFTkSuQmCC"
+MASK = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAHklEQVR42mNgGFyAkYHhPwMDAyMDE0xk"
+    "lIHMGGwAAPa7AUAn7aGOAAAAAElFTkSuQmCC"
+)  # fmt: skip
 CUT_OUT = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAQAAAAAYLlVAAAATklEQVR42u3ZMQoAIAwDwFT8/5f1CQ4OFbzMhRx0TGWlNSMBAAAA"
     "AAAA6M08XtRlw/ICAAAAAAAAAAAAAAAAAIDHAWUvAAAAAAAA+B6wAU68A3/6aluKAAAAAElFTkSuQmCC"

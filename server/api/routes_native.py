@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -10,8 +11,7 @@ from fastapi.responses import JSONResponse
 
 from model.config import Operation
 from server.api.body import read_body
-from server.api.cancellation import unless_cancelled
-from server.api.errors import invalid_value
+from server.api.errors import ApiError, invalid_value
 from server.api.images.encode import Format
 from server.api.openapi import BINARY, describe_answers, describe_body, describe_events
 from server.api.planning import OPERATIONS, Plan, plan
@@ -23,11 +23,11 @@ from server.api.responses import (
     file_response,
     json_response,
 )
-from server.api.schemas import ImagesAnswer, InterpolateRequest, SamplingFields
+from server.api.schemas import ErrorAnswer, ImagesAnswer, InterpolateRequest, SamplingFields
 from server.api.sse import stream_events
-from server.api.state import app_state, log_job
+from server.api.state import app_state, cancel, log_job, unless_cancelled
 
-router = APIRouter(tags=["native"])
+router = APIRouter()
 
 _FILE = {"b64_json": "…", "width": 128, "height": 128}
 _ANSWER = {
@@ -114,9 +114,29 @@ for _operation, (_schema, _) in OPERATIONS.items():
         f"/{_operation}",
         _endpoint(_operation, _schema),
         methods=["POST"],
+        tags=["native"],
         summary=SUMMARIES[_operation],
         name=_operation,
         response_class=JSONResponse,
         responses=ANIMATION_RESPONSES if _schema is InterpolateRequest else RESPONSES,
         openapi_extra=describe_body(_schema, f"/{_operation}"),
     )
+
+
+@router.delete(
+    "/requests/{id}",
+    tags=["requests"],
+    status_code=204,
+    summary="Cancel a running request",
+    response_class=Response,
+    responses={
+        204: {"description": "Cancelled; its rows leave at the next step"},
+        404: {"description": "No such request", "model": ErrorAnswer},
+    },
+)
+async def delete_request(request: Request, id: str) -> Response:
+    """Cancel all running requests of the caller's API key with this `X-Request-Id`."""
+    if not cancel(request, id):
+        message = "no request with this id is running"
+        raise ApiError(HTTPStatus.NOT_FOUND, "request_not_found", message, "id")
+    return Response(status_code=HTTPStatus.NO_CONTENT)

@@ -21,7 +21,6 @@ from fastapi.responses import JSONResponse
 
 from model.config import BundleConfig
 from server.api.body import read_body
-from server.api.cancellation import unless_cancelled
 from server.api.errors import ApiError
 from server.api.images.encode import encode
 from server.api.openai_schemas import (
@@ -36,7 +35,7 @@ from server.api.openapi import describe_answers, describe_body, describe_events
 from server.api.planning import OPERATIONS, Plan, find_model, plan, possible_sides
 from server.api.responses import answer_headers, encode_all, stage_seconds
 from server.api.sse import Comment, DeferredEvent, Emit, Event, stream_events
-from server.api.state import AppState, app_state, log_job
+from server.api.state import AppState, app_state, log_job, unless_cancelled
 from server.engine.messages import Finished, Preview
 from server.settings import Settings
 

@@ -92,7 +92,7 @@ def _payload(sent: str) -> str:
     if scheme is None:
         return sent
     if scheme[1].lower() != "data":
-        message = "{scheme} URLs are refused, the server fetches nothing; send the image as base64, a data URL or a file"
+        message = "{scheme} URLs are refused; send the image as base64, a data URL or a file"
         raise PydanticCustomError("image_url", message, {"scheme": scheme[1].lower()})
     head, comma, payload = sent.partition(",")
     if not comma or not head.lower().endswith(";base64"):
@@ -173,7 +173,7 @@ class RecipeFields(BaseModel):
     renoise_steps: Annotated[StepCount | None, Field(description="Number of first steps that add noise again")] = None
     renoise_mode: Annotated[
         RenoiseMode | None,
-        Field(description="Source of that noise: the start tokens (start), the tokens before the step (prev), or new random ones (rand)"),
+        Field(description="Source of that noise: start tokens, tokens before the step, or random"),
     ] = None
     guidance_steps: Annotated[StepCount | None, Field(description="Number of first steps with guidance")] = None
     timeout_s: Annotated[
@@ -188,7 +188,7 @@ class RecipeFields(BaseModel):
     priority: Annotated[Priority, Field(description="batch requests give way to interactive ones")] = "interactive"
     deterministic: Annotated[
         bool | None,
-        Field(description="Bit-identical images whatever else runs; the request shares no steps with others and takes longer"),
+        Field(description="Bit-identical images whatever else runs; slower, because no step is shared"),
     ] = None
     model: Annotated[str | None, Field(max_length=64, description="Name of loaded weights; default: the first")] = None
     stream: Annotated[bool, Field(description="Answer with server-sent events: queue position to images")] = False
@@ -197,7 +197,7 @@ class RecipeFields(BaseModel):
         Field(
             ge=0,
             le=8,
-            description="With stream: maximum number of previews of each image, evenly spread over its steps",
+            description="With stream: most previews of each image, evenly spread over its steps",
         ),
     ] = 0
 
@@ -260,7 +260,7 @@ References = Annotated[
     ImageBytesList,
     Field(
         max_length=7,
-        description="Images that, beside the prompt, show the wanted content: as in /variations, equally weighted",
+        description="Images of the wanted content, as in /variations; equal weights",
     ),
 ]
 Margin = Annotated[
@@ -291,7 +291,7 @@ class InpaintRequest(SamplingFields):
     ] = None
     mask_mode: Annotated[
         MaskMode | None,
-        Field(description="alpha repaints transparent pixels, luminance white ones; default: alpha if the mask has an alpha channel"),
+        Field(description="Repaint transparent (alpha) or white pixels; default: alpha if present"),
     ] = None
     keep_unmasked: Annotated[bool, Field(description="Return pixels outside the mask unchanged, bit for bit")] = True
     references: References = Field(default_factory=list)

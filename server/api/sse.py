@@ -17,9 +17,8 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.cancellation import unless_cancelled
 from server.api.errors import ApiError, from_engine, internal_error
-from server.api.state import app_state, request_state
+from server.api.state import app_state, request_state, unless_cancelled
 from server.engine.errors import EngineError
 from server.settings import Settings
 

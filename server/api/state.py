@@ -1,17 +1,18 @@
-"""State of the app, created once, and state of one request, created by the middleware."""
+"""State of the app, created once, and of each request: id, log fields, cancellation."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 from starlette.types import Scope
 
 from model.config import BundleConfig
-from server.api.errors import ApiError
+from server.api.errors import ApiError, cancelled, client_closed
 from server.api.images.decode import ImageDecoder
 from server.engine.interface import Engine
 from server.engine.messages import Job
@@ -20,10 +21,12 @@ from server.settings import Settings
 
 REQUEST_STATE = "paellera.request"
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """What every request handler needs.
+    """The state that every request handler reads.
 
     Attributes:
         models: configurations of the served bundles by name, the default first.
@@ -43,7 +46,7 @@ class AppState:
 
 @dataclass(slots=True)
 class RequestState:
-    """What the middleware and the handlers know of one request; the access log shows all of it.
+    """The state of one request, shared by middleware and handlers and shown in the access log.
 
     Attributes:
         id: the client's `X-Request-Id`, or a generated one.
@@ -73,12 +76,6 @@ def request_state(scope: Request | Scope) -> RequestState:
     return cast(RequestState, scope[REQUEST_STATE])
 
 
-def running_key(request: Request) -> tuple[str, str]:
-    """Return the client and the id under which `AppState.running` has this request."""
-    state = request_state(request)
-    return state.client or "", state.id
-
-
 def log_job(request: Request, job: Job) -> None:
     """Add the job to the request's access log line, its prompts only if the settings say so."""
     fields = {
@@ -92,3 +89,52 @@ def log_job(request: Request, job: Job) -> None:
     if app_state(request).settings.log_prompts:
         fields |= {"prompts": job.prompts, "negative_prompt": job.negative_prompt}
     request_state(request).job_fields = fields
+
+
+# ── cancellation ──────────────────────────────────────────────────────────────────────────────────
+
+
+def cancel(request: Request, id: str) -> bool:
+    """End the running requests of the caller's API key with this id; return whether any was."""
+    running = app_state(request).running.get((request_state(request).client or "", id), [])
+    for ended in running:
+        if not ended.done():
+            ended.set_result(cancelled())
+    return bool(running)
+
+
+async def unless_cancelled(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of `work`, or cancel it when the request ends first.
+
+    Raises:
+        ApiError: 499, the client disconnected or the request was deleted.
+    """
+    task = asyncio.create_task(work)
+    running, key = app_state(request).running, _running_key(request)
+    ended: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+    disconnected = asyncio.create_task(_disconnection(request))
+    running.setdefault(key, []).append(ended)
+    events: tuple[asyncio.Future[Any], ...] = (task, ended, disconnected)
+    try:
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ended.result() if ended.done() else client_closed()
+        return task.result()
+    finally:
+        running[key].remove(ended)
+        if not running[key]:
+            del running[key]
+        disconnected.cancel()
+        task.cancel()
+        await asyncio.gather(task, disconnected, return_exceptions=True)
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _running_key(request: Request) -> tuple[str, str]:
+    """Return the client and the id under which `AppState.running` has this request."""
+    state = request_state(request)
+    return state.client or "", state.id

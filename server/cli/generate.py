@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.errors import FAILED, INVALID, fail, one_line_errors
-from server.engine.cpu_threads import limit_spin_count
+from server.engine.supervisor import limit_spin_count
 
 if TYPE_CHECKING:
     from model.config import Operation
@@ -32,7 +32,8 @@ ImageFile = Annotated[Path, typer.Option(help="A PNG, JPEG, WebP or GIF file")]
 RegionList = Annotated[
     list[str] | None,
     typer.Option(
-        help='{"prompt": "a star", "box": [0, 0, 0.5, 1]}: another prompt for a part of the image, or "mask": a file; may be repeated'
+        help='Another prompt for a part of the image: {"prompt": "a star", "box": [0, 0, 0.5, 1]}, '
+        'or "mask": a file instead of the box; may be repeated'
     ),
 ]
 Margin = Annotated[int, typer.Option(help="Pixels added on this side")]
@@ -60,7 +61,7 @@ def _common(
     weights: Weights = None,
     device: Device = None,
 ) -> None:
-    """Common options of all operations."""
+    """Declare the options that all operations share."""
 
 
 def _operation(name: Operation) -> Callable[[Callable[..., Fields]], Callable[..., None]]:
@@ -87,7 +88,7 @@ def _has_default(parameter: inspect.Parameter) -> bool:
     return parameter.default is not inspect.Parameter.empty
 
 
-# ── operations ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── operations ────────────────────────────────────────────────────────────────────────────────────
 
 
 @_operation("generate")
@@ -179,7 +180,8 @@ def replay(
         content = encode(planned.finish(generated), "png", 90, planned.parameters(truncated, frame))
         output.write_bytes(content)
     if content != png.read_bytes():
-        fail(f"{output} differs from {png}: other weights, another device, or it was generated in a batch with others", FAILED)
+        causes = "other weights, another device, or it was generated in a batch with others"
+        fail(f"{output} differs from {png}: {causes}", FAILED)
     typer.echo(f"{output}  identical")
 
 
@@ -189,7 +191,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-# ── shared ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── shared ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _run(
@@ -261,7 +263,8 @@ def _regions(texts: Sequence[str] | None) -> list[Fields]:
         try:
             entry = json.loads(text)
         except ValueError:
-            fail(f'region: must be JSON such as {{"prompt": "a star", "box": [0, 0, 0.5, 1]}} (sent: {text!r})', INVALID)
+            example = '{"prompt": "a star", "box": [0, 0, 0.5, 1]}'
+            fail(f"region: must be JSON such as {example} (sent: {text!r})", INVALID)
         masked = isinstance(entry, dict) and isinstance(entry.get("mask"), str)
         entries.append({**entry, "mask": Path(entry["mask"]).read_bytes()} if masked else entry)
     return entries

@@ -60,7 +60,7 @@ def bench(context: typer.Context) -> None:
         main(context.args, program="paellera bench")
 
 
-# ── serve ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── serve ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def run_server(api: FastAPI, settings: Settings) -> None:
@@ -96,7 +96,8 @@ def _greet(settings: Settings, port: int) -> None:
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     ready = "/readyz" if settings.operations_port is None else f"/readyz on port {settings.operations_port}"
-    message = f"Paellera is starting on http://{host}:{port} with {', '.join(settings.bundles)}; {ready} tells when it is ready."
+    address, bundles = f"http://{host}:{port}", ", ".join(settings.bundles)
+    message = f"Paellera is starting on {address} with {bundles}; {ready} tells when it is ready."
     # Serve even if the log's disk is full.
     with contextlib.suppress(OSError):
         Console(stderr=True).print(message, markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from model.pipeline import Pipeline
 from model.row_builder import RowBuilder
 from model.runtime import pick_device, pick_dtype, prepare, use
 from server.api.images.decode import ImageLimits
-from server.api.images.metadata import read_parameters
+from server.api.images.encode import read_parameters
 from server.api.planning import OPERATIONS, Plan, draft, file_hash
 from server.engine.messages import Image, Job
 from server.settings import Settings

@@ -48,7 +48,8 @@ def list_weights() -> None:
     for name, bundle in manifest.bundles.items():
         typer.echo(f"  {name:<16} {', '.join(bundle.files)}; recipes {', '.join(bundle.recipes)}")
     for key, file in manifest.files.items():
-        typer.echo(f"  {key:<16} {file.generation} {file.network:<9}{_size(file.bytes)}  {file.licence:<11} {file.where}")
+        network = f"{file.generation} {file.network:<9}{_size(file.bytes)}"
+        typer.echo(f"  {key:<16} {network}  {file.licence:<11} {file.where}")
 
 
 @weights_app.command()
@@ -156,11 +157,11 @@ def check(
         write_sheet(found.pictures, output)
     for i, prompt in enumerate(PROMPTS):
         typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
-    typer.echo(f"CLIP score {found.matched:.3f} with their own prompts, {found.shuffled:.3f} with those of other images")
+    others = f"{found.shuffled:.3f} with those of other images"
+    typer.echo(f"CLIP score {found.matched:.3f} with their own prompts, {others}")
     typer.echo(f"{found.chance:.2%} of all assignments of prompts to images score as high")
-    typer.echo(
-        f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits per token, the most frequent code {found.most_common:.0%}"
-    )
+    codes = f"{found.codes_used} of {found.codes} codes, {found.entropy:.1f} bits per token"
+    typer.echo(f"{codes}, the most frequent code {found.most_common:.0%}")
     typer.echo(f"{output}: the images in this order, four per row")
     if found.problems:
         fail(f"{pipeline.config.name} fails the check: {'; '.join(found.problems)}", FAILED)

@@ -35,7 +35,8 @@ OnStarted = Callable[[], object]
 
 # A job that was alone in the stage in which this many workers crashed is not replayed again.
 MAX_SOLO_CRASHES = 2
-# An idle server admits a job whose forecast is too late once its measurements are this old, seconds.
+# An idle server admits a job whose forecast is too late once its measurements are this old,
+# seconds.
 RETRY_FORECAST_S = 10.0
 
 
@@ -142,7 +143,10 @@ class EngineClient:
         return sum(worker.last_heartbeat.rows_running for worker in self.workers)
 
     async def start(self) -> None:
-        """Start the workers and return before they are ready. Raises OSError if there can be no process."""
+        """Start the workers and return before they are ready.
+
+        Raises OSError if the system grants no process.
+        """
         for worker in self.workers:
             await worker.start()
 
@@ -180,9 +184,9 @@ class EngineClient:
         """Return the job's images; `timings.queue` counts from this call on.
 
         Cancelling the awaiting task cancels the job. job.id must be unique among the unfinished.
-        The hooks are called on the event loop. on_preview: with those of `job.previews` that are made
-        in time, each image's in order and none twice. on_drawn: with each image of a job that is
-        `early`, in any order and none twice. on_admitted: before this waits for the first time,
+        The hooks are called on the event loop. on_preview: with those of `job.previews` that are
+        made in time, each image's in order and none twice. on_drawn: with each image of a job that
+        is `early`, in any order and none twice. on_admitted: before this waits for the first time,
         unless the job is rejected. on_started: once, when a worker starts the job.
 
         Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded or

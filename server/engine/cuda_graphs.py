@@ -77,7 +77,10 @@ class GraphShapes:
 
     @classmethod
     def for_server(cls, config: BundleConfig, sizes: Iterable[tuple[int, int]], max_rows: int, decode_rows: int) -> GraphShapes:
-        """Return all shapes that a server meets: these image sizes (width, height), and up to so many rows."""
+        """Return all shapes that a server meets: these image sizes and at most `max_rows` rows.
+
+        sizes: (width, height) in pixels.
+        """
         sizes = list(sizes)
         return cls(
             buckets=step_buckets(config, max_rows, sizes),
@@ -93,7 +96,10 @@ def row_counts(most: int) -> list[int]:
 
 
 def step_buckets(config: BundleConfig, max_rows: int, sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
-    """Return every bucket of these image sizes (width, height) and the scheduler's classes of lengths."""
+    """Return every bucket of these image sizes and the scheduler's classes of lengths.
+
+    sizes: (width, height) in pixels.
+    """
     lengths = [1]
     if isinstance(config, BundleV3Config):
         # A class counts a text's bytes; CLIP's text and image follow them.
@@ -195,7 +201,10 @@ class _CUDARecording:
 
 
 class _StaticInputs:
-    """The inputs of all steps, allocated once for the largest; graphs that never run at once share them."""
+    """The inputs of all steps, allocated once for the largest step.
+
+    Graphs share them, because no two run at once.
+    """
 
     def __init__(self, denoiser: Denoiser | DenoiserV1, buckets: Sequence[Bucket], device: torch.device) -> None:
         most_tokens = max(b.rows * math.prod(b.grid) for b in buckets)
@@ -212,9 +221,9 @@ class _StaticInputs:
 
 
 def _condition_views(denoiser: Denoiser | DenoiserV1, most: int, like: Tensor) -> Callable[[Bucket], AnyCondition]:
-    """Allocate `most` condition tokens of all branches together; return their view of a bucket's shapes.
+    """Allocate `most` condition tokens of all branches together.
 
-    like: a tensor of the type and device.
+    Returns their view of a bucket's shapes. like: a tensor of the type and device.
     """
     if isinstance(denoiser, DenoiserV1):
         levels = [like.new_zeros(most, 1, 1, width) for width in denoiser.modulation_widths]
@@ -250,7 +259,10 @@ class _Draw:
 
 
 class StepGraphs:
-    """Replace `Eager` where shapes repeat. Weights that differ by position, as of regions, are not captured."""
+    """Replace `Eager` where shapes repeat.
+
+    Weights that differ by position, as those of regions do, are not captured.
+    """
 
     def __init__(self, pipeline: Pipeline, buckets: Iterable[Bucket], recorder: Recorder, counters: Counter[Count]) -> None:
         self.eager, self.denoiser = Eager(pipeline.bundle), pipeline.bundle.denoiser
@@ -261,7 +273,8 @@ class StepGraphs:
         self._buckets = sorted(set(buckets), key=lambda b: (b.work, b.branches * b.length), reverse=True)
         self._steps: dict[Bucket, _Step] = {}
         self._draws: dict[tuple[Sampler, int, tuple[int, int]], _Draw] = {}
-        # Whose conditions lie in the static inputs, for which bucket, and where each branch's weight is.
+        # Whose conditions lie in the static inputs, for which bucket, and where each branch's
+        # weight is.
         self._loaded: tuple[Bucket, BranchBatch, Tensor] | None = None
 
     @torch.inference_mode()
@@ -305,10 +318,13 @@ class StepGraphs:
         return min(fitting, key=lambda b: (b.work, b.length), default=None)
 
     def _load(self, bucket: Bucket, branches: BranchBatch) -> Tensor:
-        """Copy the conditions to the bucket's inputs, unless they are there; return each one's place among the weights.
+        """Copy the conditions to the bucket's inputs, unless they are there.
 
-        A place without a branch counts nothing: its weight is the zero behind the last one. It reads
-        the condition of its row's first branch or, in a row that does not exist, the previous content.
+        Returns the place of each among the weights.
+
+        A place without a branch counts nothing: its weight is the zero behind the last one. It
+        reads the condition of its row's first branch or, in a row that does not exist, the previous
+        content.
         """
         if self._loaded is None or self._loaded[:2] != (bucket, branches):
             places = [len(branches.members)] * bucket.branches
@@ -461,7 +477,10 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Compute as `DecodeFn`; other grids, and more images than any graph has, are computed eagerly."""
+        """Compute as `DecodeFn`.
+
+        Other grids, and more images than any graph has, are computed eagerly.
+        """
         B, H, W = tokens.shape
         shape = min((shape for shape in self._captured if shape[0] >= B and shape[1:] == (H, W)), default=None)
         if shape is None:

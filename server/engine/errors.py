@@ -26,12 +26,13 @@ class QueueFull(EngineError):
 class DeadlineUnreachable(EngineError):
     """The answer would come after the deadline.
 
-    retry_after: seconds until enough of the present queue should be done. retryable: whether the job
-    could be in time on an idle server.
+    retry_after: seconds until enough of the present queue should be done. retryable: whether the
+    job could be in time on an idle server.
     """
 
     def __init__(self, needed: float, allowed: float, retryable: bool) -> None:
-        super().__init__(f"the answer would take about {needed:.2f} s, more than the {allowed:.2f} s that timeout_s leaves")
+        left = f"the {allowed:.2f} s that timeout_s leaves"
+        super().__init__(f"the answer would take about {needed:.2f} s, more than {left}")
         self.retry_after = needed - allowed
         self.retryable = retryable
 
@@ -45,7 +46,7 @@ class Draining(EngineError):
 
 
 class WorkerLost(EngineError):
-    """The job's worker crashed or stalled, and none was ready to replay it within `start_wait_s`."""
+    """The job's worker was lost, and no other became ready within `start_wait_s` to replay it."""
 
 
 class DeadlineExceeded(EngineError):

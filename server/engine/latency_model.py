@@ -1,4 +1,4 @@
-"""Predict a job's latency from measured step times, so that a job that would be late is rejected at once."""
+"""Predict a job's latency from measured step times, to reject a job that would be late at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import Pool
 
-# Older measurements reject no job: one slow step on an idle server would otherwise reject all that follow.
+# Older measurements reject no job: one slow step on an idle server would otherwise reject all that
+# follow.
 MEMORY_S = 60.0
 # The weight of the latest value in an average.
 WEIGHT = 0.2
@@ -60,7 +61,7 @@ def _steps(job: Job) -> int:
 
 @dataclass(slots=True)
 class LatencyModel:
-    """Averages of a step's seconds by image size and branches, and of a row's seconds outside its steps.
+    """Averages of a step's seconds, by image size and branches, and of a row's other seconds.
 
     measured_at: time of the last step that was recorded, monotonic seconds.
     """
@@ -88,9 +89,9 @@ class LatencyModel:
         Returns None while too little is known. left: of started jobs, the steps that all of their
         rows have yet to take.
 
-        While the running rows take turns, a round costs one step of every pool. A row without a free
-        slot waits until enough of the rows before it are done. A row with fewer steps to go than the
-        job delays it in that share of its rounds.
+        While the running rows take turns, a round costs one step of every pool. A row without a
+        free slot waits until enough of the rows before it are done. A row with fewer steps to go
+        than the job delays it in that share of its rounds.
         """
         unfinished = [_Unfinished(other, (left or {}).get(other.id, _steps(other))) for other in others]
         unfinished = [each for each in unfinished if each.left]
@@ -144,7 +145,7 @@ class LatencyModel:
 
 @dataclass(slots=True)
 class Pace:
-    """The seconds that workers take per row, averaged over about ten jobs; 0.2 before the first one."""
+    """Seconds that workers take per row, averaged over about ten jobs; 0.2 before the first."""
 
     seconds: float = 0.2
     rows: float = 1.0

@@ -5,7 +5,8 @@ followed by the pixels as they lie in memory. Shared memory is not used: a segme
 that is killed before it names the segment, and page faults of a new one cost more than the pipe's
 copies. A message is received as a whole or, if its sender dies while sending it, not at all.
 
-`deadline` and every other time point is `time.monotonic()`, one clock for all processes of a machine.
+`deadline` and every other time point is `time.monotonic()`, one clock for all processes of a
+machine.
 """
 
 from __future__ import annotations
@@ -97,12 +98,12 @@ class Job:
         )
 
     def position(self, index: int) -> float:
-        """Return a frame's place among the keyframes: 1.5 is half way from the second to the third."""
+        """Return a frame's place among the keyframes; 1.5 is half way from second to third."""
         return index * (len(self.keyframes) - 1) / max(1, len(self.seeds) - 1)
 
     @property
     def steps_skipped(self) -> int:
-        """Steps of the schedule that lie before each row's first: an edit joins where as much is noise."""
+        """Steps of the schedule before each row's first: an edit joins where as much is noise."""
         steps = self.sampling.steps
         return steps_skipped(self.canvas.strength, steps) if isinstance(self.canvas, Edit) else 0
 
@@ -125,7 +126,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop this job's rows before the next step; answered by Dropped, whether it is known or not."""
+    """Drop this job's rows before the next step.
+
+    The worker answers with Dropped, whether it knows the job or not.
+    """
 
     id: str
 
@@ -148,7 +152,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of a job in each stage of the worker. queue: from its arrival there to its first encode."""
+    """Seconds of a job in each stage of the worker.
+
+    queue: from its arrival in the worker to its first encode.
+    """
 
     queue: float = 0.0
     encode: float = 0.0
@@ -231,7 +238,10 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished denoiser step. branches: of all its rows. pixels: width times height of each row."""
+    """A finished denoiser step.
+
+    branches: of all its rows. pixels: width times height of each row.
+    """
 
     rows: int
     branches: int
@@ -257,8 +267,8 @@ class ProcessStats:
 class Heartbeat:
     """The worker's state. steps, counts: since the last heartbeat; the others: now.
 
-    cache_bytes: held by the prompt cache. left: of every started job, the steps that all of its rows
-    have yet to take.
+    cache_bytes: held by the prompt cache. left: of every started job, the steps that all of its
+    rows have yet to take.
     """
 
     steps: tuple[Step, ...]

@@ -1,14 +1,15 @@
 """Hold the worker's tensors: start rows (encode, prior, condition), step them, decode them.
 
-On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each deterministic
-row a pool of its own, so that it always meets the same shapes.
+On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each
+deterministic row a pool of its own, so that it always meets the same shapes.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -20,7 +21,6 @@ from model.pipeline import Pipeline
 from model.row_builder import RowBuilder, group_by
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
-from server.engine.cpu_threads import ThreadTuner
 from server.engine.cuda_graphs import CUDARecorder, GraphShapes, Recorder, use_cuda_graphs
 from server.engine.messages import Count, Image, Job
 from server.engine.prompt_cache import PromptCache, tensor_bytes, tensors_in
@@ -87,7 +87,10 @@ class Streams:
         return Mark(None if self._side is None else self._side.record_event())
 
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
-        """Let steps read tensors made beside them: their memory is not reused before the steps end."""
+        """Let steps read tensors made beside them.
+
+        Their memory is not reused before the steps end.
+        """
         if self._side is not None:
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
@@ -108,6 +111,124 @@ class Streams:
             if self._last_step is not None:
                 self._last_step.synchronize()
             self._last_step = torch.cuda.current_stream(self._device).record_event()
+
+
+# ── CPU threads ───────────────────────────────────────────────────────────────────────────────────
+
+# A step is a thousand small operations, and at the end of each its threads wait for the last of
+# them. Beside another busy process, the kernel takes the core of one thread away for milliseconds
+# at a time: on two cores two threads then take several times as long as one, though they are faster
+# while the machine is otherwise idle. Steps are therefore timed, and other numbers of threads
+# tried.
+
+SetThreads = Callable[[int], object]
+Clock = Callable[[], float]
+
+# Steps of a trial. The fastest counts, since any single one may have been disturbed.
+TRIES = 2
+# The ratio of times below which another number of threads is taken.
+GAIN = 0.95
+# A step that takes this many times as long as before starts a trial: the machine is shared now.
+ALARM = 3.0
+# Steps between trials: the fewest after a change, doubled after each trial in vain up to the most.
+SOON, LATE = 8, 256
+# Kinds of steps whose times are remembered.
+KINDS = 256
+
+
+@dataclass
+class _Trial:
+    """A number of threads that is tried.
+
+    ratios: each step's time divided by that of the chosen number.
+    """
+
+    threads: int
+    ratios: list[float] = field(default_factory=list)
+
+
+class ThreadTuner:
+    """Choose from 1 to `most` threads by doubling and halving; with one there is nothing to choose.
+
+    set_threads: makes torch compute with this many threads. clock: returns seconds.
+    """
+
+    def __init__(self, most: int, set_threads: SetThreads, clock: Clock = time.perf_counter) -> None:
+        self.chosen = self._used = self._most = most
+        self._set_threads, self._clock = set_threads, clock
+        # The last times of each kind of step with the chosen number, seconds.
+        self._times: dict[Hashable, deque[float]] = {}
+        self._trial: _Trial | None = None
+        self._wait = self._pause = SOON
+        self._upwards = itertools.cycle((False, True))
+
+    @contextmanager
+    def step(self, kind: Hashable) -> Iterator[None]:
+        """Compute a step with the chosen number, or with one that is tried.
+
+        kind: equal for steps that take equally long.
+        """
+        times = self._times.get(kind, ())
+        trial = self._trial if len(times) == TRIES else None
+        with self._with(trial.threads if trial else self.chosen):
+            began = self._clock()
+            yield
+            seconds = self._clock() - began
+            if trial:
+                self._record_trial(trial, seconds / min(times))
+            else:
+                self._record_step(kind, seconds)
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        """Compute with `most` threads: how a sum is split decides how it is rounded."""
+        with self._with(self._most):
+            yield
+
+    @contextmanager
+    def _with(self, threads: int) -> Iterator[None]:
+        self._set(threads)
+        try:
+            yield
+        finally:
+            self._set(self.chosen)
+
+    def _set(self, threads: int) -> None:
+        if threads != self._used:
+            self._set_threads(threads)
+            self._used = threads
+
+    def _record_step(self, kind: Hashable, seconds: float) -> None:
+        times = self._times.get(kind)
+        if times and seconds > ALARM * min(times):
+            self._times.clear()
+            self._wait = 0
+        elif not times:
+            # Steps may have become slow while none of this kind was measured.
+            self._wait = min(self._wait, SOON)
+        if len(self._times) == KINDS:
+            self._times.clear()
+        self._times.setdefault(kind, deque(maxlen=TRIES)).append(seconds)
+        if self._wait == 0 and self._trial is None and self._most > 1:
+            self._trial = _Trial(self._candidate())
+        self._wait = max(self._wait - 1, 0)
+
+    def _candidate(self) -> int:
+        up, down = min(2 * self.chosen, self._most), max(self.chosen // 2, 1)
+        first, second = (up, down) if next(self._upwards) else (down, up)
+        return second if first == self.chosen else first
+
+    def _record_trial(self, trial: _Trial, ratio: float) -> None:
+        trial.ratios.append(ratio)
+        if len(trial.ratios) < TRIES and ratio < ALARM:
+            return
+        self._trial = None
+        if min(trial.ratios) < GAIN:
+            self.chosen, self._pause = trial.threads, SOON
+            self._times.clear()
+        else:
+            self._pause = min(2 * self._pause, LATE)
+        self._wait = self._pause
 
 
 # ── the runner ────────────────────────────────────────────────────────────────────────────────────
@@ -157,7 +278,10 @@ class Decoding:
 
 
 class Runner:
-    """The loaded bundles, and the rows that are being denoised. counters: totals since the start."""
+    """The loaded bundles, and the rows that are being denoised.
+
+    counters: totals since the start.
+    """
 
     def __init__(self, settings: Settings, pipelines: Iterable[Pipeline] | None = None) -> None:
         """Load the bundles of the settings, unless `pipelines` holds them already."""
@@ -199,7 +323,10 @@ class Runner:
         return [rows[RowId(job.id, indices[0])].truncated for job, indices in parts]
 
     def started(self, rows: Sequence[RowId]) -> list[RowId]:
-        """Return the rows that can be stepped without a wait; if there are none, all, after a wait."""
+        """Return the rows that can be stepped without a wait.
+
+        If there is none, wait, and return all.
+        """
         ready = [row for row in rows if row not in self._starting or self._starting[row].passed]
         ready = ready or list(rows)
         for row in ready:
@@ -229,13 +356,14 @@ class Runner:
         """Begin to decode these rows of one pool, finished or not, as far as they have come."""
         tokens = [self.rows[row].clean for row in rows]
         deterministic = any(self.rows[row].sampling.deterministic for row in rows)
-        # The stacking is inside too: the tokens of a row that was done as it began were made beside the steps.
+        # The stacking is inside too: the tokens of a row that was done as it began were made beside
+        # the steps.
         with self._steady(deterministic), self.streams.beside(reading=tokens):
             pixels = self.streams.to_host(self.pipelines[model].decode_tokens(torch.stack(tokens)))
             return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self.streams.mark())
 
     def _steady(self, deterministic: bool) -> AbstractContextManager[None]:
-        """Compute with all threads if deterministic, so that roundings do not depend on the tuning."""
+        """Compute with all threads if deterministic: roundings must not depend on the tuning."""
         return self.threads.all() if deterministic else nullcontext()
 
     def drop(self, rows: Sequence[RowId]) -> None:
@@ -247,7 +375,7 @@ class Runner:
     # ── before the first request ──────────────────────────────────────────────────────────────────
 
     def warm_up(self) -> None:
-        """Run every stage of every bundle and capture its graphs, so that no request does it first."""
+        """Run every stage of every bundle and capture its graphs, so that no request has to."""
         for pipeline in self.pipelines.values():
             began, sampling = time.perf_counter(), pipeline.config.recipe.sampling(steps=2)
             pipeline.generate(["warm"], [0], sampling)
@@ -265,7 +393,7 @@ class Runner:
         pipeline.generate(["warm " * LENGTHS[-1]] * rows, range(rows), sampling)
 
     def capture_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
-        """Replay the pipeline's computations from now on, at its native size and those of the settings."""
+        """Replay the pipeline's computations from now on, at its native and the settings' sizes."""
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]

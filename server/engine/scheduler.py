@@ -1,10 +1,10 @@
 """Decide which rows start and which rows step next. Pure Python, no torch, no clock.
 
 A row is one image of a job. Rows that can share a denoiser step form a pool, which steps all of its
-running rows together, so rows join and leave at every step. A pool with interactive rows goes before
-one without, then the one with the earliest deadline, but none waits for more than `PATIENCE` steps of
-others (and once for each other pool that has waited as long). Waiting rows get free slots in the same
-order, with a share of the slots and of the turns reserved for either priority.
+running rows together, so rows join and leave at every step. A pool with interactive rows goes
+before one without, then the one with the earliest deadline, but none waits for more than `PATIENCE`
+steps of others (and once for each other pool that has waited as long). Waiting rows get free slots
+in the same order, with a share of the slots and of the turns reserved for either priority.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from itertools import count
 
 from server.engine.messages import Job, Priority
 
-# Steps of other pools between two of one pool, at most: two pools share the steps three to one at worst.
+# Steps of other pools between two of one pool, at most: two pools share the steps three to one at
+# worst.
 PATIENCE = 3
 
-# While both priorities wait, every fifth freed slot goes to a batch row. Batch rows leave a quarter of
-# the slots to interactive ones.
+# While both priorities wait, every fifth freed slot goes to a batch row. Batch rows leave a quarter
+# of the slots to interactive ones.
 BATCH_TURN = 5
 INTERACTIVE_SHARE = 4
 
-# Rows started between two steps while others run, so that no step waits for more encoding than that.
+# Rows started between two steps while others run, so that no step waits for more encoding than
+# that.
 STARTS = 4
 
 # Classes of condition lengths, in bytes, end mark included. A step pads its rows' conditions to the
-# longest: a prompt of 20 bytes should not pay for a neighbour of 700 in every attention block, but pools
-# as narrow as the encoder's ten buckets would leave most steps with a single row.
+# longest: a prompt of 20 bytes should not pay for a neighbour of 700 in every attention block, but
+# pools as narrow as the encoder's ten buckets would leave most steps with a single row.
 LENGTHS = (96, 256, 768)
 
 
@@ -44,9 +46,9 @@ class RowId:
 class Pool:
     """The properties that rows must share to step together.
 
-    length: the class of their conditions, one of LENGTHS. The encoder's own count is known only once a
-    job has started, but it reads bytes, so the text tells as much. reserved_for: the job whose rows
-    step alone, or the row that does; None where others may join.
+    length: the class of their conditions, one of LENGTHS. The encoder's own count is known only
+    once a job has started, but it reads bytes, so the text tells as much. reserved_for: the job
+    whose rows step alone, or the row that does; None where others may join.
     """
 
     model: str

@@ -1,4 +1,6 @@
-"""Keep one worker process alive: start it, detect a crash or a stall, replace it, name the suspects.
+"""Keep one worker process alive: start it, detect a crash or a stall, replace it.
+
+The listener learns of lost jobs, and which of them are suspects.
 
 The API process never imports torch: the worker's code is imported in the child process.
 """
@@ -10,6 +12,7 @@ import atexit
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -19,7 +22,6 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Protocol
 
-from server.engine.cpu_threads import limit_spin_count
 from server.engine.messages import (
     Cancel,
     Drawn,
@@ -50,6 +52,20 @@ EXIT_GRACE_S = 5.0
 FIRST_RESTART_DELAY_S = 0.1
 LAST_RESTART_DELAY_S = 30.0
 
+# OpenMP's spin count, measured: a smaller one slows an undisturbed step, a larger one a disturbed
+# step (docs/log.md).
+SPIN_COUNT = 10_000
+
+
+def limit_spin_count() -> None:
+    """Let waiting OpenMP threads sleep sooner; call it before torch is imported.
+
+    By default they spin for longer than the kernel lets another process compute, and take the cores
+    from the threads that they wait for. The environment's own settings take precedence.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
 
 def run_worker(connection: Connection, settings: Settings) -> None:
     """Run a worker in this process, which has no torch before."""
@@ -71,8 +87,8 @@ class WorkerProcess:
     """A started child process.
 
     Sending and receiving have a thread each, since a pipe blocks when its other end is busy and the
-    event loop must not. exited: its exit code, once it has exited and every message it sent has been
-    passed to `on_message`.
+    event loop must not. exited: its exit code, once it has exited and every message it sent has
+    been passed to `on_message`.
     """
 
     def __init__(self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]) -> None:
@@ -93,15 +109,20 @@ class WorkerProcess:
             self._connection.close()
             raise
         finally:
-            # The pipe reports the child's end only if no other process holds the child's side of it.
+            # The pipe reports the child's end only if no other process holds the child's side of
+            # it.
             self._far_end.close()
-        # An exiting interpreter sends its children SIGTERM and waits for them; this one ignores that.
+        # An exiting interpreter sends its children SIGTERM and waits for them; this one ignores
+        # that.
         atexit.register(self.kill)
         self._sender.start()
         self._receiver.start()
 
     def send(self, message: ToWorker) -> None:
-        """Queue the message; it is lost silently if the worker has exited, which `exited` reports."""
+        """Queue the message.
+
+        A message to a worker that has exited is lost; `exited` reports the exit.
+        """
         self._outbox.put(message)
 
     @property
@@ -175,7 +196,10 @@ class Listener(Protocol):
         """Handle a message about jobs."""
 
     def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
-        """Handle the loss of unfinished jobs; suspects: those of them in the stage that it died in."""
+        """Handle the loss of unfinished jobs.
+
+        suspects: those of them in the stage in which the worker died.
+        """
 
 
 class Supervisor:
@@ -195,7 +219,10 @@ class Supervisor:
         self._silent_since: float | None = None
 
     async def start(self) -> None:
-        """Start the first worker and return before it is ready. Raises OSError if there can be no process."""
+        """Start the first worker and return before it is ready.
+
+        Raises OSError if the system grants no process.
+        """
         self._worker = self._start_worker()
         self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_for_stalls())]
 

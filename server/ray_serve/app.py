@@ -130,7 +130,10 @@ class ShortestWait(RequestRouter):
 
 
 class Engine:
-    """One engine. Ray routes to it once its workers are ready, and replaces it if they stay lost."""
+    """One engine.
+
+    Ray routes to it once its workers are ready, and replaces it if they stay lost.
+    """
 
     async def __init__(self, settings: Settings, start_timeout_s: float, worker: WorkerMain) -> None:  # type: ignore[misc]
         logs.configure(settings.log_level)

@@ -1,1 +1,4 @@
-"""Kernels in Triton, each beside its plain twin. Imported only where they are used: on CUDA, and by tests that interpret them."""
+"""Kernels in Triton, each beside its plain twin.
+
+They are imported only where they are used: on CUDA, and by tests that interpret them.
+"""

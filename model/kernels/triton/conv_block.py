@@ -1,4 +1,7 @@
-"""A C block of the v3 denoiser in six launches instead of some twenty; `model.denoiser_blocks.ConvBlock` is the twin."""
+"""A C block of the v3 denoiser in six launches instead of some twenty.
+
+`model.networks.denoiser_v3.ConvBlock` is the twin.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from model.kernels.triton.gelu_response import gelu_response
 
 
 class FusedConvBlock:
-    """[B, H, W, C], and a skip of that shape where the convolution has two inputs a channel → [B, H, W, C].
+    """A C block with fused kernels: [B, H, W, C] → [B, H, W, C].
+
+    A skip of the same shape is read where the convolution has two inputs per channel.
 
     The convolution's weight is copied; the others are the module's own.
     """
@@ -24,10 +29,11 @@ class FusedConvBlock:
 
     @staticmethod
     def supports(depthwise: nn.Conv2d) -> bool:
-        """The published kernel size, of one input a channel or two."""
+        """Return whether the kernel size is the published one, with 1 or 2 inputs per channel."""
         return depthwise.kernel_size == (3, 3) and depthwise.weight.shape[1] <= 2
 
     def __call__(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Compute the block; shapes as in the class."""
         skip = None if skip is None else skip.contiguous()
         y = self.expand(depthwise_norm(x.contiguous(), skip, self.taps, self.bias))
         y = gelu_response(y.flatten(1, 2), self.gamma, self.beta)

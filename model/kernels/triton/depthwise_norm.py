@@ -1,7 +1,8 @@
-"""A depthwise 3 × 3 convolution and the layer norm of its result in one kernel, channels last, and the plain twin.
+"""A depthwise 3 × 3 convolution and its layer norm in one kernel, channels last, and the twin.
 
-A program has all channels of a few pixels, so the norm's sums stay with it. Where there is a skip, every output channel reads two input
-channels of the skip laid behind x: they are read from where they are instead of being laid together.
+A program has all channels of a few pixels, so the norm's sums stay with it. Where there is a skip,
+every output channel reads two input channels of the skip laid behind x: they are read from where
+they are instead of being laid together.
 
 Letters: B rows, H W grid, C channels.
 """
@@ -19,19 +20,25 @@ _VALUES = 4096
 
 
 def plain_depthwise_norm(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """The twin: x and skip [B, H, W, C], weight [C, 1 or 2, 3, 3] as a convolution has it, bias [C] → [B, H, W, C]."""
+    """Compute the twin for x and skip [B, H, W, C], weight [C, 1 or 2, 3, 3] and bias [C].
+
+    Returns [B, H, W, C].
+    """
     y = x if skip is None else torch.cat([x, skip], dim=-1)
     y = F.conv2d(y.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias)).permute(0, 2, 3, 1)
     return F.layer_norm(y, y.shape[-1:], eps=1e-6)
 
 
 def taps_of(weight: Tensor) -> Tensor:
-    """A convolution's weight [C, n, 3, 3] as the kernel reads it, [9, C · n]: neighbours in memory are neighbours in channels."""
+    """Rearrange a convolution's weight [C, n, 3, 3] as the kernel reads it, [9, C · n].
+
+    Neighbours in memory are neighbours in channels.
+    """
     return weight.detach().permute(2, 3, 0, 1).flatten(2).flatten(0, 1).contiguous()
 
 
 def depthwise_norm(x: Tensor, skip: Tensor | None, taps: Tensor, bias: Tensor) -> Tensor:
-    """As the twin, for contiguous x and skip."""
+    """Compute as the twin, for contiguous x and skip."""
     B, H, W, C = x.shape
     out = torch.empty_like(x)
     inputs, block = 1 if skip is None else 2, triton.next_power_of_2(C)
@@ -41,7 +48,8 @@ def depthwise_norm(x: Tensor, skip: Tensor | None, taps: Tensor, bias: Tensor) -
     return out
 
 
-# The grid's sizes are as they are asked for: a kernel for those that sixteen divides would be compiled apart, while a request waits.
+# The grid's sizes are as they are asked for: a kernel for those that sixteen divides would be
+# compiled apart, while a request waits.
 @triton.jit(do_not_specialize=["pixels", "H", "W"])
 def _depthwise_norm(x, skip, taps, bias, out, pixels, H, W, C, INPUTS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
     n, c, j = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.arange(0, BLOCK), tl.arange(0, INPUTS * BLOCK)

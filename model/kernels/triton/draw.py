@@ -1,8 +1,9 @@
 """Last projection and draw in one kernel: features → codes, without ever writing the logits.
 
-Guidance has been mixed before: the projection is linear. The multinomial draw inverts the cumulated distribution by one uniform number a
-token, the same that the plain twin takes, in two passes over the codes: one for the total, one for where the uniform lies. Both compute
-the product; that is less than writing and reading what it gives.
+Guidance has been mixed before: the projection is linear. The multinomial draw inverts the cumulated
+distribution by one uniform number a token, the same that the plain twin takes, in two passes over
+the codes: one for the total, one for where the uniform lies. Both compute the product; that is less
+than writing and reading what it gives.
 
 Letters: N tokens, D features, K codes.
 """
@@ -24,24 +25,31 @@ SAMPLERS: tuple[Fused, ...] = ("multinomial", "argmax")
 
 
 def plain_draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
-    """The twin: features [N, D], weight [K, D], inverse temperature and uniform [N] → codes [N]."""
+    """Compute the twin: features [N, D], weight [K, D] → codes [N].
+
+    inverse: inverse temperature, [N]. uniform: [N].
+    """
     if sampler == "argmax":
         return F.linear(features, weight).argmax(-1)
     return inverse_cdf(F.linear((features * inverse[:, None]).to(features.dtype), weight), uniform)
 
 
 def supported(sampler: str, weight: Tensor) -> bool:
-    """Whether the kernel knows the sampler and the projection's size."""
+    """Return whether the kernel knows the sampler and the projection's size."""
     D = weight.shape[1]
     return sampler in SAMPLERS and D >= 16 and D & (D - 1) == 0
 
 
 def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
-    """As the twin, for D a power of two from 16; a draw within rounding of two codes' boundary may be the other."""
+    """Compute as the twin, for D a power of two from 16.
+
+    A draw within rounding of two codes' boundary may differ.
+    """
     (N, D), wide = features.shape, features.dtype == torch.float32
     codes = torch.empty(N, dtype=torch.int64, device=features.device)
     tokens = 16 if wide else 64
-    # Two stages of 64 codes, 32 KiB each for 256 features: for twice the codes or for three stages shared memory is too small.
+    # Two stages of 64 codes, 32 KiB each for 256 features: for twice the codes or for three stages
+    # shared memory is too small.
     shape = {"D": D, "TOKENS": tokens, "BLOCK": 64, "PRECISION": "ieee" if wide else "tf32", "num_stages": 2}
     features, grid = features.contiguous(), (triton.cdiv(N, tokens),)
     if sampler == "argmax":
@@ -52,7 +60,10 @@ def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, unif
 
 
 def draw_grid(sampler: str, features: Tensor, weight: Tensor, uniform: Tensor, inverse: Tensor) -> Tensor | None:
-    """Rows of tokens: features [B, H, W, D], uniform [B, H, W], inverse temperature [B] → codes [B, H, W]; None where it cannot draw so."""
+    """Draw codes [B, H, W] from features [B, H, W, D]; None where no kernel can.
+
+    uniform: [B, H, W]. inverse: inverse temperature, [B].
+    """
     if not supported(sampler, weight):
         return None
     inverse = inverse[:, None, None].expand_as(uniform)
@@ -62,7 +73,10 @@ def draw_grid(sampler: str, features: Tensor, weight: Tensor, uniform: Tensor, i
 
 @triton.jit
 def _logits(own, weight, start, codes, by_code, by_feature, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """[TOKENS, D] → [TOKENS, BLOCK] for codes from start, rounded as the twin's are; −∞ beyond the last code."""
+    """Compute logits [TOKENS, BLOCK] of the codes from `start`, from features [TOKENS, D].
+
+    Rounded as the twin's are; −∞ beyond the last code.
+    """
     k, d = start + tl.arange(0, BLOCK), tl.arange(0, D)
     part = tl.load(weight + k[None, :] * by_code + d[:, None] * by_feature, mask=(k < codes)[None, :], other=0.0)
     product = tl.dot(own, part, input_precision=PRECISION).to(own.dtype).to(tl.float32)

@@ -1,8 +1,10 @@
-"""GELU and global response norm over a picture, in three passes instead of a dozen: a Triton kernel for each, and the plain twin.
+"""GELU and global response norm over an image in three passes instead of a dozen, and the twin.
 
-The first pass writes the GELU and sums its squares as it goes; the second makes each channel's scale; the third applies it. It
-could be applied while the next linear map reads its operand, but then that product, where nearly all of a step's time goes, would have to
-be a kernel of our own instead of the vendor's. To leave a pass over the activations for that would have to be measured first.
+The first pass writes the GELU and sums its squares as it goes; the second makes each channel's
+scale; the third applies it. It could be applied while the next linear map reads its operand, but
+then that product, where nearly all of a step's time goes, would have to be a kernel of our own
+instead of the vendor's. To leave a pass over the activations for that would have to be measured
+first.
 
 Letters: B pictures, P pixels, C channels.
 """
@@ -15,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Into so many parts the pixels of a picture are divided, whose sums are added in one order: no atomics, the same bits in every run.
+# Into so many parts the pixels of a picture are divided, whose sums are added in one order: no
+# atomics, the same bits in every run.
 _PARTS = 8
 _BLOCK = 1024
 
 
 def plain_gelu_response(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """The twin: x [B, P, C], gamma and beta [C] → [B, P, C]."""
+    """Compute the twin: x [B, P, C], gamma and beta [C] → [B, P, C]."""
     x = F.gelu(x)
     wide = x.float()
     energy = (wide * wide).sum(1, keepdim=True).add(1e-20).sqrt()
@@ -30,7 +33,7 @@ def plain_gelu_response(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def gelu_response(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """As the twin, for a contiguous x."""
+    """Compute as the twin, for a contiguous x."""
     B, P, C = x.shape
     y = torch.empty_like(x)
     energy = x.new_empty(B, _PARTS, C, dtype=torch.float32)
@@ -43,7 +46,10 @@ def gelu_response(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["pixels"])
 def _gelu_energy(x, y, energy, pixels, channels, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """y [B, P, C] becomes the GELU of x; energy [B, PARTS, C]: the sum of squares over each part of the pixels."""
+    """Replace y [B, P, C] by the GELU of x, and compute its energy.
+
+    energy: [B, PARTS, C], the sum of squares over each part of the pixels.
+    """
     c, part, row = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), tl.program_id(2).to(tl.int64)
     share = tl.cdiv(pixels, PARTS)
     total = tl.zeros([BLOCK_C], tl.float32)
@@ -62,7 +68,7 @@ def _gelu_energy(x, y, energy, pixels, channels, PARTS: tl.constexpr, BLOCK_P: t
 
 @triton.jit
 def _scales(energy, gamma, scale, channels, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """energy [B, PARTS, C], gamma [C] → scale [B, C]; one program a picture."""
+    """Compute scale [B, C] from energy [B, PARTS, C] and gamma [C]; one program per image."""
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     inside = c < channels
     total = tl.zeros([BLOCK], tl.float32)
@@ -76,7 +82,7 @@ def _scales(energy, gamma, scale, channels, PARTS: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _apply(x, scale, beta, size, channels, BLOCK: tl.constexpr):
-    """x [B, size] becomes x · scale + beta by channel."""
+    """Replace x [B, size] by x · scale + beta, by channel."""
     i, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     inside, c = i < size, i % channels
     place = x + row * size + i

@@ -1,13 +1,15 @@
 """A block of the prior in three kernels, for few rows, whose time is that of reading the weights.
 
-`model.kernels.prior_block.plain_block` is the twin.
+`model.kernels.cpu.plain_block` is the twin.
 
-At sixteen rows and fewer a product is over before its weights are there, so what counts is that all of the device's processors read at
-once, and that little is launched in between. The first kernel divides the outputs among programs, which leave their share of the layer
-norm's sums; the second divides outputs and inputs, norms and bends (GELU) only its own inputs while its weights are on their way, and
-leaves partial sums; the third adds them in one order, norms and adds them to the row. No atomics: the same bits in every run, whatever
-other rows there are. Norming in the second's and first's place would be a launch less, but every program would do all of a row again: at
-the published sizes that is more arithmetic than the launch takes time.
+At sixteen rows and fewer a product is over before its weights are there, so what counts is that all
+of the device's processors read at once, and that little is launched in between. The first kernel
+divides the outputs among programs, which leave their share of the layer norm's sums; the second
+divides outputs and inputs, norms and bends (GELU) only its own inputs while its weights are on
+their way, and leaves partial sums; the third adds them in one order, norms and adds them to the
+row. No atomics: the same bits in every run, whatever other rows there are. Norming in the second's
+and first's place would be a launch less, but every program would do all of a row again: at the
+published sizes that is more arithmetic than the launch takes time.
 
 Letters: B rows, D channels of the residual stream, I inner channels.
 """
@@ -19,18 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.prior_block import BlockWeights
+from model.kernels.cpu import BlockWeights
 
-# What a tensor core multiplies at the least. With more rows the vendor's products read the weights as well, and are better at the rest.
+# What a tensor core multiplies at the least. With more rows the vendor's products read the weights
+# as well, and are better at the rest.
 ROWS = 16
-# Outputs of a program of the first kernel; outputs and inputs of one of the second. The published sizes make 160 and 200 programs of them,
-# enough for an H100's or H200's 132 processors, each with 64 to 80 KiB of weights.
+# Outputs of a program of the first kernel; outputs and inputs of one of the second. The published
+# sizes make 160 and 200 programs of them, enough for an H100's or H200's 132 processors, each with
+# 64 to 80 KiB of weights.
 _EXPANDED, _CONTRACTED, _SLICE = 32, 128, 256
 _BLOCK = 256
 
 
 def prior_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
-    """As the twin, for at most `ROWS` rows: h [B, D], extra [B, I] → [B, D]."""
+    """Compute as the twin, for at most `ROWS` rows: h [B, D], extra [B, I] → [B, D]."""
     (B, D), inner = h.shape, extra.shape[1]
     h, extra = h.contiguous(), extra.contiguous()
     tiles, slices = triton.cdiv(inner, _EXPANDED), triton.cdiv(inner, _SLICE)
@@ -41,7 +45,8 @@ def prior_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
     _expand[tiles,](h, w.first, extra, y, moments, B, D, inner, *w.first.stride(), TILE=_EXPANDED, BLOCK=_BLOCK, **shared, num_stages=4)
     _contract[triton.cdiv(D, _CONTRACTED), slices](
         y, moments, w.scale, w.shift, w.last, parts, B, D, inner, *w.last.stride(),
-        EXPANDED=_EXPANDED, TILES=triton.next_power_of_2(tiles), TILE=_CONTRACTED, SLICE=_SLICE, **shared, num_warps=16,
+        EXPANDED=_EXPANDED, TILES=triton.next_power_of_2(tiles), TILE=_CONTRACTED, SLICE=_SLICE,
+        **shared, num_warps=16,
     )  # fmt: skip
     _join[B,](h, parts, w.last_scale, w.last_shift, out, B, D, SLICES=slices, BLOCK=triton.next_power_of_2(D), num_warps=16)
     return out
@@ -52,7 +57,10 @@ def _expand(
     h, weight, extra, y, moments, rows, channels, inner, by_input, by_output,
     ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y [B, I] = h · weight + extra; moments [tiles, 2, ROWS]: of each row the mean of a tile, and the squares of what is apart from it."""
+    """Compute y [B, I] = h · weight + extra, and its moments.
+
+    moments: [tiles, 2, ROWS], each row's mean and squared deviations in a tile.
+    """
     tile = tl.program_id(0)
     m, n = tl.arange(0, ROWS), tile * TILE + tl.arange(0, TILE)
     there, inside = (m < rows)[:, None], (n < inner)[None, :]
@@ -74,9 +82,13 @@ def _expand(
 @triton.jit(do_not_specialize=["rows"])
 def _contract(
     y, moments, scale, shift, weight, parts, rows, channels, inner, by_output, by_input,
-    ROWS: tl.constexpr, EXPANDED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, EXPANDED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts [slices, B, D]: the products of GELU(layer norm(y)) with the weight, each over one slice of the inputs."""
+    """Compute parts [slices, B, D]: products of GELU(layer norm(y)) with the weight.
+
+    Each part is over one slice of the inputs.
+    """
     slice_ = tl.program_id(1)
     m, n, k = tl.arange(0, ROWS), tl.program_id(0) * TILE + tl.arange(0, TILE), slice_ * SLICE + tl.arange(0, SLICE)
     there, known = (m < rows)[:, None], k < inner
@@ -98,7 +110,7 @@ def _contract(
 
 @triton.jit(do_not_specialize=["rows"])
 def _join(h, parts, scale, shift, out, rows, channels, SLICES: tl.constexpr, BLOCK: tl.constexpr):
-    """out = h + layer norm(the sum of the parts); one program a row."""
+    """Compute out = h + layer norm(the sum of the parts); one program per row."""
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     inside = c < channels
     total = tl.zeros([BLOCK], tl.float32)

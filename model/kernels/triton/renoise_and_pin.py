@@ -1,4 +1,4 @@
-"""What follows a draw, in one kernel: renoising, what is kept put back, and the tokens that the next step reads.
+"""Renoise drawn tokens, pin kept ones, and prepare the next step's input in one kernel.
 
 `model.sampling.renoise_and_pin` is the twin: three launches, or four where a row keeps something.
 Letters: B rows, H W token grid.
@@ -17,7 +17,7 @@ _BLOCK = 1024
 def renoise_and_pin(
     drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As the twin."""
+    """Compute as the twin."""
     B, tokens = len(drawn), drawn[0].numel()
     drawn, source, uniform, probability = (part.contiguous() for part in (drawn, source, uniform, probability))
     clean, following = torch.empty_like(drawn), torch.empty_like(drawn)
@@ -29,7 +29,8 @@ def renoise_and_pin(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _renoise_and_pin(
-    drawn, source, uniform, probability, keep, pinned, clean, following, tokens, KEPT: tl.constexpr, BLOCK: tl.constexpr
+    drawn, source, uniform, probability, keep, pinned, clean, following, tokens,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     inside, place = i < tokens, row.to(tl.int64) * tokens + i

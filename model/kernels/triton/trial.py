@@ -1,6 +1,7 @@
-"""A trial of the kernels where they are to run: on small random inputs, as wide as a network's, each beside its plain twin.
+"""Try the kernels on their device: on small random inputs, each beside its plain twin.
 
-As wide, because a kernel is another for every width: a device may have the registers and the shared memory for one, and not for the next.
+The inputs are as wide as the network's, because a kernel is compiled anew for every width: a device
+may have the registers and the shared memory for one, and not for the next.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from model import sampling
 from model.config import DenoiserConfig, PriorConfig
-from model.kernels.prior_block import BlockWeights, plain_block
+from model.kernels.cpu import BlockWeights, plain_block
 from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.triton.draw import SAMPLERS, Fused, draw, plain_draw, supported
 from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
@@ -26,7 +27,10 @@ Random = Callable[..., Tensor]
 
 
 def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig) -> list[str]:
-    """The network's kernels whose results are not their twins'. Raises whatever a kernel raises that does not compile there."""
+    """Name the network's kernels whose results are not their twins'.
+
+    Raises the error of a kernel that does not compile.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -42,7 +46,7 @@ def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig
 
 
 def _errors(random: Random, C: int) -> dict[str, float]:
-    """Of a block's kernels. NaN is no small error."""
+    """Return the errors of a convolution block's kernels. NaN is no small error."""
     x, skip, bias = random(2, 5, 6, C), random(2, 5, 6, C), random(C)
     errors = {}
     for name, other, inputs in (("depthwise_norm", None, 1), ("depthwise_norm with a skip", skip, 2)):
@@ -54,7 +58,7 @@ def _errors(random: Random, C: int) -> dict[str, float]:
 
 
 def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
-    """The share of tokens that get the same code; 1 for what is never drawn so."""
+    """Return the share of tokens with the twin's code; 1 for a sampler without a kernel."""
     features, weight = random(_TOKENS, config.c_out) / config.c_out**0.5, random(config.num_labels, config.c_out)
     if not supported(sampler, weight):
         return 1.0
@@ -63,7 +67,7 @@ def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
 
 
 def _moves_tokens(random: Random) -> bool:
-    """Tokens are moved, not computed: they are the twin's, all of them."""
+    """Return whether all renoised tokens are the twin's: they are moved, not computed."""
     drawn, source, pinned = (random(2, 5, 6).mul(100).long() for _ in range(3))
     given = drawn, source, random(2, 5, 6).float().sigmoid(), random(2).float().sigmoid()
     results = ((renoise_and_pin(*given, kept), sampling.renoise_and_pin(*given, kept)) for kept in (None, (random(2, 5, 6) > 0, pinned)))

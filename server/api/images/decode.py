@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import struct
 import threading
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from numpy.typing import NDArray
 
 from model.canvas import Mask, Pixels
 from server.api.errors import ApiError
-from server.api.images.metadata import upright
 from server.api.images.sniff import DamagedFileError, ImageFile, UnknownFormatError, sniff
 
 MaskMode = Literal["alpha", "luminance"]
@@ -33,6 +33,19 @@ MIB = 2**20
 HALF = 128
 # ITU-R 601 in parts of 1000.
 LUMA = np.array([299, 587, 114], dtype=np.uint32)
+
+EXIF = b"Exif\0\0"
+ORIENTATION = 0x0112
+# Transpositions that undo EXIF orientation 2…8.
+TRANSPOSITIONS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 
 _warnings_lock = threading.Lock()
 
@@ -128,7 +141,7 @@ def repaint_mask(image: DecodedImage, mode: MaskMode | None, size: tuple[int, in
         message = f"must be as large as the image, {size[0]}x{size[1]} pixels (sent: {width}x{height})"
         raise _unprocessable("mask_size_mismatch", param, message)
     if mode == "alpha" and image.alpha is None:
-        message = "has no alpha channel; send one, or mask_mode luminance with white where the image is repainted"
+        message = "has no alpha channel; send one, or mask_mode luminance with white to repaint"
         raise _unprocessable("mask_without_alpha", param, message)
     alpha = None if mode == "luminance" else image.alpha
     mask: Mask = image.luminance >= HALF if alpha is None else alpha < HALF
@@ -213,3 +226,31 @@ def _undecodable(param: str, reason: str) -> ApiError:
 
 def _unprocessable(code: str, param: str, message: str) -> ApiError:
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, f"{param}: {message}", param)
+
+
+# ── EXIF orientation ──────────────────────────────────────────────────────────────────────────────
+
+
+def orientation(exif: bytes) -> int:
+    """Return the orientation in an EXIF block, 1…8; 1, upright, if it is absent or damaged.
+
+    `PIL.ImageOps.exif_transpose` is no substitute for hostile files: docs/log.md.
+    """
+    tiff = exif.removeprefix(EXIF)
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        offsets = (start + 2 + 12 * i for i in range(count))
+        entries = (struct.unpack_from(f"{order}HHIH", tiff, offset) for offset in offsets)
+        return next((value for tag, _, _, value in entries if tag == ORIENTATION), 1)
+    except struct.error:
+        return 1
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the image rotated and mirrored as its EXIF orientation says."""
+    transposition = TRANSPOSITIONS.get(orientation(image.info.get("exif", b"")))
+    return image if transposition is None else image.transpose(transposition)

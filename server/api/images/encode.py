@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import PIL.Image
+from PIL.PngImagePlugin import PngInfo
 
-from server.api.images.metadata import png_text
 from server.engine.messages import Image
 
 Format = Literal["png", "jpeg", "webp"]
@@ -55,3 +56,22 @@ def animate(images: Sequence[Image], format: AnimationFormat, quality: int) -> b
 
 def _pillow(image: Image) -> PIL.Image.Image:
     return PIL.Image.frombytes("RGB", (image.width, image.height), image.pixels)
+
+
+def png_text(parameters: dict[str, Any]) -> PngInfo:
+    """Return the text chunk `parameters` of a generated PNG."""
+    text = PngInfo()
+    text.add_text("parameters", json.dumps(parameters))
+    return text
+
+
+def read_parameters(png: bytes) -> dict[str, Any]:
+    """Return the parameters in a PNG's text chunk. Raises ValueError if there are none."""
+    try:
+        with PIL.Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            parameters = json.loads(image.info["parameters"])
+    except (KeyError, ValueError, AttributeError, OSError):
+        raise ValueError("not a PNG with parameters in it") from None
+    if not isinstance(parameters, dict):
+        raise ValueError("not a PNG with parameters in it")
+    return parameters

@@ -1,9 +1,12 @@
-"""Linear maps and depthwise convolutions whose weights lie as the CPU's kernels read them.
+"""Compute operations without Triton: packed weights on the CPU, and the prior's block.
 
-The operators are those that `torch.compile` calls for frozen weights; without them each call
+Packed linear maps and depthwise convolutions have their weights laid out as the CPU's kernels read
+them. The operators are those that `torch.compile` calls for frozen weights; without them each call
 rearranges the weights again. Eager PyTorch offers no public way to them, so each stands beside its
 plain twin (the module it was made from), and `supported` tries all of them once before any is used.
 Weights are copied: later changes of the originals do not reach the packed ones.
+
+Letters: B rows, D channels of the prior's residual stream, I inner channels.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +54,7 @@ def _passes_trial(dtype: torch.dtype) -> bool:
 
 
 def _offered(dtype: torch.dtype) -> bool:
-    """Return whether this build of torch says that it has the kernels, and the CPU the arithmetic."""
+    """Return whether torch was built with the kernels and the CPU has the arithmetic."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -92,7 +95,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 
 def linear_map(weight: Tensor, bias: Tensor | None, rows: int | None, activation: Activation = "none") -> LinearMap:
-    """[..., I] → [..., O] by a packed weight where there can be one, by the plain one elsewhere.
+    """Return a linear map [..., I] → [..., O], packed where that is supported.
 
     rows: as for `PackedLinear`; None: plain, nothing is copied.
     """
@@ -109,9 +112,10 @@ def _plain_map(weight: Tensor, bias: Tensor | None, activation: Activation) -> L
 
 
 class PackedLinear:
-    """[..., I] → [..., O], as `nn.functional.linear`, then GELU, exact or by a hyperbolic tangent, if asked for.
+    """A linear map [..., I] → [..., O] as `nn.functional.linear`, then GELU if asked for.
 
-    rows: what the product of all other dimensions will mostly be. Another number is computed as exactly, only less fast.
+    rows: what the product of all other dimensions will mostly be. Another number is computed as
+    exactly, only less fast.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, activation: Activation = "none") -> None:
@@ -122,6 +126,7 @@ class PackedLinear:
         self.packed: Tensor = reorder(weight.detach().contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Compute the map for x [..., I]."""
         if self.mkl:
             y: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
             return y
@@ -133,8 +138,8 @@ class PackedLinear:
 class PackedDepthwise:
     """A depthwise convolution [B, H, W, C] → [B, H, W, C] for weights [C, 1, k, k].
 
-    shape: what the input's will mostly be. Another is computed as exactly, only less fast. padding: zeros on each side, as many as keep the
-    size unless given.
+    shape: what the input's will mostly be. Another is computed as exactly, only less fast. padding:
+    zeros on each side, as many as keep the size unless given.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, shape: tuple[int, int, int, int], padding: int | None = None) -> None:
@@ -143,5 +148,43 @@ class PackedDepthwise:
         self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.geometry, [B, C, H, W])
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Compute the convolution for x [B, H, W, C]."""
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], "")
         return y.permute(0, 2, 3, 1)
+
+
+# ── the prior's block ─────────────────────────────────────────────────────────────────────────────
+
+
+class BlockWeights(NamedTuple):
+    """Weights of one block of the prior, without the columns that read the text and the time.
+
+    Attributes:
+        first: [D, I], a view by columns.
+        scale: [I], of the first layer norm.
+        shift: [I], of the first layer norm.
+        last: [D, I].
+        last_scale: [D], of the last layer norm.
+        last_shift: [D], of the last layer norm.
+    """
+
+    first: Tensor
+    scale: Tensor
+    shift: Tensor
+    last: Tensor
+    last_scale: Tensor
+    last_shift: Tensor
+
+
+def plain_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
+    """Compute a block of the prior in plain operators, on any device; Triton's form is its twin.
+
+    h: [B, D]. extra: the text's and the time's part, [B, I]. Returns [B, D].
+    """
+    y = torch.addmm(extra, h, w.first)
+    y = F.gelu(F.layer_norm(y, y.shape[-1:], w.scale, w.shift))
+    return h + F.layer_norm(F.linear(y, w.last), h.shape[-1:], w.last_scale, w.last_shift)
+
+
+# What computes one block: h [B, D], the text's and time's part [B, I], its weights → [B, D].
+BlockFn = Callable[[Tensor, Tensor, BlockWeights], Tensor]

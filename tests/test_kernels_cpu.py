@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from model.bundle import load_bundle
 from model.config import DenoiserConfig
-from model.kernels import cpu_prepacked
-from model.kernels.cpu_prepacked import PackedDepthwise, PackedLinear, supported
+from model.kernels import cpu
+from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
 from model.networks.denoiser_v3 import ConvBlock, Denoiser
 from tests.conftest import golden
 
@@ -65,9 +65,9 @@ def test_half_precision_and_other_devices_stay_plain() -> None:
 @pytest.fixture
 def trial() -> Iterator[None]:
     """Every type is tried again, before the test and after it."""
-    cpu_prepacked._passes_trial.cache_clear()
+    cpu._passes_trial.cache_clear()
     yield
-    cpu_prepacked._passes_trial.cache_clear()
+    cpu._passes_trial.cache_clear()
 
 
 def missing(*_: object) -> Tensor:

@@ -1,0 +1,43 @@
+"""The curves: which prompts, and that every recipe is a point of the plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.pipeline import Pipeline
+from model.training import curves
+from model.training.detector import Detector
+from model.training.scenes import SQUARE
+from tests.test_evaluate import sprites
+
+__all__ = ["sprites"]
+
+
+def test_the_prompts_are_fixed_square_and_of_all_categories() -> None:
+    cases = curves.fixed_prompts()
+    assert sum(map(len, cases.values())) == curves.COUNT
+    assert len(cases) == 11
+    counts = [len(some) for some in cases.values()]
+    assert max(counts) - min(counts) <= 1
+    assert all(case.scene.aspect == SQUARE for some in cases.values() for case in some)
+    texts = [case.text for some in cases.values() for case in some]
+    assert len(set(texts)) == len(texts)
+    assert cases == curves.fixed_prompts()
+
+
+def test_every_recipe_is_measured_and_plotted(
+    pipeline: Pipeline, sprites: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(curves, "GUIDANCES", (1.0, 2.0))
+    monkeypatch.setattr(curves, "STEPS", (1, 2))
+    torch.manual_seed(0)
+    result = curves.measure(pipeline, Detector().eval(), sprites, tmp_path, 11)
+    assert [point["guidance"] for point in result["guidance"]] == [1.0, 2.0]
+    assert [point["steps"] for point in result["steps"]] == [1, 2]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"guidance.svg", "steps.svg", "alignment_kid.svg"}
+    assert all(path.stat().st_size < 60_000 for path in tmp_path.iterdir())
