@@ -28,7 +28,9 @@ in order, in one folder. Seeds are fixed, and none was chosen for its result.
 
 @dataclass(frozen=True)
 class Entry:
-    """One example. fields: of the form; `@name` is a file. shown: (label, file) of the inputs. output: the resulting file."""
+    """One example. fields: of the form; `@name` is a file. shown: (label, file) of the inputs.
+    output: the resulting file.
+    """
 
     title: str
     words: str
@@ -38,17 +40,31 @@ class Entry:
     shown: tuple[tuple[str, str], ...] = ()
 
     def command(self, host: str) -> list[str]:
-        form = [word for name, value in {**self.fields, "seed": "7"}.items() for word in ("-F", f"{name}={value}")]
+        form = [
+            word
+            for name, value in {**self.fields, "seed": "7"}.items()
+            for word in ("-F", f"{name}={value}")
+        ]
         return ["curl", "-sSf", *form, f"{host}/{self.endpoint}", "-o", self.output]
 
 
 ENTRIES = (
-    Entry("generate", "One prompt.", "generate", {"prompt": "a big red star on a blue background"}, "star.png"),
+    Entry(
+        "generate",
+        "One prompt.",
+        "generate",
+        {"prompt": "a big red star on a blue background"},
+        "star.png",
+    ),
     Entry(
         "inpaint",
         "The white area of the mask is drawn anew; all other pixels are returned bit for bit.",
         "inpaint",
-        {"image": "@star.png", "mask": "@mask.png", "prompt": "a big yellow heart on a blue background"},
+        {
+            "image": "@star.png",
+            "mask": "@mask.png",
+            "prompt": "a big yellow heart on a blue background",
+        },
         "inpainted.png",
         (("image", "star.png"), ("mask", "mask.png")),
     ),
@@ -80,7 +96,11 @@ ENTRIES = (
         "edit",
         "60 % of the tokens are replaced by noise and drawn anew with another prompt.",
         "edit",
-        {"image": "@star.png", "prompt": "a big green star on a blue background", "strength": "0.6"},
+        {
+            "image": "@star.png",
+            "prompt": "a big green star on a blue background",
+            "strength": "0.6",
+        },
         "edited.png",
         (("image", "star.png"),),
     ),
@@ -124,15 +144,24 @@ def main() -> None:
 def _draw_mask(path: Path, size: tuple[int, int]) -> None:
     """White in the middle, where the star is."""
     mask = Image.new("L", size)
-    ImageDraw.Draw(mask).rectangle((size[0] // 8, size[1] // 8, size[0] * 7 // 8, size[1] * 7 // 8), fill=255)
+    ImageDraw.Draw(mask).rectangle(
+        (size[0] // 8, size[1] // 8, size[0] * 7 // 8, size[1] * 7 // 8), fill=255
+    )
     mask.save(path)
 
 
 def _page(entry: Entry) -> str:
     pictures = (*entry.shown, ("result", entry.output))
-    rows = [(name for name, _ in pictures), ("---" for _ in pictures), (f"![{name}](gallery/{file})" for name, file in pictures)]
+    rows = [
+        (name for name, _ in pictures),
+        ("---" for _ in pictures),
+        (f"![{name}](gallery/{file})" for name, file in pictures),
+    ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"## {entry.title}\n\n{entry.words}\n\n```console\n$ {shlex.join(entry.command(HOST))}\n```\n\n{table}\n"
+    return (
+        f"## {entry.title}\n\n{entry.words}\n\n```console\n$ "
+        f"{shlex.join(entry.command(HOST))}\n```\n\n{table}\n"
+    )
 
 
 if __name__ == "__main__":

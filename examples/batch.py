@@ -1,4 +1,5 @@
-"""A hundred pictures, as many at once as the server steps together, each in a file of its own: python batch.py [URL] [COUNT]
+"""A hundred pictures, as many at once as the server steps together, each in a file of its own:
+python batch.py [URL] [COUNT]
 
 Batch work makes room for interactive work, and whoever is told to come back later does.
 """
@@ -17,7 +18,12 @@ AT_ONCE = 16
 
 
 async def draw(client: httpx.AsyncClient, places: asyncio.Semaphore, seed: int) -> bytes:
-    body = {"prompt": "a small blue circle on a yellow background", "seed": seed, "priority": "batch", "timeout_s": 600}
+    body = {
+        "prompt": "a small blue circle on a yellow background",
+        "seed": seed,
+        "priority": "batch",
+        "timeout_s": 600,
+    }
     async with places:
         answer = await client.post("/generate", json=body)
     if answer.status_code == 429:

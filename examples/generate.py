@@ -11,7 +11,12 @@ url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http
 
 answer = httpx.post(
     f"{url}/generate",
-    json={"prompt": "a yellow star on a blue background", "negative_prompt": "red", "seed": 7, "n": 4},
+    json={
+        "prompt": "a yellow star on a blue background",
+        "negative_prompt": "red",
+        "seed": 7,
+        "n": 4,
+    },
     timeout=60,
 )
 answer.raise_for_status()

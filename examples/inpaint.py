@@ -11,11 +11,17 @@ from PIL import Image
 url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
 
 with httpx.Client(base_url=url, timeout=60) as client:
-    apple = client.post("/generate", json={"prompt": "a red apple on a white background", "seed": 7}).raise_for_status().content
+    apple = (
+        client.post("/generate", json={"prompt": "a red apple on a white background", "seed": 7})
+        .raise_for_status()
+        .content
+    )
     width, height = Image.open(io.BytesIO(apple)).size
 
     mask = Image.new("L", (width, height), 0)
-    mask.paste(255, (width // 8, height // 8, width - width // 8, height - height // 8))  # white is drawn anew
+    mask.paste(
+        255, (width // 8, height // 8, width - width // 8, height - height // 8)
+    )  # white is drawn anew
     mask.save("mask.png")
 
     answer = client.post(

@@ -8,10 +8,20 @@ import httpx
 
 url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
 
-prompts = ("a red circle on a white background", "a yellow star on a white background", "a blue square on a white background")
+prompts = (
+    "a red circle on a white background",
+    "a yellow star on a white background",
+    "a blue square on a white background",
+)
 answer = httpx.post(
     f"{url}/interpolate",
-    json={"keyframes": [{"prompt": prompt} for prompt in prompts], "frames": 13, "mode": "slerp", "seed": 7, "response_format": "gif"},
+    json={
+        "keyframes": [{"prompt": prompt} for prompt in prompts],
+        "frames": 13,
+        "mode": "slerp",
+        "seed": 7,
+        "response_format": "gif",
+    },
     timeout=60,
 )
 Path("way.gif").write_bytes(answer.raise_for_status().content)

@@ -1,4 +1,5 @@
-"""How busy the server is, from its own figures since its start, or from Prometheus' of the last five minutes.
+"""How busy the server is, from its own figures since its start, or from Prometheus' of the last
+five minutes.
 
 python load.py [URL] [PROMETHEUS_URL]
 """
@@ -13,7 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
 prometheus = sys.argv[2] if len(sys.argv) > 2 else None
 
-REQUESTS = 'paella_request_duration_seconds_{}{{endpoint!~"/metrics|/healthz|/readyz|unmatched"}}[5m]'
+REQUESTS = (
+    'paella_request_duration_seconds_{}{{endpoint!~"/metrics|/healthz|/readyz|unmatched"}}[5m]'
+)
 QUERIES = {
     "pictures a second": "sum(rate(paella_images_total[5m]))",
     "latency p50, s": f"histogram_quantile(0.5, sum by (le) (rate({REQUESTS.format('bucket')})))",
@@ -26,15 +29,24 @@ QUERIES = {
 
 
 def asked(query: str) -> float:
-    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}).raise_for_status().json()
+    answer = (
+        httpx.get(f"{prometheus}/api/v1/query", params={"query": query}).raise_for_status().json()
+    )
     return sum(float(result["value"][1]) for result in answer["data"]["result"])
 
 
 def scraped() -> dict[str, float]:
     total = Counter[str]()
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").raise_for_status().text):
+    for family in text_string_to_metric_families(
+        httpx.get(f"{url}/metrics").raise_for_status().text
+    ):
         for sample in family.samples:
-            if sample.labels.get("endpoint") not in ("/metrics", "/healthz", "/readyz", "unmatched"):
+            if sample.labels.get("endpoint") not in (
+                "/metrics",
+                "/healthz",
+                "/readyz",
+                "unmatched",
+            ):
                 total[sample.name + sample.labels.get("le", "")] += sample.value
     requests = total["paella_request_duration_seconds_count"] or 1
     return {
@@ -48,5 +60,7 @@ def scraped() -> dict[str, float]:
     }
 
 
-for name, figure in ({name: asked(query) for name, query in QUERIES.items()} if prometheus else scraped()).items():
+for name, figure in (
+    {name: asked(query) for name, query in QUERIES.items()} if prometheus else scraped()
+).items():
     print(f"{name:20}{figure:10.3g}")

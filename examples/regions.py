@@ -13,8 +13,16 @@ answer = httpx.post(
     json={
         "prompt": "a white background",
         "regions": [
-            {"prompt": "a red circle on a white background", "box": [0, 0, 0.5, 1], "softness": 0.1},
-            {"prompt": "a blue square on a white background", "box": [0.5, 0, 1, 1], "softness": 0.1},
+            {
+                "prompt": "a red circle on a white background",
+                "box": [0, 0, 0.5, 1],
+                "softness": 0.1,
+            },
+            {
+                "prompt": "a blue square on a white background",
+                "box": [0.5, 0, 1, 1],
+                "softness": 0.1,
+            },
         ],
         "width": 256,
         "height": 128,

@@ -12,7 +12,13 @@ from PIL import Image
 url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
 
 frames: list[Image.Image] = []
-body = {"prompt": "a red apple on a white background", "seed": 7, "num_inference_steps": 12, "stream": True, "partial_images": 8}
+body = {
+    "prompt": "a red apple on a white background",
+    "seed": 7,
+    "num_inference_steps": 12,
+    "stream": True,
+    "partial_images": 8,
+}
 with httpx.stream("POST", f"{url}/generate", json=body, timeout=60) as answer:
     answer.raise_for_status()
     for line in answer.iter_lines():
@@ -23,8 +29,18 @@ with httpx.stream("POST", f"{url}/generate", json=body, timeout=60) as answer:
             event = json.loads(value)
             if "error" in event:
                 sys.exit(event["error"]["message"])
-            files = [image["b64_json"] for image in event.get("images", [event]) if "b64_json" in image]
-            frames += [Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB") for file in files]
+            files = [
+                image["b64_json"] for image in event.get("images", [event]) if "b64_json" in image
+            ]
+            frames += [
+                Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB") for file in files
+            ]
 
-frames[0].save("apple.gif", save_all=True, append_images=frames[1:], duration=[150] * (len(frames) - 1) + [1500], loop=0)
+frames[0].save(
+    "apple.gif",
+    save_all=True,
+    append_images=frames[1:],
+    duration=[150] * (len(frames) - 1) + [1500],
+    loop=0,
+)
 print("apple.gif")

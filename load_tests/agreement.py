@@ -1,10 +1,12 @@
-"""How much of a picture changes with its company where nobody asked for determinism: tokens that are the same alone and in a batch.
+"""How much of a picture changes with its company where nobody asked for determinism: tokens that
+are the same alone and in a batch.
 
     python -m load_tests.agreement --seeds 16
 
-A batch's products may round differently from a single row's, guidance and low temperatures amplify it, and one token that falls to the
-other side of a boundary changes what its neighbours see in all later steps. Every seed is drawn alone and then in batches of 2, 3 and 8
-rows with prompts of their own. The `PAELLERA_*` variables apply as they do to the server; the last line is JSON.
+A batch's products may round differently from a single row's, guidance and low temperatures amplify
+it, and one token that falls to the other side of a boundary changes what its neighbours see in all
+later steps. Every seed is drawn alone and then in batches of 2, 3 and 8 rows with prompts of their
+own. The `PAELLERA_*` variables apply as they do to the server; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -32,35 +34,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Raises what loading the bundle raises."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
-        prog="python -m load_tests.agreement", description="Tokens that company changes; the last line is JSON."
+        prog="python -m load_tests.agreement",
+        description="Tokens that company changes; the last line is JSON.",
     )
     parser.add_argument("--seeds", type=int, default=16, help="pictures, 16 by default")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the weights' own")
     options = parser.parse_args(sent)
-    report, settings = Report("agreement", command=shlex.join(["python", "-m", "load_tests.agreement", *sent])), Settings()
+    report, settings = (
+        Report("agreement", command=shlex.join(["python", "-m", "load_tests.agreement", *sent])),
+        Settings(),
+    )
     prepare(settings.threads)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     pipeline = Pipeline.load(find_bundle(settings.bundles[0]), device, dtype)
     texts = [text for text, _ in zip(prompts(), range(options.seeds), strict=False)]
-    alone = torch.cat([draw(pipeline, [text], [seed], options.steps) for seed, text in enumerate(texts)])
-    agreement = {str(rows): _agreement(pipeline, texts, alone, rows, options.steps) for rows in BATCHES}
+    alone = torch.cat(
+        [draw(pipeline, [text], [seed], options.steps) for seed, text in enumerate(texts)]
+    )
+    agreement = {
+        str(rows): _agreement(pipeline, texts, alone, rows, options.steps) for rows in BATCHES
+    }
     report.add(_table(agreement))
     report.emit(
-        {"weights": pipeline.config.name, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "agreement": agreement}
+        {
+            "weights": pipeline.config.name,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "agreement": agreement,
+        }
     )
 
 
-def draw(pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> Tensor:
+def draw(
+    pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], steps: int | None = None
+) -> Tensor:
     """Tokens [B, H, W] of pictures that share every stage."""
-    return pipeline.generate_tokens(texts, seeds, pipeline.config.recipe.sampling(steps=steps)).cpu()
+    return pipeline.generate_tokens(
+        texts, seeds, pipeline.config.recipe.sampling(steps=steps)
+    ).cpu()
 
 
-def _agreement(pipeline: Pipeline, texts: Sequence[str], alone: Tensor, rows: int, steps: int | None) -> dict[str, float]:
-    """Shares of tokens that are the same in batches of so many rows: the mean picture's and the worst one's; and of pictures unchanged."""
+def _agreement(
+    pipeline: Pipeline, texts: Sequence[str], alone: Tensor, rows: int, steps: int | None
+) -> dict[str, float]:
+    """Shares of tokens that are the same in batches of so many rows: the mean picture's and the
+    worst one's; and of pictures unchanged.
+    """
     seeds = range(len(texts))
     groups = [seeds[i : i + rows] for i in range(0, len(seeds), rows)]
-    together = torch.cat([draw(pipeline, [texts[i] for i in group], group, steps) for group in groups])
+    together = torch.cat(
+        [draw(pipeline, [texts[i] for i in group], group, steps) for group in groups]
+    )
     same = (together == alone).flatten(1).float().mean(1)
     return {
         "mean": round(float(same.mean()), 4),

@@ -1,12 +1,15 @@
-"""Mixed requests under load: `paellera serve` beside the same model with whole-request batching (LitServe).
+"""Mixed requests under load: `paellera serve` beside the same model with whole-request batching
+(LitServe).
 
     python -m load_tests.batching                       # about five minutes
     python -m load_tests.batching --seconds 12 --trial 3
 
-Both servers run as real processes; while one is measured, the other is stopped, and they take turns. First the compared server's batch
-size and timeout are searched. Then each server is saturated, and gets the same Poisson arrivals at 80 % of what the compared server can
-do. A *slowdown* is a request's latency over the median latency of its kind alone: on the same server ("own"), or on the faster of the two
-("common"): a server that waits for a batch even when nobody else asks looks good beside itself. The last line of output is JSON.
+Both servers run as real processes; while one is measured, the other is stopped, and they take
+turns. First the compared server's batch size and timeout are searched. Then each server is
+saturated, and gets the same Poisson arrivals at 80 % of what the compared server can do. A
+*slowdown* is a request's latency over the median latency of its kind alone: on the same server
+("own"), or on the faster of the two ("common"): a server that waits for a batch even when nobody
+else asks looks good beside itself. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +29,16 @@ from rich.table import Table
 
 from load_tests.report import Report, quantiles
 from load_tests.serving import Others, Server, serving
-from load_tests.traffic import REQUEST_TIMEOUT_S, Answer, Kind, Load, Target, kinds_of, poisson_trace, slowdowns
+from load_tests.traffic import (
+    REQUEST_TIMEOUT_S,
+    Answer,
+    Kind,
+    Load,
+    Target,
+    kinds_of,
+    poisson_trace,
+    slowdowns,
+)
 
 PEER = ("-m", "load_tests.peer")
 LOAD = 0.8
@@ -52,12 +64,19 @@ class Measured:
         return float(np.mean(self.saturated))
 
     def figures(self, common: Mapping[Kind, float]) -> dict[str, Any]:
-        own = {f"p{q}": round(value, 3) for q, value in _tails(slowdowns(self.answers, self.alone)).items()}
-        shared = {f"p{q}": round(value, 3) for q, value in _tails(slowdowns(self.answers, common)).items()}
+        own = {
+            f"p{q}": round(value, 3)
+            for q, value in _tails(slowdowns(self.answers, self.alone)).items()
+        }
+        shared = {
+            f"p{q}": round(value, 3) for q, value in _tails(slowdowns(self.answers, common)).items()
+        }
         return {
             "throughput_per_s": round(self.throughput, 3),
             "saturated_per_s": [round(rate, 3) for rate in self.saturated],
-            "alone_ms": {str(kind): round(seconds * 1000, 2) for kind, seconds in self.alone.items()},
+            "alone_ms": {
+                str(kind): round(seconds * 1000, 2) for kind, seconds in self.alone.items()
+            },
             "latency": quantiles([answer.seconds for answer in self.answers]),
             "slowdown": own,
             "slowdown_common": shared,
@@ -66,7 +85,9 @@ class Measured:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if a server does not start."""
+    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if a server does
+    not start.
+    """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("batching", command=shlex.join(["python", "-m", "load_tests.batching", *sent]))
@@ -80,15 +101,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m load_tests.batching", description="Mixed requests, two servers; the last line is JSON."
+        prog="python -m load_tests.batching",
+        description="Mixed requests, two servers; the last line is JSON.",
     )
-    parser.add_argument("--sides", type=numbers, default=(64, 128, 192), help="picture sides in pixels, 64,128,192 by default")
-    parser.add_argument("--steps", type=numbers, default=(8, 12, 16), help="step counts, 8,12,16 by default")
-    parser.add_argument("--seconds", type=float, default=30, help="of open-loop arrivals for each server, 30 by default")
-    parser.add_argument("--rounds", type=int, default=3, help="turns they are divided into, 3 by default")
-    parser.add_argument("--saturate", type=float, default=8, help="seconds of saturation a turn, two turns each, 8 by default")
-    parser.add_argument("--trial", type=float, default=6, help="seconds for each setting of the search, 6 by default")
-    parser.add_argument("--clients", type=int, default=48, help="concurrent clients of a saturated server, 48 by default")
+    parser.add_argument(
+        "--sides",
+        type=numbers,
+        default=(64, 128, 192),
+        help="picture sides in pixels, 64,128,192 by default",
+    )
+    parser.add_argument(
+        "--steps", type=numbers, default=(8, 12, 16), help="step counts, 8,12,16 by default"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=30,
+        help="of open-loop arrivals for each server, 30 by default",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns they are divided into, 3 by default"
+    )
+    parser.add_argument(
+        "--saturate",
+        type=float,
+        default=8,
+        help="seconds of saturation a turn, two turns each, 8 by default",
+    )
+    parser.add_argument(
+        "--trial",
+        type=float,
+        default=6,
+        help="seconds for each setting of the search, 6 by default",
+    )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        default=48,
+        help="concurrent clients of a saturated server, 48 by default",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     return parser.parse_args(arguments)
 
@@ -105,7 +156,10 @@ class Comparison:
 
     def __init__(self, peer: Server, own: Server, options: argparse.Namespace) -> None:
         self.servers = {"litserve": peer, "paellera": own}
-        self.peer, self.own = Measured(Target("litserve", f"{peer.url}/predict")), Measured(Target("paellera", f"{own.url}/generate"))
+        self.peer, self.own = (
+            Measured(Target("litserve", f"{peer.url}/predict")),
+            Measured(Target("paellera", f"{own.url}/generate")),
+        )
         self.options = options
         self.kinds = kinds_of(options.sides, options.steps)
 
@@ -134,10 +188,12 @@ class Comparison:
         with other.paused():
             yield
 
-    # ── the search ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the search ────────────────────────────────────────────────────────────────────────────────
 
     async def _tune(self) -> dict[str, Any]:
-        """Leaves the compared server with the lowest p99 slowdown among the settings of nearly the best throughput."""
+        """Leaves the compared server with the lowest p99 slowdown among the settings of nearly
+        the best throughput.
+        """
         with self._turn(self.peer):
             throughput = {size: await self._peer_throughput(size) for size in BATCH_SIZES}
             best = max(throughput.values())
@@ -145,7 +201,9 @@ class Comparison:
             await self._batching(1, 0.0)
             alone = await self.load.alone(self.peer.target, self.kinds, repeats=2)
             tails = {}
-            for size in (size for size, reached in throughput.items() if reached >= NEARLY_BEST * best):
+            for size in (
+                size for size, reached in throughput.items() if reached >= NEARLY_BEST * best
+            ):
                 for timeout in BATCH_TIMEOUTS:
                     tails[size, timeout] = await self._peer_tail(size, timeout, rate, alone)
             chosen = min(tails, key=lambda setting: tails[setting])
@@ -153,51 +211,90 @@ class Comparison:
         return {
             "max_batch_size": chosen[0],
             "batch_timeout_s": chosen[1],
-            "throughput_per_s": {str(size): round(reached, 2) for size, reached in throughput.items()},
-            "p99_slowdown": {f"{size}, {timeout:g} s": round(tail, 2) for (size, timeout), tail in tails.items()},
+            "throughput_per_s": {
+                str(size): round(reached, 2) for size, reached in throughput.items()
+            },
+            "p99_slowdown": {
+                f"{size}, {timeout:g} s": round(tail, 2) for (size, timeout), tail in tails.items()
+            },
         }
 
     async def _batching(self, size: int, wait_s: float) -> None:
-        answer = await self.client.post(self.peer.target.url, json={"max_batch_size": size, "batch_timeout": wait_s})
+        answer = await self.client.post(
+            self.peer.target.url, json={"max_batch_size": size, "batch_timeout": wait_s}
+        )
         answer.raise_for_status()
 
     async def _peer_throughput(self, size: int) -> float:
         await self._batching(size, 0.0)
-        return await self.load.saturate(self.peer.target, self.kinds, self.options.clients, 3.0, self.options.trial, self.options.seed)
+        return await self.load.saturate(
+            self.peer.target,
+            self.kinds,
+            self.options.clients,
+            3.0,
+            self.options.trial,
+            self.options.seed,
+        )
 
-    async def _peer_tail(self, size: int, wait_s: float, rate: float, alone: Mapping[Kind, float]) -> float:
+    async def _peer_tail(
+        self, size: int, wait_s: float, rate: float, alone: Mapping[Kind, float]
+    ) -> float:
         await self._batching(size, wait_s)
         trace = poisson_trace(self.kinds, rate, self.options.trial, self.options.seed + 1_000)
         return _tails(slowdowns(await self.load.open_loop(self.peer.target, trace), alone))[99]
 
-    # ── the comparison ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the comparison ────────────────────────────────────────────────────────────────────────────
 
     async def _saturate(self, turn: int) -> None:
         o = self.options
         for each in (self.peer, self.own):
             with self._turn(each):
-                each.saturated.append(await self.load.saturate(each.target, self.kinds, o.clients, 4.0, o.saturate, o.seed + turn))
+                each.saturated.append(
+                    await self.load.saturate(
+                        each.target, self.kinds, o.clients, 4.0, o.saturate, o.seed + turn
+                    )
+                )
 
     async def _arrivals(self, rate: float, turn: int) -> None:
-        trace = poisson_trace(self.kinds, rate, self.options.seconds / self.options.rounds, self.options.seed + turn)
+        trace = poisson_trace(
+            self.kinds, rate, self.options.seconds / self.options.rounds, self.options.seed + turn
+        )
         for each in (self.peer, self.own):
             with self._turn(each):
                 each.answers += await self.load.open_loop(each.target, trace)
 
 
-def compare(search: Mapping[str, Any], rate: float, *, peer: Measured, own: Measured) -> dict[str, Any]:
-    """Both servers' figures, ours over theirs, and which targets that meets. rate: of the arrivals, per second."""
+def compare(
+    search: Mapping[str, Any], rate: float, *, peer: Measured, own: Measured
+) -> dict[str, Any]:
+    """Both servers' figures, ours over theirs, and which targets that meets. rate: of the
+    arrivals, per second.
+    """
     common = {kind: min(seconds, own.alone[kind]) for kind, seconds in peer.alone.items()}
     theirs, ours = peer.figures(common), own.figures(common)
     ratios = {
         "p99_slowdown": round(ours["slowdown"]["p99"] / theirs["slowdown"]["p99"], 3),
-        "p99_slowdown_common": round(ours["slowdown_common"]["p99"] / theirs["slowdown_common"]["p99"], 3),
+        "p99_slowdown_common": round(
+            ours["slowdown_common"]["p99"] / theirs["slowdown_common"]["p99"], 3
+        ),
         "p99_latency": round(ours["latency"]["p99_ms"] / theirs["latency"]["p99_ms"], 3),
         "throughput": round(own.throughput / peer.throughput, 3),
     }
-    met = {name: ratios[name] <= SLOWDOWN_TARGET for name in ("p99_slowdown", "p99_slowdown_common")}
-    met |= {"throughput": ratios["throughput"] >= THROUGHPUT_TARGET, "all_answered": not ours["not_200"]}
-    return {"rate_per_s": round(rate, 3), "search": dict(search), "litserve": theirs, "paellera": ours, "ratios": ratios, "met": met}
+    met = {
+        name: ratios[name] <= SLOWDOWN_TARGET for name in ("p99_slowdown", "p99_slowdown_common")
+    }
+    met |= {
+        "throughput": ratios["throughput"] >= THROUGHPUT_TARGET,
+        "all_answered": not ours["not_200"],
+    }
+    return {
+        "rate_per_s": round(rate, 3),
+        "search": dict(search),
+        "litserve": theirs,
+        "paellera": ours,
+        "ratios": ratios,
+        "met": met,
+    }
 
 
 def _say(progress: str) -> None:
@@ -213,14 +310,22 @@ def _table(measured: Mapping[str, Any]) -> Table:
     peer, own = measured["litserve"], measured["paellera"]
     search = measured["search"]
     title = (
-        f"{measured['rate_per_s']:.1f} requests/s; LitServe: batches of {search['max_batch_size']}, timeout {search['batch_timeout_s']:g} s"
+        f"{measured['rate_per_s']:.1f} requests/s; LitServe: batches of "
+        f"{search['max_batch_size']}, timeout {search['batch_timeout_s']:g} s"
     )
     table = Table(title=title, title_justify="left")
     for column in ("", "LitServe", "Paellera", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     rows = [("saturated, requests/s", peer["throughput_per_s"], own["throughput_per_s"])]
-    for key, of, unit in (("latency", "latency", "_ms"), ("slowdown", "slowdown, own", ""), ("slowdown_common", "slowdown, common", "")):
-        rows += [(f"{q} {of}{unit.replace('_', ', ')}", peer[key][q + unit], own[key][q + unit]) for q in ("p50", "p95", "p99")]
+    for key, of, unit in (
+        ("latency", "latency", "_ms"),
+        ("slowdown", "slowdown, own", ""),
+        ("slowdown_common", "slowdown, common", ""),
+    ):
+        rows += [
+            (f"{q} {of}{unit.replace('_', ', ')}", peer[key][q + unit], own[key][q + unit])
+            for q in ("p50", "p95", "p99")
+        ]
     for name, theirs, ours in rows:
         table.add_row(name, f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.2f}")
     return table

@@ -1,9 +1,11 @@
-"""How fast one picture is: every stage in this process, the published code on the same weights beside it, then a real server over HTTP.
+"""How fast one picture is: every stage in this process, the published code on the same weights
+beside it, then a real server over HTTP.
 
     python -m load_tests.bench --steps 8,12 --repeats 20 --requests 20      # or: paellera bench …
     python -m load_tests.bench --repeats 3 --requests 3 --no-transcription  # quick
 
-The `PAELLERA_*` variables apply here as they do to the server (weights, device, dtype, threads). The last line of output is JSON.
+The `PAELLERA_*` variables apply here as they do to the server (weights, device, dtype, threads).
+The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -32,16 +34,25 @@ from server.settings import Settings
 WARM_UP = 2
 
 
-def main(arguments: Sequence[str] | None = None, *, program: str = "python -m load_tests.bench") -> None:
-    """Runs the benchmark and prints its report. Raises SystemExit for bad arguments, and what loading the bundle raises."""
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m load_tests.bench"
+) -> None:
+    """Runs the benchmark and prints its report. Raises SystemExit for bad arguments, and what
+    loading the bundle raises.
+    """
     options, sent = _parse(arguments, program)
     report = Report("bench", command=shlex.join([*program.split(), *sent]))
     settings = Settings(weights=options.weights) if options.weights else Settings()
     prepare(settings.threads)
     device = pick_device(settings.device)
-    pipeline = Pipeline.load(find_bundle(settings.bundles[0]), device, pick_dtype(settings.dtype, device))
+    pipeline = Pipeline.load(
+        find_bundle(settings.bundles[0]), device, pick_dtype(settings.dtype, device)
+    )
     if not isinstance(pipeline, PipelineV3):
-        raise ValueError(f"weights: {pipeline.config.name} is of the v1 family, and the sampler that is transcribed here is v3's")
+        raise ValueError(
+            f"weights: {pipeline.config.name} is of the v1 family, and the sampler that "
+            f"is transcribed here is v3's"
+        )
     measured = _describe(pipeline) | _measure_stages(pipeline, options)
     report.add(_stage_table(measured["stages"]))
     if options.requests > 0:
@@ -53,12 +64,28 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
 
 def _parse(arguments: Sequence[str] | None, program: str) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the arguments they came from."""
-    parser = argparse.ArgumentParser(prog=program, description="How fast one picture is; the last line of output is JSON.")
+    parser = argparse.ArgumentParser(
+        prog=program, description="How fast one picture is; the last line of output is JSON."
+    )
     parser.add_argument("--weights", help="bundle name or path; default: that of the settings")
-    parser.add_argument("--steps", type=_step_counts, default=(8, 12), help="denoising step counts, 8,12 by default")
-    parser.add_argument("--repeats", type=_positive, default=20, help="rounds over all stages, 20 by default")
-    parser.add_argument("--requests", type=int, default=20, help="HTTP requests per step count, 20 by default; 0 starts no server")
-    parser.add_argument("--no-transcription", dest="transcription", action="store_false", help="leave the published code out")
+    parser.add_argument(
+        "--steps", type=_step_counts, default=(8, 12), help="denoising step counts, 8,12 by default"
+    )
+    parser.add_argument(
+        "--repeats", type=_positive, default=20, help="rounds over all stages, 20 by default"
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=20,
+        help="HTTP requests per step count, 20 by default; 0 starts no server",
+    )
+    parser.add_argument(
+        "--no-transcription",
+        dest="transcription",
+        action="store_false",
+        help="leave the published code out",
+    )
     parser.add_argument("--json-only", action="store_true", help="no tables")
     sent = list(sys.argv[1:] if arguments is None else arguments)
     return parser.parse_args(sent), sent
@@ -67,7 +94,9 @@ def _parse(arguments: Sequence[str] | None, program: str) -> tuple[argparse.Name
 def _step_counts(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.isdecimal() and 1 <= int(part) <= 64 for part in parts):
-        raise argparse.ArgumentTypeError(f"numbers from 1 to 64 with commas between them, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"numbers from 1 to 64 with commas between them, not {text!r}"
+        )
     return tuple(map(int, parts))
 
 
@@ -90,7 +119,9 @@ def _describe(pipeline: PipelineV3) -> dict[str, Any]:
 
 
 def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[str, Any]:
-    """Times, operations and arithmetic floors by stage, and by how much the engine's loop beats each transcription's."""
+    """Times, operations and arithmetic floors by stage, and by how much the engine's loop beats
+    each transcription's.
+    """
     workload, dtype = Workload(pipeline), _dtype(pipeline)
     stages = workload.engine_stages(options.steps)
     dtypes = dict.fromkeys(stages, dtype)
@@ -101,29 +132,46 @@ def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[s
             dtypes |= dict.fromkeys(transcribed, autocast or torch.float32)
     seconds = measure(stages, pipeline.device, warm_up=WARM_UP, repeats=options.repeats)
     ceilings = {used: ceiling(pipeline.device, used) for used in dict.fromkeys(dtypes.values())}
-    figures = {name: quantiles(seconds[name]) | _floor(flops(stages[name]), ceilings[dtypes[name]]) for name in stages}
+    figures = {
+        name: quantiles(seconds[name]) | _floor(flops(stages[name]), ceilings[dtypes[name]])
+        for name in stages
+    }
     return {
-        "ceiling_gflops_per_s": {_name(used): round(rate / 1e9, 1) for used, rate in ceilings.items()},
+        "ceiling_gflops_per_s": {
+            _name(used): round(rate / 1e9, 1) for used, rate in ceilings.items()
+        },
         "stages": figures,
         "speedup": _speedups(figures),
     }
 
 
 def _floor(operations: int, rate: float) -> dict[str, float]:
-    # Four digits that count, whatever the size of the network: rounding to microseconds made zeros of small ones.
-    return {"gflop": float(f"{operations / 1e9:.4g}"), "floor_ms": float(f"{operations / rate * 1000:.4g}")}
+    # Four digits that count, whatever the size of the network: rounding to microseconds made zeros
+    # of small ones.
+    return {
+        "gflop": float(f"{operations / 1e9:.4g}"),
+        "floor_ms": float(f"{operations / rate * 1000:.4g}"),
+    }
 
 
 def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Median of a transcription's loop over the median of the engine's at as many steps."""
     transcribed = [name for name in figures if name.startswith("transcription")]
-    return {name: round(figures[name]["p50_ms"] / figures[name[name.index("loop_") :]]["p50_ms"], 2) for name in transcribed}
+    return {
+        name: round(figures[name]["p50_ms"] / figures[name[name.index("loop_") :]]["p50_ms"], 2)
+        for name in transcribed
+    }
 
 
 def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> dict[str, Any]:
-    """One request at a time against a server of its own; every prompt is new to it, so that nothing comes from a cache."""
+    """One request at a time against a server of its own; every prompt is new to it, so that
+    nothing comes from a cache.
+    """
     new = prompts()
-    with serving({"PAELLERA_WEIGHTS": weights}) as server, httpx.Client(base_url=server.url, timeout=600) as client:
+    with (
+        serving({"PAELLERA_WEIGHTS": weights}) as server,
+        httpx.Client(base_url=server.url, timeout=600) as client,
+    ):
         first, _ = _generate(client, next(new), seed=0, steps=step_counts[0])
         seconds: dict[int, list[float]] = {steps: [] for steps in step_counts}
         timings: dict[int, list[dict[str, float]]] = {steps: [] for steps in step_counts}
@@ -134,48 +182,82 @@ def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> di
         return {
             "start_to_ready_s": round(server.start_to_ready_s, 2),
             "first_request_ms": round(first * 1000, 2),
-            "requests": {str(n): quantiles(seconds[n]) | {"server_timing_ms": _medians(timings[n])} for n in step_counts},
+            "requests": {
+                str(n): quantiles(seconds[n]) | {"server_timing_ms": _medians(timings[n])}
+                for n in step_counts
+            },
             "peak_memory_mib": server.peak_memory_mib(),
         }
 
 
-def _generate(client: httpx.Client, prompt: str, seed: int, steps: int) -> tuple[float, dict[str, float]]:
-    """One picture: seconds as the client sees them, and the server's own milliseconds by stage. Raises httpx.HTTPStatusError."""
+def _generate(
+    client: httpx.Client, prompt: str, seed: int, steps: int
+) -> tuple[float, dict[str, float]]:
+    """One picture: seconds as the client sees them, and the server's own milliseconds by stage.
+    Raises httpx.HTTPStatusError.
+    """
     began = time.perf_counter()
-    response = client.post("/generate", json={"prompt": prompt, "seed": seed, "num_inference_steps": steps})
+    response = client.post(
+        "/generate", json={"prompt": prompt, "seed": seed, "num_inference_steps": steps}
+    )
     taken = time.perf_counter() - began
     response.raise_for_status()
     return taken, server_timing_ms(response)
 
 
 def _medians(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {stage: quantiles([timing[stage] / 1000 for timing in timings])["p50_ms"] for stage in timings[0]}
-
-
-def _overheads(http: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """What a request takes by HTTP, at the median, beyond the same request computed in this process, and beyond its bare sampling loop."""
     return {
-        steps: {f"beyond_{name}": round(row["p50_ms"] - stages[f"{name}_{steps}"]["p50_ms"], 2) for name in ("request", "loop")}
+        stage: quantiles([timing[stage] / 1000 for timing in timings])["p50_ms"]
+        for stage in timings[0]
+    }
+
+
+def _overheads(
+    http: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """What a request takes by HTTP, at the median, beyond the same request computed in this
+    process, and beyond its bare sampling loop.
+    """
+    return {
+        steps: {
+            f"beyond_{name}": round(row["p50_ms"] - stages[f"{name}_{steps}"]["p50_ms"], 2)
+            for name in ("request", "loop")
+        }
         for steps, row in http["requests"].items()
     }
 
 
 def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
-    table = _table("One picture, in this process", "stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "floor ms")
+    table = _table(
+        "One picture, in this process", "stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "floor ms"
+    )
     for name, row in stages.items():
-        table.add_row(name, *(f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms", "p99_ms", "gflop", "floor_ms")))
+        table.add_row(
+            name,
+            *(f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms", "p99_ms", "gflop", "floor_ms")),
+        )
     return table
 
 
 def _http_table(http: Mapping[str, Any], overheads: Mapping[str, Mapping[str, float]]) -> Table:
     """One column per step count; below the client's own times the server's medians by stage."""
     requests: Mapping[str, Mapping[str, Any]] = http["requests"]
-    table = _table(f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)", "ms", *(f"{steps} steps" for steps in requests))
+    table = _table(
+        f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)",
+        "ms",
+        *(f"{steps} steps" for steps in requests),
+    )
     for key in ("p50_ms", "p95_ms", "p99_ms"):
         table.add_row(key.removesuffix("_ms"), *(f"{row[key]:.2f}" for row in requests.values()))
     for stage in next(iter(requests.values()))["server_timing_ms"]:
-        table.add_row(f"  {stage}, p50", *(f"{row['server_timing_ms'][stage]:.2f}" for row in requests.values()))
-    for name, words in (("beyond_request", "beyond the same in this process"), ("beyond_loop", "beyond the bare loop")):
+        table.add_row(
+            f"  {stage}, p50",
+            *(f"{row['server_timing_ms'][stage]:.2f}" for row in requests.values()),
+        )
+    for name, words in (
+        ("beyond_request", "beyond the same in this process"),
+        ("beyond_loop", "beyond the bare loop"),
+    ):
         table.add_row(words, *(f"{overheads[steps][name]:.2f}" for steps in requests))
     return table
 

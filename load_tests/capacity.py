@@ -1,7 +1,8 @@
-"""How many replicas a load needs, from what a step of so many rows costs. The model is told in docs/scale.md.
+"""How many replicas a load needs, from what a step of so many rows costs. The model is told in
+docs/scale.md.
 
-    python -m load_tests.capacity --arrivals 40 --steps 12 --p95 0.5              # from the committed measurement
-    python -m load_tests.capacity --measure > load_tests/results/capacity.json    # on this machine, first; then --costs that file
+    python -m load_tests.capacity --arrivals 40 --steps 12 --p95 0.5
+    python -m load_tests.capacity --measure > load_tests/results/capacity.json
 
 Times are seconds, rates images per second. The last line of output is JSON.
 """
@@ -26,7 +27,8 @@ from load_tests.report import Report
 
 COSTS = Path(__file__).parent / "results" / "capacity-2026-11-21.json"
 ROWS = (1, 2, 4, 8, 16)
-# By simulation: how far the p95 lies above an image's time alone, in units of that time × √utilisation / (1 − utilisation), or less.
+# By simulation: how far the p95 lies above an image's time alone, in units of that time ×
+# √utilisation / (1 − utilisation), or less.
 STRETCH = 2.4
 # Of saturation, as much as is planned for.
 NEARLY = 0.9
@@ -34,7 +36,9 @@ NEARLY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """A step of b rows, at most `rows`, takes base_s + b × row_s; around_s is the worker's time around an image's steps."""
+    """A step of b rows, at most `rows`, takes base_s + b × row_s; around_s is the worker's time
+    around an image's steps.
+    """
 
     base_s: float
     row_s: float
@@ -43,7 +47,9 @@ class Costs:
 
     @classmethod
     def fitted(cls, step_s: Mapping[int, float], around_s: float) -> Costs:
-        """step_s: seconds of a step by its rows, two numbers of rows at least; the largest is the batch's bound."""
+        """step_s: seconds of a step by its rows, two numbers of rows at least; the largest is
+        the batch's bound.
+        """
         row_s, base_s = np.polyfit(list(step_s), list(step_s.values()), 1)
         return cls(max(0.0, float(base_s)), float(row_s), around_s, max(step_s))
 
@@ -59,32 +65,45 @@ class Costs:
         return 1 / (self.around_s + steps * self.step(self.rows) / self.rows)
 
     def utilisation(self, rate: float, steps: int) -> float:
-        """Of the time, what so many images per second take for themselves, beyond what a step costs anyway."""
+        """Of the time, what so many images per second take for themselves, beyond what a step
+        costs anyway.
+        """
         return rate * (self.around_s + steps * self.row_s)
 
     def mean(self, rate: float, steps: int) -> float:
-        """Seconds an image takes on average: what it finds running stretches its own time, as in any shared processor."""
+        """Seconds an image takes on average: what it finds running stretches its own time, as in
+        any shared processor.
+        """
         return self.alone(steps) / (1 - self.utilisation(rate, steps))
 
     def p95(self, rate: float, steps: int) -> float:
-        """Seconds in which 95 % are through if `rate` images per second arrive at random; infinite beyond saturation."""
+        """Seconds in which 95 % are through if `rate` images per second arrive at random;
+        infinite beyond saturation.
+        """
         if rate >= self.saturated(steps):
             return math.inf
         busy = self.utilisation(rate, steps)
         return self.alone(steps) * (1 + STRETCH * math.sqrt(busy) / (1 - busy))
 
     def rate(self, steps: int, p95: float) -> float:
-        """The most images per second that keep to the p95. Raises ValueError if an idle replica does not."""
+        """The most images per second that keep to the p95. Raises ValueError if an idle replica
+        does not.
+        """
         beyond = p95 / self.alone(steps) - 1
         if beyond <= 0:
-            raise ValueError(f"an image of {steps} steps takes {self.alone(steps):.3f} s on an idle replica, which is not below {p95:g} s")
+            raise ValueError(
+                f"an image of {steps} steps takes {self.alone(steps):.3f} s on an idle "
+                f"replica, which is not below {p95:g} s"
+            )
         # beyond = STRETCH × √u / (1 − u), solved for √u.
         root = (math.sqrt(STRETCH**2 + 4 * beyond**2) - STRETCH) / (2 * beyond)
         return min(root**2 / self.utilisation(1, steps), NEARLY * self.saturated(steps))
 
 
 def replicas(costs: Costs, arrivals: float, steps: int, p95: float, spare: int = 0) -> int:
-    """For so many images per second, which the router shares out evenly; `spare` more may be lost. Raises what `Costs.rate` raises."""
+    """For so many images per second, which the router shares out evenly; `spare` more may be
+    lost. Raises what `Costs.rate` raises.
+    """
     return max(1, math.ceil(arrivals / costs.rate(steps, p95))) + spare
 
 
@@ -107,14 +126,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.capacity", description="How many replicas a load needs.")
-    parser.add_argument("--arrivals", type=float, default=10.0, help="images per second in all, 10 by default")
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps of each, 12 by default")
-    parser.add_argument("--p95", type=float, default=0.5, help="seconds in which 95 %% are to be through, 0.5 by default")
-    parser.add_argument("--spare", type=int, default=0, help="replicas that may be lost without it being exceeded, 0 by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.capacity", description="How many replicas a load needs."
+    )
+    parser.add_argument(
+        "--arrivals", type=float, default=10.0, help="images per second in all, 10 by default"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=12, help="denoising steps of each, 12 by default"
+    )
+    parser.add_argument(
+        "--p95",
+        type=float,
+        default=0.5,
+        help="seconds in which 95 %% are to be through, 0.5 by default",
+    )
+    parser.add_argument(
+        "--spare",
+        type=int,
+        default=0,
+        help="replicas that may be lost without it being exceeded, 0 by default",
+    )
     parser.add_argument("--costs", type=Path, default=COSTS, help="what --measure printed")
-    parser.add_argument("--measure", action="store_true", help="measure what a step costs on this machine, with the settings' weights")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds of measuring, 20 by default")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure what a step costs on this machine, with the settings' weights",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="rounds of measuring, 20 by default"
+    )
     return parser.parse_args(arguments)
 
 
@@ -148,7 +189,9 @@ def _table(answer: Mapping[str, Any]) -> Table:
 
 
 def _measured(repeats: int) -> dict[str, Any]:
-    """Steps of 1 to 16 images of the settings' first weights at their native size, and what lies around them; on a CPU with one thread."""
+    """Steps of 1 to 16 images of the settings' first weights at their native size, and what lies
+    around them; on a CPU with one thread.
+    """
     import torch
 
     from load_tests.stages import Workload, measure
@@ -160,17 +203,25 @@ def _measured(repeats: int) -> dict[str, Any]:
     settings = Settings()
     device = pick_device(settings.device)
     prepare(1 if device.type == "cpu" else settings.threads)
-    pipeline = Pipeline.load(find_bundle(settings.bundles[0]), device, pick_dtype(settings.dtype, device))
+    pipeline = Pipeline.load(
+        find_bundle(settings.bundles[0]), device, pick_dtype(settings.dtype, device)
+    )
     if not isinstance(pipeline, PipelineV3):
         raise ValueError("only weights of the v3 family are measured")
     workload = Workload(pipeline)
-    stages = {name: workload.engine_stages([12])[name] for name in ("encode", "prior", "condition", "decode")}
+    stages = {
+        name: workload.engine_stages([12])[name]
+        for name in ("encode", "prior", "condition", "decode")
+    }
     steps = {str(rows): workload.step_of(rows) for rows in ROWS}
-    # On a CPU what one thread computes, whoever else is there; a replica is to have its cores for itself.
+    # On a CPU what one thread computes, whoever else is there; a replica is to have its cores for
+    # itself.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     seconds = measure(stages | steps, pipeline.device, warm_up=2, repeats=repeats, clock=clock)
     # Of the quarter of the rounds that was disturbed least, the middle one.
-    figures = {name: round(1000 * float(np.quantile(taken, 0.125)), 3) for name, taken in seconds.items()}
+    figures = {
+        name: round(1000 * float(np.quantile(taken, 0.125)), 3) for name, taken in seconds.items()
+    }
     return {
         "weights": pipeline.config.name,
         "sha256": pipeline.config.sha256,

@@ -3,9 +3,11 @@
     python -m load_tests.curve --plot docs/curve.svg
     python -m load_tests.curve --seconds 4 --sides 64,128 --steps 8,12
 
-Requests come as a Poisson process and wait for nobody; a latency counts from when the request was due. The rate is multiplied until the
-server is saturated: it answers less than 95 % of what arrives, or refuses more than 1 %. Between that rate and the last sustained one lies
-the *knee*, which is narrowed down to 12 %. At every rate the first seconds are not counted. The last line of output is JSON.
+Requests come as a Poisson process and wait for nobody; a latency counts from when the request was
+due. The rate is multiplied until the server is saturated: it answers less than 95 % of what
+arrives, or refuses more than 1 %. Between that rate and the last sustained one lies the *knee*,
+which is narrowed down to 12 %. At every rate the first seconds are not counted. The last line of
+output is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from rich.table import Table
 from load_tests.batching import numbers
 from load_tests.report import Report, quantiles
 from load_tests.serving import Others, Server, figures_when_idle, serving
-from load_tests.traffic import REQUEST_TIMEOUT_S, Answer, Arrival, Load, Target, kinds_of, poisson_trace
+from load_tests.traffic import (
+    REQUEST_TIMEOUT_S,
+    Answer,
+    Arrival,
+    Load,
+    Target,
+    kinds_of,
+    poisson_trace,
+)
 
 FACTOR, PRECISION = 1.5, 1.12
 SERVED_SHARE, REFUSED_SHARE = 0.95, 0.01
@@ -35,7 +45,9 @@ TARGET_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What came of one rate. rate, arrived, served: per second; latency: of what was answered, if anything was; the others are shares."""
+    """What came of one rate. rate, arrived, served: per second; latency: of what was answered,
+    if anything was; the others are shares.
+    """
 
     rate: float
     arrived: float
@@ -47,16 +59,24 @@ class Point:
 
     @property
     def sustained(self) -> bool:
-        return self.served >= SERVED_SHARE * self.arrived and self.refused + self.failed <= REFUSED_SHARE
+        return (
+            self.served >= SERVED_SHARE * self.arrived
+            and self.refused + self.failed <= REFUSED_SHARE
+        )
 
     @property
     def on_target(self) -> bool:
         """Whether 99 of 100 are answered within half a second."""
-        return self.latency.get("p99_ms", math.inf) <= TARGET_S * 1000 and self.refused + self.failed <= REFUSED_SHARE
+        return (
+            self.latency.get("p99_ms", math.inf) <= TARGET_S * 1000
+            and self.refused + self.failed <= REFUSED_SHARE
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if the server does not start."""
+    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if the server does
+    not start.
+    """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("curve", command=shlex.join(["python", "-m", "load_tests.curve", *sent]))
@@ -64,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others = Others(server)
         points = asyncio.run(Curve(server, options).run())
         measured: dict[str, Any] = {"others_share_of_the_machine": others.share()}
-    measured |= {"kinds": [str(kind) for kind in kinds_of(options.sides, options.steps)], **summary(points)}
+    measured |= {
+        "kinds": [str(kind) for kind in kinds_of(options.sides, options.steps)],
+        **summary(points),
+    }
     report.add(_table(points))
     report.emit(measured)
     if options.plot:
@@ -74,20 +97,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.curve", description="Latency at rising rates; the last line is JSON.")
-    parser.add_argument("--sides", type=numbers, default=(128,), help="picture sides in pixels, 128 by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.curve",
+        description="Latency at rising rates; the last line is JSON.",
+    )
+    parser.add_argument(
+        "--sides", type=numbers, default=(128,), help="picture sides in pixels, 128 by default"
+    )
     parser.add_argument("--steps", type=numbers, default=(12,), help="step counts, 12 by default")
-    parser.add_argument("--first", type=float, default=4, help="the lowest rate, requests per second, 4 by default")
-    parser.add_argument("--seconds", type=float, default=10, help="that count at every rate, 10 by default")
-    parser.add_argument("--warm-up", type=float, default=2, help="seconds before them, 2 by default")
-    parser.add_argument("--timeout", type=float, default=5, help="of the requests, in seconds, 5 by default")
+    parser.add_argument(
+        "--first", type=float, default=4, help="the lowest rate, requests per second, 4 by default"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="that count at every rate, 10 by default"
+    )
+    parser.add_argument(
+        "--warm-up", type=float, default=2, help="seconds before them, 2 by default"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=5, help="of the requests, in seconds, 5 by default"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
     parser.add_argument("--plot", type=Path, help="an SVG or PNG file to draw")
     return parser.parse_args(arguments)
 
 
 def next_rate(points: Sequence[Point], first: float) -> float | None:
-    """Up by `FACTOR` until one is not sustained, then the geometric middle of the gap below it; None when that is narrow enough."""
+    """Up by `FACTOR` until one is not sustained, then the geometric middle of the gap below it;
+    None when that is narrow enough.
+    """
     if not points:
         return first
     saturated = min((point.rate for point in points if not point.sustained), default=math.inf)
@@ -99,11 +137,19 @@ def next_rate(points: Sequence[Point], first: float) -> float | None:
     return math.sqrt(below * saturated) if saturated / below > PRECISION else None
 
 
-def evaluate(rate: float, trace: Sequence[Arrival], answers: Sequence[Answer], warm_up: float, seconds: float) -> Point:
+def evaluate(
+    rate: float, trace: Sequence[Arrival], answers: Sequence[Answer], warm_up: float, seconds: float
+) -> Point:
     """Counts what was due after the warm-up, and what was answered in the seconds after it."""
-    counted = [answer for arrival, answer in zip(trace, answers, strict=True) if arrival.at >= warm_up]
+    counted = [
+        answer for arrival, answer in zip(trace, answers, strict=True) if arrival.at >= warm_up
+    ]
     good = [answer.seconds for answer in counted if answer.status == httpx.codes.OK]
-    ends = (arrival.at + answer.seconds for arrival, answer in zip(trace, answers, strict=True) if answer.status == httpx.codes.OK)
+    ends = (
+        arrival.at + answer.seconds
+        for arrival, answer in zip(trace, answers, strict=True)
+        if answer.status == httpx.codes.OK
+    )
     refused = sum(answer.refused for answer in counted)
     return Point(
         rate=round(rate, 3),
@@ -117,13 +163,20 @@ def evaluate(rate: float, trace: Sequence[Arrival], answers: Sequence[Answer], w
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any]:
-    """knee_per_s: what was served at the highest rate that was sustained. on_target_per_s: the highest at which p99 was within 500 ms."""
-    knee = max((point for point in points if point.sustained), key=lambda point: point.rate, default=None)
+    """knee_per_s: what was served at the highest rate that was sustained. on_target_per_s: the
+    highest at which p99 was within 500 ms.
+    """
+    knee = max(
+        (point for point in points if point.sustained), key=lambda point: point.rate, default=None
+    )
     on_target = max((point.rate for point in points if point.on_target), default=0.0)
     return {
         "knee_per_s": knee.served if knee else 0.0,
         "on_target_per_s": on_target,
-        "points": [asdict(point) | {"sustained": point.sustained} for point in sorted(points, key=lambda point: point.rate)],
+        "points": [
+            asdict(point) | {"sustained": point.sustained}
+            for point in sorted(points, key=lambda point: point.rate)
+        ],
     }
 
 
@@ -137,7 +190,9 @@ class Curve:
     async def run(self) -> list[Point]:
         limits = httpx.Limits(max_connections=None)
         points: list[Point] = []
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=self.server.url, timeout=REQUEST_TIMEOUT_S, limits=limits
+        ) as client:
             load = Load(client, {"timeout_s": self.options.timeout})
             target = Target("paellera", f"{self.server.url}/generate")
             await load.alone(target, self.kinds, repeats=2)
@@ -155,7 +210,18 @@ class Curve:
 
 def _table(points: Sequence[Point]) -> Table:
     table = Table(title="Open loop; per second, ms, and % of what arrived", title_justify="left")
-    for column in ("rate", "arrived", "served", "p50", "p95", "p99", "under 500 ms", "refused", "failed", "sustained"):
+    for column in (
+        "rate",
+        "arrived",
+        "served",
+        "p50",
+        "p95",
+        "p99",
+        "under 500 ms",
+        "refused",
+        "failed",
+        "sustained",
+    ):
         table.add_column(column, justify="right")
     for p in sorted(points, key=lambda point: point.rate):
         rates = (f"{p.rate:.1f}", f"{p.arrived:.1f}", f"{p.served:.1f}")

@@ -1,9 +1,13 @@
-"""List mutants that change no behaviour that a client, an operator or the worker could notice, each with the reason."""
+"""List mutants that change no behaviour that a client, an operator or the worker could notice,
+each with the reason.
+"""
 
 from __future__ import annotations
 
 _STEP_COSTS = "server/engine/latency_model.py:LatencyModel._seconds_per_round: "
-_STEP_COSTS_LINE = "return None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)"
+_STEP_COSTS_LINE = (
+    "return None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)"
+)
 
 EQUIVALENT: dict[str, str] = {
     f"{_STEP_COSTS}any((cost is None for cost in costs)) -> all((cost is None for cost in costs)) in {_STEP_COSTS_LINE}": (

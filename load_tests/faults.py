@@ -1,10 +1,12 @@
-"""Everything that can go wrong, with requests in flight: who is answered all the same, and how long until the server is ready again.
+"""Everything that can go wrong, with requests in flight: who is answered all the same, and how long
+until the server is ready again.
 
     python -m load_tests.faults
-    python -m load_tests.faults --under-load    # other faults, while requests keep arriving: under_load.py
+    python -m load_tests.faults --under-load  # while requests keep arriving
 
-A request is *lost* if it gets neither a picture nor the error that is meant for it (the poison request's own, say). Every second request is
-deterministic, and its picture must have the bytes that it had when nothing went wrong. Exits with 1 otherwise; the last line is JSON.
+A request is *lost* if it gets neither a picture nor the error that is meant for it (the poison
+request's own, say). Every second request is deterministic, and its picture must have the bytes that
+it had when nothing went wrong. Exits with 1 otherwise; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from rich.table import Table
 from load_tests import under_load
 from load_tests.processes import workers
 from load_tests.report import Report
-from load_tests.serving import PAELLERA, RUNNING, WAITING, Server, figures, figures_when_idle, serving
+from load_tests.serving import (
+    PAELLERA,
+    RUNNING,
+    WAITING,
+    Server,
+    figures,
+    figures_when_idle,
+    serving,
+)
 
 INSTRUMENTED = ("-m", "load_tests.instrumented")
 STALL_TIMEOUT_S = 4.0
@@ -38,7 +48,8 @@ REPLAYED, CANCELLED = "paella_requests_replayed_total", "paella_cancelled_total"
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """guilty: the prompt of one more request, which breaks the worker. meant: the error code for it; None means a picture.
+    """guilty: the prompt of one more request, which breaks the worker. meant: the error code for
+    it; None means a picture.
 
     strike: what is done to the server in place of that, once all are in flight.
     """
@@ -60,7 +71,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the requests in flight. ready_after_s: from the fault until /readyz says so for good, 0 if it never said otherwise."""
+    """What became of the requests in flight. ready_after_s: from the fault until /readyz says so
+    for good, 0 if it never said otherwise.
+    """
 
     fault: str
     in_flight: int
@@ -85,14 +98,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report(
-        "faults-under-load" if options.under_load else "faults", command=shlex.join(["python", "-m", "load_tests.faults", *sent])
+        "faults-under-load" if options.under_load else "faults",
+        command=shlex.join(["python", "-m", "load_tests.faults", *sent]),
     )
     outcomes: Sequence[Outcome] | Sequence[under_load.Outcome]
     outcomes, table = _under_load(options) if options.under_load else _in_flight(options)
     report.add(table)
     good = all(outcome.good for outcome in outcomes)
     lost = sum(outcome.lost for outcome in outcomes)
-    report.emit({"faults": [asdict(outcome) | {"lost": outcome.lost} for outcome in outcomes], "lost": lost, "good": good})
+    report.emit(
+        {
+            "faults": [asdict(outcome) | {"lost": outcome.lost} for outcome in outcomes],
+            "lost": lost,
+            "good": good,
+        }
+    )
     sys.exit(not good)
 
 
@@ -108,14 +128,24 @@ def _under_load(options: argparse.Namespace) -> tuple[Sequence[under_load.Outcom
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m load_tests.faults", description="What goes wrong, and who is answered; the last line is JSON."
+        prog="python -m load_tests.faults",
+        description="What goes wrong, and who is answered; the last line is JSON.",
     )
-    parser.add_argument("--requests", type=int, default=8, help="in flight at every fault, 8 by default")
+    parser.add_argument(
+        "--requests", type=int, default=8, help="in flight at every fault, 8 by default"
+    )
     parser.add_argument("--side", type=int, default=64, help="of their pictures, 64 by default")
     parser.add_argument("--steps", type=int, default=48, help="of each of them, 48 by default")
-    parser.add_argument("--under-load", action="store_true", help="other faults, while mixed requests keep arriving")
+    parser.add_argument(
+        "--under-load", action="store_true", help="other faults, while mixed requests keep arriving"
+    )
     parser.add_argument("--rate", type=float, default=8, help="of those, per second, 8 by default")
-    parser.add_argument("--seconds", type=float, default=15, help="in which they arrive at each fault, 15 by default")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=15,
+        help="in which they arrive at each fault, 15 by default",
+    )
     return parser.parse_args(arguments)
 
 
@@ -143,31 +173,51 @@ STOPPED = Fault("SIGTERM of the server", strike=_terminate)
 
 async def _run(options: argparse.Namespace) -> list[Outcome]:
     """All faults on one server; then SIGTERM on `paellera serve` itself."""
-    settings = {"PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S), "PAELLERA_START_WAIT_S": str(PATIENCE_S)}
+    settings = {
+        "PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S),
+        "PAELLERA_START_WAIT_S": str(PATIENCE_S),
+    }
     quiet = settings | {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_DRAIN_TIMEOUT_S": str(PATIENCE_S)}
-    bodies = [request(f"a red ball, number {seed}", seed, options) for seed in range(options.requests)]
+    bodies = [
+        request(f"a red ball, number {seed}", seed, options) for seed in range(options.requests)
+    ]
     with serving(quiet, INSTRUMENTED) as server:
         trial = Trial(server, bodies, await _references(server, bodies))
         outcomes = [await trial.run(fault) for fault in FAULTS]
     with serving(quiet, PAELLERA) as server:
         last = await replace(trial, server=server).run(STOPPED)
-        return [*outcomes, replace(last, exit_code=await asyncio.to_thread(server.process.wait, PATIENCE_S))]
+        return [
+            *outcomes,
+            replace(last, exit_code=await asyncio.to_thread(server.process.wait, PATIENCE_S)),
+        ]
 
 
 def request(prompt: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """A JSON body; every second one is deterministic."""
     size = {"width": options.side, "height": options.side, "num_inference_steps": options.steps}
-    return {"prompt": prompt, "seed": seed, "deterministic": seed % 2 == 0, "timeout_s": PATIENCE_S, **size}
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "deterministic": seed % 2 == 0,
+        "timeout_s": PATIENCE_S,
+        **size,
+    }
 
 
 async def _references(server: Server, bodies: Sequence[Mapping[str, Any]]) -> dict[int, bytes]:
     """The deterministic pictures by seed, asked for one by one while nothing is wrong."""
     async with _client(server) as client:
-        return {body["seed"]: (await _ask(client, body)).content for body in bodies if body["deterministic"]}
+        return {
+            body["seed"]: (await _ask(client, body)).content
+            for body in bodies
+            if body["deterministic"]
+        }
 
 
 def _client(server: Server) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S + 30, limits=httpx.Limits(max_connections=None))
+    return httpx.AsyncClient(
+        base_url=server.url, timeout=PATIENCE_S + 30, limits=httpx.Limits(max_connections=None)
+    )
 
 
 async def _ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Result:
@@ -182,7 +232,9 @@ async def _ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Result:
 
 @dataclass
 class Trial:
-    """One server, the requests that are in flight at every fault, and what the deterministic ones must be answered with, by seed."""
+    """One server, the requests that are in flight at every fault, and what the deterministic
+    ones must be answered with, by seed.
+    """
 
     server: Server
     bodies: list[dict[str, Any]]
@@ -205,22 +257,33 @@ class Trial:
                 in_flight=len(flying) + (guilty is not None),
                 answered=answered + (as_meant and fault.meant is None),
                 failed_as_meant=int(as_meant and fault.meant is not None),
-                same_bytes=all(self._same(body, result) for body, result in zip(self.bodies, results, strict=True)),
+                same_bytes=all(
+                    self._same(body, result)
+                    for body, result in zip(self.bodies, results, strict=True)
+                ),
                 replayed=int(after[REPLAYED] - before[REPLAYED]),
                 ready_after_s=await watch,
             )
 
-    async def _until_all_fly(self, client: httpx.AsyncClient, flying: Sequence[asyncio.Task[Result]]) -> None:
+    async def _until_all_fly(
+        self, client: httpx.AsyncClient, flying: Sequence[asyncio.Task[Result]]
+    ) -> None:
         while True:
             now = await figures(client)
             if any(task.done() for task in flying):
-                raise RuntimeError("a request was through before all had begun: --steps must be more")
+                raise RuntimeError(
+                    "a request was through before all had begun: --steps must be more"
+                )
             if now[RUNNING] and now[RUNNING] + now[WAITING] >= len(flying):
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _strike(self, fault: Fault, client: httpx.AsyncClient, flying: Sequence[asyncio.Task[Result]]) -> asyncio.Task[Result] | None:
-        """The fault happens, or will as soon as the guilty request, which is returned, is in its second step."""
+    async def _strike(
+        self, fault: Fault, client: httpx.AsyncClient, flying: Sequence[asyncio.Task[Result]]
+    ) -> asyncio.Task[Result] | None:
+        """The fault happens, or will as soon as the guilty request, which is returned, is in its
+        second step.
+        """
         if fault.strike:
             fault.strike(self.server)
         if fault.guilty is None:
@@ -232,14 +295,24 @@ class Trial:
             guilty.cancel()
         return guilty
 
-    async def _as_meant(self, fault: Fault, guilty: asyncio.Task[Result], client: httpx.AsyncClient, before: Mapping[str, float]) -> bool:
-        """Whether the guilty request got its error, or its picture; of a client that left, whether its row was taken out."""
+    async def _as_meant(
+        self,
+        fault: Fault,
+        guilty: asyncio.Task[Result],
+        client: httpx.AsyncClient,
+        before: Mapping[str, float],
+    ) -> bool:
+        """Whether the guilty request got its error, or its picture; of a client that left,
+        whether its row was taken out.
+        """
         if fault.meant == GONE:
             await asyncio.wait([guilty])
             now = await figures_when_idle(client)
             return now[CANCELLED] - before[CANCELLED] == 1
         result = await guilty
-        return result.code == fault.meant and (fault.meant is not None or result.status == httpx.codes.OK)
+        return result.code == fault.meant and (
+            fault.meant is not None or result.status == httpx.codes.OK
+        )
 
     async def _ready_after(self, client: httpx.AsyncClient, fault: Fault) -> float:
         """Polls until the server has been ready for longer than a stall can go unnoticed."""
@@ -258,12 +331,22 @@ class Trial:
 def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(title="Faults with requests in flight", title_justify="left")
     table.add_column("fault")
-    for column in ("in flight", "answered", "failed as meant", "lost", "same bytes", "replayed", "ready after s"):
+    for column in (
+        "in flight",
+        "answered",
+        "failed as meant",
+        "lost",
+        "same bytes",
+        "replayed",
+        "ready after s",
+    ):
         table.add_column(column, justify="right")
     for o in outcomes:
         counts = (o.in_flight, o.answered, o.failed_as_meant, o.lost)
         ready = f"exit code {o.exit_code}" if o.fault == STOPPED.name else f"{o.ready_after_s:.2f}"
-        table.add_row(o.fault, *map(str, counts), "yes" if o.same_bytes else "NO", str(o.replayed), ready)
+        table.add_row(
+            o.fault, *map(str, counts), "yes" if o.same_bytes else "NO", str(o.replayed), ready
+        )
     return table
 
 

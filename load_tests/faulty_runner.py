@@ -1,8 +1,10 @@
-"""A runner that breaks when it meets a prompt's first word: in the second step of which a row of that prompt is part.
+"""A runner that breaks when it meets a prompt's first word: in the second step of which a row of
+that prompt is part.
 
-`accelerator` is what torch raises after a failed kernel; `kill` is the kernel's out-of-memory killer; `hang` never returns; `memory` is
-what an allocation raises; `bug` is any other exception. They break every time, or with `-once` behind them (`hang-once`) until they are
-repeated alone. `memory-crowd` breaks whenever it shares the step with others.
+`accelerator` is what torch raises after a failed kernel; `kill` is the kernel's out-of-memory
+killer; `hang` never returns; `memory` is what an allocation raises; `bug` is any other exception.
+They break every time, or with `-once` behind them (`hang-once`) until they are repeated alone.
+`memory-crowd` breaks whenever it shares the step with others.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class FaultyRunner(Runner):
         super().__init__(settings)
         self._jobs: dict[RowId, Job] = {}
 
-    def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
+    def start(
+        self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch
+    ) -> list[tuple[str, ...]]:
         self._jobs |= {RowId(job.id, index): job for job, indices in parts for index in indices}
         return super().start(parts, watch)
 

@@ -1,10 +1,12 @@
-"""The published sizes on this machine: random weights in the published layout, imported, loaded, checked in memory and time, and served.
+"""The published sizes on this machine: random weights in the published layout, imported, loaded,
+checked in memory and time, and served.
 
-python -m load_tests.full_size                      # v3, then v1: some minutes, 10 GB of memory and of disk
+python -m load_tests.full_size  # v3, then v1: some minutes, 10 GB of memory and of disk
 python -m load_tests.full_size --families v1 --steps 1
 
-Denoiser, VQGAN and prior have their published sizes. The text encoders have their published widths and two layers, or the whole system
-would not fit into a small machine; `--encoders whole` gives them all of theirs. Whatever is written is removed at the end.
+Denoiser, VQGAN and prior have their published sizes. The text encoders have their published widths
+and two layers, or the whole system would not fit into a small machine; `--encoders whole` gives
+them all of theirs. Whatever is written is removed at the end.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ _LAYERS = 2
 _BYTES = 64
 _PROMPT = "a red apple on a white background"
 
-# What a process of its own runs, so that its peak memory is that of the one thing that is measured. It prints seconds, and MiB at
-# the end and at the start.
+# What a process of its own runs, so that its peak memory is that of the one thing that is measured.
+# It prints seconds, and MiB at the end and at the start.
 _MEASURE = """
 import os, sys, time
 from load_tests.processes import resident_mib
@@ -76,7 +78,8 @@ import_bundle(sources, config, directory / "bundle", torch.bfloat16)
 )
 _LOAD = _MEASURE.format(
     imports="""
-import open_clip, torch, transformers.models.t5.modeling_t5, transformers.models.byt5.tokenization_byt5
+import open_clip, torch
+import transformers.models.t5.modeling_t5, transformers.models.byt5.tokenization_byt5
 from pathlib import Path
 from model.bundle import load_bundle
 """,
@@ -86,7 +89,10 @@ from model.bundle import load_bundle
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
-    report = Report("full_size", command=f"python -m load_tests.full_size {' '.join(arguments or sys.argv[1:])}".strip())
+    report = Report(
+        "full_size",
+        command=f"python -m load_tests.full_size {' '.join(arguments or sys.argv[1:])}".strip(),
+    )
     prepare()
     measured = {}
     for family in options.families:
@@ -101,9 +107,16 @@ def _measure(family: str, directory: Path, options: argparse.Namespace) -> dict[
     config = whole if options.encoders == "whole" else shallow(whole)
     parts = shapes(whole)
     figures: dict[str, Any] = {
-        "parts": {name: {"parameters": part.parameters, "half_precision_bytes": part.bytes} for name, part in parts.items()},
-        "memory_bytes": {place: {"device": need.device, "cpu": need.cpu} for place, need in needs(parts).items()},
-        "gflop_per_forward": {what: round(count / 1e9, 1) for what, count in forward_flops(whole).items()},
+        "parts": {
+            name: {"parameters": part.parameters, "half_precision_bytes": part.bytes}
+            for name, part in parts.items()
+        },
+        "memory_bytes": {
+            place: {"device": need.device, "cpu": need.cpu} for place, need in needs(parts).items()
+        },
+        "gflop_per_forward": {
+            what: round(count / 1e9, 1) for what, count in forward_flops(whole).items()
+        },
     }
     config.write(directory)
     _timed(_WRITE, directory)
@@ -112,28 +125,44 @@ def _measure(family: str, directory: Path, options: argparse.Namespace) -> dict[
     figures["import"]["allowed_bytes"] = round(1.3 * largest + 500e6)
     for checkpoint in directory.glob("*.pt"):
         checkpoint.unlink()
-    return figures | {"load": _load(directory), "serving": _serve(directory / "bundle", options.steps)}
+    return figures | {
+        "load": _load(directory),
+        "serving": _serve(directory / "bundle", options.steps),
+    }
 
 
 def shallow(config: BundleConfig) -> BundleConfig:
-    """The same widths with encoders of two layers and a prior of few steps: what a machine without room for ByT5-XL can run."""
+    """The same widths with encoders of two layers and a prior of few steps: what a machine
+    without room for ByT5-XL can run.
+    """
     clip = replace(
-        config.clip, vision_cfg={**config.clip.vision_cfg, "layers": _LAYERS}, text_cfg={**config.clip.text_cfg, "layers": _LAYERS}
+        config.clip,
+        vision_cfg={**config.clip.vision_cfg, "layers": _LAYERS},
+        text_cfg={**config.clip.text_cfg, "layers": _LAYERS},
     )
     config = replace(config, clip=clip, recipe=replace(config.recipe, prior_steps=4))
-    return replace(config, byt5=replace(config.byt5, num_layers=_LAYERS)) if isinstance(config, BundleV3Config) else config
+    return (
+        replace(config, byt5=replace(config.byt5, num_layers=_LAYERS))
+        if isinstance(config, BundleV3Config)
+        else config
+    )
 
 
 def forward_flops(config: BundleConfig) -> dict[str, int]:
     """Of one forward pass at the native size, counted on the meta device: nothing is computed.
 
-    whole: what the published code computes at every step, the prompt's part included (v3: 64 bytes; v1: mapped at every position).
+    whole: what the published code computes at every step, the prompt's part included (v3: 64 bytes;
+    v1: mapped at every position).
     step: what is left of that when a prompt's part is computed once.
     """
     bundle = build(config, None)
     width, height = (side // config.vqgan.downscale for side in config.native_size)
     with torch.device("meta"), torch.inference_mode():
-        tokens, one, clip = torch.zeros(1, height, width, dtype=torch.int64), torch.ones(1), torch.ones(1, config.clip.embed_dim)
+        tokens, one, clip = (
+            torch.zeros(1, height, width, dtype=torch.int64),
+            torch.ones(1),
+            torch.ones(1, config.clip.embed_dim),
+        )
         denoiser = bundle.denoiser
         if isinstance(denoiser, Denoiser):
             byt5 = torch.ones(1, _BYTES, denoiser.config.byt5_embd)
@@ -148,17 +177,28 @@ def forward_flops(config: BundleConfig) -> dict[str, int]:
 
 def _largest(config: BundleConfig) -> int:
     """Bytes of the largest tensor in the checkpoints, which are bfloat16."""
-    return max(2 * t.numel() for _, module in build(config, None).networks() for t in module.state_dict().values())
+    return max(
+        2 * t.numel()
+        for _, module in build(config, None).networks()
+        for t in module.state_dict().values()
+    )
 
 
 def _timed(program: str, directory: Path) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(directory)], capture_output=True, text=True, check=True
+    )
     seconds, peak, baseline = map(float, done.stdout.split())
-    return {"seconds": round(seconds, 3), "peak_rss_bytes": round(peak * MIB), "peak_beyond_start_bytes": round((peak - baseline) * MIB)}
+    return {
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": round(peak * MIB),
+        "peak_beyond_start_bytes": round((peak - baseline) * MIB),
+    }
 
 
 def _load(directory: Path) -> dict[str, Any]:
-    """Loading what was imported, beside reading the same bytes from the same warm page cache, and as a copy whose files must be hashed.
+    """Loading what was imported, beside reading the same bytes from the same warm page cache, and
+    as a copy whose files must be hashed.
 
     Importing libraries is not part of it.
     """
@@ -173,12 +213,25 @@ def _load(directory: Path) -> dict[str, Any]:
     (directory / "bundle" / RECORD).unlink()
     hashed = _timed(_LOAD, directory)["seconds"]
     size = sum(path.stat().st_size for path in files)
-    times = {"times_reading": round(loaded["seconds"] / reading, 2), "hashed_times_reading": round(hashed / reading, 2)}
-    return {**loaded, "bytes": size, "reading_seconds": round(reading, 3), "hashed_seconds": hashed, **times}
+    times = {
+        "times_reading": round(loaded["seconds"] / reading, 2),
+        "hashed_times_reading": round(hashed / reading, 2),
+    }
+    return {
+        **loaded,
+        "bytes": size,
+        "reading_seconds": round(reading, 3),
+        "hashed_seconds": hashed,
+        **times,
+    }
 
 
 def _serve(bundle: Path, steps: int) -> dict[str, Any]:
-    settings = {"PAELLERA_WEIGHTS": str(bundle), "PAELLERA_DTYPE": "bfloat16", "PAELLERA_STALL_TIMEOUT_S": "300"}
+    settings = {
+        "PAELLERA_WEIGHTS": str(bundle),
+        "PAELLERA_DTYPE": "bfloat16",
+        "PAELLERA_STALL_TIMEOUT_S": "300",
+    }
     with serving(settings) as server, httpx.Client(base_url=server.url, timeout=600) as client:
         fields = {"prompt": _PROMPT, "seed": 7, "num_inference_steps": steps, "timeout_s": 600}
         answer = client.post("/generate", json=fields).raise_for_status()
@@ -201,36 +254,62 @@ def _table(family: str, figures: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("", justify="right")
     for name, part in figures["parts"].items():
-        table.add_row(f"{name}, half precision", f"{part['parameters']:,} parameters, {part['half_precision_bytes'] / GB:.2f} GB")
+        table.add_row(
+            f"{name}, half precision",
+            f"{part['parameters']:,} parameters, {part['half_precision_bytes'] / GB:.2f} GB",
+        )
     for place, need in figures["memory_bytes"].items():
-        table.add_row(f"weights, encoders: {place}", f"{need['device'] / GB:.2f} GB on the device, {need['cpu'] / GB:.2f} GB beside it")
+        table.add_row(
+            f"weights, encoders: {place}",
+            f"{need['device'] / GB:.2f} GB on the device, {need['cpu'] / GB:.2f} GB beside it",
+        )
     load, serve, written = figures["load"], figures["serving"], figures["import"]
     counts = figures["gflop_per_forward"]
-    table.add_row("one forward at the native size", f"{counts['whole']} GFLOP, {counts['step']} without the prompt's part")
-    table.add_row("import", f"{written['seconds']:.1f} s, peak {written['peak_beyond_start_bytes'] / 1e6:.0f} MB beyond the start")
     table.add_row(
-        "largest tensor, allowed peak", f"{figures['largest_tensor_bytes'] / 1e6:.0f} MB, {written['allowed_bytes'] / 1e6:.0f} MB"
+        "one forward at the native size",
+        f"{counts['whole']} GFLOP, {counts['step']} without the prompt's part",
+    )
+    table.add_row(
+        "import",
+        f"{written['seconds']:.1f} s, peak {written['peak_beyond_start_bytes'] / 1e6:.0f} "
+        f"MB beyond the start",
+    )
+    table.add_row(
+        "largest tensor, allowed peak",
+        f"{figures['largest_tensor_bytes'] / 1e6:.0f} MB, {written['allowed_bytes'] / 1e6:.0f} MB",
     )
     table.add_row(
         "load from a warm page cache",
-        f"{load['seconds']:.2f} s for {load['bytes'] / GB:.2f} GB, reading takes {load['reading_seconds']:.2f} s",
+        f"{load['seconds']:.2f} s for {load['bytes'] / GB:.2f} GB, reading takes "
+        f"{load['reading_seconds']:.2f} s",
     )
     table.add_row("the same of a copy, which is hashed", f"{load['hashed_seconds']:.2f} s")
     table.add_row("peak memory of the load", f"{load['peak_rss_bytes'] / 1e6:.0f} MB")
     table.add_row("server ready after", f"{serve['start_to_ready_s']:.1f} s")
     table.add_row("guided step of POST /generate", f"{serve['seconds_per_step']:.2f} s")
     table.add_row(
-        "peak memory of the server", ", ".join(f"{name} {max(peaks):.0f} MiB" for name, peaks in serve["peak_rss_mib"].items() if peaks)
+        "peak memory of the server",
+        ", ".join(
+            f"{name} {max(peaks):.0f} MiB" for name, peaks in serve["peak_rss_mib"].items() if peaks
+        ),
     )
     return table
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--families", nargs="+", choices=list(BUNDLES), default=list(BUNDLES))
-    p.add_argument("--steps", type=int, default=2, help="of the picture that is asked for over HTTP")
+    p.add_argument(
+        "--steps", type=int, default=2, help="of the picture that is asked for over HTTP"
+    )
     p.add_argument("--encoders", choices=["shallow", "whole"], default="shallow")
-    p.add_argument("--directory", type=Path, help="where there is room for the weights; default: the system's temporary directory")
+    p.add_argument(
+        "--directory",
+        type=Path,
+        help="where there is room for the weights; default: the system's temporary directory",
+    )
     return p.parse_args(arguments)
 
 

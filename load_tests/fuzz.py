@@ -1,11 +1,13 @@
-"""Schemathesis over the whole OpenAPI document, against a real server: no 5xx, and nothing that the document does not promise.
+"""Schemathesis over the whole OpenAPI document, against a real server: no 5xx, and nothing that the
+document does not promise.
 
     python -m load_tests.fuzz
     python -m load_tests.fuzz --examples 20 --url http://127.0.0.1:8000
 
-All of its checks and one of our own, in four phases: the document's examples, every bound of every field, random requests valid and
-invalid, and sequences of requests. What is valid is mostly made cheap before it is sent (`fuzz_hooks.py`). Exits with 1 if anything was
-found or fewer requests than --at-least were sent; the last line is JSON.
+All of its checks and one of our own, in four phases: the document's examples, every bound of every
+field, random requests valid and invalid, and sequences of requests. What is valid is mostly made
+cheap before it is sent (`fuzz_hooks.py`). Exits with 1 if anything was found or fewer requests than
+--at-least were sent; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -50,26 +52,47 @@ expected-statuses = ["2xx", {", ".join(map(str, REFUSALS))}]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit with 1 if anything was found or too little was sent, FileNotFoundError without Schemathesis."""
+    """Raises SystemExit with 1 if anything was found or too little was sent, FileNotFoundError
+    without Schemathesis.
+    """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("fuzz", command=shlex.join(["python", "-m", "load_tests.fuzz", *sent]))
     with _server(options.url) as url, tempfile.TemporaryDirectory() as directory:
         summary, answers = fuzz(f"{url}/openapi.json", options, Path(directory))
-    measured = judge(summary, options.at_least) | {"answers": {" ".join(map(str, key)): n for key, n in sorted(answers.items())}}
+    measured = judge(summary, options.at_least) | {
+        "answers": {" ".join(map(str, key)): n for key, n in sorted(answers.items())}
+    }
     report.add(_table(answers))
     report.emit(measured)
     sys.exit(not measured["good"])
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.fuzz", description="Schemathesis; the last line is JSON.")
-    parser.add_argument("--url", help="of a server that runs already; otherwise one with the embedded weights is started")
-    parser.add_argument("--examples", type=int, default=150, help="random requests for each endpoint, 150 by default")
-    parser.add_argument("--at-least", type=int, default=5000, help="requests that must be sent in all, 5000 by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.fuzz", description="Schemathesis; the last line is JSON."
+    )
+    parser.add_argument(
+        "--url",
+        help="of a server that runs already; otherwise one with the embedded weights is started",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=150,
+        help="random requests for each endpoint, 150 by default",
+    )
+    parser.add_argument(
+        "--at-least",
+        type=int,
+        default=5000,
+        help="requests that must be sent in all, 5000 by default",
+    )
     parser.add_argument("--clients", type=int, default=4, help="requests at once, 4 by default")
     parser.add_argument("--seed", type=int, default=0, help="of what is random")
-    parser.add_argument("--keep", type=Path, help="where every request and answer is written to, as lines of JSON")
+    parser.add_argument(
+        "--keep", type=Path, help="where every request and answer is written to, as lines of JSON"
+    )
     return parser.parse_args(arguments)
 
 
@@ -78,21 +101,59 @@ def _server(url: str | None) -> Iterator[str]:
     if url:
         yield url
         return
-    with serving({"PAELLERA_LOG_LEVEL": "error", "PAELLERA_MAX_REQUEST_WORK": str(MAX_WORK)}) as server:
+    with serving(
+        {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_MAX_REQUEST_WORK": str(MAX_WORK)}
+    ) as server:
         yield server.url
 
 
-def fuzz(document: str, options: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], Counter[tuple[str, str, int]]]:
-    """Schemathesis's own summary, and how many requests were answered how: (phase, valid or invalid, status)."""
-    configuration, summary, events = (directory / name for name in ("schemathesis.toml", "summary.json", "events.ndjson"))
+def fuzz(
+    document: str, options: argparse.Namespace, directory: Path
+) -> tuple[dict[str, Any], Counter[tuple[str, str, int]]]:
+    """Schemathesis's own summary, and how many requests were answered how: (phase, valid or
+    invalid, status).
+    """
+    configuration, summary, events = (
+        directory / name for name in ("schemathesis.toml", "summary.json", "events.ndjson")
+    )
     configuration.write_text(CONFIGURATION)
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(configuration), "run", document, "--checks", "all"]
-    command += ["--max-examples", str(options.examples), "--workers", str(options.clients), "--seed", str(options.seed)]
-    command += ["--report", "json,ndjson", "--report-json-path", str(summary), "--report-ndjson-path", str(events)]
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "--config-file",
+        str(configuration),
+        "run",
+        document,
+        "--checks",
+        "all",
+    ]
+    command += [
+        "--max-examples",
+        str(options.examples),
+        "--workers",
+        str(options.clients),
+        "--seed",
+        str(options.seed),
+    ]
+    command += [
+        "--report",
+        "json,ndjson",
+        "--report-json-path",
+        str(summary),
+        "--report-ndjson-path",
+        str(events),
+    ]
     # Its own report is for people; ours ends in JSON.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command += ["--generation-database", "none"]
-    subprocess.run(command, stdout=sys.stderr, cwd=directory, env={**os.environ, "PYTHONPATH": path}, check=False)
+    subprocess.run(
+        command,
+        stdout=sys.stderr,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
     if options.keep:
         shutil.copy(events, options.keep)
     with events.open() as lines:
@@ -100,37 +161,64 @@ def fuzz(document: str, options: argparse.Namespace, directory: Path) -> tuple[d
 
 
 def count(events: Iterator[Mapping[str, Any]]) -> Counter[tuple[str, str, int]]:
-    """Answers in Schemathesis's events, by phase, by whether the request was valid, and by status; 0 is no answer."""
+    """Answers in Schemathesis's events, by phase, by whether the request was valid, and by
+    status; 0 is no answer.
+    """
     counts: Counter[tuple[str, str, int]] = Counter()
     for event in events:
         scenario = event.get("ScenarioFinished", {})
         recorded = scenario.get("recorder", {})
         for id, interaction in recorded.get("interactions", {}).items():
             mode = recorded["cases"][id]["value"]["meta"]["generation"]["mode"]
-            counts[scenario["phase"], mode, (interaction.get("response") or {}).get("status_code", 0)] += 1
+            counts[
+                scenario["phase"], mode, (interaction.get("response") or {}).get("status_code", 0)
+            ] += 1
     return counts
 
 
 def judge(summary: Mapping[str, Any], at_least: int) -> dict[str, Any]:
-    """What of Schemathesis's summary matters. good: all of it ran, nothing was found, and enough was sent."""
+    """What of Schemathesis's summary matters. good: all of it ran, nothing was found, and enough
+    was sent.
+    """
     sent = summary["test_cases"]["generated"]
-    found = [failure["title"] if "title" in failure else str(failure) for failure in summary["failures"]]
+    found = [
+        failure["title"] if "title" in failure else str(failure) for failure in summary["failures"]
+    ]
     errors = [str(error) for error in summary["errors"]]
     finished = all(phase["status"] == "success" for phase in summary["phases"].values())
     operations = {key: summary["operations"][key] for key in ("total", "tested")}
-    good = finished and not found and not errors and sent >= at_least and operations["tested"] == operations["total"]
-    return {"requests": sent, "operations": operations, "found": found, "errors": errors, "seed": summary["seed"], "good": good}
+    good = (
+        finished
+        and not found
+        and not errors
+        and sent >= at_least
+        and operations["tested"] == operations["total"]
+    )
+    return {
+        "requests": sent,
+        "operations": operations,
+        "found": found,
+        "errors": errors,
+        "seed": summary["seed"],
+        "good": good,
+    }
 
 
 def _table(answers: Mapping[tuple[str, str, int], int]) -> Table:
-    table = Table(title="Answers, by phase and by whether the request fits the document", title_justify="left")
+    table = Table(
+        title="Answers, by phase and by whether the request fits the document", title_justify="left"
+    )
     table.add_column("phase")
     table.add_column("request")
     statuses = sorted({status for _, _, status in answers})
     for status in statuses:
         table.add_column(str(status), justify="right")
     for phase, mode in dict.fromkeys((phase, mode) for phase, mode, _ in answers):
-        table.add_row(phase, "valid" if mode == "positive" else "invalid", *(str(answers.get((phase, mode, s), "")) for s in statuses))
+        table.add_row(
+            phase,
+            "valid" if mode == "positive" else "invalid",
+            *(str(answers.get((phase, mode, s), "")) for s in statuses),
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""What Schemathesis is told about Paellera, loaded by it: what strings are pictures, and that what is valid may as well be small."""
+"""What Schemathesis is told about Paellera, loaded by it: what strings are pictures, and that
+what is valid may as well be small.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import schemathesis
 from hypothesis import strategies
 
 SIDE, STEPS, FRAMES = 32, 4, 3
-# Why a request that fits the document may be refused all the same: what fields, pictures and weights ask of each other.
+# Why a request that fits the document may be refused all the same: what fields, pictures and
+# weights ask of each other.
 SEMANTIC = (
     "multiple of",
     "needs a prompt or an image, and not both",
@@ -49,7 +52,14 @@ MARGINS = ("left", "right", "up", "down")
 def pictures() -> list[str]:
     """Base64 of small files of all formats, with transparency and without."""
     found = []
-    for format, mode in (("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L"), ("JPEG", "RGB"), ("WEBP", "RGBA"), ("GIF", "P")):
+    for format, mode in (
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "L"),
+        ("JPEG", "RGB"),
+        ("WEBP", "RGBA"),
+        ("GIF", "P"),
+    ):
         file = io.BytesIO()
         PIL.Image.linear_gradient("L").resize((SIDE, SIDE)).convert(mode).save(file, format)
         found.append(base64.b64encode(file.getvalue()).decode())
@@ -65,23 +75,41 @@ def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
 
 
 def _mark(value: Any) -> None:
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for inner in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         _mark(inner)
-    if isinstance(value, dict) and value.get("type") == "string" and "base64" in value.get("description", ""):
+    if (
+        isinstance(value, dict)
+        and value.get("type") == "string"
+        and "base64" in value.get("description", "")
+    ):
         value["format"] = "picture"
 
 
 def refused_for_a_reason(context: Any, response: Any, case: Any) -> None:
-    """Raises AssertionError if a request that fits the document is refused for what the document could have said."""
-    if case.meta is None or not case.meta.generation.mode.is_positive or response.status_code not in (400, 413, 415, 422):
+    """Raises AssertionError if a request that fits the document is refused for what the document
+    could have said.
+    """
+    if (
+        case.meta is None
+        or not case.meta.generation.mode.is_positive
+        or response.status_code not in (400, 413, 415, 422)
+    ):
         return
     message = response.json()["error"]["message"]
     assert any(re.search(reason, message) for reason in SEMANTIC), f"valid, but refused: {message}"
 
 
 def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
-    """Nine of ten valid requests are made cheap, so that thousands of them really draw; the tenth stays as it is."""
-    if case.meta is None or not case.meta.generation.mode.is_positive or not isinstance(case.body, dict):
+    """Nine of ten valid requests are made cheap, so that thousands of them really draw; the
+    tenth stays as it is.
+    """
+    if (
+        case.meta is None
+        or not case.meta.generation.mode.is_positive
+        or not isinstance(case.body, dict)
+    ):
         return
     if "timeout_s" in case.body:
         case.body["timeout_s"] = 300
@@ -93,7 +121,11 @@ def _shrink(body: dict[str, Any], path: str) -> None:
     """To what is quickly drawn and goes together, whatever the other fields are."""
     body.pop("model", None)
     body["num_inference_steps"] = STEPS
-    body |= {name: min(body[name] or 0, STEPS) for name in ("renoise_steps", "guidance_steps") if name in body}
+    body |= {
+        name: min(body[name] or 0, STEPS)
+        for name in ("renoise_steps", "guidance_steps")
+        if name in body
+    }
     for entry in body.get("regions") or ():
         entry.pop("mask", None)
         entry["box"] = [0, 0, 0.5, 1]
@@ -117,7 +149,10 @@ def _shrink_native(body: dict[str, Any], path: str) -> None:
         case "/variations":
             body.pop("weights", None)
         case "/interpolate":
-            body |= {"frames": FRAMES, "keyframes": [{"prompt": "a red ball"}, {"image": PICTURES[0]}]}
+            body |= {
+                "frames": FRAMES,
+                "keyframes": [{"prompt": "a red ball"}, {"image": PICTURES[0]}],
+            }
 
 
 def _shrink_openai(body: dict[str, Any], path: str) -> None:
@@ -125,7 +160,12 @@ def _shrink_openai(body: dict[str, Any], path: str) -> None:
         body.pop(name, None)
     body["size"] = f"{SIDE}x{SIDE}"
     if path == "/v1/images/edits" and body.get("mask"):
-        body |= {"size": "auto", "image": PICTURES[0], "mask": PICTURES[2], "mask_mode": "luminance"}
+        body |= {
+            "size": "auto",
+            "image": PICTURES[0],
+            "mask": PICTURES[2],
+            "mask_mode": "luminance",
+        }
 
 
 schemathesis.openapi.format("picture", strategies.sampled_from(PICTURES))

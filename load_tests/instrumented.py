@@ -1,4 +1,5 @@
-"""`paellera serve` with a worker that breaks on demand (`faulty_runner.py`), and the number of asyncio tasks in /metrics.
+"""`paellera serve` with a worker that breaks on demand (`faulty_runner.py`), and the number of
+asyncio tasks in /metrics.
 
 python -m load_tests.instrumented --port 8100
 """
@@ -19,19 +20,26 @@ from server.settings import Settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.instrumented", description="A server whose worker breaks on demand.")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.instrumented",
+        description="A server whose worker breaks on demand.",
+    )
     parser.add_argument("--port", type=int, default=8100)
     settings = Settings(host="127.0.0.1", port=parser.parse_args().port)
     logs.configure(settings.log_level)
     api = create_app(settings, worker=run_faulty_worker)
     state: AppState = api.state.paellera
-    tasks = Gauge("asyncio_tasks", "Unfinished tasks of the API process", registry=state.metrics.registry)
+    tasks = Gauge(
+        "asyncio_tasks", "Unfinished tasks of the API process", registry=state.metrics.registry
+    )
     tasks.set_function(lambda: len(asyncio.all_tasks()))
     run_server(api, settings)
 
 
 def run_faulty_worker(connection: Connection, settings: Settings) -> None:
-    """What its worker process runs. The import waits because it brings torch, which the API process does without."""
+    """What its worker process runs. The import waits because it brings torch, which the API
+    process does without.
+    """
     from load_tests.faulty_runner import main
 
     main(connection, settings)

@@ -1,7 +1,7 @@
 """Clients for Locust: one picture after the other, all operations mixed, many requests at once.
 
-    locust -f load_tests/locustfile.py --headless --users 8 --run-time 60s --host http://127.0.0.1:8000 MixedOperations
-    python -m load_tests.scenarios     # starts the server, too, and ends in one line of JSON
+    locust -f load_tests/locustfile.py --headless --users 8 --run-time 60s --host
+    http://127.0.0.1:8000 MixedOperations python -m load_tests.scenarios
 
 A refusal that says when to come back is no failure: the client waits for so long.
 """
@@ -28,7 +28,9 @@ NEW_PROMPTS = prompts()
 def picture(mode: str) -> str:
     """Base64 of a PNG: a gradient, or with mode L a mask whose lower half is white."""
     gradient = PIL.Image.linear_gradient("L").resize((SIDE, SIDE))
-    image = gradient.point(lambda value: 255 * (value > 127)) if mode == "L" else gradient.convert(mode)
+    image = (
+        gradient.point(lambda value: 255 * (value > 127)) if mode == "L" else gradient.convert(mode)
+    )
     file = io.BytesIO()
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -91,7 +93,15 @@ class MixedOperations(HttpUser):  # type: ignore[misc]
     """Somebody at work on a picture."""
 
     wait_time = between(0.2, 1)
-    tasks: ClassVar = {generate: 6, inpaint: 2, outpaint: 1, edit: 2, vary: 1, interpolate: 1, list_models: 1}
+    tasks: ClassVar = {
+        generate: 6,
+        inpaint: 2,
+        outpaint: 1,
+        edit: 2,
+        vary: 1,
+        interpolate: 1,
+        list_models: 1,
+    }
 
 
 class Bursts(HttpUser):  # type: ignore[misc]

@@ -1,4 +1,6 @@
-"""Clients that no HTTP library would be: they read slowly, fall silent in the midst of a request, or hang up without a word."""
+"""Clients that no HTTP library would be: they read slowly, fall silent in the midst of a
+request, or hang up without a word.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from typing import Any
 
 from load_tests.traffic import refused_honestly
 
-# The kernel's part of what a slow reader has not read yet stays small, so that the rest is the server's to keep.
+# The kernel's part of what a slow reader has not read yet stays small, so that the rest is the
+# server's to keep.
 RECEIVE_BUFFER_BYTES = 4096
 SIP_BYTES, SIP_EVERY_S = 256, 0.1
 GULP_BYTES = 1 << 16
@@ -32,18 +35,24 @@ class Client:
     number: int
 
     async def read_slowly(self, seconds: float) -> bool:
-        """Takes small sips for so long, then reads the rest. Whether that was a whole answer, or an honest refusal."""
+        """Takes small sips for so long, then reads the rest. Whether that was a whole answer, or
+        an honest refusal.
+        """
         loop, ends = asyncio.get_running_loop(), time.monotonic() + seconds
         async with self._connected() as connection:
             await loop.sock_sendall(connection, self._request(LARGE))
             received = bytearray()
-            while sip := await loop.sock_recv(connection, SIP_BYTES if (slowly := time.monotonic() < ends) else GULP_BYTES):
+            while sip := await loop.sock_recv(
+                connection, SIP_BYTES if (slowly := time.monotonic() < ends) else GULP_BYTES
+            ):
                 received += sip
                 await asyncio.sleep(SIP_EVERY_S if slowly else 0)
         return is_whole(bytes(received))
 
     async def stay_half_open(self, seconds: float) -> bool:
-        """Sends nothing, half a header, half a body or all of a request, by its number, and is silent. True: it waits for nothing."""
+        """Sends nothing, half a header, half a body or all of a request, by its number, and is
+        silent. True: it waits for nothing.
+        """
         request = self._request(SMALL)
         sent = (b"", request[:30], request[:-10], request)[self.number % 4]
         async with self._connected() as connection:
@@ -68,15 +77,22 @@ class Client:
 
     def _request(self, fields: Mapping[str, Any]) -> bytes:
         body = json.dumps({"prompt": "a red ball", "seed": self.number, **fields}).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        head = (
+            f"POST /generate HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: "
+            f"application/json\r\nContent-Length: {len(body)}\r\n"
+        )
         return head.encode() + b"Connection: close\r\n\r\n" + body
 
 
 def is_whole(answer: bytes) -> bool:
-    """Whether these are all the bytes of an answer with 200, or of a refusal that says when to come back."""
+    """Whether these are all the bytes of an answer with 200, or of a refusal that says when to
+    come back.
+    """
     head, _, body = answer.partition(b"\r\n\r\n")
     status_line, *lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    headers = {
+        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
     if headers.get("content-length") != str(len(body)):
         return False
     status = int(status_line.split()[1])

@@ -1,4 +1,5 @@
-"""Find the small faults that can be planted in a module's source: one changed operator, constant or statement each.
+"""Find the small faults that can be planted in a module's source: one changed operator, constant or
+statement each.
 
 Nothing is planted in annotations, decorators, docstrings, f-strings, and calls of `log`, nor in
 `zip`'s `strict`: a fault there changes no answer.
@@ -37,7 +38,9 @@ SWAPPED_CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted fault. source: the whole module with it. scope: the function or class that it is in. code: its line."""
+    """One planted fault. source: the whole module with it. scope: the function or class that it
+    is in. code: its line.
+    """
 
     module: str
     line: int
@@ -56,7 +59,9 @@ class Mutant:
 
 
 def find_mutants(module: str, source: str) -> list[Mutant]:
-    """Return every mutant of a module in the order of its source. Raises SyntaxError for source that is no Python."""
+    """Return every mutant of a module in the order of its source. Raises SyntaxError for source
+    that is no Python.
+    """
     lines = source.splitlines()
     mutants = []
     for node, scope, after in _walk(ast.parse(source), ""):
@@ -115,11 +120,17 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
     unread = {"annotation", "returns", "decorator_list", "type_params"}
     for name, value in ast.iter_fields(node):
         if name not in unread:
-            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, ast.AST))
+            yield from (
+                each
+                for each in (value if isinstance(value, list) else [value])
+                if isinstance(each, ast.AST)
+            )
 
 
 def _conditions(node: ast.AST) -> list[ast.expr]:
-    """Return the conditions to negate. Not a loop's, whose negation nearly always hangs, and no comparison, which is flipped."""
+    """Return the conditions to negate. Not a loop's, whose negation nearly always hangs, and no
+    comparison, which is flipped.
+    """
     match node:
         case ast.If(test=test) | ast.IfExp(test=test):
             conditions = [test]
@@ -127,7 +138,9 @@ def _conditions(node: ast.AST) -> list[ast.expr]:
             conditions = ifs
         case _:
             return []
-    return [each for each in conditions if not isinstance(each, ast.Compare) and not _is_negation(each)]
+    return [
+        each for each in conditions if not isinstance(each, ast.Compare) and not _is_negation(each)
+    ]
 
 
 def _is_negation(node: ast.expr) -> bool:
@@ -142,7 +155,9 @@ def _changed_expressions(node: ast.expr) -> Iterator[ast.expr]:
                 for other in COMPARISONS[type(operator)]:
                     changed.ops = [*ops[:i], other(), *ops[i + 1 :]]
                     yield changed
-        case ast.BinOp(op=operator), ast.BinOp() if type(operator) in ARITHMETIC and not _is_text(node):
+        case ast.BinOp(op=operator), ast.BinOp() if type(operator) in ARITHMETIC and not _is_text(
+            node
+        ):
             changed.op = ARITHMETIC[type(operator)]()
             yield changed
         case ast.BoolOp(op=operator), ast.BoolOp():
@@ -166,7 +181,9 @@ def _changed_constant(value: float) -> float:
 
 def _is_text(node: ast.BinOp) -> bool:
     """Return whether an operand is text, of which every fault is an error at once."""
-    sides = [side.value if isinstance(side, ast.Constant) else side for side in (node.left, node.right)]
+    sides = [
+        side.value if isinstance(side, ast.Constant) else side for side in (node.left, node.right)
+    ]
     return any(isinstance(side, str | bytes | ast.JoinedStr) for side in sides)
 
 

@@ -3,11 +3,11 @@
     python -m load_tests.mutate
     python -m load_tests.mutate --count 20 --seed 1 --modules server/engine/client.py model/rows.py
 
-Each fault (a mutant) is planted in a temporary copy of the working tree, and the tests related to its
-module run there: `tests/test_<module>.py` and those of `RELATED_TESTS`. A mutant is caught if a test
-fails or the tests take longer than their timeout. Survivors that change no behaviour are listed with
-a reason in `load_tests/equivalent_mutants.py`. Exits with 1 if the tests fail without a fault; the
-last line is JSON.
+Each fault (a mutant) is planted in a temporary copy of the working tree, and the tests related to
+its module run there: `tests/test_<module>.py` and those of `RELATED_TESTS`. A mutant is caught if a
+test fails or the tests take longer than their timeout. Survivors that change no behaviour are
+listed with a reason in `load_tests/equivalent_mutants.py`. Exits with 1 if the tests fail without a
+fault; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ from load_tests.mutants import Mutant, find_mutants
 from load_tests.report import Report, wilson_interval
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("server/engine", "server/api", "model/sampling.py", "model/rows.py", "model/row_builder.py")
+MODULES = (
+    "server/engine",
+    "server/api",
+    "model/sampling.py",
+    "model/rows.py",
+    "model/row_builder.py",
+)
 # Tests of a module or a folder, the quickest first, beside the one of the module's own name.
 RELATED_TESTS = {
     "model/row_builder.py": ("test_runner", "test_v1_operations"),
@@ -52,7 +58,12 @@ RELATED_TESTS = {
     "server/api/middleware.py": ("test_middleware", "test_bad_input", "test_auth"),
     "server/api/openai_schemas.py": ("test_openai_client",),
     "server/api/openapi.py": ("test_openai_client", "test_bad_input"),
-    "server/api/planning.py": ("test_image_operations", "test_bad_input", "test_canvas", "test_openai_client"),
+    "server/api/planning.py": (
+        "test_image_operations",
+        "test_bad_input",
+        "test_canvas",
+        "test_openai_client",
+    ),
     "server/api/responses.py": ("test_image_operations", "test_openai_client"),
     "server/api/routes_health.py": ("test_models",),
     "server/api/routes_models.py": ("test_models",),
@@ -67,9 +78,19 @@ RELATED_TESTS = {
     "server/engine/latency_model.py": ("test_latency_model", "test_admission"),
     "server/engine/messages.py": ("test_messages", "test_worker", "test_row_builder"),
     "server/engine/prompt_cache.py": ("test_runner",),
-    "server/engine/runner.py": ("test_cpu_threads", "test_runner", "test_worker", "test_row_builder"),
+    "server/engine/runner.py": (
+        "test_cpu_threads",
+        "test_runner",
+        "test_worker",
+        "test_row_builder",
+    ),
     "server/engine/scheduler.py": ("test_scheduler", "test_fairness", "test_worker"),
-    "server/engine/supervisor.py": ("test_supervisor", "test_cpu_threads", "test_client", "test_supervision"),
+    "server/engine/supervisor.py": (
+        "test_supervisor",
+        "test_cpu_threads",
+        "test_client",
+        "test_supervision",
+    ),
     "server/engine/worker.py": ("test_failure_isolation", "test_decode_queue"),
 }
 # Slow or machine-dependent tests prove nothing here that others do not.
@@ -100,7 +121,11 @@ class Copy:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        names = (
+            subprocess.run(listing, cwd=ROOT, capture_output=True, check=True)
+            .stdout.decode()
+            .split("\0")
+        )
         for name in filter(None, names):
             source, target = ROOT / name, directory / name
             if source.is_file():
@@ -184,17 +209,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.mutate", description="Mutation testing; the last line is JSON.")
-    parser.add_argument("--count", type=int, default=60, help="mutants drawn at random from all, 60 by default; 0: all")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.mutate", description="Mutation testing; the last line is JSON."
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=60,
+        help="mutants drawn at random from all, 60 by default; 0: all",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw, 0 by default")
-    parser.add_argument("--modules", nargs="+", default=MODULES, help="files and folders, relative to the repository")
-    parser.add_argument("--list", action="store_true", help="print the drawn mutants and run nothing")
+    parser.add_argument(
+        "--modules",
+        nargs="+",
+        default=MODULES,
+        help="files and folders, relative to the repository",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the drawn mutants and run nothing"
+    )
     return parser.parse_args(arguments)
 
 
 def sample(modules: Sequence[str], count: int, seed: int) -> list[Mutant]:
-    """Draw mutants without replacement, every one of the modules' with equal chance; return them by module."""
-    found = [mutant for path in _files(modules) for mutant in find_mutants(path.relative_to(ROOT).as_posix(), path.read_text())]
+    """Draw mutants without replacement, every one of the modules' with equal chance; return them
+    by module.
+    """
+    found = [
+        mutant
+        for path in _files(modules)
+        for mutant in find_mutants(path.relative_to(ROOT).as_posix(), path.read_text())
+    ]
     drawn = random.Random(seed).sample(found, min(count, len(found))) if count else found
     return sorted(drawn, key=lambda mutant: (mutant.module, mutant.line))
 
@@ -203,16 +248,28 @@ def _files(modules: Sequence[str]) -> list[Path]:
     paths = [ROOT / module for module in modules]
     if missing := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"no such module: {', '.join(missing)}")
-    return sorted({file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])})
+    return sorted(
+        {file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    )
 
 
 def related_tests(module: str, root: Path = ROOT) -> list[str]:
-    """Return the test files of a module, the quickest first. Raises LookupError if there are none."""
+    """Return the test files of a module, the quickest first. Raises LookupError if there are
+    none.
+    """
     path = Path(module)
-    names = [*RELATED_TESTS.get(module, ()), f"test_{path.stem}", f"test_{path.parent.name}_{path.stem}"]
+    names = [
+        *RELATED_TESTS.get(module, ()),
+        f"test_{path.stem}",
+        f"test_{path.parent.name}_{path.stem}",
+    ]
     for place in path.parents:
         names += RELATED_TESTS.get(place.as_posix(), ())
-    tests = [f"tests/{name}.py" for name in dict.fromkeys(names) if (root / "tests" / f"{name}.py").exists()]
+    tests = [
+        f"tests/{name}.py"
+        for name in dict.fromkeys(names)
+        if (root / "tests" / f"{name}.py").exists()
+    ]
     if not tests:
         raise LookupError(f"no tests of {module}")
     return tests
@@ -228,7 +285,11 @@ def _run_all(copy: Copy, mutants: Sequence[Mutant]) -> Iterator[Result]:
                 sys.exit(f"the tests of {mutant.module} fail without a mutant: {' '.join(tests)}")
         timeout_s = max(LEAST_TIMEOUT_S, TIMEOUT_FACTOR * baselines[mutant.module])
         result = run_mutant(copy, mutant, tests, timeout_s)
-        print(f"{number}/{len(mutants)} {result.outcome} {result.seconds:.0f} s {mutant.identity}", file=sys.stderr, flush=True)
+        print(
+            f"{number}/{len(mutants)} {result.outcome} {result.seconds:.0f} s {mutant.identity}",
+            file=sys.stderr,
+            flush=True,
+        )
         yield result
 
 
@@ -246,7 +307,9 @@ def run_mutant(copy: Copy, mutant: Mutant, tests: Sequence[str], timeout_s: floa
 
 
 def summary(results: Sequence[Result]) -> dict[str, object]:
-    """Count outcomes. rate: of those that change behaviour, caught or timed out, with its 95 % interval."""
+    """Count outcomes. rate: of those that change behaviour, caught or timed out, with its 95 %
+    interval.
+    """
     counts = Counter(result.outcome for result in results)
     caught = counts["caught"] + counts["timeout"]
     relevant = caught + counts["survived"]
@@ -265,8 +328,13 @@ def _table(results: Sequence[Result]) -> Table:
     for heading in ("module", "caught", "survived", "timeout", "equivalent"):
         table.add_column(heading, justify="left" if heading == "module" else "right")
     for module in (*dict.fromkeys(result.mutant.module for result in results), "all"):
-        counts = Counter(result.outcome for result in results if module in (result.mutant.module, "all"))
-        table.add_row(module, *(str(counts[outcome]) for outcome in ("caught", "survived", "timeout", "equivalent")))
+        counts = Counter(
+            result.outcome for result in results if module in (result.mutant.module, "all")
+        )
+        table.add_row(
+            module,
+            *(str(counts[outcome]) for outcome in ("caught", "survived", "timeout", "equivalent")),
+        )
     return table
 
 

@@ -1,9 +1,10 @@
-"""One picture beside processes that keep cores busy: with as many threads as the worker chooses, and with fixed numbers of them.
+"""One picture beside processes that keep cores busy: with as many threads as the worker chooses,
+and with fixed numbers of them.
 
     python -m load_tests.neighbours --requests 30
 
-A server for each; in every round each of them is asked in turn while the others stand still. Busy processes: none, one, one for each core.
-The last line of output is JSON.
+A server for each; in every round each of them is asked in turn while the others stand still. Busy
+processes: none, one, one for each core. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -42,23 +43,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Raises httpx.HTTPStatusError if a request fails."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
-    report = Report("neighbours", command=shlex.join(["python", "-m", "load_tests.neighbours", *sent]))
+    report = Report(
+        "neighbours", command=shlex.join(["python", "-m", "load_tests.neighbours", *sent])
+    )
     with ExitStack() as stack:
-        servers = {name: stack.enter_context(serving({"PAELLERA_LOG_LEVEL": "error", **settings})) for name, settings in SERVERS.items()}
+        servers = {
+            name: stack.enter_context(serving({"PAELLERA_LOG_LEVEL": "error", **settings}))
+            for name, settings in SERVERS.items()
+        }
         rows = [row for neighbours in NEIGHBOURS for row in measure(servers, neighbours, options)]
     report.add(_table(rows))
     report.emit({"rows": rows})
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.neighbours", description="Beside busy processes; the last line is JSON.")
-    parser.add_argument("--requests", type=int, default=30, help="of each server beside each number of processes, 30 by default")
-    parser.add_argument("--rounds", type=int, default=3, help="in which they are shared out, 3 by default")
-    parser.add_argument("--seconds", type=float, default=10, help="after so long a server's round is over, 10 by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.neighbours",
+        description="Beside busy processes; the last line is JSON.",
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=30,
+        help="of each server beside each number of processes, 30 by default",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="in which they are shared out, 3 by default"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=10,
+        help="after so long a server's round is over, 10 by default",
+    )
     return parser.parse_args(arguments)
 
 
-def measure(servers: Mapping[str, Server], neighbours: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(
+    servers: Mapping[str, Server], neighbours: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """A row for each server."""
     seconds: dict[str, list[float]] = {name: [] for name in servers}
     with busy(neighbours):
@@ -68,15 +91,24 @@ def measure(servers: Mapping[str, Server], neighbours: int, options: argparse.Na
                     for other in servers.values():
                         if other is not server:
                             others.enter_context(other.paused())
-                    seconds[name] += ask(server, options.requests // options.rounds, options.seconds)
+                    seconds[name] += ask(
+                        server, options.requests // options.rounds, options.seconds
+                    )
     for name, taken in seconds.items():
-        yield {"threads": name, "neighbours": neighbours, **quantiles(taken), "longest_ms": round(max(taken) * 1000, 3)}
+        yield {
+            "threads": name,
+            "neighbours": neighbours,
+            **quantiles(taken),
+            "longest_ms": round(max(taken) * 1000, 3),
+        }
 
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
     """Meanwhile so many processes compute all the time."""
-    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
+    ]
     try:
         yield
     finally:
@@ -86,7 +118,9 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def ask(server: Server, requests: int, seconds: float) -> list[float]:
-    """What pictures of new prompts take, one after the other: so many, but no further one after so many seconds."""
+    """What pictures of new prompts take, one after the other: so many, but no further one after
+    so many seconds.
+    """
     taken: list[float] = []
     began = time.perf_counter()
     with httpx.Client(base_url=server.url, timeout=120) as client:

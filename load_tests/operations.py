@@ -1,9 +1,11 @@
-"""What pictures that come in cost: /inpaint and /outpaint beside /generate, all of native size, over HTTP.
+"""What pictures that come in cost: /inpaint and /outpaint beside /generate, all of native size,
+over HTTP.
 
     python -m load_tests.operations --requests 40
 
-One request at a time, the three in turn, every prompt and every picture new to the server. The `PAELLERA_*` variables apply as they do to
-the server. The last line of output is JSON; `ratio` is the median over /generate's.
+One request at a time, the three in turn, every prompt and every picture new to the server. The
+`PAELLERA_*` variables apply as they do to the server. The last line of output is JSON; `ratio` is
+the median over /generate's.
 """
 
 from __future__ import annotations
@@ -32,11 +34,15 @@ WARM_UP = 3
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Raises SystemExit for bad arguments, httpx.HTTPStatusError for an answer that is none."""
-    parser = argparse.ArgumentParser(description="What pictures that come in cost; the last line of output is JSON.")
+    parser = argparse.ArgumentParser(
+        description="What pictures that come in cost; the last line of output is JSON."
+    )
     parser.add_argument("--requests", type=int, default=40, help="of each operation, 40 by default")
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(sent)
-    report = Report("operations", command=shlex.join(["python", "-m", "load_tests.operations", *sent]))
+    report = Report(
+        "operations", command=shlex.join(["python", "-m", "load_tests.operations", *sent])
+    )
     weights = Settings().bundles[0]
     measured = measure(weights, BundleConfig.read(find_bundle(weights)), options.requests)
     report.add(_table(measured))
@@ -48,7 +54,10 @@ def measure(weights: str, config: BundleConfig, requests: int) -> dict[str, dict
     new = prompts()
     seconds: dict[str, list[float]] = {name: [] for name in ("generate", "inpaint", "outpaint")}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in seconds}
-    with serving({"PAELLERA_WEIGHTS": weights}) as server, httpx.Client(base_url=server.url, timeout=600) as client:
+    with (
+        serving({"PAELLERA_WEIGHTS": weights}) as server,
+        httpx.Client(base_url=server.url, timeout=600) as client,
+    ):
         for number in range(-WARM_UP, requests):
             for name in seconds:
                 request = _request(name, next(new), config, number + WARM_UP)
@@ -61,7 +70,11 @@ def measure(weights: str, config: BundleConfig, requests: int) -> dict[str, dict
                     stages[name].append(server_timing_ms(answer))
     base = float(np.median(seconds["generate"]))
     return {
-        name: quantiles(taken) | {"ratio": round(float(np.median(taken)) / base, 3), "server_timing_ms": _medians(stages[name])}
+        name: quantiles(taken)
+        | {
+            "ratio": round(float(np.median(taken)) / base, 3),
+            "server_timing_ms": _medians(stages[name]),
+        }
         for name, taken in seconds.items()
     }
 
@@ -69,7 +82,9 @@ def measure(weights: str, config: BundleConfig, requests: int) -> dict[str, dict
 def _request(name: str, prompt: str, config: BundleConfig, number: int) -> dict[str, Any]:
     """The body of one request of an operation, its pictures such as nobody has seen before."""
     width, height = config.native_size
-    pixels = np.random.default_rng([number, len(name)]).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    pixels = np.random.default_rng([number, len(name)]).integers(
+        256, size=(8, 8, 3), dtype=np.uint8
+    )
     picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     if name == "inpaint":
         mask = Image.new("L", (width, height))
@@ -77,7 +92,10 @@ def _request(name: str, prompt: str, config: BundleConfig, number: int) -> dict[
         return {"data": {"prompt": prompt}, "files": {"image": _png(picture), "mask": _png(mask)}}
     if name == "outpaint":
         margin = config.size_step
-        return {"data": {"prompt": prompt, "right": margin}, "files": {"image": _png(picture.crop((0, 0, width - margin, height)))}}
+        return {
+            "data": {"prompt": prompt, "right": margin},
+            "files": {"image": _png(picture.crop((0, 0, width - margin, height)))},
+        }
     return {"json": {"prompt": prompt}}
 
 
@@ -88,15 +106,27 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _medians(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {stage: round(float(np.median([timing[stage] for timing in timings])), 2) for stage in timings[0]}
+    return {
+        stage: round(float(np.median([timing[stage] for timing in timings])), 2)
+        for stage in timings[0]
+    }
 
 
 def _table(measured: Mapping[str, Mapping[str, Any]]) -> Table:
     stages = next(iter(measured.values()))["server_timing_ms"]
-    table = Table("", "p50 ms", "p95 ms", "over /generate", *stages, title="Native size, one request at a time; server's stages: p50 ms")
+    table = Table(
+        "",
+        "p50 ms",
+        "p95 ms",
+        "over /generate",
+        *stages,
+        title="Native size, one request at a time; server's stages: p50 ms",
+    )
     for name, row in measured.items():
         own = (f"{milliseconds:.1f}" for milliseconds in row["server_timing_ms"].values())
-        table.add_row(f"/{name}", f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}", f"{row['ratio']:.2f}", *own)
+        table.add_row(
+            f"/{name}", f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}", f"{row['ratio']:.2f}", *own
+        )
     return table
 
 

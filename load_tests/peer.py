@@ -1,9 +1,11 @@
-"""What the engine is compared with: the same pipeline and weights behind LitServe, batched by whole requests.
+"""What the engine is compared with: the same pipeline and weights behind LitServe, batched by whole
+requests.
 
     python -m load_tests.peer --port 8100
 
-LitServe collects a batch (up to `max_batch_size` requests, waiting up to `batch_timeout`), and answers all of it when all of it is done. A
-denoising loop has one size and one step count, so the requests of a batch that agree in both run together, one such group after the other.
+LitServe collects a batch (up to `max_batch_size` requests, waiting up to `batch_timeout`), and
+answers all of it when all of it is done. A denoising loop has one size and one step count, so the
+requests of a batch that agree in both run together, one such group after the other.
 """
 
 import argparse
@@ -40,7 +42,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """A request to batch differently from now on, so that a search over settings needs one server only."""
+    """A request to batch differently from now on, so that a search over settings needs one
+    server only.
+    """
 
     max_batch_size: int
     batch_timeout: float
@@ -53,21 +57,31 @@ class PaellaAPI(litserve.LitAPI):  # type: ignore[misc]
         settings = Settings()
         prepare(settings.threads)
         where = pick_device(settings.device)
-        self.pipeline = Pipeline.load(find_bundle(settings.bundles[0]), where, pick_dtype(settings.dtype, where))
+        self.pipeline = Pipeline.load(
+            find_bundle(settings.bundles[0]), where, pick_dtype(settings.dtype, where)
+        )
         self.pipeline.generate(["warm"], [0], self.pipeline.config.recipe.sampling(steps=2))
 
     def decode_request(self, request: Request) -> Asked | Batching:
         """LitServe looks at the annotation to read JSON itself; what comes is the body's fields."""
         if "max_batch_size" in request:
             return Batching(**request)
-        return Asked(request["prompt"], request["seed"], request["width"], request["height"], request["num_inference_steps"])
+        return Asked(
+            request["prompt"],
+            request["seed"],
+            request["width"],
+            request["height"],
+            request["num_inference_steps"],
+        )
 
     def batch(self, inputs: list[Asked | Batching]) -> list[Asked | Batching]:
         return inputs
 
     def predict(self, batch: list[Asked | Batching]) -> list[Tensor]:
         """Pictures in the batch's order; an empty one for whoever only changed the settings."""
-        pictures: dict[int, Tensor] = {i: self._retune(asked) for i, asked in enumerate(batch) if isinstance(asked, Batching)}
+        pictures: dict[int, Tensor] = {
+            i: self._retune(asked) for i, asked in enumerate(batch) if isinstance(asked, Batching)
+        }
         groups: dict[tuple[int, int, int], dict[int, Asked]] = {}
         for i, asked in enumerate(batch):
             if isinstance(asked, Asked):
@@ -85,7 +99,9 @@ class PaellaAPI(litserve.LitAPI):  # type: ignore[misc]
         asked = list(group)
         width, height, steps = asked[0].group
         sampling = self.pipeline.config.recipe.sampling(steps=steps)
-        return self.pipeline.generate([a.prompt for a in asked], [a.seed for a in asked], sampling, width=width, height=height)
+        return self.pipeline.generate(
+            [a.prompt for a in asked], [a.seed for a in asked], sampling, width=width, height=height
+        )
 
     def unbatch(self, output: list[Tensor]) -> list[Tensor]:
         return output
@@ -94,16 +110,27 @@ class PaellaAPI(litserve.LitAPI):  # type: ignore[misc]
         if not output.numel():
             return Response()
         height, width, _ = output.shape
-        return Response(encode(Image(0, width, height, output.numpy().tobytes()), "png", 0, {}), media_type="image/png")
+        return Response(
+            encode(Image(0, width, height, output.numpy().tobytes()), "png", 0, {}),
+            media_type="image/png",
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.peer", description="The compared server; POST /predict, GET /health.")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.peer",
+        description="The compared server; POST /predict, GET /health.",
+    )
     parser.add_argument("--port", type=int, default=8100)
     port = parser.parse_args().port
-    # With one CPU or GPU there is one worker, as the engine has; and no request is dropped for having waited.
+    # With one CPU or GPU there is one worker, as the engine has; and no request is dropped for
+    # having waited.
     server = litserve.LitServer(
-        PaellaAPI(max_batch_size=LARGEST_BATCH, batch_timeout=0.01), accelerator="auto", devices=1, timeout=False, disable_openapi_url=True
+        PaellaAPI(max_batch_size=LARGEST_BATCH, batch_timeout=0.01),
+        accelerator="auto",
+        devices=1,
+        timeout=False,
+        disable_openapi_url=True,
     )
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
 

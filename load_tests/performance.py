@@ -1,4 +1,5 @@
-"""docs/performance.md and docs/curve.svg from what was measured: the newest result of each kind and machine in load_tests/results.
+"""docs/performance.md and docs/curve.svg from what was measured: the newest result of each kind and
+machine in load_tests/results.
 
 python -m load_tests.performance
 """
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, PLOT = ROOT / "load_tests" / "results", ROOT / "docs" / "performance.md", ROOT / "docs" / "curve.svg"
+RESULTS, PAGE, PLOT = (
+    ROOT / "load_tests" / "results",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "curve.svg",
+)
 
 INTRODUCTION = """# Performance
 
-Everything here was measured by the command above its table, on the machine named with it, with the embedded weights unless it says
+Everything here was measured by the command above its table, on the machine named with it, with
+the embedded weights unless it says
 otherwise. `python -m load_tests.performance` writes this page from `load_tests/results/`."""
 
 Result = Mapping[str, Any]
@@ -35,13 +41,21 @@ def main() -> None:
 
 def results(directory: Path) -> list[dict[str, Any]]:
     """Oldest first; each with its file's name under `file`."""
-    found = [json.loads(path.read_text()) | {"file": path.name} for path in directory.glob("*.json")]
-    return sorted((result for result in found if "report" in result), key=lambda result: str(result["date"]))
+    found = [
+        json.loads(path.read_text()) | {"file": path.name} for path in directory.glob("*.json")
+    ]
+    return sorted(
+        (result for result in found if "report" in result), key=lambda result: str(result["date"])
+    )
 
 
 def newest(found: Iterable[Result], report: str) -> list[Result]:
-    """The last result of this kind on each machine, and for each family of networks, the latest first."""
-    last = {(r["hardware"]["cpu"], *r.get("families", ())): r for r in found if r["report"] == report}
+    """The last result of this kind on each machine, and for each family of networks, the latest
+    first.
+    """
+    last = {
+        (r["hardware"]["cpu"], *r.get("families", ())): r for r in found if r["report"] == report
+    }
     return sorted(last.values(), key=lambda result: str(result["date"]), reverse=True)
 
 
@@ -58,18 +72,30 @@ def page(found: Sequence[Result]) -> str:
 
 
 def _origin(result: Result) -> str:
-    """How, where and when, and how busy the machine was with other things, as far as that is known."""
+    """How, where and when, and how busy the machine was with other things, as far as that is
+    known.
+    """
     hardware = result["hardware"]
     flags = hardware["cpu_flags"]
-    special = "AMX" if "amx_bf16" in flags else "AVX512-BF16" if "avx512_bf16" in flags else "AVX-512" if "avx512f" in flags else ""
-    machine = f"{hardware['usable_cores']} cores of {hardware['cpu']}" + (f" ({special})" if special else "")
+    special = (
+        "AMX"
+        if "amx_bf16" in flags
+        else "AVX512-BF16"
+        if "avx512_bf16" in flags
+        else "AVX-512"
+        if "avx512f" in flags
+        else ""
+    )
+    machine = f"{hardware['usable_cores']} cores of {hardware['cpu']}" + (
+        f" ({special})" if special else ""
+    )
     others = result.get("others_share_of_the_machine")
     busy = "" if others is None else f", {_percent(others)} of it busy with other things"
     source = f"[all of it](../load_tests/results/{result['file']})"
     return f"`{result['command']}`: {machine}{busy}, {result['date'][:10]}; {source}."
 
 
-# ── sections ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sections ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _bench(result: Result) -> Section:
@@ -77,19 +103,50 @@ def _bench(result: Result) -> Section:
     rows = []
     for steps, row in http["requests"].items():
         loop = stages[f"loop_{steps}"]
-        transcribed, beyond = stages.get(f"transcription_loop_{steps}", {}).get("p50_ms"), overhead.get(steps, {}).get("beyond_request")
-        times = (row["p50_ms"], row["p95_ms"], row["p99_ms"], loop["p50_ms"], loop["floor_ms"], transcribed, beyond)
+        transcribed, beyond = (
+            stages.get(f"transcription_loop_{steps}", {}).get("p50_ms"),
+            overhead.get(steps, {}).get("beyond_request"),
+        )
+        times = (
+            row["p50_ms"],
+            row["p95_ms"],
+            row["p99_ms"],
+            loop["p50_ms"],
+            loop["floor_ms"],
+            transcribed,
+            beyond,
+        )
         rows.append([steps, *map(_ms, times)])
     width, height = result["size"]
     memory = http["peak_memory_mib"]
-    said = f"{width}x{height} pixels, {result['dtype']}, one request at a time; milliseconds. Ready after {http['start_to_ready_s']:.1f} s;"
-    said += f" at most {max(memory['api']):.0f} MiB in the API process, {max(memory['children']):.0f} in the worker."
-    return said, ["steps", "p50", "p95", "p99", "loop", "its floor", "published loop", "HTTP and processes"], rows
+    said = (
+        f"{width}x{height} pixels, {result['dtype']}, one request at a time; milliseconds. "
+        f"Ready after {http['start_to_ready_s']:.1f} s;"
+    )
+    said += (
+        f" at most {max(memory['api']):.0f} MiB in the API process, "
+        f"{max(memory['children']):.0f} in the worker."
+    )
+    return (
+        said,
+        ["steps", "p50", "p95", "p99", "loop", "its floor", "published loop", "HTTP and processes"],
+        rows,
+    )
 
 
 def _neighbours(result: Result) -> Section:
-    rows = [[r["threads"], r["neighbours"], *(_ms(r[key]) for key in ("p50_ms", "p95_ms", "longest_ms"))] for r in result["rows"]]
-    said = "One request at a time. Chosen is what the worker does by itself (engine.md says how); the others are fixed numbers of threads,"
+    rows = [
+        [
+            r["threads"],
+            r["neighbours"],
+            *(_ms(r[key]) for key in ("p50_ms", "p95_ms", "longest_ms")),
+        ]
+        for r in result["rows"]
+    ]
+    said = (
+        "One request at a time. Chosen is what the worker does by itself (engine.md says "
+        "how); the others are fixed numbers of threads,"
+    )
     said += " the last as OpenMP would have it."
     return said, ["threads", "busy processes", "p50 ms", "p95 ms", "longest"], rows
 
@@ -100,20 +157,47 @@ def _curve(result: Result) -> Section:
         latency = _latencies(point["latency"])
         shares = (_percent(point["under_target"]), _percent(point["refused"]))
         rows.append([f"{point['rate']:.1f}", f"{point['served']:.1f}", *latency, *shares])
-    said = f"{', '.join(result['kinds'])}; requests are sent when they are due, whatever the server does. It keeps up with"
-    said += f" {result['knee_per_s']:.1f} a second; up to {result['on_target_per_s']:.1f}, 99 of 100 are answered within half a second."
+    said = (
+        f"{', '.join(result['kinds'])}; requests are sent when they are due, whatever the "
+        f"server does. It keeps up with"
+    )
+    said += (
+        f" {result['knee_per_s']:.1f} a second; up to {result['on_target_per_s']:.1f}, 99 of "
+        f"100 are answered within half a second."
+    )
     said += "\n\n![latency over the rate of arrivals](curve.svg)"
-    return said, ["arriving /s", "answered /s", "p50 ms", "p95 ms", "p99 ms", "under 500 ms", "refused"], rows
+    return (
+        said,
+        ["arriving /s", "answered /s", "p50 ms", "p95 ms", "p99 ms", "under 500 ms", "refused"],
+        rows,
+    )
 
 
 def _batching(result: Result) -> Section:
     peer, own, ratio = result["litserve"], result["paellera"], result["ratios"]["throughput"]
-    rows = [["answers /s, saturated", f"{peer['throughput_per_s']:.1f}", f"{own['throughput_per_s']:.1f}", f"{ratio:.2f}"]]
-    for name, key, quantile in (("latency p99, ms", "latency", "p99_ms"), ("slowdown p99", "slowdown", "p99")):
+    rows = [
+        [
+            "answers /s, saturated",
+            f"{peer['throughput_per_s']:.1f}",
+            f"{own['throughput_per_s']:.1f}",
+            f"{ratio:.2f}",
+        ]
+    ]
+    for name, key, quantile in (
+        ("latency p99, ms", "latency", "p99_ms"),
+        ("slowdown p99", "slowdown", "p99"),
+    ):
         theirs, ours = peer[key][quantile], own[key][quantile]
         rows.append([name, _ms(theirs), _ms(ours), f"{ours / theirs:.2f}"])
-    said = "Nine kinds of requests arrive at either server, at 80 % of what LitServe with whole-request batching can do. A slowdown is a"
-    return f"{said} latency over the same request's on the idle server.", ["", "LitServe", "Paellera", "ratio"], rows
+    said = (
+        "Nine kinds of requests arrive at either server, at 80 % of what LitServe with "
+        "whole-request batching can do. A slowdown is a"
+    )
+    return (
+        f"{said} latency over the same request's on the idle server.",
+        ["", "LitServe", "Paellera", "ratio"],
+        rows,
+    )
 
 
 def _operations(result: Result) -> Section:
@@ -125,16 +209,38 @@ def _operations(result: Result) -> Section:
 
 def _faults(result: Result) -> Section:
     keys = ("fault", "in_flight", "answered", "failed_as_meant", "lost")
-    rows = [[*(f[key] for key in keys), "yes" if f["same_bytes"] else "no", f["ready_after_s"]] for f in result["faults"]]
+    rows = [
+        [*(f[key] for key in keys), "yes" if f["same_bytes"] else "no", f["ready_after_s"]]
+        for f in result["faults"]
+    ]
     said = "Every deterministic picture must have the bytes it has when nothing goes wrong."
-    return said, ["fault", "in flight", "answered", "failed as meant", "lost", "same bytes", "ready again, s"], rows
+    return (
+        said,
+        [
+            "fault",
+            "in flight",
+            "answered",
+            "failed as meant",
+            "lost",
+            "same bytes",
+            "ready again, s",
+        ],
+        rows,
+    )
 
 
 def _faults_under_load(result: Result) -> Section:
     keys = ("fault", "sent", "answered", "refused", "lost", "replayed", "unready_s")
     rows = [[*(f[key] for key in keys), _ms(f["latency"]["p99_ms"])] for f in result["faults"]]
-    said = "Requests keep arriving, whatever happens. Lost is who gets neither a picture nor a refusal that says when to come back."
-    return said, ["fault", "sent", "answered", "refused", "lost", "replayed", "not ready, s", "p99 ms"], rows
+    said = (
+        "Requests keep arriving, whatever happens. Lost is who gets neither a picture nor a "
+        "refusal that says when to come back."
+    )
+    return (
+        said,
+        ["fault", "sent", "answered", "refused", "lost", "replayed", "not ready, s", "p99 ms"],
+        rows,
+    )
 
 
 def _soak(result: Result) -> Section:
@@ -142,9 +248,21 @@ def _soak(result: Result) -> Section:
     said = f"{last['requests']:,} requests in {result['seconds'] / 60:.0f} minutes."
     if "p99_drift" in result:
         slope = result["memory_mib_per_hour"]
-        said += f" Per hour {slope['api_mib']:+.1f} MiB in the API process and {slope['worker_mib']:+.1f} in the worker; p99"
-        said += f" {result['p99_drift']:+.1%} from the first tenth to the last; {result['errors']} errors."
-    names = {"api_mib": "API process, MiB", "worker_mib": "worker, MiB", "api_files": "files", "api_threads": "threads", "tasks": "tasks"}
+        said += (
+            f" Per hour {slope['api_mib']:+.1f} MiB in the API process and "
+            f"{slope['worker_mib']:+.1f} in the worker; p99"
+        )
+        said += (
+            f" {result['p99_drift']:+.1%} from the first tenth to the last; "
+            f"{result['errors']} errors."
+        )
+    names = {
+        "api_mib": "API process, MiB",
+        "worker_mib": "worker, MiB",
+        "api_files": "files",
+        "api_threads": "threads",
+        "tasks": "tasks",
+    }
     header = ["idle", f"after {first['requests']:,}", f"after {last['requests']:,}"]
     return said, header, [[name, first[key], last[key]] for key, name in names.items()]
 
@@ -153,21 +271,44 @@ def _full_size(result: Result) -> Section:
     rows = []
     for name, family in result["families"].items():
         parameters = sum(part["parameters"] for part in family["parts"].values())
-        seconds = (family["import"]["seconds"], family["load"]["seconds"], family["serving"]["seconds_per_step"])
+        seconds = (
+            family["import"]["seconds"],
+            family["load"]["seconds"],
+            family["serving"]["seconds_per_step"],
+        )
         peak = max(family["serving"]["peak_rss_mib"]["children"]) / 1024
-        rows.append([name, f"{parameters / 1e9:.2f} billion", *(f"{each:.1f}" for each in seconds), f"{peak:.1f}"])
-    return "The published networks with random values.", ["", "parameters", "import, s", "load, s", "a step, s", "worker, GiB"], rows
+        rows.append(
+            [
+                name,
+                f"{parameters / 1e9:.2f} billion",
+                *(f"{each:.1f}" for each in seconds),
+                f"{peak:.1f}",
+            ]
+        )
+    return (
+        "The published networks with random values.",
+        ["", "parameters", "import, s", "load, s", "a step, s", "worker, GiB"],
+        rows,
+    )
 
 
 def _scenarios(result: Result) -> Section:
-    rows = [[row["scenario"], f"`{row['request']}`", row["requests"], row["failures"], *_latencies(row)] for row in result["rows"]]
+    rows = [
+        [row["scenario"], f"`{row['request']}`", row["requests"], row["failures"], *_latencies(row)]
+        for row in result["rows"]
+    ]
     said = f"{result['users']} clients at once, in Locust's scenarios (`load_tests/locustfile.py`)."
     return said, ["scenario", "request", "sent", "failed", "p50 ms", "p95 ms", "p99 ms"], rows
 
 
 def _fuzz(result: Result) -> Section:
     found = ", ".join(result["found"] + result["errors"]) or "nothing"
-    return f"{result['requests']:,} requests to {result['operations']['tested']} operations; found: {found}.", [], []
+    return (
+        f"{result['requests']:,} requests to {result['operations']['tested']} operations; "
+        f"found: {found}.",
+        [],
+        [],
+    )
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], Section]]] = {
@@ -185,7 +326,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Section]]] = {
 }
 
 
-# ── words ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── words ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -198,7 +339,13 @@ def _latencies(row: Mapping[str, float]) -> list[str]:
 
 
 def _ms(milliseconds: float | None) -> str:
-    return "" if milliseconds is None else f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"
+    return (
+        ""
+        if milliseconds is None
+        else f"{milliseconds:.0f}"
+        if milliseconds >= 10
+        else f"{milliseconds:.1f}"
+    )
 
 
 def _percent(share: float) -> str:

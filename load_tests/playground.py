@@ -1,9 +1,11 @@
-"""From pressing Generate to the first preview and to the picture, as somebody at the playground sees them, beside the server's figures.
+"""From pressing Generate to the first preview and to the picture, as somebody at the playground
+sees them, beside the server's figures.
 
     python -m load_tests.playground --requests 30
 
-Needs Chromium. One request at a time, every prompt new to the server, the page's own number of previews. The `PAELLERA_*` variables apply
-as they do to the server. The last line of output is JSON; `first_to_whole` is the first preview's time over the picture's, by request.
+Needs Chromium. One request at a time, every prompt new to the server, the page's own number of
+previews. The `PAELLERA_*` variables apply as they do to the server. The last line of output is
+JSON; `first_to_whole` is the first preview's time over the picture's, by request.
 """
 
 from __future__ import annotations
@@ -25,42 +27,59 @@ from load_tests.serving import serving
 from server.settings import Settings
 
 WARM_UP = 3
-ROWS = {"first_preview": "to the first preview", "picture": "to the picture", "server": "of that, in the server's stages"}
+ROWS = {
+    "first_preview": "to the first preview",
+    "picture": "to the picture",
+    "server": "of that, in the server's stages",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Raises SystemExit for bad arguments, playwright's Error where there is no Chromium."""
-    parser = argparse.ArgumentParser(description="The playground's first preview and picture; the last line of output is JSON.")
+    parser = argparse.ArgumentParser(
+        description="The playground's first preview and picture; the last line of output is JSON."
+    )
     parser.add_argument("--requests", type=int, default=30)
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(sent)
-    report = Report("playground", command=shlex.join(["python", "-m", "load_tests.playground", *sent]))
+    report = Report(
+        "playground", command=shlex.join(["python", "-m", "load_tests.playground", *sent])
+    )
     measured = summary(drawn(options.requests))
     report.add(_table(measured))
     report.emit(measured)
 
 
 def drawn(requests: int) -> list[dict[str, Any]]:
-    """The page's own history entries of so many pictures: `preview` and `seconds` from the button on, `timings` by the server's stages."""
+    """The page's own history entries of so many pictures: `preview` and `seconds` from the
+    button on, `timings` by the server's stages.
+    """
     new = prompts()
     with serving({"PAELLERA_WEIGHTS": Settings().bundles[0]}) as server, browser() as chromium:
         playground = Playground(chromium.new_page())
         playground.open(server.url)
         for _ in range(WARM_UP + requests):
             playground.draw(next(new))
-        history: list[dict[str, Any]] = json.loads(playground.page.evaluate("localStorage.getItem('paellera.history')"))
+        history: list[dict[str, Any]] = json.loads(
+            playground.page.evaluate("localStorage.getItem('paellera.history')")
+        )
     return history[:requests]
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds by what they were spent until, and the share of the whole after which the first preview is seen."""
+    """Milliseconds by what they were spent until, and the share of the whole after which the
+    first preview is seen.
+    """
     first, whole = ([entry[name] for entry in entries] for name in ("preview", "seconds"))
     shares = np.array(first) / np.array(whole)
     return {
         "first_preview": quantiles(first),
         "picture": quantiles(whole),
         "server": quantiles([sum(entry["timings"].values()) for entry in entries]),
-        "first_to_whole": {"p50": round(float(np.median(shares)), 3), "p95": round(float(np.quantile(shares, 0.95)), 3)},
+        "first_to_whole": {
+            "p50": round(float(np.median(shares)), 3),
+            "p95": round(float(np.quantile(shares, 0.95)), 3),
+        },
     }
 
 

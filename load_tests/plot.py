@@ -1,4 +1,6 @@
-"""The latency–throughput curve as a picture: python -m load_tests.plot load_tests/results/curve-2026-11-21.json docs/curve.svg."""
+"""The latency–throughput curve as a picture: python -m load_tests.plot
+load_tests/results/curve-2026-11-21.json docs/curve.svg.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ RIGHT = 1.05
 COLOURS = {"p50": "#2a9d8f", "p95": "#e9a23b", "p99": "#d1495b"}
 INK, FAINT = "#333333", "#999999"
 # The same file for the same figures, with text that stays text.
-STYLE = {"svg.hashsalt": "paellera", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK}
+STYLE = {
+    "svg.hashsalt": "paellera",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+}
 
 
 def draw(measured: Mapping[str, Any], path: Path) -> None:
@@ -29,7 +37,9 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         _lines(axes, measured)
         _frame(axes, max(point["rate"] for point in measured["points"]))
-        figure.savefig(path, dpi=150, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else {})
+        figure.savefig(
+            path, dpi=150, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else {}
+        )
 
 
 def _lines(axes: Axes, measured: Mapping[str, Any]) -> None:
@@ -38,12 +48,33 @@ def _lines(axes: Axes, measured: Mapping[str, Any]) -> None:
     for name, colour in COLOURS.items():
         latencies = [point["latency"][f"{name}_ms"] for point in points]
         axes.plot(rates, latencies, "o-", color=colour, markersize=4, linewidth=1.8)
-        axes.annotate(name, (rates[0], latencies[0]), (-6, 0), textcoords="offset points", ha="right", va="center", color=colour)
+        axes.annotate(
+            name,
+            (rates[0], latencies[0]),
+            (-6, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=colour,
+        )
     axes.axhline(TARGET_MS, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate("500 ms", (0, TARGET_MS), (4, 4), xycoords=("axes fraction", "data"), textcoords="offset points")
+    axes.annotate(
+        "500 ms",
+        (0, TARGET_MS),
+        (4, 4),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+    )
     saturated = min(point["rate"] for point in measured["points"] if not point["sustained"])
     axes.axvspan(saturated, RIGHT * max(rates[-1], saturated), color=FAINT, alpha=0.15, linewidth=0)
-    axes.annotate("saturated", (saturated, 1), (4, -12), xycoords=("data", "axes fraction"), textcoords="offset points", color=FAINT)
+    axes.annotate(
+        "saturated",
+        (saturated, 1),
+        (4, -12),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        color=FAINT,
+    )
 
 
 def _frame(axes: Axes, rightmost: float) -> None:
@@ -62,7 +93,9 @@ def _frame(axes: Axes, rightmost: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m load_tests.plot", description="Draws what load_tests.curve measured.")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.plot", description="Draws what load_tests.curve measured."
+    )
     parser.add_argument("measured", type=Path, help="its last line")
     parser.add_argument("to", type=Path, help="an SVG or PNG file")
     options = parser.parse_args()

@@ -1,4 +1,6 @@
-"""What /proc says about processes: memory, open files, threads, children, CPU time. Elsewhere than on Linux there is nothing to be said."""
+"""What /proc says about processes: memory, open files, threads, children, CPU time. Elsewhere
+than on Linux there is nothing to be said.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ def family(pid: int) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    return sorted(int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in _read(str(path)).split())
+    return sorted(
+        int(child)
+        for path in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in _read(str(path)).split()
+    )
 
 
 def workers(pid: int) -> list[int]:

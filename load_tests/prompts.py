@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 _COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 _THINGS = ("ball", "box", "cup", "tree", "house", "star", "boat", "apple")
-_PLACES = ("on a table", "under a cloud", "in the snow", "beside a lake", "on the grass", "at night")
+_PLACES = (
+    "on a table",
+    "under a cloud",
+    "in the snow",
+    "beside a lake",
+    "on the grass",
+    "at night",
+)
 
 
 def prompts() -> Iterator[str]:

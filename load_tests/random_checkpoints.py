@@ -1,4 +1,6 @@
-"""Checkpoints with random values, of any size, in the layout that their authors published: pickles of bare state dicts."""
+"""Checkpoints with random values, of any size, in the layout that their authors published:
+pickles of bare state dicts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import Tensor
 from model.bundle import build, state_of
 from model.config import BundleConfig
 
-# Random numbers are drawn once and repeated: what is measured does not depend on them, and drawing a billion takes longer than it all.
+# Random numbers are drawn once and repeated: what is measured does not depend on them, and drawing
+# a billion takes longer than it all.
 _DRAWN = 2**20
 
 
@@ -20,12 +23,16 @@ def write_checkpoints(config: BundleConfig, directory: Path) -> None:
     for name, module in build(config, None).networks():
         state = {key: random_like(tensor, values) for key, tensor in state_of(module).items()}
         # Variances are not negative.
-        state.update({key: tensor.abs() for key, tensor in state.items() if key.endswith("running_var")})
+        state.update(
+            {key: tensor.abs() for key, tensor in state.items() if key.endswith("running_var")}
+        )
         torch.save(state, directory / f"{name}.pt")
 
 
 def random_like(tensor: Tensor, values: Tensor) -> Tensor:
-    """A tensor of this shape, on the CPU, spread as in a fresh network, so that activations stay in bounds."""
+    """A tensor of this shape, on the CPU, spread as in a fresh network, so that activations stay
+    in bounds.
+    """
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     fan_in = tensor[0].numel() if tensor.dim() > 1 else 4

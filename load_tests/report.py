@@ -1,4 +1,5 @@
-"""How every load test reports: tables for people, then one line of JSON for programs, with the machine and the versions it was measured on.
+"""How every load test reports: tables for people, then one line of JSON for programs, with the
+machine and the versions it was measured on.
 
 report = Report("bench", command="paellera bench --repeats 3")
 report.add(table)
@@ -26,15 +27,43 @@ from rich.console import Console
 from rich.table import Table
 
 # What decides how fast a CPU multiplies matrices.
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
+_CPU_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+    "bf16",
+)
 _FILE_WIDTH = 120
-_PACKAGES = ("paellera", "torch", "numpy", "transformers", "open_clip_torch", "safetensors", "fastapi", "uvicorn", "pillow")
+_PACKAGES = (
+    "paellera",
+    "torch",
+    "numpy",
+    "transformers",
+    "open_clip_torch",
+    "safetensors",
+    "fastapi",
+    "uvicorn",
+    "pillow",
+)
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Count, median, 95th and 99th percentile, in milliseconds. Raises IndexError without any measurement."""
+    """Count, median, 95th and 99th percentile, in milliseconds. Raises IndexError without any
+    measurement.
+    """
     p50, p95, p99 = np.quantile(seconds, (0.5, 0.95, 0.99)) * 1000
-    return {"n": len(seconds), "p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3), "p99_ms": round(float(p99), 3)}
+    return {
+        "n": len(seconds),
+        "p50_ms": round(float(p50), 3),
+        "p95_ms": round(float(p95), 3),
+        "p99_ms": round(float(p99), 3),
+    }
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -97,7 +126,9 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Report:
-    """One run. The machine is looked at when it begins, so that its load average is not the run's own."""
+    """One run. The machine is looked at when it begins, so that its load average is not the
+    run's own.
+    """
 
     name: str
     command: str
@@ -114,5 +145,11 @@ class Report:
             console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH)
             for table in self.tables:
                 console.print(table)
-        run = {"report": self.name, "date": self.date, "command": self.command, "hardware": self.hardware, "versions": versions()}
+        run = {
+            "report": self.name,
+            "date": self.date,
+            "command": self.command,
+            "hardware": self.hardware,
+            "versions": versions(),
+        }
         print(json.dumps(run | measurements), flush=True)

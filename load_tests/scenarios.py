@@ -2,7 +2,8 @@
 
     python -m load_tests.scenarios --users 8 --seconds 30
 
-Locust replaces Python's sockets, so it runs as a process of its own. Exits with 1 if a request failed; the last line of output is JSON.
+Locust replaces Python's sockets, so it runs as a process of its own. Exits with 1 if a request
+failed; the last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -44,30 +45,57 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit with 1 if a request failed, subprocess.CalledProcessError if Locust itself did."""
+    """Raises SystemExit with 1 if a request failed, subprocess.CalledProcessError if Locust
+    itself did.
+    """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
-    report = Report("scenarios", command=shlex.join(["python", "-m", "load_tests.scenarios", *sent]))
+    report = Report(
+        "scenarios", command=shlex.join(["python", "-m", "load_tests.scenarios", *sent])
+    )
     with serving({}) as server:
         others = Others(server)
         rows = [row for name in SCENARIOS for row in read(name, _locust(name, server.url, options))]
         share = others.share()
     good = bool(rows) and not any(row.failures for row in rows)
     report.add(_table(rows))
-    report.emit({"others_share_of_the_machine": share, "users": options.users, "rows": [asdict(row) for row in rows], "good": good})
+    report.emit(
+        {
+            "others_share_of_the_machine": share,
+            "users": options.users,
+            "rows": [asdict(row) for row in rows],
+            "good": good,
+        }
+    )
     sys.exit(not good)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.scenarios", description="Locust's scenarios; the last line is JSON.")
-    parser.add_argument("--users", type=int, default=8, help="at once in each scenario, 8 by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.scenarios",
+        description="Locust's scenarios; the last line is JSON.",
+    )
+    parser.add_argument(
+        "--users", type=int, default=8, help="at once in each scenario, 8 by default"
+    )
     parser.add_argument("--seconds", type=int, default=30, help="for each scenario, 30 by default")
     return parser.parse_args(arguments)
 
 
 def _locust(scenario: str, url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Locust's own statistics, one entry for each path."""
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--json", "--skip-log", "--host", url]
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        str(LOCUSTFILE),
+        "--headless",
+        "--json",
+        "--skip-log",
+        "--host",
+        url,
+    ]
     command += [
         "--users",
         str(options.users),
@@ -81,7 +109,13 @@ def _locust(scenario: str, url: str, options: argparse.Namespace) -> list[dict[s
     # A failed request is for us to tell, not for its exit code.
     command += ["--exit-code-on-error", "0", scenario]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ran = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, check=True, text=True)
+    ran = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+        text=True,
+    )
     statistics: list[dict[str, Any]] = json.loads(ran.stdout)
     return statistics
 
@@ -89,14 +123,20 @@ def _locust(scenario: str, url: str, options: argparse.Namespace) -> list[dict[s
 def read(scenario: str, statistics: Sequence[Mapping[str, Any]]) -> list[Row]:
     rows = []
     for entry in sorted(statistics, key=lambda entry: str(entry["name"])):
-        histogram = {float(milliseconds): count for milliseconds, count in entry["response_times"].items()}
+        histogram = {
+            float(milliseconds): count for milliseconds, count in entry["response_times"].items()
+        }
         quantiles = (quantile(histogram, q) for q in (0.5, 0.95, 0.99))
-        rows.append(Row(scenario, entry["name"], entry["num_requests"], entry["num_failures"], *quantiles))
+        rows.append(
+            Row(scenario, entry["name"], entry["num_requests"], entry["num_failures"], *quantiles)
+        )
     return rows
 
 
 def quantile(histogram: Mapping[float, int], q: float) -> float:
-    """The least value that a share `q` of all does not exceed. Raises IndexError for an empty histogram."""
+    """The least value that a share `q` of all does not exceed. Raises IndexError for an empty
+    histogram.
+    """
     values = sorted(histogram)
     seen = list(itertools.accumulate(histogram[value] for value in values))
     return values[bisect_left(seen, q * seen[-1])]

@@ -1,4 +1,6 @@
-"""A real server in a child process, for load tests: start it, wait until it is ready, look at its processes, stop it."""
+"""A real server in a child process, for load tests: start it, wait until it is ready, look at
+its processes, stop it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ PAELLERA = ("-m", "server.cli", "serve", "--host", "127.0.0.1")
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that was ready `start_to_ready_s` after its process began. It leads a process group of its own."""
+    """A server that was ready `start_to_ready_s` after its process began. It leads a process
+    group of its own.
+    """
 
     url: str
     process: subprocess.Popen[bytes]
@@ -44,7 +48,9 @@ class Server:
         return self.process.pid
 
     def peak_memory_mib(self) -> dict[str, list[float]]:
-        """Largest resident memory so far of the API process and of each of its children; empty lists elsewhere than on Linux."""
+        """Largest resident memory so far of the API process and of each of its children; empty
+        lists elsewhere than on Linux.
+        """
         return {"api": _peaks([self.pid]), "children": _peaks(children(self.pid))}
 
     def cpu_seconds(self) -> float:
@@ -73,25 +79,37 @@ class Others:
         return round((self._cpu_seconds() - self._before) / could, 3)
 
     def _cpu_seconds(self) -> float:
-        return machine_cpu_seconds() - time.process_time() - sum(server.cpu_seconds() for server in self._servers)
+        return (
+            machine_cpu_seconds()
+            - time.process_time()
+            - sum(server.cpu_seconds() for server in self._servers)
+        )
 
 
 @contextmanager
 def serving(
-    settings: Mapping[str, str], command: Sequence[str] = PAELLERA, ready: str = "/readyz", output: Path | None = None
+    settings: Mapping[str, str],
+    command: Sequence[str] = PAELLERA,
+    ready: str = "/readyz",
+    output: Path | None = None,
 ) -> Iterator[Server]:
-    """A server on a free loopback port with this environment's settings and these on top (`{"PAELLERA_WEIGHTS": "tiny"}`).
+    """A server on a free loopback port with this environment's settings and these on top
+    (`{"PAELLERA_WEIGHTS": "tiny"}`).
 
-    command: Python's arguments, to which `--port N` is added. ready: the path that answers 200 once it serves.
+    command: Python's arguments, to which `--port N` is added. ready: the path that answers 200 once
+    it serves.
     output: the file that its standard output and standard error go to, in place of ours.
-    Raises RuntimeError if it exits before it is ready, TimeoutError if it is not ready within `READY_TIMEOUT_S`.
+    Raises RuntimeError if it exits before it is ready, TimeoutError if it is not ready within
+    `READY_TIMEOUT_S`.
     """
     port = free_port()
     began = time.perf_counter()
     arguments = [sys.executable, *command, "--port", str(port)]
     environment = {**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings}
     with output.open("wb") if output else contextlib.nullcontext() as file:
-        process = subprocess.Popen(arguments, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url + ready)
@@ -102,12 +120,18 @@ def serving(
 
 def server_timing_ms(response: httpx.Response) -> dict[str, float]:
     """The `Server-Timing` header: milliseconds by stage."""
-    entries = (entry.strip().partition(";dur=") for entry in response.headers.get("server-timing", "").split(",") if entry.strip())
+    entries = (
+        entry.strip().partition(";dur=")
+        for entry in response.headers.get("server-timing", "").split(",")
+        if entry.strip()
+    )
     return {stage: float(duration) for stage, _, duration in entries}
 
 
 async def figures(client: httpx.AsyncClient) -> Counter[str]:
-    """What /metrics says, summed over labels; what it does not say yet is 0. Raises httpx.HTTPStatusError."""
+    """What /metrics says, summed over labels; what it does not say yet is 0. Raises
+    httpx.HTTPStatusError.
+    """
     answer = (await client.get("/metrics")).raise_for_status()
     sums: Counter[str] = Counter()
     for metric in text_string_to_metric_families(answer.text):

@@ -3,9 +3,11 @@
     python -m load_tests.soak --requests 10000
     python -m load_tests.soak --minutes 60
 
-After every tenth of them the server may come to rest and is looked at: memory of both processes, open files, threads, asyncio tasks, rows.
-Exits with 1 if from the first tenth to the end memory has grown by more than 2 %, or anything else at all, or a request went wrong. What
-memory grows by in an hour is the slope of a line through the snapshots; p99 is that of the answers of a tenth. The last line is JSON.
+After every tenth of them the server may come to rest and is looked at: memory of both processes,
+open files, threads, asyncio tasks, rows. Exits with 1 if from the first tenth to the end memory has
+grown by more than 2 %, or anything else at all, or a request went wrong. What memory grows by in an
+hour is the slope of a line through the snapshots; p99 is that of the answers of a tenth. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ STEPS = 2
 CANCELLED_BY_ID, HANGS_UP, DETERMINISTIC = (3,), (7,), (1, 5)
 HANGS_UP_AFTER_S = 0.02
 REST_S = 1.0
-# Full before the first snapshot: the default of 256 MiB takes thousands of these requests to fill, which is growth, but not a leak.
+# Full before the first snapshot: the default of 256 MiB takes thousands of these requests to fill,
+# which is growth, but not a leak.
 _CACHE_BYTES = 32 << 20
 
 
@@ -82,7 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(sent)
     report = Report("soak", command=shlex.join(["python", "-m", "load_tests.soak", *sent]))
     began = time.perf_counter()
-    with serving({"PAELLERA_LOG_LEVEL": "error", "PAELLERA_PROMPT_CACHE_BYTES": str(_CACHE_BYTES)}, INSTRUMENTED) as server:
+    with serving(
+        {"PAELLERA_LOG_LEVEL": "error", "PAELLERA_PROMPT_CACHE_BYTES": str(_CACHE_BYTES)},
+        INSTRUMENTED,
+    ) as server:
         soak = Soak(server, options.side)
         tenths = asyncio.run(soak.run(shares(options.requests, options.minutes), options.clients))
     measured = {"seconds": round(time.perf_counter() - began, 1), **judge(tenths, soak.statuses)}
@@ -96,7 +102,9 @@ EXPECTED = (200, 499, 0)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m load_tests.soak", description="Many small requests; the last line is JSON.")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.soak", description="Many small requests; the last line is JSON."
+    )
     parser.add_argument("--requests", type=int, default=10_000, help="10,000 by default")
     parser.add_argument("--minutes", type=float, help="as many requests as fit into them instead")
     parser.add_argument("--clients", type=int, default=8, help="requests at once, 8 by default")
@@ -105,9 +113,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def shares(requests: int, minutes: float | None) -> Iterator[Iterator[int]]:
-    """The numbers of the requests of each tenth; with minutes, each tenth begins when it is asked for and lasts as long."""
+    """The numbers of the requests of each tenth; with minutes, each tenth begins when it is
+    asked for and lasts as long.
+    """
     if minutes is None:
-        yield from (iter(range(requests * tenth // 10, requests * (tenth + 1) // 10)) for tenth in range(10))
+        yield from (
+            iter(range(requests * tenth // 10, requests * (tenth + 1) // 10)) for tenth in range(10)
+        )
         return
     numbers = itertools.count()
     for _ in range(10):
@@ -123,7 +135,9 @@ def judge(tenths: Sequence[Tenth], statuses: Mapping[int, int]) -> dict[str, Any
     """What has grown or gone wrong. p99_drift: the last tenth's over the first's, less one."""
     first, last = tenths[0], tenths[-1]
     errors = {str(status): n for status, n in statuses.items() if status not in EXPECTED}
-    violations = last.snapshot.violations(first.snapshot) + [f"status {status}: {n}" for status, n in errors.items()]
+    violations = last.snapshot.violations(first.snapshot) + [
+        f"status {status}: {n}" for status, n in errors.items()
+    ]
     return {
         "answers": {str(status): n for status, n in sorted(statuses.items())},
         "errors": sum(errors.values()),
@@ -138,7 +152,10 @@ def judge(tenths: Sequence[Tenth], statuses: Mapping[int, int]) -> dict[str, Any
 
 def _slope(tenths: Sequence[Tenth], name: str) -> float:
     """MiB per hour."""
-    hours, mib = [tenth.ended_s / 3600 for tenth in tenths], [getattr(tenth.snapshot, name) for tenth in tenths]
+    hours, mib = (
+        [tenth.ended_s / 3600 for tenth in tenths],
+        [getattr(tenth.snapshot, name) for tenth in tenths],
+    )
     return round(float(np.polyfit(hours, mib, 1)[0]), 2)
 
 
@@ -194,7 +211,13 @@ class Soak:
 
     def _body(self, number: int) -> dict[str, Any]:
         size = {"width": self.side, "height": self.side, "num_inference_steps": STEPS}
-        return {"prompt": next(self._prompts), "seed": number, "deterministic": number % 10 in DETERMINISTIC, "timeout_s": 300, **size}
+        return {
+            "prompt": next(self._prompts),
+            "seed": number,
+            "deterministic": number % 10 in DETERMINISTIC,
+            "timeout_s": 300,
+            **size,
+        }
 
     async def _snapshot(self, client: httpx.AsyncClient, requests: int) -> Snapshot:
         await figures_when_idle(client)
@@ -216,12 +239,18 @@ class Soak:
 
 
 def _table(tenths: Sequence[Tenth]) -> Table:
-    table = Table(title="The idle server, after so many requests, and the latency of those before", title_justify="left")
+    table = Table(
+        title="The idle server, after so many requests, and the latency of those before",
+        title_justify="left",
+    )
     for column in (*asdict(tenths[0].snapshot), "p50 ms", "p99 ms"):
         table.add_column(column.replace("_", " "), justify="right")
     for tenth in tenths:
         latency = (tenth.latency["p50_ms"], tenth.latency["p99_ms"])
-        table.add_row(*(f"{value:g}" for value in asdict(tenth.snapshot).values()), *(f"{value:.0f}" for value in latency))
+        table.add_row(
+            *(f"{value:g}" for value in asdict(tenth.snapshot).values()),
+            *(f"{value:.0f}" for value in latency),
+        )
     return table
 
 

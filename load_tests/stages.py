@@ -1,6 +1,8 @@
-"""What one bundle's stages cost in this process: seconds, floating-point operations, and the machine's own ceiling for those.
+"""What one bundle's stages cost in this process: seconds, floating-point operations, and the
+machine's own ceiling for those.
 
-Stages that are compared run interleaved, one after the other in every round, so that a machine that slows down slows all of them.
+Stages that are compared run interleaved, one after the other in every round, so that a machine that
+slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -35,9 +37,12 @@ def _depthwise_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **_
     return 2 * 9 * math.prod(out_shape)
 
 
-# The CPU's own kernels, which torch's counter does not know. Their packed weights do not tell their shape.
+# The CPU's own kernels, which torch's counter does not know. Their packed weights do not tell their
+# shape.
 _UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+        sdpa_flop_count(q, k, v)
+    ),
     torch.ops.mkl._mkl_linear: _linear_flops,
     torch.ops.mkldnn._linear_pointwise: _linear_flops,
     torch.ops.mkldnn._convolution_pointwise: _depthwise_flops,
@@ -53,7 +58,10 @@ class Workload:
         self.noise = pipeline.noise(seed, *config.native_size, steps=64)
         self.prompt, self.negative = pipeline.encode([PROMPT, ""])
         (self.image,) = pipeline.prior_embeddings([self.prompt], [self.noise])
-        self.conditional, self.unconditional = pipeline.condition(self.prompt, self.image), pipeline.condition(self.negative)
+        self.conditional, self.unconditional = (
+            pipeline.condition(self.prompt, self.image),
+            pipeline.condition(self.negative),
+        )
         self.tokens = self.noise.start[None].to(pipeline.device)
 
     def sampling(self, steps: int) -> SamplingConfig:
@@ -72,12 +80,17 @@ class Workload:
             **{f"request_{n}": partial(self._request, n) for n in step_counts},
         }
 
-    def transcription_stages(self, step_counts: Sequence[int], autocast: torch.dtype | None = None) -> dict[str, Stage]:
+    def transcription_stages(
+        self, step_counts: Sequence[int], autocast: torch.dtype | None = None
+    ) -> dict[str, Stage]:
         """The published loop in fp32, or under autocast to the given type."""
         model = Transcription(self.pipeline.config.denoiser).eval().to(self.pipeline.device)
         model.load_state_dict(self.pipeline.bundle.denoiser.state_dict())
         suffix = "" if autocast is None else f"_{str(autocast).removeprefix('torch.')}"
-        return {f"transcription{suffix}_loop_{n}": partial(self._transcribed_loop, model, n, autocast) for n in step_counts}
+        return {
+            f"transcription{suffix}_loop_{n}": partial(self._transcribed_loop, model, n, autocast)
+            for n in step_counts
+        }
 
     def step_of(self, rows: int) -> Stage:
         """The first step of so many images at once."""
@@ -91,8 +104,11 @@ class Workload:
         return step
 
     def _row(self, steps: int) -> Row:
-        # New conditions, as every request brings its own: the pipeline would otherwise keep the last loop's stacked ones.
-        return self.pipeline.start(self.noise, self.sampling(steps), replace(self.conditional), replace(self.unconditional))
+        # New conditions, as every request brings its own: the pipeline would otherwise keep the
+        # last loop's stacked ones.
+        return self.pipeline.start(
+            self.noise, self.sampling(steps), replace(self.conditional), replace(self.unconditional)
+        )
 
     def _step(self, row: Row) -> None:
         row.step = 0
@@ -102,23 +118,36 @@ class Workload:
         self.pipeline.denoise([self._row(steps)])
 
     def _request(self, steps: int) -> None:
-        """All that a request with a new prompt computes, one stage after the other; the unconditional text is known already."""
+        """All that a request with a new prompt computes, one stage after the other; the
+        unconditional text is known already.
+        """
         p = self.pipeline
         (prompt,) = p.encode([PROMPT])
         (image,) = p.prior_embeddings([prompt], [self.noise])
-        row = p.start(self.noise, self.sampling(steps), p.condition(prompt, image), p.condition(self.negative))
+        row = p.start(
+            self.noise, self.sampling(steps), p.condition(prompt, image), p.condition(self.negative)
+        )
         p.decode(p.denoise([row]))
 
     @torch.inference_mode()
-    def _transcribed_loop(self, model: Transcription, steps: int, autocast: torch.dtype | None) -> None:
-        arguments = (denoiser_arguments(self.pipeline, self.prompt, self.image), denoiser_arguments(self.pipeline, self.negative))
+    def _transcribed_loop(
+        self, model: Transcription, steps: int, autocast: torch.dtype | None
+    ) -> None:
+        arguments = (
+            denoiser_arguments(self.pipeline, self.prompt, self.image),
+            denoiser_arguments(self.pipeline, self.negative),
+        )
         with torch.autocast(self.pipeline.device.type, autocast, enabled=autocast is not None):
             for _ in denoise(model, self.tokens, *arguments, self.sampling(steps)):
                 pass
 
 
-def denoiser_arguments(pipeline: PipelineV3, prompt: Prompt, image: Tensor | None = None) -> dict[str, Tensor]:
-    """An encoded prompt as the published forward takes it: fp32, without padding. With an image embedding it is the conditional pass."""
+def denoiser_arguments(
+    pipeline: PipelineV3, prompt: Prompt, image: Tensor | None = None
+) -> dict[str, Tensor]:
+    """An encoded prompt as the published forward takes it: fp32, without padding. With an image
+    embedding it is the conditional pass.
+    """
     byt5 = prompt.byt5[:, prompt.mask[0]].float()
     arguments = {"byt5": byt5, "clip": prompt.clip.float()}
     if image is None:
@@ -133,9 +162,16 @@ def denoiser_arguments(pipeline: PipelineV3, prompt: Prompt, image: Tensor | Non
 
 
 def measure(
-    stages: Mapping[str, Stage], device: torch.device, *, warm_up: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+    stages: Mapping[str, Stage],
+    device: torch.device,
+    *,
+    warm_up: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every stage in every round after the warm-up, the device's queue emptied before and after."""
+    """Seconds of every stage in every round after the warm-up, the device's queue emptied before
+    and after.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for round_ in range(warm_up + repeats):
         for name, stage in stages.items():
@@ -159,14 +195,18 @@ def _synchronise(device: torch.device) -> None:
 
 
 def flops(stage: Stage) -> int:
-    """Floating-point operations of its matrix products, convolutions and attention; two for a multiplication with its addition."""
+    """Floating-point operations of its matrix products, convolutions and attention; two for a
+    multiplication with its addition.
+    """
     with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         stage()
     return counter.get_total_flops()
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the best of five large matrix products: what the machine can do at all."""
+    """Operations per second of the best of five large matrix products: what the machine can do
+    at all.
+    """
     a, b = (torch.randn(_CEILING_SIDE, _CEILING_SIDE, device=device).to(dtype) for _ in range(2))
     times = measure({"product": lambda: a @ b}, device, warm_up=1, repeats=5)["product"]
     return 2 * _CEILING_SIDE**3 / min(times)

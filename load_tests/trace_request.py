@@ -1,4 +1,5 @@
-"""Trace one `POST /generate` and print the project files that it passes, in the API process and in the worker.
+"""Trace one `POST /generate` and print the project files that it passes, in the API process and in
+the worker.
 
     python -m load_tests.trace_request
 
@@ -105,7 +106,9 @@ def trace() -> dict[str, list[str]]:
 def _serving(settings: Settings) -> Iterator[str]:
     """Serve in a thread; give the address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(settings, worker=traced_worker), log_config=None, lifespan="on")
+    config = uvicorn.Config(
+        create_app(settings, worker=traced_worker), log_config=None, lifespan="on"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -129,13 +132,19 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m load_tests.trace_request", description=__doc__)
-    parser.add_argument("--limit", type=int, default=LIMIT, help=f"files at most, {LIMIT} by default")
+    parser.add_argument(
+        "--limit", type=int, default=LIMIT, help=f"files at most, {LIMIT} by default"
+    )
     limit = parser.parse_args(arguments).limit
     files = trace()
     distinct = sorted({name for names in files.values() for name in names})
     for process, names in files.items():
         print(f"{process}: {len(names)} files", *names, sep="\n  ")
-    print(json.dumps({"api": len(files["api"]), "worker": len(files["worker"]), "files": len(distinct)}))
+    print(
+        json.dumps(
+            {"api": len(files["api"]), "worker": len(files["worker"]), "files": len(distinct)}
+        )
+    )
     return int(len(distinct) > limit)
 
 

@@ -1,7 +1,8 @@
-"""Requests of mixed sizes and step counts, and two ways to send them: as they arrive, whatever the server does, or as fast as it answers.
+"""Requests of mixed sizes and step counts, and two ways to send them: as they arrive, whatever the
+server does, or as fast as it answers.
 
-Both servers of a comparison get the same requests at the same times. A latency counts from when the request was due, not from when the
-client found time to send it.
+Both servers of a comparison get the same requests at the same times. A latency counts from when the
+request was due, not from when the client found time to send it.
 """
 
 from __future__ import annotations
@@ -71,12 +72,17 @@ class Window:
         return self.begin + self.seconds
 
     def share(self, began: float, ended: float) -> float:
-        """How much of something lay within. Whole answers would not do: a batch's all come at once, within the window or without."""
+        """How much of something lay within. Whole answers would not do: a batch's all come at
+        once, within the window or without.
+        """
         return max(0.0, min(ended, self.end) - max(began, self.begin)) / (ended - began)
 
 
 def refused_honestly(status: int, headers: Mapping[str, str]) -> bool:
-    return status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE) and "retry-after" in headers
+    return (
+        status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
+        and "retry-after" in headers
+    )
 
 
 def kinds_of(sides: Sequence[int], step_counts: Sequence[int]) -> list[Kind]:
@@ -84,12 +90,18 @@ def kinds_of(sides: Sequence[int], step_counts: Sequence[int]) -> list[Kind]:
 
 
 def poisson_trace(kinds: Sequence[Kind], rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Arrivals at `rate` per second with exponential gaps, every kind as likely; the same for the same arguments."""
+    """Arrivals at `rate` per second with exponential gaps, every kind as likely; the same for
+    the same arguments.
+    """
     random = np.random.default_rng(seed)
     # Twice as many as are expected, and some: the rest lies after the end.
     times = np.cumsum(random.exponential(1 / rate, int(2 * rate * seconds) + 20))
     chosen = random.integers(len(kinds), size=len(times))
-    return [Arrival(float(at), kinds[i], n) for n, (at, i) in enumerate(zip(times, chosen, strict=True)) if at < seconds]
+    return [
+        Arrival(float(at), kinds[i], n)
+        for n, (at, i) in enumerate(zip(times, chosen, strict=True))
+        if at < seconds
+    ]
 
 
 def slowdowns(answers: Sequence[Answer], alone: Mapping[Kind, float]) -> list[float]:
@@ -98,9 +110,13 @@ def slowdowns(answers: Sequence[Answer], alone: Mapping[Kind, float]) -> list[fl
 
 
 class Load:
-    """Sends requests over one connection pool. Every prompt is new, so that no server answers from a cache. fields: more of every body."""
+    """Sends requests over one connection pool. Every prompt is new, so that no server answers
+    from a cache. fields: more of every body.
+    """
 
-    def __init__(self, client: httpx.AsyncClient, fields: Mapping[str, object] = MappingProxyType({})) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, fields: Mapping[str, object] = MappingProxyType({})
+    ) -> None:
         self._client, self._fields = client, fields
         self._prompts = prompts()
 
@@ -117,7 +133,9 @@ class Load:
         return Answer(kind, answer.status_code, time.perf_counter() - began, refused)
 
     async def alone(self, target: Target, kinds: Sequence[Kind], repeats: int) -> dict[Kind, float]:
-        """Median seconds of one request at a time, by kind; one more of each goes first and is not counted."""
+        """Median seconds of one request at a time, by kind; one more of each goes first and is
+        not counted.
+        """
         seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
         for repeat, kind in itertools.product(range(repeats + 1), kinds):
             answer = await self.one(target, kind, seed=repeat)
@@ -138,11 +156,25 @@ class Load:
         answer = await self.one(target, arrival.kind, arrival.seed)
         return replace(answer, seconds=answer.seconds + late)
 
-    async def saturate(self, target: Target, kinds: Sequence[Kind], clients: int, warm_up: float, seconds: float, seed: int) -> float:
-        """Answers per second in `seconds` after the warm-up, with so many clients that each ask again when they are answered."""
-        chosen = (kinds[i] for i in np.random.default_rng(seed).integers(len(kinds), size=1_000_000))
+    async def saturate(
+        self,
+        target: Target,
+        kinds: Sequence[Kind],
+        clients: int,
+        warm_up: float,
+        seconds: float,
+        seed: int,
+    ) -> float:
+        """Answers per second in `seconds` after the warm-up, with so many clients that each ask
+        again when they are answered.
+        """
+        chosen = (
+            kinds[i] for i in np.random.default_rng(seed).integers(len(kinds), size=1_000_000)
+        )
         window = Window(time.perf_counter() + warm_up, seconds)
-        done = await asyncio.gather(*(self._client_loop(target, chosen, window) for _ in range(clients)))
+        done = await asyncio.gather(
+            *(self._client_loop(target, chosen, window) for _ in range(clients))
+        )
         return sum(done) / seconds
 
     async def _client_loop(self, target: Target, kinds: Iterator[Kind], window: Window) -> float:

@@ -1,8 +1,11 @@
-"""The published v3 denoiser and sampler, transcribed: what the engine is compared with, in speed and in numbers.
+"""The published v3 denoiser and sampler, transcribed: what the engine is compared with, in speed
+and in numbers.
 
-Written as the description reads and not for speed: activations [B, C, H, W] with a permutation around every layer norm and channel MLP,
-PyTorch's own attention module, the condition computed anew at every step, the conditional and the unconditional pass one after the other
-through all K logits, `torch.multinomial`. It shares no code with `model.denoiser`, but takes the same published state dict.
+Written as the description reads and not for speed: activations [B, C, H, W] with a permutation
+around every layer norm and channel MLP, PyTorch's own attention module, the condition computed anew
+at every step, the conditional and the unconditional pass one after the other through all K logits,
+`torch.multinomial`. It shares no code with `model.denoiser`, but takes the same published state
+dict.
 
 Letters: B rows of the batch, H W token grid, L condition tokens, C channels, K codes, n steps.
 """
@@ -44,7 +47,9 @@ class GlobalResponseNorm(nn.Module):
 class ConvBlock(nn.Module):
     def __init__(self, channels: int, c_skip: int, kernel_size: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(channels + c_skip, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.depthwise = nn.Conv2d(
+            channels + c_skip, channels, kernel_size, padding=kernel_size // 2, groups=channels
+        )
         self.norm = ChannelNorm(channels)
         self.channelwise = nn.Sequential(
             nn.Linear(channels, 4 * channels),
@@ -76,18 +81,29 @@ class Attention(nn.Module):
         self.attn = nn.MultiheadAttention(channels, nhead, batch_first=True)
 
     def forward(self, queries: Tensor, keys: Tensor, weights: Tensor | None) -> Tensor:
-        """Queries [B, H·W, C] and keys [B, H·W + L, C], the keys being the values too; weights [n] for the last n keys."""
+        """Queries [B, H·W, C] and keys [B, H·W + L, C], the keys being the values too; weights
+        [n] for the last n keys.
+        """
         if weights is None:
             return self.attn(queries, keys, keys, need_weights=False)[0]
         return self._weighted(queries, keys, weights)
 
     def _weighted(self, queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-        """The module's own arithmetic, with a multiplication after the softmax that it does not offer."""
+        """The module's own arithmetic, with a multiplication after the softmax that it does not
+        offer.
+        """
         inputs = (queries, keys, keys)
-        projections = zip(inputs, self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x, w, b in projections)
+        projections = zip(
+            inputs, self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3), strict=True
+        )
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2)
+            for x, w, b in projections
+        )
         attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-        attention = torch.cat([attention[..., : -len(weights)], attention[..., -len(weights) :] * weights], dim=-1)
+        attention = torch.cat(
+            [attention[..., : -len(weights)], attention[..., -len(weights) :] * weights], dim=-1
+        )
         return self.attn.out_proj((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
@@ -117,27 +133,57 @@ class Transcription(nn.Module):
         self.clip_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
         self.clip_image_mapper = nn.Linear(c.clip_embd, c.c_cond * c.clip_seq_len)
         self.condition_norm = nn.LayerNorm(c.c_cond, eps=1e-6, elementwise_affine=False)
-        self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), nn.LayerNorm(c.c_in, eps=1e-6, elementwise_affine=False))
+        self.in_mapper = nn.Sequential(
+            nn.Embedding(c.num_labels, c.c_in),
+            nn.LayerNorm(c.c_in, eps=1e-6, elementwise_affine=False),
+        )
         self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(c.patch_size), nn.Conv2d(c.c_in * c.patch_size**2, c.c_hidden[0], 1), ChannelNorm(c.c_hidden[0])
+            nn.PixelUnshuffle(c.patch_size),
+            nn.Conv2d(c.c_in * c.patch_size**2, c.c_hidden[0], 1),
+            ChannelNorm(c.c_hidden[0]),
         )
         levels = range(len(c.c_hidden))
-        self.down_blocks = nn.ModuleList(nn.ModuleList([*self._entry(i), *self._blocks(i, c_skip=0)]) for i in levels)
+        self.down_blocks = nn.ModuleList(
+            nn.ModuleList([*self._entry(i), *self._blocks(i, c_skip=0)]) for i in levels
+        )
         self.up_blocks = nn.ModuleList(
-            nn.ModuleList([*self._blocks(i, c_skip=c.c_hidden[i] if i < levels[-1] else 0), *self._exit(i)]) for i in reversed(levels)
+            nn.ModuleList(
+                [*self._blocks(i, c_skip=c.c_hidden[i] if i < levels[-1] else 0), *self._exit(i)]
+            )
+            for i in reversed(levels)
         )
         self.clf = nn.Sequential(
-            ChannelNorm(c.c_hidden[0]), nn.Conv2d(c.c_hidden[0], c.c_out * c.patch_size**2, 1), nn.PixelShuffle(c.patch_size)
+            ChannelNorm(c.c_hidden[0]),
+            nn.Conv2d(c.c_hidden[0], c.c_out * c.patch_size**2, 1),
+            nn.PixelShuffle(c.patch_size),
         )
-        self.out_mapper = nn.Sequential(ChannelNorm(c.c_out), nn.Conv2d(c.c_out, c.num_labels, 1, bias=False))
+        self.out_mapper = nn.Sequential(
+            ChannelNorm(c.c_out), nn.Conv2d(c.c_out, c.num_labels, 1, bias=False)
+        )
 
     def _entry(self, level: int) -> list[nn.Module]:
         c = self.config.c_hidden
-        return [nn.Sequential(ChannelNorm(c[level - 1]), nn.Conv2d(c[level - 1], c[level], 2, stride=2))] if level else []
+        return (
+            [
+                nn.Sequential(
+                    ChannelNorm(c[level - 1]), nn.Conv2d(c[level - 1], c[level], 2, stride=2)
+                )
+            ]
+            if level
+            else []
+        )
 
     def _exit(self, level: int) -> list[nn.Module]:
         c = self.config.c_hidden
-        return [nn.Sequential(ChannelNorm(c[level]), nn.ConvTranspose2d(c[level], c[level - 1], 2, stride=2))] if level else []
+        return (
+            [
+                nn.Sequential(
+                    ChannelNorm(c[level]), nn.ConvTranspose2d(c[level], c[level - 1], 2, stride=2)
+                )
+            ]
+            if level
+            else []
+        )
 
     def _blocks(self, level: int, c_skip: int) -> Iterator[nn.Module]:
         c, channels = self.config, self.config.c_hidden[level]
@@ -172,7 +218,13 @@ class Transcription(nn.Module):
         return self.out_mapper(self.clf(x))
 
     def _level(
-        self, level: nn.Module, x: Tensor, time: Tensor, condition: Tensor, weights: Tensor | None, skip: Tensor | None = None
+        self,
+        level: nn.Module,
+        x: Tensor,
+        time: Tensor,
+        condition: Tensor,
+        weights: Tensor | None,
+        skip: Tensor | None = None,
     ) -> Tensor:
         for block in level.children():
             if isinstance(block, ConvBlock):
@@ -187,11 +239,15 @@ class Transcription(nn.Module):
 
     def _time_embedding(self, t: Tensor) -> Tensor:
         half = self.config.c_r // 2
-        frequencies = torch.exp(torch.arange(half, device=t.device) * -(math.log(10000) / (half - 1)))
+        frequencies = torch.exp(
+            torch.arange(half, device=t.device) * -(math.log(10000) / (half - 1))
+        )
         angles = (t * 10000)[:, None] * frequencies[None, :]
         return torch.cat([angles.sin(), angles.cos()], dim=1).to(self.byt5_mapper.weight.dtype)
 
-    def _condition(self, byt5: Tensor, clip: Tensor | None, clip_image: Tensor | Sequence[Tensor] | None) -> Tensor:
+    def _condition(
+        self, byt5: Tensor, clip: Tensor | None, clip_image: Tensor | Sequence[Tensor] | None
+    ) -> Tensor:
         def group(mapped: Tensor) -> Tensor:
             return mapped.view(len(mapped), self.config.clip_seq_len, -1)
 
@@ -212,10 +268,12 @@ def denoise(
     config: SamplingConfig,
     renoise_uniform: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The published sampler: after every step the tokens [B, H, W] and the guided logits [B, K, H, W] they were drawn from.
+    """The published sampler: after every step the tokens [B, H, W] and the guided logits [B, K, H,
+    W] they were drawn from.
 
-    start: [B, H, W] random tokens. conditional, unconditional: keyword arguments of the model's forward. renoise_uniform: recorded uniforms
-    [B, H, W] for every renoised step, fresh ones if absent. Draws by `multinomial` or `argmax`; raises ValueError for another sampler.
+    start: [B, H, W] random tokens. conditional, unconditional: keyword arguments of the model's
+    forward. renoise_uniform: recorded uniforms [B, H, W] for every renoised step, fresh ones if
+    absent. Draws by `multinomial` or `argmax`; raises ValueError for another sampler.
     """
     if config.sampler not in ("multinomial", "argmax"):
         raise ValueError(f"the transcription draws by multinomial or argmax, not {config.sampler}")
@@ -228,9 +286,17 @@ def denoise(
         logits = model(tokens, t, **conditional)
         if i < config.guidance_steps:
             logits = guidances[i] * logits + (1 - guidances[i]) * model(tokens, t, **unconditional)
-        tokens = logits.argmax(dim=1) if config.sampler == "argmax" else _multinomial(logits / temperatures[i])
+        tokens = (
+            logits.argmax(dim=1)
+            if config.sampler == "argmax"
+            else _multinomial(logits / temperatures[i])
+        )
         if i < config.renoise_steps:
-            uniform = torch.rand(tokens.shape, device=tokens.device) if renoise_uniform is None else renoise_uniform[i]
+            uniform = (
+                torch.rand(tokens.shape, device=tokens.device)
+                if renoise_uniform is None
+                else renoise_uniform[i]
+            )
             tokens = torch.where(uniform <= times[i + 1], start, tokens)
         yield tokens, logits
 

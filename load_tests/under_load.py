@@ -1,8 +1,9 @@
 """What goes wrong while requests keep arriving: `python -m load_tests.faults --under-load`.
 
-Requests arrive at a fixed average rate, whatever the server does. Some seconds after the first of them something happens to the server,
-or other clients begin to misbehave. A request is *lost* if it gets neither a whole picture nor a 429 or 503 that says when to come back.
-In the end no row may be left, and no file of the API process open that was not when it was idle.
+Requests arrive at a fixed average rate, whatever the server does. Some seconds after the first of
+them something happens to the server, or other clients begin to misbehave. A request is *lost* if it
+gets neither a whole picture nor a 429 or 503 that says when to come back. In the end no row may be
+left, and no file of the API process open that was not when it was idle.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ REPLAYED, RESTARTS = "paella_requests_replayed_total", "paella_worker_restarts_t
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """strike: what happens, within so many seconds. Says how many of the clients it brought along got less than they waited for."""
+    """strike: what happens, within so many seconds. Says how many of the clients it brought
+    along got less than they waited for.
+    """
 
     name: str
     strike: Strike
@@ -50,8 +53,9 @@ class Fault:
 class Outcome:
     """What became of the requests that arrived before, during and after a fault.
 
-    refused: with an error that says when to come back. lost_of_its_own: clients the fault brought along. unready_s: for how long
-    /readyz did not say yes. latency: of all that were sent, from when they were due.
+    refused: with an error that says when to come back. lost_of_its_own: clients the fault brought
+    along. unready_s: for how long /readyz did not say yes. latency: of all that were sent, from
+    when they were due.
     """
 
     fault: str
@@ -74,7 +78,7 @@ class Outcome:
         return not self.lost and not self.files_left
 
 
-# ── what happens ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what happens ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def _nothing(server: Server, seconds: float) -> int:
@@ -104,7 +108,9 @@ def _clients(misbehave: Callable[[Client, float], Awaitable[bool]], count: int) 
     async def strike(server: Server, seconds: float) -> int:
         address = httpx.URL(server.url)
         clients = [Client(address.host, address.port or 80, number) for number in range(count)]
-        return (await asyncio.gather(*(misbehave(client, seconds) for client in clients))).count(False)
+        return (await asyncio.gather(*(misbehave(client, seconds) for client in clients))).count(
+            False
+        )
 
     return strike
 
@@ -128,11 +134,13 @@ FAULTS = (
 LOG_ON_FULL_DISK = Fault("log on a full disk", _nothing)
 
 
-# ── the trial ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the trial ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def measure(options: argparse.Namespace) -> list[Outcome]:
-    """All faults on one server; then one whose log goes to a full disk. A stall is noticed after `STALL_TIMEOUT_S`."""
+    """All faults on one server; then one whose log goes to a full disk. A stall is noticed after
+    `STALL_TIMEOUT_S`.
+    """
     settings = {"PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S), "PAELLERA_LOG_LEVEL": "error"}
     with serving(settings) as server:
         outcomes = await _measure(server, FAULTS, options)
@@ -140,7 +148,9 @@ async def measure(options: argparse.Namespace) -> list[Outcome]:
         return outcomes + await _measure(server, [LOG_ON_FULL_DISK], options)
 
 
-async def _measure(server: Server, faults: Sequence[Fault], options: argparse.Namespace) -> list[Outcome]:
+async def _measure(
+    server: Server, faults: Sequence[Fault], options: argparse.Namespace
+) -> list[Outcome]:
     trial = Trial(server, options.rate, options.seconds)
     await trial.warm_up()
     outcomes = []
@@ -152,7 +162,9 @@ async def _measure(server: Server, faults: Sequence[Fault], options: argparse.Na
 
 @dataclass
 class Trial:
-    """One server, and the requests that arrive at every fault, `rate` a second. files: open in the API process when it is idle."""
+    """One server, and the requests that arrive at every fault, `rate` a second. files: open in
+    the API process when it is idle.
+    """
 
     server: Server
     rate: float
@@ -170,7 +182,9 @@ class Trial:
             before = await figures_when_idle(client)
             trace = poisson_trace(KINDS, self.rate, self.seconds, seed=0)
             arriving = asyncio.create_task(Load(client).open_loop(self._target, trace))
-            answers, lost, unready_s = await asyncio.gather(arriving, self._strike(fault), self._unready(client, arriving))
+            answers, lost, unready_s = await asyncio.gather(
+                arriving, self._strike(fault), self._unready(client, arriving)
+            )
             after = await figures_when_idle(client)
         files = await self._fewest_files(self.files, CLOSED_TIMEOUT_S)
         return Outcome(
@@ -190,7 +204,9 @@ class Trial:
         await asyncio.sleep(BEGINS * self.seconds)
         return await fault.strike(self.server, (ENDS - BEGINS) * self.seconds)
 
-    async def _unready(self, client: httpx.AsyncClient, arriving: asyncio.Task[list[Answer]]) -> float:
+    async def _unready(
+        self, client: httpx.AsyncClient, arriving: asyncio.Task[list[Answer]]
+    ) -> float:
         """For how many seconds /readyz did not say yes."""
         seconds, checked = 0.0, time.perf_counter()
         while not arriving.done():
@@ -202,7 +218,9 @@ class Trial:
         return seconds
 
     async def _fewest_files(self, enough: int, seconds: float) -> int:
-        """Open in the API process within so many seconds, or until there are few enough: connections are closed in a moment."""
+        """Open in the API process within so many seconds, or until there are few enough:
+        connections are closed in a moment.
+        """
         ends, fewest = time.monotonic() + seconds, sys.maxsize
         while time.monotonic() < ends and fewest > enough:
             fewest = min(fewest, open_files(self.server.pid) or 0)
@@ -214,16 +232,37 @@ class Trial:
         return Target("paellera", f"{self.server.url}/generate")
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.server.url, timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None))
+        return httpx.AsyncClient(
+            base_url=self.server.url,
+            timeout=REQUEST_TIMEOUT_S,
+            limits=httpx.Limits(max_connections=None),
+        )
 
 
 def table(outcomes: Sequence[Outcome], rate: float) -> Table:
     title = f"Faults while {rate:g} requests/s arrive"
     found = Table(title=title, title_justify="left")
     found.add_column("fault")
-    for column in ("sent", "answered", "refused", "lost", "restarts", "replayed", "files left", "not ready s", "p50 ms", "p99 ms"):
+    for column in (
+        "sent",
+        "answered",
+        "refused",
+        "lost",
+        "restarts",
+        "replayed",
+        "files left",
+        "not ready s",
+        "p50 ms",
+        "p99 ms",
+    ):
         found.add_column(column, justify="right")
     for o in outcomes:
         counts = (o.sent, o.answered, o.refused, o.lost, o.restarts, o.replayed, o.files_left)
-        found.add_row(o.fault, *map(str, counts), f"{o.unready_s:.2f}", f"{o.latency['p50_ms']:.0f}", f"{o.latency['p99_ms']:.0f}")
+        found.add_row(
+            o.fault,
+            *map(str, counts),
+            f"{o.unready_s:.2f}",
+            f"{o.latency['p50_ms']:.0f}",
+            f"{o.latency['p99_ms']:.0f}",
+        )
     return found

@@ -112,20 +112,30 @@ class BundleV1(Bundle):
 _BUNDLES: dict[type, type[Bundle]] = {BundleV3Config: BundleV3, BundleV1Config: BundleV1}
 
 
-def build(config: BundleConfig, directory: Path | None, device: torch.device | str = "meta") -> Bundle:
+def build(
+    config: BundleConfig, directory: Path | None, device: torch.device | str = "meta"
+) -> Bundle:
     """Build a bundle's networks without weights. directory: of the tokenizer's own merges."""
 
     def network(part: object) -> nn.Module:
-        made: nn.Module = CLIP(part, directory) if isinstance(part, CLIPConfig) else _NETWORKS[type(part)](part)
+        made: nn.Module = (
+            CLIP(part, directory) if isinstance(part, CLIPConfig) else _NETWORKS[type(part)](part)
+        )
         return made
 
     with torch.device(device):
-        networks: dict[str, Any] = {name: network(getattr(config, name)) for name in config.networks}
+        networks: dict[str, Any] = {
+            name: network(getattr(config, name)) for name in config.networks
+        }
     return _BUNDLES[type(config)](config=config, **networks)
 
 
 def load_bundle(
-    directory: Path, device: torch.device, dtype: torch.dtype, encoders: Encoders = "device", kernels: Kernels = "auto"
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    encoders: Encoders = "device",
+    kernels: Kernels = "auto",
 ) -> Bundle:
     """Read a bundle and check it.
 
@@ -138,7 +148,12 @@ def load_bundle(
         elsewhere = encoders == "cpu" and isinstance(module, ByteEncoder | CLIP)
         place = torch.device("cpu") if elsewhere else device
         kind = _dtype_of(module, place, pick_dtype("auto", place) if place != device else dtype)
-        assign(module, read_tensors(directory / f"{name}.safetensors", place), kind, where=f"{name}.safetensors")
+        assign(
+            module,
+            read_tensors(directory / f"{name}.safetensors", place),
+            kind,
+            where=f"{name}.safetensors",
+        )
         if encoders == "int8" and isinstance(module, ByteEncoder):
             to_int8(module.t5.encoder.block)
         module.eval().requires_grad_(False)
@@ -148,7 +163,9 @@ def load_bundle(
 
 def optimize_bundle(bundle: Bundle, kernels: Kernels = "auto") -> None:
     """Prepare loaded, fixed weights for inference at the bundle's native size."""
-    width, height = (pixels // bundle.config.vqgan.downscale for pixels in bundle.config.native_size)
+    width, height = (
+        pixels // bundle.config.vqgan.downscale for pixels in bundle.config.native_size
+    )
     optimize((network for _, network in bundle.networks()), (height, width), kernels)
 
 
@@ -158,7 +175,9 @@ def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> to
     The prior's products have two rows for each image, and a CPU computes those fastest in fp32, as
     long as reading the weights is not what takes the time.
     """
-    few_rows = isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
+    few_rows = (
+        isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
+    )
     return torch.float32 if few_rows and device.type == "cpu" else dtype
 
 
@@ -169,7 +188,9 @@ def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> Bundle
     """
     bundle = load_bundle(directory, device, dtype)
     if not isinstance(bundle, BundleV3):
-        raise BundleError(f"{bundle.config.name} holds {bundle.config.family} networks, and v3 ones are needed")
+        raise BundleError(
+            f"{bundle.config.name} holds {bundle.config.family} networks, and v3 ones are needed"
+        )
     return bundle
 
 
@@ -209,12 +230,17 @@ def remember(path: Path, entry: FileEntry) -> None:
         return
     # A bundle that cannot be written to is hashed every time.
     with _writing, contextlib.suppress(OSError):
-        (path.parent / RECORD).write_text(json.dumps({**_read(path.parent), path.name: _state(path, entry)}))
+        (path.parent / RECORD).write_text(
+            json.dumps({**_read(path.parent), path.name: _state(path, entry)})
+        )
 
 
 def _state(path: Path, entry: FileEntry) -> dict[str, object]:
     own = path.stat()
-    return {"sha256": entry.sha256, "file": [own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns]}
+    return {
+        "sha256": entry.sha256,
+        "file": [own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns],
+    }
 
 
 def _read(directory: Path) -> dict[str, object]:
@@ -225,13 +251,17 @@ def _read(directory: Path) -> dict[str, object]:
     return record if isinstance(record, dict) else {}
 
 
-def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed) -> None:
+def verify_files(
+    directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed
+) -> None:
     """Check that every needed file is listed, and that every listed file is the listed one.
 
     Raises BundleError. same: compares a file of the right size. A listed file lies in the directory
     itself: neither its name nor a symbolic link may lead out of it.
     """
-    needed = [f"{name}.safetensors" for name in config.networks] + ([config.clip.merges] if config.clip.merges else [])
+    needed = [f"{name}.safetensors" for name in config.networks] + (
+        [config.clip.merges] if config.clip.merges else []
+    )
     if absent := [name for name in needed if name not in config.files]:
         raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
     for name, entry in config.files.items():
@@ -240,7 +270,9 @@ def verify_files(directory: Path, config: BundleConfig, same: Callable[[Path, Fi
     # than to read.
     with ThreadPoolExecutor() as threads:
         results = threads.map(lambda name: same(directory / name, config.files[name]), config.files)
-        if changed := [name for name, is_same in zip(config.files, results, strict=True) if not is_same]:
+        if changed := [
+            name for name, is_same in zip(config.files, results, strict=True) if not is_same
+        ]:
             raise BundleError(f"{', '.join(changed)}: not what was listed, the sha256 differs")
 
 
@@ -272,7 +304,11 @@ def _cut_tensor(path: Path) -> str:
         except ValueError:
             return "it ends within its header"
     end = path.stat().st_size - 8 - length
-    cut = [(entry["data_offsets"][0], name) for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"][1] > end]
+    cut = [
+        (entry["data_offsets"][0], name)
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["data_offsets"][1] > end
+    ]
     return f"the first incomplete tensor is {min(cut)[1]!r}" if cut else "no tensor is incomplete"
 
 
@@ -285,7 +321,9 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
-        raise BundleError(f"{path.name} is not a readable safetensors file ({error}); {_cut_tensor(path)}") from None
+        raise BundleError(
+            f"{path.name} is not a readable safetensors file ({error}); {_cut_tensor(path)}"
+        ) from None
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise BundleError(f"{path.name}: tensor {name!r} holds NaN or infinity")
@@ -309,7 +347,9 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, wh
     """
     check_fit(tensors, state_of(module), where)
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    inner(module).load_state_dict(converted, strict=not isinstance(module, ByteEncoder), assign=True)
+    inner(module).load_state_dict(
+        converted, strict=not isinstance(module, ByteEncoder), assign=True
+    )
     if isinstance(module, ByteEncoder | CLIP):
         module.complete()
     lay_out_weights(module)
@@ -354,7 +394,9 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
 
 
-def save_bundle(bundle: Bundle, directory: Path, dtype: torch.dtype, merges: Path | None = None) -> BundleConfig:
+def save_bundle(
+    bundle: Bundle, directory: Path, dtype: torch.dtype, merges: Path | None = None
+) -> BundleConfig:
     """Write a bundle; replace files only after all are written.
 
     merges: the tokenizer's file, if the configuration names one.
@@ -363,11 +405,16 @@ def save_bundle(bundle: Bundle, directory: Path, dtype: torch.dtype, merges: Pat
     with TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as name:
         partial = Path(name)
         for network, module in bundle.networks():
-            state = {k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous() for k, t in state_of(module).items()}
+            state = {
+                k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous()
+                for k, t in state_of(module).items()
+            }
             save_file(state, partial / f"{network}.safetensors")
         if merges is not None and bundle.config.clip.merges is not None:
             shutil.copyfile(merges, partial / bundle.config.clip.merges)
-        config = replace(bundle.config, files={path.name: file_entry(path) for path in sorted(partial.iterdir())})
+        config = replace(
+            bundle.config, files={path.name: file_entry(path) for path in sorted(partial.iterdir())}
+        )
         config.write(partial)
         for path in partial.iterdir():
             path.replace(directory / path.name)

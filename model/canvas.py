@@ -28,7 +28,9 @@ def pad_to_multiple(array: Array, step: int, least: int = 0) -> Array:
     The new pixels, at the right and lower edge, mirror the image.
     """
     height, width = array.shape[:2]
-    return extend(array, right=max(-width % step, least - width), down=max(-height % step, least - height))
+    return extend(
+        array, right=max(-width % step, least - width), down=max(-height % step, least - height)
+    )
 
 
 def crop(array: Array, width: int, height: int) -> Array:
@@ -50,7 +52,9 @@ def extend(array: Array, *, left: int = 0, right: int = 0, up: int = 0, down: in
     return np.pad(array, margins, mode="reflect")
 
 
-def outpaint_canvas(rgb: Pixels, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0) -> tuple[Pixels, Mask]:
+def outpaint_canvas(
+    rgb: Pixels, *, left: int = 0, right: int = 0, up: int = 0, down: int = 0
+) -> tuple[Pixels, Mask]:
     """Return the image on a canvas that is larger by these margins, and the keep mask.
 
     The mask is bool, true where the image lies.
@@ -70,7 +74,9 @@ def fill(rgb: Pixels, unknown: Mask) -> Pixels:
     """
     if not unknown.any() or unknown.all():
         return rgb
-    return np.where(unknown[..., None], np.rint(_pull(rgb.astype(np.float32), ~unknown)).astype(np.uint8), rgb)
+    return np.where(
+        unknown[..., None], np.rint(_pull(rgb.astype(np.float32), ~unknown)).astype(np.uint8), rgb
+    )
 
 
 def _pull(colours: NDArray[np.float32], known: Mask) -> NDArray[np.float32]:
@@ -79,12 +85,22 @@ def _pull(colours: NDArray[np.float32], known: Mask) -> NDArray[np.float32]:
         return colours
     height, width = known.shape
     margins = [(0, height % 2), (0, width % 2)]
-    count = np.pad(known, margins).astype(np.float32).reshape(-(-height // 2), 2, -(-width // 2), 2).sum((1, 3))
+    count = (
+        np.pad(known, margins)
+        .astype(np.float32)
+        .reshape(-(-height // 2), 2, -(-width // 2), 2)
+        .sum((1, 3))
+    )
     weighted = np.pad(np.where(known[..., None], colours, 0), [*margins, (0, 0)])
     sums = weighted.reshape(*weighted[::2].shape[:1], 2, -1, 2, 3).sum((1, 3))
     half = _pull(sums / np.maximum(count, 1)[..., None], count > 0)
-    planes = [PIL.Image.fromarray(plane).resize((width, height), PIL.Image.Resampling.BILINEAR) for plane in np.moveaxis(half, -1, 0)]
-    return np.where(known[..., None], colours, np.stack([np.asarray(plane) for plane in planes], axis=-1))
+    planes = [
+        PIL.Image.fromarray(plane).resize((width, height), PIL.Image.Resampling.BILINEAR)
+        for plane in np.moveaxis(half, -1, 0)
+    ]
+    return np.where(
+        known[..., None], colours, np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    )
 
 
 def soften(weight: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
@@ -117,7 +133,9 @@ def box_mask(box: tuple[float, float, float, float], width: int, height: int) ->
     box: (x0, y0, x1, y1), shares of the image's width and height.
     """
     mask = np.zeros((height, width), dtype=np.bool_)
-    x0, y0 = (min(round(share * side), side - 1) for share, side in ((box[0], width), (box[1], height)))
+    x0, y0 = (
+        min(round(share * side), side - 1) for share, side in ((box[0], width), (box[1], height))
+    )
     x1, y1 = max(round(box[2] * width), x0 + 1), max(round(box[3] * height), y0 + 1)
     mask[y0:y1, x0:x1] = True
     return mask
@@ -144,14 +162,20 @@ def composite(original: Pixels, painted: Pixels, keep: Mask, feather: int = FEAT
     """
     if original.shape != painted.shape or keep.shape != original.shape[:2]:
         raise ValueError(f"shapes {original.shape}, {painted.shape} and {keep.shape} do not fit")
-    result, reached = np.pad(np.where(keep[..., None], original, painted), [(1, 1), (1, 1), (0, 0)]), np.pad(keep, 1)
+    result, reached = (
+        np.pad(np.where(keep[..., None], original, painted), [(1, 1), (1, 1), (0, 0)]),
+        np.pad(keep, 1),
+    )
     colours = np.where(reached[..., None], result, 0).astype(np.float32)
     for distance in range(1, feather + 1):
         y, x = (1 + axis for axis in (_beside(reached) & ~reached[1:-1, 1:-1]).nonzero())
         if not len(y):
             break
         near = [(y + dy, x + dx) for dy, dx in AROUND]
-        colours[y, x] = np.sum([colours[at] for at in near], axis=0) / np.sum([reached[at] for at in near], axis=0)[:, None]
+        colours[y, x] = (
+            np.sum([colours[at] for at in near], axis=0)
+            / np.sum([reached[at] for at in near], axis=0)[:, None]
+        )
         share = distance / (feather + 1)
         result[y, x] = np.rint(share * result[y, x] + (1 - share) * colours[y, x]).astype(np.uint8)
         reached[y, x] = True

@@ -38,7 +38,9 @@ def mean(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     stacked = torch.cat(list(embeddings)).float()
     share = to_device(weights, stacked.device)[:, None] / sum(weights)
     length = (share * stacked.norm(dim=-1, keepdim=True)).sum(0)
-    return (F.normalize((share * stacked).sum(0, keepdim=True), dim=-1) * length).to(embeddings[0].dtype)
+    return (F.normalize((share * stacked).sum(0, keepdim=True), dim=-1) * length).to(
+        embeddings[0].dtype
+    )
 
 
 def lerp(one: Tensor, other: Tensor, share: float) -> Tensor:
@@ -56,10 +58,14 @@ def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
     a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
     arc = (a * ((1 - share) * angle).sin() + b * (share * angle).sin()) / angle.sin()
-    return torch.where(angle.sin() < 1e-3, lerp(one, other, share).float(), arc * lengths).to(one.dtype)
+    return torch.where(angle.sin() < 1e-3, lerp(one, other, share).float(), arc * lengths).to(
+        one.dtype
+    )
 
 
-def interpolate(one: Conditioning, other: Conditioning, share: float, mode: Interpolation) -> Conditioning:
+def interpolate(
+    one: Conditioning, other: Conditioning, share: float, mode: Interpolation
+) -> Conditioning:
     """Interpolate every part of two conditionings; at 0 and 1 the very same objects are returned.
 
     Byte sequences of different lengths are stretched to a length between theirs.
@@ -85,4 +91,6 @@ def _stretched(sequence: Tensor, length: int) -> Tensor:
     """Resample [L, D] evenly to [length, D]; the first and the last element stay."""
     if len(sequence) == length:
         return sequence
-    return F.interpolate(sequence.float().T[None], length, mode="linear", align_corners=True)[0].T.to(sequence.dtype)
+    return F.interpolate(sequence.float().T[None], length, mode="linear", align_corners=True)[
+        0
+    ].T.to(sequence.dtype)

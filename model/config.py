@@ -158,7 +158,9 @@ Interpolation = Literal["lerp", "slerp"]
 # What takes a renoised token's place: its start token, what it was before the step, or a fresh
 # random one.
 RenoiseMode = Literal["start", "prev", "rand"]
-Operation = Literal["generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"]
+Operation = Literal[
+    "generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"
+]
 
 CONFIG_FILE = "bundle.json"
 FORMAT = 1  # of bundle.json; absent is 1
@@ -196,8 +198,13 @@ class DenoiserConfig:
     def __post_init__(self) -> None:
         for name in ("c_hidden", "nhead", "blocks", "level_config"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len({len(self.c_hidden), len(self.nhead), len(self.blocks), len(self.level_config)}) != 1:
-            raise ValueError("c_hidden, nhead, blocks and level_config must name the same number of levels")
+        if (
+            len({len(self.c_hidden), len(self.nhead), len(self.blocks), len(self.level_config)})
+            != 1
+        ):
+            raise ValueError(
+                "c_hidden, nhead, blocks and level_config must name the same number of levels"
+            )
         if unknown := set("".join(self.level_config)) - set("CTA"):
             raise ValueError(f"level_config may hold C, T and A, not {''.join(sorted(unknown))}")
 
@@ -374,8 +381,14 @@ class BundleConfig:
     def _agreements(self) -> dict[str, tuple[object, object]]:
         """Pairs of values that must be equal in two networks, by the names of both."""
         return {
-            "denoiser.num_labels and vqgan.codebook_size": (self.denoiser.num_labels, self.vqgan.codebook_size),
-            "recipe.schedule and the denoiser's schedule": (self.recipe.schedule, self.denoiser.schedule),
+            "denoiser.num_labels and vqgan.codebook_size": (
+                self.denoiser.num_labels,
+                self.vqgan.codebook_size,
+            ),
+            "recipe.schedule and the denoiser's schedule": (
+                self.recipe.schedule,
+                self.denoiser.schedule,
+            ),
         }
 
     @property
@@ -401,7 +414,9 @@ class BundleConfig:
     @property
     def sha256(self) -> str:
         """A name for exactly these weights: the hash over the listed files' hashes."""
-        return hashlib.sha256("".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()
+        ).hexdigest()
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -418,11 +433,15 @@ class BundleConfig:
 
         Raises pydantic.ValidationError.
         """
-        return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(fields)
+        return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(
+            fields
+        )
 
     def write(self, directory: Path) -> None:
         """Write `bundle.json`."""
-        (directory / CONFIG_FILE).write_bytes(TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n")
+        (directory / CONFIG_FILE).write_bytes(
+            TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,7 +494,10 @@ class BundleV1Config(BundleConfig):
 
     @property
     def _agreements(self) -> dict[str, tuple[object, object]]:
-        return {"denoiser.c_clip and clip.embed_dim": (self.denoiser.c_clip, self.clip.embed_dim), **super()._agreements}
+        return {
+            "denoiser.c_clip and clip.embed_dim": (self.denoiser.c_clip, self.clip.embed_dim),
+            **super()._agreements,
+        }
 
     @property
     def smallest_side(self) -> int:
@@ -485,7 +507,11 @@ class BundleV1Config(BundleConfig):
     @property
     def operations(self) -> tuple[Operation, ...]:
         """Variations for an image embedding, all others for a text embedding."""
-        return ("variations",) if self.embedding == "image" else tuple(o for o in get_args(Operation) if o != "variations")
+        return (
+            ("variations",)
+            if self.embedding == "image"
+            else tuple(o for o in get_args(Operation) if o != "variations")
+        )
 
 
 _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": BundleV1Config}
@@ -510,7 +536,9 @@ def _family_of(content: bytes) -> type[BundleConfig]:
         limit = f"this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
         message = f"these weights are of format {version}, {limit}"
         error = PydanticCustomError("newer_format", "{message}", {"message": message})
-        raise ValidationError.from_exception_data("BundleConfig", [InitErrorDetails(type=error, loc=("format",), input=version)])
+        raise ValidationError.from_exception_data(
+            "BundleConfig", [InitErrorDetails(type=error, loc=("format",), input=version)]
+        )
     return _FAMILIES.get(str(fields.get("family")), BundleV3Config)
 
 

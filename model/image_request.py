@@ -124,7 +124,9 @@ def steps_skipped(strength: float, steps: int) -> int:
     return steps - round(strength * steps)
 
 
-def conditional_prompts(prompt: str, keyframes: tuple[Keyframe, ...], regions: tuple[Region, ...]) -> tuple[str, ...]:
+def conditional_prompts(
+    prompt: str, keyframes: tuple[Keyframe, ...], regions: tuple[Region, ...]
+) -> tuple[str, ...]:
     """Return the prompts of the keyframes, or else the prompt; then those of the regions."""
     first = tuple(keyframe.prompt for keyframe in keyframes) or (prompt,)
     return first + tuple(region.prompt for region in regions)

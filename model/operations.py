@@ -5,4 +5,15 @@ from model.rows import PinnedTokens as Kept
 from model.rows import RegionBranch as Region
 from model.rows import pinned_tokens as kept
 
-__all__ = ["AnyCondition", "Kept", "Region", "Row", "edit", "generate", "kept", "repaint", "token_mask", "token_weight"]
+__all__ = [
+    "AnyCondition",
+    "Kept",
+    "Region",
+    "Row",
+    "edit",
+    "generate",
+    "kept",
+    "repaint",
+    "token_mask",
+    "token_weight",
+]

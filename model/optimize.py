@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 _FOLDED_BYTES = 256 * 2**20
 
 
-def optimize(networks: Iterable[nn.Module], grid: tuple[int, int], kernels: Kernels = "auto") -> None:
+def optimize(
+    networks: Iterable[nn.Module], grid: tuple[int, int], kernels: Kernels = "auto"
+) -> None:
     """Fold and pack each network, and choose its kernels.
 
     grid: the token grid (H, W) that most inputs have; other sizes are computed as exactly.
@@ -86,18 +88,26 @@ def _fuse(network: Denoiser | Prior, kernels: Kernels) -> None:
     network.fuse(prior_block, ROWS)
 
 
-def use_triton(kernels: Kernels, device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig) -> bool:
+def use_triton(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig
+) -> bool:
     """Return whether Triton's kernels compute a network.
 
     auto: on CUDA, if Triton is installed and its kernels pass their trial. triton: everywhere; on a
     CPU by its interpreter, or failing.
     """
     if kernels == "auto":
-        return device.type == "cuda" and find_spec("triton") is not None and _pass_trial(device, dtype, config)
+        return (
+            device.type == "cuda"
+            and find_spec("triton") is not None
+            and _pass_trial(device, dtype, config)
+        )
     return kernels == "triton"
 
 
-def _pass_trial(device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig) -> bool:
+def _pass_trial(
+    device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig
+) -> bool:
     """Return whether the kernels agree with their plain twins on this device.
 
     A device or a Triton version that a kernel does not suit must neither keep a server from

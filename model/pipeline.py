@@ -24,7 +24,17 @@ from torch import Tensor
 
 from model import sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
-from model.config import BundleConfig, BundleV1Config, BundleV3Config, Encoders, Kernels, RenoiseMode, Sampler, SamplingConfig, Schedule
+from model.config import (
+    BundleConfig,
+    BundleV1Config,
+    BundleV3Config,
+    Encoders,
+    Kernels,
+    RenoiseMode,
+    Sampler,
+    SamplingConfig,
+    Schedule,
+)
 from model.networks import prior
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.layers import to_device
@@ -47,7 +57,9 @@ class BranchBatch:
     def hold(self, members: list[tuple[int, AnyCondition]]) -> bool:
         """Return whether these are the very same conditions in the same places."""
         pairs = zip(self.members, members, strict=False)
-        return len(self.members) == len(members) and all(i == j and mine is other for (i, mine), (j, other) in pairs)
+        return len(self.members) == len(members) and all(
+            i == j and mine is other for (i, mine), (j, other) in pairs
+        )
 
     @cached_property
     def condition(self) -> Any:
@@ -84,7 +96,9 @@ DecodeFn = Callable[[Tensor], Tensor]
 class Executor(Protocol):
     """Compute the two halves of a step, on tensors of one device."""
 
-    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+    def features(
+        self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor
+    ) -> Tensor:
         """Return guided features [B, H, W, c_out].
 
         tokens: [B, H, W]. times: [B, S]. weights: each branch's guidance weight, [N] or [N, H, W].
@@ -100,7 +114,9 @@ class Eager:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.denoiser = bundle, bundle.denoiser
 
-    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+    def features(
+        self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor
+    ) -> Tensor:
         """Compute as `Executor.features`."""
         features = self.denoiser.features(tokens, times, branches.condition, branches.row_of)
         return sampling.mix_branches(features, branches.row_of, weights, len(tokens))
@@ -109,7 +125,9 @@ class Eager:
         """Compute as `Executor.sample`."""
         rows = max(1, _TOKENS_DRAWN_AT_ONCE // math.prod(features.shape[1:3]))
         parts = zip(features.split(rows), *(part.split(rows) for part in inputs), strict=True)
-        return torch.cat([self._sample(sampler, part, SamplingInputs(*rest)) for part, *rest in parts])
+        return torch.cat(
+            [self._sample(sampler, part, SamplingInputs(*rest)) for part, *rest in parts]
+        )
 
     def _sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         if isinstance(self.denoiser, Denoiser):
@@ -123,10 +141,14 @@ class Eager:
         if sampler == "typical":
             logits = project(features).float()
             mass = inputs.mass[:, None, None].expand(logits.shape[:-1])
-            return sampling.inverse_cdf(sampling.keep_typical(logits, mass) * inverse, inputs.uniform)
+            return sampling.inverse_cdf(
+                sampling.keep_typical(logits, mass) * inverse, inputs.uniform
+            )
         logits = self.denoiser.sharpened(features, inverse)
         if sampler == "quant":
-            assert isinstance(self.bundle, BundleV3), "a bundle's configuration names the samplers that it knows"
+            assert isinstance(self.bundle, BundleV3), (
+                "a bundle's configuration names the samplers that it knows"
+            )
             quantizer = self.bundle.vqgan.vquantizer
             return quantizer.nearest(sampling.quantised_mean(logits, quantizer.codebook.weight))
         return sampling.inverse_cdf(logits, inputs.uniform)
@@ -180,10 +202,19 @@ class Pipeline(ABC):
         """(S + 1, D): the Gaussian noise of an image for the prior."""
         return 0, self.config.clip.embed_dim
 
-    def noise(self, seed: int, width: int, height: int, steps: int, renoise_mode: RenoiseMode = "start") -> Noise:
+    def noise(
+        self, seed: int, width: int, height: int, steps: int, renoise_mode: RenoiseMode = "start"
+    ) -> Noise:
         """Return all of one image's randomness, on the CPU."""
         codes, grid = self.config.vqgan.codebook_size, self.grid(width, height)
-        return sampling.draw_noise(seed, codes=codes, grid=grid, steps=steps, prior=self.prior_noise, renoise_mode=renoise_mode)
+        return sampling.draw_noise(
+            seed,
+            codes=codes,
+            grid=grid,
+            steps=steps,
+            prior=self.prior_noise,
+            renoise_mode=renoise_mode,
+        )
 
     @abstractmethod
     def text_length(self, prompt: str) -> int:
@@ -210,13 +241,20 @@ class Pipeline(ABC):
 
         Width and height are multiples of the VQGAN's step.
         """
-        return self.bundle.vqgan.encode((pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype))
+        return self.bundle.vqgan.encode(
+            (pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype)
+        )
 
     @torch.inference_mode()
     def embed_images(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """Return CLIP embeddings [1, D'] of images uint8 [height, width, 3] of any sizes."""
         clip = self.bundle.clip
-        scaled = torch.cat([clip.scale((p.to(clip.device, non_blocking=True).permute(2, 0, 1) / 255)[None]) for p in pictures])
+        scaled = torch.cat(
+            [
+                clip.scale((p.to(clip.device, non_blocking=True).permute(2, 0, 1) / 255)[None])
+                for p in pictures
+            ]
+        )
         return list(self._here(clip.encode_image(scaled)).split(1))
 
     # Old names, until nothing calls them.
@@ -243,7 +281,12 @@ class Pipeline(ABC):
         regions: Sequence[RegionBranch] = (),
     ) -> Row:
         """Return a text-to-image row, its randomness on the device."""
-        on_device = Noise(*(getattr(noise, field.name).to(self.device, non_blocking=True) for field in fields(noise)))
+        on_device = Noise(
+            *(
+                getattr(noise, field.name).to(self.device, non_blocking=True)
+                for field in fields(noise)
+            )
+        )
         return generate(sampling, on_device, conditional, unconditional, regions=regions)
 
     @torch.inference_mode()
@@ -256,7 +299,9 @@ class Pipeline(ABC):
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row)[row.step] for row in rows])  # [B, S]
         weights = self._guidance_weights(rows, tokens.shape[1:])
-        inverse, probability, mass = torch.stack([row.schedule[row.step] for row in rows], dim=1).unbind()  # [B] each
+        inverse, probability, mass = torch.stack(
+            [row.schedule[row.step] for row in rows], dim=1
+        ).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
         features = self.executor.features(tokens, times, branches, weights)
         drawn = self._sample(rows, features, SamplingInputs(uniform, inverse, mass))
@@ -268,7 +313,9 @@ class Pipeline(ABC):
             row.drawn, row.tokens = clean, tokens
             row.step += 1
 
-    def denoise(self, rows: Sequence[Row], progress: Callable[[int], object] = lambda steps: None) -> Tensor:
+    def denoise(
+        self, rows: Sequence[Row], progress: Callable[[int], object] = lambda steps: None
+    ) -> Tensor:
         """Step rows of one token grid until all are done; return their tokens [B, H, W].
 
         progress: called after every step with the number of steps since the call.
@@ -295,7 +342,12 @@ class Pipeline(ABC):
         if all(row.coverage is None for row in rows):
             return torch.cat(weights)
         maps = [weight[:, None, None].expand(-1, *grid) for weight in weights]
-        return torch.cat([m if row.coverage is None else m * row.coverage[: len(m)] for m, row in zip(maps, rows, strict=True)])
+        return torch.cat(
+            [
+                m if row.coverage is None else m * row.coverage[: len(m)]
+                for m, row in zip(maps, rows, strict=True)
+            ]
+        )
 
     def _branches_of(self, rows: Sequence[Row]) -> BranchBatch:
         """Return the rows' branches; another object only when rows or branches have changed."""
@@ -321,7 +373,9 @@ class Pipeline(ABC):
         tokens = torch.empty(features.shape[:-1], dtype=torch.int64, device=self.device)
         for family, numbers in families.items():
             members = to_device(numbers, self.device)
-            tokens[members] = self.executor.sample(family, features[members], inputs.select(members))
+            tokens[members] = self.executor.sample(
+                family, features[members], inputs.select(members)
+            )
         return tokens
 
     @torch.inference_mode()
@@ -349,7 +403,15 @@ class Pipeline(ABC):
         progress: called after every step with the number of steps so far.
         """
         return self.decode(
-            self.generate_tokens(prompts, seeds, config, width=width, height=height, negative_prompt=negative_prompt, progress=progress)
+            self.generate_tokens(
+                prompts,
+                seeds,
+                config,
+                width=width,
+                height=height,
+                negative_prompt=negative_prompt,
+                progress=progress,
+            )
         )
 
     def generate_tokens(
@@ -403,8 +465,15 @@ class PipelineV3(Pipeline):
         b = self.bundle
         tokens, cut = b.clip.tokenize(prompts)
         out, clip = b.byt5(prompts), b.clip.encode_tokens(tokens)
-        named = [tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut) for x, y in zip(out.truncated, cut, strict=True)]
-        parts = (self._here(out.embeddings), out.mask.to(self.device, non_blocking=True), self._here(clip))
+        named = [
+            tuple(n for n, is_cut in (("byt5", x), ("clip", y)) if is_cut)
+            for x, y in zip(out.truncated, cut, strict=True)
+        ]
+        parts = (
+            self._here(out.embeddings),
+            out.mask.to(self.device, non_blocking=True),
+            self._here(clip),
+        )
         rows = zip(*(part.split(1) for part in parts), named, strict=True)
         return [Prompt(*row) for row in rows]
 
@@ -417,7 +486,9 @@ class PipelineV3(Pipeline):
 
     def _run_prior(self, text: Tensor, noise: Tensor) -> Tensor:
         r = self.config.recipe
-        return prior.sample(self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler)
+        return prior.sample(
+            self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler
+        )
 
     @torch.inference_mode()
     def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
@@ -464,7 +535,10 @@ class PipelineV1(Pipeline):
         tokens, too_long = clip.tokenize(prompts)
         embeddings = (self._here(clip.encode_tokens(tokens)) * written).split(1)
         cut = [("clip",) if is_cut else () for is_cut in too_long]
-        return [Prompt(nothing[..., None], nothing.bool(), *row) for row in zip(embeddings, cut, strict=True)]
+        return [
+            Prompt(nothing[..., None], nothing.bool(), *row)
+            for row in zip(embeddings, cut, strict=True)
+        ]
 
     def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
         """Return the texts' own embeddings."""

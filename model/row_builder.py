@@ -26,7 +26,16 @@ from model.conditioning import Conditioning, interpolate, mean
 from model.image_request import Edit, ImageRequest, InputImage, Repaint
 from model.networks.text_encoders import Prompt
 from model.pipeline import Pipeline
-from model.rows import AnyCondition, PinnedTokens, RegionBranch, Row, edit, repaint, token_mask, token_weight
+from model.rows import (
+    AnyCondition,
+    PinnedTokens,
+    RegionBranch,
+    Row,
+    edit,
+    repaint,
+    token_mask,
+    token_weight,
+)
 from model.sampling import Noise
 
 T = TypeVar("T")
@@ -42,14 +51,18 @@ StageTimer = Callable[[str], AbstractContextManager[None]]
 class EncodingCache(Protocol):
     """Remember encoded texts and images, and results of the prior, by their keys."""
 
-    def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+    def fetch(
+        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
+    ) -> list[V]:
         """Return the keys' values; compute the missing ones in one call, each once."""
 
 
 class NoCache:
     """Compute everything at every call, each distinct key once."""
 
-    def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+    def fetch(
+        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
+    ) -> list[V]:
         """Compute every distinct key."""
         distinct = list(dict.fromkeys(keys))
         values = dict(zip(distinct, compute(distinct), strict=True)) if distinct else {}
@@ -63,7 +76,9 @@ class DictCache:
         self._keeps = keeps
         self._values: dict[Hashable, Any] = {}
 
-    def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+    def fetch(
+        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
+    ) -> list[V]:
         """Return remembered values; compute the others in one call."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._values]
         values = dict(zip(missing, compute(missing), strict=True)) if missing else {}
@@ -155,7 +170,9 @@ class RowBuilder:
         """
         with timed("encode"):
             texts = self._encoder.encode_texts(self._text_keys(requests))
-            images = self._encoder.encode_images({key: image for each in requests for key, image in self._images(each)})
+            images = self._encoder.encode_images(
+                {key: image for each in requests for key, image in self._images(each)}
+            )
         with timed("prior"):
             noises = [self.noise(each) for each in requests] if noises is None else noises
             by_request = list(zip(requests, noises, strict=True))
@@ -172,7 +189,9 @@ class RowBuilder:
     def noise(self, request: ImageRequest) -> Noise:
         """Return all of an image's randomness, on the CPU."""
         sampling = request.sampling
-        return self.pipeline.noise(request.seed, request.width, request.height, sampling.steps, sampling.renoise_mode)
+        return self.pipeline.noise(
+            request.seed, request.width, request.height, sampling.steps, sampling.renoise_mode
+        )
 
     # ── keys ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -183,17 +202,23 @@ class RowBuilder:
         return list(dict.fromkeys([*prompts, *negatives]))
 
     def _text_key(self, request: ImageRequest, prompt: str) -> TextKey:
-        return TextKey(self._model, prompt, shared=not request.sampling.deterministic, negative=False)
+        return TextKey(
+            self._model, prompt, shared=not request.sampling.deterministic, negative=False
+        )
 
     def _negative_key(self, request: ImageRequest) -> TextKey:
         return self._text_key(request, request.negative_prompt)._replace(negative=True)
 
-    def _image_key(self, request: ImageRequest, kind: Literal["tokens", "embedding"], image: InputImage) -> ImageKey:
+    def _image_key(
+        self, request: ImageRequest, kind: Literal["tokens", "embedding"], image: InputImage
+    ) -> ImageKey:
         shared = not request.sampling.deterministic
         return ImageKey(self._model, kind, image.digest, image.width, image.height, shared)
 
     def _prior_key(self, request: ImageRequest, prompt: str) -> PriorKey:
-        return PriorKey(self._text_key(request, prompt), request.seed, request.width, request.height)
+        return PriorKey(
+            self._text_key(request, prompt), request.seed, request.width, request.height
+        )
 
     def _images(self, request: ImageRequest) -> Iterable[tuple[ImageKey, InputImage]]:
         seen = [reference.picture for reference in request.references]
@@ -219,8 +244,15 @@ class RowBuilder:
     # ── one row ───────────────────────────────────────────────────────────────────────────────────
 
     def _row(self, request: ImageRequest, noise: Noise, encodings: _Encodings) -> Row:
-        unconditional = encodings.texts[self._negative_key(request)].unconditional if request.sampling.guided else None
-        conditional, regions = self._conditional(request, encodings), self._regions(request, encodings)
+        unconditional = (
+            encodings.texts[self._negative_key(request)].unconditional
+            if request.sampling.guided
+            else None
+        )
+        conditional, regions = (
+            self._conditional(request, encodings),
+            self._regions(request, encodings),
+        )
         row = self.pipeline.start(noise, request.sampling, conditional, unconditional, regions)
         row.truncated = self._truncated(request, encodings)
         if request.canvas is None:
@@ -246,9 +278,14 @@ class RowBuilder:
             frame = self._frame(request, encodings)
             return self.pipeline.condition(frame.prompt, frame.image)
         if request.references:
-            embeddings = [self._embedding(request, reference.picture, encodings) for reference in request.references]
+            embeddings = [
+                self._embedding(request, reference.picture, encodings)
+                for reference in request.references
+            ]
             prompt = encodings.texts[self._text_key(request, request.prompt)].prompt
-            return self.pipeline.condition(prompt, mean(embeddings, [reference.weight for reference in request.references]))
+            return self.pipeline.condition(
+                prompt, mean(embeddings, [reference.weight for reference in request.references])
+            )
         return encodings.conditions[self._prior_key(request, request.prompt)]
 
     def _frame(self, request: ImageRequest, encodings: _Encodings) -> Conditioning:
@@ -261,7 +298,9 @@ class RowBuilder:
         keyframe = request.keyframes[number]
         prompt = encodings.texts[self._text_key(request, keyframe.prompt)].prompt
         if keyframe.picture is None:
-            return Conditioning(prompt, encodings.embeddings[self._prior_key(request, keyframe.prompt)])
+            return Conditioning(
+                prompt, encodings.embeddings[self._prior_key(request, keyframe.prompt)]
+            )
         return Conditioning(prompt, self._embedding(request, keyframe.picture, encodings))
 
     def _embedding(self, request: ImageRequest, image: InputImage, encodings: _Encodings) -> Tensor:
@@ -269,7 +308,9 @@ class RowBuilder:
 
     def _truncated(self, request: ImageRequest, encodings: _Encodings) -> tuple[str, ...]:
         keys = [self._text_key(request, prompt) for prompt in request.prompts]
-        return tuple(sorted({name for key in keys for name in encodings.texts[key].prompt.truncated}))
+        return tuple(
+            sorted({name for key in keys for name in encodings.texts[key].prompt.truncated})
+        )
 
     @property
     def _downscale(self) -> int:
@@ -291,21 +332,30 @@ class _BatchEncoder:
     def encode_images(self, images: Mapping[ImageKey, InputImage]) -> dict[ImageKey, Tensor]:
         """Return tokens [H, W], or a CLIP embedding [1, D'], as each key says."""
         keys = list(images)
-        encoded = self._cache.fetch("picture", keys, lambda missing: self._encode_images(missing, images))
+        encoded = self._cache.fetch(
+            "picture", keys, lambda missing: self._encode_images(missing, images)
+        )
         return dict(zip(keys, encoded, strict=True))
 
-    def condition_on_prior(self, noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]) -> dict[PriorKey, AnyCondition]:
+    def condition_on_prior(
+        self, noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]
+    ) -> dict[PriorKey, AnyCondition]:
         """Return the conditional branch of each prompt with the prior's image embedding."""
 
         def condition(missing: list[PriorKey]) -> list[AnyCondition]:
             embeddings = self._run_prior(missing, noises, texts)
             pairs = zip(missing, embeddings, strict=True)
-            return [self._pipeline.condition(texts[key.text].prompt, embedding) for key, embedding in pairs]
+            return [
+                self._pipeline.condition(texts[key.text].prompt, embedding)
+                for key, embedding in pairs
+            ]
 
         keys = list(noises)
         return dict(zip(keys, self._cache.fetch("prior", keys, condition), strict=True))
 
-    def run_prior(self, noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]) -> dict[PriorKey, Tensor]:
+    def run_prior(
+        self, noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]
+    ) -> dict[PriorKey, Tensor]:
         """Return the prior's image embeddings [1, D']."""
 
         def embed(missing: list[EmbeddingKey]) -> list[Tensor]:
@@ -327,11 +377,16 @@ class _BatchEncoder:
                 for p in self._pipeline.encode([key.prompt for key in batch])
             ]
             pairs = zip(batch, prompts, strict=True)
-            return [EncodedText(p, self._pipeline.condition(p) if key.negative else None) for key, p in pairs]
+            return [
+                EncodedText(p, self._pipeline.condition(p) if key.negative else None)
+                for key, p in pairs
+            ]
 
         return _in_batches(keys, batch_of, encode)
 
-    def _encode_images(self, keys: list[ImageKey], images: Mapping[ImageKey, InputImage]) -> list[Tensor]:
+    def _encode_images(
+        self, keys: list[ImageKey], images: Mapping[ImageKey, InputImage]
+    ) -> list[Tensor]:
         def batch_of(key: ImageKey) -> Hashable:
             # CLIP scales every image to one size; the VQGAN takes it as it is.
             size = (key.width, key.height) if key.kind == "tokens" else None
@@ -345,7 +400,12 @@ class _BatchEncoder:
 
         return _in_batches(keys, batch_of, encode)
 
-    def _run_prior(self, keys: list[PriorKey], noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]) -> list[Tensor]:
+    def _run_prior(
+        self,
+        keys: list[PriorKey],
+        noises: Mapping[PriorKey, Noise],
+        texts: Mapping[TextKey, EncodedText],
+    ) -> list[Tensor]:
         def run(batch: list[PriorKey]) -> list[Tensor]:
             prompts = [texts[key.text].prompt for key in batch]
             embeddings = self._pipeline.prior_embeddings(prompts, [noises[key] for key in batch])
@@ -369,7 +429,13 @@ def as_tensor(image: InputImage) -> Tensor:
     return flat.view(image.height, image.width, *[channels] * (channels > 1))
 
 
-def _in_batches(keys: Sequence[K], batch_of: Callable[[K], Hashable], compute: Callable[[list[K]], list[V]]) -> list[V]:
+def _in_batches(
+    keys: Sequence[K], batch_of: Callable[[K], Hashable], compute: Callable[[list[K]], list[V]]
+) -> list[V]:
     """Compute the keys of one batch in one call; return the values in the order of the keys."""
-    computed = {key: value for batch in group_by(keys, batch_of) for key, value in zip(batch, compute(batch), strict=True)}
+    computed = {
+        key: value
+        for batch in group_by(keys, batch_of)
+        for key, value in zip(batch, compute(batch), strict=True)
+    }
     return [computed[key] for key in keys]

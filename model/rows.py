@@ -77,7 +77,11 @@ class Row:
 
     def pin(self, tokens: Tensor) -> Tensor:
         """Return tokens [H, W] with the pinned ones put in."""
-        return tokens if self.pinned is None else torch.where(self.pinned.keep, self.pinned.tokens, tokens)
+        return (
+            tokens
+            if self.pinned is None
+            else torch.where(self.pinned.keep, self.pinned.tokens, tokens)
+        )
 
     @cached_property
     def times(self) -> list[float]:
@@ -98,7 +102,9 @@ class Row:
     @cached_property
     def renoise_probabilities(self) -> list[float]:
         """Probability of each token to become noise again, after every step."""
-        return [t if i < self.sampling.renoise_steps else NEVER for i, t in enumerate(self.times[1:])]
+        return [
+            t if i < self.sampling.renoise_steps else NEVER for i, t in enumerate(self.times[1:])
+        ]
 
     @property
     def source(self) -> Tensor:
@@ -149,7 +155,10 @@ def pinned_tokens(rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
     """Return where rows keep tokens, and those tokens, [B, H, W] each; None if no row keeps any."""
     if all(row.pinned is None for row in rows):
         return None
-    each = [row.pinned or PinnedTokens(row.tokens, torch.zeros_like(row.tokens, dtype=torch.bool)) for row in rows]
+    each = [
+        row.pinned or PinnedTokens(row.tokens, torch.zeros_like(row.tokens, dtype=torch.bool))
+        for row in rows
+    ]
     return torch.stack([own.keep for own in each]), torch.stack([own.tokens for own in each])
 
 
@@ -178,9 +187,13 @@ def generate(
     """
     unconditional = unconditional if sampling.guided else None
     if regions and isinstance(conditional, ConditionV1):
-        others = [region.condition for region in regions if isinstance(region.condition, ConditionV1)]
+        others = [
+            region.condition for region in regions if isinstance(region.condition, ConditionV1)
+        ]
         conditional, regions = conditional.blended(others, _prompt_coverage(regions)), ()
-    return Row(sampling, noise, conditional, unconditional, tokens=noise.start, regions=tuple(regions))
+    return Row(
+        sampling, noise, conditional, unconditional, tokens=noise.start, regions=tuple(regions)
+    )
 
 
 def repaint(row: Row, pinned: PinnedTokens) -> Row:
@@ -204,7 +217,9 @@ def edit(row: Row, tokens: Tensor, strength: float) -> Row:
     row.step = steps_skipped(strength, steps)
     if row.step > 0:
         probability = to_device([row.times[row.step] or NEVER], tokens.device)
-        row.tokens = renoise(tokens[None], row.noise.start[None], row.noise.renoise[row.step - 1][None], probability)[0]
+        row.tokens = renoise(
+            tokens[None], row.noise.start[None], row.noise.renoise[row.step - 1][None], probability
+        )[0]
     return row
 
 
@@ -214,7 +229,11 @@ def token_mask(mask: Tensor, downscale: int) -> Tensor:
     Every token that a masked pixel touches is masked. The sides are multiples of `downscale`.
     """
     height, width = mask.shape
-    return mask.view(height // downscale, downscale, width // downscale, downscale).any(dim=3).any(dim=1)
+    return (
+        mask.view(height // downscale, downscale, width // downscale, downscale)
+        .any(dim=3)
+        .any(dim=1)
+    )
 
 
 def token_weight(weight: Tensor, downscale: int) -> Tensor:
@@ -223,4 +242,6 @@ def token_weight(weight: Tensor, downscale: int) -> Tensor:
     weight: [height, width].
     """
     height, width = weight.shape
-    return weight.view(height // downscale, downscale, width // downscale, downscale).mean(dim=(1, 3))
+    return weight.view(height // downscale, downscale, width // downscale, downscale).mean(
+        dim=(1, 3)
+    )

@@ -35,7 +35,13 @@ class Noise:
 
 
 def draw_noise(
-    seed: int, *, codes: int, grid: tuple[int, int], steps: int, prior: tuple[int, int], renoise_mode: RenoiseMode = "start"
+    seed: int,
+    *,
+    codes: int,
+    grid: tuple[int, int],
+    steps: int,
+    prior: tuple[int, int],
+    renoise_mode: RenoiseMode = "start",
 ) -> Noise:
     """Draw everything random about the image of `seed` (any int64), on the CPU.
 
@@ -56,7 +62,9 @@ def draw_noise(
     )
     if renoise_mode != "rand":
         return noise
-    fresh = np.random.Generator(np.random.Philox(seed % 2**64).jumped()).integers(codes, size=(steps, *grid), dtype=np.int64)
+    fresh = np.random.Generator(np.random.Philox(seed % 2**64).jumped()).integers(
+        codes, size=(steps, *grid), dtype=np.int64
+    )
     return replace(noise, fresh=torch.from_numpy(fresh))
 
 
@@ -126,7 +134,11 @@ def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor)
 
 
 def renoise_and_pin(
-    drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
+    drawn: Tensor,
+    source: Tensor,
+    uniform: Tensor,
+    probability: Tensor,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the decodable tokens after a step, and the next step's input, in new memory.
 
@@ -150,6 +162,8 @@ def mix_branches(branches: Tensor, row_of: Tensor, weights: Tensor, rows: int) -
     """
     if len(branches) == rows:
         return branches
-    weighted = branches.float() * (weights[:, None, None, None] if weights.dim() == 1 else weights[..., None])
+    weighted = branches.float() * (
+        weights[:, None, None, None] if weights.dim() == 1 else weights[..., None]
+    )
     mixed = weighted.new_zeros(rows, *branches.shape[1:]).index_add_(0, row_of, weighted)
     return mixed.to(branches.dtype)

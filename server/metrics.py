@@ -191,7 +191,11 @@ class WorkerCollector(Collector):
             {(worker,): usage.resident_bytes for worker, usage in usages.items()},
             {(worker,): usage.cpu_seconds for worker, usage in usages.items()},
             {(worker,): usage.threads for worker, usage in usages.items()},
-            {(worker, kind): size for worker, usage in usages.items() for kind, size in usage.device_bytes.items()},
+            {
+                (worker, kind): size
+                for worker, usage in usages.items()
+                for kind, size in usage.device_bytes.items()
+            },
         )
         for info, values in zip(WORKER_METRICS, samples, strict=True):
             kind = GaugeMetricFamily if info.kind == "gauge" else CounterMetricFamily
@@ -221,33 +225,65 @@ class Metrics:
             "endpoint",
             "status",
         )
-        self.queue_duration = self._seconds("queue_duration", "From arrival to the first encoding, waiting for a worker included")
+        self.queue_duration = self._seconds(
+            "queue_duration", "From arrival to the first encoding, waiting for a worker included"
+        )
         self.encode_duration = self._seconds("encode_duration", "Text encoders, per request")
         self.prior_duration = self._seconds("prior_duration", "Prior, per request")
-        self.denoise_duration = self._seconds("denoise_duration", "All steps of a request, waiting between steps included")
+        self.denoise_duration = self._seconds(
+            "denoise_duration", "All steps of a request, waiting between steps included"
+        )
         self.step_duration = self._seconds("step_duration", "One denoiser step of one batch")
         self.decode_duration = self._seconds("decode_duration", "Tokens to pixels, per request")
-        self.image_encode_duration = self._seconds("image_encode_duration", "Pixels to PNG, JPEG or WebP, per request")
+        self.image_encode_duration = self._seconds(
+            "image_encode_duration", "Pixels to PNG, JPEG or WebP, per request"
+        )
         self.step_rows = self._histogram("step_rows", "Rows per denoiser step", ROWS)
-        self.batch_fill_ratio = self._histogram("batch_fill_ratio", "Rows per denoiser step divided by max_batch_rows", RATIOS)
-        self.queue_depth = self._gauge("queue_depth", "Admitted rows that wait for their first step")
+        self.batch_fill_ratio = self._histogram(
+            "batch_fill_ratio", "Rows per denoiser step divided by max_batch_rows", RATIOS
+        )
+        self.queue_depth = self._gauge(
+            "queue_depth", "Admitted rows that wait for their first step"
+        )
         self.rows_running = self._gauge("rows_running", "Rows in denoising")
         self.images = self._counter("images", "Images answered, by native endpoint", "endpoint")
-        self.rejected = self._counter("rejected", "Rejected requests, by error code; without /readyz probes", "reason")
-        self.cancelled = self._counter("cancelled", "Requests cancelled by a disconnect or a DELETE", "stage")
-        self.cancel_duration = self._seconds("cancel_duration", "From a cancellation to the last step of the request's rows")
-        self.requests_replayed = self._counter("requests_replayed", "Requests restarted because their worker was lost")
-        self.worker_restarts = self._counter("worker_restarts", "Workers restarted after a crash or a stall")
-        self.prompt_cache_bytes = self._gauge("prompt_cache_bytes", "Size of the workers' caches of encoded prompts and priors")
+        self.rejected = self._counter(
+            "rejected", "Rejected requests, by error code; without /readyz probes", "reason"
+        )
+        self.cancelled = self._counter(
+            "cancelled", "Requests cancelled by a disconnect or a DELETE", "stage"
+        )
+        self.cancel_duration = self._seconds(
+            "cancel_duration", "From a cancellation to the last step of the request's rows"
+        )
+        self.requests_replayed = self._counter(
+            "requests_replayed", "Requests restarted because their worker was lost"
+        )
+        self.worker_restarts = self._counter(
+            "worker_restarts", "Workers restarted after a crash or a stall"
+        )
+        self.prompt_cache_bytes = self._gauge(
+            "prompt_cache_bytes", "Size of the workers' caches of encoded prompts and priors"
+        )
         # Counted by the workers, under these names.
         self.counts = {
-            "prompt_cache_hits": self._counter("prompt_cache_hits", "Texts, images and priors found in the prompt cache", "what"),
-            "prompt_cache_misses": self._counter("prompt_cache_misses", "Texts and images encoded and priors computed", "what"),
-            "graph_captures": self._counter("graph_captures", "CUDA graphs captured", "after_ready"),
+            "prompt_cache_hits": self._counter(
+                "prompt_cache_hits", "Texts, images and priors found in the prompt cache", "what"
+            ),
+            "prompt_cache_misses": self._counter(
+                "prompt_cache_misses", "Texts and images encoded and priors computed", "what"
+            ),
+            "graph_captures": self._counter(
+                "graph_captures", "CUDA graphs captured", "after_ready"
+            ),
             "graph_replays": self._counter("graph_replays", "CUDA graphs replayed"),
-            "graph_eager_steps": self._counter("graph_eager_steps", "Denoiser steps on CUDA without a matching graph"),
+            "graph_eager_steps": self._counter(
+                "graph_eager_steps", "Denoiser steps on CUDA without a matching graph"
+            ),
         }
-        self.weights_info = self._gauge("weights_info", "Always 1; the labels identify the served weights", "model", "sha256")
+        self.weights_info = self._gauge(
+            "weights_info", "Always 1; the labels identify the served weights", "model", "sha256"
+        )
         self._begin_at_zero()
 
     def expect(self, native: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -313,7 +349,9 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float], *labels: str) -> Histogram:
         self._add(name, "histogram", labels, help)
-        return Histogram(name, help, labels, namespace="paella", buckets=buckets, registry=self.registry)
+        return Histogram(
+            name, help, labels, namespace="paella", buckets=buckets, registry=self.registry
+        )
 
     def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
         self._add(name, "gauge", labels, help)

@@ -49,7 +49,9 @@ class Settings(BaseSettings):
         pydantic.ValidationError: a value is invalid; the error names the field.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     # ── network ──
 
@@ -87,7 +89,9 @@ class Settings(BaseSettings):
             description="Comma-separated bundle names or paths; the first is the default model",
         ),
     ] = "tiny"
-    device: Annotated[str, Field(pattern=rf"^{DEVICE}$", description="Device of the worker")] = "auto"
+    device: Annotated[str, Field(pattern=rf"^{DEVICE}$", description="Device of the worker")] = (
+        "auto"
+    )
     devices: Annotated[
         str | None,
         Field(
@@ -97,19 +101,29 @@ class Settings(BaseSettings):
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Field(description="Precision; auto: float16 on CUDA, bfloat16 on CPUs with it, else float32"),
+        Field(
+            description="Precision; auto: float16 on CUDA, bfloat16 on CPUs with it, else float32"
+        ),
     ] = "auto"
     encoders: Annotated[
         Encoders,
-        Field(description="Text encoders on the device, the CPU, or the device with int8 byte encoder"),
+        Field(
+            description="Text encoders on the device, the CPU, or the device with int8 byte encoder"
+        ),
     ] = "device"
     kernels: Annotated[
         Kernels,
         Field(description="Step kernels: Triton on CUDA if it is installed (auto), or torch alone"),
     ] = "auto"
-    threads: Annotated[int, Field(ge=0, description="CPU threads of a worker; 0: measured, the fastest number")] = 0
-    deterministic: Annotated[bool, Field(description="Default of the request field `deterministic`")] = False
-    cuda_graphs: Annotated[bool, Field(description="Capture denoiser steps as CUDA graphs at start; off: run eagerly")] = True
+    threads: Annotated[
+        int, Field(ge=0, description="CPU threads of a worker; 0: measured, the fastest number")
+    ] = 0
+    deterministic: Annotated[
+        bool, Field(description="Default of the request field `deterministic`")
+    ] = False
+    cuda_graphs: Annotated[
+        bool, Field(description="Capture denoiser steps as CUDA graphs at start; off: run eagerly")
+    ] = True
     graph_sizes: Annotated[
         str,
         Field(
@@ -120,8 +134,12 @@ class Settings(BaseSettings):
 
     # ── limits ──
 
-    queue_rows: Annotated[int, Field(ge=1, description="Maximum of unfinished images; further requests get 429")] = 256
-    max_batch_rows: Annotated[int, Field(ge=1, description="Maximum of images per denoiser step")] = 16
+    queue_rows: Annotated[
+        int, Field(ge=1, description="Maximum of unfinished images; further requests get 429")
+    ] = 256
+    max_batch_rows: Annotated[
+        int, Field(ge=1, description="Maximum of images per denoiser step")
+    ] = 16
     prompt_cache_bytes: Annotated[
         int,
         Field(ge=0, description="Size of a worker's cache of encoded prompts and priors; 0: none"),
@@ -137,10 +155,18 @@ class Settings(BaseSettings):
             description="Maximum work per request: images times steps times pixels times branches",
         ),
     ] = 50_000_000
-    max_body_bytes: Annotated[int, Field(ge=1, description="Maximum size of a request's body")] = 32 * MIB
-    max_image_bytes: Annotated[int, Field(ge=1, description="Maximum size of one uploaded image file")] = 16 * MIB
-    max_image_pixels: Annotated[int, Field(ge=1, description="Maximum width times height of one uploaded image")] = 16 * MIB
-    decode_threads: Annotated[int, Field(ge=1, description="Requests whose uploaded images are decoded at once")] = 2
+    max_body_bytes: Annotated[int, Field(ge=1, description="Maximum size of a request's body")] = (
+        32 * MIB
+    )
+    max_image_bytes: Annotated[
+        int, Field(ge=1, description="Maximum size of one uploaded image file")
+    ] = 16 * MIB
+    max_image_pixels: Annotated[
+        int, Field(ge=1, description="Maximum width times height of one uploaded image")
+    ] = 16 * MIB
+    decode_threads: Annotated[
+        int, Field(ge=1, description="Requests whose uploaded images are decoded at once")
+    ] = 2
 
     # ── keys ──
 
@@ -153,21 +179,31 @@ class Settings(BaseSettings):
         str,
         Field(description="Comma-separated paths without a key; /x/* is everything below /x/"),
     ] = "/,/playground/*,/docs,/openapi.json,/healthz,/readyz,/metrics"
-    key_rate_per_minute: Annotated[float, Field(ge=0, description="POST requests per minute and key, on average; 0: no limit")] = 0
-    key_burst: Annotated[int, Field(ge=1, description="POST requests of one key at once, after a pause")] = 10
-    key_concurrency: Annotated[int, Field(ge=0, description="Unanswered POST requests of one key; 0: no limit")] = 0
+    key_rate_per_minute: Annotated[
+        float, Field(ge=0, description="POST requests per minute and key, on average; 0: no limit")
+    ] = 0
+    key_burst: Annotated[
+        int, Field(ge=1, description="POST requests of one key at once, after a pause")
+    ] = 10
+    key_concurrency: Annotated[
+        int, Field(ge=0, description="Unanswered POST requests of one key; 0: no limit")
+    ] = 0
 
     # ── timeouts ──
 
     timeout_s: Annotated[
         float,
-        Field(ge=0.05, le=600, description="Default of the request field `timeout_s`, its deadline"),
+        Field(
+            ge=0.05, le=600, description="Default of the request field `timeout_s`, its deadline"
+        ),
     ] = 60
     start_wait_s: Annotated[
         float,
         Field(ge=0, description="Maximum wait of a request for a starting worker before 503"),
     ] = 30
-    heartbeat_s: Annotated[float, Field(gt=0, description="Interval of comments in a stream without events")] = 15
+    heartbeat_s: Annotated[
+        float, Field(gt=0, description="Interval of comments in a stream without events")
+    ] = 15
     receive_timeout_s: Annotated[
         float,
         Field(
@@ -183,7 +219,9 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, description="Timeout for a silent worker that owes an answer; it is replaced"),
     ] = 30
-    drain_timeout_s: Annotated[float, Field(ge=0, description="Time for running requests when the server stops")] = 30
+    drain_timeout_s: Annotated[
+        float, Field(ge=0, description="Time for running requests when the server stops")
+    ] = 30
 
     # ── log ──
 

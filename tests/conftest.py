@@ -1,4 +1,6 @@
-"""What several test files share: recorded outputs, bundles with weights and without, settings, and an app over the fake worker."""
+"""What several test files share: recorded outputs, bundles with weights and without, settings,
+and an app over the fake worker.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
 
-# Before anything imports a kernel: without a device Triton's interpreter runs it. Where there is no Triton, no kernel can be tested.
+# Before anything imports a kernel: without a device Triton's interpreter runs it. Where there is no
+# Triton, no kernel can be tested.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 collect_ignore_glob = [] if find_spec("triton") else ["test_kernels_*.py"]
@@ -53,7 +56,18 @@ collect_ignore_glob = [] if find_spec("triton") else ["test_kernels_*.py"]
 NAME = "fake"
 NETWORKS = BundleV3Config.networks
 NATIVE_SIZE = (64, 32)
-MERGES = ("r e", "re d</w>", "o n</w>", "a p", "ap p", "app l", "appl e</w>", "t h", "th e</w>", "i n</w>")
+MERGES = (
+    "r e",
+    "re d</w>",
+    "o n</w>",
+    "a p",
+    "ap p",
+    "app l",
+    "appl e</w>",
+    "t h",
+    "th e</w>",
+    "i n</w>",
+)
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -61,11 +75,20 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="only tests without a browser, a process or training")
-    parser.addoption("--screenshots", help="where to leave pictures of the playground: docs/playground to renew the documentation's")
+    parser.addoption(
+        "--fast", action="store_true", help="only tests without a browser, a process or training"
+    )
+    parser.addoption(
+        "--screenshots",
+        help=(
+            "where to leave pictures of the playground: docs/playground to renew the "
+            "documentation's"
+        ),
+    )
 
 
-# Fixtures that start a server with a worker process, and modules of which every test starts a process.
+# Fixtures that start a server with a worker process, and modules of which every test starts a
+# process.
 PROCESS_FIXTURES = {"fake_server", "live_server"}
 PROCESS_MODULES = {
     "test_browser",
@@ -84,7 +107,13 @@ PROCESS_MODULES = {
     "test_supervision",
     "test_under_load",
 }
-TRAINING_MODULES = {"test_captions", "test_checker", "test_finetune", "test_training", "test_training_loop"}
+TRAINING_MODULES = {
+    "test_captions",
+    "test_checker",
+    "test_finetune",
+    "test_training",
+    "test_training_loop",
+}
 NOT_FAST = ("browser", "gpu", "observability", "process", "ray", "slow", "training")
 
 
@@ -96,7 +125,9 @@ def _fast_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         return
 
     def refuse(*_: object, **__: object) -> Never:
-        pytest.fail("a fast test starts no process and no server: mark it with `process`", pytrace=False)
+        pytest.fail(
+            "a fast test starts no process and no server: mark it with `process`", pytrace=False
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", refuse)
@@ -113,9 +144,13 @@ def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts a process or trains; run tests that start a Ray only with `-m ray`; with --fast run the fast ones."""
+    """Mark what starts a process or trains; run tests that start a Ray only with `-m ray`; with
+    --fast run the fast ones.
+    """
     for item in items:
-        if item.path.stem in PROCESS_MODULES or PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if item.path.stem in PROCESS_MODULES or PROCESS_FIXTURES & set(
+            getattr(item, "fixturenames", ())
+        ):
             item.add_marker("process")
         if item.path.stem in TRAINING_MODULES:
             item.add_marker("training")
@@ -144,7 +179,9 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str
     with safe_open(Path(__file__).parent / "data" / f"{name}.safetensors", framework="pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
+    weights = {
+        key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")
+    }
     return config, weights, {key: t for key, t in tensors.items() if not key.startswith("weights.")}
 
 
@@ -168,11 +205,27 @@ def micro_config(name: str = "random") -> BundleV3Config:
         ),
         vqgan=VQGANConfig(bottleneck_blocks=1, c_hidden=16, codebook_size=64, scale_factor=1.0),
         prior=PriorConfig(c_hidden=16, c_r=16, clip_r=16, num_blocks=2),
-        byt5=ByteEncoderConfig(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, max_bytes=64),
+        byt5=ByteEncoderConfig(
+            d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, max_bytes=64
+        ),
         clip=CLIPConfig(
             embed_dim=16,
-            vision_cfg={"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8, "mlp_ratio": 2.0},
-            text_cfg={"context_length": 16, "vocab_size": 514 + len(MERGES), "width": 16, "heads": 2, "layers": 1, "mlp_ratio": 2.0},
+            vision_cfg={
+                "image_size": 16,
+                "patch_size": 8,
+                "width": 16,
+                "layers": 1,
+                "head_width": 8,
+                "mlp_ratio": 2.0,
+            },
+            text_cfg={
+                "context_length": 16,
+                "vocab_size": 514 + len(MERGES),
+                "width": 16,
+                "heads": 2,
+                "layers": 1,
+                "mlp_ratio": 2.0,
+            },
             merges="merges.txt.gz",
         ),
         recipe=Recipe(
@@ -192,9 +245,18 @@ def micro_v1_config(name: str = "random-v1") -> BundleV1Config:
     return BundleV1Config(
         name=name,
         native_size=(32, 32),
-        denoiser=DenoiserV1Config(num_labels=64, c_hidden=32, c_clip=16, c_r=16, down_levels=(1, 1), up_levels=(1, 1)),
+        denoiser=DenoiserV1Config(
+            num_labels=64, c_hidden=32, c_clip=16, c_r=16, down_levels=(1, 1), up_levels=(1, 1)
+        ),
         vqgan=VQGANV1Config(
-            ch=32, ch_mult=(1, 1), num_res_blocks=1, resolution=32, attn_resolutions=(16,), z_channels=32, embed_dim=32, n_embed=64
+            ch=32,
+            ch_mult=(1, 1),
+            num_res_blocks=1,
+            resolution=32,
+            attn_resolutions=(16,),
+            z_channels=32,
+            embed_dim=32,
+            n_embed=64,
         ),
         clip=micro_config().clip,
         recipe=Recipe(
@@ -278,13 +340,25 @@ def write_bundle(directory: Path, name: str = NAME) -> Path:
         name=name,
         native_size=NATIVE_SIZE,
         denoiser=DenoiserConfig(
-            byt5_embd=16, num_labels=64, clip_embd=16, c_hidden=(16, 32), nhead=(-1, 4), blocks=(1, 1), level_config=("CT", "CTA")
+            byt5_embd=16,
+            num_labels=64,
+            clip_embd=16,
+            c_hidden=(16, 32),
+            nhead=(-1, 4),
+            blocks=(1, 1),
+            level_config=("CT", "CTA"),
         ),
         vqgan=VQGANConfig(c_hidden=16, codebook_size=64),
         prior=PriorConfig(c_hidden=16, clip_r=16, num_blocks=1),
         byt5=ByteEncoderConfig(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4),
         clip=CLIPConfig(embed_dim=16, vision_cfg={}, text_cfg={}),
-        recipe=Recipe(num_inference_steps=12, renoise_steps=11, guidance_scale=(8.0, 8.0), guidance_steps=12, temperature=(0.7, 0.3)),
+        recipe=Recipe(
+            num_inference_steps=12,
+            renoise_steps=11,
+            guidance_scale=(8.0, 8.0),
+            guidance_steps=12,
+            temperature=(0.7, 0.3),
+        ),
     )
     directory.mkdir(parents=True, exist_ok=True)
     config.write(directory)
@@ -304,9 +378,14 @@ def fake_settings(bundle: Path) -> Callable[..., Settings]:
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
-    """The app behind a real server on a free port of the loopback; gives its address once it listens."""
+    """The app behind a real server on a free port of the loopback; gives its address once it
+    listens.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
-    with running(uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")), listener):
+    with running(
+        uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")),
+        listener,
+    ):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -325,7 +404,9 @@ def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]
             listener.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60, interval_s: float = 0.01) -> None:
+def wait_until(
+    condition: Callable[[], bool], timeout_s: float = 60, interval_s: float = 0.01
+) -> None:
     """Raises TimeoutError if the condition does not come true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -336,7 +417,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60, interval_s:
 
 @pytest.fixture(scope="session")
 def fake_server(fake_settings: Callable[..., Settings]) -> Iterator[str]:
-    """The address of a server with a fake worker, ready, shared by all the tests that leave no trace in it."""
+    """The address of a server with a fake worker, ready, shared by all the tests that leave no
+    trace in it.
+    """
     with serving(create_app(fake_settings(), worker=fake_worker.main)) as address:
         wait_until(lambda: httpx.get(f"{address}/readyz", timeout=60).status_code == 200)
         yield address
@@ -350,7 +433,9 @@ def client(fake_server: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def live_server() -> Iterator[str]:
-    """The address of a server with the embedded weights and a real worker, ready, shared likewise."""
+    """The address of a server with the embedded weights and a real worker, ready, shared
+    likewise.
+    """
     with serving(create_app(Settings(port=0))) as address:
         wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200, timeout_s=600)
         yield address

@@ -1,4 +1,6 @@
-"""A server with a fake worker as a process of its own, for tests that send it signals: python -m tests.fake_server --port 8000."""
+"""A server with a fake worker as a process of its own, for tests that send it signals: python -m
+tests.fake_server --port 8000.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""A worker without a model: it answers with pictures of one colour, chosen by the seed, and does what the prompt's first word says.
+"""A worker without a model: it answers with pictures of one colour, chosen by the seed, and does
+what the prompt's first word says.
 
-`hold` keeps the job until it is cancelled; `slow` takes SLOW_S; `hang` goes silent for ever; `die` exits at once; `fail`, `oom` and
-`late` answer Failed; `show` sends two previews; `half` dies in the midst of its answer, and `half-show` after the first of two previews,
-but not if it is alone; `cut` says that both encoders truncated the prompt.
+`hold` keeps the job until it is cancelled; `slow` takes SLOW_S; `hang` goes silent for ever; `die`
+exits at once; `fail`, `oom` and `late` answer Failed; `show` sends two previews; `half` dies in the
+midst of its answer, and `half-show` after the first of two previews, but not if it is alone; `cut`
+says that both encoders truncated the prompt.
 """
 
 from __future__ import annotations
@@ -51,9 +53,19 @@ def main(connection: Connection, settings: Settings) -> None:
         while not isinstance(message := receive_message(connection), Stop):
             take(connection, held, message)
             running = sum(len(job.seeds) for job in held.values())
-            # As if it had as many bytes as its process has a number, so that tests can tell one from the next.
+            # As if it had as many bytes as its process has a number, so that tests can tell one
+            # from the next.
             stats = ProcessStats(os.getpid(), time.process_time(), 1, {"allocated": 1})
-            send_message(connection, Heartbeat((Step(1, 1, 32 * 16, 0.0001),), running, 0, {("prompt_cache_hits", "text"): 1}, stats=stats))
+            send_message(
+                connection,
+                Heartbeat(
+                    (Step(1, 1, 32 * 16, 0.0001),),
+                    running,
+                    0,
+                    {("prompt_cache_hits", "text"): 1},
+                    stats=stats,
+                ),
+            )
     except EOFError:
         pass
 
@@ -92,15 +104,29 @@ def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
 
 
 def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
-    images = tuple(Image(i, job.width, job.height, colour(seed) * (job.width * job.height)) for i, seed in enumerate(job.seeds))
+    images = tuple(
+        Image(i, job.width, job.height, colour(seed) * (job.width * job.height))
+        for i, seed in enumerate(job.seeds)
+    )
     # Last image first: nothing promises an order.
-    return Finished(job.id, images[::-1], Timings(queue=0.001, encode=0.002, prior=0.003, denoise=0.004, decode=0.005), truncated)
+    return Finished(
+        job.id,
+        images[::-1],
+        Timings(queue=0.001, encode=0.002, prior=0.003, denoise=0.004, decode=0.005),
+        truncated,
+    )
 
 
 def show(connection: Connection, job: Job, at_most: int) -> None:
     for number in range(at_most):
         send_message(
-            connection, Preview(job.id, number, number + 1, Image(0, job.width, job.height, colour(number) * (job.width * job.height)))
+            connection,
+            Preview(
+                job.id,
+                number,
+                number + 1,
+                Image(0, job.width, job.height, colour(number) * (job.width * job.height)),
+            ),
         )
     if at_most == 1:
         os._exit(EXIT_CODE)

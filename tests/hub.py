@@ -1,4 +1,6 @@
-"""A hub of one repository on the loopback, which speaks the routes that `huggingface_hub` downloads through, and fails as it is told."""
+"""A hub of one repository on the loopback, which speaks the routes that `huggingface_hub`
+downloads through, and fails as it is told.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """files: "owner/name/path" → content. status: answered instead of a file. cuts: how many more answers stop halfway.
+    """files: "owner/name/path" → content. status: answered instead of a file. cuts: how many more
+    answers stop halfway.
 
     etag: of every file, its sha256 if None. asked: (method, path, Range) of every request.
     """
@@ -29,7 +32,9 @@ class Hub:
 
     def downloads(self) -> list[str | None]:
         """The Range of every GET of a file."""
-        return [span for method, path, span in self.asked if method == "GET" and "/resolve/" in path]
+        return [
+            span for method, path, span in self.asked if method == "GET" and "/resolve/" in path
+        ]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         span = self.headers.get("Range")
         self.hub.asked.append((self.command, self.path, span))
-        content = self.hub.files.get(self.path.strip("/").replace("resolve/main/", "").replace(f"resolve/{COMMIT}/", ""))
+        content = self.hub.files.get(
+            self.path.strip("/").replace("resolve/main/", "").replace(f"resolve/{COMMIT}/", "")
+        )
         if self.hub.status is not None or content is None:
             return self.refuse(self.hub.status or 404)
         start = int(span.removeprefix("bytes=").split("-")[0]) if span else 0

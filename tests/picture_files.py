@@ -24,7 +24,9 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def plain(colour: tuple[int, ...] = RED, size: tuple[int, int] = (40, 40), mode: str = "RGB") -> Image.Image:
+def plain(
+    colour: tuple[int, ...] = RED, size: tuple[int, int] = (40, 40), mode: str = "RGB"
+) -> Image.Image:
     return Image.new(mode, size, colour)
 
 
@@ -43,7 +45,9 @@ def write_pictures(folder: Path, n: int) -> Path:
 
 
 def write_mixed(folder: Path) -> Counter[str]:
-    """Four good pictures at any depth, and one or two of everything that is not; returns what must be left out."""
+    """Four good pictures at any depth, and one or two of everything that is not; returns what
+    must be left out.
+    """
     good = encoded(plain())
     files: dict[str, bytes] = {
         "a.png": good,
@@ -69,7 +73,13 @@ def write_mixed(folder: Path) -> Counter[str]:
     (folder / "blank.txt").write_text(" \n\t")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "notes.md").write_text("no picture and no caption")
-    reasons = {"damaged": 2, "not an image": 2, "no caption": 1, "empty caption": 1, "caption is not UTF-8": 1}
+    reasons = {
+        "damaged": 2,
+        "not an image": 2,
+        "no caption": 1,
+        "empty caption": 1,
+        "caption is not UTF-8": 1,
+    }
     return Counter(reasons | {"too small": 1, "too elongated": 1})
 
 
@@ -83,11 +93,26 @@ def write_shards(folder: Path, shards: Sequence[Path]) -> str:
     return f"{folder}/shard-{{000..{len(shards) - 1:03}}}.tar"
 
 
-def pictures(where: Path | str, n: int, *, size: tuple[int, int] = (16, 16), filters: Filters = Filters(), **rest: Any) -> Pictures:  # noqa: B008
+_NO_FILTERS = Filters()
+
+
+def pictures(
+    where: Path | str,
+    n: int,
+    *,
+    size: tuple[int, int] = (16, 16),
+    filters: Filters = _NO_FILTERS,
+    **rest: Any,
+) -> Pictures:
     return Pictures(open_collection(str(where), rest.get("seed", 0)), n, size, filters, **rest)
 
 
-def halves(left: tuple[int, ...], right: tuple[int, ...], size: tuple[int, int] = (64, 32), mode: str = "RGB") -> Image.Image:
+def halves(
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    size: tuple[int, int] = (64, 32),
+    mode: str = "RGB",
+) -> Image.Image:
     image = plain(left, size, mode)
     image.paste(right, (size[0] // 2, 0, *size))
     return image

@@ -1,6 +1,8 @@
-"""A Ray of its own with this application, told by lines of JSON what to deploy: python -m tests.ray_cluster --port 8000.
+"""A Ray of its own with this application, told by lines of JSON what to deploy: python -m
+tests.ray_cluster --port 8000.
 
-`{"scale": {…}, "settings": {"PAELLERA_WEIGHTS": "tiny"}, "fake": true}`; says so in a line once that runs. Ends with its input.
+`{"scale": {…}, "settings": {"PAELLERA_WEIGHTS": "tiny"}, "fake": true}`; says so in a line once
+that runs. Ends with its input.
 """
 
 from __future__ import annotations
@@ -30,11 +32,18 @@ def main(port: int) -> None:
 
 
 def _start_ray() -> None:
-    """Tries again: Ray gives its processes half a minute to start, which may be too little while the machine has much else to do."""
+    """Tries again: Ray gives its processes half a minute to start, which may be too little while
+    the machine has much else to do.
+    """
     for last in (False,) * 7 + (True,):
         try:
             # CPUs here only say how many replicas may be placed.
-            ray.init(num_cpus=64, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+            ray.init(
+                num_cpus=64,
+                object_store_memory=100 * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
             return
         except Exception:
             ray.shutdown()

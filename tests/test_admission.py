@@ -1,4 +1,6 @@
-"""Admission, forecasts, dispatch and replay, against workers that the test plays: no process, no real clock."""
+"""Admission, forecasts, dispatch and replay, against workers that the test plays: no process, no
+real clock.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,14 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.virtual_time import START, settle, virtual_time
 
-SAMPLING = SamplingConfig(steps=10, renoise_steps=0, guidance=(1.0, 1.0), guidance_steps=0, temperature=(1.0, 1.0), sampler="argmax")
+SAMPLING = SamplingConfig(
+    steps=10,
+    renoise_steps=0,
+    guidance=(1.0, 1.0),
+    guidance_steps=0,
+    temperature=(1.0, 1.0),
+    sampler="argmax",
+)
 PIXELS = 32 * 16
 SLOTS = 4
 
@@ -53,13 +62,17 @@ ids = count()
 
 def job(rows: int = 1, seconds: float = 1000.0, **changes: Any) -> Job:
     id, deadline = f"job{next(ids)}", time.monotonic() + seconds
-    return replace(Job(id, "fake", "", "", 32, 16, tuple(range(rows)), SAMPLING, deadline), **changes)
+    return replace(
+        Job(id, "fake", "", "", 32, 16, tuple(range(rows)), SAMPLING, deadline), **changes
+    )
 
 
 class PlayedWorker:
     """A supervisor and its worker, played by the test."""
 
-    def __init__(self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener) -> None:
+    def __init__(
+        self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener
+    ) -> None:
         self.settings, self.listener = settings, listener
         self.last_heartbeat = Heartbeat((), 0, 0)
         self.status = WorkerStatus(ready=False, reason="starting")
@@ -109,7 +122,9 @@ class PlayedWorker:
 
     def measure(self, *steps: tuple[int, float]) -> None:
         """Report steps: (rows, seconds)."""
-        self.say(Heartbeat(tuple(Step(rows, rows, PIXELS, seconds) for rows, seconds in steps), 0, 0))
+        self.say(
+            Heartbeat(tuple(Step(rows, rows, PIXELS, seconds) for rows, seconds in steps), 0, 0)
+        )
 
     def finish(self, id: str, timings: Timings | None = None) -> None:
         images = tuple(picture(i) for i in range(len(self.jobs[id].seeds)))
@@ -223,7 +238,9 @@ async def test_steps_that_a_heartbeat_says_are_done_delay_nobody() -> None:
 
 
 @virtual_time
-async def test_a_job_is_rejected_at_once_if_it_would_be_late_and_told_whether_to_come_back() -> None:
+async def test_a_job_is_rejected_at_once_if_it_would_be_late_and_told_whether_to_come_back() -> (
+    None
+):
     async with engine() as e:
         e.worker.measure((1, 0.1), (SLOTS, 0.1))
         await e.ask(job(rows=SLOTS))
@@ -300,7 +317,10 @@ async def test_a_job_goes_to_the_worker_that_owes_the_fewest_rows() -> None:
     async with engine(devices="cpu,cpu") as e:
         for rows in (2, 1, 2, 1):
             await e.ask(job(rows=rows))
-        assert [[len(each.seeds) for each in worker.received] for worker in e.workers] == [[2, 1], [1, 2]]
+        assert [[len(each.seeds) for each in worker.received] for worker in e.workers] == [
+            [2, 1],
+            [1, 2],
+        ]
         assert [worker.settings.devices for worker in e.workers] == [None, None]
 
 
@@ -382,7 +402,9 @@ async def test_cancelling_the_caller_frees_the_worker_and_is_counted_by_place() 
         sent.cancel()
         await settle()
         assert e.worker.cancelled == [held.id]
-        assert [e.figure("paella_cancelled_total", stage=stage) for stage in ("queue", "worker")] == [1, 1]
+        assert [
+            e.figure("paella_cancelled_total", stage=stage) for stage in ("queue", "worker")
+        ] == [1, 1]
 
 
 @virtual_time
@@ -394,7 +416,11 @@ async def test_failures_are_told_to_their_own_caller() -> None:
         e.worker.say(Failed(late.id, "deadline", "the deadline passed", retryable=True))
         e.worker.say(Failed("unknown", "internal", "", retryable=False))
         failure = await raised(tasks[0], JobFailed)
-        assert (failure.code, failure.message, failure.retryable) == ("out_of_memory", "no memory", True)
+        assert (failure.code, failure.message, failure.retryable) == (
+            "out_of_memory",
+            "no memory",
+            True,
+        )
         await raised(tasks[2], DeadlineExceeded)
         assert not tasks[1].done()
 
@@ -404,7 +430,11 @@ async def test_messages_about_a_job_that_nobody_waits_for_are_ignored() -> None:
     async with engine() as e:
         (await e.ask(gone := job())).cancel()
         await settle()
-        for message in (Preview(gone.id, 0, 1, picture(0)), Drawn(gone.id, picture(0)), Running((gone.id,))):
+        for message in (
+            Preview(gone.id, 0, 1, picture(0)),
+            Drawn(gone.id, picture(0)),
+            Running((gone.id,)),
+        ):
             e.worker.say(message)
         e.worker.say(Finished(gone.id, (), Timings()))
         assert not (await e.ask(job())).done()
@@ -416,7 +446,11 @@ async def test_heartbeats_become_figures() -> None:
         for worker in e.workers:
             stats = ProcessStats(1, 1.0, 1)
             counts = {("prompt_cache_hits", "text"): 2}
-            worker.say(Heartbeat((Step(2, 2, PIXELS, 0.1),), 3, 0, counts=counts, cache_bytes=5, stats=stats))
+            worker.say(
+                Heartbeat(
+                    (Step(2, 2, PIXELS, 0.1),), 3, 0, counts=counts, cache_bytes=5, stats=stats
+                )
+            )
         await e.ask(job(rows=10))
         assert e.client.rows_running == e.figure("paella_rows_running") == 6
         assert e.figure("paella_queue_depth") == 4
@@ -461,7 +495,7 @@ async def test_a_replay_delivers_each_image_and_preview_once_and_starts_once() -
 
 
 @virtual_time
-async def test_only_suspects_run_alone_and_those_that_shared_the_stage_are_given_another_chance() -> None:
+async def test_only_suspects_run_alone_and_others_of_their_stage_get_another_chance() -> None:
     async with engine() as e:
         first, second, bystander = job(), job(), job()
         tasks = [await e.ask(each) for each in (first, second, bystander)]
@@ -469,7 +503,11 @@ async def test_only_suspects_run_alone_and_those_that_shared_the_stage_are_given
             e.worker.crash(first.id, second.id)
             e.worker.become_ready()
         replayed = e.worker.received[-3:]
-        assert {each.id: each.alone for each in replayed} == {first.id: True, second.id: True, bystander.id: False}
+        assert {each.id: each.alone for each in replayed} == {
+            first.id: True,
+            second.id: True,
+            bystander.id: False,
+        }
         assert not any(task.done() for task in tasks)
 
 
@@ -485,12 +523,16 @@ async def test_a_job_that_crashes_workers_by_itself_is_abandoned_and_its_neighbo
         failure = await raised(task, JobFailed)
         assert (failure.code, failure.retryable) == ("poison", False)
         assert not other.done()
-        assert [each.id for each in e.worker.received[2:]] == [poison.id, bystander.id, bystander.id]
+        assert [each.id for each in e.worker.received[2:]] == [
+            poison.id,
+            bystander.id,
+            bystander.id,
+        ]
         assert e.figure("paella_requests_replayed_total") == 3
 
 
 @virtual_time
-async def test_a_lost_worker_s_jobs_go_to_another_at_once_or_wait_for_one_as_long_as_the_settings_say() -> None:
+async def test_jobs_of_a_lost_worker_go_to_another_or_wait_as_long_as_the_settings_say() -> None:
     async with engine(devices="cpu,cpu", start_wait_s=7) as e:
         one, two = e.workers
         tasks = [await e.ask(job()) for _ in range(2)]

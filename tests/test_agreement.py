@@ -1,4 +1,6 @@
-"""The command that says how much a picture changes with its company says it, in shares of tokens."""
+"""The command that says how much a picture changes with its company says it, in shares of
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,8 @@ def test_it_ends_in_one_line_of_shares_for_every_batch(random_bundle, monkeypatc
 
 
 def test_other_seeds_hardly_agree(pipeline):
-    one, other = (agreement.draw(pipeline, ["red apple"] * 4, range(first, first + 4), 2) for first in (0, 4))
+    one, other = (
+        agreement.draw(pipeline, ["red apple"] * 4, range(first, first + 4), 2) for first in (0, 4)
+    )
     assert torch.equal(one, agreement.draw(pipeline, ["red apple"] * 4, range(4), 2))
     assert (one == other).float().mean() < 0.5

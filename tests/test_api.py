@@ -1,4 +1,6 @@
-"""The HTTP contract, over the fake worker: answers, formats, refusals for lack of room or time, operations, OpenAPI."""
+"""The HTTP contract, over the fake worker: answers, formats, refusals for lack of room or time,
+operations, OpenAPI.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,12 @@ INT64_MAX = 2**63 - 1
 Configure = Callable[..., Settings]
 
 
-def post(client: httpx.Client, prompt: str = "a ball", headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+def post(
+    client: httpx.Client,
+    prompt: str = "a ball",
+    headers: dict[str, str] | None = None,
+    **fields: Any,
+) -> httpx.Response:
     return client.post("/generate", json={"prompt": prompt, **fields}, headers=headers)
 
 
@@ -51,20 +58,29 @@ def metric(client: httpx.Client, name: str, **labels: str) -> float:
 
 
 @contextmanager
-def served(settings: Settings, worker: WorkerMain = fake_worker.main, *, ready: bool = True) -> Iterator[httpx.Client]:
+def served(
+    settings: Settings, worker: WorkerMain = fake_worker.main, *, ready: bool = True
+) -> Iterator[httpx.Client]:
     """A client of a server of its own, for the tests that would disturb the shared one."""
-    with serving(create_app(settings, worker=worker)) as address, httpx.Client(base_url=address, timeout=20) as client:
+    with (
+        serving(create_app(settings, worker=worker)) as address,
+        httpx.Client(base_url=address, timeout=20) as client,
+    ):
         if ready:
             wait_until(lambda: client.get("/readyz").status_code == 200)
         yield client
 
 
-# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_one_image_comes_as_a_png_with_its_seed_and_its_parameters(client: httpx.Client) -> None:
     answer = post(client, seed=7, negative_prompt="blur", guidance_scale=[2, 8], temperature=0.5)
-    assert (answer.status_code, answer.headers["content-type"], answer.headers["x-seed"]) == (200, "image/png", "7")
+    assert (answer.status_code, answer.headers["content-type"], answer.headers["x-seed"]) == (
+        200,
+        "image/png",
+        "7",
+    )
     picture = opened(answer.content)
     assert (picture.size, picture.getpixel((0, 0))) == (NATIVE_SIZE, tuple(fake_worker.colour(7)))
     assert json.loads(picture.info["parameters"]) == {
@@ -96,14 +112,21 @@ def test_the_parameters_in_a_png_give_the_same_file_again(client: httpx.Client) 
 
 
 def test_server_timing_names_every_stage(client: httpx.Client) -> None:
-    stages = dict(entry.split(";dur=") for entry in post(client).headers["server-timing"].split(", "))
+    stages = dict(
+        entry.split(";dur=") for entry in post(client).headers["server-timing"].split(", ")
+    )
     assert list(stages) == ["queue", "encode", "prior", "denoise", "decode", "image"]
     assert float(stages["encode"]) == 2.0
 
 
 def test_several_images_come_as_json_in_the_order_of_their_seeds(client: httpx.Client) -> None:
     answer = post(client, seed=5, n=3, headers={"X-Request-Id": "mine"}).json()
-    assert (answer["id"], answer["model"], answer["parameters"]["n"], answer["parameters"]["seed"]) == ("mine", NAME, 3, 5)
+    assert (
+        answer["id"],
+        answer["model"],
+        answer["parameters"]["n"],
+        answer["parameters"]["seed"],
+    ) == ("mine", NAME, 3, 5)
     assert set(answer["timings"]) == {"queue", "encode", "prior", "denoise", "decode", "image"}
     assert abs(answer["created"] - time.time()) < 60
     assert [entry["seed"] for entry in answer["images"]] == [5, 6, 7]
@@ -138,15 +161,26 @@ def test_an_absent_seed_is_drawn_anew_and_returned(client: httpx.Client) -> None
         ("image/webp", {"response_format": "json"}, "application/json"),
     ],
 )
-def test_the_format_is_what_was_asked_for(client: httpx.Client, accept: str, fields: dict[str, str], media_type: str) -> None:
+def test_the_format_is_what_was_asked_for(
+    client: httpx.Client, accept: str, fields: dict[str, str], media_type: str
+) -> None:
     answer = post(client, headers={"Accept": accept}, **fields)
     assert answer.headers["content-type"] == media_type
-    content = base64.b64decode(answer.json()["images"][0]["b64_json"]) if media_type == "application/json" else answer.content
-    assert opened(content).format == (media_type.removeprefix("image/").upper() if media_type.startswith("image/") else "PNG")
+    content = (
+        base64.b64decode(answer.json()["images"][0]["b64_json"])
+        if media_type == "application/json"
+        else answer.content
+    )
+    assert opened(content).format == (
+        media_type.removeprefix("image/").upper() if media_type.startswith("image/") else "PNG"
+    )
 
 
 def test_quality_changes_lossy_files(client: httpx.Client) -> None:
-    tables = [opened(post(client, response_format="jpeg", quality=q).content).quantization for q in (10, 95)]  # type: ignore[attr-defined]
+    tables = [
+        opened(post(client, response_format="jpeg", quality=q).content).quantization
+        for q in (10, 95)
+    ]  # type: ignore[attr-defined]
     assert tables[0] != tables[1]
 
 
@@ -162,11 +196,14 @@ def test_step_counts_not_asked_for_keep_the_recipes_share(client: httpx.Client) 
     assert (sent["renoise_steps"], sent["guidance_steps"]) == (22, 24)
 
 
-# ── ids ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── ids ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_sane_request_id_comes_back_even_with_an_error(client: httpx.Client) -> None:
-    for answer in (post(client, headers={"X-Request-Id": "abc 1"}), client.get("/nowhere", headers={"X-Request-Id": "abc 1"})):
+    for answer in (
+        post(client, headers={"X-Request-Id": "abc 1"}),
+        client.get("/nowhere", headers={"X-Request-Id": "abc 1"}),
+    ):
         assert answer.headers["x-request-id"] == "abc 1"
 
 
@@ -178,11 +215,15 @@ def test_any_other_request_id_is_replaced(client: httpx.Client, sent: str) -> No
 
 def test_two_requests_may_use_one_id_at_once(client: httpx.Client) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        answers = list(pool.map(lambda seed: post(client, "slow", {"X-Request-Id": "same"}, seed=seed), range(4)))
+        answers = list(
+            pool.map(
+                lambda seed: post(client, "slow", {"X-Request-Id": "same"}, seed=seed), range(4)
+            )
+        )
     assert [answer.headers["x-seed"] for answer in answers] == ["0", "1", "2", "3"]
 
 
-# ── when the engine says no ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── when the engine says no ───────────────────────────────────────────────────────────────────────
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -196,31 +237,49 @@ def test_a_passed_deadline_is_504(client: httpx.Client) -> None:
     assert (answer.status_code, error_of(answer)["code"]) == (504, "deadline_exceeded")
 
 
-@pytest.mark.parametrize(("prompt", "code", "retry"), [("fail", "internal", "false"), ("oom", "out_of_memory", None)])
-def test_a_failed_job_is_500_and_says_whether_to_retry(client: httpx.Client, prompt: str, code: str, retry: str | None) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "code", "retry"), [("fail", "internal", "false"), ("oom", "out_of_memory", None)]
+)
+def test_a_failed_job_is_500_and_says_whether_to_retry(
+    client: httpx.Client, prompt: str, code: str, retry: str | None
+) -> None:
     answer = post(client, prompt)
-    assert (answer.status_code, error_of(answer)["code"], answer.headers.get("x-should-retry")) == (500, code, retry)
+    assert (answer.status_code, error_of(answer)["code"], answer.headers.get("x-should-retry")) == (
+        500,
+        code,
+        retry,
+    )
     assert "/home" not in answer.text
     assert "Traceback" not in answer.text
 
 
 def test_a_full_queue_is_429_with_the_time_to_come_back(fake_settings: Configure) -> None:
     with served(fake_settings(queue_rows=2, drain_timeout_s=0)) as client:
-        holder = threading.Thread(target=post, args=(client, "hold"), kwargs={"n": 2, "timeout_s": 1.0})
+        holder = threading.Thread(
+            target=post, args=(client, "hold"), kwargs={"n": 2, "timeout_s": 1.0}
+        )
         holder.start()
         wait_until(lambda: metric(client, "paella_rows_running") == 2)
         answer = post(client)
         holder.join()
         assert (answer.status_code, error_of(answer)["type"]) == (429, "rate_limit_error")
         assert int(answer.headers["retry-after"]) >= 1
-        assert 0 < int(answer.headers["retry-after-ms"]) <= 1000 * int(answer.headers["retry-after"])
+        assert (
+            0 < int(answer.headers["retry-after-ms"]) <= 1000 * int(answer.headers["retry-after"])
+        )
         assert metric(client, "paella_rejected_total", reason="queue_full") == 1
 
 
-def test_a_request_that_kills_worker_after_worker_is_500_and_the_next_one_serves(fake_settings: Configure) -> None:
+def test_a_request_that_kills_worker_after_worker_is_500_and_the_next_one_serves(
+    fake_settings: Configure,
+) -> None:
     with served(fake_settings()) as client:
         answer = post(client, "die")
-        assert (answer.status_code, error_of(answer)["code"], answer.headers["x-should-retry"]) == (500, "poison", "false")
+        assert (answer.status_code, error_of(answer)["code"], answer.headers["x-should-retry"]) == (
+            500,
+            "poison",
+            "false",
+        )
         assert post(client).status_code == 200
         assert metric(client, "paella_worker_restarts_total") == 2
 
@@ -238,19 +297,30 @@ def test_a_deadline_that_cannot_be_met_is_429_at_once(fake_settings: Configure) 
         wait_until(lambda: metric(client, "paella_step_rows_count") > 0)
         # A row of the fake worker's takes at least ten milliseconds before and after its steps.
         answer = post(client, "hold", n=16, timeout_s=0.05)
-        assert (answer.status_code, error_of(answer)["code"], answer.headers["x-should-retry"]) == (429, "deadline_unreachable", "false")
+        assert (answer.status_code, error_of(answer)["code"], answer.headers["x-should-retry"]) == (
+            429,
+            "deadline_unreachable",
+            "false",
+        )
         assert int(answer.headers["retry-after"]) >= 1
-        assert 0 < int(answer.headers["retry-after-ms"]) <= 1000 * int(answer.headers["retry-after"])
+        assert (
+            0 < int(answer.headers["retry-after-ms"]) <= 1000 * int(answer.headers["retry-after"])
+        )
         assert metric(client, "paella_rejected_total", reason="deadline_unreachable") == 1
 
 
-def test_a_running_request_can_be_deleted_by_its_id_and_its_rows_leave(fake_settings: Configure) -> None:
+def test_a_running_request_can_be_deleted_by_its_id_and_its_rows_leave(
+    fake_settings: Configure,
+) -> None:
     with served(fake_settings()) as client, concurrent.futures.ThreadPoolExecutor() as threads:
         doomed = threads.submit(post, client, "hold", {"X-Request-Id": "doomed"}, n=2)
         other = threads.submit(post, client, "hold", {"X-Request-Id": "other"})
         wait_until(lambda: metric(client, "paella_rows_running") == 3)
         assert client.delete("/requests/doomed").status_code == 204
-        assert (doomed.result().status_code, error_of(doomed.result())["code"]) == (499, "cancelled")
+        assert (doomed.result().status_code, error_of(doomed.result())["code"]) == (
+            499,
+            "cancelled",
+        )
         wait_until(lambda: metric(client, "paella_rows_running") == 1)
         assert not other.done()
         assert metric(client, "paella_cancel_duration_seconds_count") == 1
@@ -279,17 +349,42 @@ def test_a_client_that_goes_away_frees_its_rows(fake_settings: Configure) -> Non
         with pytest.raises(httpx.ReadTimeout):
             client.post("/generate", json={"prompt": "hold", "n": 3}, timeout=0.3)
         wait_until(lambda: metric(client, "paella_rows_running") == 0)
-        wait_until(lambda: metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="499") == 1)
+        wait_until(
+            lambda: (
+                metric(
+                    client,
+                    "paella_request_duration_seconds_count",
+                    endpoint="/generate",
+                    status="499",
+                )
+                == 1
+            )
+        )
         assert metric(client, "paella_cancelled_total", stage="worker") == 1
 
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
-def test_a_client_that_goes_away_in_the_midst_of_its_body_is_no_error_of_ours(fake_settings: Configure, kind: str) -> None:
+def test_a_client_that_goes_away_in_the_midst_of_its_body_is_no_error_of_ours(
+    fake_settings: Configure, kind: str
+) -> None:
     with served(fake_settings()) as client:
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 100\r\n\r\n"
+        head = (
+            f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: "
+            f"100\r\n\r\n"
+        )
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(head.encode() + b"--x")
-        wait_until(lambda: metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="499") == 1)
+        wait_until(
+            lambda: (
+                metric(
+                    client,
+                    "paella_request_duration_seconds_count",
+                    endpoint="/generate",
+                    status="499",
+                )
+                == 1
+            )
+        )
 
 
 def test_a_hundred_requests_at_once_are_all_answered_rightly(client: httpx.Client) -> None:
@@ -299,11 +394,16 @@ def test_a_hundred_requests_at_once_are_all_answered_rightly(client: httpx.Clien
         assert opened(answer.content).getpixel((0, 0)) == tuple(fake_worker.colour(seed))
 
 
-# ── operations ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── operations ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_readiness_names_device_and_models(client: httpx.Client) -> None:
-    assert client.get("/readyz").json() == {"status": "ready", "device": "fake", "dtype": "float32", "models": [NAME]}
+    assert client.get("/readyz").json() == {
+        "status": "ready",
+        "device": "fake",
+        "dtype": "float32",
+        "models": [NAME],
+    }
 
 
 def test_metrics_count_pictures_requests_and_steps(client: httpx.Client) -> None:
@@ -311,16 +411,29 @@ def test_metrics_count_pictures_requests_and_steps(client: httpx.Client) -> None
     post(client, n=3)
     client.get("/no/such/path")
     assert metric(client, "paella_images_total", endpoint="/generate") == before + 3
-    assert metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="200") > 0
-    assert metric(client, "paella_request_duration_seconds_count", endpoint="unmatched", status="404") > 0
+    assert (
+        metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="200")
+        > 0
+    )
+    assert (
+        metric(client, "paella_request_duration_seconds_count", endpoint="unmatched", status="404")
+        > 0
+    )
     assert metric(client, "paella_step_rows_count") > 0
     assert metric(client, "paella_weights_info", model=NAME) == 1
 
 
-def test_of_workers_that_were_replaced_nothing_is_left_and_nothing_is_counted_twice(fake_settings: Configure) -> None:
+def test_of_workers_that_were_replaced_nothing_is_left_and_nothing_is_counted_twice(
+    fake_settings: Configure,
+) -> None:
     def processes(client: httpx.Client) -> list[float]:
         families = text_string_to_metric_families(client.get("/metrics").text)
-        return [sample.value for family in families for sample in family.samples if sample.name == "paella_worker_resident_memory_bytes"]
+        return [
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == "paella_worker_resident_memory_bytes"
+        ]
 
     with served(fake_settings(devices="cpu,cpu")) as client:
         assert metric(client, "paella_images_total", endpoint="/generate") == 0
@@ -343,7 +456,17 @@ def test_of_workers_that_were_replaced_nothing_is_left_and_nothing_is_counted_tw
 def test_a_request_that_is_refused_early_counts_for_its_endpoint(fake_settings: Configure) -> None:
     with served(fake_settings(api_keys="a-key-of-the-house")) as client:
         assert post(client).status_code == 401
-        wait_until(lambda: metric(client, "paella_request_duration_seconds_count", endpoint="/generate", status="401") == 1)
+        wait_until(
+            lambda: (
+                metric(
+                    client,
+                    "paella_request_duration_seconds_count",
+                    endpoint="/generate",
+                    status="401",
+                )
+                == 1
+            )
+        )
 
 
 def test_a_probe_before_the_worker_is_ready_is_no_refusal(fake_settings: Configure) -> None:
@@ -353,38 +476,61 @@ def test_a_probe_before_the_worker_is_ready_is_no_refusal(fake_settings: Configu
         assert "not_ready" not in client.get("/metrics").text
 
 
-def test_every_request_is_logged_without_its_prompt(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_request_is_logged_without_its_prompt(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "server.access")
     post(client, "a secret wish", {"X-Request-Id": "logged"})
-    wait_until(lambda: any(record.__dict__["fields"]["request_id"] == "logged" for record in caplog.records))
-    fields = next(record.__dict__["fields"] for record in caplog.records if record.__dict__["fields"]["request_id"] == "logged")
+    wait_until(
+        lambda: any(
+            record.__dict__["fields"]["request_id"] == "logged" for record in caplog.records
+        )
+    )
+    fields = next(
+        record.__dict__["fields"]
+        for record in caplog.records
+        if record.__dict__["fields"]["request_id"] == "logged"
+    )
     assert (fields["path"], fields["status"], fields["method"]) == ("/generate", 200, "POST")
     assert "secret" not in str([record.__dict__ for record in caplog.records])
 
 
 def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
-    drawing = {path: methods["post"] for path, methods in document["paths"].items() if "post" in methods}
+    drawing = {
+        path: methods["post"] for path, methods in document["paths"].items() if "post" in methods
+    }
     assert set(drawing) == set(EXAMPLES)
     for operation in drawing.values():
         schema = operation["requestBody"]["content"]["application/json"]["schema"]
         assert schema["additionalProperties"] is False
         assert schema["properties"]["seed"]["anyOf"][0]["minimum"] == -(2**63)
-        assert {"200", "400", "401", "404", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
+        assert {"200", "400", "401", "404", "413", "415", "422", "429", "500", "503", "504"} <= set(
+            operation["responses"]
+        )
         assert "event: " in operation["responses"]["200"]["content"]["text/event-stream"]["example"]
         assert "retry-after-ms" in operation["responses"]["429"]["headers"]
     generate = drawing["/generate"]
     schema = generate["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["n"]["maximum"] == 16
-    assert {"maximum": 30, "minimum": 0, "type": "number"} in schema["properties"]["guidance_scale"]["anyOf"]
+    assert {"maximum": 30, "minimum": 0, "type": "number"} in schema["properties"][
+        "guidance_scale"
+    ]["anyOf"]
     assert schema["required"] == ["prompt"]
-    assert {"image/png", "image/jpeg", "image/webp", "application/json"} <= set(generate["responses"]["200"]["content"])
+    assert {"image/png", "image/jpeg", "image/webp", "application/json"} <= set(
+        generate["responses"]["200"]["content"]
+    )
     assert client.get("/docs").status_code == 200
 
 
 def test_the_documents_bounds_are_exact_and_its_forms_have_no_null(client: httpx.Client) -> None:
-    content = client.get("/openapi.json").json()["paths"]["/inpaint"]["post"]["requestBody"]["content"]
-    as_json, as_form = (content[kind]["schema"]["properties"] for kind in ("application/json", "multipart/form-data"))
+    content = client.get("/openapi.json").json()["paths"]["/inpaint"]["post"]["requestBody"][
+        "content"
+    ]
+    as_json, as_form = (
+        content[kind]["schema"]["properties"]
+        for kind in ("application/json", "multipart/form-data")
+    )
     bounds = {"type": "integer", "minimum": -INT64_MAX - 1, "exclusiveMaximum": INT64_MAX + 1}
     assert bounds in as_json["seed"]["anyOf"]
     assert {"type": "null"} in as_json["seed"]["anyOf"]
@@ -396,17 +542,21 @@ def test_the_documents_bounds_are_exact_and_its_forms_have_no_null(client: httpx
 def test_only_interpolate_is_documented_to_answer_with_gif(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     posts = {path: operations["post"] for path, operations in paths.items() if "post" in operations}
-    assert {path for path, post in posts.items() if "image/gif" in post["responses"]["200"]["content"]} == {"/interpolate"}
+    assert {
+        path for path, post in posts.items() if "image/gif" in post["responses"]["200"]["content"]
+    } == {"/interpolate"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_the_documented_examples_work(client: httpx.Client, path: str) -> None:
     operation = client.get("/openapi.json").json()["paths"][path]["post"]
-    answer = client.post(path, json=operation["requestBody"]["content"]["application/json"]["example"])
+    answer = client.post(
+        path, json=operation["requestBody"]["content"]["application/json"]["example"]
+    )
     assert answer.status_code == 200, answer.text
 
 
-# ── the app ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the app ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_api_process_never_imports_torch() -> None:
@@ -422,7 +572,11 @@ def test_an_unforeseen_error_is_500_without_a_trace(fake_settings: Configure) ->
         raise RuntimeError("/secret/path")
 
     answer = TestClient(app).get("/broken")
-    assert (answer.status_code, answer.headers["x-should-retry"], answer.json()["error"]["code"]) == (500, "false", "internal")
+    assert (
+        answer.status_code,
+        answer.headers["x-should-retry"],
+        answer.json()["error"]["code"],
+    ) == (500, "false", "internal")
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"]
 
@@ -434,7 +588,9 @@ def test_several_bundles_are_served_by_name_the_first_by_default(tmp_path: Path)
         assert post(client, response_format="json", model="two").json()["model"] == "two"
 
 
-def test_weights_that_cannot_be_served_stop_the_start(tmp_path: Path, fake_settings: Configure) -> None:
+def test_weights_that_cannot_be_served_stop_the_start(
+    tmp_path: Path, fake_settings: Configure
+) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         create_app(Settings(weights="nothing"))
     with pytest.raises(ValueError, match="max_side"):

@@ -48,7 +48,9 @@ def test_without_art_the_message_says_what_to_do(cache: Path) -> None:
         art.atlas()
 
 
-def test_without_npm_the_message_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_message_says_what_to_do(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="npm is not installed"):
         art.fetch()
@@ -71,7 +73,9 @@ def test_the_art_is_fetched_once_and_checked(cache: Path, monkeypatch: pytest.Mo
     assert calls[0][-1] == "@lobehub/fluent-emoji-3d@1.1.0"
 
 
-def test_a_packed_file_is_read_in_place_of_the_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_file_is_read_in_place_of_the_package(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _tar(cache / art.TARBALL, [kind.code for kind in KINDS] + ["1f600"])
     packed = cache / "sprites.tar"
     art.pack(packed)

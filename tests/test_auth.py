@@ -1,4 +1,6 @@
-"""Who may ask, how often, how much at once, from which pages; what every answer carries and what the log says of it."""
+"""Who may ask, how often, how much at once, from which pages; what every answer carries and what
+the log says of it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def asking(settings: Settings) -> TestClient:
 
 @contextmanager
 def listening(settings: Settings, ports: int = 1) -> Iterator[list[int]]:
-    """The command line's own server; gives its ports, of which `operations_port` may be the last."""
+    """The command line's own server; gives its ports, of which `operations_port` may be the
+    last.
+    """
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ports)]
     numbers = [listener.getsockname()[1] for listener in listeners]
     if ports > 1:
@@ -53,7 +57,10 @@ def listening(settings: Settings, ports: int = 1) -> Iterator[list[int]]:
 @contextmanager
 def served(settings: Settings) -> Iterator[httpx.Client]:
     """A client of it, once the fake worker is ready."""
-    with listening(settings) as (port,), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+    with (
+        listening(settings) as (port,),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+    ):
         wait_until(lambda: client.get("/readyz").status_code == 200)
         yield client
 
@@ -72,7 +79,9 @@ def code(answer: httpx.Response) -> str:
 def rejected(client: TestClient, reason: str) -> float | None:
     app = client.app
     assert isinstance(app, FastAPI)
-    return app.state.paellera.metrics.registry.get_sample_value("paella_rejected_total", {"reason": reason})
+    return app.state.paellera.metrics.registry.get_sample_value(
+        "paella_rejected_total", {"reason": reason}
+    )
 
 
 @pytest.fixture
@@ -92,35 +101,58 @@ def said(access_log: pytest.LogCaptureFixture, request_id: str) -> dict[str, Any
     return found()[0]
 
 
-# ── keys ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── keys ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("header", ["", KEY, "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer é"])
-def test_what_is_no_key_of_the_list_is_401_as_openai_s_client_expects_it(fake_settings: Configure, header: str) -> None:
+@pytest.mark.parametrize(
+    "header",
+    ["", KEY, "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer é"],
+)
+def test_what_is_no_key_of_the_list_is_401_as_openai_s_client_expects_it(
+    fake_settings: Configure, header: str
+) -> None:
     client = asking(fake_settings(api_keys=f"{OTHER},{KEY}"))
     answer = client.get("/v1/models", headers={"Authorization": header.encode()} if header else {})
     assert answer.status_code == 401
-    assert answer.json()["error"].items() >= {"code": "invalid_api_key", "type": "invalid_request_error"}.items()
+    assert (
+        answer.json()["error"].items()
+        >= {"code": "invalid_api_key", "type": "invalid_request_error"}.items()
+    )
     assert answer.headers["www-authenticate"].startswith("Bearer ")
     assert rejected(client, "invalid_api_key") == 1
 
 
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {OTHER}", f"Bearer  {KEY} "])
 def test_every_key_of_the_list_is_let_in(fake_settings: Configure, header: str) -> None:
-    assert asking(fake_settings(api_keys=f" {OTHER} , {KEY},")).get("/v1/models", headers={"Authorization": header}).status_code == 200
+    assert (
+        asking(fake_settings(api_keys=f" {OTHER} , {KEY},"))
+        .get("/v1/models", headers={"Authorization": header})
+        .status_code
+        == 200
+    )
 
 
 def test_a_key_is_needed_before_anything_else_is_looked_at(fake_settings: Configure) -> None:
     client = asking(fake_settings(api_keys=KEY, max_body_bytes=10))
-    assert {client.post("/generate", content=b"x" * 99).status_code, client.delete("/requests/x").status_code} == {401}
+    assert {
+        client.post("/generate", content=b"x" * 99).status_code,
+        client.delete("/requests/x").status_code,
+    } == {401}
     assert client.get("/no/such/path").status_code == 401
 
 
-def test_what_shows_no_pictures_is_open_unless_the_settings_say_otherwise(fake_settings: Configure) -> None:
-    statuses = {path: asking(fake_settings(api_keys=KEY)).get(path).status_code for path in ("/healthz", "/readyz", "/metrics", "/docs")}
+def test_what_shows_no_pictures_is_open_unless_the_settings_say_otherwise(
+    fake_settings: Configure,
+) -> None:
+    statuses = {
+        path: asking(fake_settings(api_keys=KEY)).get(path).status_code
+        for path in ("/healthz", "/readyz", "/metrics", "/docs")
+    }
     assert statuses == {"/healthz": 200, "/readyz": 503, "/metrics": 200, "/docs": 200}
     closed = asking(fake_settings(api_keys=KEY, open_paths="/healthz,/x/*"))
-    assert [closed.get(path).status_code for path in ("/healthz", "/metrics", "/docs", "/x/y", "/x")] == [200, 401, 401, 404, 401]
+    assert [
+        closed.get(path).status_code for path in ("/healthz", "/metrics", "/docs", "/x/y", "/x")
+    ] == [200, 401, 401, 404, 401]
     assert closed.get("/metrics", headers=AUTHORIZED).status_code == 200
 
 
@@ -133,12 +165,19 @@ def test_a_key_reaches_neither_the_log_nor_what_is_said_of_wrong_settings(
 ) -> None:
     settings = fake_settings(api_keys=KEY)
     for number, header in enumerate((f"Bearer {KEY}", f"Bearer {OTHER}")):
-        asking(settings).get("/v1/models", headers={"Authorization": header, "X-Request-Id": f"{number}"})
+        asking(settings).get(
+            "/v1/models", headers={"Authorization": header, "X-Request-Id": f"{number}"}
+        )
     assert said(access_log, "0")["key"] == Keys([KEY]).name(f"Bearer {KEY}")
     assert "key" not in said(access_log, "1")
     assert said(access_log, "1")["code"] == "invalid_api_key"
     wrong = _complaint({"api_keys": f"{KEY},a space"})
-    shown = repr(settings) + str([record.__dict__ for record in access_log.records]) + str(wrong) + from_validation(wrong).message
+    shown = (
+        repr(settings)
+        + str([record.__dict__ for record in access_log.records])
+        + str(wrong)
+        + from_validation(wrong).message
+    )
     assert KEY not in shown
     assert OTHER not in shown
 
@@ -149,16 +188,20 @@ def _complaint(values: dict[str, Any]) -> ValidationError:
     return raised.value
 
 
-@pytest.mark.parametrize("keys", [" , ", "short", f"{KEY},with a space in it", "Ümläute-sind-hier-verboten"])
+@pytest.mark.parametrize(
+    "keys", [" , ", "short", f"{KEY},with a space in it", "Ümläute-sind-hier-verboten"]
+)
 def test_keys_that_would_be_no_protection_are_refused(keys: str) -> None:
     _complaint({"api_keys": keys})
 
 
-# ── rate and concurrency ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rate and concurrency ──────────────────────────────────────────────────────────────────────────
 
 
 @hypothesis.given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 5), st.floats(1, 600))
-def test_no_stretch_of_time_lets_more_in_than_the_burst_and_the_rate(pauses: list[float], burst: int, per_minute: float) -> None:
+def test_no_stretch_of_time_lets_more_in_than_the_burst_and_the_rate(
+    pauses: list[float], burst: int, per_minute: float
+) -> None:
     now, let_in = 0.0, []
     rate = Rate(per_minute, burst, clock=lambda: now)
     for pause in pauses:
@@ -185,24 +228,42 @@ def test_one_key_s_rate_is_not_another_s_and_0_is_none() -> None:
         unlimited.take("one")
 
 
-def test_posts_beyond_the_rate_are_429_with_the_time_to_come_back_and_the_rest_is_not_counted(fake_settings: Configure) -> None:
+def test_posts_beyond_the_rate_are_429_with_the_time_to_come_back_and_the_rest_is_not_counted(
+    fake_settings: Configure,
+) -> None:
     client = asking(fake_settings(api_keys=KEY, key_rate_per_minute=0.01, key_burst=2))
     assert {client.get("/v1/models", headers=AUTHORIZED).status_code for _ in range(5)} == {200}
     answers = [client.post("/generate", content=b"no JSON", headers=AUTHORIZED) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [415, 415, 429]
-    assert (code(answers[2]), answers[2].json()["error"]["type"]) == ("rate_limit_exceeded", "rate_limit_error")
-    assert 0 < int(answers[2].headers["retry-after-ms"]) <= 1000 * int(answers[2].headers["retry-after"])
+    assert (code(answers[2]), answers[2].json()["error"]["type"]) == (
+        "rate_limit_exceeded",
+        "rate_limit_error",
+    )
+    assert (
+        0
+        < int(answers[2].headers["retry-after-ms"])
+        <= 1000 * int(answers[2].headers["retry-after"])
+    )
     assert rejected(client, "rate_limit_exceeded") == 1
 
 
-def test_a_key_s_requests_beyond_its_number_are_429_others_are_not_and_only_it_can_end_its_own(fake_settings: Configure) -> None:
-    with served(fake_settings(api_keys=f"{KEY},{OTHER}", key_concurrency=1)) as client, concurrent.futures.ThreadPoolExecutor() as threads:
+def test_a_key_s_requests_beyond_its_number_are_429_others_are_not_and_only_it_can_end_its_own(
+    fake_settings: Configure,
+) -> None:
+    with (
+        served(fake_settings(api_keys=f"{KEY},{OTHER}", key_concurrency=1)) as client,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
         other = {"Authorization": f"Bearer {OTHER}"}
         hold = {"json": {"prompt": "hold"}, "headers": AUTHORIZED | {"X-Request-Id": "held"}}
         held = threads.submit(client.post, "/generate", **hold)
         wait_until(lambda: "paella_rows_running 1.0" in client.get("/metrics").text)
         refused = client.post("/generate", json={"prompt": "a"}, headers=AUTHORIZED)
-        assert (refused.status_code, code(refused), refused.headers["retry-after"]) == (429, "concurrency_exceeded", "1")
+        assert (refused.status_code, code(refused), refused.headers["retry-after"]) == (
+            429,
+            "concurrency_exceeded",
+            "1",
+        )
         assert client.post("/generate", json={"prompt": "a"}, headers=other).status_code == 200
         assert client.delete("/requests/held", headers=other).status_code == 404
         assert client.delete("/requests/held", headers=AUTHORIZED).status_code == 204
@@ -210,12 +271,17 @@ def test_a_key_s_requests_beyond_its_number_are_429_others_are_not_and_only_it_c
         assert client.post("/generate", json={"prompt": "a"}, headers=AUTHORIZED).status_code == 200
 
 
-# ── the head ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the head ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_urls_and_headers_that_are_too_long_are_refused_in_the_one_shape(fake_settings: Configure) -> None:
+def test_urls_and_headers_that_are_too_long_are_refused_in_the_one_shape(
+    fake_settings: Configure,
+) -> None:
     client = asking(fake_settings())
-    url, headers = client.get("/" + "x" * MAX_URL_BYTES), client.get("/healthz", headers={"X-Long": "x" * MAX_HEADER_BYTES})
+    url, headers = (
+        client.get("/" + "x" * MAX_URL_BYTES),
+        client.get("/healthz", headers={"X-Long": "x" * MAX_HEADER_BYTES}),
+    )
     assert (url.status_code, code(url)) == (414, "url_too_long")
     assert (headers.status_code, code(headers)) == (431, "headers_too_large")
 
@@ -223,20 +289,32 @@ def test_urls_and_headers_that_are_too_long_are_refused_in_the_one_shape(fake_se
 @pytest.mark.parametrize("endless", [b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\n"])
 def test_a_head_that_does_not_end_is_not_kept(fake_settings: Configure, endless: bytes) -> None:
     more = b"X: x\r\n" if endless.endswith(b"\n") else b"x"
-    with listening(fake_settings()) as (port,), socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with (
+        listening(fake_settings()) as (port,),
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+    ):
         connection.sendall(endless + more * (MAX_URL_BYTES + MAX_HEADER_BYTES))
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\nGET /"])
-def test_a_head_that_takes_too_long_is_not_waited_for(fake_settings: Configure, begun: bytes) -> None:
+@pytest.mark.parametrize(
+    "begun", [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\nGET /"]
+)
+def test_a_head_that_takes_too_long_is_not_waited_for(
+    fake_settings: Configure, begun: bytes
+) -> None:
     with listening(fake_settings(receive_timeout_s=0.2)) as (port,):
         received = all_answered(port, begun)
     assert received.count(b"HTTP/1.1 ") == begun.count(b"\r\n\r\n")
 
 
-def test_a_body_that_does_not_go_on_is_answered_and_not_waited_for(fake_settings: Configure, access_log: pytest.LogCaptureFixture) -> None:
-    head = b"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\nX-Request-Id: slow\r\n\r\n"
+def test_a_body_that_does_not_go_on_is_answered_and_not_waited_for(
+    fake_settings: Configure, access_log: pytest.LogCaptureFixture
+) -> None:
+    head = (
+        b"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: "
+        b"99\r\nX-Request-Id: slow\r\n\r\n"
+    )
     with listening(fake_settings(receive_timeout_s=0.2)) as (port,):
         received = all_answered(port, head + b'{"prompt": ')
     assert received.startswith(b"HTTP/1.1 408 ")
@@ -252,32 +330,51 @@ def test_an_answer_may_take_longer_than_its_request_may(fake_settings: Configure
 def test_a_long_body_is_no_long_head(fake_settings: Configure) -> None:
     with listening(fake_settings()) as (port,):
         for _ in range(2):
-            answer = httpx.post(f"http://127.0.0.1:{port}/generate", content=b"x" * 2_000_000, headers={"Content-Type": "text/plain"})
+            answer = httpx.post(
+                f"http://127.0.0.1:{port}/generate",
+                content=b"x" * 2_000_000,
+                headers={"Content-Type": "text/plain"},
+            )
             assert answer.status_code == 415
 
 
-# ── ports, proxies, pages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── ports, proxies, pages ─────────────────────────────────────────────────────────────────────────
 
 
-def test_health_and_metrics_can_be_on_a_port_of_their_own_and_only_there(fake_settings: Configure) -> None:
+def test_health_and_metrics_can_be_on_a_port_of_their_own_and_only_there(
+    fake_settings: Configure,
+) -> None:
     with listening(fake_settings(), ports=2) as ports:
         paths = ("/healthz", "/metrics", "/v1/models", "/docs")
-        statuses = [[httpx.get(f"http://127.0.0.1:{port}{path}").status_code for path in paths] for port in ports]
+        statuses = [
+            [httpx.get(f"http://127.0.0.1:{port}{path}").status_code for path in paths]
+            for port in ports
+        ]
     assert statuses == [[404, 404, 200, 200], [200, 200, 404, 404]]
 
 
-@pytest.mark.parametrize(("trusted", "client"), [("", "127.0.0.1"), ("10.0.0.0/8", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.9")])
+@pytest.mark.parametrize(
+    ("trusted", "client"),
+    [("", "127.0.0.1"), ("10.0.0.0/8", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.9")],
+)
 def test_who_a_proxy_says_is_asking_is_believed_of_trusted_proxies_alone(
     fake_settings: Configure, access_log: pytest.LogCaptureFixture, trusted: str, client: str
 ) -> None:
     with listening(fake_settings(trusted_proxies=trusted)) as (port,):
-        httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"X-Forwarded-For": "203.0.113.9", "X-Request-Id": "proxied"})
+        httpx.get(
+            f"http://127.0.0.1:{port}/healthz",
+            headers={"X-Forwarded-For": "203.0.113.9", "X-Request-Id": "proxied"},
+        )
     assert said(access_log, "proxied")["client"] == client
 
 
 def test_pages_of_other_origins_may_ask_only_if_they_are_listed(fake_settings: Configure) -> None:
     def allowed(origin: str, **settings: str) -> str | None:
-        return asking(fake_settings(**settings)).get("/healthz", headers={"Origin": origin}).headers.get("access-control-allow-origin")
+        return (
+            asking(fake_settings(**settings))
+            .get("/healthz", headers={"Origin": origin})
+            .headers.get("access-control-allow-origin")
+        )
 
     listed = "https://a.example,http://localhost:3000"
     assert allowed("https://a.example") is None
@@ -287,23 +384,41 @@ def test_pages_of_other_origins_may_ask_only_if_they_are_listed(fake_settings: C
 
 
 def test_a_browser_s_question_beforehand_needs_no_key(fake_settings: Configure) -> None:
-    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asked = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
     client = asking(fake_settings(api_keys=KEY, cors_origins="https://a.example"))
     answer = client.options("/generate", headers=asked)
-    assert (answer.status_code, answer.headers["access-control-allow-headers"]) == (200, "authorization")
+    assert (answer.status_code, answer.headers["access-control-allow-headers"]) == (
+        200,
+        "authorization",
+    )
     refused = client.post("/generate", headers={"Origin": "https://a.example"})
-    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (
+        401,
+        "https://a.example",
+    )
 
 
-# ── answers and the log ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers and the log ───────────────────────────────────────────────────────────────────────────
 
 
-def test_every_answer_has_the_security_headers_and_keeps_a_policy_of_its_own(fake_settings: Configure) -> None:
-    app = create_app(fake_settings(api_keys=KEY, open_paths="/healthz,/own,/broken", cors_origins="*"), worker=fake_worker.main)
+def test_every_answer_has_the_security_headers_and_keeps_a_policy_of_its_own(
+    fake_settings: Configure,
+) -> None:
+    app = create_app(
+        fake_settings(api_keys=KEY, open_paths="/healthz,/own,/broken", cors_origins="*"),
+        worker=fake_worker.main,
+    )
     app.get("/own")(lambda: Response(headers={"Content-Security-Policy": "default-src 'self'"}))
     app.get("/broken")(lambda: 1 / 0)
     client = TestClient(app, raise_server_exceptions=False)
-    policies = {path: client.get(path).headers["content-security-policy"] for path in ("/healthz", "/metrics", "/own", "/broken")}
+    policies = {
+        path: client.get(path).headers["content-security-policy"]
+        for path in ("/healthz", "/metrics", "/own", "/broken")
+    }
     assert policies.pop("/own") == "default-src 'self'"
     assert set(policies.values()) == {"frame-ancestors 'none'"}
     for path in ("/healthz", "/metrics", "/own", "/broken"):
@@ -318,24 +433,51 @@ def test_a_request_s_line_says_what_was_asked_and_its_prompts_only_if_switched_o
     fake_settings: Configure, access_log: pytest.LogCaptureFixture, log_prompts: bool
 ) -> None:
     with served(fake_settings(log_prompts=log_prompts)) as client:
-        fields = {"prompt": "a wish", "negative_prompt": "a fear", "seed": 7, "regions": [{"prompt": "a dream", "box": [0, 0, 1, 1]}]}
+        fields = {
+            "prompt": "a wish",
+            "negative_prompt": "a fear",
+            "seed": 7,
+            "regions": [{"prompt": "a dream", "box": [0, 0, 1, 1]}],
+        }
         answer = client.post("/generate", json=fields, headers={"X-Request-Id": "asked"})
     line = said(access_log, "asked")
-    asked = {"model": "fake", "images": 1, "seed": 7, "size": "64x32", "steps": 12, "key": "anybody", "status": 200}
+    asked = {
+        "model": "fake",
+        "images": 1,
+        "seed": 7,
+        "size": "64x32",
+        "steps": 12,
+        "key": "anybody",
+        "status": 200,
+    }
     assert line.items() >= asked.items()
     assert line["server_timing"] == answer.headers["server-timing"]
-    assert [wish in json.dumps(line) for wish in ("a wish", "a fear", "a dream")] == [log_prompts] * 3
+    assert [wish in json.dumps(line) for wish in ("a wish", "a fear", "a dream")] == [
+        log_prompts
+    ] * 3
 
 
-@pytest.mark.parametrize(("request_id", "is_exemplar"), [("seen", True), ("x" * 118, True), ("x" * 128, False)])
-def test_a_bucket_of_the_latency_names_a_request_that_fell_into_it(fake_settings: Configure, request_id: str, is_exemplar: bool) -> None:
+@pytest.mark.parametrize(
+    ("request_id", "is_exemplar"), [("seen", True), ("x" * 118, True), ("x" * 128, False)]
+)
+def test_a_bucket_of_the_latency_names_a_request_that_fell_into_it(
+    fake_settings: Configure, request_id: str, is_exemplar: bool
+) -> None:
     client = asking(fake_settings())
     client.get("/healthz", headers={"X-Request-Id": request_id})
-    answer = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    answer = client.get(
+        "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
+    )
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}
-    exemplars = [sample.exemplar for sample in families["paella_request_duration_seconds"].samples if sample.exemplar]
-    assert [exemplar.labels for exemplar in exemplars] == ([{"request_id": request_id}] if is_exemplar else [])
+    exemplars = [
+        sample.exemplar
+        for sample in families["paella_request_duration_seconds"].samples
+        if sample.exemplar
+    ]
+    assert [exemplar.labels for exemplar in exemplars] == (
+        [{"request_id": request_id}] if is_exemplar else []
+    )
 
 
 def test_prometheus_own_text_is_what_others_get(fake_settings: Configure) -> None:
@@ -347,7 +489,11 @@ def test_prometheus_own_text_is_what_others_get(fake_settings: Configure) -> Non
 def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Configure) -> None:
     def security(keys: str) -> dict[str, Any]:
         document = asking(fake_settings(api_keys=keys)).get("/openapi.json").json()
-        return {path: operation.get("security") for path, operations in document["paths"].items() for operation in operations.values()}
+        return {
+            path: operation.get("security")
+            for path, operations in document["paths"].items()
+            for operation in operations.values()
+        }
 
     assert set(map(str, security("").values())) == {"None"}
     assert security(KEY)["/generate"] == [{"HTTPBearer": []}]

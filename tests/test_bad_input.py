@@ -1,4 +1,6 @@
-"""Whatever a client sends, it gets a 4xx in the one error shape that names the field, quickly, and the server goes on."""
+"""Whatever a client sends, it gets a 4xx in the one error shape that names the field, quickly,
+and the server goes on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.conftest import serving, wait_until
 JSON = {"Content-Type": "application/json"}
 
 
-def refused(answer: httpx.Response, status: int, param: str | None = None, mention: str = "") -> None:
+def refused(
+    answer: httpx.Response, status: int, param: str | None = None, mention: str = ""
+) -> None:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -88,7 +92,9 @@ def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
         ("partial_images", 2, "stream"),
     ],
 )
-def test_a_field_out_of_bounds_is_422_and_named(client: httpx.Client, field: str, value: object, mention: str) -> None:
+def test_a_field_out_of_bounds_is_422_and_named(
+    client: httpx.Client, field: str, value: object, mention: str
+) -> None:
     refused(client.post("/generate", json={"prompt": "a ball", field: value}), 422, field, mention)
 
 
@@ -97,7 +103,9 @@ def test_the_prompt_is_required(client: httpx.Client) -> None:
 
 
 def test_unknown_weights_are_404_and_the_known_ones_listed(client: httpx.Client) -> None:
-    refused(client.post("/generate", json={"prompt": "a ball", "model": "big"}), 404, "model", "fake")
+    refused(
+        client.post("/generate", json={"prompt": "a ball", "model": "big"}), 404, "model", "fake"
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,14 +171,26 @@ def test_unusual_prompts_work(client: httpx.Client, prompt: str) -> None:
     assert client.post("/generate", json={"prompt": prompt}).status_code == 200
 
 
-@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "é", "/"])
+@pytest.mark.parametrize(
+    "content_type",
+    [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "é", "/"],
+)
 def test_another_content_type_is_415(client: httpx.Client, content_type: str | None) -> None:
     headers = [] if content_type is None else [(b"Content-Type", content_type.encode())]
-    refused(client.post("/generate", content=b'{"prompt": "a ball"}', headers=headers), 415, None, "application/json")
+    refused(
+        client.post("/generate", content=b'{"prompt": "a ball"}', headers=headers),
+        415,
+        None,
+        "application/json",
+    )
 
 
 def test_the_content_types_parameters_and_case_do_not_matter(client: httpx.Client) -> None:
-    answer = client.post("/generate", content=b'{"prompt": "a ball"}', headers={"Content-Type": "Application/JSON; charset=utf-8"})
+    answer = client.post(
+        "/generate",
+        content=b'{"prompt": "a ball"}',
+        headers={"Content-Type": "Application/JSON; charset=utf-8"},
+    )
     assert answer.status_code == 200
 
 
@@ -179,7 +199,9 @@ def test_the_content_types_parameters_and_case_do_not_matter(client: httpx.Clien
     [b"[" + b"[]," * 3_000_000, b"{" + b",".join(b'"k%d":1' % i for i in range(800_000))],
     ids=["many lists", "many fields"],
 )
-def test_ten_megabytes_of_intricate_json_are_413_before_they_are_parsed(client: httpx.Client, body: bytes) -> None:
+def test_ten_megabytes_of_intricate_json_are_413_before_they_are_parsed(
+    client: httpx.Client, body: bytes
+) -> None:
     """Were they parsed first, they would be 400: their last bracket is missing."""
     refused(raw(client, body), 413, None, "brackets")
 
@@ -188,7 +210,9 @@ def test_a_prompt_of_ten_megabytes_is_too_long(client: httpx.Client) -> None:
     refused(raw(client, b'{"prompt": "' + b"x" * 10_000_000 + b'"}'), 422, "prompt", "4000")
 
 
-def test_of_thousands_of_unknown_fields_the_first_is_named_before_any_field_is_validated(client: httpx.Client) -> None:
+def test_of_thousands_of_unknown_fields_the_first_is_named_before_any_field_is_validated(
+    client: httpx.Client,
+) -> None:
     refused(raw(client, json.dumps({"prompt": 7} | {f"k{i}": 1 for i in range(10_000)})), 422, "k0")
 
 
@@ -208,7 +232,9 @@ def test_a_body_of_unannounced_length_is_bounded_too(client: httpx.Client) -> No
     refused(client.post("/generate", content=chunks(34_000), headers=JSON), 413, None, "bytes")
 
 
-def test_the_configured_bound_holds_for_announced_and_streamed_bodies(fake_settings: Callable[..., Settings]) -> None:
+def test_the_configured_bound_holds_for_announced_and_streamed_bodies(
+    fake_settings: Callable[..., Settings],
+) -> None:
     app = create_app(fake_settings(max_body_bytes=2000), worker=fake_worker.main)
     with serving(app) as address, httpx.Client(base_url=address) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
@@ -220,9 +246,20 @@ def test_the_configured_bound_holds_for_announced_and_streamed_bodies(fake_setti
 
 
 def test_too_much_work_is_422_with_the_figure(client: httpx.Client) -> None:
-    fields: dict[str, Any] = {"prompt": "a ball", "n": 16, "width": 512, "height": 512, "num_inference_steps": 64}
+    fields: dict[str, Any] = {
+        "prompt": "a ball",
+        "n": 16,
+        "width": 512,
+        "height": 512,
+        "num_inference_steps": 64,
+    }
     refused(client.post("/generate", json=fields), 422, None, str(16 * 512 * 512 * 64 * 2))
-    refused(client.post("/generate", json={**fields, "guidance_scale": 1}), 422, None, str(16 * 512 * 512 * 64))
+    refused(
+        client.post("/generate", json={**fields, "guidance_scale": 1}),
+        422,
+        None,
+        str(16 * 512 * 512 * 64),
+    )
 
 
 def test_an_unknown_path_is_404(client: httpx.Client) -> None:
@@ -236,7 +273,9 @@ def test_a_wrong_method_is_405_and_the_right_one_named(client: httpx.Client) -> 
     assert answer.headers["allow"] == "POST"
 
 
-def test_a_client_that_hangs_up_in_the_middle_of_its_body_harms_nobody(client: httpx.Client, fake_server: str) -> None:
+def test_a_client_that_hangs_up_in_the_middle_of_its_body_harms_nobody(
+    client: httpx.Client, fake_server: str
+) -> None:
     connection = http.client.HTTPConnection(urlsplit(fake_server).netloc)
     connection.putrequest("POST", "/generate")
     connection.putheader("Content-Type", "application/json")

@@ -1,4 +1,6 @@
-"""The bench runs from end to end and keeps its promises about its output. How fast anything is, no test says."""
+"""The bench runs from end to end and keeps its promises about its output. How fast anything is,
+no test says.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,20 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str],
     return lines, json.loads(last)
 
 
-def test_last_line_holds_every_stage_the_server_and_the_machine(random_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines, report = run(capsys, "--weights", str(random_bundle), "--steps", "1,2", "--repeats", "1", "--requests", "1")
+def test_last_line_holds_every_stage_the_server_and_the_machine(
+    random_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, report = run(
+        capsys,
+        "--weights",
+        str(random_bundle),
+        "--steps",
+        "1,2",
+        "--repeats",
+        "1",
+        "--requests",
+        "1",
+    )
     assert report["overhead_ms"].keys() == {"1", "2"}
     for overhead in report["overhead_ms"].values():
         assert overhead.keys() == {"beyond_request", "beyond_loop"}
@@ -48,7 +62,14 @@ def test_last_line_holds_every_stage_the_server_and_the_machine(random_bundle: P
     assert report["speedup"].keys() >= {"transcription_loop_1", "transcription_loop_2"}
     assert report["http"]["requests"].keys() == {"1", "2"}
     for figures in report["http"]["requests"].values():
-        assert figures["server_timing_ms"].keys() == {"queue", "encode", "prior", "denoise", "decode", "image"}
+        assert figures["server_timing_ms"].keys() == {
+            "queue",
+            "encode",
+            "prior",
+            "denoise",
+            "decode",
+            "image",
+        }
     assert report["http"]["start_to_ready_s"] > 0
     assert report["sha256"] == BundleConfig.read(random_bundle).sha256
     assert report["command"].startswith("bench --weights")
@@ -57,8 +78,19 @@ def test_last_line_holds_every_stage_the_server_and_the_machine(random_bundle: P
     assert any("loop_2" in line for line in lines)
 
 
-def test_quick_options_leave_out_what_they_say(random_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--steps", "1", "--repeats", "1", "--requests", "0", "--no-transcription", "--json-only")
+def test_quick_options_leave_out_what_they_say(
+    random_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (
+        "--steps",
+        "1",
+        "--repeats",
+        "1",
+        "--requests",
+        "0",
+        "--no-transcription",
+        "--json-only",
+    )
     lines, report = run(capsys, "--weights", str(random_bundle), *options)
     assert lines == []
     assert "http" not in report
@@ -80,7 +112,12 @@ def test_stages_take_turns_and_the_warm_up_is_not_counted() -> None:
 
 
 def test_quantiles_are_milliseconds_of_the_sorted_times() -> None:
-    assert quantiles([i / 1000 for i in range(100, -1, -1)]) == {"n": 101, "p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
+    assert quantiles([i / 1000 for i in range(100, -1, -1)]) == {
+        "n": 101,
+        "p50_ms": 50,
+        "p95_ms": 95,
+        "p99_ms": 99,
+    }
 
 
 def test_overheads_are_the_medians_over_http_less_those_in_this_process() -> None:
@@ -93,7 +130,9 @@ def test_overheads_are_the_medians_over_http_less_those_in_this_process() -> Non
 def test_flops_count_the_attention_kernel_of_the_cpu() -> None:
     q, k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
     # Two products of 8 × 16 × 12 in each of two heads.
-    assert flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)) == 2 * 2 * (2 * 8 * 16 * 12)
+    assert flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)) == 2 * 2 * (
+        2 * 8 * 16 * 12
+    )
 
 
 def test_loop_costs_its_steps(pipeline: Pipeline) -> None:

@@ -1,4 +1,6 @@
-"""A request with pictures means the same as JSON and as a form, and neither can be made too large, too deep or too strange."""
+"""A request with pictures means the same as JSON and as a form, and neither can be made too
+large, too deep or too strange.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def endpoint() -> TestClient:
     @app.post("/")
     async def echo(request: Request) -> dict[str, Any]:
         fields = await read_body(request, Everything, LIMIT)
-        return Everything.model_validate(fields).model_dump(exclude_unset=True, mode="python") | _lengths(fields)
+        return Everything.model_validate(fields).model_dump(
+            exclude_unset=True, mode="python"
+        ) | _lengths(fields)
 
     app.add_exception_handler(ApiError, lambda _, error: error.response())  # type: ignore[attr-defined, arg-type]
     return TestClient(app)
@@ -60,11 +64,19 @@ def _lengths(fields: Everything) -> dict[str, Any]:
     if fields.images:
         told["images"] = [len(image) for image in fields.images]
     if fields.keyframes:
-        told["keyframes"] = [frame.prompt if frame.image is None else len(frame.image) for frame in fields.keyframes]
+        told["keyframes"] = [
+            frame.prompt if frame.image is None else len(frame.image) for frame in fields.keyframes
+        ]
     return told
 
 
-def refused(answer: httpx.Response, status: int, param: str | None = None, mention: str = "", code: str | None = None) -> None:
+def refused(
+    answer: httpx.Response,
+    status: int,
+    param: str | None = None,
+    mention: str = "",
+    code: str | None = None,
+) -> None:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -74,18 +86,39 @@ def refused(answer: httpx.Response, status: int, param: str | None = None, menti
     assert len(error["message"]) < 500
 
 
-def form(endpoint: TestClient, fields: dict[str, str] | None = None, files: Sequence[tuple[str, Any]] = ()) -> httpx.Response:
-    return endpoint.post("/", files=[*((name, (None, text)) for name, text in (fields or {}).items()), *files])
+def form(
+    endpoint: TestClient,
+    fields: dict[str, str] | None = None,
+    files: Sequence[tuple[str, Any]] = (),
+) -> httpx.Response:
+    return endpoint.post(
+        "/", files=[*((name, (None, text)) for name, text in (fields or {}).items()), *files]
+    )
 
 
 FILE = ("cat.png", PNG, "image/png")
 
 
 def test_json_and_form_mean_the_same(endpoint: TestClient) -> None:
-    plain = {"prompt": "7", "seed": 7, "guidance_scale": [1.0, 4.5], "temperature": 0.7, "keep_unmasked": False, "mask_mode": "alpha"}
-    sent = {**plain, "image": BASE64, "images": [BASE64, BASE64], "keyframes": [{"prompt": "a"}, {"image": BASE64}]}
+    plain = {
+        "prompt": "7",
+        "seed": 7,
+        "guidance_scale": [1.0, 4.5],
+        "temperature": 0.7,
+        "keep_unmasked": False,
+        "mask_mode": "alpha",
+    }
+    sent = {
+        **plain,
+        "image": BASE64,
+        "images": [BASE64, BASE64],
+        "keyframes": [{"prompt": "a"}, {"image": BASE64}],
+    }
     as_json = endpoint.post("/", json=sent)
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in plain.items()
+    }
     files = [("image", FILE), ("images", FILE), ("images", FILE), ("keyframes.1.image", FILE)]
     as_form = form(endpoint, {**texts, "keyframes": '[{"prompt": "a"}, {}]'}, files)
     assert as_json.status_code == 200, as_json.text
@@ -109,17 +142,46 @@ def test_data_urls_and_broken_lines_are_the_same_picture(endpoint: TestClient, s
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1/a.png", "https://example.com/a.png", "HTTPS://x", "file:///etc/passwd", "ftp://a", "javascript:1"]
+    "url",
+    [
+        "http://127.0.0.1/a.png",
+        "https://example.com/a.png",
+        "HTTPS://x",
+        "file:///etc/passwd",
+        "ftp://a",
+        "javascript:1",
+    ],
 )
 def test_urls_are_refused_by_name(endpoint: TestClient, url: str) -> None:
     scheme = url.partition(":")[0].lower()
-    refused(endpoint.post("/", json={"image": url}), 422, "image", f"{scheme} URLs are refused", "url_refused")
-    refused(endpoint.post("/", json={"keyframes": [{"image": url}]}), 422, "keyframes", "fetches nothing", "url_refused")
+    refused(
+        endpoint.post("/", json={"image": url}),
+        422,
+        "image",
+        f"{scheme} URLs are refused",
+        "url_refused",
+    )
+    refused(
+        endpoint.post("/", json={"keyframes": [{"image": url}]}),
+        422,
+        "keyframes",
+        "fetches nothing",
+        "url_refused",
+    )
     refused(form(endpoint, {"image": url}), 422, "image", "fetches nothing", "url_refused")
 
 
 @pytest.mark.parametrize(
-    "sent", ["/etc/passwd", "cat.png", BASE64[:-3], BASE64.replace("A", " ", 1), "é", "data:image/png,raw", "data:;base64"]
+    "sent",
+    [
+        "/etc/passwd",
+        "cat.png",
+        BASE64[:-3],
+        BASE64.replace("A", " ", 1),
+        "é",
+        "data:image/png,raw",
+        "data:;base64",
+    ],
 )
 def test_what_is_no_base64_is_422(endpoint: TestClient, sent: str) -> None:
     refused(endpoint.post("/", json={"image": sent}), 422, "image", "base64", "invalid_value")
@@ -134,13 +196,17 @@ def test_one_picture_serves_where_several_may_come(endpoint: TestClient) -> None
     assert endpoint.post("/", json={"images": BASE64}).json() == {"images": [len(PNG)]}
     assert form(endpoint, files=[("images", FILE)]).json() == {"images": [len(PNG)]}
     assert form(endpoint, files=[("images[]", FILE)]).json() == {"images": [len(PNG)]}
-    assert form(endpoint, files=[("images", FILE), ("images[]", FILE)]).json() == {"images": [len(PNG)] * 2}
+    assert form(endpoint, files=[("images", FILE), ("images[]", FILE)]).json() == {
+        "images": [len(PNG)] * 2
+    }
     refused(form(endpoint, files=[("image", FILE), ("image", FILE)]), 422, "image", "one image")
 
 
 @pytest.mark.parametrize("text", ["2", "2.0", "2e0", "0.2e1"])
 def test_an_integer_may_have_a_fraction_of_zeros(endpoint: TestClient, text: str) -> None:
-    assert endpoint.post("/", content=f'{{"seed": {text}}}', headers={"content-type": "application/json"}).json() == {"seed": 2}
+    assert endpoint.post(
+        "/", content=f'{{"seed": {text}}}', headers={"content-type": "application/json"}
+    ).json() == {"seed": 2}
     assert form(endpoint, {"seed": text}).json() == {"seed": 2}
 
 
@@ -149,7 +215,9 @@ def test_in_a_form_one_value_is_a_list_of_one_where_only_lists_fit(endpoint: Tes
 
 
 @pytest.mark.parametrize(("text", "meaning"), [("true", True), ("True", True), (" FALSE ", False)])
-def test_booleans_in_a_form_may_be_capitalised(endpoint: TestClient, text: str, meaning: bool) -> None:
+def test_booleans_in_a_form_may_be_capitalised(
+    endpoint: TestClient, text: str, meaning: bool
+) -> None:
     assert form(endpoint, {"keep_unmasked": text}).json() == {"keep_unmasked": meaning}
 
 
@@ -169,7 +237,9 @@ def test_booleans_in_a_form_may_be_capitalised(endpoint: TestClient, text: str, 
         ("promt", "a", "the fields are"),
     ],
 )
-def test_a_forms_text_that_does_not_fit_is_422_and_named(endpoint: TestClient, field: str, text: str, mention: str) -> None:
+def test_a_forms_text_that_does_not_fit_is_422_and_named(
+    endpoint: TestClient, field: str, text: str, mention: str
+) -> None:
     refused(form(endpoint, {field: text}), 422, field, mention)
 
 
@@ -178,13 +248,27 @@ def test_a_file_where_text_belongs_is_422_and_not_echoed(endpoint: TestClient) -
 
 
 @pytest.mark.parametrize(
-    "name", ["keyframes.2.image", "keyframes.x.image", "keyframes.-9.image", "keyframes.0.prompt.a", "nothing.0.image", ".image"]
+    "name",
+    [
+        "keyframes.2.image",
+        "keyframes.x.image",
+        "keyframes.-9.image",
+        "keyframes.0.prompt.a",
+        "nothing.0.image",
+        ".image",
+    ],
 )
 def test_a_file_for_an_entry_that_is_not_there_is_422(endpoint: TestClient, name: str) -> None:
-    refused(form(endpoint, {"keyframes": '[{"prompt": "a"}, {}]'}, [(name, FILE)]), 422, name.partition(".")[0] or None)
+    refused(
+        form(endpoint, {"keyframes": '[{"prompt": "a"}, {}]'}, [(name, FILE)]),
+        422,
+        name.partition(".")[0] or None,
+    )
 
 
-def raw(endpoint: TestClient, body: bytes, content_type: str = "multipart/form-data; boundary=b") -> httpx.Response:
+def raw(
+    endpoint: TestClient, body: bytes, content_type: str = "multipart/form-data; boundary=b"
+) -> httpx.Response:
     return endpoint.post("/", content=body, headers={"Content-Type": content_type})
 
 
@@ -206,9 +290,18 @@ def test_an_unused_file_input_of_a_browser_counts_as_absent(endpoint: TestClient
         (part(b"a"), "multipart/form-data; boundary=b"),
         (part(b"a") + b"--c--\r\n", "multipart/form-data; boundary=b"),
         (part(b"a") + b"--b--\r\n", "multipart/form-data; boundary="),
-        (b"--b\r\nContent-Type: text/plain\r\n\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
-        (b"--b\r\n" + b"X: " + b"x" * 100_000 + b"\r\n\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
-        (b"--b\r\n" + b"X: x\r\n" * 1000 + b"\r\na\r\n--b--\r\n", "multipart/form-data; boundary=b"),
+        (
+            b"--b\r\nContent-Type: text/plain\r\n\r\na\r\n--b--\r\n",
+            "multipart/form-data; boundary=b",
+        ),
+        (
+            b"--b\r\n" + b"X: " + b"x" * 100_000 + b"\r\n\r\na\r\n--b--\r\n",
+            "multipart/form-data; boundary=b",
+        ),
+        (
+            b"--b\r\n" + b"X: x\r\n" * 1000 + b"\r\na\r\n--b--\r\n",
+            "multipart/form-data; boundary=b",
+        ),
     ],
 )
 def test_a_malformed_form_is_400(endpoint: TestClient, body: bytes, content_type: str) -> None:
@@ -217,8 +310,16 @@ def test_a_malformed_form_is_400(endpoint: TestClient, body: bytes, content_type
 
 def test_a_forms_text_is_utf_8_whatever_charset_it_names(endpoint: TestClient) -> None:
     body = part("größer 🎨".encode()) + b"--b--\r\n"
-    for charset in ("", "; charset=utf-8", "; charset=punycode", "; Charset*=utf-7''x", "; charset=zlib"):
-        assert raw(endpoint, body, f"multipart/form-data; boundary=b{charset}").json() == {"prompt": "größer 🎨"}
+    for charset in (
+        "",
+        "; charset=utf-8",
+        "; charset=punycode",
+        "; Charset*=utf-7''x",
+        "; charset=zlib",
+    ):
+        assert raw(endpoint, body, f"multipart/form-data; boundary=b{charset}").json() == {
+            "prompt": "größer 🎨"
+        }
 
 
 @pytest.mark.parametrize(
@@ -236,13 +337,30 @@ def test_a_form_of_too_many_or_too_long_parts_is_413(endpoint: TestClient, body:
 
 def test_json_may_be_long_but_not_intricate(endpoint: TestClient) -> None:
     long = json.dumps({"image": BASE64 + "\n" * 2 * TEXT_BODY_BYTES})
-    assert endpoint.post("/", content=long, headers={"Content-Type": "application/json"}).json() == {"image": len(PNG)}
-    lists, numbers, objects = b"[]," * TEXT_BODY_BYTES, b"1," * (TEXT_BODY_BYTES + 1), b'{"a":' * (TEXT_BODY_BYTES + 1)
+    assert endpoint.post(
+        "/", content=long, headers={"Content-Type": "application/json"}
+    ).json() == {"image": len(PNG)}
+    lists, numbers, objects = (
+        b"[]," * TEXT_BODY_BYTES,
+        b"1," * (TEXT_BODY_BYTES + 1),
+        b'{"a":' * (TEXT_BODY_BYTES + 1),
+    )
     for intricate in (b"[" + lists + b"[]]", b"[" + numbers + b"1]", objects):
         refused(raw(endpoint, intricate, "application/json"), 413, None, "commas", "body_too_large")
-    refused(raw(endpoint, b" " * (LIMIT + 1), "application/json"), 413, None, str(LIMIT), "body_too_large")
+    refused(
+        raw(endpoint, b" " * (LIMIT + 1), "application/json"),
+        413,
+        None,
+        str(LIMIT),
+        "body_too_large",
+    )
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/mixed; boundary=b", "image/png"])
-def test_other_content_types_are_415_and_both_allowed_ones_named(endpoint: TestClient, content_type: str) -> None:
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/mixed; boundary=b", "image/png"],
+)
+def test_other_content_types_are_415_and_both_allowed_ones_named(
+    endpoint: TestClient, content_type: str
+) -> None:
     refused(raw(endpoint, PNG, content_type), 415, None, "application/json or multipart/form-data")

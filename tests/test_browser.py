@@ -1,4 +1,6 @@
-"""The playground driven as people drive it, by mouse and by keyboard, against a server with the embedded weights."""
+"""The playground driven as people drive it, by mouse and by keyboard, against a server with the
+embedded weights.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
 
 ROOT = Path(__file__).parents[1]
 APPLE = "a red apple on a white background"
@@ -55,12 +60,18 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(chromium: Browser) -> Iterator[Open]:
-    """Opens the page in a browser that remembers nothing; in the end nothing must have been complained about but what was expected."""
+    """Opens the page in a browser that remembers nothing; in the end nothing must have been
+    complained about but what was expected.
+    """
     pages: list[Playground] = []
 
     def open(url: str, **context: Any) -> Playground:
         size = {"width": 1280, "height": 900}
-        playground = Playground(chromium.new_context(**{"viewport": size, "reduced_motion": "reduce", **context}).new_page())
+        playground = Playground(
+            chromium.new_context(
+                **{"viewport": size, "reduced_motion": "reduce", **context}
+            ).new_page()
+        )
         pages.append(playground)
         playground.page.goto(url)
         return playground
@@ -87,7 +98,7 @@ def plain(opened: Open, plain_address: str) -> Playground:
     return playground
 
 
-# ── with the embedded weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── with the embedded weights ─────────────────────────────────────────────────────────────────────
 
 
 def test_a_picture_is_seen_at_least_twice_before_it_is_done(playground: Playground) -> None:
@@ -117,7 +128,9 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(playground: Pla
     assert not changed[-12:].any()
 
 
-def test_a_border_that_is_dragged_outwards_is_where_the_picture_goes_on(playground: Playground) -> None:
+def test_a_border_that_is_dragged_outwards_is_where_the_picture_goes_on(
+    playground: Playground,
+) -> None:
     playground.load(STAR)
     playground.choose("Outpaint")
     before = playground.shown
@@ -143,7 +156,9 @@ def test_frames_between_two_prompts_can_be_looked_at_one_by_one(playground: Play
     assert (playground.shown != first).any()
 
 
-def test_the_history_is_there_when_the_page_is_opened_again_and_makes_the_same_picture(playground: Playground) -> None:
+def test_the_history_is_there_when_the_page_is_opened_again_and_makes_the_same_picture(
+    playground: Playground,
+) -> None:
     page = playground.page
     playground.draw(APPLE)
     first = playground.shown
@@ -169,9 +184,17 @@ def test_the_history_is_there_when_the_page_is_opened_again_and_makes_the_same_p
     assert page.locator("#gallery button").count() == 2
 
 
-def test_the_page_fits_desktops_and_phones_and_both_themes(opened: Open, live_server: str, screenshots: Path) -> None:
-    for name, width, height, scheme in (("desktop", 1280, 900, "light"), ("dark", 1280, 900, "dark"), ("phone", 390, 844, "light")):
-        playground = opened(live_server, viewport={"width": width, "height": height}, color_scheme=scheme)
+def test_the_page_fits_desktops_and_phones_and_both_themes(
+    opened: Open, live_server: str, screenshots: Path
+) -> None:
+    for name, width, height, scheme in (
+        ("desktop", 1280, 900, "light"),
+        ("dark", 1280, 900, "dark"),
+        ("phone", 390, 844, "light"),
+    ):
+        playground = opened(
+            live_server, viewport={"width": width, "height": height}, color_scheme=scheme
+        )
         playground.ready()
         playground.page.evaluate("document.getElementById('seed').value = 2")
         for prompt in SHOWN:
@@ -180,11 +203,13 @@ def test_the_page_fits_desktops_and_phones_and_both_themes(opened: Open, live_se
         playground.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
         picture = PIL.Image.open(io.BytesIO(playground.page.screenshot(full_page=name == "phone")))
         path = screenshots / f"{name}.png"
-        picture.convert("RGB").quantize(256, PIL.Image.Quantize.FASTOCTREE, dither=PIL.Image.Dither.NONE).save(path, optimize=True)
+        picture.convert("RGB").quantize(
+            256, PIL.Image.Quantize.FASTOCTREE, dither=PIL.Image.Dither.NONE
+        ).save(path, optimize=True)
         assert path.stat().st_size < 150_000
 
 
-# ── with plain colours ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── with plain colours ────────────────────────────────────────────────────────────────────────────
 
 
 def test_no_mouse_is_needed_for_masks_and_borders(plain: Playground) -> None:
@@ -215,7 +240,10 @@ def test_several_pictures_are_drawn_beside_each_other_and_one_is_chosen(plain: P
 
 def test_variations_and_edits_begin_with_the_picture_that_is_shown(plain: Playground) -> None:
     plain.load(STAR)
-    for operation, prompt, size in (("Edit", "a green star", (128, 128, 3)), ("Vary", "", (32, 64, 3))):
+    for operation, prompt, size in (
+        ("Edit", "a green star", (128, 128, 3)),
+        ("Vary", "", (32, 64, 3)),
+    ):
         before = plain.shown
         plain.choose(operation)
         plain.draw(prompt)
@@ -241,7 +269,9 @@ def test_a_picture_can_be_dropped_and_pasted(plain: Playground) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_serious_keeps_anybody_from_using_it(opened: Open, plain_address: str, scheme: str) -> None:
+def test_nothing_serious_keeps_anybody_from_using_it(
+    opened: Open, plain_address: str, scheme: str
+) -> None:
     playground = opened(plain_address, color_scheme=scheme)
     playground.ready()
     found = serious(playground)
@@ -265,19 +295,25 @@ def serious(playground: Playground) -> set[str]:
     }
 
 
-def test_the_same_request_from_a_terminal_is_the_same_request(plain: Playground, tmp_path: Path) -> None:
+def test_the_same_request_from_a_terminal_is_the_same_request(
+    plain: Playground, tmp_path: Path
+) -> None:
     page = plain.page
     page.fill("#seed", "7")
     plain.draw('it\'s a "red" apple')
     page.locator("#code summary").click()
     page.get_by_role("button", name="Copy as Python").click()
     expect(page.locator("#snippet")).to_contain_text("import httpx")
-    subprocess.run([sys.executable, "-c", page.inner_text("#snippet")], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", page.inner_text("#snippet")], cwd=tmp_path, check=True, timeout=60
+    )
     picture = np.asarray(PIL.Image.open(tmp_path / "result.png").convert("RGB")).astype(int)
     assert np.abs(picture - plain.shown).mean() < 8
 
 
-def test_a_request_with_pictures_is_a_form_whose_files_can_be_had(plain: Playground, tmp_path: Path) -> None:
+def test_a_request_with_pictures_is_a_form_whose_files_can_be_had(
+    plain: Playground, tmp_path: Path
+) -> None:
     page = plain.page
     plain.load(STAR)
     plain.choose("Inpaint")
@@ -297,17 +333,24 @@ def test_a_request_with_pictures_is_a_form_whose_files_can_be_had(plain: Playgro
 def test_a_refusal_is_shown_in_the_server_s_words_at_the_field_it_blames(plain: Playground) -> None:
     page = plain.page
     page.route(
-        "**/generate", lambda route: route.continue_(post_data=json.dumps({**route.request.post_data_json, "num_inference_steps": 65}))
+        "**/generate",
+        lambda route: route.continue_(
+            post_data=json.dumps({**route.request.post_data_json, "num_inference_steps": 65})
+        ),
     )
     plain.press(APPLE)
-    expect(page.locator("#error")).to_contain_text("num_inference_steps: Input should be less than or equal to 64 (sent: 65)")
+    expect(page.locator("#error")).to_contain_text(
+        "num_inference_steps: Input should be less than or equal to 64 (sent: 65)"
+    )
     expect(page.locator("#error")).to_contain_text("422 invalid_value")
     expect(page.locator("#num_inference_steps")).to_be_focused()
     assert [complaint for complaint in plain.complaints if "422" not in complaint] == []
     plain.complaints.clear()
 
 
-def test_a_cancelled_request_leaves_the_server_and_the_picture_stays(plain: Playground, plain_address: str) -> None:
+def test_a_cancelled_request_leaves_the_server_and_the_picture_stays(
+    plain: Playground, plain_address: str
+) -> None:
     plain.draw(APPLE)
     before = plain.shown
     plain.press("hold this until it is cancelled")
@@ -321,11 +364,17 @@ def test_a_cancelled_request_leaves_the_server_and_the_picture_stays(plain: Play
 def rows(address: str) -> float:
     families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
     names = ("paella_rows_running", "paella_queue_depth")
-    return sum(sample.value for family in families for sample in family.samples if sample.name in names)
+    return sum(
+        sample.value for family in families for sample in family.samples if sample.name in names
+    )
 
 
-def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(opened: Open, fake_settings: Callable[..., Settings]) -> None:
-    with serving(create_app(fake_settings(api_keys="0123456789abcdef"), worker=fake_worker.main)) as url:
+def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(
+    opened: Open, fake_settings: Callable[..., Settings]
+) -> None:
+    with serving(
+        create_app(fake_settings(api_keys="0123456789abcdef"), worker=fake_worker.main)
+    ) as url:
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
         playground = opened(url)
         page = playground.page
@@ -335,7 +384,9 @@ def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(opened: Open, f
         playground.ready()
         expect(page.locator("#key-form")).to_be_hidden()
         assert page.input_value("#model") == "fake"
-        playground.complaints[:] = [complaint for complaint in playground.complaints if "401" not in complaint]
+        playground.complaints[:] = [
+            complaint for complaint in playground.complaints if "401" not in complaint
+        ]
         page.close()
 
 
@@ -345,13 +396,22 @@ def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address:
     models = httpx.get(f"{plain_address}/v1/models").json()
     other = json.loads(json.dumps(models["data"][0]))
     other["id"] = "other"
-    other["capabilities"] = {**other["capabilities"], "operations": ["generate", "inpaint"], "samplers": ["argmax"]}
-    page.route("**/v1/models", lambda route: route.fulfill(json={**models, "data": [*models["data"], other]}))
+    other["capabilities"] = {
+        **other["capabilities"],
+        "operations": ["generate", "inpaint"],
+        "samplers": ["argmax"],
+    }
+    page.route(
+        "**/v1/models",
+        lambda route: route.fulfill(json={**models, "data": [*models["data"], other]}),
+    )
     playground.open(plain_address)
     expect(page.locator("#incapable")).to_be_hidden()
     page.select_option("#model", "other")
     expect(page.get_by_role("radio", name="Vary")).to_be_disabled()
-    expect(page.locator("#incapable")).to_have_text("other does not support: outpaint, vary, edit, interpolate.")
+    expect(page.locator("#incapable")).to_have_text(
+        "other does not support: outpaint, vary, edit, interpolate."
+    )
     assert page.locator("#sampler option").all_inner_texts() == ["argmax"]
 
 
@@ -377,10 +437,20 @@ def test_old_pictures_make_room_for_new_ones_and_their_parameters_stay(plain: Pl
     assert left == [["d", True], ["c", True], ["b", True], ["a", False]]
 
 
-def test_quantiles_are_read_off_the_server_s_histogram_as_prometheus_does(plain: Playground) -> None:
+def test_quantiles_are_read_off_the_server_s_histogram_as_prometheus_does(
+    plain: Playground,
+) -> None:
     line = 'paella_request_duration_seconds_bucket{{endpoint="{}",le="{}",status="{}"}} {}'
-    counts = (("/generate", "0.1", 200, 10), ("/generate", "0.2", 200, 30), ("/generate", "+Inf", 200, 40))
-    others = (("/generate", "0.1", 422, 99), ("/metrics", "0.1", 200, 99), ("/v1/models/{name}", "0.1", 200, 99))
+    counts = (
+        ("/generate", "0.1", 200, 10),
+        ("/generate", "0.2", 200, 30),
+        ("/generate", "+Inf", 200, 40),
+    )
+    others = (
+        ("/generate", "0.1", 422, 99),
+        ("/metrics", "0.1", 200, 99),
+        ("/v1/models/{name}", "0.1", 200, 99),
+    )
     text = "\n".join(line.format(*sample) for sample in (*counts, *others))
     found = plain.page.evaluate(
         """async (text) => {
@@ -396,5 +466,7 @@ def test_quantiles_are_read_off_the_server_s_histogram_as_prometheus_does(plain:
 
 def test_the_latency_chart_follows_the_server_s_figures(plain: Playground) -> None:
     plain.draw(APPLE)
-    expect(plain.page.locator("#latency-summary")).to_have_text(re.compile(r"Last minute: \d+ answered, p50 \d+ ms"))
+    expect(plain.page.locator("#latency-summary")).to_have_text(
+        re.compile(r"Last minute: \d+ answered, p50 \d+ ms")
+    )
     assert plain.page.locator("#chart circle").count() == 2

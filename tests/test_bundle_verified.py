@@ -96,7 +96,9 @@ def test_a_copy_is_hashed_though_the_record_came_with_it(large, hashed):
     assert hashed == [large, copy]
 
 
-@pytest.mark.parametrize("record", [b"", b"[]", b"{", json.dumps({"denoiser.safetensors": True}).encode()])
+@pytest.mark.parametrize(
+    "record", [b"", b"[]", b"{", json.dumps({"denoiser.safetensors": True}).encode()]
+)
 def test_a_damaged_record_is_none(large, hashed, record):
     (large.parent / RECORD).write_bytes(record)
     assert is_listed(large, entry_of(large))

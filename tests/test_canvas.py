@@ -31,7 +31,9 @@ def test_cropping_undoes_padding_to_the_next_multiple(width: int, height: int, s
     padded = pad_to_multiple(rgb, step)
     assert padded.shape == (-(-height // step) * step, -(-width // step) * step, 3)
     np.testing.assert_array_equal(crop(padded, width, height), rgb)
-    np.testing.assert_array_equal(crop(pad_to_multiple(rgb[..., 0] > 99, step), width, height), rgb[..., 0] > 99)
+    np.testing.assert_array_equal(
+        crop(pad_to_multiple(rgb[..., 0] > 99, step), width, height), rgb[..., 0] > 99
+    )
 
 
 def test_padding_mirrors_without_repeating_the_edge() -> None:
@@ -47,7 +49,9 @@ def test_a_crop_larger_than_the_array_is_refused() -> None:
 
 @given(sides, sides, margins, margins, margins, margins)
 @settings(max_examples=50)
-def test_the_canvas_holds_the_picture_where_its_keep_mask_says(width: int, height: int, left: int, right: int, up: int, down: int) -> None:
+def test_the_canvas_holds_the_picture_where_its_keep_mask_says(
+    width: int, height: int, left: int, right: int, up: int, down: int
+) -> None:
     rgb = picture(width, height)
     canvas, kept = outpaint_canvas(rgb, left=left, right=right, up=up, down=down)
     assert canvas.shape == (height + up + down, width + left + right, 3)
@@ -60,7 +64,9 @@ def test_the_canvas_holds_the_picture_where_its_keep_mask_says(width: int, heigh
 
 @given(st.integers(1, 20), st.integers(1, 20), seeds, st.floats(0, 1), st.integers(0, 6))
 @settings(max_examples=60)
-def test_kept_pixels_return_and_only_a_rim_of_the_others_is_mixed(width: int, height: int, seed: int, share: float, feather: int) -> None:
+def test_kept_pixels_return_and_only_a_rim_of_the_others_is_mixed(
+    width: int, height: int, seed: int, share: float, feather: int
+) -> None:
     original, painted = picture(width, height, seed), picture(width, height, seed + 1)
     kept = np.random.default_rng(seed).random((height, width)) < share
     result = composite(original, painted, kept, feather)
@@ -76,7 +82,9 @@ def test_what_was_masked_never_shows_through(seed: int) -> None:
     original, painted = picture(24, 24, seed), picture(24, 24, seed + 1)
     kept = np.random.default_rng(seed).random((24, 24)) < 0.5
     hidden = np.where(kept[..., None], original, 0).astype(np.uint8)
-    np.testing.assert_array_equal(composite(original, painted, kept), composite(hidden, painted, kept))
+    np.testing.assert_array_equal(
+        composite(original, painted, kept), composite(hidden, painted, kept)
+    )
 
 
 def test_the_seam_goes_evenly_from_kept_to_painted() -> None:

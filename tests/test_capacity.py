@@ -16,7 +16,9 @@ STEPS = 12
 
 
 def simulated(costs: Costs, rate: float, images: int = 4000) -> np.ndarray:
-    """Latencies of images that arrive at random and join the batch between two steps, as in the engine's loop."""
+    """Latencies of images that arrive at random and join the batch between two steps, as in the
+    engine's loop.
+    """
     draw, now, latencies = random.Random(0), 0.0, []
     arrivals = np.cumsum([draw.expovariate(rate) for _ in range(images)]).tolist()
     waiting, running = arrivals[::-1], []
@@ -33,7 +35,9 @@ def simulated(costs: Costs, rate: float, images: int = 4000) -> np.ndarray:
     return np.array(latencies)
 
 
-@pytest.mark.parametrize("costs", [MEASURED, Costs(0.0005, 0.0055, 0.009, 16), Costs(0.02, 0.001, 0.01, 16)])
+@pytest.mark.parametrize(
+    "costs", [MEASURED, Costs(0.0005, 0.0055, 0.009, 16), Costs(0.02, 0.001, 0.01, 16)]
+)
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_the_mean_is_what_the_model_says_and_the_p95_no_more(costs: Costs, share: float) -> None:
     rate = share * costs.saturated(STEPS)
@@ -70,13 +74,17 @@ def test_no_number_of_replicas_makes_one_image_faster() -> None:
 
 
 def test_costs_are_the_line_through_what_was_measured() -> None:
-    costs = Costs.fitted({rows: MEASURED.step(rows) for rows in (1, 2, 4, 8, 16)}, MEASURED.around_s)
+    costs = Costs.fitted(
+        {rows: MEASURED.step(rows) for rows in (1, 2, 4, 8, 16)}, MEASURED.around_s
+    )
     assert costs.base_s == pytest.approx(MEASURED.base_s)
     assert costs.row_s == pytest.approx(MEASURED.row_s)
     assert costs.rows == 16
 
 
-def test_the_command_answers_from_a_measurement(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_answers_from_a_measurement(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "measured.json"
     steps = {str(rows): 1000 * MEASURED.step(rows) for rows in (1, 4, 16)}
     path.write_text(json.dumps({"step_ms": steps, "around_ms": 9.0}) + "\n")

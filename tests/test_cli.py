@@ -1,4 +1,6 @@
-"""The command line: what it writes, and that whatever is asked for wrongly is answered with one line."""
+"""The command line: what it writes, and that whatever is asked for wrongly is answered with one
+line.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,13 @@ def paellera(*arguments: str | Path) -> Result:
 
 def paellera_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """For commands that set up their process's logging."""
-    return subprocess.run([sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def assert_one_line(stderr: str, code: int, expected_code: int, *words: str) -> None:
@@ -59,47 +67,112 @@ def damaged_bundle(random_bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_help_needs_none_of_the_heavy_libraries() -> None:
-    script = "import sys, server.cli; print(*({'torch', 'fastapi', 'pydantic', 'PIL', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == ""
+    script = (
+        "import sys, server.cli; print(*({'torch', 'fastapi', 'pydantic', 'PIL', 'numpy'} & "
+        "set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == ""
+    )
 
 
-# ── generate ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── generate ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_generate_writes_the_bytes_that_serve_answers(server: Server, random_bundle: Path, tmp_path: Path) -> None:
-    fields = {"prompt": "a red apple", "seed": -7, "num_inference_steps": 3, "guidance_scale": [2, 5], "width": 48, "negative_prompt": "on"}
+def test_generate_writes_the_bytes_that_serve_answers(
+    server: Server, random_bundle: Path, tmp_path: Path
+) -> None:
+    fields = {
+        "prompt": "a red apple",
+        "seed": -7,
+        "num_inference_steps": 3,
+        "guidance_scale": [2, 5],
+        "width": 48,
+        "negative_prompt": "on",
+    }
     answer = httpx.post(f"{server.url}/generate", json=fields, timeout=60).raise_for_status()
-    options = ("--seed", "-7", "--steps", "3", "--guidance", "2,5", "--width", "48", "--negative-prompt", "on")
-    result = paellera("generate", "a red apple", "-o", tmp_path / "apple.png", "--weights", random_bundle, *options)
+    options = (
+        "--seed",
+        "-7",
+        "--steps",
+        "3",
+        "--guidance",
+        "2,5",
+        "--width",
+        "48",
+        "--negative-prompt",
+        "on",
+    )
+    result = paellera(
+        "generate",
+        "a red apple",
+        "-o",
+        tmp_path / "apple.png",
+        "--weights",
+        random_bundle,
+        *options,
+    )
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "apple.png").read_bytes() == answer.content
 
 
-def test_generate_numbers_several_pictures_and_counts_their_seeds(random_bundle: Path, tmp_path: Path) -> None:
+def test_generate_numbers_several_pictures_and_counts_their_seeds(
+    random_bundle: Path, tmp_path: Path
+) -> None:
     command = ("generate", "the red apple", "--weights", random_bundle, "--steps", "2")
     result = paellera(*command, "-o", tmp_path / "out.png", "-n", "2", "--seed", "5")
-    assert result.stdout.splitlines() == [f"{tmp_path / 'out-0.png'}  seed 5", f"{tmp_path / 'out-1.png'}  seed 6"]
+    assert result.stdout.splitlines() == [
+        f"{tmp_path / 'out-0.png'}  seed 5",
+        f"{tmp_path / 'out-1.png'}  seed 6",
+    ]
     paellera(*command, "-o", tmp_path / "alone.png", "--seed", "6")
-    with PIL.Image.open(tmp_path / "out-1.png") as second, PIL.Image.open(tmp_path / "alone.png") as alone:
+    with (
+        PIL.Image.open(tmp_path / "out-1.png") as second,
+        PIL.Image.open(tmp_path / "alone.png") as alone,
+    ):
         assert second.text == alone.text
         assert second.tobytes() == alone.tobytes()
 
 
-def test_drawn_seed_is_printed_and_stored_in_the_picture(random_bundle: Path, tmp_path: Path) -> None:
-    result = paellera("generate", "apple", "-o", tmp_path / "out.png", "--weights", random_bundle, "--steps", "1")
+def test_drawn_seed_is_printed_and_stored_in_the_picture(
+    random_bundle: Path, tmp_path: Path
+) -> None:
+    result = paellera(
+        "generate", "apple", "-o", tmp_path / "out.png", "--weights", random_bundle, "--steps", "1"
+    )
     with PIL.Image.open(tmp_path / "out.png") as picture:
-        assert result.stdout == f"{tmp_path / 'out.png'}  seed {json.loads(picture.text['parameters'])['seed']}\n"
+        assert (
+            result.stdout
+            == f"{tmp_path / 'out.png'}  seed {json.loads(picture.text['parameters'])['seed']}\n"
+        )
 
 
-@pytest.mark.parametrize(("name", "format"), [("out.jpg", "JPEG"), ("out.JPEG", "JPEG"), ("out.webp", "WEBP"), ("out.png", "PNG")])
-def test_file_name_chooses_the_format(random_bundle: Path, tmp_path: Path, name: str, format: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("out.jpg", "JPEG"), ("out.JPEG", "JPEG"), ("out.webp", "WEBP"), ("out.png", "PNG")],
+)
+def test_file_name_chooses_the_format(
+    random_bundle: Path, tmp_path: Path, name: str, format: str
+) -> None:
     paellera("generate", "apple", "-o", tmp_path / name, "--weights", random_bundle, "--steps", "1")
     with PIL.Image.open(tmp_path / name) as picture:
         assert picture.format == format
 
 
 def test_generate_says_which_encoders_cut_the_prompt(random_bundle: Path, tmp_path: Path) -> None:
-    result = paellera("generate", "apple " * 40, "-o", tmp_path / "out.png", "--weights", random_bundle, "--steps", "1")
+    result = paellera(
+        "generate",
+        "apple " * 40,
+        "-o",
+        tmp_path / "out.png",
+        "--weights",
+        random_bundle,
+        "--steps",
+        "1",
+    )
     assert "truncated for byt5 and clip" in result.stderr
 
 
@@ -121,8 +194,12 @@ def test_generate_says_which_encoders_cut_the_prompt(random_bundle: Path, tmp_pa
         (["-o", "absent/out.png"], ["absent"]),
     ],
 )
-def test_impossible_request_is_refused_in_one_line(random_bundle: Path, tmp_path: Path, options: Sequence[str], words: list[str]) -> None:
-    result = paellera("generate", "apple", "-o", tmp_path / "out.png", "--weights", random_bundle, *options)
+def test_impossible_request_is_refused_in_one_line(
+    random_bundle: Path, tmp_path: Path, options: Sequence[str], words: list[str]
+) -> None:
+    result = paellera(
+        "generate", "apple", "-o", tmp_path / "out.png", "--weights", random_bundle, *options
+    )
     assert_one_line(result.stderr, result.exit_code, 2, *words)
     assert not list(tmp_path.iterdir())
 
@@ -132,7 +209,7 @@ def test_damaged_bundle_is_refused_in_one_line(damaged_bundle: Path, tmp_path: P
     assert_one_line(result.stderr, result.exit_code, 2, "vqgan.safetensors", "sha256")
 
 
-# ── serve ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── serve ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
@@ -144,11 +221,25 @@ def test_serve_keeps_torch_out_of_the_api_process(server: Server) -> None:
 def test_a_terminated_server_gives_what_is_running_its_time_and_exits_with_0(
     random_bundle: Path, drain_timeout_s: str, status: int
 ) -> None:
-    settings = {"PAELLERA_WEIGHTS": str(random_bundle), "PAELLERA_THREADS": "1", "PAELLERA_DRAIN_TIMEOUT_S": drain_timeout_s}
-    long = {"prompt": "a red apple", "seed": 1, "n": 8, "num_inference_steps": 64, "deterministic": True, "timeout_s": 600}
+    settings = {
+        "PAELLERA_WEIGHTS": str(random_bundle),
+        "PAELLERA_THREADS": "1",
+        "PAELLERA_DRAIN_TIMEOUT_S": drain_timeout_s,
+    }
+    long = {
+        "prompt": "a red apple",
+        "seed": 1,
+        "n": 8,
+        "num_inference_steps": 64,
+        "deterministic": True,
+        "timeout_s": 600,
+    }
     with serving(settings) as server, ThreadPoolExecutor(1) as thread:
         answer = thread.submit(httpx.post, f"{server.url}/generate", json=long, timeout=600)
-        wait_until(lambda: "paella_rows_running 8.0" in httpx.get(f"{server.url}/metrics").text, timeout_s=60)
+        wait_until(
+            lambda: "paella_rows_running 8.0" in httpx.get(f"{server.url}/metrics").text,
+            timeout_s=60,
+        )
         server.process.terminate()
         assert answer.result().status_code == status
         assert server.process.wait(60) == 0
@@ -171,7 +262,9 @@ def test_used_port_is_told_in_one_line(bundle: Path) -> None:
         (["--port", "65536"], ["port", "65535", "65536"]),
     ],
 )
-def test_settings_that_cannot_be_served_are_refused_in_one_line(options: list[str], words: list[str]) -> None:
+def test_settings_that_cannot_be_served_are_refused_in_one_line(
+    options: list[str], words: list[str]
+) -> None:
     result = paellera_process("serve", *options)
     assert_one_line(result.stderr, result.returncode, 2, *words)
 
@@ -182,7 +275,7 @@ def test_bad_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch)
     assert_one_line(result.stderr, result.returncode, 2, "queue_rows", "many")
 
 
-# ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── weights ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_weights_list_names_the_shipped_bundles_and_their_sizes(
@@ -198,7 +291,9 @@ def test_weights_list_names_the_shipped_bundles_and_their_sizes(
 
 
 def test_weights_info_counts_parameters_and_bytes(random_bundle: Path) -> None:
-    lines = [line.split() for line in paellera("weights", "info", random_bundle).stdout.splitlines()]
+    lines = [
+        line.split() for line in paellera("weights", "info", random_bundle).stdout.splitlines()
+    ]
     config = BundleConfig.read(random_bundle)
     assert ["sha256", config.sha256] in lines
     assert ["native", "size", "32", "x", "32"] in lines
@@ -210,15 +305,24 @@ def test_weights_info_counts_parameters_and_bytes(random_bundle: Path) -> None:
 
 def test_weights_info_says_what_the_weights_fit_into(random_bundle: Path) -> None:
     lines = paellera("weights", "info", random_bundle, "--memory", "8").stdout.splitlines()
-    assert {line.split()[0] for line in lines if line.endswith(", fits in 8 GB")} == {"device", "cpu", "int8"}
-    assert "does not fit in 1e-09 GB" in paellera("weights", "info", random_bundle, "--memory", "1e-9").stdout
+    assert {line.split()[0] for line in lines if line.endswith(", fits in 8 GB")} == {
+        "device",
+        "cpu",
+        "int8",
+    }
+    assert (
+        "does not fit in 1e-09 GB"
+        in paellera("weights", "info", random_bundle, "--memory", "1e-9").stdout
+    )
 
 
 def test_weights_info_knows_a_published_bundle_by_its_shapes() -> None:
     lines = paellera("weights", "info", "paella-v3", "--memory", "8").stdout.splitlines()
     parameters = {line.split()[0]: line.split()[1] for line in lines if " parameters " in line}
     assert parameters["denoiser"] == "1,008,350,592"
-    fits = {line.split()[0]: line.endswith("fits in 8 GB") for line in lines if line.endswith(" 8 GB")}
+    fits = {
+        line.split()[0]: line.endswith("fits in 8 GB") for line in lines if line.endswith(" 8 GB")
+    }
     assert "does not fit" in next(line for line in lines if line.strip().startswith("device"))
     assert fits["cpu"]
 

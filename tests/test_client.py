@@ -1,4 +1,6 @@
-"""The engine's client against a fake worker: answers, refusals, deadlines, cancellation, starting and stopping."""
+"""The engine's client against a fake worker: answers, refusals, deadlines, cancellation,
+starting and stopping.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
 
-SAMPLING = SamplingConfig(steps=1, renoise_steps=0, guidance=(1.0, 1.0), guidance_steps=0, temperature=(1.0, 1.0), sampler="argmax")
+SAMPLING = SamplingConfig(
+    steps=1,
+    renoise_steps=0,
+    guidance=(1.0, 1.0),
+    guidance_steps=0,
+    temperature=(1.0, 1.0),
+    sampler="argmax",
+)
 
 ids = count()
 
@@ -33,7 +42,9 @@ def job(prompt: str = "a ball", *, rows: int = 1, seconds: float = 15.0) -> Job:
 
 
 @asynccontextmanager
-async def running(worker: WorkerMain = fake_worker.main, **settings: Any) -> AsyncIterator[EngineClient]:
+async def running(
+    worker: WorkerMain = fake_worker.main, **settings: Any
+) -> AsyncIterator[EngineClient]:
     client = EngineClient(Settings(**{"drain_timeout_s": 0, **settings}), Metrics(), worker)
     await client.start()
     try:
@@ -132,8 +143,12 @@ async def test_a_deadline_already_passed_is_never_sent() -> None:
         assert figure(client, "paella_worker_restarts_total") == 0
 
 
-@pytest.mark.parametrize(("prompt", "code", "retryable"), [("fail", "internal", False), ("oom", "out_of_memory", True)])
-async def test_a_job_the_worker_cannot_do_fails_alone(prompt: str, code: str, retryable: bool) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "code", "retryable"), [("fail", "internal", False), ("oom", "out_of_memory", True)]
+)
+async def test_a_job_the_worker_cannot_do_fails_alone(
+    prompt: str, code: str, retryable: bool
+) -> None:
     async with running() as client:
         with pytest.raises(JobFailed) as failure:
             await client.run(job(prompt))

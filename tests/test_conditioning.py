@@ -1,4 +1,6 @@
-"""Between and among conditions: ends are what they are between, steps are even, and nothing shrinks on the way."""
+"""Between and among conditions: ends are what they are between, steps are even, and nothing
+shrinks on the way.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ def shown(pipeline: Pipeline) -> list[Conditioning]:
     """Prompts of 4, 10 and 40 bytes and their pictures."""
     prompts = pipeline.encode(["red", "red apple", "the red apple in the red apple on and on"])
     noise = pipeline.noise(0, 32, 32, 1)
-    return [Conditioning(p, image) for p, image in zip(prompts, pipeline.prior_embeddings(prompts, [noise] * 3), strict=True)]
+    return [
+        Conditioning(p, image)
+        for p, image in zip(prompts, pipeline.prior_embeddings(prompts, [noise] * 3), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -37,7 +42,9 @@ def test_beside_an_end_everything_is_nearly_there(shown, mode, share):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_in_the_middle_there_are_as_many_bytes_as_on_the_mean_and_no_more_padding_than_needed(shown, mode):
+def test_in_the_middle_there_are_as_many_bytes_as_on_the_mean_and_no_more_padding_than_needed(
+    shown, mode
+):
     made = interpolate(shown[0], shown[2], 0.5, mode)
     assert int(made.prompt.mask.sum()) == 22
     assert made.prompt.byt5.shape[:2] == made.prompt.mask.shape == (1, 32)

@@ -1,4 +1,6 @@
-"""Configurations carry the published values, agree with each other, and survive being written down."""
+"""Configurations carry the published values, agree with each other, and survive being written
+down.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import weights
-from model.config import CONFIG_FILE, BundleConfig, DenoiserConfig, FileEntry, PriorConfig, SamplingConfig, VQGANConfig, find_bundle
+from model.config import (
+    CONFIG_FILE,
+    BundleConfig,
+    DenoiserConfig,
+    FileEntry,
+    PriorConfig,
+    SamplingConfig,
+    VQGANConfig,
+    find_bundle,
+)
 from tests.conftest import golden, micro_config, write_bundle
 
 DIGEST = "0123456789abcdef" * 4
@@ -20,7 +31,11 @@ DIGEST = "0123456789abcdef" * 4
 
 @pytest.mark.parametrize(
     ("config", "name", "sampler_settings"),
-    [(DenoiserConfig, "denoiser_v3", set()), (VQGANConfig, "vqgan_v3", set()), (PriorConfig, "prior_v1", {"timesteps", "cfg"})],
+    [
+        (DenoiserConfig, "denoiser_v3", set()),
+        (VQGANConfig, "vqgan_v3", set()),
+        (PriorConfig, "prior_v1", {"timesteps", "cfg"}),
+    ],
 )
 def test_fields_are_the_published_arguments(config, name, sampler_settings):
     arguments, _, _ = golden(name)
@@ -33,13 +48,19 @@ def test_published_sizes_follow_from_the_defaults():
 
 
 def test_levels_may_come_as_lists_and_compare_as_tuples():
-    listed = DenoiserConfig(c_hidden=[640, 1280, 1280], nhead=[-1, 16, 16], blocks=[6, 16, 6], level_config=["CT", "CTA", "CTA"])
+    listed = DenoiserConfig(
+        c_hidden=[640, 1280, 1280],
+        nhead=[-1, 16, 16],
+        blocks=[6, 16, 6],
+        level_config=["CT", "CTA", "CTA"],
+    )
     assert listed == DenoiserConfig()
     assert hash(listed) == hash(DenoiserConfig())
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"blocks": (1, 2)}, "same number of levels"), ({"level_config": ("CX", "C", "C")}, "not X")]
+    ("change", "message"),
+    [({"blocks": (1, 2)}, "same number of levels"), ({"level_config": ("CX", "C", "C")}, "not X")],
 )
 def test_levels_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -47,7 +68,13 @@ def test_levels_that_do_not_fit_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("network", "field"), [("denoiser", "byt5_embd"), ("denoiser", "clip_embd"), ("prior", "clip_r"), ("denoiser", "num_labels")]
+    ("network", "field"),
+    [
+        ("denoiser", "byt5_embd"),
+        ("denoiser", "clip_embd"),
+        ("prior", "clip_r"),
+        ("denoiser", "num_labels"),
+    ],
 )
 def test_networks_that_do_not_fit_each_other_are_refused_by_name(network, field):
     config = micro_config()
@@ -104,13 +131,18 @@ def test_the_weights_have_one_name_that_every_file_changes():
     assert swapped.sha256 != config.sha256
 
 
-# ── the recipe ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the recipe ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_recipe_alone_is_what_its_authors_recommend():
     recipe = micro_config().recipe
     assert recipe.sampling() == SamplingConfig(
-        steps=6, renoise_steps=5, guidance=(4.0, 4.0), guidance_steps=6, temperature=(0.7, 0.3), sampler="multinomial"
+        steps=6,
+        renoise_steps=5,
+        guidance=(4.0, 4.0),
+        guidance_steps=6,
+        temperature=(0.7, 0.3),
+        sampler="multinomial",
     )
 
 
@@ -137,16 +169,19 @@ def test_every_wish_is_granted():
 
 
 @pytest.mark.parametrize(
-    ("guidance", "steps", "guided"), [((8.0, 8.0), 6, True), ((1.0, 1.0), 6, False), ((8.0, 8.0), 0, False), ((1.0, 2.0), 6, True)]
+    ("guidance", "steps", "guided"),
+    [((8.0, 8.0), 6, True), ((1.0, 1.0), 6, False), ((8.0, 8.0), 0, False), ((1.0, 2.0), 6, True)],
 )
 def test_guidance_of_one_or_for_no_step_is_none(guidance, steps, guided):
     assert micro_config().recipe.sampling(guidance=guidance, guidance_steps=steps).guided == guided
 
 
-# ── finding bundles ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── finding bundles ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_shipped_name_is_found_from_any_directory_and_before_one_of_that_name_there(tmp_path, monkeypatch):
+def test_a_shipped_name_is_found_from_any_directory_and_before_one_of_that_name_there(
+    tmp_path, monkeypatch
+):
     shipped = write_bundle(tmp_path / "shipped" / "tiny")
     write_bundle(tmp_path / "elsewhere" / "tiny")
     monkeypatch.setattr(weights, "__path__", [str(tmp_path / "shipped")])

@@ -1,4 +1,6 @@
-"""Steps are computed with as many threads as are fastest just now. The machine whose steps are timed is simulated."""
+"""Steps are computed with as many threads as are fastest just now. The machine whose steps are
+timed is simulated.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 
 
 class Machine:
-    """Steps take `seconds(threads)` times their size on it. used: with how many threads each was computed."""
+    """Steps take `seconds(threads)` times their size on it. used: with how many threads each was
+    computed.
+    """
 
     def __init__(self, cores: int) -> None:
         self.now, self.computing = 0.0, cores

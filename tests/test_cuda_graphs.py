@@ -1,6 +1,8 @@
-"""Replayed steps are the eager ones: whatever the rows, lengths and samplers, padding and static memory change nothing.
+"""Replayed steps are the eager ones: whatever the rows, lengths and samplers, padding and static
+memory change nothing.
 
-What records here runs the function again on every replay, so shapes, padding, places and counts are tested without a GPU.
+What records here runs the function again on every replay, so shapes, padding, places and counts are
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ UNGUIDED = replace(PLAIN, guidance=(1.0, 1.0))
 
 
 class NothingAsked(TorchDispatchMode):
-    """Fails where a function asks the device for a number: what is recorded may not, and what runs beside the steps would wait for it."""
+    """Fails where a function asks the device for a number: what is recorded may not, and what
+    runs beside the steps would wait for it.
+    """
 
     ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -58,7 +62,12 @@ def rerun(function: Callable[[], Tensor]) -> Rerun:
 @pytest.fixture
 def graphs(pipeline: Pipeline) -> Iterator[StepGraphs]:
     """The pipeline computes with these for as long as the test runs."""
-    buckets = [Bucket(GRID, rows, branches, length) for rows in (1, 2, 4) for branches in (1, 2) for length in LENGTHS]
+    buckets = [
+        Bucket(GRID, rows, branches, length)
+        for rows in (1, 2, 4)
+        for branches in (1, 2)
+        for length in LENGTHS
+    ]
     made = StepGraphs(pipeline, buckets, rerun, Counter())
     made.capture_all()
     eager, pipeline.executor = pipeline.executor, made
@@ -71,7 +80,11 @@ def eagerly(pipeline: Pipeline, *rows: Row) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("config", [PLAIN, UNGUIDED, replace(PLAIN, guidance_steps=3)], ids=["guided", "unguided", "guided at first"])
+@pytest.mark.parametrize(
+    "config",
+    [PLAIN, UNGUIDED, replace(PLAIN, guidance_steps=3)],
+    ids=["guided", "unguided", "guided at first"],
+)
 def test_one_row_draws_what_it_draws_eagerly(pipeline, graphs, config, sampler):
     config = replace(config, sampler=sampler)
     (replayed,) = run(pipeline, row(pipeline, config=config))
@@ -82,8 +95,15 @@ def test_one_row_draws_what_it_draws_eagerly(pipeline, graphs, config, sampler):
 
 def test_rows_of_every_kind_share_a_replay(pipeline, graphs):
     def rows() -> list[Row]:
-        configs = [PLAIN, replace(UNGUIDED, sampler="argmax"), replace(PLAIN, guidance_steps=2, sampler="typical")]
-        return [row(pipeline, prompt, seed, config) for seed, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=False))]
+        configs = [
+            PLAIN,
+            replace(UNGUIDED, sampler="argmax"),
+            replace(PLAIN, guidance_steps=2, sampler="typical"),
+        ]
+        return [
+            row(pipeline, prompt, seed, config)
+            for seed, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=False))
+        ]
 
     for replayed, expected in zip(run(pipeline, *rows()), eagerly(pipeline, *rows()), strict=True):
         assert agreement(replayed, expected) >= 0.99
@@ -92,7 +112,10 @@ def test_rows_of_every_kind_share_a_replay(pipeline, graphs):
 
 def test_rows_that_join_and_leave_meet_nothing_of_those_before_them(pipeline, graphs):
     (expected,) = eagerly(pipeline, row(pipeline))
-    long, mine = row(pipeline, PROMPTS[2], 1, replace(PLAIN, steps=3, renoise_steps=2)), row(pipeline)
+    long, mine = (
+        row(pipeline, PROMPTS[2], 1, replace(PLAIN, steps=3, renoise_steps=2)),
+        row(pipeline),
+    )
     pipeline.advance([long, mine])
     pipeline.advance([mine])
     pipeline.advance([mine, long])
@@ -103,14 +126,18 @@ def test_rows_that_join_and_leave_meet_nothing_of_those_before_them(pipeline, gr
 
 def test_a_picture_with_nothing_but_nan_harms_no_padded_neighbour(pipeline, graphs):
     broken, mine = row(pipeline, PROMPTS[2], seed=1), row(pipeline)
-    broken.conditional = replace(broken.conditional, kv=torch.full_like(broken.conditional.kv, torch.nan))
+    broken.conditional = replace(
+        broken.conditional, kv=torch.full_like(broken.conditional.kv, torch.nan)
+    )
     pipeline.advance([broken])
     (replayed,) = run(pipeline, mine)
     (expected,) = eagerly(pipeline, row(pipeline))
     assert agreement(replayed, expected) >= 0.99
 
 
-def test_padding_of_an_unguided_row_reads_nothing_of_a_broken_row_that_was_there_before(pipeline, graphs):
+def test_padding_of_an_unguided_row_reads_nothing_of_a_broken_row_that_was_there_before(
+    pipeline, graphs
+):
     broken = row(pipeline, PROMPTS[2], seed=1)
     for kind in ("conditional", "unconditional"):
         condition = getattr(broken, kind)
@@ -127,7 +154,9 @@ def test_padding_of_an_unguided_row_reads_nothing_of_a_broken_row_that_was_there
 
 def test_conditions_are_copied_once_while_the_same_rows_step(pipeline, graphs, monkeypatch):
     mine, copied, put = row(pipeline), list[int](), Condition.put
-    monkeypatch.setattr(Condition, "put", lambda self, branch, one: copied.append(branch) or put(self, branch, one))
+    monkeypatch.setattr(
+        Condition, "put", lambda self, branch, one: copied.append(branch) or put(self, branch, one)
+    )
     pipeline.advance([mine])
     first = list(copied)
     assert set(first) == {0, 1}
@@ -198,13 +227,18 @@ def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
 
 
 def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settings(random_bundle):
-    runner = Runner(Settings(weights=str(random_bundle), dtype="float32", max_batch_rows=2, graph_sizes="32x64,40x40"))
+    runner = Runner(
+        Settings(
+            weights=str(random_bundle), dtype="float32", max_batch_rows=2, graph_sizes="32x64,40x40"
+        )
+    )
     pipeline = runner.pipelines["random"]
     runner.capture_graphs(pipeline, lambda: rerun)
     captures = runner.counters["graph_captures", "false"]
     for width, height in ((32, 32), (32, 64), (64, 64)):
         pipeline.generate(["red apple"], [0], PLAIN, width=width, height=height)
-    # The size 64×64 has no graph, 40×40 is none of its sizes; each picture's prior is one, and so is what decodes the others.
+    # The size 64×64 has no graph, 40×40 is none of its sizes; each picture's prior is one, and so
+    # is what decodes the others.
     assert runner.counters["graph_replays", ""] == 2 * 2 * PLAIN.steps + 3 + 2
     assert runner.counters["graph_eager_steps", ""] == PLAIN.steps
     assert captures == runner.counters["graph_captures", "false"]
@@ -226,7 +260,10 @@ def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
     for count in (1, 3, 2):
         text, noise = torch.randn(count, width), torch.randn(steps, count, width)
         drawn.append((graphs(text, noise), pipeline.run_prior(text, noise)))
-    for replayed, expected in drawn:  # after all of them: a replay takes nothing away from those before it
+    for (
+        replayed,
+        expected,
+    ) in drawn:  # after all of them: a replay takes nothing away from those before it
         torch.testing.assert_close(replayed, expected, atol=1e-5, rtol=1e-5)
     assert counters["graph_replays", ""] == 3
     graphs(torch.randn(5, width), torch.randn(steps, 5, width))
@@ -237,9 +274,13 @@ def test_pictures_replayed_are_those_decoded_eagerly_for_any_number_and_size_of_
     counters: Counter[Count] = Counter()
     graphs = DecodeGraphs(pipeline, [GRID, (8, 16)], (1, 4), rerun, counters)
     graphs.capture_all()
-    tokens = [torch.randint(64, (count, *grid)) for count, grid in ((3, GRID), (1, (8, 16)), (2, GRID))]
+    tokens = [
+        torch.randint(64, (count, *grid)) for count, grid in ((3, GRID), (1, (8, 16)), (2, GRID))
+    ]
     decoded = [graphs(each) for each in tokens]
-    for each, pictures in zip(tokens, decoded, strict=True):  # after all of them: a replay takes nothing away from those before it
+    for each, pictures in zip(
+        tokens, decoded, strict=True
+    ):  # after all of them: a replay takes nothing away from those before it
         assert (pictures.int() - pipeline.decode_tokens(each).int()).abs().max() <= 1
     assert (counters["graph_captures", "false"], counters["graph_replays", ""]) == (4, 3)
     for odd in (torch.randint(64, (5, *GRID)), torch.randint(64, (1, 16, 16))):
@@ -268,10 +309,19 @@ def v1_graphs(v1: Pipeline) -> Iterator[StepGraphs]:
 @pytest.mark.parametrize("sampler", ["multinomial", "argmax", "typical"])
 def test_rows_of_v1_draw_what_they_draw_eagerly(v1, v1_graphs, sampler):
     def rows() -> list[Row]:
-        configs = [replace(V1, sampler=sampler), replace(V1, guidance=(1.0, 1.0)), replace(V1, guidance_steps=2, sampler="argmax")]
-        return [row(v1, prompt, seed, config) for seed, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=False))]
+        configs = [
+            replace(V1, sampler=sampler),
+            replace(V1, guidance=(1.0, 1.0)),
+            replace(V1, guidance_steps=2, sampler="argmax"),
+        ]
+        return [
+            row(v1, prompt, seed, config)
+            for seed, (prompt, config) in enumerate(zip(PROMPTS, configs, strict=False))
+        ]
 
-    for replayed, expected in zip(run(v1, *rows()), run(Pipeline.of(v1.bundle), *rows()), strict=True):
+    for replayed, expected in zip(
+        run(v1, *rows()), run(Pipeline.of(v1.bundle), *rows()), strict=True
+    ):
         assert agreement(replayed, expected) >= 0.99
     assert not v1_graphs.counters["graph_eager_steps", ""]
     assert v1_graphs.counters["graph_captures", "false"] == 6 + 3 * 3
@@ -282,9 +332,14 @@ def test_rows_of_v1_with_regions_are_computed_eagerly_beside_others(v1, v1_graph
         (other,) = v1.encode(["red"])
         plain, own = row(v1), row(v1, seed=1)
         region = RegionBranch(v1.condition(other), torch.eye(16))
-        return [plain, v1.start(own.noise, own.sampling, own.conditional, own.unconditional, [region])]
+        return [
+            plain,
+            v1.start(own.noise, own.sampling, own.conditional, own.unconditional, [region]),
+        ]
 
-    for replayed, expected in zip(run(v1, *rows()), run(Pipeline.of(v1.bundle), *rows()), strict=True):
+    for replayed, expected in zip(
+        run(v1, *rows()), run(Pipeline.of(v1.bundle), *rows()), strict=True
+    ):
         assert agreement(replayed, expected) >= 0.99
     assert v1_graphs.counters["graph_eager_steps", ""] == PLAIN.steps
 
@@ -297,13 +352,17 @@ def test_what_cannot_be_recorded_is_computed_eagerly(pipeline):
         return recording
 
     counters: Counter[Count] = Counter()
-    graphs = StepGraphs(pipeline, [Bucket(GRID, rows, 2, 80) for rows in (1, 2)], refuse_large, counters)
+    graphs = StepGraphs(
+        pipeline, [Bucket(GRID, rows, 2, 80) for rows in (1, 2)], refuse_large, counters
+    )
     graphs.capture_all()
     assert counters["graph_captures", "false"] == 1 + len(SAMPLERS)
     replaying = PipelineV3(pipeline.bundle)
     replaying.executor = graphs
     for tokens, expected in zip(
-        run(replaying, row(pipeline), row(pipeline, seed=1)), eagerly(pipeline, row(pipeline), row(pipeline, seed=1)), strict=True
+        run(replaying, row(pipeline), row(pipeline, seed=1)),
+        eagerly(pipeline, row(pipeline), row(pipeline, seed=1)),
+        strict=True,
     ):
         assert agreement(tokens, expected) >= 0.99
     assert counters["graph_eager_steps", ""] == PLAIN.steps

@@ -37,8 +37,13 @@ def test_rates_grow_until_one_is_not_sustained() -> None:
     assert all(rate < rates[3] for rate in rates[4:])
 
 
-@pytest.mark.parametrize(("change", "sustained"), [({"served": 3.8}, True), ({"served": 3.7}, False), ({"refused": 0.02}, False)])
-def test_saturated_is_who_answers_too_little_or_refuses_too_much(change: dict[str, float], sustained: bool) -> None:
+@pytest.mark.parametrize(
+    ("change", "sustained"),
+    [({"served": 3.8}, True), ({"served": 3.7}, False), ({"refused": 0.02}, False)],
+)
+def test_saturated_is_who_answers_too_little_or_refuses_too_much(
+    change: dict[str, float], sustained: bool
+) -> None:
     assert replace(GOOD, **change).sustained is sustained
 
 
@@ -47,9 +52,15 @@ def test_only_what_was_due_after_the_warm_up_counts_and_serving_by_when_it_was_a
     answers = [Answer(KIND, 200, taken) for taken in (0.1, 0.2, 0.1, 0.9, 0.4)]
     answers += [Answer(KIND, 429, 0.01, refused=True), Answer(KIND, 500, 0.01)]
     point = evaluate(3, trace, answers, warm_up=2, seconds=8)
-    # Of five that counted three were answered, two of them in half a second; in the eight seconds ended those of 1.9, 2.5 and 3.0.
+    # Of five that counted three were answered, two of them in half a second; in the eight seconds
+    # ended those of 1.9, 2.5 and 3.0.
     assert (point.arrived, point.served) == (5 / 8, 3 / 8)
-    assert (point.latency["n"], point.under_target, point.refused, point.failed) == (3, 0.4, 0.2, 0.2)
+    assert (point.latency["n"], point.under_target, point.refused, point.failed) == (
+        3,
+        0.4,
+        0.2,
+        0.2,
+    )
 
 
 def test_the_summary_names_the_knee_and_the_highest_rate_within_half_a_second() -> None:

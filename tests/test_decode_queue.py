@@ -76,7 +76,9 @@ def test_no_batch_begins_while_one_is_being_decoded() -> None:
 
 
 @pytest.mark.parametrize("preview", [None, 0])
-def test_a_removed_job_is_not_decoded_and_its_finished_rows_are_returned(preview: int | None) -> None:
+def test_a_removed_job_is_not_decoded_and_its_finished_rows_are_returned(
+    preview: int | None,
+) -> None:
     queue, row = DecodeQueue(), RowId("a", 0)
     queue.add(row, DecodeRequest(POOL, preview))
     assert queue.remove("a") == ([row] if preview is None else [])

@@ -1,4 +1,6 @@
-"""The denoiser computes what the published one computes, for every row alone, and its shortcuts change nothing."""
+"""The denoiser computes what the published one computes, for every row alone, and its shortcuts
+change nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DenoiserConfig
-from model.networks.denoiser_v3 import AttentionBlock, Condition, ConvBlock, Denoiser, GlobalResponseNorm
+from model.networks.denoiser_v3 import (
+    AttentionBlock,
+    Condition,
+    ConvBlock,
+    Denoiser,
+    GlobalResponseNorm,
+)
 from model.networks.layers import Downsample, Upsample, norm
 from tests.conftest import golden, randomise
 
@@ -22,7 +30,11 @@ CASES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "logits_byt5_clip": {"clip": "clip"},
     "logits_all": {"clip": "clip", "clip_image": "clip_image"},
     "logits_two_images": {"clip": "clip", "clip_image": ("clip_image", "clip_image_2")},
-    "logits_attn_weights": {"clip": "clip", "clip_image": "clip_image", "attn_weights": "attn_weights"},
+    "logits_attn_weights": {
+        "clip": "clip",
+        "clip_image": "clip_image",
+        "attn_weights": "attn_weights",
+    },
 }
 
 
@@ -32,7 +44,11 @@ def _no_grad():
         yield
 
 
-@pytest.fixture(scope="module", params=[torch.contiguous_format, torch.channels_last], ids=["published", "channels-last"])
+@pytest.fixture(
+    scope="module",
+    params=[torch.contiguous_format, torch.channels_last],
+    ids=["published", "channels-last"],
+)
 def recorded(request) -> tuple[Denoiser, dict[str, Tensor]]:
     config, weights, tensors = golden("denoiser_v3")
     denoiser = Denoiser(DenoiserConfig(**config)).eval()
@@ -44,8 +60,13 @@ def recorded(request) -> tuple[Denoiser, dict[str, Tensor]]:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_the_recorded_ones(recorded, case):
     denoiser, x = recorded
-    arguments = {name: [x[k] for k in key] if isinstance(key, tuple) else x[key] for name, key in CASES[case].items()}
-    torch.testing.assert_close(denoiser(x["tokens"], x["t"], x["byt5"], **arguments), x[case], **TOLERANCE)
+    arguments = {
+        name: [x[k] for k in key] if isinstance(key, tuple) else x[key]
+        for name, key in CASES[case].items()
+    }
+    torch.testing.assert_close(
+        denoiser(x["tokens"], x["t"], x["byt5"], **arguments), x[case], **TOLERANCE
+    )
 
 
 def test_every_recorded_case_is_checked():
@@ -56,7 +77,9 @@ def test_every_recorded_case_is_checked():
 def test_the_state_dict_has_exactly_the_published_names():
     config, weights, _ = golden("denoiser_v3")
     ours = Denoiser(DenoiserConfig(**config)).state_dict()
-    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in weights.items()}
+    assert {name: t.shape for name, t in ours.items()} == {
+        name: t.shape for name, t in weights.items()
+    }
 
 
 def test_the_published_size_counts_its_published_parameters():
@@ -85,7 +108,13 @@ def test_a_grid_and_its_transpose_are_different_pictures(recorded):
 def test_a_row_does_not_see_its_neighbours(recorded):
     denoiser, x = recorded
     for i in range(2):
-        alone = denoiser(x["tokens"][i : i + 1], x["t"][i : i + 1], x["byt5"][i : i + 1], x["clip"][i : i + 1], x["clip_image"][i : i + 1])
+        alone = denoiser(
+            x["tokens"][i : i + 1],
+            x["t"][i : i + 1],
+            x["byt5"][i : i + 1],
+            x["clip"][i : i + 1],
+            x["clip_image"][i : i + 1],
+        )
         torch.testing.assert_close(alone[0], x["logits_all"][i], **TOLERANCE)
 
 
@@ -95,7 +124,9 @@ def test_masked_padding_changes_nothing_whatever_it_holds(recorded):
     byt5 = x["byt5"].clone()
     byt5[0, 5:] = 1e3
     padded = denoiser(x["tokens"], x["t"], byt5, x["clip"], x["clip_image"], byt5_mask=mask)
-    short = denoiser(x["tokens"][:1], x["t"][:1], x["byt5"][:1, :5], x["clip"][:1], x["clip_image"][:1])
+    short = denoiser(
+        x["tokens"][:1], x["t"][:1], x["byt5"][:1, :5], x["clip"][:1], x["clip_image"][:1]
+    )
     torch.testing.assert_close(padded[:1], short, **SAME)
     torch.testing.assert_close(padded[1], x["logits_all"][1], **TOLERANCE)
 
@@ -105,7 +136,12 @@ def test_stacked_conditions_of_any_lengths_draw_what_each_draws_alone(recorded):
     conditions = [
         denoiser.condition(x["byt5"][:1]),
         denoiser.condition(x["byt5"][1:, :2], None, x["clip"][1:]),
-        denoiser.condition(x["byt5"][:1], torch.arange(9)[None] < 4, x["clip"][:1], [x["clip_image"][:1], x["clip_image_2"][:1]]),
+        denoiser.condition(
+            x["byt5"][:1],
+            torch.arange(9)[None] < 4,
+            x["clip"][:1],
+            [x["clip_image"][:1], x["clip_image_2"][:1]],
+        ),
     ]
     tokens, times = x["tokens"][[0, 1, 0]], denoiser.times(x["t"][[0, 1, 1]])
     together = denoiser.features(tokens, times, Condition.stack(conditions))
@@ -120,7 +156,10 @@ def test_folded_weights_lead_from_a_prompt_to_the_same_keys_and_values(recorded)
     folded.fold_condition()
     weights = torch.rand(2, 9 + 2 * denoiser.config.clip_seq_len) + 0.2
     for given in (None, weights):
-        kv, expected = (d.condition(x["byt5"], None, x["clip"], x["clip_image"], given).kv for d in (folded, denoiser))
+        kv, expected = (
+            d.condition(x["byt5"], None, x["clip"], x["clip_image"], given).kv
+            for d in (folded, denoiser)
+        )
         torch.testing.assert_close(kv, expected, **SAME)
 
 
@@ -142,13 +181,20 @@ def test_attention_weights_multiply_the_attention_after_its_softmax():
     attn = block.attention.attn
     pixels = norm(x).flatten(1, 2)
     keys = torch.cat([pixels, block.kv_mapper(sequence)], dim=1)
-    projections = zip((pixels, keys, keys), attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3), strict=True)
-    q, k, v = (F.linear(*projection).unflatten(-1, (heads, -1)).transpose(1, 2) for projection in projections)
+    projections = zip(
+        (pixels, keys, keys), attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3), strict=True
+    )
+    q, k, v = (
+        F.linear(*projection).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for projection in projections
+    )
     attention = (q @ k.mT / (C // heads) ** 0.5).softmax(-1)
     attention[..., -L:] *= weights[:, None, None]
     expected = x + attn.out_proj((attention @ v).transpose(1, 2).flatten(2)).view(B, H, W, C)
 
-    torch.testing.assert_close(block(x, block.condition_kv(sequence, weights), None), expected, **SAME)
+    torch.testing.assert_close(
+        block(x, block.condition_kv(sequence, weights), None), expected, **SAME
+    )
 
 
 def test_without_self_attention_pixels_read_the_condition_alone():
@@ -158,7 +204,9 @@ def test_without_self_attention_pixels_read_the_condition_alone():
     kv = block.condition_kv(sequence, None)
     out = block(pixels, kv, torch.tensor([[True, True, False]]))
     # Every pixel is read by itself: moving them moves their outputs and does nothing else.
-    torch.testing.assert_close(block(pixels.flip(1), kv, torch.tensor([[True, True, False]])), out.flip(1), **SAME)
+    torch.testing.assert_close(
+        block(pixels.flip(1), kv, torch.tensor([[True, True, False]])), out.flip(1), **SAME
+    )
     torch.testing.assert_close(block(pixels, kv[:, :2], None), out, **SAME)
 
 
@@ -176,11 +224,15 @@ def test_the_depthwise_shortcut_equals_the_plain_grouped_convolution(grid, kerne
     x, skip = torch.randn(2, *grid, 8), torch.randn(2, *grid, 8)
     conv = block.depthwise
     both = torch.cat([x, skip], dim=-1).permute(0, 3, 1, 2)
-    plain = F.conv2d(both, conv.weight, conv.bias, padding=kernel_size // 2, groups=8).permute(0, 2, 3, 1)
+    plain = F.conv2d(both, conv.weight, conv.bias, padding=kernel_size // 2, groups=8).permute(
+        0, 2, 3, 1
+    )
     torch.testing.assert_close(block(x, skip), x + block.channelwise(norm(plain)), **SAME)
 
 
-@pytest.mark.parametrize(("ours", "plain"), [(Downsample, F.conv2d), (Upsample, F.conv_transpose2d)])
+@pytest.mark.parametrize(
+    ("ours", "plain"), [(Downsample, F.conv2d), (Upsample, F.conv_transpose2d)]
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_resampling_as_a_linear_map_equals_the_plain_convolution(ours, plain, memory_format):
     layer = ours(6, 10)
@@ -203,14 +255,21 @@ def test_time_and_condition_tables_computed_beforehand_give_the_same_logits(reco
     denoiser, x = recorded
     table = denoiser.times(torch.cat([x["t"], torch.tensor([0.5])]))
     condition = denoiser.condition(x["byt5"], None, x["clip"], x["clip_image"])
-    logits = denoiser.project(denoiser.features(x["tokens"], table[:2], condition)).permute(0, 3, 1, 2)
+    logits = denoiser.project(denoiser.features(x["tokens"], table[:2], condition)).permute(
+        0, 3, 1, 2
+    )
     torch.testing.assert_close(logits, x["logits_all"], **TOLERANCE)
 
 
 def test_projection_is_linear_so_guidance_may_be_mixed_before_it(recorded):
     denoiser, _ = recorded
     a, b = torch.randn(2, 3, 3, 16).unbind(0)
-    torch.testing.assert_close(denoiser.project(8 * a - 7 * b), 8 * denoiser.project(a) - 7 * denoiser.project(b), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        denoiser.project(8 * a - 7 * b),
+        8 * denoiser.project(a) - 7 * denoiser.project(b),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_a_fresh_network_says_nothing_yet_and_can_learn():
@@ -226,7 +285,8 @@ def test_a_fresh_network_says_nothing_yet_and_can_learn():
 
 
 def test_a_channel_that_is_zero_everywhere_gives_no_nan_gradient():
-    # It did: the root of a zero energy has an infinite slope, and an hour of training was lost to it.
+    # It did: the root of a zero energy has an infinite slope, and an hour of training was lost to
+    # it.
     block = GlobalResponseNorm(4)
     block.gamma.data.fill_(1.0)
     x = torch.randn(2, 3, 3, 4)

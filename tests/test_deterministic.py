@@ -1,4 +1,6 @@
-"""deterministic=true: the same tokens at every step and the same file, bit for bit, whatever else the worker does."""
+"""deterministic=true: the same tokens at every step and the same file, bit for bit, whatever
+else the worker does.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +37,32 @@ FIXED = SamplingConfig(
 LOOSE = replace(FIXED, deterministic=False)
 
 
-def job(id: str, prompt: str = "red apple", seeds: tuple[int, ...] = (7,), **changes: object) -> Job:
+def job(
+    id: str, prompt: str = "red apple", seeds: tuple[int, ...] = (7,), **changes: object
+) -> Job:
     sampling = changes.pop("sampling", FIXED)
     return replace(Job(id, "random", prompt, "", 32, 32, seeds, sampling, deadline=60.0), **changes)  # type: ignore[arg-type]
 
 
 def neighbour(i: int, **changes: object) -> Job:
-    return job(f"neighbour{i}", **{"prompt": "the apple " * i, "seeds": (i,), "sampling": LOOSE, "deadline": 50.0 + 4 * i, **changes})
+    return job(
+        f"neighbour{i}",
+        **{
+            "prompt": "the apple " * i,
+            "seeds": (i,),
+            "sampling": LOOSE,
+            "deadline": 50.0 + 4 * i,
+            **changes,
+        },
+    )
 
 
 @dataclass
 class Loop:
     """The worker's loop without a process.
 
-    tokens, features: every row's, of each of its steps. Tokens seldom show that a sum was rounded differently; the features they are drawn
-    from always do.
+    tokens, features: every row's, of each of its steps. Tokens seldom show that a sum was rounded
+    differently; the features they are drawn from always do.
     """
 
     runner: Runner
@@ -67,13 +80,17 @@ class Loop:
         done = self._step(rows)
         for row in rows:
             self.tokens.setdefault(row, []).append(self.runner.rows[row].tokens.numpy().tobytes())
-        for row, image in zip(done, self.runner.decode("random", done).images() if done else [], strict=True):
+        for row, image in zip(
+            done, self.runner.decode("random", done).images() if done else [], strict=True
+        ):
             self.images[row] = image
             self.scheduler.finish(row)
         self.runner.drop(done)
 
     def _step(self, rows: list[RowId]) -> list[RowId]:
-        def draw(drawn: Sequence[Row], features: torch.Tensor, drawing: SamplingInputs) -> torch.Tensor:
+        def draw(
+            drawn: Sequence[Row], features: torch.Tensor, drawing: SamplingInputs
+        ) -> torch.Tensor:
             for row, own in zip(rows, features, strict=True):
                 self.features.setdefault(row, []).append(own.numpy().tobytes())
             return type(pipeline)._sample(pipeline, drawn, features, drawing)
@@ -103,7 +120,9 @@ def loop(runner: Runner) -> Loop:
 
 @pytest.fixture(scope="module")
 def alone(random_settings: Settings) -> Callable[..., tuple[list[bytes], list[bytes], bytes]]:
-    """What a job comes to in a worker that has never done anything else; asked the same again, it remembers."""
+    """What a job comes to in a worker that has never done anything else; asked the same again,
+    it remembers.
+    """
     known: dict[Job, tuple[list[bytes], list[bytes], bytes]] = {}
 
     def draw(wanted: Job, again: bool = False) -> tuple[list[bytes], list[bytes], bytes]:
@@ -178,7 +197,12 @@ def test_neighbours_of_other_operations(loop, alone, monkeypatch, seed, operatio
 
     def start_operations(parts, watch):
         truncated = start(parts, watch)
-        for row in (loop.runner.rows[RowId(job.id, i)] for job, indices in parts for i in indices if job.id != "a"):
+        for row in (
+            loop.runner.rows[RowId(job.id, i)]
+            for job, indices in parts
+            for i in indices
+            if job.id != "a"
+        ):
             if operation == "repaint":
                 operations.repaint(row, PinnedTokens(picture, picture > 30))
             elif operation == "edit":
@@ -210,7 +234,9 @@ def test_neighbours_of_other_sizes_and_a_row_of_any_size(loop, alone, size):
 def test_prompts_of_any_length_whatever_was_encoded_before(loop, alone, prompt, negative):
     wanted = job("a", prompt, negative_prompt=negative)
     # The very same texts, encoded in one batch for somebody who did not ask for this.
-    loop.scheduler.add(neighbour(0, prompt=prompt, negative_prompt="the red apple " * 3, deadline=1.0))
+    loop.scheduler.add(
+        neighbour(0, prompt=prompt, negative_prompt="the red apple " * 3, deadline=1.0)
+    )
     loop.scheduler.add(neighbour(1, prompt="apple", negative_prompt=negative, deadline=1.0))
     loop.scheduler.add(wanted)
     loop.run()

@@ -1,4 +1,6 @@
-"""The image's recipe and the composition: linted, valid, of one mind, and the recipe's own commands run, if not in a container."""
+"""The image's recipe and the composition: linted, valid, of one mind, and the recipe's own
+commands run, if not in a container.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +50,25 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:
         pytest.skip("no hadolint for this system")
-    done = subprocess.run([hadolint, DOCKER / "Dockerfile"], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    done = subprocess.run(
+        [hadolint, DOCKER / "Dockerfile"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_the_composition_follows_the_published_schema() -> None:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        str(DOCKER / "compose.yaml"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout
 
@@ -61,8 +76,14 @@ def test_the_composition_follows_the_published_schema() -> None:
 def test_the_image_holds_what_the_wheel_is_made_of_and_serves_as_nobody() -> None:
     build, final = stages()
     copied = {name for keyword, rest in build if keyword == "COPY" for name in rest.split()[:-1]}
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    allowed = {line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
+        "targets"
+    ]["wheel"]["packages"]
+    allowed = {
+        line[1:]
+        for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     assert copied == allowed == {*wheel, "pyproject.toml", "README.md", "LICENSE"}
     assert all((ROOT / name).exists() for name in copied)
     assert dict(final)["USER"] not in ("0", "root")
@@ -70,33 +91,41 @@ def test_the_image_holds_what_the_wheel_is_made_of_and_serves_as_nobody() -> Non
 
 def test_the_composition_asks_prometheus_to_look_where_the_image_has_its_metrics() -> None:
     environment = dict(part.split("=", 1) for part in shlex.split(dict(stages()[1])["ENV"]))
-    scraped = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())["scrape_configs"][0]["static_configs"][0]["targets"]
+    scraped = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())["scrape_configs"][
+        0
+    ]["static_configs"][0]["targets"]
     for name in SERVERS:
         server = COMPOSE["services"][name]
         (alias,) = server["networks"]["default"]["aliases"]
         assert scraped == [f"{alias}:{environment['PAELLERA_OPERATIONS_PORT']}"]
         assert server["ports"] == [f"127.0.0.1:8000:{environment['PAELLERA_PORT']}"]
-        assert {variable.removeprefix("PAELLERA_").lower() for variable in server["environment"]} <= set(Settings.model_fields)
+        assert {
+            variable.removeprefix("PAELLERA_").lower() for variable in server["environment"]
+        } <= set(Settings.model_fields)
     assert COMPOSE["services"]["server-gpu"]["build"]["args"] == {"DEVICE": "cuda"}
 
 
-def test_every_container_is_read_only_without_capabilities_and_published_to_this_machine_alone() -> None:
+def test_containers_are_read_only_without_capabilities_and_published_on_loopback() -> None:
     for name, service in COMPOSE["services"].items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"]
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-        mounted = [Path(volume.split(":")[0]) for volume in service["volumes"] if volume.startswith("./")]
+        mounted = [
+            Path(volume.split(":")[0]) for volume in service["volumes"] if volume.startswith("./")
+        ]
         assert all((DOCKER / path).exists() for path in mounted)
 
 
 def test_on_a_gpu_triton_can_compile_its_launchers_and_run_them() -> None:
-    """A tmpfs is mounted noexec unless told otherwise, and the slim image has no compiler: without either torch would compute."""
+    """A tmpfs is mounted noexec unless told otherwise, and the slim image has no compiler:
+    without either torch would compute.
+    """
     assert any(keyword == "RUN" and "gcc libc6-dev" in rest for keyword, rest in stages()[1])
     assert COMPOSE["services"]["server-gpu"]["tmpfs"] == ["/tmp:exec"]
     assert COMPOSE["services"]["server-cpu"]["tmpfs"] == ["/tmp"]
 
 
-# ── its commands ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── its commands ──────────────────────────────────────────────────────────────────────────────────
 
 
 def assign(environment: dict[str, str], rest: str) -> None:
@@ -105,8 +134,8 @@ def assign(environment: dict[str, str], rest: str) -> None:
 
 
 def build(stage: list[Instruction], directory: Path, environment: dict[str, str]) -> Path:
-    """Does what the first stage says, in a directory in place of the root; returns its virtual environment, which finds installed
-    dependencies in ours and so need not load a gigabyte."""
+    """Does what the first stage says, in a directory in place of the root; returns its virtual
+    environment, which finds installed dependencies in ours and so need not load a gigabyte."""
     venv, work = directory / "venv", directory / "build"
     work.mkdir()
     for keyword, rest in ((keyword, rest.replace("/venv", str(venv))) for keyword, rest in stage):
@@ -119,7 +148,14 @@ def build(stage: list[Instruction], directory: Path, environment: dict[str, str]
                     copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
                     copy(ROOT / source, work / target if (ROOT / source).is_dir() else work)
             case "RUN":
-                done = subprocess.run(["sh", "-c", rest], cwd=work, env=environment, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    ["sh", "-c", rest],
+                    cwd=work,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
                 assert done.returncode == 0, done.stderr
                 for packages in venv.glob("lib/python3*/site-packages"):
                     (packages / "installed.pth").write_text(sysconfig.get_path("purelib"))
@@ -136,9 +172,14 @@ def free_port() -> str:
 
 
 @pytest.mark.slow
-def test_the_image_s_own_commands_install_start_and_stop_a_server_that_writes_nothing(tmp_path: Path) -> None:
+def test_the_image_s_own_commands_install_start_and_stop_a_server_that_writes_nothing(
+    tmp_path: Path,
+) -> None:
     first, final = stages()
-    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     venv = build(first, tmp_path, environment)
     instructions = {keyword: rest.replace("/venv", str(venv)) for keyword, rest in final}
     assign(environment, instructions["ENV"])
@@ -151,14 +192,22 @@ def test_the_image_s_own_commands_install_start_and_stop_a_server_that_writes_no
     check = json.loads(instructions["HEALTHCHECK"].partition("CMD ")[2])
 
     def is_healthy() -> bool:
-        return subprocess.run(check, env=environment, capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(check, env=environment, capture_output=True, check=False).returncode == 0
+        )
 
     # To a file: a pipe that nobody reads would stop the server.
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([venv / "bin" / command[0], *command[1:]], env=environment, cwd=home, stderr=log)
+        server = subprocess.Popen(
+            [venv / "bin" / command[0], *command[1:]], env=environment, cwd=home, stderr=log
+        )
     try:
         wait_until(lambda: server.poll() is not None or is_healthy(), PATIENCE_S)
-        answer = httpx.post(f"http://127.0.0.1:{ports['PAELLERA_PORT']}/generate", json={"prompt": "a red ball"}, timeout=PATIENCE_S)
+        answer = httpx.post(
+            f"http://127.0.0.1:{ports['PAELLERA_PORT']}/generate",
+            json={"prompt": "a red ball"},
+            timeout=PATIENCE_S,
+        )
         assert answer.headers["content-type"] == "image/png"
         server.send_signal(getattr(signal, instructions["STOPSIGNAL"]))
         assert server.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()

@@ -40,17 +40,25 @@ def test_a_red_apple_is_red_in_the_middle_of_white(server: httpx.Client) -> None
     height, width, _ = picture.shape
     border = np.concatenate([picture[:3].reshape(-1, 3), picture[-3:].reshape(-1, 3)])
     assert (np.median(border, axis=0) > 225).all(), "the background is white"
-    red, green, blue = np.median(picture[height * 2 // 5 : height * 3 // 5, width * 2 // 5 : width * 3 // 5].reshape(-1, 3), axis=0)
+    red, green, blue = np.median(
+        picture[height * 2 // 5 : height * 3 // 5, width * 2 // 5 : width * 3 // 5].reshape(-1, 3),
+        axis=0,
+    )
     assert red > green + 60, "the middle is red"
     assert red > blue + 60, "the middle is red"
 
 
 def test_the_same_request_gives_the_same_bytes(server: httpx.Client) -> None:
-    assert server.post("/generate", json=APPLE).content == server.post("/generate", json=APPLE).content
+    assert (
+        server.post("/generate", json=APPLE).content == server.post("/generate", json=APPLE).content
+    )
 
 
 def test_another_seed_gives_another_picture(server: httpx.Client) -> None:
-    assert server.post("/generate", json=APPLE).content != server.post("/generate", json={**APPLE, "seed": 8}).content
+    assert (
+        server.post("/generate", json=APPLE).content
+        != server.post("/generate", json={**APPLE, "seed": 8}).content
+    )
 
 
 def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(server: httpx.Client) -> None:
@@ -58,13 +66,21 @@ def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(server: httpx.Clien
     second = server.post("/generate", json={**APPLE, "seed": 8})
     batched, alone = pixels(base64.b64decode(both[1]["b64_json"])), pixels(second.content)
     assert both[1]["seed"] == 8
-    # Sums of another batch shape may round otherwise; a token that was a near-tie may then differ, not the picture.
+    # Sums of another batch shape may round otherwise; a token that was a near-tie may then differ,
+    # not the picture.
     assert np.abs(batched - alone).mean() < 8
 
 
 def test_server_timing_names_every_stage(server: httpx.Client) -> None:
     timing = server.post("/generate", json=APPLE).headers["server-timing"]
-    assert [part.split(";")[0] for part in timing.split(", ")] == ["queue", "encode", "prior", "denoise", "decode", "image"]
+    assert [part.split(";")[0] for part in timing.split(", ")] == [
+        "queue",
+        "encode",
+        "prior",
+        "denoise",
+        "decode",
+        "image",
+    ]
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 64), (64, 128), (256, 256), (32, 32)])
@@ -88,14 +104,22 @@ def test_any_text_is_a_prompt(server: httpx.Client, prompt: str) -> None:
 
 
 def test_a_negative_prompt_changes_the_picture(server: httpx.Client) -> None:
-    plain, negative = (server.post("/generate", json={**APPLE, **extra}) for extra in ({}, {"negative_prompt": "a blue square on black"}))
+    plain, negative = (
+        server.post("/generate", json={**APPLE, **extra})
+        for extra in ({}, {"negative_prompt": "a blue square on black"})
+    )
     assert (pixels(plain.content) != pixels(negative.content)).any()
 
 
 def test_many_different_requests_at_once_are_all_answered(server: httpx.Client) -> None:
     def ask(i: int) -> int:
         colour, width = ("red", "blue", "green")[i % 3], (64, 96)[i % 2]
-        body = {"prompt": f"a {colour} circle", "seed": i, "num_inference_steps": 4 + i % 5, "width": width}
+        body = {
+            "prompt": f"a {colour} circle",
+            "seed": i,
+            "num_inference_steps": 4 + i % 5,
+            "width": width,
+        }
         return server.post("/generate", json=body).status_code
 
     with ThreadPoolExecutor(12) as threads:
@@ -112,10 +136,17 @@ def test_metrics_count_what_was_done(server: httpx.Client) -> None:
 
 def _sample(server: httpx.Client, name: str) -> float:
     families = text_string_to_metric_families(server.get("/metrics").text)
-    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+    return sum(
+        sample.value for family in families for sample in family.samples if sample.name == name
+    )
 
 
 def test_the_api_process_never_imports_torch() -> None:
-    code = "import sys, server.api, server.cli; from server.api import create_app; create_app(); print(json.dumps('torch' in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", "import json; " + code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, server.api, server.cli; from server.api import create_app; "
+        "create_app(); print(json.dumps('torch' in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "import json; " + code], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) is False

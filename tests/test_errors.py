@@ -11,7 +11,12 @@ from server.engine.errors import DeadlineUnreachable, EngineError, JobFailed, Qu
 
 @pytest.mark.parametrize(
     "error",
-    [QueueFull(1.5), DeadlineUnreachable(3.0, 1.0, retryable=True), JobFailed("poison", "why", retryable=False), WorkerLost("gone")],
+    [
+        QueueFull(1.5),
+        DeadlineUnreachable(3.0, 1.0, retryable=True),
+        JobFailed("poison", "why", retryable=False),
+        WorkerLost("gone"),
+    ],
 )
 def test_an_error_arrives_as_it_was_sent(error: EngineError) -> None:
     arrived = pickle.loads(pickle.dumps(error))

@@ -1,4 +1,6 @@
-"""Every example runs as its first lines say, against one live server, and leaves the files it names."""
+"""Every example runs as its first lines say, against one live server, and leaves the files it
+names.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def run(directory: Path, name: str, *arguments: str) -> str:
     interpreter = "sh" if name.endswith(".sh") else sys.executable
     environment = {name: value for name, value in os.environ.items() if name != "PAELLERA_URL"}
     command = [interpreter, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,7 +42,9 @@ def run(directory: Path, name: str, *arguments: str) -> str:
         ("regions.py", (256, 128), ["halves.png"]),
     ],
 )
-def test_an_example_draws_its_pictures(live_server: str, tmp_path: Path, name: str, size: tuple[int, int], pictures: list[str]) -> None:
+def test_an_example_draws_its_pictures(
+    live_server: str, tmp_path: Path, name: str, size: tuple[int, int], pictures: list[str]
+) -> None:
     printed = run(tmp_path, name, live_server)
     for picture in pictures:
         assert picture in printed
@@ -47,8 +53,13 @@ def test_an_example_draws_its_pictures(live_server: str, tmp_path: Path, name: s
             assert image.size == size
 
 
-@pytest.mark.parametrize(("name", "picture", "least"), [("stream_to_gif.py", "apple.gif", 2), ("interpolate.py", "way.gif", 10)])
-def test_an_example_makes_its_animation(live_server: str, tmp_path: Path, name: str, picture: str, least: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "picture", "least"),
+    [("stream_to_gif.py", "apple.gif", 2), ("interpolate.py", "way.gif", 10)],
+)
+def test_an_example_makes_its_animation(
+    live_server: str, tmp_path: Path, name: str, picture: str, least: int
+) -> None:
     assert picture in run(tmp_path, name, live_server)
     with PIL.Image.open(tmp_path / picture) as image:
         assert getattr(image, "n_frames", 1) >= least
@@ -59,7 +70,9 @@ def test_the_batch_is_as_large_as_asked(live_server: str, tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("circle-*.png"))) == 20
 
 
-def test_the_address_may_come_from_the_environment(live_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_may_come_from_the_environment(
+    live_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "load.py")],
         env=os.environ | {"PAELLERA_URL": live_server},
@@ -68,7 +81,10 @@ def test_the_address_may_come_from_the_environment(live_server: str, tmp_path: P
         timeout=300,
         check=True,
     )
-    assert [line.split("  ")[0] for line in done.stdout.splitlines()][:2] == ["pictures", "latency mean, s"]
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()][:2] == [
+        "pictures",
+        "latency mean, s",
+    ]
 
 
 class Prometheus(BaseHTTPRequestHandler):
@@ -78,7 +94,9 @@ class Prometheus(BaseHTTPRequestHandler):
         assert self.path.startswith("/api/v1/query?query=")
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({"data": {"result": [{"metric": {}, "value": [0, "1.5"]}]}}).encode())
+        self.wfile.write(
+            json.dumps({"data": {"result": [{"metric": {}, "value": [0, "1.5"]}]}}).encode()
+        )
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
@@ -95,11 +113,18 @@ def prometheus() -> Iterator[str]:
 
 
 def test_load_can_be_read_from_prometheus_too(prometheus: str, tmp_path: Path) -> None:
-    figures = [line.split() for line in run(tmp_path, "load.py", "http://127.0.0.1:1", prometheus).splitlines()]
+    figures = [
+        line.split()
+        for line in run(tmp_path, "load.py", "http://127.0.0.1:1", prometheus).splitlines()
+    ]
     assert len(figures) == 7
     assert {figure[-1] for figure in figures} == {"1.5"}
 
 
 def test_every_example_is_run_here() -> None:
     text = Path(__file__).read_text()
-    assert all(f'"{example.name}"' in text for example in EXAMPLES.iterdir() if example.suffix in (".py", ".sh"))
+    assert all(
+        f'"{example.name}"' in text
+        for example in EXAMPLES.iterdir()
+        if example.suffix in (".py", ".sh")
+    )

@@ -55,7 +55,9 @@ def test_after_an_error_each_job_runs_alone_in_order_and_one_fails(
         results, failures, batches = run(ROWS, failing(error))
     assert batches == [{"a", "bad", "c"}, {"a"}, {"bad"}, {"c"}]
     assert results == [row for row in ROWS if row.job != "bad"]
-    assert [(each.job, each.code, each.retryable) for each in failures] == [("bad", code, retryable)]
+    assert [(each.job, each.code, each.retryable) for each in failures] == [
+        ("bad", code, retryable)
+    ]
     assert "secret" not in failures[0].message
 
 

@@ -1,4 +1,6 @@
-"""Who steps when, in simulated time: turns by deadline, bounded waits, priorities, and pools of one's own."""
+"""Who steps when, in simulated time: turns by deadline, bounded waits, priorities, and pools of
+one's own.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.messages import Job
-from server.engine.scheduler import BATCH_TURN, INTERACTIVE_SHARE, LENGTHS, PATIENCE, Pool, RowId, Scheduler
+from server.engine.scheduler import (
+    BATCH_TURN,
+    INTERACTIVE_SHARE,
+    LENGTHS,
+    PATIENCE,
+    Pool,
+    RowId,
+    Scheduler,
+)
 from tests.test_scheduler import SAMPLING, job, rows, scheduler
 
 
 class Machine:
-    """A runner without tensors: a step costs what `cost` says of its rows, and time is the sum of the steps."""
+    """A runner without tensors: a step costs what `cost` says of its rows, and time is the sum
+    of the steps.
+    """
 
-    def __init__(self, scheduler: Scheduler, cost: Callable[[Sequence[RowId]], float] = lambda _: 1.0) -> None:
+    def __init__(
+        self, scheduler: Scheduler, cost: Callable[[Sequence[RowId]], float] = lambda _: 1.0
+    ) -> None:
         self.scheduler, self.cost = scheduler, cost
         self.now = 0.0
         self.turns: list[list[RowId]] = []
@@ -46,7 +60,7 @@ def long(id: str, steps: int = 12, **changes: object) -> Job:
     return replace(job(id), sampling=replace(SAMPLING, steps=steps), **changes)
 
 
-# ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── turns ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_pool_with_the_earliest_deadline_steps_first():
@@ -56,14 +70,20 @@ def test_the_pool_with_the_earliest_deadline_steps_first():
 
 
 def test_a_pool_of_late_deadline_waits_for_a_bounded_number_of_steps():
-    s = scheduler(9, long("late", width=128, deadline=50.0), long("early", deadline=20.0, steps=100))
+    s = scheduler(
+        9, long("late", width=128, deadline=50.0), long("early", deadline=20.0, steps=100)
+    )
     machine = Machine(s)
     turns = "".join(machine.step()[0].job[0] for _ in range(12))
     assert turns == ("e" * PATIENCE + "l") * 3
 
 
 @given(
-    pools=st.lists(st.tuples(st.integers(1, 40), st.floats(0, 100), st.sampled_from(["interactive", "batch"])), min_size=1, max_size=8),
+    pools=st.lists(
+        st.tuples(st.integers(1, 40), st.floats(0, 100), st.sampled_from(["interactive", "batch"])),
+        min_size=1,
+        max_size=8,
+    ),
 )
 def test_no_pool_waits_longer_than_the_bound_whatever_the_deadlines(pools):
     s = Scheduler(16)
@@ -109,11 +129,17 @@ def test_rows_of_one_request_may_run_in_different_steps():
     assert machine.turns == [rows("a", 0, 1)] * 3 + [rows("a", 2)] * 3
 
 
-# ── slots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── slots ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_waiting_rows_are_admitted_by_deadline_then_arrival():
-    s = scheduler(1, job("running"), job("second", deadline=40.0), job("third", deadline=40.0), job("first", deadline=30.0))
+    s = scheduler(
+        1,
+        job("running"),
+        job("second", deadline=40.0),
+        job("third", deadline=40.0),
+        job("first", deadline=30.0),
+    )
     machine = Machine(s)
     machine.run()
     assert [turn[0].job for turn in machine.turns] == ["first", "second", "third", "running"]
@@ -127,7 +153,9 @@ def test_a_freed_slot_is_filled_before_the_very_next_step():
 
 
 def test_interactive_rows_are_admitted_before_batch_rows():
-    s = scheduler(1, replace(job("batch", deadline=1.0), priority="batch"), job("interactive", deadline=90.0))
+    s = scheduler(
+        1, replace(job("batch", deadline=1.0), priority="batch"), job("interactive", deadline=90.0)
+    )
     assert s.admit() == rows("interactive", 0)
 
 
@@ -153,16 +181,22 @@ def test_a_single_slot_is_open_to_batch_rows():
 
 
 def test_a_batch_pool_steps_after_an_interactive_one_but_does_step():
-    s = scheduler(4, replace(long("batch", width=128, deadline=1.0), priority="batch"), long("interactive", 100, deadline=90.0))
+    s = scheduler(
+        4,
+        replace(long("batch", width=128, deadline=1.0), priority="batch"),
+        long("interactive", 100, deadline=90.0),
+    )
     machine = Machine(s)
     assert "".join(machine.step()[0].job[0] for _ in range(8)) == ("i" * PATIENCE + "b") * 2
 
 
-# ── pools ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pools ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_deterministic_rows_step_with_nothing_but_themselves():
-    fixed = replace(long("fixed", 2), seeds=(0, 1), sampling=replace(SAMPLING, steps=2, deterministic=True))
+    fixed = replace(
+        long("fixed", 2), seeds=(0, 1), sampling=replace(SAMPLING, steps=2, deterministic=True)
+    )
     machine = Machine(scheduler(8, fixed, long("other", 2)))
     machine.run()
     assert {len(turn) for turn in machine.turns} == {1}
@@ -170,9 +204,19 @@ def test_deterministic_rows_step_with_nothing_but_themselves():
 
 
 def test_a_suspect_s_rows_step_together_and_with_nobody_else():
-    machine = Machine(scheduler(8, replace(long("suspect", 3, alone=True), seeds=(0, 1)), long("other", 3), long("more", 3)))
+    machine = Machine(
+        scheduler(
+            8,
+            replace(long("suspect", 3, alone=True), seeds=(0, 1)),
+            long("other", 3),
+            long("more", 3),
+        )
+    )
     machine.run()
-    assert [{row.job for row in turn} for turn in machine.turns] == [{"suspect"}, {"other", "more"}] * 3
+    assert [{row.job for row in turn} for turn in machine.turns] == [
+        {"suspect"},
+        {"other", "more"},
+    ] * 3
 
 
 @pytest.mark.parametrize(
@@ -189,7 +233,12 @@ def test_a_suspect_s_rows_step_together_and_with_nobody_else():
 )
 def test_conditions_of_a_kind_share_a_pool_by_the_bytes_of_their_texts(prompt, negative, length):
     guided = replace(SAMPLING, guidance=(4.0, 4.0), guidance_steps=1)
-    assert Pool.of(replace(job("a"), prompt=prompt, negative_prompt=negative, sampling=guided), 0).length == length
+    assert (
+        Pool.of(
+            replace(job("a"), prompt=prompt, negative_prompt=negative, sampling=guided), 0
+        ).length
+        == length
+    )
 
 
 def test_a_negative_prompt_that_no_step_reads_does_not_count():

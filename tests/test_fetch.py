@@ -1,4 +1,6 @@
-"""Fetching from a hub: what arrives is what was published, and whatever goes wrong is one line that leaves nothing behind."""
+"""Fetching from a hub: what arrives is what was published, and whatever goes wrong is one line
+that leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,33 @@ from server.cli import app
 from tests.hub import Hub, serving
 
 FILE = PublishedFile(
-    network="vqgan", generation="v3", path="vqgan.pt", licence="MIT", format="pickle", repository="someone/Weights", bytes=300_000
+    network="vqgan",
+    generation="v3",
+    path="vqgan.pt",
+    licence="MIT",
+    format="pickle",
+    repository="someone/Weights",
+    bytes=300_000,
 )
 CONTENT = bytes(range(256)) * 1200
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one file, and an empty cache beside it. Waiting for the next attempt takes no time."""
+    """A hub with one file, and an empty cache beside it. Waiting for the next attempt takes no
+    time.
+    """
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     with serving(Hub({FILE.where: CONTENT})) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
         monkeypatch.setattr(file_download, "time", impatient)
@@ -62,7 +76,11 @@ def assert_refused(result: Result, *words: str) -> None:
 def left_behind(tmp_path: Path) -> list[Path]:
     """Files with content in the cache: whole ones, and parts of one."""
     cache = tmp_path / "cache"
-    return [path for path in cache.rglob("*") if path.name.endswith("incomplete") or path.parent.name in {"blobs"} or path.is_symlink()]
+    return [
+        path
+        for path in cache.rglob("*")
+        if path.name.endswith("incomplete") or path.parent.name in {"blobs"} or path.is_symlink()
+    ]
 
 
 def test_a_fetched_file_has_the_published_content_and_is_fetched_once(hub: Hub) -> None:
@@ -91,14 +109,20 @@ def test_a_connection_that_keeps_breaking_leaves_nothing(hub: Hub, tmp_path: Pat
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize(("status", "words"), [(403, "403"), (401, "401"), (404, "404"), (429, "429"), (500, "500")])
-def test_a_hub_that_refuses_is_told_in_one_line(hub: Hub, tmp_path: Path, status: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "words"), [(403, "403"), (401, "401"), (404, "404"), (429, "429"), (500, "500")]
+)
+def test_a_hub_that_refuses_is_told_in_one_line(
+    hub: Hub, tmp_path: Path, status: int, words: str
+) -> None:
     hub.status = status
     assert_refused(paellera_fetch(), words)
     assert left_behind(tmp_path) == []
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_download(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_noticed_before_the_download(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert_refused(paellera_fetch(), f"{len(CONTENT):,} bytes", "1,000 are free")
     assert hub.downloads() == []
@@ -132,7 +156,9 @@ def test_a_file_that_was_damaged_in_the_cache_is_removed_and_comes_anew(hub: Hub
     assert fetch(FILE).read_bytes() == CONTENT
 
 
-def test_offline_the_cache_serves_and_an_empty_one_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_cache_serves_and_an_empty_one_says_so(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
@@ -151,23 +177,37 @@ def test_offline_the_cache_serves_and_an_empty_one_says_so(hub: Hub, monkeypatch
     close_session()
 
 
-def test_a_hub_that_is_not_there_is_told_in_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_not_there_is_told_in_one_line(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
+    )
     assert_refused(paellera_fetch(), "did not finish")
 
 
 def test_what_was_not_fetched_or_is_not_on_the_hub_is_said(hub: Hub) -> None:
-    with pytest.raises(FetchError, match=r"is not here yet: `paellera weights fetch someone/Weights/vqgan\.pt` gets it"):
+    with pytest.raises(
+        FetchError,
+        match=r"is not here yet: `paellera weights fetch someone/Weights/vqgan\.pt` gets it",
+    ):
         fetched(FILE)
     with pytest.raises(FetchError, match=r"vqgan\.pt is not on the hub; it is among friends"):
         fetch(replace(FILE, repository=None, source="friends"))
     assert hub.asked == []
 
 
-def test_of_a_bundle_what_the_hub_has_is_fetched_and_the_rest_is_said_to_lie_elsewhere(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"weights": FILE, "elsewhere": replace(FILE, path="f8.pt", repository=None, source="friends")}
+def test_of_a_bundle_what_the_hub_has_is_fetched_and_the_rest_is_said_to_lie_elsewhere(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "weights": FILE,
+        "elsewhere": replace(FILE, path="f8.pt", repository=None, source="friends"),
+    }
     bundle = PublishedBundle(files=tuple(files), recipes=(), config={})
     monkeypatch.setattr(manifest, "published", lambda: Manifest(files, bundles={"both": bundle}))
     result = paellera_fetch("both")
@@ -179,15 +219,19 @@ def test_of_a_bundle_what_the_hub_has_is_fetched_and_the_rest_is_said_to_lie_els
 def test_an_unknown_name_is_refused_with_the_known_ones(hub: Hub) -> None:
     result = paellera_fetch("surprise")
     assert result.exit_code == 2
-    assert result.stderr == "paellera: 'surprise' is no published file or bundle; there are weights\n"
+    assert (
+        result.stderr == "paellera: 'surprise' is no published file or bundle; there are weights\n"
+    )
 
 
-# ── the manifest ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the manifest ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_published_bundle_has_one_file_per_network_and_every_recipe_fits_it() -> None:
     for name, bundle in published().bundles.items():
-        assert sorted(file.network for file in published().select(name).values()) == sorted(published().config(name).networks)
+        assert sorted(file.network for file in published().select(name).values()) == sorted(
+            published().config(name).networks
+        )
         for recipe in bundle.recipes:
             assert published().config(name, recipe).recipe == published().recipes[recipe]
 

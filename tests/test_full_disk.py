@@ -15,7 +15,10 @@ FAKE_SERVER = ("-m", "tests.fake_server")
 def test_a_server_whose_log_has_no_room_starts_answers_and_stops_in_order(bundle: Path) -> None:
     settings = {"PAELLERA_WEIGHTS": str(bundle), "PAELLERA_LOG_LEVEL": "debug"}
     with serving(settings, FAKE_SERVER, output=FULL) as server:
-        statuses = [httpx.post(f"{server.url}/generate", json={"prompt": "a ball"}, timeout=60).status_code for _ in range(3)]
+        statuses = [
+            httpx.post(f"{server.url}/generate", json={"prompt": "a ball"}, timeout=60).status_code
+            for _ in range(3)
+        ]
         server.process.terminate()
         assert server.process.wait(60) == 0
     assert statuses == [200] * 3

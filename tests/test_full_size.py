@@ -1,4 +1,6 @@
-"""The published sizes, by their shapes alone: parameters, operations and memory; and that random checkpoints become a bundle that draws."""
+"""The published sizes, by their shapes alone: parameters, operations and memory; and that random
+checkpoints become a bundle that draws.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,18 @@ def test_a_forward_pass_takes_the_operations_it_is_known_to_take(bundle, gflop):
 def test_where_the_encoders_are_decides_what_the_device_holds():
     parts = shapes(published().config("paella-v3"))
     device, cpu, int8 = (needs(parts)[place] for place in ("device", "cpu", "int8"))
-    assert device.device == cpu.device + cpu.cpu == 2 * sum(part.parameters for part in parts.values())
+    assert (
+        device.device == cpu.device + cpu.cpu == 2 * sum(part.parameters for part in parts.values())
+    )
     assert cpu.cpu == 2 * (parts["byt5"].parameters + parts["clip"].parameters)
     assert int8.device == device.device - parts["byt5"].parameters
 
 
 def test_a_shallow_bundle_differs_from_the_published_one_in_its_encoders_depth_alone():
-    whole, small = (shapes(config) for config in (published().config("paella-v3"), shallow(published().config("paella-v3"))))
+    whole, small = (
+        shapes(config)
+        for config in (published().config("paella-v3"), shallow(published().config("paella-v3")))
+    )
     assert {name for name in whole if whole[name] != small[name]} == {"byt5", "clip"}
 
 
@@ -56,4 +63,6 @@ def test_random_checkpoints_become_a_bundle_that_draws(tmp_path):
 def test_random_values_keep_their_shape_and_counters_are_whole():
     values = torch.randn(8)
     assert random_like(torch.empty(3, 7, device="meta"), values).shape == (3, 7)
-    assert random_like(torch.empty((), dtype=torch.int64, device="meta"), values).dtype == torch.int64
+    assert (
+        random_like(torch.empty((), dtype=torch.int64, device="meta"), values).dtype == torch.int64
+    )

@@ -20,13 +20,27 @@ SUMMARY: dict[str, Any] = {
 
 def scenario(phase: str, mode: str, *statuses: int | None) -> dict[str, Any]:
     """An event as Schemathesis writes it; None is a request without an answer."""
-    cases = {str(i): {"value": {"meta": {"generation": {"mode": mode}}}} for i in range(len(statuses))}
-    interactions = {str(i): {"response": status and {"status_code": status}} for i, status in enumerate(statuses)}
-    return {"ScenarioFinished": {"phase": phase, "recorder": {"cases": cases, "interactions": interactions}}}
+    cases = {
+        str(i): {"value": {"meta": {"generation": {"mode": mode}}}} for i in range(len(statuses))
+    }
+    interactions = {
+        str(i): {"response": status and {"status_code": status}}
+        for i, status in enumerate(statuses)
+    }
+    return {
+        "ScenarioFinished": {
+            "phase": phase,
+            "recorder": {"cases": cases, "interactions": interactions},
+        }
+    }
 
 
 def test_answers_are_counted_by_phase_validity_and_status() -> None:
-    events = [{"EngineStarted": {}}, scenario("fuzzing", "positive", 200, 200, 422), scenario("coverage", "negative", 422, None)]
+    events = [
+        {"EngineStarted": {}},
+        scenario("fuzzing", "positive", 200, 200, 422),
+        scenario("coverage", "negative", 422, None),
+    ]
     assert count(iter(events)) == {
         ("fuzzing", "positive", 200): 2,
         ("fuzzing", "positive", 422): 1,

@@ -1,4 +1,6 @@
-"""The program for a CUDA device, on micro sizes: every part runs, is judged, and keeps what it found. How fast it is, no test says."""
+"""The program for a CUDA device, on micro sizes: every part runs, is judged, and keeps what it
+found. How fast it is, no test says.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,18 @@ def test_without_a_device_it_says_so_in_a_line_and_measures_nothing(monkeypatch,
 
 
 def test_all_is_checked_and_every_stage_is_put_beside_its_floor(capsys, tmp_path):
-    report = run(capsys, "--part", "checks", "stages", "--families", "v3", "--rows", "1", "--out", str(tmp_path))
+    report = run(
+        capsys,
+        "--part",
+        "checks",
+        "stages",
+        "--families",
+        "v3",
+        "--rows",
+        "1",
+        "--out",
+        str(tmp_path),
+    )
     checked = {row["check"] for row in report["checks"]}
     assert {
         "logits in float16",
@@ -57,9 +70,29 @@ def test_all_is_checked_and_every_stage_is_put_beside_its_floor(capsys, tmp_path
 
 
 def test_v1_is_measured_as_v3_is_and_the_published_sampler_beside_ours(capsys, tmp_path):
-    report = run(capsys, "--part", "stages", "transcription", "profile", "--rows", "1", "--families", "v1", "v3", "--out", str(tmp_path))
-    assert {row["executor"] for row in report["stages"] if row.get("family") == "v1" and "executor" in row} == {"eager", "graphs"}
-    assert {row["sampler"].split(",")[0] for row in report["transcription"]} == {"ours", "published"}
+    report = run(
+        capsys,
+        "--part",
+        "stages",
+        "transcription",
+        "profile",
+        "--rows",
+        "1",
+        "--families",
+        "v1",
+        "v3",
+        "--out",
+        str(tmp_path),
+    )
+    assert {
+        row["executor"]
+        for row in report["stages"]
+        if row.get("family") == "v1" and "executor" in row
+    } == {"eager", "graphs"}
+    assert {row["sampler"].split(",")[0] for row in report["transcription"]} == {
+        "ours",
+        "published",
+    }
     assert all(row["kernels_ms"] for row in report["profile"] if row["launches"])
     assert (tmp_path / "profiles" / "v3-1-step.txt").read_text()
 
@@ -69,7 +102,13 @@ def test_a_server_on_random_weights_answers_and_draws_what_was_promised(capsys):
     rows = {row["what"]: row for row in report["served"]}
     assert rows["one client"]["n"] == 1
     assert rows["saturated"]["pictures_per_s"] > 0
-    assert {"arrivals at 50%", "arrivals at 80%", "arrivals at 95%", "memory", "counters"} <= rows.keys()
+    assert {
+        "arrivals at 50%",
+        "arrivals at 80%",
+        "arrivals at 95%",
+        "memory",
+        "counters",
+    } <= rows.keys()
     (promised,) = (row for row in report["served"] if row.get("deterministic"))
     assert promised["same"] == promised["pictures"]
 
@@ -122,22 +161,31 @@ def test_a_request_costs_what_its_stages_cost():
     bundle = random_bundle(config_of("v3", micro=True), torch.device("cpu"), torch.float32)
     found = costs(bundle, (32, 32), (2, 3))
     for n in (2, 3):
-        parts = [found[name].flops for name in ("encode", "prior", "condition", "decode")] + [n * found["step"].flops]
+        parts = [found[name].flops for name in ("encode", "prior", "condition", "decode")] + [
+            n * found["step"].flops
+        ]
         assert found[f"request_{n}"].flops == pytest.approx(sum(parts))
     assert found["step"].read == sum(p.nbytes for p in bundle.denoiser.parameters())
 
 
 def test_a_slow_stage_is_repeated_less_often_but_never_less_than_asked():
     calls = []
-    figures = measure(lambda: calls.append(1), torch.device("cpu"), Budget(runs=50, seconds=0.0, least=5))
+    figures = measure(
+        lambda: calls.append(1), torch.device("cpu"), Budget(runs=50, seconds=0.0, least=5)
+    )
     assert figures["n"] == 5
     assert len(calls) == 8  # three of them to warm up
 
 
 def test_random_weights_are_the_same_in_every_type_up_to_rounding(tmp_path: Path):
     config = config_of("v1", micro=True)
-    exact, half = (random_bundle(config, torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16))
-    for (name, one), (_, other) in zip(exact.denoiser.state_dict().items(), half.denoiser.state_dict().items(), strict=True):
+    exact, half = (
+        random_bundle(config, torch.device("cpu"), dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for (name, one), (_, other) in zip(
+        exact.denoiser.state_dict().items(), half.denoiser.state_dict().items(), strict=True
+    ):
         torch.testing.assert_close(one.to(torch.bfloat16), other, msg=name)
 
 
@@ -146,7 +194,9 @@ def report_of_nothing() -> Report:
 
 
 def test_run_by_budget_records_every_task_and_ends_in_one_json_line(capsys, tmp_path):
-    status = main(["--smoke", "--budget-minutes", "3", "--out", str(tmp_path), "--tasks", "stages-v1"])
+    status = main(
+        ["--smoke", "--budget-minutes", "3", "--out", str(tmp_path), "--tasks", "stages-v1"]
+    )
     assert status == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     task = report["tasks"]["stages-v1"]
@@ -169,8 +219,14 @@ def test_failed_task_is_recorded_and_the_next_one_still_runs(tmp_path):
 
     tasks = [Task(name, 0.0, (name,)) for name in ("broken", "wrong", "fine")]
     assert run_tasks(tasks, 60, tmp_path, run, device_works=lambda: True) == 0
-    outcomes = {name: ended["outcome"] for name, ended in Progress(tmp_path).read()["ended"].items()}
-    assert outcomes == {"broken": "failed: RuntimeError: device-side assert", "wrong": "failed: a check did not pass", "fine": "passed"}
+    outcomes = {
+        name: ended["outcome"] for name, ended in Progress(tmp_path).read()["ended"].items()
+    }
+    assert outcomes == {
+        "broken": "failed: RuntimeError: device-side assert",
+        "wrong": "failed: a check did not pass",
+        "fine": "passed",
+    }
 
 
 def test_device_that_no_longer_works_asks_for_a_new_process(tmp_path):

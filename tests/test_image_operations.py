@@ -1,4 +1,6 @@
-"""The endpoints that begin with pictures, over the fake worker: fields, sizes, what is kept, what is refused."""
+"""The endpoints that begin with pictures, over the fake worker: fields, sizes, what is kept,
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def png(array: Array) -> bytes:
     return file.getvalue()
 
 
-def white(width: int = 64, height: int = 32, box: tuple[int, int, int, int] = (16, 8, 40, 24)) -> Array:
+def white(
+    width: int = 64, height: int = 32, box: tuple[int, int, int, int] = (16, 8, 40, 24)
+) -> Array:
     mask = np.zeros((height, width), dtype=np.uint8)
     mask[box[1] : box[3], box[0] : box[2]] = 255
     return mask
@@ -45,7 +49,11 @@ def fields_of(operation: str) -> dict[str, Any]:
         "outpaint": {**image, "right": 32},
         "variations": image,
         "edit": {"prompt": "a ball", **image},
-        "interpolate": {"keyframes": [{"prompt": "a ball"}, {"prompt": "a box"}], "frames": 3, "response_format": "gif"},
+        "interpolate": {
+            "keyframes": [{"prompt": "a ball"}, {"prompt": "a box"}],
+            "frames": 3,
+            "response_format": "gif",
+        },
     }[operation] | {"seed": 5}
 
 
@@ -62,8 +70,14 @@ def as_json(client: httpx.Client, operation: str, **fields: Any) -> httpx.Respon
 
 def as_form(client: httpx.Client, operation: str, **fields: Any) -> httpx.Response:
     files = {name: value for name, value in fields.items() if isinstance(value, bytes)}
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items() if name not in files}
-    parts = [(name, (None, text)) for name, text in texts.items()] + [(name, (f"{name}.png", content)) for name, content in files.items()]
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in fields.items()
+        if name not in files
+    }
+    parts = [(name, (None, text)) for name, text in texts.items()] + [
+        (name, (f"{name}.png", content)) for name, content in files.items()
+    ]
     return client.post(f"/{operation}", files=parts)
 
 
@@ -76,14 +90,16 @@ def pixels(answer: httpx.Response) -> Array:
     return np.asarray(opened(answer.content).convert("RGB"))
 
 
-def refused(answer: httpx.Response, status: int, code: str, param: str | None, mention: str = "") -> None:
+def refused(
+    answer: httpx.Response, status: int, code: str, param: str | None, mention: str = ""
+) -> None:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param), error
     assert mention in error["message"]
 
 
-# ── every operation ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── every operation ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -97,13 +113,17 @@ def test_forms_and_json_give_the_same_bytes(client: httpx.Client, operation: str
 
 @pytest.mark.parametrize("operation", OPERATIONS[:4])
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_every_operation_answers_in_every_format(client: httpx.Client, operation: str, format: str) -> None:
+def test_every_operation_answers_in_every_format(
+    client: httpx.Client, operation: str, format: str
+) -> None:
     answer = as_json(client, operation, **fields_of(operation), response_format=format)
     assert opened(answer.content).format == format.upper()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_takes_the_common_fields_and_tells_how_they_took_effect(client: httpx.Client, operation: str) -> None:
+def test_every_operation_takes_the_common_fields_and_tells_how_they_took_effect(
+    client: httpx.Client, operation: str
+) -> None:
     common = {
         "negative_prompt": "blur",
         "num_inference_steps": 6,
@@ -115,7 +135,9 @@ def test_every_operation_takes_the_common_fields_and_tells_how_they_took_effect(
         "renoise_steps": 3,
         "deterministic": True,
     }
-    answer = as_json(client, operation, **fields_of(operation) | {"response_format": "json"}, **common)
+    answer = as_json(
+        client, operation, **fields_of(operation) | {"response_format": "json"}, **common
+    )
     parameters = answer.json()["parameters"]
     assert parameters["operation"] == operation
     assert {name: parameters[name] for name in common} == common
@@ -123,8 +145,12 @@ def test_every_operation_takes_the_common_fields_and_tells_how_they_took_effect(
 
 
 @pytest.mark.parametrize("operation", OPERATIONS[:4])
-def test_a_png_names_its_files_by_their_hash_and_holds_no_picture(client: httpx.Client, operation: str) -> None:
-    recorded = json.loads(opened(as_json(client, operation, **fields_of(operation)).content).info["parameters"])
+def test_a_png_names_its_files_by_their_hash_and_holds_no_picture(
+    client: httpx.Client, operation: str
+) -> None:
+    recorded = json.loads(
+        opened(as_json(client, operation, **fields_of(operation)).content).info["parameters"]
+    )
     image = recorded["image"][0] if operation == "variations" else recorded["image"]
     assert image.startswith("sha256:")
     assert len(json.dumps(recorded)) < 2000
@@ -133,18 +159,35 @@ def test_a_png_names_its_files_by_their_hash_and_holds_no_picture(client: httpx.
 @pytest.mark.parametrize("operation", OPERATIONS[:4])
 def test_a_picture_is_required_and_may_be_no_url(client: httpx.Client, operation: str) -> None:
     fields = fields_of(operation)
-    refused(as_json(client, operation, **fields | {"image": "http://example.org/cat.png"}), 422, "url_refused", "image")
-    refused(as_json(client, operation, **fields | {"image": b"<svg/>"}), 422, "unsupported_image_format", "image")
+    refused(
+        as_json(client, operation, **fields | {"image": "http://example.org/cat.png"}),
+        422,
+        "url_refused",
+        "image",
+    )
+    refused(
+        as_json(client, operation, **fields | {"image": b"<svg/>"}),
+        422,
+        "unsupported_image_format",
+        "image",
+    )
     del fields["image"]
     refused(as_json(client, operation, **fields), 422, "missing_field", "image", "required")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_unknown_fields_are_refused(client: httpx.Client, operation: str) -> None:
-    refused(as_json(client, operation, **fields_of(operation), colour="red"), 422, "unknown_field", "colour")
+    refused(
+        as_json(client, operation, **fields_of(operation), colour="red"),
+        422,
+        "unknown_field",
+        "colour",
+    )
 
 
-def test_openapi_describes_both_kinds_of_body_without_dangling_references(client: httpx.Client) -> None:
+def test_openapi_describes_both_kinds_of_body_without_dangling_references(
+    client: httpx.Client,
+) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     for operation in ("generate", *OPERATIONS):
         content = paths[f"/{operation}"]["post"]["requestBody"]["content"]
@@ -152,13 +195,17 @@ def test_openapi_describes_both_kinds_of_body_without_dangling_references(client
         assert "$ref" not in json.dumps(content)
 
 
-# ── inpainting ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── inpainting ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("size", [(64, 32), (50, 37), (17, 90)])
-def test_outside_the_mask_the_picture_comes_back_bit_for_bit_in_its_own_size(client: httpx.Client, size: tuple[int, int]) -> None:
+def test_outside_the_mask_the_picture_comes_back_bit_for_bit_in_its_own_size(
+    client: httpx.Client, size: tuple[int, int]
+) -> None:
     image, mask = noise(*size), white(*size, box=(3, 4, 13, 30))
-    result = pixels(as_json(client, "inpaint", prompt="a ball", image=png(image), mask=png(mask), seed=5))
+    result = pixels(
+        as_json(client, "inpaint", prompt="a ball", image=png(image), mask=png(mask), seed=5)
+    )
     assert np.array_equal(result[mask == 0], image[mask == 0])
     assert (result[mask > 0] != image[mask > 0]).mean() > 0.9
 
@@ -175,7 +222,13 @@ def test_an_image_that_is_transparent_somewhere_needs_no_mask(client: httpx.Clie
     result = pixels(as_json(client, "inpaint", prompt="a ball", image=png(image)))
     opaque = image[..., 3] == 255
     assert np.array_equal(result[opaque], image[opaque][:, :3])
-    refused(as_json(client, "inpaint", prompt="a ball", image=png(noise())), 422, "missing_field", "mask", "transparent")
+    refused(
+        as_json(client, "inpaint", prompt="a ball", image=png(noise())),
+        422,
+        "missing_field",
+        "mask",
+        "transparent",
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,45 +242,77 @@ def test_an_image_that_is_transparent_somewhere_needs_no_mask(client: httpx.Clie
         ({"mask_mode": "red"}, "invalid_value", "mask_mode"),
     ],
 )
-def test_masks_and_sizes_that_do_not_fit_are_422(client: httpx.Client, changes: dict[str, Any], code: str, param: str) -> None:
+def test_masks_and_sizes_that_do_not_fit_are_422(
+    client: httpx.Client, changes: dict[str, Any], code: str, param: str
+) -> None:
     refused(as_json(client, "inpaint", **fields_of("inpaint") | changes), 422, code, param)
 
 
 def test_a_mask_of_everything_is_drawn_anew(client: httpx.Client) -> None:
-    result = pixels(as_json(client, "inpaint", **fields_of("inpaint") | {"mask": png(white(box=(0, 0, 64, 32)))}))
+    result = pixels(
+        as_json(
+            client, "inpaint", **fields_of("inpaint") | {"mask": png(white(box=(0, 0, 64, 32)))}
+        )
+    )
     assert (result == list(fake_worker.colour(5))).all()
 
 
-# ── outpainting ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── outpainting ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("margins", [{"left": 10}, {"right": 7, "up": 21}, {"left": 1, "right": 2, "up": 3, "down": 4}, {"down": 64}])
-def test_outpainting_grows_by_the_margins_and_keeps_the_original(client: httpx.Client, margins: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "margins",
+    [
+        {"left": 10},
+        {"right": 7, "up": 21},
+        {"left": 1, "right": 2, "up": 3, "down": 4},
+        {"down": 64},
+    ],
+)
+def test_outpainting_grows_by_the_margins_and_keeps_the_original(
+    client: httpx.Client, margins: dict[str, int]
+) -> None:
     image = noise()
     fields = {name: value for name, value in fields_of("outpaint").items() if name != "right"}
     result = pixels(as_json(client, "outpaint", **fields, **margins))
     left, up = margins.get("left", 0), margins.get("up", 0)
-    assert result.shape == (32 + up + margins.get("down", 0), 64 + left + margins.get("right", 0), 3)
+    assert result.shape == (
+        32 + up + margins.get("down", 0),
+        64 + left + margins.get("right", 0),
+        3,
+    )
     assert np.array_equal(result[up : up + 32, left : left + 64], image)
 
 
-@pytest.mark.parametrize("changes", [{"right": 0}, {"right": -1}, {"right": 5000}, {"right": 500}, {"right": 1.5}])
+@pytest.mark.parametrize(
+    "changes", [{"right": 0}, {"right": -1}, {"right": 5000}, {"right": 500}, {"right": 1.5}]
+)
 def test_margins_that_do_not_fit_are_422(client: httpx.Client, changes: dict[str, Any]) -> None:
     assert as_json(client, "outpaint", **fields_of("outpaint") | changes).status_code == 422
 
 
-# ── variations, editing, regions ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── variations, editing, regions ──────────────────────────────────────────────────────────────────
 
 
 def test_variations_have_the_native_size_or_the_one_asked_for(client: httpx.Client) -> None:
-    fields = fields_of("variations") | {"image": [png(noise(3, 400)), png(noise())], "weights": [0.2, 0.8]}
+    fields = fields_of("variations") | {
+        "image": [png(noise(3, 400)), png(noise())],
+        "weights": [0.2, 0.8],
+    }
     assert pixels(as_json(client, "variations", **fields)).shape[1::-1] == NATIVE_SIZE
     assert pixels(as_json(client, "variations", **fields, width=32, height=48)).shape == (48, 32, 3)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [], [0.0], [1.5], ["1"]])
-def test_weights_that_do_not_fit_their_images_are_422(client: httpx.Client, weights: list[Any]) -> None:
-    refused(as_json(client, "variations", **fields_of("variations"), weights=weights), 422, "invalid_value", "weights")
+def test_weights_that_do_not_fit_their_images_are_422(
+    client: httpx.Client, weights: list[Any]
+) -> None:
+    refused(
+        as_json(client, "variations", **fields_of("variations"), weights=weights),
+        422,
+        "invalid_value",
+        "weights",
+    )
 
 
 def test_twenty_pictures_are_too_many(client: httpx.Client) -> None:
@@ -240,12 +325,19 @@ def test_twenty_pictures_are_too_many(client: httpx.Client) -> None:
 def test_an_edit_has_the_pictures_size_or_the_one_it_is_scaled_to(client: httpx.Client) -> None:
     image = png(noise(50, 37))
     assert pixels(as_json(client, "edit", prompt="a ball", image=image)).shape == (37, 50, 3)
-    assert pixels(as_json(client, "edit", prompt="a ball", image=image, width=40, height=70)).shape == (70, 40, 3)
+    assert pixels(
+        as_json(client, "edit", prompt="a ball", image=image, width=40, height=70)
+    ).shape == (70, 40, 3)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, "high"])
 def test_a_strength_beyond_its_bounds_is_422(client: httpx.Client, strength: object) -> None:
-    refused(as_json(client, "edit", **fields_of("edit"), strength=strength), 422, "invalid_value", "strength")
+    refused(
+        as_json(client, "edit", **fields_of("edit"), strength=strength),
+        422,
+        "invalid_value",
+        "strength",
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +361,11 @@ def test_regions_that_do_not_fit_are_422(client: httpx.Client, region: dict[str,
 def test_a_regions_mask_is_as_large_as_the_picture(client: httpx.Client) -> None:
     fields = {"prompt": "a ball", "regions": [{"prompt": "a box", "mask": png(white(32, 32))}]}
     refused(as_json(client, "generate", **fields), 422, "mask_size_mismatch", "regions.0.mask")
-    parts = {"prompt": (None, "a ball"), "regions": (None, '[{"prompt": "a box"}]'), "regions.0.mask": ("m.png", png(white()))}
+    parts = {
+        "prompt": (None, "a ball"),
+        "regions": (None, '[{"prompt": "a box"}]'),
+        "regions.0.mask": ("m.png", png(white())),
+    }
     assert client.post("/generate", files=parts).status_code == 200
 
 
@@ -281,19 +377,39 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes() -> None:
     with serving(app) as address, httpx.Client(base_url=address) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         one = 12 * 128 * 128
-        refused(as_json(client, "generate", prompt="a ball", regions=[box, box]), 422, "too_much_work", None, str(one * 4))
-        refused(as_json(client, "edit", prompt="a ball", image=image, strength=0.5), 422, "too_much_work", None, str(one))
+        refused(
+            as_json(client, "generate", prompt="a ball", regions=[box, box]),
+            422,
+            "too_much_work",
+            None,
+            str(one * 4),
+        )
+        refused(
+            as_json(client, "edit", prompt="a ball", image=image, strength=0.5),
+            422,
+            "too_much_work",
+            None,
+            str(one),
+        )
         keyframes = [{"prompt": "a ball"}, {"prompt": "a box"}]
-        refused(as_json(client, "interpolate", keyframes=keyframes, frames=5), 422, "too_much_work", None, str(one * 10))
+        refused(
+            as_json(client, "interpolate", keyframes=keyframes, frames=5),
+            422,
+            "too_much_work",
+            None,
+            str(one * 10),
+        )
 
 
-# ── interpolating ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── interpolating ─────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("format", ["gif", "webp"])
 def test_frames_become_an_animation(client: httpx.Client, format: str) -> None:
     # Of one colour each, which an encoder would join if they were of one seed.
-    answer = as_json(client, "interpolate", **fields_of("interpolate") | {"response_format": format})
+    answer = as_json(
+        client, "interpolate", **fields_of("interpolate") | {"response_format": format}
+    )
     assert answer.headers["content-type"] == f"image/{format}"
     assert opened(answer.content).size == NATIVE_SIZE
 
@@ -303,7 +419,10 @@ def test_frames_come_as_a_list_unless_an_animation_is_asked_for(client: httpx.Cl
     del fields["response_format"]
     images = as_json(client, "interpolate", **fields).json()["images"]
     assert [(image["seed"], image["format"]) for image in images] == [(5, "png")] * 3
-    recorded = [json.loads(opened(base64.b64decode(image["b64_json"])).info["parameters"]) for image in images]
+    recorded = [
+        json.loads(opened(base64.b64decode(image["b64_json"])).info["parameters"])
+        for image in images
+    ]
     assert [each["frame"] for each in recorded] == [0, 1, 2]
     accepted = client.post("/interpolate", json=fields, headers={"Accept": "image/gif"})
     assert accepted.headers["content-type"] == "image/gif"
@@ -323,26 +442,40 @@ def test_frames_come_as_a_list_unless_an_animation_is_asked_for(client: httpx.Cl
         {"stream": True},
     ],
 )
-def test_keyframes_and_frames_that_do_not_fit_are_422(client: httpx.Client, changes: dict[str, Any]) -> None:
+def test_keyframes_and_frames_that_do_not_fit_are_422(
+    client: httpx.Client, changes: dict[str, Any]
+) -> None:
     assert as_json(client, "interpolate", **fields_of("interpolate") | changes).status_code == 422
 
 
 def events(answer: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     assert answer.headers["content-type"].startswith("text/event-stream")
     blocks = [block.split("\n", 1) for block in answer.text.split("\n\n") if block]
-    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+    return [
+        (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
+        for name, data in blocks
+    ]
 
 
 def test_streamed_frames_come_each_once_between_queued_and_completed(client: httpx.Client) -> None:
     fields = fields_of("interpolate") | {"response_format": "png", "stream": True}
     told = events(client.post("/interpolate", json=fields, headers={"X-Request-Id": "mine"}))
-    assert [name for name, _ in told] == ["queued", "started", "image", "image", "image", "completed"]
+    assert [name for name, _ in told] == [
+        "queued",
+        "started",
+        "image",
+        "image",
+        "image",
+        "completed",
+    ]
     assert sorted(data["index"] for _, data in told[2:-1]) == [0, 1, 2]
     assert told[-1][1]["parameters"]["frames"] == 3
     assert "images" not in told[-1][1]
     del fields["stream"], fields["response_format"]
     listed = as_json(client, "interpolate", **fields).json()["images"]
-    assert {data["index"]: data["b64_json"] for _, data in told[2:-1]} == {i: image["b64_json"] for i, image in enumerate(listed)}
+    assert {data["index"]: data["b64_json"] for _, data in told[2:-1]} == {
+        i: image["b64_json"] for i, image in enumerate(listed)
+    }
 
 
 def test_a_stream_that_fails_says_so_in_its_last_event(client: httpx.Client) -> None:
@@ -353,5 +486,11 @@ def test_a_stream_that_fails_says_so_in_its_last_event(client: httpx.Client) -> 
 
 
 def test_a_stream_that_is_refused_has_the_refusals_status(client: httpx.Client) -> None:
-    fields = {"keyframes": [{"prompt": "a ball"}, {"prompt": "a box"}], "stream": True, "frames": 64, "width": 512, "height": 512}
+    fields = {
+        "keyframes": [{"prompt": "a ball"}, {"prompt": "a box"}],
+        "stream": True,
+        "frames": 64,
+        "width": 512,
+        "height": 512,
+    }
     refused(client.post("/interpolate", json=fields), 422, "too_much_work", None)

@@ -16,8 +16,31 @@ from PIL import Image
 
 from server.api.errors import ApiError
 from server.api.images import decode as decode_module
-from server.api.images.decode import TRANSPOSITIONS, DecodedImage, ImageDecoder, ImageLimits, decode, orientation, repaint_mask
-from tests.hostile import GREY, GREY_ALPHA, PALETTE, RED, RGBA, SIZE, chunk, encoded, exif, gif, plain_png, png, segment, two_colours
+from server.api.images.decode import (
+    TRANSPOSITIONS,
+    DecodedImage,
+    ImageDecoder,
+    ImageLimits,
+    decode,
+    orientation,
+    repaint_mask,
+)
+from tests.hostile import (
+    GREY,
+    GREY_ALPHA,
+    PALETTE,
+    RED,
+    RGBA,
+    SIZE,
+    chunk,
+    encoded,
+    exif,
+    gif,
+    plain_png,
+    png,
+    segment,
+    two_colours,
+)
 
 LIMITS = ImageLimits()
 W, H = SIZE
@@ -44,7 +67,11 @@ def test_bytes_behind_the_picture_change_its_hash_only() -> None:
 def test_a_rotated_picture_stands_upright(turn: int, order: str) -> None:
     upright = np.random.default_rng(turn).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     inverse = {6: 8, 8: 6}.get(turn, turn)
-    stored = Image.fromarray(upright) if turn == 1 else Image.fromarray(upright).transpose(TRANSPOSITIONS[inverse])
+    stored = (
+        Image.fromarray(upright)
+        if turn == 1
+        else Image.fromarray(upright).transpose(TRANSPOSITIONS[inverse])
+    )
     rows = [row.tobytes() for row in np.asarray(stored)]
     content = png(rows, width=stored.width, extra=chunk(b"eXIf", exif(turn, order)))  # type: ignore[arg-type]
     np.testing.assert_array_equal(decode(content, LIMITS).rgb, upright)
@@ -69,7 +96,9 @@ def test_any_exif_block_has_an_orientation(block: bytes) -> None:
 def test_sixteen_bits_keep_their_upper_byte() -> None:
     values = np.arange(0, 65536, 2731, dtype=np.uint16)[:W]
     grey = decode(png([values.astype(">u2").tobytes()], depth=16, colours=GREY), LIMITS)
-    np.testing.assert_array_equal(grey.rgb[0], (values >> 8).astype(np.uint8)[:, None].repeat(3, axis=1))
+    np.testing.assert_array_equal(
+        grey.rgb[0], (values >> 8).astype(np.uint8)[:, None].repeat(3, axis=1)
+    )
     colour = decode(png([values.astype(">u2").tobytes()], width=W // 3, depth=16), LIMITS)
     np.testing.assert_array_equal(colour.rgb[0].ravel(), values >> 8)
 
@@ -96,7 +125,10 @@ def test_an_animations_first_frame_is_taken() -> None:
 
 
 def test_transparent_pixels_are_white_on_white_and_opaque_ones_keep_their_bits() -> None:
-    picture = decode(png([b"\x0a\x14\x1e\0" + b"\x0a\x14\x1e\xff" + b"\0\0\0\x80"], width=3, colours=RGBA), LIMITS)
+    picture = decode(
+        png([b"\x0a\x14\x1e\0" + b"\x0a\x14\x1e\xff" + b"\0\0\0\x80"], width=3, colours=RGBA),
+        LIMITS,
+    )
     assert picture.on_white.tolist() == [[[255, 255, 255], [10, 20, 30], [127, 127, 127]]]
 
 
@@ -110,13 +142,21 @@ def test_transparent_pixels_are_white_on_white_and_opaque_ones_keep_their_bits()
 def test_both_limits_are_413_and_named(limits: ImageLimits, mention: str) -> None:
     with pytest.raises(ApiError) as refused:
         decode(plain_png(), limits, "image")
-    assert (refused.value.status, refused.value.code, refused.value.param) == (413, "image_too_large", "image")
+    assert (refused.value.status, refused.value.code, refused.value.param) == (
+        413,
+        "image_too_large",
+        "image",
+    )
     assert mention in refused.value.message
     assert decode(plain_png(), ImageLimits(len(plain_png()), W * H)).size == SIZE
 
 
-def test_too_many_pixels_are_refused_before_a_decoder_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_module.PIL.Image, "open", lambda *_, **__: pytest.fail("the file was opened"))
+def test_too_many_pixels_are_refused_before_a_decoder_sees_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        decode_module.PIL.Image, "open", lambda *_, **__: pytest.fail("the file was opened")
+    )
     for content in (plain_png(), encoded("JPEG"), encoded("WEBP"), gif()):
         with pytest.raises(ApiError) as refused:
             decode(content, ImageLimits(max_pixels=3))
@@ -133,7 +173,9 @@ def status_of(content: bytes) -> int:
 
 @given(st.sampled_from([plain_png(), encoded("JPEG"), encoded("WEBP"), gif()]), st.data())
 @settings(max_examples=150)
-def test_a_file_with_flipped_bytes_is_a_picture_or_an_error_of_ours(content: bytes, data: st.DataObject) -> None:
+def test_a_file_with_flipped_bytes_is_a_picture_or_an_error_of_ours(
+    content: bytes, data: st.DataObject
+) -> None:
     broken = bytearray(content)
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
         broken[at] = data.draw(st.integers(0, 255))
@@ -159,12 +201,16 @@ def as_mask(rows: list[bytes], colours: int) -> DecodedImage:
 
 
 def test_without_a_mode_alpha_counts_if_there_is_any_and_white_otherwise() -> None:
-    assert repaint_mask(as_mask([b"\xff\0\0\xff"], GREY_ALPHA), None, (2, 1)).tolist() == [[True, False]]
+    assert repaint_mask(as_mask([b"\xff\0\0\xff"], GREY_ALPHA), None, (2, 1)).tolist() == [
+        [True, False]
+    ]
     assert repaint_mask(as_mask([b"\xff\0"], GREY), None, (2, 1)).tolist() == [[True, False]]
 
 
 def test_luminance_takes_no_notice_of_colours_that_transparency_hides() -> None:
-    assert repaint_mask(as_mask([b"\xff\0\xff\xff"], GREY_ALPHA), "luminance", (2, 1)).tolist() == [[False, True]]
+    assert repaint_mask(as_mask([b"\xff\0\xff\xff"], GREY_ALPHA), "luminance", (2, 1)).tolist() == [
+        [False, True]
+    ]
 
 
 def test_an_image_can_be_its_own_mask() -> None:

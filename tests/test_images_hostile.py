@@ -30,14 +30,18 @@ def inpaint(fake_settings: Callable[..., Settings]) -> Iterator[tuple[httpx.Clie
     """A client of a server of its own, and every job that its engine was given."""
     app, jobs = create_app(fake_settings(), worker=fake_worker.main), list[Job]()
     run = app.state.paellera.engine.run
-    app.state.paellera.engine.run = lambda job, *rest, **more: jobs.append(job) or run(job, *rest, **more)
+    app.state.paellera.engine.run = lambda job, *rest, **more: (
+        jobs.append(job) or run(job, *rest, **more)
+    )
     with serving(app) as address, httpx.Client(base_url=address, timeout=20) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         yield client, jobs
 
 
 def test_the_manifest_lists_every_file_and_they_are_small() -> None:
-    files = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.name != "manifest.json"}
+    files = {
+        path.name: path.stat().st_size for path in FOLDER.iterdir() if path.name != "manifest.json"
+    }
     assert set(files) == set(MANIFEST)
     assert len(files) >= 60
     assert sum(files.values()) < 300_000
@@ -48,7 +52,9 @@ def test_the_files_are_what_the_script_makes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "manifest.json").read_text()) == MANIFEST
     exact = [name for name, entry in MANIFEST.items() if entry["exact"]]
     assert len(exact) >= 60
-    assert not [name for name in exact if (tmp_path / name).read_bytes() != (FOLDER / name).read_bytes()]
+    assert not [
+        name for name in exact if (tmp_path / name).read_bytes() != (FOLDER / name).read_bytes()
+    ]
 
 
 @pytest.mark.parametrize("name", MANIFEST)
@@ -58,7 +64,10 @@ def test_every_file_has_its_expected_outcome(name: str) -> None:
         picture = decode(content, ImageLimits())
         assert picture.size == tuple(entry["size"])
         assert picture.has_alpha == entry["alpha"]
-        assert "repainted" not in entry or repaint_mask(picture, entry.get("mode"), hostile.SIZE).sum() == entry["repainted"]
+        assert (
+            "repainted" not in entry
+            or repaint_mask(picture, entry.get("mode"), hostile.SIZE).sum() == entry["repainted"]
+        )
         return
     with pytest.raises(ApiError) as refused:
         repaint_mask(decode(content, ImageLimits()), entry.get("mode"), hostile.SIZE)
@@ -75,11 +84,19 @@ def test_scans_are_bounded_though_a_decoder_would_read_more() -> None:
 
 
 @pytest.mark.parametrize("name", MANIFEST)
-def test_inpaint_answers_what_it_can_and_refuses_the_rest_before_the_engine(inpaint: tuple[httpx.Client, list[Job]], name: str) -> None:
+def test_inpaint_answers_what_it_can_and_refuses_the_rest_before_the_engine(
+    inpaint: tuple[httpx.Client, list[Job]], name: str
+) -> None:
     client, jobs = inpaint
-    entry, content, plain = MANIFEST[name], (FOLDER / name).read_bytes(), (FOLDER / "plain.png").read_bytes()
+    entry, content, plain = (
+        MANIFEST[name],
+        (FOLDER / name).read_bytes(),
+        (FOLDER / "plain.png").read_bytes(),
+    )
     is_mask = entry["role"] == "mask"
-    fields = {"prompt": "a ball", "num_inference_steps": "1"} | ({"mask_mode": entry["mode"]} if "mode" in entry else {})
+    fields = {"prompt": "a ball", "num_inference_steps": "1"} | (
+        {"mask_mode": entry["mode"]} if "mode" in entry else {}
+    )
     size = (24, 16) if is_mask else tuple(entry.get("size") or (24, 16))
     files = {entry["role"]: ("../../etc/" + name, content)}
     files |= {"image": ("image.png", plain)} if is_mask else {"mask": ("mask.png", white(size))}

@@ -1,4 +1,6 @@
-"""Importing: published checkpoints become a bundle that computes with them, and bad ones are refused with file and tensor."""
+"""Importing: published checkpoints become a bundle that computes with them, and bad ones are
+refused with file and tensor.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +40,31 @@ def states(random_bundle: Path) -> dict[str, Tensors]:
 
 @pytest.fixture
 def sources(states: dict[str, Tensors], tmp_path: Path) -> dict[str, Path]:
-    """The five checkpoints as their authors save them: pickles of bare state dicts, ByT5 with its decoder."""
+    """The five checkpoints as their authors save them: pickles of bare state dicts, ByT5 with
+    its decoder.
+    """
     paths = {name: tmp_path / f"{name}.pt" for name in NETWORKS}
     for name, path in paths.items():
-        decoder = {"decoder.block.0.weight": torch.ones(2), "lm_head.weight": torch.ones(2)} if name == "byt5" else {}
+        decoder = (
+            {"decoder.block.0.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}
+            if name == "byt5"
+            else {}
+        )
         torch.save(states[name] | decoder, path)
     return paths
 
 
 @pytest.fixture
-def run(random_bundle: Path, sources: dict[str, Path], tmp_path: Path) -> Callable[..., BundleConfig]:
+def run(
+    random_bundle: Path, sources: dict[str, Path], tmp_path: Path
+) -> Callable[..., BundleConfig]:
     """Imports the checkpoints, some of them replaced."""
 
     def run(dtype: torch.dtype = torch.float16, **changed: Path) -> BundleConfig:
         config = BundleConfig.read(random_bundle)
-        return import_bundle(sources | changed, config, tmp_path / "out", dtype, random_bundle / "merges.txt.gz")
+        return import_bundle(
+            sources | changed, config, tmp_path / "out", dtype, random_bundle / "merges.txt.gz"
+        )
 
     return run
 
@@ -77,7 +89,9 @@ def test_an_imported_bundle_holds_every_tensor_rounded_once(run, states, tmp_pat
         written = load_file(tmp_path / "out" / f"{name}.safetensors")
         assert written.keys() == states[name].keys()
         for key, tensor in states[name].items():
-            assert torch.equal(written[key], tensor.to(dtype) if tensor.is_floating_point() else tensor), key
+            assert torch.equal(
+                written[key], tensor.to(dtype) if tensor.is_floating_point() else tensor
+            ), key
     load_bundle(tmp_path / "out", torch.device("cpu"), torch.float32)
 
 
@@ -92,7 +106,10 @@ def test_what_was_imported_is_not_hashed_again(run, tmp_path, monkeypatch):
     "wrap",
     [
         lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"param_groups": []}},
-        lambda state: {"state_dict": {name: torch.zeros_like(t) for name, t in state.items()}, "ema_state_dict": state},
+        lambda state: {
+            "state_dict": {name: torch.zeros_like(t) for name, t in state.items()},
+            "ema_state_dict": state,
+        },
         lambda state: {"model": {"state_dict": state}},
         lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
     ],
@@ -110,41 +127,63 @@ def test_shards_are_one_checkpoint_and_an_absent_one_is_named(run, states, tmp_p
     for shard, held in shards.items():
         saved({name: states["byt5"][name] for name in held}, tmp_path / shard)
     index = tmp_path / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"weight_map": {name: shard for shard, held in shards.items() for name in held}}))
+    index.write_text(
+        json.dumps({"weight_map": {name: shard for shard, held in shards.items() for name in held}})
+    )
     assert open_checkpoint(index).tensors.keys() == states["byt5"].keys()
     (tmp_path / "two.bin").unlink()
-    assert refusal(run, tmp_path, byt5=index) == "pytorch_model.bin.index.json: shard two.bin is missing"
+    assert (
+        refusal(run, tmp_path, byt5=index)
+        == "pytorch_model.bin.index.json: shard two.bin is missing"
+    )
 
 
 def v1_sources(directory: Path, tmp_path: Path) -> dict[str, Path]:
     """The three checkpoints of the v1 family, the VQGAN's as its training left it."""
-    states = {name: load_file(directory / f"{name}.safetensors") for name in BundleV1Config.networks}
-    trained = states | {"vqgan": {"state_dict": states["vqgan"] | {"loss.discriminator.main.0.weight": torch.ones(2)}, "epoch": 3}}
+    states = {
+        name: load_file(directory / f"{name}.safetensors") for name in BundleV1Config.networks
+    }
+    trained = states | {
+        "vqgan": {
+            "state_dict": states["vqgan"] | {"loss.discriminator.main.0.weight": torch.ones(2)},
+            "epoch": 3,
+        }
+    }
     return {name: saved(content, tmp_path / f"{name}.pt") for name, content in trained.items()}
 
 
 def test_v1_checkpoints_become_a_bundle_that_draws(random_v1_bundle, tmp_path):
     config = BundleConfig.read(random_v1_bundle)
     merges = random_v1_bundle / "merges.txt.gz"
-    import_bundle(v1_sources(random_v1_bundle, tmp_path), config, tmp_path / "out", torch.float16, merges)
+    import_bundle(
+        v1_sources(random_v1_bundle, tmp_path), config, tmp_path / "out", torch.float16, merges
+    )
     written = load_file(tmp_path / "out" / "denoiser.safetensors")
-    assert all(torch.equal(written[name], t.half()) for name, t in load_file(random_v1_bundle / "denoiser.safetensors").items())
+    assert all(
+        torch.equal(written[name], t.half())
+        for name, t in load_file(random_v1_bundle / "denoiser.safetensors").items()
+    )
     assert Pipeline.load(tmp_path / "out").generate(["red apple"], [0]).shape == (1, 32, 32, 3)
 
 
 def test_the_v3_denoiser_is_not_taken_for_the_v1_one(random_v1_bundle, sources, tmp_path):
     config = BundleConfig.read(random_v1_bundle)
     with pytest.raises(BundleError, match="it is the v3 denoiser"):
-        import_bundle(sources, config, tmp_path / "out", torch.float16, random_v1_bundle / "merges.txt.gz")
+        import_bundle(
+            sources, config, tmp_path / "out", torch.float16, random_v1_bundle / "merges.txt.gz"
+        )
     assert not (tmp_path / "out").exists()
 
 
-# ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_checkpoint_of_another_network_is_called_by_its_name(run, sources, tmp_path):
     message = refusal(run, tmp_path, vqgan=sources["denoiser"])
-    assert message == "denoiser.pt is not this bundle's vqgan: tensor 'byt5_mapper.weight' says that it is the v3 denoiser"
+    assert (
+        message == "denoiser.pt is not this bundle's vqgan: "
+        "tensor 'byt5_mapper.weight' says that it is the v3 denoiser"
+    )
 
 
 def test_the_v1_denoiser_is_not_taken_for_the_v3_one(run, tmp_path):
@@ -160,10 +199,22 @@ def test_the_v1_denoiser_is_not_taken_for_the_v3_one(run, tmp_path):
         (lambda t: t.pop("blocks.1.1.bias"), "tensor 'blocks.1.1.bias' is missing"),
         (lambda t: t.update(surprise=torch.ones(1)), "tensor 'surprise' is unknown"),
         (lambda t: t.update({"blocks.1.1.bias": torch.ones(1)}), "tensor 'blocks.1.1.bias' is [1]"),
-        (lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"].double()}), "tensor 'blocks.1.1.bias' is torch.float64"),
-        (lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"] + torch.nan}), "tensor 'blocks.1.1.bias' holds NaN"),
-        (lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"] * 0 + 1e5}), "'blocks.1.1.bias' holds 100000, which float16 cannot"),
-        (lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"].to_sparse()}), "tensor 'blocks.1.1.bias' is no plain array"),
+        (
+            lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"].double()}),
+            "tensor 'blocks.1.1.bias' is torch.float64",
+        ),
+        (
+            lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"] + torch.nan}),
+            "tensor 'blocks.1.1.bias' holds NaN",
+        ),
+        (
+            lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"] * 0 + 1e5}),
+            "'blocks.1.1.bias' holds 100000, which float16 cannot",
+        ),
+        (
+            lambda t: t.update({"blocks.1.1.bias": t["blocks.1.1.bias"].to_sparse()}),
+            "tensor 'blocks.1.1.bias' is no plain array",
+        ),
         (lambda t: t.update(epoch=3), "entry 'epoch' is no tensor"),
     ],
 )
@@ -184,10 +235,14 @@ def test_an_optimizer_s_state_is_called_that(run, tmp_path):
 def test_a_truncated_pickle_is_refused(run, sources, tmp_path, share):
     content = sources["denoiser"].read_bytes()
     sources["denoiser"].write_bytes(content[: int(len(content) * share)])
-    assert refusal(run, tmp_path) == "denoiser.pt is cut short: the end of its zip archive is missing"
+    assert (
+        refusal(run, tmp_path) == "denoiser.pt is cut short: the end of its zip archive is missing"
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>Not Found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>Not Found</html>", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_what_is_no_checkpoint_is_refused(run, sources, tmp_path, content):
     sources["denoiser"].write_bytes(content)
     assert refusal(run, tmp_path).startswith("denoiser.pt is refused: ")
@@ -221,7 +276,7 @@ def test_a_shard_s_name_may_not_lead_elsewhere(tmp_path):
         open_checkpoint(index)
 
 
-# ── all or nothing ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── all or nothing ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_interruption_leaves_nothing(run, tmp_path, monkeypatch):
@@ -265,19 +320,32 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_file(tmp_path):
     largest = 16 * 2**20
     path = saved({f"layer.{i}": torch.ones(largest // 4) for i in range(24)}, tmp_path / "large.pt")
     command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "large.safetensors")]
-    peak = float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+    peak = float(
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    )
     assert largest < peak < 1.3 * largest + 200e6 < path.stat().st_size
 
 
-# ── the command ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the command ───────────────────────────────────────────────────────────────────────────────────
 
 
 def paellera_import(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["weights", "import", *map(str, arguments)])
 
 
-def test_the_command_replaces_one_network_of_a_bundle_and_the_result_verifies(random_bundle, sources, tmp_path):
-    result = paellera_import(random_bundle, tmp_path / "new", "--prior", sources["prior"], "--dtype", "bfloat16", "--recipe", "demo")
+def test_the_command_replaces_one_network_of_a_bundle_and_the_result_verifies(
+    random_bundle, sources, tmp_path
+):
+    result = paellera_import(
+        random_bundle,
+        tmp_path / "new",
+        "--prior",
+        sources["prior"],
+        "--dtype",
+        "bfloat16",
+        "--recipe",
+        "demo",
+    )
     assert result.exit_code == 0, result.output
     assert BundleConfig.read(tmp_path / "new").recipe.num_inference_steps == 32
     assert CliRunner().invoke(app, ["weights", "verify", str(tmp_path / "new")]).exit_code == 0

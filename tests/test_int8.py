@@ -1,4 +1,6 @@
-"""Weights in int8 compute nearly what their plain twins do, in half the memory, and only where they are asked for."""
+"""Weights in int8 compute nearly what their plain twins do, in half the memory, and only where
+they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ def test_rows_of_zeros_stay_zero():
 
 @torch.no_grad()
 def test_the_byte_encoder_in_int8_says_nearly_the_same_with_trained_weights():
-    plain, small = (load_bundle(find_bundle("tiny"), CPU, torch.float32, encoders).byt5 for encoders in ("device", "int8"))
+    plain, small = (
+        load_bundle(find_bundle("tiny"), CPU, torch.float32, encoders).byt5
+        for encoders in ("device", "int8")
+    )
     one, other = (encoder(PROMPTS) for encoder in (plain, small))
     real = one.mask
     error = (one.embeddings - other.embeddings)[real].norm() / one.embeddings[real].norm()
@@ -45,7 +50,12 @@ def test_the_byte_encoder_in_int8_says_nearly_the_same_with_trained_weights():
 @pytest.mark.parametrize("encoders", ["cpu", "int8"])
 def test_wherever_the_encoders_are_pictures_are_drawn(random_bundle, random_v1_bundle, encoders):
     for directory in (random_bundle, random_v1_bundle):
-        assert Pipeline.load(directory, encoders=encoders).generate(["red apple"], [0]).shape == (1, 32, 32, 3)
+        assert Pipeline.load(directory, encoders=encoders).generate(["red apple"], [0]).shape == (
+            1,
+            32,
+            32,
+            3,
+        )
 
 
 def test_what_is_encoded_elsewhere_comes_as_the_denoiser_takes_it(random_bundle):

@@ -1,4 +1,6 @@
-"""The packed kernels compute what the plain modules do, for the shapes they were packed for and for all others."""
+"""The packed kernels compute what the plain modules do, for the shapes they were packed for and
+for all others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
 from model.networks.denoiser_v3 import ConvBlock, Denoiser
 from tests.conftest import golden
 
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if supported(torch.empty(1, dtype=dtype))]
+DTYPES = [
+    dtype for dtype in (torch.float32, torch.bfloat16) if supported(torch.empty(1, dtype=dtype))
+]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="this build of torch has no packed kernels")
 
 
@@ -28,13 +32,19 @@ def tolerance(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("shape", [(6, 24), (2, 3, 24), (1, 2, 3, 24), (5, 24), (40, 24)])
-def test_packed_linear_is_linear_for_any_number_of_rows(shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
+def test_packed_linear_is_linear_for_any_number_of_rows(
+    shape: tuple[int, ...], activation: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(24, 40).to(dtype), torch.randn(*shape).to(dtype)
     with torch.inference_mode():
         expected = linear(x) if activation == "none" else F.gelu(linear(x))
-        packed = PackedLinear(linear.weight, linear.bias, 6, "gelu" if activation == "gelu" else "none")
-        torch.testing.assert_close(packed(x), expected, atol=tolerance(dtype), rtol=tolerance(dtype))
+        packed = PackedLinear(
+            linear.weight, linear.bias, 6, "gelu" if activation == "gelu" else "none"
+        )
+        torch.testing.assert_close(
+            packed(x), expected, atol=tolerance(dtype), rtol=tolerance(dtype)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,7 +57,9 @@ def test_weights_stored_by_columns_are_packed_alike(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 8, 8, 24), (1, 8, 8, 24), (3, 5, 1, 24)])
-def test_packed_depthwise_is_the_convolution_for_any_size(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_packed_depthwise_is_the_convolution_for_any_size(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     conv, x = nn.Conv2d(24, 24, 3, padding=1, groups=24).to(dtype), torch.randn(*shape).to(dtype)
     with torch.inference_mode():
@@ -78,8 +90,16 @@ def wrong(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
     return torch.zeros(*x.shape[:-1], 40, dtype=x.dtype)
 
 
-COMPUTING = [("mkldnn", "_linear_pointwise"), ("mkldnn", "_convolution_pointwise"), ("mkl", "_mkl_linear")]
-PACKING = [("mkldnn", "_reorder_linear_weight"), ("mkldnn", "_reorder_convolution_weight"), ("mkl", "_mkl_reorder_linear_weight")]
+COMPUTING = [
+    ("mkldnn", "_linear_pointwise"),
+    ("mkldnn", "_convolution_pointwise"),
+    ("mkl", "_mkl_linear"),
+]
+PACKING = [
+    ("mkldnn", "_reorder_linear_weight"),
+    ("mkldnn", "_reorder_convolution_weight"),
+    ("mkl", "_mkl_reorder_linear_weight"),
+]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +107,13 @@ PACKING = [("mkldnn", "_reorder_linear_weight"), ("mkldnn", "_reorder_convolutio
     [(*each, missing) for each in (*COMPUTING, *PACKING)] + [(*each, wrong) for each in COMPUTING],
 )
 def test_an_operator_that_fails_or_disagrees_leaves_a_bundle_plain_with_one_line_in_the_log(
-    random_bundle: Path, trial: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, namespace: str, name: str, operator
+    random_bundle: Path,
+    trial: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    namespace: str,
+    name: str,
+    operator,
 ) -> None:
     monkeypatch.setattr(getattr(torch.ops, namespace), name, operator)
     bundle = load_bundle(random_bundle, torch.device("cpu"), torch.float32)
@@ -96,8 +122,14 @@ def test_an_operator_that_fails_or_disagrees_leaves_a_bundle_plain_with_one_line
     monkeypatch.undo()
     condition = bundle.denoiser.condition(torch.zeros(1, 16, 16), None, torch.zeros(1, 16))
     tokens = torch.zeros(1, 8, 8, dtype=torch.int64)
-    assert bundle.denoiser.features(tokens, bundle.denoiser.times(torch.ones(1)), condition).isfinite().all()
-    assert all(block.packed is None for block in bundle.denoiser.modules() if isinstance(block, ConvBlock))
+    assert (
+        bundle.denoiser.features(tokens, bundle.denoiser.times(torch.ones(1)), condition)
+        .isfinite()
+        .all()
+    )
+    assert all(
+        block.packed is None for block in bundle.denoiser.modules() if isinstance(block, ConvBlock)
+    )
 
 
 def test_packing_the_denoiser_changes_nothing() -> None:

@@ -1,4 +1,6 @@
-"""The list of kinds: names people type, unambiguous, with sensible plurals, shapes of outline and backgrounds."""
+"""The list of kinds: names people type, unambiguous, with sensible plurals, shapes of outline
+and backgrounds.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ from collections import Counter
 import pytest
 
 from model.training import kinds
-from model.training.kinds import KINDS, NAMES_OF_KINDS, NUMBERS, SHAPES, aspect, backgrounds_for, object_of, outline, plural
+from model.training.kinds import (
+    KINDS,
+    NAMES_OF_KINDS,
+    NUMBERS,
+    SHAPES,
+    aspect,
+    backgrounds_for,
+    object_of,
+    outline,
+    plural,
+)
 from model.training.palette import NAMES
 from model.training.scenery import BACKGROUNDS, GROUND, HORIZON, SCENES
 

@@ -1,4 +1,6 @@
-"""Predictions from measured steps: what is known, what is not, and how near they come to what a scheduler then does."""
+"""Predictions from measured steps: what is known, what is not, and how near they come to what a
+scheduler then does.
+"""
 
 from __future__ import annotations
 
@@ -39,34 +41,49 @@ def test_an_idle_server_takes_a_job_s_steps_and_what_lies_around_them():
 
 def test_neighbours_in_a_step_cost_what_a_step_of_so_many_rows_does():
     made = costs((1, SMALL, 0.1), (4, SMALL, 0.16))
-    assert made.predict(asked(steps=10), [asked("b", rows=3)], slots=4, now=0.0) == pytest.approx(10 * 0.16)
+    assert made.predict(asked(steps=10), [asked("b", rows=3)], slots=4, now=0.0) == pytest.approx(
+        10 * 0.16
+    )
     assert made.predict(asked(steps=10), [asked("b")], slots=4, now=0.0) == pytest.approx(10 * 0.12)
 
 
 def test_rows_that_are_nearly_done_are_hardly_in_the_way():
     made = costs((1, SMALL, 0.1), (4, SMALL, 0.16))
-    assert made.predict(asked(steps=10), [asked("b", rows=3)], 4, 0.0, {"b": 3}) == pytest.approx(10 * 0.106)
-    assert made.predict(asked(steps=10), [asked("b", rows=3)], 4, 0.0, {"b": 0}) == pytest.approx(10 * 0.1)
+    assert made.predict(asked(steps=10), [asked("b", rows=3)], 4, 0.0, {"b": 3}) == pytest.approx(
+        10 * 0.106
+    )
+    assert made.predict(asked(steps=10), [asked("b", rows=3)], 4, 0.0, {"b": 0}) == pytest.approx(
+        10 * 0.1
+    )
 
 
 def test_a_row_without_a_slot_waits_for_the_steps_that_are_left():
     made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
-    full, half, nothing = (made.predict(asked(steps=10), [asked("b", rows=4)], 4, 0.0, {"b": 4 * steps}) for steps in (10, 5, 0))
+    full, half, nothing = (
+        made.predict(asked(steps=10), [asked("b", rows=4)], 4, 0.0, {"b": 4 * steps})
+        for steps in (10, 5, 0)
+    )
     assert full > half > nothing == pytest.approx(10 * 0.1)
 
 
 def test_a_branch_costs_what_a_row_without_guidance_does():
     made = costs((1, SMALL, 0.1), (2, SMALL, 0.15), (4, SMALL, 0.25))
-    guided = replace(asked(), sampling=replace(SAMPLING, steps=10, guidance=(4.0, 4.0), guidance_steps=10))
+    guided = replace(
+        asked(), sampling=replace(SAMPLING, steps=10, guidance=(4.0, 4.0), guidance_steps=10)
+    )
     half = replace(guided, sampling=replace(guided.sampling, guidance_steps=5))
     assert made.predict(guided, [], slots=4, now=0.0) == pytest.approx(10 * 0.15)
     assert made.predict(half, [], slots=4, now=0.0) == pytest.approx(10 * 0.125)
-    assert made.predict(guided, [replace(guided, id="b")], slots=4, now=0.0) == pytest.approx(10 * 0.25)
+    assert made.predict(guided, [replace(guided, id="b")], slots=4, now=0.0) == pytest.approx(
+        10 * 0.25
+    )
 
 
 def test_each_other_pool_takes_its_turn():
     made = costs((1, SMALL, 0.1), (1, LARGE, 0.5))
-    assert made.predict(asked(steps=10), [asked("b", width=256)], slots=4, now=0.0) == pytest.approx(10 * 0.6)
+    assert made.predict(
+        asked(steps=10), [asked("b", width=256)], slots=4, now=0.0
+    ) == pytest.approx(10 * 0.6)
 
 
 def test_rows_without_a_slot_wait_for_those_before_them():
@@ -106,7 +123,7 @@ def test_a_measured_step_is_averaged_with_the_last_five_and_the_latest_is_noted(
     assert made.step(SMALL, 1, now=3.0) == pytest.approx(0.1, rel=0.2)
 
 
-def test_the_seconds_around_a_job_s_steps_are_averaged_counted_per_row_and_forgotten_after_a_minute():
+def test_seconds_around_a_job_s_steps_are_averaged_per_row_and_forgotten_after_a_minute():
     made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
     made.record_job(1, Timings(encode=0.3, prior=0.5, decode=0.2), now=0.0)
     made.record_job(1, Timings(encode=2.0), now=1.0)
@@ -125,27 +142,35 @@ def test_a_measurement_counts_for_a_minute():
     assert made.step(SMALL, 1, now=110.0) is None
 
 
-def test_rows_beyond_the_slots_wait_for_a_share_of_the_rounds_where_a_step_costs_the_same_for_any_rows():
+def test_rows_beyond_the_slots_wait_for_a_share_of_the_rounds_at_constant_step_cost():
     made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
-    assert made.predict(asked(steps=10), [asked("b", rows=11)], slots=4, now=0.0) == pytest.approx(3 * 10 * 0.1)
+    assert made.predict(asked(steps=10), [asked("b", rows=11)], slots=4, now=0.0) == pytest.approx(
+        3 * 10 * 0.1
+    )
 
 
 def test_no_more_rows_than_slots_share_a_step():
     made = costs((4, SMALL, 0.1), (8, SMALL, 0.4))
     # 71 steps are left in 8 rows, of which 4 wait: 8.875 rounds, and the job's own.
-    assert made.predict(asked(steps=1), [asked("b", rows=7, steps=10)], slots=4, now=0.0) == pytest.approx(9.875 * 0.1)
+    assert made.predict(
+        asked(steps=1), [asked("b", rows=7, steps=10)], slots=4, now=0.0
+    ) == pytest.approx(9.875 * 0.1)
 
 
 def test_rows_of_a_pool_cost_their_branches_on_average():
     made = costs((1, SMALL, 0.1), (3, SMALL, 0.2), (4, SMALL, 0.9))
     guided = replace(SAMPLING, steps=10, guidance=(4.0, 4.0), guidance_steps=10)
-    assert made.predict(asked(), [replace(asked("b"), sampling=guided)], slots=4, now=0.0) == pytest.approx(10 * 0.2)
+    assert made.predict(
+        asked(), [replace(asked("b"), sampling=guided)], slots=4, now=0.0
+    ) == pytest.approx(10 * 0.2)
 
 
 def test_a_pool_that_is_half_done_takes_half_of_its_turns():
     made = costs((1, SMALL, 0.1), (1, LARGE, 0.5), (2, LARGE, 0.9))
     others = [asked("b", width=256)]
-    assert made.predict(asked(), others, slots=4, now=0.0, left={"b": 5}) == pytest.approx(10 * (0.1 + 0.5 * 0.5))
+    assert made.predict(asked(), others, slots=4, now=0.0, left={"b": 5}) == pytest.approx(
+        10 * (0.1 + 0.5 * 0.5)
+    )
 
 
 def test_a_pool_with_more_steps_left_than_the_job_takes_no_more_turns_than_the_job():
@@ -184,7 +209,9 @@ def test_the_pace_is_of_the_busy_time_of_about_ten_jobs(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("seed", range(8))
 def test_predictions_are_near_what_the_scheduler_does(seed):
-    """Jobs of three sizes arrive at random under a load that fills the slots; each prediction is compared with its job's finish."""
+    """Jobs of three sizes arrive at random under a load that fills the slots; each prediction is
+    compared with its job's finish.
+    """
     rng = random.Random(seed)
     slots, made, scheduler = 8, LatencyModel(), Scheduler(8)
 
@@ -201,15 +228,28 @@ def test_predictions_are_near_what_the_scheduler_does(seed):
     predicted: dict[str, tuple[float, float]] = {}
     for i in range(300):
         if i < 200 and rng.random() < 0.15:
-            new = asked(f"{i}", rng.randint(4, 16), rng.randint(1, 4), width=rng.choice([64, 64, 64, 128]), deadline=machine.now + 60)
-            left = {id: sum(j.sampling.steps - machine.steps[RowId(id, r)] for r in range(len(j.seeds))) for id, j in todo.items()}
+            new = asked(
+                f"{i}",
+                rng.randint(4, 16),
+                rng.randint(1, 4),
+                width=rng.choice([64, 64, 64, 128]),
+                deadline=machine.now + 60,
+            )
+            left = {
+                id: sum(j.sampling.steps - machine.steps[RowId(id, r)] for r in range(len(j.seeds)))
+                for id, j in todo.items()
+            }
             if (guess := made.predict(new, list(todo.values()), slots, 0.0, left)) is not None:
                 predicted[new.id] = (machine.now, guess)
             todo[new.id] = new
             scheduler.add(new)
         if todo:
             machine.step()
-        for id in [id for id, each in todo.items() if all(RowId(id, r) in machine.finished_at for r in range(len(each.seeds)))]:
+        for id in [
+            id
+            for id, each in todo.items()
+            if all(RowId(id, r) in machine.finished_at for r in range(len(each.seeds)))
+        ]:
             scheduler.remove(id)
             took = max(at for row, at in machine.finished_at.items() if row.job == id)
             if id in predicted:

@@ -9,14 +9,31 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from server.engine.messages import Dropped, Finished, Image, Preview, Timings, receive_message, send_message
+from server.engine.messages import (
+    Dropped,
+    Finished,
+    Image,
+    Preview,
+    Timings,
+    receive_message,
+    send_message,
+)
 
 
 def pictures(*sides: int) -> Finished:
     """Square pictures of noise, their pixels in an array's memory."""
     rng = np.random.default_rng(0)
-    pixels = [memoryview(rng.integers(256, size=(side, side, 3), dtype=np.uint8)).cast("B") for side in sides]
-    return Finished("a", tuple(Image(i, side, side, p) for i, (side, p) in enumerate(zip(sides, pixels, strict=True))), Timings())
+    pixels = [
+        memoryview(rng.integers(256, size=(side, side, 3), dtype=np.uint8)).cast("B")
+        for side in sides
+    ]
+    return Finished(
+        "a",
+        tuple(
+            Image(i, side, side, p) for i, (side, p) in enumerate(zip(sides, pixels, strict=True))
+        ),
+        Timings(),
+    )
 
 
 @pytest.mark.parametrize("sides", [(1024,), (1024, 1, 64), ()])
@@ -24,12 +41,18 @@ def test_pixels_arrive_as_they_were_and_the_next_message_after_them(sides):
     near, far = Pipe()
     sent = pictures(*sides)
     thread = threading.Thread(
-        target=lambda: [send_message(near, message) for message in (sent, Dropped("b"), Preview("c", 0, 1, pictures(8).images[0]))]
+        target=lambda: [
+            send_message(near, message)
+            for message in (sent, Dropped("b"), Preview("c", 0, 1, pictures(8).images[0]))
+        ]
     )
     thread.start()
     received = receive_message(far)
     assert [image.width for image in received.images] == list(sides)
-    assert all(bytes(x.pixels) == bytes(y.pixels) for x, y in zip(received.images, sent.images, strict=True))
+    assert all(
+        bytes(x.pixels) == bytes(y.pixels)
+        for x, y in zip(received.images, sent.images, strict=True)
+    )
     assert all(isinstance(image.pixels, bytes) for image in received.images)
     assert receive_message(far) == Dropped("b")
     assert bytes(receive_message(far).image.pixels) == bytes(pictures(8).images[0].pixels)
@@ -59,4 +82,9 @@ def test_a_message_that_breaks_off_is_not_received():
 def test_an_image_can_be_pickled_as_anything_else(protocol):
     (image,) = pictures(4).images
     copied = pickle.loads(pickle.dumps(image, protocol))
-    assert (copied.index, copied.width, copied.height, bytes(copied.pixels)) == (0, 4, 4, bytes(image.pixels))
+    assert (copied.index, copied.width, copied.height, bytes(copied.pixels)) == (
+        0,
+        4,
+        4,
+        bytes(image.pixels),
+    )

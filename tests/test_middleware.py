@@ -1,4 +1,6 @@
-"""Bounds on bodies, request ids, the access log and the health port, called as an ASGI server calls them."""
+"""Bounds on bodies, request ids, the access log and the health port, called as an ASGI server
+calls them.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,23 @@ from tests.virtual_time import START, virtual_time
 LIMIT, TIMEOUT_S = 100, 5.0
 
 
-def http_scope(path: str = "/generate", headers: Sequence[tuple[bytes, bytes]] = (), **more: Any) -> Scope:
-    return {"type": "http", "method": "POST", "path": path, "headers": list(headers), "client": ("10.0.0.1", 5), **more}
+def http_scope(
+    path: str = "/generate", headers: Sequence[tuple[bytes, bytes]] = (), **more: Any
+) -> Scope:
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": list(headers),
+        "client": ("10.0.0.1", 5),
+        **more,
+    }
 
 
 class Body:
-    """A request's body as a server hands it on, with a pause before each chunk; then the client's disconnect, an hour later."""
+    """A request's body as a server hands it on, with a pause before each chunk; then the
+    client's disconnect, an hour later.
+    """
 
     def __init__(self, *chunks: bytes, pause_s: float = 0.0) -> None:
         self._left, self._pause_s = list(chunks), pause_s
@@ -120,21 +133,36 @@ async def test_the_wait_for_the_client_s_disconnect_has_no_timeout() -> None:
 # ── observation ───────────────────────────────────────────────────────────────────────────────────
 
 
-async def observed(app: ASGIApp, caplog: pytest.LogCaptureFixture, scope: Scope) -> tuple[list[Message], dict[str, Any], Metrics]:
+async def observed(
+    app: ASGIApp, caplog: pytest.LogCaptureFixture, scope: Scope
+) -> tuple[list[Message], dict[str, Any], Metrics]:
     """Return the answer, the access log's fields and the metrics."""
     metrics = Metrics()
     metrics.expect(["/generate"])
     with caplog.at_level(logging.INFO, logger="server"):
         messages = await sent_by(Observation(app, metrics), scope)
-    (fields,) = [record.fields for record in caplog.records if record.name == "server.access" and record.msg == "request"]
+    (fields,) = [
+        record.fields
+        for record in caplog.records
+        if record.name == "server.access" and record.msg == "request"
+    ]
     return messages, fields, metrics
 
 
 async def test_the_client_s_request_id_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     scope = http_scope(headers=[(b"x-request-id", b"mine")])
-    (start, _), fields, metrics = await observed(answering((b"server-timing", b"queue;dur=1")), caplog, scope)
-    assert headers_of(start)["x-request-id"] == fields["request_id"] == request_state(scope).id == "mine"
-    assert {name: fields[name] for name in ("method", "path", "status", "server_timing", "client")} == {
+    (start, _), fields, metrics = await observed(
+        answering((b"server-timing", b"queue;dur=1")), caplog, scope
+    )
+    assert (
+        headers_of(start)["x-request-id"]
+        == fields["request_id"]
+        == request_state(scope).id
+        == "mine"
+    )
+    assert {
+        name: fields[name] for name in ("method", "path", "status", "server_timing", "client")
+    } == {
         "method": "POST",
         "path": "/generate",
         "status": 200,
@@ -148,13 +176,19 @@ async def test_the_client_s_request_id_is_kept_and_logged(caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("id", [b"", b"x" * 129, b"a\tb", "é".encode("latin-1")])
-async def test_an_invalid_request_id_is_replaced(caplog: pytest.LogCaptureFixture, id: bytes) -> None:
-    (start, _), fields, _ = await observed(answering(), caplog, http_scope(headers=[(b"x-request-id", id)]))
+async def test_an_invalid_request_id_is_replaced(
+    caplog: pytest.LogCaptureFixture, id: bytes
+) -> None:
+    (start, _), fields, _ = await observed(
+        answering(), caplog, http_scope(headers=[(b"x-request-id", id)])
+    )
     assert headers_of(start)["x-request-id"] == fields["request_id"]
     assert len(fields["request_id"]) == 32
 
 
-async def test_an_exception_is_logged_and_answered_with_500_unless_the_answer_has_begun(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_exception_is_logged_and_answered_with_500_unless_the_answer_has_begun(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("/secret")
 
@@ -166,14 +200,18 @@ async def test_an_exception_is_logged_and_answered_with_500_unless_the_answer_ha
     assert (messages[0]["status"], fields["status"]) == (500, 500)
     assert b"secret" not in messages[1]["body"]
     assert "x-request-id" in headers_of(messages[0])
-    assert [record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR] == [True]
+    assert [
+        record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR
+    ] == [True]
     caplog.clear()
     messages, fields, _ = await observed(breaking_off, caplog, http_scope())
     assert [message["type"] for message in messages] == ["http.response.start"]
     assert fields["status"] == 200
 
 
-async def test_an_unknown_path_is_cut_in_the_log_and_becomes_no_label(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unknown_path_is_cut_in_the_log_and_becomes_no_label(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     _, fields, metrics = await observed(answering(status=404), caplog, http_scope("/" + "x" * 500))
     assert fields["path"] == "/" + "x" * 199
     labels = {"endpoint": "unmatched", "status": "404"}
@@ -184,7 +222,9 @@ async def test_an_unknown_path_is_cut_in_the_log_and_becomes_no_label(caplog: py
 
 
 async def test_security_headers_are_added_and_an_answer_s_own_are_kept() -> None:
-    start, _ = await sent_by(SecurityHeaders(answering((b"x-frame-options", b"SAMEORIGIN"))), http_scope())
+    start, _ = await sent_by(
+        SecurityHeaders(answering((b"x-frame-options", b"SAMEORIGIN"))), http_scope()
+    )
     assert headers_of(start) == {
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
@@ -195,7 +235,13 @@ async def test_security_headers_are_added_and_an_answer_s_own_are_kept() -> None
 
 @pytest.mark.parametrize(
     ("path", "port", "status"),
-    [("/healthz", 9, 200), ("/metrics", 9, 200), ("/generate", 8, 200), ("/readyz", 8, 404), ("/generate", 9, 404)],
+    [
+        ("/healthz", 9, 200),
+        ("/metrics", 9, 200),
+        ("/generate", 8, 200),
+        ("/readyz", 8, 404),
+        ("/generate", 9, 404),
+    ],
 )
 async def test_health_has_a_port_of_its_own(path: str, port: int, status: int) -> None:
     app = Observation(HealthPort(answering(), port=9), Metrics())
@@ -220,7 +266,9 @@ async def test_health_has_a_port_of_its_own(path: str, port: int, status: int) -
         lambda app: Observation(app, Metrics()),
     ],
 )
-async def test_events_of_the_server_s_life_pass_unchanged(wrap: Callable[[ASGIApp], ASGIApp]) -> None:
+async def test_events_of_the_server_s_life_pass_unchanged(
+    wrap: Callable[[ASGIApp], ASGIApp],
+) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(await receive())
 

@@ -1,4 +1,6 @@
-"""Several weights at once: they are listed with what they can do, chosen by name, and asked for nothing else."""
+"""Several weights at once: they are listed with what they can do, chosen by name, and asked for
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ from tests.conftest import NAME, micro_v1_config, serving, wait_until
 def several(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A server with v3 weights, v1 weights for texts and v1 weights for pictures."""
     directories = [bundle]
-    for config in (micro_v1_config("of-text"), replace(micro_v1_config("of-image"), embedding="image")):
+    for config in (
+        micro_v1_config("of-text"),
+        replace(micro_v1_config("of-image"), embedding="image"),
+    ):
         directory = tmp_path_factory.mktemp(config.name)
         config.write(directory)
         directories.append(directory)
@@ -42,7 +47,12 @@ def test_every_bundle_is_listed_with_the_default_first(several):
 
 def test_an_entry_says_what_the_weights_are_and_can_do(several, bundle):
     config, entry = BundleConfig.read(bundle), listed(several)[NAME]
-    assert (entry["object"], entry["owned_by"], entry["family"], entry["sha256"]) == ("model", "paellera", "v3", config.sha256)
+    assert (entry["object"], entry["owned_by"], entry["family"], entry["sha256"]) == (
+        "model",
+        "paellera",
+        "v3",
+        config.sha256,
+    )
     assert isinstance(entry["created"], int)
     assert entry["native_size"] == list(config.native_size)
     assert entry["limits"]["size_step"] == entry["limits"]["min_side"] == 16
@@ -86,14 +96,19 @@ def test_the_request_chooses(several):
         ({"model": "of-image"}, "model", "unsupported_operation"),
     ],
 )
-def test_what_weights_cannot_do_is_answered_with_400_and_what_they_can(several, fields, param, code):
+def test_what_weights_cannot_do_is_answered_with_400_and_what_they_can(
+    several, fields, param, code
+):
     answer = generate(several, **fields)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
     assert "typical" in error["message"] or "variations" in error["message"]
 
 
-@pytest.mark.parametrize(("model", "endpoint"), [("of-text", "/variations"), ("of-image", "/inpaint"), ("of-image", "/edit")])
+@pytest.mark.parametrize(
+    ("model", "endpoint"),
+    [("of-text", "/variations"), ("of-image", "/inpaint"), ("of-image", "/edit")],
+)
 def test_an_operation_they_were_not_made_for_is_answered_with_400(several, model, endpoint):
     words = {} if endpoint == "/variations" else {"prompt": "a ball"}
     answer = several.post(endpoint, json={"image": "aGk=", "model": model, **words})

@@ -56,11 +56,17 @@ def test_operators_constants_conditions_and_statements_are_changed() -> None:
 
 def test_every_mutant_is_the_module_with_one_change_and_has_a_name_of_its_own() -> None:
     mutants = find_mutants("a.py", SOURCE)
-    assert len({mutant.source for mutant in mutants}) == len(mutants) == len({mutant.identity for mutant in mutants})
+    assert (
+        len({mutant.source for mutant in mutants})
+        == len(mutants)
+        == len({mutant.identity for mutant in mutants})
+    )
     for mutant in mutants:
         ast.parse(mutant.source)
         assert len(mutant.source.splitlines()) == len(SOURCE.splitlines())
-    assert "server/x.py:Box.put: self.size += n -> pass" in {m.identity for m in find_mutants("server/x.py", SOURCE)}
+    assert "server/x.py:Box.put: self.size += n -> pass" in {
+        m.identity for m in find_mutants("server/x.py", SOURCE)
+    }
 
 
 def test_a_text_of_several_bytes_a_letter_is_changed_in_its_place() -> None:
@@ -87,7 +93,10 @@ def planted(name: str) -> Mutant:
     return Mutant("a.py", 1, "", "x", "x", name, "source")
 
 
-@pytest.mark.parametrize(("code", "outcome"), [(0, "survived"), (1, "caught"), (2, "caught"), (4, "caught"), (None, "timeout")])
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [(0, "survived"), (1, "caught"), (2, "caught"), (4, "caught"), (None, "timeout")],
+)
 def test_an_outcome_is_pytest_s_exit_code(tmp_path: Path, code: int | None, outcome: str) -> None:
     class Played(Copy):
         def __init__(self) -> None:
@@ -102,7 +111,9 @@ def test_an_outcome_is_pytest_s_exit_code(tmp_path: Path, code: int | None, outc
     assert (tmp_path / "a.py").read_text() == "original"
 
 
-def test_equivalent_mutants_are_not_run_and_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_equivalent_mutants_are_not_run_and_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(mutate, "EQUIVALENT", {planted("x").identity: "why"})
     assert run_mutant(None, planted("x"), [], 60.0).outcome == "equivalent"  # type: ignore[arg-type]
     outcomes = ["caught"] * 7 + ["timeout"] + ["survived"] * 2 + ["equivalent"] * 5
@@ -118,11 +129,15 @@ def test_wilson_s_interval_is_the_published_one() -> None:
 
 
 @pytest.mark.process
-def test_a_copy_has_the_files_of_the_working_tree_and_runs_their_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_has_the_files_of_the_working_tree_and_runs_their_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "root"
     (root / "tests").mkdir(parents=True)
     (root / "a.py").write_text("def f(n):\n    return n < 3\n")
-    (root / "tests" / "test_a.py").write_text("from a import f\n\ndef test_f():\n    assert f(2) and not f(3)\n")
+    (root / "tests" / "test_a.py").write_text(
+        "from a import f\n\ndef test_f():\n    assert f(2) and not f(3)\n"
+    )
     (root / "ignored.txt").write_text("")
     (root / ".gitignore").write_text("ignored.txt\n")
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)

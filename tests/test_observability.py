@@ -1,4 +1,6 @@
-"""Prometheus itself reads the server, evaluates every rule and answers every query of the dashboard."""
+"""Prometheus itself reads the server, evaluates every rule and answers every query of the
+dashboard.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,32 @@ ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDS = sorted({rule["record"] for rule in RULES if "record" in rule})
 DASHBOARD = GRAFANA / "dashboards/paellera.json"
 PANELS = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
-QUERIES = sorted({target["expr"].replace("$__rate_interval", "1m") for panel in PANELS for target in panel["targets"]})
+QUERIES = sorted(
+    {
+        target["expr"].replace("$__rate_interval", "1m")
+        for panel in PANELS
+        for target in panel["targets"]
+    }
+)
 # On a machine that is busy with everything else.
 PATIENCE_S = 300
 
 pytestmark = pytest.mark.observability
-needs_prometheus = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool: install prometheus, as `make prometheus` does")
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("promtool") is None,
+    reason="no promtool: install prometheus, as `make prometheus` does",
+)
 
 
 def promtool(*arguments: str | Path, stdin: str | None = None) -> None:
-    done = subprocess.run(["promtool", *arguments], input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    done = subprocess.run(
+        ["promtool", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -60,24 +78,44 @@ class Prometheus:
 
     def series(self, query: str) -> list[dict[str, Any]]:
         """Those with a number in them: a ratio of two zeros is none."""
-        answer = self._client.get("/query", params={"query": query}).raise_for_status().json()["data"]["result"]
+        answer = (
+            self._client.get("/query", params={"query": query})
+            .raise_for_status()
+            .json()["data"]["result"]
+        )
         return [series for series in answer if series["value"][1] != "NaN"]
 
     def rules(self) -> list[dict[str, Any]]:
-        return [rule for group in self._client.get("/rules").json()["data"]["groups"] for rule in group["rules"]]
+        return [
+            rule
+            for group in self._client.get("/rules").json()["data"]["groups"]
+            for rule in group["rules"]
+        ]
 
     def exemplars(self, query: str) -> list[dict[str, Any]]:
         params = {"query": query, "start": "0", "end": "9999999999"}
-        return [one for series in self._client.get("/query_exemplars", params=params).json()["data"] for one in series["exemplars"]]
+        return [
+            one
+            for series in self._client.get("/query_exemplars", params=params).json()["data"]
+            for one in series["exemplars"]
+        ]
 
 
 @pytest.fixture(scope="module")
-def prometheus(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(
+    client: httpx.Client, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
     """Debian's, with the committed configuration but for the target and for how often it looks."""
     directory = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "1s", "scrape_timeout": "2s"}
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"{client.base_url.host}:{client.base_url.port}"]
+    config["global"] = {
+        "scrape_interval": "2s",
+        "evaluation_interval": "1s",
+        "scrape_timeout": "2s",
+    }
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [
+        f"{client.base_url.host}:{client.base_url.port}"
+    ]
     config["rule_files"] = [str(PROMETHEUS / name) for name in config["rule_files"]]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -104,7 +142,9 @@ def prometheus(client: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @needs_prometheus
-def test_prometheus_own_tool_finds_nothing_wrong_with_configuration_rules_and_names(client: httpx.Client) -> None:
+def test_prometheus_own_tool_finds_nothing_wrong_with_configuration_rules_and_names(
+    client: httpx.Client,
+) -> None:
     promtool("check", "config", PROMETHEUS / "prometheus.yml")
     promtool("check", "metrics", stdin=client.get("/metrics").text)
 
@@ -113,12 +153,22 @@ def test_prometheus_own_tool_finds_nothing_wrong_with_configuration_rules_and_na
 def test_every_alert_goes_off_when_it_should_and_not_otherwise() -> None:
     promtool("test", "rules", PROMETHEUS / "alerts_test.yml")
     tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
-    fired = {case["alertname"] for test in tests for case in test.get("alert_rule_test", []) if case["exp_alerts"]}
+    fired = {
+        case["alertname"]
+        for test in tests
+        for case in test.get("alert_rule_test", [])
+        if case["exp_alerts"]
+    }
     assert fired == ALERTS.keys()
 
 
 def test_every_alert_says_how_urgent_it_is_and_has_its_section_in_the_runbook() -> None:
-    anchors = {heading.lower() for heading in re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)}
+    anchors = {
+        heading.lower()
+        for heading in re.findall(
+            r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE
+        )
+    }
     assert anchors == {name.lower() for name in ALERTS}
     for name, alert in ALERTS.items():
         assert alert["annotations"]["runbook_url"] == f"docs/runbook.md#{name.lower()}"
@@ -126,42 +176,73 @@ def test_every_alert_says_how_urgent_it_is_and_has_its_section_in_the_runbook() 
 
 
 @needs_prometheus
-def test_a_loaded_server_gives_every_query_of_the_dashboard_and_every_rule_its_data(client: httpx.Client, prometheus: Prometheus) -> None:
+def test_a_loaded_server_gives_every_query_of_the_dashboard_and_every_rule_its_data(
+    client: httpx.Client, prometheus: Prometheus
+) -> None:
     def without_data() -> list[str]:
-        client.post("/generate", json={"prompt": "a ball", "n": 2}, headers={"X-Request-Id": "an-exemplar"}).raise_for_status()
-        return [query for query in (*QUERIES, *RECORDS, *read_by_alerts()) if not prometheus.series(query)]
+        client.post(
+            "/generate", json={"prompt": "a ball", "n": 2}, headers={"X-Request-Id": "an-exemplar"}
+        ).raise_for_status()
+        return [
+            query
+            for query in (*QUERIES, *RECORDS, *read_by_alerts())
+            if not prometheus.series(query)
+        ]
 
     try:
         wait_until(lambda: not without_data(), PATIENCE_S)
     except TimeoutError:
         pytest.fail(f"without data: {without_data()}")
-    assert {rule["name"]: rule["health"] for rule in prometheus.rules()} == dict.fromkeys((*ALERTS, *RECORDS), "ok")
+    assert {rule["name"]: rule["health"] for rule in prometheus.rules()} == dict.fromkeys(
+        (*ALERTS, *RECORDS), "ok"
+    )
     exemplars = prometheus.exemplars('paella_request_duration_seconds_bucket{endpoint="/generate"}')
     assert {"request_id": "an-exemplar"} in [exemplar["labels"] for exemplar in exemplars]
 
 
 def read_by_alerts() -> list[str]:
     """The series in their expressions, with their labels."""
-    return sorted({found for alert in ALERTS.values() for found in re.findall(r"paella[_:][a-z0-9_:]+(?:{[^}]*})?", alert["expr"])})
+    return sorted(
+        {
+            found
+            for alert in ALERTS.values()
+            for found in re.findall(r"paella[_:][a-z0-9_:]+(?:{[^}]*})?", alert["expr"])
+        }
+    )
 
 
 def test_the_dashboard_is_what_its_script_writes_and_grafana_s_types_lose_nothing_of_it() -> None:
     script = runpy.run_path(str(GRAFANA / "dashboard.py"))
     written = script["document"]()
-    assert DASHBOARD.read_text() == written, "python docker/grafana/dashboard.py > docker/grafana/dashboards/paellera.json"
-    assert json.loads(script["JSONEncoder"]().encode(Dashboard.from_json(json.loads(written)))) == json.loads(written)
+    assert DASHBOARD.read_text() == written, (
+        "python docker/grafana/dashboard.py > docker/grafana/dashboards/paellera.json"
+    )
+    assert json.loads(
+        script["JSONEncoder"]().encode(Dashboard.from_json(json.loads(written)))
+    ) == json.loads(written)
 
 
 def test_the_dashboard_leaves_out_no_figure_and_shows_the_line_at_500_ms() -> None:
     read = " ".join((*QUERIES, *(rule["expr"] for rule in RULES)))
-    figures = {figure.name for figure in (*Metrics().infos, *WORKER_METRICS)} - {"paella_weights_info", "paella_cancel_duration_seconds"}
+    figures = {figure.name for figure in (*Metrics().infos, *WORKER_METRICS)} - {
+        "paella_weights_info",
+        "paella_cancel_duration_seconds",
+    }
     assert {name for name in figures if name not in read} == set()
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
-    lines = [step["value"] for panel in PANELS for step in panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])]
+    lines = [
+        step["value"]
+        for panel in PANELS
+        for step in panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
+    ]
     assert 0.5 in lines
 
 
 def test_grafana_is_given_the_source_that_its_dashboard_asks() -> None:
-    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
-    assert {target["datasource"]["uid"] for panel in PANELS for target in panel["targets"]} == {source["uid"]}
+    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert {target["datasource"]["uid"] for panel in PANELS for target in panel["targets"]} == {
+        source["uid"]
+    }
     assert source["url"] == "http://prometheus:9090"

@@ -1,4 +1,6 @@
-"""OpenAI's own client against a running server: every method, sync and async, streamed and raw, refused, overloaded and cancelled."""
+"""OpenAI's own client against a running server: every method, sync and async, streamed and raw,
+refused, overloaded and cancelled.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ IMAGE = png(noise())
 
 def connect(server: str, **options: Any) -> OpenAI:
     # Strict: an answer that is not exactly what the client's types say is an error.
-    return OpenAI(base_url=f"{server}/v1", **{"api_key": "any", "max_retries": 0, "_strict_response_validation": True, **options})
+    return OpenAI(
+        base_url=f"{server}/v1",
+        **{"api_key": "any", "max_retries": 0, "_strict_response_validation": True, **options},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +73,19 @@ def half_transparent() -> Array:
     return mask
 
 
-# ── pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pictures ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_prompt_alone_gives_one_picture_of_the_native_size(api: OpenAI) -> None:
     answer = api.images.generate(prompt="a ball")
     assert answer.data is not None
-    assert (len(answer.data), answer.size, answer.quality, answer.background, answer.output_format) == (
+    assert (
+        len(answer.data),
+        answer.size,
+        answer.quality,
+        answer.background,
+        answer.output_format,
+    ) == (
         1,
         "64x32",
         "medium",
@@ -84,41 +95,80 @@ def test_a_prompt_alone_gives_one_picture_of_the_native_size(api: OpenAI) -> Non
     assert file(answer.data[0].b64_json).size == (64, 32)
     assert answer.usage is not None
     tokens = 64 * 32 // 16
-    assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (6, tokens, 6 + tokens)
+    assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (
+        6,
+        tokens,
+        6 + tokens,
+    )
 
 
-def test_the_native_fields_go_with_it_as_extra_body_and_give_the_native_bytes(api: OpenAI, client: httpx.Client) -> None:
-    extra = {"seed": 5, "negative_prompt": "blur", "num_inference_steps": 7, "guidance_scale": [2, 5], "temperature": 0.5}
+def test_the_native_fields_go_with_it_as_extra_body_and_give_the_native_bytes(
+    api: OpenAI, client: httpx.Client
+) -> None:
+    extra = {
+        "seed": 5,
+        "negative_prompt": "blur",
+        "num_inference_steps": 7,
+        "guidance_scale": [2, 5],
+        "temperature": 0.5,
+    }
     answer = api.images.generate(prompt="a ball", n=2, size="48x32", extra_body=extra)
-    native = client.post("/generate", json={"prompt": "a ball", "n": 2, "width": 48, "height": 32, **extra}).json()
-    assert [each.b64_json for each in answer.data or []] == [image["b64_json"] for image in native["images"]]
+    native = client.post(
+        "/generate", json={"prompt": "a ball", "n": 2, "width": 48, "height": 32, **extra}
+    ).json()
+    assert [each.b64_json for each in answer.data or []] == [
+        image["b64_json"] for image in native["images"]
+    ]
     assert [each.seed for each in answer.data or []] == [5, 6]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("quality", "steps"), [("auto", 12), ("low", 6), ("medium", 12), ("high", 24), ("hd", 24)])
-def test_quality_is_a_number_of_steps_unless_one_is_given(api: OpenAI, quality: Any, steps: int) -> None:
-    assert parameters(api.images.generate(prompt="a ball", quality=quality))["num_inference_steps"] == steps
-    given = api.images.generate(prompt="a ball", quality=quality, extra_body={"num_inference_steps": 3})
+@pytest.mark.parametrize(
+    ("quality", "steps"), [("auto", 12), ("low", 6), ("medium", 12), ("high", 24), ("hd", 24)]
+)
+def test_quality_is_a_number_of_steps_unless_one_is_given(
+    api: OpenAI, quality: Any, steps: int
+) -> None:
+    assert (
+        parameters(api.images.generate(prompt="a ball", quality=quality))["num_inference_steps"]
+        == steps
+    )
+    given = api.images.generate(
+        prompt="a ball", quality=quality, extra_body={"num_inference_steps": 3}
+    )
     assert parameters(given)["num_inference_steps"] == 3
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
 def test_output_format_and_compression_decide_the_file(api: OpenAI, format: Any) -> None:
-    answer = api.images.generate(prompt="a ball", output_format=format, output_compression=10, background="opaque")
+    answer = api.images.generate(
+        prompt="a ball", output_format=format, output_compression=10, background="opaque"
+    )
     assert answer.data is not None
     assert (file(answer.data[0].b64_json).format, answer.output_format) == (format.upper(), format)
 
 
 def test_what_openai_knows_and_has_no_meaning_here_is_taken(api: OpenAI) -> None:
     answer = api.images.generate(
-        prompt="a ball", model=NAME, moderation="low", style="vivid", user="u", response_format="b64_json", size="auto", n=1, stream=False
+        prompt="a ball",
+        model=NAME,
+        moderation="low",
+        style="vivid",
+        user="u",
+        response_format="b64_json",
+        size="auto",
+        n=1,
+        stream=False,
     )
     assert parameters(answer)["model"] == NAME
-    assert api.images.generate(prompt="a ball", n=None, size=None, quality=None, background=None).data
+    assert api.images.generate(
+        prompt="a ball", n=None, size=None, quality=None, background=None
+    ).data
 
 
 def test_an_edit_with_a_mask_keeps_what_is_opaque_in_it(api: OpenAI) -> None:
-    answer = api.images.edit(image=IMAGE, mask=png(half_transparent()), prompt="a ball", extra_body={"seed": 5})
+    answer = api.images.edit(
+        image=IMAGE, mask=png(half_transparent()), prompt="a ball", extra_body={"seed": 5}
+    )
     assert np.array_equal(pixels(answer)[:, :32], noise()[:, :32])
     assert (pixels(answer)[:, 48:] == list(fake_worker.colour(5))).all()
     assert parameters(answer)["operation"] == "inpaint"
@@ -127,24 +177,37 @@ def test_an_edit_with_a_mask_keeps_what_is_opaque_in_it(api: OpenAI) -> None:
 def test_an_edit_without_a_mask_is_of_the_whole_picture(api: OpenAI) -> None:
     answer = api.images.edit(image=("cat.png", io.BytesIO(IMAGE)), prompt="a ball")
     assert (parameters(answer)["operation"], parameters(answer)["strength"]) == ("edit", 0.6)
-    assert parameters(api.images.edit(image=IMAGE, prompt="a ball", input_fidelity="high"))["strength"] == 0.4
+    assert (
+        parameters(api.images.edit(image=IMAGE, prompt="a ball", input_fidelity="high"))["strength"]
+        == 0.4
+    )
     assert pixels(api.images.edit(image=IMAGE, prompt="a ball", size="48x16")).shape == (16, 48, 3)
     assert answer.usage is not None
     assert answer.usage.input_tokens_details.image_tokens == 64 * 32 // 16
 
 
-def test_of_several_pictures_the_first_is_edited_and_the_others_say_what_is_to_be_seen(api: OpenAI) -> None:
+def test_of_several_pictures_the_first_is_edited_and_the_others_say_what_is_to_be_seen(
+    api: OpenAI,
+) -> None:
     others = [png(noise(20, 20)), png(noise(30, 10))]
     whole = parameters(api.images.edit(image=[IMAGE, *others], prompt="a ball"))
-    part = parameters(api.images.edit(image=[IMAGE, *others], mask=png(half_transparent()), prompt="a ball"))
+    part = parameters(
+        api.images.edit(image=[IMAGE, *others], mask=png(half_transparent()), prompt="a ball")
+    )
     assert len(whole["references"]) == len(part["references"]) == 2
     assert whole["image"] == part["image"] not in whole["references"]
 
 
-@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the client's word about OpenAI's own endpoint
+@pytest.mark.filterwarnings(
+    "ignore:deprecated:DeprecationWarning"
+)  # the client's word about OpenAI's own endpoint
 def test_variations_take_a_picture_alone(api: OpenAI) -> None:
     answer = api.images.create_variation(image=IMAGE, n=2, size="48x32")  # type: ignore[arg-type]
-    assert (parameters(answer)["operation"], len(answer.data or []), pixels(answer).shape) == ("variations", 2, (32, 48, 3))
+    assert (parameters(answer)["operation"], len(answer.data or []), pixels(answer).shape) == (
+        "variations",
+        2,
+        (32, 48, 3),
+    )
 
 
 def test_models_are_listed_and_shown(api: OpenAI) -> None:
@@ -157,7 +220,9 @@ def test_edits_may_come_as_json_too(client: httpx.Client) -> None:
     assert client.post("/v1/images/edits", json=body).json()["size"] == "64x32"
 
 
-@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the client's word about OpenAI's own endpoint
+@pytest.mark.filterwarnings(
+    "ignore:deprecated:DeprecationWarning"
+)  # the client's word about OpenAI's own endpoint
 async def test_the_async_client_does_the_same(fake_server: str) -> None:
     async with AsyncOpenAI(base_url=f"{fake_server}/v1", api_key="any", max_retries=0) as api:
         answers = await asyncio.gather(
@@ -167,45 +232,92 @@ async def test_the_async_client_does_the_same(fake_server: str) -> None:
             *(api.images.generate(prompt="a ball", extra_body={"seed": seed}) for seed in range(8)),
         )
         assert [answer.size for answer in answers] == ["64x32"] * 11
-        events = [event async for event in await api.images.generate(prompt="show", stream=True, partial_images=2)]
-        assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+        events = [
+            event
+            async for event in await api.images.generate(
+                prompt="show", stream=True, partial_images=2
+            )
+        ]
+        assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + [
+            "image_generation.completed"
+        ]
 
 
 def test_a_raw_answer_has_the_request_id_the_seed_and_the_timing(api: OpenAI) -> None:
-    raw = api.images.with_raw_response.generate(prompt="a ball", extra_headers={"X-Request-Id": "mine"}, extra_body={"seed": 7})
-    assert (raw.headers["x-request-id"], raw.headers["x-seed"], raw.request_id) == ("mine", "7", "mine")
+    raw = api.images.with_raw_response.generate(
+        prompt="a ball", extra_headers={"X-Request-Id": "mine"}, extra_body={"seed": 7}
+    )
+    assert (raw.headers["x-request-id"], raw.headers["x-seed"], raw.request_id) == (
+        "mine",
+        "7",
+        "mine",
+    )
     assert "denoise;dur=" in raw.headers["server-timing"]
     assert raw.parse()._request_id == "mine"
 
 
-# ── streams ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── streams ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("format", ["png", "webp"])
-def test_a_streamed_generation_sends_partial_images_and_the_picture(api: OpenAI, format: Any) -> None:
-    events = list(api.images.generate(prompt="show", stream=True, partial_images=2, output_format=format, extra_body={"seed": 5}))
+def test_a_streamed_generation_sends_partial_images_and_the_picture(
+    api: OpenAI, format: Any
+) -> None:
+    events = list(
+        api.images.generate(
+            prompt="show",
+            stream=True,
+            partial_images=2,
+            output_format=format,
+            extra_body={"seed": 5},
+        )
+    )
     *partial, completed = events
     assert all(isinstance(event, ImageGenPartialImageEvent) for event in partial)
-    assert [event.partial_image_index for event in partial if isinstance(event, ImageGenPartialImageEvent)] == [0, 1]
+    assert [
+        event.partial_image_index
+        for event in partial
+        if isinstance(event, ImageGenPartialImageEvent)
+    ] == [0, 1]
     assert isinstance(completed, ImageGenCompletedEvent)
     assert completed.usage.output_tokens == 128
     for event in events:
-        assert (event.size, event.quality, event.background, event.output_format) == ("64x32", "medium", "opaque", format)
-        assert (file(event.b64_json).format, file(event.b64_json).size) == (format.upper(), (64, 32))
+        assert (event.size, event.quality, event.background, event.output_format) == (
+            "64x32",
+            "medium",
+            "opaque",
+            format,
+        )
+        assert (file(event.b64_json).format, file(event.b64_json).size) == (
+            format.upper(),
+            (64, 32),
+        )
     whole = api.images.generate(prompt="show", output_format=format, extra_body={"seed": 5})
     assert completed.b64_json == (whole.data or [])[0].b64_json
 
 
-def test_a_streamed_edit_has_events_of_its_own_and_its_previews_keep_what_the_answer_keeps(api: OpenAI) -> None:
-    events = list(api.images.edit(image=IMAGE, mask=png(half_transparent()), prompt="show", stream=True, partial_images=2))
-    assert [type(event) for event in events] == [ImageEditPartialImageEvent] * 2 + [ImageEditCompletedEvent]
+def test_a_streamed_edit_has_events_of_its_own_and_its_previews_keep_what_the_answer_keeps(
+    api: OpenAI,
+) -> None:
+    events = list(
+        api.images.edit(
+            image=IMAGE, mask=png(half_transparent()), prompt="show", stream=True, partial_images=2
+        )
+    )
+    assert [type(event) for event in events] == [ImageEditPartialImageEvent] * 2 + [
+        ImageEditCompletedEvent
+    ]
     for event in events:
-        assert np.array_equal(np.asarray(file(event.b64_json).convert("RGB"))[:, :32], noise()[:, :32])
+        assert np.array_equal(
+            np.asarray(file(event.b64_json).convert("RGB"))[:, :32], noise()[:, :32]
+        )
 
 
 def test_a_stream_of_several_pictures_says_which(api: OpenAI) -> None:
     events = list(api.images.generate(prompt="a ball", n=3, stream=True))
-    assert [(event.type, event.index) for event in events] == [("image_generation.completed", i) for i in range(3)]  # type: ignore[attr-defined]
+    assert [(event.type, event.index) for event in events] == [
+        ("image_generation.completed", i) for i in range(3)
+    ]  # type: ignore[attr-defined]
 
 
 def test_a_stream_that_fails_raises_in_the_client(api: OpenAI) -> None:
@@ -215,13 +327,16 @@ def test_a_stream_that_fails_raises_in_the_client(api: OpenAI) -> None:
 
 
 def test_closing_a_stream_frees_its_rows(fake_settings: Configure) -> None:
-    with serving(create_app(fake_settings(), worker=fake_worker.main)) as address, httpx.Client(base_url=address) as client:
+    with (
+        serving(create_app(fake_settings(), worker=fake_worker.main)) as address,
+        httpx.Client(base_url=address) as client,
+    ):
         with connect(address) as api, api.images.generate(prompt="hold", n=3, stream=True):
             wait_until(lambda: metric(client, "paella_rows_running") == 3)
         wait_until(lambda: metric(client, "paella_rows_running") == 0)
 
 
-# ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -236,10 +351,16 @@ def test_closing_a_stream_frees_its_rows(fake_settings: Configure) -> None:
         ({"output_compression": 50}, "output_compression", "jpeg"),
     ],
 )
-def test_what_these_weights_cannot_do_is_400_and_says_what_they_can(api: OpenAI, fields: Any, param: str, mention: str) -> None:
+def test_what_these_weights_cannot_do_is_400_and_says_what_they_can(
+    api: OpenAI, fields: Any, param: str, mention: str
+) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         api.images.generate(prompt="a ball", **fields)
-    assert (refusal.value.code, refusal.value.param, refusal.value.type) == ("unsupported_value", param, "invalid_request_error")
+    assert (refusal.value.code, refusal.value.param, refusal.value.type) == (
+        "unsupported_value",
+        param,
+        "invalid_request_error",
+    )
     assert mention in refusal.value.message
 
 
@@ -247,7 +368,12 @@ def test_an_edit_with_a_mask_has_the_pictures_own_size(api: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         api.images.edit(image=IMAGE, mask=png(half_transparent()), prompt="a ball", size="512x512")
     assert (refusal.value.param, "64x32" in refusal.value.message) == ("size", True)
-    assert api.images.edit(image=IMAGE, mask=png(half_transparent()), prompt="a ball", size="64x32").size == "64x32"
+    assert (
+        api.images.edit(
+            image=IMAGE, mask=png(half_transparent()), prompt="a ball", size="64x32"
+        ).size
+        == "64x32"
+    )
 
 
 @pytest.mark.parametrize("model", ["gpt-image-1", "dall-e-2", "dall-e-3"])
@@ -282,21 +408,29 @@ def test_a_mask_without_alpha_is_422_unless_its_luminance_is_meant(api: OpenAI) 
     with pytest.raises(openai.UnprocessableEntityError) as refusal:
         api.images.edit(image=IMAGE, mask=mask, prompt="a ball")
     assert refusal.value.code == "mask_without_alpha"
-    answer = api.images.edit(image=IMAGE, mask=mask, prompt="a ball", extra_body={"mask_mode": "luminance"})
+    answer = api.images.edit(
+        image=IMAGE, mask=mask, prompt="a ball", extra_body={"mask_mode": "luminance"}
+    )
     assert np.array_equal(pixels(answer)[:, :32], noise()[:, :32])
 
 
 @pytest.mark.parametrize(("prompt", "tries"), [("fail", 1), ("oom", 3)])
-def test_the_client_repeats_a_failure_only_if_that_can_help(fake_server: str, client: httpx.Client, prompt: str, tries: int) -> None:
+def test_the_client_repeats_a_failure_only_if_that_can_help(
+    fake_server: str, client: httpx.Client, prompt: str, tries: int
+) -> None:
     labels = {"endpoint": "/v1/images/generations", "status": "500"}
     before = metric(client, "paella_request_duration_seconds_count", **labels)
     with connect(fake_server, max_retries=2) as api, pytest.raises(openai.InternalServerError):
         api.images.generate(prompt=prompt)
-    wait_until(lambda: metric(client, "paella_request_duration_seconds_count", **labels) == before + tries)
+    wait_until(
+        lambda: metric(client, "paella_request_duration_seconds_count", **labels) == before + tries
+    )
 
 
 def test_a_wrong_key_is_401_and_the_right_one_is_let_in(fake_settings: Configure) -> None:
-    with serving(create_app(fake_settings(api_keys="sk-0123456789abcdef"), worker=fake_worker.main)) as address:
+    with serving(
+        create_app(fake_settings(api_keys="sk-0123456789abcdef"), worker=fake_worker.main)
+    ) as address:
         with connect(address) as stranger, pytest.raises(openai.AuthenticationError) as refusal:
             stranger.images.generate(prompt="a ball")
         assert refusal.value.code == "invalid_api_key"
@@ -306,7 +440,10 @@ def test_a_wrong_key_is_401_and_the_right_one_is_let_in(fake_settings: Configure
 
 def test_the_client_comes_back_when_a_full_queue_says_so(fake_settings: Configure) -> None:
     settings = fake_settings(queue_rows=1, drain_timeout_s=0)
-    with serving(create_app(settings, worker=fake_worker.main)) as address, httpx.Client(base_url=address, timeout=20) as client:
+    with (
+        serving(create_app(settings, worker=fake_worker.main)) as address,
+        httpx.Client(base_url=address, timeout=20) as client,
+    ):
         held = {"json": {"prompt": "hold"}, "headers": {"X-Request-Id": "h"}}
         holder = threading.Thread(target=client.post, args=("/generate",), kwargs=held)
         holder.start()
@@ -326,24 +463,40 @@ def test_the_client_comes_back_when_a_full_queue_says_so(fake_settings: Configur
         assert metric(client, "paella_images_total", endpoint="/generate") == 1
 
 
-# ── with the embedded weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── with the embedded weights ─────────────────────────────────────────────────────────────────────
 
 
-def test_a_stream_that_is_closed_after_its_first_preview_is_drawn_no_further(live_server: str) -> None:
-    with httpx.Client(base_url=live_server, timeout=60) as client, connect(live_server, timeout=120) as api:
+def test_a_stream_that_is_closed_after_its_first_preview_is_drawn_no_further(
+    live_server: str,
+) -> None:
+    with (
+        httpx.Client(base_url=live_server, timeout=60) as client,
+        connect(live_server, timeout=120) as api,
+    ):
         cancelled = metric(client, "paella_cancelled_total", stage="worker")
         with api.images.generate(
-            prompt="a red ball", size="256x256", stream=True, partial_images=8, extra_body={"num_inference_steps": 64}
+            prompt="a red ball",
+            size="256x256",
+            stream=True,
+            partial_images=8,
+            extra_body={"num_inference_steps": 64},
         ) as stream:
             event = next(iter(stream))
             assert isinstance(event, ImageGenPartialImageEvent)
             assert (event.partial_image_index, file(event.b64_json).size) == (0, (256, 256))
-        wait_until(lambda: metric(client, "paella_cancelled_total", stage="worker") == cancelled + 1)
+        wait_until(
+            lambda: metric(client, "paella_cancelled_total", stage="worker") == cancelled + 1
+        )
         wait_until(lambda: metric(client, "paella_rows_running") == 0, timeout_s=60)
 
 
 def test_references_change_what_an_edit_shows(live_server: str) -> None:
-    grey, red = (png(np.full((128, 128, 3), colour, np.uint8)) for colour in ([128] * 3, [220, 20, 20]))
+    grey, red = (
+        png(np.full((128, 128, 3), colour, np.uint8)) for colour in ([128] * 3, [220, 20, 20])
+    )
     with connect(live_server, timeout=120) as api:
-        edits = [api.images.edit(image=images, prompt="a ball", extra_body={"seed": 1, "strength": 1}) for images in ([grey], [grey, red])]
+        edits = [
+            api.images.edit(image=images, prompt="a ball", extra_body={"seed": 1, "strength": 1})
+            for images in ([grey], [grey, red])
+        ]
     assert (pixels(edits[0]) != pixels(edits[1])).any()

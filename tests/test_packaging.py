@@ -18,7 +18,16 @@ ROOT = Path(__file__).parents[1]
 def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The files of a freshly built wheel."""
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

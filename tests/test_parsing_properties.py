@@ -1,4 +1,5 @@
-"""Whatever bytes come: a picture, a form or a body is understood, or refused with an error of ours; never anything else.
+"""Whatever bytes come: a picture, a form or a body is understood, or refused with an error of ours;
+never anything else.
 
 What single odd files and bodies mean: test_images_hostile.py, test_images_decode.py, test_body.py.
 """
@@ -37,7 +38,9 @@ FILES = [plain_png(), encoded("JPEG"), encoded("WEBP"), gif()]
 HEADS = [PNG_MAGIC, b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"GIF89a", PNG_MAGIC + b"\0\0\0\rIHDR"]
 BOUNDARY = "limit"
 
-words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), min_size=1, max_size=20)
+words = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), min_size=1, max_size=20
+)
 pixels = arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3)))
 
 
@@ -57,12 +60,19 @@ class Fields(BaseModel):
 def sent(body: bytes, content_type: str, cuts: Sequence[int] = ()) -> Fields:
     """What a body that arrives in these pieces is understood as. Raises ApiError."""
     edges = sorted({0, len(body), *(cut % (len(body) + 1) for cut in cuts)}) if body else [0, 0]
-    pieces = ({"type": "http.request", "body": body[a:b], "more_body": b < len(body)} for a, b in pairwise(edges))
+    pieces = (
+        {"type": "http.request", "body": body[a:b], "more_body": b < len(body)}
+        for a, b in pairwise(edges)
+    )
 
     async def receive() -> dict[str, object]:
         return next(pieces)
 
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", content_type.encode("latin-1"))]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "headers": [(b"content-type", content_type.encode("latin-1"))],
+    }
     return asyncio.run(read_body(Request(scope, receive), Fields, LIMIT))
 
 
@@ -70,17 +80,21 @@ def form(*parts: tuple[str, bytes, bool]) -> bytes:
     """(name, content, whether it is a file) as multipart/form-data."""
     body = b""
     for name, content, is_file in parts:
-        body += f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"'.encode() + (b'; filename="f"' if is_file else b"")
+        body += f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"'.encode() + (
+            b'; filename="f"' if is_file else b""
+        )
         body += b"\r\n\r\n" + content + b"\r\n"
     return body + f"--{BOUNDARY}--\r\n".encode()
 
 
-# ── pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pictures ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(st.sampled_from(HEADS), st.binary(max_size=120))
 @settings(max_examples=200)
-def test_what_begins_like_a_picture_has_a_size_or_is_damaged_and_never_grows(head: bytes, rest: bytes) -> None:
+def test_what_begins_like_a_picture_has_a_size_or_is_damaged_and_never_grows(
+    head: bytes, rest: bytes
+) -> None:
     try:
         container = sniff(head + rest)
     except (DamagedFileError, UnknownFormatError):
@@ -94,9 +108,13 @@ def test_a_file_cut_anywhere_is_a_picture_or_an_error_of_ours(content: bytes, en
     decoded_or_refused(content[: end % len(content)])
 
 
-@given(st.sampled_from(FILES), st.sampled_from(FILES), st.integers(0, 10_000), st.integers(0, 10_000))
+@given(
+    st.sampled_from(FILES), st.sampled_from(FILES), st.integers(0, 10_000), st.integers(0, 10_000)
+)
 @settings(max_examples=80)
-def test_a_file_with_anothers_middle_is_a_picture_or_an_error_of_ours(content: bytes, other: bytes, at: int, size: int) -> None:
+def test_a_file_with_anothers_middle_is_a_picture_or_an_error_of_ours(
+    content: bytes, other: bytes, at: int, size: int
+) -> None:
     at, size = at % len(content), size % len(other)
     decoded_or_refused(content[:at] + other[at : at + size] + content[at + size :])
 
@@ -116,13 +134,28 @@ def test_a_pngs_pixels_arrive_bit_for_bit(rgb: np.ndarray) -> None:
     assert np.array_equal(decode(png(rgb), LIMITS).rgb, rgb)
 
 
-@given(pixels, st.lists(st.tuples(st.sampled_from([b"tEXt", b"iCCP", b"gAMA", b"acTL", b"zzZz"]), st.binary(max_size=40)), max_size=5))
+@given(
+    pixels,
+    st.lists(
+        st.tuples(
+            st.sampled_from([b"tEXt", b"iCCP", b"gAMA", b"acTL", b"zzZz"]), st.binary(max_size=40)
+        ),
+        max_size=5,
+    ),
+)
 @settings(max_examples=40)
-def test_what_stands_in_a_png_beside_its_pixels_changes_nothing(rgb: np.ndarray, extras: list[tuple[bytes, bytes]]) -> None:
+def test_what_stands_in_a_png_beside_its_pixels_changes_nothing(
+    rgb: np.ndarray, extras: list[tuple[bytes, bytes]]
+) -> None:
     content = png(rgb)
-    inserted = b"".join(len(data).to_bytes(4) + name + data + zlib.crc32(name + data).to_bytes(4) for name, data in extras)
+    inserted = b"".join(
+        len(data).to_bytes(4) + name + data + zlib.crc32(name + data).to_bytes(4)
+        for name, data in extras
+    )
     after_header = len(PNG_MAGIC) + 25
-    assert np.array_equal(decode(content[:after_header] + inserted + content[after_header:], LIMITS).rgb, rgb)
+    assert np.array_equal(
+        decode(content[:after_header] + inserted + content[after_header:], LIMITS).rgb, rgb
+    )
 
 
 def png(rgb: np.ndarray) -> bytes:
@@ -133,7 +166,9 @@ def png(rgb: np.ndarray) -> bytes:
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 300), max_size=4), st.booleans())
 @settings(max_examples=80)
-def test_base64_is_its_bytes_wherever_its_lines_break(content: bytes, breaks: list[int], as_url: bool) -> None:
+def test_base64_is_its_bytes_wherever_its_lines_break(
+    content: bytes, breaks: list[int], as_url: bool
+) -> None:
     text = base64.b64encode(content).decode()
     for at in breaks:
         text = text[:at] + "\r\n" + text[at:]
@@ -147,17 +182,26 @@ def test_any_text_is_base64_or_an_error_of_ours(text: str) -> None:
         assert isinstance(file_bytes(text), bytes)
 
 
-# ── forms ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── forms ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(
-    words, st.integers(1, 64), st.booleans(), st.binary(min_size=1, max_size=200), st.lists(st.binary(min_size=1), max_size=3), st.data()
+    words,
+    st.integers(1, 64),
+    st.booleans(),
+    st.binary(min_size=1, max_size=200),
+    st.lists(st.binary(min_size=1), max_size=3),
+    st.data(),
 )
 @settings(max_examples=60)
 def test_a_form_means_the_same_however_it_is_cut_into_pieces(
     prompt: str, steps: int, flag: bool, image: bytes, images: list[bytes], data: st.DataObject
 ) -> None:
-    texts = [("prompt", prompt.encode(), False), ("steps", str(steps).encode(), False), ("flag", str(flag).encode(), False)]
+    texts = [
+        ("prompt", prompt.encode(), False),
+        ("steps", str(steps).encode(), False),
+        ("flag", str(flag).encode(), False),
+    ]
     files = [("image", image, True), *(("images[]", each, True) for each in images)]
     body = form(*texts, *files)
     cuts = data.draw(st.lists(st.integers(0, len(body)), max_size=8))
@@ -171,27 +215,40 @@ def test_a_form_means_the_same_however_it_is_cut_into_pieces(
 @example(noise=b"\r\n--limit", at=0, skipped=0)
 @example(noise=b"", at=300, skipped=80)
 def test_a_damaged_form_is_understood_or_refused(noise: bytes, at: int, skipped: int) -> None:
-    body = form(("prompt", b"a red ball", False), ("steps", b"8", False), ("image", b"\x89PNG", True))
+    body = form(
+        ("prompt", b"a red ball", False), ("steps", b"8", False), ("image", b"\x89PNG", True)
+    )
     at %= len(body)
     refused_or_understood(body[:at] + noise + body[at + skipped :], f"{FORM}; boundary={BOUNDARY}")
 
 
-@given(st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=40), st.binary(max_size=80))
+@given(
+    st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=40),
+    st.binary(max_size=80),
+)
 @settings(max_examples=100)
-def test_any_parameters_of_the_content_type_are_understood_or_refused(parameters: str, body: bytes) -> None:
+def test_any_parameters_of_the_content_type_are_understood_or_refused(
+    parameters: str, body: bytes
+) -> None:
     refused_or_understood(body, f"{FORM}; {parameters}")
 
 
-# ── JSON ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
-@given(st.dictionaries(st.sampled_from(list(Fields.model_fields)) | st.text(max_size=8), values, max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from(list(Fields.model_fields)) | st.text(max_size=8), values, max_size=4
+    )
+)
 @settings(max_examples=150)
 def test_any_json_is_understood_or_refused(fields: dict[str, object]) -> None:
     refused_or_understood(json.dumps(fields).encode(), JSON)

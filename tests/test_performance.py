@@ -22,5 +22,7 @@ def test_the_newest_of_each_machine_is_shown() -> None:
 
 
 def test_families_that_were_measured_apart_are_both_shown() -> None:
-    v1, v3 = (result("2026-11-21", report="full_size", families={family: {}}) for family in ("v1", "v3"))
+    v1, v3 = (
+        result("2026-11-21", report="full_size", families={family: {}}) for family in ("v1", "v3")
+    )
     assert newest([v1, v3], "full_size") == [v1, v3]

@@ -15,17 +15,33 @@ from model.training import captioned
 from model.training import pictures as own_pictures
 from model.training.captioned import DataError, open_collection
 from model.training.decoding import Filters, Unusable, cover, decode, rgb
-from tests.picture_files import RED, WHITE, encoded, halves, pictures, plain, write_mixed, write_pictures, write_shards
+from tests.picture_files import (
+    RED,
+    WHITE,
+    encoded,
+    halves,
+    pictures,
+    plain,
+    write_mixed,
+    write_pictures,
+    write_shards,
+)
 
-# ── a file becomes pixels ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── a file becomes pixels ─────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("orientation", "top_left"), [(1, RED), (2, WHITE), (3, WHITE), (4, RED), (6, RED), (8, WHITE)])
+@pytest.mark.parametrize(
+    ("orientation", "top_left"), [(1, RED), (2, WHITE), (3, WHITE), (4, RED), (6, RED), (8, WHITE)]
+)
 def test_a_camera_s_rotation_is_undone(orientation, top_left):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = halves(RED, WHITE)
-    upright = decode(encoded(image, "JPEG", exif=exif, quality=95), (32, 64) if orientation > 4 else (64, 32), Filters())
+    upright = decode(
+        encoded(image, "JPEG", exif=exif, quality=95),
+        (32, 64) if orientation > 4 else (64, 32),
+        Filters(),
+    )
     assert upright.shape == ((64, 32, 3) if orientation > 4 else (32, 64, 3))
     np.testing.assert_allclose(upright[4, 4], top_left, atol=12)
     bottom_right = WHITE if top_left == RED else RED
@@ -45,15 +61,43 @@ def palette(transparent: bool) -> bytes:
         (encoded(halves((*RED, 255), (0, 0, 0, 128), mode="RGBA")), RED, (127, 127, 127)),
         (encoded(halves((90, 255), (0, 0), mode="LA")), (90, 90, 90), WHITE),
         (encoded(halves(RED, (0, 0, 255)), transparency=(0, 0, 255)), RED, WHITE),
-        (encoded(halves((*RED, 255), (0, 0, 0, 0), mode="RGBA"), "WEBP", lossless=True), RED, WHITE),
+        (
+            encoded(halves((*RED, 255), (0, 0, 0, 0), mode="RGBA"), "WEBP", lossless=True),
+            RED,
+            WHITE,
+        ),
         (palette(transparent=False), RED, (0, 0, 255)),
         (palette(transparent=True), RED, WHITE),
-        (encoded(halves((0, 0, 0, 0), (0, 255, 255, 0), mode="CMYK"), "JPEG", quality=95), WHITE, (255, 0, 0)),
+        (
+            encoded(halves((0, 0, 0, 0), (0, 255, 255, 0), mode="CMYK"), "JPEG", quality=95),
+            WHITE,
+            (255, 0, 0),
+        ),
         (encoded(halves((60,), (200,), mode="L")), (60, 60, 60), (200, 200, 200)),
         (encoded(halves((0,), (1,), mode="1")), (0, 0, 0), (255, 255, 255)),
-        (encoded(Image.fromarray(np.repeat(np.array([[60 * 257, 200 * 257]], np.uint16), 32, 1).repeat(32, 0))), (60,) * 3, (200,) * 3),
+        (
+            encoded(
+                Image.fromarray(
+                    np.repeat(np.array([[60 * 257, 200 * 257]], np.uint16), 32, 1).repeat(32, 0)
+                )
+            ),
+            (60,) * 3,
+            (200,) * 3,
+        ),
     ],
-    ids=["RGBA", "half-transparent", "LA", "RGB+key", "WebP", "palette", "palette+alpha", "CMYK", "grey", "bilevel", "16-bit"],
+    ids=[
+        "RGBA",
+        "half-transparent",
+        "LA",
+        "RGB+key",
+        "WebP",
+        "palette",
+        "palette+alpha",
+        "CMYK",
+        "grey",
+        "bilevel",
+        "16-bit",
+    ],
 )
 def test_every_mode_becomes_rgb_and_what_is_transparent_white(raw, left, right):
     pixels = decode(raw, (64, 32), Filters())
@@ -71,7 +115,9 @@ def test_sixteen_bits_of_grey_keep_their_order():
 
 @pytest.mark.parametrize("size", [(100, 40), (40, 100), (300, 7), (64, 48), (33, 31)])
 def test_pictures_cover_what_is_asked_for_and_are_cropped_from_end_to_end(size):
-    """A ramp along x and one along y: the crop's corners say where it was taken, and that nothing was squeezed."""
+    """A ramp along x and one along y: the crop's corners say where it was taken, and that
+    nothing was squeezed.
+    """
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     image = Image.fromarray(np.stack([x, y, 0 * x], -1).round().astype(np.uint8))
     scale = max(64 / size[0], 48 / size[1])
@@ -92,10 +138,19 @@ def test_a_large_jpeg_comes_out_as_its_reduction():
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8))
     large = coarse.resize((1600, 1600), Image.Resampling.BICUBIC)
     expected = np.asarray(large.resize((256, 256), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(decode(encoded(large, "JPEG", quality=95, subsampling=0), (256, 256), Filters()) - expected).mean() < 2
+    assert (
+        np.abs(
+            decode(encoded(large, "JPEG", quality=95, subsampling=0), (256, 256), Filters())
+            - expected
+        ).mean()
+        < 2
+    )
 
 
-@pytest.mark.parametrize(("size", "reason"), [((40, 20), None), ((40, 19), "too small"), ((60, 20), None), ((61, 20), "too elongated")])
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [((40, 20), None), ((40, 19), "too small"), ((60, 20), None), ((61, 20), "too elongated")],
+)
 def test_filters_hold_at_their_bounds(size, reason):
     filters = Filters(min_side=20, max_aspect=3.0)
     for turned in (size, size[::-1]):
@@ -106,7 +161,7 @@ def test_filters_hold_at_their_bounds(size, reason):
                 decode(encoded(plain(size=turned)), (8, 8), filters)
 
 
-# ── folders and shards ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── folders and shards ────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("threads", [0, 3])
@@ -123,7 +178,9 @@ def test_what_cannot_be_used_is_left_out_and_counted_once_by_reason(tmp_path, fo
     images, texts = source.draw()
     assert images.shape == (4, 3, 16, 16)
     assert images.dtype == torch.uint8
-    assert sorted(texts) == [f"caption of {name}" for name in ("a.png", "b.JPG", "deep/d.webp", "deep/er/c.jpeg")]
+    assert sorted(texts) == [
+        f"caption of {name}" for name in ("a.png", "b.JPG", "deep/d.webp", "deep/er/c.jpeg")
+    ]
     np.testing.assert_allclose(images.float().mean((2, 3)), [RED] * 4, atol=6)
     source.draw()
     assert source.skipped == reasons
@@ -145,9 +202,19 @@ def test_metadata_says_captions_before_text_files_do(tmp_path):
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join([*map(json.dumps, lines), "", "{not json"]))
     source = pictures(tmp_path, 4)
-    assert sorted(source.draw()[1]) == ["a picture further down", "from metadata", "picture 1", "picture 2"]
+    assert sorted(source.draw()[1]) == [
+        "a picture further down",
+        "from metadata",
+        "picture 1",
+        "picture 2",
+    ]
     source.draw()
-    assert source.skipped == {"no such file": 1, "not an image": 1, "metadata not understood": 2, "no caption": 1}
+    assert source.skipped == {
+        "no such file": 1,
+        "not an image": 1,
+        "metadata not understood": 2,
+        "no caption": 1,
+    }
 
 
 def test_a_shard_is_read_up_to_where_it_is_cut_and_the_next_ones_whole(tmp_path):
@@ -156,7 +223,9 @@ def test_a_shard_is_read_up_to_where_it_is_cut_and_the_next_ones_whole(tmp_path)
         path.write_text(f"whole {path.stem}")
     pattern = write_shards(tmp_path / "shards", parts)
     first = tmp_path / "shards" / "shard-000.tar"
-    first.write_bytes(first.read_bytes()[: 512 * 9 + 100])  # four blocks a sample: the third one's picture is cut
+    first.write_bytes(
+        first.read_bytes()[: 512 * 9 + 100]
+    )  # four blocks a sample: the third one's picture is cut
     source = pictures(pattern, 20)
     texts = source.draw()[1]
     assert {*texts} == {"picture 0", "picture 1", *(f"whole {i:03}" for i in range(6))}
@@ -170,7 +239,12 @@ def test_a_shard_is_read_up_to_where_it_is_cut_and_the_next_ones_whole(tmp_path)
         (lambda folder: folder / "nothing", "no such folder"),
         (lambda folder: folder / "shard-{000..003}.tar", "nor 3 more"),
         (lambda folder: write_shards(folder, [write_pictures(folder / "empty", 0)]), "it is empty"),
-        (lambda folder: [path.unlink() for path in write_pictures(folder, 3).glob("*.txt")] and folder, "3 no caption"),
+        (
+            lambda folder: (
+                [path.unlink() for path in write_pictures(folder, 3).glob("*.txt")] and folder
+            ),
+            "3 no caption",
+        ),
         (lambda folder: write_shards(folder, [write_pictures(folder / "small", 3)]), "3 too small"),
     ],
     ids=["no pictures", "no folder", "no shards", "empty shard", "no captions", "too small"],
@@ -187,13 +261,18 @@ def test_an_epoch_meets_every_picture_once_and_the_next_in_another_order_and_cro
     folder = write_pictures(tmp_path / "data", 30)
     for path in folder.glob("*.png"):
         halves(RED, WHITE, (60, 40)).save(path)
-    source = pictures(folder if form == "folder" else write_shards(tmp_path / "shards", [folder]), 30)
+    source = pictures(
+        folder if form == "folder" else write_shards(tmp_path / "shards", [folder]), 30
+    )
     (first, texts), (second, again) = source.draw(), source.draw()
     assert sorted(texts) == sorted(again) == sorted(f"picture {i}" for i in range(30))
     assert texts != again
     crops = [images.float().mean((1, 2, 3)) for images in (first, second)]
     assert all(len(crop.round().unique()) > 10 for crop in crops)
-    by_name = [dict(zip(names, crop.tolist(), strict=True)) for names, crop in ((texts, crops[0]), (again, crops[1]))]
+    by_name = [
+        dict(zip(names, crop.tolist(), strict=True))
+        for names, crop in ((texts, crops[0]), (again, crops[1]))
+    ]
     assert by_name[0] != by_name[1]
 
 
@@ -201,7 +280,11 @@ def test_an_epoch_meets_every_picture_once_and_the_next_in_another_order_and_cro
 def test_a_source_goes_on_from_its_position_whoever_reads_ahead(tmp_path, form):
     write_mixed(tmp_path / "mixed")
     write_pictures(tmp_path / "mixed", 17)
-    where = tmp_path / "mixed" if form == "folder" else write_shards(tmp_path / "shards", [tmp_path / "mixed"] * 2)
+    where = (
+        tmp_path / "mixed"
+        if form == "folder"
+        else write_shards(tmp_path / "shards", [tmp_path / "mixed"] * 2)
+    )
     whole = pictures(where, 7, seed=5, threads=3)
     states, drawn = [], []
     for _ in range(9):
@@ -223,7 +306,9 @@ def test_processes_share_a_collection_without_overlap(monkeypatch, tmp_path, for
     for i, part in enumerate(parts):
         for path in part.glob("*.txt"):
             path.write_text(f"part {i}, {path.stem}")
-    where = str(tmp_path / "parts") if form == "folder" else write_shards(tmp_path / "shards", parts)
+    where = (
+        str(tmp_path / "parts") if form == "folder" else write_shards(tmp_path / "shards", parts)
+    )
     monkeypatch.setattr(captioned, "world", lambda: 2)
     seen: list[set[str]] = []
     for rank in (0, 1):

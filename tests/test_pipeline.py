@@ -1,7 +1,8 @@
 """A picture is its own: the same alone and in any company, of any size, with any sampler.
 
-Tokens are compared, not pixels. Other company means other shapes of matrix products, and those add in another order, so a draw within
-rounding of a boundary may fall to the other side: what is promised is 99 % of the tokens, and all of them in company of the same shape.
+Tokens are compared, not pixels. Other company means other shapes of matrix products, and those add
+in another order, so a draw within rounding of a boundary may fall to the other side: what is
+promised is 99 % of the tokens, and all of them in company of the same shape.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ from model.sampling import NEVER
 
 PROMPTS = ("red apple", "", "the red apple in the red apple and on and on, until it is cut", "🍎")
 PLAIN = SamplingConfig(
-    steps=6, renoise_steps=5, guidance=(4.0, 4.0), guidance_steps=6, temperature=(0.7, 0.3), sampler="multinomial", typical_mass=0.4
+    steps=6,
+    renoise_steps=5,
+    guidance=(4.0, 4.0),
+    guidance_steps=6,
+    temperature=(0.7, 0.3),
+    sampler="multinomial",
+    typical_mass=0.4,
 )
 SAMPLERS = ("multinomial", "argmax", "typical", "quant")
 
 
-def row(pipeline: Pipeline, prompt: str = PROMPTS[0], seed: int = 0, config: SamplingConfig = PLAIN) -> Row:
+def row(
+    pipeline: Pipeline, prompt: str = PROMPTS[0], seed: int = 0, config: SamplingConfig = PLAIN
+) -> Row:
     noise = pipeline.noise(seed, 32, 32, config.steps)
     encoded, negative = pipeline.encode([prompt, ""])
     (image,) = pipeline.prior_embeddings([encoded], [noise])
-    return pipeline.start(noise, config, pipeline.condition(encoded, image), pipeline.condition(negative))
+    return pipeline.start(
+        noise, config, pipeline.condition(encoded, image), pipeline.condition(negative)
+    )
 
 
 def run(pipeline: Pipeline, *rows: Row) -> list[Tensor]:
@@ -49,7 +60,7 @@ def alone(pipeline: Pipeline) -> Tensor:
     return run(pipeline, row(pipeline))[0]
 
 
-# ── company ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── company ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_same_seed_draws_exactly_the_same_tokens_again(pipeline, alone):
@@ -73,8 +84,15 @@ def test_neighbours_of_another_kind_change_nothing_when_they_join_and_leave(pipe
     pipeline.advance([mine])
     short = row(pipeline, PROMPTS[2], 9, replace(PLAIN, steps=2, sampler="argmax"))
     pipeline.advance([short, mine])
-    unguided = row(pipeline, PROMPTS[1], 8, replace(PLAIN, steps=12, guidance=(1.0, 1.0), sampler="quant"))
-    late = row(pipeline, PROMPTS[3], 7, replace(PLAIN, steps=3, guidance_steps=1, sampler="typical", temperature=(5.0, 0.05)))
+    unguided = row(
+        pipeline, PROMPTS[1], 8, replace(PLAIN, steps=12, guidance=(1.0, 1.0), sampler="quant")
+    )
+    late = row(
+        pipeline,
+        PROMPTS[3],
+        7,
+        replace(PLAIN, steps=3, guidance_steps=1, sampler="typical", temperature=(5.0, 0.05)),
+    )
     pipeline.advance([unguided, mine, short])
     assert short.done
     pipeline.advance([late, unguided, mine])
@@ -97,11 +115,14 @@ def test_image_i_of_seed_s_is_image_0_of_seed_s_plus_i(pipeline):
 
 
 def test_a_negative_seed_and_its_unsigned_twin_are_one(pipeline):
-    assert torch.equal(pipeline.noise(-1, 32, 32, 2).start, pipeline.noise(2**64 - 1, 32, 32, 2).start)
+    assert torch.equal(
+        pipeline.noise(-1, 32, 32, 2).start, pipeline.noise(2**64 - 1, 32, 32, 2).start
+    )
 
 
 def test_another_prompt_never_meets_the_conditions_of_a_finished_row(pipeline):
-    # Stacked conditions were remembered by id(), and a new row's condition can lie where a finished row's lay.
+    # Stacked conditions were remembered by id(), and a new row's condition can lie where a finished
+    # row's lay.
     config = replace(PLAIN, guidance=(1.0, 1.0))
     finished = row(pipeline, config=config)
     pipeline.advance([finished])
@@ -129,12 +150,14 @@ def test_conditions_are_let_go_once_other_rows_step(pipeline):
 def test_stacked_conditions_are_kept_while_the_same_rows_step(pipeline, monkeypatch):
     stacked = count()
     stack = Condition.stack
-    monkeypatch.setattr(Condition, "stack", lambda conditions: (next(stacked), stack(conditions))[1])
+    monkeypatch.setattr(
+        Condition, "stack", lambda conditions: (next(stacked), stack(conditions))[1]
+    )
     run(pipeline, row(pipeline), row(pipeline, seed=1))
     assert next(stacked) == 1
 
 
-# ── guidance and schedules ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── guidance and schedules ────────────────────────────────────────────────────────────────────────
 
 
 def test_without_guidance_there_is_one_branch_and_the_negative_prompt_is_not_read(pipeline):
@@ -142,12 +165,18 @@ def test_without_guidance_there_is_one_branch_and_the_negative_prompt_is_not_rea
     mine = row(pipeline, config=config)
     assert mine.unconditional is None
     assert len(mine.branches) == 1
-    plain, negated = (pipeline.generate(["red apple"], [0], config, negative_prompt=text) for text in ("", "the apple"))
+    plain, negated = (
+        pipeline.generate(["red apple"], [0], config, negative_prompt=text)
+        for text in ("", "the apple")
+    )
     assert torch.equal(plain, negated)
 
 
 def test_with_guidance_the_negative_prompt_counts(pipeline):
-    plain, negated = (pipeline.generate(["red apple"], [0], PLAIN, negative_prompt=text) for text in ("", "the apple"))
+    plain, negated = (
+        pipeline.generate(["red apple"], [0], PLAIN, negative_prompt=text)
+        for text in ("", "the apple")
+    )
     assert not torch.equal(plain, negated)
 
 
@@ -161,7 +190,12 @@ def test_guidance_stops_after_its_steps(pipeline):
 
 
 def test_a_ramp_that_reaches_one_needs_no_unconditional_branch_there():
-    mine = generate(replace(PLAIN, guidance=(3.5, 1.0)), noise=_Start(), conditional=_condition(), unconditional=_condition())
+    mine = generate(
+        replace(PLAIN, guidance=(3.5, 1.0)),
+        noise=_Start(),
+        conditional=_condition(),
+        unconditional=_condition(),
+    )
     mine.step = 5
     assert len(mine.branches) == 1
 
@@ -172,13 +206,21 @@ def test_guidance_is_cond_times_g_plus_uncond_times_one_minus_g(pipeline):
     denoiser, times = pipeline.bundle.denoiser, pipeline.bundle.denoiser.times(torch.ones(1))
     unconditional = mine.unconditional
     assert unconditional is not None
-    cond, uncond = (denoiser.project(denoiser.features(mine.tokens[None], times, c)) for c in (mine.conditional, unconditional))
+    cond, uncond = (
+        denoiser.project(denoiser.features(mine.tokens[None], times, c))
+        for c in (mine.conditional, unconditional)
+    )
     (tokens,) = run(pipeline, mine)
     assert agreement(tokens, (3 * cond - 2 * uncond).argmax(-1)[0]) >= 0.99
 
 
 def test_renoising_falls_with_time_and_stops_after_its_steps():
-    mine = generate(replace(PLAIN, renoise_steps=3), noise=_Start(), conditional=_condition(), unconditional=None)
+    mine = generate(
+        replace(PLAIN, renoise_steps=3),
+        noise=_Start(),
+        conditional=_condition(),
+        unconditional=None,
+    )
     assert mine.renoise_probabilities == pytest.approx([5 / 6, 4 / 6, 3 / 6, NEVER, NEVER, NEVER])
 
 
@@ -203,12 +245,14 @@ def test_a_bundle_s_attention_weights_change_the_conditional_branch_alone(pipeli
     image = torch.randn(1, 16)
     weighted, unconditional = pipeline.condition(prompt, image), pipeline.condition(negative)
     off = PipelineV3(pipeline.bundle)
-    off.config = replace(pipeline.config, recipe=replace(pipeline.config.recipe, attention_weights=None))
+    off.config = replace(
+        pipeline.config, recipe=replace(pipeline.config.recipe, attention_weights=None)
+    )
     assert not torch.equal(off.condition(prompt, image).kv, weighted.kv)
     assert torch.equal(off.condition(negative).kv, unconditional.kv)
 
 
-# ── samplers, sizes, stages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── samplers, sizes, stages ───────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -266,8 +310,13 @@ def test_what_was_cut_is_said_by_encoder(pipeline):
 
 
 def test_prior_embeddings_belong_to_their_prompt_and_noise(pipeline):
-    prompts, noises = pipeline.encode(PROMPTS[:2]), [pipeline.noise(seed, 32, 32, 1) for seed in (1, 2)]
+    prompts, noises = (
+        pipeline.encode(PROMPTS[:2]),
+        [pipeline.noise(seed, 32, 32, 1) for seed in (1, 2)],
+    )
     together = pipeline.prior_embeddings(prompts, noises)
     for prompt, noise, embedding in zip(prompts, noises, together, strict=True):
-        torch.testing.assert_close(pipeline.prior_embeddings([prompt], [noise])[0], embedding, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            pipeline.prior_embeddings([prompt], [noise])[0], embedding, atol=1e-4, rtol=1e-4
+        )
     assert not torch.allclose(together[0], together[1], atol=0.1)

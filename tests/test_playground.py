@@ -1,4 +1,6 @@
-"""The playground as files: all of it from here, small, under a strict policy, and kept by browsers until it changes."""
+"""The playground as files: all of it from here, small, under a strict policy, and kept by
+browsers until it changes.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_what_the_page_loads_is_there_and_nothing_else_lies_about(client: httpx.
         loaded.add(name)
         answer = client.get(f"/playground/{name}")
         assert answer.status_code == 200, name
-        waiting |= {(page or module).rpartition("/")[2] for page, module in LOADED.findall(answer.text)} - loaded
+        waiting |= {
+            (page or module).rpartition("/")[2] for page, module in LOADED.findall(answer.text)
+        } - loaded
     assert loaded == set(NAMES)
 
 
@@ -41,13 +45,20 @@ def test_what_the_page_loads_is_there_and_nothing_else_lies_about(client: httpx.
 def test_no_file_names_another_origin_and_nothing_is_inline(name: str) -> None:
     text = (DIRECTORY / name).read_text()
     assert set(re.findall(r"\w+://[^\s\"']+", text)) <= {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! src=| type=\"module\" src=)|\beval\(|new Function", text)
+    assert not re.search(
+        r"<style|\sstyle=|\son\w+=|<script(?! src=| type=\"module\" src=)|\beval\(|new Function",
+        text,
+    )
 
 
-@pytest.mark.parametrize("path", ["/", "/playground/main.js", "/playground/style.css", "/playground/icon.svg"])
+@pytest.mark.parametrize(
+    "path", ["/", "/playground/main.js", "/playground/style.css", "/playground/icon.svg"]
+)
 def test_the_policy_lets_a_browser_ask_this_server_alone(client: httpx.Client, path: str) -> None:
     headers = client.get(path).headers
-    policy = dict(directive.split(" ", 1) for directive in headers["content-security-policy"].split("; "))
+    policy = dict(
+        directive.split(" ", 1) for directive in headers["content-security-policy"].split("; ")
+    )
     assert policy == {
         "default-src": "'none'",
         "script-src": "'self'",
@@ -64,10 +75,14 @@ def test_the_policy_lets_a_browser_ask_this_server_alone(client: httpx.Client, p
 def test_a_file_that_a_browser_has_is_not_sent_again_until_it_changes(client: httpx.Client) -> None:
     first = client.get("/playground/main.js")
     assert first.headers["cache-control"] == "no-cache"
-    again = client.get("/playground/main.js", headers={"If-None-Match": f'"other", {first.headers["etag"]}'})
+    again = client.get(
+        "/playground/main.js", headers={"If-None-Match": f'"other", {first.headers["etag"]}'}
+    )
     assert (again.status_code, again.content) == (304, b"")
     assert again.headers["etag"] == first.headers["etag"]
-    assert client.get("/playground/main.js", headers={"If-None-Match": '"other"'}).status_code == 200
+    assert (
+        client.get("/playground/main.js", headers={"If-None-Match": '"other"'}).status_code == 200
+    )
 
 
 def test_its_head_can_be_asked_for(client: httpx.Client) -> None:
@@ -76,7 +91,9 @@ def test_its_head_can_be_asked_for(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2Fcli.py", "%2e%2e", "index.html%00"])
-def test_what_is_no_file_of_the_page_is_404_in_the_one_shape(client: httpx.Client, name: str) -> None:
+def test_what_is_no_file_of_the_page_is_404_in_the_one_shape(
+    client: httpx.Client, name: str
+) -> None:
     answer = client.get(f"/playground/{name}")
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "not_found"
@@ -90,6 +107,12 @@ def test_it_is_no_part_of_the_documented_interface(client: httpx.Client) -> None
     assert not {"/", "/playground/{name}"} & set(client.get("/openapi.json").json()["paths"])
 
 
-def test_the_page_needs_no_key_where_what_it_asks_does(fake_settings: Callable[..., Settings]) -> None:
-    with serving(create_app(fake_settings(api_keys="0123456789abcdef"), worker=fake_worker.main)) as url:
-        assert [httpx.get(url + path).status_code for path in ("/", "/playground/main.js", "/v1/models")] == [200, 200, 401]
+def test_the_page_needs_no_key_where_what_it_asks_does(
+    fake_settings: Callable[..., Settings],
+) -> None:
+    with serving(
+        create_app(fake_settings(api_keys="0123456789abcdef"), worker=fake_worker.main)
+    ) as url:
+        assert [
+            httpx.get(url + path).status_code for path in ("/", "/playground/main.js", "/v1/models")
+        ] == [200, 200, 401]

@@ -13,7 +13,8 @@ from model.config import PriorConfig
 from model.networks.prior import Prior, add_noise, alpha_bar, ddim_step, sample, trajectory
 from tests.conftest import golden
 
-# Some of the recorded values are above 100, where 1e-4 is a dozen float32 steps: one processor's products are within that, another's not.
+# Some of the recorded values are above 100, where 1e-4 is a dozen float32 steps: one processor's
+# products are within that, another's not.
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
 
@@ -36,7 +37,9 @@ def recorded() -> tuple[Prior, dict[str, Tensor], float]:
 def test_the_state_dict_has_exactly_the_published_names(recorded):
     prior, _, _ = recorded
     _, weights, _ = golden("prior_v1")
-    assert {name: t.shape for name, t in prior.state_dict().items()} == {name: t.shape for name, t in weights.items()}
+    assert {name: t.shape for name, t in prior.state_dict().items()} == {
+        name: t.shape for name, t in weights.items()
+    }
 
 
 def test_predicted_noise_equals_the_recorded_one(recorded):
@@ -47,7 +50,9 @@ def test_predicted_noise_equals_the_recorded_one(recorded):
 def test_every_ddpm_step_equals_the_recorded_one(recorded):
     prior, x, guidance = recorded
     noise = torch.cat([x["ddpm_init"][None], x["ddpm_step_noise"]])
-    ours = torch.stack(list(trajectory(prior, x["clip_text"], noise, guidance=guidance, sampler="ddpm")))
+    ours = torch.stack(
+        list(trajectory(prior, x["clip_text"], noise, guidance=guidance, sampler="ddpm"))
+    )
     torch.testing.assert_close(ours, x["ddpm_x_after_step"], **TOLERANCE)
 
 
@@ -55,14 +60,20 @@ def test_every_ddim_step_equals_the_recorded_one(recorded):
     prior, x, guidance = recorded
     # Whatever noise is there for the steps is not used.
     noise = torch.cat([x["ddim_init"][None], torch.full((7, 2, 20), torch.nan)])
-    ours = torch.stack(list(trajectory(prior, x["clip_text"], noise, guidance=guidance, sampler="ddim")))
+    ours = torch.stack(
+        list(trajectory(prior, x["clip_text"], noise, guidance=guidance, sampler="ddim"))
+    )
     torch.testing.assert_close(ours, x["ddim_x_after_step"], **TOLERANCE)
 
 
 def test_a_sample_is_where_the_trajectory_ends(recorded):
     prior, x, guidance = recorded
     noise = torch.cat([x["ddpm_init"][None], x["ddpm_step_noise"]])
-    torch.testing.assert_close(sample(prior, x["clip_text"], noise, guidance=guidance), x["ddpm_x_after_step"][-1], **TOLERANCE)
+    torch.testing.assert_close(
+        sample(prior, x["clip_text"], noise, guidance=guidance),
+        x["ddpm_x_after_step"][-1],
+        **TOLERANCE,
+    )
 
 
 def test_a_folded_prior_draws_the_same_at_any_number_of_steps(recorded):
@@ -71,7 +82,10 @@ def test_a_folded_prior_draws_the_same_at_any_number_of_steps(recorded):
     folded.fold()
     noise = torch.cat([x["ddpm_init"][None], x["ddpm_step_noise"]])
     for steps in (len(noise) - 1, 2, len(noise) - 1):
-        assert torch.equal(sample(folded, x["clip_text"], noise[: steps + 1]), sample(prior, x["clip_text"], noise[: steps + 1]))
+        assert torch.equal(
+            sample(folded, x["clip_text"], noise[: steps + 1]),
+            sample(prior, x["clip_text"], noise[: steps + 1]),
+        )
 
 
 def test_the_last_ddpm_step_adds_no_noise(recorded):
@@ -88,7 +102,9 @@ def test_guidance_one_is_the_conditional_prediction_alone(recorded):
     ts = torch.linspace(1, 0, 3)[1:]
     a = alpha_bar(ts).tolist()
     by_hand = ddim_step(noise[0], prior(noise[0], ts[:1].expand(2), x["clip_text"]), a[0], a[1])
-    torch.testing.assert_close(sample(prior, x["clip_text"], noise, guidance=1.0, sampler="ddim"), by_hand, **TOLERANCE)
+    torch.testing.assert_close(
+        sample(prior, x["clip_text"], noise, guidance=1.0, sampler="ddim"), by_hand, **TOLERANCE
+    )
 
 
 def test_rows_do_not_see_each_other(recorded):
@@ -102,7 +118,11 @@ def test_the_signal_s_share_falls_from_nearly_one_to_nearly_nothing():
     a = alpha_bar(torch.linspace(0, 1, 101))
     assert (a.diff() <= 0).all()
     assert (a[0].item(), a[-1].item()) == pytest.approx((0.9999, 1e-4))
-    by_hand = [math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2 for t in (0.25, 0.5, 0.75)]
+    by_hand = [
+        math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        for t in (0.25, 0.5, 0.75)
+    ]
     assert a[[25, 50, 75]].tolist() == pytest.approx(by_hand, abs=1e-6)
 
 

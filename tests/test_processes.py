@@ -20,7 +20,9 @@ NOBODY = 2**30
 def child() -> Iterator[int]:
     """A process that has one file open beside the usual three, and lives until its input ends."""
     script = "import sys; file = open(sys.executable); print('ready', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         yield process.pid

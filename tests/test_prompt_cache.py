@@ -1,4 +1,6 @@
-"""The prompt cache: least recently used out first, never more bytes than allowed, and nothing computed twice."""
+"""The prompt cache: least recently used out first, never more bytes than allowed, and nothing
+computed twice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The application on a real Ray of this machine: whatever happens to a replica, its requests are answered."""
+"""The application on a real Ray of this machine: whatever happens to a replica, its requests are
+answered.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,15 @@ class Cluster:
     process: subprocess.Popen[str]
     client: httpx.Client
 
-    def deploy(self, *, fake: bool = True, settings: dict[str, str] | None = None, **scale: Any) -> None:
+    def deploy(
+        self, *, fake: bool = True, settings: dict[str, str] | None = None, **scale: Any
+    ) -> None:
         """Returns when all replicas are there."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"scale": scale, "settings": settings or {}, "fake": fake}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"scale": scale, "settings": settings or {}, "fake": fake}) + "\n"
+        )
         self.process.stdin.flush()
         # Ray, too, has things to say there.
         assert "deployed\n" in iter(self.process.stdout.readline, "")
@@ -62,24 +68,38 @@ class Cluster:
         """A figure by replica, summed over its other labels."""
         families = text_string_to_metric_families(self.client.get("/metrics").text)
         sums: Counter[str] = Counter()
-        for sample in (sample for each in families for sample in each.samples if sample.name == name):
+        for sample in (
+            sample for each in families for sample in each.samples if sample.name == name
+        ):
             sums[sample.labels["replica"]] += sample.value  # type: ignore[assignment]
         return sums
 
     def engines(self) -> set[str]:
-        return {replica for replica in self.figures("paella_queue_depth") if replica.startswith("Engine-")}
+        return {
+            replica
+            for replica in self.figures("paella_queue_depth")
+            if replica.startswith("Engine-")
+        }
 
     def wait_for_engines(self, count: int) -> None:
         eventually(lambda: len(self.engines()) == count)
         eventually(lambda: self.client.get("/readyz").status_code == 200)
 
     def generate(self, prompt: str, seed: int, **headers: str) -> httpx.Response:
-        return self.client.post("/generate", json={"prompt": prompt, "seed": seed, "timeout_s": PATIENCE_S}, headers=headers)
+        return self.client.post(
+            "/generate",
+            json={"prompt": prompt, "seed": seed, "timeout_s": PATIENCE_S},
+            headers=headers,
+        )
 
     def processes(self, deployment: str) -> list[int]:
         """Of a deployment's replicas."""
         title = f"ray::ServeReplica:paellera:{deployment}"
-        return [pid for pid in family(self.process.pid) if Path(f"/proc/{pid}/cmdline").read_text().startswith(title)]
+        return [
+            pid
+            for pid in family(self.process.pid)
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith(title)
+        ]
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -94,7 +114,9 @@ def cluster(bundle: Path) -> Iterator[Cluster]:
     command = [sys.executable, "-m", "tests.ray_cluster", "--port", str(port)]
     environment = {**os.environ, **ENVIRONMENT, "PAELLERA_WEIGHTS": str(bundle)}
     with (
-        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client,
     ):
         cluster = Cluster(process, client)
@@ -107,7 +129,9 @@ def cluster(bundle: Path) -> Iterator[Cluster]:
 
 @contextmanager
 def load(cluster: Cluster) -> Iterator[list[httpx.Response]]:
-    """Some clients that ask again whenever they are answered; afterwards, what they all were answered."""
+    """Some clients that ask again whenever they are answered; afterwards, what they all were
+    answered.
+    """
     answers: list[httpx.Response] = []
     over = threading.Event()
 
@@ -128,14 +152,17 @@ def load(cluster: Cluster) -> Iterator[list[httpx.Response]]:
 
 
 def all_pictures(answers: list[httpx.Response]) -> bool:
-    return len(answers) >= LOADS and {(answer.status_code, answer.headers["content-type"]) for answer in answers} == {(200, "image/png")}
+    return len(answers) >= LOADS and {
+        (answer.status_code, answer.headers["content-type"]) for answer in answers
+    } == {(200, "image/png")}
 
 
 def test_both_engines_are_asked_and_both_are_measured(cluster: Cluster) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda seed: cluster.generate("slow", seed), range(16)))
     assert [answer.status_code for answer in answers] == [200] * 16
-    # The longer wait is avoided, so that neither is left idle: of sixteen alike, each has at least a quarter.
+    # The longer wait is avoided, so that neither is left idle: of sixteen alike, each has at least
+    # a quarter.
     eventually(lambda: sum(cluster.figures("paella_queue_duration_seconds_count").values()) >= 16)
     done = cluster.figures("paella_queue_duration_seconds_count")
     assert min(done[engine] for engine in cluster.engines()) >= 4
@@ -149,7 +176,11 @@ def test_an_answer_is_what_the_contract_says(cluster: Cluster) -> None:
     assert answer.headers["x-prompt-truncated"] == "byt5, clip"
     assert answer.headers["server-timing"].startswith("queue;dur=")
     failed = cluster.generate("fail", 7)
-    assert (failed.status_code, failed.json()["error"]["code"], failed.headers["x-should-retry"]) == (500, "internal", "false")
+    assert (
+        failed.status_code,
+        failed.json()["error"]["code"],
+        failed.headers["x-should-retry"],
+    ) == (500, "internal", "false")
     late = cluster.client.post("/generate", json={"prompt": "hold", "timeout_s": 0.5})
     assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
 
@@ -174,7 +205,9 @@ def test_a_request_is_deleted_whichever_replica_has_it(cluster: Cluster) -> None
         for id in ids:
             eventually(lambda id=id: cluster.client.delete(f"/requests/{id}").status_code == 204)
         assert {answer.result().status_code for answer in held} == {499}
-    assert cluster.client.delete(f"/requests/{ids[0]}").json()["error"]["code"] == "request_not_found"
+    assert (
+        cluster.client.delete(f"/requests/{ids[0]}").json()["error"]["code"] == "request_not_found"
+    )
 
 
 def test_what_a_killed_engine_had_is_begun_again_on_the_other(cluster: Cluster) -> None:
@@ -185,8 +218,15 @@ def test_what_a_killed_engine_had_is_begun_again_on_the_other(cluster: Cluster) 
         eventually(lambda: sum(cluster.figures("paella_rows_running").values()) == len(ids))
         had = min(cluster.figures("paella_rows_running")[engine] for engine in before)
         os.kill(cluster.processes("Engine")[0], signal.SIGKILL)
-        eventually(lambda: before - cluster.engines() != set() and sum(cluster.figures("paella_rows_running").values()) == len(ids))
-        eventually(lambda: sum(cluster.figures("paella_requests_replayed_total").values()) >= had > 0)
+        eventually(
+            lambda: (
+                before - cluster.engines() != set()
+                and sum(cluster.figures("paella_rows_running").values()) == len(ids)
+            )
+        )
+        eventually(
+            lambda: sum(cluster.figures("paella_requests_replayed_total").values()) >= had > 0
+        )
         for id in ids:
             eventually(lambda id=id: cluster.client.delete(f"/requests/{id}").status_code == 204)
         assert {answer.result().status_code for answer in held} == {499}
@@ -209,12 +249,16 @@ def test_none_is_lost_when_an_engine_is_killed(cluster: Cluster) -> None:
 def test_none_is_lost_while_all_replicas_are_replaced(cluster: Cluster) -> None:
     before = cluster.engines()
     with load(cluster) as answers:
-        cluster.deploy(min_replicas=2, max_replicas=2, api_replicas=2, settings={"PAELLERA_QUEUE_ROWS": "255"})
+        cluster.deploy(
+            min_replicas=2, max_replicas=2, api_replicas=2, settings={"PAELLERA_QUEUE_ROWS": "255"}
+        )
         eventually(lambda: not cluster.engines() & before)
     assert all_pictures(answers)
 
 
-def test_there_are_more_engines_under_load_and_fewer_afterwards_and_none_is_lost(cluster: Cluster) -> None:
+def test_there_are_more_engines_under_load_and_fewer_afterwards_and_none_is_lost(
+    cluster: Cluster,
+) -> None:
     times = {"upscale_delay_s": 0, "downscale_delay_s": 0.5, "look_back_s": 10.1}
     cluster.deploy(min_replicas=1, max_replicas=2, api_replicas=2, target_rows=3, **times)
     with load(cluster) as answers:
@@ -232,10 +276,20 @@ def test_there_are_more_engines_under_load_and_fewer_afterwards_and_none_is_lost
 
 
 def test_a_seed_gives_the_same_bytes_on_both_engines(cluster: Cluster, random_bundle: Path) -> None:
-    cluster.deploy(min_replicas=2, max_replicas=2, settings={"PAELLERA_WEIGHTS": str(random_bundle)}, fake=False)
+    cluster.deploy(
+        min_replicas=2,
+        max_replicas=2,
+        settings={"PAELLERA_WEIGHTS": str(random_bundle)},
+        fake=False,
+    )
     body = {"prompt": "a red apple", "seed": 3, "deterministic": True, "timeout_s": PATIENCE_S}
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: cluster.client.post("/generate", json=body), range(8)))
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
-    eventually(lambda: all(cluster.figures("paella_queue_duration_seconds_count")[engine] for engine in cluster.engines()))
+    eventually(
+        lambda: all(
+            cluster.figures("paella_queue_duration_seconds_count")[engine]
+            for engine in cluster.engines()
+        )
+    )

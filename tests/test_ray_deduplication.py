@@ -1,4 +1,6 @@
-"""A job that begins again tells its caller nothing twice, and nothing that is older than what was told."""
+"""A job that begins again tells its caller nothing twice, and nothing that is older than what
+was told.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,23 @@ def drawn(index: int) -> Drawn:
 def told(*calls: tuple[str, object]) -> list[tuple[str, object]]:
     heard: list[tuple[str, object]] = []
     hooks = ("on_admitted", "on_preview", "on_drawn")
-    replay_filter = ReplayFilter({name: lambda *args, name=name: heard.append((name, *args)) for name in hooks})
+    replay_filter = ReplayFilter(
+        {name: lambda *args, name=name: heard.append((name, *args)) for name in hooks}
+    )
     for name, *args in calls:
         replay_filter.forward((name, tuple(args)))
     return heard
 
 
 def test_previews_only_go_on() -> None:
-    shown = [preview(1), preview(0), preview(1), preview(2), preview(0, index=1), preview(0, index=1)]
+    shown = [
+        preview(1),
+        preview(0),
+        preview(1),
+        preview(2),
+        preview(0, index=1),
+        preview(0, index=1),
+    ]
     assert told(*(("on_preview", each) for each in shown)) == [
         ("on_preview", preview(1)),
         ("on_preview", preview(2)),
@@ -33,8 +44,13 @@ def test_previews_only_go_on() -> None:
 
 
 def test_an_image_is_handed_out_once() -> None:
-    assert told(("on_drawn", drawn(0)), ("on_drawn", drawn(1)), ("on_drawn", drawn(0))) == [("on_drawn", drawn(0)), ("on_drawn", drawn(1))]
+    assert told(("on_drawn", drawn(0)), ("on_drawn", drawn(1)), ("on_drawn", drawn(0))) == [
+        ("on_drawn", drawn(0)),
+        ("on_drawn", drawn(1)),
+    ]
 
 
 def test_a_job_is_admitted_once_and_what_nobody_asked_for_is_not_told() -> None:
-    assert told(("on_admitted", 1), ("on_admitted", 2), ("on_started", None)) == [("on_admitted", 1)]
+    assert told(("on_admitted", 1), ("on_admitted", 2), ("on_started", None)) == [
+        ("on_admitted", 1)
+    ]

@@ -23,7 +23,11 @@ def test_every_sample_says_whose_it_is_and_every_family_stands_once() -> None:
     assert len({family.name for family in families}) == len(families)
     assert text.count("# TYPE paella_images_total counter") == 1
     (images,) = (family for family in families if family.name == "paella_images")
-    counts = {sample.labels["replica"]: sample.value for sample in images.samples if sample.name == "paella_images_total"}
+    counts = {
+        sample.labels["replica"]: sample.value
+        for sample in images.samples
+        if sample.name == "paella_images_total"
+    }
     assert counts == {"a": 2, "b": 3}
 
 

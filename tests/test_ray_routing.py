@@ -23,7 +23,17 @@ def job(rows: int = 1, side: int = 256, steps: int = 12, patience_s: float = 60)
         sampler="multinomial",
         typical_mass=0.9,
     )
-    return Job("id", "tiny", "", "", side, side, tuple(range(rows)), sampling, time.monotonic() + patience_s)
+    return Job(
+        "id",
+        "tiny",
+        "",
+        "",
+        side,
+        side,
+        tuple(range(rows)),
+        sampling,
+        time.monotonic() + patience_s,
+    )
 
 
 def test_a_job_costs_its_images_steps_pixels_and_branches() -> None:
@@ -102,7 +112,9 @@ def test_a_meter_tells_what_is_unfinished_and_how_fast_it_goes() -> None:
 
 
 @given(st.integers(0, 1_000_000), st.floats(0.5, 100))
-def test_so_many_replicas_that_none_has_too_many_rows_and_none_is_spare(rows: int, target: float) -> None:
+def test_so_many_replicas_that_none_has_too_many_rows_and_none_is_spare(
+    rows: int, target: float
+) -> None:
     count = replicas_for(rows, target)
     assert rows <= count * target * (1 + 1e-9)
     assert count == 0 or rows > (count - 1) * target * (1 - 1e-9)

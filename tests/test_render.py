@@ -1,4 +1,6 @@
-"""Pictures from layouts: where sprites land, how their edges look, and backgrounds. Sprites are shapes and drawings of the test's own."""
+"""Pictures from layouts: where sprites land, how their edges look, and backgrounds. Sprites are
+shapes and drawings of the test's own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from model.training.render import Layouts, _draw_all, render
 from model.training.scenery import BACKGROUNDS, SCENES
 
 SQUARE, TRIANGLE = SHAPES.index("square"), SHAPES.index("triangle")
-OBJECT = len(SHAPES)  # in the atlas of these tests: green on the left, red on the right, twice as high as wide
+OBJECT = len(
+    SHAPES
+)  # in the atlas of these tests: green on the left, red on the right, twice as high as wide
 BLUE = BACKGROUNDS.index("blue")
 
 
@@ -93,7 +97,11 @@ def test_edges_are_smooth(atlas: Tensor) -> None:
 
 def test_later_sprites_cover_earlier_ones(atlas: Tensor) -> None:
     layouts = _one(SQUARE, 128, 128, 128)
-    layouts.sprite[0, 2], layouts.length[0, 2], layouts.centre[0, 2] = OBJECT, 64, torch.tensor([128.0, 128.0])
+    layouts.sprite[0, 2], layouts.length[0, 2], layouts.centre[0, 2] = (
+        OBJECT,
+        64,
+        torch.tensor([128.0, 128.0]),
+    )
     picture = render(layouts, atlas)[0]
     assert tuple(picture[:, 128, 120].tolist()) == (0, 255, 0)
     assert tuple(picture[:, 128, 80].tolist()) == (255, 255, 255)
@@ -108,7 +116,9 @@ def test_a_sprite_may_lie_partly_or_wholly_outside(atlas: Tensor) -> None:
 @pytest.mark.parametrize(("width", "height"), [(384, 256), (256, 384), (128, 128)])
 def test_other_sizes(atlas: Tensor, width: int, height: int) -> None:
     layouts = Layouts.blank(3)
-    layouts.background[:] = torch.tensor([BLUE, BACKGROUNDS.index("meadow"), BACKGROUNDS.index("space")])
+    layouts.background[:] = torch.tensor(
+        [BLUE, BACKGROUNDS.index("meadow"), BACKGROUNDS.index("space")]
+    )
     layouts.sprite[:, 0], layouts.length[:, 0] = SQUARE, 64
     layouts.centre[:, 0] = torch.tensor([width - 40.0, height - 40.0])
     pictures = render(layouts, atlas, width, height)
@@ -170,7 +180,9 @@ def test_a_scene_varies_but_is_the_same_at_every_size(name: str) -> None:
 
 def test_scenes_differ_from_one_another_and_from_the_plain_colours() -> None:
     def look(name: str) -> Tensor:
-        return torch.nn.functional.avg_pool2d(_paint(name, 8).mean(dim=0, keepdim=True), 32).flatten()
+        return torch.nn.functional.avg_pool2d(
+            _paint(name, 8).mean(dim=0, keepdim=True), 32
+        ).flatten()
 
     looks = [look(name) for name in BACKGROUNDS]
     distances = torch.cdist(torch.stack(looks), torch.stack(looks)) / len(looks[0]) ** 0.5
@@ -187,10 +199,14 @@ def test_all_variants_are_reached() -> None:
     assert torch.equal(paint(numbers, params, 32, 32), ends)
 
 
-def test_drawing_all_at_once_is_drawing_one_by_one(atlas: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_all_at_once_is_drawing_one_by_one(
+    atlas: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A GPU draws a slot's sprites over whole pictures."""
     layouts = Layouts.blank(6, 2)
-    layouts.sprite[:] = torch.tensor([[SQUARE, -1], [-1, -1], [OBJECT, TRIANGLE], [2, 3], [-1, OBJECT], [4, 5]])
+    layouts.sprite[:] = torch.tensor(
+        [[SQUARE, -1], [-1, -1], [OBJECT, TRIANGLE], [2, 3], [-1, OBJECT], [4, 5]]
+    )
     layouts.centre[:] = 256 * torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(0))
     layouts.length[:] = torch.where(layouts.sprite >= 0, 96.0, 0.0)
     layouts.angle[:] = 7.0
@@ -210,5 +226,8 @@ def test_a_gpu_draws_the_same_pictures(atlas: Tensor) -> None:
     layouts.centre[:] = 256 * torch.rand(64, 2, 2, generator=generator)
     layouts.length[:] = 96.0
     layouts.angle[:] = 20 * torch.rand(64, 2, generator=generator) - 10
-    here, there = render(layouts, atlas).int(), render(layouts.to("cuda"), atlas.to("cuda")).cpu().int()
+    here, there = (
+        render(layouts, atlas).int(),
+        render(layouts.to("cuda"), atlas.to("cuda")).cpu().int(),
+    )
     assert ((here - there).abs() > 2).float().mean() < 1e-3

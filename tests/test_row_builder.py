@@ -22,7 +22,9 @@ FIXED = replace(SAMPLING, deterministic=True)
 
 
 def picture(seed: int = 0, width: int = 32, height: int = 32) -> InputImage:
-    return InputImage.of(np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8))
+    return InputImage.of(
+        np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    )
 
 
 def mask(*corner: int) -> InputImage:
@@ -42,7 +44,10 @@ EVERY_KIND = {
     "inpaint": {"canvas": CANVAS},
     "edit": {"canvas": Edit(picture(), 0.5)},
     "variations": {"references": (Reference(picture(1), 0.3), Reference(picture(2, 20, 50), 0.7))},
-    "interpolate": {"seeds": (0, 0, 0), "keyframes": (Keyframe("red apple"), Keyframe("", picture(3)))},
+    "interpolate": {
+        "seeds": (0, 0, 0),
+        "keyframes": (Keyframe("red apple"), Keyframe("", picture(3))),
+    },
     "regions": {"regions": (Region("on and on", weight(128)), Region("apple", weight(128)))},
 }
 
@@ -62,7 +67,9 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
 
 
 def tokens_of(runner: Runner, shown: InputImage) -> torch.Tensor:
-    pixels = torch.frombuffer(bytearray(shown.content), dtype=torch.uint8).view(1, shown.height, shown.width, 3)
+    pixels = torch.frombuffer(bytearray(shown.content), dtype=torch.uint8).view(
+        1, shown.height, shown.width, 3
+    )
     return runner.pipelines["random"].encode_images(pixels)[0]
 
 
@@ -86,7 +93,9 @@ def test_a_mask_of_everything_is_generating(runner):
 
 
 def test_an_edit_of_strength_zero_is_the_picture_and_one_of_strength_one_ignores_it(runner):
-    none, all_of_it = drawn(runner, job("a", canvas=Edit(picture(), 0.0)), job("b", canvas=Edit(picture(), 1.0)))
+    none, all_of_it = drawn(
+        runner, job("a", canvas=Edit(picture(), 0.0)), job("b", canvas=Edit(picture(), 1.0))
+    )
     assert torch.equal(none, tokens_of(runner, picture()))
     assert torch.equal(all_of_it, drawn(runner, job("c"))[0])
 
@@ -94,9 +103,17 @@ def test_an_edit_of_strength_zero_is_the_picture_and_one_of_strength_one_ignores
 def test_variations_ask_no_prior_and_follow_their_pictures_and_weights(runner, monkeypatch):
     monkeypatch.setattr(type(runner.pipelines["random"]), "prior_embeddings", None)
     one, other = Reference(picture(1), 1.0), Reference(picture(2), 1.0)
-    each = [(one,), (other,), (one, other), (one, replace(other, weight=0.1)), (one, replace(other, weight=0.0))]
+    each = [
+        (one,),
+        (other,),
+        (one, other),
+        (one, replace(other, weight=0.1)),
+        (one, replace(other, weight=0.0)),
+    ]
     drawn(runner, *(job(str(i), references=r, prompt="") for i, r in enumerate(each)))
-    first, second, both, mostly, only = (runner.rows[RowId(str(i), 0)].conditional.kv for i in range(5))
+    first, second, both, mostly, only = (
+        runner.rows[RowId(str(i), 0)].conditional.kv for i in range(5)
+    )
     torch.testing.assert_close(only, first)
     distances = [(mixed - first).norm().item() for mixed in (mostly, both, second)]
     assert 0 < distances[0] < distances[1] < distances[2]
@@ -113,7 +130,11 @@ def test_a_prior_is_asked_once_for_a_keyframe_however_many_frames(runner, monkey
     asked: list[int] = []
     pipeline = runner.pipelines["random"]
     draw = pipeline.prior_embeddings
-    monkeypatch.setattr(pipeline, "prior_embeddings", lambda prompts, noises: asked.append(len(prompts)) or draw(prompts, noises))
+    monkeypatch.setattr(
+        pipeline,
+        "prior_embeddings",
+        lambda prompts, noises: asked.append(len(prompts)) or draw(prompts, noises),
+    )
     drawn(runner, job("a", **FRAMES | {"seeds": (0,) * 6}))
     assert asked == [2]
 
@@ -127,7 +148,9 @@ def test_pictures_are_encoded_once_and_together_with_those_of_other_arrivals(run
     batches: list[int] = []
     pipeline = runner.pipelines["random"]
     codes = pipeline.encode_images
-    monkeypatch.setattr(pipeline, "encode_images", lambda pictures: batches.append(len(pictures)) or codes(pictures))
+    monkeypatch.setattr(
+        pipeline, "encode_images", lambda pictures: batches.append(len(pictures)) or codes(pictures)
+    )
     jobs = [job(str(i), canvas=Repaint(picture(i % 2), mask(16, 16))) for i in range(4)]
     drawn(runner, *jobs)
     drawn(runner, replace(jobs[0], id="again"))
@@ -140,19 +163,28 @@ def test_a_deterministic_job_of_any_kind_has_the_same_tokens_in_any_company(runn
     alone = drawn(runner, job("a", sampling=FIXED, **EVERY_KIND[kind]))
     runner = emptied(runner)
     mine = job("b", sampling=FIXED, **EVERY_KIND[kind])
-    others = [job(f"{other}{i}", prompt="apple", **parts) for i, (other, parts) in enumerate(EVERY_KIND.items())]
+    others = [
+        job(f"{other}{i}", prompt="apple", **parts)
+        for i, (other, parts) in enumerate(EVERY_KIND.items())
+    ]
     runner.start([(each, range(len(each.seeds))) for each in (*others, mine)], Stopwatch())
     rows = [RowId("b", i) for i in range(len(mine.seeds))]
     for row in rows:
         while not runner.rows[row].done:
             runner.step("random", [row])
-    assert all(torch.equal(runner.rows[row].tokens, tokens) for row, tokens in zip(rows, alone, strict=True))
+    assert all(
+        torch.equal(runner.rows[row].tokens, tokens)
+        for row, tokens in zip(rows, alone, strict=True)
+    )
 
 
 def test_the_first_generation_does_all_of_it_too(random_v1_bundle):
     runner = Runner(Settings(weights=str(random_v1_bundle), device="cpu", dtype="float32"))
     sampling = replace(SAMPLING, sampler="typical", schedule="cosine")
-    jobs = [job(kind, model="random-v1", sampling=sampling, **parts) for kind, parts in EVERY_KIND.items()]
+    jobs = [
+        job(kind, model="random-v1", sampling=sampling, **parts)
+        for kind, parts in EVERY_KIND.items()
+    ]
     made = drawn(runner, *jobs)
     assert len(made) == sum(len(each.seeds) for each in jobs)
     assert len({tuple(tokens.flatten().tolist()) for tokens in made}) > len(EVERY_KIND)
@@ -162,7 +194,9 @@ def test_the_first_generation_does_all_of_it_too(random_v1_bundle):
 def test_every_kind_comes_back_from_a_worker(far: Far, kind):  # noqa: F811
     far.send(job(kind, **EVERY_KIND[kind]))
     answer = far.answer(kind)
-    assert [len(image.pixels) for image in answer.images] == [32 * 32 * 3] * len(EVERY_KIND[kind].get("seeds", (0,)))
+    assert [len(image.pixels) for image in answer.images] == [32 * 32 * 3] * len(
+        EVERY_KIND[kind].get("seeds", (0,))
+    )
 
 
 def test_an_edit_without_a_step_comes_back_as_the_reconstruction(far: Far, pipeline):  # noqa: F811
@@ -175,7 +209,9 @@ def test_an_edit_without_a_step_comes_back_as_the_reconstruction(far: Far, pipel
 def test_an_early_job_sends_each_image_and_then_all_of_them(far: Far):  # noqa: F811
     far.send(job("a", early=True, **FRAMES))
     early = [far.receive(lambda m: hasattr(m, "image")).image for _ in range(3)]
-    assert {image.index: bytes(image.pixels) for image in early} == {i.index: bytes(i.pixels) for i in far.answer("a").images}
+    assert {image.index: bytes(image.pixels) for image in early} == {
+        i.index: bytes(i.pixels) for i in far.answer("a").images
+    }
 
 
 def test_a_job_crosses_the_pipe_with_its_pictures_beside_the_pickle(tmp_path: Path):
@@ -191,5 +227,7 @@ def test_a_job_crosses_the_pipe_with_its_pictures_beside_the_pickle(tmp_path: Pa
 
 
 def test_positions_of_frames_are_even_and_end_at_the_last_keyframe():
-    frames: Sequence[float] = [job("a", seeds=(0,) * 5, keyframes=(Keyframe("a"),) * 3).position(i) for i in range(5)]
+    frames: Sequence[float] = [
+        job("a", seeds=(0,) * 5, keyframes=(Keyframe("a"),) * 3).position(i) for i in range(5)
+    ]
     assert frames == [0.0, 0.5, 1.0, 1.5, 2.0]

@@ -1,4 +1,6 @@
-"""What operations mean in tokens: kept ones stay, edited ones return to noise as far as asked, regions count where they lie."""
+"""What operations mean in tokens: kept ones stay, edited ones return to noise as far as asked,
+regions count where they lie.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ import torch
 from torch import Tensor
 
 from model.pipeline import Pipeline
-from model.rows import PinnedTokens, RegionBranch, Row, edit, generate, repaint, token_mask, token_weight
+from model.rows import (
+    PinnedTokens,
+    RegionBranch,
+    Row,
+    edit,
+    generate,
+    repaint,
+    token_mask,
+    token_weight,
+)
 from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
 
 GRID = (8, 8)
@@ -30,7 +41,7 @@ def with_regions(pipeline: Pipeline, *regions: tuple[str, Tensor], prompt: str =
     return generate(PLAIN, base.noise, base.conditional, base.unconditional, regions=made)
 
 
-# ── inpainting and outpainting ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── inpainting and outpainting ────────────────────────────────────────────────────────────────────
 
 
 def test_what_is_kept_is_there_after_every_step_and_the_rest_is_painted(pipeline, picture):
@@ -45,13 +56,17 @@ def test_what_is_kept_is_there_after_every_step_and_the_rest_is_painted(pipeline
 
 def test_the_rest_is_painted_in_sight_of_what_is_kept(pipeline, picture):
     keep = left_half()
-    one, other = (repaint(row(pipeline), PinnedTokens(tokens, keep)) for tokens in (picture, 63 - picture))
+    one, other = (
+        repaint(row(pipeline), PinnedTokens(tokens, keep)) for tokens in (picture, 63 - picture)
+    )
     assert not torch.equal(*(tokens[~keep] for tokens in run(pipeline, one, other)))
 
 
 def test_keeping_nothing_is_generating(pipeline, picture):
     nothing = PinnedTokens(picture, torch.zeros(GRID, dtype=torch.bool))
-    assert torch.equal(run(pipeline, repaint(row(pipeline), nothing))[0], run(pipeline, row(pipeline))[0])
+    assert torch.equal(
+        run(pipeline, repaint(row(pipeline), nothing))[0], run(pipeline, row(pipeline))[0]
+    )
 
 
 def test_keeping_everything_returns_the_picture(pipeline, picture):
@@ -61,7 +76,9 @@ def test_keeping_everything_returns_the_picture(pipeline, picture):
 
 def test_a_kept_picture_changes_nothing_for_its_neighbours(pipeline, picture):
     (alone,) = run(pipeline, row(pipeline))
-    among, _ = run(pipeline, row(pipeline), repaint(row(pipeline, seed=4), PinnedTokens(picture, left_half())))
+    among, _ = run(
+        pipeline, row(pipeline), repaint(row(pipeline, seed=4), PinnedTokens(picture, left_half()))
+    )
     assert agreement(among, alone) >= 0.99
 
 
@@ -74,7 +91,7 @@ def test_a_token_is_repainted_if_a_single_pixel_of_it_is_masked(y, x):
     assert tokens.nonzero().tolist() == [[y // 4, x // 4]]
 
 
-# ── editing ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── editing ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_edit_of_strength_zero_is_the_picture_and_takes_no_step(pipeline, picture):
@@ -84,7 +101,9 @@ def test_an_edit_of_strength_zero_is_the_picture_and_takes_no_step(pipeline, pic
 
 
 def test_an_edit_of_strength_one_ignores_the_picture(pipeline, picture):
-    assert torch.equal(run(pipeline, edit(row(pipeline), picture, 1.0))[0], run(pipeline, row(pipeline))[0])
+    assert torch.equal(
+        run(pipeline, edit(row(pipeline), picture, 1.0))[0], run(pipeline, row(pipeline))[0]
+    )
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 0.75])
@@ -95,7 +114,9 @@ def test_an_edit_begins_where_as_much_is_noise_as_its_strength_says(pipeline, st
     wide = generate(config, pipeline.noise(0, 256, 256, 12), base.conditional, base.unconditional)
     mine = edit(wide, picture, strength)
     assert mine.step == 12 - round(12 * strength)
-    assert 1 - agreement(mine.tokens, picture) == pytest.approx(strength * 63 / 64, abs=0.04)  # 4,096 tokens, 5 standard deviations
+    assert 1 - agreement(mine.tokens, picture) == pytest.approx(
+        strength * 63 / 64, abs=0.04
+    )  # 4,096 tokens, 5 standard deviations
 
 
 def test_what_an_edit_returns_to_noise_is_the_seeds_own(pipeline, picture):
@@ -106,7 +127,7 @@ def test_what_an_edit_returns_to_noise_is_the_seeds_own(pipeline, picture):
     assert not torch.equal(edit(row(pipeline, seed=1), picture, 0.5).tokens, mine.tokens)
 
 
-# ── regions ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── regions ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_region_that_covers_everything_is_its_prompt(pipeline):
@@ -124,7 +145,10 @@ def test_a_region_without_weight_is_not_there(pipeline):
 def test_each_side_is_drawn_by_its_own_prompt(pipeline):
     left = left_half()
     config = replace(PLAIN, steps=1, renoise_steps=0, sampler="argmax")
-    sides = [run(pipeline, row(pipeline, prompt, config=config))[0] for prompt in (PROMPTS[0], PROMPTS[2])]
+    sides = [
+        run(pipeline, row(pipeline, prompt, config=config))[0]
+        for prompt in (PROMPTS[0], PROMPTS[2])
+    ]
     mixed = with_regions(pipeline, (PROMPTS[2], (~left).float()))
     mixed.sampling = config
     (drawn,) = run(pipeline, mixed)
@@ -141,22 +165,33 @@ def test_regions_that_overlap_share_and_the_prompt_has_the_rest(pipeline):
 
 
 def test_regions_that_leave_something_leave_it_to_the_prompt(pipeline):
-    coverage = with_regions(pipeline, *((prompt, torch.full(GRID, 0.25)) for prompt in PROMPTS[1:3])).coverage
+    coverage = with_regions(
+        pipeline, *((prompt, torch.full(GRID, 0.25)) for prompt in PROMPTS[1:3])
+    ).coverage
     assert coverage is not None
     assert torch.allclose(coverage[:3, 0, 0], torch.tensor([0.5, 0.25, 0.25]))
 
 
 def test_rows_with_regions_and_rows_without_share_steps(pipeline):
     (alone,) = run(pipeline, row(pipeline))
-    regional = with_regions(pipeline, (PROMPTS[2], left_half().float()), (PROMPTS[3], 1 - left_half().float()))
-    (expected,) = run(pipeline, with_regions(pipeline, (PROMPTS[2], left_half().float()), (PROMPTS[3], 1 - left_half().float())))
+    regional = with_regions(
+        pipeline, (PROMPTS[2], left_half().float()), (PROMPTS[3], 1 - left_half().float())
+    )
+    (expected,) = run(
+        pipeline,
+        with_regions(
+            pipeline, (PROMPTS[2], left_half().float()), (PROMPTS[3], 1 - left_half().float())
+        ),
+    )
     plain, mixed = run(pipeline, row(pipeline), regional)
     assert agreement(plain, alone) >= 0.99
     assert agreement(mixed, expected) >= 0.99
 
 
 def test_a_region_costs_one_more_branch(pipeline):
-    assert len(with_regions(pipeline, (PROMPTS[2], torch.ones(GRID))).branches) == 1 + len(row(pipeline).branches)
+    assert len(with_regions(pipeline, (PROMPTS[2], torch.ones(GRID))).branches) == 1 + len(
+        row(pipeline).branches
+    )
 
 
 def test_a_region_weighs_in_a_token_what_it_weighs_in_its_pixels():

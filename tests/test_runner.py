@@ -1,4 +1,6 @@
-"""What the runner remembers of prompts and priors, how it batches what it has to compute, and what it decodes."""
+"""What the runner remembers of prompts and priors, how it batches what it has to compute, and
+what it decodes.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ class Calls:
         self.texts: list[Sequence[str]] = []
         self.priors: list[int] = []
         encode, prior_embeddings = pipeline.encode, pipeline.prior_embeddings
-        monkeypatch.setattr(pipeline, "encode", lambda prompts: self.texts.append(prompts) or encode(prompts))
-        monkeypatch.setattr(pipeline, "prior_embeddings", lambda p, noises: self.priors.append(len(p)) or prior_embeddings(p, noises))
+        monkeypatch.setattr(
+            pipeline, "encode", lambda prompts: self.texts.append(prompts) or encode(prompts)
+        )
+        monkeypatch.setattr(
+            pipeline,
+            "prior_embeddings",
+            lambda p, noises: self.priors.append(len(p)) or prior_embeddings(p, noises),
+        )
 
 
 @pytest.fixture(name="runner")
@@ -56,7 +64,9 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
     return [runner.rows[row].tokens for row in rows]
 
 
-def test_the_same_prompt_and_seed_are_neither_encoded_nor_drawn_again_and_answer_the_same_tokens(runner, calls):
+def test_the_same_prompt_and_seed_are_neither_encoded_nor_drawn_again_and_answer_the_same_tokens(
+    runner, calls
+):
     first = drawn(runner, job("a"))
     assert (len(calls.texts), calls.priors) == (1, [1])
     again = drawn(runner, job("b"))
@@ -68,7 +78,10 @@ def test_the_same_prompt_with_another_seed_is_encoded_once(runner, calls):
     started(runner, job("a", seeds=(0,)))
     started(runner, job("b", seeds=(0, 1, 2)))
     assert (len(calls.texts), calls.priors) == (1, [1, 2])
-    assert (runner.counters["prompt_cache_hits", "text"], runner.counters["prompt_cache_hits", "prior"]) == (2, 1)
+    assert (
+        runner.counters["prompt_cache_hits", "text"],
+        runner.counters["prompt_cache_hits", "prior"],
+    ) == (2, 1)
 
 
 def test_a_seed_s_prior_at_another_size_is_another_one(runner, calls, pipeline):
@@ -77,12 +90,16 @@ def test_a_seed_s_prior_at_another_size_is_another_one(runner, calls, pipeline):
     assert calls.priors == [1, 1]
     prompt, noise = pipeline.encode(["red apple"])[0], pipeline.noise(0, 48, 32, SAMPLING.steps)
     expected = pipeline.condition(prompt, *pipeline.prior_embeddings([prompt], [noise]))
-    torch.testing.assert_close(list(tensors_in(runner.rows[row].conditional)), list(tensors_in(expected)))
+    torch.testing.assert_close(
+        list(tensors_in(runner.rows[row].conditional)), list(tensors_in(expected))
+    )
 
 
 def test_arrivals_are_encoded_together_but_for_other_lengths(runner, calls):
     long = "the red apple " * 3
-    started(runner, job("a"), job("b", "apple", seeds=(1, 2)), job("c", long, negative_prompt="apple"))
+    started(
+        runner, job("a"), job("b", "apple", seeds=(1, 2)), job("c", long, negative_prompt="apple")
+    )
     assert sorted(map(list, calls.texts), key=len) == [[long], ["red apple", "apple", "", "apple"]]
     assert calls.priors == [4]
 
@@ -118,7 +135,9 @@ def test_an_unfinished_row_shows_what_its_last_step_drew(runner, pipeline):
     (row,) = started(runner, job("a"))
     runner.step("random", [row])
     decoding = runner.decode("random", [row])
-    assert not torch.equal(runner.rows[row].drawn, runner.rows[row].tokens), "start tokens were put back"
+    assert not torch.equal(runner.rows[row].drawn, runner.rows[row].tokens), (
+        "start tokens were put back"
+    )
     assert decoding.steps == (1,)
     (image,) = decoding.images()
     expected = pipeline.decode(runner.rows[row].drawn[None])
@@ -140,22 +159,36 @@ class Recalled(Streams):
         self.inside = False
 
 
-def test_a_row_that_is_done_as_it_begins_is_read_in_the_stream_that_made_its_tokens(runner, monkeypatch):
+def test_a_row_that_is_done_as_it_begins_is_read_in_the_stream_that_made_its_tokens(
+    runner, monkeypatch
+):
     streams, stack = Recalled(), torch.stack
     runner.streams = streams
     picture = InputImage(32, 32, bytes(32 * 32 * 3), "black")
     (row,) = started(runner, job("a", canvas=Edit(picture, strength=0.0)))
     assert runner.rows[row].done
-    monkeypatch.setattr(torch, "stack", lambda tensors: stack(tensors) if streams.inside else pytest.fail("stacked in another stream"))
+    monkeypatch.setattr(
+        torch,
+        "stack",
+        lambda tensors: (
+            stack(tensors) if streams.inside else pytest.fail("stacked in another stream")
+        ),
+    )
     runner.decode("random", [row])
     assert [tensor is runner.rows[row].tokens for tensor in streams.reading] == [True]
 
 
 def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bundle):
-    runner = Runner(Settings(weights=f"{random_bundle},{random_v1_bundle}", device="cpu", dtype="float32"))
+    runner = Runner(
+        Settings(weights=f"{random_bundle},{random_v1_bundle}", device="cpu", dtype="float32")
+    )
     runner.warm_up()
     for model, pipeline in runner.pipelines.items():
-        wanted = replace(job(model), model=model, sampling=pipeline.config.recipe.sampling(steps=2, renoise_mode="rand"))
+        wanted = replace(
+            job(model),
+            model=model,
+            sampling=pipeline.config.recipe.sampling(steps=2, renoise_mode="rand"),
+        )
         rows = started(runner, wanted)
         for _ in range(2):
             done = runner.step(model, rows)
@@ -164,7 +197,9 @@ def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bu
         assert (image.width, image.height) == (wanted.width, wanted.height)
 
 
-def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that_are_chosen(runner, monkeypatch):
+def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that_are_chosen(
+    runner, monkeypatch
+):
     computing, used = [4], list[int]()
     seconds = count()  # every step takes as long as any other
     threads = ThreadTuner(4, computing.append, lambda: float(next(seconds)))
@@ -189,6 +224,8 @@ def test_a_deterministic_job_is_computed_by_all_threads_and_others_by_those_that
 @pytest.mark.parametrize(("threads", "most"), [(0, 3), (2, 1)])
 def test_threads_are_chosen_unless_the_settings_say_how_many(runner, monkeypatch, threads, most):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    chosen = Runner(Settings(device="cpu", dtype="float32", threads=threads), runner.pipelines.values())
+    chosen = Runner(
+        Settings(device="cpu", dtype="float32", threads=threads), runner.pipelines.values()
+    )
     chosen.choose_threads()
     assert chosen.threads.chosen == most

@@ -12,7 +12,13 @@ from model.runtime import declare_missing_torchvision_operators, pick_device, pi
 
 
 def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_open_clip_and_transformers_import_after_prepare_in_a_fresh_interpreter():
@@ -49,10 +55,14 @@ def test_prepare_may_be_called_again_with_another_thread_count():
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch brings torchvision's operators")
+@pytest.mark.skipif(
+    torch.version.cuda is not None, reason="a CUDA build of torch brings torchvision's operators"
+)
 def test_the_missing_operators_are_declared_and_not_implemented():
     declare_missing_torchvision_operators()
-    assert "Tensor dets, Tensor scores, float iou_threshold" in str(torch.ops.torchvision.nms.default._schema)
+    assert "Tensor dets, Tensor scores, float iou_threshold" in str(
+        torch.ops.torchvision.nms.default._schema
+    )
     with pytest.raises(NotImplementedError):
         torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 
@@ -76,7 +86,10 @@ def test_a_named_dtype_is_taken_at_its_word(name):
     assert pick_dtype(name, torch.device("cpu")) == getattr(torch, name)
 
 
-@pytest.mark.parametrize(("device", "bf16", "expected"), [("cuda", False, "float16"), ("cpu", True, "bfloat16"), ("cpu", False, "float32")])
+@pytest.mark.parametrize(
+    ("device", "bf16", "expected"),
+    [("cuda", False, "float16"), ("cpu", True, "bfloat16"), ("cpu", False, "float32")],
+)
 def test_auto_dtype_is_what_the_device_multiplies_fastest(monkeypatch, device, bf16, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     assert pick_dtype("auto", torch.device(device)) == getattr(torch, expected)

@@ -1,4 +1,6 @@
-"""Tokens are drawn from the distribution they should be, with the randomness that belongs to the image and no other."""
+"""Tokens are drawn from the distribution they should be, with the randomness that belongs to the
+image and no other.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,18 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
 def uniforms_of(shape: tuple[int, ...]) -> st.SearchStrategy[Tensor]:
-    return npst.arrays(np.float32, shape, elements=st.floats(0, LARGEST_UNIFORM, width=32)).map(torch.from_numpy)
+    return npst.arrays(np.float32, shape, elements=st.floats(0, LARGEST_UNIFORM, width=32)).map(
+        torch.from_numpy
+    )
 
 
 def logits_of(shape: tuple[int, ...]) -> st.SearchStrategy[Tensor]:
-    return npst.arrays(np.float32, shape, elements=st.floats(-30, 30, width=32)).map(torch.from_numpy)
+    return npst.arrays(np.float32, shape, elements=st.floats(-30, 30, width=32)).map(
+        torch.from_numpy
+    )
 
 
-# ── the recorded trace ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the recorded trace ────────────────────────────────────────────────────────────────────────────
 
 
 class RecordingDenoiser(Denoiser):
@@ -48,7 +54,9 @@ class RecordingDenoiser(Denoiser):
 
 @pytest.fixture(scope="module")
 def trace():
-    """The published sampler's settings and record, and ours: (recorded, logits of every step, tokens after every step)."""
+    """The published sampler's settings and record, and ours: (recorded, logits of every step,
+    tokens after every step).
+    """
     settings, _, recorded = golden("sampler_v3")
     config, weights, x = golden("denoiser_v3")
     denoiser = RecordingDenoiser(DenoiserConfig(**config)).eval()
@@ -78,13 +86,23 @@ class BundleOf:
         self.denoiser, self.config = denoiser, None
 
 
-def trace_row(denoiser: Denoiser, wanted: SamplingConfig, x: dict[str, Tensor], recorded: dict[str, Tensor], i: int) -> operations.Row:
+def trace_row(
+    denoiser: Denoiser,
+    wanted: SamplingConfig,
+    x: dict[str, Tensor],
+    recorded: dict[str, Tensor],
+    i: int,
+) -> operations.Row:
     row = slice(i, i + 1)
     tokens = x["byt5"].shape[1] + 2 * denoiser.config.clip_seq_len
     weights = torch.ones(1, tokens)
     weights[:, -len(x["attn_weights"]) :] = x["attn_weights"]
-    conditional = denoiser.condition(x["byt5"][row], None, x["clip"][row], x["clip_image"][row], weights)
-    unconditional = denoiser.condition(recorded["uncond_byt5"][row], None, recorded["uncond_clip"][row])
+    conditional = denoiser.condition(
+        x["byt5"][row], None, x["clip"][row], x["clip_image"][row], weights
+    )
+    unconditional = denoiser.condition(
+        recorded["uncond_byt5"][row], None, recorded["uncond_clip"][row]
+    )
     kept = torch.ones(wanted.steps - wanted.renoise_steps, *recorded["init_noise"].shape[1:])
     noise = sampling.Noise(
         start=recorded["init_noise"][i],
@@ -103,10 +121,12 @@ def test_tokens_after_every_step_equal_the_recorded_ones(trace):
 @pytest.mark.parametrize("step", [0, 5])
 def test_guided_logits_equal_the_recorded_ones(trace, step):
     recorded, logits, _ = trace
-    torch.testing.assert_close(logits[step], recorded[f"guided_logits_step{step}"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits[step], recorded[f"guided_logits_step{step}"], atol=1e-4, rtol=0
+    )
 
 
-# ── drawing tokens ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── drawing tokens ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
@@ -115,7 +135,11 @@ def test_draws_are_distributed_as_the_softmax_says(spread, codes):
     draws = 200_000
     logits = torch.randn(codes) * spread
     uniform = torch.from_numpy(np.random.default_rng(0).random(draws, dtype=np.float32))
-    counts = sampling.inverse_cdf(logits.expand(draws, codes), uniform).bincount(minlength=codes).double()
+    counts = (
+        sampling.inverse_cdf(logits.expand(draws, codes), uniform)
+        .bincount(minlength=codes)
+        .double()
+    )
     expected = logits.double().softmax(-1) * draws
     common = expected >= 20
     # Rare codes are judged as one.
@@ -128,7 +152,9 @@ def test_draws_are_distributed_as_the_softmax_says(spread, codes):
 def test_a_biased_draw_would_be_noticed():
     draws, codes = 200_000, 17
     uniform = torch.from_numpy(np.random.default_rng(0).random(draws, dtype=np.float32))
-    counts = sampling.inverse_cdf(torch.zeros(draws, codes), uniform**1.05).bincount(minlength=codes)
+    counts = sampling.inverse_cdf(torch.zeros(draws, codes), uniform**1.05).bincount(
+        minlength=codes
+    )
     assert chisquare(counts).pvalue < FALSE_ALARM
 
 
@@ -150,7 +176,11 @@ def test_any_number_of_codes_is_drawn_from_by_the_cumulated_probability(codes):
     assert (cdf.gather(-1, drawn + 1)[:, 0] >= uniform - 1e-6).all()
 
 
-@given(logits_of((8, 16)), npst.arrays(np.bool_, (8, 16)), st.sampled_from([0.0, 2**-24, 0.5, LARGEST_UNIFORM]))
+@given(
+    logits_of((8, 16)),
+    npst.arrays(np.bool_, (8, 16)),
+    st.sampled_from([0.0, 2**-24, 0.5, LARGEST_UNIFORM]),
+)
 def test_a_code_of_no_probability_is_never_drawn(logits, excluded, u):
     excluded = torch.from_numpy(excluded)
     excluded[:, 7] = False
@@ -179,7 +209,10 @@ def test_even_a_uniform_of_one_draws_a_code_that_exists(logits):
 @given(logits_of((4, 10)), uniforms_of((4,)), st.integers(-50, 50))
 def test_adding_a_constant_to_the_logits_changes_nothing(logits, uniform, constant):
     # Whole numbers, so that the addition itself does not round.
-    assert torch.equal(sampling.inverse_cdf(logits.round(), uniform), sampling.inverse_cdf(logits.round() + constant, uniform))
+    assert torch.equal(
+        sampling.inverse_cdf(logits.round(), uniform),
+        sampling.inverse_cdf(logits.round() + constant, uniform),
+    )
 
 
 def test_half_precision_logits_are_summed_in_single_precision():
@@ -188,7 +221,7 @@ def test_half_precision_logits_are_summed_in_single_precision():
     assert drawn.tolist() == [2048, 4096, 6144]
 
 
-# ── typical sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── typical sampling ──────────────────────────────────────────────────────────────────────────────
 
 
 def typical_row(logits: Tensor, mass: float) -> list[bool]:
@@ -230,7 +263,9 @@ def test_ties_are_kept_together():
 
 def test_mass_one_keeps_everything_and_mass_zero_the_most_typical_alone():
     logits = torch.randn(1, 30)
-    assert sampling.typical_mask(logits, torch.tensor([1.0])).sum() >= 29  # the rest may be lost to rounding
+    assert (
+        sampling.typical_mask(logits, torch.tensor([1.0])).sum() >= 29
+    )  # the rest may be lost to rounding
     assert sampling.typical_mask(logits, torch.tensor([0.0])).sum() == 1
 
 
@@ -238,7 +273,9 @@ def test_codes_of_no_probability_do_not_disturb_the_entropy():
     logits = torch.randn(1, 20)
     padded = torch.cat([logits, torch.full((1, 5), -torch.inf)], dim=-1)
     mass = torch.tensor([0.4])
-    assert torch.equal(sampling.typical_mask(padded, mass)[:, :20], sampling.typical_mask(logits, mass))
+    assert torch.equal(
+        sampling.typical_mask(padded, mass)[:, :20], sampling.typical_mask(logits, mass)
+    )
     assert not sampling.typical_mask(padded, mass)[:, 20:].any()
 
 
@@ -251,7 +288,7 @@ def test_something_is_always_kept_and_only_that_is_drawn(logits, uniform, mass):
     assert sampling.typical_mask(logits, masses).gather(-1, drawn[:, None]).all()
 
 
-# ── quantised mean, renoising, guidance, schedules ────────────────────────────────────────────────────────────────────────────────
+# ── quantised mean, renoising, guidance, schedules ────────────────────────────────────────────────
 
 
 def test_the_quantised_mean_is_the_expectation_of_code_vectors():
@@ -264,7 +301,9 @@ def test_renoising_puts_start_tokens_back_with_each_row_s_probability():
     side, probabilities = 200, [0.0, 0.1, 0.75, 1.0, sampling.NEVER]
     shape = (len(probabilities), side, side)
     uniform = torch.from_numpy(np.random.default_rng(0).random(shape, dtype=np.float32))
-    out = sampling.renoise(torch.zeros(shape), torch.ones(shape), uniform, torch.tensor(probabilities))
+    out = sampling.renoise(
+        torch.zeros(shape), torch.ones(shape), uniform, torch.tensor(probabilities)
+    )
     shares = out.mean((1, 2))
     # Five standard deviations of a share of 40 000.
     assert shares.tolist() == pytest.approx([0, 0.1, 0.75, 1, 0], abs=5 * 0.5 / side)
@@ -279,15 +318,21 @@ def test_even_a_uniform_of_zero_is_not_renoised_after_the_last_renoising_step():
 
 def test_mixing_weighs_branches_of_each_row_and_of_no_other():
     features = torch.randn(5, 2, 3, 4)
-    mixed = sampling.mix_branches(features, torch.tensor([0, 0, 1, 2, 2]), torch.tensor([3.0, -2.0, 1.0, 1.5, -0.5]), rows=3)
-    expected = torch.stack([3 * features[0] - 2 * features[1], features[2], 1.5 * features[3] - 0.5 * features[4]])
+    mixed = sampling.mix_branches(
+        features, torch.tensor([0, 0, 1, 2, 2]), torch.tensor([3.0, -2.0, 1.0, 1.5, -0.5]), rows=3
+    )
+    expected = torch.stack(
+        [3 * features[0] - 2 * features[1], features[2], 1.5 * features[3] - 0.5 * features[4]]
+    )
     torch.testing.assert_close(mixed, expected)
 
 
 def test_a_row_that_is_not_a_number_harms_no_other():
     features = torch.randn(4, 2, 2, 3)
     features[:2] = torch.nan
-    mixed = sampling.mix_branches(features, torch.tensor([0, 0, 1, 1]), torch.tensor([3.0, -2.0, 3.0, -2.0]), rows=2)
+    mixed = sampling.mix_branches(
+        features, torch.tensor([0, 0, 1, 1]), torch.tensor([3.0, -2.0, 3.0, -2.0]), rows=2
+    )
     torch.testing.assert_close(mixed[1], 3 * features[2] - 2 * features[3])
 
 
@@ -296,7 +341,9 @@ def test_mixing_half_precision_adds_in_single_precision():
     features = torch.tensor([9000.0, 9010.0]).half().view(2, 1, 1, 1)
     mixed = sampling.mix_branches(features, torch.tensor([0, 0]), torch.tensor([8.0, -7.0]), rows=1)
     assert mixed.dtype == torch.float16
-    assert mixed.item() == torch.tensor(8 * features[0].item() - 7 * features[1].item()).half().item()
+    assert (
+        mixed.item() == torch.tensor(8 * features[0].item() - 7 * features[1].item()).half().item()
+    )
 
 
 def test_times_fall_evenly_from_one_to_zero():
@@ -313,7 +360,7 @@ def test_ramps_go_evenly_from_end_to_end(first, last, steps):
         assert values == pytest.approx(np.linspace(first, last, steps), abs=1e-4)
 
 
-# ── one image's randomness ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one image's randomness ────────────────────────────────────────────────────────────────────────
 
 
 def draw(seed: int, steps: int = 3, grid: tuple[int, int] = (4, 6)) -> sampling.Noise:
@@ -335,18 +382,25 @@ def test_shapes_and_ranges_are_those_promised():
 
 @given(INT64)
 def test_a_seed_gives_the_same_noise_every_time(seed):
-    assert all(torch.equal(a, b) for a, b in zip(tensors(draw(seed)), tensors(draw(seed)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tensors(draw(seed)), tensors(draw(seed)), strict=True)
+    )
 
 
 @given(INT64, INT64)
 def test_different_seeds_give_different_noise(one, other):
-    same = [torch.equal(a, b) for a, b in zip(tensors(draw(one)), tensors(draw(other)), strict=True)]
+    same = [
+        torch.equal(a, b) for a, b in zip(tensors(draw(one)), tensors(draw(other)), strict=True)
+    ]
     assert all(same) if one == other else not any(same)
 
 
 @given(st.integers(-(2**31), 2**31), st.integers(32, 62))
 def test_bits_above_the_32nd_count(seed, bit):
-    assert not any(torch.equal(a, b) for a, b in zip(tensors(draw(seed)), tensors(draw(seed ^ (1 << bit))), strict=True))
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(tensors(draw(seed)), tensors(draw(seed ^ (1 << bit))), strict=True)
+    )
 
 
 def test_the_stream_of_a_seed_is_pinned():

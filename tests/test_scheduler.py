@@ -1,4 +1,6 @@
-"""Rows get slots in order of arrival, pools take turns, and every row steps until it is finished or forgotten."""
+"""Rows get slots in order of arrival, pools take turns, and every row steps until it is finished
+or forgotten.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,19 @@ from server.engine.messages import Job
 from server.engine.scheduler import STARTS, RowId, Scheduler
 
 SAMPLING = SamplingConfig(
-    steps=1, renoise_steps=0, guidance=(1.0, 1.0), guidance_steps=0, temperature=(1.0, 1.0), sampler="argmax", typical_mass=0.2
+    steps=1,
+    renoise_steps=0,
+    guidance=(1.0, 1.0),
+    guidance_steps=0,
+    temperature=(1.0, 1.0),
+    sampler="argmax",
+    typical_mass=0.2,
 )
 
 
-def job(id: str, rows: int = 1, width: int = 64, model: str = "tiny", deadline: float = 100.0) -> Job:
+def job(
+    id: str, rows: int = 1, width: int = 64, model: str = "tiny", deadline: float = 100.0
+) -> Job:
     return Job(id, model, "", "", width, 64, tuple(range(rows)), SAMPLING, deadline)
 
 
@@ -139,7 +149,9 @@ def test_a_job_is_forgotten_only_when_it_is_removed():
 
 
 def test_jobs_expire_at_their_deadline_whether_running_or_waiting():
-    s = scheduler(1, job("running", deadline=5.0), job("waiting", deadline=4.0), job("later", deadline=9.0))
+    s = scheduler(
+        1, job("running", deadline=5.0), job("waiting", deadline=4.0), job("later", deadline=9.0)
+    )
     s.admit()
     assert s.expired(3.9) == []
     assert s.expired(5.0) == ["running", "waiting"]
@@ -147,12 +159,16 @@ def test_jobs_expire_at_their_deadline_whether_running_or_waiting():
 
 def test_the_scheduler_imports_no_torch():
     code = "import sys, server.engine.scheduler; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever is asked of it in whatever order, it agrees with a list of rows and a set of running ones."""
+    """Whatever is asked of it in whatever order, it agrees with a list of rows and a set of
+    running ones.
+    """
 
     MAX_ROWS = 4
 

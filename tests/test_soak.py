@@ -26,7 +26,15 @@ def test_two_percent_more_memory_is_no_leak() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"api_mib": 61.3}, {"worker_mib": 613.0}, {"api_files": 20}, {"worker_threads": 4}, {"tasks": 6}, {"rows": 1}]
+    "change",
+    [
+        {"api_mib": 61.3},
+        {"worker_mib": 613.0},
+        {"api_files": 20},
+        {"worker_threads": 4},
+        {"tasks": 6},
+        {"rows": 1},
+    ],
 )
 def test_whatever_else_grows_is_named(change: dict[str, float]) -> None:
     (name,) = change
@@ -44,7 +52,9 @@ def test_the_requests_are_divided_into_tenths_and_each_is_sent_once() -> None:
     assert [number for tenth in tenths for number in tenth] == list(range(1004))
 
 
-def test_minutes_are_divided_by_time_and_no_number_is_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_are_divided_by_time_and_no_number_is_used_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = iter(range(100_000))
     monkeypatch.setattr("load_tests.soak.time.monotonic", lambda: float(next(clock)))
     tenths = [list(numbers) for numbers in shares(0, 5.0)]
@@ -55,14 +65,21 @@ def test_minutes_are_divided_by_time_and_no_number_is_used_twice(monkeypatch: py
 def tenths(growth_mib: float, p99_growth: float) -> list[Tenth]:
     """Ten tenths of six minutes each."""
     return [
-        Tenth(replace(FIRST, requests=1000 * i, worker_mib=600 + growth_mib * i), 360.0 * (i + 1), {"p99_ms": 100 + p99_growth * i})
+        Tenth(
+            replace(FIRST, requests=1000 * i, worker_mib=600 + growth_mib * i),
+            360.0 * (i + 1),
+            {"p99_ms": 100 + p99_growth * i},
+        )
         for i in range(10)
     ]
 
 
 def test_memory_is_told_by_the_hour_and_the_drift_of_p99_from_first_to_last() -> None:
     found = judge(tenths(1.0, 2.0), {200: 9000, 499: 500, 0: 500})
-    assert found["memory_mib_per_hour"] == {"api_mib": pytest.approx(0, abs=0.01), "worker_mib": 10.0}
+    assert found["memory_mib_per_hour"] == {
+        "api_mib": pytest.approx(0, abs=0.01),
+        "worker_mib": 10.0,
+    }
     assert (found["p99_drift"], found["errors"], found["good"]) == (0.18, 0, True)
 
 

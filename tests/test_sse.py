@@ -1,4 +1,6 @@
-"""Answers as server-sent events: what is told and when, previews, heartbeats, readers who are slow or go away."""
+"""Answers as server-sent events: what is told and when, previews, heartbeats, readers who are
+slow or go away.
+"""
 
 from __future__ import annotations
 
@@ -41,41 +43,61 @@ def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def body_of(operation: str, **changes: Any) -> dict[str, Any]:
     fields = {"prompt": "a ball", "seed": 5} if operation == "generate" else fields_of(operation)
-    fields = {name: base64.b64encode(value).decode() if isinstance(value, bytes) else value for name, value in fields.items()}
+    fields = {
+        name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+        for name, value in fields.items()
+    }
     return fields | {"response_format": "png"} | changes
 
 
-def told(client: httpx.Client, operation: str, headers: dict[str, str] | None = None, **changes: Any) -> Told:
-    with client.stream("POST", f"/{operation}", json=body_of(operation, stream=True, **changes), headers=headers) as answer:
+def told(
+    client: httpx.Client, operation: str, headers: dict[str, str] | None = None, **changes: Any
+) -> Told:
+    with client.stream(
+        "POST", f"/{operation}", json=body_of(operation, stream=True, **changes), headers=headers
+    ) as answer:
         assert answer.status_code == 200, answer.read()
         assert answer.headers["content-type"].startswith("text/event-stream")
         return list(events(answer.iter_lines()))
 
 
 def pixels(entry: dict[str, Any]) -> Array:
-    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))).convert("RGB"))
+    return np.asarray(
+        PIL.Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))).convert("RGB")
+    )
 
 
 @contextmanager
 def served(settings: Settings) -> Iterator[httpx.Client]:
-    with serving(create_app(settings, worker=fake_worker.main)) as address, httpx.Client(base_url=address, timeout=20) as client:
+    with (
+        serving(create_app(settings, worker=fake_worker.main)) as address,
+        httpx.Client(base_url=address, timeout=20) as client,
+    ):
         wait_until(lambda: client.get("/readyz").status_code == 200)
         yield client
 
 
-# ── what is told ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is told ──────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_tells_its_place_its_begin_and_the_json_answer(client: httpx.Client, operation: str) -> None:
+def test_every_operation_tells_its_place_its_begin_and_the_json_answer(
+    client: httpx.Client, operation: str
+) -> None:
     story = told(client, operation, {"X-Request-Id": "mine"})
     assert [name for name, _ in story if name != "image"] == ["queued", "started", "completed"]
     queued, started, completed = (data for name, data in story if name != "image")
     assert (queued["id"], queued["position"], queued["predicted_s"] > 0) == ("mine", 0, True)
     assert started == {"id": "mine", "steps": 7 if operation == "edit" else 12}
-    listed = client.post(f"/{operation}", json=body_of(operation, response_format="json"), headers={"X-Request-Id": "mine"}).json()
+    listed = client.post(
+        f"/{operation}",
+        json=body_of(operation, response_format="json"),
+        headers={"X-Request-Id": "mine"},
+    ).json()
     streamed = [data for name, data in story if name == "image"] or completed["images"]
-    assert sorted(image["b64_json"] for image in streamed) == sorted(image["b64_json"] for image in listed["images"])
+    assert sorted(image["b64_json"] for image in streamed) == sorted(
+        image["b64_json"] for image in listed["images"]
+    )
     assert {name: completed[name] for name in ("id", "model", "parameters")} == {
         name: listed[name] for name in ("id", "model", "parameters")
     }
@@ -83,7 +105,9 @@ def test_every_operation_tells_its_place_its_begin_and_the_json_answer(client: h
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_previews_come_before_the_answer_in_small_files_of_the_answers_size(client: httpx.Client, format: str) -> None:
+def test_previews_come_before_the_answer_in_small_files_of_the_answers_size(
+    client: httpx.Client, format: str
+) -> None:
     story = told(client, "generate", prompt="show", partial_images=2, response_format=format)
     assert [name for name, _ in story] == ["queued", "started", "preview", "preview", "completed"]
     for number, (_, preview) in enumerate(story[2:4]):
@@ -95,7 +119,10 @@ def test_previews_come_before_the_answer_in_small_files_of_the_answers_size(clie
 
 def test_a_preview_of_an_inpainting_keeps_what_the_answer_keeps(client: httpx.Client) -> None:
     image, mask = np.full_like(noise(70, 61), 200), white(70, 61, box=(16, 16, 56, 56))
-    fields = {name: base64.b64encode(png(array)).decode() for name, array in (("image", image), ("mask", mask))}
+    fields = {
+        name: base64.b64encode(png(array)).decode()
+        for name, array in (("image", image), ("mask", mask))
+    }
     story = told(client, "inpaint", prompt="show", partial_images=1, **fields)
     preview = pixels(story[2][1]).astype(int)
     assert preview.shape == image.shape
@@ -103,13 +130,19 @@ def test_a_preview_of_an_inpainting_keeps_what_the_answer_keeps(client: httpx.Cl
     assert np.abs(preview[32:40, 32:40] - list(fake_worker.colour(0))).mean() < 4
 
 
-@pytest.mark.parametrize("changes", [{"partial_images": 1}, {"partial_images": 9, "stream": True}, {"stream": "yes"}])
-def test_previews_without_a_stream_and_too_many_are_422(client: httpx.Client, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"partial_images": 1}, {"partial_images": 9, "stream": True}, {"stream": "yes"}]
+)
+def test_previews_without_a_stream_and_too_many_are_422(
+    client: httpx.Client, changes: dict[str, Any]
+) -> None:
     answer = client.post("/generate", json=body_of("generate", **changes))
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, next(iter(changes)))
 
 
-def test_what_fails_before_the_first_event_has_its_own_status_and_what_fails_later_is_the_last_event(client: httpx.Client) -> None:
+def test_a_failure_before_the_first_event_has_a_status_and_a_later_one_is_an_event(
+    client: httpx.Client,
+) -> None:
     refused = client.post("/generate", json=body_of("generate", stream=True, model="nothing"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
     name, data = told(client, "generate", prompt="fail")[-1]
@@ -119,30 +152,41 @@ def test_what_fails_before_the_first_event_has_its_own_status_and_what_fails_lat
 def test_a_request_in_line_is_told_how_many_rows_are_before_it(fake_settings: Configure) -> None:
     with served(fake_settings(max_batch_rows=2, drain_timeout_s=0)) as client:
         held = {"prompt": "hold", "n": 2, "stream": True}
-        with client.stream("POST", "/generate", json=held) as first, client.stream("POST", "/generate", json=held) as second:
+        with (
+            client.stream("POST", "/generate", json=held) as first,
+            client.stream("POST", "/generate", json=held) as second,
+        ):
             # Kept: httpx closes the connection of lines that nobody holds.
             told_first, told_second = events(first.iter_lines()), events(second.iter_lines())
             assert next(told_first)[1]["position"] == 0
             assert next(told_second)[1]["position"] == 1
 
 
-# ── readers ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── readers ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_quiet_stream_sends_comments_until_its_request_is_deleted(fake_settings: Configure) -> None:
+def test_a_quiet_stream_sends_comments_until_its_request_is_deleted(
+    fake_settings: Configure,
+) -> None:
     with served(fake_settings(heartbeat_s=0.05)) as client:
         headers = {"X-Request-Id": "held"}
-        with client.stream("POST", "/generate", json={"prompt": "hold", "stream": True}, headers=headers) as answer:
+        with client.stream(
+            "POST", "/generate", json={"prompt": "hold", "stream": True}, headers=headers
+        ) as answer:
             lines = answer.iter_lines()
             assert next(line for line in lines if line.startswith(":"))
             assert client.delete("/requests/held").status_code == 204
-            assert [(name, data["error"]["code"]) for name, data in events(lines)] == [("error", "cancelled")]
+            assert [(name, data["error"]["code"]) for name, data in events(lines)] == [
+                ("error", "cancelled")
+            ]
         wait_until(lambda: metric(client, "paella_rows_running") == 0)
 
 
 def test_a_reader_that_goes_away_frees_its_rows(fake_settings: Configure) -> None:
     with served(fake_settings()) as client:
-        with client.stream("POST", "/generate", json={"prompt": "hold", "n": 3, "stream": True}) as answer:
+        with client.stream(
+            "POST", "/generate", json={"prompt": "hold", "n": 3, "stream": True}
+        ) as answer:
             # httpx closes the connection when nobody holds its lines any more.
             told = events(answer.iter_lines())
             assert next(told)[0] == "queued"
@@ -151,12 +195,17 @@ def test_a_reader_that_goes_away_frees_its_rows(fake_settings: Configure) -> Non
         assert metric(client, "paella_cancelled_total", stage="worker") == 1
 
 
-async def test_for_a_slow_reader_the_latest_preview_of_each_picture_is_kept_and_nothing_else_is_lost() -> None:
+async def test_a_slow_reader_gets_the_latest_preview_of_each_image_and_every_other_event() -> None:
     queue = EventQueue()
     queue.put(Event("queued", {}))
     for number in range(20):
         for picture in range(3):
-            queue.put(DeferredEvent(lambda p=picture, n=number: Event("preview", {"picture": p, "number": n}), picture))
+            queue.put(
+                DeferredEvent(
+                    lambda p=picture, n=number: Event("preview", {"picture": p, "number": n}),
+                    picture,
+                )
+            )
     queue.put(Event("completed", {}))
     queue.close()
     taken = []
@@ -165,10 +214,14 @@ async def test_for_a_slow_reader_the_latest_preview_of_each_picture_is_kept_and_
     previews = [event.data for event in taken if event.name == "preview"]
     assert [event.name for event in (taken[0], taken[-1])] == ["queued", "completed"]
     assert len(previews) == MAX_PREVIEWS
-    assert [preview for preview in previews if preview["number"] == 19] == [{"picture": p, "number": 19} for p in range(3)]
+    assert [preview for preview in previews if preview["number"] == 19] == [
+        {"picture": p, "number": 19} for p in range(3)
+    ]
 
 
-async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(fake_settings: Configure) -> None:
+async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(
+    fake_settings: Configure,
+) -> None:
     queue, work = EventQueue(), asyncio.create_task(asyncio.sleep(3600))
     queue.put(Event("queued", {}))
     sent: list[dict[str, Any]] = []
@@ -182,10 +235,14 @@ async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(fake
         await EventStream(queue, work, fake_settings(send_timeout_s=0.05), "id")({}, None, send)  # type: ignore[arg-type]
         await asyncio.wait({work})
     assert work.cancelled()
-    assert all(message.get("more_body", True) for message in sent), "the answer has no end, so the server closes the connection"
+    assert all(message.get("more_body", True) for message in sent), (
+        "the answer has no end, so the server closes the connection"
+    )
 
 
-async def test_long_events_are_sent_in_pieces_so_that_a_reader_has_time_for_each(fake_settings: Configure) -> None:
+async def test_long_events_are_sent_in_pieces_so_that_a_reader_has_time_for_each(
+    fake_settings: Configure,
+) -> None:
     queue, work = EventQueue(), asyncio.create_task(asyncio.sleep(0))
     event = Event("completed", {"b64_json": "A" * 300_000})
     queue.put(event)
@@ -200,7 +257,9 @@ async def test_long_events_are_sent_in_pieces_so_that_a_reader_has_time_for_each
     assert max(map(len, bodies)) <= 2**16
 
 
-async def test_what_nobody_foresaw_ends_the_stream_with_an_error_that_tells_nothing(fake_settings: Configure) -> None:
+async def test_what_nobody_foresaw_ends_the_stream_with_an_error_that_tells_nothing(
+    fake_settings: Configure,
+) -> None:
     def broken() -> Event:
         raise RuntimeError("/secret/path")
 
@@ -217,18 +276,39 @@ async def test_what_nobody_foresaw_ends_the_stream_with_an_error_that_tells_noth
     assert "secret" not in str(data)
 
 
-# ── with the embedded weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── with the embedded weights ─────────────────────────────────────────────────────────────────────
 
 
-def test_previews_come_to_look_like_the_picture_and_an_edits_count_the_steps_it_takes(live_server: str) -> None:
+def test_previews_come_to_look_like_the_picture_and_an_edits_count_the_steps_it_takes(
+    live_server: str,
+) -> None:
     image = png(noise(128, 128))
     with httpx.Client(base_url=live_server, timeout=60) as client:
-        story = told(client, "generate", prompt="a red apple on a white background", num_inference_steps=8, partial_images=3)
+        story = told(
+            client,
+            "generate",
+            prompt="a red apple on a white background",
+            num_inference_steps=8,
+            partial_images=3,
+        )
         previews = [data for name, data in story if name == "preview"]
         answer = pixels(story[-1][1]["images"][0]).astype(int)
         distances = [np.abs(pixels(preview) - answer).mean() for preview in previews]
-        assert [(preview["step"], preview["of"]) for preview in previews] == [(2, 8), (4, 8), (6, 8)]
+        assert [(preview["step"], preview["of"]) for preview in previews] == [
+            (2, 8),
+            (4, 8),
+            (6, 8),
+        ]
         assert distances[-1] < distances[0]
-        edited = told(client, "edit", image=base64.b64encode(image).decode(), strength=0.5, num_inference_steps=8, partial_images=1)
-        assert [(data["step"], data["of"]) for name, data in edited if name == "preview"] == [(2, 4)]
+        edited = told(
+            client,
+            "edit",
+            image=base64.b64encode(image).decode(),
+            strength=0.5,
+            num_inference_steps=8,
+            partial_images=1,
+        )
+        assert [(data["step"], data["of"]) for name, data in edited if name == "preview"] == [
+            (2, 4)
+        ]
         assert edited[1] == ("started", {"id": edited[0][1]["id"], "steps": 4})

@@ -1,4 +1,6 @@
-"""Workers that are killed, break or hang are replaced; what they had is done all the same, and a poison request harms only itself."""
+"""Workers that are killed, break or hang are replaced; what they had is done all the same, and a
+poison request harms only itself.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,27 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.test_client import figure, job, kill, running, until
 
-STEPS = SamplingConfig(steps=6, renoise_steps=5, guidance=(4.0, 4.0), guidance_steps=6, temperature=(0.7, 0.3), sampler="multinomial")
+STEPS = SamplingConfig(
+    steps=6,
+    renoise_steps=5,
+    guidance=(4.0, 4.0),
+    guidance_steps=6,
+    temperature=(0.7, 0.3),
+    sampler="multinomial",
+)
 PATIENCE_S = 240.0
 
 
 async def holding(client: EngineClient, count: int) -> list[asyncio.Task[object]]:
     """Jobs that the worker has, together, and will not finish by itself."""
-    tasks: list[asyncio.Task[object]] = [asyncio.create_task(client.run(job("hold", seconds=PATIENCE_S))) for _ in range(count)]
+    tasks: list[asyncio.Task[object]] = [
+        asyncio.create_task(client.run(job("hold", seconds=PATIENCE_S))) for _ in range(count)
+    ]
     await until(lambda: figure(client, "paella_rows_running") == count)
     return tasks
 
 
-# ── against a fake worker ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── against a fake worker ─────────────────────────────────────────────────────────────────────────
 
 
 async def test_what_a_killed_worker_had_is_given_to_the_next_one() -> None:
@@ -49,7 +60,7 @@ async def test_what_a_killed_worker_had_is_given_to_the_next_one() -> None:
             task.cancel()
 
 
-async def test_a_poison_request_fails_after_killing_two_workers_by_itself_and_nobody_else_fails() -> None:
+async def test_a_poison_request_fails_after_two_solo_crashes_and_no_other_fails() -> None:
     async with running() as client:
         tasks = await holding(client, 2)
         with pytest.raises(JobFailed) as failure:
@@ -88,7 +99,10 @@ async def test_readiness_tells_why_and_how_many_requests_wait() -> None:
         tasks = await holding(client, 2)
         kill(client)
         await until(lambda: not client.status().ready)
-        assert client.status().reason == "the worker exited with code -9; another is starting; requests waiting: 2"
+        assert (
+            client.status().reason
+            == "the worker exited with code -9; another is starting; requests waiting: 2"
+        )
         await until(lambda: client.status().ready)
         assert client.status().reason == "ready"
         for task in tasks:
@@ -97,7 +111,8 @@ async def test_readiness_tells_why_and_how_many_requests_wait() -> None:
 
 async def test_requests_of_a_lost_worker_wait_for_the_next_only_so_long() -> None:
     async with running(start_wait_s=0.05) as client:
-        # The first worker, too, must be there within that time: a job of a worker that is there does not wait.
+        # The first worker, too, must be there within that time: a job of a worker that is there
+        # does not wait.
         await until(lambda: client.status().ready)
         held = (await holding(client, 1))[0]
         kill(client)
@@ -127,7 +142,9 @@ async def test_the_time_from_a_cancellation_until_the_rows_have_left_is_measured
 async def test_a_worker_that_dies_in_the_midst_of_an_answer_has_not_given_it() -> None:
     async with running() as client:
         answer = await client.run(job("half", rows=3, seconds=PATIENCE_S))
-        assert [image.pixels for image in answer.images[::-1]] == [fake_worker.colour(i) * (32 * 16) for i in range(3)]
+        assert [image.pixels for image in answer.images[::-1]] == [
+            fake_worker.colour(i) * (32 * 16) for i in range(3)
+        ]
         assert figure(client, "paella_requests_replayed_total") == 1
 
 
@@ -137,16 +154,24 @@ async def test_previews_are_handed_on_once_each_though_a_worker_began_again(word
     async with running() as client:
         await client.run(replace(job(word, seconds=PATIENCE_S), previews=2), previews.append)
         assert figure(client, "paella_requests_replayed_total") == (word == "half-show")
-    assert [(preview.number, preview.image.pixels[:3]) for preview in previews] == [(i, fake_worker.colour(i)) for i in range(2)]
+    assert [(preview.number, preview.image.pixels[:3]) for preview in previews] == [
+        (i, fake_worker.colour(i)) for i in range(2)
+    ]
 
 
-# ── against real workers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── against real workers ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest_asyncio.fixture
 async def client(random_bundle: Path) -> AsyncIterator[EngineClient]:
     settings = Settings(
-        weights=str(random_bundle), device="cpu", dtype="float32", drain_timeout_s=0, start_wait_s=PATIENCE_S, stall_timeout_s=15, threads=1
+        weights=str(random_bundle),
+        device="cpu",
+        dtype="float32",
+        drain_timeout_s=0,
+        start_wait_s=PATIENCE_S,
+        stall_timeout_s=15,
+        threads=1,
     )
     client = EngineClient(settings, Metrics(), faulty_runner.main)
     await client.start()
@@ -155,7 +180,14 @@ async def client(random_bundle: Path) -> AsyncIterator[EngineClient]:
 
 
 def picture(prompt: str, seed: int) -> Job:
-    return replace(job(prompt, seconds=PATIENCE_S), model="random", width=32, height=32, seeds=(seed,), sampling=STEPS)
+    return replace(
+        job(prompt, seconds=PATIENCE_S),
+        model="random",
+        width=32,
+        height=32,
+        seeds=(seed,),
+        sampling=STEPS,
+    )
 
 
 async def ask(client: EngineClient, *prompts: str) -> list[object]:
@@ -167,23 +199,31 @@ async def ask(client: EngineClient, *prompts: str) -> list[object]:
 def same_picture(answer: object, pipeline: Pipeline, prompt: str, seed: int) -> bool:
     assert not isinstance(answer, BaseException), answer
     drawn = np.frombuffer(answer.images[0].pixels, np.uint8)  # type: ignore[attr-defined]
-    # One token in sixty-four may fall to the other side of a rounding, and shows in its surroundings.
+    # One token in sixty-four may fall to the other side of a rounding, and shows in its
+    # surroundings.
     return bool(np.mean(drawn == pipeline.generate([prompt], [seed], STEPS).numpy().ravel()) >= 0.9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["accelerator", "kill", "hang"])
-async def test_neighbours_of_a_fatal_request_get_the_pictures_of_their_seeds(client: EngineClient, pipeline: Pipeline, fault: str) -> None:
+async def test_neighbours_of_a_fatal_request_get_the_pictures_of_their_seeds(
+    client: EngineClient, pipeline: Pipeline, fault: str
+) -> None:
     first, poisoned, last = await ask(client, "red apple", f"{fault} apple", "the apple")
     assert same_picture(first, pipeline, "red apple", 0)
     assert same_picture(last, pipeline, "the apple", 2)
     assert isinstance(poisoned, JobFailed)
     assert (poisoned.code, poisoned.retryable) == ("poison", False)
-    assert figure(client, "paella_worker_restarts_total") in (MAX_SOLO_CRASHES, MAX_SOLO_CRASHES + 1)
+    assert figure(client, "paella_worker_restarts_total") in (
+        MAX_SOLO_CRASHES,
+        MAX_SOLO_CRASHES + 1,
+    )
 
 
 @pytest.mark.parametrize(("fault", "code"), [("bug", "internal"), ("memory", "out_of_memory")])
-async def test_what_can_be_survived_costs_no_worker(client: EngineClient, pipeline: Pipeline, fault: str, code: str) -> None:
+async def test_what_can_be_survived_costs_no_worker(
+    client: EngineClient, pipeline: Pipeline, fault: str, code: str
+) -> None:
     first, guilty, last = await ask(client, "red apple", f"{fault} apple", "the apple")
     assert same_picture(first, pipeline, "red apple", 0)
     assert same_picture(last, pipeline, "the apple", 2)
@@ -193,7 +233,9 @@ async def test_what_can_be_survived_costs_no_worker(client: EngineClient, pipeli
 
 
 @pytest.mark.slow
-async def test_a_worker_killed_at_work_is_replaced_and_the_picture_is_that_of_the_seed(client: EngineClient, pipeline: Pipeline) -> None:
+async def test_a_worker_killed_at_work_is_replaced_and_the_picture_is_that_of_the_seed(
+    client: EngineClient, pipeline: Pipeline
+) -> None:
     await client.run(picture("red apple", 1))
     long = replace(picture("red apple", 7), sampling=replace(STEPS, steps=64))
     started = asyncio.Event()

@@ -1,4 +1,6 @@
-"""One supervisor and the processes that it starts, played by the test: restarts, stalls, suspects, and no real clock."""
+"""One supervisor and the processes that it starts, played by the test: restarts, stalls,
+suspects, and no real clock.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ STALL_S = 8.0
 class PlayedProcess:
     """A worker process that does what the test says, and nothing else."""
 
-    def __init__(self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]) -> None:
+    def __init__(
+        self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]
+    ) -> None:
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self.say = on_message
         self.started_at = 0.0
@@ -77,12 +81,16 @@ class Listener:
     def on_worker_message(self, worker: Supervisor, message: WorkerMessage) -> None:
         self.messages.append(message)
 
-    def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
+    def on_worker_lost(
+        self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]
+    ) -> None:
         self.losses.append((reason, unfinished, suspects))
 
 
 class Setting:
-    """A started supervisor and its surroundings. refusals: starts that the system grants no process to."""
+    """A started supervisor and its surroundings. refusals: starts that the system grants no
+    process to.
+    """
 
     def __init__(self) -> None:
         self.processes: list[PlayedProcess] = []
@@ -106,7 +114,9 @@ class Setting:
 
 
 @asynccontextmanager
-async def supervised(ready: bool = True, **settings: Any) -> AsyncIterator[tuple[Supervisor, Setting]]:
+async def supervised(
+    ready: bool = True, **settings: Any
+) -> AsyncIterator[tuple[Supervisor, Setting]]:
     setting = Setting()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.engine.supervisor.WorkerProcess", setting.process)
@@ -137,8 +147,12 @@ async def test_restarts_are_delayed_ever_longer_up_to_half_a_minute() -> None:
 
 
 @virtual_time
-@pytest.mark.parametrize("answer", [Finished("a", (), Timings()), Failed("a", "internal", "", retryable=False)])
-async def test_the_delay_begins_again_after_a_worker_has_answered_and_not_before(answer: WorkerMessage) -> None:
+@pytest.mark.parametrize(
+    "answer", [Finished("a", (), Timings()), Failed("a", "internal", "", retryable=False)]
+)
+async def test_the_delay_begins_again_after_a_worker_has_answered_and_not_before(
+    answer: WorkerMessage,
+) -> None:
     async with supervised() as (_, s):
 
         async def delay() -> float:
@@ -155,7 +169,9 @@ async def test_the_delay_begins_again_after_a_worker_has_answered_and_not_before
 
 
 @virtual_time
-async def test_a_process_that_the_system_refuses_is_asked_for_again_after_a_longer_delay(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_process_that_the_system_refuses_is_asked_for_again_after_a_longer_delay(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with supervised() as (_, s):
         s.refusals = 2
         s.now.exit(1)
@@ -173,10 +189,17 @@ async def test_the_status_tells_why_no_job_would_be_started() -> None:
         s.now.say(Ready("cpu", "bfloat16"))
         assert supervisor.accepting
         assert s.listener.ready == 1
-        assert (supervisor.status.reason, supervisor.status.device, supervisor.status.dtype) == ("ready", "cpu", "bfloat16")
+        assert (supervisor.status.reason, supervisor.status.device, supervisor.status.dtype) == (
+            "ready",
+            "cpu",
+            "bfloat16",
+        )
         s.now.exit(3)
         await settle()
-        assert (supervisor.status.ready, supervisor.status.reason) == (False, "the worker exited with code 3; another is starting")
+        assert (supervisor.status.ready, supervisor.status.reason) == (
+            False,
+            "the worker exited with code 3; another is starting",
+        )
         assert not supervisor.accepting
 
 
@@ -189,7 +212,10 @@ async def test_a_worker_that_owes_an_answer_and_is_silent_for_too_long_is_killed
         await asyncio.sleep(60)
         supervisor.send(job())
         await asyncio.sleep(STALL_S - 0.01)
-        assert (supervisor.status.ready, supervisor.state.silent_s) == (True, pytest.approx(STALL_S - 0.01))
+        assert (supervisor.status.ready, supervisor.state.silent_s) == (
+            True,
+            pytest.approx(STALL_S - 0.01),
+        )
         await asyncio.sleep(0.02)
         assert supervisor.status.reason == "the worker has not answered for 8 s"
         assert not supervisor.status.ready
@@ -240,7 +266,7 @@ async def test_a_new_worker_is_not_blamed_for_the_silence_of_the_one_before_it()
 
 
 @virtual_time
-async def test_a_lost_worker_s_unfinished_jobs_are_named_and_those_of_its_last_stage_suspected() -> None:
+async def test_unfinished_jobs_of_a_lost_worker_are_named_and_its_last_stage_suspected() -> None:
     async with supervised() as (supervisor, s):
         done, running, waiting, cancelled = (job() for _ in range(4))
         for each in (done, running, waiting, cancelled):
@@ -322,7 +348,9 @@ async def test_messages_about_jobs_are_passed_on_in_their_order() -> None:
 
 @virtual_time
 @pytest.mark.parametrize(("ready", "grace_s"), [(True, EXIT_GRACE_S), (False, 0)])
-async def test_a_worker_that_reads_messages_is_given_time_to_stop_and_replaced_no_more(ready: bool, grace_s: float) -> None:
+async def test_a_worker_that_reads_messages_is_given_time_to_stop_and_replaced_no_more(
+    ready: bool, grace_s: float
+) -> None:
     async with supervised(ready) as (supervisor, s):
         await supervisor.stop()
         assert s.now.grace_s == grace_s
@@ -339,4 +367,6 @@ async def test_no_process_at_the_start_is_an_error() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.engine.supervisor.WorkerProcess", setting.process)
         with pytest.raises(OSError, match="no process"):
-            await Supervisor(fake_worker.main, Settings(), setting.metrics, setting.listener).start()
+            await Supervisor(
+                fake_worker.main, Settings(), setting.metrics, setting.listener
+            ).start()

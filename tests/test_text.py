@@ -1,4 +1,6 @@
-"""Any text becomes bytes and tokens, cut where the encoder ends and said so; any picture becomes an embedding."""
+"""Any text becomes bytes and tokens, cut where the encoder ends and said so; any picture becomes
+an embedding.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from model.pipeline import Pipeline
 
 END = 1
 LIMIT = 64  # of the random bundle's byte encoder, end mark included
-TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=80)  # lone surrogates have no UTF-8
+TEXT = st.text(
+    st.characters(exclude_categories=("Cs",)), max_size=80
+)  # lone surrogates have no UTF-8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +35,7 @@ def clip(pipeline: Pipeline) -> CLIP:
     return pipeline.bundle.clip
 
 
-# ── bytes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── bytes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(text=TEXT)
@@ -49,14 +53,18 @@ def test_what_looks_like_a_special_token_is_text(byt5, text):
     assert tokens[0][mask[0]].tolist() == [byte + 3 for byte in text.encode()] + [END]
 
 
-@pytest.mark.parametrize("text", ["🍎" * 15, "تفاحة حمراء", "תפוח", "👩‍👩‍👧‍👦 e\u0301", "\x00\t\n\u200f", "ﷺ"])
+@pytest.mark.parametrize(
+    "text", ["🍎" * 15, "تفاحة حمراء", "תפוח", "👩‍👩‍👧‍👦 e\u0301", "\x00\t\n\u200f", "ﷺ"]
+)
 def test_emoji_and_right_to_left_text_keep_every_byte(byt5, text):
     tokens, mask, (truncated,) = byt5.tokenize([text])
     assert not truncated
     assert bytes(t - 3 for t in tokens[0][mask[0]].tolist()[:-1]).decode() == text
 
 
-@pytest.mark.parametrize(("length", "truncated"), [(LIMIT - 2, False), (LIMIT - 1, False), (LIMIT, True), (4000, True)])
+@pytest.mark.parametrize(
+    ("length", "truncated"), [(LIMIT - 2, False), (LIMIT - 1, False), (LIMIT, True), (4000, True)]
+)
 def test_a_prompt_is_cut_at_the_limit_end_mark_included(byt5, length, truncated):
     tokens, mask, cut = byt5.tokenize(["x" * length])
     assert cut == (truncated,)
@@ -87,7 +95,9 @@ def test_the_mask_marks_exactly_the_padding(byt5):
 def test_a_prompt_s_embedding_does_not_depend_on_its_neighbours_length(byt5):
     alone, company = byt5(["red apple"]), byt5(["red apple", "x" * 60, ""])
     assert alone.embeddings.shape[1] < company.embeddings.shape[1]
-    torch.testing.assert_close(company.embeddings[0, :10], alone.embeddings[0, :10], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        company.embeddings[0, :10], alone.embeddings[0, :10], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_every_byte_counts(byt5):
@@ -96,7 +106,7 @@ def test_every_byte_counts(byt5):
     assert not torch.allclose(red.embeddings[0, 9], bed.embeddings[0, 9], atol=1e-4)
 
 
-# ── CLIP's text ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── CLIP's text ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_bundle_s_own_merges_are_used(clip):
@@ -130,7 +140,7 @@ def test_text_beyond_the_context_changes_nothing(clip):
     assert torch.equal(clip.encode_text(["red " * 20 + "apple"]), clip.encode_text(["red " * 30]))
 
 
-# ── few calls ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── few calls ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("prompts", [["red apple"], ["", "an apple on the table", "x" * 100]])
@@ -139,11 +149,15 @@ def test_towers_compute_what_the_published_modules_do(byt5, clip, monkeypatch, p
     for network in (byt5, clip):
         assert network.tower is not None
         monkeypatch.setattr(network, "tower", None)
-    torch.testing.assert_close(towers, (byt5(prompts).embeddings, clip.encode_text(prompts)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        towers, (byt5(prompts).embeddings, clip.encode_text(prompts)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_tower_without_copies_computes_the_same(clip):
-    packed, plain = (TextTower(clip.model, copies)(clip.tokenize(["red apple"])[0]) for copies in (True, False))
+    packed, plain = (
+        TextTower(clip.model, copies)(clip.tokenize(["red apple"])[0]) for copies in (True, False)
+    )
     torch.testing.assert_close(plain, packed, atol=1e-5, rtol=1e-5)
 
 
@@ -155,7 +169,7 @@ def test_autocast_is_obeyed(byt5, clip):
         assert 0 < (one - other).abs().max() < 0.1 * one.abs().max()
 
 
-# ── CLIP's pictures ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── CLIP's pictures ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("size", [(16, 16), (1, 1), (7, 200), (64, 48)])
@@ -170,22 +184,36 @@ def test_a_picture_of_the_right_size_is_not_resampled(clip):
     image = torch.rand(1, 3, 16, 16)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    torch.testing.assert_close(clip.encode_image(image), clip.model.encode_image((image - mean) / std))
+    torch.testing.assert_close(
+        clip.encode_image(image), clip.model.encode_image((image - mean) / std)
+    )
 
 
 def test_resizing_keeps_what_a_picture_shows(clip):
     flat = torch.tensor([0.9, 0.1, 0.2]).view(1, 3, 1, 1)
-    small, large = clip.encode_image(flat.expand(1, 3, 16, 16)), clip.encode_image(flat.expand(1, 3, 50, 90))
+    small, large = (
+        clip.encode_image(flat.expand(1, 3, 16, 16)),
+        clip.encode_image(flat.expand(1, 3, 50, 90)),
+    )
     torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-4)
 
 
 def test_resampled_pictures_stay_in_range(clip, monkeypatch):
     # Bicubic overshoots at edges.
     seen = []
-    monkeypatch.setattr(clip.model, "encode_image", lambda image: (seen.append(image), torch.zeros(1, 16))[1])
+    monkeypatch.setattr(
+        clip.model, "encode_image", lambda image: (seen.append(image), torch.zeros(1, 16))[1]
+    )
     clip.encode_image((torch.rand(1, 3, 40, 40) > 0.5).float())
     black, white = (
-        [(level - m) / s for m, s in zip((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), strict=True)]
+        [
+            (level - m) / s
+            for m, s in zip(
+                (0.48145466, 0.4578275, 0.40821073),
+                (0.26862954, 0.26130258, 0.27577711),
+                strict=True,
+            )
+        ]
         for level in (0, 1)
     )
     low, high = seen[0].amin((0, 2, 3)), seen[0].amax((0, 2, 3))

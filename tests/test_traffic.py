@@ -8,7 +8,17 @@ import httpx
 import numpy as np
 import pytest
 
-from load_tests.traffic import Answer, Arrival, Kind, Load, Target, Window, kinds_of, poisson_trace, slowdowns
+from load_tests.traffic import (
+    Answer,
+    Arrival,
+    Kind,
+    Load,
+    Target,
+    Window,
+    kinds_of,
+    poisson_trace,
+    slowdowns,
+)
 
 KINDS = kinds_of((64, 128), (8, 12))
 TARGET = Target("fake", "http://server/generate")
@@ -36,7 +46,9 @@ def test_arrivals_are_as_many_as_the_rate_says_with_the_gaps_of_a_poisson_proces
 def test_every_kind_arrives_as_often() -> None:
     trace = poisson_trace(KINDS, 10, 400, seed=0)
     for kind in KINDS:
-        assert sum(arrival.kind == kind for arrival in trace) == pytest.approx(len(trace) / len(KINDS), rel=0.1)
+        assert sum(arrival.kind == kind for arrival in trace) == pytest.approx(
+            len(trace) / len(KINDS), rel=0.1
+        )
 
 
 def test_slowdown_is_the_latency_over_that_of_the_same_kind_alone() -> None:
@@ -46,9 +58,20 @@ def test_slowdown_is_the_latency_over_that_of_the_same_kind_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("began", "ended", "share"), [(10, 12, 1.0), (9, 11, 0.5), (12, 16, 0.75), (8, 16, 0.625), (5, 9, 0.0), (16, 17, 0.0), (15, 17, 0.0)]
+    ("began", "ended", "share"),
+    [
+        (10, 12, 1.0),
+        (9, 11, 0.5),
+        (12, 16, 0.75),
+        (8, 16, 0.625),
+        (5, 9, 0.0),
+        (16, 17, 0.0),
+        (15, 17, 0.0),
+    ],
 )
-def test_an_answer_counts_as_far_as_it_lies_within_the_window(began: float, ended: float, share: float) -> None:
+def test_an_answer_counts_as_far_as_it_lies_within_the_window(
+    began: float, ended: float, share: float
+) -> None:
     assert Window(10, 5).share(began, ended) == share
 
 
@@ -68,15 +91,21 @@ async def test_open_loop_answers_every_arrival_in_order_and_never_repeats_a_prom
     trace = [Arrival(i / 1000, KINDS[i % 4], i) for i in range(8)]
     async with httpx.AsyncClient(transport=replies) as client:
         answers = await Load(client).open_loop(TARGET, trace)
-    assert [(answer.kind, answer.status) for answer in answers] == [(a.kind, 503 if a.kind.side == 64 else 200) for a in trace]
+    assert [(answer.kind, answer.status) for answer in answers] == [
+        (a.kind, 503 if a.kind.side == 64 else 200) for a in trace
+    ]
     assert len(set(replies.asked)) == len(trace)
 
 
 async def test_a_saturated_server_is_counted_by_what_it_answers() -> None:
     async with httpx.AsyncClient(transport=Replies()) as client:
         load = Load(client)
-        refused = await load.saturate(TARGET, [Kind(64, 8)], clients=2, warm_up=0, seconds=0.02, seed=0)
-        answered = await load.saturate(TARGET, [Kind(128, 8)], clients=2, warm_up=0, seconds=0.02, seed=0)
+        refused = await load.saturate(
+            TARGET, [Kind(64, 8)], clients=2, warm_up=0, seconds=0.02, seed=0
+        )
+        answered = await load.saturate(
+            TARGET, [Kind(128, 8)], clients=2, warm_up=0, seconds=0.02, seed=0
+        )
     assert refused == 0
     assert answered > 0
 

@@ -1,4 +1,6 @@
-"""What counts as lost while requests keep arriving, and what the clients that misbehave wait for."""
+"""What counts as lost while requests keep arriving, and what the clients that misbehave wait
+for.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,25 @@ def test_answers_and_honest_refusals_are_not_lost() -> None:
     assert GOOD.lost == 0
 
 
-@pytest.mark.parametrize("change", [{"answered": 7}, {"refused": 0}, {"lost_of_its_own": 1}, {"files_left": 1}])
+@pytest.mark.parametrize(
+    "change", [{"answered": 7}, {"refused": 0}, {"lost_of_its_own": 1}, {"files_left": 1}]
+)
 def test_anything_else_is_not_good(change: dict[str, int]) -> None:
     assert not replace(GOOD, **change).good
 
 
 @pytest.mark.parametrize(
     ("status", "headers", "honest"),
-    [(429, {"retry-after": "1"}, True), (503, {"retry-after": "5"}, True), (503, {}, False), (500, {"retry-after": "1"}, False)],
+    [
+        (429, {"retry-after": "1"}, True),
+        (503, {"retry-after": "5"}, True),
+        (503, {}, False),
+        (500, {"retry-after": "1"}, False),
+    ],
 )
-def test_a_refusal_is_honest_if_it_says_when_to_come_back(status: int, headers: dict[str, str], honest: bool) -> None:
+def test_a_refusal_is_honest_if_it_says_when_to_come_back(
+    status: int, headers: dict[str, str], honest: bool
+) -> None:
     assert refused_honestly(status, headers) is honest
 
 
@@ -58,7 +69,9 @@ def test_an_answer_is_whole_when_all_its_bytes_have_come(answer: bytes, whole: b
     assert is_whole(answer) is whole
 
 
-async def test_a_slow_reader_gets_its_whole_answer_and_nobody_is_hindered_by_silence_and_resets(fake_server: str) -> None:
+async def test_a_slow_reader_gets_its_whole_answer_and_nobody_is_hindered_by_silence_and_resets(
+    fake_server: str,
+) -> None:
     address = httpx.URL(fake_server)
     clients = [Client(address.host, address.port or 80, number) for number in range(4)]
     for client in clients:

@@ -1,4 +1,6 @@
-"""The v1 family computes what the published one computes and draws the tokens that it drew, and its shortcuts change nothing."""
+"""The v1 family computes what the published one computes and draws the tokens that it drew, and
+its shortcuts change nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.conftest import golden, randomise
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 # Where both sides are ours, only the order of additions differs.
 SAME = {"atol": 2e-5, "rtol": 1e-5}
-BOTH_LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["published", "channels-last"])
+BOTH_LAYOUTS = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["published", "channels-last"]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,13 +56,15 @@ def recorded_vqgan() -> tuple[VQGANV1, dict[str, Tensor]]:
     return vqgan, tensors
 
 
-# ── configurations ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── configurations ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_fields_are_the_published_arguments_without_dropout():
     assert {field.name for field in fields(DenoiserV1Config)} == set(golden("denoiser_v1")[0])
     arguments, _, _ = golden("vqgan_v1")
-    assert {field.name for field in fields(VQGANV1Config)} == (set(arguments) | set(arguments["ddconfig"])) - {"ddconfig", "dropout"}
+    assert {field.name for field in fields(VQGANV1Config)} == (
+        set(arguments) | set(arguments["ddconfig"])
+    ) - {"ddconfig", "dropout"}
 
 
 def test_published_sizes_follow_from_the_defaults():
@@ -79,14 +85,18 @@ def test_what_does_not_fit_is_refused():
             VQGANV1Config(**change)
 
 
-# ── denoiser ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── denoiser ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @BOTH_LAYOUTS
 def test_logits_equal_the_recorded_ones(recorded, layout):
     denoiser, x = recorded
     denoiser.to(memory_format=layout)
-    cases = {"logits": x["clip"], "logits_spatial": x["clip_spatial"], "logits_uncond": torch.zeros_like(x["clip"])}
+    cases = {
+        "logits": x["clip"],
+        "logits_spatial": x["clip_spatial"],
+        "logits_uncond": torch.zeros_like(x["clip"]),
+    }
     assert set(cases) == {name for name in x if name.startswith("logits")}
     for name, clip in cases.items():
         torch.testing.assert_close(denoiser(x["tokens"], clip, x["r"]), x[name], **TOLERANCE)
@@ -100,8 +110,13 @@ def test_the_noise_probability_equals_the_recorded_one(recorded):
 def test_the_state_dicts_have_exactly_the_published_names():
     config, weights, _ = golden("denoiser_v1")
     vqgan_config, vqgan_weights, _ = published_vqgan()
-    for network, published in ((DenoiserV1(DenoiserV1Config(**config)), weights), (VQGANV1(vqgan_config), vqgan_weights)):
-        assert {name: t.shape for name, t in network.state_dict().items()} == {name: t.shape for name, t in published.items()}
+    for network, published in (
+        (DenoiserV1(DenoiserV1Config(**config)), weights),
+        (VQGANV1(vqgan_config), vqgan_weights),
+    ):
+        assert {name: t.shape for name, t in network.state_dict().items()} == {
+            name: t.shape for name, t in published.items()
+        }
 
 
 def test_the_published_size_counts_its_published_parameters():
@@ -133,7 +148,11 @@ def test_the_same_condition_everywhere_is_the_condition_of_the_image(recorded):
 
 
 def test_a_position_s_condition_counts_there_and_not_far_away():
-    denoiser = DenoiserV1(DenoiserV1Config(num_labels=8, c_hidden=8, c_clip=4, c_r=4, down_levels=(1, 1), up_levels=(1, 1)))
+    denoiser = DenoiserV1(
+        DenoiserV1Config(
+            num_labels=8, c_hidden=8, c_clip=4, c_r=4, down_levels=(1, 1), up_levels=(1, 1)
+        )
+    )
     randomise(denoiser)
     tokens, r, clip = torch.randint(8, (1, 8, 64)), torch.tensor([0.5]), torch.zeros(1, 4, 8, 64)
     changed = clip.clone()
@@ -147,17 +166,28 @@ def test_branches_of_a_row_are_what_each_is_alone(recorded):
     denoiser, x = recorded
     clip, row_of = torch.cat([x["clip"], torch.zeros(1, 20)]), torch.tensor([0, 1, 1])
     times = denoiser.times(noise_probability(x["r"]))
-    logits = denoiser.project(denoiser.features(x["tokens"], times, denoiser.condition(clip), row_of)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(logits, torch.cat([x["logits"], x["logits_uncond"][1:]]), **TOLERANCE)
+    logits = denoiser.project(
+        denoiser.features(x["tokens"], times, denoiser.condition(clip), row_of)
+    ).permute(0, 3, 1, 2)
+    torch.testing.assert_close(
+        logits, torch.cat([x["logits"], x["logits_uncond"][1:]]), **TOLERANCE
+    )
 
 
 def test_stacked_conditions_draw_what_each_draws_alone(recorded):
     denoiser, x = recorded
     grid = (x["tokens"].shape[1], x["tokens"].shape[2])
-    conditions = [denoiser.condition(x["clip"][:1]), denoiser.condition(x["clip_spatial"][1:], grid)]
-    together = denoiser.features(x["tokens"], denoiser.times(noise_probability(x["r"])), ConditionV1.stack(conditions))
+    conditions = [
+        denoiser.condition(x["clip"][:1]),
+        denoiser.condition(x["clip_spatial"][1:], grid),
+    ]
+    together = denoiser.features(
+        x["tokens"], denoiser.times(noise_probability(x["r"])), ConditionV1.stack(conditions)
+    )
     logits = denoiser.project(together).permute(0, 3, 1, 2)
-    torch.testing.assert_close(logits, torch.cat([x["logits"][:1], x["logits_spatial"][1:]]), **TOLERANCE)
+    torch.testing.assert_close(
+        logits, torch.cat([x["logits"][:1], x["logits_spatial"][1:]]), **TOLERANCE
+    )
 
 
 def test_blended_conditions_are_the_condition_of_the_blended_map(recorded):
@@ -171,14 +201,18 @@ def test_blended_conditions_are_the_condition_of_the_blended_map(recorded):
 
 
 def test_a_fresh_network_can_be_trained():
-    denoiser = DenoiserV1(DenoiserV1Config(num_labels=16, c_hidden=16, c_clip=8, c_r=8, down_levels=(1, 1), up_levels=(1, 1)))
+    denoiser = DenoiserV1(
+        DenoiserV1Config(
+            num_labels=16, c_hidden=16, c_clip=8, c_r=8, down_levels=(1, 1), up_levels=(1, 1)
+        )
+    )
     tokens = torch.randint(16, (2, 4, 4))
     with torch.enable_grad():
         F.cross_entropy(denoiser(tokens, torch.randn(2, 8), torch.rand(2)), tokens).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
 
 
-# ── VQGAN ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── VQGAN ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @BOTH_LAYOUTS
@@ -190,7 +224,9 @@ def test_codes_and_decoded_pictures_equal_the_recorded_ones(recorded_vqgan, layo
 
 
 def test_attention_sits_where_the_configured_resolution_says_whatever_the_picture_s_size():
-    config = replace(published_vqgan()[0], resolution=64, attn_resolutions=[32, 8], ch_mult=[1, 1, 1, 1])
+    config = replace(
+        published_vqgan()[0], resolution=64, attn_resolutions=[32, 8], ch_mult=[1, 1, 1, 1]
+    )
     vqgan = VQGANV1(config)
     assert [len(level.attn) for level in vqgan.encoder.down] == [0, 1, 0, 1]
     assert [len(level.attn) for level in vqgan.decoder.up] == [0, 2, 0, 2]
@@ -206,7 +242,7 @@ def test_any_multiple_of_the_downscale_goes_in_and_comes_out_within_bounds(recor
     assert 0 <= decoded.min() <= decoded.max() <= 1
 
 
-# ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sampling ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class BundleOf:
@@ -221,7 +257,9 @@ class Recorded(Eager):
 
     def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         assert sampler == "typical"
-        logits = keep_typical(self.denoiser.project(features), inputs.mass[:, None, None].expand(features.shape[:-1]))
+        logits = keep_typical(
+            self.denoiser.project(features), inputs.mass[:, None, None].expand(features.shape[:-1])
+        )
         return (logits * inputs.inverse[:, None, None, None] + inputs.uniform).argmax(-1)
 
 
@@ -241,10 +279,19 @@ def recorded_rows(denoiser: DenoiserV1, clip: Tensor, mode: RenoiseMode) -> list
     )
     gumbel = x["gumbel"].view(settings["steps"], *x["init_noise"].shape, -1)
     kept = torch.ones(1, *x["init_noise"].shape)
-    uniform, fresh = torch.cat([x["renoise_uniform"], kept]), torch.cat([x["renoise_fresh"], kept.long()])
+    uniform, fresh = (
+        torch.cat([x["renoise_uniform"], kept]),
+        torch.cat([x["renoise_fresh"], kept.long()]),
+    )
     unconditional = denoiser.condition(torch.zeros_like(clip[:1]))
-    noises = [Noise(x["init_noise"][i], torch.empty(0), gumbel[:, i], uniform[:, i], fresh[:, i]) for i in range(2)]
-    return [generate(config, noise, denoiser.condition(clip[i : i + 1]), unconditional) for i, noise in enumerate(noises)]
+    noises = [
+        Noise(x["init_noise"][i], torch.empty(0), gumbel[:, i], uniform[:, i], fresh[:, i])
+        for i in range(2)
+    ]
+    return [
+        generate(config, noise, denoiser.condition(clip[i : i + 1]), unconditional)
+        for i, noise in enumerate(noises)
+    ]
 
 
 def traced(denoiser: DenoiserV1, rows: list[Row]) -> Tensor:
@@ -261,14 +308,20 @@ def traced(denoiser: DenoiserV1, rows: list[Row]) -> Tensor:
 @pytest.mark.parametrize("mode", ["start", "prev", "rand"])
 def test_tokens_after_every_step_equal_the_recorded_ones(recorded, mode):
     denoiser, x = recorded
-    assert torch.equal(traced(denoiser, recorded_rows(denoiser, x["clip"], mode)), golden("sampler_v1")[2][f"tokens_{mode}"])
+    assert torch.equal(
+        traced(denoiser, recorded_rows(denoiser, x["clip"], mode)),
+        golden("sampler_v1")[2][f"tokens_{mode}"],
+    )
 
 
 def test_inpainted_tokens_after_every_step_equal_the_recorded_ones(recorded):
     denoiser, x = recorded
     trace = golden("sampler_v1")[2]
     kept = zip(x["tokens"], trace["mask"] == 0, strict=True)
-    rows = [repaint(row, PinnedTokens(*known)) for row, known in zip(recorded_rows(denoiser, x["clip"], "start"), kept, strict=True)]
+    rows = [
+        repaint(row, PinnedTokens(*known))
+        for row, known in zip(recorded_rows(denoiser, x["clip"], "start"), kept, strict=True)
+    ]
     assert torch.equal(traced(denoiser, rows), trace["tokens_inpaint"])
 
 
@@ -281,7 +334,7 @@ def test_every_recorded_trace_is_checked():
     }
 
 
-# ── from prompt to picture ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── from prompt to picture ────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +347,9 @@ def prompted(pipeline: PipelineV1, seed: int, prompt: str = "red apple", **chang
     noise = pipeline.noise(seed, 32, 32, config.steps, config.renoise_mode)
     encoded, negative = pipeline.encode([prompt, ""])
     (image,) = pipeline.prior_embeddings([encoded], [noise])
-    return pipeline.start(noise, config, pipeline.condition(encoded, image), pipeline.condition(negative))
+    return pipeline.start(
+        noise, config, pipeline.condition(encoded, image), pipeline.condition(negative)
+    )
 
 
 def drawn(pipeline: PipelineV1, *rows: Row) -> list[Tensor]:
@@ -311,25 +366,47 @@ def test_the_empty_text_is_the_zero_embedding(pipeline):
 
 
 def test_a_text_that_clip_cuts_is_said_to_be_cut(pipeline):
-    assert [prompt.truncated for prompt in pipeline.encode(["red", "the red apple " * 20])] == [(), ("clip",)]
+    assert [prompt.truncated for prompt in pipeline.encode(["red", "the red apple " * 20])] == [
+        (),
+        ("clip",),
+    ]
 
 
 @pytest.mark.parametrize("mode", ["start", "prev", "rand"])
 def test_an_image_is_the_same_alone_and_among_rows_of_other_modes(pipeline, mode):
     (alone,) = drawn(pipeline, prompted(pipeline, 5, renoise_mode=mode))
-    others = [prompted(pipeline, 6, steps=3, sampler="argmax"), prompted(pipeline, -7, guidance=(1.0, 1.0), sampler="multinomial")]
-    assert (drawn(pipeline, others[0], prompted(pipeline, 5, renoise_mode=mode), others[1])[1] == alone).float().mean() >= 0.99
+    others = [
+        prompted(pipeline, 6, steps=3, sampler="argmax"),
+        prompted(pipeline, -7, guidance=(1.0, 1.0), sampler="multinomial"),
+    ]
+    assert (
+        drawn(pipeline, others[0], prompted(pipeline, 5, renoise_mode=mode), others[1])[1] == alone
+    ).float().mean() >= 0.99
 
 
 def test_the_renoise_modes_draw_different_pictures(pipeline):
-    pictures = [drawn(pipeline, prompted(pipeline, 5, renoise_mode=mode))[0] for mode in ("start", "prev", "rand")]
-    assert all((one != other).any() for one, other in ((pictures[0], pictures[1]), (pictures[1], pictures[2]), (pictures[0], pictures[2])))
+    pictures = [
+        drawn(pipeline, prompted(pipeline, 5, renoise_mode=mode))[0]
+        for mode in ("start", "prev", "rand")
+    ]
+    assert all(
+        (one != other).any()
+        for one, other in (
+            (pictures[0], pictures[1]),
+            (pictures[1], pictures[2]),
+            (pictures[0], pictures[2]),
+        )
+    )
 
 
 def test_regions_are_one_condition_that_differs_by_position_and_no_branches(pipeline):
     base, other = prompted(pipeline, 3), prompted(pipeline, 3, prompt="in the")
     everywhere = generate(
-        base.sampling, base.noise, base.conditional, base.unconditional, regions=[RegionBranch(other.conditional, torch.ones(16, 16))]
+        base.sampling,
+        base.noise,
+        base.conditional,
+        base.unconditional,
+        regions=[RegionBranch(other.conditional, torch.ones(16, 16))],
     )
     assert len(everywhere.branches) == 2
     assert (drawn(pipeline, everywhere)[0] == drawn(pipeline, other)[0]).float().mean() >= 0.99
@@ -338,7 +415,9 @@ def test_regions_are_one_condition_that_differs_by_position_and_no_branches(pipe
 def test_the_temperature_divides_after_the_bias(pipeline):
     features, denoiser = torch.randn(1, 4, 4, 16), pipeline.bundle.denoiser
     inverse = torch.full((1, 1, 1, 1), 2.0)
-    torch.testing.assert_close(denoiser.sharpened(features, inverse), 2 * denoiser.project(features))
+    torch.testing.assert_close(
+        denoiser.sharpened(features, inverse), 2 * denoiser.project(features)
+    )
 
 
 def test_noise_dwindles_along_a_cosine_and_the_last_step_leaves_none():
@@ -347,7 +426,10 @@ def test_noise_dwindles_along_a_cosine_and_the_last_step_leaves_none():
 
 
 def test_fresh_tokens_are_any_of_the_codes_and_the_same_at_more_steps():
-    few, many = (draw_noise(0, codes=3, grid=(40, 40), steps=n, prior=(0, 1), renoise_mode="rand") for n in (1, 5))
+    few, many = (
+        draw_noise(0, codes=3, grid=(40, 40), steps=n, prior=(0, 1), renoise_mode="rand")
+        for n in (1, 5)
+    )
     assert few.fresh.unique().tolist() == [0, 1, 2]
     assert torch.equal(few.fresh, many.fresh[:1])
     assert not torch.equal(few.fresh[0], few.start)

@@ -1,4 +1,6 @@
-"""Weights of the v1 family do what v3's do, as rows of the same engine: every operation, beside rows of other kinds."""
+"""Weights of the v1 family do what v3's do, as rows of the same engine: every operation, beside
+rows of other kinds.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def drawn(runner: Runner, *jobs: Job) -> dict[str, list[torch.Tensor]]:
     rows = [RowId(each.id, i) for each in jobs for i in range(len(each.seeds))]
     while left := [row for row in rows if not runner.rows[row].done]:
         runner.step("random-v1", left)
-    return {each.id: [runner.rows[RowId(each.id, i)].tokens for i in range(len(each.seeds))] for each in jobs}
+    return {
+        each.id: [runner.rows[RowId(each.id, i)].tokens for i in range(len(each.seeds))]
+        for each in jobs
+    }
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)

@@ -23,7 +23,11 @@ def _no_grad():
         yield
 
 
-@pytest.fixture(scope="module", params=[torch.contiguous_format, torch.channels_last], ids=["published", "channels-last"])
+@pytest.fixture(
+    scope="module",
+    params=[torch.contiguous_format, torch.channels_last],
+    ids=["published", "channels-last"],
+)
 def recorded(request) -> tuple[VQGAN, dict[str, Tensor]]:
     config, weights, tensors = golden("vqgan_v3")
     vqgan = VQGAN(VQGANConfig(**config)).eval()
@@ -35,7 +39,9 @@ def recorded(request) -> tuple[VQGAN, dict[str, Tensor]]:
 def test_the_state_dict_has_exactly_the_published_names():
     config, weights, _ = golden("vqgan_v3")
     ours = VQGAN(VQGANConfig(**config)).state_dict()
-    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in weights.items()}
+    assert {name: t.shape for name, t in ours.items()} == {
+        name: t.shape for name, t in weights.items()
+    }
 
 
 def test_codes_equal_the_recorded_ones(recorded):
@@ -67,7 +73,9 @@ def test_decoded_codes_equal_the_recorded_picture(recorded, packed):
 def test_decoded_latents_equal_the_recorded_picture(recorded):
     vqgan, x = recorded
     latents = x["quantized"].permute(0, 2, 3, 1) * vqgan.config.scale_factor
-    torch.testing.assert_close(vqgan.decode_latents(latents), x["decoded_from_quantized"], **TOLERANCE)
+    torch.testing.assert_close(
+        vqgan.decode_latents(latents), x["decoded_from_quantized"], **TOLERANCE
+    )
 
 
 def test_the_output_is_not_clamped(recorded):
@@ -78,7 +86,9 @@ def test_the_output_is_not_clamped(recorded):
 @pytest.mark.parametrize(("levels", "factor"), [(1, 2), (2, 4), (3, 8)])
 @pytest.mark.parametrize("grid", [(1, 1), (2, 5), (6, 3)])
 def test_any_multiple_of_the_downscale_goes_in_and_comes_out(levels, factor, grid):
-    vqgan = VQGAN(VQGANConfig(levels=levels, bottleneck_blocks=1, c_hidden=16, codebook_size=32)).eval()
+    vqgan = VQGAN(
+        VQGANConfig(levels=levels, bottleneck_blocks=1, c_hidden=16, codebook_size=32)
+    ).eval()
     assert vqgan.config.downscale == factor
     image = torch.rand(2, 3, grid[0] * factor, grid[1] * factor)
     tokens = vqgan.encode(image)
@@ -88,7 +98,9 @@ def test_any_multiple_of_the_downscale_goes_in_and_comes_out(levels, factor, gri
 
 def test_pictures_of_a_batch_do_not_see_each_other(recorded):
     vqgan, x = recorded
-    torch.testing.assert_close(vqgan.decode(x["indices"][1:]), x["decoded_from_indices"][1:], **TOLERANCE)
+    torch.testing.assert_close(
+        vqgan.decode(x["indices"][1:]), x["decoded_from_indices"][1:], **TOLERANCE
+    )
     assert torch.equal(vqgan.encode(x["image"][1:]), x["indices"][1:])
 
 

@@ -1,4 +1,6 @@
-"""The check of weights tells those that were trained from those that were not, and says what is wrong."""
+"""The check of weights tells those that were trained from those that were not, and says what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,18 @@ def test_a_trained_bundle_whose_denoiser_was_not_does_not_behave():
 
 
 def test_random_weights_do_not_behave_and_the_command_says_so(random_bundle, tmp_path):
-    result = CliRunner().invoke(app, ["weights", "check", str(random_bundle), "--output", str(tmp_path / "sheet.png"), "--device", "cpu"])
+    result = CliRunner().invoke(
+        app,
+        [
+            "weights",
+            "check",
+            str(random_bundle),
+            "--output",
+            str(tmp_path / "sheet.png"),
+            "--device",
+            "cpu",
+        ],
+    )
     assert result.exit_code == 1
     assert "random fails the check: " in result.stderr
     with PIL.Image.open(tmp_path / "sheet.png") as sheet:
@@ -53,7 +66,9 @@ def test_random_v1_weights_do_not_behave_either(random_v1_bundle):
     assert check(Pipeline.load(random_v1_bundle)).problems
 
 
-@pytest.mark.parametrize(("network", "where"), [("denoiser", "denoiser"), ("vqgan", "VQGAN"), ("clip", "CLIP")])
+@pytest.mark.parametrize(
+    ("network", "where"), [("denoiser", "denoiser"), ("vqgan", "VQGAN"), ("clip", "CLIP")]
+)
 def test_nan_is_found_where_it_is(random_bundle, network, where):
     pipeline = Pipeline.load(random_bundle)
     for parameter in getattr(pipeline.bundle, network).parameters():
@@ -63,7 +78,11 @@ def test_nan_is_found_where_it_is(random_bundle, network, where):
 
 
 def test_blank_and_collapsed_pictures_are_said_to_be_that(trained):
-    flat = replace(trained, pictures=torch.full_like(trained.pictures, 7), tokens=torch.zeros_like(trained.tokens))
+    flat = replace(
+        trained,
+        pictures=torch.full_like(trained.pictures, 7),
+        tokens=torch.zeros_like(trained.tokens),
+    )
     assert flat.problems == ["one code fills 100% of a picture", "8 of the pictures are blank"]
 
 
@@ -73,4 +92,6 @@ def test_a_chance_is_the_share_of_assignments_that_fit_as_well(trained):
 
 
 def test_a_uniform_use_of_all_codes_is_that_many_bits(trained):
-    assert replace(trained, tokens=torch.arange(trained.codes).view(1, 32, -1)).entropy == pytest.approx(10)
+    assert replace(
+        trained, tokens=torch.arange(trained.codes).view(1, 32, -1)
+    ).entropy == pytest.approx(10)

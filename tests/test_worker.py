@@ -1,4 +1,6 @@
-"""The worker's loop over a real pipe: a job comes back drawn, cancelled, expired or failed, and the loop goes on."""
+"""The worker's loop over a real pipe: a job comes back drawn, cancelled, expired or failed, and
+the loop goes on.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,22 @@ from tests.test_decode_queue import LateMark
 
 PATIENCE_S = 60
 SAMPLING = SamplingConfig(
-    steps=4, renoise_steps=3, guidance=(4.0, 4.0), guidance_steps=4, temperature=(0.7, 0.3), sampler="multinomial", typical_mass=0.2
+    steps=4,
+    renoise_steps=3,
+    guidance=(4.0, 4.0),
+    guidance_steps=4,
+    temperature=(0.7, 0.3),
+    sampler="multinomial",
+    typical_mass=0.2,
 )
 
 
-def job(id: str, prompt: str = "red apple", seeds: tuple[int, ...] = (0,), **changes: object) -> Job:
-    made = Job(id, "random", prompt, "", 32, 32, seeds, SAMPLING, deadline=time.monotonic() + PATIENCE_S)
+def job(
+    id: str, prompt: str = "red apple", seeds: tuple[int, ...] = (0,), **changes: object
+) -> Job:
+    made = Job(
+        id, "random", prompt, "", 32, 32, seeds, SAMPLING, deadline=time.monotonic() + PATIENCE_S
+    )
     return replace(made, **changes)
 
 
@@ -93,7 +105,9 @@ def far(runner: Runner) -> Iterator[Far]:
 
 
 class Gate:
-    """Holds the runner inside a step until it is opened, so that a test can say what happened before the next one."""
+    """Holds the runner inside a step until it is opened, so that a test can say what happened
+    before the next one.
+    """
 
     def __init__(self, far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.opened = threading.Event(), threading.Event()
@@ -110,7 +124,7 @@ class Gate:
         assert self.entered.wait(PATIENCE_S)
 
 
-# ── a job's way ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── a job's way ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_job_comes_back_as_the_pictures_the_pipeline_draws(far, pipeline):
@@ -144,7 +158,9 @@ def test_stages_are_timed_and_add_up_to_no_more_than_the_wait(far):
     assert sum(stages) <= time.perf_counter() - began
 
 
-@pytest.mark.parametrize(("prompt", "truncated"), [("red apple", ()), ("the red apple " * 20, ("byt5", "clip"))])
+@pytest.mark.parametrize(
+    ("prompt", "truncated"), [("red apple", ()), ("the red apple " * 20, ("byt5", "clip"))]
+)
 def test_cut_prompts_are_reported(far, prompt, truncated):
     far.send(job("a", prompt))
     answer = far.answer("a")
@@ -163,13 +179,21 @@ def test_a_seed_s_picture_is_the_same_in_company(far):
     far.send(job("alone", seeds=(7,)))
     alone = far.answer("alone")
     for i in range(3):
-        far.send(job(f"neighbour{i}", prompt="the " * i, seeds=(i, i + 10), sampling=replace(SAMPLING, steps=2 + i)))
+        far.send(
+            job(
+                f"neighbour{i}",
+                prompt="the " * i,
+                seeds=(i, i + 10),
+                sampling=replace(SAMPLING, steps=2 + i),
+            )
+        )
     far.send(job("again", seeds=(7,)))
     again = far.answer("again")
     assert isinstance(alone, Finished)
     assert isinstance(again, Finished)
     one, other = (np.frombuffer(answer.images[0].pixels, np.uint8) for answer in (alone, again))
-    # One token in sixty-four may fall to the other side of a rounding, and shows in its surroundings.
+    # One token in sixty-four may fall to the other side of a rounding, and shows in its
+    # surroundings.
     assert np.mean(one == other) >= 0.9
 
 
@@ -194,19 +218,24 @@ def test_beats_say_how_many_steps_begun_jobs_have_left(far, monkeypatch):
     monkeypatch.setattr(worker, "_HEARTBEAT_S", 0.0)
     far.send(job("a", seeds=(0, 1)))
     left: list[int] = []
-    while not isinstance(message := far.receive(lambda m: isinstance(m, Heartbeat | Finished)), Finished):
+    while not isinstance(
+        message := far.receive(lambda m: isinstance(m, Heartbeat | Finished)), Finished
+    ):
         assert isinstance(message, Heartbeat)
         left += message.left.values()
     assert left == [6, 4, 2]
 
 
-# ── previews ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── previews ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def shown(far: Far, id: str) -> tuple[list[Preview], Finished]:
     """A job's previews in the order in which they came, and its answer."""
     previews: list[Preview] = []
-    while not isinstance(message := far.receive(lambda m: isinstance(m, Preview | Finished | Failed) and m.id == id), Finished):
+    while not isinstance(
+        message := far.receive(lambda m: isinstance(m, Preview | Finished | Failed) and m.id == id),
+        Finished,
+    ):
         assert isinstance(message, Preview)
         previews.append(message)
     return previews, message
@@ -214,11 +243,24 @@ def shown(far: Far, id: str) -> tuple[list[Preview], Finished]:
 
 @pytest.mark.parametrize(("asked", "steps"), [(0, 4), (1, 4), (3, 4), (8, 4), (8, 1)])
 def test_previews_come_in_order_evenly_spaced_and_no_more_than_asked(far, asked, steps):
-    far.send(job("a", seeds=(0, 1), previews=asked, sampling=replace(SAMPLING, steps=steps, renoise_steps=0)))
+    far.send(
+        job(
+            "a",
+            seeds=(0, 1),
+            previews=asked,
+            sampling=replace(SAMPLING, steps=steps, renoise_steps=0),
+        )
+    )
     previews, answer = shown(far, "a")
     for image in answer.images:
-        own = [(preview.number, preview.step) for preview in previews if preview.image.index == image.index]
-        assert own == list(enumerate({0: [], 1: [2], 3: [1, 2, 3], 8: [1, 2, 3] if steps == 4 else []}[asked]))
+        own = [
+            (preview.number, preview.step)
+            for preview in previews
+            if preview.image.index == image.index
+        ]
+        assert own == list(
+            enumerate({0: [], 1: [2], 3: [1, 2, 3], 8: [1, 2, 3] if steps == 4 else []}[asked])
+        )
 
 
 def test_a_preview_is_what_its_step_drew_and_changes_nobody_s_picture(far, pipeline):
@@ -235,7 +277,7 @@ def test_a_preview_is_what_its_step_drew_and_changes_nobody_s_picture(far, pipel
         assert np.mean(pixels[0] == pixels[1]) >= 0.9
 
 
-# ── its ends ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── its ends ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_cancelled_job_stops_at_the_next_step_and_no_picture_is_answered(far, monkeypatch):
@@ -249,7 +291,9 @@ def test_a_cancelled_job_stops_at_the_next_step_and_no_picture_is_answered(far, 
     first = far.receive(lambda m: isinstance(m, Finished | Failed))
     assert isinstance(first, Finished)
     assert first.id == "other"
-    assert far.receive(lambda m: isinstance(m, Heartbeat) and not m.steps and not m.rows_running + m.rows_waiting)
+    assert far.receive(
+        lambda m: isinstance(m, Heartbeat) and not m.steps and not m.rows_running + m.rows_waiting
+    )
     assert far.runner.rows == {}
 
 
@@ -280,7 +324,9 @@ def test_a_job_whose_deadline_passes_on_the_way_is_dropped(far, monkeypatch):
     far.send(job("in time", deadline=clock() + 3 * 3600))
     monkeypatch.setattr(time, "monotonic", lambda: clock() + 2 * 3600)
     gate.opened.set()
-    assert far.answer("waiting") == Failed("waiting", "deadline", "the deadline passed", retryable=True)
+    assert far.answer("waiting") == Failed(
+        "waiting", "deadline", "the deadline passed", retryable=True
+    )
     assert isinstance(far.answer("patient"), Finished)
     assert isinstance(far.answer("in time"), Finished)
 
@@ -294,7 +340,9 @@ def test_a_job_whose_deadline_passes_on_the_way_is_dropped(far, monkeypatch):
         (MemoryError(), "out_of_memory", True),
     ],
 )
-def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(far, monkeypatch, caplog, stage, error, code, retryable):
+def test_a_stage_that_raises_fails_its_job_and_the_next_one_is_done(
+    far, monkeypatch, caplog, stage, error, code, retryable
+):
     def broken(*_):
         raise error
 
@@ -332,8 +380,12 @@ def test_a_job_that_fails_to_start_does_not_take_its_neighbours_with_it(far, mon
 
 
 @pytest.mark.parametrize("stage", ["step", "decode"])
-@pytest.mark.parametrize("error", [RuntimeError("poison"), torch.OutOfMemoryError("tried to allocate")])
-def test_of_rows_that_share_a_stage_only_those_that_raise_alone_fail(far, monkeypatch, caplog, stage, error):
+@pytest.mark.parametrize(
+    "error", [RuntimeError("poison"), torch.OutOfMemoryError("tried to allocate")]
+)
+def test_of_rows_that_share_a_stage_only_those_that_raise_alone_fail(
+    far, monkeypatch, caplog, stage, error
+):
     original = getattr(far.runner, stage)
     together: list[int] = []
 
@@ -364,7 +416,9 @@ def test_of_rows_that_share_a_stage_only_those_that_raise_alone_fail(far, monkey
     assert far.runner.rows == {}
 
 
-def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_change(far, monkeypatch):
+def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_change(
+    far, monkeypatch
+):
     gate = Gate(far, monkeypatch)
     far.send(job("a"))
     gate.wait()
@@ -372,7 +426,9 @@ def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_c
     far.send(job("b"))
     gate.opened.set()
     said = []
-    while not isinstance(message := far.receive(lambda m: isinstance(m, Running | Finished)), Finished):
+    while not isinstance(
+        message := far.receive(lambda m: isinstance(m, Running | Finished)), Finished
+    ):
         said.append(message)
     assert Running(("a", "b")) in said
     assert all(one != other for one, other in itertools.pairwise(said))
@@ -380,7 +436,11 @@ def test_the_jobs_of_a_stage_are_announced_before_it_begins_and_only_when_they_c
 
 def test_suspects_share_no_batch_as_they_start(far, monkeypatch):
     batches, start = list[set[str]](), far.runner.start
-    monkeypatch.setattr(far.runner, "start", lambda parts, watch: batches.append({job.id for job, _ in parts}) or start(parts, watch))
+    monkeypatch.setattr(
+        far.runner,
+        "start",
+        lambda parts, watch: batches.append({job.id for job, _ in parts}) or start(parts, watch),
+    )
     gate = Gate(far, monkeypatch)
     far.send(job("first"))
     gate.wait()
@@ -392,21 +452,31 @@ def test_suspects_share_no_batch_as_they_start(far, monkeypatch):
     assert sorted(batches, key=sorted) == [{"first"}, {"one", "other"}, {"suspect"}]
 
 
-def test_jobs_that_are_being_decoded_are_announced_with_those_of_the_stage_beside_them(far, monkeypatch):
+def test_jobs_that_are_being_decoded_are_announced_with_those_of_the_stage_beside_them(
+    far, monkeypatch
+):
     mark, decode = LateMark(), far.runner.decode
-    monkeypatch.setattr(far.runner, "decode", lambda model, rows: replace(decode(model, rows), mark=mark))
+    monkeypatch.setattr(
+        far.runner, "decode", lambda model, rows: replace(decode(model, rows), mark=mark)
+    )
     gate = Gate(far, monkeypatch)
     far.send(job("long", width=16, sampling=replace(SAMPLING, steps=64)))
     gate.wait()
-    far.send(job("short", sampling=replace(SAMPLING, steps=1)))  # no stage of theirs is shared: they differ in size
+    far.send(
+        job("short", sampling=replace(SAMPLING, steps=1))
+    )  # no stage of theirs is shared: they differ in size
     gate.opened.set()
-    assert far.receive(lambda m: isinstance(m, Running) and len(m.jobs) == 2) == Running(("long", "short"))
+    assert far.receive(lambda m: isinstance(m, Running) and len(m.jobs) == 2) == Running(
+        ("long", "short")
+    )
     mark.passed = True
     assert isinstance(far.answer("short"), Finished)
     assert isinstance(far.answer("long"), Finished)
 
 
-def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more(runner, monkeypatch, caplog):
+def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more(
+    runner, monkeypatch, caplog
+):
     def broken(*_):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
@@ -452,7 +522,9 @@ def own_logger() -> Iterator[None]:
     logger.handlers, logger.level, logger.propagate = before
 
 
-def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(random_settings, own_logger):
+def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(
+    random_settings, own_logger
+):
     near, connection = Pipe()
     # All of this process computes with the threads that a worker chooses; this one chooses none.
     settings = random_settings.model_copy(update={"threads": torch.get_num_threads()})

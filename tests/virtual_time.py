@@ -24,7 +24,9 @@ START = 1000.0
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Waits for no time; counts what it would have waited. Raises RuntimeError if it would wait without end."""
+    """Waits for no time; counts what it would have waited. Raises RuntimeError if it would wait
+    without end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +58,10 @@ def virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            asyncio.Runner(loop_factory=VirtualTimeLoop) as runner,
+        ):
             patch.setattr(time, "monotonic", runner.get_loop().time)
             runner.run(test(*args, **kwargs))
 

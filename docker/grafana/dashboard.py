@@ -1,11 +1,16 @@
-"""The dashboard, a request's way from top to bottom, written with Grafana's own types so that a field it does not know cannot be set.
+"""The dashboard, a request's way from top to bottom, written with Grafana's own types so that a
+field it does not know cannot be set.
 
 python docker/grafana/dashboard.py > docker/grafana/dashboards/paellera.json
 """
 
 from __future__ import annotations
 
-from grafana_foundation_sdk.builders.common import GraphThresholdsStyleConfig, VizLegendOptions, VizTooltipOptions
+from grafana_foundation_sdk.builders.common import (
+    GraphThresholdsStyleConfig,
+    VizLegendOptions,
+    VizTooltipOptions,
+)
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row, ThresholdsConfig
 from grafana_foundation_sdk.builders.prometheus import Dataquery
 from grafana_foundation_sdk.builders.timeseries import Panel
@@ -18,7 +23,12 @@ from grafana_foundation_sdk.models.common import (
     TooltipDisplayMode,
     VisibilityMode,
 )
-from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSourceRef, Threshold, ThresholdsMode
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DataSourceRef,
+    Threshold,
+    ThresholdsMode,
+)
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
 GOAL_S = 0.5
@@ -26,13 +36,17 @@ WIDTH, HEIGHT = 8, 8
 QUANTILES = ("p50", "p95", "p99")
 RATE = "[$__rate_interval]"
 
-# (title, unit, (legend, query), …) of every panel, by row. Where a row ends a request has come a room further.
+# (title, unit, (legend, query), …) of every panel, by row. Where a row ends a request has come a
+# room further.
 Query = tuple[str, str]
 Spec = tuple[str, str, tuple[Query, ...]]
 
 
 def stage(name: str) -> Spec:
-    queries = tuple((quantile, f'paella:stage_duration_seconds:{quantile}{{stage="{name}"}}') for quantile in QUANTILES)
+    queries = tuple(
+        (quantile, f'paella:stage_duration_seconds:{quantile}{{stage="{name}"}}')
+        for quantile in QUANTILES
+    )
     return f"{name.capitalize()}, per request", "s", queries
 
 
@@ -46,7 +60,9 @@ def mean(name: str) -> str:
 
 
 def share_remembered() -> str:
-    hits, misses = (per_second(f"paella_prompt_cache_{result}_total", "what") for result in ("hits", "misses"))
+    hits, misses = (
+        per_second(f"paella_prompt_cache_{result}_total", "what") for result in ("hits", "misses")
+    )
     return f"{hits} / ({hits} + {misses})"
 
 
@@ -55,22 +71,46 @@ ROWS: dict[str, tuple[Spec, ...]] = {
         (
             "Requests",
             "reqps",
-            (("{{endpoint}} {{status}}", per_second("paella_request_duration_seconds_count", "endpoint", "status")),),
+            (
+                (
+                    "{{endpoint}} {{status}}",
+                    per_second("paella_request_duration_seconds_count", "endpoint", "status"),
+                ),
+            ),
         ),
         (
             "Answers, p50 to p99",
             "s",
-            tuple((f"{quantile} {{{{endpoint}}}}", f"paella:request_duration_seconds:{quantile}") for quantile in QUANTILES),
+            tuple(
+                (f"{quantile} {{{{endpoint}}}}", f"paella:request_duration_seconds:{quantile}")
+                for quantile in QUANTILES
+            ),
         ),
-        ("Answers under 500 ms", "percentunit", (("{{endpoint}}", "paella:requests_under_500ms:ratio"),)),
+        (
+            "Answers under 500 ms",
+            "percentunit",
+            (("{{endpoint}}", "paella:requests_under_500ms:ratio"),),
+        ),
     ),
     "Refused and cancelled": (
         ("Refused", "reqps", (("{{reason}}", per_second("paella_rejected_total", "reason")),)),
-        ("Refused for lack of room, time or a worker", "percentunit", (("share", "paella:requests_refused:ratio"),)),
-        ("Cancelled", "reqps", (("in the {{stage}}", per_second("paella_cancelled_total", "stage")),)),
+        (
+            "Refused for lack of room, time or a worker",
+            "percentunit",
+            (("share", "paella:requests_refused:ratio"),),
+        ),
+        (
+            "Cancelled",
+            "reqps",
+            (("in the {{stage}}", per_second("paella_cancelled_total", "stage")),),
+        ),
     ),
     "Queue": (
-        ("Rows", "short", (("waiting", "sum(paella_queue_depth)"), ("stepping", "sum(paella_rows_running)"))),
+        (
+            "Rows",
+            "short",
+            (("waiting", "sum(paella_queue_depth)"), ("stepping", "sum(paella_rows_running)")),
+        ),
         stage("queue"),
     ),
     "Encode and prior": (
@@ -85,7 +125,11 @@ ROWS: dict[str, tuple[Spec, ...]] = {
             "One step",
             "s",
             tuple(
-                (quantile, f"histogram_quantile({value}, sum by (le) (rate(paella_step_duration_seconds_bucket{RATE})))")
+                (
+                    quantile,
+                    f"histogram_quantile({value}, sum by (le) "
+                    f"(rate(paella_step_duration_seconds_bucket{RATE})))",
+                )
                 for quantile, value in zip(QUANTILES, (0.5, 0.95, 0.99), strict=True)
             ),
         ),
@@ -98,7 +142,10 @@ ROWS: dict[str, tuple[Spec, ...]] = {
             (
                 ("replayed", per_second("paella_graph_replays_total")),
                 ("eager", per_second("paella_graph_eager_steps_total")),
-                ("recorded, after ready: {{after_ready}}", per_second("paella_graph_captures_total", "after_ready")),
+                (
+                    "recorded, after ready: {{after_ready}}",
+                    per_second("paella_graph_captures_total", "after_ready"),
+                ),
             ),
         ),
     ),
@@ -152,15 +199,24 @@ def panel(number: int, title: str, unit: str, queries: tuple[Query, ...]) -> Pan
         .height(HEIGHT)
         .fill_opacity(8)
         .show_points(VisibilityMode.NEVER)
-        .legend(VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM).show_legend(True))
+        .legend(
+            VizLegendOptions()
+            .display_mode(LegendDisplayMode.LIST)
+            .placement(LegendPlacement.BOTTOM)
+            .show_legend(True)
+        )
         .tooltip(VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
     )
     if unit == "percentunit":
         made.max(1)
     if title.startswith("Answers, "):
-        made.thresholds(goal()).thresholds_style(GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED))
+        made.thresholds(goal()).thresholds_style(
+            GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED)
+        )
     for letter, (legend, query) in zip("ABC", queries, strict=False):
-        target = Dataquery().ref_id(letter).expr(query).legend_format(legend).datasource(SOURCE).range()
+        target = (
+            Dataquery().ref_id(letter).expr(query).legend_format(legend).datasource(SOURCE).range()
+        )
         made.with_target(target.exemplar(title.startswith("Answers, ")))
     return made
 
@@ -168,12 +224,21 @@ def panel(number: int, title: str, unit: str, queries: tuple[Query, ...]) -> Pan
 def goal() -> ThresholdsConfig:
     """A line at 500 ms."""
     return (
-        ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps([Threshold(value=None, color="green"), Threshold(value=GOAL_S, color="red")])
+        ThresholdsConfig()
+        .mode(ThresholdsMode.ABSOLUTE)
+        .steps([Threshold(value=None, color="green"), Threshold(value=GOAL_S, color="red")])
     )
 
 
 def dashboard() -> Dashboard:
-    made = Dashboard("Paellera").uid("paellera").tags(["paellera"]).time("now-1h", "now").refresh("15s").readonly()
+    made = (
+        Dashboard("Paellera")
+        .uid("paellera")
+        .tags(["paellera"])
+        .time("now-1h", "now")
+        .refresh("15s")
+        .readonly()
+    )
     made.tooltip(DashboardCursorSync.CROSSHAIR)
     for row, (title, panels) in enumerate(ROWS.items(), start=1):
         made.with_row(Row(title).id(100 * row))

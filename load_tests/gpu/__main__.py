@@ -1,15 +1,18 @@
-"""Checks and measures everything on a CUDA device, on random weights of the published sizes; no file is needed.
+"""Checks and measures everything on a CUDA device, on random weights of the published sizes; no
+file is needed.
 
-    python -m load_tests.gpu --budget-minutes 6 --out results       # the most important parts first, ends in time
-    python -m load_tests.gpu --out results                          # everything: about forty minutes
-    python -m load_tests.gpu --part checks --out results            # one part; each is meant to end within ten minutes
+    python -m load_tests.gpu --budget-minutes 6 --out results  # by importance, in time
+    python -m load_tests.gpu --out results  # everything: about forty minutes
+    python -m load_tests.gpu --part checks --out results  # one part, within ten minutes
     python -m load_tests.gpu --part stages --families v3 --rows 1,8
-    python -m load_tests.gpu --smoke                                # the program itself, on micro sizes, anywhere
+    python -m load_tests.gpu --smoke  # the program itself, on micro sizes, anywhere
     python -m load_tests.gpu --smoke --budget-minutes 4 --out runs  # the same for the run by budget
 
-checks: half precision beside fp32, graphs beside eager steps. kernels: Triton's beside their plain twins. stages: every stage and whole
-requests. transcription: the published sampler beside ours. profile: kernels and idle shares. served: the real server over HTTP. What is
-found is written to `--out` row by row. The last line of output is JSON. Exits with 1 if a check fails, with 2 where there is no CUDA.
+checks: half precision beside fp32, graphs beside eager steps. kernels: Triton's beside their plain
+twins. stages: every stage and whole requests. transcription: the published sampler beside ours.
+profile: kernels and idle shares. served: the real server over HTTP. What is found is written to
+`--out` row by row. The last line of output is JSON. Exits with 1 if a check fails, with 2 where
+there is no CUDA.
 """
 
 from __future__ import annotations
@@ -61,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PARTS[part](options, results)
         report.add(results.table())
         found[part] = results.rows
-    report.emit({"device": _device_name(options.device), "dtype": str(options.dtype).removeprefix("torch."), **found})
+    report.emit(
+        {
+            "device": _device_name(options.device),
+            "dtype": str(options.dtype).removeprefix("torch."),
+            **found,
+        }
+    )
     return int(not all(row.get("good", True) for rows in found.values() for row in rows))
 
 
@@ -85,25 +94,59 @@ def _device_works() -> bool:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m load_tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m load_tests.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
-    p.add_argument("--families", nargs="+", choices=get_args(Family), default=list(get_args(Family)))
+    p.add_argument(
+        "--families", nargs="+", choices=get_args(Family), default=list(get_args(Family))
+    )
     p.add_argument("--rows", type=numbers, help="pictures at once, 1,2,4,8,16,32 by default")
     p.add_argument("--sides", type=numbers, help="of the pictures in pixels, 256,512 by default")
     p.add_argument("--steps", type=numbers, help="step counts, 8,12 by default")
     p.add_argument("--dtype", choices=["float16", "bfloat16"], help="float16 by default")
-    p.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="what computes the steps")
-    p.add_argument("--runs", type=int, help="of every measurement, 50 by default; fewer where they would take more than four seconds")
-    p.add_argument("--out", type=Path, help="a directory for PART.json and profiles")
-    p.add_argument("--budget-minutes", type=float, help="run the plan of budget.py and end within so many minutes; needs --out")
-    p.add_argument("--tasks", nargs="+", default=[], help="with --budget-minutes: only these tasks of the plan")
-    p.add_argument("--child", type=float, help=argparse.SUPPRESS)  # seconds left, given by the parent of a budget run
     p.add_argument(
-        "--quick", action="store_true", help="shorter loads in `served`, no bfloat16 in `checks`, no compiled models in `transcription`"
+        "--kernels", choices=get_args(Kernels), default="auto", help="what computes the steps"
     )
-    p.add_argument("--room", type=Path, help="a directory for a bundle of 10 GB; default: the system's temporary one")
     p.add_argument(
-        "--smoke", action="store_true", help="micro sizes, on the CPU where there is no CUDA: tries the program, measures nothing"
+        "--runs",
+        type=int,
+        help=(
+            "of every measurement, 50 by default; fewer where they would take more than four "
+            "seconds"
+        ),
+    )
+    p.add_argument("--out", type=Path, help="a directory for PART.json and profiles")
+    p.add_argument(
+        "--budget-minutes",
+        type=float,
+        help="run the plan of budget.py and end within so many minutes; needs --out",
+    )
+    p.add_argument(
+        "--tasks", nargs="+", default=[], help="with --budget-minutes: only these tasks of the plan"
+    )
+    p.add_argument(
+        "--child", type=float, help=argparse.SUPPRESS
+    )  # seconds left, given by the parent of a budget run
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help=(
+            "shorter loads in `served`, no bfloat16 in `checks`, no compiled models in "
+            "`transcription`"
+        ),
+    )
+    p.add_argument(
+        "--room",
+        type=Path,
+        help="a directory for a bundle of 10 GB; default: the system's temporary one",
+    )
+    p.add_argument(
+        "--smoke",
+        action="store_true",
+        help="micro sizes, on the CPU where there is no CUDA: tries the program, measures nothing",
     )
     parsed = p.parse_args(arguments)
     if (parsed.budget_minutes is not None or parsed.child is not None) and parsed.out is None:
@@ -121,7 +164,9 @@ def _options(parsed: argparse.Namespace) -> Options:
         rows=parsed.rows or ((1, 2) if smoke else (1, 2, 4, 8, 16, 32)),
         sides=parsed.sides or ((32,) if smoke else (256, 512)),
         steps=parsed.steps or ((2,) if smoke else (8, 12)),
-        budget=Budget(runs=parsed.runs or 1, seconds=0.1, least=1) if smoke else Budget(runs=parsed.runs or 50),
+        budget=Budget(runs=parsed.runs or 1, seconds=0.1, least=1)
+        if smoke
+        else Budget(runs=parsed.runs or 50),
         micro=smoke,
         quick=parsed.quick,
         out=parsed.out,

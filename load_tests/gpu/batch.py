@@ -1,4 +1,6 @@
-"""So many pictures at once on one pipeline, and every stage of their way as something to call, with the least it can cost."""
+"""So many pictures at once on one pipeline, and every stage of their way as something to call,
+with the least it can cost.
+"""
 
 from __future__ import annotations
 
@@ -47,20 +49,31 @@ class Batch:
         self.prompts = pipeline.encode(self.texts)
         (negative,) = pipeline.encode([""])
         self.images = pipeline.prior_embeddings(self.prompts, self.noises)
-        self.conditions = [pipeline.condition(prompt, image) for prompt, image in zip(self.prompts, self.images, strict=True)]
+        self.conditions = [
+            pipeline.condition(prompt, image)
+            for prompt, image in zip(self.prompts, self.images, strict=True)
+        ]
         self.unconditional = pipeline.condition(negative)
         self.tokens = torch.stack([noise.start for noise in self.noises]).to(pipeline.device)
 
-    def record(self, new_recorder: Callable[[], Recorder] | None = None, *, room_for: int | None = None) -> None:
+    def record(
+        self, new_recorder: Callable[[], Recorder] | None = None, *, room_for: int | None = None
+    ) -> None:
         """From now on the pipeline replays these shapes, wired as the server's runner wires them.
 
         room_for: rows of the graphs; default: as many as here.
         """
         config, device, rows = self.pipeline.config, self.pipeline.device, room_for or self.rows
-        fitting = [b for b in step_buckets(config, rows, [self.size]) if b.rows == rows and b.branches_per_row == 2]
+        fitting = [
+            b
+            for b in step_buckets(config, rows, [self.size])
+            if b.rows == rows and b.branches_per_row == 2
+        ]
         # The first is that of the shortest texts, as these are.
         shapes = GraphShapes(fitting[:1], grids(config, [self.size]), [rows], [rows])
-        use_cuda_graphs(self.pipeline, shapes, new_recorder or (lambda: recorder_for(device)), Counter())
+        use_cuda_graphs(
+            self.pipeline, shapes, new_recorder or (lambda: recorder_for(device)), Counter()
+        )
 
     @cached_property
     def _builder(self) -> RowBuilder:
@@ -68,8 +81,12 @@ class Batch:
 
     @cached_property
     def _builder_of_new(self) -> RowBuilder:
-        """New prompts have to be encoded, but the server knows the empty negative prompt already."""
-        return RowBuilder(self.pipeline, DictCache(lambda key: isinstance(key, TextKey) and key.negative))
+        """New prompts have to be encoded, but the server knows the empty negative prompt
+        already.
+        """
+        return RowBuilder(
+            self.pipeline, DictCache(lambda key: isinstance(key, TextKey) and key.negative)
+        )
 
     def started(self, steps: int) -> list[Row]:
         """Return rows of known prompts, with conditions of their own, as every request brings some.
@@ -84,14 +101,19 @@ class Batch:
 
     def _requests(self, steps: int) -> list[ImageRequest]:
         sampling = self.pipeline.config.recipe.sampling(steps=steps, sampler="multinomial")
-        return [ImageRequest(text, seed, *self.size, sampling) for seed, text in enumerate(self.texts)]
+        return [
+            ImageRequest(text, seed, *self.size, sampling) for seed, text in enumerate(self.texts)
+        ]
 
     def stages(self, step_counts: Sequence[int]) -> dict[str, Stage]:
         p, rows = self.pipeline, self.started(step_counts[0])
         return {
             "encode": lambda: p.encode(self.texts),
             "prior": lambda: p.prior_embeddings(self.prompts, self.noises),
-            "condition": lambda: [p.condition(prompt, image) for prompt, image in zip(self.prompts, self.images, strict=True)],
+            "condition": lambda: [
+                p.condition(prompt, image)
+                for prompt, image in zip(self.prompts, self.images, strict=True)
+            ],
             "step": lambda: self._step(rows),
             "decode": lambda: p.decode_tokens(self.tokens),
             **{f"loop_{n}": partial(self.loop, n) for n in step_counts},
@@ -108,24 +130,32 @@ class Batch:
         return self.pipeline.denoise(self.started(steps))
 
     def request(self, steps: int) -> torch.Tensor:
-        """Compute everything for new prompts, one stage after the other, up to pixels on the CPU."""
+        """Compute everything for new prompts, one stage after the other, up to pixels on the
+        CPU.
+        """
         rows = self._builder_of_new.build(self._requests(steps), noises=self.noises)
         return self.pipeline.decode(self.pipeline.denoise(rows))
 
 
 def costs(bundle: Bundle, size: tuple[int, int], step_counts: Sequence[int]) -> dict[str, Cost]:
-    """Of every stage, counted in one eager run of one picture; the prior's where there is none is nothing."""
+    """Of every stage, counted in one eager run of one picture; the prior's where there is none
+    is nothing.
+    """
     stages, read = Batch(Pipeline.of(bundle), 1, size).stages(step_counts), _read(bundle)
     found = {name: Cost(flops(stages[name]), read[name]) for name in STAGES}
     for n in step_counts:
         found[f"loop_{n}"] = Cost(n * found["step"].flops, n * found["step"].read)
         parts = [found[name] for name in ("encode", "prior", "condition", f"loop_{n}", "decode")]
-        found[f"request_{n}"] = Cost(sum(part.flops for part in parts), sum(part.read for part in parts))
+        found[f"request_{n}"] = Cost(
+            sum(part.flops for part in parts), sum(part.read for part in parts)
+        )
     return found
 
 
 def _read(b: Bundle) -> dict[str, float]:
-    """The weights that each stage reads at least once; what lies in a cache from the pass before is a part too small to count."""
+    """The weights that each stage reads at least once; what lies in a cache from the pass before
+    is a part too small to count.
+    """
     read: dict[str, float] = {
         "encode": weight_bytes(b.clip.model, but="visual."),
         "prior": 0,
@@ -136,9 +166,12 @@ def _read(b: Bundle) -> dict[str, float]:
     if isinstance(b, BundleV3):
         kv = b.denoiser.kv_weight
         read["encode"] += weight_bytes(b.byt5)
-        # At every step only the columns that see the picture: the text's and the time's parts are computed beforehand.
+        # At every step only the columns that see the picture: the text's and the time's parts are
+        # computed beforehand.
         blocks = [block for block in b.prior.blocks if isinstance(block, Block)]
-        used = sum(block.shares()[0].nbytes + block.get_parameter("3.weight").nbytes for block in blocks)
+        used = sum(
+            block.shares()[0].nbytes + block.get_parameter("3.weight").nbytes for block in blocks
+        )
         read["prior"] = b.config.recipe.prior_steps * used
         read["condition"] = 0 if kv is None else kv.nbytes
     return read

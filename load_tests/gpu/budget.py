@@ -1,8 +1,10 @@
-"""Run every part within a given number of minutes: `python -m load_tests.gpu --budget-minutes 6 --out results`.
+"""Run every part within a given number of minutes: `python -m load_tests.gpu --budget-minutes 6
+--out results`.
 
-The tasks run in the order of `PLAN`, correctness first, in one child process, so that the libraries are loaded once. A task that
-crashes the child, or takes far longer than planned, is recorded as failed, and a new child runs the rest. A task whose planned time
-no longer fits is skipped and recorded as such. Results are written after every row, and all of them together after every task.
+The tasks run in the order of `PLAN`, correctness first, in one child process, so that the libraries
+are loaded once. A task that crashes the child, or takes far longer than planned, is recorded as
+failed, and a new child runs the rest. A task whose planned time no longer fits is skipped and
+recorded as such. Results are written after every row, and all of them together after every task.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from rich.table import Table
 
 from load_tests.report import Report
 
-# A task may take this many times its planned seconds, and never fewer than the second number, before it counts as hung.
+# A task may take this many times its planned seconds, and never fewer than the second number,
+# before it counts as hung.
 _PATIENCE, _SHORTEST_S = 2.5, 45.0
 # Seconds kept for stopping children and writing the report.
 _MARGIN_S = 8.0
@@ -74,19 +77,28 @@ def choose(plan: Sequence[Task], chosen: Sequence[str]) -> list[Task]:
         ValueError: for a name that the plan lacks.
     """
     if unknown := set(chosen) - {task.name for task in plan}:
-        raise ValueError(f"unknown tasks {', '.join(sorted(unknown))}; known: {', '.join(task.name for task in plan)}")
+        raise ValueError(
+            f"unknown tasks {', '.join(sorted(unknown))}; known: "
+            f"{', '.join(task.name for task in plan)}"
+        )
     return [task for task in plan if not chosen or task.name in chosen]
 
 
 class Progress:
-    """State shared by the parent and its child through one JSON file: the running task, its start, and how every finished task ended."""
+    """State shared by the parent and its child through one JSON file: the running task, its
+    start, and how every finished task ended.
+    """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / "progress.json"
 
     def read(self) -> dict[str, Any]:
-        return json.loads(self._file.read_text()) if self._file.exists() else {"running": None, "ended": {}}
+        return (
+            json.loads(self._file.read_text())
+            if self._file.exists()
+            else {"running": None, "ended": {}}
+        )
 
     def _write(self, state: dict[str, Any]) -> None:
         partial = self._file.with_suffix(".partial")
@@ -99,11 +111,18 @@ class Progress:
     def end(self, task: str, outcome: str) -> None:
         state = self.read()
         seconds = round(time.time() - state.get("since", time.time()), 1)
-        self._write({"running": None, "ended": state["ended"] | {task: {"outcome": outcome, "seconds": seconds}}})
+        self._write(
+            {
+                "running": None,
+                "ended": state["ended"] | {task: {"outcome": outcome, "seconds": seconds}},
+            }
+        )
 
 
 class BudgetRun:
-    """One run of a plan. out: for PART files of every task, `progress.json` and `gpu.json`; minutes: of wall clock, all included."""
+    """One run of a plan. out: for PART files of every task, `progress.json` and `gpu.json`;
+    minutes: of wall clock, all included.
+    """
 
     def __init__(self, plan: Sequence[Task], minutes: float, out: Path, report: Report) -> None:
         self.plan, self.out, self.report = list(plan), out, report
@@ -112,7 +131,9 @@ class BudgetRun:
 
     def run(self) -> int:
         """Run what fits and return the exit status: 0 if every task that ran passed its checks."""
-        while pending := [task for task in self.plan if task.name not in self.progress.read()["ended"]]:
+        while pending := [
+            task for task in self.plan if task.name not in self.progress.read()["ended"]
+        ]:
             if not self._run_child(pending):
                 break
             self._write_report()
@@ -122,19 +143,35 @@ class BudgetRun:
         found = self._write_report()
         self.report.add(_summary(found["tasks"]))
         self.report.emit(found)
-        return int(any(ended["outcome"] not in ("passed", "skipped: no time left") for ended in found["tasks"].values()))
+        return int(
+            any(
+                ended["outcome"] not in ("passed", "skipped: no time left")
+                for ended in found["tasks"].values()
+            )
+        )
 
     def _run_child(self, pending: Sequence[Task]) -> bool:
         """Run tasks in one child until it ends. False: there is no time for anything more."""
         left = self._deadline - time.monotonic()
         if left < min(task.seconds for task in pending):
             return False
-        command = [sys.executable, "-m", "load_tests.gpu", "--child", f"{left:.0f}", "--out", str(self.out)]
+        command = [
+            sys.executable,
+            "-m",
+            "load_tests.gpu",
+            "--child",
+            f"{left:.0f}",
+            "--out",
+            str(self.out),
+        ]
         smoke = ["--smoke"] if self.plan[0].arguments[-1] == "--smoke" else []
         names = [task.name for task in pending]
-        # The tables of every task would push the summary out of sight; the rows still go to standard error.
+        # The tables of every task would push the summary out of sight; the rows still go to
+        # standard error.
         with (self.out / "tables.txt").open("ab") as tables:
-            child = subprocess.Popen([*command, *smoke, "--tasks", *names], stdout=tables, start_new_session=True)
+            child = subprocess.Popen(
+                [*command, *smoke, "--tasks", *names], stdout=tables, start_new_session=True
+            )
             try:
                 self._watch(child)
             finally:
@@ -150,16 +187,28 @@ class BudgetRun:
         while child.poll() is None and time.monotonic() < self._deadline:
             state = self.progress.read()
             name = state["running"]
-            if name is not None and time.time() - state["since"] > max(_SHORTEST_S, _PATIENCE * planned[name]):
+            if name is not None and time.time() - state["since"] > max(
+                _SHORTEST_S, _PATIENCE * planned[name]
+            ):
                 return
             time.sleep(_POLL_S)
 
     def _write_report(self) -> dict[str, Any]:
         """Write everything found so far to `gpu.json` and return it."""
-        tasks = {name: {**ended, "rows": _rows(self.out / name)} for name, ended in self.progress.read()["ended"].items()}
+        tasks = {
+            name: {**ended, "rows": _rows(self.out / name)}
+            for name, ended in self.progress.read()["ended"].items()
+        }
         found = {"tasks": tasks}
         (self.out / "gpu.json").write_text(
-            json.dumps({"report": "gpu", "date": self.report.date, "hardware": self.report.hardware, **found})
+            json.dumps(
+                {
+                    "report": "gpu",
+                    "date": self.report.date,
+                    "hardware": self.report.hardware,
+                    **found,
+                }
+            )
         )
         return found
 
@@ -169,11 +218,17 @@ _RESTART = 75
 
 
 def run_tasks(
-    tasks: Sequence[Task], seconds: float, out: Path, run: Callable[[Sequence[str]], int], device_works: Callable[[], bool]
+    tasks: Sequence[Task],
+    seconds: float,
+    out: Path,
+    run: Callable[[Sequence[str]], int],
+    device_works: Callable[[], bool],
 ) -> int:
-    """Run tasks one after the other in this process, each within what is left of `seconds`; return the exit status for the parent.
+    """Run tasks one after the other in this process, each within what is left of `seconds`; return
+    the exit status for the parent.
 
-    run: the program's main function. device_works: whether the device can still be used after a failure.
+    run: the program's main function. device_works: whether the device can still be used after a
+    failure.
     """
     progress, deadline = Progress(out), time.monotonic() + seconds
     for task in tasks:
@@ -181,11 +236,19 @@ def run_tasks(
             progress.end(task.name, "skipped: no time left")
             continue
         progress.begin(task.name)
-        print(f"task {task.name}, {deadline - time.monotonic():.0f} s left", file=sys.stderr, flush=True)
+        print(
+            f"task {task.name}, {deadline - time.monotonic():.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             status = run([*task.arguments, "--out", str(out / task.name)])
         except Exception as error:
-            progress.end(task.name, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}")
+            progress.end(
+                task.name,
+                f"failed: {type(error).__name__}: "
+                f"{str(error).splitlines()[0][:300] if str(error) else ''}",
+            )
             traceback.print_exc(limit=-6, file=sys.stderr)
             if not device_works():
                 return _RESTART

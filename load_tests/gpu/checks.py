@@ -1,6 +1,8 @@
-"""Whether what is fast is right: half precision, by the chosen kernels, beside fp32 by the plain ones, and graphs beside eager steps.
+"""Whether what is fast is right: half precision, by the chosen kernels, beside fp32 by the plain
+ones, and graphs beside eager steps.
 
-Errors are ‖x − reference‖ / ‖reference‖ on fresh random inputs; NaN is never good. What a replay does not write is spoiled beforehand.
+Errors are ‖x − reference‖ / ‖reference‖ on fresh random inputs; NaN is never good. What a replay
+does not write is spoiled beforehand.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from model.pipeline import BranchBatch, Eager, Pipeline, PipelineV3, SamplingInp
 
 # A network of a hundred layers adds up its roundings, of which fp16 has eleven bits and bf16 eight.
 LIMITS = {torch.float32: 0.001, torch.float16: 0.02, torch.bfloat16: 0.1}
-# Of tokens drawn from the same features: a batch of another size rounds its products differently, and a draw may fall to the next code.
+# Of tokens drawn from the same features: a batch of another size rounds its products differently,
+# and a draw may fall to the next code.
 _AGREEMENT = 0.9
 _ROWS = (1, 3, 2)
 _STEPS = 6
@@ -33,7 +36,9 @@ _STEPS = 6
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """value: an error, which must be at most the limit, or an agreement, which must be at least that."""
+    """value: an error, which must be at most the limit, or an agreement, which must be at least
+    that.
+    """
 
     check: str
     value: float
@@ -49,7 +54,14 @@ def run(options: Options, results: Results) -> None:
     for family in options.families:
         for find in (_precision, _graphs):
             for check in find(family, options):
-                results.add({"family": family, **asdict(check), "value": float(f"{check.value:.3g}"), "good": check.good})
+                results.add(
+                    {
+                        "family": family,
+                        **asdict(check),
+                        "value": float(f"{check.value:.3g}"),
+                        "good": check.good,
+                    }
+                )
             release(options.device)
 
 
@@ -63,7 +75,7 @@ def agreement(found: Tensor, reference: Tensor) -> float:
     return float((found == reference).double().mean())
 
 
-# ── precision ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── precision ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def _precision(family: Family, options: Options) -> Iterator[Check]:
@@ -76,12 +88,25 @@ def _precision(family: Family, options: Options) -> Iterator[Check]:
     for dtype in (torch.float16,) if options.quick else (torch.float16, torch.bfloat16):
         release(options.device)
         bundle = options.bundle(family, dtype)
-        if isinstance(bundle, BundleV3) and options.device.type == "cuda" and options.kernels != "torch":
-            yield Check("Triton's kernels are in use", float(bundle.denoiser.fused and bundle.prior.fused), 1.0, agreement=True)
+        if (
+            isinstance(bundle, BundleV3)
+            and options.device.type == "cuda"
+            and options.kernels != "torch"
+        ):
+            yield Check(
+                "Triton's kernels are in use",
+                float(bundle.denoiser.fused and bundle.prior.fused),
+                1.0,
+                agreement=True,
+            )
         found = _outputs(Pipeline.of(bundle), given)
         del bundle
         for name, own in found.items():
-            yield Check(f"{name} in {str(dtype).removeprefix('torch.')}", error(own, reference[name]), LIMITS[dtype])
+            yield Check(
+                f"{name} in {str(dtype).removeprefix('torch.')}",
+                error(own, reference[name]),
+                LIMITS[dtype],
+            )
 
 
 @torch.inference_mode()
@@ -89,10 +114,17 @@ def _outputs(pipeline: Pipeline, given: Batch) -> dict[str, Tensor]:
     """Of every network, each from the inputs that fp32 gave it."""
     dtype, b = pipeline.dtype, pipeline.bundle
     prompts = [_cast(prompt, dtype) for prompt in given.prompts]
-    conditions = [pipeline.condition(prompt, image.to(dtype)) for prompt, image in zip(prompts, given.images, strict=True)]
-    branches = BranchBatch(list(enumerate(conditions)), to_device(list(range(given.rows)), pipeline.device))
+    conditions = [
+        pipeline.condition(prompt, image.to(dtype))
+        for prompt, image in zip(prompts, given.images, strict=True)
+    ]
+    branches = BranchBatch(
+        list(enumerate(conditions)), to_device(list(range(given.rows)), pipeline.device)
+    )
     times = b.denoiser.times(to_device([0.6, 0.3], pipeline.device))
-    features = Eager(b).features(given.tokens, times, branches, to_device([1.0] * given.rows, pipeline.device))
+    features = Eager(b).features(
+        given.tokens, times, branches, to_device([1.0] * given.rows, pipeline.device)
+    )
     encoded = pipeline.encode(given.texts)
     outputs = {
         "CLIP's text": torch.cat([prompt.clip for prompt in encoded]),
@@ -109,16 +141,21 @@ def _cast(prompt: Prompt, dtype: torch.dtype) -> Prompt:
     return replace(prompt, byt5=prompt.byt5.to(dtype), clip=prompt.clip.to(dtype))
 
 
-# ── graphs ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── graphs ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _graphs(family: Family, options: Options) -> Iterator[Check]:
-    """Rows that fill their graph and rows that do not, replayed beside the same rows computed eagerly."""
+    """Rows that fill their graph and rows that do not, replayed beside the same rows computed
+    eagerly.
+    """
     bundle = options.bundle(family)
     for rows in _ROWS:
         eager, replayed = (Batch(Pipeline.of(bundle), rows, options.size(family)) for _ in range(2))
         replayed.record(lambda: poisoned(recorder_for(options.device)), room_for=max(_ROWS))
-        yield from (replace(check, check=f"{check.check} of {rows} rows, replayed") for check in _compared(eager, replayed))
+        yield from (
+            replace(check, check=f"{check.check} of {rows} rows, replayed")
+            for check in _compared(eager, replayed)
+        )
         release(options.device)
 
 
@@ -126,21 +163,39 @@ def _compared(eager: Batch, replayed: Batch) -> Iterator[Check]:
     both, limit = (replayed, eager), LIMITS[eager.pipeline.dtype]
     found, expected = (_features(batch) for batch in both)
     yield Check("features", error(found, expected), limit)
-    yield Check("pixels", error(*(batch.pipeline.decode_tokens(batch.tokens) for batch in both)), limit)
+    yield Check(
+        "pixels", error(*(batch.pipeline.decode_tokens(batch.tokens) for batch in both)), limit
+    )
     if isinstance(eager.pipeline, PipelineV3):
-        yield Check("prior", error(*(torch.cat(b.pipeline.prior_embeddings(b.prompts, b.noises)) for b in both)), limit)
+        yield Check(
+            "prior",
+            error(*(torch.cat(b.pipeline.prior_embeddings(b.prompts, b.noises)) for b in both)),
+            limit,
+        )
     for sampler in eager.pipeline.config.samplers:
         drawn, again = (_draw(batch, sampler, expected) for batch in both)
         yield Check(f"{sampler} draw", agreement(drawn, again), _AGREEMENT, agreement=True)
     # How far roundings lead apart is to be known; no limit says how far they may.
-    yield Check("tokens after all steps", agreement(*(batch.loop(_STEPS) for batch in both)), 0.0, agreement=True)
+    yield Check(
+        "tokens after all steps",
+        agreement(*(batch.loop(_STEPS) for batch in both)),
+        0.0,
+        agreement=True,
+    )
 
 
 @torch.inference_mode()
 def _draw(batch: Batch, sampler: Sampler, features: Tensor) -> Tensor:
-    uniform = torch.rand(features.shape[:3], generator=torch.Generator().manual_seed(0)).to(features.device)
-    temperature, mass = to_device([1.5] * batch.rows, features.device), to_device([0.3] * batch.rows, features.device)
-    return batch.pipeline.executor.sample(sampler, features, SamplingInputs(uniform, temperature, mass)).clone()
+    uniform = torch.rand(features.shape[:3], generator=torch.Generator().manual_seed(0)).to(
+        features.device
+    )
+    temperature, mass = (
+        to_device([1.5] * batch.rows, features.device),
+        to_device([0.3] * batch.rows, features.device),
+    )
+    return batch.pipeline.executor.sample(
+        sampler, features, SamplingInputs(uniform, temperature, mass)
+    ).clone()
 
 
 @torch.inference_mode()
@@ -148,8 +203,16 @@ def _features(batch: Batch) -> Tensor:
     """Guided ones, of the first step, of fresh tokens; the same for both."""
     p, n = batch.pipeline, batch.rows
     generator = torch.Generator().manual_seed(n)
-    tokens = torch.randint(p.config.vqgan.codebook_size, batch.tokens.shape, generator=generator).to(p.device)
-    members = [(row, condition) for row in range(n) for condition in (batch.conditions[row], batch.unconditional)]
+    tokens = torch.randint(
+        p.config.vqgan.codebook_size, batch.tokens.shape, generator=generator
+    ).to(p.device)
+    members = [
+        (row, condition)
+        for row in range(n)
+        for condition in (batch.conditions[row], batch.unconditional)
+    ]
     branches = BranchBatch(members, to_device([row for row, _ in members], p.device))
     times = p.bundle.denoiser.times(to_device([1 - row / n for row in range(n)], p.device))
-    return p.executor.features(tokens, times, branches, to_device([3.0, -2.0] * n, p.device)).clone()
+    return p.executor.features(
+        tokens, times, branches, to_device([3.0, -2.0] * n, p.device)
+    ).clone()

@@ -1,11 +1,14 @@
-"""Compiles Triton's kernels for devices that are not here, as they are launched at the published sizes, and says what each will occupy.
+"""Compiles Triton's kernels for devices that are not here, as they are launched at the published
+sizes, and says what each will occupy.
 
     python -m load_tests.gpu.compiled                       # A100 (sm_80) and H100, H200 (sm_90)
     python -m load_tests.gpu.compiled --targets 86 --dtypes bfloat16
 
-No GPU is needed: tensors are on the meta device, and a launch ends when its kernel is compiled. What the interpreter cannot show shows
-here: types that do not fit each other, registers that spill, shared memory that a device does not have. The last line of output is JSON.
-Exits with 1 if a kernel spills or asks for more shared memory than there is; what does not compile raises.
+No GPU is needed: tensors are on the meta device, and a launch ends when its kernel is compiled.
+What the interpreter cannot show shows
+here: types that do not fit each other, registers that spill, shared memory that a device does not
+have. The last line of output is JSON. Exits with 1 if a kernel spills or asks for more shared
+memory than there is; what does not compile raises.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel as one device gets it. registers: of a thread; spilled, shared: bytes of a thread and of a program; programs: launched."""
+    """One kernel as one device gets it. registers: of a thread; spilled, shared: bytes of a
+    thread and of a program; programs: launched.
+    """
 
     kernel: str
     dtype: str
@@ -59,7 +64,9 @@ class Compiled:
 
 
 class _Absent:
-    """Stands in for Triton's driver of a device that is not here; its number is its compute capability."""
+    """Stands in for Triton's driver of a device that is not here; its number is its compute
+    capability.
+    """
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -85,7 +92,9 @@ def _compiling(capability: int) -> Iterator[list[tuple[Any, tuple[int, ...]]]]:
     launched: list[tuple[Any, tuple[int, ...]]] = []
     run = JITFunction.run
 
-    def compile_only(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+    def compile_only(
+        kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any
+    ) -> None:
         launched.append((run(kernel, *arguments, grid=grid, warmup=True, **options), grid))
 
     before = driver._active
@@ -107,11 +116,15 @@ def compiled(capability: int, dtype: torch.dtype) -> Iterator[Compiled]:
                 for kernel, grid in launched:
                     if kernel.hash not in seen:
                         seen.add(kernel.hash)
-                        yield _described(kernel, grid, capability, dtype, f"{case.name}, {shape.label}")
+                        yield _described(
+                            kernel, grid, capability, dtype, f"{case.name}, {shape.label}"
+                        )
                 launched.clear()
 
 
-def _described(kernel: Any, grid: tuple[int, ...], capability: int, dtype: torch.dtype, shape: str) -> Compiled:
+def _described(
+    kernel: Any, grid: tuple[int, ...], capability: int, dtype: torch.dtype, shape: str
+) -> Compiled:
     usage = _usage(kernel.asm["cubin"])
     return Compiled(
         kernel=kernel.metadata.name.lstrip("_"),
@@ -134,7 +147,10 @@ def _usage(binary: bytes) -> dict[str, int]:
         file = Path(directory) / "kernel.cubin"
         file.write_bytes(binary)
         said = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file], check=True, capture_output=True, text=True
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
@@ -142,11 +158,20 @@ def _usage(binary: bytes) -> dict[str, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
-    p = argparse.ArgumentParser(prog=_COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--targets", type=numbers, default=(80, 90), help="compute capabilities, 80,90 by default")
+    p = argparse.ArgumentParser(
+        prog=_COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--targets", type=numbers, default=(80, 90), help="compute capabilities, 80,90 by default"
+    )
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float16"])
     parsed = p.parse_args(sent)
-    found = [each for target in parsed.targets for dtype in parsed.dtypes for each in compiled(target, getattr(torch, dtype))]
+    found = [
+        each
+        for target in parsed.targets
+        for dtype in parsed.dtypes
+        for each in compiled(target, getattr(torch, dtype))
+    ]
     report = Report("compiled", command=f"{_COMMAND} {shlex.join(sent)}")
     report.add(_table(found))
     report.emit({"triton": version("triton"), "kernels": [asdict(each) for each in found]})

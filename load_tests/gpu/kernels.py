@@ -1,6 +1,8 @@
-"""Triton's kernels beside their plain twins at the published sizes: whether they agree on fresh inputs, and what each takes.
+"""Triton's kernels beside their plain twins at the published sizes: whether they agree on fresh
+inputs, and what each takes.
 
-An error is taken beside the twin in fp32, and new memory is spoiled beforehand. The floor is that of the bytes that are read and written.
+An error is taken beside the twin in fp32, and new memory is spoiled beforehand. The floor is that
+of the bytes that are read and written.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from model.kernels.cpu import BlockWeights, plain_block
 
 _DRAWS = 0.9
 _REPEATS = 10
-# Blocks in a row, with weights of their own: one block's would stay in the device's cache, the prior's do not.
+# Blocks in a row, with weights of their own: one block's would stay in the device's cache, the
+# prior's do not.
 _BLOCKS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """rows × side × side pixels of so many channels, for blocks; or tokens of so many codes and features, for draws; or rows of a prior of
-    so many channels. 0: none."""
+    """rows × side × side pixels of so many channels, for blocks; or tokens of so many codes and
+    features, for draws; or rows of a prior of so many channels. 0: none."""
 
     rows: int
     side: int = 1
@@ -42,23 +45,33 @@ class Shape:
     @property
     def label(self) -> str:
         kind = "codes" if self.codes else "channels"
-        return f"{self.rows} of {self.side}x{self.side}, {self.channels or self.codes or self.prior} {kind}"
+        return (
+            f"{self.rows} of {self.side}x{self.side}, "
+            f"{self.channels or self.codes or self.prior} {kind}"
+        )
 
 
 # A guided picture's levels, then those of sixteen.
-SHAPES = [Shape(rows, side, channels) for rows in (2, 32) for side, channels in ((32, 640), (16, 1280), (8, 1280))]
+SHAPES = [
+    Shape(rows, side, channels)
+    for rows in (2, 32)
+    for side, channels in ((32, 640), (16, 1280), (8, 1280))
+]
 # Tokens of one picture and of sixteen.
 DRAWN = [Shape(rows, 64, codes=8192) for rows in (1, 16)]
 # One guided picture, two, and eight.
 IMAGINED = [Shape(rows, prior=1280) for rows in (2, 4, 16)]
-# Nothing that a power of two divides. They come last: a kernel that is compiled for them alone would be compiled while a request waits.
+# Nothing that a power of two divides. They come last: a kernel that is compiled for them alone
+# would be compiled while a request waits.
 ODD = [Shape(3, 9, 640), Shape(3, 9, 1280), Shape(3, 9, codes=8192), Shape(3, prior=1280)]
 ALL_SHAPES = [*SHAPES, *DRAWN, *IMAGINED, *ODD]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """compare: the kernel's result on fresh inputs, and how good it is. bytes: read and written at the least."""
+    """compare: the kernel's result on fresh inputs, and how good it is. bytes: read and written
+    at the least.
+    """
 
     name: str
     kernel: Callable[[], Tensor]
@@ -77,11 +90,21 @@ def run(options: Options, results: Results) -> None:
             judged = {**asdict(check), "value": float(f"{check.value:.3g}"), "good": check.good}
             floor = 1000 * case.bytes / ceilings.bytes
             kernel, twin = (_milliseconds(stage, options) for stage in (case.kernel, case.twin))
-            results.add({**judged, "shape": shape.label, "floor_ms": round(floor, 5), "kernel_ms": kernel, "twin_ms": twin})
+            results.add(
+                {
+                    **judged,
+                    "shape": shape.label,
+                    "floor_ms": round(floor, 5),
+                    "kernel_ms": kernel,
+                    "twin_ms": twin,
+                }
+            )
 
 
 def _milliseconds(stage: Callable[[], Tensor], options: Options) -> float:
-    """Of one call among many in a graph: launched one by one, small kernels would be measured by their launches."""
+    """Of one call among many in a graph: launched one by one, small kernels would be measured by
+    their launches.
+    """
 
     def repeated() -> Tensor:
         return [stage() for _ in range(_REPEATS)][-1]
@@ -108,7 +131,10 @@ def _depthwise(shape: Shape, device: str, dtype: torch.dtype, skip: bool) -> Cas
     from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 
     size, C = (shape.rows, shape.side, shape.side, shape.channels), shape.channels
-    weight, bias = torch.randn(C, 1 + skip, 3, 3, device=device).to(dtype), torch.randn(C, device=device).to(dtype)
+    weight, bias = (
+        torch.randn(C, 1 + skip, 3, 3, device=device).to(dtype),
+        torch.randn(C, device=device).to(dtype),
+    )
     taps = taps_of(weight)
 
     def inputs() -> tuple[Tensor, Tensor | None]:
@@ -119,12 +145,20 @@ def _depthwise(shape: Shape, device: str, dtype: torch.dtype, skip: bool) -> Cas
         x, other = inputs()
         with poisoned_memory():
             found = depthwise_norm(x, other, taps, bias)
-        exact = plain_depthwise_norm(x.float(), None if other is None else other.float(), weight.float(), bias.float())
+        exact = plain_depthwise_norm(
+            x.float(), None if other is None else other.float(), weight.float(), bias.float()
+        )
         return Check(name, error(found, exact), LIMITS[dtype])
 
     name, (x, other) = f"depthwise norm{', skip' if skip else ''}", inputs()
     bytes_ = (2 + skip) * x.nbytes + taps.nbytes
-    return Case(name, lambda: depthwise_norm(x, other, taps, bias), lambda: plain_depthwise_norm(x, other, weight, bias), judge, bytes_)
+    return Case(
+        name,
+        lambda: depthwise_norm(x, other, taps, bias),
+        lambda: plain_depthwise_norm(x, other, weight, bias),
+        judge,
+        bytes_,
+    )
 
 
 def _response(shape: Shape, device: str, dtype: torch.dtype) -> Case:
@@ -137,17 +171,32 @@ def _response(shape: Shape, device: str, dtype: torch.dtype) -> Case:
         x = torch.randn(size, device=device).to(dtype)
         with poisoned_memory():
             found = gelu_response(x, gamma, beta)
-        return Check(name, error(found, plain_gelu_response(x.float(), gamma.float(), beta.float())), LIMITS[dtype])
+        return Check(
+            name,
+            error(found, plain_gelu_response(x.float(), gamma.float(), beta.float())),
+            LIMITS[dtype],
+        )
 
     name, x = "GELU and response norm", torch.randn(size, device=device).to(dtype)
     # The scales need all of a picture: it is read twice and written twice.
-    return Case(name, partial(gelu_response, x, gamma, beta), partial(plain_gelu_response, x, gamma, beta), judge, 4 * x.nbytes)
+    return Case(
+        name,
+        partial(gelu_response, x, gamma, beta),
+        partial(plain_gelu_response, x, gamma, beta),
+        judge,
+        4 * x.nbytes,
+    )
 
 
-def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multinomial", "argmax"]) -> Case:
+def _draw(
+    shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multinomial", "argmax"]
+) -> Case:
     from model.kernels.triton.draw import draw, plain_draw
 
-    N, weight = shape.rows * shape.side**2, torch.randn(shape.codes, shape.features, device=device).to(dtype)
+    N, weight = (
+        shape.rows * shape.side**2,
+        torch.randn(shape.codes, shape.features, device=device).to(dtype),
+    )
 
     def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         features = (torch.randn(N, shape.features, device=device) / 4).to(dtype)
@@ -160,7 +209,13 @@ def _draw(shape: Shape, device: str, dtype: torch.dtype, sampler: Literal["multi
         return Check(sampler, agreement(found, plain_draw(sampler, *given)), _DRAWS, agreement=True)
 
     given = inputs()
-    return Case(sampler, lambda: draw(sampler, *given), lambda: plain_draw(sampler, *given), judge, given[0].nbytes + weight.nbytes + 8 * N)
+    return Case(
+        sampler,
+        lambda: draw(sampler, *given),
+        lambda: plain_draw(sampler, *given),
+        judge,
+        given[0].nbytes + weight.nbytes + 8 * N,
+    )
 
 
 def _renoise_and_pin(shape: Shape, device: str, keeping: bool) -> Case:
@@ -171,17 +226,31 @@ def _renoise_and_pin(shape: Shape, device: str, keeping: bool) -> Case:
     def inputs() -> tuple[Any, ...]:
         drawn, source, pinned = (torch.randint(shape.codes, size, device=device) for _ in range(3))
         kept = (torch.rand(size, device=device) < 0.5, pinned) if keeping else None
-        return drawn, source, torch.rand(size, device=device), torch.rand(shape.rows, device=device), kept
+        return (
+            drawn,
+            source,
+            torch.rand(size, device=device),
+            torch.rand(shape.rows, device=device),
+            kept,
+        )
 
     def judge() -> Check:
         given = inputs()
         with poisoned_memory():
             found = renoise_and_pin(*given)
-        return Check(name, min(map(agreement, found, sampling.renoise_and_pin(*given))), 1.0, agreement=True)
+        return Check(
+            name, min(map(agreement, found, sampling.renoise_and_pin(*given))), 1.0, agreement=True
+        )
 
     name, given = f"renoise_and_pin{', keeping' if keeping else ''}", inputs()
     read = sum(part.nbytes for part in (*given[:3], given[0], given[0], *(given[4] or ())))
-    return Case(name, lambda: renoise_and_pin(*given)[1], lambda: sampling.renoise_and_pin(*given)[1], judge, read)
+    return Case(
+        name,
+        lambda: renoise_and_pin(*given)[1],
+        lambda: sampling.renoise_and_pin(*given)[1],
+        judge,
+        read,
+    )
 
 
 def _prior(shape: Shape, device: str, dtype: torch.dtype) -> Case:
@@ -190,23 +259,35 @@ def _prior(shape: Shape, device: str, dtype: torch.dtype) -> Case:
     B, D, inner = shape.rows, shape.prior, 4 * shape.prior
     blocks = [_block_weights(D, inner, device, dtype) for _ in range(_BLOCKS)]
 
-    def run_through(block: Callable[[Tensor, Tensor, BlockWeights], Tensor], h: Tensor, extra: Tensor) -> Tensor:
+    def run_through(
+        block: Callable[[Tensor, Tensor, BlockWeights], Tensor], h: Tensor, extra: Tensor
+    ) -> Tensor:
         for weights in blocks:
             h = block(h, extra, weights)
         return h
 
     def inputs() -> tuple[Tensor, Tensor]:
-        return torch.randn(B, D, device=device).to(dtype), torch.randn(B, inner, device=device).to(dtype)
+        return torch.randn(B, D, device=device).to(dtype), torch.randn(B, inner, device=device).to(
+            dtype
+        )
 
     def judge() -> Check:
         given, own = inputs(), BlockWeights(*(part.float() for part in blocks[0]))
         with poisoned_memory():
             found = prior_block(*given, blocks[0])
-        return Check(name, error(found, plain_block(given[0].float(), given[1].float(), own)), LIMITS[dtype])
+        return Check(
+            name, error(found, plain_block(given[0].float(), given[1].float(), own)), LIMITS[dtype]
+        )
 
     name, given = f"prior blocks, {_BLOCKS} of them", inputs()
     read = sum(part.nbytes for weights in blocks for part in (weights.first, weights.last))
-    return Case(name, partial(run_through, prior_block, *given), partial(run_through, plain_block, *given), judge, read)
+    return Case(
+        name,
+        partial(run_through, prior_block, *given),
+        partial(run_through, plain_block, *given),
+        judge,
+        read,
+    )
 
 
 def _block_weights(D: int, inner: int, device: str, dtype: torch.dtype) -> BlockWeights:
@@ -216,4 +297,6 @@ def _block_weights(D: int, inner: int, device: str, dtype: torch.dtype) -> Block
         return (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(dtype)
 
     ones, zeros = (make(inner, device=device, dtype=dtype) for make in (torch.ones, torch.zeros))
-    return BlockWeights(random(inner, 2 * D)[:, :D].T, ones, zeros, random(D, inner), ones[:D], zeros[:D])
+    return BlockWeights(
+        random(inner, 2 * D)[:, :D].T, ones, zeros, random(D, inner), ones[:D], zeros[:D]
+    )

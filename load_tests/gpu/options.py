@@ -19,8 +19,8 @@ _MICRO_SIDE = 64
 class Options:
     """Options of all parts.
 
-    micro: sizes that try the program and measure nothing. quick: fewer and shorter loads. out: for results; room: for a bundle; None:
-    nowhere, the system's choice.
+    micro: sizes that try the program and measure nothing. quick: fewer and shorter loads. out: for
+    results; room: for a bundle; None: nowhere, the system's choice.
     """
 
     kernels: Kernels
@@ -39,8 +39,12 @@ class Options:
     def config(self, family: Family) -> BundleConfig:
         return config_of(family, micro=self.micro)
 
-    def bundle(self, family: Family, dtype: torch.dtype | None = None, kernels: Kernels | None = None) -> Bundle:
-        return random_bundle(self.config(family), self.device, dtype or self.dtype, kernels or self.kernels)
+    def bundle(
+        self, family: Family, dtype: torch.dtype | None = None, kernels: Kernels | None = None
+    ) -> Bundle:
+        return random_bundle(
+            self.config(family), self.device, dtype or self.dtype, kernels or self.kernels
+        )
 
     def size(self, family: Family) -> tuple[int, int]:
         """(width, height) that the family was made for."""

@@ -1,4 +1,6 @@
-"""Where the time goes: for every stage the kernels that take longest, and the share of the time in which the device does nothing."""
+"""Where the time goes: for every stage the kernels that take longest, and the share of the time
+in which the device does nothing.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,16 @@ def run(options: Options, results: Results) -> None:
 
 
 def _profile(stage: Stage, device: torch.device, file: Path | None) -> dict[str, Any]:
-    """The profiler slows the host down: idle shares are an upper bound, times of kernels are not affected."""
+    """The profiler slows the host down: idle shares are an upper bound, times of kernels are not
+    affected.
+    """
     cuda = device.type == "cuda"
     for _ in range(2):
         stage()
     synchronise(device)
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    ) as profiler:
         began = time.perf_counter()
         for _ in range(_RUNS):
             stage()
@@ -45,10 +51,17 @@ def _profile(stage: Stage, device: torch.device, file: Path | None) -> dict[str,
         elapsed = time.perf_counter() - began
     averages = profiler.key_averages()
     kernels = [e for e in averages if (str(e.device_type) == "DeviceType.CUDA") == cuda]
-    times = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3 / _RUNS for e in kernels}
+    times = {
+        e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3 / _RUNS
+        for e in kernels
+    }
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(averages.table(sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=40))
+        file.write_text(
+            averages.table(
+                sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=40
+            )
+        )
     busy, longest = sum(times.values()), sorted(times, key=lambda key: -times[key])[:_KERNELS]
     return {
         "ms": round(elapsed * 1000 / _RUNS, 3),

@@ -1,4 +1,6 @@
-"""Recorders for the checks: outputs that are spoiled before every replay, and, where there is no CUDA, functions that are called again."""
+"""Recorders for the checks: outputs that are spoiled before every replay, and, where there is no
+CUDA, functions that are called again.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class _Poisoned:
 
 
 def poisoned(recorder: Recorder) -> Recorder:
-    """What a replay does not write is NaN, or a code that does not exist, and shows in whatever is computed from it."""
+    """What a replay does not write is NaN, or a code that does not exist, and shows in whatever
+    is computed from it.
+    """
     return lambda function: _Poisoned(recorder(function))
 
 
@@ -55,7 +59,9 @@ def poison(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, new memory that Python code asks for is full of NaN, or of codes that do not exist: what a kernel does not write shows."""
+    """Inside, new memory that Python code asks for is full of NaN, or of codes that do not
+    exist: what a kernel does not write shows.
+    """
     with ExitStack() as patches:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
             patches.enter_context(patch.object(owner, name, _spoiling(getattr(owner, name))))

@@ -1,4 +1,6 @@
-"""What one part of the program has found so far: a file that is whole after every row, so that a run that is stopped keeps what it had."""
+"""What one part of the program has found so far: a file that is whole after every row, so that a
+run that is stopped keeps what it had.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ class Results:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        print(f"{self.part}: " + ", ".join(f"{key} {value}" for key, value in row.items() if _is_short(value)), file=sys.stderr, flush=True)
+        print(
+            f"{self.part}: "
+            + ", ".join(f"{key} {value}" for key, value in row.items() if _is_short(value)),
+            file=sys.stderr,
+            flush=True,
+        )
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             partial = self._file.with_suffix(".partial")
@@ -30,7 +37,11 @@ class Results:
 
     def table(self) -> Table:
         """Every short value of every row; a column for each name that occurs."""
-        columns = list(dict.fromkeys(key for row in self.rows for key, value in row.items() if _is_short(value)))
+        columns = list(
+            dict.fromkeys(
+                key for row in self.rows for key, value in row.items() if _is_short(value)
+            )
+        )
         table = Table(title=self.part, title_justify="left")
         for column in columns:
             table.add_column(column, justify="right")

@@ -1,6 +1,8 @@
-"""The real server process on a bundle of random weights, over HTTP: one client at a time, then arrivals at shares of what it can do.
+"""The real server process on a bundle of random weights, over HTTP: one client at a time, then
+arrivals at shares of what it can do.
 
-Whether a picture is the same alone and in company is asked for too, as are the graphs that were recorded after it was ready: none.
+Whether a picture is the same alone and in company is asked for too, as are the graphs that were
+recorded after it was ready: none.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _SEEDS = 16
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """Seconds of each load, shares of the saturated rate, and pictures compared alone and together."""
+    """Seconds of each load, shares of the saturated rate, and pictures compared alone and
+    together.
+    """
 
     warm_up: float
     saturated: float
@@ -67,7 +71,9 @@ class _Served:
     async def run(self) -> None:
         self._add("ready", {"after_s": round(self.server.start_to_ready_s, 1)})
         async with httpx.AsyncClient(
-            base_url=self.server.url, timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None)
+            base_url=self.server.url,
+            timeout=REQUEST_TIMEOUT_S,
+            limits=httpx.Limits(max_connections=None),
         ) as client:
             load = Load(client)
             await self._alone(load)
@@ -76,7 +82,11 @@ class _Served:
                 await self._arrivals(load, share, rate)
             await self._agreement(client)
             figures = await figures_when_idle(client)
-        kept = {name: value for name, value in figures.items() if name.startswith(("paella_graph", "paella_worker_restarts"))}
+        kept = {
+            name: value
+            for name, value in figures.items()
+            if name.startswith(("paella_graph", "paella_worker_restarts"))
+        }
         self._add("counters", {name.removeprefix("paella_"): value for name, value in kept.items()})
         peaks = self.server.peak_memory_mib()
         self._add("memory", {name: max(values, default=0.0) for name, values in peaks.items()})
@@ -85,8 +95,14 @@ class _Served:
         self.results.add({"family": self.family, "what": what, **row})
 
     async def _alone(self, load: Load) -> None:
-        answers = [await load.one(self.target, self.kind, seed) for seed in range(self.options.budget.runs + 1)]
-        self._add("one client", {"kind": str(self.kind), **quantiles([answer.seconds for answer in answers[1:]])})
+        answers = [
+            await load.one(self.target, self.kind, seed)
+            for seed in range(self.options.budget.runs + 1)
+        ]
+        self._add(
+            "one client",
+            {"kind": str(self.kind), **quantiles([answer.seconds for answer in answers[1:]])},
+        )
 
     async def _saturate(self, load: Load) -> float:
         warm_up, seconds = self.durations.warm_up, self.durations.saturated
@@ -100,17 +116,35 @@ class _Served:
         answers = await load.open_loop(self.target, trace)
         good = [answer.seconds for answer in answers if answer.status == httpx.codes.OK]
         lost = len(answers) - len(good)
-        self._add(f"arrivals at {share:.0%}", {"per_s": round(share * rate, 3), "not_200": lost, **(quantiles(good) if good else {})})
+        self._add(
+            f"arrivals at {share:.0%}",
+            {"per_s": round(share * rate, 3), "not_200": lost, **(quantiles(good) if good else {})},
+        )
 
     async def _agreement(self, client: httpx.AsyncClient) -> None:
-        """Pictures alone and sixteen at once: how many have the same pixels, and whether all do that were promised to."""
+        """Pictures alone and sixteen at once: how many have the same pixels, and whether all do
+        that were promised to.
+        """
         for deterministic in (False, True):
-            alone = [await self._pixels(client, seed, deterministic) for seed in range(self.durations.seeds)]
-            together = await asyncio.gather(*(self._pixels(client, seed, deterministic) for seed in range(self.durations.seeds)))
+            alone = [
+                await self._pixels(client, seed, deterministic)
+                for seed in range(self.durations.seeds)
+            ]
+            together = await asyncio.gather(
+                *(self._pixels(client, seed, deterministic) for seed in range(self.durations.seeds))
+            )
             same = sum(one == other for one, other in zip(alone, together, strict=True))
-            self._add("alone and together", {"deterministic": deterministic, "pictures": self.durations.seeds, "same": same})
+            self._add(
+                "alone and together",
+                {"deterministic": deterministic, "pictures": self.durations.seeds, "same": same},
+            )
 
     async def _pixels(self, client: httpx.AsyncClient, seed: int, deterministic: bool) -> bytes:
-        body = {"prompt": "a red ball on a table", "seed": seed, "num_inference_steps": self.kind.steps, "deterministic": deterministic}
+        body = {
+            "prompt": "a red ball on a table",
+            "seed": seed,
+            "num_inference_steps": self.kind.steps,
+            "deterministic": deterministic,
+        }
         answer = (await client.post("/generate", json=body)).raise_for_status()
         return answer.content

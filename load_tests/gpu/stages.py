@@ -1,4 +1,6 @@
-"""Every stage and whole requests, in one process: families, sizes, rows and step counts, each beside the least it can take."""
+"""Every stage and whole requests, in one process: families, sizes, rows and step counts, each
+beside the least it can take.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from model.pipeline import Pipeline
 
 def run(options: Options, results: Results) -> None:
     ceilings = options.ceilings()
-    results.add({"ceiling_tflops_per_s": round(ceilings.flops / 1e12, 3), "ceiling_gb_per_s": round(ceilings.bytes / 1e9, 3)})
+    results.add(
+        {
+            "ceiling_tflops_per_s": round(ceilings.flops / 1e12, 3),
+            "ceiling_gb_per_s": round(ceilings.bytes / 1e9, 3),
+        }
+    )
     for family in options.families:
         # Counted on plain ones: nobody counts what Triton's kernels do.
         plain = options.bundle(family, kernels="torch")
@@ -27,23 +34,33 @@ def run(options: Options, results: Results) -> None:
             for rows in options.rows:
                 where = {"family": family, "side": side, "rows": rows}
                 try:
-                    _measure(bundle, side, rows, _Judge(where, least[side], ceilings, results), options)
+                    _measure(
+                        bundle, side, rows, _Judge(where, least[side], ceilings, results), options
+                    )
                 except torch.OutOfMemoryError as error:
-                    results.add({**where, "stage": "does not fit", "why": str(error).splitlines()[0]})
+                    results.add(
+                        {**where, "stage": "does not fit", "why": str(error).splitlines()[0]}
+                    )
                 release(options.device)
 
 
 class _Judge:
     """Puts what was measured beside what is the least."""
 
-    def __init__(self, where: Row, least: dict[str, Cost], ceilings: Ceilings, results: Results) -> None:
+    def __init__(
+        self, where: Row, least: dict[str, Cost], ceilings: Ceilings, results: Results
+    ) -> None:
         self.where, self.least, self.ceilings, self.results = where, least, ceilings, results
 
     def add(self, executor: str, stage: str, figures: Row) -> None:
         rows, cost = self.where["rows"], self.least[stage]
         floor = cost.floor_ms(self.ceilings, rows)
         share = floor / max(figures["p50_ms"], 1e-9)
-        judged = {"tflop": float(f"{cost.flops * rows / 1e12:.4g}"), "floor_ms": float(f"{floor:.4g}"), "of_floor": float(f"{share:.3g}")}
+        judged = {
+            "tflop": float(f"{cost.flops * rows / 1e12:.4g}"),
+            "floor_ms": float(f"{floor:.4g}"),
+            "of_floor": float(f"{share:.3g}"),
+        }
         self.results.add({**self.where, "executor": executor, "stage": stage, **figures, **judged})
 
 

@@ -1,4 +1,6 @@
-"""Medians by the device's own clock, and what the device can do at all: its matrix rate and its memory's."""
+"""Medians by the device's own clock, and what the device can do at all: its matrix rate and its
+memory's.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _WARM_UP = 3
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How often a stage is repeated: `runs` times, fewer only if that takes more than `seconds`, but never fewer than `least`."""
+    """How often a stage is repeated: `runs` times, fewer only if that takes more than `seconds`,
+    but never fewer than `least`.
+    """
 
     runs: int
     seconds: float = 4.0
@@ -27,7 +31,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """flops: a large matrix product's, per second. bytes: read and written in a large copy, per second."""
+    """flops: a large matrix product's, per second. bytes: read and written in a large copy, per
+    second.
+    """
 
     flops: float
     bytes: float
@@ -38,13 +44,17 @@ class Ceilings:
 
 
 def measure(stage: Stage, device: torch.device, budget: Budget) -> dict[str, Any]:
-    """Count and quantiles of single runs, the device's queue emptied between them, in milliseconds."""
+    """Count and quantiles of single runs, the device's queue emptied between them, in
+    milliseconds.
+    """
     for _ in range(_WARM_UP):
         stage()
     synchronise(device)
     seconds: list[float] = []
     began = time.perf_counter()
-    while len(seconds) < budget.least or (len(seconds) < budget.runs and time.perf_counter() - began < budget.seconds):
+    while len(seconds) < budget.least or (
+        len(seconds) < budget.runs and time.perf_counter() - began < budget.seconds
+    ):
         seconds.append(_seconds(stage, device))
     return quantiles(seconds)
 
@@ -67,8 +77,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype, budget: Budget, *, side: int = 8192) -> Ceilings:
-    """Measured on random values: a product of side × side matrices, and a copy of memory of four times its operands'."""
+def ceilings(
+    device: torch.device, dtype: torch.dtype, budget: Budget, *, side: int = 8192
+) -> Ceilings:
+    """Measured on random values: a product of side × side matrices, and a copy of memory of four
+    times its operands'.
+    """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = measure(lambda: a @ b, device, budget)["p50_ms"] / 1000
     source = torch.randn(16, side, side, device=device).to(dtype)

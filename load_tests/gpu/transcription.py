@@ -1,4 +1,5 @@
-"""The published sampler, transcribed, beside ours on the same weights: in autocast and in plain half precision, eager and compiled.
+"""The published sampler, transcribed, beside ours on the same weights: in autocast and in plain
+half precision, eager and compiled.
 
 The first call of a compiled one, which compiles, is timed apart. Only v3 is transcribed.
 """
@@ -42,14 +43,20 @@ def run(options: Options, results: Results) -> None:
 
 def _measure(model: _Published, batch: Batch, options: Options, results: Results) -> None:
     for compiled in (False,) if options.micro or options.quick else (False, True):
-        row: dict[str, Any] = {"rows": batch.rows, "sampler": f"{model.name}, {'compiled' if compiled else 'eager'}"}
+        row: dict[str, Any] = {
+            "rows": batch.rows,
+            "sampler": f"{model.name}, {'compiled' if compiled else 'eager'}",
+        }
         try:
             if compiled:
                 row["first_call_s"] = model.compile(batch, options.steps[0])
             for steps in options.steps:
                 figures = measure(partial(model.loop, batch, steps), options.device, options.budget)
                 results.add({**row, "steps": steps, **figures})
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # a compiler that is missing, a size that does not fit
+        except (
+            RuntimeError,
+            torch.OutOfMemoryError,
+        ) as error:  # a compiler that is missing, a size that does not fit
             results.add({**row, "failed": str(error).splitlines()[0][:200]})
 
 
@@ -59,20 +66,27 @@ def _models(batch: Batch) -> Iterator[_Published]:
 
 
 class _Published:
-    """The published module with the bundle's weights: fp32 ones under autocast, or half precision ones."""
+    """The published module with the bundle's weights: fp32 ones under autocast, or half
+    precision ones.
+    """
 
     def __init__(self, batch: Batch, *, autocast: bool) -> None:
         p = batch.pipeline
         assert isinstance(p, PipelineV3)
         self.dtype = torch.float32 if autocast else p.dtype
         self.autocast = p.dtype if autocast and p.dtype != torch.float32 else None
-        self.name = f"published, {'autocast' if autocast else 'plain'} {str(p.dtype).removeprefix('torch.')}"
+        self.name = (
+            f"published, {'autocast' if autocast else 'plain'} "
+            f"{str(p.dtype).removeprefix('torch.')}"
+        )
         model = Transcription(p.config.denoiser).eval().to(p.device)
         model.load_state_dict(p.bundle.denoiser.state_dict())
         self.model = model.to(self.dtype)
         self.start = batch.tokens
-        self.arguments = [_joined([denoiser_arguments(p, *given)], batch.rows, self.dtype) for given in
-                          ((batch.prompts[0], batch.images[0]), (p.encode([""])[0],))]  # fmt: skip
+        given = ((batch.prompts[0], batch.images[0]), (p.encode([""])[0],))
+        self.arguments = [
+            _joined([denoiser_arguments(p, *own)], batch.rows, self.dtype) for own in given
+        ]
 
     def compile(self, batch: Batch, steps: int) -> float:
         """Seconds of the first loop."""
@@ -88,11 +102,16 @@ class _Published:
         p = batch.pipeline
         sampling = p.config.recipe.sampling(steps=steps, sampler="multinomial")
         with torch.autocast(p.device.type, self.autocast, enabled=self.autocast is not None):
-            *_, (tokens, _) = denoise(self.model, self.start, self.arguments[0], self.arguments[1], sampling)
+            *_, (tokens, _) = denoise(
+                self.model, self.start, self.arguments[0], self.arguments[1], sampling
+            )
         return tokens
 
 
 def _joined(arguments: list[dict[str, Tensor]], rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """One prompt for all rows: the published sampler takes prompts of one length."""
     (own,) = arguments
-    return {name: (t if name == "attn_weights" else t.expand(rows, *t.shape[1:])).to(dtype) for name, t in own.items()}
+    return {
+        name: (t if name == "attn_weights" else t.expand(rows, *t.shape[1:])).to(dtype)
+        for name, t in own.items()
+    }

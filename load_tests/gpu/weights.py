@@ -1,4 +1,6 @@
-"""Random weights at the published sizes: made on the device itself, or written as a bundle that a server reads. No file is needed."""
+"""Random weights at the published sizes: made on the device itself, or written as a bundle that
+a server reads. No file is needed.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,21 @@ def config_of(family: Family, *, micro: bool) -> BundleConfig:
     return _micro(config) if micro else config
 
 
-def random_bundle(config: BundleConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels = "torch") -> Bundle:
-    """A bundle of random values, ready for steps. They are the same in every type, up to rounding, on one kind of device."""
+def random_bundle(
+    config: BundleConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels = "torch"
+) -> Bundle:
+    """A bundle of random values, ready for steps. They are the same in every type, up to
+    rounding, on one kind of device.
+    """
     bundle = build(config, None)
     for seed, (name, module) in enumerate(bundle.networks()):
         generator = torch.Generator(device).manual_seed(seed)
-        assign(module, {key: _random(key, t, generator, dtype) for key, t in state_of(module).items()}, dtype, where=name)
+        assign(
+            module,
+            {key: _random(key, t, generator, dtype) for key, t in state_of(module).items()},
+            dtype,
+            where=name,
+        )
         module.eval().requires_grad_(False)
     optimize_bundle(bundle, kernels)
     return bundle
@@ -44,12 +55,18 @@ def _random(name: str, like: Tensor, generator: torch.Generator, dtype: torch.dt
         return torch.zeros(like.shape, dtype=like.dtype, device=device)
     fan_in = like[0].numel() if like.dim() > 1 else 4
     values = torch.randn(like.shape, generator=generator, device=device).mul_(fan_in**-0.5)
-    return (values.abs_() if name.endswith("running_var") else values).to(dtype)  # variances are not negative
+    return (values.abs_() if name.endswith("running_var") else values).to(
+        dtype
+    )  # variances are not negative
 
 
 @contextmanager
-def written(config: BundleConfig, device: torch.device, dtype: torch.dtype, directory: Path | None) -> Iterator[Path]:
-    """A bundle on disk for as long as it is needed. directory: where there is room; default: the system's temporary directory."""
+def written(
+    config: BundleConfig, device: torch.device, dtype: torch.dtype, directory: Path | None
+) -> Iterator[Path]:
+    """A bundle on disk for as long as it is needed. directory: where there is room; default: the
+    system's temporary directory.
+    """
     with TemporaryDirectory(prefix="paellera-gpu-", dir=directory) as name:
         save_bundle(random_bundle(config, device, dtype), Path(name) / config.name, dtype)
         if device.type == "cuda":
@@ -59,13 +76,25 @@ def written(config: BundleConfig, device: torch.device, dtype: torch.dtype, dire
 
 def weight_bytes(module: nn.Module, but: str = "-") -> int:
     """Of its parameters; but: without those whose names begin so."""
-    return sum(parameter.nbytes for name, parameter in module.named_parameters() if not name.startswith(but))
+    return sum(
+        parameter.nbytes
+        for name, parameter in module.named_parameters()
+        if not name.startswith(but)
+    )
 
 
 def _micro(config: BundleConfig) -> BundleConfig:
     clip = _micro_clip(config.clip)
     if isinstance(config, BundleV1Config):
-        denoiser = replace(config.denoiser, num_labels=64, c_hidden=64, c_clip=16, c_r=16, down_levels=(1, 1), up_levels=(1, 1))
+        denoiser = replace(
+            config.denoiser,
+            num_labels=64,
+            c_hidden=64,
+            c_clip=16,
+            c_r=16,
+            down_levels=(1, 1),
+            up_levels=(1, 1),
+        )
         vqgan = replace(
             config.vqgan,
             ch=32,
@@ -83,7 +112,8 @@ def _micro(config: BundleConfig) -> BundleConfig:
         config,
         native_size=(32, 32),
         denoiser=replace(
-            config.denoiser, byt5_embd=16, num_labels=64, clip_embd=16, c_in=16, c_out=16, c_cond=16, c_hidden=(16, 32, 32),
+            config.denoiser, byt5_embd=16, num_labels=64, clip_embd=16,
+            c_in=16, c_out=16, c_cond=16, c_hidden=(16, 32, 32),
             nhead=(-1, 4, 4), blocks=(1, 1, 1),
         ),
         vqgan=replace(config.vqgan, c_hidden=16, codebook_size=64, bottleneck_blocks=1),
@@ -95,5 +125,17 @@ def _micro(config: BundleConfig) -> BundleConfig:
 
 
 def _micro_clip(clip: CLIPConfig) -> CLIPConfig:
-    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8, "mlp_ratio": 2.0}
-    return replace(clip, embed_dim=16, vision_cfg=vision, text_cfg={**clip.text_cfg, "width": 16, "heads": 2, "layers": 1})
+    vision = {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 16,
+        "layers": 1,
+        "head_width": 8,
+        "mlp_ratio": 2.0,
+    }
+    return replace(
+        clip,
+        embed_dim=16,
+        vision_cfg=vision,
+        text_cfg={**clip.text_cfg, "width": 16, "heads": 2, "layers": 1},
+    )

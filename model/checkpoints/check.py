@@ -71,7 +71,9 @@ class Findings:
     def chance(self) -> float:
         """Share of all assignments of prompts to images that fit as well as the right one."""
         scores = self.similarity.double().numpy()
-        every = scores[np.arange(len(scores)), np.array(list(permutations(range(len(scores)))))].sum(1)
+        every = scores[
+            np.arange(len(scores)), np.array(list(permutations(range(len(scores)))))
+        ].sum(1)
         return float((every >= np.trace(scores) - 1e-9).mean())
 
     @property
@@ -109,7 +111,9 @@ class _Watched(Eager):
 
     broken = False
 
-    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+    def features(
+        self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor
+    ) -> Tensor:
         """Compute as `Eager.features`."""
         features = super().features(tokens, times, branches, weights)
         self.broken = self.broken or not is_finite(features)
@@ -132,14 +136,28 @@ def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> 
         tokens.append(pipeline.generate_tokens([prompt], [seed])[0].cpu())
         progress()
     drawn = torch.stack(tokens)
-    decoded = torch.cat([pipeline.bundle.vqgan.decode(t[None].to(pipeline.device)).float().cpu() for t in drawn])
+    decoded = torch.cat(
+        [pipeline.bundle.vqgan.decode(t[None].to(pipeline.device)).float().cpu() for t in drawn]
+    )
     clip = pipeline.bundle.clip
-    images = torch.cat([clip.encode_image(picture[None].clamp(0, 1).nan_to_num().to(clip.device)) for picture in decoded])
+    images = torch.cat(
+        [
+            clip.encode_image(picture[None].clamp(0, 1).nan_to_num().to(clip.device))
+            for picture in decoded
+        ]
+    )
     texts = clip.encode_text(PROMPTS)
-    stages = {"denoiser": not watched.broken, "VQGAN": is_finite(decoded), "CLIP": is_finite(images) and is_finite(texts)}
+    stages = {
+        "denoiser": not watched.broken,
+        "VQGAN": is_finite(decoded),
+        "CLIP": is_finite(images) and is_finite(texts),
+    }
     similarity = F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
     return Findings(
-        pictures=(decoded.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1),
+        pictures=(decoded.nan_to_num().clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1),
         tokens=drawn,
         codes=pipeline.config.vqgan.codebook_size,
         similarity=similarity.nan_to_num().cpu(),

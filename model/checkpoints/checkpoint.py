@@ -22,8 +22,21 @@ from model.bundle import BundleError
 
 # Where training checkpoints keep the weights, the averaged ones first: those are what one samples
 # with.
-_NESTED = ("ema_state_dict", "state_dict_ema", "params_ema", "ema", "state_dict", "model_state_dict", "model", "params", "weights")
-_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+_NESTED = (
+    "ema_state_dict",
+    "state_dict_ema",
+    "params_ema",
+    "ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "params",
+    "weights",
+)
+_WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+)  # what DistributedDataParallel and torch.compile put before every name
 
 # Pages of a mapped file count as the process's memory until it is unmapped: after this many bytes
 # it is, and mapped anew.
@@ -145,9 +158,18 @@ def _why(error: Exception) -> str:
 def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
     """Return the state dict from a checkpoint that also holds other things."""
     while isinstance(content, dict):
-        if content and all(isinstance(value, Tensor) and isinstance(name, str) for name, value in content.items()):
+        if content and all(
+            isinstance(value, Tensor) and isinstance(name, str) for name, value in content.items()
+        ):
             return content
-        nested = next((content[key] for key in _NESTED if isinstance(content.get(key), dict) and content[key]), None)
+        nested = next(
+            (
+                content[key]
+                for key in _NESTED
+                if isinstance(content.get(key), dict) and content[key]
+            ),
+            None,
+        )
         if nested is None:
             raise BundleError(f"{where}: {_no_weights(content)}")
         content = nested
@@ -158,7 +180,11 @@ def _no_weights(content: dict[Any, Any]) -> str:
     if "param_groups" in content:
         return "this is an optimizer's state; there are no weights in it"
     other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
-    return "there are no tensors in it" if other is None else f"entry {other!r} is no tensor, and there is no state dict in it"
+    return (
+        "there are no tensors in it"
+        if other is None
+        else f"entry {other!r} is no tensor, and there is no state dict in it"
+    )
 
 
 def _plain(name: str) -> str:

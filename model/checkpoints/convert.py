@@ -57,7 +57,10 @@ def import_bundle(
     if directory.exists():
         raise BundleError(f"{directory} exists already; an import makes a new directory")
     modules = dict(build(config, None if merges is None else merges.parent).networks())
-    plans = {name: _fitting(open_checkpoint(sources[name]), name, state_of(modules[name])) for name in config.networks}
+    plans = {
+        name: _fitting(open_checkpoint(sources[name]), name, state_of(modules[name]))
+        for name in config.networks
+    }
     directory.parent.mkdir(parents=True, exist_ok=True)
     _check_space(plans.values(), directory)
     with TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as name:
@@ -67,7 +70,9 @@ def import_bundle(
             _write(partial / f"{network}.safetensors", checkpoint, dtype, progress)
         if merges is not None and config.clip.merges is not None:
             shutil.copyfile(merges, partial / config.clip.merges)
-        written = replace(config, files={path.name: file_entry(path) for path in sorted(partial.iterdir())})
+        written = replace(
+            config, files={path.name: file_entry(path) for path in sorted(partial.iterdir())}
+        )
         written.write(partial)
         partial.rename(directory)
     for file, entry in written.files.items():
@@ -84,7 +89,9 @@ def _fitting(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) 
     found = [(mark, title) for mark, title in _MARKS.items() if mark in checkpoint.tensors]
     if found and not any(mark in expected for mark, _ in found):
         mark, title = found[0]
-        raise BundleError(f"{where} is not this bundle's {network}: tensor {mark!r} says that it is {title}")
+        raise BundleError(
+            f"{where} is not this bundle's {network}: tensor {mark!r} says that it is {title}"
+        )
     kept = _needed(checkpoint, network, expected)
     check_fit(kept.tensors, expected, where)
     return kept
@@ -95,9 +102,16 @@ def _needed(checkpoint: Checkpoint, network: str, expected: dict[str, Tensor]) -
 
     These are a T5's decoder and its embedding's second name, and the v1 VQGAN's losses.
     """
-    beside = {"byt5": ("decoder.", "lm_head.", "encoder.embed_tokens."), "vqgan": ("loss.",)}.get(network, ())
+    beside = {"byt5": ("decoder.", "lm_head.", "encoder.embed_tokens."), "vqgan": ("loss.",)}.get(
+        network, ()
+    )
     return replace(
-        checkpoint, tensors={name: t for name, t in checkpoint.tensors.items() if name in expected or not name.startswith(beside)}
+        checkpoint,
+        tensors={
+            name: t
+            for name, t in checkpoint.tensors.items()
+            if name in expected or not name.startswith(beside)
+        },
     )
 
 
@@ -105,21 +119,32 @@ def _check_space(plans: Iterable[Checkpoint], directory: Path) -> None:
     needed = sum(2 * tensor.numel() for plan in plans for tensor in plan.tensors.values())
     free = shutil.disk_usage(directory.parent).free
     if free < needed:
-        raise OSError(f"the bundle needs {needed:,} bytes, but only {free:,} are free in {directory.parent}")
+        raise OSError(
+            f"the bundle needs {needed:,} bytes, but only {free:,} are free in {directory.parent}"
+        )
 
 
-def _write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Callable[[int], object]) -> None:
+def _write(
+    path: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Callable[[int], object]
+) -> None:
     """Write a safetensors file, tensor by tensor.
 
     The file holds eight bytes of header length, the header (padded to eight), and the data in its
     order.
     """
-    types = {name: dtype if tensor.is_floating_point() else torch.int64 for name, tensor in checkpoint.tensors.items()}
+    types = {
+        name: dtype if tensor.is_floating_point() else torch.int64
+        for name, tensor in checkpoint.tensors.items()
+    }
     header: dict[str, object] = {}
     end = 0
     for name, tensor in checkpoint.tensors.items():
         start, end = end, end + tensor.numel() * types[name].itemsize
-        header[name] = {"dtype": _NAMES[types[name]], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES[types[name]],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

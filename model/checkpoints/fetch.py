@@ -58,7 +58,9 @@ def fetched(file: PublishedFile) -> Path:
 
     path = try_to_load_from_cache(repository, file.path, revision=file.revision)
     if not isinstance(path, str):
-        raise FetchError(f"{file.where} is not here yet: `paellera weights fetch {file.where}` gets it")
+        raise FetchError(
+            f"{file.where} is not here yet: `paellera weights fetch {file.where}` gets it"
+        )
     return Path(path)
 
 
@@ -88,7 +90,11 @@ def _reason(error: BaseException) -> str:
 
     The hub's error for a file that is neither reachable nor cached has its cause in `__cause__`.
     """
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         return _reason(error.__cause__)
@@ -123,7 +129,9 @@ def _check_space(file: PublishedFile, size: int, target: Path) -> None:
     directory = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(directory).free
     if free < size:
-        raise FetchError(f"{file.where} has {size:,} bytes, but only {free:,} are free in {directory}")
+        raise FetchError(
+            f"{file.where} has {size:,} bytes, but only {free:,} are free in {directory}"
+        )
 
 
 def _check_content(file: PublishedFile, path: Path) -> None:
@@ -158,7 +166,9 @@ def _read_record() -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise FetchError(f"{path} is damaged; without it no checksum is known: repair or remove it") from None
+        raise FetchError(
+            f"{path} is damaged; without it no checksum is known: repair or remove it"
+        ) from None
 
 
 def _write_record(record: dict[str, str]) -> None:

@@ -42,7 +42,9 @@ class PublishedFile:
     @property
     def where(self) -> str:
         """The file's place, for messages."""
-        return f"{self.repository}/{self.path}" if self.repository else f"{self.path} ({self.source})"
+        return (
+            f"{self.repository}/{self.path}" if self.repository else f"{self.path} ({self.source})"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Manifest:
         """
         if name in self.bundles:
             return {key: self.files[key] for key in self.bundles[name].files}
-        named = {key: file for key, file in self.files.items() if name in {key, file.path, file.where}}
+        named = {
+            key: file for key, file in self.files.items() if name in {key, file.path, file.where}
+        }
         if len(named) != 1:
             known = ", ".join((*self.bundles, *self.files))
             count = "more than one" if named else "no"
@@ -94,7 +98,9 @@ class Manifest:
     def recipe(self, name: str) -> Recipe:
         """Return a recipe by name. Raises ValueError."""
         if name not in self.recipes:
-            raise ValueError(f"{name!r} is no published recipe; there are {', '.join(self.recipes)}")
+            raise ValueError(
+                f"{name!r} is no published recipe; there are {', '.join(self.recipes)}"
+            )
         return self.recipes[name]
 
     def config(self, bundle: str, recipe: str | None = None) -> BundleConfig:

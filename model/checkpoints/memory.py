@@ -39,7 +39,11 @@ class Need:
         batch and the image.
         """
         beside = f", {self.cpu / GB:.2f} GB on the CPU" if self.cpu else ""
-        fits = "" if gb is None else f", {'fits' if self.device < gb * GB else 'does not fit'} in {gb:g} GB"
+        fits = (
+            ""
+            if gb is None
+            else f", {'fits' if self.device < gb * GB else 'does not fit'} in {gb:g} GB"
+        )
         return f"{self.device / GB:.2f} GB on the device{beside}{fits}"
 
 
@@ -58,10 +62,18 @@ def contents(name: str) -> tuple[BundleConfig, dict[str, Part]]:
         config = published().config(name)
         return config, shapes(config)
     config = BundleConfig.read(directory)
-    missing = [network for network in config.networks if not (directory / f"{network}.safetensors").is_file()]
+    missing = [
+        network
+        for network in config.networks
+        if not (directory / f"{network}.safetensors").is_file()
+    ]
     if missing:
-        raise FileNotFoundError(f"{directory / CONFIG_FILE} is there, but {', '.join(missing)}.safetensors is not")
-    return config, {network: _read(directory / f"{network}.safetensors") for network in config.networks}
+        raise FileNotFoundError(
+            f"{directory / CONFIG_FILE} is there, but {', '.join(missing)}.safetensors is not"
+        )
+    return config, {
+        network: _read(directory / f"{network}.safetensors") for network in config.networks
+    }
 
 
 def shapes(config: BundleConfig) -> dict[str, Part]:
@@ -70,7 +82,10 @@ def shapes(config: BundleConfig) -> dict[str, Part]:
     from model.runtime import prepare
 
     prepare()
-    counts = {name: sum(t.numel() for t in state_of(module).values()) for name, module in build(config, None).networks()}
+    counts = {
+        name: sum(t.numel() for t in state_of(module).values())
+        for name, module in build(config, None).networks()
+    }
     return {name: Part(count, 2 * count, "not here") for name, count in counts.items()}
 
 
@@ -81,11 +96,19 @@ def _read(path: Path) -> Part:
     with safe_open(path, framework="np") as file:
         slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118, it is no dict
         types = {part.get_dtype() for part in slices if part.get_dtype() not in {"I64", "I32"}}
-        return Part(sum(math.prod(part.get_shape()) for part in slices), path.stat().st_size, ", ".join(sorted(types)))
+        return Part(
+            sum(math.prod(part.get_shape()) for part in slices),
+            path.stat().st_size,
+            ", ".join(sorted(types)),
+        )
 
 
 def needs(parts: Mapping[str, Part]) -> dict[Encoders, Need]:
     """Return the memory of the weights in half precision for every place of the text encoders."""
     half = {name: 2 * part.parameters for name, part in parts.items()}
     total, text = sum(half.values()), sum(half.get(name, 0) for name in ("byt5", "clip"))
-    return {"device": Need(total), "cpu": Need(total - text, text), "int8": Need(total - half.get("byt5", 0) // 2)}
+    return {
+        "device": Need(total),
+        "cpu": Need(total - text, text),
+        "int8": Need(total - half.get("byt5", 0) // 2),
+    }

@@ -46,10 +46,16 @@ def _passes_trial(dtype: torch.dtype) -> bool:
             return False
         wrong = disagreeing(dtype)
     except Exception:  # a private operator may be gone, or take other arguments
-        log.warning("packed CPU kernels failed, plain ones compute instead: %s", dtype, exc_info=True)
+        log.warning(
+            "packed CPU kernels failed, plain ones compute instead: %s", dtype, exc_info=True
+        )
         return False
     if wrong:
-        log.warning("packed CPU kernels disagree, plain ones compute instead: %s: %s", dtype, ", ".join(wrong))
+        log.warning(
+            "packed CPU kernels disagree, plain ones compute instead: %s: %s",
+            dtype,
+            ", ".join(wrong),
+        )
     return not wrong
 
 
@@ -73,7 +79,10 @@ def disagreeing(dtype: torch.dtype) -> list[str]:
     wrong = []
     weight, bias, x = random(40, 24), random(40), random(6, 24)
     for activation in get_args(Activation):
-        packed, plain = PackedLinear(weight, bias, len(x), activation), _plain_map(weight, bias, activation)
+        packed, plain = (
+            PackedLinear(weight, bias, len(x), activation),
+            _plain_map(weight, bias, activation),
+        )
         # The second input has another number of rows than the weights were packed for.
         if not all(_agree(packed(given), plain(given)) for given in (x, x[:5])):
             wrong.append(f"linear map, activation {activation}")
@@ -94,7 +103,9 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool(error < _ERROR)
 
 
-def linear_map(weight: Tensor, bias: Tensor | None, rows: int | None, activation: Activation = "none") -> LinearMap:
+def linear_map(
+    weight: Tensor, bias: Tensor | None, rows: int | None, activation: Activation = "none"
+) -> LinearMap:
     """Return a linear map [..., I] → [..., O], packed where that is supported.
 
     rows: as for `PackedLinear`; None: plain, nothing is copied.
@@ -118,11 +129,17 @@ class PackedLinear:
     exactly, only less fast.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, activation: Activation = "none") -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rows: int, activation: Activation = "none"
+    ) -> None:
         self.weight, self.bias, self.rows, self.activation = weight, bias, rows, activation
         # MKL multiplies fp32 fastest, but only oneDNN does the GELU on the way.
         self.mkl = activation == "none" and weight.dtype == torch.float32
-        reorder = torch.ops.mkl._mkl_reorder_linear_weight if self.mkl else torch.ops.mkldnn._reorder_linear_weight
+        reorder = (
+            torch.ops.mkl._mkl_reorder_linear_weight
+            if self.mkl
+            else torch.ops.mkldnn._reorder_linear_weight
+        )
         self.packed: Tensor = reorder(weight.detach().contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -142,14 +159,30 @@ class PackedDepthwise:
     zeros on each side, as many as keep the size unless given.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, shape: tuple[int, int, int, int], padding: int | None = None) -> None:
-        (B, H, W, C), zeros = shape, [k // 2 if padding is None else padding for k in weight.shape[2:]]
-        self.bias, self.geometry = bias, (zeros, [1, 1], [1, 1], C)  # padding, stride, dilation, groups
-        self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.geometry, [B, C, H, W])
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int, int, int],
+        padding: int | None = None,
+    ) -> None:
+        (B, H, W, C), zeros = (
+            shape,
+            [k // 2 if padding is None else padding for k in weight.shape[2:]],
+        )
+        self.bias, self.geometry = (
+            bias,
+            (zeros, [1, 1], [1, 1], C),
+        )  # padding, stride, dilation, groups
+        self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.detach(), *self.geometry, [B, C, H, W]
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the convolution for x [B, H, W, C]."""
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], ""
+        )
         return y.permute(0, 2, 3, 1)
 
 

@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DenoiserV1Config
-from model.networks.layers import Conv, ConvTranspose, Pointwise, channels_first, channels_last, norm, sinusoid
+from model.networks.layers import (
+    Conv,
+    ConvTranspose,
+    Pointwise,
+    channels_first,
+    channels_last,
+    norm,
+    sinusoid,
+)
 from model.networks.vqgan_v1 import VQGANV1
 
 __all__ = ["VQGANV1", "ConditionV1", "DenoiserV1", "noise_probability"]
@@ -57,7 +65,12 @@ class ConditionV1:
 
         If one of them differs by position, all are spread over the positions.
         """
-        return cls(tuple(torch.cat(_spread(level)) for level in zip(*(c.levels for c in conditions), strict=True)))
+        return cls(
+            tuple(
+                torch.cat(_spread(level))
+                for level in zip(*(c.levels for c in conditions), strict=True)
+            )
+        )
 
     @property
     def length(self) -> int:
@@ -78,7 +91,9 @@ class ConditionV1:
         embeddings blended in the same way.
         """
         levels = zip(self.levels, *(other.levels for other in others), strict=True)
-        return ConditionV1(tuple(_blend(torch.cat(level), coverage, depth) for depth, level in enumerate(levels)))
+        return ConditionV1(
+            tuple(_blend(torch.cat(level), coverage, depth) for depth, level in enumerate(levels))
+        )
 
 
 def _spread(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -89,7 +104,12 @@ def _spread(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _blend(shares: Tensor, coverage: Tensor, depth: int) -> Tensor:
     """Blend [n, 1, 1, S] by weights [n, H, W] to [1, H/2ⁱ, W/2ⁱ, S]."""
     H, W = coverage.shape[1:]
-    weights = F.interpolate(coverage[:, None].float(), size=(H >> depth, W >> depth), mode="bilinear", align_corners=False)
+    weights = F.interpolate(
+        coverage[:, None].float(),
+        size=(H >> depth, W >> depth),
+        mode="bilinear",
+        align_corners=False,
+    )
     return (weights.permute(0, 2, 3, 1) * shares).sum(0, keepdim=True).to(shares.dtype)
 
 
@@ -116,10 +136,14 @@ class Block(nn.Module):
         super().__init__()
         # Index 0 is the published reflection padding; here it is done in forward, on the
         # channels-last view.
-        self.depthwise = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels))
+        self.depthwise = nn.Sequential(
+            nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels)
+        )
         self.ln = _Scalable(channels)
         inputs = 2 * channels if skip else channels
-        self.channelwise = nn.Sequential(nn.Linear(inputs, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+        self.channelwise = nn.Sequential(
+            nn.Linear(inputs, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
         self.cond_mapper = nn.Linear(c_cond, channels)
 
@@ -134,7 +158,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, skip: Tensor | None) -> Tensor:
         """Compute it for x [B, H, W, C]."""
-        padded = F.pad(channels_first(x), (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
+        padded = F.pad(channels_first(x), (1, 1, 1, 1), mode="reflect").contiguous(
+            memory_format=torch.channels_last
+        )
         scale, shift = modulation.chunk(2, dim=-1)
         y = torch.addcmul(shift, norm(channels_last(self.depthwise[1](padded))), scale)
         if skip is not None:
@@ -148,7 +174,9 @@ class DenoiserV1(nn.Module):
     def __init__(self, config: DenoiserV1Config) -> None:
         super().__init__()
         self.config = config
-        self.widths = widths = [config.c_hidden // 2**i for i in reversed(range(len(config.down_levels)))]  # finest first
+        self.widths = widths = [
+            config.c_hidden // 2**i for i in reversed(range(len(config.down_levels)))
+        ]  # finest first
         levels = range(len(widths))
         self.embedding = nn.Embedding(config.num_labels, widths[0])
         self.down_blocks = nn.ModuleList(self._down_level(i) for i in levels)
@@ -160,13 +188,25 @@ class DenoiserV1(nn.Module):
         return [Block(self.widths[level], c_cond, skip and repeat == 0) for repeat in range(count)]
 
     def _down_level(self, level: int) -> nn.ModuleList:
-        entry = [Conv(self.widths[level - 1], self.widths[level], 4, stride=2, padding=1)] if level else []
-        return nn.ModuleList([*entry, *self._blocks(level, self.config.down_levels[level], skip=False)])
+        entry = (
+            [Conv(self.widths[level - 1], self.widths[level], 4, stride=2, padding=1)]
+            if level
+            else []
+        )
+        return nn.ModuleList(
+            [*entry, *self._blocks(level, self.config.down_levels[level], skip=False)]
+        )
 
     def _up_level(self, level: int) -> nn.ModuleList:
-        leave = [ConvTranspose(self.widths[level], self.widths[level - 1], 4, stride=2, padding=1)] if level else []
+        leave = (
+            [ConvTranspose(self.widths[level], self.widths[level - 1], 4, stride=2, padding=1)]
+            if level
+            else []
+        )
         deepest = level == len(self.widths) - 1
-        return nn.ModuleList([*self._blocks(level, self.config.up_levels[-1 - level], skip=not deepest), *leave])
+        return nn.ModuleList(
+            [*self._blocks(level, self.config.up_levels[-1 - level], skip=not deepest), *leave]
+        )
 
     def _blocks_of(self, level: int) -> list[Block]:
         """Return a level's blocks on the way down, then up: the order of its modulation."""
@@ -186,7 +226,9 @@ class DenoiserV1(nn.Module):
         [0, 1], 0 is all noise.
         """
         condition = self.condition(clip, (tokens.shape[1], tokens.shape[2]))
-        return self.project(self.features(tokens, self.times(noise_probability(r.float())), condition)).permute(0, 3, 1, 2)
+        return self.project(
+            self.features(tokens, self.times(noise_probability(r.float())), condition)
+        ).permute(0, 3, 1, 2)
 
     def condition(self, clip: Tensor, grid: tuple[int, int] = (1, 1)) -> ConditionV1:
         """Return a prompt's part of every block, once per request.
@@ -196,14 +238,23 @@ class DenoiserV1(nn.Module):
         Positions are resized bilinearly to each level.
         """
         maps = clip if clip.dim() == 4 else clip[:, :, None, None]
-        return ConditionV1(tuple(self._clip_share(level, maps, grid) for level in range(len(self.widths))))
+        return ConditionV1(
+            tuple(self._clip_share(level, maps, grid) for level in range(len(self.widths)))
+        )
 
     def _clip_share(self, level: int, maps: Tensor, grid: tuple[int, int]) -> Tensor:
         if maps.shape[2:] != (1, 1):
-            maps = F.interpolate(maps, size=(grid[0] >> level, grid[1] >> level), mode="bilinear", align_corners=False)
+            maps = F.interpolate(
+                maps,
+                size=(grid[0] >> level, grid[1] >> level),
+                mode="bilinear",
+                align_corners=False,
+            )
         clip, c_clip = channels_last(maps), self.config.c_clip
         shares = [
-            block.scale_and_shift(F.linear(clip, block.cond_mapper.weight[:, :c_clip], block.cond_mapper.bias))
+            block.scale_and_shift(
+                F.linear(clip, block.cond_mapper.weight[:, :c_clip], block.cond_mapper.bias)
+            )
             for block in self._blocks_of(level)
         ]
         return torch.cat(shares, dim=-1)
@@ -214,14 +265,21 @@ class DenoiserV1(nn.Module):
         The finest level's blocks come first.
         """
         embedding = sinusoid(t.float(), self.config.c_r).to(self.clf.weight.dtype)
-        return torch.cat([self._time_share(level, embedding) for level in range(len(self.widths))], dim=-1)
+        return torch.cat(
+            [self._time_share(level, embedding) for level in range(len(self.widths))], dim=-1
+        )
 
     def _time_share(self, level: int, embedding: Tensor) -> Tensor:
         c_clip = self.config.c_clip
-        mapped = [(block, F.linear(embedding, block.cond_mapper.weight[:, c_clip:])) for block in self._blocks_of(level)]
+        mapped = [
+            (block, F.linear(embedding, block.cond_mapper.weight[:, c_clip:]))
+            for block in self._blocks_of(level)
+        ]
         return torch.cat([block.scale_and_shift(w) for block, w in mapped], dim=-1)
 
-    def features(self, tokens: Tensor, times: Tensor, condition: ConditionV1, row_of: Tensor | None = None) -> Tensor:
+    def features(
+        self, tokens: Tensor, times: Tensor, condition: ConditionV1, row_of: Tensor | None = None
+    ) -> Tensor:
         """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, C].
 
         The result has one entry for each of N conditions.
@@ -233,7 +291,10 @@ class DenoiserV1(nn.Module):
             tokens, times = tokens.index_select(0, row_of), times.index_select(0, row_of)
         shares = times[:, None, None].split([share.shape[-1] for share in condition.levels], dim=-1)
         modulation = [c + t for c, t in zip(condition.levels, shares, strict=True)]
-        parts = [iter(m.split(2 * width, dim=-1)) for m, width in zip(modulation, self.widths, strict=True)]
+        parts = [
+            iter(m.split(2 * width, dim=-1))
+            for m, width in zip(modulation, self.widths, strict=True)
+        ]
         x = self.embedding(tokens)
         skips: list[Tensor | None] = []
         for level, part in zip(self.down_blocks, parts, strict=True):
@@ -260,7 +321,9 @@ class DenoiserV1(nn.Module):
         return self.project(features).float() * inverse
 
 
-def _run(level: nn.Module, x: Tensor, modulations: Iterator[Tensor], skip: Tensor | None = None) -> Tensor:
+def _run(
+    level: nn.Module, x: Tensor, modulations: Iterator[Tensor], skip: Tensor | None = None
+) -> Tensor:
     for block in level.children():
         if isinstance(block, Block):
             x, skip = block(x, next(modulations), skip), None

@@ -48,7 +48,9 @@ class GlobalResponseNorm(nn.Module):
         # `square` is `pow`, ten times a product's time. The root of a channel that is zero
         # everywhere has no gradient: hence the 1e-20.
         energy = (wide * wide).sum((1, 2), keepdim=True).add_(1e-20).sqrt_()
-        scale = torch.addcdiv(energy.new_ones(()), self.gamma * energy, energy.mean(-1, keepdim=True).add_(1e-6))
+        scale = torch.addcdiv(
+            energy.new_ones(()), self.gamma * energy, energy.mean(-1, keepdim=True).add_(1e-6)
+        )
         return torch.addcmul(self.beta, x, scale.to(x.dtype))
 
 
@@ -61,7 +63,9 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int, kernel_size: int, skip: bool) -> None:
         super().__init__()
         inputs = 2 * channels if skip else channels
-        self.depthwise = Conv(inputs, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.depthwise = Conv(
+            inputs, channels, kernel_size, padding=kernel_size // 2, groups=channels
+        )
         self.channelwise = nn.Sequential(
             nn.Linear(channels, 4 * channels),
             nn.GELU(),
@@ -77,13 +81,20 @@ class ConvBlock(nn.Module):
         from model.kernels.triton.conv_block import FusedConvBlock
 
         if FusedConvBlock.supports(self.depthwise):
-            response = self.channelwise.get_parameter("2.gamma"), self.channelwise.get_parameter("2.beta")
+            response = (
+                self.channelwise.get_parameter("2.gamma"),
+                self.channelwise.get_parameter("2.beta"),
+            )
             expand, contract = (cast(nn.Linear, self.channelwise[i]) for i in (0, 4))
             self.fused = FusedConvBlock(self.depthwise, expand, response, contract)
 
     def pack(self, batch: int, height: int, width: int) -> None:
         """Pack the weights for the CPU's kernels, for inputs mostly of this size."""
-        single, mlp, rows = self._single_depthwise(), self.channelwise.get_parameter, batch * height * width
+        single, mlp, rows = (
+            self._single_depthwise(),
+            self.channelwise.get_parameter,
+            batch * height * width,
+        )
         bias = self.depthwise.bias if len(single) == self.depthwise.groups else None
         self.packed = (
             PackedDepthwise(single, bias, (batch, height, width, len(single))),
@@ -95,7 +106,11 @@ class ConvBlock(nn.Module):
         """Compute it for x [B, H, W, C] and a skip of the same shape."""
         if self.fused is not None:
             return self.fused(x, skip)
-        y = self._depthwise(x) if skip is None else self._depthwise_pairs(torch.cat([x, skip], dim=-1))
+        y = (
+            self._depthwise(x)
+            if skip is None
+            else self._depthwise_pairs(torch.cat([x, skip], dim=-1))
+        )
         if self.packed is None:
             return x + self.channelwise(norm(y))
         _, expand, contract = self.packed
@@ -111,7 +126,9 @@ class ConvBlock(nn.Module):
         """
         if self.packed is None:
             single, padding = self._single_depthwise(), self.depthwise.padding
-            y = channels_last(F.conv2d(channels_first(x), single, padding=padding, groups=len(single)))
+            y = channels_last(
+                F.conv2d(channels_first(x), single, padding=padding, groups=len(single))
+            )
         else:
             y = self.packed[0](x)
         pairs = y.unflatten(-1, (-1, 2))
@@ -196,7 +213,9 @@ class AttentionBlock(nn.Module):
         """Return both maps of `condition_kv` as one: weight [2C, c_cond], bias [2C]."""
         attn, dtype = self.attention.attn, self.attention.attn.in_proj_weight.dtype
         mapper, mapper_bias = (p.float() for p in self.kv_mapper.parameters())
-        weight, bias = (p[attn.out_proj.in_features :].float() for p in (attn.in_proj_weight, attn.in_proj_bias))
+        weight, bias = (
+            p[attn.out_proj.in_features :].float() for p in (attn.in_proj_weight, attn.in_proj_bias)
+        )
         return (weight @ mapper).to(dtype), torch.addmv(bias, weight, mapper_bias).to(dtype)
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
@@ -208,13 +227,21 @@ class AttentionBlock(nn.Module):
         attn = self.attention.attn
         B, H, W, C = x.shape
         pixels = norm(x).view(B, H * W, C)
-        qkv = F.linear(pixels, attn.in_proj_weight, attn.in_proj_bias) if self.packed is None else self.packed[0](pixels)
+        qkv = (
+            F.linear(pixels, attn.in_proj_weight, attn.in_proj_bias)
+            if self.packed is None
+            else self.packed[0](pixels)
+        )
         q, own = qkv.split((C, 2 * C), dim=-1)
         if self.self_attn:
             kv = torch.cat([own, kv], dim=1)
         q = q.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.nhead, -1)).permute(2, 0, 3, 1, 4).unbind()
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(B, H, W, C)
+        y = (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            .transpose(1, 2)
+            .reshape(B, H, W, C)
+        )
         return x + (attn.out_proj(y) if self.packed is None else self.packed[1](y))
 
 
@@ -235,7 +262,12 @@ class Condition:
         """Stack conditions of one row each, the shorter ones padded with masked keys."""
         longest = max(c.length for c in conditions)
         kv = torch.cat([F.pad(c.kv, (0, 0, 0, longest - c.length)) for c in conditions])
-        masks = [c.mask if c.mask is not None else torch.ones(1, c.length, dtype=torch.bool, device=kv.device) for c in conditions]
+        masks = [
+            c.mask
+            if c.mask is not None
+            else torch.ones(1, c.length, dtype=torch.bool, device=kv.device)
+            for c in conditions
+        ]
         return cls(kv, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]))
 
     @property
@@ -248,7 +280,9 @@ class Condition:
         if self.mask is None:
             raise ValueError("without a mask, what is shorter cannot be told from what is there")
         self.kv[row, : other.length] = other.kv[0]
-        self.kv[row, other.length :] = 0  # a masked key counts nothing, but nothing times NaN is NaN
+        self.kv[row, other.length :] = (
+            0  # a masked key counts nothing, but nothing times NaN is NaN
+        )
         self.mask[row] = False
         self.mask[row, : other.length] = True if other.mask is None else other.mask[0]
 
@@ -277,8 +311,17 @@ class Denoiser(nn.Module):
         self.in_mapper = nn.Sequential(nn.Embedding(c.num_labels, c.c_in), Norm())
         # Index 0 is the published pixel-unshuffle, done by `_embed` because it needs the patch
         # size.
-        self.embedding = nn.Sequential(nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm())
-        for name in ("patch_table", "patch_offsets", "unpatch_weight", "unpatch_bias", "kv_weight", "kv_bias"):
+        self.embedding = nn.Sequential(
+            nn.Identity(), Pointwise(c.c_in * c.patch_size**2, c.c_hidden[0]), Norm()
+        )
+        for name in (
+            "patch_table",
+            "patch_offsets",
+            "unpatch_weight",
+            "unpatch_bias",
+            "kv_weight",
+            "kv_bias",
+        ):
             self.register_buffer(name, None, persistent=False)  # until `fold`
         levels = range(len(c.c_hidden))
         self.down_blocks = nn.ModuleList(self._down_level(i) for i in levels)
@@ -291,7 +334,9 @@ class Denoiser(nn.Module):
         self._time_blocks = tuple(b for b in self.modules() if isinstance(b, TimeBlock))
         self._attention_blocks = tuple(b for b in self.modules() if isinstance(b, AttentionBlock))
         self.fused = False
-        self._kv_widths = [2 * b.attention.attn.out_proj.in_features for b in self._attention_blocks]
+        self._kv_widths = [
+            2 * b.attention.attn.out_proj.in_features for b in self._attention_blocks
+        ]
         self._init_weights()
 
     @property
@@ -365,15 +410,27 @@ class Denoiser(nn.Module):
         [B, clip_embd]. clip_image: one such or several. attn_weights: [n], factors on the attention
         given to the last n condition tokens. Raises ValueError if there are fewer than n.
         """
-        weights = None if attn_weights is None else self._last_weights(attn_weights, byt5, clip, clip_image)
+        weights = (
+            None
+            if attn_weights is None
+            else self._last_weights(attn_weights, byt5, clip, clip_image)
+        )
         condition = self.condition(byt5, byt5_mask, clip, clip_image, weights)
         return self.project(self.features(tokens, self.times(t), condition)).permute(0, 3, 1, 2)
 
-    def _last_weights(self, last: Tensor, byt5: Tensor, clip: Tensor | None, image: Tensor | Sequence[Tensor] | None) -> Tensor:
+    def _last_weights(
+        self,
+        last: Tensor,
+        byt5: Tensor,
+        clip: Tensor | None,
+        image: Tensor | Sequence[Tensor] | None,
+    ) -> Tensor:
         groups = (clip is not None) + len(_as_list(image))
         L = byt5.shape[1] + groups * self.config.clip_seq_len
         if len(last) > L:
-            raise ValueError(f"attn_weights has {len(last)} entries, but there are only {L} condition tokens")
+            raise ValueError(
+                f"attn_weights has {len(last)} entries, but there are only {L} condition tokens"
+            )
         return F.pad(last, (L - len(last), 0), value=1.0).expand(byt5.shape[0], L)
 
     def condition(
@@ -392,15 +449,24 @@ class Denoiser(nn.Module):
         parts = [self.byt5_mapper(byt5)]
         if clip is not None:
             parts.append(self.clip_mapper(clip).view(B, self.config.clip_seq_len, -1))
-        parts += [self.clip_image_mapper(image).view(B, self.config.clip_seq_len, -1) for image in _as_list(clip_image)]
+        parts += [
+            self.clip_image_mapper(image).view(B, self.config.clip_seq_len, -1)
+            for image in _as_list(clip_image)
+        ]
         sequence = norm(torch.cat(parts, dim=1))  # [B, L, c_cond]
-        mask = None if byt5_mask is None else F.pad(byt5_mask, (0, sequence.shape[1] - byt5.shape[1]), value=True)
+        mask = (
+            None
+            if byt5_mask is None
+            else F.pad(byt5_mask, (0, sequence.shape[1] - byt5.shape[1]), value=True)
+        )
         return Condition(self._condition_kv(sequence, weights), mask)
 
     def _condition_kv(self, sequence: Tensor, weights: Tensor | None) -> Tensor:
         """Map a condition sequence [B, L, c_cond] to [B, L, S]."""
         if self.kv_weight is None:
-            return torch.cat([block.condition_kv(sequence, weights) for block in self._attention_blocks], dim=-1)
+            return torch.cat(
+                [block.condition_kv(sequence, weights) for block in self._attention_blocks], dim=-1
+            )
         kv = F.linear(F.silu(sequence), self.kv_weight, self.kv_bias)
         if weights is not None:
             for own in kv.split(self._kv_widths, dim=-1):
@@ -412,7 +478,9 @@ class Denoiser(nn.Module):
         embedding = sinusoid(t, self.config.c_r).to(self.byt5_mapper.weight.dtype)
         return torch.cat([block.scale_and_shift(embedding) for block in self._time_blocks], dim=-1)
 
-    def features(self, tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor | None = None) -> Tensor:
+    def features(
+        self, tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor | None = None
+    ) -> Tensor:
         """Run a forward pass up to the last projection: codes [B, H, W] → [N, H, W, c_out].
 
         The result has one entry for each of N conditions.
@@ -421,7 +489,13 @@ class Denoiser(nn.Module):
         own. A row's branches are the same until the first attention block tells them apart, so up
         to there rows are computed, not branches.
         """
-        state = _Pass(self._time_blocks, times, condition.kv.split(self._kv_widths, dim=-1), condition.mask, row_of)
+        state = _Pass(
+            self._time_blocks,
+            times,
+            condition.kv.split(self._kv_widths, dim=-1),
+            condition.mask,
+            row_of,
+        )
         x = self._embed(tokens)
         skips = []
         for level in self.down_blocks:
@@ -437,7 +511,9 @@ class Denoiser(nn.Module):
             return self.embedding(pixel_unshuffle(self.in_mapper(tokens), p))
         B, H, W = tokens.shape
         patches = tokens.view(B, H // p, p, W // p, p).transpose(2, 3).reshape(-1, p * p)
-        x = F.embedding_bag(patches + offsets, table, mode="sum") + self.embedding.get_parameter("1.bias")
+        x = F.embedding_bag(patches + offsets, table, mode="sum") + self.embedding.get_parameter(
+            "1.bias"
+        )
         return norm(x).view(B, H // p, W // p, -1)
 
     @torch.no_grad()
@@ -448,18 +524,27 @@ class Denoiser(nn.Module):
         norm, unshuffle and projection become one lookup and sum. And the last map's weights in the
         order in which its patches are laid out.
         """
-        embedding, projection = self.in_mapper.get_parameter("0.weight"), self.embedding.get_parameter("1.weight")
+        embedding, projection = (
+            self.in_mapper.get_parameter("0.weight"),
+            self.embedding.get_parameter("1.weight"),
+        )
         codes = norm(embedding.float())  # [K, c_in]
         places = projection.float().flatten(1).unflatten(1, (codes.shape[1], -1))  # [C, c_in, p²]
-        self.patch_table = torch.einsum("kc,ocp->pko", codes, places).flatten(0, 1).to(embedding.dtype)  # [p²·K, C]
-        self.patch_offsets = torch.arange(0, len(self.patch_table), len(codes), device=embedding.device)
+        self.patch_table = (
+            torch.einsum("kc,ocp->pko", codes, places).flatten(0, 1).to(embedding.dtype)
+        )  # [p²·K, C]
+        self.patch_offsets = torch.arange(
+            0, len(self.patch_table), len(codes), device=embedding.device
+        )
         self.unpatch_weight, self.unpatch_bias = self._unpatch_parameters()
 
     @torch.no_grad()
     def fold_condition(self) -> None:
         """Fold the two linear maps from the condition to the attention blocks' keys and values."""
         if self._attention_blocks:
-            weights, biases = zip(*(block.folded_kv() for block in self._attention_blocks), strict=True)
+            weights, biases = zip(
+                *(block.folded_kv() for block in self._attention_blocks), strict=True
+            )
             self.kv_weight, self.kv_bias = torch.cat(weights), torch.cat(biases)
 
     def pack(self, height: int, width: int) -> None:
@@ -470,7 +555,10 @@ class Denoiser(nn.Module):
         if not supported(self.in_mapper.get_parameter("0.weight")):
             return
         levels, batch = range(len(self.down_blocks)), 1
-        for depth, level in [*zip(levels, self.down_blocks, strict=True), *zip(reversed(levels), self.up_blocks, strict=True)]:
+        for depth, level in [
+            *zip(levels, self.down_blocks, strict=True),
+            *zip(reversed(levels), self.up_blocks, strict=True),
+        ]:
             factor = self.config.patch_size << depth
             for block in level.children():
                 if isinstance(block, AttentionBlock):
@@ -488,7 +576,9 @@ class Denoiser(nn.Module):
             if isinstance(block, ConvBlock):
                 block.fuse()
 
-    def draw(self, sampler: str, features: Tensor, uniform: Tensor, inverse: Tensor) -> Tensor | None:
+    def draw(
+        self, sampler: str, features: Tensor, uniform: Tensor, inverse: Tensor
+    ) -> Tensor | None:
         """Draw codes [B, H, W] without logits in memory; None where that is not fused.
 
         features: guided, [B, H, W, c_out]. uniform: [B, H, W]. inverse: inverse temperature, [B].
@@ -497,7 +587,13 @@ class Denoiser(nn.Module):
             return None
         from model.kernels.triton.draw import draw_grid
 
-        return draw_grid(sampler, features, self.out_mapper.get_parameter("1.weight").flatten(1), uniform, inverse)
+        return draw_grid(
+            sampler,
+            features,
+            self.out_mapper.get_parameter("1.weight").flatten(1),
+            uniform,
+            inverse,
+        )
 
     def _unpatch(self, x: Tensor) -> Tensor:
         """Map [B, h, w, C] to [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle."""
@@ -514,7 +610,10 @@ class Denoiser(nn.Module):
         In this order a pixel's channels are copied whole.
         """
         places = self.config.patch_size**2
-        weight, bias = (t.view(-1, places, *t.shape[1:]).transpose(0, 1).flatten(0, 1) for t in self.clf[1].parameters())
+        weight, bias = (
+            t.view(-1, places, *t.shape[1:]).transpose(0, 1).flatten(0, 1)
+            for t in self.clf[1].parameters()
+        )
         return weight.flatten(1), bias
 
     def project(self, features: Tensor) -> Tensor:
@@ -534,7 +633,12 @@ class _Pass:
     """One walk through the levels, which gives T and A blocks their precomputed parts."""
 
     def __init__(
-        self, time_blocks: Sequence[TimeBlock], times: Tensor, kv: Iterable[Tensor], mask: Tensor | None, row_of: Tensor | None
+        self,
+        time_blocks: Sequence[TimeBlock],
+        times: Tensor,
+        kv: Iterable[Tensor],
+        mask: Tensor | None,
+        row_of: Tensor | None,
     ) -> None:
         self.widths = [block.mapper.out_features // 2 for block in time_blocks for _ in range(2)]
         self.times, self.row_of, self.parted = times, row_of, row_of is None
@@ -548,7 +652,11 @@ class _Pass:
 
     def branches(self, x: Tensor) -> Tensor:
         """Expand rows [B, …] to branches [N, …]; branches stay."""
-        return x if self.row_of is None or len(x) == len(self.row_of) else x.index_select(0, self.row_of)
+        return (
+            x
+            if self.row_of is None or len(x) == len(self.row_of)
+            else x.index_select(0, self.row_of)
+        )
 
     def run(self, level: nn.Module, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Run one level."""

@@ -83,7 +83,9 @@ class Downsample(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Compute it; shapes as in the class."""
         B, H, W, C = x.shape
-        patches = x.view(B, H // 2, 2, W // 2, 2, C).transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C)
+        patches = (
+            x.view(B, H // 2, 2, W // 2, 2, C).transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C)
+        )
         # A view where the weight lies channels-last in memory, as after loading a bundle.
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
@@ -122,7 +124,11 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     Sines of t·10000 come first, then cosines.
     """
     half = dim // 2
-    frequencies = torch.arange(half, device=t.device, dtype=torch.float32).mul(-math.log(10000) / (half - 1)).exp()
+    frequencies = (
+        torch.arange(half, device=t.device, dtype=torch.float32)
+        .mul(-math.log(10000) / (half - 1))
+        .exp()
+    )
     angles = t.float()[:, None] * 10000 * frequencies
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return F.pad(embedding, (0, dim % 2))

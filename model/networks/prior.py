@@ -53,7 +53,9 @@ class Prior(nn.Module):
         super().__init__()
         self.config = c = config
         self._residual = tuple(Block(c) for _ in range(c.num_blocks))
-        self.blocks = nn.ModuleList([nn.Linear(c.clip_r, c.c_hidden), *self._residual, nn.Linear(c.c_hidden, c.clip_r)])
+        self.blocks = nn.ModuleList(
+            [nn.Linear(c.clip_r, c.c_hidden), *self._residual, nn.Linear(c.c_hidden, c.clip_r)]
+        )
         self._schedules: dict[int, Tensor] | None = None
         self._fused: tuple[BlockFn, int] | None = None
 
@@ -102,7 +104,10 @@ class Prior(nn.Module):
         """
         enter, leave = (tuple(self.blocks[i].parameters()) for i in (0, -1))
         names = ("1.weight", "1.bias", "3.weight", "4.weight", "4.bias")
-        weights = tuple(BlockWeights(block.shares()[0].T, *map(block.get_parameter, names)) for block in self._residual)
+        weights = tuple(
+            BlockWeights(block.shares()[0].T, *map(block.get_parameter, names))
+            for block in self._residual
+        )
 
         def predict(x: Tensor, extras: Iterable[Tensor], guidance: float | None = None) -> Tensor:
             h = F.linear(x, *enter)
@@ -147,14 +152,20 @@ def add_noise(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
-def ddpm_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float, noise: Tensor | None) -> Tensor:
+def ddpm_step(
+    x: Tensor, noise_pred: Tensor, a_t: float, a_s: float, noise: Tensor | None
+) -> Tensor:
     """Step from time t to s < t, given ᾱ at both.
 
     noise: standard normal, or None on the last step.
     """
     a = a_t / a_s
     mean = torch.sub(x, noise_pred, alpha=(1 - a) / math.sqrt(1 - a_t)) / math.sqrt(a)
-    return mean if noise is None else torch.add(mean, noise, alpha=math.sqrt((1 - a) * (1 - a_s) / (1 - a_t)))
+    return (
+        mean
+        if noise is None
+        else torch.add(mean, noise, alpha=math.sqrt((1 - a) * (1 - a_s) / (1 - a_t)))
+    )
 
 
 def ddim_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float) -> Tensor:
@@ -164,7 +175,12 @@ def ddim_step(x: Tensor, noise_pred: Tensor, a_t: float, a_s: float) -> Tensor:
 
 
 def trajectory(
-    prior: Prior, clip_text: Tensor, noise: Tensor, *, guidance: float = 3.0, sampler: PriorSampler = "ddpm"
+    prior: Prior,
+    clip_text: Tensor,
+    noise: Tensor,
+    *,
+    guidance: float = 3.0,
+    sampler: PriorSampler = "ddpm",
 ) -> Iterator[Tensor]:
     """Yield x [B, D] in fp32 after every step, from noise to CLIP image embeddings.
 
@@ -176,13 +192,17 @@ def trajectory(
     S, dtype = noise.shape[0] - 1, prior.get_parameter("blocks.0.weight").dtype
     guided = guidance != 1.0
     text = clip_text.to(dtype)
-    condition = torch.stack(prior.condition(torch.cat([text, torch.zeros_like(text)]) if guided else text))  # [blocks, B or 2B, inner]
+    condition = torch.stack(
+        prior.condition(torch.cat([text, torch.zeros_like(text)]) if guided else text)
+    )  # [blocks, B or 2B, inner]
     a, times = prior.schedule(S)
     predict = prior.predictor()
     noise = noise.float()
     x = noise[0]
     for i in range(S):
-        predicted = predict(x.to(dtype), (condition + times[i]).unbind(), guidance if guided else None).float()
+        predicted = predict(
+            x.to(dtype), (condition + times[i]).unbind(), guidance if guided else None
+        ).float()
         if sampler == "ddim":
             x = ddim_step(x, predicted, a[i], a[i + 1])
         else:
@@ -190,7 +210,14 @@ def trajectory(
         yield x
 
 
-def sample(prior: Prior, clip_text: Tensor, noise: Tensor, *, guidance: float = 3.0, sampler: PriorSampler = "ddpm") -> Tensor:
+def sample(
+    prior: Prior,
+    clip_text: Tensor,
+    noise: Tensor,
+    *,
+    guidance: float = 3.0,
+    sampler: PriorSampler = "ddpm",
+) -> Tensor:
     """Return CLIP image embeddings [B, D] in fp32 for text embeddings [B, D].
 
     They are the end of `trajectory`. noise: [S + 1, B, D], S ≥ 1.

@@ -61,12 +61,18 @@ class ByteTower:
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Encode byte ids [B, L] with mask [B, L]."""
-        bias = self._bias(tokens.shape[1]).masked_fill(~mask[:, None, None], -torch.inf)  # [B, heads, L, L]
+        bias = self._bias(tokens.shape[1]).masked_fill(
+            ~mask[:, None, None], -torch.inf
+        )  # [B, heads, L, L]
         x = F.embedding(tokens, self._t5.shared.weight)
         for layer in self._layers:
             qkv = layer.qkv(self._norm(x, layer.attention_norm))
             q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2).flatten(2)
+            y = (
+                F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+                .transpose(1, 2)
+                .flatten(2)
+            )
             x = _bounded(x + layer.o(y))
             y = self._norm(x, layer.gate_norm)
             x = _bounded(x + layer.wo(layer.wi_0(y) * layer.wi_1(y)))
@@ -78,7 +84,12 @@ class ByteTower:
     def _bias(self, length: int) -> Tensor:
         """Return the position bias [1, heads, L, L], the same for every text of a length."""
         if length not in self._biases:
-            self._biases[length] = self._t5.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length).contiguous()
+            self._biases[length] = (
+                self._t5.encoder.block[0]
+                .layer[0]
+                .SelfAttention.compute_bias(length, length)
+                .contiguous()
+            )
         return self._biases[length]
 
 
@@ -125,7 +136,9 @@ class TextTower:
     @staticmethod
     def supports(clip: Any) -> bool:
         """Return whether the tower can compute this CLIP."""
-        plain = all(type(block).__name__ == "ResidualAttentionBlock" for block in clip.transformer.resblocks)
+        plain = all(
+            type(block).__name__ == "ResidualAttentionBlock" for block in clip.transformer.resblocks
+        )
         return bool(plain and clip.text_pool_type == "argmax" and clip.attn_mask is not None)
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -142,7 +155,11 @@ class TextTower:
         x = clip.ln_final(x[torch.arange(B, device=device), ends])
         if clip.text_projection is None:
             return x
-        return clip.text_projection(x) if isinstance(clip.text_projection, nn.Linear) else x @ clip.text_projection
+        return (
+            clip.text_projection(x)
+            if isinstance(clip.text_projection, nn.Linear)
+            else x @ clip.text_projection
+        )
 
 
 def _text_maps(block: Any, rows: int | None) -> tuple[LinearMap, LinearMap, LinearMap, LinearMap]:
@@ -161,8 +178,15 @@ def _text_maps(block: Any, rows: int | None) -> tuple[LinearMap, LinearMap, Line
     )
 
 
-def _text_block(x: Tensor, block: Any, into: LinearMap, out: LinearMap, expand: LinearMap, contract: LinearMap) -> Tensor:
-    q, k, v = into(block.ln_1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+def _text_block(
+    x: Tensor, block: Any, into: LinearMap, out: LinearMap, expand: LinearMap, contract: LinearMap
+) -> Tensor:
+    q, k, v = (
+        into(block.ln_1(x))
+        .unflatten(-1, (3, block.attn.num_heads, -1))
+        .permute(2, 0, 3, 1, 4)
+        .unbind()
+    )
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
     x = x + block.ls_1(out(y))
     return x + block.ls_2(contract(expand(block.ln_2(x))))
@@ -257,7 +281,9 @@ class ByteEncoder(nn.Module):
         tokens, mask, truncated = self.tokenize(prompts)
         device = self.t5.shared.weight.device
         tokens, mask = (t.to(device, non_blocking=True) for t in (tokens, mask))
-        if self.tower is None or torch.is_autocast_enabled(device.type):  # packed operators know nothing of autocast
+        if self.tower is None or torch.is_autocast_enabled(
+            device.type
+        ):  # packed operators know nothing of autocast
             embeddings = self.t5(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         else:
             embeddings = self.tower(tokens, mask)
@@ -287,7 +313,11 @@ class CLIP(nn.Module):
         self.config = config
         towers: dict[str, Any] = {"vision_cfg": config.vision_cfg, "text_cfg": config.text_cfg}
         self.model = open_clip.CLIP(config.embed_dim, quick_gelu=config.quick_gelu, **towers)
-        merges = {} if config.merges is None or directory is None else {"bpe_path": str(directory / config.merges)}
+        merges = (
+            {}
+            if config.merges is None or directory is None
+            else {"bpe_path": str(directory / config.merges)}
+        )
         self.tokenizer = SimpleTokenizer(context_length=config.context_length, **merges)
         size = config.vision_cfg["image_size"]
         self.image_size: int = size if isinstance(size, int) else size[0]
@@ -296,7 +326,9 @@ class CLIP(nn.Module):
     def complete(self) -> None:
         """Build the causal mask, which no state dict has, after a meta module got its tensors."""
         length = self.config.context_length
-        mask = torch.full((length, length), -torch.inf, device=self.device, dtype=self.model.logit_scale.dtype).triu_(1)
+        mask = torch.full(
+            (length, length), -torch.inf, device=self.device, dtype=self.model.logit_scale.dtype
+        ).triu_(1)
         self.model.register_buffer("attn_mask", mask, persistent=False)
 
     def fold(self, packed: bool = True) -> None:
@@ -320,7 +352,9 @@ class CLIP(nn.Module):
         rows = [[t.sot_token_id, *t.encode(prompt), t.eot_token_id] for prompt in prompts]
         tokens = torch.zeros(len(rows), context, dtype=torch.int64)
         for own, row in zip(tokens, rows, strict=True):
-            own[: len(row)] = torch.tensor([*row[: context - 1], row[-1]] if len(row) > context else row)
+            own[: len(row)] = torch.tensor(
+                [*row[: context - 1], row[-1]] if len(row) > context else row
+            )
         return tokens, tuple(len(row) > context for row in rows)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -338,7 +372,9 @@ class CLIP(nn.Module):
         size = (self.image_size, self.image_size)
         if image.shape[-2:] == size:
             return image
-        return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return F.interpolate(
+            image, size, mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1], of any size, as [B, embed_dim]."""

@@ -81,7 +81,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute it for x [B, H, W, C]."""
-        return self.conv(channels_last(F.interpolate(channels_first(x), scale_factor=2.0, mode="nearest")))
+        return self.conv(
+            channels_last(F.interpolate(channels_first(x), scale_factor=2.0, mode="nearest"))
+        )
 
 
 class Middle(nn.Module):
@@ -104,10 +106,21 @@ class Level(nn.Module):
     Every level but the last ends with the way to the next.
     """
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, leave: Downsample | Upsample | None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        attention: bool,
+        leave: Downsample | Upsample | None,
+    ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(outputs) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(
+            ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(
+            AttentionBlock(outputs) for _ in range(blocks if attention else 0)
+        )
         self.leave = None if leave is None else type(leave).__name__.lower()  # the published name
         if self.leave is not None:
             self.add_module(self.leave, leave)

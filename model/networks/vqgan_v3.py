@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from model.config import VQGANConfig
 from model.kernels.cpu import LinearMap, PackedDepthwise, linear_map, supported
-from model.networks.layers import Conv, ConvTranspose, Pointwise, channels_first, channels_last, norm, pixel_shuffle, pixel_unshuffle
+from model.networks.layers import (
+    Conv,
+    ConvTranspose,
+    Pointwise,
+    channels_first,
+    channels_last,
+    norm,
+    pixel_shuffle,
+    pixel_unshuffle,
+)
 
 
 class ResidualBlock(nn.Module):
@@ -27,8 +36,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         # Index 0 is the published replication padding; here it is done in forward, on the
         # channels-last view.
-        self.depthwise = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels))
-        self.channelwise = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+        self.depthwise = nn.Sequential(
+            nn.Identity(), nn.Conv2d(channels, channels, 3, groups=channels)
+        )
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
         self.gammas = nn.Parameter(torch.zeros(6))
         self.packed: tuple[PackedDepthwise, LinearMap, LinearMap] | None = None
 
@@ -43,7 +56,9 @@ class ResidualBlock(nn.Module):
         """
         dtype, g = self.gammas.dtype, self.gammas.float()
         kernel, around = (p.float() for p in self.depthwise[1].parameters())
-        expand, expand_bias, contract, contract_bias = (p.float() for p in self.channelwise.parameters())
+        expand, expand_bias, contract, contract_bias = (
+            p.float() for p in self.channelwise.parameters()
+        )
         folded = (
             kernel * (1 + g[0]) * g[2],
             (around + g[1] * kernel.sum((1, 2, 3))) * g[2],
@@ -67,7 +82,9 @@ class ResidualBlock(nn.Module):
             return x + contract(expand(norm(x)))
         g = self.gammas
         y = channels_first(torch.addcmul(g[1], norm(x), 1 + g[0]))
-        y = self.depthwise[1](F.pad(y, (1, 1, 1, 1), mode="replicate").contiguous(memory_format=torch.channels_last))
+        y = self.depthwise[1](
+            F.pad(y, (1, 1, 1, 1), mode="replicate").contiguous(memory_format=torch.channels_last)
+        )
         x = torch.addcmul(x, channels_last(y), g[2])
         y = self.channelwise(torch.addcmul(g[4], norm(x), 1 + g[3]))
         return torch.addcmul(x, y, g[5])
@@ -104,7 +121,9 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.c_hidden // 2 ** (config.levels - 1 - i) for i in range(config.levels)]  # finest first
+        widths = [
+            config.c_hidden // 2 ** (config.levels - 1 - i) for i in range(config.levels)
+        ]  # finest first
         self.in_block = nn.Sequential(nn.Identity(), Pointwise(12, widths[0]))
         self.down_blocks = nn.ModuleList(self._encoder(widths))
         self.vquantizer = VectorQuantizer(config.codebook_size, config.c_latent)
@@ -118,14 +137,19 @@ class VQGAN(nn.Module):
                 blocks.append(Conv(widths[i - 1], width, 4, stride=2, padding=1))
             blocks.append(ResidualBlock(width))
         latent = nn.Conv2d(widths[-1], self.config.c_latent, 1, bias=False)
-        return [*blocks, nn.Sequential(latent, nn.BatchNorm2d(self.config.c_latent))]  # channels first, both
+        return [
+            *blocks,
+            nn.Sequential(latent, nn.BatchNorm2d(self.config.c_latent)),
+        ]  # channels first, both
 
     def _decoder(self, widths: list[int]) -> list[nn.Module]:
         blocks: list[nn.Module] = [nn.Sequential(Pointwise(self.config.c_latent, widths[0]))]
         for i, width in enumerate(widths):
             if i:
                 blocks.append(ConvTranspose(widths[i - 1], width, 4, stride=2, padding=1))
-            blocks += [ResidualBlock(width) for _ in range(1 if i else self.config.bottleneck_blocks)]
+            blocks += [
+                ResidualBlock(width) for _ in range(1 if i else self.config.bottleneck_blocks)
+            ]
         return blocks
 
     def pack(self, height: int, width: int) -> None:

@@ -38,7 +38,7 @@ _MASTER = 512  # pixels a side of a shape before it is scaled down
 Point = tuple[float, float]
 
 
-# ── the files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the files ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def art_folder() -> Path:
@@ -54,7 +54,10 @@ def art_file() -> Path:
     place = art_folder()
     path = place / TARBALL if place.is_dir() else place
     if not path.is_file():
-        raise FileNotFoundError(f"no art at {path}: run `make art`, which needs npm, or set PAELLERA_ART to a folder or file that has it")
+        raise FileNotFoundError(
+            f"no art at {path}: run `make art`, which needs npm, or set PAELLERA_ART to a "
+            f"folder or file that has it"
+        )
     return path
 
 
@@ -77,9 +80,16 @@ def fetch() -> Path:
     if not path.is_file():
         npm = shutil.which("npm")
         if npm is None:
-            raise FileNotFoundError(f"npm is not installed: install it, or download {PACKAGE} from npm and put it at {path}")
+            raise FileNotFoundError(
+                f"npm is not installed: install it, or download {PACKAGE} from npm and "
+                f"put it at {path}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([npm, "pack", "--silent", "--pack-destination", str(folder), PACKAGE], check=True, timeout=_FETCH_SECONDS)
+        subprocess.run(
+            [npm, "pack", "--silent", "--pack-destination", str(folder), PACKAGE],
+            check=True,
+            timeout=_FETCH_SECONDS,
+        )
     _check(path)
     return path
 
@@ -109,7 +119,7 @@ def pack(path: Path) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-# ── the shapes ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the shapes ────────────────────────────────────────────────────────────────────────────────────
 
 
 def _star() -> list[Point]:
@@ -126,7 +136,20 @@ def _heart() -> list[Point]:
 
 def _cross() -> list[Point]:
     a, b = 0.33, 0.67
-    return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+    return [
+        (a, 0),
+        (b, 0),
+        (b, a),
+        (1, a),
+        (1, b),
+        (b, b),
+        (b, 1),
+        (a, 1),
+        (a, b),
+        (0, b),
+        (0, a),
+        (a, a),
+    ]
 
 
 _POLYGONS: dict[str, Callable[[], list[Point]]] = {
@@ -159,7 +182,7 @@ def draw_shape(name: str) -> Image.Image:
     return image
 
 
-# ── the atlas ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the atlas ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def fit(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
@@ -171,7 +194,11 @@ def fit(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
     cropped = image.crop(visible.getbbox()).convert("RGBa")
     scale = side / max(cropped.size)
     width, height = (max(1, round(extent * scale)) for extent in cropped.size)
-    resized = cropped.resize((width, height), Image.Resampling.LANCZOS) if cropped.size != (width, height) else cropped
+    resized = (
+        cropped.resize((width, height), Image.Resampling.LANCZOS)
+        if cropped.size != (width, height)
+        else cropped
+    )
     pixels = np.zeros((side, side, 4), dtype=np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
     pixels[top : top + height, left : left + width] = np.asarray(resized)
@@ -190,13 +217,19 @@ def atlas(side: int = SIDE) -> Tensor:
     They are RGBA, premultiplied by alpha. Raises FileNotFoundError without the art.
     """
     files = read({kind.code for kind in KINDS})
-    objects = [fit(Image.open(io.BytesIO(files[kind.code])).convert("RGBA"), side) for kind in KINDS]
+    objects = [
+        fit(Image.open(io.BytesIO(files[kind.code])).convert("RGBA"), side) for kind in KINDS
+    ]
     return torch.cat([shapes(side), torch.from_numpy(np.stack(objects))])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pack", type=Path, metavar="FILE", help="also write the objects' files into this one file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="also write the objects' files into this one file"
+    )
     arguments = parser.parse_args()
     print(fetch())
     if arguments.pack:

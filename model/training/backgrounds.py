@@ -66,27 +66,41 @@ class _Sheet:
         """Return a cover of 0…1 from how far each pixel lies inside an outline, in units."""
         return (inside * self.unit + 0.5).clamp(0, 1)
 
-    def disc(self, x: Tensor | float, y: Tensor | float, radius: Tensor | float, squash: float = 1.0) -> Tensor:
+    def disc(
+        self, x: Tensor | float, y: Tensor | float, radius: Tensor | float, squash: float = 1.0
+    ) -> Tensor:
         """Return the cover of a disc, or of an ellipse `squash` times as high as wide."""
         return self.edge(radius - ((self.x - x) ** 2 + ((self.y - y) / squash) ** 2).sqrt())
 
     def hills(self, level: float, swing: float, waves: float, phase: Tensor) -> Tensor:
-        """Return the cover of hills; their ridge swings by `swing` units around a share `level` of the height."""
+        """Return the cover of hills; their ridge swings by `swing` units around a share `level` of
+        the height.
+        """
         turns = 6.2832 * (waves * self.x / self.width + phase)
-        ridge = level * self.height + swing * (0.7 * torch.sin(turns) + 0.3 * torch.sin(2 * turns + 1))
+        ridge = level * self.height + swing * (
+            0.7 * torch.sin(turns) + 0.3 * torch.sin(2 * turns + 1)
+        )
         return self.edge(self.y - ridge)
 
     def cloud(self, x: Tensor, y: Tensor, size: Tensor | float) -> Tensor:
         """Return the cover of a cloud: four discs over a flat bottom at y."""
         parts = ((-0.55, 0.0, 0.3), (-0.15, -0.18, 0.42), (0.3, -0.08, 0.36), (0.65, 0.06, 0.24))
-        discs = [radius * size - torch.hypot(self.x - x - dx * size, self.y - y - dy * size) for dx, dy, radius in parts]
+        discs = [
+            radius * size - torch.hypot(self.x - x - dx * size, self.y - y - dy * size)
+            for dx, dy, radius in parts
+        ]
         inside = torch.stack(discs).amax(dim=0)
         return self.edge(torch.minimum(inside, y + 0.12 * size - self.y))
 
     def dots(self, radius: float, every: int) -> Tensor:
         """Return the cover of dots in the middle of about one of `every` tokens."""
         generator = torch.Generator().manual_seed(every)
-        pattern = (torch.rand(_PATTERN, _PATTERN, generator=generator) * every).long().eq(0).to(self.p.device)
+        pattern = (
+            (torch.rand(_PATTERN, _PATTERN, generator=generator) * every)
+            .long()
+            .eq(0)
+            .to(self.p.device)
+        )
         down, right = (self.y * _TOKENS).long(), (self.x * _TOKENS).long()
         shift = (self.p[:, 6:8] * _PATTERN).long()[:, :, None, None]
         chosen = pattern[(down + shift[:, :1]) % _PATTERN, (right + shift[:, 1:]) % _PATTERN]
@@ -110,10 +124,16 @@ def _day_sky(s: _Sheet) -> Tensor:
 
 
 def _sunset(s: _Sheet) -> Tensor:
-    sky = s.gradient([(0, (96, 56, 140)), (0.35, (214, 88, 120)), (0.6, (250, 142, 72)), (0.78, (255, 204, 96))])
+    sky = s.gradient(
+        [(0, (96, 56, 140)), (0.35, (214, 88, 120)), (0.6, (250, 142, 72)), (0.78, (255, 204, 96))]
+    )
     sun = s.disc(s.number(3, 0.25, 0.75) * s.width, 0.74 * s.height, 0.17)
     sky = _over(sky, sun, s.colour((255, 238, 150)))
-    return _over(sky, s.hills(0.8, 0.03, 1.2, s.number(4, 0, 1)), s.gradient([(0.76, (92, 40, 84)), (1, (52, 24, 64))]))
+    return _over(
+        sky,
+        s.hills(0.8, 0.03, 1.2, s.number(4, 0, 1)),
+        s.gradient([(0.76, (92, 40, 84)), (1, (52, 24, 64))]),
+    )
 
 
 def _starry_night(s: _Sheet) -> Tensor:
@@ -130,23 +150,41 @@ def _sea(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (116, 196, 246)), (horizon, (222, 242, 252))])
     water = s.gradient([(horizon, (36, 128, 204)), (1, (8, 62, 150))])
     depth = (s.y / s.height - horizon).clamp(min=0)
-    swell = torch.sin(90 * depth.sqrt() + 1.5 * torch.sin(9 * s.x + 6.2832 * s.number(3, 0, 1)) + 6.2832 * s.number(4, 0, 1))
+    swell = torch.sin(
+        90 * depth.sqrt()
+        + 1.5 * torch.sin(9 * s.x + 6.2832 * s.number(3, 0, 1))
+        + 6.2832 * s.number(4, 0, 1)
+    )
     water = water + 16 * (swell - 0.3).clamp(min=0)
     return _over(sky, s.edge(s.y - horizon * s.height), water)
 
 
 def _meadow(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (110, 190, 250)), (0.6, (214, 240, 252))])
-    sky = _over(sky, s.cloud(s.number(3, 0, s.width), s.number(4, 0.14, 0.26) * s.height, 0.24), s.colour(_WHITE))
+    sky = _over(
+        sky,
+        s.cloud(s.number(3, 0, s.width), s.number(4, 0.14, 0.26) * s.height, 0.24),
+        s.colour(_WHITE),
+    )
     sky = _over(sky, s.hills(0.52, 0.05, 1.0, s.number(5, 0, 1)), s.colour((142, 204, 92)))
-    return _over(sky, s.hills(0.62, 0.03, 0.8, s.number(6, 0, 1)), s.gradient([(0.58, (108, 186, 66)), (1, (58, 138, 44))]))
+    return _over(
+        sky,
+        s.hills(0.62, 0.03, 0.8, s.number(6, 0, 1)),
+        s.gradient([(0.58, (108, 186, 66)), (1, (58, 138, 44))]),
+    )
 
 
 def _desert(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (250, 206, 140)), (0.55, (255, 238, 204))])
-    sky = _over(sky, s.disc(s.number(3, 0.15, 0.85) * s.width, 0.18, 0.09), s.colour((255, 250, 226)))
+    sky = _over(
+        sky, s.disc(s.number(3, 0.15, 0.85) * s.width, 0.18, 0.09), s.colour((255, 250, 226))
+    )
     sky = _over(sky, s.hills(0.52, 0.06, 1.1, s.number(4, 0, 1)), s.colour((226, 164, 92)))
-    return _over(sky, s.hills(0.66, 0.05, 0.9, s.number(5, 0, 1)), s.gradient([(0.6, (240, 188, 112)), (1, (206, 140, 70))]))
+    return _over(
+        sky,
+        s.hills(0.66, 0.05, 0.9, s.number(5, 0, 1)),
+        s.gradient([(0.6, (240, 188, 112)), (1, (206, 140, 70))]),
+    )
 
 
 def _snow(s: _Sheet) -> Tensor:
@@ -154,7 +192,11 @@ def _snow(s: _Sheet) -> Tensor:
     for i in range(3):
         x = (s.number(3 + i, 0, 0.3) + 0.05 + 0.33 * i) * s.width
         sky = _over(sky, _pine(s, x, 0.62 * s.height, 0.26), s.colour((74, 116, 116)))
-    sky = _over(sky, s.hills(0.6, 0.03, 1.0, s.number(6, 0, 1)), s.gradient([(0.56, (236, 243, 252)), (1, (250, 252, 255))]))
+    sky = _over(
+        sky,
+        s.hills(0.6, 0.03, 1.0, s.number(6, 0, 1)),
+        s.gradient([(0.56, (236, 243, 252)), (1, (250, 252, 255))]),
+    )
     return _over(sky, s.dots(0.0102, 9), s.colour(_WHITE))
 
 
@@ -171,11 +213,19 @@ def _pine(s: _Sheet, x: Tensor, foot: float, height: float) -> Tensor:
 def _forest(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (168, 214, 178)), (0.66, (214, 234, 196))])
     for i in range(5):
-        sky = _over(sky, _pine(s, (0.02 + 0.24 * i + s.number(3, -0.06, 0.06)) * s.width, 0.7 * s.height, 0.56), s.colour((92, 158, 112)))
+        sky = _over(
+            sky,
+            _pine(s, (0.02 + 0.24 * i + s.number(3, -0.06, 0.06)) * s.width, 0.7 * s.height, 0.56),
+            s.colour((92, 158, 112)),
+        )
     for i in range(4):
         x = (0.1 + 0.27 * i + s.number(4 + i, -0.07, 0.07)) * s.width
         sky = _over(sky, _pine(s, x, 0.76 * s.height, 0.7), s.colour((34, 98, 66)))
-    return _over(sky, s.hills(0.74, 0.015, 1.0, s.number(3, 0, 1)), s.gradient([(0.72, (88, 132, 62)), (1, (52, 92, 40))]))
+    return _over(
+        sky,
+        s.hills(0.74, 0.015, 1.0, s.number(3, 0, 1)),
+        s.gradient([(0.72, (88, 132, 62)), (1, (52, 92, 40))]),
+    )
 
 
 def _space(s: _Sheet) -> Tensor:
@@ -187,16 +237,28 @@ def _space(s: _Sheet) -> Tensor:
     sky = _over(sky, s.dots(0.007, 10), s.colour((255, 252, 236)))
     x, foot, radius = s.number(5, 0.1, 0.9) * s.width, 0.9 * s.height, 0.16
     light = ((s.x - x) * -0.6 + (s.y - foot) * -0.8) / radius
-    planet = torch.lerp(s.colour((120, 40, 60)), s.colour((246, 150, 96)), (0.5 + 0.6 * light).clamp(0, 1))
+    planet = torch.lerp(
+        s.colour((120, 40, 60)), s.colour((246, 150, 96)), (0.5 + 0.6 * light).clamp(0, 1)
+    )
     return _over(sky, s.disc(x, foot, radius), planet)
 
 
 def _beach(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (92, 186, 248)), (0.42, (206, 238, 252))])
-    sky = _over(sky, s.disc(s.number(3, 0.12, 0.88) * s.width, 0.15, 0.085), s.colour((255, 232, 110)))
-    sky = _over(sky, s.edge(s.y - 0.42 * s.height), s.gradient([(0.42, (20, 130, 196)), (0.62, (72, 208, 212))]))
+    sky = _over(
+        sky, s.disc(s.number(3, 0.12, 0.88) * s.width, 0.15, 0.085), s.colour((255, 232, 110))
+    )
+    sky = _over(
+        sky,
+        s.edge(s.y - 0.42 * s.height),
+        s.gradient([(0.42, (20, 130, 196)), (0.62, (72, 208, 212))]),
+    )
     sky = _over(sky, s.hills(0.6, 0.02, 1.4, s.number(4, 0, 1)), s.colour((248, 252, 252)))
-    return _over(sky, s.hills(0.63, 0.02, 1.4, s.number(4, 0, 1)), s.gradient([(0.6, (238, 204, 138)), (1, (250, 226, 170))]))
+    return _over(
+        sky,
+        s.hills(0.63, 0.02, 1.4, s.number(4, 0, 1)),
+        s.gradient([(0.6, (238, 204, 138)), (1, (250, 226, 170))]),
+    )
 
 
 def _peak(s: _Sheet, x: Tensor, top: float, foot: float, slope: float) -> tuple[Tensor, Tensor]:
@@ -209,12 +271,22 @@ def _peak(s: _Sheet, x: Tensor, top: float, foot: float, slope: float) -> tuple[
 
 def _mountains(s: _Sheet) -> Tensor:
     sky = s.gradient([(0, (124, 180, 236)), (0.6, (226, 238, 250))])
-    peaks = ((3, 0.02, 0.3, 0.28, (128, 142, 178)), (4, 0.6, 0.95, 0.22, (112, 126, 164)), (5, 0.3, 0.62, 0.36, (92, 106, 146)))
+    peaks = (
+        (3, 0.02, 0.3, 0.28, (128, 142, 178)),
+        (4, 0.6, 0.95, 0.22, (112, 126, 164)),
+        (5, 0.3, 0.62, 0.36, (92, 106, 146)),
+    )
     for i, low, high, top, colour in peaks:
-        mountain, cap = _peak(s, s.number(i, low, high) * s.width, top * s.height, 0.76 * s.height, 1.25)
+        mountain, cap = _peak(
+            s, s.number(i, low, high) * s.width, top * s.height, 0.76 * s.height, 1.25
+        )
         sky = _over(sky, mountain, s.colour(colour))
         sky = _over(sky, cap, s.colour((248, 250, 255)))
-    return _over(sky, s.hills(0.74, 0.02, 1.0, s.number(6, 0, 1)), s.gradient([(0.7, (104, 164, 84)), (1, (66, 122, 58))]))
+    return _over(
+        sky,
+        s.hills(0.74, 0.02, 1.0, s.number(6, 0, 1)),
+        s.gradient([(0.7, (104, 164, 84)), (1, (66, 122, 58))]),
+    )
 
 
 def _city(s: _Sheet) -> Tensor:
@@ -236,8 +308,16 @@ def _city(s: _Sheet) -> Tensor:
         tops = tops + here * top
         tower = tower + here * s.colour(colours[i % len(colours)])
     tops = (tops * s.height / cell).round() * cell
-    sky = _over(sky, s.edge(s.y - tops), torch.lerp(tower, s.colour((252, 226, 140)), 0.8 * window * (s.y > tops + cell)))
-    return _over(sky, s.edge(s.y - street * s.height), s.gradient([(street, (118, 118, 126)), (1, (84, 84, 94))]))
+    sky = _over(
+        sky,
+        s.edge(s.y - tops),
+        torch.lerp(tower, s.colour((252, 226, 140)), 0.8 * window * (s.y > tops + cell)),
+    )
+    return _over(
+        sky,
+        s.edge(s.y - street * s.height),
+        s.gradient([(street, (118, 118, 126)), (1, (84, 84, 94))]),
+    )
 
 
 def _underwater(s: _Sheet) -> Tensor:
@@ -249,9 +329,16 @@ def _underwater(s: _Sheet) -> Tensor:
         x = (0.08 + 0.28 * i + s.number(4 + i, -0.06, 0.06)) * s.width
         sway = 0.02 * torch.sin(26 * s.y + 2 * i)
         top = s.height * (0.62 + 0.07 * (i % 3))
-        weed = torch.minimum(0.016 + 0.05 * (s.y - top).clamp(max=0.1), s.y - top) - (s.x - x - sway).abs()
+        weed = (
+            torch.minimum(0.016 + 0.05 * (s.y - top).clamp(max=0.1), s.y - top)
+            - (s.x - x - sway).abs()
+        )
         water = _over(water, s.edge(weed), s.colour((20, 128, 92)))
-    return _over(water, s.hills(0.9, 0.02, 1.2, s.number(3, 0, 1)), s.gradient([(0.88, (196, 186, 138)), (1, (150, 146, 116))]))
+    return _over(
+        water,
+        s.hills(0.9, 0.02, 1.2, s.number(3, 0, 1)),
+        s.gradient([(0.88, (196, 186, 138)), (1, (150, 146, 116))]),
+    )
 
 
 def _room(s: _Sheet) -> Tensor:
@@ -299,7 +386,9 @@ class _Bank:
 
     def __init__(self, height: int, width: int, device: torch.device) -> None:
         self._size = (height, width)
-        self._pictures = torch.empty(len(SCENES) * VARIANTS, 3, height, width, dtype=torch.uint8, device=device)
+        self._pictures = torch.empty(
+            len(SCENES) * VARIANTS, 3, height, width, dtype=torch.uint8, device=device
+        )
         self._missing = set(range(len(self._pictures)))
         self._lazy = device.type == "cpu"
         if not self._lazy:
@@ -309,11 +398,24 @@ class _Bank:
         height, width = self._size
         device, unit = self._pictures.device, min(height, width)
         x, y = ((torch.arange(extent, device=device) + 0.5) / unit for extent in (width, height))
-        table = torch.rand(VARIANTS, PARAMETERS, generator=torch.Generator().manual_seed(0)).to(device)
+        table = torch.rand(VARIANTS, PARAMETERS, generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
         for scene, name in enumerate(SCENES):
-            rows = torch.tensor([number for number in numbers if number // VARIANTS == scene], dtype=torch.long, device=device)
+            rows = torch.tensor(
+                [number for number in numbers if number // VARIANTS == scene],
+                dtype=torch.long,
+                device=device,
+            )
             if len(rows):
-                sheet = _Sheet(table[rows % VARIANTS], x[None, None, None], y[None, None, :, None], width / unit, height / unit, unit)
+                sheet = _Sheet(
+                    table[rows % VARIANTS],
+                    x[None, None, None],
+                    y[None, None, :, None],
+                    width / unit,
+                    height / unit,
+                    unit,
+                )
                 self._pictures[rows] = (_SCENES[name](sheet) + 0.5).clamp(0, 255).to(torch.uint8)
         self._missing -= set(numbers)
 
@@ -342,7 +444,9 @@ def paint(background: Tensor, params: Tensor, height: int, width: int) -> Tensor
     device = params.device
     scene = background.long() - len(NAMES)
     variant = (params[:, 3] * VARIANTS).long().clamp(0, VARIANTS - 1)
-    plain = _palette(device)[background.long().clamp(max=len(NAMES) - 1)] + _WOBBLE * (2 * params[:, :3].float() - 1)
+    plain = _palette(device)[background.long().clamp(max=len(NAMES) - 1)] + _WOBBLE * (
+        2 * params[:, :3].float() - 1
+    )
     pictures = plain.clamp(0, 255)[:, :, None, None].expand(-1, -1, height, width).contiguous()
     numbers = scene * VARIANTS + variant
     if device.type == "cpu":

@@ -1,9 +1,12 @@
-"""Where captioned pictures lie: a folder of files, or webdataset shards. What is listed here has not been looked into yet.
+"""Where captioned pictures lie: a folder of files, or webdataset shards. What is listed here has
+not been looked into yet.
 
-A folder holds `name.png` (.jpg, .jpeg, .webp) with `name.txt` beside it, at any depth; a `metadata.jsonl` with `file_name` and `text` may
-say the captions instead. Shards are tar files of such pairs, named by a path with braces: `shards-{000..009}.tar`.
+A folder holds `name.png` (.jpg, .jpeg, .webp) with `name.txt` beside it, at any depth; a
+`metadata.jsonl` with `file_name` and `text` may say the captions instead. Shards are tar files of
+such pairs, named by a path with braces: `shards-{000..009}.tar`.
 
-Several processes share a collection: each has its own files or shards, so that none sees another's pictures.
+Several processes share a collection: each has its own files or shards, so that none sees another's
+pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A picture and its caption, each a file or what a file holds; caption is None where there is none."""
+    """A picture and its caption, each a file or what a file holds; caption is None where there is
+    none.
+    """
 
     picture: Path | bytes
     caption: Path | bytes | str | None
@@ -57,11 +62,13 @@ class Collection(Protocol):
     identity: str  # differs for another collection, or for other pictures in it
 
     def epoch(self, number: int) -> Iterator[Record | Unusable]:
-        """This process's share of the records, once each; Unusable for what cannot even be listed."""
+        """Yield this process's share of the records once each; Unusable for unreadable ones."""
 
 
 def open_collection(where: str, seed: int) -> Collection:
-    """A folder or a pattern of shards. Raises DataError for what is neither, or too little for the processes that share it."""
+    """A folder or a pattern of shards. Raises DataError for what is neither, or too little for the
+    processes that share it.
+    """
     return Folder(Path(where), seed) if Path(where).is_dir() else Shards(where, seed)
 
 
@@ -82,7 +89,9 @@ class Folder:
 
 
 class Shards:
-    """Tar files as webdataset writes them: the parts of a sample follow each other and share their name up to the first dot."""
+    """Tar files as webdataset writes them: the parts of a sample follow each other and share their
+    name up to the first dot.
+    """
 
     def __init__(self, pattern: str, seed: int) -> None:
         from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
@@ -90,7 +99,10 @@ class Shards:
         urls = expand_urls(pattern)
         # What has a scheme (http:, pipe:) is only looked for when it is read.
         if absent := [url for url in urls if ":" not in url and not Path(url).is_file()]:
-            raise DataError(f"{absent[0]}: no such folder and no such shard" + (f", nor {len(absent) - 1} more" if absent[1:] else ""))
+            raise DataError(
+                f"{absent[0]}: no such folder and no such shard"
+                + (f", nor {len(absent) - 1} more" if absent[1:] else "")
+            )
         self.name, self.seed = pattern, seed
         self.identity = _identity(urls)
         self.urls = _share(pattern, urls, "shards")
@@ -104,7 +116,9 @@ class Shards:
 
 
 def _identity(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join([str(world()), *names]).encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(
+        "\n".join([str(world()), *names]).encode(errors="surrogateescape")
+    ).hexdigest()
 
 
 def _share(where: Path | str, items: Sequence[T], what: str) -> Sequence[T]:
@@ -116,16 +130,27 @@ def _share(where: Path | str, items: Sequence[T], what: str) -> Sequence[T]:
 def _listed(directory: Path) -> dict[str, Record | Unusable]:
     """Every picture, and everything that metadata speaks of, by path within the directory."""
     files = {Path(parent) / name for parent, _, names in os.walk(directory) for name in names}
-    described = {path: caption for file in sorted(files) if file.name == _METADATA for path, caption in _described(file)}
+    described = {
+        path: caption
+        for file in sorted(files)
+        if file.name == _METADATA
+        for path, caption in _described(file)
+    }
     found: dict[Path, Record | Unusable] = {}
     for path in files:
         if path.suffix.lower() in _SUFFIXES:
             beside = path.with_suffix(".txt")
             caption = described.get(path)
-            found[path] = Record(path, caption if isinstance(caption, str) else beside if beside in files else None)
+            found[path] = Record(
+                path, caption if isinstance(caption, str) else beside if beside in files else None
+            )
     for path, caption in described.items():
         if path not in found:
-            found[path] = caption if isinstance(caption, Unusable) else Unusable("not an image" if path in files else "no such file")
+            found[path] = (
+                caption
+                if isinstance(caption, Unusable)
+                else Unusable("not an image" if path in files else "no such file")
+            )
     return {os.path.relpath(path, directory): record for path, record in found.items()}
 
 
@@ -138,7 +163,10 @@ def _described(metadata: Path) -> Iterator[tuple[Path, str | Unusable]]:
             entry = _Line.model_validate_json(line)
             yield metadata.parent / entry.file_name, entry.text
         except ValueError:
-            yield metadata.with_name(f"{metadata.name}:{number}"), Unusable("metadata not understood")
+            yield (
+                metadata.with_name(f"{metadata.name}:{number}"),
+                Unusable("metadata not understood"),
+            )
 
 
 def _samples(url: str) -> Iterator[Record | Unusable]:

@@ -1,4 +1,6 @@
-"""A picture file's bytes → the pixels a network is trained on: upright, RGB, covering the wanted size and cropped to it."""
+"""A picture file's bytes → the pixels a network is trained on: upright, RGB, covering the wanted
+size and cropped to it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What a web page or a camera writes. Pillow knows more, some of which runs other programs on what it opens.
+# What a web page or a camera writes. Pillow knows more, some of which runs other programs on what
+# it opens.
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -20,7 +23,9 @@ class Unusable(Exception):  # noqa: N818, being left out is no error of the trai
 
 @dataclass(frozen=True)
 class Filters:
-    """Which pictures are wanted. min_side: pixels of the shorter side; max_aspect: longer side over shorter."""
+    """Which pictures are wanted. min_side: pixels of the shorter side; max_aspect: longer side over
+    shorter.
+    """
 
     min_side: int = 0
     max_aspect: float = math.inf
@@ -34,11 +39,13 @@ class Filters:
             raise Unusable("too elongated")
 
 
-def decode(raw: bytes, size: tuple[int, int], filters: Filters, place: tuple[float, float] = (0.5, 0.5)) -> npt.NDArray[np.uint8]:
+def decode(
+    raw: bytes, size: tuple[int, int], filters: Filters, place: tuple[float, float] = (0.5, 0.5)
+) -> npt.NDArray[np.uint8]:
     """A JPEG, PNG or WebP file → [height, width, 3].
 
-    size: (width, height) in pixels. place: where the crop lies on the spare length, 0 left or top, 1 right or bottom.
-    Raises Unusable for what is no such file, damaged, or not wanted.
+    size: (width, height) in pixels. place: where the crop lies on the spare length, 0 left or top,
+    1 right or bottom. Raises Unusable for what is no such file, damaged, or not wanted.
     """
     return np.array(cover(rgb(_opened(raw, size, filters)), size, place))
 
@@ -54,7 +61,8 @@ def _opened(raw: bytes, size: tuple[int, int], filters: Filters) -> Image.Image:
         raise Unusable("damaged") from None
     filters.check(*image.size)
     try:
-        # A JPEG may be decoded at a half, quarter or eighth of its size; twice what is wanted leaves the rest to a better filter.
+        # A JPEG may be decoded at a half, quarter or eighth of its size; twice what is wanted
+        # leaves the rest to a better filter.
         image.draft(None, (2 * max(size), 2 * max(size)))
         image.load()
         return ImageOps.exif_transpose(image)
@@ -63,7 +71,7 @@ def _opened(raw: bytes, size: tuple[int, int], filters: Filters) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any mode → RGB: what is transparent lies on white, 16 bits of grey are scaled, not clipped."""
+    """Return any mode as RGB: transparency on white, 16 bits of grey scaled, not clipped."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))

@@ -13,8 +13,24 @@ from pathlib import Path
 from model.training.palette import COLOURS, distance
 from model.training.scenery import BACKGROUNDS, SCENES
 
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring", "crescent")
-SHAPE_ASPECTS: dict[str, float] = {"star": 1.05, "heart": 1.1, "triangle": 1.11, "diamond": 0.76, "crescent": 0.77}
+SHAPES: tuple[str, ...] = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "heart",
+    "cross",
+    "diamond",
+    "ring",
+    "crescent",
+)
+SHAPE_ASPECTS: dict[str, float] = {
+    "star": 1.05,
+    "heart": 1.1,
+    "triangle": 1.11,
+    "diamond": 0.76,
+    "crescent": 0.77,
+}
 
 FILE = Path(__file__).with_name("kinds.jsonl")
 _ALIKE = 32.0  # ΔE below which a shape would be hard to tell from its background
@@ -32,7 +48,13 @@ HIDDEN_COLOURS: dict[str, tuple[str, ...]] = {
 }
 
 _MANY_WORDS = (" of ", " with ", " in ", " on ", " behind ", " from ", " taking ")
-_IRREGULAR = {"leaf": "leaves", "knife": "knives", "loaf": "loaves", "scarf": "scarves", "wolf": "wolves"}
+_IRREGULAR = {
+    "leaf": "leaves",
+    "knife": "knives",
+    "loaf": "loaves",
+    "scarf": "scarves",
+    "wolf": "wolves",
+}
 _IRREGULAR |= {"mouse": "mice", "tooth": "teeth", "foot": "feet", "goose": "geese", "ox": "oxen"}
 _IRREGULAR |= {"dice": "dice", "fish": "fish", "deer": "deer"}
 
@@ -101,7 +123,9 @@ def _read(path: Path) -> tuple[Kind, ...]:
 
 KINDS: tuple[Kind, ...] = _read(FILE)
 NAMES_OF_KINDS: tuple[str, ...] = (*SHAPES, *(kind.name for kind in KINDS))
-NUMBERS: dict[str, int] = {name: number for number, name in enumerate(NAMES_OF_KINDS)}  # sprite number by name
+NUMBERS: dict[str, int] = {
+    name: number for number, name in enumerate(NAMES_OF_KINDS)
+}  # sprite number by name
 
 # Objects with letters, numbers or notes on them, which a mirror would spoil.
 ONE_WAY: frozenset[str] = frozenset(

@@ -1,4 +1,6 @@
-"""The twelve named colours of the synthetic scenes, and distances between colours as the eye sees them (CIELAB)."""
+"""The twelve named colours of the synthetic scenes, and distances between colours as the eye sees
+them (CIELAB).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 NAMES: tuple[str, ...] = tuple(COLOURS)
 
-_XYZ_FROM_LINEAR_SRGB = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+_XYZ_FROM_LINEAR_SRGB = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
+)
 _D65 = _XYZ_FROM_LINEAR_SRGB.sum(axis=1)
 
 
@@ -39,7 +47,9 @@ PALETTE_LAB: npt.NDArray[np.float64] = lab(list(COLOURS.values()))  # [12, 3]
 
 
 def distance(rgb: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """ΔE (CIE 1976) between colours `[…,3]` of 0…255 → `[…]`. About 2 is just visible; two palette colours are 30 or more apart."""
+    """ΔE (CIE 1976) between colours `[…,3]` of 0…255 → `[…]`. About 2 is just visible; two palette
+    colours are 30 or more apart.
+    """
     return np.asarray(np.linalg.norm(lab(rgb) - lab(other), axis=-1))
 
 

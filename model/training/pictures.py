@@ -1,7 +1,8 @@
 """Batches of somebody's own captioned pictures, at the size that a bundle is trained at.
 
-What cannot be used is left out and counted by reason. All that is random follows from the seed, the epoch and the place in it, so those two
-numbers say where a training stands, whatever number of threads reads ahead.
+What cannot be used is left out and counted by reason. All that is random follows from the seed, the
+epoch and the place in it, so those two numbers say where a training stands, whatever number of
+threads reads ahead.
 """
 
 from __future__ import annotations
@@ -32,12 +33,28 @@ class Pictures:
     """Draws `count` captioned pictures at a time from a collection, over and over."""
 
     def __init__(
-        self, collection: Collection, count: int, size: tuple[int, int], filters: Filters, *, seed: int = 0, threads: int = 0
+        self,
+        collection: Collection,
+        count: int,
+        size: tuple[int, int],
+        filters: Filters,
+        *,
+        seed: int = 0,
+        threads: int = 0,
     ) -> None:
         """size: (width, height) in pixels. threads: how many decode ahead; 0 decodes when asked."""
-        self.collection, self.count, self.size, self.filters, self.seed, self.threads = collection, count, size, filters, seed, threads
+        self.collection, self.count, self.size, self.filters, self.seed, self.threads = (
+            collection,
+            count,
+            size,
+            filters,
+            seed,
+            threads,
+        )
         self.identity = collection.identity
-        self.skipped = Counter[str]()  # by reason, in the first epoch: later ones meet the same files
+        self.skipped = Counter[
+            str
+        ]()  # by reason, in the first epoch: later ones meet the same files
         self._restart(0, 0)
 
     def _restart(self, epoch: int, index: int) -> None:
@@ -49,7 +66,9 @@ class Pictures:
         self._usable, self._unusable = 0, Counter[str]()
 
     def draw(self) -> tuple[Tensor, list[str]]:
-        """(uint8 [count, 3, H, W], as many captions). Raises DataError if a whole epoch holds nothing that can be used."""
+        """(uint8 [count, 3, H, W], as many captions). Raises DataError if a whole epoch holds
+        nothing that can be used.
+        """
         images, captions = zip(*islice(self._pictures(), self.count), strict=True)
         return torch.stack(images), list(captions)
 
@@ -72,7 +91,10 @@ class Pictures:
 
     def _end_epoch(self) -> None:
         if self._whole and not self._usable:
-            raise DataError(f"{self.collection.name}: nothing in it can be used ({by_reason(self._unusable) or 'it is empty'})")
+            raise DataError(
+                f"{self.collection.name}: nothing in it can be used "
+                f"({by_reason(self._unusable) or 'it is empty'})"
+            )
         self._begin_epoch(self._epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +102,8 @@ class Pictures:
         return {"epoch": self._epoch, "index": self._index, "skipped": dict(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # A checkpoint is the first process's; were its counts taken over by all, their sum would be too large.
+        # A checkpoint is the first process's; were its counts taken over by all, their sum would be
+        # too large.
         self.skipped = Counter(state["skipped"] if rank() == 0 else {})
         self._restart(state["epoch"], state["index"])
 
@@ -106,11 +129,17 @@ class Pictures:
             return reason
 
 
-def load(record: Record, size: tuple[int, int], filters: Filters, place: tuple[float, float]) -> _Picture:
-    """(pixels uint8 [3, H, W], caption). Raises Unusable, for a missing caption before the picture is looked at."""
+def load(
+    record: Record, size: tuple[int, int], filters: Filters, place: tuple[float, float]
+) -> _Picture:
+    """(pixels uint8 [3, H, W], caption). Raises Unusable, for a missing caption before the picture
+    is looked at.
+    """
     if record.caption is None:
         raise Unusable("no caption")
-    caption = record.caption if isinstance(record.caption, str) else _text(_contents(record.caption))
+    caption = (
+        record.caption if isinstance(record.caption, str) else _text(_contents(record.caption))
+    )
     if not caption.strip():
         raise Unusable("empty caption")
     pixels = decode(_contents(record.picture), size, filters, place)
@@ -132,7 +161,9 @@ def _text(raw: bytes) -> str:
 
 
 def in_order(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
-    """`map`, computed a few items ahead on threads (Pillow lets go of the interpreter while it decodes); 0 threads: when asked."""
+    """`map`, computed a few items ahead on threads (Pillow lets go of the interpreter while it
+    decodes); 0 threads: when asked.
+    """
     if not threads:
         yield from map(function, items)
         return

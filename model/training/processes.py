@@ -32,7 +32,9 @@ def average_over_processes(gradients: list[Tensor]) -> None:
 
 
 def first_clock(reading: float) -> float:
-    """What the first process reads: all must take the same number of steps at the same learning rates, and save after the same one."""
+    """What the first process reads: all must take the same number of steps at the same learning
+    rates, and save after the same one.
+    """
     if not dist.is_initialized():
         return reading
     shared = torch.tensor([reading], device="cuda" if dist.get_backend() == "nccl" else "cpu")

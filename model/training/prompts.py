@@ -77,7 +77,9 @@ def _single_object(rng: Random, number: int) -> _Drawn:
 
 
 def _squared(scene: Scene) -> Scene:
-    """Return the scene as a square picture, its thing in the middle where its side has no room there."""
+    """Return the scene as a square picture, its thing in the middle where its side has no room
+    there.
+    """
     square = replace(scene, aspect=SQUARE)
     if len(scene.things) != 1 or scene.things[0].side == "centre":
         return square

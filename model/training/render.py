@@ -22,11 +22,11 @@ _TAPS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # where a pixe
 class Layouts:
     """Where everything is in N pictures of up to M sprites each.
 
-    background `[N]` int16 and params `[N,8]` float32: see `backgrounds.paint`. sprite `[N,M]` int16:
-    index into `NAMES_OF_KINDS`, -1 for none. centre `[N,M,2]` float32: x and y of the sprite's
-    middle in pixels. length `[N,M]` float32: pixels of its longer side. mirror `[N,M]` bool: swap
-    left and right. angle `[N,M]` float32: degrees clockwise. tint `[N,M,3]` uint8: a shape's
-    colour; objects have their own.
+    background `[N]` int16 and params `[N,8]` float32: see `backgrounds.paint`. sprite `[N,M]`
+    int16: index into `NAMES_OF_KINDS`, -1 for none. centre `[N,M,2]` float32: x and y of the
+    sprite's middle in pixels. length `[N,M]` float32: pixels of its longer side. mirror `[N,M]`
+    bool: swap left and right. angle `[N,M]` float32: degrees clockwise. tint `[N,M,3]` uint8: a
+    shape's colour; objects have their own.
     """
 
     background: Tensor
@@ -104,16 +104,23 @@ def _sample(placed: _Placed, atlas: Tensor, box: tuple[int, int, int, int]) -> T
     for dx, dy in _TAPS:
         u, v = x + dx, y + dy
         grid = torch.stack([(u * cosine + v * sine) * flip, v * cosine - u * sine], dim=-1)
-        sampled = F.grid_sample(masters, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        sampled = F.grid_sample(
+            masters, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         total = sampled if total is None else total.add_(sampled)
     assert total is not None
     shape = (placed.sprite < len(SHAPES))[:, None]
     share = torch.where(shape, placed.tint.float() / 255, 1.0) / len(_TAPS)
-    cover = torch.cat([share, torch.full_like(share[:, :1], 1 / len(_TAPS))], dim=1) * (placed.sprite >= 0)[:, None]
+    cover = (
+        torch.cat([share, torch.full_like(share[:, :1], 1 / len(_TAPS))], dim=1)
+        * (placed.sprite >= 0)[:, None]
+    )
     return total * cover[:, :, None, None]
 
 
-def _box(length: float, x: float, y: float, angle: float, width: int, height: int) -> tuple[int, int, int, int]:
+def _box(
+    length: float, x: float, y: float, angle: float, width: int, height: int
+) -> tuple[int, int, int, int]:
     """Return left, top, width and height of the part of the picture that a sprite can touch."""
     reach = length / 2 * (1.0 if angle == 0 else 1.42) + 2
     left, top = max(0, int(x - reach)), max(0, int(y - reach))
@@ -122,7 +129,9 @@ def _box(length: float, x: float, y: float, angle: float, width: int, height: in
 
 def _draw_all(pictures: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
     """Draw the sprites of a slot over all pictures at once, without waiting for the device."""
-    placed = _Placed(*(getattr(layouts, field.name)[:, slot] for field in dataclasses.fields(_Placed)))
+    placed = _Placed(
+        *(getattr(layouts, field.name)[:, slot] for field in dataclasses.fields(_Placed))
+    )
     patch = _sample(placed, atlas, (0, 0, pictures.shape[3], pictures.shape[2]))
     pictures.mul_(1 - patch[:, 3:] / 255).add_(patch[:, :3])
 
@@ -131,13 +140,20 @@ def _draw_each(pictures: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> 
     """Draw the sprites of a slot one by one, each in its own box."""
     height, width = pictures.shape[2:]
     for row in (layouts.sprite[:, slot] >= 0).nonzero()[:, 0].tolist():
-        placed = _Placed(*(getattr(layouts, field.name)[row : row + 1, slot] for field in dataclasses.fields(_Placed)))
+        placed = _Placed(
+            *(
+                getattr(layouts, field.name)[row : row + 1, slot]
+                for field in dataclasses.fields(_Placed)
+            )
+        )
         x, y = placed.centre[0].tolist()
         box = _box(float(placed.length), x, y, float(placed.angle), width, height)
         left, top, w, h = box
         if w > 0 and h > 0:
             patch = _sample(placed, atlas, box)[0]
-            pictures[row, :, top : top + h, left : left + w].mul_(1 - patch[3:] / 255).add_(patch[:3])
+            pictures[row, :, top : top + h, left : left + w].mul_(1 - patch[3:] / 255).add_(
+                patch[:3]
+            )
 
 
 def _draw(layouts: Layouts, atlas: Tensor, width: int, height: int) -> Tensor:
@@ -155,5 +171,11 @@ def render(layouts: Layouts, atlas: Tensor, width: int = 256, height: int = 256)
     Later sprites lie over earlier ones. atlas: `art.atlas()` or any `[S,4,side,side]` uint8 of
     sprites premultiplied by alpha that holds every sprite the layouts name.
     """
-    parts = [_draw(layouts[i : i + _CHUNK], atlas, width, height) for i in range(0, len(layouts), _CHUNK)]
-    return torch.cat(parts) if parts else torch.empty(0, 3, height, width, dtype=torch.uint8, device=atlas.device)
+    parts = [
+        _draw(layouts[i : i + _CHUNK], atlas, width, height) for i in range(0, len(layouts), _CHUNK)
+    ]
+    return (
+        torch.cat(parts)
+        if parts
+        else torch.empty(0, 3, height, width, dtype=torch.uint8, device=atlas.device)
+    )

@@ -1,4 +1,6 @@
-"""Names of the backgrounds: the palette's colours and the scenes that `backgrounds.paint` draws. Needs no torch."""
+"""Names of the backgrounds: the palette's colours and the scenes that `backgrounds.paint` draws.
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ SCENES: tuple[str, ...] = (
 )
 BACKGROUNDS: tuple[str, ...] = (*NAMES, *SCENES)
 
-# The height of the horizon, as a share of the picture from its top; things stand or float below it. None: no ground.
+# The height of the horizon, as a share of the picture from its top; things stand or float below it.
+# None: no ground.
 HORIZON: dict[str, float | None] = {
     "day sky": None,
     "sunset": None,

@@ -36,7 +36,9 @@ def seen(colours: Floats, solid: Flags, behind: Floats) -> bool:
     visible = solid & (np.linalg.norm(colours - behind, axis=-1) >= ALIKE)
     if behind.size > 3:
         return bool(visible.sum() >= 0.5 * solid.sum())
-    shrinks = any(visible.any(axis=axis).sum() < 0.9 * solid.any(axis=axis).sum() for axis in (0, 1))
+    shrinks = any(
+        visible.any(axis=axis).sum() < 0.9 * solid.any(axis=axis).sum() for axis in (0, 1)
+    )
     return not shrinks and bool(visible.sum() >= 0.7 * solid.sum())
 
 
@@ -53,10 +55,18 @@ def main() -> None:
 
     def hidden(colours: Floats, solid: Flags) -> list[str]:
         names = [name for name, behind in plain.items() if not seen(colours, solid, behind)]
-        return names + [name for name, pictures in scenes.items() if sum(seen(colours, solid, picture) for picture in pictures) * 2 < DRAWS]
+        return names + [
+            name
+            for name, pictures in scenes.items()
+            if sum(seen(colours, solid, picture) for picture in pictures) * 2 < DRAWS
+        ]
 
     lines = []
-    for row, sprite in zip(map(json.loads, FILE.read_text(encoding="utf-8").splitlines()), sprites[len(SHAPES) :], strict=True):
+    for row, sprite in zip(
+        map(json.loads, FILE.read_text(encoding="utf-8").splitlines()),
+        sprites[len(SHAPES) :],
+        strict=True,
+    ):
         solid = sprite[3] > 127
         colours = lab((sprite[:3] * 255 / np.maximum(sprite[3], 1)).clip(0, 255).transpose(1, 2, 0))
         width, height = (int((sprite[3] > 8).any(axis=axis).sum()) for axis in (0, 1))

@@ -72,7 +72,9 @@ def create_app(
     """
     settings = settings or Settings()
     metrics = Metrics()
-    openai_paths = [f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS]
+    openai_paths = [
+        f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS
+    ]
     metrics.expect([f"/{operation}" for operation in OPERATIONS], openai_paths)
     models = read_models(settings)
     for name, config in models.items():
@@ -130,7 +132,9 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     """Add the middleware, the innermost first."""
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
+    app.add_middleware(
+        BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
+    )
     app.add_middleware(Guard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)

@@ -183,7 +183,10 @@ async def _parts(request: Request, limit: int) -> list[tuple[str, str | bytes]]:
         if not parser.complete:
             raise _malformed_form("it ends before its closing boundary")
         parts = [(name, part) for name, part in form.multi_items() if _is_sent(part)]
-        return [(name, await part.read() if isinstance(part, UploadFile) else part) for name, part in parts]
+        return [
+            (name, await part.read() if isinstance(part, UploadFile) else part)
+            for name, part in parts
+        ]
     except MultiPartException as error:
         raise _malformed_form(error.message) from None
     finally:
@@ -217,7 +220,10 @@ def _collect(parts: list[tuple[str, str | bytes]], schema: type[BaseModel]) -> d
         field = name.removesuffix("[]")
         value = part if isinstance(part, bytes) else _value(part, field, schema)
         values.setdefault(field, []).append(value)
-    return {field: sent if len(sent) > 1 or field in lists else _single(sent[0], field, schema) for field, sent in values.items()}
+    return {
+        field: sent if len(sent) > 1 or field in lists else _single(sent[0], field, schema)
+        for field, sent in values.items()
+    }
 
 
 def _single(value: Any, field: str, schema: type[BaseModel]) -> Any:
@@ -249,7 +255,9 @@ def _text_fields(schema: type[BaseModel]) -> frozenset[str]:
 
 @cache
 def _list_fields(schema: type[BaseModel]) -> frozenset[str]:
-    return frozenset(name for name, types in _types(schema).items() if types - {"null"} == {"array"})
+    return frozenset(
+        name for name, types in _types(schema).items() if types - {"null"} == {"array"}
+    )
 
 
 def _types(schema: type[BaseModel]) -> dict[str, set[str | None]]:

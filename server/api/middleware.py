@@ -324,7 +324,9 @@ class Rate:
     The generic cell rate algorithm: a token bucket in one number per client.
     """
 
-    def __init__(self, per_minute: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, per_minute: float, burst: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._interval = 60 / per_minute if per_minute else 0.0
         self._tolerance = self._interval * (burst - 1)
         self._clock = clock

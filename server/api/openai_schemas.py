@@ -61,8 +61,12 @@ class ImagesFields(RecipeFields):
         Literal["png", "jpeg", "webp", "gif", "svg"],
         Field(description="File format; gif and svg are answered with 400"),
     ] = "png"
-    output_compression: Annotated[int | None, Field(ge=0, le=100, description="Quality of JPEG and WebP; default: 90")] = None
-    response_format: Annotated[Literal["b64_json", "url"], Field(description="url is answered with 400")] = "b64_json"
+    output_compression: Annotated[
+        int | None, Field(ge=0, le=100, description="Quality of JPEG and WebP; default: 90")
+    ] = None
+    response_format: Annotated[
+        Literal["b64_json", "url"], Field(description="url is answered with 400")
+    ] = "b64_json"
     background: Annotated[
         Literal["auto", "opaque", "transparent"],
         Field(description="transparent is answered with 400"),
@@ -111,7 +115,9 @@ class GenerationsRequest(ImagesFields):
     """Text to image."""
 
     prompt: NonBlankText
-    moderation: Annotated[Literal["auto", "low"], Field(description="Accepted without effect: nothing is moderated")] = "auto"
+    moderation: Annotated[
+        Literal["auto", "low"], Field(description="Accepted without effect: nothing is moderated")
+    ] = "auto"
     style: Annotated[
         Literal["vivid", "natural"] | None,
         Field(description="Accepted without effect: describe the style in the prompt"),
@@ -144,13 +150,19 @@ class EditsRequest(ImagesFields):
         Literal["high", "low"] | None,
         Field(description="Without mask and strength: high keeps more of the image, strength 0.4"),
     ] = None
-    moderation: Annotated[Literal["auto", "low"], Field(description="Accepted without effect: nothing is moderated")] = "auto"
+    moderation: Annotated[
+        Literal["auto", "low"], Field(description="Accepted without effect: nothing is moderated")
+    ] = "auto"
     strength: Annotated[
         Fraction | None,
         Field(description="Without mask: fraction turned to noise first; default: 0.6"),
     ] = None
-    mask_mode: Annotated[MaskMode, Field(description="luminance repaints white pixels instead")] = "alpha"
-    keep_unmasked: Annotated[bool, Field(description="Return pixels outside the mask unchanged, bit for bit")] = True
+    mask_mode: Annotated[MaskMode, Field(description="luminance repaints white pixels instead")] = (
+        "alpha"
+    )
+    keep_unmasked: Annotated[
+        bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
+    ] = True
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
         """Return /inpaint with a mask, /edit without."""

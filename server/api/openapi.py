@@ -28,7 +28,10 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 def _headers(descriptions: dict[str, str]) -> dict[str, Any]:
-    return {name: {"description": description, "schema": {"type": "string"}} for name, description in descriptions.items()}
+    return {
+        name: {"description": description, "schema": {"type": "string"}}
+        for name, description in descriptions.items()
+    }
 
 
 HEADERS = _headers(
@@ -51,7 +54,9 @@ RETRY_HEADERS = _headers(
 # ── endpoints ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe_answers(description: str, model: type[BaseModel], content: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+def describe_answers(
+    description: str, model: type[BaseModel], content: dict[str, Any]
+) -> dict[int | str, dict[str, Any]]:
     """Return FastAPI's `responses` of an endpoint that generates images.
 
     Args:
@@ -162,13 +167,33 @@ CUT_OUT = (
 
 # A request body for every endpoint that generates images, by path. A test sends them all.
 EXAMPLES: dict[str, dict[str, Any]] = {
-    "/generate": {"prompt": "a red ball on a blue table", "seed": 7, "n": 2, "guidance_scale": [2, 8], "temperature": 0.8},
+    "/generate": {
+        "prompt": "a red ball on a blue table",
+        "seed": 7,
+        "n": 2,
+        "guidance_scale": [2, 8],
+        "temperature": 0.8,
+    },
     "/inpaint": {"prompt": "a yellow star on a white background", "image": IMAGE, "mask": MASK},
     "/outpaint": {"image": IMAGE, "left": 32, "right": 32},
     "/variations": {"image": [IMAGE, f"data:image/png;base64,{MASK}"], "weights": [0.8, 0.2]},
     "/edit": {"prompt": "a green square on a white background", "image": IMAGE, "strength": 0.7},
-    "/interpolate": {"keyframes": [{"prompt": "a red circle"}, {"prompt": "a blue square"}], "frames": 4, "response_format": "gif"},
-    "/v1/images/generations": {"prompt": "a red ball on a blue table", "n": 2, "quality": "low", "output_format": "webp", "seed": 7},
-    "/v1/images/edits": {"prompt": "a yellow star on a white background", "image": IMAGE, "mask": CUT_OUT},
+    "/interpolate": {
+        "keyframes": [{"prompt": "a red circle"}, {"prompt": "a blue square"}],
+        "frames": 4,
+        "response_format": "gif",
+    },
+    "/v1/images/generations": {
+        "prompt": "a red ball on a blue table",
+        "n": 2,
+        "quality": "low",
+        "output_format": "webp",
+        "seed": 7,
+    },
+    "/v1/images/edits": {
+        "prompt": "a yellow star on a white background",
+        "image": IMAGE,
+        "mask": CUT_OUT,
+    },
     "/v1/images/variations": {"image": IMAGE, "n": 2},
 }

@@ -122,7 +122,9 @@ class Draft:
         sides = possible_sides(self.config, self.settings)
         for param, pixels in (("width", width), ("height", height)):
             if pixels not in sides:
-                allowed = f"must be a multiple of {sides.step} from {sides[0]} to {sides[-1]} pixels"
+                allowed = (
+                    f"must be a multiple of {sides.step} from {sides[0]} to {sides[-1]} pixels"
+                )
                 raise invalid_value(param, allowed, pixels)
         return width, height
 
@@ -147,7 +149,9 @@ class Draft:
             if sent not in (None, actual):
                 raise invalid_value(param, f"must be the image's, {actual}; leave it out", sent)
 
-    def job(self, size: tuple[int, int], prompt: str, *, steps: int | None = None, **parts: Any) -> Job:
+    def job(
+        self, size: tuple[int, int], prompt: str, *, steps: int | None = None, **parts: Any
+    ) -> Job:
         """Return the job.
 
         Args:
@@ -179,7 +183,9 @@ class Draft:
         return job
 
 
-def draft(request: SamplingFields, operation: Operation, models: Models, settings: Settings) -> Draft:
+def draft(
+    request: SamplingFields, operation: Operation, models: Models, settings: Settings
+) -> Draft:
     """Choose weights and sampling.
 
     Raises:
@@ -408,7 +414,9 @@ def _interpolate(request: InterpolateRequest, drafted: Draft, limits: ImageLimit
     size = drafted.size()
     if any(entry.image for entry in request.keyframes):
         check_operation(drafted.config, "variations")
-    keyframes = tuple(_keyframe(entry, request.prompt, i, limits) for i, entry in enumerate(request.keyframes))
+    keyframes = tuple(
+        _keyframe(entry, request.prompt, i, limits) for i, entry in enumerate(request.keyframes)
+    )
     job = drafted.job(
         size,
         request.prompt,
@@ -418,7 +426,10 @@ def _interpolate(request: InterpolateRequest, drafted: Draft, limits: ImageLimit
         mode=request.mode,
         early=request.stream,
     )
-    entries = [{"prompt": entry.prompt} if entry.image is None else {"image": file_hash(entry.image)} for entry in request.keyframes]
+    entries = [
+        {"prompt": entry.prompt} if entry.image is None else {"image": file_hash(entry.image)}
+        for entry in request.keyframes
+    ]
     parameters = {"keyframes": entries, "frames": request.frames, "mode": request.mode}
     return Plan("interpolate", job, size, parameters)
 
@@ -495,14 +506,18 @@ def _regions(
     return tuple(regions), {"regions": parameters}
 
 
-def _region_mask(entry: RegionEntry, size: tuple[int, int], index: int, limits: ImageLimits) -> Mask:
+def _region_mask(
+    entry: RegionEntry, size: tuple[int, int], index: int, limits: ImageLimits
+) -> Mask:
     if entry.box:
         return box_mask(entry.box, *size)
     param = f"regions.{index}.mask"
     return repaint_mask(decode(entry.mask or b"", limits, param), None, size, param)
 
 
-def _references(contents: Sequence[bytes], drafted: Draft, limits: ImageLimits) -> tuple[tuple[Reference, ...], dict[str, Any]]:
+def _references(
+    contents: Sequence[bytes], drafted: Draft, limits: ImageLimits
+) -> tuple[tuple[Reference, ...], dict[str, Any]]:
     """Return images that replace the prior's embedding, and their parameters."""
     if not contents:
         return (), {}

@@ -64,14 +64,18 @@ def _weight(text: str) -> float:
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def file_response(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
+async def file_response(
+    state: AppState, plan: Plan, finished: Finished, format: Format, quality: int
+) -> Response:
     """Return the only image as a file."""
     (content,), seconds = await encode_all(state, plan, finished, format, quality)
     headers = answer_headers(plan, finished, stage_seconds(finished, seconds))
     return Response(content, media_type=f"image/{format}", headers=headers)
 
 
-async def animation_response(state: AppState, plan: Plan, finished: Finished, format: AnimationFormat, quality: int) -> Response:
+async def animation_response(
+    state: AppState, plan: Plan, finished: Finished, format: AnimationFormat, quality: int
+) -> Response:
     """Return all images in one file, without parameters in it."""
 
     def make() -> bytes:
@@ -84,7 +88,9 @@ async def animation_response(state: AppState, plan: Plan, finished: Finished, fo
     return Response(content, media_type=f"image/{format}", headers=headers)
 
 
-async def json_response(request: Request, plan: Plan, finished: Finished, format: Format, quality: int) -> Response:
+async def json_response(
+    request: Request, plan: Plan, finished: Finished, format: Format, quality: int
+) -> Response:
     """Return all images as JSON."""
     contents, seconds = await encode_all(app_state(request), plan, finished, format, quality)
     stages = stage_seconds(finished, seconds)
@@ -120,7 +126,9 @@ class NativeStream:
             self.plan.job,
             on_admitted=lambda forecast: emit(self._queued(forecast)),
             on_started=lambda: emit(self._started()),
-            on_preview=lambda preview: emit(DeferredEvent(lambda: self._preview(preview), preview.image.index)),
+            on_preview=lambda preview: emit(
+                DeferredEvent(lambda: self._preview(preview), preview.image.index)
+            ),
             on_drawn=lambda drawn: emit(DeferredEvent(lambda: self._image(drawn))),
         )
         emit(await self._completed(finished))
@@ -168,11 +176,15 @@ class NativeStream:
         state, plan = app_state(self.request), self.plan
         if plan.job.early:
             stages = asdict(finished.timings)
-            return DeferredEvent(lambda: Event("completed", answer_fields(self.request, plan, finished, stages)))
+            return DeferredEvent(
+                lambda: Event("completed", answer_fields(self.request, plan, finished, stages))
+            )
         contents, seconds = await encode_all(state, plan, finished, self.format, self.quality)
         stages = stage_seconds(finished, seconds)
         fields = answer_fields(self.request, plan, finished, stages)
-        return DeferredEvent(lambda: Event("completed", fields | image_entries(plan, contents, self.format)))
+        return DeferredEvent(
+            lambda: Event("completed", fields | image_entries(plan, contents, self.format))
+        )
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────────
@@ -195,7 +207,9 @@ def image_entry(plan: Plan, index: int, content: bytes, format: Format) -> dict[
     }
 
 
-def answer_fields(request: Request, plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, Any]:
+def answer_fields(
+    request: Request, plan: Plan, finished: Finished, stages: dict[str, float]
+) -> dict[str, Any]:
     """Return the JSON answer without its images. stages: seconds."""
     images = 1 if plan.job.keyframes else len(plan.job.seeds)
     parameters = plan.parameters(finished.truncated, 0) | {"n": images}
@@ -209,7 +223,9 @@ def answer_fields(request: Request, plan: Plan, finished: Finished, stages: dict
     }
 
 
-async def encode_all(state: AppState, plan: Plan, finished: Finished, format: Format, quality: int) -> tuple[list[bytes], float]:
+async def encode_all(
+    state: AppState, plan: Plan, finished: Finished, format: Format, quality: int
+) -> tuple[list[bytes], float]:
     """Return the job's images as files, in the order of its seeds, and the seconds spent."""
 
     def make(image: Image) -> bytes:

@@ -25,7 +25,9 @@ class ModelLimits(BaseModel):
     size_step: Annotated[int, Field(description="Widths and heights are multiples of it")]
     min_side: int
     max_side: int
-    max_request_work: Annotated[int, Field(description="Images times steps times pixels times branches of one request")]
+    max_request_work: Annotated[
+        int, Field(description="Images times steps times pixels times branches of one request")
+    ]
     text: dict[str, int]
 
 
@@ -40,7 +42,9 @@ class ModelEntry(BaseModel):
     sha256: str
     native_size: Annotated[tuple[int, int], Field(description="[width, height] in pixels")]
     limits: ModelLimits
-    capabilities: Annotated[dict[str, list[str]], Field(description="Operations, samplers and networks, by name")]
+    capabilities: Annotated[
+        dict[str, list[str]], Field(description="Operations, samplers and networks, by name")
+    ]
     recipe: Annotated[dict[str, Any], Field(description="Defaults of a request's absent fields")]
 
 

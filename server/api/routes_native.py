@@ -52,7 +52,9 @@ RESPONSES = describe_answers(
     ImagesAnswer,
     IMAGES | EVENTS,
 )
-ANIMATION_RESPONSES = describe_answers("An animation; JSON on request; events with stream", ImagesAnswer, ANIMATIONS | EVENTS)
+ANIMATION_RESPONSES = describe_answers(
+    "An animation; JSON on request; events with stream", ImagesAnswer, ANIMATIONS | EVENTS
+)
 
 SUMMARIES: dict[Operation, str] = {
     "generate": "Text to image",
@@ -64,7 +66,9 @@ SUMMARIES: dict[Operation, str] = {
 }
 
 
-def _endpoint(operation: Operation, schema: type[SamplingFields]) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(
+    operation: Operation, schema: type[SamplingFields]
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         state = app_state(request)
         fields = await read_body(request, schema, state.settings.max_body_bytes)

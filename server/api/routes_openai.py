@@ -57,7 +57,9 @@ class Endpoint:
 ENDPOINTS = (
     Endpoint("/generations", GenerationsRequest, "image_generation", "Text to image"),
     Endpoint("/edits", EditsRequest, "image_edit", "Redraw an image, or repaint its masked part"),
-    Endpoint("/variations", VariationRequest, "image_generation", "Other images with the same content"),
+    Endpoint(
+        "/variations", VariationRequest, "image_generation", "Other images with the same content"
+    ),
 )
 
 
@@ -123,7 +125,9 @@ def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
             return size
     native = "x".join(map(str, config.native_size))
     listed = ", ".join(map(str, sides))
-    message = f"{config.name} supports auto ({native}) and WIDTHxHEIGHT of any of these pixels: {listed}"
+    message = (
+        f"{config.name} supports auto ({native}) and WIDTHxHEIGHT of any of these pixels: {listed}"
+    )
     raise _unsupported("size", message, sent)
 
 
@@ -162,7 +166,11 @@ class OpenAIAnswer:
             self.plan.job,
             # OpenAI has no such event, but the answer's headers should not wait for an image.
             on_admitted=lambda _: emit(Comment("queued")),
-            on_preview=lambda preview: emit(DeferredEvent(lambda: self._partial(f"{prefix}.partial_image", preview), preview.image.index)),
+            on_preview=lambda preview: emit(
+                DeferredEvent(
+                    lambda: self._partial(f"{prefix}.partial_image", preview), preview.image.index
+                )
+            ),
         )
         contents, _ = await self._encode(finished)
         usage = self._usage(1)

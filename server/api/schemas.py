@@ -141,7 +141,9 @@ class RecipeFields(BaseModel):
 
     model_config = STRICT
 
-    negative_prompt: Annotated[Text, Field(description="Text that replaces the empty unconditional prompt")] = ""
+    negative_prompt: Annotated[
+        Text, Field(description="Text that replaces the empty unconditional prompt")
+    ] = ""
     n: Annotated[
         int,
         Field(
@@ -154,7 +156,9 @@ class RecipeFields(BaseModel):
         int | None,
         Field(ge=-INT64, lt=INT64, description="Random seed; default: random, and returned"),
     ] = None
-    num_inference_steps: Annotated[int | None, Field(ge=1, le=64, description="Denoising steps")] = None
+    num_inference_steps: Annotated[
+        int | None, Field(ge=1, le=64, description="Denoising steps")
+    ] = None
     guidance_scale: Annotated[
         tuple[Guidance, Guidance] | None,
         BeforeValidator(_pair, json_schema_input_type=Guidance | tuple[Guidance, Guidance]),
@@ -162,7 +166,9 @@ class RecipeFields(BaseModel):
     ] = None
     temperature: Annotated[
         tuple[Temperature, Temperature] | None,
-        BeforeValidator(_pair, json_schema_input_type=Temperature | tuple[Temperature, Temperature]),
+        BeforeValidator(
+            _pair, json_schema_input_type=Temperature | tuple[Temperature, Temperature]
+        ),
         Field(description="Sampling temperature of the tokens, a number or [start, end]"),
     ] = None
     sampler: Annotated[Sampler | None, Field(description="Method that samples tokens")] = None
@@ -170,12 +176,16 @@ class RecipeFields(BaseModel):
         float | None,
         Field(ge=0, le=1, allow_inf_nan=False, description="Probability mass of sampler typical"),
     ] = None
-    renoise_steps: Annotated[StepCount | None, Field(description="Number of first steps that add noise again")] = None
+    renoise_steps: Annotated[
+        StepCount | None, Field(description="Number of first steps that add noise again")
+    ] = None
     renoise_mode: Annotated[
         RenoiseMode | None,
         Field(description="Source of that noise: start tokens, tokens before the step, or random"),
     ] = None
-    guidance_steps: Annotated[StepCount | None, Field(description="Number of first steps with guidance")] = None
+    guidance_steps: Annotated[
+        StepCount | None, Field(description="Number of first steps with guidance")
+    ] = None
     timeout_s: Annotated[
         float | None,
         Field(
@@ -185,13 +195,21 @@ class RecipeFields(BaseModel):
             description="Deadline, in seconds from arrival; a later answer is an error 504",
         ),
     ] = None
-    priority: Annotated[Priority, Field(description="batch requests give way to interactive ones")] = "interactive"
+    priority: Annotated[
+        Priority, Field(description="batch requests give way to interactive ones")
+    ] = "interactive"
     deterministic: Annotated[
         bool | None,
-        Field(description="Bit-identical images whatever else runs; slower, because no step is shared"),
+        Field(
+            description="Bit-identical images whatever else runs; slower, because no step is shared"
+        ),
     ] = None
-    model: Annotated[str | None, Field(max_length=64, description="Name of loaded weights; default: the first")] = None
-    stream: Annotated[bool, Field(description="Answer with server-sent events: queue position to images")] = False
+    model: Annotated[
+        str | None, Field(max_length=64, description="Name of loaded weights; default: the first")
+    ] = None
+    stream: Annotated[
+        bool, Field(description="Answer with server-sent events: queue position to images")
+    ] = False
     partial_images: Annotated[
         int,
         Field(
@@ -213,7 +231,9 @@ class SamplingFields(RecipeFields):
         ),
     ] = None
     height: Annotated[int | None, Field(ge=1, description="As width")] = None
-    response_format: Annotated[Format | Literal["json"] | None, Field(description="Overrides the Accept header")] = None
+    response_format: Annotated[
+        Format | Literal["json"] | None, Field(description="Overrides the Accept header")
+    ] = None
     quality: Annotated[int, Field(ge=1, le=100, description="Quality of JPEG and WebP")] = 90
 
 
@@ -232,7 +252,9 @@ class RegionEntry(BaseModel):
         ImageBytes | None,
         Field(description="Instead of a box: the region is the part that /inpaint would repaint"),
     ] = None
-    weight: Annotated[Fraction, Field(description="Weight in the region; the main prompt has the rest")] = 1.0
+    weight: Annotated[
+        Fraction, Field(description="Weight in the region; the main prompt has the rest")
+    ] = 1.0
     softness: Annotated[
         Fraction,
         Field(description="Width of the border's ramp, as a fraction of half the shorter side"),
@@ -265,9 +287,13 @@ References = Annotated[
 ]
 Margin = Annotated[
     int,
-    Field(ge=0, le=4096, description="Pixels added on this side; at least one side must be above 0"),
+    Field(
+        ge=0, le=4096, description="Pixels added on this side; at least one side must be above 0"
+    ),
 ]
-AnimationChoice = Annotated[AnyFormat | None, Field(description="Overrides the Accept header; gif and webp are animations")]
+AnimationChoice = Annotated[
+    AnyFormat | None, Field(description="Overrides the Accept header; gif and webp are animations")
+]
 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────
@@ -293,7 +319,9 @@ class InpaintRequest(SamplingFields):
         MaskMode | None,
         Field(description="Repaint transparent (alpha) or white pixels; default: alpha if present"),
     ] = None
-    keep_unmasked: Annotated[bool, Field(description="Return pixels outside the mask unchanged, bit for bit")] = True
+    keep_unmasked: Annotated[
+        bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
+    ] = True
     references: References = Field(default_factory=list)
     regions: Regions = ()
 
@@ -314,7 +342,9 @@ class VariationsRequest(SamplingFields):
     """Other images with the same content, as CLIP sees it."""
 
     image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
-    weights: Annotated[list[Fraction] | None, Field(description="One for each image; default: equal")] = None
+    weights: Annotated[
+        list[Fraction] | None, Field(description="One for each image; default: equal")
+    ] = None
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
 
 
@@ -349,7 +379,9 @@ class InterpolateRequest(SamplingFields):
     """Images between prompts or images, all from the same noise."""
 
     keyframes: Annotated[list[KeyframeEntry], Field(min_length=2, max_length=8)]
-    frames: Annotated[int, Field(ge=2, le=64, description="Number of images, first and last keyframe included")] = 16
+    frames: Annotated[
+        int, Field(ge=2, le=64, description="Number of images, first and last keyframe included")
+    ] = 16
     mode: Annotated[
         Interpolation,
         Field(description="Path between two keyframes: linear (lerp) or spherical (slerp)"),

@@ -112,13 +112,19 @@ class EventQueue:
         return bool(self._items)
 
     def _drop_older_preview(self, image: int) -> None:
-        previews = [item for item in self._items if isinstance(item, DeferredEvent) and item.preview_of is not None]
+        previews = [
+            item
+            for item in self._items
+            if isinstance(item, DeferredEvent) and item.preview_of is not None
+        ]
         older = next((item for item in previews if item.preview_of == image), None)
         if len(previews) >= MAX_PREVIEWS and older is not None:
             self._items.remove(older)
 
 
-async def stream_events(request: Request, work: Callable[[Emit], Coroutine[Any, Any, None]]) -> Response:
+async def stream_events(
+    request: Request, work: Callable[[Emit], Coroutine[Any, Any, None]]
+) -> Response:
     """Return a stream of the events that `work` emits.
 
     An exception before the first event becomes the answer's own status, later an event `error`.
@@ -141,7 +147,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, queue: EventQueue, work: asyncio.Task[None], settings: Settings, request_id: str) -> None:
+    def __init__(
+        self, queue: EventQueue, work: asyncio.Task[None], settings: Settings, request_id: str
+    ) -> None:
         # Response's own __init__ would announce a body of 0 bytes.
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})

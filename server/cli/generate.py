@@ -37,27 +37,59 @@ RegionList = Annotated[
     ),
 ]
 Margin = Annotated[int, typer.Option(help="Pixels added on this side")]
-Weights = Annotated[str | None, typer.Option(help="Bundle name or path; default: PAELLERA_WEIGHTS, else tiny")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; default: PAELLERA_DEVICE, else auto")]
+Weights = Annotated[
+    str | None, typer.Option(help="Bundle name or path; default: PAELLERA_WEIGHTS, else tiny")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu, cuda, cuda:1 or mps; default: PAELLERA_DEVICE, else auto"),
+]
 Fields = dict[str, Any]
 
 
 def _common(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file; several images become NAME-0, NAME-1, …")],
-    negative_prompt: Annotated[str | None, typer.Option(help="Description of unwanted content")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same image; default: random")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .png, .jpg or .webp file; several images become NAME-0, NAME-1, …",
+        ),
+    ],
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Description of unwanted content")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same image; default: random")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
-    guidance: Annotated[str | None, typer.Option(help="Classifier-free guidance, a number or START,END; 1 is off")] = None,
-    guidance_steps: Annotated[int | None, typer.Option(help="Number of first steps with guidance")] = None,
-    temperature: Annotated[str | None, typer.Option(help="Sampling temperature of the tokens, a number or START,END")] = None,
-    sampler: Annotated[str | None, typer.Option(help="multinomial, argmax, typical or quant")] = None,
-    typical_mass: Annotated[float | None, typer.Option(help="Probability mass of sampler typical")] = None,
-    renoise_mode: Annotated[str | None, typer.Option(help="Source of the added noise: start, prev or rand")] = None,
-    renoise_steps: Annotated[int | None, typer.Option(help="Number of first steps that add noise again")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Classifier-free guidance, a number or START,END; 1 is off")
+    ] = None,
+    guidance_steps: Annotated[
+        int | None, typer.Option(help="Number of first steps with guidance")
+    ] = None,
+    temperature: Annotated[
+        str | None, typer.Option(help="Sampling temperature of the tokens, a number or START,END")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="multinomial, argmax, typical or quant")
+    ] = None,
+    typical_mass: Annotated[
+        float | None, typer.Option(help="Probability mass of sampler typical")
+    ] = None,
+    renoise_mode: Annotated[
+        str | None, typer.Option(help="Source of the added noise: start, prev or rand")
+    ] = None,
+    renoise_steps: Annotated[
+        int | None, typer.Option(help="Number of first steps that add noise again")
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels")] = None,
     n: Annotated[int | None, typer.Option("-n", help="Number of images")] = None,
-    deterministic: Annotated[bool | None, typer.Option(help="Bit-identical images, one at a time")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option(help="Bit-identical images, one at a time")
+    ] = None,
     weights: Weights = None,
     device: Device = None,
 ) -> None:
@@ -78,7 +110,11 @@ def _operation(name: Operation) -> Callable[[Callable[..., Fields]], Callable[..
 
         every = [*own.parameters.values(), *common.parameters.values()]
         command.__signature__ = inspect.Signature(sorted(every, key=_has_default))  # type: ignore[attr-defined]
-        command.__annotations__ = {**function.__annotations__, **_common.__annotations__, "return": None}
+        command.__annotations__ = {
+            **function.__annotations__,
+            **_common.__annotations__,
+            "return": None,
+        }
         return command
 
     return decorated
@@ -101,14 +137,26 @@ def generate(prompt: Prompt, region: RegionList = None) -> Fields:
 def inpaint(
     prompt: Prompt,
     image: ImageFile,
-    mask: Annotated[Path | None, typer.Option(help="As large as the image; default: the image's transparency")] = None,
-    mask_mode: Annotated[str | None, typer.Option(help="alpha repaints transparent pixels, luminance white ones")] = None,
-    keep_unmasked: Annotated[bool, typer.Option(help="Leave pixels outside the mask unchanged")] = True,
+    mask: Annotated[
+        Path | None, typer.Option(help="As large as the image; default: the image's transparency")
+    ] = None,
+    mask_mode: Annotated[
+        str | None, typer.Option(help="alpha repaints transparent pixels, luminance white ones")
+    ] = None,
+    keep_unmasked: Annotated[
+        bool, typer.Option(help="Leave pixels outside the mask unchanged")
+    ] = True,
     region: RegionList = None,
 ) -> Fields:
     """Repaint a part of an image."""
     files = {"image": image.read_bytes(), "mask": mask.read_bytes() if mask else None}
-    return {"prompt": prompt, **files, "mask_mode": mask_mode, "keep_unmasked": keep_unmasked, "regions": _regions(region)}
+    return {
+        "prompt": prompt,
+        **files,
+        "mask_mode": mask_mode,
+        "keep_unmasked": keep_unmasked,
+        "regions": _regions(region),
+    }
 
 
 @_operation("outpaint")
@@ -128,19 +176,30 @@ def outpaint(
 
 @_operation("variations")
 def vary(
-    image: Annotated[list[Path], typer.Option(help="A PNG, JPEG, WebP or GIF file; may be repeated")],
+    image: Annotated[
+        list[Path], typer.Option(help="A PNG, JPEG, WebP or GIF file; may be repeated")
+    ],
     prompt: OptionalPrompt = "",
-    image_weights: Annotated[str | None, typer.Option(help="Comma-separated, one for each image; default: equal")] = None,
+    image_weights: Annotated[
+        str | None, typer.Option(help="Comma-separated, one for each image; default: equal")
+    ] = None,
 ) -> Fields:
     """Generate other images with the same content."""
-    return {"prompt": prompt, "image": [path.read_bytes() for path in image], "weights": _numbers("image-weights", image_weights)}
+    return {
+        "prompt": prompt,
+        "image": [path.read_bytes() for path in image],
+        "weights": _numbers("image-weights", image_weights),
+    }
 
 
 @_operation("edit")
 def edit(
     prompt: Prompt,
     image: ImageFile,
-    strength: Annotated[float | None, typer.Option(help="Fraction turned to noise first: 0 returns the image, 1 ignores it")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Fraction turned to noise first: 0 returns the image, 1 ignores it"),
+    ] = None,
 ) -> Fields:
     """Redraw an image, keeping its structure."""
     return {"prompt": prompt, "image": image.read_bytes(), "strength": strength}
@@ -148,21 +207,33 @@ def edit(
 
 @_operation("interpolate")
 def interpolate(
-    keyframe: Annotated[list[str], typer.Option(help="A prompt, or @ and the name of an image file; two to eight of them")],
+    keyframe: Annotated[
+        list[str],
+        typer.Option(help="A prompt, or @ and the name of an image file; two to eight of them"),
+    ],
     frames: Annotated[int | None, typer.Option(help="Number of images")] = None,
     mode: Annotated[str | None, typer.Option(help="lerp or slerp")] = None,
     prompt: OptionalPrompt = "",
 ) -> Fields:
     """Generate the images between others; an animation for .gif and .webp output."""
-    entries = [{"image": Path(each[1:]).read_bytes()} if each.startswith("@") else {"prompt": each} for each in keyframe]
+    entries = [
+        {"image": Path(each[1:]).read_bytes()} if each.startswith("@") else {"prompt": each}
+        for each in keyframe
+    ]
     return {"keyframes": entries, "frames": frames, "mode": mode, "prompt": prompt}
 
 
 def replay(
     png: Annotated[Path, typer.Argument(help="A PNG generated by Paellera")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png file")],
-    image: Annotated[list[Path] | None, typer.Option(help="Every image that was sent with the request; may be repeated")] = None,
-    mask: Annotated[list[Path] | None, typer.Option(help="Every mask that was sent with the request; may be repeated")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Every image that was sent with the request; may be repeated"),
+    ] = None,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(help="Every mask that was sent with the request; may be repeated"),
+    ] = None,
     weights: Weights = None,
     device: Device = None,
 ) -> None:
@@ -173,7 +244,9 @@ def replay(
     from server.cli.offline import plan, recorded_request
 
     with one_line_errors():
-        operation, fields, frame = recorded_request(png.read_bytes(), [path.read_bytes() for path in (*(image or ()), *(mask or ()))])
+        operation, fields, frame = recorded_request(
+            png.read_bytes(), [path.read_bytes() for path in (*(image or ()), *(mask or ()))]
+        )
         settings = read_settings(weights=weights, device=device)
         planned, _ = plan(operation, fields, settings)
         (generated,), truncated = generate_images(planned.job, settings, only=frame)
@@ -211,15 +284,27 @@ def _run(
     from server.cli.offline import plan
 
     format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})
-    numbers = {"guidance_scale": _pair("guidance", guidance), "temperature": _pair("temperature", temperature)}
+    numbers = {
+        "guidance_scale": _pair("guidance", guidance),
+        "temperature": _pair("temperature", temperature),
+    }
     fields = {**own, **others, "num_inference_steps": steps, **numbers}
     settings = read_settings(weights=weights, device=device)
-    planned, quality = plan(operation, {name: value for name, value in fields.items() if value is not None}, settings)
+    planned, quality = plan(
+        operation, {name: value for name, value in fields.items() if value is not None}, settings
+    )
     images, truncated = generate_images(planned.job, settings)
     _write([planned.finish(image) for image in images], planned, truncated, output, format, quality)
 
 
-def _write(images: Sequence[Image], planned: Plan, truncated: tuple[str, ...], output: Path, format: Any, quality: int) -> None:
+def _write(
+    images: Sequence[Image],
+    planned: Plan,
+    truncated: tuple[str, ...],
+    output: Path,
+    format: Any,
+    quality: int,
+) -> None:
     from server.api.images.encode import animate, encode
 
     if planned.job.keyframes and output.suffix.lower() in ANIMATIONS:
@@ -227,7 +312,11 @@ def _write(images: Sequence[Image], planned: Plan, truncated: tuple[str, ...], o
         typer.echo(f"{output}  seed {planned.job.seeds[0]}")
         images = []
     for image in images:
-        path = output if len(planned.job.seeds) == 1 else output.with_stem(f"{output.stem}-{image.index}")
+        path = (
+            output
+            if len(planned.job.seeds) == 1
+            else output.with_stem(f"{output.stem}-{image.index}")
+        )
         path.write_bytes(encode(image, format, quality, planned.parameters(truncated, image.index)))
         typer.echo(f"{path}  seed {planned.job.seeds[image.index]}")
     if truncated:

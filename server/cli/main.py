@@ -36,8 +36,13 @@ register(app)
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default: PAELLERA_HOST, else 127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="Default: PAELLERA_PORT, else 8000; 0 is any free one")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on; default: PAELLERA_HOST, else 127.0.0.1"),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Default: PAELLERA_PORT, else 8000; 0 is any free one")
+    ] = None,
     weights: Weights = None,
 ) -> None:
     """Serve the HTTP API until stopped. All other settings are PAELLERA_* variables."""
@@ -51,7 +56,10 @@ def serve(
     run_server(api, settings)
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def bench(context: typer.Context) -> None:
     """Measure every stage, the published code, and a server over HTTP (`paellera bench --help`)."""
     from load_tests.bench import main
@@ -71,7 +79,11 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     """
     from server.uvicorn_server import Server
 
-    ports = [settings.port] if settings.operations_port is None else [settings.port, settings.operations_port]
+    ports = (
+        [settings.port]
+        if settings.operations_port is None
+        else [settings.port, settings.operations_port]
+    )
     listeners = [_listen(settings.host, port) for port in ports]
     _greet(settings, listeners[0].getsockname()[1])
     server = Server(api)
@@ -86,7 +98,9 @@ def run_server(api: FastAPI, settings: Settings) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; uvicorn would report a used port only in the log."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
     except OSError as error:
         fail(f"cannot listen on {host} port {port}: {error.strerror}", FAILED)
 
@@ -95,7 +109,11 @@ def _greet(settings: Settings, port: int) -> None:
     from rich.console import Console
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    ready = "/readyz" if settings.operations_port is None else f"/readyz on port {settings.operations_port}"
+    ready = (
+        "/readyz"
+        if settings.operations_port is None
+        else f"/readyz on port {settings.operations_port}"
+    )
     address, bundles = f"http://{host}:{port}", ", ".join(settings.bundles)
     message = f"Paellera is starting on {address} with {bundles}; {ready} tells when it is ready."
     # Serve even if the log's disk is full.

@@ -38,7 +38,9 @@ def plan(operation: Operation, fields: dict[str, Any], settings: Settings) -> tu
     return planner(request, drafted, limits), request.quality
 
 
-def generate(job: Job, settings: Settings, only: int | None = None) -> tuple[list[Image], tuple[str, ...]]:
+def generate(
+    job: Job, settings: Settings, only: int | None = None
+) -> tuple[list[Image], tuple[str, ...]]:
     """Run a job.
 
     Args:

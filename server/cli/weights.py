@@ -22,7 +22,9 @@ MIB, GB = 2**20, 10**9
 weights_app = typer.Typer(help="Included and published weights.", no_args_is_help=True)
 
 BundleName = Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path")]
-Checkpoint = Annotated[Path | None, typer.Option(help="A checkpoint in place of the fetched one", metavar="FILE")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="A checkpoint in place of the fetched one", metavar="FILE")
+]
 
 
 class HalfType(StrEnum):
@@ -53,7 +55,11 @@ def list_weights() -> None:
 
 
 @weights_app.command()
-def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file of `paellera weights list`")]) -> None:
+def fetch(
+    name: Annotated[
+        str, typer.Argument(help="A published bundle or file of `paellera weights list`")
+    ],
+) -> None:
     """Download published files into the hub's cache and verify all of them."""
     from model.checkpoints.fetch import fetch as fetch_file
     from model.checkpoints.manifest import published
@@ -69,15 +75,27 @@ def fetch(name: Annotated[str, typer.Argument(help="A published bundle or file o
 
 @weights_app.command("import")
 def import_weights(
-    name: Annotated[str, typer.Argument(help="A published bundle, or a bundle whose configuration and other networks to use")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A published bundle, or a bundle whose configuration and other networks to use"
+        ),
+    ],
     directory: Annotated[Path, typer.Argument(help="The new bundle's directory")],
     denoiser: Checkpoint = None,
     vqgan: Checkpoint = None,
     prior: Checkpoint = None,
     byt5: Checkpoint = None,
     clip: Checkpoint = None,
-    dtype: Annotated[HalfType, typer.Option(help="Precision of the written weights")] = HalfType.float16,
-    recipe: Annotated[str | None, typer.Option(help="Sampling defaults, such as model-card or demo; default: the bundle's own")] = None,
+    dtype: Annotated[
+        HalfType, typer.Option(help="Precision of the written weights")
+    ] = HalfType.float16,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Sampling defaults, such as model-card or demo; default: the bundle's own"
+        ),
+    ] = None,
 ) -> None:
     """Write a bundle from fetched or given checkpoints.
 
@@ -92,16 +110,24 @@ def import_weights(
     given = {"denoiser": denoiser, "vqgan": vqgan, "prior": prior, "byt5": byt5, "clip": clip}
     prepare()
     with one_line_errors():
-        config, sources, merges = _origin(name, recipe, {network: path for network, path in given.items() if path is not None})
+        config, sources, merges = _origin(
+            name, recipe, {network: path for network, path in given.items() if path is not None}
+        )
         with tqdm(unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar:
-            written = import_bundle(sources, config, directory, getattr(torch, dtype), merges, bar.update)
+            written = import_bundle(
+                sources, config, directory, getattr(torch, dtype), merges, bar.update
+            )
     typer.echo(f"{directory}: {_bytes_of(written):,} bytes, sha256 {written.sha256}")
 
 
 @weights_app.command()
 def info(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path, or a published bundle")],
-    memory: Annotated[float | None, typer.Option(help="GB of a machine or GPU: show the precisions that fit")] = None,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Bundle name or path, or a published bundle")
+    ],
+    memory: Annotated[
+        float | None, typer.Option(help="GB of a machine or GPU: show the precisions that fit")
+    ] = None,
 ) -> None:
     """Show a bundle's networks, sizes, recipe and memory needs."""
     from dataclasses import asdict
@@ -110,12 +136,28 @@ def info(
 
     with one_line_errors():
         config, parts = contents(name)
-    _print_pairs({"name": config.name, "family": config.family, "sha256": config.sha256 if config.files else "-"})
-    _print_pairs({"native size": " x ".join(map(str, config.native_size)), "size step": config.size_step})
+    _print_pairs(
+        {
+            "name": config.name,
+            "family": config.family,
+            "sha256": config.sha256 if config.files else "-",
+        }
+    )
+    _print_pairs(
+        {"native size": " x ".join(map(str, config.native_size)), "size step": config.size_step}
+    )
     typer.echo("\nnetworks")
-    _print_pairs({n: f"{p.parameters:>13,} parameters {p.bytes:>14,} bytes  {p.types}" for n, p in parts.items()}, indent="  ")
+    _print_pairs(
+        {
+            n: f"{p.parameters:>13,} parameters {p.bytes:>14,} bytes  {p.types}"
+            for n, p in parts.items()
+        },
+        indent="  ",
+    )
     typer.echo("\nmemory in half precision, for the weights alone, by PAELLERA_ENCODERS")
-    _print_pairs({encoders: need.words(memory) for encoders, need in needs(parts).items()}, indent="  ")
+    _print_pairs(
+        {encoders: need.words(memory) for encoders, need in needs(parts).items()}, indent="  "
+    )
     typer.echo("\nrecipe")
     _print_pairs(asdict(config.recipe), indent="  ")
 
@@ -136,7 +178,9 @@ def verify(name: BundleName) -> None:
 @weights_app.command()
 def check(
     name: BundleName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File for the eight images")] = Path("weights-check.png"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File for the eight images")
+    ] = Path("weights-check.png"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
 ) -> None:
     """Generate eight fixed prompts and check the images by CLIP, and for NaN."""
@@ -152,7 +196,9 @@ def check(
     with one_line_errors():
         where = pick_device(device)
         pipeline = Pipeline.load(find_bundle(name), where, pick_dtype("auto", where))
-        with tqdm(total=len(PROMPTS), desc="generating", unit="image", leave=False, disable=None) as bar:
+        with tqdm(
+            total=len(PROMPTS), desc="generating", unit="image", leave=False, disable=None
+        ) as bar:
             found = check_pipeline(pipeline, bar.update)
         write_sheet(found.pictures, output)
     for i, prompt in enumerate(PROMPTS):
@@ -168,7 +214,9 @@ def check(
     typer.echo(f"{pipeline.config.name} passes the check: its images match their prompts")
 
 
-def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[BundleConfig, dict[str, Path], Path | None]:
+def _origin(
+    name: str, recipe: str | None, given: dict[str, Path]
+) -> tuple[BundleConfig, dict[str, Path], Path | None]:
     """Return a new bundle's configuration, checkpoints by network, and own tokenizer merges."""
     from dataclasses import replace
 
@@ -178,9 +226,15 @@ def _origin(name: str, recipe: str | None, given: dict[str, Path]) -> tuple[Bund
     from model.config import BundleConfig, find_bundle
 
     if name in published().bundles:
-        files: dict[str, PublishedFile] = {file.network: file for file in published().select(name).values()}
+        files: dict[str, PublishedFile] = {
+            file.network: file for file in published().select(name).values()
+        }
         config = published().config(name, recipe)
-        return config, {network: given.get(network) or fetched(files[network]) for network in config.networks}, None
+        return (
+            config,
+            {network: given.get(network) or fetched(files[network]) for network in config.networks},
+            None,
+        )
     directory = find_bundle(name)
     config = BundleConfig.read(directory)
     verify_files(directory, config)

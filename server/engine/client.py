@@ -89,7 +89,11 @@ class PendingJob:
 
     def show(self, preview: Preview) -> None:
         """Deliver a preview, unless a replay repeats it."""
-        if self.on_preview and not self.answer.done() and preview.number > self._previewed.get(preview.image.index, -1):
+        if (
+            self.on_preview
+            and not self.answer.done()
+            and preview.number > self._previewed.get(preview.image.index, -1)
+        ):
             self._previewed[preview.image.index] = preview.number
             self.on_preview(preview)
 
@@ -118,19 +122,31 @@ class EngineClient:
     workers: one supervisor per device.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics | None = None, worker: WorkerMain = run_worker) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics | None = None, worker: WorkerMain = run_worker
+    ) -> None:
         self._settings = settings
         self.metrics = metrics or Metrics()
-        per_device = [settings.model_copy(update={"device": name, "devices": None}) for name in settings.worker_devices]
-        self.workers = [Supervisor(worker, device_settings, self.metrics, self) for device_settings in per_device]
+        per_device = [
+            settings.model_copy(update={"device": name, "devices": None})
+            for name in settings.worker_devices
+        ]
+        self.workers = [
+            Supervisor(worker, device_settings, self.metrics, self)
+            for device_settings in per_device
+        ]
         self._pending: dict[str, PendingJob] = {}
         self._pace = Pace()
         self._latency = LatencyModel()
         self._draining = False
-        self.metrics.queue_depth.set_function(lambda: max(0, self.rows_unfinished - self.rows_running))
+        self.metrics.queue_depth.set_function(
+            lambda: max(0, self.rows_unfinished - self.rows_running)
+        )
         self.metrics.rows_running.set_function(lambda: self.rows_running)
         self.metrics.watch(lambda: [worker.state for worker in self.workers])
-        self.metrics.prompt_cache_bytes.set_function(lambda: sum(worker.last_heartbeat.cache_bytes for worker in self.workers))
+        self.metrics.prompt_cache_bytes.set_function(
+            lambda: sum(worker.last_heartbeat.cache_bytes for worker in self.workers)
+        )
 
     @property
     def rows_unfinished(self) -> int:
@@ -231,16 +247,24 @@ class EngineClient:
     def _forecast(self, job: Job, now: float) -> Forecast:
         """Predict the job's finish. Raises DeadlineUnreachable if it is after the deadline."""
         # Batch work makes room for interactive work, so it does not delay it.
-        others = [entry.job for entry in self._pending.values() if (entry.job.priority, job.priority) != ("batch", "interactive")]
+        others = [
+            entry.job
+            for entry in self._pending.values()
+            if (entry.job.priority, job.priority) != ("batch", "interactive")
+        ]
         slots = self._settings.max_batch_rows * len(self.workers)
-        left = {id: steps for worker in self.workers for id, steps in worker.last_heartbeat.left.items()}
+        left = {
+            id: steps for worker in self.workers for id, steps in worker.last_heartbeat.left.items()
+        }
         finish, allowed = self._latency.predict(job, others, slots, now, left), job.deadline - now
         if finish is not None and finish > allowed and not self._may_try(now):
             alone = self._latency.predict(job, [], slots, now)
             raise DeadlineUnreachable(finish, allowed, retryable=alone is None or alone <= allowed)
         before = sum(len(other.seeds) for other in others)
         # The pace may be old: it is no reason to reject a job, but better than no figure at all.
-        seconds = (before + len(job.seeds)) * self._pace.seconds_per_row if finish is None else finish
+        seconds = (
+            (before + len(job.seeds)) * self._pace.seconds_per_row if finish is None else finish
+        )
         return Forecast(max(0, before + 1 - slots), seconds)
 
     def _may_try(self, now: float) -> bool:
@@ -258,7 +282,9 @@ class EngineClient:
         error = WorkerLost if entry.sent_at else Starting
         loop = asyncio.get_running_loop()
         wait_s = self._settings.start_wait_s
-        entry.set_timeout(loop.call_later(wait_s, lambda: entry.resolve(error(self.status().reason))))
+        entry.set_timeout(
+            loop.call_later(wait_s, lambda: entry.resolve(error(self.status().reason)))
+        )
 
     def _forget(self, entry: PendingJob) -> None:
         del self._pending[entry.job.id]
@@ -292,7 +318,12 @@ class EngineClient:
                 entry.deliver(message)
 
     def _fail(self, message: Failed) -> None:
-        fields = {"job": message.id, "code": message.code, "reason": message.message, "retryable": message.retryable}
+        fields = {
+            "job": message.id,
+            "code": message.code,
+            "reason": message.message,
+            "retryable": message.retryable,
+        }
         log.error("job failed", extra={"fields": fields})
         if entry := self._pending.get(message.id):
             if message.code == "deadline":
@@ -312,7 +343,9 @@ class EngineClient:
         for step in heartbeat.steps:
             self._latency.record_step(step, time.monotonic())
 
-    def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
+    def on_worker_lost(
+        self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]
+    ) -> None:
         """Replay the worker's jobs, which are seeded; suspects run alone from now on, or fail."""
         for id in unfinished:
             if (entry := self._pending.get(id)) is None or entry.answer.done():
@@ -322,7 +355,10 @@ class EngineClient:
                 entry.job = replace(entry.job, alone=True)
                 entry.solo_crashes += len(suspects) == 1
             if entry.solo_crashes >= MAX_SOLO_CRASHES:
-                log.error("job abandoned", extra={"fields": {"job": id, "workers_lost": entry.solo_crashes}})
+                log.error(
+                    "job abandoned",
+                    extra={"fields": {"job": id, "workers_lost": entry.solo_crashes}},
+                )
                 entry.resolve(JobFailed("poison", reason, retryable=False))
             else:
                 self.metrics.requests_replayed.inc()

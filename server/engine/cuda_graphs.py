@@ -29,7 +29,15 @@ from model.config import BundleConfig, BundleV3Config, Sampler
 from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.layers import to_device
-from model.pipeline import BranchBatch, DecodeFn, Eager, Pipeline, PipelineV3, PriorFn, SamplingInputs
+from model.pipeline import (
+    BranchBatch,
+    DecodeFn,
+    Eager,
+    Pipeline,
+    PipelineV3,
+    PriorFn,
+    SamplingInputs,
+)
 from model.rows import AnyCondition
 from server.engine.messages import Count
 from server.engine.scheduler import LENGTHS
@@ -76,7 +84,9 @@ class GraphShapes:
     prior_rows: Sequence[int]
 
     @classmethod
-    def for_server(cls, config: BundleConfig, sizes: Iterable[tuple[int, int]], max_rows: int, decode_rows: int) -> GraphShapes:
+    def for_server(
+        cls, config: BundleConfig, sizes: Iterable[tuple[int, int]], max_rows: int, decode_rows: int
+    ) -> GraphShapes:
         """Return all shapes that a server meets: these image sizes and at most `max_rows` rows.
 
         sizes: (width, height) in pixels.
@@ -95,7 +105,9 @@ def row_counts(most: int) -> list[int]:
     return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
 
 
-def step_buckets(config: BundleConfig, max_rows: int, sizes: Iterable[tuple[int, int]]) -> list[Bucket]:
+def step_buckets(
+    config: BundleConfig, max_rows: int, sizes: Iterable[tuple[int, int]]
+) -> list[Bucket]:
     """Return every bucket of these image sizes and the scheduler's classes of lengths.
 
     sizes: (width, height) in pixels.
@@ -105,12 +117,18 @@ def step_buckets(config: BundleConfig, max_rows: int, sizes: Iterable[tuple[int,
         # A class counts a text's bytes; CLIP's text and image follow them.
         longest, clip = config.byt5.max_bytes, 2 * config.denoiser.clip_seq_len
         lengths = sorted({min(length, longest) + clip for length in LENGTHS})
-    return [Bucket(*shape) for shape in product(grids(config, sizes), row_counts(max_rows), (1, 2), lengths)]
+    return [
+        Bucket(*shape)
+        for shape in product(grids(config, sizes), row_counts(max_rows), (1, 2), lengths)
+    ]
 
 
 def grids(config: BundleConfig, sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Convert image sizes (width, height) to token grids (H, W)."""
-    return [(height // config.vqgan.downscale, width // config.vqgan.downscale) for width, height in sizes]
+    return [
+        (height // config.vqgan.downscale, width // config.vqgan.downscale)
+        for width, height in sizes
+    ]
 
 
 # ── capture ───────────────────────────────────────────────────────────────────────────────────────
@@ -134,7 +152,12 @@ class Recorder(Protocol):
         """Run a function and capture it. Raises RuntimeError if it cannot be captured."""
 
 
-def use_cuda_graphs(pipeline: Pipeline, shapes: GraphShapes, new_recorder: Callable[[], Recorder], counters: Counter[Count]) -> None:
+def use_cuda_graphs(
+    pipeline: Pipeline,
+    shapes: GraphShapes,
+    new_recorder: Callable[[], Recorder],
+    counters: Counter[Count],
+) -> None:
     """Capture a pipeline's steps, decodes and priors of these shapes; it replays them from now on.
 
     new_recorder: called twice, for the steps' memory pool, and for the one of decodes and priors,
@@ -152,14 +175,23 @@ def use_cuda_graphs(pipeline: Pipeline, shapes: GraphShapes, new_recorder: Calla
         pipeline.run_prior = priors
 
 
-def capture(recorder: Recorder, function: Function, name: str, counters: Counter[Count], *, ready: bool = False) -> Recording | None:
+def capture(
+    recorder: Recorder,
+    function: Function,
+    name: str,
+    counters: Counter[Count],
+    *,
+    ready: bool = False,
+) -> Recording | None:
     """Return a counted recording; None, and a line in the log, where capture fails.
 
     ready: whether the server is, for the count.
     """
     try:
         recording = recorder(function)
-    except RuntimeError as error:  # what may not be captured, or does not fit into the device's memory
+    except (
+        RuntimeError
+    ) as error:  # what may not be captured, or does not fit into the device's memory
         log.warning("not captured, will be computed eagerly: %s: %s", name, error)
         return None
     counters["graph_captures", str(ready).lower()] += 1
@@ -206,13 +238,17 @@ class _StaticInputs:
     Graphs share them, because no two run at once.
     """
 
-    def __init__(self, denoiser: Denoiser | DenoiserV1, buckets: Sequence[Bucket], device: torch.device) -> None:
+    def __init__(
+        self, denoiser: Denoiser | DenoiserV1, buckets: Sequence[Bucket], device: torch.device
+    ) -> None:
         most_tokens = max(b.rows * math.prod(b.grid) for b in buckets)
         most_branches = max(b.branches for b in buckets)
         self.tokens = torch.zeros(most_tokens, dtype=torch.int64, device=device)
         self.times = denoiser.times(torch.ones(max(b.rows for b in buckets), device=device))
         self.weights = torch.zeros(most_branches, device=device)
-        self.condition = _condition_views(denoiser, max(b.branches * b.length for b in buckets), self.times)
+        self.condition = _condition_views(
+            denoiser, max(b.branches * b.length for b in buckets), self.times
+        )
 
     def views(self, b: Bucket) -> tuple[Tensor, Tensor, Tensor, AnyCondition]:
         """Return (tokens, times, weights, condition) in a bucket's shapes."""
@@ -220,7 +256,9 @@ class _StaticInputs:
         return tokens, self.times[: b.rows], self.weights[: b.branches], self.condition(b)
 
 
-def _condition_views(denoiser: Denoiser | DenoiserV1, most: int, like: Tensor) -> Callable[[Bucket], AnyCondition]:
+def _condition_views(
+    denoiser: Denoiser | DenoiserV1, most: int, like: Tensor
+) -> Callable[[Bucket], AnyCondition]:
     """Allocate `most` condition tokens of all branches together.
 
     Returns their view of a bucket's shapes. like: a tensor of the type and device.
@@ -233,7 +271,9 @@ def _condition_views(denoiser: Denoiser | DenoiserV1, most: int, like: Tensor) -
 
     def view(b: Bucket) -> Condition:
         keys = b.branches * b.length
-        return Condition(kv[:keys].view(b.branches, b.length, -1), mask[:keys].view(b.branches, b.length))
+        return Condition(
+            kv[:keys].view(b.branches, b.length, -1), mask[:keys].view(b.branches, b.length)
+        )
 
     return view
 
@@ -264,13 +304,21 @@ class StepGraphs:
     Weights that differ by position, as those of regions do, are not captured.
     """
 
-    def __init__(self, pipeline: Pipeline, buckets: Iterable[Bucket], recorder: Recorder, counters: Counter[Count]) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        buckets: Iterable[Bucket],
+        recorder: Recorder,
+        counters: Counter[Count],
+    ) -> None:
         self.eager, self.denoiser = Eager(pipeline.bundle), pipeline.bundle.denoiser
         self.counters, self._recorder = counters, recorder
         self._device, self._ready = pipeline.device, False
         self._samplers = pipeline.config.samplers
         # The largest first: the others then find their memory in the pool.
-        self._buckets = sorted(set(buckets), key=lambda b: (b.work, b.branches * b.length), reverse=True)
+        self._buckets = sorted(
+            set(buckets), key=lambda b: (b.work, b.branches * b.length), reverse=True
+        )
         self._steps: dict[Bucket, _Step] = {}
         self._draws: dict[tuple[Sampler, int, tuple[int, int]], _Draw] = {}
         # Whose conditions lie in the static inputs, for which bucket, and where each branch's
@@ -284,13 +332,18 @@ class StepGraphs:
         for bucket in self._buckets:
             if step := self._capture_step(bucket, inputs):
                 self._steps[bucket] = step
-        examples = {(bucket.rows, bucket.grid): step.recording.output for bucket, step in self._steps.items()}
+        examples = {
+            (bucket.rows, bucket.grid): step.recording.output
+            for bucket, step in self._steps.items()
+        }
         for sampler, ((rows, grid), example) in product(self._samplers, examples.items()):
             if draw := self._capture_draw(sampler, example):
                 self._draws[sampler, rows, grid] = draw
         self._ready = True
 
-    def features(self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor) -> Tensor:
+    def features(
+        self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor
+    ) -> Tensor:
         """Compute as `Executor.features`; the result lasts until the next call."""
         bucket = self._bucket(tokens, branches) if weights.dim() == 1 else None
         if bucket is None:
@@ -309,12 +362,23 @@ class StepGraphs:
         It is searched once for as long as the same conditions are read.
         """
         B, H, W = tokens.shape
-        if self._loaded is not None and self._loaded[1] is branches and self._loaded[0].grid == (H, W):
+        if (
+            self._loaded is not None
+            and self._loaded[1] is branches
+            and self._loaded[0].grid == (H, W)
+        ):
             return self._loaded[0]
         per_row = Counter(row for row, _ in branches.members)
         most = max(per_row.values())
         length = max(condition.length for _, condition in branches.members)
-        fitting = [b for b in self._steps if b.grid == (H, W) and b.rows >= B and b.branches_per_row >= most and b.length >= length]
+        fitting = [
+            b
+            for b in self._steps
+            if b.grid == (H, W)
+            and b.rows >= B
+            and b.branches_per_row >= most
+            and b.length >= length
+        ]
         return min(fitting, key=lambda b: (b.work, b.length), default=None)
 
     def _load(self, bucket: Bucket, branches: BranchBatch) -> Tensor:
@@ -355,7 +419,9 @@ class StepGraphs:
     def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         """Compute as `Executor.sample`; the result lasts until the next call."""
         B, H, W, _ = features.shape
-        captured = (n for name, n, grid in self._draws if name == sampler and grid == (H, W) and n >= B)
+        captured = (
+            n for name, n, grid in self._draws if name == sampler and grid == (H, W) and n >= B
+        )
         rows = min(captured, default=None)
         if rows is None:
             return self.eager.sample(sampler, features, inputs)
@@ -403,7 +469,13 @@ class PriorGraphs:
     recorder: one that shares no memory with the steps' graphs, beside which these are replayed.
     """
 
-    def __init__(self, pipeline: PipelineV3, rows: Iterable[int], recorder: Recorder, counters: Counter[Count]) -> None:
+    def __init__(
+        self,
+        pipeline: PipelineV3,
+        rows: Iterable[int],
+        recorder: Recorder,
+        counters: Counter[Count],
+    ) -> None:
         self.eager: PriorFn = pipeline.run_prior
         self.counters, self._recorder = counters, recorder
         self._shape, self._device = pipeline.prior_noise, pipeline.device
@@ -482,7 +554,10 @@ class DecodeGraphs:
         Other grids, and more images than any graph has, are computed eagerly.
         """
         B, H, W = tokens.shape
-        shape = min((shape for shape in self._captured if shape[0] >= B and shape[1:] == (H, W)), default=None)
+        shape = min(
+            (shape for shape in self._captured if shape[0] >= B and shape[1:] == (H, W)),
+            default=None,
+        )
         if shape is None:
             return self.eager(tokens)
         static, recording = self._captured[shape]

@@ -83,7 +83,14 @@ class LatencyModel:
             self._overhead = _Average(seconds, now)
         self._overhead.record(seconds, now)
 
-    def predict(self, job: Job, others: Sequence[Job], slots: int, now: float, left: Mapping[str, int] | None = None) -> float | None:
+    def predict(
+        self,
+        job: Job,
+        others: Sequence[Job],
+        slots: int,
+        now: float,
+        left: Mapping[str, int] | None = None,
+    ) -> float | None:
         """Return the seconds from now until `job` is done while `others` are unfinished.
 
         Returns None while too little is known. left: of started jobs, the steps that all of their
@@ -93,7 +100,9 @@ class LatencyModel:
         free slot waits until enough of the rows before it are done. A row with fewer steps to go
         than the job delays it in that share of its rounds.
         """
-        unfinished = [_Unfinished(other, (left or {}).get(other.id, _steps(other))) for other in others]
+        unfinished = [
+            _Unfinished(other, (left or {}).get(other.id, _steps(other))) for other in others
+        ]
         unfinished = [each for each in unfinished if each.left]
         everything = [*unfinished, _Unfinished(job, _steps(job))]
         rows = sum(each.rows for each in everything)
@@ -104,7 +113,9 @@ class LatencyModel:
         overhead = self._overhead.value if self._overhead and recent else 0.0
         return None if seconds is None else rounds * seconds + overhead * rows
 
-    def _seconds_per_round(self, jobs: Sequence[_Unfinished], rounds: float, slots: int, now: float) -> float | None:
+    def _seconds_per_round(
+        self, jobs: Sequence[_Unfinished], rounds: float, slots: int, now: float
+    ) -> float | None:
         present: dict[Pool, float] = defaultdict(float)
         branches: dict[Pool, float] = defaultdict(float)
         for each in jobs:
@@ -115,9 +126,13 @@ class LatencyModel:
                 branches[pool] += share * each.job.branches
         running = min(1.0, slots / sum(present.values()))
         seconds = [
-            self._round(pool.width * pool.height, count * running, branches[pool] / count, now) for pool, count in present.items() if count
+            self._round(pool.width * pool.height, count * running, branches[pool] / count, now)
+            for pool, count in present.items()
+            if count
         ]
-        return None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)
+        return (
+            None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)
+        )
 
     def _round(self, pixels: int, rows: float, branches: float, now: float) -> float | None:
         """Return the seconds of a step of so many rows; of less than one row, its share of a step.
@@ -133,7 +148,11 @@ class LatencyModel:
         Interpolated between measured numbers; in proportion beyond them and for other sizes.
         """
         recent = {
-            size: {count: average.value for count, average in known.items() if now - average.at < MEMORY_S}
+            size: {
+                count: average.value
+                for count, average in known.items()
+                if now - average.at < MEMORY_S
+            }
             for size, known in self._steps.items()
         }
         sizes = [size for size, known in recent.items() if known]

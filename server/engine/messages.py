@@ -35,7 +35,13 @@ FailureCode = Literal["deadline", "internal", "out_of_memory"]
 
 # A worker's counters: the metric's name and the value of its label, "" where it has none.
 Count = tuple[
-    Literal["prompt_cache_hits", "prompt_cache_misses", "graph_captures", "graph_replays", "graph_eager_steps"],
+    Literal[
+        "prompt_cache_hits",
+        "prompt_cache_misses",
+        "graph_captures",
+        "graph_replays",
+        "graph_eager_steps",
+    ],
     str,
 ]
 

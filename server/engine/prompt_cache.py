@@ -23,7 +23,9 @@ class PromptCache:
     held: bytes now. counters: where hits and misses are counted.
     """
 
-    def __init__(self, capacity: int, size_of: Callable[[object], int], counters: Counter[Count]) -> None:
+    def __init__(
+        self, capacity: int, size_of: Callable[[object], int], counters: Counter[Count]
+    ) -> None:
         self.capacity, self.held = capacity, 0
         self._size_of, self._counters = size_of, counters
         self._values: OrderedDict[Hashable, object] = OrderedDict()
@@ -35,7 +37,9 @@ class PromptCache:
         """Return all values, the least recently used first."""
         return list(self._values.values())
 
-    def fetch(self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]) -> list[V]:
+    def fetch(
+        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
+    ) -> list[V]:
         """Return the keys' values; compute the missing ones in one call, each once.
 
         Keys of different kinds must differ.

@@ -153,7 +153,9 @@ class ThreadTuner:
     set_threads: makes torch compute with this many threads. clock: returns seconds.
     """
 
-    def __init__(self, most: int, set_threads: SetThreads, clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self, most: int, set_threads: SetThreads, clock: Clock = time.perf_counter
+    ) -> None:
         self.chosen = self._used = self._most = most
         self._set_threads, self._clock = set_threads, clock
         # The last times of each kind of step with the chosen number, seconds.
@@ -274,7 +276,10 @@ class Decoding:
         self.mark.wait()
         _, height, width, _ = self.pixels.shape
         pixels = [memoryview(image.numpy()).cast("B") for image in self.pixels]
-        return [Image(row.index, width, height, content) for row, content in zip(self.rows, pixels, strict=True)]
+        return [
+            Image(row.index, width, height, content)
+            for row, content in zip(self.rows, pixels, strict=True)
+        ]
 
 
 class Runner:
@@ -290,14 +295,19 @@ class Runner:
         self.device = device
         if pipelines is None:
             pipelines = [
-                Pipeline.load(find_bundle(name), device, self.dtype, settings.encoders, settings.kernels) for name in settings.bundles
+                Pipeline.load(
+                    find_bundle(name), device, self.dtype, settings.encoders, settings.kernels
+                )
+                for name in settings.bundles
             ]
         self.pipelines = {pipeline.config.name: pipeline for pipeline in pipelines}
         self._settings, self.streams = settings, Streams(device)
         self.threads = ThreadTuner(1, torch.set_num_threads)
         self.counters: Counter[Count] = Counter()
         self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
-        self._builders = {name: RowBuilder(pipeline, self.cache) for name, pipeline in self.pipelines.items()}
+        self._builders = {
+            name: RowBuilder(pipeline, self.cache) for name, pipeline in self.pipelines.items()
+        }
         self.rows: dict[RowId, Row] = {}
         self._starting: dict[RowId, Mark] = {}
 
@@ -306,13 +316,18 @@ class Runner:
         if self.device.type == "cpu" and not self._settings.threads:
             self.threads = ThreadTuner(torch.get_num_threads(), torch.set_num_threads)
 
-    def start(self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch) -> list[tuple[str, ...]]:
+    def start(
+        self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch
+    ) -> list[tuple[str, ...]]:
         """Build the rows of these images of these jobs.
 
         Returns, for each job, the encoders that cut one of its prompts.
         """
         images = [(job, index) for job, indices in parts for index in indices]
-        with self._steady(any(job.sampling.deterministic for job, _ in parts)), self.streams.beside():
+        with (
+            self._steady(any(job.sampling.deterministic for job, _ in parts)),
+            self.streams.beside(),
+        ):
             rows: dict[RowId, Row] = {}
             for group in group_by(images, lambda image: image[0].model):
                 builder = self._builders[group[0][0].model]
@@ -360,7 +375,9 @@ class Runner:
         # the steps.
         with self._steady(deterministic), self.streams.beside(reading=tokens):
             pixels = self.streams.to_host(self.pipelines[model].decode_tokens(torch.stack(tokens)))
-            return Decoding(tuple(rows), tuple(map(self.steps_done, rows)), pixels, self.streams.mark())
+            return Decoding(
+                tuple(rows), tuple(map(self.steps_done, rows)), pixels, self.streams.mark()
+            )
 
     def _steady(self, deterministic: bool) -> AbstractContextManager[None]:
         """Compute with all threads if deterministic: roundings must not depend on the tuning."""
@@ -397,5 +414,7 @@ class Runner:
         sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
-        shapes = GraphShapes.for_server(pipeline.config, fitting, self._settings.max_batch_rows, DECODE_ROWS)
+        shapes = GraphShapes.for_server(
+            pipeline.config, fitting, self._settings.max_batch_rows, DECODE_ROWS
+        )
         use_cuda_graphs(pipeline, shapes, new_recorder, self.counters)

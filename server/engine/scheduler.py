@@ -84,7 +84,10 @@ class Scheduler:
         self._jobs: dict[str, Job] = {}
         self._arrivals = count()
         # By deadline, then arrival.
-        self._waiting: dict[Priority, list[tuple[float, int, RowId]]] = {"interactive": [], "batch": []}
+        self._waiting: dict[Priority, list[tuple[float, int, RowId]]] = {
+            "interactive": [],
+            "batch": [],
+        }
         self._passed_over = 0
         self._running: dict[Pool, _Running] = {}
 
@@ -92,7 +95,9 @@ class Scheduler:
         """Add a job; its rows wait for slots."""
         self._jobs[job.id] = job
         for i in range(len(job.seeds)):
-            insort(self._waiting[job.priority], (job.deadline, next(self._arrivals), RowId(job.id, i)))
+            insort(
+                self._waiting[job.priority], (job.deadline, next(self._arrivals), RowId(job.id, i))
+            )
 
     def job(self, id: str) -> Job:
         """Return a job by its id."""

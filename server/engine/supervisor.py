@@ -91,15 +91,21 @@ class WorkerProcess:
     been passed to `on_message`.
     """
 
-    def __init__(self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]) -> None:
+    def __init__(
+        self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]
+    ) -> None:
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._on_message = on_message
         self._outbox: SimpleQueue[ToWorker | None] = SimpleQueue()
         context = multiprocessing.get_context("spawn")
         self._connection, self._far_end = context.Pipe()
-        self._process = context.Process(target=_run, args=(main, self._far_end, settings), name="paellera-worker", daemon=True)
+        self._process = context.Process(
+            target=_run, args=(main, self._far_end, settings), name="paellera-worker", daemon=True
+        )
         self._sender = threading.Thread(target=self._send_all, name="worker-sender", daemon=True)
-        self._receiver = threading.Thread(target=self._receive_all, name="worker-receiver", daemon=True)
+        self._receiver = threading.Thread(
+            target=self._receive_all, name="worker-receiver", daemon=True
+        )
 
     def start(self) -> None:
         """Start the process. Raises OSError if the system grants none."""
@@ -195,7 +201,9 @@ class Listener(Protocol):
     def on_worker_message(self, worker: Supervisor, message: WorkerMessage) -> None:
         """Handle a message about jobs."""
 
-    def on_worker_lost(self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]) -> None:
+    def on_worker_lost(
+        self, worker: Supervisor, reason: str, unfinished: frozenset[str], suspects: frozenset[str]
+    ) -> None:
         """Handle the loss of unfinished jobs.
 
         suspects: those of them in the stage in which the worker died.
@@ -205,7 +213,9 @@ class Listener(Protocol):
 class Supervisor:
     """A sequence of workers on one device, one alive at a time."""
 
-    def __init__(self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener) -> None:
+    def __init__(
+        self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener
+    ) -> None:
         self._main, self._settings = main, settings
         self._metrics, self._listener = metrics, listener
         self._status = WorkerStatus(ready=False, reason="starting")
@@ -224,7 +234,10 @@ class Supervisor:
         Raises OSError if the system grants no process.
         """
         self._worker = self._start_worker()
-        self._tasks = [asyncio.create_task(self._keep_alive()), asyncio.create_task(self._watch_for_stalls())]
+        self._tasks = [
+            asyncio.create_task(self._keep_alive()),
+            asyncio.create_task(self._watch_for_stalls()),
+        ]
 
     async def stop(self) -> None:
         """Stop the worker; it is not replaced."""
@@ -320,7 +333,9 @@ class Supervisor:
             self._lose(f"the worker exited with code {code}")
             while True:
                 self.failures += 1
-                await asyncio.sleep(min(LAST_RESTART_DELAY_S, FIRST_RESTART_DELAY_S * 2**self.failures))
+                await asyncio.sleep(
+                    min(LAST_RESTART_DELAY_S, FIRST_RESTART_DELAY_S * 2**self.failures)
+                )
                 try:
                     self._worker = self._start_worker()
                     break
@@ -343,5 +358,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(self._settings.stall_timeout_s / 4)
             if self._stalled:
-                log.error("worker stalled", extra={"fields": {"silent_s": self._settings.stall_timeout_s}})
+                log.error(
+                    "worker stalled", extra={"fields": {"silent_s": self._settings.stall_timeout_s}}
+                )
                 self._worker.kill()

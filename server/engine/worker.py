@@ -112,7 +112,9 @@ class IsolatedStage(Generic[Result]):
             return None
         job = batch[0].job
         if out_of_memory:
-            return StageFailure(job, "out_of_memory", "the device ran out of memory", retryable=True)
+            return StageFailure(
+                job, "out_of_memory", "the device ran out of memory", retryable=True
+            )
         return StageFailure(job, "internal", "the request could not be computed", retryable=False)
 
 
@@ -156,7 +158,10 @@ class _InProgress:
         images = self.decoding.images()
         seconds = time.perf_counter() - self.began
         rows = zip(self.decoding.rows, self.decoding.steps, images, strict=True)
-        return [DecodedImage(row, step, self.requests[row].preview, image, seconds) for row, step, image in rows]
+        return [
+            DecodedImage(row, step, self.requests[row].preview, image, seconds)
+            for row, step, image in rows
+        ]
 
 
 class DecodeQueue:
@@ -200,7 +205,9 @@ class DecodeQueue:
             return {}
         return _take_batch(self._finished) or _take_batch(self._previews)
 
-    def start(self, requests: dict[RowId, DecodeRequest], decodings: Sequence[Decoding], began: float) -> None:
+    def start(
+        self, requests: dict[RowId, DecodeRequest], decodings: Sequence[Decoding], began: float
+    ) -> None:
         """Begin a batch. began: when its decoding was launched, `time.perf_counter` seconds."""
         self._in_progress = [_InProgress(decoding, requests, began) for decoding in decodings]
 
@@ -216,7 +223,9 @@ class DecodeQueue:
 def _take_batch(waiting: dict[RowId, DecodeRequest]) -> dict[RowId, DecodeRequest]:
     """Remove and return the first row, and those of its pool that may be decoded with it."""
     first = next(iter(waiting.values()), None)
-    batch = [row for row, request in waiting.items() if first and request.pool == first.pool][:DECODE_ROWS]
+    batch = [row for row, request in waiting.items() if first and request.pool == first.pool][
+        :DECODE_ROWS
+    ]
     return {row: waiting.pop(row) for row in batch}
 
 
@@ -289,14 +298,18 @@ class Worker:
 
     def _start(self, rows: list[RowId]) -> None:
         """Start all rows in one batch, except for suspects of a crash, which start alone."""
-        for batch in group_by(rows, lambda row: row.job if self.scheduler.job(row.job).alone else None):
+        for batch in group_by(
+            rows, lambda row: row.job if self.scheduler.job(row.job).alone else None
+        ):
             for row in self._run_stage(batch, self._build_rows):
                 # An edit that takes no step is done as it begins.
                 if self.runner.steps_done(row) == self.scheduler.job(row.job).sampling.steps:
                     self._finish(row)
 
     def _build_rows(self, rows: list[RowId]) -> list[RowId]:
-        parts = [(self.scheduler.job(part[0].job), [row.index for row in part]) for part in by_job(rows)]
+        parts = [
+            (self.scheduler.job(part[0].job), [row.index for row in part]) for part in by_job(rows)
+        ]
         watch, now = Stopwatch(), time.perf_counter()
         for (job, _), truncated in zip(parts, self.runner.start(parts, watch), strict=True):
             progress = self._progress[job.id]
@@ -312,16 +325,24 @@ class Worker:
             if steps == job.sampling.steps:
                 self._finish(row)
             elif steps in job.preview_steps:
-                self.decode_queue.add(row, DecodeRequest(self.scheduler.pool(row), job.preview_steps.index(steps)))
+                self.decode_queue.add(
+                    row, DecodeRequest(self.scheduler.pool(row), job.preview_steps.index(steps))
+                )
 
     def _finish(self, row: RowId) -> None:
         self.scheduler.finish(row)
         self.decode_queue.add(row, DecodeRequest(self.scheduler.pool(row)))
 
     def _advance(self, rows: list[RowId]) -> list[RowId]:
-        job, branches, began = self.scheduler.job(rows[0].job), self.runner.branches(rows), time.perf_counter()
+        job, branches, began = (
+            self.scheduler.job(rows[0].job),
+            self.runner.branches(rows),
+            time.perf_counter(),
+        )
         self.runner.step(job.model, rows)
-        self._steps.append(Step(len(rows), branches, job.width * job.height, time.perf_counter() - began))
+        self._steps.append(
+            Step(len(rows), branches, job.width * job.height, time.perf_counter() - began)
+        )
         for row in rows:
             self._progress[row.job].steps += 1
         return rows
@@ -338,7 +359,9 @@ class Worker:
         """Begin the next batch, and return the images of the one that is decoded."""
         if requests := self.decode_queue.next_batch():
             model, began = next(iter(requests.values())).pool.model, time.perf_counter()
-            decodings = self._run_stage(list(requests), lambda rows: [self.runner.decode(model, rows)])
+            decodings = self._run_stage(
+                list(requests), lambda rows: [self.runner.decode(model, rows)]
+            )
             self.decode_queue.start(requests, decodings, began)
             started = set(self.decode_queue.rows_in_progress)
             self.runner.drop([row for row in requests if row not in started])  # their jobs failed
@@ -346,7 +369,9 @@ class Worker:
         self.runner.drop([each.row for each in decoded if each.preview is None])
         return decoded
 
-    def _run_stage(self, rows: list[RowId], stage: Callable[[list[RowId]], list[Result]]) -> list[Result]:
+    def _run_stage(
+        self, rows: list[RowId], stage: Callable[[list[RowId]], list[Result]]
+    ) -> list[Result]:
         """Run a stage, each job alone should it raise; fail the jobs that raise alone."""
         attempt = IsolatedStage(rows, stage)
         while batch := attempt.next_batch():
@@ -360,13 +385,17 @@ class Worker:
     def _send_images(self, decoded: list[DecodedImage]) -> None:
         for each in decoded:
             if each.preview is not None:
-                send_message(self.connection, Preview(each.row.job, each.preview, each.step, each.image))
+                send_message(
+                    self.connection, Preview(each.row.job, each.preview, each.step, each.image)
+                )
                 continue
             progress = self._progress[each.row.job]
             progress.images.append(each.image)
             if self.scheduler.job(each.row.job).early:
                 send_message(self.connection, Drawn(each.row.job, each.image, progress.truncated))
-        batches = dict.fromkeys((each.row.job, each.seconds) for each in decoded if each.preview is None)
+        batches = dict.fromkeys(
+            (each.row.job, each.seconds) for each in decoded if each.preview is None
+        )
         for id, seconds in batches:
             self._progress[id].watch.count("decode", seconds)
         for id in dict.fromkeys(id for id, _ in batches):
@@ -412,7 +441,11 @@ class Worker:
             rows_waiting=self.scheduler.rows_waiting,
             counts=counts - self._counts_sent,
             cache_bytes=self.runner.cache.held,
-            left={id: self._steps_left(id) for id, each in self._progress.items() if each.started_at is not None},
+            left={
+                id: self._steps_left(id)
+                for id, each in self._progress.items()
+                if each.started_at is not None
+            },
             stats=process_stats(self.runner.device),
         )
         send_message(self.connection, heartbeat)
@@ -423,7 +456,9 @@ class Worker:
 def process_stats(device: torch.device) -> ProcessStats:
     """Return this process's memory, processor time, threads, and memory of its device."""
     device_bytes = _device_bytes(device) if device.type == "cuda" else {}
-    return ProcessStats(_resident_bytes(), time.process_time(), torch.get_num_threads(), device_bytes)
+    return ProcessStats(
+        _resident_bytes(), time.process_time(), torch.get_num_threads(), device_bytes
+    )
 
 
 def _resident_bytes() -> int:
@@ -442,7 +477,9 @@ def _device_bytes(device: torch.device) -> dict[str, int]:
     }
 
 
-def main(connection: Connection, settings: Settings, make_runner: Callable[[Settings], Runner] = Runner) -> None:
+def main(
+    connection: Connection, settings: Settings, make_runner: Callable[[Settings], Runner] = Runner
+) -> None:
     """Run a worker process from its first line to its last. make_runner: loads the weights."""
     logs.configure(settings.log_level)
     prepare(settings.threads)
@@ -450,7 +487,9 @@ def main(connection: Connection, settings: Settings, make_runner: Callable[[Sett
         runner = make_runner(settings)
         runner.warm_up()
         runner.choose_threads()
-        send_message(connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch.")))
+        send_message(
+            connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch."))
+        )
         Worker(connection, runner, settings.max_batch_rows).run()
     except (EOFError, BrokenPipeError):
         log.warning("API process gone")

@@ -15,7 +15,12 @@ import ray
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import (
+    AutoscalingConfig,
+    AutoscalingContext,
+    AutoscalingPolicy,
+    RequestRouterConfig,
+)
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,14 +49,37 @@ class Scale(BaseModel):
 
     min_replicas: Annotated[int, Field(ge=1, description="Minimum number of engines")] = 1
     max_replicas: Annotated[int, Field(ge=1, description="Maximum number of engines")] = 1
-    target_rows: Annotated[float, Field(gt=0, description="Unfinished images per replica beyond which another one is started")] = 16
-    upscale_delay_s: Annotated[float, Field(ge=0, description="Delay before replicas are added")] = 10
-    downscale_delay_s: Annotated[float, Field(ge=0, description="Delay before replicas are removed")] = 300
-    look_back_s: Annotated[float, Field(gt=10, description="Averaging period of unfinished images; Ray requires more than 10")] = 30
-    cpus: Annotated[float, Field(ge=0, description="Ray CPUs per replica; set PAELLERA_THREADS to the same number")] = 1
-    gpus: Annotated[float, Field(ge=0, description="Ray GPUs per replica; its one worker sees no other")] = 0
-    api_replicas: Annotated[int, Field(ge=1, description="HTTP processes; limits per key apply to each")] = 1
-    start_timeout_s: Annotated[float, Field(gt=0, description="Timeout for a replica to load its weights")] = 600
+    target_rows: Annotated[
+        float,
+        Field(
+            gt=0, description="Unfinished images per replica beyond which another one is started"
+        ),
+    ] = 16
+    upscale_delay_s: Annotated[
+        float, Field(ge=0, description="Delay before replicas are added")
+    ] = 10
+    downscale_delay_s: Annotated[
+        float, Field(ge=0, description="Delay before replicas are removed")
+    ] = 300
+    look_back_s: Annotated[
+        float,
+        Field(
+            gt=10, description="Averaging period of unfinished images; Ray requires more than 10"
+        ),
+    ] = 30
+    cpus: Annotated[
+        float,
+        Field(ge=0, description="Ray CPUs per replica; set PAELLERA_THREADS to the same number"),
+    ] = 1
+    gpus: Annotated[
+        float, Field(ge=0, description="Ray GPUs per replica; its one worker sees no other")
+    ] = 0
+    api_replicas: Annotated[
+        int, Field(ge=1, description="HTTP processes; limits per key apply to each")
+    ] = 1
+    start_timeout_s: Annotated[
+        float, Field(gt=0, description="Timeout for a replica to load its weights")
+    ] = 600
     worker: WorkerMain = run_worker
 
 
@@ -69,7 +97,9 @@ def app(scale: Scale) -> serve.Application:
         health_check_period_s=5,
         autoscaling_config=_autoscaling(scale),
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
-        request_router_config=RequestRouterConfig(request_router_class=ShortestWait, request_routing_stats_period_s=1.0),
+        request_router_config=RequestRouterConfig(
+            request_router_class=ShortestWait, request_routing_stats_period_s=1.0
+        ),
         **both,
     )(Engine)
     api = serve.deployment(num_replicas=scale.api_replicas, **both)(serve.ingress()(Api))
@@ -83,7 +113,9 @@ def _autoscaling(scale: Scale) -> AutoscalingConfig:
         upscale_delay_s=scale.upscale_delay_s,
         downscale_delay_s=scale.downscale_delay_s,
         look_back_period_s=scale.look_back_s,
-        policy=AutoscalingPolicy(policy_function=ByRows, policy_kwargs={"target_rows": scale.target_rows}),
+        policy=AutoscalingPolicy(
+            policy_function=ByRows, policy_kwargs={"target_rows": scale.target_rows}
+        ),
     )
 
 
@@ -110,7 +142,9 @@ class ShortestWait(RequestRouter):
         self._waits = WaitEstimator(ray.get_runtime_context().get_actor_id())
 
     async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """Rank the replicas for one job."""
         if pending_request is None:
@@ -135,7 +169,9 @@ class Engine:
     Ray routes to it once its workers are ready, and replaces it if they stay lost.
     """
 
-    async def __init__(self, settings: Settings, start_timeout_s: float, worker: WorkerMain) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, settings: Settings, start_timeout_s: float, worker: WorkerMain
+    ) -> None:
         logs.configure(settings.log_level)
         self._engine = LocalEngine(settings, worker)
         await self._engine.start(start_timeout_s)
@@ -174,7 +210,9 @@ class Api:
         self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
         # Ray's proxy has a single port.
         settings = settings.model_copy(update={"operations_port": None})
-        self._app = create_app(settings, engine=partial(RemoteEngine, engines=engines, peers=self._peers))
+        self._app = create_app(
+            settings, engine=partial(RemoteEngine, engines=engines, peers=self._peers)
+        )
         self._engine: RemoteEngine = self._app.state.paellera.engine
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -184,9 +222,13 @@ class Api:
         """Return metrics, and the engine's status if there is one."""
         return Report(_name(), None, list(self._engine.own_metrics.collect()))
 
-    async def delete(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+    async def delete(
+        self, path: str, headers: Mapping[str, str]
+    ) -> tuple[int, dict[str, str], bytes]:
         """Return this replica's answer to a DELETE."""
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(self._app), base_url="http://peer") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(self._app), base_url="http://peer"
+        ) as client:
             answer = await client.delete(path, headers=headers)
         return answer.status_code, dict(answer.headers), answer.content
 
@@ -216,7 +258,10 @@ class Front:
         path = scope["raw_path"].decode()
         asked = self._peers.broadcast("delete", path, dict(Headers(scope=scope)))
         answers = await asked.results_async(timeout_s=REPORT_TIMEOUT_S, return_exceptions=True)
-        status, headers, content = min((answer for answer in answers if isinstance(answer, tuple)), key=lambda answer: answer[0])
+        status, headers, content = min(
+            (answer for answer in answers if isinstance(answer, tuple)),
+            key=lambda answer: answer[0],
+        )
         return Response(content, status, headers)
 
 

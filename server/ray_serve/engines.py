@@ -70,7 +70,9 @@ class LocalEngine:
         """Stop the workers."""
         await self._engine.stop()
 
-    async def run(self, sender: str, job: Job, timeout_s: float, hooks: tuple[str, ...]) -> AsyncIterator[Call | Finished | EngineError]:
+    async def run(
+        self, sender: str, job: Job, timeout_s: float, hooks: tuple[str, ...]
+    ) -> AsyncIterator[Call | Finished | EngineError]:
         """Run a job; yield the calls of its hooks as they happen, then the outcome.
 
         Args:
@@ -237,7 +239,9 @@ class RemoteEngine:
     async def _ask(self, handle: Any) -> list[Report]:
         """Return the reports of those that answer: replicas come and go."""
         try:
-            answers = await handle.broadcast("report").results_async(timeout_s=REPORT_TIMEOUT_S, return_exceptions=True)
+            answers = await handle.broadcast("report").results_async(
+                timeout_s=REPORT_TIMEOUT_S, return_exceptions=True
+            )
         except Exception as error:
             # The next poll is a second later.
             fields = {"reason": repr(error)[:200]}

@@ -30,5 +30,8 @@ def merge_metrics(replicas: Mapping[str, Iterable[Metric]]) -> list[Metric]:
         for metric in metrics:
             empty = Metric(metric.name, metric.documentation, metric.type)
             family = families.setdefault(metric.name, empty)
-            family.samples += [sample._replace(labels={**sample.labels, "replica": replica}) for sample in metric.samples]
+            family.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica})
+                for sample in metric.samples
+            ]
     return list(families.values())

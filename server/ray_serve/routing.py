@@ -89,7 +89,9 @@ class WaitEstimator:
         self._sender = sender
         self._assignments: dict[str, _Assignment] = {}
 
-    def rank(self, replicas: Sequence[Replica], loads: Mapping[Replica, Load], job: Job) -> list[Replica]:
+    def rank(
+        self, replicas: Sequence[Replica], loads: Mapping[Replica, Load], job: Job
+    ) -> list[Replica]:
         """Return the replicas by expected finish of the job, unready ones last.
 
         Equal replicas are in random order.
@@ -120,6 +122,10 @@ class WaitEstimator:
 
     def _assigned_units(self, replica: Hashable) -> float:
         now = time.monotonic()
-        self._assignments = {id: assignment for id, assignment in self._assignments.items() if assignment.deadline > now}
+        self._assignments = {
+            id: assignment
+            for id, assignment in self._assignments.items()
+            if assignment.deadline > now
+        }
         assigned = self._assignments.values()
         return sum(assignment.units for assignment in assigned if assignment.replica == replica)

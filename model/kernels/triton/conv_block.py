@@ -20,7 +20,13 @@ class FusedConvBlock:
     The convolution's weight is copied; the others are the module's own.
     """
 
-    def __init__(self, depthwise: nn.Conv2d, expand: nn.Linear, response: tuple[Tensor, Tensor], contract: nn.Linear) -> None:
+    def __init__(
+        self,
+        depthwise: nn.Conv2d,
+        expand: nn.Linear,
+        response: tuple[Tensor, Tensor],
+        contract: nn.Linear,
+    ) -> None:
         if depthwise.bias is None:
             raise ValueError("the kernel adds a bias")
         self.taps, self.bias = taps_of(depthwise.weight), depthwise.bias

@@ -25,7 +25,9 @@ def plain_depthwise_norm(x: Tensor, skip: Tensor | None, weight: Tensor, bias: T
     Returns [B, H, W, C].
     """
     y = x if skip is None else torch.cat([x, skip], dim=-1)
-    y = F.conv2d(y.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias)).permute(0, 2, 3, 1)
+    y = F.conv2d(y.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias)).permute(
+        0, 2, 3, 1
+    )
     return F.layer_norm(y, y.shape[-1:], eps=1e-6)
 
 
@@ -44,30 +46,71 @@ def depthwise_norm(x: Tensor, skip: Tensor | None, taps: Tensor, bias: Tensor) -
     inputs, block = 1 if skip is None else 2, triton.next_power_of_2(C)
     pixels = max(1, _VALUES // (inputs * block))
     grid, shape = (triton.cdiv(B * H * W, pixels),), (B * H * W, H, W, C)
-    _depthwise_norm[grid](x, x if skip is None else skip, taps, bias, out, *shape, INPUTS=inputs, PIXELS=pixels, BLOCK=block, num_warps=8)
+    _depthwise_norm[grid](
+        x,
+        x if skip is None else skip,
+        taps,
+        bias,
+        out,
+        *shape,
+        INPUTS=inputs,
+        PIXELS=pixels,
+        BLOCK=block,
+        num_warps=8,
+    )
     return out
 
 
 # The grid's sizes are as they are asked for: a kernel for those that sixteen divides would be
 # compiled apart, while a request waits.
 @triton.jit(do_not_specialize=["pixels", "H", "W"])
-def _depthwise_norm(x, skip, taps, bias, out, pixels, H, W, C, INPUTS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    n, c, j = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.arange(0, BLOCK), tl.arange(0, INPUTS * BLOCK)
+def _depthwise_norm(
+    x,
+    skip,
+    taps,
+    bias,
+    out,
+    pixels,
+    H,
+    W,
+    C,
+    INPUTS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n, c, j = (
+        tl.program_id(0) * PIXELS + tl.arange(0, PIXELS),
+        tl.arange(0, BLOCK),
+        tl.arange(0, INPUTS * BLOCK),
+    )
     inside = (c < C)[None, :]
     h, w = (n // W) % H, n % W
-    total = tl.zeros([PIXELS, BLOCK], tl.float32) + tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    for down in range(-1, 2):  # not unrolled: nine taps' loads begun at once are more than the registers hold
+    total = (
+        tl.zeros([PIXELS, BLOCK], tl.float32)
+        + tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    )
+    for down in range(
+        -1, 2
+    ):  # not unrolled: nine taps' loads begun at once are more than the registers hold
         for right in tl.static_range(-1, 2):
-            there = ((n < pixels) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W))[:, None]
+            there = (
+                (n < pixels) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W)
+            )[:, None]
             place = (n + down * W + right).to(tl.int64)[:, None] * C + j[None, :]
             value = tl.load(x + place, mask=there & (j < C)[None, :], other=0.0).to(tl.float32)
             if INPUTS == 2:
-                value += tl.load(skip + place - C, mask=there & ((j >= C) & (j < 2 * C))[None, :], other=0.0).to(tl.float32)
+                value += tl.load(
+                    skip + place - C, mask=there & ((j >= C) & (j < 2 * C))[None, :], other=0.0
+                ).to(tl.float32)
             tap = 3 * (down + 1) + right + 1
-            value *= tl.load(taps + tap * INPUTS * C + j, mask=j < INPUTS * C, other=0.0).to(tl.float32)[None, :]
+            value *= tl.load(taps + tap * INPUTS * C + j, mask=j < INPUTS * C, other=0.0).to(
+                tl.float32
+            )[None, :]
             total += tl.sum(tl.reshape(value, [PIXELS, BLOCK, INPUTS]), axis=2)
     mean = tl.sum(total, axis=1)[:, None] / C  # beyond the last channel all is zero
     apart = tl.where(inside, total - mean, 0.0)
     variance = tl.sum(apart * apart, axis=1)[:, None] / C
     result = (apart / tl.sqrt(variance + 1e-6)).to(out.dtype.element_ty)
-    tl.store(out + n.to(tl.int64)[:, None] * C + c[None, :], result, mask=(n < pixels)[:, None] & inside)
+    tl.store(
+        out + n.to(tl.int64)[:, None] * C + c[None, :], result, mask=(n < pixels)[:, None] & inside
+    )

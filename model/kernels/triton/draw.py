@@ -24,7 +24,9 @@ Fused = Literal["multinomial", "argmax"]
 SAMPLERS: tuple[Fused, ...] = ("multinomial", "argmax")
 
 
-def plain_draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
+def plain_draw(
+    sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor
+) -> Tensor:
     """Compute the twin: features [N, D], weight [K, D] → codes [N].
 
     inverse: inverse temperature, [N]. uniform: [N].
@@ -40,7 +42,9 @@ def supported(sampler: str, weight: Tensor) -> bool:
     return sampler in SAMPLERS and D >= 16 and D & (D - 1) == 0
 
 
-def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor) -> Tensor:
+def draw(
+    sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, uniform: Tensor
+) -> Tensor:
     """Compute as the twin, for D a power of two from 16.
 
     A draw within rounding of two codes' boundary may differ.
@@ -50,16 +54,34 @@ def draw(sampler: Fused, features: Tensor, weight: Tensor, inverse: Tensor, unif
     tokens = 16 if wide else 64
     # Two stages of 64 codes, 32 KiB each for 256 features: for twice the codes or for three stages
     # shared memory is too small.
-    shape = {"D": D, "TOKENS": tokens, "BLOCK": 64, "PRECISION": "ieee" if wide else "tf32", "num_stages": 2}
+    shape = {
+        "D": D,
+        "TOKENS": tokens,
+        "BLOCK": 64,
+        "PRECISION": "ieee" if wide else "tf32",
+        "num_stages": 2,
+    }
     features, grid = features.contiguous(), (triton.cdiv(N, tokens),)
     if sampler == "argmax":
         _argmax[grid](features, weight, codes, N, len(weight), *weight.stride(), **shape)
     else:
-        _multinomial[grid](features, weight, inverse.contiguous(), uniform.contiguous(), codes, N, len(weight), *weight.stride(), **shape)
+        _multinomial[grid](
+            features,
+            weight,
+            inverse.contiguous(),
+            uniform.contiguous(),
+            codes,
+            N,
+            len(weight),
+            *weight.stride(),
+            **shape,
+        )
     return codes
 
 
-def draw_grid(sampler: str, features: Tensor, weight: Tensor, uniform: Tensor, inverse: Tensor) -> Tensor | None:
+def draw_grid(
+    sampler: str, features: Tensor, weight: Tensor, uniform: Tensor, inverse: Tensor
+) -> Tensor | None:
     """Draw codes [B, H, W] from features [B, H, W, D]; None where no kernel can.
 
     uniform: [B, H, W]. inverse: inverse temperature, [B].
@@ -67,18 +89,34 @@ def draw_grid(sampler: str, features: Tensor, weight: Tensor, uniform: Tensor, i
     if not supported(sampler, weight):
         return None
     inverse = inverse[:, None, None].expand_as(uniform)
-    codes = draw(cast(Fused, sampler), features.flatten(0, 2), weight, inverse.flatten(), uniform.flatten())
+    codes = draw(
+        cast(Fused, sampler), features.flatten(0, 2), weight, inverse.flatten(), uniform.flatten()
+    )
     return codes.view_as(uniform)
 
 
 @triton.jit
-def _logits(own, weight, start, codes, by_code, by_feature, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(
+    own,
+    weight,
+    start,
+    codes,
+    by_code,
+    by_feature,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Compute logits [TOKENS, BLOCK] of the codes from `start`, from features [TOKENS, D].
 
     Rounded as the twin's are; −∞ beyond the last code.
     """
     k, d = start + tl.arange(0, BLOCK), tl.arange(0, D)
-    part = tl.load(weight + k[None, :] * by_code + d[:, None] * by_feature, mask=(k < codes)[None, :], other=0.0)
+    part = tl.load(
+        weight + k[None, :] * by_code + d[:, None] * by_feature,
+        mask=(k < codes)[None, :],
+        other=0.0,
+    )
     product = tl.dot(own, part, input_precision=PRECISION).to(own.dtype).to(tl.float32)
     return tl.where((k < codes)[None, :], product, -float("inf"))
 
@@ -90,8 +128,12 @@ def _multinomial(
 ):  # fmt: skip
     n, d = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, D)
     inside = n < tokens
-    own = tl.load(features + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-    own = (own.to(tl.float32) * tl.load(inverse + n, mask=inside, other=1.0)[:, None]).to(features.dtype.element_ty)
+    own = tl.load(
+        features + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0
+    )
+    own = (own.to(tl.float32) * tl.load(inverse + n, mask=inside, other=1.0)[:, None]).to(
+        features.dtype.element_ty
+    )
     largest = tl.full([TOKENS], -float("inf"), tl.float32)
     total = tl.zeros([TOKENS], tl.float32)
     for start in range(0, codes, BLOCK):
@@ -103,7 +145,10 @@ def _multinomial(
     passed = tl.zeros([TOKENS], tl.float32)
     found = tl.zeros([TOKENS], tl.int32)
     for start in range(0, codes, BLOCK):
-        mass = tl.exp(_logits(own, weight, start, codes, by_code, by_feature, D, BLOCK, PRECISION) - largest[:, None])
+        mass = tl.exp(
+            _logits(own, weight, start, codes, by_code, by_feature, D, BLOCK, PRECISION)
+            - largest[:, None]
+        )
         below = (passed[:, None] + tl.cumsum(mass, axis=1)) <= sought[:, None]
         found += tl.sum(below.to(tl.int32), axis=1)
         passed += tl.sum(mass, axis=1)
@@ -117,7 +162,9 @@ def _argmax(
 ):  # fmt: skip
     n, d = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, D)
     inside = n < tokens
-    own = tl.load(features + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+    own = tl.load(
+        features + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0
+    )
     largest = tl.full([TOKENS], -float("inf"), tl.float32)
     found = tl.zeros([TOKENS], tl.int32)
     for start in range(0, codes, BLOCK):

@@ -38,19 +38,34 @@ def gelu_response(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     y = torch.empty_like(x)
     energy = x.new_empty(B, _PARTS, C, dtype=torch.float32)
     scale = x.new_empty(B, C, dtype=torch.float32)
-    _gelu_energy[triton.cdiv(C, 64), _PARTS, B](x, y, energy, P, C, PARTS=_PARTS, BLOCK_P=32, BLOCK_C=64)
+    _gelu_energy[triton.cdiv(C, 64), _PARTS, B](
+        x, y, energy, P, C, PARTS=_PARTS, BLOCK_P=32, BLOCK_C=64
+    )
     _scales[B,](energy, gamma, scale, C, PARTS=_PARTS, BLOCK=triton.next_power_of_2(C), num_warps=8)
     _apply[triton.cdiv(P * C, _BLOCK), B](y, scale, beta, P * C, C, BLOCK=_BLOCK)
     return y
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _gelu_energy(x, y, energy, pixels, channels, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _gelu_energy(
+    x,
+    y,
+    energy,
+    pixels,
+    channels,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Replace y [B, P, C] by the GELU of x, and compute its energy.
 
     energy: [B, PARTS, C], the sum of squares over each part of the pixels.
     """
-    c, part, row = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c, part, row = (
+        tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C),
+        tl.program_id(1),
+        tl.program_id(2).to(tl.int64),
+    )
     share = tl.cdiv(pixels, PARTS)
     total = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, share, BLOCK_P):
@@ -87,6 +102,16 @@ def _apply(x, scale, beta, size, channels, BLOCK: tl.constexpr):
     inside, c = i < size, i % channels
     place = x + row * size + i
     # Rounded as the twin rounds it.
-    factor = tl.load(scale + row * channels + c, mask=inside, other=0.0).to(x.dtype.element_ty).to(tl.float32)
+    factor = (
+        tl.load(scale + row * channels + c, mask=inside, other=0.0)
+        .to(x.dtype.element_ty)
+        .to(tl.float32)
+    )
     shift = tl.load(beta + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, (tl.load(place, mask=inside, other=0.0).to(tl.float32) * factor + shift).to(x.dtype.element_ty), mask=inside)
+    tl.store(
+        place,
+        (tl.load(place, mask=inside, other=0.0).to(tl.float32) * factor + shift).to(
+            x.dtype.element_ty
+        ),
+        mask=inside,
+    )

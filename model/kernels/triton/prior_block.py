@@ -41,14 +41,42 @@ def prior_block(h: Tensor, extra: Tensor, w: BlockWeights) -> Tensor:
     y = torch.empty(B, inner, dtype=torch.float32, device=h.device)
     moments = torch.empty(tiles, 2, ROWS, dtype=torch.float32, device=h.device)
     parts = torch.empty(slices, B, D, dtype=torch.float32, device=h.device)
-    out, shared = torch.empty_like(h), {"ROWS": ROWS, "PRECISION": "ieee" if h.dtype == torch.float32 else "tf32"}
-    _expand[tiles,](h, w.first, extra, y, moments, B, D, inner, *w.first.stride(), TILE=_EXPANDED, BLOCK=_BLOCK, **shared, num_stages=4)
+    out, shared = (
+        torch.empty_like(h),
+        {"ROWS": ROWS, "PRECISION": "ieee" if h.dtype == torch.float32 else "tf32"},
+    )
+    _expand[tiles,](
+        h,
+        w.first,
+        extra,
+        y,
+        moments,
+        B,
+        D,
+        inner,
+        *w.first.stride(),
+        TILE=_EXPANDED,
+        BLOCK=_BLOCK,
+        **shared,
+        num_stages=4,
+    )
     _contract[triton.cdiv(D, _CONTRACTED), slices](
         y, moments, w.scale, w.shift, w.last, parts, B, D, inner, *w.last.stride(),
         EXPANDED=_EXPANDED, TILES=triton.next_power_of_2(tiles), TILE=_CONTRACTED, SLICE=_SLICE,
         **shared, num_warps=16,
     )  # fmt: skip
-    _join[B,](h, parts, w.last_scale, w.last_shift, out, B, D, SLICES=slices, BLOCK=triton.next_power_of_2(D), num_warps=16)
+    _join[B,](
+        h,
+        parts,
+        w.last_scale,
+        w.last_shift,
+        out,
+        B,
+        D,
+        SLICES=slices,
+        BLOCK=triton.next_power_of_2(D),
+        num_warps=16,
+    )
     return out
 
 
@@ -67,8 +95,14 @@ def _expand(
     total = tl.zeros([ROWS, TILE], tl.float32)
     for start in range(0, channels, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        own = tl.load(h + m[:, None] * channels + k[None, :], mask=there & (k < channels)[None, :], other=0.0)
-        part = tl.load(weight + k[:, None] * by_input + n[None, :] * by_output, mask=(k < channels)[:, None] & inside, other=0.0)
+        own = tl.load(
+            h + m[:, None] * channels + k[None, :], mask=there & (k < channels)[None, :], other=0.0
+        )
+        part = tl.load(
+            weight + k[:, None] * by_input + n[None, :] * by_output,
+            mask=(k < channels)[:, None] & inside,
+            other=0.0,
+        )
         total = tl.dot(own, part, total, input_precision=PRECISION)
     place = m[:, None] * inner + n[None, :]
     total += tl.load(extra + place, mask=there & inside, other=0.0).to(tl.float32)
@@ -90,10 +124,18 @@ def _contract(
     Each part is over one slice of the inputs.
     """
     slice_ = tl.program_id(1)
-    m, n, k = tl.arange(0, ROWS), tl.program_id(0) * TILE + tl.arange(0, TILE), slice_ * SLICE + tl.arange(0, SLICE)
+    m, n, k = (
+        tl.arange(0, ROWS),
+        tl.program_id(0) * TILE + tl.arange(0, TILE),
+        slice_ * SLICE + tl.arange(0, SLICE),
+    )
     there, known = (m < rows)[:, None], k < inner
     # First of all: what follows is done while they are on their way.
-    part = tl.load(weight + k[:, None] * by_input + n[None, :] * by_output, mask=known[:, None] & (n < channels)[None, :], other=0.0)
+    part = tl.load(
+        weight + k[:, None] * by_input + n[None, :] * by_output,
+        mask=known[:, None] & (n < channels)[None, :],
+        other=0.0,
+    )
     tile = tl.arange(0, TILES)[None, :]
     count = tl.maximum(tl.minimum(EXPANDED, inner - tile * EXPANDED), 0).to(tl.float32)
     means = tl.load(moments + 2 * tile * ROWS + m[:, None], mask=count > 0, other=0.0)
@@ -102,10 +144,16 @@ def _contract(
     variance = tl.sum(squares + count * (means - mean) * (means - mean), axis=1)[:, None] / inner
     wide = tl.load(y + m[:, None] * inner + k[None, :], mask=there & known[None, :], other=0.0)
     factor = tl.load(scale + k, mask=known, other=0.0).to(tl.float32)[None, :]
-    normed = (wide - mean) / tl.sqrt(variance + 1e-5) * factor + tl.load(shift + k, mask=known, other=0.0).to(tl.float32)[None, :]
+    normed = (wide - mean) / tl.sqrt(variance + 1e-5) * factor + tl.load(
+        shift + k, mask=known, other=0.0
+    ).to(tl.float32)[None, :]
     bent = 0.5 * normed * (1.0 + tl.erf(normed * 0.7071067811865476))
     product = tl.dot(tl.where(there, bent, 0.0).to(part.dtype), part, input_precision=PRECISION)
-    tl.store(parts + (slice_ * rows + m[:, None]) * channels + n[None, :], product, mask=there & (n < channels)[None, :])
+    tl.store(
+        parts + (slice_ * rows + m[:, None]) * channels + n[None, :],
+        product,
+        mask=there & (n < channels)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -119,6 +167,8 @@ def _join(h, parts, scale, shift, out, rows, channels, SLICES: tl.constexpr, BLO
     apart = tl.where(inside, total - tl.sum(total, axis=0) / channels, 0.0)
     variance = tl.sum(apart * apart, axis=0) / channels
     factor = tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
-    normed = apart / tl.sqrt(variance + 1e-5) * factor + tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)
+    normed = apart / tl.sqrt(variance + 1e-5) * factor + tl.load(
+        shift + c, mask=inside, other=0.0
+    ).to(tl.float32)
     own = tl.load(h + row * channels + c, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * channels + c, (own + normed).to(out.dtype.element_ty), mask=inside)

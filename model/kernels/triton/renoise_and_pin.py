@@ -15,15 +15,27 @@ _BLOCK = 1024
 
 
 def renoise_and_pin(
-    drawn: Tensor, source: Tensor, uniform: Tensor, probability: Tensor, kept: tuple[Tensor, Tensor] | None = None
+    drawn: Tensor,
+    source: Tensor,
+    uniform: Tensor,
+    probability: Tensor,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute as the twin."""
     B, tokens = len(drawn), drawn[0].numel()
-    drawn, source, uniform, probability = (part.contiguous() for part in (drawn, source, uniform, probability))
+    drawn, source, uniform, probability = (
+        part.contiguous() for part in (drawn, source, uniform, probability)
+    )
     clean, following = torch.empty_like(drawn), torch.empty_like(drawn)
-    keep, pinned = (drawn, drawn) if kept is None else (kept[0].contiguous().view(torch.uint8), kept[1].contiguous())
+    keep, pinned = (
+        (drawn, drawn)
+        if kept is None
+        else (kept[0].contiguous().view(torch.uint8), kept[1].contiguous())
+    )
     parts = drawn, source, uniform, probability, keep, pinned, clean, following
-    _renoise_and_pin[triton.cdiv(tokens, _BLOCK), B](*parts, tokens, KEPT=kept is not None, BLOCK=_BLOCK)
+    _renoise_and_pin[triton.cdiv(tokens, _BLOCK), B](
+        *parts, tokens, KEPT=kept is not None, BLOCK=_BLOCK
+    )
     return clean, following
 
 
@@ -38,7 +50,10 @@ def _renoise_and_pin(
     renoised = tl.load(uniform + place, mask=inside, other=1.0) <= tl.load(probability + row)
     fresh = tl.where(renoised, tl.load(source + place, mask=inside, other=0), own)
     if KEPT:
-        stays, value = tl.load(keep + place, mask=inside, other=0) != 0, tl.load(pinned + place, mask=inside, other=0)
+        stays, value = (
+            tl.load(keep + place, mask=inside, other=0) != 0,
+            tl.load(pinned + place, mask=inside, other=0),
+        )
         own, fresh = tl.where(stays, value, own), tl.where(stays, value, fresh)
     tl.store(clean + place, own, mask=inside)
     tl.store(following + place, fresh, mask=inside)

@@ -26,7 +26,9 @@ _TOKENS = 70
 Random = Callable[..., Tensor]
 
 
-def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig) -> list[str]:
+def disagreeing(
+    device: torch.device, dtype: torch.dtype, config: DenoiserConfig | PriorConfig
+) -> list[str]:
     """Name the network's kernels whose results are not their twins'.
 
     Raises the error of a kernel that does not compile.
@@ -39,9 +41,16 @@ def disagreeing(device: torch.device, dtype: torch.dtype, config: DenoiserConfig
     if isinstance(config, PriorConfig):
         return [] if _prior_error(random, config) < _ERROR else ["prior_block"]
     wrong = [
-        f"{name} of {C} channels" for C in sorted({*config.c_hidden}) for name, error in _errors(random, C).items() if not error < _ERROR
+        f"{name} of {C} channels"
+        for C in sorted({*config.c_hidden})
+        for name, error in _errors(random, C).items()
+        if not error < _ERROR
     ]
-    wrong += [f"{sampler} draw" for sampler in SAMPLERS if not _agreement(sampler, random, config) >= _AGREEMENT]
+    wrong += [
+        f"{sampler} draw"
+        for sampler in SAMPLERS
+        if not _agreement(sampler, random, config) >= _AGREEMENT
+    ]
     return wrong if _moves_tokens(random) else [*wrong, "renoise_and_pin"]
 
 
@@ -49,9 +58,15 @@ def _errors(random: Random, C: int) -> dict[str, float]:
     """Return the errors of a convolution block's kernels. NaN is no small error."""
     x, skip, bias = random(2, 5, 6, C), random(2, 5, 6, C), random(C)
     errors = {}
-    for name, other, inputs in (("depthwise_norm", None, 1), ("depthwise_norm with a skip", skip, 2)):
+    for name, other, inputs in (
+        ("depthwise_norm", None, 1),
+        ("depthwise_norm with a skip", skip, 2),
+    ):
         weight = random(C, inputs, 3, 3)
-        errors[name] = _error(depthwise_norm(x, other, taps_of(weight), bias), plain_depthwise_norm(x, other, weight, bias))
+        errors[name] = _error(
+            depthwise_norm(x, other, taps_of(weight), bias),
+            plain_depthwise_norm(x, other, weight, bias),
+        )
     response = random(2, 30, 4 * C), random(4 * C), random(4 * C)
     errors["gelu_response"] = _error(gelu_response(*response), plain_gelu_response(*response))
     return errors
@@ -59,7 +74,10 @@ def _errors(random: Random, C: int) -> dict[str, float]:
 
 def _agreement(sampler: Fused, random: Random, config: DenoiserConfig) -> float:
     """Return the share of tokens with the twin's code; 1 for a sampler without a kernel."""
-    features, weight = random(_TOKENS, config.c_out) / config.c_out**0.5, random(config.num_labels, config.c_out)
+    features, weight = (
+        random(_TOKENS, config.c_out) / config.c_out**0.5,
+        random(config.num_labels, config.c_out),
+    )
     if not supported(sampler, weight):
         return 1.0
     given = features, weight, random(_TOKENS).float().exp(), random(_TOKENS).float().sigmoid()
@@ -70,14 +88,21 @@ def _moves_tokens(random: Random) -> bool:
     """Return whether all renoised tokens are the twin's: they are moved, not computed."""
     drawn, source, pinned = (random(2, 5, 6).mul(100).long() for _ in range(3))
     given = drawn, source, random(2, 5, 6).float().sigmoid(), random(2).float().sigmoid()
-    results = ((renoise_and_pin(*given, kept), sampling.renoise_and_pin(*given, kept)) for kept in (None, (random(2, 5, 6) > 0, pinned)))
-    return all(torch.equal(torch.stack(found), torch.stack(expected)) for found, expected in results)
+    results = (
+        (renoise_and_pin(*given, kept), sampling.renoise_and_pin(*given, kept))
+        for kept in (None, (random(2, 5, 6) > 0, pinned))
+    )
+    return all(
+        torch.equal(torch.stack(found), torch.stack(expected)) for found, expected in results
+    )
 
 
 def _prior_error(random: Random, config: PriorConfig) -> float:
     D, inner = config.c_hidden, 4 * config.c_hidden
     first = (random(inner, D + config.clip_r + config.c_r) / D**0.5)[:, :D].T
-    weights = BlockWeights(first, random(inner), random(inner), random(D, inner) / inner**0.5, random(D), random(D))
+    weights = BlockWeights(
+        first, random(inner), random(inner), random(D, inner) / inner**0.5, random(D), random(D)
+    )
     given = random(3, D), random(3, inner), weights
     return _error(prior_block(*given), plain_block(*given))
 

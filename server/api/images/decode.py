@@ -120,7 +120,9 @@ def decode(content: bytes, limits: ImageLimits, param: str = "image") -> Decoded
     return DecodedImage(rgb, alpha, hashlib.sha256(content).hexdigest())
 
 
-def repaint_mask(image: DecodedImage, mode: MaskMode | None, size: tuple[int, int], param: str = "mask") -> Mask:
+def repaint_mask(
+    image: DecodedImage, mode: MaskMode | None, size: tuple[int, int], param: str = "mask"
+) -> Mask:
     """Return bool [H, W], true where the target image of `size` (width, height) is repainted.
 
     Values between the extremes count as the nearer one. An image without a separate mask may serve
@@ -138,7 +140,9 @@ def repaint_mask(image: DecodedImage, mode: MaskMode | None, size: tuple[int, in
     """
     if image.size != size:
         width, height = image.size
-        message = f"must be as large as the image, {size[0]}x{size[1]} pixels (sent: {width}x{height})"
+        message = (
+            f"must be as large as the image, {size[0]}x{size[1]} pixels (sent: {width}x{height})"
+        )
         raise _unprocessable("mask_size_mismatch", param, message)
     if mode == "alpha" and image.alpha is None:
         message = "has no alpha channel; send one, or mask_mode luminance with white to repaint"
@@ -208,7 +212,9 @@ def _arrays(image: PIL.Image.Image) -> tuple[Pixels, NDArray[np.uint8] | None]:
     return rgba[..., :3].copy(), rgba[..., 3].copy()
 
 
-def _from_16_bits(grey: NDArray[np.integer], transparent: int | None) -> tuple[Pixels, NDArray[np.uint8] | None]:
+def _from_16_bits(
+    grey: NDArray[np.integer], transparent: int | None
+) -> tuple[Pixels, NDArray[np.uint8] | None]:
     """Return the upper byte, as Pillow does for 16-bit colours; its grey conversion clips."""
     rgb = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
     alpha = None if transparent is None else np.where(grey == transparent, 0, 255).astype(np.uint8)

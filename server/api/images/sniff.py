@@ -20,7 +20,9 @@ PNG_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND"})
 MAX_PNG_CHUNKS = 20_000
 
 JPEG_SOI, JPEG_SOS = b"\xff\xd8", b"\xff\xda"
-JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
+JPEG_FRAMES = frozenset(
+    {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+)
 # Comments and application data, except JFIF (E0) and Adobe (EE), which define the colour coding.
 JPEG_EXTRAS = frozenset({0xFE, 0xEF, *range(0xE1, 0xEE)})
 EXIF = b"Exif\0\0"
@@ -99,7 +101,10 @@ def _png(content: bytes) -> ImageFile:
     width, height = struct.unpack_from(">II", content, 16)
     kept, start = [PNG_MAGIC], len(PNG_MAGIC)
     for _ in range(MAX_PNG_CHUNKS):
-        name, end = content[start + 4 : start + 8], start + 12 + int.from_bytes(content[start : start + 4])
+        name, end = (
+            content[start + 4 : start + 8],
+            start + 12 + int.from_bytes(content[start : start + 4]),
+        )
         if name in PNG_CHUNKS:
             kept.append(content[start:end])
         start = end
@@ -114,7 +119,10 @@ def _jpeg(content: bytes) -> ImageFile:
     for _ in range(MAX_JPEG_SEGMENTS):
         while content[start : start + 2] == b"\xff\xff":  # a marker may be padded
             start += 1
-        marker, end = content[start + 1], start + 2 + struct.unpack_from(">H", content, start + 2)[0]
+        marker, end = (
+            content[start + 1],
+            start + 2 + struct.unpack_from(">H", content, start + 2)[0],
+        )
         if content[start] != 0xFF:
             raise DamagedFileError("there is no marker where a segment must begin")
         if marker in JPEG_FRAMES:
