@@ -98,7 +98,15 @@ MARKERS = "not slow and not browser and not ray and not observability and not gp
 NICENESS = 10
 POLL_S = 0.05
 PACKAGES = ("load_tests", "model", "server", "tests")
-PRELOADED = ("PIL.Image", "numpy", "prometheus_client", "pydantic", "safetensors.torch", "scipy.stats", "torch")
+PRELOADED = (
+    "PIL.Image",
+    "numpy",
+    "prometheus_client",
+    "pydantic",
+    "safetensors.torch",
+    "scipy.stats",
+    "torch",
+)
 LEAST_TIMEOUT_S = 60.0
 TIMEOUT_FACTOR = 5.0
 FAILED, INTERRUPTED, USAGE_ERROR = 1, 2, 4
@@ -175,7 +183,10 @@ class Copy:
             os.chdir(self.directory)
             os.environ.update(PYTHONPATH=str(self.directory), PYTHONDONTWRITEBYTECODE="1")
             sys.dont_write_bytecode = True
-            sys.path[:] = [str(self.directory), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+            sys.path[:] = [
+                str(self.directory),
+                *(path for path in sys.path if Path(path or ".").resolve() != ROOT),
+            ]
             for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
                 del sys.modules[name]
             nothing = os.open(os.devnull, os.O_RDWR)

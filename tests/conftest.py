@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,7 +132,7 @@ def _fast_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", refuse)
         patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
-        patch.setattr(uvicorn.Server, "run", refuse)
+        patch.setattr("tests.conftest.start_thread", refuse)
         yield
 
 
@@ -392,8 +392,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 @contextmanager
 def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]:
     """The server in a thread, once it listens."""
-    thread = threading.Thread(target=server.run, kwargs={"sockets": list(listeners)})
-    thread.start()
+    thread = start_thread(server, listeners)
     try:
         wait_until(lambda: server.started)
         yield
@@ -402,6 +401,13 @@ def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]
         thread.join()
         for listener in listeners:
             listener.close()
+
+
+def start_thread(server: uvicorn.Server, listeners: Sequence[socket.socket]) -> threading.Thread:
+    """Start a server in a thread; --fast refuses it."""
+    thread = threading.Thread(target=server.run, kwargs={"sockets": list(listeners)})
+    thread.start()
+    return thread
 
 
 def wait_until(
