@@ -152,9 +152,9 @@ class Copy:
             path.write_text(original)
 
     def run_tests(self, tests: Sequence[str], timeout_s: float) -> tuple[int | None, float]:
-        """Run the test files until the first failure; return pytest's exit code, None after a timeout, and seconds.
+        """Run the test files until the first failure.
 
-        The tests run in a fork of this process, which has imported what takes long to import.
+        Return pytest's exit code, None after a timeout, and seconds. The tests run in a fork of this process, which has imported what takes long to import.
         """
         began = time.monotonic()
         pid = os.fork()

@@ -89,7 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Fixtures that start a server with a worker process, and modules of which every test starts a
 # process.
-PROCESS_FIXTURES = {"fake_server", "live_server"}
+PROCESS_FIXTURES = {"fake_server", "inpaint", "live_server"}
 PROCESS_MODULES = {
     "test_browser",
     "test_client",
