@@ -91,11 +91,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # process.
 PROCESS_FIXTURES = {"fake_server", "inpaint", "live_server"}
 PROCESS_MODULES = {
+    "test_api",
+    "test_bench",
     "test_browser",
     "test_client",
     "test_docker",
     "test_end_to_end",
     "test_examples",
+    "test_faults",
     "test_full_disk",
     "test_models",
     "test_observability",
@@ -114,7 +117,19 @@ TRAINING_MODULES = {
     "test_training",
     "test_training_loop",
 }
-NOT_FAST = ("browser", "gpu", "observability", "process", "ray", "slow", "training")
+# Modules that compute for seconds: interpreted kernels, networks of the published size.
+HEAVY_MODULES = {
+    "test_agreement",
+    "test_cli_generate",
+    "test_evaluate",
+    "test_full_size",
+    "test_gpu_script",
+    "test_kernels_denoiser",
+    "test_kernels_twins",
+    "test_render",
+    "test_weights_check",
+}
+NOT_FAST = ("browser", "gpu", "heavy", "observability", "process", "ray", "slow", "training")
 
 
 @pytest.fixture(autouse=True)
@@ -124,13 +139,20 @@ def _fast_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
 
+    create = subprocess.Popen.__init__
+
     def refuse(*_: object, **__: object) -> Never:
         pytest.fail(
             "a fast test starts no process and no server: mark it with `process`", pytrace=False
         )
 
+    def refuse_process(process: Any, args: Any, *rest: Any, **more: Any) -> None:
+        if "uname" not in args:  # the standard library asks it for the processor's name
+            refuse()
+        create(process, args, *rest, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", refuse)
+        patch.setattr(subprocess.Popen, "__init__", refuse_process)
         patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
         patch.setattr("tests.conftest.start_thread", refuse)
         yield
@@ -154,6 +176,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("process")
         if item.path.stem in TRAINING_MODULES:
             item.add_marker("training")
+        if item.path.stem in HEAVY_MODULES:
+            item.add_marker("heavy")
     unwanted = set(NOT_FAST if config.getoption("--fast") else ())
     if "ray" not in config.option.markexpr:
         unwanted.add("ray")
