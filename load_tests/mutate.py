@@ -109,7 +109,8 @@ PRELOADED = (
 )
 LEAST_TIMEOUT_S = 60.0
 TIMEOUT_FACTOR = 5.0
-FAILED, INTERRUPTED, USAGE_ERROR = 1, 2, 4
+BASELINE_TIMEOUT_S = 1200.0
+FAILED, INTERRUPTED, USAGE_ERROR, NO_TESTS = 1, 2, 4, 5
 
 Outcome = Literal["caught", "timeout", "survived", "equivalent"]
 
@@ -152,10 +153,10 @@ class Copy:
             path.write_text(original)
 
     def run_tests(self, tests: Sequence[str], timeout_s: float) -> tuple[int | None, float]:
-        """Run the test files until the first failure; return pytest's exit code, None after a
-        timeout, and seconds.
+        """Run the test files until the first failure.
 
-        The tests run in a fork of this process, which has imported what takes long to import.
+        Return pytest's exit code, None after a timeout, and seconds. The tests run in a fork of
+        this process, which has imported what takes long to import.
         """
         began = time.monotonic()
         pid = os.fork()
@@ -291,18 +292,23 @@ def _run_all(copy: Copy, mutants: Sequence[Mutant]) -> Iterator[Result]:
     baselines: dict[str, float] = {}
     for number, mutant in enumerate(mutants, 1):
         tests = related_tests(mutant.module, copy.directory)
-        if mutant.module not in baselines:
-            code, baselines[mutant.module] = copy.run_tests(tests, timeout_s=600)
-            if code != 0:
-                sys.exit(f"the tests of {mutant.module} fail without a mutant: {' '.join(tests)}")
-        timeout_s = max(LEAST_TIMEOUT_S, TIMEOUT_FACTOR * baselines[mutant.module])
+        for test in tests:
+            if test not in baselines and mutant.identity not in EQUIVALENT:
+                baselines[test] = _baseline(copy, test)
+        seconds = sum(baselines.get(test, 0.0) for test in tests)
+        timeout_s = max(LEAST_TIMEOUT_S, TIMEOUT_FACTOR * seconds)
         result = run_mutant(copy, mutant, tests, timeout_s)
-        print(
-            f"{number}/{len(mutants)} {result.outcome} {result.seconds:.0f} s {mutant.identity}",
-            file=sys.stderr,
-            flush=True,
-        )
+        progress = f"{number}/{len(mutants)} {result.outcome} {result.seconds:.0f} s"
+        print(f"{progress} {mutant.identity}", file=sys.stderr, flush=True)
         yield result
+
+
+def _baseline(copy: Copy, test: str) -> float:
+    """Return the seconds of a test file without a mutant. Raise SystemExit if it fails."""
+    code, seconds = copy.run_tests([test], timeout_s=BASELINE_TIMEOUT_S)
+    if code not in (0, NO_TESTS):
+        sys.exit(f"{test} fails without a mutant")
+    return seconds
 
 
 def run_mutant(copy: Copy, mutant: Mutant, tests: Sequence[str], timeout_s: float) -> Result:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,13 +90,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Fixtures that start a server with a worker process, and modules of which every test starts a
 # process.
-PROCESS_FIXTURES = {"fake_server", "live_server"}
+PROCESS_FIXTURES = {"fake_server", "inpaint", "live_server"}
 PROCESS_MODULES = {
+    "test_api",
+    "test_bench",
     "test_browser",
     "test_client",
     "test_docker",
     "test_end_to_end",
     "test_examples",
+    "test_faults",
     "test_full_disk",
     "test_models",
     "test_observability",
@@ -115,7 +118,19 @@ TRAINING_MODULES = {
     "test_training",
     "test_training_loop",
 }
-NOT_FAST = ("browser", "gpu", "observability", "process", "ray", "slow", "training")
+# Modules that compute for seconds: interpreted kernels, networks of the published size.
+HEAVY_MODULES = {
+    "test_agreement",
+    "test_cli_generate",
+    "test_evaluate",
+    "test_full_size",
+    "test_gpu_script",
+    "test_kernels_denoiser",
+    "test_kernels_twins",
+    "test_render",
+    "test_weights_check",
+}
+NOT_FAST = ("browser", "gpu", "heavy", "observability", "process", "ray", "slow", "training")
 
 
 @pytest.fixture(autouse=True)
@@ -125,15 +140,22 @@ def _fast_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
 
+    create = subprocess.Popen.__init__
+
     def refuse(*_: object, **__: object) -> Never:
         pytest.fail(
             "a fast test starts no process and no server: mark it with `process`", pytrace=False
         )
 
+    def refuse_process(process: Any, args: Any, *rest: Any, **more: Any) -> None:
+        if "uname" not in args:  # the standard library asks it for the processor's name
+            refuse()
+        create(process, args, *rest, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", refuse)
+        patch.setattr(subprocess.Popen, "__init__", refuse_process)
         patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
-        patch.setattr(uvicorn.Server, "run", refuse)
+        patch.setattr("tests.conftest.start_thread", refuse)
         yield
 
 
@@ -155,6 +177,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("process")
         if item.path.stem in TRAINING_MODULES:
             item.add_marker("training")
+        if item.path.stem in HEAVY_MODULES:
+            item.add_marker("heavy")
     unwanted = set(NOT_FAST if config.getoption("--fast") else ())
     if "ray" not in config.option.markexpr:
         unwanted.add("ray")
@@ -393,8 +417,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 @contextmanager
 def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]:
     """The server in a thread, once it listens."""
-    thread = threading.Thread(target=server.run, kwargs={"sockets": list(listeners)})
-    thread.start()
+    thread = start_thread(server, listeners)
     try:
         wait_until(lambda: server.started)
         yield
@@ -403,6 +426,13 @@ def running(server: uvicorn.Server, *listeners: socket.socket) -> Iterator[None]
         thread.join()
         for listener in listeners:
             listener.close()
+
+
+def start_thread(server: uvicorn.Server, listeners: Sequence[socket.socket]) -> threading.Thread:
+    """Start a server in a thread; --fast refuses it."""
+    thread = threading.Thread(target=server.run, kwargs={"sockets": list(listeners)})
+    thread.start()
+    return thread
 
 
 def wait_until(

@@ -247,6 +247,7 @@ def test_posts_beyond_the_rate_are_429_with_the_time_to_come_back_and_the_rest_i
     assert rejected(client, "rate_limit_exceeded") == 1
 
 
+@pytest.mark.process
 def test_a_key_s_requests_beyond_its_number_are_429_others_are_not_and_only_it_can_end_its_own(
     fake_settings: Configure,
 ) -> None:
@@ -274,6 +275,7 @@ def test_a_key_s_requests_beyond_its_number_are_429_others_are_not_and_only_it_c
 # ── the head ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.process
 def test_urls_and_headers_that_are_too_long_are_refused_in_the_one_shape(
     fake_settings: Configure,
 ) -> None:
@@ -287,6 +289,7 @@ def test_urls_and_headers_that_are_too_long_are_refused_in_the_one_shape(
 
 
 @pytest.mark.parametrize("endless", [b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\n"])
+@pytest.mark.process
 def test_a_head_that_does_not_end_is_not_kept(fake_settings: Configure, endless: bytes) -> None:
     more = b"X: x\r\n" if endless.endswith(b"\n") else b"x"
     with (
@@ -300,6 +303,7 @@ def test_a_head_that_does_not_end_is_not_kept(fake_settings: Configure, endless:
 @pytest.mark.parametrize(
     "begun", [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\nGET /"]
 )
+@pytest.mark.process
 def test_a_head_that_takes_too_long_is_not_waited_for(
     fake_settings: Configure, begun: bytes
 ) -> None:
@@ -308,6 +312,7 @@ def test_a_head_that_takes_too_long_is_not_waited_for(
     assert received.count(b"HTTP/1.1 ") == begun.count(b"\r\n\r\n")
 
 
+@pytest.mark.process
 def test_a_body_that_does_not_go_on_is_answered_and_not_waited_for(
     fake_settings: Configure, access_log: pytest.LogCaptureFixture
 ) -> None:
@@ -322,11 +327,13 @@ def test_a_body_that_does_not_go_on_is_answered_and_not_waited_for(
     assert said(access_log, "slow")["status"] == 408
 
 
+@pytest.mark.process
 def test_an_answer_may_take_longer_than_its_request_may(fake_settings: Configure) -> None:
     with served(fake_settings(receive_timeout_s=0.2)) as client:
         assert client.post("/generate", json={"prompt": "hold", "timeout_s": 1}).status_code == 504
 
 
+@pytest.mark.process
 def test_a_long_body_is_no_long_head(fake_settings: Configure) -> None:
     with listening(fake_settings()) as (port,):
         for _ in range(2):
@@ -341,6 +348,7 @@ def test_a_long_body_is_no_long_head(fake_settings: Configure) -> None:
 # ── ports, proxies, pages ─────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.process
 def test_health_and_metrics_can_be_on_a_port_of_their_own_and_only_there(
     fake_settings: Configure,
 ) -> None:
@@ -357,6 +365,7 @@ def test_health_and_metrics_can_be_on_a_port_of_their_own_and_only_there(
     ("trusted", "client"),
     [("", "127.0.0.1"), ("10.0.0.0/8", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.9")],
 )
+@pytest.mark.process
 def test_who_a_proxy_says_is_asking_is_believed_of_trusted_proxies_alone(
     fake_settings: Configure, access_log: pytest.LogCaptureFixture, trusted: str, client: str
 ) -> None:

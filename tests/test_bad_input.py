@@ -232,6 +232,7 @@ def test_a_body_of_unannounced_length_is_bounded_too(client: httpx.Client) -> No
     refused(client.post("/generate", content=chunks(34_000), headers=JSON), 413, None, "bytes")
 
 
+@pytest.mark.process
 def test_the_configured_bound_holds_for_announced_and_streamed_bodies(
     fake_settings: Callable[..., Settings],
 ) -> None:

@@ -66,6 +66,7 @@ def damaged_bundle(random_bundle: Path, tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.process
 def test_help_needs_none_of_the_heavy_libraries() -> None:
     script = (
         "import sys, server.cli; print(*({'torch', 'fastapi', 'pydantic', 'PIL', 'numpy'} & "
@@ -218,6 +219,7 @@ def test_serve_keeps_torch_out_of_the_api_process(server: Server) -> None:
 
 
 @pytest.mark.parametrize(("drain_timeout_s", "status"), [("600", 200), ("0", 503)])
+@pytest.mark.process
 def test_a_terminated_server_gives_what_is_running_its_time_and_exits_with_0(
     random_bundle: Path, drain_timeout_s: str, status: int
 ) -> None:
@@ -247,6 +249,7 @@ def test_a_terminated_server_gives_what_is_running_its_time_and_exits_with_0(
             httpx.get(f"{server.url}/healthz")
 
 
+@pytest.mark.process
 def test_used_port_is_told_in_one_line(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = str(used.getsockname()[1])
@@ -262,6 +265,7 @@ def test_used_port_is_told_in_one_line(bundle: Path) -> None:
         (["--port", "65536"], ["port", "65535", "65536"]),
     ],
 )
+@pytest.mark.process
 def test_settings_that_cannot_be_served_are_refused_in_one_line(
     options: list[str], words: list[str]
 ) -> None:
@@ -269,6 +273,7 @@ def test_settings_that_cannot_be_served_are_refused_in_one_line(
     assert_one_line(result.stderr, result.returncode, 2, *words)
 
 
+@pytest.mark.process
 def test_bad_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAELLERA_QUEUE_ROWS", "many")
     result = paellera_process("serve")

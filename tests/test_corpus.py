@@ -59,6 +59,7 @@ def test_spans_and_lengths_fit_the_bytes(small):
             assert torch.equal(there, start < stop)
 
 
+@pytest.mark.process
 def test_the_number_of_processes_changes_nothing(monkeypatch):
     monkeypatch.setattr(corpus, "_CHUNK", 50)
     alone, two = (corpus.sample_arrays(120, 5, processes) for processes in (1, 2))
@@ -76,6 +77,7 @@ def test_a_file_holds_everything(small, tmp_path):
         assert torch.equal(getattr(again.layouts, name), getattr(small.layouts, name))
 
 
+@pytest.mark.process
 def test_sampling_needs_no_torch():
     code = "import sys; from model.training import corpus; corpus.sample_arrays(20, 0, 1); "
     code += "sys.exit('torch' in sys.modules)"

@@ -316,6 +316,7 @@ print((resident_mib(os.getpid(), peak=True) - baseline) * 2**20)
 """
 
 
+@pytest.mark.process
 def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_file(tmp_path):
     largest = 16 * 2**20
     path = saved({f"layer.{i}": torch.ones(largest // 4) for i in range(24)}, tmp_path / "large.pt")

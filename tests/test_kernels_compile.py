@@ -28,6 +28,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.process
 def test_at_the_published_sizes_every_kernel_compiles_for_a100_and_h100_and_fits_them():
     # In a process of its own: in this one Triton interprets.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -326,6 +326,7 @@ def test_a_stream_that_fails_raises_in_the_client(api: OpenAI) -> None:
     assert (failure.value.code, failure.value.type) == ("internal", "server_error")
 
 
+@pytest.mark.process
 def test_closing_a_stream_frees_its_rows(fake_settings: Configure) -> None:
     with (
         serving(create_app(fake_settings(), worker=fake_worker.main)) as address,
@@ -427,6 +428,7 @@ def test_the_client_repeats_a_failure_only_if_that_can_help(
     )
 
 
+@pytest.mark.process
 def test_a_wrong_key_is_401_and_the_right_one_is_let_in(fake_settings: Configure) -> None:
     with serving(
         create_app(fake_settings(api_keys="sk-0123456789abcdef"), worker=fake_worker.main)
@@ -438,6 +440,7 @@ def test_a_wrong_key_is_401_and_the_right_one_is_let_in(fake_settings: Configure
             assert known.images.generate(prompt="a ball").size == "64x32"
 
 
+@pytest.mark.process
 def test_the_client_comes_back_when_a_full_queue_says_so(fake_settings: Configure) -> None:
     settings = fake_settings(queue_rows=1, drain_timeout_s=0)
     with (

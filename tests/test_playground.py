@@ -107,6 +107,7 @@ def test_it_is_no_part_of_the_documented_interface(client: httpx.Client) -> None
     assert not {"/", "/playground/{name}"} & set(client.get("/openapi.json").json()["paths"])
 
 
+@pytest.mark.process
 def test_the_page_needs_no_key_where_what_it_asks_does(
     fake_settings: Callable[..., Settings],
 ) -> None:

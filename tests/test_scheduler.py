@@ -157,6 +157,7 @@ def test_jobs_expire_at_their_deadline_whether_running_or_waiting():
     assert s.expired(5.0) == ["running", "waiting"]
 
 
+@pytest.mark.process
 def test_the_scheduler_imports_no_torch():
     code = "import sys, server.engine.scheduler; print('torch' in sys.modules)"
     done = subprocess.run(

@@ -149,6 +149,7 @@ def test_a_failure_before_the_first_event_has_a_status_and_a_later_one_is_an_eve
     assert (name, data["error"]["code"]) == ("error", "internal")
 
 
+@pytest.mark.process
 def test_a_request_in_line_is_told_how_many_rows_are_before_it(fake_settings: Configure) -> None:
     with served(fake_settings(max_batch_rows=2, drain_timeout_s=0)) as client:
         held = {"prompt": "hold", "n": 2, "stream": True}
@@ -165,6 +166,7 @@ def test_a_request_in_line_is_told_how_many_rows_are_before_it(fake_settings: Co
 # ── readers ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.process
 def test_a_quiet_stream_sends_comments_until_its_request_is_deleted(
     fake_settings: Configure,
 ) -> None:
@@ -182,6 +184,7 @@ def test_a_quiet_stream_sends_comments_until_its_request_is_deleted(
         wait_until(lambda: metric(client, "paella_rows_running") == 0)
 
 
+@pytest.mark.process
 def test_a_reader_that_goes_away_frees_its_rows(fake_settings: Configure) -> None:
     with served(fake_settings()) as client:
         with client.stream(
@@ -219,6 +222,7 @@ async def test_a_slow_reader_gets_the_latest_preview_of_each_image_and_every_oth
     ]
 
 
+@pytest.mark.process
 async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(
     fake_settings: Configure,
 ) -> None:
