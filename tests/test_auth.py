@@ -438,6 +438,7 @@ def test_every_answer_has_the_security_headers_and_keeps_a_policy_of_its_own(
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
+@pytest.mark.process
 def test_a_request_s_line_says_what_was_asked_and_its_prompts_only_if_switched_on(
     fake_settings: Configure, access_log: pytest.LogCaptureFixture, log_prompts: bool
 ) -> None:

@@ -370,6 +370,7 @@ def test_a_regions_mask_is_as_large_as_the_picture(client: httpx.Client) -> None
     assert client.post("/generate", files=parts).status_code == 200
 
 
+@pytest.mark.process
 def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: BundleConfig) -> None:
     width, height = embedded.native_size
     app = create_app(Settings(weights="tiny", max_request_work=1), worker=fake_worker.main)
