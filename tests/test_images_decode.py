@@ -25,6 +25,7 @@ from server.api.images.decode import (
     orientation,
     repaint_mask,
 )
+from server.api.images.sniff import sniff
 from tests.hostile import (
     GREY,
     GREY_ALPHA,
@@ -241,3 +242,15 @@ async def test_no_more_requests_pictures_than_threads_are_worked_on_at_once() ->
     decoder.close()
     assert len(pictures) == 6
     assert most == 2
+
+
+def test_a_gif_keeps_its_transparent_colour_and_loses_its_other_extensions() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, 0, 0, 0])
+    image.putpixel((1, 0), 1)
+    content = encoded("GIF", image, transparency=1, comment=b"a comment")
+    assert b"a comment" in content
+    assert b"a comment" not in sniff(content).content
+    decoded = decode(content, ImageLimits())
+    assert decoded.alpha is not None
+    assert decoded.alpha.tolist() == [[255, 0]]

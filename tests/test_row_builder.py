@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
+from model.row_builder import DictCache
 from server.engine.messages import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
@@ -231,3 +232,17 @@ def test_positions_of_frames_are_even_and_end_at_the_last_keyframe():
         job("a", seeds=(0,) * 5, keyframes=(Keyframe("a"),) * 3).position(i) for i in range(5)
     ]
     assert frames == [0.0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_a_dict_cache_computes_what_it_lacks_in_one_call_and_keeps_what_it_accepts():
+    computed: list[list[str]] = []
+
+    def compute(keys: list[str]) -> list[str]:
+        computed.append(keys)
+        return [key.upper() for key in keys]
+
+    cache = DictCache(lambda key: key != "b")
+    assert cache.fetch("text", ["a", "b", "a"], compute) == ["A", "B", "A"]
+    assert cache.fetch("text", ["b", "a"], compute) == ["B", "A"]
+    assert cache.fetch("text", ["a"], compute) == ["A"]
+    assert computed == [["a", "b"], ["b"]]
