@@ -257,20 +257,6 @@ class Pipeline(ABC):
         )
         return list(self._here(clip.encode_image(scaled)).split(1))
 
-    # Old names, until nothing calls them.
-
-    def codes(self, pictures: Tensor) -> Tensor:
-        """Return `encode_images`."""
-        return self.encode_images(pictures)
-
-    def picture_embeddings(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """Return `embed_images`."""
-        return self.embed_images(pictures)
-
-    def image_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
-        """Return `prior_embeddings`."""
-        return self.prior_embeddings(prompts, noises)
-
     @torch.inference_mode()
     def start(
         self,

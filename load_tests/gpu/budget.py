@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.table import Table
 
+from load_tests.gpu.results import write_json
 from load_tests.report import Report
 
 # A task may take this many times its planned seconds, and never fewer than the second number,
@@ -101,9 +102,7 @@ class Progress:
         )
 
     def _write(self, state: dict[str, Any]) -> None:
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(state))
-        partial.replace(self._file)
+        write_json(self._file, state)
 
     def begin(self, task: str) -> None:
         self._write(self.read() | {"running": task, "since": time.time()})
@@ -200,16 +199,8 @@ class BudgetRun:
             for name, ended in self.progress.read()["ended"].items()
         }
         found = {"tasks": tasks}
-        (self.out / "gpu.json").write_text(
-            json.dumps(
-                {
-                    "report": "gpu",
-                    "date": self.report.date,
-                    "hardware": self.report.hardware,
-                    **found,
-                }
-            )
-        )
+        run = {"report": "gpu", "date": self.report.date, "hardware": self.report.hardware}
+        write_json(self.out / "gpu.json", run | found)
         return found
 
 

@@ -14,6 +14,13 @@ from rich.table import Table
 Row = dict[str, Any]
 
 
+def write_json(path: Path, content: object) -> None:
+    """Write the whole file or none of it, so that a stopped run leaves no half of one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)
+
+
 class Results:
     """directory: where `PART.json` lies; None: it is not written."""
 
@@ -31,9 +38,7 @@ class Results:
         )
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.rows, indent=1))
-            partial.replace(self._file)
+            write_json(self._file, self.rows)
 
     def table(self) -> Table:
         """Every short value of every row; a column for each name that occurs."""

@@ -149,7 +149,7 @@ class Rendered:
     def pictures(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
         pictures = rendered([case.scene for case in cases], seeds, self.atlas)
         if self.pipeline is not None:
-            return self.pipeline.decode(self.pipeline.codes(pictures))
+            return self.pipeline.decode(self.pipeline.encode_images(pictures))
         return pictures
 
 

@@ -292,18 +292,18 @@ def networks(pipeline: Pipeline, sprites: Tensor, count: int = 256) -> dict[str,
     renders = Rendered(sprites)
     for start in range(0, count, _BATCH):
         pictures = renders.pictures(cases[start : start + _BATCH], [start] * _BATCH)
-        tokens = pipeline.codes(pictures)
+        tokens = pipeline.encode_images(pictures)
         used.update(tokens.unique().tolist())
         apart = (pipeline.decode(tokens).float() - pictures.float()) / 255
         errors.append(apart.square().mean((1, 2, 3)))
-        truths += pipeline.picture_embeddings(list(pictures))
+        truths += pipeline.embed_images(list(pictures))
     prompts = pipeline.encode(texts)
     truth, text = torch.cat(truths).float(), torch.cat([prompt.clip for prompt in prompts]).float()
     similarity = F.normalize(truth, dim=-1) @ F.normalize(text, dim=-1).T
     correct = torch.arange(count, device=similarity.device)
     width, height = pipeline.config.native_size
     noises = [pipeline.noise(i, width, height, 1) for i in range(count)]
-    guessed = torch.cat(pipeline.image_embeddings(prompts, noises)).float()
+    guessed = torch.cat(pipeline.prior_embeddings(prompts, noises)).float()
     likeness = F.cosine_similarity
     return {
         "vqgan_psnr": round(float((-10 * torch.cat(errors).log10()).mean()), 2),

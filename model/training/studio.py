@@ -104,7 +104,7 @@ class Studio:
 
     def seen(self, picture: Pixels) -> Tensor:
         """Return CLIP's embedding [1, D] of a picture [H, W, 3]."""
-        return self.pipeline.picture_embeddings([torch.from_numpy(picture)])[0]
+        return self.pipeline.embed_images([torch.from_numpy(picture)])[0]
 
 
 def _repainting(request: ImageRequest, picture: Pixels, mask: Mask) -> ImageRequest:

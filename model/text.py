@@ -1,3 +1,0 @@
-"""Old name of `model.networks.text_encoders`."""
-
-from model.networks.text_encoders import *  # noqa: F403

@@ -1,3 +1,0 @@
-"""Old name of `model.bundle`."""
-
-from model.bundle import *  # noqa: F403
