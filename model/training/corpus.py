@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Arrays = dict[str, npt.NDArray[Any]]
 
 CAPTIONS = 2  # of each picture
-_ALIGNED = 0.8  # of the pictures lie on the lattice of tokens
+_ALIGNED = 0.92  # of the pictures lie on the lattice of tokens
 _LONGEST = LONGEST - 1  # bytes of a caption, so that an end mark fits behind it
 _CHUNK = 2000  # pictures that one process samples at a time
 _ATTEMPTS = 5  # at a caption of at most _LONGEST bytes

@@ -207,22 +207,22 @@ def default_background(scene: Scene) -> str:
 
 # Shares of the training mixture.
 _SHARES: dict[str, float] = {
-    "object": 0.50,  # one of _CLOSE_UPS of them a close-up
-    "shape": 0.10,
-    "pair": 0.15,
-    "count": 0.12,
-    "attribution": 0.08,
-    "three": 0.03,
+    "object": 0.60,  # one of _CLOSE_UPS of them a close-up
+    "shape": 0.08,
+    "pair": 0.12,
+    "count": 0.09,
+    "attribution": 0.07,
+    "three": 0.02,
     "empty": 0.02,
 }
-_CLOSE_UPS = 0.12  # of pictures of one object
-_ODD_ASPECTS = 0.10  # 3:2 or 2:3
-_SCENES_FOR_ONE = 0.30  # of pictures of one object: before a painted scene
+_CLOSE_UPS = 0.07  # of pictures of one object
+_ODD_ASPECTS = 0.08  # 3:2 or 2:3
+_SCENES_FOR_ONE = 0.22  # of pictures of one object: before a painted scene
 _SCENES_FOR_MORE = 0.08  # of all other pictures
 _DEFAULT_SHARE = 0.12  # of plain backgrounds: the default, beside its turn among all
 _CENTRED = 0.5
 _LONE_SIZES: tuple[Size, ...] = ("small",) * 5 + ("normal",) * 9 + ("large",) * 6
-_NORMAL_PAIRS: tuple[tuple[Size, Size], ...] = (("normal", "normal"),) * 8
+_NORMAL_PAIRS: tuple[tuple[Size, Size], ...] = (("normal", "normal"),) * 20
 _PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     *_NORMAL_PAIRS,
     ("normal", "small"),
@@ -390,18 +390,13 @@ def sample(rng: Random) -> Scene:
 
 # ── layout ────────────────────────────────────────────────────────────────────────────────────────
 
-# Longer sides in pixels; the shorter side of every picture is 256 pixels long.
-LONE_LENGTHS: dict[Size, tuple[int, ...]] = {
-    "small": (128, 128, 96),
-    "normal": (176,),
-    "large": (224,),
-}
+# Longer sides in pixels; the shorter side of every picture is 256 pixels long. Each length of a
+# kind is another set of tokens to learn, so the usual ones are few.
+LONE_LENGTHS: dict[Size, int] = {"small": 112, "normal": 176, "large": 224}
+ROOMY_PAIR_LENGTHS = LONE_LENGTHS  # of two things along 384 pixels
 PAIR_LENGTHS: dict[Size, int] = {"small": 80, "normal": 112, "large": 144}
-ROOMY_PAIR_LENGTHS: dict[Size, int] = {"small": 96, "normal": 144, "large": 192}  # along 384 pixels
-CLOSE_UP_LENGTHS: tuple[int, ...] = (304, 352, 400)
-_COUNT_LENGTH = 96
-_ROW_LENGTH = 80
-_THREE_LENGTH = 96
+_SEVERAL_LENGTH = PAIR_LENGTHS["normal"]  # of two to four of the same, and of three kinds
+_CLOSE_UP_LENGTH = 352
 _MARGIN = 4  # pixels between a thing and the picture's edge, at least
 _NOTICED = 2 * TOKEN  # a thing at a side lies so far from the middle, at least
 _INWARD = 0.25  # how often a thing at a side lies one step nearer to the middle, if there is room
@@ -466,7 +461,7 @@ def _room(kind: str, length: int, aspect: Aspect) -> tuple[int, int]:
 
 @cache
 def _sides(kind: str, size: Size, aspect: Aspect, ground: bool) -> tuple[Side, ...]:
-    room = _room(kind, max(LONE_LENGTHS[size]), aspect)
+    room = _room(kind, LONE_LENGTHS[size], aspect)
     free = [space >= _NOTICED for space in room]
     sides = [
         side
@@ -499,7 +494,7 @@ Spot = tuple[int, float, float]  # length, centre
 
 
 def _lone_spot(rng: Random, thing: Thing, aspect: Aspect) -> Spot:
-    length = pick(rng, LONE_LENGTHS[thing.size])
+    length = LONE_LENGTHS[thing.size]
     middle = (aspect[0] // 2, aspect[1] // 2)
     if thing.side == "centre":
         return length, *middle
@@ -513,7 +508,7 @@ def _lone_spot(rng: Random, thing: Thing, aspect: Aspect) -> Spot:
 
 
 def _close_up_spot(rng: Random, aspect: Aspect) -> Spot:
-    length = pick(rng, CLOSE_UP_LENGTHS)
+    length = _CLOSE_UP_LENGTH
     place = []
     for room in aspect:
         steps = int(rng.random() * (2 * _CLOSE_UP_STEPS + 1)) - _CLOSE_UP_STEPS
@@ -563,18 +558,14 @@ def _count_spots(rng: Random, thing: Thing, aspect: Aspect) -> list[Spot]:
     """Return the spots of two, three or four of the same: side by side, a triangle, two by two."""
     (left, right), (top, bottom) = _quarters(aspect)
     middle = (aspect[0] // 2, aspect[1] // 2)
-    length = _COUNT_LENGTH
+    length = _SEVERAL_LENGTH
     if thing.count == 2:
-        pair = PAIR_LENGTHS["normal"]
-        width, height = _box(thing.kind, pair)
+        width, height = _box(thing.kind, length)
         if width > 2 * height:  # long things lie better one above the other
-            return [(pair, middle[0], top), (pair, middle[0], bottom)]
-        return [(pair, left, middle[1]), (pair, right, middle[1])]
+            return [(length, middle[0], top), (length, middle[0], bottom)]
+        return [(length, left, middle[1]), (length, right, middle[1])]
     if thing.count == 4:
         return [(length, x, y) for y in (top, bottom) for x in (left, right)]
-    row = (middle[0] - 80, middle[0], middle[0] + 80)
-    if _box(thing.kind, _ROW_LENGTH)[0] <= 72 and chance(rng, 0.4):
-        return [(_ROW_LENGTH, x, middle[1]) for x in row]
     one, two = (top, bottom) if chance(rng, 0.7) else (bottom, top)
     return [(length, middle[0], one), (length, left, two), (length, right, two)]
 
@@ -590,7 +581,7 @@ def _spots(rng: Random, scene: Scene) -> list[tuple[Thing, Spot]]:
     if len(scene.things) == 3:
         (left, right), (top, bottom) = _quarters(scene.aspect)
         places = ((left, top), (right, top), (scene.aspect[0] // 2, bottom))
-        return [(t, (_THREE_LENGTH, *at)) for t, at in zip(scene.things, places, strict=True)]
+        return [(t, (_SEVERAL_LENGTH, *at)) for t, at in zip(scene.things, places, strict=True)]
     thing = scene.things[0]
     if thing.count > 1:
         return [(thing, spot) for spot in _count_spots(rng, thing, scene.aspect)]
