@@ -6,11 +6,11 @@ from __future__ import annotations
 
 _STEP_COSTS = "server/engine/latency_model.py:LatencyModel._seconds_per_round: "
 _STEP_COSTS_LINE = (
-    "return None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)"
+    "None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)"
 )
 
 EQUIVALENT: dict[str, str] = {
-    f"{_STEP_COSTS}any((cost is None for cost in costs)) -> all((cost is None for cost in costs)) in {_STEP_COSTS_LINE}": (
+    f"{_STEP_COSTS}any((each is None for each in seconds)) -> all((each is None for each in seconds)) in {_STEP_COSTS_LINE}": (
         "a cost is None if nothing was measured lately, and then all costs are"
     ),
     f"{_STEP_COSTS}0.0 -> 1.0 in {_STEP_COSTS_LINE}": "no measured cost is 0, and None costs return before",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from load_tests import mutate
+from load_tests.equivalent_mutants import EQUIVALENT
 from load_tests.mutants import Mutant, find_mutants
 from load_tests.mutate import Copy, Result, related_tests, run_mutant, sample, summary
 from load_tests.report import wilson_interval
@@ -148,3 +149,8 @@ def test_a_copy_has_the_files_of_the_working_tree_and_runs_their_tests(
     assert copy.run_tests(["tests/test_a.py"], 300.0)[0] == 0
     (boundary, *_) = find_mutants("a.py", (root / "a.py").read_text())
     assert run_mutant(copy, boundary, ["tests/test_a.py"], 300.0).outcome == "caught"
+
+
+def test_every_fault_said_to_change_nothing_is_still_in_the_code() -> None:
+    known = {mutant.identity for mutant in sample(mutate.MODULES, count=0, seed=0)}
+    assert [identity for identity in EQUIVALENT if identity not in known] == []
