@@ -1,7 +1,7 @@
 #!/bin/sh
 # A prompt becomes a PNG, and the PNG's apple another one. Usage: sh curl.sh [URL]
 set -eu
-url=${1:-${PAELLERA_URL:-http://127.0.0.1:8000}}
+url=${1:-${PAELLERA_CLIENT_URL:-http://127.0.0.1:8000}}
 
 curl --fail-with-body --silent --show-error "$url/generate" \
     --header 'Content-Type: application/json' \

@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
+default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
+url = sys.argv[1] if len(sys.argv) > 1 else default
 
 with httpx.Client(base_url=url, timeout=60) as client:
     apple = (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import httpx
 
-url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
+default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
+url = sys.argv[1] if len(sys.argv) > 1 else default
 
 prompts = (
     "a red apple on a white background",

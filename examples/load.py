@@ -11,7 +11,8 @@ from collections import Counter
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
+default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
+url = sys.argv[1] if len(sys.argv) > 1 else default
 prometheus = sys.argv[2] if len(sys.argv) > 2 else None
 
 REQUESTS = (

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from openai import OpenAI
 
-url = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAELLERA_URL", "http://127.0.0.1:8000")
+default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
+url = sys.argv[1] if len(sys.argv) > 1 else default
 
 with OpenAI(
-    base_url=f"{url}/v1", api_key=os.environ.get("PAELLERA_API_KEY", "none needed")
+    base_url=f"{url}/v1", api_key=os.environ.get("PAELLERA_CLIENT_KEY", "none needed")
 ) as client:
     drawn = client.images.generate(prompt="a cat on a white background", extra_body={"seed": 7})
     cat = base64.b64decode(drawn.data[0].b64_json)

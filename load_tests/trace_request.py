@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("server", "model")
 LIMIT = 30
 # The file to which the worker process writes what it passed.
-WORKER_FILES = "PAELLERA_TRACE_WORKER_FILES"
+WORKER_FILES = "TRACE_WORKER_FILES"
 # The signal that starts the worker's recording, and, sent again, ends it.
 TOGGLE = signal.SIGUSR1
 _TIMEOUT_S = 300.0

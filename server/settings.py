@@ -5,21 +5,34 @@ python -m server.settings > docs/settings.md
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from model.config import Encoders, Kernels
+from server.environment import PREFIX, Environment, kubernetes_variables, without_blank
 
 MIB = 2**20
-DEVICE = r"(auto|cpu|cuda(:\d+)?|mps)"
-ORIGIN = r"https?://[^\s,/]+"
+DAY_S = 86_400
+DEVICE = r"(auto|cpu|cuda(:\d{1,3})?|mps)"
+ORIGIN = r"[a-z][a-z0-9+.-]*://[^\s,/]+"
 MIN_KEY_LENGTH = 16
-PREFIX = "PAELLERA_"
+# Paths that need no key, unless `open_paths` names others.
+OPEN_PATHS = ("/", "/playground/*", "/healthz", "/health", "/readyz", "/images/*")
+# A host name, an address, or every name below a domain, without a port.
+HOST_PATTERN = re.compile(r"\*|(\*\.)?\w([\w.-]*\w)?|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -42,15 +55,57 @@ def _valid_keys(keys: SecretStr) -> SecretStr:
     return keys
 
 
+def _valid_proxies(proxies: str) -> str:
+    """Refuse what would match no client, and therefore be ignored."""
+    for proxy in _parts(proxies) if proxies.strip() != "*" else ():
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            message = "must be * alone, or addresses and networks such as 10.0.0.0/8, not {proxy}"
+            raise PydanticCustomError("proxy", message, {"proxy": repr(proxy)}) from None
+    return proxies.strip()
+
+
+def _valid_paths(paths: str | None) -> str | None:
+    for path in _parts(paths or ""):
+        if not path.startswith("/") or "*" in path.removesuffix("/*"):
+            message = "a path begins with /, and * may only follow the last /, not {path}"
+            raise PydanticCustomError("path", message, {"path": repr(path)})
+    return paths
+
+
+def _valid_hosts(hosts: str) -> str:
+    for host in _parts(hosts):
+        if not HOST_PATTERN.fullmatch(host) and not _is_address(host):
+            message = "must be *, host names, *.names and addresses without a port, not {host}"
+            raise PydanticCustomError("host", message, {"host": repr(host)})
+    return hosts
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class Settings(BaseSettings):
     """The server's settings; `Settings(port=9000)` overrides the environment.
 
+    An empty value counts as absent.
+
     Raises:
         pydantic.ValidationError: a value is invalid; the error names the field.
+        UnknownVariableError: a ValueError; an environment variable `PAELLERA_*` is no setting.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
     # ── network ──
@@ -67,9 +122,10 @@ class Settings(BaseSettings):
     ] = None
     trusted_proxies: Annotated[
         str,
+        AfterValidator(_valid_proxies),
         Field(
             description="Comma-separated addresses and networks, or *, of proxies whose"
-            " X-Forwarded-For and X-Forwarded-Proto headers are trusted"
+            " X-Forwarded-For, X-Forwarded-Proto and X-Forwarded-Host headers are trusted"
         ),
     ] = ""
     cors_origins: Annotated[
@@ -77,6 +133,23 @@ class Settings(BaseSettings):
         Field(
             pattern=rf"^(\*|{ORIGIN}(,{ORIGIN})*)?$",
             description="Comma-separated origins, or *, whose pages may call the API (CORS)",
+        ),
+    ] = ""
+    allowed_hosts: Annotated[
+        str,
+        AfterValidator(_valid_hosts),
+        Field(
+            description="Comma-separated names (*.example.com: every name below it; *: any) that"
+            " requests may have in their Host header. Default: localhost, *.localhost and"
+            " addresses if PAELLERA_HOST is loopback, else *"
+        ),
+    ] = ""
+    public_url: Annotated[
+        str,
+        Field(
+            pattern=r"^(https?://[^\s/?#@,]+(/[^\s?#]*)?)?$",
+            description="The server's own address for clients, if a proxy changes it:"
+            " https://images.example.com",
         ),
     ] = ""
 
@@ -127,7 +200,7 @@ class Settings(BaseSettings):
     graph_sizes: Annotated[
         str,
         Field(
-            pattern=r"^(\d+x\d+(,\d+x\d+)*)?$",
+            pattern=r"^([0-9]{1,5}x[0-9]{1,5}(,[0-9]{1,5}x[0-9]{1,5})*)?$",
             description="Comma-separated image sizes to capture beside the native one: 128x256",
         ),
     ] = ""
@@ -177,9 +250,13 @@ class Settings(BaseSettings):
         Field(description="Comma-separated bearer keys; empty: requests need no key"),
     ] = SecretStr("")
     open_paths: Annotated[
-        str,
-        Field(description="Comma-separated paths without a key; /x/* is everything below /x/"),
-    ] = "/,/playground/*,/docs,/openapi.json,/healthz,/readyz,/metrics"
+        str | None,
+        AfterValidator(_valid_paths),
+        Field(
+            description="Comma-separated paths without a key; /x/* is everything below /x/."
+            f" Default: {', '.join(OPEN_PATHS)}, and /metrics on PAELLERA_OPERATIONS_PORT"
+        ),
+    ] = None
     key_rate_per_minute: Annotated[
         float, Field(ge=0, description="POST requests per minute and key, on average; 0: no limit")
     ] = 0
@@ -200,28 +277,41 @@ class Settings(BaseSettings):
     ] = 60
     start_wait_s: Annotated[
         float,
-        Field(ge=0, description="Maximum wait of a request for a starting worker before 503"),
+        Field(
+            ge=0,
+            le=DAY_S,
+            description="Maximum wait of a request for a starting worker before 503",
+        ),
     ] = 30
     heartbeat_s: Annotated[
-        float, Field(gt=0, description="Interval of comments in a stream without events")
+        float, Field(gt=0, le=DAY_S, description="Interval of comments in a stream without events")
     ] = 15
     receive_timeout_s: Annotated[
         float,
         Field(
             gt=0,
+            le=DAY_S,
             description="Timeout for reading a request's headers, and between chunks of its body",
         ),
     ] = 30
     send_timeout_s: Annotated[
         float,
-        Field(gt=0, description="Timeout for a stalled client of a stream, which is disconnected"),
+        Field(
+            gt=0,
+            le=DAY_S,
+            description="Timeout for a stalled client of a stream, which is disconnected",
+        ),
     ] = 30
     stall_timeout_s: Annotated[
         float,
-        Field(gt=0, description="Timeout for a silent worker that owes an answer; it is replaced"),
+        Field(
+            gt=0,
+            le=DAY_S,
+            description="Timeout for a silent worker that owes an answer; it is replaced",
+        ),
     ] = 30
     drain_timeout_s: Annotated[
-        float, Field(ge=0, description="Time for running requests when the server stops")
+        float, Field(ge=0, le=DAY_S, description="Time for running requests when the server stops")
     ] = 30
 
     # ── log ──
@@ -231,6 +321,27 @@ class Settings(BaseSettings):
         Field(description="Minimum severity of log lines"),
     ] = "info"
     log_prompts: Annotated[bool, Field(description="Log the prompts of every request")] = False
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the arguments, then the environment."""
+        assert isinstance(init_settings, InitSettingsSource)
+        init_settings.init_kwargs = without_blank(init_settings.init_kwargs)
+        return init_settings, Environment(settings_cls)
+
+    @field_validator("operations_port")
+    @classmethod
+    def _ports_differ(cls, port: int | None, info: ValidationInfo) -> int | None:
+        if port is not None and port == info.data.get("port"):
+            raise PydanticCustomError("port", "must not be the port of the API")
+        return port
 
     @property
     def worker_devices(self) -> tuple[str, ...]:
@@ -258,9 +369,49 @@ class Settings(BaseSettings):
         """The origins of `cors_origins`."""
         return _parts(self.cors_origins)
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The entries of `allowed_hosts`; none: the default ones."""
+        return _parts(self.allowed_hosts)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `host` is an address or a name of this machine's loopback interface."""
+        name = self.host.lower().strip("[]")
+        if _is_address(name):
+            return ipaddress.ip_address(name).is_loopback
+        return name == "localhost" or name.endswith(".localhost")
+
+    @property
+    def exposure(self) -> str | None:
+        """The warning that other machines may send requests without a key, if they may."""
+        if self.is_local or self.keys:
+            return None
+        return f"listening on {self.host} without API keys; set {PREFIX}API_KEYS"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the log says at start about these settings and the environment."""
+        found = [self.exposure] if self.exposure else []
+        if not self.is_local and not self.allowed_hosts:
+            message = f"requests may name any host; set {PREFIX}ALLOWED_HOSTS"
+            found.append(f"{message} against DNS rebinding")
+        if ignored := kubernetes_variables(os.environ):
+            shown = ", ".join(ignored[:5]) + (", …" if len(ignored) > 5 else "")
+            message = f"Kubernetes' service variables are ignored: {shown}"
+            found.append(f"{message}; enableServiceLinks: false in the pod avoids them")
+        return found
+
+    @property
+    def paths_without_key(self) -> tuple[str, ...]:
+        """The entries of `open_paths`, or the default ones."""
+        if self.open_paths is not None:
+            return _parts(self.open_paths)
+        return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
+
     def is_open(self, path: str) -> bool:
-        """Return whether `open_paths` includes the path."""
-        return any(_matches(path, entry) for entry in _parts(self.open_paths))
+        """Return whether a request for the path needs no key."""
+        return any(_matches(path, entry) for entry in self.paths_without_key)
 
 
 def _matches(path: str, entry: str) -> bool:
@@ -319,6 +470,8 @@ def _allowed(info: FieldInfo) -> str:
     low, above, high = (bounds.get(kind) for kind in ("ge", "gt", "le"))
     if low is not None and high is not None:
         return f"{low}…{high}"
+    if above is not None and high is not None:
+        return f"> {above}, ≤ {high}"
     if low is not None:
         return f"≥ {low}"
     return "" if above is None else f"> {above}"

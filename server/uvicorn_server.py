@@ -91,7 +91,6 @@ class Server(uvicorn.Server):
     def __init__(self, api: FastAPI) -> None:
         self._state: AppState = api.state.paellera
         settings = self._state.settings
-        proxies = settings.trusted_proxies
 
         class Protocol(BoundedProtocol):
             head_timeout_s = settings.receive_timeout_s
@@ -102,9 +101,8 @@ class Server(uvicorn.Server):
             access_log=False,
             log_config=None,
             server_header=False,
-            # Set even without proxies: by default uvicorn trusts a proxy on this machine.
-            proxy_headers=bool(proxies),
-            forwarded_allow_ips=proxies,
+            # The app's own middleware does it (`origins.TrustedProxies`).
+            proxy_headers=False,
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + WRITE_TIMEOUT_S,
         )
         super().__init__(config)

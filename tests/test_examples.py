@@ -22,7 +22,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def run(directory: Path, name: str, *arguments: str) -> str:
     """What it prints."""
     interpreter = "sh" if name.endswith(".sh") else sys.executable
-    environment = {name: value for name, value in os.environ.items() if name != "PAELLERA_URL"}
+    environment = dict(os.environ)
+    environment.pop("PAELLERA_CLIENT_URL", None)
     command = [interpreter, str(EXAMPLES / name), *arguments]
     done = subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300
@@ -85,7 +86,7 @@ def test_the_address_may_come_from_the_environment(
 ) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "load.py")],
-        env=os.environ | {"PAELLERA_URL": live_server},
+        env=os.environ | {"PAELLERA_CLIENT_URL": live_server},
         capture_output=True,
         text=True,
         timeout=300,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -28,6 +29,7 @@ from server.api.middleware import (
     register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
+from server.api.origins import OriginGuard, TrustedProxies
 from server.api.planning import OPERATIONS
 from server.api.state import AppState
 from server.engine.client import EngineClient
@@ -35,6 +37,8 @@ from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.settings import Settings
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = "Text-to-image with Paella, which generates images as VQGAN tokens."
 
@@ -91,6 +95,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for warning in settings.warnings:
+            log.warning("unsafe or ignored setting", extra={"fields": {"warning": warning}})
         await state.engine.start()
         try:
             yield
@@ -102,6 +108,7 @@ def create_app(
         title="Paellera",
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -136,6 +143,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
         BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
     )
     app.add_middleware(Guard, settings=settings)
+    app.add_middleware(OriginGuard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)
     app.add_middleware(Observation, metrics=metrics)
@@ -148,3 +156,5 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(SecurityHeaders)
+    if settings.trusted_proxies:
+        app.add_middleware(TrustedProxies, proxies=settings.trusted_proxies)

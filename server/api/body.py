@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from server.api.errors import ApiError, from_validation, unknown_field
+from server.api.errors import ApiError, from_validation, reason, unknown_field
 
 # Two prompts of 4000 characters, each escaped as a surrogate pair, take 96,000 bytes. Parsing
 # megabytes of brackets would block the event loop for seconds.
@@ -137,7 +137,7 @@ def _reason(error: Exception) -> str:
             return "it is not UTF-8"
         case RecursionError():
             return "it is nested too deeply"
-    return str(error)[:200]
+    return reason(error)[:200]
 
 
 # ── multipart/form-data ───────────────────────────────────────────────────────────────────────────

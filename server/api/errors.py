@@ -150,6 +150,14 @@ def from_engine(error: EngineError) -> ApiError:
     return answer
 
 
+def reason(error: Exception) -> str:
+    """Return the exception's text without Python's advice to its programmers."""
+    text = str(error)
+    if "set_int_max_str_digits" in text:
+        return "a number has too many digits"
+    return text
+
+
 def retry_headers(seconds: float) -> dict[str, str]:
     """Return the headers that tell the client to retry after this many seconds."""
     milliseconds = math.ceil(seconds * 1000)

@@ -12,8 +12,9 @@ from server.api.schemas import ErrorAnswer
 from server.api.sse import Event
 
 ERRORS = {
-    400: "Malformed JSON or form, or unsupported by the weights",
+    400: "Malformed JSON or form, unsupported by the weights, or a host that is not allowed",
     401: "API key missing or unknown",
+    403: "Sent by a page of another origin",
     404: "Unknown weights",
     408: "Timeout while reading the body",
     413: "Body or image too large",

@@ -13,12 +13,14 @@ from server.api.schemas import ErrorAnswer
 from server.api.state import app_state
 
 router = APIRouter(tags=["health"])
-PATHS = ("/healthz", "/readyz", "/metrics")
+PATHS = ("/healthz", "/health", "/readyz", "/metrics")
 
 ALIVE = {"status": "alive"}
 READY = {"status": "ready", "device": "cpu", "dtype": "float32", "models": ["tiny"]}
 
 
+@router.head("/healthz", include_in_schema=False)
+@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 @router.get(
     "/healthz",
     summary="Liveness probe: the process answers",
@@ -29,6 +31,7 @@ async def healthz() -> Response:
     return JSONResponse(ALIVE)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Readiness probe: a worker is warm and accepts requests",
@@ -49,9 +52,12 @@ async def readyz(request: Request) -> Response:
         "dtype": status.dtype,
         "models": list(state.models),
     }
+    if state.settings.exposure is not None:
+        answer["warnings"] = [state.settings.exposure]
     return JSONResponse(answer)
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     summary="Metrics for Prometheus",

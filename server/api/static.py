@@ -1,4 +1,7 @@
-"""The playground at `/`: one page and its files, under a policy that forbids other origins."""
+"""The playground at `/` and the API reference at `/docs`, under a policy against other origins.
+
+The reference is Swagger UI from the package fastapi-offline, whose code is not executed here.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -15,6 +19,7 @@ from server.api.errors import ApiError
 router = APIRouter(include_in_schema=False)
 
 DIRECTORY = Path(__file__).parents[1] / "playground"
+SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -60,21 +65,37 @@ async def page(request: Request) -> Response:
     return _response(request, "index.html")
 
 
+@router.api_route("/docs", methods=["GET", "HEAD"])
+async def docs(request: Request) -> Response:
+    """Return the page of the API reference."""
+    return _response(request, "docs.html")
+
+
 @router.api_route("/playground/{name}", methods=["GET", "HEAD"])
 async def file(request: Request, name: str) -> Response:
-    """Return a file of the page."""
+    """Return a file of either page."""
     return _response(request, name)
 
 
 @cache
 def static_files() -> dict[str, StaticFile]:
-    """Return all files by name; they are read once."""
+    """Return the files of this repository by name; they are read once."""
     return {path.name: StaticFile.read(path) for path in sorted(DIRECTORY.iterdir())}
+
+
+@cache
+def swagger_ui() -> dict[str, StaticFile]:
+    """Return Swagger UI's files by name, none without the package; they are read once."""
+    package = find_spec("fastapi_offline")
+    if package is None or package.origin is None:
+        return {}
+    directory = Path(package.origin).parent / "static"
+    return {name: StaticFile.read(directory / name) for name in SWAGGER_UI}
 
 
 def _response(request: Request, name: str) -> Response:
     """Return the file, or 304 if the client has it. Raises ApiError 404."""
-    if (file := static_files().get(name)) is None:
+    if (file := static_files().get(name) or swagger_ui().get(name)) is None:
         raise ApiError(HTTPStatus.NOT_FOUND, "not_found", "the playground has no such file")
     headers = {**HEADERS, "ETag": file.etag}
     if file.etag in request.headers.get("if-none-match", ""):

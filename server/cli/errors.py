@@ -27,7 +27,7 @@ def one_line_errors(invalid_code: int = INVALID) -> Iterator[None]:
     from pydantic import ValidationError
     from safetensors import SafetensorError
 
-    from server.api.errors import ApiError, from_validation
+    from server.api.errors import ApiError, from_validation, reason
 
     try:
         yield
@@ -37,6 +37,6 @@ def one_line_errors(invalid_code: int = INVALID) -> Iterator[None]:
     except ApiError as error:
         fail(error.message, invalid_code)
     except (ValueError, FileNotFoundError) as error:
-        fail(str(error), invalid_code)
+        fail(reason(error), invalid_code)
     except (OSError, SafetensorError) as error:
         fail(str(error), FAILED)

@@ -1,4 +1,4 @@
-"""The command line: `paellera serve`, the image commands, `weights` and `bench`.
+"""The command line: `paellera serve`, `config`, the image commands, `weights` and `bench`.
 
 Commands import what they need, so that `paellera --help` is instant and `serve` keeps torch out of
 the API process. Exit codes: 1 failed, 2 invalid request.
@@ -7,6 +7,7 @@ the API process. Exit codes: 1 failed, 2 invalid request.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import sys
@@ -34,17 +35,16 @@ app.add_typer(weights_app, name="weights")
 register(app)
 
 
+Host = Annotated[
+    str | None, typer.Option(help="Address to listen on; default: PAELLERA_HOST, else 127.0.0.1")
+]
+Port = Annotated[
+    int | None, typer.Option(help="Default: PAELLERA_PORT, else 8000; 0 is any free one")
+]
+
+
 @app.command()
-def serve(
-    host: Annotated[
-        str | None,
-        typer.Option(help="Address to listen on; default: PAELLERA_HOST, else 127.0.0.1"),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Default: PAELLERA_PORT, else 8000; 0 is any free one")
-    ] = None,
-    weights: Weights = None,
-) -> None:
+def serve(host: Host = None, port: Port = None, weights: Weights = None) -> None:
     """Serve the HTTP API until stopped. All other settings are PAELLERA_* variables."""
     from server import logs
     from server.api import create_app
@@ -54,6 +54,27 @@ def serve(
         logs.configure(settings.log_level)
         api = create_app(settings)
     run_server(api, settings)
+
+
+@app.command()
+def config(
+    host: Host = None,
+    port: Port = None,
+    weights: Weights = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """Print the settings of `serve` with their sources, or why it would refuse them."""
+    from server.api.app import read_models
+    from server.cli.config import describe, lines
+
+    options = {"host": host, "port": port, "weights": weights}
+    with one_line_errors():
+        settings = read_settings(**options)
+        read_models(settings)
+    described = describe(settings, options)
+    typer.echo(json.dumps(described, indent=2) if as_json else "\n".join(lines(described)))
+    for warning in settings.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command(

@@ -13,9 +13,24 @@ export class ServerError extends Error {
   }
 }
 
+/** Kept until the tab is closed, or until the page is left where storage is forbidden. */
 export const bearerKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (key) => sessionStorage.setItem(KEY, key),
+  key: "",
+  get() {
+    try {
+      return sessionStorage.getItem(KEY) ?? this.key;
+    } catch {
+      return this.key;
+    }
+  },
+  set(key) {
+    this.key = key;
+    try {
+      sessionStorage.setItem(KEY, key);
+    } catch {
+      // The variable above has it.
+    }
+  },
 };
 
 export function address(path) {

@@ -5,9 +5,12 @@ import { bearerKey, send } from "./api.js";
 const RETRY_MS = 1500;
 
 export class Connection {
-  /** connected: called with the entries of GET /v1/models after each read. */
-  constructor({ readiness, keyForm, key }, connected) {
-    Object.assign(this, { readiness, keyForm, key, connected });
+  /**
+   * connected: called with the entries of GET /v1/models after each read. reference: the link to the API reference, hidden where a key is
+   * required: following a link sends none.
+   */
+  constructor({ readiness, keyForm, key, reference }, connected) {
+    Object.assign(this, { readiness, keyForm, key, reference, connected });
     keyForm.addEventListener("submit", (event) => {
       event.preventDefault();
       bearerKey.set(key.value.trim());
@@ -20,6 +23,7 @@ export class Connection {
     try {
       const { data } = await (await send("v1/models")).json();
       this.keyForm.hidden = true;
+      this.reference.hidden = Boolean(bearerKey.get());
       this.connected(data);
       await this.#ready();
     } catch (error) {
@@ -30,6 +34,7 @@ export class Connection {
 
   askForKey(error) {
     this.keyForm.hidden = false;
+    this.reference.hidden = true;
     this.#say(error.message, "waiting");
     this.key.focus();
   }

@@ -4,19 +4,26 @@ const INDEX = "paellera.history";
 const IMAGES = "paellera.pictures.";
 const MAX_ENTRIES = 300;
 
+const TYPES = { operation: "string", model: "string", prompt: "string", width: "number", height: "number", parameters: "object", timings: "object" };
+
 /**
  * An entry is {id, at, operation, model, prompt, width, height, parameters, timings, seconds, preview}; the last two are seconds from the
  * button to the image and to its first preview. Its images, data URLs, are stored separately: one, or an interpolation's frames.
- * Without storage, the history lasts as long as the page.
+ * Without storage, the history lasts as long as the page. A history that cannot be read is deleted, which `damaged` tells.
  */
 export class History {
   constructor(storage = available()) {
     this.storage = storage;
     this.memory = new Map();
+    this.damaged = false;
   }
 
   get entries() {
-    return this.#read(INDEX) ?? [];
+    const entries = this.#read(INDEX) ?? [];
+    if (Array.isArray(entries) && entries.every(isEntry)) return entries;
+    this.damaged = true;
+    this.#eraseAll();
+    return [];
   }
 
   /** Drops the oldest images until these fit, and the oldest entries beyond the maximum. */
@@ -40,12 +47,22 @@ export class History {
 
   /** Returns the data URLs, or null if they were dropped. */
   images(id) {
-    return this.#read(IMAGES + id);
+    const images = this.#read(IMAGES + id);
+    return Array.isArray(images) && images.length && images.every((url) => typeof url === "string") ? images : null;
   }
 
   #read(name) {
     const text = this.memory.get(name) ?? this.storage?.getItem(name);
-    return text ? JSON.parse(text) : null;
+    try {
+      return text ? JSON.parse(text) : null;
+    } catch {
+      return text;
+    }
+  }
+
+  #eraseAll() {
+    const stored = this.storage ? Object.keys(this.storage) : [];
+    for (const name of [...this.memory.keys(), ...stored]) if (name === INDEX || name.startsWith(IMAGES)) this.#erase(name);
   }
 
   #erase(name) {
@@ -73,6 +90,11 @@ export class History {
       return false;
     }
   }
+}
+
+function isEntry(entry) {
+  if (Object(entry) !== entry || typeof entry.id !== "string") return false;
+  return Object.entries(TYPES).every(([name, type]) => entry[name] === undefined || (entry[name] !== null && typeof entry[name] === type));
 }
 
 function available() {

@@ -56,7 +56,7 @@ const mask = new Mask({ canvas: $("mask"), ring: $("ring"), brush: $("brush"), e
 const margins = new Margins(document.querySelectorAll(".handle"), showMargins);
 const keyframes = new Keyframes($("keyframes"), () => snippets.show());
 const gallery = new Gallery($("gallery"), { select: show, remove: forget });
-const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key") }, useModels);
+const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference") }, useModels);
 
 const panel = {
   box: $("shown"),
@@ -239,8 +239,15 @@ function useModels(data) {
   models = data;
   $("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
   useModel();
-  if (!recalled) recall();
+  if (!recalled) begun();
   recalled = true;
+}
+
+/** Continues the start that needs the server, and its key if one is required. */
+function begun() {
+  recall();
+  const metrics = async () => (await send("metrics")).text();
+  new Latency({ chart: $("chart"), summary: $("latency-summary"), read: metrics });
 }
 
 function useModel() {
@@ -383,7 +390,11 @@ $("model").addEventListener("change", useModel);
 $("theme").value = document.documentElement.dataset.theme;
 $("theme").addEventListener("change", ({ target }) => {
   document.documentElement.dataset.theme = target.value;
-  localStorage.setItem("paellera.theme", target.value);
+  try {
+    localStorage.setItem("paellera.theme", target.value);
+  } catch {
+    // As above.
+  }
 });
 document.addEventListener("keydown", shortcut);
 window.addEventListener("storage", () => gallery.render(history.entries, ({ id }) => history.images(id)));
@@ -393,6 +404,5 @@ $("examples").append(...EXAMPLES.map(example));
 $("settings").open = matchMedia("(min-width: 60rem)").matches;
 gallery.render(history.entries, ({ id }) => history.images(id));
 showHistory();
-const metrics = async () => (await send("metrics")).text();
-new Latency({ chart: $("chart"), summary: $("latency-summary"), read: metrics });
+if (history.damaged) errors.show("The saved history cannot be read. It was deleted, and a new one begins.");
 connection.connect();

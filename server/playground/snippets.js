@@ -4,7 +4,7 @@ const RESULTS = { json: "answer.json", gif: "frames.gif", png: "result.png" };
 
 /** request: {operation, fields, files}; files: file names by image field. address: of the endpoint. */
 export function curl({ operation, fields, files }, address, keyed) {
-  const key = keyed ? [`-H "Authorization: Bearer $PAELLERA_API_KEY"`] : [];
+  const key = keyed ? [`-H "Authorization: Bearer $PAELLERA_CLIENT_KEY"`] : [];
   const parts = Object.keys(files).length ? formParts(fields, files) : [`-H 'Content-Type: application/json'`, `-d ${quoted(JSON.stringify(fields))}`];
   return [`curl -sS --fail-with-body ${address}`, ...key, ...parts, `-o ${output(operation, fields)}`].join(" \\\n  ");
 }
@@ -36,7 +36,7 @@ export function python({ operation, fields, files }, address, keyed) {
     "",
     `fields = ${dictionary(sent)}`,
     ...(named ? ["files = {", ...opened, "}"] : []),
-    ...(keyed ? [`headers = {"Authorization": f"Bearer {os.environ['PAELLERA_API_KEY']}"}`] : []),
+    ...(keyed ? [`headers = {"Authorization": f"Bearer {os.environ['PAELLERA_CLIENT_KEY']}"}`] : []),
     `answer = httpx.post(${[literal(String(address)), named ? "data=fields, files=files" : "json=fields", ...(keyed ? ["headers=headers"] : []), "timeout=60"].join(", ")})`,
     "answer.raise_for_status()",
     `Path(${literal(output(operation, fields))}).write_bytes(answer.content)`,
