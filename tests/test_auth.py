@@ -141,19 +141,38 @@ def test_a_key_is_needed_before_anything_else_is_looked_at(fake_settings: Config
     assert client.get("/no/such/path").status_code == 401
 
 
-def test_what_shows_no_pictures_is_open_unless_the_settings_say_otherwise(
+def test_with_keys_only_probes_and_the_page_are_open_unless_the_settings_say_otherwise(
     fake_settings: Configure,
 ) -> None:
-    statuses = {
-        path: asking(fake_settings(api_keys=KEY)).get(path).status_code
-        for path in ("/healthz", "/readyz", "/metrics", "/docs")
+    client = asking(fake_settings(api_keys=KEY))
+    opened = {
+        "/": 200,
+        "/playground/main.js": 200,
+        "/healthz": 200,
+        "/health": 200,
+        "/readyz": 503,
+        "/images/x": 404,
+        "/metrics": 401,
+        "/docs": 401,
+        "/openapi.json": 401,
+        "/v1/models": 401,
     }
-    assert statuses == {"/healthz": 200, "/readyz": 503, "/metrics": 200, "/docs": 200}
+    assert {path: client.get(path).status_code for path in opened} == opened
     closed = asking(fake_settings(api_keys=KEY, open_paths="/healthz,/x/*"))
     assert [
         closed.get(path).status_code for path in ("/healthz", "/metrics", "/docs", "/x/y", "/x")
     ] == [200, 401, 401, 404, 401]
     assert closed.get("/metrics", headers=AUTHORIZED).status_code == 200
+
+
+@pytest.mark.process
+def test_metrics_on_a_port_of_their_own_need_no_key_unless_the_settings_say_otherwise(
+    fake_settings: Configure,
+) -> None:
+    for open_paths, status in ((None, 200), ("/healthz", 401)):
+        settings = fake_settings(api_keys=KEY, open_paths=open_paths)
+        with listening(settings, ports=2) as (_, port):
+            assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == status
 
 
 def test_a_key_s_name_is_the_beginning_of_its_hash() -> None:
@@ -498,7 +517,8 @@ def test_prometheus_own_text_is_what_others_get(fake_settings: Configure) -> Non
 
 def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Configure) -> None:
     def security(keys: str) -> dict[str, Any]:
-        document = asking(fake_settings(api_keys=keys)).get("/openapi.json").json()
+        client = asking(fake_settings(api_keys=keys))
+        document = client.get("/openapi.json", headers=AUTHORIZED).json()
         return {
             path: operation.get("security")
             for path, operations in document["paths"].items()

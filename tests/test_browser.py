@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import PIL.Image
 import pytest
+from fastapi import Response
 from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -387,18 +389,98 @@ def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(
         create_app(fake_settings(api_keys="0123456789abcdef"), worker=fake_worker.main)
     ) as url:
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
-        playground = opened(url)
+        playground = opened("about:blank")
         page = playground.page
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(url)
         expect(page.locator("#readiness")).to_contain_text("an API key is required")
         page.get_by_label("This server requires an API key").fill("0123456789abcdef")
+        assert "/metrics" not in [urlsplit(address).path for address in asked]
         page.keyboard.press("Enter")
         playground.ready()
         expect(page.locator("#key-form")).to_be_hidden()
+        expect(page.get_by_role("link", name="API")).to_be_hidden()
+        expect(page.locator("#latency-summary")).to_have_text(re.compile("No request"))
         assert page.input_value("#model") == "fake"
         playground.complaints[:] = [
             complaint for complaint in playground.complaints if "401" not in complaint
         ]
         page.close()
+
+
+@pytest.fixture(scope="module")
+def below_a_path(fake_settings: Callable[..., Settings]) -> Iterator[str]:
+    """A server behind a proxy that passes /paint/x on as /x."""
+    app = create_app(fake_settings(), worker=fake_worker.main)
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            inner = scope["path"].removeprefix("/paint")
+            if inner == scope["path"]:
+                await Response(status_code=404)(scope, receive, send)
+                return
+            scope = {**scope, "path": inner, "raw_path": inner.encode()}
+        await app(scope, receive, send)
+
+    with serving(proxy) as url:
+        wait_until(lambda: httpx.get(f"{url}/paint/readyz").status_code == 200, timeout_s=120)
+        yield f"{url}/paint"
+
+
+def test_the_api_reference_sends_a_request_also_below_a_path(
+    opened: Open, below_a_path: str
+) -> None:
+    playground = opened(f"{below_a_path}/")
+    page = playground.page
+    playground.ready()
+    page.get_by_role("link", name="API").click()
+    page.locator("#operations-default-_generate_post, [id$='_generate_post']").first.click()
+    page.get_by_role("button", name="Try it out").first.click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".request-url pre").first).to_have_text(f"{below_a_path}/generate")
+    expect(
+        page.locator(".responses-table.live-responses-table .response-col_status").first
+    ).to_contain_text("200")
+
+
+@pytest.mark.parametrize(
+    "stored", ["{not json", "5", "null,", '[{"id": 5}]', "[null]", '[{"id": "a", "timings": 5}]']
+)
+def test_a_damaged_history_is_deleted_and_said_and_the_page_works(
+    plain: Playground, stored: str
+) -> None:
+    page = plain.page
+    page.evaluate(
+        """(stored) => {
+          localStorage.setItem("paellera.history", stored);
+          localStorage.setItem("paellera.pictures.a", "orphan");
+          localStorage.setItem("paellera.form", "{");
+        }""",
+        stored,
+    )
+    page.reload()
+    plain.ready()
+    expect(page.locator("#error")).to_contain_text("The saved history cannot be read")
+    assert page.evaluate("localStorage.getItem('paellera.pictures.a')") is None
+    plain.draw(APPLE)
+    assert page.locator("#gallery img").count() == 1
+    expect(page.locator("#error")).to_be_empty()
+
+
+def test_a_damaged_picture_of_the_history_counts_as_removed(plain: Playground) -> None:
+    page = plain.page
+    plain.draw(APPLE)
+    page.evaluate(
+        """() => {
+          const name = Object.keys(localStorage).find((each) => each.startsWith("paellera.pictures."));
+          localStorage.setItem(name, "{");
+        }"""
+    )
+    page.reload()
+    plain.ready()
+    page.locator("#gallery button").click()
+    expect(page.locator("#error")).to_contain_text("This image was removed")
 
 
 def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address: str) -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.api import create_app
-from server.api.static import DIRECTORY, static_files
+from server.api.static import DIRECTORY, SWAGGER_UI, static_files, swagger_ui
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving
@@ -29,7 +29,7 @@ def test_the_page_is_the_root(client: httpx.Client) -> None:
 
 
 def test_what_the_page_loads_is_there_and_nothing_else_lies_about(client: httpx.Client) -> None:
-    loaded, waiting = set[str](), {"index.html"}
+    loaded, waiting = set[str](), {"index.html", "docs.html"}
     while waiting:
         name = waiting.pop()
         loaded.add(name)
@@ -38,7 +38,7 @@ def test_what_the_page_loads_is_there_and_nothing_else_lies_about(client: httpx.
         waiting |= {
             (page or module).rpartition("/")[2] for page, module in LOADED.findall(answer.text)
         } - loaded
-    assert loaded == set(NAMES)
+    assert loaded == {*NAMES, *SWAGGER_UI}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +52,15 @@ def test_no_file_names_another_origin_and_nothing_is_inline(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/playground/main.js", "/playground/style.css", "/playground/icon.svg"]
+    "path",
+    [
+        "/",
+        "/docs",
+        "/playground/main.js",
+        "/playground/style.css",
+        "/playground/icon.svg",
+        "/playground/swagger-ui-bundle.js",
+    ],
 )
 def test_the_policy_lets_a_browser_ask_this_server_alone(client: httpx.Client, path: str) -> None:
     headers = client.get(path).headers
@@ -85,6 +93,28 @@ def test_a_file_that_a_browser_has_is_not_sent_again_until_it_changes(client: ht
     )
 
 
+def test_the_reference_loads_nothing_from_elsewhere_and_by_relative_addresses_only(
+    client: httpx.Client,
+) -> None:
+    page = client.get("/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    addresses = re.findall(r'(?:src|href|data-document)="([^"]+)"', page.text)
+    assert "openapi.json" in addresses
+    for address in addresses:
+        assert not re.match(r"/|\w+:", address)
+        assert client.get(f"/{address}").status_code == 200
+
+
+def test_no_oauth_page_of_the_framework_is_left(client: httpx.Client) -> None:
+    assert client.get("/docs/oauth2-redirect").status_code == 404
+    assert client.get("/redoc").status_code == 404
+
+
+def test_swagger_ui_is_the_package_s_and_reads_openapi_3_1() -> None:
+    assert set(swagger_ui()) == set(SWAGGER_UI)
+    assert b"OpenAPI 3.1" in swagger_ui()["swagger-ui-bundle.js"].content
+
+
 def test_its_head_can_be_asked_for(client: httpx.Client) -> None:
     answer = client.head("/")
     assert (answer.status_code, answer.content) == (200, b"")
@@ -104,7 +134,9 @@ def test_all_of_it_is_small() -> None:
 
 
 def test_it_is_no_part_of_the_documented_interface(client: httpx.Client) -> None:
-    assert not {"/", "/playground/{name}"} & set(client.get("/openapi.json").json()["paths"])
+    assert not {"/", "/docs", "/playground/{name}"} & set(
+        client.get("/openapi.json").json()["paths"]
+    )
 
 
 @pytest.mark.process

@@ -34,7 +34,19 @@ def test_the_first_of_several_bundles_leads_and_repeats_count_once() -> None:
         ("weights", " , "),
         ("device", "gpu"),
         ("devices", "cpu,gpu"),
-        ("devices", ""),
+        ("drain_timeout_s", "inf"),
+        ("heartbeat_s", "nan"),
+        ("stall_timeout_s", 86_401),
+        ("trusted_proxies", "10.0.0.0/33"),
+        ("trusted_proxies", "10.0.0.1/8"),
+        ("trusted_proxies", "proxy.example"),
+        ("trusted_proxies", "*,10.0.0.1"),
+        ("open_paths", "healthz"),
+        ("open_paths", "/docs*"),
+        ("public_url", "images.example.com"),
+        ("public_url", "https://user:password@x"),
+        ("cors_origins", "null"),
+        ("graph_sizes", "9" * 5000 + "x64"),
         ("timeout_s", 601),
         ("queue_rows", 0),
         ("log_level", "loud"),
@@ -44,6 +56,16 @@ def test_the_first_of_several_bundles_leads_and_repeats_count_once() -> None:
 def test_what_is_out_of_bounds_or_unknown_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValidationError, match=field):
         Settings.model_validate({field: value})
+
+
+def test_the_operations_port_is_another_than_the_api_s() -> None:
+    with pytest.raises(ValidationError, match="operations_port"):
+        Settings(port=8001, operations_port=8001)
+
+
+@pytest.mark.parametrize("proxies", ["", "*", "10.0.0.0/8, 127.0.0.1,fd00::/8"])
+def test_addresses_and_networks_of_proxies_are_accepted(proxies: str) -> None:
+    assert Settings(trusted_proxies=proxies).trusted_proxies == proxies
 
 
 def test_settings_cannot_change_after_the_start() -> None:
