@@ -277,7 +277,7 @@ def test_a_key_s_requests_beyond_its_number_are_429_others_are_not_and_only_it_c
         other = {"Authorization": f"Bearer {OTHER}"}
         hold = {"json": {"prompt": "hold"}, "headers": AUTHORIZED | {"X-Request-Id": "held"}}
         held = threads.submit(client.post, "/generate", **hold)
-        wait_until(lambda: "paella_rows_running 1.0" in client.get("/metrics").text)
+        wait_until(lambda: "paella_rows_running 1.0" in client.get("/metrics", headers=other).text)
         refused = client.post("/generate", json={"prompt": "a"}, headers=AUTHORIZED)
         assert (refused.status_code, code(refused), refused.headers["retry-after"]) == (
             429,

@@ -99,6 +99,15 @@ def test_beyond_loopback_any_name_is_answered_unless_some_are_listed(
 
 
 @pytest.mark.process
+def test_a_request_without_a_host_is_no_browser_s_and_of_two_hosts_neither_counts(
+    local: int,
+) -> None:
+    assert all_answered(local, b"GET /v1/models HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+    hosts = b"Host: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    assert b" 400 " in all_answered(local, b"GET /v1/models HTTP/1.1\r\n" + hosts)[:20]
+
+
+@pytest.mark.process
 def test_the_operations_port_is_answered_under_any_name(fake_settings: Configure) -> None:
     with listening(fake_settings(), ports=2) as (port, operations):
         assert sent(operations, "/metrics", headers={"Host": "server:8001"})[0] == 200

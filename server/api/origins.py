@@ -111,10 +111,12 @@ class AllowedHosts:
         self._public = public and public.name
 
     def check(self, scope: Scope) -> None:
-        """Raise ApiError 400 if the request's Host is not allowed."""
+        """Raise ApiError 400 if the request's Host is not allowed; browsers never omit it."""
         if "*" in self._allowed or (not self._allowed and not self._arrived_locally(scope)):
             return
         sent = Headers(scope=scope).getlist("host")
+        if not sent:
+            return
         host = Authority.parse(sent[0]) if len(sent) == 1 else None
         if host is None or not self._allows(host):
             shown = ", ".join(sent)[:80]
