@@ -369,8 +369,8 @@ def test_a_client_that_goes_away_in_the_midst_of_its_body_is_no_error_of_ours(
 ) -> None:
     with served(fake_settings()) as client:
         head = (
-            f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: "
-            f"100\r\n\r\n"
+            "POST /generate HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: 100\r\n\r\n"
         )
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(head.encode() + b"--x")
