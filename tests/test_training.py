@@ -45,7 +45,7 @@ from model.training import (
 from model.training.captions import THING_ATTRIBUTES
 from model.training.codes import Codes
 from model.training.data import Text
-from model.training.features import Pool, encode_bytes, encode_pictures
+from model.training.features import Pool, encode_bytes, encode_images
 from model.training.guides import Guided
 from model.training.judged import cross_entropy
 from tests.conftest import micro_config, randomise, write_merges
@@ -318,7 +318,7 @@ def test_the_nearest_code_is_found_in_fp32_under_autocast(small):
     image = torch.rand(4, 3, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         latents = network.encode_latents(image)
-        tokens = encode_pictures(network, image)
+        tokens = encode_images(network, image)
     assert torch.equal(tokens, network.vquantizer.nearest(latents.float()))
 
 
@@ -355,7 +355,7 @@ def test_a_byte_says_what_its_own_thing_is_like_and_what_the_whole_says(scenes):
 
 def test_a_picture_s_code_is_most_like_its_captions(scenes):
     known, index = Codes(scenes.corpus), scenes.of_aspect[0]
-    image = known.pictures(index)
+    image = known.images(index)
     assert image.isfinite().all()
     assert clip.found(image, known.text(index, torch.zeros_like(index))) > 0.8
     assert image.std().item() == pytest.approx(
@@ -472,7 +472,7 @@ def test_a_pool_holds_the_tokens_of_its_pictures(pool, scenes):
     assert own.encoded == 20
     index = own.index[:20]
     assert torch.equal(index, scenes.of_aspect[0][:20])
-    assert torch.equal(own.tokens[:20].long(), network.encode(scenes.pictures(index)))
+    assert torch.equal(own.tokens[:20].long(), network.encode(scenes.images(index)))
     x = own.draw(64, 5)
     assert x.tokens.shape == (64, 16, 16)
     assert x.byt5.shape == (64, 5, codes.WIDTH)
@@ -510,7 +510,7 @@ def test_the_commonest_code_is_one_that_no_other_is_more_frequent_than():
 
 def test_pictures_of_half_the_size_show_the_same(scenes):
     index = scenes.of_aspect[0][:8]
-    whole, half = scenes.pictures(index), scenes.small_pictures(index)
+    whole, half = scenes.images(index), scenes.small_images(index)
     assert half.shape == (8, 3, 128, 128)
     assert (F.avg_pool2d(whole, 2) - half).abs().mean() < 0.03
 

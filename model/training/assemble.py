@@ -1,11 +1,12 @@
-"""Puts trained networks together into a bundle.
+"""Assemble trained networks into a bundle.
 
     python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
     python -m model.training.assemble weights/tiny --dtype float16
     python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt
 
-Networks without a checkpoint keep those of the bundle that is already there, or random weights: the
-prior and the denoiser train on a bundle whose encoders and VQGAN are trained.
+A network without a checkpoint keeps the weights of the bundle that OUT already holds, or random
+weights if there is none: the prior and the denoiser train on a bundle whose encoders and VQGAN are
+trained.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _SOURCES = {
 
 
 def tiny_config() -> BundleV3Config:
+    """Return the configuration of the embedded bundle, with the sizes in `tiny`."""
     return BundleV3Config(
         name="tiny",
         native_size=tiny.NATIVE_SIZE,
@@ -48,8 +50,11 @@ def tiny_config() -> BundleV3Config:
 
 
 def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Write the bundle and return its configuration. Raises FileNotFoundError without a CLIP run,
-    whose merges every bundle needs."""
+    """Write the bundle `out` from the checkpoints in `runs`, and return its configuration.
+
+    dtype: of the saved weights. Raises FileNotFoundError if neither `runs` nor `out` has CLIP's
+    merges, which every bundle needs.
+    """
     config = tiny_config()
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
@@ -70,11 +75,12 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
 
 
 def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Write the bundle `base` with a trained denoiser, named after its directory; the other
-    networks stay as they are.
+    """Write the bundle `base` with a trained denoiser, and return its configuration.
 
-    Raises what `load_v3` raises, BundleError for a checkpoint of another shape,
-    pydantic.ValidationError for an impossible name.
+    The new bundle has the name of the directory `out`; the other networks stay as they are.
+
+    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, and
+    pydantic.ValidationError for a name that a bundle cannot have.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
     assign(
@@ -96,6 +102,7 @@ def _keep(bundle: Bundle, old: Bundle) -> None:
 
 
 def main() -> None:
+    """Assemble the bundle that the command line asks for, and print the sizes of its files."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

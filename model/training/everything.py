@@ -7,7 +7,7 @@ to a bundle.
     python -m model.training.everything TWO --phases denoiser --from ONE --budget-seconds 290
     python -m model.training.everything --join TWO weights/tiny     # what a run has left → a bundle
 
-A process each for the VQGAN, the byte encoder, CLIP, the judge of pictures, the denoiser and the
+A process each for the VQGAN, the byte encoder, CLIP, the judge of images, the denoiser and the
 prior; this one samples the corpus, watches the clock, and writes what there is to OUT every time
 that something is new: parts of at most 15 MiB, a log, figures. A run that is killed has left that.
 """
@@ -53,7 +53,7 @@ class Plan:
     end: float
     smoke: bool
     vqgan: str | None
-    pictures: int
+    images: int
     record: bool = True
 
     @property
@@ -187,7 +187,7 @@ def _role_vqgan(plan: Plan) -> None:
 
 
 def _few(plan: Plan) -> tuple[int, int]:
-    """Return how many pictures figures are measured on, and how many of them at a time."""
+    """Return how many images figures are measured on, and how many of them at a time."""
     return (16, 8) if plan.smoke else (1024, 128)
 
 
@@ -432,7 +432,8 @@ class Watch:
 
 def _collected(scratch: Path) -> dict[str, Tensor]:
     """Return the averaged weights of every network that there is a checkpoint of, in fp16, and
-    CLIP's merges as bytes."""
+    CLIP's merges as bytes.
+    """
     from model.training import loop
     from model.training.assemble import _SOURCES
     from model.training.checkpoint import averaged
@@ -505,7 +506,8 @@ def _read_parts(out: Path) -> dict[str, Tensor]:
 
 def _state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return one network's weights in fp32 under their published names; empty if it was not
-    trained."""
+    trained.
+    """
     own = {key.partition(":")[2]: t for key, t in tensors.items() if key.startswith(f"{name}:")}
     return {key: t.float() if t.is_floating_point() else t for key, t in own.items()}
 
@@ -545,10 +547,10 @@ def _prepare_data(plan: Plan) -> None:
     s = plan.scratch
     with ThreadPoolExecutor(1) as thread:
         drawn = thread.submit(art.atlas)
-        arrays = corpus.sample_arrays(plan.pictures, 0, max(1, (os.cpu_count() or 2) - 3))
+        arrays = corpus.sample_arrays(plan.images, 0, max(1, (os.cpu_count() or 2) - 3))
         save_file(arrays, s / "corpus.partial")
         (s / "corpus.partial").rename(s / "corpus.safetensors")
-        _say(f"corpus: {plan.pictures}")
+        _say(f"corpus: {plan.images}")
         known = corpus.load(s / "corpus.safetensors")
         _save(s / "atlas.pt", drawn.result())
         _say("atlas")
@@ -584,7 +586,7 @@ def everything(args: argparse.Namespace) -> None:
         end=end,
         smoke=args.smoke,
         vqgan=None if args.vqgan is None else str(args.vqgan.resolve()),
-        pictures=400 if args.smoke else args.pictures,
+        images=400 if args.smoke else args.images,
     )
     plan.save()
     watch = Watch(plan, args.out, started)
@@ -626,7 +628,7 @@ def main() -> None:
         help="what an earlier run has left: the networks that this one does not train",
     )
     p.add_argument("--vqgan", type=Path, help="checkpoint of `model.training.vqgan` to go on with")
-    p.add_argument("--pictures", type=int, default=300_000)
+    p.add_argument("--images", "--pictures", type=int, default=300_000)
     p.add_argument(
         "--smoke", action="store_true", help="on the CPU, with next to nothing of everything"
     )
