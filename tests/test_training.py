@@ -37,6 +37,7 @@ from model.training import (
     denoiser,
     depthwise,
     everything,
+    everything_parts,
     features,
     loop,
     prior,
@@ -529,10 +530,10 @@ def test_what_a_run_leaves_becomes_a_bundle(monkeypatch, small, corpus_file, tmp
     train_all(monkeypatch, runs, corpus_file)
     (runs / "merges.txt.gz").replace(runs / str(small.clip.merges))
     out.mkdir()
-    monkeypatch.setattr(everything, "_PART", 2**14)
-    everything._write_parts(out, everything._collected(runs))
+    monkeypatch.setattr(everything_parts, "_PART", 2**14)
+    everything_parts.write_parts(out, everything_parts.collected(runs))
     assert len(list(out.iterdir())) > 2
-    everything.join(out, tmp_path / "joined", torch.float32)
+    everything_parts.join(out, tmp_path / "joined", torch.float32)
     expected = assemble.assemble(runs, tmp_path / "assembled", torch.float16)
     joined, assembled = (
         load_bundle(tmp_path / name, torch.device("cpu"), torch.float32)
@@ -546,7 +547,7 @@ def test_what_a_run_leaves_becomes_a_bundle(monkeypatch, small, corpus_file, tmp
 
 def test_joining_nothing_says_so(small, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"state\.safetensors"):
-        everything.join(tmp_path, tmp_path / "out")
+        everything_parts.join(tmp_path, tmp_path / "out")
 
 
 def test_an_unknown_phase_is_refused(monkeypatch, capsys):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, load_v3, save_bundle
 from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
@@ -26,7 +27,7 @@ from model.training.checkpoint import averaged
 from model.training.codes import quiet
 
 # Network → (checkpoint, where the published module sits in what was trained).
-_SOURCES = {
+SOURCES = {
     "vqgan": ("vqgan", "vqgan."),
     "byt5": ("byte_encoder", "t5."),
     "clip": ("clip", "model."),
@@ -62,16 +63,23 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
     bundle = build(config, merges.parent, "cpu")
     if (out / CONFIG_FILE).exists():
         _keep(bundle, load_bundle(out, torch.device("cpu"), torch.float32))
-    for network, (name, prefix) in _SOURCES.items():
+    for network, (name, prefix) in SOURCES.items():
         checkpoint = runs / f"{name}.pt"
         if checkpoint.exists():
-            inner(getattr(bundle, network)).load_state_dict(
-                averaged(loop.load(checkpoint), prefix), strict=network != "byt5"
-            )
+            load_network(bundle, network, averaged(loop.load(checkpoint), prefix))
             print(f"{network}: {checkpoint}")
-    if (runs / f"{_SOURCES['denoiser'][0]}.pt").exists() and isinstance(bundle, BundleV3):
-        quiet(bundle.denoiser)
     return save_bundle(bundle, out, dtype, merges)
+
+
+def load_network(bundle: Bundle, network: str, weights: dict[str, Tensor]) -> None:
+    """Load a network's trained weights, by published name, into a bundle.
+
+    A denoiser is made to ignore the channels that its codes leave free.
+    """
+    # The byte encoder's embedding table has two names, one of which may be absent.
+    inner(getattr(bundle, network)).load_state_dict(weights, strict=network != "byt5")
+    if network == "denoiser" and isinstance(bundle, BundleV3):
+        quiet(bundle.denoiser)
 
 
 def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
@@ -85,7 +93,7 @@ def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
     assign(
         bundle.denoiser,
-        averaged(loop.load(checkpoint), _SOURCES["denoiser"][1]),
+        averaged(loop.load(checkpoint), SOURCES["denoiser"][1]),
         torch.float32,
         where=str(checkpoint),
     )
@@ -122,6 +130,11 @@ def main() -> None:
         config = assemble(args.runs, args.out, dtype)
     else:
         config = with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype)
+    print_files(config)
+
+
+def print_files(config: BundleConfig) -> None:
+    """Print the size of each of a bundle's files."""
     for name, entry in config.files.items():
         print(f"{entry.bytes / 1e6:8.2f} MB  {name}")
 

@@ -27,9 +27,21 @@ def averaged(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def save(path: Path, contents: dict[str, Any]) -> None:
-    """Write the checkpoint to a partial file beside the old one, then replace the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+def save(path: Path, contents: Any) -> None:
+    """Write a checkpoint or a tensor with `torch.save`, the whole file or none of it."""
+    partial = _beside(path)
     torch.save(contents, partial)
     partial.replace(path)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write the whole file or none of it."""
+    partial = _beside(path)
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    """Return the partial file that later replaces `path`, in its folder, which is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.partial")
