@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.training.captions import ATTRIBUTES
 
-# Of some hundred kinds one is right, of sizes one of three: what is learnt last counts more.
+# One of some hundred kinds is right, but one of three sizes: kinds are learnt last and count more.
 _KIND = 3.0
 
 

@@ -96,9 +96,9 @@ _MORE: tuple[tuple[str, str, Criterion], ...] = (
 
 
 def categories(set_name: str, most: int | None = None) -> dict[str, list[BenchPrompt]]:
-    """Return a set's prompts by category and the control's, at most so many of each.
+    """Return a set's prompts by category and the control's.
 
-    Raises KeyError for an unknown set.
+    most: the largest number of each; None for all of them. Raises KeyError for an unknown set.
     """
     found = {**prompts.bench(set_name), CONTROL: prompts.seen_combinations(set_name)}
     # Every k-th of a category, since some list shape by shape.
@@ -121,7 +121,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a bundle draws."""
+    """The images of a bundle."""
 
     pipeline: Pipeline
     sampling: SamplingConfig
@@ -174,7 +174,7 @@ def rendered(
 
 @dataclass(frozen=True)
 class Sheet:
-    """What judges read in a category's images of N prompts and S seeds.
+    """The judges' readings of a category's images, of N prompts and S seeds.
 
     readings: by judge, [N][S]. features: [N, P] of the first seed's images.
     """

@@ -36,13 +36,11 @@ from model.training.features import encode_bytes
 # read such, at first and at last.
 _BEFORE, _BEHIND = 3, 25
 _CUT_FIRST, _CUT_LAST, _CUT_STEPS = 1.0, 0.25, 1200
-_KIND_SHARE, _KIND_SCALE = (
-    0.3,
-    1 / 8,
-)  # how much the question for the kind counts, and what its dot products are multiplied by
-_OTHERS_SHARE, _SHARPNESS = 0.2, 2.0  # the same of the other attributes
-_WORD_BYTES = 16  # captions of a batch are of one length, to so many bytes
-_NEAR = 5.0  # what a head that looks at one neighbour adds to its score, before anything is learnt
+# The weight of the kind's cross-entropy, and the scale of its logits; the same of the others.
+_KIND_SHARE, _KIND_SCALE = 0.3, 1 / 8
+_OTHERS_SHARE, _SHARPNESS = 0.2, 2.0
+_WORD_BYTES = 16  # the difference in length between the captions of a batch, about
+_NEAR = 5.0  # the initial score of a head's own neighbour, beyond the other bytes'
 
 
 def fresh(config: ByteEncoderConfig) -> ByteEncoder:

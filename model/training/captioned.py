@@ -100,7 +100,7 @@ class Shards:
         from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
 
         urls = expand_urls(pattern)
-        # What has a scheme (http:, pipe:) is only looked for when it is read.
+        # A URL with a scheme (http:, pipe:) is opened later, when it is read.
         if absent := [url for url in urls if ":" not in url and not Path(url).is_file()]:
             raise DataError(
                 f"{absent[0]}: no such folder and no such shard"
@@ -187,10 +187,10 @@ def _samples(url: str) -> Iterator[Record | Unusable]:
     try:
         with gopen(url) as stream:
             files = tar_file_expander([{"url": url, "stream": stream}], handler=noted)
-            # Of a name that comes twice in a sample, the first counts.
+            # If a name comes twice in a sample, the first counts.
             for sample in group_by_keys(files, handler=lambda error: True):
                 yield _record(sample)
-    except Exception as error:  # whatever a disk, a pipe or a network trips over
+    except Exception as error:  # any error of a disk, a pipe or a network
         noted(error)
     if errors:
         yield Unusable("damaged shard")

@@ -54,7 +54,7 @@ from model.training.scenes import (
 SIZES = ("small", "large")
 PLACES = (1, 2, 3)  # of the things in a caption, in the order of Scene.things
 
-# What a caption says of one thing; class 0: it is silent (or there is no such thing).
+# The attributes that a caption states of a thing; class 0: none (or there is no such thing).
 THING_ATTRIBUTES: dict[str, int] = {
     "kind": 1 + len(NAMES_OF_KINDS),
     "colour": 1 + len(NAMES),
@@ -81,7 +81,7 @@ _SIZE_NUMBERS = {name: 1 + number for number, name in enumerate(SIZES)}
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """How people are supposed to write: probabilities of everything that a caption may vary in.
+    """The probabilities of all variations of a caption, as people are supposed to write.
 
     background: of naming it where it is not the default; default_background: where it is. synonyms,
     typos: per thing. tags: of a description instead of the noun, where tags point to one kind.

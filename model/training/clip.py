@@ -25,12 +25,12 @@ from model.training.codes import KIND_WIDTH, Codes
 from model.training.data import Scenes
 
 _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark and end mark
-# Scaled-down images are kept and met again with other captions; before every step some are drawn
-# anew.
+# Scaled-down images are kept and used again with other captions; before every step some are
+# rendered anew.
 _KEPT, _RENEWED = 16, 0.25  # batches; share of a batch
 _LEARNT_FROM = 20_000  # captions, for the vocabulary
-# How much the question for the kind counts, what its dot products are multiplied by, and how like a
-# kind's own vector one must be.
+# The weight of the kind's cross-entropy, the scale of its logits, and the likeness to a kind's own
+# vector from which an embedding counts as that kind.
 _KIND_SHARE, _KIND_SCALE, _CLEAR = 0.3, 1 / 8, 0.8
 
 

@@ -153,8 +153,8 @@ class Codes:
         there = (drawn.sprite >= 0).float()  # [B, M]
         count = there.sum(-1, keepdim=True)
         kinds = (self.kinds[drawn.sprite.long() + 1] * there[..., None]).sum(1) / count.clamp_min(1)
-        # Of several of one kind the kind is the same; of several kinds each has its share, brought
-        # to one kind's length.
+        # Several things of one kind give that kind's vector; several kinds each have their share,
+        # scaled to the length of one kind's vector.
         kinds = F.normalize(kinds, dim=-1) * KIND_WIDTH**0.5 * (count > 0)
         shape = there * (drawn.sprite < len(SHAPES))
         nearest = (

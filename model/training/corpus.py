@@ -227,7 +227,7 @@ def _corpus(arrays: Arrays) -> Corpus:
 
 
 def generate(n: int, seed: int, processes: int = 1) -> Corpus:
-    """Return a corpus of n images, sampled by so many processes."""
+    """Return a corpus of n images, sampled by `processes` processes."""
     return _corpus(sample_arrays(n, seed, processes))
 
 

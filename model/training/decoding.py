@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What a web page or a camera writes. Pillow knows more, some of which runs other programs on what
-# it opens.
+# The formats of web pages and cameras. Pillow knows more, some of which run other programs on the
+# file.
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -69,7 +69,7 @@ def _opened(raw: bytes, size: tuple[int, int], filters: Filters) -> Image.Image:
         image.draft(None, (2 * max(size), 2 * max(size)))
         image.load()
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever a decoder trips over in a damaged file
+    except Exception:  # any error of a decoder on a damaged file
         raise Unusable("damaged") from None
 
 

@@ -45,15 +45,15 @@ _DROP_CLIP = 0.5
 # The prior's embeddings are not quite those of an image; noise of this share keeps the denoiser
 # from trusting them to the last digit.
 _IMAGE_NOISE = 0.5
-# Of a row's positions, this share is projected to the codebook and judged: the softmax would else
+# This share of a row's positions is projected to the codebook and judged: the softmax would else
 # cost as much as the network.
 _JUDGED = 0.25
-# On scenes a few more, and those in and around things so many times as often as plain background,
-# most of which is soon right.
+# On scenes a few more. Positions in and around things are chosen _FOCUS times as often as plain
+# background, most of which is soon right.
 _JUDGED_OF_SCENES, _FOCUS = 0.35, 4.0
 # A byte's feature says all of its own thing and of the background (codes.py), so some bytes at
-# random say it all, and a step costs less than with all of them. What a step reads: its aspect, how
-# many bytes of each caption, and the share of such steps.
+# random say it all, and a step costs less than with all of them. Each kind of step: its aspect,
+# the number of bytes read of each caption, and the share of such steps.
 _STEPS: tuple[tuple[int, int, float], ...] = (
     (0, 12, 0.45),
     (0, 24, 0.45),
@@ -62,19 +62,18 @@ _STEPS: tuple[tuple[int, int, float], ...] = (
 )
 # Images of 3:2 have half as many tokens again.
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
-# How often an encoded scene is met, with other noise each time; encoded at a time, and before the
-# first step.
+# The uses of an encoded scene, with other noise each time; batches encoded at a time, and before
+# the first step.
 _MET, _ENCODED_AT_ONCE, _ENCODED_FIRST = 16, 4, 16
-# The prior is mistaken at times. Of the captioned rows this share is given another image's
-# embedding: the words are what counts.
+# The prior is mistaken at times. This share of the captioned rows gets another image's embedding,
+# so that the words count.
 _MISTAKEN = 0.06
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise
-# there, and the caption has to be heard.
+# there, and only the caption tells what to draw.
 _EARLY = 1.5
 # A network that can draw already forgets it at the rate at which a fresh one learns.
 _RATE, _FINETUNING_RATE = 2e-3, 3e-4
-# How many batches of images are read at a time, and how often each is met:
-# features.ExampleStream.
+# The batches of images that are read at a time, and the uses of each: features.ExampleStream.
 _POOL, _REUSE = 8, 3
 
 
@@ -243,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-aspect",
         type=float,
         default=math.inf,
-        help="leave out images whose longer side is so many times the shorter",
+        help="leave out images with a larger ratio of longer to shorter side",
     )
     p.add_argument(
         "--kept",

@@ -240,9 +240,7 @@ def fastest(shape: tuple[int, int, int, int], device: torch.device) -> Way:
     for name, way in WAYS.items():
         try:
             taken[name] = _seconds(way, shape, device)
-        except (
-            Exception
-        ) as error:  # whatever a compiler or a library trips over: there are other ways
+        except Exception as error:  # any error of a compiler or a library: there are other ways
             print(
                 f"depthwise, {name}: {type(error).__name__}: {str(error)[:200]}",
                 file=sys.stderr,

@@ -275,7 +275,7 @@ def _planes(images: Tensor) -> Tensor:
 
 
 def shrunk(images: Tensor, side: int) -> Tensor:
-    """Scale images [N, 3, H, W] until the shorter side has so many pixels, a multiple of 8."""
+    """Scale images [N, 3, H, W] to a shorter side of `side` pixels, both multiples of 8."""
     height, width = images.shape[-2:]
     scale = side / min(height, width)
     size = [max(1, round(extent * scale / 8)) * 8 for extent in (height, width)]
@@ -287,8 +287,8 @@ def shrunk(images: Tensor, side: int) -> Tensor:
 def cut(images: Tensor, middle: Tensor, extent: Tensor) -> Tensor:
     """Cut a box out of every image [R, 3, H, W] → [R, 3, 48, 48], as the namer takes them.
 
-    middle, extent: [R, 2] in pixels of an image whose shorter side is 256. Of a box that reaches
-    beyond the image the part within counts. What lies outside a box is grey.
+    middle, extent: [R, 2] in pixels of an image whose shorter side is 256. A box that reaches
+    beyond the image is cut off there. Pixels outside a box are grey.
     """
     height, width = images.shape[-2:]
     unit = min(height, width) / NATIVE

@@ -58,7 +58,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Bench:
-    """What an evaluation needs: a bundle, its recipe's images, sprites and the two judges."""
+    """The parts of an evaluation: a bundle, its recipe's images, sprites and the two judges."""
 
     pipeline: Pipeline
     source: Source

@@ -66,7 +66,7 @@ _GAP = 4.0  # pixels between a thing and its box's edge
 _ATLAS = 64  # pixels a side of the sprites that training draws
 _IMAGES = 0.75  # whole images for each crop
 _SHAPES = 0.1  # of the things are shapes, which have many colours
-# How far a box is off its thing: of its side, and of its shape.
+# The error of a box: of its place and scale, in shares of its side, and of its shape.
 _OFF, _SCALE, _ASPECT = 0.08, 0.13, 0.1
 
 

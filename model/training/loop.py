@@ -99,7 +99,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay, self.n_averaged = deepcopy(module).requires_grad_(False), decay, 0
-        # What no state dict holds is no weight, and a mask's infinities have no average.
+        # A tensor outside the state dict is no weight, and a mask's infinities have no average.
         twins, originals = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
         once = {
             id(original): name for name, original in originals.items()

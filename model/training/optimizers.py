@@ -83,7 +83,7 @@ def _muon(matrices: list[Parameter], lr: float | Tensor) -> Optimizer:
     exchange of gradients.
     """
     if dist.is_initialized():
-        # Importing it compiles functions that nobody here needs.
+        # Importing it compiles functions that are not needed here.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(matrices, optimizer_class=BatchedMuon, lr=lr)

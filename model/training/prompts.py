@@ -219,7 +219,7 @@ _DRAWN: dict[str, Callable[[Random, int], _Drawn]] = {
     **CATEGORIES,
     CONTROL: lambda rng, _: _combinations(rng, unseen=False),
 }
-# How many prompts of a category are in the regression gate.
+# The number of prompts of a category in the regression gate.
 _GATE_COUNTS = {"single_object": 10, "shape_colour": 3, "two_objects": 3}
 _GATE_OTHERS = ("counting", "position", "colour_attribution", "background_scene")
 _GATE_MORE = ("synonyms_misspellings", "close_up", "three_two")

@@ -46,7 +46,7 @@ _UNLIKE = 14.0  # ΔE from the background from which a pixel is a thing's
 
 @dataclass(frozen=True)
 class Stage:
-    """What measuring an operation needs: its rows, a judge, and sprites to render cases from."""
+    """The parts of a measurement: rows, a judge, and sprites to render cases from."""
 
     studio: Studio
     judge: Judge

@@ -121,7 +121,7 @@ _OBJECTS: tuple[str, ...] = tuple(_BY_NAME)
 
 # The background meant by a caption that names none: the first in which everything can be seen.
 _DEFAULTS = ("white", "blue", "green", "black", "yellow")
-# One of so many pairs is never shown in training, so that images of such pairs can be asked for.
+# One in _HELD_OUT pairs is never shown in training, so that images of such pairs can be tested.
 _HELD_OUT = 24
 
 
