@@ -112,7 +112,7 @@ def slowdowns(answers: Sequence[Answer], alone: Mapping[Kind, float]) -> list[fl
 
 
 class Load:
-    """Sends requests over one connection pool.
+    """Send requests over one connection pool.
 
     Every prompt is new, so that no server answers from a cache. fields: added to every body.
     """

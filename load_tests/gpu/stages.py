@@ -46,7 +46,7 @@ def run(options: Options, results: Results) -> None:
 
 
 class _Judge:
-    """Puts what was measured beside what is the least."""
+    """Show measurements beside the least possible values."""
 
     def __init__(
         self, where: Row, least: dict[str, Cost], ceilings: Ceilings, results: Results

@@ -59,7 +59,7 @@ class Bank:
 
 
 class Backdrops:
-    """Finds the backgrounds of images."""
+    """Find the backgrounds of images."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -236,7 +236,9 @@ def _space(s: _Sheet) -> Tensor:
         glow = torch.exp(-((s.x - x) ** 2 + (s.y - y) ** 2) / 0.12)
         sky = _over(sky, 0.75 * glow, s.colour(colour))
     sky = _over(sky, s.dots(0.007, 10), s.colour((255, 252, 236)))
-    x, foot, radius = s.number(5, 0.1, 0.9) * s.width, 0.9 * s.height, 0.16
+    x = s.number(5, 0.1, 0.9) * s.width
+    foot = 0.9 * s.height
+    radius = 0.16
     light = ((s.x - x) * -0.6 + (s.y - foot) * -0.8) / radius
     planet = torch.lerp(
         s.colour((120, 40, 60)), s.colour((246, 150, 96)), (0.5 + 0.6 * light).clamp(0, 1)
@@ -345,7 +347,9 @@ def _underwater(s: _Sheet) -> Tensor:
 def _room(s: _Sheet) -> Tensor:
     floor = HORIZON["room"] or 1
     wall = s.gradient([(0, (246, 226, 196)), (floor, (238, 212, 178))])
-    x, y, half = s.number(3, 0.22, 0.78) * s.width, 0.26 * s.height, 0.15
+    x = s.number(3, 0.22, 0.78) * s.width
+    y = 0.26 * s.height
+    half = 0.15
 
     def pane(width: float) -> Tensor:
         return s.edge(width - torch.maximum((s.x - x).abs(), (s.y - y).abs()))

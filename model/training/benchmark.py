@@ -113,7 +113,7 @@ def _stride(count: int, most: int | None) -> int:
 
 
 class Source(Protocol):
-    """Makes images of prompts."""
+    """Make images of prompts."""
 
     def images(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
         """Return uint8 [N, H, W, 3] on the CPU, one per case and seed; all cases of one aspect."""

@@ -32,10 +32,11 @@ from model.training.codes import KIND_WIDTH, ONE, STARTS, USED, Codes, classes_o
 from model.training.data import Scenes, Text
 from model.training.features import encode_bytes
 
-# Bytes of a thing cut out of its caption, before and behind its first; the share of the steps that
-# read such, at first and at last.
+# Bytes of a thing cut out of its caption, before and behind its first.
 _BEFORE, _BEHIND = 3, 25
-_CUT_FIRST, _CUT_LAST, _CUT_STEPS = 1.0, 0.25, 1200
+_CUT_FIRST = 1.0  # share of the steps that read cut-out things, at first
+_CUT_LAST = 0.25  # the same at last
+_CUT_STEPS = 1200  # steps from the first share to the last
 # The weight of the kind's cross-entropy, and the scale of its logits; the same of the others.
 _KIND_SHARE, _KIND_SCALE = 0.3, 1 / 8
 _OTHERS_SHARE, _SHARPNESS = 0.2, 2.0
@@ -226,10 +227,8 @@ def train(
     encoder.train()
     codes, rng = Codes(scenes.corpus), np.random.default_rng(o.seed)
     steps = count(loop.load(o.checkpoint)["step"] if o.resume else 0)
-    whole, parts = (
-        captions(scenes, codes, o.batch, rng, held_out),
-        pieces(scenes, codes, 2 * o.batch, held_out),
-    )
+    whole = captions(scenes, codes, o.batch, rng, held_out)
+    parts = pieces(scenes, codes, 2 * o.batch, held_out)
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         share = _CUT_FIRST + (_CUT_LAST - _CUT_FIRST) * min(1.0, next(steps) / _CUT_STEPS)

@@ -50,7 +50,7 @@ class Reading:
 
 
 class Judge(Protocol):
-    """Reads images."""
+    """Read images."""
 
     def read(self, images: Tensor) -> list[Reading]:
         """Return what images uint8 [N, H, W, 3] of one size show."""

@@ -29,9 +29,9 @@ _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark a
 # rendered anew.
 _KEPT, _RENEWED = 16, 0.25  # batches; share of a batch
 _LEARNT_FROM = 20_000  # captions, for the vocabulary
-# The weight of the kind's cross-entropy, the scale of its logits, and the likeness to a kind's own
-# vector from which an embedding counts as that kind.
-_KIND_SHARE, _KIND_SCALE, _CLEAR = 0.3, 1 / 8, 0.8
+_KIND_SHARE = 0.3  # weight of the kind's cross-entropy
+_KIND_SCALE = 1 / 8  # of its logits
+_CLEAR = 0.8  # likeness to a kind's own vector from which a code counts as that kind
 
 
 def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
@@ -114,7 +114,10 @@ class Thumbnails:
     """
 
     def __init__(self, clip: CLIP, scenes: Scenes, batch: int, members: tuple[Tensor, ...]) -> None:
-        self.clip, self.scenes, self.members, self.batch = clip, scenes, members, batch
+        self.clip = clip
+        self.scenes = scenes
+        self.members = members
+        self.batch = batch
         self.count = max(1, round(_RENEWED * batch))
         S, device = clip.image_size, scenes.device
         self.capacity = _KEPT * batch

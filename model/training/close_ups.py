@@ -66,7 +66,7 @@ class CloseUp(NamedTuple):
 
 
 class CloseUps:
-    """Compares square images with objects that are larger than they."""
+    """Compare square images with objects that are larger than the image."""
 
     def __init__(self, atlas: Tensor) -> None:
         self.sprites = _reduced(atlas, 2 * _FINE)

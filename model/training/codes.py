@@ -125,10 +125,8 @@ class Codes:
 
     def text(self, index: Tensor, which: Tensor) -> Tensor:
         """Return CLIP's vectors [B, D] for captions: all things together, in the same channels."""
-        own, whole = (
-            self.things(self.corpus.things[index, which]),
-            self.whole(self.corpus.stated[index, which]),
-        )
+        own = self.things(self.corpus.things[index, which])
+        whole = self.whole(self.corpus.stated[index, which])
         return self._together(own) + whole
 
     def _together(self, own: Tensor) -> Tensor:
@@ -169,10 +167,8 @@ class Codes:
             torch.tensor([384.0, 256.0], device=device),
             torch.tensor([256.0, 384.0], device=device),
         )
-        wide, tall = (
-            (self.corpus.aspect[index] == 1)[:, None],
-            (self.corpus.aspect[index] == 2)[:, None],
-        )
+        wide = (self.corpus.aspect[index] == 1)[:, None]
+        tall = (self.corpus.aspect[index] == 2)[:, None]
         extent = 256.0 + wide * (sides[0] - 256.0) + tall * (sides[1] - 256.0)  # [B, 2]
         middle = (drawn.centre / extent[:, None] - 0.5) * there[..., None]
         where = 2 * ONE * middle.sum(1) / count.clamp_min(1)  # [B, 2]

@@ -154,10 +154,8 @@ class Scenes:
 
         A class is −1 at a byte that belongs to no thing.
         """
-        span, things = (
-            self.corpus.span[index, which],
-            self.corpus.things[index, which].long(),
-        )  # [B, 3, 2], [B, 3, T]
+        span = self.corpus.span[index, which]  # [B, 3, 2]
+        things = self.corpus.things[index, which].long()  # [B, 3, T]
         inside = (asked[..., None] >= span[:, None, :, 0]) & (
             asked[..., None] < span[:, None, :, 1]
         )  # [B, k, 3]

@@ -62,9 +62,9 @@ _STEPS: tuple[tuple[int, int, float], ...] = (
 )
 # Images of 3:2 have half as many tokens again.
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
-# The uses of an encoded scene, with other noise each time; batches encoded at a time, and before
-# the first step.
-_MET, _ENCODED_AT_ONCE, _ENCODED_FIRST = 16, 4, 16
+_MET = 16  # uses of an encoded scene, with other noise each time
+_ENCODED_AT_ONCE = 4  # batches
+_ENCODED_FIRST = 16  # batches encoded before the first step
 # The prior is mistaken at times. This share of the captioned rows gets another image's embedding,
 # so that the words count.
 _MISTAKEN = 0.06
@@ -113,7 +113,9 @@ def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_
     Each row keeps or loses its CLIP text and its CLIP image tokens by masking their keys.
     drop_clip: the probability of each.
     """
-    B, device, seq = len(x.tokens), x.tokens.device, denoiser.config.clip_seq_len
+    B = len(x.tokens)
+    device = x.tokens.device
+    seq = denoiser.config.clip_seq_len
     image = x.clip_image + _IMAGE_NOISE * x.clip_image.std() * torch.rand(
         B, 1, device=device
     ) * torch.randn_like(x.clip_image)

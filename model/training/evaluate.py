@@ -288,7 +288,9 @@ def networks(pipeline: Pipeline, sprites: Tensor, count: int = 256) -> dict[str,
     chosen = [_square(rng) for _ in range(count)]
     texts = [describe(scene, rng, wording=COMPLETE).text for scene in chosen]
     cases = [BenchPrompt(text, scene) for text, scene in zip(texts, chosen, strict=True)]
-    errors, truths, used = [], [], set[int]()
+    errors = []
+    truths = []
+    used = set[int]()
     renders = Rendered(sprites)
     for start in range(0, count, _BATCH):
         images = renders.images(cases[start : start + _BATCH], [start] * _BATCH)

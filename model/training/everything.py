@@ -52,7 +52,9 @@ class Watch:
     """The processes of a run, and the results they have written so far."""
 
     def __init__(self, plan: Plan, out: Path, started: float) -> None:
-        self.plan, self.out, self.started = plan, out, started
+        self.plan = plan
+        self.out = out
+        self.started = started
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.tried: dict[str, int] = {}
         self.exported: dict[str, float] = {}

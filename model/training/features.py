@@ -100,14 +100,12 @@ class ExampleStream:
         dtype: torch.dtype = torch.float32,
         empty: float = 0.1,
     ) -> None:
-        self.bundle, self.source, self.seed, self.pool, self.reuse, self.empty = (
-            bundle,
-            source,
-            seed,
-            pool,
-            reuse,
-            empty,
-        )
+        self.bundle = bundle
+        self.source = source
+        self.seed = seed
+        self.pool = pool
+        self.reuse = reuse
+        self.empty = empty
         self.dtype = dtype
         self.device = next(bundle.denoiser.parameters()).device
         self._number, self._taken = 0, 0
@@ -168,7 +166,9 @@ class ExampleStream:
                 stacklevel=2,
             )
             return
-        self._number, self._taken, self._before = state["pool"], state["taken"], state["before"]
+        self._number = state["pool"]
+        self._taken = state["taken"]
+        self._before = state["before"]
         self.source.load_state_dict(self._before)
         self._batches = []
 
@@ -227,12 +227,10 @@ class Pool:
         capacity: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.scenes, self.aspect, self.dtype, self.codes = (
-            scenes,
-            aspect,
-            dtype,
-            Codes(scenes.corpus),
-        )
+        self.scenes = scenes
+        self.aspect = aspect
+        self.dtype = dtype
+        self.codes = Codes(scenes.corpus)
         self.members = scenes.of_aspect[aspect][rank() :: world()]
         self.capacity = min(capacity, len(self.members))
         width, height = ASPECTS[aspect]

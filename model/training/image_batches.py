@@ -30,7 +30,7 @@ _CaptionedImage = tuple[Tensor, str]
 
 
 class ImageBatches:
-    """Draws `count` captioned images at a time from a collection, over and over.
+    """Draw `count` captioned images at a time from a collection, over and over.
 
     size: (width, height) in pixels. threads: the number of threads that decode ahead; 0 decodes on
     demand.
@@ -46,14 +46,12 @@ class ImageBatches:
         seed: int = 0,
         threads: int = 0,
     ) -> None:
-        self.collection, self.count, self.size, self.filters, self.seed, self.threads = (
-            collection,
-            count,
-            size,
-            filters,
-            seed,
-            threads,
-        )
+        self.collection = collection
+        self.count = count
+        self.size = size
+        self.filters = filters
+        self.seed = seed
+        self.threads = threads
         self.identity = collection.identity
         self.skipped = Counter[
             str
@@ -65,7 +63,9 @@ class ImageBatches:
         self._outcomes = in_order(self._load, self._places(epoch, index), self.threads)
 
     def _begin_epoch(self, epoch: int, index: int = 0) -> None:
-        self._epoch, self._index, self._whole = epoch, index, index == 0
+        self._epoch = epoch
+        self._index = index
+        self._whole = index == 0
         self._usable, self._unusable = 0, Counter[str]()
 
     def draw(self) -> tuple[Tensor, list[str]]:

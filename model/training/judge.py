@@ -42,7 +42,9 @@ from model.training.scenery import BACKGROUNDS
 _M = 4
 # Boxes (left, top, right, bottom) of the things, in shares of an image cut at (x, y) = (1, 1):
 # the image is cut in two places at random, so that the halves have different sizes.
-_WHOLE, _LEFT, _RIGHT = (0, 0, 2, 2), (0, 0, 1, 2), (1, 0, 2, 2)
+_WHOLE = (0, 0, 2, 2)
+_LEFT = (0, 0, 1, 2)
+_RIGHT = (1, 0, 2, 2)
 _TOP, _BOTTOM = (0, 0, 2, 1), (0, 1, 2, 2)
 _QUARTERS = ((0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2), (1, 1, 2, 2))
 _NONE = (-1, -1, -1, -1)
@@ -66,8 +68,10 @@ _GAP = 4.0  # pixels between a thing and its box's edge
 _ATLAS = 64  # pixels a side of the sprites that training draws
 _IMAGES = 0.75  # whole images for each crop
 _SHAPES = 0.1  # of the things are shapes, which have many colours
-# The error of a box: of its place and scale, in shares of its side, and of its shape.
-_OFF, _SCALE, _ASPECT = 0.08, 0.13, 0.1
+# The largest errors of a box, in shares: of its place, its side and its proportions.
+_OFF = 0.08
+_SCALE = 0.13
+_ASPECT = 0.1
 
 
 class Targets(NamedTuple):
@@ -86,7 +90,7 @@ class Targets(NamedTuple):
 
 
 class Scatter(nn.Module):
-    """Lays out random images on its device, all at once.
+    """Lay out random images on its device, all at once.
 
     seen: [S, B], 1 where a sprite can be seen before a background. sizes: [S, 2], the width and
     height of sprites one pixel long. colours: [12, 3]. arrangements: [A, M, 4].
@@ -161,7 +165,9 @@ class Scatter(nn.Module):
 
     def _tints(self, background: Tensor) -> Tensor:
         """Return colours uint8 [N, M, 3], never that of a plain background."""
-        n, device, names = len(background), background.device, len(self.colours)
+        n = len(background)
+        device = background.device
+        names = len(self.colours)
         step = torch.randint(1, names, (n, _M), device=device)
         colours = self.colours[(background[:, None] + step) % names].float()
         jitter = _TINT_JITTER * (2 * torch.rand(n, _M, 3, device=device) - 1)

@@ -33,15 +33,15 @@ class _CrossEntropy(torch.autograd.Function):
         """
         dtype, K = features.dtype, len(projection)
         W = projection.to(dtype)
-        to_features, to_projection = (
-            torch.empty_like(features),
-            torch.zeros_like(projection, dtype=torch.float32),
-        )
+        to_features = torch.empty_like(features)
+        to_projection = torch.zeros_like(projection, dtype=torch.float32)
         total, right = weights.new_zeros(()), torch.empty_like(target, dtype=torch.bool)
         rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
-            f, t, w = features[part], target[part, None], weights[part, None]
+            f = features[part]
+            t = target[part, None]
+            w = weights[part, None]
             z = (f @ W.T).float()
             z -= z.amax(-1, keepdim=True)
             own, mean = z.gather(1, t), z.mean(-1, keepdim=True)

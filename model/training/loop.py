@@ -55,9 +55,10 @@ __all__ = [
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3
 _SAVE_SECONDS = 120.0
-# On CUDA: steps before one is recorded, how many may be under way, and seconds between two looks at
-# the figures.
-_REHEARSALS, _UNDER_WAY, _LOOK_SECONDS = 3, 4, 2.0
+# On CUDA:
+_REHEARSALS = 3  # steps before one is recorded
+_UNDER_WAY = 4  # steps that the host may be ahead of the device
+_LOOK_SECONDS = 2.0  # between two reads of the figures
 
 
 class Data(Protocol):
@@ -98,7 +99,9 @@ class Average:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module, self.decay, self.n_averaged = deepcopy(module).requires_grad_(False), decay, 0
+        self.module = deepcopy(module).requires_grad_(False)
+        self.decay = decay
+        self.n_averaged = 0
         # A tensor outside the state dict is no weight, and a mask's infinities have no average.
         twins, originals = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
         once = {
@@ -138,11 +141,15 @@ class _Run:
     def __init__(
         self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()
     ) -> None:
-        self.module, self.o, self.data = module.to(o.device), o, data
+        self.module = module.to(o.device)
+        self.o = o
+        self.data = data
         self.average = Average(module, o.ema)
         self.optimizers = Optimizers(module, o.lr, matrices)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.step = 0
+        self.seconds = 0.0
+        self.skipped = 0
         self.recording = o.record and o.device.type == "cuda" and not dist.is_initialized()
         self._recorded: dict[Loss, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # of the recorded steps

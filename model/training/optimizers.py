@@ -13,9 +13,12 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 _WEIGHT_DECAY = 0.01
-# Muon's published constants: Newton and Schulz's quintic, how often it is iterated, its momentum,
-# and AdamW's usual size of a step.
-_QUINTIC, _ITERATIONS, _MOMENTUM, _RMS, _EPS = (3.4445, -4.7750, 2.0315), 5, 0.95, 0.2, 1e-7
+# Muon's published constants:
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz's iteration
+_ITERATIONS = 5
+_MOMENTUM = 0.95
+_RMS = 0.2  # the usual size of AdamW's steps
+_EPS = 1e-7
 
 
 class BatchedMuon(Optimizer):
@@ -91,7 +94,7 @@ def _muon(matrices: list[Parameter], lr: float | Tensor) -> Optimizer:
 
 
 class Optimizers:
-    """Steps all parameters of a module at one learning rate.
+    """Step all parameters of a module at one learning rate.
 
     matrices: names of those that Muon steps; its update is a matrix with equal singular values,
     scaled to the size of AdamW's. From the same number of images the denoiser learns more with it

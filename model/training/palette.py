@@ -37,7 +37,9 @@ def lab(rgb: npt.ArrayLike) -> npt.NDArray[np.float64]:
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     ratio = linear @ _XYZ_FROM_LINEAR_SRGB.T / _D65
     f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    x = f[..., 0]
+    y = f[..., 1]
+    z = f[..., 2]
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 

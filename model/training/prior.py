@@ -40,10 +40,8 @@ def train(prior: Prior, scenes: Scenes, o: loop.Options, held_out: int = 1000) -
 
     held_out: the number of scenes at the corpus's end that are not trained on.
     """
-    codes, among = (
-        Codes(scenes.corpus),
-        torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device),
-    )
+    codes = Codes(scenes.corpus)
+    among = torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device)
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         index, which = scenes.some(o.batch, among)

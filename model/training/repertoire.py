@@ -205,7 +205,9 @@ def seam(image: Pixels, kept: Mask) -> float:
 def variations(stage: Stage, count: int) -> Figures:
     """Draw two variations of every object's image, by other seeds."""
     studio = stage.studio
-    rows, kinds, originals = [], [], []
+    rows = []
+    kinds = []
+    originals = []
     for i, rng in enumerate(_generators(3, count)):
         scene = _object(rng)
         image = stage.render(scene, i)
@@ -228,7 +230,9 @@ def variations(stage: Stage, count: int) -> Figures:
 
 def edit(stage: Stage, count: int) -> Figures:
     """Give a shape another colour at strength 0.6."""
-    rows, wanted, before = [], [], []
+    rows = []
+    wanted = []
+    before = []
     for i, rng in enumerate(_generators(4, count)):
         scene = _shape(rng)
         (old,) = scene.things

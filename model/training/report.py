@@ -98,10 +98,8 @@ class Report:
         scalars = {name: value / self._steps for name, value in self._sums.items()}
         scalars["learning_rate"] = now.learning_rate
         scalars["images_per_second"] = (now.images - self._images) / max(clock - self._since, 1e-9)
-        scalars["skipped/steps"], scalars["skipped/files"] = (
-            now.skipped_steps,
-            sum(now.skipped_files.values()),
-        )
+        scalars["skipped/steps"] = now.skipped_steps
+        scalars["skipped/files"] = sum(now.skipped_files.values())
         scalars |= {
             f"skipped/{reason.replace(' ', '_')}": count
             for reason, count in now.skipped_files.items()
@@ -109,7 +107,9 @@ class Report:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, now.step)
         self._sums.clear()
-        self._steps, self._since, self._images = 0, clock, now.images
+        self._steps = 0
+        self._since = clock
+        self._images = now.images
 
 
 def by_reason(counts: Mapping[str, int]) -> str:

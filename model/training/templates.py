@@ -37,7 +37,9 @@ _SIDE = 128  # pixels of the shorter side, as this judge sees images
 _CELL = 24  # pixels a side in which all templates are compared; the last few in twice as many
 _MARGIN = 0.06  # of a cell's side that is left free on every side
 _ANGLES = (0.0, -8.0, 8.0)  # degrees by which templates are turned
-_UNLIKE, _NOISE, _UNLIKE_MOST = 10.0, 3.0, 20.0  # ΔE from which a pixel is a thing's: see `_labels`
+# ΔE from which a pixel is a thing's, and its growth with the background's error: see `_labels`.
+_UNLIKE, _NOISE = 10.0, 3.0
+_UNLIKE_MOST = 20.0
 _ROUGH = 1.5  # median ΔE from which specks of background are cleared away
 _SPECK = 0.0015  # share of a square image below which a region is nothing
 _LEAST = 0.008  # … below which it is no thing, but perhaps a part of one
@@ -104,7 +106,7 @@ class Cells:
 
 
 class Templates:
-    """Compares images with all sprites: upright and turned, each also mirrored.
+    """Compare images with all sprites: upright and turned, each also mirrored.
 
     atlas: `art.atlas()`, on the device that compares.
     """
@@ -232,7 +234,9 @@ class Templates:
 
     def _shapes_left_over(self, cells: Cells) -> tuple[Tensor, Tensor]:
         """Return what shapes of the best colour leave over [R, t], and that colour [R, t, 3]."""
-        contrast, behind, opacity = cells.contrast, cells.behind.flatten(2), self.shapes
+        contrast = cells.contrast
+        behind = cells.behind.flatten(2)
+        opacity = self.shapes
         square = opacity.square()
         energy = contrast.square().sum((1, 2))[:, None] + behind.square().sum(1) @ square.T
         energy = energy + 2 * (contrast * behind).sum(1) @ opacity.T

@@ -26,7 +26,10 @@ from model.training.data import Scenes
 from model.training.scenes import ASPECTS
 
 _CODEBOOK_DECAY = 0.99
-_COMMITMENT, _PLAIN, _EDGES = 0.03, 0.05, 0.5
+# Weights of the terms beside the squared error.
+_COMMITMENT = 0.03
+_PLAIN = 0.05
+_EDGES = 0.5
 _DEAD = 0.02  # of the mean count
 # Codes jump when they are revived, and the average of a code's old and new place is no code: the
 # average is kept short.
@@ -171,10 +174,8 @@ def busy_crops(images: Tensor, size: int, tries: int = 3) -> Tensor:
     them.
     """
     _, _, H, W = images.shape
-    tops, lefts = (
-        torch.randint(H - size + 1, (tries,)).tolist(),
-        torch.randint(W - size + 1, (tries,)).tolist(),
-    )
+    tops = torch.randint(H - size + 1, (tries,)).tolist()
+    lefts = torch.randint(W - size + 1, (tries,)).tolist()
     crops = torch.stack(
         [images[..., y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
     )
@@ -216,10 +217,8 @@ def train(
 
     if not o.resume and not trained.frozen and trained.codes.counts.eq(1).all():
         with torch.no_grad():
-            wanted, per = (
-                len(trained.codes.sums),
-                o.batch * (crop // trained.vqgan.config.downscale) ** 2,
-            )
+            wanted = len(trained.codes.sums)
+            per = o.batch * (crop // trained.vqgan.config.downscale) ** 2
             latents = [
                 trained.vqgan.encode_latents(batch()).flatten(0, 2)
                 for _ in range(max(8, 2 * wanted // per))
