@@ -45,14 +45,15 @@ RETRY_FORECAST_S = 10.0
 class PendingJob:
     """One unfinished job: the worker that has it, and the caller's hooks.
 
-    worker, sent_at: None while the job waits for a worker. timeout: ends that wait. solo_crashes:
-    workers that crashed in a stage with this job alone.
+    image_bytes: of the job. worker, sent_at: None while the job waits for a worker. timeout: ends
+    that wait. solo_crashes: workers that crashed in a stage with this job alone.
     """
 
     job: Job
     arrived_at: float
     forecast: Forecast
     answer: asyncio.Future[Finished | EngineError]
+    image_bytes: int
     on_started: OnStarted | None = None
     on_preview: OnPreview | None = None
     on_drawn: OnDrawn | None = None
@@ -239,10 +240,10 @@ class EngineClient:
             raise DeadlineExceeded("the deadline passed")
         unfinished = self.rows_unfinished
         # A request larger than the queue itself is still done, alone.
-        if unfinished and unfinished + len(job.seeds) > self._settings.queue_rows:
-            raise QueueFull(self._retry_after(self._time_to_room(len(job.seeds)), job, now))
+        if unfinished and (wait_s := self._time_to_room(job)) is not None:
+            raise QueueFull(self._retry_after(wait_s, job, now))
         answer: asyncio.Future[Finished | EngineError] = asyncio.get_running_loop().create_future()
-        entry = PendingJob(job, now, self._forecast(job, now), answer)
+        entry = PendingJob(job, now, self._forecast(job, now), answer, job.image_bytes)
         self._pending[job.id] = entry
         return entry
 
@@ -273,14 +274,23 @@ class EngineClient:
         )
         return Forecast(max(0, before + 1 - slots), seconds)
 
-    def _time_to_room(self, rows: int) -> float:
-        """Return the seconds until so many rows should fit into the queue, by the present pace."""
-        excess = self.rows_unfinished + rows - self._settings.queue_rows
+    def _time_to_room(self, job: Job) -> float | None:
+        """Return the seconds until the job should fit into the queue, by the present pace.
+
+        The oldest jobs are expected to be done first. None: it fits now.
+        """
+        excess_rows = self.rows_unfinished + len(job.seeds) - self._settings.queue_rows
+        held = sum(entry.image_bytes for entry in self._pending.values())
+        excess_bytes = held + job.image_bytes - self._settings.queue_bytes
+        if excess_rows <= 0 and excess_bytes <= 0:
+            return None
         finishing = 0
         for entry in self._pending.values():
-            if finishing >= excess:
+            if excess_rows <= 0 and excess_bytes <= 0:
                 break
             finishing += entry.rows
+            excess_rows -= entry.rows
+            excess_bytes -= entry.image_bytes
         return finishing * self._pace.seconds_per_row
 
     def _retry_after(self, earliest_s: float, job: Job, now: float) -> float:

@@ -89,6 +89,16 @@ class Job:
         """Every text that a conditional branch reads."""
         return conditional_prompts(self.prompt, self.keyframes, self.regions)
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the client's images, masks and weights, decoded."""
+        canvas = () if self.canvas is None else (self.canvas.picture,)
+        masks = (self.canvas.mask,) if isinstance(self.canvas, Repaint) else ()
+        seen = (reference.picture for reference in self.references)
+        shown = (keyframe.picture for keyframe in self.keyframes if keyframe.picture)
+        weights = (region.weight for region in self.regions)
+        return sum(len(image.content) for image in (*canvas, *masks, *seen, *shown, *weights))
+
     def image(self, index: int) -> ImageRequest:
         """Return everything that decides what image `index` looks like."""
         return ImageRequest(
