@@ -213,7 +213,7 @@ class Settings(BaseSettings):
     queue_bytes: Annotated[
         int,
         Field(ge=1, description="Maximum size of unfinished requests' decoded images, likewise"),
-    ] = 256 * MIB
+    ] = 128 * MIB
     max_batch_rows: Annotated[
         int, Field(ge=1, description="Maximum of images per denoiser step")
     ] = 16

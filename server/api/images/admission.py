@@ -28,7 +28,6 @@ from server.api.images.decode import (
     mask_size_mismatch,
     repaint_mask,
 )
-from server.api.images.sniff import ImageFile
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.engine.latency_model import Pace
 from server.engine.retry_slots import RetrySlots
@@ -48,14 +47,15 @@ class Uploads:
     def __init__(self, limits: ImageLimits, deadline: float = math.inf) -> None:
         """Create it without files. deadline: monotonic seconds."""
         self._limits, self._deadline = limits, deadline
-        # By the identity of their content, which the request holds.
-        self._files: dict[int, ImageFile] = {}
+        # (width, height) by the identity of the content, which the request holds. What a decoder
+        # reads is a copy, which would double the memory of requests that wait.
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._stopped = False
 
     @property
     def pixels(self) -> int:
         """Pixels of all files that were checked, by their headers."""
-        return sum(file.pixels for file in self._files.values())
+        return sum(width * height for width, height in self._sizes.values())
 
     def stop(self) -> None:
         """Let the thread that decodes these files end with the present one."""
@@ -64,7 +64,7 @@ class Uploads:
     def check(self, files: Sequence[tuple[str, bytes]]) -> None:
         """Read the headers of (param, content); raise ApiError 413 beyond the summed pixels."""
         for param, content in files:
-            self._file(content, param)
+            self.stored_size(content, param)
         if self.pixels > self._limits.max_request_pixels:
             allowed = f"the images of a request may have {self._limits.max_request_pixels} pixels"
             message = f"{files[-1][0]}: {allowed} together (sent: {self.pixels})"
@@ -73,13 +73,16 @@ class Uploads:
 
     def stored_size(self, content: bytes, param: str = "image") -> tuple[int, int]:
         """Return (width, height) by the file's header, before any rotation."""
-        file = self._file(content, param)
-        return file.width, file.height
+        self._check_time()
+        if id(content) not in self._sizes:
+            file = checked_file(content, self._limits, param)
+            self._sizes[id(content)] = file.width, file.height
+        return self._sizes[id(content)]
 
     def decode(self, content: bytes, param: str = "image", fit: Fit | None = None) -> DecodedImage:
         """Decode one file as `decode` does. Raises DeadlineExceeded after the deadline."""
-        file = self._file(content, param)
-        return decode(content, self._limits, param, fit, file)
+        self._check_time()
+        return decode(content, self._limits, param, fit)
 
     def mask(
         self, content: bytes, mode: MaskMode | None, size: tuple[int, int], param: str = "mask"
@@ -90,12 +93,9 @@ class Uploads:
             raise mask_size_mismatch(param, size, stored)
         return repaint_mask(self.decode(content, param), mode, size, param)
 
-    def _file(self, content: bytes, param: str) -> ImageFile:
+    def _check_time(self) -> None:
         if self._stopped or time.monotonic() > self._deadline:
             raise DeadlineExceeded("the deadline passed")
-        if id(content) not in self._files:
-            self._files[id(content)] = checked_file(content, self._limits, param)
-        return self._files[id(content)]
 
 
 @dataclass(eq=False, slots=True)

@@ -115,7 +115,6 @@ def decode(
     limits: ImageLimits,
     param: str = "image",
     fit: Fit | None = None,
-    file: ImageFile | None = None,
 ) -> DecodedImage:
     """Decode a PNG, JPEG, WebP or GIF file.
 
@@ -125,12 +124,11 @@ def decode(
         param: the field to name in errors.
         fit: returns the size at which the upright image is needed; a large one is reduced while it
             is decoded. It may raise ApiError.
-        file: the result of `checked_file`, if the file was checked already.
 
     Raises:
         ApiError: names `param`; 413 beyond the limits, 422 for other formats and damaged files.
     """
-    file = file or checked_file(content, limits, param)
+    file = checked_file(content, limits, param)
     try:
         rgb, alpha = _arrays(_load(file, fit))
     except (ApiError, MemoryError):
