@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-# Clients wait no longer than about this when they are told to, seconds. Later slots would also let
-# a flood of rejected requests push the next client's retry ever further away.
+# The OpenAI SDKs ignore a longer Retry-After, seconds. Later slots would also let a flood of
+# rejected requests push the next client's retry ever further away.
 HORIZON_S = 60.0
 # Retry-after-ms counts in these, seconds.
 RESOLUTION_S = 0.001
@@ -20,7 +20,7 @@ class RetrySlots:
     def take(self, earliest_s: float, spacing_s: float, now: float) -> float:
         """Return the seconds after which a client that is rejected now should retry.
 
-        Beyond `HORIZON_S` after the earliest time, the slots begin again with the earliest.
+        Beyond `HORIZON_S` from now, the slots begin again with the earliest.
 
         Args:
             earliest_s: seconds until there should be room for one more request.
@@ -29,7 +29,7 @@ class RetrySlots:
         """
         earliest = now + earliest_s
         slot = max(earliest, self._last + max(spacing_s, RESOLUTION_S))
-        if slot > earliest + HORIZON_S:
+        if slot > now + HORIZON_S:
             slot = earliest
         self._last = slot
         return slot - now
