@@ -78,7 +78,7 @@ class Tracing:
     @contextmanager
     def request(self, method: str, headers: Headers) -> Iterator[Span]:
         """Make a request's span current. Its parent is the one of the header `traceparent`."""
-        # One that is sent twice is nobody's.
+        # A repeated header is ambiguous.
         sent = {name: headers.getlist(name) for name in ("traceparent", "tracestate")}
         carrier = sent if len(sent["traceparent"]) == 1 else {}
         with self._tracer.start_as_current_span(
@@ -234,7 +234,7 @@ def current_context() -> str:
 
 
 def _job_attributes(job: Job) -> dict[str, str | int]:
-    # No prompts: they are the clients' own, and traces leave the house.
+    # No prompts: they belong to the clients, and traces leave this machine.
     return {
         "paellera.job": job.id,
         "paellera.model": job.model,
