@@ -169,6 +169,16 @@ def test_an_image_comes_through_and_the_client_is_known_by_its_own_address(
     assert [request["client"] for request in logged()] == [CLIENT]
 
 
+@pytest.mark.parametrize(("origin", "status"), [("http://evil.example", 403), ("own", 200)])
+def test_a_page_is_judged_by_the_address_that_it_asked_not_by_one_that_it_claims(
+    proxied: Proxied, origin: str, status: int
+) -> None:
+    own = str(proxied.client.base_url).rstrip("/")
+    headers = {"X-Forwarded-Host": "evil.example", "Origin": own if origin == "own" else origin}
+    answer = proxied.client.post("/generate", json={"prompt": "a"}, headers=headers)
+    assert answer.status_code == status
+
+
 def test_events_arrive_while_the_job_still_runs_and_a_leaving_client_cancels_it(
     proxied: Proxied,
 ) -> None:
