@@ -3,12 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate art browser prometheus clean
+# Files with a known hash, and nothing that is not listed (`make lock`).
+INSTALL := $(BIN)/pip install --quiet --no-deps --require-hashes
+# torch by version alone, from one index: TORCH_INDEX=https://download.pytorch.org/whl/cpu brings the build for CPUs. The default is
+# pip's own index.
+TORCH_INDEX ?=
+INSTALL_TORCH := $(BIN)/pip install --quiet $(TORCH_INDEX:%=--index-url %)
+# The locks, resolved for all systems. What comes with torch is left out, for it differs by index.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' --index-url https://pypi.org/simple -c requirements/torch.txt \
+	--excludes requirements/excluded.txt --no-emit-package torch --no-emit-package torchvision
+
+.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate art browser prometheus nginx lock audit sbom clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
-test: $(VENV)/.dev browser prometheus  ## run the test suite; ARGS="-m 'not slow'" narrows it
+test: $(VENV)/.dev browser prometheus nginx  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training; ARGS=tests/test_client.py narrows it
@@ -18,7 +29,7 @@ mutate: $(VENV)/.dev  ## plant small faults and count those that the tests catch
 	$(BIN)/python -m load_tests.mutate $(ARGS)
 
 scale-test: $(VENV)/.dev  ## the tests that start a Ray of their own
-	$(BIN)/pip install --quiet -e '.[scale]'
+	$(INSTALL) -r requirements/scale.txt
 	$(BIN)/pytest -m ray $(ARGS)
 
 lint: $(VENV)/.dev
@@ -39,7 +50,7 @@ bench: $(VENV)/.dev
 	$(BIN)/paellera bench
 
 batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; at rising rates; Schemathesis; Locust
-	$(BIN)/pip install --quiet -e '.[load]'
+	$(INSTALL) -r requirements/load.txt
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
 faults soak: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests
@@ -66,17 +77,48 @@ prometheus:
 	@command -v promtool >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 		&& apt-get install -qq -y --no-install-recommends prometheus; } || echo "no promtool: install prometheus to run the tests that need it"
 
+# nginx's configuration, too.
+nginx:
+	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& apt-get install -qq -y --no-install-recommends nginx-light >/dev/null; } \
+		|| echo "no nginx: install nginx-light to run the tests that need it"
+
+lock: $(VENV)/.dev  ## pin every dependency with hashes (network); ARGS="--upgrade" or "--upgrade-package NAME"
+	$(COMPILE) $(ARGS) pyproject.toml --extra otel -o requirements/serve.txt
+	$(COMPILE) $(ARGS) pyproject.toml requirements/build.in --extra otel --extra dev --extra train -c requirements/serve.txt \
+		-o requirements/dev.txt
+	$(COMPILE) $(ARGS) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
+	$(COMPILE) $(ARGS) pyproject.toml --extra load -c requirements/dev.txt -o requirements/load.txt
+	$(COMPILE) $(ARGS) pyproject.toml --extra scale -c requirements/dev.txt -o requirements/scale.txt
+
+audit: $(VENV)/.dev  ## look up the locked versions in PyPI's advisories; needs the network
+	@echo "asks PyPI for advisories: needs the network"
+	set -e; for lock in serve dev build load scale; do \
+		$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements/$$lock.txt $(ARGS); done
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r requirements/torch.txt $(ARGS)
+
+SBOM ?= dist/paellera.cdx.json
+sbom: $(VENV)/.dev  ## dist/paellera.cdx.json: the content of the image, as CycloneDX
+	mkdir -p $(dir $(SBOM))
+	cat requirements/serve.txt requirements/build.txt requirements/torch.txt | $(BIN)/cyclonedx-py requirements - \
+		--pyproject pyproject.toml --mc-type application --output-reproducible --of JSON -o $(SBOM)
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
 
 # Reinstalled when the dependencies change; -e, so a change of the code needs nothing.
-$(VENV)/.serve: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet -e .
+$(VENV)/.serve: pyproject.toml requirements/build.txt requirements/serve.txt requirements/torch.txt | $(BIN)/python
+	$(INSTALL) -r requirements/build.txt
+	$(INSTALL) -r requirements/serve.txt
+	$(INSTALL_TORCH) -r requirements/torch.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet -e '.[dev,train]'
+$(VENV)/.dev: pyproject.toml requirements/build.txt requirements/dev.txt requirements/torch-dev.txt requirements/torch.txt | $(BIN)/python
+	$(INSTALL) -r requirements/build.txt
+	$(INSTALL) -r requirements/dev.txt
+	$(INSTALL_TORCH) -r requirements/torch-dev.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@ $(VENV)/.serve
 
 clean:

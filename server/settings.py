@@ -337,6 +337,13 @@ class Settings(BaseSettings):
         Field(description="Minimum severity of log lines"),
     ] = "info"
     log_prompts: Annotated[bool, Field(description="Log the prompts of every request")] = False
+    tracing: Annotated[
+        bool,
+        Field(
+            description="Export OpenTelemetry spans by OTLP, as the OTEL_* variables say; needs the"
+            " extra `otel`"
+        ),
+    ] = False
 
     @classmethod
     def settings_customise_sources(

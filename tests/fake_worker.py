@@ -114,6 +114,7 @@ def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
         images[::-1],
         Timings(queue=0.001, encode=0.002, prior=0.003, denoise=0.004, decode=0.005),
         truncated,
+        (0.006, 0.009) if job.traceparent else (),
     )
 
 

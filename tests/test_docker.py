@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from server.settings import Settings
+from server.uvicorn_server import WRITE_TIMEOUT_S
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def test_the_image_holds_what_the_wheel_is_made_of_and_serves_as_nobody() -> Non
         for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
         if line.startswith("!")
     }
-    assert copied == allowed == {*wheel, "pyproject.toml", "README.md", "LICENSE"}
+    assert copied == allowed == {*wheel, "pyproject.toml", "requirements", "README.md", "LICENSE"}
     assert all((ROOT / name).exists() for name in copied)
     assert dict(final)["USER"] not in ("0", "root")
 
@@ -103,6 +104,15 @@ def test_the_composition_asks_prometheus_to_look_where_the_image_has_its_metrics
             variable.removeprefix("PAELLERA_").lower() for variable in server["environment"]
         } <= set(Settings.model_fields)
     assert COMPOSE["services"]["server-gpu"]["build"]["args"] == {"DEVICE": "cuda"}
+
+
+def test_containers_have_time_to_drain_before_they_are_killed() -> None:
+    longest_delay_s = 20
+    drain_s = Settings.model_fields["drain_timeout_s"].default + WRITE_TIMEOUT_S
+    for name in SERVERS:
+        server = COMPOSE["services"][name]
+        assert "PAELLERA_SHUTDOWN_DELAY_S" in server["environment"]
+        assert float(server["stop_grace_period"].removesuffix("s")) >= longest_delay_s + drain_s
 
 
 def test_containers_are_read_only_without_capabilities_and_published_on_loopback() -> None:

@@ -158,6 +158,21 @@ def test_stages_are_timed_and_add_up_to_no_more_than_the_wait(far):
     assert sum(stages) <= time.perf_counter() - began
 
 
+def test_a_traced_job_s_answer_tells_when_each_step_ended(far):
+    far.send(job("a", seeds=(3, 4), traceparent="00-1-2-01"))
+    answer = far.answer("a")
+    assert isinstance(answer, Finished)
+    ends, t = answer.step_seconds, answer.timings
+    assert len(ends) == SAMPLING.steps
+    assert list(ends) == sorted(ends)
+    assert t.encode + t.prior <= ends[0]
+    assert ends[-1] <= t.encode + t.prior + t.denoise
+    far.send(job("b"))
+    untraced = far.answer("b")
+    assert isinstance(untraced, Finished)
+    assert untraced.step_seconds == ()
+
+
 @pytest.mark.parametrize(
     ("prompt", "truncated"), [("red apple", ()), ("the red apple " * 20, ("byt5", "clip"))]
 )

@@ -6,10 +6,12 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
 from model.config import BundleConfig, find_bundle
 from server.api import (
@@ -32,12 +34,15 @@ from server.api.middleware import (
 from server.api.openapi import DocumentedApp
 from server.api.origins import OriginGuard, TrustedProxies
 from server.api.planning import OPERATIONS
-from server.api.state import AppState
+from server.api.state import AppState, request_state
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +67,7 @@ def create_app(
     *,
     worker: WorkerMain = run_worker,
     engine: MakeEngine | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Return the server as an ASGI app.
 
@@ -69,11 +75,12 @@ def create_app(
         settings: default: from the environment.
         worker: main function of the worker process, importable there.
         engine: makes an engine outside this process, in place of one with a worker process.
+        tracing: makes the spans; default: exports them, if the settings say so.
 
     Raises:
         FileNotFoundError: weights do not exist.
         pydantic.ValidationError: weights or settings are invalid.
-        ValueError: settings exclude the weights.
+        ValueError: settings exclude the weights, or ask for traces without the extra `otel`.
     """
     settings = settings or Settings()
     # Clients that may read the metrics must not learn each other's request ids.
@@ -89,10 +96,12 @@ def create_app(
         settings.max_image_bytes, settings.max_image_pixels, settings.max_request_pixels
     )
     make_engine = engine or partial(EngineClient, worker=worker)
+    tracing = tracing or _start_tracing(settings)
+    made = make_engine(settings, metrics)
     state = AppState(
         settings,
         metrics,
-        make_engine(settings, metrics),
+        tracing.engine(made) if tracing else made,
         models,
         ImageDecoder(
             limits,
@@ -100,6 +109,7 @@ def create_app(
             settings.decode_queue_pixels,
             settings.decode_queue_bytes,
         ),
+        tracing=tracing,
     )
 
     @asynccontextmanager
@@ -112,6 +122,8 @@ def create_app(
         finally:
             await state.engine.stop()
             state.decoder.close()
+            if tracing:
+                await tracing.stop()
 
     app = DocumentedApp(
         title="Paellera",
@@ -122,7 +134,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.paellera = state
-    _add_middleware(app, settings, metrics)
+    _add_middleware(app, settings, metrics, tracing)
     register_error_handlers(app)
     authenticated = [Depends(BEARER)] if settings.keys else []
     app.include_router(routes_native.router, dependencies=authenticated)
@@ -146,7 +158,30 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     return models
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _start_tracing(settings: Settings) -> Tracing | None:
+    """Return what makes the spans. Raises ValueError without the packages that it needs."""
+    if not settings.tracing:
+        return None
+    try:
+        from server.tracing import Tracing
+    except ModuleNotFoundError as error:
+        message = "PAELLERA_TRACING needs the extra otel: pip install 'paellera[otel]'"
+        raise ValueError(message) from error
+    return Tracing()
+
+
+def _span_attributes(scope: Scope) -> dict[str, str | None]:
+    state = request_state(scope)
+    return {
+        "paellera.request_id": state.id,
+        "paellera.key": state.client,
+        "error.type": state.error_code,
+    }
+
+
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing | None
+) -> None:
     """Add the middleware, the innermost first."""
     app.add_middleware(
         BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
@@ -155,6 +190,10 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     app.add_middleware(OriginGuard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)
+    if tracing:
+        app.add_middleware(
+            tracing.middleware, untraced=routes_health.PATHS, describe=_span_attributes
+        )
     app.add_middleware(Observation, metrics=metrics)
     if settings.origins:
         app.add_middleware(

@@ -105,6 +105,7 @@ class Observation:
         self._metrics.record_request(str(endpoint), status, seconds, state.id)
         fields = {
             "request_id": state.id,
+            "trace_id": scope.get("paellera.trace_id"),
             "method": scope["method"],
             "path": scope["path"][:200],
             "status": status,

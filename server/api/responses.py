@@ -291,6 +291,8 @@ def record_images(state: AppState, plan: Plan, count: int, began: float) -> floa
     seconds = time.perf_counter() - began
     state.metrics.image_encode_duration.observe(seconds)
     state.metrics.images.labels(f"/{plan.operation}").inc(count)
+    if state.tracing:
+        state.tracing.record_image(seconds, count)
     return seconds
 
 

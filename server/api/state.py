@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import Request
 from starlette.types import Scope
@@ -18,6 +18,9 @@ from server.engine.interface import Engine
 from server.engine.messages import Job
 from server.metrics import Metrics
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 REQUEST_STATE = "paellera.request"
 
@@ -33,6 +36,7 @@ class AppState:
         decoder: queue and threads that decode uploaded images.
         started_at: Unix seconds.
         running: by client and request id, the futures that end running requests with an error.
+        tracing: None unless `settings.tracing` is on.
     """
 
     settings: Settings
@@ -42,6 +46,7 @@ class AppState:
     decoder: ImageDecoder
     started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[tuple[str, str], list[asyncio.Future[ApiError]]] = field(default_factory=dict)
+    tracing: Tracing | None = None
 
 
 @dataclass(slots=True)

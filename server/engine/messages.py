@@ -57,7 +57,8 @@ class Job:
     the order in which jobs are served. alone: its rows share no step with another job's, because it
     is suspected of having crashed a worker. previews: how many of each
     image, at most, are sent before it is done. early: each image is sent as soon as it is done, and
-    all of them again with the answer.
+    all of them again with the answer. traceparent: the W3C trace context of a traced request, whose
+    answer has `step_seconds`; otherwise empty.
 
     The other fields are those of `model.image_request.ImageRequest`. With keyframes the rows are
     frames, evenly spaced from the first keyframe to the last.
@@ -77,6 +78,7 @@ class Job:
     alone: bool = False
     previews: int = 0
     early: bool = False
+    traceparent: str = ""
     canvas: Repaint | Edit | None = None
     references: tuple[Reference, ...] = ()
     keyframes: tuple[Keyframe, ...] = ()
@@ -221,12 +223,17 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A whole job. truncated: the encoders that could not take a whole prompt ("byt5", "clip")."""
+    """A whole job. truncated: the encoders that could not take a whole prompt ("byt5", "clip").
+
+    step_seconds: of a traced job, the end of each step that it took part in, in seconds from its
+    first encode.
+    """
 
     id: str
     images: tuple[Image, ...]
     timings: Timings
     truncated: tuple[str, ...] = ()
+    step_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

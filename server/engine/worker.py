@@ -236,7 +236,8 @@ def _take_batch(waiting: dict[RowId, DecodeRequest]) -> dict[RowId, DecodeReques
 class _Progress:
     """The state of one job.
 
-    steps: of all its rows together, those skipped at the start included.
+    steps: of all its rows together, those skipped at the start included. step_ends: of a traced
+    job's steps, `time.perf_counter` seconds.
     """
 
     arrived_at: float
@@ -245,6 +246,7 @@ class _Progress:
     images: list[Image] = field(default_factory=list)
     truncated: tuple[str, ...] = ()
     steps: int = 0
+    step_ends: list[float] = field(default_factory=list)
 
     def timings(self) -> Timings:
         """Split the time since the job's arrival into stages.
@@ -254,6 +256,11 @@ class _Progress:
         started_at = self.started_at or self.arrived_at
         denoise = time.perf_counter() - started_at - sum(self.watch.seconds.values())
         return Timings(queue=started_at - self.arrived_at, denoise=denoise, **self.watch.seconds)
+
+    def step_seconds(self) -> tuple[float, ...]:
+        """Return `step_ends`, counted from the first encode."""
+        started_at = self.started_at or self.arrived_at
+        return tuple(end - started_at for end in self.step_ends)
 
 
 class Worker:
@@ -340,17 +347,14 @@ class Worker:
             time.perf_counter(),
         )
         self.runner.step(job.model, rows)
+        ended = time.perf_counter()
         self._steps.append(
-            Step(
-                len(rows),
-                branches,
-                job.width * job.height,
-                time.perf_counter() - began,
-                job.model,
-            )
+            Step(len(rows), branches, job.width * job.height, ended - began, job.model)
         )
         for row in rows:
             self._progress[row.job].steps += 1
+        for id in {row.job for row in rows if self.scheduler.job(row.job).traceparent}:
+            self._progress[id].step_ends.append(ended)
         return rows
 
     def _decode(self) -> None:
@@ -410,7 +414,13 @@ class Worker:
     def _answer_if_complete(self, id: str) -> None:
         progress = self._progress[id]
         if len(progress.images) == len(self.scheduler.job(id).seeds):
-            answer = Finished(id, tuple(progress.images), progress.timings(), progress.truncated)
+            answer = Finished(
+                id,
+                tuple(progress.images),
+                progress.timings(),
+                progress.truncated,
+                progress.step_seconds(),
+            )
             send_message(self.connection, answer)
             self._forget(id)
 

@@ -7,7 +7,6 @@ answer, because jobs are seeded. docs/scale.md says how to run it.
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated, Any
 
 import httpx
@@ -30,6 +29,7 @@ from server.api import create_app
 from server.engine.errors import EngineError
 from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerMain, run_worker
+from server.metrics import Metrics
 from server.ray_serve.deduplication import Call
 from server.ray_serve.engines import REPORT_TIMEOUT_S, LocalEngine, RemoteEngine, Report
 from server.ray_serve.routing import Load, WaitEstimator, replicas_for
@@ -208,12 +208,14 @@ class Api:
         logs.configure(settings.log_level)
         context = serve.get_replica_context()
         self._peers = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._engines = engines
         # Ray's proxy has a single port.
         settings = settings.model_copy(update={"operations_port": None})
-        self._app = create_app(
-            settings, engine=partial(RemoteEngine, engines=engines, peers=self._peers)
-        )
-        self._engine: RemoteEngine = self._app.state.paellera.engine
+        self._app = create_app(settings, engine=self._make_engine)
+
+    def _make_engine(self, settings: Settings, metrics: Metrics) -> RemoteEngine:
+        self._engine = RemoteEngine(settings, metrics, self._engines, self._peers)
+        return self._engine
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Front(self._app, self._peers)

@@ -1,0 +1,228 @@
+"""The committed nginx configuration, in Debian's nginx before a real server: events at once,
+connections kept, bodies bounded, clients named, probes not published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from load_tests.serving import wait_until_ready
+from server.api.routes_health import PATHS
+from server.settings import Settings
+from tests.conftest import wait_until
+from tests.test_docker import free_port
+
+CONFIGURATION = Path(__file__).parents[1] / "docker/nginx/paellera.conf"
+TEXT = CONFIGURATION.read_text()
+MIB = 2**20
+PATIENCE_S = 60
+# The client's own address: not the one from which nginx calls the server.
+CLIENT = "127.0.0.3"
+
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(
+        shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None,
+        reason="no nginx: install nginx-light, as `make nginx` does",
+    ),
+]
+
+MAIN = """
+{user}
+daemon off;
+pid {directory}/pid;
+error_log {directory}/error.log notice;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    include {directory}/paellera.conf;
+}}
+"""
+
+
+def setting(name: str) -> str:
+    """The only value of a directive."""
+    (value,) = re.findall(rf"^\s*{name} (.+);", TEXT, flags=re.MULTILINE)
+    return value
+
+
+def seconds(name: str) -> float:
+    return float(setting(name).removesuffix("s"))
+
+
+@dataclass
+class Proxied:
+    """nginx and the server behind it. port: the server's own."""
+
+    client: httpx.Client
+    port: int
+    log: Path
+
+    def upstream_connections(self) -> set[int]:
+        """nginx's ports of open connections to the server."""
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        established = [(line[1], line[2]) for line in lines if line[3] == "01"]
+        return {
+            int(local.split(":")[1], 16)
+            for local, remote in established
+            if int(remote.split(":")[1], 16) == self.port
+        }
+
+    def metric(self, name: str) -> float:
+        """A figure of the server, summed over its labels."""
+        text = httpx.get(f"http://127.0.0.1:{self.port}/metrics", timeout=PATIENCE_S).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    def requests_logged(self) -> list[dict[str, object]]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line[0] == "{"]
+        return [line for line in lines if line["message"] == "request"]
+
+
+def start_nginx(directory: Path, server_port: str) -> tuple[subprocess.Popen[bytes], str]:
+    port = free_port()
+    text = TEXT.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    text = text.replace("server 127.0.0.1:8000;", f"server 127.0.0.1:{server_port};")
+    (directory / "paellera.conf").write_text(text)
+    # Otherwise its workers could not enter the test's folder.
+    user = "user root;" if os.geteuid() == 0 else ""
+    (directory / "nginx.conf").write_text(MAIN.format(user=user, directory=directory))
+    command = ["nginx", "-p", str(directory), "-c", str(directory / "nginx.conf")]
+    command += ["-e", str(directory / "error.log")]
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin"}
+    subprocess.run([*command, "-t"], env=environment, check=True, capture_output=True)
+    return subprocess.Popen(command, env=environment), port
+
+
+@pytest.fixture(scope="module")
+def proxied(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
+    directory, port = tmp_path_factory.mktemp("nginx"), free_port()
+    environment = {
+        **os.environ,
+        "PAELLERA_WEIGHTS": str(bundle),
+        "PAELLERA_TRUSTED_PROXIES": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "tests.fake_server", "--port", port]
+    with (
+        (directory / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stderr=log) as server,
+    ):
+        nginx = None
+        try:
+            wait_until_ready(server, f"http://127.0.0.1:{port}/readyz")
+            nginx, front = start_nginx(directory, port)
+            wait_until(lambda: is_listening(front))
+            transport = httpx.HTTPTransport(local_address=CLIENT)
+            address = f"http://127.0.0.1:{front}"
+            with httpx.Client(base_url=address, transport=transport, timeout=PATIENCE_S) as client:
+                yield Proxied(client, int(port), directory / "log")
+        finally:
+            for process in (nginx, server):
+                if process is not None:
+                    process.terminate()
+                    process.wait(PATIENCE_S)
+
+
+def is_listening(port: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(port))) == 0
+
+
+def test_its_bounds_are_those_of_the_server() -> None:
+    fields = Settings.model_fields
+    assert setting("client_max_body_size") == f"{fields['max_body_bytes'].default // MIB}m"
+    longest = next(each.le for each in fields["timeout_s"].metadata if hasattr(each, "le"))
+    assert seconds("proxy_read_timeout") > longest
+    assert seconds("proxy_read_timeout") > fields["heartbeat_s"].default
+    assert seconds("keepalive_timeout") < fields["keep_alive_s"].default
+
+
+def test_an_image_comes_through_and_the_client_is_known_by_its_own_address(
+    proxied: Proxied,
+) -> None:
+    headers = {"X-Request-Id": "through-nginx", "X-Forwarded-For": "203.0.113.7"}
+    answer = proxied.client.post("/generate", json={"prompt": "a"}, headers=headers)
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["x-request-id"] == "through-nginx"
+
+    def logged() -> list[dict[str, object]]:
+        return [r for r in proxied.requests_logged() if r["request_id"] == "through-nginx"]
+
+    wait_until(lambda: bool(logged()))
+    assert [request["client"] for request in logged()] == [CLIENT]
+
+
+@pytest.mark.parametrize(("origin", "status"), [("http://evil.example", 403), ("own", 200)])
+def test_a_page_is_judged_by_the_address_that_it_asked_not_by_one_that_it_claims(
+    proxied: Proxied, origin: str, status: int
+) -> None:
+    own = str(proxied.client.base_url).rstrip("/")
+    headers = {"X-Forwarded-Host": "evil.example", "Origin": own if origin == "own" else origin}
+    answer = proxied.client.post("/generate", json={"prompt": "a"}, headers=headers)
+    assert answer.status_code == status
+
+
+def test_events_arrive_while_the_job_still_runs_and_a_leaving_client_cancels_it(
+    proxied: Proxied,
+) -> None:
+    body = {"prompt": "hold", "stream": True}
+    with proxied.client.stream("POST", "/generate", json=body) as answer:
+        events = answer.iter_lines()
+        assert next(events) == "event: queued"
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        # The server's word to nginx, which keeps it to itself.
+        assert "x-accel-buffering" not in answer.headers
+        wait_until(lambda: proxied.metric("paella_rows_running") == 1)
+    wait_until(lambda: proxied.metric("paella_rows_running") == 0)
+
+
+def test_connections_to_the_server_outlive_a_pause(proxied: Proxied) -> None:
+    """uvicorn's own default closes them after five seconds: every hundredth POST was a 502."""
+
+    def post() -> None:
+        assert proxied.client.post("/generate", json={"prompt": "a"}).status_code == 200
+
+    post()
+    before = proxied.upstream_connections()
+    assert before
+    time.sleep(6.5)
+    assert proxied.upstream_connections() == before
+    post()
+    assert proxied.upstream_connections() == before
+
+
+def test_a_body_as_large_as_the_server_takes_is_passed_on_and_a_larger_one_refused_by_nginx(
+    proxied: Proxied,
+) -> None:
+    limit = Settings.model_fields["max_body_bytes"].default
+    headers = {"Content-Type": "application/json"}
+    within = proxied.client.post("/generate", content=b" " * limit, headers=headers)
+    assert within.json()["error"]["code"]
+    beyond = proxied.client.post("/generate", content=b" " * (limit + 1), headers=headers)
+    assert beyond.status_code == 413
+    assert "nginx" in beyond.headers["server"]
+    assert "nginx" in beyond.text
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_health_and_metrics_are_not_published(proxied: Proxied, path: str) -> None:
+    answer = proxied.client.get(path)
+    assert answer.status_code == 404
+    assert "nginx" in answer.text
