@@ -21,7 +21,6 @@ from server.api import (
 )
 from server.api.images.decode import ImageDecoder, ImageLimits
 from server.api.middleware import (
-    BodyLimit,
     Guard,
     HealthPort,
     Observation,
@@ -32,6 +31,7 @@ from server.api.openapi import DocumentedApp
 from server.api.origins import OriginGuard, TrustedProxies
 from server.api.planning import OPERATIONS
 from server.api.state import AppState
+from server.api.transfer import BodyBudget, BodyLimit, SendTimeout
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
@@ -140,7 +140,12 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     """Add the middleware, the innermost first."""
     app.add_middleware(
-        BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
+        BodyLimit,
+        limit=settings.max_body_bytes,
+        timeout_s=settings.receive_timeout_s,
+        total_s=settings.body_timeout_s,
+        # A budget below the bound of one body would reject that body even when it is alone.
+        budget=BodyBudget(max(settings.body_budget_bytes, settings.max_body_bytes)),
     )
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(OriginGuard, settings=settings)
@@ -158,3 +163,6 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
     app.add_middleware(SecurityHeaders)
     if settings.trusted_proxies:
         app.add_middleware(TrustedProxies, proxies=settings.trusted_proxies)
+    app.add_middleware(
+        SendTimeout, timeout_s=settings.send_timeout_s, budget=settings.answer_budget_bytes
+    )

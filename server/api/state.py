@@ -33,6 +33,7 @@ class AppState:
         decoder: thread pool that decodes uploaded images.
         started_at: Unix seconds.
         running: by client and request id, the futures that end running requests with an error.
+        stopping: set from the stop signal on; /readyz is then 503, while requests still are served.
     """
 
     settings: Settings
@@ -42,6 +43,7 @@ class AppState:
     decoder: ImageDecoder
     started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[tuple[str, str], list[asyncio.Future[ApiError]]] = field(default_factory=dict)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,270 @@
+"""One HTTP/1.1 connection, and all connections of a server: bounds before a request is accepted.
+
+uvicorn parses and answers; this module bounds heads, trailers, pipelines, idle time and the number
+of connections. docs/limits.md lists the bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.api.errors import ApiError, too_many_connections
+from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES
+from server.api.transfer import TRANSPORT
+
+log = logging.getLogger(__name__)
+
+# Bytes of trailers, of a chunk's extensions, or of anything else that is neither head nor body.
+MAX_TRAILER_BYTES = 8 * 1024
+# Requests that a client may send on a connection before it has the answer to the first.
+MAX_PIPELINED = 16
+# Seconds for writing what is left when a connection closes.
+CLOSE_TIMEOUT_S = 5.0
+REFUSALS_LOGGED_EVERY_S = 10.0
+# Headers about another protocol, which is not offered.
+UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
+
+
+@dataclass(slots=True)
+class Connections:
+    """The open connections of one server.
+
+    Attributes:
+        limit: connections beyond it close the one that has waited longest without a request, or are
+            refused if all have a request.
+        exempt_port: the port of probes and metrics, where no connection is refused.
+        on_refused: called for every refused connection.
+        waiting: connections without a request, the longest wait first.
+    """
+
+    limit: int
+    exempt_port: int | None
+    on_refused: Callable[[], None]
+    waiting: dict[BoundedProtocol, None] = field(default_factory=dict)
+    _refused: int = 0
+    _logged_at: float = -REFUSALS_LOGGED_EVERY_S
+
+    def make_room(self, newest: BoundedProtocol) -> bool:
+        """Close the connection that has waited longest; return False if there is none."""
+        oldest = next((each for each in self.waiting if each is not newest), None)
+        if oldest is None:
+            return False
+        oldest.close()
+        return True
+
+    def refuse(self) -> None:
+        """Count a refused connection; log all of them in one line every few seconds."""
+        self.on_refused()
+        self._refused += 1
+        now = time.monotonic()
+        if now - self._logged_at >= REFUSALS_LOGGED_EVERY_S:
+            fields = {"connections": self.limit, "refused": self._refused}
+            log.warning("connection refused", extra={"fields": fields})
+            self._refused, self._logged_at = 0, now
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection that ends when its client exceeds a bound or does not continue.
+
+    `middleware.Guard` answers requests whose heads end within all limits together but exceed one.
+
+    Attributes:
+        all: all connections of the server.
+        head_timeout_s: seconds for a request's head, from its first byte, or from the start of the
+            connection for the first.
+    """
+
+    all: Connections
+    head_timeout_s: float
+
+    _in_head = False
+    # Whether the present segment of bytes began, continued or ended a head, a chunk or a body.
+    _advanced = False
+    # Bytes of the segments since then.
+    _pending_bytes = 0
+    _trailer_bytes = 0
+    # Requests whose heads have arrived and whose answers are not complete.
+    _unanswered = 0
+    _timer: asyncio.TimerHandle | None = None
+
+    # ── connection ────────────────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timeout of the first request's head; refuse a connection beyond the limit."""
+        super().connection_made(transport)
+        # A paused `send` is then one whose bytes the client's system has not taken.
+        transport.set_write_buffer_limits(high=0)
+        self.all.waiting[self] = None
+        self._set_timer(self.head_timeout_s, self.close)
+        exempt = self.server is not None and self.server[1] == self.all.exempt_port
+        if len(self.connections) > self.all.limit and not exempt and not self.all.make_room(self):
+            self.all.refuse()
+            self._reject(too_many_connections())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timeout."""
+        self._stop_timer()
+        self.all.waiting.pop(self, None)
+        super().connection_lost(exc)
+
+    def close(self) -> None:
+        """Close the connection; abort it if the client does not take what is left."""
+        self.all.waiting.pop(self, None)
+        self._set_timer(CLOSE_TIMEOUT_S, self.transport.abort)
+        self.transport.close()
+
+    def shutdown(self) -> None:
+        """Close the connection now, or after its answer."""
+        if self._unanswered:
+            super().shutdown()
+        else:
+            self.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that was idle after an answer."""
+        self.close()
+
+    # ── parsing ───────────────────────────────────────────────────────────────────────────────────
+
+    def data_received(self, data: bytes) -> None:
+        """Parse the bytes; answer 400 and close beyond a bound."""
+        self._unset_keepalive_if_required()
+        self._advanced = False
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+            return
+        self._pending_bytes = 0 if self._advanced else self._pending_bytes + len(data)
+        limit = MAX_URL_BYTES + MAX_HEADER_BYTES if self._in_head else MAX_TRAILER_BYTES
+        if self._pending_bytes > limit:
+            self.send_400_response("The request's headers are too long.")
+        elif not self._unanswered and self._timer is None:
+            self._set_timer(self.head_timeout_s, self.close)
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser takes the rest for another protocol. Another parser reads the same
+                # request without its wish for one.
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn's own parser.
+                with contextlib.suppress(AttributeError):
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(t for t in tokens if t.lower() not in UPGRADE_HEADERS)
+            if name not in UPGRADE_HEADERS:
+                lines.append(name + b": " + value)
+        return b"\r\n".join((*lines, b"", b""))
+
+    def on_message_begin(self) -> None:
+        """Note the start of a head."""
+        super().on_message_begin()
+        self._in_head = self._advanced = True
+        self._trailer_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; drop a trailer, which could pretend to be one (RFC 9110, 6.5.1)."""
+        if self._in_head:
+            super().on_header(name, value)
+            return
+        self._trailer_bytes += len(name) + len(value)
+        if self._trailer_bytes > MAX_TRAILER_BYTES:
+            raise ValueError("trailers too long")
+
+    def on_headers_complete(self) -> None:
+        """Note the end of a head; start the request."""
+        self._advanced = True
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("not a proxy")
+            return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many pipelined requests")
+        # The extension of `transfer.SendTimeout`.
+        self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
+        super().on_headers_complete()
+        self._in_head = False
+        self._unanswered += 1
+        self._stop_timer()
+        self.all.waiting.pop(self, None)
+
+    def on_body(self, body: bytes) -> None:
+        """Note progress."""
+        self._advanced = True
+        super().on_body(body)
+
+    def on_chunk_header(self) -> None:
+        """Note progress."""
+        self._advanced = True
+
+    def on_message_complete(self) -> None:
+        """Note the end of a request."""
+        self._advanced = True
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    # ── answers ───────────────────────────────────────────────────────────────────────────────────
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._unanswered -= 1
+        if self.transport.is_closing():
+            self._set_timer(CLOSE_TIMEOUT_S, self.transport.abort)
+        elif not self._unanswered:
+            self.all.waiting[self] = None
+            if self._in_head:
+                self._set_timer(self.head_timeout_s, self.close)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer 400 and close; only close if the client could take it for a part of an answer."""
+        log.info("request malformed", extra={"fields": {"reason": msg, "client": self.client}})
+        if self._unanswered > 1 or (self._unanswered and self.cycle.response_started):
+            self.close()
+        else:
+            self._reject(ApiError(HTTPStatus.BAD_REQUEST, "malformed_request", msg))
+
+    def _reject(self, error: ApiError) -> None:
+        content = json.dumps({"error": error.body}).encode()
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(content)),
+            "connection": "close",
+            **(error.headers or {}),
+        }
+        lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.transport.write("\r\n".join((*lines, "", "")).encode() + content)
+        self.close()
+
+    # ── timer ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _set_timer(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, callback)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
