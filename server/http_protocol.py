@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 MAX_TRAILER_BYTES = 8 * 1024
 # Requests that a client may send on a connection before it has the answer to the first.
 MAX_PIPELINED = 16
+# Bytes of an answer that the kernel takes beyond those that the client's system has room for.
+KERNEL_BYTES = 128 * 1024
 # Seconds for writing what is left when a connection closes.
 CLOSE_TIMEOUT_S = 5.0
 REFUSALS_LOGGED_EVERY_S = 10.0
@@ -73,6 +76,18 @@ class Connections:
             self._refused, self._logged_at = 0, now
 
 
+def _bound_kernel_buffer(transport: asyncio.Transport) -> None:
+    """Let the kernel keep few bytes that the client's system has no room for.
+
+    By default it takes megabytes, and reports room only when a third of them are gone, which a slow
+    client may not read within the send timeout.
+    """
+    connection = transport.get_extra_info("socket")
+    # Not every system has the option, and not every transport is TCP.
+    with contextlib.suppress(AttributeError, OSError):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """A connection that ends when its client exceeds a bound or does not continue.
 
@@ -104,6 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         # A paused `send` is then one whose bytes the client's system has not taken.
         transport.set_write_buffer_limits(high=0)
+        _bound_kernel_buffer(transport)
         self.all.waiting[self] = None
         self._set_timer(self.head_timeout_s, self.close)
         exempt = self.server is not None and self.server[1] == self.all.exempt_port

@@ -21,6 +21,7 @@ from typing import IO, Any
 import httpx
 import pytest
 
+from load_tests.misbehaving import is_whole
 from load_tests.processes import resident_mib
 from load_tests.serving import free_port, wait_until_ready
 from server.http_protocol import MAX_PIPELINED, MAX_TRAILER_BYTES
@@ -375,8 +376,15 @@ def test_a_server_that_cannot_accept_says_so(bundle: Path, tmp_path: Path) -> No
 
 # ── answers that nobody reads ─────────────────────────────────────────────────────────────────────
 
-LARGE: dict[str, Any] = {"prompt": "noise", "n": 16, "width": 512, "height": 512}
-UNREAD = {**LARGE, "num_inference_steps": 1, "response_format": "json"}
+# More than the kernel's buffers hold.
+UNREAD: dict[str, Any] = {
+    "prompt": "noise",
+    "n": 4,
+    "width": 512,
+    "height": 512,
+    "num_inference_steps": 1,
+    "response_format": "json",
+}
 
 
 @contextmanager
@@ -400,10 +408,17 @@ def test_an_answer_that_nobody_reads_is_aborted_and_logged(
         served(fake_settings(send_timeout_s=0.5)) as client,
         not_reading(client.base_url.port or 0, {"X-Request-Id": "unread"}) as connection,
     ):
-        assert said(caplog, "unread")["code"] == "client_stalled"
-        with pytest.raises(ConnectionResetError):
-            list(iter(lambda: connection.recv(100_000), b""))
-    assert [record.msg for record in caplog.records].count("client stalled") == 1
+        said(caplog, "unread")
+        received = b"".join(iter(lambda: connection.recv(100_000), b""))
+    assert not is_whole(received), "what the kernel had, and then the end"
+    unread = [
+        record
+        for record in caplog.records
+        if record.__dict__.get("fields", {}).get("request_id") == "unread"
+    ]
+    assert [record.msg for record in unread] == ["client stalled", "request"]
+    assert unread[1].fields["code"] == "client_stalled"
+    assert not [record for record in caplog.records if record.levelno > logging.WARNING]
 
 
 def test_a_client_that_reads_slowly_gets_its_whole_answer(fake_settings: Configure) -> None:
@@ -415,16 +430,14 @@ def test_a_client_that_reads_slowly_gets_its_whole_answer(fake_settings: Configu
         while piece := connection.recv(500_000):
             received += piece
             time.sleep(0.01)
-    head, _, content = bytes(received).partition(b"\r\n\r\n")
-    assert status_of(head) == 200
-    assert len(json.loads(content)["images"]) == 16
+    assert is_whole(bytes(received))
 
 
 def test_a_key_s_slot_is_taken_until_its_answer_is_read(fake_settings: Configure) -> None:
     authorized = {"Authorization": f"Bearer {KEY}"}
     settings = fake_settings(api_keys=KEY, key_concurrency=1, send_timeout_s=2)
     with served(settings) as client, not_reading(client.base_url.port or 0, authorized):
-        wait_until(lambda: 'images_total{endpoint="/generate"} 16' in client.get("/metrics").text)
+        wait_until(lambda: 'images_total{endpoint="/generate"} 4' in client.get("/metrics").text)
 
         def again() -> int:
             return client.post("/generate", content=BODY, headers=json_headers).status_code
@@ -436,11 +449,11 @@ def test_a_key_s_slot_is_taken_until_its_answer_is_read(fake_settings: Configure
 
 def test_unread_answers_do_not_keep_a_server_from_stopping(bundle: Path) -> None:
     with process(bundle, PAELLERA_LOG_LEVEL="warning") as (server, port), ExitStack() as stack:
-        for _ in range(4):
+        for _ in range(2):
             stack.enter_context(not_reading(port))
         address = f"http://127.0.0.1:{port}"
         wait_until(
-            lambda: 'images_total{endpoint="/generate"} 64' in httpx.get(f"{address}/metrics").text
+            lambda: 'images_total{endpoint="/generate"} 8' in httpx.get(f"{address}/metrics").text
         )
         began = time.monotonic()
         server.terminate()

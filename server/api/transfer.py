@@ -279,4 +279,6 @@ class SendTimeout:
         except TimeoutError:
             answer.abort()
         if answer.aborted:
+            # The server learns of the lost connection before the end of the request.
+            await asyncio.sleep(0)
             raise ClientStalledError
