@@ -20,11 +20,18 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.api.errors import ApiError, too_many_connections
-from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES
+from server.api.middleware import (
+    MAX_HEADER_BYTES,
+    MAX_URL_BYTES,
+    headers_too_large,
+    url_too_long,
+)
 from server.api.transfer import TRANSPORT
 
 log = logging.getLogger(__name__)
 
+# Each header takes some hundred bytes of memory, however short it is.
+MAX_HEADERS = 128
 # Bytes of trailers, of a chunk's extensions, or of anything else that is neither head nor body.
 MAX_TRAILER_BYTES = 8 * 1024
 # Requests that a client may send on a connection before it has the answer to the first.
@@ -36,6 +43,10 @@ CLOSE_TIMEOUT_S = 5.0
 REFUSALS_LOGGED_EVERY_S = 10.0
 # Headers about another protocol, which is not offered.
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
+
+
+def _malformed(reason: str) -> ApiError:
+    return ApiError(HTTPStatus.BAD_REQUEST, "malformed_request", reason)
 
 
 @dataclass(slots=True)
@@ -88,6 +99,13 @@ def _bound_kernel_buffer(transport: asyncio.Transport) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
 
 
+class _Rejected(Exception):  # noqa: N818, no error of this program
+    """Ends parsing; the connection is answered with the ApiError and closed."""
+
+    def __init__(self, answer: ApiError) -> None:
+        self.answer = answer
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """A connection that ends when its client exceeds a bound or does not continue.
 
@@ -125,7 +143,7 @@ class BoundedProtocol(HttpToolsProtocol):
         exempt = self.server is not None and self.server[1] == self.all.exempt_port
         if len(self.connections) > self.all.limit and not exempt and not self.all.make_room(self):
             self.all.refuse()
-            self._reject(too_many_connections())
+            self._answer_and_close(too_many_connections())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timeout."""
@@ -158,13 +176,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._advanced = False
         try:
             self._parse(data)
-        except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            answer = cause.answer if isinstance(cause, _Rejected) else _malformed("invalid HTTP")
+            self._reject(answer)
             return
         self._pending_bytes = 0 if self._advanced else self._pending_bytes + len(data)
-        limit = MAX_URL_BYTES + MAX_HEADER_BYTES if self._in_head else MAX_TRAILER_BYTES
-        if self._pending_bytes > limit:
-            self.send_400_response("The request's headers are too long.")
+        if self._in_head and self._pending_bytes > MAX_URL_BYTES + MAX_HEADER_BYTES:
+            self._reject(headers_too_large(f"at most {MAX_HEADER_BYTES} bytes of headers"))
+        elif not self._in_head and self._pending_bytes > MAX_TRAILER_BYTES:
+            self._reject(_malformed("the trailers are too long"))
         elif not self._unanswered and self._timer is None:
             self._set_timer(self.head_timeout_s, self.close)
 
@@ -196,27 +217,35 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Note the start of a head."""
         super().on_message_begin()
-        self._in_head = self._advanced = True
+        self._in_head = True
         self._trailer_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Keep a bounded URL."""
+        super().on_url(url)
+        if len(self.url) > MAX_URL_BYTES:
+            raise _Rejected(url_too_long())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; drop a trailer, which could pretend to be one (RFC 9110, 6.5.1)."""
         if self._in_head:
+            if len(self.headers) == MAX_HEADERS:
+                raise _Rejected(headers_too_large(f"at most {MAX_HEADERS} headers"))
             super().on_header(name, value)
             return
         self._trailer_bytes += len(name) + len(value)
         if self._trailer_bytes > MAX_TRAILER_BYTES:
-            raise ValueError("trailers too long")
+            raise _Rejected(_malformed("the trailers are too long"))
 
     def on_headers_complete(self) -> None:
         """Note the end of a head; start the request."""
         self._advanced = True
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise ValueError("not a proxy")
+                raise _Rejected(_malformed("this is no proxy"))
             return
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too many pipelined requests")
+            raise _Rejected(_malformed("too many pipelined requests"))
         # The extension of `transfer.SendTimeout`.
         self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
         super().on_headers_complete()
@@ -253,23 +282,24 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._in_head:
                 self._set_timer(self.head_timeout_s, self.close)
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer 400 and close; only close if the client could take it for a part of an answer."""
-        log.info("request malformed", extra={"fields": {"reason": msg, "client": self.client}})
+    def _reject(self, answer: ApiError) -> None:
+        """Answer and close; only close if the client could take it for a part of an answer."""
+        fields = {"code": answer.code, "reason": answer.message, "client": self.client}
+        log.info("request rejected", extra={"fields": fields})
         if self._unanswered > 1 or (self._unanswered and self.cycle.response_started):
             self.close()
         else:
-            self._reject(ApiError(HTTPStatus.BAD_REQUEST, "malformed_request", msg))
+            self._answer_and_close(answer)
 
-    def _reject(self, error: ApiError) -> None:
-        content = json.dumps({"error": error.body}).encode()
+    def _answer_and_close(self, answer: ApiError) -> None:
+        content = json.dumps({"error": answer.body}).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(content)),
             "connection": "close",
-            **(error.headers or {}),
+            **(answer.headers or {}),
         }
-        lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+        lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.transport.write("\r\n".join((*lines, "", "")).encode() + content)
         self.close()

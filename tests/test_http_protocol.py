@@ -24,7 +24,7 @@ import pytest
 from load_tests.misbehaving import is_whole
 from load_tests.processes import resident_mib
 from load_tests.serving import free_port, wait_until_ready
-from server.http_protocol import MAX_PIPELINED, MAX_TRAILER_BYTES
+from server.http_protocol import MAX_HEADERS, MAX_PIPELINED, MAX_TRAILER_BYTES
 from server.settings import Settings
 from tests.conftest import wait_until
 from tests.test_auth import KEY, all_answered, listening, said, served
@@ -223,6 +223,15 @@ def test_a_head_that_proxies_may_read_otherwise_is_400_and_the_connection_closed
     with listening(fake_settings()) as (port,):
         answer = all_answered(port, head + b"\r\n")
     assert (status_of(answer), error_of(answer)) == (400, code)
+
+
+def test_headers_are_bounded_in_number_as_each_takes_memory(fake_settings: Configure) -> None:
+    with listening(fake_settings()) as (port,):
+        head = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        most = all_answered(port, head + b"a: b\r\n" * (MAX_HEADERS - 2) + b"\r\n")
+        more = all_answered(port, head + b"a: b\r\n" * (MAX_HEADERS - 1) + b"\r\n")
+    assert status_of(most) == 200
+    assert (status_of(more), error_of(more)) == (431, "headers_too_large")
 
 
 def test_http_1_0_needs_no_host(fake_settings: Configure) -> None:

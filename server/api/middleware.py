@@ -249,12 +249,21 @@ def check_head(scope: Scope) -> None:
     """
     _check_framing(scope)
     if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
-        message = f"the URL may have at most {MAX_URL_BYTES} bytes"
-        raise ApiError(HTTPStatus.REQUEST_URI_TOO_LONG, "url_too_long", message)
+        raise url_too_long()
     if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-        message = f"the headers may have at most {MAX_HEADER_BYTES} bytes"
-        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        raise ApiError(status, "headers_too_large", message)
+        raise headers_too_large(f"the headers may have at most {MAX_HEADER_BYTES} bytes")
+
+
+def url_too_long() -> ApiError:
+    """Return the error for a URL beyond `MAX_URL_BYTES`."""
+    message = f"the URL may have at most {MAX_URL_BYTES} bytes"
+    return ApiError(HTTPStatus.REQUEST_URI_TOO_LONG, "url_too_long", message)
+
+
+def headers_too_large(message: str) -> ApiError:
+    """Return the error for headers beyond a bound."""
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    return ApiError(status, "headers_too_large", message)
 
 
 def _check_framing(scope: Scope) -> None:
