@@ -40,7 +40,7 @@ MAX_PIPELINED = 16
 KERNEL_BYTES = 128 * 1024
 # Seconds for writing what is left when a connection closes.
 CLOSE_TIMEOUT_S = 5.0
-REFUSALS_LOGGED_EVERY_S = 10.0
+LOGGED_EVERY_S = 10.0
 # Headers about another protocol, which is not offered.
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 
@@ -54,37 +54,46 @@ class Connections:
     """The open connections of one server.
 
     Attributes:
-        limit: connections beyond it close the one that has waited longest without a request, or are
-            refused if all have a request.
+        limit: a connection beyond it closes the one that has waited longest for its client, or is
+            refused if none waits.
         exempt_port: the port of probes and metrics, where no connection is refused.
         on_refused: called for every refused connection.
-        waiting: connections without a request, the longest wait first.
+        waiting: connections without a complete request, the longest wait first.
     """
 
     limit: int
     exempt_port: int | None
     on_refused: Callable[[], None]
     waiting: dict[BoundedProtocol, None] = field(default_factory=dict)
+    _closed: int = 0
     _refused: int = 0
-    _logged_at: float = -REFUSALS_LOGGED_EVERY_S
+    _logged_at: float = -LOGGED_EVERY_S
 
-    def make_room(self, newest: BoundedProtocol) -> bool:
-        """Close the connection that has waited longest; return False if there is none."""
+    def wait(self, connection: BoundedProtocol) -> None:
+        """Note that a connection waits for its client from now on."""
+        self.waiting.pop(connection, None)
+        self.waiting[connection] = None
+
+    def admit(self, newest: BoundedProtocol, port: int | None) -> bool:
+        """Make room for a connection beyond the limit; return False if it must be refused."""
         oldest = next((each for each in self.waiting if each is not newest), None)
-        if oldest is None:
-            return False
-        oldest.close()
-        return True
+        if oldest is not None:
+            oldest.close()
+            self._closed += 1
+        elif port != self.exempt_port:
+            self.on_refused()
+            self._refused += 1
+        self._log()
+        return oldest is not None or port == self.exempt_port
 
-    def refuse(self) -> None:
-        """Count a refused connection; log all of them in one line every few seconds."""
-        self.on_refused()
-        self._refused += 1
+    def _log(self) -> None:
+        """Log the connections closed and refused since the last line, at most every few seconds."""
         now = time.monotonic()
-        if now - self._logged_at >= REFUSALS_LOGGED_EVERY_S:
-            fields = {"connections": self.limit, "refused": self._refused}
-            log.warning("connection refused", extra={"fields": fields})
-            self._refused, self._logged_at = 0, now
+        if now - self._logged_at >= LOGGED_EVERY_S:
+            fields = {"limit": self.limit, "closed": self._closed, "refused": self._refused}
+            log.warning("connection limit reached", extra={"fields": fields})
+            self._closed, self._refused = 0, 0
+            self._logged_at = now
 
 
 def _bound_kernel_buffer(transport: asyncio.Transport) -> None:
@@ -138,11 +147,10 @@ class BoundedProtocol(HttpToolsProtocol):
         # A paused `send` is then one whose bytes the client's system has not taken.
         transport.set_write_buffer_limits(high=0)
         _bound_kernel_buffer(transport)
-        self.all.waiting[self] = None
+        self.all.wait(self)
         self._set_timer(self.head_timeout_s, self.close)
-        exempt = self.server is not None and self.server[1] == self.all.exempt_port
-        if len(self.connections) > self.all.limit and not exempt and not self.all.make_room(self):
-            self.all.refuse()
+        port = self.server[1] if self.server is not None else None
+        if len(self.connections) > self.all.limit and not self.all.admit(self, port):
             self._answer_and_close(too_many_connections())
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -252,7 +260,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._unanswered += 1
         self._stop_timer()
-        self.all.waiting.pop(self, None)
+        # For the body.
+        self.all.wait(self)
 
     def on_body(self, body: bytes) -> None:
         """Note progress."""
@@ -267,6 +276,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Note the end of a request."""
         self._advanced = True
         if not self.parser.should_upgrade():
+            self.all.waiting.pop(self, None)
             super().on_message_complete()
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────
@@ -278,7 +288,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             self._set_timer(CLOSE_TIMEOUT_S, self.transport.abort)
         elif not self._unanswered:
-            self.all.waiting[self] = None
+            self.all.wait(self)
             if self._in_head:
                 self._set_timer(self.head_timeout_s, self.close)
 
