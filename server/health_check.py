@@ -21,7 +21,9 @@ TIMEOUT_S = 4.0
 def address(environment: Mapping[str, str]) -> str:
     """Return the URL of /readyz."""
     host = environment.get("PAELLERA_HOST") or "127.0.0.1"
-    port = environment.get("PAELLERA_OPERATIONS_PORT") or environment.get("PAELLERA_PORT") or "8000"
+    ports = (environment.get(name, "") for name in ("PAELLERA_OPERATIONS_PORT", "PAELLERA_PORT"))
+    # Kubernetes sets PAELLERA_PORT=tcp://… for a Service of that name; the server ignores it.
+    port = next((port for port in ports if port.isdecimal()), "8000")
     try:
         parsed = ipaddress.ip_address(host)
     except ValueError:

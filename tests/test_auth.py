@@ -325,7 +325,8 @@ def test_a_head_that_does_not_end_is_not_kept(
 
 
 @pytest.mark.parametrize(
-    "begun", [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\nGET /"]
+    "begun",
+    [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /"],
 )
 @pytest.mark.process
 def test_a_head_that_takes_too_long_is_not_waited_for(
@@ -341,8 +342,8 @@ def test_a_body_that_does_not_go_on_is_answered_and_not_waited_for(
     fake_settings: Configure, access_log: pytest.LogCaptureFixture
 ) -> None:
     head = (
-        b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
-        b"99\r\nX-Request-Id: slow\r\n\r\n"
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99\r\nX-Request-Id: slow\r\n\r\n"
     )
     with listening(fake_settings(receive_timeout_s=0.2)) as (port,):
         received = all_answered(port, head + b'{"prompt": ')

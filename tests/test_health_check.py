@@ -24,6 +24,7 @@ from server.health_check import address
         ({"PAELLERA_HOST": "fd00::7"}, "http://[fd00::7]:8000/readyz"),
         ({"PAELLERA_HOST": "10.0.0.7"}, "http://10.0.0.7:8000/readyz"),
         ({"PAELLERA_HOST": "localhost"}, "http://localhost:8000/readyz"),
+        ({"PAELLERA_PORT": "tcp://10.96.12.3:8000"}, "http://127.0.0.1:8000/readyz"),
         ({"PAELLERA_PORT": "9", "PAELLERA_OPERATIONS_PORT": "10"}, "http://127.0.0.1:10/readyz"),
     ],
 )

@@ -32,7 +32,7 @@ from tests.test_auth import KEY, all_answered, listening, said, served
 Configure = Callable[..., Settings]
 PATIENCE_S = 60
 BODY = json.dumps({"prompt": "a ball"}).encode()
-JSON_HEAD = b"Host: a\r\nContent-Type: application/json\r\n"
+JSON_HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = (
     b"POST /generate HTTP/1.1\r\n"
     + JSON_HEAD
@@ -179,7 +179,7 @@ def test_a_chunked_body_and_the_next_request_survive_an_upgrade(fake_settings: C
         upgrade = H2C.replace(b", close", b"")
         requests = (
             chunked(upgrade)
-            + b"\r\nGET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close, Upgrade\r\n"
+            + b"\r\nGET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close, Upgrade\r\n"
             + b"Upgrade: h2c\r\n\r\n"
         )
         answers = all_answered(client.base_url.port or 0, requests)
@@ -209,10 +209,10 @@ def test_a_tunnel_is_refused(fake_settings: Configure) -> None:
     ("head", "code"),
     [
         (b"GET /healthz HTTP/1.1\r\n", "invalid_host"),
-        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: a\r\n", "invalid_host"),
-        (b"GET /healthz HTTP/1.0\r\nHost: a\r\nHost: b\r\n", "invalid_host"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", "invalid_host"),
+        (b"GET /healthz HTTP/1.0\r\nHost: localhost\r\nHost: b\r\n", "invalid_host"),
         (
-            b"POST /generate HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n",
+            b"POST /generate HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n",
             "invalid_transfer_encoding",
         ),
     ],
@@ -227,7 +227,7 @@ def test_a_head_that_proxies_may_read_otherwise_is_400_and_the_connection_closed
 
 def test_headers_are_bounded_in_number_as_each_takes_memory(fake_settings: Configure) -> None:
     with listening(fake_settings()) as (port,):
-        head = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         most = all_answered(port, head + b"a: b\r\n" * (MAX_HEADERS - 2) + b"\r\n")
         more = all_answered(port, head + b"a: b\r\n" * (MAX_HEADERS - 1) + b"\r\n")
     assert status_of(most) == 200
@@ -255,12 +255,14 @@ def test_requests_before_the_first_answer_are_bounded(fake_settings: Configure) 
     request = b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + b"Content-Length: %d\r\n\r\n%s"
     hold = request % (18, b'{"prompt": "hold"}')
     with served(fake_settings()) as client, connect(client.base_url.port or 0) as connection:
-        connection.sendall(hold + b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * MAX_PIPELINED)
+        connection.sendall(
+            hold + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * MAX_PIPELINED
+        )
         connection.settimeout(0.3)
         with pytest.raises(TimeoutError):
             connection.recv(1)
         connection.settimeout(20)
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 10)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
         assert connection.recv(1) == b""
 
 
@@ -268,7 +270,7 @@ def test_requests_before_the_first_answer_are_bounded(fake_settings: Configure) 
 
 
 def test_an_idle_connection_is_kept_for_its_own_timeout(fake_settings: Configure) -> None:
-    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with (
         listening(fake_settings(receive_timeout_s=0.2, keep_alive_s=1)) as (port,),
         connect(port) as connection,
@@ -288,7 +290,7 @@ def test_a_head_after_an_answer_has_the_timeout_of_heads(fake_settings: Configur
         listening(fake_settings(receive_timeout_s=0.2, keep_alive_s=600)) as (port,),
         connect(port) as connection,
     ):
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert status_of(connection.recv(1000)) == 200
         connection.sendall(b"\r\n")
         assert connection.recv(1000) == b""
@@ -303,10 +305,10 @@ def test_beyond_the_bound_the_connection_that_waited_longest_makes_room(
     with ExitStack() as stack:
         (port,) = stack.enter_context(listening(fake_settings(max_connections=3)))
         idle = [stack.enter_context(connect(port)) for _ in range(3)]
-        idle[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        idle[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert status_of(idle[0].recv(1000)) == 200, "this one waits since now"
         answer = all_answered(
-            port, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+            port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         )
         assert status_of(answer) == 200
         assert idle[1].recv(1) == b""
@@ -322,7 +324,7 @@ def test_a_body_that_does_not_come_makes_room_too(fake_settings: Configure) -> N
             )
             time.sleep(0.1)
         answer = all_answered(
-            port, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+            port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         )
         assert status_of(answer) == 200
         assert first.recv(1) == b""
@@ -333,7 +335,7 @@ def test_a_connection_is_refused_if_all_have_a_request_except_on_the_operations_
 ) -> None:
     head = b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + b"Content-Length: 18\r\n\r\n"
     request = head + b'{"prompt": "hold"}'
-    probe = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    probe = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with ExitStack() as stack:
         port, operations = stack.enter_context(listening(fake_settings(max_connections=2), ports=2))
         for _ in range(2):
