@@ -1,0 +1,1 @@
+"""Measure a running Paellera, break it, and compare it with others."""

@@ -1,12 +1,12 @@
-"""How much of a picture changes with its company where nobody asked for determinism: tokens that
-are the same alone and in a batch.
+"""Measure how much a batch changes its images where the request is not deterministic.
 
     python -m load_tests.agreement --seeds 16
 
-A batch's products may round differently from a single row's, guidance and low temperatures amplify
-it, and one token that falls to the other side of a boundary changes what its neighbours see in all
-later steps. Every seed is drawn alone and then in batches of 2, 3 and 8 rows with prompts of their
-own. The `PAELLERA_*` variables apply as they do to the server; the last line is JSON.
+The figure is the share of tokens that are the same alone and in a batch. A batch's products may
+round differently from a single row's, guidance and low temperatures amplify that, and one token
+that falls to the other side of a boundary changes the input of its neighbours in all later steps.
+Every seed is drawn alone and then in batches of 2, 3 and 8 rows with prompts of their own. The
+`PAELLERA_*` variables apply as they do to the server; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCHES = (2, 3, 8)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises what loading the bundle raises."""
+    """Measure and print. Raises the errors of loading the bundle."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m load_tests.agreement",
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def draw(
     pipeline: Pipeline, texts: Sequence[str], seeds: Sequence[int], steps: int | None = None
 ) -> Tensor:
-    """Tokens [B, H, W] of pictures that share every stage."""
+    """Return the tokens [B, H, W] of images that share every stage."""
     return pipeline.generate_tokens(
         texts, seeds, pipeline.config.recipe.sampling(steps=steps)
     ).cpu()
@@ -78,8 +78,9 @@ def draw(
 def _agreement(
     pipeline: Pipeline, texts: Sequence[str], alone: Tensor, rows: int, steps: int | None
 ) -> dict[str, float]:
-    """Shares of tokens that are the same in batches of so many rows: the mean picture's and the
-    worst one's; and of pictures unchanged.
+    """Return the agreement of images alone and in batches of `rows`.
+
+    Shares of equal tokens, on average and of the worst image, and the share of equal images.
     """
     seeds = range(len(texts))
     groups = [seeds[i : i + rows] for i in range(0, len(seeds), rows)]

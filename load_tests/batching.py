@@ -1,15 +1,14 @@
-"""Mixed requests under load: `paellera serve` beside the same model with whole-request batching
-(LitServe).
+"""Compare `paellera serve` with whole-request batching (LitServe) under mixed requests.
 
     python -m load_tests.batching                       # about five minutes
     python -m load_tests.batching --seconds 12 --trial 3
 
-Both servers run as real processes; while one is measured, the other is stopped, and they take
-turns. First the compared server's batch size and timeout are searched. Then each server is
-saturated, and gets the same Poisson arrivals at 80 % of what the compared server can do. A
+Both servers run the same model as real processes; while one is measured, the other is stopped, and
+they take turns. First the compared server's batch size and timeout are searched. Then each server
+is saturated, and gets the same Poisson arrivals at 80 % of the compared server's throughput. A
 *slowdown* is a request's latency over the median latency of its kind alone: on the same server
-("own"), or on the faster of the two ("common"): a server that waits for a batch even when nobody
-else asks looks good beside itself. The last line of output is JSON.
+("own"), or on the faster of the two ("common"): a server that waits for a batch even for a single
+client looks good beside itself. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Measured:
 
     @property
     def throughput(self) -> float:
-        """Answers per second with more clients than slots."""
+        """Return the answers per second with more clients than slots."""
         return float(np.mean(self.saturated))
 
     def figures(self, common: Mapping[Kind, float]) -> dict[str, Any]:
@@ -87,8 +86,9 @@ class Measured:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if a server does
-    not start.
+    """Measure and print.
+
+    Raises SystemExit for bad arguments, RuntimeError if a server does not start.
     """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
@@ -190,7 +190,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def _turn(self, measured: Measured) -> Iterator[None]:
-        """The other server stands still."""
+        """Stop the other server's processes for this context."""
         (other,) = (server for name, server in self.servers.items() if name != measured.target.name)
         with other.paused():
             yield
@@ -198,8 +198,9 @@ class Comparison:
     # ── the search ────────────────────────────────────────────────────────────────────────────────
 
     async def _tune(self) -> dict[str, Any]:
-        """Leaves the compared server with the lowest p99 slowdown among the settings of nearly
-        the best throughput.
+        """Leave the compared server with its best settings, and return the search.
+
+        The best settings have the lowest p99 slowdown among those of nearly the best throughput.
         """
         with self._turn(self.peer):
             throughput = {size: await self._peer_throughput(size) for size in BATCH_SIZES}
@@ -274,8 +275,9 @@ class Comparison:
 def compare(
     search: Mapping[str, Any], rate: float, *, peer: Measured, own: Measured
 ) -> dict[str, Any]:
-    """Both servers' figures, ours over theirs, and which targets that meets. rate: of the
-    arrivals, per second.
+    """Return both servers' figures, the ratios of ours over theirs, and the targets met.
+
+    rate: arrivals per second.
     """
     common = {kind: min(seconds, own.alone[kind]) for kind, seconds in peer.alone.items()}
     theirs, ours = peer.figures(common), own.figures(common)
@@ -313,7 +315,7 @@ def _tails(values: Sequence[float]) -> dict[int, float]:
 
 
 def _table(measured: Mapping[str, Any]) -> Table:
-    """One column a server, the last one ours over theirs."""
+    """Return a table with one column a server, and the ratio of ours over theirs."""
     peer, own = measured["litserve"], measured["paellera"]
     search = measured["search"]
     title = (

@@ -1,5 +1,4 @@
-"""How fast one picture is: every stage in this process, the published code on the same weights
-beside it, then a real server over HTTP.
+"""Measure one image: stages in this process, the published code on the same weights, then HTTP.
 
     python -m load_tests.bench --steps 8,12 --repeats 20 --requests 20      # or: paellera bench …
     python -m load_tests.bench --repeats 3 --requests 3 --no-transcription  # quick
@@ -37,8 +36,9 @@ WARM_UP = 2
 def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m load_tests.bench"
 ) -> None:
-    """Runs the benchmark and prints its report. Raises SystemExit for bad arguments, and what
-    loading the bundle raises.
+    """Run the benchmark and print its report.
+
+    Raises SystemExit for bad arguments, and the errors of loading the bundle.
     """
     options, sent = _parse(arguments, program)
     report = Report("bench", command=shlex.join([*program.split(), *sent]))
@@ -63,7 +63,7 @@ def main(
 
 
 def _parse(arguments: Sequence[str] | None, program: str) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the arguments they came from."""
+    """Return the options, and the arguments that they were parsed from."""
     parser = argparse.ArgumentParser(
         prog=program, description="How fast one picture is; the last line of output is JSON."
     )
@@ -119,9 +119,7 @@ def _describe(pipeline: PipelineV3) -> dict[str, Any]:
 
 
 def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[str, Any]:
-    """Times, operations and arithmetic floors by stage, and by how much the engine's loop beats
-    each transcription's.
-    """
+    """Return times, operations and floors by stage, and the speed-ups over transcriptions."""
     workload, dtype = Workload(pipeline), _dtype(pipeline)
     stages = workload.engine_stages(options.steps)
     dtypes = dict.fromkeys(stages, dtype)
@@ -155,7 +153,7 @@ def _floor(operations: int, rate: float) -> dict[str, float]:
 
 
 def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Median of a transcription's loop over the median of the engine's at as many steps."""
+    """Return the median of each transcription's loop over the engine's median at as many steps."""
     transcribed = [name for name in figures if name.startswith("transcription")]
     return {
         name: round(figures[name]["p50_ms"] / figures[name[name.index("loop_") :]]["p50_ms"], 2)
@@ -164,8 +162,9 @@ def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> dict[str, Any]:
-    """One request at a time against a server of its own; every prompt is new to it, so that
-    nothing comes from a cache.
+    """Measure one request at a time against a server of its own.
+
+    Every prompt is new to the server, so that no answer comes from a cache.
     """
     new = prompts()
     with (
@@ -193,7 +192,8 @@ def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> di
 def _generate(
     client: httpx.Client, prompt: str, seed: int, steps: int
 ) -> tuple[float, dict[str, float]]:
-    """One picture: seconds as the client sees them, and the server's own milliseconds by stage.
+    """Return the seconds of one image for the client, and the server's milliseconds by stage.
+
     Raises httpx.HTTPStatusError.
     """
     began = time.perf_counter()
@@ -215,8 +215,9 @@ def _medians(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _overheads(
     http: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """What a request takes by HTTP, at the median, beyond the same request computed in this
-    process, and beyond its bare sampling loop.
+    """Return the median overhead of a request over HTTP.
+
+    It is the time beyond the same request in this process, and beyond its bare sampling loop.
     """
     return {
         steps: {
@@ -240,7 +241,7 @@ def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _http_table(http: Mapping[str, Any], overheads: Mapping[str, Mapping[str, float]]) -> Table:
-    """One column per step count; below the client's own times the server's medians by stage."""
+    """Return a table with one column per step count: the client's times, then the server's."""
     requests: Mapping[str, Mapping[str, Any]] = http["requests"]
     table = _table(
         f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)",

@@ -1,4 +1,4 @@
-"""The playground in a browser without a window: what a person does, and what can be seen then."""
+"""Drive the playground in a browser without a window, and read what the page shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ expect.set_options(timeout=PATIENCE_MS)
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """Without a window. Raises playwright's Error where there is no Chromium."""
+    """Yield a browser without a window. Raises playwright's Error without Chromium."""
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
@@ -36,8 +36,9 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Playground:
-    """page: opened at the server's address. complaints: what the browser's console said was
-    wrong.
+    """The playground's page in a browser.
+
+    page: opened at the server's address. complaints: errors on the browser's console.
     """
 
     page: Page
@@ -56,7 +57,7 @@ class Playground:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     def open(self, address: str) -> None:
-        """Waits until the server's weights are known."""
+        """Open the page, and wait until it knows the server's weights."""
         self.page.goto(address)
         self.ready()
 
@@ -67,17 +68,17 @@ class Playground:
         self.page.get_by_role("radio", name=operation, exact=True).check()
 
     def load(self, path: Path) -> None:
-        """A picture from a file onto the canvas."""
+        """Load an image from a file onto the canvas."""
         self.page.set_input_files("#open", path)
         expect(self.page.locator("#caption")).to_have_text(path.name)
 
     def press(self, prompt: str = "") -> None:
-        """The prompt, and Control Enter."""
+        """Type the prompt, and press Control and Enter."""
         self.page.fill("#prompt", prompt)
         self.page.keyboard.press("Control+Enter")
 
     def draw(self, prompt: str = "") -> str:
-        """Until the answer is there; returns what the page says of it."""
+        """Draw an image of the prompt, and return the page's text about it."""
         self.press(prompt)
         return self.finished()
 
@@ -88,13 +89,13 @@ class Playground:
 
     @property
     def shown(self) -> NDArray[np.int_]:
-        """The picture on the canvas, [H, W, 3]."""
+        """Return the image on the canvas, [H, W, 3]."""
         source = self.page.get_attribute("#picture", "src") or ""
         picture = PIL.Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
         return np.asarray(picture.convert("RGB")).astype(int)
 
     def drag(self, selector: str, *path: tuple[float, float]) -> None:
-        """The mouse held down along a path, in shares of the element's box."""
+        """Drag the mouse along a path, in shares of the element's box."""
         box = self.page.locator(selector).bounding_box()
         assert box is not None
         places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in path]

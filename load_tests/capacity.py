@@ -1,10 +1,10 @@
-"""How many replicas a load needs, from what a step of so many rows costs. The model is told in
-docs/scale.md.
+"""Compute the number of replicas that a load needs, from the time of a step by its rows.
 
     python -m load_tests.capacity --arrivals 40 --steps 12 --p95 0.5
     python -m load_tests.capacity --measure > load_tests/results/capacity.json
 
-Times are seconds, rates images per second. The last line of output is JSON.
+docs/scale.md describes the model. Times are seconds, rates images per second. The last line of
+output is JSON.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ NEARLY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """A step of b rows, at most `rows`, takes base_s + b × row_s; around_s is the worker's time
-    around an image's steps.
+    """The costs of one replica.
+
+    A step of b rows, at most `rows`, takes base_s + b × row_s. around_s: the worker's time around
+    an image's steps.
     """
 
     base_s: float
@@ -47,8 +49,10 @@ class Costs:
 
     @classmethod
     def fitted(cls, step_s: Mapping[int, float], around_s: float) -> Costs:
-        """step_s: seconds of a step by its rows, two numbers of rows at least; the largest is
-        the batch's bound.
+        """Return the costs that fit measured steps.
+
+        step_s: seconds of a step by its rows, for at least two numbers of rows; the largest is
+        `rows`.
         """
         row_s, base_s = np.polyfit(list(step_s), list(step_s.values()), 1)
         return cls(max(0.0, float(base_s)), float(row_s), around_s, max(step_s))
@@ -57,28 +61,28 @@ class Costs:
         return self.base_s + rows * self.row_s
 
     def alone(self, steps: int) -> float:
-        """Seconds of one image on an idle replica."""
+        """Return the seconds of one image on an idle replica."""
         return self.around_s + steps * self.step(1)
 
     def saturated(self, steps: int) -> float:
-        """Images per second of a replica that always steps all its rows."""
+        """Return the images per second of a replica that always steps all its rows."""
         return 1 / (self.around_s + steps * self.step(self.rows) / self.rows)
 
     def utilisation(self, rate: float, steps: int) -> float:
-        """Of the time, what so many images per second take for themselves, beyond what a step
-        costs anyway.
-        """
+        """Return the share of time of the images' own work, without the steps' base."""
         return rate * (self.around_s + steps * self.row_s)
 
     def mean(self, rate: float, steps: int) -> float:
-        """Seconds an image takes on average: what it finds running stretches its own time, as in
-        any shared processor.
+        """Return the mean seconds of an image.
+
+        Images in flight stretch each other's time, as in any shared processor.
         """
         return self.alone(steps) / (1 - self.utilisation(rate, steps))
 
     def p95(self, rate: float, steps: int) -> float:
-        """Seconds in which 95 % are through if `rate` images per second arrive at random;
-        infinite beyond saturation.
+        """Return the 95th percentile of seconds at random arrivals; infinite beyond saturation.
+
+        rate: arrivals per second.
         """
         if rate >= self.saturated(steps):
             return math.inf
@@ -86,8 +90,9 @@ class Costs:
         return self.alone(steps) * (1 + STRETCH * math.sqrt(busy) / (1 - busy))
 
     def rate(self, steps: int, p95: float) -> float:
-        """The most images per second that keep to the p95. Raises ValueError if an idle replica
-        does not.
+        """Return the most images per second that keep to the p95.
+
+        Raises ValueError if an idle replica does not keep to it.
         """
         beyond = p95 / self.alone(steps) - 1
         if beyond <= 0:
@@ -101,14 +106,18 @@ class Costs:
 
 
 def replicas(costs: Costs, arrivals: float, steps: int, p95: float, spare: int = 0) -> int:
-    """For so many images per second, which the router shares out evenly; `spare` more may be
-    lost. Raises what `Costs.rate` raises.
+    """Return the number of replicas for `arrivals` images per second, shared evenly by the router.
+
+    spare: the number of replicas that may be lost. Raises the errors of `Costs.rate`.
     """
     return max(1, math.ceil(arrivals / costs.rate(steps, p95))) + spare
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit for bad arguments, and for a p95 that no number of replicas reaches."""
+    """Compute or measure, and print.
+
+    Raises SystemExit for bad arguments, and for a p95 that no number of replicas reaches.
+    """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("capacity", command=shlex.join(["python", "-m", "load_tests.capacity", *sent]))
@@ -160,7 +169,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def read_costs(path: Path) -> Costs:
-    """From what --measure printed. Raises OSError or KeyError."""
+    """Return the costs in a file that --measure printed. Raises OSError or KeyError."""
     measured = json.loads(path.read_text().splitlines()[-1])
     step_s = {int(rows): milliseconds / 1000 for rows, milliseconds in measured["step_ms"].items()}
     return Costs.fitted(step_s, measured["around_ms"] / 1000)
@@ -189,8 +198,9 @@ def _table(answer: Mapping[str, Any]) -> Table:
 
 
 def _measured(repeats: int) -> dict[str, Any]:
-    """Steps of 1 to 16 images of the settings' first weights at their native size, and what lies
-    around them; on a CPU with one thread.
+    """Measure steps of 1 to 16 images and the work around them, on a CPU with one thread.
+
+    The images have the native size of the first weights in the settings.
     """
     import torch
 

@@ -1,13 +1,13 @@
-"""Latency at rising rates of arrivals, up to where the server cannot keep up and a little beyond.
+"""Measure latency at rising rates of arrivals, up to saturation and a little beyond.
 
     python -m load_tests.curve --plot docs/curve.svg
     python -m load_tests.curve --seconds 4 --sides 128,256 --steps 8,12
 
-Requests come as a Poisson process and wait for nobody; a latency counts from when the request was
-due. The rate is multiplied until the server is saturated: it answers less than 95 % of what
-arrives, or refuses more than 1 %. Between that rate and the last sustained one lies the *knee*,
-which is narrowed down to 12 %. At every rate the first seconds are not counted. The last line of
-output is JSON.
+Requests come as a Poisson process, whatever the server does; a latency counts from the time at
+which the request was due. The rate is multiplied until the server is saturated: it answers less
+than 95 % of the arrivals, or rejects more than 1 %. Between that rate and the last sustained one
+lies the *knee*, which is narrowed down to 12 %. At every rate the first seconds are not counted.
+The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ TARGET_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What came of one rate. rate, arrived, served: per second; latency: of what was answered,
-    if anything was; the others are shares.
+    """The result of one rate.
+
+    rate, arrived, served: per second. latency: of the answered requests, if there are any. The
+    others are shares.
     """
 
     rate: float
@@ -66,7 +68,7 @@ class Point:
 
     @property
     def on_target(self) -> bool:
-        """Whether 99 of 100 are answered within half a second."""
+        """Return whether 99 % are answered within half a second."""
         return (
             self.latency.get("p99_ms", math.inf) <= TARGET_S * 1000
             and self.refused + self.failed <= REFUSED_SHARE
@@ -74,8 +76,9 @@ class Point:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints. Raises SystemExit for bad arguments, RuntimeError if the server does
-    not start.
+    """Measure and print.
+
+    Raises SystemExit for bad arguments, RuntimeError if the server does not start.
     """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
@@ -124,8 +127,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def next_rate(points: Sequence[Point], first: float) -> float | None:
-    """Up by `FACTOR` until one is not sustained, then the geometric middle of the gap below it;
-    None when that is narrow enough.
+    """Return the next rate to measure; None if the knee is known well enough.
+
+    The rate grows by `FACTOR` until one is not sustained; then it is the geometric middle of the
+    gap below that one.
     """
     if not points:
         return first
@@ -141,7 +146,7 @@ def next_rate(points: Sequence[Point], first: float) -> float | None:
 def evaluate(
     rate: float, trace: Sequence[Arrival], answers: Sequence[Answer], warm_up: float, seconds: float
 ) -> Point:
-    """Counts what was due after the warm-up, and what was answered in the seconds after it."""
+    """Count the requests due after the warm-up, and the answers in the seconds after it."""
     counted = [
         answer for arrival, answer in zip(trace, answers, strict=True) if arrival.at >= warm_up
     ]
@@ -164,8 +169,10 @@ def evaluate(
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any]:
-    """knee_per_s: what was served at the highest rate that was sustained. on_target_per_s: the
-    highest at which p99 was within 500 ms.
+    """Return the two rates that describe the curve.
+
+    knee_per_s: the answers per second at the highest sustained rate. on_target_per_s: the same at
+    the highest rate with a p99 within 500 ms.
     """
     knee = max(
         (point for point in points if point.sustained), key=lambda point: point.rate, default=None

@@ -1,5 +1,6 @@
-"""List mutants that change no behaviour that a client, an operator or the worker could notice,
-each with the reason.
+"""List mutants without an effect that a client, an operator or the worker could notice.
+
+Each has its reason.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Everything that can go wrong, with requests in flight: who is answered all the same, and how long
-until the server is ready again.
+"""Break the server in every known way with requests in flight, and count lost requests.
 
     python -m load_tests.faults
     python -m load_tests.faults --under-load  # while requests keep arriving
 
-A request is *lost* if it gets neither a picture nor the error that is meant for it (the poison
-request's own, say). Every second request is deterministic, and its picture must have the bytes that
-it had when nothing went wrong. Exits with 1 otherwise; the last line is JSON.
+It also measures the time until the server is ready again. A request is *lost* if it gets neither an
+image nor the error that is meant for it (the poison request's own, say). Every second request is
+deterministic, and its image must have the bytes that it had before the fault. Exits with 1
+otherwise; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ REPLAYED, CANCELLED = "paella_requests_replayed_total", "paella_cancelled_total"
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """guilty: the prompt of one more request, which breaks the worker. meant: the error code for
-    it; None means a picture.
+    """A way to break the server.
 
-    strike: what is done to the server in place of that, once all are in flight.
+    guilty: the prompt of one more request, which breaks the worker. meant: the error code for that
+    request; None means an image. strike: the action on the server in place of a guilty request,
+    once all requests are in flight.
     """
 
     name: str
@@ -71,8 +72,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the requests in flight. ready_after_s: from the fault until /readyz says so
-    for good, 0 if it never said otherwise.
+    """The results of the requests in flight.
+
+    ready_after_s: seconds from the fault until /readyz answers 200 for good; 0 if it always did.
     """
 
     fault: str
@@ -94,7 +96,7 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs every fault. Raises SystemExit with 1 if a request was lost or a picture changed."""
+    """Run every fault. Raises SystemExit with 1 if a request was lost or an image changed."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report(
@@ -174,7 +176,7 @@ STOPPED = Fault("SIGTERM of the server", strike=_terminate)
 
 
 async def _run(options: argparse.Namespace) -> list[Outcome]:
-    """All faults on one server; then SIGTERM on `paellera serve` itself."""
+    """Run all faults on one server, then send SIGTERM to `paellera serve` itself."""
     settings = {
         "PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S),
         "PAELLERA_START_WAIT_S": str(PATIENCE_S),
@@ -196,7 +198,7 @@ async def _run(options: argparse.Namespace) -> list[Outcome]:
 
 
 def request(prompt: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A JSON body; every second one is deterministic."""
+    """Return a JSON body; every second one is deterministic."""
     size = {"width": options.side, "height": options.side, "num_inference_steps": options.steps}
     return {
         "prompt": prompt,
@@ -208,7 +210,7 @@ def request(prompt: str, seed: int, options: argparse.Namespace) -> dict[str, An
 
 
 async def _references(server: Server, bodies: Sequence[Mapping[str, Any]]) -> dict[int, bytes]:
-    """The deterministic pictures by seed, asked for one by one while nothing is wrong."""
+    """Return the deterministic images by seed, requested one by one before any fault."""
     async with _client(server) as client:
         return {
             body["seed"]: (await _ask(client, body)).content
@@ -235,8 +237,9 @@ async def _ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Result:
 
 @dataclass
 class Trial:
-    """One server, the requests that are in flight at every fault, and what the deterministic
-    ones must be answered with, by seed.
+    """One server, and the requests that are in flight at every fault.
+
+    references: the expected images of the deterministic requests, by seed.
     """
 
     server: Server
@@ -244,7 +247,7 @@ class Trial:
     references: dict[int, bytes]
 
     async def run(self, fault: Fault) -> Outcome:
-        """Raises RuntimeError if the requests are through before the fault."""
+        """Run one fault. Raises RuntimeError if the requests are answered before the fault."""
         async with _client(self.server) as client:
             before = await figures(client)
             flying = [asyncio.create_task(_ask(client, body)) for body in self.bodies]
@@ -284,8 +287,9 @@ class Trial:
     async def _strike(
         self, fault: Fault, client: httpx.AsyncClient, flying: Sequence[asyncio.Task[Result]]
     ) -> asyncio.Task[Result] | None:
-        """The fault happens, or will as soon as the guilty request, which is returned, is in its
-        second step.
+        """Cause the fault.
+
+        A guilty request is sent and returned; it causes the fault in its second step.
         """
         if fault.strike:
             fault.strike(self.server)
@@ -305,8 +309,9 @@ class Trial:
         client: httpx.AsyncClient,
         before: Mapping[str, float],
     ) -> bool:
-        """Whether the guilty request got its error, or its picture; of a client that left,
-        whether its row was taken out.
+        """Return whether the guilty request got its error, or its image.
+
+        For a client that left: whether its row was removed.
         """
         if fault.meant == GONE:
             await asyncio.wait([guilty])
@@ -318,7 +323,7 @@ class Trial:
         )
 
     async def _ready_after(self, client: httpx.AsyncClient, fault: Fault) -> float:
-        """Polls until the server has been ready for longer than a stall can go unnoticed."""
+        """Poll until the server has been ready for longer than a stall can go unnoticed."""
         struck = ready_at = time.perf_counter()
         while fault is not STOPPED and time.perf_counter() - ready_at < 2 * STALL_TIMEOUT_S:
             ready = (await client.get("/readyz")).status_code == httpx.codes.OK

@@ -1,9 +1,8 @@
-"""A runner that breaks when it meets a prompt's first word: in the second step of which a row of
-that prompt is part.
+"""Define a runner that breaks on the first word of a prompt, in the second step with such a row.
 
-`accelerator` is what torch raises after a failed kernel; `kill` is the kernel's out-of-memory
-killer; `hang` never returns; `memory` is what an allocation raises; `bug` is any other exception.
-They break every time, or with `-once` behind them (`hang-once`) until they are repeated alone.
+`accelerator` is torch's error after a failed kernel; `kill` is the kernel's out-of-memory killer;
+`hang` never returns; `memory` is the error of a failed allocation; `bug` is any other exception.
+They break every time, or with `-once` behind them (`hang-once`) until they are retried alone.
 `memory-crowd` breaks whenever it shares the step with others.
 """
 

@@ -1,12 +1,11 @@
-"""The published sizes on this machine: random weights in the published layout, imported, loaded,
-checked in memory and time, and served.
+"""Import, load, check and serve the published sizes on this machine, with random weights.
 
-python -m load_tests.full_size  # v3, then v1: some minutes, 10 GB of memory and of disk
-python -m load_tests.full_size --families v1 --steps 1
+    python -m load_tests.full_size  # v3, then v1: some minutes, 10 GB of memory and of disk
+    python -m load_tests.full_size --families v1 --steps 1
 
 Denoiser, VQGAN and prior have their published sizes. The text encoders have their published widths
 and two layers, or the whole system would not fit into a small machine; `--encoders whole` gives
-them all of theirs. Whatever is written is removed at the end.
+them all of theirs. Memory and time are measured. All files are removed at the end.
 """
 
 from __future__ import annotations
@@ -132,8 +131,9 @@ def _measure(family: str, directory: Path, options: argparse.Namespace) -> dict[
 
 
 def shallow(config: BundleConfig) -> BundleConfig:
-    """The same widths with encoders of two layers and a prior of few steps: what a machine
-    without room for ByT5-XL can run.
+    """Return the same widths with text encoders of two layers and a prior of few steps.
+
+    A machine without room for ByT5-XL can run that.
     """
     clip = replace(
         config.clip,
@@ -149,11 +149,11 @@ def shallow(config: BundleConfig) -> BundleConfig:
 
 
 def forward_flops(config: BundleConfig) -> dict[str, int]:
-    """Of one forward pass at the native size, counted on the meta device: nothing is computed.
+    """Return the operations of one forward pass at the native size.
 
-    whole: what the published code computes at every step, the prompt's part included (v3: 64 bytes;
-    v1: mapped at every position).
-    step: what is left of that when a prompt's part is computed once.
+    They are counted on the meta device, where nothing is computed. whole: the published code's work
+    at every step, the prompt's part included (v3: 64 bytes; v1: mapped at every position). step:
+    the rest of that when a prompt's part is computed once.
     """
     bundle = build(config, None)
     width, height = (side // config.vqgan.downscale for side in config.native_size)
@@ -176,7 +176,7 @@ def forward_flops(config: BundleConfig) -> dict[str, int]:
 
 
 def _largest(config: BundleConfig) -> int:
-    """Bytes of the largest tensor in the checkpoints, which are bfloat16."""
+    """Return the bytes of the largest tensor in the checkpoints, which are bfloat16."""
     return max(
         2 * t.numel()
         for _, module in build(config, None).networks()
@@ -197,10 +197,10 @@ def _timed(program: str, directory: Path) -> dict[str, Any]:
 
 
 def _load(directory: Path) -> dict[str, Any]:
-    """Loading what was imported, beside reading the same bytes from the same warm page cache, and
-    as a copy whose files must be hashed.
+    """Measure loading the imported bundle.
 
-    Importing libraries is not part of it.
+    Beside it: reading the same bytes from the warm page cache, and loading a copy whose files must
+    be hashed. Importing libraries does not count.
     """
     files = sorted((directory / "bundle").glob("*.safetensors"))
     began = time.perf_counter()

@@ -1,13 +1,13 @@
-"""Schemathesis over the whole OpenAPI document, against a real server: no 5xx, and nothing that the
-document does not promise.
+"""Run Schemathesis over the whole OpenAPI document, against a real server.
 
     python -m load_tests.fuzz
     python -m load_tests.fuzz --examples 20 --url http://127.0.0.1:8000
 
-All of its checks and one of our own, in four phases: the document's examples, every bound of every
-field, random requests valid and invalid, and sequences of requests. What is valid is mostly made
-cheap before it is sent (`fuzz_hooks.py`). Exits with 1 if anything was found or fewer requests than
---at-least were sent; the last line is JSON.
+No answer may be a 5xx or break the document's promises. All of Schemathesis's checks and one of
+ours run in four phases: the document's examples, every bound of every field, random requests valid
+and invalid, and sequences of requests. Most valid requests are made cheap before they are sent
+(`fuzz_hooks.py`). Exits with 1 if there are findings or fewer requests than --at-least were sent;
+the last line is JSON.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ expected-statuses = ["2xx", {", ".join(map(str, REFUSALS))}]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit with 1 if anything was found or too little was sent, FileNotFoundError
-    without Schemathesis.
+    """Run Schemathesis and print its findings.
+
+    Raises SystemExit with 1 if there are findings or too few requests, FileNotFoundError without
+    Schemathesis.
     """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
@@ -107,8 +109,9 @@ def _server(url: str | None) -> Iterator[str]:
 
 
 def native_work(config: BundleConfig) -> int:
-    """Return the work of one guided native image with the recipe's steps; a request of more is
-    rejected.
+    """Return the work of one guided native image with the recipe's steps.
+
+    A request with more work is rejected.
     """
     width, height = config.native_size
     return 2 * config.recipe.num_inference_steps * width * height
@@ -117,8 +120,9 @@ def native_work(config: BundleConfig) -> int:
 def fuzz(
     url: str, options: argparse.Namespace, directory: Path
 ) -> tuple[dict[str, Any], Counter[tuple[str, str, int]]]:
-    """Schemathesis's own summary, and how many requests were answered how: (phase, valid or
-    invalid, status).
+    """Return Schemathesis's own summary, and the number of answers.
+
+    The numbers are by (phase, valid or invalid, status).
     """
     configuration, summary, events = (
         directory / name for name in ("schemathesis.toml", "summary.json", "events.ndjson")
@@ -154,8 +158,9 @@ def fuzz(
 
 
 def count(events: Iterator[Mapping[str, Any]]) -> Counter[tuple[str, str, int]]:
-    """Answers in Schemathesis's events, by phase, by whether the request was valid, and by
-    status; 0 is no answer.
+    """Return the number of answers in Schemathesis's events.
+
+    The numbers are by (phase, valid or invalid, status); status 0 is no answer.
     """
     counts: Counter[tuple[str, str, int]] = Counter()
     for event in events:
@@ -170,8 +175,9 @@ def count(events: Iterator[Mapping[str, Any]]) -> Counter[tuple[str, str, int]]:
 
 
 def judge(summary: Mapping[str, Any], at_least: int) -> dict[str, Any]:
-    """What of Schemathesis's summary matters. good: all of it ran, nothing was found, and enough
-    was sent.
+    """Return the figures that matter of Schemathesis's summary.
+
+    good: all phases ran without findings, and sent at least `at_least` requests.
     """
     sent = summary["test_cases"]["generated"]
     found = [

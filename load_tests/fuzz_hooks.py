@@ -1,6 +1,4 @@
-"""What Schemathesis is told about Paellera, loaded by it: what strings are pictures, and that
-what is valid may as well be small.
-"""
+"""Tell Schemathesis which strings are images, and make most valid requests small."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ MARGINS = ("left", "right", "up", "down")
 
 
 def pictures() -> list[str]:
-    """Base64 of small files of all formats, with transparency and without."""
+    """Return small files of all formats in base64, with transparency and without."""
     found = []
     for format, mode in (
         ("PNG", "RGB"),
@@ -73,7 +71,7 @@ PICTURES = pictures()
 
 
 def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
-    """Marks the strings that are pictures in JSON; the document can only say so in words."""
+    """Mark the strings in JSON that are images; the document can only say so in words."""
     _mark(raw_schema)
 
 
@@ -91,8 +89,10 @@ def _mark(value: Any) -> None:
 
 
 def refused_for_a_reason(context: Any, response: Any, case: Any) -> None:
-    """Raises AssertionError if a request that fits the document is refused for what the document
-    could have said.
+    """Check a refusal.
+
+    Raises AssertionError if a request that fits the document is rejected for a rule that the
+    document could have stated.
     """
     if (
         case.meta is None
@@ -105,9 +105,7 @@ def refused_for_a_reason(context: Any, response: Any, case: Any) -> None:
 
 
 def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
-    """Nine of ten valid requests are made cheap, so that thousands of them really draw; the
-    tenth stays as it is.
-    """
+    """Make 90 % of valid requests cheap, so that thousands of images are drawn."""
     if (
         case.meta is None
         or not case.meta.generation.mode.is_positive
@@ -121,7 +119,7 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _shrink(body: dict[str, Any], path: str) -> None:
-    """To what is quickly drawn and goes together, whatever the other fields are."""
+    """Set fields to values that are cheap and fit together, whatever the other fields are."""
     body.pop("model", None)
     body["num_inference_steps"] = STEPS
     body |= {

@@ -1,7 +1,8 @@
-"""`paellera serve` with a worker that breaks on demand (`faulty_runner.py`), and the number of
-asyncio tasks in /metrics.
+"""Run `paellera serve` with a worker that breaks on demand, and report asyncio tasks in /metrics.
 
-python -m load_tests.instrumented --port 8100
+    python -m load_tests.instrumented --port 8100
+
+The worker's runner is that of `faulty_runner.py`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def main() -> None:
 
 
 def run_faulty_worker(connection: Connection, settings: Settings) -> None:
-    """What its worker process runs. The import waits because it brings torch, which the API
-    process does without.
+    """Run the worker process with a faulty runner.
+
+    The import is here because it brings torch, which the API process does not load.
     """
     from load_tests.faulty_runner import main
 

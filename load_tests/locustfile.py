@@ -1,9 +1,9 @@
-"""Clients for Locust: one picture after the other, all operations mixed, many requests at once.
+"""Define clients for Locust: one image after the other, all operations mixed, bursts of requests.
 
-    locust -f load_tests/locustfile.py --headless --users 8 --run-time 60s --host
-    http://127.0.0.1:8000 MixedOperations python -m load_tests.scenarios
+    locust -f load_tests/locustfile.py --headless --users 8 --host URL MixedOperations
+    python -m load_tests.scenarios
 
-A refusal that says when to come back is no failure: the client waits for so long.
+A rejection with a Retry-After header is no failure: the client waits for that time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def native_size(host: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=2)
 def picture(size: tuple[int, int], mode: str) -> str:
-    """Base64 of a PNG: a gradient, or with mode L a mask whose lower half is white."""
+    """Return a PNG in base64: a gradient, or with mode L a mask with its lower half white."""
     gradient = PIL.Image.linear_gradient("L").resize(size)
     image = (
         gradient.point(lambda value: 255 * (value > 127)) if mode == "L" else gradient.convert(mode)
@@ -51,7 +51,7 @@ def image(user: HttpUser) -> str:
 
 
 def ask(user: HttpUser, operation: str, fields: Mapping[str, Any]) -> None:
-    """Posts the fields with a new prompt. Waits if the server says so."""
+    """Post the fields with a new prompt. Waits if the server asks for it."""
     body = {"num_inference_steps": STEPS, "timeout_s": 60, "prompt": next(NEW_PROMPTS), **fields}
     with user.client.post(f"/{operation}", json=body, catch_response=True) as answer:
         if refused_honestly(answer.status_code, answer.headers):
@@ -90,19 +90,19 @@ def list_models(user: HttpUser) -> None:
 
 
 def burst(user: HttpUser) -> None:
-    """So many at once; the next ones when the last is answered."""
+    """Send a number of requests at once, and wait for all answers."""
     gevent.joinall([gevent.spawn(generate, user) for _ in range(BURST)], raise_error=True)
 
 
 class Generate(HttpUser):  # type: ignore[misc]
-    """Somebody who looks at each picture before they ask for the next."""
+    """A user who looks at each image before they request the next."""
 
     wait_time = between(0.2, 1)
     tasks: ClassVar = {generate: 1}
 
 
 class MixedOperations(HttpUser):  # type: ignore[misc]
-    """Somebody at work on a picture."""
+    """A user who edits an image."""
 
     wait_time = between(0.2, 1)
     tasks: ClassVar = {
@@ -117,7 +117,7 @@ class MixedOperations(HttpUser):  # type: ignore[misc]
 
 
 class Bursts(HttpUser):  # type: ignore[misc]
-    """A script that asks for everything at once, and is silent for a while."""
+    """A script that requests everything at once, then pauses."""
 
     wait_time = between(1, 3)
     tasks: ClassVar = {burst: 1}

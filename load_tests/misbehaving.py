@@ -1,6 +1,4 @@
-"""Clients that no HTTP library would be: they read slowly, fall silent in the midst of a
-request, or hang up without a word.
-"""
+"""Define clients that misbehave: they read slowly, stop in the middle of a request, or hang up."""
 
 from __future__ import annotations
 
@@ -28,15 +26,19 @@ SMALL: Mapping[str, Any] = {"num_inference_steps": 2}
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """number: which of several it is; they do not all do the same."""
+    """A client without an HTTP library.
+
+    number: its number among several, which do not all do the same.
+    """
 
     host: str
     port: int
     number: int
 
     async def read_slowly(self, seconds: float) -> bool:
-        """Takes small sips for so long, then reads the rest. Whether that was a whole answer, or
-        an honest refusal.
+        """Read a few bytes at a time for `seconds`, then the rest.
+
+        Returns whether that was a whole answer, or a rejection with a Retry-After header.
         """
         loop, ends = asyncio.get_running_loop(), time.monotonic() + seconds
         async with self._connected() as connection:
@@ -50,8 +52,10 @@ class Client:
         return is_whole(bytes(received))
 
     async def stay_half_open(self, seconds: float) -> bool:
-        """Sends nothing, half a header, half a body or all of a request, by its number, and is
-        silent. True: it waits for nothing.
+        """Send a part of a request, and then wait.
+
+        By its number: nothing, half a header, half a body or all of it. Returns True: it expects no
+        answer.
         """
         request = self._request(SMALL)
         sent = (b"", request[:30], request[:-10], request)[self.number % 4]
@@ -61,7 +65,7 @@ class Client:
         return True
 
     async def leave_after(self, seconds: float) -> None:
-        """Asks, and hangs up with a reset."""
+        """Send a request, and reset the connection after `seconds`."""
         async with self._connected() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             await asyncio.get_running_loop().sock_sendall(connection, self._request(SMALL))
@@ -85,9 +89,7 @@ class Client:
 
 
 def is_whole(answer: bytes) -> bool:
-    """Whether these are all the bytes of an answer with 200, or of a refusal that says when to
-    come back.
-    """
+    """Return whether these are all bytes of a 200 answer, or of a rejection with Retry-After."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status_line, *lines = head.decode("latin-1").split("\r\n")
     headers = {

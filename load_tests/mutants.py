@@ -1,8 +1,7 @@
-"""Find the small faults that can be planted in a module's source: one changed operator, constant or
-statement each.
+"""Find the small faults that can be planted in a module's source.
 
-Nothing is planted in annotations, decorators, docstrings, f-strings, and calls of `log`, nor in
-`zip`'s `strict`: a fault there changes no answer.
+Each changes one operator, constant or statement. None is planted in annotations, decorators,
+docstrings, f-strings, and calls of `log`, nor in `zip`'s `strict`: a fault there changes no answer.
 """
 
 from __future__ import annotations
@@ -38,8 +37,10 @@ SWAPPED_CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted fault. source: the whole module with it. scope: the function or class that it
-    is in. code: its line.
+    """One planted fault.
+
+    source: the whole module with the fault. scope: the function or class that it is in. code: its
+    line.
     """
 
     module: str
@@ -59,8 +60,9 @@ class Mutant:
 
 
 def find_mutants(module: str, source: str) -> list[Mutant]:
-    """Return every mutant of a module in the order of its source. Raises SyntaxError for source
-    that is no Python.
+    """Return every mutant of a module in the order of its source.
+
+    Raises SyntaxError for source that is not Python.
     """
     lines = source.splitlines()
     mutants = []
@@ -128,8 +130,10 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _conditions(node: ast.AST) -> list[ast.expr]:
-    """Return the conditions to negate. Not a loop's, whose negation nearly always hangs, and no
-    comparison, which is flipped.
+    """Return the conditions to negate.
+
+    A loop's is not among them, because its negation nearly always hangs, and no comparison, which
+    is flipped.
     """
     match node:
         case ast.If(test=test) | ast.IfExp(test=test):

@@ -143,7 +143,7 @@ class Copy:
 
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
-        """The copy with the mutant in it, for as long as the context lasts."""
+        """Plant the mutant in the copy for this context."""
         path = self.directory / mutant.module
         original = path.read_text()
         path.write_text(mutant.source)
@@ -245,9 +245,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def sample(modules: Sequence[str], count: int, seed: int) -> list[Mutant]:
-    """Draw mutants without replacement, every one of the modules' with equal chance; return them
-    by module.
-    """
+    """Draw mutants without replacement, each with equal chance, and return them by module."""
     found = [
         mutant
         for path in _files(modules)
@@ -267,9 +265,7 @@ def _files(modules: Sequence[str]) -> list[Path]:
 
 
 def related_tests(module: str, root: Path = ROOT) -> list[str]:
-    """Return the test files of a module, the quickest first. Raises LookupError if there are
-    none.
-    """
+    """Return the test files of a module, the quickest first. Raises LookupError without any."""
     path = Path(module)
     names = [
         *RELATED_TESTS.get(module, ()),
@@ -325,8 +321,10 @@ def run_mutant(copy: Copy, mutant: Mutant, tests: Sequence[str], timeout_s: floa
 
 
 def summary(results: Sequence[Result]) -> dict[str, object]:
-    """Count outcomes. rate: of those that change behaviour, caught or timed out, with its 95 %
-    interval.
+    """Count the outcomes.
+
+    rate: the share of mutants that are caught or time out, among those that change behaviour, with
+    its 95 % interval.
     """
     counts = Counter(result.outcome for result in results)
     caught = counts["caught"] + counts["timeout"]

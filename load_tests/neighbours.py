@@ -1,10 +1,10 @@
-"""One picture beside processes that keep cores busy: with as many threads as the worker chooses,
-and with fixed numbers of them.
+"""Measure one image beside processes that keep cores busy, by the number of threads.
 
     python -m load_tests.neighbours --requests 30
 
-A server for each; in every round each of them is asked in turn while the others stand still. Busy
-processes: none, one, one for each core. The last line of output is JSON.
+One server uses the worker's own choice of threads, the others fixed numbers. In every round each
+server gets requests in turn while the others are stopped. Busy processes: none, one, one for each
+core. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NEW_PROMPTS = prompts()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises httpx.HTTPStatusError if a request fails."""
+    """Measure and print. Raises httpx.HTTPStatusError if a request fails."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report(
@@ -82,7 +82,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def measure(
     servers: Mapping[str, Server], neighbours: int, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """A row for each server."""
+    """Yield a row for each server."""
     seconds: dict[str, list[float]] = {name: [] for name in servers}
     with busy(neighbours):
         for _ in range(options.rounds):
@@ -105,7 +105,7 @@ def measure(
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """Meanwhile so many processes compute all the time."""
+    """Run processes that compute all the time, for this context."""
     running = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
     ]
@@ -118,8 +118,9 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def ask(server: Server, requests: int, seconds: float) -> list[float]:
-    """What pictures of new prompts take, one after the other: so many, but no further one after
-    so many seconds.
+    """Return the seconds of images of new prompts, one after the other.
+
+    There are `requests` of them; none starts after `seconds`.
     """
     taken: list[float] = []
     began = time.perf_counter()

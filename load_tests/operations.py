@@ -1,11 +1,10 @@
-"""What pictures that come in cost: /inpaint and /outpaint beside /generate, all of native size,
-over HTTP.
+"""Measure the cost of input images: /inpaint and /outpaint beside /generate over HTTP.
 
     python -m load_tests.operations --requests 40
 
-One request at a time, the three in turn, every prompt and every picture new to the server. The
-`PAELLERA_*` variables apply as they do to the server. The last line of output is JSON; `ratio` is
-the median over /generate's.
+All images have the native size. One request at a time, the three in turn, every prompt and every
+image new to the server. The `PAELLERA_*` variables apply as they do to the server. The last line of
+output is JSON; `ratio` is the median over /generate's.
 """
 
 from __future__ import annotations
@@ -33,7 +32,10 @@ WARM_UP = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit for bad arguments, httpx.HTTPStatusError for an answer that is none."""
+    """Measure and print.
+
+    Raises SystemExit for bad arguments, httpx.HTTPStatusError for an error.
+    """
     parser = argparse.ArgumentParser(
         description="What pictures that come in cost; the last line of output is JSON."
     )
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(weights: str, config: BundleConfig, requests: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds as a client sees them, and the server's own medians by stage."""
+    """Return the client's milliseconds, and the server's own medians by stage."""
     new = prompts()
     seconds: dict[str, list[float]] = {name: [] for name in ("generate", "inpaint", "outpaint")}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in seconds}
@@ -80,7 +82,7 @@ def measure(weights: str, config: BundleConfig, requests: int) -> dict[str, dict
 
 
 def _request(name: str, prompt: str, config: BundleConfig, number: int) -> dict[str, Any]:
-    """The body of one request of an operation, its pictures such as nobody has seen before."""
+    """Return the body of one request of an operation, with images that are new to the server."""
     width, height = config.native_size
     pixels = np.random.default_rng([number, len(name)]).integers(
         256, size=(8, 8, 3), dtype=np.uint8

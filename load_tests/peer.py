@@ -1,5 +1,4 @@
-"""What the engine is compared with: the same pipeline and weights behind LitServe, batched by whole
-requests.
+"""Serve the same pipeline and weights with LitServe, batched by whole requests, for comparison.
 
     python -m load_tests.peer --port 8100
 
@@ -42,9 +41,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """A request to batch differently from now on, so that a search over settings needs one
-    server only.
-    """
+    """A request to change the batching, so that a search over settings needs one server only."""
 
     max_batch_size: int
     batch_timeout: float
@@ -63,7 +60,7 @@ class PaellaAPI(litserve.LitAPI):  # type: ignore[misc]
         self.pipeline.generate(["warm"], [0], self.pipeline.config.recipe.sampling(steps=2))
 
     def decode_request(self, request: Request) -> Asked | Batching:
-        """LitServe looks at the annotation to read JSON itself; what comes is the body's fields."""
+        """Return the body's fields; LitServe reads JSON because of the annotation."""
         if "max_batch_size" in request:
             return Batching(**request)
         return Asked(
@@ -78,7 +75,7 @@ class PaellaAPI(litserve.LitAPI):  # type: ignore[misc]
         return inputs
 
     def predict(self, batch: list[Asked | Batching]) -> list[Tensor]:
-        """Pictures in the batch's order; an empty one for whoever only changed the settings."""
+        """Return images in the batch's order, an empty one for a change of the batching."""
         pictures: dict[int, Tensor] = {
             i: self._retune(asked) for i, asked in enumerate(batch) if isinstance(asked, Batching)
         }
@@ -95,7 +92,7 @@ class PaellaAPI(litserve.LitAPI):  # type: ignore[misc]
         return torch.empty(0)
 
     def _generate(self, group: Iterable[Asked]) -> Tensor:
-        """A group's pictures, computed together."""
+        """Return a group's images, computed together."""
         asked = list(group)
         width, height, steps = asked[0].group
         sampling = self.pipeline.config.recipe.sampling(steps=steps)

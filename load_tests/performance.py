@@ -1,7 +1,8 @@
-"""docs/performance.md and docs/curve.svg from what was measured: the newest result of each kind and
-machine in load_tests/results.
+"""Write docs/performance.md and docs/curve.svg from the newest results.
 
-python -m load_tests.performance
+    python -m load_tests.performance
+
+The newest result of each kind and machine in load_tests/results counts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Section = tuple[str, list[str], list[list[Any]]]
 
 
 def main() -> None:
-    """The plot is that of the newest curve of all, and needs the extra `load`."""
+    """Write the page, and the plot of the newest curve. Needs the extra `load`."""
     found = results(RESULTS)
     PAGE.write_text(page(found))
     for result in newest(found, "curve")[:1]:
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def results(directory: Path) -> list[dict[str, Any]]:
-    """Oldest first; each with its file's name under `file`."""
+    """Return all results, oldest first, each with its file's name under `file`."""
     found = [
         json.loads(path.read_text()) | {"file": path.name} for path in directory.glob("*.json")
     ]
@@ -50,8 +51,9 @@ def results(directory: Path) -> list[dict[str, Any]]:
 
 
 def newest(found: Iterable[Result], report: str) -> list[Result]:
-    """The last result of this kind on each machine, and for each family of networks, the latest
-    first.
+    """Return the last result of this kind on each machine, the latest first.
+
+    Results of different families of networks count as different kinds.
     """
     last = {
         (r["hardware"]["cpu"], *r.get("families", ())): r for r in found if r["report"] == report
@@ -60,7 +62,7 @@ def newest(found: Iterable[Result], report: str) -> list[Result]:
 
 
 def page(found: Sequence[Result]) -> str:
-    """The whole page in Markdown."""
+    """Return the whole page in Markdown."""
     parts = [INTRODUCTION]
     for report, (title, render) in SECTIONS.items():
         measured = newest(found, report)
@@ -72,9 +74,7 @@ def page(found: Sequence[Result]) -> str:
 
 
 def _origin(result: Result) -> str:
-    """How, where and when, and how busy the machine was with other things, as far as that is
-    known.
-    """
+    """Return a result's command, place and date, and the machine's other load if known."""
     hardware = result["hardware"]
     flags = hardware["cpu_flags"]
     special = (

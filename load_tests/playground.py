@@ -1,11 +1,11 @@
-"""From pressing Generate to the first preview and to the picture, as somebody at the playground
-sees them, beside the server's figures.
+"""Measure the playground: from pressing Generate to the first preview and to the image.
 
     python -m load_tests.playground --requests 30
 
-Needs Chromium. One request at a time, every prompt new to the server, the page's own number of
-previews. The `PAELLERA_*` variables apply as they do to the server. The last line of output is
-JSON; `first_to_whole` is the first preview's time over the picture's, by request.
+The server's figures stand beside those of the page. Needs Chromium. One request at a time, every
+prompt new to the server, the page's own number of previews. The `PAELLERA_*` variables apply as
+they do to the server. The last line of output is JSON; `first_to_whole` is the first preview's time
+over the image's, by request.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ ROWS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit for bad arguments, playwright's Error where there is no Chromium."""
+    """Measure and print.
+
+    Raises SystemExit for bad arguments, playwright's Error without Chromium.
+    """
     parser = argparse.ArgumentParser(
         description="The playground's first preview and picture; the last line of output is JSON."
     )
@@ -51,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def drawn(requests: int) -> list[dict[str, Any]]:
-    """The page's own history entries of so many pictures: `preview` and `seconds` from the
-    button on, `timings` by the server's stages.
+    """Return the page's own history entries of `requests` images.
+
+    `preview` and `seconds` count from the button on; `timings` are the server's stages.
     """
     new = prompts()
     with serving({"PAELLERA_WEIGHTS": Settings().bundles[0]}) as server, browser() as chromium:
@@ -67,9 +71,7 @@ def drawn(requests: int) -> list[dict[str, Any]]:
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds by what they were spent until, and the share of the whole after which the
-    first preview is seen.
-    """
+    """Return milliseconds until each event, and the first preview's share of the whole time."""
     first, whole = ([entry[name] for entry in entries] for name in ("preview", "seconds"))
     shares = np.array(first) / np.array(whole)
     return {

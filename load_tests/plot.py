@@ -1,5 +1,6 @@
-"""The latency–throughput curve as a picture: python -m load_tests.plot
-load_tests/results/curve-2026-11-21.json docs/curve.svg.
+"""Plot the latency–throughput curve.
+
+python -m load_tests.plot load_tests/results/curve-2026-11-21.json docs/curve.svg
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ STYLE = {
 
 
 def draw(measured: Mapping[str, Any], path: Path) -> None:
-    """Latency quantiles over the rate of arrivals; where it ends in .svg or .png is the format."""
+    """Plot latency quantiles over the rate of arrivals.
+
+    path: its suffix, .svg or .png, is the format.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Prompts for load tests, all of them different."""
+"""Make prompts for load tests, all of them different."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLACES = (
 
 
 def prompts() -> Iterator[str]:
-    """Prompts that differ in their words and, when those are used up, in a number."""
+    """Yield prompts that differ in their words and, when those are used up, in a number."""
     for number in itertools.count(1):
         for place, colour, thing in itertools.product(_PLACES, _COLOURS, _THINGS):
             yield f"a {colour} {thing} {place}" + (f", number {number}" if number > 1 else "")

@@ -1,5 +1,6 @@
-"""Checkpoints with random values, of any size, in the layout that their authors published:
-pickles of bare state dicts.
+"""Write checkpoints of random values, of any size, in the published layout.
+
+They are pickles of bare state dicts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _DRAWN = 2**20
 
 
 def write_checkpoints(config: BundleConfig, directory: Path) -> None:
-    """`NETWORK.pt` for every network, in bfloat16. One network is in memory at a time."""
+    """Write `NETWORK.pt` for every network, in bfloat16. One network is in memory at a time."""
     values = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0))
     for name, module in build(config, None).networks():
         state = {key: random_like(tensor, values) for key, tensor in state_of(module).items()}
@@ -30,8 +31,9 @@ def write_checkpoints(config: BundleConfig, directory: Path) -> None:
 
 
 def random_like(tensor: Tensor, values: Tensor) -> Tensor:
-    """A tensor of this shape, on the CPU, spread as in a fresh network, so that activations stay
-    in bounds.
+    """Return a random tensor of this shape on the CPU.
+
+    Its values are spread as in a fresh network, so that activations stay in bounds.
     """
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype)

@@ -1,9 +1,10 @@
-"""How every load test reports: tables for people, then one line of JSON for programs, with the
-machine and the versions it was measured on.
+"""Report a load test: tables for people, then one line of JSON for programs.
 
-report = Report("bench", command="paellera bench --repeats 3")
-report.add(table)
-report.emit({"stages": …})
+    report = Report("bench", command="paellera bench --repeats 3")
+    report.add(table)
+    report.emit({"stages": …})
+
+The JSON holds the machine and the versions that the test ran on.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ _PACKAGES = (
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Count, median, 95th and 99th percentile, in milliseconds. Raises IndexError without any
-    measurement.
+    """Return count, median, 95th and 99th percentile, in milliseconds.
+
+    Raises IndexError without measurements.
     """
     p50, p95, p99 = np.quantile(seconds, (0.5, 0.95, 0.99)) * 1000
     return {
@@ -76,7 +78,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, memory and GPUs, and how busy the machine was before the measurement."""
+    """Return CPU, memory and GPUs, and the machine's load before the measurement."""
     cpuinfo = _cpuinfo()
     flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
     return {
@@ -91,13 +93,13 @@ def hardware() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Those that this process may run on, where the system tells."""
+    """Return the number of cores that this process may run on, or of all if that is unknown."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty elsewhere than on Linux."""
+    """Return the first processor's entry of /proc/cpuinfo; empty except on Linux."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}
@@ -126,8 +128,9 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Report:
-    """One run. The machine is looked at when it begins, so that its load average is not the
-    run's own.
+    """One run of a load test.
+
+    The machine's load average is read at its start, so that it is not the run's own.
     """
 
     name: str
@@ -140,7 +143,7 @@ class Report:
         self.tables.append(table)
 
     def emit(self, measurements: dict[str, Any], *, json_only: bool = False) -> None:
-        """Prints the tables and, as the last line of standard output, everything as JSON."""
+        """Print the tables and, as the last line of standard output, everything as JSON."""
         if not json_only:
             console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _FILE_WIDTH)
             for table in self.tables:

@@ -1,4 +1,4 @@
-"""Locust's scenarios (locustfile.py) one after the other against a server of its own.
+"""Run Locust's scenarios (locustfile.py) one after the other against a server of its own.
 
     python -m load_tests.scenarios --users 8 --seconds 30
 
@@ -45,8 +45,9 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit with 1 if a request failed, subprocess.CalledProcessError if Locust
-    itself did.
+    """Run the scenarios and print their results.
+
+    Raises SystemExit with 1 if a request failed, subprocess.CalledProcessError if Locust failed.
     """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
@@ -83,7 +84,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _locust(scenario: str, url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Locust's own statistics, one entry for each path."""
+    """Return Locust's own statistics, one entry for each path."""
     command = [
         sys.executable,
         "-m",
@@ -134,8 +135,9 @@ def read(scenario: str, statistics: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def quantile(histogram: Mapping[float, int], q: float) -> float:
-    """The least value that a share `q` of all does not exceed. Raises IndexError for an empty
-    histogram.
+    """Return the least value that a share `q` of all does not exceed.
+
+    Raises IndexError for an empty histogram.
     """
     values = sorted(histogram)
     seen = list(itertools.accumulate(histogram[value] for value in values))

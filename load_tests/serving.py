@@ -1,6 +1,4 @@
-"""A real server in a child process, for load tests: start it, wait until it is ready, look at
-its processes, stop it.
-"""
+"""Run a real server in a child process: start it, wait until it is ready, watch it, stop it."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ class Sizes:
 
     @classmethod
     def of(cls, url: str) -> Sizes:
-        """Ask a server. Raises httpx.HTTPStatusError."""
+        """Return the sizes of a server's default model. Raises httpx.HTTPStatusError."""
         model = httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]
         width, height = model["native_size"]
         limits = model["limits"]
@@ -62,8 +60,9 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that was ready `start_to_ready_s` after its process began. It leads a process
-    group of its own.
+    """A server in a process group of its own.
+
+    start_to_ready_s: seconds from its process's start until it was ready.
     """
 
     url: str
@@ -75,8 +74,9 @@ class Server:
         return self.process.pid
 
     def peak_memory_mib(self) -> dict[str, list[float]]:
-        """Largest resident memory so far of the API process and of each of its children; empty
-        lists elsewhere than on Linux.
+        """Return the largest resident memory of the API process and of each of its children.
+
+        The lists are empty except on Linux.
         """
         return {"api": _peaks([self.pid]), "children": _peaks(children(self.pid))}
 
@@ -89,7 +89,7 @@ class Server:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """All of its processes stand still, so that another server can be measured."""
+        """Stop all of its processes for this context, so that another server can be measured."""
         os.killpg(self.pid, signal.SIGSTOP)
         try:
             yield
@@ -98,14 +98,14 @@ class Server:
 
 
 class Others:
-    """What the machine does, from now on, for others than this process and its servers."""
+    """The load on the machine, from now on, of other processes than this one and its servers."""
 
     def __init__(self, *servers: Server) -> None:
         self._servers = servers
         self._began, self._before = time.perf_counter(), self._cpu_seconds()
 
     def share(self) -> float:
-        """Of what its cores could have done."""
+        """Return the load as a share of what all cores could have done."""
         could = (time.perf_counter() - self._began) * (os.cpu_count() or 1)
         return round((self._cpu_seconds() - self._before) / could, 3)
 
@@ -124,12 +124,13 @@ def serving(
     ready: str = "/readyz",
     output: Path | None = None,
 ) -> Iterator[Server]:
-    """A server on a free loopback port with this environment's settings and these on top
-    (`{"PAELLERA_WEIGHTS": "tiny"}`).
+    """Run a server on a free loopback port for this context, and yield it once it is ready.
 
-    command: Python's arguments, to which `--port N` is added. ready: the path that answers 200 once
-    it serves.
-    output: the file that its standard output and standard error go to, in place of ours.
+    settings: environment variables on top of those of this process (`{"PAELLERA_WEIGHTS":
+    "tiny"}`). command: Python's arguments, to which `--port N` is added. ready: the path that
+    answers 200 once it serves. output: a file for its standard output and standard error, in place
+    of ours.
+
     Raises RuntimeError if it exits before it is ready, TimeoutError if it is not ready within
     `READY_TIMEOUT_S`.
     """
@@ -150,7 +151,7 @@ def serving(
 
 
 def server_timing_ms(response: httpx.Response) -> dict[str, float]:
-    """The `Server-Timing` header: milliseconds by stage."""
+    """Return the `Server-Timing` header: milliseconds by stage."""
     entries = (
         entry.strip().partition(";dur=")
         for entry in response.headers.get("server-timing", "").split(",")
@@ -160,8 +161,9 @@ def server_timing_ms(response: httpx.Response) -> dict[str, float]:
 
 
 async def figures(client: httpx.AsyncClient) -> Counter[str]:
-    """What /metrics says, summed over labels; what it does not say yet is 0. Raises
-    httpx.HTTPStatusError.
+    """Return the figures of /metrics, summed over labels; a missing one is 0.
+
+    Raises httpx.HTTPStatusError.
     """
     answer = (await client.get("/metrics")).raise_for_status()
     sums: Counter[str] = Counter()
@@ -172,7 +174,7 @@ async def figures(client: httpx.AsyncClient) -> Counter[str]:
 
 
 async def figures_when_idle(client: httpx.AsyncClient) -> Counter[str]:
-    """The figures as soon as no row is running or waiting. Raises TimeoutError if that is never."""
+    """Return the figures once no row is running or waiting. Raises TimeoutError if rows remain."""
     async with asyncio.timeout(IDLE_TIMEOUT_S):
         while True:
             now = await figures(client)
@@ -182,14 +184,14 @@ async def figures_when_idle(client: httpx.AsyncClient) -> Counter[str]:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """Return a port of the loopback that is not in use."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """Raises what `serving` raises."""
+    """Wait until the server is ready. Raises the errors of `serving`."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     with httpx.Client(timeout=5) as client:
         while time.monotonic() < deadline:

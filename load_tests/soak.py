@@ -1,13 +1,13 @@
-"""Thousands of small requests, some of them cancelled: whether anything grows or is left behind.
+"""Send thousands of small requests, some of them cancelled, and check for growth and leftovers.
 
     python -m load_tests.soak --requests 10000
     python -m load_tests.soak --minutes 60
 
-After every tenth of them the server may come to rest and is looked at: memory of both processes,
-open files, threads, asyncio tasks, rows. Exits with 1 if from the first tenth to the end memory has
-grown by more than 2 %, or anything else at all, or a request went wrong. What memory grows by in an
-hour is the slope of a line through the snapshots; p99 is that of the answers of a tenth. The last
-line is JSON.
+After every tenth of the requests the server may come to rest; then a snapshot is taken: memory of
+both processes, open files, threads, asyncio tasks, rows. Exits with 1 if from the first tenth to
+the end memory has grown by more than 2 %, or anything else at all, or a request failed. The growth
+of memory in an hour is the slope of a line through the snapshots; p99 is that of the answers of a
+tenth. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Snapshot:
     rows: int
 
     def violations(self, earlier: Snapshot) -> list[str]:
-        """What has grown since, in words."""
+        """Return the figures that have grown since an earlier snapshot, in words."""
         found = []
         for name, value in asdict(self).items():
             before = getattr(earlier, name)
@@ -80,7 +80,10 @@ class Tenth:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Raises SystemExit with 1 if anything was left behind or a request went wrong."""
+    """Run the soak test and print.
+
+    Raises SystemExit with 1 for growth, leftovers or failed requests.
+    """
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("soak", command=shlex.join(["python", "-m", "load_tests.soak", *sent]))
@@ -115,8 +118,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def shares(requests: int, minutes: float | None) -> Iterator[Iterator[int]]:
-    """The numbers of the requests of each tenth; with minutes, each tenth begins when it is
-    asked for and lasts as long.
+    """Yield the numbers of the requests of each tenth.
+
+    minutes: each tenth begins when it is requested and lasts a tenth of this time.
     """
     if minutes is None:
         yield from (
@@ -134,7 +138,7 @@ def _until(end: float, numbers: Iterator[int]) -> Iterator[int]:
 
 
 def judge(tenths: Sequence[Tenth], statuses: Mapping[int, int]) -> dict[str, Any]:
-    """What has grown or gone wrong. p99_drift: the last tenth's over the first's, less one."""
+    """Return growth and failures. p99_drift: the last tenth's over the first's, minus one."""
     first, last = tenths[0], tenths[-1]
     errors = {str(status): n for status, n in statuses.items() if status not in EXPECTED}
     violations = last.snapshot.violations(first.snapshot) + [
@@ -153,7 +157,7 @@ def judge(tenths: Sequence[Tenth], statuses: Mapping[int, int]) -> dict[str, Any
 
 
 def _slope(tenths: Sequence[Tenth], name: str) -> float:
-    """MiB per hour."""
+    """Return the growth in MiB per hour."""
     hours, mib = (
         [tenth.ended_s / 3600 for tenth in tenths],
         [getattr(tenth.snapshot, name) for tenth in tenths],
@@ -171,7 +175,7 @@ class Soak:
         self._prompts = prompts()
 
     async def run(self, shares: Iterator[Iterator[int]], clients: int) -> list[Tenth]:
-        """One tenth after the other, with a snapshot after each."""
+        """Run one tenth after the other, with a snapshot after each."""
         began, tenths = time.perf_counter(), []
         for numbers in shares:
             self._seconds = []
@@ -195,7 +199,7 @@ class Soak:
                 self._seconds.append(time.perf_counter() - began)
 
     async def _ask(self, client: httpx.AsyncClient, number: int) -> int:
-        """The answer's status; 0 for the request that hangs up."""
+        """Return the answer's status; 0 for the request that hangs up."""
         kind, id = number % 10, f"soak-{number}"
         post = client.post("/generate", json=self._body(number), headers={"X-Request-Id": id})
         if kind in HANGS_UP:

@@ -1,8 +1,8 @@
-"""What one bundle's stages cost in this process: seconds, floating-point operations, and the
-machine's own ceiling for those.
+"""Measure one bundle's stages in this process: seconds and floating-point operations.
 
-Stages that are compared run interleaved, one after the other in every round, so that a machine that
-slows down slows all of them.
+Beside them stands the machine's own ceiling of operations. Stages that are compared run
+interleaved, one after the other in every round, so that a machine that slows down slows all of
+them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Workload:
         self.tokens = self.noise.start[None].to(pipeline.device)
 
     def sampling(self, steps: int) -> SamplingConfig:
-        """The recipe at so many steps, by the sampler that the transcription has too."""
+        """Return the recipe with `steps` steps, by the sampler that the transcription has too."""
         return self.pipeline.config.recipe.sampling(steps=steps, sampler="multinomial")
 
     def engine_stages(self, step_counts: Sequence[int]) -> dict[str, Stage]:
@@ -83,7 +83,7 @@ class Workload:
     def transcription_stages(
         self, step_counts: Sequence[int], autocast: torch.dtype | None = None
     ) -> dict[str, Stage]:
-        """The published loop in fp32, or under autocast to the given type."""
+        """Return the published loop in fp32, or under autocast to the given type."""
         model = Transcription(self.pipeline.config.denoiser).eval().to(self.pipeline.device)
         model.load_state_dict(self.pipeline.bundle.denoiser.state_dict())
         suffix = "" if autocast is None else f"_{str(autocast).removeprefix('torch.')}"
@@ -93,7 +93,7 @@ class Workload:
         }
 
     def step_of(self, rows: int) -> Stage:
-        """The first step of so many images at once."""
+        """Return the first step of `rows` images at once."""
         batch = [self._row(12) for _ in range(rows)]
 
         def step() -> None:
@@ -118,8 +118,9 @@ class Workload:
         self.pipeline.denoise([self._row(steps)])
 
     def _request(self, steps: int) -> None:
-        """All that a request with a new prompt computes, one stage after the other; the
-        unconditional text is known already.
+        """Compute a whole request with a new prompt, one stage after the other.
+
+        The unconditional text is known already.
         """
         p = self.pipeline
         (prompt,) = p.encode([PROMPT])
@@ -145,8 +146,9 @@ class Workload:
 def denoiser_arguments(
     pipeline: PipelineV3, prompt: Prompt, image: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """An encoded prompt as the published forward takes it: fp32, without padding. With an image
-    embedding it is the conditional pass.
+    """Return an encoded prompt as the published forward takes it: fp32, without padding.
+
+    image: an image embedding for the conditional pass.
     """
     byt5 = prompt.byt5[:, prompt.mask[0]].float()
     arguments = {"byt5": byt5, "clip": prompt.clip.float()}
@@ -169,8 +171,9 @@ def measure(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every stage in every round after the warm-up, the device's queue emptied before
-    and after.
+    """Return the seconds of every stage in every round after the warm-up.
+
+    The device's queue is emptied before and after each.
     """
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for round_ in range(warm_up + repeats):
@@ -195,8 +198,11 @@ def _synchronise(device: torch.device) -> None:
 
 
 def flops(stage: Stage) -> int:
-    """Floating-point operations of its matrix products, convolutions and attention; two for a
-    multiplication with its addition.
+    """Return the floating-point operations of a stage.
+
+    Those of its matrix products, convolutions and attention.
+
+    A multiplication with its addition counts as two.
     """
     with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         stage()
@@ -204,9 +210,7 @@ def flops(stage: Stage) -> int:
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the best of five large matrix products: what the machine can do
-    at all.
-    """
+    """Return the machine's operations per second: the best of five large matrix products."""
     a, b = (torch.randn(_CEILING_SIDE, _CEILING_SIDE, device=device).to(dtype) for _ in range(2))
     times = measure({"product": lambda: a @ b}, device, warm_up=1, repeats=5)["product"]
     return 2 * _CEILING_SIDE**3 / min(times)

@@ -1,8 +1,7 @@
-"""Requests of mixed sizes and step counts, and two ways to send them: as they arrive, whatever the
-server does, or as fast as it answers.
+"""Send requests of mixed sizes and step counts: at given times, or as fast as they are answered.
 
-Both servers of a comparison get the same requests at the same times. A latency counts from when the
-request was due, not from when the client found time to send it.
+Both servers of a comparison get the same requests at the same times. A latency counts from the time
+at which the request was due, not from the time at which the client sent it.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """begin: on the performance counter."""
+    """A span of time. begin: on the performance counter."""
 
     begin: float
     seconds: float
@@ -72,8 +71,10 @@ class Window:
         return self.begin + self.seconds
 
     def share(self, began: float, ended: float) -> float:
-        """How much of something lay within. Whole answers would not do: a batch's all come at
-        once, within the window or without.
+        """Return the share of a span that lies within the window.
+
+        Whole answers would mislead: a batch's answers all come at once, within the window or
+        outside it.
         """
         return max(0.0, min(ended, self.end) - max(began, self.begin)) / (ended - began)
 
@@ -90,8 +91,9 @@ def kinds_of(sides: Sequence[int], step_counts: Sequence[int]) -> list[Kind]:
 
 
 def poisson_trace(kinds: Sequence[Kind], rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Arrivals at `rate` per second with exponential gaps, every kind as likely; the same for
-    the same arguments.
+    """Return arrivals at `rate` per second with exponential gaps, every kind as likely.
+
+    The same arguments give the same arrivals.
     """
     random = np.random.default_rng(seed)
     # Twice as many as are expected, and some: the rest lies after the end.
@@ -105,13 +107,14 @@ def poisson_trace(kinds: Sequence[Kind], rate: float, seconds: float, seed: int)
 
 
 def slowdowns(answers: Sequence[Answer], alone: Mapping[Kind, float]) -> list[float]:
-    """Each answer's latency over that of the same request on an idle server."""
+    """Return each answer's latency over that of the same request on an idle server."""
     return [answer.seconds / alone[answer.kind] for answer in answers]
 
 
 class Load:
-    """Sends requests over one connection pool. Every prompt is new, so that no server answers
-    from a cache. fields: more of every body.
+    """Send requests over one connection pool.
+
+    Every prompt is new, so that no server answers from a cache. fields: added to every body.
     """
 
     def __init__(
@@ -121,7 +124,7 @@ class Load:
         self._prompts = prompts()
 
     async def one(self, target: Target, kind: Kind, seed: int) -> Answer:
-        """Status 0 is a connection that broke."""
+        """Send a request and return its answer. Status 0 is a connection that broke."""
         size = {"width": kind.side, "height": kind.side, "num_inference_steps": kind.steps}
         body = {"prompt": next(self._prompts), "seed": seed, **size, **self._fields}
         began = time.perf_counter()
@@ -133,8 +136,9 @@ class Load:
         return Answer(kind, answer.status_code, time.perf_counter() - began, refused)
 
     async def alone(self, target: Target, kinds: Sequence[Kind], repeats: int) -> dict[Kind, float]:
-        """Median seconds of one request at a time, by kind; one more of each goes first and is
-        not counted.
+        """Return the median seconds of one request at a time, by kind.
+
+        One more of each kind goes first and is not counted.
         """
         seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
         for repeat, kind in itertools.product(range(repeats + 1), kinds):
@@ -144,7 +148,7 @@ class Load:
         return {kind: float(np.median(taken)) for kind, taken in seconds.items()}
 
     async def open_loop(self, target: Target, trace: Sequence[Arrival]) -> list[Answer]:
-        """Sends every request when it is due, and waits until all are answered."""
+        """Send every request when it is due, and wait until all are answered."""
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._arrive(target, arrival, began)) for arrival in trace]
@@ -165,8 +169,9 @@ class Load:
         seconds: float,
         seed: int,
     ) -> float:
-        """Answers per second in `seconds` after the warm-up, with so many clients that each ask
-        again when they are answered.
+        """Return the answers per second in `seconds` after the warm-up.
+
+        clients: each sends its next request when the last is answered.
         """
         chosen = (
             kinds[i] for i in np.random.default_rng(seed).integers(len(kinds), size=1_000_000)

@@ -1,5 +1,4 @@
-"""The published v3 denoiser and sampler, transcribed: what the engine is compared with, in speed
-and in numbers.
+"""Transcribe the published v3 denoiser and sampler, to compare the engine's speed and numbers.
 
 Written as the description reads and not for speed: activations [B, C, H, W] with a permutation
 around every layer norm and channel MLP, PyTorch's own attention module, the condition computed anew
@@ -81,16 +80,18 @@ class Attention(nn.Module):
         self.attn = nn.MultiheadAttention(channels, nhead, batch_first=True)
 
     def forward(self, queries: Tensor, keys: Tensor, weights: Tensor | None) -> Tensor:
-        """Queries [B, H·W, C] and keys [B, H·W + L, C], the keys being the values too; weights
-        [n] for the last n keys.
+        """Attend from queries [B, H·W, C] to keys [B, H·W + L, C], which are the values too.
+
+        weights: [n], for the last n keys.
         """
         if weights is None:
             return self.attn(queries, keys, keys, need_weights=False)[0]
         return self._weighted(queries, keys, weights)
 
     def _weighted(self, queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-        """The module's own arithmetic, with a multiplication after the softmax that it does not
-        offer.
+        """Compute the module's own arithmetic, with a multiplication after the softmax.
+
+        The module itself does not offer that.
         """
         inputs = (queries, keys, keys)
         projections = zip(
@@ -205,7 +206,7 @@ class Transcription(nn.Module):
         clip_image: Tensor | Sequence[Tensor] | None = None,
         attn_weights: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, K, H, W]; the arguments are those of `model.denoiser.Denoiser`."""
+        """Return logits [B, K, H, W]; the arguments are those of `model.denoiser.Denoiser`."""
         time = self._time_embedding(t)
         condition = self._condition(byt5, clip, clip_image)
         x = self.embedding(self.in_mapper(tokens).permute(0, 3, 1, 2))
@@ -268,12 +269,12 @@ def denoise(
     config: SamplingConfig,
     renoise_uniform: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The published sampler: after every step the tokens [B, H, W] and the guided logits [B, K, H,
-    W] they were drawn from.
+    """Run the published sampler; yield the tokens and their logits after every step.
 
-    start: [B, H, W] random tokens. conditional, unconditional: keyword arguments of the model's
-    forward. renoise_uniform: recorded uniforms [B, H, W] for every renoised step, fresh ones if
-    absent. Draws by `multinomial` or `argmax`; raises ValueError for another sampler.
+    Tokens are [B, H, W], guided logits [B, K, H, W]. start: [B, H, W] random tokens. conditional,
+    unconditional: keyword arguments of the model's forward. renoise_uniform: recorded uniforms [B,
+    H, W] for every renoised step, fresh ones if absent. Draws by `multinomial` or `argmax`; raises
+    ValueError for another sampler.
     """
     if config.sampler not in ("multinomial", "argmax"):
         raise ValueError(f"the transcription draws by multinomial or argmax, not {config.sampler}")

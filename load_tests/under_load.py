@@ -1,8 +1,8 @@
-"""What goes wrong while requests keep arriving: `python -m load_tests.faults --under-load`.
+"""Break the server while requests keep arriving: `python -m load_tests.faults --under-load`.
 
 Requests arrive at a fixed average rate, whatever the server does. Some seconds after the first of
-them something happens to the server, or other clients begin to misbehave. A request is *lost* if it
-gets neither a whole picture nor a 429 or 503 that says when to come back. In the end no row may be
+them a fault happens to the server, or other clients begin to misbehave. A request is *lost* if it
+gets neither a whole image nor a 429 or 503 with a Retry-After header. In the end no row may be
 left, and no file of the API process open that was not when it was idle.
 """
 
@@ -50,8 +50,10 @@ REPLAYED, RESTARTS = "paella_requests_replayed_total", "paella_worker_restarts_t
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """strike: what happens, within so many seconds. Says how many of the clients it brought
-    along got less than they waited for.
+    """A way to break the server.
+
+    strike: causes the fault within the given seconds, and returns the number of its own clients
+    that got less than they should.
     """
 
     name: str
@@ -112,7 +114,10 @@ def _stop_worker_for(pause_s: float) -> Strike:
 
 
 def _clients(misbehave: Callable[[Client, float], Awaitable[bool]], count: int) -> Strike:
-    """So many clients at once; misbehave says whether its client got what it waited for."""
+    """Return a strike with `count` clients at once.
+
+    misbehave: returns whether its client got the expected answer.
+    """
 
     async def strike(server: Server, seconds: float) -> int:
         address = httpx.URL(server.url)
@@ -147,8 +152,9 @@ LOG_ON_FULL_DISK = Fault("log on a full disk", _nothing)
 
 
 async def measure(options: argparse.Namespace) -> list[Outcome]:
-    """All faults on one server; then one whose log goes to a full disk. A stall is noticed after
-    `STALL_TIMEOUT_S`.
+    """Run all faults on one server, then one with its log on a full disk.
+
+    A stall is noticed after `STALL_TIMEOUT_S`.
     """
     settings = {"PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S), "PAELLERA_LOG_LEVEL": "error"}
     with serving(settings) as server:
@@ -185,7 +191,7 @@ class Trial:
     files: int = 0
 
     async def warm_up(self) -> None:
-        """Until the engine knows what its steps cost."""
+        """Send requests until the engine knows the cost of its steps."""
         async with self._client() as client:
             await Load(client).alone(self._target, self.kinds, repeats=1)
         self.files = await self._fewest_files(0, SETTLED_S)
@@ -220,7 +226,7 @@ class Trial:
     async def _unready(
         self, client: httpx.AsyncClient, arriving: asyncio.Task[list[Answer]]
     ) -> float:
-        """For how many seconds /readyz did not say yes."""
+        """Return the seconds in which /readyz did not answer 200."""
         seconds, checked = 0.0, time.perf_counter()
         while not arriving.done():
             ready = (await client.get("/readyz")).status_code == httpx.codes.OK
@@ -231,8 +237,9 @@ class Trial:
         return seconds
 
     async def _fewest_files(self, enough: int, seconds: float) -> int:
-        """Open in the API process within so many seconds, or until there are few enough:
-        connections are closed in a moment.
+        """Return the fewest open files of the API process within `seconds`.
+
+        It stops at `enough`: connections are closed a moment after their answers.
         """
         ends, fewest = time.monotonic() + seconds, sys.maxsize
         while time.monotonic() < ends and fewest > enough:

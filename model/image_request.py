@@ -98,6 +98,8 @@ class ImageRequest:
     canvas: what the row begins from, nothing but noise if absent. references: their mixed CLIP
     embedding stands in for the prior's. keyframes: if any, the image is a frame at `position` among
     them (1.5 is half way between the second and the third), on the path that `mode` names.
+    cache_scope: decides nothing about the image; encodings are shared only within one scope, so
+    that the time that a request takes reveals nothing about those of other scopes.
     """
 
     prompt: str
@@ -112,6 +114,7 @@ class ImageRequest:
     position: float = 0.0
     mode: Interpolation = "slerp"
     regions: tuple[Region, ...] = ()
+    cache_scope: str = ""
 
     @property
     def prompts(self) -> tuple[str, ...]:

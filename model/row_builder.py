@@ -90,13 +90,15 @@ class DictCache:
 class TextKey(NamedTuple):
     """The inputs of an encoded text.
 
-    shared: whether its batch may have held others. negative: with an unconditional branch.
+    shared: whether its batch may have held others. negative: with an unconditional branch. scope:
+    the request's `cache_scope`.
     """
 
     model: str
     prompt: str
     shared: bool
     negative: bool
+    scope: str
 
 
 class PriorKey(NamedTuple):
@@ -118,7 +120,10 @@ class EmbeddingKey(NamedTuple):
 
 
 class ImageKey(NamedTuple):
-    """The inputs of an encoded image: its tokens, or CLIP's embedding of it."""
+    """The inputs of an encoded image: its tokens, or CLIP's embedding of it.
+
+    scope: the request's `cache_scope`.
+    """
 
     model: str
     kind: Literal["tokens", "embedding"]
@@ -126,6 +131,7 @@ class ImageKey(NamedTuple):
     width: int
     height: int
     shared: bool
+    scope: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +209,11 @@ class RowBuilder:
 
     def _text_key(self, request: ImageRequest, prompt: str) -> TextKey:
         return TextKey(
-            self._model, prompt, shared=not request.sampling.deterministic, negative=False
+            self._model,
+            prompt,
+            shared=not request.sampling.deterministic,
+            negative=False,
+            scope=request.cache_scope,
         )
 
     def _negative_key(self, request: ImageRequest) -> TextKey:
@@ -213,7 +223,15 @@ class RowBuilder:
         self, request: ImageRequest, kind: Literal["tokens", "embedding"], image: InputImage
     ) -> ImageKey:
         shared = not request.sampling.deterministic
-        return ImageKey(self._model, kind, image.digest, image.width, image.height, shared)
+        return ImageKey(
+            self._model,
+            kind,
+            image.digest,
+            image.width,
+            image.height,
+            shared,
+            scope=request.cache_scope,
+        )
 
     def _prior_key(self, request: ImageRequest, prompt: str) -> PriorKey:
         return PriorKey(

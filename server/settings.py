@@ -210,6 +210,10 @@ class Settings(BaseSettings):
     queue_rows: Annotated[
         int, Field(ge=1, description="Maximum of unfinished images; further requests get 429")
     ] = 256
+    queue_bytes: Annotated[
+        int,
+        Field(ge=1, description="Maximum size of unfinished requests' decoded images, likewise"),
+    ] = 128 * MIB
     max_batch_rows: Annotated[
         int, Field(ge=1, description="Maximum of images per denoiser step")
     ] = 16
@@ -218,17 +222,18 @@ class Settings(BaseSettings):
         Field(ge=0, description="Size of a worker's cache of encoded prompts and priors; 0: none"),
     ] = 256 * MIB
     max_side: Annotated[int, Field(ge=1, description="Maximum width and height in pixels")] = 512
-    # Enough for sixteen guided 512 × 512 images of 12 steps, or for as much interpolation as a
-    # request can ask for at 256 × 256: 64 frames. Sixteen 256 × 256 images of a prompt are a
-    # quarter of it. The embedded weights on a CPU answer all of these before the default timeout.
-    # A GPU allows far more.
+    # Enough for as much interpolation as a request can ask for at 256 × 256, 64 frames of 12 guided
+    # steps as a GIF, or for sixteen such 512 × 512 images. Sixteen 256 × 256 images of a prompt are
+    # a fifth of it. The embedded weights on a CPU answer all of these before the default timeout. A
+    # GPU allows far more.
     max_request_work: Annotated[
         int,
         Field(
             ge=1,
-            description="Maximum work per request: images times steps times pixels times branches",
+            description="Maximum work per request: images times pixels times (steps times branches,"
+            " plus 4 for decoding and file, 9 for a GIF, 4 for each preview)",
         ),
-    ] = 16 * 512 * 512 * 12 * 2
+    ] = 64 * 256 * 256 * (12 * 2 + 9)
     max_body_bytes: Annotated[int, Field(ge=1, description="Maximum size of a request's body")] = (
         32 * MIB
     )
@@ -251,6 +256,17 @@ class Settings(BaseSettings):
     max_image_pixels: Annotated[
         int, Field(ge=1, description="Maximum width times height of one uploaded image")
     ] = 16 * MIB
+    max_request_pixels: Annotated[
+        int, Field(ge=1, description="Maximum width times height of a request's images together")
+    ] = 64 * MIB
+    decode_queue_pixels: Annotated[
+        int,
+        Field(ge=1, description="Maximum of pixels that wait to be decoded; further requests: 429"),
+    ] = 256 * MIB
+    decode_queue_bytes: Annotated[
+        int,
+        Field(ge=1, description="Maximum of image file bytes that wait likewise"),
+    ] = 128 * MIB
     decode_threads: Annotated[
         int, Field(ge=1, description="Requests whose uploaded images are decoded at once")
     ] = 2

@@ -13,7 +13,7 @@ from PIL import Image
 
 from model.training.captioned import open_collection
 from model.training.decoding import Filters
-from model.training.pictures import Pictures
+from model.training.image_batches import ImageBatches
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
 
@@ -103,8 +103,8 @@ def pictures(
     size: tuple[int, int] = (16, 16),
     filters: Filters = _NO_FILTERS,
     **rest: Any,
-) -> Pictures:
-    return Pictures(open_collection(str(where), rest.get("seed", 0)), n, size, filters, **rest)
+) -> ImageBatches:
+    return ImageBatches(open_collection(str(where), rest.get("seed", 0)), n, size, filters, **rest)
 
 
 def halves(

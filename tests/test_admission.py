@@ -123,7 +123,9 @@ class PlayedWorker:
     def measure(self, *steps: tuple[int, float]) -> None:
         """Report steps: (rows, seconds)."""
         self.say(
-            Heartbeat(tuple(Step(rows, rows, PIXELS, seconds) for rows, seconds in steps), 0, 0)
+            Heartbeat(
+                tuple(Step(rows, rows, PIXELS, seconds, "fake") for rows, seconds in steps), 0, 0
+            )
         )
 
     def finish(self, id: str, timings: Timings | None = None) -> None:
@@ -285,6 +287,95 @@ async def test_the_queue_is_bounded_in_rows_and_a_job_larger_than_it_is_done_alo
         assert not (await e.ask(job(rows=3))).done()
         assert not (await e.ask(job(rows=1))).done()
         await raised(await e.ask(job()), QueueFull)
+
+
+@virtual_time
+async def test_room_in_a_full_queue_is_expected_once_enough_of_the_oldest_jobs_are_done() -> None:
+    async with engine(queue_rows=6) as e:
+        for rows in (1, 2, 3):
+            await e.ask(job(rows=rows))
+        assert (await raised(await e.ask(job()), QueueFull)).retry_after == pytest.approx(0.2)
+        large = job(rows=4)
+        # Of its four rows none fits: 1 + 2 + 3 rows must be done. Its own slot is later than that
+        # of the client before it anyway.
+        assert (await raised(await e.ask(large), QueueFull)).retry_after == pytest.approx(6 * 0.2)
+
+
+@virtual_time
+async def test_each_rejected_client_is_told_a_later_time_than_the_one_before() -> None:
+    async with engine(queue_rows=4) as e:
+        await e.ask(job(rows=4))
+        told = [(await raised(await e.ask(job(rows=2)), QueueFull)).retry_after for _ in range(9)]
+        assert told == pytest.approx([4 * 0.2 + i * 2 * 0.2 for i in range(9)])
+        # Slots belong to moments, not to waits.
+        await asyncio.sleep(1)
+        assert (await raised(await e.ask(job()), QueueFull)).retry_after == pytest.approx(
+            told[-1] + 0.2 - 1
+        )
+        await asyncio.sleep(100)
+        assert (await raised(await e.ask(job()), QueueFull)).retry_after == pytest.approx(0.8)
+
+
+@virtual_time
+async def test_late_jobs_are_told_different_times_too_unless_a_retry_is_in_vain() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 0.1), (SLOTS, 0.1))
+        await e.ask(job(rows=SLOTS))
+
+        async def told(seconds: float) -> float:
+            error = await raised(await e.ask(job(seconds=seconds)), DeadlineUnreachable)
+            return float(error.retry_after)
+
+        assert [await told(1.1) for _ in range(3)] == pytest.approx([0.15, 0.35, 0.55])
+        assert await told(0.9) == pytest.approx(0.35)
+        assert await told(1.1) == pytest.approx(0.75)
+
+
+@virtual_time
+async def test_rejected_clients_who_retry_as_told_are_all_served_in_two_retries() -> None:
+    """As many clients as an SDK with two retries brings, six times what the queue holds."""
+    async with engine(queue_rows=4) as e:
+
+        async def serve() -> None:
+            while True:
+                await asyncio.sleep(0.2)
+                if e.worker.jobs:
+                    e.worker.finish(next(iter(e.worker.jobs)))
+
+        async def client() -> int:
+            for attempt in range(3):
+                try:
+                    await e.client.run(job())
+                    return attempt
+                except QueueFull as full:
+                    await asyncio.sleep(full.retry_after)
+            return -1
+
+        serving = asyncio.create_task(serve())
+        attempts = await asyncio.gather(*(client() for _ in range(25)))
+        serving.cancel()
+        assert -1 not in attempts
+        assert attempts.count(0) == 4
+
+
+@virtual_time
+async def test_no_job_is_rejected_on_an_extrapolation() -> None:
+    async with engine() as e:
+        # Small pictures of one step, as T25 has it: 128 pixels a side would be 64 times as many.
+        e.worker.measure((1, 0.1))
+        small = job(sampling=replace(SAMPLING, steps=1))
+        await e.ask(small)
+        e.worker.finish(small.id, Timings(encode=0.01, decode=0.5))
+        await settle()
+        large = job(seconds=10, width=256, height=128, sampling=replace(SAMPLING, steps=64))
+        forecast = await e.forecast(large)
+        assert forecast.seconds == pytest.approx(64 * 64 * 0.1 + 64 * 0.51), "clients are told so"
+        # More rows than were ever stepped together, and weights that were never measured.
+        await e.forecast(job(rows=SLOTS, seconds=3.1))
+        await e.forecast(job(seconds=0.1, model="other"))
+        # What was measured does reject, as does what is proven by it.
+        await raised(await e.ask(job(seconds=0.9)), DeadlineUnreachable)
+        await raised(await e.ask(job(seconds=0.9, width=256, height=128)), DeadlineUnreachable)
 
 
 @virtual_time

@@ -37,7 +37,7 @@ class Source:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def pictures(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
+    def images(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
         self.batches.append(len(cases))
         assert len({case.scene.aspect for case in cases}) == 1
         pictures = torch.zeros(len(cases), 8, 8, 3, dtype=torch.uint8)
@@ -96,8 +96,8 @@ def test_batches_hold_one_aspect_each() -> None:
 def test_a_bundle_of_any_size_draws_every_aspect(pipeline: Pipeline) -> None:
     source = Drawn(pipeline, pipeline.config.recipe.sampling(steps=1))
     width, height = pipeline.config.native_size
-    assert source.pictures(CASES[:1], [0]).shape == (1, height, width, 3)
-    wide = source.pictures(CASES[2:], [0])
+    assert source.images(CASES[:1], [0]).shape == (1, height, width, 3)
+    wide = source.images(CASES[2:], [0])
     assert wide.shape[2] > wide.shape[1]
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from model.training import captions
+from model.training.caption_words import SCENE_WORDS, SIZE_WORDS, misspell, names_of, tag_sets
 from model.training.captions import (
     ATTRIBUTES,
     LONGEST,
@@ -16,8 +17,6 @@ from model.training.captions import (
     THING_ATTRIBUTES,
     USUAL,
     describe,
-    misspell,
-    tag_sets,
 )
 from model.training.kinds import KINDS, NUMBERS, SHAPES
 from model.training.palette import NAMES
@@ -56,7 +55,7 @@ def test_attributes_repeat_the_colours_and_sizes_of_the_caption(scene):
     for _ in range(300):
         text, stated, *_ = describe(scene, rng, wording=CORRECT)
         assert sorted(colours_in(text)) == sorted(colours_stated(stated)), text
-        for size, words in captions._SIZE_WORDS.items():
+        for size, words in SIZE_WORDS.items():
             said = len(re.findall(rf"\b({'|'.join(words)})\b", text, re.IGNORECASE))
             number = 1 + captions.SIZES.index(size)
             assert said == sum(stated[f"size_{place}"] == number for place in PLACES)
@@ -105,7 +104,7 @@ def test_complete_captions_leave_nothing_open():
         assert caption.stated["view"] == scene.close_up
         for place, thing in enumerate(scene.things, start=1):
             assert caption.stated[f"colour_{place}"] or thing.kind not in SHAPES
-            name = captions._names(thing.kind)[2] if thing.count > 1 else thing.kind
+            name = names_of(thing.kind).plural if thing.count > 1 else thing.kind
             assert name in caption.text.lower()
 
 
@@ -212,13 +211,13 @@ def test_uncountable_names_have_no_article():
 
 @pytest.mark.parametrize("scene", PAINTED)
 def test_every_painted_scene_has_words_of_its_own(scene):
-    assert scene.background in captions._SCENE_WORDS
+    assert scene.background in SCENE_WORDS
     rng = random.Random(15)
     assert len({describe(scene, rng, complete=True).text.lower() for _ in range(50)}) > 5
 
 
 def test_no_words_mean_two_painted_scenes():
     seen: dict[str, str] = {}
-    for name, words in captions._SCENE_WORDS.items():
+    for name, words in SCENE_WORDS.items():
         for phrase in {*words.phrases, *words.nouns, *words.bare}:
             assert seen.setdefault(phrase, name) == name

@@ -1,5 +1,5 @@
-"""Who steps when, in simulated time: turns by deadline, bounded waits, priorities, and pools of
-one's own.
+"""Who steps when, in simulated time: turns by arrival, bounded waits, priorities, pools of one's
+own, and streams that never end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from server.engine.scheduler import (
     INTERACTIVE_SHARE,
     LENGTHS,
     PATIENCE,
+    STARTS,
     Pool,
     RowId,
     Scheduler,
@@ -56,6 +57,9 @@ class Machine:
             self.step()
 
 
+PRIORITIES = ["interactive", "batch"]
+
+
 def long(id: str, steps: int = 12, **changes: object) -> Job:
     return replace(job(id), sampling=replace(SAMPLING, steps=steps), **changes)
 
@@ -63,15 +67,19 @@ def long(id: str, steps: int = 12, **changes: object) -> Job:
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_pool_with_the_earliest_deadline_steps_first():
-    s = scheduler(9, long("late", width=128, deadline=50.0), long("early", deadline=20.0))
+def test_the_pool_with_the_earliest_arrival_steps_first_whatever_the_deadlines():
+    s = scheduler(
+        9,
+        long("late", width=128, arrived_at=2.0, deadline=20.0),
+        long("early", arrived_at=1.0, deadline=600.0),
+    )
     machine = Machine(s)
     assert [machine.step()[0].job for _ in range(PATIENCE)] == ["early"] * PATIENCE
 
 
-def test_a_pool_of_late_deadline_waits_for_a_bounded_number_of_steps():
+def test_a_pool_that_arrived_late_waits_for_a_bounded_number_of_steps():
     s = scheduler(
-        9, long("late", width=128, deadline=50.0), long("early", deadline=20.0, steps=100)
+        9, long("late", width=128, arrived_at=2.0), long("early", arrived_at=1.0, steps=100)
     )
     machine = Machine(s)
     turns = "".join(machine.step()[0].job[0] for _ in range(12))
@@ -80,15 +88,15 @@ def test_a_pool_of_late_deadline_waits_for_a_bounded_number_of_steps():
 
 @given(
     pools=st.lists(
-        st.tuples(st.integers(1, 40), st.floats(0, 100), st.sampled_from(["interactive", "batch"])),
+        st.tuples(st.integers(1, 40), st.floats(0, 100), st.sampled_from(PRIORITIES)),
         min_size=1,
         max_size=8,
     ),
 )
-def test_no_pool_waits_longer_than_the_bound_whatever_the_deadlines(pools):
+def test_no_pool_waits_longer_than_the_bound_whenever_they_arrived(pools):
     s = Scheduler(16)
-    for i, (steps, deadline, priority) in enumerate(pools):
-        s.add(long(f"{i}", steps, width=64 * (i + 1), deadline=deadline, priority=priority))
+    for i, (steps, arrived_at, priority) in enumerate(pools):
+        s.add(long(f"{i}", steps, width=64 * (i + 1), arrived_at=arrived_at, priority=priority))
     machine = Machine(s)
     machine.run()
     waited: Counter[str] = Counter()
@@ -105,15 +113,15 @@ def test_no_pool_waits_longer_than_the_bound_whatever_the_deadlines(pools):
     assert not any(unfinished.values())
 
 
-def test_small_pictures_are_not_held_up_by_a_large_one():
+def test_a_large_picture_that_arrives_later_does_not_hold_up_a_small_one():
     cost = {64: 1.0, 512: 10.0}
-    s = scheduler(4, long("large", 64, width=512, deadline=300.0))
+    s = scheduler(4, long("small", 8))
     machine = Machine(s, lambda turn: cost[s.job(turn[0].job).width])
     machine.step()
-    s.add(long("small", 8, deadline=100.0))
+    s.add(long("large", 64, width=512, arrived_at=1.0))
     machine.run()
     # Its own eight steps, and no more than one of the large one's for every three of them.
-    assert machine.finished_at[RowId("small", 0)] <= 10 + 8 * 1.0 + 3 * 10
+    assert machine.finished_at[RowId("small", 0)] <= 8 * 1.0 + 3 * 10
 
 
 def test_pools_equal_in_everything_take_turns():
@@ -132,17 +140,17 @@ def test_rows_of_one_request_may_run_in_different_steps():
 # ── slots ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_waiting_rows_are_admitted_by_deadline_then_arrival():
+def test_waiting_rows_are_admitted_by_the_request_s_arrival_and_not_by_deadline():
     s = scheduler(
         1,
-        job("running"),
-        job("second", deadline=40.0),
-        job("third", deadline=40.0),
-        job("first", deadline=30.0),
+        long("fourth", 1, arrived_at=9.0, deadline=10.0),
+        long("second", 1, arrived_at=2.0, deadline=600.0),
+        long("third", 1, arrived_at=2.0, deadline=3.0),
+        long("first", 1, arrived_at=1.0, deadline=601.0),
     )
     machine = Machine(s)
     machine.run()
-    assert [turn[0].job for turn in machine.turns] == ["first", "second", "third", "running"]
+    assert [turn[0].job for turn in machine.turns] == ["first", "second", "third", "fourth"]
 
 
 def test_a_freed_slot_is_filled_before_the_very_next_step():
@@ -168,6 +176,15 @@ def test_batch_rows_get_a_slot_in_so_many_under_endless_interactive_load():
     assert [turn[0].job for turn in machine.turns].index("batch") == BATCH_TURN - 1
 
 
+def test_a_batch_row_never_passes_an_interactive_one_that_arrived_before_it():
+    waiting = [long(f"interactive{i}", 1, arrived_at=float(i)) for i in range(3 * BATCH_TURN)]
+    batch = long("batch", 1, arrived_at=2 * BATCH_TURN - 0.5, priority="batch")
+    machine = Machine(scheduler(1, *waiting, batch))
+    machine.run()
+    order = [turn[0].job for turn in machine.turns]
+    assert order.index("batch") == 2 * BATCH_TURN
+
+
 def test_batch_rows_leave_slots_to_interactive_ones():
     s = scheduler(8, replace(job("batch", 20), priority="batch"))
     assert len(s.admit()) == 8 - 8 // INTERACTIVE_SHARE
@@ -188,6 +205,109 @@ def test_a_batch_pool_steps_after_an_interactive_one_but_does_step():
     )
     machine = Machine(s)
     assert "".join(machine.step()[0].job[0] for _ in range(8)) == ("i" * PATIENCE + "b") * 2
+
+
+# ── streams that never end ────────────────────────────────────────────────────────────────────────
+
+
+def answered_after(
+    special: Job, stream: Callable[[int, float], Job], slots: int = 2, most: int = 400
+) -> float | None:
+    """Return the seconds that a job takes beside a stream that arrives as fast as it is served,
+    behind a queue that is full already; None if it is not served while the stream lasts.
+    """
+    s = Scheduler(slots)
+    machine = Machine(s)
+    sent, arrived_at = 0, 10.0
+    while sent < 4 * slots:
+        s.add(stream(sent, float(sent) / slots))
+        sent += 1
+    machine.now = arrived_at
+    s.add(replace(special, arrived_at=arrived_at, deadline=arrived_at + special.deadline))
+    row = RowId(special.id, 0)
+    while row not in machine.finished_at and sent < most:
+        before = set(machine.finished_at)
+        machine.step()
+        for done in machine.finished_at.keys() - before:
+            if done != row:
+                s.remove(done.job)
+                s.add(stream(sent, machine.now))
+                sent += 1
+    return machine.finished_at[row] - arrived_at if row in machine.finished_at else None
+
+
+def usual(number: int, now: float) -> Job:
+    return long(f"usual{number}", 3, arrived_at=now, deadline=now + 60)
+
+
+def hurried(number: int, now: float) -> Job:
+    return replace(usual(number, now), deadline=now + 5)
+
+
+@pytest.mark.parametrize("stream", [usual, hurried])
+@pytest.mark.parametrize("width", [64, 128])
+def test_who_allows_more_time_is_answered_as_soon_as_the_others(stream, width):
+    usual_s = answered_after(long("usual", 3, width=width, deadline=60.0), stream)
+    patient_s = answered_after(long("patient", 3, width=width, deadline=600.0), stream)
+    assert usual_s is not None
+    assert patient_s == usual_s
+    # Those that were there before it, and its own steps beside the others' turns.
+    assert patient_s <= 4 * 3 + 3 * (PATIENCE + 1)
+
+
+@pytest.mark.parametrize("deadline", [5.0, 60.0, 600.0])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_batch_is_answered_beside_an_endless_stream_and_never_sooner_than_interactive(
+    deadline, width, slots
+):
+    asked = long("asked", 3, width=width, deadline=deadline)
+    interactive_s = answered_after(asked, usual, slots)
+    batch_s = answered_after(replace(asked, priority="batch"), usual, slots)
+    assert interactive_s is not None
+    assert batch_s is not None
+    assert interactive_s <= batch_s
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(0, 60),
+            st.sampled_from([5.0, 60.0, 600.0]),
+            st.sampled_from(PRIORITIES),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    slots=st.integers(1, STARTS),
+)
+def test_no_row_of_one_size_starts_before_an_earlier_interactive_one(arrivals, slots):
+    s = Scheduler(slots)
+    machine = Machine(s)
+    jobs = {
+        f"{i}": long(f"{i}", 4, arrived_at=float(at), deadline=at + allowed, priority=priority)
+        for i, (at, allowed, priority) in enumerate(sorted(arrivals))
+    }
+    todo = list(jobs.values())
+    started: list[str] = []
+    while todo or s.rows_waiting or s.rows_running:
+        while todo and todo[0].arrived_at <= machine.now:
+            s.add(todo.pop(0))
+        waiting = [id for id in jobs if id not in started and jobs[id].arrived_at <= machine.now]
+        admitted = [row.job for row in s.admit()]
+        for id in admitted:
+            earlier = [other for other in waiting if int(other) < int(id)]
+            passed = [
+                other
+                for other in earlier
+                if jobs[other].priority == "interactive" and other not in admitted
+            ]
+            assert not passed
+        started += admitted
+        if s.rows_running:
+            machine.step()
+        else:
+            machine.now += 1.0
 
 
 # ── pools ─────────────────────────────────────────────────────────────────────────────────────────

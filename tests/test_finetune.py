@@ -67,7 +67,7 @@ def test_a_position_in_other_data_is_not_taken_over(tmp_path, random_bundle):
     ]
     for _ in range(3):
         next(streams[0])
-    with pytest.warns(UserWarning, match="begun with its first picture"):
+    with pytest.warns(UserWarning, match="begun with its first image"):
         streams[1].load_state_dict(streams[0].state_dict())
     assert same(next(streams[1]), next(streams[2]))
 
@@ -311,7 +311,7 @@ def test_two_processes_see_different_pictures_and_stay_one_network(tmp_path, ran
         list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pictures left out: 1 no caption") == 1
+    assert done.stdout.count("images left out: 1 no caption") == 1
     first, second = (torch.load(tmp_path / f"x.pt.{rank}", weights_only=True) for rank in (0, 1))
     assert identical(first["model"], second["model"])
     assert identical(first["ema"], second["ema"])

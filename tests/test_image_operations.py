@@ -16,6 +16,7 @@ import pytest
 
 from model.config import BundleConfig
 from server.api import create_app
+from server.api.planning import DECODING_WORK, FILE_WORK, PREVIEW_WORK
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
@@ -378,29 +379,62 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
     image = png(noise(width, height))
     with serving(app) as address, httpx.Client(base_url=address) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        one = embedded.recipe.num_inference_steps * width * height
+        pixels, steps = width * height, embedded.recipe.num_inference_steps
+        result = DECODING_WORK + FILE_WORK["png"]
         refused(
             as_json(client, "generate", prompt="a ball", regions=[box, box]),
             422,
             "too_much_work",
             None,
-            str(one * 4),
+            f"work is {pixels * (4 * steps + result)},",
         )
         refused(
             as_json(client, "edit", prompt="a ball", image=image, strength=0.5),
             422,
             "too_much_work",
             None,
-            str(one),
+            f"work is {pixels * (steps + result)},",
         )
         keyframes = [{"prompt": "a ball"}, {"prompt": "a box"}]
-        refused(
-            as_json(client, "interpolate", keyframes=keyframes, frames=5),
-            422,
-            "too_much_work",
-            None,
-            str(one * 10),
+        for format in ("png", "gif"):
+            result = DECODING_WORK + FILE_WORK[format]
+            frames = {"keyframes": keyframes, "frames": 5, "response_format": format}
+            refused(
+                as_json(client, "interpolate", **frames),
+                422,
+                "too_much_work",
+                None,
+                f"work is {5 * pixels * (2 * steps + result)},",
+            )
+        animation = client.post(
+            "/interpolate",
+            json={"keyframes": keyframes, "frames": 5},
+            headers={"Accept": "image/gif"},
         )
+        refused(animation, 422, "too_much_work", None, f"{5 * pixels * (2 * steps + result)},")
+        previews = {"prompt": "a ball", "stream": True, "partial_images": 8}
+        each = DECODING_WORK + PREVIEW_WORK
+        for sent, made in ((steps, 8), (3, 2), (1, 0)):
+            result = DECODING_WORK + FILE_WORK["png"] + made * each
+            refused(
+                as_json(client, "generate", **previews, num_inference_steps=sent),
+                422,
+                "too_much_work",
+                None,
+                f"work is {pixels * (2 * sent + result)},",
+            )
+
+
+def test_64_frames_of_512_pixels_as_a_gif_are_too_much_at_any_number_of_steps() -> None:
+    """Their file alone took 22 s: FIELD.md, T18."""
+    settings = Settings()
+    frames, pixels = 64, settings.max_side**2
+    assert frames * pixels * (1 + DECODING_WORK + FILE_WORK["gif"]) > settings.max_request_work
+    # What the setting's comment promises.
+    guided = 12 * 2
+    for images, side, format in ((64, 256, "gif"), (16, 512, "png")):
+        work = images * side**2 * (guided + DECODING_WORK + FILE_WORK[format])
+        assert work <= settings.max_request_work
 
 
 # ── interpolating ─────────────────────────────────────────────────────────────────────────────────

@@ -16,10 +16,10 @@ from PIL import Image
 
 from server.api.errors import ApiError
 from server.api.images import decode as decode_module
+from server.api.images.admission import ImageDecoder, Uploads
 from server.api.images.decode import (
     TRANSPOSITIONS,
     DecodedImage,
-    ImageDecoder,
     ImageLimits,
     decode,
     orientation,
@@ -227,7 +227,7 @@ def test_a_mask_of_another_size_names_both() -> None:
 async def test_no_more_requests_pictures_than_threads_are_worked_on_at_once() -> None:
     running, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2, timeout=30)
 
-    def slow() -> DecodedImage:
+    def slow(_: Uploads) -> DecodedImage:
         nonlocal running, most
         with lock:
             running += 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -25,7 +26,7 @@ def asked(id: str = "new", steps: int = 10, rows: int = 1, **changes: object) ->
 def costs(*measured: tuple[int, int, float]) -> LatencyModel:
     made = LatencyModel()
     for rows, pixels, seconds in measured:
-        made.record_step(Step(rows, rows, pixels, seconds), now=0.0)
+        made.record_step(Step(rows, rows, pixels, seconds, "tiny"), now=0.0)
     return made
 
 
@@ -35,7 +36,9 @@ def test_nothing_is_predicted_from_nothing():
 
 def test_an_idle_server_takes_a_job_s_steps_and_what_lies_around_them():
     made = costs((1, SMALL, 0.1))
-    made.record_job(2, Timings(queue=9.0, encode=0.2, prior=0.1, denoise=9.0, decode=0.1), now=0.0)
+    made.record_job(
+        asked(rows=2), Timings(queue=9.0, encode=0.2, prior=0.1, denoise=9.0, decode=0.1), now=0.0
+    )
     assert made.predict(asked(steps=10), [], slots=4, now=0.0) == pytest.approx(10 * 0.1 + 0.2)
 
 
@@ -102,9 +105,40 @@ def test_deterministic_rows_cost_a_step_each():
 
 def test_other_sizes_and_row_counts_are_guessed_in_proportion():
     made = costs((2, SMALL, 0.2))
-    assert made.step(LARGE, 2, now=0.0) == pytest.approx(0.8)
-    assert made.step(SMALL, 8, now=0.0) == pytest.approx(0.8)
-    assert made.step(SMALL, 1, now=0.0) == pytest.approx(0.1)
+    assert made.step("tiny", LARGE, 2, now=0.0) == pytest.approx(0.8)
+    assert made.step("tiny", SMALL, 8, now=0.0) == pytest.approx(0.8)
+    assert made.step("tiny", SMALL, 1, now=0.0) == pytest.approx(0.1)
+
+
+def test_the_least_prediction_scales_down_and_interpolates_but_never_scales_up():
+    made = costs((2, SMALL, 0.2), (4, SMALL, 0.3))
+    least = partial(made.step, now=0.0, least=True)
+    assert least("tiny", SMALL, 1) == pytest.approx(0.1)
+    assert least("tiny", SMALL, 3) == pytest.approx(0.25)
+    assert least("tiny", SMALL, 8) == pytest.approx(0.3)
+    assert least("tiny", LARGE, 2) == pytest.approx(0.2)
+    assert least("tiny", SMALL // 4, 2) == pytest.approx(0.05)
+    assert least("other", SMALL, 2) == 0
+    assert costs().step("tiny", SMALL, 2, now=0.0, least=True) is None
+
+
+def test_each_kind_of_job_has_its_own_time_around_the_steps():
+    made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
+    made.record_job(asked(width=256), Timings(encode=0.4, decode=0.4), now=0.0)
+    small, large = asked(), asked(width=256)
+    assert made.predict(small, [], 4, 0.0) == pytest.approx(10 * 0.1 + 0.2), "in proportion"
+    assert made.predict(large, [], 4, 0.0) == pytest.approx(10 * 0.4 + 0.8)
+    made.record_job(small, Timings(encode=0.1), now=0.0)
+    assert made.predict(small, [large], 4, 0.0) == pytest.approx(10 * (0.1 + 0.4) + 0.1 + 0.8)
+    assert made.predict(large, [], 4, 0.0, least=True) == pytest.approx(10 * 0.1 + 0.8)
+
+
+def test_weights_are_measured_apart_and_others_are_only_a_likely_ground():
+    made = costs((1, SMALL, 0.1))
+    assert made.step("other", SMALL, 1, now=0.0) == pytest.approx(0.1)
+    made.record_step(Step(1, 1, LARGE, 9.0, "other"), now=0.0)
+    assert made.step("other", SMALL, 1, now=0.0) == pytest.approx(9 / 4)
+    assert made.step("tiny", SMALL, 1, now=0.0) == pytest.approx(0.1)
 
 
 def test_what_was_measured_long_ago_refuses_nobody():
@@ -115,20 +149,20 @@ def test_what_was_measured_long_ago_refuses_nobody():
 
 def test_a_measured_step_is_averaged_with_the_last_five_and_the_latest_is_noted():
     made = costs((1, SMALL, 1.0))
-    made.record_step(Step(1, 1, SMALL, 2.0), now=3.0)
-    assert made.step(SMALL, 1, now=3.0) == pytest.approx(1.2)
+    made.record_step(Step(1, 1, SMALL, 2.0, "tiny"), now=3.0)
+    assert made.step("tiny", SMALL, 1, now=3.0) == pytest.approx(1.2)
     assert made.measured_at == 3.0
     for _ in range(20):
-        made.record_step(Step(1, 1, SMALL, 0.1), now=3.0)
-    assert made.step(SMALL, 1, now=3.0) == pytest.approx(0.1, rel=0.2)
+        made.record_step(Step(1, 1, SMALL, 0.1, "tiny"), now=3.0)
+    assert made.step("tiny", SMALL, 1, now=3.0) == pytest.approx(0.1, rel=0.2)
 
 
 def test_seconds_around_a_job_s_steps_are_averaged_per_row_and_forgotten_after_a_minute():
     made = costs((1, SMALL, 0.1), (4, SMALL, 0.1))
-    made.record_job(1, Timings(encode=0.3, prior=0.5, decode=0.2), now=0.0)
-    made.record_job(1, Timings(encode=2.0), now=1.0)
-    made.record_step(Step(1, 1, SMALL, 0.1), now=50.0)
-    made.record_step(Step(4, 4, SMALL, 0.1), now=50.0)
+    made.record_job(asked(rows=1), Timings(encode=0.3, prior=0.5, decode=0.2), now=0.0)
+    made.record_job(asked(rows=1), Timings(encode=2.0), now=1.0)
+    made.record_step(Step(1, 1, SMALL, 0.1, "tiny"), now=50.0)
+    made.record_step(Step(4, 4, SMALL, 0.1, "tiny"), now=50.0)
     others = [asked("b", rows=3)]
     assert made.predict(asked(), others, slots=4, now=60.9) == pytest.approx(10 * 0.1 + 4 * 1.2)
     assert made.predict(asked(), others, slots=4, now=61.0) == pytest.approx(10 * 0.1)
@@ -136,10 +170,12 @@ def test_seconds_around_a_job_s_steps_are_averaged_per_row_and_forgotten_after_a
 
 def test_a_measurement_counts_for_a_minute():
     made = costs((1, SMALL, 0.1))
-    made.record_step(Step(1, 1, LARGE, 0.8), now=50.0)
-    assert made.step(SMALL, 1, now=59.9) == pytest.approx(0.1)
-    assert made.step(SMALL, 1, now=60.0) == pytest.approx(0.2), "in proportion to the larger size"
-    assert made.step(SMALL, 1, now=110.0) is None
+    made.record_step(Step(1, 1, LARGE, 0.8, "tiny"), now=50.0)
+    assert made.step("tiny", SMALL, 1, now=59.9) == pytest.approx(0.1)
+    assert made.step("tiny", SMALL, 1, now=60.0) == pytest.approx(0.2), (
+        "in proportion to the larger size"
+    )
+    assert made.step("tiny", SMALL, 1, now=110.0) is None
 
 
 def test_rows_beyond_the_slots_wait_for_a_share_of_the_rounds_at_constant_step_cost():
@@ -181,14 +217,14 @@ def test_a_pool_with_more_steps_left_than_the_job_takes_no_more_turns_than_the_j
 
 def test_the_nearest_size_is_the_ground_for_others():
     made = costs((1, SMALL, 0.1), (1, LARGE, 0.8))
-    assert made.step(200 * 64, 1, now=0.0) == pytest.approx(0.8 * 200 / 256)
-    assert made.step(80 * 64, 1, now=0.0) == pytest.approx(0.1 * 80 / 64)
+    assert made.step("tiny", 200 * 64, 1, now=0.0) == pytest.approx(0.8 * 200 / 256)
+    assert made.step("tiny", 80 * 64, 1, now=0.0) == pytest.approx(0.1 * 80 / 64)
 
 
 def test_between_two_counts_of_branches_a_step_lies_on_a_line_and_beyond_them_in_proportion():
     made = costs((2, SMALL, 0.1), (4, SMALL, 0.5), (8, SMALL, 0.6))
     expected = {1: 0.05, 2: 0.1, 3: 0.3, 4: 0.5, 5: 0.525, 8: 0.6, 16: 1.2}
-    assert {n: made.step(SMALL, n, now=0.0) for n in expected} == pytest.approx(expected)
+    assert {n: made.step("tiny", SMALL, n, now=0.0) for n in expected} == pytest.approx(expected)
 
 
 def test_the_pace_is_of_the_busy_time_of_about_ten_jobs(monkeypatch: pytest.MonkeyPatch):
@@ -220,7 +256,9 @@ def test_predictions_are_near_what_the_scheduler_does(seed):
 
     def measured(turn: list[RowId]) -> float:
         width = scheduler.job(turn[0].job).width
-        made.record_step(Step(len(turn), len(turn), width * 64, seconds(len(turn), width)), now=0.0)
+        made.record_step(
+            Step(len(turn), len(turn), width * 64, seconds(len(turn), width), "tiny"), now=0.0
+        )
         return seconds(len(turn), width)
 
     machine = Machine(scheduler, measured)

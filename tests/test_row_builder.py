@@ -160,6 +160,23 @@ def test_pictures_are_encoded_once_and_together_with_those_of_other_arrivals(run
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
+def test_encodings_are_shared_within_a_scope_only(runner, kind):
+    def hits() -> int:
+        return sum(
+            count for (name, _), count in runner.counters.items() if name == "prompt_cache_hits"
+        )
+
+    mine = job("a", cache_scope="one", **EVERY_KIND[kind])
+    tokens = drawn(runner, mine)
+    within = hits()
+    theirs = drawn(runner, replace(mine, id="b", cache_scope="other"))
+    assert hits() == 2 * within, "as if nobody had asked before"
+    assert all(map(torch.equal, tokens, theirs)), "it changes no image"
+    drawn(runner, replace(mine, id="c"))
+    assert hits() > 3 * within
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_a_deterministic_job_of_any_kind_has_the_same_tokens_in_any_company(runner, kind):
     alone = drawn(runner, job("a", sampling=FIXED, **EVERY_KIND[kind]))
     runner = emptied(runner)

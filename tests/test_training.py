@@ -37,6 +37,7 @@ from model.training import (
     denoiser,
     depthwise,
     everything,
+    everything_parts,
     features,
     loop,
     prior,
@@ -45,7 +46,7 @@ from model.training import (
 from model.training.captions import THING_ATTRIBUTES
 from model.training.codes import Codes
 from model.training.data import Text
-from model.training.features import Pool, encode_bytes, encode_pictures
+from model.training.features import Pool, encode_bytes, encode_images
 from model.training.guides import Guided
 from model.training.judged import cross_entropy
 from tests.conftest import micro_config, randomise, write_merges
@@ -318,7 +319,7 @@ def test_the_nearest_code_is_found_in_fp32_under_autocast(small):
     image = torch.rand(4, 3, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         latents = network.encode_latents(image)
-        tokens = encode_pictures(network, image)
+        tokens = encode_images(network, image)
     assert torch.equal(tokens, network.vquantizer.nearest(latents.float()))
 
 
@@ -355,7 +356,7 @@ def test_a_byte_says_what_its_own_thing_is_like_and_what_the_whole_says(scenes):
 
 def test_a_picture_s_code_is_most_like_its_captions(scenes):
     known, index = Codes(scenes.corpus), scenes.of_aspect[0]
-    image = known.pictures(index)
+    image = known.images(index)
     assert image.isfinite().all()
     assert clip.found(image, known.text(index, torch.zeros_like(index))) > 0.8
     assert image.std().item() == pytest.approx(
@@ -472,7 +473,7 @@ def test_a_pool_holds_the_tokens_of_its_pictures(pool, scenes):
     assert own.encoded == 20
     index = own.index[:20]
     assert torch.equal(index, scenes.of_aspect[0][:20])
-    assert torch.equal(own.tokens[:20].long(), network.encode(scenes.pictures(index)))
+    assert torch.equal(own.tokens[:20].long(), network.encode(scenes.images(index)))
     x = own.draw(64, 5)
     assert x.tokens.shape == (64, 16, 16)
     assert x.byt5.shape == (64, 5, codes.WIDTH)
@@ -510,7 +511,7 @@ def test_the_commonest_code_is_one_that_no_other_is_more_frequent_than():
 
 def test_pictures_of_half_the_size_show_the_same(scenes):
     index = scenes.of_aspect[0][:8]
-    whole, half = scenes.pictures(index), scenes.small_pictures(index)
+    whole, half = scenes.images(index), scenes.small_images(index)
     assert half.shape == (8, 3, 128, 128)
     assert (F.avg_pool2d(whole, 2) - half).abs().mean() < 0.03
 
@@ -529,10 +530,10 @@ def test_what_a_run_leaves_becomes_a_bundle(monkeypatch, small, corpus_file, tmp
     train_all(monkeypatch, runs, corpus_file)
     (runs / "merges.txt.gz").replace(runs / str(small.clip.merges))
     out.mkdir()
-    monkeypatch.setattr(everything, "_PART", 2**14)
-    everything._write_parts(out, everything._collected(runs))
+    monkeypatch.setattr(everything_parts, "_PART", 2**14)
+    everything_parts.write_parts(out, everything_parts.collected(runs))
     assert len(list(out.iterdir())) > 2
-    everything.join(out, tmp_path / "joined", torch.float32)
+    everything_parts.join(out, tmp_path / "joined", torch.float32)
     expected = assemble.assemble(runs, tmp_path / "assembled", torch.float16)
     joined, assembled = (
         load_bundle(tmp_path / name, torch.device("cpu"), torch.float32)
@@ -546,7 +547,7 @@ def test_what_a_run_leaves_becomes_a_bundle(monkeypatch, small, corpus_file, tmp
 
 def test_joining_nothing_says_so(small, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"state\.safetensors"):
-        everything.join(tmp_path, tmp_path / "out")
+        everything_parts.join(tmp_path, tmp_path / "out")
 
 
 def test_an_unknown_phase_is_refused(monkeypatch, capsys):

@@ -264,10 +264,10 @@ def test_tensorboard_gets_means_of_ten_steps_and_the_rest_at_the_end(o, capsys):
     assert seen["learning_rate"] == pytest.approx(
         {10: o.lr * 10 / 30, 20: o.lr * 20 / 30 * (4 / 23) / 0.3, 23: o.lr * 23 / 30 / 23 / 0.3}
     )
-    assert min(seen["pictures_per_second"].values()) > 0
+    assert min(seen["images_per_second"].values()) > 0
     assert {*seen["skipped/files"].values()} == {*seen["skipped/not_an_image"].values()} == {2}
     assert {*seen["skipped/steps"].values()} == {0}
-    assert "pictures left out: 2 not an image" in capsys.readouterr().out
+    assert "images left out: 2 not an image" in capsys.readouterr().out
 
 
 def test_a_resumed_run_s_scalars_replace_those_after_its_checkpoint(o):

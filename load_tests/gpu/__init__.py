@@ -1,1 +1,1 @@
-"""Everything that a CUDA device has to show, in one program: `python -m load_tests.gpu`."""
+"""Check and measure everything that needs a CUDA device: `python -m load_tests.gpu`."""

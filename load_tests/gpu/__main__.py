@@ -1,5 +1,4 @@
-"""Checks and measures everything on a CUDA device, on random weights of the published sizes; no
-file is needed.
+"""Check and measure everything on a CUDA device, on random weights of the published sizes.
 
     python -m load_tests.gpu --budget-minutes 6 --out results  # by importance, in time
     python -m load_tests.gpu --out results  # everything: about forty minutes
@@ -8,11 +7,11 @@ file is needed.
     python -m load_tests.gpu --smoke  # the program itself, on micro sizes, anywhere
     python -m load_tests.gpu --smoke --budget-minutes 4 --out runs  # the same for the run by budget
 
-checks: half precision beside fp32, graphs beside eager steps. kernels: Triton's beside their plain
-twins. stages: every stage and whole requests. transcription: the published sampler beside ours.
-profile: kernels and idle shares. served: the real server over HTTP. What is found is written to
-`--out` row by row. The last line of output is JSON. Exits with 1 if a check fails, with 2 where
-there is no CUDA.
+No file is needed. checks: half precision beside fp32, graphs beside eager steps. kernels: Triton's
+beside their plain twins. stages: every stage and whole requests. transcription: the published
+sampler beside ours. profile: kernels and idle shares. served: the real server over HTTP. Results
+are written to `--out` row by row. The last line of output is JSON. Exits with 1 if a check fails,
+with 2 without CUDA.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ PARTS: dict[str, Callable[[Options, Results], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status."""
+    """Run the parts that the command line names, and return the exit status."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parse(sent)
     if not torch.cuda.is_available() and not parsed.smoke:
@@ -83,7 +82,7 @@ def _run_plan(parsed: argparse.Namespace, report: Report) -> int:
 
 
 def _device_works() -> bool:
-    """Whether CUDA still answers; after an illegal access it never does again in this process."""
+    """Return whether CUDA still answers; after an illegal access it does not in this process."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -1,6 +1,4 @@
-"""So many pictures at once on one pipeline, and every stage of their way as something to call,
-with the least it can cost.
-"""
+"""Draw a batch of images on one pipeline, stage by stage, and count each stage's least cost."""
 
 from __future__ import annotations
 
@@ -59,9 +57,9 @@ class Batch:
     def record(
         self, new_recorder: Callable[[], Recorder] | None = None, *, room_for: int | None = None
     ) -> None:
-        """From now on the pipeline replays these shapes, wired as the server's runner wires them.
+        """Record these shapes as graphs, wired as the server's runner wires them.
 
-        room_for: rows of the graphs; default: as many as here.
+        room_for: rows of the graphs; default: those of this batch.
         """
         config, device, rows = self.pipeline.config, self.pipeline.device, room_for or self.rows
         fitting = [
@@ -81,9 +79,7 @@ class Batch:
 
     @cached_property
     def _builder_of_new(self) -> RowBuilder:
-        """New prompts have to be encoded, but the server knows the empty negative prompt
-        already.
-        """
+        """Return a row builder that, like the server, knows the empty negative prompt only."""
         return RowBuilder(
             self.pipeline, DictCache(lambda key: isinstance(key, TextKey) and key.negative)
         )
@@ -126,20 +122,19 @@ class Batch:
         self.pipeline.advance(rows)
 
     def loop(self, steps: int) -> torch.Tensor:
-        """Tokens [B, H, W]."""
+        """Return the tokens [B, H, W] after `steps` steps."""
         return self.pipeline.denoise(self.started(steps))
 
     def request(self, steps: int) -> torch.Tensor:
-        """Compute everything for new prompts, one stage after the other, up to pixels on the
-        CPU.
-        """
+        """Compute everything for new prompts, stage by stage, up to pixels on the CPU."""
         rows = self._builder_of_new.build(self._requests(steps), noises=self.noises)
         return self.pipeline.decode(self.pipeline.denoise(rows))
 
 
 def costs(bundle: Bundle, size: tuple[int, int], step_counts: Sequence[int]) -> dict[str, Cost]:
-    """Of every stage, counted in one eager run of one picture; the prior's where there is none
-    is nothing.
+    """Return the cost of every stage, counted in one eager run of one image.
+
+    A family without a prior has none for it.
     """
     stages, read = Batch(Pipeline.of(bundle), 1, size).stages(step_counts), _read(bundle)
     found = {name: Cost(flops(stages[name]), read[name]) for name in STAGES}
@@ -153,8 +148,9 @@ def costs(bundle: Bundle, size: tuple[int, int], step_counts: Sequence[int]) -> 
 
 
 def _read(b: Bundle) -> dict[str, float]:
-    """The weights that each stage reads at least once; what lies in a cache from the pass before
-    is a part too small to count.
+    """Return the bytes of weights that each stage reads at least once.
+
+    The part that is still in a cache from the pass before is too small to count.
     """
     read: dict[str, float] = {
         "encode": weight_bytes(b.clip.model, but="visual."),

@@ -1,5 +1,6 @@
-"""Run every part within a given number of minutes: `python -m load_tests.gpu --budget-minutes 6
---out results`.
+"""Run every part of the checks within a given number of minutes.
+
+    python -m load_tests.gpu --budget-minutes 6 --out results
 
 The tasks run in the order of `PLAN`, correctness first, in one child process, so that the libraries
 are loaded once. A task that crashes the child, or takes far longer than planned, is recorded as
@@ -86,8 +87,9 @@ def choose(plan: Sequence[Task], chosen: Sequence[str]) -> list[Task]:
 
 
 class Progress:
-    """State shared by the parent and its child through one JSON file: the running task, its
-    start, and how every finished task ended.
+    """State shared by the parent and its child through one JSON file.
+
+    It holds the running task, its start, and the result of every finished task.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -119,8 +121,10 @@ class Progress:
 
 
 class BudgetRun:
-    """One run of a plan. out: for PART files of every task, `progress.json` and `gpu.json`;
-    minutes: of wall clock, all included.
+    """One run of a plan.
+
+    out: the folder for PART files of every task, `progress.json` and `gpu.json`. minutes: of wall
+    clock, all included.
     """
 
     def __init__(self, plan: Sequence[Task], minutes: float, out: Path, report: Report) -> None:
@@ -215,11 +219,10 @@ def run_tasks(
     run: Callable[[Sequence[str]], int],
     device_works: Callable[[], bool],
 ) -> int:
-    """Run tasks one after the other in this process, each within what is left of `seconds`; return
-    the exit status for the parent.
+    """Run tasks one after the other in this process, and return the exit status for the parent.
 
-    run: the program's main function. device_works: whether the device can still be used after a
-    failure.
+    seconds: the time for all tasks. run: the program's main function. device_works: whether the
+    device can still be used after a failure.
     """
     progress, deadline = Progress(out), time.monotonic() + seconds
     for task in tasks:
@@ -258,7 +261,7 @@ def _summary(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _rows(directory: Path) -> dict[str, Any]:
-    """What the parts of one task found, by part."""
+    """Return the results of one task, by part."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
 
 

@@ -1,8 +1,8 @@
-"""Whether what is fast is right: half precision, by the chosen kernels, beside fp32 by the plain
-ones, and graphs beside eager steps.
+"""Check half precision with the chosen kernels against fp32 with the plain ones, and graphs.
 
-Errors are ‖x − reference‖ / ‖reference‖ on fresh random inputs; NaN is never good. What a replay
-does not write is spoiled beforehand.
+Graphs are compared with eager steps. Errors are ‖x − reference‖ / ‖reference‖ on fresh random
+inputs; NaN is never good. Outputs are spoiled before a replay, so that a value that is not written
+shows.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _STEPS = 6
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """value: an error, which must be at most the limit, or an agreement, which must be at least
-    that.
+    """One result and its limit.
+
+    value: an error, which must be at most the limit, or an agreement, which must be at least that.
     """
 
     check: str
@@ -66,7 +67,7 @@ def run(options: Options, results: Results) -> None:
 
 
 def error(found: Tensor, reference: Tensor) -> float:
-    """‖found − reference‖ / ‖reference‖ in fp64; NaN if there is one in it."""
+    """Return ‖found − reference‖ / ‖reference‖ in fp64; NaN if either holds one."""
     exact = reference.double()
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
@@ -111,7 +112,7 @@ def _precision(family: Family, options: Options) -> Iterator[Check]:
 
 @torch.inference_mode()
 def _outputs(pipeline: Pipeline, given: Batch) -> dict[str, Tensor]:
-    """Of every network, each from the inputs that fp32 gave it."""
+    """Return the output of every network, each from the inputs that fp32 gave it."""
     dtype, b = pipeline.dtype, pipeline.bundle
     prompts = [_cast(prompt, dtype) for prompt in given.prompts]
     conditions = [
@@ -145,9 +146,7 @@ def _cast(prompt: Prompt, dtype: torch.dtype) -> Prompt:
 
 
 def _graphs(family: Family, options: Options) -> Iterator[Check]:
-    """Rows that fill their graph and rows that do not, replayed beside the same rows computed
-    eagerly.
-    """
+    """Yield checks of replayed rows, with full graphs and padded ones, against eager rows."""
     bundle = options.bundle(family)
     for rows in _ROWS:
         eager, replayed = (Batch(Pipeline.of(bundle), rows, options.size(family)) for _ in range(2))
@@ -200,7 +199,7 @@ def _draw(batch: Batch, sampler: Sampler, features: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _features(batch: Batch) -> Tensor:
-    """Guided ones, of the first step, of fresh tokens; the same for both."""
+    """Return guided features of the first step of fresh tokens, the same for both."""
     p, n = batch.pipeline, batch.rows
     generator = torch.Generator().manual_seed(n)
     tokens = torch.randint(

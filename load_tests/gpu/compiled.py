@@ -1,14 +1,13 @@
-"""Compiles Triton's kernels for devices that are not here, as they are launched at the published
-sizes, and says what each will occupy.
+"""Compile Triton's kernels for absent devices, and print the resources that each will use.
 
     python -m load_tests.gpu.compiled                       # A100 (sm_80) and H100, H200 (sm_90)
     python -m load_tests.gpu.compiled --targets 86 --dtypes bfloat16
 
-No GPU is needed: tensors are on the meta device, and a launch ends when its kernel is compiled.
-What the interpreter cannot show shows
-here: types that do not fit each other, registers that spill, shared memory that a device does not
-have. The last line of output is JSON. Exits with 1 if a kernel spills or asks for more shared
-memory than there is; what does not compile raises.
+The kernels are launched as at the published sizes, without a GPU: tensors are on the meta device,
+and a launch ends when its kernel is compiled. This finds faults that the interpreter cannot show:
+types that do not fit each other, registers that spill, shared memory that a device does not have.
+The last line of output is JSON. Exits with 1 if a kernel spills or asks for more shared memory than
+the device has; a kernel that does not compile raises.
 """
 
 from __future__ import annotations
@@ -44,8 +43,10 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel as one device gets it. registers: of a thread; spilled, shared: bytes of a
-    thread and of a program; programs: launched.
+    """One kernel, compiled for one device.
+
+    registers: of a thread. spilled: bytes of a thread. shared: bytes of a program. programs: the
+    number launched.
     """
 
     kernel: str
@@ -64,8 +65,9 @@ class Compiled:
 
 
 class _Absent:
-    """Stands in for Triton's driver of a device that is not here; its number is its compute
-    capability.
+    """A replacement for Triton's driver of an absent device.
+
+    Its number is its compute capability.
     """
 
     def __init__(self, capability: int) -> None:
@@ -85,7 +87,7 @@ class _Absent:
 
 @contextmanager
 def _compiling(capability: int) -> Iterator[list[tuple[Any, tuple[int, ...]]]]:
-    """Inside, launching a kernel compiles it; what was compiled for which grid is in the list."""
+    """Compile kernels instead of launching them, for this context; yield the list of them."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -107,7 +109,10 @@ def _compiling(capability: int) -> Iterator[list[tuple[Any, tuple[int, ...]]]]:
 
 
 def compiled(capability: int, dtype: torch.dtype) -> Iterator[Compiled]:
-    """Every kernel of every published shape, each once. Raises what Triton's compiler raises."""
+    """Yield every kernel of every published shape, each once.
+
+    Raises the errors of Triton's compiler.
+    """
     seen = set()
     with _compiling(capability) as launched:
         for shape in ALL_SHAPES:
@@ -140,7 +145,7 @@ def _described(
 
 
 def _usage(binary: bytes) -> dict[str, int]:
-    """What NVIDIA's tool, which comes with Triton, says of a kernel's binary."""
+    """Return the resources of a kernel's binary, by the NVIDIA tool that comes with Triton."""
     from triton import knobs
 
     with TemporaryDirectory() as directory:
@@ -156,7 +161,7 @@ def _usage(binary: bytes) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status."""
+    """Compile for the devices that the command line names, and return the exit status."""
     sent = list(sys.argv[1:] if arguments is None else arguments)
     p = argparse.ArgumentParser(
         prog=_COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

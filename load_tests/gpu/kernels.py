@@ -1,8 +1,7 @@
-"""Triton's kernels beside their plain twins at the published sizes: whether they agree on fresh
-inputs, and what each takes.
+"""Compare Triton's kernels with their plain twins at the published sizes: errors and times.
 
-An error is taken beside the twin in fp32, and new memory is spoiled beforehand. The floor is that
-of the bytes that are read and written.
+Inputs are fresh. An error is relative to the twin in fp32, and new memory is spoiled beforehand.
+The floor is the time of the bytes that are read and written.
 """
 
 from __future__ import annotations
@@ -32,8 +31,11 @@ _BLOCKS = 8
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """rows × side × side pixels of so many channels, for blocks; or tokens of so many codes and
-    features, for draws; or rows of a prior of so many channels. 0: none."""
+    """The sizes of a kernel's inputs; 0: there is none.
+
+    For blocks: rows × side × side pixels of `channels` channels. For draws: tokens of `codes` codes
+    and `features` features. For a prior: rows of `prior` channels.
+    """
 
     rows: int
     side: int = 1
@@ -69,8 +71,10 @@ ALL_SHAPES = [*SHAPES, *DRAWN, *IMAGINED, *ODD]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """compare: the kernel's result on fresh inputs, and how good it is. bytes: read and written
-    at the least.
+    """One kernel at one shape.
+
+    compare: returns the kernel's result on fresh inputs, and its error. bytes: read and written at
+    least.
     """
 
     name: str
@@ -102,8 +106,9 @@ def run(options: Options, results: Results) -> None:
 
 
 def _milliseconds(stage: Callable[[], Tensor], options: Options) -> float:
-    """Of one call among many in a graph: launched one by one, small kernels would be measured by
-    their launches.
+    """Return the milliseconds of one call among many in a graph.
+
+    Small kernels launched one by one would be measured by their launches.
     """
 
     def repeated() -> Tensor:
@@ -115,7 +120,7 @@ def _milliseconds(stage: Callable[[], Tensor], options: Options) -> float:
 
 
 def cases(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    """All kernels that such a shape has."""
+    """Yield all kernels of a shape."""
     if shape.channels:
         yield from (_depthwise(shape, device, dtype, skip) for skip in (False, True))
         yield _response(shape, device, dtype)
@@ -291,7 +296,7 @@ def _prior(shape: Shape, device: str, dtype: torch.dtype) -> Case:
 
 
 def _block_weights(D: int, inner: int, device: str, dtype: torch.dtype) -> BlockWeights:
-    """The first is a view by columns of a wider one, as the prior has it."""
+    """Return random weights of a block; the first is a view by columns, as in the prior."""
 
     def random(*shape: int) -> Tensor:
         return (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(dtype)

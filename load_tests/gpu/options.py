@@ -1,4 +1,4 @@
-"""What all parts of the program are told."""
+"""Define the options that all parts of the program share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Options:
         )
 
     def size(self, family: Family) -> tuple[int, int]:
-        """(width, height) that the family was made for."""
+        """Return the (width, height) that the family was made for."""
         return self.config(family).native_size
 
     def ceilings(self) -> Ceilings:

@@ -1,6 +1,4 @@
-"""Where the time goes: for every stage the kernels that take longest, and the share of the time
-in which the device does nothing.
-"""
+"""Profile every stage: the kernels that take longest, and the share of time the device idles."""
 
 from __future__ import annotations
 
@@ -34,7 +32,9 @@ def run(options: Options, results: Results) -> None:
 
 
 def _profile(stage: Stage, device: torch.device, file: Path | None) -> dict[str, Any]:
-    """The profiler slows the host down: idle shares are an upper bound, times of kernels are not
+    """Return the profile of a stage.
+
+    The profiler slows the host down: idle shares are upper bounds, times of kernels are not
     affected.
     """
     cuda = device.type == "cuda"

@@ -1,6 +1,4 @@
-"""Recorders for the checks: outputs that are spoiled before every replay, and, where there is no
-CUDA, functions that are called again.
-"""
+"""Define recorders for the checks: spoil outputs before every replay, or do without CUDA."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ class _Rerun:
 
 
 def rerun(function: Function) -> Recording:
-    """What a graph does, by calling the function again: it tests everything around the graph."""
+    """Return a recording that calls the function again, to test everything around the graph."""
     return _Rerun(function, function())
 
 
@@ -47,8 +45,9 @@ class _Poisoned:
 
 
 def poisoned(recorder: Recorder) -> Recorder:
-    """What a replay does not write is NaN, or a code that does not exist, and shows in whatever
-    is computed from it.
+    """Return a recorder that spoils outputs before every replay.
+
+    An output that is not written is NaN, or a code that does not exist, and shows in later results.
     """
     return lambda function: _Poisoned(recorder(function))
 
@@ -59,8 +58,9 @@ def poison(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, new memory that Python code asks for is full of NaN, or of codes that do not
-    exist: what a kernel does not write shows.
+    """Fill new memory with NaN, or with codes that do not exist, for this context.
+
+    An output that a kernel does not write shows.
     """
     with ExitStack() as patches:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):

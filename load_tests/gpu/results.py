@@ -1,5 +1,6 @@
-"""What one part of the program has found so far: a file that is whole after every row, so that a
-run that is stopped keeps what it had.
+"""Write the results of one part of the program, to a file that is complete after every row.
+
+A run that is stopped keeps its rows.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Results:
             write_json(self._file, self.rows)
 
     def table(self) -> Table:
-        """Every short value of every row; a column for each name that occurs."""
+        """Return all short values of all rows, a column for each name."""
         columns = list(
             dict.fromkeys(
                 key for row in self.rows for key, value in row.items() if _is_short(value)

@@ -1,8 +1,7 @@
-"""The real server process on a bundle of random weights, over HTTP: one client at a time, then
-arrivals at shares of what it can do.
+"""Measure the real server process on random weights over HTTP: one client, then rising arrivals.
 
-Whether a picture is the same alone and in company is asked for too, as are the graphs that were
-recorded after it was ready: none.
+The arrivals are shares of the saturated rate. It also checks that images are the same alone and
+together, and that no graph was recorded after the server was ready.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ _SEEDS = 16
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """Seconds of each load, shares of the saturated rate, and pictures compared alone and
-    together.
-    """
+    """Seconds of each load, shares of the saturated rate, and the numbers of compared images."""
 
     warm_up: float
     saturated: float
@@ -122,8 +119,9 @@ class _Served:
         )
 
     async def _agreement(self, client: httpx.AsyncClient) -> None:
-        """Pictures alone and sixteen at once: how many have the same pixels, and whether all do
-        that were promised to.
+        """Compare images alone with sixteen at once.
+
+        It records how many have the same pixels, and whether all deterministic ones do.
         """
         for deterministic in (False, True):
             alone = [

@@ -1,5 +1,6 @@
-"""Every stage and whole requests, in one process: families, sizes, rows and step counts, each
-beside the least it can take.
+"""Measure every stage and whole requests in one process, each beside its least time.
+
+By families, sizes, rows and step counts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def run(options: Options, results: Results) -> None:
 
 
 class _Judge:
-    """Puts what was measured beside what is the least."""
+    """Show measurements beside the least possible values."""
 
     def __init__(
         self, where: Row, least: dict[str, Cost], ceilings: Ceilings, results: Results
@@ -65,7 +66,7 @@ class _Judge:
 
 
 def _measure(bundle: Bundle, side: int, rows: int, judge: _Judge, options: Options) -> None:
-    """By graphs, and for one picture eagerly too."""
+    """Measure with graphs, and for one image eagerly too."""
     batch = Batch(Pipeline.of(bundle), rows, (side, side))
     if rows == 1:
         _measure_stages(batch, "eager", judge, options)
@@ -80,7 +81,7 @@ def _measure_stages(batch: Batch, executor: str, judge: _Judge, options: Options
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """The most that was allocated since it was last asked, in GiB."""
+    """Return the largest memory allocated since the last call, in GiB."""
     if device.type != "cuda":
         return {"peak_gib": 0.0}
     peak = torch.cuda.max_memory_allocated(device) / 2**30
@@ -89,7 +90,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nobody holds any more, graphs' memory too."""
+    """Free memory that is not used any more, that of graphs included."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
-"""Medians by the device's own clock, and what the device can do at all: its matrix rate and its
-memory's.
+"""Measure medians by the device's own clock, and the device's limits.
+
+The limits are its rate of matrix products and that of its memory.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ _WARM_UP = 3
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How often a stage is repeated: `runs` times, fewer only if that takes more than `seconds`,
-    but never fewer than `least`.
+    """The repeats of a stage.
+
+    `runs` times, fewer if that takes more than `seconds`, but never fewer than `least`.
     """
 
     runs: int
@@ -31,7 +33,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """flops: a large matrix product's, per second. bytes: read and written in a large copy, per
+    """The device's limits.
+
+    flops: of a large matrix product, per second. bytes: read and written in a large copy, per
     second.
     """
 
@@ -39,13 +43,14 @@ class Ceilings:
     bytes: float
 
     def floor_ms(self, flops: float, read: float) -> float:
-        """No version is faster: the longer of the arithmetic's and the memory's time."""
+        """Return the least milliseconds: the longer of the arithmetic's and the memory's time."""
         return 1000 * max(flops / self.flops, read / self.bytes)
 
 
 def measure(stage: Stage, device: torch.device, budget: Budget) -> dict[str, Any]:
-    """Count and quantiles of single runs, the device's queue emptied between them, in
-    milliseconds.
+    """Return count and quantiles of single runs in milliseconds.
+
+    The device's queue is emptied between runs.
     """
     for _ in range(_WARM_UP):
         stage()
@@ -80,8 +85,9 @@ def synchronise(device: torch.device) -> None:
 def ceilings(
     device: torch.device, dtype: torch.dtype, budget: Budget, *, side: int = 8192
 ) -> Ceilings:
-    """Measured on random values: a product of side × side matrices, and a copy of memory of four
-    times its operands'.
+    """Measure the limits on random values.
+
+    A product of side × side matrices, and a copy of memory of four times its operands'.
     """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = measure(lambda: a @ b, device, budget)["p50_ms"] / 1000

@@ -1,7 +1,7 @@
-"""The published sampler, transcribed, beside ours on the same weights: in autocast and in plain
-half precision, eager and compiled.
+"""Compare the published sampler, transcribed, with ours on the same weights.
 
-The first call of a compiled one, which compiles, is timed apart. Only v3 is transcribed.
+In autocast and in plain half precision, eager and compiled. The first call of a compiled one, which
+compiles, is timed apart. Only v3 is transcribed.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def _models(batch: Batch) -> Iterator[_Published]:
 
 
 class _Published:
-    """The published module with the bundle's weights: fp32 ones under autocast, or half
-    precision ones.
+    """The published module with the bundle's weights.
+
+    They are fp32 under autocast, or half precision.
     """
 
     def __init__(self, batch: Batch, *, autocast: bool) -> None:
@@ -89,7 +90,7 @@ class _Published:
         ]
 
     def compile(self, batch: Batch, steps: int) -> float:
-        """Seconds of the first loop."""
+        """Compile the module, and return the seconds of the first loop."""
         torch._dynamo.reset()
         self.model = cast(Transcription, torch.compile(self.model))
         began = time.perf_counter()
@@ -109,7 +110,10 @@ class _Published:
 
 
 def _joined(arguments: list[dict[str, Tensor]], rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One prompt for all rows: the published sampler takes prompts of one length."""
+    """Return the arguments of one prompt for all rows.
+
+    The published sampler takes prompts of one length.
+    """
     (own,) = arguments
     return {
         name: (t if name == "attn_weights" else t.expand(rows, *t.shape[1:])).to(dtype)

@@ -1,5 +1,6 @@
-"""Random weights at the published sizes: made on the device itself, or written as a bundle that
-a server reads. No file is needed.
+"""Make random weights at the published sizes, on the device or as a bundle for a server.
+
+No file is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BUNDLES: dict[Family, str] = {"v3": "paella-v3", "v1": "paella-v1"}
 
 
 def config_of(family: Family, *, micro: bool) -> BundleConfig:
-    """The published configuration, or one of the same form that takes milliseconds anywhere."""
+    """Return the published configuration; micro: one of the same form that takes milliseconds."""
     config = published().config(BUNDLES[family])
     return _micro(config) if micro else config
 
@@ -31,8 +32,9 @@ def config_of(family: Family, *, micro: bool) -> BundleConfig:
 def random_bundle(
     config: BundleConfig, device: torch.device, dtype: torch.dtype, kernels: Kernels = "torch"
 ) -> Bundle:
-    """A bundle of random values, ready for steps. They are the same in every type, up to
-    rounding, on one kind of device.
+    """Return a bundle of random values, ready for steps.
+
+    The values are the same in every type, up to rounding, on one kind of device.
     """
     bundle = build(config, None)
     for seed, (name, module) in enumerate(bundle.networks()):
@@ -49,7 +51,7 @@ def random_bundle(
 
 
 def _random(name: str, like: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Spread as in a fresh network, so that activations stay in bounds."""
+    """Return random values spread as in a fresh network, so that activations stay in bounds."""
     device = generator.device
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype, device=device)
@@ -64,8 +66,9 @@ def _random(name: str, like: Tensor, generator: torch.Generator, dtype: torch.dt
 def written(
     config: BundleConfig, device: torch.device, dtype: torch.dtype, directory: Path | None
 ) -> Iterator[Path]:
-    """A bundle on disk for as long as it is needed. directory: where there is room; default: the
-    system's temporary directory.
+    """Write a bundle to disk for this context, and yield its directory.
+
+    directory: a folder with room for it; default: the system's temporary directory.
     """
     with TemporaryDirectory(prefix="paellera-gpu-", dir=directory) as name:
         save_bundle(random_bundle(config, device, dtype), Path(name) / config.name, dtype)
@@ -75,7 +78,7 @@ def written(
 
 
 def weight_bytes(module: nn.Module, but: str = "-") -> int:
-    """Of its parameters; but: without those whose names begin so."""
+    """Return the bytes of a module's parameters, without those whose names begin with `but`."""
     return sum(
         parameter.nbytes
         for name, parameter in module.named_parameters()

@@ -224,6 +224,7 @@ def atlas(side: int = SIDE) -> Tensor:
 
 
 def main() -> None:
+    """Fetch the art, and pack it into one file if the command line asks for that."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,12 @@
-"""Puts trained networks together into a bundle.
+"""Assemble trained networks into a bundle.
 
     python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
     python -m model.training.assemble weights/tiny --dtype float16
     python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt
 
-Networks without a checkpoint keep those of the bundle that is already there, or random weights: the
-prior and the denoiser train on a bundle whose encoders and VQGAN are trained.
+A network without a checkpoint keeps the weights of the bundle that OUT already holds, or random
+weights if there is none: the prior and the denoiser train on a bundle whose encoders and VQGAN are
+trained.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, load_v3, save_bundle
 from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
@@ -25,7 +27,7 @@ from model.training.checkpoint import averaged
 from model.training.codes import quiet
 
 # Network → (checkpoint, where the published module sits in what was trained).
-_SOURCES = {
+SOURCES = {
     "vqgan": ("vqgan", "vqgan."),
     "byt5": ("byte_encoder", "t5."),
     "clip": ("clip", "model."),
@@ -35,6 +37,7 @@ _SOURCES = {
 
 
 def tiny_config() -> BundleV3Config:
+    """Return the configuration of the embedded bundle, with the sizes in `tiny`."""
     return BundleV3Config(
         name="tiny",
         native_size=tiny.NATIVE_SIZE,
@@ -48,8 +51,11 @@ def tiny_config() -> BundleV3Config:
 
 
 def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Write the bundle and return its configuration. Raises FileNotFoundError without a CLIP run,
-    whose merges every bundle needs."""
+    """Write the bundle `out` from the checkpoints in `runs`, and return its configuration.
+
+    dtype: of the saved weights. Raises FileNotFoundError if neither `runs` nor `out` has CLIP's
+    merges, which every bundle needs.
+    """
     config = tiny_config()
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
@@ -57,29 +63,37 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
     bundle = build(config, merges.parent, "cpu")
     if (out / CONFIG_FILE).exists():
         _keep(bundle, load_bundle(out, torch.device("cpu"), torch.float32))
-    for network, (name, prefix) in _SOURCES.items():
+    for network, (name, prefix) in SOURCES.items():
         checkpoint = runs / f"{name}.pt"
         if checkpoint.exists():
-            inner(getattr(bundle, network)).load_state_dict(
-                averaged(loop.load(checkpoint), prefix), strict=network != "byt5"
-            )
+            load_network(bundle, network, averaged(loop.load(checkpoint), prefix))
             print(f"{network}: {checkpoint}")
-    if (runs / f"{_SOURCES['denoiser'][0]}.pt").exists() and isinstance(bundle, BundleV3):
-        quiet(bundle.denoiser)
     return save_bundle(bundle, out, dtype, merges)
 
 
-def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
-    """Write the bundle `base` with a trained denoiser, named after its directory; the other
-    networks stay as they are.
+def load_network(bundle: Bundle, network: str, weights: dict[str, Tensor]) -> None:
+    """Load a network's trained weights, by published name, into a bundle.
 
-    Raises what `load_v3` raises, BundleError for a checkpoint of another shape,
-    pydantic.ValidationError for an impossible name.
+    A denoiser is made to ignore the channels that its codes leave free.
+    """
+    # The byte encoder's embedding table has two names, one of which may be absent.
+    inner(getattr(bundle, network)).load_state_dict(weights, strict=network != "byt5")
+    if network == "denoiser" and isinstance(bundle, BundleV3):
+        quiet(bundle.denoiser)
+
+
+def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
+    """Write the bundle `base` with a trained denoiser, and return its configuration.
+
+    The new bundle has the name of the directory `out`; the other networks stay as they are.
+
+    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, and
+    pydantic.ValidationError for a name that a bundle cannot have.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
     assign(
         bundle.denoiser,
-        averaged(loop.load(checkpoint), _SOURCES["denoiser"][1]),
+        averaged(loop.load(checkpoint), SOURCES["denoiser"][1]),
         torch.float32,
         where=str(checkpoint),
     )
@@ -96,6 +110,7 @@ def _keep(bundle: Bundle, old: Bundle) -> None:
 
 
 def main() -> None:
+    """Assemble the bundle that the command line asks for, and print the sizes of its files."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,6 +130,11 @@ def main() -> None:
         config = assemble(args.runs, args.out, dtype)
     else:
         config = with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype)
+    print_files(config)
+
+
+def print_files(config: BundleConfig) -> None:
+    """Print the size of each of a bundle's files."""
     for name, entry in config.files.items():
         print(f"{entry.bytes / 1e6:8.2f} MB  {name}")
 

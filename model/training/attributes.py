@@ -1,5 +1,7 @@
-"""Classifying what a caption or picture states: it teaches the small encoders to tell prompts apart
-before anything is drawn."""
+"""Classify the attributes that a caption or an image states.
+
+The small encoders learn to tell prompts apart this way, before anything is drawn.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,17 @@ from torch import Tensor, nn
 
 from model.training.captions import ATTRIBUTES
 
-# Of some hundred kinds one is right, of sizes one of three: what is learnt last counts more.
+# One of some hundred kinds is right, but one of three sizes: kinds are learnt last and count more.
 _KIND = 3.0
 
 
 class AttributeHeads(nn.Module):
-    """One linear map per attribute, from a feature to the attribute's classes."""
+    """One linear map per attribute, from a feature [B, width] to the attribute's classes.
+
+    attributes: the number of classes of each attribute.
+    """
 
     def __init__(self, width: int, attributes: Mapping[str, int] = ATTRIBUTES) -> None:
-        """Create it. attributes: how many classes each has."""
         super().__init__()
         self.classes = nn.ModuleDict(
             {name: nn.Linear(width, count) for name, count in attributes.items()}
@@ -33,10 +37,10 @@ class AttributeHeads(nn.Module):
 def attribute_loss(
     logits: Mapping[str, Tensor], classes: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return (mean cross-entropy, worst attribute's accuracy) of logits [B, classes] against class
-    numbers [B], −1 where nothing is asked.
+    """Return the mean cross-entropy, and the accuracy of the worst attribute.
 
-    An attribute that nothing is asked about in the whole batch costs nothing and is right.
+    logits: [B, classes] per attribute. classes: [B], class numbers, −1 where the attribute is not
+    asked for. An attribute that no row asks for costs nothing and counts as right.
     """
     losses, hits = [], []
     for name, logit in logits.items():

@@ -1,7 +1,7 @@
-"""Damage to rendered pictures that resembles a decoder's and a sampler's, in batches on any device.
+"""Damage rendered images as a decoder and a sampler do, in batches on any device.
 
 A judge that has only seen clean renders fails on blur, on the blocks of a VQGAN and on ragged
-outlines. Every picture has strengths of its own, most of them mild.
+outlines. Every image has strengths of its own, most of them mild.
 """
 
 from __future__ import annotations
@@ -32,58 +32,58 @@ def _cosines(device: torch.device) -> Tensor:
     return matrix.to(device)
 
 
-def blocky(pictures: Tensor, coarseness: Tensor) -> Tensor:
+def blocky(images: Tensor, coarseness: Tensor) -> Tensor:
     """Quantise the frequencies of blocks, the high ones more, as JPEG and codes do.
 
-    Pictures [N, 3, H, W] of 0 … 1, coarseness [N, 1, 1, 1] in shares of the range.
+    images: [N, 3, H, W] of 0 … 1. coarseness: [N, 1, 1, 1], in shares of the range.
     """
-    n, c, height, width = pictures.shape
-    cosines = _cosines(pictures.device)
-    blocks = pictures.reshape(n, c, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
+    n, c, height, width = images.shape
+    cosines = _cosines(images.device)
+    blocks = images.reshape(n, c, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
     blocks = blocks.transpose(3, 4)  # [N, 3, rows, columns, 8, 8]
     frequencies = cosines @ blocks @ cosines.T
-    order = torch.arange(_BLOCK, device=pictures.device)
+    order = torch.arange(_BLOCK, device=images.device)
     step = coarseness[..., None, None] * (1 + order[:, None] + order) + 1e-4
     blocks = cosines.T @ (torch.round(frequencies / step) * step) @ cosines
-    return blocks.transpose(3, 4).reshape(pictures.shape)
+    return blocks.transpose(3, 4).reshape(images.shape)
 
 
-def blurred(pictures: Tensor, times: int = 1) -> Tensor:
-    """Smooth pictures [N, 3, H, W] with a box of 3 pixels."""
+def blurred(images: Tensor, times: int = 1) -> Tensor:
+    """Smooth images [N, 3, H, W] with a box of 3 pixels."""
     for _ in range(times):
-        pictures = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
-    return pictures
+        images = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    return images
 
 
-def warped(pictures: Tensor, reach: Tensor) -> Tensor:
+def warped(images: Tensor, reach: Tensor) -> Tensor:
     """Move pixels smoothly by up to a few times reach [N, 1, 1, 1], given in pixels."""
-    n, _, height, width = pictures.shape
-    device = pictures.device
+    n, _, height, width = images.shape
+    device = images.device
     coarse = torch.randn(n, 2, height // _BLOCK, width // _BLOCK, device=device) * reach
     flow = F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1)
     across, down = ((torch.arange(k, device=device) * 2 + 1) / k - 1 for k in (width, height))
     grid = torch.stack(
         [across + flow[..., 0] * (2 / width), down[:, None] + flow[..., 1] * (2 / height)], dim=-1
     )
-    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _recoloured(pictures: Tensor) -> Tensor:
+def _recoloured(images: Tensor) -> Tensor:
     """Change contrast, brightness and tint so little that colours keep their names."""
-    n, device = len(pictures), pictures.device
+    n, device = len(images), images.device
     gain = 1 + 0.05 * torch.randn(n, 3, 1, 1, device=device) * torch.rand(n, 1, 1, 1, device=device)
     shift = 0.03 * torch.randn(n, 3, 1, 1, device=device) * torch.rand(n, 1, 1, 1, device=device)
-    grey = pictures.mean(1, keepdim=True)
+    grey = images.mean(1, keepdim=True)
     saturation = 1 + 0.12 * torch.randn(n, 1, 1, 1, device=device)
-    return torch.lerp(grey, pictures, saturation) * gain + shift
+    return torch.lerp(grey, images, saturation) * gain + shift
 
 
 @torch.no_grad()
-def damaged(pictures: Tensor) -> Tensor:
-    """Return pictures float [N, 3, H, W] of 0 … 1 as a weak model might draw them."""
-    n, device = len(pictures), pictures.device
-    pictures = warped(pictures, _strength(n, device, 1.6))
-    pictures = torch.lerp(pictures, blurred(pictures, 2), _strength(n, device, 1.0))
-    pictures = blocky(_recoloured(pictures), _strength(n, device, _COARSENESS))
-    noise = torch.randn_like(pictures) * _strength(n, device, 0.045)
-    return (pictures + noise).clamp(0, 1)
+def damaged(images: Tensor) -> Tensor:
+    """Return images float [N, 3, H, W] of 0 … 1 as a weak model might draw them."""
+    n, device = len(images), images.device
+    images = warped(images, _strength(n, device, 1.6))
+    images = torch.lerp(images, blurred(images, 2), _strength(n, device, 1.0))
+    images = blocky(_recoloured(images), _strength(n, device, _COARSENESS))
+    noise = torch.randn_like(images) * _strength(n, device, 0.045)
+    return (images + noise).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Which background a picture has, found without a network: the closest of all there are.
+"""Find the background of an image without a network: the closest of all backgrounds.
 
 A plain colour is read from the border. A painted scene is compared with every variant of all
 scenes; a model mixes variants, so each pixel takes the most similar one of the few closest.
@@ -18,7 +18,7 @@ _COARSE, _CLOSE = 16, 64  # pixels of the shorter side in which all and the last
 _BORDER, _BORDER_WEIGHT = 1 / 12, 4.0  # share along the edge that counts more: seldom covered
 _CAP = 25.0  # ΔE beyond which a pixel is taken for a thing's
 _LAST = 24  # paintings that are compared closely
-_MIXED = 6  # of one scene that a picture may be a mixture of
+_MIXED = 6  # of one scene that an image may be a mixture of
 _PLAIN_FIRST = 1.5  # ΔE that a painted scene must be closer than a plain colour
 _PLAIN = len(COLOURS)
 
@@ -30,7 +30,7 @@ _XYZ = (
 
 
 def lab(rgb: Tensor) -> Tensor:
-    """sRGB of 0 … 1 [N, 3, …] → CIELAB (D65) [N, 3, …]."""
+    """Turn sRGB of 0 … 1 [N, 3, …] into CIELAB (D65) [N, 3, …]."""
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     matrix = rgb.new_tensor(_XYZ)
     xyz = torch.einsum("dc,nc...->nd...", matrix / matrix.sum(1, keepdim=True), linear)
@@ -44,7 +44,7 @@ def lab(rgb: Tensor) -> Tensor:
 class Bank:
     """All variants of all scenes in one size, K in all.
 
-    coarse: CIELAB [K, 3, h, w]. pictures: uint8 [K, 3, H, W].
+    coarse: CIELAB [K, 3, h, w]. images: uint8 [K, 3, H, W].
     """
 
     def __init__(self, size: tuple[int, int], device: torch.device) -> None:
@@ -53,13 +53,13 @@ class Bank:
         params = torch.zeros(VARIANTS, PARAMETERS, device=device)
         params[:, 3] = (torch.arange(VARIANTS, device=device) + 0.5) / VARIANTS
         painted = [paint(number.expand(VARIANTS), params, *size) for number in numbers]
-        self.pictures = torch.cat([some.round().to(torch.uint8) for some in painted])
-        coarse = _scaled(self.pictures.float(), _scaled_size(size, _COARSE))
+        self.images = torch.cat([some.round().to(torch.uint8) for some in painted])
+        coarse = _scaled(self.images.float(), _scaled_size(size, _COARSE))
         self.coarse = lab(coarse / 255)
 
 
 class Backdrops:
-    """Finds the backgrounds of pictures."""
+    """Find the backgrounds of images."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,7 +67,10 @@ class Backdrops:
         self._banks: dict[tuple[int, int], Bank] = {}
 
     def find(self, planes: Tensor) -> tuple[list[int], Tensor]:
-        """Pictures [N, 3, H, W] of 0 … 1 → numbers in BACKGROUNDS, and the backgrounds alike."""
+        """Return the numbers in BACKGROUNDS, and the backgrounds [N, 3, H, W] of 0 … 1.
+
+        planes: the images, [N, 3, H, W] of 0 … 1.
+        """
         size = (planes.shape[-2], planes.shape[-1])
         if size not in self._banks:
             self._banks[size] = Bank(size, self.device)
@@ -87,12 +90,12 @@ class Backdrops:
 
 
 def _mixture(plane: Tensor, bank: Bank, last: Tensor) -> tuple[int, Tensor]:
-    """Return the scene's number and the background [3, H, W] of a picture [1, 3, H, W].
+    """Return the scene's number and the background [3, H, W] of an image [1, 3, H, W].
 
     last: numbers in the bank of the paintings to choose from.
     """
     size = _scaled_size((plane.shape[-2], plane.shape[-1]), _CLOSE)
-    painted = bank.pictures[last].float() / 255
+    painted = bank.images[last].float() / 255
     cost = _cost(lab(_scaled(plane, size)), lab(_scaled(painted, size)))
     scenes = bank.scenes[last]
     number = int(scenes[cost.argmin()])
@@ -125,13 +128,13 @@ def _weight(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _cost(small: Tensor, other: Tensor) -> Tensor:
-    """Return the mean ΔE [N] of pictures [N, 3, H, W], no pixel's larger than the cap."""
+    """Return the mean ΔE [N] of images [N, 3, H, W], no pixel's larger than the cap."""
     apart = (small - other).square().sum(1).sqrt().clamp_max(_CAP)
     return (apart * _weight(apart.shape[1], apart.shape[2], apart.device)).mean((1, 2))
 
 
 def _border_colour(planes: Tensor) -> Tensor:
-    """Return the median colour [N, 3] along the edge of pictures [N, 3, H, W]."""
+    """Return the median colour [N, 3] along the edge of images [N, 3, H, W]."""
     edge = max(1, min(planes.shape[-2:]) // 32)
     sides = [planes[..., :edge, :], planes[..., -edge:, :]]
     sides += [planes[..., :edge].transpose(2, 3), planes[..., -edge:].transpose(2, 3)]
@@ -139,7 +142,7 @@ def _border_colour(planes: Tensor) -> Tensor:
 
 
 def _bias(planes: Tensor, behind: Tensor) -> Tensor:
-    """Return how much brighter pictures [N, 3, H, W] are than backgrounds, [N, 3, 1, 1]."""
+    """Return how much brighter images [N, 3, H, W] are than backgrounds, [N, 3, 1, 1]."""
     apart = (planes - behind).flatten(2)
     near = apart.abs().amax(1, keepdim=True) < 0.12
     share = near.float().sum(2).clamp_min(1)

@@ -1,6 +1,6 @@
-"""Paint the backgrounds of the synthetic pictures, in batches and on any device.
+"""Paint the backgrounds of the synthetic images, in batches and on any device.
 
-They are plain colours and simple scenes of smooth gradients. Lengths are in units of the picture's
+They are plain colours and simple scenes of smooth gradients. Lengths are in units of the image's
 shorter side, y downwards. Dots and windows sit in the middle of a token, a sixteenth of that side,
 so that the VQGAN sees few different ones.
 """
@@ -21,7 +21,7 @@ from model.training.scenery import BACKGROUNDS, GROUND, HORIZON, SCENES
 __all__ = ["BACKGROUNDS", "GROUND", "HORIZON", "PARAMETERS", "SCENES", "VARIANTS", "paint"]
 
 PARAMETERS = 8  # random numbers a background takes
-VARIANTS = 64  # pictures of each scene
+VARIANTS = 64  # images of each scene
 
 _WOBBLE = 6.0  # levels by which a colour varies
 _TOKENS = 16  # a unit
@@ -33,10 +33,10 @@ _WHITE: Colour = (255, 255, 255)
 
 @dataclass(frozen=True)
 class _Sheet:
-    """n pictures in the making.
+    """n images in the making.
 
     p: their numbers of 0…1 `[n,8]`; x `[1,1,1,W]` and y `[1,1,H,1]`: the middles of the pixels;
-    width and height: of the picture, in units; unit: pixels a unit.
+    width and height: of the image, in units; unit: pixels a unit.
     """
 
     p: Tensor
@@ -73,8 +73,9 @@ class _Sheet:
         return self.edge(radius - ((self.x - x) ** 2 + ((self.y - y) / squash) ** 2).sqrt())
 
     def hills(self, level: float, swing: float, waves: float, phase: Tensor) -> Tensor:
-        """Return the cover of hills; their ridge swings by `swing` units around a share `level` of
-        the height.
+        """Return the cover of hills.
+
+        Their ridge swings by `swing` units around a share `level` of the height.
         """
         turns = 6.2832 * (waves * self.x / self.width + phase)
         ridge = level * self.height + swing * (
@@ -107,8 +108,8 @@ class _Sheet:
         return chosen * self.disc((right + 0.5) / _TOKENS, (down + 0.5) / _TOKENS, radius)
 
 
-def _over(picture: Tensor, cover: Tensor, colour: Tensor) -> Tensor:
-    return picture + cover * (colour - picture)
+def _over(image: Tensor, cover: Tensor, colour: Tensor) -> Tensor:
+    return image + cover * (colour - image)
 
 
 def _plain(sheet: _Sheet, name: str) -> Tensor:
@@ -235,7 +236,9 @@ def _space(s: _Sheet) -> Tensor:
         glow = torch.exp(-((s.x - x) ** 2 + (s.y - y) ** 2) / 0.12)
         sky = _over(sky, 0.75 * glow, s.colour(colour))
     sky = _over(sky, s.dots(0.007, 10), s.colour((255, 252, 236)))
-    x, foot, radius = s.number(5, 0.1, 0.9) * s.width, 0.9 * s.height, 0.16
+    x = s.number(5, 0.1, 0.9) * s.width
+    foot = 0.9 * s.height
+    radius = 0.16
     light = ((s.x - x) * -0.6 + (s.y - foot) * -0.8) / radius
     planet = torch.lerp(
         s.colour((120, 40, 60)), s.colour((246, 150, 96)), (0.5 + 0.6 * light).clamp(0, 1)
@@ -344,7 +347,9 @@ def _underwater(s: _Sheet) -> Tensor:
 def _room(s: _Sheet) -> Tensor:
     floor = HORIZON["room"] or 1
     wall = s.gradient([(0, (246, 226, 196)), (floor, (238, 212, 178))])
-    x, y, half = s.number(3, 0.22, 0.78) * s.width, 0.26 * s.height, 0.15
+    x = s.number(3, 0.22, 0.78) * s.width
+    y = 0.26 * s.height
+    half = 0.15
 
     def pane(width: float) -> Tensor:
         return s.edge(width - torch.maximum((s.x - x).abs(), (s.y - y).abs()))
@@ -386,17 +391,17 @@ class _Bank:
 
     def __init__(self, height: int, width: int, device: torch.device) -> None:
         self._size = (height, width)
-        self._pictures = torch.empty(
+        self._images = torch.empty(
             len(SCENES) * VARIANTS, 3, height, width, dtype=torch.uint8, device=device
         )
-        self._missing = set(range(len(self._pictures)))
+        self._missing = set(range(len(self._images)))
         self._lazy = device.type == "cpu"
         if not self._lazy:
             self._paint(sorted(self._missing))
 
     def _paint(self, numbers: list[int]) -> None:
         height, width = self._size
-        device, unit = self._pictures.device, min(height, width)
+        device, unit = self._images.device, min(height, width)
         x, y = ((torch.arange(extent, device=device) + 0.5) / unit for extent in (width, height))
         table = torch.rand(VARIANTS, PARAMETERS, generator=torch.Generator().manual_seed(0)).to(
             device
@@ -416,14 +421,14 @@ class _Bank:
                     height / unit,
                     unit,
                 )
-                self._pictures[rows] = (_SCENES[name](sheet) + 0.5).clamp(0, 255).to(torch.uint8)
+                self._images[rows] = (_SCENES[name](sheet) + 0.5).clamp(0, 255).to(torch.uint8)
         self._missing -= set(numbers)
 
     def take(self, numbers: Tensor) -> Tensor:
-        """Return pictures `[n,3,height,width]` uint8; numbers: scene × VARIANTS + variant."""
+        """Return images `[n,3,height,width]` uint8; numbers: scene × VARIANTS + variant."""
         if self._lazy and self._missing:
             self._paint(sorted(self._missing.intersection(numbers.tolist())))
-        return self._pictures[numbers]
+        return self._images[numbers]
 
 
 _bank = lru_cache(maxsize=8)(_Bank)
@@ -435,7 +440,7 @@ def _palette(device: torch.device) -> Tensor:
 
 
 def paint(background: Tensor, params: Tensor, height: int, width: int) -> Tensor:
-    """Return pictures of backgrounds `[N,3,height,width]` of 0…255, float32.
+    """Return images of backgrounds `[N,3,height,width]` of 0…255, float32.
 
     background: indices into `BACKGROUNDS` `[N]`; params: numbers of 0…1 `[N,8]`: the first three
     vary a plain colour, the fourth chooses one of the `VARIANTS` of a scene. After the first call
@@ -447,12 +452,12 @@ def paint(background: Tensor, params: Tensor, height: int, width: int) -> Tensor
     plain = _palette(device)[background.long().clamp(max=len(NAMES) - 1)] + _WOBBLE * (
         2 * params[:, :3].float() - 1
     )
-    pictures = plain.clamp(0, 255)[:, :, None, None].expand(-1, -1, height, width).contiguous()
+    images = plain.clamp(0, 255)[:, :, None, None].expand(-1, -1, height, width).contiguous()
     numbers = scene * VARIANTS + variant
     if device.type == "cpu":
         rows = (scene >= 0).nonzero()[:, 0]
         if len(rows):
-            pictures[rows] = _bank(height, width, device).take(numbers[rows]).float()
-        return pictures
+            images[rows] = _bank(height, width, device).take(numbers[rows]).float()
+        return images
     painted = _bank(height, width, device).take(numbers.clamp(min=0))
-    return torch.where((scene >= 0)[:, None, None, None], painted.float(), pictures)
+    return torch.where((scene >= 0)[:, None, None, None], painted.float(), images)

@@ -1,10 +1,10 @@
-"""PaellaBench: whether pictures show what their prompts say, category by category.
+"""Compute PaellaBench: the share of images that show what their prompts say, by category.
 
 After GenEval and DrawBench, in the world of `scenes.py`. A category has prompts of its own
-(`prompts.py`), each drawn with the same few seeds; a judge reads the pictures and `checker.check`
-compares what it read with the prompt's scene. A category's score is the share of pictures that
-fulfil its criterion, with a 95 % interval by bootstrap over prompts; the mean of all categories,
-each as important as the next, is PaellaBench.
+(`prompts.py`), each drawn with the same few seeds; a judge reads the images and `checker.check`
+compares its reading with the prompt's scene. A category's score is the share of images that fulfil
+its criterion, with a 95 % interval by bootstrap over prompts; PaellaBench is the mean of all
+categories, each with the same weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from model.training.render import Layouts, render
 from model.training.scenes import Aspect, Scene
 
 SEEDS = 4
-FRESH = range(100, 116)  # for kinds of which at most two in four pictures were right
+FRESH = range(100, 116)  # for kinds of which at most two in four images were right
 CONTROL = "seen_combinations"  # beside unseen_combinations; not in the mean
 _RESAMPLES = 2000
 _BATCH = 16
@@ -68,7 +68,7 @@ def _combined(verdict: Verdict, scene: Scene) -> bool:
 
 
 def _things(verdict: Verdict, scene: Scene) -> bool:
-    """The things, and how many where the scene has several of the same."""
+    """Judge the things, and their number where the scene has several of one kind."""
     several = any(thing.count > 1 for thing in scene.things)
     return verdict.attribution and (verdict.count or not several)
 
@@ -96,9 +96,9 @@ _MORE: tuple[tuple[str, str, Criterion], ...] = (
 
 
 def categories(set_name: str, most: int | None = None) -> dict[str, list[BenchPrompt]]:
-    """Return a set's prompts by category and the control's, at most so many of each.
+    """Return a set's prompts by category and the control's.
 
-    Raises KeyError for an unknown set.
+    most: the largest number of each; None for all of them. Raises KeyError for an unknown set.
     """
     found = {**prompts.bench(set_name), CONTROL: prompts.seen_combinations(set_name)}
     # Every k-th of a category, since some list shape by shape.
@@ -109,24 +109,25 @@ def _stride(count: int, most: int | None) -> int:
     return max(1, count // most) if most else 1
 
 
-# ── pictures ──────────────────────────────────────────────────────────────────────────────────────
+# ── images ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Source(Protocol):
-    """Makes pictures of prompts."""
+    """Make images of prompts."""
 
-    def pictures(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
+    def images(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
         """Return uint8 [N, H, W, 3] on the CPU, one per case and seed; all cases of one aspect."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a bundle draws."""
+    """The images of a bundle."""
 
     pipeline: Pipeline
     sampling: SamplingConfig
 
-    def pictures(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
+    def images(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
+        """Return one image per case and seed, drawn by the bundle's pipeline; see `Source`."""
         width, height = self._size(cases[0].scene.aspect)
         texts = [case.text for case in cases]
         return self.pipeline.generate(texts, seeds, self.sampling, width=width, height=height)
@@ -146,11 +147,12 @@ class Rendered:
     atlas: Tensor
     pipeline: Pipeline | None = None
 
-    def pictures(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
-        pictures = rendered([case.scene for case in cases], seeds, self.atlas)
+    def images(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
+        """Return true renders, through the VQGAN if there is one; see `Source`."""
+        images = rendered([case.scene for case in cases], seeds, self.atlas)
         if self.pipeline is not None:
-            return self.pipeline.decode(self.pipeline.encode_images(pictures))
-        return pictures
+            return self.pipeline.decode(self.pipeline.encode_images(images))
+        return images
 
 
 def rendered(
@@ -172,9 +174,9 @@ def rendered(
 
 @dataclass(frozen=True)
 class Sheet:
-    """What judges read in a category's pictures of N prompts and S seeds.
+    """The judges' readings of a category's images, of N prompts and S seeds.
 
-    readings: by judge, [N][S]. features: [N, P] of the first seed's pictures.
+    readings: by judge, [N][S]. features: [N, P] of the first seed's images.
     """
 
     cases: Sequence[BenchPrompt]
@@ -183,10 +185,10 @@ class Sheet:
 
 
 class Featured(Judge, Protocol):
-    """A judge that also has features for distances between sets of pictures."""
+    """A judge that also has features for distances between sets of images."""
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """Pictures uint8 [N, H, W, 3] → [N, P] on the CPU."""
+    def features(self, images: Tensor) -> Tensor:
+        """Return features [N, P] on the CPU of images uint8 [N, H, W, 3]."""
 
 
 def judged(
@@ -197,14 +199,14 @@ def judged(
     second: Judge | None = None,
     *,
     second_seeds: int = 1,
-    progress: Callable[[int], object] = lambda pictures: None,
+    progress: Callable[[int], object] = lambda images: None,
 ) -> Sheet:
-    """Make and read pictures of a category; the second judge reads those of the first few seeds."""
+    """Make and read images of a category; the second judge reads those of the first few seeds."""
     ones: list[list[Reading]] = [[] for _ in cases]
     others: list[list[Reading]] = [[] for _ in cases]
     features = list[Tensor]([torch.empty(0)] * len(cases))
     for rows in _batches(cases, seeds):
-        made = source.pictures([cases[i] for i, _ in rows], [seed for _, seed in rows])
+        made = source.images([cases[i] for i, _ in rows], [seed for _, seed in rows])
         for (i, _), reading in zip(rows, first.read(made), strict=True):
             ones[i].append(reading)
         lead = [k for k, (_, seed) in enumerate(rows) if seed == seeds[0]]
@@ -234,7 +236,7 @@ def _batches(cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Iterator[lis
 
 @dataclass(frozen=True)
 class Figure:
-    """A share of right pictures with its 95 % interval. best: of prompts with any right picture."""
+    """A share of right images with its 95 % interval. best: of prompts with any right image."""
 
     n: int
     seeds: int
@@ -245,7 +247,7 @@ class Figure:
 
     @classmethod
     def of(cls, hits: Bools) -> Figure:
-        """hits: [prompts, seeds]. Raises ValueError without prompts."""
+        """Return the figure of hits [prompts, seeds]. Raises ValueError without prompts."""
         if not len(hits):
             raise ValueError("no prompts, no figure")
         low, high = bootstrap(hits.mean(1))
@@ -253,6 +255,7 @@ class Figure:
         return cls(n, seeds, float(hits.mean()), low, high, float(hits.any(1).mean()))
 
     def as_dict(self) -> dict[str, float | int]:
+        """Return plain values for JSON, the shares with four digits."""
         shares = {"score": self.mean, "low": self.low, "high": self.high, "best_of": self.best}
         rounded = {name: round(share, 4) for name, share in shares.items()}
         return {"prompts": self.n, "seeds": self.seeds, **rounded}
@@ -267,7 +270,7 @@ def bootstrap(means: npt.NDArray[np.floating], seed: int = 0) -> tuple[float, fl
 
 
 def verdicts(sheet: Sheet, judge: str, shift: int = 0) -> list[list[Verdict]]:
-    """Return each picture's verdict [N][S].
+    """Return each image's verdict [N][S].
 
     shift: compare with the scene of the prompt so much further on: the shuffled prompts.
     """
@@ -279,7 +282,7 @@ def verdicts(sheet: Sheet, judge: str, shift: int = 0) -> list[list[Verdict]]:
 
 
 def hits(sheet: Sheet, judge: str, criterion: Criterion, shift: int = 0) -> Bools:
-    """Return which pictures fulfil a criterion, [prompts, seeds]."""
+    """Return which images fulfil a criterion, [prompts, seeds]."""
     scenes = [case.scene for case in sheet.cases]
     rows = [
         [criterion(verdict, scenes[(i + shift) % len(scenes)]) for verdict in row]
@@ -321,7 +324,7 @@ def best_mean(by_category: Mapping[str, Figure]) -> float:
 
 
 def weak_kinds(sheet: Sheet, judge: str = "detector") -> list[BenchPrompt]:
-    """Return the prompts of single_object with at most half of their pictures right."""
+    """Return the prompts of single_object with at most half of their images right."""
     right = hits(sheet, judge, _kinds).mean(1)
     return [case for case, share in zip(sheet.cases, right, strict=True) if share <= 0.5]
 

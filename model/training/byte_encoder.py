@@ -1,15 +1,16 @@
-"""Trains the byte encoder to say the codes (codes.py) of captions: at every byte what its own thing
-is like, and what the whole says.
+"""Train the byte encoder to predict the codes of captions (`codes.py`).
 
     python -m model.training.byte_encoder --minutes 20
 
+At every byte it predicts the attributes of the byte's own thing, and those of the whole caption.
 The denoiser reads these features, and learns from the codes themselves meanwhile. Trained jointly
-from scratch instead, the denoiser learnt to draw long before the encoder learnt to read, and never
-listened. Where only a pooled feature had to know, it heard colours and no sides; where every byte
-knew the whole and nothing of its own, of two things the colours came out mixed (docs/log.md).
+from scratch, the denoiser learnt to draw long before the encoder learnt to read, and never used the
+captions. Where only a pooled feature had to know, it learnt colours and no sides; where every byte
+knew the whole caption and nothing of its own thing, the colours of two things came out mixed
+(docs/log.md).
 
-At first it reads things alone, cut out of their captions: words are what takes longest to learn,
-and a third as many bytes are read five times as fast.
+At first it reads things alone, cut out of their captions: words take longest to learn, and a third
+as many bytes are read five times as fast.
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ from model.training.codes import KIND_WIDTH, ONE, STARTS, USED, Codes, classes_o
 from model.training.data import Scenes, Text
 from model.training.features import encode_bytes
 
-# Bytes of a thing cut out of its caption, before and behind its first; the share of the steps that
-# read such, at first and at last.
+# Bytes of a thing cut out of its caption, before and behind its first.
 _BEFORE, _BEHIND = 3, 25
-_CUT_FIRST, _CUT_LAST, _CUT_STEPS = 1.0, 0.25, 1200
-_KIND_SHARE, _KIND_SCALE = (
-    0.3,
-    1 / 8,
-)  # how much the question for the kind counts, and what its dot products are multiplied by
-_OTHERS_SHARE, _SHARPNESS = 0.2, 2.0  # the same of the other attributes
-_WORD_BYTES = 16  # captions of a batch are of one length, to so many bytes
-_NEAR = 5.0  # what a head that looks at one neighbour adds to its score, before anything is learnt
+_CUT_FIRST = 1.0  # share of the steps that read cut-out things, at first
+_CUT_LAST = 0.25  # the same at last
+_CUT_STEPS = 1200  # steps from the first share to the last
+# The weight of the kind's cross-entropy, and the scale of its logits; the same of the others.
+_KIND_SHARE, _KIND_SCALE = 0.3, 1 / 8
+_OTHERS_SHARE, _SHARPNESS = 0.2, 2.0
+_WORD_BYTES = 16  # the difference in length between the captions of a batch, about
+_NEAR = 5.0  # the initial score of a head's own neighbour, beyond the other bytes'
 
 
 def fresh(config: ByteEncoderConfig) -> ByteEncoder:
-    """Return an encoder whose heads look at their neighbours to begin with, one at the byte before,
-    one at the byte behind and so on, the last wherever it likes: what a word is lies in the order
-    of its bytes."""
+    """Return an encoder whose heads attend to neighbouring bytes at the start.
+
+    One head attends to the byte before, one to the byte behind and so on; the last head is free.
+    The order of its bytes makes a word.
+    """
     encoder = ByteEncoder(config)
     bias = (
         encoder.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data
@@ -64,10 +66,10 @@ def fresh(config: ByteEncoderConfig) -> ByteEncoder:
 def reading_loss(
     encoder: ByteEncoder, text: Text, codes: Codes, target: Tensor, cut: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return (squared distance to the codes and the kind's cross-entropy, figures) for captions
-    whose bytes are to say `target` [B, L + 1, D].
+    """Return (the loss, figures) for captions whose bytes must predict `target` [B, L + 1, D].
 
-    cut: the captions are pieces, of which nobody knows what the whole says.
+    The loss is the squared distance to the codes, plus the cross-entropy of the kind and of the
+    other attributes. cut: the captions are pieces, which do not tell the attributes of the whole.
     """
     found = encode_bytes(encoder, text).float()
     channels = STARTS["background"] if cut else USED
@@ -92,8 +94,7 @@ def reading_loss(
 
 
 def _class_error(asked: Tensor, wanted: Tensor, name: str) -> Tensor:
-    """Return the cross-entropy of an attribute's class, silence being a class of its own, by
-    vectors [n, D]."""
+    """Return the cross-entropy of an attribute at vectors [n, D]; silence is a class."""
     own = slice(STARTS[name], STARTS[name] + classes_of(name) - 1)
     silent = torch.full_like(asked[:, :1], ONE / 2)
     likelier, best = wanted[:, own].max(-1)
@@ -104,8 +105,10 @@ def _class_error(asked: Tensor, wanted: Tensor, name: str) -> Tensor:
 def captions(
     scenes: Scenes, codes: Codes, batch: int, rng: np.random.Generator, held_out: int
 ) -> Iterator[tuple[Text, Tensor]]:
-    """Yield endless batches of whole captions of about one length, each with what its bytes are to
-    say."""
+    """Yield endless batches (whole captions of about one length, the codes of their bytes).
+
+    held_out: the number of scenes at the corpus's end that are left out.
+    """
     length = scenes.corpus.length[: max(len(scenes.corpus) - held_out, 1)].cpu().numpy()
     order = np.argsort(length.reshape(-1) // _WORD_BYTES + rng.random(length.size), kind="stable")
     C = length.shape[1]
@@ -130,8 +133,10 @@ def captions(
 def pieces(
     scenes: Scenes, codes: Codes, batch: int, held_out: int
 ) -> Iterator[tuple[Text, Tensor]]:
-    """Yield endless batches of things cut out of their captions, each with what its bytes are to
-    say."""
+    """Yield endless batches (things cut out of their captions, the codes of their bytes).
+
+    held_out: the number of scenes at the corpus's end that are left out.
+    """
     c = scenes.corpus
     among = torch.arange(max(len(c) - held_out, 1), device=scenes.device)
     width = _BEFORE + _BEHIND
@@ -163,8 +168,11 @@ def pieces(
 def accuracies(
     encoder: ByteEncoder, scenes: Scenes, index: Tensor, batch: int = 64
 ) -> dict[str, float]:
-    """Return how often each attribute is read right at a byte, over the first captions of scenes
-    [N]: of its own thing, and of the whole."""
+    """Return the share of bytes at which each attribute is read right, by name.
+
+    Over the first captions of scenes [N]: attributes of the byte's own thing, and of the whole
+    caption.
+    """
     codes, hits = Codes(scenes.corpus), dict[str, list[Tensor]]()
     for part in index.split(batch):
         which = torch.zeros_like(part)
@@ -192,7 +200,7 @@ def accuracies(
 
 
 def read(found: Tensor, codes: Codes, name: str) -> Tensor:
-    """Return what vectors […, D] say of an attribute: classes […], 0 where they are silent."""
+    """Return the classes […] that vectors […, D] give an attribute, 0 where they are silent."""
     if name == "kind":
         likeness = found[..., :KIND_WIDTH] @ codes.kinds[1:].T / KIND_WIDTH
         return torch.where(likeness.amax(-1) > 0.5, 1 + likeness.argmax(-1), 0)
@@ -201,7 +209,7 @@ def read(found: Tensor, codes: Codes, name: str) -> Tensor:
 
 
 def matrices(module: torch.nn.Module) -> list[str]:
-    """Return the layers' maps, for Muon."""
+    """Return the names of the layers' maps, for Muon."""
     return [
         name
         for name, p in module.named_parameters()
@@ -212,14 +220,15 @@ def matrices(module: torch.nn.Module) -> list[str]:
 def train(
     encoder: ByteEncoder, scenes: Scenes, o: loop.Options, held_out: int = 1000
 ) -> ByteEncoder:
-    """Train until the budget is spent, but not on the corpus' last scenes."""
+    """Train until the budget is spent, and return the averaged encoder.
+
+    held_out: the number of scenes at the corpus's end that are not trained on.
+    """
     encoder.train()
     codes, rng = Codes(scenes.corpus), np.random.default_rng(o.seed)
     steps = count(loop.load(o.checkpoint)["step"] if o.resume else 0)
-    whole, parts = (
-        captions(scenes, codes, o.batch, rng, held_out),
-        pieces(scenes, codes, 2 * o.batch, held_out),
-    )
+    whole = captions(scenes, codes, o.batch, rng, held_out)
+    parts = pieces(scenes, codes, 2 * o.batch, held_out)
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         share = _CUT_FIRST + (_CUT_LAST - _CUT_FIRST) * min(1.0, next(steps) / _CUT_STEPS)
@@ -235,6 +244,7 @@ def train(
 
 
 def main() -> None:
+    """Train as the command line says, and print the accuracies on held-out captions."""
     p = loop.parser(__doc__, name="byte_encoder", batch=64, lr=2e-3, minutes=20)
     p.add_argument(
         "--from-bundle",
@@ -243,7 +253,7 @@ def main() -> None:
     )
     args = p.parse_args()
     o = loop.options(args)
-    scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=False)
+    scenes = Scenes.load(args.corpus, o.device, o.seed, images=False)
     encoder = fresh(tiny.BYTE_ENCODER)
     if args.from_bundle:
         encoder = load_v3(find_bundle(args.from_bundle), torch.device("cpu"), torch.float32).byt5

@@ -1,12 +1,11 @@
-"""Where captioned pictures lie: a folder of files, or webdataset shards. What is listed here has
-not been looked into yet.
+"""List captioned images: a folder of files, or webdataset shards. No image is opened here.
 
 A folder holds `name.png` (.jpg, .jpeg, .webp) with `name.txt` beside it, at any depth; a
-`metadata.jsonl` with `file_name` and `text` may say the captions instead. Shards are tar files of
+`metadata.jsonl` with `file_name` and `text` may hold the captions instead. Shards are tar files of
 such pairs, named by a path with braces: `shards-{000..009}.tar`.
 
-Several processes share a collection: each has its own files or shards, so that none sees another's
-pictures.
+Several processes share a collection: each has its own files or shards, so that no two processes
+read the same image.
 """
 
 from __future__ import annotations
@@ -35,45 +34,47 @@ _SHUFFLED = 1000
 
 
 class DataError(ValueError):
-    """A collection that no training can be made from; the message says why."""
+    """A collection that cannot be trained on; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A picture and its caption, each a file or what a file holds; caption is None where there is
-    none.
+    """An image and its caption, each a file or the contents of a file.
+
+    caption: None if there is none.
     """
 
-    picture: Path | bytes
+    image: Path | bytes
     caption: Path | bytes | str | None
 
 
 class _Line(BaseModel):
-    """One line of a metadata.jsonl; it may say more."""
+    """One line of a metadata.jsonl; other fields are ignored."""
 
     file_name: str
     text: str
 
 
 class Collection(Protocol):
-    """Captioned pictures in an order that follows from the seed and the number of the epoch."""
+    """Captioned images in an order that follows from the seed and the number of the epoch."""
 
     name: str
-    identity: str  # differs for another collection, or for other pictures in it
+    identity: str  # differs for another collection, or for other images in it
 
     def epoch(self, number: int) -> Iterator[Record | Unusable]:
-        """Yield this process's share of the records once each; Unusable for unreadable ones."""
+        """Yield this process's records, each once; Unusable for an unreadable one."""
 
 
 def open_collection(where: str, seed: int) -> Collection:
-    """A folder or a pattern of shards. Raises DataError for what is neither, or too little for the
-    processes that share it.
+    """Return the collection at `where`: a folder, or a pattern of shards.
+
+    Raises DataError if it is neither, or holds fewer items than there are processes.
     """
     return Folder(Path(where), seed) if Path(where).is_dir() else Shards(where, seed)
 
 
 class Folder:
-    """The pictures below a directory."""
+    """The images in a directory and below it."""
 
     def __init__(self, directory: Path, seed: int) -> None:
         listed = sorted(_listed(directory).items())
@@ -81,23 +82,25 @@ class Folder:
             raise DataError(f"{directory}: no {', '.join(_SUFFIXES)} in it or below it")
         self.name, self.seed = str(directory), seed
         self.identity = _identity([name for name, _ in listed])
-        self.records = _share(directory, [record for _, record in listed], "pictures")
+        self.records = _share(directory, [record for _, record in listed], "images")
 
     def epoch(self, number: int) -> Iterator[Record | Unusable]:
+        """Yield this process's records; see `Collection.epoch`."""
         for i in np.random.default_rng([self.seed, number]).permutation(len(self.records)):
             yield self.records[i]
 
 
 class Shards:
-    """Tar files as webdataset writes them: the parts of a sample follow each other and share their
-    name up to the first dot.
+    """Tar files as webdataset writes them.
+
+    The parts of a sample follow each other and share their name up to the first dot.
     """
 
     def __init__(self, pattern: str, seed: int) -> None:
         from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
 
         urls = expand_urls(pattern)
-        # What has a scheme (http:, pipe:) is only looked for when it is read.
+        # A URL with a scheme (http:, pipe:) is opened later, when it is read.
         if absent := [url for url in urls if ":" not in url and not Path(url).is_file()]:
             raise DataError(
                 f"{absent[0]}: no such folder and no such shard"
@@ -108,6 +111,7 @@ class Shards:
         self.urls = _share(pattern, urls, "shards")
 
     def epoch(self, number: int) -> Iterator[Record | Unusable]:
+        """Yield this process's records, mixed; see `Collection.epoch`."""
         from webdataset.filters import shuffle  # type: ignore[import-untyped]
 
         order = np.random.default_rng([self.seed, number]).permutation(len(self.urls))
@@ -128,7 +132,7 @@ def _share(where: Path | str, items: Sequence[T], what: str) -> Sequence[T]:
 
 
 def _listed(directory: Path) -> dict[str, Record | Unusable]:
-    """Every picture, and everything that metadata speaks of, by path within the directory."""
+    """Return every image, and every entry of the metadata, by path relative to the directory."""
     files = {Path(parent) / name for parent, _, names in os.walk(directory) for name in names}
     described = {
         path: caption
@@ -155,7 +159,7 @@ def _listed(directory: Path) -> dict[str, Record | Unusable]:
 
 
 def _described(metadata: Path) -> Iterator[tuple[Path, str | Unusable]]:
-    """(picture, caption) for every line; for one that is not understood, the line itself."""
+    """Yield (image, caption) for every line; for an invalid line its place, and Unusable."""
     for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -170,7 +174,7 @@ def _described(metadata: Path) -> Iterator[tuple[Path, str | Unusable]]:
 
 
 def _samples(url: str) -> Iterator[Record | Unusable]:
-    """What one shard holds, up to where it is damaged."""
+    """Yield the samples of one shard, up to the place where it is damaged."""
     from webdataset import gopen  # type: ignore[import-untyped]
     from webdataset.tariterators import group_by_keys, tar_file_expander  # type: ignore[import-untyped]
 
@@ -183,15 +187,15 @@ def _samples(url: str) -> Iterator[Record | Unusable]:
     try:
         with gopen(url) as stream:
             files = tar_file_expander([{"url": url, "stream": stream}], handler=noted)
-            # Of a name that comes twice in a sample, the first counts.
+            # If a name comes twice in a sample, the first counts.
             for sample in group_by_keys(files, handler=lambda error: True):
                 yield _record(sample)
-    except Exception as error:  # whatever a disk, a pipe or a network trips over
+    except Exception as error:  # any error of a disk, a pipe or a network
         noted(error)
     if errors:
         yield Unusable("damaged shard")
 
 
 def _record(sample: dict[str, Any]) -> Record | Unusable:
-    picture = next((sample[suffix[1:]] for suffix in _SUFFIXES if suffix[1:] in sample), None)
-    return Unusable("no picture") if picture is None else Record(picture, sample.get("txt"))
+    image = next((sample[suffix[1:]] for suffix in _SUFFIXES if suffix[1:] in sample), None)
+    return Unusable("no image") if image is None else Record(image, sample.get("txt"))

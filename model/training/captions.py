@@ -1,8 +1,8 @@
-"""Captions: what somebody might type for a scene, with the book of what each states.
+"""Word scenes as captions, and record what each caption states.
 
 `describe` words a scene in one of many ways: articles or none, synonyms, plurals, word order,
 typing errors, "a photo of", upper case, a description instead of the noun. Sizes other than normal
-and sides other than the centre are always said, so that a caption without them means a normal,
+and sides other than the centre are always stated, so that a caption without them means a normal,
 centred thing; a caption without a background means mostly white.
 """
 
@@ -10,13 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import combinations
 from typing import NamedTuple
 
-from model.training.kinds import KINDS, NAMES_OF_KINDS, NUMBERS, SHAPES
+from model.training.caption_words import (
+    CLOSE_UP_AFTER,
+    CLOSE_UP_BEFORE,
+    COMMAS,
+    FILLERS,
+    MEDIA,
+    NUMBER_WORDS,
+    PAINTED_EMPTY,
+    PLAIN,
+    RELATION_WORDS,
+    SIDE_WORDS,
+    SIZE_WORDS,
+    TAGGED,
+    colour_word,
+    misspell,
+    names_of,
+    scene_words,
+    tag_sets,
+    with_article,
+)
+from model.training.kinds import NAMES_OF_KINDS, NUMBERS, SHAPES
 from model.training.palette import NAMES
-from model.training.scenery import BACKGROUNDS, SCENES
+from model.training.scenery import BACKGROUNDS
 from model.training.scenes import (
     BACKGROUND_NUMBERS,
     MOST,
@@ -30,14 +48,13 @@ from model.training.scenes import (
     Thing,
     chance,
     default_background,
-    kind_of,
     pick,
 )
 
 SIZES = ("small", "large")
 PLACES = (1, 2, 3)  # of the things in a caption, in the order of Scene.things
 
-# What a caption says of one thing; class 0: it is silent (or there is no such thing).
+# The attributes that a caption states of a thing; class 0: none (or there is no such thing).
 THING_ATTRIBUTES: dict[str, int] = {
     "kind": 1 + len(NAMES_OF_KINDS),
     "colour": 1 + len(NAMES),
@@ -59,186 +76,12 @@ _COLOUR_NUMBERS = {name: 1 + number for number, name in enumerate(NAMES)}
 _SIDE_NUMBERS = {name: 1 + number for number, name in enumerate(SIDES)}
 _SIZE_NUMBERS = {name: 1 + number for number, name in enumerate(SIZES)}
 
-# ── words ─────────────────────────────────────────────────────────────────────────────────────────
-
-_COLOUR_WORDS: dict[str, tuple[str, ...]] = {
-    "gray": ("gray", "grey"),
-    "purple": ("purple", "purple", "violet"),
-    "cyan": ("cyan", "cyan", "turquoise"),
-}
-_SHAPE_WORDS: dict[str, tuple[str, ...]] = {
-    "cross": ("plus sign",),
-    "diamond": ("rhombus",),
-    "circle": ("disc",),
-    "star": ("five-pointed star",),
-}
-_SHAPE_PLURALS: dict[str, str] = {"cross": "crosses"}
-_SIZE_WORDS: dict[str, tuple[str, ...]] = {
-    "small": ("small", "small", "little", "tiny"),
-    "large": ("large", "big", "big", "huge"),
-}
-_SIDE_WORDS: dict[str, tuple[str, ...]] = {
-    "left": ("on the left", "on the left", "at the left side", "on the left side", "left"),
-    "right": ("on the right", "on the right", "at the right side", "on the right side", "right"),
-    "top": ("at the top", "at the top", "on top", "in the upper part", "top"),
-    "bottom": ("at the bottom", "at the bottom", "in the lower part", "bottom"),
-    "centre": ("in the middle", "in the center", "in the centre", "centered"),
-    "top left": ("at the top left", "in the top left corner", "in the upper left", "top left"),
-    "top right": ("at the top right", "in the top right corner", "in the upper right", "top right"),
-    "bottom left": ("at the bottom left", "in the bottom left corner", "in the lower left"),
-    "bottom right": ("at the bottom right", "in the bottom right corner", "in the lower right"),
-}
-_RELATION_WORDS: dict[str, tuple[str, ...]] = {
-    "and": ("and", "and", "and", "next to", "beside"),
-    "left of": ("left of", "to the left of", "on the left of"),
-    "right of": ("right of", "to the right of", "on the right of"),
-    "above": ("above", "above", "over"),
-    "below": ("below", "below", "under"),
-}
-_NUMBER_WORDS: dict[int, tuple[str, ...]] = {
-    2: ("two",) * 6 + ("2", "a pair of", "a couple of"),
-    3: ("three",) * 7 + ("3",),
-    4: ("four",) * 7 + ("4",),
-}
-_MEDIA = (
-    "a photo of ",
-    "a picture of ",
-    "a drawing of ",
-    "an image of ",
-    "an illustration of ",
-    "a 3d render of ",
-    "an icon of ",
-    "photo of ",
-    "picture of ",
-    "drawing of ",
-    "image of ",
-    "draw ",
-    "show me ",
-)
-_COMMAS = (", ", ", ", " ")
-_FILLERS = ("cute ", "nice ", "beautiful ", "lovely ", "shiny ")
-_CLOSE_UP_BEFORE = (
-    "a close-up of ",
-    "a close up of ",
-    "close-up of ",
-    "a closeup of ",
-    "macro of ",
-)
-_CLOSE_UP_AFTER = (", close-up", " up close", ", close up", ", zoomed in")
-_PLAIN = (
-    "a plain {} background",
-    "plain {} background",
-    "{} background",
-    "just {}",
-    "plain {}",
-    "nothing but {}",
-    "an empty {} picture",
-)
-_PAINTED_EMPTY = ("{}", "{}", "{}", "a picture of {}", "an empty picture of {}", "just {}")
-_TAGGED = (
-    "something to do with {}",
-    "a thing like this: {}",
-    "a thing about {}",
-    "{}",
-)
-
-
-class _SceneWords(NamedTuple):
-    """Words for a painted scene: phrases behind a subject, nouns with article, bare nouns."""
-
-    phrases: tuple[str, ...]
-    nouns: tuple[str, ...]
-    bare: tuple[str, ...]
-
-
-_SCENE_WORDS: dict[str, _SceneWords] = {
-    "day sky": _SceneWords(
-        ("in the sky", "in a bright sky", "in the daytime sky", "against the sky", "up in the sky"),
-        ("the sky", "a daytime sky", "a clear sky with clouds"),
-        ("sky", "day sky", "daytime sky"),
-    ),
-    "sunset": _SceneWords(
-        ("at sunset", "at sunset", "in front of a sunset", "at dusk", "in the evening light"),
-        ("a sunset", "the sunset", "an evening sky"),
-        ("sunset", "evening sky"),
-    ),
-    "starry night": _SceneWords(
-        ("at night", "in a starry night", "under the stars", "under a starry sky", "by night"),
-        ("a starry night", "a starry sky", "the night sky"),
-        ("starry night", "night sky", "starry sky"),
-    ),
-    "sea": _SceneWords(
-        ("at sea", "on the sea", "in the sea", "on the ocean", "by the sea", "on the water"),
-        ("the sea", "the ocean", "a calm sea"),
-        ("sea", "ocean"),
-    ),
-    "meadow": _SceneWords(
-        ("in a meadow", "on a meadow", "on the grass", "in the grass", "in a grassy field"),
-        ("a meadow", "a grassy field", "a lawn"),
-        ("meadow", "grass", "grassy meadow"),
-    ),
-    "desert": _SceneWords(
-        ("in the desert", "in the desert", "in a desert", "on sand dunes", "in the dunes"),
-        ("the desert", "a desert", "sand dunes"),
-        ("desert", "sand dunes"),
-    ),
-    "snow": _SceneWords(
-        ("in the snow", "in the snow", "on snow", "in a snowy landscape", "in winter"),
-        ("snow", "a snowy landscape", "a winter landscape"),
-        ("snow", "snowy", "winter landscape"),
-    ),
-    "forest": _SceneWords(
-        ("in a forest", "in the forest", "in the woods", "in the middle of a forest"),
-        ("a forest", "the woods", "a dark forest"),
-        ("forest", "woods"),
-    ),
-    "space": _SceneWords(
-        ("in space", "in outer space", "floating in space", "in the cosmos"),
-        ("space", "outer space", "the galaxy"),
-        ("space", "outer space", "galaxy"),
-    ),
-    "beach": _SceneWords(
-        ("on the beach", "at the beach", "on a beach", "on a sandy beach", "by the shore"),
-        ("the beach", "a beach", "a sandy beach"),
-        ("beach", "sandy beach", "seaside"),
-    ),
-    "mountains": _SceneWords(
-        ("in the mountains", "before the mountains", "in a mountain landscape", "in the alps"),
-        ("the mountains", "mountains", "a mountain range"),
-        ("mountains", "mountain", "mountain landscape"),
-    ),
-    "city": _SceneWords(
-        ("in the city", "in a city", "on the street", "in a street", "in town", "downtown"),
-        ("the city", "a city", "a city skyline", "a skyline"),
-        ("city", "skyline", "city street"),
-    ),
-    "underwater": _SceneWords(
-        ("under water", "underwater", "deep in the ocean", "under the sea", "at the sea floor"),
-        ("an underwater scene", "deep water", "the deep sea"),
-        ("underwater", "deep sea", "deep water"),
-    ),
-    "room": _SceneWords(
-        ("in a room", "in the room", "on the floor", "indoors", "at home", "in an empty room"),
-        ("a room", "the wall of a room", "a living room"),
-        ("room", "living room", "indoor"),
-    ),
-}
-
-
-def _scene_words(name: str) -> _SceneWords:
-    words = _SCENE_WORDS.get(name)
-    if words is None:
-        the = _article(name)
-        return _SceneWords((f"in front of {the}", f"with {the} behind it"), (the,), (name,))
-    return words
-
-
 # ── wordings ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """How people are supposed to write: probabilities of everything that a caption may vary in.
+    """The probabilities of all variations of a caption, as people are supposed to write.
 
     background: of naming it where it is not the default; default_background: where it is. synonyms,
     typos: per thing. tags: of a description instead of the noun, where tags point to one kind.
@@ -292,124 +135,53 @@ class Caption(NamedTuple):
     things: tuple[Attributes, ...]
 
 
-_AN = ("a", "e", "i", "o", "u", "hour", "x-ray", "suv", "8 ")
-_NOT_AN = ("uni", "use", "uku", "ufo", "eu", "one", "u-")
-
-
-def _article(words: str) -> str:
-    """Return the words with "a" or "an" in front."""
-    vowel = words.startswith(_AN) and not words.startswith(_NOT_AN)
-    return ("an " if vowel else "a ") + words
-
-
-_NAME_WORDS = frozenset(
-    word for name in (*NAMES_OF_KINDS, *NAMES, *SCENES) for word in name.split()
-) | {word for kind in KINDS for name in (kind.plural, *kind.synonyms) for word in name.split()}
-_SHORTEST_MISSPELT = 5  # letters
-
-
-def misspell(noun: str, rng: Random) -> str:
-    """Return the noun with two letters swapped, one dropped or one doubled in a longer word.
-
-    The first letter stays, and no other kind's word comes out; a noun of short words is unchanged.
-    """
-    words = noun.split(" ")
-    long = [i for i, word in enumerate(words) if len(word) >= _SHORTEST_MISSPELT]
-    if not long:
-        return noun
-    where = pick(rng, long)
-    word = words[where]
-    i = 1 + int(rng.random() * (len(word) - 2))
-    match int(rng.random() * 3):
-        case 0:
-            changed = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-        case 1:
-            changed = word[:i] + word[i + 1 :]
-        case _:
-            changed = word[:i] + word[i] + word[i:]
-    if changed in _NAME_WORDS:
-        return noun
-    words[where] = changed
-    return " ".join(words)
-
-
-@cache
-def tag_sets() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Return for each kind the sets of two or three of its tags that no other kind has."""
-    holders: dict[tuple[str, ...], set[int]] = {}
-    for number, kind in enumerate(KINDS):
-        for size in (2, 3):
-            for tags in combinations(sorted(set(kind.tags)), size):
-                holders.setdefault(tags, set()).add(number)
-    unique: dict[str, list[tuple[str, ...]]] = {}
-    for tags, numbers in holders.items():
-        if len(numbers) == 1:
-            unique.setdefault(KINDS[next(iter(numbers))].name, []).append(tags)
-    return {name: tuple(sorted(sets, key=len)[:24]) for name, sets in unique.items()}
-
-
-def synonyms(kind: str) -> tuple[str, ...]:
-    """Return the other names of a shape or object, in the singular."""
-    thing = kind_of(kind)
-    return thing.synonyms if thing else _SHAPE_WORDS.get(kind, ())
-
-
-@cache
-def _names(kind: str) -> tuple[str, tuple[str, ...], str, tuple[str, ...]]:
-    """Return (the usual name, the others, the plural, those of them that take no article)."""
-    thing = kind_of(kind)
-    if thing is None:
-        return kind, synonyms(kind), _SHAPE_PLURALS.get(kind, f"{kind}s"), ()
-    return thing.name, thing.synonyms, thing.plural, thing.bare
-
-
-def _colour(name: str, rng: Random) -> str:
-    words = _COLOUR_WORDS.get(name)
-    return pick(rng, words) if words else name
-
-
 def _tagged(tags: tuple[str, ...], rng: Random) -> str:
     order = list(tags)
     if chance(rng, 0.5):
         order.reverse()
     joined = ", ".join(order[:-1]) + (" and " if chance(rng, 0.6) else ", ") + order[-1]
-    return pick(rng, _TAGGED).format(joined)
+    return pick(rng, TAGGED).format(joined)
 
 
 def _thing(
     thing: Thing, place: int, article: bool, wording: Wording, rng: Random, stated: Attributes
 ) -> str:
     """Return a thing in words, such as "a small red heart"; a size other than normal is said."""
-    name, others, plural, bare = _names(thing.kind)
+    names = names_of(thing.kind)
     stated[f"kind_{place}"] = 1 + NUMBERS[thing.kind]
     stated[f"count_{place}"] = thing.count
     lone = thing.size == "normal" and thing.count == 1 and place == 1
-    if wording.tags and lone and chance(rng, wording.tags) and (sets := tag_sets().get(name)):
+    if (
+        wording.tags
+        and lone
+        and chance(rng, wording.tags)
+        and (sets := tag_sets().get(names.usual))
+    ):
         return _tagged(pick(rng, sets), rng)
-    words = pick(rng, _FILLERS) if chance(rng, wording.fillers) else ""
+    words = pick(rng, FILLERS) if chance(rng, wording.fillers) else ""
     if thing.size != "normal":
-        words += pick(rng, _SIZE_WORDS[thing.size]) + " "
+        words += pick(rng, SIZE_WORDS[thing.size]) + " "
         stated[f"size_{place}"] = _SIZE_NUMBERS[thing.size]
-    noun = name
-    if others and chance(rng, wording.synonyms):
-        noun = pick(rng, others)
+    noun = names.usual
+    if names.synonyms and chance(rng, wording.synonyms):
+        noun = pick(rng, names.synonyms)
     if thing.count > 1:
-        noun = plural
+        noun = names.plural
     if thing.colour:
         shape = thing.kind in SHAPES
         said = chance(rng, wording.shape_colours if shape else wording.object_colours)
         if said and (shape or thing.colour not in noun):
-            words += _colour(thing.colour, rng) + " "
+            words += colour_word(thing.colour, rng) + " "
             stated[f"colour_{place}"] = _COLOUR_NUMBERS[thing.colour]
     words += misspell(noun, rng) if chance(rng, wording.typos) else noun
     if thing.count > 1:
-        return f"{pick(rng, _NUMBER_WORDS[thing.count])} {words}"
-    return _article(words) if article and noun not in bare else words
+        return f"{pick(rng, NUMBER_WORDS[thing.count])} {words}"
+    return with_article(words) if article and noun not in names.bare else words
 
 
 def _side(side: Side, place: int, rng: Random, stated: Attributes) -> str:
     stated[f"side_{place}"] = _SIDE_NUMBERS[side]
-    return pick(rng, _SIDE_WORDS[side])
+    return pick(rng, SIDE_WORDS[side])
 
 
 Parts = list[tuple[str, int]]  # pieces of the text, each with the place of its thing, 0 for none
@@ -449,7 +221,7 @@ def _several(
         stated["relation"] = 1 + RELATIONS.index(scene.relation)
         if chance(rng, 0.15):
             return _sided(phrases, RELATION_SIDES[scene.relation], rng, stated)
-        between = f" {pick(rng, _RELATION_WORDS[scene.relation])} "
+        between = f" {pick(rng, RELATION_WORDS[scene.relation])} "
         return [(phrases[0], 1), (between, 0), (phrases[1], 2)]
     if chance(rng, 0.15):
         return _sided(phrases, THREE_SIDES, rng, stated)
@@ -461,27 +233,29 @@ def _on_plain(background: str, rng: Random) -> tuple[str, str]:
     """Return the words before and behind the subject that name a plain background."""
     whole = f"{background} background"
     if chance(rng, 0.75):
-        whole = _article(whole)
+        whole = with_article(whole)
+    before = after = ""
     match int(rng.random() * 10):
         case 0 | 1 | 2 | 3:
-            return "", f" on {whole}"
+            after = f" on {whole}"
         case 4:
-            return "", f" on {background}"
+            after = f" on {background}"
         case 5:
-            return "", f"{pick(rng, _COMMAS)}{background} background"
+            after = f"{pick(rng, COMMAS)}{background} background"
         case 6:
-            return "", f" with {whole}"
+            after = f" with {whole}"
         case 7:
-            return "", f", the background is {background}"
+            after = f", the background is {background}"
         case 8:
-            return f"{background} background, ", ""
+            before = f"{background} background, "
         case _:
-            return "", f" in front of {whole}"
+            after = f" in front of {whole}"
+    return before, after
 
 
 def _in_scene(background: str, rng: Random) -> tuple[str, str]:
     """Return the words before and behind the subject that name a painted scene."""
-    words = _scene_words(background)
+    words = scene_words(background)
     match int(rng.random() * 10):
         case 0:
             return "", f", {pick(rng, words.bare)} background"
@@ -506,8 +280,8 @@ def _finish(text: str, wording: Wording, rng: Random) -> str:
 
 def _empty(scene: Scene, rng: Random) -> str:
     if scene.background in NAMES:
-        return pick(rng, _PLAIN).format(_colour(scene.background, rng))
-    return pick(rng, _PAINTED_EMPTY).format(pick(rng, _scene_words(scene.background).nouns))
+        return pick(rng, PLAIN).format(colour_word(scene.background, rng))
+    return pick(rng, PAINTED_EMPTY).format(pick(rng, scene_words(scene.background).nouns))
 
 
 def _by_thing(scene: Scene, stated: Attributes) -> tuple[Attributes, ...]:
@@ -543,7 +317,7 @@ def describe(
     """Return what somebody might type for the scene.
 
     complete: name the background, the colours of shapes and a close-up for certain, in the usual
-    words, as a prompt must whose picture is to be judged. wording: other probabilities.
+    words, as a prompt must whose image is to be judged. wording: other probabilities.
     """
     wording = wording or (COMPLETE if complete else USUAL)
     stated = dict.fromkeys(ATTRIBUTES, 0)
@@ -551,7 +325,7 @@ def describe(
         stated["background"] = 1 + BACKGROUND_NUMBERS[scene.background]
         return Caption(_finish(_empty(scene, rng), wording, rng), stated, (), ())
     article = chance(rng, wording.articles)
-    media = pick(rng, _MEDIA) if chance(rng, wording.media) else ""
+    media = pick(rng, MEDIA) if chance(rng, wording.media) else ""
     if scene.close_up:
         parts: Parts = [(_thing(scene.things[0], 1, article, wording, rng, stated), 1)]
     elif len(scene.things) == 1:
@@ -563,15 +337,15 @@ def describe(
     if chance(rng, wording.default_background if usual else wording.background):
         stated["background"] = 1 + BACKGROUND_NUMBERS[scene.background]
         if scene.background in NAMES:
-            before, after = _on_plain(_colour(scene.background, rng), rng)
+            before, after = _on_plain(colour_word(scene.background, rng), rng)
         else:
             before, after = _in_scene(scene.background, rng)
     if scene.close_up and chance(rng, wording.close_ups):
         stated["view"] = 1
         if chance(rng, 0.7):
-            before += pick(rng, _CLOSE_UP_BEFORE)
+            before += pick(rng, CLOSE_UP_BEFORE)
         else:
-            closing = pick(rng, _CLOSE_UP_AFTER)
+            closing = pick(rng, CLOSE_UP_AFTER)
     else:
         before += media
     text, spans = _joined(before, parts)

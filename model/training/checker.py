@@ -1,6 +1,6 @@
-"""Compares what a judge found in a picture with the scene that was asked for.
+"""Compare a judge's reading of an image with the requested scene.
 
-A judge (`judge.py`, `templates.py`) reads pictures into `Reading`s and knows nothing of prompts;
+A judge (`judge.py`, `templates.py`) reads images into `Reading`s and knows nothing of prompts;
 `check` decides for any judge alike which words of the scene a reading fulfils.
 """
 
@@ -26,10 +26,10 @@ _OFF_CENTRE = 0.07
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A thing in a picture.
+    """A thing in an image.
 
     colour: a shape's palette colour, None for objects. centre: (x, y) of its box in shares of width
-    and height. extent: (width, height) of its box in shares of the picture's shorter side.
+    and height. extent: (width, height) of its box in shares of the image's shorter side.
     score: the judge's confidence, 0 … 1.
     """
 
@@ -42,7 +42,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A picture in words. things: the most certain first. shape: (height, width) in pixels."""
+    """An image in words. things: the most certain first. shape: (height, width) in pixels."""
 
     background: str
     things: tuple[Found, ...]
@@ -50,15 +50,15 @@ class Reading:
 
 
 class Judge(Protocol):
-    """Reads pictures."""
+    """Read images."""
 
-    def read(self, pictures: Tensor) -> list[Reading]:
-        """Return what pictures uint8 [N, H, W, 3] of one size show."""
+    def read(self, images: Tensor) -> list[Reading]:
+        """Return what images uint8 [N, H, W, 3] of one size show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Which words of a scene a picture fulfils.
+    """Which words of a scene an image fulfils.
 
     background: it is the scene's. count: as many things as in the scene. kinds, colours: true only
     if they hold for all of the scene's things; things beyond them are disregarded. attribution:
@@ -75,7 +75,7 @@ class Verdict:
 
     @property
     def all(self) -> bool:
-        """Whether the picture shows the whole scene and nothing else."""
+        """Return whether the image shows the whole scene and nothing else."""
         return self.background and self.count and self.attribution and self.positions
 
 
@@ -125,12 +125,12 @@ def _hits(
 
 
 def _has_colour(found: Found, thing: Thing) -> bool:
-    """Only shapes take any colour; an object's own is part of its kind."""
+    """Return whether a shape has its colour; an object's is part of its kind."""
     return thing.kind not in SHAPES or found.colour == thing.colour
 
 
 def side_of(found: Found, shape: tuple[int, int]) -> Side:
-    """Return the side or corner on which a thing stands in a picture of (height, width)."""
+    """Return the side or corner on which a thing stands in an image of (height, width)."""
     across, down = (
         (found.centre[axis] - 0.5) * shape[1 - axis] / min(shape) / _OFF_CENTRE for axis in (0, 1)
     )
@@ -141,24 +141,24 @@ def side_of(found: Found, shape: tuple[int, int]) -> Side:
 
 
 def _relates(first: Found, second: Found, relation: Relation, shape: tuple[int, int]) -> bool:
-    """Whether the step from first to second goes the right way, and more that way than across."""
+    """Return whether the step from first to second goes the right way, and further than across."""
     x, y = ((second.centre[axis] - first.centre[axis]) * shape[1 - axis] for axis in (0, 1))
     along, across = (y, x) if relation in ("above", "below") else (x, y)
     return abs(across) < (-along if relation in ("right of", "below") else along)
 
 
-def read_all(judge: Judge, pictures: Sequence[npt.NDArray[np.uint8]]) -> list[Reading]:
-    """Read pictures [H, W, 3] of any sizes, those of one size together."""
+def read_all(judge: Judge, images: Sequence[npt.NDArray[np.uint8]]) -> list[Reading]:
+    """Read images [H, W, 3] of any sizes, those of one size together."""
     import torch
 
     readings: dict[int, Reading] = {}
-    for group in _by_size(pictures):
-        batch = torch.from_numpy(np.stack([pictures[i] for i in group]))
+    for group in _by_size(images):
+        batch = torch.from_numpy(np.stack([images[i] for i in group]))
         readings.update(zip(group, judge.read(batch), strict=True))
-    return [readings[i] for i in range(len(pictures))]
+    return [readings[i] for i in range(len(images))]
 
 
-def _by_size(pictures: Sequence[npt.NDArray[np.uint8]]) -> Iterator[list[int]]:
-    shapes = [picture.shape for picture in pictures]
+def _by_size(images: Sequence[npt.NDArray[np.uint8]]) -> Iterator[list[int]]:
+    shapes = [image.shape for image in images]
     for shape in dict.fromkeys(shapes):
         yield [i for i, other in enumerate(shapes) if other == shape]

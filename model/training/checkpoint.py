@@ -1,4 +1,4 @@
-"""A training's state in one file, which is always whole."""
+"""Read and write a training's checkpoint: one file, which is always complete."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 
 
 def load(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return a checkpoint's contents: `ema` (the weights to use), `model`, `optimizers`, `step`,
-    `seconds`, random states, the data's position."""
+    """Return a checkpoint's contents. Raises FileNotFoundError without the file.
+
+    `ema` (the weights to use), `model`, `optimizers`, `step`, `seconds`, the random states, and the
+    data's position.
+    """
     return torch.load(checkpoint, map_location=device, weights_only=True)
 
 
 def averaged(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Return the averaged weights of the network below `prefix`, without what only training
-    needed."""
+    """Return the averaged weights of the network below `prefix`, by published name."""
     return {
         name.removeprefix(prefix): t
         for name, t in checkpoint["ema"].items()
@@ -25,9 +27,21 @@ def averaged(checkpoint: dict[str, Any], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def save(path: Path, contents: dict[str, Any]) -> None:
-    """Write beside the old file, then take its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+def save(path: Path, contents: Any) -> None:
+    """Write a checkpoint or a tensor with `torch.save`, the whole file or none of it."""
+    partial = _beside(path)
     torch.save(contents, partial)
     partial.replace(path)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write the whole file or none of it."""
+    partial = _beside(path)
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    """Return the partial file that later replaces `path`, in its folder, which is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.partial")

@@ -1,10 +1,10 @@
-"""Trains CLIP's towers on captioned scenes: each learns to say the codes (codes.py), the one of
-captions, the other of pictures.
+"""Train CLIP's towers on captioned scenes: both learn to predict the codes of `codes.py`.
 
     python -m model.training.clip --minutes 15
 
-What a caption's code and its picture's have in common is most of either, so the towers find each
-other without being compared. The text tower's vocabulary is learnt first, from captions.
+The text tower learns the codes of captions, the image tower those of images. A caption's code and
+its image's code are mostly the same, so the towers match without being compared. The text tower's
+vocabulary is learnt first, from captions.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from model.training.codes import KIND_WIDTH, Codes
 from model.training.data import Scenes
 
 _SPECIAL = 2 * 256 + 2  # open_clip's bytes, bytes at a word's end, start mark and end mark
-# Scaled-down pictures are kept and met again with other captions; before every step some are drawn
-# anew.
+# Scaled-down images are kept and used again with other captions; before every step some are
+# rendered anew.
 _KEPT, _RENEWED = 16, 0.25  # batches; share of a batch
 _LEARNT_FROM = 20_000  # captions, for the vocabulary
-# How much the question for the kind counts, what its dot products are multiplied by, and how like a
-# kind's own vector one must be.
-_KIND_SHARE, _KIND_SCALE, _CLEAR = 0.3, 1 / 8, 0.8
+_KIND_SHARE = 0.3  # weight of the kind's cross-entropy
+_KIND_SCALE = 1 / 8  # of its logits
+_CLEAR = 0.8  # likeness to a kind's own vector from which a code counts as that kind
 
 
 def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
-    """Write the byte-pair merges of captions as open_clip's tokenizer reads them: gzipped, a
-    header, a pair a line."""
+    """Write the byte-pair merges of captions in the format of open_clip's tokenizer.
+
+    That is a gzipped text: a header, then one pair a line. vocabulary: the number of tokens in all,
+    open_clip's own among them. Raises ImportError without tokenizers.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -56,8 +59,10 @@ def learn_merges(path: Path, vocabulary: int, captions: Iterable[str]) -> None:
 
 
 def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
-    """Return all captions' tokens, int16 [N, C, context]: what `clip.tokenize` makes of each, with
-    every word looked up once."""
+    """Return the tokens of all captions, int16 [N, C, context], as `clip.tokenize` gives them.
+
+    Every word is looked up once.
+    """
     text, length = scenes.corpus.text.cpu().numpy(), scenes.corpus.length.cpu().numpy()
     N, C, _ = text.shape
     tokenizer, context = clip.tokenizer, clip.config.context_length
@@ -86,8 +91,10 @@ def tokenize(clip: CLIP, scenes: Scenes) -> Tensor:
 
 
 def encode_tokens(clip: CLIP, tokens: Tensor, longest: int) -> Tensor:
-    """Return what `clip.model.encode_text` makes of tokens [B, context] of which none is longer
-    than `longest`, without what lies behind."""
+    """Return the embeddings [B, D] that `clip.model.encode_text` gives for tokens [B, context].
+
+    longest: no caption has more tokens; the columns behind are not computed.
+    """
     model, tokens = clip.model, tokens[:, :longest].long()
     x = model.token_embedding(tokens) + model.positional_embedding[:longest]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
@@ -95,17 +102,22 @@ def encode_tokens(clip: CLIP, tokens: Tensor, longest: int) -> Tensor:
 
 
 def found(image: Tensor, text: Tensor) -> Tensor:
-    """Return the share of pictures that find their caption among all, by embeddings [B, D]."""
+    """Return the share of images that find their caption among all, by embeddings [B, D]."""
     likeness = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
     return (likeness.argmax(-1) == torch.arange(len(image), device=image.device)).float().mean()
 
 
 class Thumbnails:
-    """Pictures at the size that CLIP's image tower reads, uint8 [capacity, 3, S, S], and whose they
-    are."""
+    """A pool of images at the size of CLIP's image tower, and the numbers of their scenes.
+
+    pixels: uint8 [capacity, 3, S, S]. index: [capacity]. members: the scenes to draw, by aspect.
+    """
 
     def __init__(self, clip: CLIP, scenes: Scenes, batch: int, members: tuple[Tensor, ...]) -> None:
-        self.clip, self.scenes, self.members, self.batch = clip, scenes, members, batch
+        self.clip = clip
+        self.scenes = scenes
+        self.members = members
+        self.batch = batch
         self.count = max(1, round(_RENEWED * batch))
         S, device = clip.image_size, scenes.device
         self.capacity = _KEPT * batch
@@ -122,27 +134,28 @@ class Thumbnails:
 
     @torch.no_grad()
     def renew(self) -> None:
-        """Put new pictures in the place of the oldest; mostly square ones, as in the corpus."""
+        """Replace the oldest images by new ones, mostly square as in the corpus."""
         weights = [len(own) for own in self.members]
         aspect = int(torch.multinomial(torch.tensor(weights, dtype=torch.float), 1))
         index, _ = self.scenes.some(self.count, self.members[aspect])
         place = (
             torch.arange(self._next, self._next + self.count, device=index.device) % self.capacity
         )
-        scaled = self.clip.scale(self.scenes.small_pictures(index, aspect))
+        scaled = self.clip.scale(self.scenes.small_images(index, aspect))
         self.pixels[place], self.index[place] = scaled.mul(255).round().to(torch.uint8), index
         self._next = (self._next + self.count) % self.capacity
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Return (pictures [B, 3, S, S] as the image tower takes them, their scenes' numbers
-        [B])."""
+        """Return images [B, 3, S, S] for the image tower, and their scenes' numbers [B]."""
         chosen = (torch.rand(self.batch, device=self.index.device) * self.capacity).long()
         return (self.pixels[chosen].float() / 255 - self.mean) / self.std, self.index[chosen]
 
 
 def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """Return (squared distance of embeddings [B, D] to codes [B, D] and cross-entropy of the kind
-    that is shown most, how often it is right)."""
+    """Return the loss of embeddings [B, D] against codes [B, D], and the accuracy of the kind.
+
+    The loss is the squared distance, plus the cross-entropy of the kind with the largest share.
+    """
     said = said.float()
     wanted = code[:, :KIND_WIDTH]
     likeness = wanted @ codes.kinds.T
@@ -159,9 +172,12 @@ def tower_loss(said: Tensor, code: Tensor, codes: Codes) -> tuple[Tensor, Tensor
 def pair_loss(
     clip: CLIP, scenes: Scenes, codes: Codes, index: Tensor, image: Tensor | None, longest: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return (the objective, figures) for scenes [B], each with one of its captions, and their
-    pictures [B, 3, S, S] as the image tower takes them; without pictures, of the text tower
-    alone."""
+    """Return (the objective, figures) for scenes [B], each with one of its captions.
+
+    image: their images [B, 3, S, S] as the image tower takes them; None trains the text tower
+    alone. longest: no caption has more tokens. Raises ValueError if the captions' tokens are not
+    known.
+    """
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     which = (torch.rand(len(index), device=index.device) * scenes.corpus.text.shape[1]).long()
@@ -170,7 +186,7 @@ def pair_loss(
     if image is None:
         return loss, {"text": read}
     shown = clip.model.encode_image(image)
-    seen_loss, seen = tower_loss(shown, codes.pictures(index), codes)
+    seen_loss, seen = tower_loss(shown, codes.images(index), codes)
     return loss + seen_loss, {
         "image": seen,
         "text": read,
@@ -180,26 +196,33 @@ def pair_loss(
 
 @torch.no_grad()
 def retrieval(clip: CLIP, scenes: Scenes, index: Tensor, among: int = 256) -> float:
-    """Return how often a picture finds its own caption among so many, over square scenes [N]."""
+    """Return how often an image finds its own caption among `among`, over square scenes [N].
+
+    Raises ValueError if the captions' tokens are not known.
+    """
     if scenes.clip_tokens is None:
         raise ValueError("the captions' tokens are not known")
     shares = []
     for part in index.split(among):
-        image = torch.cat([clip.encode_image(scenes.pictures(few)) for few in part.split(32)])
+        image = torch.cat([clip.encode_image(scenes.images(few)) for few in part.split(32)])
         shares.append(found(image, clip.model.encode_text(scenes.clip_tokens[part, 0].long())))
     return float(sum(shares)) / len(shares)
 
 
 def matrices(module: nn.Module) -> list[str]:
-    """Return the text layers' maps, for Muon."""
+    """Return the names of the text layers' maps, for Muon."""
     return [name for name, p in module.named_parameters() if p.ndim == 2 and ".resblocks." in name]
 
 
 def train(
     clip: CLIP, scenes: Scenes, o: loop.Options, held_out: int = 1000, *, text_only: bool = False
 ) -> CLIP:
-    """Train until the budget is spent, but not on the corpus' last scenes. scenes: with the
-    captions' tokens."""
+    """Train until the budget is spent, and return the averaged towers.
+
+    scenes: with the captions' tokens. held_out: the number of scenes at the corpus's end that are
+    not trained on. text_only: leave the image tower as it is. Raises ValueError if the captions'
+    tokens are not known.
+    """
     clip.train()
     clip.model.visual.to(memory_format=torch.channels_last)
     if scenes.clip_tokens is None:
@@ -233,6 +256,7 @@ def with_tokens(scenes: Scenes, clip: CLIP) -> Scenes:
 
 
 def main() -> None:
+    """Train as the command line says, and print the share of images found among 256."""
     p = loop.parser(__doc__, name="clip", batch=128, lr=1e-3, minutes=15)
     p.add_argument(
         "--from-bundle",
@@ -243,11 +267,11 @@ def main() -> None:
     p.add_argument(
         "--text-only",
         action="store_true",
-        help="leave the image tower as it is, and draw no pictures",
+        help="leave the image tower as it is, and draw no images",
     )
     args = p.parse_args()
     o = loop.options(args)
-    scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=not args.text_only)
+    scenes = Scenes.load(args.corpus, o.device, o.seed, images=not args.text_only)
     merges = o.checkpoint.parent / str(tiny.CLIP.merges)
     kept = find_bundle(args.from_bundle) if args.from_bundle else None
     if kept is not None:

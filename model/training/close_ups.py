@@ -1,9 +1,9 @@
-"""The second judge's eye for close-ups: things larger than the picture, without an outline in it.
+"""Find close-ups for the second judge: things larger than the image, without an outline in it.
 
-    CloseUps(atlas()).find(picture)  # the kind that explains a whole picture best
+    CloseUps(atlas()).find(image)  # the kind that explains a whole image best
 
-Every object is laid over the picture in a few sizes and places beyond its edges, the few best ones
-then in more; what a template does not cover may have any one colour.
+Every object is laid over the image in a few sizes and places beyond its edges, the few best ones
+then in more; the pixels that no template covers may have any one colour.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from model.training.kinds import SHAPES
 
 _COARSE, _FINE = 12, 32  # pixels a side in which all templates and the last few are compared
-_LENGTHS = (1.19, 1.37, 1.56)  # longer sides, in sides of the picture
-_SHIFTS = (-0.17, 0.0, 0.17)  # of the thing's middle off the picture's
+_LENGTHS = (1.19, 1.37, 1.56)  # longer sides, in sides of the image
+_SHIFTS = (-0.17, 0.0, 0.17)  # of the thing's middle off the image's
 _LAST = 16  # templates that are moved and scaled
 _STEPS = ((0.06, 0.07), (0.03, 0.035))  # by how much: (shift, share of the length), round by round
 _NOTHING = 0.05  # opacity below which a pixel is the background's
@@ -37,6 +37,7 @@ class Place(NamedTuple):
     shift: Tensor
 
     def rows(self, index: Tensor | slice) -> Place:
+        """Return the templates of some rows."""
         return Place(*(part[index] for part in self))
 
 
@@ -49,9 +50,9 @@ class Pixels(NamedTuple):
 
 
 class CloseUp(NamedTuple):
-    """The best template. left: share of the picture's variance that it leaves over.
+    """The best template. left: share of the image's variance that it leaves over.
 
-    behind: RGB of 0 … 1 of what it does not cover. bare: that area's share of the picture. uneven:
+    behind: RGB of 0 … 1 of what it does not cover. bare: that area's share of the image. uneven:
     how far that area's pixels are from its colour, of 0 … 1.
     """
 
@@ -65,7 +66,7 @@ class CloseUp(NamedTuple):
 
 
 class CloseUps:
-    """Compares square pictures with objects that are larger than they."""
+    """Compare square images with objects that are larger than the image."""
 
     def __init__(self, atlas: Tensor) -> None:
         self.sprites = _reduced(atlas, 2 * _FINE)
@@ -73,7 +74,7 @@ class CloseUps:
 
     @cached_property
     def _all(self) -> tuple[Place, Pixels]:
-        """All templates, made when the first picture is looked at."""
+        """Return all templates, made at the first image."""
         device = self.sprites.device
         options = list(product((1.0, -1.0), _LENGTHS, _SHIFTS, _SHIFTS))
         table = torch.tensor(options, device=device)
@@ -88,12 +89,12 @@ class CloseUps:
         ]
         return place, Pixels(*(torch.cat(some) for some in zip(*parts, strict=True)))
 
-    def find(self, picture: Tensor) -> CloseUp:
-        """Return the best template of a square picture [3, H, W] of 0 … 1."""
+    def find(self, image: Tensor) -> CloseUp:
+        """Return the best template of a square image [3, H, W] of 0 … 1."""
         place, pixels = self._all
-        left = _left_over(_shrunk(picture, _COARSE), pixels)
+        left = _left_over(_shrunk(image, _COARSE), pixels)
         place = place.rows(left.topk(_LAST, largest=False).indices)
-        fine = _shrunk(picture, _FINE)
+        fine = _shrunk(image, _FINE)
         for reach, share in _STEPS:
             tried = _moved(place, reach, share)
             left = _left_over(fine, _pixels(self.sprites, tried, _FINE)).view(len(place.sprite), -1)
@@ -132,7 +133,7 @@ def _reduced(atlas: Tensor, side: int) -> Tensor:
 
 
 def _pixels(sprites: Tensor, place: Place, side: int) -> Pixels:
-    """Return templates as they look in a picture, of 0 … 1."""
+    """Return templates as they look in an image, of 0 … 1."""
     unit = 1 / place.length
     zero = torch.zeros_like(unit)
     x, y = (-2 * place.shift[:, axis] * unit for axis in (0, 1))
@@ -147,21 +148,21 @@ def _pixels(sprites: Tensor, place: Place, side: int) -> Pixels:
     return Pixels(ink.flatten(1), opacity, energy)
 
 
-def _shrunk(picture: Tensor, side: int) -> Tensor:
+def _shrunk(image: Tensor, side: int) -> Tensor:
     """Return [3, P]."""
-    scaled = F.interpolate(picture[None], (side, side), mode="bilinear", antialias=True)
+    scaled = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)
     return scaled[0].flatten(1)
 
 
-def _left_over(picture: Tensor, pixels: Pixels) -> Tensor:
-    """Return what templates leave over of a picture [3, P]: [T].
+def _left_over(image: Tensor, pixels: Pixels) -> Tensor:
+    """Return what templates leave over of an image [3, P]: [T].
 
     Inside, the difference from the template; outside, the variance around one colour.
     """
-    square = picture.square().sum(0)
-    inside = pixels.energy - 2 * pixels.ink @ picture.flatten()
+    square = image.square().sum(0)
+    inside = pixels.energy - 2 * pixels.ink @ image.flatten()
     area = pixels.opacity.shape[1] - pixels.opacity.sum(1)
-    rest = picture.sum(1) - pixels.opacity @ picture.T  # sums over what is not covered [T, 3]
+    rest = image.sum(1) - pixels.opacity @ image.T  # sums over what is not covered [T, 3]
     return inside + square.sum() - rest.square().sum(1) / area.clamp_min(1e-3)
 
 

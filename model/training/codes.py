@@ -1,12 +1,11 @@
-"""The language between text and pictures, fixed before any network learns: what a byte, a caption
-and a picture are to be translated to.
+"""Define the codes that link text and images: the target vector of a byte, a caption and an image.
 
-A denoiser that waits for its encoders wastes the time that they take, and one that trains with them
-never listens (docs/log.md). So the features are agreed upon beforehand: a fixed random vector for
-every kind, a place in the vector for every colour, size, side, count, background and relation. The
-denoiser learns from these codes, which cost nothing; the byte encoder and CLIP's towers learn to
-say them, at the same time or later. The codes follow from the corpus' classes alone. Letters: N
-scenes, B of them, L bytes, D channels.
+A denoiser that waits for its encoders wastes their training time, and one that trains with them
+never learns to read captions (docs/log.md). So the features are fixed before any network learns: a
+random vector for every kind, and a channel for every colour, size, side, count, background and
+relation. The denoiser learns from these codes, which cost nothing; the byte encoder and CLIP's
+towers learn to predict them, at the same time or later. The codes follow from the corpus's classes
+alone. Letters: N scenes, B of them, L bytes, D channels.
 """
 
 from __future__ import annotations
@@ -50,20 +49,22 @@ STARTS, USED = (
 
 
 def classes_of(name: str) -> int:
-    """Return how many classes an attribute of STARTS has, the silent one among them."""
+    """Return the number of classes of an attribute in STARTS, the silent class among them."""
     return 1 + len(PLACES) if name == "place" else {**ATTRIBUTES, **THING_ATTRIBUTES}[name]
 
 
 @torch.no_grad()
 def quiet(denoiser: Denoiser) -> None:
-    """Make a denoiser that has learnt from codes deaf to the channels that they leave free, where
-    encoders may say anything."""
+    """Make a denoiser that has learnt from codes ignore the channels without a code.
+
+    Trained encoders may give any value there.
+    """
     if denoiser.config.byt5_embd == WIDTH:
         denoiser.byt5_mapper.weight[:, USED:] = 0
 
 
 def _one_hot(classes: Tensor, count: int) -> Tensor:
-    """Turn classes […], 0 and below for silent → […, count − 1]."""
+    """Turn classes […], 0 and below for silent, into […, count − 1]."""
     return ONE * (classes[..., None] == torch.arange(1, count, device=classes.device)).float()
 
 
@@ -75,8 +76,7 @@ class Codes:
 
     @cached_property
     def kinds(self) -> Tensor:
-        """Return [1 + kinds, KIND_WIDTH]: a vector for every class of "kind"; the silent one's is
-        nothing."""
+        """Return a vector for every kind, [1 + kinds, KIND_WIDTH]; the first is zero: silent."""
         table = torch.randn(
             1 + len(NAMES_OF_KINDS), KIND_WIDTH, generator=torch.Generator().manual_seed(_SEED)
         )
@@ -84,8 +84,10 @@ class Codes:
         return table.to(self.corpus.text.device)
 
     def things(self, classes: Tensor) -> Tensor:
-        """Turn classes […, 3, T] of a caption's things, −1 where there is none → own parts of their
-        vectors, […, 3, D]."""
+        """Return the codes […, 3, D] of the things in captions.
+
+        classes: […, 3, T], −1 where there is no thing.
+        """
         names = list(THING_ATTRIBUTES)
         classes = classes.long()
         parts = [self.kinds[classes[..., names.index("kind")].clamp_min(0)]]
@@ -100,7 +102,7 @@ class Codes:
         return F.pad(vectors, (0, WIDTH - vectors.shape[-1]))
 
     def whole(self, stated: Tensor) -> Tensor:
-        """Turn classes […, A] of captions → what all of their bytes say, […, D]."""
+        """Return the codes […, D] that all bytes of a caption share, by classes […, A]."""
         names = list(ATTRIBUTES)
         parts = [
             _one_hot(stated[..., names.index(name)].long(), ATTRIBUTES[name]) for name in _WHOLE
@@ -111,7 +113,10 @@ class Codes:
         )
 
     def bytes(self, index: Tensor, which: Tensor, place: Tensor) -> Tensor:
-        """Say, of captions `which` [B] of scenes [B], the bytes at `place` [B, L] → [B, L, D]."""
+        """Return the codes [B, L, D] of the bytes at `place` [B, L].
+
+        index: the scenes [B]. which: the number [B] of each scene's caption.
+        """
         c = self.corpus
         span = c.span[index, which][:, None].long()  # [B, 1, 3, 2]
         inside = (place[..., None] >= span[..., 0]) & (place[..., None] < span[..., 1])  # [B, L, 3]
@@ -119,22 +124,19 @@ class Codes:
         return inside.float() @ own + self.whole(c.stated[index, which])[:, None]
 
     def text(self, index: Tensor, which: Tensor) -> Tensor:
-        """Return CLIP's vectors [B, D] for captions: what they say of all things together, in the
-        same places."""
-        own, whole = (
-            self.things(self.corpus.things[index, which]),
-            self.whole(self.corpus.stated[index, which]),
-        )
+        """Return CLIP's vectors [B, D] for captions: all things together, in the same channels."""
+        own = self.things(self.corpus.things[index, which])
+        whole = self.whole(self.corpus.stated[index, which])
         return self._together(own) + whole
 
     def _together(self, own: Tensor) -> Tensor:
-        """Turn things' vectors [B, 3, D] → [B, D], as long as one thing's."""
+        """Turn things' vectors [B, 3, D] into [B, D], as long as one thing's."""
         there = (own != 0).any(-1).sum(-1, keepdim=True).clamp_min(1)
         return own.sum(1) / there.float().sqrt()
 
     @cached_property
     def colours(self) -> Tensor:
-        """Return [colours, 3]: the palette's values, 0…1."""
+        """Return the palette's values [colours, 3] of 0 … 1."""
         from model.training.palette import COLOURS, NAMES
 
         return (
@@ -142,16 +144,15 @@ class Codes:
             / 255
         )
 
-    def pictures(self, index: Tensor) -> Tensor:
-        """Return CLIP's vectors [B, D] for pictures: what is in them, whether a caption says so or
-        not."""
+    def images(self, index: Tensor) -> Tensor:
+        """Return CLIP's vectors [B, D] for images: all that they show, stated or not."""
         drawn = self.corpus.layouts[index]
         device = drawn.sprite.device
         there = (drawn.sprite >= 0).float()  # [B, M]
         count = there.sum(-1, keepdim=True)
         kinds = (self.kinds[drawn.sprite.long() + 1] * there[..., None]).sum(1) / count.clamp_min(1)
-        # Of several of one kind the kind is the same; of several kinds each has its share, brought
-        # to one kind's length.
+        # Several things of one kind give that kind's vector; several kinds each have their share,
+        # scaled to the length of one kind's vector.
         kinds = F.normalize(kinds, dim=-1) * KIND_WIDTH**0.5 * (count > 0)
         shape = there * (drawn.sprite < len(SHAPES))
         nearest = (
@@ -166,10 +167,8 @@ class Codes:
             torch.tensor([384.0, 256.0], device=device),
             torch.tensor([256.0, 384.0], device=device),
         )
-        wide, tall = (
-            (self.corpus.aspect[index] == 1)[:, None],
-            (self.corpus.aspect[index] == 2)[:, None],
-        )
+        wide = (self.corpus.aspect[index] == 1)[:, None]
+        tall = (self.corpus.aspect[index] == 2)[:, None]
         extent = 256.0 + wide * (sides[0] - 256.0) + tall * (sides[1] - 256.0)  # [B, 2]
         middle = (drawn.centre / extent[:, None] - 0.5) * there[..., None]
         where = 2 * ONE * middle.sum(1) / count.clamp_min(1)  # [B, 2]

@@ -1,10 +1,10 @@
-"""A corpus of captioned layouts, which all trainers read: sampled once, by many processes.
+"""Sample the corpus of captioned layouts, which all trainers read, once, in many processes.
 
     python -m model.training.corpus OUT --pictures 400000 --processes 16
 
-Each picture has one layout and two captions. The pictures themselves are not stored: a layout takes
-200 bytes and `render.render` draws thousands a second. Picture i is the same for a seed whatever
-the number of processes. Importing this module does not import torch, so that a process starts fast.
+Each image has one layout and two captions. The images themselves are not stored: a layout takes 200
+bytes and `render.render` draws thousands a second. Image i is the same for a seed, whatever the
+number of processes. Importing this module does not import torch, so that a process starts fast.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-CAPTIONS = 2  # of each picture
-_ALIGNED = 0.92  # of the pictures lie on the lattice of tokens
+CAPTIONS = 2  # of each image
+_ALIGNED = 0.92  # of the images lie on the lattice of tokens
 _LONGEST = LONGEST - 1  # bytes of a caption, so that an end mark fits behind it
-_CHUNK = 2000  # pictures that one process samples at a time
+_CHUNK = 2000  # images that one process samples at a time
 _ATTEMPTS = 5  # at a caption of at most _LONGEST bytes
 _LAYOUT = "layout."  # before the names of what render.Layouts holds
 
@@ -120,7 +120,7 @@ def _fill_caption(arrays: Arrays, row: tuple[int, int], caption: Caption) -> Non
 
 
 def _chunk(task: tuple[int, int, int]) -> Arrays:
-    """Return the arrays of chunk number `task[1]` of seed `task[0]`, of `task[2]` pictures."""
+    """Return the arrays of chunk number `task[1]` of seed `task[0]`, of `task[2]` images."""
     seed, number, n = task
     rng = random.Random(f"{seed}/{number}")
     drawn = _layout_arrays(n)
@@ -136,7 +136,7 @@ def _chunk(task: tuple[int, int, int]) -> Arrays:
 
 
 def sample_arrays(n: int, seed: int, processes: int) -> Arrays:
-    """Return the arrays of n pictures; processes: 1 samples in this one."""
+    """Return the arrays of n images; processes: 1 samples in this one."""
     sizes = [min(_CHUNK, n - start) for start in range(0, n, _CHUNK)]
     tasks = [(seed, number, size) for number, size in enumerate(sizes)]
     if processes == 1:
@@ -161,9 +161,9 @@ def _assembled(n: int, chunks: Iterator[Arrays]) -> Arrays:
 
 @dataclass
 class Corpus:
-    """N captioned pictures, everything on the CPU unless moved.
+    """N captioned images, everything on the CPU unless moved.
 
-    layouts: of N pictures. text: uint8 [N, 2, 160], the captions' bytes, 0 behind their ends; a
+    layouts: of N images. text: uint8 [N, 2, 160], the captions' bytes, 0 behind their ends; a
     byte's number for the byte encoder is the byte + 3. length: int16 [N, 2], in bytes. stated:
     int16 [N, 2, A], the class of each of ATTRIBUTES. span: int16 [N, 2, 3, 2], the bytes (first,
     behind the last) about each thing, both 0 where there is none. things: int16 [N, 2, 3, T], the
@@ -184,12 +184,12 @@ class Corpus:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """The names of the last axis of `stated`."""
+        """Return the names of the last axis of `stated`."""
         return _NAMES
 
     @property
     def thing_attributes(self) -> tuple[str, ...]:
-        """The names of the last axis of `things`."""
+        """Return the names of the last axis of `things`."""
         return _THING_NAMES
 
     def to(self, device: str | Any) -> Corpus:
@@ -209,10 +209,10 @@ class Corpus:
             tensors[_LAYOUT + name] = getattr(self.layouts, name)
         save_file({name: tensor.cpu().numpy() for name, tensor in tensors.items()}, path)
 
-    def caption(self, picture: int, which: int = 0) -> str:
+    def caption(self, image: int, which: int = 0) -> str:
         """Return one caption as text."""
-        length = int(self.length[picture, which])
-        return bytes(self.text[picture, which, :length].tolist()).decode(errors="replace")
+        length = int(self.length[image, which])
+        return bytes(self.text[image, which, :length].tolist()).decode(errors="replace")
 
 
 def _corpus(arrays: Arrays) -> Corpus:
@@ -227,7 +227,7 @@ def _corpus(arrays: Arrays) -> Corpus:
 
 
 def generate(n: int, seed: int, processes: int = 1) -> Corpus:
-    """Return a corpus of n pictures, sampled by so many processes."""
+    """Return a corpus of n images, sampled by `processes` processes."""
     return _corpus(sample_arrays(n, seed, processes))
 
 
@@ -255,17 +255,18 @@ def layouts(scenes: Sequence[Scene], seed: int, *, aligned: bool = True) -> Layo
 
 
 def main() -> None:
+    """Sample the corpus that the command line asks for, and print the rate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the safetensors file to write")
-    parser.add_argument("--pictures", type=int, default=400_000)
+    parser.add_argument("--images", "--pictures", type=int, default=400_000)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.perf_counter()
-    arrays = sample_arrays(options.pictures, options.seed, options.processes)
+    arrays = sample_arrays(options.images, options.seed, options.processes)
     save_file(arrays, options.out)
     taken = time.perf_counter() - began
-    print(f"{options.pictures} pictures in {taken:.1f} s, {options.pictures / taken:.0f} a second")
+    print(f"{options.images} images in {taken:.1f} s, {options.images / taken:.0f} a second")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Curves of quality, as Imagen's article draws them: `evaluate --curves docs/plots`.
+"""Measure curves of quality, as Imagen's article draws them: `evaluate --curves docs/plots`.
 
 256 fixed prompts of the tune set, drawn at many strengths of guidance and numbers of steps. Quality
-is the share of pictures that fulfil their category's criterion; the distance of feature statistics
-is KID on the first judge's features, against true renders of the same scenes.
+is the share of images that fulfil their category's criterion; the distance of feature statistics is
+KID on the first judge's features, against true renders of the same scenes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from model.training.scenes import SQUARE
 GUIDANCES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
 COUNT = 256
-_TIMED = 5  # single pictures whose median is a recipe's time
+_TIMED = 5  # single images whose median is a recipe's time
 
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe's quality. milliseconds: of a single picture, from prompt to pixels."""
+    """One recipe's quality. milliseconds: of a single image, from prompt to pixels."""
 
     guidance: float
     steps: int
@@ -115,11 +115,11 @@ def point(
 
 
 def _milliseconds(source: Drawn, cases: Sequence[BenchPrompt]) -> float:
-    """Return the median time of single pictures, after one that warms up."""
+    """Return the median time of single images, after one that warms up."""
     times = []
     for i in range(_TIMED + 1):
         began = time.perf_counter()
-        source.pictures([cases[i % len(cases)]], [i])
+        source.images([cases[i % len(cases)]], [i])
         times.append(time.perf_counter() - began)
     return 1000 * float(np.median(times[1:]))
 
@@ -145,7 +145,7 @@ def plot(by_guidance: Sequence[Point], by_steps: Sequence[Point], folder: Path) 
         _draw(
             folder / "steps.svg",
             [(p.milliseconds, p) for p in by_steps],
-            "milliseconds of one picture",
+            "milliseconds of one image",
             labels=[f"{p.steps}" for p in by_steps],
         )
         _draw(

@@ -1,8 +1,8 @@
-"""The captioned scenes of a corpus, on the device that trains: pictures are drawn when they are
-asked for, captions are read as they lie.
+"""Serve the captioned scenes of a corpus on the training device.
 
-Nothing here asks the device for a number or sends it one, so all of it may be part of a recorded
-step. Letters: N scenes, B of them, L bytes.
+Images are drawn on demand; captions are read from the corpus's tensors. Nothing here reads a number
+from the device or sends one to it, so all of it may be part of a recorded step. Letters: N scenes,
+B of them, L bytes.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ _OWN_SCENES = 20_000
 
 
 class Source(Protocol):
-    """Captioned pictures without end, a fixed number at a time."""
+    """Captioned images without end, a fixed number at a time."""
 
     identity: str  # differs for another source: a position in one says nothing about another
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Return how many files could not be used, by reason."""
+        """Return the number of unusable files, by reason."""
 
     def draw(self) -> tuple[Tensor, list[str]]:
         """Return (uint8 [N, 3, H, W], N captions)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands: everything that `draw` will return follows from this."""
+        """Return the position, which determines everything that `draw` will return."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state_dict` returned."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Text:
 
     @property
     def ids(self) -> Tensor:
-        """Return what ByT5 reads: [B, L + 1] with an end mark, then padding."""
+        """Return ByT5's input [B, L + 1]: the bytes' numbers, an end mark, then padding."""
         padded = F.pad(self.bytes.long(), (0, 1))
         place = torch.arange(padded.shape[1], device=padded.device)
         length = self.length.long()[:, None]
@@ -72,9 +73,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Scenes:
-    """A corpus and what draws it, on one device.
+    """A corpus and the art to render it, on one device.
 
-    clip_tokens: int16 [N, C, context], CLIP's tokens of its captions, where they are known.
+    clip_tokens: int16 [N, C, context], CLIP's tokens of its captions, if they are known.
     """
 
     corpus: Corpus
@@ -88,16 +89,20 @@ class Scenes:
         device: torch.device,
         seed: int = 0,
         scenes: int = _OWN_SCENES,
-        pictures: bool = True,
+        images: bool = True,
     ) -> Scenes:
-        """Return the corpus in a file, or one sampled here and now. Raises FileNotFoundError
-        without the art, unless no `pictures` are needed."""
-        atlas = (art.atlas() if pictures else torch.empty(0)).to(device)
+        """Return the corpus of a file, or without one a corpus of `scenes` sampled at once.
+
+        images: load the art too. Raises FileNotFoundError without the file, or without the art if
+        it is needed.
+        """
+        atlas = (art.atlas() if images else torch.empty(0)).to(device)
         known = corpus.load(path) if path is not None else corpus.generate(scenes, seed, 1)
         return cls(known.to(device), atlas)
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the corpus and the art."""
         return self.atlas.device
 
     @cached_property
@@ -107,8 +112,8 @@ class Scenes:
             (self.corpus.aspect == number).nonzero()[:, 0] for number in range(len(ASPECTS))
         )
 
-    def pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
-        """Return pictures [B, 3, H, W] in [0, 1] of scenes [B], all of one aspect."""
+    def images(self, index: Tensor, aspect: int = 0) -> Tensor:
+        """Return the images [B, 3, H, W] of 0 … 1 of scenes [B], all of one aspect."""
         return as_float(
             render(self.corpus.layouts[index], self.atlas, *ASPECTS[aspect]), self.device
         )
@@ -120,22 +125,22 @@ class Scenes:
             [F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in self.atlas.split(64)]
         )
 
-    def small_pictures(self, index: Tensor, aspect: int = 0) -> Tensor:
-        """Return what `pictures` does, at half the size."""
+    def small_images(self, index: Tensor, aspect: int = 0) -> Tensor:
+        """Return the same as `images`, at half the size."""
         drawn = self.corpus.layouts[index]
         halved = replace(drawn, centre=drawn.centre / 2, length=drawn.length / 2)
         width, height = ASPECTS[aspect]
         return as_float(render(halved, self.small_atlas, width // 2, height // 2), self.device)
 
     def text(self, index: Tensor, which: Tensor, longest: int | None = None) -> Text:
-        """Return captions number `which` [B] of scenes [B], cut to the `longest` bytes."""
+        """Return captions number `which` [B] of scenes [B], cut to the first `longest` bytes."""
         cut = self.corpus.text.shape[-1] - 1 if longest is None else longest
         return Text(
             self.corpus.text[index, which, :cut], self.corpus.length[index, which].clamp(max=cut)
         )
 
     def stated(self, index: Tensor, which: Tensor) -> dict[str, Tensor]:
-        """Return classes [B] per attribute of a caption."""
+        """Return the classes [B] that a caption states, per attribute."""
         return dict(
             zip(
                 self.corpus.attributes,
@@ -145,12 +150,12 @@ class Scenes:
         )
 
     def own(self, index: Tensor, which: Tensor, asked: Tensor) -> dict[str, Tensor]:
-        """Return classes [B · k] per attribute of the things that the asked bytes [B, k] are about,
-        −1 for a byte that is about none."""
-        span, things = (
-            self.corpus.span[index, which],
-            self.corpus.things[index, which].long(),
-        )  # [B, 3, 2], [B, 3, T]
+        """Return the classes [B · k] of the things at the bytes `asked` [B, k], per attribute.
+
+        A class is −1 at a byte that belongs to no thing.
+        """
+        span = self.corpus.span[index, which]  # [B, 3, 2]
+        things = self.corpus.things[index, which].long()  # [B, 3, T]
         inside = (asked[..., None] >= span[:, None, :, 0]) & (
             asked[..., None] < span[:, None, :, 1]
         )  # [B, k, 3]
@@ -160,20 +165,22 @@ class Scenes:
         return dict(zip(self.corpus.thing_attributes, classes.unbind(-1), strict=True))
 
     def some(self, count: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return random scenes [count], of those numbered `among`, and the number of a caption of
-        each."""
+        """Return random scenes [count], and for each the number of one of its captions [count].
+
+        among: the numbers of the scenes to choose from, by default all.
+        """
         n = len(self.corpus) if among is None else len(among)
         index = (torch.rand(count, device=self.device) * n).long().clamp_(max=n - 1)
         which = (torch.rand(count, device=self.device) * self.corpus.text.shape[1]).long()
         return (index if among is None else among[index]), which
 
     def shorter_than(self, longest: int) -> Tensor:
-        """Return the numbers of the square scenes of which no caption has more bytes."""
+        """Return the numbers of the square scenes with captions of at most `longest` bytes."""
         short = (self.corpus.length <= longest).all(-1)
         return (short & (self.corpus.aspect == 0)).nonzero()[:, 0]
 
     def captions(self, count: int) -> Iterator[str]:
-        """Return the first captions as text."""
+        """Return the captions of the first `count` scenes as text."""
         return (
             self.corpus.caption(i, which)
             for i in range(min(count, len(self.corpus)))
@@ -182,5 +189,5 @@ class Scenes:
 
 
 def as_float(pixels: Tensor, device: torch.device) -> Tensor:
-    """Turn uint8 pictures into float32 in [0, 1] on the device."""
+    """Turn uint8 images into float32 of 0 … 1 on the device."""
     return pixels.to(device, non_blocking=True).float().div_(255)

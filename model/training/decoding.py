@@ -1,5 +1,6 @@
-"""A picture file's bytes → the pixels a network is trained on: upright, RGB, covering the wanted
-size and cropped to it.
+"""Decode an image file to the pixels that a network is trained on.
+
+They are upright, RGB, scaled to cover the wanted size and cropped to it.
 """
 
 from __future__ import annotations
@@ -12,26 +13,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What a web page or a camera writes. Pillow knows more, some of which runs other programs on what
-# it opens.
+# The formats of web pages and cameras. Pillow knows more, some of which run other programs on the
+# file.
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class Unusable(Exception):  # noqa: N818, being left out is no error of the training
-    """A file that is left out; the message is the reason it is counted under."""
+    """A file that is left out; the message is the reason under which it is counted."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which pictures are wanted. min_side: pixels of the shorter side; max_aspect: longer side over
-    shorter.
+    """Limits on the images to train on.
+
+    min_side: least pixels of the shorter side. max_aspect: largest ratio of longer to shorter side.
     """
 
     min_side: int = 0
     max_aspect: float = math.inf
 
     def check(self, width: int, height: int) -> None:
-        """Raises Unusable."""
+        """Raise Unusable for an image of (width, height) pixels outside the limits."""
         shorter, longer = sorted((width, height))
         if shorter < self.min_side:
             raise Unusable("too small")
@@ -42,10 +44,11 @@ class Filters:
 def decode(
     raw: bytes, size: tuple[int, int], filters: Filters, place: tuple[float, float] = (0.5, 0.5)
 ) -> npt.NDArray[np.uint8]:
-    """A JPEG, PNG or WebP file → [height, width, 3].
+    """Return the pixels [height, width, 3] of a JPEG, PNG or WebP file.
 
     size: (width, height) in pixels. place: where the crop lies on the spare length, 0 left or top,
-    1 right or bottom. Raises Unusable for what is no such file, damaged, or not wanted.
+    1 right or bottom. Raises Unusable for another format, a damaged file, or an image outside the
+    limits.
     """
     return np.array(cover(rgb(_opened(raw, size, filters)), size, place))
 
@@ -66,7 +69,7 @@ def _opened(raw: bytes, size: tuple[int, int], filters: Filters) -> Image.Image:
         image.draft(None, (2 * max(size), 2 * max(size)))
         image.load()
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever a decoder trips over in a damaged file
+    except Exception:  # any error of a decoder on a damaged file
         raise Unusable("damaged") from None
 
 
@@ -82,7 +85,10 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def cover(image: Image.Image, size: tuple[int, int], place: tuple[float, float]) -> Image.Image:
-    """The largest part of the picture with the proportions of `size`, at `place`, resized to it."""
+    """Return the largest part of the image with the proportions of `size`, resized to it.
+
+    place: where the part lies on the spare length, as in `decode`.
+    """
     scale = max(size[0] / image.width, size[1] / image.height)
     width, height = min(image.width, size[0] / scale), min(image.height, size[1] / scale)
     left, top = place[0] * (image.width - width), place[1] * (image.height - height)

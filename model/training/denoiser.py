@@ -1,12 +1,12 @@
-"""Trains the denoiser on captioned scenes, or on your own pictures, with a bundle's frozen VQGAN
-and text encoders.
+"""Train the denoiser with a bundle's frozen VQGAN and text encoders.
 
     python -m model.training.denoiser runs/tiny --minutes 60
-    python -m model.training.denoiser tiny --data my-pictures --steps 5000
+    python -m model.training.denoiser tiny --data my-images --steps 5000
     python -m model.training.denoiser tiny --data 'shards-{000..009}.tar' --steps 5000
 
-The published objective: replace each token by a random code with probability t, predict the
-original everywhere, and weigh down the positions that were not touched.
+It trains on captioned scenes, or with --data on your own images. The published objective: replace
+each token by a random code with probability t, predict the original everywhere, and give a lower
+weight to the positions that were not replaced. Letters: B rows, H W token grid.
 """
 
 from __future__ import annotations
@@ -35,66 +35,68 @@ from model.training.data import Scenes
 from model.training.decoding import Filters
 from model.training.features import Examples, ExampleStream, Pool
 from model.training.guides import Guided
+from model.training.image_batches import ImageBatches
 from model.training.judged import cross_entropy
-from model.training.pictures import Pictures
 
 LABEL_SMOOTHING = 0.1
-# Published: CLIP text and image are each dropped 9 times in 10, on 600 million pictures. Ours sees
+# Published: CLIP text and image are each dropped 9 times in 10, on 600 million images. Ours sees
 # a thousandth of that.
 _DROP_CLIP = 0.5
-# The prior's embeddings are not quite those of a picture; noise of this share keeps the denoiser
+# The prior's embeddings are not quite those of an image; noise of this share keeps the denoiser
 # from trusting them to the last digit.
 _IMAGE_NOISE = 0.5
-# Of a row's positions, this share is projected to the codebook and judged: the softmax would else
+# This share of a row's positions is projected to the codebook and judged: the softmax would else
 # cost as much as the network.
 _JUDGED = 0.25
-# On scenes a few more, and those in and around things so many times as often as plain background,
-# most of which is soon right.
+# On scenes a few more. Positions in and around things are chosen _FOCUS times as often as plain
+# background, most of which is soon right.
 _JUDGED_OF_SCENES, _FOCUS = 0.35, 4.0
 # A byte's feature says all of its own thing and of the background (codes.py), so some bytes at
-# random say it all, and a step costs less than with all of them. What a step reads: its aspect, how
-# many bytes of each caption, and the share of such steps.
+# random say it all, and a step costs less than with all of them. Each kind of step: its aspect,
+# the number of bytes read of each caption, and the share of such steps.
 _STEPS: tuple[tuple[int, int, float], ...] = (
     (0, 12, 0.45),
     (0, 24, 0.45),
     (1, 16, 0.05),
     (2, 16, 0.05),
 )
-# Pictures of 3:2 have half as many tokens again.
+# Images of 3:2 have half as many tokens again.
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
-# How often an encoded scene is met, with other noise each time; encoded at a time, and before the
-# first step.
-_MET, _ENCODED_AT_ONCE, _ENCODED_FIRST = 16, 4, 16
-# The prior is mistaken at times. Of the captioned rows this share is given another picture's
-# embedding: the words are what counts.
+_MET = 16  # uses of an encoded scene, with other noise each time
+_ENCODED_AT_ONCE = 4  # batches
+_ENCODED_FIRST = 16  # batches encoded before the first step
+# The prior is mistaken at times. This share of the captioned rows gets another image's embedding,
+# so that the words count.
 _MISTAKEN = 0.06
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise
-# there, and the caption has to be heard.
+# there, and only the caption tells what to draw.
 _EARLY = 1.5
 # A network that can draw already forgets it at the rate at which a fresh one learns.
 _RATE, _FINETUNING_RATE = 2e-3, 3e-4
-# How many batches of pictures are read at a time, and how often each is met:
-# features.ExampleStream.
+# The batches of images that are read at a time, and the uses of each: features.ExampleStream.
 _POOL, _REUSE = 8, 3
 
 
 def draw_times(count: int, device: torch.device, early: float = 1.0) -> Tensor:
-    """Return times [count] in (0, 1], evenly spread as published where early is 1, and the nearer
-    to 1 the larger it is."""
+    """Return times [count] in (0, 1], evenly spread as published where `early` is 1.
+
+    The larger `early`, the nearer to 1 they are.
+    """
     return 1 - torch.rand(count, device=device) ** early
 
 
 def corrupt(tokens: Tensor, t: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Return tokens [B, H, W] with random codes at a share t [B] of the positions, and where those
-    are."""
+    """Return tokens [B, H, W] with random codes at a share t [B] of them, and where those are."""
     noised = torch.rand(tokens.shape, device=tokens.device) < t[:, None, None]
     return torch.where(noised, torch.randint_like(tokens, codes), tokens), noised
 
 
 @contextmanager
 def folded(denoiser: Denoiser) -> Iterator[None]:
-    """Fold the condition: within it, its two maps to every block's keys and values are one, their
-    product, through which gradients pass."""
+    """Fold the condition's two maps to every block's keys and values into one, for this context.
+
+    The one map is their product; gradients pass through it to both.
+    """
     parts = [block.folded_kv() for block in denoiser.attention_blocks]
     if parts:
         weights, biases = zip(*parts, strict=True)
@@ -106,9 +108,14 @@ def folded(denoiser: Denoiser) -> Iterator[None]:
 
 
 def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_CLIP) -> Condition:
-    """Return the condition of a training batch, where each row keeps or loses its CLIP text and
-    image tokens by masking their keys."""
-    B, device, seq = len(x.tokens), x.tokens.device, denoiser.config.clip_seq_len
+    """Return the condition of a training batch, with CLIP's tokens dropped at random.
+
+    Each row keeps or loses its CLIP text and its CLIP image tokens by masking their keys.
+    drop_clip: the probability of each.
+    """
+    B = len(x.tokens)
+    device = x.tokens.device
+    seq = denoiser.config.clip_seq_len
     image = x.clip_image + _IMAGE_NOISE * x.clip_image.std() * torch.rand(
         B, 1, device=device
     ) * torch.randn_like(x.clip_image)
@@ -120,28 +127,30 @@ def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_
         condition = denoiser.condition(
             x.byt5.to(dtype), x.mask, x.clip_text.to(dtype), image.to(dtype)
         )
-    # The picture of an empty caption would tell what the missing text may not, unless it is all
+    # The image of an empty caption would tell what the missing text may not, unless it is all
     # that is told.
-    text, pictured = (torch.rand(B, 2, device=device) >= drop_clip).unbind(1)
-    kept = torch.stack([text, (pictured & ~x.empty) | alone], dim=1)
+    text, with_image = (torch.rand(B, 2, device=device) >= drop_clip).unbind(1)
+    kept = torch.stack([text, (with_image & ~x.empty) | alone], dim=1)
     return replace(condition, mask=torch.cat([x.mask, kept.repeat_interleave(seq, dim=1)], dim=1))
 
 
 def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """Choose how attention is computed: on a CPU the fused attention's backward pass takes twice
-    the time of plain products."""
+    """Choose the computation of attention.
+
+    On a CPU the fused attention's backward pass takes twice the time of plain products.
+    """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def choose_positions(
     tokens: Tensor, share: float, focus: float = 1.0, commonest: Tensor | None = None
 ) -> Tensor:
-    """Return some positions of each row of tokens [B, H, W], at random: [B, n], as numbers in the
-    flattened grid.
+    """Return random positions [B, n] in tokens [B, H, W], numbered in the flattened grid.
 
-    focus: how many times as likely those are where a token, or one beside it, is not the picture's
-    commonest [B], which is looked for if it is not known. Both sides of an outline are in there: to
-    choose by the token alone would teach that things are larger than they are.
+    share: of the positions that are chosen. focus: how many times as likely a position is if its
+    token, or one beside it, is not the image's most frequent code. commonest: that code [B]; it is
+    computed if it is not given. Both sides of an outline are in there: choosing by the token alone
+    would teach that things are larger than they are.
     """
     B, H, W = tokens.shape
     usual = tokens.flatten(1).mode(dim=1).values if commonest is None else commonest
@@ -166,8 +175,11 @@ def token_loss(
     drop_clip: float = _DROP_CLIP,
     judged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (the objective, share of judged noised tokens that are predicted right) at times t
-    [B]. judged: positions [B, n], by default any."""
+    """Return the objective at times t [B], and the accuracy at noised positions.
+
+    judged: the positions [B, n] that count, by default random ones. drop_clip: the probability of
+    dropping each of CLIP's embeddings.
+    """
     noisy, noised = corrupt(x.tokens, t, denoiser.config.num_labels)
     judged = choose_positions(x.tokens, _JUDGED) if judged is None else judged
     with in_products(denoiser), _attention(t.device):
@@ -187,9 +199,13 @@ def token_loss(
 
 @contextmanager
 def in_products(denoiser: Denoiser) -> Iterator[None]:
-    """Compute in halves: within it the network is of the type that autocast would multiply in,
-    activations and all, as it is when it draws; gradients reach its own weights. Autocast itself
-    casts to and fro at every norm, which is a quarter of a step on a CPU."""
+    """Compute in half precision for this context, by casting the network's weights.
+
+    They get the type that autocast would cast its products to.
+
+    Activations are cast as well, as in inference; gradients reach the network's own weights.
+    Autocast itself casts to and fro at every norm, which is a quarter of a step on a CPU.
+    """
     device = next(denoiser.parameters()).device.type
     if not torch.is_autocast_enabled(device):
         yield
@@ -201,6 +217,7 @@ def in_products(denoiser: Denoiser) -> Iterator[None]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser: the arguments of all trainers, and the denoiser's own."""
     p = loop.parser(__doc__, name="denoiser", batch=32, lr=_RATE, minutes=60)
     p.add_argument(
         "bundle",
@@ -214,20 +231,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--data",
-        help="folder of captioned pictures, or shards such as 'shards-{000..009}.tar'; else scenes",
+        help="folder of captioned images, or shards such as 'shards-{000..009}.tar'; else scenes",
     )
     p.set_defaults(lr=None)  # it depends on where the training begins
     p.add_argument(
         "--min-side",
         type=int,
         default=0,
-        help="leave out pictures whose shorter side has fewer pixels",
+        help="leave out images whose shorter side has fewer pixels",
     )
     p.add_argument(
         "--max-aspect",
         type=float,
         default=math.inf,
-        help="leave out pictures whose longer side is so many times the shorter",
+        help="leave out images with a larger ratio of longer to shorter side",
     )
     p.add_argument(
         "--kept",
@@ -253,10 +270,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def own_pictures(bundle: BundleV3, o: loop.Options, data: str, filters: Filters) -> ExampleStream:
-    """Return encoded batches of o.batch of somebody's own pictures. Raises DataError."""
+def own_images(bundle: BundleV3, o: loop.Options, data: str, filters: Filters) -> ExampleStream:
+    """Return encoded batches of the user's images, o.batch each.
+
+    Raises DataError for unusable data.
+    """
     collection = open_collection(data, o.data_seed)
-    pictures = Pictures(
+    images = ImageBatches(
         collection,
         _POOL * o.batch,
         bundle.config.native_size,
@@ -264,13 +284,12 @@ def own_pictures(bundle: BundleV3, o: loop.Options, data: str, filters: Filters)
         seed=o.data_seed,
         threads=o.workers,
     )
-    return ExampleStream(bundle, pictures, o.data_seed, pool=_POOL, reuse=_REUSE, dtype=o.dtype)
+    return ExampleStream(bundle, images, o.data_seed, pool=_POOL, reuse=_REUSE, dtype=o.dtype)
 
 
 @dataclass
 class Encoding:
-    """The pools that scenes are drawn from, one for each aspect that has any, and when they
-    grow."""
+    """The pools that scenes are drawn from, one for each aspect with scenes, and their growth."""
 
     vqgan: VQGAN
     pools: dict[int, Pool]
@@ -287,7 +306,10 @@ class Encoding:
         capacity: int,
         dtype: torch.dtype,
     ) -> Encoding:
-        """Return an encoding of nothing yet. capacity: pictures kept of each aspect, at most."""
+        """Return an encoding without any encoded scenes.
+
+        capacity: the largest number of images kept of each aspect. dtype: of the VQGAN's products.
+        """
         present = [aspect for aspect, own in enumerate(scenes.of_aspect) if len(own)]
         return cls(
             vqgan,
@@ -297,11 +319,11 @@ class Encoding:
 
     @property
     def mixture(self) -> tuple[tuple[int, int, float], ...]:
-        """Return _STEPS of those aspects of which there are pictures."""
+        """Return the _STEPS of those aspects that have images."""
         return tuple(step for step in _STEPS if step[0] in self.pools)
 
     def begin(self, first: int = _ENCODED_FIRST) -> None:
-        """Encode `first` batches of the square pictures, and a share of the others."""
+        """Encode `first` batches of the square images, and a share of the others."""
         for aspect, pool in self.pools.items():
             wanted = min(self.batch * first // (1 if aspect == 0 else 8), pool.capacity)
             while pool.encoded < wanted:
@@ -309,18 +331,18 @@ class Encoding:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Return nothing: no scene is unusable."""
+        """Return no files: every scene is usable."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands: what the pools hold follows from this."""
+        """Return the position, which determines what the pools hold."""
         return {
             "steps": self.steps,
             "encoded": {aspect: pool.encoded for aspect, pool in self.pools.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Encode what the pools held then, but for what has been replaced since."""
+        """Encode again what the pools held, but for the scenes that have been replaced since."""
         self.steps = state["steps"]
         for aspect, pool in self.pools.items():
             pool.restore(self.vqgan, state["encoded"][aspect], self._at_once)
@@ -330,7 +352,7 @@ class Encoding:
         return min(_ENCODED_AT_ONCE * self.batch, 1024)
 
     def grow(self) -> None:
-        """Encode, before every step, some more when those there are have been met often enough."""
+        """Encode more scenes before a step, if those encoded have been met often enough."""
         self.steps += 1
         for aspect, pool in self.pools.items():
             share = sum(share for own, _, share in _STEPS if own == aspect)
@@ -341,7 +363,10 @@ class Encoding:
 def scene_loss(
     guided: Guided, pool: Pool, batch: int, bytes_read: int, drop_clip: float = _DROP_CLIP
 ) -> loop.Loss:
-    """Return the loss of random batches from a pool."""
+    """Return the loss of random batches from a pool.
+
+    bytes_read: the number of bytes read of each caption.
+    """
     denoiser = guided.denoiser
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
@@ -356,7 +381,7 @@ def scene_loss(
 
 
 def scene_losses(guided: Guided, encoding: Encoding, drop_clip: float = _DROP_CLIP) -> loop.Mixture:
-    """Return a loss for each kind of step in their shares."""
+    """Return a loss for each kind of step, with their shares."""
 
     def of(aspect: int, bytes_read: int) -> loop.Loss:
         return scene_loss(
@@ -372,8 +397,10 @@ def scene_losses(guided: Guided, encoding: Encoding, drop_clip: float = _DROP_CL
 
 
 def matrices_of(module: nn.Module) -> list[str]:
-    """Return the blocks' own projections; those of the condition and the time, whose inputs are
-    few, are left to AdamW."""
+    """Return the names of the blocks' own projections, for Muon.
+
+    The projections of the condition and of the time have few inputs; AdamW steps those.
+    """
     return [
         name
         for name, p in module.named_parameters()
@@ -382,6 +409,10 @@ def matrices_of(module: nn.Module) -> list[str]:
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train as the parsed command line says.
+
+    Raises DataError for unusable data, and the errors of `load_v3`.
+    """
     from_bundle = args.from_bundle or (args.data is not None and not args.from_scratch)
     finetuning = args.data is not None and from_bundle
     if args.lr is None:
@@ -405,8 +436,10 @@ def train(args: argparse.Namespace) -> None:
 def _frozen(
     args: argparse.Namespace, o: loop.Options
 ) -> tuple[BundleV3Config, VQGAN, dict[str, Tensor] | None]:
-    """Return the configuration, the VQGAN, and the bundle's denoiser if there is a bundle. Raises
-    DataError without either."""
+    """Return the configuration, the VQGAN, and the bundle's denoiser weights if there is a bundle.
+
+    Raises DataError without a bundle and --vqgan.
+    """
     if args.vqgan is not None:
         from model.training.assemble import tiny_config
 
@@ -423,16 +456,20 @@ def _frozen(
 def train_on_own(
     args: argparse.Namespace, o: loop.Options, from_bundle: bool, finetuning: bool
 ) -> None:
-    """Train on somebody's own pictures, with a bundle's encoders."""
+    """Train on the user's images, with a bundle's encoders.
+
+    from_bundle: start from the bundle's denoiser. finetuning: step with AdamW alone. Raises
+    DataError without a bundle, or for unusable data.
+    """
     if args.bundle is None:
         raise DataError("--data needs a bundle, whose encoders read the captions")
     bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
     if from_bundle:
         denoiser.load_state_dict(bundle.denoiser.state_dict())
-    bundle = replace(bundle, denoiser=denoiser)  # lets go of the memory of the one it came with
+    bundle = replace(bundle, denoiser=denoiser)  # frees the memory of the one it came with
     guided = Guided(denoiser, bundle.vqgan.vquantizer.codebook.weight).to(o.device)
-    data = own_pictures(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
+    data = own_images(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         x = next(data)
@@ -446,6 +483,7 @@ def train_on_own(
 
 
 def main() -> None:
+    """Train as the command line says; exit with a message for unusable data."""
     args = parser().parse_args()
     try:
         train(args)

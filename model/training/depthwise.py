@@ -1,9 +1,9 @@
-"""Depthwise 3×3 convolutions that learn quickly on a GPU: channels stay last, and one pass over the
-pixels gives each gradient.
+"""Compute depthwise 3×3 convolutions whose gradients are fast on a GPU.
 
-cuDNN's choice for bf16 with channels last may take tens of times as long, above all for the
-weight's gradient. Whether ours are right and faster is measured where they are to run
-(`accelerated`). Letters: B pictures, H W pixels, C channels.
+Channels stay last, and one pass over the pixels gives each gradient. cuDNN's choice for bf16 with
+channels last may take tens of times as long, above all for the weight's gradient. `accelerated`
+measures on the device at hand whether these kernels are right and faster. Letters: B images, H W
+pixels, C channels.
 """
 
 # Triton's functions are another language in Python's syntax.
@@ -36,9 +36,9 @@ _PIXELS, _CHANNELS = 64, 32  # of one program
 _CHUNKS = 256  # parts that a weight's gradient is summed in
 
 if triton is not None:
-
+    # A kernel takes every pointer, stride and constant by itself.
     @triton.jit
-    def _convolve(
+    def _convolve(  # noqa: PLR0913
         x,
         w,
         bias,
@@ -54,11 +54,13 @@ if triton is not None:
         BP: tl.constexpr,
         BC: tl.constexpr,
     ):
-        """Compute y [B, HO, WO, C] = x [B, H, W, C], padded by P zeros, with taps w [9, C]; N = B ·
-        HO · WO."""
+        """Compute y [B, HO, WO, C] from x [B, H, W, C], padded by P zeros, with taps w [9, C].
+
+        N: B · HO · WO.
+        """
         pixel = tl.program_id(0) * BP + tl.arange(0, BP)
         c = tl.program_id(1) * BC + tl.arange(0, BC)
-        picture = pixel // (HO * WO)
+        image = pixel // (HO * WO)
         row = (pixel % (HO * WO)) // WO
         column = pixel % WO
         kept = (pixel < N)[:, None] & (c < C)[None, :]
@@ -69,7 +71,7 @@ if triton is not None:
             i = row + tap // 3 - P
             j = column + tap % 3 - P
             inside = kept & ((i >= 0) & (i < H) & (j >= 0) & (j < W))[:, None]
-            place = ((picture * H + i) * W + j).to(tl.int64)[:, None] * C + c[None, :]
+            place = ((image * H + i) * W + j).to(tl.int64)[:, None] * C + c[None, :]
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
             total += value * tl.load(w + tap * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         tl.store(
@@ -79,18 +81,20 @@ if triton is not None:
         )
 
     @triton.jit
-    def _weight_gradient(
+    def _weight_gradient(  # noqa: PLR0913
         x, g, parts, H, W, C, HO, WO, P, N, per, BP: tl.constexpr, BC: tl.constexpr
     ):
-        """Compute parts [chunks, 9, C]: of g [B, HO, WO, C] times x [B, H, W, C] where each tap
-        read it, the sums over `per` pixels each."""
+        """Compute partial sums [chunks, 9, C] of the weight's gradient, over `per` pixels each.
+
+        They sum g [B, HO, WO, C] times x [B, H, W, C] at the place where each tap read it.
+        """
         chunk, tap = tl.program_id(0), tl.program_id(2)
         c = tl.program_id(1) * BC + tl.arange(0, BC)
         total = tl.zeros((BC,), tl.float32)
         for start in range(0, per, BP):
             offset = start + tl.arange(0, BP)
             pixel = chunk * per + offset
-            picture = pixel // (HO * WO)
+            image = pixel // (HO * WO)
             i = (pixel % (HO * WO)) // WO + tap // 3 - P
             j = pixel % WO + tap % 3 - P
             kept = (pixel < N) & (offset < per)
@@ -98,7 +102,7 @@ if triton is not None:
             own = tl.load(
                 g + pixel.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0
             ).to(tl.float32)
-            place = ((picture * H + i) * W + j).to(tl.int64)[:, None] * C + c[None, :]
+            place = ((image * H + i) * W + j).to(tl.int64)[:, None] * C + c[None, :]
             total += tl.sum(own * tl.load(x + place, mask=inside, other=0.0).to(tl.float32), axis=0)
         tl.store(parts + (chunk * 9 + tap) * C + c, total, mask=c < C)
 
@@ -129,16 +133,21 @@ def _launch(x: Tensor, taps: Tensor, bias: Tensor | None, padding: int) -> Tenso
 
 
 class _Depthwise(torch.autograd.Function):
-    """x [B, H, W, C] contiguous, weight [C, 1, 3, 3], bias [C] → [B, H + 2·padding − 2, …, C]."""
+    """The convolution of x [B, H, W, C] to [B, H + 2·padding − 2, W + 2·padding − 2, C].
+
+    x is contiguous; weight: [C, 1, 3, 3]; bias: [C].
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+        """Return the convolution, computed by the Triton kernel."""
         ctx.save_for_backward(x, weight)
         ctx.padding = padding
         return _launch(x, weight.flatten(1).T.contiguous(), bias, padding)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        """Return the gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         g, P = gradients[0].contiguous(), ctx.padding
         to_x = (
@@ -158,7 +167,7 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """Return what autocast would compute in."""
+    """Return the type that autocast would compute in."""
     return (
         torch.get_autocast_dtype(x.device.type)
         if torch.is_autocast_enabled(x.device.type)
@@ -167,20 +176,20 @@ def _product_type(x: Tensor) -> torch.dtype:
 
 
 def by_triton(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """Convolve [B, H, W, C] by the kernels above."""
+    """Convolve x [B, H, W, C] with the Triton kernels of this module."""
     y: Tensor = _Depthwise.apply(x.to(_product_type(x)).contiguous(), weight, bias, padding)  # type: ignore[no-untyped-call]
     return y
 
 
 def by_library(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """Convolve as torch does it: channels last."""
+    """Convolve x [B, H, W, C] with torch, channels last."""
     return channels_last(
         F.conv2d(channels_first(x), weight, bias, padding=padding, groups=len(weight))
     )
 
 
 def by_planes(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """Convolve as torch does it where every channel is a plane."""
+    """Convolve x [B, H, W, C] with torch, each channel as a contiguous plane."""
     return channels_last(
         F.conv2d(channels_first(x).contiguous(), weight, bias, padding=padding, groups=len(weight))
     )
@@ -193,8 +202,10 @@ WAYS: dict[str, Way] = {"triton": by_triton, "planes": by_planes, "library": by_
 def _seconds(
     way: Way, shape: tuple[int, int, int, int], device: torch.device, times: int = 5
 ) -> float:
-    """Time a pass there and back. Raises ArithmeticError if the result or a gradient is not what
-    fp32 gives."""
+    """Return the seconds of one forward and backward pass.
+
+    Raises ArithmeticError if the result or a gradient is not that of fp32.
+    """
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device)
     weight = torch.randn(shape[-1], 1, 3, 3, generator=generator, device=device)
@@ -224,14 +235,12 @@ def _settle(device: torch.device) -> None:
 
 
 def fastest(shape: tuple[int, int, int, int], device: torch.device) -> Way:
-    """Return the fastest of WAYS that is right, for inputs of this shape on this device."""
+    """Return the fastest of WAYS with correct results, for inputs of this shape on this device."""
     taken: dict[str, float] = {}
     for name, way in WAYS.items():
         try:
             taken[name] = _seconds(way, shape, device)
-        except (
-            Exception
-        ) as error:  # whatever a compiler or a library trips over: there are other ways
+        except Exception as error:  # any error of a compiler or a library: there are other ways
             print(
                 f"depthwise, {name}: {type(error).__name__}: {str(error)[:200]}",
                 file=sys.stderr,
@@ -250,9 +259,13 @@ def fastest(shape: tuple[int, int, int, int], device: torch.device) -> Way:
 
 @contextmanager
 def accelerated(module: nn.Module, batch: int, side: int) -> Iterator[None]:
-    """Choose a way; within it, the depthwise convolutions of a denoiser or a VQGAN on CUDA go the
-    way that is fastest at `batch` grids of side², the widest there are. Elsewhere everything stays
-    as it is."""
+    """Redirect a network's depthwise convolutions to the fastest way, for this context.
+
+    module: a denoiser or a VQGAN, or holds one.
+
+    On CUDA the ways are compared at `batch` grids of side², the widest of the network. On another
+    device nothing changes.
+    """
     blocks: list[Any] = [
         block for block in module.modules() if isinstance(block, ConvBlock | ResidualBlock)
     ]
@@ -292,7 +305,7 @@ def _residual_way(way: Way) -> Callable[[Any, Tensor], Tensor]:
     from model.networks.layers import norm
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """Compute as `ResidualBlock.forward`."""
+        """Compute as `ResidualBlock.forward` does."""
         g = self.gammas
         y = channels_first(torch.addcmul(g[1], norm(x), 1 + g[0]))
         y = channels_last(F.pad(y, (1, 1, 1, 1), mode="replicate"))

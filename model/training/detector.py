@@ -1,13 +1,13 @@
-"""The first judge: two small networks that say which things a picture shows, where and before what.
+"""Define the first judge: two small networks that name an image's things, places and background.
 
     judge = Detector.load()
-    judge.read(pictures)  # uint8 [N, H, W, 3] → list[Reading]
+    judge.read(images)  # uint8 [N, H, W, 3] → list[Reading]
 
-The finder looks at the whole picture: every cell of its grid, one of the VQGAN's tokens of 16
-pixels, answers whether a thing's middle lies in it and how large the thing's box is; the whole
-answers for the background. The namer looks at what is in one box and says its kind. A shape's
+The finder sees the whole image. Every cell of its grid, one of the VQGAN's tokens of 16 pixels,
+predicts whether a thing's middle lies in it and how large the thing's box is; the pooled features
+predict the background. The namer sees the contents of one box and predicts its kind. A shape's
 colour is read from the pixels that the shape covers. `judge.py` trains both, on damaged renders
-alone: they have never seen what the judged networks draw.
+alone: they have never seen an image of the judged networks.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from model.training.palette import nearest
 from model.training.scenery import BACKGROUNDS
 
 WEIGHTS = Path(__file__).parent / "judges" / "detector.safetensors"
-NATIVE = 256  # pixels of a picture's shorter side, in which boxes are given
+NATIVE = 256  # pixels of an image's shorter side, in which boxes are given
 CELL = 16  # pixels of the grid's cells
-SIDE = 64  # pixels of the shorter side, as the finder sees pictures
+SIDE = 64  # pixels of the shorter side, as the finder sees images
 CROP = 48  # pixels a side of what the namer sees
 ROOM = 1.12  # side of a crop, in longer sides of the box it shows
 GREY = 0.5  # what the namer sees beyond a box
 _STRIDE = NATIVE // SIDE
 _SURE = 0.35  # confidence from which a cell holds a thing
-# A thing larger than the picture has no middle to be sure of, but the picture is not empty either.
+# A thing larger than the image has no middle to be sure of, but the image is not empty either.
 _CLOSE_LOW, _CLOSE_HIGH = 0.15, 0.55
-_CLOSE_NAMED = 0.4  # the namer's confidence from which the whole picture is such a thing
+_CLOSE_NAMED = 0.4  # the namer's confidence from which the whole image is such a thing
 _CANDIDATES = 12
 _OVERLAP = 0.45  # share of the smaller box that lies in the other, from which both are one thing
 _BATCH = 64
@@ -67,11 +67,12 @@ class _Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x plus the block's output, [N, C, H, W]."""
         return F.relu(x + self.layers(x))
 
 
 class Seen(NamedTuple):
-    """The finder's answer for N pictures of h × w cells.
+    """The finder's answer for N images of h × w cells.
 
     middles: logits [N, h, w] of holding a thing's middle. boxes: [N, h, w, 4], the middle's offset
     (x, y) from the cell's in cells, and log2 of the box's width and height in cells.
@@ -101,9 +102,12 @@ class Finder(nn.Module):
         with torch.no_grad():  # few cells hold a thing's middle
             self.place.get_parameter("bias")[0] = -4.0
 
-    def forward(self, pictures: Tensor) -> Seen:
-        """Pictures float [N, 3, H, W] of 0 … 1, the shorter side 64, both multiples of 8."""
-        fine = self.fine(pictures * 4 - 2)
+    def forward(self, images: Tensor) -> Seen:
+        """Return the answer for images float [N, 3, H, W] of 0 … 1.
+
+        The shorter side has 64 pixels; both sides are multiples of 8.
+        """
+        fine = self.fine(images * 4 - 2)
         deep = self.deep(fine)
         up = F.interpolate(self.down(deep), fine.shape[-2:], mode="nearest")
         places = self.place(self.neck(self.lateral(fine) + up))
@@ -130,7 +134,7 @@ class Namer(nn.Module):
         self.kinds = nn.Linear(192, len(NAMES_OF_KINDS))
 
     def embedding(self, crops: Tensor) -> Tensor:
-        """Crops float [N, 3, 48, 48] of 0 … 1 → [N, 192]."""
+        """Turn crops float [N, 3, 48, 48] of 0 … 1 into [N, 192]."""
         features = self.layers(crops * 4 - 2)
         return self.embed(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))
 
@@ -178,31 +182,32 @@ class Detector(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the weights."""
         return self.namer.kinds.weight.device
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────
 
     @torch.inference_mode()
-    def read(self, pictures: Tensor) -> list[Reading]:
-        """Return what pictures uint8 [N, H, W, 3] of one size show."""
-        return [reading for part in pictures.split(_BATCH) for reading in self._read(part)]
+    def read(self, images: Tensor) -> list[Reading]:
+        """Return what images uint8 [N, H, W, 3] of one size show."""
+        return [reading for part in images.split(_BATCH) for reading in self._read(part)]
 
     @torch.inference_mode()
-    def features(self, pictures: Tensor) -> Tensor:
-        """Return features [N, P] on the CPU, for distances between sets of pictures.
+    def features(self, images: Tensor) -> Tensor:
+        """Return features [N, P] on the CPU, for distances between sets of images.
 
-        What the finder pools, and how the namer sees the whole picture.
+        They are the finder's pooled features, and the namer's embedding of the whole image.
         """
         parts = []
-        for some in pictures.split(_BATCH):
+        for some in images.split(_BATCH):
             planes = _planes(some.to(self.device))
             whole = F.interpolate(planes, (CROP, CROP), mode="bilinear", antialias=True)
             seen = [self.finder(shrunk(planes, SIDE)).pooled, self.namer.embedding(whole)]
             parts.append(torch.cat(seen, dim=1).float().cpu())
         return torch.cat(parts)
 
-    def _read(self, pictures: Tensor) -> list[Reading]:
-        planes = _planes(pictures.to(self.device))
+    def _read(self, images: Tensor) -> list[Reading]:
+        planes = _planes(images.to(self.device))
         seen = self.finder(shrunk(planes, SIDE))
         certainty = seen.middles.sigmoid()
         peaks = certainty * (F.max_pool2d(certainty[:, None], 3, 1, 1)[:, 0] == certainty)
@@ -218,19 +223,19 @@ class Detector(nn.Module):
         names = self._name(planes, rows.view(-1, 2).to(self.device), middles, extents)
         backgrounds = seen.background.argmax(-1).tolist()
         readings, at = [], 0
-        for i, picture in enumerate(pictures.cpu().numpy()):
+        for i, image in enumerate(images.cpu().numpy()):
             kinds = names[at : at + len(kept[i])]
             at += len(kept[i])
             values = [answer[i][kept[i]] for answer in answers]
-            things = tuple(map(_found, [picture] * len(kinds), kinds, *values))
-            shape = (picture.shape[0], picture.shape[1])
+            things = tuple(map(_found, [image] * len(kinds), kinds, *values))
+            shape = (image.shape[0], image.shape[1])
             readings.append(Reading(BACKGROUNDS[backgrounds[i]], things, shape))
         return readings
 
     def _fill_with_close_ups(
         self, planes: Tensor, scores: Tensor, middles: Tensor, extents: Tensor
     ) -> None:
-        """Make one candidate of a whole picture that shows a part of a larger thing, in place."""
+        """Make one candidate of a whole image that shows a part of a larger thing, in place."""
         best = scores.amax(1)
         rows = ((best > _CLOSE_LOW) & (best < _CLOSE_HIGH)).nonzero()[:, 0]
         if not len(rows):
@@ -246,12 +251,12 @@ class Detector(nn.Module):
         middles[rows, 0], extents[rows, 0] = whole / 2, whole
 
     def _name(self, planes: Tensor, rows: Tensor, middles: Tensor, extents: Tensor) -> list[str]:
-        """Name the things of rows [R, 2]: a picture's number and a candidate's."""
+        """Name the things of rows [R, 2]: an image's number and a candidate's."""
         if not len(rows):
             return []
-        picture, candidate = rows.unbind(1)
-        middle, extent = middles[picture, candidate], extents[picture, candidate]
-        crops = cut(shrunk(planes, NATIVE // 2)[picture], middle, extent)
+        image, candidate = rows.unbind(1)
+        middle, extent = middles[image, candidate], extents[image, candidate]
+        crops = cut(shrunk(planes, NATIVE // 2)[image], middle, extent)
         return [NAMES_OF_KINDS[k] for k in self.namer(crops).argmax(-1).tolist()]
 
 
@@ -264,42 +269,42 @@ def gather(grid: Tensor, cells: Tensor) -> Tensor:
     return grid.flatten(1, 2).gather(1, cells[..., None].expand(-1, -1, grid.shape[-1]))
 
 
-def _planes(pictures: Tensor) -> Tensor:
-    """Pictures uint8 [N, H, W, 3] → float [N, 3, H, W] of 0 … 1."""
-    return pictures.permute(0, 3, 1, 2).float() / 255
+def _planes(images: Tensor) -> Tensor:
+    """Turn images uint8 [N, H, W, 3] into float [N, 3, H, W] of 0 … 1."""
+    return images.permute(0, 3, 1, 2).float() / 255
 
 
-def shrunk(pictures: Tensor, side: int) -> Tensor:
-    """Scale pictures [N, 3, H, W] until the shorter side has so many pixels, a multiple of 8."""
-    height, width = pictures.shape[-2:]
+def shrunk(images: Tensor, side: int) -> Tensor:
+    """Scale images [N, 3, H, W] to a shorter side of `side` pixels, both multiples of 8."""
+    height, width = images.shape[-2:]
     scale = side / min(height, width)
     size = [max(1, round(extent * scale / 8)) * 8 for extent in (height, width)]
     if size == [height, width]:
-        return pictures
-    return F.interpolate(pictures, size, mode="bilinear", antialias=True)
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def cut(pictures: Tensor, middle: Tensor, extent: Tensor) -> Tensor:
-    """Cut a box out of every picture [R, 3, H, W] → [R, 3, 48, 48], as the namer takes them.
+def cut(images: Tensor, middle: Tensor, extent: Tensor) -> Tensor:
+    """Cut a box out of every image [R, 3, H, W] → [R, 3, 48, 48], as the namer takes them.
 
-    middle, extent: [R, 2] in pixels of a picture whose shorter side is 256. Of a box that reaches
-    beyond the picture the part within counts. What lies outside a box is grey.
+    middle, extent: [R, 2] in pixels of an image whose shorter side is 256. A box that reaches
+    beyond the image is cut off there. Pixels outside a box are grey.
     """
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     unit = min(height, width) / NATIVE
     limit = extent.new_tensor([width, height])
     low = ((middle - extent / 2) * unit).clamp_min(0).minimum(limit - 1)
     high = ((middle + extent / 2) * unit).clamp_min(1).minimum(limit)
     centre, size = (low + high) / 2, (high - low).clamp_min(1)
     side = ROOM * size.amax(1)
-    steps = ((torch.arange(2 * CROP, device=pictures.device) + 0.5) / CROP - 1) / 2
+    steps = ((torch.arange(2 * CROP, device=images.device) + 0.5) / CROP - 1) / 2
     along = centre[..., None] + side[:, None, None] * steps  # [R, axis, 96]
     places = along * 2 / limit[:, None] - 1
     n = len(steps)
     grid = torch.stack(
         [places[:, 0, None, :].expand(-1, n, -1), places[:, 1, :, None].expand(-1, -1, n)], dim=-1
     )
-    crops = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    crops = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     share = size / side[:, None]
     return masked(F.avg_pool2d(crops, 2), share)
 
@@ -328,12 +333,15 @@ def _distinct(scores: Floats, middles: Floats, boxes: Floats) -> list[int]:
 
 
 def _found(
-    picture: npt.NDArray[np.uint8], kind: str, score: np.float32, middle: Floats, box: Floats
+    image: npt.NDArray[np.uint8], kind: str, score: np.float32, middle: Floats, box: Floats
 ) -> Found:
-    """middle, box: in pixels of a picture whose shorter side is 256."""
-    height, width = picture.shape[:2]
+    """Return the thing of a box.
+
+    middle, box: in pixels of an image whose shorter side is 256.
+    """
+    height, width = image.shape[:2]
     unit = min(height, width) / NATIVE
-    colour = shape_colour(picture, kind, middle * unit, box * unit) if kind in SHAPES else None
+    colour = shape_colour(image, kind, middle * unit, box * unit) if kind in SHAPES else None
     return Found(
         kind,
         colour,
@@ -358,26 +366,26 @@ def _shape_masks() -> Floats:
 
 
 def shape_colour(
-    picture: npt.NDArray[np.uint8], shape: str, middle: Floats, box: Floats
+    image: npt.NDArray[np.uint8], shape: str, middle: Floats, box: Floats
 ) -> str | None:
-    """Name the palette colour of the pixels that a shape of a picture [H, W, 3] covers.
+    """Name the palette colour of the pixels that a shape of an image [H, W, 3] covers.
 
     middle, box: (x, y) and (width, height) in pixels. None where it covers none.
     """
     mask = _shape_masks()[SHAPES.index(shape)]
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    # Every pixel of the mask is looked up in the picture, so that neither needs scaling.
+    # Every pixel of the mask is looked up in the image, so that neither needs scaling.
     y, x = (
         middle[axis] + ((np.arange(extent) + 0.5) / extent - 0.5) * box[axis]
         for axis, extent in ((1, mask.shape[0]), (0, mask.shape[1]))
     )
-    inside = (y >= 0) & (y < picture.shape[0]), (x >= 0) & (x < picture.shape[1])
+    inside = (y >= 0) & (y < image.shape[0]), (x >= 0) & (x < image.shape[1])
     covered = _core(mask)[np.ix_(*inside)]
     if not covered.any():
         return None
     places = np.ix_(y[inside[0]].astype(int), x[inside[1]].astype(int))
-    return nearest(np.median(picture[places][covered], axis=0))
+    return nearest(np.median(image[places][covered], axis=0))
 
 
 def _core(mask: Floats) -> npt.NDArray[np.bool_]:

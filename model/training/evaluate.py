@@ -1,4 +1,4 @@
-"""How well a bundle draws what it is asked: PaellaBench, read by two judges.
+"""Evaluate a bundle's images against their prompts: PaellaBench, read by two judges.
 
     python -m model.training.evaluate                          # the embedded weights, all of it
     python -m model.training.evaluate --bundle runs/tiny --quick    # 300 prompts, one seed
@@ -58,7 +58,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Bench:
-    """What an evaluation needs: a bundle, its recipe's pictures, sprites and the two judges."""
+    """The parts of an evaluation: a bundle, its recipe's images, sprites and the two judges."""
 
     pipeline: Pipeline
     source: Source
@@ -67,7 +67,7 @@ class Bench:
     second: Judge
 
     def read(self, cases: Sequence[BenchPrompt], seeds: Sequence[int], label: str) -> Sheet:
-        """Draw and judge a category's pictures, with a line about it on standard error."""
+        """Draw and judge a category's images, with a line about it on standard error."""
         began = time.monotonic()
         sheet = benchmark.judged(self.source, cases, seeds, self.first, self.second)
         seconds = time.monotonic() - began
@@ -82,9 +82,9 @@ def _tell(line: str) -> None:
 # ── PaellaBench ───────────────────────────────────────────────────────────────────────────────────
 
 
-def seeds_within(seconds: float, pictures_per_second: float, prompts: int) -> int:
+def seeds_within(seconds: float, images_per_second: float, prompts: int) -> int:
     """Return for how many seeds of each prompt there is time, 1 … 4."""
-    affordable = seconds * pictures_per_second / max(prompts, 1)
+    affordable = seconds * images_per_second / max(prompts, 1)
     return max(1, min(benchmark.SEEDS, int(affordable)))
 
 
@@ -110,7 +110,7 @@ def draw_bench(bench: Bench, set_name: str, minutes: float, quick: bool) -> dict
 
 
 def draw_again(bench: Bench, single: Sheet) -> dict[str, float]:
-    """Return the share of right pictures of every weak kind, among 16 with fresh seeds."""
+    """Return the share of right images of every weak kind, among 16 with fresh seeds."""
     weak = benchmark.weak_kinds(single)
     if not weak:
         return {}
@@ -160,7 +160,7 @@ def paella_bench(bench: Bench, set_name: str, minutes: float, quick: bool) -> di
 
 
 def agreement(sheets: Mapping[str, Sheet]) -> float:
-    """Return for which share of pictures both judges give the category's verdict alike."""
+    """Return for which share of images both judges give the category's verdict alike."""
     same = []
     for name, sheet in sheets.items():
         one, other = (benchmark.hits(sheet, j, benchmark.CRITERIA[name]) for j in JUDGES)
@@ -268,7 +268,7 @@ def _named(things: Sequence[Any]) -> str:
 def judges_table(result: Mapping[str, Any]) -> Table:
     """Return the judges' shares, and the most frequent confusions below."""
     keys = ("kinds", "colours", "background", "count", "positions", "all")
-    table = Table("judge, pictures", *keys, title=f"{result['n']} single things")
+    table = Table("judge, images", *keys, title=f"{result['n']} single things")
     for name, shares in result.items():
         if name != "n":
             table.add_row(name, *(f"{shares[key]:.1%}" for key in keys))
@@ -282,21 +282,23 @@ def judges_table(result: Mapping[str, Any]) -> Table:
 def networks(pipeline: Pipeline, sprites: Tensor, count: int = 256) -> dict[str, float]:
     """Return figures of the other networks on held-out scenes.
 
-    VQGAN reconstruction, CLIP retrieval among `count` pictures, the prior's likeness.
+    VQGAN reconstruction, CLIP retrieval among `count` images, the prior's likeness.
     """
     rng = np.random.default_rng(_HELD_OUT_SEED)
     chosen = [_square(rng) for _ in range(count)]
     texts = [describe(scene, rng, wording=COMPLETE).text for scene in chosen]
     cases = [BenchPrompt(text, scene) for text, scene in zip(texts, chosen, strict=True)]
-    errors, truths, used = [], [], set[int]()
+    errors = []
+    truths = []
+    used = set[int]()
     renders = Rendered(sprites)
     for start in range(0, count, _BATCH):
-        pictures = renders.pictures(cases[start : start + _BATCH], [start] * _BATCH)
-        tokens = pipeline.encode_images(pictures)
+        images = renders.images(cases[start : start + _BATCH], [start] * _BATCH)
+        tokens = pipeline.encode_images(images)
         used.update(tokens.unique().tolist())
-        apart = (pipeline.decode(tokens).float() - pictures.float()) / 255
+        apart = (pipeline.decode(tokens).float() - images.float()) / 255
         errors.append(apart.square().mean((1, 2, 3)))
-        truths += pipeline.embed_images(list(pictures))
+        truths += pipeline.embed_images(list(images))
     prompts = pipeline.encode(texts)
     truth, text = torch.cat(truths).float(), torch.cat([prompt.clip for prompt in prompts]).float()
     similarity = F.normalize(truth, dim=-1) @ F.normalize(text, dim=-1).T
@@ -328,7 +330,7 @@ def _square(rng: np.random.Generator) -> Scene:
 def contact_sheet(
     pipeline: Pipeline, path: Path, prompts: Sequence[str] = CONTACT_SHEET, columns: int = 8
 ) -> None:
-    """Write the prompts' pictures with their words below; seeds are the positions."""
+    """Write the prompts' images with their words below; seeds are the positions."""
     sampling = pipeline.config.recipe.sampling()
     parts = [
         pipeline.generate(
@@ -336,15 +338,15 @@ def contact_sheet(
         )
         for i in range(0, len(prompts), _BATCH)
     ]
-    pictures = torch.cat(parts).numpy()
-    _, height, width, _ = pictures.shape
+    images = torch.cat(parts).numpy()
+    _, height, width, _ = images.shape
     cell = (width + 12, height + 40)
     rows = -(-len(prompts) // columns)
     sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         x, y = i % columns * cell[0] + 6, i // columns * cell[1] + 6
-        sheet.paste(Image.fromarray(picture), (x, y))
+        sheet.paste(Image.fromarray(image), (x, y))
         text = "\n".join(textwrap.wrap(prompt, max(12, width // 7)))
         pen.text((x, y + height + 3), text, fill="black", font_size=12, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--set", default="report", help="tune, reward or report (default)")
     p.add_argument("--quick", action="store_true", help="25 prompts of a category, one seed")
     p.add_argument("--minutes", type=float, default=15, help="after which seeds are saved on")
-    p.add_argument("--contact-sheet", type=Path, help="also write 48 untuned prompts' pictures")
+    p.add_argument("--contact-sheet", type=Path, help="also write 48 untuned prompts' images")
     p.add_argument("--operations", action="store_true", help="judge the image operations instead")
     p.add_argument("--cases", type=int, default=100, help="of every operation, 100 by default")
     p.add_argument("--curves", type=Path, metavar="FOLDER", help="plot the curves there instead")
@@ -401,6 +403,7 @@ def unfit(pipeline: Pipeline) -> str | None:
 
 
 def main() -> None:
+    """Evaluate as the command line says, and print a table and one line of JSON."""
     args = _parser().parse_args()
     prepare(args.threads)
     device = pick_device(args.device)

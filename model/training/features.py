@@ -1,8 +1,8 @@
-"""Captioned pictures as the denoiser and the prior see them: tokens and embeddings from the frozen
-networks of a bundle.
+"""Encode captioned images as the denoiser and the prior see them: tokens and embeddings.
 
-Scenes of a corpus are encoded once, into a `Pool` on the device, which training draws from without
-ever waiting. Somebody's own pictures come through an `ExampleStream`.
+Scenes of a corpus are encoded once, by a bundle's frozen VQGAN, into a `Pool` on the device, which
+training draws from without waiting. The user's own images come through an `ExampleStream`, encoded
+by all of a bundle's frozen networks. Letters: B images, H W token grid, L bytes, D channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from model.training.data import Scenes, Source, Text, as_float
 from model.training.processes import rank, world
 from model.training.scenes import ASPECTS
 
-_AT_ONCE = 32  # pictures that are drawn and encoded together
+_AT_ONCE = 32  # images that are drawn and encoded together
 # Encoders are not as exact as the codes that they learn: noise up to these deviations on a byte's
 # channels, and on a caption's.
 _BYTE_NOISE, _TEXT_NOISE = 0.4, 0.4
@@ -34,11 +34,12 @@ _BYTE_NOISE, _TEXT_NOISE = 0.4, 0.4
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """B captioned pictures. tokens [B, H, W]; byt5 [B, L, D] with mask [B, L]; clip_text,
-    clip_image [B, D']; empty [B]: no caption.
+    """B captioned images, encoded.
 
-    shown: [B], which of the empty ones are nevertheless to be drawn from their CLIP embedding; None
-    is none. commonest: [B], the code that is most frequent in each, if it is known.
+    tokens: [B, H, W]. byt5: [B, L, D]. mask: [B, L], False at padding. clip_text, clip_image: [B,
+    D']. empty: [B], True where there is no caption. shown: [B], the empty ones that are
+    nevertheless drawn from their CLIP image embedding; None for none. commonest: [B], each image's
+    most frequent code, if it is known.
     """
 
     tokens: Tensor
@@ -59,8 +60,11 @@ class Examples:
         captions: list[str],
         dtype: torch.dtype = torch.float32,
     ) -> Examples:
-        """Return encoded pictures. images: [B, 3, H, W] in [0, 1] on the bundle's device. dtype: of
-        the products; what comes out is fp32."""
+        """Return encoded images, with the bundle's VQGAN and encoders.
+
+        images: [B, 3, H, W] of 0 … 1 on the bundle's device. dtype: of the products; the results
+        are fp32.
+        """
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             text = bundle.byt5(captions)
             return cls(
@@ -74,13 +78,15 @@ class Examples:
 
 
 class ExampleStream:
-    """Endless batches from a source, captions of about one length together, because padding costs
-    as much as text.
+    """Endless batches from a source, each of captions of about one length, to save padding.
 
-    The source draws `pool` batches at a time; they are encoded once and gone through `reuse` times:
-    the noise is fresh each time, and encoding costs as much as a third of a training step. What a
-    pool does with its pictures follows from the seed and the pool's number, so a checkpoint holds
-    where the source stood before the pool and how many of its batches were taken.
+    The source draws `pool` batches at a time; they are encoded once and met `reuse` times: the
+    noise is fresh each time, and encoding costs as much as a third of a training step. The seed and
+    the pool's number determine the order in a pool, so a checkpoint holds the source's position
+    before the pool and the number of batches taken from it.
+
+    pool: a divisor of the number of images that the source draws. dtype: of the encoders' products.
+    empty: the share of empty captions.
     """
 
     def __init__(
@@ -94,16 +100,12 @@ class ExampleStream:
         dtype: torch.dtype = torch.float32,
         empty: float = 0.1,
     ) -> None:
-        """Create it. pool: divides the number of pictures the source draws. dtype: of the encoders'
-        products. empty: share of empty captions."""
-        self.bundle, self.source, self.seed, self.pool, self.reuse, self.empty = (
-            bundle,
-            source,
-            seed,
-            pool,
-            reuse,
-            empty,
-        )
+        self.bundle = bundle
+        self.source = source
+        self.seed = seed
+        self.pool = pool
+        self.reuse = reuse
+        self.empty = empty
         self.dtype = dtype
         self.device = next(bundle.denoiser.parameters()).device
         self._number, self._taken = 0, 0
@@ -139,11 +141,11 @@ class ExampleStream:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Return how many files could not be used, by reason."""
+        """Return the number of unusable files, by reason."""
         return self.source.skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands: everything that it will yield follows from this."""
+        """Return the position, which determines all batches that follow."""
         return {
             "source": self.source.identity,
             "before": self._before,
@@ -152,23 +154,30 @@ class ExampleStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; a position in another source (other files, another number of processes)
-        is left alone, and that is said."""
+        """Continue from a position.
+
+        Warns and starts at the first image if the position is of another source: other files, or
+        another number of processes.
+        """
         if state["source"] != self.source.identity:
             warnings.warn(
                 "this is not the data the checkpoint was trained on: "
-                "it is begun with its first picture",
+                "it is begun with its first image",
                 stacklevel=2,
             )
             return
-        self._number, self._taken, self._before = state["pool"], state["taken"], state["before"]
+        self._number = state["pool"]
+        self._taken = state["taken"]
+        self._before = state["before"]
         self.source.load_state_dict(self._before)
         self._batches = []
 
 
 def encode_bytes(encoder: ByteEncoder, text: Text) -> Tensor:
-    """Turn captions into embeddings [B, L + 1, D], what `encoder` makes of them, in calls that ask
-    the device for nothing and keep gradients."""
+    """Return the encoder's embeddings [B, L + 1, D] of captions, with gradients.
+
+    It reads nothing from the device, unlike the encoder's own call.
+    """
     t5, mask = encoder.t5.encoder, text.mask
     heads, eps = t5.config.num_heads, t5.config.layer_norm_epsilon
     x = F.embedding(text.ids, encoder.t5.shared.weight)
@@ -190,21 +199,24 @@ def encode_bytes(encoder: ByteEncoder, text: Text) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], t5.final_layer_norm.weight, eps)
 
 
-def encode_pictures(vqgan: VQGAN, images: Tensor) -> Tensor:
-    """Turn images [B, 3, H, W] in [0, 1] into codes [B, h, w]; which code is nearest is decided in
-    fp32, under autocast too."""
+def encode_images(vqgan: VQGAN, images: Tensor) -> Tensor:
+    """Turn images [B, 3, H, W] of 0 … 1 into codes [B, h, w].
+
+    The nearest code is chosen in fp32, under autocast too.
+    """
     latents = vqgan.encode_latents(images)
     with torch.autocast(images.device.type, enabled=False):
         return vqgan.vquantizer.nearest(latents.float())
 
 
 class Pool:
-    """Scenes of one aspect, encoded: their tokens and whose they are, up to `capacity` of them, the
-    oldest replaced when there are more.
+    """Encoded scenes of one aspect: their tokens and numbers; a full pool replaces the oldest.
 
-    `grow` encodes some more, between steps; `draw` may be part of a recorded step. It draws among
-    those encoded so far. What their captions say and what CLIP sees in them are codes (`codes.py`).
-    Processes that share a training have each their share of the scenes.
+    `grow` encodes some more, between steps; `draw` may be part of a recorded step, and draws among
+    the scenes encoded so far. The features of captions and images are their codes (`codes.py`).
+    Processes that share a training hold a share of the scenes each.
+
+    capacity: the largest number of scenes held. dtype: of the VQGAN's products.
     """
 
     def __init__(
@@ -215,13 +227,10 @@ class Pool:
         capacity: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Create it. dtype: of the VQGAN's products."""
-        self.scenes, self.aspect, self.dtype, self.codes = (
-            scenes,
-            aspect,
-            dtype,
-            Codes(scenes.corpus),
-        )
+        self.scenes = scenes
+        self.aspect = aspect
+        self.dtype = dtype
+        self.codes = Codes(scenes.corpus)
         self.members = scenes.of_aspect[aspect][rank() :: world()]
         self.capacity = min(capacity, len(self.members))
         width, height = ASPECTS[aspect]
@@ -235,8 +244,10 @@ class Pool:
 
     @torch.no_grad()
     def grow(self, vqgan: VQGAN, count: int) -> None:
-        """Encode `count` more scenes of the corpus, fewer at its end; after that the first ones
-        again, if not all fit."""
+        """Encode `count` more scenes of the corpus, fewer at its end.
+
+        After the last scene it starts again with the first, unless all scenes fit in the pool.
+        """
         if self.encoded >= len(self.members) == self.capacity:
             return
         start = self.encoded % len(self.members)
@@ -248,7 +259,7 @@ class Pool:
         with torch.autocast(index.device.type, self.dtype, enabled=self.dtype != torch.float32):
             tokens = torch.cat(
                 [
-                    encode_pictures(vqgan, self.scenes.pictures(part, self.aspect))
+                    encode_images(vqgan, self.scenes.images(part, self.aspect))
                     for part in index.split(_AT_ONCE)
                 ]
             )
@@ -258,8 +269,10 @@ class Pool:
         self._filled.fill_(min(self.encoded, self.capacity))
 
     def restore(self, vqgan: VQGAN, encoded: int, at_once: int) -> None:
-        """Go to where it stood when so many had been encoded, `at_once` at a time; what was
-        replaced since is passed over."""
+        """Encode again what the pool held after `encoded` scenes, `at_once` at a time.
+
+        The scenes that were replaced since are passed over.
+        """
         self.forget()
         while self.encoded < encoded:
             left = len(self.members) - self.encoded % len(self.members)
@@ -269,21 +282,23 @@ class Pool:
                 self.grow(vqgan, at_once)
 
     def fake(self) -> None:
-        """Fill it with random contents, to rehearse with before there are any."""
+        """Fill the pool with random contents, to record steps before any scene is encoded."""
         self.tokens.random_(0, 1000)
         self.index.copy_(self.members[: self.capacity])
         self._filled.fill_(self.capacity)
 
     def forget(self) -> None:
-        """Hold nothing any more."""
+        """Empty the pool."""
         self.encoded = 0
         self._filled.fill_(1)
 
     @torch.no_grad()
     def draw(self, count: int, bytes_read: int, empty: float = 0.1, shown: float = 0.1) -> Examples:
-        """Draw `count` random ones. bytes_read: so many of each caption's bytes, random ones.
-        empty, shown: shares of captions that are empty, without and with the picture's embedding in
-        their place."""
+        """Return `count` random scenes.
+
+        bytes_read: the number of random bytes read of each caption. empty: the share of empty
+        captions without the image's embedding. shown: the share of empty captions with it.
+        """
         corpus, device = self.scenes.corpus, self.tokens.device
         chosen = (torch.rand(count, device=device) * self._filled).long()
         which = (torch.rand(count, device=device) * corpus.text.shape[1]).long()
@@ -307,7 +322,7 @@ class Pool:
             mask=torch.ones(count, bytes_read, dtype=torch.bool, device=device),
             clip_text=text
             + _TEXT_NOISE * torch.rand(count, 1, device=device) * torch.randn_like(text),
-            clip_image=self.codes.pictures(index),
+            clip_image=self.codes.images(index),
             empty=silent,
             shown=(chance >= empty) & silent,
             commonest=self.commonest[chosen].long(),

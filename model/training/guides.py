@@ -1,10 +1,10 @@
-"""Two questions to the denoiser's deepest features while it learns: where are you, and what is the
-clean picture here?
+"""Add two losses on the denoiser's deepest features: their position, and the clean image there.
 
-Nothing tells a convolution where it is but the zeros beyond the border, and a caption's "on the
-left" means nothing to a network that cannot tell left from right; nor does being able to tell pay
-while "on the left" means nothing. From the tokens' cross-entropy alone it stayed at that for
-100,000 pictures (docs/log.md). The heads that ask are not part of the network that is kept.
+Nothing tells a convolution its position but the zeros beyond the border, and a caption's "on the
+left" means nothing to a network that cannot tell left from right; nor does knowing the position
+lower the loss while "on the left" means nothing. From the tokens' cross-entropy alone, the network
+did not get beyond that for 100,000 images (docs/log.md). The heads of these losses are not saved in
+a bundle.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _LONGEST = 64  # cells a side
 
 
 class Guided(nn.Module):
-    """A denoiser and the heads that its training alone needs.
+    """A denoiser, and the heads that only its training needs.
 
-    codebook: [K, c], the VQGAN's. After every pass of `denoiser`, `loss` asks about that pass.
+    codebook: [K, c], the VQGAN's. After every pass of `denoiser`, `loss` returns the losses of that
+    pass.
     """
 
     codebook: Tensor
@@ -48,8 +49,11 @@ class Guided(nn.Module):
         self._deepest = inputs[0]
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (what to add to the objective, figures to show) for the latest pass, whose clean
-        tokens were [B, H, W]."""
+        """Return (the term to add to the objective, figures to show) for the latest pass.
+
+        tokens: the pass's clean tokens [B, H, W]. Raises RuntimeError if the denoiser has not been
+        run.
+        """
         if self._deepest is None:
             raise RuntimeError("the denoiser has not been run")
         x, self._deepest = norm(self._deepest).float(), None  # [B, h, w, C]
@@ -70,8 +74,7 @@ class Guided(nn.Module):
         )
 
     def _patches(self, latents: Tensor) -> Tensor:
-        """Turn [B, H, W, c] into [B, h, w, c·p²], one vector for all the tokens of a deepest
-        cell."""
+        """Turn [B, H, W, c] into [B, h, w, c·p²]: the tokens of a deepest cell as one vector."""
         B, H, W, c = latents.shape
         p = self.patch
         return latents.view(B, H // p, p, W // p, p, c).transpose(2, 3).flatten(3)

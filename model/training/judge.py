@@ -1,10 +1,11 @@
-"""Trains the first judge, `detector.py`, on damaged renders of all kinds.
+"""Train the first judge, `detector.py`, on damaged renders of all kinds.
 
     python -m model.training.judge --minutes 20                # one core of a CPU
 
-Needs the art (`make art`). The finder learns from whole pictures, one to four things of any kind,
-size and place before any background; the namer from crops of single things, boxed about as the
-finder would. Both are laid out, drawn and damaged anew for every step, on the device that trains.
+Needs the art (`make art`). The finder learns from whole images, one to four things of any kind,
+size and place before any background; the namer from crops of single things, in boxes about as good
+as the finder's. Both are laid out, rendered and damaged anew for every step, on the training
+device.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from model.training.render import Layouts, render
 from model.training.scenery import BACKGROUNDS
 
 _M = 4
-# Boxes (left, top, right, bottom) of the things, in shares of a picture cut at (x, y) = (1, 1):
-# the picture is cut in two places at random, so that the halves have different sizes.
-_WHOLE, _LEFT, _RIGHT = (0, 0, 2, 2), (0, 0, 1, 2), (1, 0, 2, 2)
+# Boxes (left, top, right, bottom) of the things, in shares of an image cut at (x, y) = (1, 1):
+# the image is cut in two places at random, so that the halves have different sizes.
+_WHOLE = (0, 0, 2, 2)
+_LEFT = (0, 0, 1, 2)
+_RIGHT = (1, 0, 2, 2)
 _TOP, _BOTTOM = (0, 0, 2, 1), (0, 1, 2, 2)
 _QUARTERS = ((0, 0, 1, 1), (1, 0, 2, 1), (0, 1, 1, 2), (1, 1, 2, 2))
 _NONE = (-1, -1, -1, -1)
@@ -56,21 +59,23 @@ _ARRANGEMENTS: tuple[tuple[tuple[int, int, int, int], ...], ...] = (
     (_NONE, _NONE, _NONE, _NONE),
 )
 _SMALLEST = 64.0  # pixels
-_CLOSE_UPS = 0.3  # of the pictures of one thing
+_CLOSE_UPS = 0.3  # of the images of one thing
 _CLOSE_CROPS = 0.15  # of the crops
-_SAME = 0.15  # of the pictures: all things are of one kind
+_SAME = 0.15  # of the images: all things are of one kind
 _TURN = 12.0  # degrees, at most
 _TINT_JITTER = 8.0
 _GAP = 4.0  # pixels between a thing and its box's edge
 _ATLAS = 64  # pixels a side of the sprites that training draws
-_PICTURES = 0.75  # whole pictures for each crop
+_IMAGES = 0.75  # whole images for each crop
 _SHAPES = 0.1  # of the things are shapes, which have many colours
-# How far a box is off its thing: of its side, and of its shape.
-_OFF, _SCALE, _ASPECT = 0.08, 0.13, 0.1
+# The largest errors of a box, in shares: of its place, its side and its proportions.
+_OFF = 0.08
+_SCALE = 0.13
+_ASPECT = 0.1
 
 
 class Targets(NamedTuple):
-    """The detector's right answers for N pictures of h × w cells with up to M things.
+    """The detector's right answers for N images of h × w cells with up to M things.
 
     heat: [N, h, w], 1 where a thing's middle lies and less around it. cells: [N, M] the middles'
     cells. boxes: [N, M, 4] as in `Seen`. kinds: [N, M]. there: [N, M] 0 or 1. background: [N].
@@ -85,7 +90,7 @@ class Targets(NamedTuple):
 
 
 class Scatter(nn.Module):
-    """Lays out random pictures on its device, all at once.
+    """Lay out random images on its device, all at once.
 
     seen: [S, B], 1 where a sprite can be seen before a background. sizes: [S, 2], the width and
     height of sprites one pixel long. colours: [12, 3]. arrangements: [A, M, 4].
@@ -160,7 +165,9 @@ class Scatter(nn.Module):
 
     def _tints(self, background: Tensor) -> Tensor:
         """Return colours uint8 [N, M, 3], never that of a plain background."""
-        n, device, names = len(background), background.device, len(self.colours)
+        n = len(background)
+        device = background.device
+        names = len(self.colours)
         step = torch.randint(1, names, (n, _M), device=device)
         colours = self.colours[(background[:, None] + step) % names].float()
         jitter = _TINT_JITTER * (2 * torch.rand(n, _M, 3, device=device) - 1)
@@ -173,7 +180,7 @@ class Scatter(nn.Module):
         sprite, tint = sprites[:, 0], self._tints(background)[:, 0].float() / 255
         size = self.sizes[sprite]
         close = (torch.rand(n, device=device) < _CLOSE_CROPS)[:, None]
-        # Lengths in sides of a box, or of a whole picture that a close-up fills.
+        # Lengths in sides of a box, or of a whole image that a close-up fills.
         length = 1 + _SCALE * _even(n, 1, device=device)
         length = torch.where(close, 1.35 + 0.25 * _even(n, 1, device=device), length)
         extent = size * length  # [N, 2]
@@ -280,11 +287,12 @@ def place_loss(seen: Seen, right: Targets) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def scaled(layouts: Layouts, scale: float) -> Layouts:
-    """Return the layouts for pictures of another size."""
+    """Return the layouts for images of another size."""
     return replace(layouts, centre=layouts.centre * scale, length=layouts.length * scale)
 
 
 def main() -> None:
+    """Train as the command line says, and write the weights."""
     parser = loop.parser(__doc__, name="judge", batch=64, lr=3e-3, minutes=20, ema=0.995)
     parser.set_defaults(warmup=50)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
@@ -293,10 +301,10 @@ def main() -> None:
     scatter = Scatter().to(o.device)
     detector = Detector().train().to(o.device)
     detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pictures = max(1, round(o.batch * _PICTURES))
+    images = max(1, round(o.batch * _IMAGES))
 
     def drawn() -> tuple[Tensor, Targets, Tensor, Tensor]:
-        layouts, box = scatter(pictures)
+        layouts, box = scatter(images)
         whole = render(scaled(layouts, SIDE / NATIVE), sprites, SIDE, SIDE).float() / 255
         right = targets(layouts, box, (NATIVE // CELL, NATIVE // CELL))
         return damaged(whole), right, *scatter.crops(o.batch, sprites)

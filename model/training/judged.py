@@ -1,9 +1,8 @@
-"""The denoiser's last projection and its cross-entropy in one: logits over the codebook are never
-all in memory.
+"""Compute the denoiser's last projection and its cross-entropy as one function, in parts.
 
-They, their softmax and what autograd keeps of both took a third of a step on a CPU. Here some
-hundred rows at a time go from features to gradients while they are in the cache. Letters: N
-positions, c channels, K codes.
+The logits over the codebook, their softmax and autograd's copies of both took a third of a step on
+a CPU. Here a few hundred rows at a time go from features to gradients while they are in the cache.
+Letters: N positions, c channels, K codes.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ _ROWS_ON_CPU, _ROWS = 256, 32_768  # at a time
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The autograd function of `cross_entropy`: its forward pass computes the gradients as well."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -26,19 +27,21 @@ class _CrossEntropy(torch.autograd.Function):
         weights: Tensor,
         smoothing: float,
     ) -> tuple[Tensor, Tensor]:
-        """Turn features [N, c], projection [K, c], target and weights [N] → (the weighted sum of
-        errors, which are right [N])."""
+        """Return (the weighted sum of errors, the correct positions [N]).
+
+        features: [N, c]. projection: [K, c]. target, weights: [N].
+        """
         dtype, K = features.dtype, len(projection)
         W = projection.to(dtype)
-        to_features, to_projection = (
-            torch.empty_like(features),
-            torch.zeros_like(projection, dtype=torch.float32),
-        )
+        to_features = torch.empty_like(features)
+        to_projection = torch.zeros_like(projection, dtype=torch.float32)
         total, right = weights.new_zeros(()), torch.empty_like(target, dtype=torch.bool)
         rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
-            f, t, w = features[part], target[part, None], weights[part, None]
+            f = features[part]
+            t = target[part, None]
+            w = weights[part, None]
             z = (f @ W.T).float()
             z -= z.amax(-1, keepdim=True)
             own, mean = z.gather(1, t), z.mean(-1, keepdim=True)
@@ -58,6 +61,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients of features and projection, scaled by the sum's gradient."""
         to_features, to_projection = ctx.saved_tensors
         g = gradients[0]
         return (to_features * g).to(to_features.dtype), to_projection * g, None, None, None
@@ -66,9 +70,11 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     features: Tensor, projection: Tensor, target: Tensor, weights: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Turn features [N, c], projection [K, c], target and weights [N] → (the sum of the errors,
-    weighted, with smoothed labels; which are right [N]). Products are of the features' type, sums
-    fp32; only features and projection get gradients."""
+    """Return (the weighted sum of errors with smoothed labels, the correct positions [N]).
+
+    features: [N, c]. projection: [K, c]. target, weights: [N]. Products have the features' type,
+    sums are fp32; only features and projection get gradients.
+    """
     result: tuple[Tensor, Tensor] = _CrossEntropy.apply(
         features, projection, target, weights.float(), smoothing
     )  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Name what the synthetic pictures show: nine shapes and the objects of `kinds.jsonl`.
+"""Name what the synthetic images show: nine shapes and the objects of `kinds.jsonl`.
 
 Needs neither the art nor torch.
 """

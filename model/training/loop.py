@@ -1,19 +1,18 @@
-"""The one training loop. A trainer brings a module and a loss; this brings the budget, the
-schedule, EMA, checkpoints and the progress bar.
+"""Run a training: budget, learning rate schedule, EMA, checkpoints and progress bar.
 
-The budget is time: `--minutes 20` means that on any machine, and the learning rate falls over the
-last 30 % of it. A checkpoint holds everything about the networks, so `--resume` goes on where they
-stopped, with as many minutes more as asked and with new scenes.
+A trainer brings a module and a loss. The budget is time: `--minutes 20` means that on any machine,
+and the learning rate falls over the last 30 % of it. A checkpoint holds the whole state of the
+networks, so `--resume` continues from there, for as many minutes as given and with new scenes.
 
-Or it is steps: `--steps 10000` is the same training on any machine, and with `--resume` it is
-finished as if it had never been interrupted, bit for bit where one process trains on the same
-machine.
+Or the budget is steps: `--steps 10000` is the same training on any machine, and `--resume` finishes
+it as if it had never been interrupted, bit for bit if one process trains on the same machine.
 
 Several processes, one a GPU or a core: `torchrun --nproc-per-node 2 -m model.training.denoiser …`.
 
-On CUDA nothing waits for the device: a step is recorded once as a graph and replayed (for that a
-loss must take its batch from tensors that stay where they are, and ask the device for no number), a
-step that is not a number counts as nothing, and figures are read now and then.
+On CUDA nothing waits for the device: a step is recorded once as a graph and replayed. For that a
+loss must take its batch from tensors that stay where they are, and read no number from the device.
+A step with a gradient that is not finite is skipped on the device, and figures are read every 2
+seconds.
 """
 
 from __future__ import annotations
@@ -56,45 +55,54 @@ __all__ = [
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 _DECAY_SHARE = 0.3
 _SAVE_SECONDS = 120.0
-# On CUDA: steps before one is recorded, how many may be under way, and seconds between two looks at
-# the figures.
-_REHEARSALS, _UNDER_WAY, _LOOK_SECONDS = 3, 4, 2.0
+# On CUDA:
+_REHEARSALS = 3  # steps before one is recorded
+_UNDER_WAY = 4  # steps that the host may be ahead of the device
+_LOOK_SECONDS = 2.0  # between two reads of the figures
 
 
 class Data(Protocol):
-    """Where a loss takes its batches from, if that has a position to keep."""
+    """The source of a loss's batches, if it has a position to save."""
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Return how many files could not be used, by reason."""
+        """Return the number of unusable files, by reason."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, as plain values and tensors."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state_dict` returned."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Losses of unlike batches, each with a share of the steps; which one a step takes follows from
-    its number."""
+    """Losses of different batches, each with a share of the steps.
+
+    The number of a step determines its loss.
+    """
 
     losses: tuple[Loss, ...]
     shares: tuple[float, ...]
 
     def of(self, step: int) -> Loss:
+        """Return the loss of a step."""
         return random.Random(step).choices(self.losses, self.shares)[0]
 
 
 class Average:
-    """A module's twin, the moving average of its weights with at most this decay: a short run would
-    else average in its first steps.
+    """A module's twin, with the moving average of its weights.
 
-    `advance` says on the host how much the next `update` counts, which touches tensors alone.
+    The decay is at most `decay`, and lower in the first steps, which would else dominate the
+    average of a short run. `advance` sets on the host the weight of the next `update`, which
+    touches tensors alone.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module, self.decay, self.n_averaged = deepcopy(module).requires_grad_(False), decay, 0
-        # What no state dict holds is no weight, and a mask's infinities have no average.
+        self.module = deepcopy(module).requires_grad_(False)
+        self.decay = decay
+        self.n_averaged = 0
+        # A tensor outside the state dict is no weight, and a mask's infinities have no average.
         twins, originals = self.module.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
         once = {
             id(original): name for name, original in originals.items()
@@ -106,6 +114,7 @@ class Average:
         self._share = torch.ones((), device=next(module.parameters()).device)
 
     def advance(self) -> None:
+        """Set the weight of the next `update`."""
         n = self.n_averaged
         if n == 0:  # the twins of several processes are one from here on, to the last bit
             torch._foreach_copy_(self._old, self._new)
@@ -114,6 +123,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average towards the module's weights."""
         for old, new in self._counters:
             old.copy_(new)
         change = torch._foreach_sub(self._new, self._old)
@@ -126,17 +136,20 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 class _Run:
-    """Model, average, optimizer and data of one training, and their way into a checkpoint and out
-    of it."""
+    """Hold a training's model, average, optimizers and data, and save and restore them."""
 
     def __init__(
         self, module: nn.Module, o: Options, data: Data | None = None, matrices: Iterable[str] = ()
     ) -> None:
-        self.module, self.o, self.data = module.to(o.device), o, data
+        self.module = module.to(o.device)
+        self.o = o
+        self.data = data
         self.average = Average(module, o.ema)
         self.optimizers = Optimizers(module, o.lr, matrices)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.step = 0
+        self.seconds = 0.0
+        self.skipped = 0
         self.recording = o.record and o.device.type == "cuda" and not dist.is_initialized()
         self._recorded: dict[Loss, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # of the recorded steps
@@ -163,7 +176,7 @@ class _Run:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.o.device)
 
     def save(self) -> None:
-        """Write the checkpoint: every process must ask, and the first one writes."""
+        """Write the checkpoint. Every process must call this; the first one writes."""
         self.optimizers.gather()
         if rank() != 0:
             return
@@ -183,14 +196,17 @@ class _Run:
         checkpoint.save(self.o.checkpoint, contents)
 
     def share(self, elapsed: float) -> float:
-        """Return how much of the budget is spent, 0…1. elapsed: seconds of this call."""
+        """Return the share of the budget that is spent, 0 … 1.
+
+        elapsed: seconds of this call of `fit`.
+        """
         if self.o.steps is not None:
             return self.step / self.o.steps
         seconds = self.o.minutes * 60
         return first_clock(elapsed / seconds if seconds else 1.0)
 
     def rate(self, share: float) -> float:
-        """Return the next step's learning rate."""
+        """Return the next step's learning rate. share: of the budget that is spent."""
         return (
             self.o.lr
             * min(1.0, (self.step + 1) / self.o.warmup)
@@ -198,8 +214,10 @@ class _Run:
         )
 
     def learn(self, loss: Loss | Mixture, share: float) -> dict[str, Tensor]:
-        """Take one step and return the loss and its figures, or nothing if the step was skipped or
-        is on its way."""
+        """Take one step, and return its loss and figures.
+
+        Returns nothing for a skipped step, and on CUDA, where `drain` returns the figures.
+        """
         self.optimizers.lr = self.rate(share)
         own = loss.of(self.step) if isinstance(loss, Mixture) else loss
         self.step += 1
@@ -219,7 +237,7 @@ class _Run:
         return figures
 
     def _launch(self, loss: Loss) -> None:
-        """Take one step on CUDA, recorded if it can be."""
+        """Take one step on CUDA, recorded if that is possible."""
         self.average.advance()
         if self.recording and loss not in self._recorded:
             self._record(loss)
@@ -237,7 +255,7 @@ class _Run:
             self._under_way.popleft().synchronize()
 
     def _compute(self, loss: Loss) -> None:
-        """Do a step's whole work, without waiting for any of it."""
+        """Compute a whole step without waiting for the device."""
         figures = self.gradients(loss)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         average_over_processes(gradients)
@@ -253,8 +271,10 @@ class _Run:
             self._sums[name].add_(figure)
 
     def _record(self, loss: Loss) -> None:
-        """Take some steps as they come, for libraries to choose and allocate, then one that is only
-        recorded."""
+        """Take a few steps, then record one without taking it.
+
+        In the first steps libraries choose kernels and allocate.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -277,8 +297,10 @@ class _Run:
         self._recorded[loss] = graph
 
     def rehearse(self, losses: Iterable[Loss]) -> None:
-        """Record every loss's step beforehand, with whatever its batches hold now; weights and
-        optimizers are then as they were."""
+        """Record every loss's step beforehand, with whatever its batches hold now.
+
+        Weights and optimizers are restored afterwards.
+        """
         if not self.recording:
             return
         state = [*_tensors(self.module), *_tensors(self.average.module)]
@@ -297,7 +319,7 @@ class _Run:
             summed.zero_()
 
     def drain(self) -> dict[str, Tensor]:
-        """Return, on CUDA, the means of the figures since the last time; waits for the device."""
+        """Return the means of the figures since the last call, on CUDA. Waits for the device."""
         values = {name: float(summed) for name, summed in self._sums.items()}
         for summed in self._sums.values():
             summed.zero_()
@@ -306,8 +328,10 @@ class _Run:
         return {name: torch.tensor(value / steps) for name, value in values.items()}
 
     def gradients(self, loss: Loss) -> dict[str, Tensor]:
-        """Leave the gradient of the mean of `accumulate` losses in the parameters; returns the
-        means of loss and figures."""
+        """Compute the gradient of the mean of `accumulate` losses, and return the means.
+
+        The means are those of the loss and of the figures.
+        """
         self.optimizers.zero_grad()
         means = defaultdict[str, Tensor](lambda: torch.zeros((), device=self.o.device))
         for _ in range(self.o.accumulate):
@@ -323,13 +347,15 @@ class _Run:
         return means
 
     def moment(self, share: float) -> Moment:
-        """Return where the training stands after a step that was taken at this share of the
-        budget."""
+        """Return the state of the training after a step.
+
+        share: of the budget that was spent before the step.
+        """
         return Moment(
             step=self.step,
             done=share if self.o.steps is None else self.step / self.o.steps,
             learning_rate=self.optimizers.lr,
-            pictures=(self.step - self.first_step) * self.o.batch * self.o.accumulate * world(),
+            images=(self.step - self.first_step) * self.o.batch * self.o.accumulate * world(),
             skipped_steps=self.skipped,
             skipped_files=self.data.skipped if self.data is not None else {},
         )
@@ -338,8 +364,10 @@ class _Run:
 def prepared(
     module: nn.Module, losses: Iterable[Loss], o: Options, matrices: Iterable[str] = ()
 ) -> _Run:
-    """Return a training that has not begun, its steps recorded where they can be: what takes long
-    and needs no data yet."""
+    """Return a training that has not begun, with its steps recorded if that is possible.
+
+    Recording takes long and needs no data yet.
+    """
     run = _Run(module, o, None, matrices)
     run.rehearse(losses)
     return run
@@ -355,12 +383,13 @@ def fit(
     saved: Callable[[nn.Module], None] | None = None,
     run: _Run | None = None,
 ) -> nn.Module:
-    """Train `module` until the budget is spent and return its averaged twin.
+    """Train `module` until the budget is spent, and return its averaged twin.
 
-    loss: draws its own batch; returns the scalar to minimise and figures to show. data: where it
-    draws from, to be kept in checkpoints. matrices: names of the parameters that Muon steps.
+    loss: draws its own batch; returns the scalar to minimise and figures to show. data: its source
+    of batches, to be saved in checkpoints. matrices: names of the parameters that Muon steps.
     before: called before every step, never recorded. saved: called with the averaged twin after
-    every checkpoint but the last. run: what `prepared` returned for the same module, to go on with.
+    every checkpoint but the last. run: the result of `prepared` for the same module, to continue
+    with.
     """
     if run is None:
         run = _Run(module, o, data, matrices)
@@ -391,5 +420,5 @@ def fit(
     run.save()
     left_out = total(data.skipped if data is not None else {})
     if left_out and rank() == 0:
-        print(f"pictures left out: {by_reason(left_out)}")
+        print(f"images left out: {by_reason(left_out)}")
     return run.average.module

@@ -1,5 +1,4 @@
-"""What turns gradients into steps: AdamW, and Muon for those weights that are matrices in the
-middle of a network."""
+"""Step weights with AdamW, and with Muon those that are matrices in the middle of a network."""
 
 from __future__ import annotations
 
@@ -14,17 +13,19 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 _WEIGHT_DECAY = 0.01
-# Muon's published constants: Newton and Schulz's quintic, how often it is iterated, its momentum,
-# and AdamW's usual size of a step.
-_QUINTIC, _ITERATIONS, _MOMENTUM, _RMS, _EPS = (3.4445, -4.7750, 2.0315), 5, 0.95, 0.2, 1e-7
+# Muon's published constants:
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz's iteration
+_ITERATIONS = 5
+_MOMENTUM = 0.95
+_RMS = 0.2  # the usual size of AdamW's steps
+_EPS = 1e-7
 
 
 class BatchedMuon(Optimizer):
     """`torch.optim.Muon` with "match_rms_adamw", all matrices of one shape in one batched product.
 
-    One by one their iterations are some thousand launches of a GPU that has next to nothing to do
-    in each. The rate may be a tensor, and nothing waits for the device, so that a step can be
-    recorded.
+    One by one, their iterations are some thousand launches of a GPU that has little to do in each.
+    The rate may be a tensor, and nothing waits for the device, so that a step can be recorded.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class BatchedMuon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step all matrices that have a gradient."""
         for group in self.param_groups:
             shapes = defaultdict[tuple[int, ...], list[Parameter]](list)
             for p in group["params"]:
@@ -62,8 +64,10 @@ class BatchedMuon(Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Turn [N, A, B] into bf16 matrices, each with its singular values brought near one by Newton
-    and Schulz's iterations."""
+    """Turn [N, A, B] into bf16 matrices with singular values near 1.
+
+    Computed by Newton and Schulz's iterations.
+    """
     a, b, c = _QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16()
@@ -76,10 +80,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _muon(matrices: list[Parameter], lr: float | Tensor) -> Optimizer:
-    """Return Muon; several processes share the matrices out among them, since Newton and Schulz's
-    iterations take as long as the gradients' exchange."""
+    """Return the Muon optimizer of these matrices.
+
+    Several processes share the matrices, since Newton and Schulz's iterations take as long as the
+    exchange of gradients.
+    """
     if dist.is_initialized():
-        # Importing it compiles functions that nobody here needs.
+        # Importing it compiles functions that are not needed here.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(matrices, optimizer_class=BatchedMuon, lr=lr)
@@ -87,12 +94,12 @@ def _muon(matrices: list[Parameter], lr: float | Tensor) -> Optimizer:
 
 
 class Optimizers:
-    """Steps all parameters of a module at one learning rate.
+    """Step all parameters of a module at one learning rate.
 
-    matrices: names of those that Muon steps; its update is a matrix with all singular values alike,
-    scaled to the size of AdamW's. From the same number of pictures the denoiser learns more that
-    way (docs/log.md). Embeddings and last projections are AdamW's: their rows stand for codes, not
-    for directions. On CUDA the rate is a tensor, and a step can be recorded.
+    matrices: names of those that Muon steps; its update is a matrix with equal singular values,
+    scaled to the size of AdamW's. From the same number of images the denoiser learns more with it
+    (docs/log.md). AdamW steps embeddings and last projections: their rows stand for codes, not for
+    directions. On CUDA the rate is a tensor, and a step can be recorded.
     """
 
     def __init__(self, module: nn.Module, lr: float, matrices: Iterable[str] = ()) -> None:
@@ -138,15 +145,17 @@ class Optimizers:
         return (group for part in self.parts.values() for group in part.param_groups)
 
     def step(self) -> None:
+        """Step all parameters that have a gradient."""
         for part in self.parts.values():
             part.step()
 
     def zero_grad(self) -> None:
+        """Set all gradients to None."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 
     def forget(self) -> None:
-        """Make momenta and counters as they were before the first step, in the same tensors."""
+        """Reset momenta and counters to their state before the first step, in the same tensors."""
         for part in self.parts.values():
             for state in part.state.values():
                 for value in state.values():
@@ -154,21 +163,22 @@ class Optimizers:
                         value.zero_()
 
     def gather(self) -> None:
-        """Bring the whole state to the first process, whose `state_dict` is then everybody's; every
-        process must ask."""
+        """Bring the whole state to the first process, whose `state_dict` is then complete.
+
+        Every process must call this.
+        """
         if dist.is_initialized() and "muon" in self.parts:
             self.parts["muon"].consolidate_state_dict()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors; a rate that is a tensor is saved as the number that it
-        is."""
+        """Return plain values and tensors; a rate that is a tensor is saved as a number."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         for state in states.values():
             state["param_groups"] = [group | {"lr": self._lr} for group in state["param_groups"]]
         return states
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Raises KeyError for the state of other optimizers."""
+        """Restore a state. Raises KeyError for the state of other optimizers."""
         if state.keys() != self.parts.keys():
             raise KeyError(f"the state is of {', '.join(state)}, not of {', '.join(self.parts)}")
         kept = {

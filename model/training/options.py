@@ -1,4 +1,4 @@
-"""What every trainer takes from its command line."""
+"""Define the command line that all trainers share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class Options:
     """A training's budget and settings.
 
     steps: the budget, counted from the very first step, or None for `minutes` from now on. batch:
-    pictures of one pass; `accumulate` passes make a step. seed: for what must be new after a
+    images of one pass; `accumulate` passes make a step. seed: for values that must be new after a
     resumption; data_seed: for data whose position is in the checkpoint. save_seconds: between two
-    checkpoints, 0 for the usual two minutes. record: steps on CUDA are recorded as graphs where
-    they can be.
+    checkpoints, 0 for the usual two minutes. record: record steps on CUDA as graphs if possible.
     """
 
     minutes: float
@@ -48,8 +47,10 @@ class Options:
 def parser(
     description: str | None, *, name: str, batch: int, lr: float, minutes: float, ema: float = 0.999
 ) -> argparse.ArgumentParser:
-    """Return the common arguments, with a trainer's own defaults; it may add others before
-    `options`."""
+    """Return a parser of the common arguments, with a trainer's own defaults.
+
+    The trainer may add arguments before it calls `options`.
+    """
     p = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,7 +78,7 @@ def parser(
     )
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     p.add_argument(
-        "--batch", type=_positive, default=batch, help=f"pictures a pass (default {batch})"
+        "--batch", type=_positive, default=batch, help=f"images a pass (default {batch})"
     )
     p.add_argument(
         "--accumulate",
@@ -104,7 +105,7 @@ def parser(
         "--workers",
         type=int,
         default=-1,
-        help="that draw or decode pictures; by default none on a CPU, all cores beside a GPU",
+        help="that draw or decode images; by default none on a CPU, all cores beside a GPU",
     )
     return p
 
@@ -117,7 +118,7 @@ def _positive(text: str) -> int:
 
 
 def options(args: argparse.Namespace) -> Options:
-    """Turn parsed arguments into Options; also ready the process and seed it."""
+    """Turn parsed arguments into Options. Also prepares the process and seeds it."""
     prepare(args.threads)
     device = _join_others(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
@@ -154,7 +155,7 @@ def options(args: argparse.Namespace) -> Options:
 
 
 def _join_others(device: torch.device) -> torch.device:
-    """With torchrun, join the processes it started; each has a GPU to itself if there are any."""
+    """Join the processes that torchrun started, if any, and return this process's device."""
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":

@@ -1,6 +1,4 @@
-"""The twelve named colours of the synthetic scenes, and distances between colours as the eye sees
-them (CIELAB).
-"""
+"""Define the twelve named colours of the scenes, and distances between colours (CIELAB)."""
 
 from __future__ import annotations
 
@@ -34,12 +32,14 @@ _D65 = _XYZ_FROM_LINEAR_SRGB.sum(axis=1)
 
 
 def lab(rgb: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """sRGB of 0…255 `[…,3]` → CIELAB (D65) `[…,3]`."""
+    """Turn sRGB of 0…255 `[…,3]` into CIELAB (D65) `[…,3]`."""
     srgb = np.asarray(rgb, dtype=np.float64) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     ratio = linear @ _XYZ_FROM_LINEAR_SRGB.T / _D65
     f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    x = f[..., 0]
+    y = f[..., 1]
+    z = f[..., 2]
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
@@ -47,12 +47,13 @@ PALETTE_LAB: npt.NDArray[np.float64] = lab(list(COLOURS.values()))  # [12, 3]
 
 
 def distance(rgb: npt.ArrayLike, other: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """ΔE (CIE 1976) between colours `[…,3]` of 0…255 → `[…]`. About 2 is just visible; two palette
-    colours are 30 or more apart.
+    """Return ΔE (CIE 1976) between colours `[…,3]` of 0…255: `[…]`.
+
+    About 2 is just visible; two palette colours are 30 or more apart.
     """
     return np.asarray(np.linalg.norm(lab(rgb) - lab(other), axis=-1))
 
 
 def nearest(rgb: npt.ArrayLike) -> str:
-    """The name of the palette colour closest to one colour `[3]` of 0…255."""
+    """Return the name of the palette colour closest to one colour `[3]` of 0…255."""
     return NAMES[int(np.argmin(np.linalg.norm(PALETTE_LAB - lab(rgb), axis=-1)))]

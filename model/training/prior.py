@@ -1,7 +1,8 @@
-"""Trains the prior to turn the code of a caption into that of its picture (codes.py): what CLIP's
-towers learn to say.
+"""Train the prior to turn the code of a caption into that of its image (codes.py).
 
-python -m model.training.prior --minutes 6
+    python -m model.training.prior --minutes 6
+
+CLIP's towers learn to predict these codes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ _BATCH = 512
 
 
 def diffusion_loss(prior: Prior, clip_text: Tensor, clip_image: Tensor) -> Tensor:
-    """Return the squared error of the predicted noise for embeddings [B, D]; a tenth of the texts
-    are blanked, for guidance."""
+    """Return the squared error of the predicted noise, for embeddings [B, D].
+
+    A tenth of the texts are blanked, for guidance.
+    """
     t = torch.rand(len(clip_image), device=clip_image.device)
     noise = torch.randn_like(clip_image)
     text = clip_text * (torch.rand_like(t) >= _UNCONDITIONAL)[:, None]
@@ -33,17 +36,18 @@ def diffusion_loss(prior: Prior, clip_text: Tensor, clip_image: Tensor) -> Tenso
 
 
 def train(prior: Prior, scenes: Scenes, o: loop.Options, held_out: int = 1000) -> Prior:
-    """Train until the budget is spent, but not on the corpus' last scenes."""
-    codes, among = (
-        Codes(scenes.corpus),
-        torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device),
-    )
+    """Train until the budget is spent, and return the averaged prior.
+
+    held_out: the number of scenes at the corpus's end that are not trained on.
+    """
+    codes = Codes(scenes.corpus)
+    among = torch.arange(max(len(scenes.corpus) - held_out, 1), device=scenes.device)
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         index, which = scenes.some(o.batch, among)
         text = codes.text(index, which)
         text = text + _NOISE * torch.rand(len(text), 1, device=text.device) * torch.randn_like(text)
-        return diffusion_loss(prior, text, codes.pictures(index)), {}
+        return diffusion_loss(prior, text, codes.images(index)), {}
 
     trained: Prior = loop.fit(prior, loss, o).eval()  # type: ignore[assignment]
     return trained
@@ -53,12 +57,14 @@ def train(prior: Prior, scenes: Scenes, o: loop.Options, held_out: int = 1000) -
 def likeness(
     prior: Prior, scenes: Scenes, index: Tensor, guidance: float = 2.0, steps: int = 4
 ) -> dict[str, float]:
-    """Return, of scenes [N], the cosine of what the prior imagines to the picture's code, and how
-    often that is the nearest of all."""
+    """Return how close the prior's results are to the images' codes, over scenes [N].
+
+    `cosine` is the mean cosine; `nearest` is how often the own image's code is the nearest of all.
+    """
     from model.networks.prior import sample
 
     codes = Codes(scenes.corpus)
-    text, image = codes.text(index, torch.zeros_like(index)), codes.pictures(index)
+    text, image = codes.text(index, torch.zeros_like(index)), codes.images(index)
     imagined = sample(
         prior, text, torch.randn(steps + 1, *text.shape, device=text.device), guidance=guidance
     )
@@ -68,6 +74,7 @@ def likeness(
 
 
 def main() -> None:
+    """Train as the command line says, and print the likeness on held-out scenes."""
     p = loop.parser(__doc__, name="prior", batch=_BATCH, lr=1e-3, minutes=6)
     p.add_argument(
         "--from-bundle",
@@ -83,7 +90,7 @@ def main() -> None:
                 find_bundle(args.from_bundle), torch.device("cpu"), torch.float32
             ).prior.state_dict()
         )
-    scenes = Scenes.load(args.corpus, o.device, o.seed, pictures=False)
+    scenes = Scenes.load(args.corpus, o.device, o.seed, images=False)
     trained = train(prior.to(o.device), scenes, o)
     if loop.rank() == 0:
         print(

@@ -1,4 +1,4 @@
-"""Several processes that share one training, as torchrun starts them; one alone is rank 0 of 1."""
+"""Share one training among processes that torchrun started; a single process is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process's place among those that torchrun started; 0 for one alone."""
+    """Return this process's number among those that torchrun started; 0 for a single one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes share the training."""
+    """Return the number of processes that share the training."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def average_over_processes(gradients: list[Tensor]) -> None:
-    """Replaces every gradient by its mean over all processes, in one exchange."""
+    """Replace every gradient by its mean over all processes, in one exchange."""
     if not dist.is_initialized():
         return
     flat = torch.cat([g.flatten() for g in gradients])
@@ -32,8 +32,10 @@ def average_over_processes(gradients: list[Tensor]) -> None:
 
 
 def first_clock(reading: float) -> float:
-    """What the first process reads: all must take the same number of steps at the same learning
-    rates, and save after the same one.
+    """Return the first process's reading.
+
+    All processes must take the same number of steps at the same learning rates, and save after the
+    same step. Every process must call this.
     """
     if not dist.is_initialized():
         return reading
@@ -43,7 +45,7 @@ def first_clock(reading: float) -> float:
 
 
 def total(counts: Mapping[str, int]) -> Counter[str]:
-    """The sum of all processes' counts; every process must ask."""
+    """Return the sum of all processes' counts. Every process must call this."""
     if not dist.is_initialized():
         return Counter(counts)
     gathered: list[dict[str, int]] = [{} for _ in range(world())]

@@ -1,11 +1,12 @@
-"""PaellaBench's prompts, each with the scene it must show, and the prompts of sheets and gates.
+"""Draw and read PaellaBench's prompts, each with the scene that its image must show.
 
     python -m model.training.prompts        # writes the files anew, after a change of the kinds
 
 There are three disjoint sets: "tune" to search recipes on, "reward" to learn from, "report" for the
 figures that are published. They were drawn once from seeds and lie beside this module, one prompt a
-line: [category, text, background, things, relation, width, height, close-up], a thing as
-[kind, colour, size, side, count]. No prompt was chosen or reworded after a look at its picture.
+line: [category, text, background, things, relation, width, height, close-up], a thing as [kind,
+colour, size, side, count]. No prompt was chosen or reworded after a look at its image. The prompts
+of the contact sheet and of the regression gate are here too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.training import scenes
-from model.training.captions import COMPLETE, Wording, describe, synonyms, tag_sets
+from model.training.caption_words import synonyms, tag_sets
+from model.training.captions import COMPLETE, Wording, describe
 from model.training.kinds import KINDS, SHAPES
 from model.training.palette import NAMES
 from model.training.scenery import SCENES
@@ -45,7 +47,7 @@ _N = 120  # prompts in a category that does not list its prompts
 
 
 class BenchPrompt(NamedTuple):
-    """A prompt and the scene its picture must show."""
+    """A prompt and the scene its image must show."""
 
     text: str
     scene: Scene
@@ -69,7 +71,7 @@ def _alone(rng: Random, thing: Thing, background: str) -> Scene:
 
 
 def _single_object(rng: Random, number: int) -> _Drawn:
-    """Every object, in each set before another background."""
+    """Yield every object, in each set before another background."""
     for kind in KINDS:
         choices = list(scenes.backgrounds(kind.name, kind.colour))
         random.Random(kind.name).shuffle(choices)
@@ -77,8 +79,9 @@ def _single_object(rng: Random, number: int) -> _Drawn:
 
 
 def _squared(scene: Scene) -> Scene:
-    """Return the scene as a square picture, its thing in the middle where its side has no room
-    there.
+    """Return the scene as a square image.
+
+    Its thing stands in the middle if a square image has no room for it on its side.
     """
     square = replace(scene, aspect=SQUARE)
     if len(scene.things) != 1 or scene.things[0].side == "centre":
@@ -90,7 +93,7 @@ def _squared(scene: Scene) -> Scene:
 
 
 def _shape_colour(rng: Random, number: int) -> _Drawn:
-    """Every shape in every colour that training shows it in."""
+    """Yield every shape in every colour that training shows it in."""
     for shape in SHAPES:
         for colour in scenes.shape_colours(shape):
             yield _squared(scenes.lone(rng, Thing(shape, colour), 0.0)), COMPLETE
@@ -105,14 +108,14 @@ def _square(sampler: Callable[[Random], Scene]) -> Callable[[Random, int], _Draw
 
 
 def _counting(rng: Random, number: int) -> _Drawn:
-    """As many twos as threes and fours."""
+    """Yield two, three and four of the same in turn."""
     for turn in range(1_000_000):
         scene = replace(scenes.sample_count(rng), aspect=SQUARE)
         yield replace(scene, things=(replace(scene.things[0], count=2 + turn % 3),)), COMPLETE
 
 
 def _position(rng: Random, number: int) -> _Drawn:
-    """Things at a side, and as often two of which one lies left of, above … the other."""
+    """Yield things at a side, and as often two things with a relation such as "left of"."""
     while True:
         scene = _squared(scenes.sample_object(rng))
         if scene.things[0].side != "centre":
@@ -122,7 +125,7 @@ def _position(rng: Random, number: int) -> _Drawn:
 
 
 def _background_scene(rng: Random, number: int) -> _Drawn:
-    """Objects in every painted scene in turn."""
+    """Yield objects before every painted scene in turn."""
     for turn in range(1_000_000):
         kind = pick(rng, KINDS)
         background = SCENES[turn % len(SCENES)]
@@ -131,7 +134,7 @@ def _background_scene(rng: Random, number: int) -> _Drawn:
 
 
 def _synonyms_misspellings(rng: Random, number: int) -> _Drawn:
-    """Synonyms, and as often the usual name misspelt."""
+    """Yield synonyms, and as often the usual name misspelt."""
     with_synonyms = [kind.name for kind in KINDS if synonyms(kind.name)]
     long = [kind.name for kind in KINDS if max(map(len, kind.name.split())) >= 6]
     while True:
@@ -141,7 +144,7 @@ def _synonyms_misspellings(rng: Random, number: int) -> _Drawn:
 
 
 def _descriptions(rng: Random, number: int) -> _Drawn:
-    """Tags that point to one object, without its noun."""
+    """Yield objects described by their tags, without their noun."""
     names = tuple(tag_sets())
     while True:
         thing = object_named(pick(rng, names))
@@ -154,7 +157,10 @@ def _plain(rng: Random, thing: Thing) -> str:
 
 
 def _combinations(rng: Random, unseen: bool) -> _Drawn:
-    """Objects before backgrounds, shapes in colours and pairs of objects; unseen: held out."""
+    """Yield objects before backgrounds, shapes in colours and pairs of objects.
+
+    unseen: combinations that training never shows.
+    """
     coloured = [(s, c) for s in SHAPES for c in NAMES if held_out(s, c) == unseen]
     while True:
         for options in (SCENES, NAMES, SCENES):
@@ -185,7 +191,7 @@ def _both(rng: Random, unseen: bool) -> Scene:
 
 
 def _three_two(rng: Random, number: int) -> _Drawn:
-    """Wide and tall pictures: one object, one object, two things, two to four of the same."""
+    """Yield wide and tall images: one object, one object, two things, two to four of the same."""
     for turn in range(1_000_000):
         samplers = (scenes.sample_object, scenes.sample_object, scenes.sample_pair)
         sampler = (*samplers, scenes.sample_count)[turn // 2 % 4]
@@ -213,7 +219,7 @@ _DRAWN: dict[str, Callable[[Random, int], _Drawn]] = {
     **CATEGORIES,
     CONTROL: lambda rng, _: _combinations(rng, unseen=False),
 }
-# How many prompts of a category are in the regression gate.
+# The number of prompts of a category in the regression gate.
 _GATE_COUNTS = {"single_object": 10, "shape_colour": 3, "two_objects": 3}
 _GATE_OTHERS = ("counting", "position", "colour_attribution", "background_scene")
 _GATE_MORE = ("synonyms_misspellings", "close_up", "three_two")
@@ -316,7 +322,7 @@ def regression_gate() -> list[BenchPrompt]:
     return [prompt for _, prompt in _read(_GATE)]
 
 
-# Written down before any picture was drawn.
+# Written down before any image was drawn.
 CONTACT_SHEET: tuple[str, ...] = (
     "a red apple on a white background",
     "a zebra on a green background",

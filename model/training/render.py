@@ -1,4 +1,4 @@
-"""Draw pictures from layouts: backgrounds with sprites pasted over them, on any device."""
+"""Draw images from layouts: backgrounds with sprites pasted over them, on any device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from model.training.backgrounds import PARAMETERS, paint
 from model.training.kinds import SHAPES
 
 MOST_SPRITES = 4
-_CHUNK = 256  # pictures that are drawn at once
+_CHUNK = 256  # images that are drawn at once
 _TAPS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))  # where a pixel is sampled
 
 
 @dataclass(frozen=True)
 class Layouts:
-    """Where everything is in N pictures of up to M sprites each.
+    """Where everything is in N images of up to M sprites each.
 
     background `[N]` int16 and params `[N,8]` float32: see `backgrounds.paint`. sprite `[N,M]`
     int16: index into `NAMES_OF_KINDS`, -1 for none. centre `[N,M,2]` float32: x and y of the
@@ -40,7 +40,7 @@ class Layouts:
 
     @classmethod
     def blank(cls, count: int, sprites: int = MOST_SPRITES) -> Layouts:
-        """Return layouts of `count` white pictures without sprites, to be filled in place."""
+        """Return layouts of `count` white images without sprites, to be filled in place."""
         return cls(
             background=torch.full((count,), 10, dtype=torch.int16),
             params=torch.full((count, PARAMETERS), 0.5),
@@ -87,7 +87,7 @@ class _Placed:
 
 
 def _sample(placed: _Placed, atlas: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-    """Return the sprites as they look in a box (left, top, width, height) of the picture.
+    """Return the sprites as they look in a box (left, top, width, height) of the image.
 
     The result is `[n,4,height,width]` of 0…255, premultiplied by alpha. Each pixel is the mean of
     four bilinear samples, which is smooth down to a quarter of the atlas' side.
@@ -121,24 +121,24 @@ def _sample(placed: _Placed, atlas: Tensor, box: tuple[int, int, int, int]) -> T
 def _box(
     length: float, x: float, y: float, angle: float, width: int, height: int
 ) -> tuple[int, int, int, int]:
-    """Return left, top, width and height of the part of the picture that a sprite can touch."""
+    """Return left, top, width and height of the part of the image that a sprite can touch."""
     reach = length / 2 * (1.0 if angle == 0 else 1.42) + 2
     left, top = max(0, int(x - reach)), max(0, int(y - reach))
     return left, top, min(width, int(x + reach) + 1) - left, min(height, int(y + reach) + 1) - top
 
 
-def _draw_all(pictures: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
-    """Draw the sprites of a slot over all pictures at once, without waiting for the device."""
+def _draw_all(images: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
+    """Draw the sprites of a slot over all images at once, without waiting for the device."""
     placed = _Placed(
         *(getattr(layouts, field.name)[:, slot] for field in dataclasses.fields(_Placed))
     )
-    patch = _sample(placed, atlas, (0, 0, pictures.shape[3], pictures.shape[2]))
-    pictures.mul_(1 - patch[:, 3:] / 255).add_(patch[:, :3])
+    patch = _sample(placed, atlas, (0, 0, images.shape[3], images.shape[2]))
+    images.mul_(1 - patch[:, 3:] / 255).add_(patch[:, :3])
 
 
-def _draw_each(pictures: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
+def _draw_each(images: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
     """Draw the sprites of a slot one by one, each in its own box."""
-    height, width = pictures.shape[2:]
+    height, width = images.shape[2:]
     for row in (layouts.sprite[:, slot] >= 0).nonzero()[:, 0].tolist():
         placed = _Placed(
             *(
@@ -151,22 +151,20 @@ def _draw_each(pictures: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> 
         left, top, w, h = box
         if w > 0 and h > 0:
             patch = _sample(placed, atlas, box)[0]
-            pictures[row, :, top : top + h, left : left + w].mul_(1 - patch[3:] / 255).add_(
-                patch[:3]
-            )
+            images[row, :, top : top + h, left : left + w].mul_(1 - patch[3:] / 255).add_(patch[:3])
 
 
 def _draw(layouts: Layouts, atlas: Tensor, width: int, height: int) -> Tensor:
-    pictures = paint(layouts.background, layouts.params, height, width)
+    images = paint(layouts.background, layouts.params, height, width)
     draw = _draw_each if atlas.device.type == "cpu" else _draw_all
     for slot in range(layouts.sprite.shape[1]):
-        draw(pictures, layouts, slot, atlas)
-    return pictures.add_(0.5).clamp_(0, 255).to(torch.uint8)
+        draw(images, layouts, slot, atlas)
+    return images.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
 def render(layouts: Layouts, atlas: Tensor, width: int = 256, height: int = 256) -> Tensor:
-    """Return the layouts' pictures `[N,3,height,width]` uint8, on the device of both arguments.
+    """Return the layouts' images `[N,3,height,width]` uint8, on the device of both arguments.
 
     Later sprites lie over earlier ones. atlas: `art.atlas()` or any `[S,4,side,side]` uint8 of
     sprites premultiplied by alpha that holds every sprite the layouts name.

@@ -1,7 +1,7 @@
-"""How well a bundle's operations do what they are for: `evaluate --operations`.
+"""Measure a bundle's image operations: `evaluate --operations`.
 
-Every case begins with a true render, not with what the weights make of a prompt, so that a figure
-is the operation's own. The first judge reads the results.
+Every case begins with a true render, not with an image of the weights, so that a figure is the
+operation's own. The first judge reads the results.
 """
 
 from __future__ import annotations
@@ -40,28 +40,30 @@ Figures = dict[str, float]
 STRENGTH = 0.6
 FRAMES = 8
 _SEED = 20231122
-_NEAR = 0.12  # share of the picture's side within which a thing has kept its position
+_NEAR = 0.12  # share of the image's side within which a thing has kept its position
 _UNLIKE = 14.0  # ΔE from the background from which a pixel is a thing's
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What measuring an operation needs: its rows, a judge, and sprites to render cases from."""
+    """The parts of a measurement: rows, a judge, and sprites to render cases from."""
 
     studio: Studio
     judge: Judge
     sprites: Tensor
 
     def render(self, scene: Scene, seed: int) -> Pixels:
-        """Return the scene's true picture [H, W, 3] in the bundle's native size."""
+        """Return the scene's true image [H, W, 3] in the bundle's native size."""
         size = self.studio.pipeline.config.native_size
         return np.asarray(rendered([scene], [seed], self.sprites, size)[0])
 
     def drawn(self, rows: Sequence[ImageRequest]) -> list[Pixels]:
+        """Return the images of rows, uint8 [H, W, 3] each."""
         return self.studio.drawn(rows)
 
-    def read(self, pictures: Sequence[Pixels]) -> list[Reading]:
-        return read_all(self.judge, pictures)
+    def read(self, images: Sequence[Pixels]) -> list[Reading]:
+        """Return the judge's readings of images [H, W, 3]."""
+        return read_all(self.judge, images)
 
 
 def _generators(stream: int, count: int) -> list[random.Random]:
@@ -117,28 +119,28 @@ def _coloured(found: Found | None, thing: Thing) -> bool:
     return found is not None and found.colour == thing.colour
 
 
-def background_rgb(picture: Pixels) -> npt.NDArray[np.float64]:
-    """Return the median colour [3] of the border of a picture [H, W, 3]."""
-    edge = max(1, min(picture.shape[:2]) // 32)
-    inner = np.zeros(picture.shape[:2], dtype=bool)
+def background_rgb(image: Pixels) -> npt.NDArray[np.float64]:
+    """Return the median colour [3] of the border of an image [H, W, 3]."""
+    edge = max(1, min(image.shape[:2]) // 32)
+    inner = np.zeros(image.shape[:2], dtype=bool)
     inner[edge:-edge, edge:-edge] = True
-    return np.asarray(np.median(picture[~inner], axis=0))
+    return np.asarray(np.median(image[~inner], axis=0))
 
 
 def inpaint(stage: Stage, count: int) -> Figures:
-    """Replace a shape by another: the mask is a square around it, the prompt the wanted picture."""
+    """Replace a shape by another: the mask is a square around it, the prompt the wanted image."""
     rows, cases = [], []
     for i, rng in enumerate(_generators(1, count)):
         scene = _shape(rng)
-        picture, wanted = stage.render(scene, i), _another(scene, rng)
-        mask = around(picture)
-        rows.append(stage.studio.inpainting(_caption(wanted, rng), i, picture, mask))
-        cases.append((picture, mask, wanted.things[0]))
+        image, wanted = stage.render(scene, i), _another(scene, rng)
+        mask = around(image)
+        rows.append(stage.studio.inpainting(_caption(wanted, rng), i, image, mask))
+        cases.append((image, mask, wanted.things[0]))
     pairs = list(zip(stage.drawn(rows), cases, strict=True))
-    results = [composite(picture, drawn, ~mask) for drawn, (picture, mask, _) in pairs]
+    results = [composite(image, drawn, ~mask) for drawn, (image, mask, _) in pairs]
     found = [_first(reading) for reading in stage.read(results)]
     judged = list(zip(results, cases, found, strict=True))
-    same = [(result[~mask] == picture[~mask]).all() for result, (picture, mask, _), _ in judged]
+    same = [(result[~mask] == image[~mask]).all() for result, (image, mask, _), _ in judged]
     return {
         "object_in_mask": _share(
             [_is(f, thing) and _inside(f, mask) for _, (_, mask, thing), f in judged]
@@ -148,17 +150,17 @@ def inpaint(stage: Stage, count: int) -> Figures:
     }
 
 
-def around(picture: Pixels, margin: float = 0.08) -> Mask:
+def around(image: Pixels, margin: float = 0.08) -> Mask:
     """Return a square around everything unlike the plain background.
 
-    margin: by how much it is larger on every side, in shares of the picture's.
+    margin: by how much it is larger on every side, in shares of the image's.
     """
-    unlike = distance(picture, background_rgb(picture)) > _UNLIKE
+    unlike = distance(image, background_rgb(image)) > _UNLIKE
     rows, columns = (np.flatnonzero(unlike.any(axis=axis)) for axis in (1, 0))
     extents = [places[-1] - places[0] for places in (rows, columns)]
-    half = max(extents) / 2 + margin * min(picture.shape[:2])
+    half = max(extents) / 2 + margin * min(image.shape[:2])
     y, x = ((places[0] + places[-1]) / 2 for places in (rows, columns))
-    mask = np.zeros(picture.shape[:2], dtype=np.bool_)
+    mask = np.zeros(image.shape[:2], dtype=np.bool_)
     spans = [slice(max(0, round(at - half)), round(at + half) + 1) for at in (y, x)]
     mask[spans[0], spans[1]] = True
     return mask
@@ -173,43 +175,45 @@ def _inside(found: Found | None, mask: Mask) -> bool:
 
 
 def outpaint(stage: Stage, count: int) -> Figures:
-    """Continue a picture on one to four sides, without a prompt."""
+    """Continue an image on one to four sides, without a prompt."""
     step = stage.studio.pipeline.config.size_step
     colours, seams = list[bool](), list[bool]()
     for i, rng in enumerate(_generators(2, count)):
         scene = _shape(rng) if i % 3 else _object(rng)
-        picture = stage.render(scene, i)
+        image = stage.render(scene, i)
         sides = rng.sample(["left", "right", "up", "down"], 1 + i % 4)
         margins = dict.fromkeys(sides, step)
-        canvas, kept = outpaint_canvas(picture, **margins)
-        (drawn,) = stage.drawn([stage.studio.outpainting("", i, picture, **margins)])
+        canvas, kept = outpaint_canvas(image, **margins)
+        (drawn,) = stage.drawn([stage.studio.outpainting("", i, image, **margins)])
         result = composite(canvas, drawn, kept)
         colours.append(nearest(np.median(result[~kept], axis=0)) == scene.background)
         seams.append(seam(result, kept) <= _UNLIKE)
     return {"background_colour": _share(colours), "seam_invisible": _share(seams)}
 
 
-def seam(picture: Pixels, kept: Mask) -> float:
+def seam(image: Pixels, kept: Mask) -> float:
     """Return the median ΔE across the border of what is kept, from one pixel to the next."""
     steps = []
     for axis in (0, 1):
-        length = picture.shape[axis]
-        ahead, behind = (np.take(picture, range(i, length - 1 + i), axis) for i in (1, 0))
+        length = image.shape[axis]
+        ahead, behind = (np.take(image, range(i, length - 1 + i), axis) for i in (1, 0))
         border = np.diff(kept.astype(np.int8), axis=axis) != 0
         steps.append(distance(ahead[border], behind[border]))
     return float(np.median(np.concatenate(steps)))
 
 
 def variations(stage: Stage, count: int) -> Figures:
-    """Draw two variations of every object's picture, by other seeds."""
+    """Draw two variations of every object's image, by other seeds."""
     studio = stage.studio
-    rows, kinds, originals = [], [], []
+    rows = []
+    kinds = []
+    originals = []
     for i, rng in enumerate(_generators(3, count)):
         scene = _object(rng)
-        picture = stage.render(scene, i)
-        rows += [studio.text("", 2 * i + j, like=picture) for j in (0, 1)]
+        image = stage.render(scene, i)
+        rows += [studio.text("", 2 * i + j, like=image) for j in (0, 1)]
         kinds.append(scene.things[0])
-        originals.append(studio.seen(picture))
+        originals.append(studio.seen(image))
     drawn = stage.drawn(rows)
     found = [_first(reading) for reading in stage.read(drawn)]
     kept = [_is(found[2 * i + j], thing) for i, thing in enumerate(kinds) for j in (0, 1)]
@@ -226,7 +230,9 @@ def variations(stage: Stage, count: int) -> Figures:
 
 def edit(stage: Stage, count: int) -> Figures:
     """Give a shape another colour at strength 0.6."""
-    rows, wanted, before = [], [], []
+    rows = []
+    wanted = []
+    before = []
     for i, rng in enumerate(_generators(4, count)):
         scene = _shape(rng)
         (old,) = scene.things
@@ -236,10 +242,10 @@ def edit(stage: Stage, count: int) -> Figures:
             if name != old.colour and scene.background in backgrounds(old.kind, name)
         ]
         new = replace(scene, things=(replace(old, colour=pick(rng, colours)),))
-        picture = stage.render(scene, i)
-        rows.append(stage.studio.edit(_caption(new, rng), i, picture, STRENGTH))
+        image = stage.render(scene, i)
+        rows.append(stage.studio.edit(_caption(new, rng), i, image, STRENGTH))
         wanted.append(new.things[0])
-        before.append(picture)
+        before.append(image)
     found = [_first(reading) for reading in stage.read(stage.drawn(rows))]
     earlier = [_first(reading) for reading in stage.read(before)]
     pairs = list(zip(wanted, found, strict=True))
@@ -257,7 +263,7 @@ def _beside(before: Found | None, after: Found | None) -> bool:
 
 
 def interpolate(stage: Stage, count: int) -> Figures:
-    """Draw eight frames between two prompts; the mean ΔE of pixels compares pictures."""
+    """Draw eight frames between two prompts; the mean ΔE of pixels compares images."""
     studio = stage.studio
     ends, nearer = list[bool](), list[bool]()
     for i, rng in enumerate(_generators(5, count)):

@@ -1,5 +1,4 @@
-"""What a training shows while it runs: a progress bar and, where asked for, scalars for
-TensorBoard."""
+"""Show a training's progress: a bar, and on request scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,24 +19,28 @@ _WRITE_EVERY = 10  # steps, of which the means are written
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a training stands after a step. done: share of its budget; pictures: how many so far,
-    since this process began."""
+    """The state of a training after a step.
+
+    done: the share of its budget that is spent. images: trained on by this process so far.
+    """
 
     step: int
     done: float
     learning_rate: float
-    pictures: int
+    images: int
     skipped_steps: int
     skipped_files: Mapping[str, int]
 
 
 class Report:
-    """Only the first of several processes shows anything."""
+    """The progress bar and the scalars of a training; only the first process shows them.
+
+    total: the budget, in `unit`. log_dir: the folder for scalars, or None. first_step: scalars from
+    this step on replace those of an earlier run that got further. Raises ImportError with a log_dir
+    but without TensorBoard.
+    """
 
     def __init__(self, total: float, unit: str, log_dir: Path | None, first_step: int) -> None:
-        """Create it. total: the budget, in `unit`. Scalars from `first_step` on replace those of an
-        earlier run that got further. Raises ImportError where there is a log_dir but no
-        TensorBoard."""
         bar_format = f"{{l_bar}}{{bar}}| {{n:.0f}}/{{total}} {unit}{{postfix}}"
         self.bar = tqdm(
             total=round(total), bar_format=bar_format, mininterval=5, disable=rank() != 0
@@ -46,7 +49,7 @@ class Report:
         self._sums, self._steps = defaultdict[str, float](float), 0
         self._latest: Moment | None = None
         self._first = first_step - 1
-        self._since, self._pictures = time.monotonic(), 0
+        self._since, self._images = time.monotonic(), 0
         self._writer = None
         if log_dir is not None and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -63,7 +66,7 @@ class Report:
             self._writer.close()
 
     def update(self, figures: Mapping[str, Tensor | float], now: Moment) -> None:
-        """Take note of a step. figures: those of this step; none of a step that was skipped."""
+        """Record a step. figures: of this step; empty for a skipped step."""
         for name, figure in figures.items():
             value = float(figure)
             self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
@@ -88,19 +91,15 @@ class Report:
         self.bar.update(0)
 
     def _write(self) -> None:
-        """Write everything since the last time, as means and rates."""
+        """Write everything since the last call, as means and rates."""
         now, clock = self._latest, time.monotonic()
         if self._writer is None or now is None or not self._steps:
             return
         scalars = {name: value / self._steps for name, value in self._sums.items()}
         scalars["learning_rate"] = now.learning_rate
-        scalars["pictures_per_second"] = (now.pictures - self._pictures) / max(
-            clock - self._since, 1e-9
-        )
-        scalars["skipped/steps"], scalars["skipped/files"] = (
-            now.skipped_steps,
-            sum(now.skipped_files.values()),
-        )
+        scalars["images_per_second"] = (now.images - self._images) / max(clock - self._since, 1e-9)
+        scalars["skipped/steps"] = now.skipped_steps
+        scalars["skipped/files"] = sum(now.skipped_files.values())
         scalars |= {
             f"skipped/{reason.replace(' ', '_')}": count
             for reason, count in now.skipped_files.items()
@@ -108,9 +107,11 @@ class Report:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, now.step)
         self._sums.clear()
-        self._steps, self._since, self._pictures = 0, clock, now.pictures
+        self._steps = 0
+        self._since = clock
+        self._images = now.images
 
 
 def by_reason(counts: Mapping[str, int]) -> str:
-    """Return counts as a person reads them, the most frequent first: "3 damaged, 1 no caption"."""
+    """Return counts as text, the most frequent first: "3 damaged, 1 no caption"."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(counts).most_common())

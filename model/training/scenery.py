@@ -1,4 +1,5 @@
-"""Names of the backgrounds: the palette's colours and the scenes that `backgrounds.paint` draws.
+"""Name the backgrounds: the palette's colours and the scenes that `backgrounds.paint` draws.
+
 Needs no torch.
 """
 
@@ -24,7 +25,7 @@ SCENES: tuple[str, ...] = (
 )
 BACKGROUNDS: tuple[str, ...] = (*NAMES, *SCENES)
 
-# The height of the horizon, as a share of the picture from its top; things stand or float below it.
+# The height of the horizon, as a share of the image from its top; things stand or float below it.
 # None: no ground.
 HORIZON: dict[str, float | None] = {
     "day sky": None,

@@ -1,11 +1,11 @@
-"""Synthetic scenes: shapes and well-known objects on a plain or painted background.
+"""Describe, sample and lay out scenes: shapes and objects on a plain or painted background.
 
 A `Scene` is a description, `sample` draws one as the training mixture has it, and `layout` decides
-where its sprites go. `captions.describe` says only what such a picture shows. Sampling needs no
+where its sprites go. `captions.describe` states only what such an image shows. Sampling needs no
 torch and no art, so that many processes can do it at once; `render.render` draws the layouts.
 
-Things are large and lie on the lattice of the VQGAN's tokens: a sprite's longer side is one of
-a few lengths, and the centre of its box is a multiple of 16 pixels, so that the same few codes draw
+Things are large and lie on the lattice of the VQGAN's tokens: a sprite's longer side is one of a
+few lengths, and the centre of its box is a multiple of 16 pixels, so that the same few codes draw
 the same object wherever it stands.
 """
 
@@ -63,7 +63,7 @@ WIDE: Aspect = (384, 256)
 TALL: Aspect = (256, 384)
 ASPECTS: tuple[Aspect, ...] = (SQUARE, WIDE, TALL)  # (width, height) in pixels
 TOKEN = 16  # pixels a side
-MOST = 4  # sprites in a picture
+MOST = 4  # sprites in an image
 
 # A thing of a relation lies on this side: (the first's, the second's).
 RELATION_SIDES: dict[Relation, tuple[Side, Side]] = {
@@ -99,11 +99,11 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture's description.
+    """An image's description.
 
     background: one of BACKGROUNDS. relation: where the first of two things lies to the second
     ("and": the first on the left), else None. aspect: (width, height) in pixels. close_up: the one
-    thing is larger than the picture, which shows a part of it.
+    thing is larger than the image, which shows a part of it.
     """
 
     background: str
@@ -121,7 +121,7 @@ _OBJECTS: tuple[str, ...] = tuple(_BY_NAME)
 
 # The background meant by a caption that names none: the first in which everything can be seen.
 _DEFAULTS = ("white", "blue", "green", "black", "yellow")
-# One of so many pairs is never shown in training, so that pictures of such pairs can be asked for.
+# One in _HELD_OUT pairs is never shown in training, so that images of such pairs can be tested.
 _HELD_OUT = 24
 
 
@@ -215,10 +215,10 @@ _SHARES: dict[str, float] = {
     "three": 0.02,
     "empty": 0.02,
 }
-_CLOSE_UPS = 0.07  # of pictures of one object
+_CLOSE_UPS = 0.07  # of images of one object
 _ODD_ASPECTS = 0.08  # 3:2 or 2:3
-_SCENES_FOR_ONE = 0.22  # of pictures of one object: before a painted scene
-_SCENES_FOR_MORE = 0.08  # of all other pictures
+_SCENES_FOR_ONE = 0.22  # of images of one object: before a painted scene
+_SCENES_FOR_MORE = 0.08  # of all other images
 _DEFAULT_SHARE = 0.12  # of plain backgrounds: the default, beside its turn among all
 _CENTRED = 0.5
 _LONE_SIZES: tuple[Size, ...] = ("small",) * 5 + ("normal",) * 9 + ("large",) * 6
@@ -295,7 +295,7 @@ def sample_object(rng: Random) -> Scene:
 
 
 def sample_close_up(rng: Random) -> Scene:
-    """Return a scene of one object that is larger than the picture."""
+    """Return a scene of one object that is larger than the image."""
     thing = _some_object(rng)
     background = _background(rng, (thing,), _SCENES_FOR_MORE) or "white"
     return Scene(background, (thing,), None, _aspect(rng), close_up=True)
@@ -390,27 +390,27 @@ def sample(rng: Random) -> Scene:
 
 # ── layout ────────────────────────────────────────────────────────────────────────────────────────
 
-# Longer sides in pixels; the shorter side of every picture is 256 pixels long. Each length of a
+# Longer sides in pixels; the shorter side of every image is 256 pixels long. Each length of a
 # kind is another set of tokens to learn, so the usual ones are few.
 LONE_LENGTHS: dict[Size, int] = {"small": 112, "normal": 176, "large": 224}
 ROOMY_PAIR_LENGTHS = LONE_LENGTHS  # of two things along 384 pixels
 PAIR_LENGTHS: dict[Size, int] = {"small": 80, "normal": 112, "large": 144}
 _SEVERAL_LENGTH = PAIR_LENGTHS["normal"]  # of two to four of the same, and of three kinds
 _CLOSE_UP_LENGTH = 352
-_MARGIN = 4  # pixels between a thing and the picture's edge, at least
+_MARGIN = 4  # pixels between a thing and the image's edge, at least
 _NOTICED = 2 * TOKEN  # a thing at a side lies so far from the middle, at least
 _INWARD = 0.25  # how often a thing at a side lies one step nearer to the middle, if there is room
 _GAP = 8  # pixels between the boxes of two things, at least
 _CLOSE_UP_STEPS = 3  # how far a close-up's middle may lie from the thing's, in tokens
 _MIRRORED = 0.1  # of the things on the lattice, where few codes matter
 _MIRRORED_ANYWHERE = 0.5  # of the others
-_TURNED = 0.5  # of pictures off the lattice
+_TURNED = 0.5  # of images off the lattice
 _LARGEST_TURN = 10.0  # degrees
 _TINT_JITTER = 4
 
 
 class Sprite(NamedTuple):
-    """A sprite in a picture: its number, its box's centre and longer side in pixels, its colour."""
+    """A sprite in an image: its number, its box's centre and longer side in pixels, its colour."""
 
     number: int
     x: float
@@ -422,7 +422,7 @@ class Sprite(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """One picture as a row of `render.Layouts`: background's number, its 8 parameters, sprites."""
+    """One image as a row of `render.Layouts`: background's number, its 8 parameters, sprites."""
 
     background: int
     params: tuple[float, ...]
@@ -589,7 +589,7 @@ def _spots(rng: Random, scene: Scene) -> list[tuple[Thing, Spot]]:
 
 
 def _loosened(rng: Random, scene: Scene, thing: Thing, spot: Spot) -> tuple[float, float, float]:
-    """Return (length, x, y) a little off the lattice, within the picture and short of others."""
+    """Return (length, x, y) a little off the lattice, within the image and short of others."""
     length = spot[0] * (0.9 + 0.1 * rng.random())
     width, height = _box(thing.kind, spot[0])
     reach = min(TOKEN / 2, 0.05 * spot[0])

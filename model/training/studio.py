@@ -1,7 +1,7 @@
-"""Every image operation without a server, for judging its results: the rows that the server builds.
+"""Run every image operation without a server, on the same rows as the server, to judge the results.
 
 studio = Studio(pipeline)
-(picture,) = studio.drawn([studio.text("a red star on blue", seed=7)])  # uint8 [H, W, 3]
+(image,) = studio.drawn([studio.text("a red star on blue", seed=7)])  # uint8 [H, W, 3]
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _BATCH = 16
 
 
 class Studio:
-    """Requests to one bundle by its own recipe, and their pictures."""
+    """Requests to one bundle by its own recipe, and their images.
+
+    wishes: arguments of `Recipe.sampling`.
+    """
 
     def __init__(self, pipeline: Pipeline, **wishes: object) -> None:
-        """wishes: arguments of `Recipe.sampling`."""
         self.pipeline = pipeline
         self.sampling = pipeline.config.recipe.sampling(**wishes)  # type: ignore[arg-type]
         self.builder = RowBuilder(pipeline, DictCache())
@@ -48,10 +50,10 @@ class Studio:
         like: Pixels | None = None,
         regions: Sequence[tuple[str, Pixels]] = (),
     ) -> ImageRequest:
-        """Text to image. size: (width, height), multiples of the bundle's size step.
+        """Return a request for text to image.
 
-        like: a picture whose CLIP embedding stands in for the prior's. regions: prompts, and where
-        they count, [H, W] of 0 … 255.
+        size: (width, height), multiples of the bundle's size step. like: an image whose CLIP
+        embedding replaces the prior's. regions: prompts, and where they count, [H, W] of 0 … 255.
         """
         width, height = size or self.pipeline.config.native_size
         return ImageRequest(
@@ -64,22 +66,28 @@ class Studio:
             regions=tuple(Region(text, InputImage.of(weight)) for text, weight in regions),
         )
 
-    def inpainting(self, prompt: str, seed: int, picture: Pixels, mask: Mask) -> ImageRequest:
-        """Draw what the mask [H, W] covers of a picture [H, W, 3] anew."""
-        request = self.text(prompt, seed, (picture.shape[1], picture.shape[0]))
-        return _repainting(request, fill(picture, mask), mask)
+    def inpainting(self, prompt: str, seed: int, image: Pixels, mask: Mask) -> ImageRequest:
+        """Return a request to repaint an image [H, W, 3] where a mask [H, W] is set."""
+        request = self.text(prompt, seed, (image.shape[1], image.shape[0]))
+        return _repainting(request, fill(image, mask), mask)
 
-    def outpainting(self, prompt: str, seed: int, picture: Pixels, **margins: int) -> ImageRequest:
-        """Continue a picture by margins in pixels; without a prompt, with more of the same."""
-        canvas, kept = outpaint_canvas(picture, **margins)
+    def outpainting(self, prompt: str, seed: int, image: Pixels, **margins: int) -> ImageRequest:
+        """Return a request to extend an image by margins in pixels.
+
+        Without a prompt, it continues the image itself.
+        """
+        canvas, kept = outpaint_canvas(image, **margins)
         size = (canvas.shape[1], canvas.shape[0])
-        request = self.text(prompt, seed, size, None if prompt else picture)
+        request = self.text(prompt, seed, size, None if prompt else image)
         return _repainting(request, canvas, ~kept)
 
-    def edit(self, prompt: str, seed: int, picture: Pixels, strength: float) -> ImageRequest:
-        """Begin with a picture, the share `strength` of it turned to noise."""
-        request = self.text(prompt, seed, (picture.shape[1], picture.shape[0]))
-        return replace(request, canvas=Edit(InputImage.of(picture), strength))
+    def edit(self, prompt: str, seed: int, image: Pixels, strength: float) -> ImageRequest:
+        """Return a request that starts from an image.
+
+        strength: the share of the image that is turned to noise.
+        """
+        request = self.text(prompt, seed, (image.shape[1], image.shape[0]))
+        return replace(request, canvas=Edit(InputImage.of(image), strength))
 
     def frames(
         self, prompts: tuple[str, str], seed: int, count: int, mode: Interpolation = "slerp"
@@ -89,23 +97,23 @@ class Studio:
         first = replace(self.text("", seed), keyframes=ends, mode=mode)
         return [replace(first, position=i / (count - 1)) for i in range(count)]
 
-    # ── pictures ──────────────────────────────────────────────────────────────────────────────────
+    # ── images ──────────────────────────────────────────────────────────────────────────────────
 
     def drawn(self, requests: Sequence[ImageRequest]) -> list[Pixels]:
-        """Return the requests' pictures, uint8 [H, W, 3] each; all of one size."""
-        pictures: list[Pixels] = []
+        """Return the requests' images, uint8 [H, W, 3] each; all of one size."""
+        images: list[Pixels] = []
         for start in range(0, len(requests), _BATCH):
             rows = self.builder.build(requests[start : start + _BATCH])
             while unfinished := [row for row in rows if not row.done]:
                 self.pipeline.advance(unfinished)
             decoded = self.pipeline.decode(torch.stack([row.tokens for row in rows]))
-            pictures += list(decoded.numpy())
-        return pictures
+            images += list(decoded.numpy())
+        return images
 
-    def seen(self, picture: Pixels) -> Tensor:
-        """Return CLIP's embedding [1, D] of a picture [H, W, 3]."""
-        return self.pipeline.embed_images([torch.from_numpy(picture)])[0]
+    def seen(self, image: Pixels) -> Tensor:
+        """Return CLIP's embedding [1, D] of an image [H, W, 3]."""
+        return self.pipeline.embed_images([torch.from_numpy(image)])[0]
 
 
-def _repainting(request: ImageRequest, picture: Pixels, mask: Mask) -> ImageRequest:
-    return replace(request, canvas=Repaint(InputImage.of(picture), InputImage.of(mask)))
+def _repainting(request: ImageRequest, image: Pixels, mask: Mask) -> ImageRequest:
+    return replace(request, canvas=Repaint(InputImage.of(image), InputImage.of(mask)))

@@ -1,14 +1,14 @@
-"""The second judge: no network, but every kind's template laid over what stands out of a picture.
+"""Define the second judge: no network, but every kind's template laid over an image's regions.
 
     judge = Templates(atlas())
-    judge.read(pictures)  # uint8 [N, H, W, 3] → list[Reading]
+    judge.read(images)  # uint8 [N, H, W, 3] → list[Reading]
 
 The background is the plain colour or the painted scene that leaves least to explain
 (`backdrops.py`), things are regions unlike it, and a region's kind is the template that explains
 its pixels best when it is pasted over the background. Nothing is trained, and no recipe or reward
 is chosen by it.
 
-Letters: N pictures, R regions, T templates, C pixels a side and P pixels of the cells in which
+Letters: N images, R regions, T templates, C pixels a side and P pixels of the cells in which
 regions and templates are compared.
 """
 
@@ -33,20 +33,22 @@ from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import NAMES, nearest
 from model.training.scenery import BACKGROUNDS
 
-_SIDE = 128  # pixels of the shorter side, as this judge sees pictures
+_SIDE = 128  # pixels of the shorter side, as this judge sees images
 _CELL = 24  # pixels a side in which all templates are compared; the last few in twice as many
 _MARGIN = 0.06  # of a cell's side that is left free on every side
 _ANGLES = (0.0, -8.0, 8.0)  # degrees by which templates are turned
-_UNLIKE, _NOISE, _UNLIKE_MOST = 10.0, 3.0, 20.0  # ΔE from which a pixel is a thing's: see `_labels`
+# ΔE from which a pixel is a thing's, and its growth with the background's error: see `_labels`.
+_UNLIKE, _NOISE = 10.0, 3.0
+_UNLIKE_MOST = 20.0
 _ROUGH = 1.5  # median ΔE from which specks of background are cleared away
-_SPECK = 0.0015  # share of a square picture below which a region is nothing
+_SPECK = 0.0015  # share of a square image below which a region is nothing
 _LEAST = 0.008  # … below which it is no thing, but perhaps a part of one
-_PARTS = 6  # regions of a picture that are looked at
+_PARTS = 6  # regions of an image that are looked at
 _NEAR = 14.0  # pixels between the parts of one thing, at most
-_ANOTHER = 0.04  # share of the picture's contrast that a thing more must explain
+_ANOTHER = 0.04  # share of the image's contrast that a thing more must explain
 _UNEXPLAINED = 0.6  # share left over from which a region before a painted scene is part of it
 _BEYOND = 0.06  # share of an edge covered by a thing that goes beyond it
-_CLOSE = 0.6  # share of a picture left over below which it is a close-up
+_CLOSE = 0.6  # share of an image left over below which it is a close-up
 _BARE = 0.01  # share of a close-up that shows enough of its background
 _EVEN = 0.1  # how uneven that may be, of 0 … 1, and still be a plain colour
 _SHORTLIST, _LAST = 16, 6  # templates that are compared more closely, twice
@@ -61,53 +63,55 @@ Box = tuple[int, int, int, int]
 
 
 class Group(NamedTuple):
-    """Regions of a picture that may be one thing: the picture's number, theirs, and their box.
+    """Regions of an image that may be one thing: the image's number, theirs, and their box.
 
     box: (left, top, right, bottom) in pixels. area: pixels.
     """
 
-    picture: int
+    image: int
     regions: tuple[int, ...]
     box: Box
     area: int
 
     @property
     def side(self) -> int:
-        """The box's longer side."""
+        """Return the box's longer side in pixels."""
         return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
 
 @dataclass(frozen=True)
 class Views:
-    """N pictures [N, 3, H, W] of 0 … 1, their backgrounds alike, and regions' numbers [N, H, W]."""
+    """N images [N, 3, H, W] of 0 … 1, their backgrounds alike, and regions' numbers [N, H, W]."""
 
-    pictures: Tensor
+    images: Tensor
     behind: Tensor
     labels: Tensor
 
 
 @dataclass(frozen=True)
 class Cells:
-    """R squares cut out of pictures and of their backgrounds, [R, 3, C, C] of 0 … 1 each."""
+    """R squares cut out of images and of their backgrounds, [R, 3, C, C] of 0 … 1 each."""
 
     pixels: Tensor
     behind: Tensor
 
     @property
     def contrast(self) -> Tensor:
-        """[R, 3, P]."""
+        """Return the difference of pixels and background, [R, 3, P]."""
         return (self.pixels - self.behind).flatten(2)
 
     def halved(self) -> Cells:
-        """The same with half as many pixels a side."""
+        """Return the cells with half as many pixels a side."""
         return Cells(F.avg_pool2d(self.pixels, 2), F.avg_pool2d(self.behind, 2))
 
 
 class Templates:
-    """Compares pictures with all sprites: upright and turned, each also mirrored."""
+    """Compare images with all sprites: upright and turned, each also mirrored.
+
+    atlas: `art.atlas()`, on the device that compares.
+    """
 
     def __init__(self, atlas: Tensor) -> None:
-        """atlas: `art.atlas()`, on the device that is to compare."""
         self.device = atlas.device
         self.fine = sprite_cells(atlas)  # [T, 4, 2 C, 2 C]
         copies = len(self.fine) // len(atlas)
@@ -122,13 +126,13 @@ class Templates:
         self.close_ups = CloseUps(atlas)
 
     @torch.inference_mode()
-    def read(self, pictures: Tensor) -> list[Reading]:
-        """Return what pictures uint8 [N, H, W, 3] of one size show."""
-        return [reading for part in pictures.split(_BATCH) for reading in self._read(part)]
+    def read(self, images: Tensor) -> list[Reading]:
+        """Return what images uint8 [N, H, W, 3] of one size show."""
+        return [reading for part in images.split(_BATCH) for reading in self._read(part)]
 
-    def _read(self, pictures: Tensor) -> list[Reading]:
-        height, width = pictures.shape[1:3]
-        planes = pictures.to(self.device).permute(0, 3, 1, 2).float() / 255
+    def _read(self, images: Tensor) -> list[Reading]:
+        height, width = images.shape[1:3]
+        planes = images.to(self.device).permute(0, 3, 1, 2).float() / 255
         scale = _SIDE / min(height, width)
         size = (round(height * scale), round(width * scale))
         planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
@@ -140,16 +144,16 @@ class Templates:
         near = [i for i, some in enumerate(labels) if height == width and cropped(some)]
         close = {i: self.close_ups.find(planes[i]) for i in near}
         close = {i: one for i, one in close.items() if one.left < _CLOSE}
-        groups = [group for group in self._things(views, labels) if group.picture not in close]
+        groups = [group for group in self._things(views, labels) if group.image not in close]
         things: list[list[Found]] = [[] for _ in numbers]
         for i, one in close.items():
             things[i].append(_close_up(one))
             if one.bare > _BARE and one.uneven < _EVEN:
                 numbers[i] = NAMES.index(nearest([255 * level for level in one.behind]))
         for group, (kind, left, colour) in zip(groups, self._match(views, groups), strict=True):
-            if numbers[group.picture] < len(NAMES) or left < _UNEXPLAINED:
+            if numbers[group.image] < len(NAMES) or left < _UNEXPLAINED:
                 found = _found(group, NAMES_OF_KINDS[kind], left, colour, size)
-                things[group.picture].append(found)
+                things[group.image].append(found)
         return [
             Reading(BACKGROUNDS[number], tuple(sorted(some, key=_certainty)), (height, width))
             for number, some in zip(numbers, things, strict=True)
@@ -158,7 +162,7 @@ class Templates:
     # ── regions → things ──────────────────────────────────────────────────────────────────────────
 
     def _things(self, views: Views, labels: Sequence[Labels]) -> list[Group]:
-        """Return the groups of regions that explain pictures best as one thing each."""
+        """Return the groups of regions that explain images best as one thing each."""
         groups = [list(candidates(i, numbers)) for i, numbers in enumerate(labels)]
         flat = [group for some in groups for group in some]
         if not flat:
@@ -188,20 +192,20 @@ class Templates:
         middle = (boxes[:, 2:] + boxes[:, :2]) / 2 + side[:, None] / _CELL * jitter[:, :2]
         steps = (torch.arange(2 * _CELL, device=self.device) + 0.5) / (2 * _CELL) - 0.5
         along = middle[..., None] + side[:, None, None] * steps  # [R, axis, 2 C]
-        height, width = views.pictures.shape[-2:]
+        height, width = views.images.shape[-2:]
         along = along * 2 / along.new_tensor([width, height])[:, None] - 1
         n = len(steps)
         grid = torch.stack(
             [along[:, 0, None, :].expand(-1, n, -1), along[:, 1, :, None].expand(-1, -1, n)], dim=-1
         )
-        index = torch.tensor([group.picture for group in groups], device=self.device)
+        index = torch.tensor([group.image for group in groups], device=self.device)
         own = torch.zeros(len(groups), _PARTS + 1, dtype=torch.bool)
         for row, group in zip(own, groups, strict=True):
             row[[0, *group.regions]] = True
         labels = views.labels[index]
         mine = own.to(self.device).gather(1, labels.flatten(1).long()).view_as(labels)
         behind = views.behind[index]
-        pixels = torch.where(mine[:, None], views.pictures[index], behind)
+        pixels = torch.where(mine[:, None], views.images[index], behind)
         both = torch.cat([pixels, behind], dim=1)
         cut = F.grid_sample(both, grid, padding_mode="border", align_corners=False)
         return Cells(cut[:, :3], cut[:, 3:])
@@ -230,7 +234,9 @@ class Templates:
 
     def _shapes_left_over(self, cells: Cells) -> tuple[Tensor, Tensor]:
         """Return what shapes of the best colour leave over [R, t], and that colour [R, t, 3]."""
-        contrast, behind, opacity = cells.contrast, cells.behind.flatten(2), self.shapes
+        contrast = cells.contrast
+        behind = cells.behind.flatten(2)
+        opacity = self.shapes
         square = opacity.square()
         energy = contrast.square().sum((1, 2))[:, None] + behind.square().sum(1) @ square.T
         energy = energy + 2 * (contrast * behind).sum(1) @ opacity.T
@@ -311,28 +317,28 @@ def _smooth(planes: Tensor) -> Tensor:
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """Return the squared difference of colours and edges [...] of pictures [..., 3, H, W]."""
+    """Return the squared difference of colours and edges [...] of images [..., 3, H, W]."""
     apart = _smooth(one - other)
     down, across = apart.diff(dim=-2), apart.diff(dim=-1)
     edges = down.square().sum((-3, -2, -1)) + across.square().sum((-3, -2, -1))
     return apart.square().sum((-3, -2, -1)) + _EDGES * edges
 
 
-# ── pictures → regions ────────────────────────────────────────────────────────────────────────────
+# ── images → regions ────────────────────────────────────────────────────────────────────────────
 
 
-def _unlike(pictures: Tensor, behind: Tensor, painted: Tensor) -> Tensor:
-    """Return the smoothed ΔE [N, H, W] between pictures and backgrounds [N, 3, H, W].
+def _unlike(images: Tensor, behind: Tensor, painted: Tensor) -> Tensor:
+    """Return the smoothed ΔE [N, H, W] between images and backgrounds [N, 3, H, W].
 
     painted: [N], where the background has details of its own; these are blurred away beforehand.
     """
     blur = painted[:, None, None, None]
-    one, other = (torch.where(blur, _smooth(_smooth(x)), x) for x in (pictures, behind))
+    one, other = (torch.where(blur, _smooth(_smooth(x)), x) for x in (images, behind))
     return _smooth((lab(one) - lab(other)).square().sum(1).sqrt())
 
 
 def _labels(unlike: npt.NDArray[np.float32]) -> Labels:
-    """Number the largest regions [H, W] of ΔE above a threshold, 1 the largest; else 0.
+    """Return the regions' numbers [H, W] of ΔE above a threshold, 1 the largest; 0 elsewhere.
 
     The threshold grows with the median, which is the background's: it is not drawn exactly.
     """
@@ -350,13 +356,13 @@ def _labels(unlike: npt.NDArray[np.float32]) -> Labels:
 
 
 def cropped(labels: Labels) -> bool:
-    """Return whether things [H, W] go beyond the picture on two sides at least."""
+    """Return whether things [H, W] go beyond the image on two sides at least."""
     mask = labels > 0
     edges = (mask[0], mask[-1], mask[:, 0], mask[:, -1])
     return sum(float(edge.mean()) > _BEYOND for edge in edges) >= 2
 
 
-def candidates(picture: int, labels: Labels) -> Iterator[Group]:
+def candidates(image: int, labels: Labels) -> Iterator[Group]:
     """Return every region as a group, and those near to each other also together."""
     boxes = [
         (x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels) if y is not None
@@ -369,11 +375,11 @@ def candidates(picture: int, labels: Labels) -> Iterator[Group]:
                 low, high = corners[:, :2].min(0), corners[:, 2:].max(0)
                 box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
                 numbers = tuple(i + 1 for i in members)
-                yield Group(picture, numbers, box, int(areas[list(numbers)].sum()))
+                yield Group(image, numbers, box, int(areas[list(numbers)].sum()))
 
 
 def _connected(boxes: Sequence[Box]) -> bool:
-    """Whether each box can be reached from the first by steps between near boxes."""
+    """Return whether each box can be reached from the first by steps between near boxes."""
     reached, rest = [boxes[0]], list(boxes[1:])
     while near := [box for box in rest if any(_gap(box, other) <= _NEAR for other in reached)]:
         reached += near
@@ -391,7 +397,7 @@ def _gap(one: Box, other: Box) -> float:
 def partition(
     groups: Sequence[Group], left: Sequence[float], energy: Sequence[float]
 ) -> list[Group]:
-    """Return those groups of one picture, no region in two of them, that leave least over.
+    """Return those groups of one image, no region in two of them, that leave least over.
 
     left, energy: what each group's best template leaves over, and of how much. A thing more must
     explain a share of it all.
@@ -442,7 +448,7 @@ def sprite_cells(atlas: Tensor) -> Tensor:
     """Return the sprites' templates [T, 4, 2 C, 2 C], premultiplied by alpha, of 0 … 1.
 
     A kind's are one after the other: every angle upright and mirrored. Each is fitted to its cell
-    by its box, as pictures' regions are.
+    by its box, as images' regions are.
     """
     planes = atlas.float() / 255
     turned = [

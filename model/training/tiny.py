@@ -1,5 +1,7 @@
-"""The shapes of the embedded networks: the published system in small. 256×256 pixels are 16×16
-tokens, 8×8 patches, 4×4 at the bottom."""
+"""Define the sizes of the embedded networks: the published system in small.
+
+256×256 pixels are 16×16 tokens, 8×8 patches, 4×4 cells at the bottom.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ BYTE_ENCODER = ByteEncoderConfig(
 CLIP = CLIPConfig(
     embed_dim=192,
     # Four layers that are one deep are a small residual network: it learns to tell kinds from far
-    # fewer pictures than a transformer.
+    # fewer images than a transformer.
     vision_cfg={"image_size": 64, "width": 12, "layers": [1, 1, 1, 1], "head_width": 32},
     text_cfg={
         "context_length": 48,

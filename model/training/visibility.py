@@ -1,7 +1,7 @@
 """Measure how wide each object is and before which backgrounds it can be seen.
 
 `python -m model.training.visibility` writes both into `kinds.jsonl`, after a change of the kinds or
-the backgrounds; pictures are then laid out without the art.
+the backgrounds; images are then laid out without the art.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.training.scenery import BACKGROUNDS, SCENES
 
 ALIKE = 20.0  # ΔE below which a pixel is lost in its background
 SIDE = 64  # pixels a side of the sprites that are compared
-DRAWS = 4  # pictures of each background
+DRAWS = 4  # images of each background
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -44,11 +44,12 @@ def seen(colours: Floats, solid: Flags, behind: Floats) -> bool:
 
 def _scene(number: int) -> Floats:
     params = torch.rand(DRAWS, PARAMETERS, generator=torch.Generator().manual_seed(number))
-    pictures = paint(torch.full((DRAWS,), number), params, 256, 256)
-    return lab(torch.nn.functional.avg_pool2d(pictures, 256 // SIDE).permute(0, 2, 3, 1).numpy())
+    images = paint(torch.full((DRAWS,), number), params, 256, 256)
+    return lab(torch.nn.functional.avg_pool2d(images, 256 // SIDE).permute(0, 2, 3, 1).numpy())
 
 
 def main() -> None:
+    """Measure every object, and write the results into `kinds.jsonl`."""
     sprites = atlas(SIDE).numpy().astype(np.float64)
     plain = {name: lab(colour)[None, None] for name, colour in COLOURS.items()}
     scenes = {name: _scene(BACKGROUNDS.index(name)) for name in SCENES}
@@ -57,8 +58,8 @@ def main() -> None:
         names = [name for name, behind in plain.items() if not seen(colours, solid, behind)]
         return names + [
             name
-            for name, pictures in scenes.items()
-            if sum(seen(colours, solid, picture) for picture in pictures) * 2 < DRAWS
+            for name, images in scenes.items()
+            if sum(seen(colours, solid, image) for image in images) * 2 < DRAWS
         ]
 
     lines = []

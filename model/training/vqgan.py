@@ -1,11 +1,11 @@
-"""Trains the VQGAN on captioned scenes' pictures.
+"""Train the VQGAN on the images of captioned scenes.
 
     python -m model.training.vqgan --minutes 20
     python -m model.training.vqgan --decoder-only --from-bundle tiny    # codes stay as they are
 
-Pixel error, squared and plain, plus the error of neighbouring pixels' differences (which keeps
-edges crisp); the codebook follows the latents it wins by moving averages, and codes that win
-nothing are put where a latent of the batch is.
+The loss is the pixels' error, squared and absolute, plus the error of the differences of
+neighbouring pixels (which keeps edges crisp). The codebook follows the latents nearest to its codes
+by moving averages, and a code that is hardly used is moved to a latent of the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from model.training.data import Scenes
 from model.training.scenes import ASPECTS
 
 _CODEBOOK_DECAY = 0.99
-_COMMITMENT, _PLAIN, _EDGES = 0.03, 0.05, 0.5
+# Weights of the terms beside the squared error.
+_COMMITMENT = 0.03
+_PLAIN = 0.05
+_EDGES = 0.5
 _DEAD = 0.02  # of the mean count
 # Codes jump when they are revived, and the average of a code's old and new place is no code: the
 # average is kept short.
@@ -35,7 +38,7 @@ _RATE = 1.5e-3
 
 
 class Codebook(nn.Module):
-    """Running counts and sums of the latents each code wins; the codes are their means."""
+    """Running counts and sums of the latents nearest to each code; the codes are their means."""
 
     counts: Tensor
     sums: Tensor
@@ -47,7 +50,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def follow(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """Turn latents [N, c] and the codes [N] that won them into the new codebook [K, c]."""
+        """Return the new codebook [K, c], from latents [N, c] and the nearest codes [N]."""
         won = torch.zeros_like(self.sums).index_add_(0, tokens, latents)
         count = torch.zeros_like(self.counts).index_add_(0, tokens, torch.ones_like(latents[:, 0]))
         self.counts.lerp_(count, 1 - _CODEBOOK_DECAY)
@@ -56,7 +59,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def revive(self, latents: Tensor) -> None:
-        """Give every code that wins next to nothing the place of a random latent."""
+        """Move every code that is hardly used to a random latent."""
         mean = self.counts.mean()
         dead = self.counts < _DEAD * mean
         chosen = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]
@@ -65,7 +68,7 @@ class Codebook(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """A VQGAN with what only its training needs."""
+    """A VQGAN, with the modules that only its training needs."""
 
     def __init__(self, vqgan: VQGAN) -> None:
         super().__init__()
@@ -75,6 +78,7 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def fresh(cls, config: VQGANConfig) -> Autoencoder:
+        """Return a VQGAN with random weights to train."""
         trained = cls(VQGAN(config))
         for block in trained.modules():
             if isinstance(block, ResidualBlock):
@@ -85,14 +89,13 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def of(cls, state: dict[str, Tensor], config: VQGANConfig) -> Autoencoder:
-        """Return one that goes on from a VQGAN's weights."""
+        """Return a VQGAN that continues from published weights."""
         vqgan = VQGAN(config)
         vqgan.load_state_dict(state)
         return cls(vqgan)
 
     def start_from(self, latents: Tensor) -> None:
-        """Let the codes begin as latents of one batch, not at random; some twice if there are too
-        few."""
+        """Set the codes to random latents of one batch, some twice if there are too few."""
         order = torch.randperm(len(latents), device=latents.device)
         chosen = latents[
             order.repeat(-(-len(self.codes.sums) // len(order)))[: len(self.codes.sums)]
@@ -101,15 +104,17 @@ class Autoencoder(nn.Module):
         self.vqgan.vquantizer.codebook.weight.data.copy_(chosen)
 
     def freeze_codes(self) -> None:
-        """Let only the decoder learn from now on, so that tokens stay what they are."""
+        """Freeze the encoder and the codes, so that tokens keep their meaning."""
         for module in (self.vqgan.in_block, self.vqgan.down_blocks):
             module.requires_grad_(False).eval()
 
     @property
     def frozen(self) -> bool:
+        """Return whether the encoder and the codes are frozen."""
         return not self.vqgan.in_block[1].weight.requires_grad
 
     def train(self, mode: bool = True) -> Autoencoder:
+        """Set the training mode. Frozen layers stay in evaluation mode."""
         super().train(mode)
         if self.frozen:  # the batch norm's statistics are the codes' too
             self.vqgan.down_blocks.eval()
@@ -127,15 +132,20 @@ class Autoencoder(nn.Module):
 
 
 def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
-    """Return the squared error of pixels and of the differences of neighbours, and a little of the
-    plain error, all over [B, 3, H, W]."""
+    """Return the loss of an output against an image, both [B, 3, H, W].
+
+    It sums the squared error of pixels, that of the differences of neighbours, and a little of the
+    absolute error.
+    """
     edges = sum(F.mse_loss(output.diff(dim=d), image.diff(dim=d)) for d in (-1, -2))
     return F.mse_loss(output, image) + _EDGES * edges + _PLAIN * F.l1_loss(output, image)
 
 
 def training_loss(trained: Autoencoder, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return (the objective, figures) for pictures [B, 3, H, W] in [0, 1]; the codebook follows,
-    unless the codes are frozen."""
+    """Return (the objective, figures) for images [B, 3, H, W] of 0 … 1.
+
+    Also updates the codebook, unless the codes are frozen.
+    """
     output, latents, tokens = trained(image)
     output = output.float()
     loss = reconstruction_loss(output, image)
@@ -150,24 +160,22 @@ def training_loss(trained: Autoencoder, image: Tensor) -> tuple[Tensor, dict[str
 
 
 def psnr(output: Tensor, image: Tensor) -> Tensor:
-    """Return the mean over pictures [B, 3, H, W] in [0, 1], in dB."""
+    """Return the mean PSNR in dB over images [B, 3, H, W] of 0 … 1."""
     return (
         -10 * (output.clamp(0, 1) - image).square().mean((1, 2, 3)).clamp_min(1e-8).log10()
     ).mean()
 
 
 def busy_crops(images: Tensor, size: int, tries: int = 3) -> Tensor:
-    """Choose of `tries` crops, at random places but the same ones in all pictures [B, 3, H, W],
-    each picture's with most in it.
+    """Return for each of the images [B, 3, H, W] the crop with most variance: [B, 3, size, size].
 
-    The network is local, and most of a scene is background: a quarter of the pixels teaches nearly
-    as much as all of them.
+    There are `tries` crops, at random places that are the same in all images. The network is local,
+    and most of a scene is background: a quarter of the pixels teaches nearly as much as all of
+    them.
     """
     _, _, H, W = images.shape
-    tops, lefts = (
-        torch.randint(H - size + 1, (tries,)).tolist(),
-        torch.randint(W - size + 1, (tries,)).tolist(),
-    )
+    tops = torch.randint(H - size + 1, (tries,)).tolist()
+    lefts = torch.randint(W - size + 1, (tries,)).tolist()
     crops = torch.stack(
         [images[..., y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
     )
@@ -176,39 +184,41 @@ def busy_crops(images: Tensor, size: int, tries: int = 3) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_psnr(vqgan: VQGAN, scenes: Scenes, pictures: int = 512, batch: int = 32) -> float:
-    """Measure over the corpus' last square pictures, whole, which `train` leaves out, in dB."""
-    members = scenes.of_aspect[0][-pictures:]
+def held_out_psnr(vqgan: VQGAN, scenes: Scenes, images: int = 512, batch: int = 32) -> float:
+    """Return the PSNR in dB over the corpus's last square images, which `train` leaves out."""
+    members = scenes.of_aspect[0][-images:]
     values = []
     for index in members.split(batch):
-        image = scenes.pictures(index)
+        image = scenes.images(index)
         values.append(psnr(vqgan.decode(vqgan.encode(image)).float(), image) * len(index))
     return float(sum(values)) / len(members)
 
 
 def _matrices(module: nn.Module) -> list[str]:
-    """Return the residual blocks' maps, for Muon."""
+    """Return the names of the residual blocks' maps, for Muon."""
     return [name for name, p in module.named_parameters() if p.ndim == 2 and "channelwise" in name]
 
 
 def train(
     trained: Autoencoder, scenes: Scenes, o: loop.Options, crop: int, held_out: int = 512
 ) -> VQGAN:
-    """Train until the budget is spent; crop: pixels a side of what it sees of a picture."""
+    """Train until the budget is spent, and return the averaged VQGAN.
+
+    crop: pixels a side of the crops that it trains on. held_out: the number of square scenes at the
+    corpus's end that are not trained on.
+    """
     trained.train()
     members = scenes.of_aspect[0]
     members = members[: max(len(members) - held_out, len(members) // 2)]
 
     def batch() -> Tensor:
-        image = scenes.pictures(scenes.some(o.batch, members)[0])
+        image = scenes.images(scenes.some(o.batch, members)[0])
         return busy_crops(image, crop) if crop < min(ASPECTS[0]) else image
 
     if not o.resume and not trained.frozen and trained.codes.counts.eq(1).all():
         with torch.no_grad():
-            wanted, per = (
-                len(trained.codes.sums),
-                o.batch * (crop // trained.vqgan.config.downscale) ** 2,
-            )
+            wanted = len(trained.codes.sums)
+            per = o.batch * (crop // trained.vqgan.config.downscale) ** 2
             latents = [
                 trained.vqgan.encode_latents(batch()).flatten(0, 2)
                 for _ in range(max(8, 2 * wanted // per))
@@ -223,6 +233,7 @@ def train(
 
 
 def main() -> None:
+    """Train as the command line says."""
     p = loop.parser(__doc__, name="vqgan", batch=64, lr=_RATE, minutes=20, ema=_EMA)
     p.add_argument("--crop", type=int, default=128, help="pixels a side of the crops it sees")
     p.add_argument(
@@ -248,7 +259,7 @@ def main() -> None:
 
 
 def trained_vqgan(checkpoint: Path, config: VQGANConfig | None = None) -> Autoencoder:
-    """Return what a checkpoint's average holds, its codebook's counts with it."""
+    """Return the averaged autoencoder of a checkpoint, with its codebook's counts."""
     trained = Autoencoder(VQGAN(config or tiny.VQGAN))
     trained.load_state_dict(loop.load(checkpoint)["ema"])
     return trained

@@ -19,7 +19,8 @@ from server.api import (
     routes_openai,
     static,
 )
-from server.api.images.decode import ImageDecoder, ImageLimits
+from server.api.images.admission import ImageDecoder
+from server.api.images.decode import ImageLimits
 from server.api.middleware import (
     Guard,
     HealthPort,
@@ -75,7 +76,8 @@ def create_app(
         ValueError: settings exclude the weights.
     """
     settings = settings or Settings()
-    metrics = Metrics()
+    # Clients that may read the metrics must not learn each other's request ids.
+    metrics = Metrics(exemplars=not settings.keys or settings.operations_port is not None)
     openai_paths = [
         f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS
     ]
@@ -83,14 +85,21 @@ def create_app(
     models = read_models(settings)
     for name, config in models.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
-    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    limits = ImageLimits(
+        settings.max_image_bytes, settings.max_image_pixels, settings.max_request_pixels
+    )
     make_engine = engine or partial(EngineClient, worker=worker)
     state = AppState(
         settings,
         metrics,
         make_engine(settings, metrics),
         models,
-        ImageDecoder(limits, settings.decode_threads),
+        ImageDecoder(
+            limits,
+            settings.decode_threads,
+            settings.decode_queue_pixels,
+            settings.decode_queue_bytes,
+        ),
     )
 
     @asynccontextmanager

@@ -1,22 +1,25 @@
 """A validated request to a `Plan`: decoded and laid out images, the worker's job, postprocessing.
 
-Planning takes a while if there are images, so it runs in the decoder's threads.
+Planning takes a while if there are images, so it waits for one of the decoder's threads
+(`server/api/images/admission.py`) until the deadline, or until the client leaves.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
+from fastapi import Request
+from pydantic import BaseModel
 
 from model.canvas import (
     Array,
@@ -33,9 +36,11 @@ from model.canvas import (
 from model.config import BundleConfig, Operation, SamplingConfig
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
 from server.api.errors import ApiError, invalid_value
-from server.api.images.decode import DecodedImage, ImageLimits, decode, repaint_mask
+from server.api.images.admission import Uploads
+from server.api.images.decode import DecodedImage, repaint_mask
 from server.api.schemas import (
     INT64,
+    AnyFormat,
     EditRequest,
     GenerateRequest,
     InpaintRequest,
@@ -46,14 +51,21 @@ from server.api.schemas import (
     SamplingFields,
     VariationsRequest,
 )
-from server.api.state import AppState
+from server.api.state import app_state, log_job, request_state, unless_cancelled
 from server.engine.messages import Image, Job
+from server.metrics import Metrics
 from server.settings import Settings
 
 # JavaScript reads JSON numbers exactly up to here, so that any client can send a seed back.
 RANDOM_SEEDS = 2**53
 # CLIP reads images of at most a few hundred pixels a side: no more than this crosses the pipe.
 REFERENCE_SIDE = 512
+
+# The cost of a result per pixel beside its steps, in branches of a step: tokens to pixels, and
+# pixels to a file. Measured on a CPU: docs/log.md.
+DECODING_WORK = 3
+FILE_WORK: dict[AnyFormat, int] = {"png": 1, "json": 1, "jpeg": 1, "webp": 1, "gif": 6}
+PREVIEW_WORK = 1
 
 Models = Mapping[str, BundleConfig]
 
@@ -107,13 +119,27 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A request with weights and sampling chosen, before any image is decoded."""
+    """A request with weights and sampling chosen, before any image is decoded.
+
+    Attributes:
+        output: format of the answer's images.
+        cache_scope: the client's name; encodings are cached apart for each.
+        arrived_at: monotonic seconds.
+    """
 
     request: SamplingFields
     config: BundleConfig
     sampling: SamplingConfig
     settings: Settings
+    output: AnyFormat = "png"
+    cache_scope: str = ""
     arrived_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        """The time by which the answer must be ready, monotonic seconds."""
+        timeout_s = self.request.timeout_s
+        return self.arrived_at + (self.settings.timeout_s if timeout_s is None else timeout_s)
 
     def size(self) -> tuple[int, int]:
         """Return the requested or the native size, (width, height). Raises ApiError 422."""
@@ -164,7 +190,6 @@ class Draft:
             ApiError: 422, more work than allowed.
         """
         request = self.request
-        timeout_s = self.settings.timeout_s if request.timeout_s is None else request.timeout_s
         job = Job(
             id=uuid.uuid4().hex,
             model=self.config.name,
@@ -173,20 +198,27 @@ class Draft:
             width=size[0],
             height=size[1],
             sampling=self.sampling,
-            deadline=self.arrived_at + timeout_s,
+            deadline=self.deadline,
+            arrived_at=self.arrived_at,
             priority=request.priority,
             previews=request.partial_images,
+            cache_scope=self.cache_scope,
             **{"seeds": seeds(request.seed, request.n), **parts},
         )
         row_steps = self.sampling.steps if steps is None else steps
-        _check_work(job, row_steps, self.settings.max_request_work)
+        _check_work(job, row_steps, self.output, self.settings.max_request_work)
         return job
 
 
 def draft(
-    request: SamplingFields, operation: Operation, models: Models, settings: Settings
+    request: SamplingFields,
+    operation: Operation,
+    models: Models,
+    settings: Settings,
+    output: AnyFormat = "png",
+    cache_scope: str = "",
 ) -> Draft:
-    """Choose weights and sampling.
+    """Choose weights and sampling. The parameters are `Draft`'s.
 
     Raises:
         ApiError: 404 unknown weights, 400 unsupported by them, 422 contradictory fields.
@@ -196,7 +228,8 @@ def draft(
         raise invalid_value("partial_images", allowed, request.partial_images)
     config = find_model(request.model, models)
     check_operation(config, operation)
-    return Draft(request, config, _sampling(request, config, settings), settings)
+    sampling = _sampling(request, config, settings)
+    return Draft(request, config, sampling, settings, output, cache_scope)
 
 
 def find_model(name: str | None, models: Models) -> BundleConfig:
@@ -260,14 +293,17 @@ def _sampling(request: SamplingFields, config: BundleConfig, settings: Settings)
     return sampling
 
 
-def _check_work(job: Job, steps: int, allowed: int) -> None:
+def _check_work(job: Job, steps: int, output: AnyFormat, allowed: int) -> None:
     images, pixels = len(job.seeds), job.width * job.height
     branches = 1 + len(job.regions) + job.sampling.guided
-    work = images * steps * pixels * branches
+    previews = min(job.previews, max(0, steps - 1))
+    output_work = DECODING_WORK + FILE_WORK[output] + previews * (DECODING_WORK + PREVIEW_WORK)
+    work = images * pixels * (steps * branches + output_work)
     if work > allowed:
         message = (
             f"the request's work is {work}, the maximum {allowed}"
-            f" ({images} images of {pixels} pixels, {steps} steps of {branches} branches)"
+            f" ({images} images of {pixels} pixels, {steps} steps of {branches} branches,"
+            f" and as much as {output_work} for decoding and files)"
         )
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
 
@@ -310,21 +346,21 @@ class Layout(NamedTuple):
         return image_of(composite(original, generated, kept), image.index)
 
 
-def _generate(request: GenerateRequest, drafted: Draft, limits: ImageLimits) -> Plan:
+def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
     size = drafted.size()
-    regions, parameters = _regions(request.regions, size, drafted, limits)
+    regions, parameters = _regions(request.regions, size, drafted, uploads)
     job = drafted.job(size, request.prompt, regions=regions)
     return Plan("generate", job, size, parameters)
 
 
-def _inpaint(request: InpaintRequest, drafted: Draft, limits: ImageLimits) -> Plan:
-    image = decode(request.image, limits)
-    drafted.check_side(image.size, "image")
+def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
+    drafted.check_side(uploads.stored_size(request.image), "image")
+    image = uploads.decode(request.image)
     drafted.check_requested_size(image.size)
-    mask = _inpaint_mask(request, image, limits)
+    mask = _inpaint_mask(request, image, uploads)
     layout = Layout(drafted.padded(image.on_white), drafted.padded(mask), image.size)
-    regions, region_parameters = _regions(request.regions, image.size, drafted, limits)
-    references, reference_parameters = _references(request.references, drafted, limits)
+    regions, region_parameters = _regions(request.regions, image.size, drafted, uploads)
+    references, reference_parameters = _references(request.references, drafted, uploads)
     parameters = {
         "image": file_hash(request.image),
         **({} if request.mask is None else {"mask": file_hash(request.mask)}),
@@ -344,7 +380,7 @@ def _inpaint(request: InpaintRequest, drafted: Draft, limits: ImageLimits) -> Pl
     return Plan("inpaint", job, layout.size, parameters, finish)
 
 
-def _outpaint(request: OutpaintRequest, drafted: Draft, limits: ImageLimits) -> Plan:
+def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
     margins = {
         "left": request.left,
         "right": request.right,
@@ -354,13 +390,15 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, limits: ImageLimits) -> 
     if not any(margins.values()):
         allowed = "at least one of left, right, up and down must be above 0"
         raise invalid_value("left", allowed, 0)
-    image = decode(request.image, limits)
+    drafted.check_side(uploads.stored_size(request.image), "image")
+    image = uploads.decode(request.image)
     layout = _outpaint_layout(image, margins, drafted)
     drafted.check_requested_size(layout.size)
-    regions, region_parameters = _regions(request.regions, layout.size, drafted, limits)
+    regions, region_parameters = _regions(request.regions, layout.size, drafted, uploads)
     # Without a prompt the image itself is the condition, if the weights support that.
     by_image = not request.prompt.strip() and "variations" in drafted.config.operations
-    references = (Reference(reference_image(image.on_white), 1.0),) if by_image else ()
+    shown = [reference_image(request.image, "image", uploads)] if by_image else []
+    references = tuple(Reference(each, 1.0) for each in shown)
     job = drafted.job(
         layout.padded_size,
         request.prompt,
@@ -372,29 +410,33 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, limits: ImageLimits) -> 
     return Plan("outpaint", job, layout.size, parameters, layout.composited)
 
 
-def _variations(request: VariationsRequest, drafted: Draft, limits: ImageLimits) -> Plan:
+def _variations(request: VariationsRequest, drafted: Draft, uploads: Uploads) -> Plan:
     count = len(request.image)
     weights = [1.0] * count if request.weights is None else request.weights
     if len(weights) != count or not any(weights):
         allowed = f"one for each image ({count}), at least one of them above 0"
         raise invalid_value("weights", allowed, request.weights)
     size = drafted.size()
-    images = [reference_image(decode(content, limits).on_white) for content in request.image]
+    images = [reference_image(content, "image", uploads) for content in request.image]
     references = tuple(map(Reference, images, weights))
     job = drafted.job(size, request.prompt, references=references)
     hashes = [file_hash(content) for content in request.image]
     return Plan("variations", job, size, {"image": hashes, "weights": weights})
 
 
-def _edit(request: EditRequest, drafted: Draft, limits: ImageLimits) -> Plan:
-    rgb = decode(request.image, limits).on_white
-    height, width = rgb.shape[:2]
-    size = request.width or width, request.height or height
-    drafted.check_side(size, "image")
-    padded = drafted.padded(rgb if size == (width, height) else resized(rgb, *size))
+def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
+
+    def fit(stored: tuple[int, int]) -> tuple[int, int]:
+        size = request.width or stored[0], request.height or stored[1]
+        drafted.check_side(size, "image")
+        return size
+
+    image = uploads.decode(request.image, fit=fit)
+    size = image.size
+    padded = drafted.padded(image.on_white)
     layout = Layout(padded, np.ones(padded.shape[:2], dtype=np.bool_), size)
     steps = round(request.strength * drafted.sampling.steps)
-    references, reference_parameters = _references(request.references, drafted, limits)
+    references, reference_parameters = _references(request.references, drafted, uploads)
     job = drafted.job(
         layout.padded_size,
         request.prompt,
@@ -410,12 +452,12 @@ def _edit(request: EditRequest, drafted: Draft, limits: ImageLimits) -> Plan:
     return Plan("edit", job, size, parameters, layout.cropped)
 
 
-def _interpolate(request: InterpolateRequest, drafted: Draft, limits: ImageLimits) -> Plan:
+def _interpolate(request: InterpolateRequest, drafted: Draft, uploads: Uploads) -> Plan:
     size = drafted.size()
     if any(entry.image for entry in request.keyframes):
         check_operation(drafted.config, "variations")
     keyframes = tuple(
-        _keyframe(entry, request.prompt, i, limits) for i, entry in enumerate(request.keyframes)
+        _keyframe(entry, request.prompt, i, uploads) for i, entry in enumerate(request.keyframes)
     )
     job = drafted.job(
         size,
@@ -434,7 +476,7 @@ def _interpolate(request: InterpolateRequest, drafted: Draft, limits: ImageLimit
     return Plan("interpolate", job, size, parameters)
 
 
-Planner = Callable[[Any, Draft, ImageLimits], Plan]
+Planner = Callable[[Any, Draft, Uploads], Plan]
 OPERATIONS: dict[Operation, tuple[type[SamplingFields], Planner]] = {
     "generate": (GenerateRequest, _generate),
     "inpaint": (InpaintRequest, _inpaint),
@@ -445,28 +487,65 @@ OPERATIONS: dict[Operation, tuple[type[SamplingFields], Planner]] = {
 }
 
 
-async def plan(request: SamplingFields, operation: Operation, state: AppState) -> Plan:
-    """Plan a request, in the decoder's threads if it has images.
+async def plan(
+    request: Request, fields: SamplingFields, operation: Operation, output: AnyFormat = "png"
+) -> Plan:
+    """Plan a request, in the decoder's threads if it has images, and note its job for the log.
+
+    Args:
+        request: the HTTP request, whose end ends the planning.
+        fields: its fields.
+        operation: what they ask for.
+        output: format of the answer's images.
 
     Raises:
         ApiError: 404 unknown weights, 400 unsupported by them, 413 and 422 invalid images or
-            fields.
+            fields, 499 the client left.
+        EngineError: the decoder's queue is full, or the deadline passed.
     """
-    planner = OPERATIONS[operation][1]
-    drafted = draft(request, operation, state.models, state.settings)
-    work = partial(planner, request, drafted, state.decoder.limits)
-    if isinstance(request, GenerateRequest) and not request.regions:
-        return work()
-    return await state.decoder.run(work)
+    state, scope = app_state(request), request_state(request).client or ""
+    drafted = draft(fields, operation, state.models, state.settings, output, scope)
+    planner = partial(OPERATIONS[operation][1], fields, drafted)
+    if isinstance(fields, GenerateRequest) and not fields.regions:
+        planned = planner(Uploads(state.decoder.limits))
+    else:
+        work = state.decoder.run(planner, list(uploaded_files(fields)), drafted.deadline)
+        planned = await unless_cancelled(request, _counted(work, state.metrics))
+    log_job(request, planned.job)
+    return planned
+
+
+async def _counted(work: Coroutine[Any, Any, Plan], metrics: Metrics) -> Plan:
+    try:
+        return await work
+    except asyncio.CancelledError:
+        metrics.cancelled.labels("upload").inc()
+        raise
+
+
+def uploaded_files(value: object, param: str = "") -> Iterator[tuple[str, bytes]]:
+    """Yield (param, content) of every image file in a request's fields."""
+    match value:
+        case bytes():
+            yield param, value
+        case BaseModel():
+            prefix = param and f"{param}."
+            for name in type(value).model_fields:
+                yield from uploaded_files(getattr(value, name), f"{prefix}{name}")
+        case list() | tuple():
+            for i, item in enumerate(value):
+                yield from uploaded_files(
+                    item, param if isinstance(item, bytes) else f"{param}.{i}"
+                )
 
 
 # ── parts of operations ───────────────────────────────────────────────────────────────────────────
 
 
-def _inpaint_mask(request: InpaintRequest, image: DecodedImage, limits: ImageLimits) -> Mask:
+def _inpaint_mask(request: InpaintRequest, image: DecodedImage, uploads: Uploads) -> Mask:
     """Return the separate mask, or the image's own transparency."""
     if request.mask is not None:
-        return repaint_mask(decode(request.mask, limits, "mask"), request.mask_mode, image.size)
+        return uploads.mask(request.mask, request.mask_mode, image.size)
     if not image.has_alpha:
         message = "mask: required, unless the image is transparent where it is to be repainted"
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "missing_field", message, "mask")
@@ -489,7 +568,7 @@ def _outpaint_layout(image: DecodedImage, margins: dict[str, int], drafted: Draf
 
 
 def _regions(
-    entries: Sequence[RegionEntry], size: tuple[int, int], drafted: Draft, limits: ImageLimits
+    entries: Sequence[RegionEntry], size: tuple[int, int], drafted: Draft, uploads: Uploads
 ) -> tuple[tuple[Region, ...], dict[str, Any]]:
     """Return the regions of an answer of this size, and their parameters."""
     if not entries:
@@ -497,7 +576,7 @@ def _regions(
     check_operation(drafted.config, "regions")
     regions, parameters = [], []
     for i, entry in enumerate(entries):
-        mask = _region_mask(entry, size, i, limits)
+        mask = _region_mask(entry, size, i, uploads)
         weight = region_weight(mask, entry.weight, entry.softness)
         regions.append(Region(entry.prompt, InputImage.of(drafted.padded(weight))))
         place = {"box": list(entry.box)} if entry.box else {"mask": file_hash(entry.mask or b"")}
@@ -506,50 +585,42 @@ def _regions(
     return tuple(regions), {"regions": parameters}
 
 
-def _region_mask(
-    entry: RegionEntry, size: tuple[int, int], index: int, limits: ImageLimits
-) -> Mask:
+def _region_mask(entry: RegionEntry, size: tuple[int, int], index: int, uploads: Uploads) -> Mask:
     if entry.box:
         return box_mask(entry.box, *size)
-    param = f"regions.{index}.mask"
-    return repaint_mask(decode(entry.mask or b"", limits, param), None, size, param)
+    return uploads.mask(entry.mask or b"", None, size, f"regions.{index}.mask")
 
 
 def _references(
-    contents: Sequence[bytes], drafted: Draft, limits: ImageLimits
+    contents: Sequence[bytes], drafted: Draft, uploads: Uploads
 ) -> tuple[tuple[Reference, ...], dict[str, Any]]:
     """Return images that replace the prior's embedding, and their parameters."""
     if not contents:
         return (), {}
     check_operation(drafted.config, "variations")
-    images = [decode(content, limits, "references") for content in contents]
-    references = tuple(Reference(reference_image(image.on_white), 1.0) for image in images)
+    images = [reference_image(content, "references", uploads) for content in contents]
+    references = tuple(Reference(image, 1.0) for image in images)
     return references, {"references": [file_hash(content) for content in contents]}
 
 
-def _keyframe(entry: KeyframeEntry, prompt: str, index: int, limits: ImageLimits) -> Keyframe:
+def _keyframe(entry: KeyframeEntry, prompt: str, index: int, uploads: Uploads) -> Keyframe:
     if entry.image is None:
         return Keyframe(entry.prompt or "")
-    image = decode(entry.image, limits, f"keyframes.{index}.image")
-    return Keyframe(prompt, reference_image(image.on_white))
+    return Keyframe(prompt, reference_image(entry.image, f"keyframes.{index}.image", uploads))
 
 
 # ── arrays to and from the worker's pipe ──────────────────────────────────────────────────────────
 
 
-def reference_image(rgb: Pixels) -> InputImage:
-    """Return uint8 [H, W, 3] for CLIP, scaled down if it is much larger than CLIP reads."""
-    height, width = rgb.shape[:2]
-    scale = REFERENCE_SIDE / max(width, height)
-    if scale >= 1:
-        return InputImage.of(rgb)
-    return InputImage.of(resized(rgb, max(1, round(width * scale)), max(1, round(height * scale))))
+def reference_image(content: bytes, param: str, uploads: Uploads) -> InputImage:
+    """Return a file's image for CLIP, scaled down if it is much larger than CLIP reads."""
+    return InputImage.of(uploads.decode(content, param, reference_size).on_white)
 
 
-def resized(rgb: Pixels, width: int, height: int) -> Pixels:
-    """Return uint8 [H, W, 3] resampled bicubically."""
-    image = PIL.Image.fromarray(rgb)
-    return np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
+def reference_size(stored: tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) of at most `REFERENCE_SIDE` pixels in the same ratio."""
+    scale = min(1.0, REFERENCE_SIDE / max(stored))
+    return max(1, round(stored[0] * scale)), max(1, round(stored[1] * scale))
 
 
 def array_of(image: Image) -> Pixels:

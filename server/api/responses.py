@@ -6,7 +6,8 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +16,8 @@ from fastapi import Request, Response
 from server.api.images.encode import AnimationFormat, Format, animate, encode
 from server.api.planning import Plan
 from server.api.sse import DeferredEvent, Emit, Event
-from server.api.state import AppState, app_state, request_state
+from server.api.state import AppState, app_state, request_state, unless_cancelled
+from server.engine.errors import DeadlineExceeded
 from server.engine.latency_model import Forecast
 from server.engine.messages import Drawn, Finished, Image, Preview
 
@@ -64,6 +66,34 @@ def _weight(text: str) -> float:
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
+async def respond_in_time(
+    request: Request, plan: Plan, respond: Callable[[Finished], Coroutine[Any, Any, Response]]
+) -> Response:
+    """Run the plan's job and return its answer, files included, before the deadline.
+
+    Raises:
+        ApiError: 499, the client left or the request was deleted.
+        EngineError: the job's, or DeadlineExceeded.
+    """
+
+    async def answer() -> Response:
+        finished = await app_state(request).engine.run(plan.job)
+        async with until_deadline(plan):
+            return await respond(finished)
+
+    return await unless_cancelled(request, answer())
+
+
+@asynccontextmanager
+async def until_deadline(plan: Plan) -> AsyncIterator[None]:
+    """Bound the time for an answer's files. Raises DeadlineExceeded at the request's deadline."""
+    try:
+        async with asyncio.timeout(max(0.0, plan.job.deadline - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed") from None
+
+
 async def file_response(
     state: AppState, plan: Plan, finished: Finished, format: Format, quality: int
 ) -> Response:
@@ -77,12 +107,11 @@ async def animation_response(
     state: AppState, plan: Plan, finished: Finished, format: AnimationFormat, quality: int
 ) -> Response:
     """Return all images in one file, without parameters in it."""
-
-    def make() -> bytes:
-        return animate([plan.finish(image) for image in _ordered(finished)], format, quality)
-
-    began = time.perf_counter()
-    content = await asyncio.to_thread(make)
+    frames, began = _Frames(plan, _ordered(finished)), time.perf_counter()
+    try:
+        content = await asyncio.to_thread(animate, frames, format, quality)
+    finally:
+        frames.stop()
     seconds = record_images(state, plan, len(finished.images), began)
     headers = answer_headers(plan, finished, stage_seconds(finished, seconds))
     return Response(content, media_type=f"image/{format}", headers=headers)
@@ -102,6 +131,24 @@ async def json_response(
     headers = answer_headers(plan, finished, stages)
     content = await asyncio.to_thread(body)
     return Response(content, media_type="application/json", headers=headers)
+
+
+class _Frames:
+    """The images of an animation, finished one by one, until nobody waits for them any more."""
+
+    def __init__(self, plan: Plan, images: Sequence[Image]) -> None:
+        self._plan, self._images = plan, images
+        self._stopped = False
+
+    def __iter__(self) -> Iterator[Image]:
+        for image in self._images:
+            if self._stopped:
+                raise DeadlineExceeded("nobody waits for the animation any more")
+            yield self._plan.finish(image)
+
+    def stop(self) -> None:
+        """Let the thread that encodes the animation end at its next frame."""
+        self._stopped = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +226,8 @@ class NativeStream:
             return DeferredEvent(
                 lambda: Event("completed", answer_fields(self.request, plan, finished, stages))
             )
-        contents, seconds = await encode_all(state, plan, finished, self.format, self.quality)
+        async with until_deadline(plan):
+            contents, seconds = await encode_all(state, plan, finished, self.format, self.quality)
         stages = stage_seconds(finished, seconds)
         fields = answer_fields(self.request, plan, finished, stages)
         return DeferredEvent(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
-from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -22,10 +22,18 @@ from server.api.responses import (
     animation_response,
     file_response,
     json_response,
+    respond_in_time,
 )
-from server.api.schemas import ErrorAnswer, ImagesAnswer, InterpolateRequest, SamplingFields
+from server.api.schemas import (
+    AnyFormat,
+    ErrorAnswer,
+    ImagesAnswer,
+    InterpolateRequest,
+    SamplingFields,
+)
 from server.api.sse import stream_events
-from server.api.state import app_state, cancel, log_job, unless_cancelled
+from server.api.state import app_state, cancel
+from server.engine.messages import Finished
 
 router = APIRouter()
 
@@ -70,47 +78,50 @@ def _endpoint(
     operation: Operation, schema: type[SamplingFields]
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        state = app_state(request)
-        fields = await read_body(request, schema, state.settings.max_body_bytes)
-        planned = await plan(fields, operation, state)
-        log_job(request, planned.job)
-        if isinstance(fields, InterpolateRequest):
-            return await _answer_frames(request, fields, planned)
-        return await _answer_images(request, fields, planned)
+        limit = app_state(request).settings.max_body_bytes
+        fields = await read_body(request, schema, limit)
+        wanted, quality, stream = _output(request, fields), fields.quality, fields.stream
+        planned = await plan(request, fields, operation, wanted)
+        # The files may be large, and are not needed while the job waits.
+        del fields
+        if stream:
+            assert wanted != "gif"
+            format: Format = "png" if wanted == "json" else wanted
+            events = NativeStream(request, planned, format, quality)
+            return await stream_events(request, events.run)
+        respond = partial(_respond, request, planned, wanted, quality)
+        return await respond_in_time(request, planned, respond)
 
     return endpoint
 
 
-async def _answer_images(request: Request, fields: SamplingFields, planned: Plan) -> Response:
-    state = app_state(request)
-    accept = request.headers.get("accept", "*/*")
-    wanted = fields.response_format or accepted_format(accept)
-    format: Format = "png" if wanted == "json" else wanted
-    if fields.stream:
-        stream = NativeStream(request, planned, format, fields.quality)
-        return await stream_events(request, stream.run)
-    finished = await unless_cancelled(request, state.engine.run(planned.job))
-    if wanted == "json" or len(planned.job.seeds) > 1:
-        return await json_response(request, planned, finished, format, fields.quality)
-    return await file_response(state, planned, finished, format, fields.quality)
+def _output(request: Request, fields: SamplingFields) -> AnyFormat:
+    """Return the format of the answer; of the frames of an interpolation it may be an animation's.
 
-
-async def _answer_frames(request: Request, fields: InterpolateRequest, planned: Plan) -> Response:
-    """Return an animation for GIF and WebP, otherwise the frames as a stream or as JSON."""
-    state = app_state(request)
+    Raises ApiError 422 for a format that a stream cannot have.
+    """
     accept = request.headers.get("accept", "*/*")
+    if not isinstance(fields, InterpolateRequest):
+        return fields.response_format or accepted_format(accept)
     wanted = fields.response_format or accepted_animation(accept)
-    format: Format | Literal["gif"] = "png" if wanted == "json" else wanted
-    if fields.stream:
-        if format == "gif":
-            allowed = "frames of a stream are png, jpeg or webp"
-            raise invalid_value("response_format", allowed, format)
-        stream = NativeStream(request, planned, format, fields.quality)
-        return await stream_events(request, stream.run)
-    finished = await unless_cancelled(request, state.engine.run(planned.job))
-    if format == "gif" or format == "webp":
-        return await animation_response(state, planned, finished, format, fields.quality)
-    return await json_response(request, planned, finished, format, fields.quality)
+    if fields.stream and wanted == "gif":
+        allowed = "frames of a stream are png, jpeg or webp"
+        raise invalid_value("response_format", allowed, wanted)
+    return wanted
+
+
+async def _respond(
+    request: Request, planned: Plan, wanted: AnyFormat, quality: int, finished: Finished
+) -> Response:
+    """Return one file, an animation of several frames, or JSON."""
+    state = app_state(request)
+    if planned.job.keyframes and (wanted == "gif" or wanted == "webp"):
+        return await animation_response(state, planned, finished, wanted, quality)
+    assert wanted != "gif"
+    format: Format = "png" if wanted == "json" else wanted
+    if wanted == "json" or len(planned.job.seeds) > 1:
+        return await json_response(request, planned, finished, format, quality)
+    return await file_response(state, planned, finished, format, quality)
 
 
 for _operation, (_schema, _) in OPERATIONS.items():

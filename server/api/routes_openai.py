@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from model.config import BundleConfig
 from server.api.body import read_body
 from server.api.errors import ApiError
-from server.api.images.encode import encode
+from server.api.images.encode import Format, encode
 from server.api.openai_schemas import (
     EditsRequest,
     GenerationsRequest,
@@ -33,9 +33,15 @@ from server.api.openai_schemas import (
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
 from server.api.planning import OPERATIONS, Plan, find_model, plan, possible_sides
-from server.api.responses import answer_headers, encode_all, stage_seconds
+from server.api.responses import (
+    answer_headers,
+    encode_all,
+    respond_in_time,
+    stage_seconds,
+    until_deadline,
+)
 from server.api.sse import Comment, DeferredEvent, Emit, Event, stream_events
-from server.api.state import AppState, app_state, log_job, unless_cancelled
+from server.api.state import app_state
 from server.engine.messages import Finished, Preview
 from server.settings import Settings
 
@@ -67,12 +73,16 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         state = app_state(request)
         fields = await read_body(request, endpoint.schema, state.settings.max_body_bytes)
-        answer = OpenAIAnswer(request, fields, await _plan(fields, state))
-        log_job(request, answer.plan.job)
-        if fields.stream:
+        planned = await _plan(request, fields)
+        answer = OpenAIAnswer(
+            request, planned, fields.file_format, fields.file_quality, fields.effective_quality
+        )
+        stream = fields.stream
+        # The files may be large, and are not needed while the job waits.
+        del fields
+        if stream:
             return await stream_events(request, partial(answer.stream, endpoint.event_prefix))
-        finished = await unless_cancelled(request, state.engine.run(answer.plan.job))
-        return await answer.respond(finished)
+        return await respond_in_time(request, planned, answer.respond)
 
     return handle
 
@@ -80,13 +90,15 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
 # ── request ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _plan(fields: ImagesFields, state: AppState) -> Plan:
+async def _plan(request: Request, fields: ImagesFields) -> Plan:
+    state = app_state(request)
     config = find_model(fields.model, state.models)
     _check_supported(fields)
     size = _size(fields.size, config, state.settings)
     operation, native = fields.native(size, config.recipe.num_inference_steps)
     # Validated already: the native fields have the same types.
-    planned = await plan(OPERATIONS[operation][0].model_construct(**native), operation, state)
+    native_fields = OPERATIONS[operation][0].model_construct(**native)
+    planned = await plan(request, native_fields, operation, fields.file_format)
     if size not in (None, planned.size):
         width, height = planned.size
         message = f"an edit with a mask has the image's own size: send auto or {width}x{height}"
@@ -136,11 +148,19 @@ def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
 
 @dataclass(frozen=True, slots=True)
 class OpenAIAnswer:
-    """A finished plan as OpenAI's JSON answer or events."""
+    """A finished plan as OpenAI's JSON answer or events.
+
+    Attributes:
+        format: of the images' files.
+        file_quality: of JPEG and WebP.
+        quality: the field `quality` of the answer.
+    """
 
     request: Request
-    fields: ImagesFields
     plan: Plan
+    format: Format
+    file_quality: int
+    quality: str
 
     async def respond(self, finished: Finished) -> Response:
         """Return all images as one JSON answer."""
@@ -172,7 +192,8 @@ class OpenAIAnswer:
                 )
             ),
         )
-        contents, _ = await self._encode(finished)
+        async with until_deadline(self.plan):
+            contents, _ = await self._encode(finished)
         usage = self._usage(1)
         for index, content in enumerate(contents):
             name = f"{prefix}.completed"
@@ -181,7 +202,7 @@ class OpenAIAnswer:
     def _partial(self, name: str, preview: Preview) -> Event:
         # In the requested format: clients save previews under that name.
         image = self.plan.finish(preview.image)
-        content = encode(image, self.fields.file_format, self.fields.file_quality, {})
+        content = encode(image, self.format, self.file_quality, {})
         index = preview.image.index
         return self._event(name, content, index=index, partial_image_index=preview.number)
 
@@ -202,8 +223,8 @@ class OpenAIAnswer:
             app_state(self.request),
             self.plan,
             finished,
-            self.fields.file_format,
-            self.fields.file_quality,
+            self.format,
+            self.file_quality,
         )
         return contents, stage_seconds(finished, seconds)
 
@@ -215,9 +236,9 @@ class OpenAIAnswer:
     def _effective(self) -> dict[str, str]:
         return {
             "size": f"{self.plan.size[0]}x{self.plan.size[1]}",
-            "quality": self.fields.effective_quality,
+            "quality": self.quality,
             "background": "opaque",
-            "output_format": self.fields.file_format,
+            "output_format": self.format,
         }
 
     def _usage(self, images: int) -> dict[str, Any]:

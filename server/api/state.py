@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from model.config import BundleConfig
 from server.api.errors import ApiError, cancelled, client_closed
-from server.api.images.decode import ImageDecoder
+from server.api.images.admission import ImageDecoder
 from server.engine.interface import Engine
 from server.engine.messages import Job
 from server.metrics import Metrics
@@ -30,7 +30,7 @@ class AppState:
 
     Attributes:
         models: configurations of the served bundles by name, the default first.
-        decoder: thread pool that decodes uploaded images.
+        decoder: queue and threads that decode uploaded images.
         started_at: Unix seconds.
         running: by client and request id, the futures that end running requests with an error.
         stopping: set from the stop signal on; /readyz is then 503, while requests still are served.

@@ -16,6 +16,7 @@ from model.config import BundleConfig, Operation, find_bundle
 from model.pipeline import Pipeline
 from model.row_builder import RowBuilder
 from model.runtime import pick_device, pick_dtype, prepare, use
+from server.api.images.admission import Uploads
 from server.api.images.decode import ImageLimits
 from server.api.images.encode import read_parameters
 from server.api.planning import OPERATIONS, Plan, draft, file_hash
@@ -33,9 +34,12 @@ def plan(operation: Operation, fields: dict[str, Any], settings: Settings) -> tu
     schema, planner = OPERATIONS[operation]
     config = BundleConfig.read(find_bundle(settings.bundles[0]))
     request = schema.model_validate(fields)
-    drafted = draft(request, operation, {config.name: config}, settings)
-    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    return planner(request, drafted, limits), request.quality
+    output = request.response_format or "png"
+    drafted = draft(request, operation, {config.name: config}, settings, output)
+    limits = ImageLimits(
+        settings.max_image_bytes, settings.max_image_pixels, settings.max_request_pixels
+    )
+    return planner(request, drafted, Uploads(limits)), request.quality
 
 
 def generate(

@@ -23,6 +23,7 @@ from server.engine.errors import (
 )
 from server.engine.latency_model import Forecast, LatencyModel, Pace
 from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Job, Preview, Running
+from server.engine.retry_slots import RetrySlots
 from server.engine.supervisor import Supervisor, WorkerMain, WorkerMessage, WorkerStatus, run_worker
 from server.metrics import Metrics
 from server.settings import Settings
@@ -44,14 +45,15 @@ RETRY_FORECAST_S = 10.0
 class PendingJob:
     """One unfinished job: the worker that has it, and the caller's hooks.
 
-    worker, sent_at: None while the job waits for a worker. timeout: ends that wait. solo_crashes:
-    workers that crashed in a stage with this job alone.
+    image_bytes: of the job. worker, sent_at: None while the job waits for a worker. timeout: ends
+    that wait. solo_crashes: workers that crashed in a stage with this job alone.
     """
 
     job: Job
     arrived_at: float
     forecast: Forecast
     answer: asyncio.Future[Finished | EngineError]
+    image_bytes: int
     on_started: OnStarted | None = None
     on_preview: OnPreview | None = None
     on_drawn: OnDrawn | None = None
@@ -138,6 +140,7 @@ class EngineClient:
         self._pending: dict[str, PendingJob] = {}
         self._pace = Pace()
         self._latency = LatencyModel()
+        self._retry_slots = RetrySlots()
         self._draining = False
         self.metrics.queue_depth.set_function(
             lambda: max(0, self.rows_unfinished - self.rows_running)
@@ -237,10 +240,10 @@ class EngineClient:
             raise DeadlineExceeded("the deadline passed")
         unfinished = self.rows_unfinished
         # A request larger than the queue itself is still done, alone.
-        if unfinished and unfinished + len(job.seeds) > self._settings.queue_rows:
-            raise QueueFull(unfinished * self._pace.seconds_per_row)
+        if unfinished and (wait_s := self._time_to_room(job)) is not None:
+            raise QueueFull(self._retry_after(wait_s, job, now))
         answer: asyncio.Future[Finished | EngineError] = asyncio.get_running_loop().create_future()
-        entry = PendingJob(job, now, self._forecast(job, now), answer)
+        entry = PendingJob(job, now, self._forecast(job, now), answer, job.image_bytes)
         self._pending[job.id] = entry
         return entry
 
@@ -256,16 +259,44 @@ class EngineClient:
         left = {
             id: steps for worker in self.workers for id, steps in worker.last_heartbeat.left.items()
         }
-        finish, allowed = self._latency.predict(job, others, slots, now, left), job.deadline - now
-        if finish is not None and finish > allowed and not self._may_try(now):
-            alone = self._latency.predict(job, [], slots, now)
-            raise DeadlineUnreachable(finish, allowed, retryable=alone is None or alone <= allowed)
+        allowed = job.deadline - now
+        least = self._latency.predict(job, others, slots, now, left, least=True)
+        if least is not None and least > allowed and not self._may_try(now):
+            alone = self._latency.predict(job, [], slots, now, least=True)
+            retryable = alone is None or alone <= allowed
+            retry_after = self._retry_after(least - allowed, job, now) if retryable else None
+            raise DeadlineUnreachable(least, allowed, retryable, retry_after)
+        finish = self._latency.predict(job, others, slots, now, left)
         before = sum(len(other.seeds) for other in others)
         # The pace may be old: it is no reason to reject a job, but better than no figure at all.
         seconds = (
             (before + len(job.seeds)) * self._pace.seconds_per_row if finish is None else finish
         )
         return Forecast(max(0, before + 1 - slots), seconds)
+
+    def _time_to_room(self, job: Job) -> float | None:
+        """Return the seconds until the job should fit into the queue, by the present pace.
+
+        The oldest jobs are expected to be done first. None: it fits now.
+        """
+        excess_rows = self.rows_unfinished + len(job.seeds) - self._settings.queue_rows
+        held = sum(entry.image_bytes for entry in self._pending.values())
+        excess_bytes = held + job.image_bytes - self._settings.queue_bytes
+        if excess_rows <= 0 and excess_bytes <= 0:
+            return None
+        finishing = 0
+        for entry in self._pending.values():
+            if excess_rows <= 0 and excess_bytes <= 0:
+                break
+            finishing += entry.rows
+            excess_rows -= entry.rows
+            excess_bytes -= entry.image_bytes
+        return finishing * self._pace.seconds_per_row
+
+    def _retry_after(self, earliest_s: float, job: Job, now: float) -> float:
+        """Return the seconds after which the rejected job's client should retry."""
+        spacing_s = len(job.seeds) * self._pace.seconds_per_row
+        return self._retry_slots.take(earliest_s, spacing_s, now)
 
     def _may_try(self, now: float) -> bool:
         """Return whether the server is idle and its measurements are old.
@@ -336,7 +367,7 @@ class EngineClient:
             self._pace.record(entry.rows, entry.sent_at)
             timings = entry.finish(message, entry.sent_at).timings
             self.metrics.record_timings(timings)
-            self._latency.record_job(entry.rows, timings, time.monotonic())
+            self._latency.record_job(entry.job, timings, time.monotonic())
 
     def _record_heartbeat(self, heartbeat: Heartbeat) -> None:
         self.metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)

@@ -16,7 +16,7 @@ class EngineError(Exception):
 
 
 class QueueFull(EngineError):
-    """Too many rows are unfinished. retry_after: seconds until the present queue should be done."""
+    """Too much is unfinished. retry_after: seconds until this client should retry."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after:.1f} s")
@@ -26,14 +26,16 @@ class QueueFull(EngineError):
 class DeadlineUnreachable(EngineError):
     """The answer would come after the deadline.
 
-    retry_after: seconds until enough of the present queue should be done. retryable: whether the
-    job could be in time on an idle server.
+    retry_after: seconds until this client should retry; default: until enough of the present queue
+    should be done. retryable: whether the job could be in time on an idle server.
     """
 
-    def __init__(self, needed: float, allowed: float, retryable: bool) -> None:
+    def __init__(
+        self, needed: float, allowed: float, retryable: bool, retry_after: float | None = None
+    ) -> None:
         left = f"the {allowed:.2f} s that timeout_s leaves"
         super().__init__(f"the answer would take about {needed:.2f} s, more than {left}")
-        self.retry_after = needed - allowed
+        self.retry_after = needed - allowed if retry_after is None else retry_after
         self.retryable = retryable
 
 

@@ -1,4 +1,9 @@
-"""Predict a job's latency from measured step times, to reject a job that would be late at once."""
+"""Predict a job's latency from measured step times, to reject a job that would be late at once.
+
+A prediction is likely or least. The likely one, which clients are told, scales measurements to
+sizes and numbers of branches that were not measured. The least one never scales them up, and
+assumes that what was never measured takes no time: only it may reject a job.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,14 @@ import math
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import Pool
+
+T = TypeVar("T")
 
 # Older measurements reject no job: one slow step on an idle server would otherwise reject all that
 # follow.
@@ -59,29 +67,35 @@ def _steps(job: Job) -> int:
     return len(job.seeds) * job.sampling.steps
 
 
+class _Kind(NamedTuple):
+    """What measurements are kept apart by. pixels: width times height."""
+
+    model: str
+    pixels: int
+
+
 @dataclass(slots=True)
 class LatencyModel:
-    """Averages of a step's seconds, by image size and branches, and of a row's other seconds.
+    """Averages of a step's seconds, by weights, image size and branches; of a row's other seconds.
 
     measured_at: time of the last step that was recorded, monotonic seconds.
     """
 
     measured_at: float = -math.inf
-    _steps: dict[int, dict[int, _Average]] = field(default_factory=dict)
-    _overhead: _Average | None = None
+    _steps: dict[_Kind, dict[int, _Average]] = field(default_factory=dict)
+    _overhead: dict[_Kind, _Average] = field(default_factory=dict)
 
     def record_step(self, step: Step, now: float) -> None:
         """Record a finished step."""
         self.measured_at = now
-        known = self._steps.setdefault(step.pixels, {})
+        known = self._steps.setdefault(_Kind(step.model, step.pixels), {})
         known.setdefault(step.branches, _Average(step.seconds, now)).record(step.seconds, now)
 
-    def record_job(self, rows: int, timings: Timings, now: float) -> None:
+    def record_job(self, job: Job, timings: Timings, now: float) -> None:
         """Record the time of a finished job outside its steps."""
-        seconds = (timings.encode + timings.prior + timings.decode) / rows
-        if self._overhead is None:
-            self._overhead = _Average(seconds, now)
-        self._overhead.record(seconds, now)
+        seconds = (timings.encode + timings.prior + timings.decode) / len(job.seeds)
+        kind = _Kind(job.model, job.width * job.height)
+        self._overhead.setdefault(kind, _Average(seconds, now)).record(seconds, now)
 
     def predict(
         self,
@@ -90,11 +104,14 @@ class LatencyModel:
         slots: int,
         now: float,
         left: Mapping[str, int] | None = None,
+        *,
+        least: bool = False,
     ) -> float | None:
         """Return the seconds from now until `job` is done while `others` are unfinished.
 
         Returns None while too little is known. left: of started jobs, the steps that all of their
-        rows have yet to take.
+        rows have yet to take. least: predict what the measurements prove, without any that is
+        scaled up; 0 where they prove nothing.
 
         While the running rows take turns, a round costs one step of every pool. A row without a
         free slot waits until enough of the rows before it are done. A row with fewer steps to go
@@ -108,13 +125,24 @@ class LatencyModel:
         rows = sum(each.rows for each in everything)
         waiting = sum(each.left for each in everything) / rows * max(0, rows - slots) / slots
         rounds = job.sampling.steps + waiting
-        seconds = self._seconds_per_round(everything, rounds, slots, now)
-        recent = self._overhead is not None and now - self._overhead.at < MEMORY_S
-        overhead = self._overhead.value if self._overhead and recent else 0.0
-        return None if seconds is None else rounds * seconds + overhead * rows
+        seconds = self._seconds_per_round(everything, rounds, slots, now, least)
+        if seconds is None:
+            return None
+        overhead = sum(each.rows * self._around(each.job, now, least) for each in everything)
+        return rounds * seconds + overhead
+
+    def _around(self, job: Job, now: float, least: bool) -> float:
+        """Return the seconds of one of the job's rows outside its steps; 0 while unknown."""
+        recent = {
+            kind: average.value
+            for kind, average in self._overhead.items()
+            if now - average.at < MEMORY_S
+        }
+        kind = _Kind(job.model, job.width * job.height)
+        return _for_kind(recent, kind, lambda seconds: seconds, least) or 0.0
 
     def _seconds_per_round(
-        self, jobs: Sequence[_Unfinished], rounds: float, slots: int, now: float
+        self, jobs: Sequence[_Unfinished], rounds: float, slots: int, now: float, least: bool
     ) -> float | None:
         present: dict[Pool, float] = defaultdict(float)
         branches: dict[Pool, float] = defaultdict(float)
@@ -126,7 +154,7 @@ class LatencyModel:
                 branches[pool] += share * each.job.branches
         running = min(1.0, slots / sum(present.values()))
         seconds = [
-            self._round(pool.width * pool.height, count * running, branches[pool] / count, now)
+            self._round(pool, count * running, branches[pool] / count, now, least)
             for pool, count in present.items()
             if count
         ]
@@ -134,32 +162,42 @@ class LatencyModel:
             None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)
         )
 
-    def _round(self, pixels: int, rows: float, branches: float, now: float) -> float | None:
+    def _round(
+        self, pool: Pool, rows: float, branches: float, now: float, least: bool
+    ) -> float | None:
         """Return the seconds of a step of so many rows; of less than one row, its share of a step.
 
         branches: of each row.
         """
-        seconds = self.step(pixels, max(1.0, rows) * branches, now)
+        pixels = pool.width * pool.height
+        seconds = self.step(pool.model, pixels, max(1.0, rows) * branches, now, least=least)
         return None if seconds is None else seconds * min(1.0, rows)
 
-    def step(self, pixels: int, branches: float, now: float) -> float | None:
-        """Return the seconds of a step of so many branches.
+    def step(
+        self, model: str, pixels: int, branches: float, now: float, *, least: bool = False
+    ) -> float | None:
+        """Return the seconds of a step of so many branches; None while nothing is known.
 
-        Interpolated between measured numbers; in proportion beyond them and for other sizes.
+        Interpolated between measured numbers; in proportion beyond them, for other sizes and for
+        other weights, but never scaled up for the least prediction.
         """
         recent = {
-            size: {
+            kind: {
                 count: average.value
                 for count, average in known.items()
                 if now - average.at < MEMORY_S
             }
-            for size, known in self._steps.items()
+            for kind, known in self._steps.items()
         }
-        sizes = [size for size, known in recent.items() if known]
-        if not sizes:
+        measured = {kind: known for kind, known in recent.items() if known}
+        if not measured:
             return None
-        nearest = min(sizes, key=lambda size: abs(size - pixels))
-        return _interpolate(recent[nearest], branches) * pixels / nearest
+        return _for_kind(
+            measured,
+            _Kind(model, pixels),
+            lambda known: _interpolate(known, branches, least),
+            least,
+        )
 
 
 @dataclass(slots=True)
@@ -183,11 +221,29 @@ class Pace:
         return self.seconds / self.rows
 
 
-def _interpolate(known: dict[int, float], branches: float) -> float:
+def _for_kind(
+    measured: Mapping[_Kind, T], kind: _Kind, seconds: Callable[[T], float], least: bool
+) -> float | None:
+    """Return the seconds of the nearest measured size, of the same weights if there is one, scaled.
+
+    least: 0 if nothing of these weights was measured, and no more than was measured.
+    """
+    same = [other for other in measured if other.model == kind.model]
+    if least and not same:
+        return 0.0
+    nearest = min(same or measured, key=lambda other: abs(other.pixels - kind.pixels), default=None)
+    if nearest is None:
+        return None
+    scale = kind.pixels / nearest.pixels
+    return seconds(measured[nearest]) * (min(1.0, scale) if least else scale)
+
+
+def _interpolate(known: dict[int, float], branches: float, least: bool) -> float:
     counts = sorted(known)
     i = bisect_left(counts, branches)
     if i == 0 or i == len(counts):
         closest = counts[min(i, len(counts) - 1)]
-        return known[closest] * branches / closest
+        scale = branches / closest
+        return known[closest] * (min(1.0, scale) if least else scale)
     low, high = counts[i - 1], counts[i]
     return known[low] + (known[high] - known[low]) * (branches - low) / (high - low)

@@ -53,8 +53,9 @@ Count = tuple[
 class Job:
     """One request: as many rows as seeds, all of one size.
 
-    width, height: pixels, multiples of the bundle's size step. alone: its rows share no step with
-    another job's, because it is suspected of having crashed a worker. previews: how many of each
+    width, height: pixels, multiples of the bundle's size step. arrived_at: the request's arrival,
+    the order in which jobs are served. alone: its rows share no step with another job's, because it
+    is suspected of having crashed a worker. previews: how many of each
     image, at most, are sent before it is done. early: each image is sent as soon as it is done, and
     all of them again with the answer.
 
@@ -71,6 +72,7 @@ class Job:
     seeds: tuple[int, ...]
     sampling: SamplingConfig
     deadline: float
+    arrived_at: float = 0.0
     priority: Priority = "interactive"
     alone: bool = False
     previews: int = 0
@@ -80,11 +82,22 @@ class Job:
     keyframes: tuple[Keyframe, ...] = ()
     mode: Interpolation = "slerp"
     regions: tuple[Region, ...] = ()
+    cache_scope: str = ""
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """Every text that a conditional branch reads."""
         return conditional_prompts(self.prompt, self.keyframes, self.regions)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the client's images, masks and weights, decoded."""
+        canvas = () if self.canvas is None else (self.canvas.picture,)
+        masks = (self.canvas.mask,) if isinstance(self.canvas, Repaint) else ()
+        seen = (reference.picture for reference in self.references)
+        shown = (keyframe.picture for keyframe in self.keyframes if keyframe.picture)
+        weights = (region.weight for region in self.regions)
+        return sum(len(image.content) for image in (*canvas, *masks, *seen, *shown, *weights))
 
     def image(self, index: int) -> ImageRequest:
         """Return everything that decides what image `index` looks like."""
@@ -101,6 +114,7 @@ class Job:
             position=self.position(index) if self.keyframes else 0.0,
             mode=self.mode,
             regions=self.regions,
+            cache_scope=self.cache_scope,
         )
 
     def position(self, index: int) -> float:
@@ -246,13 +260,14 @@ class Running:
 class Step:
     """A finished denoiser step.
 
-    branches: of all its rows. pixels: width times height of each row.
+    branches: of all its rows. pixels: width times height of each row. model: the bundle's name.
     """
 
     rows: int
     branches: int
     pixels: int
     seconds: float
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

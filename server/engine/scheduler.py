@@ -2,9 +2,13 @@
 
 A row is one image of a job. Rows that can share a denoiser step form a pool, which steps all of its
 running rows together, so rows join and leave at every step. A pool with interactive rows goes
-before one without, then the one with the earliest deadline, but none waits for more than `PATIENCE`
-steps of others (and once for each other pool that has waited as long). Waiting rows get free slots
-in the same order, with a share of the slots and of the turns reserved for either priority.
+before one without, then the one with the row that arrived first, but none waits for more than
+`PATIENCE` steps of others (and once for each other pool that has waited as long). Waiting rows get
+free slots in the same order, with a share of the slots and of the turns reserved for either
+priority.
+
+Deadlines decide nothing here: a client that allows more time than others would wait until no others
+arrive, and one that allows less would pass everybody.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from server.engine.messages import Job, Priority
 # worst.
 PATIENCE = 3
 
-# While both priorities wait, every fifth freed slot goes to a batch row. Batch rows leave a quarter
-# of the slots to interactive ones.
+# While both priorities wait, every fifth freed slot goes to a batch row, but only to one that has
+# waited for longer than every interactive row: batch is never the faster way. Batch rows leave a
+# quarter of the slots to interactive ones.
 BATCH_TURN = 5
 INTERACTIVE_SHARE = 4
 
@@ -83,7 +88,7 @@ class Scheduler:
         self.max_rows = max_rows
         self._jobs: dict[str, Job] = {}
         self._arrivals = count()
-        # By deadline, then arrival.
+        # By the job's arrival, then the row's.
         self._waiting: dict[Priority, list[tuple[float, int, RowId]]] = {
             "interactive": [],
             "batch": [],
@@ -95,9 +100,8 @@ class Scheduler:
         """Add a job; its rows wait for slots."""
         self._jobs[job.id] = job
         for i in range(len(job.seeds)):
-            insort(
-                self._waiting[job.priority], (job.deadline, next(self._arrivals), RowId(job.id, i))
-            )
+            entry = (job.arrived_at, next(self._arrivals), RowId(job.id, i))
+            insort(self._waiting[job.priority], entry)
 
     def job(self, id: str) -> Job:
         """Return a job by its id."""
@@ -146,7 +150,8 @@ class Scheduler:
         interactive, batch = self._waiting["interactive"], self._waiting["batch"]
         most = self.max_rows - self.max_rows // INTERACTIVE_SHARE
         batch_may = bool(batch) and self._batch_running < most
-        if batch_may and (not interactive or self._passed_over >= BATCH_TURN - 1):
+        batch_turn = self._passed_over >= BATCH_TURN - 1
+        if batch_may and (not interactive or (batch_turn and batch[0] < interactive[0])):
             self._passed_over = 0
             return batch.pop(0)[-1]
         self._passed_over += batch_may
@@ -202,7 +207,7 @@ class Scheduler:
         running = self._running[pool]
         jobs = [self._jobs[row.job] for row in running.rows]
         batch_only = all(job.priority == "batch" for job in jobs)
-        return batch_only, min(job.deadline for job in jobs), -running.waited
+        return batch_only, min(job.arrived_at for job in jobs), -running.waited
 
 
 def _length(job: Job) -> int:

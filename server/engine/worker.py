@@ -341,7 +341,13 @@ class Worker:
         )
         self.runner.step(job.model, rows)
         self._steps.append(
-            Step(len(rows), branches, job.width * job.height, time.perf_counter() - began)
+            Step(
+                len(rows),
+                branches,
+                job.width * job.height,
+                time.perf_counter() - began,
+                job.model,
+            )
         )
         for row in rows:
             self._progress[row.job].steps += 1

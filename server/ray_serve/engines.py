@@ -77,12 +77,14 @@ class LocalEngine:
 
         Args:
             sender: the API replica.
-            job: the job; its deadline is replaced.
+            job: the job; its deadline and arrival are replaced.
             timeout_s: seconds until the deadline, because machines have clocks of their own.
             hooks: names of the hooks of `EngineClient.run` to report.
         """
         calls: asyncio.Queue[Call | None] = asyncio.Queue()
-        job = replace(job, deadline=time.monotonic() + timeout_s)
+        deadline = time.monotonic() + timeout_s
+        arrived_at = deadline - (job.deadline - job.arrived_at)
+        job = replace(job, deadline=deadline, arrived_at=arrived_at)
         reporters = {name: partial(_put, calls, name) for name in hooks}
         work = asyncio.create_task(self._engine.run(job, **reporters))
         work.add_done_callback(lambda _: calls.put_nowait(None))

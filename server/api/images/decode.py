@@ -6,17 +6,15 @@ before anything is decoded.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import struct
 import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -27,9 +25,13 @@ from server.api.errors import ApiError
 from server.api.images.sniff import DamagedFileError, ImageFile, UnknownFormatError, sniff
 
 MaskMode = Literal["alpha", "luminance"]
-Result = TypeVar("Result")
+# The size at which an image of (width, height) pixels is needed.
+Fit = Callable[[tuple[int, int]], tuple[int, int]]
 
 MIB = 2**20
+# A decoder that can decode a smaller image directly, and Pillow's own reduction, leave at least so
+# many times the pixels a side that are needed.
+REDUCING_GAP = 2.0
 HALF = 128
 # ITU-R 601 in parts of 1000.
 LUMA = np.array([299, 587, 114], dtype=np.uint32)
@@ -47,15 +49,23 @@ TRANSPOSITIONS = {
     8: PIL.Image.Transpose.ROTATE_90,
 }
 
+SIDES_SWAPPED = {
+    PIL.Image.Transpose.TRANSPOSE,
+    PIL.Image.Transpose.ROTATE_270,
+    PIL.Image.Transpose.TRANSVERSE,
+    PIL.Image.Transpose.ROTATE_90,
+}
+
 _warnings_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits of one uploaded image: bytes of its file, pixels when decoded."""
+    """Limits of uploaded images: bytes of a file, pixels of one, pixels of a request's together."""
 
     max_bytes: int = 16 * MIB
     max_pixels: int = 16 * MIB
+    max_request_pixels: int = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,19 +110,28 @@ class DecodedImage:
         return blended.astype(np.uint8)
 
 
-def decode(content: bytes, limits: ImageLimits, param: str = "image") -> DecodedImage:
+def decode(
+    content: bytes,
+    limits: ImageLimits,
+    param: str = "image",
+    fit: Fit | None = None,
+) -> DecodedImage:
     """Decode a PNG, JPEG, WebP or GIF file.
+
+    Args:
+        content: the file.
+        limits: of the file.
+        param: the field to name in errors.
+        fit: returns the size at which the upright image is needed; a large one is reduced while it
+            is decoded. It may raise ApiError.
 
     Raises:
         ApiError: names `param`; 413 beyond the limits, 422 for other formats and damaged files.
     """
-    if len(content) > limits.max_bytes:
-        allowed = f"a file may have at most {limits.max_bytes} bytes"
-        raise _too_large(param, allowed, f"{len(content)}")
-    file = _checked_file(content, limits, param)
+    file = checked_file(content, limits, param)
     try:
-        rgb, alpha = _arrays(_load(file))
-    except MemoryError:
+        rgb, alpha = _arrays(_load(file, fit))
+    except (ApiError, MemoryError):
         raise
     except Exception:
         # Pillow's decoders raise nearly anything, and their messages hold object addresses.
@@ -139,11 +158,7 @@ def repaint_mask(
         ApiError: 422 for another size, no alpha channel, or nothing to repaint.
     """
     if image.size != size:
-        width, height = image.size
-        message = (
-            f"must be as large as the image, {size[0]}x{size[1]} pixels (sent: {width}x{height})"
-        )
-        raise _unprocessable("mask_size_mismatch", param, message)
+        raise mask_size_mismatch(param, size, image.size)
     if mode == "alpha" and image.alpha is None:
         message = "has no alpha channel; send one, or mask_mode luminance with white to repaint"
         raise _unprocessable("mask_without_alpha", param, message)
@@ -156,23 +171,23 @@ def repaint_mask(
     return mask
 
 
-class ImageDecoder:
-    """Thread pool for image work: `threads` requests at once, the others wait."""
-
-    def __init__(self, limits: ImageLimits | None = None, threads: int = 2) -> None:
-        self.limits = limits or ImageLimits()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-
-    def close(self) -> None:
-        """Cancel waiting work; do not wait for running work."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def run(self, work: Callable[[], Result]) -> Result:
-        """Return the result of `work`, run in one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+def mask_size_mismatch(param: str, wanted: tuple[int, int], sent: tuple[int, int]) -> ApiError:
+    """Return the error for a mask of another size than its image. Sizes: (width, height)."""
+    message = (
+        f"must be as large as the image, {wanted[0]}x{wanted[1]} pixels (sent: {sent[0]}x{sent[1]})"
+    )
+    return _unprocessable("mask_size_mismatch", param, message)
 
 
-def _checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
+def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
+    """Return format, size and content of an image file, of which only the header was read.
+
+    Raises:
+        ApiError: as `decode`.
+    """
+    if len(content) > limits.max_bytes:
+        allowed = f"a file may have at most {limits.max_bytes} bytes"
+        raise _too_large(param, allowed, f"{len(content)}")
     if not content:
         raise _undecodable(param, "the file is empty")
     try:
@@ -190,16 +205,39 @@ def _checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
     return file
 
 
-def _load(file: ImageFile) -> PIL.Image.Image:
-    """Return the first image of the file, upright."""
+def _load(file: ImageFile, fit: Fit | None) -> PIL.Image.Image:
+    """Return the first image of the file, upright, and resized as `fit` says."""
     # Pillow's warnings concern a client's file and would fill the log. All threads share the
     # warning filters, hence the lock.
     with _warnings_lock, warnings.catch_warnings(action="ignore"):
         image = PIL.Image.open(io.BytesIO(file.content), formats=(file.format,))
     if image.size != (file.width, file.height):
         raise ValueError("the file has two sizes")
+    stored = file.width, file.height
+    if fit is not None and file.format == "JPEG":
+        # Only JPEG can be decoded smaller, and its orientation is known before its pixels.
+        width, height = _turned(image, fit(_turned(image, stored)))
+        image.draft(None, (round(width * REDUCING_GAP), round(height * REDUCING_GAP)))
     image.load()
-    return upright(image)
+    size = stored if fit is None else fit(_turned(image, stored))
+    shown = upright(image)
+    if fit is None or shown.size == size:
+        return shown
+    resample = PIL.Image.Resampling.BICUBIC
+    return _in_8_bits(shown).resize(size, resample, reducing_gap=REDUCING_GAP)
+
+
+def _in_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the image in a mode that can be resampled: RGB, RGBA or L."""
+    if image.mode in ("L", "RGB") and not image.has_transparency_data:
+        return image
+    if not image.mode.startswith("I"):
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    rgb, alpha = _arrays(image)
+    converted = PIL.Image.fromarray(rgb)
+    if alpha is not None:
+        converted.putalpha(PIL.Image.fromarray(alpha))
+    return converted
 
 
 def _arrays(image: PIL.Image.Image) -> tuple[Pixels, NDArray[np.uint8] | None]:
@@ -258,5 +296,14 @@ def orientation(exif: bytes) -> int:
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return the image rotated and mirrored as its EXIF orientation says."""
-    transposition = TRANSPOSITIONS.get(orientation(image.info.get("exif", b"")))
+    transposition = _transposition(image)
     return image if transposition is None else image.transpose(transposition)
+
+
+def _turned(image: PIL.Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) of the upright image from that of the stored one, or the reverse."""
+    return size[::-1] if _transposition(image) in SIDES_SWAPPED else size
+
+
+def _transposition(image: PIL.Image.Image) -> PIL.Image.Transpose | None:
+    return TRANSPOSITIONS.get(orientation(image.info.get("exif", b"")))

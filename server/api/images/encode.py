@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import PIL.Image
@@ -37,9 +37,13 @@ def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any
     return file.getvalue()
 
 
-def animate(images: Sequence[Image], format: AnimationFormat, quality: int) -> bytes:
-    """Return the images as one animation that repeats endlessly. quality: 1…100, for WebP."""
-    first, *others = (_pillow(image) for image in images)
+def animate(images: Iterable[Image], format: AnimationFormat, quality: int) -> bytes:
+    """Return the images as one animation that repeats endlessly. quality: 1…100, for WebP.
+
+    Images are taken one by one, for GIF each when it is encoded.
+    """
+    others = (_pillow(image) for image in images)
+    first = next(others)
     file = io.BytesIO()
     options: dict[str, Any] = {
         "save_all": True,

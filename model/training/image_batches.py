@@ -1,8 +1,8 @@
-"""Batches of somebody's own captioned pictures, at the size that a bundle is trained at.
+"""Load batches of the user's captioned images, at the size that a bundle is trained at.
 
-What cannot be used is left out and counted by reason. All that is random follows from the seed, the
-epoch and the place in it, so those two numbers say where a training stands, whatever number of
-threads reads ahead.
+Unusable files are left out and counted by reason. The seed, the epoch and the index in it determine
+everything random, so those two numbers are the position of a training, whatever number of threads
+reads ahead.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from model.training.report import by_reason
 S = TypeVar("S")
 T = TypeVar("T")
 _Place = tuple[int, int, Record | Unusable]  # epoch, index in it, what is there
-_Picture = tuple[Tensor, str]
+_CaptionedImage = tuple[Tensor, str]
 
 
-class Pictures:
-    """Draws `count` captioned pictures at a time from a collection, over and over."""
+class ImageBatches:
+    """Draw `count` captioned images at a time from a collection, over and over.
+
+    size: (width, height) in pixels. threads: the number of threads that decode ahead; 0 decodes on
+    demand.
+    """
 
     def __init__(
         self,
@@ -42,15 +46,12 @@ class Pictures:
         seed: int = 0,
         threads: int = 0,
     ) -> None:
-        """size: (width, height) in pixels. threads: how many decode ahead; 0 decodes when asked."""
-        self.collection, self.count, self.size, self.filters, self.seed, self.threads = (
-            collection,
-            count,
-            size,
-            filters,
-            seed,
-            threads,
-        )
+        self.collection = collection
+        self.count = count
+        self.size = size
+        self.filters = filters
+        self.seed = seed
+        self.threads = threads
         self.identity = collection.identity
         self.skipped = Counter[
             str
@@ -62,17 +63,20 @@ class Pictures:
         self._outcomes = in_order(self._load, self._places(epoch, index), self.threads)
 
     def _begin_epoch(self, epoch: int, index: int = 0) -> None:
-        self._epoch, self._index, self._whole = epoch, index, index == 0
+        self._epoch = epoch
+        self._index = index
+        self._whole = index == 0
         self._usable, self._unusable = 0, Counter[str]()
 
     def draw(self) -> tuple[Tensor, list[str]]:
-        """(uint8 [count, 3, H, W], as many captions). Raises DataError if a whole epoch holds
-        nothing that can be used.
+        """Return (uint8 [count, 3, H, W], `count` captions).
+
+        Raises DataError if a whole epoch holds no usable image.
         """
-        images, captions = zip(*islice(self._pictures(), self.count), strict=True)
+        images, captions = zip(*islice(self._images(), self.count), strict=True)
         return torch.stack(images), list(captions)
 
-    def _pictures(self) -> Iterator[_Picture]:
+    def _images(self) -> Iterator[_CaptionedImage]:
         for outcome in self._outcomes:
             if outcome is None:
                 self._end_epoch()
@@ -98,25 +102,26 @@ class Pictures:
         self._begin_epoch(self._epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands: everything that `draw` will return follows from this."""
+        """Return the position, which determines everything that `draw` will return."""
         return {"epoch": self._epoch, "index": self._index, "skipped": dict(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state_dict` returned."""
         # A checkpoint is the first process's; were its counts taken over by all, their sum would be
         # too large.
         self.skipped = Counter(state["skipped"] if rank() == 0 else {})
         self._restart(state["epoch"], state["index"])
 
     def _places(self, epoch: int, first: int) -> Iterator[_Place | None]:
-        """Everything from a place on, without end; None after the last of every epoch."""
+        """Yield everything from a position on, without end; None after the last of every epoch."""
         while True:
             for index, record in islice(enumerate(self.collection.epoch(epoch)), first, None):
                 yield epoch, index, record
             yield None
             epoch, first = epoch + 1, 0
 
-    def _load(self, place: _Place | None) -> _Picture | Unusable | None:
-        """A picture, uint8 [3, H, W], with its caption, or why there is none."""
+    def _load(self, place: _Place | None) -> _CaptionedImage | Unusable | None:
+        """Return an image, uint8 [3, H, W], with its caption, or the reason why there is none."""
         if place is None:
             return None
         epoch, index, record = place
@@ -131,9 +136,10 @@ class Pictures:
 
 def load(
     record: Record, size: tuple[int, int], filters: Filters, place: tuple[float, float]
-) -> _Picture:
-    """(pixels uint8 [3, H, W], caption). Raises Unusable, for a missing caption before the picture
-    is looked at.
+) -> _CaptionedImage:
+    """Return (pixels uint8 [3, H, W], caption).
+
+    Raises Unusable; a missing caption is found before the image is decoded.
     """
     if record.caption is None:
         raise Unusable("no caption")
@@ -142,7 +148,7 @@ def load(
     )
     if not caption.strip():
         raise Unusable("empty caption")
-    pixels = decode(_contents(record.picture), size, filters, place)
+    pixels = decode(_contents(record.image), size, filters, place)
     return torch.from_numpy(pixels).permute(2, 0, 1), caption.strip()
 
 
@@ -161,8 +167,9 @@ def _text(raw: bytes) -> str:
 
 
 def in_order(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
-    """`map`, computed a few items ahead on threads (Pillow lets go of the interpreter while it
-    decodes); 0 threads: when asked.
+    """Yield function(item) for every item in order, computed a few items ahead on threads.
+
+    Pillow releases the interpreter's lock while it decodes. threads: 0 computes on demand.
     """
     if not threads:
         yield from map(function, items)

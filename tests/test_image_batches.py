@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.training import captioned
-from model.training import pictures as own_pictures
+from model.training import captioned, image_batches
 from model.training.captioned import DataError, open_collection
 from model.training.decoding import Filters, Unusable, cover, decode, rgb
 from tests.picture_files import (
@@ -173,7 +172,7 @@ def test_what_cannot_be_used_is_left_out_and_counted_once_by_reason(tmp_path, fo
         where = write_shards(tmp_path / "shards", [tmp_path / "mixed"])
         # `cut.png` and `cut.jpg` share a name, so in a shard they are one sample.
         reasons["damaged"] = 1
-        reasons["no picture"] = 1  # notes.md
+        reasons["no image"] = 1  # notes.md
     source = pictures(where, 4, filters=Filters(min_side=20, max_aspect=4), threads=threads)
     images, texts = source.draw()
     assert images.shape == (4, 3, 16, 16)
@@ -324,6 +323,6 @@ def test_processes_share_a_collection_without_overlap(monkeypatch, tmp_path, for
 def test_counts_of_a_checkpoint_are_taken_over_by_one_process_alone(monkeypatch, tmp_path):
     source = pictures(write_pictures(tmp_path, 3), 2)
     for rank, counts in ((0, {"damaged": 2}), (1, {})):
-        monkeypatch.setattr(own_pictures, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(image_batches, "rank", lambda rank=rank: rank)
         source.load_state_dict({"epoch": 1, "index": 2, "skipped": {"damaged": 2}})
         assert source.skipped == counts

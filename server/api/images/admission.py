@@ -1,0 +1,251 @@
+"""Admit uploaded images to decoding: bounded queue, summed pixels, deadline, cancellation.
+
+Files wait here for a thread, and a client that has left or whose deadline has passed costs no more
+than the image that is being decoded for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TypeVar
+
+from model.canvas import Mask
+from server.api.errors import ApiError
+from server.api.images.decode import (
+    MIB,
+    DecodedImage,
+    Fit,
+    ImageLimits,
+    MaskMode,
+    checked_file,
+    decode,
+    mask_size_mismatch,
+    repaint_mask,
+)
+from server.engine.errors import DeadlineExceeded, Draining, QueueFull
+from server.engine.latency_model import Pace
+from server.engine.retry_slots import RetrySlots
+
+Result = TypeVar("Result")
+
+# Seconds per Mi pixels before the first measurement.
+FIRST_PACE_S = 0.05
+
+
+class Uploads:
+    """The image files of one request: checked together, then decoded one after the other.
+
+    Every method that reads a file raises the ApiErrors of `decode`.
+    """
+
+    def __init__(self, limits: ImageLimits, deadline: float = math.inf) -> None:
+        """Create it without files. deadline: monotonic seconds."""
+        self._limits, self._deadline = limits, deadline
+        # (width, height) by the identity of the content, which the request holds. What a decoder
+        # reads is a copy, which would double the memory of requests that wait.
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._stopped = False
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all files that were checked, by their headers."""
+        return sum(width * height for width, height in self._sizes.values())
+
+    def stop(self) -> None:
+        """Let the thread that decodes these files end with the present one."""
+        self._stopped = True
+
+    def check(self, files: Sequence[tuple[str, bytes]]) -> None:
+        """Read the headers of (param, content); raise ApiError 413 beyond the summed pixels."""
+        for param, content in files:
+            self.stored_size(content, param)
+        if self.pixels > self._limits.max_request_pixels:
+            allowed = f"the images of a request may have {self._limits.max_request_pixels} pixels"
+            message = f"{files[-1][0]}: {allowed} together (sent: {self.pixels})"
+            status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+            raise ApiError(status, "image_too_large", message, files[-1][0])
+
+    def stored_size(self, content: bytes, param: str = "image") -> tuple[int, int]:
+        """Return (width, height) by the file's header, before any rotation."""
+        self._check_time()
+        if id(content) not in self._sizes:
+            file = checked_file(content, self._limits, param)
+            self._sizes[id(content)] = file.width, file.height
+        return self._sizes[id(content)]
+
+    def decode(self, content: bytes, param: str = "image", fit: Fit | None = None) -> DecodedImage:
+        """Decode one file as `decode` does. Raises DeadlineExceeded after the deadline."""
+        self._check_time()
+        return decode(content, self._limits, param, fit)
+
+    def mask(
+        self, content: bytes, mode: MaskMode | None, size: tuple[int, int], param: str = "mask"
+    ) -> Mask:
+        """Decode one file as a mask, as `repaint_mask` does; of another size, not at all."""
+        stored = self.stored_size(content, param)
+        if sorted(stored) != sorted(size):
+            raise mask_size_mismatch(param, size, stored)
+        return repaint_mask(self.decode(content, param), mode, size, param)
+
+    def _check_time(self) -> None:
+        if self._stopped or time.monotonic() > self._deadline:
+            raise DeadlineExceeded("the deadline passed")
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A request in the queue. running: whether a thread works for it, maybe after its client left.
+
+    pixels: 0 until the headers are read.
+    """
+
+    bytes: int = 0
+    pixels: int = 0
+    running: bool = False
+    left: bool = False
+
+
+class _Threads:
+    """A pool whose work waits here, where it can be cancelled, in order of arrival."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self.pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._free = asyncio.Semaphore(count)
+
+    async def run(
+        self, work: Callable[[], Result], entry: _Entry, on_end: Callable[[_Entry], None]
+    ) -> Result:
+        """Return the result of `work`. Cancelled, it is not begun, or ends unheard."""
+        await self._free.acquire()
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self.pool, work)
+        except RuntimeError:
+            self._free.release()
+            raise Draining("the server is stopping") from None
+        entry.running = True
+
+        def end(done: asyncio.Future[Result]) -> None:
+            self._free.release()
+            entry.running = False
+            on_end(entry)
+            if not done.cancelled():
+                done.exception()  # read, so that asyncio does not log it as unheard
+
+        future.add_done_callback(end)
+        return await asyncio.shield(future)
+
+
+class ImageDecoder:
+    """A queue of requests with images, and the threads that decode them.
+
+    Attributes:
+        limits: of one request's files.
+    """
+
+    def __init__(
+        self,
+        limits: ImageLimits | None = None,
+        threads: int = 2,
+        queue_pixels: int = 256 * MIB,
+        queue_bytes: int = 128 * MIB,
+    ) -> None:
+        """Create the threads.
+
+        Args:
+            limits: of one request's files.
+            threads: requests whose images are decoded at once.
+            queue_pixels: pixels of all unfinished requests together.
+            queue_bytes: file bytes of all unfinished requests together.
+        """
+        self.limits = limits or ImageLimits()
+        self._queue_pixels, self._queue_bytes = queue_pixels, queue_bytes
+        self._entries: set[_Entry] = set()
+        # Reading headers takes milliseconds: a request need not wait for others' images to learn
+        # that its own are too large, or that the queue is full.
+        self._headers, self._images = _Threads(1, "sniff"), _Threads(threads, "decode")
+        self._pace = Pace(seconds=FIRST_PACE_S, rows=1.0)
+        self._retry_slots = RetrySlots()
+
+    @property
+    def pixels_unfinished(self) -> int:
+        """Pixels that wait to be decoded or are being decoded, by their files' headers."""
+        return sum(entry.pixels for entry in self._entries)
+
+    @property
+    def bytes_unfinished(self) -> int:
+        """File bytes of the requests that wait to be decoded or are being decoded."""
+        return sum(entry.bytes for entry in self._entries)
+
+    def close(self) -> None:
+        """Refuse further work; do not wait for running work."""
+        for threads in (self._headers, self._images):
+            threads.pool.shutdown(wait=False, cancel_futures=True)
+
+    async def run(
+        self,
+        work: Callable[[Uploads], Result],
+        files: Sequence[tuple[str, bytes]] = (),
+        deadline: float = math.inf,
+    ) -> Result:
+        """Return the result of `work`, run in one of the threads.
+
+        Cancelling the awaiting task ends the work before its next image.
+
+        Args:
+            work: decodes the files from the `Uploads` that it is given.
+            files: (param, content) of each.
+            deadline: monotonic seconds.
+
+        Raises:
+            ApiError: 413 and 422, a file that is refused by its header.
+            DeadlineExceeded: the deadline passed first.
+            Draining: the server is stopping.
+            QueueFull: too much is unfinished. A request larger than the queue is decoded alone.
+        """
+        uploads = Uploads(self.limits, deadline)
+        entry = _Entry()
+        self._admit(entry, sum(len(content) for _, content in files), 0)
+        left_s = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(left_s):
+                if files:
+                    await self._headers.run(lambda: uploads.check(files), entry, self._end)
+                    self._admit(entry, entry.bytes, uploads.pixels)
+                return await self._images.run(lambda: self._timed(work, uploads), entry, self._end)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed") from None
+        finally:
+            uploads.stop()
+            entry.left = True
+            self._end(entry)
+
+    def _admit(self, entry: _Entry, size: int, pixels: int) -> None:
+        """Count these bytes and pixels for the entry. Raises QueueFull if others leave no room."""
+        others = self._entries - {entry}
+        before = sum(other.pixels for other in others)
+        held = sum(other.bytes for other in others)
+        full = before + pixels > self._queue_pixels or held + size > self._queue_bytes
+        if others and full:
+            pace = self._pace.seconds_per_row / MIB
+            earliest_s, spacing_s = max(before, MIB) * pace, max(pixels, MIB) * pace
+            raise QueueFull(self._retry_slots.take(earliest_s, spacing_s, time.monotonic()))
+        entry.bytes, entry.pixels = size, pixels
+        self._entries.add(entry)
+
+    def _end(self, entry: _Entry) -> None:
+        """Forget a request that nobody waits for and no thread works for: its memory is free."""
+        if entry.left and not entry.running:
+            self._entries.discard(entry)
+
+    def _timed(self, work: Callable[[Uploads], Result], uploads: Uploads) -> Result:
+        began = time.monotonic()
+        result = work(uploads)
+        if uploads.pixels:
+            self._pace.record(uploads.pixels / MIB, began)
+        return result

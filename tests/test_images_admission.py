@@ -1,0 +1,227 @@
+"""Uploaded images wait for a thread in a bounded queue, and for nobody who has left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from server.api.errors import ApiError
+from server.api.images import admission
+from server.api.images.admission import ImageDecoder, Uploads
+from server.api.images.decode import ImageLimits, decode
+from server.engine.errors import DeadlineExceeded, Draining, EngineError, QueueFull
+from tests.hostile import GREY, SIZE, plain_png, png
+
+PIXELS = SIZE[0] * SIZE[1]
+FILE = plain_png()
+
+
+class Gate:
+    """Stands in the way of every image; notes those that passed."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.reached = threading.Semaphore(0)
+        self.passed: list[str] = []
+
+    def decode(self, content: bytes, limits: ImageLimits, param: str, *rest: Any) -> Any:
+        self.reached.release()
+        assert self.open.wait(30)
+        self.passed.append(param)
+        return decode(content, limits, param, *rest)
+
+    async def until_reached(self) -> None:
+        assert await asyncio.to_thread(self.reached.acquire, timeout=30)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate()
+    monkeypatch.setattr(admission, "decode", made.decode)
+    yield made
+    made.open.set()
+
+
+def files(name: str, count: int = 1) -> list[tuple[str, bytes]]:
+    return [(f"{name}{i}", FILE + bytes([i])) for i in range(count)]
+
+
+def ask(decoder: ImageDecoder, name: str, count: int = 1, **more: Any) -> asyncio.Task[list[str]]:
+    """Decode so many images, one after the other."""
+    sent = files(name, count)
+
+    def work(uploads: Uploads) -> list[str]:
+        for param, content in sent:
+            uploads.decode(content, param)
+        return [param for param, _ in sent]
+
+    return asyncio.create_task(decoder.run(work, sent, **more))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110, threads tell it nothing
+            await asyncio.sleep(0.005)
+
+
+async def raised(task: Awaitable[object], kind: type[EngineError]) -> Any:
+    with pytest.raises(kind) as caught:
+        await task
+    return caught.value
+
+
+# ── the queue ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_queue_is_bounded_in_pixels_and_each_refusal_names_a_later_time(
+    gate: Gate,
+) -> None:
+    decoder = ImageDecoder(threads=1, queue_pixels=5 * PIXELS)
+    first, second = ask(decoder, "a", 3), ask(decoder, "b", 2)
+    await gate.until_reached()
+    await until(lambda: decoder.pixels_unfinished == 5 * PIXELS)
+    told = [(await raised(ask(decoder, "c"), QueueFull)).retry_after for _ in range(3)]
+    assert 0 < told[0] < told[1] < told[2]
+    gate.open.set()
+    assert await first == ["a0", "a1", "a2"]
+    assert await second == ["b0", "b1"]
+    assert await ask(decoder, "d") == ["d0"], "there is room again"
+    assert await ask(decoder, "e", 9) == [f"e{i}" for i in range(9)], "larger, but alone"
+    assert (decoder.pixels_unfinished, decoder.bytes_unfinished) == (0, 0)
+    decoder.close()
+
+
+async def test_the_queue_is_bounded_in_bytes(gate: Gate) -> None:
+    size = len(FILE) + 1
+    decoder = ImageDecoder(threads=1, queue_bytes=3 * size)
+    held = ask(decoder, "a", 2)
+    await gate.until_reached()
+    await raised(ask(decoder, "b", 2), QueueFull)
+    fits = ask(decoder, "c")
+    await until(lambda: decoder.bytes_unfinished == 3 * size)
+    gate.open.set()
+    await asyncio.gather(held, fits)
+    decoder.close()
+
+
+async def test_requests_are_decoded_in_order_of_arrival(gate: Gate) -> None:
+    decoder = ImageDecoder(threads=1)
+    tasks = []
+    for name in "abcd":
+        tasks.append(ask(decoder, name))
+        await until(lambda: decoder.pixels_unfinished == len(tasks) * PIXELS)
+    gate.open.set()
+    await asyncio.gather(*tasks)
+    assert gate.passed == ["a0", "b0", "c0", "d0"]
+    decoder.close()
+
+
+# ── deadline and disconnect ───────────────────────────────────────────────────────────────────────
+
+
+async def test_a_deadline_ends_the_wait_for_a_thread(gate: Gate) -> None:
+    decoder = ImageDecoder(threads=1)
+    first = ask(decoder, "a")
+    await gate.until_reached()
+    late = ask(decoder, "b", deadline=time.monotonic() + 0.05)
+    await raised(late, DeadlineExceeded)
+    assert decoder.pixels_unfinished == PIXELS, "its room is free at once"
+    gate.open.set()
+    await first
+    assert gate.passed == ["a0"]
+    await raised(ask(decoder, "c", deadline=time.monotonic() - 1), DeadlineExceeded)
+    decoder.close()
+
+
+async def test_a_deadline_is_checked_between_images_and_told_at_once(gate: Gate) -> None:
+    decoder = ImageDecoder(threads=1)
+    late = ask(decoder, "a", 3, deadline=time.monotonic() + 0.3)
+    await gate.until_reached()
+    await raised(late, DeadlineExceeded)
+    assert gate.passed == []
+    # The thread still holds the first image, and its memory.
+    assert decoder.pixels_unfinished == 3 * PIXELS
+    gate.open.set()
+    await until(lambda: decoder.pixels_unfinished == 0)
+    assert gate.passed == ["a0"]
+    decoder.close()
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_client_that_leaves_costs_no_more_than_the_image_being_decoded(
+    gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = ImageDecoder(threads=1)
+    running, waiting = ask(decoder, "a", 3), ask(decoder, "b", 3)
+    await gate.until_reached()
+    await until(lambda: decoder.pixels_unfinished == 6 * PIXELS)
+    for task in (running, waiting):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    assert decoder.pixels_unfinished == 3 * PIXELS
+    gate.open.set()
+    await until(lambda: decoder.pixels_unfinished == 0)
+    assert await ask(decoder, "c") == ["c0"]
+    assert gate.passed == ["a0", "c0"]
+    assert not caplog.records, "nobody waits for its error, so nobody is told"
+    decoder.close()
+
+
+async def test_a_closed_decoder_drains() -> None:
+    decoder = ImageDecoder()
+    decoder.close()
+    await raised(ask(decoder, "a"), Draining)
+    assert decoder.bytes_unfinished == 0
+
+
+# ── one request ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_pixels_of_a_request_are_summed_before_any_is_decoded(gate: Gate) -> None:
+    decoder = ImageDecoder(ImageLimits(max_request_pixels=3 * PIXELS))
+    gate.open.set()
+    with pytest.raises(ApiError, match=f"{3 * PIXELS} pixels together") as caught:
+        await ask(decoder, "image", 4)
+    assert (caught.value.status, caught.value.code) == (413, "image_too_large")
+    assert caught.value.param == "image3"
+    assert gate.passed == []
+    assert len(await ask(decoder, "image", 3)) == 3
+    decoder.close()
+
+
+async def test_a_file_that_its_header_condemns_waits_for_no_thread(gate: Gate) -> None:
+    decoder = ImageDecoder(threads=1)
+    held = ask(decoder, "a")
+    await gate.until_reached()
+    with pytest.raises(ApiError, match="mask: must be a PNG"):
+        await decoder.run(lambda uploads: None, [("image", FILE), ("mask", b"<svg>")])
+    gate.open.set()
+    await held
+    decoder.close()
+
+
+def test_a_mask_of_another_size_is_not_decoded(gate: Gate) -> None:
+    uploads = Uploads(ImageLimits())
+    with pytest.raises(ApiError) as caught:
+        uploads.mask(png([b"\1\2\3" * 3], width=3), None, SIZE)
+    assert caught.value.code == "mask_size_mismatch"
+    gate.open.set()
+    white = png([b"\xff" * SIZE[0]] * SIZE[1], colours=GREY)
+    assert uploads.mask(white, None, SIZE).all()
+    assert gate.passed == ["mask"]
+
+
+def test_a_stopped_thread_reads_no_further_file() -> None:
+    uploads = Uploads(ImageLimits())
+    uploads.check([("image", FILE)])
+    assert uploads.stored_size(FILE) == SIZE
+    uploads.stop()
+    with pytest.raises(DeadlineExceeded):
+        uploads.decode(FILE)
