@@ -1,17 +1,31 @@
 """Log lines as JSON objects, one per line, on standard error, times in UTC.
 
-The dict in a record's `extra={"fields": …}` becomes top-level keys.
+The dict in a record's `extra={"fields": …}` becomes top-level keys. A thread writes the lines, so
+that a reader of the log which stands still stops no request; lines beyond a bound are dropped and
+counted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
+import sys
+import threading
+from collections import deque
+from multiprocessing import parent_process
+from multiprocessing.util import Finalize
 from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 RENAMED = {"levelname": "level", "name": "logger", "exc_info": "exception"}
+# Lines that wait for a reader, in bytes: seconds of a busy server.
+MAX_WAITING_BYTES = 1024 * 1024
+# Wait for the last lines at the end of the process and for a critical one, which precedes it.
+FLUSH_TIMEOUT_S = 1.0
 
 
 class JSONFormatter(JsonFormatter):
@@ -32,12 +46,98 @@ class JSONFormatter(JsonFormatter):
         return log_data | log_data.pop("fields", {})
 
 
+class BackgroundHandler(logging.Handler):
+    """Writes records to a file descriptor in a thread; `emit` never waits for the reader.
+
+    Attributes:
+        dropped: lines that found no room.
+    """
+
+    def __init__(self, descriptor: int, max_bytes: int = MAX_WAITING_BYTES) -> None:
+        super().__init__()
+        self.setFormatter(JSONFormatter())
+        self.dropped = 0
+        self._descriptor, self._max_bytes = descriptor, max_bytes
+        self._lines: deque[bytes] = deque()
+        self._bytes = 0
+        # Dropped lines that no written line has told of.
+        self._untold = 0
+        self._changed = threading.Condition()
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the record, or drop it if the queue is full."""
+        try:
+            line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+        except Exception:
+            self.handleError(record)
+            return
+        with self._changed:
+            if self._bytes + len(line) > self._max_bytes:
+                self.dropped += 1
+                self._untold += 1
+                return
+            self._lines.append(line)
+            self._bytes += len(line)
+            self._changed.notify_all()
+        if record.levelno >= logging.CRITICAL:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until all lines are written, at most `FLUSH_TIMEOUT_S`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes, FLUSH_TIMEOUT_S)
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                line = self._lines.popleft()
+                untold, self._untold = self._untold, 0
+            # The disk may be full, or the reader gone.
+            with contextlib.suppress(OSError):
+                _write(self._descriptor, line)
+                if untold:
+                    _write(self._descriptor, self._told(untold))
+            with self._changed:
+                self._bytes -= len(line)
+                self._changed.notify_all()
+
+    def _told(self, dropped: int) -> bytes:
+        record = logging.LogRecord(__name__, logging.WARNING, "", 0, "log lines dropped", (), None)
+        record.fields = {"dropped": dropped}
+        return self.format(record).encode() + b"\n"
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    """Write a whole line. Raises OSError."""
+    # Not through sys.stderr, whose lock the exiting interpreter would wait for.
+    while line:
+        line = line[os.write(descriptor, line) :]
+
+
 def configure(level: str) -> None:
-    """Log this package's records from `level` upwards; call it once per process."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JSONFormatter())
+    """Log this package's records from `level` upwards, others' warnings; call once per process."""
+    try:
+        handler: logging.Handler = BackgroundHandler(sys.stderr.fileno())
+        if parent_process() is not None:
+            # The end of a child process calls neither `atexit` nor `logging.shutdown`.
+            Finalize(None, handler.flush, exitpriority=0)
+    except (OSError, io.UnsupportedOperation):
+        # Standard error is no file.
+        handler = logging.StreamHandler()
+        handler.setFormatter(JSONFormatter())
     for name in ("server", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level.upper())
         logger.propagate = False
+    root = logging.getLogger()
+    root.handlers = root.handlers or [handler]
+    logging.captureWarnings(True)
+
+
+def dropped_lines() -> int:
+    """Return how many lines of this process had no room."""
+    handlers = logging.getLogger("server").handlers
+    return sum(each.dropped for each in handlers if isinstance(each, BackgroundHandler))

@@ -16,6 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from server.logs import dropped_lines
+
 SECONDS = (
     *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
     *(0.5, 0.65, 0.8, 1, 2, 5, 10, 30),
@@ -205,6 +207,22 @@ class WorkerCollector(Collector):
             yield family
 
 
+LOG_METRIC = MetricInfo(
+    "paella_log_lines_dropped_total",
+    "counter",
+    (),
+    "Log lines of the API process dropped because the log's reader stood still",
+)
+
+
+class LogCollector(Collector):
+    """Dropped log lines, read at every scrape."""
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """Yield `LOG_METRIC`."""
+        yield CounterMetricFamily(LOG_METRIC.name, LOG_METRIC.help, value=dropped_lines())
+
+
 class Metrics:
     """The collectors, one attribute each.
 
@@ -221,6 +239,8 @@ class Metrics:
         self.infos: list[MetricInfo] = []
         self.endpoints: frozenset[str] = frozenset()
         ProcessCollector(registry=self.registry)
+        self.registry.register(LogCollector())
+        self.infos.append(LOG_METRIC)
         self.request_duration = self._seconds(
             "request_duration",
             "From the request's headers to the last byte of the answer",

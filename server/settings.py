@@ -237,6 +237,19 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1, description="Maximum size of a request's body")] = (
         32 * MIB
     )
+    body_budget_bytes: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Maximum size of all bodies above 128 KiB whose answers have not begun,"
+            " together",
+        ),
+    ] = 256 * MIB
+    answer_budget_bytes: Annotated[
+        int,
+        Field(ge=1, description="Maximum size of all answers that clients have not read, together"),
+    ] = 256 * MIB
+    max_connections: Annotated[int, Field(ge=1, description="Maximum of open connections")] = 1000
     max_image_bytes: Annotated[
         int, Field(ge=1, description="Maximum size of one uploaded image file")
     ] = 16 * MIB
@@ -310,14 +323,25 @@ class Settings(BaseSettings):
             description="Timeout for reading a request's headers, and between chunks of its body",
         ),
     ] = 30
+    body_timeout_s: Annotated[
+        float, Field(gt=0, le=DAY_S, description="Timeout for reading a request's whole body")
+    ] = 120
     send_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for a stalled client of a stream, which is disconnected",
+            description="Timeout for a client that reads nothing of its answer; it is disconnected",
         ),
     ] = 30
+    keep_alive_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=DAY_S,
+            description="Timeout for an idle connection after an answer; above that of the proxy",
+        ),
+    ] = 75
     stall_timeout_s: Annotated[
         float,
         Field(
@@ -326,6 +350,14 @@ class Settings(BaseSettings):
             description="Timeout for a silent worker that owes an answer; it is replaced",
         ),
     ] = 30
+    shutdown_delay_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=DAY_S,
+            description="Time after SIGTERM with /readyz 503 in which requests are still accepted",
+        ),
+    ] = 0
     drain_timeout_s: Annotated[
         float, Field(ge=0, le=DAY_S, description="Time for running requests when the server stops")
     ] = 30

@@ -1,115 +1,125 @@
-"""The HTTP server process: uvicorn with bounded request heads and a drain that starts at once."""
+"""The HTTP server process: uvicorn with bounded connections and a drain that starts at once."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import socket
+import sys
+import time
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES
 from server.api.state import AppState
+from server.http_protocol import BoundedProtocol, Connections
+
+log = logging.getLogger(__name__)
 
 # Seconds for writing answers after the engine has stopped.
 WRITE_TIMEOUT_S = 5
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """Closes connections whose request line and headers exceed the limits.
-
-    `middleware.Guard` answers requests that end within both limits together but exceed one of them.
-
-    Attributes:
-        head_timeout_s: seconds for a request's head, from the start of the connection or the end
-            of the last answer.
-    """
-
-    head_timeout_s: float
-
-    _unfinished_bytes = 0
-    _in_head = True
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timeout of the first request's head."""
-        super().connection_made(transport)
-        self._start_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timeout."""
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Count the bytes of an unfinished head; answer 400 beyond the limit."""
-        super().data_received(data)
-        self._unfinished_bytes = self._unfinished_bytes + len(data) if self._in_head else 0
-        if self._unfinished_bytes > MAX_URL_BYTES + MAX_HEADER_BYTES:
-            self.send_400_response("The request's headers are too long.")
-
-    def on_message_begin(self) -> None:
-        """Note the start of a head."""
-        super().on_message_begin()
-        self._in_head = True
-
-    def on_headers_complete(self) -> None:
-        """Note the end of a head."""
-        super().on_headers_complete()
-        self._in_head = False
-        self._stop_timer()
-
-    def on_response_complete(self) -> None:
-        """Start the timeout of the next request's head."""
-        super().on_response_complete()
-        self._start_timer()
-
-    def _start_timer(self) -> None:
-        self._stop_timer()
-        self._head_timer = self.loop.call_later(self.head_timeout_s, self._on_timeout)
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-
-    def _on_timeout(self) -> None:
-        # The last of several pipelined requests may still wait for its answer.
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._start_timer()
-        else:
-            self.transport.close()
+# Descriptors for all but connections: the event loop, listeners, workers, log, weights.
+RESERVED_DESCRIPTORS = 64
+MIN_CONNECTIONS = 16
 
 
 class Server(uvicorn.Server):
     """Drains on SIGTERM and SIGINT: requests have `drain_timeout_s`, later ones get 503.
 
-    The engine learns of it at once; uvicorn alone would tell it after the last request.
+    The engine learns of it at once; uvicorn alone would tell it after the last request. Before
+    that, the server is not ready for `shutdown_delay_s`, but serves.
     """
 
     def __init__(self, api: FastAPI) -> None:
         self._state: AppState = api.state.paellera
         settings = self._state.settings
+        refused = self._state.metrics.rejected.labels("too_many_connections")
+        connections = Connections(
+            possible_connections(settings.max_connections), settings.operations_port, refused.inc
+        )
+        self._accepting = True
 
         class Protocol(BoundedProtocol):
+            all = connections
             head_timeout_s = settings.receive_timeout_s
 
         config = uvicorn.Config(
             api,
             http=Protocol,
+            ws="none",
             access_log=False,
             log_config=None,
             server_header=False,
             # The app's own middleware does it (`origins.TrustedProxies`).
             proxy_headers=False,
-            timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + WRITE_TIMEOUT_S,
+            timeout_keep_alive=settings.keep_alive_s,
+            # `_abort_unread` comes first; this is for what it does not end.
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 2 * WRITE_TIMEOUT_S,
         )
         super().__init__(config)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Log, once a second, whether connections can be accepted; see uvicorn."""
+        if counter % 10 == 0:
+            self._check_descriptors()
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain the engine and the connections; a second signal does not wait."""
+        """Drain the engine and the connections; a second SIGINT does not wait."""
+        self._state.stopping.set()
+        await self._serve_until_unlisted()
         draining = asyncio.create_task(self._state.engine.stop())
+        aborting = asyncio.create_task(self._abort_unread(draining))
         await super().shutdown(sockets)
+        aborting.cancel()
         if not self.force_exit:
             await draining
+
+    async def _serve_until_unlisted(self) -> None:
+        """Serve for `shutdown_delay_s`, until load balancers have seen /readyz fail."""
+        ends = time.monotonic() + self._state.settings.shutdown_delay_s
+        counter = 0
+        while time.monotonic() < ends and not self.force_exit:
+            counter += 1
+            await self.on_tick(counter)
+            await asyncio.sleep(0.1)
+
+    async def _abort_unread(self, draining: asyncio.Task[None]) -> None:
+        """Abort the connections whose clients do not read their answers once all are made."""
+        await asyncio.wait([draining])
+        await asyncio.sleep(WRITE_TIMEOUT_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def _check_descriptors(self) -> None:
+        # uvloop drops connections silently if it has no descriptor for them.
+        try:
+            socket.socket().close()
+        except OSError as error:
+            if self._accepting:
+                log.error("connections not accepted", extra={"fields": {"reason": str(error)}})
+            self._accepting = False
+        else:
+            if not self._accepting:
+                log.warning("connections accepted again")
+            self._accepting = True
+
+
+def possible_connections(wanted: int) -> int:
+    """Raise the soft limit of descriptors for so many connections; return how many it allows."""
+    if sys.platform == "win32":  # It bounds sockets, not descriptors.
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVED_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    possible = max(min(wanted, soft - RESERVED_DESCRIPTORS), MIN_CONNECTIONS)
+    if possible < wanted:
+        fields = {"descriptors": soft, "wanted": wanted, "connections": possible}
+        log.warning("connections limited by the descriptor limit", extra={"fields": fields})
+    return possible

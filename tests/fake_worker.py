@@ -4,7 +4,8 @@ what the prompt's first word says.
 `hold` keeps the job until it is cancelled; `slow` takes SLOW_S; `hang` goes silent for ever; `die`
 exits at once; `fail`, `oom` and `late` answer Failed; `show` sends two previews; `half` dies in the
 midst of its answer, and `half-show` after the first of two previews, but not if it is alone; `cut`
-says that both encoders truncated the prompt.
+says that both encoders truncated the prompt; `noise` answers with pictures that no file format
+makes small.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import random
 import time
 from multiprocessing.connection import Connection
 
@@ -105,8 +107,7 @@ def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
 
 def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
     images = tuple(
-        Image(i, job.width, job.height, colour(seed) * (job.width * job.height))
-        for i, seed in enumerate(job.seeds)
+        Image(i, job.width, job.height, picture(job, seed)) for i, seed in enumerate(job.seeds)
     )
     # Last image first: nothing promises an order.
     return Finished(
@@ -116,6 +117,13 @@ def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
         truncated,
         (0.006, 0.009) if job.traceparent else (),
     )
+
+
+def picture(job: Job, seed: int) -> bytes:
+    pixels = job.width * job.height
+    if job.prompts[:1] == ("noise",):
+        return random.Random(seed).randbytes(3 * pixels)
+    return colour(seed) * pixels
 
 
 def show(connection: Connection, job: Job, at_most: int) -> None:

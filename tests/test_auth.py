@@ -307,20 +307,26 @@ def test_urls_and_headers_that_are_too_long_are_refused_in_the_one_shape(
     assert (headers.status_code, code(headers)) == (431, "headers_too_large")
 
 
-@pytest.mark.parametrize("endless", [b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\n"])
+@pytest.mark.parametrize(
+    ("endless", "status"),
+    [(b"GET /", 414), (b"GET / HTTP/1.1\r\nX: ", 431), (b"GET / HTTP/1.1\r\n", 431)],
+)
 @pytest.mark.process
-def test_a_head_that_does_not_end_is_not_kept(fake_settings: Configure, endless: bytes) -> None:
+def test_a_head_that_does_not_end_is_not_kept(
+    fake_settings: Configure, endless: bytes, status: int
+) -> None:
     more = b"X: x\r\n" if endless.endswith(b"\n") else b"x"
     with (
         listening(fake_settings()) as (port,),
         socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
     ):
         connection.sendall(endless + more * (MAX_URL_BYTES + MAX_HEADER_BYTES))
-        assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+        assert connection.recv(100).startswith(b"HTTP/1.1 %d " % status)
 
 
 @pytest.mark.parametrize(
-    "begun", [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\nGET /"]
+    "begun",
+    [b"", b"GET / HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /"],
 )
 @pytest.mark.process
 def test_a_head_that_takes_too_long_is_not_waited_for(
@@ -336,8 +342,8 @@ def test_a_body_that_does_not_go_on_is_answered_and_not_waited_for(
     fake_settings: Configure, access_log: pytest.LogCaptureFixture
 ) -> None:
     head = (
-        b"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: "
-        b"99\r\nX-Request-Id: slow\r\n\r\n"
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99\r\nX-Request-Id: slow\r\n\r\n"
     )
     with listening(fake_settings(receive_timeout_s=0.2)) as (port,):
         received = all_answered(port, head + b'{"prompt": ')

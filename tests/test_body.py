@@ -356,6 +356,32 @@ def test_json_may_be_long_but_not_intricate(endpoint: TestClient) -> None:
     )
 
 
+def test_all_texts_of_a_form_share_one_bound_on_their_structure(endpoint: TestClient) -> None:
+    """64 texts of 128 KiB would each pass alone, and take seconds together."""
+    text = b"[" + b"[]," * (TEXT_BODY_BYTES // 6) + b"[]]"
+    few = part(text, b"keyframes") + b"--b--\r\n"
+    refused(raw(endpoint, few), 422, "keyframes", "at most 8 entries", "invalid_value")
+    many = b"".join(part(text, b"keyframes") for _ in range(4)) + b"--b--\r\n"
+    refused(raw(endpoint, many), 413, None, "commas", "form_too_large")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "mention"),
+    [
+        ({"images": [1] * 5}, "images", "at most 4 entries (sent: 5)"),
+        ({"keyframes": [1] * 9}, "keyframes", "at most 8 entries"),
+        ({"guidance_scale": [1] * 3}, "guidance_scale", "at most 2 entries"),
+        ({"keyframes": [{f"k{i}": 1 for i in range(2000)}]}, "keyframes", "at all levels"),
+        ({"prompt": [[1] * 2000]}, "prompt", "at all levels"),
+    ],
+)
+def test_a_list_s_length_is_checked_before_its_entries(
+    endpoint: TestClient, fields: dict[str, Any], param: str, mention: str
+) -> None:
+    """An entry that is wrong would otherwise be named first."""
+    refused(endpoint.post("/", json=fields), 422, param, mention, "invalid_value")
+
+
 @pytest.mark.parametrize(
     "content_type",
     ["text/plain", "application/x-www-form-urlencoded", "multipart/mixed; boundary=b", "image/png"],

@@ -126,6 +126,15 @@ def test_containers_are_read_only_without_capabilities_and_published_on_loopback
         assert all((DOCKER / path).exists() for path in mounted)
 
 
+def test_the_grace_period_covers_the_delay_the_drain_and_the_answers() -> None:
+    settings = Settings()
+    needed = settings.shutdown_delay_s + settings.drain_timeout_s + 2 * WRITE_TIMEOUT_S
+    for name in SERVERS:
+        grace = COMPOSE["services"][name]["stop_grace_period"]
+        assert int(grace.removesuffix("s")) >= needed + 20, "room for a delay of 20 s"
+        assert "PAELLERA_SHUTDOWN_DELAY_S" in COMPOSE["services"][name]["environment"]
+
+
 def test_on_a_gpu_triton_can_compile_its_launchers_and_run_them() -> None:
     """A tmpfs is mounted noexec unless told otherwise, and the slim image has no compiler:
     without either torch would compute.

@@ -14,8 +14,9 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError
-from server.api.middleware import BodyLimit, HealthPort, Observation, SecurityHeaders
+from server.api.middleware import HealthPort, Observation, SecurityHeaders
 from server.api.state import request_state
+from server.api.transfer import BodyLimit, SendTimeout
 from server.metrics import Metrics
 from tests.virtual_time import START, virtual_time
 
@@ -261,6 +262,7 @@ async def test_health_has_a_port_of_its_own(path: str, port: int, status: int) -
     "wrap",
     [
         lambda app: BodyLimit(app, 0, 0.0),
+        lambda app: SendTimeout(app, 0.0, 0),
         lambda app: HealthPort(app, 9),
         lambda app: SecurityHeaders(app),
         lambda app: Observation(app, Metrics()),

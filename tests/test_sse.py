@@ -19,7 +19,8 @@ import pytest
 
 from server.api import create_app
 from server.api.sse import MAX_PREVIEWS, DeferredEvent, Event, EventQueue, EventStream
-from server.settings import Settings
+from server.api.transfer import ClientStalledError, SendTimeout
+from server.settings import MIB, Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
 from tests.test_api import metric
@@ -235,8 +236,10 @@ async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(
         if len(sent) > 1:
             await asyncio.Event().wait()
 
+    stream = SendTimeout(EventStream(queue, work, fake_settings(), "id"), 0.05, MIB)
     async with asyncio.timeout(15):
-        await EventStream(queue, work, fake_settings(send_timeout_s=0.05), "id")({}, None, send)  # type: ignore[arg-type]
+        with pytest.raises(ClientStalledError):
+            await stream({"type": "http"}, None, send)  # type: ignore[arg-type]
         await asyncio.wait({work})
     assert work.cancelled()
     assert all(message.get("more_body", True) for message in sent), (
@@ -256,7 +259,8 @@ async def test_long_events_are_sent_in_pieces_so_that_a_reader_has_time_for_each
     async def send(message: Any) -> None:
         bodies.append(message.get("body", b""))
 
-    await EventStream(queue, work, fake_settings(), "id")({}, None, send)  # type: ignore[arg-type]
+    stream = SendTimeout(EventStream(queue, work, fake_settings(), "id"), 1, MIB)
+    await stream({"type": "http"}, None, send)  # type: ignore[arg-type]
     assert b"".join(bodies) == event.encode()
     assert max(map(len, bodies)) <= 2**16
 

@@ -24,7 +24,6 @@ from server.api import (
 from server.api.images.admission import ImageDecoder
 from server.api.images.decode import ImageLimits
 from server.api.middleware import (
-    BodyLimit,
     Guard,
     HealthPort,
     Observation,
@@ -35,6 +34,7 @@ from server.api.openapi import DocumentedApp
 from server.api.origins import OriginGuard, TrustedProxies
 from server.api.planning import OPERATIONS
 from server.api.state import AppState, request_state
+from server.api.transfer import BodyBudget, BodyLimit, SendTimeout
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
@@ -184,7 +184,12 @@ def _add_middleware(
 ) -> None:
     """Add the middleware, the innermost first."""
     app.add_middleware(
-        BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
+        BodyLimit,
+        limit=settings.max_body_bytes,
+        timeout_s=settings.receive_timeout_s,
+        total_s=settings.body_timeout_s,
+        # A budget below the bound of one body would reject that body even when it is alone.
+        budget=BodyBudget(max(settings.body_budget_bytes, settings.max_body_bytes)),
     )
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(OriginGuard, settings=settings)
@@ -206,3 +211,6 @@ def _add_middleware(
     app.add_middleware(SecurityHeaders)
     if settings.trusted_proxies:
         app.add_middleware(TrustedProxies, proxies=settings.trusted_proxies)
+    app.add_middleware(
+        SendTimeout, timeout_s=settings.send_timeout_s, budget=settings.answer_budget_bytes
+    )

@@ -6,6 +6,7 @@ A form becomes the dict that the same request has as JSON, so one schema serves 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from http import HTTPStatus
 from typing import Any, Never, TypeVar
@@ -23,6 +24,8 @@ TEXT_BODY_BYTES = 128 * 1024
 # A body with images in it is long strings and little else: as many commas, brackets and braces as
 # a full text body could have.
 STRUCTURE = (b",", b"[", b"{")
+# Entries of lists and objects in one field. Eight regions with every field have about a hundred.
+MAX_ENTRIES = 1000
 # A text part holds a prompt, or a list of them; images are sent as files.
 FORM_LIMITS = {"max_files": 16, "max_fields": 64, "max_part_size": 128 * 1024}
 # Beyond, a float may stand for several integers.
@@ -44,9 +47,10 @@ async def read_body(request: Request, schema: type[Schema], limit: int) -> Schem
         limit: bytes.
 
     Raises:
-        ApiError: 415 for other content types, 413 beyond `limit` or the parts a form may have,
-            400 malformed, 422 rejected by the schema.
+        ApiError: 415 for other content types and encoded bodies, 413 beyond `limit` or the parts a
+            form may have, 400 malformed, 422 rejected by the schema.
     """
+    _check_encoding(request)
     if _media_type(request) == FORM:
         return _validate(await _read_form(request, schema, limit), schema)
     body = await _read(request, limit)
@@ -60,12 +64,21 @@ def body_too_large(limit: int) -> ApiError:
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", message)
 
 
-def body_too_slow(timeout_s: float) -> ApiError:
-    """Return the error for a body of which nothing arrived within the timeout."""
+def body_too_slow(message: str) -> ApiError:
+    """Return the error for a body that did not arrive in time."""
     # On a kept connection, the rest of the body would be taken for the next request.
     headers = {"Connection": "close"}
-    message = f"no data of the body arrived for {timeout_s:g} s"
     return ApiError(HTTPStatus.REQUEST_TIMEOUT, "body_too_slow", message, headers=headers)
+
+
+def _check_encoding(request: Request) -> None:
+    sent = request.headers.get("content-encoding", "").strip()
+    if sent.lower() not in ("", "identity"):
+        message = f"Content-Encoding is not supported; send the body as it is (sent: {sent[:80]!r})"
+        # By RFC 9110 the header that tells this status from an unsupported Content-Type.
+        headers = {"Accept-Encoding": "identity"}
+        status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+        raise ApiError(status, "unsupported_content_encoding", message, headers=headers)
 
 
 def _media_type(request: Request) -> str:
@@ -82,32 +95,59 @@ def _validate(fields: dict[str, Any], schema: type[Schema]) -> Schema:
     unknown = next((name for name in fields if name not in schema.model_fields), None)
     if unknown is not None:
         raise unknown_field(unknown, schema.model_fields)
+    for name, value in fields.items():
+        _check_length(name, value, _max_entries(schema).get(name))
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
         raise from_validation(error) from None
 
 
+def _check_length(name: str, value: object, limit: int | None) -> None:
+    """Check the length of a field's value before pydantic validates its entries.
+
+    limit: entries that the schema allows, None if it does not say.
+
+    Raises ApiError 422 for a longer list, or for more than `MAX_ENTRIES` at all levels together.
+    """
+    if isinstance(value, list) and limit is not None and len(value) > limit:
+        message = f"{name}: at most {limit} entries (sent: {len(value)})"
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, name)
+    entries, unvisited = 0, [value]
+    while unvisited:
+        entry = unvisited.pop()
+        if isinstance(entry, list | dict):
+            entries += len(entry)
+            if entries > MAX_ENTRIES:
+                message = f"{name}: at most {MAX_ENTRIES} entries at all levels together"
+                raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, name)
+            unvisited.extend(entry.values() if isinstance(entry, dict) else entry)
+
+
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int) -> bytearray:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
             raise body_too_large(limit)
-    return bytes(body)
+    return body
 
 
-def _check_structure(body: bytes) -> None:
-    structure = sum(body.count(mark) for mark in STRUCTURE)
-    if len(body) > TEXT_BODY_BYTES and structure > TEXT_BODY_BYTES:
+def _check_structure(body: bytearray) -> None:
+    if len(body) > TEXT_BODY_BYTES and _structure(body) > TEXT_BODY_BYTES:
         message = f"the body may have at most {TEXT_BODY_BYTES} commas, brackets and braces"
         raise ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", message)
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _structure(text: bytes | bytearray) -> int:
+    """Return how many values a JSON text may hold at most."""
+    return sum(text.count(mark) for mark in STRUCTURE)
+
+
+def _parse(body: bytearray) -> dict[str, Any]:
     try:
         fields = json.loads(body, parse_float=_number, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
@@ -213,7 +253,15 @@ def _malformed_form(reason: str) -> ApiError:
     return ApiError(HTTPStatus.BAD_REQUEST, "malformed_form", message)
 
 
+def _check_form_structure(texts: Iterable[str]) -> None:
+    """Check that all texts of a form together are no more intricate than a JSON body may be."""
+    if sum(_structure(text.encode("utf-8", "replace")) for text in texts) > TEXT_BODY_BYTES:
+        reason = f"Too many commas, brackets and braces. Maximum is {TEXT_BODY_BYTES}."
+        raise _malformed_form(reason)
+
+
 def _collect(parts: list[tuple[str, str | bytes]], schema: type[BaseModel]) -> dict[str, Any]:
+    _check_form_structure([part for _, part in parts if isinstance(part, str)])
     values: dict[str, list[Any]] = {}
     lists = {name.removesuffix("[]") for name, _ in parts if name.endswith("[]")}
     for name, part in parts:
@@ -258,6 +306,17 @@ def _list_fields(schema: type[BaseModel]) -> frozenset[str]:
     return frozenset(
         name for name, types in _types(schema).items() if types - {"null"} == {"array"}
     )
+
+
+@cache
+def _max_entries(schema: type[BaseModel]) -> dict[str, int]:
+    """Return the maximum length of every field that is a list."""
+    limits = {}
+    for name, kind in schema.model_json_schema()["properties"].items():
+        for branch in (kind, *kind.get("anyOf", ())):
+            if "maxItems" in branch:
+                limits[name] = branch["maxItems"]
+    return limits
 
 
 def _types(schema: type[BaseModel]) -> dict[str, set[str | None]]:

@@ -158,6 +158,11 @@ def reason(error: Exception) -> str:
     return text
 
 
+def too_many_connections() -> ApiError:
+    """Return the error for a connection beyond the server's bound, before any request."""
+    return _unavailable("too_many_connections", "the server has too many open connections")
+
+
 def retry_headers(seconds: float) -> dict[str, str]:
     """Return the headers that tell the client to retry after this many seconds."""
     milliseconds = math.ceil(seconds * 1000)

@@ -1,11 +1,12 @@
 """ASGI middleware: request id, access log, metrics, ports, API keys, limits, headers, errors.
 
+`transfer.py` has the bounds on bodies and answers.
+
 Pure ASGI, so that nothing is buffered. Settings of keys and limits: docs/limits.md.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import logging
@@ -23,7 +24,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.body import body_too_large, body_too_slow
 from server.api.errors import (
     CLIENT_CLOSED_REQUEST,
     NOT_READY,
@@ -35,6 +35,7 @@ from server.api.errors import (
 )
 from server.api.routes_health import PATHS
 from server.api.state import RequestState, add_request_state, app_state, request_state
+from server.api.transfer import ClientStalledError
 from server.engine.errors import EngineError
 from server.metrics import Metrics
 from server.settings import Settings
@@ -89,6 +90,9 @@ class Observation:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientStalledError:
+            state.error_code = "client_stalled"
+            log.warning("client stalled", extra={"fields": {"request_id": state.id}})
         except Exception:
             log.exception("unhandled exception", extra={"fields": {"request_id": state.id}})
             if not status:
@@ -156,49 +160,6 @@ class HealthPort:
     def _is_misdirected(self, scope: Scope) -> bool:
         port = (scope.get("server") or ("", None))[1]
         return (scope["path"] in PATHS) != (port == self._port)
-
-
-class BodyLimit:
-    """Bounds a body to `limit` bytes, announced or not, and to `timeout_s` between its chunks.
-
-    The reader of the body gets ApiError 413 or 408.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
-        self._app = app
-        self._limit = limit
-        self._timeout_s = timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on with a bounded body."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = Headers(scope=scope).get("content-length", "0")
-        received, complete = 0, False
-
-        async def receive_bounded() -> Message:
-            nonlocal received, complete
-            if complete:
-                # After the body only the client's disconnect follows; it has no timeout.
-                return await receive()
-            if announced.isdecimal() and int(announced) > self._limit:
-                raise body_too_large(self._limit)
-            message = await self._next(receive)
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if received > self._limit:
-                raise body_too_large(self._limit)
-            return message
-
-        await self._app(scope, receive_bounded, send)
-
-    async def _next(self, receive: Receive) -> Message:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await receive()
-        except TimeoutError:
-            raise body_too_slow(self._timeout_s) from None
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -282,14 +243,45 @@ class Guard:
 
 
 def check_head(scope: Scope) -> None:
-    """Check the lengths of URL and headers. Raises ApiError 414 or 431 beyond the limits."""
+    """Check URL and headers.
+
+    Raises:
+        ApiError: 400 ambiguous about the host or the body's length, 414 or 431 too long.
+    """
+    _check_framing(scope)
     if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
-        message = f"the URL may have at most {MAX_URL_BYTES} bytes"
-        raise ApiError(HTTPStatus.REQUEST_URI_TOO_LONG, "url_too_long", message)
+        raise url_too_long()
     if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-        message = f"the headers may have at most {MAX_HEADER_BYTES} bytes"
-        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        raise ApiError(status, "headers_too_large", message)
+        raise headers_too_large(f"the headers may have at most {MAX_HEADER_BYTES} bytes")
+
+
+def url_too_long() -> ApiError:
+    """Return the error for a URL beyond `MAX_URL_BYTES`."""
+    message = f"the URL may have at most {MAX_URL_BYTES} bytes"
+    return ApiError(HTTPStatus.REQUEST_URI_TOO_LONG, "url_too_long", message)
+
+
+def headers_too_large(message: str) -> ApiError:
+    """Return the error for headers beyond a bound."""
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    return ApiError(status, "headers_too_large", message)
+
+
+def _check_framing(scope: Scope) -> None:
+    names = Counter(name for name, _ in scope["headers"])
+    version = scope.get("http_version", "1.1")
+    if names[b"host"] > 1 or (version == "1.1" and not names[b"host"]):
+        message = f"a request has exactly one Host header (sent: {names[b'host']})"
+        raise _malformed_head("invalid_host", message)
+    # Proxies that speak HTTP/1.0 ignore the header and see another end of the body.
+    if version == "1.0" and names[b"transfer-encoding"]:
+        message = "HTTP/1.0 has no Transfer-Encoding; send Content-Length"
+        raise _malformed_head("invalid_transfer_encoding", message)
+
+
+def _malformed_head(code: str, message: str) -> ApiError:
+    headers = {"Connection": "close"}
+    return ApiError(HTTPStatus.BAD_REQUEST, code, message, headers=headers)
 
 
 class Keys:

@@ -43,6 +43,8 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     """Return 200 while a worker is ready, otherwise 503 with the reason."""
     state = app_state(request)
+    if state.stopping.is_set():
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY, "the server is stopping")
     status = state.engine.status()
     if not status.ready:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY, status.reason)

@@ -346,7 +346,8 @@ class VariationsRequest(SamplingFields):
 
     image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
     weights: Annotated[
-        list[Fraction] | None, Field(description="One for each image; default: equal")
+        Annotated[list[Fraction], Field(max_length=8)] | None,
+        Field(description="One for each image; default: equal"),
     ] = None
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
 

@@ -1,4 +1,4 @@
-"""Server-sent events: a bounded queue per client, heartbeat, send timeout, cancellation.
+"""Server-sent events: a bounded queue per client, heartbeat, cancellation.
 
 Events that wait for a slow client are bounded: a new preview replaces an older one of the same
 image, and files are encoded only when it is their turn.
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 # Previews kept for a client that is only a moment behind; beyond them, the latest of each image.
 MAX_PREVIEWS = 16
-# Bytes of which a client must take one piece within `send_timeout_s`, whatever an event's length.
-PIECE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +140,7 @@ async def stream_events(
 class EventStream(Response):
     """Sends the queue's events until `work` is done.
 
-    A client that takes nothing for `send_timeout_s` is disconnected.
+    `transfer.SendTimeout` disconnects a client that takes nothing; that cancels `work`.
     """
 
     media_type = "text/event-stream"
@@ -166,18 +164,10 @@ class EventStream(Response):
         try:
             await send(start)
             async for chunk in self._chunks():
-                for offset in range(0, len(chunk), PIECE_BYTES):
-                    await self._send(send, chunk[offset : offset + PIECE_BYTES], more=True)
-            await self._send(send, b"", more=False)
-        except TimeoutError:
-            # The server closes the connection of an answer that does not end.
-            log.warning("client stalled", extra={"fields": {"request_id": self._request_id}})
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._work.cancel()
-
-    async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
-        async with asyncio.timeout(self._settings.send_timeout_s):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         try:

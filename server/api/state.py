@@ -37,6 +37,7 @@ class AppState:
         started_at: Unix seconds.
         running: by client and request id, the futures that end running requests with an error.
         tracing: None unless `settings.tracing` is on.
+        stopping: set from the stop signal on; /readyz is then 503, while requests still are served.
     """
 
     settings: Settings
@@ -47,6 +48,7 @@ class AppState:
     started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[tuple[str, str], list[asyncio.Future[ApiError]]] = field(default_factory=dict)
     tracing: Tracing | None = None
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)

@@ -117,11 +117,15 @@ def run_server(api: FastAPI, settings: Settings) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; uvicorn would report a used port only in the log."""
+    """Return a listening socket; uvicorn would report a used port only in the log.
+
+    An IPv6 host listens for IPv4 too, if the system can: `::` is then every address.
+    """
     try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
+        if ":" not in host:
+            return socket.create_server((host, port))
+        dual = socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=dual)
     except OSError as error:
         fail(f"cannot listen on {host} port {port}: {error.strerror}", FAILED)
 

@@ -1,0 +1,550 @@
+"""Connections of the command line's own server: trailers, upgrades, pipelines, how many there are,
+how long each is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import pytest
+
+from load_tests.misbehaving import is_whole
+from load_tests.processes import resident_mib
+from load_tests.serving import free_port, wait_until_ready
+from server.http_protocol import MAX_HEADERS, MAX_PIPELINED, MAX_TRAILER_BYTES
+from server.settings import Settings
+from tests.conftest import wait_until
+from tests.test_auth import KEY, all_answered, listening, said, served
+
+Configure = Callable[..., Settings]
+PATIENCE_S = 60
+BODY = json.dumps({"prompt": "a ball"}).encode()
+JSON_HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
+CHUNKED = (
+    b"POST /generate HTTP/1.1\r\n"
+    + JSON_HEAD
+    + b"Transfer-Encoding: chunked\r\n%s\r\n%x\r\n%s\r\n0\r\n"
+)
+FAKE_SERVER = (sys.executable, "-m", "tests.fake_server")
+
+pytestmark = pytest.mark.process
+
+
+def chunked(headers: bytes = b"") -> bytes:
+    """A chunked request without the end of its trailers."""
+    return CHUNKED % (headers, len(BODY), BODY)
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def one_answer(connection: socket.socket) -> bytes:
+    """The next answer on a connection that stays open."""
+    received = b""
+    while not is_whole(received) and (piece := connection.recv(1000)):
+        received += piece
+    return received
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1]) if answer else 0
+
+
+def error_of(answer: bytes) -> str:
+    return str(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"])
+
+
+@contextmanager
+def process(
+    bundle: Path,
+    prepare: Callable[[], None] | None = None,
+    output: IO[bytes] | int = subprocess.PIPE,
+    **settings: str,
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The server with a fake worker as a process, once it is ready, and its port.
+
+    prepare: called in the process before the server. output: for its standard error.
+    """
+    port = free_port()
+    environment = {**os.environ, "PAELLERA_WEIGHTS": str(bundle), **settings}
+    server = subprocess.Popen(
+        [*FAKE_SERVER, "--port", str(port)],
+        env=environment,
+        stderr=output,
+        preexec_fn=prepare,
+    )
+    try:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/readyz")
+        yield server, port
+    finally:
+        server.kill()
+        server.wait()
+        if server.stderr is not None:
+            server.stderr.close()
+
+
+def is_closed_after(connection: socket.socket, begun: bytes, endless: bytes) -> bool:
+    """Whether the server closes the connection before it has read many times the bound."""
+    segment = endless * (2 * MAX_TRAILER_BYTES // len(endless))
+    try:
+        connection.sendall(begun)
+        for _ in range(1000):
+            connection.sendall(segment)
+    except OSError:
+        return True
+    return False
+
+
+# ── trailers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_trailers_are_no_headers(
+    fake_settings: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "server.access")
+    with served(fake_settings(api_keys=KEY)) as client, connect(client.base_url.port or 0) as sent:
+        trailers = b"X-Request-Id: trailer\r\nAuthorization: Bearer " + KEY.encode() + b"\r\n\r\n"
+        sent.sendall(chunked(b"X-Request-Id: head\r\nConnection: close\r\n") + trailers)
+        answer = b"".join(iter(lambda: sent.recv(1000), b""))
+    assert status_of(answer) == 401
+    assert said(caplog, "head")["status"] == 401
+
+
+def test_short_trailers_are_ignored(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client:
+        request = chunked(b"Connection: close\r\n") + b"Digest: abc\r\n\r\n"
+        assert status_of(all_answered(client.base_url.port or 0, request)) == 200
+
+
+@pytest.mark.parametrize(
+    "endless", [b"a: b\r\n", b"a: " + b"b" * 1000, b"b"], ids=["many", "long", "name"]
+)
+def test_trailers_that_do_not_end_close_the_connection(
+    fake_settings: Configure, endless: bytes
+) -> None:
+    with listening(fake_settings(api_keys=KEY)) as (port,), connect(port) as connection:
+        assert is_closed_after(connection, chunked(), endless)
+
+
+def test_the_extension_of_a_chunk_that_does_not_end_closes_the_connection(
+    fake_settings: Configure,
+) -> None:
+    with listening(fake_settings()) as (port,), connect(port) as connection:
+        assert is_closed_after(connection, chunked()[:-3] + b"1;", b"x")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_endless_trailers_take_no_memory_of_a_server_process(bundle: Path) -> None:
+    with process(bundle) as (server, port):
+        before = resident_mib(server.pid)
+        for _ in range(5):
+            with connect(port) as connection:
+                connection.sendall(chunked())
+                with contextlib.suppress(OSError):
+                    for _ in range(100):
+                        connection.sendall(b"a: b\r\n" * 10_000)
+        assert resident_mib(server.pid) - before < 30
+
+
+# ── upgrades ──────────────────────────────────────────────────────────────────────────────────────
+
+H2C = b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+WEBSOCKET = b"Connection: close, upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+
+
+@pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET])
+@pytest.mark.parametrize("split", [0, 30, -5])
+def test_a_request_that_would_like_another_protocol_is_answered_over_this_one(
+    fake_settings: Configure, upgrade: bytes, split: int
+) -> None:
+    length = b"Content-Length: %d\r\n" % len(BODY)
+    request = b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + upgrade + length + b"\r\n" + BODY
+    with served(fake_settings()) as client, connect(client.base_url.port or 0) as connection:
+        for part in (request[:split], request[split:]):
+            connection.sendall(part)
+            time.sleep(0.05)
+        answer = b"".join(iter(lambda: connection.recv(10_000), b""))
+    assert status_of(answer) == 200
+    assert b"image/png" in answer.partition(b"\r\n\r\n")[0]
+
+
+def test_a_chunked_body_and_the_next_request_survive_an_upgrade(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client:
+        upgrade = H2C.replace(b", close", b"")
+        requests = (
+            chunked(upgrade)
+            + b"\r\nGET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close, Upgrade\r\n"
+            + b"Upgrade: h2c\r\n\r\n"
+        )
+        answers = all_answered(client.base_url.port or 0, requests)
+    assert answers.count(b"HTTP/1.1 200 ") == 2
+
+
+def test_an_upgrade_whose_body_does_not_come_is_answered_and_closed(
+    fake_settings: Configure,
+) -> None:
+    request = (
+        b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + WEBSOCKET + b"Content-Length: 100\r\n\r\n"
+    )
+    with listening(fake_settings(receive_timeout_s=0.2)) as (port,):
+        assert status_of(all_answered(port, request)) == 408
+
+
+def test_a_tunnel_is_refused(fake_settings: Configure) -> None:
+    with listening(fake_settings()) as (port,):
+        answer = all_answered(port, b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n")
+    assert (status_of(answer), error_of(answer)) == (400, "malformed_request")
+
+
+# ── heads ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("head", "code"),
+    [
+        (b"GET /healthz HTTP/1.1\r\n", "invalid_host"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", "invalid_host"),
+        (b"GET /healthz HTTP/1.0\r\nHost: localhost\r\nHost: b\r\n", "invalid_host"),
+        (
+            b"POST /generate HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n",
+            "invalid_transfer_encoding",
+        ),
+    ],
+)
+def test_a_head_that_proxies_may_read_otherwise_is_400_and_the_connection_closed(
+    fake_settings: Configure, head: bytes, code: str
+) -> None:
+    with listening(fake_settings()) as (port,):
+        answer = all_answered(port, head + b"\r\n")
+    assert (status_of(answer), error_of(answer)) == (400, code)
+
+
+def test_headers_are_bounded_in_number_as_each_takes_memory(fake_settings: Configure) -> None:
+    with listening(fake_settings()) as (port,):
+        head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        most = all_answered(port, head + b"a: b\r\n" * (MAX_HEADERS - 2) + b"\r\n")
+        more = all_answered(port, head + b"a: b\r\n" * (MAX_HEADERS - 1) + b"\r\n")
+    assert status_of(most) == 200
+    assert (status_of(more), error_of(more)) == (431, "headers_too_large")
+
+
+def test_http_1_0_needs_no_host(fake_settings: Configure) -> None:
+    with listening(fake_settings()) as (port,):
+        assert status_of(all_answered(port, b"GET /healthz HTTP/1.0\r\n\r\n")) == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, identity"])
+def test_an_encoded_body_is_415_and_the_header_named(client: httpx.Client, encoding: str) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    answer = client.post("/generate", content=b"\x1f\x8b", headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (415, "unsupported_content_encoding")
+    assert "Content-Encoding" in error["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+    identity = headers | {"Content-Encoding": "identity"}
+    assert client.post("/generate", content=BODY, headers=identity).status_code == 200
+
+
+def test_requests_before_the_first_answer_are_bounded(fake_settings: Configure) -> None:
+    request = b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + b"Content-Length: %d\r\n\r\n%s"
+    hold = request % (18, b'{"prompt": "hold"}')
+    with served(fake_settings()) as client, connect(client.base_url.port or 0) as connection:
+        connection.sendall(
+            hold + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * MAX_PIPELINED
+        )
+        connection.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(20)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
+        assert connection.recv(1) == b""
+
+
+# ── idle connections ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_idle_connection_is_kept_for_its_own_timeout(fake_settings: Configure) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with (
+        listening(fake_settings(receive_timeout_s=0.2, keep_alive_s=1)) as (port,),
+        connect(port) as connection,
+    ):
+        connection.sendall(request)
+        assert status_of(one_answer(connection)) == 200
+        time.sleep(0.5)
+        connection.sendall(request)
+        assert status_of(one_answer(connection)) == 200
+        began = time.monotonic()
+        assert connection.recv(1000) == b""
+        assert 0.5 < time.monotonic() - began < 10
+
+
+def test_a_head_after_an_answer_has_the_timeout_of_heads(fake_settings: Configure) -> None:
+    with (
+        listening(fake_settings(receive_timeout_s=0.2, keep_alive_s=600)) as (port,),
+        connect(port) as connection,
+    ):
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert status_of(one_answer(connection)) == 200
+        connection.sendall(b"\r\n")
+        assert connection.recv(1000) == b""
+
+
+# ── how many ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_beyond_the_bound_the_connection_that_waited_longest_makes_room(
+    fake_settings: Configure,
+) -> None:
+    with ExitStack() as stack:
+        (port,) = stack.enter_context(listening(fake_settings(max_connections=3)))
+        idle = [stack.enter_context(connect(port)) for _ in range(3)]
+        idle[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert status_of(one_answer(idle[0])) == 200, "this one waits since now"
+        answer = all_answered(
+            port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        assert status_of(answer) == 200
+        assert idle[1].recv(1) == b""
+
+
+def test_a_body_that_does_not_come_makes_room_too(fake_settings: Configure) -> None:
+    with ExitStack() as stack:
+        (port,) = stack.enter_context(listening(fake_settings(max_connections=2)))
+        first, second = (stack.enter_context(connect(port)) for _ in range(2))
+        for connection in (first, second):
+            connection.sendall(
+                b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + b"Content-Length: 99\r\n\r\n"
+            )
+            time.sleep(0.1)
+        answer = all_answered(
+            port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        assert status_of(answer) == 200
+        assert first.recv(1) == b""
+
+
+def test_a_connection_is_refused_if_all_have_a_request_except_on_the_operations_port(
+    fake_settings: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + b"Content-Length: 18\r\n\r\n"
+    request = head + b'{"prompt": "hold"}'
+    probe = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with ExitStack() as stack:
+        port, operations = stack.enter_context(listening(fake_settings(max_connections=2), ports=2))
+        for _ in range(2):
+            stack.enter_context(connect(port)).sendall(request)
+        time.sleep(0.2)
+        answers = [all_answered(port, b"") for _ in range(3)]
+        assert [status_of(answer) for answer in answers] == [503] * 3
+        assert error_of(answers[0]) == "too_many_connections"
+        assert b"retry-after: " in answers[0].lower()
+        assert status_of(all_answered(operations, probe)) == 200
+        metrics = all_answered(operations, probe.replace(b"healthz", b"metrics"))
+        assert b'paella_rejected_total{reason="too_many_connections"} 3.0' in metrics
+    lines = [record for record in caplog.records if record.msg == "connection limit reached"]
+    assert len(lines) == 1, "one line for many"
+
+
+def limit_descriptors(soft: int, hard: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def open_requests(port: int, number: int, stack: ExitStack) -> None:
+    """Requests as in the report: an upgrade, and a body that does not come."""
+    for _ in range(number):
+        connection = stack.enter_context(connect(port))
+        connection.sendall(
+            b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + WEBSOCKET + b"Content-Length: 100\r\n\r\n"
+        )
+
+
+def test_more_clients_than_descriptors_do_not_exclude_others_and_are_logged(bundle: Path) -> None:
+    with process(bundle, limit_descriptors(128, 128)) as (server, port):
+        with ExitStack() as stack:
+            open_requests(port, 150, stack)
+            url = f"http://127.0.0.1:{port}"
+            assert httpx.get(f"{url}/healthz", timeout=PATIENCE_S).status_code == 200
+            answer = httpx.post(f"{url}/generate", json={"prompt": "a"}, timeout=PATIENCE_S)
+            assert answer.status_code == 200
+        server.terminate()
+        log = [json.loads(line) for line in (server.communicate()[1]).splitlines()[1:]]
+    told = [
+        line for line in log if line["message"] == "connections limited by the descriptor limit"
+    ]
+    assert told[0]["descriptors"] == 128
+    (full,) = [line for line in log if line["message"] == "connection limit reached"][:1]
+    assert full["limit"] == 64
+
+
+def test_the_soft_descriptor_limit_is_raised(bundle: Path) -> None:
+    with process(bundle, limit_descriptors(128, 4096)) as (server, port), ExitStack() as stack:
+        open_requests(port, 150, stack)
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[0] > 1000
+
+
+def test_a_server_that_cannot_accept_says_so(bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file, process(bundle, output=file) as (server, port):
+        before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        # Fewer than are open, so that none is free.
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (5, before[1]))
+        wait_until(lambda: b"connections not accepted" in log.read_bytes())
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, before)
+        wait_until(lambda: b"connections accepted again" in log.read_bytes())
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+
+
+# ── bodies that do not end ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_unfinished_bodies_take_no_more_memory_than_their_budget_and_exclude_nobody(
+    bundle: Path,
+) -> None:
+    mib = 2**20
+    settings = {
+        "PAELLERA_BODY_BUDGET_BYTES": str(16 * mib),
+        "PAELLERA_MAX_BODY_BYTES": str(16 * mib),
+    }
+    head = b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + b"Content-Length: %d\r\n\r\n" % (16 * mib)
+    with process(bundle, **settings) as (server, port), ExitStack() as stack:
+        before = resident_mib(server.pid)
+        unfinished = [stack.enter_context(connect(port)) for _ in range(8)]
+        for connection in unfinished:
+            connection.sendall(head + b" " * 12 * mib)
+        time.sleep(0.5)
+        padded = BODY + b" " * mib
+        headers = {"Content-Type": "application/json"}
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/generate", content=padded, headers=headers, timeout=PATIENCE_S
+        )
+        assert answer.status_code == 200
+        assert resident_mib(server.pid) - before < 60, "96 MiB were sent"
+        assert status_of(unfinished[0].recv(1000)) == 429
+
+
+# ── answers that nobody reads ─────────────────────────────────────────────────────────────────────
+
+# More than the kernel's buffers hold.
+UNREAD: dict[str, Any] = {
+    "prompt": "noise",
+    "n": 4,
+    "width": 512,
+    "height": 512,
+    "num_inference_steps": 1,
+    "response_format": "json",
+}
+
+
+@contextmanager
+def not_reading(
+    port: int, headers: dict[str, str] | None = None, buffer_bytes: int = 4096
+) -> Iterator[socket.socket]:
+    """A client that sends a request for several megabytes and reads nothing of the answer."""
+    body = json.dumps(UNREAD).encode()
+    lines = {"Content-Length": str(len(body)), **(headers or {})}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + head + b"\r\n" + body)
+        yield connection
+
+
+def test_an_answer_that_nobody_reads_is_aborted_and_logged(
+    fake_settings: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "server.access")
+    with (
+        served(fake_settings(send_timeout_s=0.5)) as client,
+        not_reading(client.base_url.port or 0, {"X-Request-Id": "unread"}) as connection,
+    ):
+        said(caplog, "unread")
+        received = b"".join(iter(lambda: connection.recv(100_000), b""))
+    assert not is_whole(received), "what the kernel had, and then the end"
+    unread = [
+        record
+        for record in caplog.records
+        if record.__dict__.get("fields", {}).get("request_id") == "unread"
+    ]
+    assert [record.msg for record in unread] == ["client stalled", "request"]
+    assert unread[1].fields["code"] == "client_stalled"
+    assert not [record for record in caplog.records if record.levelno > logging.WARNING]
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(fake_settings: Configure) -> None:
+    with (
+        served(fake_settings(send_timeout_s=3)) as client,
+        not_reading(client.base_url.port or 0, {"Connection": "close"}, 2**16) as connection,
+    ):
+        received = bytearray()
+        began = time.monotonic()
+        while piece := connection.recv(2**17):
+            received += piece
+            time.sleep(0.1)
+        assert time.monotonic() - began > 3, "longer than the timeout of one piece"
+    assert is_whole(bytes(received))
+
+
+def test_a_key_s_slot_is_taken_until_its_answer_is_read(fake_settings: Configure) -> None:
+    authorized = {"Authorization": f"Bearer {KEY}"}
+    settings = fake_settings(api_keys=KEY, key_concurrency=1, send_timeout_s=2)
+    with served(settings) as client, not_reading(client.base_url.port or 0, authorized):
+        client.headers.update(authorized)
+        wait_until(lambda: 'images_total{endpoint="/generate"} 4' in client.get("/metrics").text)
+
+        def again() -> int:
+            return client.post("/generate", content=BODY, headers=json_headers).status_code
+
+        json_headers = {"Content-Type": "application/json"}
+        assert again() == 429
+        wait_until(lambda: again() == 200)
+
+
+def test_unread_answers_do_not_keep_a_server_from_stopping(bundle: Path) -> None:
+    with process(bundle, PAELLERA_LOG_LEVEL="warning") as (server, port), ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(not_reading(port))
+        address = f"http://127.0.0.1:{port}"
+        wait_until(
+            lambda: 'images_total{endpoint="/generate"} 8' in httpx.get(f"{address}/metrics").text
+        )
+        began = time.monotonic()
+        server.terminate()
+        assert server.wait(PATIENCE_S) == 0
+        assert time.monotonic() - began < 20, "the drain and send timeouts are 30 s each"
+
+
+# ── stopping ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stopping_server_is_not_ready_but_serves_until_its_delay_has_passed(
+    bundle: Path,
+) -> None:
+    settings = {"PAELLERA_SHUTDOWN_DELAY_S": "3", "PAELLERA_LOG_LEVEL": "warning"}
+    with process(bundle, **settings) as (server, port):
+        address = f"http://127.0.0.1:{port}"
+        server.terminate()
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 503)
+        error = httpx.get(f"{address}/readyz").json()["error"]
+        assert (error["code"], error["message"]) == ("not_ready", "the server is stopping")
+        assert httpx.post(f"{address}/generate", json={"prompt": "a"}).status_code == 200
+        assert server.wait(PATIENCE_S) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/healthz")
