@@ -41,3 +41,13 @@ def configure(level: str) -> None:
         logger.handlers = [handler]
         logger.setLevel(level.upper())
         logger.propagate = False
+    # Libraries' warnings, which have no handler of their own, and Python's.
+    logging.lastResort = _library_handler()
+    logging.captureWarnings(True)
+
+
+def _library_handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(JSONFormatter())
+    return handler

@@ -86,7 +86,12 @@ class Server(uvicorn.Server):
     """Drains on SIGTERM and SIGINT: requests have `drain_timeout_s`, later ones get 503.
 
     The engine learns of it at once; uvicorn alone would tell it after the last request.
+
+    Attributes:
+        failure: why no worker can ever start, if that ended the server.
     """
+
+    failure: str | None = None
 
     def __init__(self, api: FastAPI) -> None:
         self._state: AppState = api.state.paellera
@@ -106,6 +111,13 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + WRITE_TIMEOUT_S,
         )
         super().__init__(config)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop: told to, or no worker can ever start."""
+        status = self._state.engine.status()
+        if status.fatal and not self.should_exit:
+            self.failure = status.reason
+        return await super().on_tick(counter) or self.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain the engine and the connections; a second signal does not wait."""

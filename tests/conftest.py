@@ -110,6 +110,7 @@ PROCESS_MODULES = {
     "test_signals",
     "test_supervision",
     "test_under_load",
+    "test_worker_process",
 }
 TRAINING_MODULES = {
     "test_captions",
