@@ -6,6 +6,8 @@ from __future__ import annotations
 from model.config import (
     ByteEncoderConfig,
     CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
     DenoiserConfig,
     PriorConfig,
     Recipe,
@@ -27,15 +29,10 @@ CLIP = CLIPConfig(
     embed_dim=192,
     # Four layers that are one deep are a small residual network: it learns to tell kinds from far
     # fewer pictures than a transformer.
-    vision_cfg={"image_size": 64, "width": 12, "layers": [1, 1, 1, 1], "head_width": 32},
-    text_cfg={
-        "context_length": 48,
-        "vocab_size": 1792,
-        "width": 128,
-        "heads": 4,
-        "layers": 3,
-        "mlp_ratio": 2.0,
-    },
+    vision_cfg=CLIPVisionConfig(image_size=64, width=12, layers=(1, 1, 1, 1), head_width=32),
+    text_cfg=CLIPTextConfig(
+        context_length=48, vocab_size=1792, width=128, heads=4, layers=3, mlp_ratio=2.0
+    ),
     merges="clip_merges.txt.gz",
 )
 
