@@ -27,6 +27,12 @@ def workers(pid: int) -> list[int]:
     return [child for child in children(pid) if mark in _read(f"/proc/{child}/cmdline")]
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there, and not only its exit code."""
+    state = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return bool(state) and state[0] != b"Z"
+
+
 def resident_mib(pid: int, *, peak: bool = False) -> float | None:
     """Resident memory now, or at its largest; None for a process that is not there."""
     kib = _status(pid, "VmHWM" if peak else "VmRSS")

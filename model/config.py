@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
@@ -613,9 +612,14 @@ class BundleV1Config(BundleConfig):
 _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": BundleV1Config}
 
 
-@cache
-def _parser(family: type[BundleConfig]) -> TypeAdapter[BundleConfig]:
-    return TypeAdapter(family)
+_PARSERS: dict[str, TypeAdapter[Any]] = {}
+
+
+def _parser(family: type[BundleConfig]) -> TypeAdapter[Any]:
+    """Return the class's parser, which is built once."""
+    if family.__name__ not in _PARSERS:
+        _PARSERS[family.__name__] = TypeAdapter(family)
+    return _PARSERS[family.__name__]
 
 
 def _family_of(content: bytes) -> type[BundleConfig]:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import torch
 
-from load_tests.processes import workers
+from load_tests.processes import runs, workers
 from load_tests.serving import free_port
 from server.engine.worker_process import MAX_REASON, describe
 from tests.conftest import wait_until
@@ -86,15 +86,6 @@ def started(folder: Path, *command: str, cwd: Path = ROOT, **settings: object) -
     finally:
         process.kill()
         process.wait()
-
-
-def runs(pid: int) -> bool:
-    """Whether the process is there and is no zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
 
 
 # ── it ends with the server ───────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
@@ -97,7 +97,7 @@ def recorded_request(png: bytes, files: Sequence[bytes]) -> tuple[Operation, dic
     fields.pop("truncated", None)
     by_hash = {file_hash(content): content for content in files}
     try:
-        return cast(Operation, operation), _with_files(fields, by_hash), frame
+        return operation, _with_files(fields, by_hash), frame
     except RecursionError:
         raise ValueError("the image's parameters are nested too deeply") from None
 
