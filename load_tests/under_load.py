@@ -41,7 +41,7 @@ from load_tests.traffic import (
     poisson_trace,
 )
 
-STALL_TIMEOUT_S, START_TIMEOUT_S = 4.0, 20.0
+STALL_TIMEOUT_S, START_TIMEOUT_S = 4.0, 30.0
 # After which a worker whose API process was killed counts as left behind.
 GONE_TIMEOUT_S = 10.0
 FULL_DISK = Path("/dev/full")

@@ -116,7 +116,7 @@ class Server(uvicorn.Server):
         """Return whether to stop: told to, or no worker can ever start."""
         status = self._state.engine.status()
         if status.fatal and not self.should_exit:
-            self.failure = status.reason
+            self.failure = status.fatal
         return await super().on_tick(counter) or self.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -585,7 +585,7 @@ async def test_a_silent_worker_is_the_last_to_get_a_job() -> None:
 @virtual_time
 async def test_what_waits_for_a_worker_that_can_never_start_is_ended_at_once() -> None:
     async with engine(ready=False, devices="cpu,cpu", drain_timeout_s=30) as e:
-        e.workers[1].status = WorkerStatus(False, "no such device", fatal=True)
+        e.workers[1].status = WorkerStatus(False, "no such device", fatal="no such device")
         waiting = await e.ask(job())
         assert e.client.status().fatal
         assert e.client.status().reason == "no such device; requests waiting: 1"

@@ -213,7 +213,7 @@ async def test_a_failed_first_start_is_fatal_if_its_reason_lasts() -> None:
         await settle()
         reason = "the worker did not start: device 'cuda' is not there"
         assert supervisor.status.reason == f"{reason}; another is starting"
-        assert supervisor.status.fatal
+        assert supervisor.status.fatal == reason
         assert s.listener.losses[0][0] == reason
         # An embedding program may ignore it, and the reason may go away after all.
         await asyncio.sleep(1)

@@ -217,6 +217,7 @@ def test_a_first_start_that_can_never_succeed_ends_the_server_with_its_reason(
         assert server.process.wait(120) == 2
         last = next(line for line in server.lines() if line["message"] == "server stopped")
     assert words in str(last["reason"])
+    assert "another is starting" not in str(last["reason"])
 
 
 def test_a_start_that_fails_for_a_passing_reason_is_repeated_and_explained(

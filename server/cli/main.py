@@ -117,7 +117,7 @@ def run_server(api: FastAPI, settings: Settings) -> None:
         server.run(sockets=listeners)
     if server.failure:
         log.critical("server stopped", extra={"fields": {"reason": server.failure}})
-        raise typer.Exit(INVALID)
+        sys.exit(INVALID)
     if not server.started:
         fail("the server could not start; the log has the reason", FAILED)
 

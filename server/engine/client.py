@@ -183,7 +183,7 @@ class EngineClient:
         for a worker.
         """
         statuses = [worker.status for worker in self.workers]
-        status = max(statuses, key=lambda status: (status.fatal, status.ready))
+        status = max(statuses, key=lambda status: (status.fatal is not None, status.ready))
         if self._draining:
             return replace(status, ready=False, reason="draining")
         waiting = sum(entry.worker is None for entry in self._pending.values())

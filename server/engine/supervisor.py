@@ -69,15 +69,15 @@ def run_worker(connection: Connection, settings: Settings) -> None:
 class WorkerStatus:
     """Whether a job sent now would be started, and if not, why.
 
-    device, dtype: the worker's, None before it is first ready. fatal: the first start failed, and
-    every other would.
+    device, dtype: the worker's, None before it is first ready. fatal: why the first start failed,
+    if every other would too.
     """
 
     ready: bool
     reason: str
     device: str | None = None
     dtype: str | None = None
-    fatal: bool = False
+    fatal: str | None = None
 
 
 class Listener(Protocol):
@@ -262,7 +262,7 @@ class Supervisor:
         fields = {"reason": reason, "unfinished": len(unfinished), "suspects": sorted(suspects)}
         log.error("worker lost", extra={"fields": fields})
         first = not self._was_ready and not self.failures
-        fatal = first and self._crash is not None and self._crash.lasting
+        fatal = reason if first and self._crash and self._crash.lasting else None
         self._status = WorkerStatus(False, f"{reason}; another is starting", fatal=fatal)
         self._owed, self._cancelled_at = {}, {}
         self._running = ()

@@ -66,7 +66,7 @@ class LocalEngine:
         deadline = time.monotonic() + timeout_s
         while not (status := self._engine.status()).ready:
             if status.fatal:
-                raise RuntimeError(status.reason)
+                raise RuntimeError(status.fatal)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no worker was ready within {timeout_s:g} s: {status.reason}")
             await asyncio.sleep(0.05)
