@@ -41,7 +41,7 @@ from load_tests.traffic import (
     poisson_trace,
 )
 
-STALL_TIMEOUT_S, START_TIMEOUT_S = 4.0, 30.0
+STALL_TIMEOUT_S = 4.0
 # After which a worker whose API process was killed counts as left behind.
 GONE_TIMEOUT_S = 10.0
 FULL_DISK = Path("/dev/full")
@@ -208,7 +208,6 @@ ONE_DOWN = Fault("one of two workers down", _keep_one_down)
 
 SETTINGS = {
     "PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S),
-    "PAELLERA_START_TIMEOUT_S": str(START_TIMEOUT_S),
     "PAELLERA_LOG_LEVEL": "error",
 }
 LOUD = SETTINGS | {"PAELLERA_LOG_LEVEL": "debug"}
@@ -234,7 +233,8 @@ async def measure(options: argparse.Namespace) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for settings, output, faults in plans:
             if chosen := [fault for fault in faults if options.only in fault.name]:
-                with serving(settings, output=output) as server:
+                limit = {"PAELLERA_START_TIMEOUT_S": str(options.start_timeout)}
+                with serving({**settings, **limit}, output=output) as server:
                     outcomes += await _measure(server, chosen, options)
     if not outcomes:
         raise ValueError(f"no fault under load has {options.only!r} in its name")
