@@ -143,6 +143,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--under-load", action="store_true", help="other faults, while mixed requests keep arriving"
     )
+    parser.add_argument(
+        "--only", default="", help="under load: the faults whose name has this text in it"
+    )
+    parser.add_argument(
+        "--start-timeout",
+        type=float,
+        default=30,
+        help="under load: seconds after which a worker that loads is replaced; several times what"
+        " a start takes on this machine, 30 by default",
+    )
     parser.add_argument("--rate", type=float, default=8, help="of those, per second, 8 by default")
     parser.add_argument(
         "--seconds",

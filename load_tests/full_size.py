@@ -137,8 +137,8 @@ def shallow(config: BundleConfig) -> BundleConfig:
     """
     clip = replace(
         config.clip,
-        vision_cfg={**config.clip.vision_cfg, "layers": _LAYERS},
-        text_cfg={**config.clip.text_cfg, "layers": _LAYERS},
+        vision_cfg=replace(config.clip.vision_cfg, layers=_LAYERS),
+        text_cfg=replace(config.clip.text_cfg, layers=_LAYERS),
     )
     config = replace(config, clip=clip, recipe=replace(config.recipe, prior_steps=4))
     return (

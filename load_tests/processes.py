@@ -22,8 +22,15 @@ def children(pid: int) -> list[int]:
 
 
 def workers(pid: int) -> list[int]:
-    """Those of a server's children that multiprocessing spawned: its workers."""
-    return [child for child in children(pid) if b"spawn_main" in _read(f"/proc/{child}/cmdline")]
+    """Those of a server's children that are its workers."""
+    mark = b"server.engine.worker_process"
+    return [child for child in children(pid) if mark in _read(f"/proc/{child}/cmdline")]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and not only its exit code."""
+    state = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return bool(state) and state[0] != b"Z"
 
 
 def resident_mib(pid: int, *, peak: bool = False) -> float | None:

@@ -134,18 +134,26 @@ def serving(
     Raises RuntimeError if it exits before it is ready, TimeoutError if it is not ready within
     `READY_TIMEOUT_S`.
     """
-    port = free_port()
     began = time.perf_counter()
+    with launched(settings, command, output) as (process, url):
+        wait_until_ready(process, url + ready)
+        yield Server(url, process, time.perf_counter() - began)
+
+
+@contextmanager
+def launched(
+    settings: Mapping[str, str], command: Sequence[str] = PAELLERA, output: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """As `serving`, but a process and an address that nobody may listen on yet."""
+    port = free_port()
     arguments = [sys.executable, *command, "--port", str(port)]
     environment = {**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings}
     with output.open("wb") if output else contextlib.nullcontext() as file:
         process = subprocess.Popen(
             arguments, env=environment, stdout=file, stderr=file, start_new_session=True
         )
-    url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_ready(process, url + ready)
-        yield Server(url, process, time.perf_counter() - began)
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         _stop(process)
 

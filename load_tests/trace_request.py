@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -29,6 +28,7 @@ from types import FrameType
 import httpx
 import uvicorn
 
+from load_tests.processes import workers
 from server.api import create_app
 from server.engine.supervisor import run_worker
 from server.settings import Settings
@@ -90,13 +90,12 @@ def trace() -> dict[str, list[str]]:
         os.environ[WORKER_FILES] = str(worker_files)
         with _serving(Settings(port=0)) as address:
             _wait_for(lambda: httpx.get(f"{address}/readyz").status_code == 200)
-            (worker,) = multiprocessing.active_children()
-            assert worker.pid is not None, "a child that is active has been started"
-            os.kill(worker.pid, TOGGLE)
+            (worker,) = workers(os.getpid())
+            os.kill(worker, TOGGLE)
             recorder.recording = True
             answer = httpx.post(f"{address}/generate", json={"prompt": "a red apple"}, timeout=60)
             recorder.recording = False
-            os.kill(worker.pid, TOGGLE)
+            os.kill(worker, TOGGLE)
             answer.raise_for_status()
             _wait_for(lambda: worker_files.exists() and worker_files.stat().st_size > 0)
             return {"api": recorder.project_files(), "worker": json.loads(worker_files.read_text())}

@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import fcntl
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from rich.table import Table
 
 from load_tests.misbehaving import Client
-from load_tests.processes import open_files, workers
+from load_tests.processes import open_files, runs, workers
 from load_tests.report import quantiles
-from load_tests.serving import Server, figures_when_idle, serving
+from load_tests.serving import READY_TIMEOUT_S, Server, figures_when_idle, launched, serving
 from load_tests.traffic import (
     REQUEST_TIMEOUT_S,
     Answer,
@@ -37,6 +42,8 @@ from load_tests.traffic import (
 )
 
 STALL_TIMEOUT_S = 4.0
+# After which a worker whose API process was killed counts as left behind.
+GONE_TIMEOUT_S = 10.0
 FULL_DISK = Path("/dev/full")
 # Image sides over the native width, and step counts.
 SCALES, STEP_COUNTS = (0.5, 1.0), (8, 12)
@@ -44,6 +51,7 @@ SCALES, STEP_COUNTS = (0.5, 1.0), (8, 12)
 BEGINS, ENDS = 0.2, 0.8
 POLL_S = 0.05
 SETTLED_S, CLOSED_TIMEOUT_S = 2.0, 30.0
+Found = TypeVar("Found")
 Strike = Callable[[Server, float], Awaitable[int]]
 REPLAYED, RESTARTS = "paella_requests_replayed_total", "paella_worker_restarts_total"
 
@@ -53,11 +61,13 @@ class Fault:
     """A way to break the server.
 
     strike: causes the fault within the given seconds, and returns the number of its own clients
-    that got less than they should.
+    that got less than they should, or of processes in the wrong state. idle: it happens before the
+    first request arrives.
     """
 
     name: str
     strike: Strike
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +123,54 @@ def _stop_worker_for(pause_s: float) -> Strike:
     return strike
 
 
+async def _until(found: Callable[[], Found], timeout_s: float = READY_TIMEOUT_S) -> Found:
+    """Return what is found, once it is something. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not (result := found()):  # noqa: ASYNC110, processes have no event
+            await asyncio.sleep(POLL_S)
+    return result
+
+
+async def _hang(server: Server, seconds: float) -> int:
+    os.kill(workers(server.pid)[0], signal.SIGSTOP)
+    return 0
+
+
+async def _hang_while_loading(server: Server, seconds: float) -> int:
+    """Kill the worker, and stop the next one as soon as there is one."""
+    before = workers(server.pid)
+    os.kill(before[0], signal.SIGKILL)
+    new = await _until(lambda: set(workers(server.pid)) - set(before))
+    os.kill(new.pop(), signal.SIGSTOP)
+    return 0
+
+
+async def _kill_api_while_loading(server: Server, seconds: float) -> int:
+    """Kill another server while its worker loads; return how many workers it leaves behind."""
+    with launched(SETTINGS) as (process, _):
+        left = await _until(lambda: workers(process.pid))
+        process.kill()
+        with contextlib.suppress(TimeoutError):
+            await _until(lambda: not any(map(runs, left)), GONE_TIMEOUT_S)
+        return sum(map(runs, left))
+
+
+async def _keep_one_down(server: Server, seconds: float) -> int:
+    """Kill one of two workers, and every one that replaces it; return how often the server was
+    not ready.
+    """
+    ends, unready = time.monotonic() + seconds, 0
+    kept = workers(server.pid)[0]
+    async with httpx.AsyncClient(base_url=server.url, timeout=REQUEST_TIMEOUT_S) as client:
+        while time.monotonic() < ends:
+            for worker in set(workers(server.pid)) - {kept}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+            unready += (await client.get("/readyz")).status_code != httpx.codes.OK
+            await asyncio.sleep(POLL_S)
+    return unready
+
+
 def _clients(misbehave: Callable[[Client, float], Awaitable[bool]], count: int) -> Strike:
     """Return a strike with `count` clients at once.
 
@@ -141,26 +199,65 @@ FAULTS = (
     Fault("kill -9 of the worker", _kill_worker),
     Fault(f"worker stopped for {STALL_TIMEOUT_S / 2:g} s", _stop_worker_for(STALL_TIMEOUT_S / 2)),
     Fault(f"worker stopped for {2 * STALL_TIMEOUT_S:g} s", _stop_worker_for(2 * STALL_TIMEOUT_S)),
+    Fault("idle worker stopped", _hang, idle=True),
+    Fault("worker stopped while it loads", _hang_while_loading),
+    Fault("API process of another server killed while its worker loads", _kill_api_while_loading),
     Fault("8 slow readers", _clients(Client.read_slowly, 8)),
     Fault("100 half-open connections", _clients(Client.stay_half_open, 100)),
     Fault("disconnect storm of 20 clients", _clients(_leave_again_and_again, 20)),
 )
 LOG_ON_FULL_DISK = Fault("log on a full disk", _nothing)
+LOG_STALLED = Fault("log that nobody reads", _nothing)
+ONE_DOWN = Fault("one of two workers down", _keep_one_down)
+
+SETTINGS = {
+    "PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S),
+    "PAELLERA_LOG_LEVEL": "error",
+}
+LOUD = SETTINGS | {"PAELLERA_LOG_LEVEL": "debug"}
+TWO_WORKERS = SETTINGS | {"PAELLERA_DEVICES": "cpu,cpu", "PAELLERA_THREADS": "1"}
 
 
 # ── the trial ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def measure(options: argparse.Namespace) -> list[Outcome]:
-    """Run all faults on one server, then one with its log on a full disk.
+    """Run most faults on one server; others need one whose log goes nowhere, or two workers.
 
-    A stall is noticed after `STALL_TIMEOUT_S`.
+    A stall is noticed after `STALL_TIMEOUT_S`. Raises ValueError if no fault has the name that is
+    asked for.
     """
-    settings = {"PAELLERA_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S), "PAELLERA_LOG_LEVEL": "error"}
-    with serving(settings) as server:
-        outcomes = await _measure(server, FAULTS, options)
-    with serving(settings | {"PAELLERA_LOG_LEVEL": "debug"}, output=FULL_DISK) as server:
-        return outcomes + await _measure(server, [LOG_ON_FULL_DISK], options)
+    with _unread_pipe() as pipe:
+        plans: list[tuple[Mapping[str, str], Path | None, Sequence[Fault]]] = [
+            (SETTINGS, None, FAULTS),
+            (LOUD, FULL_DISK, [LOG_ON_FULL_DISK]),
+            (LOUD, pipe, [LOG_STALLED]),
+            (TWO_WORKERS, None, [ONE_DOWN]),
+        ]
+        outcomes: list[Outcome] = []
+        for settings, output, faults in plans:
+            if chosen := [fault for fault in faults if options.only in fault.name]:
+                limit = {"PAELLERA_START_TIMEOUT_S": str(options.start_timeout)}
+                with serving({**settings, **limit}, output=output) as server:
+                    outcomes += await _measure(server, chosen, options)
+    if not outcomes:
+        raise ValueError(f"no fault under load has {options.only!r} in its name")
+    return outcomes
+
+
+@contextmanager
+def _unread_pipe() -> Iterator[Path]:
+    """A pipe that holds one page and has a reader who never reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log"
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux's
+                fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+            yield path
+        finally:
+            os.close(reader)
 
 
 async def _measure(
@@ -198,12 +295,16 @@ class Trial:
 
     async def run(self, fault: Fault) -> Outcome:
         async with self._client() as client:
+            await self._until_ready(client)
             before = await figures_when_idle(client)
             trace = poisson_trace(self.kinds, self.rate, self.seconds, seed=0)
+            lost = await fault.strike(self.server, self.seconds) if fault.idle else 0
             arriving = asyncio.create_task(Load(client).open_loop(self._target, trace))
-            answers, lost, unready_s = await asyncio.gather(
+            answers, lost_under_load, unready_s = await asyncio.gather(
                 arriving, self._strike(fault), self._unready(client, arriving)
             )
+            lost += lost_under_load
+            await self._until_ready(client)
             after = await figures_when_idle(client)
         files = await self._fewest_files(self.files, CLOSED_TIMEOUT_S)
         return Outcome(
@@ -219,7 +320,15 @@ class Trial:
             latency=quantiles([answer.seconds for answer in answers]),
         )
 
+    async def _until_ready(self, client: httpx.AsyncClient) -> None:
+        """Raises TimeoutError if that takes too long."""
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while (await client.get("/readyz")).status_code != httpx.codes.OK:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)
+
     async def _strike(self, fault: Fault) -> int:
+        if fault.idle:
+            return 0
         await asyncio.sleep(BEGINS * self.seconds)
         return await fault.strike(self.server, (ENDS - BEGINS) * self.seconds)
 

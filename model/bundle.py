@@ -115,18 +115,28 @@ _BUNDLES: dict[type, type[Bundle]] = {BundleV3Config: BundleV3, BundleV1Config: 
 def build(
     config: BundleConfig, directory: Path | None, device: torch.device | str = "meta"
 ) -> Bundle:
-    """Build a bundle's networks without weights. directory: of the tokenizer's own merges."""
+    """Build a bundle's networks without weights. directory: of the tokenizer's own merges.
 
-    def network(part: object) -> nn.Module:
-        made: nn.Module = (
-            CLIP(part, directory) if isinstance(part, CLIPConfig) else _NETWORKS[type(part)](part)
-        )
-        return made
-
+    Raises BundleError for sizes that make no network.
+    """
+    networks: dict[str, Any] = {}
     with torch.device(device):
-        networks: dict[str, Any] = {
-            name: network(getattr(config, name)) for name in config.networks
-        }
+        for name in config.networks:
+            part = getattr(config, name)
+            try:
+                networks[name] = (
+                    CLIP(part, directory)
+                    if isinstance(part, CLIPConfig)
+                    else _NETWORKS[type(part)](part)
+                )
+            except (
+                ArithmeticError,
+                AssertionError,
+                LookupError,
+                RuntimeError,
+                ValueError,
+            ) as error:
+                raise BundleError(f"{CONFIG_FILE}: {name} cannot be built ({error})") from error
     return _BUNDLES[type(config)](config=config, **networks)
 
 

@@ -1,16 +1,39 @@
-"""Configurations of the networks, recipes and bundles, as frozen dataclasses. No torch here."""
+"""Configurations of the networks, recipes and bundles, as frozen dataclasses. No torch here.
+
+A `bundle.json` may come from anybody: every number has bounds, far beyond the published sizes, and
+nothing in it names code or a place to fetch from. The bounds hold for what is parsed, by
+`BundleConfig.read` and `BundleConfig.parse`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError, from_json
+from pydantic_core import InitErrorDetails, PydanticCustomError, from_json, to_jsonable_python
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+MAX_SIDE = 8192  # pixels
+MAX_LEVELS = 8
+
+# Channels of a layer, and codes or tokens of a vocabulary.
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Vocabulary = Annotated[int, Field(ge=2, le=2**20)]
+# Channels of a sinusoidal embedding.
+TimeWidth = Annotated[int, Field(ge=4, le=4096, multiple_of=2)]
+Layers = Annotated[int, Field(ge=1, le=256)]
+Blocks = Annotated[int, Field(ge=0, le=128)]
+Heads = Annotated[int, Field(ge=1, le=1024)]
+Ratio = Annotated[float, Field(gt=0, le=64)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+# A file in the bundle's directory.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Levels = Field(min_length=1, max_length=MAX_LEVELS)
 
 # Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights
 # in int8.
@@ -28,21 +51,68 @@ class ByteEncoderConfig:
 
     __pydantic_config__ = _STRICT
 
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    vocab_size: int = 384
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    feed_forward_proj: str = "gated-gelu"
-    max_bytes: int = 768
+    d_model: Width
+    d_kv: Width
+    d_ff: Width
+    num_layers: Layers
+    num_heads: Heads
+    vocab_size: Annotated[int, Field(ge=259, le=2**20)] = 384
+    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 32
+    relative_attention_max_distance: Annotated[int, Field(ge=2, le=65_536)] = 128
+    feed_forward_proj: Literal["gated-gelu", "relu"] = "gated-gelu"
+    max_bytes: Annotated[int, Field(ge=2, le=4096)] = 768
+
+    def __post_init__(self) -> None:
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise ValueError("relative_attention_max_distance must exceed a quarter of the buckets")
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """The sizes in open_clip's `vision_cfg`. layers: four numbers are a residual network's."""
+
+    __pydantic_config__ = _STRICT
+
+    image_size: Annotated[int, Field(ge=8, le=2048)] = 224
+    patch_size: Annotated[int, Field(ge=1, le=256)] = 16
+    width: Width = 768
+    layers: Layers | tuple[Layers, Layers, Layers, Layers] = 12
+    head_width: Width = 64
+    mlp_ratio: Ratio = 4.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, int):
+            _divides("head_width", self.head_width, "width", self.width)
+            _divides("patch_size", self.patch_size, "image_size", self.image_size)
+        else:
+            _divides("head_width", self.head_width, "32 width", 32 * self.width)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The sizes in open_clip's `text_cfg`."""
+
+    __pydantic_config__ = _STRICT
+
+    context_length: Annotated[int, Field(ge=3, le=1024)] = 77
+    vocab_size: Vocabulary = 49408
+    width: Width = 512
+    heads: Heads = 8
+    layers: Layers = 12
+    mlp_ratio: Ratio = 4.0
+
+    def __post_init__(self) -> None:
+        _divides("heads", self.heads, "width", self.width)
+
+
+def _divides(name: str, divisor: int, of: str, number: int) -> None:
+    if divisor < 1 or number % divisor:
+        raise ValueError(f"{name} must divide {of}, and {divisor} does not divide {number}")
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The CLIP pair: open_clip's `vision_cfg` and `text_cfg`, and the tokenizer's merges.
+    """The CLIP pair: sizes of open_clip's `vision_cfg` and `text_cfg`, and the tokenizer's merges.
 
     merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published
     vocabulary.
@@ -50,19 +120,16 @@ class CLIPConfig:
 
     __pydantic_config__ = _STRICT
 
-    embed_dim: int
-    vision_cfg: dict[str, Any]
-    text_cfg: dict[str, Any]
+    embed_dim: Width
+    vision_cfg: CLIPVisionConfig
+    text_cfg: CLIPTextConfig
     quick_gelu: bool = False
-    merges: str | None = None
+    merges: FileName | None = None
 
     @property
     def context_length(self) -> int:
         """Tokens of a text, start and end marks included."""
-        return int(self.text_cfg.get("context_length", 77))
-
-
-_STRICT = ConfigDict(extra="forbid")
+        return self.text_cfg.context_length
 
 
 @dataclass(frozen=True)
@@ -79,18 +146,19 @@ class DenoiserV1Config:
 
     schedule: ClassVar[Literal["cosine"]] = "cosine"
 
-    num_labels: int = 8192
-    c_hidden: int = 1280
-    c_clip: int = 1024
-    c_r: int = 64
-    down_levels: tuple[int, ...] = (4, 8, 16)
-    up_levels: tuple[int, ...] = (16, 8, 4)
+    num_labels: Width = 8192
+    c_hidden: Width = 1280
+    c_clip: Width = 1024
+    c_r: TimeWidth = 64
+    down_levels: Annotated[tuple[Blocks, ...], Levels] = (4, 8, 16)
+    up_levels: Annotated[tuple[Blocks, ...], Levels] = (16, 8, 4)
 
     def __post_init__(self) -> None:
         for name in ("down_levels", "up_levels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.down_levels) != len(self.up_levels):
             raise ValueError("down_levels and up_levels must name the same number of levels")
+        _divides("2 to the number of halvings", self.token_step, "c_hidden", self.c_hidden)
 
     @property
     def token_step(self) -> int:
@@ -111,16 +179,16 @@ class VQGANV1Config:
     __pydantic_config__ = _STRICT
 
     double_z: bool = False
-    z_channels: int = 256
-    resolution: int = 256
-    in_channels: int = 3
-    out_ch: int = 3
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 4)
-    num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] = (32,)
-    n_embed: int = 8192
-    embed_dim: int = 256
+    z_channels: Width = 256
+    resolution: Side = 256
+    in_channels: Literal[3] = 3
+    out_ch: Literal[3] = 3
+    ch: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 128
+    ch_mult: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Levels] = (1, 1, 2, 4)
+    num_res_blocks: Layers = 2
+    attn_resolutions: Annotated[tuple[Side, ...], Field(max_length=MAX_LEVELS)] = (32,)
+    n_embed: Width = 8192
+    embed_dim: Width = 256
 
     def __post_init__(self) -> None:
         for name in ("ch_mult", "attn_resolutions"):
@@ -164,8 +232,7 @@ Operation = Literal[
 
 CONFIG_FILE = "bundle.json"
 FORMAT = 1  # of bundle.json; absent is 1
-
-_STRICT = ConfigDict(extra="forbid")
+MAX_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -179,20 +246,24 @@ class DenoiserConfig:
 
     schedule: ClassVar[Schedule] = "linear"
 
-    byt5_embd: int = 2560
-    c_in: int = 256
-    c_out: int = 256
-    num_labels: int = 8192
-    c_r: int = 64
-    patch_size: int = 2
-    c_cond: int = 1024
-    c_hidden: tuple[int, ...] = (640, 1280, 1280)
-    nhead: tuple[int, ...] = (-1, 16, 16)
-    blocks: tuple[int, ...] = (6, 16, 6)
-    level_config: tuple[str, ...] = ("CT", "CTA", "CTA")
-    clip_embd: int = 1024
-    clip_seq_len: int = 4
-    kernel_size: int = 3
+    byt5_embd: Width = 2560
+    c_in: Width = 256
+    c_out: Width = 256
+    num_labels: Width = 8192
+    c_r: TimeWidth = 64
+    patch_size: Annotated[int, Field(ge=1, le=16)] = 2
+    c_cond: Width = 1024
+    c_hidden: Annotated[tuple[Width, ...], Levels] = (640, 1280, 1280)
+    nhead: Annotated[tuple[Annotated[int, Field(ge=-1, le=1024)], ...], Levels] = (-1, 16, 16)
+    blocks: Annotated[tuple[Blocks, ...], Levels] = (6, 16, 6)
+    level_config: Annotated[tuple[Annotated[str, Field(max_length=8)], ...], Levels] = (
+        "CT",
+        "CTA",
+        "CTA",
+    )
+    clip_embd: Width = 1024
+    clip_seq_len: Annotated[int, Field(ge=1, le=256)] = 4
+    kernel_size: Annotated[int, Field(ge=1, le=31)] = 3
     self_attn: bool = True
 
     def __post_init__(self) -> None:
@@ -207,6 +278,11 @@ class DenoiserConfig:
             )
         if unknown := set("".join(self.level_config)) - set("CTA"):
             raise ValueError(f"level_config may hold C, T and A, not {''.join(sorted(unknown))}")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
+        for heads, width, kinds in zip(self.nhead, self.c_hidden, self.level_config, strict=True):
+            if "A" in kinds:
+                _divides("nhead", heads, "c_hidden", width)
 
     @property
     def token_step(self) -> int:
@@ -223,12 +299,15 @@ class VQGANConfig:
 
     __pydantic_config__ = _STRICT
 
-    levels: int = 2
-    bottleneck_blocks: int = 12
-    c_hidden: int = 384
-    c_latent: int = 4
-    codebook_size: int = 8192
-    scale_factor: float = 0.3764
+    levels: Annotated[int, Field(ge=1, le=MAX_LEVELS)] = 2
+    bottleneck_blocks: Blocks = 12
+    c_hidden: Width = 384
+    c_latent: Width = 4
+    codebook_size: Width = 8192
+    scale_factor: Annotated[float, Field(gt=0, le=1e6)] = 0.3764
+
+    def __post_init__(self) -> None:
+        _divides("2 to the number of halvings", 2 ** (self.levels - 1), "c_hidden", self.c_hidden)
 
     @property
     def downscale(self) -> int:
@@ -242,10 +321,10 @@ class PriorConfig:
 
     __pydantic_config__ = _STRICT
 
-    c_hidden: int = 1280
-    c_r: int = 64
-    clip_r: int = 1024
-    num_blocks: int = 48
+    c_hidden: Width = 1280
+    c_r: TimeWidth = 64
+    clip_r: Width = 1024
+    num_blocks: Layers = 48
 
 
 @dataclass(frozen=True)
@@ -274,6 +353,13 @@ class SamplingConfig:
         return self.guidance_steps > 0 and self.guidance != (1.0, 1.0)
 
 
+# As in a request.
+StepCount = Annotated[int, Field(ge=0, le=64)]
+Guidance = Annotated[float, Field(ge=0, le=30)]
+Temperature = Annotated[float, Field(ge=0.05, le=5)]
+AttentionWeight = Annotated[float, Field(ge=0, le=100)]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A bundle's sampling defaults, as its authors recommend them.
@@ -284,19 +370,23 @@ class Recipe:
 
     __pydantic_config__ = _STRICT
 
-    num_inference_steps: int
-    renoise_steps: int
-    guidance_scale: tuple[float, float]
-    guidance_steps: int
-    temperature: tuple[float, float]
+    num_inference_steps: Annotated[int, Field(ge=1, le=64)]
+    renoise_steps: StepCount
+    guidance_scale: tuple[Guidance, Guidance]
+    guidance_steps: StepCount
+    temperature: tuple[Temperature, Temperature]
     sampler: Sampler = "multinomial"
-    typical_mass: float = 0.2
-    attention_weights: tuple[float, float] | None = None
-    prior_steps: int = 60
-    prior_guidance: float = 3.0
+    typical_mass: Annotated[float, Field(ge=0, le=1)] = 0.2
+    attention_weights: tuple[AttentionWeight, AttentionWeight] | None = None
+    prior_steps: Annotated[int, Field(ge=1, le=1000)] = 60
+    prior_guidance: Guidance = 3.0
     prior_sampler: PriorSampler = "ddpm"
     schedule: Schedule = "linear"
     renoise_mode: RenoiseMode = "start"
+
+    def __post_init__(self) -> None:
+        if max(self.renoise_steps, self.guidance_steps) > self.num_inference_steps:
+            raise ValueError("renoise_steps and guidance_steps must not exceed num_inference_steps")
 
     def sampling(  # noqa: PLR0913  (one argument for each field that a request may set)
         self,
@@ -341,7 +431,7 @@ class FileEntry:
     __pydantic_config__ = _STRICT
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, le=2**44)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,12 +451,12 @@ class BundleConfig:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     family: str
-    native_size: tuple[int, int]
+    native_size: tuple[Side, Side]
     denoiser: DenoiserConfig | DenoiserV1Config
     vqgan: VQGANConfig | VQGANV1Config
     clip: CLIPConfig
     recipe: Recipe
-    files: dict[str, FileEntry] = field(default_factory=dict)
+    files: Annotated[dict[str, FileEntry], Field(max_length=64)] = field(default_factory=dict)
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -376,6 +466,9 @@ class BundleConfig:
         if self.recipe.sampler not in self.samplers:
             known, sampler = ", ".join(self.samplers), self.recipe.sampler
             raise ValueError(f"recipe.sampler: these networks draw by {known}, not by {sampler}")
+        if any(side < self.smallest_side or side % self.size_step for side in self.native_size):
+            sizes = f"multiples of {self.size_step} from {self.smallest_side} on"
+            raise ValueError(f"native_size must be two {sizes}, not {self.native_size}")
 
     @property
     def _agreements(self) -> dict[str, tuple[object, object]]:
@@ -413,19 +506,25 @@ class BundleConfig:
 
     @property
     def sha256(self) -> str:
-        """A name for exactly these weights: the hash over the listed files' hashes."""
-        return hashlib.sha256(
-            "".join(f"{n}:{f.sha256}\n" for n, f in sorted(self.files.items())).encode()
-        ).hexdigest()
+        """A name for exactly these weights: the hash of everything but the bundle's name.
+
+        That is the configuration, the recipe, and the listed files' hashes.
+        """
+        fields = to_jsonable_python(self, exclude={"name"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def read(cls, directory: Path) -> Self:
         """Parse `bundle.json`.
 
-        Raises FileNotFoundError, or pydantic.ValidationError naming the wrong field.
+        Raises FileNotFoundError, ValueError for an oversized file, or pydantic.ValidationError
+        naming the wrong field.
         """
-        content = (directory / CONFIG_FILE).read_bytes()
-        return cast(Self, TypeAdapter(_family_of(content)).validate_json(content))
+        with (directory / CONFIG_FILE).open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ValueError(f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
+        return cast(Self, _parser(_family_of(content)).validate_json(content))
 
     @staticmethod
     def parse(fields: dict[str, Any]) -> BundleConfig:
@@ -433,15 +532,11 @@ class BundleConfig:
 
         Raises pydantic.ValidationError.
         """
-        return TypeAdapter(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(
-            fields
-        )
+        return _parser(_FAMILIES.get(fields.get("family"), BundleV3Config)).validate_python(fields)
 
     def write(self, directory: Path) -> None:
         """Write `bundle.json`."""
-        (directory / CONFIG_FILE).write_bytes(
-            TypeAdapter(type(self)).dump_json(self, indent=2) + b"\n"
-        )
+        (directory / CONFIG_FILE).write_bytes(_parser(type(self)).dump_json(self, indent=2) + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -517,6 +612,16 @@ class BundleV1Config(BundleConfig):
 _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": BundleV1Config}
 
 
+_PARSERS: dict[str, TypeAdapter[Any]] = {}
+
+
+def _parser(family: type[BundleConfig]) -> TypeAdapter[Any]:
+    """Return the class's parser, which is built once."""
+    if family.__name__ not in _PARSERS:
+        _PARSERS[family.__name__] = TypeAdapter(family)
+    return _PARSERS[family.__name__]
+
+
 def _family_of(content: bytes) -> type[BundleConfig]:
     """Return the class for a `bundle.json`.
 
@@ -532,7 +637,7 @@ def _family_of(content: bytes) -> type[BundleConfig]:
     if not isinstance(fields, dict):
         return BundleV3Config
     version = fields.get("format")
-    if isinstance(version, int) and version > FORMAT:
+    if isinstance(version, int) and FORMAT < version < 10**9:
         limit = f"this Paellera reads formats up to {FORMAT}: a newer Paellera is needed"
         message = f"these weights are of format {version}, {limit}"
         error = PydanticCustomError("newer_format", "{message}", {"message": message})

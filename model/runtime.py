@@ -64,6 +64,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         present = torch.cuda.device_count()
         raise ValueError(f"device {name!r} is not there: this machine has {present} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {name!r} is not there: this machine has no MPS device")
     return device
 
 

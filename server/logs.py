@@ -14,8 +14,6 @@ import os
 import sys
 import threading
 from collections import deque
-from multiprocessing import parent_process
-from multiprocessing.util import Finalize
 from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
@@ -120,9 +118,6 @@ def configure(level: str) -> None:
     """Log this package's records from `level` upwards, others' warnings; call once per process."""
     try:
         handler: logging.Handler = BackgroundHandler(sys.stderr.fileno())
-        if parent_process() is not None:
-            # The end of a child process calls neither `atexit` nor `logging.shutdown`.
-            Finalize(None, handler.flush, exitpriority=0)
     except (OSError, io.UnsupportedOperation):
         # Standard error is no file.
         handler = logging.StreamHandler()

@@ -115,7 +115,7 @@ class WorkerState:
 
     Attributes:
         ready: whether it accepts jobs.
-        silent_s: seconds since its last message, while it owes an answer; otherwise 0.
+        silent_s: seconds since its last message; 0 while it is not ready.
         usage: None until its first report.
     """
 
@@ -148,7 +148,7 @@ WORKER_METRICS = (
         "paella_worker_silent_seconds",
         "gauge",
         ("worker",),
-        "Seconds since the worker's last message while it owes an answer; otherwise 0",
+        "Seconds since the worker's last message; 0 while it is not ready",
     ),
     MetricInfo(
         "paella_worker_resident_memory_bytes",

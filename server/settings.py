@@ -343,13 +343,16 @@ class Settings(BaseSettings):
         ),
     ] = 75
     stall_timeout_s: Annotated[
+        float, Field(gt=0, le=DAY_S, description="Timeout for a silent worker, which is replaced")
+    ] = 30
+    start_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for a silent worker that owes an answer; it is replaced",
+            description="Timeout for a worker that loads its weights; it is replaced",
         ),
-    ] = 30
+    ] = 600
     shutdown_delay_s: Annotated[
         float,
         Field(

@@ -29,7 +29,12 @@ class Server(uvicorn.Server):
 
     The engine learns of it at once; uvicorn alone would tell it after the last request. Before
     that, the server is not ready for `shutdown_delay_s`, but serves.
+
+    Attributes:
+        failure: why no worker can ever start, if that ended the server.
     """
+
+    failure: str | None = None
 
     def __init__(self, api: FastAPI) -> None:
         self._state: AppState = api.state.paellera
@@ -60,10 +65,16 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     async def on_tick(self, counter: int) -> bool:
-        """Log, once a second, whether connections can be accepted; see uvicorn."""
+        """Return whether to stop: told to, or no worker can ever start.
+
+        Once a second, log whether connections can be accepted.
+        """
         if counter % 10 == 0:
             self._check_descriptors()
-        return await super().on_tick(counter)
+        status = self._state.engine.status()
+        if status.fatal and not self.should_exit:
+            self.failure = status.fatal
+        return await super().on_tick(counter) or self.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain the engine and the connections; a second SIGINT does not wait."""
@@ -80,7 +91,7 @@ class Server(uvicorn.Server):
         """Serve for `shutdown_delay_s`, until load balancers have seen /readyz fail."""
         ends = time.monotonic() + self._state.settings.shutdown_delay_s
         counter = 0
-        while time.monotonic() < ends and not self.force_exit:
+        while time.monotonic() < ends and not (self.force_exit or self.failure):
             counter += 1
             await self.on_tick(counter)
             await asyncio.sleep(0.1)

@@ -33,6 +33,8 @@ from model.config import (
     BundleV3Config,
     ByteEncoderConfig,
     CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
     DenoiserConfig,
     DenoiserV1Config,
     PriorConfig,
@@ -110,6 +112,7 @@ PROCESS_MODULES = {
     "test_signals",
     "test_supervision",
     "test_under_load",
+    "test_worker_process",
 }
 TRAINING_MODULES = {
     "test_captions",
@@ -235,22 +238,17 @@ def micro_config(name: str = "random") -> BundleV3Config:
         ),
         clip=CLIPConfig(
             embed_dim=16,
-            vision_cfg={
-                "image_size": 16,
-                "patch_size": 8,
-                "width": 16,
-                "layers": 1,
-                "head_width": 8,
-                "mlp_ratio": 2.0,
-            },
-            text_cfg={
-                "context_length": 16,
-                "vocab_size": 514 + len(MERGES),
-                "width": 16,
-                "heads": 2,
-                "layers": 1,
-                "mlp_ratio": 2.0,
-            },
+            vision_cfg=CLIPVisionConfig(
+                image_size=16, patch_size=8, width=16, layers=1, head_width=8, mlp_ratio=2.0
+            ),
+            text_cfg=CLIPTextConfig(
+                context_length=16,
+                vocab_size=514 + len(MERGES),
+                width=16,
+                heads=2,
+                layers=1,
+                mlp_ratio=2.0,
+            ),
             merges="merges.txt.gz",
         ),
         recipe=Recipe(
@@ -376,7 +374,7 @@ def write_bundle(directory: Path, name: str = NAME) -> Path:
         vqgan=VQGANConfig(c_hidden=16, codebook_size=64),
         prior=PriorConfig(c_hidden=16, clip_r=16, num_blocks=1),
         byt5=ByteEncoderConfig(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4),
-        clip=CLIPConfig(embed_dim=16, vision_cfg={}, text_cfg={}),
+        clip=CLIPConfig(16, CLIPVisionConfig(), CLIPTextConfig()),
         recipe=Recipe(
             num_inference_steps=12,
             renoise_steps=11,

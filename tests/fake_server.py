@@ -1,5 +1,5 @@
 """A server with a fake worker as a process of its own, for tests that send it signals: python -m
-tests.fake_server --port 8000.
+tests.fake_server [function of tests.fake_worker] --port 8000.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from server.settings import Settings
 from tests import fake_worker
 
 if __name__ == "__main__":
-    settings = Settings(port=int(sys.argv[-1]))
+    *names, _, port = sys.argv[1:]
+    settings = Settings(port=int(port))
     logs.configure(settings.log_level)
-    run_server(create_app(settings, worker=fake_worker.main), settings)
+    worker = getattr(fake_worker, names[0] if names else "main")
+    run_server(create_app(settings, worker=worker), settings)

@@ -40,6 +40,7 @@ from server.engine.messages import (
 from server.settings import Settings
 
 SLOW_S = 0.15
+IDLE_HEARTBEAT_S = 0.1
 EXIT_CODE = 3
 FAILURES: dict[str, Failed] = {
     "fail": Failed("", "internal", "/home/someone/model.py: Traceback", retryable=False),
@@ -52,12 +53,9 @@ def main(connection: Connection, settings: Settings) -> None:
     send_message(connection, Ready("fake", "float32"))
     held: dict[str, Job] = {}
     try:
-        while not isinstance(message := receive_message(connection), Stop):
+        while not isinstance(message := next_message(connection, held), Stop):
             take(connection, held, message)
             running = sum(len(job.seeds) for job in held.values())
-            # As if it had as many bytes as its process has a number, so that tests can tell one
-            # from the next.
-            stats = ProcessStats(os.getpid(), time.process_time(), 1, {"allocated": 1})
             send_message(
                 connection,
                 Heartbeat(
@@ -65,11 +63,27 @@ def main(connection: Connection, settings: Settings) -> None:
                     running,
                     0,
                     {("prompt_cache_hits", "text"): 1},
-                    stats=stats,
+                    stats=stats(),
                 ),
             )
     except EOFError:
         pass
+
+
+def next_message(connection: Connection, held: dict[str, Job]) -> ToWorker:
+    """The next message; heartbeats meanwhile."""
+    while not connection.poll(IDLE_HEARTBEAT_S):
+        running = sum(len(job.seeds) for job in held.values())
+        send_message(connection, Heartbeat((), running, 0, stats=stats()))
+    message: ToWorker = receive_message(connection)
+    return message
+
+
+def stats() -> ProcessStats:
+    """As if it had as many bytes as its process has a number, so that tests can tell one from the
+    next.
+    """
+    return ProcessStats(os.getpid(), time.process_time(), 1, {"allocated": 1})
 
 
 def take(connection: Connection, held: dict[str, Job], message: ToWorker) -> None:
@@ -162,3 +176,8 @@ def dead_on_arrival(connection: Connection, settings: Settings) -> None:
 def slow_to_start(connection: Connection, settings: Settings) -> None:
     """A worker that is loading for longer than any test waits."""
     time.sleep(3600)
+
+
+def out_of_memory(connection: Connection, settings: Settings) -> None:
+    """A worker that fails for a reason that may pass."""
+    raise MemoryError("all of it\nis taken")

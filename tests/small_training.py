@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import BundleV3Config, ByteEncoderConfig, CLIPConfig, PriorConfig, VQGANConfig
+from model.config import (
+    BundleV3Config,
+    ByteEncoderConfig,
+    CLIPConfig,
+    CLIPVisionConfig,
+    PriorConfig,
+    VQGANConfig,
+)
 from model.training import art, corpus, tiny
 from model.training.codes import WIDTH
 from model.training.data import Scenes
@@ -23,7 +30,7 @@ def small_config() -> BundleV3Config:
     """As tests.conftest.micro_config, but with the widths of the codes, and 16 pixels to a token,
     as scenes have."""
     c = micro_config()
-    text = {**c.clip.text_cfg, "context_length": 48}
+    text = replace(c.clip.text_cfg, context_length=48)
     return replace(
         c,
         native_size=(256, 256),
@@ -40,7 +47,7 @@ def small_config() -> BundleV3Config:
         ),
         clip=CLIPConfig(
             embed_dim=WIDTH,
-            vision_cfg={"image_size": 32, "width": 4, "layers": [1, 1, 1, 1], "head_width": 32},
+            vision_cfg=CLIPVisionConfig(image_size=32, width=4, layers=(1, 1, 1, 1), head_width=32),
             text_cfg=text,
             merges=c.clip.merges,
         ),

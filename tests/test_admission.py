@@ -79,11 +79,11 @@ class PlayedWorker:
         self.jobs: dict[str, Job] = {}
         self.received: list[Job] = []
         self.cancelled: list[str] = []
-        self.started = self.stopped = False
+        self.started = self.stopped = self.silent = False
 
     @property
     def accepting(self) -> bool:
-        return self.status.ready
+        return self.status.ready or self.silent
 
     @property
     def rows_owed(self) -> int:
@@ -652,13 +652,37 @@ async def test_a_job_that_was_answered_is_not_replayed() -> None:
 
 
 @virtual_time
-async def test_the_server_is_ready_when_every_worker_is() -> None:
+async def test_the_server_is_ready_while_any_worker_is() -> None:
     async with engine(ready=False, devices="cpu,cpu") as e:
         assert all(worker.started for worker in e.workers)
-        e.workers[1].become_ready()
         assert (e.client.status().ready, e.client.status().reason) == (False, "starting")
-        e.workers[0].become_ready()
+        e.workers[1].become_ready()
         assert (e.client.status().ready, e.client.status().reason) == (True, "ready")
+        e.workers[0].become_ready()
+        e.workers[1].crash()
+        assert (e.client.status().ready, e.client.status().reason) == (True, "ready")
+
+
+@virtual_time
+async def test_a_silent_worker_is_the_last_to_get_a_job() -> None:
+    async with engine(devices="cpu,cpu") as e:
+        e.workers[0].silent = True
+        e.workers[0].status = WorkerStatus(False, "silent")
+        await e.ask(job(rows=3))
+        await e.ask(job())
+        assert [len(worker.jobs) for worker in e.workers] == [0, 2]
+
+
+@virtual_time
+async def test_what_waits_for_a_worker_that_can_never_start_is_ended_at_once() -> None:
+    async with engine(ready=False, devices="cpu,cpu", drain_timeout_s=30) as e:
+        e.workers[1].status = WorkerStatus(False, "no such device", fatal="no such device")
+        waiting = await e.ask(job())
+        assert e.client.status().fatal
+        assert e.client.status().reason == "no such device; requests waiting: 1"
+        await e.client.stop()
+        await raised(waiting, Draining)
+        assert time.monotonic() == START
 
 
 @virtual_time

@@ -210,6 +210,30 @@ def test_damaged_bundle_is_refused_in_one_line(damaged_bundle: Path, tmp_path: P
     assert_one_line(result.stderr, result.exit_code, 2, "vqgan.safetensors", "sha256")
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("clip", {"text_cfg": {"hf_model_name": "somebody/code"}}),
+        ("recipe", {"prior_steps": 10**9}),
+        ("recipe", {"num_inference_steps": 0}),
+        ("denoiser", {"blocks": [10**9, 1]}),
+        ("denoiser", {"patch_size": -2}),
+        ("denoiser", {"c_cond": 60_000}),
+        ("vqgan", {"levels": 8}),
+    ],
+)
+def test_hostile_numbers_are_refused_by_verify_in_one_line(
+    random_bundle: Path, tmp_path: Path, part: str, change: dict[str, object]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(random_bundle, copy)
+    content = json.loads((copy / CONFIG_FILE).read_text())
+    content[part] |= change
+    (copy / CONFIG_FILE).write_text(json.dumps(content))
+    result = paellera("weights", "verify", copy)
+    assert_one_line(result.stderr, result.exit_code, 1)
+
+
 # ── serve ─────────────────────────────────────────────────────────────────────────────────────────
 
 

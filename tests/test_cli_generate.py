@@ -4,12 +4,15 @@ from its own parameters.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import PIL.Image
 import pytest
 from click.testing import Result
+from PIL.PngImagePlugin import PngInfo
 
 from load_tests.serving import Server
 from tests.test_cli import assert_one_line, paellera, server  # noqa: F401, the fixture
@@ -190,3 +193,73 @@ def test_a_replay_that_differs_says_so(random_bundle: Path, tmp_path: Path) -> N
         "replay", tmp_path / "changed.png", "-o", tmp_path / "again.png", "--weights", random_bundle
     )
     assert_one_line(result.stderr, result.exit_code, 1, "differs")
+
+
+# ── replay: its files and other people's ──────────────────────────────────────────────────────────
+
+
+def test_a_replay_overwrites_nothing_unasked_and_compares_with_what_was_there(
+    random_bundle: Path, tmp_path: Path
+) -> None:
+    path, rest = tmp_path / "first.png", ["--weights", str(random_bundle)]
+    paellera("generate", "apple", "-o", path, "--steps", "1", *rest)
+    original = path.read_bytes()
+    path.write_bytes(original + b"more")
+    result = paellera("replay", path, "-o", path, *rest)
+    assert_one_line(result.stderr, result.exit_code, 2, "exists already", "--force")
+    assert path.read_bytes() == original + b"more"
+    result = paellera("replay", path, "-o", path, "--force", *rest)
+    assert_one_line(result.stderr, result.exit_code, 1, "differs")
+    assert path.read_bytes() == original
+    result = paellera("replay", path, "-o", path, "--force", *rest)
+    assert (result.exit_code, result.stdout.strip()) == (0, f"{path}  identical")
+
+
+BASE = {"prompt": "apple", "seed": 1, "num_inference_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        [],
+        5,
+        BASE | {"operation": []},
+        BASE | {"operation": {"\x1b[31m": 1}},
+        BASE | {"operation": "\x1b]0;title\x07"},
+        BASE | {"frame": 10**12},
+        BASE | {"frame": -1},
+        BASE | {"frame": "\x1b[31m"},
+        BASE | {"frame": True},
+        BASE | {"\x1b[2J": 1},
+        BASE | {"model": "\x1b[31mred\x1b[0m"},
+        BASE | {"sampler": "\u202egnp.exe\x9b31m"},
+        BASE | {"n": 10**30},
+        {"operation": "edit", "prompt": "a", "image": "\x1b[31m" + "x" * 10_000},
+        {"operation": "edit", "prompt": "a", "image": ["x", None, {}]},
+        {"operation": "interpolate", "keyframes": [{"image": 5}] * 2},
+    ],
+)
+def test_odd_parameters_of_an_image_are_one_printable_line(
+    random_bundle: Path, tmp_path: Path, parameters: Any
+) -> None:
+    text = PngInfo()
+    text.add_text("parameters", json.dumps(parameters))
+    assert_replay_refused(random_bundle, tmp_path, text)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 10_000, '{"a":' * 900 + "1" + "}" * 900])
+def test_deep_or_long_parameters_are_one_printable_line(
+    random_bundle: Path, tmp_path: Path, content: str
+) -> None:
+    text = PngInfo()
+    text.add_text("parameters", content)
+    assert_replay_refused(random_bundle, tmp_path, text)
+
+
+def assert_replay_refused(bundle: Path, folder: Path, text: PngInfo) -> None:
+    PIL.Image.new("RGB", (8, 8)).save(folder / "odd.png", pnginfo=text)
+    result = paellera("replay", folder / "odd.png", "-o", folder / "again.png", "--weights", bundle)
+    assert_one_line(result.stderr, result.exit_code, 2)
+    assert result.stderr.strip().isprintable()
+    assert len(result.stderr) < 2000
+    assert not (folder / "again.png").exists()

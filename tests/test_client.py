@@ -208,15 +208,15 @@ async def test_stopping_does_not_wait_for_what_cannot_finish() -> None:
 
 async def test_several_workers_share_what_comes_and_one_takes_over_what_another_loses() -> None:
     async with running(devices="cpu,cpu") as client:
-        await until(lambda: client.status().ready)
+        await until(lambda: all(worker.accepting for worker in client.workers))
         tasks = [asyncio.create_task(client.run(job("hold", seconds=60))) for _ in range(4)]
         await until(lambda: figure(client, "paella_rows_running") == 4)
         assert [worker.rows_owed for worker in client.workers] == [2, 2]
         kill(client)
         await until(lambda: client.workers[1].rows_owed == 4)
+        assert client.status().ready
         assert figure(client, "paella_requests_replayed_total") == 2
         assert not any(task.done() for task in tasks)
-        await until(lambda: client.status().ready)
         for task in tasks:
             task.cancel()
 

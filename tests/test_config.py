@@ -5,6 +5,7 @@ down.
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -106,14 +107,105 @@ def test_a_written_bundle_reads_back_equal(tmp_path):
     ],
 )
 def test_a_wrong_field_is_refused_by_name(tmp_path, path, value, message):
-    micro_config().write(tmp_path)
-    content = json.loads((tmp_path / CONFIG_FILE).read_text())
+    write_changed(tmp_path, path, value)
+    with pytest.raises(ValidationError, match=message):
+        BundleConfig.read(tmp_path)
+
+
+def write_changed(directory, path, value):
+    """A bundle.json whose field at this path has this value."""
+    micro_config().write(directory)
+    content = json.loads((directory / CONFIG_FILE).read_text())
     parent = content
     for key in path[:-1]:
         parent = parent[key]
     parent[path[-1]] = value
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
-    with pytest.raises(ValidationError, match=message):
+    (directory / CONFIG_FILE).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "hf_model_name",
+        "hf_tokenizer_name",
+        "timm_model_name",
+        "timm_model_pretrained",
+        "act_kwargs",
+    ],
+)
+def test_clip_has_nothing_but_sizes(tmp_path, tower, field):
+    write_changed(tmp_path, ("clip", tower, field), "hf-hub:somebody/something")
+    with pytest.raises(ValidationError, match=field):
+        BundleConfig.read(tmp_path)
+
+
+# Fields that are no numbers, or whose bounds are not one interval for all.
+NOT_NUMBERS = {"format", "bytes"}
+
+
+def numbers(value, path=()):
+    """The path of every number in a bundle.json."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return [found for key, inner in pairs for found in numbers(inner, (*path, key))]
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return [path] if known and path[-1] not in NOT_NUMBERS else []
+
+
+@pytest.mark.parametrize("value", [-2, 10**9, 10**300, 1e308, float("nan"), float("inf")])
+def test_every_number_has_bounds_on_both_sides(tmp_path, value):
+    config = replace(
+        micro_config(), recipe=replace(micro_config().recipe, attention_weights=(1.0, 1.0))
+    )
+    config.write(tmp_path)
+    content = json.loads((tmp_path / CONFIG_FILE).read_text())
+    found = numbers(content)
+    assert len(found) > 50
+    for path in found:
+        changed = deepcopy(content)
+        parent = changed
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1]] = value
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(changed))
+        with pytest.raises(ValidationError):
+            BundleConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("native_size",), [0, 0]),
+        (("native_size",), [24, 32]),
+        (("recipe", "num_inference_steps"), 0),
+        (("recipe", "guidance_steps"), 7),
+        (("denoiser", "kernel_size"), 2),
+        (("denoiser", "nhead"), [-1, 4]),
+        (("denoiser", "blocks"), [1] * 9),
+        (("vqgan", "scale_factor"), 0),
+        (("clip", "text_cfg", "heads"), 3),
+        (("clip", "vision_cfg", "patch_size"), 7),
+        (("clip", "merges"), "../../etc/passwd"),
+        (("byt5", "feed_forward_proj"), "gated-os.system"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(tmp_path, path, value):
+    write_changed(tmp_path, path, value)
+    with pytest.raises(ValidationError):
+        BundleConfig.read(tmp_path)
+
+
+def test_an_oversized_file_is_not_parsed(tmp_path):
+    (tmp_path / CONFIG_FILE).write_bytes(b"[" * 2**21)
+    with pytest.raises(ValueError, match="more than 1048576 bytes"):
+        BundleConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 2**19, b'{"format": ' + b"9" * 9999 + b"}"])
+def test_deep_nesting_and_long_numbers_are_refused_like_other_nonsense(tmp_path, content):
+    (tmp_path / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(ValidationError):
         BundleConfig.read(tmp_path)
 
 
@@ -121,6 +213,22 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / CONFIG_FILE).write_text('{"name": "tiny"')
     with pytest.raises(ValidationError, match="JSON"):
         BundleConfig.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("recipe", {"temperature": (0.7, 0.4)}),
+        ("recipe", {"prior_sampler": "ddim"}),
+        ("denoiser", {"self_attn": False}),
+        ("clip", {"quick_gelu": True}),
+    ],
+)
+def test_the_name_of_the_weights_covers_configuration_and_recipe(part, change):
+    config = micro_config()
+    changed = replace(config, **{part: replace(getattr(config, part), **change)})
+    assert changed.sha256 != config.sha256
+    assert replace(config, name="other").sha256 == config.sha256
 
 
 def test_the_weights_have_one_name_that_every_file_changes():

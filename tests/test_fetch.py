@@ -21,7 +21,7 @@ from model.checkpoints import manifest
 from model.checkpoints.fetch import FetchError, fetch, fetched
 from model.checkpoints.manifest import Manifest, PublishedBundle, PublishedFile, published
 from server.cli import app
-from tests.hub import Hub, serving
+from tests.hub import COMMIT, Hub, serving
 
 FILE = PublishedFile(
     network="vqgan",
@@ -30,7 +30,7 @@ FILE = PublishedFile(
     licence="MIT",
     format="pickle",
     repository="someone/Weights",
-    bytes=300_000,
+    bytes=307_200,
 )
 CONTENT = bytes(range(256)) * 1200
 
@@ -150,10 +150,57 @@ def test_the_checksum_of_the_first_fetch_is_enforced_later(hub: Hub) -> None:
 
 
 def test_a_file_that_was_damaged_in_the_cache_is_removed_and_comes_anew(hub: Hub) -> None:
-    fetch(FILE).resolve().write_bytes(CONTENT[:-1])
-    with pytest.raises(FetchError, match="sha256"):
-        fetch(FILE)
-    assert fetch(FILE).read_bytes() == CONTENT
+    for damaged, words in ((CONTENT[:-1], "307,199 bytes"), (bytes(len(CONTENT)), "sha256")):
+        fetch(FILE).resolve().write_bytes(damaged)
+        with pytest.raises(FetchError, match=words):
+            fetch(FILE)
+        assert fetch(FILE).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("content", [b"18 bytes are no VQ", CONTENT + b"x"])
+def test_a_file_of_another_size_is_refused_before_the_download(
+    hub: Hub, tmp_path: Path, content: bytes
+) -> None:
+    hub.files[FILE.where] = content
+    assert_refused(paellera_fetch(), f"{len(content):,} bytes", "307,200 were published")
+    assert hub.downloads() == []
+    assert left_behind(tmp_path) == []
+
+
+def test_the_commit_of_the_first_fetch_is_asked_for_later_and_the_manifest_s_always(
+    hub: Hub,
+) -> None:
+    shutil.rmtree(fetch(FILE).parents[2])
+    hub.asked.clear()
+    fetch(FILE)
+    assert hub.asked
+    assert all(f"/resolve/{COMMIT}/" in path for _, path, _ in hub.asked)
+    with pytest.raises(FetchError, match="404"):
+        fetch(replace(FILE, revision="f" * 40))
+    assert f"/resolve/{'f' * 40}/" in hub.asked[-1][1]
+
+
+def test_a_rounded_size_covers_its_last_digit_and_an_exact_one_nothing() -> None:
+    rounded, exact = (replace(FILE, bytes=size) for size in (4_030_000_000, 14_951_437_144))
+    assert [rounded.has_size(4_030_000_000 + off) for off in (9_999_999, -(10**7), 10**7 + 1)] == [
+        True,
+        True,
+        False,
+    ]
+    assert [exact.has_size(14_951_437_144 + off) for off in (0, 1)] == [True, False]
+    assert not replace(FILE, bytes=73_700_000).has_size(18)
+    with pytest.raises(ValueError, match="size must be given"):
+        replace(FILE, bytes=0)
+
+
+def test_files_without_a_known_hash_are_named() -> None:
+    result = CliRunner().invoke(app, ["weights", "list"])
+    unknown = {file.where for file in published().files.values() if file.sha256 is None}
+    lines = [line for line in result.stdout.splitlines() if "(no known sha256)" in line]
+    assert len(lines) == len(unknown) > 0
+    for file in published().files.values():
+        # Where the content is known, so is a commit that has it.
+        assert file.sha256 is None or file.pinned
 
 
 def test_offline_the_cache_serves_and_an_empty_one_says_so(
@@ -212,7 +259,8 @@ def test_of_a_bundle_what_the_hub_has_is_fetched_and_the_rest_is_said_to_lie_els
     monkeypatch.setattr(manifest, "published", lambda: Manifest(files, bundles={"both": bundle}))
     result = paellera_fetch("both")
     assert result.exit_code == 0, result.output
-    assert result.stderr == "f8.pt is not on the hub; it is among friends\n"
+    unknown = f"{FILE.where}: nobody states its sha256; that of the first fetch is enforced"
+    assert result.stderr.splitlines() == [unknown, "f8.pt is not on the hub; it is among friends"]
     assert fetched(FILE).read_bytes() == CONTENT
 
 

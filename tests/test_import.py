@@ -4,11 +4,13 @@ refused with file and tensor.
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from model.checkpoints import convert
 from model.checkpoints.checkpoint import open_checkpoint, read_state
 from model.checkpoints.convert import import_bundle
 from model.config import BundleConfig, BundleV1Config
+from model.networks.text_encoders import check_merges
 from model.pipeline import Pipeline
 from server.cli import app
 from tests.conftest import NETWORKS, golden
@@ -357,3 +360,80 @@ def test_the_command_tells_what_is_wrong_in_one_line(random_bundle, sources, tmp
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("paellera: vqgan.pt is not this bundle's prior")
+
+
+# ── hostile files ─────────────────────────────────────────────────────────────────────────────────
+
+
+def import_refused(bundle: Path, tmp_path: Path, prior: Path) -> str:
+    """The one line of a refused `weights import`, which takes a minute at most."""
+    command = ["weights", "import", str(bundle), str(tmp_path / "out"), "--prior", str(prior)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("paellera: ")
+    assert line.isprintable()
+    return line
+
+
+def test_dicts_that_contain_themselves_or_are_too_deep_are_refused(random_bundle, tmp_path, states):
+    itself: dict[str, Any] = {}
+    itself["model"] = itself
+    path = saved(itself, tmp_path / "itself.pt")
+    assert "no state dict within" in import_refused(random_bundle, tmp_path, path)
+    deep = states["prior"]
+    for _ in range(5):
+        deep = {"model": deep}
+    path = saved(deep, tmp_path / "deep.pt")
+    assert "no state dict within" in import_refused(random_bundle, tmp_path, path)
+
+
+def test_compressed_members_are_refused_before_they_are_unpacked(random_bundle, tmp_path):
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(50 * 2**20))
+        archive.writestr("bomb/version", "3")
+    assert path.stat().st_size < 2**20
+    line = import_refused(random_bundle, tmp_path, path)
+    assert "'bomb/data.pkl' is compressed" in line
+
+
+def test_an_oversized_pickle_is_refused(random_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.checkpoints.checkpoint.MAX_PICKLE_BYTES", 100)
+    path = saved({f"a{i}": torch.ones(1) for i in range(10)}, tmp_path / "large.pt")
+    assert "100 are allowed" in import_refused(random_bundle, tmp_path, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"weight_map": []}',
+        b'{"weight_map": {}}',
+        b'{"weight_map": {"a": 5}}',
+        b'{"weight_map": {"a": ["x"]}}',
+        b'{"weight_map": {"a": "one", "b": null}}',
+        b'{"weight_map": {"a": ""}}',
+        b'{"weight_map": {"a": "\\u001b[31m/x"}}',
+        b"\xff\xfe",
+    ],
+)
+def test_an_index_with_wrong_types_is_refused(random_bundle, tmp_path, content):
+    path = tmp_path / "model.index.json"
+    path.write_bytes(content)
+    assert "model.index.json" in import_refused(random_bundle, tmp_path, path)
+
+
+@pytest.mark.parametrize("content", [{(("a",),): 1}, {"a\x1b[31m": 1}, {"x" * 600: torch.ones(1)}])
+def test_odd_keys_are_refused_in_printable_words(random_bundle, tmp_path, content):
+    import_refused(random_bundle, tmp_path, saved(content, tmp_path / "odd.pt"))
+
+
+def test_a_merges_file_that_unpacks_to_too_much_is_refused(tmp_path):
+    path = tmp_path / "merges.txt.gz"
+    path.write_bytes(gzip.compress(bytes(20 * 2**20)))
+    with pytest.raises(ValueError, match="when unpacked"):
+        check_merges(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no gzipped text"):
+        check_merges(path)

@@ -76,7 +76,7 @@ async def test_a_poison_request_fails_after_two_solo_crashes_and_no_other_fails(
 
 
 async def test_a_silent_worker_is_replaced_and_the_request_that_hangs_is_given_up() -> None:
-    async with running(stall_timeout_s=0.4) as client:
+    async with running(stall_timeout_s=2) as client:
         await client.run(job())
         with pytest.raises(JobFailed):
             await client.run(job("hang", seconds=PATIENCE_S))
@@ -85,7 +85,7 @@ async def test_a_silent_worker_is_replaced_and_the_request_that_hangs_is_given_u
 
 
 async def test_a_worker_that_hangs_after_its_only_client_has_gone_is_replaced_too() -> None:
-    async with running(stall_timeout_s=0.4) as client:
+    async with running(stall_timeout_s=2) as client:
         await client.run(job())
         hanging = asyncio.create_task(client.run(job("hang", seconds=PATIENCE_S)))
         await until(lambda: client.workers[0].rows_owed == 1)

@@ -15,6 +15,7 @@ import pytest
 
 from server.engine.messages import (
     Cancel,
+    Crashed,
     Drawn,
     Dropped,
     Failed,
@@ -35,7 +36,7 @@ from tests import fake_worker
 from tests.test_admission import job, picture
 from tests.virtual_time import START, settle, virtual_time
 
-STALL_S = 8.0
+STALL_S, START_S = 8.0, 60.0
 
 
 class PlayedProcess:
@@ -120,7 +121,8 @@ async def supervised(
     setting = Setting()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("server.engine.supervisor.WorkerProcess", setting.process)
-        chosen = Settings(**{"stall_timeout_s": STALL_S, **settings})
+        limits = {"stall_timeout_s": STALL_S, "start_timeout_s": START_S}
+        chosen = Settings(**{**limits, **settings})
         supervisor = Supervisor(fake_worker.main, chosen, setting.metrics, setting.listener)
         await supervisor.start()
         if ready:
@@ -135,7 +137,7 @@ async def supervised(
 
 @virtual_time
 async def test_restarts_are_delayed_ever_longer_up_to_half_a_minute() -> None:
-    async with supervised(ready=False) as (_, s):
+    async with supervised(ready=False, start_timeout_s=1000) as (_, s):
         delays = []
         for _ in range(11):
             began = time.monotonic() - START
@@ -153,7 +155,7 @@ async def test_restarts_are_delayed_ever_longer_up_to_half_a_minute() -> None:
 async def test_the_delay_begins_again_after_a_worker_has_answered_and_not_before(
     answer: WorkerMessage,
 ) -> None:
-    async with supervised() as (_, s):
+    async with supervised(start_timeout_s=1000) as (_, s):
 
         async def delay() -> float:
             began = time.monotonic() - START
@@ -172,7 +174,7 @@ async def test_the_delay_begins_again_after_a_worker_has_answered_and_not_before
 async def test_a_process_that_the_system_refuses_is_asked_for_again_after_a_longer_delay(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with supervised() as (_, s):
+    async with supervised(start_timeout_s=1000) as (_, s):
         s.refusals = 2
         s.now.exit(1)
         with caplog.at_level(logging.CRITICAL, logger="server"):
@@ -203,40 +205,113 @@ async def test_the_status_tells_why_no_job_would_be_started() -> None:
         assert not supervisor.accepting
 
 
+@virtual_time
+async def test_a_failed_first_start_is_fatal_if_its_reason_lasts() -> None:
+    async with supervised(ready=False) as (supervisor, s):
+        s.now.say(Crashed("device 'cuda' is not there", lasting=True))
+        s.now.exit(1)
+        await settle()
+        reason = "the worker did not start: device 'cuda' is not there"
+        assert supervisor.status.reason == f"{reason}; another is starting"
+        assert supervisor.status.fatal == reason
+        assert s.listener.losses[0][0] == reason
+        # An embedding program may ignore it, and the reason may go away after all.
+        await asyncio.sleep(1)
+        assert len(s.processes) == 2
+        s.now.say(Ready("cuda", "float16"))
+        assert not supervisor.status.fatal
+
+
+@virtual_time
+async def test_a_passing_reason_a_later_start_and_a_crash_at_work_are_not_fatal() -> None:
+    async with supervised(ready=False) as (supervisor, s):
+        s.now.say(Crashed("OutOfMemoryError: 2 GiB", lasting=False))
+        s.now.exit(1)
+        await asyncio.sleep(1)
+        assert not supervisor.status.fatal
+        s.now.say(Crashed("truncated", lasting=True))
+        s.now.exit(1)
+        await asyncio.sleep(1)
+        assert (
+            supervisor.status.reason == "the worker did not start: truncated; another is starting"
+        )
+        assert not supervisor.status.fatal
+        s.now.say(Ready("cpu", "float32"))
+        s.now.say(Crashed("the device failed", lasting=False))
+        s.now.exit(70)
+        await asyncio.sleep(10)
+        assert s.listener.losses[-1][0] == "the worker crashed: the device failed"
+        # The next one has said nothing.
+        s.now.exit(-9)
+        await settle()
+        assert supervisor.status.reason == "the worker exited with code -9; another is starting"
+
+
 # ── stalls ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @virtual_time
-async def test_a_worker_that_owes_an_answer_and_is_silent_for_too_long_is_killed() -> None:
+@pytest.mark.parametrize("at_work", [True, False])
+async def test_a_worker_that_is_silent_for_too_long_is_killed_at_work_or_idle(
+    at_work: bool,
+) -> None:
     async with supervised() as (supervisor, s):
-        await asyncio.sleep(60)
-        supervisor.send(job())
+        s.now.say(Heartbeat((), 0, 0))
+        if at_work:
+            supervisor.send(job())
         await asyncio.sleep(STALL_S - 0.01)
         assert (supervisor.status.ready, supervisor.state.silent_s) == (
             True,
             pytest.approx(STALL_S - 0.01),
         )
         await asyncio.sleep(0.02)
-        assert supervisor.status.reason == "the worker has not answered for 8 s"
-        assert not supervisor.status.ready
+        silence = "the worker has not answered for 8 s"
+        assert (supervisor.status.ready, supervisor.status.reason) == (False, silence)
         # It may still answer, so jobs are sent until it is killed.
         assert supervisor.accepting
         await asyncio.sleep(STALL_S / 4 + 0.1)
-        assert s.listener.losses[0][0] == "the worker exited with code -9"
+        assert s.listener.losses[0][0] == f"{silence} and was killed"
+        await asyncio.sleep(1)
+        assert len(s.processes) == 2
 
 
 @virtual_time
-async def test_every_message_ends_the_silence_and_an_idle_worker_may_be_silent() -> None:
+async def test_every_message_ends_the_silence() -> None:
     async with supervised() as (supervisor, s):
         supervisor.send(held := job())
-        for _ in range(10):
+        for message in (*[Heartbeat((), 1, 0)] * 5, Finished(held.id, (), Timings())):
             await asyncio.sleep(STALL_S - 0.1)
-            s.now.say(Heartbeat((), 1, 0))
+            s.now.say(message)
             assert supervisor.state.silent_s == 0
-        s.now.say(Finished(held.id, (), Timings()))
-        await asyncio.sleep(10 * STALL_S)
+        for _ in range(5):
+            await asyncio.sleep(STALL_S - 0.1)
+            s.now.say(Heartbeat((), 0, 0))
         assert supervisor.status.ready
-        assert supervisor.state.silent_s == 0
+        assert len(s.processes) == 1
+
+
+@virtual_time
+async def test_a_worker_that_loads_for_too_long_is_killed_and_the_next_has_as_long() -> None:
+    async with supervised(ready=False) as (supervisor, s):
+        await asyncio.sleep(START_S - 0.1)
+        assert (len(s.processes), supervisor.status.reason) == (1, "starting")
+        await asyncio.sleep(STALL_S / 4 + 0.2)
+        reason = "the worker was not ready after 60 s and was killed"
+        assert supervisor.status.reason == f"{reason}; another is starting"
+        await asyncio.sleep(START_S - 0.1)
+        assert len(s.processes) == 2
+        s.now.say(Ready("cpu", "float32"))
+        assert supervisor.status.ready
+
+
+@virtual_time
+async def test_a_worker_is_not_blamed_for_the_time_in_which_the_api_process_stood_still() -> None:
+    async with supervised() as (_, s):
+        loop = asyncio.get_running_loop()
+        loop.selector.now += 10 * STALL_S  # type: ignore[attr-defined]
+        await asyncio.sleep(STALL_S / 2)
+        s.now.say(Heartbeat((), 0, 0))
+        await asyncio.sleep(STALL_S / 2)
         assert len(s.processes) == 1
 
 
@@ -251,7 +326,7 @@ async def test_a_second_job_does_not_end_the_silence() -> None:
 
 @virtual_time
 async def test_a_new_worker_is_not_blamed_for_the_silence_of_the_one_before_it() -> None:
-    async with supervised() as (supervisor, s):
+    async with supervised(start_timeout_s=1000) as (supervisor, s):
         supervisor.send(job())
         s.now.say(Heartbeat((), 5, 0, stats=ProcessStats(1, 1.0, 1)))
         s.now.exit(1)

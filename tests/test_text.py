@@ -110,7 +110,7 @@ def test_every_byte_counts(byt5):
 
 
 def test_the_bundle_s_own_merges_are_used(clip):
-    assert clip.tokenizer.vocab_size == clip.config.text_cfg["vocab_size"]
+    assert clip.tokenizer.vocab_size == clip.config.text_cfg.vocab_size
     assert len(clip.tokenizer.encode("red apple on the")) == 4
     assert clip.tokenizer.decode(clip.tokenizer.encode("red apple")) == "red apple "
 

@@ -4,6 +4,9 @@ for.
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import os
 from dataclasses import replace
 
 import httpx
@@ -11,7 +14,7 @@ import pytest
 
 from load_tests.misbehaving import Client, is_whole
 from load_tests.traffic import refused_honestly
-from load_tests.under_load import Outcome
+from load_tests.under_load import Outcome, _unread_pipe, measure
 
 GOOD = Outcome(
     "kill",
@@ -67,6 +70,20 @@ def test_a_refusal_is_honest_if_it_says_when_to_come_back(
 )
 def test_an_answer_is_whole_when_all_its_bytes_have_come(answer: bytes, whole: bool) -> None:
     assert is_whole(answer) is whole
+
+
+def test_an_unread_pipe_takes_one_page_and_then_stalls_its_writer() -> None:
+    with _unread_pipe() as path:
+        writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        assert os.write(writer, bytes(2**20)) <= 2**16
+        with pytest.raises(BlockingIOError):
+            os.write(writer, b"more")
+        os.close(writer)
+
+
+def test_faults_are_chosen_by_a_part_of_their_name() -> None:
+    with pytest.raises(ValueError, match="'volcano'"):
+        asyncio.run(measure(argparse.Namespace(only="volcano")))
 
 
 async def test_a_slow_reader_gets_its_whole_answer_and_nobody_is_hindered_by_silence_and_resets(

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle, assign, build, optimize_bundle, save_bundle, state_of
 from model.checkpoints.manifest import published
-from model.config import BundleConfig, BundleV1Config, BundleV3Config, CLIPConfig, Kernels
+from model.config import (
+    BundleConfig,
+    BundleV1Config,
+    BundleV3Config,
+    CLIPConfig,
+    CLIPVisionConfig,
+    Kernels,
+)
 
 Family = Literal["v3", "v1"]
 BUNDLES: dict[Family, str] = {"v3": "paella-v3", "v1": "paella-v1"}
@@ -128,17 +135,12 @@ def _micro(config: BundleConfig) -> BundleConfig:
 
 
 def _micro_clip(clip: CLIPConfig) -> CLIPConfig:
-    vision = {
-        "image_size": 16,
-        "patch_size": 8,
-        "width": 16,
-        "layers": 1,
-        "head_width": 8,
-        "mlp_ratio": 2.0,
-    }
+    vision = CLIPVisionConfig(
+        image_size=16, patch_size=8, width=16, layers=1, head_width=8, mlp_ratio=2.0
+    )
     return replace(
         clip,
         embed_dim=16,
         vision_cfg=vision,
-        text_cfg={**clip.text_cfg, "width": 16, "heads": 2, "layers": 1},
+        text_cfg=replace(clip.text_cfg, width=16, heads=2, layers=1),
     )

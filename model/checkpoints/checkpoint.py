@@ -1,6 +1,8 @@
 """Read a published checkpoint, pickle or safetensors, whole or in shards, tensor by tensor.
 
-Pickles are mapped into memory and unpickled with `weights_only=True`: nothing in them runs.
+Pickles are mapped into memory and unpickled with `weights_only=True`: nothing in them runs. A file
+takes no more memory than it has bytes: what `torch.save` writes is not compressed, and what is
+compressed is refused.
 """
 
 from __future__ import annotations
@@ -37,6 +39,13 @@ _WRAPPERS = (
     "module.",
     "_orig_mod.",
 )  # what DistributedDataParallel and torch.compile put before every name
+
+# State dicts lie at most so deep in a training checkpoint.
+MAX_NESTING = 4
+MAX_NAME_LENGTH = 512
+# Of an index of shards, and of a pickle beside its tensors.
+MAX_INDEX_BYTES = 16 * 2**20
+MAX_PICKLE_BYTES = 64 * 2**20
 
 # Pages of a mapped file count as the process's memory until it is unmapped: after this many bytes
 # it is, and mapped anew.
@@ -99,16 +108,20 @@ def _shards(path: Path) -> list[Path]:
         raise FileNotFoundError(f"there is no file {path}")
     if not path.name.endswith(".index.json"):
         return [path]
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise BundleError(f"{path.name} has more than {MAX_INDEX_BYTES} bytes; no index has")
     try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = set(json.loads(path.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{path.name} is no index of shards: it has no weight_map") from None
-    for name in names:
-        if Path(name).name != name:
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BundleError(f"{path.name}: weight_map must map tensors to file names")
+    for name in sorted(names):
+        if not name or Path(name).name != name:
             raise BundleError(f"{path.name} names {name!r}, which is no plain file name")
         if not path.with_name(name).is_file():
             raise BundleError(f"{path.name}: shard {name} is missing")
-    return [path.with_name(name) for name in names]
+    return [path.with_name(name) for name in sorted(names)]
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -119,6 +132,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
     state = {_plain(name): tensor for name, tensor in _unwrapped(content, path.name).items()}
     for name, tensor in state.items():
+        if len(name) > MAX_NAME_LENGTH:
+            raise BundleError(f"{path.name}: tensor {name[:40]!r}… has too long a name")
         if tensor.dtype == torch.float64:
             published = "published weights are float32, float16 or bfloat16"
             raise BundleError(f"{path.name}: tensor {name!r} is torch.float64; {published}")
@@ -136,6 +151,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickled(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _check_archive(path)
     with path.open("rb") as file:
         if not mapped and file.read(2) == b"PK":
             raise BundleError(f"{path.name} is cut short: the end of its zip archive is missing")
@@ -145,6 +162,27 @@ def _unpickled(path: Path) -> Any:
         raise
     except Exception as error:  # a hostile or damaged pickle can raise whatever it likes
         raise BundleError(f"{path.name} is refused: {_why(error)}") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Check that an archive unpacks to no more bytes than it has. Raises BundleError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise BundleError(f"{path.name} is no readable zip archive ({error})") from None
+    for member in members:
+        stored = member.compress_type == zipfile.ZIP_STORED
+        if not stored or member.file_size != member.compress_size:
+            raise BundleError(
+                f"{path.name} is refused: {member.filename[:80]!r} is compressed, and torch.save"
+                " compresses nothing"
+            )
+        if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE_BYTES:
+            raise BundleError(
+                f"{path.name} is refused: its pickle has {member.file_size:,} bytes beside the"
+                f" tensors, and {MAX_PICKLE_BYTES:,} are allowed"
+            )
 
 
 def _why(error: Exception) -> str:
@@ -157,7 +195,9 @@ def _why(error: Exception) -> str:
 
 def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
     """Return the state dict from a checkpoint that also holds other things."""
-    while isinstance(content, dict):
+    for _ in range(MAX_NESTING):
+        if not isinstance(content, dict):
+            raise BundleError(f"{where} holds a {type(content).__name__}, not a state dict")
         if content and all(
             isinstance(value, Tensor) and isinstance(name, str) for name, value in content.items()
         ):
@@ -173,7 +213,7 @@ def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
         if nested is None:
             raise BundleError(f"{where}: {_no_weights(content)}")
         content = nested
-    raise BundleError(f"{where} holds a {type(content).__name__}, not a state dict")
+    raise BundleError(f"{where}: there is no state dict within {MAX_NESTING} dicts")
 
 
 def _no_weights(content: dict[Any, Any]) -> str:
@@ -183,8 +223,13 @@ def _no_weights(content: dict[Any, Any]) -> str:
     return (
         "there are no tensors in it"
         if other is None
-        else f"entry {other!r} is no tensor, and there is no state dict in it"
+        else f"entry {_key(other)} is no tensor, and there is no state dict in it"
     )
+
+
+def _key(key: object) -> str:
+    """Return a dict's key for a message: others than texts may be large, or contain themselves."""
+    return repr(key[:80]) if isinstance(key, str) else f"of type {type(key).__name__}"
 
 
 def _plain(name: str) -> str:

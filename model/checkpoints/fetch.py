@@ -29,23 +29,35 @@ class FetchError(OSError):
 
 
 def fetch(file: PublishedFile) -> Path:
-    """Return a file's path, downloaded if it is absent, with its checksum verified.
+    """Return a file's path, downloaded if it is absent, with its size and checksum verified.
 
     Raises FetchError.
 
-    The checksum is the manifest's, else the one recorded at the first fetch, else (and then it is
-    recorded) the one that the hub states.
+    Commit and checksum are the manifest's, else those recorded at the first fetch, else (and then
+    they are recorded) those that the hub states. The size is the manifest's.
     """
     repository = _repository(file)
     from huggingface_hub import hf_hub_download
 
+    revision = revision_of(file)
     with _one_line(file):
-        plan = hf_hub_download(repository, file.path, revision=file.revision, dry_run=True)
+        plan = hf_hub_download(repository, file.path, revision=revision, dry_run=True)
         if plan.will_download:
+            if plan.file_size and not file.has_size(plan.file_size):
+                raise FetchError(_wrong_size(file, plan.file_size))
             _check_space(file, plan.file_size or file.bytes, Path(plan.local_path))
-        path = Path(hf_hub_download(repository, file.path, revision=file.revision))
-    _check_content(file, path)
+        # The very commit that was asked about, should the revision move meanwhile.
+        revision = plan.commit_hash or revision
+        path = Path(hf_hub_download(repository, file.path, revision=revision))
+    _check_content(file, path, revision)
     return path
+
+
+def revision_of(file: PublishedFile) -> str:
+    """Return the manifest's commit, else that of the first fetch, else `main`."""
+    if file.pinned:
+        return file.revision
+    return _read_record().get(_commit_key(file), file.revision)
 
 
 def fetched(file: PublishedFile) -> Path:
@@ -56,7 +68,7 @@ def fetched(file: PublishedFile) -> Path:
     repository = _repository(file)
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repository, file.path, revision=file.revision)
+    path = try_to_load_from_cache(repository, file.path, revision=revision_of(file))
     if not isinstance(path, str):
         raise FetchError(
             f"{file.where} is not here yet: `paellera weights fetch {file.where}` gets it"
@@ -134,11 +146,23 @@ def _check_space(file: PublishedFile, size: int, target: Path) -> None:
         )
 
 
-def _check_content(file: PublishedFile, path: Path) -> None:
-    """Compare a file's content with its checksum.
+def _wrong_size(file: PublishedFile, found: int) -> str:
+    return f"{file.where} has {found:,} bytes, and {file.bytes:,} were published"
+
+
+def _commit_key(file: PublishedFile) -> str:
+    return f"{file.where}@{file.revision}"
+
+
+def _check_content(file: PublishedFile, path: Path, commit: str) -> None:
+    """Compare a file's content with its size and checksum; record checksum and commit.
 
     Removes the file from the cache and raises FetchError if they differ.
     """
+    if not file.has_size(size := path.stat().st_size):
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise FetchError(f"{_wrong_size(file, size)}; it was removed")
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     stored = path.resolve()
@@ -149,8 +173,9 @@ def _check_content(file: PublishedFile, path: Path) -> None:
         path.unlink()
         stored.unlink(missing_ok=True)
         raise FetchError(f"{file.where} has sha256 {found}, not {expected}; it was removed")
-    if file.where not in record:
-        _write_record({**record, file.where: found})
+    known = {file.where: found} | ({} if file.pinned else {_commit_key(file): commit})
+    if not known.items() <= record.items():
+        _write_record({**record, **known})
 
 
 def _record_path() -> Path:

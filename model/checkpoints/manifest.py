@@ -22,8 +22,9 @@ class PublishedFile:
     """One file as its authors published it.
 
     repository, path: on the hub; without a repository the file lies elsewhere, and `source` says in
-    words where. bytes: of the file, possibly rounded; 0 is unknown. sha256: None where nobody
-    states it.
+    words where. revision: a commit, or `main`, which may move. bytes: of the file, rounded to its
+    last digit that is not 0; 0 is unknown, for files that are not on the hub. sha256: None where
+    nobody states it.
     """
 
     __pydantic_config__ = _STRICT
@@ -35,9 +36,27 @@ class PublishedFile:
     format: str
     repository: str | None = None
     source: str | None = None
-    revision: str = "main"
+    revision: Annotated[str, Field(pattern=r"^([0-9a-f]{40}|main)$")] = "main"
     bytes: Annotated[int, Field(ge=0)] = 0
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    def __post_init__(self) -> None:
+        if self.repository is not None and not self.bytes:
+            raise ValueError(f"{self.path} is on the hub, so its size must be given")
+
+    def has_size(self, found: int) -> bool:
+        """Return whether a file of `found` bytes may be this one: its size is checked as stated.
+
+        A stated 4,030,000,000 covers the sizes that are 10,000,000 away.
+        """
+        zeros = len(str(self.bytes)) - len(str(self.bytes).rstrip("0"))
+        # Fewer than three zeros may end an exact size.
+        return abs(found - self.bytes) <= (10**zeros if zeros > 2 else 0)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit."""
+        return self.revision != "main"
 
     @property
     def where(self) -> str:

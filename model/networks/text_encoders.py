@@ -9,8 +9,10 @@ Letters: B prompts, L tokens, D width.
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,9 @@ BYTE_BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 # ByT5's vocabulary: three marks, then the bytes.
 _PADDING, _END, _FIRST_BYTE = 0, 1, 3
 
+# A tokenizer's merges, unpacked; open_clip's own have 3.2 MB.
+MAX_MERGES_BYTES = 16 * 2**20
+
 # Published channel statistics of CLIP: mean and standard deviation of red, green and blue.
 PIXEL_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -295,6 +300,21 @@ def bucket(length: int, limit: int) -> int:
     return next((b for b in BYTE_BUCKETS if length <= b < limit), limit)
 
 
+def check_merges(path: Path) -> None:
+    """Check that a merges file is gzipped text of bounded length: the tokenizer reads all of it.
+
+    Raises ValueError.
+    """
+    try:
+        with gzip.open(path) as file:
+            text = file.read(MAX_MERGES_BYTES + 1)
+        text.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        raise ValueError(f"{path.name} is no gzipped text") from None
+    if len(text) > MAX_MERGES_BYTES:
+        raise ValueError(f"{path.name} has more than {MAX_MERGES_BYTES} bytes when unpacked")
+
+
 class CLIP(nn.Module):
     """open_clip's CLIP, both towers.
 
@@ -304,23 +324,28 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig, directory: Path | None = None) -> None:
         """Build the networks.
 
-        directory: of the bundle's own merges file, for configurations that name one.
+        directory: of the bundle's own merges file, for configurations that name one. Raises
+        ValueError for a file that is no list of merges, or too long for the vocabulary.
         """
         import open_clip
         from open_clip.tokenizer import SimpleTokenizer
 
         super().__init__()
         self.config = config
-        towers: dict[str, Any] = {"vision_cfg": config.vision_cfg, "text_cfg": config.text_cfg}
+        towers: dict[str, Any] = {
+            "vision_cfg": asdict(config.vision_cfg),
+            "text_cfg": asdict(config.text_cfg),
+        }
         self.model = open_clip.CLIP(config.embed_dim, quick_gelu=config.quick_gelu, **towers)
-        merges = (
-            {}
-            if config.merges is None or directory is None
-            else {"bpe_path": str(directory / config.merges)}
-        )
+        merges = {}
+        if config.merges is not None and directory is not None:
+            check_merges(directory / config.merges)
+            merges = {"bpe_path": str(directory / config.merges)}
         self.tokenizer = SimpleTokenizer(context_length=config.context_length, **merges)
-        size = config.vision_cfg["image_size"]
-        self.image_size: int = size if isinstance(size, int) else size[0]
+        if merges and self.tokenizer.vocab_size > config.text_cfg.vocab_size:
+            sizes = f"{self.tokenizer.vocab_size} tokens, and vocab_size is"
+            raise ValueError(f"{config.merges} makes {sizes} {config.text_cfg.vocab_size}")
+        self.image_size = config.vision_cfg.image_size
         self.tower: TextTower | None = None
 
     def complete(self) -> None:

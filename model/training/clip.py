@@ -278,7 +278,7 @@ def main() -> None:
         merges.parent.mkdir(parents=True, exist_ok=True)
         merges.write_bytes((kept / str(tiny.CLIP.merges)).read_bytes())
     elif not merges.exists():
-        learn_merges(merges, tiny.CLIP.text_cfg["vocab_size"], scenes.captions(_LEARNT_FROM))
+        learn_merges(merges, tiny.CLIP.text_cfg.vocab_size, scenes.captions(_LEARNT_FROM))
     clip = CLIP(tiny.CLIP, o.checkpoint.parent)
     if kept is not None:
         clip.load_state_dict(load_v3(kept, torch.device("cpu"), torch.float32).clip.state_dict())

@@ -168,7 +168,7 @@ def _prepare_data(plan: Plan) -> None:
     if not merges.exists():
         clip.learn_merges(
             s / "learnt.gz",
-            tiny.CLIP.text_cfg["vocab_size"],
+            tiny.CLIP.text_cfg.vocab_size,
             scenes.captions(1000 if plan.smoke else 20_000),
         )
         (s / "learnt.gz").rename(merges)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from model.config import (
     ByteEncoderConfig,
     CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
     DenoiserConfig,
     PriorConfig,
     Recipe,
@@ -28,16 +30,11 @@ BYTE_ENCODER = ByteEncoderConfig(
 CLIP = CLIPConfig(
     embed_dim=192,
     # Four layers that are one deep are a small residual network: it learns to tell kinds from far
-    # fewer images than a transformer.
-    vision_cfg={"image_size": 64, "width": 12, "layers": [1, 1, 1, 1], "head_width": 32},
-    text_cfg={
-        "context_length": 48,
-        "vocab_size": 1792,
-        "width": 128,
-        "heads": 4,
-        "layers": 3,
-        "mlp_ratio": 2.0,
-    },
+    # fewer pictures than a transformer.
+    vision_cfg=CLIPVisionConfig(image_size=64, width=12, layers=(1, 1, 1, 1), head_width=32),
+    text_cfg=CLIPTextConfig(
+        context_length=48, vocab_size=1792, width=128, heads=4, layers=3, mlp_ratio=2.0
+    ),
     merges="clip_merges.txt.gz",
 )
 

@@ -9,11 +9,15 @@ from typing import Never
 import typer
 
 FAILED, INVALID = 1, 2
+MAX_LINE = 1000
 
 
 def fail(message: str, code: int) -> Never:
-    """Print the error and exit."""
-    typer.echo(f"paellera: {message}", err=True)
+    """Print the error as one line of printable text and exit: files may have quoted themselves."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    if len(line) > MAX_LINE:
+        line = f"{line[:MAX_LINE]}…"
+    typer.echo(f"paellera: {line}", err=True)
     raise typer.Exit(code)
 
 

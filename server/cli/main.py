@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import socket
 import sys
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.errors import FAILED, fail, one_line_errors
+from server.cli.errors import FAILED, INVALID, fail, one_line_errors
 from server.cli.generate import Weights, read_settings, register
 from server.cli.weights import weights_app
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -96,7 +99,7 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM, then drain.
 
     Raises:
-        SystemExit: 0 after SIGTERM, 1 if the server could not start.
+        SystemExit: 0 after SIGTERM, 1 if the server could not start, 2 if no worker ever can.
     """
     from server.uvicorn_server import Server
 
@@ -112,6 +115,9 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=listeners)
+    if server.failure:
+        log.critical("server stopped", extra={"fields": {"reason": server.failure}})
+        sys.exit(INVALID)
     if not server.started:
         fail("the server could not start; the log has the reason", FAILED)
 
@@ -131,16 +137,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _greet(settings: Settings, port: int) -> None:
-    from rich.console import Console
-
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    ready = (
-        "/readyz"
+    fields = {
+        "address": f"http://{host}:{port}",
+        "weights": settings.bundles,
+        "readiness": "/readyz"
         if settings.operations_port is None
-        else f"/readyz on port {settings.operations_port}"
-    )
-    address, bundles = f"http://{host}:{port}", ", ".join(settings.bundles)
-    message = f"Paellera is starting on {address} with {bundles}; {ready} tells when it is ready."
-    # Serve even if the log's disk is full.
-    with contextlib.suppress(OSError):
-        Console(stderr=True).print(message, markup=False, soft_wrap=True)
+        else f"/readyz on port {settings.operations_port}",
+    }
+    log.info("server starting", extra={"fields": fields})

@@ -89,15 +89,21 @@ def recorded_request(png: bytes, files: Sequence[bytes]) -> tuple[Operation, dic
         files: images and masks that were sent with the request.
 
     Raises:
-        ValueError: the image has no parameters, or needs a file that is not in `files`.
+        ValueError: the image has no parameters, senseless ones, or needs a file that is not in
+            `files`.
     """
     fields = read_parameters(png)
     operation, frame = fields.pop("operation", "generate"), fields.pop("frame", 0)
-    if operation not in OPERATIONS:
-        raise ValueError(f"the image's operation is unknown, {operation!r}")
+    if not isinstance(operation, str) or operation not in OPERATIONS:
+        raise ValueError(f"the image's operation is unknown, {str(operation)[:80]!r}")
+    if type(frame) is not int or frame < 0:
+        raise ValueError(f"the image's frame is no number of one, {str(frame)[:80]!r}")
     fields.pop("truncated", None)
     by_hash = {file_hash(content): content for content in files}
-    return operation, _with_files(fields, by_hash), frame
+    try:
+        return operation, _with_files(fields, by_hash), frame
+    except RecursionError:
+        raise ValueError("the image's parameters are nested too deeply") from None
 
 
 def _with_files(value: Any, files: Mapping[str, bytes], name: str = "") -> Any:
@@ -108,6 +114,6 @@ def _with_files(value: Any, files: Mapping[str, bytes], name: str = "") -> Any:
         return [_with_files(inner, files, name) for inner in value]
     if name not in ("image", "mask", "references"):
         return value
-    if value not in files:
-        raise ValueError(f"the {name} with {value} is missing; give it by --{name}")
+    if not isinstance(value, str) or value not in files:
+        raise ValueError(f"the {name} with {str(value)[:80]} is missing; give it by --{name}")
     return files[value]

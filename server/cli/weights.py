@@ -51,7 +51,8 @@ def list_weights() -> None:
         typer.echo(f"  {name:<16} {', '.join(bundle.files)}; recipes {', '.join(bundle.recipes)}")
     for key, file in manifest.files.items():
         network = f"{file.generation} {file.network:<9}{_size(file.bytes)}"
-        typer.echo(f"  {key:<16} {network}  {file.licence:<11} {file.where}")
+        note = "" if file.sha256 else "  (no known sha256)"
+        typer.echo(f"  {key:<16} {network}  {file.licence:<11} {file.where}{note}")
 
 
 @weights_app.command()
@@ -71,6 +72,9 @@ def fetch(
                 typer.echo(f"{file.path} is not on the hub; it is among {file.source}", err=True)
             else:
                 typer.echo(f"{file.where}: {fetch_file(file)}")
+                if file.sha256 is None:
+                    note = "nobody states its sha256; that of the first fetch is enforced"
+                    typer.echo(f"{file.where}: {note}", err=True)
 
 
 @weights_app.command("import")

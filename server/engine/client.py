@@ -173,18 +173,20 @@ class EngineClient:
         """Refuse new jobs, give the unfinished ones `drain_timeout_s`, then stop the workers."""
         self._draining = True
         if answers := [entry.answer for entry in self._pending.values()]:
-            await asyncio.wait(answers, timeout=self._settings.drain_timeout_s)
+            hopeless = self.status().fatal and not any(w.accepting for w in self.workers)
+            await asyncio.wait(answers, timeout=0 if hopeless else self._settings.drain_timeout_s)
         for entry in self._pending.values():
             entry.resolve(Draining("the server is stopping"))
         await asyncio.gather(*(worker.stop() for worker in self.workers))
 
     def status(self) -> WorkerStatus:
-        """Return ready when every worker is; otherwise the reason of the first that is not.
+        """Return ready while any worker is; otherwise the reason of the first.
 
-        The reason names the number of requests that wait for a worker.
+        A worker that can never start comes first. The reason names the number of requests that wait
+        for a worker.
         """
         statuses = [worker.status for worker in self.workers]
-        status = next((status for status in statuses if not status.ready), statuses[0])
+        status = max(statuses, key=lambda status: (status.fatal is not None, status.ready))
         if self._draining:
             return replace(status, ready=False, reason="draining")
         waiting = sum(entry.worker is None for entry in self._pending.values())
@@ -306,9 +308,12 @@ class EngineClient:
         return not self._pending and now - self._latency.measured_at > RETRY_FORECAST_S
 
     def _dispatch(self, entry: PendingJob) -> None:
-        """Send the job to the worker with the fewest rows, or let it wait for one."""
+        """Send the job to the worker with the fewest rows, or let it wait for one.
+
+        A silent worker is the last choice.
+        """
         if workers := [worker for worker in self.workers if worker.accepting]:
-            entry.send_to(min(workers, key=lambda worker: worker.rows_owed))
+            entry.send_to(min(workers, key=lambda w: (not w.status.ready, w.rows_owed)))
             return
         error = WorkerLost if entry.sent_at else Starting
         loop = asyncio.get_running_loop()

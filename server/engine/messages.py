@@ -173,6 +173,14 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Crashed:
+    """The process ends by an error. lasting: whether another process would meet it again."""
+
+    reason: str
+    lasting: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Seconds of a job in each stage of the worker.
 
@@ -309,7 +317,7 @@ class Heartbeat:
 
 
 ToWorker = Job | Cancel | Stop
-FromWorker = Ready | Preview | Drawn | Finished | Failed | Dropped | Running | Heartbeat
+FromWorker = Ready | Crashed | Preview | Drawn | Finished | Failed | Dropped | Running | Heartbeat
 
 
 # ── the pipe ──────────────────────────────────────────────────────────────────────────────────────

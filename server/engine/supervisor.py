@@ -8,22 +8,16 @@ The API process never imports torch: the worker's code is imported in the child 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from typing import Protocol
 
 from server.engine.messages import (
     Cancel,
+    Crashed,
     Drawn,
     Dropped,
     Failed,
@@ -34,21 +28,17 @@ from server.engine.messages import (
     Preview,
     Ready,
     Running,
-    Stop,
-    ToWorker,
-    receive_message,
-    send_message,
 )
+from server.engine.worker_process import EXIT_GRACE_S, WorkerProcess
+from server.engine.worker_process import WorkerMain as WorkerMain
 from server.metrics import Metrics, WorkerState
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-WorkerMain = Callable[[Connection, Settings], None]
 # The messages that concern jobs, and are passed on.
 WorkerMessage = Running | Preview | Drawn | Finished | Failed | Heartbeat
 
-EXIT_GRACE_S = 5.0
 FIRST_RESTART_DELAY_S = 0.1
 LAST_RESTART_DELAY_S = 30.0
 
@@ -75,121 +65,19 @@ def run_worker(connection: Connection, settings: Settings) -> None:
     main(connection, settings)
 
 
-def _run(main: WorkerMain, connection: Connection, settings: Settings) -> None:
-    # A terminal's Ctrl-C and a service manager's SIGTERM reach every process of the group, but only
-    # the parent decides when the worker stops: after the drain.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    main(connection, settings)
-
-
-class WorkerProcess:
-    """A started child process.
-
-    Sending and receiving have a thread each, since a pipe blocks when its other end is busy and the
-    event loop must not. exited: its exit code, once it has exited and every message it sent has
-    been passed to `on_message`.
-    """
-
-    def __init__(
-        self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]
-    ) -> None:
-        self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        self._on_message = on_message
-        self._outbox: SimpleQueue[ToWorker | None] = SimpleQueue()
-        context = multiprocessing.get_context("spawn")
-        self._connection, self._far_end = context.Pipe()
-        self._process = context.Process(
-            target=_run, args=(main, self._far_end, settings), name="paellera-worker", daemon=True
-        )
-        self._sender = threading.Thread(target=self._send_all, name="worker-sender", daemon=True)
-        self._receiver = threading.Thread(
-            target=self._receive_all, name="worker-receiver", daemon=True
-        )
-
-    def start(self) -> None:
-        """Start the process. Raises OSError if the system grants none."""
-        try:
-            self._process.start()
-        except BaseException:
-            self._connection.close()
-            raise
-        finally:
-            # The pipe reports the child's end only if no other process holds the child's side of
-            # it.
-            self._far_end.close()
-        # An exiting interpreter sends its children SIGTERM and waits for them; this one ignores
-        # that.
-        atexit.register(self.kill)
-        self._sender.start()
-        self._receiver.start()
-
-    def send(self, message: ToWorker) -> None:
-        """Queue the message.
-
-        A message to a worker that has exited is lost; `exited` reports the exit.
-        """
-        self._outbox.put(message)
-
-    @property
-    def pid(self) -> int | None:
-        """Return the process's number, None before it is started."""
-        return self._process.pid
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self._process.kill()
-
-    async def stop(self, grace_s: float) -> None:
-        """Ask the worker to exit; kill it after `grace_s`."""
-        self.send(Stop())
-        await asyncio.wait([self.exited], timeout=grace_s)
-        if not self.exited.done():
-            self.kill()
-            await self.exited
-
-    def _send_all(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            with contextlib.suppress(OSError):
-                send_message(self._connection, message)
-
-    def _receive_all(self) -> None:
-        loop = self.exited.get_loop()
-        try:
-            while True:
-                loop.call_soon_threadsafe(self._on_message, receive_message(self._connection))
-        except (EOFError, OSError):
-            pass
-        except Exception:
-            log.exception("worker killed: unreadable message")
-            self.kill()
-        self._reap()
-        # The loop is closed already when an interpreter exits without having stopped the client.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(self.exited.set_result, self._process.exitcode)
-
-    def _reap(self) -> None:
-        self._process.join(EXIT_GRACE_S)
-        if self._process.exitcode is None:
-            self.kill()
-            self._process.join()
-        atexit.unregister(self.kill)
-        self._outbox.put(None)
-        self._sender.join()
-        self._connection.close()
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """Whether a job sent now would be started, and if not, why.
 
-    device, dtype: the worker's, None before it is first ready.
+    device, dtype: the worker's, None before it is first ready. fatal: why the first start failed,
+    if every other would too.
     """
 
     ready: bool
     reason: str
     device: str | None = None
     dtype: str | None = None
+    fatal: str | None = None
 
 
 class Listener(Protocol):
@@ -223,10 +111,15 @@ class Supervisor:
         self.failures = 0
         # Rows of the jobs that the worker has not answered, cancelled ones included.
         self._owed: dict[str, int] = {}
+        self._was_ready = False
         self._cancelled_at: dict[str, float] = {}
         self._running: tuple[str, ...] = ()
-        # Since when the worker should have sent a message; None while it has nothing to do.
-        self._silent_since: float | None = None
+        self._started_at = 0.0
+        # The worker's last message; None while it is not ready. An idle worker sends heartbeats.
+        self._heard_at: float | None = None
+        # Why this worker ends: its own last message, or the supervisor's for killing it.
+        self._crash: Crashed | None = None
+        self._killed_for: str | None = None
 
     async def start(self) -> None:
         """Start the first worker and return before it is ready.
@@ -236,7 +129,7 @@ class Supervisor:
         self._worker = self._start_worker()
         self._tasks = [
             asyncio.create_task(self._keep_alive()),
-            asyncio.create_task(self._watch_for_stalls()),
+            asyncio.create_task(self._watch()),
         ]
 
     async def stop(self) -> None:
@@ -251,14 +144,13 @@ class Supervisor:
     def status(self) -> WorkerStatus:
         """The worker's state, for probes and for dispatching."""
         if self._status.ready and self._stalled:
-            silent = f"the worker has not answered for {self._settings.stall_timeout_s:g} s"
-            return WorkerStatus(False, silent, self._status.device, self._status.dtype)
+            return WorkerStatus(False, self._silence, self._status.device, self._status.dtype)
         return self._status
 
     @property
     def state(self) -> WorkerState:
         """The worker's figures for /metrics."""
-        silent_s = 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
+        silent_s = 0.0 if self._heard_at is None else time.monotonic() - self._heard_at
         return WorkerState(self.status.ready, silent_s, self.last_heartbeat.stats)
 
     @property
@@ -279,7 +171,6 @@ class Supervisor:
     def send(self, job: Job) -> None:
         """Send the worker a job."""
         self._owed[job.id] = len(job.seeds)
-        self._silent_since = self._silent_since or time.monotonic()
         self._worker.send(job)
 
     def cancel(self, id: str) -> None:
@@ -294,7 +185,10 @@ class Supervisor:
         match message:
             case Ready(device, dtype):
                 self._status = WorkerStatus(True, "ready", device, dtype)
+                self._was_ready = True
                 self._listener.on_worker_ready(self)
+            case Crashed():
+                self._crash = message
             case Finished(id=id) | Failed(id=id):
                 self.failures = 0
                 self._owed.pop(id, None)
@@ -311,26 +205,36 @@ class Supervisor:
             case Heartbeat():
                 self.last_heartbeat = message
                 self._listener.on_worker_message(self, message)
-        self._silent_since = time.monotonic() if self._owed else None
+        self._heard_at = time.monotonic() if self._status.ready else None
 
     # ── crashes and stalls ────────────────────────────────────────────────────────────────────────
 
     @property
     def _stalled(self) -> bool:
-        if self._silent_since is None:
+        if self._heard_at is None:
             return False
-        return time.monotonic() - self._silent_since > self._settings.stall_timeout_s
+        return time.monotonic() - self._heard_at > self._settings.stall_timeout_s
+
+    @property
+    def _silence(self) -> str:
+        return f"the worker has not answered for {self._settings.stall_timeout_s:g} s"
+
+    @property
+    def _start_expired(self) -> bool:
+        loading = not self._status.ready and not self._worker.exited.done()
+        return loading and time.monotonic() - self._started_at > self._settings.start_timeout_s
 
     def _start_worker(self) -> WorkerProcess:
         worker = WorkerProcess(self._main, self._settings, self._on_message)
         worker.start()
+        self._started_at, self._crash, self._killed_for = time.monotonic(), None, None
         return worker
 
     async def _keep_alive(self) -> None:
         """Replace every worker that exits, each time after a longer delay."""
         while True:
             code = await asyncio.shield(self._worker.exited)
-            self._lose(f"the worker exited with code {code}")
+            self._lose(self._reason(code))
             while True:
                 self.failures += 1
                 await asyncio.sleep(
@@ -343,22 +247,45 @@ class Supervisor:
                     log.exception("worker not started")
             self._metrics.worker_restarts.inc()
 
+    def _reason(self, code: int | None) -> str:
+        """Return why the worker has exited, in words."""
+        if self._killed_for:
+            return f"{self._killed_for} and was killed"
+        if self._crash:
+            event = "crashed" if self._status.ready else "did not start"
+            return f"the worker {event}: {self._crash.reason}"
+        return f"the worker exited with code {code}"
+
     def _lose(self, reason: str) -> None:
         unfinished = frozenset(self._owed) - self._cancelled_at.keys()
         suspects = unfinished & frozenset(self._running)
         fields = {"reason": reason, "unfinished": len(unfinished), "suspects": sorted(suspects)}
         log.error("worker lost", extra={"fields": fields})
-        self._status = WorkerStatus(ready=False, reason=f"{reason}; another is starting")
+        first = not self._was_ready and not self.failures
+        fatal = reason if first and self._crash and self._crash.lasting else None
+        self._status = WorkerStatus(False, f"{reason}; another is starting", fatal=fatal)
         self._owed, self._cancelled_at = {}, {}
         self._running = ()
-        self._silent_since, self.last_heartbeat = None, Heartbeat((), 0, 0)
+        self._heard_at, self.last_heartbeat = None, Heartbeat((), 0, 0)
         self._listener.on_worker_lost(self, reason, unfinished, suspects)
 
-    async def _watch_for_stalls(self) -> None:
+    async def _watch(self) -> None:
+        """Kill a worker that is silent, or not ready, for too long."""
+        interval = min(self._settings.stall_timeout_s, self._settings.start_timeout_s) / 4
         while True:
-            await asyncio.sleep(self._settings.stall_timeout_s / 4)
-            if self._stalled:
-                log.error(
-                    "worker stalled", extra={"fields": {"silent_s": self._settings.stall_timeout_s}}
-                )
-                self._worker.kill()
+            began = time.monotonic()
+            await asyncio.sleep(interval)
+            if time.monotonic() - began > 2 * interval:
+                # This process stood still, and the worker's messages are yet to be read.
+                self._heard_at = self._heard_at and time.monotonic()
+            elif self._stalled:
+                self._kill("worker stalled", self._silence)
+            elif self._start_expired:
+                limit = f"{self._settings.start_timeout_s:g} s"
+                self._kill("worker start timed out", f"the worker was not ready after {limit}")
+
+    def _kill(self, event: str, reason: str) -> None:
+        if self._killed_for is None:
+            log.error(event, extra={"fields": {"reason": reason}})
+        self._killed_for = reason
+        self._worker.kill()

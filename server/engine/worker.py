@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -18,10 +19,10 @@ import torch
 
 from model.row_builder import group_by
 from model.runtime import prepare
-from server import logs
 from server.engine.messages import (
     Cancel,
     Count,
+    Crashed,
     Drawn,
     Dropped,
     Failed,
@@ -42,6 +43,7 @@ from server.engine.messages import (
 )
 from server.engine.runner import DECODE_ROWS, Decoding, Runner, Stopwatch
 from server.engine.scheduler import Pool, RowId, Scheduler
+from server.engine.worker_process import describe
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -266,8 +268,16 @@ class _Progress:
 class Worker:
     """One runner, one scheduler, and the pipe to the API process."""
 
-    def __init__(self, connection: Connection, runner: Runner, max_rows: int) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        runner: Runner,
+        max_rows: int,
+        idle_heartbeat_s: float = _IDLE_HEARTBEAT_S,
+    ) -> None:
+        """Create the worker. idle_heartbeat_s: interval of the heartbeats without jobs."""
         self.connection, self.runner = connection, runner
+        self._idle_heartbeat_s = idle_heartbeat_s
         self.scheduler, self.decode_queue = Scheduler(max_rows), DecodeQueue()
         self._progress: dict[str, _Progress] = {}
         self._steps: list[Step] = []
@@ -287,7 +297,7 @@ class Worker:
 
     def _receive(self) -> bool:
         """Take every message in the pipe; wait for one only when idle. Return False to stop."""
-        while self.connection.poll(_IDLE_HEARTBEAT_S if self.scheduler.idle else 0):
+        while self.connection.poll(self._idle_heartbeat_s if self.scheduler.idle else 0):
             match receive_message(self.connection):
                 case Job() as job:
                     self.scheduler.add(job)
@@ -496,21 +506,32 @@ def _device_bytes(device: torch.device) -> dict[str, int]:
 def main(
     connection: Connection, settings: Settings, make_runner: Callable[[Settings], Runner] = Runner
 ) -> None:
-    """Run a worker process from its first line to its last. make_runner: loads the weights."""
-    logs.configure(settings.log_level)
+    """Load the weights and serve until told to stop.
+
+    make_runner: loads the weights; its errors are raised.
+    """
     prepare(settings.threads)
     try:
         runner = make_runner(settings)
         runner.warm_up()
         runner.choose_threads()
-        send_message(
-            connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch."))
-        )
-        Worker(connection, runner, settings.max_batch_rows).run()
-    except (EOFError, BrokenPipeError):
-        log.warning("API process gone")
-    except torch.AcceleratorError:
+        _serve(connection, runner, settings)
+    except torch.AcceleratorError as error:
         log.critical("device failed", exc_info=True)
+        with contextlib.suppress(OSError):
+            send_message(connection, Crashed(f"the device failed: {describe(error)}", False))
         # An orderly exit would free tensors on a device that answers to nothing any more, and may
         # hang in it.
         os._exit(DEVICE_FAILED)
+
+
+def _serve(connection: Connection, runner: Runner, settings: Settings) -> None:
+    # Several heartbeats within the timeout.
+    idle_heartbeat_s = min(_IDLE_HEARTBEAT_S, settings.stall_timeout_s / 4)
+    try:
+        send_message(
+            connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch."))
+        )
+        Worker(connection, runner, settings.max_batch_rows, idle_heartbeat_s).run()
+    except (EOFError, BrokenPipeError):
+        log.warning("API process gone")

@@ -58,10 +58,15 @@ class LocalEngine:
         self._not_ready_since: float | None = None
 
     async def start(self, timeout_s: float) -> None:
-        """Wait until the workers are ready. Raises RuntimeError after the timeout."""
+        """Wait until a worker is ready.
+
+        Raises RuntimeError after the timeout, or at once if no worker can ever start.
+        """
         await self._engine.start()
         deadline = time.monotonic() + timeout_s
         while not (status := self._engine.status()).ready:
+            if status.fatal:
+                raise RuntimeError(status.fatal)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no worker was ready within {timeout_s:g} s: {status.reason}")
             await asyncio.sleep(0.05)

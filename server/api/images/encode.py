@@ -74,7 +74,16 @@ def read_parameters(png: bytes) -> dict[str, Any]:
     try:
         with PIL.Image.open(io.BytesIO(png), formats=("PNG",)) as image:
             parameters = json.loads(image.info["parameters"])
-    except (KeyError, ValueError, AttributeError, OSError):
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OSError,
+        RecursionError,
+        SyntaxError,
+        PIL.Image.DecompressionBombError,
+    ):
         raise ValueError("not a PNG with parameters in it") from None
     if not isinstance(parameters, dict):
         raise ValueError("not a PNG with parameters in it")
