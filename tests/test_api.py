@@ -454,7 +454,9 @@ def test_of_workers_that_were_replaced_nothing_is_left_and_nothing_is_counted_tw
 
 
 def test_a_request_that_is_refused_early_counts_for_its_endpoint(fake_settings: Configure) -> None:
-    with served(fake_settings(api_keys="a-key-of-the-house")) as client:
+    with served(
+        fake_settings(api_keys="a-key-of-the-house", open_paths="/readyz,/metrics")
+    ) as client:
         assert post(client).status_code == 401
         wait_until(
             lambda: (
