@@ -552,8 +552,8 @@ def test_prometheus_own_text_is_what_others_get(fake_settings: Configure) -> Non
 
 
 def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Configure) -> None:
-    def security(keys: str) -> dict[str, Any]:
-        client = asking(fake_settings(api_keys=keys))
+    def security(keys: str, **settings: object) -> dict[str, Any]:
+        client = asking(fake_settings(api_keys=keys, **settings))
         document = client.get("/openapi.json", headers=AUTHORIZED).json()
         return {
             path: operation.get("security")
@@ -564,3 +564,8 @@ def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Con
     assert set(map(str, security("").values())) == {"None"}
     assert security(KEY)["/generate"] == [{"HTTPBearer": []}]
     assert security(KEY)["/healthz"] is None
+    assert security(KEY)["/metrics"] == [{"HTTPBearer": []}]
+    assert security(KEY, operations_port=9)["/metrics"] is None
+    opened = security(KEY, open_paths="/metrics,/v1/*")
+    assert [opened[path] for path in ("/metrics", "/v1/models/{name}")] == [None, None]
+    assert opened["/healthz"] == [{"HTTPBearer": []}]

@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI
-from fastapi.security import HTTPBearer
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
@@ -58,8 +57,6 @@ EXPOSED_HEADERS = [
     "retry-after-ms",
     "x-should-retry",
 ]
-# For the documentation page; the middleware checks keys before it reads anything.
-BEARER = HTTPBearer(auto_error=False, description="One of PAELLERA_API_KEYS")
 
 
 def create_app(
@@ -126,6 +123,7 @@ def create_app(
                 await tracing.stop()
 
     app = DocumentedApp(
+        needs_key=settings.needs_key,
         title="Paellera",
         description=DESCRIPTION,
         lifespan=lifespan,
@@ -136,10 +134,9 @@ def create_app(
     app.state.paellera = state
     _add_middleware(app, settings, metrics, tracing)
     register_error_handlers(app)
-    authenticated = [Depends(BEARER)] if settings.keys else []
-    app.include_router(routes_native.router, dependencies=authenticated)
-    app.include_router(routes_openai.router, dependencies=authenticated)
-    app.include_router(routes_models.router, dependencies=authenticated)
+    app.include_router(routes_native.router)
+    app.include_router(routes_openai.router)
+    app.include_router(routes_models.router)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app

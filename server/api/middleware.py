@@ -233,7 +233,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _client(self, request: Request) -> str:
-        if not self._settings.keys or self._settings.is_open(request.scope["path"]):
+        if not self._settings.needs_key(request.scope["path"]):
             return ANYBODY
         return self._keys.name(request.headers.get("authorization", ""))
 
