@@ -22,6 +22,7 @@ from server.api import (
 )
 from server.api.images.admission import ImageDecoder
 from server.api.images.decode import ImageLimits
+from server.api.images.encoder import ImageEncoder
 from server.api.middleware import (
     Guard,
     HealthPort,
@@ -106,6 +107,7 @@ def create_app(
             settings.decode_queue_pixels,
             settings.decode_queue_bytes,
         ),
+        ImageEncoder(settings.queue_rows),
         tracing=tracing,
     )
 
@@ -119,6 +121,7 @@ def create_app(
         finally:
             await state.engine.stop()
             state.decoder.close()
+            state.encoder.close()
             if tracing:
                 await tracing.stop()
 

@@ -501,11 +501,13 @@ async def plan(
     Raises:
         ApiError: 404 unknown weights, 400 unsupported by them, 413 and 422 invalid images or
             fields, 499 the client left.
-        EngineError: the decoder's or the engine's queue is full, or the deadline passed.
+        EngineError: the decoder's, the engine's or the encoder's queue is full, or the deadline
+            passed.
     """
     state, scope = app_state(request), request_state(request).client or ""
     drafted = draft(fields, operation, state.models, state.settings, output, scope)
     planner = partial(OPERATIONS[operation][1], fields, drafted)
+    state.encoder.check_room(_rows(fields))
     if isinstance(fields, GenerateRequest) and not fields.regions:
         planned = planner(Uploads(state.decoder.limits))
     else:
