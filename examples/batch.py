@@ -14,6 +14,8 @@ import httpx
 
 default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
 url = sys.argv[1] if len(sys.argv) > 1 else default
+key = os.environ.get("PAELLERA_CLIENT_KEY")
+headers = {"Authorization": f"Bearer {key}"} if key else {}
 count = int(sys.argv[2]) if len(sys.argv) > 2 else 100
 AT_ONCE = 16
 
@@ -35,7 +37,7 @@ async def draw(client: httpx.AsyncClient, places: asyncio.Semaphore, seed: int) 
 
 async def draw_all() -> list[bytes]:
     places = asyncio.Semaphore(AT_ONCE)
-    async with httpx.AsyncClient(base_url=url, timeout=660) as client:
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=660) as client:
         return await asyncio.gather(*(draw(client, places, seed) for seed in range(count)))
 
 

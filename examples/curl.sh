@@ -2,13 +2,18 @@
 # A prompt becomes a PNG, and the PNG's apple another one. Usage: sh curl.sh [URL]
 set -eu
 url=${1:-${PAELLERA_CLIENT_URL:-http://127.0.0.1:8000}}
+# curl reads the key from its standard input, where no list of processes shows it.
+ask() {
+    printf 'header = "Authorization: Bearer %s"\n' "${PAELLERA_CLIENT_KEY:-none needed}" |
+        curl --fail-with-body --silent --show-error --config - "$@"
+}
 
-curl --fail-with-body --silent --show-error "$url/generate" \
+ask "$url/generate" \
     --header 'Content-Type: application/json' \
     --data '{"prompt": "a red apple on a white background", "seed": 7}' \
     --output apple.png
 
-curl --fail-with-body --silent --show-error "$url/edit" \
+ask "$url/edit" \
     --form image=@apple.png --form prompt='a green apple on a white background' --form seed=7 \
     --output green.png
 

@@ -9,6 +9,8 @@ import httpx
 
 default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
 url = sys.argv[1] if len(sys.argv) > 1 else default
+key = os.environ.get("PAELLERA_CLIENT_KEY")
+headers = {"Authorization": f"Bearer {key}"} if key else {}
 
 answer = httpx.post(
     f"{url}/generate",
@@ -18,6 +20,7 @@ answer = httpx.post(
         "seed": 7,
         "n": 4,
     },
+    headers=headers,
     timeout=60,
 )
 answer.raise_for_status()

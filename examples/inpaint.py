@@ -10,8 +10,10 @@ from PIL import Image
 
 default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
 url = sys.argv[1] if len(sys.argv) > 1 else default
+key = os.environ.get("PAELLERA_CLIENT_KEY")
+headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-with httpx.Client(base_url=url, timeout=60) as client:
+with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
     apple = (
         client.post("/generate", json={"prompt": "a red apple on a white background", "seed": 7})
         .raise_for_status()

@@ -8,6 +8,8 @@ import httpx
 
 default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
 url = sys.argv[1] if len(sys.argv) > 1 else default
+key = os.environ.get("PAELLERA_CLIENT_KEY")
+headers = {"Authorization": f"Bearer {key}"} if key else {}
 
 prompts = (
     "a red apple on a white background",
@@ -23,6 +25,7 @@ answer = httpx.post(
         "seed": 7,
         "response_format": "gif",
     },
+    headers=headers,
     timeout=60,
 )
 Path("way.gif").write_bytes(answer.raise_for_status().content)

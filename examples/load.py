@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
 url = sys.argv[1] if len(sys.argv) > 1 else default
+key = os.environ.get("PAELLERA_CLIENT_KEY")
+headers = {"Authorization": f"Bearer {key}"} if key else {}
 prometheus = sys.argv[2] if len(sys.argv) > 2 else None
 
 REQUESTS = (
@@ -39,7 +41,7 @@ def asked(query: str) -> float:
 def scraped() -> dict[str, float]:
     total = Counter[str]()
     for family in text_string_to_metric_families(
-        httpx.get(f"{url}/metrics").raise_for_status().text
+        httpx.get(f"{url}/metrics", headers=headers).raise_for_status().text
     ):
         for sample in family.samples:
             if sample.labels.get("endpoint") not in (

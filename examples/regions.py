@@ -8,8 +8,11 @@ import httpx
 
 default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
 url = sys.argv[1] if len(sys.argv) > 1 else default
+key = os.environ.get("PAELLERA_CLIENT_KEY")
+headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-width, height = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["native_size"]
+models = httpx.get(f"{url}/v1/models", headers=headers).raise_for_status().json()["data"]
+width, height = models[0]["native_size"]
 answer = httpx.post(
     f"{url}/generate",
     json={
@@ -26,6 +29,7 @@ answer = httpx.post(
         "height": height,
         "seed": 7,
     },
+    headers=headers,
     timeout=60,
 )
 Path("halves.png").write_bytes(answer.raise_for_status().content)

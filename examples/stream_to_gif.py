@@ -11,6 +11,8 @@ from PIL import Image
 
 default = os.environ.get("PAELLERA_CLIENT_URL", "http://127.0.0.1:8000")
 url = sys.argv[1] if len(sys.argv) > 1 else default
+key = os.environ.get("PAELLERA_CLIENT_KEY")
+headers = {"Authorization": f"Bearer {key}"} if key else {}
 
 frames: list[Image.Image] = []
 body = {
@@ -20,7 +22,7 @@ body = {
     "stream": True,
     "partial_images": 8,
 }
-with httpx.stream("POST", f"{url}/generate", json=body, timeout=60) as answer:
+with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=60) as answer:
     answer.raise_for_status()
     for line in answer.iter_lines():
         name, _, value = line.partition(": ")

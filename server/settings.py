@@ -467,9 +467,11 @@ class Settings(BaseSettings):
             return _parts(self.open_paths)
         return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
 
-    def is_open(self, path: str) -> bool:
-        """Return whether a request for the path needs no key."""
-        return any(_matches(path, entry) for entry in self.paths_without_key)
+    def needs_key(self, path: str) -> bool:
+        """Return whether a request for the path needs a key."""
+        return bool(self.keys) and not any(
+            _matches(path, entry) for entry in self.paths_without_key
+        )
 
 
 def _matches(path: str, entry: str) -> bool:

@@ -202,6 +202,10 @@ class TracedEngine:
         """Return whether a job sent now would be started, and if not, why."""
         return self.engine.status()
 
+    def check_room(self, rows: int) -> None:
+        """Raise QueueFull or Draining if a job of so many images would be rejected now."""
+        self.engine.check_room(rows)
+
     @property
     def run(self) -> Callable[..., Coroutine[Any, Any, Finished]]:
         """Run a job; record its stages."""

@@ -290,6 +290,22 @@ async def test_the_queue_is_bounded_in_rows_and_a_job_larger_than_it_is_done_alo
 
 
 @virtual_time
+async def test_room_can_be_asked_for_before_a_job_is_made() -> None:
+    async with engine(queue_rows=4, queue_bytes=100) as e:
+        e.client.check_room(9)
+        await e.ask(job(rows=3))
+        e.client.check_room(1)
+        with pytest.raises(QueueFull) as first:
+            e.client.check_room(2)
+        with pytest.raises(QueueFull) as second:
+            e.client.check_room(2)
+        assert 0 < first.value.retry_after < second.value.retry_after
+        await e.client.stop()
+        with pytest.raises(Draining):
+            e.client.check_room(1)
+
+
+@virtual_time
 async def test_room_in_a_full_queue_is_expected_once_enough_of_the_oldest_jobs_are_done() -> None:
     async with engine(queue_rows=6) as e:
         for rows in (1, 2, 3):
@@ -421,6 +437,20 @@ async def test_every_worker_s_slots_count() -> None:
         e.worker.measure((1, 0.1), (8, 0.1))
         await e.ask(job(rows=8))
         assert (await e.forecast(job())).position == 1
+
+
+@virtual_time
+async def test_slots_of_a_worker_that_is_down_do_not_count() -> None:
+    async with engine(devices="cpu,cpu") as e:
+        e.worker.measure((1, 0.1), (4, 0.1), (8, 0.1))
+        await e.ask(job(rows=8))
+        both = await e.forecast(job())
+        e.workers[1].crash()
+        one = await e.forecast(job())
+        assert (both.position, one.position) == (1, 5)
+        assert one.seconds > both.seconds
+        e.workers[0].crash()
+        assert (await e.forecast(job())).position == 1, "both are about to be ready again"
 
 
 @virtual_time

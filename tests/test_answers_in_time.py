@@ -87,6 +87,23 @@ def test_an_animation_ends_at_the_frame_at_which_nobody_waits_for_it_any_more(
         assert client.post("/interpolate", json=animation).status_code == 200
 
 
+def test_requests_are_429_while_too_many_images_wait_for_their_files(
+    fake_settings: Configure, slow: Slow
+) -> None:
+    with (
+        served(fake_settings(queue_rows=4)) as client,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        held = threads.submit(post, client, n=4, response_format="json")
+        wait_until(lambda: slow.begun > 0)
+        # The engine is idle.
+        answer = post(client)
+        assert (answer.status_code, error_of(answer)["code"]) == (429, "queue_full")
+        slow.go_on.set()
+        assert held.result().status_code == 200
+        assert post(client).status_code == 200
+
+
 def test_the_stream_of_files_that_take_too_long_ends_with_the_error(
     fake_settings: Configure, slow: Slow
 ) -> None:

@@ -5,6 +5,7 @@ the log says of it.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 
 from server.api import create_app
 from server.api.errors import ApiError, from_validation
-from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES, Keys, Rate
+from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES, Concurrency, Keys, Rate
 from server.settings import Settings
 from server.uvicorn_server import Server
 from tests import fake_worker
@@ -245,6 +246,35 @@ def test_one_key_s_rate_is_not_another_s_and_0_is_none() -> None:
     unlimited = Rate(0, 1, clock=lambda: 0.0)
     for _ in range(100):
         unlimited.take("one")
+
+
+def told(limit: Callable[[str], None], client: str = "one") -> float:
+    """Seconds after which the refused client should come back."""
+    with pytest.raises(ApiError) as refused:
+        limit(client)
+    return int((refused.value.headers or {})["retry-after-ms"]) / 1000
+
+
+def test_refused_requests_of_one_key_are_told_different_times_at_which_each_is_let_in() -> None:
+    now = 0.0
+    rate = Rate(60, 1, clock=lambda: now)
+    rate.take("one")
+    times = [told(rate.take) for _ in range(25)]
+    assert times == pytest.approx(range(1, 26))
+    for now in times:  # noqa: B007, the clock reads it
+        rate.take("one")
+    rate.take("other")
+    assert told(rate.take, "other") == 1, "another key has a line of its own"
+
+
+def test_requests_beyond_a_key_s_number_are_told_different_times_too() -> None:
+    concurrency = Concurrency(4, clock=lambda: 0.0)
+    with contextlib.ExitStack() as running:
+        for _ in range(4):
+            running.enter_context(concurrency.count("one"))
+        times = [told(concurrency.check) for _ in range(25)]
+    assert times == pytest.approx([1 + i / 4 for i in range(25)])
+    concurrency.check("one")
 
 
 def test_posts_beyond_the_rate_are_429_with_the_time_to_come_back_and_the_rest_is_not_counted(
@@ -522,8 +552,8 @@ def test_prometheus_own_text_is_what_others_get(fake_settings: Configure) -> Non
 
 
 def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Configure) -> None:
-    def security(keys: str) -> dict[str, Any]:
-        client = asking(fake_settings(api_keys=keys))
+    def security(keys: str, **settings: object) -> dict[str, Any]:
+        client = asking(fake_settings(api_keys=keys, **settings))
         document = client.get("/openapi.json", headers=AUTHORIZED).json()
         return {
             path: operation.get("security")
@@ -534,3 +564,8 @@ def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Con
     assert set(map(str, security("").values())) == {"None"}
     assert security(KEY)["/generate"] == [{"HTTPBearer": []}]
     assert security(KEY)["/healthz"] is None
+    assert security(KEY)["/metrics"] == [{"HTTPBearer": []}]
+    assert security(KEY, operations_port=9)["/metrics"] is None
+    opened = security(KEY, open_paths="/metrics,/v1/*")
+    assert [opened[path] for path in ("/metrics", "/v1/models/{name}")] == [None, None]
+    assert opened["/healthz"] == [{"HTTPBearer": []}]

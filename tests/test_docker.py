@@ -106,6 +106,25 @@ def test_the_composition_asks_prometheus_to_look_where_the_image_has_its_metrics
     assert COMPOSE["services"]["server-gpu"]["build"]["args"] == {"DEVICE": "cuda"}
 
 
+def test_the_composition_passes_on_what_an_operator_of_a_public_server_sets() -> None:
+    names = ("ALLOWED_HOSTS", "API_KEYS", "CORS_ORIGINS", "KEEP_ALIVE_S", "MAX_CONNECTIONS",
+             "OPEN_PATHS", "PUBLIC_URL", "TRUSTED_PROXIES")  # fmt: skip
+    for name in SERVERS:
+        environment = COMPOSE["services"][name]["environment"]
+        for variable in (f"PAELLERA_{name}" for name in names):
+            assert re.fullmatch(rf"\$\{{{variable}:-.*\}}", environment[variable])
+
+
+def test_what_the_composition_passes_on_unset_is_the_server_s_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passed = COMPOSE["services"]["server-cpu"]["environment"]
+    for variable, value in passed.items():
+        monkeypatch.setenv(variable, re.sub(r"\$\{\w+:-(.*)\}", r"\1", value))
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    assert Settings().model_dump() == defaults
+
+
 def test_containers_have_time_to_drain_before_they_are_killed() -> None:
     longest_delay_s = 20
     drain_s = Settings.model_fields["drain_timeout_s"].default + WRITE_TIMEOUT_S

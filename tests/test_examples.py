@@ -13,17 +13,27 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import PIL.Image
 import pytest
 
+from server.api import create_app
+from tests import fake_worker
+from tests.conftest import serving, wait_until
+from tests.test_auth import KEY, Configure
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
 
 
-def run(directory: Path, name: str, *arguments: str) -> str:
+def run(directory: Path, name: str, *arguments: str, key: str | None = None) -> str:
     """What it prints."""
     interpreter = "sh" if name.endswith(".sh") else sys.executable
     environment = dict(os.environ)
     environment.pop("PAELLERA_CLIENT_URL", None)
+    environment.pop("PAELLERA_CLIENT_KEY", None)
+    if key is not None:
+        environment["PAELLERA_CLIENT_KEY"] = key
     command = [interpreter, str(EXAMPLES / name), *arguments]
     done = subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300
@@ -132,10 +142,22 @@ def test_load_can_be_read_from_prometheus_too(prometheus: str, tmp_path: Path) -
     assert {figure[-1] for figure in figures} == {"1.5"}
 
 
+@pytest.fixture(scope="module")
+def keyed(fake_settings: Configure) -> Iterator[str]:
+    """The address of a server that asks for KEY."""
+    with serving(create_app(fake_settings(api_keys=KEY), worker=fake_worker.main)) as address:
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        yield address
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_sends_the_key_of_the_environment(
+    keyed: str, tmp_path: Path, name: str
+) -> None:
+    count = ["2"] if name == "batch.py" else []
+    assert run(tmp_path, name, keyed, *count, key=KEY)
+
+
 def test_every_example_is_run_here() -> None:
     text = Path(__file__).read_text()
-    assert all(
-        f'"{example.name}"' in text
-        for example in EXAMPLES.iterdir()
-        if example.suffix in (".py", ".sh")
-    )
+    assert all(f'"{name}"' in text for name in NAMES)

@@ -90,6 +90,12 @@ def test_every_module_with_mutants_has_tests() -> None:
         assert related_tests(mutant.module)
 
 
+def test_modules_and_tests_that_are_related_exist() -> None:
+    for module, tests in mutate.RELATED_TESTS.items():
+        assert (mutate.ROOT / module).exists()
+        assert all((mutate.ROOT / "tests" / f"{name}.py").exists() for name in tests), module
+
+
 def planted(name: str) -> Mutant:
     return Mutant("a.py", 1, "", "x", "x", name, "source")
 

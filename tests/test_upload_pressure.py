@@ -101,6 +101,29 @@ def test_a_full_queue_of_images_is_429_and_text_is_not_held_up(
         assert variations(client, 4).status_code == 200
 
 
+def test_images_are_not_decoded_for_an_engine_without_room(
+    fake_settings: Configure, gate: threading.Event, decoder: Callable[[], ImageDecoder]
+) -> None:
+    with (
+        served(fake_settings(queue_rows=2)) as client,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        body = {"prompt": "hold", "n": 2, "timeout_s": 20}
+        client.headers["X-Request-Id"] = "held"
+        held = threads.submit(client.post, "/generate", json=body)
+        wait_until(lambda: metric(client, "paella_rows_running") == 2)
+        # The gate is shut: an answer comes without it or not at all.
+        refused = [variations(client, 1) for _ in range(2)]
+        assert [(answer.status_code, error_of(answer)["code"]) for answer in refused] == [
+            (429, "queue_full")
+        ] * 2
+        assert refused[0].headers["retry-after-ms"] != refused[1].headers["retry-after-ms"]
+        assert client.delete("/requests/held").status_code == 204
+        assert held.result().status_code == 499
+        gate.set()
+        assert variations(client, 1).status_code == 200
+
+
 def test_a_deadline_is_kept_while_images_wait_and_while_they_are_decoded(
     fake_settings: Configure, gate: threading.Event
 ) -> None:

@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI
-from fastapi.security import HTTPBearer
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
@@ -23,6 +22,7 @@ from server.api import (
 )
 from server.api.images.admission import ImageDecoder
 from server.api.images.decode import ImageLimits
+from server.api.images.encoder import ImageEncoder
 from server.api.middleware import (
     Guard,
     HealthPort,
@@ -58,8 +58,6 @@ EXPOSED_HEADERS = [
     "retry-after-ms",
     "x-should-retry",
 ]
-# For the documentation page; the middleware checks keys before it reads anything.
-BEARER = HTTPBearer(auto_error=False, description="One of PAELLERA_API_KEYS")
 
 
 def create_app(
@@ -109,6 +107,7 @@ def create_app(
             settings.decode_queue_pixels,
             settings.decode_queue_bytes,
         ),
+        ImageEncoder(settings.queue_rows),
         tracing=tracing,
     )
 
@@ -122,10 +121,12 @@ def create_app(
         finally:
             await state.engine.stop()
             state.decoder.close()
+            state.encoder.close()
             if tracing:
                 await tracing.stop()
 
     app = DocumentedApp(
+        needs_key=settings.needs_key,
         title="Paellera",
         description=DESCRIPTION,
         lifespan=lifespan,
@@ -136,10 +137,9 @@ def create_app(
     app.state.paellera = state
     _add_middleware(app, settings, metrics, tracing)
     register_error_handlers(app)
-    authenticated = [Depends(BEARER)] if settings.keys else []
-    app.include_router(routes_native.router, dependencies=authenticated)
-    app.include_router(routes_openai.router, dependencies=authenticated)
-    app.include_router(routes_models.router, dependencies=authenticated)
+    app.include_router(routes_native.router)
+    app.include_router(routes_openai.router)
+    app.include_router(routes_models.router)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http import HTTPStatus
@@ -37,6 +37,7 @@ from server.api.routes_health import PATHS
 from server.api.state import RequestState, add_request_state, app_state, request_state
 from server.api.transfer import ClientStalledError
 from server.engine.errors import EngineError
+from server.engine.retry_slots import RetrySlots
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -58,7 +59,7 @@ MAX_HEADER_BYTES = 32 * 1024
 
 # Client name of a request without a key: the limits then hold for all such requests together.
 ANYBODY = "anybody"
-# The remaining time of running requests is unknown here.
+# The time that a request takes is unknown here, seconds.
 CONCURRENCY_RETRY_S = 1.0
 
 
@@ -232,7 +233,7 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _client(self, request: Request) -> str:
-        if not self._settings.keys or self._settings.is_open(request.scope["path"]):
+        if not self._settings.needs_key(request.scope["path"]):
             return ANYBODY
         return self._keys.name(request.headers.get("authorization", ""))
 
@@ -325,9 +326,15 @@ class Rate:
         self._clock = clock
         # By client, the time at which its requests would be due if they came evenly.
         self._due: dict[str, float] = {}
+        self._retry_slots = defaultdict[str, RetrySlots](RetrySlots)
 
     def take(self, client: str) -> None:
-        """Count a request. Raises ApiError 429 beyond the limit, without counting it."""
+        """Count a request.
+
+        Raises:
+            ApiError: 429 beyond the limit, without counting the request. Each is told to retry
+                when there will be room for it behind those that were told before.
+        """
         now = self._clock()
         due = max(self._due.get(client, now), now)
         wait = due - now - self._tolerance
@@ -337,7 +344,7 @@ class Rate:
                 HTTPStatus.TOO_MANY_REQUESTS,
                 "rate_limit_exceeded",
                 "too many requests per minute",
-                headers=retry_headers(wait),
+                headers=retry_headers(self._retry_slots[client].take(wait, self._interval, now)),
             )
         self._due[client] = due + self._interval
 
@@ -345,18 +352,22 @@ class Rate:
 class Concurrency:
     """Limit of a client's unanswered requests; 0: no limit."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._clock = limit, clock
         self._running: Counter[str] = Counter()
+        self._retry_slots = defaultdict[str, RetrySlots](RetrySlots)
 
     def check(self, client: str) -> None:
-        """Raise ApiError 429 if the client may not have one more."""
+        """Raise ApiError 429 if the client may not have one more; each is told another time."""
         if self._limit and self._running[client] >= self._limit:
+            spacing_s = CONCURRENCY_RETRY_S / self._limit
+            slots = self._retry_slots[client]
+            wait = slots.take(CONCURRENCY_RETRY_S, spacing_s, self._clock())
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
                 "concurrency_exceeded",
                 f"at most {self._limit} requests may be unanswered at once",
-                headers=retry_headers(CONCURRENCY_RETRY_S),
+                headers=retry_headers(wait),
             )
 
     @contextmanager

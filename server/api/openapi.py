@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,6 +25,11 @@ ERRORS = {
     500: "Failed; x-should-retry: false if a retry cannot help",
     503: "Starting, draining, or the worker was lost",
     504: "Deadline exceeded",
+}
+BEARER, KEY_DESCRIPTION = "HTTPBearer", "One of PAELLERA_API_KEYS"
+KEY_MISSING = {
+    "description": ERRORS[401],
+    "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}}},
 }
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
@@ -109,13 +115,34 @@ def _without_references(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 class DocumentedApp(FastAPI):
-    """FastAPI with an exact document: integer bounds are integers, and forms have no null."""
+    """FastAPI with an exact document: whole bounds, forms without null, keys where needed."""
+
+    def __init__(self, needs_key: Callable[[str], bool], **options: Any) -> None:
+        """Create the app.
+
+        Args:
+            needs_key: whether requests for a path need an API key.
+            options: of FastAPI.
+        """
+        super().__init__(**options)
+        self._needs_key = needs_key
 
     def openapi(self) -> dict[str, Any]:
         """Return the document."""
         if self.openapi_schema is None:
-            self.openapi_schema = exact(super().openapi())
+            document = exact(super().openapi())
+            self._describe_keys(document)
+            self.openapi_schema = document
         return self.openapi_schema
+
+    def _describe_keys(self, document: dict[str, Any]) -> None:
+        closed = [path for path in document["paths"] if self._needs_key(path)]
+        for operation in (each for path in closed for each in document["paths"][path].values()):
+            operation["security"] = [{BEARER: []}]
+            operation["responses"].setdefault("401", KEY_MISSING)
+        if closed:
+            scheme = {"type": "http", "scheme": "bearer", "description": KEY_DESCRIPTION}
+            document["components"]["securitySchemes"] = {BEARER: scheme}
 
 
 def exact(document: dict[str, Any]) -> dict[str, Any]:

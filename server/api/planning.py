@@ -501,18 +501,28 @@ async def plan(
     Raises:
         ApiError: 404 unknown weights, 400 unsupported by them, 413 and 422 invalid images or
             fields, 499 the client left.
-        EngineError: the decoder's queue is full, or the deadline passed.
+        EngineError: the decoder's, the engine's or the encoder's queue is full, or the deadline
+            passed.
     """
     state, scope = app_state(request), request_state(request).client or ""
     drafted = draft(fields, operation, state.models, state.settings, output, scope)
     planner = partial(OPERATIONS[operation][1], fields, drafted)
+    state.encoder.check_room(_rows(fields))
     if isinstance(fields, GenerateRequest) and not fields.regions:
         planned = planner(Uploads(state.decoder.limits))
     else:
-        work = state.decoder.run(planner, list(uploaded_files(fields)), drafted.deadline)
+        files = list(uploaded_files(fields))
+        if files:
+            # Decoding would be in vain. The engine checks again when it is done.
+            state.engine.check_room(_rows(fields))
+        work = state.decoder.run(planner, files, drafted.deadline)
         planned = await unless_cancelled(request, _counted(work, state.metrics))
     log_job(request, planned.job)
     return planned
+
+
+def _rows(fields: SamplingFields) -> int:
+    return fields.frames if isinstance(fields, InterpolateRequest) else fields.n
 
 
 async def _counted(work: Coroutine[Any, Any, Plan], metrics: Metrics) -> Plan:

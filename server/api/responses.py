@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
@@ -109,7 +110,9 @@ async def animation_response(
     """Return all images in one file, without parameters in it."""
     frames, began = _Frames(plan, _ordered(finished)), time.perf_counter()
     try:
-        content = await asyncio.to_thread(animate, frames, format, quality)
+        content = await state.encoder.run(
+            partial(animate, frames, format, quality), len(finished.images)
+        )
     finally:
         frames.stop()
     seconds = record_images(state, plan, len(finished.images), began)
@@ -281,7 +284,7 @@ async def encode_all(
         return encode(plan.finish(image), format, quality, parameters)
 
     began = time.perf_counter()
-    work = (asyncio.to_thread(make, image) for image in _ordered(finished))
+    work = (state.encoder.run(partial(make, image)) for image in _ordered(finished))
     contents = await asyncio.gather(*work)
     return list(contents), record_images(state, plan, len(contents), began)
 

@@ -14,6 +14,7 @@ from starlette.types import Scope
 from model.config import BundleConfig
 from server.api.errors import ApiError, cancelled, client_closed
 from server.api.images.admission import ImageDecoder
+from server.api.images.encoder import ImageEncoder
 from server.engine.interface import Engine
 from server.engine.messages import Job
 from server.metrics import Metrics
@@ -34,6 +35,7 @@ class AppState:
     Attributes:
         models: configurations of the served bundles by name, the default first.
         decoder: queue and threads that decode uploaded images.
+        encoder: queue and threads that encode generated images.
         started_at: Unix seconds.
         running: by client and request id, the futures that end running requests with an error.
         tracing: None unless `settings.tracing` is on.
@@ -45,6 +47,7 @@ class AppState:
     engine: Engine
     models: dict[str, BundleConfig]
     decoder: ImageDecoder
+    encoder: ImageEncoder
     started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[tuple[str, str], list[asyncio.Future[ApiError]]] = field(default_factory=dict)
     tracing: Tracing | None = None

@@ -18,12 +18,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.body import TEXT_BODY_BYTES, body_too_large, body_too_slow
 from server.api.errors import ApiError, retry_headers
+from server.engine.retry_slots import RetrySlots
 
 # The scope's key for the connection's transport, where the server gives it.
 TRANSPORT = "paellera.transport"
 # A client must take one piece of an answer within the send timeout, whatever the answer's length.
 PIECE_BYTES = 64 * 1024
+# How long others' bodies take is unknown here, seconds.
 BUDGET_RETRY_S = 1.0
+BUDGET_SPACING_S = 0.25
 
 
 # ── bodies ────────────────────────────────────────────────────────────────────────────────────────
@@ -63,6 +66,7 @@ class BodyBudget:
     def __init__(self, limit: int) -> None:
         self._limit, self._total = limit, 0
         self._bodies: set[_Body] = set()
+        self._retry_slots = RetrySlots()
 
     def add(self, body: _Body, size: int) -> None:
         """Count received bytes; reject one or more bodies, perhaps this one, beyond the limit."""
@@ -80,6 +84,17 @@ class BodyBudget:
         self._bodies.discard(body)
         self._total -= body.counted
         body.counted = 0
+
+    def exceeded(self) -> ApiError:
+        """Return the error for a rejected body; each client is told another time to retry."""
+        now = asyncio.get_running_loop().time()
+        wait_s = self._retry_slots.take(BUDGET_RETRY_S, BUDGET_SPACING_S, now)
+        return ApiError(
+            HTTPStatus.TOO_MANY_REQUESTS,
+            "body_budget_exceeded",
+            "the bodies of all unanswered requests together are too large; try again",
+            headers=retry_headers(wait_s),
+        )
 
     def _slowest(self, latest: _Body) -> _Body:
         now = asyncio.get_running_loop().time()
@@ -139,7 +154,7 @@ class BodyLimit:
             if body.received > self._limit:
                 raise body_too_large(self._limit)
             if body.rejected:
-                raise _budget_exceeded()
+                raise self._budget.exceeded()
             return message
 
         async def send_and_release(message: Message) -> None:
@@ -154,7 +169,7 @@ class BodyLimit:
 
     async def _next(self, receive: Receive, body: _Body) -> Message:
         if body.rejected:
-            raise _budget_exceeded()
+            raise self._budget.exceeded()
         last = body.began + self._total_s
         pause_ends = asyncio.get_running_loop().time() + self._timeout_s
         try:
@@ -162,7 +177,7 @@ class BodyLimit:
                 return await receive()
         except TimeoutError:
             if body.rejected:
-                raise _budget_exceeded() from None
+                raise self._budget.exceeded() from None
             raise body_too_slow(
                 f"no data of the body arrived for {self._timeout_s:g} s"
                 if pause_ends < last
@@ -170,15 +185,6 @@ class BodyLimit:
             ) from None
         finally:
             body.wait = None
-
-
-def _budget_exceeded() -> ApiError:
-    return ApiError(
-        HTTPStatus.TOO_MANY_REQUESTS,
-        "body_budget_exceeded",
-        "the bodies of all unanswered requests together are too large; try again",
-        headers=retry_headers(BUDGET_RETRY_S),
-    )
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────

@@ -194,6 +194,14 @@ class EngineClient:
             return replace(status, reason=f"{status.reason}; requests waiting: {waiting}")
         return status
 
+    def check_room(self, rows: int) -> None:
+        """Reject a job with images before they are decoded, if `run` would reject it now.
+
+        rows: of the job. Raises QueueFull or Draining.
+        """
+        # The size is unknown yet, but any image takes a byte.
+        self._check_room(rows, 1, time.monotonic())
+
     async def run(
         self,
         job: Job,
@@ -236,18 +244,21 @@ class EngineClient:
 
     def _admit(self, job: Job) -> PendingJob:
         now = time.monotonic()
-        if self._draining:
-            raise Draining("the server is stopping")
         if job.deadline <= now:
             raise DeadlineExceeded("the deadline passed")
-        unfinished = self.rows_unfinished
-        # A request larger than the queue itself is still done, alone.
-        if unfinished and (wait_s := self._time_to_room(job)) is not None:
-            raise QueueFull(self._retry_after(wait_s, job, now))
+        self._check_room(len(job.seeds), job.image_bytes, now)
         answer: asyncio.Future[Finished | EngineError] = asyncio.get_running_loop().create_future()
         entry = PendingJob(job, now, self._forecast(job, now), answer, job.image_bytes)
         self._pending[job.id] = entry
         return entry
+
+    def _check_room(self, rows: int, image_bytes: int, now: float) -> None:
+        if self._draining:
+            raise Draining("the server is stopping")
+        # A request larger than the queue itself is still done, alone.
+        wait_s = self._time_to_room(rows, image_bytes) if self._pending else None
+        if wait_s is not None:
+            raise QueueFull(self._retry_after(wait_s, rows, now))
 
     def _forecast(self, job: Job, now: float) -> Forecast:
         """Predict the job's finish. Raises DeadlineUnreachable if it is after the deadline."""
@@ -257,7 +268,9 @@ class EngineClient:
             for entry in self._pending.values()
             if (entry.job.priority, job.priority) != ("batch", "interactive")
         ]
-        slots = self._settings.max_batch_rows * len(self.workers)
+        # Without any, they are all about to start.
+        workers = sum(worker.accepting for worker in self.workers) or len(self.workers)
+        slots = self._settings.max_batch_rows * workers
         left = {
             id: steps for worker in self.workers for id, steps in worker.last_heartbeat.left.items()
         }
@@ -266,7 +279,9 @@ class EngineClient:
         if least is not None and least > allowed and not self._may_try(now):
             alone = self._latency.predict(job, [], slots, now, least=True)
             retryable = alone is None or alone <= allowed
-            retry_after = self._retry_after(least - allowed, job, now) if retryable else None
+            retry_after = (
+                self._retry_after(least - allowed, len(job.seeds), now) if retryable else None
+            )
             raise DeadlineUnreachable(least, allowed, retryable, retry_after)
         finish = self._latency.predict(job, others, slots, now, left)
         before = sum(len(other.seeds) for other in others)
@@ -276,14 +291,14 @@ class EngineClient:
         )
         return Forecast(max(0, before + 1 - slots), seconds)
 
-    def _time_to_room(self, job: Job) -> float | None:
-        """Return the seconds until the job should fit into the queue, by the present pace.
+    def _time_to_room(self, rows: int, image_bytes: int) -> float | None:
+        """Return the seconds until a job of this size should fit into the queue.
 
-        The oldest jobs are expected to be done first. None: it fits now.
+        By the present pace; the oldest jobs are expected to be done first. None: it fits now.
         """
-        excess_rows = self.rows_unfinished + len(job.seeds) - self._settings.queue_rows
+        excess_rows = self.rows_unfinished + rows - self._settings.queue_rows
         held = sum(entry.image_bytes for entry in self._pending.values())
-        excess_bytes = held + job.image_bytes - self._settings.queue_bytes
+        excess_bytes = held + image_bytes - self._settings.queue_bytes
         if excess_rows <= 0 and excess_bytes <= 0:
             return None
         finishing = 0
@@ -295,9 +310,9 @@ class EngineClient:
             excess_bytes -= entry.image_bytes
         return finishing * self._pace.seconds_per_row
 
-    def _retry_after(self, earliest_s: float, job: Job, now: float) -> float:
-        """Return the seconds after which the rejected job's client should retry."""
-        spacing_s = len(job.seeds) * self._pace.seconds_per_row
+    def _retry_after(self, earliest_s: float, rows: int, now: float) -> float:
+        """Return the seconds after which the client of a rejected job of `rows` should retry."""
+        spacing_s = rows * self._pace.seconds_per_row
         return self._retry_slots.take(earliest_s, spacing_s, now)
 
     def _may_try(self, now: float) -> bool:

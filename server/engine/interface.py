@@ -23,6 +23,9 @@ class Engine(Protocol):
     def status(self) -> WorkerStatus:
         """Return whether a job sent now would be started, and if not, why."""
 
+    def check_room(self, rows: int) -> None:
+        """Raise QueueFull or Draining if a job of so many images would be rejected now."""
+
     @property
     def run(self) -> Callable[..., Coroutine[Any, Any, Finished]]:
         """Run a job; hooks are passed by the names of `EngineClient.run`'s parameters."""

@@ -179,6 +179,11 @@ class RemoteEngine:
         none = WorkerStatus(ready=False, reason="no replica has an engine yet")
         return next(ready, next(iter(statuses), none))
 
+    def check_room(self, rows: int) -> None:
+        """Raise Draining; the queues are the replicas' own, which reject in `run`."""
+        if self._draining:
+            raise Draining("the server is stopping")
+
     async def run(self, job: Job, **hooks: Any) -> Finished:
         """Run a job as `EngineClient.run` does, on any replica.
 

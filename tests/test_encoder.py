@@ -1,0 +1,73 @@
+"""Files are made by a bounded number of threads, and requests are refused while too many wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+
+from server.api.images.encoder import ImageEncoder
+from server.engine.errors import Draining, QueueFull
+
+
+class Files:
+    """Files that wait for an event, and how many were made at once."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.begun = threading.Semaphore(0)
+        self.made = 0
+
+    def make(self) -> str:
+        self.begun.release()
+        assert self.go_on.wait(30)
+        self.made += 1
+        return "file"
+
+
+async def test_no_more_files_are_made_at_once_than_there_are_threads() -> None:
+    encoder, files = ImageEncoder(threads=2), Files()
+    tasks = [asyncio.create_task(encoder.run(files.make)) for _ in range(5)]
+    for _ in range(2):
+        assert await asyncio.to_thread(files.begun.acquire, timeout=30)
+    assert not files.begun.acquire(blocking=False)
+    assert encoder.images_unfinished == 5
+    for task in tasks[3:]:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    assert encoder.images_unfinished == 3
+    files.go_on.set()
+    assert await asyncio.gather(*tasks[:3]) == ["file"] * 3
+    assert (files.made, encoder.images_unfinished) == (3, 0), "nobody waits for the others"
+    encoder.close()
+
+
+async def test_requests_are_refused_while_too_many_images_wait_for_their_files() -> None:
+    encoder, files = ImageEncoder(queue_images=8, threads=1), Files()
+    encoder.check_room(64)
+    animation = asyncio.create_task(encoder.run(files.make, images=6))
+    assert await asyncio.to_thread(files.begun.acquire, timeout=30)
+    encoder.check_room(2)
+    waits = []
+    for _ in range(3):
+        with pytest.raises(QueueFull) as full:
+            encoder.check_room(3)
+        waits.append(full.value.retry_after)
+    assert 0 < waits[0] < waits[1] < waits[2]
+    files.go_on.set()
+    await animation
+    encoder.check_room(64)
+    encoder.close()
+
+
+async def test_a_closed_encoder_drains_and_a_failure_is_the_caller_s() -> None:
+    encoder = ImageEncoder()
+    with pytest.raises(ZeroDivisionError):
+        await encoder.run(lambda: 1 // 0)
+    encoder.close()
+    with pytest.raises(Draining):
+        await encoder.run(lambda: None)
+    assert encoder.images_unfinished == 0
