@@ -426,31 +426,34 @@ def test_metrics_count_pictures_requests_and_steps(client: httpx.Client) -> None
 def test_of_workers_that_were_replaced_nothing_is_left_and_nothing_is_counted_twice(
     fake_settings: Configure,
 ) -> None:
-    def processes(client: httpx.Client) -> list[float]:
+    def processes(client: httpx.Client) -> set[float]:
         families = text_string_to_metric_families(client.get("/metrics").text)
-        return [
+        return {
             sample.value
             for family in families
             for sample in family.samples
             if sample.name == "paella_worker_resident_memory_bytes"
-        ]
+        }
+
+    def ready(client: httpx.Client) -> list[float]:
+        return [metric(client, "paella_worker_ready", worker=worker) for worker in "01"]
 
     with served(fake_settings(devices="cpu,cpu")) as client:
         assert metric(client, "paella_images_total", endpoint="/generate") == 0
         post(client)
-        wait_until(lambda: len(processes(client)) == 1)
+        # Idle workers send heartbeats too.
+        wait_until(lambda: len(processes(client)) == 2)
         first = processes(client)
         assert error_of(post(client, "die"))["code"] == "poison"
-        wait_until(lambda: client.get("/readyz").status_code == 200)
-        assert processes(client) == []
+        wait_until(lambda: ready(client) == [1, 1])
         post(client)
-        wait_until(lambda: len(processes(client)) == 1)
-        assert processes(client) != first
+        wait_until(lambda: len(processes(client)) == 2)
+        assert not processes(client) & first
         assert metric(client, "paella_worker_restarts_total") == 2
         assert metric(client, "paella_requests_replayed_total") == 1
         assert metric(client, "paella_images_total", endpoint="/generate") == 2
         assert metric(client, "paella_queue_duration_seconds_count") == 2
-        assert [metric(client, "paella_worker_ready", worker=worker) for worker in "01"] == [1, 1]
+        assert ready(client) == [1, 1]
 
 
 def test_a_request_that_is_refused_early_counts_for_its_endpoint(fake_settings: Configure) -> None:
