@@ -99,13 +99,15 @@ async def test_a_complete_body_counts_until_its_answer_begins_and_is_not_rejecte
 @virtual_time
 async def test_clients_beyond_the_budget_are_told_different_times_to_retry() -> None:
     begin = uploads(2 * CHUNK)
-    await begin().send(b"a" * 2 * CHUNK, more=False)
+    held = begin()
+    await held.send(b"a" * 2 * CHUNK, more=False)
     rejected = [begin() for _ in range(3)]
     for upload in rejected:
         await upload.send(b"a" * 2 * CHUNK, more=False)
     errors = [upload.task.exception() for upload in rejected]
     waits = [error.headers["retry-after-ms"] for error in errors if isinstance(error, ApiError)]
     assert waits == ["1000", "1250", "1500"]
+    assert held.code() is None
 
 
 @virtual_time
