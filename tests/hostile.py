@@ -149,6 +149,26 @@ def with_scans(count: int) -> bytes:
     )
 
 
+def huge_animation(side: int) -> bytes:
+    """Two frames of side x side pixels in about 140 bytes: soon sent, and slow to decode."""
+    frames = [Image.new("RGB", (side, side), colour) for colour in ((0, 0, 0), RED)]
+    return encoded(
+        "WEBP",
+        frames[0],
+        save_all=True,
+        append_images=frames[1:],
+        lossless=True,
+        method=0,
+        quality=0,
+    )
+
+
+def padded(size: int) -> bytes:
+    """A PNG with bytes behind its end, so many in all."""
+    picture = plain_png()
+    return picture + bytes(size - len(picture))
+
+
 def segment(marker: int, data: bytes) -> bytes:
     return bytes((0xFF, marker)) + struct.pack(">H", len(data) + 2) + data
 

@@ -1,0 +1,442 @@
+"""Attack the server in every known way at once, with legitimate requests beside the attacks.
+
+    python -m load_tests.hostile
+    python -m load_tests.hostile --seconds 30 --scale 0.5 --set QUEUE_ROWS=64
+
+Legitimate requests first arrive alone (the quiet phase), and then beside all attacks of
+`load_tests/misbehaving.py`, at the rates of `ATTACKS`. The attackers are one process of the lowest
+priority. In the end it stops without closing its connections, which the server must do by itself.
+Exits with 1 if a process took more memory than docs/limits.md allows, if the p99 of legitimate
+requests was more than three times that of the quiet phase, if one of them was lost, if a connection
+or a row is left, or if the server is not ready. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from multiprocessing.connection import Connection
+
+import httpx
+from rich.table import Table
+
+from load_tests.misbehaving import CLOSED, LEFT, MIB, Client
+from load_tests.processes import open_files, resident_mib, workers
+from load_tests.report import Report, quantiles
+from load_tests.serving import PAELLERA, RUNNING, WAITING, Server, figures, serving
+from load_tests.traffic import (
+    REQUEST_TIMEOUT_S,
+    Answer,
+    Load,
+    Target,
+    kinds_of,
+    poisson_trace,
+)
+from server.environment import PREFIX
+from server.settings import Settings
+from tests.hostile import huge_animation, padded
+
+# MiB of resident memory that docs/limits.md states for the default settings.
+STATED_MIB: Mapping[str, float] = {"api": 0, "worker": 0}
+P99_FACTOR = 3.0
+LOWEST_PRIORITY = 19  # as `nice` counts
+RESTARTS = "paella_worker_restarts_total"
+SCALES, STEP_COUNTS = (0.5, 1.0), (8, 12)
+POLL_S = 0.1
+SETTLED_S = 2.0
+# Beyond the longest timeout that a silent client can use up.
+MARGIN_S = 15.0
+OPEN = "open at the end"
+
+
+# ── the attacks ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """Clients that do the same again and again.
+
+    entry: of section T of the field reports. clients: at once. every_s: seconds from one attempt of
+    a client to its next, or more if the attempt takes longer. together: all at the same time, else
+    one after the other.
+    """
+
+    entry: str
+    name: str
+    clients: int
+    every_s: float
+    attempt: Callable[[Client], Awaitable[object]]
+    together: bool = False
+
+
+@cache
+def _huge() -> bytes:
+    return huge_animation(4096)
+
+
+@cache
+def _long() -> bytes:
+    return padded(15 * MIB)
+
+
+def _leave(client: Client) -> Awaitable[None]:
+    return client.leave_after(random.Random(client.number).uniform(0, 0.3))
+
+
+ATTACKS = (
+    Attack("T1", "endless trailers", 4, 2, Client.send_endless_trailers),
+    Attack("T2", "upgrades that say nothing", 50, 40, Client.upgrade_and_say_nothing),
+    Attack("T3", "h2c offered with a request", 1, 2, Client.ask_for_http2),
+    Attack("T4", "8 images of 4096x4096", 1, 5, lambda c: c.send_files([_huge()] * 8, 1.0)),
+    Attack(
+        "T4",
+        "4 images of 4096x4096, client leaves",
+        1,
+        6,
+        lambda c: c.send_files([_huge()] * 4, 0.3),
+    ),
+    Attack("T5", "answers that nobody reads", 8, 40, lambda c: c.read_nothing(45)),
+    Attack(
+        "T6",
+        "bodies of 31 MiB, a byte every 5 s",
+        24,
+        60,
+        lambda c: c.send_body_slowly(31 * MIB, 12 * MIB, 5),
+    ),
+    Attack("T6", "files of 15 MiB", 4, 20, lambda c: c.send_files([_long()], 5.0)),
+    Attack("T7", "forms of 64 deep texts", 1, 4, Client.send_deep_form),
+    Attack("T7", "lists of 131,072 entries", 1, 2, Client.send_long_list),
+    Attack("T9", "foreign pages and hosts", 2, 1, Client.call_as_foreign_page),
+    Attack(
+        "T33",
+        "8 clients at once, refused and leaving",
+        8,
+        30,
+        lambda c: c.send_files([_huge()] * 4, 1.0),
+        together=True,
+    ),
+    Attack("", "heads of a byte a second", 50, 40, lambda c: c.send_head_slowly(1)),
+    Attack("", "half-open connections", 20, 40, lambda c: c.stay_half_open(40)),
+    Attack("", "resets after a request", 2, 2, _leave),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Attackers:
+    """The process that attacks. seconds: how long. scale: of the rates. nice: its priority."""
+
+    host: str
+    port: int
+    seconds: float
+    scale: float
+    nice: int
+
+    def run(self, report: Connection) -> None:
+        """Attack, and then stop with every connection open; the process must be killed.
+
+        report: gets None at the start, and in the end a Counter of outcomes for each of `ATTACKS`.
+        """
+        _huge(), _long()
+        os.nice(self.nice)
+        asyncio.run(self._run(report))
+
+    async def _run(self, report: Connection) -> None:
+        report.send(None)
+        counts: list[Counter[str]] = [Counter() for _ in ATTACKS]
+        tasks = [
+            asyncio.create_task(self._repeat(attack, number, outcomes))
+            for attack, outcomes in zip(ATTACKS, counts, strict=True)
+            for number in range(attack.clients)
+        ]
+        await asyncio.sleep(self.seconds)
+        report.send([+outcomes for outcomes in counts])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        await asyncio.gather(*tasks)
+
+    async def _repeat(self, attack: Attack, number: int, outcomes: Counter[str]) -> None:
+        client, every_s = Client(self.host, self.port, number), attack.every_s / self.scale
+        # Clients that shall be refused come together.
+        spread_s = 0 if attack.together else min(every_s, self.seconds / 2)
+        await asyncio.sleep(spread_s * number / attack.clients)
+        while True:
+            began = time.monotonic()
+            outcomes[OPEN] += 1
+            try:
+                outcome = await attack.attempt(client)
+            except OSError:
+                outcome = CLOSED
+            outcomes[OPEN] -= 1
+            outcomes[outcome if isinstance(outcome, str) else LEFT] += 1
+            await asyncio.sleep(max(0.0, began + every_s - time.monotonic()))
+
+
+# ── the judge ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The server while and after it was attacked.
+
+    refused: legitimate requests, with an error that says when to come back. quiet, attacked: their
+    latency. peak_mib: resident memory of the API process and of the largest worker at its largest.
+    files_left: open in the API process beyond those before the attack. closed_after_s: seconds
+    until the last connection was closed, once the attackers were silent.
+    """
+
+    sent: int
+    answered: int
+    refused: int
+    quiet: dict[str, float]
+    attacked: dict[str, float]
+    idle_mib: dict[str, float]
+    peak_mib: dict[str, float]
+    files_left: int
+    rows_left: int
+    restarts: int
+    ready: bool
+    closed_after_s: float
+    attempts: list[Counter[str]] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        return self.sent - self.answered - self.refused
+
+
+def judge(found: Measurement, allowed_mib: Mapping[str, float], p99_factor: float) -> list[str]:
+    """Return in words what is not as it must be."""
+    violations = [
+        f"{name}: {found.peak_mib[name]:g} MiB, allowed are {allowed:g}"
+        for name, allowed in allowed_mib.items()
+        if found.peak_mib[name] > allowed
+    ]
+    allowed_ms = p99_factor * found.quiet["p99_ms"]
+    if found.attacked["p99_ms"] > allowed_ms:
+        violations.append(f"p99: {found.attacked['p99_ms']:g} ms, allowed are {allowed_ms:g}")
+    violations += [
+        f"{name}: {number}"
+        for name in ("lost", "files_left", "rows_left", "restarts")
+        if (number := getattr(found, name))
+    ]
+    if not found.ready:
+        violations.append("not ready")
+    return violations
+
+
+# ── the trial ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(arguments: Sequence[str] | None = None, command: Sequence[str] = PAELLERA) -> None:
+    """Run the test on a server of its own. Raises SystemExit with 1 for violations.
+
+    command: the server's, as of `serving`.
+    """
+    sent = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(sent)
+    report = Report("hostile", command=shlex.join(["python", "-m", "load_tests.hostile", *sent]))
+    changes = {f"{PREFIX}{name}": value for name, _, value in map(_partition, options.set)}
+    with serving({f"{PREFIX}LOG_LEVEL": "error", **changes}, command) as server:
+        settings = _settings(changes)
+        found = asyncio.run(Trial(server, settings, options).run())
+    allowed = {"api": options.api_mib, "worker": options.worker_mib}
+    violations = judge(found, allowed, options.p99_factor)
+    report.add(_attack_table(found, options.scale))
+    report.add(_table(found, allowed, options.p99_factor))
+    measured = asdict(found) | {
+        "attempts": [
+            {"entry": attack.entry, "name": attack.name, **outcomes}
+            for attack, outcomes in zip(ATTACKS, found.attempts, strict=True)
+        ]
+    }
+    judged = {"lost": found.lost, "allowed_mib": allowed, "violations": violations}
+    report.emit(measured | judged | {"good": not violations})
+    sys.exit(bool(violations))
+
+
+def _partition(change: str) -> tuple[str, str, str]:
+    return change.partition("=")
+
+
+def _settings(changes: Mapping[str, str]) -> Settings:
+    """Return the settings that a server with these variables has."""
+    with _environment(changes):
+        return Settings()
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.hostile",
+        description="All attacks at once, beside legitimate requests; the last line is JSON.",
+    )
+    add = parser.add_argument
+    add("--seconds", type=float, default=120, help="of attacks, 120 by default")
+    add("--quiet-seconds", type=float, default=60, help="before them, 60 by default")
+    add("--rate", type=float, default=1, help="legitimate requests per second, 1 by default")
+    add("--scale", type=float, default=1, help="of the attacks' rates, 1 by default")
+    add("--nice", type=int, default=LOWEST_PRIORITY, help="the attackers' priority, 19 by default")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a server's setting")
+    add("--api-mib", type=float, default=STATED_MIB["api"], help="ceiling of the API process")
+    add("--worker-mib", type=float, default=STATED_MIB["worker"], help="ceiling of a worker")
+    add("--p99-factor", type=float, default=P99_FACTOR, help="over the quiet phase, 3 by default")
+    return parser.parse_args(arguments)
+
+
+class Trial:
+    """One server and its legitimate requests, in a quiet phase and under attack."""
+
+    def __init__(self, server: Server, settings: Settings, options: argparse.Namespace) -> None:
+        self._server, self._settings, self._options = server, settings, options
+        self._target = Target("paellera", f"{server.url}/generate")
+        sizes = server.sizes()
+        self._kinds = kinds_of([sizes.side(scale) for scale in SCALES], STEP_COUNTS)
+
+    async def run(self) -> Measurement:
+        idle = self._memory_mib()
+        async with self._client() as client:
+            await Load(client).alone(self._target, self._kinds, repeats=2)
+            quiet = await self._requests(client, self._options.quiet_seconds)
+            before = await figures(client)
+        files = await self._fewest_files(0, SETTLED_S)
+        async with self._client() as client:
+            with self._attackers() as report:
+                answers = await self._requests(client, self._options.seconds)
+                attempts = await asyncio.to_thread(report.recv)
+                await client.aclose()
+                silent_since = time.monotonic()
+                files_left = await self._fewest_files(files, self._longest_timeout_s()) - files
+                closed_after_s = time.monotonic() - silent_since
+        async with self._client() as client:
+            after = await figures(client)
+            ready = (await client.get("/readyz")).status_code == httpx.codes.OK
+        return Measurement(
+            sent=len(answers),
+            answered=sum(answer.status == httpx.codes.OK for answer in answers),
+            refused=sum(answer.refused for answer in answers),
+            quiet=quantiles([answer.seconds for answer in quiet]),
+            attacked=quantiles([answer.seconds for answer in answers]),
+            idle_mib=idle,
+            peak_mib=self._memory_mib(peak=True),
+            files_left=max(0, files_left),
+            rows_left=int(after[RUNNING] + after[WAITING]),
+            restarts=int(after[RESTARTS] - before[RESTARTS]),
+            ready=ready,
+            closed_after_s=round(closed_after_s, 1),
+            attempts=attempts,
+        )
+
+    async def _requests(self, client: httpx.AsyncClient, seconds: float) -> list[Answer]:
+        trace = poisson_trace(self._kinds, self._options.rate, seconds, seed=0)
+        return await Load(client).open_loop(self._target, trace)
+
+    @contextmanager
+    def _attackers(self) -> Iterator[Connection]:
+        """Attack in a process for this context; yield where it reports when it falls silent."""
+        spawn = multiprocessing.get_context("spawn")
+        receiver, sender = spawn.Pipe(duplex=False)
+        address, options = httpx.URL(self._server.url), self._options
+        attackers = Attackers(
+            address.host, address.port or 80, options.seconds, options.scale, options.nice
+        )
+        process = spawn.Process(target=attackers.run, args=(sender,))
+        process.start()
+        sender.close()
+        try:
+            receiver.recv()
+            yield receiver
+        finally:
+            process.kill()
+            process.join()
+
+    def _memory_mib(self, *, peak: bool = False) -> dict[str, float]:
+        def largest(pids: Sequence[int]) -> float:
+            return max((resident_mib(pid, peak=peak) or 0.0 for pid in pids), default=0.0)
+
+        return {
+            "api": largest([self._server.pid]),
+            "worker": largest(workers(self._server.pid)),
+        }
+
+    def _longest_timeout_s(self) -> float:
+        """Return how long a connection may be kept for a client that says and reads nothing."""
+        waits = (
+            self._settings.keep_alive_s,
+            self._settings.receive_timeout_s,
+            self._settings.timeout_s + self._settings.send_timeout_s,
+        )
+        return max(waits) + MARGIN_S
+
+    async def _fewest_files(self, enough: int, seconds: float) -> int:
+        """Return the fewest open files of the API process within `seconds`; stop at `enough`."""
+        ends, fewest = time.monotonic() + seconds, sys.maxsize
+        while time.monotonic() < ends and fewest > enough:
+            fewest = min(fewest, open_files(self._server.pid) or 0)
+            await asyncio.sleep(POLL_S)
+        return fewest
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=self._server.url,
+            timeout=REQUEST_TIMEOUT_S,
+            limits=httpx.Limits(max_connections=None),
+        )
+
+
+def _attack_table(found: Measurement, scale: float) -> Table:
+    table = Table(title="Attacks, all at once", title_justify="left")
+    for column in ("entry", "attack", "clients", "attempts/s", "how attempts ended"):
+        table.add_column(column)
+    for attack, outcomes in zip(ATTACKS, found.attempts, strict=True):
+        rate = scale * attack.clients / attack.every_s
+        ended = ", ".join(f"{outcome}: {n}" for outcome, n in sorted(outcomes.items()))
+        table.add_row(attack.entry, attack.name, f"{attack.clients}", f"{rate:.2g}", ended)
+    return table
+
+
+def _table(found: Measurement, allowed_mib: Mapping[str, float], p99_factor: float) -> Table:
+    table = Table(title="The server", title_justify="left")
+    table.add_column("")
+    table.add_column("quiet or idle", justify="right")
+    table.add_column("attacked", justify="right")
+    table.add_column("allowed", justify="right")
+    for name, allowed in allowed_mib.items():
+        sizes = (found.idle_mib[name], found.peak_mib[name], allowed)
+        table.add_row(f"{name} process, MiB", *(f"{mib:.0f}" for mib in sizes))
+    quiet, attacked = found.quiet, found.attacked
+    table.add_row("p50 ms", f"{quiet['p50_ms']:.0f}", f"{attacked['p50_ms']:.0f}", "")
+    limit = f"{p99_factor * quiet['p99_ms']:.0f}"
+    table.add_row("p99 ms", f"{quiet['p99_ms']:.0f}", f"{attacked['p99_ms']:.0f}", limit)
+    table.add_row("answered", f"{quiet['n']}", f"{found.answered} of {found.sent}", "")
+    table.add_row("refused", "", f"{found.refused}", "")
+    table.add_row("lost", "", f"{found.lost}", "0")
+    table.add_row("connections left", "", f"{found.files_left}", "0")
+    table.add_row("seconds until the last was closed", "", f"{found.closed_after_s:g}", "")
+    table.add_row("images left", "", f"{found.rows_left}", "0")
+    table.add_row("worker restarts", "", f"{found.restarts}", "0")
+    table.add_row("ready", "", "yes" if found.ready else "NO", "yes")
+    return table
+
+
+if __name__ == "__main__":
+    main()
