@@ -14,7 +14,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--custom-compile-command 'make lock' --index-url https://pypi.org/simple -c requirements/torch.txt \
 	--excludes requirements/excluded.txt --no-emit-package torch --no-emit-package torchvision
 
-.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak fuzz scenarios mutate evaluate art browser prometheus nginx lock audit sbom clean
+.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak hostile fuzz scenarios mutate evaluate art browser prometheus nginx lock audit sbom clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
@@ -53,7 +53,7 @@ batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; a
 	$(INSTALL) -r requirements/load.txt
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
-faults soak: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests
+faults soak hostile: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests; all attacks at once
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
 evaluate: $(VENV)/.dev art  ## PaellaBench on the embedded weights; ARGS=--quick is short

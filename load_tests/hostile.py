@@ -133,20 +133,29 @@ ATTACKS = (
 )
 
 
+def chosen(only: Sequence[str]) -> list[Attack]:
+    """Return the attacks of these entries, or all of them if there are none."""
+    return [attack for attack in ATTACKS if not only or attack.entry in only]
+
+
 @dataclass(frozen=True, slots=True)
 class Attackers:
-    """The process that attacks. seconds: how long. scale: of the rates. nice: its priority."""
+    """The process that attacks.
+
+    seconds: how long. scale: of the rates. nice: its priority. only: entries; empty for all.
+    """
 
     host: str
     port: int
     seconds: float
     scale: float
     nice: int
+    only: tuple[str, ...]
 
     def run(self, report: Connection) -> None:
         """Attack, and then stop with every connection open; the process must be killed.
 
-        report: gets None at the start, and in the end a Counter of outcomes for each of `ATTACKS`.
+        report: gets None at the start, and in the end a Counter of outcomes for each attack.
         """
         _huge(), _long()
         os.nice(self.nice)
@@ -154,10 +163,11 @@ class Attackers:
 
     async def _run(self, report: Connection) -> None:
         report.send(None)
-        counts: list[Counter[str]] = [Counter() for _ in ATTACKS]
+        attacks = chosen(self.only)
+        counts: list[Counter[str]] = [Counter() for _ in attacks]
         tasks = [
             asyncio.create_task(self._repeat(attack, number, outcomes))
-            for attack, outcomes in zip(ATTACKS, counts, strict=True)
+            for attack, outcomes in zip(attacks, counts, strict=True)
             for number in range(attack.clients)
         ]
         await asyncio.sleep(self.seconds)
@@ -251,12 +261,12 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = PAELLE
         found = asyncio.run(Trial(server, settings, options).run())
     allowed = {"api": options.api_mib, "worker": options.worker_mib}
     violations = judge(found, allowed, options.p99_factor)
-    report.add(_attack_table(found, options.scale))
+    report.add(_attack_table(found, chosen(options.only), options.scale))
     report.add(_table(found, allowed, options.p99_factor))
     measured = asdict(found) | {
         "attempts": [
             {"entry": attack.entry, "name": attack.name, **outcomes}
-            for attack, outcomes in zip(ATTACKS, found.attempts, strict=True)
+            for attack, outcomes in zip(chosen(options.only), found.attempts, strict=True)
         ]
     }
     judged = {"lost": found.lost, "allowed_mib": allowed, "violations": violations}
@@ -295,6 +305,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--quiet-seconds", type=float, default=60, help="before them, 60 by default")
     add("--rate", type=float, default=1, help="legitimate requests per second, 1 by default")
     add("--scale", type=float, default=1, help="of the attacks' rates, 1 by default")
+    add("--only", action="append", default=[], metavar="ENTRY", help="an attack: T4; default: all")
     add("--nice", type=int, default=LOWEST_PRIORITY, help="the attackers' priority, 19 by default")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a server's setting")
     add("--api-mib", type=float, default=STATED_MIB["api"], help="ceiling of the API process")
@@ -357,7 +368,12 @@ class Trial:
         receiver, sender = spawn.Pipe(duplex=False)
         address, options = httpx.URL(self._server.url), self._options
         attackers = Attackers(
-            address.host, address.port or 80, options.seconds, options.scale, options.nice
+            address.host,
+            address.port or 80,
+            options.seconds,
+            options.scale,
+            options.nice,
+            tuple(options.only),
         )
         process = spawn.Process(target=attackers.run, args=(sender,))
         process.start()
@@ -403,11 +419,11 @@ class Trial:
         )
 
 
-def _attack_table(found: Measurement, scale: float) -> Table:
+def _attack_table(found: Measurement, attacks: Sequence[Attack], scale: float) -> Table:
     table = Table(title="Attacks, all at once", title_justify="left")
     for column in ("entry", "attack", "clients", "attempts/s", "how attempts ended"):
         table.add_column(column)
-    for attack, outcomes in zip(ATTACKS, found.attempts, strict=True):
+    for attack, outcomes in zip(attacks, found.attempts, strict=True):
         rate = scale * attack.clients / attack.every_s
         ended = ", ".join(f"{outcome}: {n}" for outcome, n in sorted(outcomes.items()))
         table.add_row(attack.entry, attack.name, f"{attack.clients}", f"{rate:.2g}", ended)

@@ -10,7 +10,12 @@ from collections.abc import Callable, Hashable
 import pytest
 
 from server.engine.runner import LATE, SOON, ThreadTuner
-from server.engine.supervisor import SPIN_COUNT, limit_spin_count
+from server.engine.supervisor import (
+    KERNEL_CACHE_ENTRIES,
+    SPIN_COUNT,
+    limit_kernel_cache,
+    limit_spin_count,
+)
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 
@@ -138,3 +143,12 @@ def test_threads_that_wait_sleep_soon_unless_the_environment_says_how_long_they_
     monkeypatch.setattr(os, "environ", dict(said))
     limit_spin_count()
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("said", [None, "7"])
+def test_kernels_of_few_shapes_are_kept_unless_the_environment_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {"LRU_CACHE_CAPACITY": said} if said else {})
+    limit_kernel_cache()
+    assert os.environ["LRU_CACHE_CAPACITY"] == (said or str(KERNEL_CACHE_ENTRIES))
