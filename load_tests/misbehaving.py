@@ -98,7 +98,8 @@ class Client:
 
     async def upgrade_and_say_nothing(self) -> str:
         """Ask for a WebSocket, announce a body and do not send it."""
-        return await self._exchange([self._head({**WEBSOCKET, "Content-Length": "100"})])
+        announced = {"Content-Type": "application/json", "Content-Length": "100"}
+        return await self._exchange([self._head({**WEBSOCKET, **announced})])
 
     async def ask_for_http2(self) -> str:
         """Send a request that offers h2c, as Java's client does; HTTP/1.1 must answer it."""

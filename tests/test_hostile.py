@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from load_tests.hostile import ATTACKS, Measurement, judge, main
+from load_tests.hostile import ATTACKS, STATED_MIB, Measurement, judge, main
 from load_tests.misbehaving import CLOSED, LEFT, Client
 from load_tests.serving import serving
 from tests.hostile import huge_animation
@@ -31,6 +31,7 @@ GOOD = Measurement(
     closed_after_s=75.0,
 )
 ALLOWED = {"api": 2000.0, "worker": 1500.0}
+ROOT = Path(__file__).parents[1]
 FAKE_SERVER = ("-m", "tests.fake_server")
 
 
@@ -53,6 +54,17 @@ def test_a_server_within_its_bounds_violates_nothing() -> None:
 )
 def test_anything_else_is_named(change: dict[str, Any], words: str) -> None:
     assert judge(replace(GOOD, **change), ALLOWED, 3) == [words]
+
+
+def test_the_ceilings_are_those_of_the_documentation_and_the_sums_of_their_parts() -> None:
+    _, memory = (ROOT / "docs" / "limits.md").read_text().split("\n## Memory\n")
+    tables = [block for block in memory.split("\n## ")[0].split("\n\n") if "**sum" in block]
+    for stated, table in zip(STATED_MIB.values(), tables, strict=True):
+        *parts, total = (
+            int(row.split("|")[-2].strip(" *").replace(",", "")) for row in table.splitlines()[2:]
+        )
+        assert total == stated
+        assert 0 <= total - sum(parts) < 60, "rounded up"
 
 
 @pytest.mark.process
