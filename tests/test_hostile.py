@@ -73,7 +73,7 @@ def test_it_attacks_a_server_and_reports(
 ) -> None:
     monkeypatch.setenv("PAELLERA_WEIGHTS", str(bundle))
     timeouts = ("RECEIVE_TIMEOUT_S=1", "KEEP_ALIVE_S=1", "SEND_TIMEOUT_S=1", "TIMEOUT_S=5")
-    arguments = ["--seconds=4", "--quiet-seconds=1", "--rate=5", "--scale=5", "--p99-factor=1e6"]
+    arguments = ["--seconds=3", "--quiet-seconds=1", "--rate=5", "--scale=5", "--p99-factor=1e6"]
     arguments += [
         "--api-mib=1e6",
         "--worker-mib=1",
