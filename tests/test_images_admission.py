@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 
 from server.api.errors import ApiError
 from server.api.images import admission
-from server.api.images.admission import ImageDecoder, Uploads
+from server.api.images.admission import DECODE_PRIORITY, ImageDecoder, Uploads
 from server.api.images.decode import ImageLimits, decode
 from server.engine.errors import DeadlineExceeded, Draining, EngineError, QueueFull
 from tests.hostile import GREY, SIZE, plain_png, png
@@ -225,3 +227,16 @@ def test_a_stopped_thread_reads_no_further_file() -> None:
     uploads.stop()
     with pytest.raises(DeadlineExceeded):
         uploads.decode(FILE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities")
+async def test_images_are_decoded_at_a_lower_priority_than_steps() -> None:
+    decoder = ImageDecoder(threads=1)
+
+    def priority(uploads: Uploads) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert await decoder.run(priority) == max(own, DECODE_PRIORITY)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+    decoder.close()
