@@ -166,6 +166,11 @@ ROWS: dict[str, tuple[Spec, ...]] = {
         ),
         ("Silent", "s", (("worker {{worker}}", "paella_worker_silent_seconds"),)),
         (
+            "Log lines dropped",
+            "short",
+            (("dropped", f"sum(increase(paella_log_lines_dropped_total{RATE}))"),),
+        ),
+        (
             "Processor",
             "short",
             (
