@@ -34,6 +34,7 @@ from load_tests.traffic import (
     Kind,
     Load,
     Target,
+    generate_endpoint,
     kinds_of,
     poisson_trace,
     slowdowns,
@@ -165,7 +166,7 @@ class Comparison:
         self.servers = {"litserve": peer, "paellera": own}
         self.peer, self.own = (
             Measured(Target("litserve", f"{peer.url}/predict")),
-            Measured(Target("paellera", f"{own.url}/generate")),
+            Measured(generate_endpoint(own.url)),
         )
         self.options = options
         self.kinds = kinds_of(options.sides, options.steps)

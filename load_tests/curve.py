@@ -29,12 +29,13 @@ from load_tests.batching import numbers
 from load_tests.report import Report, quantiles
 from load_tests.serving import Others, Server, figures_when_idle, serving
 from load_tests.traffic import (
-    REQUEST_TIMEOUT_S,
     Answer,
     Arrival,
     Load,
     Target,
+    generate_endpoint,
     kinds_of,
+    open_client,
     poisson_trace,
 )
 
@@ -196,13 +197,10 @@ class Curve:
         self.kinds = kinds_of(options.sides, options.steps)
 
     async def run(self) -> list[Point]:
-        limits = httpx.Limits(max_connections=None)
         points: list[Point] = []
-        async with httpx.AsyncClient(
-            base_url=self.server.url, timeout=REQUEST_TIMEOUT_S, limits=limits
-        ) as client:
+        async with open_client(self.server.url) as client:
             load = Load(client, {"timeout_s": self.options.timeout})
-            target = Target("paellera", f"{self.server.url}/generate")
+            target = generate_endpoint(self.server.url)
             await load.alone(target, self.kinds, repeats=2)
             while (rate := next_rate(points, self.options.first)) is not None:
                 points.append(await self._measure(load, target, rate))

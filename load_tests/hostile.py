@@ -33,17 +33,11 @@ import httpx
 from rich.table import Table
 
 from load_tests.misbehaving import CLOSED, LEFT, MIB, Client
-from load_tests.processes import open_files, resident_mib, workers
+from load_tests.processes import fewest_open_files, resident_mib, workers
 from load_tests.report import Report, quantiles
-from load_tests.serving import PAELLERA, RUNNING, WAITING, Server, figures, serving
-from load_tests.traffic import (
-    REQUEST_TIMEOUT_S,
-    Answer,
-    Load,
-    Target,
-    kinds_of,
-    poisson_trace,
-)
+from load_tests.serving import PAELLERA, RESTARTS, RUNNING, WAITING, Server, figures, serving
+from load_tests.traffic import Answer, Load, generate_endpoint, kinds_of, open_client, poisson_trace
+from load_tests.under_load import SCALES, STEP_COUNTS
 from server.environment import PREFIX
 from server.settings import Settings
 from tests.hostile import huge_animation, padded
@@ -52,9 +46,6 @@ from tests.hostile import huge_animation, padded
 STATED_MIB: Mapping[str, float] = {"api": 2450, "worker": 1950}
 P99_FACTOR = 3.0
 LOWEST_PRIORITY = 19  # as `nice` counts
-RESTARTS = "paella_worker_restarts_total"
-SCALES, STEP_COUNTS = (0.5, 1.0), (8, 12)
-POLL_S = 0.1
 SETTLED_S = 2.0
 # Beyond the longest timeout that a silent client can use up.
 MARGIN_S = 15.0
@@ -255,9 +246,10 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = PAELLE
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("hostile", command=shlex.join(["python", "-m", "load_tests.hostile", *sent]))
-    changes = {f"{PREFIX}{name}": value for name, _, value in map(_partition, options.set)}
-    with serving({f"{PREFIX}LOG_LEVEL": "error", **changes}, command) as server:
-        settings = _settings(changes)
+    changes = dict(change.partition("=")[::2] for change in options.set)
+    environment = {f"{PREFIX}{name}": value for name, value in changes.items()}
+    with serving({f"{PREFIX}LOG_LEVEL": "error", **environment}, command) as server:
+        settings = Settings(**{name.lower(): value for name, value in changes.items()})
         found = asyncio.run(Trial(server, settings, options).run())
     allowed = {"api": options.api_mib, "worker": options.worker_mib}
     violations = judge(found, allowed, options.p99_factor)
@@ -272,27 +264,6 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = PAELLE
     judged = {"lost": found.lost, "allowed_mib": allowed, "violations": violations}
     report.emit(measured | judged | {"good": not violations})
     sys.exit(bool(violations))
-
-
-def _partition(change: str) -> tuple[str, str, str]:
-    return change.partition("=")
-
-
-def _settings(changes: Mapping[str, str]) -> Settings:
-    """Return the settings that a server with these variables has."""
-    with _environment(changes):
-        return Settings()
-
-
-@contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -319,26 +290,29 @@ class Trial:
 
     def __init__(self, server: Server, settings: Settings, options: argparse.Namespace) -> None:
         self._server, self._settings, self._options = server, settings, options
-        self._target = Target("paellera", f"{server.url}/generate")
+        self._target = generate_endpoint(server.url)
         sizes = server.sizes()
         self._kinds = kinds_of([sizes.side(scale) for scale in SCALES], STEP_COUNTS)
 
     async def run(self) -> Measurement:
         idle = self._memory_mib()
-        async with self._client() as client:
+        async with open_client(self._server.url) as client:
             await Load(client).alone(self._target, self._kinds, repeats=2)
             quiet = await self._requests(client, self._options.quiet_seconds)
             before = await figures(client)
-        files = await self._fewest_files(0, SETTLED_S)
-        async with self._client() as client:
+        files = await fewest_open_files(self._server.pid, 0, SETTLED_S)
+        async with open_client(self._server.url) as client:
             with self._attackers() as report:
                 answers = await self._requests(client, self._options.seconds)
                 attempts = await asyncio.to_thread(report.recv)
                 await client.aclose()
                 silent_since = time.monotonic()
-                files_left = await self._fewest_files(files, self._longest_timeout_s()) - files
+                files_left = (
+                    await fewest_open_files(self._server.pid, files, self._longest_timeout_s())
+                    - files
+                )
                 closed_after_s = time.monotonic() - silent_since
-        async with self._client() as client:
+        async with open_client(self._server.url) as client:
             after = await figures(client)
             ready = (await client.get("/readyz")).status_code == httpx.codes.OK
         return Measurement(
@@ -402,21 +376,6 @@ class Trial:
             self._settings.timeout_s + self._settings.send_timeout_s,
         )
         return max(waits) + MARGIN_S
-
-    async def _fewest_files(self, enough: int, seconds: float) -> int:
-        """Return the fewest open files of the API process within `seconds`; stop at `enough`."""
-        ends, fewest = time.monotonic() + seconds, sys.maxsize
-        while time.monotonic() < ends and fewest > enough:
-            fewest = min(fewest, open_files(self._server.pid) or 0)
-            await asyncio.sleep(POLL_S)
-        return fewest
-
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self._server.url,
-            timeout=REQUEST_TIMEOUT_S,
-            limits=httpx.Limits(max_connections=None),
-        )
 
 
 def _attack_table(found: Measurement, attacks: Sequence[Attack], scale: float) -> Table:

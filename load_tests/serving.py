@@ -25,6 +25,7 @@ READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 IDLE_TIMEOUT_S = 60.0
 RUNNING, WAITING = "paella_rows_running", "paella_queue_depth"
+RESTARTS = "paella_worker_restarts_total"
 _POLL_S = 0.05
 
 
@@ -144,7 +145,7 @@ def serving(
 def launched(
     settings: Mapping[str, str], command: Sequence[str] = PAELLERA, output: Path | None = None
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """As `serving`, but a process and an address that nobody may listen on yet."""
+    """Start a server as `serving` does; yield its process and address, perhaps not open yet."""
     port = free_port()
     arguments = [sys.executable, *command, "--port", str(port)]
     environment = {**os.environ, "PAELLERA_LOG_LEVEL": "warning", **settings}

@@ -90,6 +90,18 @@ def kinds_of(sides: Sequence[int], step_counts: Sequence[int]) -> list[Kind]:
     return [Kind(side, steps) for side, steps in itertools.product(sides, step_counts)]
 
 
+def generate_endpoint(url: str) -> Target:
+    """Return the endpoint that generates images, of the server at the URL."""
+    return Target("paellera", f"{url}/generate")
+
+
+def open_client(url: str) -> httpx.AsyncClient:
+    """Return a client of the server at the URL, with as many connections as it wants."""
+    return httpx.AsyncClient(
+        base_url=url, timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None)
+    )
+
+
 def poisson_trace(kinds: Sequence[Kind], rate: float, seconds: float, seed: int) -> list[Arrival]:
     """Return arrivals at `rate` per second with exponential gaps, every kind as likely.
 

@@ -28,16 +28,24 @@ import httpx
 from rich.table import Table
 
 from load_tests.misbehaving import Client
-from load_tests.processes import open_files, runs, workers
+from load_tests.processes import fewest_open_files, runs, workers
 from load_tests.report import quantiles
-from load_tests.serving import READY_TIMEOUT_S, Server, figures_when_idle, launched, serving
+from load_tests.serving import (
+    READY_TIMEOUT_S,
+    RESTARTS,
+    Server,
+    figures_when_idle,
+    launched,
+    serving,
+)
 from load_tests.traffic import (
     REQUEST_TIMEOUT_S,
     Answer,
     Kind,
     Load,
-    Target,
+    generate_endpoint,
     kinds_of,
+    open_client,
     poisson_trace,
 )
 
@@ -53,7 +61,7 @@ POLL_S = 0.05
 SETTLED_S, CLOSED_TIMEOUT_S = 2.0, 30.0
 Found = TypeVar("Found")
 Strike = Callable[[Server, float], Awaitable[int]]
-REPLAYED, RESTARTS = "paella_requests_replayed_total", "paella_worker_restarts_total"
+REPLAYED = "paella_requests_replayed_total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +255,7 @@ async def measure(options: argparse.Namespace) -> list[Outcome]:
 
 @contextmanager
 def _unread_pipe() -> Iterator[Path]:
-    """A pipe that holds one page and has a reader who never reads."""
+    """Yield a pipe that holds one page and has a reader who never reads."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log"
         os.mkfifo(path)
@@ -289,24 +297,26 @@ class Trial:
 
     async def warm_up(self) -> None:
         """Send requests until the engine knows the cost of its steps."""
-        async with self._client() as client:
-            await Load(client).alone(self._target, self.kinds, repeats=1)
-        self.files = await self._fewest_files(0, SETTLED_S)
+        async with open_client(self.server.url) as client:
+            await Load(client).alone(generate_endpoint(self.server.url), self.kinds, repeats=1)
+        self.files = await fewest_open_files(self.server.pid, 0, SETTLED_S)
 
     async def run(self, fault: Fault) -> Outcome:
-        async with self._client() as client:
+        async with open_client(self.server.url) as client:
             await self._until_ready(client)
             before = await figures_when_idle(client)
             trace = poisson_trace(self.kinds, self.rate, self.seconds, seed=0)
             lost = await fault.strike(self.server, self.seconds) if fault.idle else 0
-            arriving = asyncio.create_task(Load(client).open_loop(self._target, trace))
+            arriving = asyncio.create_task(
+                Load(client).open_loop(generate_endpoint(self.server.url), trace)
+            )
             answers, lost_under_load, unready_s = await asyncio.gather(
                 arriving, self._strike(fault), self._unready(client, arriving)
             )
             lost += lost_under_load
             await self._until_ready(client)
             after = await figures_when_idle(client)
-        files = await self._fewest_files(self.files, CLOSED_TIMEOUT_S)
+        files = await fewest_open_files(self.server.pid, self.files, CLOSED_TIMEOUT_S)
         return Outcome(
             fault=fault.name,
             sent=len(answers),
@@ -344,28 +354,6 @@ class Trial:
             checked = now
             await asyncio.sleep(POLL_S)
         return seconds
-
-    async def _fewest_files(self, enough: int, seconds: float) -> int:
-        """Return the fewest open files of the API process within `seconds`.
-
-        It stops at `enough`: connections are closed a moment after their answers.
-        """
-        ends, fewest = time.monotonic() + seconds, sys.maxsize
-        while time.monotonic() < ends and fewest > enough:
-            fewest = min(fewest, open_files(self.server.pid) or 0)
-            await asyncio.sleep(POLL_S)
-        return fewest
-
-    @property
-    def _target(self) -> Target:
-        return Target("paellera", f"{self.server.url}/generate")
-
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self.server.url,
-            timeout=REQUEST_TIMEOUT_S,
-            limits=httpx.Limits(max_connections=None),
-        )
 
 
 def table(outcomes: Sequence[Outcome], rate: float) -> Table:

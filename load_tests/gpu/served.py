@@ -17,7 +17,7 @@ from load_tests.gpu.results import Results
 from load_tests.gpu.weights import Family, written
 from load_tests.report import quantiles
 from load_tests.serving import Server, figures_when_idle, serving
-from load_tests.traffic import REQUEST_TIMEOUT_S, Kind, Load, Target, poisson_trace
+from load_tests.traffic import REQUEST_TIMEOUT_S, Kind, Load, generate_endpoint, poisson_trace
 
 LOADS = (0.5, 0.8, 0.95)
 _SEEDS = 16
@@ -62,7 +62,7 @@ class _Served:
     def __init__(self, server: Server, family: Family, options: Options, results: Results) -> None:
         self.server, self.options, self.results, self.family = server, options, results, family
         self.durations = Durations.of(options)
-        self.target = Target("paellera", f"{server.url}/generate")
+        self.target = generate_endpoint(server.url)
         self.kind = Kind(options.size(family)[0], options.steps[-1])
 
     async def run(self) -> None:
