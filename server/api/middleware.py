@@ -159,8 +159,13 @@ class HealthPort:
             await self._app(scope, receive, send)
 
     def _is_misdirected(self, scope: Scope) -> bool:
-        port = (scope.get("server") or ("", None))[1]
-        return (scope["path"] in PATHS) != (port == self._port)
+        return (scope["path"] in PATHS) != (port_of(scope) == self._port)
+
+
+def port_of(scope: Scope) -> int | None:
+    """Return the port at which the request arrived, None if the server does not tell."""
+    port: int | None = (scope.get("server") or ("", None))[1]
+    return port
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from server.api.errors import ApiError
-from server.api.middleware import error_response
+from server.api.middleware import error_response, port_of
 from server.api.routes_health import PATHS
 from server.settings import Settings
 
@@ -92,7 +92,7 @@ class OriginGuard:
         await self._app(scope, receive, send)
 
     def _is_exempt(self, scope: Scope) -> bool:
-        port = (scope.get("server") or ("", None))[1]
+        port = port_of(scope)
         return scope["path"] in PATHS or (port is not None and port == self._operations_port)
 
 

@@ -32,6 +32,7 @@ from server.api.images.decode import (
     mask_size_mismatch,
     repaint_mask,
 )
+from server.api.images.encoder import submit
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.engine.latency_model import Pace
 from server.engine.retry_slots import RetrySlots
@@ -144,10 +145,10 @@ class _Threads:
         """Return the result of `work`. Cancelled, it is not begun, or ends unheard."""
         await self._free.acquire()
         try:
-            future = asyncio.get_running_loop().run_in_executor(self.pool, work)
-        except RuntimeError:
+            future = submit(self.pool, work)
+        except Draining:
             self._free.release()
-            raise Draining("the server is stopping") from None
+            raise
         entry.running = True
 
         def end(done: asyncio.Future[Result]) -> None:

@@ -19,6 +19,14 @@ Result = TypeVar("Result")
 FIRST_PACE_S = 0.02
 
 
+def submit(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> asyncio.Future[Result]:
+    """Run `work` in a thread of the pool. Raises Draining after the pool's shutdown."""
+    try:
+        return asyncio.get_running_loop().run_in_executor(pool, work)
+    except RuntimeError:
+        raise Draining("the server is stopping") from None
+
+
 class ImageEncoder:
     """Threads that make files of generated images, in order of arrival.
 
@@ -65,10 +73,7 @@ class ImageEncoder:
         Raises:
             Draining: the server is stopping.
         """
-        try:
-            future = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        except RuntimeError:
-            raise Draining("the server is stopping") from None
+        future = submit(self._pool, work)
         began = time.monotonic()
         self.images_unfinished += images
 
