@@ -57,6 +57,12 @@ def metric(client: httpx.Client, name: str, **labels: str) -> float:
     return 0.0
 
 
+def answers_counted(client: httpx.Client, status: str) -> float:
+    """Return how many requests to /generate ended with the status."""
+    name = "paella_request_duration_seconds_count"
+    return metric(client, name, endpoint="/generate", status=status)
+
+
 @contextmanager
 def served(
     settings: Settings, worker: WorkerMain = fake_worker.main, *, ready: bool = True
@@ -349,17 +355,7 @@ def test_a_client_that_goes_away_frees_its_rows(fake_settings: Configure) -> Non
         with pytest.raises(httpx.ReadTimeout):
             client.post("/generate", json={"prompt": "hold", "n": 3}, timeout=0.3)
         wait_until(lambda: metric(client, "paella_rows_running") == 0)
-        wait_until(
-            lambda: (
-                metric(
-                    client,
-                    "paella_request_duration_seconds_count",
-                    endpoint="/generate",
-                    status="499",
-                )
-                == 1
-            )
-        )
+        wait_until(lambda: answers_counted(client, "499") == 1)
         assert metric(client, "paella_cancelled_total", stage="worker") == 1
 
 
@@ -374,17 +370,7 @@ def test_a_client_that_goes_away_in_the_midst_of_its_body_is_no_error_of_ours(
         )
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(head.encode() + b"--x")
-        wait_until(
-            lambda: (
-                metric(
-                    client,
-                    "paella_request_duration_seconds_count",
-                    endpoint="/generate",
-                    status="499",
-                )
-                == 1
-            )
-        )
+        wait_until(lambda: answers_counted(client, "499") == 1)
 
 
 def test_a_hundred_requests_at_once_are_all_answered_rightly(client: httpx.Client) -> None:
@@ -461,17 +447,7 @@ def test_a_request_that_is_refused_early_counts_for_its_endpoint(fake_settings: 
         fake_settings(api_keys="a-key-of-the-house", open_paths="/metrics,/readyz")
     ) as client:
         assert post(client).status_code == 401
-        wait_until(
-            lambda: (
-                metric(
-                    client,
-                    "paella_request_duration_seconds_count",
-                    endpoint="/generate",
-                    status="401",
-                )
-                == 1
-            )
-        )
+        wait_until(lambda: answers_counted(client, "401") == 1)
 
 
 def test_a_probe_before_the_worker_is_ready_is_no_refusal(fake_settings: Configure) -> None:

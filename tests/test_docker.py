@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import string
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import httpx
 import pytest
 import yaml
 
+from load_tests.serving import free_port
 from server.settings import Settings
 from server.uvicorn_server import WRITE_TIMEOUT_S
 from tests.conftest import wait_until
@@ -204,11 +204,6 @@ def contents(directory: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return str(listener.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_the_image_s_own_commands_install_start_and_stop_a_server_that_writes_nothing(
     tmp_path: Path,
@@ -221,7 +216,7 @@ def test_the_image_s_own_commands_install_start_and_stop_a_server_that_writes_no
     venv = build(first, tmp_path, environment)
     instructions = {keyword: rest.replace("/venv", str(venv)) for keyword, rest in final}
     assign(environment, instructions["ENV"])
-    ports = {"PAELLERA_PORT": free_port(), "PAELLERA_OPERATIONS_PORT": free_port()}
+    ports = {"PAELLERA_PORT": str(free_port()), "PAELLERA_OPERATIONS_PORT": str(free_port())}
     home = tmp_path / "home"
     home.mkdir()
     environment |= {**ports, "PAELLERA_HOST": "127.0.0.1", "HOME": str(home), "TMPDIR": str(home)}

@@ -19,11 +19,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from load_tests.serving import wait_until_ready
+from load_tests.serving import free_port, wait_until_ready
 from server.api.routes_health import PATHS
 from server.settings import Settings
 from tests.conftest import wait_until
-from tests.test_docker import free_port
 
 CONFIGURATION = Path(__file__).parents[1] / "docker/nginx/paellera.conf"
 TEXT = CONFIGURATION.read_text()
@@ -96,11 +95,9 @@ class Proxied:
         return [line for line in lines if line["message"] == "request"]
 
 
-def start_nginx(directory: Path, server_port: str) -> tuple[subprocess.Popen[bytes], str]:
-    port = free_port()
-    text = TEXT.replace("listen 80;", f"listen 127.0.0.1:{port};")
-    text = text.replace("server 127.0.0.1:8000;", f"server 127.0.0.1:{server_port};")
-    (directory / "paellera.conf").write_text(text)
+def start_nginx(directory: Path, configuration: str) -> subprocess.Popen[bytes]:
+    """Start nginx with this configuration of its servers. Raises CalledProcessError."""
+    (directory / "paellera.conf").write_text(configuration)
     # Otherwise its workers could not enter the test's folder.
     user = "user root;" if os.geteuid() == 0 else ""
     (directory / "nginx.conf").write_text(MAIN.format(user=user, directory=directory))
@@ -108,7 +105,13 @@ def start_nginx(directory: Path, server_port: str) -> tuple[subprocess.Popen[byt
     command += ["-e", str(directory / "error.log")]
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin"}
     subprocess.run([*command, "-t"], env=environment, check=True, capture_output=True)
-    return subprocess.Popen(command, env=environment), port
+    return subprocess.Popen(command, env=environment)
+
+
+def listening(port: int, server_port: int) -> str:
+    """Return the committed configuration for these ports."""
+    text = TEXT.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    return text.replace("server 127.0.0.1:8000;", f"server 127.0.0.1:{server_port};")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def proxied(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "PAELLERA_WEIGHTS": str(bundle),
         "PAELLERA_TRUSTED_PROXIES": "127.0.0.1",
     }
-    command = [sys.executable, "-m", "tests.fake_server", "--port", port]
+    command = [sys.executable, "-m", "tests.fake_server", "--port", str(port)]
     with (
         (directory / "log").open("w") as log,
         subprocess.Popen(command, env=environment, stderr=log) as server,
@@ -127,12 +130,13 @@ def proxied(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         nginx = None
         try:
             wait_until_ready(server, f"http://127.0.0.1:{port}/readyz")
-            nginx, front = start_nginx(directory, port)
+            front = free_port()
+            nginx = start_nginx(directory, listening(front, port))
             wait_until(lambda: is_listening(front))
             transport = httpx.HTTPTransport(local_address=CLIENT)
             address = f"http://127.0.0.1:{front}"
             with httpx.Client(base_url=address, transport=transport, timeout=PATIENCE_S) as client:
-                yield Proxied(client, int(port), directory / "log")
+                yield Proxied(client, port, directory / "log")
         finally:
             for process in (nginx, server):
                 if process is not None:
@@ -140,9 +144,9 @@ def proxied(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                     process.wait(PATIENCE_S)
 
 
-def is_listening(port: str) -> bool:
+def is_listening(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", int(port))) == 0
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_its_bounds_are_those_of_the_server() -> None:

@@ -20,10 +20,9 @@ import openai
 import pytest
 import yaml
 
-from load_tests.serving import serving
+from load_tests.serving import free_port, serving
 from tests.conftest import wait_until
-from tests.test_docker import free_port
-from tests.test_nginx import MAIN, is_listening
+from tests.test_nginx import is_listening, start_nginx
 from tests.test_observability import needs_prometheus
 
 pytestmark = pytest.mark.process
@@ -189,13 +188,7 @@ def proxied(directory: Path, upstream: str, server_port: int) -> Iterator[str]:
     """nginx with nothing but a `proxy_pass`; gives its address."""
     port = free_port()
     text = PROXY.format(port=port, upstream=upstream, server_port=server_port)
-    (directory / "paellera.conf").write_text(text)
-    user = "user root;" if os.geteuid() == 0 else ""
-    (directory / "nginx.conf").write_text(MAIN.format(user=user, directory=directory))
-    command = ["nginx", "-p", str(directory), "-c", str(directory / "nginx.conf")]
-    command += ["-e", str(directory / "error.log")]
-    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin"}
-    with subprocess.Popen(command, env=environment) as process:
+    with start_nginx(directory, text) as process:
         try:
             wait_until(lambda: is_listening(port))
             yield f"http://127.0.0.1:{port}"

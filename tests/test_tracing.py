@@ -25,13 +25,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from load_tests.serving import wait_until_ready
+from load_tests.serving import free_port, wait_until_ready
 from server.api import create_app
 from server.settings import Settings
 from server.tracing import Tracing
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.test_docker import free_port
 
 STAGES = ["queue", "encode", "prior", "denoise", "decode", "image"]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -236,7 +235,7 @@ def collecting() -> Iterator[Collector]:
 @contextmanager
 def process(bundle: Path, log: Path, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
     port = free_port()
-    command = [sys.executable, "-m", "tests.fake_server", "--port", port]
+    command = [sys.executable, "-m", "tests.fake_server", "--port", str(port)]
     variables = {**os.environ, "PAELLERA_WEIGHTS": str(bundle), **environment}
     with (
         log.open("w") as stderr,
