@@ -1,5 +1,4 @@
-"""How busy the server is, from its own figures since its start, or from Prometheus' of the last
-five minutes.
+"""Print how busy the server is: by its own figures since its start, or Prometheus' of five minutes.
 
 python load.py [URL] [PROMETHEUS_URL]
 """

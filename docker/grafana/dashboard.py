@@ -227,7 +227,7 @@ def panel(number: int, title: str, unit: str, queries: tuple[Query, ...]) -> Pan
 
 
 def goal() -> ThresholdsConfig:
-    """A line at 500 ms."""
+    """Draw a line at 500 ms."""
     return (
         ThresholdsConfig()
         .mode(ThresholdsMode.ABSOLUTE)

@@ -55,7 +55,7 @@ class PublishedFile:
 
     @property
     def pinned(self) -> bool:
-        """Whether the revision is a commit."""
+        """Return whether the revision is a commit."""
         return self.revision != "main"
 
     @property

@@ -29,7 +29,7 @@ _CHUNK = 2048
 
 
 class Place(NamedTuple):
-    """Where T templates lie. flip: 1, or -1 for mirrored. shift: (x, y) of the middle, [T, 2]."""
+    """Locate T templates. flip: 1, or -1 for mirrored. shift: (x, y) of the middle, [T, 2]."""
 
     sprite: Tensor
     flip: Tensor
