@@ -26,4 +26,8 @@ EQUIVALENT: dict[str, str] = {
     'pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))': (
         "the same pixels, a little smaller and a little later"
     ),
+    "server/api/body.py:_number: abs(value) <= LARGEST_EXACT -> abs(value) < LARGEST_EXACT in "
+    "return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else value": (
+        "of this one number Pydantic makes the same integer"
+    ),
 }

@@ -22,7 +22,7 @@ from tests.hostile import plain_png
 
 PNG = plain_png()
 BASE64 = base64.b64encode(PNG).decode()
-LIMIT = 2**20
+LIMIT = 2**21
 
 
 class Keyframe(BaseModel):
@@ -208,6 +208,18 @@ def test_an_integer_may_have_a_fraction_of_zeros(endpoint: TestClient, text: str
         "/", content=f'{{"seed": {text}}}', headers={"content-type": "application/json"}
     ).json() == {"seed": 2}
     assert form(endpoint, {"seed": text}).json() == {"seed": 2}
+
+
+def test_no_part_of_a_form_is_written_to_disk(
+    endpoint: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", full)
+    more = 3 << 19  # more than Starlette keeps in memory by itself
+    file = ("large.png", PNG + bytes(more), "image/png")
+    assert form(endpoint, files=[("image", file)]).json() == {"image": len(PNG) + more}
 
 
 def test_in_a_form_one_value_is_a_list_of_one_where_only_lists_fit(endpoint: TestClient) -> None:

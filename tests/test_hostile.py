@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from load_tests.hostile import ATTACKS, STATED_MIB, Measurement, judge, main
+from load_tests.attacks import ATTACKS
+from load_tests.hostile import STATED_MIB, Measurement, judge, main
 from load_tests.misbehaving import CLOSED, LEFT, Client
 from load_tests.serving import serving
 from tests.hostile import huge_animation

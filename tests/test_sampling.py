@@ -351,6 +351,13 @@ def test_times_fall_evenly_from_one_to_zero():
     assert len(sampling.timesteps(1)) == 2
 
 
+def test_the_first_version_s_times_fall_along_a_cosine():
+    assert sampling.timesteps(4, "cosine") == pytest.approx(
+        [1, 0.9239, 0.7071, 0.3827, 0], abs=1e-4
+    )
+    assert sampling.timesteps(4, "cosine")[-1] == 0
+
+
 @given(st.floats(-30, 30), st.floats(-30, 30), st.integers(1, 64))
 def test_ramps_go_evenly_from_end_to_end(first, last, steps):
     values = sampling.ramp((first, last), steps)

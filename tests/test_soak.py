@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from load_tests.soak import Snapshot, Tenth, judge, shares
+from load_tests.soak import Snapshot, Tenth, highest, judge, shares
 
 FIRST = Snapshot(
     requests=1000,
@@ -87,3 +87,14 @@ def test_an_error_is_counted_and_named() -> None:
     found = judge(tenths(0, 0), {200: 9000, 503: 2, 500: 1})
     assert (found["errors"], found["good"]) == (3, False)
     assert found["violations"] == ["status 503: 2", "status 500: 1"]
+
+
+def test_beside_attacks_the_last_snapshot_is_compared_with_the_highest_of_the_first() -> None:
+    later = [replace(FIRST, api_mib=90.0), replace(FIRST, api_threads=12)]
+    assert highest([FIRST, *later]) == replace(FIRST, api_mib=90.0, api_threads=12)
+    tenths = [Tenth(snapshot, 1.0 + at, {"p99_ms": 1.0}) for at, snapshot in enumerate(later)]
+    rising = [*tenths, Tenth(replace(FIRST, api_mib=91.0), 9.0, {"p99_ms": 1.0})]
+    assert judge(rising, {200: 3}, settling=2)["good"]
+    rising[-1] = Tenth(replace(FIRST, api_mib=92.0), 9.0, {"p99_ms": 1.0})
+    assert judge(rising, {200: 3}, settling=2)["violations"] == ["api_mib: 90 to 92"]
+    assert not judge(rising, {200: 3})["good"]

@@ -16,7 +16,7 @@ from model.config import DenoiserV1Config, RenoiseMode, Sampler, SamplingConfig,
 from model.networks.denoiser_v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
 from model.pipeline import Eager, Pipeline, PipelineV1, SamplingInputs
 from model.rows import PinnedTokens, RegionBranch, Row, generate, repaint
-from model.sampling import Noise, draw_noise, keep_typical, timesteps
+from model.sampling import Noise, draw_noise, keep_typical
 from tests.conftest import golden, randomise
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -418,11 +418,6 @@ def test_the_temperature_divides_after_the_bias(pipeline):
     torch.testing.assert_close(
         denoiser.sharpened(features, inverse), 2 * denoiser.project(features)
     )
-
-
-def test_noise_dwindles_along_a_cosine_and_the_last_step_leaves_none():
-    assert timesteps(4, "cosine") == pytest.approx([1, 0.9239, 0.7071, 0.3827, 0], abs=1e-4)
-    assert timesteps(4, "cosine")[-1] == 0
 
 
 def test_fresh_tokens_are_any_of_the_codes_and_the_same_at_more_steps():
