@@ -15,7 +15,7 @@ import pytest
 from model.config import BundleConfig, find_bundle
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads, decoding_cost, image_limits
-from server.api.images.decode import ImageLimits, checked_file, decode
+from server.api.images.decode import DecodedImage, ImageLimits, checked_file, decode
 from server.api.images.fit import (
     FitMode,
     Size,
@@ -131,12 +131,17 @@ def test_views_of_any_size_are_whole_images(mode: FitMode) -> None:
     for _ in range(300):
         source, size = (tuple(int(each) for each in rng.integers(1, 300, 2)) for _ in range(2))
         view = fitted((source[0], source[1]), (size[0], size[1]), mode)
-        rgb = np.zeros((view.scaled[1], view.scaled[0], 3), dtype=np.uint8)
-        part, margins = view.cut(rgb), view.margins
-        assert part.shape[1] + margins["left"] + margins["right"] == size[0]
-        assert part.shape[0] + margins["up"] + margins["down"] == size[1]
-        assert not (mode == "crop" and any(margins.values()))
-        assert mode == "pad" or part.shape[:2] == (size[1], size[0])
+        rgb = np.zeros((view.decoded[1], view.decoded[0], 3), dtype=np.uint8)
+        assert rgb.size <= 3 * 300 * 300
+        part = view.part_of(DecodedImage(rgb, rgb[..., 0], ""))
+        assert part.size == view.inner
+        assert part.alpha is not None
+        assert part.alpha.shape == part.rgb.shape[:2]
+        mask = view.part_of_mask(np.zeros(source[::-1], dtype=np.bool_))
+        assert mask.shape == part.alpha.shape
+        assert view.placed(mask, outside=1).shape == (size[1], size[0])
+        assert not (mode == "crop" and any(view.margins.values()))
+        assert mode == "pad" or part.size == (size[0], size[1])
         assert min(view.full_size) >= 1
         frame = framed((source[0], source[1]), (size[0], size[1]), mode, 40)
         assert max(frame.size) <= 40
@@ -344,6 +349,15 @@ def test_variations_follow_their_first_image_in_sizes_that_are_drawn(client: htt
     assert pixels(as_json(client, "variations", **fields, width=128)).shape == (96, 128, 3)
     assert pixels(as_json(client, "variations", **fields, height=512)).shape == (512, 512, 3)
     refused(as_json(client, "variations", **fields, width=100), 422, "invalid_value", "width")
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_a_narrow_image_in_a_square_takes_no_more_memory_than_the_square(fit: FitMode) -> None:
+    view = fitted((30_000, 3), (512, 512), fit)
+    assert max(view.decoded) <= 30_000
+    assert view.decoded[1] <= 512
+    fields = {"prompt": "a ball", "image": photo((30_000, 3)), "fit": fit}
+    assert plan_of("edit", **fields, width=512, height=512).size == (512, 512)
 
 
 def halves() -> bytes:

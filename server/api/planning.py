@@ -50,7 +50,6 @@ from server.api.images.fit import (
     follow,
     framed,
     keeps_ratio,
-    scaled_mask,
     whole,
     within,
 )
@@ -471,8 +470,8 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
 def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
     choose = _choose_view(request, drafted, uploads, regions=len(request.regions))
     image, view = decode_view(request.image, "image", choose, uploads)
-    mask = _inpaint_mask(request, image, view.source, uploads)
-    layout = _layout(image.on_white, view.placed(mask, outside=True), view, drafted)
+    mask = _inpaint_mask(request, image, view, uploads)
+    layout = _layout(image.on_white, view.placed(mask, outside=1), view, drafted)
     if not layout.repainted.any():
         raise _empty_mask("mask: nothing to repaint in the part of the image that fit leaves")
     regions, region_parameters = _regions(request.regions, view, drafted, uploads)
@@ -527,7 +526,7 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Pla
     choose = _choose_canvas(request, margins, drafted, uploads)
     image, view = decode_view(request.image, "image", choose, uploads)
     kept = np.zeros(image.rgb.shape[:2], dtype=np.bool_)
-    layout = _layout(image.on_white, view.placed(kept, outside=True), view, drafted)
+    layout = _layout(image.on_white, view.placed(kept, outside=1), view, drafted)
     canvas = whole(view.full_size, view.size)
     regions, region_parameters = _regions(request.regions, canvas, drafted, uploads)
     # Without a prompt the image itself is the condition, if the weights support that.
@@ -582,7 +581,7 @@ def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
     steps = round(request.strength * drafted.sampling.steps)
     choose = _choose_view(request, drafted, uploads, steps=steps)
     image, view = decode_view(request.image, "image", choose, uploads)
-    beyond = view.placed(np.zeros(image.rgb.shape[:2], dtype=np.bool_), outside=True)
+    beyond = view.placed(np.zeros(image.rgb.shape[:2], dtype=np.bool_), outside=1)
     layout = _layout(image.on_white, beyond, view, drafted)
     references, reference_parameters = _references(request.references, drafted, uploads)
     restoration, held = _restore(request, view, None, [])
@@ -778,15 +777,15 @@ def _restore(
 
 
 def _inpaint_mask(
-    request: InpaintRequest, image: DecodedImage, source: Size, uploads: Uploads
+    request: InpaintRequest, image: DecodedImage, view: View, uploads: Uploads
 ) -> Mask:
-    """Return the separate mask, or the image's own transparency, as large as the decoded image.
+    """Return the separate mask, or the image's own transparency, as large as the image.
 
-    source: (width, height) of the image as it was sent, and of the mask.
+    image: the part of the sent image that lies in the view.
     """
     if request.mask is not None:
-        mask = uploads.mask(request.mask, request.mask_mode, source, scaled=image.size)
-        return scaled_mask(mask, image.size)
+        mode, source = request.mask_mode, view.source
+        return view.part_of_mask(uploads.mask(request.mask, mode, source, scaled=view.scaled))
     if not image.has_alpha:
         message = "mask: required, unless the image is transparent where it is to be repainted"
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "missing_field", message, "mask")
@@ -798,10 +797,10 @@ def _empty_mask(message: str) -> ApiError:
 
 
 def _layout(rgb: Pixels, repainted: Mask, view: View, drafted: Draft) -> Layout:
-    """Lay a scaled image out on its view, and the view on a size that the weights generate.
+    """Lay an image out on its view, and the view on a size that the weights generate.
 
     Args:
-        rgb: uint8 [H, W, 3], the scaled image.
+        rgb: uint8 [H, W, 3], the part of the image that lies in the view.
         repainted: bool [H, W] of the view.
         view: the view.
         drafted: the request.
@@ -815,7 +814,7 @@ def _layout(rgb: Pixels, repainted: Mask, view: View, drafted: Draft) -> Layout:
         "right": margins["right"] + right,
         "down": margins["down"] + down,
     }
-    canvas, _ = outpaint_canvas(view.cut(rgb), **padded_margins)
+    canvas, _ = outpaint_canvas(rgb, **padded_margins)
     unknown = np.pad(repainted, [(0, down), (0, right)], constant_values=True)
     return Layout(drafted.padded(canvas), drafted.padded(unknown), view.size)
 
@@ -843,7 +842,7 @@ def _region_mask(entry: RegionEntry, view: View, index: int, uploads: Uploads) -
         return box_mask(entry.box, *view.size)
     param, source, scaled = f"regions.{index}.mask", view.source, view.scaled
     mask = uploads.mask(entry.mask or b"", None, source, param, scaled)
-    return view.placed(scaled_mask(mask, scaled), outside=False)
+    return view.placed(view.part_of_mask(mask), outside=0)
 
 
 def _references(
@@ -884,7 +883,7 @@ def _fitted_reference(
         return framed(source, size or drafted.size_for(source), mode, REFERENCE_SIDE)
 
     image, view = decode_view(content, "image", choose, uploads)
-    canvas, kept = outpaint_canvas(view.cut(image.on_white), **view.margins)
+    canvas, kept = outpaint_canvas(image.on_white, **view.margins)
     return InputImage.of(fill(canvas, ~kept)), view
 
 

@@ -6,7 +6,7 @@ Sizes are (width, height) in pixels, those of images after their EXIF orientatio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -66,18 +66,50 @@ class View:
         """Whether the view has another resolution than the sent image."""
         return self.scaled != self.source
 
-    def cut(self, array: Array) -> Array:
-        """Return the part of the scaled image [H, W, …] that lies in the view."""
-        (x, y), (width, height) = self.offset, self.size
-        return array[max(0, -y) : height - y, max(0, -x) : width - x]
+    @property
+    def inner(self) -> Size:
+        """Size of the part of the image that lies in the view."""
+        margins = self.margins
+        width = self.size[0] - margins["left"] - margins["right"]
+        return width, self.size[1] - margins["up"] - margins["down"]
 
-    def placed(self, mask: Array, *, outside: int) -> Array:
-        """Return the mask or weights [H, W] of the scaled image on the view.
+    @property
+    def decoded(self) -> Size:
+        """Size at which the whole image is to be decoded.
+
+        An image that is enlarged is cut first: a narrow one would become huge.
+        """
+        is_enlarged = self.scaled[0] * self.scaled[1] > self.source[0] * self.source[1]
+        return self.source if is_enlarged else self.scaled
+
+    def part_of(self, image: DecodedImage) -> DecodedImage:
+        """Return the part that lies in the view, at its scale, of an image of size `decoded`."""
+        if self.decoded == self.scaled:
+            rgb, alpha = self._cut(image.rgb), image.alpha
+            return replace(image, rgb=rgb, alpha=None if alpha is None else self._cut(alpha))
+        y, x = self._inside
+        rgb, alpha = image.rgb[y, x], image.alpha
+        channels = rgb if alpha is None else np.dstack([rgb, alpha[y, x]])
+        resample = PIL.Image.Resampling.BICUBIC
+        part = np.array(PIL.Image.fromarray(channels).resize(self.inner, resample))
+        return replace(image, rgb=part[..., :3], alpha=None if alpha is None else part[..., 3])
+
+    def part_of_mask(self, mask: Array) -> Array:
+        """Return the part that lies in the view, at its scale, as `scaled_mask` does.
+
+        mask: [H, W], as large as the sent image or as `scaled`.
+        """
+        if mask.shape == self.source[::-1]:
+            return scaled_mask(mask[self._inside], self.inner)
+        return self._cut(mask)
+
+    def placed(self, part: Array, *, outside: int) -> Array:
+        """Return [H, W] of the size of the view from the part of a mask or weights in it.
 
         outside: the value beyond the image.
         """
-        part, margins = self.cut(mask), self.margins
-        placed = np.full(self.size[::-1], outside, dtype=mask.dtype)
+        margins = self.margins
+        placed = np.full(self.size[::-1], outside, dtype=part.dtype)
         left, up = margins["left"], margins["up"]
         placed[up : up + part.shape[0], left : left + part.shape[1]] = part
         return placed
@@ -103,12 +135,22 @@ class View:
             repainted: [H, W], true where the drawn image replaces the original, or the drawn
                 image's share of 255.
         """
-        x0, y0, x1, y1 = self.box
+        x0, y0, _, _ = self.box
         result = self.enlarged(drawn)
-        inside = slice(max(0, y0), max(0, y1)), slice(max(0, x0), max(0, x1))
-        part, mask = original[inside], repainted[inside]
+        part, mask = original[self._inside], repainted[self._inside]
         _blend(result[max(0, -y0) :, max(0, -x0) :], part, mask)
         return result
+
+    @property
+    def _inside(self) -> tuple[slice, slice]:
+        """Rows and columns of the sent image that lie in the view."""
+        x0, y0, x1, y1 = self.box
+        return slice(max(0, y0), y1), slice(max(0, x0), x1)
+
+    def _cut(self, array: Array) -> Array:
+        """Return the part of the scaled image [H, W, …] that lies in the view."""
+        (x, y), (width, height) = self.offset, self.size
+        return array[max(0, -y) : height - y, max(0, -x) : width - x]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +296,7 @@ def decode_view(
     """Decode an image at the scale of the view that `choose` returns for its size.
 
     Returns:
-        The whole image, scaled, and the view.
+        The part of the image that lies in the view, at its scale, and the view.
 
     Raises:
         ApiError: as `decode`, and those of `choose`, which comes before the pixels are decoded.
@@ -263,10 +305,10 @@ def decode_view(
 
     def fit(source: Size) -> Size:
         views.append(choose(source))
-        return views[-1].scaled
+        return views[-1].decoded
 
     image = uploads.decode(content, param, fit)
-    return image, views[-1]
+    return views[-1].part_of(image), views[-1]
 
 
 def scaled_mask(mask: Array, size: Size) -> Array:
