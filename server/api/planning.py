@@ -563,7 +563,8 @@ def _variations(request: VariationsRequest, drafted: Draft, uploads: Uploads) ->
     if len(weights) != count or not any(weights):
         allowed = f"one for each image ({count}), at least one of them above 0"
         raise invalid_value("weights", allowed, request.weights)
-    size, images = None, list[InputImage]()
+    size: Size | None = None
+    images: list[InputImage] = []
     for content in request.image:
         image, view = _fitted_reference(content, size, request.fit, drafted, uploads)
         images.append(image)
