@@ -16,6 +16,7 @@ from model.config import BundleConfig, find_bundle
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads, decoding_cost, image_limits
 from server.api.images.decode import DecodedImage, ImageLimits, checked_file, decode
+from server.api.images.encode import encode
 from server.api.images.fit import (
     FitMode,
     Size,
@@ -30,6 +31,7 @@ from server.api.images.fit import (
 )
 from server.api.images.sniff import coefficient_bytes, sniff
 from server.api.planning import OPERATIONS, Plan, draft, image_of
+from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings
 from tests.conftest import NATIVE_SIZE
@@ -266,7 +268,7 @@ def sent_with(operation: str, content: bytes, upright: Size) -> dict[str, Any]:
     """Fields of a request with an image of this size."""
     return {
         "inpaint": {"prompt": "a ball", "image": content, "mask": mask_of(upright)},
-        "outpaint": {"image": content, "right": upright[0]},
+        "outpaint": {"image": content, "right": min(upright[0], 4096)},
         "variations": {"image": content},
         "edit": {"prompt": "a ball", "image": content},
         "interpolate": {"keyframes": [{"prompt": "a ball"}, {"image": content}], "frames": 2},
@@ -282,8 +284,8 @@ def test_any_photo_works_on_every_endpoint(
     assert answer.status_code == 200, answer.text
     parameters, entry = answer.json()["parameters"], answer.json()["images"][0]
     if operation == "outpaint":
-        doubled = 2 * upright[0], upright[1]
-        expected = doubled if max(doubled) <= 512 else within(doubled, 512)
+        canvas = upright[0] + min(upright[0], 4096), upright[1]
+        expected = canvas if max(canvas) <= 512 else within(canvas, 512)
     elif operation not in ("inpaint", "edit"):
         expected = NATIVE_SIZE
     assert (parameters["width"], parameters["height"]) == expected
@@ -570,3 +572,24 @@ def test_weights_blend_the_original_into_what_is_enlarged() -> None:
     weights = np.array([[0, 128, 255, 255]] * 2, dtype=np.uint8)
     result = view.restored(np.full((1, 2, 3), 200, dtype=np.uint8), original, weights)
     assert result[..., 0].tolist() == [[100, 150, 200, 200]] * 2
+
+
+@pytest.mark.parametrize("operation", ["inpaint", "outpaint", "variations", "edit"])
+def test_a_recorded_image_of_a_photo_is_planned_again(operation: str) -> None:
+    size = (1500, 800)
+    content = photo(size, orientation=ROTATED)
+    sent = sent_with(operation, content, size[::-1])
+    del sent["response_format"]
+    if operation != "variations":
+        sent["return_size"] = "original"
+    if operation not in ("outpaint", "variations"):
+        sent |= {"width": 200, "fit": "pad", "height": 200}
+    first = plan_of(operation, **sent)
+    recorded = encode(first.result(drawn(first)), "png", 90, first.parameters((), 0))
+    files = [value for value in sent.values() if isinstance(value, bytes)]
+    again_operation, fields, _ = recorded_request(recorded, files)
+    again = plan_of(again_operation, **fields)
+    assert again.job.canvas == first.job.canvas
+    assert again.job.references == first.job.references
+    assert again.parameters((), 0) == first.parameters((), 0)
+    assert again.answer_size == first.answer_size
