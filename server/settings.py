@@ -256,6 +256,14 @@ class Settings(BaseSettings):
     max_image_pixels: Annotated[
         int, Field(ge=1, description="Maximum width times height of one uploaded image")
     ] = 16 * MIB
+    max_jpeg_pixels: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="The same for a JPEG, which is decoded at a smaller size if it is to be"
+            " scaled",
+        ),
+    ] = 64 * MIB
     max_request_pixels: Annotated[
         int, Field(ge=1, description="Maximum width times height of a request's images together")
     ] = 64 * MIB

@@ -20,8 +20,7 @@ from server.api import (
     routes_openai,
     static,
 )
-from server.api.images.admission import ImageDecoder
-from server.api.images.decode import ImageLimits
+from server.api.images.admission import ImageDecoder, image_limits
 from server.api.images.encoder import ImageEncoder
 from server.api.middleware import (
     Guard,
@@ -90,9 +89,6 @@ def create_app(
     models = read_models(settings)
     for name, config in models.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
-    limits = ImageLimits(
-        settings.max_image_bytes, settings.max_image_pixels, settings.max_request_pixels
-    )
     make_engine = engine or partial(EngineClient, worker=worker)
     tracing = tracing or _start_tracing(settings)
     made = make_engine(settings, metrics)
@@ -102,7 +98,7 @@ def create_app(
         tracing.engine(made) if tracing else made,
         models,
         ImageDecoder(
-            limits,
+            image_limits(settings),
             settings.decode_threads,
             settings.decode_queue_pixels,
             settings.decode_queue_bytes,

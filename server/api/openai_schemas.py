@@ -13,12 +13,14 @@ from model.config import Operation
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
 from server.api.schemas import (
+    FitChoice,
     Fraction,
     ImageBytes,
     ImageBytesList,
     NonBlankText,
     RecipeFields,
     Regions,
+    ReturnSizeChoice,
     Text,
 )
 
@@ -163,20 +165,28 @@ class EditsRequest(ImagesFields):
     keep_unmasked: Annotated[
         bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
     ] = True
+    fit: FitChoice = "crop"
+    return_size: ReturnSizeChoice = "result"
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
         """Return /inpaint with a mask, /edit without."""
         first, *others = self.image
-        inputs = {"prompt": self.prompt, "image": first, "references": others}
+        inputs = {
+            **self._common(size, recipe_steps),
+            "prompt": self.prompt,
+            "image": first,
+            "references": others,
+            "fit": self.fit,
+            "return_size": self.return_size,
+        }
         if self.mask is None:
-            return "edit", {**self._common(size, recipe_steps), **inputs, **self._strength()}
-        # In the image's own size: another requested size is rejected once the image is decoded.
+            return "edit", {**inputs, **self._strength()}
         masked = {
             "mask": self.mask,
             "mask_mode": self.mask_mode,
             "keep_unmasked": self.keep_unmasked,
         }
-        return "inpaint", {**self._common(None, recipe_steps), **inputs, **masked}
+        return "inpaint", {**inputs, **masked}
 
     def _strength(self) -> dict[str, float]:
         if self.strength is not None:
@@ -189,11 +199,13 @@ class VariationRequest(ImagesFields):
 
     image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
+    fit: FitChoice = "crop"
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
         """Return /variations."""
         fields = self._common(size, recipe_steps)
-        return "variations", {**fields, "image": self.image, "prompt": self.prompt}
+        own = {"image": self.image, "prompt": self.prompt, "fit": self.fit}
+        return "variations", {**fields, **own}
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +37,22 @@ from model.canvas import (
 from model.config import BundleConfig, Operation, SamplingConfig
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
 from server.api.errors import ApiError, invalid_value
-from server.api.images.admission import Uploads
+from server.api.images.admission import REFERENCE_SIDE, Uploads
 from server.api.images.decode import DecodedImage, repaint_mask
+from server.api.images.fit import (
+    FitMode,
+    Restoration,
+    Size,
+    View,
+    decode_view,
+    extended,
+    fitted,
+    follow,
+    framed,
+    keeps_ratio,
+    whole,
+    within,
+)
 from server.api.schemas import (
     INT64,
     AnyFormat,
@@ -58,14 +73,14 @@ from server.settings import Settings
 
 # JavaScript reads JSON numbers exactly up to here, so that any client can send a seed back.
 RANDOM_SEEDS = 2**53
-# CLIP reads images of at most a few hundred pixels a side: no more than this crosses the pipe.
-REFERENCE_SIDE = 512
 
 # The cost of a result per pixel beside its steps, in branches of a step: tokens to pixels, and
 # pixels to a file. Measured on a CPU: docs/log.md.
 DECODING_WORK = 3
 FILE_WORK: dict[AnyFormat, int] = {"png": 1, "json": 1, "jpeg": 1, "webp": 1, "gif": 6}
 PREVIEW_WORK = 1
+# The cost of a pixel that is enlarged to the sent image's resolution, beside that of its file.
+ENLARGING_WORK = 2
 
 Models = Mapping[str, BundleConfig]
 
@@ -81,16 +96,31 @@ class Plan:
     Attributes:
         operation: name of the native endpoint.
         job: the worker's part. Its size is a multiple of the size step and may exceed `size`.
-        size: (width, height) of the answer in pixels.
+        size: (width, height) at which the image is drawn, in pixels.
         operation_parameters: effective values of the operation's own fields, files by hash.
-        finish: postprocessing, from a generated image to the image of the answer.
+        finish: postprocessing, from a generated image or a preview to one of `size`.
+        restoration: the last part of postprocessing, to the sent image's resolution; None if the
+            answer has `size`.
     """
 
     operation: str
     job: Job
-    size: tuple[int, int]
+    size: Size
     operation_parameters: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[Image], Image] = _unchanged
+    restoration: Restoration | None = None
+
+    @property
+    def answer_size(self) -> Size:
+        """(width, height) of the answer's images in pixels."""
+        return self.restoration.view.full_size if self.restoration else self.size
+
+    def result(self, image: Image) -> Image:
+        """Return the answer's image from a generated one. It may take seconds."""
+        finished = self.finish(image)
+        if self.restoration is None:
+            return finished
+        return image_of(self.restoration.restored(array_of(finished)), image.index)
 
     def parameters(self, truncated: tuple[str, ...], index: int) -> dict[str, Any]:
         """Return all effective parameters of image `index`; a request for them repeats it."""
@@ -154,29 +184,86 @@ class Draft:
                 raise invalid_value(param, allowed, pixels)
         return width, height
 
+    def size_for(self, source: Size) -> Size:
+        """Return `size`; if one side is missing, it follows the ratio of an image of this size.
+
+        The missing side is rounded to one that the weights generate.
+        """
+        sides = possible_sides(self.config, self.settings)
+        width, height = self.request.width, self.request.height
+        if (width is None) == (height is None) or (width or height) not in sides:
+            return self.size()
+        ideal = follow(source, width, height)
+        return width or _nearest(ideal[0], sides), height or _nearest(ideal[1], sides)
+
+    def fitted_size(
+        self, source: Size, steps: int | None = None, regions: int = 0, enlarged: int = 0
+    ) -> Size:
+        """Return the size at which an image of this size is drawn.
+
+        It is the requested one, of which a missing side follows the image's ratio. Otherwise it is
+        the image's own; a larger image is scaled so that its longer side is the largest that the
+        settings and the request's work allow.
+
+        Args:
+            source: (width, height) of the image.
+            steps: steps that each row takes, if not all.
+            regions: the request's regions.
+            enlarged: pixels of each result that are enlarged to the image's resolution.
+
+        Raises:
+            ApiError: 422, the requested size is too large.
+        """
+        width, height = self.request.width, self.request.height
+        sides = possible_sides(self.config, self.settings)
+        if width or height:
+            size = follow(source, width, height)
+            if max(size) > sides[-1]:
+                allowed = f"the result may have at most {sides[-1]} pixels a side"
+                name = "width" if width and (not height or width >= height) else "height"
+                raise invalid_value(name, allowed, f"{size[0]}x{size[1]}")
+            return size
+        workload = self.workload(steps, regions)
+        own = [source] if max(source) <= sides[-1] else []
+        reduced = (within(source, side) for side in reversed(sides) if side < max(source))
+        for size in chain(own, reduced):
+            more = 0 if size == source else enlarged
+            if workload.of(self.padded_size(size), more) <= self.settings.max_request_work:
+                return size
+        # The job is refused for its work.
+        return own[0] if own else within(source, sides[-1])
+
+    def workload(self, steps: int | None = None, regions: int = 0) -> Workload:
+        """Return the request's work but for its size. The arguments are those of `fitted_size`."""
+        steps = self.sampling.steps if steps is None else steps
+        previews = min(self.request.partial_images, max(0, steps - 1))
+        return Workload(
+            images=_rows(self.request),
+            steps=steps,
+            branches=1 + regions + self.sampling.guided,
+            output=DECODING_WORK
+            + FILE_WORK[self.output]
+            + previews * (DECODING_WORK + PREVIEW_WORK),
+            enlarging=ENLARGING_WORK + FILE_WORK[self.output],
+        )
+
+    def padded_size(self, size: Size) -> Size:
+        """Return the size of an image of this size after `padded`."""
+        step, least = self.config.size_step, self.config.smallest_side
+        return max(least, size[0] + -size[0] % step), max(least, size[1] + -size[1] % step)
+
     def padded(self, array: Array) -> Array:
         """Return [H, W, …] mirrored at the right and lower edge to a size the weights generate."""
         return pad_to_multiple(array, self.config.size_step, self.config.smallest_side)
 
-    def check_side(self, size: tuple[int, int], param: str) -> None:
-        """Raise ApiError 422 if an answer of this size would be too large."""
-        largest = possible_sides(self.config, self.settings)[-1]
-        if max(size) > largest:
-            allowed = f"the result may have at most {largest} pixels a side"
-            raise invalid_value(param, allowed, f"{size[0]}x{size[1]}")
-
-    def check_requested_size(self, size: tuple[int, int]) -> None:
-        """Raise ApiError 422 if the request has a width or height other than the answer's."""
-        width, height = size
-        for param, sent, actual in (
-            ("width", self.request.width, width),
-            ("height", self.request.height, height),
-        ):
-            if sent not in (None, actual):
-                raise invalid_value(param, f"must be the image's, {actual}; leave it out", sent)
-
     def job(
-        self, size: tuple[int, int], prompt: str, *, steps: int | None = None, **parts: Any
+        self,
+        size: Size,
+        prompt: str,
+        *,
+        steps: int | None = None,
+        enlarged: int = 0,
+        **parts: Any,
     ) -> Job:
         """Return the job.
 
@@ -184,6 +271,7 @@ class Draft:
             size: (width, height) in pixels, multiples of the size step.
             prompt: the main prompt.
             steps: steps that each row takes, if not all.
+            enlarged: pixels of each result that are enlarged to the sent image's resolution.
             parts: the operation's fields of `Job`.
 
         Raises:
@@ -205,9 +293,46 @@ class Draft:
             cache_scope=self.cache_scope,
             **{"seeds": seeds(request.seed, request.n), **parts},
         )
-        row_steps = self.sampling.steps if steps is None else steps
-        _check_work(job, row_steps, self.output, self.settings.max_request_work)
+        workload = self.workload(steps, len(job.regions))
+        workload.check(size, enlarged, self.settings.max_request_work)
         return job
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The work of a request but for its size, in branches of a step for each pixel.
+
+    Attributes:
+        images: images or frames.
+        steps: steps of each image.
+        branches: branches of a step.
+        output: work for decoding, previews and files.
+        enlarging: work for a pixel that is enlarged, its file included.
+    """
+
+    images: int
+    steps: int
+    branches: int
+    output: int
+    enlarging: int
+
+    def of(self, size: Size, enlarged: int = 0) -> int:
+        """Return the work. size: of the generated images. enlarged: pixels of each result."""
+        generated = size[0] * size[1] * (self.steps * self.branches + self.output)
+        return self.images * (generated + enlarged * self.enlarging)
+
+    def check(self, size: Size, enlarged: int, allowed: int) -> None:
+        """Raise ApiError 422 if the work is more than allowed."""
+        work, pixels = self.of(size, enlarged), size[0] * size[1]
+        if work > allowed:
+            enlarging = f", {enlarged} pixels as much as {self.enlarging} to enlarge"
+            message = (
+                f"the request's work is {work}, the maximum {allowed}"
+                f" ({self.images} images of {pixels} pixels, {self.steps} steps of {self.branches}"
+                f" branches, and as much as {self.output} for decoding and files"
+                f"{enlarging if enlarged else ''})"
+            )
+            raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
 
 
 def draft(
@@ -245,6 +370,10 @@ def find_model(name: str | None, models: Models) -> BundleConfig:
 def possible_sides(config: BundleConfig, settings: Settings) -> range:
     """Return the widths and heights that the weights generate, in pixels."""
     return range(config.smallest_side, settings.max_side + 1, config.size_step)
+
+
+def _nearest(pixels: int, sides: range) -> int:
+    return min(sides, key=lambda side: abs(side - pixels))
 
 
 def check_operation(config: BundleConfig, operation: Operation) -> None:
@@ -293,21 +422,6 @@ def _sampling(request: SamplingFields, config: BundleConfig, settings: Settings)
     return sampling
 
 
-def _check_work(job: Job, steps: int, output: AnyFormat, allowed: int) -> None:
-    images, pixels = len(job.seeds), job.width * job.height
-    branches = 1 + len(job.regions) + job.sampling.guided
-    previews = min(job.previews, max(0, steps - 1))
-    output_work = DECODING_WORK + FILE_WORK[output] + previews * (DECODING_WORK + PREVIEW_WORK)
-    work = images * pixels * (steps * branches + output_work)
-    if work > allowed:
-        message = (
-            f"the request's work is {work}, the maximum {allowed}"
-            f" ({images} images of {pixels} pixels, {steps} steps of {branches} branches,"
-            f" and as much as {output_work} for decoding and files)"
-        )
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
-
-
 # ── operations ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -348,36 +462,55 @@ class Layout(NamedTuple):
 
 def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
     size = drafted.size()
-    regions, parameters = _regions(request.regions, size, drafted, uploads)
+    regions, parameters = _regions(request.regions, whole(size, size), drafted, uploads)
     job = drafted.job(size, request.prompt, regions=regions)
     return Plan("generate", job, size, parameters)
 
 
 def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
-    drafted.check_side(uploads.stored_size(request.image), "image")
-    image = uploads.decode(request.image)
-    drafted.check_requested_size(image.size)
-    mask = _inpaint_mask(request, image, uploads)
-    layout = Layout(drafted.padded(image.on_white), drafted.padded(mask), image.size)
-    regions, region_parameters = _regions(request.regions, image.size, drafted, uploads)
+    choose = _choose_view(request, drafted, uploads, regions=len(request.regions))
+    image, view = decode_view(request.image, "image", choose, uploads)
+    mask = _inpaint_mask(request, image, view, uploads)
+    layout = _layout(image.on_white, view.placed(mask, outside=1), view, drafted)
+    if not layout.repainted.any():
+        raise _empty_mask("mask: nothing to repaint in the part of the image that fit leaves")
+    regions, region_parameters = _regions(request.regions, view, drafted, uploads)
     references, reference_parameters = _references(request.references, drafted, uploads)
     parameters = {
         "image": file_hash(request.image),
         **({} if request.mask is None else {"mask": file_hash(request.mask)}),
         "mask_mode": request.mask_mode,
         "keep_unmasked": request.keep_unmasked,
+        "fit": request.fit,
+        "return_size": request.return_size,
         **reference_parameters,
         **region_parameters,
     }
+    # Only the files that the result needs: the others need not wait with it.
+    kept = request.model_copy(update={"references": [], "regions": ()})
+
+    def original() -> tuple[Pixels, Mask]:
+        files = Uploads(uploads.limits)
+        if kept.mask is None:
+            sent = files.decode(kept.image)
+            return sent.on_white, repaint_mask(sent, "alpha", sent.size, "image")
+        # The mask first, which takes a third of the decoded image's memory.
+        repainted = files.mask(kept.mask, kept.mask_mode, view.source)
+        return files.decode(kept.image).on_white, repainted
+
+    files = [kept.image, *([] if kept.mask is None else [kept.mask])]
+    keeps = request.keep_unmasked
+    restoration, held = _restore(request, view, original if keeps else None, files)
     job = drafted.job(
         layout.padded_size,
         request.prompt,
         canvas=layout.canvas,
         references=references,
         regions=regions,
+        **held,
     )
-    finish = layout.composited if request.keep_unmasked else layout.cropped
-    return Plan("inpaint", job, layout.size, parameters, finish)
+    finish = layout.composited if keeps else layout.cropped
+    return Plan("inpaint", job, layout.size, parameters, finish, restoration)
 
 
 def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -390,24 +523,38 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Pla
     if not any(margins.values()):
         allowed = "at least one of left, right, up and down must be above 0"
         raise invalid_value("left", allowed, 0)
-    drafted.check_side(uploads.stored_size(request.image), "image")
-    image = uploads.decode(request.image)
-    layout = _outpaint_layout(image, margins, drafted)
-    drafted.check_requested_size(layout.size)
-    regions, region_parameters = _regions(request.regions, layout.size, drafted, uploads)
+    choose = _choose_canvas(request, margins, drafted, uploads)
+    image, view = decode_view(request.image, "image", choose, uploads)
+    kept = np.zeros(image.rgb.shape[:2], dtype=np.bool_)
+    layout = _layout(image.on_white, view.placed(kept, outside=1), view, drafted)
+    canvas = whole(view.full_size, view.size)
+    regions, region_parameters = _regions(request.regions, canvas, drafted, uploads)
     # Without a prompt the image itself is the condition, if the weights support that.
     by_image = not request.prompt.strip() and "variations" in drafted.config.operations
     shown = [reference_image(request.image, "image", uploads)] if by_image else []
     references = tuple(Reference(each, 1.0) for each in shown)
+    content = request.image
+
+    def original() -> tuple[Pixels, Mask]:
+        sent = Uploads(uploads.limits).decode(content).on_white
+        return sent, np.zeros(sent.shape[:2], dtype=np.bool_)
+
+    restoration, held = _restore(request, view, original, [content])
     job = drafted.job(
         layout.padded_size,
         request.prompt,
         canvas=layout.canvas,
         references=references,
         regions=regions,
+        **held,
     )
-    parameters = {"image": file_hash(request.image), **margins, **region_parameters}
-    return Plan("outpaint", job, layout.size, parameters, layout.composited)
+    parameters = {
+        "image": file_hash(request.image),
+        **margins,
+        "return_size": request.return_size,
+        **region_parameters,
+    }
+    return Plan("outpaint", job, layout.size, parameters, layout.composited, restoration)
 
 
 def _variations(request: VariationsRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -416,40 +563,45 @@ def _variations(request: VariationsRequest, drafted: Draft, uploads: Uploads) ->
     if len(weights) != count or not any(weights):
         allowed = f"one for each image ({count}), at least one of them above 0"
         raise invalid_value("weights", allowed, request.weights)
-    size = drafted.size()
-    images = [reference_image(content, "image", uploads) for content in request.image]
+    size: Size | None = None
+    images: list[InputImage] = []
+    for content in request.image:
+        image, view = _fitted_reference(content, size, request.fit, drafted, uploads)
+        images.append(image)
+        # A missing side follows the first image.
+        size = size or drafted.size_for(view.source)
+    assert size
     references = tuple(map(Reference, images, weights))
     job = drafted.job(size, request.prompt, references=references)
     hashes = [file_hash(content) for content in request.image]
-    return Plan("variations", job, size, {"image": hashes, "weights": weights})
+    parameters = {"image": hashes, "weights": weights, "fit": request.fit}
+    return Plan("variations", job, size, parameters)
 
 
 def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
-
-    def fit(stored: tuple[int, int]) -> tuple[int, int]:
-        size = request.width or stored[0], request.height or stored[1]
-        drafted.check_side(size, "image")
-        return size
-
-    image = uploads.decode(request.image, fit=fit)
-    size = image.size
-    padded = drafted.padded(image.on_white)
-    layout = Layout(padded, np.ones(padded.shape[:2], dtype=np.bool_), size)
     steps = round(request.strength * drafted.sampling.steps)
+    choose = _choose_view(request, drafted, uploads, steps=steps)
+    image, view = decode_view(request.image, "image", choose, uploads)
+    beyond = view.placed(np.zeros(image.rgb.shape[:2], dtype=np.bool_), outside=1)
+    layout = _layout(image.on_white, beyond, view, drafted)
     references, reference_parameters = _references(request.references, drafted, uploads)
+    restoration, held = _restore(request, view, None, [])
     job = drafted.job(
         layout.padded_size,
         request.prompt,
         steps=steps,
-        canvas=Edit(InputImage.of(padded), request.strength),
+        canvas=Edit(layout.canvas.picture, request.strength),
         references=references,
+        **held,
     )
     parameters = {
         "image": file_hash(request.image),
         "strength": request.strength,
+        "fit": request.fit,
+        "return_size": request.return_size,
         **reference_parameters,
     }
-    return Plan("edit", job, size, parameters, layout.cropped)
+    return Plan("edit", job, layout.size, parameters, layout.cropped, restoration)
 
 
 def _interpolate(request: InterpolateRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -552,41 +704,132 @@ def uploaded_files(value: object, param: str = "") -> Iterator[tuple[str, bytes]
 # ── parts of operations ───────────────────────────────────────────────────────────────────────────
 
 
-def _inpaint_mask(request: InpaintRequest, image: DecodedImage, uploads: Uploads) -> Mask:
-    """Return the separate mask, or the image's own transparency."""
+def _choose_view(
+    request: InpaintRequest | EditRequest,
+    drafted: Draft,
+    uploads: Uploads,
+    *,
+    steps: int | None = None,
+    regions: int = 0,
+) -> Callable[[Size], View]:
+    """Return the choice of an image's view by its size. steps, regions: as in `fitted_size`."""
+
+    def choose(source: Size) -> View:
+        enlarged = source[0] * source[1] if request.return_size == "original" else 0
+        view = fitted(source, drafted.fitted_size(source, steps, regions, enlarged), request.fit)
+        _check_restorable(request, view, uploads)
+        return view
+
+    return choose
+
+
+def _choose_canvas(
+    request: OutpaintRequest, margins: dict[str, int], drafted: Draft, uploads: Uploads
+) -> Callable[[Size], View]:
+    """Return the choice of a canvas with these margins by the image's size.
+
+    margins: in pixels of the sent image.
+    """
+
+    def choose(source: Size) -> View:
+        width = source[0] + margins["left"] + margins["right"]
+        height = source[1] + margins["up"] + margins["down"]
+        enlarged = width * height if request.return_size == "original" else 0
+        regions = len(request.regions)
+        size = drafted.fitted_size((width, height), regions=regions, enlarged=enlarged)
+        if not keeps_ratio((width, height), size):
+            allowed = f"must keep the ratio of the canvas, {width}x{height}; leave it out"
+            raise invalid_value("width", allowed, f"{size[0]}x{size[1]}")
+        view = extended(source, margins, size)
+        _check_restorable(request, view, uploads)
+        return view
+
+    return choose
+
+
+def _check_restorable(
+    request: InpaintRequest | OutpaintRequest | EditRequest, view: View, uploads: Uploads
+) -> None:
+    """Raise ApiError 422 if an image is to be returned in a size that is too large for that."""
+    most = uploads.limits.max_pixels
+    width, height = view.full_size
+    if request.return_size == "result" or not view.is_scaled:
+        return
+    if max(width * height, view.source[0] * view.source[1]) > most:
+        allowed = f"an original may have at most {most} pixels; send result"
+        raise invalid_value("return_size", allowed, f"original, {width}x{height}")
+
+
+def _restore(
+    request: InpaintRequest | OutpaintRequest | EditRequest,
+    view: View,
+    original: Callable[[], tuple[Pixels, Mask]] | None,
+    files: Sequence[bytes],
+) -> tuple[Restoration | None, dict[str, int]]:
+    """Return how to restore the sent image's resolution, if at all, and what the job counts for it.
+
+    files: those that `original` decodes.
+    """
+    if request.return_size == "result" or not view.is_scaled:
+        return None, {}
+    restoration = Restoration(view, original)
+    held = sum(map(len, files)) if original else 0
+    return restoration, {"enlarged": restoration.pixels, "held_bytes": held}
+
+
+def _inpaint_mask(
+    request: InpaintRequest, image: DecodedImage, view: View, uploads: Uploads
+) -> Mask:
+    """Return the separate mask, or the image's own transparency, as large as the image.
+
+    image: the part of the sent image that lies in the view.
+    """
     if request.mask is not None:
-        return uploads.mask(request.mask, request.mask_mode, image.size)
+        mode, source = request.mask_mode, view.source
+        return view.part_of_mask(uploads.mask(request.mask, mode, source, scaled=view.scaled))
     if not image.has_alpha:
         message = "mask: required, unless the image is transparent where it is to be repainted"
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "missing_field", message, "mask")
     return repaint_mask(image, "alpha", image.size, "image")
 
 
-def _outpaint_layout(image: DecodedImage, margins: dict[str, int], drafted: Draft) -> Layout:
-    width = image.size[0] + margins["left"] + margins["right"]
-    height = image.size[1] + margins["up"] + margins["down"]
-    drafted.check_side((width, height), "image")
-    step = drafted.config.size_step
+def _empty_mask(message: str) -> ApiError:
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "empty_mask", message, "mask")
+
+
+def _layout(rgb: Pixels, repainted: Mask, view: View, drafted: Draft) -> Layout:
+    """Lay an image out on its view, and the view on a size that the weights generate.
+
+    Args:
+        rgb: uint8 [H, W, 3], the part of the image that lies in the view.
+        repainted: bool [H, W] of the view.
+        view: the view.
+        drafted: the request.
+    """
+    step, margins = drafted.config.size_step, view.margins
     # Padding beyond a new edge is generated; beyond an old one it mirrors the image.
-    extra = {
-        "right": -width % step if margins["right"] else 0,
-        "down": -height % step if margins["down"] else 0,
+    right = -view.size[0] % step if margins["right"] else 0
+    down = -view.size[1] % step if margins["down"] else 0
+    padded_margins = {
+        **margins,
+        "right": margins["right"] + right,
+        "down": margins["down"] + down,
     }
-    padded_margins = {side: pixels + extra.get(side, 0) for side, pixels in margins.items()}
-    rgb, kept = outpaint_canvas(image.on_white, **padded_margins)
-    return Layout(drafted.padded(rgb), drafted.padded(~kept), (width, height))
+    canvas, _ = outpaint_canvas(rgb, **padded_margins)
+    unknown = np.pad(repainted, [(0, down), (0, right)], constant_values=True)
+    return Layout(drafted.padded(canvas), drafted.padded(unknown), view.size)
 
 
 def _regions(
-    entries: Sequence[RegionEntry], size: tuple[int, int], drafted: Draft, uploads: Uploads
+    entries: Sequence[RegionEntry], view: View, drafted: Draft, uploads: Uploads
 ) -> tuple[tuple[Region, ...], dict[str, Any]]:
-    """Return the regions of an answer of this size, and their parameters."""
+    """Return the regions of a view, and their parameters; masks are as large as its source."""
     if not entries:
         return (), {}
     check_operation(drafted.config, "regions")
     regions, parameters = [], []
     for i, entry in enumerate(entries):
-        mask = _region_mask(entry, size, i, uploads)
+        mask = _region_mask(entry, view, i, uploads)
         weight = region_weight(mask, entry.weight, entry.softness)
         regions.append(Region(entry.prompt, InputImage.of(drafted.padded(weight))))
         place = {"box": list(entry.box)} if entry.box else {"mask": file_hash(entry.mask or b"")}
@@ -595,10 +838,12 @@ def _regions(
     return tuple(regions), {"regions": parameters}
 
 
-def _region_mask(entry: RegionEntry, size: tuple[int, int], index: int, uploads: Uploads) -> Mask:
+def _region_mask(entry: RegionEntry, view: View, index: int, uploads: Uploads) -> Mask:
     if entry.box:
-        return box_mask(entry.box, *size)
-    return uploads.mask(entry.mask or b"", None, size, f"regions.{index}.mask")
+        return box_mask(entry.box, *view.size)
+    param, source, scaled = f"regions.{index}.mask", view.source, view.scaled
+    mask = uploads.mask(entry.mask or b"", None, source, param, scaled)
+    return view.placed(view.part_of_mask(mask), outside=0)
 
 
 def _references(
@@ -625,6 +870,22 @@ def _keyframe(entry: KeyframeEntry, prompt: str, index: int, uploads: Uploads) -
 def reference_image(content: bytes, param: str, uploads: Uploads) -> InputImage:
     """Return a file's image for CLIP, scaled down if it is much larger than CLIP reads."""
     return InputImage.of(uploads.decode(content, param, reference_size).on_white)
+
+
+def _fitted_reference(
+    content: bytes, size: Size | None, mode: FitMode, drafted: Draft, uploads: Uploads
+) -> tuple[InputImage, View]:
+    """Return a file's image for CLIP in the ratio of this size, and its view.
+
+    size: default: the one that follows the image.
+    """
+
+    def choose(source: Size) -> View:
+        return framed(source, size or drafted.size_for(source), mode, REFERENCE_SIDE)
+
+    image, view = decode_view(content, "image", choose, uploads)
+    canvas, kept = outpaint_canvas(image.on_white, **view.margins)
+    return InputImage.of(fill(canvas, ~kept)), view
 
 
 def reference_size(stored: tuple[int, int]) -> tuple[int, int]:

@@ -147,7 +147,7 @@ class _Frames:
         for image in self._images:
             if self._stopped:
                 raise DeadlineExceeded("nobody waits for the animation any more")
-            yield self._plan.finish(image)
+            yield self._plan.result(image)
 
     def stop(self) -> None:
         """Let the thread that encodes the animation end at its next frame."""
@@ -217,7 +217,7 @@ class NativeStream:
         began = time.perf_counter()
         plan, index = self.plan, drawn.image.index
         parameters = plan.parameters(drawn.truncated, index)
-        content = encode(plan.finish(drawn.image), self.format, self.quality, parameters)
+        content = encode(plan.result(drawn.image), self.format, self.quality, parameters)
         record_images(app_state(self.request), plan, 1, began)
         return Event("image", {"index": index, **image_entry(plan, index, content, self.format)})
 
@@ -252,8 +252,8 @@ def image_entry(plan: Plan, index: int, content: bytes, format: Format) -> dict[
     return {
         "b64_json": base64.b64encode(content).decode(),
         "seed": plan.job.seeds[index],
-        "width": plan.size[0],
-        "height": plan.size[1],
+        "width": plan.answer_size[0],
+        "height": plan.answer_size[1],
         "format": format,
     }
 
@@ -281,10 +281,13 @@ async def encode_all(
 
     def make(image: Image) -> bytes:
         parameters = plan.parameters(finished.truncated, image.index)
-        return encode(plan.finish(image), format, quality, parameters)
+        return encode(plan.result(image), format, quality, parameters)
 
     began = time.perf_counter()
-    work = (state.encoder.run(partial(make, image)) for image in _ordered(finished))
+    large = state.decoder.run_large if plan.restoration else None
+    work = (
+        state.encoder.run(partial(make, image), elsewhere=large) for image in _ordered(finished)
+    )
     contents = await asyncio.gather(*work)
     return list(contents), record_images(state, plan, len(contents), began)
 

@@ -98,12 +98,7 @@ async def _plan(request: Request, fields: ImagesFields) -> Plan:
     operation, native = fields.native(size, config.recipe.num_inference_steps)
     # Validated already: the native fields have the same types.
     native_fields = OPERATIONS[operation][0].model_construct(**native)
-    planned = await plan(request, native_fields, operation, fields.file_format)
-    if size not in (None, planned.size):
-        width, height = planned.size
-        message = f"an edit with a mask has the image's own size: send auto or {width}x{height}"
-        raise _unsupported("size", message, fields.size)
-    return planned
+    return await plan(request, native_fields, operation, fields.file_format)
 
 
 def _unsupported(param: str, supported: str, sent: object) -> ApiError:
@@ -235,7 +230,7 @@ class OpenAIAnswer:
     @property
     def _effective(self) -> dict[str, str]:
         return {
-            "size": f"{self.plan.size[0]}x{self.plan.size[1]}",
+            "size": f"{self.plan.answer_size[0]}x{self.plan.answer_size[1]}",
             "quality": self.quality,
             "background": "opaque",
             "output_format": self.format,

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from model.config import Interpolation, RenoiseMode, Sampler
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
+from server.api.images.fit import FitMode, ReturnSize
 from server.engine.messages import Priority
 
 INT64 = 2**63
@@ -291,7 +292,23 @@ References = Annotated[
 Margin = Annotated[
     int,
     Field(
-        ge=0, le=4096, description="Pixels added on this side; at least one side must be above 0"
+        ge=0,
+        le=4096,
+        description="Pixels of the sent image added on this side; at least one side above 0",
+    ),
+]
+FitChoice = Annotated[
+    FitMode,
+    Field(
+        description="Adapt the image to another ratio: crop to the centre, pad and draw the rest,"
+        " or stretch"
+    ),
+]
+ReturnSizeChoice = Annotated[
+    ReturnSize,
+    Field(
+        description="Size of the answer: result, as drawn; or original, the sent image's, with"
+        " its own pixels where they are kept"
     ),
 ]
 AnimationChoice = Annotated[
@@ -310,7 +327,7 @@ class GenerateRequest(SamplingFields):
 
 
 class InpaintRequest(SamplingFields):
-    """Repaint a part of an image. Width and height, if given, must be the image's."""
+    """Repaint a part of an image. Width and height, if given, scale it first."""
 
     prompt: NonBlankText
     image: ImageBytes
@@ -325,12 +342,14 @@ class InpaintRequest(SamplingFields):
     keep_unmasked: Annotated[
         bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
     ] = True
+    fit: FitChoice = "crop"
+    return_size: ReturnSizeChoice = "result"
     references: References = Field(default_factory=list)
     regions: Regions = ()
 
 
 class OutpaintRequest(SamplingFields):
-    """Extend an image beyond its edges. Width and height, if given, must be the result's."""
+    """Extend an image beyond its edges. Width and height, if given, must keep its ratio."""
 
     prompt: Annotated[Text, Field(description="Empty: continue the image")] = ""
     image: ImageBytes
@@ -338,6 +357,7 @@ class OutpaintRequest(SamplingFields):
     right: Margin = 0
     up: Margin = 0
     down: Margin = 0
+    return_size: ReturnSizeChoice = "result"
     regions: Regions = ()
 
 
@@ -350,6 +370,7 @@ class VariationsRequest(SamplingFields):
         Field(description="One for each image; default: equal"),
     ] = None
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
+    fit: FitChoice = "crop"
 
 
 class EditRequest(SamplingFields):
@@ -361,6 +382,8 @@ class EditRequest(SamplingFields):
         Fraction,
         Field(description="Fraction turned to noise first: 0 returns the image, 1 ignores it"),
     ] = 0.6
+    fit: FitChoice = "crop"
+    return_size: ReturnSizeChoice = "result"
     references: References = Field(default_factory=list)
 
 

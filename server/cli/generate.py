@@ -35,7 +35,14 @@ RegionList = Annotated[
         'or "mask": a file instead of the box; may be repeated'
     ),
 ]
-Margin = Annotated[int, typer.Option(help="Pixels added on this side")]
+Margin = Annotated[int, typer.Option(help="Pixels of the image added on this side")]
+Fit = Annotated[
+    str | None, typer.Option(help="crop, pad or stretch the image to another ratio; default: crop")
+]
+ReturnSize = Annotated[
+    str | None,
+    typer.Option(help="result, as drawn, or original, the image's own size; default: result"),
+]
 Weights = Annotated[
     str | None, typer.Option(help="Bundle name or path; default: PAELLERA_WEIGHTS, else tiny")
 ]
@@ -145,6 +152,8 @@ def inpaint(
     keep_unmasked: Annotated[
         bool, typer.Option(help="Leave pixels outside the mask unchanged")
     ] = True,
+    fit: Fit = None,
+    return_size: ReturnSize = None,
     region: RegionList = None,
 ) -> Fields:
     """Repaint a part of an image."""
@@ -154,6 +163,8 @@ def inpaint(
         **files,
         "mask_mode": mask_mode,
         "keep_unmasked": keep_unmasked,
+        "fit": fit,
+        "return_size": return_size,
         "regions": _regions(region),
     }
 
@@ -166,11 +177,18 @@ def outpaint(
     right: Margin = 0,
     up: Margin = 0,
     down: Margin = 0,
+    return_size: ReturnSize = None,
     region: RegionList = None,
 ) -> Fields:
     """Extend an image beyond its edges; without a prompt, continue it."""
     margins = {"left": left, "right": right, "up": up, "down": down}
-    return {"prompt": prompt, "image": image.read_bytes(), **margins, "regions": _regions(region)}
+    return {
+        "prompt": prompt,
+        "image": image.read_bytes(),
+        **margins,
+        "return_size": return_size,
+        "regions": _regions(region),
+    }
 
 
 @_operation("variations")
@@ -182,12 +200,14 @@ def vary(
     image_weights: Annotated[
         str | None, typer.Option(help="Comma-separated, one for each image; default: equal")
     ] = None,
+    fit: Fit = None,
 ) -> Fields:
     """Generate other images with the same content."""
     return {
         "prompt": prompt,
         "image": [path.read_bytes() for path in image],
         "weights": _numbers("image-weights", image_weights),
+        "fit": fit,
     }
 
 
@@ -199,9 +219,17 @@ def edit(
         float | None,
         typer.Option(help="Fraction turned to noise first: 0 returns the image, 1 ignores it"),
     ] = None,
+    fit: Fit = None,
+    return_size: ReturnSize = None,
 ) -> Fields:
     """Redraw an image, keeping its structure."""
-    return {"prompt": prompt, "image": image.read_bytes(), "strength": strength}
+    return {
+        "prompt": prompt,
+        "image": image.read_bytes(),
+        "strength": strength,
+        "fit": fit,
+        "return_size": return_size,
+    }
 
 
 @_operation("interpolate")
@@ -255,7 +283,7 @@ def replay(
         if frame >= (images := len(planned.job.seeds)):
             raise ValueError(f"the image says that it is frame {frame} of {images}")
         (generated,), truncated = generate_images(planned.job, settings, only=frame)
-        content = encode(planned.finish(generated), "png", 90, planned.parameters(truncated, frame))
+        content = encode(planned.result(generated), "png", 90, planned.parameters(truncated, frame))
         with output.open("wb" if force else "xb") as file:
             file.write(content)
     if content != original:
@@ -307,7 +335,7 @@ def _run(
         operation, {name: value for name, value in fields.items() if value is not None}, settings
     )
     images, truncated = generate_images(planned.job, settings)
-    _write([planned.finish(image) for image in images], planned, truncated, output, format, quality)
+    _write([planned.result(image) for image in images], planned, truncated, output, format, quality)
 
 
 def _write(

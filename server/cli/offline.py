@@ -16,8 +16,7 @@ from model.config import BundleConfig, Operation, find_bundle
 from model.pipeline import Pipeline
 from model.row_builder import RowBuilder
 from model.runtime import pick_device, pick_dtype, prepare, use
-from server.api.images.admission import Uploads
-from server.api.images.decode import ImageLimits
+from server.api.images.admission import Uploads, image_limits
 from server.api.images.encode import read_parameters
 from server.api.planning import OPERATIONS, Plan, draft, file_hash
 from server.engine.messages import Image, Job
@@ -36,10 +35,7 @@ def plan(operation: Operation, fields: dict[str, Any], settings: Settings) -> tu
     request = schema.model_validate(fields)
     output = request.response_format or "png"
     drafted = draft(request, operation, {config.name: config}, settings, output)
-    limits = ImageLimits(
-        settings.max_image_bytes, settings.max_image_pixels, settings.max_request_pixels
-    )
-    return planner(request, drafted, Uploads(limits)), request.quality
+    return planner(request, drafted, Uploads(image_limits(settings))), request.quality
 
 
 def generate(

@@ -58,7 +58,8 @@ class Job:
     is suspected of having crashed a worker. previews: how many of each
     image, at most, are sent before it is done. early: each image is sent as soon as it is done, and
     all of them again with the answer. traceparent: the W3C trace context of a traced request, whose
-    answer has `step_seconds`; otherwise empty.
+    answer has `step_seconds`; otherwise empty. held_bytes: size of the client's files that the API
+    process keeps until the images are done.
 
     The other fields are those of `model.image_request.ImageRequest`. With keyframes the rows are
     frames, evenly spaced from the first keyframe to the last.
@@ -85,6 +86,7 @@ class Job:
     mode: Interpolation = "slerp"
     regions: tuple[Region, ...] = ()
     cache_scope: str = ""
+    held_bytes: int = 0
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -93,13 +95,14 @@ class Job:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the client's images, masks and weights, decoded."""
+        """Bytes of the client's images, masks and weights, decoded, and of files that are kept."""
         canvas = () if self.canvas is None else (self.canvas.picture,)
         masks = (self.canvas.mask,) if isinstance(self.canvas, Repaint) else ()
         seen = (reference.picture for reference in self.references)
         shown = (keyframe.picture for keyframe in self.keyframes if keyframe.picture)
         weights = (region.weight for region in self.regions)
-        return sum(len(image.content) for image in (*canvas, *masks, *seen, *shown, *weights))
+        images = (*canvas, *masks, *seen, *shown, *weights)
+        return self.held_bytes + sum(len(image.content) for image in images)
 
     def image(self, index: int) -> ImageRequest:
         """Return everything that decides what image `index` looks like."""

@@ -29,20 +29,57 @@ from server.api.images.decode import (
     MaskMode,
     checked_file,
     decode,
+    jpeg_scale,
     mask_size_mismatch,
     repaint_mask,
 )
 from server.api.images.encoder import submit
+from server.api.images.sniff import ImageFile
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.engine.latency_model import Pace
 from server.engine.retry_slots import RetrySlots
+from server.settings import Settings
 
 Result = TypeVar("Result")
 
 # Seconds per Mi pixels before the first measurement.
 FIRST_PACE_S = 0.05
+# CLIP reads images of at most a few hundred pixels a side: no more than this crosses the pipe.
+REFERENCE_SIDE = 512
+# So many pixels of a JPEG cost as much as one decoded pixel, beside those that are decoded.
+JPEG_CODES = 8
 # Of the threads that decode, as `nice` counts: they get a tenth of a core that a worker wants.
 DECODE_PRIORITY = 10
+
+
+def image_limits(settings: Settings) -> ImageLimits:
+    """Return the limits of uploaded images."""
+    return ImageLimits(
+        settings.max_image_bytes,
+        settings.max_image_pixels,
+        settings.max_request_pixels,
+        settings.max_jpeg_pixels,
+        max(settings.max_side, REFERENCE_SIDE),
+    )
+
+
+def decoding_cost(file: ImageFile, side: int) -> int:
+    """Return how many pixels count for an image's decoding.
+
+    A JPEG is decoded at an eighth, a quarter or half of its size if it is needed that much smaller;
+    its codes, all of which are read, count as an eighth of its pixels. A shorter side is never
+    needed longer than `side`, whatever part of the image is.
+
+    Args:
+        file: the image.
+        side: the longest side at which an image is needed, in pixels.
+    """
+    if file.format != "JPEG":
+        return file.pixels
+    shorter = min(file.width, file.height)
+    scale = jpeg_scale((shorter, shorter), (side, side))
+    reduced = -(-file.width // scale) * -(-file.height // scale)
+    return min(file.pixels, reduced + file.pixels // JPEG_CODES)
 
 
 class Uploads:
@@ -54,15 +91,21 @@ class Uploads:
     def __init__(self, limits: ImageLimits, deadline: float = math.inf) -> None:
         """Create it without files. deadline: monotonic seconds."""
         self._limits, self._deadline = limits, deadline
-        # (width, height) by the identity of the content, which the request holds. What a decoder
-        # reads is a copy, which would double the memory of requests that wait.
+        # (width, height) and cost by the identity of the content, which the request holds. What a
+        # decoder reads is a copy, which would double the memory of requests that wait.
         self._sizes: dict[int, tuple[int, int]] = {}
+        self._costs: dict[int, int] = {}
         self._stopped = False
 
     @property
+    def limits(self) -> ImageLimits:
+        """Limits of the files."""
+        return self._limits
+
+    @property
     def pixels(self) -> int:
-        """Pixels of all files that were checked, by their headers."""
-        return sum(width * height for width, height in self._sizes.values())
+        """Pixels of all files that were checked, by their headers, as `decoding_cost` counts."""
+        return sum(self._costs.values())
 
     def stop(self) -> None:
         """Let the thread that decodes these files end with the present one."""
@@ -84,6 +127,7 @@ class Uploads:
         if id(content) not in self._sizes:
             file = checked_file(content, self._limits, param)
             self._sizes[id(content)] = file.width, file.height
+            self._costs[id(content)] = decoding_cost(file, self._limits.scaled_side)
         return self._sizes[id(content)]
 
     def decode(self, content: bytes, param: str = "image", fit: Fit | None = None) -> DecodedImage:
@@ -92,13 +136,29 @@ class Uploads:
         return decode(content, self._limits, param, fit)
 
     def mask(
-        self, content: bytes, mode: MaskMode | None, size: tuple[int, int], param: str = "mask"
+        self,
+        content: bytes,
+        mode: MaskMode | None,
+        size: tuple[int, int],
+        param: str = "mask",
+        scaled: tuple[int, int] | None = None,
     ) -> Mask:
-        """Decode one file as a mask, as `repaint_mask` does; of another size, not at all."""
+        """Decode one file as a mask, as `repaint_mask` does; of another size, not at all.
+
+        scaled: size to which a JPEG that is too large to be decoded as a whole is reduced.
+        """
         stored = self.stored_size(content, param)
         if sorted(stored) != sorted(size):
             raise mask_size_mismatch(param, size, stored)
-        return repaint_mask(self.decode(content, param), mode, size, param)
+        if scaled is None or stored[0] * stored[1] <= self._limits.max_pixels:
+            return repaint_mask(self.decode(content, param), mode, size, param)
+
+        def fit(upright: tuple[int, int]) -> tuple[int, int]:
+            if upright != size:
+                raise mask_size_mismatch(param, size, upright)
+            return scaled
+
+        return repaint_mask(self.decode(content, param, fit), mode, scaled, param)
 
     def _check_time(self) -> None:
         if self._stopped or time.monotonic() > self._deadline:
@@ -246,6 +306,18 @@ class ImageDecoder:
             uploads.stop()
             entry.left = True
             self._end(entry)
+
+    async def run_large(self, work: Callable[[], Result]) -> Result:
+        """Return the result of `work`, which takes as much memory as decoding a large image.
+
+        It waits for one of the threads, so that the sum of such memory stays bounded. Cancelling
+        the awaiting task cancels work that is not begun.
+
+        Raises:
+            Draining: the server is stopping.
+        """
+        entry = _Entry(left=True)
+        return await self._images.run(work, entry, self._end)
 
     def _admit(self, entry: _Entry, size: int, pixels: int) -> None:
         """Count these bytes and pixels for the entry. Raises QueueFull if others leave no room."""

@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 
 from model.canvas import Mask, Pixels
 from server.api.errors import ApiError
-from server.api.images.sniff import DamagedFileError, ImageFile, UnknownFormatError, sniff
+from server.api.images.sniff import (
+    DamagedFileError,
+    ImageFile,
+    UnknownFormatError,
+    coefficient_bytes,
+    sniff,
+)
 
 MaskMode = Literal["alpha", "luminance"]
 # The size at which an image of (width, height) pixels is needed.
@@ -32,9 +38,13 @@ MIB = 2**20
 # A decoder that can decode a smaller image directly, and Pillow's own reduction, leave at least so
 # many times the pixels a side that are needed.
 REDUCING_GAP = 2.0
+# Coefficients of a JPEG that a decoder may hold, in bytes per pixel of the largest other image.
+COEFFICIENT_BYTES = 16
 HALF = 128
 # ITU-R 601 in parts of 1000.
 LUMA = np.array([299, 587, 114], dtype=np.uint32)
+# Rows of which the luminance is computed at once: it takes sixteen times the memory of its result.
+GREY_ROWS = 256
 
 EXIF = b"Exif\0\0"
 ORIENTATION = 0x0112
@@ -61,11 +71,21 @@ _warnings_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits of uploaded images: bytes of a file, pixels of one, pixels of a request's together."""
+    """Limits of uploaded images.
+
+    Attributes:
+        max_bytes: of a file.
+        max_pixels: of one image, at the size at which it is decoded.
+        max_request_pixels: of a request's images together, likewise.
+        max_jpeg_pixels: of a JPEG as its header declares it; it may be decoded smaller.
+        scaled_side: the longest side at which an image is needed; references have a smaller one.
+    """
 
     max_bytes: int = 16 * MIB
     max_pixels: int = 16 * MIB
     max_request_pixels: int = 64 * MIB
+    max_jpeg_pixels: int = 64 * MIB
+    scaled_side: int = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,18 +115,22 @@ class DecodedImage:
     @property
     def on_white(self) -> Pixels:
         """uint8 [H, W, 3] over white, as a viewer shows it; opaque pixels are unchanged."""
-        return self._over(255)
+        return self.rgb if self.alpha is None else self._over(255)
 
     @property
     def luminance(self) -> NDArray[np.uint8]:
         """uint8 [H, W], ITU-R 601; transparent pixels are black, whatever colour they hide."""
-        return ((self._over(0) @ LUMA + 500) // 1000).astype(np.uint8)
+        grey = np.empty(self.rgb.shape[:2], dtype=np.uint8)
+        for top in range(0, len(grey), GREY_ROWS):
+            rows = slice(top, top + GREY_ROWS)
+            grey[rows] = (self._over(0, rows) @ LUMA + 500) // 1000
+        return grey
 
-    def _over(self, background: int) -> Pixels:
+    def _over(self, background: int, rows: slice = slice(None)) -> Pixels:
         if self.alpha is None:
-            return self.rgb
-        alpha = self.alpha[..., None].astype(np.uint16)  # 255 × 255 + 127 just fits
-        blended = (self.rgb * alpha + background * (255 - alpha) + 127) // 255
+            return self.rgb[rows]
+        alpha = self.alpha[rows, :, None].astype(np.uint16)  # 255 × 255 + 127 just fits
+        blended = (self.rgb[rows] * alpha + background * (255 - alpha) + 127) // 255
         return blended.astype(np.uint8)
 
 
@@ -129,8 +153,12 @@ def decode(
         ApiError: names `param`; 413 beyond the limits, 422 for other formats and damaged files.
     """
     file = checked_file(content, limits, param)
+    if fit is None and file.pixels > limits.max_pixels:
+        raise _too_many_pixels(param, limits.max_pixels, file)
     try:
-        rgb, alpha = _arrays(_load(file, fit))
+        rgb, alpha = _arrays(
+            _load(file, None if fit is None else _bounded(fit, file, limits, param))
+        )
     except (ApiError, MemoryError):
         raise
     except Exception:
@@ -199,10 +227,38 @@ def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
         raise _undecodable(param, f"the file is damaged: {error}") from None
     if not file.pixels:
         raise _undecodable(param, "the file is damaged: its width or height is 0")
-    if file.pixels > limits.max_pixels:
-        allowed = f"may have at most {limits.max_pixels} pixels"
-        raise _too_large(param, allowed, f"{file.width}x{file.height}")
+    most = limits.max_pixels
+    if file.format == "JPEG":
+        # A decoder holds all coefficients of a progressive file at once, whatever the scale.
+        held = coefficient_bytes(file)
+        allowed_bytes = COEFFICIENT_BYTES * limits.max_pixels
+        most = limits.max_jpeg_pixels
+        if held > allowed_bytes:
+            most = min(most, file.pixels * allowed_bytes // held)
+    if file.pixels > most:
+        raise _too_many_pixels(param, most, file)
     return file
+
+
+def _bounded(fit: Fit, file: ImageFile, limits: ImageLimits, param: str) -> Fit:
+    """Return `fit`, but raise ApiError 413 if the decoder would have to decode too many pixels."""
+
+    def bounded(stored: tuple[int, int]) -> tuple[int, int]:
+        size = fit(stored)
+        scale = jpeg_scale(stored, size) if file.format == "JPEG" else 1
+        if -(-stored[0] // scale) * -(-stored[1] // scale) > limits.max_pixels:
+            raise _too_many_pixels(param, limits.max_pixels, file)
+        return size
+
+    return bounded
+
+
+def jpeg_scale(stored: tuple[int, int], needed: tuple[int, int]) -> int:
+    """Return by how much a decoder reduces a JPEG's sides: 1, 2, 4 or 8. Sizes: (width, height)."""
+    times = min(
+        side // round(need * REDUCING_GAP) for side, need in zip(stored, needed, strict=True)
+    )
+    return next((scale for scale in (8, 4, 2) if scale <= times), 1)
 
 
 def _load(file: ImageFile, fit: Fit | None) -> PIL.Image.Image:
@@ -262,6 +318,10 @@ def _from_16_bits(
 def _too_large(param: str, allowed: str, sent: str) -> ApiError:
     message = f"{param}: {allowed} (sent: {sent})"
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "image_too_large", message, param)
+
+
+def _too_many_pixels(param: str, allowed: int, file: ImageFile) -> ApiError:
+    return _too_large(param, f"may have at most {allowed} pixels", f"{file.width}x{file.height}")
 
 
 def _undecodable(param: str, reason: str) -> ApiError:

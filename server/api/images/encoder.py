@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from server.engine.errors import Draining, QueueFull
 from server.engine.latency_model import Pace
@@ -61,7 +61,12 @@ class ImageEncoder:
             now = time.monotonic()
             raise QueueFull(self._retry_slots.take(excess * pace, images * pace, now))
 
-    async def run(self, work: Callable[[], Result], images: int = 1) -> Result:
+    async def run(
+        self,
+        work: Callable[[], Result],
+        images: int = 1,
+        elsewhere: Callable[[Callable[[], Result]], Coroutine[Any, Any, Result]] | None = None,
+    ) -> Result:
         """Return the result of `work`, run in one of the threads.
 
         Cancelling the awaiting task cancels work that is not begun.
@@ -69,17 +74,18 @@ class ImageEncoder:
         Args:
             work: makes the file.
             images: images in it.
+            elsewhere: runs the work in other threads, if it takes more memory than these may.
 
         Raises:
             Draining: the server is stopping.
         """
-        future = submit(self._pool, work)
+        future = asyncio.ensure_future(elsewhere(work)) if elsewhere else submit(self._pool, work)
         began = time.monotonic()
         self.images_unfinished += images
 
         def end(done: asyncio.Future[Result]) -> None:
             self.images_unfinished -= images
-            if not done.cancelled():
+            if not (elsewhere or done.cancelled()):
                 self._pace.record(images, began)
 
         future.add_done_callback(end)

@@ -23,6 +23,7 @@ JPEG_SOI, JPEG_SOS = b"\xff\xd8", b"\xff\xda"
 JPEG_FRAMES = frozenset(
     {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 )
+JPEG_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 # Comments and application data, except JFIF (E0) and Adobe (EE), which define the colour coding.
 JPEG_EXTRAS = frozenset({0xFE, 0xEF, *range(0xE1, 0xEE)})
 EXIF = b"Exif\0\0"
@@ -144,6 +145,27 @@ def _jpeg_of(content: bytes, size: tuple[int, int] | None) -> ImageFile:
     if content.count(JPEG_SOS) > MAX_JPEG_SCANS:
         raise DamagedFileError(f"it has more than {MAX_JPEG_SCANS} scans")
     return ImageFile("JPEG", size[1], size[0], content)
+
+
+def coefficient_bytes(file: ImageFile) -> int:
+    """Return the bytes of coefficients that a decoder of a JPEG holds until it has read all scans.
+
+    0 if the first scan has all components, so that the image is decoded row by row.
+    """
+    content, start = file.content, len(JPEG_SOI)
+    components, is_progressive = b"", False
+    while start + 5 <= len(content) and content[start + 1] != JPEG_SOS[1]:
+        end = start + 2 + int.from_bytes(content[start + 2 : start + 4])
+        if content[start + 1] in JPEG_FRAMES:
+            is_progressive = content[start + 1] in JPEG_PROGRESSIVE
+            components = content[start + 10 : end]
+        start = end
+    if not is_progressive and content[start + 4 : start + 5] == bytes([len(components) // 3]):
+        return 0
+    # Horizontal and vertical sampling factors, four bits each.
+    factors = [(byte >> 4, byte & 15) for byte in components[1::3]]
+    densest = max((x for x, _ in factors), default=1) * max((y for _, y in factors), default=1)
+    return 2 * file.pixels * sum(x * y for x, y in factors) // max(1, densest)
 
 
 def _webp(content: bytes) -> ImageFile:

@@ -1,0 +1,595 @@
+"""Images of any size on every endpoint: scaled, cropped and padded, and returned as they were."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+
+from model.config import BundleConfig, find_bundle
+from server.api.errors import ApiError
+from server.api.images.admission import Uploads, decoding_cost, image_limits
+from server.api.images.decode import DecodedImage, ImageLimits, checked_file, decode
+from server.api.images.encode import encode
+from server.api.images.fit import (
+    FitMode,
+    Size,
+    extended,
+    fitted,
+    follow,
+    framed,
+    keeps_ratio,
+    scaled_mask,
+    whole,
+    within,
+)
+from server.api.images.sniff import coefficient_bytes, sniff
+from server.api.planning import OPERATIONS, Plan, draft, image_of
+from server.cli.offline import recorded_request
+from server.engine.messages import Image
+from server.settings import Settings
+from tests.conftest import NATIVE_SIZE
+from tests.test_image_operations import as_json, opened, pixels, png, refused, white
+
+PHONE = (4032, 3024)
+ORIENTATION = 0x0112
+ROTATED = 6
+
+
+def photo(size: Size, quality: int = 90, orientation: int = 1, **options: Any) -> bytes:
+    """A JPEG with a gradient and coarse noise; size: as stored."""
+    rng = np.random.default_rng(3)
+    small = rng.integers(256, size=(9, 12, 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(small).resize(size, PIL.Image.Resampling.BILINEAR)
+    exif = PIL.Image.Exif()
+    exif[ORIENTATION] = orientation
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality, exif=exif, **options)
+    return file.getvalue()
+
+
+def mask_of(size: Size) -> bytes:
+    """A PNG whose middle is white."""
+    width, height = size
+    box = width // 4, height // 4, -(-width * 3 // 4), -(-height * 3 // 4)
+    return png(white(width, height, box))
+
+
+def plan_of(operation: Any, settings: Settings | None = None, **fields: Any) -> Plan:
+    """Plan a request as the server does, with the embedded weights."""
+    settings = settings or Settings()
+    schema, planner = OPERATIONS[operation]
+    config = BundleConfig.read(find_bundle("tiny"))
+    request = schema.model_validate(fields)
+    drafted = draft(request, operation, {config.name: config}, settings)
+    return planner(request, drafted, Uploads(image_limits(settings)))
+
+
+def drawn(plan: Plan, value: int = 77) -> Image:
+    """An image as the worker would return it, of one colour."""
+    size = plan.job.height, plan.job.width, 3
+    return image_of(np.full(size, value, dtype=np.uint8), 0)
+
+
+def array(image: Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    flat = np.frombuffer(image.pixels, np.uint8)
+    return flat.reshape(image.height, image.width, 3)
+
+
+# ── geometry ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("source", "side", "expected"),
+    [
+        (PHONE, 512, (512, 384)),
+        ((3024, 4032), 512, (384, 512)),
+        ((10_000, 10), 512, (512, 1)),
+        ((1, 10_000), 512, (1, 512)),
+        ((600, 600), 512, (512, 512)),
+    ],
+)
+def test_the_longer_side_is_scaled_and_the_other_follows(
+    source: Size, side: int, expected: Size
+) -> None:
+    assert within(source, side) == expected
+    assert keeps_ratio(source, expected)
+
+
+def test_a_missing_side_follows_the_ratio() -> None:
+    assert follow(PHONE, 256, None) == (256, 192)
+    assert follow(PHONE, None, 192) == (256, 192)
+    assert follow(PHONE, 100, 100) == (100, 100)
+    assert follow(PHONE, None, None) == PHONE
+    assert follow((1000, 1), 10, None) == (10, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scaled", "offset", "box"),
+    [
+        ("crop", (512, 256), (-128, 0), (1000, 0, 3000, 2000)),
+        ("pad", (256, 128), (0, 64), (0, -1000, 4000, 3000)),
+        ("stretch", (256, 256), (0, 0), (0, 0, 4000, 2000)),
+    ],
+)
+def test_three_ways_to_fit_a_wide_image_into_a_square(
+    mode: FitMode, scaled: Size, offset: Size, box: tuple[int, ...]
+) -> None:
+    view = fitted((4000, 2000), (256, 256), mode)
+    assert (view.scaled, view.offset, view.box) == (scaled, offset, box)
+    tall = fitted((2000, 4000), (256, 256), mode)
+    assert (tall.scaled, tall.offset) == (scaled[::-1], offset[::-1])
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+def test_views_of_any_size_are_whole_images(mode: FitMode) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        source, size = (tuple(int(each) for each in rng.integers(1, 300, 2)) for _ in range(2))
+        view = fitted((source[0], source[1]), (size[0], size[1]), mode)
+        rgb = np.zeros((view.decoded[1], view.decoded[0], 3), dtype=np.uint8)
+        assert rgb.size <= 3 * 300 * 300
+        part = view.part_of(DecodedImage(rgb, rgb[..., 0], ""))
+        assert part.size == view.inner
+        assert part.alpha is not None
+        assert part.alpha.shape == part.rgb.shape[:2]
+        mask = view.part_of_mask(np.zeros(source[::-1], dtype=np.bool_))
+        assert mask.shape == part.alpha.shape
+        assert view.placed(mask, outside=1).shape == (size[1], size[0])
+        assert not (mode == "crop" and any(view.margins.values()))
+        assert mode == "pad" or part.size == (size[0], size[1])
+        assert min(view.full_size) >= 1
+        frame = framed((source[0], source[1]), (size[0], size[1]), mode, 40)
+        assert max(frame.size) <= 40
+
+
+def test_an_image_in_the_sizes_own_ratio_loses_no_row_to_rounding() -> None:
+    for width in range(500, 530):
+        source = (8 * width + 3, 8 * 333 + 5)
+        size = within(source, 512)
+        assert fitted(source, size, "crop") == whole(source, size)
+
+
+def test_a_canvas_is_scaled_with_its_margins() -> None:
+    margins = {"left": 0, "right": 1000, "up": 500, "down": 500}
+    view = extended((4000, 3000), margins, (500, 400))
+    assert view.scaled == (400, 300)
+    assert view.margins == {"left": 0, "right": 100, "up": 50, "down": 50}
+    assert view.full_size == (5000, 4000)
+    same = extended((40, 30), margins, (1040, 1030))
+    assert same.scaled == (40, 30)
+    assert same.margins == margins
+
+
+@pytest.mark.parametrize("margins", [(1, 0), (0, 1), (1, 1), (4096, 0), (4096, 4096)])
+@pytest.mark.parametrize("width", [1, 4032])
+def test_a_margin_remains_however_much_is_scaled(width: int, margins: tuple[int, int]) -> None:
+    whole_width = width + sum(margins)
+    size = min(512, whole_width)
+    named = {"left": margins[0], "right": margins[1], "up": 0, "down": 0}
+    view = extended((width, 1), named, (size, 1))
+    assert 1 <= view.scaled[0] < size
+    assert view.margins["left"] + view.margins["right"] == size - view.scaled[0]
+
+
+@pytest.mark.parametrize("size", [(512, 384), (5, 3), (4032, 3024), (63, 1)])
+def test_no_pixel_of_a_mask_is_lost(size: Size) -> None:
+    mask = np.zeros((3024, 4032), dtype=np.bool_)
+    mask[1234, 2345] = True
+    scaled = scaled_mask(mask, size)
+    assert scaled.shape == size[::-1]
+    assert scaled.sum() == 1
+    y, x = (int(axis[0]) for axis in scaled.nonzero())
+    assert abs(y - 1234 * size[1] / 3024) <= 1
+    assert abs(x - 2345 * size[0] / 4032) <= 1
+    assert not scaled_mask(~mask, size)[:0].any()
+
+
+def test_a_mask_can_be_enlarged() -> None:
+    mask = np.array([[True, False]])
+    assert scaled_mask(mask, (4, 2)).tolist() == [[True, True, False, False]] * 2
+
+
+# ── bounds ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_jpeg_costs_what_is_decoded_of_it() -> None:
+    phone, png_file = sniff(photo(PHONE)), sniff(png(white(64, 32)))
+    assert decoding_cost(phone, 512) == PHONE[0] * PHONE[1] * 3 // 8
+    assert decoding_cost(phone, 4096) == PHONE[0] * PHONE[1]
+    assert decoding_cost(png_file, 1) == 64 * 32
+    small = sniff(photo((64, 32)))
+    assert decoding_cost(small, 512) == 64 * 32
+    uploads = Uploads(ImageLimits())
+    uploads.check([("image", photo(PHONE, 50 + i)) for i in range(8)])
+    assert uploads.pixels == 8 * PHONE[0] * PHONE[1] * 3 // 8
+
+
+def test_a_jpeg_may_declare_more_pixels_than_are_decoded() -> None:
+    limits = ImageLimits(max_pixels=100 * 80, max_jpeg_pixels=400 * 320)
+    content = photo((400, 320))
+    assert decode(content, limits, "image", lambda _: (50, 40)).size == (50, 40)
+    for fit in (None, lambda _: (150, 120)):
+        with pytest.raises(ApiError, match=r"at most 8000 pixels \(sent: 400x320\)"):
+            decode(content, limits, "image", fit)
+    with pytest.raises(ApiError, match="at most 128000 pixels"):
+        checked_file(photo((401, 320)), limits, "image")
+    with pytest.raises(ApiError, match="at most 8000 pixels"):
+        checked_file(png(white(400, 320)), limits, "image")
+
+
+def test_a_progressive_jpeg_may_have_as_many_coefficients_as_a_decoder_may_hold() -> None:
+    size = (400, 320)
+    pixels = size[0] * size[1]
+    held = {
+        "4:2:0": (3, {"subsampling": "4:2:0"}),
+        "4:4:4": (6, {"subsampling": "4:4:4"}),
+    }
+    for factor, options in held.values():
+        assert coefficient_bytes(sniff(photo(size, **options))) == 0
+        file = sniff(photo(size, progressive=True, **options))
+        assert coefficient_bytes(file) == factor * pixels
+    # 16 bytes for each of the other formats' pixels.
+    limits = ImageLimits(max_pixels=4 * pixels // 16)
+    checked_file(photo(size, progressive=True, subsampling="4:2:0"), limits, "image")
+    with pytest.raises(ApiError, match=f"at most {pixels * 4 // 6} pixels"):
+        checked_file(photo(size, progressive=True, subsampling="4:4:4"), limits, "image")
+
+
+# ── every endpoint ────────────────────────────────────────────────────────────────────────────────
+
+# Stored size, EXIF orientation, and size at which it is drawn.
+PICTURES: dict[str, tuple[Size, int, Size]] = {
+    "phone": (PHONE, 1, (512, 384)),
+    "portrait": (PHONE, ROTATED, (384, 512)),
+    "tiny": ((3, 2), 1, (3, 2)),
+    "one pixel": ((1, 1), 1, (1, 1)),
+    "wide": ((6000, 7), 1, (512, 1)),
+    "tall": ((7, 6000), 1, (1, 512)),
+    "native": ((64, 32), 1, (64, 32)),
+}
+
+
+@pytest.fixture(scope="module", params=PICTURES)
+def picture(request: pytest.FixtureRequest) -> tuple[bytes, Size, Size]:
+    """(file, size of the upright image, size at which it is drawn)."""
+    stored, orientation, expected = PICTURES[request.param]
+    upright = stored[::-1] if orientation == ROTATED else stored
+    return photo(stored, orientation=orientation), upright, expected
+
+
+def sent_with(operation: str, content: bytes, upright: Size) -> dict[str, Any]:
+    """Fields of a request with an image of this size."""
+    return {
+        "inpaint": {"prompt": "a ball", "image": content, "mask": mask_of(upright)},
+        "outpaint": {"image": content, "right": min(upright[0], 4096)},
+        "variations": {"image": content},
+        "edit": {"prompt": "a ball", "image": content},
+        "interpolate": {"keyframes": [{"prompt": "a ball"}, {"image": content}], "frames": 2},
+    }[operation] | {"seed": 5, "response_format": "json"}
+
+
+@pytest.mark.parametrize("operation", ["inpaint", "outpaint", "variations", "edit", "interpolate"])
+def test_any_photo_works_on_every_endpoint(
+    client: httpx.Client, operation: str, picture: tuple[bytes, Size, Size]
+) -> None:
+    content, upright, expected = picture
+    answer = as_json(client, operation, **sent_with(operation, content, upright))
+    assert answer.status_code == 200, answer.text
+    parameters, entry = answer.json()["parameters"], answer.json()["images"][0]
+    if operation == "outpaint":
+        canvas = upright[0] + min(upright[0], 4096), upright[1]
+        expected = canvas if max(canvas) <= 512 else within(canvas, 512)
+    elif operation not in ("inpaint", "edit"):
+        expected = NATIVE_SIZE
+    assert (parameters["width"], parameters["height"]) == expected
+    assert (entry["width"], entry["height"]) == expected
+    file = base64.b64decode(entry["b64_json"])
+    assert opened(file).size == expected
+
+
+@pytest.mark.parametrize("path", ["edits", "variations"])
+def test_openais_endpoints_take_any_photo(
+    client: httpx.Client, path: str, picture: tuple[bytes, Size, Size]
+) -> None:
+    content, upright, expected = picture
+    body = {"image": base64.b64encode(content).decode(), "prompt": "a ball"}
+    answer = client.post(f"/v1/images/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    expected = expected if path == "edits" else NATIVE_SIZE
+    assert answer.json()["size"] == f"{expected[0]}x{expected[1]}"
+    if path == "variations":
+        return
+    mask = base64.b64encode(mask_of(upright)).decode()
+    masked = client.post(
+        "/v1/images/edits",
+        json=body | {"mask": mask, "mask_mode": "luminance", "size": "256x256", "fit": "pad"},
+    )
+    assert masked.json()["size"] == "256x256"
+
+
+def test_kept_pixels_are_those_of_the_scaled_photo(client: httpx.Client) -> None:
+    content = photo(PHONE, orientation=ROTATED)
+    mask = np.zeros(PHONE, dtype=np.uint8)
+    mask[1000:3000, 1000:2000] = 255
+    result = pixels(
+        as_json(client, "inpaint", prompt="a ball", image=content, mask=png(mask), seed=5)
+    )
+    scaled = decode(content, ImageLimits(), "image", lambda _: (384, 512)).rgb
+    kept = ~scaled_mask(mask > 0, (384, 512))
+    np.testing.assert_array_equal(result[kept], scaled[kept])
+    assert (result[~kept] != scaled[~kept]).mean() > 0.9
+
+
+def test_a_mask_must_be_as_large_as_the_photo(client: httpx.Client) -> None:
+    fields = {"prompt": "a ball", "image": photo(PHONE)}
+    answer = as_json(client, "inpaint", **fields, mask=mask_of((512, 384)))
+    refused(answer, 422, "mask_size_mismatch", "mask", "4032x3024")
+
+
+# ── fit ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("operation", ["edit", "inpaint"])
+def test_one_side_is_followed_by_the_other(client: httpx.Client, operation: str) -> None:
+    fields = sent_with(operation, photo(PHONE), PHONE) | {"response_format": "png"}
+    assert pixels(as_json(client, operation, **fields, width=256)).shape == (192, 256, 3)
+    assert pixels(as_json(client, operation, **fields, height=96)).shape == (96, 128, 3)
+    refused(
+        as_json(client, operation, **fields, height=500), 422, "invalid_value", "height", "667x500"
+    )
+
+
+def test_variations_follow_their_first_image_in_sizes_that_are_drawn(client: httpx.Client) -> None:
+    fields = {"image": [photo((4000, 2900)), photo((10, 100))]}
+    assert pixels(as_json(client, "variations", **fields, width=128)).shape == (96, 128, 3)
+    assert pixels(as_json(client, "variations", **fields, height=512)).shape == (512, 512, 3)
+    refused(as_json(client, "variations", **fields, width=100), 422, "invalid_value", "width")
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_a_narrow_image_in_a_square_takes_no_more_memory_than_the_square(fit: FitMode) -> None:
+    view = fitted((30_000, 3), (512, 512), fit)
+    assert max(view.decoded) <= 30_000
+    assert view.decoded[1] <= 512
+    fields = {"prompt": "a ball", "image": photo((30_000, 3)), "fit": fit}
+    assert plan_of("edit", **fields, width=512, height=512).size == (512, 512)
+
+
+def halves() -> bytes:
+    """400x200: the left quarter red, the right quarter blue, green between them."""
+    image = np.zeros((200, 400, 3), dtype=np.uint8)
+    image[:, :100, 0] = 255
+    image[:, 100:300, 1] = 255
+    image[:, 300:, 2] = 255
+    return png(image)
+
+
+@pytest.mark.parametrize(("fit", "edge"), [("crop", "green"), ("pad", "red"), ("stretch", "red")])
+@pytest.mark.parametrize("operation", ["edit", "variations"])
+def test_both_sides_fit_as_asked_for(operation: str, fit: str, edge: str) -> None:
+    colours = {"red": [255, 0, 0], "green": [0, 255, 0]}
+    fields: dict[str, Any] = {"prompt": "a ball", "image": halves(), "fit": fit}
+    plan = plan_of(operation, **fields, width=256, height=256)
+    assert plan.size == (256, 256)
+    if operation == "edit":
+        assert plan.job.canvas
+        shown = plan.job.canvas.picture
+    else:
+        shown = plan.job.references[0].picture
+    image = np.frombuffer(shown.content, np.uint8).reshape(shown.height, shown.width, 3)
+    if operation == "edit" or fit != "stretch":  # CLIP stretches what it reads
+        assert shown.width == shown.height
+    middle = image[shown.height // 2]
+    assert np.abs(middle[1].astype(int) - colours[edge]).max() < 8
+    assert image.sum(2).min() > 200, "what is beyond the image has its colours"
+    assert np.abs(middle[shown.width // 2].astype(int) - colours["green"]).max() < 8
+    assert plan.parameters((), 0)["fit"] == fit
+
+
+def test_a_padded_image_is_drawn_beyond_its_edges() -> None:
+    image = np.full((100, 200, 3), 50, dtype=np.uint8)
+    mask = np.zeros((100, 200), dtype=np.uint8)
+    mask[40:60, 90:110] = 255
+    fields = {"prompt": "a ball", "image": png(image), "mask": png(mask), "fit": "pad"}
+    plan = plan_of("inpaint", **fields, width=200, height=200)
+    result = array(plan.result(drawn(plan, 250)))
+    assert result.shape == (200, 200, 3)
+    kept = np.zeros((200, 200), dtype=np.bool_)
+    kept[50:150] = mask == 0
+    assert (result[kept] == 50).all()
+    assert (result[:20] == 250).all()
+
+
+def test_a_mask_outside_the_crop_is_refused() -> None:
+    mask = np.zeros((200, 400), dtype=np.uint8)
+    mask[:, :50] = 255
+    fields = {"prompt": "a ball", "image": halves(), "mask": png(mask)}
+    with pytest.raises(ApiError, match="nothing to repaint") as caught:
+        plan_of("inpaint", **fields, width=128, height=128)
+    assert caught.value.code == "empty_mask"
+
+
+def test_the_masks_of_regions_are_as_large_as_what_was_sent() -> None:
+    content, size = photo((1024, 512)), (1024, 512)
+    region = [{"prompt": "a box", "mask": mask_of(size)}]
+    mask = mask_of(size)
+    plan = plan_of("inpaint", prompt="a ball", image=content, mask=mask, regions=region)
+    assert plan.size == (512, 256)
+    assert len(plan.job.regions[0].weight.content) == plan.job.width * plan.job.height
+    beyond = [{"prompt": "a box", "mask": mask_of((2048, 512))}]
+    plan = plan_of("outpaint", image=content, right=1024, regions=beyond)
+    assert plan.size == (512, 128)
+    with pytest.raises(ApiError, match="2048x512"):
+        plan_of("outpaint", image=content, right=1024, regions=region)
+
+
+# ── work ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_photo_is_scaled_to_what_the_requests_work_allows() -> None:
+    fields = {"prompt": "a ball", "image": photo((2048, 1024)), "strength": 1.0}
+    full = plan_of("edit", **fields)
+    assert full.size == (512, 256)
+    heavy = {"n": 16, "num_inference_steps": 64}
+    reduced = plan_of("edit", **fields, **heavy)
+    step = BundleConfig.read(find_bundle("tiny")).size_step
+    assert reduced.size[0] < 512
+    assert reduced.size[0] % step == 0
+    with pytest.raises(ApiError) as caught:
+        plan_of("edit", **fields, **heavy, width=512)
+    assert caught.value.code == "too_much_work"
+
+
+# ── return_size ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("orientation", [1, ROTATED])
+def test_kept_pixels_of_an_original_are_exact(orientation: int) -> None:
+    content = photo((1030, 771), orientation=orientation)
+    whole_image = decode(content, ImageLimits()).rgb
+    height, width = whole_image.shape[:2]
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[101:607, 203:611] = 255
+    fields = {"prompt": "a ball", "image": content, "mask": png(mask), "return_size": "original"}
+    plan = plan_of("inpaint", **fields)
+    assert max(plan.size) == 512
+    assert plan.answer_size == (width, height)
+    assert plan.job.image_bytes > len(content) + len(fields["mask"])
+    result = array(plan.result(drawn(plan)))
+    np.testing.assert_array_equal(result[mask == 0], whole_image[mask == 0])
+    assert (result[300:400, 350:450] == 77).all()
+    preview = plan.finish(drawn(plan))
+    assert (preview.width, preview.height) == plan.size
+
+
+def test_an_outpainted_original_grows_by_its_margins_exactly() -> None:
+    content = photo((1000, 600))
+    plan = plan_of("outpaint", image=content, left=33, down=200, return_size="original")
+    assert plan.answer_size == (1033, 800)
+    result = array(plan.result(drawn(plan)))
+    np.testing.assert_array_equal(result[:600, 33:], decode(content, ImageLimits()).rgb)
+    assert (result[720:, 100:] == 77).all()
+
+
+def test_a_cropped_original_is_the_crop() -> None:
+    content = photo((1000, 600))
+    mask = np.zeros((600, 1000), dtype=np.uint8)
+    mask[200:400, 400:600] = 255
+    fields = {"prompt": "a ball", "image": content, "mask": png(mask), "return_size": "original"}
+    plan = plan_of("inpaint", **fields, width=256, height=256)
+    assert plan.answer_size[1] == 600
+    left = (1000 - plan.answer_size[0]) // 2
+    assert abs(plan.answer_size[0] - 600) <= 4
+    result = array(plan.result(drawn(plan)))
+    inside = slice(None), slice(left, left + plan.answer_size[0])
+    kept = mask[inside] == 0
+    expected = decode(content, ImageLimits()).rgb[inside]
+    # The crop's left edge may be rounded by a pixel.
+    shifts = [np.roll(expected, shift, axis=1) for shift in (-2, -1, 0, 1, 2)]
+    assert any((result[kept][::50] == shifted[kept][::50]).mean() > 0.95 for shifted in shifts)
+
+
+def test_an_edit_is_enlarged_to_the_original() -> None:
+    fields = {"prompt": "a ball", "image": photo((1000, 600)), "return_size": "original"}
+    plan = plan_of("edit", **fields)
+    assert (plan.size, plan.answer_size) == ((512, 307), (1000, 600))
+    assert (array(plan.result(drawn(plan))) == 77).all()
+    assert plan_of("edit", **fields | {"image": photo((100, 60))}).restoration is None
+
+
+def test_an_original_is_answered_recorded_and_repeated(client: httpx.Client) -> None:
+    size = (1200, 900)
+    content = photo(size)
+    fields = {"prompt": "a ball", "image": content, "mask": mask_of(size), "seed": 5}
+    answer = as_json(client, "inpaint", **fields, return_size="original")
+    assert opened(answer.content).size == size
+    recorded = json.loads(opened(answer.content).info["parameters"])
+    assert (recorded["width"], recorded["height"]) == (512, 384)
+    assert recorded["return_size"] == "original"
+    files = {"image": content, "mask": fields["mask"]}
+    again = {**recorded, **files, "response_format": "png"}
+    for name in ("operation", "truncated"):
+        del again[name]
+    assert as_json(client, "inpaint", **again).content == answer.content
+
+
+def test_a_stream_of_an_original_has_previews_as_drawn(client: httpx.Client) -> None:
+    size = (1200, 900)
+    fields = {"prompt": "show", "image": photo(size), "mask": mask_of(size)}
+    more = {"stream": True, "partial_images": 2, "return_size": "original"}
+    text = as_json(client, "inpaint", **fields, **more).text
+    blocks = [block.split("\n", 1) for block in text.split("\n\n") if block.startswith("event")]
+    events = [(name[7:], json.loads(data[6:])) for name, data in blocks]
+    shown = [data for name, data in events if name == "preview"]
+    assert shown
+    assert {(each["width"], each["height"]) for each in shown} == {(512, 384)}
+    entry = events[-1][1]["images"][0]
+    assert (entry["width"], entry["height"]) == size
+
+
+def test_an_original_has_bounds_of_its_own() -> None:
+    settings = Settings(max_image_pixels=1_500_000)
+    fields = {"prompt": "a ball", "image": photo((2400, 2400)), "return_size": "original"}
+    with pytest.raises(ApiError, match="an original may have at most 1500000 pixels") as caught:
+        plan_of("edit", settings, **fields)
+    assert caught.value.param == "return_size"
+    assert plan_of("edit", settings, **fields | {"return_size": "result"}).size == (512, 512)
+    with pytest.raises(ApiError) as caught:
+        plan_of("edit", Settings(max_request_work=4_000_000), **fields)
+    assert caught.value.code == "too_much_work"
+
+
+def test_replaying_the_effective_size_needs_no_luck_with_rounding() -> None:
+    for size in ((4000, 3001), (4000, 3005), (6000, 7), (777, 10_01)):
+        content = photo(size)
+        fields = {"prompt": "a ball", "image": content}
+        first = plan_of("edit", **fields)
+        again = plan_of("edit", **fields, width=first.size[0], height=first.size[1])
+        assert first.job.canvas == again.job.canvas
+
+
+def test_weights_are_averaged_and_never_lost() -> None:
+    weights = np.zeros((40, 60), dtype=np.uint8)
+    weights[10:20, 30:45] = 255
+    weights[37, 1] = 9
+    scaled = scaled_mask(weights, (6, 4))
+    expected = np.zeros((4, 6))
+    expected[1, 3], expected[1, 4], expected[3, 0] = 255, 127, 1
+    assert scaled.dtype == np.uint8
+    np.testing.assert_array_equal(scaled, expected)
+
+
+def test_weights_blend_the_original_into_what_is_enlarged() -> None:
+    view = whole((4, 2), (2, 1))
+    original = np.full((2, 4, 3), 100, dtype=np.uint8)
+    weights = np.array([[0, 128, 255, 255]] * 2, dtype=np.uint8)
+    result = view.restored(np.full((1, 2, 3), 200, dtype=np.uint8), original, weights)
+    assert result[..., 0].tolist() == [[100, 150, 200, 200]] * 2
+
+
+@pytest.mark.parametrize("operation", ["inpaint", "outpaint", "variations", "edit"])
+def test_a_recorded_image_of_a_photo_is_planned_again(operation: str) -> None:
+    size = (1500, 800)
+    content = photo(size, orientation=ROTATED)
+    sent = sent_with(operation, content, size[::-1])
+    del sent["response_format"]
+    if operation != "variations":
+        sent["return_size"] = "original"
+    if operation not in ("outpaint", "variations"):
+        sent |= {"width": 200, "fit": "pad", "height": 200}
+    first = plan_of(operation, **sent)
+    recorded = encode(first.result(drawn(first)), "png", 90, first.parameters((), 0))
+    files = [value for value in sent.values() if isinstance(value, bytes)]
+    again_operation, fields, _ = recorded_request(recorded, files)
+    again = plan_of(again_operation, **fields)
+    assert again.job.canvas == first.job.canvas
+    assert again.job.references == first.job.references
+    assert again.parameters((), 0) == first.parameters((), 0)
+    assert again.answer_size == first.answer_size
