@@ -25,6 +25,7 @@ SEMANTIC = (
     "a box is ",
     "required, unless the image is transparent",
     "must be the image's",
+    "must be the result's",
     "at least one of left, right, up and down",
     "one for each image",
     "nothing to repaint",
@@ -149,6 +150,10 @@ def _shrink_native(body: dict[str, Any], path: str) -> None:
             body |= {side: SIDE * bool(body.get(side)) for side in MARGINS} | {"right": SIDE}
         case "/variations":
             body.pop("weights", None)
+        case "/generate" if body.get("hires"):
+            body["hires"] = {"scale": 2, "steps": STEPS}
+        case "/upscale":
+            body |= {"image": PICTURES[0], "scale": min(body.get("scale", 2), 2)}
         case "/interpolate":
             body |= {
                 "frames": FRAMES,

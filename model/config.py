@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
@@ -227,7 +227,7 @@ Interpolation = Literal["lerp", "slerp"]
 # random one.
 RenoiseMode = Literal["start", "prev", "rand"]
 Operation = Literal[
-    "generate", "inpaint", "outpaint", "variations", "edit", "interpolate", "regions"
+    "generate", "inpaint", "outpaint", "variations", "edit", "upscale", "interpolate", "regions"
 ]
 
 CONFIG_FILE = "bundle.json"
@@ -351,6 +351,20 @@ class SamplingConfig:
     def guided(self) -> bool:
         """Whether any step needs the unconditional branch."""
         return self.guidance_steps > 0 and self.guidance != (1.0, 1.0)
+
+    @property
+    def unguided(self) -> SamplingConfig:
+        """The same sampling without guidance."""
+        return replace(self, guidance=(1.0, 1.0))
+
+    def with_steps(self, steps: int) -> SamplingConfig:
+        """Return the same sampling in so many steps; other step counts keep their share of them."""
+        return replace(
+            self,
+            steps=steps,
+            renoise_steps=round(steps * self.renoise_steps / self.steps),
+            guidance_steps=round(steps * self.guidance_steps / self.steps),
+        )
 
 
 # As in a request.

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from model.conditioning import Conditioning, interpolate, mean
-from model.image_request import Edit, ImageRequest, InputImage, Repaint
+from model.image_request import Edit, ImageRequest, InputImage, Refine, Repaint, Tile
 from model.networks.text_encoders import Prompt
 from model.pipeline import Pipeline
 from model.rows import (
@@ -32,6 +32,7 @@ from model.rows import (
     RegionBranch,
     Row,
     edit,
+    refine,
     repaint,
     token_mask,
     token_weight,
@@ -163,6 +164,8 @@ class RowBuilder:
         self.pipeline = pipeline
         self._encoder = _BatchEncoder(pipeline, NoCache() if cache is None else cache)
         self._model = pipeline.config.name
+        # The larger image whose tiles were built last.
+        self._whole: dict[Hashable, Noise] = {}
 
     def build(
         self,
@@ -193,11 +196,28 @@ class RowBuilder:
             return [self._row(each, noise, encodings) for each, noise in by_request]
 
     def noise(self, request: ImageRequest) -> Noise:
-        """Return all of an image's randomness, on the CPU."""
+        """Return all of an image's randomness, on the CPU; a tile's is a part of the whole's."""
+        if request.tile is None:
+            return self._noise(request, request.width, request.height)
+        height, width = self.pipeline.grid(request.width, request.height)
+        y, x = self.pipeline.grid(request.tile.x, request.tile.y)
+        whole = self._whole_noise(request, request.tile)
+        return whole.part(slice(y, y + height), slice(x, x + width))
+
+    def _noise(self, request: ImageRequest, width: int, height: int) -> Noise:
         sampling = request.sampling
         return self.pipeline.noise(
-            request.seed, request.width, request.height, sampling.steps, sampling.renoise_mode
+            request.seed, width, height, sampling.steps, sampling.renoise_mode
         )
+
+    def _whole_noise(self, request: ImageRequest, tile: Tile) -> Noise:
+        """Return the randomness that an image's tiles share; drawn once while they are built."""
+        sampling, size = request.sampling, (tile.width, tile.height)
+        key = request.seed, size, tile.prior_size, sampling.steps, sampling.renoise_mode
+        if key not in self._whole:
+            prior = self.pipeline.noise(request.seed, *tile.prior_size, steps=0).prior
+            self._whole = {key: replace(self._noise(request, *size), prior=prior)}
+        return self._whole[key]
 
     # ── keys ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -234,9 +254,7 @@ class RowBuilder:
         )
 
     def _prior_key(self, request: ImageRequest, prompt: str) -> PriorKey:
-        return PriorKey(
-            self._text_key(request, prompt), request.seed, request.width, request.height
-        )
+        return PriorKey(self._text_key(request, prompt), request.seed, *request.prior_size)
 
     def _images(self, request: ImageRequest) -> Iterable[tuple[ImageKey, InputImage]]:
         seen = [reference.picture for reference in request.references]
@@ -282,6 +300,8 @@ class RowBuilder:
                 return repaint(row, PinnedTokens(tokens, self._on_device(keep)))
             case Edit(strength=strength):
                 return edit(row, tokens, strength)
+            case Refine(strength=strength):
+                return refine(row, tokens, strength)
 
     def _regions(self, request: ImageRequest, encodings: _Encodings) -> list[RegionBranch]:
         branches = []

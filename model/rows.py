@@ -223,6 +223,18 @@ def edit(row: Row, tokens: Tensor, strength: float) -> Row:
     return row
 
 
+def refine(row: Row, tokens: Tensor, strength: float) -> Row:
+    """Turn a new row into one that redraws a share of an image's tokens [H, W]; return it.
+
+    strength: as of `edit`; the tokens that are not renoised stay as they are.
+    """
+    row = edit(row, tokens, strength)
+    if row.step > 0:
+        keep = row.noise.renoise[row.step - 1] > (row.times[row.step] or NEVER)
+        row.pinned = PinnedTokens(tokens, keep)
+    return row
+
+
 def token_mask(mask: Tensor, downscale: int) -> Tensor:
     """Return a mask of tokens [H, W] from a mask of pixels [height, width], true where to repaint.
 

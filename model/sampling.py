@@ -33,6 +33,14 @@ class Noise:
     renoise: Tensor
     fresh: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
+    def part(self, rows: slice, columns: slice) -> Noise:
+        """Return the randomness of a part of the token grid, with the same for the prior."""
+        start, draw, renoise = (
+            grid[..., rows, columns].contiguous() for grid in (self.start, self.draw, self.renoise)
+        )
+        fresh = self.fresh[..., rows, columns].contiguous() if self.fresh.numel() else self.fresh
+        return Noise(start, self.prior, draw, renoise, fresh)
+
 
 def draw_noise(
     seed: int,

@@ -208,7 +208,12 @@ class Settings(BaseSettings):
     # ── limits ──
 
     queue_rows: Annotated[
-        int, Field(ge=1, description="Maximum of unfinished images; further requests get 429")
+        int,
+        Field(
+            ge=1,
+            description="Maximum of unfinished images, or tiles of enlarged ones; further requests"
+            " get 429",
+        ),
     ] = 256
     queue_bytes: Annotated[
         int,
@@ -222,6 +227,9 @@ class Settings(BaseSettings):
         Field(ge=0, description="Size of a worker's cache of encoded prompts and priors; 0: none"),
     ] = 256 * MIB
     max_side: Annotated[int, Field(ge=1, description="Maximum width and height in pixels")] = 512
+    upscale_max_side: Annotated[
+        int, Field(ge=1, description="Maximum width and height of results of /upscale and `hires`")
+    ] = 1024
     # Enough for as much interpolation as a request can ask for at 256 × 256, 64 frames of 12 guided
     # steps as a GIF, or for sixteen such 512 × 512 images. Sixteen 256 × 256 images of a prompt are
     # a fifth of it. The embedded weights on a CPU answer all of these before the default timeout. A
@@ -231,7 +239,8 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             description="Maximum work per request: images times pixels times (steps times branches,"
-            " plus 4 for decoding and file, 9 for a GIF, 4 for each preview)",
+            " plus 4 for decoding and file, 9 for a GIF, 4 for each preview); enlarged images count"
+            " by their tiles",
         ),
     ] = 64 * 256 * 256 * (12 * 2 + 9)
     max_body_bytes: Annotated[int, Field(ge=1, description="Maximum size of a request's body")] = (

@@ -243,7 +243,7 @@ def _job_attributes(job: Job) -> dict[str, str | int]:
         "paellera.job": job.id,
         "paellera.model": job.model,
         "paellera.images": len(job.seeds),
-        "paellera.size": f"{job.width}x{job.height}",
+        "paellera.size": "{}x{}".format(*job.drawn_size),
         "paellera.steps": job.sampling.steps,
         "paellera.priority": job.priority,
     }

@@ -11,6 +11,7 @@ makes small.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
 import random
@@ -121,7 +122,7 @@ def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
 
 def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
     images = tuple(
-        Image(i, job.width, job.height, picture(job, seed)) for i, seed in enumerate(job.seeds)
+        Image(i, *job.drawn_size, picture(job, seed)) for i, seed in enumerate(job.seeds)
     )
     # Last image first: nothing promises an order.
     return Finished(
@@ -134,7 +135,7 @@ def finished(job: Job, truncated: tuple[str, ...] = ()) -> Finished:
 
 
 def picture(job: Job, seed: int) -> bytes:
-    pixels = job.width * job.height
+    pixels = math.prod(job.drawn_size)
     if job.prompts[:1] == ("noise",):
         return random.Random(seed).randbytes(3 * pixels)
     return colour(seed) * pixels

@@ -44,13 +44,15 @@ TWINS: dict[str, list[str]] = {
     "outpaint": ["--image", "image.png", "--right", "24", "--up", "3"],
     "vary": ["--image", "image.png", "--image", "mask.png", "--image-weights", "0.3,0.7"],
     "edit": ["red apple", "--image", "image.png", "--strength", "0.5"],
+    "upscale": ["--image", "image.png", "--scale", "2", "--strength", "0.4"],
+    "hires": ["red apple", "--hires", "1.5", "--hires-strength", "0.5", "--region", REGION],
 }
 
 
 def twin(command: str, folder: Path, bundle: Path, *more: str | Path) -> Result:
     named = [str(folder / word) if word.endswith(".png") else word for word in TWINS[command]]
     return paellera(
-        command,
+        "generate" if command == "hires" else command,
         *named,
         "--weights",
         bundle,
@@ -72,7 +74,7 @@ def test_what_an_operation_draws_can_be_replayed_to_the_same_bytes(
     assert first.exit_code == 0, first.stderr
     sent = (
         []
-        if command == "generate"
+        if command in ("generate", "hires")
         else ["--image", files / "image.png", "--mask", files / "mask.png"]
     )
     again = paellera(

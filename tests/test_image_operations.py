@@ -22,7 +22,7 @@ from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
-OPERATIONS = ("inpaint", "outpaint", "variations", "edit", "interpolate")
+OPERATIONS = ("inpaint", "outpaint", "variations", "edit", "upscale", "interpolate")
 
 
 def noise(width: int = 64, height: int = 32, channels: int = 3) -> Array:
@@ -51,6 +51,7 @@ def fields_of(operation: str) -> dict[str, Any]:
         "outpaint": {**image, "right": 32},
         "variations": image,
         "edit": {"prompt": "a ball", **image},
+        "upscale": image,
         "interpolate": {
             "keyframes": [{"prompt": "a ball"}, {"prompt": "a box"}],
             "frames": 3,
@@ -113,7 +114,7 @@ def test_forms_and_json_give_the_same_bytes(client: httpx.Client, operation: str
     assert answers[0].headers["x-seed"] == "5"
 
 
-@pytest.mark.parametrize("operation", OPERATIONS[:4])
+@pytest.mark.parametrize("operation", OPERATIONS[:5])
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
 def test_every_operation_answers_in_every_format(
     client: httpx.Client, operation: str, format: str
@@ -146,7 +147,7 @@ def test_every_operation_takes_the_common_fields_and_tells_how_they_took_effect(
     assert as_json(client, operation, **fields_of(operation), sampler="euler").status_code == 422
 
 
-@pytest.mark.parametrize("operation", OPERATIONS[:4])
+@pytest.mark.parametrize("operation", OPERATIONS[:5])
 def test_a_png_names_its_files_by_their_hash_and_holds_no_picture(
     client: httpx.Client, operation: str
 ) -> None:
@@ -158,7 +159,7 @@ def test_a_png_names_its_files_by_their_hash_and_holds_no_picture(
     assert len(json.dumps(recorded)) < 2000
 
 
-@pytest.mark.parametrize("operation", OPERATIONS[:4])
+@pytest.mark.parametrize("operation", OPERATIONS[:5])
 def test_a_picture_is_required_and_may_be_no_url(client: httpx.Client, operation: str) -> None:
     fields = fields_of(operation)
     refused(

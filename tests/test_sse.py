@@ -28,7 +28,7 @@ from tests.test_image_operations import Array, fields_of, noise, png, white
 
 Told = list[tuple[str, dict[str, Any]]]
 Configure = Callable[..., Settings]
-OPERATIONS = ("generate", "inpaint", "outpaint", "variations", "edit", "interpolate")
+OPERATIONS = ("generate", "inpaint", "outpaint", "variations", "edit", "upscale", "interpolate")
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -89,7 +89,8 @@ def test_every_operation_tells_its_place_its_begin_and_the_json_answer(
     assert [name for name, _ in story if name != "image"] == ["queued", "started", "completed"]
     queued, started, completed = (data for name, data in story if name != "image")
     assert (queued["id"], queued["position"], queued["predicted_s"] > 0) == ("mine", 0, True)
-    assert started == {"id": "mine", "steps": 7 if operation == "edit" else 12}
+    steps = {"edit": 7, "upscale": 4}.get(operation, 12)
+    assert started == {"id": "mine", "steps": steps}
     listed = client.post(
         f"/{operation}",
         json=body_of(operation, response_format="json"),

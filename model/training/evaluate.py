@@ -354,14 +354,18 @@ def contact_sheet(
 
 
 def judge_operations(
-    pipeline: Pipeline, judge: Detector, sprites: Tensor, cases: int
+    pipeline: Pipeline,
+    judge: Detector,
+    sprites: Tensor,
+    cases: int,
+    names: Sequence[str] = tuple(OPERATIONS),
 ) -> tuple[dict[str, dict[str, float]], Table]:
-    """Return every operation's figures, and a table of them."""
+    """Return the operations' figures, and a table of them."""
     stage = Stage(Studio(pipeline), judge, sprites)
     table = Table("operation", "figure", "share", title=f"{cases} cases each")
     result = {}
-    for name, measure in OPERATIONS.items():
-        result[name] = measure(stage, cases)
+    for name in names:
+        result[name] = OPERATIONS[name](stage, cases)
         for figure, share in result[name].items():
             table.add_row(name, figure.replace("_", " "), f"{share:.1%}")
         _tell(f"operation {name}: {result[name]}")
@@ -381,6 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=15, help="after which seeds are saved on")
     p.add_argument("--contact-sheet", type=Path, help="also write 48 untuned prompts' images")
     p.add_argument("--operations", action="store_true", help="judge the image operations instead")
+    p.add_argument("--only", choices=OPERATIONS, action="append", help="of the image operations")
     p.add_argument("--cases", type=int, default=100, help="of every operation, 100 by default")
     p.add_argument("--curves", type=Path, metavar="FOLDER", help="plot the curves there instead")
     p.add_argument("--judges", action="store_true", help="validate the judges instead")
@@ -420,7 +425,9 @@ def main() -> None:
     if args.contact_sheet:
         contact_sheet(pipeline, args.contact_sheet)
     if args.operations:
-        shares, table = judge_operations(pipeline, first, sprites, args.cases)
+        shares, table = judge_operations(
+            pipeline, first, sprites, args.cases, args.only or tuple(OPERATIONS)
+        )
         result |= {"cases": args.cases, "operations": shares}
         report.add(table)
     elif args.curves:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.canvas import Mask, Pixels, box_mask, composite, outpaint_canvas, region_weight
 from model.image_request import ImageRequest
+from model.tiles import lanczos
 from model.training.benchmark import rendered
 from model.training.captions import describe
 from model.training.checker import Found, Judge, Reading, read_all
@@ -38,6 +39,7 @@ from model.training.studio import Studio
 Figures = dict[str, float]
 
 STRENGTH = 0.6
+UPSCALE, UPSCALE_STRENGTH = 2.0, 0.3
 FRAMES = 8
 _SEED = 20231122
 _NEAR = 0.12  # share of the image's side within which a thing has kept its position
@@ -256,6 +258,47 @@ def edit(stage: Stage, count: int) -> Figures:
     }
 
 
+def upscale(stage: Stage, count: int) -> Figures:
+    """Draw objects' images twice as large, without a prompt and with one.
+
+    The originals are true renders of twice the native size, scaled down. Of the kinds that are read
+    in those, `kind_kept` is the share that is read in the results, all at the native size. Gradient
+    energies, of results, renders and originals enlarged by Lanczos' filter, compare sharpness.
+    """
+    native = stage.studio.pipeline.config.native_size
+    size = round(UPSCALE * native[0]), round(UPSCALE * native[1])
+    hits: dict[str, list[bool]] = {name: [] for name in ("kind", "sharper", "nearer")}
+    prompted: dict[str, list[bool]] = {name: [] for name in hits}
+    for i, rng in enumerate(_generators(7, count)):
+        scene = _object(rng)
+        truth = np.asarray(rendered([scene], [i], stage.sprites, size)[0])
+        small = lanczos(truth, native)
+        energies = gradient_energy(truth), gradient_energy(lanczos(small, size))
+        for prompt, own in (("", hits), (_caption(scene, rng), prompted)):
+            result = stage.studio.upscaled(prompt, i, small, UPSCALE, UPSCALE_STRENGTH)
+            before, after = map(_first, stage.read([small, lanczos(result, native)]))
+            if _is(before, scene.things[0]):
+                own["kind"].append(_is(after, scene.things[0]))
+            energy = gradient_energy(result)
+            own["sharper"].append(energy > energies[1])
+            own["nearer"].append(abs(energy - energies[0]) < abs(energies[1] - energies[0]))
+    return {
+        f"{name}{suffix}": _share(own[figure] or [False])
+        for suffix, own in (("", hits), ("_prompted", prompted))
+        for name, figure in (
+            ("kind_kept", "kind"),
+            ("sharper_than_lanczos", "sharper"),
+            ("sharpness_nearer_truth", "nearer"),
+        )
+    }
+
+
+def gradient_energy(image: Pixels) -> float:
+    """Return the mean squared difference of neighbouring pixels of an image [H, W, 3]."""
+    values = image.astype(np.float64)
+    return float(sum(np.square(np.diff(values, axis=axis)).mean() for axis in (0, 1)))
+
+
 def _beside(before: Found | None, after: Found | None) -> bool:
     if before is None or after is None:
         return False
@@ -328,6 +371,7 @@ OPERATIONS: dict[str, Callable[[Stage, int], Figures]] = {
     "outpaint": outpaint,
     "variations": variations,
     "edit": edit,
+    "upscale": upscale,
     "interpolate": interpolate,
     "regions": regions,
 }

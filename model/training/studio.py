@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model.canvas import Mask, Pixels, fill, outpaint_canvas
+from model.canvas import Mask, Pixels, crop, fill, outpaint_canvas
 from model.config import Interpolation
 from model.image_request import (
     Edit,
+    Enlarge,
     ImageRequest,
     InputImage,
     Keyframe,
@@ -25,6 +26,7 @@ from model.image_request import (
 )
 from model.pipeline import Pipeline
 from model.row_builder import DictCache, RowBuilder
+from model.tiles import lanczos
 
 _BATCH = 16
 
@@ -88,6 +90,21 @@ class Studio:
         """
         request = self.text(prompt, seed, (image.shape[1], image.shape[0]))
         return replace(request, canvas=Edit(InputImage.of(image), strength))
+
+    def upscaled(
+        self, prompt: str, seed: int, image: Pixels, scale: float, strength: float
+    ) -> Pixels:
+        """Return an image [H, W, 3] drawn `scale` times as large, in tiles.
+
+        Without a prompt, the image itself is the content. strength: the share that is drawn.
+        """
+        config, size = self.pipeline.config, (image.shape[1], image.shape[0])
+        enlarge = Enlarge.of(config, size, scale, strength, self.sampling.unguided)
+        tiling = enlarge.tiling
+        source = InputImage.of(lanczos(image, enlarge.size, tiling.canvas))
+        request = self.text(prompt, seed, tiling.tile, None if prompt else image)
+        tiles = self.drawn([enlarge.tile(request, source, i) for i in range(len(tiling))])
+        return crop(tiling.blend(tiles), *enlarge.size)
 
     def frames(
         self, prompts: tuple[str, str], seed: int, count: int, mode: Interpolation = "slerp"

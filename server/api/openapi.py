@@ -206,6 +206,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "/outpaint": {"image": IMAGE, "left": 32, "right": 32},
     "/variations": {"image": [IMAGE, f"data:image/png;base64,{MASK}"], "weights": [0.8, 0.2]},
     "/edit": {"prompt": "a green square on a white background", "image": IMAGE, "strength": 0.7},
+    "/upscale": {"image": IMAGE, "scale": 2, "prompt": "a red square on a white background"},
     "/interpolate": {
         "keyframes": [{"prompt": "a red circle"}, {"prompt": "a blue square"}],
         "frames": 4,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import secrets
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
 from itertools import chain
@@ -35,7 +36,16 @@ from model.canvas import (
     region_weight,
 )
 from model.config import BundleConfig, Operation, SamplingConfig
-from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
+from model.image_request import (
+    Edit,
+    Enlarge,
+    InputImage,
+    Keyframe,
+    Reference,
+    Region,
+    Repaint,
+)
+from model.tiles import lanczos
 from server.api.errors import ApiError, invalid_value
 from server.api.images.admission import REFERENCE_SIDE, Uploads
 from server.api.images.decode import DecodedImage, repaint_mask
@@ -64,6 +74,7 @@ from server.api.schemas import (
     OutpaintRequest,
     RegionEntry,
     SamplingFields,
+    UpscaleRequest,
     VariationsRequest,
 )
 from server.api.state import app_state, log_job, request_state, unless_cancelled
@@ -256,6 +267,33 @@ class Draft:
         """Return [H, W, …] mirrored at the right and lower edge to a size the weights generate."""
         return pad_to_multiple(array, self.config.size_step, self.config.smallest_side)
 
+    def enlarge(
+        self,
+        size: tuple[int, int],
+        scale: float,
+        strength: float,
+        sampling: SamplingConfig | None = None,
+        param: str = "scale",
+    ) -> Enlarge:
+        """Return how images of `size` (width, height) are drawn larger, as `Enlarge.of` does.
+
+        Args:
+            size: (width, height) of an image in pixels.
+            scale: factor of both.
+            strength: share that is drawn.
+            sampling: of the tiles, by default the request's.
+            param: the field to name in errors.
+
+        Raises:
+            ApiError: 422, the result would be too large.
+        """
+        sampling, largest = sampling or self.sampling, self.settings.upscale_max_side
+        width, height = (round(side * scale) for side in size)
+        if max(width, height) > largest:
+            allowed = f"the result may have at most {largest} pixels a side"
+            raise invalid_value(param, allowed, f"{width}x{height}")
+        return Enlarge.of(self.config, size, scale, strength, sampling)
+
     def job(
         self,
         size: Size,
@@ -293,6 +331,9 @@ class Draft:
             cache_scope=self.cache_scope,
             **{"seeds": seeds(request.seed, request.n), **parts},
         )
+        if job.enlarge:
+            _check_tiles_work(job, job.enlarge, self.output, self.settings.max_request_work)
+            return job
         workload = self.workload(steps, len(job.regions))
         workload.check(size, enlarged, self.settings.max_request_work)
         return job
@@ -422,6 +463,30 @@ def _sampling(request: SamplingFields, config: BundleConfig, settings: Settings)
     return sampling
 
 
+def _check_tiles_work(job: Job, enlarge: Enlarge, output: AnyFormat, allowed: int) -> None:
+    """Raise ApiError 422 if a job with enlarged images is more work than allowed.
+
+    Tiles are encoded and decoded, those of previews decoded once more each.
+    """
+    images, tiles = len(job.seeds), len(enlarge.tiling)
+    tile_pixels = images * tiles * math.prod(enlarge.tiling.tile)
+    previews = min(job.previews, max(0, job.steps - 1))
+    drawn = 0 if enlarge.image else images * job.width * job.height
+    decoded = drawn + (2 + previews) * tile_pixels
+    files = images * math.prod(enlarge.size) * (FILE_WORK[output] + previews * PREVIEW_WORK)
+    branches = 1 + len(job.regions)
+    steps = drawn * job.passes[0][1] * (branches + job.sampling.guided)
+    steps += tile_pixels * enlarge.steps * (branches + enlarge.sampling.guided)
+    work = steps + decoded * DECODING_WORK + files
+    if work > allowed:
+        message = (
+            f"the request's work is {work}, the maximum {allowed}"
+            f" ({images} images in {tiles} tiles of {math.prod(enlarge.tiling.tile)} pixels,"
+            f" {job.steps} steps, encoding, decoding and files)"
+        )
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
+
+
 # ── operations ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -463,8 +528,17 @@ class Layout(NamedTuple):
 def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
     size = drafted.size()
     regions, parameters = _regions(request.regions, whole(size, size), drafted, uploads)
-    job = drafted.job(size, request.prompt, regions=regions)
-    return Plan("generate", job, size, parameters)
+    if request.hires is None:
+        job = drafted.job(size, request.prompt, regions=regions)
+        return Plan("generate", job, size, parameters)
+    scale, strength = request.hires.scale, request.hires.strength
+    sampling = drafted.sampling.with_steps(request.hires.steps or drafted.sampling.steps).unguided
+    enlarge = drafted.enlarge(size, scale, strength, sampling, "hires.scale")
+    enlarge = replace(enlarge, regions=tuple(_enlarged_region(each, enlarge) for each in regions))
+    job = drafted.job(size, request.prompt, regions=regions, enlarge=enlarge)
+    hires = {"scale": scale, "strength": strength, "steps": sampling.steps}
+    parameters |= {"width": size[0], "height": size[1], "hires": hires}
+    return Plan("generate", job, enlarge.size, parameters, partial(_shown, enlarge))
 
 
 def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -529,10 +603,7 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Pla
     layout = _layout(image.on_white, view.placed(kept, outside=1), view, drafted)
     canvas = whole(view.full_size, view.size)
     regions, region_parameters = _regions(request.regions, canvas, drafted, uploads)
-    # Without a prompt the image itself is the condition, if the weights support that.
-    by_image = not request.prompt.strip() and "variations" in drafted.config.operations
-    shown = [reference_image(request.image, "image", uploads)] if by_image else []
-    references = tuple(Reference(each, 1.0) for each in shown)
+    references = _shown_by_image(request.prompt, request.image, drafted, uploads)
     content = request.image
 
     def original() -> tuple[Pixels, Mask]:
@@ -604,6 +675,33 @@ def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
     return Plan("edit", job, layout.size, parameters, layout.cropped, restoration)
 
 
+def _upscale(request: UpscaleRequest, drafted: Draft, uploads: Uploads) -> Plan:
+    scale, strength = request.scale, request.strength
+    # Each tile knows the whole prompt, and guidance would draw all of it in every tile.
+    if request.guidance_scale is None:
+        drafted = replace(drafted, sampling=drafted.sampling.unguided)
+    # Before the image is decoded. A rotation swaps the sides, which have one bound.
+    drafted.enlarge(uploads.stored_size(request.image), scale, strength)
+    image = uploads.decode(request.image)
+    enlarge = drafted.enlarge(image.size, scale, strength)
+    for param, side, actual in (
+        ("width", request.width, enlarge.size[0]),
+        ("height", request.height, enlarge.size[1]),
+    ):
+        if side not in (None, actual):
+            raise invalid_value(param, f"must be the result's, {actual}; leave it out", side)
+    canvas = lanczos(image.on_white, enlarge.size, enlarge.tiling.canvas)
+    references = _shown_by_image(request.prompt, request.image, drafted, uploads)
+    job = drafted.job(
+        enlarge.tiling.tile,
+        request.prompt,
+        references=references,
+        enlarge=replace(enlarge, image=InputImage.of(canvas)),
+    )
+    parameters = {"image": file_hash(request.image), "scale": scale, "strength": strength}
+    return Plan("upscale", job, enlarge.size, parameters, partial(_shown, enlarge))
+
+
 def _interpolate(request: InterpolateRequest, drafted: Draft, uploads: Uploads) -> Plan:
     size = drafted.size()
     if any(entry.image for entry in request.keyframes):
@@ -635,6 +733,7 @@ OPERATIONS: dict[Operation, tuple[type[SamplingFields], Planner]] = {
     "outpaint": (OutpaintRequest, _outpaint),
     "variations": (VariationsRequest, _variations),
     "edit": (EditRequest, _edit),
+    "upscale": (UpscaleRequest, _upscale),
     "interpolate": (InterpolateRequest, _interpolate),
 }
 
@@ -856,6 +955,29 @@ def _references(
     images = [reference_image(content, "references", uploads) for content in contents]
     references = tuple(Reference(image, 1.0) for image in images)
     return references, {"references": [file_hash(content) for content in contents]}
+
+
+def _shown_by_image(
+    prompt: str, content: bytes, drafted: Draft, uploads: Uploads
+) -> tuple[Reference, ...]:
+    """Return the image itself as the condition if there is no prompt and the weights support it."""
+    if prompt.strip() or "variations" not in drafted.config.operations:
+        return ()
+    return (Reference(reference_image(content, "image", uploads), 1.0),)
+
+
+def _enlarged_region(region: Region, enlarge: Enlarge) -> Region:
+    """Return a region with its weight scaled to the tiles' canvas."""
+    weight = lanczos(region.weight.array, enlarge.size, enlarge.tiling.canvas)
+    return Region(region.prompt, InputImage.of(weight))
+
+
+def _shown(enlarge: Enlarge, image: Image) -> Image:
+    """Return an enlarged image without the padding, or a preview from before it is enlarged."""
+    pixels = array_of(image)
+    if (image.width, image.height) != enlarge.tiling.canvas:
+        return image_of(lanczos(pixels, enlarge.size), image.index)
+    return image_of(crop(pixels, *enlarge.size), image.index)
 
 
 def _keyframe(entry: KeyframeEntry, prompt: str, index: int, uploads: Uploads) -> Keyframe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -193,19 +194,17 @@ class NativeStream:
         return Event("queued", data)
 
     def _started(self) -> Event:
-        job = self.plan.job
-        return Event("started", {"id": self._id, "steps": job.sampling.steps - job.steps_skipped})
+        return Event("started", {"id": self._id, "steps": self.plan.job.steps})
 
     def _preview(self, preview: Preview) -> Event:
-        skipped = self.plan.job.steps_skipped
         # Clients do not keep previews; a JPEG takes at most 1/12 of a PNG's time and 1/6 of its
         # bytes: docs/log.md.
         format: Format = "jpeg" if self.format == "png" else self.format
         content = encode(self.plan.finish(preview.image), format, self.quality, {})
         data = {
             "index": preview.image.index,
-            "step": preview.step - skipped,
-            "of": self.plan.job.sampling.steps - skipped,
+            "step": preview.step,
+            "of": self.plan.job.steps,
             "b64_json": base64.b64encode(content).decode(),
             "width": self.plan.size[0],
             "height": self.plan.size[1],
@@ -285,8 +284,11 @@ async def encode_all(
 
     began = time.perf_counter()
     large = state.decoder.run_large if plan.restoration else None
+    # In the encoder's queue, an image counts as so many of the largest ordinary size.
+    units = math.ceil(math.prod(plan.size) / state.settings.max_side**2)
     work = (
-        state.encoder.run(partial(make, image), elsewhere=large) for image in _ordered(finished)
+        state.encoder.run(partial(make, image), units, elsewhere=large)
+        for image in _ordered(finished)
     )
     contents = await asyncio.gather(*work)
     return list(contents), record_images(state, plan, len(contents), began)

@@ -70,6 +70,7 @@ SUMMARIES: dict[Operation, str] = {
     "outpaint": "Extend an image beyond its edges",
     "variations": "Other images with the same content",
     "edit": "Redraw an image, keeping its structure",
+    "upscale": "Enlarge an image and draw its detail",
     "interpolate": "Images between prompts or images",
 }
 

@@ -65,6 +65,10 @@ Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.05, le=5, allow_inf_nan=False)]
 StepCount = Annotated[int, Field(ge=0, le=64)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Scale = Annotated[
+    float,
+    Field(ge=1, le=4, allow_inf_nan=False, description="Factor of width and height, in pixels"),
+]
 
 
 # ── images ────────────────────────────────────────────────────────────────────────────────────────
@@ -319,11 +323,38 @@ AnimationChoice = Annotated[
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
+class Hires(BaseModel):
+    """A second pass, in which an image is drawn again, larger."""
+
+    model_config = STRICT
+
+    scale: Scale = 2.0
+    strength: Annotated[
+        Fraction, Field(description="Fraction of the scaled image that is drawn again")
+    ] = 0.3
+    steps: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=64,
+            description="Denoising steps, of which the pass takes the fraction `strength`;"
+            " default: num_inference_steps",
+        ),
+    ] = None
+
+
 class GenerateRequest(SamplingFields):
     """Text to image."""
 
     prompt: NonBlankText
     regions: Regions = ()
+    hires: Annotated[
+        Hires | None,
+        Field(
+            description="Draw the image at width and height, then again `scale` times as large, by"
+            " the same request without guidance"
+        ),
+    ] = None
 
 
 class InpaintRequest(SamplingFields):
@@ -385,6 +416,26 @@ class EditRequest(SamplingFields):
     fit: FitChoice = "crop"
     return_size: ReturnSizeChoice = "result"
     references: References = Field(default_factory=list)
+
+
+class UpscaleRequest(SamplingFields):
+    """Enlarge an image and draw its detail, by default without guidance.
+
+    Width and height, if given, must be the result's.
+    """
+
+    prompt: Annotated[Text, Field(description="Empty: the image itself is the content")] = ""
+    image: ImageBytes
+    scale: Scale = 2.0
+    strength: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=0.6,
+            allow_inf_nan=False,
+            description="Fraction of the scaled image that is drawn",
+        ),
+    ] = 0.3
 
 
 class KeyframeEntry(BaseModel):

@@ -93,7 +93,7 @@ def log_job(request: Request, job: Job) -> None:
         "model": job.model,
         "images": len(job.seeds),
         "seed": job.seeds[0],
-        "size": f"{job.width}x{job.height}",
+        "size": "{}x{}".format(*job.drawn_size),
         "steps": job.sampling.steps,
     }
     if app_state(request).settings.log_prompts:

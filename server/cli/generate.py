@@ -134,9 +134,23 @@ def _has_default(parameter: inspect.Parameter) -> bool:
 
 
 @_operation("generate")
-def generate(prompt: Prompt, region: RegionList = None) -> Fields:
+def generate(
+    prompt: Prompt,
+    region: RegionList = None,
+    hires: Annotated[
+        float | None, typer.Option(help="Draw the image again, so many times as large, 1 to 4")
+    ] = None,
+    hires_strength: Annotated[
+        float | None, typer.Option(help="Fraction of the scaled image that is drawn again")
+    ] = None,
+    hires_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps of the second pass; default: --steps")
+    ] = None,
+) -> Fields:
     """Generate images from a prompt. Absent options follow the recipe of the weights."""
-    return {"prompt": prompt, "regions": _regions(region)}
+    options = {"scale": hires, "strength": hires_strength, "steps": hires_steps}
+    second = {name: value for name, value in options.items() if value is not None}
+    return {"prompt": prompt, "regions": _regions(region), "hires": second or None}
 
 
 @_operation("inpaint")
@@ -232,6 +246,22 @@ def edit(
     }
 
 
+@_operation("upscale")
+def upscale(
+    image: ImageFile,
+    prompt: OptionalPrompt = "",
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of width and height, 1 to 4; default: 2")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the scaled image that is drawn; default: 0.3"),
+    ] = None,
+) -> Fields:
+    """Enlarge an image and draw its detail."""
+    return {"prompt": prompt, "image": image.read_bytes(), "scale": scale, "strength": strength}
+
+
 @_operation("interpolate")
 def interpolate(
     keyframe: Annotated[
@@ -294,7 +324,7 @@ def replay(
 
 def register(app: typer.Typer) -> None:
     """Add all commands to an app."""
-    for command in (generate, inpaint, outpaint, vary, edit, interpolate, replay):
+    for command in (generate, inpaint, outpaint, vary, edit, upscale, interpolate, replay):
         app.command()(command)
 
 

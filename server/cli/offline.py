@@ -12,10 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from model.canvas import Pixels
 from model.config import BundleConfig, Operation, find_bundle
+from model.image_request import Enlarge, InputImage
 from model.pipeline import Pipeline
-from model.row_builder import RowBuilder
+from model.row_builder import DictCache, RowBuilder
 from model.runtime import pick_device, pick_dtype, prepare, use
+from model.tiles import lanczos
 from server.api.images.admission import Uploads, image_limits
 from server.api.images.encode import read_parameters
 from server.api.planning import OPERATIONS, Plan, draft, file_hash
@@ -56,20 +59,48 @@ def generate(
     dtype = pick_dtype(settings.dtype, device)
     bundle = find_bundle(settings.bundles[0])
     pipeline = Pipeline.load(bundle, device, dtype, settings.encoders, settings.kernels)
-    builder = RowBuilder(pipeline)
     indices = list(range(len(job.seeds))) if only is None else [only]
-    size = 1 if job.sampling.deterministic else settings.max_batch_rows
-    images, truncated = list[Image](), tuple[str, ...]()
-    steps = len(indices) * job.sampling.steps
+    steps = len(indices) * job.row_steps // len(job.seeds)
     with tqdm(total=steps, desc="denoising", unit="step", leave=False, disable=None) as bar:
-        for start in range(0, len(indices), size):
-            batch = indices[start : start + size]
-            rows = builder.build([job.image(index) for index in batch])
-            tokens = pipeline.denoise(rows, partial(_advance, bar, len(rows)))
-            for index, pixels in zip(batch, pipeline.decode(tokens).numpy(), strict=True):
-                images.append(Image(index, job.width, job.height, pixels.tobytes()))
-            truncated = rows[0].truncated
-    return images, truncated
+        size = 1 if job.sampling.deterministic else settings.max_batch_rows
+        painter = _Painter(pipeline, size, bar)
+        drawn = {} if job.enlarge and job.enlarge.image else painter.rows(job, indices)
+        if job.enlarge:
+            drawn = {i: painter.enlarged(job, job.enlarge, i, drawn.get(i)) for i in indices}
+    images = [Image(i, *job.drawn_size, drawn[i].tobytes()) for i in indices]
+    return images, painter.truncated
+
+
+class _Painter:
+    """Draw rows of jobs in batches.
+
+    truncated: encoders that truncated a prompt of the latest batch.
+    """
+
+    def __init__(self, pipeline: Pipeline, size: int, bar: tqdm[Any]) -> None:
+        """Create it. size: rows of a batch."""
+        self._pipeline, self._size, self._bar = pipeline, size, bar
+        self._builder = RowBuilder(pipeline, DictCache())
+        self.truncated: tuple[str, ...] = ()
+
+    def rows(self, job: Job, indices: Sequence[int]) -> dict[int, Pixels]:
+        """Return the images [H, W, 3] of rows, by their numbers."""
+        drawn: dict[int, Pixels] = {}
+        for start in range(0, len(indices), self._size):
+            batch = indices[start : start + self._size]
+            rows = self._builder.build([job.image(index) for index in batch])
+            tokens = self._pipeline.denoise(rows, partial(_advance, self._bar, len(rows)))
+            drawn |= zip(batch, self._pipeline.decode(tokens).numpy(), strict=True)
+            self.truncated = rows[0].truncated
+        return drawn
+
+    def enlarged(self, job: Job, enlarge: Enlarge, index: int, drawn: Pixels | None) -> Pixels:
+        """Return an image [H, W, 3] of the canvas' size. drawn: the image, if it is drawn first."""
+        if drawn is not None:
+            canvas = lanczos(drawn, enlarge.size, enlarge.tiling.canvas)
+            job = job.with_source(index, InputImage.of(canvas))
+        tiles = self.rows(job, job.tile_rows(index))
+        return enlarge.tiling.blend(list(tiles.values()))
 
 
 def _advance(bar: tqdm[Any], rows: int, _: int) -> None:

@@ -67,8 +67,8 @@ class PendingJob:
 
     @property
     def rows(self) -> int:
-        """Images of the job."""
-        return len(self.job.seeds)
+        """Rows of the job."""
+        return self.job.rows
 
     def resolve(self, answer: Finished | EngineError) -> None:
         """Set the answer, unless there is one already."""
@@ -153,12 +153,12 @@ class EngineClient:
 
     @property
     def rows_unfinished(self) -> int:
-        """Images admitted and not yet answered, waiting or being drawn."""
+        """Rows admitted and not yet answered, waiting or being drawn: images and tiles."""
         return sum(entry.rows for entry in self._pending.values())
 
     @property
     def rows_running(self) -> int:
-        """Images being drawn, by the workers' last heartbeats."""
+        """Rows being drawn, by the workers' last heartbeats."""
         return sum(worker.last_heartbeat.rows_running for worker in self.workers)
 
     async def start(self) -> None:
@@ -246,7 +246,7 @@ class EngineClient:
         now = time.monotonic()
         if job.deadline <= now:
             raise DeadlineExceeded("the deadline passed")
-        self._check_room(len(job.seeds), job.image_bytes, now)
+        self._check_room(job.rows, job.image_bytes, now)
         answer: asyncio.Future[Finished | EngineError] = asyncio.get_running_loop().create_future()
         entry = PendingJob(job, now, self._forecast(job, now), answer, job.image_bytes)
         self._pending[job.id] = entry
@@ -279,16 +279,12 @@ class EngineClient:
         if least is not None and least > allowed and not self._may_try(now):
             alone = self._latency.predict(job, [], slots, now, least=True)
             retryable = alone is None or alone <= allowed
-            retry_after = (
-                self._retry_after(least - allowed, len(job.seeds), now) if retryable else None
-            )
+            retry_after = self._retry_after(least - allowed, job.rows, now) if retryable else None
             raise DeadlineUnreachable(least, allowed, retryable, retry_after)
         finish = self._latency.predict(job, others, slots, now, left)
-        before = sum(len(other.seeds) for other in others)
+        before = sum(other.rows for other in others)
         # The pace may be old: it is no reason to reject a job, but better than no figure at all.
-        seconds = (
-            (before + len(job.seeds)) * self._pace.seconds_per_row if finish is None else finish
-        )
+        seconds = (before + job.rows) * self._pace.seconds_per_row if finish is None else finish
         return Forecast(max(0, before + 1 - slots), seconds)
 
     def _time_to_room(self, rows: int, image_bytes: int) -> float | None:

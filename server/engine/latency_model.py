@@ -11,7 +11,7 @@ import math
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -60,18 +60,33 @@ class _Unfinished:
 
     @property
     def rows(self) -> int:
-        return len(self.job.seeds)
+        return self.job.rows
 
-
-def _steps(job: Job) -> int:
-    return len(job.seeds) * job.sampling.steps
+    def passes(self) -> Iterator[tuple[range, int]]:
+        """Yield each pass that is not over: its rows, and the steps that they have yet to take."""
+        left = self.left
+        for rows, steps in reversed(self.job.passes):
+            own = min(left, len(rows) * steps)
+            left -= own
+            if own:
+                yield rows, own
 
 
 class _Kind(NamedTuple):
-    """What measurements are kept apart by. pixels: width times height."""
+    """What measurements are kept apart by. pixels: width times height of a row.
+
+    tiled: whether the rows are tiles, which share the prior's result and more.
+    """
 
     model: str
     pixels: int
+    tiled: bool = False
+
+    @classmethod
+    def of(cls, job: Job) -> _Kind:
+        """Return the kind of a job's last pass."""
+        width, height = job.row_size(job.passes[-1][0][0])
+        return cls(job.model, width * height, job.enlarge is not None)
 
 
 @dataclass(slots=True)
@@ -93,8 +108,8 @@ class LatencyModel:
 
     def record_job(self, job: Job, timings: Timings, now: float) -> None:
         """Record the time of a finished job outside its steps."""
-        seconds = (timings.encode + timings.prior + timings.decode) / len(job.seeds)
-        kind = _Kind(job.model, job.width * job.height)
+        seconds = (timings.encode + timings.prior + timings.decode) / job.rows
+        kind = _Kind.of(job)
         self._overhead.setdefault(kind, _Average(seconds, now)).record(seconds, now)
 
     def predict(
@@ -118,14 +133,15 @@ class LatencyModel:
         than the job delays it in that share of its rounds.
         """
         unfinished = [
-            _Unfinished(other, (left or {}).get(other.id, _steps(other))) for other in others
+            _Unfinished(other, (left or {}).get(other.id, other.row_steps)) for other in others
         ]
         unfinished = [each for each in unfinished if each.left]
-        everything = [*unfinished, _Unfinished(job, _steps(job))]
+        everything = [*unfinished, _Unfinished(job, job.row_steps)]
         rows = sum(each.rows for each in everything)
         waiting = sum(each.left for each in everything) / rows * max(0, rows - slots) / slots
-        rounds = job.sampling.steps + waiting
-        seconds = self._seconds_per_round(everything, rounds, slots, now, least)
+        rounds = job.steps + waiting
+        # A job that takes no step, and waits for no other's, has no round.
+        seconds = self._seconds_per_round(everything, rounds, slots, now, least) if rounds else 0.0
         if seconds is None:
             return None
         overhead = sum(each.rows * self._around(each.job, now, least) for each in everything)
@@ -138,7 +154,7 @@ class LatencyModel:
             for kind, average in self._overhead.items()
             if now - average.at < MEMORY_S
         }
-        kind = _Kind(job.model, job.width * job.height)
+        kind = _Kind.of(job)
         return _for_kind(recent, kind, lambda seconds: seconds, least) or 0.0
 
     def _seconds_per_round(
@@ -146,12 +162,13 @@ class LatencyModel:
     ) -> float | None:
         present: dict[Pool, float] = defaultdict(float)
         branches: dict[Pool, float] = defaultdict(float)
-        for each in jobs:
-            share = min(1.0, each.left / each.rows / rounds)
-            for i in range(each.rows):
+        parts = [(each, rows, left) for each in jobs for rows, left in each.passes()]
+        for each, rows, left in parts:
+            share = min(1.0, left / len(rows) / rounds)
+            for i in rows:
                 pool = Pool.of(each.job, i)
                 present[pool] += share
-                branches[pool] += share * each.job.branches
+                branches[pool] += share * each.job.row_branches(i)
         running = min(1.0, slots / sum(present.values()))
         seconds = [
             self._round(pool, count * running, branches[pool] / count, now, least)
@@ -226,9 +243,10 @@ def _for_kind(
 ) -> float | None:
     """Return the seconds of the nearest measured size, of the same weights if there is one, scaled.
 
-    least: 0 if nothing of these weights was measured, and no more than was measured.
+    least: 0 if nothing of these weights was measured, and no more than was measured. Tiles are
+    others' weights in this respect.
     """
-    same = [other for other in measured if other.model == kind.model]
+    same = [other for other in measured if (other.model, other.tiled) == (kind.model, kind.tiled)]
     if least and not same:
         return 0.0
     nearest = min(same or measured, key=lambda other: abs(other.pixels - kind.pixels), default=None)

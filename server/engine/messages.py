@@ -11,16 +11,19 @@ machine.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, SupportsIndex
 
 from model.config import Interpolation, SamplingConfig
 from model.image_request import (
     Edit,
+    Enlarge,
     ImageRequest,
+    InputImage,
     Keyframe,
     Reference,
     Region,
@@ -51,9 +54,13 @@ Count = tuple[
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request: as many rows as seeds, all of one size.
+    """One request: an image for each seed.
 
-    width, height: pixels, multiples of the bundle's size step. arrived_at: the request's arrival,
+    Its rows are numbered: one for each image, then, if the images are enlarged, one for each tile
+    of each image. The rows of tiles start when their image is known, at once if the client sent it.
+
+    width, height: pixels, multiples of the bundle's size step; of the images before they are
+    enlarged. arrived_at: the request's arrival,
     the order in which jobs are served. alone: its rows share no step with another job's, because it
     is suspected of having crashed a worker. previews: how many of each
     image, at most, are sent before it is done. early: each image is sent as soon as it is done, and
@@ -87,6 +94,7 @@ class Job:
     regions: tuple[Region, ...] = ()
     cache_scope: str = ""
     held_bytes: int = 0
+    enlarge: Enlarge | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -100,12 +108,86 @@ class Job:
         masks = (self.canvas.mask,) if isinstance(self.canvas, Repaint) else ()
         seen = (reference.picture for reference in self.references)
         shown = (keyframe.picture for keyframe in self.keyframes if keyframe.picture)
-        weights = (region.weight for region in self.regions)
+        weights = [region.weight for region in self.regions]
+        if self.enlarge:
+            weights += [region.weight for region in self.enlarge.regions]
+            weights += [self.enlarge.image] if self.enlarge.image else []
         images = (*canvas, *masks, *seen, *shown, *weights)
         return self.held_bytes + sum(len(image.content) for image in images)
 
+    # ── rows ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def passes(self) -> tuple[tuple[range, int], ...]:
+        """The rows of each pass, and the steps that each row of it takes."""
+        images = range(len(self.seeds))
+        drawn = (images, self.sampling.steps - self.steps_skipped)
+        if self.enlarge is None:
+            return (drawn,)
+        tiles = range(len(images), len(images) * (1 + len(self.enlarge.tiling)))
+        tiled = (tiles, self.enlarge.steps)
+        return (tiled,) if self.enlarge.image else (drawn, tiled)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, of all passes."""
+        return sum(len(rows) for rows, _ in self.passes)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an image, from its first pass to the end of its last."""
+        return sum(steps for _, steps in self.passes)
+
+    @property
+    def row_steps(self) -> int:
+        """Steps of all rows together."""
+        return sum(len(rows) * steps for rows, steps in self.passes)
+
+    @property
+    def work(self) -> float:
+        """Steps of all rows together, each times its row's pixels and branches."""
+        return sum(
+            math.prod(self.row_size(rows[0])) * self.row_branches(rows[0]) * len(rows) * steps
+            for rows, steps in self.passes
+        )
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """(width, height) of its images in pixels, multiples of the size step."""
+        return self.enlarge.tiling.canvas if self.enlarge else (self.width, self.height)
+
+    def row_size(self, row: int) -> tuple[int, int]:
+        """Return (width, height) of a row in pixels."""
+        if self.enlarge and row >= len(self.seeds):
+            return self.enlarge.tiling.tile
+        return self.width, self.height
+
+    def tile(self, row: int) -> tuple[int, int] | None:
+        """Return the numbers of a row's image and of its tile; None if it is no tile's row."""
+        if self.enlarge is None or row < len(self.seeds):
+            return None
+        return divmod(row - len(self.seeds), len(self.enlarge.tiling))
+
+    def tile_rows(self, image: int) -> range:
+        """Return the rows of an image's tiles."""
+        count = len(self.enlarge.tiling) if self.enlarge else 0
+        first = len(self.seeds) + image * count
+        return range(first, first + count)
+
+    def with_source(self, image: int, source: InputImage) -> Job:
+        """Return the job with an image, scaled to the canvas, that its tiles begin with."""
+        assert self.enlarge is not None
+        sources = [*self.enlarge.sources] or [None] * len(self.seeds)
+        sources[image] = source
+        return replace(self, enlarge=replace(self.enlarge, sources=tuple(sources)))
+
     def image(self, index: int) -> ImageRequest:
-        """Return everything that decides what image `index` looks like."""
+        """Return everything that decides what row `index` looks like."""
+        if self.enlarge and (place := self.tile(index)):
+            image, number = place
+            source = self.enlarge.image or self.enlarge.sources[image]
+            assert source is not None
+            return self.enlarge.tile(self.image(image), source, number)
         return ImageRequest(
             prompt=self.prompt,
             seed=self.seeds[index],
@@ -134,18 +216,27 @@ class Job:
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
-        """The step of each preview: evenly spaced, none at the start or the end.
+        """The steps of an image after which there is a preview: even, none at the start or the end.
 
         Fewer than asked for if steps are few.
         """
-        taken = self.sampling.steps - self.steps_skipped
-        due = {(i + 1) * taken // (self.previews + 1) for i in range(self.previews)}
-        return tuple(self.steps_skipped + steps for steps in sorted(due - {0}))
+        due = {(i + 1) * self.steps // (self.previews + 1) for i in range(self.previews)}
+        return tuple(sorted(due - {0}))
 
-    @property
-    def branches(self) -> float:
-        """Branches of one of its rows, averaged over its steps."""
-        guided = self.sampling.guidance_steps / self.sampling.steps if self.sampling.guided else 0.0
+    def steps_taken(self, row: int, step: int) -> int:
+        """Return how many of its image's steps are taken.
+
+        step: the steps of its own schedule that a row has behind it, skipped ones included.
+        """
+        if self.enlarge is None or row < len(self.seeds):
+            return step - self.steps_skipped
+        return self.steps - self.enlarge.sampling.steps + step
+
+    def row_branches(self, row: int) -> float:
+        """Return the branches of a row, averaged over the steps of its schedule."""
+        tiled = self.enlarge if row >= len(self.seeds) else None
+        sampling = tiled.sampling if tiled else self.sampling
+        guided = sampling.guidance_steps / sampling.steps if sampling.guided else 0.0
         return 1 + len(self.regions) + guided
 
 
@@ -212,9 +303,10 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """An unfinished image, as the denoiser predicts it at this step of the schedule.
+    """An unfinished image, as the denoiser predicts it after so many of its steps.
 
-    number: its place in `preview_steps`.
+    number: its place in `preview_steps`. It may be smaller than the answer's, before its image is
+    enlarged.
     """
 
     id: str

@@ -319,7 +319,7 @@ class Runner:
     def start(
         self, parts: Sequence[tuple[Job, Sequence[int]]], watch: Stopwatch
     ) -> list[tuple[str, ...]]:
-        """Build the rows of these images of these jobs.
+        """Build these rows of these jobs, by their numbers.
 
         Returns, for each job, the encoders that cut one of its prompts.
         """
@@ -362,6 +362,10 @@ class Runner:
     def steps_done(self, row: RowId) -> int:
         """Return the number of steps that a row has taken, skipped ones included."""
         return self.rows[row].step
+
+    def done(self, row: RowId) -> bool:
+        """Return whether a row has taken all of its steps."""
+        return self.rows[row].done
 
     def branches(self, rows: Sequence[RowId]) -> int:
         """Return the number of branches of these rows' next step."""

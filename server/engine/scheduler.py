@@ -1,11 +1,11 @@
 """Decide which rows start and which rows step next. Pure Python, no torch, no clock.
 
-A row is one image of a job. Rows that can share a denoiser step form a pool, which steps all of its
-running rows together, so rows join and leave at every step. A pool with interactive rows goes
-before one without, then the one with the row that arrived first, but none waits for more than
-`PATIENCE` steps of others (and once for each other pool that has waited as long). Waiting rows get
-free slots in the same order, with a share of the slots and of the turns reserved for either
-priority.
+A row is one image of a job, or one tile of an image. Rows that can share a denoiser step form a
+pool, which steps all of its running rows together, so rows join and leave at every step. A pool
+with interactive rows goes before one without, then the one with the row that arrived first, but
+none waits for more than `PATIENCE` steps of others (and once for each other pool that has waited as
+long). Waiting rows get free slots in the same order, with a share of the slots and of the turns
+reserved for either priority.
 
 Deadlines decide nothing here: a client that allows more time than others would wait until no others
 arrive, and one that allows less would pass everybody.
@@ -14,6 +14,7 @@ arrive, and one that allows less would pass everybody.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -41,7 +42,7 @@ LENGTHS = (96, 256, 768)
 
 @dataclass(frozen=True, slots=True)
 class RowId:
-    """Image `index` of a job."""
+    """Row `index` of a job."""
 
     job: str
     index: int
@@ -64,13 +65,13 @@ class Pool:
 
     @classmethod
     def of(cls, job: Job, index: int) -> Pool:
-        """Return the pool of image `index` of a job."""
+        """Return the pool of row `index` of a job."""
         reserved_for: RowId | str | None = job.id if job.alone else None
         # A step's arithmetic may round differently at another batch size, so a deterministic row's
         # steps hold nothing but itself.
         if job.sampling.deterministic:
             reserved_for = RowId(job.id, index)
-        return cls(job.model, job.width, job.height, _length(job), reserved_for)
+        return cls(job.model, *job.row_size(index), _length(job), reserved_for)
 
 
 @dataclass(slots=True)
@@ -97,11 +98,20 @@ class Scheduler:
         self._running: dict[Pool, _Running] = {}
 
     def add(self, job: Job) -> None:
-        """Add a job; its rows wait for slots."""
+        """Add a job; the rows of its first pass wait for slots."""
         self._jobs[job.id] = job
-        for i in range(len(job.seeds)):
-            entry = (job.arrived_at, next(self._arrivals), RowId(job.id, i))
+        self.add_rows(job.id, job.passes[0][0])
+
+    def add_rows(self, id: str, rows: Iterable[int]) -> None:
+        """Let more rows of a job wait for slots, in the place of its arrival."""
+        job = self._jobs[id]
+        for i in rows:
+            entry = (job.arrived_at, next(self._arrivals), RowId(id, i))
             insort(self._waiting[job.priority], entry)
+
+    def update(self, job: Job) -> None:
+        """Replace a job by one that differs in the sources of its tiles."""
+        self._jobs[job.id] = job
 
     def job(self, id: str) -> Job:
         """Return a job by its id."""

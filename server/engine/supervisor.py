@@ -182,7 +182,7 @@ class Supervisor:
 
     def send(self, job: Job) -> None:
         """Send the worker a job."""
-        self._owed[job.id] = len(job.seeds)
+        self._owed[job.id] = job.rows
         self._worker.send(job)
 
     def cancel(self, id: str) -> None:

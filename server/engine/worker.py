@@ -15,10 +15,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 
+from model.canvas import Pixels
+from model.image_request import InputImage
 from model.row_builder import group_by
 from model.runtime import prepare
+from model.tiles import Mosaic, lanczos
 from server.engine.messages import (
     Cancel,
     Count,
@@ -238,7 +242,8 @@ def _take_batch(waiting: dict[RowId, DecodeRequest]) -> dict[RowId, DecodeReques
 class _Progress:
     """The state of one job.
 
-    steps: of all its rows together, those skipped at the start included. step_ends: of a traced
+    steps: that all its rows together have taken. drawn: images that are to be enlarged, until their
+    first tile starts. mosaics: the tiles of images that are being enlarged. step_ends: of a traced
     job's steps, `time.perf_counter` seconds.
     """
 
@@ -248,6 +253,8 @@ class _Progress:
     images: list[Image] = field(default_factory=list)
     truncated: tuple[str, ...] = ()
     steps: int = 0
+    drawn: dict[int, Image] = field(default_factory=dict)
+    mosaics: dict[int, Mosaic] = field(default_factory=dict)
     step_ends: list[float] = field(default_factory=list)
 
     def timings(self) -> Timings:
@@ -320,10 +327,12 @@ class Worker:
         ):
             for row in self._run_stage(batch, self._build_rows):
                 # An edit that takes no step is done as it begins.
-                if self.runner.steps_done(row) == self.scheduler.job(row.job).sampling.steps:
+                if self.runner.done(row):
                     self._finish(row)
 
     def _build_rows(self, rows: list[RowId]) -> list[RowId]:
+        for row in rows:
+            self._add_source(row)
         parts = [
             (self.scheduler.job(part[0].job), [row.index for row in part]) for part in by_job(rows)
         ]
@@ -332,18 +341,29 @@ class Worker:
             progress = self._progress[job.id]
             progress.started_at, progress.truncated = progress.started_at or now, truncated
             progress.watch.add(watch)
-        for row in rows:
-            self._progress[row.job].steps += self.runner.steps_done(row)
         return rows
+
+    def _add_source(self, row: RowId) -> None:
+        """Scale the drawn image that a tile's row is the first to begin with."""
+        job = self.scheduler.job(row.job)
+        place, enlarge = job.tile(row.index), job.enlarge
+        if place is None or enlarge is None:
+            return
+        waiting = self._progress[job.id].drawn
+        if drawn := waiting.get(place[0]):
+            canvas = lanczos(_pixels(drawn), enlarge.size, enlarge.tiling.canvas)
+            self.scheduler.update(job.with_source(place[0], InputImage.of(canvas)))
+            del waiting[place[0]]
 
     def _step(self, rows: list[RowId]) -> None:
         for row in self._run_stage(self.runner.started(rows), self._advance):
-            job, steps = self.scheduler.job(row.job), self.runner.steps_done(row)
-            if steps == job.sampling.steps:
+            job = self.scheduler.job(row.job)
+            taken = job.steps_taken(row.index, self.runner.steps_done(row))
+            if self.runner.done(row):
                 self._finish(row)
-            elif steps in job.preview_steps:
+            elif taken in job.preview_steps:
                 self.decode_queue.add(
-                    row, DecodeRequest(self.scheduler.pool(row), job.preview_steps.index(steps))
+                    row, DecodeRequest(self.scheduler.pool(row), job.preview_steps.index(taken))
                 )
 
     def _finish(self, row: RowId) -> None:
@@ -351,15 +371,15 @@ class Worker:
         self.decode_queue.add(row, DecodeRequest(self.scheduler.pool(row)))
 
     def _advance(self, rows: list[RowId]) -> list[RowId]:
-        job, branches, began = (
-            self.scheduler.job(rows[0].job),
+        pool, branches, began = (
+            self.scheduler.pool(rows[0]),
             self.runner.branches(rows),
             time.perf_counter(),
         )
-        self.runner.step(job.model, rows)
+        self.runner.step(pool.model, rows)
         ended = time.perf_counter()
         self._steps.append(
-            Step(len(rows), branches, job.width * job.height, ended - began, job.model)
+            Step(len(rows), branches, pool.width * pool.height, ended - began, pool.model)
         )
         for row in rows:
             self._progress[row.job].steps += 1
@@ -404,15 +424,16 @@ class Worker:
 
     def _send_images(self, decoded: list[DecodedImage]) -> None:
         for each in decoded:
-            if each.preview is not None:
-                send_message(
-                    self.connection, Preview(each.row.job, each.preview, each.step, each.image)
-                )
-                continue
-            progress = self._progress[each.row.job]
-            progress.images.append(each.image)
-            if self.scheduler.job(each.row.job).early:
-                send_message(self.connection, Drawn(each.row.job, each.image, progress.truncated))
+            job = self.scheduler.job(each.row.job)
+            if place := job.tile(each.row.index):
+                self._add_tile(job, *place, each)
+            elif each.preview is not None:
+                taken = job.steps_taken(each.row.index, each.step)
+                send_message(self.connection, Preview(job.id, each.preview, taken, each.image))
+            elif job.enlarge:
+                self._begin_tiles(job, each.image)
+            else:
+                self._add_image(job, each.image)
         batches = dict.fromkeys(
             (each.row.job, each.seconds) for each in decoded if each.preview is None
         )
@@ -420,6 +441,39 @@ class Worker:
             self._progress[id].watch.count("decode", seconds)
         for id in dict.fromkeys(id for id, _ in batches):
             self._answer_if_complete(id)
+
+    def _begin_tiles(self, job: Job, image: Image) -> None:
+        """Let the tiles of a drawn image wait for slots."""
+        self._progress[job.id].drawn[image.index] = image
+        self.scheduler.add_rows(job.id, job.tile_rows(image.index))
+        steps = job.passes[0][1]
+        if steps in job.preview_steps:
+            number = job.preview_steps.index(steps)
+            send_message(self.connection, Preview(job.id, number, steps, image))
+
+    def _add_tile(self, job: Job, image: int, number: int, tile: DecodedImage) -> None:
+        """Add a tile to its image; send the image when all of its tiles have come as far."""
+        assert job.enlarge is not None
+        finished = len(job.preview_steps)
+        mosaics = self._progress[job.id].mosaics
+        mosaic = mosaics.setdefault(image, Mosaic(job.enlarge.tiling))
+        stage = finished if tile.preview is None else tile.preview
+        reached = mosaic.put(number, stage, _pixels(tile.image))
+        if reached is None:
+            return
+        blended = Image(image, *job.drawn_size, mosaic.blend().tobytes())
+        if reached < finished:
+            step = job.preview_steps[reached]
+            send_message(self.connection, Preview(job.id, reached, step, blended))
+        else:
+            del mosaics[image]
+            self._add_image(job, blended)
+
+    def _add_image(self, job: Job, image: Image) -> None:
+        progress = self._progress[job.id]
+        progress.images.append(image)
+        if job.early:
+            send_message(self.connection, Drawn(job.id, image, progress.truncated))
 
     def _answer_if_complete(self, id: str) -> None:
         progress = self._progress[id]
@@ -453,8 +507,7 @@ class Worker:
         self._progress.pop(id, None)
 
     def _steps_left(self, id: str) -> int:
-        job = self.scheduler.job(id)
-        return len(job.seeds) * job.sampling.steps - self._progress[id].steps
+        return self.scheduler.job(id).row_steps - self._progress[id].steps
 
     def _send_heartbeat(self) -> None:
         now = time.monotonic()
@@ -477,6 +530,11 @@ class Worker:
         send_message(self.connection, heartbeat)
         self._steps.clear()
         self._counts_sent, self._heartbeat_at = counts, now
+
+
+def _pixels(image: Image) -> Pixels:
+    """Return an image as uint8 [H, W, 3]."""
+    return np.frombuffer(image.pixels, np.uint8).reshape(image.height, image.width, 3)
 
 
 def process_stats(device: torch.device) -> ProcessStats:

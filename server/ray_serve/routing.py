@@ -21,8 +21,7 @@ Replica = TypeVar("Replica", bound=Hashable)
 
 def work_units(job: Job) -> float:
     """Return the job's work in standard images."""
-    pixels = job.width * job.height
-    return len(job.seeds) * pixels * job.sampling.steps * job.branches / UNIT
+    return job.work / UNIT
 
 
 def replicas_for(rows: float, target_rows: float) -> int:
