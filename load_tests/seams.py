@@ -73,8 +73,8 @@ def _gradient(side: int, rng: Generator) -> Floats:
 
 
 def _photo(side: int, rng: Generator) -> Floats:
-    """Return octaves of noise, down to waves of 16 pixels."""
-    waves = [_octave(side, cells, 20 * 8 / cells**0.9, rng) for cells in (3, 6, 12, side // 16)]
+    """Return octaves of noise, mostly of brightness, down to waves of 16 pixels."""
+    waves = [_octave(side, cells, 12 * 8 / cells**0.9, rng) for cells in (3, 6, 12, side // 16)]
     return np.clip(_flat(side, rng) * 0.5 + 64 + np.sum(waves, axis=0), 0, 255)
 
 
@@ -103,7 +103,8 @@ def _octave(side: int, cells: int, deviation: float, rng: Generator) -> Floats:
     coarse = rng.normal(0, deviation, (3, cells + 2, cells + 2)).astype(np.float32)
     size, method = (side, side), PIL.Image.Resampling.BICUBIC
     planes = [np.asarray(PIL.Image.fromarray(plane).resize(size, method)) for plane in coarse]
-    return np.stack(planes, axis=-1).astype(np.float64)
+    colours = np.stack(planes, axis=-1).astype(np.float64)
+    return 0.3 * colours + colours[..., :1]
 
 
 SURFACES = {
@@ -383,7 +384,7 @@ def sheet(made: Sequence[tuple[Case, Pixels]], feather: int) -> PIL.Image.Image:
     """Return all cases as crops around their border: original, pasted, result; a row a surface."""
     rows = [[pair for pair in made if pair[0].surface == surface] for surface in SURFACES]
     gap, title = 6, 12
-    tile = (3 * CROP + gap, CROP + gap)
+    tile = (3 * (CROP + 2) + gap, CROP + gap)
     size = tile[0] * max(map(len, rows)) + gap, title + tile[1] * len(rows) + gap
     image = PIL.Image.new("RGB", size, "white")
     write = PIL.ImageDraw.Draw(image)
@@ -398,8 +399,9 @@ def sheet(made: Sequence[tuple[Case, Pixels]], feather: int) -> PIL.Image.Image:
                 composite(case.original, decoded, case.weight, 0),
                 composite(case.original, decoded, case.weight, feather),
             ]
-            strip = PIL.Image.fromarray(np.hstack([each[part] for each in shown]))
-            image.paste(strip, (gap + x * tile[0], title + y * tile[1]))
+            for number, each in enumerate(shown):
+                at = (gap + x * tile[0] + number * (CROP + 2), title + y * tile[1])
+                image.paste(PIL.Image.fromarray(each[part]), at)
     return image
 
 
@@ -452,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measured(case, decoded, drawing, bool(options.bundle), options.feather)
         figures.append((case, found))
     if options.sheet:
-        sheet(made, options.feather).save(options.sheet, quality=90, method=6)
+        sheet(made, options.feather).save(options.sheet, quality=80, method=6)
     report.add(_table(figures))
     failed = [
         {"surface": case.surface, "mask": case.mask, **vars(found)}

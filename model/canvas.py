@@ -421,16 +421,22 @@ def _spread(cells: Floats, cell: int, shape: tuple[int, ...]) -> Floats:
     return spread[..., : shape[0], : shape[1]]
 
 
-def _window(cells: Floats) -> Floats:
-    """Return the sums of the 3×3 around each of [..., H, W]."""
-    padded = np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(1, 1), (1, 1)])
-    rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]
-    return rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+def _window(cells: Floats, radius: int = 1) -> Floats:
+    """Return the sums of the square of 2 · radius + 1 cells around each of [..., H, W]."""
+    for axis in (-2, -1):
+        margins = [(0, 0)] * cells.ndim
+        margins[axis] = (radius, radius)
+        padded, length = np.moveaxis(np.pad(cells, margins), axis, 0), cells.shape[axis]
+        total = padded[:length].copy()
+        for start in range(1, 2 * radius + 1):
+            total += padded[start : start + length]
+        cells = np.moveaxis(total, 0, axis)
+    return cells
 
 
 def _widely(cells: Floats) -> Floats:
-    """Return `_window` thrice: sums of 7×7 in which the middle counts most."""
-    return _window(_window(_window(cells)))
+    """Return sums around each of [..., H, W] in which near cells count most."""
+    return _window(_window(_window(cells, 2), 2), 2)
 
 
 def _limited(field: Floats, repainted: Mask, feather: int) -> Floats:
@@ -440,5 +446,6 @@ def _limited(field: Floats, repainted: Mask, feather: int) -> Floats:
         return field
     # 1 at the border, 0 from a feather inside it.
     near = np.clip(2 - 2 * soften(repainted.astype(np.float32), 2 * feather), 0, 1)
+    near *= near * (3 - 2 * near)  # flat at both ends
     share = FAR_CORRECTION / np.maximum(peak, np.float32(FAR_CORRECTION))
     return field * (share + (1 - share) * near)
