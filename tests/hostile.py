@@ -419,12 +419,12 @@ def masks() -> Iterator[Case]:
     yield (
         "mask_half_grey.png",
         png([b"\x7f\x80" * (w // 2)] * h, colours=GREY),
-        repainting(w * h // 2),
+        repainting(w * h),
     )
     yield (
         "mask_half_clear.png",
         png([b"\0\x7f\0\x80" * (w // 2)] * h, colours=GREY_ALPHA),
-        repainting(w * h // 2, "alpha", alpha=True),
+        repainting(w * h, "alpha", alpha=True),
     )
 
 

@@ -202,21 +202,34 @@ def as_mask(rows: list[bytes], colours: int) -> DecodedImage:
 
 
 def test_without_a_mode_alpha_counts_if_there_is_any_and_white_otherwise() -> None:
-    assert repaint_mask(as_mask([b"\xff\0\0\xff"], GREY_ALPHA), None, (2, 1)).tolist() == [
-        [True, False]
-    ]
-    assert repaint_mask(as_mask([b"\xff\0"], GREY), None, (2, 1)).tolist() == [[True, False]]
+    assert repaint_mask(as_mask([b"\xff\0\0\xff"], GREY_ALPHA), None, (2, 1)).tolist() == [[255, 0]]
+    assert repaint_mask(as_mask([b"\xff\0"], GREY), None, (2, 1)).tolist() == [[255, 0]]
+
+
+def test_an_alpha_channel_that_is_opaque_everywhere_is_none() -> None:
+    opaque = as_mask([b"\xff\xff\0\xff"], GREY_ALPHA)
+    assert (opaque.alpha, opaque.has_alpha, opaque.stored is opaque.rgb) == (None, False, True)
+    assert repaint_mask(opaque, None, (2, 1)).tolist() == [[255, 0]]
+    with pytest.raises(ApiError, match="no pixel is transparent"):
+        repaint_mask(opaque, "alpha", (2, 1))
+
+
+def test_values_between_the_extremes_are_weights() -> None:
+    assert repaint_mask(as_mask([b"\x01\x80"], GREY), None, (2, 1)).tolist() == [[1, 128]]
+    nearly_opaque = as_mask([b"\0\xfe\0\x64"], GREY_ALPHA)
+    assert repaint_mask(nearly_opaque, None, (2, 1)).tolist() == [[1, 155]]
+    assert nearly_opaque.stored.shape == (1, 2, 4)
 
 
 def test_luminance_takes_no_notice_of_colours_that_transparency_hides() -> None:
     assert repaint_mask(as_mask([b"\xff\0\xff\xff"], GREY_ALPHA), "luminance", (2, 1)).tolist() == [
-        [False, True]
+        [0, 255]
     ]
 
 
 def test_an_image_can_be_its_own_mask() -> None:
     image = decode(png([b"\1\2\3\0" + b"\1\2\3\xff"], width=2, colours=RGBA), LIMITS)
-    assert repaint_mask(image, "alpha", image.size, "image").tolist() == [[True, False]]
+    assert repaint_mask(image, "alpha", image.size, "image").tolist() == [[255, 0]]
 
 
 def test_a_mask_of_another_size_names_both() -> None:

@@ -167,10 +167,13 @@ def test_what_openai_knows_and_has_no_meaning_here_is_taken(api: OpenAI) -> None
 
 def test_an_edit_with_a_mask_keeps_what_is_opaque_in_it(api: OpenAI) -> None:
     answer = api.images.edit(
-        image=IMAGE, mask=png(half_transparent()), prompt="a ball", extra_body={"seed": 5}
+        image=IMAGE,
+        mask=png(half_transparent()),
+        prompt="a ball",
+        extra_body={"seed": 5, "feather": 0},
     )
     assert np.array_equal(pixels(answer)[:, :32], noise()[:, :32])
-    assert (pixels(answer)[:, 48:] == list(fake_worker.colour(5))).all()
+    assert (pixels(answer)[:, 32:] == list(fake_worker.colour(5))).all()
     assert parameters(answer)["operation"] == "inpaint"
 
 
@@ -400,15 +403,16 @@ def test_fields_out_of_bounds_are_422(api: OpenAI, fields: Any, code: str, param
     assert refusal.value.request_id
 
 
-def test_a_mask_without_alpha_is_422_unless_its_luminance_is_meant(api: OpenAI) -> None:
+def test_a_mask_without_alpha_is_read_by_its_luminance_unless_alpha_is_asked_for(
+    api: OpenAI,
+) -> None:
     mask = png(np.repeat(np.array([0, 255], np.uint8), 32)[None].repeat(32, axis=0))
     with pytest.raises(openai.UnprocessableEntityError) as refusal:
-        api.images.edit(image=IMAGE, mask=mask, prompt="a ball")
+        api.images.edit(image=IMAGE, mask=mask, prompt="a ball", extra_body={"mask_mode": "alpha"})
     assert refusal.value.code == "mask_without_alpha"
-    answer = api.images.edit(
-        image=IMAGE, mask=mask, prompt="a ball", extra_body={"mask_mode": "luminance"}
-    )
-    assert np.array_equal(pixels(answer)[:, :32], noise()[:, :32])
+    for fields in ({}, {"mask_mode": "luminance"}):
+        answer = api.images.edit(image=IMAGE, mask=mask, prompt="a ball", extra_body=fields)
+        assert np.array_equal(pixels(answer)[:, :32], noise()[:, :32])
 
 
 @pytest.mark.parametrize(("prompt", "tries"), [("fail", 1), ("oom", 3)])

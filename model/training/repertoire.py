@@ -139,7 +139,7 @@ def inpaint(stage: Stage, count: int) -> Figures:
         rows.append(stage.studio.inpainting(_caption(wanted, rng), i, image, mask))
         cases.append((image, mask, wanted.things[0]))
     pairs = list(zip(stage.drawn(rows), cases, strict=True))
-    results = [composite(image, drawn, ~mask) for drawn, (image, mask, _) in pairs]
+    results = [composite(image, drawn, mask) for drawn, (image, mask, _) in pairs]
     found = [_first(reading) for reading in stage.read(results)]
     judged = list(zip(results, cases, found, strict=True))
     same = [(result[~mask] == image[~mask]).all() for result, (image, mask, _), _ in judged]
@@ -187,7 +187,7 @@ def outpaint(stage: Stage, count: int) -> Figures:
         margins = dict.fromkeys(sides, step)
         canvas, kept = outpaint_canvas(image, **margins)
         (drawn,) = stage.drawn([stage.studio.outpainting("", i, image, **margins)])
-        result = composite(canvas, drawn, kept)
+        result = composite(canvas, drawn, ~kept)
         colours.append(nearest(np.median(result[~kept], axis=0)) == scene.background)
         seams.append(seam(result, kept) <= _UNLIKE)
     return {"background_colour": _share(colours), "seam_invisible": _share(seams)}

@@ -71,7 +71,7 @@ class Studio:
     def inpainting(self, prompt: str, seed: int, image: Pixels, mask: Mask) -> ImageRequest:
         """Return a request to repaint an image [H, W, 3] where a mask [H, W] is set."""
         request = self.text(prompt, seed, (image.shape[1], image.shape[0]))
-        return _repainting(request, fill(image, mask), mask)
+        return _repainting(request, image, mask)
 
     def outpainting(self, prompt: str, seed: int, image: Pixels, **margins: int) -> ImageRequest:
         """Return a request to extend an image by margins in pixels.
@@ -133,4 +133,5 @@ class Studio:
 
 
 def _repainting(request: ImageRequest, image: Pixels, mask: Mask) -> ImageRequest:
-    return replace(request, canvas=Repaint(InputImage.of(image), InputImage.of(mask)))
+    filled = InputImage.of(fill(image, mask))
+    return replace(request, canvas=Repaint(filled, InputImage.of(mask)))

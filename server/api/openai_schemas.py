@@ -9,14 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from model.canvas import FEATHER
 from model.config import Operation
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
 from server.api.schemas import (
+    Feather,
     FitChoice,
     Fraction,
     ImageBytes,
     ImageBytesList,
+    KeepUnmasked,
     NonBlankText,
     RecipeFields,
     Regions,
@@ -133,7 +136,7 @@ class GenerationsRequest(ImagesFields):
 
 
 class EditsRequest(ImagesFields):
-    """Repaint the transparent part of the mask, or, without a mask, redraw the whole image."""
+    """Repaint the masked part of an image, or its transparent part, or redraw all of it."""
 
     prompt: NonBlankText
     image: Annotated[
@@ -146,7 +149,10 @@ class EditsRequest(ImagesFields):
     ]
     mask: Annotated[
         ImageBytes | None,
-        Field(description="As large as the first image; transparent pixels are repainted"),
+        Field(
+            description="As large as the first image; transparent pixels are repainted; default: "
+            "the image's transparent ones"
+        ),
     ] = None
     input_fidelity: Annotated[
         Literal["high", "low"] | None,
@@ -159,33 +165,34 @@ class EditsRequest(ImagesFields):
         Fraction | None,
         Field(description="Without mask: fraction turned to noise first; default: 0.6"),
     ] = None
-    mask_mode: Annotated[MaskMode, Field(description="luminance repaints white pixels instead")] = (
-        "alpha"
-    )
-    keep_unmasked: Annotated[
-        bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
-    ] = True
+    mask_mode: Annotated[
+        MaskMode | None,
+        Field(
+            description="Repaint transparent (alpha) or white pixels (luminance); default: alpha "
+            "if the mask is transparent anywhere"
+        ),
+    ] = None
+    keep_unmasked: KeepUnmasked = True
+    feather: Feather = FEATHER
     fit: FitChoice = "crop"
     return_size: ReturnSizeChoice = "result"
 
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
-        """Return /inpaint with a mask, /edit without."""
+        """Return /inpaint with a mask; without, /edit, or /inpaint of a transparent image."""
         first, *others = self.image
         inputs = {
             **self._common(size, recipe_steps),
             "prompt": self.prompt,
             "image": first,
             "references": others,
+            "keep_unmasked": self.keep_unmasked,
+            "feather": self.feather,
             "fit": self.fit,
             "return_size": self.return_size,
         }
         if self.mask is None:
             return "edit", {**inputs, **self._strength()}
-        masked = {
-            "mask": self.mask,
-            "mask_mode": self.mask_mode,
-            "keep_unmasked": self.keep_unmasked,
-        }
+        masked = {"mask": self.mask, "mask_mode": self.mask_mode}
         return "inpaint", {**inputs, **masked}
 
     def _strength(self) -> dict[str, float]:
@@ -242,5 +249,5 @@ class ImagesResponse(BaseModel):
     usage: Usage
     size: str
     quality: Quality
-    background: Literal["opaque"]
+    background: Literal["opaque", "transparent"]
     output_format: Format

@@ -24,13 +24,16 @@ from fastapi import Request
 from pydantic import BaseModel
 
 from model.canvas import (
+    FEATHER,
     Array,
     Mask,
     Pixels,
     box_mask,
     composite,
+    corrected,
     crop,
     fill,
+    on_white,
     outpaint_canvas,
     pad_to_multiple,
     region_weight,
@@ -66,6 +69,7 @@ from server.api.images.fit import (
 from server.api.schemas import (
     INT64,
     AnyFormat,
+    EditOrInpaintRequest,
     EditRequest,
     GenerateRequest,
     InpaintRequest,
@@ -110,8 +114,10 @@ class Plan:
         size: (width, height) at which the image is drawn, in pixels.
         operation_parameters: effective values of the operation's own fields, files by hash.
         finish: postprocessing, from a generated image or a preview to one of `size`.
-        restoration: the last part of postprocessing, to the sent image's resolution; None if the
-            answer has `size`.
+        restoration: postprocessing instead, to the sent image's resolution; None if the answer has
+            `size`.
+        is_transparent: whether the answer's images keep an alpha channel.
+        opaque: whether they are shown over white nevertheless.
     """
 
     operation: str
@@ -120,6 +126,8 @@ class Plan:
     operation_parameters: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[Image], Image] = _unchanged
     restoration: Restoration | None = None
+    is_transparent: bool = False
+    opaque: bool = False
 
     @property
     def answer_size(self) -> Size:
@@ -128,10 +136,16 @@ class Plan:
 
     def result(self, image: Image) -> Image:
         """Return the answer's image from a generated one. It may take seconds."""
-        finished = self.finish(image)
         if self.restoration is None:
-            return finished
-        return image_of(self.restoration.restored(array_of(finished)), image.index)
+            return self.preview(image)
+        return self._shown(image_of(self.restoration.restored(array_of(image)), image.index))
+
+    def preview(self, image: Image) -> Image:
+        """Return an image of `size` from a generated one or a preview."""
+        return self._shown(self.finish(image))
+
+    def _shown(self, image: Image) -> Image:
+        return image_of(on_white(array_of(image)), image.index) if self.opaque else image
 
     def parameters(self, truncated: tuple[str, ...], index: int) -> dict[str, Any]:
         """Return all effective parameters of image `index`; a request for them repeats it."""
@@ -494,19 +508,25 @@ class Layout(NamedTuple):
     """An image padded for the networks, its sides multiples of the size step.
 
     Attributes:
-        rgb: uint8 [H, W, 3].
-        repainted: bool [H, W].
+        rgb: uint8 [H, W, 3], as the networks see it.
+        weight: uint8 [H, W], how much of each pixel is repainted: 0 keeps it.
         size: (width, height) of the answer, the upper left part.
+        transparent: uint8 [height, width, 4] of this size, the image as stored, if the answer keeps
+            its transparency.
+        feather: of the composite, in pixels.
     """
 
     rgb: Pixels
-    repainted: Mask
+    weight: Pixels
     size: tuple[int, int]
+    transparent: Pixels | None = None
+    feather: int = FEATHER
 
     @property
     def canvas(self) -> Repaint:
         """The worker's input: the image, filled where it is repainted, and the mask."""
-        return Repaint(InputImage.of(fill(self.rgb, self.repainted)), InputImage.of(self.repainted))
+        repainted = self.weight > 0
+        return Repaint(InputImage.of(fill(self.rgb, repainted)), InputImage.of(repainted))
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -515,14 +535,23 @@ class Layout(NamedTuple):
 
     def cropped(self, image: Image) -> Image:
         """Return a generated image without the padding."""
-        return image_of(crop(array_of(image), *self.size), image.index)
+        return image_of(self.cropped_pixels(array_of(image)), image.index)
+
+    def cropped_pixels(self, image: Pixels) -> Pixels:
+        """Return a generated image [H, W, 3] without the padding."""
+        return crop(image, *self.size)
 
     def composited(self, image: Image) -> Image:
-        """Return the kept pixels bit for bit, generated ones elsewhere, blended at the seam."""
-        kept = crop(~self.repainted, *self.size)
-        original = crop(self.rgb, *self.size)
+        """Return the kept pixels bit for bit, generated ones elsewhere, without a seam."""
+        weight = crop(self.weight, *self.size)
+        original = crop(self.rgb, *self.size) if self.transparent is None else self.transparent
         generated = crop(array_of(image), *self.size)
-        return image_of(composite(original, generated, kept), image.index)
+        return image_of(composite(original, generated, weight, self.feather), image.index)
+
+    def corrected(self, image: Pixels) -> Pixels:
+        """Return a generated image [H, W, 3] without the padding and without a seam to the kept."""
+        weight, original = crop(self.weight, *self.size), crop(self.rgb, *self.size)
+        return corrected(original, crop(image, *self.size), weight > 0, self.feather)
 
 
 def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -544,9 +573,17 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
 def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
     choose = _choose_view(request, drafted, uploads, regions=len(request.regions))
     image, view = decode_view(request.image, "image", choose, uploads)
-    mask = _inpaint_mask(request, image, view, uploads)
-    layout = _layout(image.on_white, view.placed(mask, outside=1), view, drafted)
-    if not layout.repainted.any():
+    weight = _inpaint_weight(request, image, view, uploads)
+    # Without a mask, the transparent part is drawn, and the answer is opaque.
+    is_cut_out = request.mask is None
+    layout = _layout(
+        replace(image, alpha=None) if is_cut_out else image,
+        view.placed(weight, outside=255),
+        view,
+        drafted,
+        request.feather,
+    )
+    if not layout.weight.any():
         raise _empty_mask("mask: nothing to repaint in the part of the image that fit leaves")
     regions, region_parameters = _regions(request.regions, view, drafted, uploads)
     references, reference_parameters = _references(request.references, drafted, uploads)
@@ -555,6 +592,7 @@ def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
         **({} if request.mask is None else {"mask": file_hash(request.mask)}),
         "mask_mode": request.mask_mode,
         "keep_unmasked": request.keep_unmasked,
+        "feather": request.feather,
         "fit": request.fit,
         "return_size": request.return_size,
         **reference_parameters,
@@ -563,18 +601,18 @@ def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
     # Only the files that the result needs: the others need not wait with it.
     kept = request.model_copy(update={"references": [], "regions": ()})
 
-    def original() -> tuple[Pixels, Mask]:
+    def original() -> tuple[Pixels, Pixels]:
         files = Uploads(uploads.limits)
         if kept.mask is None:
             sent = files.decode(kept.image)
-            return sent.on_white, repaint_mask(sent, "alpha", sent.size, "image")
+            return sent.rgb, repaint_mask(sent, "alpha", sent.size, "image")
         # The mask first, which takes a third of the decoded image's memory.
-        repainted = files.mask(kept.mask, kept.mask_mode, view.source)
-        return files.decode(kept.image).on_white, repainted
+        sent_weight = files.mask(kept.mask, kept.mask_mode, view.source)
+        return files.decode(kept.image).stored, sent_weight
 
     files = [kept.image, *([] if kept.mask is None else [kept.mask])]
     keeps = request.keep_unmasked
-    restoration, held = _restore(request, view, original if keeps else None, files)
+    restoration, held = _restore(request, layout, view, original if keeps else None, files)
     job = drafted.job(
         layout.padded_size,
         request.prompt,
@@ -584,7 +622,8 @@ def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
         **held,
     )
     finish = layout.composited if keeps else layout.cropped
-    return Plan("inpaint", job, layout.size, parameters, finish, restoration)
+    has_alpha = keeps and layout.transparent is not None
+    return Plan("inpaint", job, layout.size, parameters, finish, restoration, has_alpha)
 
 
 def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -599,18 +638,18 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Pla
         raise invalid_value("left", allowed, 0)
     choose = _choose_canvas(request, margins, drafted, uploads)
     image, view = decode_view(request.image, "image", choose, uploads)
-    kept = np.zeros(image.rgb.shape[:2], dtype=np.bool_)
-    layout = _layout(image.on_white, view.placed(kept, outside=1), view, drafted)
+    kept = np.zeros(image.rgb.shape[:2], dtype=np.uint8)
+    layout = _layout(image, view.placed(kept, outside=255), view, drafted, request.feather)
     canvas = whole(view.full_size, view.size)
     regions, region_parameters = _regions(request.regions, canvas, drafted, uploads)
     references = _shown_by_image(request.prompt, request.image, drafted, uploads)
     content = request.image
 
-    def original() -> tuple[Pixels, Mask]:
-        sent = Uploads(uploads.limits).decode(content).on_white
-        return sent, np.zeros(sent.shape[:2], dtype=np.bool_)
+    def original() -> tuple[Pixels, Pixels]:
+        sent = Uploads(uploads.limits).decode(content).stored
+        return sent, np.zeros(sent.shape[:2], dtype=np.uint8)
 
-    restoration, held = _restore(request, view, original, [content])
+    restoration, held = _restore(request, layout, view, original, [content])
     job = drafted.job(
         layout.padded_size,
         request.prompt,
@@ -622,10 +661,12 @@ def _outpaint(request: OutpaintRequest, drafted: Draft, uploads: Uploads) -> Pla
     parameters = {
         "image": file_hash(request.image),
         **margins,
+        "feather": request.feather,
         "return_size": request.return_size,
         **region_parameters,
     }
-    return Plan("outpaint", job, layout.size, parameters, layout.composited, restoration)
+    finish, has_alpha = layout.composited, layout.transparent is not None
+    return Plan("outpaint", job, layout.size, parameters, finish, restoration, has_alpha)
 
 
 def _variations(request: VariationsRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -653,10 +694,13 @@ def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
     steps = round(request.strength * drafted.sampling.steps)
     choose = _choose_view(request, drafted, uploads, steps=steps)
     image, view = decode_view(request.image, "image", choose, uploads)
-    beyond = view.placed(np.zeros(image.rgb.shape[:2], dtype=np.bool_), outside=1)
-    layout = _layout(image.on_white, beyond, view, drafted)
+    if isinstance(request, EditOrInpaintRequest) and image.has_alpha:
+        check_operation(drafted.config, "inpaint")
+        return _inpaint(request.inpaint, drafted, uploads)
+    beyond = view.placed(np.zeros(image.rgb.shape[:2], dtype=np.uint8), outside=255)
+    layout = _layout(image, beyond, view, drafted)
     references, reference_parameters = _references(request.references, drafted, uploads)
-    restoration, held = _restore(request, view, None, [])
+    restoration, held = _restore(request, layout, view, None, [])
     job = drafted.job(
         layout.padded_size,
         request.prompt,
@@ -861,8 +905,9 @@ def _check_restorable(
 
 def _restore(
     request: InpaintRequest | OutpaintRequest | EditRequest,
+    layout: Layout,
     view: View,
-    original: Callable[[], tuple[Pixels, Mask]] | None,
+    original: Callable[[], tuple[Pixels, Pixels]] | None,
     files: Sequence[bytes],
 ) -> tuple[Restoration | None, dict[str, int]]:
     """Return how to restore the sent image's resolution, if at all, and what the job counts for it.
@@ -871,15 +916,17 @@ def _restore(
     """
     if request.return_size == "result" or not view.is_scaled:
         return None, {}
-    restoration = Restoration(view, original)
+    # Kept pixels come from the sent image, so only the drawn ones are enlarged.
+    drawn = layout.corrected if original else layout.cropped_pixels
+    restoration = Restoration(view, drawn, original, layout.feather > 0)
     held = sum(map(len, files)) if original else 0
     return restoration, {"enlarged": restoration.pixels, "held_bytes": held}
 
 
-def _inpaint_mask(
+def _inpaint_weight(
     request: InpaintRequest, image: DecodedImage, view: View, uploads: Uploads
-) -> Mask:
-    """Return the separate mask, or the image's own transparency, as large as the image.
+) -> Pixels:
+    """Return how much of each pixel is repainted, by the mask or the image's transparency.
 
     image: the part of the sent image that lies in the view.
     """
@@ -896,14 +943,17 @@ def _empty_mask(message: str) -> ApiError:
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "empty_mask", message, "mask")
 
 
-def _layout(rgb: Pixels, repainted: Mask, view: View, drafted: Draft) -> Layout:
+def _layout(
+    image: DecodedImage, weight: Pixels, view: View, drafted: Draft, feather: int = FEATHER
+) -> Layout:
     """Lay an image out on its view, and the view on a size that the weights generate.
 
     Args:
-        rgb: uint8 [H, W, 3], the part of the image that lies in the view.
-        repainted: bool [H, W] of the view.
+        image: the part of the image that lies in the view.
+        weight: uint8 [H, W] of the view, how much of each pixel is repainted.
         view: the view.
         drafted: the request.
+        feather: of the composite, in pixels.
     """
     step, margins = drafted.config.size_step, view.margins
     # Padding beyond a new edge is generated; beyond an old one it mirrors the image.
@@ -914,9 +964,10 @@ def _layout(rgb: Pixels, repainted: Mask, view: View, drafted: Draft) -> Layout:
         "right": margins["right"] + right,
         "down": margins["down"] + down,
     }
-    canvas, _ = outpaint_canvas(rgb, **padded_margins)
-    unknown = np.pad(repainted, [(0, down), (0, right)], constant_values=True)
-    return Layout(drafted.padded(canvas), drafted.padded(unknown), view.size)
+    canvas, _ = outpaint_canvas(image.on_white, **padded_margins)
+    stored = outpaint_canvas(image.stored, **margins)[0] if image.has_alpha else None
+    weight = np.pad(weight, [(0, down), (0, right)], constant_values=255)
+    return Layout(drafted.padded(canvas), drafted.padded(weight), view.size, stored, feather)
 
 
 def _regions(
@@ -937,7 +988,9 @@ def _regions(
     return tuple(regions), {"regions": parameters}
 
 
-def _region_mask(entry: RegionEntry, view: View, index: int, uploads: Uploads) -> Mask:
+def _region_mask(
+    entry: RegionEntry, view: View, index: int, uploads: Uploads
+) -> Mask | Pixels:
     if entry.box:
         return box_mask(entry.box, *view.size)
     param, source, scaled = f"regions.{index}.mask", view.source, view.scaled
@@ -1017,10 +1070,10 @@ def reference_size(stored: tuple[int, int]) -> tuple[int, int]:
 
 
 def array_of(image: Image) -> Pixels:
-    """Return a generated image as uint8 [H, W, 3]."""
-    return np.frombuffer(image.pixels, np.uint8).reshape(image.height, image.width, 3)
+    """Return an image as uint8 [H, W, 3], or [H, W, 4] with alpha; the worker's have none."""
+    return np.frombuffer(image.pixels, np.uint8).reshape(image.height, image.width, -1)
 
 
 def image_of(array: Pixels, index: int) -> Image:
-    """Return uint8 [H, W, 3] as an image of an answer."""
+    """Return uint8 [H, W, 3], or [H, W, 4] with alpha, as an image of an answer."""
     return Image(index, array.shape[1], array.shape[0], np.ascontiguousarray(array).tobytes())

@@ -200,7 +200,7 @@ class NativeStream:
         # Clients do not keep previews; a JPEG takes at most 1/12 of a PNG's time and 1/6 of its
         # bytes: docs/log.md.
         format: Format = "jpeg" if self.format == "png" else self.format
-        content = encode(self.plan.finish(preview.image), format, self.quality, {})
+        content = encode(self.plan.preview(preview.image), format, self.quality, {})
         data = {
             "index": preview.image.index,
             "step": preview.step,

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -40,6 +40,7 @@ from server.api.responses import (
     stage_seconds,
     until_deadline,
 )
+from server.api.schemas import EditOrInpaintRequest
 from server.api.sse import Comment, DeferredEvent, Emit, Event, stream_events
 from server.api.state import app_state
 from server.engine.messages import Finished, Preview
@@ -97,8 +98,10 @@ async def _plan(request: Request, fields: ImagesFields) -> Plan:
     size = _size(fields.size, config, state.settings)
     operation, native = fields.native(size, config.recipe.num_inference_steps)
     # Validated already: the native fields have the same types.
-    native_fields = OPERATIONS[operation][0].model_construct(**native)
-    return await plan(request, native_fields, operation, fields.file_format)
+    schema = EditOrInpaintRequest if operation == "edit" else OPERATIONS[operation][0]
+    native_fields = schema.model_construct(**native)
+    planned = await plan(request, native_fields, operation, fields.file_format)
+    return replace(planned, opaque=True) if fields.background == "opaque" else planned
 
 
 def _unsupported(param: str, supported: str, sent: object) -> ApiError:
@@ -196,7 +199,7 @@ class OpenAIAnswer:
 
     def _partial(self, name: str, preview: Preview) -> Event:
         # In the requested format: clients save previews under that name.
-        image = self.plan.finish(preview.image)
+        image = self.plan.preview(preview.image)
         content = encode(image, self.format, self.file_quality, {})
         index = preview.image.index
         return self._event(name, content, index=index, partial_image_index=preview.number)
@@ -232,9 +235,13 @@ class OpenAIAnswer:
         return {
             "size": f"{self.plan.answer_size[0]}x{self.plan.answer_size[1]}",
             "quality": self.quality,
-            "background": "opaque",
+            "background": "transparent" if self._transparent else "opaque",
             "output_format": self.format,
         }
+
+    @property
+    def _transparent(self) -> bool:
+        return self.plan.is_transparent and self.format != "jpeg"
 
     def _usage(self, images: int) -> dict[str, Any]:
         """Return token counts: bytes of prompts, VQGAN tokens, one per image read by CLIP."""

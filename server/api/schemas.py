@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from model.canvas import FEATHER, MAX_FEATHER
 from model.config import Interpolation, RenoiseMode, Sampler
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
@@ -315,6 +316,17 @@ ReturnSizeChoice = Annotated[
         " its own pixels where they are kept"
     ),
 ]
+Feather = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=MAX_FEATHER,
+        description="Scale of the seam's correction in pixels; 0: drawn pixels as they are",
+    ),
+]
+KeepUnmasked = Annotated[
+    bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
+]
 AnimationChoice = Annotated[
     AnyFormat | None, Field(description="Overrides the Accept header; gif and webp are animations")
 ]
@@ -364,15 +376,20 @@ class InpaintRequest(SamplingFields):
     image: ImageBytes
     mask: Annotated[
         ImageBytes | None,
-        Field(description="As large as the image; default: the image's own transparency"),
+        Field(
+            description="As large as the image; values between are blended; default: the image's "
+            "own transparency"
+        ),
     ] = None
     mask_mode: Annotated[
         MaskMode | None,
-        Field(description="Repaint transparent (alpha) or white pixels; default: alpha if present"),
+        Field(
+            description="Repaint transparent (alpha) or white pixels (luminance); default: alpha "
+            "if the mask is transparent anywhere"
+        ),
     ] = None
-    keep_unmasked: Annotated[
-        bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
-    ] = True
+    keep_unmasked: KeepUnmasked = True
+    feather: Feather = FEATHER
     fit: FitChoice = "crop"
     return_size: ReturnSizeChoice = "result"
     references: References = Field(default_factory=list)
@@ -388,6 +405,7 @@ class OutpaintRequest(SamplingFields):
     right: Margin = 0
     up: Margin = 0
     down: Margin = 0
+    feather: Feather = FEATHER
     return_size: ReturnSizeChoice = "result"
     regions: Regions = ()
 
@@ -436,6 +454,19 @@ class UpscaleRequest(SamplingFields):
             description="Fraction of the scaled image that is drawn",
         ),
     ] = 0.3
+
+
+class EditOrInpaintRequest(EditRequest):
+    """OpenAI's edit without a mask: /inpaint if the image is transparent anywhere, else /edit."""
+
+    keep_unmasked: KeepUnmasked = True
+    feather: Feather = FEATHER
+
+    @property
+    def inpaint(self) -> InpaintRequest:
+        """The request to repaint the transparent part."""
+        names = InpaintRequest.model_fields.keys() & type(self).model_fields.keys()
+        return InpaintRequest.model_construct(**{name: getattr(self, name) for name in names})
 
 
 class KeyframeEntry(BaseModel):

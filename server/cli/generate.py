@@ -36,6 +36,10 @@ RegionList = Annotated[
     ),
 ]
 Margin = Annotated[int, typer.Option(help="Pixels of the image added on this side")]
+Feather = Annotated[
+    int | None,
+    typer.Option(help="Scale of the seam's correction in pixels, 0 to 64; 0 is none; default: 8"),
+]
 Fit = Annotated[
     str | None, typer.Option(help="crop, pad or stretch the image to another ratio; default: crop")
 ]
@@ -166,6 +170,7 @@ def inpaint(
     keep_unmasked: Annotated[
         bool, typer.Option(help="Leave pixels outside the mask unchanged")
     ] = True,
+    feather: Feather = None,
     fit: Fit = None,
     return_size: ReturnSize = None,
     region: RegionList = None,
@@ -177,6 +182,7 @@ def inpaint(
         **files,
         "mask_mode": mask_mode,
         "keep_unmasked": keep_unmasked,
+        "feather": feather,
         "fit": fit,
         "return_size": return_size,
         "regions": _regions(region),
@@ -191,6 +197,7 @@ def outpaint(
     right: Margin = 0,
     up: Margin = 0,
     down: Margin = 0,
+    feather: Feather = None,
     return_size: ReturnSize = None,
     region: RegionList = None,
 ) -> Fields:
@@ -200,6 +207,7 @@ def outpaint(
         "prompt": prompt,
         "image": image.read_bytes(),
         **margins,
+        "feather": feather,
         "return_size": return_size,
         "regions": _regions(region),
     }

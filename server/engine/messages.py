@@ -290,7 +290,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One row's image. pixels: height × width × 3 bytes of RGB."""
+    """One row's image. pixels: height × width × 3 bytes of RGB, or × 4 of RGBA in an answer."""
 
     index: int
     width: int

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
 
-from model.canvas import Mask
+from model.canvas import Pixels
 from server.api.errors import ApiError
 from server.api.images.decode import (
     MIB,
@@ -142,7 +142,7 @@ class Uploads:
         size: tuple[int, int],
         param: str = "mask",
         scaled: tuple[int, int] | None = None,
-    ) -> Mask:
+    ) -> Pixels:
         """Decode one file as a mask, as `repaint_mask` does; of another size, not at all.
 
         scaled: size to which a JPEG that is too large to be decoded as a whole is reduced.

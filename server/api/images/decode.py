@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from model.canvas import Mask, Pixels
+from model.canvas import Pixels
 from server.api.errors import ApiError
 from server.api.images.sniff import (
     DamagedFileError,
@@ -40,7 +40,7 @@ MIB = 2**20
 REDUCING_GAP = 2.0
 # Coefficients of a JPEG that a decoder may hold, in bytes per pixel of the largest other image.
 COEFFICIENT_BYTES = 16
-HALF = 128
+OPAQUE = 255
 # ITU-R 601 in parts of 1000.
 LUMA = np.array([299, 587, 114], dtype=np.uint32)
 # Rows of which the luminance is computed at once: it takes sixteen times the memory of its result.
@@ -94,7 +94,7 @@ class DecodedImage:
 
     Attributes:
         rgb: uint8 [H, W, 3] as stored, transparent pixels included.
-        alpha: uint8 [H, W], None if the file has no transparency.
+        alpha: uint8 [H, W], None if every pixel is opaque.
         sha256: hex digest of the uploaded file.
     """
 
@@ -104,13 +104,18 @@ class DecodedImage:
 
     @property
     def has_alpha(self) -> bool:
-        """Whether the file has transparency."""
+        """Whether any pixel is not opaque."""
         return self.alpha is not None
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.rgb.shape[1], self.rgb.shape[0]
+
+    @property
+    def stored(self) -> Pixels:
+        """uint8 [H, W, 3], or [H, W, 4] with alpha, as stored."""
+        return self.rgb if self.alpha is None else np.dstack([self.rgb, self.alpha])
 
     @property
     def on_white(self) -> Pixels:
@@ -164,34 +169,36 @@ def decode(
     except Exception:
         # Pillow's decoders raise nearly anything, and their messages hold object addresses.
         raise _undecodable(param, f"this {file.format} file is damaged or cut off") from None
+    if alpha is not None and alpha.min() == OPAQUE:
+        alpha = None  # editors store an alpha channel in files that are not transparent anywhere
     return DecodedImage(rgb, alpha, hashlib.sha256(content).hexdigest())
 
 
 def repaint_mask(
     image: DecodedImage, mode: MaskMode | None, size: tuple[int, int], param: str = "mask"
-) -> Mask:
-    """Return bool [H, W], true where the target image of `size` (width, height) is repainted.
+) -> Pixels:
+    """Return uint8 [H, W]: how much of each pixel of the image of `size` is repainted.
 
-    Values between the extremes count as the nearer one. An image without a separate mask may serve
-    as its own with mode alpha.
+    0 keeps a pixel, 255 repaints it, and values between blend it. An image without a separate mask
+    may serve as its own with mode alpha.
 
     Args:
         image: the decoded mask.
-        mode: alpha repaints transparent pixels, luminance white ones; None is alpha if the mask
-            has an alpha channel.
-        size: the target image's.
+        mode: alpha repaints transparent pixels, luminance white ones; None is alpha if any pixel
+            of the mask is not opaque.
+        size: (width, height) of the image that is repainted.
         param: the field to name in errors.
 
     Raises:
-        ApiError: 422 for another size, no alpha channel, or nothing to repaint.
+        ApiError: 422 for another size, mode alpha without transparency, or nothing to repaint.
     """
     if image.size != size:
         raise mask_size_mismatch(param, size, image.size)
     if mode == "alpha" and image.alpha is None:
-        message = "has no alpha channel; send one, or mask_mode luminance with white to repaint"
+        message = "no pixel is transparent; mask_mode luminance repaints the white ones"
         raise _unprocessable("mask_without_alpha", param, message)
     alpha = None if mode == "luminance" else image.alpha
-    mask: Mask = image.luminance >= HALF if alpha is None else alpha < HALF
+    mask = image.luminance if alpha is None else OPAQUE - alpha
     if not mask.any():
         kind = "white" if alpha is None else "transparent"
         message = f"nothing to repaint; {kind} pixels are repainted, and the mask has none"

@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
+from model.canvas import on_white
 from server.engine.messages import Image
 
 Format = Literal["png", "jpeg", "webp"]
@@ -21,6 +23,8 @@ FRAME_MS = 80
 def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any]) -> bytes:
     """Return the image as a file; a PNG holds `parameters` in a text chunk.
 
+    Transparency is kept in PNG and WebP, and becomes white in JPEG.
+
     The same arguments give the same bytes. quality: 1…100, for JPEG and WebP.
     """
     pillow_image = _pillow(image)
@@ -30,6 +34,8 @@ def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any
             # Compression level 1 takes a quarter of the default's time for a file 20 % larger.
             pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))
         case "jpeg":
+            if pillow_image.mode == "RGBA":
+                pillow_image = PIL.Image.fromarray(on_white(np.asarray(pillow_image)))
             pillow_image.save(file, "JPEG", quality=quality)
         case "webp":
             # Method 2 of 0…6 takes 0.6 of the default's time for nearly the same size.
@@ -59,7 +65,10 @@ def animate(images: Iterable[Image], format: AnimationFormat, quality: int) -> b
 
 
 def _pillow(image: Image) -> PIL.Image.Image:
-    return PIL.Image.frombytes("RGB", (image.width, image.height), image.pixels)
+    """Return RGB, or RGBA for an image of four bytes a pixel."""
+    transparent = len(image.pixels) == 4 * image.width * image.height
+    mode = "RGBA" if transparent else "RGB"
+    return PIL.Image.frombytes(mode, (image.width, image.height), image.pixels)
 
 
 def png_text(parameters: dict[str, Any]) -> PngInfo:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-from model.canvas import Array, Mask, Pixels
+from model.canvas import EDGE, Array, Mask, Pixels, blended
 from server.api.images.admission import Uploads
 from server.api.images.decode import DecodedImage
 
@@ -126,19 +126,24 @@ class View:
         inside = edge * self.scaled[axis] / self.source[axis] + self.offset[axis]
         return min(max(inside, 0.0), float(self.size[axis]))
 
-    def restored(self, drawn: Pixels, original: Pixels, repainted: Mask | Pixels) -> Pixels:
+    def restored(
+        self, drawn: Pixels, original: Pixels, repainted: Mask | Pixels, unmix: bool = True
+    ) -> Pixels:
         """Return the drawn view enlarged, with the original's own pixels where it is kept.
 
         Args:
-            drawn: uint8 [h, w, C], the view.
-            original: uint8 [H, W, C], the sent image.
+            drawn: uint8 [h, w, 3], the view.
+            original: uint8 [H, W, C], the sent image; the result has as many channels.
             repainted: [H, W], true where the drawn image replaces the original, or the drawn
                 image's share of 255.
+            unmix: of `model.canvas.blended`.
         """
         x0, y0, _, _ = self.box
         result = self.enlarged(drawn)
+        if original.shape[2] == 4:
+            result = np.dstack([result, np.full(result.shape[:2], 255, dtype=np.uint8)])
         part, mask = original[self._inside], repainted[self._inside]
-        _blend(result[max(0, -y0) :, max(0, -x0) :], part, mask)
+        _blend(result[max(0, -y0) :, max(0, -x0) :], part, mask, unmix)
         return result
 
     @property
@@ -159,34 +164,38 @@ class Restoration:
 
     Attributes:
         view: the part of the sent image that was drawn.
+        drawn: returns the view [h, w, 3] of a generated image [H, W, 3], without kept pixels.
         original: decodes the sent image, uint8 [H, W, C], and what is repainted in it, [H, W], as
             for `View.restored`; None if no pixel is kept.
+        unmix: of `View.restored`.
     """
 
     view: View
+    drawn: Callable[[Pixels], Pixels]
     original: Callable[[], tuple[Pixels, Mask | Pixels]] | None
+    unmix: bool = True
 
     @property
     def pixels(self) -> int:
         """Pixels of the result."""
         return self.view.full_size[0] * self.view.full_size[1]
 
-    def restored(self, drawn: Pixels) -> Pixels:
-        """Return an image of the view [h, w, 3] enlarged, with the sent image's kept pixels."""
+    def restored(self, generated: Pixels) -> Pixels:
+        """Return a generated image [H, W, 3] enlarged, with the sent image's kept pixels."""
+        drawn = self.drawn(generated)
         if self.original is None:
             return self.view.enlarged(drawn)
-        return self.view.restored(drawn, *self.original())
+        return self.view.restored(drawn, *self.original(), unmix=self.unmix)
 
 
-def _blend(drawn: Pixels, original: Pixels, repainted: Mask | Pixels) -> None:
+def _blend(drawn: Pixels, original: Pixels, repainted: Mask | Pixels, unmix: bool) -> None:
     """Blend the original into the drawn image's upper left part, where it is not repainted."""
     height, width = original.shape[:2]
-    full = 255 if repainted.dtype == np.bool_ else 1
     for top in range(0, height, BLENDED_ROWS):
-        rows = slice(top, min(height, top + BLENDED_ROWS))
-        share = repainted[rows, :, None].astype(np.uint16) * full
-        part = drawn[rows, :width]
-        part[:] = (part * share + original[rows] * (255 - share) + 127) // 255
+        first = max(0, top - EDGE)
+        rows = slice(first, min(height, top + BLENDED_ROWS + EDGE))
+        part = blended(original[rows], drawn[rows, :width, :3], repainted[rows], unmix)
+        drawn[top : top + BLENDED_ROWS, :width] = part[top - first :][:BLENDED_ROWS]
 
 
 # ── sizes ─────────────────────────────────────────────────────────────────────────────────────────
