@@ -988,9 +988,7 @@ def _regions(
     return tuple(regions), {"regions": parameters}
 
 
-def _region_mask(
-    entry: RegionEntry, view: View, index: int, uploads: Uploads
-) -> Mask | Pixels:
+def _region_mask(entry: RegionEntry, view: View, index: int, uploads: Uploads) -> Mask | Pixels:
     if entry.box:
         return box_mask(entry.box, *view.size)
     param, source, scaled = f"regions.{index}.mask", view.source, view.scaled
