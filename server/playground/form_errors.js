@@ -20,10 +20,15 @@ export class FormErrors {
   /** error: a ServerError. */
   showServerError({ message, status, code, param, retryAfter }) {
     this.show(message, [status, code, retryAfter && `retry in ${retryAfter} s`].filter(Boolean).join(" "));
-    const field = this.form.elements[param] ?? this.form.elements[`${param}_start`];
-    if (!field?.id) return;
+    const field = this.#field(param) ?? this.#field(`${param}_start`);
+    if (!field) return;
     field.ariaInvalid = "true";
     field.closest("details")?.setAttribute("open", "");
     field.focus();
+  }
+
+  /** Returns the field that sends a parameter of the chosen operation. */
+  #field(param) {
+    return [...this.form.elements].find((field) => (field.dataset.param ?? field.name) === param && field.id && !field.closest("[hidden]"));
   }
 }
