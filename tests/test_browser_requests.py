@@ -370,7 +370,7 @@ def test_a_second_pass_enlarges_a_generated_image(plain: Playground) -> None:
 @pytest.mark.parametrize(
     ("operation", "label", "param", "field"),
     [
-        ("generate", "Generate", "hires", "#hires_scale"),
+        ("generate", "Generate", "hires.scale", "#hires_scale"),
         ("upscale", "Upscale", "strength", "#upscale_strength"),
         ("edit", "Edit", "strength", "#strength"),
     ],

@@ -20,7 +20,8 @@ export class FormErrors {
   /** error: a ServerError. */
   showServerError({ message, status, code, param, retryAfter }) {
     this.show(message, [status, code, retryAfter && `retry in ${retryAfter} s`].filter(Boolean).join(" "));
-    const field = this.#field(param) ?? this.#field(`${param}_start`);
+    const [name] = String(param).split(".");
+    const field = this.#field(name) ?? this.#field(`${name}_start`);
     if (!field) return;
     field.ariaInvalid = "true";
     field.closest("details")?.setAttribute("open", "");

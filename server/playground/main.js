@@ -5,6 +5,7 @@ import { HAS_REGIONS, IncompleteRequest, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequ
 import { Canvas } from "./canvas.js";
 import { Connection } from "./connection.js";
 import { showDetails } from "./details.js";
+import { generatedEntries, openedEntry } from "./entries.js";
 import { FormErrors } from "./form_errors.js";
 import { Gallery, describe } from "./gallery.js";
 import { History } from "./history.js";
@@ -129,26 +130,19 @@ function report(message, fraction) {
 }
 
 /** Adds the images to the history; returns its new entries, the first image first. */
-function keep(request, { answer, urls, seconds, preview }) {
-  const { parameters, timings, model } = answer;
-  const common = { at: Date.now(), operation: request.operation, model, prompt: request.title, timings, seconds, preview };
-  // Images know their own size; that of the frames of an interpolation is the request's.
-  const images = answer.images ?? [parameters];
-  const entries = images.map(({ seed, width, height }) => ({
-    ...common,
-    id: crypto.getRandomValues(new Uint32Array(2)).join("-"),
-    width,
-    height,
-    parameters: { ...parameters, seed, n: 1 },
-  }));
-  entries.forEach((entry, i) => {
-    const stored = images.length > 1 ? [urls[i]] : urls;
+function keep(request, result) {
+  const entries = generatedEntries(request, result);
+  for (const [entry, urls] of entries) {
     requests.set(entry.id, request);
-    history.add(entry, stored);
-    gallery.prepend(entry, stored[0]);
-  });
+    add(entry, urls);
+  }
+  return entries.map(([entry]) => entry);
+}
+
+function add(entry, urls) {
+  history.add(entry, urls);
+  gallery.prepend(entry, urls[0]);
   showHistory();
-  return entries;
 }
 
 function finish(generated, { seconds, preview }) {
@@ -350,13 +344,11 @@ function recall() {
   }
 }
 
-function importImage({ url, width, height, original, name }) {
-  const id = crypto.getRandomValues(new Uint32Array(2)).join("-");
-  const entry = { id, at: Date.now(), operation: "opened", prompt: name, width, height, original };
-  history.add(entry, [url]);
-  gallery.prepend(entry, url);
-  showHistory();
+function importImage({ url, ...file }) {
+  const entry = openedEntry(file);
+  add(entry, [url]);
   show(entry);
+  const { width, height, original } = entry;
   $("status").textContent = original ? `Opened at ${width} × ${height}; the file has ${original.join(" × ")}.` : "";
 }
 
