@@ -97,6 +97,7 @@ PROCESS_MODULES = {
     "test_api",
     "test_bench",
     "test_browser",
+    "test_browser_requests",
     "test_client",
     "test_docker",
     "test_end_to_end",

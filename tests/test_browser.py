@@ -290,7 +290,9 @@ def test_nothing_serious_keeps_anybody_from_using_it(
     found = serious(playground)
     playground.draw(APPLE)
     playground.page.locator("#code summary").click()
-    for operation in ("Inpaint", "Outpaint", "Edit", "Interpolate"):
+    playground.page.select_option("#hires_scale", "2")
+    playground.page.get_by_role("button", name="Add a region").click()
+    for operation in ("Generate", "Inpaint", "Outpaint", "Vary", "Edit", "Interpolate", "Upscale"):
         playground.choose(operation)
         found |= serious(playground)
     assert found == set()
@@ -503,8 +505,9 @@ def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address:
     page.select_option("#model", "other")
     expect(page.get_by_role("radio", name="Vary")).to_be_disabled()
     expect(page.locator("#incapable")).to_have_text(
-        "other does not support: outpaint, vary, edit, interpolate."
+        "other does not support: outpaint, vary, edit, interpolate, upscale."
     )
+    expect(page.locator("#draw-regions, #add-region").first).to_be_hidden()
     assert page.locator("#sampler option").all_inner_texts() == ["argmax"]
 
 

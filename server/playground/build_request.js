@@ -1,7 +1,8 @@
-// Form, canvas, mask and margins to the request for the server.
+// Form, canvas, mask, margins and regions to the request for the server.
 
-export const NEEDS_IMAGE = ["inpaint", "outpaint", "variations", "edit"];
-export const PROMPT_OPTIONAL = ["outpaint", "variations", "interpolate"];
+export const NEEDS_IMAGE = ["inpaint", "outpaint", "variations", "edit", "upscale"];
+export const PROMPT_OPTIONAL = ["outpaint", "variations", "interpolate", "upscale"];
+export const HAS_REGIONS = ["generate", "inpaint", "outpaint"];
 
 /** A request without a required part. element: the place to add it. */
 export class IncompleteRequest extends Error {
@@ -12,24 +13,29 @@ export class IncompleteRequest extends Error {
 }
 
 /**
- * Returns {operation, fields, images, size, count, title}: the endpoint, its fields, its image fields (data URLs by name, `image` and
- * `mask`, or none), pixels and number of the expected images, and the title in the history. Throws IncompleteRequest.
+ * Returns {operation, fields, images, count, title}: the endpoint, its fields, its image fields (data URLs by name, `image` and `mask`, or
+ * none), the number of expected images, and the title in the history. Throws IncompleteRequest.
  */
-export function buildRequest({ settings, canvas, mask, margins, keyframes, prompt }) {
+export function buildRequest({ settings, canvas, mask, margins, regions, keyframes, prompt }) {
   if (!settings.model) throw new IncompleteRequest("The server has not answered yet.", prompt);
   const operation = settings.operation;
   const text = prompt.value.trim();
   const fields = { ...settings.request(), ...(text && { prompt: text }) };
-  const request = { operation, fields, images: {}, size: settings.size, count: fields.n ?? 1, title: text };
+  const request = { operation, fields, images: {}, count: fields.n ?? 1, title: text };
   if (!text && !PROMPT_OPTIONAL.includes(operation)) throw new IncompleteRequest("A prompt is required.", prompt);
   if (operation === "interpolate") return interpolation(request, keyframes, prompt);
+  if (HAS_REGIONS.includes(operation) && settings.supports("regions")) divide(request, regions);
   if (!NEEDS_IMAGE.includes(operation)) return request;
   if (!canvas.current) throw new IncompleteRequest("An image is required: generate, select, drop, paste or open one.", prompt);
   request.images.image = canvas.current;
-  if (operation !== "variations") request.size = canvas.size;
   if (operation === "inpaint") return masked(request, mask);
   if (operation === "outpaint") return extended(request, margins);
   return request;
+}
+
+function divide({ fields }, regions) {
+  if (regions.fault) throw new IncompleteRequest(regions.fault.message, regions.fault.element);
+  if (regions.values.length) fields.regions = regions.values;
 }
 
 function masked(request, mask) {
@@ -40,7 +46,7 @@ function masked(request, mask) {
 
 function extended(request, margins) {
   if (margins.empty) throw new IncompleteRequest("Drag at least one border of the image outwards.", margins.handles[1]);
-  return { ...request, fields: { ...request.fields, ...margins.values }, size: margins.size };
+  return { ...request, fields: { ...request.fields, ...margins.values } };
 }
 
 function interpolation(request, keyframes, prompt) {

@@ -1,4 +1,4 @@
-// The canvas: the shown or running image, scaled to fit, with space around it for margins.
+// The canvas: the shown or running image, or an empty sheet, scaled to fit, with space around it for margins.
 
 const NO_MARGINS = { left: 0, right: 0, up: 0, down: 0 };
 const LARGEST_SCALE = 6;
@@ -7,6 +7,8 @@ export class Canvas {
   constructor(elements) {
     Object.assign(this, elements);
     this.size = { width: 1, height: 1 };
+    this.sheetSize = null;
+    this.view = this.empty;
     this.margins = NO_MARGINS;
     this.frames = [];
     this.scale = 1;
@@ -62,6 +64,19 @@ export class Canvas {
     this.area.ariaBusy = String(is);
   }
 
+  /** Shows an empty sheet of this size in place of the image, to draw regions on; null: what was there before. */
+  sheet(size) {
+    if (!size && !this.sheetSize) return;
+    this.sheetSize = size;
+    this.#refresh();
+    this.layout();
+  }
+
+  /** Whether nothing has been shown yet. */
+  get blank() {
+    return this.view === this.empty;
+  }
+
   get current() {
     return this.frames[Number(this.frameNumber.value)] ?? null;
   }
@@ -70,10 +85,11 @@ export class Canvas {
   layout({ margins = this.margins, frozen = false } = {}) {
     this.margins = margins;
     const { left, right, up, down } = margins;
-    const total = { width: left + this.size.width + right, height: up + this.size.height + down };
+    const size = this.sheetSize ?? this.size;
+    const total = { width: left + size.width + right, height: up + size.height + down };
     if (!frozen) this.scale = this.#fitting(total);
     place(this.frame, { width: total.width * this.scale, height: total.height * this.scale });
-    const box = { left: left * this.scale, top: up * this.scale, width: this.size.width * this.scale, height: this.size.height * this.scale };
+    const box = { left: left * this.scale, top: up * this.scale, width: size.width * this.scale, height: size.height * this.scale };
     place(this.picture, box);
     place(this.mask, box);
   }
@@ -86,7 +102,14 @@ export class Canvas {
   }
 
   #only(shown) {
+    Object.assign(this, { view: shown, sheetSize: null });
+    this.#refresh();
+  }
+
+  #refresh() {
+    const shown = this.sheetSize ? this.frame : this.view;
     for (const element of [this.frame, this.tiles, this.empty]) element.hidden = element !== shown;
+    this.picture.hidden = Boolean(this.sheetSize);
   }
 
   #turn(index) {

@@ -13,11 +13,13 @@ export function showDetails({ box, caption, facts, again, reuse, timings }, entr
   render(timings, entry.timings, entry.seconds);
 }
 
-function rows({ parameters, width, height, model }) {
+function rows({ parameters, width, height, original, model }) {
   const size = ["Size", `${width} × ${height}`];
-  if (!parameters) return [size];
+  if (!parameters) return original ? [size, ["Size of the file", original.join(" × ")]] : [size];
+  const scale = parameters.hires?.scale ?? parameters.scale;
   return [
     size,
+    ...(scale ? [["Enlarged", `${scale} times`]] : []),
     ["Seed", parameters.seed],
     ["Steps", parameters.num_inference_steps],
     ["Guidance", [...new Set(parameters.guidance_scale)].join(" → ")],

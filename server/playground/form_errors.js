@@ -20,10 +20,16 @@ export class FormErrors {
   /** error: a ServerError. */
   showServerError({ message, status, code, param, retryAfter }) {
     this.show(message, [status, code, retryAfter && `retry in ${retryAfter} s`].filter(Boolean).join(" "));
-    const field = this.form.elements[param] ?? this.form.elements[`${param}_start`];
-    if (!field?.id) return;
+    const [name] = String(param).split(".");
+    const field = this.#field(name) ?? this.#field(`${name}_start`);
+    if (!field) return;
     field.ariaInvalid = "true";
     field.closest("details")?.setAttribute("open", "");
     field.focus();
+  }
+
+  /** Returns the field that sends a parameter of the chosen operation. */
+  #field(param) {
+    return [...this.form.elements].find((field) => (field.dataset.param ?? field.name) === param && field.id && !field.closest("[hidden]"));
   }
 }

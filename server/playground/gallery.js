@@ -97,7 +97,7 @@ function placeholder(entry) {
   return text;
 }
 
-const DONE = { inpaint: "Inpainted", outpaint: "Outpainted", variations: "Varied", edit: "Edited", interpolate: "Between" };
+const DONE = { inpaint: "Inpainted", outpaint: "Outpainted", variations: "Varied", edit: "Edited", upscale: "Upscaled", interpolate: "Between" };
 
 /** Describes an image. */
 export function describe({ operation, prompt }) {

@@ -7,9 +7,10 @@ const MAX_ENTRIES = 300;
 const TYPES = { operation: "string", model: "string", prompt: "string", width: "number", height: "number", parameters: "object", timings: "object" };
 
 /**
- * An entry is {id, at, operation, model, prompt, width, height, parameters, timings, seconds, preview}; the last two are seconds from the
- * button to the image and to its first preview. Its images, data URLs, are stored separately: one, or an interpolation's frames.
- * Without storage, the history lasts as long as the page. A history that cannot be read is deleted, which `damaged` tells.
+ * An entry is {id, at, operation, model, prompt, width, height, original, parameters, timings, seconds, preview}. original: [width, height]
+ * of an opened file whose image is a smaller copy. The last two are seconds from the button to the image and to its first preview. Its
+ * images, data URLs, are stored separately: one, or an interpolation's frames. Without storage, the history lasts as long as the page. A
+ * history that cannot be read is deleted, which `damaged` tells.
  */
 export class History {
   constructor(storage = available()) {

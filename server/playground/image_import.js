@@ -1,12 +1,20 @@
-// Images dropped, pasted or opened, converted to PNGs no larger than the weights support.
+// Images dropped, pasted or opened: upright copies as PNGs, no larger than the weights draw.
 
-/** onImage: called with {url, width, height, name}. onError: called with a message. side: maximum pixels a side. */
+// Until the server has told its own limit.
+const DEFAULT_SIDE = 512;
+const HEIC_BRANDS = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"];
+
+/**
+ * onImage: called with {url, width, height, original, name}; original: the file's [width, height] if the copy is smaller, else undefined.
+ * onError: called with a message. side: returns the maximum pixels a side, 0 if unknown.
+ */
 export function listenForImages({ input, onImage, onError, side }) {
   const load = async (file) => {
+    const name = file.name || "a pasted image";
     try {
-      onImage({ ...(await readImage(file, side())), name: file.name || "a pasted image" });
+      onImage({ ...(await readImage(file, side() || DEFAULT_SIDE)), name });
     } catch {
-      onError(`${file.name || "The pasted file"} is not a readable image.`);
+      onError(await complaint(file));
     }
   };
   input.addEventListener("change", () => {
@@ -39,11 +47,15 @@ function imageFile(data) {
   return [...(data?.files ?? [])].find((file) => file.type.startsWith("image/"));
 }
 
-/** Returns the image of a file, upright, on white, scaled down to at most `side` pixels a side. */
+/**
+ * Returns {url, width, height, original}: the image of a file, upright, on white, scaled down to at most `side` pixels a side. The server
+ * would scale a larger one down as far, so a photo's 12 megapixels are not uploaded, and masks are painted at the size that is sent.
+ */
 export async function readImage(file, side) {
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
   const size = { width: Math.max(1, Math.round(bitmap.width * scale)), height: Math.max(1, Math.round(bitmap.height * scale)) };
+  const original = scale < 1 ? [bitmap.width, bitmap.height] : undefined;
   const canvas = Object.assign(document.createElement("canvas"), size);
   const context = canvas.getContext("2d");
   context.fillStyle = "#fff";
@@ -51,5 +63,20 @@ export async function readImage(file, side) {
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, size.width, size.height);
   bitmap.close();
-  return { url: canvas.toDataURL("image/png"), ...size };
+  return { url: canvas.toDataURL("image/png"), ...size, original };
+}
+
+async function complaint(file) {
+  const name = file.name || "The pasted file";
+  if (await isHeic(file)) return `${name} is a HEIC photo, which this browser cannot open. Save it as JPEG, then open that.`;
+  return `${name} is not a readable image.`;
+}
+
+async function isHeic(file) {
+  try {
+    const text = new TextDecoder("latin1").decode(await file.slice(4, 12).arrayBuffer());
+    return text.startsWith("ftyp") && HEIC_BRANDS.includes(text.slice(4));
+  } catch {
+    return false;
+  }
 }

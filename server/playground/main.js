@@ -1,10 +1,11 @@
 // The playground: connects form, canvas, history and server.
 
 import { ServerError, send } from "./api.js";
-import { IncompleteRequest, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
+import { HAS_REGIONS, IncompleteRequest, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
 import { Canvas } from "./canvas.js";
 import { Connection } from "./connection.js";
 import { showDetails } from "./details.js";
+import { generatedEntries, openedEntry } from "./entries.js";
 import { FormErrors } from "./form_errors.js";
 import { Gallery, describe } from "./gallery.js";
 import { History } from "./history.js";
@@ -13,6 +14,7 @@ import { Keyframes } from "./keyframes.js";
 import { Latency } from "./latency.js";
 import { Margins } from "./margins.js";
 import { Mask } from "./mask.js";
+import { Regions } from "./regions.js";
 import { runRequest } from "./run_request.js";
 import { Settings } from "./settings.js";
 import { SnippetPanel } from "./snippet_panel.js";
@@ -31,6 +33,7 @@ const OPERATIONS = {
   variations: ["Vary", "Other images with the same content. The prompt is optional."],
   edit: ["Edit", "Redraw the image, keeping its structure."],
   interpolate: ["Interpolate", "Images between prompts or images, all from the same noise."],
+  upscale: ["Upscale", "Enlarge the image, drawing its details. The prompt is optional."],
 };
 const FORM = "paellera.form";
 
@@ -54,6 +57,10 @@ const errors = new FormErrors($("error"), $("form"));
 const snippets = new SnippetPanel({ details: $("code"), snippet: $("snippet"), files: $("snippet-files") }, currentRequest);
 const mask = new Mask({ canvas: $("mask"), ring: $("ring"), brush: $("brush"), erase: $("erase") }, () => snippets.show());
 const margins = new Margins(document.querySelectorAll(".handle"), showMargins);
+const regions = new Regions({ list: $("regions"), layer: $("layer"), toggle: $("draw-regions"), button: $("add-region") }, () => {
+  showRegions();
+  snippets.show();
+});
 const keyframes = new Keyframes($("keyframes"), () => snippets.show());
 const gallery = new Gallery($("gallery"), { select: show, remove: forget });
 const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference") }, useModels);
@@ -77,7 +84,7 @@ let recalled = false;
 // ── requests ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 function currentRequest() {
-  return buildRequest({ settings, canvas, mask, margins, keyframes, prompt: $("prompt") });
+  return buildRequest({ settings, canvas, mask, margins, regions, keyframes, prompt: $("prompt") });
 }
 
 async function run(make) {
@@ -114,6 +121,7 @@ function end() {
   $("run").ariaDisabled = "false";
   $("cancel").ariaDisabled = "true";
   $("progress").value = 0;
+  showRegions();
 }
 
 function report(message, fraction) {
@@ -122,25 +130,19 @@ function report(message, fraction) {
 }
 
 /** Adds the images to the history; returns its new entries, the first image first. */
-function keep(request, { answer, urls, seconds, preview }) {
-  const { parameters, timings, model } = answer;
-  const common = { at: Date.now(), operation: request.operation, model, prompt: request.title, timings, seconds, preview };
-  const seeds = answer.images?.map(({ seed }) => seed) ?? [parameters.seed];
-  const entries = seeds.map((seed) => ({
-    ...common,
-    id: crypto.getRandomValues(new Uint32Array(2)).join("-"),
-    width: parameters.width,
-    height: parameters.height,
-    parameters: { ...parameters, seed, n: 1 },
-  }));
-  entries.forEach((entry, i) => {
-    const images = seeds.length > 1 ? [urls[i]] : urls;
+function keep(request, result) {
+  const entries = generatedEntries(request, result);
+  for (const [entry, urls] of entries) {
     requests.set(entry.id, request);
-    history.add(entry, images);
-    gallery.prepend(entry, images[0]);
-  });
+    add(entry, urls);
+  }
+  return entries.map(([entry]) => entry);
+}
+
+function add(entry, urls) {
+  history.add(entry, urls);
+  gallery.prepend(entry, urls[0]);
   showHistory();
-  return entries;
 }
 
 function finish(generated, { seconds, preview }) {
@@ -179,6 +181,7 @@ function show(entry) {
   canvas.show(images, { width: entry.width, height: entry.height }, describe(entry));
   mask.reset(entry);
   margins.reset(entry, longestSide());
+  showRegions();
   showHint();
 }
 
@@ -208,6 +211,7 @@ function forget(id) {
 function blank() {
   shown = null;
   canvas.clear();
+  showRegions();
   $("shown").hidden = true;
   $("timings").hidden = true;
 }
@@ -222,10 +226,21 @@ function showMargins(dragging) {
   const { left, right, up, down } = margins.values;
   const { width, height } = margins.size;
   const grown = `${width} × ${height}: ${left} left, ${right} right, ${up} up, ${down} down`;
-  $("margins").value = margins.empty ? "Drag a border outwards." : grown;
+  const large = Math.max(width, height) > longestSide() ? ". The server scales it to fit" : "";
+  $("margins").value = margins.empty ? "Drag a border outwards." : `${grown}${large}.`;
   canvas.layout({ margins: margins.values, frozen: dragging });
   margins.scale = canvas.scale;
   if (!dragging) snippets.show();
+}
+
+/** Shows the regions' boxes, on an empty sheet if the shown image has another shape than the one to be generated. */
+function showRegions() {
+  const { operation, size } = settings;
+  const drawn = regions.shown && HAS_REGIONS.includes(operation) && settings.supports("regions");
+  $("layer").hidden = !drawn;
+  if (running) return;
+  const unlike = canvas.current ? canvas.size.width * size.height !== canvas.size.height * size.width : canvas.blank;
+  canvas.sheet(drawn && operation === "generate" && unlike ? size : null);
 }
 
 async function copy(language) {
@@ -253,10 +268,11 @@ function begun() {
 function useModel() {
   const model = models.find(({ id }) => id === $("model").value);
   settings.use(model);
-  const names = Object.entries(OPERATIONS).filter(([operation]) => !model.capabilities.operations.includes(operation));
+  const names = Object.entries(OPERATIONS).filter(([operation]) => !settings.supports(operation));
   $("incapable").hidden = !names.length;
   $("incapable").textContent = `${model.id} does not support: ${names.map(([, [label]]) => label.toLowerCase()).join(", ")}.`;
-  $("add-picture").disabled = !model.capabilities.operations.includes("variations");
+  $("add-picture").disabled = !settings.supports("variations");
+  $("upscale").hidden = !settings.supports("upscale");
   if (shown) margins.reset(shown, longestSide());
   useOperation();
 }
@@ -271,12 +287,14 @@ function useOperation() {
   document.body.dataset.operation = operation;
   for (const element of document.querySelectorAll("[data-for]")) element.hidden = !element.dataset.for.split(" ").includes(operation);
   for (const element of document.querySelectorAll("[data-not-for]")) element.hidden = element.dataset.notFor.split(" ").includes(operation);
+  for (const element of document.querySelectorAll("[data-needs]")) element.hidden ||= !settings.supports(element.dataset.needs);
   $("run-label").textContent = label;
   showHint();
   $("prompt-label").textContent = PROMPT_OPTIONAL.includes(operation) ? "Prompt (optional)" : "Prompt";
   if (operation === "interpolate" && !keyframes.values.length) keyframes.fill([$("prompt").value, ""]);
   if (!running) canvas.layout({ margins: operation === "outpaint" ? margins.values : { left: 0, right: 0, up: 0, down: 0 } });
   margins.scale = canvas.scale;
+  showRegions();
   snippets.show();
 }
 
@@ -288,14 +306,26 @@ function showHint() {
 
 function reuse({ operation, prompt, model, parameters }) {
   if (models.some(({ id }) => id === model)) $("model").value = model;
-  $("form").elements.operation.value = operation;
+  settings.operation = operation;
   useModel();
   settings.fill(parameters);
+  regions.fill(parameters.regions ?? []);
   $("prompt").value = parameters.prompt ?? "";
   if (operation === "interpolate") keyframes.fill(parameters.keyframes.map((keyframe) => keyframe.prompt ?? ""));
   remember();
   useOperation();
   $("prompt").focus();
+}
+
+/** Enlarges the shown image as the form says, described by its own prompt. */
+function upscale() {
+  if (running) return;
+  if (!canvas.current || !history.images(shown.id)) show(shown);
+  if (!history.images(shown.id)) return;
+  settings.operation = "upscale";
+  $("prompt").value = shown.parameters?.prompt ?? "";
+  useOperation();
+  run(currentRequest);
 }
 
 function remember() {
@@ -314,12 +344,12 @@ function recall() {
   }
 }
 
-function importImage({ url, width, height, name }) {
-  const entry = { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), at: Date.now(), operation: "opened", prompt: name, width, height };
-  history.add(entry, [url]);
-  gallery.prepend(entry, url);
-  showHistory();
+function importImage({ url, ...file }) {
+  const entry = openedEntry(file);
+  add(entry, [url]);
   show(entry);
+  const { width, height, original } = entry;
+  $("status").textContent = original ? `Opened at ${width} × ${height}; the file has ${original.join(" × ")}.` : "";
 }
 
 // ── wiring ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -352,8 +382,12 @@ const pressed = {
     run(() => ({ ...request, fields: others }));
   },
   reuse: () => reuse(shown),
+  upscale,
   forget: () => forget(shown.id),
-  reset: () => settings.reset(),
+  reset: () => {
+    settings.reset();
+    useOperation();
+  },
   download: () => {
     const url = canvas.current ?? history.images(shown.id)[0];
     const extension = /^data:image\/(\w+)/.exec(url)[1];
@@ -383,8 +417,9 @@ $("form").addEventListener("submit", (event) => {
 });
 $("form").addEventListener("input", ({ target }) => {
   remember();
-  if (target.name === "operation") useOperation();
-  else snippets.show();
+  if (target.name === "operation") return useOperation();
+  showRegions();
+  snippets.show();
 });
 $("model").addEventListener("change", useModel);
 $("theme").value = document.documentElement.dataset.theme;

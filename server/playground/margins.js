@@ -15,7 +15,7 @@ export class Margins {
     for (const handle of handles) this.#listen(handle, handle.dataset.side);
   }
 
-  /** Sets the image's size and the maximum pixels a side of results. */
+  /** Sets the image's size and the maximum pixels a side that the weights draw. */
   reset({ width, height }, side) {
     this.limits = { width, height, side };
     this.clear();
@@ -42,9 +42,15 @@ export class Margins {
     this.#changed(dragging);
   }
 
+  /** Pixels a side: at least twice the image, which the server scales down to fit. */
+  get #longest() {
+    const { width, height, side } = this.limits;
+    return Math.max(side, 2 * Math.max(width, height));
+  }
+
   #room(side) {
     const length = side === "left" || side === "right" ? this.limits.width : this.limits.height;
-    return Math.max(0, this.limits.side - length - this.values[OPPOSITE[side]]);
+    return Math.max(0, this.#longest - length - this.values[OPPOSITE[side]]);
   }
 
   #changed(dragging) {

@@ -1,7 +1,11 @@
 // The form's settings, with bounds and defaults of the selected weights; only changed ones are sent.
 
-const RANGES = ["num_inference_steps", "guidance_scale", "strength"];
+const RANGES = ["num_inference_steps", "guidance_scale", "strength", "feather", "scale", "upscale_strength", "hires_strength"];
 const SIZED = ["generate", "variations", "interpolate"];
+const FITTED = ["edit", "variations"];
+const FEATHERED = ["inpaint", "outpaint"];
+// Fields that a request may lack; an image's parameters set them, or their defaults do.
+const OPTIONAL = ["feather", "fit", "resize", "hires_scale", "hires_strength", "hires_steps"];
 
 export class Settings {
   constructor(form) {
@@ -19,6 +23,16 @@ export class Settings {
     return this.fields.operation.value;
   }
 
+  set operation(name) {
+    this.fields.operation.value = name;
+    this.#show();
+  }
+
+  /** Whether the selected weights support an operation. */
+  supports(operation) {
+    return this.model?.capabilities.operations.includes(operation) ?? false;
+  }
+
   /** model: an entry of GET /v1/models. Changed settings stay if these weights support them. */
   use(model) {
     const kept = this.#values();
@@ -27,8 +41,8 @@ export class Settings {
     const sides = Array.from({ length: Math.floor(high / step) }, (_, i) => (i + 1) * step).filter((side) => side >= low);
     for (const name of ["width", "height"]) options(this.fields[name], sides);
     options(this.fields.sampler, model.capabilities.samplers);
-    for (const radio of this.fields.operation) radio.disabled = !model.capabilities.operations.includes(radio.value);
-    if (!model.capabilities.operations.includes(this.operation)) [...this.fields.operation].find((radio) => !radio.disabled)?.click();
+    for (const radio of this.fields.operation) radio.disabled = !this.supports(radio.value);
+    if (!this.supports(this.operation)) [...this.fields.operation].find((radio) => !radio.disabled)?.click();
     this.#defaults();
     this.#write(kept);
   }
@@ -40,6 +54,7 @@ export class Settings {
     Object.assign(this.fields.n, { value: "1" });
     this.fields.partial_images.value = "5";
     this.fields.deterministic.checked = false;
+    for (const name of OPTIONAL) restore(this.fields[name]);
     this.#show();
   }
 
@@ -49,7 +64,7 @@ export class Settings {
     const operation = this.operation;
     const asked = { model: this.model.id };
     const number = (name) => bounded(fields[name]);
-    if (SIZED.includes(operation)) Object.assign(asked, { width: number("width"), height: number("height") });
+    if (SIZED.includes(operation) || this.#resized) Object.assign(asked, { width: number("width"), height: number("height") });
     for (const name of ["num_inference_steps", "guidance_scale"]) if (changed.has(name)) asked[name] = number(name);
     if (changed.has("sampler")) asked.sampler = fields.sampler.value;
     if (changed.has("temperature_start") || changed.has("temperature_end")) {
@@ -58,9 +73,23 @@ export class Settings {
     if (fields.seed.value.trim()) asked.seed = whole(fields.seed);
     if (fields.negative_prompt.value.trim()) asked.negative_prompt = fields.negative_prompt.value.trim();
     if (fields.deterministic.checked) asked.deterministic = true;
+    if (changed.has("feather") && FEATHERED.includes(operation)) asked.feather = number("feather");
+    if (changed.has("fit") && FITTED.includes(operation) && !fields.fit.disabled) asked.fit = fields.fit.value;
+    if (operation === "generate" && fields.hires_scale.value) asked.hires = this.#hires(number);
     if (operation === "edit") asked.strength = number("strength");
     if (operation === "interpolate") return { ...asked, frames: number("frames"), mode: fields.mode.value };
+    if (operation === "upscale") return { ...asked, scale: number("scale"), strength: number("upscale_strength") };
     return { ...asked, n: number("n") };
+  }
+
+  #hires(number) {
+    const steps = this.fields.hires_steps.value && { steps: number("hires_steps") };
+    return { scale: Number(this.fields.hires_scale.value), strength: number("hires_strength"), ...steps };
+  }
+
+  /** Whether an edit has another size than its image. */
+  get #resized() {
+    return this.operation === "edit" && this.fields.resize.checked;
   }
 
   get previews() {
@@ -69,10 +98,20 @@ export class Settings {
 
   /** Sets the form to an image's parameters. */
   fill(parameters) {
-    const { guidance_scale: guidance, temperature, ...same } = parameters;
+    const { guidance_scale: guidance, temperature, hires, strength, ...same } = parameters;
     this.changed.clear();
     this.#defaults();
-    this.#write({ ...same, guidance_scale: guidance?.[0], temperature_start: temperature?.[0], temperature_end: temperature?.[1] });
+    for (const name of OPTIONAL) restore(this.fields[name]);
+    this.#write({
+      ...same,
+      guidance_scale: guidance?.[0],
+      temperature_start: temperature?.[0],
+      temperature_end: temperature?.[1],
+      [this.operation === "upscale" ? "upscale_strength" : "strength"]: strength,
+      hires_scale: hires?.scale,
+      hires_strength: hires?.strength,
+      hires_steps: hires?.steps,
+    });
   }
 
   /** The requested size in pixels. */
@@ -129,7 +168,15 @@ export class Settings {
 
   #show() {
     for (const name of RANGES) this.form.querySelector(`output[for="${name}"]`).value = this.fields[name].value;
+    for (const name of ["width", "height", "fit"]) this.fields[name].disabled = this.operation === "edit" && !this.#resized;
   }
+}
+
+/** Sets a field to the value of the page's HTML. */
+function restore(field) {
+  if (field.type === "checkbox") field.checked = field.defaultChecked;
+  else if (field.tagName === "SELECT") field.selectedIndex = 0;
+  else field.value = field.defaultValue;
 }
 
 function valueOf(field) {
