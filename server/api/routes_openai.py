@@ -241,7 +241,8 @@ class OpenAIAnswer:
 
     @property
     def _transparent(self) -> bool:
-        return self.plan.is_transparent and self.format != "jpeg"
+        plan = self.plan
+        return plan.is_transparent and not plan.opaque and self.format != "jpeg"
 
     def _usage(self, images: int) -> dict[str, Any]:
         """Return token counts: bytes of prompts, VQGAN tokens, one per image read by CLIP."""
