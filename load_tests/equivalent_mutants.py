@@ -23,7 +23,7 @@ EQUIVALENT: dict[str, str] = {
         "the answer is made of other entries; leaving these out saves time"
     ),
     "server/api/images/encode.py:encode: 1 -> 2 in "
-    'pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))': (
+    'pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters, text))': (
         "the same pixels, a little smaller and a little later"
     ),
     "server/api/body.py:_number: abs(value) <= LARGEST_EXACT -> abs(value) < LARGEST_EXACT in "

@@ -31,6 +31,8 @@ ORIGIN = r"[a-z][a-z0-9+.-]*://[^\s,/]+"
 MIN_KEY_LENGTH = 16
 # Paths that need no key, unless `open_paths` names others.
 OPEN_PATHS = ("/", "/playground/*", "/healthz", "/health", "/readyz", "/images/*")
+# Another name for a model, and the model's own.
+ALIAS = re.compile(r"[^\s,=]{1,64}=[^\s,=]{1,64}")
 # A host name, an address, or every name below a domain, without a port.
 HOST_PATTERN = re.compile(r"\*|(\*\.)?\w([\w.-]*\w)?|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 
@@ -80,6 +82,14 @@ def _valid_hosts(hosts: str) -> str:
             message = "must be *, host names, *.names and addresses without a port, not {host}"
             raise PydanticCustomError("host", message, {"host": repr(host)})
     return hosts
+
+
+def _valid_aliases(aliases: str) -> str:
+    for alias in _parts(aliases):
+        if not ALIAS.fullmatch(alias):
+            message = "must be pairs such as dall-e-3=tiny,*=tiny, not {alias}"
+            raise PydanticCustomError("alias", message, {"alias": repr(alias)})
+    return aliases
 
 
 def _is_address(host: str) -> bool:
@@ -152,6 +162,27 @@ class Settings(BaseSettings):
             " https://images.example.com",
         ),
     ] = ""
+
+    # ── clients of other servers ──
+
+    sdapi: Annotated[
+        bool, Field(description="Serve AUTOMATIC1111's endpoints under /sdapi/v1 too")
+    ] = False
+    model_aliases: Annotated[
+        str,
+        AfterValidator(_valid_aliases),
+        Field(
+            description="Comma-separated other names of models, dall-e-3=tiny; *=tiny is every"
+            " other name"
+        ),
+    ] = ""
+    sizes: Annotated[
+        Literal["strict", "nearest"],
+        Field(
+            description="Reject sizes that the weights cannot draw, or take the nearest one near"
+            " the native area, which the response reports"
+        ),
+    ] = "strict"
 
     # ── weights and devices ──
 
@@ -438,6 +469,12 @@ class Settings(BaseSettings):
     def keys(self) -> tuple[str, ...]:
         """The keys of `api_keys`."""
         return _parts(self.api_keys.get_secret_value())
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The names of models by the other names in `model_aliases`."""
+        pairs = [alias.partition("=") for alias in _parts(self.model_aliases)]
+        return {alias: name for alias, _, name in pairs}
 
     @property
     def origins(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from server.api import (
     routes_models,
     routes_native,
     routes_openai,
+    routes_sdapi,
     static,
 )
 from server.api.images.admission import ImageDecoder, image_limits
@@ -85,7 +86,8 @@ def create_app(
     openai_paths = [
         f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS
     ]
-    metrics.expect([f"/{operation}" for operation in OPERATIONS], openai_paths)
+    other_paths = [*openai_paths, *(routes_sdapi.DRAWING_PATHS if settings.sdapi else ())]
+    metrics.expect([f"/{operation}" for operation in OPERATIONS], other_paths)
     models = read_models(settings)
     for name, config in models.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
@@ -136,6 +138,8 @@ def create_app(
     app.include_router(routes_native.router)
     app.include_router(routes_openai.router)
     app.include_router(routes_models.router)
+    if settings.sdapi:
+        routes_sdapi.include(app)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app
@@ -151,6 +155,11 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     models = {config.name: config for config in configs}
     if len(models) < len(configs):
         raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")
+    for alias, name in settings.aliases.items():
+        if name not in models or alias in models:
+            loaded = ", ".join(models)
+            message = f"model_aliases: {alias}={name} must be a new name for one of {loaded}"
+            raise ValueError(message)
     return models
 
 

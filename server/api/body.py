@@ -91,6 +91,8 @@ def _media_type(request: Request) -> str:
 
 
 def _validate(fields: dict[str, Any], schema: type[Schema]) -> Schema:
+    if schema.model_config.get("extra") == "ignore":
+        fields = {name: value for name, value in fields.items() if name in schema.model_fields}
     # Pydantic rejects these too, but only after writing an error for every single one.
     unknown = next((name for name in fields if name not in schema.model_fields), None)
     if unknown is not None:

@@ -7,6 +7,7 @@ Pure ASGI, so that nothing is buffered. Settings of keys and limits: docs/limits
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import logging
@@ -57,6 +58,9 @@ VALID_ID = re.compile(r"[ -~]{1,128}")
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 
+# Paths whose clients send a key by HTTP Basic, and those that end requests and so count for none.
+SDAPI = "/sdapi/"
+UNCOUNTED = frozenset({f"{SDAPI}v1/interrupt"})
 # Client name of a request without a key: the limits then hold for all such requests together.
 ANYBODY = "anybody"
 # The time that a request takes is unknown here, seconds.
@@ -230,7 +234,8 @@ class Guard:
             check_head(scope)
             client = self._client(request)
             request_state(scope).client = client
-            slot = self._slot(client) if request.method == "POST" else nullcontext()
+            is_counted = request.method == "POST" and scope["path"] not in UNCOUNTED
+            slot = self._slot(client) if is_counted else nullcontext()
         except ApiError as error:
             await error_response(error, request)(scope, receive, send)
             return
@@ -238,9 +243,11 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _client(self, request: Request) -> str:
-        if not self._settings.needs_key(request.scope["path"]):
+        path = request.scope["path"]
+        if not self._settings.needs_key(path):
             return ANYBODY
-        return self._keys.name(request.headers.get("authorization", ""))
+        basic = self._settings.sdapi and path.startswith(SDAPI)
+        return self._keys.name(request.headers.get("authorization", ""), basic=basic)
 
     def _slot(self, client: str) -> AbstractContextManager[None]:
         self._concurrency.check(client)
@@ -296,20 +303,36 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def name(self, authorization: str) -> str:
-        """Return the name of the key in an `Authorization` header. Raises ApiError 401."""
+    def name(self, authorization: str, *, basic: bool = False) -> str:
+        """Return the name of the key in an `Authorization` header. Raises ApiError 401.
+
+        basic: HTTP Basic is accepted too, with any user and a key as the password.
+        """
         scheme, _, sent = authorization.partition(" ")
+        if basic and scheme.lower() == "basic":
+            scheme, sent = "bearer", _password(sent)
         digest = hashlib.sha256(sent.strip().encode()).digest()
         # Compare with every key every time, so that the duration reveals nothing.
         known = sum([hmac.compare_digest(digest, other) for other in self._digests])
         if scheme.lower() != "bearer" or not known:
-            raise _unauthorized(wrong=bool(authorization))
+            raise _unauthorized(wrong=bool(authorization), basic=basic)
         return digest.hex()[:8]
 
 
-def _unauthorized(wrong: bool) -> ApiError:
-    """Return error 401. wrong: a key was sent, but an unknown one."""
+def _password(credentials: str) -> str:
+    """Return the password in the credentials of HTTP Basic; empty if they are malformed."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
+def _unauthorized(wrong: bool, basic: bool) -> ApiError:
+    """Return error 401. wrong: a key was sent, but an unknown one. basic: as `Keys.name`."""
     challenge = 'Bearer realm="paellera"' + (', error="invalid_token"' if wrong else "")
+    if basic:
+        # Some clients send a password only when they are asked for one.
+        challenge = 'Basic realm="paellera", charset="UTF-8"'
     message = "unknown API key"
     if not wrong:
         message = "an API key is required, as the header Authorization: Bearer <key>"

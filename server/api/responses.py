@@ -274,13 +274,22 @@ def answer_fields(
 
 
 async def encode_all(
-    state: AppState, plan: Plan, finished: Finished, format: Format, quality: int
+    state: AppState,
+    plan: Plan,
+    finished: Finished,
+    format: Format,
+    quality: int,
+    text_of: Callable[[dict[str, Any]], str] | None = None,
 ) -> tuple[list[bytes], float]:
-    """Return the job's images as files, in the order of its seeds, and the seconds spent."""
+    """Return the job's images as files, in the order of its seeds, and the seconds spent.
+
+    text_of: makes the text of a PNG from an image's parameters, in place of their JSON.
+    """
 
     def make(image: Image) -> bytes:
         parameters = plan.parameters(finished.truncated, image.index)
-        return encode(plan.result(image), format, quality, parameters)
+        text = text_of(parameters) if text_of else None
+        return encode(plan.result(image), format, quality, parameters, text)
 
     began = time.perf_counter()
     large = state.decoder.run_large if plan.restoration else None

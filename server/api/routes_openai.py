@@ -32,7 +32,14 @@ from server.api.openai_schemas import (
     VariationRequest,
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
-from server.api.planning import OPERATIONS, Plan, find_model, plan, possible_sides
+from server.api.planning import (
+    OPERATIONS,
+    Plan,
+    find_model,
+    nearest_size,
+    plan,
+    possible_sides,
+)
 from server.api.responses import (
     answer_headers,
     encode_all,
@@ -93,7 +100,7 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
 
 async def _plan(request: Request, fields: ImagesFields) -> Plan:
     state = app_state(request)
-    config = find_model(fields.model, state.models)
+    config = find_model(fields.model, state.models, state.settings.aliases)
     _check_supported(fields)
     size = _size(fields.size, config, state.settings)
     operation, native = fields.native(size, config.recipe.num_inference_steps)
@@ -125,12 +132,17 @@ def _check_supported(fields: ImagesFields) -> None:
 
 
 def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
-    """Return (width, height), None for auto. Raises ApiError 400 that lists possible sizes."""
+    """Return (width, height), None for auto. Raises ApiError 400 that lists possible sizes.
+
+    With the setting `sizes` nearest, it is the nearest possible one.
+    """
     if sent == "auto":
         return None
     sides = possible_sides(config, settings)
     if match := SIZE.fullmatch(sent):
         size = int(match[1]), int(match[2])
+        if settings.sizes == "nearest":
+            return nearest_size(size, config, settings)
         if size[0] in sides and size[1] in sides:
             return size
     native = "x".join(map(str, config.native_size))

@@ -52,6 +52,11 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _drawn_seed(seed: int | None) -> int | None:
+    """Return None, a random seed, for -1: programs for Stable Diffusion send that."""
+    return None if seed == -1 else seed
+
+
 Text = Annotated[
     str,
     Field(max_length=4000, json_schema_extra={"pattern": _NO_NUL}),
@@ -70,6 +75,7 @@ Scale = Annotated[
     float,
     Field(ge=1, le=4, allow_inf_nan=False, description="Factor of width and height, in pixels"),
 ]
+Seed = Annotated[int | None, Field(ge=-INT64, lt=INT64), AfterValidator(_drawn_seed)]
 
 
 # ── images ────────────────────────────────────────────────────────────────────────────────────────
@@ -162,8 +168,7 @@ class RecipeFields(BaseModel):
         ),
     ] = 1
     seed: Annotated[
-        int | None,
-        Field(ge=-INT64, lt=INT64, description="Random seed; default: random, and returned"),
+        Seed, Field(description="Random seed; default, and -1: random, and returned")
     ] = None
     num_inference_steps: Annotated[
         int | None, Field(ge=1, le=64, description="Denoising steps")

@@ -317,7 +317,7 @@ def replay(
             original, [path.read_bytes() for path in (*(image or ()), *(mask or ()))]
         )
         settings = read_settings(weights=weights, device=device)
-        planned, _ = plan(operation, fields, settings)
+        planned, _ = plan(operation, fields, settings, recorded=True)
         if frame >= (images := len(planned.job.seeds)):
             raise ValueError(f"the image says that it is frame {frame} of {images}")
         (generated,), truncated = generate_images(planned.job, settings, only=frame)
