@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from model.canvas import MAX_FEATHER
 from model.config import BundleConfig, Operation, Recipe
 from server.api.errors import invalid_value
 from server.api.schemas import Fraction, Hires, ImageBytes, ImageBytesList, Seed, Text
@@ -21,7 +22,6 @@ MAX_GUIDANCE = 30.0
 CFG_SCALE = 7.0
 # Previews of a request's images together; each image has at least one.
 PREVIEWS = 2
-MAX_FEATHER = 64
 # Names of upscalers that add no detail.
 PLAIN_UPSCALERS = frozenset({"none", "lanczos", "nearest"})
 
