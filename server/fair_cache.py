@@ -59,7 +59,7 @@ class FairCache(Generic[Key, Value]):
         with self._lock:
             self._expire()
             entry = self._entries.get(key)
-            return entry and (entry.value, entry.expires_at - self._clock())
+            return None if entry is None else (entry.value, entry.expires_at - self._clock())
 
     def add(self, owner: str, values: Mapping[Key, tuple[Value, int]]) -> bool:
         """Keep new values, all or none; return whether there was room.
