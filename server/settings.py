@@ -289,6 +289,24 @@ class Settings(BaseSettings):
         int,
         Field(ge=1, description="Maximum size of all answers that clients have not read, together"),
     ] = 256 * MIB
+    idempotency_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Maximum size of answers kept for repeats under an Idempotency-Key; 0: the"
+            " header is ignored",
+        ),
+    ] = 64 * MIB
+    url_store_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Maximum size of images kept for response_format url; 0: it is an error",
+        ),
+    ] = 64 * MIB
+    url_ttl_s: Annotated[
+        float, Field(gt=0, le=DAY_S, description="Time for which such an image is kept")
+    ] = 3600
     max_connections: Annotated[int, Field(ge=1, description="Maximum of open connections")] = 1000
     max_image_bytes: Annotated[
         int, Field(ge=1, description="Maximum size of one uploaded image file")
@@ -529,7 +547,9 @@ class Settings(BaseSettings):
 
 
 def _matches(path: str, entry: str) -> bool:
-    return path == entry or (entry.endswith("/*") and path.startswith(entry[:-1]))
+    # Requests' paths have no slash at their end (`middleware.CanonicalPath`).
+    is_same = path == (entry.rstrip("/") or "/")
+    return is_same or (entry.endswith("/*") and path.startswith(entry[:-1]))
 
 
 # ── docs/settings.md ──────────────────────────────────────────────────────────────────────────────

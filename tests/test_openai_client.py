@@ -349,7 +349,6 @@ def test_closing_a_stream_frees_its_rows(fake_settings: Configure) -> None:
         ({"size": "1024x1024"}, "size", "16, 32, 48"),
         ({"size": "50x32"}, "size", "512"),
         ({"size": "large"}, "size", "auto (64x32)"),
-        ({"response_format": "url"}, "response_format", "b64_json"),
         ({"background": "transparent"}, "background", "opaque"),
         ({"output_format": "gif"}, "output_format", "webp"),
         ({"output_compression": 50}, "output_compression", "jpeg"),

@@ -432,6 +432,16 @@ def test_a_client_sees_and_ends_only_its_own_requests(fake_settings: Configure) 
         assert held.result().status_code == 499
 
 
+def test_a_repeat_under_an_idempotency_key_gets_the_first_answer(sd: httpx.Client) -> None:
+    headers = {"Idempotency-Key": "mine"}
+    body = {"prompt": "a ball", "seed": -1}
+    first, again = (sd.post("txt2img", json=body, headers=headers) for _ in range(2))
+    assert again.json() == first.json()
+    assert again.headers["idempotent-replayed"] == "true"
+    other = sd.post("txt2img", json={"prompt": "a box"}, headers=headers)
+    assert other.json()["error"]["code"] == "idempotency_mismatch"
+
+
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────
 
 

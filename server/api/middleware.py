@@ -34,8 +34,15 @@ from server.api.errors import (
     internal_error,
     retry_headers,
 )
+from server.api.images.url_store import IMAGES
 from server.api.routes_health import PATHS
-from server.api.state import RequestState, add_request_state, app_state, request_state
+from server.api.state import (
+    ANYBODY,
+    RequestState,
+    add_request_state,
+    app_state,
+    request_state,
+)
 from server.api.transfer import ClientStalledError
 from server.engine.errors import EngineError
 from server.engine.retry_slots import RetrySlots
@@ -53,6 +60,7 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
 VALID_ID = re.compile(r"[ -~]{1,128}")
+MAX_LOGGED_PATH = 200
 
 # Enough for clients, cookies and a proxy's additions; too little to fill the memory.
 MAX_URL_BYTES = 8 * 1024
@@ -61,8 +69,6 @@ MAX_HEADER_BYTES = 32 * 1024
 # Paths whose clients send a key by HTTP Basic, and those that end requests and so count for none.
 SDAPI = "/sdapi/"
 UNCOUNTED = frozenset({f"{SDAPI}v1/interrupt"})
-# Client name of a request without a key: the limits then hold for all such requests together.
-ANYBODY = "anybody"
 # The time that a request takes is unknown here, seconds.
 CONCURRENCY_RETRY_S = 1.0
 
@@ -116,7 +122,7 @@ class Observation:
             "request_id": state.id,
             "trace_id": scope.get("paellera.trace_id"),
             "method": scope["method"],
-            "path": scope["path"][:200],
+            "path": logged_path(scope),
             "status": status,
             "code": state.error_code,
             "duration_ms": round(seconds * 1000, 2),
@@ -127,6 +133,54 @@ class Observation:
         }
         present = {name: value for name, value in fields.items() if value is not None}
         log.info("request", extra={"fields": present})
+
+
+def logged_path(scope: Scope) -> str:
+    """Return a request's path for logs and traces; the id of a stored image is a credential."""
+    path: str = scope["path"][:MAX_LOGGED_PATH]
+    root = scope.get("root_path", "")
+    return f"{root}{IMAGES}…" if path.removeprefix(root).startswith(IMAGES) else path
+
+
+class CanonicalPath:
+    """Removes empty segments of a path, before anything reads it: `//v1/models/` is `/v1/models`.
+
+    Keys, hosts and routes must not disagree about what a request asks for.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] == "http":
+            scope = {**scope, "path": canonical_path(scope["path"])}
+        await self._app(scope, receive, send)
+
+
+def canonical_path(path: str) -> str:
+    """Return a path with single slashes between its segments and none behind them."""
+    return "/" + "/".join(segment for segment in path.split("/") if segment)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET, wherever the app has GET; the server omits the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        # The server's own scope keeps the method, by which it knows that there is no body.
+        inner = {**scope, "method": "GET"}
+        try:
+            await self._app(inner, receive, send)
+        finally:
+            # For the metrics.
+            scope["route"] = inner.get("route")
 
 
 class SecurityHeaders:

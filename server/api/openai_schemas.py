@@ -70,7 +70,8 @@ class ImagesFields(RecipeFields):
         int | None, Field(ge=0, le=100, description="Quality of JPEG and WebP; default: 90")
     ] = None
     response_format: Annotated[
-        Literal["b64_json", "url"], Field(description="url is answered with 400")
+        Literal["b64_json", "url"],
+        Field(description="url: of a file that this server keeps for a while; not for streams"),
     ] = "b64_json"
     background: Annotated[
         Literal["auto", "opaque", "transparent"],
@@ -219,9 +220,10 @@ class VariationRequest(ImagesFields):
 
 
 class ImageData(BaseModel):
-    """One image. seed is an extension."""
+    """One image, as its file or its URL. seed is an extension."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
 
 

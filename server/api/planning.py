@@ -92,7 +92,14 @@ RANDOM_SEEDS = 2**53
 # The cost of a result per pixel beside its steps, in branches of a step: tokens to pixels, and
 # pixels to a file. Measured on a CPU: docs/log.md.
 DECODING_WORK = 3
-FILE_WORK: dict[AnyFormat, int] = {"png": 1, "json": 1, "jpeg": 1, "webp": 1, "gif": 6}
+FILE_WORK: dict[AnyFormat, int] = {
+    "png": 1,
+    "json": 1,
+    "url": 1,
+    "jpeg": 1,
+    "webp": 1,
+    "gif": 6,
+}
 PREVIEW_WORK = 1
 # The cost of a pixel that is enlarged to the sent image's resolution, beside that of its file.
 ENLARGING_WORK = 2

@@ -22,7 +22,9 @@ from fastapi.responses import JSONResponse
 from model.config import BundleConfig
 from server.api.body import read_body
 from server.api.errors import ApiError
+from server.api.idempotency import earlier_answer
 from server.api.images.encode import Format, encode
+from server.api.images.url_store import ImageLinks
 from server.api.openai_schemas import (
     EditsRequest,
     GenerationsRequest,
@@ -43,6 +45,8 @@ from server.api.planning import (
 from server.api.responses import (
     answer_headers,
     encode_all,
+    file_or_url,
+    image_links,
     respond_in_time,
     stage_seconds,
     until_deadline,
@@ -81,9 +85,18 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         state = app_state(request)
         fields = await read_body(request, endpoint.schema, state.settings.max_body_bytes)
+        if (earlier := await earlier_answer(request, fields)) is not None:
+            return earlier
+        wants_url = fields.response_format == "url" and not fields.stream
+        links = image_links(request) if wants_url else None
         planned = await _plan(request, fields)
         answer = OpenAIAnswer(
-            request, planned, fields.file_format, fields.file_quality, fields.effective_quality
+            request,
+            planned,
+            fields.file_format,
+            fields.file_quality,
+            fields.effective_quality,
+            links,
         )
         stream = fields.stream
         # The files may be large, and are not needed while the job waits.
@@ -118,9 +131,6 @@ def _unsupported(param: str, supported: str, sent: object) -> ApiError:
 
 
 def _check_supported(fields: ImagesFields) -> None:
-    if fields.response_format == "url":
-        message = "images are not stored, so they have no URL; send b64_json"
-        raise _unsupported("response_format", message, "url")
     if fields.output_format != fields.file_format:
         message = "images are png, jpeg or webp"
         raise _unsupported("output_format", message, fields.output_format)
@@ -164,6 +174,7 @@ class OpenAIAnswer:
         format: of the images' files.
         file_quality: of JPEG and WebP.
         quality: the field `quality` of the answer.
+        links: stores the images, whose URLs are then part of the answer. Streams have files.
     """
 
     request: Request
@@ -171,13 +182,16 @@ class OpenAIAnswer:
     format: Format
     file_quality: int
     quality: str
+    links: ImageLinks | None = None
 
     async def respond(self, finished: Finished) -> Response:
         """Return all images as one JSON answer."""
         contents, stages = await self._encode(finished)
 
         def body() -> bytes:
-            data = [self._entry(i, content) for i, content in enumerate(contents)]
+            forms = file_or_url(self.plan, contents, self.format, self.links)
+            seeds = self.plan.job.seeds
+            data = [{**form, "seed": seed} for form, seed in zip(forms, seeds, strict=True)]
             answer = {
                 "created": int(time.time()),
                 "data": data,
@@ -186,7 +200,7 @@ class OpenAIAnswer:
             }
             return json.dumps(answer).encode()
 
-        headers = answer_headers(self.plan, finished, stages)
+        headers = answer_headers(self.plan, finished, stages, "json")
         content = await asyncio.to_thread(body)
         return Response(content, media_type="application/json", headers=headers)
 
@@ -237,10 +251,6 @@ class OpenAIAnswer:
             self.file_quality,
         )
         return contents, stage_seconds(finished, seconds)
-
-    def _entry(self, index: int, content: bytes) -> dict[str, Any]:
-        encoded = base64.b64encode(content).decode()
-        return {"b64_json": encoded, "seed": self.plan.job.seeds[index]}
 
     @property
     def _effective(self) -> dict[str, str]:

@@ -28,6 +28,7 @@ from pydantic import BaseModel
 from model.config import BundleConfig, Operation
 from server.api.body import JSON, read_body
 from server.api.errors import cancelled, invalid_value
+from server.api.idempotency import earlier_answer
 from server.api.images.admission import Uploads
 from server.api.images.decode import checked_file
 from server.api.images.encode import encode
@@ -35,7 +36,7 @@ from server.api.images.infotext import png_texts, read_infotext, write_infotext
 from server.api.openapi import describe_answers
 from server.api.planning import OPERATIONS, Plan, find_model, plan
 from server.api.responses import answer_headers, encode_all, stage_seconds, until_deadline
-from server.api.sdapi_clients import Clients, Drawing, owner
+from server.api.sdapi_clients import Clients, Drawing
 from server.api.sdapi_schemas import (
     ExtraAnswer,
     ExtraSingleImageRequest,
@@ -47,7 +48,7 @@ from server.api.sdapi_schemas import (
     SdRequest,
     Txt2ImgRequest,
 )
-from server.api.state import AppState, app_state, unless_cancelled
+from server.api.state import AppState, app_state, owner_of, unless_cancelled
 from server.engine.messages import Finished, Timings
 
 HASH_DIGITS = 10
@@ -173,7 +174,7 @@ class A1111Answer:
 
 def _drawing_endpoint(schema: type[SdRequest]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        with _clients(request).drawing(owner(request), schema.job) as drawing:
+        with _clients(request).drawing(owner_of(request), schema.job) as drawing:
             answer = await drawing.unless_interrupted(_draw(request, schema, drawing))
             return answer or await _interrupted(drawing)
 
@@ -183,6 +184,8 @@ def _drawing_endpoint(schema: type[SdRequest]) -> Callable[[Request], Awaitable[
 async def _draw(request: Request, schema: type[SdRequest], drawing: Drawing) -> Response:
     """Plan and run a request; note its plan. Raises ApiError and EngineError."""
     fields = await read_body(request, schema, app_state(request).settings.max_body_bytes)
+    if (earlier := await earlier_answer(request, fields)) is not None:
+        return earlier
     answer = await _planned(request, fields)
     # The files may be large, and are not needed while the job waits.
     del fields
@@ -242,7 +245,7 @@ async def _white_mask(request: Request, mask: bytes, inverted: bool) -> bytes:
 async def extra_single_image(request: Request) -> Response:
     """Return the image, enlarged."""
     state = app_state(request)
-    with _clients(request).drawing(owner(request), "extras") as drawing:
+    with _clients(request).drawing(owner_of(request), "extras") as drawing:
         answer = await drawing.unless_interrupted(_upscaled(request, state, drawing))
         if answer is None:
             raise cancelled()
@@ -251,6 +254,8 @@ async def extra_single_image(request: Request) -> Response:
 
 async def _upscaled(request: Request, state: AppState, drawing: Drawing) -> Response:
     fields = await read_body(request, ExtraSingleImageRequest, state.settings.max_body_bytes)
+    if (earlier := await earlier_answer(request, fields)) is not None:
+        return earlier
     file = await asyncio.to_thread(checked_file, fields.image, state.decoder.limits, "image")
     native = {**fields.native((file.width, file.height)), "model": _config(request, None).name}
     upscaling: Operation = "upscale"
@@ -276,6 +281,8 @@ async def png_info(request: Request) -> Response:
     """Return the texts in a PNG, and the parameters among them by name."""
     state = app_state(request)
     fields = await read_body(request, PngInfoRequest, state.settings.max_body_bytes)
+    if (earlier := await earlier_answer(request, fields)) is not None:
+        return earlier
     deadline = time.monotonic() + state.settings.timeout_s
 
     def work(_: Uploads) -> dict[str, Any]:
@@ -302,7 +309,7 @@ def _config(request: Request, sent: object) -> BundleConfig:
     """
     state = app_state(request)
     if sent is None:
-        sent = _clients(request).chosen(owner(request))
+        sent = _clients(request).chosen(owner_of(request))
     if sent is None:
         return find_model(None, state.models, state.settings.aliases)
     if not isinstance(sent, str):
@@ -335,9 +342,11 @@ async def options(request: Request) -> Response:
 async def set_options(request: Request) -> Response:
     """Choose the model of this client's next requests; ignore all other options."""
     fields = await read_body(request, OptionsRequest, app_state(request).settings.max_body_bytes)
+    if (earlier := await earlier_answer(request, fields)) is not None:
+        return earlier
     if fields.sd_model_checkpoint is not None:
         chosen = _config(request, fields.sd_model_checkpoint)
-        _clients(request).choose(owner(request), chosen.name)
+        _clients(request).choose(owner_of(request), chosen.name)
     return JSONResponse(None)
 
 
@@ -370,7 +379,7 @@ async def samplers(request: Request) -> Response:
 
 async def progress(request: Request) -> Response:
     """Return the progress of the client's oldest running request, with its latest preview."""
-    drawings = _clients(request).drawings(owner(request))
+    drawings = _clients(request).drawings(owner_of(request))
     drawing = drawings[0] if drawings else None
     part = drawing.progress if drawing else 0.0
     skip = request.query_params.get("skip_current_image", "").lower() in ("true", "1")
@@ -414,7 +423,7 @@ async def _current_image(request: Request, drawing: Drawing | None) -> str | Non
 
 async def interrupt(request: Request) -> Response:
     """End the client's own running requests."""
-    _clients(request).interrupt(owner(request))
+    _clients(request).interrupt(owner_of(request))
     return JSONResponse({})
 
 

@@ -19,7 +19,7 @@ from server.engine.messages import Priority
 INT64 = 2**63
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-AnyFormat = Format | Literal["gif", "json"]
+AnyFormat = Format | Literal["gif", "json", "url"]
 
 
 # ── text and numbers ──────────────────────────────────────────────────────────────────────────────
@@ -246,7 +246,8 @@ class SamplingFields(RecipeFields):
     ] = None
     height: Annotated[int | None, Field(ge=1, description="As width")] = None
     response_format: Annotated[
-        Format | Literal["json"] | None, Field(description="Overrides the Accept header")
+        Format | Literal["json", "url"] | None,
+        Field(description="Overrides the Accept header; url: JSON with URLs of stored PNGs"),
     ] = None
     quality: Annotated[int, Field(ge=1, le=100, description="Quality of JPEG and WebP")] = 90
 
@@ -333,7 +334,11 @@ KeepUnmasked = Annotated[
     bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
 ]
 AnimationChoice = Annotated[
-    AnyFormat | None, Field(description="Overrides the Accept header; gif and webp are animations")
+    AnyFormat | None,
+    Field(
+        description="Overrides the Accept header; gif and webp are animations; url: JSON with URLs"
+        " of stored PNGs"
+    ),
 ]
 
 
@@ -510,9 +515,10 @@ class InterpolateRequest(SamplingFields):
 
 
 class ImageEntry(BaseModel):
-    """One image of a JSON answer."""
+    """One image of a JSON answer: its file, or with response_format url its URL."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
     width: int
     height: int

@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Response
 
-from server.api.middleware import ANYBODY
 from server.api.planning import Plan
-from server.api.state import request_state
 from server.engine.latency_model import Forecast
 from server.engine.messages import Finished, Preview
 
@@ -28,14 +26,6 @@ Result = TypeVar("Result")
 MAX_CHOICES = 1024
 # Progress of a running request: clients take 0 and 1 for an idle server.
 LEAST_PROGRESS, MOST_PROGRESS = 0.01, 0.99
-
-
-def owner(request: Request) -> str:
-    """Return the client behind a request: its API key's name, or its address without one."""
-    client = request_state(request).client
-    if client not in (None, ANYBODY):
-        return f"key {client}"
-    return f"address {request.client.host if request.client else 'unknown'}"
 
 
 def _unset_future() -> asyncio.Future[None]:
