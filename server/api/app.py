@@ -22,6 +22,7 @@ from server.api import (
 )
 from server.api.images.admission import ImageDecoder, image_limits
 from server.api.images.encoder import ImageEncoder
+from server.api.images.marking import Marker
 from server.api.middleware import (
     Guard,
     HealthPort,
@@ -77,7 +78,9 @@ def create_app(
     Raises:
         FileNotFoundError: weights do not exist.
         pydantic.ValidationError: weights or settings are invalid.
-        ValueError: settings exclude the weights, or ask for traces without the extra `otel`.
+        OSError: the certificate for signatures cannot be read.
+        ValueError: settings exclude the weights, ask for traces without the extra `otel`, or for
+            signatures without the extra `provenance` or with an unfit certificate.
     """
     settings = settings or Settings()
     # Clients that may read the metrics must not learn each other's request ids.
@@ -105,6 +108,7 @@ def create_app(
         ),
         ImageEncoder(settings.queue_rows),
         tracing=tracing,
+        marker=Marker(settings),
     )
 
     @asynccontextmanager
