@@ -13,7 +13,7 @@ edit() { get -o out.png -F image=@image.png -F prompt='a blue ball' "$URL/edit" 
 mask() {
   get -o out.png -F image=@image.png -F mask=@mask.png -F prompt='a blue ball' "$URL/inpaint" && is_png out.png
 }
-stream() { get -N -F prompt='a red ball' -F stream=true -F partial_images=2 "$URL/generate" | grep -q 'event: completed'; }
+stream() { get -N -F prompt='show a red ball' -F stream=true -F partial_images=2 "$URL/generate" | grep -q 'event: completed'; }
 named() {
   rm -rf named && mkdir named && (cd named && get -OJ -F prompt='a red ball' "$URL/generate" && ls) | grep '\.png$'
 }

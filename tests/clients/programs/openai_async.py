@@ -43,7 +43,7 @@ async def variation():
 
 async def stream():
     events = await client.images.edit(
-        image=IMAGE, prompt="a blue ball", stream=True, partial_images=2
+        image=IMAGE, prompt="show a blue ball", stream=True, partial_images=2
     )
     types = [event.type async for event in events]
     check(types[-1] == "image_edit.completed", types)

@@ -36,7 +36,7 @@ await run({
     return decoded(await client.images.createVariation({ image: await file(IMAGE, "image.png") }));
   },
   async stream() {
-    const events = await client.images.generate({ prompt: "a red ball", stream: true, partial_images: 2 });
+    const events = await client.images.generate({ prompt: "show a red ball", stream: true, partial_images: 2 });
     const types = [];
     for await (const event of events) types.push(event.type);
     check(types.at(-1) === "image_generation.completed", types);

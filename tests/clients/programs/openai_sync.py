@@ -55,7 +55,7 @@ def variation():
 
 
 def stream():
-    events = list(client.images.generate(prompt="a red ball", stream=True, partial_images=2))
+    events = list(client.images.generate(prompt="show a red ball", stream=True, partial_images=2))
     check(events[-1].type == "image_generation.completed", events[-1].type)
     return f"{len(events) - 1} previews"
 
