@@ -2,11 +2,11 @@
 . ./calls.sh
 
 get() { curl --http2 -sSf --max-time 60 "$@"; }
-version() { get -o /dev/null -w 'HTTP/%{http_version}' "$@"; }
 
 models() { get "$URL/v1/models" | grep -q '"data"'; }
 generate() {
-  version -o out.png --json '{"prompt": "a red ball"}' -H 'Accept: image/png' "$URL/generate" && is_png out.png
+  get -o out.png -w 'HTTP/%{http_version}' --json '{"prompt": "a red ball"}' -H 'Accept: image/png' "$URL/generate" \
+    && is_png out.png
 }
 several() { get --json '{"prompt": "a red ball", "n": 2}' "$URL/generate" | grep -q b64_json; }
 edit() { get -o out.png -F image=@image.png -F prompt='a blue ball' "$URL/edit" && is_png out.png; }
