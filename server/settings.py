@@ -9,9 +9,16 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
@@ -337,6 +344,29 @@ class Settings(BaseSettings):
         int, Field(ge=1, description="Requests whose uploaded images are decoded at once")
     ] = 2
 
+    # ── files ──
+
+    mark: Annotated[
+        bool,
+        Field(description="Mark generated files as such in XMP, for people and programs that ask"),
+    ] = True
+    embed_parameters: Annotated[
+        bool,
+        Field(description="Write the request's parameters, prompts included, into generated files"),
+    ] = True
+    c2pa_certificate: Annotated[
+        str,
+        Field(
+            description="PEM file of a certificate and its issuers; generated files are then signed"
+            " by C2PA, which needs the extra `provenance`"
+        ),
+    ] = ""
+    c2pa_key: Annotated[str, Field(description="PEM file of that certificate's private key")] = ""
+    c2pa_algorithm: Annotated[
+        Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"],
+        Field(description="Signature algorithm that fits the key"),
+    ] = "es256"
+
     # ── keys ──
 
     api_keys: Annotated[
@@ -466,6 +496,14 @@ class Settings(BaseSettings):
         if port is not None and port == info.data.get("port"):
             raise PydanticCustomError("port", "must not be the port of the API")
         return port
+
+    @model_validator(mode="after")
+    def _signature_is_whole(self) -> Self:
+        if bool(self.c2pa_certificate) != bool(self.c2pa_key):
+            raise ValueError("c2pa_certificate and c2pa_key are needed together")
+        if self.c2pa_certificate and not self.mark:
+            raise ValueError("mark false leaves nothing that c2pa_certificate could sign")
+        return self
 
     @property
     def worker_devices(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from server.api.compression import Compression
 from server.api.idempotency import REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
 from server.api.images.encoder import ImageEncoder
+from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.api.middleware import (
     CanonicalPath,
@@ -90,7 +91,9 @@ def create_app(
     Raises:
         FileNotFoundError: weights do not exist.
         pydantic.ValidationError: weights or settings are invalid.
-        ValueError: settings exclude the weights, or ask for traces without the extra `otel`.
+        OSError: the certificate for signatures cannot be read.
+        ValueError: settings exclude the weights, ask for traces without the extra `otel`, or for
+            signatures without the extra `provenance` or with an unfit certificate.
     """
     settings = settings or Settings()
     # Clients that may read the metrics must not learn each other's request ids.
@@ -120,6 +123,7 @@ def create_app(
         ImageEncoder(settings.queue_rows),
         UrlStore(settings.url_store_bytes, settings.url_ttl_s),
         tracing=tracing,
+        marker=Marker(settings),
     )
     metrics.url_store_bytes.set_function(lambda: state.url_store.bytes)
     idempotency = IdempotencyTable(settings.idempotency_bytes, metrics)

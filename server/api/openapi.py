@@ -17,6 +17,7 @@ ERRORS = {
     401: "API key missing or unknown",
     403: "Sent by a page of another origin",
     404: "Unknown weights",
+    406: "Accept names only unsupported image types",
     408: "Timeout while reading the body",
     413: "Body or image too large",
     415: "Unsupported Content-Type",

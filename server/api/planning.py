@@ -185,6 +185,13 @@ class Plan:
         frame = {"frame": index} if job.keyframes else {}
         return {**common, **self.operation_parameters, **frame, "truncated": list(truncated)}
 
+    def shared_parameters(self, truncated: tuple[str, ...]) -> dict[str, Any]:
+        """Return the effective parameters of all images together."""
+        images = 1 if self.job.keyframes else len(self.job.seeds)
+        parameters = self.parameters(truncated, 0) | {"n": images}
+        parameters.pop("frame", None)
+        return parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -357,7 +364,8 @@ class Draft:
             deadline=self.deadline,
             arrived_at=self.arrived_at,
             priority=request.priority,
-            previews=request.partial_images,
+            # Clients keep the field when they turn streams off.
+            previews=request.partial_images if request.stream else 0,
             cache_scope=self.cache_scope,
             **{"seeds": seeds(request.seed, request.n), **parts},
         )
@@ -419,9 +427,6 @@ def draft(
     Raises:
         ApiError: 404 unknown weights, 400 unsupported by them, 422 contradictory fields.
     """
-    if request.partial_images and not request.stream:
-        allowed = "previews are part of a stream: send stream true"
-        raise invalid_value("partial_images", allowed, request.partial_images)
     config = find_model(request.model, models, settings.aliases)
     check_operation(config, operation)
     sampling = _sampling(request, config, settings)

@@ -11,10 +11,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
 
+from server.api.errors import ApiError, shortened
 from server.api.images.encode import AnimationFormat, Format, animate, encode
 from server.api.images.url_store import EXTENSIONS, ImageLinks, StoredImage
 from server.api.origins import base_url
@@ -29,8 +31,10 @@ T = TypeVar("T")
 
 MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
     "application/json": "json",
+    "application/*": "json",
     "image/png": "png",
     "image/jpeg": "jpeg",
+    "image/jpg": "jpeg",
     "image/webp": "webp",
     "image/*": "png",
     "*/*": "png",
@@ -41,13 +45,29 @@ MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
 
 
 def accepted_format(accept: str) -> Format | Literal["json"]:
-    """Return the preferred supported type of an `Accept` header; JSON if it has no image type."""
-    return _preferred(accept, MEDIA_TYPES) or "json"
+    """Return the preferred supported type of an `Accept` header; JSON if it has no image type.
+
+    Raises ApiError 406 if it has image types, all of them unsupported.
+    """
+    return _preferred(accept, MEDIA_TYPES) or _json_for(accept, MEDIA_TYPES)
 
 
 def accepted_animation(accept: str) -> Format | Literal["gif", "json"]:
     """Return as `accepted_format`, with GIF supported too."""
-    return _preferred(accept, {**MEDIA_TYPES, "image/gif": "gif"}) or "json"
+    known: dict[str, Format | Literal["gif", "json"]] = {**MEDIA_TYPES, "image/gif": "gif"}
+    return _preferred(accept, known) or _json_for(accept, known)
+
+
+def _json_for(accept: str, known: Mapping[str, object]) -> Literal["json"]:
+    """Return JSON, unless the client would save the answer as an image that it is not."""
+    if "image/" not in accept.lower():
+        return "json"
+    supported = ", ".join(name for name in known if "*" not in name)
+    message = (
+        f"Accept: the answer can be {supported}; send one of these or */*, or choose by the field"
+        f" response_format (sent: {shortened(accept)})"
+    )
+    raise ApiError(HTTPStatus.NOT_ACCEPTABLE, "not_acceptable", message)
 
 
 def _preferred(accept: str, known: Mapping[str, T]) -> T | None:
@@ -111,11 +131,14 @@ async def file_response(
 async def animation_response(
     state: AppState, plan: Plan, finished: Finished, format: AnimationFormat, quality: int
 ) -> Response:
-    """Return all images in one file, without parameters in it."""
+    """Return all images in one file."""
+    parameters = plan.shared_parameters(finished.truncated)
+    marking = state.marker.of(plan.operation)
     frames, began = _Frames(plan, _ordered(finished)), time.perf_counter()
     try:
         content = await state.encoder.run(
-            partial(animate, frames, format, quality), len(finished.images)
+            partial(animate, frames, format, quality, parameters, marking=marking),
+            len(finished.images),
         )
     finally:
         frames.stop()
@@ -210,7 +233,9 @@ class NativeStream:
         # Clients do not keep previews; a JPEG takes at most 1/12 of a PNG's time and 1/6 of its
         # bytes: docs/log.md.
         format: Format = "jpeg" if self.format == "png" else self.format
-        content = encode(self.plan.preview(preview.image), format, self.quality, {})
+        marking = app_state(self.request).marker.of_preview(self.plan.operation)
+        image = self.plan.preview(preview.image)
+        content = encode(image, format, self.quality, {}, marking=marking)
         data = {
             "index": preview.image.index,
             "step": preview.step,
@@ -224,10 +249,13 @@ class NativeStream:
 
     def _image(self, drawn: Drawn) -> Event:
         began = time.perf_counter()
-        plan, index = self.plan, drawn.image.index
+        state, plan, index = app_state(self.request), self.plan, drawn.image.index
         parameters = plan.parameters(drawn.truncated, index)
-        content = encode(plan.result(drawn.image), self.format, self.quality, parameters)
-        record_images(app_state(self.request), plan, 1, began)
+        marking = state.marker.of(plan.operation)
+        content = encode(
+            plan.result(drawn.image), self.format, self.quality, parameters, marking=marking
+        )
+        record_images(state, plan, 1, began)
         (entry,) = image_entries(plan, [content], self.format, self.links, index)["images"]
         return Event("image", {"index": index, **entry})
 
@@ -320,14 +348,11 @@ def answer_fields(
     request: Request, plan: Plan, finished: Finished, stages: dict[str, float]
 ) -> dict[str, Any]:
     """Return the JSON answer without its images. stages: seconds."""
-    images = 1 if plan.job.keyframes else len(plan.job.seeds)
-    parameters = plan.parameters(finished.truncated, 0) | {"n": images}
-    parameters.pop("frame", None)
     return {
         "id": request_state(request).id,
         "created": int(time.time()),
         "model": plan.job.model,
-        "parameters": parameters,
+        "parameters": plan.shared_parameters(finished.truncated),
         "timings": stages,
     }
 
@@ -344,11 +369,12 @@ async def encode_all(
 
     text_of: makes the text of a PNG from an image's parameters, in place of their JSON.
     """
+    marking = state.marker.of(plan.operation)
 
     def make(image: Image) -> bytes:
         parameters = plan.parameters(finished.truncated, image.index)
         text = text_of(parameters) if text_of else None
-        return encode(plan.result(image), format, quality, parameters, text)
+        return encode(plan.result(image), format, quality, parameters, text, marking)
 
     began = time.perf_counter()
     large = state.decoder.run_large if plan.restoration else None

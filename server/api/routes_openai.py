@@ -21,11 +21,12 @@ from fastapi.responses import JSONResponse
 
 from model.config import BundleConfig
 from server.api.body import read_body
-from server.api.errors import ApiError
+from server.api.errors import ApiError, as_bad_request, shortened
 from server.api.idempotency import earlier_answer
 from server.api.images.encode import Format, encode
 from server.api.images.url_store import ImageLinks
 from server.api.openai_schemas import (
+    UNSUPPORTED_FIELDS,
     EditsRequest,
     GenerationsRequest,
     ImagesFields,
@@ -105,7 +106,19 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
             return await stream_events(request, partial(answer.stream, endpoint.event_prefix))
         return await respond_in_time(request, planned, answer.respond)
 
-    return handle
+    return _refusing_with_400(handle)
+
+
+def _refusing_with_400(
+    handle: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    async def refusing(request: Request) -> Response:
+        try:
+            return await handle(request)
+        except ApiError as error:
+            raise as_bad_request(error) from None
+
+    return refusing
 
 
 # ── request ───────────────────────────────────────────────────────────────────────────────────────
@@ -126,7 +139,7 @@ async def _plan(request: Request, fields: ImagesFields) -> Plan:
 
 def _unsupported(param: str, supported: str, sent: object) -> ApiError:
     """Return the error for a value that OpenAI's API has and the weights do not support."""
-    message = f"{param}: {supported} (sent: {sent!r})"
+    message = f"{param}: {supported} (sent: {shortened(sent)})"
     return ApiError(HTTPStatus.BAD_REQUEST, "unsupported_value", message, param)
 
 
@@ -136,9 +149,12 @@ def _check_supported(fields: ImagesFields) -> None:
         raise _unsupported("output_format", message, fields.output_format)
     if fields.background == "transparent":
         raise _unsupported("background", "images are opaque; send opaque or auto", "transparent")
-    if fields.output_compression is not None and fields.output_format == "png":
-        message = "is for jpeg and webp; a png has no quality"
+    if fields.output_compression not in (None, 100) and fields.output_format == "png":
+        message = "is for jpeg and webp; a png has no quality: send 100, or leave it out"
         raise _unsupported("output_compression", message, fields.output_compression)
+    for name, advice in UNSUPPORTED_FIELDS.items():
+        if (sent := getattr(fields, name)) is not None:
+            raise _unsupported(name, f"not supported; leave it out: {advice}", sent)
 
 
 def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
@@ -226,7 +242,8 @@ class OpenAIAnswer:
     def _partial(self, name: str, preview: Preview) -> Event:
         # In the requested format: clients save previews under that name.
         image = self.plan.preview(preview.image)
-        content = encode(image, self.format, self.file_quality, {})
+        marking = app_state(self.request).marker.of_preview(self.plan.operation)
+        content = encode(image, self.format, self.file_quality, {}, marking=marking)
         index = preview.image.index
         return self._event(name, content, index=index, partial_image_index=preview.number)
 

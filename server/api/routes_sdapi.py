@@ -411,11 +411,14 @@ async def _current_image(request: Request, drawing: Drawing | None) -> str | Non
     preview, planned = drawing.previews[min(drawing.previews)], drawing.plan
     if drawing.shown is None or drawing.shown[0] is not preview:
 
+        state = app_state(request)
+        marking = state.marker.of_preview(planned.operation)
+
         def work() -> str:
-            content = encode(planned.finish(preview.image), "png", 90, {})
+            content = encode(planned.finish(preview.image), "png", 90, {}, marking=marking)
             return base64.b64encode(content).decode()
 
-        file = asyncio.ensure_future(app_state(request).encoder.run(work))
+        file = asyncio.ensure_future(state.encoder.run(work))
         drawing.shown = preview, file
     # Shared by those that ask meanwhile; any of them may leave.
     return await asyncio.shield(drawing.shown[1])

@@ -17,6 +17,8 @@ from server.api.images.fit import FitMode, ReturnSize
 from server.engine.messages import Priority
 
 INT64 = 2**63
+# Characters of a prompt, as in OpenAI's API. Encoders read their own limits' worth of it.
+MAX_TEXT = 32_000
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 AnyFormat = Format | Literal["gif", "json", "url"]
@@ -32,13 +34,15 @@ _NOT_BLANK = rf"^[^\x00]*{_VISIBLE}[^\x00]*$"
 
 def _without_nul(text: str) -> str:
     if "\0" in text:
-        raise ValueError("may not hold NUL characters")
+        raise ValueError("may not hold NUL characters; remove them")
     return text
 
 
 def _not_blank(text: str) -> str:
     if not re.search(_VISIBLE, text):
-        raise ValueError("must hold more than white space and control characters")
+        raise ValueError(
+            "must hold more than white space and control characters: describe the image"
+        )
     return text
 
 
@@ -46,6 +50,11 @@ def _pair(value: object) -> object:
     if value is None:
         return None
     return tuple(value) if isinstance(value, list) else (value, value)
+
+
+def jpg_as_jpeg(value: object) -> object:
+    """Return a format's name; the common file name extension stands for JPEG."""
+    return "jpeg" if value == "jpg" else value
 
 
 def _as_tuple(value: object) -> object:
@@ -59,7 +68,7 @@ def _drawn_seed(seed: int | None) -> int | None:
 
 Text = Annotated[
     str,
-    Field(max_length=4000, json_schema_extra={"pattern": _NO_NUL}),
+    Field(max_length=MAX_TEXT, json_schema_extra={"pattern": _NO_NUL}),
     AfterValidator(_without_nul),
 ]
 NonBlankText = Annotated[
@@ -125,7 +134,8 @@ def _from_base64(text: str) -> bytes:
         raise PydanticCustomError("image_encoding", message) from None
 
 
-def _as_list(sent: Any) -> Any:
+def as_list(sent: Any) -> Any:
+    """Return a list; anything else as a list of one."""
     return sent if isinstance(sent, list) else [sent]
 
 
@@ -140,7 +150,7 @@ ImageBytes = Annotated[
 
 ImageBytesList = Annotated[
     list[ImageBytes],
-    BeforeValidator(_as_list, json_schema_input_type=Base64Text | list[Base64Text]),
+    BeforeValidator(as_list, json_schema_input_type=Base64Text | list[Base64Text]),
 ]
 """One image file or several; give it `Field(max_length=…)`."""
 
@@ -229,7 +239,8 @@ class RecipeFields(BaseModel):
         Field(
             ge=0,
             le=8,
-            description="With stream: most previews of each image, evenly spread over its steps",
+            description="With stream: most previews of each image, evenly spread over its steps;"
+            " ignored without stream",
         ),
     ] = 0
 
@@ -247,6 +258,7 @@ class SamplingFields(RecipeFields):
     height: Annotated[int | None, Field(ge=1, description="As width")] = None
     response_format: Annotated[
         Format | Literal["json", "url"] | None,
+        BeforeValidator(jpg_as_jpeg),
         Field(description="Overrides the Accept header; url: JSON with URLs of stored PNGs"),
     ] = None
     quality: Annotated[int, Field(ge=1, le=100, description="Quality of JPEG and WebP")] = 90
@@ -296,7 +308,7 @@ Regions = Annotated[
 References = Annotated[
     ImageBytesList,
     Field(
-        max_length=7,
+        max_length=15,
         description="Images of the wanted content, as in /variations; equal weights",
     ),
 ]
@@ -335,6 +347,7 @@ KeepUnmasked = Annotated[
 ]
 AnimationChoice = Annotated[
     AnyFormat | None,
+    BeforeValidator(jpg_as_jpeg),
     Field(
         description="Overrides the Accept header; gif and webp are animations; url: JSON with URLs"
         " of stored PNGs"
@@ -552,7 +565,7 @@ class ErrorAnswer(BaseModel):
         json_schema_extra={
             "example": {
                 "error": {
-                    "message": "n: Input should be less than or equal to 16 (sent: 17)",
+                    "message": "n: must be a whole number from 1 to 16 (sent: 17)",
                     "type": "invalid_request_error",
                     "param": "n",
                     "code": "invalid_value",

@@ -15,6 +15,7 @@ from model.config import BundleConfig
 from server.api.errors import ApiError, cancelled, client_closed
 from server.api.images.admission import ImageDecoder
 from server.api.images.encoder import ImageEncoder
+from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.engine.interface import Engine
 from server.engine.messages import Job
@@ -43,6 +44,7 @@ class AppState:
         started_at: Unix seconds.
         running: by client and request id, the futures that end running requests with an error.
         tracing: None unless `settings.tracing` is on.
+        marker: chooses what generated files say about themselves.
         stopping: set from the stop signal on; /readyz is then 503, while requests still are served.
     """
 
@@ -56,6 +58,7 @@ class AppState:
     started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[tuple[str, str], list[asyncio.Future[ApiError]]] = field(default_factory=dict)
     tracing: Tracing | None = None
+    marker: Marker = field(default_factory=Marker)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 

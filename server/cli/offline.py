@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from model.canvas import Pixels
@@ -22,6 +23,7 @@ from model.tiles import lanczos
 from server.api.images.admission import Uploads, image_limits
 from server.api.images.encode import read_parameters
 from server.api.planning import OPERATIONS, Plan, draft, file_hash
+from server.api.validation import from_validation
 from server.engine.messages import Image, Job
 from server.settings import Settings
 
@@ -39,11 +41,13 @@ def plan(
 
     Raises:
         ApiError: the server's error answer.
-        pydantic.ValidationError: a field is invalid.
     """
     schema, planner = OPERATIONS[operation]
     config = BundleConfig.read(find_bundle(settings.bundles[0]))
-    request = schema.model_validate(fields)
+    try:
+        request = schema.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, schema, fields) from None
     if recorded:
         request = request.model_copy(update={"seed": fields.get("seed")})
     output = request.response_format or "png"
