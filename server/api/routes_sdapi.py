@@ -102,7 +102,7 @@ class A1111Answer:
             }
             return json.dumps(answer).encode()
 
-        headers = answer_headers(self.plan, finished, stage_seconds(finished, seconds))
+        headers = answer_headers(self.plan, finished, stage_seconds(finished, seconds), "json")
         return Response(await asyncio.to_thread(body), media_type=JSON, headers=headers)
 
     def _infotext(self, parameters: dict[str, Any], *, interrupted: bool) -> str:
@@ -269,7 +269,7 @@ async def _upscaled(request: Request, state: AppState, drawing: Drawing) -> Resp
         finished = await state.engine.run(planned.job, on_admitted=drawing.admit)
         async with until_deadline(planned):
             (content,), seconds = await encode_all(state, planned, finished, "png", 90)
-        headers = answer_headers(planned, finished, stage_seconds(finished, seconds))
+        headers = answer_headers(planned, finished, stage_seconds(finished, seconds), "json")
         body = {"html_info": f"<p>{shown}</p>", "image": base64.b64encode(content).decode()}
         content = await asyncio.to_thread(lambda: json.dumps(body).encode())
         return Response(content, media_type=JSON, headers=headers)
@@ -410,7 +410,6 @@ async def _current_image(request: Request, drawing: Drawing | None) -> str | Non
         return None
     preview, planned = drawing.previews[min(drawing.previews)], drawing.plan
     if drawing.shown is None or drawing.shown[0] is not preview:
-
         state = app_state(request)
         marking = state.marker.of_preview(planned.operation)
 
