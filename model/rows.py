@@ -95,9 +95,10 @@ class Row:
 
     @cached_property
     def guidances(self) -> list[float]:
-        """Guidance of every step; 1 after `guidance_steps`."""
+        """Guidance of every step; 1 outside of the `guidance_steps` from `guidance_start` on."""
         s = self.sampling
-        return [g if i < s.guidance_steps else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
+        guided = range(s.guidance_start, s.guidance_start + s.guidance_steps)
+        return [g if i in guided else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
 
     @cached_property
     def renoise_probabilities(self) -> list[float]:
@@ -105,6 +106,12 @@ class Row:
         return [
             t if i < self.sampling.renoise_steps else NEVER for i, t in enumerate(self.times[1:])
         ]
+
+    @property
+    def renoises_by_confidence(self) -> bool:
+        """Whether this step renoises the tokens that the denoiser is least sure of."""
+        s = self.sampling
+        return s.renoise_order == "confidence" and self.step < s.renoise_steps
 
     @property
     def source(self) -> Tensor:
