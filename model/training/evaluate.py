@@ -2,6 +2,7 @@
 
     python -m model.training.evaluate                          # the embedded weights, all of it
     python -m model.training.evaluate --bundle runs/tiny --quick    # 300 prompts, one seed
+    python -m model.training.evaluate --bundle tiny@steps=4,guidance=1      # another recipe
     python -m model.training.evaluate --contact-sheet docs/contact_sheet.webp
     python -m model.training.evaluate --operations             # inpainting, outpainting, …
     python -m model.training.evaluate --curves docs/plots      # guidance, steps, KID
@@ -31,7 +32,6 @@ from rich.table import Table
 from torch import Tensor
 
 from load_tests.report import Report
-from model.config import find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
 from model.training import benchmark, scenes
@@ -42,6 +42,8 @@ from model.training.checker import Judge, check
 from model.training.detector import NATIVE, WEIGHTS, Detector
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.prompts import CONTACT_SHEET, BenchPrompt
+from model.training.recipe_text import RecipeError
+from model.training.recipes import loaded
 from model.training.repertoire import OPERATIONS, Stage
 from model.training.scenes import SQUARE, Scene
 from model.training.studio import Studio
@@ -379,7 +381,9 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--bundle", default="tiny")
+    p.add_argument(
+        "--bundle", default="tiny", help="name or path; @CHANGES of its recipe may follow"
+    )
     p.add_argument("--set", default="report", help="tune, reward or report (default)")
     p.add_argument("--quick", action="store_true", help="25 prompts of a category, one seed")
     p.add_argument("--minutes", type=float, default=15, help="after which seeds are saved on")
@@ -416,7 +420,10 @@ def main() -> None:
         "evaluate", command=" ".join(["python -m model.training.evaluate", *sys.argv[1:]])
     )
     began = time.monotonic()
-    pipeline = Pipeline.load(find_bundle(args.bundle), device, pick_dtype(args.dtype, device))
+    try:
+        pipeline = loaded(args.bundle, device, pick_dtype(args.dtype, device))
+    except RecipeError as error:
+        raise SystemExit(str(error)) from None
     if reason := unfit(pipeline):
         raise SystemExit(reason)
     first = Detector.load(args.judge, device)
