@@ -378,7 +378,8 @@ class SamplingConfig:
 
 # As in a request.
 StepCount = Annotated[int, Field(ge=0, le=64)]
-Guidance = Annotated[float, Field(ge=0, le=30)]
+MAX_GUIDANCE = 30
+Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE)]
 Temperature = Annotated[float, Field(ge=0.05, le=5)]
 AttentionWeight = Annotated[float, Field(ge=0, le=100)]
 

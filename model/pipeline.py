@@ -523,21 +523,27 @@ class PipelineV3(Pipeline):
         return self.bundle.denoiser.condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
 
     def _attention_weights(self, prompt: Prompt) -> Tensor | None:
-        """Return the published recipe's weights [1, L] of condition tokens.
-
-        Counted from the end and without padding, the last 4 weigh `image`, and those before them,
-        as many as the prompt has bytes, `text`.
-        """
-        if self.config.recipe.attention_weights is None:
+        """Return the recipe's weights [1, L] of condition tokens."""
+        weights = self.config.recipe.attention_weights
+        if weights is None:
             return None
-        text, image = self.config.recipe.attention_weights
-        seq = self.config.denoiser.clip_seq_len
-        real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
-        # Counted from the end, the last is 1. Nothing asks the device for a number: the answer
-        # would come when all before it is computed.
-        place = real.flip(0).cumsum(0).flip(0)
-        weights = torch.where(place <= seq, image, text)
-        return torch.where(real & (place <= prompt.mask.sum()), weights, 1.0)[None]
+        return attention_weights(prompt.mask, self.config.denoiser.clip_seq_len, weights)
+
+
+def attention_weights(mask: Tensor, clip_seq_len: int, weights: tuple[float, float]) -> Tensor:
+    """Return the published recipe's weights [B, L + 2 clip_seq_len] of condition tokens.
+
+    Counted from the end and without padding, the last `clip_seq_len` weigh `image`, and those
+    before them, as many as the prompt has bytes, `text`. mask: [B, L], False where bytes are
+    padding. weights: (text, image).
+    """
+    text, image = weights
+    real = F.pad(mask, (0, 2 * clip_seq_len), value=True)
+    # Counted from the end, the last is 1. Nothing asks the device for a number: the answer would
+    # come when all before it is computed.
+    place = real.flip(1).cumsum(1).flip(1)
+    factors = torch.where(place <= clip_seq_len, image, text)
+    return torch.where(real & (place <= mask.sum(1, keepdim=True)), factors, 1.0)
 
 
 class PipelineV1(Pipeline):

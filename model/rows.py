@@ -21,7 +21,7 @@ from model.image_request import steps_skipped
 from model.networks.denoiser_v1 import ConditionV1
 from model.networks.denoiser_v3 import Condition
 from model.networks.layers import to_device
-from model.sampling import NEVER, Noise, ramp, renoise, timesteps
+from model.sampling import NEVER, Noise, guidances, ramp, renoise, timesteps
 
 AnyCondition = Condition | ConditionV1
 
@@ -95,10 +95,8 @@ class Row:
 
     @cached_property
     def guidances(self) -> list[float]:
-        """Guidance of every step; 1 outside of the `guidance_steps` from `guidance_start` on."""
-        s = self.sampling
-        guided = range(s.guidance_start, s.guidance_start + s.guidance_steps)
-        return [g if i in guided else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
+        """Guidance of every step; 1 outside of its interval of steps."""
+        return guidances(self.sampling)
 
     @cached_property
     def renoise_probabilities(self) -> list[float]:

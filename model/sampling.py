@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.config import RenoiseMode, RenoiseOrder, Schedule
+from model.config import RenoiseMode, RenoiseOrder, SamplingConfig, Schedule
 
 NEVER = -1.0  # a renoising probability below every uniform number
 # The Gumbel noise on a token's log probability when confidence chooses what becomes noise again;
@@ -149,6 +149,13 @@ def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
 def ramp(ends: tuple[float, float], steps: int) -> list[float]:
     """Return n values evenly from the first end to the second: temperatures or guidances."""
     return torch.linspace(*ends, steps).tolist()
+
+
+def guidances(sampling: SamplingConfig) -> list[float]:
+    """Return the guidance of every step; 1 outside of its interval of steps."""
+    s = sampling
+    guided = range(s.guidance_start, s.guidance_start + s.guidance_steps)
+    return [g if i in guided else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
     python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
     python -m model.training.assemble weights/tiny --dtype float16
     python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt
-    python -m model.training.assemble fast --base tiny --denoiser runs/distilled.pt \
-        --recipe steps=4,guidance=1
+    python -m model.training.assemble one --base tiny --denoiser runs/x.pt --recipe guidance=1
 
 A network without a checkpoint keeps the weights of the bundle that OUT already holds, or random
 weights if there is none: the prior and the denoiser train on a bundle whose encoders and VQGAN are

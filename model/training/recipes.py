@@ -91,9 +91,19 @@ def compared(name: str, pipeline: Pipeline, own: Bools, first: Bools) -> Measure
     low, high = benchmark.bootstrap(own.mean(1))
     change = own.mean(1) - first.mean(1)
     change_low, change_high = benchmark.bootstrap(change)
-    shares = own.mean(), low, high, change.mean(), change_low, change_high
-    rounded = [round(float(share), 4) for share in shares]
-    return Measured(name, pipeline.config.recipe.sampling(), own.size, *rounded, 0.0, 0.0)
+    return Measured(
+        name,
+        pipeline.config.recipe.sampling(),
+        own.size,
+        score=round(float(own.mean()), 4),
+        low=round(low, 4),
+        high=round(high, 4),
+        difference=round(float(change.mean()), 4),
+        difference_low=round(change_low, 4),
+        difference_high=round(change_high, 4),
+        kid=0.0,
+        milliseconds=0.0,
+    )
 
 
 def table(rows: Sequence[Measured]) -> Table:
