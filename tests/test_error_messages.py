@@ -83,7 +83,7 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     (
         "/generate",
         BALL | {"response_format": "bmp"},
-        "response_format: must be png, jpeg, webp or json (sent: 'bmp')",
+        "response_format: must be png, jpeg, webp, json or url (sent: 'bmp')",
     ),
     (
         "/generate",
