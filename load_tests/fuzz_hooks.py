@@ -29,7 +29,6 @@ SEMANTIC = (
     "send image or images, not both",
     "file_id is not supported",
     "not supported; leave it out",
-    "must be the image's",
     "must be the result's",
     "at least one of left, right, up and down",
     "one for each image",

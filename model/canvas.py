@@ -26,7 +26,7 @@ MAX_FEATHER = 64
 UNLIKE_OTHERS = 48.0
 UNLIKE_ZERO = 144.0
 # Both are wider in texture, by so many standard deviations of it.
-TEXTURE_DEVIATIONS = 3.0
+TEXTURE_DEVIATIONS = np.float32(3.0)
 # Errors of the decoder differ by so much from place to place. What texture adds to a difference is
 # averaged over more pixels, the more it deviates in comparison.
 LOCAL_DEVIATION = 4.0
@@ -399,7 +399,8 @@ def _trust(difference: Floats, kept: Mask, tolerance: Floats, cell: int) -> Floa
 
 def _ratio(sums: Floats, weights: Floats) -> Floats:
     """Return weighted means, 0 where nothing has a weight."""
-    return sums / np.maximum(weights, np.float32(1e-3))
+    divisors: Floats = np.maximum(weights, np.float32(1e-3))
+    return sums / divisors
 
 
 def _closeness(difference: Floats, width: Floats) -> Floats:

@@ -71,6 +71,7 @@ def test_results_become_a_table() -> None:
     assert list(CALLS) == list(dict.fromkeys(CALLS))
 
 
+@pytest.mark.process
 def test_a_client_that_cannot_be_installed_says_why(tmp_path: Path) -> None:
     with pytest.raises(NotInstalledError, match="no such-program"):
         install(Client("x", "shell", "curl.sh", commands=("such-program",)), tmp_path)

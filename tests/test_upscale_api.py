@@ -154,7 +154,7 @@ def test_hires_takes_the_defaults_regions_and_sizes(client: httpx.Client) -> Non
     refused(
         as_json(client, "generate", **PROMPT, hires={"scale": 2, "size": 1}),
         422,
-        "invalid_value",
+        "unknown_field",
         "hires",
         "hires.size",
     )
