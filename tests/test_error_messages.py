@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from server.api import create_app
 from server.api.openai_schemas import EditsRequest, GenerationsRequest, VariationRequest
-from server.api.planning import OPERATIONS
+from server.api.planning.operations import OPERATIONS
 from server.api.schemas import IMAGE_DESCRIPTION
 from server.api.validation import from_validation
 from server.settings import Settings

@@ -11,7 +11,7 @@ import pytest
 
 from server.api.errors import ApiError, invalid_value
 from server.api.images.decode import DecodedImage, ImageLimits, decode
-from server.api.planning import REFERENCE_SIDE, reference_size
+from server.api.planning.operations import REFERENCE_SIDE, reference_size
 
 SIDE = 4 * REFERENCE_SIDE
 LIMITS = ImageLimits()

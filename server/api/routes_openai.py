@@ -35,7 +35,7 @@ from server.api.openai_schemas import (
     VariationRequest,
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
-from server.api.planning import (
+from server.api.planning.operations import (
     OPERATIONS,
     Plan,
     find_model,
