@@ -35,14 +35,9 @@ from server.api.openai_schemas import (
     VariationRequest,
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
-from server.api.planning.operations import (
-    OPERATIONS,
-    Plan,
-    find_model,
-    nearest_size,
-    plan,
-    possible_sides,
-)
+from server.api.planning.draft import find_model, nearest_size, possible_sides
+from server.api.planning.operations import OPERATIONS, plan
+from server.api.planning.plan import Plan
 from server.api.responses import (
     answer_headers,
     encode_all,

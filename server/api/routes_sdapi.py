@@ -34,7 +34,9 @@ from server.api.images.decode import checked_file
 from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
 from server.api.openapi import describe_answers
-from server.api.planning.operations import OPERATIONS, Plan, find_model, plan
+from server.api.planning.draft import find_model
+from server.api.planning.operations import OPERATIONS, plan
+from server.api.planning.plan import Plan
 from server.api.responses import answer_headers, encode_all, stage_seconds, until_deadline
 from server.api.sdapi_clients import Clients, Drawing
 from server.api.sdapi_schemas import (
