@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.canvas import Mask, Pixels, box_mask, composite, outpaint_canvas, region_weight
+from model.canvas import Mask, Pixels, box_mask, outpaint_canvas, region_weight
+from model.compositing import composite
 from model.image_request import ImageRequest
 from model.tiles import lanczos
 from model.training.benchmark import rendered

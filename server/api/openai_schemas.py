@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from model.canvas import FEATHER
+from model.compositing import FEATHER
 from model.config import Operation
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format

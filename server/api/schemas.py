@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from model.canvas import FEATHER, MAX_FEATHER
+from model.compositing import FEATHER, MAX_FEATHER
 from model.config import Interpolation, RenoiseMode, Sampler
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format

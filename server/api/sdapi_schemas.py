@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from model.canvas import MAX_FEATHER
+from model.compositing import MAX_FEATHER
 from model.config import BundleConfig, Operation, Recipe
 from server.api.errors import invalid_value
 from server.api.schemas import Fraction, Hires, ImageBytes, ImageBytesList, Seed, Text

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.canvas import FEATHER, Pixels, composite, corrected, crop, fill, outpaint_canvas
+from model.canvas import Pixels, crop, fill, outpaint_canvas
+from model.compositing import FEATHER, composite, corrected
 from model.image_request import InputImage, Repaint
 from server.api.errors import ApiError, invalid_value
 from server.api.images.admission import Uploads
