@@ -34,7 +34,7 @@ from torch import Tensor
 from load_tests.report import Report
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
-from model.training import benchmark, scenes
+from model.training import benchmark, scene_samplers, scenes
 from model.training.art import atlas
 from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
 from model.training.captions import COMPLETE, describe
@@ -231,9 +231,9 @@ def _lone_scenes(copies: int) -> list[BenchPrompt]:
 
 def _alone(name: str, rng: np.random.Generator) -> Scene:
     if name not in SHAPES:
-        return scenes.lone(rng, scenes.object_named(name), 0.3)
-    colour = scenes.pick(rng, scenes.shape_colours(name))
-    return scenes.lone(rng, scenes.Thing(name, colour), 0.3)
+        return scene_samplers.lone(rng, scenes.object_named(name), 0.3)
+    colour = scenes.pick(rng, scene_samplers.shape_colours(name))
+    return scene_samplers.lone(rng, scenes.Thing(name, colour), 0.3)
 
 
 def judge_judges(bench: Bench, copies: int = 2) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def networks(pipeline: Pipeline, sprites: Tensor, count: int = 256) -> dict[str,
 
 def _square(rng: np.random.Generator) -> Scene:
     while True:
-        scene = scenes.sample(rng)
+        scene = scene_samplers.sample(rng)
         if scene.aspect == SQUARE:
             return scene
 
