@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -348,22 +348,30 @@ def random_networks(merges: Path, config: BundleConfig | None = None) -> Bundle:
     return bundle
 
 
+@pytest.fixture(scope="module")
+def no_grad() -> Iterator[None]:
+    """No test of a module that uses it records gradients."""
+    with torch.no_grad():
+        yield
+
+
+def write_random_bundle(directory: Path, config: BundleConfig | None = None) -> Path:
+    """A directory with a whole bundle of random weights, and beside it a tokenizer's merges."""
+    merges = write_merges(directory.parent / "merges")
+    save_bundle(random_networks(merges, config), directory, torch.float32, merges)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def random_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
     """A directory with a whole bundle of random weights."""
-    merges = write_merges(tmp_path_factory.mktemp("merges"))
-    directory = tmp_path_factory.mktemp("bundles") / "random"
-    save_bundle(random_networks(merges), directory, torch.float32, merges)
-    return directory
+    return write_random_bundle(tmp_path_factory.mktemp("bundles") / "random")
 
 
 @pytest.fixture(scope="session")
 def random_v1_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
     """As `random_bundle`, of the v1 family."""
-    merges = write_merges(tmp_path_factory.mktemp("merges"))
-    directory = tmp_path_factory.mktemp("bundles") / "random-v1"
-    save_bundle(random_networks(merges, micro_v1_config()), directory, torch.float32, merges)
-    return directory
+    return write_random_bundle(tmp_path_factory.mktemp("bundles") / "random-v1", micro_v1_config())
 
 
 @pytest.fixture(scope="session")
@@ -470,6 +478,13 @@ def wait_until(
         if time.monotonic() > deadline:
             raise TimeoutError("the condition did not come true")
         time.sleep(interval_s)
+
+
+async def raised(task: Awaitable[object], kind: type[Exception]) -> Any:
+    """Return the error of that kind with which the task ends."""
+    with pytest.raises(kind) as caught:
+        await task
+    return caught.value
 
 
 @pytest.fixture(scope="session")

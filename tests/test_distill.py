@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.bundle import load_v3, save_bundle
+from model.bundle import load_v3
 from model.config import BundleConfig, SamplingConfig
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.pipeline import Pipeline, PipelineV3
@@ -24,10 +24,14 @@ from model.training.codes import quiet
 from model.training.distill import Draws, Student, Teacher, guidance_loss
 from model.training.judged import divergence
 from model.training.objective import ConditionInputs, condition_of
-from tests.conftest import micro_config, random_networks, randomise, write_merges
+from tests.conftest import (
+    micro_config,
+    randomise,
+    write_random_bundle,
+)
 from tests.picture_files import write_pictures
 from tests.short_training import Crash, run, run_main
-from tests.small_training import _art_of_our_own, corpus_file, scenes, small_config  # noqa: F401
+from tests.small_training import art_of_our_own, corpus_file, scenes, small_config  # noqa: F401
 from tests.test_finetune import identical, without_clock
 from tests.test_training import examples
 
@@ -45,9 +49,7 @@ SAMPLING = SamplingConfig(
 @pytest.fixture
 def bundle(tmp_path, prepared):
     """Of random weights, at the widths of the codes."""
-    merges = write_merges(tmp_path)
-    save_bundle(random_networks(merges, small_config()), tmp_path / "random", torch.float32, merges)
-    return tmp_path / "random"
+    return write_random_bundle(tmp_path / "random", small_config())
 
 
 def teacher_of(path, config=SAMPLING) -> tuple[Pipeline, Teacher]:

@@ -25,7 +25,7 @@ from model.training.features import Examples, ExampleStream
 from tests.conftest import randomise
 from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
 from tests.short_training import Crash, run
-from tests.small_training import _art_of_our_own, corpus_file, small_config, use  # noqa: F401
+from tests.small_training import art_of_our_own, corpus_file, small_config, use  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.bundle import save_bundle
 from model.config import BundleConfig, Recipe
 from model.training import art, assemble, benchmark, curves, recipes
 from model.training.detector import Detector
 from model.training.recipe_text import RecipeError, changed
-from tests.conftest import random_networks, write_merges
+from tests.conftest import write_random_bundle
 from tests.small_training import drawn_art, small_config
 
 RECIPE = Recipe(
@@ -70,9 +69,7 @@ def test_what_is_no_change_is_refused_by_name(text, message):
 
 @pytest.fixture
 def bundle(tmp_path, prepared):
-    merges = write_merges(tmp_path)
-    save_bundle(random_networks(merges, small_config()), tmp_path / "random", torch.float32, merges)
-    return tmp_path / "random"
+    return write_random_bundle(tmp_path / "random", small_config())
 
 
 def test_a_bundle_with_changes_draws_by_the_changed_recipe(bundle):

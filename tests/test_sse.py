@@ -9,7 +9,6 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -17,13 +16,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from server.api import create_app
 from server.api.sse import MAX_PREVIEWS, DeferredEvent, Event, EventQueue, EventStream
 from server.api.transfer import ClientStalledError, SendTimeout
 from server.settings import MIB, Settings
 from tests import fake_worker
-from tests.conftest import NATIVE_SIZE, serving, wait_until
-from tests.test_api import metric
+from tests.conftest import NATIVE_SIZE, wait_until
+from tests.test_api import metric, served
 from tests.test_image_operations import Array, fields_of, noise, png, white
 
 Told = list[tuple[str, dict[str, Any]]]
@@ -66,16 +64,6 @@ def pixels(entry: dict[str, Any]) -> Array:
     return np.asarray(
         PIL.Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))).convert("RGB")
     )
-
-
-@contextmanager
-def served(settings: Settings) -> Iterator[httpx.Client]:
-    with (
-        serving(create_app(settings, worker=fake_worker.main)) as address,
-        httpx.Client(base_url=address, timeout=20) as client,
-    ):
-        wait_until(lambda: client.get("/readyz").status_code == 200)
-        yield client
 
 
 # ── what is told ──────────────────────────────────────────────────────────────────────────────────

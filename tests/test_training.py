@@ -52,7 +52,7 @@ from model.training.guides import Guided
 from model.training.judged import cross_entropy
 from tests.conftest import micro_config, randomise, write_merges
 from tests.short_training import run_main
-from tests.small_training import _art_of_our_own, corpus_file, scenes, small_config, use  # noqa: F401
+from tests.small_training import art_of_our_own, corpus_file, scenes, small_config, use  # noqa: F401
 
 
 @pytest.fixture
