@@ -100,7 +100,8 @@ def form(fields: dict[str, str], files: list[tuple[str, bytes]], boundary: str) 
     """A form of aiohttp: its texts have a type and a charset too."""
     parts = []
     for name, text in fields.items():
-        head = f'Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name="{name}"'
+        disposition = f'form-data; name="{name}"'
+        head = f"Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: {disposition}"
         parts.append(f"--{boundary}\r\n{head}\r\n\r\n{text}\r\n".encode())
     for name, content in files:
         disposition = f'form-data; name="{name}"; filename="c0ffee.png"'
