@@ -17,8 +17,9 @@ import pytest
 
 from model.config import Recipe
 from server.api import create_app
-from server.api.sdapi_clients import MAX_CHOICES, Clients
+from server.api.sdapi_clients import MAX_CHOICES, MOST_PROGRESS, Clients, Drawing
 from server.api.sdapi_schemas import PREVIEWS, guidance
+from server.engine.messages import Image, Preview
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, serving, wait_until
@@ -413,7 +414,7 @@ def test_previews_are_shown_meanwhile_and_are_the_images_of_an_interrupted_reque
         latest = tuple(fake_worker.colour(PREVIEWS - 1))
         assert tuple(pixels(state["current_image"])[0, 0]) == latest
         assert state["state"]["sampling_step"] >= 8
-        assert state["eta_relative"] > 0
+        assert state["eta_relative"] >= 0
         skipped = sd.get("progress", params={"skip_current_image": "true"}).json()
         assert skipped["current_image"] is None
         sd.post("interrupt")
@@ -422,6 +423,24 @@ def test_previews_are_shown_meanwhile_and_are_the_images_of_an_interrupted_reque
     info = json.loads(answer["info"])
     assert info["extra_generation_params"] == {"Interrupted": True}
     assert info["all_seeds"] == [5]
+
+
+async def test_a_drawn_request_keeps_no_previews_and_cannot_be_interrupted() -> None:
+    drawing = Drawing("txt2img")
+    drawing.preview(Preview("id", 0, 1, Image(0, 1, 1, b"123")))
+    drawing.finish_drawing()
+    assert (drawing.previews, drawing.progress) == ({}, MOST_PROGRESS)
+    drawing.interrupt()
+    assert not drawing.interrupted.done()
+
+
+async def test_an_interrupted_request_keeps_its_previews_although_it_is_drawn_then() -> None:
+    drawing = Drawing("txt2img")
+    drawing.preview(Preview("id", 0, 1, Image(0, 1, 1, b"123")))
+    drawing.interrupt()
+    drawing.finish_drawing()
+    assert drawing.interrupted.done()
+    assert len(drawing.previews) == 1
 
 
 def test_previews_can_be_switched_off(sd: httpx.Client) -> None:

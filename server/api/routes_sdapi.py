@@ -196,6 +196,7 @@ async def _draw(request: Request, schema: type[SdRequest], drawing: Drawing) -> 
         finished = await answer.state.engine.run(
             planned.job, on_admitted=drawing.admit, on_preview=drawing.preview
         )
+        drawing.finish_drawing()
         async with until_deadline(planned):
             return await answer.respond(finished)
 
@@ -267,6 +268,7 @@ async def _upscaled(request: Request, state: AppState, drawing: Drawing) -> Resp
 
     async def run() -> Response:
         finished = await state.engine.run(planned.job, on_admitted=drawing.admit)
+        drawing.finish_drawing()
         async with until_deadline(planned):
             (content,), seconds = await encode_all(state, planned, finished, "png", 90)
         headers = answer_headers(planned, finished, stage_seconds(finished, seconds), "json")

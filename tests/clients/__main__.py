@@ -367,7 +367,7 @@ def as_markdown(results: Sequence[Result], server: str) -> str:
     """Return the results as a section of the document. server: what was run against, in words."""
     shown = [call for call in columns(results) if call in CALLS]
     lines = [
-        f"{date.today().isoformat()}, {hardware()}, Python {platform.python_version()}; {server}:",
+        f"{date.today().isoformat()}, {hardware()}, {', '.join(languages())}; {server}:",
         "",
         f"| client | {' | '.join(shown)} | others |",
         f"|{'---|' * (len(shown) + 2)}",
@@ -386,6 +386,12 @@ def as_markdown(results: Sequence[Result], server: str) -> str:
         cells = (states.get(call, "") for call in shown)
         lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(others)} |")
     return "\n".join(lines)
+
+
+def languages() -> list[str]:
+    """Return the versions of Python and Node.js."""
+    found = [f"Python {platform.python_version()}"]
+    return [*found, f"Node.js {program_version('node')}"] if shutil.which("node") else found
 
 
 def hardware() -> str:
