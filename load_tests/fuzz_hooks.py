@@ -29,7 +29,6 @@ SEMANTIC = (
     "send image or images, not both",
     "file_id is not supported",
     "not supported; leave it out",
-    "must be the image's",
     "must be the result's",
     "at least one of left, right, up and down",
     "one for each image",
@@ -92,7 +91,7 @@ def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
 
 
 def _allow_blank(schema: dict[str, Any], null: bool) -> None:
-    """Allow empty text in all optional fields. null: and null, as OpenAI's and AUTOMATIC1111's do."""
+    """Allow empty text in all optional fields. null: and null."""
     blank: list[dict[str, Any]] = [{"const": ""}, *([{"type": "null"}] if null else [])]
     properties = schema.get("properties", {})
     for name in properties.keys() - schema.get("required", ()):
