@@ -340,3 +340,50 @@ def test_where_no_url_is_possible_the_file_is_enough(
         assert set(entry) == {"b64_json", "seed"}
         refused = client.post(GENERATIONS, json={**body, "response_format": "url"})
         assert refused.status_code == 400
+
+
+# ── empty values ──────────────────────────────────────────────────────────────────────────────────
+
+# Fields that a request cannot do without.
+PICTURE = base64.b64encode(png(noise())).decode()
+NEEDED: dict[str, dict[str, Any]] = {
+    GENERATIONS: {"prompt": "a ball"},
+    EDITS: {"prompt": "a ball", "image": PICTURE},
+    "/v1/images/variations": {"image": PICTURE},
+    f"{SD}/txt2img": {},
+    f"{SD}/img2img": {"init_images": [PICTURE]},
+    f"{SD}/extra-single-image": {"image": PICTURE},
+    f"{SD}/options": {},
+    "/generate": {"prompt": "a ball"},
+    "/edit": {"prompt": "a ball", "image": PICTURE},
+    "/upscale": {"image": PICTURE},
+}
+
+
+def others(client: httpx.Client, path: str) -> list[str]:
+    """Return the names of all fields of an endpoint but those that it needs."""
+    document = client.get("/openapi.json").json()
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    return sorted(set(content["schema"]["properties"]) - set(NEEDED[path]))
+
+
+# null is no value of native fields.
+@pytest.mark.parametrize(
+    ("path", "empty"),
+    [(path, "") for path in NEEDED]
+    + [(path, None) for path in NEEDED if path.startswith(("/v1/", SD))],
+)
+def test_empty_values_of_all_other_fields_are_absent(
+    server: httpx.Client, path: str, empty: str | None
+) -> None:
+    sent = NEEDED[path] | dict.fromkeys(others(server, path), empty)
+    answer = server.post(path, json=sent)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("path", [EDITS, "/v1/images/variations", "/edit", "/upscale"])
+def test_so_are_those_of_a_form(server: httpx.Client, path: str) -> None:
+    texts = {name: text for name, text in NEEDED[path].items() if name != "image"}
+    fields = texts | dict.fromkeys(others(server, path), "")
+    answer = server.post(path, data=fields, files={"image": ("a.png", png(noise()))})
+    assert answer.status_code == 200, answer.text
