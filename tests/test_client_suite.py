@@ -28,7 +28,15 @@ from tests.clients.__main__ import (
 from tests.clients.openai_tests import adapted
 from tests.clients.registry import CALLS, CLIENTS, Client
 
-KINDS = {"python": {"python", "yaml"}, "node": {"javascript"}, "java": {"java"}, "shell": {"sh"}}
+KINDS = {
+    "python": {"python", "yaml"},
+    "node": {"javascript"},
+    "java": {"java"},
+    "go": {"go"},
+    "ruby": {"ruby"},
+    "php": {"php"},
+    "shell": {"sh"},
+}
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
