@@ -58,7 +58,6 @@ RELATED_TESTS = {
     "server/api/images": ("test_images_decode", "test_images_hostile", "test_image_operations"),
     "server/api/images/admission.py": ("test_images_admission", "test_upload_pressure"),
     "server/api/images/decode.py": ("test_images_scaled",),
-    "server/api/images/encoder.py": ("test_answers_in_time",),
     "server/api/images/encode.py": ("test_answers_in_time", "test_deterministic"),
     "server/api/middleware.py": ("test_middleware", "test_bad_input", "test_auth"),
     "server/api/openai_schemas.py": ("test_openai_client",),

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import PIL.Image
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from server.api import create_app
 from server.api.errors import ApiError
@@ -20,6 +21,7 @@ from server.engine.messages import Job
 from server.settings import Settings
 from tests import fake_worker, hostile
 from tests.conftest import serving, wait_until
+from tests.shown_files import PROFILES
 
 FOLDER = Path(__file__).parent / "data" / "hostile"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
@@ -113,6 +115,40 @@ def test_inpaint_answers_what_it_can_and_refuses_the_rest_before_the_engine(
     else:
         refused(answer, entry["status"], entry["code"], entry["role"])
     assert not jobs, "the engine was not asked"
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("sent", ["PNG", "JPEG", "WEBP", "AVIF"])
+def test_where_a_photo_was_taken_reaches_no_result(
+    inpaint: tuple[httpx.Client, list[Job]], sent: str, format: str
+) -> None:
+    client, _ = inpaint
+    exif, secret = PIL.Image.Exif(), "Zeughausgasse 17"
+    exif[0x010E] = secret
+    exif.get_ifd(0x8825).update({1: "N", 2: (46.0, 57.0, 3.0), 29: secret})
+    options: dict[str, Any] = {"exif": exif, "xmp": f"<x>{secret}</x>".encode()}
+    if sent == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("Comment", secret)
+    if sent == "JPEG":
+        options["comment"] = secret
+    if sent != "AVIF":
+        options["icc_profile"] = PROFILES["p3"] + secret.encode()
+    photo = hostile.encoded(sent, **options)
+    assert secret.encode() in photo
+    answer = client.post(
+        "/inpaint",
+        data={"prompt": "a ball", "num_inference_steps": "1", "format": format},
+        files={"image": ("photo", photo), "mask": ("mask", white(hostile.SIZE))},
+    )
+    assert answer.status_code == 200, answer.text
+    assert secret not in str(answer.headers)
+    for mark in (secret.encode(), b"Exif", b"eXIf", b"GPS", b"xmp", b"ICC"):
+        assert mark not in answer.content
+    with PIL.Image.open(io.BytesIO(answer.content)) as image:
+        assert image.format == format.upper()
+        assert not image.getexif()
+        assert secret not in str(image.info)
 
 
 def white(size: tuple[int, ...]) -> bytes:

@@ -21,7 +21,7 @@ from server.api import (
     static,
 )
 from server.api.images.admission import ImageDecoder, image_limits
-from server.api.images.encoder import ImageEncoder
+from server.api.images.encode import ImageEncoder
 from server.api.middleware import (
     Guard,
     HealthPort,

@@ -1,23 +1,46 @@
-"""Generated RGB images to PNG, JPEG, WebP and GIF files."""
+"""Generated RGB images to PNG, JPEG, WebP and GIF files, in a bounded number of threads.
+
+Requests are rejected while too many images wait for a thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
-from collections.abc import Iterable
-from typing import Any, Literal
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from model.canvas import on_white
+from server.engine.errors import Draining, QueueFull
+from server.engine.latency_model import Pace
 from server.engine.messages import Image
+from server.engine.retry_slots import RetrySlots
 
 Format = Literal["png", "jpeg", "webp"]
 AnimationFormat = Literal["gif", "webp"]
 
 FRAME_MS = 80
+# From this quality on, JPEG keeps colours at full resolution, as people who ask for it expect.
+FULL_COLOUR_QUALITY = 95
+# A frame of one transparent pixel: it shows what was there, for the time in its first block.
+SAME_FRAME = (
+    b"!\xf9\4\5" + struct.pack("<H", FRAME_MS // 10) + b"\0\0"
+    b",\0\0\0\0\1\0\1\0\x80" + bytes(6) + b"\2\2\x44\1\0"
+)
+
+Result = TypeVar("Result")
+
+# Seconds per image before the first measurement.
+FIRST_PACE_S = 0.02
 
 
 def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any]) -> bytes:
@@ -36,7 +59,10 @@ def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any
         case "jpeg":
             if pillow_image.mode == "RGBA":
                 pillow_image = PIL.Image.fromarray(on_white(np.asarray(pillow_image)))
-            pillow_image.save(file, "JPEG", quality=quality)
+            full_colour = quality >= FULL_COLOUR_QUALITY
+            pillow_image.save(
+                file, "JPEG", quality=quality, subsampling="4:4:4" if full_colour else "4:2:0"
+            )
         case "webp":
             # Method 2 of 0…6 takes 0.6 of the default's time for nearly the same size.
             pillow_image.save(file, "WEBP", quality=quality, method=2)
@@ -45,6 +71,8 @@ def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any
 
 def animate(images: Iterable[Image], format: AnimationFormat, quality: int) -> bytes:
     """Return the images as one animation that repeats endlessly. quality: 1…100, for WebP.
+
+    A GIF has a frame for every image; WebP shows equal ones as one frame.
 
     Images are taken one by one, for GIF each when it is encoded.
     """
@@ -59,9 +87,41 @@ def animate(images: Iterable[Image], format: AnimationFormat, quality: int) -> b
     }
     if format == "gif":
         first.save(file, "GIF", **options)
+        return _with_equal_frames(file.getvalue())
     else:
         first.save(file, "WEBP", quality=quality, method=2, **options)
     return file.getvalue()
+
+
+def _with_equal_frames(gif: bytes) -> bytes:
+    """Return a GIF of Pillow's, which shows equal frames as one, with as many frames as were sent.
+
+    Programs that take an animation apart count its frames.
+    """
+    start = 13 + (3 << (gif[10] & 7) + 1 if gif[10] & 0x80 else 0)
+    parts, repeats = [gif[:start]], 0
+    while gif[start] != 0x3B:
+        if gif[start] == 0x21:
+            end = _after_blocks(gif, start + 2)
+            block = gif[start:end]
+            if gif[start + 1] == 0xF9:
+                (delay,) = struct.unpack_from("<H", block, 4)
+                repeats = max(0, delay * 10 // FRAME_MS - 1)
+                block = block[:4] + struct.pack("<H", FRAME_MS // 10) + block[6:]
+            parts.append(block)
+        else:
+            flags = gif[start + 9]
+            end = _after_blocks(gif, start + 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
+            parts += [gif[start:end], SAME_FRAME * repeats]
+        start = end
+    return b"".join([*parts, b";"])
+
+
+def _after_blocks(gif: bytes, start: int) -> int:
+    """Return where a chain of length-prefixed blocks ends."""
+    while length := gif[start]:
+        start += 1 + length
+    return start + 1
 
 
 def _pillow(image: Image) -> PIL.Image.Image:
@@ -97,3 +157,70 @@ def read_parameters(png: bytes) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise ValueError("not a PNG with parameters in it")
     return parameters
+
+
+def submit(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> asyncio.Future[Result]:
+    """Run `work` in a thread of the pool. Raises Draining after the pool's shutdown."""
+    try:
+        return asyncio.get_running_loop().run_in_executor(pool, work)
+    except RuntimeError:
+        raise Draining("the server is stopping") from None
+
+
+class ImageEncoder:
+    """Threads that make files of generated images, in order of arrival.
+
+    A job's images leave the engine's queue when they are generated. If files take longer than
+    generation, their images would fill the memory without this bound.
+    """
+
+    def __init__(self, queue_images: int = 256, threads: int | None = None) -> None:
+        """Create the threads.
+
+        Args:
+            queue_images: images without a file, above which requests are rejected.
+            threads: files made at once; default: one per CPU, at least two, because an animation
+                takes a hundred times as long as an image.
+        """
+        self._queue_images = queue_images
+        self._pool = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 1), "encode")
+        self._pace = Pace(seconds=FIRST_PACE_S)
+        self._retry_slots = RetrySlots()
+        self.images_unfinished = 0
+
+    def close(self) -> None:
+        """Refuse further work; do not wait for running work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def check_room(self, images: int) -> None:
+        """Raise QueueFull if a request for so many images must not be generated now."""
+        excess = self.images_unfinished + images - self._queue_images
+        # A request larger than the queue is still answered, alone.
+        if self.images_unfinished and excess > 0:
+            pace = self._pace.seconds_per_row
+            now = time.monotonic()
+            raise QueueFull(self._retry_slots.take(excess * pace, images * pace, now))
+
+    async def run(self, work: Callable[[], Result], images: int = 1) -> Result:
+        """Return the result of `work`, run in one of the threads.
+
+        Cancelling the awaiting task cancels work that is not begun.
+
+        Args:
+            work: makes the file.
+            images: images in it.
+
+        Raises:
+            Draining: the server is stopping.
+        """
+        future = submit(self._pool, work)
+        began = time.monotonic()
+        self.images_unfinished += images
+
+        def end(done: asyncio.Future[Result]) -> None:
+            self.images_unfinished -= images
+            if not done.cancelled():
+                self._pace.record(images, began)
+
+        future.add_done_callback(end)
+        return await future
