@@ -17,6 +17,7 @@ MAX_ITEMS = 4096
 # OBUs and NAL units of all items together; a photo has one to four for each tile.
 MAX_UNITS = 20_000
 MAX_FRAMES = 8
+MAX_HIDDEN_PIXELS = 20 * 2**20
 CODECS: Mapping[bytes, FileFormat] = {b"av01": "AVIF", b"hvc1": "HEIF"}
 BRANDS = {"AVIF": b"avif", "HEIF": b"heic"}
 # Brands of files that should hold an image; others with the same first box are video.
@@ -109,9 +110,17 @@ def still_image(content: bytes) -> ImageFile:
         raise UnknownFormatError("HEIF with images other than AV1 and HEVC")
     format = CODECS[codecs.pop()]
     width, height = _size(items, items.primary)
-    _check_coded_sizes(items, 4 * width * height + 2**20)
+    _check_coded_sizes(items, _most_coded_pixels(width * height))
     others = [box for box in top if box.name in (b"moov", b"meta") and box is not meta]
     return ImageFile(format, width, height, _still(items, others, format), _colour(items))
+
+
+def _most_coded_pixels(stated: int) -> int:
+    """Return how many pixels the coded images may have in a file that states so many.
+
+    Sides are coded in blocks, and some headers bound them only by powers of two.
+    """
+    return min(4 * stated, stated + MAX_HIDDEN_PIXELS) + 2**20
 
 
 def _boxes(content: bytes, start: int, end: int) -> Iterator[_Box]:
@@ -127,6 +136,7 @@ def _boxes(content: bytes, start: int, end: int) -> Iterator[_Box]:
             return
         yield _Box(name, start + 8, start + head, start + size)
         start += size
+    raise DamagedFileError(f"it has more than {MAX_ITEMS} boxes")
 
 
 def _children(content: bytes, box: _Box, skip: int = 0) -> dict[bytes, _Box]:
