@@ -395,18 +395,24 @@ def _differs_from_key(image: PIL.Image.Image, file: ImageFile) -> NDArray[np.boo
     Pillow compares it, at any depth, with the 8 bits that it keeps.
     """
     depth = file.content[24]
-    key = np.array(image.info["transparency"]) & (1 << depth) - 1
-    stored = np.asarray(image)
+    stored = np.asarray(image).reshape(image.height, image.width, -1)
+    key = np.atleast_1d(image.info["transparency"]) & (1 << depth) - 1
     if depth < 16:
-        differs = stored != key * (255 // ((1 << depth) - 1))
-    else:
-        # The lower bytes: the same decoder, told that the file stores the lower byte first.
-        other = _opened(file, file.content)
-        assert isinstance(other, PngImagePlugin.PngImageFile)
-        other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
-        other.load()
-        differs = (stored != key >> 8) | (np.asarray(other) != key & 255)
-    return differs.any(axis=2) if stored.ndim == 3 else differs
+        return _differs(stored, key * (255 // ((1 << depth) - 1)))
+    # The lower bytes: the same decoder, told that the file stores the lower byte first.
+    other = _opened(file, file.content)
+    assert isinstance(other, PngImagePlugin.PngImageFile)
+    other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
+    other.load()
+    return _differs(stored, key >> 8) | _differs(np.asarray(other), key & 255)
+
+
+def _differs(colours: NDArray[np.uint8], key: NDArray[np.int_]) -> NDArray[np.bool_]:
+    """Return bool [H, W], false where all channels of colours [H, W, C] are those of key [C]."""
+    differs = np.zeros(colours.shape[:2], np.bool_)
+    for channel, value in enumerate(key):
+        differs |= colours[..., channel] != value
+    return differs
 
 
 def _arrays(image: PIL.Image.Image) -> tuple[Pixels, NDArray[np.uint8] | None]:
