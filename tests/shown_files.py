@@ -1,6 +1,7 @@
 """Image files of every kind that people send and browsers show, generated, each small.
 
-Smooth colours, so that what decoders may do differently (sampling of chroma, inverse transforms)
+Translucent pixels have profiles within sRGB's gamut only: Chromium clips colours outside it after
+weighting them by alpha. Smooth colours, so that what decoders may do differently (sampling of chroma, inverse transforms)
 stays small, and differences in meaning (profiles, keys, polarity) stand out.
 """
 
@@ -164,8 +165,8 @@ def profile_of(kind: bytes, tags: dict[bytes, bytes]) -> bytes:
 
 
 @cache
-def ink_profile(points: int = 7) -> bytes:
-    """A profile of CMYK whose inks filter light: a table of points⁴ colours, 8 bits a number."""
+def ink_profile(points: int = 9) -> bytes:
+    """A profile of CMYK whose inks filter light: a table of points⁴ colours in Lab."""
     levels = np.linspace(1, 0, points)
     cyan, magenta, yellow, black = np.meshgrid(*[levels] * 4, indexing="ij")
     rgb = np.stack([cyan, magenta, yellow], axis=-1) * black[..., None]
@@ -175,9 +176,9 @@ def ink_profile(points: int = 7) -> bytes:
     x, y, z = np.moveaxis(root, -1, 0)
     lab = np.stack([(116 * y - 16) * 2.55, 500 * (x - y) + 128, 200 * (y - z) + 128], axis=-1)
     identity = struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).ravel())
-    straight = bytes(range(256))
-    table = lab.round().clip(0, 255).astype(np.uint8).tobytes()
-    head = b"mft1\0\0\0\0" + bytes([4, 3, points, 0]) + identity
+    straight = b"\0\0\xff\xff"
+    table = (256 * lab).round().clip(0, 65535).astype(">u2").tobytes()
+    head = b"mft2\0\0\0\0" + bytes([4, 3, points, 0]) + identity + b"\0\2\0\2"
     return profile_of(b"prtrCMYKLab ", {b"A2B0": head + straight * 4 + table + straight * 3})
 
 
@@ -203,8 +204,8 @@ def pngs() -> Iterator[tuple[str, bytes]]:
     yield "rgb_16_keyed_by_the_lower_byte", any_png(16, RGB, key)
     for name, profile in PROFILES.items():
         yield f"icc_{name}", any_png(8, RGB, icc(profile))
-    yield "icc_rgba", any_png(8, RGBA, icc(P3))
-    yield "icc_rgba_16", any_png(16, RGBA, icc(P3))
+    yield "icc_rgba", any_png(8, RGBA, icc(PROFILES["linear"]))
+    yield "icc_rgba_16", any_png(16, RGBA, icc(PROFILES["linear"]))
     indices = rows_of(stored(8, PALETTE), 8)
     yield "icc_palette", png(indices, W, 8, PALETTE, icc(P3) + palette(8))
     yield "icc_grey", any_png(8, GREY, icc(grey_profile(1.0)))
@@ -216,6 +217,7 @@ def pngs() -> Iterator[tuple[str, bytes]]:
     yield "chromaticities", any_png(8, RGB, chromaticities(ADOBE_RGB))
     yield "gamma_chromaticities", any_png(8, RGB, gamma(0.45455) + chromaticities(ADOBE_RGB))
     yield "srgb_over_gamma", any_png(8, RGB, chunk(b"sRGB", b"\0") + gamma(1.0))
+    yield "gamma_chromaticities_of_srgb", any_png(8, RGB, gamma(0.45455) + chromaticities(SRGB))
     yield "gamma_grey", any_png(8, GREY, gamma(1.0))
     yield "code_points_p3", any_png(8, RGB, chunk(b"cICP", bytes([12, 13, 0, 1])))
     yield "turned", any_png(8, RGB, chunk(b"eXIf", exif(6)))
@@ -308,7 +310,8 @@ def webps() -> Iterator[tuple[str, bytes]]:
     yield "clear_lossless", saved("WEBP", image("RGBA"), lossless=True, exact=True)
     yield "clear_lossy", saved("WEBP", image("RGBA"), quality=95, exact=True)
     yield "icc", saved("WEBP", lossless=True, icc_profile=P3)
-    yield "icc_clear", saved("WEBP", image("RGBA"), lossless=True, exact=True, icc_profile=P3)
+    linear = {"lossless": True, "exact": True, "icc_profile": PROFILES["linear"]}
+    yield "icc_clear", saved("WEBP", image("RGBA"), **linear)
     yield "turned", saved("WEBP", lossless=True, exif=b"Exif\0\0" + exif(6))
     frames = {"save_all": True, "append_images": [image("L").convert("RGB")], "duration": 60_000}
     yield "animated", saved("WEBP", lossless=True, **frames)

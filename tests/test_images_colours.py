@@ -186,7 +186,9 @@ def test_srgbs_profile_changes_no_bit(profile: bytes) -> None:
 
 
 def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> None:
-    both = gamma(1 / 2.2) + chromaticities(ADOBE_RGB)
+    both = gamma(0.45455) + chromaticities(ADOBE_RGB)
+    for alone in (gamma(0.45455), chromaticities(ADOBE_RGB), gamma(0)):
+        np.testing.assert_array_equal(rgb_of(any_png(8, RGB, alone)), COLOURS[..., :3])
     expected = rgb_of(any_png(8, RGB, icc(PROFILES["adobe"])))
     assert np.abs(rgb_of(any_png(8, RGB, both)) - expected).max() <= 1
     np.testing.assert_array_equal(
@@ -198,8 +200,13 @@ def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> Non
 
 
 def test_grey_has_profiles_of_its_own() -> None:
-    shown = rgb_of(any_png(8, GREY_ALPHA, icc(grey_profile(1.0))))
-    assert np.abs(shown - in_srgb(COLOURS[..., :1].repeat(3, axis=2), SRGB, 1.0)).max() <= 1.5
+    every = np.arange(256, dtype=np.uint8)
+    content = png([every.tobytes()], 256, 8, GREY, icc(grey_profile(1.0)))
+    expected = in_srgb(every[None, :, None].repeat(3, axis=2), SRGB, 1.0)
+    assert np.abs(rgb_of(content) - expected).max() <= 0.6
+    with_alpha = decode(any_png(8, GREY_ALPHA, icc(grey_profile(1.0))), LIMITS)
+    assert np.abs(with_alpha.rgb - expected[0, COLOURS[..., 0]]).max() <= 0.6
+    assert with_alpha.has_alpha
 
 
 UNREADABLE = {
@@ -207,9 +214,10 @@ UNREADABLE = {
     "too long": icc(PROFILES["p3"] + bytes(MAX_PROFILE_BYTES)),
     "not compressed": chunk(b"iCCP", b"p\0\0" + PROFILES["p3"]),
     "of grey": icc(grey_profile(1.0)),
-    "impossible chromaticities": chromaticities((0.3, 0.3, 0.2, 0.0, 0.1, 0.1, 0.2, 0.2)),
-    "chromaticities in a line": chromaticities((0.3, 0.3, 0.1, 0.1, 0.2, 0.2, 0.4, 0.4)),
-    "cut chromaticities": chunk(b"cHRM", b"\0\0"),
+    "impossible chromaticities": gamma(1)
+    + chromaticities((0.3, 0.3, 0.2, 0.0, 0.1, 0.1, 0.2, 0.2)),
+    "chromaticities in a line": gamma(1) + chromaticities((0.3, 0.3, 0.1, 0.1, 0.2, 0.2, 0.4, 0.4)),
+    "cut chromaticities": gamma(1) + chunk(b"cHRM", b"\0\0"),
 }
 
 

@@ -14,13 +14,19 @@ from playwright.sync_api import sync_playwright
 
 from load_tests.browser import CHROMIUM
 from server.api.images.decode import ImageLimits, decode
-from tests.shown_files import Shown, files
+from tests.shown_files import COLOURS, Shown, files
 
 FILES = files()
 LIMITS = ImageLimits()
 BACKGROUNDS = ((255, 255, 255), (30, 90, 160))
 # Pixels between two images on the page, and images in a row.
 CELL, COLUMNS = 64, 10
+# Where Chromium 156 falls short of what the file holds.
+NOT_SHOWN = {
+    "jpeg_no_end": "Chromium leaves out the last rows",
+    "webp_turned": "Chromium ignores EXIF in WebP",
+    "avif_clear": "Chromium takes the alpha for video's range, though the file says full range",
+}
 
 
 def test_there_are_at_least_60_files() -> None:
@@ -30,6 +36,13 @@ def test_there_are_at_least_60_files() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_is_decoded(name: str) -> None:
     assert decode(FILES[name].content, LIMITS).rgb.size
+
+
+def test_avif_has_the_alpha_that_was_encoded() -> None:
+    picture = decode(FILES["avif_clear"].content, LIMITS)
+    assert picture.alpha is not None
+    assert np.abs(picture.alpha.astype(int) - COLOURS[..., 3]).max() <= 2
+    assert np.abs(picture.rgb.astype(int) - COLOURS[..., :3]).max() <= 4
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +99,8 @@ def over(file: Shown, background: tuple[int, int, int]) -> NDArray[np.float64]:
 def test_a_browser_shows_the_same(
     shown: list[dict[str, NDArray[np.uint8] | None]], name: str
 ) -> None:
+    if name in NOT_SHOWN:
+        pytest.skip(NOT_SHOWN[name])
     file = FILES[name]
     for background, pictures in zip(BACKGROUNDS, shown, strict=True):
         picture, expected = pictures[name], over(file, background)

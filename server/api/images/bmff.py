@@ -20,6 +20,7 @@ MAX_FRAMES = 8
 MAX_HIDDEN_PIXELS = 20 * 2**20
 CODECS: Mapping[bytes, FileFormat] = {b"av01": "AVIF", b"hvc1": "HEIF"}
 BRANDS = {"AVIF": b"avif", "HEIF": b"heic"}
+SEQUENCES = frozenset({b"avis", b"msf1", b"hevc", b"hevx"})
 # Brands of files that should hold an image; others with the same first box are video.
 IMAGE_BRANDS = frozenset(
     {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
@@ -325,6 +326,9 @@ def _still(items: _Items, others: list[_Box], format: FileFormat) -> bytes:
     """Return the file with metadata, unknown images and `others` renamed, so that none is read."""
     still = bytearray(items.content)
     still[8:12] = BRANDS[format]
+    for at in range(16, int.from_bytes(still[:4]), 4):
+        if still[at : at + 4] in SEQUENCES:  # a brand without its tracks counts as cut off
+            still[at : at + 4] = b"mif1"
     hidden = list(others)
     hidden += [kind for kind in items.types.values() if kind.name not in (*CODECS, b"grid")]
     for box in hidden:

@@ -36,6 +36,8 @@ PRIMARIES = {
 }
 # Exponent, scale, offset, slope of the linear part and its end (ICC parametric curve 3).
 SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+# What the PNG specification tells encoders of sRGB to write.
+SRGB_GAMMA = 45455
 # Exponents of transfer functions; None is that of sRGB, as which browsers show video's too.
 TRANSFERS: dict[int, float | None] = {
     **dict.fromkeys((1, 6, 13, 14, 15)),
@@ -75,9 +77,7 @@ def _profile_of(colour: Mapping[str, bytes]) -> bytes | None:
         return colour["icc"]
     if "nclx" in colour:
         return _by_code_points(*struct.unpack_from(">HH", colour["nclx"]))
-    if "sRGB" in colour or not colour.keys() & {"gAMA", "cHRM"}:
-        return None
-    return _by_gamma(colour)
+    return None if "sRGB" in colour or "gAMA" not in colour else _by_gamma(colour)
 
 
 def to_srgb(image: PIL.Image.Image, profile: bytes, grey: bool) -> PIL.Image.Image:
@@ -95,11 +95,13 @@ def to_srgb(image: PIL.Image.Image, profile: bytes, grey: bool) -> PIL.Image.Ima
     if mode is None or (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and not grey):
         raise UnreadableProfileError("it describes another kind of colours")
     transform = _transform(profile, mode)
-    if mode != "CMYK" and _is_identity(transform, mode):
-        return image
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
-    coded = image.getchannel(0) if mode == "L" else image.convert(mode)
-    shown = transform.apply(coded)
+    if mode == "L":
+        shown = _by_table(image.getchannel(0), transform)
+    elif mode == "RGB" and _is_identity(transform):
+        return image
+    else:
+        shown = transform.apply(image.convert(mode))
     if alpha is not None:
         shown.putalpha(alpha)
     return shown
@@ -145,16 +147,19 @@ def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:
     return matrix_profile(PRIMARIES[primaries], TRANSFERS[transfer])
 
 
-def _by_gamma(colour: Mapping[str, bytes]) -> bytes:
-    """Return the profile that a PNG's chunks gAMA and cHRM describe; sRGB's for what is absent."""
-    chromaticities, exponent = SRGB, None
+def _by_gamma(colour: Mapping[str, bytes]) -> bytes | None:
+    """Return the profile that a PNG's chunks gAMA and cHRM describe; None for sRGB.
+
+    As in browsers, the usual gamma alone means sRGB, and chromaticities alone mean nothing.
+    """
+    (gamma,) = struct.unpack_from(">I", colour["gAMA"])
+    if gamma == 0 or (gamma == SRGB_GAMMA and "cHRM" not in colour):
+        return None
+    chromaticities = SRGB
     if "cHRM" in colour:
         values = struct.unpack_from(">8I", colour["cHRM"])
         chromaticities = tuple(value / 100_000 for value in values)
-    if "gAMA" in colour:
-        (gamma,) = struct.unpack_from(">I", colour["gAMA"])
-        exponent = 100_000 / gamma if gamma else None
-    return matrix_profile(chromaticities, exponent)
+    return matrix_profile(chromaticities, 100_000 / gamma)
 
 
 def _inflated(chunk: bytes) -> bytes:
@@ -197,7 +202,9 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
         # The destination is of version 2, because LittleCMS adds black point compensation, which
         # no browser does, if either is of version 4.
         srgb = ImageCms.ImageCmsProfile(io.BytesIO(matrix_profile(SRGB, None)))
-        return ImageCms.ImageCmsTransform(source, srgb, mode, "RGB")
+        # Optimised curves are too coarse for dark greys.
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        return ImageCms.ImageCmsTransform(source, srgb, mode, "RGB", flags=flags)
     except (OSError, ValueError, ImageCms.PyCMSError):
         raise UnreadableProfileError("it is damaged") from None
 
@@ -213,14 +220,19 @@ def _without_programs(profile: bytes) -> bytes:
     return bytes(hidden)
 
 
-def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+def _by_table(grey: PIL.Image.Image, transform: ImageCms.ImageCmsTransform) -> PIL.Image.Image:
+    """Return an image of mode L in sRGB, by the 256 colours that it may have."""
+    levels = PIL.Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    table = np.asarray(transform.apply(levels))[0, :, 0]
+    # Many profiles are sRGB's, which change nothing but by rounding.
+    if np.abs(table.astype(int) - np.arange(256)).max() > 1:
+        grey = grey.point(table.tolist())
+    return grey.convert("RGB")
+
+
+def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
     """Return whether no colour changes by more than 1 of 255: many profiles are sRGB's."""
-    levels = np.arange(256, dtype=np.uint8)
-    if mode == "L":
-        colours = levels[None]
-    else:
-        steps = levels[::17]
-        colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(64, 64, 3)
-    shown = np.asarray(transform.apply(PIL.Image.fromarray(colours))).astype(int)
-    expected = colours[..., None] if mode == "L" else colours
-    return bool(np.abs(shown - expected).max() <= 1)
+    steps = np.arange(0, 256, 17, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(64, 64, 3)
+    shown = np.asarray(transform.apply(PIL.Image.fromarray(colours)))
+    return bool(np.abs(shown.astype(int) - colours).max() <= 1)

@@ -240,11 +240,7 @@ def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
         raise _unsupported(param, str(error)) from None
     except DamagedFileError as error:
         raise _undecodable(param, f"the file is damaged: {error}") from None
-    if file.format == "HEIF" and _heif() is None:
-        extra = "HEIC, which needs the server's optional extra heic: pip install 'paellera[heic]'"
-        raise _unsupported(param, extra)
-    if file.format == "AVIF" and not PIL.features.check("avif"):
-        raise _unsupported(param, "AVIF, which the server's build of Pillow cannot decode")
+    _check_decoder(file, param)
     if not file.pixels:
         raise _undecodable(param, "the file is damaged: its width or height is 0")
     most = limits.max_pixels
@@ -258,6 +254,15 @@ def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
     if file.pixels > most:
         raise _too_many_pixels(param, most, file)
     return file
+
+
+def _check_decoder(file: ImageFile, param: str) -> None:
+    """Raise ApiError 422 if the server has no decoder of the file's format."""
+    if file.format == "HEIF" and _heif() is None:
+        extra = "HEIC, which needs the server's optional extra heic: pip install 'paellera[heic]'"
+        raise _unsupported(param, extra)
+    if file.format == "AVIF" and not PIL.features.check("avif"):
+        raise _unsupported(param, "AVIF, which the server's build of Pillow cannot decode")
 
 
 def _bounded(fit: Fit, file: ImageFile, limits: ImageLimits, param: str) -> Fit:
