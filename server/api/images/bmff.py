@@ -327,7 +327,7 @@ def _still(items: _Items, others: list[_Box], format: FileFormat) -> bytes:
     still = bytearray(items.content)
     still[8:12] = BRANDS[format]
     for at in range(16, int.from_bytes(still[:4]), 4):
-        if still[at : at + 4] in SEQUENCES:  # a brand without its tracks counts as cut off
+        if bytes(still[at : at + 4]) in SEQUENCES:  # a brand without its tracks counts as cut off
             still[at : at + 4] = b"mif1"
     hidden = list(others)
     hidden += [kind for kind in items.types.values() if kind.name not in (*CODECS, b"grid")]
