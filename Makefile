@@ -14,12 +14,12 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--custom-compile-command 'make lock' --index-url https://pypi.org/simple -c requirements/torch.txt \
 	--excludes requirements/excluded.txt --no-emit-package torch --no-emit-package torchvision
 
-.PHONY: serve test test-fast scale-test lint format types check screenshots bench batching curve faults soak hostile fuzz scenarios mutate evaluate art browser prometheus nginx lock audit sbom clean
+.PHONY: serve test test-fast client-test scale-test lint format types check screenshots bench batching curve faults soak hostile fuzz scenarios mutate evaluate art browser prometheus nginx exiftool lock audit sbom clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
-test: $(VENV)/.dev browser prometheus nginx  ## run the test suite; ARGS="-m 'not slow'" narrows it
+test: $(VENV)/.dev browser prometheus nginx exiftool  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training; ARGS=tests/test_client.py narrows it
@@ -27,6 +27,9 @@ test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training; 
 
 mutate: $(VENV)/.dev  ## plant small faults and count those that the tests catch; ARGS="--count 20 --modules model/rows.py"
 	$(BIN)/python -m load_tests.mutate $(ARGS)
+
+client-test: $(VENV)/.dev  ## other people's clients, each in an environment of its own (network); ARGS="--only curl,java"
+	$(BIN)/python -m tests.clients $(ARGS)
 
 scale-test: $(VENV)/.dev  ## the tests that start a Ray of their own
 	$(INSTALL) -r requirements/scale.txt
@@ -82,6 +85,12 @@ nginx:
 	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 		&& apt-get install -qq -y --no-install-recommends nginx-light >/dev/null; } \
 		|| echo "no nginx: install nginx-light to run the tests that need it"
+
+# Reads the marks of generated files.
+exiftool:
+	@command -v exiftool >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& apt-get install -qq -y --no-install-recommends libimage-exiftool-perl >/dev/null; } \
+		|| echo "no exiftool: install libimage-exiftool-perl to run the test that needs it"
 
 lock: $(VENV)/.dev  ## pin every dependency with hashes (network); ARGS="--upgrade" or "--upgrade-package NAME"
 	$(COMPILE) $(ARGS) pyproject.toml --extra otel -o requirements/serve.txt

@@ -18,12 +18,12 @@ EQUIVALENT: dict[str, str] = {
     f"{_STEP_COSTS}count -> not (count) in if count": "every pool has a share above 0: jobs without steps left are dropped before",
     "server/engine/worker_process.py:: 5.0 -> 10.0 in EXIT_GRACE_S = 5.0": "a grace period, chosen by taste; the tests read the constant",
     "server/engine/supervisor.py:run_worker: limit_spin_count() -> pass": "changes speed alone, which no test measures",
-    "server/api/errors.py:from_validation: False -> True in "
-    "first = error.errors(include_url=False, include_context=False)[0]": (
+    "server/api/validation.py:from_validation: False -> True in "
+    "first = error.errors(include_url=False)[0]": (
         "the answer is made of other entries; leaving these out saves time"
     ),
     "server/api/images/encode.py:encode: 1 -> 2 in "
-    'pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))': (
+    'pillow_image.save(file, "PNG", compress_level=1, pnginfo=chunks)': (
         "the same pixels, a little smaller and a little later"
     ),
     "server/api/body.py:_number: abs(value) <= LARGEST_EXACT -> abs(value) < LARGEST_EXACT in "

@@ -16,8 +16,11 @@ import asyncio
 import os
 import shlex
 import signal
+import socket
+import struct
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -44,6 +47,9 @@ PATIENCE_S = 600.0
 POLL_S = 0.02
 GONE = "gone"
 REPLAYED, CANCELLED = "paella_requests_replayed_total", "paella_cancelled_total"
+KEPT, REPEATS = "paella_idempotency_bytes", "paella_idempotent_repeats_total"
+# Closing a socket with it resets the connection, as a client that dies does.
+RESET = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +58,15 @@ class Fault:
 
     guilty: the prompt of one more request, which breaks the worker. meant: the error code for that
     request; None means an image. strike: the action on the server in place of a guilty request,
-    once all requests are in flight.
+    once all requests are in flight. repeated: one more request has an Idempotency-Key; its client
+    dies once the answer is ready, and repeats it.
     """
 
     name: str
     guilty: str | None = None
     meant: str | None = None
     strike: Callable[[Server], None] | None = None
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +189,7 @@ FAULTS = (
     Fault("hang", guilty="hang-once"),
     Fault("poison: kills every worker", guilty="kill", meant="poison"),
     Fault("client gone", guilty="leave", meant=GONE),
+    Fault("client dies, its answer ready, and repeats", repeated=True),
 )
 STOPPED = Fault("SIGTERM of the server", strike=_terminate)
 
@@ -303,6 +312,8 @@ class Trial:
         """
         if fault.strike:
             fault.strike(self.server)
+        if fault.repeated:
+            return asyncio.create_task(self._die_and_repeat(client))
         if fault.guilty is None:
             return None
         body = {**self.bodies[-1], "prompt": fault.guilty, "deterministic": False}
@@ -311,6 +322,38 @@ class Trial:
             await self._until_all_fly(client, [*flying, guilty])
             guilty.cancel()
         return guilty
+
+    async def _until_kept(self, client: httpx.AsyncClient, before: float) -> None:
+        """Wait until one more answer is kept for a repeat."""
+        while True:
+            if (await figures(client))[KEPT] > before:
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def _die_and_repeat(self, client: httpx.AsyncClient) -> Result:
+        """Let a client die before it reads its answer; return what its repeat gets.
+
+        The repeat must get the reference's bytes, without a second drawing.
+        """
+        body = next(body for body in self.bodies if body["deterministic"])
+        before = await figures(client)
+        request = client.build_request(
+            "POST", "/generate", json=body, headers={"Idempotency-Key": uuid.uuid4().hex}
+        )
+        _, writer = await asyncio.open_connection(request.url.host, request.url.port)
+        head = [f"POST {request.url.path} HTTP/1.1"]
+        head += [f"{name}: {value}" for name, value in request.headers.items()]
+        writer.write("\r\n".join([*head, "", ""]).encode() + request.content)
+        await self._until_kept(client, before[KEPT])
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        writer.close()
+        answer = await client.send(request)
+        repeats = (await figures(client))[REPEATS] - before[REPEATS]
+        if answer.headers.get("idempotent-replayed") != "true" or repeats != 1:
+            return Result(answer.status_code, "drawn_twice")
+        if answer.content != self.references[body["seed"]]:
+            return Result(answer.status_code, "other_bytes")
+        return Result(answer.status_code, content=answer.content)
 
     async def _as_meant(
         self,

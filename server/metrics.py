@@ -303,6 +303,18 @@ class Metrics:
                 "graph_eager_steps", "Denoiser steps on CUDA without a matching graph"
             ),
         }
+        self.idempotent_repeats = self._counter(
+            "idempotent_repeats",
+            "Repeats under an Idempotency-Key: answered again, joined to the running request, or"
+            " rejected as a mismatch",
+            "outcome",
+        )
+        self.idempotency_bytes = self._gauge(
+            "idempotency_bytes", "Size of the answers kept for repeats under an Idempotency-Key"
+        )
+        self.url_store_bytes = self._gauge(
+            "url_store_bytes", "Size of the images kept for response_format url"
+        )
         self.weights_info = self._gauge(
             "weights_info", "Always 1; the labels identify the served weights", "model", "sha256"
         )
@@ -359,6 +371,7 @@ class Metrics:
         for counter, values in {
             self.rejected: (*ENGINE_REJECTIONS, *KEY_REJECTIONS),
             self.cancelled: ("upload", "queue", "worker"),
+            self.idempotent_repeats: ("answered", "joined", "mismatch"),
             self.counts["prompt_cache_hits"]: ("text", "picture", "prior"),
             self.counts["prompt_cache_misses"]: ("text", "picture", "prior"),
             self.counts["graph_captures"]: ("false", "true"),

@@ -9,9 +9,16 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
@@ -31,6 +38,8 @@ ORIGIN = r"[a-z][a-z0-9+.-]*://[^\s,/]+"
 MIN_KEY_LENGTH = 16
 # Paths that need no key, unless `open_paths` names others.
 OPEN_PATHS = ("/", "/playground/*", "/healthz", "/health", "/readyz", "/images/*")
+# Another name for a model, and the model's own.
+ALIAS = re.compile(r"[^\s,=]{1,64}=[^\s,=]{1,64}")
 # A host name, an address, or every name below a domain, without a port.
 HOST_PATTERN = re.compile(r"\*|(\*\.)?\w([\w.-]*\w)?|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 
@@ -80,6 +89,14 @@ def _valid_hosts(hosts: str) -> str:
             message = "must be *, host names, *.names and addresses without a port, not {host}"
             raise PydanticCustomError("host", message, {"host": repr(host)})
     return hosts
+
+
+def _valid_aliases(aliases: str) -> str:
+    for alias in _parts(aliases):
+        if not ALIAS.fullmatch(alias):
+            message = "must be pairs such as dall-e-3=tiny,*=tiny, not {alias}"
+            raise PydanticCustomError("alias", message, {"alias": repr(alias)})
+    return aliases
 
 
 def _is_address(host: str) -> bool:
@@ -152,6 +169,27 @@ class Settings(BaseSettings):
             " https://images.example.com",
         ),
     ] = ""
+
+    # ── clients of other servers ──
+
+    sdapi: Annotated[
+        bool, Field(description="Serve AUTOMATIC1111's endpoints under /sdapi/v1 too")
+    ] = False
+    model_aliases: Annotated[
+        str,
+        AfterValidator(_valid_aliases),
+        Field(
+            description="Comma-separated other names of models, dall-e-3=tiny; *=tiny is every"
+            " other name"
+        ),
+    ] = ""
+    sizes: Annotated[
+        Literal["strict", "nearest"],
+        Field(
+            description="Reject sizes that the weights cannot draw, or take the nearest one near"
+            " the native area, which the response reports"
+        ),
+    ] = "strict"
 
     # ── weights and devices ──
 
@@ -258,6 +296,24 @@ class Settings(BaseSettings):
         int,
         Field(ge=1, description="Maximum size of all answers that clients have not read, together"),
     ] = 256 * MIB
+    idempotency_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Maximum size of answers kept for repeats under an Idempotency-Key; 0: the"
+            " header is ignored",
+        ),
+    ] = 64 * MIB
+    url_store_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Maximum size of images kept for response_format url; 0: it is an error",
+        ),
+    ] = 64 * MIB
+    url_ttl_s: Annotated[
+        float, Field(gt=0, le=DAY_S, description="Time for which such an image is kept")
+    ] = 3600
     max_connections: Annotated[int, Field(ge=1, description="Maximum of open connections")] = 1000
     max_image_bytes: Annotated[
         int, Field(ge=1, description="Maximum size of one uploaded image file")
@@ -287,6 +343,29 @@ class Settings(BaseSettings):
     decode_threads: Annotated[
         int, Field(ge=1, description="Requests whose uploaded images are decoded at once")
     ] = 2
+
+    # ── files ──
+
+    mark: Annotated[
+        bool,
+        Field(description="Mark generated files as such in XMP, for people and programs that ask"),
+    ] = True
+    embed_parameters: Annotated[
+        bool,
+        Field(description="Write the request's parameters, prompts included, into generated files"),
+    ] = True
+    c2pa_certificate: Annotated[
+        str,
+        Field(
+            description="PEM file of a certificate and its issuers; generated files are then signed"
+            " by C2PA, which needs the extra `provenance`"
+        ),
+    ] = ""
+    c2pa_key: Annotated[str, Field(description="PEM file of that certificate's private key")] = ""
+    c2pa_algorithm: Annotated[
+        Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"],
+        Field(description="Signature algorithm that fits the key"),
+    ] = "es256"
 
     # ── keys ──
 
@@ -418,6 +497,14 @@ class Settings(BaseSettings):
             raise PydanticCustomError("port", "must not be the port of the API")
         return port
 
+    @model_validator(mode="after")
+    def _signature_is_whole(self) -> Self:
+        if bool(self.c2pa_certificate) != bool(self.c2pa_key):
+            raise ValueError("c2pa_certificate and c2pa_key are needed together")
+        if self.c2pa_certificate and not self.mark:
+            raise ValueError("mark false leaves nothing that c2pa_certificate could sign")
+        return self
+
     @property
     def worker_devices(self) -> tuple[str, ...]:
         """The device of every worker; a device that is listed twice has two workers."""
@@ -438,6 +525,12 @@ class Settings(BaseSettings):
     def keys(self) -> tuple[str, ...]:
         """The keys of `api_keys`."""
         return _parts(self.api_keys.get_secret_value())
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The names of models by the other names in `model_aliases`."""
+        pairs = [alias.partition("=") for alias in _parts(self.model_aliases)]
+        return {alias: name for alias, _, name in pairs}
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -492,7 +585,9 @@ class Settings(BaseSettings):
 
 
 def _matches(path: str, entry: str) -> bool:
-    return path == entry or (entry.endswith("/*") and path.startswith(entry[:-1]))
+    # Requests' paths have no slash at their end (`middleware.CanonicalPath`).
+    is_same = path == (entry.rstrip("/") or "/")
+    return is_same or (entry.endswith("/*") and path.startswith(entry[:-1]))
 
 
 # ── docs/settings.md ──────────────────────────────────────────────────────────────────────────────

@@ -1,11 +1,11 @@
 """A worker without a model: it answers with pictures of one colour, chosen by the seed, and does
 what the prompt's first word says.
 
-`hold` keeps the job until it is cancelled; `slow` takes SLOW_S; `hang` goes silent for ever; `die`
-exits at once; `fail`, `oom` and `late` answer Failed; `show` sends two previews; `half` dies in the
-midst of its answer, and `half-show` after the first of two previews, but not if it is alone; `cut`
-says that both encoders truncated the prompt; `noise` answers with pictures that no file format
-makes small.
+`hold` keeps the job until it is cancelled, `show-hold` after its previews; `slow` takes SLOW_S;
+`hang` goes silent for ever; `die` exits at once; `fail`, `oom` and `late` answer Failed; `show`
+sends two previews; `half` dies in the midst of its answer, and `half-show` after the first of two
+previews, but not if it is alone; `cut` says that both encoders truncated the prompt; `noise`
+answers with pictures that no file format makes small.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def take(connection: Connection, held: dict[str, Job], message: ToWorker) -> Non
 def answer(connection: Connection, held: dict[str, Job], job: Job) -> None:
     word = next(iter(" ".join(job.prompts).split()), "")
     send_message(connection, Running((job.id,) if job.alone else (*held, job.id)))
-    if word == "hold":
+    if word.endswith("hold"):
+        if word == "show-hold":
+            show(connection, job, at_most=job.previews)
         held[job.id] = job
     elif word == "hang":
         time.sleep(3600)

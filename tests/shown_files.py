@@ -1,8 +1,8 @@
 """Image files of every kind that people send and browsers show, generated, each small.
 
 Translucent pixels have profiles within sRGB's gamut only: Chromium clips colours outside it after
-weighting them by alpha. Smooth colours, so that what decoders may do differently (sampling of chroma, inverse transforms)
-stays small, and differences in meaning (profiles, keys, polarity) stand out.
+weighting them by alpha. Colours are smooth: differences that decoders may have (sampling of chroma,
+inverse transforms) stay small, and differences in meaning (profiles, keys, polarity) stand out.
 """
 
 from __future__ import annotations

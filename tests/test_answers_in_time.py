@@ -29,12 +29,12 @@ class Slow:
         self.taken: list[int] = []
         self.begun = self.ended = 0
 
-    def encode(self, *arguments: Any) -> bytes:
+    def encode(self, *arguments: Any, **options: Any) -> bytes:
         self.begun += 1
         assert self.go_on.wait(30)
-        return encode(*arguments)
+        return encode(*arguments, **options)
 
-    def animate(self, images: Iterable[Image], *arguments: Any) -> bytes:
+    def animate(self, images: Iterable[Image], *arguments: Any, **options: Any) -> bytes:
         def one_by_one() -> Iterator[Image]:
             for image in images:
                 self.taken.append(image.index)
@@ -43,7 +43,7 @@ class Slow:
 
         self.begun += 1
         try:
-            return animate(one_by_one(), *arguments)
+            return animate(one_by_one(), *arguments, **options)
         finally:
             self.ended += 1
 

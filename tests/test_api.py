@@ -162,6 +162,10 @@ def test_an_absent_seed_is_drawn_anew_and_returned(client: httpx.Client) -> None
         ("text/html, image/*;q=0.8", {}, "image/png"),
         ("application/json", {}, "application/json"),
         ("text/html", {}, "application/json"),
+        ("application/*", {}, "application/json"),
+        ("image/avif, */*;q=0.1", {}, "image/png"),
+        ("image/jpg", {}, "image/jpeg"),
+        ("image/avif", {"response_format": "jpg"}, "image/jpeg"),
         ("image/png;q=0, image/jpeg", {}, "image/jpeg"),
         ("image/webp", {"response_format": "jpeg"}, "image/jpeg"),
         ("image/webp", {"response_format": "json"}, "application/json"),
@@ -180,6 +184,13 @@ def test_the_format_is_what_was_asked_for(
     assert opened(content).format == (
         media_type.removeprefix("image/").upper() if media_type.startswith("image/") else "PNG"
     )
+
+
+@pytest.mark.parametrize("accept", ["image/avif", "image/heic, text/html", "IMAGE/AVIF;q=0.5"])
+def test_an_image_type_that_cannot_be_made_is_406(client: httpx.Client, accept: str) -> None:
+    answer = post(client, headers={"Accept": accept})
+    assert (answer.status_code, error_of(answer)["code"]) == (406, "not_acceptable")
+    assert "image/png, image/jpeg" in error_of(answer)["message"]
 
 
 def test_quality_changes_lossy_files(client: httpx.Client) -> None:
@@ -486,9 +497,20 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
         schema = operation["requestBody"]["content"]["application/json"]["schema"]
         assert schema["additionalProperties"] is False
         assert schema["properties"]["seed"]["anyOf"][0]["minimum"] == -(2**63)
-        assert {"200", "400", "401", "404", "413", "415", "422", "429", "500", "503", "504"} <= set(
-            operation["responses"]
-        )
+        assert {
+            "200",
+            "400",
+            "401",
+            "404",
+            "406",
+            "413",
+            "415",
+            "422",
+            "429",
+            "500",
+            "503",
+            "504",
+        } <= set(operation["responses"])
         assert "event: " in operation["responses"]["200"]["content"]["text/event-stream"]["example"]
         assert "retry-after-ms" in operation["responses"]["429"]["headers"]
     generate = drawing["/generate"]

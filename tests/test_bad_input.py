@@ -40,62 +40,78 @@ def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
 @pytest.mark.parametrize(
     ("field", "value", "mention"),
     [
-        ("prompt", "", "at least 1"),
+        ("prompt", "", "required: text of 1 to 32000 characters"),
         ("prompt", " \t\n\u3000", "white space"),
         ("prompt", "\x1d\x85\ufeff", "white space"),
-        ("prompt", "x" * 4001, "4000"),
+        ("prompt", "x" * 32_001, "text of 1 to 32000 characters (sent: 32001 characters)"),
         ("prompt", "a\0b", "NUL"),
-        ("prompt", 7, "valid string"),
-        ("prompt", None, "valid string"),
-        ("prompt", ["a"], "valid string"),
-        ("negative_prompt", "x" * 4001, "4000"),
-        ("n", 0, "greater than or equal to 1"),
+        ("prompt", 7, "must be text of 1 to"),
+        ("prompt", None, "must be text of 1 to"),
+        ("prompt", ["a"], "must be text of 1 to"),
+        ("negative_prompt", "x" * 32_001, "text of at most 32000 characters"),
+        ("n", 0, "a whole number from 1 to 16"),
         ("n", 17, "sent: 17"),
-        ("n", True, "valid integer"),
-        ("n", 2.5, "valid integer"),
-        ("n", "2", "valid integer"),
-        ("seed", 2**63, "less than 9223372036854775808"),
-        ("seed", -(2**63) - 1, "greater than or equal to"),
+        ("n", True, "a whole number"),
+        ("n", 2.5, "a whole number"),
+        ("n", "2", "a whole number"),
+        ("seed", 2**63, "to 9223372036854775807"),
+        ("seed", -(2**63) - 1, "from -9223372036854775808"),
         ("seed", 10**400, "sent: 1000"),
-        ("seed", 1.5, "valid integer"),
-        ("seed", False, "valid integer"),
+        ("seed", 1.5, "a whole number"),
+        ("seed", False, "a whole number"),
         ("width", 17, "multiple of 16"),
-        ("width", 0, "greater than or equal to 1"),
+        ("width", 0, "of at least 1"),
         ("width", 10**9, "512"),
         ("height", 528, "512"),
         ("height", -16, "sent: -16"),
-        ("num_inference_steps", 0, "greater than or equal to 1"),
+        ("num_inference_steps", 0, "from 1 to 64"),
         ("num_inference_steps", 65, "64"),
         ("guidance_scale", 30.01, "30"),
         ("guidance_scale", [1, 31], "30"),
-        ("guidance_scale", [1], "required"),
-        ("guidance_scale", [1, 2, 3], "at most 2"),
-        ("guidance_scale", True, "valid number"),
-        ("guidance_scale", "8", "valid number"),
+        ("guidance_scale", [1], "a list of 2, each a number from 0 to 30"),
+        ("guidance_scale", [1, 2, 3], "at most 2 entries"),
+        ("guidance_scale", True, "a number from 0 to 30"),
+        ("guidance_scale", "8", "a number from 0 to 30"),
         ("temperature", 0.04, "0.05"),
         ("temperature", [0.5, 5.1], "5"),
-        ("temperature", {}, "valid number"),
-        ("sampler", "euler", "'multinomial'"),
-        ("typical_mass", 1.1, "less than or equal to 1"),
+        ("temperature", {}, "a number from 0.05 to 5"),
+        ("sampler", "euler", "must be multinomial, "),
+        ("typical_mass", 1.1, "from 0 to 1"),
         ("renoise_steps", 13, "num_inference_steps, which is 12"),
         ("guidance_steps", 13, "num_inference_steps, which is 12"),
-        ("guidance_steps", -1, "greater than or equal to 0"),
-        ("response_format", "bmp", "'png'"),
+        ("guidance_steps", -1, "from 0 to 64"),
+        ("response_format", "bmp", "must be png, jpeg, webp or json (sent: 'bmp')"),
         ("quality", 101, "100"),
         ("timeout_s", 0.04, "0.05"),
         ("timeout_s", 601, "600"),
-        ("priority", "urgent", "'interactive'"),
-        ("deterministic", 1, "valid boolean"),
-        ("promt", "a ball", "the fields are"),
-        ("stream", 1, "valid boolean"),
-        ("partial_images", 9, "less than or equal to 8"),
-        ("partial_images", 2, "stream"),
+        ("priority", "urgent", "must be interactive or batch"),
+        ("deterministic", 1, "must be true or false"),
+        ("promt", "a ball", "unknown field; did you mean prompt? the fields are"),
+        ("stream", 1, "must be true or false"),
+        ("partial_images", 9, "from 0 to 8"),
     ],
 )
 def test_a_field_out_of_bounds_is_422_and_named(
     client: httpx.Client, field: str, value: object, mention: str
 ) -> None:
     refused(client.post("/generate", json={"prompt": "a ball", field: value}), 422, field, mention)
+
+
+@pytest.mark.parametrize("field", ["model", "sampler", "seed", "negative_prompt", "n", "colour"])
+def test_what_is_left_blank_is_absent(client: httpx.Client, field: str) -> None:
+    assert client.post("/generate", json={"prompt": "a ball", field: ""}).status_code == 200
+    parts = {"prompt": (None, "a ball"), field: (None, "")}
+    assert client.post("/generate", files=parts).status_code == 200
+
+
+def test_an_unknown_null_is_absent_and_a_known_one_is_not(client: httpx.Client) -> None:
+    assert client.post("/generate", json={"prompt": "a ball", "colour": None}).status_code == 200
+    refused(client.post("/generate", json={"prompt": "a ball", "n": None}), 422, "n", "sent: None")
+
+
+def test_partial_images_without_a_stream_are_ignored(client: httpx.Client) -> None:
+    answer = client.post("/generate", json={"prompt": "show", "partial_images": 2})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
 
 
 def test_the_prompt_is_required(client: httpx.Client) -> None:
@@ -158,8 +174,8 @@ def test_an_unknown_fields_long_name_is_shortened(client: httpx.Client) -> None:
         "🎨🐈‍⬛ a cat",
         "كرة حمراء على طاولة",
         "\u202eright to left\u202c",
-        "🎨" * 4000,
-        "x" * 4000,
+        "🎨" * 32_000,
+        "x" * 32_000,
         "z̷̡̛a̴lgo",
         "'; DROP TABLE images; --",
         "{{7*7}} ${x} %s\r\nX-Seed: 1",
@@ -207,7 +223,7 @@ def test_ten_megabytes_of_intricate_json_are_413_before_they_are_parsed(
 
 
 def test_a_prompt_of_ten_megabytes_is_too_long(client: httpx.Client) -> None:
-    refused(raw(client, b'{"prompt": "' + b"x" * 10_000_000 + b'"}'), 422, "prompt", "4000")
+    refused(raw(client, b'{"prompt": "' + b"x" * 10_000_000 + b'"}'), 422, "prompt", "32000")
 
 
 def test_of_thousands_of_unknown_fields_the_first_is_named_before_any_field_is_validated(

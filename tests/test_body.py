@@ -260,16 +260,16 @@ def test_booleans_in_a_form_may_be_capitalised(
 @pytest.mark.parametrize(
     ("field", "text", "mention"),
     [
-        ("seed", "seven", "valid integer"),
-        ("seed", "", "valid integer"),
-        ("seed", "1.5", "valid integer"),
-        ("seed", "9" * 5000, "integer"),
+        ("seed", "seven", "a whole number"),
+        ("seed", " ", "a whole number"),
+        ("seed", "1.5", "a whole number"),
+        ("seed", "9" * 5000, "a whole number"),
         ("temperature", "NaN", "finite"),
-        ("keep_unmasked", "1", "valid boolean"),
-        ("guidance_scale", "[1", "valid number"),
-        ("guidance_scale", "[" * 50_000, "valid number"),
-        ("mask_mode", "red", "'luminance'"),
-        ("keyframes", "[{}", "valid list"),
+        ("keep_unmasked", "1", "true or false"),
+        ("guidance_scale", "[1", "a number from 0 to 30"),
+        ("guidance_scale", "[" * 50_000, "a number from 0 to 30"),
+        ("mask_mode", "red", "alpha or luminance"),
+        ("keyframes", "[{}", "a list of at most 8"),
         ("promt", "a", "the fields are"),
     ],
 )
@@ -393,7 +393,7 @@ def test_a_forms_text_is_utf_8_whatever_charset_it_names(endpoint: TestClient) -
     [
         b"".join(part(b"a") for _ in range(65)) + b"--b--\r\n",
         part(b"a" * (TEXT_BODY_BYTES + 1)) + b"--b--\r\n",
-        b"".join(part(b"a", b'image"; filename="a') for _ in range(17)) + b"--b--\r\n",
+        b"".join(part(b"a", b'image"; filename="a') for _ in range(18)) + b"--b--\r\n",
     ],
     ids=["texts", "long text", "files"],
 )

@@ -355,7 +355,7 @@ def test_a_refusal_is_shown_in_the_server_s_words_at_the_field_it_blames(plain: 
     )
     plain.press(APPLE)
     expect(page.locator("#error")).to_contain_text(
-        "num_inference_steps: Input should be less than or equal to 64 (sent: 65)"
+        "num_inference_steps: must be a whole number from 1 to 64 (sent: 65)"
     )
     expect(page.locator("#error")).to_contain_text("422 invalid_value")
     expect(page.locator("#num_inference_steps")).to_be_focused()

@@ -184,7 +184,7 @@ def test_generate_says_which_encoders_cut_the_prompt(random_bundle: Path, tmp_pa
         (["--height", "4096"], ["height", "4096"]),
         (["--steps", "65"], ["num_inference_steps", "64", "65"]),
         (["--guidance", "high"], ["guidance", "high"]),
-        (["--guidance", "1,2,3"], ["guidance_scale", "at most 2"]),
+        (["--guidance", "1,2,3"], ["guidance_scale", "a list of 2"]),
         (["--temperature", "0"], ["temperature", "0.05"]),
         (["--sampler", "euler"], ["sampler", "argmax", "euler"]),
         (["--seed", str(2**63)], ["seed", str(2**63)]),

@@ -92,6 +92,20 @@ def test_what_an_operation_draws_can_be_replayed_to_the_same_bytes(
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
 
 
+def test_a_replay_is_marked_as_its_original_is(
+    files: Path, random_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAELLERA_MARK", "false")
+    twin("generate", files, random_bundle, "-o", tmp_path / "bare.png")
+    monkeypatch.delenv("PAELLERA_MARK")
+    bare = tmp_path / "bare.png"
+    assert b"DigitalSourceType" not in bare.read_bytes()
+    again = tmp_path / "again.png"
+    replayed = paellera("replay", bare, "-o", again, "--weights", random_bundle)
+    assert replayed.exit_code == 0, replayed.stderr
+    assert again.read_bytes() == bare.read_bytes()
+
+
 def test_a_frame_is_replayed_alone(random_bundle: Path, tmp_path: Path) -> None:
     keyframes = [
         "--keyframe",

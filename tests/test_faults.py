@@ -47,5 +47,8 @@ async def test_an_instrumented_server_breaks_on_demand_and_loses_nothing(
     with serving(settings, ("-m", "load_tests.instrumented")) as server:
         trial = Trial(server, bodies, await _references(server, bodies))
         outcome = await trial.run(Fault("exception", guilty="bug", meant="internal"))
+        repeated = await trial.run(Fault("client dies", repeated=True))
     assert (outcome.in_flight, outcome.answered, outcome.failed_as_meant) == (3, 2, 1)
     assert outcome.good
+    assert (repeated.in_flight, repeated.answered) == (3, 3)
+    assert repeated.good

@@ -458,6 +458,7 @@ def test_kept_pixels_of_an_original_are_exact(orientation: int) -> None:
     mask = np.zeros((height, width), dtype=np.uint8)
     mask[101:607, 203:611] = 255
     fields = {"prompt": "a ball", "image": content, "mask": png(mask), "return_size": "original"}
+    fields["feather"] = 0
     plan = plan_of("inpaint", **fields)
     assert max(plan.size) == 512
     assert plan.answer_size == (width, height)
@@ -471,7 +472,8 @@ def test_kept_pixels_of_an_original_are_exact(orientation: int) -> None:
 
 def test_an_outpainted_original_grows_by_its_margins_exactly() -> None:
     content = photo((1000, 600))
-    plan = plan_of("outpaint", image=content, left=33, down=200, return_size="original")
+    margins = {"left": 33, "down": 200}
+    plan = plan_of("outpaint", image=content, **margins, return_size="original", feather=0)
     assert plan.answer_size == (1033, 800)
     result = array(plan.result(drawn(plan)))
     np.testing.assert_array_equal(result[:600, 33:], decode(content, ImageLimits()).rgb)
@@ -572,6 +574,25 @@ def test_weights_blend_the_original_into_what_is_enlarged() -> None:
     weights = np.array([[0, 128, 255, 255]] * 2, dtype=np.uint8)
     result = view.restored(np.full((1, 2, 3), 200, dtype=np.uint8), original, weights)
     assert result[..., 0].tolist() == [[100, 150, 200, 200]] * 2
+
+
+def test_an_original_is_blended_once_and_keeps_its_transparency() -> None:
+    size = (1200, 800)
+    image = np.zeros((800, 1200, 4), dtype=np.uint8)
+    image[...] = (200, 100, 50, 255)
+    image[:, :300, 3] = 90
+    mask = np.zeros((800, 1200), dtype=np.uint8)
+    mask[300:500, 500:700], mask[:, 900:] = 128, 255
+    fields = {"prompt": "a ball", "image": png(image), "mask": png(mask), "feather": 0}
+    plan = plan_of("inpaint", **fields, return_size="original")
+    assert plan.answer_size == size != plan.size
+    assert plan.is_transparent
+    result = plan.result(drawn(plan))
+    pixels = np.frombuffer(result.pixels, np.uint8).reshape(800, 1200, 4)
+    np.testing.assert_array_equal(pixels[mask == 0], image[mask == 0])
+    assert (pixels[:, 910:] == (77, 77, 77, 255)).all()
+    half = image[400, 600, :3] * (127 / 255) + 77 * (128 / 255)
+    assert np.abs(pixels[400, 600, :3] - half).max() <= 1
 
 
 @pytest.mark.parametrize("operation", ["inpaint", "outpaint", "variations", "edit"])

@@ -43,7 +43,7 @@ def test_the_byte_encoder_in_int8_says_nearly_the_same_with_trained_weights():
     one, other = (encoder(PROMPTS) for encoder in (plain, small))
     real = one.mask
     error = (one.embeddings - other.embeddings)[real].norm() / one.embeddings[real].norm()
-    assert 0 < error < 0.02
+    assert 0 < error < 0.05
     assert size(small) < 0.4 * size(plain)
 
 

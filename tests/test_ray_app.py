@@ -210,6 +210,17 @@ def test_a_request_is_deleted_whichever_replica_has_it(cluster: Cluster) -> None
     )
 
 
+def test_an_image_is_found_by_its_url_whichever_replica_has_it(cluster: Cluster) -> None:
+    body = {"prompt": "a ball", "n": 2, "response_format": "url"}
+    answers = [cluster.client.post("/generate", json=body).json() for _ in range(4)]
+    for url in (image["url"] for answer in answers for image in answer["images"]):
+        path = httpx.URL(url).path
+        for _ in range(4):
+            assert cluster.client.get(path).headers["content-type"] == "image/png"
+        assert cluster.client.head(path).status_code == 200
+    assert cluster.client.get("/images/unknown.png").status_code == 404
+
+
 def test_what_a_killed_engine_had_is_begun_again_on_the_other(cluster: Cluster) -> None:
     before = cluster.engines()
     ids = [uuid.uuid4().hex for _ in range(6)]

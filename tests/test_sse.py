@@ -133,9 +133,9 @@ def test_a_preview_of_an_inpainting_keeps_what_the_answer_keeps(client: httpx.Cl
 
 
 @pytest.mark.parametrize(
-    "changes", [{"partial_images": 1}, {"partial_images": 9, "stream": True}, {"stream": "yes"}]
+    "changes", [{"partial_images": 9}, {"partial_images": 9, "stream": True}, {"stream": "yes"}]
 )
-def test_previews_without_a_stream_and_too_many_are_422(
+def test_too_many_previews_are_422_with_a_stream_and_without(
     client: httpx.Client, changes: dict[str, Any]
 ) -> None:
     answer = client.post("/generate", json=body_of("generate", **changes))

@@ -123,6 +123,27 @@ def test_clip_says_when_its_context_is_full(clip, words, truncated):
     assert torch.equal(tokens, clip.tokenizer([prompt]))
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["red " * 8000, "🎨" * 32_000, "x" * 32_000, "a\n" * 16_000, " " * 31_000 + "red apple"],
+)
+def test_a_long_prompt_is_read_as_far_as_the_context(clip, monkeypatch, prompt):
+    cleaned = []
+    clean = clip.tokenizer.clean_fn
+    monkeypatch.setattr(
+        clip.tokenizer, "clean_fn", lambda text: cleaned.append(text) or clean(text)
+    )
+    tokens, cut = clip.tokenize([prompt])
+    assert all(len(text) <= 4000 and text.count("\n") <= 100 for text in cleaned)
+    assert cut == (prompt.strip() != "red apple",)
+    assert (tokens[0, -1] != 0) == cut[0]
+
+
+def test_many_lines_are_the_same_words(clip):
+    text = " ".join(["red apple on the"] * 3)
+    assert torch.equal(clip.tokenize([text.replace(" ", "\n" * 40)])[0], clip.tokenize([text])[0])
+
+
 @given(text=TEXT)
 def test_any_text_has_an_embedding(clip, text):
     out = clip.encode_text([text])

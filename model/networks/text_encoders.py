@@ -203,6 +203,10 @@ _PADDING, _END, _FIRST_BYTE = 0, 1, 3
 # A tokenizer's merges, unpacked; open_clip's own have 3.2 MB.
 MAX_MERGES_BYTES = 16 * 2**20
 
+# Characters of a prompt that CLIP's tokenizer reads, and lines that it cleans one by one.
+MAX_CHARACTERS = 4000
+MAX_LINES = 100
+
 # Published channel statistics of CLIP: mean and standard deviation of red, green and blue.
 PIXEL_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -374,13 +378,34 @@ class CLIP(nn.Module):
         Start and end marks count.
         """
         context, t = self.config.context_length, self.tokenizer
-        rows = [[t.sot_token_id, *t.encode(prompt), t.eot_token_id] for prompt in prompts]
+        words = [self._token_ids(prompt) for prompt in prompts]
+        rows = [[t.sot_token_id, *ids, t.eot_token_id] for ids, _ in words]
         tokens = torch.zeros(len(rows), context, dtype=torch.int64)
         for own, row in zip(tokens, rows, strict=True):
             own[: len(row)] = torch.tensor(
                 [*row[: context - 1], row[-1]] if len(row) > context else row
             )
-        return tokens, tuple(len(row) > context for row in rows)
+        cut = (cut for _, cut in words)
+        return tokens, tuple(
+            len(row) > context or each for row, each in zip(rows, cut, strict=True)
+        )
+
+    def _token_ids(self, prompt: str) -> tuple[list[int], bool]:
+        """Return the ids that the tokenizer's `encode` would, and whether it read less than that.
+
+        It reads a bounded part of the prompt and stops behind the context's end, because cleaning
+        takes longer with every line, and a word takes the square of its length.
+        """
+        t, ids, text = self.tokenizer, list[int](), prompt
+        if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
+            text = " ".join(text.split())
+        is_cut = len(text) > MAX_CHARACTERS
+        for match in t.pat.finditer(t.clean_fn(text[:MAX_CHARACTERS])):
+            word = "".join(t.byte_encoder[byte] for byte in match.group().encode("utf-8"))
+            ids += [t.encoder[part] for part in t.bpe(word).split(" ")]
+            if len(ids) > self.config.context_length:
+                return ids, True
+        return ids, is_cut
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts as [B, embed_dim]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,18 +16,27 @@ from starlette.types import Scope
 from model.config import BundleConfig, find_bundle
 from server.api import (
     routes_health,
+    routes_images,
     routes_models,
     routes_native,
     routes_openai,
+    routes_sdapi,
     static,
 )
+from server.api.compression import Compression
+from server.api.idempotency import REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
-from server.api.images.encode import ImageEncoder
+from server.api.images.encoder import ImageEncoder
+from server.api.images.marking import Marker
+from server.api.images.url_store import UrlStore
 from server.api.middleware import (
+    CanonicalPath,
     Guard,
+    HeadAsGet,
     HealthPort,
     Observation,
     SecurityHeaders,
+    logged_path,
     register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
@@ -47,8 +57,12 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = "Text-to-image with Paella, which generates images as VQGAN tokens."
 
+# Seconds between two searches for answers and images whose time is over.
+EXPIRY_INTERVAL_S = 30.0
 # Headers of answers that pages of other origins may read.
 EXPOSED_HEADERS = [
+    "Content-Disposition",
+    REPLAYED,
     "X-Request-Id",
     "X-Seed",
     "X-Prompt-Truncated",
@@ -77,7 +91,9 @@ def create_app(
     Raises:
         FileNotFoundError: weights do not exist.
         pydantic.ValidationError: weights or settings are invalid.
-        ValueError: settings exclude the weights, or ask for traces without the extra `otel`.
+        OSError: the certificate for signatures cannot be read.
+        ValueError: settings exclude the weights, ask for traces without the extra `otel`, or for
+            signatures without the extra `provenance` or with an unfit certificate.
     """
     settings = settings or Settings()
     # Clients that may read the metrics must not learn each other's request ids.
@@ -85,7 +101,8 @@ def create_app(
     openai_paths = [
         f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS
     ]
-    metrics.expect([f"/{operation}" for operation in OPERATIONS], openai_paths)
+    other_paths = [*openai_paths, *(routes_sdapi.DRAWING_PATHS if settings.sdapi else ())]
+    metrics.expect([f"/{operation}" for operation in OPERATIONS], other_paths)
     models = read_models(settings)
     for name, config in models.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
@@ -104,17 +121,23 @@ def create_app(
             settings.decode_queue_bytes,
         ),
         ImageEncoder(settings.queue_rows),
+        UrlStore(settings.url_store_bytes, settings.url_ttl_s),
         tracing=tracing,
+        marker=Marker(settings),
     )
+    metrics.url_store_bytes.set_function(lambda: state.url_store.bytes)
+    idempotency = IdempotencyTable(settings.idempotency_bytes, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         for warning in settings.warnings:
             log.warning("unsafe or ignored setting", extra={"fields": {"warning": warning}})
         await state.engine.start()
+        expiry = asyncio.create_task(_expire(state.url_store, idempotency))
         try:
             yield
         finally:
+            expiry.cancel()
             await state.engine.stop()
             state.decoder.close()
             state.encoder.close()
@@ -131,11 +154,14 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.paellera = state
-    _add_middleware(app, settings, metrics, tracing)
+    _add_middleware(app, settings, metrics, tracing, idempotency)
     register_error_handlers(app)
     app.include_router(routes_native.router)
     app.include_router(routes_openai.router)
+    app.include_router(routes_images.router)
     app.include_router(routes_models.router)
+    if settings.sdapi:
+        routes_sdapi.include(app)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app
@@ -151,7 +177,20 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     models = {config.name: config for config in configs}
     if len(models) < len(configs):
         raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")
+    for alias, name in settings.aliases.items():
+        if name not in models or alias in models:
+            loaded = ", ".join(models)
+            message = f"model_aliases: {alias}={name} must be a new name for one of {loaded}"
+            raise ValueError(message)
     return models
+
+
+async def _expire(store: UrlStore, idempotency: IdempotencyTable) -> None:
+    """Free the memory of what is over, although nobody asks for it."""
+    while True:
+        await asyncio.sleep(EXPIRY_INTERVAL_S)
+        store.expire()
+        idempotency.answers.expire()
 
 
 def _start_tracing(settings: Settings) -> Tracing | None:
@@ -172,13 +211,22 @@ def _span_attributes(scope: Scope) -> dict[str, str | None]:
         "paellera.request_id": state.id,
         "paellera.key": state.client,
         "error.type": state.error_code,
+        # Instead of the tracer's own.
+        "url.path": logged_path(scope),
     }
 
 
 def _add_middleware(
-    app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing | None
+    app: FastAPI,
+    settings: Settings,
+    metrics: Metrics,
+    tracing: Tracing | None,
+    idempotency: IdempotencyTable,
 ) -> None:
     """Add the middleware, the innermost first."""
+    app.add_middleware(HeadAsGet)
+    if settings.idempotency_bytes:
+        app.add_middleware(Idempotency, table=idempotency)
     app.add_middleware(
         BodyLimit,
         limit=settings.max_body_bytes,
@@ -204,7 +252,9 @@ def _add_middleware(
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
+    app.add_middleware(Compression)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(CanonicalPath)
     if settings.trusted_proxies:
         app.add_middleware(TrustedProxies, proxies=settings.trusted_proxies)
     app.add_middleware(

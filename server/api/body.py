@@ -19,9 +19,10 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from server.api.errors import ApiError, from_validation, reason, unknown_field
+from server.api.errors import ApiError, reason
+from server.api.validation import from_validation, json_schema, unknown_field
 
-# Two prompts of 4000 characters, each escaped as a surrogate pair, take 96,000 bytes. Parsing
+# Bodies of text alone are shorter, unless their prompts are far beyond what encoders read. Parsing
 # megabytes of brackets would block the event loop for seconds.
 TEXT_BODY_BYTES = 128 * 1024
 # A body with images in it is long strings and little else: as many commas, brackets and braces as
@@ -29,8 +30,9 @@ TEXT_BODY_BYTES = 128 * 1024
 STRUCTURE = (b",", b"[", b"{")
 # Entries of lists and objects in one field. Eight regions with every field have about a hundred.
 MAX_ENTRIES = 1000
-# A text part holds a prompt, or a list of them; images are sent as files.
-FORM_LIMITS = {"max_files": 16, "max_fields": 64, "max_part_size": 128 * 1024}
+# OpenAI's edits take 16 images and a mask. A text part holds a prompt, 32,000 characters of at most
+# four bytes, or a list of short ones; images are sent as files.
+FORM_LIMITS = {"max_files": 17, "max_fields": 64, "max_part_size": 128 * 1024}
 # Beyond, a float may stand for several integers.
 LARGEST_EXACT = 2**53
 BOOLEANS = {"true": True, "false": False}
@@ -98,7 +100,10 @@ def _media_type(request: Request) -> str:
     return media_type
 
 
-def _validate(fields: dict[str, Any], schema: type[Schema]) -> Schema:
+def _validate(sent: dict[str, Any], schema: type[Schema]) -> Schema:
+    fields = _without_absent(sent, schema)
+    if schema.model_config.get("extra") == "ignore":
+        fields = {name: value for name, value in fields.items() if name in schema.model_fields}
     # Pydantic rejects these too, but only after writing an error for every single one.
     unknown = next((name for name in fields if name not in schema.model_fields), None)
     if unknown is not None:
@@ -108,7 +113,21 @@ def _validate(fields: dict[str, Any], schema: type[Schema]) -> Schema:
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
-        raise from_validation(error) from None
+        raise from_validation(error, schema, fields) from None
+
+
+def _without_absent(fields: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+    """Return the fields without those that clients send empty because they were left blank.
+
+    Empty text is absent, and null in a field that the endpoint does not have. null in others is the
+    schema's business.
+    """
+    known = schema.model_fields
+    return {
+        name: value
+        for name, value in fields.items()
+        if value != "" and not (value is None and name not in known)
+    }
 
 
 def _check_length(name: str, value: object, limit: int | None) -> None:
@@ -374,7 +393,7 @@ def _list_fields(schema: type[BaseModel]) -> frozenset[str]:
 def _max_entries(schema: type[BaseModel]) -> dict[str, int]:
     """Return the maximum length of every field that is a list."""
     limits = {}
-    for name, kind in schema.model_json_schema()["properties"].items():
+    for name, kind in json_schema(schema)["properties"].items():
         for branch in (kind, *kind.get("anyOf", ())):
             if "maxItems" in branch:
                 limits[name] = branch["maxItems"]
@@ -383,7 +402,7 @@ def _max_entries(schema: type[BaseModel]) -> dict[str, int]:
 
 def _types(schema: type[BaseModel]) -> dict[str, set[str | None]]:
     """Return every field's JSON types; None for a type that is a reference in the schema."""
-    properties = schema.model_json_schema()["properties"]
+    properties = json_schema(schema)["properties"]
     return {name: _types_of(kind) for name, kind in properties.items()}
 
 

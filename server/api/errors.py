@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 
 from server.engine.errors import (
     DeadlineExceeded,
@@ -28,9 +27,6 @@ REPLACEMENT_S = 5
 # The code of a failed /readyz probe, which is not a rejected request.
 NOT_READY = "not_ready"
 
-# Pydantic's and our own validation error types that have a code of their own.
-CODES = {"missing": "missing_field", "image_url": "url_refused"}
-
 
 class _Shortened(reprlib.Repr):
     def repr_bytes(self, sent: bytes, _: int) -> str:
@@ -39,6 +35,11 @@ class _Shortened(reprlib.Repr):
 
 _shortened = _Shortened()
 _shortened.maxstring = _shortened.maxother = 80
+
+
+def shortened(sent: object) -> str:
+    """Return a value as messages show it: a file by its size, a long text cut."""
+    return _shortened.repr(sent)
 
 
 class ApiError(Exception):
@@ -96,29 +97,15 @@ def cancelled() -> ApiError:
 
 def invalid_value(param: str, allowed: str, sent: object) -> ApiError:
     """Return the error for a field whose value is not allowed. allowed: the values that are."""
-    message = f"{param}: {allowed} (sent: {_shortened.repr(sent)})"
+    message = f"{param}: {allowed} (sent: {shortened(sent)})"
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, param)
 
 
-def unknown_field(name: str, known: Iterable[str]) -> ApiError:
-    """Return the error for a field that the endpoint does not have."""
-    # A field's name may hold anything, lone surrogates included.
-    shown = name[:80].encode("utf-8", "backslashreplace").decode()
-    message = f"{shown}: unknown field; the fields are {', '.join(known)}"
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_field", message, shown)
-
-
-def from_validation(error: ValidationError) -> ApiError:
-    """Return the first of pydantic's errors, with the field named as the client wrote it."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    path = [str(part) for part in first["loc"]]
-    where = ".".join(path) or "body"
-    message = f"{where}: {first['msg']}"
-    if first["type"] not in ("missing", "secret"):
-        message += f" (sent: {_shortened.repr(first['input'])})"
-    code = CODES.get(first["type"], "invalid_value")
-    param = path[0] if path else None
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, message, param)
+def as_bad_request(error: ApiError) -> ApiError:
+    """Return the error for OpenAI's clients: they know 400 for a field at fault, and not 422."""
+    if error.status != HTTPStatus.UNPROCESSABLE_ENTITY:
+        return error
+    return ApiError(HTTPStatus.BAD_REQUEST, error.code, error.message, error.param, error.headers)
 
 
 def from_engine(error: EngineError) -> ApiError:

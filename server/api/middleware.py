@@ -7,6 +7,7 @@ Pure ASGI, so that nothing is buffered. Settings of keys and limits: docs/limits
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import logging
@@ -33,8 +34,15 @@ from server.api.errors import (
     internal_error,
     retry_headers,
 )
+from server.api.images.url_store import IMAGES
 from server.api.routes_health import PATHS
-from server.api.state import RequestState, add_request_state, app_state, request_state
+from server.api.state import (
+    ANYBODY,
+    RequestState,
+    add_request_state,
+    app_state,
+    request_state,
+)
 from server.api.transfer import ClientStalledError
 from server.engine.errors import EngineError
 from server.engine.retry_slots import RetrySlots
@@ -52,13 +60,15 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
 VALID_ID = re.compile(r"[ -~]{1,128}")
+MAX_LOGGED_PATH = 200
 
 # Enough for clients, cookies and a proxy's additions; too little to fill the memory.
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 
-# Client name of a request without a key: the limits then hold for all such requests together.
-ANYBODY = "anybody"
+# Paths whose clients send a key by HTTP Basic, and those that end requests and so count for none.
+SDAPI = "/sdapi/"
+UNCOUNTED = frozenset({f"{SDAPI}v1/interrupt"})
 # The time that a request takes is unknown here, seconds.
 CONCURRENCY_RETRY_S = 1.0
 
@@ -112,7 +122,7 @@ class Observation:
             "request_id": state.id,
             "trace_id": scope.get("paellera.trace_id"),
             "method": scope["method"],
-            "path": scope["path"][:200],
+            "path": logged_path(scope),
             "status": status,
             "code": state.error_code,
             "duration_ms": round(seconds * 1000, 2),
@@ -123,6 +133,54 @@ class Observation:
         }
         present = {name: value for name, value in fields.items() if value is not None}
         log.info("request", extra={"fields": present})
+
+
+def logged_path(scope: Scope) -> str:
+    """Return a request's path for logs and traces; the id of a stored image is a credential."""
+    path: str = scope["path"][:MAX_LOGGED_PATH]
+    root = scope.get("root_path", "")
+    return f"{root}{IMAGES}…" if path.removeprefix(root).startswith(IMAGES) else path
+
+
+class CanonicalPath:
+    """Removes empty segments of a path, before anything reads it: `//v1/models/` is `/v1/models`.
+
+    Keys, hosts and routes must not disagree about what a request asks for.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] == "http":
+            scope = {**scope, "path": canonical_path(scope["path"])}
+        await self._app(scope, receive, send)
+
+
+def canonical_path(path: str) -> str:
+    """Return a path with single slashes between its segments and none behind them."""
+    return "/" + "/".join(segment for segment in path.split("/") if segment)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET, wherever the app has GET; the server omits the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        # The server's own scope keeps the method, by which it knows that there is no body.
+        inner = {**scope, "method": "GET"}
+        try:
+            await self._app(inner, receive, send)
+        finally:
+            # For the metrics.
+            scope["route"] = inner.get("route")
 
 
 class SecurityHeaders:
@@ -230,7 +288,8 @@ class Guard:
             check_head(scope)
             client = self._client(request)
             request_state(scope).client = client
-            slot = self._slot(client) if request.method == "POST" else nullcontext()
+            is_counted = request.method == "POST" and scope["path"] not in UNCOUNTED
+            slot = self._slot(client) if is_counted else nullcontext()
         except ApiError as error:
             await error_response(error, request)(scope, receive, send)
             return
@@ -238,9 +297,11 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _client(self, request: Request) -> str:
-        if not self._settings.needs_key(request.scope["path"]):
+        path = request.scope["path"]
+        if not self._settings.needs_key(path):
             return ANYBODY
-        return self._keys.name(request.headers.get("authorization", ""))
+        basic = self._settings.sdapi and path.startswith(SDAPI)
+        return self._keys.name(request.headers.get("authorization", ""), basic=basic)
 
     def _slot(self, client: str) -> AbstractContextManager[None]:
         self._concurrency.check(client)
@@ -296,20 +357,36 @@ class Keys:
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def name(self, authorization: str) -> str:
-        """Return the name of the key in an `Authorization` header. Raises ApiError 401."""
+    def name(self, authorization: str, *, basic: bool = False) -> str:
+        """Return the name of the key in an `Authorization` header. Raises ApiError 401.
+
+        basic: HTTP Basic is accepted too, with any user and a key as the password.
+        """
         scheme, _, sent = authorization.partition(" ")
+        if basic and scheme.lower() == "basic":
+            scheme, sent = "bearer", _password(sent)
         digest = hashlib.sha256(sent.strip().encode()).digest()
         # Compare with every key every time, so that the duration reveals nothing.
         known = sum([hmac.compare_digest(digest, other) for other in self._digests])
         if scheme.lower() != "bearer" or not known:
-            raise _unauthorized(wrong=bool(authorization))
+            raise _unauthorized(wrong=bool(authorization), basic=basic)
         return digest.hex()[:8]
 
 
-def _unauthorized(wrong: bool) -> ApiError:
-    """Return error 401. wrong: a key was sent, but an unknown one."""
+def _password(credentials: str) -> str:
+    """Return the password in the credentials of HTTP Basic; empty if they are malformed."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
+def _unauthorized(wrong: bool, basic: bool) -> ApiError:
+    """Return error 401. wrong: a key was sent, but an unknown one. basic: as `Keys.name`."""
     challenge = 'Bearer realm="paellera"' + (', error="invalid_token"' if wrong else "")
+    if basic:
+        # Some clients send a password only when they are asked for one.
+        challenge = 'Basic realm="paellera", charset="UTF-8"'
     message = "unknown API key"
     if not wrong:
         message = "an API key is required, as the header Authorization: Bearer <key>"

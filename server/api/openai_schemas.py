@@ -5,19 +5,22 @@ Native fields that OpenAI's API lacks come as the client's `extra_body`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from model.canvas import FEATHER
 from model.config import Operation
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
 from server.api.schemas import (
+    IMAGE_DESCRIPTION,
+    STRICT,
+    Base64Text,
     Feather,
     FitChoice,
     Fraction,
-    ImageBytes,
     ImageBytesList,
     KeepUnmasked,
     NonBlankText,
@@ -25,6 +28,9 @@ from server.api.schemas import (
     Regions,
     ReturnSizeChoice,
     Text,
+    as_list,
+    file_bytes,
+    jpg_as_jpeg,
 )
 
 Quality = Literal["low", "medium", "high"]
@@ -43,9 +49,73 @@ QUALITIES: dict[AnyQuality, Quality] = {
 # Factors of the recipe's steps.
 STEP_FACTORS: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
 MAX_STEPS = 64
+# Fields of OpenAI's newest models that the weights have no counterpart of, and the advice.
+UNSUPPORTED_FIELDS = {
+    "complexity": "choose the number of steps by quality or num_inference_steps",
+    "frame_count": "POST /interpolate makes animations",
+    "frame_duration_ms": "POST /interpolate makes animations",
+    "svg": "images are png, jpeg or webp",
+    "markup": "send a mask for the part to change",
+}
+UNSUPPORTED = "Any value but null is answered with 400"
 FILE_FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "webp": "webp"}
 
+# OpenAI's most for one edit.
+MAX_EDIT_IMAGES = 16
+
 Size = tuple[int, int] | None
+
+
+# ── images ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ImageReference(BaseModel):
+    """An image in OpenAI's JSON."""
+
+    model_config = STRICT
+
+    image_url: Annotated[
+        str, Field(min_length=1, description="A data URL with base64: data:image/png;base64,…")
+    ]
+
+
+def referenced_bytes(sent: object) -> bytes:
+    """Return an image file sent as in native requests, or as OpenAI's `{"image_url": "data:…"}`.
+
+    Raises:
+        PydanticCustomError: for anything else.
+    """
+    if not isinstance(sent, dict):
+        return file_bytes(sent)
+    sent = {name: value for name, value in sent.items() if value is not None}
+    if "file_id" in sent:
+        message = (
+            "this server keeps no files, so file_id is not supported; "
+            'send the image as {"image_url": "data:image/png;base64,…"}'
+        )
+        raise PydanticCustomError("image_file_id", message)
+    if set(sent) != {"image_url"} or not isinstance(sent["image_url"], str):
+        message = (
+            'an image in JSON is {"image_url": "data:image/png;base64,…"}, base64 or a data URL'
+        )
+        raise PydanticCustomError("image_reference", message)
+    return file_bytes(sent["image_url"])
+
+
+OpenAIImage = Annotated[
+    bytes,
+    BeforeValidator(referenced_bytes, json_schema_input_type=Base64Text | ImageReference),
+    Field(description=IMAGE_DESCRIPTION),
+]
+SentList = Annotated[list[Base64Text | ImageReference], Field(max_length=MAX_EDIT_IMAGES)]
+OpenAIImageList = Annotated[
+    list[OpenAIImage],
+    Field(max_length=MAX_EDIT_IMAGES),
+    BeforeValidator(as_list, json_schema_input_type=Base64Text | ImageReference | SentList),
+]
+
+
+# ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class ImagesFields(RecipeFields):
@@ -64,13 +134,21 @@ class ImagesFields(RecipeFields):
     ] = "auto"
     output_format: Annotated[
         Literal["png", "jpeg", "webp", "gif", "svg"],
+        BeforeValidator(jpg_as_jpeg),
         Field(description="File format; gif and svg are answered with 400"),
     ] = "png"
     output_compression: Annotated[
-        int | None, Field(ge=0, le=100, description="Quality of JPEG and WebP; default: 90")
+        int | None,
+        Field(
+            ge=0,
+            le=100,
+            description="Quality of JPEG and WebP; default: 90. For PNG only 100, which changes"
+            " nothing",
+        ),
     ] = None
     response_format: Annotated[
-        Literal["b64_json", "url"], Field(description="url is answered with 400")
+        Literal["b64_json", "url"],
+        Field(description="url: of a file that this server keeps for a while; not for streams"),
     ] = "b64_json"
     background: Annotated[
         Literal["auto", "opaque", "transparent"],
@@ -78,6 +156,11 @@ class ImagesFields(RecipeFields):
     ] = "auto"
     user: Annotated[Text | None, Field(description="Accepted, but neither used nor stored")] = None
     safety_identifier: Annotated[Text | None, Field(description="As user")] = None
+    complexity: Annotated[Any, Field(description=UNSUPPORTED)] = None
+    frame_count: Annotated[Any, Field(description=UNSUPPORTED)] = None
+    frame_duration_ms: Annotated[Any, Field(description=UNSUPPORTED)] = None
+    svg: Annotated[Any, Field(description=UNSUPPORTED)] = None
+    markup: Annotated[Any, Field(description=UNSUPPORTED)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -138,17 +221,27 @@ class GenerationsRequest(ImagesFields):
 class EditsRequest(ImagesFields):
     """Repaint the masked part of an image, or its transparent part, or redraw all of it."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["image"]}, {"required": ["images"]}]}
+    )
+
     prompt: NonBlankText
     image: Annotated[
-        ImageBytesList,
+        OpenAIImageList,
         Field(
-            min_length=1,
-            max_length=8,
+            default_factory=list,
             description="The first is edited; the others show the wanted content",
         ),
     ]
+    images: Annotated[
+        OpenAIImageList,
+        Field(
+            default_factory=list,
+            description="In place of image: its name in OpenAI's JSON",
+        ),
+    ]
     mask: Annotated[
-        ImageBytes | None,
+        OpenAIImage | None,
         Field(
             description="As large as the first image; transparent pixels are repainted; default: "
             "the image's transparent ones"
@@ -177,9 +270,20 @@ class EditsRequest(ImagesFields):
     fit: FitChoice = "crop"
     return_size: ReturnSizeChoice = "result"
 
+    @model_validator(mode="after")
+    def _images_once(self) -> Self:
+        if self.image and self.images:
+            message = "send image or images, not both"
+            raise PydanticCustomError("image_twice", message, {"param": "images"})
+        if not self.image and not self.images:
+            message = "required: the image to edit, or a list of at most {most}"
+            details = {"param": "image", "most": MAX_EDIT_IMAGES}
+            raise PydanticCustomError("image_missing", message, details)
+        return self
+
     def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
         """Return /inpaint with a mask; without, /edit, or /inpaint of a transparent image."""
-        first, *others = self.image
+        first, *others = self.image or self.images
         inputs = {
             **self._common(size, recipe_steps),
             "prompt": self.prompt,
@@ -219,9 +323,10 @@ class VariationRequest(ImagesFields):
 
 
 class ImageData(BaseModel):
-    """One image. seed is an extension."""
+    """One image, as its file or its URL. seed is an extension."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
 
 

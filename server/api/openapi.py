@@ -17,10 +17,11 @@ ERRORS = {
     401: "API key missing or unknown",
     403: "Sent by a page of another origin",
     404: "Unknown weights",
+    406: "Accept names only unsupported image types",
     408: "Timeout while reading the body",
     413: "Body or image too large",
     415: "Unsupported Content-Type",
-    422: "A field out of bounds, or an image that cannot be decoded",
+    422: "A field out of bounds, an image that cannot be decoded, or an Idempotency-Key used twice",
     429: "Queue full, deadline unreachable, or the key's limits exceeded; Retry-After says when",
     500: "Failed; x-should-retry: false if a retry cannot help",
     503: "Starting, draining, or the worker was lost",
@@ -58,6 +59,21 @@ RETRY_HEADERS = _headers(
 )
 
 
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "A repeat within ten minutes gets the first answer, or waits for it",
+    # Printable ASCII, without the white space at both ends that HTTP removes.
+    "schema": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 255,
+        "pattern": "^[!-~]([ -~]*[!-~])?$",
+    },
+}
+
+
 # ── endpoints ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -93,7 +109,10 @@ def describe_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
     described = _without_references(schema)
     content: dict[str, Any] = {media_type: {"schema": described} for media_type in (JSON, FORM)}
     content[JSON]["example"] = EXAMPLES[path]
-    return {"requestBody": {"required": True, "content": content}}
+    return {
+        "parameters": [IDEMPOTENCY_KEY],
+        "requestBody": {"required": True, "content": content},
+    }
 
 
 def _without_references(schema: type[BaseModel]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from server.api.errors import ApiError
 from server.api.middleware import error_response, port_of
 from server.api.routes_health import PATHS
+from server.api.state import app_state
 from server.settings import Settings
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -186,6 +187,23 @@ class TrustedProxies:
         if scope["type"] == "http" and peer in self._app.trusted_hosts:
             scope[FORWARDED_HOSTS] = _forwarded_hosts(scope)
         await self._app(cast(Any, scope), cast(Any, receive), cast(Any, send))
+
+
+def base_url(request: Request) -> str:
+    """Return the server's URL as the client knows it, without a slash at its end.
+
+    Raises:
+        ApiError: 400, without `public_url` and a valid Host header.
+    """
+    if public := app_state(request).settings.public_url:
+        return public.rstrip("/")
+    scope = request.scope
+    hosts = [*scope.get(FORWARDED_HOSTS, ()), *request.headers.getlist("host")]
+    host = hosts[0].strip() if hosts else ""
+    if Authority.parse(host) is None:
+        message = f"the URL of an image needs a valid Host header (sent: {host[:80]!r})"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "invalid_host", message)
+    return f"{scope['scheme']}://{host}{scope.get('root_path', '').rstrip('/')}"
 
 
 def _forwarded_hosts(scope: Scope) -> Sequence[str]:

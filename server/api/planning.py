@@ -92,12 +92,26 @@ RANDOM_SEEDS = 2**53
 # The cost of a result per pixel beside its steps, in branches of a step: tokens to pixels, and
 # pixels to a file. Measured on a CPU: docs/log.md.
 DECODING_WORK = 3
-FILE_WORK: dict[AnyFormat, int] = {"png": 1, "json": 1, "jpeg": 1, "webp": 1, "gif": 6}
+FILE_WORK: dict[AnyFormat, int] = {
+    "png": 1,
+    "json": 1,
+    "url": 1,
+    "jpeg": 1,
+    "webp": 1,
+    "gif": 6,
+}
 PREVIEW_WORK = 1
 # The cost of a pixel that is enlarged to the sent image's resolution, beside that of its file.
 ENLARGING_WORK = 2
 
 Models = Mapping[str, BundleConfig]
+
+# Areas in native ones at which the weights still draw well, the least and the most.
+NEAREST_AREAS = (0.5, 1.5)
+# Operations whose width and height may be any; those of others follow from an image.
+RESIZED: tuple[Operation, ...] = ("generate", "variations", "edit", "inpaint", "interpolate")
+# The alias of every name that has none.
+ANY_NAME = "*"
 
 
 def _unchanged(image: Image) -> Image:
@@ -171,6 +185,13 @@ class Plan:
         frame = {"frame": index} if job.keyframes else {}
         return {**common, **self.operation_parameters, **frame, "truncated": list(truncated)}
 
+    def shared_parameters(self, truncated: tuple[str, ...]) -> dict[str, Any]:
+        """Return the effective parameters of all images together."""
+        images = 1 if self.job.keyframes else len(self.job.seeds)
+        parameters = self.parameters(truncated, 0) | {"n": images}
+        parameters.pop("frame", None)
+        return parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -200,6 +221,8 @@ class Draft:
         """Return the requested or the native size, (width, height). Raises ApiError 422."""
         width = self.request.width or self.config.native_size[0]
         height = self.request.height or self.config.native_size[1]
+        if self.settings.sizes == "nearest":
+            return nearest_size((width, height), self.config, self.settings)
         sides = possible_sides(self.config, self.settings)
         for param, pixels in (("width", width), ("height", height)):
             if pixels not in sides:
@@ -341,7 +364,8 @@ class Draft:
             deadline=self.deadline,
             arrived_at=self.arrived_at,
             priority=request.priority,
-            previews=request.partial_images,
+            # Clients keep the field when they turn streams off.
+            previews=request.partial_images if request.stream else 0,
             cache_scope=self.cache_scope,
             **{"seeds": seeds(request.seed, request.n), **parts},
         )
@@ -403,23 +427,28 @@ def draft(
     Raises:
         ApiError: 404 unknown weights, 400 unsupported by them, 422 contradictory fields.
     """
-    if request.partial_images and not request.stream:
-        allowed = "previews are part of a stream: send stream true"
-        raise invalid_value("partial_images", allowed, request.partial_images)
-    config = find_model(request.model, models)
+    config = find_model(request.model, models, settings.aliases)
     check_operation(config, operation)
     sampling = _sampling(request, config, settings)
+    if settings.sizes == "nearest" and operation in RESIZED and request.width and request.height:
+        size = nearest_size((request.width, request.height), config, settings)
+        request = request.model_copy(update={"width": size[0], "height": size[1]})
     return Draft(request, config, sampling, settings, output, cache_scope)
 
 
-def find_model(name: str | None, models: Models) -> BundleConfig:
-    """Return the weights of this name; None is the default. Raises ApiError 404."""
+def find_model(name: str | None, models: Models, aliases: Mapping[str, str]) -> BundleConfig:
+    """Return the weights of this name or alias; None is the default. Raises ApiError 404.
+
+    aliases: names of weights by other names; `*` stands for every other name.
+    """
     if name is None:
         return next(iter(models.values()))
-    if name not in models:
-        message = f"model: unknown; loaded are {', '.join(models)} (sent: {name[:80]!r})"
+    known = name if name in models else aliases.get(name, aliases.get(ANY_NAME, name))
+    if known not in models:
+        named = ", ".join([*models, *aliases])
+        message = f"model: unknown; loaded are {named} (sent: {name[:80]!r})"
         raise ApiError(HTTPStatus.NOT_FOUND, "model_not_found", message, "model")
-    return models[name]
+    return models[known]
 
 
 def possible_sides(config: BundleConfig, settings: Settings) -> range:
@@ -437,6 +466,38 @@ def check_operation(config: BundleConfig, operation: Operation) -> None:
         supported = ", ".join(config.operations)
         message = f"model: {config.name} does not support {operation}, only {supported}"
         raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_operation", message, "model")
+
+
+def nearest_size(
+    size: tuple[int, int], config: BundleConfig, settings: Settings
+) -> tuple[int, int]:
+    """Return the (width, height) in pixels at which the weights draw best what was asked for.
+
+    The ratio of the sides comes first, then the native area. The area is within `NEAREST_AREAS` of
+    the native one, for which the weights were trained. A size that is possible there is unchanged.
+    """
+    sides = possible_sides(config, settings)
+    native = config.native_size[0] * config.native_size[1]
+    ratio = size[0] / size[1]
+
+    def is_possible(candidate: tuple[int, int]) -> bool:
+        area = candidate[0] * candidate[1] / native
+        return candidate[1] in sides and NEAREST_AREAS[0] <= area <= NEAREST_AREAS[1]
+
+    def distance(candidate: tuple[int, int]) -> tuple[float, float]:
+        width, height = candidate
+        return abs(math.log(width / height / ratio)), abs(math.log(width * height / native))
+
+    if size[0] in sides and is_possible(size):
+        return size
+    candidates = []
+    for width in sides:
+        # The sides next to the one in the ratio, within the areas.
+        lowest, highest = (native * share / width for share in NEAREST_AREAS)
+        ideal = min(max(width / ratio, lowest, sides[0]), highest, sides[-1])
+        below = sides[0] + int((ideal - sides[0]) // sides.step) * sides.step
+        candidates += [(width, below), (width, below + sides.step)]
+    return min(filter(is_possible, candidates), key=distance)
 
 
 def seeds(first: int | None, n: int) -> tuple[int, ...]:
@@ -801,7 +862,7 @@ async def plan(
     """
     state, scope = app_state(request), request_state(request).client or ""
     drafted = draft(fields, operation, state.models, state.settings, output, scope)
-    planner = partial(OPERATIONS[operation][1], fields, drafted)
+    planner = partial(OPERATIONS[operation][1], drafted.request, drafted)
     state.encoder.check_room(_rows(fields))
     if isinstance(fields, GenerateRequest) and not fields.regions:
         planned = planner(Uploads(state.decoder.limits))

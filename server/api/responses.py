@@ -11,14 +11,18 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
 
+from server.api.errors import ApiError, shortened
 from server.api.images.encode import AnimationFormat, Format, animate, encode
+from server.api.images.url_store import EXTENSIONS, ImageLinks, StoredImage
+from server.api.origins import base_url
 from server.api.planning import Plan
 from server.api.sse import DeferredEvent, Emit, Event
-from server.api.state import AppState, app_state, request_state, unless_cancelled
+from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
 from server.engine.errors import DeadlineExceeded
 from server.engine.latency_model import Forecast
 from server.engine.messages import Drawn, Finished, Image, Preview
@@ -27,8 +31,10 @@ T = TypeVar("T")
 
 MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
     "application/json": "json",
+    "application/*": "json",
     "image/png": "png",
     "image/jpeg": "jpeg",
+    "image/jpg": "jpeg",
     "image/webp": "webp",
     "image/*": "png",
     "*/*": "png",
@@ -39,13 +45,29 @@ MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
 
 
 def accepted_format(accept: str) -> Format | Literal["json"]:
-    """Return the preferred supported type of an `Accept` header; JSON if it has no image type."""
-    return _preferred(accept, MEDIA_TYPES) or "json"
+    """Return the preferred supported type of an `Accept` header; JSON if it has no image type.
+
+    Raises ApiError 406 if it has image types, all of them unsupported.
+    """
+    return _preferred(accept, MEDIA_TYPES) or _json_for(accept, MEDIA_TYPES)
 
 
 def accepted_animation(accept: str) -> Format | Literal["gif", "json"]:
     """Return as `accepted_format`, with GIF supported too."""
-    return _preferred(accept, {**MEDIA_TYPES, "image/gif": "gif"}) or "json"
+    known: dict[str, Format | Literal["gif", "json"]] = {**MEDIA_TYPES, "image/gif": "gif"}
+    return _preferred(accept, known) or _json_for(accept, known)
+
+
+def _json_for(accept: str, known: Mapping[str, object]) -> Literal["json"]:
+    """Return JSON, unless the client would save the answer as an image that it is not."""
+    if "image/" not in accept.lower():
+        return "json"
+    supported = ", ".join(name for name in known if "*" not in name)
+    message = (
+        f"Accept: the answer can be {supported}; send one of these or */*, or choose by the field"
+        f" response_format (sent: {shortened(accept)})"
+    )
+    raise ApiError(HTTPStatus.NOT_ACCEPTABLE, "not_acceptable", message)
 
 
 def _preferred(accept: str, known: Mapping[str, T]) -> T | None:
@@ -101,38 +123,47 @@ async def file_response(
 ) -> Response:
     """Return the only image as a file."""
     (content,), seconds = await encode_all(state, plan, finished, format, quality)
-    headers = answer_headers(plan, finished, stage_seconds(finished, seconds))
+    stages = stage_seconds(finished, seconds)
+    headers = answer_headers(plan, finished, stages, EXTENSIONS[format])
     return Response(content, media_type=f"image/{format}", headers=headers)
 
 
 async def animation_response(
     state: AppState, plan: Plan, finished: Finished, format: AnimationFormat, quality: int
 ) -> Response:
-    """Return all images in one file, without parameters in it."""
+    """Return all images in one file."""
+    parameters = plan.shared_parameters(finished.truncated)
+    marking = state.marker.of(plan.operation)
     frames, began = _Frames(plan, _ordered(finished)), time.perf_counter()
     try:
         content = await state.encoder.run(
-            partial(animate, frames, format, quality), len(finished.images)
+            partial(animate, frames, format, quality, parameters, marking=marking),
+            len(finished.images),
         )
     finally:
         frames.stop()
     seconds = record_images(state, plan, len(finished.images), began)
-    headers = answer_headers(plan, finished, stage_seconds(finished, seconds))
+    headers = answer_headers(plan, finished, stage_seconds(finished, seconds), format)
     return Response(content, media_type=f"image/{format}", headers=headers)
 
 
 async def json_response(
-    request: Request, plan: Plan, finished: Finished, format: Format, quality: int
+    request: Request,
+    plan: Plan,
+    finished: Finished,
+    format: Format,
+    quality: int,
+    links: ImageLinks | None = None,
 ) -> Response:
-    """Return all images as JSON."""
+    """Return all images as JSON; with `links` their URLs."""
     contents, seconds = await encode_all(app_state(request), plan, finished, format, quality)
     stages = stage_seconds(finished, seconds)
 
     def body() -> bytes:
         fields = answer_fields(request, plan, finished, stages)
-        return json.dumps(fields | image_entries(plan, contents, format)).encode()
+        return json.dumps(fields | image_entries(plan, contents, format, links)).encode()
 
-    headers = answer_headers(plan, finished, stages)
+    headers = answer_headers(plan, finished, stages, "json")
     content = await asyncio.to_thread(body)
     return Response(content, media_type="application/json", headers=headers)
 
@@ -164,12 +195,14 @@ class NativeStream:
     Attributes:
         format: of the images' files.
         quality: of JPEG and WebP.
+        links: stores the images, whose URLs are then sent in place of the files.
     """
 
     request: Request
     plan: Plan
     format: Format
     quality: int
+    links: ImageLinks | None = None
 
     async def run(self, emit: Emit) -> None:
         """Run the plan's job and emit its events. Raises EngineError."""
@@ -200,7 +233,9 @@ class NativeStream:
         # Clients do not keep previews; a JPEG takes at most 1/12 of a PNG's time and 1/6 of its
         # bytes: docs/log.md.
         format: Format = "jpeg" if self.format == "png" else self.format
-        content = encode(self.plan.preview(preview.image), format, self.quality, {})
+        marking = app_state(self.request).marker.of_preview(self.plan.operation)
+        image = self.plan.preview(preview.image)
+        content = encode(image, format, self.quality, {}, marking=marking)
         data = {
             "index": preview.image.index,
             "step": preview.step,
@@ -214,11 +249,15 @@ class NativeStream:
 
     def _image(self, drawn: Drawn) -> Event:
         began = time.perf_counter()
-        plan, index = self.plan, drawn.image.index
+        state, plan, index = app_state(self.request), self.plan, drawn.image.index
         parameters = plan.parameters(drawn.truncated, index)
-        content = encode(plan.result(drawn.image), self.format, self.quality, parameters)
-        record_images(app_state(self.request), plan, 1, began)
-        return Event("image", {"index": index, **image_entry(plan, index, content, self.format)})
+        marking = state.marker.of(plan.operation)
+        content = encode(
+            plan.result(drawn.image), self.format, self.quality, parameters, marking=marking
+        )
+        record_images(state, plan, 1, began)
+        (entry,) = image_entries(plan, [content], self.format, self.links, index)["images"]
+        return Event("image", {"index": index, **entry})
 
     async def _completed(self, finished: Finished) -> DeferredEvent:
         """Return the JSON answer; without its images if those were sent early."""
@@ -233,54 +272,109 @@ class NativeStream:
         stages = stage_seconds(finished, seconds)
         fields = answer_fields(self.request, plan, finished, stages)
         return DeferredEvent(
-            lambda: Event("completed", fields | image_entries(plan, contents, self.format))
+            lambda: Event(
+                "completed", fields | image_entries(plan, contents, self.format, self.links)
+            )
         )
 
 
 # ── parts ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def image_entries(plan: Plan, contents: Sequence[bytes], format: Format) -> dict[str, Any]:
-    """Return the files as JSON, in the order of their seeds."""
-    entries = [image_entry(plan, i, content, format) for i, content in enumerate(contents)]
+def image_entries(
+    plan: Plan,
+    contents: Sequence[bytes],
+    format: Format,
+    links: ImageLinks | None = None,
+    first: int = 0,
+) -> dict[str, Any]:
+    """Return the files as JSON, in the order of their seeds.
+
+    Args:
+        plan: of the request.
+        contents: the files.
+        format: of the files.
+        links: stores the files, whose URLs are then part of the JSON in their place.
+        first: the request's index of the first file.
+
+    Raises:
+        ApiError: 422, too large for the store.
+    """
+    forms = file_or_url(plan, contents, format, links, first)
+    entries = [
+        {
+            **form,
+            "seed": plan.job.seeds[index],
+            "width": plan.answer_size[0],
+            "height": plan.answer_size[1],
+            "format": format,
+        }
+        for index, form in enumerate(forms, first)
+    ]
     return {"images": entries}
 
 
-def image_entry(plan: Plan, index: int, content: bytes, format: Format) -> dict[str, Any]:
-    """Return one file as JSON."""
-    return {
-        "b64_json": base64.b64encode(content).decode(),
-        "seed": plan.job.seeds[index],
-        "width": plan.answer_size[0],
-        "height": plan.answer_size[1],
-        "format": format,
-    }
+def file_or_url(
+    plan: Plan,
+    contents: Sequence[bytes],
+    format: Format,
+    links: ImageLinks | None,
+    first: int = 0,
+) -> list[dict[str, str]]:
+    """Return a file each as `b64_json`, or with `links` as `url`; as `image_entries`."""
+    if links is None:
+        return [{"b64_json": base64.b64encode(content).decode()} for content in contents]
+    images = [
+        StoredImage(content, format, file_name(plan, index))
+        for index, content in enumerate(contents, first)
+    ]
+    return [{"url": url} for url in links.publish(images)]
+
+
+def image_links(request: Request) -> ImageLinks:
+    """Return the links of a request for URLs. Raises ApiError 400: none are possible."""
+    store = app_state(request).url_store
+    store.check_enabled()
+    return ImageLinks(store, owner_of(request), base_url(request))
+
+
+def file_name(plan: Plan, index: int) -> str:
+    """Return a name without an extension for clients that save the image `index`."""
+    frame = f"-{index}" if plan.job.keyframes else ""
+    return f"{plan.operation}-{plan.job.seeds[index]}{frame}"
 
 
 def answer_fields(
     request: Request, plan: Plan, finished: Finished, stages: dict[str, float]
 ) -> dict[str, Any]:
     """Return the JSON answer without its images. stages: seconds."""
-    images = 1 if plan.job.keyframes else len(plan.job.seeds)
-    parameters = plan.parameters(finished.truncated, 0) | {"n": images}
-    parameters.pop("frame", None)
     return {
         "id": request_state(request).id,
         "created": int(time.time()),
         "model": plan.job.model,
-        "parameters": parameters,
+        "parameters": plan.shared_parameters(finished.truncated),
         "timings": stages,
     }
 
 
 async def encode_all(
-    state: AppState, plan: Plan, finished: Finished, format: Format, quality: int
+    state: AppState,
+    plan: Plan,
+    finished: Finished,
+    format: Format,
+    quality: int,
+    text_of: Callable[[dict[str, Any]], str] | None = None,
 ) -> tuple[list[bytes], float]:
-    """Return the job's images as files, in the order of its seeds, and the seconds spent."""
+    """Return the job's images as files, in the order of its seeds, and the seconds spent.
+
+    text_of: makes the text of a PNG from an image's parameters, in place of their JSON.
+    """
+    marking = state.marker.of(plan.operation)
 
     def make(image: Image) -> bytes:
         parameters = plan.parameters(finished.truncated, image.index)
-        return encode(plan.result(image), format, quality, parameters)
+        text = text_of(parameters) if text_of else None
+        return encode(plan.result(image), format, quality, parameters, text, marking)
 
     began = time.perf_counter()
     large = state.decoder.run_large if plan.restoration else None
@@ -309,10 +403,24 @@ def stage_seconds(finished: Finished, image_seconds: float) -> dict[str, float]:
     return {**asdict(finished.timings), "image": image_seconds}
 
 
-def answer_headers(plan: Plan, finished: Finished, stages: dict[str, float]) -> dict[str, str]:
-    """Return the headers of an answer with images. stages: seconds."""
+def answer_headers(
+    plan: Plan, finished: Finished, stages: dict[str, float], extension: str
+) -> dict[str, str]:
+    """Return the headers of an answer with images.
+
+    Args:
+        plan: of the request.
+        finished: its result.
+        stages: seconds.
+        extension: of the name under which clients save the answer.
+    """
     timing = ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
-    headers = {"X-Seed": str(plan.job.seeds[0]), "Server-Timing": timing}
+    seed = plan.job.seeds[0]
+    headers = {
+        "X-Seed": str(seed),
+        "Server-Timing": timing,
+        "Content-Disposition": f'inline; filename="{plan.operation}-{seed}.{extension}"',
+    }
     if finished.truncated:
         headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
     return headers

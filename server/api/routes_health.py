@@ -19,8 +19,7 @@ ALIVE = {"status": "alive"}
 READY = {"status": "ready", "device": "cpu", "dtype": "float32", "models": ["tiny"]}
 
 
-@router.head("/healthz", include_in_schema=False)
-@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/health", include_in_schema=False)
 @router.get(
     "/healthz",
     summary="Liveness probe: the process answers",
@@ -31,7 +30,6 @@ async def healthz() -> Response:
     return JSONResponse(ALIVE)
 
 
-@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Readiness probe: a worker is warm and accepts requests",
@@ -59,7 +57,6 @@ async def readyz(request: Request) -> Response:
     return JSONResponse(answer)
 
 
-@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     summary="Metrics for Prometheus",

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from model.config import BundleConfig
-from server.api.planning import find_model
+from server.api.planning import ANY_NAME, find_model
 from server.api.schemas import ErrorAnswer
 from server.api.state import AppState, app_state
 
@@ -35,6 +34,7 @@ class ModelEntry(BaseModel):
     """OpenAI's fields, then extensions."""
 
     id: str
+    alias_of: Annotated[str | None, Field(description="Weights that this name stands for")] = None
     object: Literal["model"] = "model"
     created: Annotated[int, Field(description="Start of this server, in Unix seconds")]
     owned_by: str = "paellera"
@@ -66,13 +66,14 @@ DEFAULT_LINK = {
 
 @router.get(
     "/v1/models",
-    summary="The loaded weights, the default first",
+    summary="The loaded weights, the default first, then their aliases",
     responses={200: {"links": DEFAULT_LINK}},
 )
 async def list_models(request: Request) -> ModelList:
-    """Return all loaded weights."""
+    """Return all loaded weights, and their aliases except `*`."""
     state = app_state(request)
-    return ModelList(data=[describe(config, state) for config in state.models.values()])
+    names = [*state.models, *(name for name in state.settings.aliases if name != ANY_NAME)]
+    return ModelList(data=[describe(name, state) for name in names])
 
 
 @router.get(
@@ -82,16 +83,20 @@ async def list_models(request: Request) -> ModelList:
     responses={404: {"description": "Unknown weights", "model": ErrorAnswer}},
 )
 async def show_model(request: Request, name: str) -> ModelEntry:
-    """Return the loaded weights of this name."""
-    state = app_state(request)
-    return describe(find_model(name, state.models), state)
+    """Return the loaded weights of this name or alias."""
+    return describe(name, app_state(request))
 
 
-def describe(config: BundleConfig, state: AppState) -> ModelEntry:
-    """Return the capabilities of the weights within this server's limits."""
+def describe(name: str, state: AppState) -> ModelEntry:
+    """Return the capabilities of the weights within this server's limits.
+
+    name: of the weights, or an alias. Raises ApiError 404.
+    """
+    config = find_model(name, state.models, state.settings.aliases)
     step = config.size_step
     return ModelEntry(
-        id=config.name,
+        id=name,
+        alias_of=None if name == config.name else config.name,
         created=state.started_at,
         family=config.family,
         sha256=config.sha256,

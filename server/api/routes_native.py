@@ -12,7 +12,9 @@ from fastapi.responses import JSONResponse
 from model.config import Operation
 from server.api.body import read_body
 from server.api.errors import ApiError, invalid_value
+from server.api.idempotency import earlier_answer
 from server.api.images.encode import Format
+from server.api.images.url_store import ImageLinks
 from server.api.openapi import BINARY, describe_answers, describe_body, describe_events
 from server.api.planning import OPERATIONS, Plan, plan
 from server.api.responses import (
@@ -21,6 +23,7 @@ from server.api.responses import (
     accepted_format,
     animation_response,
     file_response,
+    image_links,
     json_response,
     respond_in_time,
 )
@@ -79,21 +82,37 @@ def _endpoint(
     operation: Operation, schema: type[SamplingFields]
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
+        _check_query(request)
         limit = app_state(request).settings.max_body_bytes
         fields = await read_body(request, schema, limit)
+        if (earlier := await earlier_answer(request, fields)) is not None:
+            return earlier
         wanted, quality, stream = _output(request, fields), fields.quality, fields.stream
+        links = image_links(request) if wanted == "url" else None
         planned = await plan(request, fields, operation, wanted)
         # The files may be large, and are not needed while the job waits.
         del fields
         if stream:
-            assert wanted != "gif"
-            format: Format = "png" if wanted == "json" else wanted
-            events = NativeStream(request, planned, format, quality)
+            events = NativeStream(request, planned, _file_format(wanted), quality, links)
             return await stream_events(request, events.run)
-        respond = partial(_respond, request, planned, wanted, quality)
+        respond = partial(_respond, request, planned, wanted, quality, links)
         return await respond_in_time(request, planned, respond)
 
     return endpoint
+
+
+def _check_query(request: Request) -> None:
+    """Raise ApiError 422 for parameters in the URL, which nothing would read."""
+    if name := next(iter(request.query_params), None):
+        shown = name[:80]
+        message = f"{shown}: the URL takes no parameters; send fields in the body"
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_field", message, shown)
+
+
+def _file_format(wanted: AnyFormat) -> Format:
+    """Return the format of an answer's files: PNG in JSON."""
+    assert wanted != "gif"
+    return "png" if wanted == "json" or wanted == "url" else wanted
 
 
 def _output(request: Request, fields: SamplingFields) -> AnyFormat:
@@ -112,16 +131,20 @@ def _output(request: Request, fields: SamplingFields) -> AnyFormat:
 
 
 async def _respond(
-    request: Request, planned: Plan, wanted: AnyFormat, quality: int, finished: Finished
+    request: Request,
+    planned: Plan,
+    wanted: AnyFormat,
+    quality: int,
+    links: ImageLinks | None,
+    finished: Finished,
 ) -> Response:
     """Return one file, an animation of several frames, or JSON."""
     state = app_state(request)
     if planned.job.keyframes and (wanted == "gif" or wanted == "webp"):
         return await animation_response(state, planned, finished, wanted, quality)
-    assert wanted != "gif"
-    format: Format = "png" if wanted == "json" else wanted
-    if wanted == "json" or len(planned.job.seeds) > 1:
-        return await json_response(request, planned, finished, format, quality)
+    format = _file_format(wanted)
+    if wanted == "json" or wanted == "url" or len(planned.job.seeds) > 1:
+        return await json_response(request, planned, finished, format, quality, links)
     return await file_response(state, planned, finished, format, quality)
 
 

@@ -21,9 +21,12 @@ from fastapi.responses import JSONResponse
 
 from model.config import BundleConfig
 from server.api.body import read_body
-from server.api.errors import ApiError
+from server.api.errors import ApiError, as_bad_request, shortened
+from server.api.idempotency import earlier_answer
 from server.api.images.encode import Format, encode
+from server.api.images.url_store import ImageLinks
 from server.api.openai_schemas import (
+    UNSUPPORTED_FIELDS,
     EditsRequest,
     GenerationsRequest,
     ImagesFields,
@@ -32,10 +35,19 @@ from server.api.openai_schemas import (
     VariationRequest,
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
-from server.api.planning import OPERATIONS, Plan, find_model, plan, possible_sides
+from server.api.planning import (
+    OPERATIONS,
+    Plan,
+    find_model,
+    nearest_size,
+    plan,
+    possible_sides,
+)
 from server.api.responses import (
     answer_headers,
     encode_all,
+    file_or_url,
+    image_links,
     respond_in_time,
     stage_seconds,
     until_deadline,
@@ -74,9 +86,18 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         state = app_state(request)
         fields = await read_body(request, endpoint.schema, state.settings.max_body_bytes)
+        if (earlier := await earlier_answer(request, fields)) is not None:
+            return earlier
+        wants_url = fields.response_format == "url" and not fields.stream
+        links = image_links(request) if wants_url else None
         planned = await _plan(request, fields)
         answer = OpenAIAnswer(
-            request, planned, fields.file_format, fields.file_quality, fields.effective_quality
+            request,
+            planned,
+            fields.file_format,
+            fields.file_quality,
+            fields.effective_quality,
+            links,
         )
         stream = fields.stream
         # The files may be large, and are not needed while the job waits.
@@ -85,7 +106,19 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
             return await stream_events(request, partial(answer.stream, endpoint.event_prefix))
         return await respond_in_time(request, planned, answer.respond)
 
-    return handle
+    return _refusing_with_400(handle)
+
+
+def _refusing_with_400(
+    handle: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    async def refusing(request: Request) -> Response:
+        try:
+            return await handle(request)
+        except ApiError as error:
+            raise as_bad_request(error) from None
+
+    return refusing
 
 
 # ── request ───────────────────────────────────────────────────────────────────────────────────────
@@ -93,7 +126,7 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
 
 async def _plan(request: Request, fields: ImagesFields) -> Plan:
     state = app_state(request)
-    config = find_model(fields.model, state.models)
+    config = find_model(fields.model, state.models, state.settings.aliases)
     _check_supported(fields)
     size = _size(fields.size, config, state.settings)
     operation, native = fields.native(size, config.recipe.num_inference_steps)
@@ -106,31 +139,36 @@ async def _plan(request: Request, fields: ImagesFields) -> Plan:
 
 def _unsupported(param: str, supported: str, sent: object) -> ApiError:
     """Return the error for a value that OpenAI's API has and the weights do not support."""
-    message = f"{param}: {supported} (sent: {sent!r})"
+    message = f"{param}: {supported} (sent: {shortened(sent)})"
     return ApiError(HTTPStatus.BAD_REQUEST, "unsupported_value", message, param)
 
 
 def _check_supported(fields: ImagesFields) -> None:
-    if fields.response_format == "url":
-        message = "images are not stored, so they have no URL; send b64_json"
-        raise _unsupported("response_format", message, "url")
     if fields.output_format != fields.file_format:
         message = "images are png, jpeg or webp"
         raise _unsupported("output_format", message, fields.output_format)
     if fields.background == "transparent":
         raise _unsupported("background", "images are opaque; send opaque or auto", "transparent")
-    if fields.output_compression is not None and fields.output_format == "png":
-        message = "is for jpeg and webp; a png has no quality"
+    if fields.output_compression not in (None, 100) and fields.output_format == "png":
+        message = "is for jpeg and webp; a png has no quality: send 100, or leave it out"
         raise _unsupported("output_compression", message, fields.output_compression)
+    for name, advice in UNSUPPORTED_FIELDS.items():
+        if (sent := getattr(fields, name)) is not None:
+            raise _unsupported(name, f"not supported; leave it out: {advice}", sent)
 
 
 def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
-    """Return (width, height), None for auto. Raises ApiError 400 that lists possible sizes."""
+    """Return (width, height), None for auto. Raises ApiError 400 that lists possible sizes.
+
+    With the setting `sizes` nearest, it is the nearest possible one.
+    """
     if sent == "auto":
         return None
     sides = possible_sides(config, settings)
     if match := SIZE.fullmatch(sent):
         size = int(match[1]), int(match[2])
+        if settings.sizes == "nearest":
+            return nearest_size(size, config, settings)
         if size[0] in sides and size[1] in sides:
             return size
     native = "x".join(map(str, config.native_size))
@@ -152,6 +190,7 @@ class OpenAIAnswer:
         format: of the images' files.
         file_quality: of JPEG and WebP.
         quality: the field `quality` of the answer.
+        links: stores the images, whose URLs are then part of the answer. Streams have files.
     """
 
     request: Request
@@ -159,13 +198,16 @@ class OpenAIAnswer:
     format: Format
     file_quality: int
     quality: str
+    links: ImageLinks | None = None
 
     async def respond(self, finished: Finished) -> Response:
         """Return all images as one JSON answer."""
         contents, stages = await self._encode(finished)
 
         def body() -> bytes:
-            data = [self._entry(i, content) for i, content in enumerate(contents)]
+            forms = file_or_url(self.plan, contents, self.format, self.links)
+            seeds = self.plan.job.seeds
+            data = [{**form, "seed": seed} for form, seed in zip(forms, seeds, strict=True)]
             answer = {
                 "created": int(time.time()),
                 "data": data,
@@ -174,7 +216,7 @@ class OpenAIAnswer:
             }
             return json.dumps(answer).encode()
 
-        headers = answer_headers(self.plan, finished, stages)
+        headers = answer_headers(self.plan, finished, stages, "json")
         content = await asyncio.to_thread(body)
         return Response(content, media_type="application/json", headers=headers)
 
@@ -200,7 +242,8 @@ class OpenAIAnswer:
     def _partial(self, name: str, preview: Preview) -> Event:
         # In the requested format: clients save previews under that name.
         image = self.plan.preview(preview.image)
-        content = encode(image, self.format, self.file_quality, {})
+        marking = app_state(self.request).marker.of_preview(self.plan.operation)
+        content = encode(image, self.format, self.file_quality, {}, marking=marking)
         index = preview.image.index
         return self._event(name, content, index=index, partial_image_index=preview.number)
 
@@ -226,10 +269,6 @@ class OpenAIAnswer:
         )
         return contents, stage_seconds(finished, seconds)
 
-    def _entry(self, index: int, content: bytes) -> dict[str, Any]:
-        encoded = base64.b64encode(content).decode()
-        return {"b64_json": encoded, "seed": self.plan.job.seeds[index]}
-
     @property
     def _effective(self) -> dict[str, str]:
         return {
@@ -241,7 +280,8 @@ class OpenAIAnswer:
 
     @property
     def _transparent(self) -> bool:
-        return self.plan.is_transparent and self.format != "jpeg"
+        plan = self.plan
+        return plan.is_transparent and not plan.opaque and self.format != "jpeg"
 
     def _usage(self, images: int) -> dict[str, Any]:
         """Return token counts: bytes of prompts, VQGAN tokens, one per image read by CLIP."""

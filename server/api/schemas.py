@@ -18,9 +18,11 @@ from server.api.images.fit import FitMode, ReturnSize
 from server.engine.messages import Priority
 
 INT64 = 2**63
+# Characters of a prompt, as in OpenAI's API. Encoders read their own limits' worth of it.
+MAX_TEXT = 32_000
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-AnyFormat = Format | Literal["gif", "json"]
+AnyFormat = Format | Literal["gif", "json", "url"]
 
 
 # ── text and numbers ──────────────────────────────────────────────────────────────────────────────
@@ -33,13 +35,15 @@ _NOT_BLANK = rf"^[^\x00]*{_VISIBLE}[^\x00]*$"
 
 def _without_nul(text: str) -> str:
     if "\0" in text:
-        raise ValueError("may not hold NUL characters")
+        raise ValueError("may not hold NUL characters; remove them")
     return text
 
 
 def _not_blank(text: str) -> str:
     if not re.search(_VISIBLE, text):
-        raise ValueError("must hold more than white space and control characters")
+        raise ValueError(
+            "must hold more than white space and control characters: describe the image"
+        )
     return text
 
 
@@ -49,13 +53,23 @@ def _pair(value: object) -> object:
     return tuple(value) if isinstance(value, list) else (value, value)
 
 
+def jpg_as_jpeg(value: object) -> object:
+    """Return a format's name; the common file name extension stands for JPEG."""
+    return "jpeg" if value == "jpg" else value
+
+
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _drawn_seed(seed: int | None) -> int | None:
+    """Return None, a random seed, for -1: programs for Stable Diffusion send that."""
+    return None if seed == -1 else seed
+
+
 Text = Annotated[
     str,
-    Field(max_length=4000, json_schema_extra={"pattern": _NO_NUL}),
+    Field(max_length=MAX_TEXT, json_schema_extra={"pattern": _NO_NUL}),
     AfterValidator(_without_nul),
 ]
 NonBlankText = Annotated[
@@ -71,6 +85,7 @@ Scale = Annotated[
     float,
     Field(ge=1, le=4, allow_inf_nan=False, description="Factor of width and height, in pixels"),
 ]
+Seed = Annotated[int | None, Field(ge=-INT64, lt=INT64), AfterValidator(_drawn_seed)]
 
 
 # ── images ────────────────────────────────────────────────────────────────────────────────────────
@@ -150,7 +165,8 @@ def _no_base64(reason: str) -> PydanticCustomError:
     return PydanticCustomError("image_encoding", message, {"reason": reason})
 
 
-def _as_list(sent: Any) -> Any:
+def as_list(sent: Any) -> Any:
+    """Return a list; anything else as a list of one."""
     return sent if isinstance(sent, list) else [sent]
 
 
@@ -165,7 +181,7 @@ ImageBytes = Annotated[
 
 ImageBytesList = Annotated[
     list[ImageBytes],
-    BeforeValidator(_as_list, json_schema_input_type=Base64Text | list[Base64Text]),
+    BeforeValidator(as_list, json_schema_input_type=Base64Text | list[Base64Text]),
 ]
 """One image file or several; give it `Field(max_length=…)`."""
 
@@ -193,8 +209,7 @@ class RecipeFields(BaseModel):
         ),
     ] = 1
     seed: Annotated[
-        int | None,
-        Field(ge=-INT64, lt=INT64, description="Random seed; default: random, and returned"),
+        Seed, Field(description="Random seed; default, and -1: random, and returned")
     ] = None
     num_inference_steps: Annotated[
         int | None, Field(ge=1, le=64, description="Denoising steps")
@@ -255,7 +270,8 @@ class RecipeFields(BaseModel):
         Field(
             ge=0,
             le=8,
-            description="With stream: most previews of each image, evenly spread over its steps",
+            description="With stream: most previews of each image, evenly spread over its steps;"
+            " ignored without stream",
         ),
     ] = 0
 
@@ -272,7 +288,9 @@ class SamplingFields(RecipeFields):
     ] = None
     height: Annotated[int | None, Field(ge=1, description="As width")] = None
     response_format: Annotated[
-        Format | Literal["json"] | None, Field(description="Overrides the Accept header")
+        Format | Literal["json", "url"] | None,
+        BeforeValidator(jpg_as_jpeg),
+        Field(description="Overrides the Accept header; url: JSON with URLs of stored PNGs"),
     ] = None
     quality: Annotated[int, Field(ge=1, le=100, description="Quality of JPEG and WebP")] = 90
 
@@ -321,7 +339,7 @@ Regions = Annotated[
 References = Annotated[
     ImageBytesList,
     Field(
-        max_length=7,
+        max_length=15,
         description="Images of the wanted content, as in /variations; equal weights",
     ),
 ]
@@ -359,7 +377,12 @@ KeepUnmasked = Annotated[
     bool, Field(description="Return pixels outside the mask unchanged, bit for bit")
 ]
 AnimationChoice = Annotated[
-    AnyFormat | None, Field(description="Overrides the Accept header; gif and webp are animations")
+    AnyFormat | None,
+    BeforeValidator(jpg_as_jpeg),
+    Field(
+        description="Overrides the Accept header; gif and webp are animations; url: JSON with URLs"
+        " of stored PNGs"
+    ),
 ]
 
 
@@ -536,9 +559,10 @@ class InterpolateRequest(SamplingFields):
 
 
 class ImageEntry(BaseModel):
-    """One image of a JSON answer."""
+    """One image of a JSON answer: its file, or with response_format url its URL."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
     width: int
     height: int
@@ -572,7 +596,7 @@ class ErrorAnswer(BaseModel):
         json_schema_extra={
             "example": {
                 "error": {
-                    "message": "n: Input should be less than or equal to 16 (sent: 17)",
+                    "message": "n: must be a whole number from 1 to 16 (sent: 17)",
                     "type": "invalid_request_error",
                     "param": "n",
                     "code": "invalid_value",

@@ -18,7 +18,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.errors import ApiError, from_engine, internal_error
-from server.api.state import app_state, request_state, unless_cancelled
+from server.api.state import REQUEST_STATE, app_state, request_state, unless_cancelled
 from server.engine.errors import EngineError
 from server.settings import Settings
 
@@ -163,19 +163,22 @@ class EventStream(Response):
         }
         try:
             await send(start)
-            async for chunk in self._chunks():
+            async for chunk in self._chunks(scope):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._work.cancel()
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def _chunks(self, scope: Scope) -> AsyncIterator[bytes]:
         try:
             while (chunk := await self._next()) is not None:
                 yield chunk
             await self._work
         except Exception as error:
-            yield self._error_event(error).encode()
+            answer = self._answer_of(error)
+            if REQUEST_STATE in scope:
+                request_state(scope).error_code = answer.code
+            yield Event("error", {"error": answer.body}).encode()
 
     async def _next(self) -> bytes | None:
         try:
@@ -186,14 +189,12 @@ class EventStream(Response):
             return await asyncio.to_thread(item.encode)
         return None if item is None else item.encode()
 
-    def _error_event(self, error: Exception) -> Event:
+    def _answer_of(self, error: Exception) -> ApiError:
         match error:
             case ApiError():
-                answer = error
+                return error
             case EngineError():
-                answer = from_engine(error)
-            case _:
-                fields = {"request_id": self._request_id}
-                log.error("unhandled exception", exc_info=error, extra={"fields": fields})
-                answer = internal_error()
-        return Event("error", {"error": answer.body})
+                return from_engine(error)
+        fields = {"request_id": self._request_id}
+        log.error("unhandled exception", exc_info=error, extra={"fields": fields})
+        return internal_error()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -14,7 +14,9 @@ from starlette.types import Scope
 from model.config import BundleConfig
 from server.api.errors import ApiError, cancelled, client_closed
 from server.api.images.admission import ImageDecoder
-from server.api.images.encode import ImageEncoder
+from server.api.images.encoder import ImageEncoder
+from server.api.images.marking import Marker
+from server.api.images.url_store import UrlStore
 from server.engine.interface import Engine
 from server.engine.messages import Job
 from server.metrics import Metrics
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from server.tracing import Tracing
 
 REQUEST_STATE = "paellera.request"
+# Client name of a request without a key: the limits then hold for all such requests together.
+ANYBODY = "anybody"
 
 Result = TypeVar("Result")
 
@@ -36,9 +40,11 @@ class AppState:
         models: configurations of the served bundles by name, the default first.
         decoder: queue and threads that decode uploaded images.
         encoder: queue and threads that encode generated images.
+        url_store: generated images that clients fetch by URL.
         started_at: Unix seconds.
         running: by client and request id, the futures that end running requests with an error.
         tracing: None unless `settings.tracing` is on.
+        marker: chooses what generated files say about themselves.
         stopping: set from the stop signal on; /readyz is then 503, while requests still are served.
     """
 
@@ -48,10 +54,16 @@ class AppState:
     models: dict[str, BundleConfig]
     decoder: ImageDecoder
     encoder: ImageEncoder
+    url_store: UrlStore
     started_at: int = field(default_factory=lambda: int(time.time()))
     running: dict[tuple[str, str], list[asyncio.Future[ApiError]]] = field(default_factory=dict)
     tracing: Tracing | None = None
+    marker: Marker = field(default_factory=Marker)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def _at_once() -> None:
+    """Return."""
 
 
 @dataclass(slots=True)
@@ -63,12 +75,14 @@ class RequestState:
         client: name of the API key, None until the request is authenticated.
         error_code: code of the error answer, if the answer is one.
         job_fields: the job's fields for the access log, empty until there is a job.
+        abandoned: called when the client has left; waits until nobody else wants the answer.
     """
 
     id: str
     client: str | None = None
     error_code: str | None = None
     job_fields: dict[str, Any] = field(default_factory=dict)
+    abandoned: Callable[[], Coroutine[Any, Any, None]] = _at_once
 
 
 def app_state(request: Request) -> AppState:
@@ -84,6 +98,14 @@ def add_request_state(scope: Scope, state: RequestState) -> None:
 def request_state(scope: Request | Scope) -> RequestState:
     """Return the state of this request, or of the request of this ASGI scope."""
     return cast(RequestState, scope[REQUEST_STATE])
+
+
+def owner_of(request: Request) -> str:
+    """Return whose request it is: the name of its API key, or else the client's address."""
+    client = request_state(request).client
+    if client not in (None, ANYBODY):
+        return str(client)
+    return f"address {request.client.host if request.client else 'unknown'}"
 
 
 def log_job(request: Request, job: Job) -> None:
@@ -142,6 +164,7 @@ async def unless_cancelled(request: Request, work: Coroutine[Any, Any, Result]) 
 async def _disconnection(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    await request_state(request).abandoned()
 
 
 def _running_key(request: Request) -> tuple[str, str]:

@@ -22,6 +22,8 @@ from server.engine.retry_slots import RetrySlots
 
 # The scope's key for the connection's transport, where the server gives it.
 TRANSPORT = "paellera.transport"
+# A message's key for the bytes that are in memory beside its body until the body is sent.
+HELD_BYTES = "paellera.held_bytes"
 # A client must take one piece of an answer within the send timeout, whatever the answer's length.
 PIECE_BYTES = 64 * 1024
 # How long others' bodies take is unknown here, seconds.
@@ -261,13 +263,14 @@ class SendTimeout:
         if message["type"] != "http.response.body":
             yield message
             return
-        body = message.get("body", b"")
-        answer.bytes += len(body)
+        body, held = message.get("body", b""), message.get(HELD_BYTES, 0)
+        answer.bytes += len(body) + held
         self._enforce_budget()
         for offset in range(0, len(body), PIECE_BYTES):
             piece = body[offset : offset + PIECE_BYTES]
             yield {"type": message["type"], "body": piece, "more_body": True}
             answer.bytes -= len(piece)
+        answer.bytes -= held
         if not message.get("more_body", False):
             yield {"type": message["type"], "body": b"", "more_body": False}
 

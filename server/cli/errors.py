@@ -31,7 +31,8 @@ def one_line_errors(invalid_code: int = INVALID) -> Iterator[None]:
     from pydantic import ValidationError
     from safetensors import SafetensorError
 
-    from server.api.errors import ApiError, from_validation, reason
+    from server.api.errors import ApiError, reason
+    from server.api.validation import from_validation
 
     try:
         yield

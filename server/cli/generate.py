@@ -18,6 +18,7 @@ from server.cli.errors import FAILED, INVALID, fail, one_line_errors
 
 if TYPE_CHECKING:
     from model.config import Operation
+    from server.api.images.marking import Marking
     from server.api.planning import Plan
     from server.engine.messages import Image
     from server.settings import Settings
@@ -306,6 +307,7 @@ def replay(
     """Generate an image again from the parameters in it; exit code 1 if the result differs."""
     _limit_spin_count()
     from server.api.images.encode import encode
+    from server.api.images.marking import Marking, is_marked, source_type, unsigned
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan, recorded_request
 
@@ -317,14 +319,16 @@ def replay(
             original, [path.read_bytes() for path in (*(image or ()), *(mask or ()))]
         )
         settings = read_settings(weights=weights, device=device)
-        planned, _ = plan(operation, fields, settings)
+        planned, _ = plan(operation, fields, settings, recorded=True)
         if frame >= (images := len(planned.job.seeds)):
             raise ValueError(f"the image says that it is frame {frame} of {images}")
         (generated,), truncated = generate_images(planned.job, settings, only=frame)
-        content = encode(planned.result(generated), "png", 90, planned.parameters(truncated, frame))
+        marking = Marking(source_type(planned.operation) if is_marked(original) else None)
+        parameters = planned.parameters(truncated, frame)
+        content = encode(planned.result(generated), "png", 90, parameters, marking=marking)
         with output.open("wb" if force else "xb") as file:
             file.write(content)
-    if content != original:
+    if content != unsigned(original):
         causes = "other weights, another device, or it was generated in a batch with others"
         fail(f"{output} differs from {png}: {causes}", FAILED)
     typer.echo(f"{output}  identical")
@@ -359,6 +363,7 @@ def _run(
     **others: Any,
 ) -> None:
     _limit_spin_count()
+    from server.api.images.marking import Marker
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan
 
@@ -372,8 +377,10 @@ def _run(
     planned, quality = plan(
         operation, {name: value for name, value in fields.items() if value is not None}, settings
     )
+    marking = Marker(settings).of(planned.operation)
     images, truncated = generate_images(planned.job, settings)
-    _write([planned.result(image) for image in images], planned, truncated, output, format, quality)
+    finished = [planned.result(image) for image in images]
+    _write(finished, planned, truncated, output, format, quality, marking)
 
 
 def _write(
@@ -383,11 +390,13 @@ def _write(
     output: Path,
     format: Any,
     quality: int,
+    marking: Marking,
 ) -> None:
     from server.api.images.encode import animate, encode
 
     if planned.job.keyframes and output.suffix.lower() in ANIMATIONS:
-        output.write_bytes(animate(images, format, quality))
+        parameters = planned.shared_parameters(truncated)
+        output.write_bytes(animate(images, format, quality, parameters, marking=marking))
         typer.echo(f"{output}  seed {planned.job.seeds[0]}")
         images = []
     for image in images:
@@ -396,7 +405,8 @@ def _write(
             if len(planned.job.seeds) == 1
             else output.with_stem(f"{output.stem}-{image.index}")
         )
-        path.write_bytes(encode(image, format, quality, planned.parameters(truncated, image.index)))
+        parameters = planned.parameters(truncated, image.index)
+        path.write_bytes(encode(image, format, quality, parameters, marking=marking))
         typer.echo(f"{path}  seed {planned.job.seeds[image.index]}")
     if truncated:
         typer.echo(f"the prompt was truncated for {' and '.join(truncated)}", err=True)

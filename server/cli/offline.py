@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from model.canvas import Pixels
@@ -22,23 +23,37 @@ from model.tiles import lanczos
 from server.api.images.admission import Uploads, image_limits
 from server.api.images.encode import read_parameters
 from server.api.planning import OPERATIONS, Plan, draft, file_hash
+from server.api.validation import from_validation
 from server.engine.messages import Image, Job
 from server.settings import Settings
 
 
-def plan(operation: Operation, fields: dict[str, Any], settings: Settings) -> tuple[Plan, int]:
+def plan(
+    operation: Operation, fields: dict[str, Any], settings: Settings, *, recorded: bool = False
+) -> tuple[Plan, int]:
     """Return the server's plan for a request, and the quality of its files.
+
+    Args:
+        operation: what the fields ask for.
+        fields: the request.
+        settings: weights, device and limits.
+        recorded: the fields are an image's parameters, in which -1 is a seed like others.
 
     Raises:
         ApiError: the server's error answer.
-        pydantic.ValidationError: a field is invalid.
     """
     schema, planner = OPERATIONS[operation]
     config = BundleConfig.read(find_bundle(settings.bundles[0]))
-    request = schema.model_validate(fields)
+    try:
+        request = schema.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, schema, fields) from None
+    if recorded:
+        request = request.model_copy(update={"seed": fields.get("seed")})
     output = request.response_format or "png"
     drafted = draft(request, operation, {config.name: config}, settings, output)
-    return planner(request, drafted, Uploads(image_limits(settings))), request.quality
+    uploads = Uploads(image_limits(settings))
+    return planner(drafted.request, drafted, uploads), request.quality
 
 
 def generate(

@@ -136,7 +136,7 @@ export class Regions {
 /** Returns a region's elements: its entry of the list with prompt, numbers and button, and its mark on the canvas. */
 function parts(text) {
   const element = (name, properties = {}) => Object.assign(document.createElement(name), properties);
-  const prompt = element("input", { value: text, maxLength: 4000, placeholder: "a prompt" });
+  const prompt = element("input", { value: text, maxLength: 32000, placeholder: "a prompt" });
   const remove = element("button", { type: "button", textContent: "Remove" });
   const edges = EDGES.map(() => element("input", { type: "number", min: "0", max: "100", step: "any", required: true }));
   const item = element("li");

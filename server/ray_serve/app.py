@@ -26,6 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
 from server.api import create_app
+from server.api.images.url_store import IMAGES
+from server.api.middleware import canonical_path
 from server.engine.errors import EngineError
 from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerMain, run_worker
@@ -75,7 +77,10 @@ class Scale(BaseModel):
         float, Field(ge=0, description="Ray GPUs per replica; its one worker sees no other")
     ] = 0
     api_replicas: Annotated[
-        int, Field(ge=1, description="HTTP processes; limits per key apply to each")
+        int,
+        Field(
+            ge=1, description="HTTP processes; limits per key and idempotency keys apply to each"
+        ),
     ] = 1
     start_timeout_s: Annotated[
         float, Field(gt=0, description="Timeout for a replica to load its weights")
@@ -224,25 +229,29 @@ class Api:
         """Return metrics, and the engine's status if there is one."""
         return Report(_name(), None, list(self._engine.own_metrics.collect()))
 
-    async def delete(
-        self, path: str, headers: Mapping[str, str]
+    async def answer(
+        self, method: str, path: str, headers: Mapping[str, str]
     ) -> tuple[int, dict[str, str], bytes]:
-        """Return this replica's answer to a DELETE."""
+        """Return this replica's answer to a request without a body."""
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(self._app), base_url="http://peer"
         ) as client:
-            answer = await client.delete(path, headers=headers)
+            plain = {**headers, "accept-encoding": "identity"}
+            answer = await client.request(method, path, headers=plain)
         return answer.status_code, dict(answer.headers), answer.content
 
 
 class Front:
-    """ASGI app around each API replica: a DELETE goes to all, since any may have the request."""
+    """ASGI app around each API replica.
+
+    A DELETE goes to all, since any may have the request, and so does a GET of a stored image.
+    """
 
     def __init__(self, app: FastAPI, peers: Any) -> None:
         self._app, self._peers = app, peers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on; broadcast a DELETE."""
+        """Pass one request on, or broadcast it."""
 
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -250,21 +259,26 @@ class Front:
                 del MutableHeaders(scope=message)["X-Request-Id"]
             await send(message)
 
-        if scope["type"] == "http" and scope["method"] == "DELETE":
-            await (await self._deleted(scope))(scope, receive, send_without_id)
+        if scope["type"] == "http" and _is_for_all(scope):
+            await (await self._best(scope))(scope, receive, send_without_id)
         else:
             await self._app(scope, receive, send_without_id)
 
-    async def _deleted(self, scope: Scope) -> Response:
+    async def _best(self, scope: Scope) -> Response:
         """Return the best of all answers."""
-        path = scope["raw_path"].decode()
-        asked = self._peers.broadcast("delete", path, dict(Headers(scope=scope)))
+        method, path = scope["method"], scope["raw_path"].decode()
+        asked = self._peers.broadcast("answer", method, path, dict(Headers(scope=scope)))
         answers = await asked.results_async(timeout_s=REPORT_TIMEOUT_S, return_exceptions=True)
         status, headers, content = min(
             (answer for answer in answers if isinstance(answer, tuple)),
             key=lambda answer: answer[0],
         )
         return Response(content, status, headers)
+
+
+def _is_for_all(scope: Scope) -> bool:
+    is_image = canonical_path(scope["path"]).startswith(IMAGES)
+    return scope["method"] == "DELETE" or (is_image and scope["method"] in ("GET", "HEAD"))
 
 
 def _name() -> str:

@@ -1,34 +1,26 @@
-"""Generated RGB images to PNG, JPEG, WebP and GIF files, in a bounded number of threads.
-
-Requests are rejected while too many images wait for a thread.
-"""
+"""Generated RGB images to PNG, JPEG, WebP and GIF files."""
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
-import os
 import struct
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
 from model.canvas import on_white
-from server.engine.errors import Draining, QueueFull
-from server.engine.latency_model import Pace
+from server.api.images.marking import XMP_KEYWORD, Marking
 from server.engine.messages import Image
-from server.engine.retry_slots import RetrySlots
 
 Format = Literal["png", "jpeg", "webp"]
 AnimationFormat = Literal["gif", "webp"]
 
 FRAME_MS = 80
+MARKED = Marking()
 # From this quality on, JPEG keeps colours at full resolution, as people who ask for it expect.
 FULL_COLOUR_QUALITY = 95
 # A frame of one transparent pixel: it shows what was there, for the time in its first block.
@@ -37,39 +29,49 @@ SAME_FRAME = (
     b",\0\0\0\0\1\0\1\0\x80" + bytes(6) + b"\2\2\x44\1\0"
 )
 
-Result = TypeVar("Result")
 
-# Seconds per image before the first measurement.
-FIRST_PACE_S = 0.02
-
-
-def encode(image: Image, format: Format, quality: int, parameters: dict[str, Any]) -> bytes:
-    """Return the image as a file; a PNG holds `parameters` in a text chunk.
+def encode(
+    image: Image,
+    format: Format,
+    quality: int,
+    parameters: dict[str, Any],
+    text: str | None = None,
+    marking: Marking = MARKED,
+) -> bytes:
+    """Return the image as a file; a PNG holds `parameters` in a text chunk, others in EXIF.
 
     Transparency is kept in PNG and WebP, and becomes white in JPEG.
 
-    The same arguments give the same bytes. quality: 1…100, for JPEG and WebP.
+    The same arguments give the same bytes, unless they are signed. quality: 1…100, for JPEG and
+    WebP. text: takes the place of the parameters in a PNG's text chunk.
     """
     pillow_image = _pillow(image)
     file = io.BytesIO()
     match format:
         case "png":
             # Compression level 1 takes a quarter of the default's time for a file 20 % larger.
-            pillow_image.save(file, "PNG", compress_level=1, pnginfo=png_text(parameters))
+            chunks = png_text(parameters, text, marking)
+            pillow_image.save(file, "PNG", compress_level=1, pnginfo=chunks)
         case "jpeg":
             if pillow_image.mode == "RGBA":
                 pillow_image = PIL.Image.fromarray(on_white(np.asarray(pillow_image)))
-            full_colour = quality >= FULL_COLOUR_QUALITY
-            pillow_image.save(
-                file, "JPEG", quality=quality, subsampling="4:4:4" if full_colour else "4:2:0"
-            )
+            colours = "4:4:4" if quality >= FULL_COLOUR_QUALITY else "4:2:0"
+            options = marking.jpeg_options(parameters)
+            pillow_image.save(file, "JPEG", quality=quality, subsampling=colours, **options)
         case "webp":
             # Method 2 of 0…6 takes 0.6 of the default's time for nearly the same size.
-            pillow_image.save(file, "WEBP", quality=quality, method=2)
-    return file.getvalue()
+            options = marking.webp_options(parameters)
+            pillow_image.save(file, "WEBP", quality=quality, method=2, **options)
+    return marking.signed(file.getvalue(), f"image/{format}")
 
 
-def animate(images: Iterable[Image], format: AnimationFormat, quality: int) -> bytes:
+def animate(
+    images: Iterable[Image],
+    format: AnimationFormat,
+    quality: int,
+    parameters: dict[str, Any],
+    marking: Marking = MARKED,
+) -> bytes:
     """Return the images as one animation that repeats endlessly. quality: 1…100, for WebP.
 
     A GIF has a frame for every image; WebP shows equal ones as one frame.
@@ -87,10 +89,12 @@ def animate(images: Iterable[Image], format: AnimationFormat, quality: int) -> b
     }
     if format == "gif":
         first.save(file, "GIF", **options)
-        return _with_equal_frames(file.getvalue())
+        content = marking.in_gif(_with_equal_frames(file.getvalue()), parameters)
     else:
+        options |= marking.webp_options(parameters)
         first.save(file, "WEBP", quality=quality, method=2, **options)
-    return file.getvalue()
+        content = file.getvalue()
+    return marking.signed(content, f"image/{format}")
 
 
 def _with_equal_frames(gif: bytes) -> bytes:
@@ -131,11 +135,19 @@ def _pillow(image: Image) -> PIL.Image.Image:
     return PIL.Image.frombytes(mode, (image.width, image.height), image.pixels)
 
 
-def png_text(parameters: dict[str, Any]) -> PngInfo:
-    """Return the text chunk `parameters` of a generated PNG."""
-    text = PngInfo()
-    text.add_text("parameters", json.dumps(parameters))
-    return text
+def png_text(
+    parameters: dict[str, Any], text: str | None = None, marking: Marking = MARKED
+) -> PngInfo:
+    """Return the text chunks of a generated PNG: `parameters`, and the mark.
+
+    text: in place of the parameters' JSON.
+    """
+    chunks = PngInfo()
+    if (recorded := marking.text(parameters)) is not None:
+        chunks.add_text("parameters", recorded if text is None else text)
+    if (packet := marking.xmp()) is not None:
+        chunks.add_itxt(XMP_KEYWORD, packet)
+    return chunks
 
 
 def read_parameters(png: bytes) -> dict[str, Any]:
@@ -157,70 +169,3 @@ def read_parameters(png: bytes) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise ValueError("not a PNG with parameters in it")
     return parameters
-
-
-def submit(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> asyncio.Future[Result]:
-    """Run `work` in a thread of the pool. Raises Draining after the pool's shutdown."""
-    try:
-        return asyncio.get_running_loop().run_in_executor(pool, work)
-    except RuntimeError:
-        raise Draining("the server is stopping") from None
-
-
-class ImageEncoder:
-    """Threads that make files of generated images, in order of arrival.
-
-    A job's images leave the engine's queue when they are generated. If files take longer than
-    generation, their images would fill the memory without this bound.
-    """
-
-    def __init__(self, queue_images: int = 256, threads: int | None = None) -> None:
-        """Create the threads.
-
-        Args:
-            queue_images: images without a file, above which requests are rejected.
-            threads: files made at once; default: one per CPU, at least two, because an animation
-                takes a hundred times as long as an image.
-        """
-        self._queue_images = queue_images
-        self._pool = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 1), "encode")
-        self._pace = Pace(seconds=FIRST_PACE_S)
-        self._retry_slots = RetrySlots()
-        self.images_unfinished = 0
-
-    def close(self) -> None:
-        """Refuse further work; do not wait for running work."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def check_room(self, images: int) -> None:
-        """Raise QueueFull if a request for so many images must not be generated now."""
-        excess = self.images_unfinished + images - self._queue_images
-        # A request larger than the queue is still answered, alone.
-        if self.images_unfinished and excess > 0:
-            pace = self._pace.seconds_per_row
-            now = time.monotonic()
-            raise QueueFull(self._retry_slots.take(excess * pace, images * pace, now))
-
-    async def run(self, work: Callable[[], Result], images: int = 1) -> Result:
-        """Return the result of `work`, run in one of the threads.
-
-        Cancelling the awaiting task cancels work that is not begun.
-
-        Args:
-            work: makes the file.
-            images: images in it.
-
-        Raises:
-            Draining: the server is stopping.
-        """
-        future = submit(self._pool, work)
-        began = time.monotonic()
-        self.images_unfinished += images
-
-        def end(done: asyncio.Future[Result]) -> None:
-            self.images_unfinished -= images
-            if not done.cancelled():
-                self._pace.record(images, began)
-
-        future.add_done_callback(end)
-        return await future

@@ -192,10 +192,10 @@ def _blend(drawn: Pixels, original: Pixels, repainted: Mask | Pixels, unmix: boo
     """Blend the original into the drawn image's upper left part, where it is not repainted."""
     height, width = original.shape[:2]
     for top in range(0, height, BLENDED_ROWS):
-        first = max(0, top - EDGE)
-        rows = slice(first, min(height, top + BLENDED_ROWS + EDGE))
+        first, end = max(0, top - EDGE), min(height, top + BLENDED_ROWS)
+        rows = slice(first, min(height, end + EDGE))
         part = blended(original[rows], drawn[rows, :width, :3], repainted[rows], unmix)
-        drawn[top : top + BLENDED_ROWS, :width] = part[top - first :][:BLENDED_ROWS]
+        drawn[top:end, :width] = part[top - first : end - first]
 
 
 # ── sizes ─────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,324 @@
+"""Fields of AUTOMATIC1111's endpoints, and their meaning as native fields.
+
+Unknown fields are ignored, because its clients send about 45 of them. null and an empty text mean
+that a field is absent.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from model.canvas import MAX_FEATHER
+from model.config import BundleConfig, Operation, Recipe
+from server.api.errors import invalid_value
+from server.api.schemas import Fraction, Hires, ImageBytes, ImageBytesList, Seed, Text
+
+MAX_IMAGES = 16
+MAX_GUIDANCE = 30.0
+# The cfg_scale that stands for the recipe's guidance; 1 is none, and others follow linearly.
+CFG_SCALE = 7.0
+# Previews of a request's images together; each image has at least one.
+PREVIEWS = 2
+# Names of upscalers that add no detail.
+PLAIN_UPSCALERS = frozenset({"none", "lanczos", "nearest"})
+
+# The field `fit` by resize_mode; 3 is "just resize (latent upscale)".
+FITS = ("stretch", "crop", "pad", "stretch")
+Name = Annotated[Text, Field(max_length=200)]
+
+
+def _known_settings(sent: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that have a meaning here."""
+    return {
+        "sd_model_checkpoint": sent.get("sd_model_checkpoint") or None,
+        "live_previews_enable": sent.get("live_previews_enable") is not False,
+    }
+
+
+class SdFields(BaseModel):
+    """A request to one of AUTOMATIC1111's endpoints."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, sent: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in sent.items() if value is not None and value != ""}
+
+
+class SdRequest(SdFields):
+    """Fields of the endpoints that draw."""
+
+    job: ClassVar[str]
+
+    prompt: Text = ""
+    negative_prompt: Text = ""
+    seed: Annotated[Seed, Field(description="Random seed; -1, the default: random")] = None
+    batch_size: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Images, times n_iter")] = 1
+    n_iter: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Images, times batch_size")] = 1
+    steps: Annotated[
+        int | None, Field(description="Denoising steps; default and maximum: the recipe's")
+    ] = None
+    cfg_scale: Annotated[
+        float,
+        Field(allow_inf_nan=False, description="Guidance: 1 is none, 7 the recipe's, linearly"),
+    ] = CFG_SCALE
+    width: Annotated[int | None, Field(ge=1, description="Pixels; default: the native size")] = None
+    height: Annotated[int | None, Field(ge=1, description="As width")] = None
+    sampler_name: Annotated[
+        Name | None, Field(description="One of /samplers; others are accepted and reported")
+    ] = None
+    override_settings: Annotated[
+        dict[str, Any],
+        AfterValidator(_known_settings),
+        Field(description="sd_model_checkpoint: the model; live_previews_enable: false for none"),
+    ] = Field(default_factory=lambda: _known_settings({}))
+    send_images: Annotated[bool, Field(description="Whether the answer has the images")] = True
+
+    def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
+        """Return the operation and the fields of the native request that does the same.
+
+        config: of the weights that draw. Raises ApiError 422 for contradictory fields.
+        """
+        raise NotImplementedError
+
+    def without_files(self) -> SdRequest:
+        """Return the request without its images, which are large and not needed any more."""
+        return self
+
+    @property
+    def echoed(self) -> dict[str, Any]:
+        """The answer's `parameters`: the request's fields."""
+        return self.model_dump()
+
+    @property
+    def checkpoint(self) -> object:
+        """The model that the request chooses, None if it chooses none."""
+        return self.override_settings["sd_model_checkpoint"]
+
+    def details(self, config: BundleConfig) -> dict[str, object]:
+        """Return what the images' text says beyond the common fields."""
+        return {}
+
+    def _common(self, config: BundleConfig) -> dict[str, Any]:
+        images = self.batch_size * self.n_iter
+        if images > MAX_IMAGES:
+            allowed = f"must be at most {MAX_IMAGES} when multiplied by n_iter"
+            raise invalid_value("batch_size", allowed, images)
+        sampler = (self.sampler_name or "").lower()
+        shows_previews = bool(self.override_settings["live_previews_enable"])
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "n": images,
+            "model": config.name,
+            "num_inference_steps": clamped_steps(self.steps, config.recipe),
+            "guidance_scale": guidance(self.cfg_scale, config.recipe),
+            "sampler": sampler if sampler in config.samplers else None,
+            # Only a stream has previews.
+            "stream": shows_previews,
+            "partial_images": max(1, PREVIEWS // images) if shows_previews else 0,
+        }
+
+    @property
+    def _size(self) -> dict[str, Any]:
+        return {"width": self.width, "height": self.height}
+
+
+def clamped_steps(steps: int | None, recipe: Recipe) -> int | None:
+    """Return a client's number of steps, at most the recipe's; None if it sent none."""
+    return None if steps is None else max(1, min(steps, recipe.num_inference_steps))
+
+
+def guidance(cfg_scale: float, recipe: Recipe) -> tuple[float, float] | None:
+    """Return the guidance at the first and the last step; None is the recipe's."""
+    if cfg_scale == CFG_SCALE:
+        return None
+    share = (cfg_scale - 1) / (CFG_SCALE - 1)
+    first, last = (
+        round(min(MAX_GUIDANCE, max(0.0, 1 + share * (scale - 1))), 4)
+        for scale in recipe.guidance_scale
+    )
+    return first, last
+
+
+class Txt2ImgRequest(SdRequest):
+    """Text to image."""
+
+    job = "txt2img"
+
+    enable_hr: Annotated[
+        bool, Field(description="Draw again, hr_scale times as large, by denoising_strength")
+    ] = False
+    hr_scale: Annotated[float, Field(allow_inf_nan=False, description="1…4, with enable_hr")] = 2.0
+    denoising_strength: Annotated[
+        Fraction | None, Field(description="With enable_hr: fraction turned to noise before")
+    ] = None
+    hr_second_pass_steps: Annotated[int, Field(description="0: as steps")] = 0
+    hr_resize_x: Annotated[int, Field(description="Width of the result, instead of hr_scale")] = 0
+    hr_resize_y: Annotated[int, Field(description="Height of the result, likewise")] = 0
+
+    def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
+        """Return /generate."""
+        hires = self._hires(config) if self.enable_hr else None
+        return "generate", {**self._common(config), **self._size, "hires": hires}
+
+    def details(self, config: BundleConfig) -> dict[str, object]:
+        """Return the second pass."""
+        if not self.enable_hr:
+            return {}
+        hires = self._hires(config)
+        return {
+            "Denoising strength": hires.strength,
+            "Hires upscale": hires.scale,
+            "Hires steps": hires.steps,
+            "Hires upscaler": "Paella",
+        }
+
+    def _hires(self, config: BundleConfig) -> Hires:
+        width, height = self.width or config.native_size[0], self.height or config.native_size[1]
+        param, scale = "hr_scale", self.hr_scale
+        if self.hr_resize_x > 0 or self.hr_resize_y > 0:
+            param = "hr_resize_x" if self.hr_resize_x > 0 else "hr_resize_y"
+            scale = max(self.hr_resize_x / width, self.hr_resize_y / height)
+        if not 1 <= scale <= 4:
+            raise invalid_value(param, "the result may be 1 to 4 times as large", scale)
+        steps = clamped_steps(self.hr_second_pass_steps or self.steps, config.recipe)
+        strength = {} if self.denoising_strength is None else {"strength": self.denoising_strength}
+        return Hires(scale=scale, steps=steps, **strength)
+
+
+class Img2ImgRequest(SdRequest):
+    """Redraw an image, or with a mask only a part of it."""
+
+    job = "img2img"
+
+    init_images: Annotated[ImageBytesList, Field(min_length=1, max_length=1)]
+    mask: Annotated[
+        ImageBytes | None,
+        Field(description="White is repainted, or what is opaque if the mask is transparent"),
+    ] = None
+    mask_blur: Annotated[int | None, Field(ge=0, description="Pixels, as `feather`")] = None
+    inpainting_mask_invert: Annotated[bool, Field(description="Repaint the other part")] = False
+    inpaint_full_res: Annotated[
+        bool, Field(description="With a mask: in the image's own size, not width and height")
+    ] = True
+    resize_mode: Annotated[
+        int, Field(ge=0, le=3, description="0, 3: stretch; 1: crop; 2: fill")
+    ] = 0
+    include_init_images: Annotated[bool, Field(description="Return the sent images too")] = False
+    denoising_strength: Annotated[
+        Fraction, Field(description="Without a mask: fraction turned to noise first")
+    ] = 0.75
+
+    def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
+        """Return /inpaint with a mask, /edit without."""
+        fields = {**self._common(config), "image": self.init_images[0]}
+        fitted = {**self._size, "fit": FITS[self.resize_mode]}
+        if self.mask is None:
+            return "edit", {**fields, **fitted, "strength": self.denoising_strength}
+        masked: dict[str, Any] = {"mask": self.mask, "mask_mode": "luminance"}
+        if self.mask_blur is not None:
+            masked["feather"] = min(MAX_FEATHER, self.mask_blur)
+        placed = {"return_size": "original"} if self.inpaint_full_res else fitted
+        return "inpaint", {**fields, **masked, **placed}
+
+    def details(self, config: BundleConfig) -> dict[str, object]:
+        """Return strength, or blur."""
+        if self.mask is None:
+            return {"Denoising strength": self.denoising_strength}
+        return {"Mask blur": self.mask_blur}
+
+    def without_files(self) -> SdRequest:
+        """Return the request without its images, unless the answer has them too."""
+        if self.include_init_images:
+            return self
+        mask = None if self.mask is None else b""
+        return self.model_copy(update={"init_images": [], "mask": mask})
+
+    @property
+    def echoed(self) -> dict[str, Any]:
+        """The request's fields; its images in base64 if they are asked for, otherwise null."""
+        files: dict[str, Any] = {"init_images": None, "mask": None}
+        if self.include_init_images:
+            files = {"init_images": [_base64(each) for each in self.init_images]}
+            files["mask"] = None if self.mask is None else _base64(self.mask)
+        return self.model_dump(exclude=set(files)) | files
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+class ExtraSingleImageRequest(SdFields):
+    """Enlarge an image."""
+
+    image: ImageBytes
+    resize_mode: Annotated[
+        Literal[0, 1], Field(description="0: by a factor; 1: to a width and a height")
+    ] = 0
+    upscaling_resize: Annotated[float, Field(ge=1, le=4, description="Factor")] = 2.0
+    upscaling_resize_w: Annotated[int, Field(ge=1, description="Pixels, with resize_mode 1")] = 512
+    upscaling_resize_h: Annotated[int, Field(ge=1, description="Pixels, with resize_mode 1")] = 512
+    upscaler_1: Annotated[
+        Name, Field(description="None, Lanczos, Nearest: without new detail; others: with it")
+    ] = "None"
+
+    def native(self, stored: tuple[int, int]) -> dict[str, Any]:
+        """Return the fields of /upscale.
+
+        stored: (width, height) of the image in pixels. Raises ApiError 422.
+        """
+        scale = self.upscaling_resize
+        if self.resize_mode == 1:
+            width, height = self.upscaling_resize_w, self.upscaling_resize_h
+            scale = max(width / stored[0], height / stored[1])
+            if not 1 <= scale <= 4:
+                allowed = f"the result may be 1 to 4 times as large as {stored[0]}x{stored[1]}"
+                raise invalid_value("upscaling_resize_w", allowed, f"{width}x{height}")
+        plain = {"strength": 0.0} if self.upscaler_1.lower() in PLAIN_UPSCALERS else {}
+        return {"image": self.image, "scale": scale, **plain}
+
+
+class PngInfoRequest(SdFields):
+    """Read the parameters in an image."""
+
+    image: ImageBytes
+
+
+class OptionsRequest(SdFields):
+    """Change options. Only the model can be changed."""
+
+    sd_model_checkpoint: Annotated[
+        Name | None, Field(description="Model of this client's next requests; it must be loaded")
+    ] = None
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class SdAnswer(BaseModel):
+    """Images in base64, the request's fields, and a JSON text about the images."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
+
+
+class ExtraAnswer(BaseModel):
+    """An enlarged image in base64."""
+
+    html_info: str
+    image: str
+
+
+class PngInfoAnswer(BaseModel):
+    """The text of an image's parameters, all its texts, and its parameters by name."""
+
+    info: str
+    items: dict[str, str]
+    parameters: dict[str, Any]

@@ -1,0 +1,228 @@
+"""Pydantic's errors as sentences: the field as the client wrote it, what it may be, what was sent.
+
+The permitted values come from the schema, so every field of every endpoint is described alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from http import HTTPStatus
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_core.core_schema import ErrorType
+
+from server.api.errors import ApiError, shortened
+
+Kind = Mapping[str, Any]
+"""A JSON Schema."""
+
+# Types of validation errors, pydantic's and ours, that have a code of their own.
+CODES = {
+    "missing": "missing_field",
+    "image_missing": "missing_field",
+    "extra_forbidden": "unknown_field",
+    "image_url": "url_refused",
+    "image_file_id": "unsupported_value",
+}
+# Errors of a value that no description of the permitted ones explains.
+TEXTS = {
+    "finite_number": "must be a finite number",
+    "string_unicode": "holds half of a surrogate pair, which is no character",
+}
+# Errors whose text needs no value after it, or must not have one.
+COMPLETE = frozenset({"secret", "image_missing", "image_twice"})
+# Validators of this server raise ValueError, or PydanticCustomError with another type than these.
+PYDANTIC_TYPES = frozenset(get_args(ErrorType)) - {"value_error"}
+
+
+def unknown_field(name: str, known: Iterable[str]) -> ApiError:
+    """Return the error for a field that the endpoint does not have."""
+    # A field's name may hold anything, lone surrogates included.
+    shown = name[:80].encode("utf-8", "backslashreplace").decode()
+    message = f"{shown}: {_unknown(shown, known)}"
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_field", message, shown)
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    listed = f"the fields are {', '.join(names)}"
+    return (
+        f"unknown field; did you mean {near[0]}? {listed}" if near else f"unknown field; {listed}"
+    )
+
+
+def from_validation(
+    error: ValidationError, schema: type[BaseModel] | None = None, sent: object = None
+) -> ApiError:
+    """Return the first of pydantic's errors.
+
+    Args:
+        error: pydantic's.
+        schema: the request's; without it, pydantic's own words describe the permitted values.
+        sent: the request's fields, so that the error names only what the client wrote.
+    """
+    first = error.errors(include_url=False)[0]
+    path = _path(first, sent) if schema else [str(part) for part in first["loc"]]
+    param = first.get("ctx", {}).get("param") or (path[0] if path else None)
+    where = ".".join(path) or param or "body"
+    message = f"{where}: {_problem(first, schema, path or [param or ''])}"
+    code = CODES.get(first["type"], "invalid_value")
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, message, param)
+
+
+def _path(error: ErrorDetails, sent: object) -> list[str]:
+    """Return the part of an error's location that the client wrote, without names of types."""
+    path = list[str]()
+    value: Any = sent
+    for part in error["loc"]:
+        is_entry = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if is_entry or (isinstance(value, dict) and part in value):
+            value = value[part]
+        elif error["type"] != "missing" or part != error["loc"][-1] or isinstance(part, int):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _problem(error: ErrorDetails, schema: type[BaseModel] | None, path: Sequence[str]) -> str:
+    """Return what is wrong, what is permitted and what was sent."""
+    kind = field_schema(schema, path) if schema else None
+    if error["type"] == "missing":
+        return f"required: {permitted(kind)}" if kind else "required"
+    if error["type"] == "extra_forbidden" and schema:
+        parent = field_schema(schema, path[:-1]) or {}
+        return _unknown(path[-1], parent.get("properties", ()))
+    if error["type"] in COMPLETE:
+        return error["msg"]
+    if error["type"] in PYDANTIC_TYPES and kind:
+        text = TEXTS.get(error["type"]) or f"must be {permitted(kind)}"
+    else:
+        text = error["msg"].removeprefix("Value error, ")
+    return f"{text} (sent: {_sent(error)})"
+
+
+def _sent(error: ErrorDetails) -> str:
+    """Return the value; of a text or a list of the wrong length, the length."""
+    value = error["input"]
+    if error["type"] == "string_too_long" and isinstance(value, str):
+        return f"{len(value)} characters"
+    if error["type"] in ("too_long", "too_short") and isinstance(value, list | tuple):
+        return f"{len(value)} entries"
+    return shortened(value)
+
+
+# ── permitted values ──────────────────────────────────────────────────────────────────────────────
+
+
+@cache
+def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
+    """Return a model's JSON Schema, made once; do not change it."""
+    return schema.model_json_schema()
+
+
+def field_schema(schema: type[BaseModel], path: Sequence[str]) -> Kind | None:
+    """Return the JSON Schema of the field at a path (regions, 0, box), None if there is none."""
+    whole = json_schema(schema)
+    found: Kind = whole
+    for part in path:
+        inner = (_inner(branch, part) for branch in _branches(found, whole))
+        first = next((each for each in inner if each is not None), None)
+        if first is None:
+            return None
+        found = first
+    branches = _branches(found, whole)
+    return branches[0] if len(branches) == 1 else {"anyOf": branches}
+
+
+def _inner(kind: Kind, part: str) -> Kind | None:
+    """Return the JSON Schema of a property or of an entry of a list."""
+    if not part.isdigit():
+        inner = kind.get("properties", {}).get(part)
+    else:
+        entries = kind.get("prefixItems", ())
+        inner = entries[int(part)] if int(part) < len(entries) else kind.get("items")
+    return inner if isinstance(inner, dict) else None
+
+
+def _branches(kind: Kind, whole: Kind) -> list[Kind]:
+    """Return the alternatives of a JSON Schema except null, with references resolved."""
+    if "$ref" in kind:
+        return _branches(whole["$defs"][kind["$ref"].rpartition("/")[2]], whole)
+    if "anyOf" in kind and "properties" not in kind:
+        branches = [branch for each in kind["anyOf"] for branch in _branches(each, whole)]
+        described = {"description": kind["description"]} if "description" in kind else {}
+        return [{**described, **branch} for branch in branches]
+    return [] if kind.get("type") == "null" else [kind]
+
+
+def permitted(kind: Kind) -> str:
+    """Return the values that a JSON Schema allows, in words."""
+    branches = kind.get("anyOf", [kind])
+    choices = [value for branch in branches for value in _choices(branch)]
+    others = [branch for branch in branches if not _choices(branch)]
+    if choices or len(branches) > 1:
+        return _joined(list(dict.fromkeys([*choices, *map(permitted, others)])))
+    words = WORDS.get(kind.get("type", "object"), _object)
+    return words(kind)
+
+
+def _choices(kind: Kind) -> list[str]:
+    return [str(value) for value in kind.get("enum", [kind["const"]] if "const" in kind else [])]
+
+
+def _object(kind: Kind) -> str:
+    return f"an object with {_joined(list(kind.get('properties', ['fields'])))}"
+
+
+def _joined(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _range(kind: Kind, step: int) -> str:
+    """Return the bounds of a number in words. step: 1 for whole numbers, else 0."""
+    low, high = kind.get("minimum"), kind.get("maximum")
+    if "exclusiveMaximum" in kind:
+        high = kind["exclusiveMaximum"] - step
+    if low is None:
+        return "" if high is None else f" of at most {_number(high)}"
+    return (
+        f" of at least {_number(low)}"
+        if high is None
+        else f" from {_number(low)} to {_number(high)}"
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _text(kind: Kind) -> str:
+    if "maxLength" in kind:
+        least = "1 to" if kind.get("minLength") else "at most"
+        return f"text of {least} {kind['maxLength']} characters"
+    described = str(kind.get("description", ""))
+    return described[:1].lower() + described[1:] if "base64" in described else "text"
+
+
+def _list(kind: Kind) -> str:
+    low, high, entries = kind.get("minItems"), kind.get("maxItems"), kind.get("prefixItems")
+    if entries and all(entry == entries[0] for entry in entries):
+        return f"a list of {len(entries)}, each {permitted(entries[0])}"
+    if high is None:
+        return "a list"
+    return f"a list of {low} to {high}" if low else f"a list of at most {high}"
+
+
+WORDS: dict[str, Callable[[Kind], str]] = {
+    "integer": lambda kind: f"a whole number{_range(kind, 1)}",
+    "number": lambda kind: f"a number{_range(kind, 0)}",
+    "boolean": lambda _: "true or false",
+    "string": _text,
+    "array": _list,
+}

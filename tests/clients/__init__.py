@@ -1,0 +1,1 @@
+"""Clients that people already have, against a running server: `make client-test`."""

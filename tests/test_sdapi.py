@@ -1,0 +1,522 @@
+"""AUTOMATIC1111's endpoints over the fake worker: mapping, answers, progress, interruption."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+
+from model.config import Recipe
+from server.api import create_app
+from server.api.sdapi_clients import MAX_CHOICES, Clients
+from server.api.sdapi_schemas import PREVIEWS, guidance
+from server.settings import Settings
+from tests import fake_worker
+from tests.conftest import NAME, serving, wait_until
+from tests.test_auth import AUTHORIZED, KEY, OTHER, asking
+from tests.test_image_operations import noise, png, white
+
+Configure = Callable[..., Settings]
+
+# What webuiapi 0.9.17 sends besides the fields that a test names.
+SENT_TOO = {
+    "hr_checkpoint_name": None,
+    "script_name": None,
+    "script_args": [],
+    "styles": [],
+    "subseed": -1,
+    "alwayson_scripts": {},
+    "override_settings": {},
+    "sampler_index": "Euler a",
+    "eta": 1.0,
+    "tiling": False,
+}
+
+
+def url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def opened(image: str) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(base64.b64decode(image)))
+
+
+def pixels(image: str) -> np.ndarray[Any, Any]:
+    return np.asarray(opened(image).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def sd(fake_settings: Configure) -> Iterator[httpx.Client]:
+    """A client of a server with these endpoints; what it changes, it changes for its address."""
+    with (
+        serving(create_app(fake_settings(sdapi=True), worker=fake_worker.main)) as address,
+        httpx.Client(base_url=f"{address}/sdapi/v1/", timeout=20) as client,
+    ):
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        yield client
+
+
+def post(client: httpx.Client, path: str, **fields: Any) -> dict[str, Any]:
+    answer = client.post(path, json=SENT_TOO | fields)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def at_root(client: httpx.Client, path: str) -> str:
+    """The address of another endpoint of the server."""
+    return str(client.base_url.copy_with(path=path))
+
+
+def drawn(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    """What /txt2img says about its images."""
+    return dict(json.loads(post(client, "txt2img", prompt="a ball", **fields)["info"]))
+
+
+def refused(client: httpx.Client, path: str, **fields: Any) -> tuple[int, str, str | None]:
+    answer = client.post(path, json=fields)
+    return answer.status_code, *(answer.json()["error"][name] for name in ("code", "param"))
+
+
+def test_without_the_setting_there_are_no_such_endpoints(client: httpx.Client) -> None:
+    assert client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"}).status_code == 404
+    assert "/sdapi/v1/txt2img" not in client.get("/openapi.json").text
+
+
+# ── text to image ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_txt2img_answers_with_images_parameters_and_a_text_about_them(sd: httpx.Client) -> None:
+    answer = post(
+        sd, "txt2img", prompt="a ball", negative_prompt="blur, text", seed=5, batch_size=2, n_iter=2
+    )
+    assert len(answer["images"]) == 4
+    assert [tuple(pixels(image)[0, 0]) for image in answer["images"]] == [
+        tuple(fake_worker.colour(seed)) for seed in (5, 6, 7, 8)
+    ]
+    assert (answer["parameters"]["prompt"], answer["parameters"]["batch_size"]) == ("a ball", 2)
+    info = json.loads(answer["info"])
+    assert (info["seed"], info["all_seeds"], info["index_of_first_image"]) == (5, [5, 6, 7, 8], 0)
+    assert (info["width"], info["height"], info["steps"], info["cfg_scale"]) == (64, 32, 12, 7)
+    assert info["all_prompts"] == ["a ball"] * 4
+    texts = [opened(image).info["parameters"] for image in answer["images"]]
+    assert texts == info["infotexts"]
+    assert texts[1].startswith(
+        "a ball\nNegative prompt: blur, text\nSteps: 12, Sampler: multinomial, Schedule type:"
+        " Automatic, CFG scale: 7, Seed: 6, Size: 64x32, Model hash: "
+    )
+    assert texts[1].endswith(f"Model: {NAME}")
+
+
+def test_the_image_is_the_native_endpoint_s(sd: httpx.Client) -> None:
+    (image,) = post(sd, "txt2img", prompt="a ball", seed=5, steps=7, cfg_scale=1)["images"]
+    fields = {"prompt": "a ball", "seed": 5, "num_inference_steps": 7, "guidance_scale": 1}
+    native = sd.post(at_root(sd, "/generate"), json=fields)
+    with PIL.Image.open(io.BytesIO(native.content)) as same:
+        assert np.array_equal(np.asarray(same), pixels(image))
+
+
+@pytest.mark.parametrize(
+    ("cfg_scale", "scale"), [(1, 1), (7, 8), (4, 4.5), (0, 0), (-3, 0), (14, 16.1667), (99, 30)]
+)
+def test_the_recipe_s_guidance_is_that_of_cfg_scale_7(
+    sd: httpx.Client, cfg_scale: float, scale: float
+) -> None:
+    assert drawn(sd, cfg_scale=cfg_scale)["guidance_scale"] == pytest.approx([scale, scale])
+
+
+def test_guidance_that_changes_over_the_steps_keeps_its_shape() -> None:
+    recipe = Recipe(12, 11, (3.0, 9.0), 12, (1.0, 1.0))
+    assert guidance(7, recipe) is None
+    assert guidance(1, recipe) == (1, 1)
+    assert guidance(4, recipe) == (2, 5)
+
+
+@pytest.mark.parametrize(("sent", "steps"), [(20, 12), (7, 7), (0, 1), (150, 12), (None, 12)])
+def test_steps_are_at_most_the_recipe_s(sd: httpx.Client, sent: Any, steps: int) -> None:
+    assert drawn(sd, steps=sent)["steps"] == steps
+
+
+def test_a_sampler_of_others_is_reported_and_one_of_these_weights_is_used(sd: httpx.Client) -> None:
+    info = drawn(sd, sampler_name="DPM++ 2M, Karras", steps=20)
+    assert info["sampler_name"] == "multinomial"
+    assert info["extra_generation_params"] == {
+        "Requested sampler": "DPM++ 2M, Karras",
+        "Requested steps": 20,
+    }
+    assert 'Requested sampler: "DPM++ 2M, Karras"' in info["infotexts"][0]
+    own = drawn(sd, sampler_name="Typical")
+    assert (own["sampler_name"], own["extra_generation_params"]) == ("typical", {})
+
+
+@pytest.mark.parametrize("seed", [-1, None, "", "absent"])
+def test_minus_one_and_nothing_are_random_seeds(sd: httpx.Client, seed: Any) -> None:
+    fields = {} if seed == "absent" else {"seed": seed}
+    first, second = drawn(sd, **fields), drawn(sd, **fields)
+    assert -1 != first["seed"] != second["seed"] != -1
+    assert drawn(sd, seed=-2)["seed"] == -2
+
+
+def test_a_prompt_may_be_absent_as_there(sd: httpx.Client) -> None:
+    info = json.loads(post(sd, "txt2img", prompt=None)["info"])
+    assert info["infotexts"][0].startswith("Steps: 12")
+
+
+def test_images_are_left_out_on_request(sd: httpx.Client) -> None:
+    assert post(sd, "txt2img", prompt="a ball", send_images=False)["images"] == []
+
+
+def test_a_second_pass_is_hires(sd: httpx.Client) -> None:
+    answer = post(
+        sd, "txt2img", prompt="a ball", enable_hr=True, hr_scale=1.5, denoising_strength=0.4, seed=5
+    )
+    info = json.loads(answer["info"])
+    assert opened(answer["images"][0]).size == (96, 48)
+    assert (info["width"], info["height"], info["denoising_strength"]) == (64, 32, 0.4)
+    assert (
+        "Denoising strength: 0.4, Hires upscale: 1.5, Hires upscaler: Paella"
+        in (info["infotexts"][0])
+    )
+    resized = post(sd, "txt2img", prompt="a ball", enable_hr=True, hr_resize_x=128, hr_scale=9)
+    assert opened(resized["images"][0]).size == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"batch_size": 16, "n_iter": 2}, (422, "invalid_value", "batch_size")),
+        ({"n_iter": 17}, (422, "invalid_value", "n_iter")),
+        ({"width": 50}, (422, "invalid_value", "width")),
+        ({"enable_hr": True, "hr_scale": 9}, (422, "invalid_value", "hr_scale")),
+        ({"enable_hr": True, "hr_resize_y": 999}, (422, "invalid_value", "hr_resize_y")),
+        ({"seed": 2**63}, (422, "invalid_value", "seed")),
+        ({"cfg_scale": "much"}, (422, "invalid_value", "cfg_scale")),
+        (
+            {"override_settings": {"sd_model_checkpoint": "sdxl"}},
+            (404, "model_not_found", "model"),
+        ),
+        (
+            {"override_settings": {"sd_model_checkpoint": 7}},
+            (422, "invalid_value", "sd_model_checkpoint"),
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_its_name(
+    sd: httpx.Client, fields: Any, refusal: tuple[int, str, str]
+) -> None:
+    assert refused(sd, "txt2img", prompt="a ball", **fields) == refusal
+
+
+# ── image to image ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_img2img_edits_and_echoes_the_images_only_on_request(sd: httpx.Client) -> None:
+    fields = {"prompt": "a ball", "init_images": [url(png(noise()))], "denoising_strength": 0.6}
+    answer = post(sd, "img2img", **fields, seed=5)
+    assert tuple(pixels(answer["images"][0])[0, 0]) == tuple(fake_worker.colour(5))
+    assert (answer["parameters"]["init_images"], answer["parameters"]["mask"]) == (None, None)
+    assert json.loads(answer["info"])["denoising_strength"] == 0.6
+    included = post(sd, "img2img", **fields, include_init_images=True)["parameters"]
+    assert base64.b64decode(included["init_images"][0]) == png(noise())
+
+
+@pytest.mark.parametrize("resize_mode", range(4))
+def test_width_and_height_resize_the_image_first(sd: httpx.Client, resize_mode: int) -> None:
+    answer = post(
+        sd,
+        "img2img",
+        init_images=[url(png(noise()))],
+        width=48,
+        height=48,
+        resize_mode=resize_mode,
+    )
+    assert opened(answer["images"][0]).size == (48, 48)
+
+
+def kept(mask: np.ndarray[Any, Any], **fields: Any) -> Callable[[httpx.Client], list[bool]]:
+    """Whether the image's left and right half are kept."""
+
+    def halves(client: httpx.Client) -> list[bool]:
+        answer = post(
+            client,
+            "img2img",
+            prompt="a ball",
+            init_images=[url(png(noise()))],
+            mask=url(png(mask)),
+            mask_blur=0,
+            seed=5,
+            **fields,
+        )
+        result, original = pixels(answer["images"][0]), noise()
+        assert result.shape == original.shape
+        return [np.array_equal(result[:, at], original[:, at]) for at in (4, 60)]
+
+    return halves
+
+
+def test_white_is_repainted_and_the_mask_may_be_inverted(sd: httpx.Client) -> None:
+    left = white(box=(0, 0, 32, 32))
+    assert kept(left)(sd) == [False, True]
+    assert kept(left, inpainting_mask_invert=1)(sd) == [True, False]
+    assert kept(left, width=512, height=512)(sd) == [False, True]
+
+
+def test_of_a_transparent_mask_the_opaque_part_is_repainted(sd: httpx.Client) -> None:
+    strokes = np.zeros((32, 64, 4), dtype=np.uint8)
+    strokes[:, :32, 3] = 255
+    assert kept(strokes)(sd) == [False, True]
+    strokes[..., 3] = 255
+    strokes[:, 32:, :3] = 255
+    assert kept(strokes)(sd) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({}, (422, "missing_field", "init_images")),
+        ({"init_images": [url(png(noise()))] * 2}, (422, "invalid_value", "init_images")),
+        ({"init_images": ["http://x/y.png"]}, (422, "url_refused", "init_images")),
+        (
+            {"init_images": [url(png(noise()))], "mask": url(b"no image")},
+            (422, "unsupported_image_format", "mask"),
+        ),
+        (
+            {"init_images": [url(png(noise()))], "mask": url(png(white(32, 32)))},
+            (422, "mask_size_mismatch", "mask"),
+        ),
+        (
+            {"init_images": [url(png(noise()))], "resize_mode": 4},
+            (422, "invalid_value", "resize_mode"),
+        ),
+    ],
+)
+def test_images_and_masks_that_do_not_fit_are_refused(
+    sd: httpx.Client, fields: Any, refusal: tuple[int, str, str]
+) -> None:
+    assert refused(sd, "img2img", prompt="a ball", **fields) == refusal
+
+
+def test_an_image_is_enlarged(sd: httpx.Client) -> None:
+    fields = {"image": url(png(noise())), "upscaler_1": "R-ESRGAN 4x+"}
+    answer = post(sd, "extra-single-image", **fields, upscaling_resize=1.5)
+    assert opened(answer["image"]).size == (96, 48)
+    assert "Upscaled by: 1.5" in answer["html_info"]
+    sized = {"resize_mode": 1, "upscaling_resize_w": 128, "upscaling_resize_h": 64}
+    assert opened(post(sd, "extra-single-image", **fields, **sized)["image"]).size == (128, 64)
+    refusal = (422, "invalid_value", "upscaling_resize")
+    assert refused(sd, "extra-single-image", **fields, upscaling_resize=9) == refusal
+
+
+# ── parameters of images ──────────────────────────────────────────────────────────────────────────
+
+
+def test_png_info_reads_what_the_images_hold_and_it_draws_them_again(sd: httpx.Client) -> None:
+    answer = post(sd, "txt2img", prompt="a ball: red, round", negative_prompt="blur", cfg_scale=4)
+    (image,) = answer["images"]
+    info = post(sd, "png-info", image=image)
+    text = json.loads(answer["info"])["infotexts"][0]
+    assert (info["info"], info["items"]["parameters"]) == (text, text)
+    found = info["parameters"]
+    assert (found["Prompt"], found["Negative prompt"], found["Size-1"], found["Size-2"]) == (
+        "a ball: red, round",
+        "blur",
+        "64",
+        "32",
+    )
+    again = post(
+        sd,
+        "txt2img",
+        prompt=found["Prompt"],
+        negative_prompt=found["Negative prompt"],
+        seed=found["Seed"],
+        steps=found["Steps"],
+        cfg_scale=found["CFG scale"],
+        sampler_name=found["Sampler"],
+    )
+    assert again["images"] == [image]
+
+
+def test_png_info_of_other_images(sd: httpx.Client) -> None:
+    native = sd.post(at_root(sd, "/generate"), json={"prompt": "a ball", "seed": 5}).content
+    assert post(sd, "png-info", image=url(native))["parameters"]["seed"] == 5
+    empty = post(sd, "png-info", image=url(png(noise())))
+    assert (empty["info"], empty["parameters"]["Prompt"]) == ("", "")
+    assert refused(sd, "png-info", image=url(b"no image"))[1] == "unsupported_image_format"
+
+
+# ── progress and interruption ─────────────────────────────────────────────────────────────────────
+
+
+def running(client: httpx.Client) -> int:
+    return int(client.get("progress").json()["state"]["job_count"])
+
+
+def test_an_idle_server_says_so(sd: httpx.Client) -> None:
+    idle = sd.get("progress").json()
+    assert (idle["progress"], idle["eta_relative"], idle["current_image"]) == (0, 0, None)
+    assert (idle["state"]["job_count"], idle["state"]["sampling_steps"]) == (0, 0)
+
+
+def test_a_running_request_has_a_progress_and_an_interrupted_one_without_previews_is_499(
+    sd: httpx.Client,
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        held = threads.submit(sd.post, "txt2img", json={"prompt": "hold"})
+        wait_until(lambda: sd.get("progress").json()["state"]["sampling_steps"] == 12)
+        state = sd.get("progress").json()
+        assert 0 < state["progress"] < 1
+        assert (state["state"]["job"], state["state"]["job_count"]) == ("txt2img", 1)
+        assert sd.post("interrupt").json() == {}
+        assert (held.result().status_code, held.result().json()["error"]["code"]) == (
+            499,
+            "cancelled",
+        )
+        wait_until(lambda: not running(sd))
+
+
+def test_previews_are_shown_meanwhile_and_are_the_images_of_an_interrupted_request(
+    sd: httpx.Client,
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        held = threads.submit(post, sd, "txt2img", prompt="show-hold", seed=5)
+        wait_until(lambda: sd.get("progress").json()["current_image"] is not None)
+        wait_until(lambda: sd.get("progress").json()["progress"] >= PREVIEWS / (PREVIEWS + 1))
+        state = sd.get("progress").json()
+        latest = tuple(fake_worker.colour(PREVIEWS - 1))
+        assert tuple(pixels(state["current_image"])[0, 0]) == latest
+        assert state["state"]["sampling_step"] >= 8
+        assert state["eta_relative"] > 0
+        skipped = sd.get("progress", params={"skip_current_image": "true"}).json()
+        assert skipped["current_image"] is None
+        sd.post("interrupt")
+        answer = held.result()
+    assert [tuple(pixels(image)[0, 0]) for image in answer["images"]] == [latest]
+    info = json.loads(answer["info"])
+    assert info["extra_generation_params"] == {"Interrupted": True}
+    assert info["all_seeds"] == [5]
+
+
+def test_previews_can_be_switched_off(sd: httpx.Client) -> None:
+    off = {"override_settings": {"live_previews_enable": False}}
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        held = threads.submit(sd.post, "txt2img", json={"prompt": "show-hold", **off})
+        wait_until(lambda: sd.get("progress").json()["state"]["sampling_steps"] == 12)
+        sd.post("interrupt")
+        assert held.result().status_code == 499
+
+
+def test_a_client_sees_and_ends_only_its_own_requests(fake_settings: Configure) -> None:
+    settings = fake_settings(sdapi=True, api_keys=f"{KEY},{OTHER}", key_concurrency=1)
+    with (
+        serving(create_app(settings, worker=fake_worker.main)) as address,
+        httpx.Client(base_url=f"{address}/sdapi/v1/", auth=("me", KEY), timeout=20) as mine,
+        httpx.Client(base_url=f"{address}/sdapi/v1/", auth=("you", OTHER), timeout=20) as yours,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        wait_until(lambda: mine.get(at_root(mine, "/readyz")).status_code == 200)
+        held = threads.submit(mine.post, "txt2img", json={"prompt": "hold"})
+        wait_until(lambda: running(mine) == 1)
+        assert running(yours) == 0
+        assert yours.post("interrupt").status_code == 200
+        assert running(mine) == 1
+        # Although the key's only concurrent request is running.
+        assert mine.post("interrupt").status_code == 200
+        assert held.result().status_code == 499
+
+
+def test_a_repeat_under_an_idempotency_key_gets_the_first_answer(sd: httpx.Client) -> None:
+    headers = {"Idempotency-Key": "mine"}
+    body = {"prompt": "a ball", "seed": -1}
+    first, again = (sd.post("txt2img", json=body, headers=headers) for _ in range(2))
+    assert again.json() == first.json()
+    assert again.headers["idempotent-replayed"] == "true"
+    other = sd.post("txt2img", json={"prompt": "a box"}, headers=headers)
+    assert other.json()["error"]["code"] == "idempotency_mismatch"
+
+
+# ── keys ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_key_may_be_the_password_of_http_basic_here_alone(fake_settings: Configure) -> None:
+    client = asking(fake_settings(sdapi=True, api_keys=KEY))
+
+    def status(path: str, **options: Any) -> int:
+        return int(client.get(path, **options).status_code)
+
+    path = "/sdapi/v1/samplers"
+    assert status(path, auth=("anybody", KEY)) == 200
+    assert status(path, headers=AUTHORIZED) == 200
+    assert status(path, auth=("anybody", f"{KEY}x")) == 401
+    assert status(path, auth=(KEY, "")) == 401
+    for malformed in ("Basic", "Basic ä", "Basic !!!", "Basic YQ==", f"Basic {KEY}", ""):
+        assert status(path, headers={"Authorization": malformed.encode()}) == 401
+    assert client.get(path).headers["www-authenticate"].startswith("Basic ")
+    assert status("/v1/models", auth=("anybody", KEY)) == 401
+    assert client.get("/v1/models").headers["www-authenticate"].startswith("Bearer ")
+
+
+# ── models and lists ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_model_is_chosen_by_name_title_or_hash_if_it_is_loaded(sd: httpx.Client) -> None:
+    (model,) = sd.get("sd-models").json()
+    assert model["title"] == f"{NAME} [{model['hash']}]"
+    assert sd.get("options").json()["sd_model_checkpoint"] == model["title"]
+    for name in (NAME, model["title"], model["title"].upper(), model["hash"], f"{NAME}.ckpt"):
+        assert sd.post("options", json={"sd_model_checkpoint": name, "x": 1}).json() is None
+        assert drawn(sd, override_settings={"sd_model_checkpoint": name})["sd_model_name"] == NAME
+    refusal = (404, "model_not_found", "model")
+    assert refused(sd, "options", sd_model_checkpoint="sdxl") == refusal
+    assert sd.post("options", json=sd.get("options").json()).status_code == 200
+
+
+def test_each_client_s_choice_is_its_own_and_their_number_is_bounded() -> None:
+    clients = Clients()
+    clients.choose("one", "tiny")
+    assert (clients.chosen("one"), clients.chosen("other")) == ("tiny", None)
+    for number in range(MAX_CHOICES):
+        clients.choose(str(number), "tiny")
+    assert clients.chosen("one") is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "schedulers",
+        "upscalers",
+        "latent-upscale-modes",
+        "sd-vae",
+        "loras",
+        "cmd-flags",
+        "scripts",
+        "embeddings",
+    ],
+)
+def test_the_lists_that_clients_ask_for_are_there(sd: httpx.Client, path: str) -> None:
+    answer = sd.get(path)
+    assert answer.status_code == 200
+    assert isinstance(answer.json(), list | dict)
+
+
+def test_samplers_begin_with_the_recipe_s_and_memory_is_in_bytes(sd: httpx.Client) -> None:
+    samplers = [sampler["name"] for sampler in sd.get("samplers").json()]
+    assert samplers[0] == "multinomial"
+    assert set(samplers) == {"multinomial", "argmax", "typical", "quant"}
+    ram = sd.get("memory").json()["ram"]
+    assert math.isclose(ram["free"] + ram["used"], ram["total"])
+    assert ram["used"] > 2**20
+
+
+def test_the_document_has_them_and_unknown_fields_are_allowed(sd: httpx.Client) -> None:
+    paths = sd.get(at_root(sd, "/openapi.json")).json()["paths"]
+    schema = paths["/sdapi/v1/img2img"]["post"]["requestBody"]["content"]["application/json"]
+    assert "additionalProperties" not in schema["schema"]
+    assert schema["schema"]["required"] == ["init_images"]
