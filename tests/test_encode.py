@@ -36,7 +36,7 @@ def test_a_gif_has_a_frame_for_every_image(order: list[int]) -> None:
     few = [
         np.random.default_rng(i).integers(0, 2, (16, 24, 3), dtype=np.uint8) * 255 for i in range(3)
     ]
-    content = animate((Image(0, 24, 16, few[i].tobytes()) for i in order), "gif", 90)
+    content = animate((Image(0, 24, 16, few[i].tobytes()) for i in order), "gif", 90, {})
     with PIL.Image.open(io.BytesIO(content)) as file:
         assert file.n_frames == len(order)  # type: ignore[attr-defined]
         for frame, i in enumerate(order):
