@@ -383,7 +383,8 @@ def disguised() -> Iterator[Case]:
     yield "postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", UNSUPPORTED
     yield "bitmap.png", b"BM" + bytes(60), UNSUPPORTED
     yield "tiff.png", b"II*\0" + bytes(60), UNSUPPORTED
-    yield "avif.png", b"\0\0\0\x1cftypavif" + bytes(20), UNSUPPORTED
+    yield "avif.png", b"\0\0\0\x1cftypavif" + bytes(20), DAMAGED
+    yield "video.png", b"\0\0\0\x1cftypisom" + bytes(20), UNSUPPORTED
     yield "text.png", b"not a picture\n", UNSUPPORTED
     yield "zeros.png", bytes(1000), UNSUPPORTED
     yield "zip_behind.png", picture + archive.getvalue(), accepted()

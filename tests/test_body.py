@@ -8,6 +8,7 @@ import base64
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -133,10 +134,17 @@ def test_json_and_form_mean_the_same(endpoint: TestClient) -> None:
         f"data:image/png;base64,{BASE64}",
         f"DATA:;Base64,{BASE64}",
         f"data:text/html;charset=x;base64,{BASE64}",
+        f"data:image/png;base64, {BASE64}\n",
+        f"  data:image/png; base64,{BASE64}",
+        f"data:image/png;base64,{quote(BASE64, safe='')}",
+        f"data:image/png;base64,{BASE64.rstrip('=')}",
+        f" {BASE64} ",
+        BASE64.replace("+", "-").replace("/", "_"),
+        BASE64.replace("+", "-").replace("/", "_").rstrip("="),
         "\r\n".join(BASE64[i : i + 76] for i in range(0, len(BASE64), 76)),
     ],
 )
-def test_data_urls_and_broken_lines_are_the_same_picture(endpoint: TestClient, sent: str) -> None:
+def test_however_base64_is_written_it_is_the_same_picture(endpoint: TestClient, sent: str) -> None:
     assert endpoint.post("/", json={"image": sent}).json() == {"image": len(PNG)}
     assert form(endpoint, {"image": sent}).json() == {"image": len(PNG)}
 
@@ -185,6 +193,22 @@ def test_urls_are_refused_by_name(endpoint: TestClient, url: str) -> None:
 )
 def test_what_is_no_base64_is_422(endpoint: TestClient, sent: str) -> None:
     refused(endpoint.post("/", json={"image": sent}), 422, "image", "base64", "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("sent", "mention"),
+    [
+        (BASE64.replace("A", " ", 1), f"character {BASE64.index('A') + 1} is ' ': was '+' decoded"),
+        ("cat.png", "character 4 is '.': is it the name of a file?"),
+        ("abc\x00", "character 4 is '\\x00'"),
+        (BASE64 + "ab", "no multiple of 4; it may be cut off"),
+        ("QUI=QUJD", "padding, '=', before its end"),
+    ],
+)
+def test_the_message_says_what_is_wrong_with_base64(
+    endpoint: TestClient, sent: str, mention: str
+) -> None:
+    refused(endpoint.post("/", json={"image": sent}), 422, "image", mention, "invalid_value")
 
 
 @pytest.mark.parametrize("sent", [7, {"url": "x"}, [BASE64], True])
@@ -276,6 +300,36 @@ def test_a_file_for_an_entry_that_is_not_there_is_422(endpoint: TestClient, name
         422,
         name.partition(".")[0] or None,
     )
+
+
+def test_parts_may_be_numbered(endpoint: TestClient) -> None:
+    other = ("dog.png", PNG + b"more", "image/png")
+    assert form(endpoint, files=[("image[0]", FILE)]).json() == {"image": len(PNG)}
+    assert form(endpoint, files=[("image[]", FILE)]).json() == {"image": len(PNG)}
+    assert form(endpoint, files=[("images[0]", FILE)]).json() == {"images": [len(PNG)]}
+    assert form(endpoint, files=[("images[1]", other), ("images[0]", FILE)]).json() == {
+        "images": [len(PNG), len(PNG) + 4]
+    }
+    refused(form(endpoint, files=[("image[x]", FILE)]), 422, "image[x]", "the fields are")
+
+
+@pytest.mark.parametrize("name", ["keyframes.1.image", "keyframes[1].image", "keyframes[1][image]"])
+def test_a_file_within_an_object_is_named_in_any_of_three_ways(
+    endpoint: TestClient, name: str
+) -> None:
+    answer = form(endpoint, {"keyframes": '[{"prompt": "é"}, {}]'}, [(name, FILE)])
+    assert answer.json() == {"keyframes": ["é", len(PNG)]}
+
+
+@pytest.mark.parametrize("name", ["image", "image[0]", "keyframes.0.image"])
+def test_a_file_needs_no_file_name(endpoint: TestClient, name: str) -> None:
+    large = PNG + bytes(range(256)) * 1024
+    for content in (PNG, large):
+        body = part(b"[{}]", b"keyframes") + part(content, name.encode()) + b"--b--\r\n"
+        told = raw(endpoint, body).json()
+        assert len(content) in (told.get("image"), told["keyframes"][0])
+    text = part(BASE64.encode(), b"image") + b"--b--\r\n"
+    assert raw(endpoint, text).json() == {"image": len(PNG)}
 
 
 def raw(

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import PIL.Image
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from server.api import create_app
 from server.api.errors import ApiError
@@ -20,8 +21,12 @@ from server.engine.messages import Job
 from server.settings import Settings
 from tests import fake_worker, hostile
 from tests.conftest import serving, wait_until
+from tests.shown_files import PROFILES
 
 FOLDER = Path(__file__).parent / "data" / "hostile"
+MAX_SIDE = Settings.model_fields["max_side"].default
+EXIF_DIRECTORY, EXIF_VERSION, USER_COMMENT = 0x8769, 0x9000, 0x9286
+IMAGE_DESCRIPTION, GPS_DIRECTORY = 0x010E, 0x8825
 MANIFEST: dict[str, dict[str, Any]] = json.loads((FOLDER / "manifest.json").read_text())
 
 
@@ -103,16 +108,53 @@ def test_inpaint_answers_what_it_can_and_refuses_the_rest_before_the_engine(
     files |= {"image": ("image.png", plain)} if is_mask else {"mask": ("mask.png", white(size))}
     jobs.clear()
     answer = client.post("/inpaint", data=fields, files=files)
-    if entry["status"] == 200 and max(size) > 512:
-        refused(answer, 422, "invalid_value", "image")
-    elif entry["status"] == 200:
+    if entry["status"] == 200:
         assert answer.status_code == 200, answer.text
-        assert PIL.Image.open(io.BytesIO(answer.content)).size == size
+        fitting = min(1, MAX_SIDE / max(size))
+        with PIL.Image.open(io.BytesIO(answer.content)) as result:
+            assert result.size == tuple(max(1, round(side * fitting)) for side in size)
         assert len(jobs) == 1
         return
-    else:
-        refused(answer, entry["status"], entry["code"], entry["role"])
+    refused(answer, entry["status"], entry["code"], entry["role"])
     assert not jobs, "the engine was not asked"
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("sent", ["PNG", "JPEG", "WEBP", "AVIF"])
+def test_where_a_photo_was_taken_reaches_no_result(
+    inpaint: tuple[httpx.Client, list[Job]], sent: str, format: str
+) -> None:
+    client, _ = inpaint
+    exif, secret = PIL.Image.Exif(), "Zeughausgasse 17"
+    exif[IMAGE_DESCRIPTION] = secret
+    exif.get_ifd(GPS_DIRECTORY).update({1: "N", 2: (46.0, 57.0, 3.0), 29: secret})
+    options: dict[str, Any] = {"exif": exif, "xmp": f"<x>{secret}</x>".encode()}
+    if sent == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("Comment", secret)
+    if sent == "JPEG":
+        options["comment"] = secret
+    if sent != "AVIF":
+        options["icc_profile"] = PROFILES["p3"] + secret.encode()
+    photo = hostile.encoded(sent, **options)
+    assert secret.encode() in photo
+    answer = client.post(
+        "/inpaint",
+        data={"prompt": "a ball", "num_inference_steps": "1", "response_format": format},
+        files={"image": ("photo", photo), "mask": ("mask", white(hostile.SIZE))},
+    )
+    assert answer.status_code == 200, answer.text
+    assert secret not in str(answer.headers)
+    for encoding in ("utf-8", "utf-16-be", "utf-16-le"):
+        assert secret.encode(encoding) not in answer.content
+    with PIL.Image.open(io.BytesIO(answer.content)) as image:
+        assert image.format == format.upper()
+        assert "icc_profile" not in image.info
+        assert secret not in str(image.info)
+        # The server's own: a directory with the request's parameters.
+        assert set(image.getexif()) <= {EXIF_DIRECTORY}
+        assert set(image.getexif().get_ifd(EXIF_DIRECTORY)) <= {EXIF_VERSION, USER_COMMENT}
+        assert not image.getexif().get_ifd(GPS_DIRECTORY)
 
 
 def white(size: tuple[int, ...]) -> bytes:

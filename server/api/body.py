@@ -6,13 +6,16 @@ A form becomes the dict that the same request has as JSON, so one schema serves 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from http import HTTPStatus
-from typing import Any, Never, TypeVar
+from operator import itemgetter
+from typing import Any, Never, TypeVar, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -33,6 +36,11 @@ FORM_LIMITS = {"max_files": 17, "max_fields": 64, "max_part_size": 128 * 1024}
 # Beyond, a float may stand for several integers.
 LARGEST_EXACT = 2**53
 BOOLEANS = {"true": True, "false": False}
+
+# Names of parts as PHP and qs write them: image[] and image[0]; keyframes[0][image] and
+# keyframes[0].image.
+LIST_PART = re.compile(r"(\w+)\[(\d{0,4})\]")
+NESTED_PART = re.compile(r"(\w+)\[(\d{1,4})\](?:\.(\w+)|\[(\w+)\])")
 
 JSON = "application/json"
 FORM = "multipart/form-data"
@@ -205,14 +213,14 @@ def _reason(error: Exception) -> str:
 async def _read_form(request: Request, schema: type[BaseModel], limit: int) -> dict[str, Any]:
     """Return the parts by name: files as bytes, text as the schema's field needs it.
 
-    Several parts of one name (or `name[]`) become a list. A file named `keyframes.1.image` goes
-    into entry 1 of the JSON text `keyframes`.
+    Several parts of one name (or `name[]`, or `name[0]` and so on) become a list. A file named
+    `keyframes.1.image` goes into entry 1 of the JSON text `keyframes`.
 
     Raises:
         ApiError: 400 malformed, 413 more or larger parts than allowed, 422 a file for an entry
             that does not exist.
     """
-    parts = await _parts(request, limit)
+    parts = await _parts(request, limit, schema)
     fields = _collect([(name, part) for name, part in parts if "." not in name], schema)
     for name, part in parts:
         if "." in name:
@@ -221,9 +229,25 @@ async def _read_form(request: Request, schema: type[BaseModel], limit: int) -> d
 
 
 class _Parser(MultiPartParser):
-    """Records whether it reached the closing boundary; a form without it may be cut anywhere."""
+    """Reads parts of some names as files, with or without a file name.
+
+    Attributes:
+        complete: whether it reached the closing boundary; a form without it may be cut anywhere.
+        file_fields: names of parts that are files.
+    """
 
     complete = False
+    file_fields: frozenset[str] = frozenset()
+
+    def on_headers_finished(self) -> None:
+        """Open a file for a part. Raises MultiPartException for one without a name."""
+        part = self._current_part
+        _, options = parse_options_header(part.content_disposition)
+        name = _dotted(options.get(b"name", b"").decode("utf-8", "replace"))
+        field = match[1] if (match := LIST_PART.fullmatch(name)) else name
+        if b"filename" not in options and ("." in name or field in self.file_fields):
+            part.content_disposition = (part.content_disposition or b"") + b'; filename=""'
+        super().on_headers_finished()
 
     def on_end(self) -> None:
         self.complete = True
@@ -234,16 +258,19 @@ class _Parser(MultiPartParser):
             file.close()
 
 
-async def _parts(request: Request, limit: int) -> list[tuple[str, str | bytes]]:
+async def _parts(
+    request: Request, limit: int, schema: type[BaseModel]
+) -> list[tuple[str, str | bytes]]:
     parser = _Parser(_without_charset(request.headers), request.stream(), **FORM_LIMITS)
+    parser.file_fields = _file_fields(schema)
     parser.spool_max_size = limit  # nothing is written to disk: the body is bounded already
     try:
         form = await parser.parse()
         if not parser.complete:
             raise _malformed_form("it ends before its closing boundary")
-        parts = [(name, part) for name, part in form.multi_items() if _is_sent(part)]
+        parts = [(_dotted(name), part) for name, part in form.multi_items() if _is_sent(part)]
         return [
-            (name, await part.read() if isinstance(part, UploadFile) else part)
+            (name, await _content(part) if isinstance(part, UploadFile) else part)
             for name, part in parts
         ]
     except MultiPartException as error:
@@ -264,6 +291,18 @@ def _is_sent(part: str | UploadFile) -> bool:
     return isinstance(part, str) or bool(part.filename or part.size)
 
 
+async def _content(part: UploadFile) -> str | bytes:
+    """Return a file's bytes, but base64 without a file name as the text it is."""
+    content = await part.read()
+    return content if part.filename or not content.isascii() else content.decode()
+
+
+def _dotted(name: str) -> str:
+    """Return `keyframes.0.image` for the other ways to write it, any other name as it is."""
+    match = NESTED_PART.fullmatch(name)
+    return f"{match[1]}.{match[2]}.{match[3] or match[4]}" if match else name
+
+
 def _malformed_form(reason: str) -> ApiError:
     if reason.startswith(("Too many", "Part exceeded")):
         message = f"the form is too large: {reason}"
@@ -281,15 +320,22 @@ def _check_form_structure(texts: Iterable[str]) -> None:
 
 def _collect(parts: list[tuple[str, str | bytes]], schema: type[BaseModel]) -> dict[str, Any]:
     _check_form_structure([part for _, part in parts if isinstance(part, str)])
-    values: dict[str, list[Any]] = {}
-    lists = {name.removesuffix("[]") for name, _ in parts if name.endswith("[]")}
+    values: dict[str, list[tuple[int, Any]]] = {}
+    lists: set[str] = set()
     for name, part in parts:
-        field = name.removesuffix("[]")
+        match = LIST_PART.fullmatch(name)
+        field = match[1] if match else name
+        if match and field in _array_fields(schema):
+            lists.add(field)
         value = part if isinstance(part, bytes) else _value(part, field, schema)
-        values.setdefault(field, []).append(value)
+        values.setdefault(field, []).append((int(match[2] or 0) if match else 0, value))
+    ordered = {
+        field: [value for _, value in sorted(entries, key=itemgetter(0))]
+        for field, entries in values.items()
+    }
     return {
         field: sent if len(sent) > 1 or field in lists else _single(sent[0], field, schema)
-        for field, sent in values.items()
+        for field, sent in ordered.items()
     }
 
 
@@ -301,6 +347,17 @@ def _single(value: Any, field: str, schema: type[BaseModel]) -> Any:
     if isinstance(value, list | str) or field not in _list_fields(schema):
         return value
     return [value]
+
+
+@cache
+def _file_fields(schema: type[BaseModel]) -> frozenset[str]:
+    """Return the fields that take files."""
+    fields = schema.model_fields.items()
+    return frozenset(name for name, field in fields if _mentions_bytes(field.annotation))
+
+
+def _mentions_bytes(kind: object) -> bool:
+    return kind is bytes or any(_mentions_bytes(part) for part in get_args(kind))
 
 
 def _value(text: str, field: str, schema: type[BaseModel]) -> object:
@@ -318,6 +375,11 @@ def _value(text: str, field: str, schema: type[BaseModel]) -> object:
 @cache
 def _text_fields(schema: type[BaseModel]) -> frozenset[str]:
     return frozenset(name for name, types in _types(schema).items() if "string" in types)
+
+
+@cache
+def _array_fields(schema: type[BaseModel]) -> frozenset[str]:
+    return frozenset(name for name, types in _types(schema).items() if "array" in types)
 
 
 @cache

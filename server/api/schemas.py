@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -90,11 +91,17 @@ Seed = Annotated[int | None, Field(ge=-INT64, lt=INT64), AfterValidator(_drawn_s
 # ── images ────────────────────────────────────────────────────────────────────────────────────────
 
 URL_SCHEME = re.compile(r"([a-z][a-z0-9+.-]{0,30}):", re.IGNORECASE)
-IMAGE_DESCRIPTION = "A PNG, JPEG, WebP or GIF file: base64 or a data URL in JSON, a file in a form"
+IMAGE_DESCRIPTION = (
+    "A PNG, JPEG, WebP, GIF, AVIF or (if the server has its decoder) HEIC file: base64 or a data "
+    "URL in JSON, a file in a form"
+)
+# Those of the alphabet for URLs, as the usual ones.
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=\r\n\t_-]")
 
 
 def file_bytes(sent: object) -> bytes:
-    """Return an image file sent as bytes, base64 or a data URL with base64.
+    """Return an image file sent as bytes, base64 (of either alphabet) or a data URL with base64.
 
     Raises:
         PydanticCustomError: for anything else.
@@ -104,14 +111,15 @@ def file_bytes(sent: object) -> bytes:
     if not isinstance(sent, str):
         message = "one image is expected, as a file, base64 or a data URL"
         raise PydanticCustomError("image_type", message)
-    return _from_base64(_payload(sent))
+    text, is_url = _payload(sent.strip())
+    return _from_base64(text.strip(), is_url)
 
 
-def _payload(sent: str) -> str:
+def _payload(sent: str) -> tuple[str, bool]:
     """Return the part of a data URL after the comma, or all of a text that is no URL."""
     scheme = URL_SCHEME.match(sent)
     if scheme is None:
-        return sent
+        return sent, False
     if scheme[1].lower() != "data":
         message = (
             "{scheme} URLs are refused, because the server fetches nothing; "
@@ -119,19 +127,42 @@ def _payload(sent: str) -> str:
         )
         raise PydanticCustomError("image_url", message, {"scheme": scheme[1].lower()})
     head, comma, payload = sent.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or not head.lower().replace(" ", "").endswith(";base64"):
         message = "a data URL must hold base64: data:image/png;base64,…"
         raise PydanticCustomError("image_encoding", message)
-    return payload
+    return unquote(payload) if "%" in payload else payload, True
 
 
-def _from_base64(text: str) -> bytes:
+def _from_base64(text: str, is_url: bool) -> bytes:
+    """Return the bytes. Data URLs and the alphabet for URLs are commonly written without padding.
+
+    Raises PydanticCustomError that says what is wrong.
+    """
+    stray = _NOT_BASE64.search(text)
+    if stray is not None:
+        raise _no_base64(f"character {stray.start() + 1} is {stray[0]!r}{_hint(stray[0])}")
+    # Mail and command-line encoders break lines.
+    letters = text.encode().translate(None, b"\r\n\t")
+    standard = letters.translate(_URL_SAFE)
+    lacking = -len(standard) % 4
+    if lacking == 3 or (lacking and not is_url and standard == letters):
+        raise _no_base64(f"{len(letters)} characters are no multiple of 4; it may be cut off")
     try:
-        # Mail and command-line encoders break lines.
-        return base64.b64decode(text.encode("ascii").translate(None, b"\r\n\t"), validate=True)
+        return base64.b64decode(standard + b"=" * lacking, validate=True)
     except ValueError:
-        message = "must be base64 with its padding, or a data URL that holds it"
-        raise PydanticCustomError("image_encoding", message) from None
+        raise _no_base64("there is padding, '=', before its end") from None
+
+
+def _hint(stray: str) -> str:
+    """Return the likely mistake behind a character that is not base64's."""
+    if stray == " ":
+        return ": was '+' decoded as a space?"
+    return ": is it the name of a file?" if stray == "." else ""
+
+
+def _no_base64(reason: str) -> PydanticCustomError:
+    message = "must be base64, or a data URL that holds it; {reason}"
+    return PydanticCustomError("image_encoding", message, {"reason": reason})
 
 
 def as_list(sent: Any) -> Any:

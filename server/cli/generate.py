@@ -28,7 +28,7 @@ ANIMATIONS = {".gif": "gif", ".webp": "webp"}
 
 Prompt = Annotated[str, typer.Argument(help="Description of the image")]
 OptionalPrompt = Annotated[str, typer.Option(help="Description, in addition to the images")]
-ImageFile = Annotated[Path, typer.Option(help="A PNG, JPEG, WebP or GIF file")]
+ImageFile = Annotated[Path, typer.Option(help="A PNG, JPEG, WebP, GIF, AVIF or HEIC file")]
 RegionList = Annotated[
     list[str] | None,
     typer.Option(
@@ -217,7 +217,7 @@ def outpaint(
 @_operation("variations")
 def vary(
     image: Annotated[
-        list[Path], typer.Option(help="A PNG, JPEG, WebP or GIF file; may be repeated")
+        list[Path], typer.Option(help="A PNG, JPEG, WebP, GIF, AVIF or HEIC file; may be repeated")
     ],
     prompt: OptionalPrompt = "",
     image_weights: Annotated[

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from model.canvas import Pixels
 from server.api.errors import ApiError
+from server.api.images import ImageFile
 from server.api.images.decode import (
     MIB,
     DecodedImage,
@@ -34,7 +35,6 @@ from server.api.images.decode import (
     repaint_mask,
 )
 from server.api.images.encoder import submit
-from server.api.images.sniff import ImageFile
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.engine.latency_model import Pace
 from server.engine.retry_slots import RetrySlots

@@ -7,28 +7,31 @@ before anything is decoded.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
+import logging
 import struct
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import PIL.features
 import PIL.Image
 from numpy.typing import NDArray
+from PIL import AvifImagePlugin, PngImagePlugin
 
 from model.canvas import Pixels
 from server.api.errors import ApiError
-from server.api.images.sniff import (
-    DamagedFileError,
-    ImageFile,
-    UnknownFormatError,
-    coefficient_bytes,
-    sniff,
-)
+from server.api.images import DamagedFileError, ImageFile, UnknownFormatError
+from server.api.images.colour import UnreadableProfileError, profile_of, to_srgb
+from server.api.images.sniff import JPEG_EOI, coefficient_bytes, sniff
+
+log = logging.getLogger(__name__)
 
 MaskMode = Literal["alpha", "luminance"]
 # The size at which an image of (width, height) pixels is needed.
@@ -65,6 +68,13 @@ SIDES_SWAPPED = {
     PIL.Image.Transpose.TRANSVERSE,
     PIL.Image.Transpose.ROTATE_90,
 }
+
+GREY_MODES = ("1", "L", "LA")
+# Coded pixels as good as any, to tell a JPEG without an end marker from one that is cut off.
+FILLER = bytes(range(64))
+
+# The threads that decode have a low priority, and are counted.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 _warnings_lock = threading.Lock()
 
@@ -145,7 +155,7 @@ def decode(
     param: str = "image",
     fit: Fit | None = None,
 ) -> DecodedImage:
-    """Decode a PNG, JPEG, WebP or GIF file.
+    """Decode a PNG, JPEG, WebP, GIF, AVIF or HEIC file to what a browser shows, in sRGB.
 
     Args:
         content: the file.
@@ -161,9 +171,8 @@ def decode(
     if fit is None and file.pixels > limits.max_pixels:
         raise _too_many_pixels(param, limits.max_pixels, file)
     try:
-        rgb, alpha = _arrays(
-            _load(file, None if fit is None else _bounded(fit, file, limits, param))
-        )
+        bounded = None if fit is None else _bounded(fit, file, limits, param)
+        rgb, alpha = _arrays(_load(file, bounded, param))
     except (ApiError, MemoryError):
         raise
     except Exception:
@@ -228,10 +237,10 @@ def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
     try:
         file = sniff(content)
     except UnknownFormatError as error:
-        message = f"must be a PNG, JPEG, WebP or GIF file (sent: {error})"
-        raise _unprocessable("unsupported_image_format", param, message) from None
+        raise _unsupported(param, str(error)) from None
     except DamagedFileError as error:
         raise _undecodable(param, f"the file is damaged: {error}") from None
+    _check_decoder(file, param)
     if not file.pixels:
         raise _undecodable(param, "the file is damaged: its width or height is 0")
     most = limits.max_pixels
@@ -245,6 +254,15 @@ def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
     if file.pixels > most:
         raise _too_many_pixels(param, most, file)
     return file
+
+
+def _check_decoder(file: ImageFile, param: str) -> None:
+    """Raise ApiError 422 if the server has no decoder of the file's format."""
+    if file.format == "HEIF" and _heif() is None:
+        extra = "HEIC, which needs the server's optional extra heic: pip install 'paellera[heic]'"
+        raise _unsupported(param, extra)
+    if file.format == "AVIF" and not PIL.features.check("avif"):
+        raise _unsupported(param, "AVIF, which the server's build of Pillow cannot decode")
 
 
 def _bounded(fit: Fit, file: ImageFile, limits: ImageLimits, param: str) -> Fit:
@@ -268,58 +286,146 @@ def jpeg_scale(stored: tuple[int, int], needed: tuple[int, int]) -> int:
     return next((scale for scale in (8, 4, 2) if scale <= times), 1)
 
 
-def _load(file: ImageFile, fit: Fit | None) -> PIL.Image.Image:
-    """Return the first image of the file, upright, and resized as `fit` says."""
+@cache
+def _heif() -> Any | None:
+    """Return the decoder of HEIC, pi_heif, or None if it is not installed."""
+    try:
+        decoder = importlib.import_module("pi_heif")
+    except ImportError:
+        return None
+    decoder.options.DECODE_THREADS = 1
+    decoder.options.THUMBNAILS = False
+    decoder.options.DEPTH_IMAGES = False
+    decoder.options.AUX_IMAGES = False
+    return decoder
+
+
+def _load(file: ImageFile, fit: Fit | None, param: str) -> PIL.Image.Image:
+    """Return the first image of the file, upright, in sRGB, and resized as `fit` says."""
+    image = _decoded(file, fit)
+    stored = image.size if file.format == "HEIF" else (file.width, file.height)
+    size = stored if fit is None else fit(_turned(image, stored))
+    grey = image.mode in GREY_MODES or image.mode.startswith("I")
+    transposition = _transposition(image)
+    shown = _in_8_bits(image, file)
+    if transposition is not None:
+        shown = shown.transpose(transposition)
+    if fit is not None and shown.size != size:
+        resample = PIL.Image.Resampling.BICUBIC
+        shown = shown.resize(size, resample, reducing_gap=REDUCING_GAP)
+    try:
+        profile = profile_of(file)
+        return shown if profile is None else to_srgb(shown, profile, grey)
+    except UnreadableProfileError as error:
+        log.info("image profile ignored", extra={"fields": {"param": param, "reason": str(error)}})
+        return shown
+
+
+def _decoded(file: ImageFile, fit: Fit | None) -> PIL.Image.Image:
+    """Return the image as stored, its pixels decoded; JPEG may be smaller, but no less than needed.
+
+    Raises ValueError if a JPEG is cut off. One that lacks only its end marker is complete: whatever
+    is put behind it changes nothing.
+    """
+    if file.ended:
+        return _decoded_content(file, file.content, fit)
+    image = _decoded_content(file, file.content + JPEG_EOI, fit)
+    other = _decoded_content(file, file.content + FILLER + JPEG_EOI, fit)
+    if image.tobytes() != other.tobytes():
+        raise ValueError("the file is cut off")
+    return image
+
+
+def _decoded_content(file: ImageFile, content: bytes, fit: Fit | None) -> PIL.Image.Image:
+    image = _opened(file, content)
+    if fit is not None and file.format == "JPEG":
+        # Only JPEG can be decoded smaller, and its orientation is known before its pixels.
+        width, height = _turned(image, fit(_turned(image, image.size)))
+        image.draft(None, (round(width * REDUCING_GAP), round(height * REDUCING_GAP)))
+    image.load()
+    return image
+
+
+def _opened(file: ImageFile, content: bytes) -> PIL.Image.Image:
+    if decoder := _heif() if file.format == "HEIF" else None:
+        image: PIL.Image.Image = decoder.open_heif(io.BytesIO(content)).to_pillow()
+        # It is upright already, and may be cropped.
+        if image.width * image.height > file.pixels:
+            raise ValueError("the file has two sizes")
+        return image
     # Pillow's warnings concern a client's file and would fill the log. All threads share the
     # warning filters, hence the lock.
     with _warnings_lock, warnings.catch_warnings(action="ignore"):
-        image = PIL.Image.open(io.BytesIO(file.content), formats=(file.format,))
+        image = PIL.Image.open(io.BytesIO(content), formats=(file.format,))
     if image.size != (file.width, file.height):
         raise ValueError("the file has two sizes")
-    stored = file.width, file.height
-    if fit is not None and file.format == "JPEG":
-        # Only JPEG can be decoded smaller, and its orientation is known before its pixels.
-        width, height = _turned(image, fit(_turned(image, stored)))
-        image.draft(None, (round(width * REDUCING_GAP), round(height * REDUCING_GAP)))
-    image.load()
-    size = stored if fit is None else fit(_turned(image, stored))
-    shown = upright(image)
-    if fit is None or shown.size == size:
-        return shown
-    resample = PIL.Image.Resampling.BICUBIC
-    return _in_8_bits(shown).resize(size, resample, reducing_gap=REDUCING_GAP)
+    return image
 
 
-def _in_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the image in a mode that can be resampled: RGB, RGBA or L."""
-    if image.mode in ("L", "RGB") and not image.has_transparency_data:
+def _in_8_bits(image: PIL.Image.Image, file: ImageFile) -> PIL.Image.Image:
+    """Return the image in a mode that can be resampled: L, RGB, RGBA or CMYK."""
+    key = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        # The upper byte, as Pillow takes of 16-bit colours; its conversion of grey clips.
+        return _with_alpha((grey >> 8).astype(np.uint8), None if key is None else grey != key)
+    if file.format == "PNG" and image.mode in ("L", "RGB") and key is not None:
+        return _with_alpha(np.asarray(image), _differs_from_key(image, file))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if file.area is not None:
+        # Browsers show the background where an animation's first frame does not reach.
+        image = image.convert("RGBA")
+        alpha = PIL.Image.new("L", image.size, 0)
+        alpha.paste(image.getchannel("A").crop(file.area), file.area)
+        image.putalpha(alpha)
+    return image
+
+
+def _with_alpha(colours: NDArray[np.uint8], opaque: NDArray[np.bool_] | None) -> PIL.Image.Image:
+    """Return an image of [H, W] or [H, W, 3], in mode RGBA if some pixels may not be opaque."""
+    image = PIL.Image.fromarray(colours)
+    if opaque is None:
         return image
-    if not image.mode.startswith("I"):
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
-    rgb, alpha = _arrays(image)
-    converted = PIL.Image.fromarray(rgb)
-    if alpha is not None:
-        converted.putalpha(PIL.Image.fromarray(alpha))
-    return converted
+    image = image.convert("RGBA")
+    image.putalpha(PIL.Image.fromarray(opaque.astype(np.uint8) * 255))
+    return image
+
+
+def _differs_from_key(image: PIL.Image.Image, file: ImageFile) -> NDArray[np.bool_]:
+    """Return bool [H, W], false where a PNG without a palette has its transparent colour.
+
+    Pillow compares it, at any depth, with the 8 bits that it keeps.
+    """
+    depth = file.content[24]
+    stored = np.asarray(image).reshape(image.height, image.width, -1)
+    key = np.atleast_1d(image.info["transparency"]) & (1 << depth) - 1
+    if depth < 16:
+        return _differs(stored, key * (255 // ((1 << depth) - 1)))
+    # The lower bytes: the same decoder, told that the file stores the lower byte first.
+    other = _opened(file, file.content)
+    assert isinstance(other, PngImagePlugin.PngImageFile)
+    other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
+    other.load()
+    return _differs(stored, key >> 8) | _differs(np.asarray(other), key & 255)
+
+
+def _differs(colours: NDArray[np.uint8], key: NDArray[np.int_]) -> NDArray[np.bool_]:
+    """Return bool [H, W], false where all channels of colours [H, W, C] are those of key [C]."""
+    differs = np.zeros(colours.shape[:2], np.bool_)
+    for channel, value in enumerate(key):
+        differs |= colours[..., channel] != value
+    return differs
 
 
 def _arrays(image: PIL.Image.Image) -> tuple[Pixels, NDArray[np.uint8] | None]:
-    """Return the image in 8 bits: rgb [H, W, 3] and, if it has transparency, alpha [H, W]."""
-    if image.mode.startswith("I"):
-        return _from_16_bits(np.asarray(image), image.info.get("transparency"))
-    if not image.has_transparency_data:
+    """Return rgb [H, W, 3] and, if the image has transparency, alpha [H, W]."""
+    if image.mode != "RGBA":
         return np.array(image.convert("RGB")), None
-    rgba = np.asarray(image.convert("RGBA"))
+    rgba = np.asarray(image)
     return rgba[..., :3].copy(), rgba[..., 3].copy()
-
-
-def _from_16_bits(
-    grey: NDArray[np.integer], transparent: int | None
-) -> tuple[Pixels, NDArray[np.uint8] | None]:
-    """Return the upper byte, as Pillow does for 16-bit colours; its grey conversion clips."""
-    rgb = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    alpha = None if transparent is None else np.where(grey == transparent, 0, 255).astype(np.uint8)
-    return rgb, alpha
 
 
 def _too_large(param: str, allowed: str, sent: str) -> ApiError:
@@ -329,6 +435,11 @@ def _too_large(param: str, allowed: str, sent: str) -> ApiError:
 
 def _too_many_pixels(param: str, allowed: int, file: ImageFile) -> ApiError:
     return _too_large(param, f"may have at most {allowed} pixels", f"{file.width}x{file.height}")
+
+
+def _unsupported(param: str, sent: str) -> ApiError:
+    message = f"must be a PNG, JPEG, WebP, GIF, AVIF or HEIC file (sent: {sent})"
+    return _unprocessable("unsupported_image_format", param, message)
 
 
 def _undecodable(param: str, reason: str) -> ApiError:
@@ -361,16 +472,10 @@ def orientation(exif: bytes) -> int:
         return 1
 
 
-def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the image rotated and mirrored as its EXIF orientation says."""
-    transposition = _transposition(image)
-    return image if transposition is None else image.transpose(transposition)
-
-
 def _turned(image: PIL.Image.Image, size: tuple[int, int]) -> tuple[int, int]:
     """Return (width, height) of the upright image from that of the stored one, or the reverse."""
     return size[::-1] if _transposition(image) in SIDES_SWAPPED else size
 
 
 def _transposition(image: PIL.Image.Image) -> PIL.Image.Transpose | None:
-    return TRANSPOSITIONS.get(orientation(image.info.get("exif", b"")))
+    return TRANSPOSITIONS.get(orientation(image.info.get("exif") or b""))

@@ -1,35 +1,49 @@
 """Format and size of an image file from its header, and the part of the file a decoder needs.
 
 This module decodes and decompresses nothing, and bounds every walk over a file. It removes texts,
-colour profiles, comments and everything else that may grow on decoding, before a decoder sees
-the file.
+comments and everything else that may grow on decoding, before a decoder sees the file. Colour
+profiles are taken out, for server/api/images/colour.py.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Literal
 
-FileFormat = Literal["PNG", "JPEG", "WEBP", "GIF"]
+import numpy as np
+from numpy.typing import NDArray
+
+from server.api.images import DamagedFileError, ImageFile, UnknownFormatError
+from server.api.images.bmff import still_image
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # The chunks that affect the image; without the others an animation is its default image.
 PNG_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND"})
+PNG_COLOURS = frozenset({b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"})
 # Encoders write chunks of 8 KiB and more; millions of empty ones keep a decoder busy for a minute.
 MAX_PNG_CHUNKS = 20_000
 
-JPEG_SOI, JPEG_SOS = b"\xff\xd8", b"\xff\xda"
+JPEG_SOI = b"\xff\xd8"
+JPEG_EOI = b"\xff\xd9"
+EOI, SOS = 0xD9, 0xDA
 JPEG_FRAMES = frozenset(
     {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 )
 JPEG_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 # Comments and application data, except JFIF (E0) and Adobe (EE), which define the colour coding.
 JPEG_EXTRAS = frozenset({0xFE, 0xEF, *range(0xE1, 0xEE)})
+# The second bytes of markers with data, and of the end: padding, stuffing, TEM and the restart
+# markers are none.
+JPEG_MARKERS = ~np.isin(np.arange(256), [0x00, 0x01, 0xFF, *range(0xD0, 0xD8)])
+# Markers that may follow the pixels of a scan: tables, another scan, comments, and the end.
+JPEG_AFTER_SCAN = np.isin(
+    np.arange(256), [0xC4, 0xCC, EOI, SOS, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)]
+)
 EXIF = b"Exif\0\0"
+ICC = b"ICC_PROFILE\0"
 MAX_JPEG_SEGMENTS = 2000
 # A progressive file has about ten. Each scan costs a pass over all pixels and may take four bytes.
 MAX_JPEG_SCANS = 100
+SEARCH_BYTES = 64 * 1024
 
 # Other formats that clients send, recognised only to be named in the error.
 OTHER_FORMATS = {
@@ -46,40 +60,11 @@ OTHER_FORMATS = {
 }
 
 
-class UnknownFormatError(Exception):
-    """The file has none of the four formats. The message names the format, if known."""
-
-
-class DamagedFileError(Exception):
-    """The file begins as one of the four formats but is damaged. The message says where."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """An image file whose header was read.
-
-    Attributes:
-        width: pixels, as in the header, before any rotation.
-        height: as width.
-        content: the file without the parts that do not affect the image.
-    """
-
-    format: FileFormat
-    width: int
-    height: int
-    content: bytes
-
-    @property
-    def pixels(self) -> int:
-        """Width times height."""
-        return self.width * self.height
-
-
 def sniff(content: bytes) -> ImageFile:
     """Return format, size and content of an image file.
 
     Raises:
-        UnknownFormatError: the file is no PNG, JPEG, WebP or GIF.
+        UnknownFormatError: the file is no PNG, JPEG, WebP, GIF, AVIF or HEIC.
         DamagedFileError: the file has no readable size.
     """
     try:
@@ -91,6 +76,8 @@ def sniff(content: bytes) -> ImageFile:
             return _webp(content)
         if content.startswith((b"GIF87a", b"GIF89a")):
             return _gif(content)
+        if content[4:8] == b"ftyp":
+            return still_image(content)
     except (struct.error, IndexError):
         raise DamagedFileError("it ends within its header") from None
     raise UnknownFormatError(_other_format(content))
@@ -101,6 +88,7 @@ def _png(content: bytes) -> ImageFile:
         raise DamagedFileError("the first chunk is not IHDR")
     width, height = struct.unpack_from(">II", content, 16)
     kept, start = [PNG_MAGIC], len(PNG_MAGIC)
+    colour: dict[str, bytes] = {}
     for _ in range(MAX_PNG_CHUNKS):
         name, end = (
             content[start + 4 : start + 8],
@@ -108,70 +96,21 @@ def _png(content: bytes) -> ImageFile:
         )
         if name in PNG_CHUNKS:
             kept.append(content[start:end])
+        elif name in PNG_COLOURS:
+            colour.setdefault(name.decode(), content[start + 8 : end - 4])
         start = end
         if name == b"IEND" or start >= len(content):
-            return ImageFile("PNG", width, height, b"".join(kept))
+            return ImageFile("PNG", width, height, b"".join(kept), colour)
     raise DamagedFileError(f"it has more than {MAX_PNG_CHUNKS} chunks")
 
 
-def _jpeg(content: bytes) -> ImageFile:
-    kept: list[bytes] = []
-    exif, start, size = b"", 2, None
-    for _ in range(MAX_JPEG_SEGMENTS):
-        while content[start : start + 2] == b"\xff\xff":  # a marker may be padded
-            start += 1
-        marker, end = (
-            content[start + 1],
-            start + 2 + struct.unpack_from(">H", content, start + 2)[0],
-        )
-        if content[start] != 0xFF:
-            raise DamagedFileError("there is no marker where a segment must begin")
-        if marker in JPEG_FRAMES:
-            size = struct.unpack_from(">HH", content, start + 5)
-        if marker == JPEG_SOS[1]:
-            return _jpeg_of(b"".join([JPEG_SOI, exif, *kept, content[start:]]), size)
-        if marker not in JPEG_EXTRAS:
-            kept.append(content[start:end])
-        elif not exif and content.startswith(EXIF, start + 4):
-            exif = content[start:end]
-        start = end
-    raise DamagedFileError(f"it has more than {MAX_JPEG_SEGMENTS} segments")
-
-
-def _jpeg_of(content: bytes, size: tuple[int, int] | None) -> ImageFile:
-    if size is None:
-        raise DamagedFileError("it has no frame header")
-    # Coded pixels never hold these two bytes.
-    if content.count(JPEG_SOS) > MAX_JPEG_SCANS:
-        raise DamagedFileError(f"it has more than {MAX_JPEG_SCANS} scans")
-    return ImageFile("JPEG", size[1], size[0], content)
-
-
-def coefficient_bytes(file: ImageFile) -> int:
-    """Return the bytes of coefficients that a decoder of a JPEG holds until it has read all scans.
-
-    0 if the first scan has all components, so that the image is decoded row by row.
-    """
-    content, start = file.content, len(JPEG_SOI)
-    components, is_progressive = b"", False
-    while start + 5 <= len(content) and content[start + 1] != JPEG_SOS[1]:
-        end = start + 2 + int.from_bytes(content[start + 2 : start + 4])
-        if content[start + 1] in JPEG_FRAMES:
-            is_progressive = content[start + 1] in JPEG_PROGRESSIVE
-            components = content[start + 10 : end]
-        start = end
-    if not is_progressive and content[start + 4 : start + 5] == bytes([len(components) // 3]):
-        return 0
-    # Horizontal and vertical sampling factors, four bits each.
-    factors = [(byte >> 4, byte & 15) for byte in components[1::3]]
-    densest = max((x for x, _ in factors), default=1) * max((y for _, y in factors), default=1)
-    return 2 * file.pixels * sum(x * y for x, y in factors) // max(1, densest)
-
-
 def _webp(content: bytes) -> ImageFile:
+    colour: dict[str, bytes] = {}
     match content[12:16]:
         case b"VP8X":
             width, height = (1 + int.from_bytes(content[at : at + 3], "little") for at in (24, 27))
+            if content[30:34] == b"ICCP":
+                colour["icc"] = content[38 : 38 + int.from_bytes(content[34:38], "little")]
         case b"VP8L":
             (bits,) = struct.unpack_from("<I", content, 21)
             width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
@@ -182,7 +121,7 @@ def _webp(content: bytes) -> ImageFile:
     # A size beyond the end of the file would read as zeros.
     if len(content) < 30:
         raise DamagedFileError("it ends within its header")
-    return ImageFile("WEBP", width, height, content)
+    return ImageFile("WEBP", width, height, content, colour)
 
 
 def _gif(content: bytes) -> ImageFile:
@@ -199,7 +138,10 @@ def _gif(content: bytes) -> ImageFile:
         raise DamagedFileError("it has no frame")
     x, y, frame_width, frame_height = struct.unpack_from("<HHHH", content, start + 1)
     content = content[:head] + control + content[start:]
-    return ImageFile("GIF", max(width, x + frame_width), max(height, y + frame_height), content)
+    area = x, y, x + frame_width, y + frame_height
+    width, height = max(width, area[2]), max(height, area[3])
+    covered = area == (0, 0, width, height)
+    return ImageFile("GIF", width, height, content, area=None if covered else area)
 
 
 def _palette_bytes(flags: int) -> int:
@@ -217,9 +159,107 @@ def _other_format(content: bytes) -> str:
     for magic, name in OTHER_FORMATS.items():
         if content.startswith(magic):
             return name
-    if content[4:8] == b"ftyp":
-        return "AVIF, HEIC or video"
     text = content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in text:
         return "SVG"
     return "HTML or XML" if text.startswith(b"<") else "none of these"
+
+
+# ── JPEG ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _jpeg(content: bytes) -> ImageFile:
+    """Read the segments before the pixels. Bytes between segments are skipped, as viewers do."""
+    kept: list[bytes] = []
+    profile: dict[int, bytes] = {}
+    exif, start, size = b"", 2, None
+    for _ in range(MAX_JPEG_SEGMENTS):
+        start = _next_marker(content, start, JPEG_MARKERS)
+        marker = content[start + 1]
+        if marker == EOI:
+            raise DamagedFileError("it ends before its pixels")
+        if marker == SOS:
+            break
+        end = start + 2 + struct.unpack_from(">H", content, start + 2)[0]
+        if marker in JPEG_FRAMES:
+            size = struct.unpack_from(">HH", content, start + 5)
+        if marker not in JPEG_EXTRAS:
+            kept.append(content[start:end])
+        elif not exif and content.startswith(EXIF, start + 4):
+            exif = content[start:end]
+        elif content.startswith(ICC, start + 4):
+            # The number of this part, and of all parts.
+            profile[256 * content[start + 17] + content[start + 16]] = content[start + 18 : end]
+        start = end
+    else:
+        raise DamagedFileError(f"it has more than {MAX_JPEG_SEGMENTS} segments")
+    if size is None:
+        raise DamagedFileError("it has no frame header")
+    end_of_image = _end_of_image(content, start)
+    pixels = content[start:end_of_image].removesuffix(b"\xff")
+    ended = end_of_image is not None
+    parts = [JPEG_SOI, exif, *kept, pixels, JPEG_EOI if ended else b""]
+    colour = _whole_profile(profile)
+    return ImageFile("JPEG", size[1], size[0], b"".join(parts), colour, ended=ended)
+
+
+def _end_of_image(content: bytes, start: int) -> int | None:
+    """Return where the end marker is of the image whose first scan is at `start`; None if absent.
+
+    Whatever follows is another file: a phone's video, a second view, a gain map.
+    """
+    scans = 0
+    for _ in range(MAX_JPEG_SEGMENTS):
+        try:
+            start = _next_marker(content, start, JPEG_AFTER_SCAN)
+        except DamagedFileError:
+            return None
+        if content[start + 1] == EOI:
+            return start
+        scans += content[start + 1] == SOS
+        if scans > MAX_JPEG_SCANS:
+            raise DamagedFileError(f"it has more than {MAX_JPEG_SCANS} scans")
+        start += 2 + int.from_bytes(content[start + 2 : start + 4])
+    raise DamagedFileError(f"it has more than {MAX_JPEG_SEGMENTS} segments")
+
+
+def _next_marker(content: bytes, start: int, markers: NDArray[np.bool_]) -> int:
+    """Return where the next marker is whose second byte is true in `markers`, [256].
+
+    Raises DamagedFileError if there is none.
+    """
+    for begin in range(start, len(content) - 1, SEARCH_BYTES):
+        block = np.frombuffer(content[begin : begin + SEARCH_BYTES + 1], np.uint8)
+        found = (block[:-1] == 0xFF) & markers[block[1:]]
+        if found.any():
+            return begin + int(found.argmax())
+    raise DamagedFileError("a marker of it is missing")
+
+
+def _whole_profile(parts: dict[int, bytes]) -> dict[str, bytes]:
+    """Return the ICC profile whose parts have keys 256 × their count + 1…; nothing if one lacks."""
+    count = len(parts)
+    if not count or sorted(parts) != [256 * count + i for i in range(1, count + 1)]:
+        return {}
+    return {"icc": b"".join(data for _, data in sorted(parts.items()))}
+
+
+def coefficient_bytes(file: ImageFile) -> int:
+    """Return the bytes of coefficients that a decoder of a JPEG holds until it has read all scans.
+
+    0 if the first scan has all components, so that the image is decoded row by row.
+    """
+    content, start = file.content, len(JPEG_SOI)
+    components, is_progressive = b"", False
+    while start + 5 <= len(content) and content[start + 1] != SOS:
+        end = start + 2 + int.from_bytes(content[start + 2 : start + 4])
+        if content[start + 1] in JPEG_FRAMES:
+            is_progressive = content[start + 1] in JPEG_PROGRESSIVE
+            components = content[start + 10 : end]
+        start = end
+    if not is_progressive and content[start + 4 : start + 5] == bytes([len(components) // 3]):
+        return 0
+    # Horizontal and vertical sampling factors, four bits each.
+    factors = [(byte >> 4, byte & 15) for byte in components[1::3]]
+    densest = max((x for x, _ in factors), default=1) * max((y for _, y in factors), default=1)
+    return 2 * file.pixels * sum(x * y for x, y in factors) // max(1, densest)

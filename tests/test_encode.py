@@ -1,0 +1,45 @@
+"""Files of generated images: what the formats keep of them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from server.api.images.encode import FRAME_MS, animate, encode
+from server.engine.messages import Image
+
+
+def image(seed: int, size: int = 32) -> Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image(0, size, size, pixels.tobytes())
+
+
+@pytest.mark.parametrize(("quality", "vertical"), [(50, 2), (94, 2), (95, 1), (100, 1)])
+def test_jpeg_keeps_the_colours_of_every_pixel_from_quality_95(quality: int, vertical: int) -> None:
+    file = PIL.Image.open(io.BytesIO(encode(image(0), "jpeg", quality, {})))
+    assert file.layer[0][1:3] == (vertical, vertical)  # type: ignore[attr-defined]
+
+
+def test_at_quality_100_coloured_edges_are_sharp() -> None:
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[:, ::2, 0] = stripes[:, 1::2, 2] = 255
+    sent = Image(0, 32, 32, stripes.tobytes())
+    shown = np.asarray(PIL.Image.open(io.BytesIO(encode(sent, "jpeg", 100, {}))))
+    assert np.abs(shown.astype(int) - stripes).max() <= 4
+
+
+@pytest.mark.parametrize("order", [[0], [0, 0, 0], [0, 1, 1, 2], [0, 1, 1, 1, 0, 0], [0, 1, 2]])
+def test_a_gif_has_a_frame_for_every_image(order: list[int]) -> None:
+    few = [
+        np.random.default_rng(i).integers(0, 2, (16, 24, 3), dtype=np.uint8) * 255 for i in range(3)
+    ]
+    content = animate((Image(0, 24, 16, few[i].tobytes()) for i in order), "gif", 90, {})
+    with PIL.Image.open(io.BytesIO(content)) as file:
+        assert file.n_frames == len(order)  # type: ignore[attr-defined]
+        for frame, i in enumerate(order):
+            file.seek(frame)
+            assert file.info["duration"] == FRAME_MS
+            np.testing.assert_array_equal(np.asarray(file.convert("RGB")), few[i])

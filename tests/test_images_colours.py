@@ -1,0 +1,317 @@
+"""Colours and transparency of odd files, against what the formats' documents say."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import ImageCms
+
+from server.api.errors import ApiError
+from server.api.images import colour
+from server.api.images.colour import (
+    MAX_PROFILE_BYTES,
+    PRIMARIES,
+    SRGB,
+    UnreadableProfileError,
+    colorants,
+    matrix_profile,
+    profile_of,
+)
+from server.api.images.decode import ImageLimits, decode
+from server.api.images.sniff import sniff
+from tests.hostile import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, png
+from tests.shown_files import (
+    ADOBE_RGB,
+    COLOURS,
+    PROFILES,
+    H,
+    W,
+    any_png,
+    chromaticities,
+    gamma,
+    gifs,
+    grey_profile,
+    icc,
+    interlaced,
+    jpegs,
+    motion_photo,
+    rows_of,
+    saved,
+    stored,
+    webps,
+)
+
+LIMITS = ImageLimits()
+
+
+def rgb_of(content: bytes) -> NDArray[np.int_]:
+    return decode(content, LIMITS).rgb.astype(int)
+
+
+def eight_bits(numbers: NDArray[np.uint16], depth: int) -> NDArray[np.int_]:
+    return (numbers >> 8 if depth == 16 else numbers * (255 // ((1 << depth) - 1))).astype(int)
+
+
+# ── transparency of PNG ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_grey_of_any_depth_may_have_a_transparent_value(depth: int) -> None:
+    numbers = stored(depth, GREY)
+    key = int(numbers[3, 5, 0])
+    # Bits above the depth mean nothing, but Pillow takes all of them for one bit.
+    sent = key if depth in (1, 16) else key | 0xFF << depth & 0xFFFF
+    picture = decode(any_png(depth, GREY, chunk(b"tRNS", struct.pack(">H", sent))), LIMITS)
+    grey = eight_bits(numbers, depth)
+    np.testing.assert_array_equal(picture.rgb, grey.repeat(3, axis=2))
+    assert picture.alpha is not None
+    np.testing.assert_array_equal(picture.alpha == 0, numbers[..., 0] == key)
+    assert (picture.alpha == 0).any()
+    assert (picture.alpha == 255).any()
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("in_passes", [False, True])
+def test_a_colour_of_any_depth_may_be_transparent(depth: int, in_passes: bool) -> None:
+    numbers = stored(depth, RGB)
+    for key, clear in ((numbers[3, 5], 1), (numbers[3, 5] ^ [0, 0, 1], 0)):
+        extra = chunk(b"tRNS", struct.pack(">3H", *key))
+        content = (
+            interlaced(numbers, depth, RGB, extra) if in_passes else any_png(depth, RGB, extra)
+        )
+        picture = decode(content, LIMITS)
+        np.testing.assert_array_equal(picture.rgb, eight_bits(numbers, depth))
+        transparent = (numbers == key).all(axis=2)
+        assert transparent.sum() == clear
+        assert picture.has_alpha == bool(clear)
+        if picture.alpha is not None:
+            np.testing.assert_array_equal(picture.alpha == 0, transparent)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_palette_of_any_depth_may_have_alphas(depth: int) -> None:
+    alphas = [0, 90, 200, 30][: 1 << depth]
+    picture = decode(any_png(depth, PALETTE, chunk(b"tRNS", bytes(alphas))), LIMITS)
+    expected = np.array(alphas + [255] * (256 - len(alphas)))[stored(depth, PALETTE)[..., 0]]
+    assert picture.alpha is not None
+    np.testing.assert_array_equal(picture.alpha, expected)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("colours", [GREY_ALPHA, RGBA])
+def test_hidden_colours_are_kept(depth: int, colours: int) -> None:
+    numbers = stored(depth, colours)
+    numbers[:8, :, -1] = 0
+    picture = decode(png(rows_of(numbers, depth), W, depth, colours), LIMITS)
+    expected = eight_bits(numbers, depth)
+    assert picture.alpha is not None
+    np.testing.assert_array_equal(picture.alpha, expected[..., -1])
+    np.testing.assert_array_equal(picture.rgb, np.broadcast_to(expected[..., :-1], (H, W, 3)))
+
+
+def test_where_a_gif_draws_nothing_it_is_transparent() -> None:
+    picture = decode(dict(gifs())["frame_within_canvas"], LIMITS)
+    assert picture.size == (32, 20)
+    assert picture.alpha is not None
+    expected = np.zeros((20, 32), bool)
+    expected[2 : 2 + H, 3 : 3 + W] = True
+    np.testing.assert_array_equal(picture.alpha == 255, expected)
+
+
+# ── profiles ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def linear(coded: NDArray[np.float64], exponent: float | None) -> NDArray[np.float64]:
+    if exponent is not None:
+        return coded**exponent
+    return np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+
+
+def in_srgb(
+    colours: NDArray[np.uint8], space: tuple[float, ...], exponent: float | None
+) -> NDArray[np.float64]:
+    """The same colours in sRGB, out of gamut ones clipped, without LittleCMS."""
+    source, target = (colorants(np.array(values).reshape(4, 2)) for values in (space, SRGB))
+    shown = (linear(colours / 255, exponent) @ source @ np.linalg.inv(target)).clip(0, 1)
+    return 255 * np.where(shown <= 0.0031308, 12.92 * shown, 1.055 * shown ** (1 / 2.4) - 0.055)
+
+
+SPACES = {
+    "p3": (PRIMARIES[12], None),
+    "adobe": (ADOBE_RGB, 2.2),
+    "linear": (SRGB, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_profiles_colours_become_srgbs(name: str, alpha: bool) -> None:
+    picture = decode(any_png(8, RGBA if alpha else RGB, icc(PROFILES[name])), LIMITS)
+    expected = in_srgb(COLOURS[..., :3], *SPACES[name])
+    assert np.abs(picture.rgb - expected).max() <= 1.5
+    assert np.abs(expected - COLOURS[..., :3]).max() > 10
+    assert picture.has_alpha == alpha
+    if picture.alpha is not None:
+        np.testing.assert_array_equal(picture.alpha, COLOURS[..., 3])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "AVIF"])
+def test_every_format_has_profiles(format: str) -> None:
+    options = {"quality": 100} | ({"subsampling": "4:4:4"} if format != "WEBP" else {})
+    plain = rgb_of(saved(format, **options)).astype(np.uint8)
+    shown = rgb_of(saved(format, **options, icc_profile=PROFILES["p3"]))
+    assert np.abs(shown - in_srgb(plain, *SPACES["p3"])).max() <= 1.5
+
+
+def test_a_profile_in_several_segments_is_whole_or_nothing() -> None:
+    long = PROFILES["p3"] + bytes(100_000)
+    content = saved("JPEG", quality=95, icc_profile=long)
+    assert sniff(content).colour["icc"] == long
+    at = content.index(b"ICC_PROFILE\0\2")
+    assert sniff(content[:at] + b"X" + content[at + 1 :]).colour == {}
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [PROFILES["srgb"], ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()],
+)
+def test_srgbs_profile_changes_no_bit(profile: bytes) -> None:
+    np.testing.assert_array_equal(rgb_of(any_png(8, RGB, icc(profile))), COLOURS[..., :3])
+
+
+def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> None:
+    both = gamma(0.45455) + chromaticities(ADOBE_RGB)
+    for alone in (gamma(0.45455), chromaticities(ADOBE_RGB), gamma(0)):
+        np.testing.assert_array_equal(rgb_of(any_png(8, RGB, alone)), COLOURS[..., :3])
+    expected = rgb_of(any_png(8, RGB, icc(PROFILES["adobe"])))
+    assert np.abs(rgb_of(any_png(8, RGB, both)) - expected).max() <= 1
+    np.testing.assert_array_equal(
+        rgb_of(any_png(8, RGB, both + chunk(b"sRGB", b"\0"))), COLOURS[..., :3]
+    )
+    np.testing.assert_array_equal(
+        rgb_of(any_png(8, RGB, both + icc(PROFILES["srgb"]))), COLOURS[..., :3]
+    )
+
+
+def test_grey_has_profiles_of_its_own() -> None:
+    every = np.arange(256, dtype=np.uint8)
+    content = png([every.tobytes()], 256, 8, GREY, icc(grey_profile(1.0)))
+    expected = in_srgb(every[None, :, None].repeat(3, axis=2), SRGB, 1.0)
+    assert np.abs(rgb_of(content) - expected).max() <= 0.6
+    with_alpha = decode(any_png(8, GREY_ALPHA, icc(grey_profile(1.0))), LIMITS)
+    assert np.abs(with_alpha.rgb - expected[0, COLOURS[..., 0]]).max() <= 0.6
+    assert with_alpha.has_alpha
+
+
+UNREADABLE = {
+    "cut": icc(PROFILES["p3"][:150]),
+    "too long": icc(PROFILES["p3"] + bytes(MAX_PROFILE_BYTES)),
+    "not compressed": chunk(b"iCCP", b"p\0\0" + PROFILES["p3"]),
+    "of grey": icc(grey_profile(1.0)),
+    "impossible chromaticities": gamma(1)
+    + chromaticities((0.3, 0.3, 0.2, 0.0, 0.1, 0.1, 0.2, 0.2)),
+    "chromaticities in a line": gamma(1) + chromaticities((0.3, 0.3, 0.1, 0.1, 0.2, 0.2, 0.4, 0.4)),
+    "cut chromaticities": gamma(1) + chunk(b"cHRM", b"\0\0"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_profile_that_cannot_be_read_is_ignored_and_logged(
+    caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    with caplog.at_level(logging.INFO, "server.api.images.decode"):
+        picture = decode(any_png(8, RGB, UNREADABLE[name]), LIMITS, "mask")
+    np.testing.assert_array_equal(picture.rgb, COLOURS[..., :3])
+    (record,) = caplog.records
+    assert record.message == "image profile ignored"
+    assert record.fields["param"] == "mask"  # type: ignore[attr-defined]
+    assert len(record.fields["reason"]) < 80  # type: ignore[attr-defined]
+
+
+def test_a_space_that_does_not_exist_has_no_profile() -> None:
+    with pytest.raises(UnreadableProfileError):
+        matrix_profile(SRGB, 1e9)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_a_damaged_profile_is_used_or_ignored(data: st.DataObject) -> None:
+    profile = bytearray(data.draw(st.sampled_from([PROFILES["p3"], grey_profile(2.2)])))
+    for at in data.draw(st.lists(st.integers(0, len(profile) - 1), max_size=6)):
+        profile[at] = data.draw(st.integers(0, 255))
+    assert decode(any_png(8, RGB, icc(bytes(profile))), LIMITS).size == (W, H)
+
+
+def test_a_profile_is_inflated_no_further_than_allowed() -> None:
+    bomb = any_png(8, RGB, chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(64 * 2**20), 9)))
+    assert len(profile_of(sniff(bomb)) or b"") == MAX_PROFILE_BYTES + 1
+    np.testing.assert_array_equal(rgb_of(bomb), COLOURS[..., :3])
+
+
+def test_a_profile_s_programs_are_hidden_from_the_library() -> None:
+    profile = PROFILES["p3"]
+    program = profile[:132] + profile[132:].replace(b"bTRC", b"D2B0", 1)
+    assert colour._without_programs(program)[132:].count(b"D2B0") == 0
+    assert colour._without_programs(profile) == profile
+
+
+# ── JPEG as viewers open it ───────────────────────────────────────────────────────────────────────
+
+JPEGS = dict(jpegs())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bytes_behind",
+        "motion_photo",
+        "no_end",
+        "zeros_for_the_end",
+        "padded_markers",
+        "bytes_between_segments",
+    ],
+)
+def test_odd_bytes_around_the_picture_change_nothing(name: str) -> None:
+    np.testing.assert_array_equal(rgb_of(JPEGS[name]), rgb_of(JPEGS["444"]))
+
+
+def test_nine_megabytes_of_video_behind_a_photo_count_for_nothing() -> None:
+    content = motion_photo(JPEGS["444"]) + b"\xff\xda\xff\xd9" * (9 * 2**18)
+    assert sniff(content).content == sniff(JPEGS["444"]).content
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("cut", [3, 20, 300])
+def test_a_jpeg_without_its_last_pixels_is_damaged(progressive: bool, cut: int) -> None:
+    noise = PIL.Image.effect_noise((120, 90), 60).convert("RGB")
+    content = saved("JPEG", noise, quality=90, progressive=progressive)
+    np.testing.assert_array_equal(rgb_of(content[:-2]), rgb_of(content))
+    with pytest.raises(ApiError, match="damaged or cut off"):
+        decode(content[: -2 - cut], LIMITS)
+
+
+def test_a_jpeg_without_an_end_may_be_reduced_too() -> None:
+    content = saved("JPEG", PIL.Image.new("RGB", (800, 600), (9, 90, 180)))[:-2]
+    assert decode(content, LIMITS, fit=lambda _: (80, 60)).size == (80, 60)
+
+
+def test_inks_with_and_without_a_marker_look_alike() -> None:
+    np.testing.assert_array_equal(rgb_of(JPEGS["cmyk"]), rgb_of(JPEGS["cmyk_unmarked"]))
+
+
+def test_inks_are_seen_through_their_profile() -> None:
+    # The profile's inks are ideal, as those without a profile are.
+    assert np.abs(rgb_of(JPEGS["cmyk_icc"]) - rgb_of(JPEGS["cmyk"])).max() <= 12
+
+
+def test_a_webp_of_several_frames_shows_its_first() -> None:
+    frames = dict(webps())
+    np.testing.assert_array_equal(rgb_of(frames["animated"]), rgb_of(frames["lossless"]))
