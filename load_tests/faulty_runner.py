@@ -48,7 +48,7 @@ class FaultyRunner(Runner):
         return super().step(model, rows)
 
     def _meet(self, job: Job, crowd: bool) -> None:
-        fault, _, when = job.prompt.split()[0].partition("-")
+        fault, _, when = (job.prompt.split() or [""])[0].partition("-")
         if {"": True, "once": not job.alone, "crowd": crowd}.get(when, False):
             _break(fault)
 

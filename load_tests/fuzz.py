@@ -104,7 +104,12 @@ def _server(url: str | None) -> Iterator[str]:
         yield url
         return
     work = native_work(BundleConfig.read(find_bundle(Settings().bundles[0])))
-    with serving({"PAELLERA_LOG_LEVEL": "error", "PAELLERA_MAX_REQUEST_WORK": str(work)}) as server:
+    settings = {
+        "PAELLERA_LOG_LEVEL": "error",
+        "PAELLERA_MAX_REQUEST_WORK": str(work),
+        "PAELLERA_SDAPI": "true",
+    }
+    with serving(settings) as server:
         yield server.url
 
 

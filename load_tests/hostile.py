@@ -36,6 +36,8 @@ from server.settings import Settings
 
 # MiB of resident memory that docs/limits.md states for the default settings.
 STATED_MIB: Mapping[str, float] = {"api": 2600, "worker": 1950}
+# Likewise, of the API process with AUTOMATIC1111's endpoints.
+SDAPI_API_MIB = 2800
 P99_FACTOR = 3.0
 SETTLED_S = 2.0
 # Beyond the longest timeout that a silent client can use up.

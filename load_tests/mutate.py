@@ -65,7 +65,7 @@ RELATED_TESTS = {
     "server/api/openai_schemas.py": ("test_openai_client",),
     "server/api/openapi.py": ("test_openai_client", "test_bad_input"),
     "server/api/origins.py": ("test_nginx",),
-    "server/api/planning.py": (
+    "server/api/planning": (
         "test_images_scaled",
         "test_upload_pressure",
         "test_image_operations",

@@ -39,7 +39,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from load_tests.report import Report
-from model.canvas import FEATHER, Mask, Pixels, composite, soften
+from model.canvas import Mask, Pixels, soften
+from model.compositing import FEATHER, composite
 from model.training.palette import distance
 
 Floats = NDArray[np.float64]

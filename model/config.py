@@ -226,6 +226,9 @@ Interpolation = Literal["lerp", "slerp"]
 # What takes a renoised token's place: its start token, what it was before the step, or a fresh
 # random one.
 RenoiseMode = Literal["start", "prev", "rand"]
+# Which tokens become noise again: independent random ones; the first in a low-discrepancy order,
+# which spreads them evenly; or those that the denoiser is least sure of.
+RenoiseOrder = Literal["random", "halton", "confidence"]
 Operation = Literal[
     "generate", "inpaint", "outpaint", "variations", "edit", "upscale", "interpolate", "regions"
 ]
@@ -332,8 +335,8 @@ class SamplingConfig:
     """The sampling of one image, with all defaults filled in.
 
     guidance, temperature: (first step's value, last step's value), linear in between; guidance
-    applies to the first `guidance_steps`. renoise_steps: after how many of the first steps start
-    tokens are put back.
+    applies to `guidance_steps` steps, of which the first is number `guidance_start`. renoise_steps:
+    after how many of the first steps start tokens are put back.
     """
 
     steps: int
@@ -346,6 +349,8 @@ class SamplingConfig:
     deterministic: bool = False
     schedule: Schedule = "linear"
     renoise_mode: RenoiseMode = "start"
+    renoise_order: RenoiseOrder = "random"
+    guidance_start: int = 0
 
     @property
     def guided(self) -> bool:
@@ -359,19 +364,28 @@ class SamplingConfig:
 
     def with_steps(self, steps: int) -> SamplingConfig:
         """Return the same sampling in so many steps; other step counts keep their share of them."""
+        guidance_steps = round(steps * self.guidance_steps / self.steps)
         return replace(
             self,
             steps=steps,
             renoise_steps=round(steps * self.renoise_steps / self.steps),
-            guidance_steps=round(steps * self.guidance_steps / self.steps),
+            guidance_steps=guidance_steps,
+            guidance_start=min(
+                steps - guidance_steps, round(steps * self.guidance_start / self.steps)
+            ),
         )
 
 
 # As in a request.
 StepCount = Annotated[int, Field(ge=0, le=64)]
-Guidance = Annotated[float, Field(ge=0, le=30)]
+MAX_GUIDANCE = 30
+Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE)]
 Temperature = Annotated[float, Field(ge=0.05, le=5)]
 AttentionWeight = Annotated[float, Field(ge=0, le=100)]
+
+
+# Of a recipe, in the order in which they were added.
+_ADDED_FIELDS = ("renoise_order", "guidance_start")
 
 
 @dataclass(frozen=True)
@@ -397,10 +411,14 @@ class Recipe:
     prior_sampler: PriorSampler = "ddpm"
     schedule: Schedule = "linear"
     renoise_mode: RenoiseMode = "start"
+    renoise_order: RenoiseOrder = "random"
+    guidance_start: StepCount = 0
 
     def __post_init__(self) -> None:
         if max(self.renoise_steps, self.guidance_steps) > self.num_inference_steps:
             raise ValueError("renoise_steps and guidance_steps must not exceed num_inference_steps")
+        if self.guidance_start + self.guidance_steps > self.num_inference_steps:
+            raise ValueError("guidance_start + guidance_steps must not exceed num_inference_steps")
 
     def sampling(  # noqa: PLR0913  (one argument for each field that a request may set)
         self,
@@ -413,16 +431,23 @@ class Recipe:
         sampler: Sampler | None = None,
         typical_mass: float | None = None,
         renoise_mode: RenoiseMode | None = None,
+        renoise_order: RenoiseOrder | None = None,
+        guidance_start: int | None = None,
         deterministic: bool = False,
     ) -> SamplingConfig:
         """Return the recipe with a request's values.
 
-        Absent step counts keep the recipe's share of the steps.
+        Absent step counts keep the recipe's share of the steps. If guidance_steps is given without
+        guidance_start, guidance starts with the first step.
         """
         n = steps or self.num_inference_steps
 
         def share(of: int) -> int:
             return min(n, round(n * of / self.num_inference_steps))
+
+        if guidance_start is None:
+            last = n - share(self.guidance_steps)
+            guidance_start = min(last, share(self.guidance_start)) if guidance_steps is None else 0
 
         return SamplingConfig(
             steps=n,
@@ -435,7 +460,18 @@ class Recipe:
             deterministic=deterministic,
             schedule=self.schedule,
             renoise_mode=renoise_mode or self.renoise_mode,
+            renoise_order=renoise_order or self.renoise_order,
+            guidance_start=guidance_start,
         )
+
+    @property
+    def unwritten(self) -> set[str]:
+        """Fields that `bundle.json` leaves out.
+
+        They came after the first bundles and have their default. Without them an older bundle keeps
+        its hash, and an older release reads a bundle that does not use them.
+        """
+        return {name for name in _ADDED_FIELDS if getattr(self, name) == getattr(Recipe, name)}
 
 
 @dataclass(frozen=True)
@@ -525,6 +561,11 @@ class BundleConfig:
         That is the configuration, the recipe, and the listed files' hashes.
         """
         fields = to_jsonable_python(self, exclude={"name"})
+        fields["recipe"] = {
+            key: value
+            for key, value in fields["recipe"].items()
+            if key not in self.recipe.unwritten
+        }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -550,7 +591,10 @@ class BundleConfig:
 
     def write(self, directory: Path) -> None:
         """Write `bundle.json`."""
-        (directory / CONFIG_FILE).write_bytes(_parser(type(self)).dump_json(self, indent=2) + b"\n")
+        content = _parser(type(self)).dump_json(
+            self, indent=2, exclude={"recipe": self.recipe.unwritten}
+        )
+        (directory / CONFIG_FILE).write_bytes(content + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True)

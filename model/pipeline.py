@@ -31,6 +31,7 @@ from model.config import (
     Encoders,
     Kernels,
     RenoiseMode,
+    RenoiseOrder,
     Sampler,
     SamplingConfig,
     Schedule,
@@ -107,6 +108,9 @@ class Executor(Protocol):
     def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         """Draw tokens [B, H, W] from guided features [B, H, W, c_out]."""
 
+    def log_probability(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Return log p [B, H, W] of tokens [B, H, W] by guided features, at temperature 1."""
+
 
 class Eager:
     """Compute a step by calling one operator after the other."""
@@ -128,6 +132,13 @@ class Eager:
         return torch.cat(
             [self._sample(sampler, part, SamplingInputs(*rest)) for part, *rest in parts]
         )
+
+    def log_probability(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Compute as `Executor.log_probability`."""
+        rows = max(1, _TOKENS_DRAWN_AT_ONCE // math.prod(features.shape[1:3]))
+        parts = zip(features.split(rows), tokens.split(rows), strict=True)
+        project = self.denoiser.project
+        return torch.cat([sampling.log_probability(project(part), own) for part, own in parts])
 
     def _sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         if isinstance(self.denoiser, Denoiser):
@@ -203,7 +214,13 @@ class Pipeline(ABC):
         return 0, self.config.clip.embed_dim
 
     def noise(
-        self, seed: int, width: int, height: int, steps: int, renoise_mode: RenoiseMode = "start"
+        self,
+        seed: int,
+        width: int,
+        height: int,
+        steps: int,
+        renoise_mode: RenoiseMode = "start",
+        renoise_order: RenoiseOrder = "random",
     ) -> Noise:
         """Return all of one image's randomness, on the CPU."""
         codes, grid = self.config.vqgan.codebook_size, self.grid(width, height)
@@ -214,6 +231,7 @@ class Pipeline(ABC):
             steps=steps,
             prior=self.prior_noise,
             renoise_mode=renoise_mode,
+            renoise_order=renoise_order,
         )
 
     @abstractmethod
@@ -292,7 +310,7 @@ class Pipeline(ABC):
         features = self.executor.features(tokens, times, branches, weights)
         drawn = self._sample(rows, features, SamplingInputs(uniform, inverse, mass))
         source = torch.stack([row.source for row in rows])
-        uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
+        uniform = self._renoise_uniforms(rows, features, drawn, probability)
         # Not in the memory that was drawn into, because an executor may draw the next rows there.
         settled = self._renoise_and_pin(drawn, source, uniform, probability, pinned_tokens(rows))
         for row, clean, tokens in zip(rows, *settled, strict=True):
@@ -312,6 +330,27 @@ class Pipeline(ABC):
             steps += 1
             progress(steps)
         return torch.stack([row.tokens for row in rows])
+
+    def _renoise_uniforms(
+        self, rows: Sequence[Row], features: Tensor, drawn: Tensor, probability: Tensor
+    ) -> Tensor:
+        """Return uniforms [B, H, W], of which this step renoises the smallest.
+
+        features: guided, [B, H, W, c_out]. drawn: [B, H, W]. probability: of renoising, [B].
+        """
+        uniform = torch.stack([row.noise.renoise[row.step] for row in rows])
+        numbers = [i for i, row in enumerate(rows) if row.renoises_by_confidence]
+        if not numbers:
+            return uniform
+        if len(numbers) == len(rows):
+            log_p = self.executor.log_probability(features, drawn)
+            return sampling.least_confident_first(log_p, uniform, probability)
+        members = to_device(numbers, self.device)
+        log_p = self.executor.log_probability(features[members], drawn[members])
+        uniform[members] = sampling.least_confident_first(
+            log_p, uniform[members], probability[members]
+        )
+        return uniform
 
     @cached_property
     def _renoise_and_pin(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -414,7 +453,8 @@ class Pipeline(ABC):
         """Return tokens [B, H, W]; the arguments are those of `generate`."""
         config = config or self.config.recipe.sampling()
         w, h = width or self.config.native_size[0], height or self.config.native_size[1]
-        noises = [self.noise(seed, w, h, config.steps, config.renoise_mode) for seed in seeds]
+        modes = config.renoise_mode, config.renoise_order
+        noises = [self.noise(seed, w, h, config.steps, *modes) for seed in seeds]
         *encoded, negative = self.encode([*prompts, negative_prompt])
         images = self.prior_embeddings(encoded, noises)
         unconditional = self.condition(negative) if config.guided else None
@@ -483,21 +523,27 @@ class PipelineV3(Pipeline):
         return self.bundle.denoiser.condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
 
     def _attention_weights(self, prompt: Prompt) -> Tensor | None:
-        """Return the published recipe's weights [1, L] of condition tokens.
-
-        Counted from the end and without padding, the last 4 weigh `image`, and those before them,
-        as many as the prompt has bytes, `text`.
-        """
-        if self.config.recipe.attention_weights is None:
+        """Return the recipe's weights [1, L] of condition tokens."""
+        weights = self.config.recipe.attention_weights
+        if weights is None:
             return None
-        text, image = self.config.recipe.attention_weights
-        seq = self.config.denoiser.clip_seq_len
-        real = F.pad(prompt.mask, (0, 2 * seq), value=True)[0]
-        # Counted from the end, the last is 1. Nothing asks the device for a number: the answer
-        # would come when all before it is computed.
-        place = real.flip(0).cumsum(0).flip(0)
-        weights = torch.where(place <= seq, image, text)
-        return torch.where(real & (place <= prompt.mask.sum()), weights, 1.0)[None]
+        return attention_weights(prompt.mask, self.config.denoiser.clip_seq_len, weights)
+
+
+def attention_weights(mask: Tensor, clip_seq_len: int, weights: tuple[float, float]) -> Tensor:
+    """Return the published recipe's weights [B, L + 2 clip_seq_len] of condition tokens.
+
+    Counted from the end and without padding, the last `clip_seq_len` weigh `image`, and those
+    before them, as many as the prompt has bytes, `text`. mask: [B, L], False where bytes are
+    padding. weights: (text, image).
+    """
+    text, image = weights
+    real = F.pad(mask, (0, 2 * clip_seq_len), value=True)
+    # Counted from the end, the last is 1. Nothing asks the device for a number: the answer would
+    # come when all before it is computed.
+    place = real.flip(1).cumsum(1).flip(1)
+    factors = torch.where(place <= clip_seq_len, image, text)
+    return torch.where(real & (place <= mask.sum(1, keepdim=True)), factors, 1.0)
 
 
 class PipelineV1(Pipeline):

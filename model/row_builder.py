@@ -206,14 +206,14 @@ class RowBuilder:
 
     def _noise(self, request: ImageRequest, width: int, height: int) -> Noise:
         sampling = request.sampling
-        return self.pipeline.noise(
-            request.seed, width, height, sampling.steps, sampling.renoise_mode
-        )
+        modes = sampling.renoise_mode, sampling.renoise_order
+        return self.pipeline.noise(request.seed, width, height, sampling.steps, *modes)
 
     def _whole_noise(self, request: ImageRequest, tile: Tile) -> Noise:
         """Return the randomness that an image's tiles share; drawn once while they are built."""
         sampling, size = request.sampling, (tile.width, tile.height)
-        key = request.seed, size, tile.prior_size, sampling.steps, sampling.renoise_mode
+        modes = sampling.renoise_mode, sampling.renoise_order
+        key = request.seed, size, tile.prior_size, sampling.steps, modes
         if key not in self._whole:
             prior = self.pipeline.noise(request.seed, *tile.prior_size, steps=0).prior
             self._whole = {key: replace(self._noise(request, *size), prior=prior)}

@@ -21,7 +21,7 @@ from model.image_request import steps_skipped
 from model.networks.denoiser_v1 import ConditionV1
 from model.networks.denoiser_v3 import Condition
 from model.networks.layers import to_device
-from model.sampling import NEVER, Noise, ramp, renoise, timesteps
+from model.sampling import NEVER, Noise, guidances, ramp, renoise, timesteps
 
 AnyCondition = Condition | ConditionV1
 
@@ -95,9 +95,8 @@ class Row:
 
     @cached_property
     def guidances(self) -> list[float]:
-        """Guidance of every step; 1 after `guidance_steps`."""
-        s = self.sampling
-        return [g if i < s.guidance_steps else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
+        """Guidance of every step; 1 outside of its interval of steps."""
+        return guidances(self.sampling)
 
     @cached_property
     def renoise_probabilities(self) -> list[float]:
@@ -105,6 +104,12 @@ class Row:
         return [
             t if i < self.sampling.renoise_steps else NEVER for i, t in enumerate(self.times[1:])
         ]
+
+    @property
+    def renoises_by_confidence(self) -> bool:
+        """Whether this step renoises the tokens that the denoiser is least sure of."""
+        s = self.sampling
+        return s.renoise_order == "confidence" and self.step < s.renoise_steps
 
     @property
     def source(self) -> Tensor:

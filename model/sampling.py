@@ -8,14 +8,20 @@ Letters: B rows, H W token grid, K codes, n steps.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.config import RenoiseMode, Schedule
+from model.config import RenoiseMode, RenoiseOrder, SamplingConfig, Schedule
 
 NEVER = -1.0  # a renoising probability below every uniform number
+# The Gumbel noise on a token's log probability when confidence chooses what becomes noise again;
+# it falls with the share of noise.
+CONFIDENCE_NOISE = 1.0
+_GRIDS = 16  # whose Halton orders are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +29,9 @@ class Noise:
     """The randomness of one image, drawn up front, so that nothing else in a batch can change it.
 
     start: [H, W] tokens the denoising begins with. draw, renoise: [n, H, W] uniforms in [0, 1), one
-    per token and step each. prior: [S + 1, D] standard normal, for the prior's start and steps.
-    fresh: [n, H, W] tokens, for the renoise mode `rand` only.
+    per token and step each; a step renoises the tokens with the smallest. prior: [S + 1, D]
+    standard normal, for the prior's start and steps. fresh: [n, H, W] tokens, for the renoise mode
+    `rand` only.
     """
 
     start: Tensor
@@ -50,13 +57,14 @@ def draw_noise(
     steps: int,
     prior: tuple[int, int],
     renoise_mode: RenoiseMode = "start",
+    renoise_order: RenoiseOrder = "random",
 ) -> Noise:
     """Draw everything random about the image of `seed` (any int64), on the CPU.
 
     grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU
     generator keeps 32). Start tokens come first and the steps' uniforms last and step by step, so
-    the same seed at another step count begins from the same picture; fresh tokens have a stream of
-    their own, for the same reason.
+    the same seed at another step count begins from the same picture; fresh tokens and the start of
+    a Halton order have streams of their own, for the same reason.
     """
     rng = np.random.Generator(np.random.Philox(seed % 2**64))
     start = rng.integers(codes, size=grid, dtype=np.int64)
@@ -68,12 +76,64 @@ def draw_noise(
         draw=torch.from_numpy(uniforms[:, 0].copy()),
         renoise=torch.from_numpy(uniforms[:, 1].copy()),
     )
+    if renoise_order == "halton":
+        first = int(_stream(seed, 2).integers(grid[0] * grid[1]))
+        order = torch.from_numpy(rolled_halton(grid, first))
+        noise = replace(noise, renoise=order.expand(steps, *grid).contiguous())
     if renoise_mode != "rand":
         return noise
-    fresh = np.random.Generator(np.random.Philox(seed % 2**64).jumped()).integers(
-        codes, size=(steps, *grid), dtype=np.int64
-    )
+    fresh = _stream(seed, 1).integers(codes, size=(steps, *grid), dtype=np.int64)
     return replace(noise, fresh=torch.from_numpy(fresh))
+
+
+def _stream(seed: int, number: int) -> np.random.Generator:
+    """Return a seed's further stream of random numbers, independent of the others."""
+    return np.random.Generator(np.random.Philox(seed % 2**64).jumped(number))
+
+
+def rolled_halton(grid: tuple[int, int], first: int) -> npt.NDArray[np.float32]:
+    """Return uniforms [H, W], in whose order positions are those of a Halton sequence.
+
+    Each is (rank + ½) / HW, so round(t · HW) of them are at most t, and those lie evenly over the
+    grid. first: the position in the sequence that becomes rank 0, 0 … HW − 1.
+    """
+    ranks = halton_ranks(grid)
+    return (((ranks - first) % ranks.size + 0.5) / ranks.size).astype(np.float32)
+
+
+@lru_cache(maxsize=_GRIDS)
+def halton_ranks(grid: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """Return each position's rank [H, W]: the order in which a Halton sequence first visits them.
+
+    Bases are 2 for columns and 3 for rows. The result is read-only.
+    """
+    H, W = grid
+    n = H * W
+    first, known = np.full(n, -1, dtype=np.int64), 0
+    start = 0
+    while known < n:
+        index = np.arange(start, start + 4 * n)
+        column = (_radical_inverse(index, 2) * W).astype(np.int64)
+        row = (_radical_inverse(index, 3) * H).astype(np.int64)
+        cells, at = np.unique(row * W + column, return_index=True)
+        new = first[cells] < 0
+        first[cells[new]] = start + at[new]
+        known, start = int((first >= 0).sum()), start + len(index)
+    ranks = np.empty(n, dtype=np.int64)
+    ranks[first.argsort()] = np.arange(n)
+    ranks.flags.writeable = False
+    return ranks.reshape(H, W)
+
+
+def _radical_inverse(index: npt.NDArray[np.int64], base: int) -> npt.NDArray[np.float64]:
+    """Return the numbers' digits mirrored at the point, 0 ≤ x < 1."""
+    value, scale = np.zeros(len(index)), 1.0
+    rest = index.copy()
+    while rest.any():
+        scale /= base
+        rest, digit = np.divmod(rest, base)
+        value += digit * scale
+    return value
 
 
 def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
@@ -89,6 +149,13 @@ def timesteps(steps: int, schedule: Schedule = "linear") -> list[float]:
 def ramp(ends: tuple[float, float], steps: int) -> list[float]:
     """Return n values evenly from the first end to the second: temperatures or guidances."""
     return torch.linspace(*ends, steps).tolist()
+
+
+def guidances(sampling: SamplingConfig) -> list[float]:
+    """Return the guidance of every step; 1 outside of its interval of steps."""
+    s = sampling
+    guided = range(s.guidance_start, s.guidance_start + s.guidance_steps)
+    return [g if i in guided else 1.0 for i, g in enumerate(ramp(s.guidance, s.steps))]
 
 
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -131,6 +198,31 @@ def quantised_mean(logits: Tensor, codebook: Tensor) -> Tensor:
     logits: [..., K]. codebook: [K, c].
     """
     return logits.float().softmax(-1) @ codebook.float()
+
+
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p [...] of tokens [...] in softmax(logits [..., K]), in fp32."""
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def least_confident_first(log_p: Tensor, uniform: Tensor, share: Tensor) -> Tensor:
+    """Return uniforms [B, H, W] in the order of log p plus Gumbel noise, each (rank + ½) / HW.
+
+    log_p, uniform: [B, H, W]. share: of noise, [B], to which the Gumbel noise is proportional. The
+    smallest are of the tokens that the denoiser is least sure of; round(share · HW) are at most
+    `share`.
+    """
+    clamped = uniform.float().clamp(1e-6, 1 - 1e-6)
+    gumbel = -(-clamped.log()).log()
+    strength = CONFIDENCE_NOISE * share.clamp_min(0)[:, None, None]
+    order = (log_p.float() + strength * gumbel).flatten(1).argsort(dim=1, stable=True)
+    n = order.shape[1]
+    even = (torch.arange(n, device=order.device) + 0.5) / n
+    return (
+        torch.empty_like(even.expand_as(order))
+        .scatter_(1, order, even.expand_as(order))
+        .view(uniform.shape)
+    )
 
 
 def renoise(tokens: Tensor, start: Tensor, uniform: Tensor, probability: Tensor) -> Tensor:

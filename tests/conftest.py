@@ -5,6 +5,7 @@ and an app over the fake worker.
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import multiprocessing.process
 import os
@@ -12,10 +13,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, Never
 
 import httpx
@@ -90,9 +92,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Fixtures that start a server with a worker process, and modules of which every test starts a
-# process.
-PROCESS_FIXTURES = {"fake_server", "inpaint", "live_server"}
+# Modules of which every test starts a process.
 PROCESS_MODULES = {
     "test_api",
     "test_bench",
@@ -137,9 +137,12 @@ HEAVY_MODULES = {
 NOT_FAST = ("browser", "gpu", "heavy", "observability", "process", "ray", "slow", "training")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _fast_tests_start_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With --fast, fail a test that starts a process or a server: it lacks the mark `process`."""
+    """With --fast, fail a test that starts a process or a server: it lacks the mark `process`.
+
+    Of the session's scope, so that no fixture is set up before it.
+    """
     if not request.config.getoption("--fast"):
         yield
         return
@@ -170,14 +173,41 @@ def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
+def starts_a_server(item: pytest.Item) -> bool:
+    """Return whether a test or one of its fixtures names what starts a server, directly or not."""
+    if not isinstance(item, pytest.Function):
+        return False
+    fixtures = [
+        fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found
+    ]
+    return any(_names_start_thread(each) for each in (item.obj, *(f.func for f in fixtures)))
+
+
+def _names_start_thread(function: Any, seen: set[FunctionType] | None = None) -> bool:
+    """Return whether a function of the tests names `start_thread`, or another that does."""
+    seen = set() if seen is None else seen
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(function, FunctionType) or function in seen:
+        return False
+    seen.add(function)
+    if not function.__module__.startswith("tests."):
+        return False
+    named = (function.__globals__.get(name) for name in _names(function.__code__))
+    return function is start_thread or any(_names_start_thread(each, seen) for each in named)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return what the code names, nested functions included."""
+    nested = (each for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*map(_names, nested))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what starts a process or trains; run tests that start a Ray only with `-m ray`; with
     --fast run the fast ones.
     """
     for item in items:
-        if item.path.stem in PROCESS_MODULES or PROCESS_FIXTURES & set(
-            getattr(item, "fixturenames", ())
-        ):
+        if item.path.stem in PROCESS_MODULES or starts_a_server(item):
             item.add_marker("process")
         if item.path.stem in TRAINING_MODULES:
             item.add_marker("training")
@@ -318,22 +348,30 @@ def random_networks(merges: Path, config: BundleConfig | None = None) -> Bundle:
     return bundle
 
 
+@pytest.fixture(scope="module")
+def no_grad() -> Iterator[None]:
+    """No test of a module that uses it records gradients."""
+    with torch.no_grad():
+        yield
+
+
+def write_random_bundle(directory: Path, config: BundleConfig | None = None) -> Path:
+    """A directory with a whole bundle of random weights, and beside it a tokenizer's merges."""
+    merges = write_merges(directory.parent / "merges")
+    save_bundle(random_networks(merges, config), directory, torch.float32, merges)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def random_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
     """A directory with a whole bundle of random weights."""
-    merges = write_merges(tmp_path_factory.mktemp("merges"))
-    directory = tmp_path_factory.mktemp("bundles") / "random"
-    save_bundle(random_networks(merges), directory, torch.float32, merges)
-    return directory
+    return write_random_bundle(tmp_path_factory.mktemp("bundles") / "random")
 
 
 @pytest.fixture(scope="session")
 def random_v1_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
     """As `random_bundle`, of the v1 family."""
-    merges = write_merges(tmp_path_factory.mktemp("merges"))
-    directory = tmp_path_factory.mktemp("bundles") / "random-v1"
-    save_bundle(random_networks(merges, micro_v1_config()), directory, torch.float32, merges)
-    return directory
+    return write_random_bundle(tmp_path_factory.mktemp("bundles") / "random-v1", micro_v1_config())
 
 
 @pytest.fixture(scope="session")
@@ -405,11 +443,8 @@ def serving(app: FastAPI) -> Iterator[str]:
     """The app behind a real server on a free port of the loopback; gives its address once it
     listens.
     """
-    listener = socket.create_server(("127.0.0.1", 0))
-    with running(
-        uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")),
-        listener,
-    ):
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    with socket.create_server(("127.0.0.1", 0)) as listener, running(server, listener):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -443,6 +478,13 @@ def wait_until(
         if time.monotonic() > deadline:
             raise TimeoutError("the condition did not come true")
         time.sleep(interval_s)
+
+
+async def raised(task: Awaitable[object], kind: type[Exception]) -> Any:
+    """Return the error of that kind with which the task ends."""
+    with pytest.raises(kind) as caught:
+        await task
+    return caught.value
 
 
 @pytest.fixture(scope="session")

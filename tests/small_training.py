@@ -84,7 +84,7 @@ def drawn_art(side: int = 32) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _art_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def art_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(art, "atlas", drawn_art)
 
 

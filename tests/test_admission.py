@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
@@ -20,7 +20,6 @@ from server.engine.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,
     Draining,
-    EngineError,
     JobFailed,
     QueueFull,
     Starting,
@@ -44,6 +43,7 @@ from server.engine.supervisor import Listener, WorkerMain, WorkerMessage, Worker
 from server.metrics import Metrics, WorkerState
 from server.settings import Settings
 from tests import fake_worker
+from tests.conftest import raised
 from tests.virtual_time import START, settle, virtual_time
 
 SAMPLING = SamplingConfig(
@@ -191,12 +191,6 @@ async def engine(ready: bool = True, **settings: Any) -> AsyncIterator[Engine]:
         yield Engine(client, workers, metrics)
         await client.stop()
         await settle()
-
-
-async def raised(task: Awaitable[Finished], kind: type[EngineError]) -> Any:
-    with pytest.raises(kind) as caught:
-        await task
-    return caught.value
 
 
 # ── admission ─────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from model.config import BundleConfig
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.planning import NEAREST_AREAS, find_model, nearest_size, possible_sides
+from server.api.planning.draft import NEAREST_AREAS, find_model, nearest_size, possible_sides
 from server.api.schemas import GenerateRequest
 from server.cli.offline import plan as offline_plan
 from server.settings import Settings

@@ -8,16 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from load_tests import seams
-from model.canvas import (
-    FAR_CORRECTION,
-    composite,
-    crop,
-    extend,
-    on_white,
-    outpaint_canvas,
-    pad_to_multiple,
-    region_weight,
-)
+from model.canvas import crop, extend, on_white, outpaint_canvas, pad_to_multiple, region_weight
+from model.compositing import FAR_CORRECTION, composite
 
 sides = st.integers(1, 40)
 margins = st.integers(0, 50)

@@ -10,18 +10,12 @@ import pytest
 
 from model.training import captions
 from model.training.caption_words import SCENE_WORDS, SIZE_WORDS, misspell, names_of, tag_sets
-from model.training.captions import (
-    ATTRIBUTES,
-    LONGEST,
-    PLACES,
-    THING_ATTRIBUTES,
-    USUAL,
-    describe,
-)
+from model.training.captions import ATTRIBUTES, LONGEST, PLACES, THING_ATTRIBUTES, USUAL, describe
 from model.training.kinds import KINDS, NUMBERS, SHAPES
 from model.training.palette import NAMES
+from model.training.scene_samplers import sample
 from model.training.scenery import BACKGROUNDS, SCENES
-from model.training.scenes import RELATION_SIDES, RELATIONS, SIDES, Scene, Thing, sample
+from model.training.scenes import RELATION_SIDES, RELATIONS, SIDES, Scene, Thing
 
 COLOUR_WORDS = {"grey": "gray", "violet": "purple", "turquoise": "cyan"} | {n: n for n in NAMES}
 CORRECT = replace(USUAL, typos=0.0, tags=0.0)

@@ -28,7 +28,15 @@ from tests.clients.__main__ import (
 from tests.clients.openai_tests import adapted
 from tests.clients.registry import CALLS, CLIENTS, Client
 
-KINDS = {"python": {"python", "yaml"}, "node": {"javascript"}, "java": {"java"}, "shell": {"sh"}}
+KINDS = {
+    "python": {"python", "yaml"},
+    "node": {"javascript"},
+    "java": {"java"},
+    "go": {"go"},
+    "ruby": {"ruby"},
+    "php": {"php"},
+    "shell": {"sh"},
+}
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
@@ -71,6 +79,7 @@ def test_results_become_a_table() -> None:
     assert list(CALLS) == list(dict.fromkeys(CALLS))
 
 
+@pytest.mark.process
 def test_a_client_that_cannot_be_installed_says_why(tmp_path: Path) -> None:
     with pytest.raises(NotInstalledError, match="no such-program"):
         install(Client("x", "shell", "curl.sh", commands=("such-program",)), tmp_path)

@@ -28,6 +28,8 @@ from model.config import (
 from tests.conftest import golden, micro_config, write_bundle
 
 DIGEST = "0123456789abcdef" * 4
+# Of micro_config, computed by the release before `renoise_order` and `guidance_start`.
+HASH_BEFORE_THEY_WERE_ADDED = "b4db825f46b453d7293ff6ad3f6113df7574337e01ce501699f2eaea2194a43c"
 
 
 @pytest.mark.parametrize(
@@ -282,6 +284,48 @@ def test_every_wish_is_granted():
 )
 def test_guidance_of_one_or_for_no_step_is_none(guidance, steps, guided):
     assert micro_config().recipe.sampling(guidance=guidance, guidance_steps=steps).guided == guided
+
+
+def test_fields_added_later_change_neither_hash_nor_file_while_they_have_their_default(tmp_path):
+    config = micro_config()
+    config.write(tmp_path)
+    written = json.loads((tmp_path / CONFIG_FILE).read_text())["recipe"]
+    assert "renoise_mode" in written
+    assert not {"renoise_order", "guidance_start"} & written.keys()
+    assert config.sha256 == HASH_BEFORE_THEY_WERE_ADDED
+    assert BundleConfig.read(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"renoise_order": "halton"}, {"guidance_start": 2, "guidance_steps": 4}],
+    ids=["renoise_order", "guidance_start"],
+)
+def test_a_recipe_may_name_its_order_of_renoising_and_its_interval_of_guidance(tmp_path, change):
+    config = micro_config()
+    named = replace(config, recipe=replace(config.recipe, **change))
+    named.write(tmp_path)
+    assert BundleConfig.read(tmp_path) == named
+    assert named.sha256 != config.sha256
+    sampling = named.recipe.sampling()
+    assert {name: getattr(sampling, name) for name in change} == change
+
+
+def test_an_interval_of_guidance_is_inside_of_the_steps():
+    recipe = micro_config().recipe
+    with pytest.raises(ValueError, match="guidance_start"):
+        replace(recipe, guidance_start=1)
+    for steps in range(1, 65):
+        late = replace(recipe, guidance_start=3, guidance_steps=3)
+        for sampling in (late.sampling(steps=steps), late.sampling().with_steps(steps)):
+            assert abs(sampling.guidance_start - steps / 2) <= 1
+            assert sampling.guidance_start + sampling.guidance_steps <= steps
+
+
+def test_a_number_of_first_steps_with_guidance_overrides_a_later_start():
+    late = replace(micro_config().recipe, guidance_start=3, guidance_steps=3)
+    sampling = late.sampling(guidance_steps=2)
+    assert (sampling.guidance_start, sampling.guidance_steps) == (0, 2)
 
 
 # ── finding bundles ───────────────────────────────────────────────────────────────────────────────

@@ -85,8 +85,9 @@ def eagerly(pipeline: Pipeline, *rows: Row) -> list[Tensor]:
     [PLAIN, UNGUIDED, replace(PLAIN, guidance_steps=3)],
     ids=["guided", "unguided", "guided at first"],
 )
-def test_one_row_draws_what_it_draws_eagerly(pipeline, graphs, config, sampler):
-    config = replace(config, sampler=sampler)
+@pytest.mark.parametrize("order", ["random", "halton", "confidence"])
+def test_one_row_draws_what_it_draws_eagerly(pipeline, graphs, config, sampler, order):
+    config = replace(config, sampler=sampler, renoise_order=order)
     (replayed,) = run(pipeline, row(pipeline, config=config))
     (expected,) = eagerly(pipeline, row(pipeline, config=config))
     assert agreement(replayed, expected) >= 0.99
@@ -248,7 +249,9 @@ def test_a_runner_s_rows_are_drawn_from_graphs_of_the_native_size_and_the_settin
 def test_nothing_on_the_way_from_a_text_to_a_step_waits_for_the_device(pipeline, graphs):
     with NothingAsked():
         mine = row(pipeline, config=replace(PLAIN, sampler="quant"))
-        pipeline.advance([mine, row(pipeline, PROMPTS[2], 1, UNGUIDED)])
+        unsure = row(pipeline, config=replace(PLAIN, renoise_order="confidence"))
+        pipeline.advance([mine, row(pipeline, PROMPTS[2], 1, UNGUIDED), unsure])
+        pipeline.advance([unsure])
 
 
 def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):

@@ -22,6 +22,8 @@ from model.networks.denoiser_v3 import (
 from model.networks.layers import Downsample, Upsample, norm
 from tests.conftest import golden, randomise
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 # Where both sides are ours, only the order of additions differs.
 SAME = {"atol": 2e-5, "rtol": 1e-5}
@@ -36,12 +38,6 @@ CASES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "attn_weights": "attn_weights",
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(

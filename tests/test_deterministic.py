@@ -253,6 +253,17 @@ def test_every_sampler_among_others(loop, alone, sampler):
     assert loop.outcome("a") == alone(wanted)
 
 
+@pytest.mark.parametrize("order", ["halton", "confidence"])
+def test_every_order_of_renoising_among_others(loop, alone, order):
+    wanted = job("a", sampling=replace(FIXED, renoise_order=order, guidance_start=1))
+    loop.scheduler.add(wanted)
+    for i, other in enumerate(("random", "halton", "confidence")):
+        loop.scheduler.add(neighbour(i, sampling=replace(LOOSE, renoise_order=other)))
+    loop.run()
+    assert loop.outcome("a") == alone(wanted)
+    assert alone(wanted)[0] != alone(job("a"))[0]
+
+
 def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(loop, alone):
     loop.scheduler.add(job("many", seeds=(7, 8, 9)))
     loop.run()

@@ -16,8 +16,15 @@ from pydantic import BaseModel
 
 from server.api import create_app
 from server.api.openai_schemas import EditsRequest, GenerationsRequest, VariationRequest
-from server.api.planning import OPERATIONS
+from server.api.planning.operations import OPERATIONS
 from server.api.schemas import IMAGE_DESCRIPTION
+from server.api.sdapi_schemas import (
+    ExtraSingleImageRequest,
+    Img2ImgRequest,
+    OptionsRequest,
+    PngInfoRequest,
+    Txt2ImgRequest,
+)
 from server.api.validation import from_validation
 from server.settings import Settings
 from tests import fake_worker
@@ -83,7 +90,7 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     (
         "/generate",
         BALL | {"response_format": "bmp"},
-        "response_format: must be png, jpeg, webp or json (sent: 'bmp')",
+        "response_format: must be png, jpeg, webp, json or url (sent: 'bmp')",
     ),
     (
         "/generate",
@@ -226,13 +233,62 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
         'images.0: an image in JSON is {"image_url": "data:image/png;base64,…"}, base64 or a data'
         " URL (sent: {'url': 'x'})",
     ),
+    # ── AUTOMATIC1111 ──
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"batch_size": 3, "n_iter": 6},
+        "batch_size: must be at most 16 when multiplied by n_iter (sent: 18)",
+    ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"enable_hr": True, "hr_scale": 5},
+        "hr_scale: the result may be 1 to 4 times as large (sent: 5.0)",
+    ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"width": 0},
+        "width: must be a whole number of at least 1 (sent: 0)",
+    ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"override_settings": {"sd_model_checkpoint": 5}},
+        "sd_model_checkpoint: must be the name of a model (sent: 5)",
+    ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"override_settings": {"sd_model_checkpoint": "v1-5-pruned"}},
+        "model: unknown; loaded are ",
+    ),
+    ("/sdapi/v1/img2img", BALL, "init_images: required: "),
+    (
+        "/sdapi/v1/img2img",
+        BALL | {"init_images": ["https://x.y/z.png"]},
+        "init_images.0: https URLs are refused, because the server fetches nothing; send the image",
+    ),
+    (
+        "/sdapi/v1/img2img",
+        BALL | {"init_images": [IMAGE], "denoising_strength": 2},
+        "denoising_strength: must be a number from 0 to 1 (sent: 2)",
+    ),
+    (
+        "/sdapi/v1/extra-single-image",
+        {"image": IMAGE, "upscaling_resize": 8},
+        "upscaling_resize: must be a number from 1 to 4 (sent: 8)",
+    ),
+    (
+        "/sdapi/v1/extra-single-image",
+        {"image": IMAGE, "resize_mode": 1, "upscaling_resize_w": 9000},
+        "upscaling_resize_w: the result may be 1 to 4 times as large as ",
+    ),
+    ("/sdapi/v1/png-info", {}, "image: required: "),
+    ("/sdapi/v1/options", {"sd_model_checkpoint": "x"}, "model: unknown; loaded are "),
 ]
 
 
 @pytest.fixture(scope="module")
 def idle(fake_settings: Callable[..., Settings]) -> TestClient:
     """A client of an app whose worker is not started: no request here gets that far."""
-    return TestClient(create_app(fake_settings(), worker=fake_worker.main))
+    return TestClient(create_app(fake_settings(sdapi=True), worker=fake_worker.main))
 
 
 @pytest.mark.parametrize(("path", "fields", "message"), MESSAGES)
@@ -254,6 +310,11 @@ SCHEMAS: list[type[BaseModel]] = [
     GenerationsRequest,
     EditsRequest,
     VariationRequest,
+    Txt2ImgRequest,
+    Img2ImgRequest,
+    ExtraSingleImageRequest,
+    PngInfoRequest,
+    OptionsRequest,
 ]
 # Words of pydantic's, and names of types, that tell a client nothing.
 JARGON = re.compile(r"Input should|Value error|valid (string|integer|number)|literal\[|function-")

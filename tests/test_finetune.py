@@ -20,12 +20,12 @@ from model.bundle import BundleError, load_bundle
 from model.config import BundleConfig, find_bundle
 from model.networks.vqgan_v3 import VQGAN
 from model.pipeline import Pipeline
-from model.training import art, assemble, denoiser, loop
+from model.training import art, assemble, denoiser, loop, objective
 from model.training.features import Examples, ExampleStream
 from tests.conftest import randomise
 from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
 from tests.short_training import Crash, run
-from tests.small_training import _art_of_our_own, corpus_file, small_config, use  # noqa: F401
+from tests.small_training import art_of_our_own, corpus_file, small_config, use  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,7 +236,7 @@ def test_the_share_of_dropped_clip_embeddings_can_be_chosen(random_bundle, share
         *(getattr(x, name).expand(2000, *[-1] * (getattr(x, name).dim() - 1)) for name in names)
     )
     with torch.no_grad():
-        mask = denoiser.dropped_condition(bundle.denoiser, rows, share).mask
+        mask = objective.dropped_condition(bundle.denoiser, rows, share).mask
     assert mask is not None
     assert mask[
         :, -2 * bundle.config.denoiser.clip_seq_len :

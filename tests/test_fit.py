@@ -30,7 +30,9 @@ from server.api.images.fit import (
     within,
 )
 from server.api.images.sniff import coefficient_bytes, sniff
-from server.api.planning import OPERATIONS, Plan, draft, image_of
+from server.api.planning.draft import draft
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan, image_of
 from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings

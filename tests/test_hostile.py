@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from load_tests.attacks import ATTACKS
-from load_tests.hostile import STATED_MIB, Measurement, judge, main
+from load_tests.hostile import SDAPI_API_MIB, STATED_MIB, Measurement, judge, main
 from load_tests.misbehaving import CLOSED, LEFT, Client
 from load_tests.serving import serving
+from server.settings import Settings
 from tests.hostile import huge_animation
 
 GOOD = Measurement(
@@ -57,15 +58,54 @@ def test_anything_else_is_named(change: dict[str, Any], words: str) -> None:
     assert judge(replace(GOOD, **change), ALLOWED, 3) == [words]
 
 
-def test_the_ceilings_are_those_of_the_documentation_and_the_sums_of_their_parts() -> None:
+def memory_tables() -> list[dict[str, int]]:
+    """Return the tables of docs/limits.md about memory: MiB by part, the sum last."""
     _, memory = (ROOT / "docs" / "limits.md").read_text().split("\n## Memory\n")
-    tables = [block for block in memory.split("\n## ")[0].split("\n\n") if "**sum" in block]
-    for stated, table in zip(STATED_MIB.values(), tables, strict=True):
-        *parts, total = (
-            int(row.split("|")[-2].strip(" *").replace(",", "")) for row in table.splitlines()[2:]
-        )
-        assert total == stated
+    blocks = [block for block in memory.split("\n## ")[0].split("\n\n") if "**sum" in block]
+    tables = []
+    for block in blocks:
+        rows = [
+            [cell.strip(" *") for cell in row.split("|")[1:3]] for row in block.splitlines()[2:]
+        ]
+        tables.append({part: int(mib.replace(",", "")) for part, mib in rows})
+    return tables
+
+
+def test_the_ceilings_are_those_of_the_documentation_and_the_sums_of_their_parts() -> None:
+    tables = memory_tables()
+    stated = (STATED_MIB["api"], SDAPI_API_MIB, STATED_MIB["worker"])
+    for ceiling, table in zip(stated, tables, strict=True):
+        *parts, total = table.values()
+        assert total == ceiling
         assert 0 <= total - sum(parts) < 60, "rounded up"
+
+
+def test_parts_that_settings_bound_follow_from_their_defaults() -> None:
+    settings = Settings()
+    mib = 2**20
+    results = settings.queue_rows * 3 * settings.max_side**2 / mib
+    expected = {
+        "BODY_BUDGET_BYTES": settings.body_budget_bytes / mib,
+        "MAX_BODY_BYTES": 5 * settings.max_body_bytes / mib,
+        "QUEUE_BYTES": 2 * settings.queue_bytes / mib,
+        "QUEUE_ROWS": 2 * results,
+        "ANSWER_BUDGET_BYTES": settings.answer_budget_bytes / mib,
+        "IDEMPOTENCY_BYTES": settings.idempotency_bytes / mib,
+        "URL_STORE_BYTES": settings.url_store_bytes / mib,
+    }
+    api, with_sdapi, worker = memory_tables()
+    for name, size in expected.items():
+        # A name may come after "five times", and is in quotes of code.
+        (part,) = (part for part in api if f"`{name}`" in part.split(":")[0])
+        assert api[part] == size, part
+    *parts, kept, total = api.values()
+    assert kept == round(0.05 * sum(parts))
+    base, previews, more_kept, _ = with_sdapi.values()
+    assert (base, previews) == (sum(parts), results)
+    assert more_kept == pytest.approx(0.05 * (base + previews), abs=1)
+    assert worker["`QUEUE_BYTES`"] == settings.queue_bytes / mib
+    assert worker["`PROMPT_CACHE_BYTES`"] == settings.prompt_cache_bytes / mib
+    assert total == STATED_MIB["api"]
 
 
 @pytest.mark.process

@@ -24,7 +24,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.test_api import metric
+from tests.test_api import metric, served
 
 KEY = "key-0123456789abcdef"
 OTHER_KEY = "key-fedcba9876543210"
@@ -36,11 +36,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture(scope="module")
 def server(fake_settings: Callable[..., Settings]) -> Iterator[httpx.Client]:
     """A server of its own: these tests leave answers in it."""
-    with (
-        serving(create_app(fake_settings(), worker=fake_worker.main)) as address,
-        httpx.Client(base_url=address, timeout=20) as client,
-    ):
-        wait_until(lambda: client.get("/readyz").status_code == 200)
+    with served(fake_settings()) as client:
         yield client
 
 

@@ -16,10 +16,11 @@ import pytest
 
 from model.config import BundleConfig
 from server.api import create_app
-from server.api.planning import DECODING_WORK, FILE_WORK, PREVIEW_WORK
+from server.api.planning.workload import DECODING_WORK, FILE_WORK, PREVIEW_WORK
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
+from tests.test_api import opened
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 OPERATIONS = ("inpaint", "outpaint", "variations", "edit", "upscale", "interpolate")
@@ -82,10 +83,6 @@ def as_form(client: httpx.Client, operation: str, **fields: Any) -> httpx.Respon
         (name, (f"{name}.png", content)) for name, content in files.items()
     ]
     return client.post(f"/{operation}", files=parts)
-
-
-def opened(content: bytes) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(content))
 
 
 def pixels(answer: httpx.Response) -> Array:

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,8 @@ from server.api.errors import ApiError
 from server.api.images import admission
 from server.api.images.admission import DECODE_PRIORITY, ImageDecoder, Uploads
 from server.api.images.decode import ImageLimits, decode
-from server.engine.errors import DeadlineExceeded, Draining, EngineError, QueueFull
+from server.engine.errors import DeadlineExceeded, Draining, QueueFull
+from tests.conftest import raised
 from tests.hostile import GREY, SIZE, plain_png, png
 
 PIXELS = SIZE[0] * SIZE[1]
@@ -70,12 +71,6 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110, threads tell it nothing
             await asyncio.sleep(0.005)
-
-
-async def raised(task: Awaitable[object], kind: type[EngineError]) -> Any:
-    with pytest.raises(kind) as caught:
-        await task
-    return caught.value
 
 
 # ── the queue ─────────────────────────────────────────────────────────────────────────────────────

@@ -10,8 +10,9 @@ import PIL.Image
 import pytest
 
 from server.api.errors import ApiError, invalid_value
+from server.api.images.admission import REFERENCE_SIDE
 from server.api.images.decode import DecodedImage, ImageLimits, decode
-from server.api.planning import REFERENCE_SIDE, reference_size
+from server.api.planning.conditions import reference_size
 
 SIDE = 4 * REFERENCE_SIDE
 LIMITS = ImageLimits()

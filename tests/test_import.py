@@ -31,6 +31,7 @@ from model.networks.text_encoders import check_merges
 from model.pipeline import Pipeline
 from server.cli import app
 from tests.conftest import NETWORKS, golden
+from tests.test_bundle import Explosive
 
 Tensors = dict[str, torch.Tensor]
 
@@ -251,23 +252,13 @@ def test_what_is_no_checkpoint_is_refused(run, sources, tmp_path, content):
     assert refusal(run, tmp_path).startswith("denoiser.pt is refused: ")
 
 
-class Hostile:
-    """A pickle that leaves a mark when it is opened."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return (Path.touch, (self.mark,))
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_with_code_in_it_is_refused_and_nothing_runs(run, tmp_path, zipped):
     mark, path = tmp_path / "opened", tmp_path / "hostile.pt"
     if zipped:
-        torch.save({"weight": Hostile(mark)}, path)
+        torch.save({"weight": Explosive(mark)}, path)
     else:
-        path.write_bytes(pickle.dumps({"weight": Hostile(mark)}, protocol=2))
+        path.write_bytes(pickle.dumps({"weight": Explosive(mark)}, protocol=2))
     assert "hostile.pt is refused: " in refusal(run, tmp_path, denoiser=path)
     assert not mark.exists()
 

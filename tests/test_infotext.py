@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 import zlib
 
 import hypothesis.strategies as st
@@ -20,6 +19,7 @@ from server.api.images.infotext import (
     write_infotext,
 )
 from server.api.images.sniff import PNG_MAGIC
+from tests.hostile import chunk
 
 # As A1111 1.10 wrote it.
 ORIGINAL = (
@@ -102,10 +102,6 @@ def test_a_long_line_is_read_in_linear_time() -> None:
 
 
 # ── text chunks ───────────────────────────────────────────────────────────────────────────────────
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def with_chunks(*chunks: bytes) -> bytes:

@@ -32,7 +32,7 @@ from server.api.images.marking import (
     source_type,
     unsigned,
 )
-from server.api.planning import OPERATIONS
+from server.api.planning.operations import OPERATIONS
 from server.engine.messages import Image
 from server.settings import Settings
 from tests import fake_worker

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import sampling
 from model.config import SamplingConfig
 from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
@@ -37,7 +38,7 @@ SAMPLERS = ("multinomial", "argmax", "typical", "quant")
 def row(
     pipeline: Pipeline, prompt: str = PROMPTS[0], seed: int = 0, config: SamplingConfig = PLAIN
 ) -> Row:
-    noise = pipeline.noise(seed, 32, 32, config.steps)
+    noise = pipeline.noise(seed, 32, 32, config.steps, config.renoise_mode, config.renoise_order)
     encoded, negative = pipeline.encode([prompt, ""])
     (image,) = pipeline.prior_embeddings([encoded], [noise])
     return pipeline.start(
@@ -189,6 +190,15 @@ def test_guidance_stops_after_its_steps(pipeline):
     assert shares == [[8.0, -7.0], [7.5, -6.5], [7.0, -6.0], [6.5, -5.5], [1.0], [1.0]]
 
 
+def test_guidance_may_start_late(pipeline):
+    mine = row(pipeline, config=replace(PLAIN, guidance_start=2, guidance_steps=3))
+    branches = []
+    while not mine.done:
+        branches.append(len(mine.branches))
+        pipeline.advance([mine])
+    assert branches == [1, 1, 2, 2, 2, 1]
+
+
 def test_a_ramp_that_reaches_one_needs_no_unconditional_branch_there():
     mine = generate(
         replace(PLAIN, guidance=(3.5, 1.0)),
@@ -230,6 +240,53 @@ class _Start:
 
 def _condition() -> Condition:
     return Condition(torch.zeros(1, 1, 2), None)
+
+
+@pytest.mark.parametrize("order", ["halton", "confidence"])
+def test_an_order_of_renoising_renoises_exactly_the_share_of_its_time(pipeline, order):
+    mine = row(pipeline, config=replace(PLAIN, renoise_order=order, renoise_mode="rand"))
+    # Tokens that no draw returns, so that what became noise again is seen.
+    mine.noise = replace(mine.noise, fresh=torch.full_like(mine.noise.fresh, -1))
+    embed = pipeline.bundle.denoiser._embed
+    pipeline.bundle.denoiser._embed = lambda tokens: embed(tokens.clamp_min(0))
+    try:
+        counts = []
+        while not mine.done:
+            pipeline.advance([mine])
+            counts.append(int((mine.tokens < 0).sum()))
+    finally:
+        del pipeline.bundle.denoiser._embed
+    assert counts == [round(64 * t) for t in mine.times[1:]]
+
+
+def test_confidence_renoises_what_the_denoiser_is_least_sure_of(pipeline, monkeypatch):
+    monkeypatch.setattr(sampling, "CONFIDENCE_NOISE", 0.0)
+    mine = row(pipeline, config=replace(PLAIN, renoise_order="confidence"))
+    seen = []
+    log_probability = pipeline.executor.log_probability
+
+    def watched(features: Tensor, tokens: Tensor) -> Tensor:
+        seen.append(log_probability(features, tokens))
+        return seen[-1]
+
+    monkeypatch.setattr(pipeline.executor, "log_probability", watched)
+    pipeline.advance([mine])
+    (log_p,) = seen
+    unsure = log_p[0].flatten().argsort()[: round(64 * mine.times[1])]
+    expected = mine.drawn.flatten().clone()
+    expected[unsure] = mine.noise.start.flatten()[unsure]
+    assert torch.equal(mine.tokens.flatten(), expected)
+
+
+@pytest.mark.parametrize("order", ["halton", "confidence"])
+def test_rows_of_other_orders_change_nothing_for_a_row(pipeline, order):
+    def mine() -> Row:
+        return row(pipeline, config=replace(PLAIN, renoise_order=order))
+
+    alone = run(pipeline, mine())[0]
+    mixed = run(pipeline, row(pipeline, seed=1), mine(), row(pipeline, PROMPTS[2], 2))[1]
+    assert agreement(mixed, alone) >= 0.99
+    assert agreement(alone, run(pipeline, row(pipeline))[0]) < 0.99
 
 
 def test_attention_weights_go_to_the_last_real_tokens_of_the_conditional_branch(pipeline):

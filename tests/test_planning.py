@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.api.planning import seeds
+from server.api.planning.draft import seeds
 
 
 def test_a_drawn_seed_is_one_that_javascript_reads_exactly() -> None:

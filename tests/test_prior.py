@@ -13,15 +13,11 @@ from model.config import PriorConfig
 from model.networks.prior import Prior, add_noise, alpha_bar, ddim_step, sample, trajectory
 from tests.conftest import golden
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 # Some of the recorded values are above 100, where 1e-4 is a dozen float32 steps: one processor's
 # products are within that, another's not.
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

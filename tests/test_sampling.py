@@ -436,3 +436,101 @@ def test_start_tokens_and_prior_noise_are_uniform_and_normal():
     noise = sampling.draw_noise(0, codes=16, grid=(256, 256), steps=1, prior=(100, 1000))
     assert chisquare(noise.start.flatten().bincount(minlength=16)).pvalue > FALSE_ALARM
     assert (noise.prior.mean().item(), noise.prior.std().item()) == pytest.approx((0, 1), abs=0.02)
+
+
+# ── the order in which tokens become noise again ──────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (8, 24), (1, 7), (17, 33), (64, 64)])
+def test_a_halton_order_visits_every_position_once(grid):
+    ranks = sampling.halton_ranks(grid)
+    assert ranks.shape == grid
+    assert sorted(ranks.ravel().tolist()) == list(range(grid[0] * grid[1]))
+
+
+def test_a_halton_order_is_the_published_sequence():
+    # 0, 1/2, 1/4, 3/4, 1/8 along the columns and 0, 1/3, 2/3, 1/9, 4/9 along the rows.
+    ranks = sampling.halton_ranks((9, 8))
+    places = [(0, 0), (3, 4), (6, 2), (1, 6), (4, 1)]
+    assert [ranks[place] for place in places] == [0, 1, 2, 3, 4]
+
+
+def with_order(seed: int, order: str, **changes: object) -> sampling.Noise:
+    known = {"codes": 64, "grid": (16, 16), "steps": 3, "prior": (3, 8)}
+    return sampling.draw_noise(seed, **{**known, **changes}, renoise_order=order)
+
+
+@given(INT64)
+def test_an_order_of_renoising_changes_no_other_randomness(seed):
+    plain, halton = with_order(seed, "random"), with_order(seed, "halton")
+    assert all(
+        torch.equal(getattr(plain, name), getattr(halton, name))
+        for name in ("start", "prior", "draw")
+    )
+    assert not torch.equal(plain.renoise, halton.renoise)
+    assert torch.equal(with_order(seed, "confidence").renoise, plain.renoise)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 12])
+@given(INT64)
+def test_a_halton_order_renoises_an_exact_number_of_tokens(steps, seed):
+    noise = with_order(seed, "halton", steps=steps)
+    times = sampling.timesteps(steps)[1:-1]
+    for uniform, t in zip(noise.renoise, times, strict=False):
+        assert int((uniform <= t).sum()) == round(256 * t)
+    assert (noise.renoise > sampling.NEVER).all()
+    assert 0 <= noise.renoise.min() <= noise.renoise.max() < 1
+
+
+@given(INT64)
+def test_a_halton_order_spreads_noise_evenly(seed):
+    """A quarter of the tokens: in each quarter of the picture between 10 and 22 of its 64."""
+    renoised = with_order(seed, "halton").renoise[0] <= 0.25
+    quarters = renoised.view(2, 8, 2, 8).sum((1, 3))
+    assert 10 <= quarters.min() <= quarters.max() <= 22
+
+
+def test_the_halton_order_of_a_seed_is_pinned():
+    noise = with_order(42, "halton", grid=(4, 6))
+    assert (noise.renoise[0] * 24 - 0.5).round().int()[0].tolist() == [9, 21, 15, 18, 12, 5]
+
+
+def test_seeds_start_at_other_places_of_the_halton_order():
+    orders = {tuple(with_order(seed, "halton").renoise[0].flatten().tolist()) for seed in range(20)}
+    assert len(orders) > 15
+
+
+def test_a_part_of_the_grid_has_its_part_of_the_order():
+    whole = with_order(3, "halton")
+    part = whole.part(slice(4, 8), slice(0, 16))
+    assert torch.equal(part.renoise, whole.renoise[:, 4:8])
+
+
+def test_the_least_confident_come_first_and_noise_mixes_them(monkeypatch):
+    log_p = -torch.arange(64.0).view(1, 8, 8)
+    uniform = torch.rand(1, 8, 8)
+    monkeypatch.setattr(sampling, "CONFIDENCE_NOISE", 0.0)
+    order = sampling.least_confident_first(log_p, uniform, torch.tensor([0.5]))
+    assert torch.equal(order.flatten(), (torch.arange(63, -1, -1) + 0.5) / 64)
+    monkeypatch.setattr(sampling, "CONFIDENCE_NOISE", 1e6)
+    mixed = sampling.least_confident_first(log_p, uniform, torch.tensor([0.5]))
+    assert torch.equal(mixed.flatten().argsort(), uniform.flatten().argsort())
+    # At the end no noise is left, whatever its strength.
+    last = sampling.least_confident_first(log_p, uniform, torch.tensor([0.0]))
+    assert torch.equal(last, order)
+
+
+def test_each_row_has_its_own_order_of_confidence():
+    log_p, uniform = torch.randn(3, 4, 4), torch.rand(3, 4, 4)
+    share = torch.tensor([0.9, 0.5, 0.1])
+    together = sampling.least_confident_first(log_p, uniform, share)
+    for i in range(3):
+        row = slice(i, i + 1)
+        alone = sampling.least_confident_first(log_p[row], uniform[row], share[row])
+        assert torch.equal(together[row], alone)
+
+
+def test_log_probabilities_are_those_of_the_softmax():
+    logits, tokens = torch.randn(2, 3, 10), torch.randint(10, (2, 3))
+    expected = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0].log()
+    torch.testing.assert_close(sampling.log_probability(logits, tokens), expected)

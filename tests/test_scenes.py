@@ -9,24 +9,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from model.training import scenes
+from model.training import scene_layout, scene_samplers, scenes
 from model.training.kinds import KINDS, NAMES_OF_KINDS, SHAPES, outline
 from model.training.palette import COLOURS, NAMES, distance, lab
+from model.training.scene_layout import Layout, Sprite, layout
+from model.training.scene_samplers import sample
 from model.training.scenery import BACKGROUNDS, GROUND, SCENES
-from model.training.scenes import (
-    ASPECTS,
-    RELATIONS,
-    SIDES,
-    SQUARE,
-    TOKEN,
-    Layout,
-    Scene,
-    Sprite,
-    Thing,
-    held_out,
-    layout,
-    sample,
-)
+from model.training.scenes import ASPECTS, RELATIONS, SIDES, SQUARE, TOKEN, Scene, Thing, held_out
 
 KIND_NAMES = [kind.name for kind in KINDS]
 
@@ -146,7 +135,7 @@ def test_held_out_pairs_are_never_shown():
 
 
 def test_every_shape_keeps_most_colours():
-    assert all(len(scenes.shape_colours(shape)) >= 9 for shape in SHAPES)
+    assert all(len(scene_samplers.shape_colours(shape)) >= 9 for shape in SHAPES)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -188,7 +177,7 @@ def test_layouts_off_the_lattice_are_turned_and_mirrored_at_times():
 def test_a_thing_lies_at_its_side(side, aspect):
     rng = random.Random(8)
     for size in ("small", "normal", "large"):
-        if side != "centre" and side not in scenes.sides_for("skull", size, aspect, "white"):
+        if side != "centre" and side not in scene_layout.sides_for("skull", size, aspect, "white"):
             continue
         scene = Scene("black", (Thing("skull", "white", size, side),), None, aspect)
         for _ in range(20):
@@ -210,7 +199,7 @@ def test_nothing_flies_over_a_ground():
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_two_things_lie_as_the_relation_says(relation, aspect):
     rng = random.Random(10)
-    for sizes in scenes._PAIR_SIZES:
+    for sizes in scene_samplers.PAIR_SIZES:
         kinds = rng.sample(KIND_NAMES, 2)
         things = tuple(Thing(kind, None, size) for kind, size in zip(kinds, sizes, strict=True))
         first, second = layout(Scene("white", things, relation, aspect), rng).sprites
@@ -233,7 +222,7 @@ def test_things_of_a_count_are_alike(count, aspect):
 def test_close_ups_are_larger_than_the_picture():
     rng = random.Random(12)
     for _ in range(200):
-        scene = scenes.sample_close_up(rng)
+        scene = scene_samplers.sample_close_up(rng)
         (sprite,) = layout(scene, rng).sprites
         assert 1.1 * 256 < sprite.length < 1.7 * 256
 

@@ -17,8 +17,9 @@ import pytest
 
 from model.config import Recipe
 from server.api import create_app
-from server.api.sdapi_clients import MAX_CHOICES, Clients
+from server.api.sdapi_clients import MAX_CHOICES, MOST_PROGRESS, Clients, Drawing
 from server.api.sdapi_schemas import PREVIEWS, guidance
+from server.engine.messages import Image, Preview
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, serving, wait_until
@@ -155,6 +156,24 @@ def test_a_sampler_of_others_is_reported_and_one_of_these_weights_is_used(sd: ht
     assert 'Requested sampler: "DPM++ 2M, Karras"' in info["infotexts"][0]
     own = drawn(sd, sampler_name="Typical")
     assert (own["sampler_name"], own["extra_generation_params"]) == ("typical", {})
+
+
+@pytest.mark.parametrize(
+    ("sent", "sampler"),
+    [
+        ({"sampler_index": "Argmax"}, "argmax"),
+        ({"sampler_index": "argmax", "sampler_name": "typical"}, "typical"),
+        ({"sampler_index": "argmax", "sampler_name": ""}, "argmax"),
+        ({"sampler_index": "argmax", "sampler_name": "Euler"}, "multinomial"),
+        ({"sampler_index": "Euler"}, "multinomial"),
+        ({"sampler_index": 3}, "multinomial"),
+        ({"sampler_index": None}, "multinomial"),
+    ],
+)
+def test_a_sampler_may_come_under_its_old_name(
+    sd: httpx.Client, sent: dict[str, Any], sampler: str
+) -> None:
+    assert drawn(sd, **sent)["sampler_name"] == sampler
 
 
 @pytest.mark.parametrize("seed", [-1, None, "", "absent"])
@@ -309,6 +328,8 @@ def test_an_image_is_enlarged(sd: httpx.Client) -> None:
     answer = post(sd, "extra-single-image", **fields, upscaling_resize=1.5)
     assert opened(answer["image"]).size == (96, 48)
     assert "Upscaled by: 1.5" in answer["html_info"]
+    unused = {"upscaling_resize_w": 0, "upscaling_resize_h": 0}
+    assert opened(post(sd, "extra-single-image", **fields, **unused)["image"]).size == (128, 64)
     sized = {"resize_mode": 1, "upscaling_resize_w": 128, "upscaling_resize_h": 64}
     assert opened(post(sd, "extra-single-image", **fields, **sized)["image"]).size == (128, 64)
     refusal = (422, "invalid_value", "upscaling_resize")
@@ -393,7 +414,7 @@ def test_previews_are_shown_meanwhile_and_are_the_images_of_an_interrupted_reque
         latest = tuple(fake_worker.colour(PREVIEWS - 1))
         assert tuple(pixels(state["current_image"])[0, 0]) == latest
         assert state["state"]["sampling_step"] >= 8
-        assert state["eta_relative"] > 0
+        assert state["eta_relative"] >= 0
         skipped = sd.get("progress", params={"skip_current_image": "true"}).json()
         assert skipped["current_image"] is None
         sd.post("interrupt")
@@ -402,6 +423,24 @@ def test_previews_are_shown_meanwhile_and_are_the_images_of_an_interrupted_reque
     info = json.loads(answer["info"])
     assert info["extra_generation_params"] == {"Interrupted": True}
     assert info["all_seeds"] == [5]
+
+
+async def test_a_drawn_request_keeps_no_previews_and_cannot_be_interrupted() -> None:
+    drawing = Drawing("txt2img")
+    drawing.preview(Preview("id", 0, 1, Image(0, 1, 1, b"123")))
+    drawing.finish_drawing()
+    assert (drawing.previews, drawing.progress) == ({}, MOST_PROGRESS)
+    drawing.interrupt()
+    assert not drawing.interrupted.done()
+
+
+async def test_an_interrupted_request_keeps_its_previews_although_it_is_drawn_then() -> None:
+    drawing = Drawing("txt2img")
+    drawing.preview(Preview("id", 0, 1, Image(0, 1, 1, b"123")))
+    drawing.interrupt()
+    drawing.finish_drawing()
+    assert drawing.interrupted.done()
+    assert len(drawing.previews) == 1
 
 
 def test_previews_can_be_switched_off(sd: httpx.Client) -> None:
@@ -413,7 +452,8 @@ def test_previews_can_be_switched_off(sd: httpx.Client) -> None:
         assert held.result().status_code == 499
 
 
-def test_a_client_sees_and_ends_only_its_own_requests(fake_settings: Configure) -> None:
+@pytest.mark.parametrize("path", ["interrupt", "skip"])
+def test_a_client_sees_and_ends_only_its_own_requests(fake_settings: Configure, path: str) -> None:
     settings = fake_settings(sdapi=True, api_keys=f"{KEY},{OTHER}", key_concurrency=1)
     with (
         serving(create_app(settings, worker=fake_worker.main)) as address,
@@ -425,10 +465,10 @@ def test_a_client_sees_and_ends_only_its_own_requests(fake_settings: Configure) 
         held = threads.submit(mine.post, "txt2img", json={"prompt": "hold"})
         wait_until(lambda: running(mine) == 1)
         assert running(yours) == 0
-        assert yours.post("interrupt").status_code == 200
+        assert yours.post(path).status_code == 200
         assert running(mine) == 1
         # Although the key's only concurrent request is running.
-        assert mine.post("interrupt").status_code == 200
+        assert mine.post(path).status_code == 200
         assert held.result().status_code == 499
 
 
@@ -498,12 +538,31 @@ def test_each_client_s_choice_is_its_own_and_their_number_is_bounded() -> None:
         "cmd-flags",
         "scripts",
         "embeddings",
+        "script-info",
+        "extensions",
     ],
 )
 def test_the_lists_that_clients_ask_for_are_there(sd: httpx.Client, path: str) -> None:
     answer = sd.get(path)
     assert answer.status_code == 200
     assert isinstance(answer.json(), list | dict)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "refresh-checkpoints",
+        "refresh-vae",
+        "refresh-loras",
+        "reload-checkpoint",
+        "unload-checkpoint",
+    ],
+)
+def test_what_cannot_change_is_accepted_without_effect(sd: httpx.Client, path: str) -> None:
+    before = sd.get("options").json()
+    answer = sd.post(path)
+    assert (answer.status_code, answer.json()) == (200, None)
+    assert sd.get("options").json() == before
 
 
 def test_samplers_begin_with_the_recipe_s_and_memory_is_in_bytes(sd: httpx.Client) -> None:

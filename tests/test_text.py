@@ -12,17 +12,13 @@ from hypothesis import strategies as st
 from model.networks.text_encoders import BYTE_BUCKETS, CLIP, ByteEncoder, TextTower, bucket
 from model.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 END = 1
 LIMIT = 64  # of the random bundle's byte encoder, end mark included
 TEXT = st.text(
     st.characters(exclude_categories=("Cs",)), max_size=80
 )  # lone surrogates have no UTF-8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="session")

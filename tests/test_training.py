@@ -40,6 +40,7 @@ from model.training import (
     everything_parts,
     features,
     loop,
+    objective,
     prior,
     vqgan,
 )
@@ -51,7 +52,7 @@ from model.training.guides import Guided
 from model.training.judged import cross_entropy
 from tests.conftest import micro_config, randomise, write_merges
 from tests.short_training import run_main
-from tests.small_training import _art_of_our_own, corpus_file, scenes, small_config, use  # noqa: F401
+from tests.small_training import art_of_our_own, corpus_file, scenes, small_config, use  # noqa: F401
 
 
 @pytest.fixture
@@ -613,7 +614,7 @@ def test_a_tenth_of_the_prior_s_texts_is_blank_and_the_noise_is_what_it_learns()
 
 def test_tokens_are_replaced_at_the_share_asked_for_by_any_code():
     tokens, t = torch.full((4, 100, 100), 7), torch.tensor([0.0, 0.25, 0.75, 1.0])
-    noisy, noised = denoiser.corrupt(tokens, t, codes=10)
+    noisy, noised = objective.corrupt(tokens, t, codes=10)
     assert noised.float().mean((1, 2)).tolist() == pytest.approx([0, 0.25, 0.75, 1], abs=0.025)
     assert torch.equal(noisy[~noised], tokens[~noised])
     shares = noisy[3].flatten().bincount(minlength=10) / 1e4
@@ -622,7 +623,7 @@ def test_tokens_are_replaced_at_the_share_asked_for_by_any_code():
 
 def test_chosen_positions_are_different_ones_and_all_are_chosen_in_time():
     tokens = torch.randint(8, (500, 4, 4))
-    chosen = denoiser.choose_positions(tokens, 0.5)
+    chosen = objective.choose_positions(tokens, 0.5)
     assert chosen.shape == (500, 8)
     assert all(len(set(row)) == 8 for row in chosen.tolist())
     assert (chosen.flatten().bincount(minlength=16) / 500).sub(
@@ -634,7 +635,7 @@ def test_focus_prefers_a_thing_and_its_surroundings_on_either_side_of_the_outlin
     tokens = torch.zeros(2000, 8, 8, dtype=torch.int64)
     tokens[:, 2, 2] = 5
     share = (
-        denoiser.choose_positions(tokens, 0.1, focus=4.0)
+        objective.choose_positions(tokens, 0.1, focus=4.0)
         .flatten()
         .bincount(minlength=64)
         .view(8, 8)
@@ -655,7 +656,7 @@ def examples(rows: int, length: int = 6) -> features.Examples:
 def test_text_and_image_are_masked_as_groups_half_of_the_time_and_bytes_never():
     network, x = Denoiser(micro_config().denoiser), examples(3000)
     with torch.no_grad():
-        mask = denoiser.dropped_condition(network, x).mask
+        mask = objective.dropped_condition(network, x).mask
     assert mask.shape == (3000, 6 + 4 + 4)
     assert torch.equal(mask[:, :6], x.mask)
     text, image = mask[:, 6:10], mask[:, 10:]
@@ -692,7 +693,7 @@ def test_nothing_touched_is_nothing_to_be_right_about():
 def test_the_picture_of_an_empty_caption_is_told_where_it_is_all_that_is_told():
     network, x = Denoiser(micro_config().denoiser), examples(500)
     with torch.no_grad():
-        mask = denoiser.dropped_condition(network, replace(x, shown=x.empty)).mask
+        mask = objective.dropped_condition(network, replace(x, shown=x.empty)).mask
     assert mask[x.empty, 10:].all()
 
 
@@ -743,6 +744,6 @@ def test_a_condition_by_one_map_is_that_by_two():
     byt5 = torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = network.condition(byt5).kv
-        with denoiser.folded(network):
+        with objective.folded(network):
             torch.testing.assert_close(network.condition(byt5).kv, expected, atol=1e-4, rtol=1e-4)
     assert network.kv_weight is None

@@ -12,7 +12,7 @@ import pytest
 
 from server.api import create_app
 from server.api.images.encoder import ImageEncoder
-from server.api.planning import DECODING_WORK, FILE_WORK
+from server.api.planning.workload import DECODING_WORK, FILE_WORK
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving
 from tests.test_image_operations import as_form, as_json, noise, opened, pixels, png, refused
@@ -154,7 +154,7 @@ def test_hires_takes_the_defaults_regions_and_sizes(client: httpx.Client) -> Non
     refused(
         as_json(client, "generate", **PROMPT, hires={"scale": 2, "size": 1}),
         422,
-        "invalid_value",
+        "unknown_field",
         "hires",
         "hires.size",
     )

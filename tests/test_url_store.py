@@ -7,7 +7,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -22,24 +21,13 @@ from server.api.images.url_store import OVERHEAD_BYTES, StoredImage, UrlStore
 from server.api.middleware import logged_path
 from server.api.origins import FORWARDED_HOSTS, base_url
 from server.settings import Settings
-from tests import fake_worker
-from tests.conftest import serving, wait_until
-from tests.test_api import metric
+from tests.conftest import wait_until
+from tests.test_api import metric, served
 
 KEY = "key-0123456789abcdef"
 # An id has 128 bits.
 NAME = re.compile(r"[A-Za-z0-9_-]{22}\.(png|jpg|webp)")
 GENERATIONS = "/v1/images/generations"
-
-
-@contextmanager
-def served(settings: Settings) -> Iterator[httpx.Client]:
-    with (
-        serving(create_app(settings, worker=fake_worker.main)) as address,
-        httpx.Client(base_url=address, timeout=20) as client,
-    ):
-        wait_until(lambda: client.get("/readyz").status_code == 200)
-        yield client
 
 
 @pytest.fixture(scope="module")

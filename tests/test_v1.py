@@ -19,18 +19,14 @@ from model.rows import PinnedTokens, RegionBranch, Row, generate, repaint
 from model.sampling import Noise, draw_noise, keep_typical
 from tests.conftest import golden, randomise
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 # Where both sides are ours, only the order of additions differs.
 SAME = {"atol": 2e-5, "rtol": 1e-5}
 BOTH_LAYOUTS = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["published", "channels-last"]
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

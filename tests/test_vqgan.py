@@ -14,13 +14,9 @@ from model.networks.layers import pixel_shuffle, pixel_unshuffle
 from model.networks.vqgan_v3 import VQGAN, VectorQuantizer
 from tests.conftest import golden, randomise
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(

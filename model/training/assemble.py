@@ -3,6 +3,7 @@
     python -m model.training.assemble runs/tiny                      # from the checkpoints in runs/
     python -m model.training.assemble weights/tiny --dtype float16
     python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt
+    python -m model.training.assemble one --base tiny --denoiser runs/x.pt --recipe guidance=1
 
 A network without a checkpoint keeps the weights of the bundle that OUT already holds, or random
 weights if there is none: the prior and the denoiser train on a bundle whose encoders and VQGAN are
@@ -25,6 +26,7 @@ from model.runtime import prepare
 from model.training import loop, tiny
 from model.training.checkpoint import averaged
 from model.training.codes import quiet
+from model.training.recipe_text import RecipeError, changed
 
 # Network → (checkpoint, where the published module sits in what was trained).
 SOURCES = {
@@ -82,13 +84,16 @@ def load_network(bundle: Bundle, network: str, weights: dict[str, Tensor]) -> No
         quiet(bundle.denoiser)
 
 
-def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
+def with_denoiser(
+    base: Path, checkpoint: Path, out: Path, dtype: torch.dtype, recipe: str = ""
+) -> BundleConfig:
     """Write the bundle `base` with a trained denoiser, and return its configuration.
 
     The new bundle has the name of the directory `out`; the other networks stay as they are.
+    recipe: changes of its recipe, as `recipe_text.changed` reads them.
 
-    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, and
-    pydantic.ValidationError for a name that a bundle cannot have.
+    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, RecipeError for
+    an invalid recipe, and pydantic.ValidationError for a name that a bundle cannot have.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
     assign(
@@ -97,9 +102,11 @@ def with_denoiser(base: Path, checkpoint: Path, out: Path, dtype: torch.dtype) -
         torch.float32,
         where=str(checkpoint),
     )
-    config = TypeAdapter(BundleV3Config).validate_python(
-        asdict(bundle.config) | {"name": out.resolve().name}
-    )
+    changes = {
+        "name": out.resolve().name,
+        "recipe": asdict(changed(bundle.config.recipe, recipe)),
+    }
+    config = TypeAdapter(BundleV3Config).validate_python(asdict(bundle.config) | changes)
     merges = None if config.clip.merges is None else base / config.clip.merges
     return save_bundle(replace(bundle, config=config), out, dtype, merges)
 
@@ -121,6 +128,9 @@ def main() -> None:
     )
     p.add_argument("--denoiser", type=Path, help="checkpoint of the denoiser that goes into --base")
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    p.add_argument(
+        "--recipe", default="", help="changes of the recipe of --base, such as steps=4,guidance=1"
+    )
     args = p.parse_args()
     if (args.base is None) != (args.denoiser is None):
         p.error("--base and --denoiser go together")
@@ -129,7 +139,12 @@ def main() -> None:
     if args.base is None:
         config = assemble(args.runs, args.out, dtype)
     else:
-        config = with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype)
+        try:
+            config = with_denoiser(
+                find_bundle(args.base), args.denoiser, args.out, dtype, args.recipe
+            )
+        except RecipeError as error:
+            p.error(str(error))
     print_files(config)
 
 

@@ -23,15 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from model.training.captions import (
-    ATTRIBUTES,
-    LONGEST,
-    PLACES,
-    THING_ATTRIBUTES,
-    Caption,
-    describe,
-)
-from model.training.scenes import ASPECTS, MOST, Layout, Random, Scene, layout, sample
+from model.training.captions import ATTRIBUTES, LONGEST, PLACES, THING_ATTRIBUTES, Caption, describe
+from model.training.scene_layout import Layout, layout
+from model.training.scene_samplers import sample
+from model.training.scenes import ASPECTS, MOST, Random, Scene
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -44,11 +44,11 @@ class Point:
     milliseconds: float
 
 
-def fixed_prompts(count: int = COUNT) -> dict[str, list[BenchPrompt]]:
-    """Return square prompts of the tune set, about as many of every category."""
+def fixed_prompts(count: int = COUNT, set_name: str = "tune") -> dict[str, list[BenchPrompt]]:
+    """Return square prompts of a set, about as many of every category."""
     found = {
         name: [case for case in cases if case.scene.aspect == SQUARE]
-        for name, cases in benchmark.categories("tune").items()
+        for name, cases in benchmark.categories(set_name).items()
         if name != benchmark.CONTROL
     }
     found = {name: cases for name, cases in found.items() if cases}
@@ -69,7 +69,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure all points, write the plots to a folder and return the points as plain values."""
     cases = fixed_prompts(count)
-    truth = torch.cat([_features(sprites, some, judge) for some in cases.values()])
+    truth = torch.cat([true_features(sprites, some, judge) for some in cases.values()])
     recipe = pipeline.config.recipe
     by_guidance = [
         point(pipeline, recipe.sampling(guidance=(g, g)), judge, cases, truth) for g in GUIDANCES
@@ -83,7 +83,8 @@ def measure(
     }
 
 
-def _features(sprites: Tensor, cases: Sequence[BenchPrompt], judge: Featured) -> Tensor:
+def true_features(sprites: Tensor, cases: Sequence[BenchPrompt], judge: Featured) -> Tensor:
+    """Return features [N, P] of true renders of the prompts' scenes."""
     return benchmark.judged(Rendered(sprites), cases, [0], judge).features
 
 
@@ -108,13 +109,13 @@ def point(
         low=round(low, 4),
         high=round(high, 4),
         kid=round(benchmark.kid(drawn, truth)[0], 3),
-        milliseconds=round(_milliseconds(source, next(iter(cases.values()))), 1),
+        milliseconds=round(milliseconds(source, next(iter(cases.values()))), 1),
     )
     print(result, file=sys.stderr, flush=True)
     return result
 
 
-def _milliseconds(source: Drawn, cases: Sequence[BenchPrompt]) -> float:
+def milliseconds(source: Drawn, cases: Sequence[BenchPrompt]) -> float:
     """Return the median time of single images, after one that warms up."""
     times = []
     for i in range(_TIMED + 1):

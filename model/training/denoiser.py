@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.stateless import _reparametrize_module
 
 from model.bundle import BundleV3, load_v3
 from model.config import BundleV3Config, find_bundle
-from model.networks.denoiser_v3 import Condition, Denoiser
+from model.networks.denoiser_v3 import Denoiser
 from model.networks.vqgan_v3 import VQGAN
 from model.training import checkpoint, loop
 from model.training.captioned import DataError, open_collection
@@ -37,20 +33,26 @@ from model.training.features import Examples, ExampleStream, Pool
 from model.training.guides import Guided
 from model.training.image_batches import ImageBatches
 from model.training.judged import cross_entropy
+from model.training.objective import (
+    DROP_CLIP,
+    attention,
+    choose_positions,
+    corrupt,
+    draw_times,
+    dropped_condition,
+    gathered,
+    in_products,
+    position_weights,
+    projection_of,
+)
 
 LABEL_SMOOTHING = 0.1
-# Published: CLIP text and image are each dropped 9 times in 10, on 600 million images. Ours sees
-# a thousandth of that.
-_DROP_CLIP = 0.5
-# The prior's embeddings are not quite those of an image; noise of this share keeps the denoiser
-# from trusting them to the last digit.
-_IMAGE_NOISE = 0.5
 # This share of a row's positions is projected to the codebook and judged: the softmax would else
 # cost as much as the network.
-_JUDGED = 0.25
-# On scenes a few more. Positions in and around things are chosen _FOCUS times as often as plain
+JUDGED = 0.25
+# On scenes a few more. Positions in and around things are chosen FOCUS times as often as plain
 # background, most of which is soon right.
-_JUDGED_OF_SCENES, _FOCUS = 0.35, 4.0
+JUDGED_OF_SCENES, FOCUS = 0.35, 4.0
 # A byte's feature says all of its own thing and of the background (codes.py), so some bytes at
 # random say it all, and a step costs less than with all of them. Each kind of step: its aspect,
 # the number of bytes read of each caption, and the share of such steps.
@@ -65,114 +67,20 @@ _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
 _MET = 16  # uses of an encoded scene, with other noise each time
 _ENCODED_AT_ONCE = 4  # batches
 _ENCODED_FIRST = 16  # batches encoded before the first step
-# The prior is mistaken at times. This share of the captioned rows gets another image's embedding,
-# so that the words count.
-_MISTAKEN = 0.06
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise
 # there, and only the caption tells what to draw.
-_EARLY = 1.5
+EARLY = 1.5
 # A network that can draw already forgets it at the rate at which a fresh one learns.
 _RATE, _FINETUNING_RATE = 2e-3, 3e-4
 # The batches of images that are read at a time, and the uses of each: features.ExampleStream.
 _POOL, _REUSE = 8, 3
 
 
-def draw_times(count: int, device: torch.device, early: float = 1.0) -> Tensor:
-    """Return times [count] in (0, 1], evenly spread as published where `early` is 1.
-
-    The larger `early`, the nearer to 1 they are.
-    """
-    return 1 - torch.rand(count, device=device) ** early
-
-
-def corrupt(tokens: Tensor, t: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Return tokens [B, H, W] with random codes at a share t [B] of them, and where those are."""
-    noised = torch.rand(tokens.shape, device=tokens.device) < t[:, None, None]
-    return torch.where(noised, torch.randint_like(tokens, codes), tokens), noised
-
-
-@contextmanager
-def folded(denoiser: Denoiser) -> Iterator[None]:
-    """Fold the condition's two maps to every block's keys and values into one, for this context.
-
-    The one map is their product; gradients pass through it to both.
-    """
-    parts = [block.folded_kv() for block in denoiser.attention_blocks]
-    if parts:
-        weights, biases = zip(*parts, strict=True)
-        denoiser.kv_weight, denoiser.kv_bias = torch.cat(weights), torch.cat(biases)
-    try:
-        yield
-    finally:
-        denoiser.kv_weight = denoiser.kv_bias = None
-
-
-def dropped_condition(denoiser: Denoiser, x: Examples, drop_clip: float = _DROP_CLIP) -> Condition:
-    """Return the condition of a training batch, with CLIP's tokens dropped at random.
-
-    Each row keeps or loses its CLIP text and its CLIP image tokens by masking their keys.
-    drop_clip: the probability of each.
-    """
-    B = len(x.tokens)
-    device = x.tokens.device
-    seq = denoiser.config.clip_seq_len
-    image = x.clip_image + _IMAGE_NOISE * x.clip_image.std() * torch.rand(
-        B, 1, device=device
-    ) * torch.randn_like(x.clip_image)
-    alone = torch.zeros_like(x.empty) if x.shown is None else x.shown
-    mistaken = (torch.rand(B, device=device) < _MISTAKEN) & ~x.empty
-    image = torch.where(mistaken[:, None], image.roll(1, 0), image)
-    dtype = denoiser.byt5_mapper.weight.dtype
-    with folded(denoiser):
-        condition = denoiser.condition(
-            x.byt5.to(dtype), x.mask, x.clip_text.to(dtype), image.to(dtype)
-        )
-    # The image of an empty caption would tell what the missing text may not, unless it is all
-    # that is told.
-    text, with_image = (torch.rand(B, 2, device=device) >= drop_clip).unbind(1)
-    kept = torch.stack([text, (with_image & ~x.empty) | alone], dim=1)
-    return replace(condition, mask=torch.cat([x.mask, kept.repeat_interleave(seq, dim=1)], dim=1))
-
-
-def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """Choose the computation of attention.
-
-    On a CPU the fused attention's backward pass takes twice the time of plain products.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def choose_positions(
-    tokens: Tensor, share: float, focus: float = 1.0, commonest: Tensor | None = None
-) -> Tensor:
-    """Return random positions [B, n] in tokens [B, H, W], numbered in the flattened grid.
-
-    share: of the positions that are chosen. focus: how many times as likely a position is if its
-    token, or one beside it, is not the image's most frequent code. commonest: that code [B]; it is
-    computed if it is not given. Both sides of an outline are in there: choosing by the token alone
-    would teach that things are larger than they are.
-    """
-    B, H, W = tokens.shape
-    usual = tokens.flatten(1).mode(dim=1).values if commonest is None else commonest
-    busy = F.max_pool2d(
-        (tokens != usual[:, None, None]).float(), kernel_size=3, stride=1, padding=1
-    )
-    weight = 1 + (focus - 1) * busy.flatten(1)
-    # The n largest of u^(1/w) are a draw without replacement with weights w (Efraimidis and
-    # Spirakis, 2006).
-    return (
-        torch.rand(B, H * W, device=tokens.device)
-        .pow(1 / weight)
-        .topk(max(1, int(H * W * share)), dim=1)
-        .indices
-    )
-
-
 def token_loss(
     denoiser: Denoiser,
     x: Examples,
     t: Tensor,
-    drop_clip: float = _DROP_CLIP,
+    drop_clip: float = DROP_CLIP,
     judged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the objective at times t [B], and the accuracy at noised positions.
@@ -181,39 +89,15 @@ def token_loss(
     dropping each of CLIP's embeddings.
     """
     noisy, noised = corrupt(x.tokens, t, denoiser.config.num_labels)
-    judged = choose_positions(x.tokens, _JUDGED) if judged is None else judged
-    with in_products(denoiser), _attention(t.device):
+    judged = choose_positions(x.tokens, JUDGED) if judged is None else judged
+    with in_products(denoiser), attention(t.device):
         condition = dropped_condition(denoiser, x, drop_clip)
-        features = denoiser.features(noisy, denoiser.times(t), condition).flatten(
-            1, 2
-        )  # [B, HW, c_out]
-        asked = features.gather(1, judged[..., None].expand(-1, -1, features.shape[-1])).flatten(
-            0, 1
-        )
+        asked = gathered(denoiser.features(noisy, denoiser.times(t), condition), judged)
     target, touched = (grid.flatten(1).gather(1, judged).flatten() for grid in (x.tokens, noised))
-    weights = 1 - 0.7 * (1 - t).repeat_interleave(judged.shape[1]) * ~touched
-    projection = denoiser.out_mapper.get_parameter("1.weight").flatten(1)
+    weights = position_weights(t, noised, judged)
+    projection = projection_of(denoiser)
     value, right = cross_entropy(asked, projection, target, weights / len(target), LABEL_SMOOTHING)
     return value, (right & touched).sum() / touched.sum().clamp_min(1)
-
-
-@contextmanager
-def in_products(denoiser: Denoiser) -> Iterator[None]:
-    """Compute in half precision for this context, by casting the network's weights.
-
-    They get the type that autocast would cast its products to.
-
-    Activations are cast as well, as in inference; gradients reach the network's own weights.
-    Autocast itself casts to and fro at every norm, which is a quarter of a step on a CPU.
-    """
-    device = next(denoiser.parameters()).device.type
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    dtype = torch.get_autocast_dtype(device)
-    cast = {name: p.to(dtype) for name, p in denoiser.named_parameters()}
-    with torch.autocast(device, enabled=False), _reparametrize_module(denoiser, cast):
-        yield
 
 
 def parser() -> argparse.ArgumentParser:
@@ -229,11 +113,32 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="instead of a bundle: a VQGAN's checkpoint or weights, of the size in tiny.py",
     )
+    p.set_defaults(lr=None)  # it depends on where the training begins
+    add_data_arguments(p)
+    p.add_argument(
+        "--drop-clip",
+        type=float,
+        default=DROP_CLIP,
+        help=f"how often each of CLIP's embeddings is dropped ({DROP_CLIP:g})",
+    )
+    start = p.add_mutually_exclusive_group()
+    start.add_argument(
+        "--from-bundle",
+        action="store_true",
+        help="begin with the bundle's denoiser: what --data does",
+    )
+    start.add_argument(
+        "--from-scratch", action="store_true", help="begin with a random denoiser: what scenes do"
+    )
+    return p
+
+
+def add_data_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which images a denoiser is trained on."""
     p.add_argument(
         "--data",
         help="folder of captioned images, or shards such as 'shards-{000..009}.tar'; else scenes",
     )
-    p.set_defaults(lr=None)  # it depends on where the training begins
     p.add_argument(
         "--min-side",
         type=int,
@@ -252,22 +157,6 @@ def parser() -> argparse.ArgumentParser:
         default=300_000,
         help="encoded scenes of each aspect held in memory (default 300000)",
     )
-    p.add_argument(
-        "--drop-clip",
-        type=float,
-        default=_DROP_CLIP,
-        help=f"how often each of CLIP's embeddings is dropped ({_DROP_CLIP:g})",
-    )
-    start = p.add_mutually_exclusive_group()
-    start.add_argument(
-        "--from-bundle",
-        action="store_true",
-        help="begin with the bundle's denoiser: what --data does",
-    )
-    start.add_argument(
-        "--from-scratch", action="store_true", help="begin with a random denoiser: what scenes do"
-    )
-    return p
 
 
 def own_images(bundle: BundleV3, o: loop.Options, data: str, filters: Filters) -> ExampleStream:
@@ -351,6 +240,17 @@ class Encoding:
     def _at_once(self) -> int:
         return min(_ENCODED_AT_ONCE * self.batch, 1024)
 
+    def losses(self, of: Callable[[Pool, int, int], loop.Loss]) -> loop.Mixture:
+        """Return a loss for each kind of step, with their shares.
+
+        of: returns the loss of batches from a pool, given their size and the number of bytes read
+        of each caption.
+        """
+        aspects, read, shares = zip(*self.mixture, strict=True)
+        sizes = [round(self.batch * _BATCH_SHARES[aspect]) for aspect in aspects]
+        pools = [self.pools[aspect] for aspect in aspects]
+        return loop.Mixture(tuple(map(of, pools, sizes, read)), shares)
+
     def grow(self) -> None:
         """Encode more scenes before a step, if those encoded have been met often enough."""
         self.steps += 1
@@ -361,7 +261,7 @@ class Encoding:
 
 
 def scene_loss(
-    guided: Guided, pool: Pool, batch: int, bytes_read: int, drop_clip: float = _DROP_CLIP
+    guided: Guided, pool: Pool, batch: int, bytes_read: int, drop_clip: float = DROP_CLIP
 ) -> loop.Loss:
     """Return the loss of random batches from a pool.
 
@@ -371,8 +271,8 @@ def scene_loss(
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         x = pool.draw(batch, bytes_read)
-        t = draw_times(batch, x.tokens.device, _EARLY)
-        judged = choose_positions(x.tokens, _JUDGED_OF_SCENES, _FOCUS, x.commonest)
+        t = draw_times(batch, x.tokens.device, EARLY)
+        judged = choose_positions(x.tokens, JUDGED_OF_SCENES, FOCUS, x.commonest)
         value, right = token_loss(denoiser, x, t, drop_clip, judged)
         more, figures = guided.loss(x.tokens)
         return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
@@ -380,20 +280,11 @@ def scene_loss(
     return loss
 
 
-def scene_losses(guided: Guided, encoding: Encoding, drop_clip: float = _DROP_CLIP) -> loop.Mixture:
+def scene_losses(guided: Guided, encoding: Encoding, drop_clip: float = DROP_CLIP) -> loop.Mixture:
     """Return a loss for each kind of step, with their shares."""
-
-    def of(aspect: int, bytes_read: int) -> loop.Loss:
-        return scene_loss(
-            guided,
-            encoding.pools[aspect],
-            round(encoding.batch * _BATCH_SHARES[aspect]),
-            bytes_read,
-            drop_clip,
-        )
-
-    aspects, read, shares = zip(*encoding.mixture, strict=True)
-    return loop.Mixture(tuple(map(of, aspects, read)), shares)
+    return encoding.losses(
+        lambda pool, batch, bytes_read: scene_loss(guided, pool, batch, bytes_read, drop_clip)
+    )
 
 
 def matrices_of(module: nn.Module) -> list[str]:
@@ -421,7 +312,7 @@ def train(args: argparse.Namespace) -> None:
     if args.data is not None:
         train_on_own(args, o, from_bundle, finetuning)
         return
-    config, vqgan, kept = _frozen(args, o)
+    config, vqgan, kept = frozen(args, o)
     denoiser = Denoiser(config.denoiser).to(o.device)
     if args.from_bundle and kept is not None:
         denoiser.load_state_dict(kept)
@@ -433,7 +324,7 @@ def train(args: argparse.Namespace) -> None:
     loop.fit(guided, mixture, o, data=encoding, matrices=matrices_of(guided), before=encoding.grow)
 
 
-def _frozen(
+def frozen(
     args: argparse.Namespace, o: loop.Options
 ) -> tuple[BundleV3Config, VQGAN, dict[str, Tensor] | None]:
     """Return the configuration, the VQGAN, and the bundle's denoiser weights if there is a bundle.

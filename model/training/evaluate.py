@@ -2,6 +2,7 @@
 
     python -m model.training.evaluate                          # the embedded weights, all of it
     python -m model.training.evaluate --bundle runs/tiny --quick    # 300 prompts, one seed
+    python -m model.training.evaluate --bundle tiny@steps=4,guidance=1      # another recipe
     python -m model.training.evaluate --contact-sheet docs/contact_sheet.webp
     python -m model.training.evaluate --operations             # inpainting, outpainting, …
     python -m model.training.evaluate --curves docs/plots      # guidance, steps, KID
@@ -31,10 +32,9 @@ from rich.table import Table
 from torch import Tensor
 
 from load_tests.report import Report
-from model.config import find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
-from model.training import benchmark, scenes
+from model.training import benchmark, scene_samplers, scenes
 from model.training.art import atlas
 from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
 from model.training.captions import COMPLETE, describe
@@ -42,6 +42,8 @@ from model.training.checker import Judge, check
 from model.training.detector import NATIVE, WEIGHTS, Detector
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.prompts import CONTACT_SHEET, BenchPrompt
+from model.training.recipe_text import RecipeError
+from model.training.recipes import loaded
 from model.training.repertoire import OPERATIONS, Stage
 from model.training.scenes import SQUARE, Scene
 from model.training.studio import Studio
@@ -229,9 +231,9 @@ def _lone_scenes(copies: int) -> list[BenchPrompt]:
 
 def _alone(name: str, rng: np.random.Generator) -> Scene:
     if name not in SHAPES:
-        return scenes.lone(rng, scenes.object_named(name), 0.3)
-    colour = scenes.pick(rng, scenes.shape_colours(name))
-    return scenes.lone(rng, scenes.Thing(name, colour), 0.3)
+        return scene_samplers.lone(rng, scenes.object_named(name), 0.3)
+    colour = scenes.pick(rng, scene_samplers.shape_colours(name))
+    return scene_samplers.lone(rng, scenes.Thing(name, colour), 0.3)
 
 
 def judge_judges(bench: Bench, copies: int = 2) -> dict[str, Any]:
@@ -319,7 +321,7 @@ def networks(pipeline: Pipeline, sprites: Tensor, count: int = 256) -> dict[str,
 
 def _square(rng: np.random.Generator) -> Scene:
     while True:
-        scene = scenes.sample(rng)
+        scene = scene_samplers.sample(rng)
         if scene.aspect == SQUARE:
             return scene
 
@@ -379,7 +381,9 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--bundle", default="tiny")
+    p.add_argument(
+        "--bundle", default="tiny", help="name or path; @CHANGES of its recipe may follow"
+    )
     p.add_argument("--set", default="report", help="tune, reward or report (default)")
     p.add_argument("--quick", action="store_true", help="25 prompts of a category, one seed")
     p.add_argument("--minutes", type=float, default=15, help="after which seeds are saved on")
@@ -416,7 +420,10 @@ def main() -> None:
         "evaluate", command=" ".join(["python -m model.training.evaluate", *sys.argv[1:]])
     )
     began = time.monotonic()
-    pipeline = Pipeline.load(find_bundle(args.bundle), device, pick_dtype(args.dtype, device))
+    try:
+        pipeline = loaded(args.bundle, device, pick_dtype(args.dtype, device))
+    except RecipeError as error:
+        raise SystemExit(str(error)) from None
     if reason := unfit(pipeline):
         raise SystemExit(reason)
     first = Detector.load(args.judge, device)

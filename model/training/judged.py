@@ -1,4 +1,4 @@
-"""Compute the denoiser's last projection and its cross-entropy as one function, in parts.
+"""Compute the denoiser's last projection and its loss as one function, in parts.
 
 The logits over the codebook, their softmax and autograd's copies of both took a third of a step on
 a CPU. Here a few hundred rows at a time go from features to gradients while they are in the cache.
@@ -77,5 +77,83 @@ def cross_entropy(
     """
     result: tuple[Tensor, Tensor] = _CrossEntropy.apply(
         features, projection, target, weights.float(), smoothing
+    )  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    """The autograd function of `divergence`: its forward pass computes the gradients as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        projection: Tensor,
+        target: Tensor,
+        target_projection: Tensor,
+        weights: Tensor,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (the weighted sum of divergences, where both find the same code likeliest [N]).
+
+        features, target: [N, c]. projection, target_projection: [K, c]. weights: [N].
+        """
+        dtype = features.dtype
+        own, other = projection.to(dtype), target_projection.to(dtype)
+        to_features = torch.empty_like(features)
+        to_projection = torch.zeros_like(projection, dtype=torch.float32)
+        total = weights.new_zeros(())
+        agreed = torch.empty_like(weights, dtype=torch.bool)
+        rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
+        for start in range(0, len(features), rows):
+            part = slice(start, start + rows)
+            f = features[part]
+            w = weights[part, None]
+            log_p = (f @ own.T).float().log_softmax(-1)
+            log_q = (target[part].to(dtype) @ other.T).float().log_softmax(-1)
+            agreed[part] = log_p.argmax(-1) == log_q.argmax(-1)
+            p = log_p.exp()
+            if reverse:
+                ratio = log_p - log_q
+                divergences = (p * ratio).sum(-1, keepdim=True)
+                g = w * p * (ratio - divergences)
+            else:
+                q = log_q.exp()
+                divergences = (q * (log_q - log_p)).sum(-1, keepdim=True)
+                g = w * (p - q)
+            total += (w * divergences).sum()
+            g = g.to(dtype)
+            to_features[part] = g @ own
+            to_projection += g.T @ f
+        ctx.save_for_backward(to_features, to_projection)
+        ctx.mark_non_differentiable(agreed)
+        return total, agreed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        """Return the gradients of features and projection, scaled by the sum's gradient."""
+        to_features, to_projection = ctx.saved_tensors
+        g = gradients[0]
+        to_projection = to_projection * g
+        return (to_features * g).to(to_features.dtype), to_projection, None, None, None, None
+
+
+def divergence(
+    features: Tensor,
+    projection: Tensor,
+    target: Tensor,
+    target_projection: Tensor,
+    weights: Tensor,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return (the weighted sum of KL divergences, where both find the same code likeliest [N]).
+
+    KL(q ‖ p), or KL(p ‖ q) if `reverse`, of p = softmax(projection · features) and the target's q.
+    features, target: [N, c]. projection, target_projection: [K, c]. weights: [N]. Products have the
+    features' type, sums are fp32; only features and projection get gradients.
+    """
+    result: tuple[Tensor, Tensor] = _Divergence.apply(
+        features, projection, target, target_projection, weights.float(), reverse
     )  # type: ignore[no-untyped-call]
     return result

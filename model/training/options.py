@@ -45,11 +45,19 @@ class Options:
 
 
 def parser(
-    description: str | None, *, name: str, batch: int, lr: float, minutes: float, ema: float = 0.999
+    description: str | None,
+    *,
+    name: str,
+    batch: int,
+    lr: float,
+    minutes: float,
+    ema: float = 0.999,
+    steps_option: str = "--steps",
 ) -> argparse.ArgumentParser:
     """Return a parser of the common arguments, with a trainer's own defaults.
 
-    The trainer may add arguments before it calls `options`.
+    The trainer may add arguments before it calls `options`. steps_option: the name of the budget in
+    steps, for a trainer that means sampling steps by `--steps`.
     """
     p = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,7 +66,8 @@ def parser(
         "--minutes", type=float, default=minutes, help=f"how long to train (default {minutes:g})"
     )
     p.add_argument(
-        "--steps",
+        steps_option,
+        dest="steps",
         type=_positive,
         help="how long to train instead: this many steps, those before --resume among them",
     )

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.training import scenes
+from model.training import scene_layout, scene_samplers, scenes
 from model.training.caption_words import synonyms, tag_sets
 from model.training.captions import COMPLETE, Wording, describe
 from model.training.kinds import KINDS, SHAPES
@@ -87,7 +87,7 @@ def _squared(scene: Scene) -> Scene:
     if len(scene.things) != 1 or scene.things[0].side == "centre":
         return square
     thing = scene.things[0]
-    if thing.side in scenes.sides_for(thing.kind, thing.size, SQUARE, scene.background):
+    if thing.side in scene_layout.sides_for(thing.kind, thing.size, SQUARE, scene.background):
         return square
     return replace(square, things=(replace(thing, side="centre"),))
 
@@ -95,8 +95,8 @@ def _squared(scene: Scene) -> Scene:
 def _shape_colour(rng: Random, number: int) -> _Drawn:
     """Yield every shape in every colour that training shows it in."""
     for shape in SHAPES:
-        for colour in scenes.shape_colours(shape):
-            yield _squared(scenes.lone(rng, Thing(shape, colour), 0.0)), COMPLETE
+        for colour in scene_samplers.shape_colours(shape):
+            yield _squared(scene_samplers.lone(rng, Thing(shape, colour), 0.0)), COMPLETE
 
 
 def _square(sampler: Callable[[Random], Scene]) -> Callable[[Random, int], _Drawn]:
@@ -110,17 +110,17 @@ def _square(sampler: Callable[[Random], Scene]) -> Callable[[Random, int], _Draw
 def _counting(rng: Random, number: int) -> _Drawn:
     """Yield two, three and four of the same in turn."""
     for turn in range(1_000_000):
-        scene = replace(scenes.sample_count(rng), aspect=SQUARE)
+        scene = replace(scene_samplers.sample_count(rng), aspect=SQUARE)
         yield replace(scene, things=(replace(scene.things[0], count=2 + turn % 3),)), COMPLETE
 
 
 def _position(rng: Random, number: int) -> _Drawn:
     """Yield things at a side, and as often two things with a relation such as "left of"."""
     while True:
-        scene = _squared(scenes.sample_object(rng))
+        scene = _squared(scene_samplers.sample_object(rng))
         if scene.things[0].side != "centre":
             yield scene, COMPLETE
-            pair = replace(scenes.sample_pair(rng), aspect=SQUARE)
+            pair = replace(scene_samplers.sample_pair(rng), aspect=SQUARE)
             yield replace(pair, relation=pick(rng, RELATIONS[1:])), COMPLETE
 
 
@@ -166,7 +166,7 @@ def _combinations(rng: Random, unseen: bool) -> _Drawn:
         for options in (SCENES, NAMES, SCENES):
             yield _before(rng, options, unseen), COMPLETE
         shape, colour = pick(rng, coloured)
-        yield _squared(scenes.lone(rng, Thing(shape, colour), 0.0)), COMPLETE
+        yield _squared(scene_samplers.lone(rng, Thing(shape, colour), 0.0)), COMPLETE
         for _ in range(2):
             yield _both(rng, unseen), COMPLETE
 
@@ -193,23 +193,27 @@ def _both(rng: Random, unseen: bool) -> Scene:
 def _three_two(rng: Random, number: int) -> _Drawn:
     """Yield wide and tall images: one object, one object, two things, two to four of the same."""
     for turn in range(1_000_000):
-        samplers = (scenes.sample_object, scenes.sample_object, scenes.sample_pair)
-        sampler = (*samplers, scenes.sample_count)[turn // 2 % 4]
+        samplers = (
+            scene_samplers.sample_object,
+            scene_samplers.sample_object,
+            scene_samplers.sample_pair,
+        )
+        sampler = (*samplers, scene_samplers.sample_count)[turn // 2 % 4]
         yield replace(sampler(rng), aspect=(WIDE, TALL)[turn % 2]), COMPLETE
 
 
 CATEGORIES: dict[str, Callable[[Random, int], _Drawn]] = {
     "single_object": _single_object,
     "shape_colour": _shape_colour,
-    "two_objects": _square(scenes.sample_pair),
+    "two_objects": _square(scene_samplers.sample_pair),
     "counting": _counting,
     "position": _position,
-    "colour_attribution": _square(scenes.sample_attribution),
+    "colour_attribution": _square(scene_samplers.sample_attribution),
     "background_scene": _background_scene,
     "synonyms_misspellings": _synonyms_misspellings,
     "descriptions": _descriptions,
     "unseen_combinations": lambda rng, _: _combinations(rng, unseen=True),
-    "close_up": _square(scenes.sample_close_up),
+    "close_up": _square(scene_samplers.sample_close_up),
     "three_two": _three_two,
 }
 # As unseen_combinations, but of pairs that training shows: to compare with, not in the mean.

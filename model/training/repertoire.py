@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.canvas import Mask, Pixels, box_mask, composite, outpaint_canvas, region_weight
+from model.canvas import Mask, Pixels, box_mask, outpaint_canvas, region_weight
+from model.compositing import composite
 from model.image_request import ImageRequest
 from model.tiles import lanczos
 from model.training.benchmark import rendered
@@ -24,16 +25,8 @@ from model.training.captions import describe
 from model.training.checker import Found, Judge, Reading, read_all
 from model.training.kinds import KINDS, SHAPES
 from model.training.palette import NAMES, distance, nearest
-from model.training.scenes import (
-    SQUARE,
-    Scene,
-    Thing,
-    backgrounds,
-    lone,
-    object_named,
-    pick,
-    shape_colours,
-)
+from model.training.scene_samplers import lone, shape_colours
+from model.training.scenes import SQUARE, Scene, Thing, backgrounds, object_named, pick
 from model.training.studio import Studio
 
 Figures = dict[str, float]

@@ -41,7 +41,7 @@ from server.api.middleware import (
 )
 from server.api.openapi import DocumentedApp
 from server.api.origins import OriginGuard, TrustedProxies
-from server.api.planning import OPERATIONS
+from server.api.planning.operations import OPERATIONS
 from server.api.state import AppState, request_state
 from server.api.transfer import BodyBudget, BodyLimit, SendTimeout
 from server.engine.client import EngineClient

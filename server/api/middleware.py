@@ -68,7 +68,7 @@ MAX_HEADER_BYTES = 32 * 1024
 
 # Paths whose clients send a key by HTTP Basic, and those that end requests and so count for none.
 SDAPI = "/sdapi/"
-UNCOUNTED = frozenset({f"{SDAPI}v1/interrupt"})
+UNCOUNTED = frozenset({f"{SDAPI}v1/interrupt", f"{SDAPI}v1/skip"})
 # The time that a request takes is unknown here, seconds.
 CONCURRENCY_RETRY_S = 1.0
 

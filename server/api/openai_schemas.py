@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from model.canvas import FEATHER
+from model.compositing import FEATHER
 from model.config import Operation
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
@@ -57,6 +57,8 @@ UNSUPPORTED_FIELDS = {
     "svg": "images are png, jpeg or webp",
     "markup": "send a mask for the part to change",
 }
+# OpenAI's models that answer with URLs unless they are asked for files.
+URL_MODELS = ("dall-e-2", "dall-e-3")
 UNSUPPORTED = "Any value but null is answered with 400"
 FILE_FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "webp": "webp"}
 
@@ -148,7 +150,10 @@ class ImagesFields(RecipeFields):
     ] = None
     response_format: Annotated[
         Literal["b64_json", "url"],
-        Field(description="url: of a file that this server keeps for a while; not for streams"),
+        Field(
+            description="url: of a file that this server keeps for a while; not for streams. If it"
+            " is absent and model is dall-e-2 or dall-e-3: both"
+        ),
     ] = "b64_json"
     background: Annotated[
         Literal["auto", "opaque", "transparent"],
@@ -176,6 +181,12 @@ class ImagesFields(RecipeFields):
     def file_quality(self) -> int:
         """Quality of JPEG and WebP, 1…100."""
         return 90 if self.output_compression is None else max(1, self.output_compression)
+
+    @property
+    def url_by_default(self) -> bool:
+        """Whether programs written for the requested model of OpenAI's expect a URL, too."""
+        name = (self.model or "").rpartition("/")[2]
+        return name in URL_MODELS and "response_format" not in self.model_fields_set
 
     @property
     def effective_quality(self) -> Quality:

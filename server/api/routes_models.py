@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from server.api.planning import ANY_NAME, find_model
+from server.api.planning.draft import ANY_NAME, find_model
 from server.api.schemas import ErrorAnswer
 from server.api.state import AppState, app_state
 

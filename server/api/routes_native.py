@@ -16,7 +16,8 @@ from server.api.idempotency import earlier_answer
 from server.api.images.encode import Format
 from server.api.images.url_store import ImageLinks
 from server.api.openapi import BINARY, describe_answers, describe_body, describe_events
-from server.api.planning import OPERATIONS, Plan, plan
+from server.api.planning.operations import OPERATIONS, plan
+from server.api.planning.plan import Plan
 from server.api.responses import (
     NativeStream,
     accepted_animation,

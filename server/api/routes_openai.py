@@ -35,14 +35,9 @@ from server.api.openai_schemas import (
     VariationRequest,
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
-from server.api.planning import (
-    OPERATIONS,
-    Plan,
-    find_model,
-    nearest_size,
-    plan,
-    possible_sides,
-)
+from server.api.planning.draft import find_model, nearest_size, possible_sides
+from server.api.planning.operations import OPERATIONS, plan
+from server.api.planning.plan import Plan
 from server.api.responses import (
     answer_headers,
     encode_all,
@@ -88,8 +83,7 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         fields = await read_body(request, endpoint.schema, state.settings.max_body_bytes)
         if (earlier := await earlier_answer(request, fields)) is not None:
             return earlier
-        wants_url = fields.response_format == "url" and not fields.stream
-        links = image_links(request) if wants_url else None
+        links = _links(request, fields)
         planned = await _plan(request, fields)
         answer = OpenAIAnswer(
             request,
@@ -98,6 +92,7 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
             fields.file_quality,
             fields.effective_quality,
             links,
+            with_files=fields.response_format == "b64_json",
         )
         stream = fields.stream
         # The files may be large, and are not needed while the job waits.
@@ -122,6 +117,20 @@ def _refusing_with_400(
 
 
 # ── request ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _links(request: Request, fields: ImagesFields) -> ImageLinks | None:
+    """Return where the answer's URLs come from, None if it has none. Raises ApiError 400."""
+    if fields.stream:
+        return None
+    if fields.response_format == "url":
+        return image_links(request)
+    if not fields.url_by_default:
+        return None
+    try:
+        return image_links(request)
+    except ApiError:
+        return None
 
 
 async def _plan(request: Request, fields: ImagesFields) -> Plan:
@@ -191,6 +200,7 @@ class OpenAIAnswer:
         file_quality: of JPEG and WebP.
         quality: the field `quality` of the answer.
         links: stores the images, whose URLs are then part of the answer. Streams have files.
+        with_files: whether the answer has the files, besides URLs if there are `links`.
     """
 
     request: Request
@@ -199,13 +209,14 @@ class OpenAIAnswer:
     file_quality: int
     quality: str
     links: ImageLinks | None = None
+    with_files: bool = True
 
     async def respond(self, finished: Finished) -> Response:
         """Return all images as one JSON answer."""
         contents, stages = await self._encode(finished)
 
         def body() -> bytes:
-            forms = file_or_url(self.plan, contents, self.format, self.links)
+            forms = self._forms(contents)
             seeds = self.plan.job.seeds
             data = [{**form, "seed": seed} for form, seed in zip(forms, seeds, strict=True)]
             answer = {
@@ -219,6 +230,18 @@ class OpenAIAnswer:
         headers = answer_headers(self.plan, finished, stages, "json")
         content = await asyncio.to_thread(body)
         return Response(content, media_type="application/json", headers=headers)
+
+    def _forms(self, contents: list[bytes]) -> list[dict[str, str]]:
+        """Return each image as file, URL or both. Raises ApiError 422 if there is room for none."""
+        if self.links is None or not self.with_files:
+            return file_or_url(self.plan, contents, self.format, self.links)
+        files = file_or_url(self.plan, contents, self.format, None)
+        try:
+            urls = file_or_url(self.plan, contents, self.format, self.links)
+        except ApiError:
+            # Nobody asked for a URL.
+            return files
+        return [{**file, **url} for file, url in zip(files, urls, strict=True)]
 
     async def stream(self, prefix: str, emit: Emit) -> None:
         """Run the plan's job; emit `prefix`.partial_image, and `prefix`.completed per image."""

@@ -34,7 +34,9 @@ from server.api.images.decode import checked_file
 from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
 from server.api.openapi import describe_answers
-from server.api.planning import OPERATIONS, Plan, find_model, plan
+from server.api.planning.draft import find_model
+from server.api.planning.operations import OPERATIONS, plan
+from server.api.planning.plan import Plan
 from server.api.responses import answer_headers, encode_all, stage_seconds, until_deadline
 from server.api.sdapi_clients import Clients, Drawing
 from server.api.sdapi_schemas import (
@@ -196,6 +198,7 @@ async def _draw(request: Request, schema: type[SdRequest], drawing: Drawing) -> 
         finished = await answer.state.engine.run(
             planned.job, on_admitted=drawing.admit, on_preview=drawing.preview
         )
+        drawing.finish_drawing()
         async with until_deadline(planned):
             return await answer.respond(finished)
 
@@ -267,6 +270,7 @@ async def _upscaled(request: Request, state: AppState, drawing: Drawing) -> Resp
 
     async def run() -> Response:
         finished = await state.engine.run(planned.job, on_admitted=drawing.admit)
+        drawing.finish_drawing()
         async with until_deadline(planned):
             (content,), seconds = await encode_all(state, planned, finished, "png", 90)
         headers = answer_headers(planned, finished, stage_seconds(finished, seconds), "json")
@@ -476,12 +480,24 @@ FIXED: dict[str, object] = {
     "/realesrgan-models": [],
     "/prompt-styles": [],
     "/scripts": {"txt2img": [], "img2img": []},
+    "/script-info": [],
+    "/extensions": [],
     "/cmd-flags": {"api": True, "nowebui": True},
 }
 
 
-def _fixed(answer: object) -> Callable[[], Awaitable[Response]]:
-    async def endpoint() -> Response:
+# Weights, VAEs and LoRAs are found and loaded at the start: nothing changes.
+WITHOUT_EFFECT = (
+    "/refresh-checkpoints",
+    "/refresh-vae",
+    "/refresh-loras",
+    "/reload-checkpoint",
+    "/unload-checkpoint",
+)
+
+
+def _fixed(answer: object) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(_: Request) -> Response:
         return JSONResponse(answer)
 
     return endpoint
@@ -526,6 +542,9 @@ _post(
 _post("/png-info", png_info, "Parameters in an image", PngInfoRequest, PngInfoAnswer)
 _post("/options", set_options, "Choose the model", OptionsRequest)
 _post("/interrupt", interrupt, "End the client's own requests")
+_post("/skip", interrupt, "As /interrupt: the images of a request are drawn together")
+for _path in WITHOUT_EFFECT:
+    _post(_path, _fixed(None), "Accepted without effect")
 for _path, _endpoint in {
     "/options": options,
     "/sd-models": sd_models,

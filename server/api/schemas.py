@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from model.canvas import FEATHER, MAX_FEATHER
+from model.compositing import FEATHER, MAX_FEATHER
 from model.config import Interpolation, RenoiseMode, Sampler
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from fastapi import Response
 
-from server.api.planning import Plan
+from server.api.planning.plan import Plan
 from server.engine.latency_model import Forecast
 from server.engine.messages import Finished, Preview
 
@@ -45,6 +45,7 @@ class Drawing:
         predicted_s: predicted seconds from the admission to the answer.
         admitted_at: monotonic seconds, None until the engine has the job.
         previews: the latest of each image, by index.
+        is_drawn: whether its images wait only for their files; an interruption comes too late.
         interrupted: done when the client interrupts it.
         shown: the preview that was shown last, and its file in base64.
     """
@@ -57,6 +58,7 @@ class Drawing:
     predicted_s: float = 0.0
     admitted_at: float | None = None
     previews: dict[int, Preview] = field(default_factory=dict)
+    is_drawn: bool = False
     interrupted: asyncio.Future[None] = field(default_factory=_unset_future)
     shown: tuple[Preview, asyncio.Future[str]] | None = None
 
@@ -67,6 +69,18 @@ class Drawing:
     def preview(self, preview: Preview) -> None:
         """Note an image's latest preview."""
         self.previews[preview.image.index] = preview
+
+    def finish_drawing(self) -> None:
+        """Drop the previews, which cost as much memory as the images that the engine returned."""
+        if not self.interrupted.done():
+            self.is_drawn = True
+            self.previews.clear()
+            self.shown = None
+
+    def interrupt(self) -> None:
+        """End the request, unless it is drawn."""
+        if not self.is_drawn and not self.interrupted.done():
+            self.interrupted.set_result(None)
 
     @property
     def steps(self) -> int:
@@ -86,6 +100,8 @@ class Drawing:
 
     @property
     def _by_previews(self) -> float:
+        if self.is_drawn:
+            return 1.0
         if self.plan is None:
             return 0.0
         job = self.plan.job
@@ -136,8 +152,7 @@ class Clients:
     def interrupt(self, client: str) -> None:
         """End the client's running requests."""
         for drawing in self.drawings(client):
-            if not drawing.interrupted.done():
-                drawing.interrupted.set_result(None)
+            drawing.interrupt()
 
     def choose(self, client: str, model: str) -> None:
         """Remember the model of the client's next requests."""

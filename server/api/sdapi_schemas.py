@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from model.canvas import MAX_FEATHER
+from model.compositing import MAX_FEATHER
 from model.config import BundleConfig, Operation, Recipe
 from server.api.errors import invalid_value
 from server.api.schemas import Fraction, Hires, ImageBytes, ImageBytesList, Seed, Text
@@ -71,6 +71,9 @@ class SdRequest(SdFields):
     sampler_name: Annotated[
         Name | None, Field(description="One of /samplers; others are accepted and reported")
     ] = None
+    sampler_index: Annotated[
+        Any, Field(description="As sampler_name, which wins; others than /samplers are ignored")
+    ] = None
     override_settings: Annotated[
         dict[str, Any],
         AfterValidator(_known_settings),
@@ -108,7 +111,7 @@ class SdRequest(SdFields):
         if images > MAX_IMAGES:
             allowed = f"must be at most {MAX_IMAGES} when multiplied by n_iter"
             raise invalid_value("batch_size", allowed, images)
-        sampler = (self.sampler_name or "").lower()
+        sampler = (self.sampler_name or str(self.sampler_index)).lower()
         shows_previews = bool(self.override_settings["live_previews_enable"])
         return {
             "prompt": self.prompt,
@@ -262,8 +265,8 @@ class ExtraSingleImageRequest(SdFields):
         Literal[0, 1], Field(description="0: by a factor; 1: to a width and a height")
     ] = 0
     upscaling_resize: Annotated[float, Field(ge=1, le=4, description="Factor")] = 2.0
-    upscaling_resize_w: Annotated[int, Field(ge=1, description="Pixels, with resize_mode 1")] = 512
-    upscaling_resize_h: Annotated[int, Field(ge=1, description="Pixels, with resize_mode 1")] = 512
+    upscaling_resize_w: Annotated[int, Field(ge=0, description="Pixels, with resize_mode 1")] = 512
+    upscaling_resize_h: Annotated[int, Field(ge=0, description="Pixels, with resize_mode 1")] = 512
     upscaler_1: Annotated[
         Name, Field(description="None, Lanczos, Nearest: without new detail; others: with it")
     ] = "None"

@@ -432,6 +432,10 @@ class StepGraphs:
         self._replay(draw.recording)
         return draw.recording.output[:B]
 
+    def log_probability(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Compute as `Executor.log_probability`; a few launches, which no graph holds."""
+        return self.eager.log_probability(features, tokens)
+
     def _capture_draw(self, sampler: Sampler, example: Tensor) -> _Draw | None:
         features, rows = torch.zeros_like(example), len(example)
         shapes = example.shape[:3], (rows,), (rows,)

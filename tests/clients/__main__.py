@@ -5,6 +5,7 @@
 
 Every client has an environment of its own in .clients (network; minutes at the first run). A client
 that cannot be installed is skipped with the reason. Each also runs its snippet of docs/clients.md,
+or docs/automatic1111.md,
 with the server's address in place of 127.0.0.1:8000. Without --url, the server is this code with a
 worker that draws single colours. Exits with 1 if a call failed.
 """
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -24,6 +26,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,25 +38,53 @@ from tests.clients.registry import CALLS, CLIENTS, Client
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
-DOCUMENT = ROOT / "docs" / "clients.md"
+DOCUMENTS = tuple(ROOT / "docs" / name for name in ("clients.md", "automatic1111.md"))
 ADDRESS = "127.0.0.1:8000"
 OPENAI_TESTS = "openai's own tests"
 INSTALL_S, RUN_S = 900, 300
+SERVED = "a server with the embedded weights"
+FAKE = "a server whose worker draws single colours"
 # Applications name models and sizes that no weights here have, and speak AUTOMATIC1111.
 SETTINGS = "MODEL_ALIASES=*=tiny SIZES=nearest SDAPI=true"
 SNIPPET = re.compile(
     r"<!-- client: (?P<name>\S+) -->\n```(?P<kind>\w+)\n(?P<code>.*?)```", re.DOTALL
 )
-FILES = {"python": "py", "javascript": "mjs", "java": "java", "sh": "sh", "yaml": "yaml"}
+FILES = {
+    "python": "py",
+    "javascript": "mjs",
+    "java": "java",
+    "go": "go",
+    "ruby": "rb",
+    "php": "php",
+    "sh": "sh",
+    "yaml": "yaml",
+}
+STARTERS = {
+    "mjs": ["node"],
+    "java": ["java"],
+    "go": ["go", "run"],
+    "rb": ["ruby"],
+    "php": ["php"],
+    "sh": ["bash"],
+}
+# Between them stand the results in docs/clients.md.
+MARKS = ("<!-- client-test -->", "<!-- /client-test -->")
+SIGNATURES = {".png": b"\x89PNG", ".webp": b"RIFF"}
+# The tests' worker ends at once, unless the prompt begins so: it then draws previews and waits.
+DRAWN_SLOWLY, HELD = "a yellow star", "show-hold"
 
 
 @dataclass(slots=True)
 class Result:
-    """What became of one client: by call, whether it succeeded and a note."""
+    """What became of one client: by call, whether it succeeded and a note.
+
+    versions: of the packages or programs.
+    """
 
     client: str
     calls: dict[str, tuple[bool, str]] = field(default_factory=dict)
     skipped: str = ""
+    versions: str = ""
 
     @property
     def failed(self) -> bool:
@@ -161,8 +192,8 @@ def checked(command: Sequence[str], directory: Path) -> None:
 
 
 def snippets() -> dict[str, tuple[str, str]]:
-    """Return kind and code of the snippets of docs/clients.md by client."""
-    found = SNIPPET.finditer(DOCUMENT.read_text())
+    """Return kind and code of the documents' snippets by client."""
+    found = (match for each in DOCUMENTS for match in SNIPPET.finditer(each.read_text()))
     return {match["name"]: (match["kind"], match["code"]) for match in found}
 
 
@@ -172,14 +203,15 @@ def addressed(code: str, address: str) -> str:
     return code.replace(ADDRESS, place.netloc).replace("port=8000", f"port={place.port}")
 
 
-def run(client: Client, address: str, model: str, directory: Path) -> Result:
-    """Install the client; run its program and its snippet."""
+def run(client: Client, address: str, model: str, directory: Path, held: bool = False) -> Result:
+    """Install the client; run its program and its snippet. held: by the tests' worker."""
     result = Result(client.name)
     try:
         install(client, directory)
     except NotInstalledError as reason:
         result.skipped = str(reason)
         return result
+    result.versions = versions(client, directory)
     work = directory / "work"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(PROGRAMS, work)
@@ -187,11 +219,17 @@ def run(client: Client, address: str, model: str, directory: Path) -> Result:
     environment |= {"PATH": f"{directory / 'venv' / 'bin'}:{os.environ['PATH']}", "NO_COLOR": "1"}
     kind, code = snippets().get(client.name, ("", ""))
     snippet = work / f"snippet.{FILES.get(kind, 'txt')}"
+    code = code.replace(DRAWN_SLOWLY, HELD) if held else code
     snippet.write_text(addressed(code, address))
     if kind not in ("", "yaml"):
         returned, output = executed(client, snippet, environment)
-        note = output.strip().splitlines()[-1:] if returned else [""]
-        result.calls["snippet"] = not returned, " ".join(note)[:300]
+        wrong = misnamed(work)
+        note = (
+            output.strip().splitlines()[-1:]
+            if returned
+            else [f"no image: {each}" for each in wrong]
+        )
+        result.calls["snippet"] = not returned and not wrong, " ".join(note)[:300]
     returned, output = executed(client, work / client.program, environment)
     for line in output.splitlines():
         if line.startswith('{"call"'):
@@ -202,11 +240,17 @@ def run(client: Client, address: str, model: str, directory: Path) -> Result:
     return result
 
 
+def misnamed(directory: Path) -> list[str]:
+    """Return the names of a snippet's files that are not of the type that they are named after."""
+    files = [file for file in directory.iterdir() if file.suffix in SIGNATURES]
+    return [file.name for file in files if file.read_bytes()[:4] != SIGNATURES[file.suffix]]
+
+
 def executed(client: Client, file: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Run a program in its folder; return its exit status and output, errors included."""
     python = file.parents[1] / "venv" / "bin" / "python"
-    starters = {"py": [str(python)], "mjs": ["node"], "java": ["java"], "sh": ["bash"]}
-    command = [*starters[file.suffix[1:]], file.name]
+    starter = STARTERS.get(file.suffix[1:], [str(python)])
+    command = [*starter, file.name]
     try:
         done = subprocess.run(
             command,
@@ -221,6 +265,32 @@ def executed(client: Client, file: Path, environment: dict[str, str]) -> tuple[i
     except subprocess.TimeoutExpired as error:
         return 124, f"{client.name}: no end after {error.timeout:.0f} s"
     return done.returncode, done.stdout
+
+
+def versions(client: Client, directory: Path) -> str:
+    """Return the versions of a client's packages, or else of its programs."""
+    names = [re.split(r"[\[<>=]|(?<=.)@", package)[0] for package in client.packages]
+    if client.language == "node":
+        files = (directory / "node_modules" / name / "package.json" for name in names)
+        found = [json.loads(file.read_text())["version"] for file in files]
+    elif client.packages:
+        code = (
+            "import importlib.metadata, sys; print(*map(importlib.metadata.version, sys.argv[1:]))"
+        )
+        python = str(directory / "venv/bin/python")
+        found = subprocess.check_output([python, "-c", code, *names], text=True).split()
+    else:
+        names = list(client.commands)
+        found = [program_version(name) for name in names]
+    return ", ".join(f"{name} {version}" for name, version in zip(names, found, strict=True))
+
+
+def program_version(name: str) -> str:
+    """Return the first number with dots that a program says about itself."""
+    command = [name, "version" if name == "go" else "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    match = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
+    return match[0] if match else "?"
 
 
 def run_openai_tests(address: str, directory: Path) -> Result:
@@ -262,6 +332,7 @@ def run_openai_tests(address: str, directory: Path) -> Result:
     (directory / "output.txt").write_text(done.stdout + done.stderr)
     last = done.stdout.strip().splitlines()[-1:] or ["no output"]
     result.calls["own tests"] = done.returncode == 0, last[0]
+    result.versions = f"openai {openai.__version__}"
     return result
 
 
@@ -292,6 +363,54 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
+def as_markdown(results: Sequence[Result], server: str) -> str:
+    """Return the results as a section of the document. server: what was run against, in words."""
+    shown = [call for call in columns(results) if call in CALLS]
+    lines = [
+        f"{date.today().isoformat()}, {hardware()}, {', '.join(languages())}; {server}:",
+        "",
+        f"| client | {' | '.join(shown)} | others |",
+        f"|{'---|' * (len(shown) + 2)}",
+    ]
+    for result in results:
+        name = f"{result.client} ({result.versions})" if result.versions else result.client
+        if result.skipped:
+            lines.append(f"| {name} | skipped: {result.skipped} |{' |' * len(shown)}")
+            continue
+        states = {call: "ok" if ok else "**failed**" for call, (ok, _) in result.calls.items()}
+        others = [
+            f"{call}: {result.calls[call][1] if call == 'own tests' else state}"
+            for call, state in states.items()
+            if call not in CALLS
+        ]
+        cells = (states.get(call, "") for call in shown)
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(others)} |")
+    return "\n".join(lines)
+
+
+def languages() -> list[str]:
+    """Return the versions of Python and Node.js."""
+    found = [f"Python {platform.python_version()}"]
+    return [*found, f"Node.js {program_version('node')}"] if shutil.which("node") else found
+
+
+def hardware() -> str:
+    """Return the processor's name and the number of cores that this process may use."""
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name"))
+        return f"{cores} of {name.partition(':')[2].strip()}"
+    return f"{cores} of {platform.machine()}"
+
+
+def write(results: Sequence[Result], server: str) -> None:
+    """Put the results into docs/clients.md."""
+    before, _, rest = DOCUMENTS[0].read_text().partition(MARKS[0])
+    section = f"{MARKS[0]}\n{as_markdown(results, server)}\n{MARKS[1]}"
+    DOCUMENTS[0].write_text(before + section + rest.partition(MARKS[1])[2])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the clients; raise SystemExit with 1 if a call failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.clients")
@@ -299,6 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="comma-separated names of clients")
     parser.add_argument("--settings", default=SETTINGS, help=f"of the server; default: {SETTINGS}")
     parser.add_argument("--model", default="tiny", help="name of the served weights")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/clients.md")
     parser.add_argument("--install", action="store_true", help="install the clients, run nothing")
     options = parser.parse_args(arguments)
     names = options.only.split(",") if options.only else [each.name for each in CLIENTS]
@@ -317,12 +437,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for client in CLIENTS:
             if client.name in names:
                 directory = ROOT / ".clients" / client.name
-                results.append(run(client, address, options.model, directory))
+                held = options.url is None
+                results.append(run(client, address, options.model, directory, held))
                 report(console, results[-1])
         if "openai-tests" in names or not options.only:
             results.append(run_openai_tests(address, ROOT / ".clients" / "openai-tests"))
             report(console, results[-1])
     console.print(table(results))
+    if options.write:
+        write(results, SERVED if options.url else FAKE)
     failed = sum(result.failed for result in results)
     skipped = sum(bool(result.skipped) for result in results)
     print(f"{len(results) - failed - skipped} passed, {failed} failed, {skipped} skipped")

@@ -20,7 +20,7 @@ class Client:
     """
 
     name: str
-    language: Literal["python", "node", "java", "shell"]
+    language: Literal["python", "node", "java", "go", "ruby", "php", "shell"]
     program: str
     packages: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
@@ -43,7 +43,12 @@ CLIENTS = (
     Client("litellm-proxy", "python", "litellm_proxy.py", ("litellm[proxy]", "openai>=2")),
     Client("langchain", "python", "langchain_dalle.py", ("langchain-community", "openai>=2")),
     Client("webuiapi", "python", "webuiapi_client.py", ("webuiapi",)),
+    Client("aiohttp", "python", "aiohttp_client.py", ("aiohttp",)),
+    Client("axios", "node", "axios.mjs", ("axios", "form-data", "node-fetch"), ("node", "npm")),
     Client("java", "java", "Client.java", commands=("java",)),
+    Client("go", "go", "client.go", commands=("go",)),
+    Client("ruby", "ruby", "client.rb", commands=("ruby",)),
+    Client("php", "php", "client.php", commands=("php",)),
     Client("curl", "shell", "curl.sh", commands=("curl",)),
     Client("wget", "shell", "wget.sh", commands=("wget",)),
     Client("httpie", "shell", "httpie.sh", ("httpie",)),

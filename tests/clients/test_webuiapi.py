@@ -129,7 +129,8 @@ def test_the_documented_program_runs(address: str, tmp_path: Path) -> None:
     match = re.search(r"<!-- client: webuiapi -->\n```python\n(.*?)```", DOCUMENT.read_text(), re.S)
     assert match is not None
     port = address.rpartition(":")[2]
-    program = match[1].replace("port=8000", f'port={port}, username="me", password="{KEY}"')
+    credentials = f'port={port}, username="me", password="{KEY}"'
+    program = match[1].replace("port=8000", credentials)
     # The fake worker keeps it until it is interrupted.
     program = program.replace("a yellow star", "show-hold")
     program = program.replace('"batch_size": 4', '"batch_size": 1')
@@ -148,6 +149,5 @@ def test_the_documented_program_runs(address: str, tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {
         "apple.png",
         "pear.png",
-        "large.png",
         "preview.png",
     }

@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-from model.canvas import EDGE, Array, Mask, Pixels, blended
+from model.canvas import Array, Mask, Pixels
+from model.compositing import EDGE, blended
 from server.api.images.admission import Uploads
 from server.api.images.decode import DecodedImage
 

@@ -212,7 +212,10 @@ class Signer:
         except ModuleNotFoundError as error:
             message = "PAELLERA_C2PA_CERTIFICATE needs the extra provenance"
             raise ValueError(f"{message}: pip install 'paellera[provenance]'") from error
-        info = c2pa.C2paSignerInfo(algorithm, certificate.read_bytes(), key.read_bytes(), None)
+        info = c2pa.C2paSignerInfo(algorithm, certificate.read_bytes(), key.read_bytes(), b"")
+        # No timestamp authority. Not every version accepts None as an argument, and an empty URL is
+        # one to the library.
+        info.ta_url = None
         # One signature at a time: nothing says that the library's signer may be shared by threads.
         self._lock = threading.Lock()
         self._library: Any = c2pa

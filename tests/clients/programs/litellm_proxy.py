@@ -1,8 +1,9 @@
-"""LiteLLM's proxy between OpenAI's client and the server."""
+"""LiteLLM's proxy between OpenAI's client and the server, configured as in docs/clients.md."""
 
 import base64
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -11,14 +12,10 @@ import urllib.request
 from pathlib import Path
 
 import openai
-from calls import BASE, IMAGE, check, check_png, run
+from calls import IMAGE, check, check_png, run
 
-CONFIG = f"""\
-model_list:
-  - model_name: paella
-    litellm_params: {{model: openai/gpt-image-1, api_base: {BASE}, api_key: none}}
-    model_info: {{mode: image_generation}}
-"""
+# Without one it does not start, whoever may reach it.
+KEY = f"sk-{secrets.token_hex(32)}"
 
 
 def free_port():
@@ -35,19 +32,18 @@ def wait_for(url, seconds=120):
     raise TimeoutError(url)
 
 
-Path("litellm.yaml").write_text(CONFIG)
 port = free_port()
-command = [Path(sys.executable).with_name("litellm"), "--config", "litellm.yaml"]
+command = [Path(sys.executable).with_name("litellm"), "--config", "snippet.yaml"]
 with open("litellm.log", "wb") as log:
     proxy = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)],
         stdout=log,
         stderr=log,
-        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        env=os.environ | {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
     )
 try:
     wait_for(f"http://127.0.0.1:{port}/health/liveliness")
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
 
     def checked(answer):
         return check_png(base64.b64decode(answer.data[0].b64_json))

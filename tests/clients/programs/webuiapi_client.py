@@ -14,6 +14,13 @@ api = webuiapi.WebUIApi(host=place.hostname, port=place.port, sampler="Euler a",
 image = Image.open(io.BytesIO(IMAGE)).convert("RGB")
 
 
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        check(time.monotonic() < deadline, "waited in vain")
+        time.sleep(0.02)
+
+
 def models():
     return api.util_get_model_names()[0]
 
@@ -54,7 +61,10 @@ def progress():
     # The tests' worker draws previews, then nothing more until the request is cancelled.
     fields = {"prompt": "show-hold", "batch_size": 4}
     thread = threading.Thread(target=lambda: answers.append(api.txt2img(**fields)))
+    # Earlier requests have ended, and this one is not interrupted before it has begun.
+    wait_for(lambda: api.get_progress()["state"]["job_count"] == 0)
     thread.start()
+    wait_for(lambda: api.get_progress()["state"]["job_count"] == 1)
     deadline = time.monotonic() + 60
     while thread.is_alive() and time.monotonic() < deadline:
         if api.get_progress()["current_image"]:
@@ -62,7 +72,14 @@ def progress():
             api.interrupt()
         time.sleep(0.05)
     check(answers, "not interrupted")
+    check(previews, "no preview")
+    check(api.get_progress()["state"]["job_count"] == 0, "still running")
     return f"{previews} previews, {len(answers[0].images)} images"
+
+
+def refresh():
+    api.refresh_checkpoints()
+    api.skip()
 
 
 def options():
@@ -80,4 +97,5 @@ run(
     info=info,
     progress=progress,
     options=options,
+    refresh=refresh,
 )

@@ -1,0 +1,184 @@
+"""Compare recipes, of one bundle or of several, on the same prompts and seeds.
+
+    python -m model.training.recipes tiny tiny@steps=8 tiny@steps=8,renoise_order=halton
+    python -m model.training.recipes tiny runs/student@steps=4 runs/student@steps=1 --count 1000
+
+An argument is a bundle's name or path, and after an `@` the changes of its recipe. The table has
+the share of images that fulfil their prompts, with a 95 % interval, its difference to the first
+argument's with the interval of that difference over the same prompts, KID and the time of one
+image. The last line is one JSON object. The prompts are those that recipes are searched on, never
+those of the report, unless --set says so. Needs the art (`make art`) for KID's true renders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from load_tests.report import Report
+from model.config import SamplingConfig, find_bundle
+from model.pipeline import Pipeline
+from model.runtime import pick_device, pick_dtype, prepare
+from model.training import benchmark, curves
+from model.training.art import atlas
+from model.training.benchmark import Bools, Drawn, Featured
+from model.training.detector import WEIGHTS, Detector
+from model.training.prompts import BenchPrompt
+from model.training.recipe_text import RecipeError, changed
+
+Prompts = dict[str, list[BenchPrompt]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One recipe's figures: shares of images with 95 % intervals, KID, and a single image's time.
+
+    difference, difference_low, difference_high: to the first recipe, paired by prompt.
+    """
+
+    recipe: str
+    sampling: SamplingConfig
+    images: int
+    score: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    kid: float
+    milliseconds: float
+
+
+def loaded(name: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """Return the pipeline of `BUNDLE` or `BUNDLE@CHANGES`.
+
+    Raises the errors of `Pipeline.load`, and RecipeError for changes that are none.
+    """
+    bundle, _, changes = name.partition("@")
+    pipeline = Pipeline.load(find_bundle(bundle), device, dtype)
+    config = pipeline.config
+    recipe = changed(config.recipe, changes)
+    return Pipeline.of(replace(pipeline.bundle, config=replace(config, recipe=recipe)))
+
+
+def hits(
+    pipeline: Pipeline, judge: Featured, cases: Prompts, seeds: Sequence[int]
+) -> tuple[Bools, Tensor]:
+    """Draw and judge prompts by a pipeline's recipe.
+
+    Returns which images are right, [prompts, seeds], and features [prompts, P] of the first seed's.
+    """
+    source = Drawn(pipeline, pipeline.config.recipe.sampling())
+    sheets = {name: benchmark.judged(source, some, seeds, judge) for name, some in cases.items()}
+    right = [
+        benchmark.hits(sheet, "detector", benchmark.CRITERIA[name])
+        for name, sheet in sheets.items()
+    ]
+    return np.concatenate(right), torch.cat([sheet.features for sheet in sheets.values()])
+
+
+def compared(name: str, pipeline: Pipeline, own: Bools, first: Bools) -> Measured:
+    """Return a recipe's figures beside the first recipe's hits; KID and time are still zero."""
+    low, high = benchmark.bootstrap(own.mean(1))
+    change = own.mean(1) - first.mean(1)
+    change_low, change_high = benchmark.bootstrap(change)
+    return Measured(
+        name,
+        pipeline.config.recipe.sampling(),
+        own.size,
+        score=round(float(own.mean()), 4),
+        low=round(low, 4),
+        high=round(high, 4),
+        difference=round(float(change.mean()), 4),
+        difference_low=round(change_low, 4),
+        difference_high=round(change_high, 4),
+        kid=0.0,
+        milliseconds=0.0,
+    )
+
+
+def table(rows: Sequence[Measured]) -> Table:
+    """Return the figures as a table."""
+    result = Table("recipe", "right, %", "95 %", "to the first", "95 %", "1,000 KID", "ms")
+    for row in rows:
+        result.add_row(
+            row.recipe,
+            f"{100 * row.score:.1f}",
+            f"{100 * row.low:.1f} … {100 * row.high:.1f}",
+            f"{100 * row.difference:+.1f}",
+            f"{100 * row.difference_low:+.1f} … {100 * row.difference_high:+.1f}",
+            f"{row.kid:.2f}",
+            f"{row.milliseconds:.0f}",
+        )
+    return result
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("recipes", nargs="+", metavar="BUNDLE[@CHANGES]")
+    p.add_argument("--set", default="tune", help="tune (default), reward or report")
+    p.add_argument("--count", type=int, default=curves.COUNT, help="prompts of all categories")
+    p.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the judge's weights")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--threads", type=int, default=0)
+    return p
+
+
+def main() -> None:
+    """Compare as the command line says, and print a table and one line of JSON."""
+    args = parser().parse_args()
+    prepare(args.threads)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    arguments = " ".join(["python -m model.training.recipes", *sys.argv[1:]])
+    report = Report("recipes", command=arguments)
+    began = time.monotonic()
+    judge, sprites = Detector.load(args.judge, device), atlas().to(device)
+    cases = curves.fixed_prompts(args.count, args.set)
+    truth = torch.cat([curves.true_features(sprites, some, judge) for some in cases.values()])
+    rows: list[Measured] = []
+    first: Bools | None = None
+    for name in args.recipes:
+        try:
+            pipeline = loaded(name, device, dtype)
+        except RecipeError as error:
+            raise SystemExit(str(error)) from None
+        own, features = hits(pipeline, judge, cases, range(args.seeds))
+        first = own if first is None else first
+        source = Drawn(pipeline, pipeline.config.recipe.sampling())
+        rows.append(
+            replace(
+                compared(name, pipeline, own, first),
+                kid=round(benchmark.kid(features, truth)[0], 3),
+                milliseconds=round(curves.milliseconds(source, next(iter(cases.values()))), 1),
+            )
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    report.add(table(rows))
+    report.emit(
+        {
+            "set": args.set,
+            "prompts": sum(map(len, cases.values())),
+            "seeds": args.seeds,
+            "recipes": [asdict(row) for row in rows],
+            "seconds": round(time.monotonic() - began, 1),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

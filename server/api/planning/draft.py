@@ -1,0 +1,346 @@
+"""A `Draft`: a request with its weights, sampling and bounds, and the job that it becomes."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from itertools import chain
+from typing import Any
+
+from model.canvas import Array, pad_to_multiple
+from model.config import BundleConfig, Operation, SamplingConfig
+from model.image_request import Enlarge
+from server.api.errors import ApiError, invalid_value
+from server.api.images.fit import Size, follow, within
+from server.api.planning.workload import (
+    DECODING_WORK,
+    ENLARGING_WORK,
+    FILE_WORK,
+    PREVIEW_WORK,
+    Workload,
+    check_tiles_work,
+    rows_of,
+)
+from server.api.schemas import INT64, AnyFormat, SamplingFields
+from server.engine.messages import Job
+from server.settings import Settings
+
+# JavaScript reads JSON numbers exactly up to here, so that any client can send a seed back.
+RANDOM_SEEDS = 2**53
+
+Models = Mapping[str, BundleConfig]
+# Areas in native ones at which the weights still draw well, the least and the most.
+NEAREST_AREAS = (0.5, 1.5)
+# Operations whose width and height may be any; those of others follow from an image.
+RESIZED: tuple[Operation, ...] = ("generate", "variations", "edit", "inpaint", "interpolate")
+# The alias of every name that has none.
+ANY_NAME = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A request with weights and sampling chosen, before any image is decoded.
+
+    Attributes:
+        output: format of the answer's images.
+        cache_scope: the client's name; encodings are cached apart for each.
+        arrived_at: monotonic seconds.
+    """
+
+    request: SamplingFields
+    config: BundleConfig
+    sampling: SamplingConfig
+    settings: Settings
+    output: AnyFormat = "png"
+    cache_scope: str = ""
+    arrived_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        """The time by which the answer must be ready, monotonic seconds."""
+        timeout_s = self.request.timeout_s
+        return self.arrived_at + (self.settings.timeout_s if timeout_s is None else timeout_s)
+
+    def size(self) -> tuple[int, int]:
+        """Return the requested or the native size, (width, height). Raises ApiError 422."""
+        width = self.request.width or self.config.native_size[0]
+        height = self.request.height or self.config.native_size[1]
+        if self.settings.sizes == "nearest":
+            return nearest_size((width, height), self.config, self.settings)
+        sides = possible_sides(self.config, self.settings)
+        for param, pixels in (("width", width), ("height", height)):
+            if pixels not in sides:
+                allowed = (
+                    f"must be a multiple of {sides.step} from {sides[0]} to {sides[-1]} pixels"
+                )
+                raise invalid_value(param, allowed, pixels)
+        return width, height
+
+    def size_for(self, source: Size) -> Size:
+        """Return `size`; if one side is missing, it follows the ratio of an image of this size.
+
+        The missing side is rounded to one that the weights generate.
+        """
+        sides = possible_sides(self.config, self.settings)
+        width, height = self.request.width, self.request.height
+        if (width is None) == (height is None) or (width or height) not in sides:
+            return self.size()
+        ideal = follow(source, width, height)
+        return width or _nearest_side(ideal[0], sides), height or _nearest_side(ideal[1], sides)
+
+    def fitted_size(
+        self, source: Size, steps: int | None = None, regions: int = 0, enlarged: int = 0
+    ) -> Size:
+        """Return the size at which an image of this size is drawn.
+
+        It is the requested one, of which a missing side follows the image's ratio. Otherwise it is
+        the image's own; a larger image is scaled so that its longer side is the largest that the
+        settings and the request's work allow.
+
+        Args:
+            source: (width, height) of the image.
+            steps: steps that each row takes, if not all.
+            regions: the request's regions.
+            enlarged: pixels of each result that are enlarged to the image's resolution.
+
+        Raises:
+            ApiError: 422, the requested size is too large.
+        """
+        width, height = self.request.width, self.request.height
+        sides = possible_sides(self.config, self.settings)
+        if width or height:
+            size = follow(source, width, height)
+            if max(size) > sides[-1]:
+                allowed = f"the result may have at most {sides[-1]} pixels a side"
+                name = "width" if width and (not height or width >= height) else "height"
+                raise invalid_value(name, allowed, f"{size[0]}x{size[1]}")
+            return size
+        workload = self.workload(steps, regions)
+        own = [source] if max(source) <= sides[-1] else []
+        reduced = (within(source, side) for side in reversed(sides) if side < max(source))
+        for size in chain(own, reduced):
+            more = 0 if size == source else enlarged
+            if workload.of(self.padded_size(size), more) <= self.settings.max_request_work:
+                return size
+        # The job is refused for its work.
+        return own[0] if own else within(source, sides[-1])
+
+    def workload(self, steps: int | None = None, regions: int = 0) -> Workload:
+        """Return the request's work but for its size. The arguments are those of `fitted_size`."""
+        steps = self.sampling.steps if steps is None else steps
+        previews = min(self.request.partial_images, max(0, steps - 1))
+        return Workload(
+            images=rows_of(self.request),
+            steps=steps,
+            branches=1 + regions + self.sampling.guided,
+            output=DECODING_WORK
+            + FILE_WORK[self.output]
+            + previews * (DECODING_WORK + PREVIEW_WORK),
+            enlarging=ENLARGING_WORK + FILE_WORK[self.output],
+        )
+
+    def padded_size(self, size: Size) -> Size:
+        """Return the size of an image of this size after `padded`."""
+        step, least = self.config.size_step, self.config.smallest_side
+        return max(least, size[0] + -size[0] % step), max(least, size[1] + -size[1] % step)
+
+    def padded(self, array: Array) -> Array:
+        """Return [H, W, …] mirrored at the right and lower edge to a size the weights generate."""
+        return pad_to_multiple(array, self.config.size_step, self.config.smallest_side)
+
+    def enlarge(
+        self,
+        size: tuple[int, int],
+        scale: float,
+        strength: float,
+        sampling: SamplingConfig | None = None,
+        param: str = "scale",
+    ) -> Enlarge:
+        """Return how images of `size` (width, height) are drawn larger, as `Enlarge.of` does.
+
+        Args:
+            size: (width, height) of an image in pixels.
+            scale: factor of both.
+            strength: share that is drawn.
+            sampling: of the tiles, by default the request's.
+            param: the field to name in errors.
+
+        Raises:
+            ApiError: 422, the result would be too large.
+        """
+        sampling, largest = sampling or self.sampling, self.settings.upscale_max_side
+        width, height = (round(side * scale) for side in size)
+        if max(width, height) > largest:
+            allowed = f"the result may have at most {largest} pixels a side"
+            raise invalid_value(param, allowed, f"{width}x{height}")
+        return Enlarge.of(self.config, size, scale, strength, sampling)
+
+    def job(
+        self,
+        size: Size,
+        prompt: str,
+        *,
+        steps: int | None = None,
+        enlarged: int = 0,
+        **parts: Any,
+    ) -> Job:
+        """Return the job.
+
+        Args:
+            size: (width, height) in pixels, multiples of the size step.
+            prompt: the main prompt.
+            steps: steps that each row takes, if not all.
+            enlarged: pixels of each result that are enlarged to the sent image's resolution.
+            parts: the operation's fields of `Job`.
+
+        Raises:
+            ApiError: 422, more work than allowed.
+        """
+        request = self.request
+        job = Job(
+            id=uuid.uuid4().hex,
+            model=self.config.name,
+            prompt=prompt,
+            negative_prompt=request.negative_prompt,
+            width=size[0],
+            height=size[1],
+            sampling=self.sampling,
+            deadline=self.deadline,
+            arrived_at=self.arrived_at,
+            priority=request.priority,
+            # Clients keep the field when they turn streams off.
+            previews=request.partial_images if request.stream else 0,
+            cache_scope=self.cache_scope,
+            **{"seeds": seeds(request.seed, request.n), **parts},
+        )
+        if job.enlarge:
+            check_tiles_work(job, job.enlarge, self.output, self.settings.max_request_work)
+            return job
+        workload = self.workload(steps, len(job.regions))
+        workload.check(size, enlarged, self.settings.max_request_work)
+        return job
+
+
+def draft(
+    request: SamplingFields,
+    operation: Operation,
+    models: Models,
+    settings: Settings,
+    output: AnyFormat = "png",
+    cache_scope: str = "",
+) -> Draft:
+    """Choose weights and sampling. The parameters are `Draft`'s.
+
+    Raises:
+        ApiError: 404 unknown weights, 400 unsupported by them, 422 contradictory fields.
+    """
+    config = find_model(request.model, models, settings.aliases)
+    check_operation(config, operation)
+    sampling = _sampling(request, config, settings)
+    if settings.sizes == "nearest" and operation in RESIZED and request.width and request.height:
+        size = nearest_size((request.width, request.height), config, settings)
+        request = request.model_copy(update={"width": size[0], "height": size[1]})
+    return Draft(request, config, sampling, settings, output, cache_scope)
+
+
+def find_model(name: str | None, models: Models, aliases: Mapping[str, str]) -> BundleConfig:
+    """Return the weights of this name or alias; None is the default. Raises ApiError 404.
+
+    aliases: names of weights by other names; `*` stands for every other name.
+    """
+    if name is None:
+        return next(iter(models.values()))
+    known = name if name in models else aliases.get(name, aliases.get(ANY_NAME, name))
+    if known not in models:
+        named = ", ".join([*models, *aliases])
+        message = f"model: unknown; loaded are {named} (sent: {name[:80]!r})"
+        raise ApiError(HTTPStatus.NOT_FOUND, "model_not_found", message, "model")
+    return models[known]
+
+
+def check_operation(config: BundleConfig, operation: Operation) -> None:
+    """Raise ApiError 400 if the weights do not support the operation."""
+    if operation not in config.operations:
+        supported = ", ".join(config.operations)
+        message = f"model: {config.name} does not support {operation}, only {supported}"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_operation", message, "model")
+
+
+def possible_sides(config: BundleConfig, settings: Settings) -> range:
+    """Return the widths and heights that the weights generate, in pixels."""
+    return range(config.smallest_side, settings.max_side + 1, config.size_step)
+
+
+def _nearest_side(pixels: int, sides: range) -> int:
+    """Return the side next to one of `pixels`."""
+    return min(sides, key=lambda side: abs(side - pixels))
+
+
+def nearest_size(
+    size: tuple[int, int], config: BundleConfig, settings: Settings
+) -> tuple[int, int]:
+    """Return the (width, height) in pixels at which the weights draw best what was asked for.
+
+    The ratio of the sides comes first, then the native area. The area is within `NEAREST_AREAS` of
+    the native one, for which the weights were trained. A size that is possible there is unchanged.
+    """
+    sides = possible_sides(config, settings)
+    native = config.native_size[0] * config.native_size[1]
+    ratio = size[0] / size[1]
+
+    def is_possible(candidate: tuple[int, int]) -> bool:
+        area = candidate[0] * candidate[1] / native
+        return candidate[1] in sides and NEAREST_AREAS[0] <= area <= NEAREST_AREAS[1]
+
+    def distance(candidate: tuple[int, int]) -> tuple[float, float]:
+        width, height = candidate
+        return abs(math.log(width / height / ratio)), abs(math.log(width * height / native))
+
+    if size[0] in sides and is_possible(size):
+        return size
+    candidates = []
+    for width in sides:
+        # The sides next to the one in the ratio, within the areas.
+        lowest, highest = (native * share / width for share in NEAREST_AREAS)
+        ideal = min(max(width / ratio, lowest, sides[0]), highest, sides[-1])
+        below = sides[0] + int((ideal - sides[0]) // sides.step) * sides.step
+        candidates += [(width, below), (width, below + sides.step)]
+    return min(filter(is_possible, candidates), key=distance)
+
+
+def seeds(first: int | None, n: int) -> tuple[int, ...]:
+    """Return the seeds of n images: consecutive int64 from `first`, or from a random one."""
+    start = secrets.randbelow(RANDOM_SEEDS) if first is None else first
+    return tuple((start + i + INT64) % (2 * INT64) - INT64 for i in range(n))
+
+
+def _sampling(request: SamplingFields, config: BundleConfig, settings: Settings) -> SamplingConfig:
+    deterministic = request.deterministic
+    sampling = config.recipe.sampling(
+        steps=request.num_inference_steps,
+        renoise_steps=request.renoise_steps,
+        guidance=request.guidance_scale,
+        guidance_steps=request.guidance_steps,
+        temperature=request.temperature,
+        sampler=request.sampler,
+        typical_mass=request.typical_mass,
+        renoise_mode=request.renoise_mode,
+        deterministic=settings.deterministic if deterministic is None else deterministic,
+    )
+    if sampling.sampler not in config.samplers:
+        supported = ", ".join(config.samplers)
+        message = f"sampler: {config.name} supports {supported} (sent: {sampling.sampler!r})"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_sampler", message, "sampler")
+    for param, count in (
+        ("renoise_steps", sampling.renoise_steps),
+        ("guidance_steps", sampling.guidance_steps),
+    ):
+        if count > sampling.steps:
+            allowed = f"must be from 0 to num_inference_steps, which is {sampling.steps}"
+            raise invalid_value(param, allowed, count)
+    return sampling

@@ -1,0 +1,108 @@
+"""A `Plan`: the worker's job, and what is made of its images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from model.canvas import Pixels, on_white
+from server.api.images.fit import Restoration, Size
+from server.engine.messages import Image, Job
+
+
+def _unchanged(image: Image) -> Image:
+    return image
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to answer a request.
+
+    Attributes:
+        operation: name of the native endpoint.
+        job: the worker's part. Its size is a multiple of the size step and may exceed `size`.
+        size: (width, height) at which the image is drawn, in pixels.
+        operation_parameters: effective values of the operation's own fields, files by hash.
+        finish: postprocessing, from a generated image or a preview to one of `size`.
+        restoration: postprocessing instead, to the sent image's resolution; None if the answer has
+            `size`.
+        is_transparent: whether the answer's images keep an alpha channel.
+        opaque: whether they are shown over white nevertheless.
+    """
+
+    operation: str
+    job: Job
+    size: Size
+    operation_parameters: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[Image], Image] = _unchanged
+    restoration: Restoration | None = None
+    is_transparent: bool = False
+    opaque: bool = False
+
+    @property
+    def answer_size(self) -> Size:
+        """(width, height) of the answer's images in pixels."""
+        return self.restoration.view.full_size if self.restoration else self.size
+
+    def result(self, image: Image) -> Image:
+        """Return the answer's image from a generated one. It may take seconds."""
+        if self.restoration is None:
+            return self.preview(image)
+        return self._shown(image_of(self.restoration.restored(array_of(image)), image.index))
+
+    def preview(self, image: Image) -> Image:
+        """Return an image of `size` from a generated one or a preview."""
+        return self._shown(self.finish(image))
+
+    def _shown(self, image: Image) -> Image:
+        return image_of(on_white(array_of(image)), image.index) if self.opaque else image
+
+    def parameters(self, truncated: tuple[str, ...], index: int) -> dict[str, Any]:
+        """Return all effective parameters of image `index`; a request for them repeats it."""
+        job, sampling = self.job, self.job.sampling
+        common = {
+            "operation": self.operation,
+            "model": job.model,
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt,
+            "width": self.size[0],
+            "height": self.size[1],
+            "seed": job.seeds[index],
+            "num_inference_steps": sampling.steps,
+            "guidance_scale": list(sampling.guidance),
+            "guidance_steps": sampling.guidance_steps,
+            "temperature": list(sampling.temperature),
+            "sampler": sampling.sampler,
+            "typical_mass": sampling.typical_mass,
+            "renoise_steps": sampling.renoise_steps,
+            "renoise_mode": sampling.renoise_mode,
+            "deterministic": sampling.deterministic,
+        }
+        frame = {"frame": index} if job.keyframes else {}
+        return {**common, **self.operation_parameters, **frame, "truncated": list(truncated)}
+
+    def shared_parameters(self, truncated: tuple[str, ...]) -> dict[str, Any]:
+        """Return the effective parameters of all images together."""
+        images = 1 if self.job.keyframes else len(self.job.seeds)
+        parameters = self.parameters(truncated, 0) | {"n": images}
+        parameters.pop("frame", None)
+        return parameters
+
+
+def file_hash(content: bytes) -> str:
+    """Return the hash that stands for a sent file in parameters; `paellera replay` needs it."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def array_of(image: Image) -> Pixels:
+    """Return an image as uint8 [H, W, 3], or [H, W, 4] with alpha; the worker's have none."""
+    return np.frombuffer(image.pixels, np.uint8).reshape(image.height, image.width, -1)
+
+
+def image_of(array: Pixels, index: int) -> Image:
+    """Return uint8 [H, W, 3], or [H, W, 4] with alpha, as an image of an answer."""
+    return Image(index, array.shape[1], array.shape[0], np.ascontiguousarray(array).tobytes())

@@ -1,0 +1,276 @@
+"""Distillation: the teacher's target is what guidance comes to in use, the student follows it, and
+an interrupted run ends as one that was not."""
+
+# ruff: noqa: F811
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.bundle import load_v3
+from model.config import BundleConfig, SamplingConfig
+from model.networks.denoiser_v3 import Condition, Denoiser
+from model.pipeline import Pipeline, PipelineV3
+from model.rows import generate
+from model.sampling import timesteps
+from model.training import assemble, distill, loop
+from model.training.codes import quiet
+from model.training.distill import Draws, Student, Teacher, guidance_loss
+from model.training.judged import divergence
+from model.training.objective import ConditionInputs, condition_of
+from tests.conftest import (
+    micro_config,
+    randomise,
+    write_random_bundle,
+)
+from tests.picture_files import write_pictures
+from tests.short_training import Crash, run, run_main
+from tests.small_training import art_of_our_own, corpus_file, scenes, small_config  # noqa: F401
+from tests.test_finetune import identical, without_clock
+from tests.test_training import examples
+
+SAMPLING = SamplingConfig(
+    steps=6,
+    renoise_steps=5,
+    guidance=(4.0, 2.0),
+    guidance_steps=4,
+    temperature=(1.0, 1.0),
+    sampler="multinomial",
+    guidance_start=1,
+)
+
+
+@pytest.fixture
+def bundle(tmp_path, prepared):
+    """Of random weights, at the widths of the codes."""
+    return write_random_bundle(tmp_path / "random", small_config())
+
+
+def teacher_of(path, config=SAMPLING) -> tuple[Pipeline, Teacher]:
+    pipeline = Pipeline.load(path)
+    network = Denoiser(pipeline.config.denoiser)
+    network.load_state_dict(pipeline.bundle.denoiser.state_dict())
+    return pipeline, Teacher.of(network, pipeline.bundle, config, torch.float32)
+
+
+# ── the target ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_the_target_is_what_a_guided_row_s_step_computes(random_bundle, step):
+    """With the recipe's weights of attention, and guidance by the time of the step."""
+    pipeline, teacher = teacher_of(random_bundle)
+    assert isinstance(pipeline, PipelineV3)
+    assert pipeline.config.recipe.attention_weights is not None
+    noise = pipeline.noise(0, 32, 32, 6)
+    prompt, negative = pipeline.encode(["red apple", ""])
+    (image,) = pipeline.prior_embeddings([prompt], [noise])
+    conditions = pipeline.condition(prompt, image), pipeline.condition(negative)
+    row = generate(SAMPLING, noise, *conditions)
+    row.step = step
+    seen = []
+    sample = pipeline.executor.sample
+
+    def watched(sampler, features, inputs):
+        seen.append(features)
+        return sample(sampler, features, inputs)
+
+    pipeline.executor.sample = watched
+    pipeline.advance([row])
+    kept = torch.ones(1, 2, dtype=torch.bool)
+    inputs = ConditionInputs(prompt.byt5, prompt.mask, prompt.clip, image, kept)
+    t = torch.tensor(timesteps(6)[step : step + 1])
+    target = teacher.features(noise.start[None], t, inputs)
+    torch.testing.assert_close(target, seen[0], atol=1e-3, rtol=1e-3)
+
+
+def test_guidance_at_a_time_is_that_of_the_recipe_s_step(random_bundle):
+    _, teacher = teacher_of(random_bundle)
+    steps = teacher.guidance(torch.tensor(timesteps(6)[:-1])).tolist()
+    assert steps == pytest.approx([1.0, 3.6, 3.2, 2.8, 2.4, 1.0])
+    # Between two steps it is that of the earlier one, which begins at the larger time.
+    assert teacher.guidance(torch.tensor([0.7, 0.0])).tolist() == pytest.approx([3.6, 1.0])
+
+
+def test_guidance_of_a_number_is_constant_and_by_default_the_recipe_s():
+    recipe = replace(micro_config().recipe, guidance_start=2, guidance_steps=4)
+    assert distill.guided_sampling(recipe, "recipe") == recipe.sampling()
+    constant = distill.guided_sampling(recipe, 2.0)
+    interval = constant.guidance_start, constant.guidance_steps
+    assert (constant.guidance, *interval) == ((2.0, 2.0), 0, 6)
+
+
+@pytest.mark.parametrize("lengths", [(3, 5), (5, 3), (4, 4)])
+def test_a_shorter_condition_is_padded_with_masked_keys(lengths):
+    asked, nothing = (
+        Condition(torch.randn(rows, length, 6), None)
+        for rows, length in zip((2, 1), lengths, strict=True)
+    )
+    both = distill.joined(asked, nothing)
+    assert both.kv.shape == (4, max(lengths), 6)
+    for i, own in enumerate((asked.kv[0], asked.kv[1], nothing.kv[0], nothing.kv[0])):
+        assert torch.equal(both.kv[i, : len(own)], own)
+        assert both.mask[i].tolist() == [k < len(own) for k in range(max(lengths))]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_divergences_and_gradients_are_those_of_the_logits(reverse):
+    features, projection = torch.randn(600, 20), torch.randn(300, 20)
+    target, other = torch.randn(600, 12), torch.randn(300, 12)
+    weights = torch.rand(600)
+    results = []
+    for fused in (False, True):
+        f, p = features.clone().requires_grad_(), projection.clone().requires_grad_()
+        if fused:
+            value, agreed = divergence(f, p, target, other, weights, reverse=reverse)
+            same = (features @ projection.T).argmax(-1) == (target @ other.T).argmax(-1)
+            assert torch.equal(agreed, same)
+        else:
+            log_p, log_q = (f @ p.T).log_softmax(-1), (target @ other.T).log_softmax(-1)
+            own, to = (log_q, log_p) if reverse else (log_p, log_q)
+            value = (F.kl_div(own, to, reduction="none", log_target=True).sum(-1) * weights).sum()
+        results.append([value, *torch.autograd.grad(2 * value, [f, p])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+# ── the student ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_student_of_an_unguided_teacher_has_nothing_to_learn(random_bundle):
+    """Same weights, noise, conditions and positions: the same prediction."""
+    unguided = replace(SAMPLING, guidance=(1.0, 1.0))
+    pipeline, teacher = teacher_of(random_bundle, unguided)
+    for weights in (teacher.attention_weights, None):
+        own = replace(teacher, attention_weights=weights)
+        network = Denoiser(pipeline.config.denoiser)
+        network.load_state_dict(pipeline.bundle.denoiser.state_dict())
+        loss = guidance_loss(Student(network), own, Draws(lambda: examples(8)))
+        value, figures = loss()
+        assert value.item() == pytest.approx(0, abs=1e-5)
+        assert figures["agreed"] > 0.99
+        guided = replace(own, guidances=torch.full((6,), 4.0))
+        assert guidance_loss(Student(network), guided, Draws(lambda: examples(8)))()[0] > 0.01
+
+
+def test_gradients_reach_the_student_alone(random_bundle):
+    pipeline, teacher = teacher_of(random_bundle)
+    network = Denoiser(pipeline.config.denoiser)
+    randomise(network, seed=1)
+    before = {name: t.clone() for name, t in teacher.denoiser.state_dict().items()}
+    value, _ = guidance_loss(Student(network), teacher, Draws(lambda: examples(8)))()
+    value.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert all(p.grad is None for p in teacher.denoiser.parameters())
+    after = teacher.denoiser.state_dict()
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+def test_the_student_s_loss_falls_and_it_is_no_longer_its_teacher(
+    monkeypatch, bundle, corpus_file, tmp_path
+):
+    arguments = [str(bundle), "--guidance", "8", "--corpus", str(corpus_file), "--lr", "5e-3"]
+    losses = run_main(monkeypatch, distill, tmp_path / "x.pt", 60, *arguments)
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5]), losses
+    before = load_v3(bundle, torch.device("cpu"), torch.float32).denoiser.state_dict()
+    after = assemble.averaged(loop.load(tmp_path / "x.pt"), "denoiser.")
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["clf.1.weight"], after["clf.1.weight"])
+
+
+def test_a_distilled_bundle_draws_with_one_branch(monkeypatch, bundle, corpus_file, tmp_path):
+    checkpoint = tmp_path / "x.pt"
+    run_main(
+        monkeypatch, distill, checkpoint, 1, str(bundle), "--guidance", "--corpus", str(corpus_file)
+    )
+    arguments = ["--base", str(bundle), "--denoiser", str(checkpoint), "--recipe", "guidance=1"]
+    monkeypatch.setattr(sys, "argv", ["assemble", str(tmp_path / "one"), *arguments])
+    assemble.main()
+    assert not BundleConfig.read(tmp_path / "one").recipe.sampling().guided
+    pipeline, branches = Pipeline.load(tmp_path / "one"), []
+    features = pipeline.bundle.denoiser.features
+
+    def watched(tokens, times, condition, row_of):
+        branches.append(len(condition.kv))
+        return features(tokens, times, condition, row_of)
+
+    pipeline.bundle.denoiser.features = watched
+    pipeline.generate(["a red circle"], [0])
+    assert branches == [1] * 6
+
+
+@pytest.mark.parametrize("form", ["scenes", "images"])
+def test_an_interrupted_distillation_ends_as_one_that_was_not(
+    monkeypatch, bundle, random_bundle, corpus_file, tmp_path, form
+):
+    if form == "scenes":
+        where = [bundle, "--corpus", corpus_file]
+    else:
+        where = [random_bundle, "--data", write_pictures(tmp_path / "data", 20)]
+    common = [*where, "--guidance", "--updates", 7, "--batch", 2]
+    run(monkeypatch, distill, tmp_path / "whole.pt", *common)
+    torch.manual_seed(99)
+    with pytest.raises(Crash):
+        run(monkeypatch, distill, tmp_path / "parts.pt", *common, crash_at=4)
+    run(monkeypatch, distill, tmp_path / "parts.pt", *common, "--resume")
+    whole, parts = (
+        without_clock(loop.load(tmp_path / f"{name}.pt")) for name in ("whole", "parts")
+    )
+    assert whole["step"] == 7
+    assert identical(whole, parts)
+
+
+def test_the_teacher_may_be_a_checkpoint(monkeypatch, bundle, corpus_file, tmp_path):
+    network = Denoiser(small_config().denoiser)
+    randomise(network, seed=5)
+    quiet(network)
+    weights = {f"denoiser.{name}": t for name, t in network.state_dict().items()}
+    torch.save({"ema": weights}, tmp_path / "teacher.pt")
+    arguments = [str(bundle), "--guidance", "--teacher", str(tmp_path / "teacher.pt")]
+    run_main(
+        monkeypatch,
+        distill,
+        tmp_path / "x.pt",
+        1,
+        *arguments,
+        "--corpus",
+        str(corpus_file),
+        "--lr",
+        "0",
+    )
+    after = assemble.averaged(loop.load(tmp_path / "x.pt"), "denoiser.")
+    assert all(torch.equal(t, after[name]) for name, t in network.state_dict().items())
+
+
+def test_without_a_kind_of_distillation_there_is_a_message(monkeypatch, capsys, bundle):
+    monkeypatch.setattr(sys, "argv", ["distill", str(bundle)])
+    with pytest.raises(SystemExit):
+        distill.main()
+    assert "--guidance is needed" in capsys.readouterr().err
+
+
+def test_unusable_images_end_with_a_message(monkeypatch, random_bundle, tmp_path):
+    arguments = ["--guidance", "--data", str(tmp_path), "--checkpoint", str(tmp_path / "x.pt")]
+    monkeypatch.setattr(sys, "argv", ["distill", str(random_bundle), *arguments, "--device", "cpu"])
+    with pytest.raises(SystemExit, match=str(tmp_path)):
+        distill.main()
+
+
+def test_folded_weights_of_attention_are_those_unfolded():
+    network = Denoiser(micro_config().denoiser)
+    randomise(network)
+    x = examples(4)
+    inputs = ConditionInputs(
+        x.byt5, x.mask, x.clip_text, x.clip_image, torch.ones(4, 2, dtype=torch.bool)
+    )
+    plain = condition_of(network, inputs, (1.2, 0.4))
+    frozen = distill.frozen_copy(network, torch.float32)
+    folded = condition_of(frozen, inputs, (1.2, 0.4))
+    torch.testing.assert_close(folded.kv, plain.kv, atol=1e-4, rtol=1e-4)
+    assert torch.equal(folded.mask, plain.mask)
