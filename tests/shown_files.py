@@ -44,6 +44,8 @@ PROFILES = {
     "prophoto": matrix_profile(PRO_PHOTO, 1.8),
     "linear": matrix_profile(SRGB, 1.0),
 }
+# Part of the light, as sRGB's numbers, that passes an ink of the generated profile.
+LIGHT_THROUGH_INK = 0.15
 CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
 
 
@@ -165,9 +167,12 @@ def profile_of(kind: bytes, tags: dict[bytes, bytes]) -> bytes:
 
 
 @cache
-def ink_profile(points: int = 17) -> bytes:
-    """A profile of CMYK whose inks filter light: a table of points⁴ colours in Lab."""
-    levels = np.linspace(1, 0, points)
+def ink_profile(bits: int = 8, points: int = 17) -> bytes:
+    """A profile of CMYK whose inks filter light: a table of points⁴ colours in Lab.
+
+    bits: of each number of the table, 8 or 16.
+    """
+    levels = np.linspace(1, LIGHT_THROUGH_INK, points)
     cyan, magenta, yellow, black = np.meshgrid(*[levels] * 4, indexing="ij")
     rgb = np.stack([cyan, magenta, yellow], axis=-1) * black[..., None]
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -176,9 +181,14 @@ def ink_profile(points: int = 17) -> bytes:
     x, y, z = np.moveaxis(root, -1, 0)
     lab = np.stack([(116 * y - 16) * 2.55, 500 * (x - y) + 128, 200 * (y - z) + 128], axis=-1)
     identity = struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).ravel())
-    straight = b"\0\0\xff\xff"
-    table = (256 * lab).round().clip(0, 65535).astype(">u2").tobytes()
-    head = b"mft2\0\0\0\0" + bytes([4, 3, points, 0]) + identity + b"\0\2\0\2"
+    head = bytes([4, 3, points, 0]) + identity
+    if bits == 8:
+        straight, table = bytes(range(256)), lab.round().clip(0, 255).astype(np.uint8).tobytes()
+        head = b"mft1\0\0\0\0" + head
+    else:
+        straight = b"\0\0\xff\xff"
+        table = (256 * lab).round().clip(0, 65535).astype(">u2").tobytes()
+        head = b"mft2\0\0\0\0" + head + b"\0\2\0\2"
     return profile_of(b"prtrCMYKLab ", {b"A2B0": head + straight * 4 + table + straight * 3})
 
 
@@ -293,7 +303,10 @@ def jpegs() -> Iterator[tuple[str, bytes]]:
     yield "cmyk", cmyk
     yield "cmyk_unmarked", without_segment(cmyk, 0xEE)
     yield "ycck", ycck()
-    yield "cmyk_icc", saved("JPEG", ink(), quality=95, icc_profile=ink_profile())
+    yield "cmyk_icc", saved("JPEG", ink(), quality=95, icc_profile=ink_profile(16))
+    # The same inks but black.
+    colours = PIL.Image.merge("CMYK", [*ink().split()[:3], PIL.Image.new("L", (W, H))])
+    yield "cmyk_icc_no_black", saved("JPEG", colours, quality=95, icc_profile=ink_profile())
 
 
 def gradient_image(width: int, height: int) -> PIL.Image.Image:
@@ -345,7 +358,9 @@ def avifs() -> Iterator[tuple[str, bytes]]:
     for turn in (2, 3, 6, 7):
         yield f"turned_{turn}", saved("AVIF", exif=b"Exif\0\0" + exif(turn), **fine)
     frames = {"save_all": True, "append_images": [image("L").convert("RGB")], "duration": 60_000}
-    yield "animated", saved("AVIF", **frames, **fine)
+    yield "video_range", saved("AVIF", range="limited", **fine)
+    yield "animated", saved("AVIF", range="limited", **frames, **fine)
+    yield "animated_full_range", saved("AVIF", **frames, **fine)
 
 
 FAMILIES: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = {
@@ -356,10 +371,9 @@ FAMILIES: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = {
     "avif": avifs,
 }
 # CMYK goes through a table of few colours; chroma of half the resolution is enlarged by filters.
-TOLERANCES = {"jpeg_cmyk": 6, "jpeg_cmyk_unmarked": 6, "jpeg_ycck": 6}
-# Up to 19 apart from Chromium 156, it is not known why: the profile of inks is an invented one, and
-# an animated AVIF holds its first frame twice.
-TOLERANCES |= {"jpeg_cmyk_icc": 20, "avif_animated": 20}
+TOLERANCES = dict.fromkeys(
+    ("jpeg_cmyk", "jpeg_cmyk_unmarked", "jpeg_ycck", "jpeg_cmyk_icc_no_black"), 6
+)
 
 
 def files() -> dict[str, Shown]:

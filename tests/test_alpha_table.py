@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import httpx
@@ -15,7 +16,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from server.api import create_app
+from server.settings import Settings
 from tests import fake_worker
+from tests.conftest import serving, wait_until
 from tests.test_image_operations import png
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -25,6 +29,15 @@ SIZE = (64, 32)
 SEED = 5
 COLOUR = tuple(fake_worker.colour(SEED))
 BOTH: tuple[Endpoint, ...] = ("inpaint", "v1/images/edits")
+
+
+@pytest.fixture(scope="module")
+def sd(fake_settings: Callable[..., Settings]) -> Iterator[httpx.Client]:
+    """A client of a server with AUTOMATIC1111's endpoints."""
+    app = create_app(fake_settings(sdapi=True), worker=fake_worker.main)
+    with serving(app) as address, httpx.Client(base_url=address, timeout=20) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield client
 
 
 def stored(alpha: bool) -> Array:
@@ -134,6 +147,38 @@ def test_an_opaque_image_without_a_mask_is_edited_or_lacks_its_mask(
 def test_a_native_edit_redraws_a_transparent_image_and_answers_opaque(client: httpx.Client) -> None:
     result = opened(answer_of(client, "edit", image_file("transparent")))
     assert_blended(result, stored(alpha=True), np.full_like(WEIGHTS, 255))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"), [("variations", {}), ("upscale", {"prompt": "a ball"})]
+)
+def test_variations_and_enlargements_of_a_transparent_image_are_opaque(
+    client: httpx.Client, endpoint: str, fields: dict[str, str]
+) -> None:
+    files = {"image": ("image.png", image_file("transparent"))}
+    answer = client.post(f"/{endpoint}", data={"seed": str(SEED), **fields}, files=files)
+    assert opened(answer).mode == "RGB"
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("image", ["rgb", "transparent"])
+@pytest.mark.parametrize("mask", ["alpha", "grey", "opaque RGBA", None])
+def test_automatic1111_repaints_opaque_pixels_of_a_mask_with_alpha(
+    sd: httpx.Client, mask: str | None, image: str, inverted: bool
+) -> None:
+    sent = {"prompt": "a ball", "seed": SEED, "mask_blur": 0, "inpainting_mask_invert": inverted}
+    sent["init_images"] = [base64.b64encode(image_file(image)).decode()]
+    if mask is not None:
+        sent["mask"] = base64.b64encode(mask_file(mask)).decode()
+    answer = sd.post("/sdapi/v1/img2img", json=sent | {"width": SIZE[0], "height": SIZE[1]})
+    assert answer.status_code == 200, answer.text
+    result = PIL.Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0])))
+    if mask is None:
+        share, kept = np.full_like(WEIGHTS, 255), stored(alpha=False)
+    else:
+        white = np.where(WEIGHTS < 128, np.uint8(255), np.uint8(0)) if mask == "alpha" else WEIGHTS
+        share, kept = 255 - white if inverted else white, stored(image == "transparent")
+    assert_blended(result, kept, share)
 
 
 def test_an_outpainted_image_keeps_its_alpha_beside_what_is_new(client: httpx.Client) -> None:

@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 from load_tests.browser import CHROMIUM
 from server.api.images.decode import ImageLimits, decode
-from tests.shown_files import COLOURS, Shown, files
+from tests.shown_files import COLOURS, LIGHT_THROUGH_INK, Shown, files
 
 FILES = files()
 LIMITS = ImageLimits()
@@ -26,6 +26,9 @@ NOT_SHOWN = {
     "jpeg_no_end": "Chromium leaves out the last rows",
     "webp_turned": "Chromium ignores EXIF in WebP",
     "avif_clear": "Chromium takes the alpha for video's range, though the file says full range",
+    "avif_animated_full_range": "Chromium takes an animation's colours for video's range",
+    "jpeg_cmyk_icc": "Chromium converts to RGB first and takes that for the inks C, M and Y; it "
+    "reads the Lab of lut16Type as version 4 of ICC encodes other tables",
 }
 
 
@@ -43,6 +46,20 @@ def test_avif_has_the_alpha_that_was_encoded() -> None:
     assert picture.alpha is not None
     assert np.abs(picture.alpha.astype(int) - COLOURS[..., 3]).max() <= 2
     assert np.abs(picture.rgb.astype(int) - COLOURS[..., :3]).max() <= 4
+
+
+@pytest.mark.parametrize("name", ["avif_animated", "avif_animated_full_range"])
+def test_an_animated_avif_has_the_colours_that_were_encoded(name: str) -> None:
+    picture = decode(FILES[name].content, LIMITS)
+    assert np.abs(picture.rgb.astype(int) - COLOURS[..., :3]).max() <= 5
+
+
+def test_inks_with_a_profile_have_the_colours_that_it_was_made_of() -> None:
+    file = FILES["jpeg_cmyk_icc"].content
+    inks = np.asarray(PIL.Image.open(io.BytesIO(file))) / 255
+    light = 1 - (1 - LIGHT_THROUGH_INK) * inks
+    wanted = 255 * light[..., :3] * light[..., 3:]
+    assert np.abs(decode(file, LIMITS).rgb - wanted).max() <= 2
 
 
 @pytest.fixture(scope="module")
