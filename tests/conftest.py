@@ -28,6 +28,7 @@ import uvicorn
 from fastapi import FastAPI
 from safetensors import safe_open
 
+from load_tests.serving import serving as serving_process
 from model.bundle import Bundle, build, save_bundle
 from model.config import (
     BundleConfig,
@@ -118,6 +119,7 @@ PROCESS_MODULES = {
 TRAINING_MODULES = {
     "test_captions",
     "test_checker",
+    "test_distill",
     "test_finetune",
     "test_training",
     "test_training_loop",
@@ -180,20 +182,22 @@ def starts_a_server(item: pytest.Item) -> bool:
     fixtures = [
         fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found
     ]
-    return any(_names_start_thread(each) for each in (item.obj, *(f.func for f in fixtures)))
+    return any(_starts_one(each) for each in (item.obj, *(f.func for f in fixtures)))
 
 
-def _names_start_thread(function: Any, seen: set[FunctionType] | None = None) -> bool:
-    """Return whether a function of the tests names `start_thread`, or another that does."""
+def _starts_one(function: Any, seen: set[FunctionType] | None = None) -> bool:
+    """Return whether a function starts a server, or names one of the tests that does."""
     seen = set() if seen is None else seen
     function = inspect.unwrap(getattr(function, "__func__", function))
     if not isinstance(function, FunctionType) or function in seen:
         return False
     seen.add(function)
+    if function in (start_thread, inspect.unwrap(serving_process)):
+        return True
     if not function.__module__.startswith("tests."):
         return False
     named = (function.__globals__.get(name) for name in _names(function.__code__))
-    return function is start_thread or any(_names_start_thread(each, seen) for each in named)
+    return any(_starts_one(each, seen) for each in named)
 
 
 def _names(code: CodeType) -> set[str]:

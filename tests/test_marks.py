@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 from fastapi import FastAPI
 
+from load_tests.serving import serving as serving_process
 from tests.conftest import serving, starts_a_server, wait_until
 
 
@@ -22,6 +23,10 @@ def starts_one() -> None:
     (lambda: twice_removed())().__enter__()
 
 
+def starts_a_process() -> None:
+    serving_process({}).__enter__()
+
+
 def starts_none() -> None:
     wait_until(lambda: True)
 
@@ -32,6 +37,7 @@ def test_what_starts_a_server_is_found_through_functions(request: pytest.Fixture
         return starts_a_server(item)
 
     assert marked(starts_one)
+    assert marked(starts_a_process)
     assert not marked(starts_none)
 
 
