@@ -284,6 +284,7 @@ def test_too_much_work_is_422_with_the_figure(client: httpx.Client) -> None:
 
 def test_an_unknown_path_is_404(client: httpx.Client) -> None:
     refused(client.get("/no/such/path"), 404, None, "/no/such/path")
+    refused(client.post("/generate/x", json={"prompt": "a ball"}), 404)
 
 
 def test_a_wrong_method_is_405_and_the_right_one_named(client: httpx.Client) -> None:

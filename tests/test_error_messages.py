@@ -280,6 +280,11 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
         {"image": IMAGE, "resize_mode": 1, "upscaling_resize_w": 9000},
         "upscaling_resize_w: the result may be 1 to 4 times as large as ",
     ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"steps": True},
+        "steps: must be a whole number (sent: 'true')",
+    ),
     ("/sdapi/v1/png-info", {}, "image: required: "),
     ("/sdapi/v1/options", {"sd_model_checkpoint": "x"}, "model: unknown; loaded are "),
 ]

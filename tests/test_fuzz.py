@@ -74,6 +74,14 @@ def test_findings_errors_and_too_few_requests_are_not(change: dict[str, Any]) ->
     assert not judge(SUMMARY | change, at_least=5000)["good"]
 
 
+def test_selected_paths_may_have_nothing_for_a_phase() -> None:
+    phases = {"examples": {"status": "skip"}, "coverage": {"status": "success"}}
+    selected = {"total": 12, "selected": 2, "tested": 2}
+    summary = SUMMARY | {"phases": phases, "operations": selected}
+    assert judge(summary, 5000, partial=True)["good"]
+    assert not judge(summary, 5000)["good"]
+
+
 def test_every_reason_that_excuses_a_refusal_is_a_message_of_the_server() -> None:
     tree = ast.parse((ROOT / "load_tests" / "fuzz_hooks.py").read_text())
     (reasons,) = (

@@ -574,8 +574,16 @@ def test_samplers_begin_with_the_recipe_s_and_memory_is_in_bytes(sd: httpx.Clien
     assert ram["used"] > 2**20
 
 
+def test_a_path_of_two_methods_names_both(sd: httpx.Client) -> None:
+    answer = sd.put("options", json={})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+    assert sd.get("interrupt").headers["allow"] == "POST"
+
+
 def test_the_document_has_them_and_unknown_fields_are_allowed(sd: httpx.Client) -> None:
     paths = sd.get(at_root(sd, "/openapi.json")).json()["paths"]
     schema = paths["/sdapi/v1/img2img"]["post"]["requestBody"]["content"]["application/json"]
     assert "additionalProperties" not in schema["schema"]
     assert schema["schema"]["required"] == ["init_images"]
+    for path in ("img2img", "options"):
+        assert {"400", "404", "415", "422"} <= set(paths[f"/sdapi/v1/{path}"]["post"]["responses"])

@@ -23,6 +23,7 @@ from fastapi import FastAPI, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import (
@@ -61,6 +62,8 @@ SECURITY_HEADERS = {
 }
 VALID_ID = re.compile(r"[ -~]{1,128}")
 MAX_LOGGED_PATH = 200
+# Those that any route has.
+METHODS = ("GET", "POST", "DELETE")
 
 # Enough for clients, cookies and a proxy's additions; too little to fill the memory.
 MAX_URL_BYTES = 8 * 1024
@@ -254,7 +257,10 @@ def register_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         status = HTTPStatus(error.status_code)
         message = f"{status.phrase}: {request.method} {request.url.path[:200]}"
-        api_error = ApiError(status, status.name.lower(), message, headers=error.headers)
+        headers = dict(error.headers or {})
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(methods_of(app, request.scope))
+        api_error = ApiError(status, status.name.lower(), message, headers=headers)
         return error_response(api_error, request)
 
     async def on_disconnect(request: Request, _: Exception) -> Response:
@@ -264,6 +270,16 @@ def register_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(EngineError, on_engine_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+
+
+def methods_of(app: FastAPI, scope: Scope) -> list[str]:
+    """Return the methods of a request's path; of its routes each knows only its own."""
+    scopes = {method: {**scope, "method": method} for method in METHODS}
+    return [
+        method
+        for method, other in scopes.items()
+        if any(route.matches(other)[0] == Match.FULL for route in app.routes)
+    ]
 
 
 # ── API keys and limits ───────────────────────────────────────────────────────────────────────────

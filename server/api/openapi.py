@@ -88,7 +88,12 @@ def describe_answers(
         content: other media types of the answer.
     """
     answer = {"description": description, "model": model, "content": content, "headers": HEADERS}
-    return {200: answer, **{status: _error(status, text) for status, text in ERRORS.items()}}
+    return {200: answer, **describe_errors()}
+
+
+def describe_errors() -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` for the errors of an endpoint that reads a body."""
+    return {status: _error(status, text) for status, text in ERRORS.items()}
 
 
 def _error(status: int, description: str) -> dict[str, Any]:

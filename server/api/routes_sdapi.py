@@ -33,7 +33,7 @@ from server.api.images.admission import Uploads
 from server.api.images.decode import checked_file
 from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
-from server.api.openapi import describe_answers
+from server.api.openapi import describe_answers, describe_errors
 from server.api.planning.draft import find_model
 from server.api.planning.operations import OPERATIONS, plan
 from server.api.planning.plan import Plan
@@ -514,6 +514,7 @@ def _post(
     answer: type[BaseModel] | None = None,
 ) -> None:
     body = {"requestBody": {"required": True, "content": {JSON: {"schema": _document(schema)}}}}
+    errors = describe_errors() if schema else None
     router.add_api_route(
         path,
         endpoint,
@@ -521,7 +522,7 @@ def _post(
         summary=summary,
         name=f"sdapi{path}",
         response_class=JSONResponse,
-        responses=describe_answers(summary, answer, {}) if answer else None,
+        responses=describe_answers(summary, answer, {}) if answer else errors,
         openapi_extra=body if schema else None,
     )
 

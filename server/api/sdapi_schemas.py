@@ -7,14 +7,17 @@ that a field is absent.
 from __future__ import annotations
 
 import base64
+import json
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from model.compositing import MAX_FEATHER
 from model.config import BundleConfig, Operation, Recipe
 from server.api.errors import invalid_value
 from server.api.schemas import Fraction, Hires, ImageBytes, ImageBytesList, Seed, Text
+from server.api.validation import json_schema
 
 MAX_IMAGES = 16
 MAX_GUIDANCE = 30.0
@@ -28,6 +31,10 @@ PLAIN_UPSCALERS = frozenset({"none", "lanczos", "nearest"})
 # The field `fit` by resize_mode; 3 is "just resize (latent upscale)".
 FITS = ("stretch", "crop", "pad", "stretch")
 Name = Annotated[Text, Field(max_length=200)]
+# Clients send 0 and 1 too.
+Flag = Annotated[
+    bool, BeforeValidator(lambda sent: sent, json_schema_input_type=bool | Literal[0, 1])
+]
 
 
 def _known_settings(sent: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +45,20 @@ def _known_settings(sent: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@cache
+def _numbers(schema: type[BaseModel]) -> frozenset[str]:
+    """Return the names of a request's fields that are numbers."""
+    kinds = {
+        name: kind.get("anyOf", [kind]) for name, kind in json_schema(schema)["properties"].items()
+    }
+    return frozenset(
+        name
+        for name, branches in kinds.items()
+        if {"integer", "number"} & {branch.get("type") for branch in branches}
+        and "boolean" not in {branch.get("type") for branch in branches}
+    )
+
+
 class SdFields(BaseModel):
     """A request to one of AUTOMATIC1111's endpoints."""
 
@@ -46,7 +67,13 @@ class SdFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_empty(cls, sent: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in sent.items() if value is not None and value != ""}
+        numbers = _numbers(cls)
+        return {
+            # pydantic would read true as 1. As text it is no number.
+            name: json.dumps(value) if isinstance(value, bool) and name in numbers else value
+            for name, value in sent.items()
+            if value is not None and value != ""
+        }
 
 
 class SdRequest(SdFields):
@@ -79,7 +106,7 @@ class SdRequest(SdFields):
         AfterValidator(_known_settings),
         Field(description="sd_model_checkpoint: the model; live_previews_enable: false for none"),
     ] = Field(default_factory=lambda: _known_settings({}))
-    send_images: Annotated[bool, Field(description="Whether the answer has the images")] = True
+    send_images: Annotated[Flag, Field(description="Whether the answer has the images")] = True
 
     def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return the operation and the fields of the native request that does the same.
@@ -155,7 +182,7 @@ class Txt2ImgRequest(SdRequest):
     job = "txt2img"
 
     enable_hr: Annotated[
-        bool, Field(description="Draw again, hr_scale times as large, by denoising_strength")
+        Flag, Field(description="Draw again, hr_scale times as large, by denoising_strength")
     ] = False
     hr_scale: Annotated[float, Field(allow_inf_nan=False, description="1…4, with enable_hr")] = 2.0
     denoising_strength: Annotated[
@@ -206,14 +233,14 @@ class Img2ImgRequest(SdRequest):
         Field(description="White is repainted, or what is opaque if the mask is transparent"),
     ] = None
     mask_blur: Annotated[int | None, Field(ge=0, description="Pixels, as `feather`")] = None
-    inpainting_mask_invert: Annotated[bool, Field(description="Repaint the other part")] = False
+    inpainting_mask_invert: Annotated[Flag, Field(description="Repaint the other part")] = False
     inpaint_full_res: Annotated[
-        bool, Field(description="With a mask: in the image's own size, not width and height")
+        Flag, Field(description="With a mask: in the image's own size, not width and height")
     ] = True
     resize_mode: Annotated[
         int, Field(ge=0, le=3, description="0, 3: stretch; 1: crop; 2: fill")
     ] = 0
-    include_init_images: Annotated[bool, Field(description="Return the sent images too")] = False
+    include_init_images: Annotated[Flag, Field(description="Return the sent images too")] = False
     denoising_strength: Annotated[
         Fraction, Field(description="Without a mask: fraction turned to noise first")
     ] = 0.75
