@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from load_tests.soak import SETTLING
+
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PLOT = (
     ROOT / "load_tests" / "results",
@@ -22,8 +24,8 @@ RESULTS, PAGE, PLOT = (
 INTRODUCTION = """# Performance
 
 Everything here was measured by the command above its table, on the machine named with it, with
-the embedded weights unless it says
-otherwise. `python -m load_tests.performance` writes this page from `load_tests/results/`."""
+the embedded weights of its time unless it says otherwise: until 2026-11-28 those drew 128×128
+pixels, now 256×256 (an image takes longer). `python -m load_tests.performance` writes this page from `load_tests/results/`."""
 
 Result = Mapping[str, Any]
 # A sentence, and a table's header and rows.
@@ -244,9 +246,16 @@ def _faults_under_load(result: Result) -> Section:
 
 
 def _soak(result: Result) -> Section:
-    first, last = result["snapshots"][0], result["snapshots"][-1]
+    hostile = "--hostile" in result["command"]
+    first, last = result["snapshots"][SETTLING - 1 if hostile else 0], result["snapshots"][-1]
     said = f"{last['requests']:,} requests in {result['seconds'] / 60:.0f} minutes."
-    if "p99_drift" in result:
+    if hostile:
+        said = (
+            f"{said[:-1]}, all attacks beside them; {result['refused']} refused, "
+            f"{result['errors']} errors. The first {SETTLING} snapshots settle the level: the "
+            "allocator keeps memory that held uploads."
+        )
+    elif "p99_drift" in result:
         slope = result["memory_mib_per_hour"]
         said += (
             f" Per hour {slope['api_mib']:+.1f} MiB in the API process and "

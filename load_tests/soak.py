@@ -182,7 +182,9 @@ def judge(
     return {
         "answers": {str(status): n for status, n in sorted(statuses.items())},
         "errors": sum(errors.values()),
-        "memory_mib_per_hour": {name: _slope(tenths, name) for name in ("api_mib", "worker_mib")},
+        "memory_mib_per_hour": {
+            name: _slope(tenths[settling - 1 :], name) for name in ("api_mib", "worker_mib")
+        },
         "p99_drift": round(last.latency["p99_ms"] / first.latency["p99_ms"] - 1, 3),
         "violations": violations,
         "good": not violations,

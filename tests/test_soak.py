@@ -98,3 +98,11 @@ def test_beside_attacks_the_last_snapshot_is_compared_with_the_highest_of_the_fi
     rising[-1] = Tenth(replace(FIRST, api_mib=92.0), 9.0, {"p99_ms": 1.0})
     assert judge(rising, {200: 3}, settling=2)["violations"] == ["api_mib: 90 to 92"]
     assert not judge(rising, {200: 3})["good"]
+
+
+def test_growth_counts_from_the_last_snapshot_that_settles() -> None:
+    levels = [
+        Tenth(replace(FIRST, worker_mib=mib), 360.0 * at, {"p99_ms": 1.0})
+        for at, mib in enumerate((500.0, 900.0, 910.0, 920.0))
+    ]
+    assert judge(levels, {200: 4}, settling=2)["memory_mib_per_hour"]["worker_mib"] == 100.0

@@ -176,7 +176,8 @@ def test_a_request_with_images_can_be_deleted_before_they_are_decoded(
 
 
 def test_decoded_images_that_wait_are_bounded_in_bytes(fake_settings: Configure) -> None:
-    with served(fake_settings(queue_bytes=7 * PIXELS)) as client:
+    # Two bytes a pixel: of each image the square that is drawn is kept, in three channels.
+    with served(fake_settings(queue_bytes=5 * PIXELS)) as client:
         holder = threading.Thread(
             target=variations, args=(client, 2), kwargs={"prompt": "hold", "timeout_s": 1.0}
         )
