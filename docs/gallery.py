@@ -55,61 +55,74 @@ ENTRIES = (
         "generate",
         "One prompt.",
         "generate",
-        {"prompt": "a big red star on a blue background"},
-        "star.png",
+        {"prompt": "a fox on a white background"},
+        "fox.png",
     ),
     Entry(
         "inpaint",
         "The white area of the mask is drawn anew; all other pixels are returned bit for bit.",
         "inpaint",
         {
-            "image": "@star.png",
+            "image": "@fox.png",
             "mask": "@mask.png",
-            "prompt": "a big yellow heart on a blue background",
+            "prompt": "a frog on a white background",
         },
         "inpainted.png",
-        (("image", "star.png"), ("mask", "mask.png")),
+        (("image", "fox.png"), ("mask", "mask.png")),
     ),
     Entry(
         "outpaint",
         "The canvas is extended on three sides in one pass, without a prompt.",
         "outpaint",
         {
-            "image": "@star.png",
+            "image": "@fox.png",
             "left": str(WIDTH // 2),
             "right": str(WIDTH // 2),
             "down": str(HEIGHT // 4),
         },
         "outpainted.png",
-        (("image", "star.png"),),
+        (("image", "fox.png"),),
     ),
     Entry(
         "variations",
         "Another image with a similar CLIP embedding.",
         "variations",
-        {"image": "@star.png"},
+        {"image": "@fox.png"},
         "variation.png",
-        (("image", "star.png"),),
+        (("image", "fox.png"),),
     ),
     Entry(
         "variations of two images",
         "The weighted mean of two CLIP embeddings.",
         "variations",
-        {"image": "@star.png", "image[]": "@inpainted.png", "weights": "[0.5, 0.5]"},
+        {"image": "@fox.png", "image[]": "@inpainted.png", "weights": "[0.5, 0.5]"},
         "mixed.png",
-        (("image", "star.png"), ("image", "inpainted.png")),
+        (("image", "fox.png"), ("image", "inpainted.png")),
     ),
     Entry(
         "edit",
         "60 % of the tokens are replaced by noise and drawn anew with another prompt.",
         "edit",
         {
-            "image": "@star.png",
-            "prompt": "a big green star on a blue background",
+            "image": "@fox.png",
+            "prompt": "a koala on a white background",
             "strength": "0.6",
         },
         "edited.png",
-        (("image", "star.png"),),
+        (("image", "fox.png"),),
+    ),
+    Entry(
+        "upscale",
+        "Twice the size: overlapping tiles of the native size, each an edit of the enlarged image.",
+        "upscale",
+        {
+            "image": "@fox.png",
+            "prompt": "a fox on a white background",
+            "scale": "2",
+            "strength": "0.1",
+        },
+        "upscaled.png",
+        (("image", "fox.png"),),
     ),
     Entry(
         "regions",
@@ -127,7 +140,7 @@ ENTRIES = (
         "16 frames between two prompts, from the same noise.",
         "interpolate",
         {
-            "keyframes": '[{"prompt": "a big red star on a blue background"}, {"prompt": "a big yellow circle on a purple background"}]',
+            "keyframes": '[{"prompt": "a fox on a white background"}, {"prompt": "a penguin on a white background"}]',
             "frames": "16",
             "response_format": "gif",
         },
@@ -142,14 +155,14 @@ def main() -> None:
     with serving({"PAELLERA_WEIGHTS": "tiny", "PAELLERA_TIMEOUT_S": "600"}) as server:
         for entry in ENTRIES:
             subprocess.run(entry.command(server.url), cwd=FOLDER, check=True)
-            if entry.output == "star.png":
-                _draw_mask(FOLDER / "mask.png", Image.open(FOLDER / "star.png").size)
+            if entry.output == "fox.png":
+                _draw_mask(FOLDER / "mask.png", Image.open(FOLDER / "fox.png").size)
             pages.append(_page(entry))
     (DOCS / "gallery.md").write_text("\n".join(pages))
 
 
 def _draw_mask(path: Path, size: tuple[int, int]) -> None:
-    """White in the middle, where the star is."""
+    """White in the middle, where the fox is."""
     mask = Image.new("L", size)
     ImageDraw.Draw(mask).rectangle(
         (size[0] // 8, size[1] // 8, size[0] * 7 // 8, size[1] * 7 // 8), fill=255

@@ -35,9 +35,9 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[1]
 APPLE = "a red apple on a white background"
-STAR = ROOT / "docs" / "gallery" / "star.png"
-with PIL.Image.open(STAR) as star:
-    STAR_WIDTH, STAR_HEIGHT = star.size
+FOX = ROOT / "docs" / "gallery" / "fox.png"
+with PIL.Image.open(FOX) as fox:
+    FOX_WIDTH, FOX_HEIGHT = fox.size
 SHOWN = (
     "a strawberry on a cyan background",
     "a dog on a yellow background",
@@ -128,7 +128,7 @@ def test_the_last_of_the_previews_is_the_picture_of_the_prompt(playground: Playg
 
 
 def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(playground: Playground) -> None:
-    playground.load(STAR)
+    playground.load(FOX)
     playground.choose("Inpaint")
     playground.drag("#mask", (0.3, 0.3), (0.7, 0.3), (0.5, 0.7))
     before = playground.shown
@@ -143,15 +143,15 @@ def test_what_is_painted_over_is_drawn_anew_and_the_rest_is_kept(playground: Pla
 def test_a_border_that_is_dragged_outwards_is_where_the_picture_goes_on(
     playground: Playground,
 ) -> None:
-    playground.load(STAR)
+    playground.load(FOX)
     playground.choose("Outpaint")
     before = playground.shown
     playground.drag(".handle.right", (0.5, 0.5), (5.5, 0.5))
     added = int(playground.page.get_attribute(".handle.right", "aria-valuenow") or 0)
     assert added > 0
     playground.draw()
-    assert playground.shown.shape == (STAR_HEIGHT, STAR_WIDTH + added, 3)
-    assert (playground.shown[:, :STAR_WIDTH] == before).all()
+    assert playground.shown.shape == (FOX_HEIGHT, FOX_WIDTH + added, 3)
+    assert (playground.shown[:, :FOX_WIDTH] == before).all()
 
 
 @pytest.mark.judges_weights
@@ -227,7 +227,7 @@ def test_the_page_fits_desktops_and_phones_and_both_themes(
 
 def test_no_mouse_is_needed_for_masks_and_borders(plain: Playground) -> None:
     page = plain.page
-    plain.load(STAR)
+    plain.load(FOX)
     plain.choose("Inpaint")
     page.locator("#mask").focus()
     for key in ("ArrowUp", "d", "ArrowRight", "Shift+ArrowRight", "d", "Shift+ArrowDown", " "):
@@ -240,7 +240,7 @@ def test_no_mouse_is_needed_for_masks_and_borders(plain: Playground) -> None:
     for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowDown", "PageUp"):
         page.keyboard.press(key)
     plain.draw()
-    assert plain.shown.shape == (STAR_HEIGHT + 2 * 8 + 4 * 8, STAR_WIDTH, 3)
+    assert plain.shown.shape == (FOX_HEIGHT + 2 * 8 + 4 * 8, FOX_WIDTH, 3)
 
 
 def test_several_pictures_are_drawn_beside_each_other_and_one_is_chosen(plain: Playground) -> None:
@@ -252,9 +252,9 @@ def test_several_pictures_are_drawn_beside_each_other_and_one_is_chosen(plain: P
 
 
 def test_variations_and_edits_begin_with_the_picture_that_is_shown(plain: Playground) -> None:
-    plain.load(STAR)
+    plain.load(FOX)
     for operation, prompt, size in (
-        ("Edit", "a green star", (STAR_HEIGHT, STAR_WIDTH, 3)),
+        ("Edit", "a green star", (FOX_HEIGHT, FOX_WIDTH, 3)),
         ("Vary", "", (32, 64, 3)),
     ):
         before = plain.shown
@@ -330,7 +330,7 @@ def test_a_request_with_pictures_is_a_form_whose_files_can_be_had(
     plain: Playground, tmp_path: Path
 ) -> None:
     page = plain.page
-    plain.load(STAR)
+    plain.load(FOX)
     plain.choose("Inpaint")
     plain.drag("#mask", (0.4, 0.4), (0.6, 0.6))
     page.fill("#prompt", "it's a heart")
@@ -342,7 +342,7 @@ def test_a_request_with_pictures_is_a_form_whose_files_can_be_had(
         download.value.save_as(tmp_path / name)
     subprocess.run(page.inner_text("#snippet"), shell=True, cwd=tmp_path, check=True, timeout=60)
     with PIL.Image.open(tmp_path / "result.png") as picture:
-        assert picture.size == (STAR_WIDTH, STAR_HEIGHT)
+        assert picture.size == (FOX_WIDTH, FOX_HEIGHT)
 
 
 def test_a_refusal_is_shown_in_the_server_s_words_at_the_field_it_blames(plain: Playground) -> None:
