@@ -30,7 +30,8 @@ HEAD = """# Photos in the playground
 *For users of the browser page.* Photos of 12 megapixels, as phones store them, opened and changed
 in the [playground](playground.md) with the embedded weights: before and after. The photos are
 painted by `python docs/photos.py`, which draws this page. The seed is 7 in all cases, and none was
-chosen for its result.
+chosen for its result. The embedded weights learnt from emoji, not from photos: judge how the photos
+are opened, scaled and blended, not what is drawn into them.
 """
 
 Floats = NDArray[np.float32]
