@@ -165,7 +165,7 @@ def test_a_foreign_page_changes_nothing(
 )
 def test_the_server_s_own_page_and_programs_pass(local: int, headers: dict[str, str]) -> None:
     fields = {name: value.format(port=local) for name, value in headers.items()}
-    assert sent(local, "/generate", "POST", fields) == (422, "invalid_value")
+    assert sent(local, "/generate", "POST", fields) == (422, "missing_field")
 
 
 @pytest.mark.process
@@ -193,7 +193,7 @@ def test_what_the_settings_allow_passes(
     fake_settings: Configure, settings: dict[str, str], headers: dict[str, str]
 ) -> None:
     with configured(fake_settings, **settings) as port:
-        assert sent(port, "/generate", "POST", headers) == (422, "invalid_value")
+        assert sent(port, "/generate", "POST", headers) == (422, "missing_field")
         other = headers | {"Origin": "https://other.example"}
         foreign = (403, "foreign_origin")
         assert sent(port, "/generate", "POST", other) == foreign or "*" in settings.values()

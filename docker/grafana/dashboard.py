@@ -153,6 +153,19 @@ ROWS: dict[str, tuple[Spec, ...]] = {
         stage("decode"),
         stage("image"),
         ("Pictures", "ops", (("{{endpoint}}", per_second("paella_images_total", "endpoint")),)),
+        (
+            "Repeats under an Idempotency-Key",
+            "reqps",
+            (("{{outcome}}", per_second("paella_idempotent_repeats_total", "outcome")),),
+        ),
+        (
+            "Answers kept",
+            "bytes",
+            (
+                ("for repeats", "sum(paella_idempotency_bytes)"),
+                ("for URLs", "sum(paella_url_store_bytes)"),
+            ),
+        ),
     ),
     "Workers": (
         ("Ready", "short", (("worker {{worker}}", "paella_worker_ready"),)),
