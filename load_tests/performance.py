@@ -24,8 +24,9 @@ RESULTS, PAGE, PLOT = (
 INTRODUCTION = """# Performance
 
 Everything here was measured by the command above its table, on the machine named with it, with
-the embedded weights of its time unless it says otherwise: until 2026-11-28 those drew 128×128
-pixels, now 256×256 (an image takes longer). `python -m load_tests.performance` writes this page from `load_tests/results/`."""
+the embedded weights of its time unless it says otherwise. Until 2026-11-28 those drew 128x128
+pixels; now they draw 256x256, and an image takes longer.
+`python -m load_tests.performance` writes this page from `load_tests/results/`."""
 
 Result = Mapping[str, Any]
 # A sentence, and a table's header and rows.
