@@ -318,7 +318,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_file(tmp_path):
     peak = float(
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     )
-    assert largest < peak < 1.3 * largest + 200e6 < path.stat().st_size
+    assert largest < peak < 1.3 * largest + 240e6 < path.stat().st_size
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────
