@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def test_every_client_has_a_program_and_a_snippet(client: Client) -> None:
     kind, code = snippets()[client.name]
     assert kind in KINDS[client.language]
     assert ADDRESS in code or "port=8000" in code
-    assert not code.count("/work/")
+    # No folder of the machine that the snippet was written on.
+    roots = {f"/{path.name}/" for path in Path("/").iterdir() if path.is_dir()}
+    assert not [root for root in roots if re.search(rf"(?<![\w.:/-]){re.escape(root)}", code)]
     if kind == "python":
         ast.parse(code)
 
