@@ -107,7 +107,7 @@ class Row:
 
     @property
     def renoises_by_confidence(self) -> bool:
-        """Whether this step renoises the tokens that the denoiser is least sure of."""
+        """Return whether this step renoises the tokens that the denoiser is least sure of."""
         s = self.sampling
         return s.renoise_order == "confidence" and self.step < s.renoise_steps
 

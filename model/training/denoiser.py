@@ -373,18 +373,28 @@ def train_on_own(
     loop.fit(guided, loss, replace(o, record=False), data=data, matrices=matrices)
 
 
-def main() -> None:
-    """Train as the command line says; exit with a message for unusable data."""
-    args = parser().parse_args()
+def run(
+    trainer: Callable[[argparse.Namespace], object], args: argparse.Namespace, *options: str
+) -> None:
+    """Train, and print how to assemble a bundle of the result; exit for unusable data.
+
+    Args:
+        trainer: what writes `args.checkpoint`.
+        args: of the command line.
+        options: more of them for `model.training.assemble`.
+    """
     try:
-        train(args)
+        trainer(args)
     except DataError as error:
         raise SystemExit(str(error)) from None
     if loop.rank() == 0:
-        print(
-            "to use it: python -m model.training.assemble NEW_BUNDLE "
-            f"--base {args.bundle} --denoiser {args.checkpoint}"
-        )
+        command = ("--base", args.bundle, "--denoiser", args.checkpoint, *options)
+        print("to use it: python -m model.training.assemble NEW_BUNDLE", *command)
+
+
+def main() -> None:
+    """Train as the command line says; exit with a message for unusable data."""
+    run(train, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from model.bundle import BundleV3, load_v3
 from model.config import MAX_GUIDANCE, Recipe, SamplingConfig, find_bundle
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.training import checkpoint, denoiser, loop
-from model.training.captioned import DataError
 from model.training.codes import quiet
 from model.training.data import Scenes
 from model.training.decoding import Filters
@@ -312,15 +311,7 @@ def main() -> None:
     args = p.parse_args()
     if args.guidance is None:
         p.error("--guidance is needed")
-    try:
-        train(args)
-    except DataError as error:
-        raise SystemExit(str(error)) from None
-    if loop.rank() == 0:
-        print(
-            "to use it: python -m model.training.assemble NEW_BUNDLE "
-            f"--base {args.bundle} --denoiser {args.checkpoint} --recipe guidance=1"
-        )
+    denoiser.run(train, args, "--recipe", "guidance=1")
 
 
 if __name__ == "__main__":

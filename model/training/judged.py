@@ -62,9 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the gradients of features and projection, scaled by the sum's gradient."""
-        to_features, to_projection = ctx.saved_tensors
-        g = gradients[0]
-        return (to_features * g).to(to_features.dtype), to_projection * g, None, None, None
+        return *_scaled(ctx, gradients[0]), None, None, None
 
 
 def cross_entropy(
@@ -79,6 +77,12 @@ def cross_entropy(
         features, projection, target, weights.float(), smoothing
     )  # type: ignore[no-untyped-call]
     return result
+
+
+def _scaled(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the saved gradients of features and projection, scaled by the sum's."""
+    to_features, to_projection = ctx.saved_tensors
+    return (to_features * gradient).to(to_features.dtype), to_projection * gradient
 
 
 class _Divergence(torch.autograd.Function):
@@ -132,10 +136,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Return the gradients of features and projection, scaled by the sum's gradient."""
-        to_features, to_projection = ctx.saved_tensors
-        g = gradients[0]
-        to_projection = to_projection * g
-        return (to_features * g).to(to_features.dtype), to_projection, None, None, None, None
+        return *_scaled(ctx, gradients[0]), None, None, None, None
 
 
 def divergence(

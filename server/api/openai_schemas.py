@@ -184,7 +184,7 @@ class ImagesFields(RecipeFields):
 
     @property
     def url_by_default(self) -> bool:
-        """Whether programs written for the requested model of OpenAI's expect a URL, too."""
+        """Return whether programs written for the requested model of OpenAI's expect a URL, too."""
         name = (self.model or "").rpartition("/")[2]
         return name in URL_MODELS and "response_format" not in self.model_fields_set
 
