@@ -20,9 +20,9 @@ from playwright.sync_api import Page, Route, expect
 from load_tests.browser import CHROMIUM, Playground
 from tests.test_browser import (
     APPLE,
-    STAR,
-    STAR_HEIGHT,
-    STAR_WIDTH,
+    FOX,
+    FOX_HEIGHT,
+    FOX_WIDTH,
     Open,
     chromium,  # noqa: F401
     opened,  # noqa: F401
@@ -179,7 +179,7 @@ def test_masks_and_regions_go_together_and_with_other_operations_none_are_sent(
     plain: Playground,
 ) -> None:
     page = plain.page
-    plain.load(STAR)
+    plain.load(FOX)
     plain.choose("Inpaint")
     page.get_by_role("button", name="Add a region").click()
     page.keyboard.type("a pear")
@@ -199,7 +199,7 @@ def test_the_sheet_gives_way_to_the_image_and_comes_only_for_another_shape(
     plain: Playground,
 ) -> None:
     page = plain.page
-    plain.load(STAR)
+    plain.load(FOX)
     page.check("#draw-regions")
     expect(page.locator("#picture")).to_be_hidden()
     page.uncheck("#draw-regions")
@@ -284,8 +284,8 @@ def test_a_file_that_no_browser_shows_is_refused_in_plain_words(
 
 
 def test_the_feather_is_sent_once_it_is_moved(plain: Playground) -> None:
-    plain.load(STAR)
-    sent = answering(plain, "inpaint", (STAR_WIDTH, STAR_HEIGHT), feather=20)
+    plain.load(FOX)
+    sent = answering(plain, "inpaint", (FOX_WIDTH, FOX_HEIGHT), feather=20)
     plain.choose("Inpaint")
     for feather in ("", "20"):
         plain.drag("#mask", (0.3, 0.3), (0.6, 0.6))
@@ -301,7 +301,7 @@ def test_the_feather_is_sent_once_it_is_moved(plain: Playground) -> None:
 
 def test_an_edit_of_another_size_says_how_the_image_fits(plain: Playground) -> None:
     page = plain.page
-    plain.load(STAR)
+    plain.load(FOX)
     sent = answering(plain, "edit", (WIDTH, HEIGHT))
     plain.choose("Edit")
     for name in ("#width", "#height", "#fit"):
@@ -319,7 +319,7 @@ def test_an_edit_of_another_size_says_how_the_image_fits(plain: Playground) -> N
 
 
 def test_variations_say_how_the_image_fits(plain: Playground) -> None:
-    plain.load(STAR)
+    plain.load(FOX)
     sent = answering(plain, "variations", (WIDTH, HEIGHT))
     plain.choose("Vary")
     plain.page.select_option("#fit", "stretch")
@@ -379,7 +379,7 @@ def test_a_refusal_goes_to_the_field_of_the_operation(
     plain: Playground, operation: str, label: str, param: str, field: str
 ) -> None:
     refusing(plain, operation, param)
-    plain.load(STAR)
+    plain.load(FOX)
     plain.choose(label)
     plain.press(APPLE)
     expect(plain.page.locator(field)).to_be_focused()
@@ -394,7 +394,7 @@ def test_the_code_of_a_request_with_regions_and_feather_runs(
     plain: Playground, tmp_path: Path
 ) -> None:
     page = plain.page
-    plain.load(STAR)
+    plain.load(FOX)
     plain.choose("Inpaint")
     plain.drag("#mask", (0.4, 0.4), (0.6, 0.6))
     page.get_by_role("button", name="Add a region").click()
@@ -411,7 +411,7 @@ def test_the_code_of_a_request_with_regions_and_feather_runs(
     assert "feather=12" in text
     subprocess.run(text, shell=True, cwd=tmp_path, check=True, timeout=60)
     with PIL.Image.open(tmp_path / "result.png") as picture:
-        assert picture.size == (STAR_WIDTH, STAR_HEIGHT)
+        assert picture.size == (FOX_WIDTH, FOX_HEIGHT)
         assert json.loads(picture.info["parameters"])["feather"] == 12
 
 
