@@ -55,6 +55,15 @@ def test_a_sprite_lies_where_its_layout_says(atlas: Tensor) -> None:
     assert tuple(picture[:, 0, 0].tolist()) == COLOURS["blue"]
 
 
+def test_sprites_alone_are_what_an_image_adds_to_its_background(atlas: Tensor) -> None:
+    layouts = Layouts.cat([_one(OBJECT, 100, 140, 96), _one(SQUARE, 80, 60, 90)])
+    alone = render(layouts, atlas, sprites_only=True)
+    assert alone.shape == (2, 4, 256, 256)
+    background = render(Layouts.cat([_one(-1, 0, 0, 0)] * 2), atlas).float()
+    over = background * (1 - alone[:, 3:].float() / 255) + alone[:, :3]
+    assert (render(layouts, atlas).float() - over).abs().max() <= 1.01
+
+
 def test_the_longer_side_is_the_length(atlas: Tensor) -> None:
     picture = render(_one(OBJECT, 128, 128, 128), atlas)[0]
     assert _box(picture[2] < 100) == (96, 64, 160, 192)

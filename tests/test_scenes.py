@@ -163,6 +163,38 @@ def test_aligned_sprites_lie_on_the_lattice_with_few_lengths():
     assert len(lengths) <= 12
 
 
+def test_things_of_the_usual_sizes_lie_in_steps_of_a_patch_and_are_not_mirrored():
+    for scene, rng in sampled(4000, 16):
+        if {thing.size for thing in scene.things} == {"normal"} and not scene.close_up:
+            for sprite in layout(scene, rng).sprites:
+                assert sprite.x % (2 * TOKEN) == 0, scene
+                assert sprite.y % (2 * TOKEN) == 0, scene
+                assert not sprite.mirror
+
+
+def test_the_first_mixture_is_mostly_one_thing_in_the_middle():
+    rng = random.Random(17)
+    first, full = (
+        [scene_samplers.sample(rng, mix) for _ in range(3000)]
+        for mix in (scene_samplers.FIRST, scene_samplers.FULL)
+    )
+
+    def share(scenes_, holds):
+        return sum(map(holds, scenes_)) / len(scenes_)
+
+    def plain_middle(scene):
+        return (
+            len(scene.things) == 1
+            and scene.things[0].count == 1
+            and scene.things[0].side == "centre"
+            and scene.things[0].size == "normal"
+        )
+
+    assert share(first, plain_middle) > 1.5 * share(full, plain_middle)
+    for mix in (first, full):
+        assert {len(scene.things) for scene in mix} == {0, 1, 2, 3}
+
+
 def test_layouts_off_the_lattice_are_turned_and_mirrored_at_times():
     rng = random.Random(7)
     scene = Scene("white", (Thing("zebra", None),))

@@ -1,6 +1,7 @@
 """Sample the corpus of captioned layouts, which all trainers read, once, in many processes.
 
-    python -m model.training.corpus OUT --pictures 400000 --processes 16
+    python -m model.training.corpus OUT --images 400000 --processes 16
+    python -m model.training.corpus OUT --mixture first
 
 Each image has one layout and two captions. The images themselves are not stored: a layout takes 200
 bytes and `render.render` draws thousands a second. Image i is the same for a seed, whatever the
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from model.training.captions import ATTRIBUTES, LONGEST, PLACES, THING_ATTRIBUTES, Caption, describe
 from model.training.scene_layout import Layout, layout
-from model.training.scene_samplers import sample
+from model.training.scene_samplers import FULL, MIXTURES, Mixture, sample
 from model.training.scenes import ASPECTS, MOST, Random, Scene
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 Arrays = dict[str, npt.NDArray[Any]]
 
 CAPTIONS = 2  # of each image
-_ALIGNED = 0.92  # of the images lie on the lattice of tokens
 _LONGEST = LONGEST - 1  # bytes of a caption, so that an end mark fits behind it
 _CHUNK = 2000  # images that one process samples at a time
 _ATTEMPTS = 5  # at a caption of at most _LONGEST bytes
@@ -114,26 +114,26 @@ def _fill_caption(arrays: Arrays, row: tuple[int, int], caption: Caption) -> Non
         arrays["things"][row][:count] = [tuple(thing.values()) for thing in caption.things]
 
 
-def _chunk(task: tuple[int, int, int]) -> Arrays:
+def _chunk(task: tuple[int, int, int, Mixture]) -> Arrays:
     """Return the arrays of chunk number `task[1]` of seed `task[0]`, of `task[2]` images."""
-    seed, number, n = task
+    seed, number, n, mix = task
     rng = random.Random(f"{seed}/{number}")
     drawn = _layout_arrays(n)
     captions = _caption_arrays(n)
     aspects = np.zeros(n, np.uint8)
     for row in range(n):
-        scene = sample(rng)
+        scene = sample(rng, mix)
         aspects[row] = ASPECTS.index(scene.aspect)
-        _fill_layout(drawn, row, layout(scene, rng, aligned=rng.random() < _ALIGNED))
+        _fill_layout(drawn, row, layout(scene, rng, aligned=rng.random() < mix.aligned))
         for which in range(CAPTIONS):
             _fill_caption(captions, (row, which), _short(scene, rng))
     return {**{_LAYOUT + name: a for name, a in drawn.items()}, **captions, "aspect": aspects}
 
 
-def sample_arrays(n: int, seed: int, processes: int) -> Arrays:
+def sample_arrays(n: int, seed: int, processes: int, mix: Mixture = FULL) -> Arrays:
     """Return the arrays of n images; processes: 1 samples in this one."""
     sizes = [min(_CHUNK, n - start) for start in range(0, n, _CHUNK)]
-    tasks = [(seed, number, size) for number, size in enumerate(sizes)]
+    tasks = [(seed, number, size, mix) for number, size in enumerate(sizes)]
     if processes == 1:
         return _assembled(n, map(_chunk, tasks))
     context = multiprocessing.get_context("spawn")
@@ -256,6 +256,9 @@ def main() -> None:
     parser.add_argument("--images", "--pictures", type=int, default=400_000)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--mixture", choices=MIXTURES, default="full", help="first: mostly one object in the middle"
+    )
     options = parser.parse_args()
     began = time.perf_counter()
     arrays = sample_arrays(options.images, options.seed, options.processes)

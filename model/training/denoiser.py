@@ -32,7 +32,7 @@ from model.training.decoding import Filters
 from model.training.features import Examples, ExampleStream, Pool
 from model.training.guides import Guided
 from model.training.image_batches import ImageBatches
-from model.training.judged import cross_entropy
+from model.training.judged import Neighbours, cross_entropy
 from model.training.objective import (
     DROP_CLIP,
     attention,
@@ -46,21 +46,21 @@ from model.training.objective import (
     projection_of,
 )
 
-LABEL_SMOOTHING = 0.1
+LABEL_SMOOTHING, SMOOTHING_BESIDE_NEAR = 0.1, 0.04
 # This share of a row's positions is projected to the codebook and judged: the softmax would else
 # cost as much as the network.
 JUDGED = 0.25
 # On scenes a few more. Positions in and around things are chosen FOCUS times as often as plain
 # background, most of which is soon right.
-JUDGED_OF_SCENES, FOCUS = 0.35, 4.0
+JUDGED_OF_SCENES, FOCUS = 0.5, 4.0
 # A byte's feature says all of its own thing and of the background (codes.py), so some bytes at
 # random say it all, and a step costs less than with all of them. Each kind of step: its aspect,
 # the number of bytes read of each caption, and the share of such steps.
 _STEPS: tuple[tuple[int, int, float], ...] = (
-    (0, 12, 0.45),
-    (0, 24, 0.45),
-    (1, 16, 0.05),
-    (2, 16, 0.05),
+    (0, 12, 0.47),
+    (0, 24, 0.47),
+    (1, 16, 0.03),
+    (2, 16, 0.03),
 )
 # Images of 3:2 have half as many tokens again.
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
@@ -82,11 +82,13 @@ def token_loss(
     t: Tensor,
     drop_clip: float = DROP_CLIP,
     judged: Tensor | None = None,
+    near: Neighbours | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the objective at times t [B], and the accuracy at noised positions.
 
     judged: the positions [B, n] that count, by default random ones. drop_clip: the probability of
-    dropping each of CLIP's embeddings.
+    dropping each of CLIP's embeddings. near: the codes near each code, if they share its labels;
+    less is shared by all codes then.
     """
     noisy, noised = corrupt(x.tokens, t, denoiser.config.num_labels)
     judged = choose_positions(x.tokens, JUDGED) if judged is None else judged
@@ -96,7 +98,8 @@ def token_loss(
     target, touched = (grid.flatten(1).gather(1, judged).flatten() for grid in (x.tokens, noised))
     weights = position_weights(t, noised, judged)
     projection = projection_of(denoiser)
-    value, right = cross_entropy(asked, projection, target, weights / len(target), LABEL_SMOOTHING)
+    smoothing = LABEL_SMOOTHING if near is None else SMOOTHING_BESIDE_NEAR
+    value, right = cross_entropy(asked, projection, target, weights / len(target), smoothing, near)
     return value, (right & touched).sum() / touched.sum().clamp_min(1)
 
 
@@ -194,15 +197,21 @@ class Encoding:
         batch: int,
         capacity: int,
         dtype: torch.dtype,
+        *,
+        sprites: bool = False,
     ) -> Encoding:
         """Return an encoding without any encoded scenes.
 
         capacity: the largest number of images kept of each aspect. dtype: of the VQGAN's products.
+        sprites: hold the things without their background too, for `guides`.
         """
         present = [aspect for aspect, own in enumerate(scenes.of_aspect) if len(own)]
         return cls(
             vqgan,
-            {aspect: Pool(config, scenes, aspect, capacity, dtype) for aspect in present},
+            {
+                aspect: Pool(config, scenes, aspect, capacity, dtype, sprites=sprites)
+                for aspect in present
+            },
             batch,
         )
 
@@ -273,8 +282,8 @@ def scene_loss(
         x = pool.draw(batch, bytes_read)
         t = draw_times(batch, x.tokens.device, EARLY)
         judged = choose_positions(x.tokens, JUDGED_OF_SCENES, FOCUS, x.commonest)
-        value, right = token_loss(denoiser, x, t, drop_clip, judged)
-        more, figures = guided.loss(x.tokens)
+        value, right = token_loss(denoiser, x, t, drop_clip, judged, guided.neighbours)
+        more, figures = guided.loss(x.tokens, x.sprites)
         return value + more, {"tokens": value.detach(), "right": right.detach(), **figures}
 
     return loss
@@ -318,7 +327,7 @@ def train(args: argparse.Namespace) -> None:
         denoiser.load_state_dict(kept)
     guided = Guided(denoiser, vqgan.vquantizer.codebook.weight).to(o.device)
     scenes = Scenes.load(args.corpus, o.device, o.data_seed)
-    encoding = Encoding.of(config, vqgan, scenes, o.batch, args.kept, o.dtype)
+    encoding = Encoding.of(config, vqgan, scenes, o.batch, args.kept, o.dtype, sprites=True)
     encoding.begin()
     mixture = scene_losses(guided, encoding, args.drop_clip)
     loop.fit(guided, mixture, o, data=encoding, matrices=matrices_of(guided), before=encoding.grow)

@@ -250,7 +250,7 @@ def _role_denoiser(plan: Plan) -> None:
     o = _options(
         plan, "denoiser", plan.denoiser_until, batch=batch, lr=2e-3 if plan.smoke else 4e-3
     )
-    encoding = denoiser.Encoding.of(config, vqgan, scenes, batch, capacity, o.dtype)
+    encoding = denoiser.Encoding.of(config, vqgan, scenes, batch, capacity, o.dtype, sprites=True)
     losses = denoiser.scene_losses(guided, encoding)
     with accelerated(guided, batch, 8):
         for pool in encoding.pools.values():
@@ -259,7 +259,7 @@ def _role_denoiser(plan: Plan) -> None:
         log("denoiser: prepared")
         _wait_for(network_file(plan, "vqgan"))
         vqgan.load_state_dict(torch.load(network_file(plan, "vqgan"), map_location=plan.device))
-        guided.codebook.copy_(vqgan.vquantizer.codebook.weight)
+        guided.use_codebook(vqgan.vquantizer.codebook.weight)
         for pool in encoding.pools.values():
             pool.forget()
         encoding.begin(8 if plan.smoke else 32)

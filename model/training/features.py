@@ -39,7 +39,8 @@ class Examples:
     tokens: [B, H, W]. byt5: [B, L, D]. mask: [B, L], False at padding. clip_text, clip_image: [B,
     D']. empty: [B], True where there is no caption. shown: [B], the empty ones that are
     nevertheless drawn from their CLIP image embedding; None for none. commonest: [B], each image's
-    most frequent code, if it is known.
+    most frequent code, if it is known. sprites: [B, 4, H', W'] of 0 … 1, the things without their
+    background, premultiplied by alpha, if they are known.
     """
 
     tokens: Tensor
@@ -50,6 +51,7 @@ class Examples:
     empty: Tensor
     shown: Tensor | None = None
     commonest: Tensor | None = None
+    sprites: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -216,7 +218,8 @@ class Pool:
     the scenes encoded so far. The features of captions and images are their codes (`codes.py`).
     Processes that share a training hold a share of the scenes each.
 
-    capacity: the largest number of scenes held. dtype: of the VQGAN's products.
+    capacity: the largest number of scenes held. dtype: of the VQGAN's products. sprites: hold the
+    things without their background too, for `guides`.
     """
 
     def __init__(
@@ -226,6 +229,8 @@ class Pool:
         aspect: int,
         capacity: int,
         dtype: torch.dtype = torch.float32,
+        *,
+        sprites: bool = False,
     ) -> None:
         self.scenes = scenes
         self.aspect = aspect
@@ -237,6 +242,11 @@ class Pool:
         f, device = config.vqgan.downscale, scenes.device
         self.tokens = torch.zeros(
             self.capacity, height // f, width // f, dtype=torch.int16, device=device
+        )
+        self.sprites = (
+            torch.zeros(self.capacity, 4, height // 4, width // 4, dtype=torch.uint8, device=device)
+            if sprites
+            else None
         )
         self.commonest = torch.zeros(self.capacity, dtype=torch.int16, device=device)
         self.index = torch.zeros(self.capacity, dtype=torch.long, device=device)
@@ -265,6 +275,8 @@ class Pool:
             )
         self.tokens[place], self.index[place] = tokens.to(torch.int16), index
         self.commonest[place] = commonest(tokens).to(torch.int16)
+        if self.sprites is not None:
+            self.sprites[place] = self.scenes.sprites(index, self.aspect)
         self.encoded += len(index)
         self._filled.fill_(min(self.encoded, self.capacity))
 
@@ -293,7 +305,9 @@ class Pool:
         self._filled.fill_(1)
 
     @torch.no_grad()
-    def draw(self, count: int, bytes_read: int, empty: float = 0.1, shown: float = 0.1) -> Examples:
+    def draw(
+        self, count: int, bytes_read: int, empty: float = 0.07, shown: float = 0.05
+    ) -> Examples:
         """Return `count` random scenes.
 
         bytes_read: the number of random bytes read of each caption. empty: the share of empty
@@ -326,6 +340,7 @@ class Pool:
             empty=silent,
             shown=(chance >= empty) & silent,
             commonest=self.commonest[chosen].long(),
+            sprites=None if self.sprites is None else self.sprites[chosen].float() / 255,
         )
 
 

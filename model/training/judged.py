@@ -7,12 +7,38 @@ Letters: N positions, c channels, K codes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _ROWS_ON_CPU, _ROWS = 256, 32_768  # at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The codes nearest to each code. codes: [K, m]. weights: [K, m], each row sums to 1.
+
+    share: the share of a label that goes to its neighbours.
+    """
+
+    codes: Tensor
+    weights: Tensor
+    share: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, codebook: Tensor, share: float, count: int = 8) -> Neighbours:
+        """Return the `count` nearest codes of each in a codebook [K, c], the nearer the heavier.
+
+        A weight falls to a third at the distance which is usual between a code and its nearest.
+        """
+        squares = torch.cdist(codebook.float(), codebook.float()).square()
+        squares.fill_diagonal_(torch.inf)
+        nearest = squares.topk(min(count, len(codebook) - 1), dim=-1, largest=False)
+        usual = nearest.values[:, 0].mean()
+        return cls(nearest.indices, (-nearest.values / usual).softmax(-1), share)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -26,6 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
         target: Tensor,
         weights: Tensor,
         smoothing: float,
+        near: Neighbours | None,
     ) -> tuple[Tensor, Tensor]:
         """Return (the weighted sum of errors, the correct positions [N]).
 
@@ -36,6 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
         to_features = torch.empty_like(features)
         to_projection = torch.zeros_like(projection, dtype=torch.float32)
         total, right = weights.new_zeros(()), torch.empty_like(target, dtype=torch.bool)
+        given = smoothing + (near.share if near is not None else 0.0)
         rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
         for start in range(0, len(features), rows):
             part = slice(start, start + rows)
@@ -46,12 +74,18 @@ class _CrossEntropy(torch.autograd.Function):
             z -= z.amax(-1, keepdim=True)
             own, mean = z.gather(1, t), z.mean(-1, keepdim=True)
             right[part] = (own == 0)[:, 0]
+            wanted = (1 - given) * own + smoothing * mean
+            if near is not None:
+                around, shares = near.codes[t[:, 0]], near.share * near.weights[t[:, 0]]
+                wanted = wanted + (shares * z.gather(1, around)).sum(-1, keepdim=True)
             p = z.exp_()
             sums = p.sum(-1, keepdim=True)
-            total += (w * (sums.log() - (1 - smoothing) * own - smoothing * mean)).sum()
+            total += (w * (sums.log() - wanted)).sum()
             p *= w / sums
             p -= w * (smoothing / K)
-            p.scatter_add_(1, t, w * (smoothing - 1))
+            p.scatter_add_(1, t, w * (given - 1))
+            if near is not None:
+                p.scatter_add_(1, around, -w * shares)
             g = p.to(dtype)
             to_features[part] = g @ W
             to_projection += g.T @ f
@@ -60,21 +94,27 @@ class _CrossEntropy(torch.autograd.Function):
         return total, right
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Return the gradients of features and projection, scaled by the sum's gradient."""
-        return *_scaled(ctx, gradients[0]), None, None, None
+        return *_scaled(ctx, gradients[0]), None, None, None, None
 
 
 def cross_entropy(
-    features: Tensor, projection: Tensor, target: Tensor, weights: Tensor, smoothing: float
+    features: Tensor,
+    projection: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    smoothing: float,
+    near: Neighbours | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (the weighted sum of errors with smoothed labels, the correct positions [N]).
 
-    features: [N, c]. projection: [K, c]. target, weights: [N]. Products have the features' type,
-    sums are fp32; only features and projection get gradients.
+    features: [N, c]. projection: [K, c]. target, weights: [N]. smoothing: the share of a label that
+    goes to all codes alike. near: the share that goes to the label's neighbours, and those.
+    Products have the features' type, sums are fp32; only features and projection get gradients.
     """
     result: tuple[Tensor, Tensor] = _CrossEntropy.apply(
-        features, projection, target, weights.float(), smoothing
+        features, projection, target, weights.float(), smoothing, near
     )  # type: ignore[no-untyped-call]
     return result
 

@@ -27,7 +27,7 @@ DROP_CLIP = 0.5
 _IMAGE_NOISE = 0.5
 # The prior is mistaken at times. This share of the captioned rows gets another image's embedding,
 # so that the words count.
-_MISTAKEN = 0.06
+_MISTAKEN = 0.03
 # What a position that was not replaced weighs less than one that was, at time 0.
 _UNTOUCHED = 0.7
 

@@ -133,7 +133,7 @@ def _draw_all(images: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> Non
         *(getattr(layouts, field.name)[:, slot] for field in dataclasses.fields(_Placed))
     )
     patch = _sample(placed, atlas, (0, 0, images.shape[3], images.shape[2]))
-    images.mul_(1 - patch[:, 3:] / 255).add_(patch[:, :3])
+    images.mul_(1 - patch[:, 3:] / 255).add_(patch[:, : images.shape[1]])
 
 
 def _draw_each(images: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> None:
@@ -151,11 +151,17 @@ def _draw_each(images: Tensor, layouts: Layouts, slot: int, atlas: Tensor) -> No
         left, top, w, h = box
         if w > 0 and h > 0:
             patch = _sample(placed, atlas, box)[0]
-            images[row, :, top : top + h, left : left + w].mul_(1 - patch[3:] / 255).add_(patch[:3])
+            covered = images[row, :, top : top + h, left : left + w]
+            covered.mul_(1 - patch[3:] / 255).add_(patch[: len(covered)])
 
 
-def _draw(layouts: Layouts, atlas: Tensor, width: int, height: int) -> Tensor:
-    images = paint(layouts.background, layouts.params, height, width)
+def _draw(
+    layouts: Layouts, atlas: Tensor, width: int, height: int, sprites_only: bool = False
+) -> Tensor:
+    if sprites_only:
+        images = torch.zeros(len(layouts), 4, height, width, device=atlas.device)
+    else:
+        images = paint(layouts.background, layouts.params, height, width)
     draw = _draw_each if atlas.device.type == "cpu" else _draw_all
     for slot in range(layouts.sprite.shape[1]):
         draw(images, layouts, slot, atlas)
@@ -163,17 +169,27 @@ def _draw(layouts: Layouts, atlas: Tensor, width: int, height: int) -> Tensor:
 
 
 @torch.no_grad()
-def render(layouts: Layouts, atlas: Tensor, width: int = 256, height: int = 256) -> Tensor:
+def render(
+    layouts: Layouts,
+    atlas: Tensor,
+    width: int = 256,
+    height: int = 256,
+    *,
+    sprites_only: bool = False,
+) -> Tensor:
     """Return the layouts' images `[N,3,height,width]` uint8, on the device of both arguments.
 
     Later sprites lie over earlier ones. atlas: `art.atlas()` or any `[S,4,side,side]` uint8 of
-    sprites premultiplied by alpha that holds every sprite the layouts name.
+    sprites premultiplied by alpha that holds every sprite the layouts name. sprites_only: return
+    `[N,4,height,width]`, the sprites on nothing, premultiplied by alpha.
     """
     parts = [
-        _draw(layouts[i : i + _CHUNK], atlas, width, height) for i in range(0, len(layouts), _CHUNK)
+        _draw(layouts[i : i + _CHUNK], atlas, width, height, sprites_only)
+        for i in range(0, len(layouts), _CHUNK)
     ]
+    channels = 4 if sprites_only else 3
     return (
         torch.cat(parts)
         if parts
-        else torch.empty(0, 3, height, width, dtype=torch.uint8, device=atlas.device)
+        else torch.empty(0, channels, height, width, dtype=torch.uint8, device=atlas.device)
     )

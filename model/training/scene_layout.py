@@ -7,6 +7,7 @@ the same object wherever it stands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -34,12 +35,13 @@ PAIR_LENGTHS: dict[Size, int] = {"small": 80, "normal": 112, "large": 144}
 _SEVERAL_LENGTH = PAIR_LENGTHS["normal"]  # of two to four of the same, and of three kinds
 _CLOSE_UP_LENGTH = 352
 _MARGIN = 4  # pixels between a thing and the image's edge, at least
-_NOTICED = 2 * TOKEN  # a thing at a side lies so far from the middle, at least
-_INWARD = 0.25  # how often a thing at a side lies one step nearer to the middle, if there is room
+# Things are moved in steps of a patch of the denoiser: within one, each token is a place of its own
+# to learn.
+_STEP = 2 * TOKEN
+_NOTICED = _STEP  # a thing at a side lies so far from the middle, at least
 _GAP = 8  # pixels between the boxes of two things, at least
-_CLOSE_UP_STEPS = 3  # how far a close-up's middle may lie from the thing's, in tokens
-_MIRRORED = 0.1  # of the things on the lattice, where few codes matter
-_MIRRORED_ANYWHERE = 0.5  # of the others
+_CLOSE_UP_STEPS = 1  # how far a close-up's middle may lie from the thing's, in steps
+_MIRRORED = 0.5  # of the things off the lattice
 _TURNED = 0.5  # of images off the lattice
 _LARGEST_TURN = 10.0  # degrees
 _TINT_JITTER = 4
@@ -72,8 +74,8 @@ def _box(kind: str, length: int) -> tuple[float, float]:
 
 
 def _shift(room: int, length: float) -> int:
-    """Return how far a thing may be moved off the middle, in whole tokens, given in pixels."""
-    return max(0, int((room - length) / 2 - _MARGIN) // TOKEN * TOKEN)
+    """Return how far a thing may be moved off the middle, in whole steps, given in pixels."""
+    return max(0, int((room - length) / 2 - _MARGIN) // _STEP * _STEP)
 
 
 _DIRECTIONS: dict[Side, tuple[int, int]] = {
@@ -129,18 +131,17 @@ def _tint(rng: Random, thing: Thing) -> tuple[int, int, int]:
 Spot = tuple[int, float, float]  # length, centre
 
 
-def _lone_spot(rng: Random, thing: Thing, aspect: Aspect) -> Spot:
+def _lone_spot(thing: Thing, aspect: Aspect) -> Spot:
     length = LONE_LENGTHS[thing.size]
     middle = (aspect[0] // 2, aspect[1] // 2)
     if thing.side == "centre":
         return length, *middle
-    place = []
-    inward = chance(rng, _INWARD)
     room = _room(thing.kind, length, aspect)
-    for axis, direction in enumerate(_DIRECTIONS[thing.side]):
-        shift = room[axis] - TOKEN if inward and room[axis] >= _NOTICED + TOKEN else room[axis]
-        place.append(middle[axis] + direction * shift)
-    return length, place[0], place[1]
+    x, y = (
+        middle[axis] + direction * room[axis]
+        for axis, direction in enumerate(_DIRECTIONS[thing.side])
+    )
+    return length, x, y
 
 
 def _close_up_spot(rng: Random, aspect: Aspect) -> Spot:
@@ -148,7 +149,7 @@ def _close_up_spot(rng: Random, aspect: Aspect) -> Spot:
     place = []
     for room in aspect:
         steps = int(rng.random() * (2 * _CLOSE_UP_STEPS + 1)) - _CLOSE_UP_STEPS
-        place.append(room // 2 + steps * TOKEN)
+        place.append(room // 2 + steps * _STEP)
     return length, place[0], place[1]
 
 
@@ -165,6 +166,24 @@ def _pair_spots(scene: Scene) -> list[Spot]:
     first = 0 if sides[0] in ("left", "top") else 1
     boxes = [_box(thing.kind, lengths[thing.size]) for thing in scene.things]
     extents = [box[axis] for box in boxes]
+    if max(extents) <= room / 2 - _GAP:
+        along = [0.0, 0.0]
+        along[first], along[1 - first] = _quarters(scene.aspect)[axis]
+    else:
+        along = _shared_out(extents, first, room)
+    across = scene.aspect[1 - axis] // 2
+    spots: list[Spot] = []
+    for thing, place in zip(scene.things, along, strict=True):
+        x, y = (place, across) if axis == 0 else (across, place)
+        spots.append((lengths[thing.size], x, y))
+    return spots
+
+
+def _shared_out(extents: Sequence[float], first: int, room: int) -> list[float]:
+    """Return the middles of two things of different extents along one axis, on the lattice.
+
+    first: the number of the thing that lies nearer to the beginning.
+    """
     # The spare room is shared out as margin, gap and margin; the gap is the largest.
     spare = room - sum(extents)
     ahead, behind = extents[first], extents[1 - first]
@@ -175,12 +194,7 @@ def _pair_spots(scene: Scene) -> list[Spot]:
         along[1 - first] += TOKEN if along[1 - first] + TOKEN + behind / 2 <= room else 0
     if along[1 - first] - along[first] < (ahead + behind) / 2 + _GAP:
         along[first] -= TOKEN if along[first] - TOKEN - ahead / 2 >= 0 else 0
-    across = scene.aspect[1 - axis] // 2
-    spots: list[Spot] = []
-    for thing, place in zip(scene.things, along, strict=True):
-        x, y = (place, across) if axis == 0 else (across, place)
-        spots.append((lengths[thing.size], x, y))
-    return spots
+    return along
 
 
 @cache
@@ -221,7 +235,7 @@ def _spots(rng: Random, scene: Scene) -> list[tuple[Thing, Spot]]:
     thing = scene.things[0]
     if thing.count > 1:
         return [(thing, spot) for spot in _count_spots(rng, thing, scene.aspect)]
-    return [(thing, _lone_spot(rng, thing, scene.aspect))]
+    return [(thing, _lone_spot(thing, scene.aspect))]
 
 
 def _loosened(rng: Random, scene: Scene, thing: Thing, spot: Spot) -> tuple[float, float, float]:
@@ -246,8 +260,7 @@ def layout(scene: Scene, rng: Random, *, aligned: bool = True) -> Layout:
     sprites = []
     spots = _spots(rng, scene)
     turned = not aligned and chance(rng, _TURNED)
-    share = _MIRRORED if aligned else _MIRRORED_ANYWHERE
-    mirrored = {thing.kind: chance(rng, share) for thing in scene.things}
+    mirrored = {thing.kind: not aligned and chance(rng, _MIRRORED) for thing in scene.things}
     for thing, spot in spots:
         length, x, y = spot if aligned else _loosened(rng, scene, thing, spot)
         angle = 0.0

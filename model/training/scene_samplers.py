@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from model.training.kinds import SHAPES
 from model.training.palette import NAMES
@@ -28,23 +28,55 @@ from model.training.scenes import (
     shared_backgrounds,
 )
 
-# Shares of the training mixture.
-_SHARES: dict[str, float] = {
-    "object": 0.60,  # one of _CLOSE_UPS of them a close-up
-    "shape": 0.08,
-    "pair": 0.12,
-    "count": 0.09,
-    "attribution": 0.07,
-    "three": 0.02,
-    "empty": 0.02,
-}
-_CLOSE_UPS = 0.07  # of images of one object
-_ODD_ASPECTS = 0.08  # 3:2 or 2:3
-_SCENES_FOR_ONE = 0.22  # of images of one object: before a painted scene
-_SCENES_FOR_MORE = 0.08  # of all other images
-_DEFAULT_SHARE = 0.12  # of plain backgrounds: the default, beside its turn among all
-_CENTRED = 0.5
-_LONE_SIZES: tuple[Size, ...] = ("small",) * 5 + ("normal",) * 9 + ("large",) * 6
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The shares of what training shows.
+
+    Of all images: object (one of `close_ups` of them a close-up), shape, pair, count, attribution,
+    three; the rest are empty. odd_aspects: 3:2 or 2:3. scenes_for_one: of images of one object,
+    before a painted scene. scenes_for_more: of all other images. default_background: of plain
+    backgrounds, the default one beside its turn among all. centred: of single things, in the
+    middle. sizes: of single things, each as likely. aligned: of images whose things lie on the
+    lattice.
+    """
+
+    object: float = 0.60
+    shape: float = 0.08
+    pair: float = 0.12
+    count: float = 0.09
+    attribution: float = 0.07
+    three: float = 0.02
+    close_ups: float = 0.07
+    odd_aspects: float = 0.08
+    scenes_for_one: float = 0.22
+    scenes_for_more: float = 0.08
+    default_background: float = 0.12
+    centred: float = 0.5
+    sizes: tuple[Size, ...] = ("small",) * 5 + ("normal",) * 9 + ("large",) * 6
+    aligned: float = 0.92
+
+
+FULL = Mixture()
+# To begin with: mostly one object, of one size, in the middle, often before its default background.
+# Each size, place and background of an object is another set of tokens to learn.
+FIRST = Mixture(
+    object=0.70,
+    shape=0.06,
+    pair=0.09,
+    count=0.07,
+    attribution=0.05,
+    three=0.015,
+    close_ups=0.03,
+    odd_aspects=0.05,
+    scenes_for_one=0.15,
+    scenes_for_more=0.05,
+    default_background=0.3,
+    centred=0.6,
+    sizes=("small",) * 4 + ("normal",) * 15 + ("large",) * 1,
+    aligned=0.96,
+)
+MIXTURES = {"full": FULL, "first": FIRST}
 _NORMAL_PAIRS: tuple[tuple[Size, Size], ...] = (("normal", "normal"),) * 20
 PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     *_NORMAL_PAIRS,
@@ -55,14 +87,14 @@ PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
 )
 
 
-def _aspect(rng: Random) -> Aspect:
+def _aspect(rng: Random, mix: Mixture) -> Aspect:
     draw = rng.random()
-    if draw >= _ODD_ASPECTS:
+    if draw >= mix.odd_aspects:
         return SQUARE
-    return WIDE if draw < _ODD_ASPECTS / 2 else TALL
+    return WIDE if draw < mix.odd_aspects / 2 else TALL
 
 
-def _background(rng: Random, things: Sequence[Thing], painted: float) -> str | None:
+def _background(rng: Random, things: Sequence[Thing], painted: float, mix: Mixture) -> str | None:
     """Return a background that shows all things, None if there is none."""
     scenes = shared_backgrounds(things, painted=True) if chance(rng, painted) else ()
     if scenes:
@@ -71,7 +103,7 @@ def _background(rng: Random, things: Sequence[Thing], painted: float) -> str | N
     if not plain:
         return None
     usual = next((name for name in DEFAULTS if name in plain), None)
-    return usual if usual and chance(rng, _DEFAULT_SHARE) else pick(rng, plain)
+    return usual if usual and chance(rng, mix.default_background) else pick(rng, plain)
 
 
 def shape_colours(shape: str) -> tuple[str, ...]:
@@ -97,42 +129,47 @@ def _some_thing(rng: Random, shapes: float) -> Thing:
     return _some_shape(rng) if chance(rng, shapes) else _some_object(rng)
 
 
-def lone(rng: Random, thing: Thing, painted: float = _SCENES_FOR_MORE) -> Scene:
-    """Return a scene of the one thing, with any size, side and background."""
-    aspect = _aspect(rng)
-    background = _background(rng, (thing,), painted) or "white"
-    size = pick(rng, _LONE_SIZES)
+def lone(
+    rng: Random, thing: Thing, painted: float = FULL.scenes_for_more, mix: Mixture = FULL
+) -> Scene:
+    """Return a scene of the one thing, with any size, side and background.
+
+    painted: the probability of a painted scene behind it.
+    """
+    aspect = _aspect(rng, mix)
+    background = _background(rng, (thing,), painted, mix) or "white"
+    size = pick(rng, mix.sizes)
     sides = sides_for(thing.kind, size, aspect, background)
-    side = "centre" if chance(rng, _CENTRED) or not sides else pick(rng, sides)
+    side = "centre" if chance(rng, mix.centred) or not sides else pick(rng, sides)
     return Scene(background, (replace(thing, size=size, side=side),), None, aspect)
 
 
-def sample_shape(rng: Random) -> Scene:
+def sample_shape(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene of one shape."""
-    return lone(rng, _some_shape(rng))
+    return lone(rng, _some_shape(rng), mix.scenes_for_more, mix)
 
 
-def sample_object(rng: Random) -> Scene:
+def sample_object(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene of one object."""
-    return lone(rng, _some_object(rng), _SCENES_FOR_ONE)
+    return lone(rng, _some_object(rng), mix.scenes_for_one, mix)
 
 
-def sample_close_up(rng: Random) -> Scene:
+def sample_close_up(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene of one object that is larger than the image."""
     thing = _some_object(rng)
-    background = _background(rng, (thing,), _SCENES_FOR_MORE) or "white"
-    return Scene(background, (thing,), None, _aspect(rng), close_up=True)
+    background = _background(rng, (thing,), mix.scenes_for_more, mix) or "white"
+    return Scene(background, (thing,), None, _aspect(rng, mix), close_up=True)
 
 
-def _pair(rng: Random, first: Thing, second: Thing, painted: float) -> Scene | None:
+def _pair(rng: Random, first: Thing, second: Thing, painted: float, mix: Mixture) -> Scene | None:
     if first == second or first.kind == second.kind or held_out(first.kind, second.kind):
         return None
-    background = _background(rng, (first, second), painted)
+    background = _background(rng, (first, second), painted, mix)
     if background is None:
         return None
     sizes = pick(rng, PAIR_SIZES)
     things = (replace(first, size=sizes[0]), replace(second, size=sizes[1]))
-    return Scene(background, things, pick(rng, RELATIONS), _aspect(rng))
+    return Scene(background, things, pick(rng, RELATIONS), _aspect(rng, mix))
 
 
 def _until(rng: Random, attempt: Callable[[Random], Scene | None]) -> Scene:
@@ -141,33 +178,33 @@ def _until(rng: Random, attempt: Callable[[Random], Scene | None]) -> Scene:
             return scene
 
 
-def sample_pair(rng: Random) -> Scene:
+def sample_pair(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene of two things of different kinds, three in four of them objects."""
 
     def attempt(rng: Random) -> Scene | None:
-        return _pair(rng, _some_thing(rng, 0.25), _some_thing(rng, 0.25), _SCENES_FOR_MORE)
+        return _pair(rng, _some_thing(rng, 0.25), _some_thing(rng, 0.25), mix.scenes_for_more, mix)
 
     return _until(rng, attempt)
 
 
-def sample_attribution(rng: Random) -> Scene:
+def sample_attribution(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene of two shapes of different kinds and colours."""
 
     def attempt(rng: Random) -> Scene | None:
         first, second = _some_shape(rng), _some_shape(rng)
-        return None if first.colour == second.colour else _pair(rng, first, second, 0.0)
+        return None if first.colour == second.colour else _pair(rng, first, second, 0.0, mix)
 
     return _until(rng, attempt)
 
 
-def sample_count(rng: Random) -> Scene:
+def sample_count(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene of two to four of the same, one in four of them shapes."""
     thing = replace(_some_thing(rng, 0.25), count=2 + int(rng.random() * 3))
-    background = _background(rng, (thing,), _SCENES_FOR_MORE) or "white"
-    return Scene(background, (thing,), None, _aspect(rng))
+    background = _background(rng, (thing,), mix.scenes_for_more, mix) or "white"
+    return Scene(background, (thing,), None, _aspect(rng, mix))
 
 
-def sample_three(rng: Random) -> Scene:
+def sample_three(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene of three things of different kinds."""
 
     def attempt(rng: Random) -> Scene | None:
@@ -175,37 +212,36 @@ def sample_three(rng: Random) -> Scene:
         names = [thing.kind for thing in things]
         if len(set(names)) < 3 or any(held_out(names[i], names[i - 1]) for i in range(3)):
             return None
-        background = _background(rng, things, _SCENES_FOR_MORE)
-        return Scene(background, things, None, _aspect(rng)) if background else None
+        background = _background(rng, things, mix.scenes_for_more, mix)
+        return Scene(background, things, None, _aspect(rng, mix)) if background else None
 
     return _until(rng, attempt)
 
 
-def sample_empty(rng: Random) -> Scene:
+def sample_empty(rng: Random, mix: Mixture = FULL) -> Scene:
     """Return a scene without things, as often painted as plain."""
-    return Scene(pick(rng, SCENES if chance(rng, 0.5) else NAMES), (), None, _aspect(rng))
+    return Scene(pick(rng, SCENES if chance(rng, 0.5) else NAMES), (), None, _aspect(rng, mix))
 
 
-def _object_or_close_up(rng: Random) -> Scene:
-    return sample_close_up(rng) if chance(rng, _CLOSE_UPS) else sample_object(rng)
+def _object_or_close_up(rng: Random, mix: Mixture = FULL) -> Scene:
+    return sample_close_up(rng, mix) if chance(rng, mix.close_ups) else sample_object(rng, mix)
 
 
-SAMPLERS: dict[str, Callable[[Random], Scene]] = {
+_SAMPLERS: dict[str, Callable[[Random, Mixture], Scene]] = {
     "object": _object_or_close_up,
     "shape": sample_shape,
     "pair": sample_pair,
     "count": sample_count,
     "attribution": sample_attribution,
     "three": sample_three,
-    "empty": sample_empty,
 }
 
 
-def sample(rng: Random) -> Scene:
-    """Return a scene as the training mixture has it."""
+def sample(rng: Random, mix: Mixture = FULL) -> Scene:
+    """Return a scene as a mixture has it."""
     draw = rng.random()
-    for name, share in _SHARES.items():
-        draw -= share
+    for name, sampler in _SAMPLERS.items():
+        draw -= getattr(mix, name)
         if draw < 0:
-            return SAMPLERS[name](rng)
-    return sample_object(rng)
+            return sampler(rng, mix)
+    return sample_empty(rng, mix)
