@@ -45,6 +45,7 @@ from model.training.objective import (
     position_weights,
     projection_of,
 )
+from model.training.stencils import Stencils
 
 LABEL_SMOOTHING, SMOOTHING_BESIDE_NEAR = 0.1, 0.04
 # This share of a row's positions is projected to the codebook and judged: the softmax would else
@@ -64,9 +65,11 @@ _STEPS: tuple[tuple[int, int, float], ...] = (
 )
 # Images of 3:2 have half as many tokens again.
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
-_MET = 16  # uses of an encoded scene, with other noise each time
+# Uses of a scene, with other noise each time. A scene that is met often is learnt by heart, and
+# encoding one takes twice as long as a step of it; where most tokens are known it need not be.
+_MET, _MET_WITH_STENCILS = 16, 4
 _ENCODED_AT_ONCE = 4  # batches
-_ENCODED_FIRST = 16  # batches encoded before the first step
+_ENCODED_FIRST = 32  # batches encoded before the first step
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise
 # there, and only the caption tells what to draw.
 EARLY = 1.5
@@ -118,6 +121,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(lr=None)  # it depends on where the training begins
     add_data_arguments(p)
+    p.add_argument(
+        "--stencils",
+        type=Path,
+        help="tokens of things on plain backgrounds, from model.training.stencils with this VQGAN",
+    )
     p.add_argument(
         "--drop-clip",
         type=float,
@@ -199,17 +207,20 @@ class Encoding:
         dtype: torch.dtype,
         *,
         sprites: bool = False,
+        stencils: Stencils | None = None,
     ) -> Encoding:
         """Return an encoding without any encoded scenes.
 
         capacity: the largest number of images kept of each aspect. dtype: of the VQGAN's products.
-        sprites: hold the things without their background too, for `guides`.
+        sprites: hold the things without their background too, for `guides`. stencils: known tokens.
         """
         present = [aspect for aspect, own in enumerate(scenes.of_aspect) if len(own)]
         return cls(
             vqgan,
             {
-                aspect: Pool(config, scenes, aspect, capacity, dtype, sprites=sprites)
+                aspect: Pool(
+                    config, scenes, aspect, capacity, dtype, sprites=sprites, stencils=stencils
+                )
                 for aspect in present
             },
             batch,
@@ -246,6 +257,11 @@ class Encoding:
             pool.restore(self.vqgan, state["encoded"][aspect], self._at_once)
 
     @property
+    def _met(self) -> int:
+        known = all(pool.stencils is not None for pool in self.pools.values())
+        return _MET_WITH_STENCILS if known else _MET
+
+    @property
     def _at_once(self) -> int:
         return min(_ENCODED_AT_ONCE * self.batch, 1024)
 
@@ -265,7 +281,7 @@ class Encoding:
         self.steps += 1
         for aspect, pool in self.pools.items():
             share = sum(share for own, _, share in _STEPS if own == aspect)
-            if pool.encoded * _MET < self.steps * self.batch * share:
+            if pool.encoded * self._met < self.steps * self.batch * share:
                 pool.grow(self.vqgan, self._at_once)
 
 
@@ -327,7 +343,10 @@ def train(args: argparse.Namespace) -> None:
         denoiser.load_state_dict(kept)
     guided = Guided(denoiser, vqgan.vquantizer.codebook.weight).to(o.device)
     scenes = Scenes.load(args.corpus, o.device, o.data_seed)
-    encoding = Encoding.of(config, vqgan, scenes, o.batch, args.kept, o.dtype, sprites=True)
+    known = None if args.stencils is None else Stencils.load(args.stencils)
+    encoding = Encoding.of(
+        config, vqgan, scenes, o.batch, args.kept, o.dtype, sprites=True, stencils=known
+    )
     encoding.begin()
     mixture = scene_losses(guided, encoding, args.drop_clip)
     loop.fit(guided, mixture, o, data=encoding, matrices=matrices_of(guided), before=encoding.grow)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from model.training.codes import USED, Codes
 from model.training.data import Scenes, Source, Text, as_float
 from model.training.processes import rank, world
 from model.training.scenes import ASPECTS
+
+if TYPE_CHECKING:
+    from model.training.stencils import Stencils
 
 _AT_ONCE = 32  # images that are drawn and encoded together
 # Encoders are not as exact as the codes that they learn: noise up to these deviations on a byte's
@@ -219,7 +222,8 @@ class Pool:
     Processes that share a training hold a share of the scenes each.
 
     capacity: the largest number of scenes held. dtype: of the VQGAN's products. sprites: hold the
-    things without their background too, for `guides`.
+    things without their background too, for `guides`. stencils: known tokens; without them every
+    scene is encoded.
     """
 
     def __init__(
@@ -231,8 +235,10 @@ class Pool:
         dtype: torch.dtype = torch.float32,
         *,
         sprites: bool = False,
+        stencils: Stencils | None = None,
     ) -> None:
         self.scenes = scenes
+        self.stencils = stencils
         self.aspect = aspect
         self.dtype = dtype
         self.codes = Codes(scenes.corpus)
@@ -266,19 +272,32 @@ class Pool:
             torch.arange(self.encoded, self.encoded + len(index), device=index.device)
             % self.capacity
         )
-        with torch.autocast(index.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = torch.cat(
-                [
-                    encode_images(vqgan, self.scenes.images(part, self.aspect))
-                    for part in index.split(_AT_ONCE)
-                ]
-            )
+        tokens = self._tokens(vqgan, index)
         self.tokens[place], self.index[place] = tokens.to(torch.int16), index
         self.commonest[place] = commonest(tokens).to(torch.int16)
         if self.sprites is not None:
             self.sprites[place] = self.scenes.sprites(index, self.aspect)
         self.encoded += len(index)
         self._filled.fill_(min(self.encoded, self.capacity))
+
+    def _tokens(self, vqgan: VQGAN, index: Tensor) -> Tensor:
+        """Return the tokens of scenes: laid from stencils where they are known, else encoded."""
+        if self.stencils is None:
+            return self._encoded(vqgan, index)
+        tokens, known = self.stencils.lay(self.scenes.corpus.layouts[index], *self.tokens.shape[1:])
+        others = (~known).nonzero()[:, 0]
+        if len(others):
+            tokens[others] = self._encoded(vqgan, index[others])
+        return tokens
+
+    def _encoded(self, vqgan: VQGAN, index: Tensor) -> Tensor:
+        with torch.autocast(index.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return torch.cat(
+                [
+                    encode_images(vqgan, self.scenes.images(part, self.aspect))
+                    for part in index.split(_AT_ONCE)
+                ]
+            )
 
     def restore(self, vqgan: VQGAN, encoded: int, at_once: int) -> None:
         """Encode again what the pool held after `encoded` scenes, `at_once` at a time.

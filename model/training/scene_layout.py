@@ -45,6 +45,7 @@ _MIRRORED = 0.5  # of the things off the lattice
 _TURNED = 0.5  # of images off the lattice
 _LARGEST_TURN = 10.0  # degrees
 _TINT_JITTER = 4
+_EXACT = (0.5, 0.5, 0.5)  # parameters of a background that vary no colour
 
 
 class Sprite(NamedTuple):
@@ -118,9 +119,11 @@ def sides_for(kind: str, size: Size, aspect: Aspect, background: str) -> tuple[S
     return _sides(kind, size, aspect, GROUND.get(background, False))
 
 
-def _tint(rng: Random, thing: Thing) -> tuple[int, int, int]:
+def _tint(rng: Random, thing: Thing, exact: bool) -> tuple[int, int, int]:
     if thing.kind not in SHAPES or thing.colour is None:
         return 255, 255, 255
+    if exact:
+        return COLOURS[thing.colour]
     red, green, blue = (
         min(255, max(0, round(value + (2 * rng.random() - 1) * _TINT_JITTER)))
         for value in COLOURS[thing.colour]
@@ -254,8 +257,9 @@ def _loosened(rng: Random, scene: Scene, thing: Thing, spot: Spot) -> tuple[floa
 def layout(scene: Scene, rng: Random, *, aligned: bool = True) -> Layout:
     """Return where the scene's sprites go.
 
-    aligned: on the lattice of tokens, upright and with the usual lengths; otherwise anywhere near,
-    somewhat smaller, mirrored half of the time and turned a little half of the time.
+    aligned: on the lattice of tokens, upright, with the usual lengths and the exact colours;
+    otherwise anywhere near, somewhat smaller, in varied colours, mirrored half of the time and
+    turned a little half of the time.
     """
     sprites = []
     spots = _spots(rng, scene)
@@ -268,8 +272,10 @@ def layout(scene: Scene, rng: Random, *, aligned: bool = True) -> Layout:
             largest = _LARGEST_TURN if len(spots) == 1 else _LARGEST_TURN / 2
             angle = (2 * rng.random() - 1) * largest
             length *= 0.95
-        tint = _tint(rng, thing)
+        tint = _tint(rng, thing, aligned)
         mirror = mirrored[thing.kind] and thing.kind not in SHAPES and thing.kind not in ONE_WAY
         sprites.append(Sprite(NUMBERS[thing.kind], x, y, length, mirror, angle, tint))
     params = tuple(rng.random() for _ in range(8))
+    if aligned:
+        params = (*_EXACT, *params[3:])
     return Layout(BACKGROUND_NUMBERS[scene.background], params, tuple(sprites))

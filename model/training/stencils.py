@@ -1,0 +1,213 @@
+"""Tokens of things on plain backgrounds, encoded once and laid wherever a scene has them.
+
+A VQGAN sees a few tokens around each of its own, so the tokens of a thing on a plain background do
+not depend on where on the lattice it lies, but for the last bit. Encoding takes longer than a
+training step of the same image; laying known tokens takes nothing. So a denoiser can see each scene
+once or twice instead of a few scenes often, which it would learn by heart. Things that lie near
+each other get the tokens they have alone.
+
+    python -m model.training.stencils OUT --vqgan runs/vqgan.pt
+
+Letters: S stencils, h w the grid of an image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from model.networks.vqgan_v3 import VQGAN
+from model.training import art
+from model.training.features import encode_images
+from model.training.kinds import NAMES_OF_KINDS, SHAPES
+from model.training.palette import COLOURS, NAMES
+from model.training.render import Layouts, render
+from model.training.scene_layout import LONE_LENGTHS, PAIR_LENGTHS
+from model.training.scenery import BACKGROUNDS
+from model.training.scenes import SQUARE, TOKEN, backgrounds, object_named
+from model.training.vqgan import trained_vqgan
+
+_AT_ONCE = 32  # images
+_GROUPS = 8  # things that a process encodes at a time
+_NO_TINT = (255, 255, 255)
+Key = tuple[int, int, int, tuple[int, int, int]]  # sprite, length, background, tint
+
+
+@dataclass(frozen=True)
+class Stencils:
+    """Known tokens. keys: [S, 6], a `Key` a row. tokens: int16 [S, h, w], the thing in the middle.
+
+    plain: int16 [P], the token of each plain background.
+    """
+
+    keys: Tensor
+    tokens: Tensor
+    plain: Tensor
+
+    def __post_init__(self) -> None:
+        rows = self.keys.tolist()
+        numbers = {(s, n, b, (r, g, k)): i for i, (s, n, b, r, g, k) in enumerate(rows)}
+        object.__setattr__(self, "_numbers", numbers)
+
+    @classmethod
+    def load(cls, path: Path) -> Stencils:
+        """Return those of a file. Raises FileNotFoundError without it."""
+        return cls(**load_file(path))
+
+    def save(self, path: Path) -> None:
+        """Write them to a safetensors file."""
+        save_file({"keys": self.keys, "tokens": self.tokens, "plain": self.plain}, path)
+
+    def lay(self, layouts: Layouts, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return (the tokens [N, height, width] of layouts, which of them are known [N]).
+
+        height, width: in tokens. Known are layouts on plain backgrounds whose sprites all lie
+        upright on the lattice and have a stencil.
+        """
+        background = layouts.background.long()
+        known = background < len(self.plain)
+        tokens = self.plain[background.clamp(max=len(self.plain) - 1)].long()
+        tokens = tokens[:, None, None].expand(-1, height, width).clone()
+        for row in known.nonzero()[:, 0].tolist():
+            known[row] = self._lay(layouts, row, tokens[row])
+        return tokens, known
+
+    def _lay(self, layouts: Layouts, row: int, grid: Tensor) -> bool:
+        """Lay a layout's sprites on the grid; return False if one of them has no stencil."""
+        background = int(layouts.background[row])
+        for slot in (layouts.sprite[row] >= 0).nonzero()[:, 0].tolist():
+            sprite, length = int(layouts.sprite[row, slot]), float(layouts.length[row, slot])
+            tint = tuple(layouts.tint[row, slot].tolist()) if sprite < len(SHAPES) else _NO_TINT
+            number = self._numbers.get((sprite, length, background, tint))  # type: ignore[attr-defined]
+            x, y = (layouts.centre[row, slot] / TOKEN).tolist()
+            turned = bool(layouts.mirror[row, slot]) or bool(layouts.angle[row, slot])
+            if number is None or turned or x != int(x) or y != int(y):
+                return False
+            stencil = self.tokens[number].long()
+            top, left = int(y) - stencil.shape[0] // 2, int(x) - stencil.shape[1] // 2
+            # Only what lies within the grid; the rest of a stencil is background.
+            part = stencil[
+                max(0, -top) : max(0, grid.shape[0] - top),
+                max(0, -left) : max(0, grid.shape[1] - left),
+            ]
+            below = grid[max(0, top) :, max(0, left) :][: part.shape[0], : part.shape[1]]
+            thing = part != int(self.plain[background])
+            below[thing] = part[thing]
+        return True
+
+
+def _layouts(things: Iterable[Key]) -> Layouts:
+    """Return layouts with one sprite each in the middle of a square image."""
+    things = list(things)
+    layouts = Layouts.blank(len(things))
+    for row, (sprite, length, background, tint) in enumerate(things):
+        layouts.background[row] = background
+        layouts.sprite[row, 0] = sprite
+        layouts.length[row, 0] = length
+        layouts.centre[row, 0] = torch.tensor([SQUARE[0] / 2, SQUARE[1] / 2])
+        layouts.tint[row, 0] = torch.tensor(tint, dtype=torch.uint8)
+    return layouts
+
+
+def groups(lengths: Iterable[int]) -> list[list[Key]]:
+    """Return the keys of all things in these lengths, one list for each thing and length.
+
+    A list has the plain backgrounds that training shows the thing before.
+    """
+    found = []
+    for length in lengths:
+        for number, name in enumerate(NAMES_OF_KINDS):
+            if number >= len(SHAPES):
+                looks = [(object_named(name).colour, _NO_TINT)]
+            else:
+                looks = [(colour, COLOURS[colour]) for colour in NAMES]
+            for colour, tint in looks:
+                behind = [BACKGROUNDS.index(b) for b in backgrounds(name, colour) if b in NAMES]
+                if behind:
+                    found.append([(number, length, b, tint) for b in behind])
+    return found
+
+
+@torch.no_grad()
+def stencils_of(
+    vqgan: VQGAN, atlas: Tensor, keys: list[list[Key]], spread: float = 0.6
+) -> Stencils:
+    """Return the tokens of things before each of their backgrounds.
+
+    A token that the thing covers wholly is the same before all of them: the code nearest to the
+    mean of its latents, unless they lie further than `spread` from it. What lies a few tokens away
+    moves them a little, and which of two near codes is nearer would depend on that.
+    """
+    tokens = []
+    for group in keys:
+        layouts = _layouts(group)
+        latents = torch.cat(
+            [
+                vqgan.encode_latents(render(part, atlas, *SQUARE).float().to(atlas.device) / 255)
+                for part in (layouts[i : i + _AT_ONCE] for i in range(0, len(layouts), _AT_ONCE))
+            ]
+        ).float()
+        own = vqgan.vquantizer.nearest(latents)
+        mean = latents.mean(0)
+        same = vqgan.vquantizer.nearest(mean)
+        cover = render(layouts[:1], atlas, *SQUARE, sprites_only=True)[0, 3]
+        whole = cover.view(SQUARE[1] // TOKEN, TOKEN, -1, TOKEN).amin((1, 3)) >= 250
+        near = (latents - mean).norm(dim=-1).amax(0) < spread
+        tokens.append(torch.where(whole & near, same, own).to(torch.int16))
+    plain = torch.zeros(len(NAMES), 3, SQUARE[1], SQUARE[0])
+    blank = Layouts.blank(len(NAMES))
+    blank.background[:] = torch.arange(len(NAMES))
+    plain = encode_images(vqgan, render(blank, atlas, *SQUARE).float() / 255)
+    rows = torch.tensor([(s, n, b, *tint) for group in keys for s, n, b, tint in group])
+    return Stencils(rows, torch.cat(tokens), plain.flatten(1).mode(dim=1).values.to(torch.int16))
+
+
+_worker: tuple[VQGAN, Tensor] | None = None
+
+
+def _begin(path: Path) -> None:
+    """Load what a process needs for its groups."""
+    global _worker
+    torch.set_num_threads(1)
+    _worker = trained_vqgan(path).vqgan.eval().requires_grad_(False), art.atlas()
+
+
+def _encoded(keys: list[list[Key]]) -> Stencils:
+    assert _worker is not None
+    return stencils_of(*_worker, keys)
+
+
+def main() -> None:
+    """Encode the usual lengths as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="the safetensors file to write")
+    parser.add_argument("--vqgan", type=Path, required=True, help="a VQGAN's checkpoint")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    options = parser.parse_args()
+    keys = groups((LONE_LENGTHS["normal"], PAIR_LENGTHS["normal"]))
+    chunks = [keys[i : i + _GROUPS] for i in range(0, len(keys), _GROUPS)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        options.processes, mp_context=context, initializer=_begin, initargs=(options.vqgan,)
+    ) as pool:
+        parts = list(tqdm(pool.map(_encoded, chunks), total=len(chunks)))
+    stencils = Stencils(
+        torch.cat([part.keys for part in parts]),
+        torch.cat([part.tokens for part in parts]),
+        parts[0].plain,
+    )
+    stencils.save(options.out)
+    print(f"{len(stencils.keys)} stencils of {len(keys)} things")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Tokens of things on plain backgrounds: laid where a scene has them, and encoded where they are
+not known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.networks.vqgan_v3 import VQGAN
+from model.training import art, stencils
+from model.training.features import Pool
+from model.training.kinds import NAMES_OF_KINDS, SHAPES
+from model.training.render import Layouts, render
+from model.training.scenery import BACKGROUNDS
+from model.training.stencils import Key, Stencils
+from tests.conftest import randomise
+from tests.small_training import small_config
+
+SQUARE, STAR = SHAPES.index("square"), SHAPES.index("star")
+WHITE, BLUE = BACKGROUNDS.index("white"), BACKGROUNDS.index("blue")
+SEA = BACKGROUNDS.index("sea")
+RED = (220, 30, 35)
+
+
+def key(sprite: int, length: int, background: int) -> Key:
+    return sprite, length, background, RED
+
+
+KEYS = [[key(s, n, WHITE), key(s, n, BLUE)] for s in (SQUARE, STAR) for n in (96, 128)]
+
+
+@pytest.fixture(scope="module")
+def network() -> VQGAN:
+    torch.manual_seed(3)
+    network = VQGAN(small_config().vqgan).eval().requires_grad_(False)
+    randomise(network)
+    return network
+
+
+@pytest.fixture(scope="module")
+def known(network: VQGAN) -> Stencils:
+    return stencils.stencils_of(network, art.shapes(), KEYS, spread=100.0)
+
+
+def one(sprite: int, length: int, background: int, x: float = 128, y: float = 128) -> Layouts:
+    layouts = stencils._layouts([key(sprite, length, background)])
+    layouts.centre[0, 0] = torch.tensor([x, y])
+    return layouts
+
+
+def test_a_thing_in_the_middle_has_its_stencil(known: Stencils) -> None:
+    tokens, laid = known.lay(one(STAR, 96, BLUE), 16, 16)
+    assert laid.tolist() == [True]
+    row = known.keys.tolist().index([STAR, 96, BLUE, *RED])
+    assert torch.equal(tokens[0], known.tokens[row].long())
+
+
+def test_what_is_laid_elsewhere_is_the_stencil_moved_and_cut_at_the_border(known: Stencils) -> None:
+    middle, _ = known.lay(one(STAR, 128, WHITE), 16, 16)
+    moved, laid = known.lay(one(STAR, 128, WHITE, 128 - 96, 128 + 32), 16, 16)
+    assert laid.all()
+    assert torch.equal(moved[0, 2:, :10], middle[0, :14, 6:])
+    wide, laid = known.lay(one(STAR, 128, WHITE, 192, 128), 16, 24)
+    assert laid.all()
+    assert torch.equal(wide[0, :, 4:20], middle[0])
+
+
+def test_two_things_are_laid_over_one_background(known: Stencils) -> None:
+    layouts = one(STAR, 96, BLUE, 64)
+    layouts.sprite[0, 1], layouts.length[0, 1] = SQUARE, 96
+    layouts.centre[0, 1] = torch.tensor([192.0, 128.0])
+    layouts.tint[0, 1] = torch.tensor(RED, dtype=torch.uint8)
+    tokens, laid = known.lay(layouts, 16, 16)
+    left, right = known.lay(one(STAR, 96, BLUE, 64), 16, 16)[0], None
+    right = known.lay(one(SQUARE, 96, BLUE, 192), 16, 16)[0]
+    plain = int(known.plain[BLUE])
+    assert laid.all()
+    assert torch.equal(tokens[right != plain], right[right != plain])
+    assert torch.equal(tokens[right == plain], left[right == plain])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.mirror.fill_(True),
+        lambda x: x.angle.fill_(3.0),
+        lambda x: x.centre.add_(3.0),
+        lambda x: x.length.fill_(100.0),
+        lambda x: x.tint.fill_(9),
+        lambda x: x.background.fill_(SEA),
+    ],
+    ids=["mirrored", "turned", "off the lattice", "length", "colour", "painted"],
+)
+def test_nothing_else_is_known(known: Stencils, change: object) -> None:
+    layouts = one(STAR, 96, WHITE)
+    change(layouts)  # type: ignore[operator]
+    assert known.lay(layouts, 16, 16)[1].tolist() == [False]
+
+
+def test_a_token_that_the_thing_covers_is_the_same_before_all_backgrounds(
+    known: Stencils, network: VQGAN
+) -> None:
+    white, blue = known.tokens[:2]
+    whole = slice(5, 11)  # tokens of the square of 96 pixels
+    assert torch.equal(white[whole, whole], blue[whole, whole])
+    assert not torch.equal(white, blue)
+    apart = stencils.stencils_of(network, art.shapes(), KEYS[:1], spread=0.0)
+    image = render(one(SQUARE, 96, BLUE), art.shapes()).float() / 255
+    assert torch.equal(apart.tokens[1].long(), network.encode(image)[0])
+
+
+def test_they_are_the_same_after_a_file(known: Stencils, tmp_path: Path) -> None:
+    known.save(tmp_path / "s.safetensors")
+    again = Stencils.load(tmp_path / "s.safetensors")
+    layouts = one(STAR, 96, BLUE, 96)
+    assert torch.equal(again.lay(layouts, 16, 16)[0], known.lay(layouts, 16, 16)[0])
+
+
+def test_every_thing_has_a_stencil_before_every_background_that_training_shows_it_in() -> None:
+    keys = stencils.groups((176,))
+    flat = [k for group in keys for k in group]
+    assert len(set(flat)) == len(flat)
+    assert {k[0] for k in flat} == set(range(len(NAMES_OF_KINDS)))
+    assert all(group for group in keys)
+
+
+class Counting:
+    """A VQGAN that counts what it encodes."""
+
+    def __init__(self, network: VQGAN) -> None:
+        self.network, self.encoded = network, 0
+        self.vquantizer = network.vquantizer
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        self.encoded += len(images)
+        return self.network.encode_latents(images)
+
+
+def test_a_pool_encodes_only_what_is_not_known(known: Stencils, network: VQGAN) -> None:
+    from model.training import corpus
+    from model.training.data import Scenes
+
+    sampled = corpus.generate(40, seed=0)
+    layouts = Layouts.cat([one(STAR, 96, BLUE), one(STAR, 96, SEA)] * 20)
+    sampled = replace(sampled, layouts=layouts, aspect=torch.zeros(40, dtype=torch.uint8))
+    pool = Pool(small_config(), Scenes(sampled, art.shapes()), 0, 40, stencils=known, sprites=False)
+    counting = Counting(network)
+    pool.grow(counting, 40)  # type: ignore[arg-type]
+    assert counting.encoded == 20
+    assert torch.equal(pool.tokens[0], known.lay(layouts[:1], 16, 16)[0][0].to(torch.int16))
+    image = render(layouts[1:2], art.shapes()).float() / 255
+    assert torch.equal(pool.tokens[1].long(), network.encode(image)[0])
