@@ -154,3 +154,31 @@ def test_a_pool_encodes_only_what_is_not_known(known: Stencils, network: VQGAN) 
     assert torch.equal(pool.tokens[0], known.lay(layouts[:1], 16, 16)[0][0].to(torch.int16))
     image = render(layouts[1:2], art.shapes()).float() / 255
     assert torch.equal(pool.tokens[1].long(), network.encode(image)[0])
+
+
+@pytest.mark.parametrize(("with_stencils", "uses"), [(True, 4), (False, 16)])
+def test_scenes_are_met_less_often_where_most_need_not_be_encoded(
+    known: Stencils, network: VQGAN, with_stencils: bool, uses: int
+) -> None:
+    from model.training import corpus
+    from model.training.data import Scenes
+    from model.training.denoiser import Encoding
+
+    sampled = corpus.generate(400, seed=0)
+    layouts = Layouts.cat([one(STAR, 96, BLUE)] * 400)
+    sampled = replace(sampled, layouts=layouts, aspect=torch.zeros(400, dtype=torch.uint8))
+    encoding = Encoding.of(
+        small_config(),
+        network,
+        Scenes(sampled, art.shapes()),
+        8,
+        400,
+        torch.float32,
+        stencils=known if with_stencils else None,
+    )
+    steps = 100
+    for _ in range(steps):
+        encoding.grow()
+    share = sum(share for aspect, _, share in encoding.mixture if aspect == 0)
+    drawn = steps * 8 * share
+    assert encoding.pools[0].encoded == pytest.approx(drawn / uses, abs=4 * 8)

@@ -62,5 +62,6 @@ class PlainAttention(TorchFunctionMode):
         """Replace the one function and call any other."""
         given = kwargs or {}
         if func is F.scaled_dot_product_attention and given.keys() <= {"attn_mask"}:
-            return attention(*args, given.get("attn_mask"))
+            q, k, v = args
+            return attention(q, k, v, given.get("attn_mask"))
         return func(*args, **given)
