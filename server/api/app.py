@@ -26,7 +26,7 @@ from server.api import (
 from server.api.compression import Compression
 from server.api.idempotency import REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
-from server.api.images.encoder import ImageEncoder
+from server.api.images.encode import ImageEncoder
 from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.api.middleware import (
