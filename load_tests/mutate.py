@@ -89,7 +89,7 @@ RELATED_TESTS = {
     "server/api/sse.py": ("test_openai_client",),
     "server/api/state.py": ("test_sse", "test_bad_input"),
     "server/api/static.py": ("test_playground",),
-    "server/api/transfer.py": ("test_middleware", "test_sse"),
+    "server/api/transfer.py": ("test_compression", "test_middleware", "test_sse"),
     "server/engine/child.py": ("test_worker_process",),
     "server/engine/client.py": ("test_admission", "test_client", "test_supervision"),
     "server/engine/errors.py": ("test_client", "test_api"),

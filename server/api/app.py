@@ -23,7 +23,6 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.compression import Compression
 from server.api.idempotency import REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
 from server.api.images.encode import ImageEncoder
@@ -43,7 +42,7 @@ from server.api.openapi import DocumentedApp
 from server.api.origins import OriginGuard, TrustedProxies
 from server.api.planning.operations import OPERATIONS
 from server.api.state import AppState, request_state
-from server.api.transfer import BodyBudget, BodyLimit, SendTimeout
+from server.api.transfer import BodyBudget, BodyLimit, Compression, SendTimeout
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
