@@ -33,6 +33,7 @@ from server.api.middleware import (
     Guard,
     HeadAsGet,
     HealthPort,
+    Keys,
     Observation,
     SecurityHeaders,
     logged_path,
@@ -144,7 +145,7 @@ def create_app(
                 await tracing.stop()
 
     app = DocumentedApp(
-        needs_key=settings.needs_key,
+        needs_key=Keys(settings.keys, settings.paths_without_key).needed_for,
         title="Paellera",
         description=DESCRIPTION,
         lifespan=lifespan,
