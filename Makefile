@@ -22,8 +22,8 @@ serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA
 test: $(VENV)/.dev browser prometheus nginx exiftool  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
 
-test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training; ARGS=tests/test_client.py narrows it
-	$(BIN)/pytest --fast $(ARGS)
+test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training, two at a time; ARGS=tests/test_body.py narrows it
+	$(BIN)/pytest --fast -n 2 --dist loadfile $(ARGS)
 
 mutate: $(VENV)/.dev  ## plant small faults and count those that the tests catch; ARGS="--count 20 --modules model/rows.py"
 	$(BIN)/python -m load_tests.mutate $(ARGS)

@@ -152,7 +152,7 @@ def _is_negation(node: ast.expr) -> bool:
 
 
 def _changed_expressions(node: ast.expr) -> Iterator[ast.expr]:
-    changed = copy.deepcopy(node)
+    changed = copy.copy(node)  # each change replaces one of its fields
     match node, changed:
         case ast.Compare(ops=ops), ast.Compare():
             for i, operator in enumerate(ops):
@@ -201,6 +201,6 @@ def _changed_statements(node: ast.stmt) -> Iterator[str]:
         case ast.AugAssign(op=operator):
             yield "pass"
             if type(operator) in ARITHMETIC:
-                changed = copy.deepcopy(node)
+                changed = copy.copy(node)  # each change replaces one of its fields
                 changed.op = ARITHMETIC[type(operator)]()
                 yield ast.unparse(changed)

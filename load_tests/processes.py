@@ -26,7 +26,7 @@ def children(pid: int) -> list[int]:
 
 def workers(pid: int) -> list[int]:
     """Return those of a server's children that are its workers."""
-    mark = b"server.engine.worker_process"
+    mark = b"server.engine.child"
     return [child for child in children(pid) if mark in _read(f"/proc/{child}/cmdline")]
 
 

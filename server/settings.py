@@ -9,6 +9,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -526,7 +527,7 @@ class Settings(BaseSettings):
         """The keys of `api_keys`."""
         return _parts(self.api_keys.get_secret_value())
 
-    @property
+    @cached_property
     def aliases(self) -> dict[str, str]:
         """The names of models by the other names in `model_aliases`."""
         pairs = [alias.partition("=") for alias in _parts(self.model_aliases)]
@@ -576,18 +577,6 @@ class Settings(BaseSettings):
         if self.open_paths is not None:
             return _parts(self.open_paths)
         return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
-
-    def needs_key(self, path: str) -> bool:
-        """Return whether a request for the path needs a key."""
-        return bool(self.keys) and not any(
-            _matches(path, entry) for entry in self.paths_without_key
-        )
-
-
-def _matches(path: str, entry: str) -> bool:
-    # Requests' paths have no slash at their end (`middleware.CanonicalPath`).
-    is_same = path == (entry.rstrip("/") or "/")
-    return is_same or (entry.endswith("/*") and path.startswith(entry[:-1]))
 
 
 # ── docs/settings.md ──────────────────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -53,6 +54,9 @@ from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
 
+# Tests that run beside others compute on one core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 # Before anything imports a kernel: without a device Triton's interpreter runs it. Where there is no
 # Triton, no kernel can be tested.
 if not torch.cuda.is_available():
@@ -76,8 +80,8 @@ MERGES = (
 )
 
 # How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=100)
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=25)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,9 +97,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("fast" if config.getoption("--fast") else "untimed")
+
+
+def examples(count: int) -> hypothesis.settings:
+    """Return a decorator for that number of examples, fewer with --fast."""
+    share = hypothesis.settings().max_examples / 100
+    return hypothesis.settings(max_examples=max(10, round(count * share)))
+
+
 # Modules of which every test starts a process.
 PROCESS_MODULES = {
+    "test_alpha_table",
+    "test_answers_in_time",
     "test_api",
+    "test_applications",
+    "test_bad_input",
     "test_bench",
     "test_browser",
     "test_browser_requests",
@@ -103,17 +121,27 @@ PROCESS_MODULES = {
     "test_docker",
     "test_end_to_end",
     "test_examples",
+    "test_fair_server",
     "test_faults",
     "test_full_disk",
+    "test_http_protocol",
+    "test_idempotency",
     "test_models",
+    "test_nginx",
     "test_observability",
+    "test_openai_client",
     "test_packaging",
+    "test_paths",
     "test_processes",
     "test_ray_app",
     "test_runtime",
     "test_signals",
     "test_supervision",
+    "test_tools_hosts",
+    "test_tracing",
     "test_under_load",
+    "test_upload_pressure",
+    "test_upscale_api",
     "test_worker_process",
 }
 TRAINING_MODULES = {
@@ -133,9 +161,11 @@ HEAVY_MODULES = {
     "test_gpu_script",
     "test_kernels_denoiser",
     "test_kernels_twins",
+    "test_regression_gate",
     "test_render",
     "test_weights_check",
 }
+SLOW_MODULES = PROCESS_MODULES | TRAINING_MODULES | HEAVY_MODULES
 NOT_FAST = ("browser", "gpu", "heavy", "observability", "process", "ray", "slow", "training")
 
 
@@ -182,7 +212,12 @@ def starts_a_server(item: pytest.Item) -> bool:
     fixtures = [
         fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found
     ]
-    return any(_starts_one(each) for each in (item.obj, *(f.func for f in fixtures)))
+    return any(_starts_one_cached(each) for each in (item.obj, *(f.func for f in fixtures)))
+
+
+@cache
+def _starts_one_cached(function: Any) -> bool:
+    return _starts_one(function)
 
 
 def _starts_one(function: Any, seen: set[FunctionType] | None = None) -> bool:
@@ -204,6 +239,11 @@ def _names(code: CodeType) -> set[str]:
     """Return what the code names, nested functions included."""
     nested = (each for each in code.co_consts if isinstance(each, CodeType))
     return set(code.co_names).union(*map(_names, nested))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --fast, do not import the modules without a fast test."""
+    return True if config.getoption("--fast") and collection_path.stem in SLOW_MODULES else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

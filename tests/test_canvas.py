@@ -3,13 +3,14 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from load_tests import seams
 from model.canvas import crop, extend, on_white, outpaint_canvas, pad_to_multiple, region_weight
 from model.compositing import FAR_CORRECTION, composite
+from tests.conftest import examples
 
 sides = st.integers(1, 40)
 margins = st.integers(0, 50)
@@ -21,7 +22,7 @@ def picture(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 @given(sides, sides, st.integers(1, 33))
-@settings(max_examples=50)
+@examples(50)
 def test_cropping_undoes_padding_to_the_next_multiple(width: int, height: int, step: int) -> None:
     rgb = picture(width, height)
     padded = pad_to_multiple(rgb, step)
@@ -44,7 +45,7 @@ def test_a_crop_larger_than_the_array_is_refused() -> None:
 
 
 @given(sides, sides, margins, margins, margins, margins)
-@settings(max_examples=50)
+@examples(50)
 def test_the_canvas_holds_the_picture_where_its_keep_mask_says(
     width: int, height: int, left: int, right: int, up: int, down: int
 ) -> None:
@@ -59,7 +60,7 @@ def test_the_canvas_holds_the_picture_where_its_keep_mask_says(
 
 
 @given(st.integers(1, 20), st.integers(1, 20), seeds, st.floats(0, 1), st.integers(0, 64))
-@settings(max_examples=60)
+@examples(60)
 def test_kept_pixels_return_bit_for_bit(
     width: int, height: int, seed: int, share: float, feather: int
 ) -> None:
@@ -75,7 +76,7 @@ def test_kept_pixels_return_bit_for_bit(
 
 
 @given(seeds)
-@settings(max_examples=20)
+@examples(20)
 def test_what_was_masked_never_shows_through(seed: int) -> None:
     original, painted = picture(24, 24, seed), picture(24, 24, seed + 1)
     mask = np.random.default_rng(seed).random((24, 24)) < 0.5

@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.compression import Compression, accepts_gzip
-from server.api.transfer import HELD_BYTES, ClientStalledError, SendTimeout
+from server.api.transfer import (
+    HELD_BYTES,
+    ClientStalledError,
+    Compression,
+    SendTimeout,
+    accepts_gzip,
+)
 
 TEXT = json.dumps({"names": ["paella"] * 1000}).encode()
 RANDOM = json.dumps({"b64_json": random.Random(0).randbytes(100_000).hex()}).encode()

@@ -59,19 +59,29 @@ def rerun(function: Callable[[], Tensor]) -> Rerun:
         return Rerun(function, function())
 
 
-@pytest.fixture
-def graphs(pipeline: Pipeline) -> Iterator[StepGraphs]:
-    """The pipeline computes with these for as long as the test runs."""
+@pytest.fixture(scope="module")
+def recorded(pipeline: Pipeline) -> StepGraphs:
     buckets = [
         Bucket(GRID, rows, branches, length)
         for rows in (1, 2, 4)
         for branches in (1, 2)
         for length in LENGTHS
     ]
-    made = StepGraphs(pipeline, buckets, rerun, Counter())
-    made.capture_all()
-    eager, pipeline.executor = pipeline.executor, made
-    yield made
+    graphs = StepGraphs(pipeline, buckets, rerun, Counter())
+    graphs.capture_all()
+    return graphs
+
+
+@pytest.fixture
+def graphs(pipeline: Pipeline, recorded: StepGraphs) -> Iterator[StepGraphs]:
+    """The pipeline computes with these for as long as the test runs.
+
+    Their static inputs hold what earlier tests left there.
+    """
+    for count in ("graph_eager_steps", "graph_replays"):
+        recorded.counters[count, ""] = 0
+    eager, pipeline.executor = pipeline.executor, recorded
+    yield recorded
     pipeline.executor = eager
 
 

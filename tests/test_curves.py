@@ -28,6 +28,7 @@ def test_the_prompts_are_fixed_square_and_of_all_categories() -> None:
     assert cases == curves.fixed_prompts()
 
 
+@pytest.mark.heavy
 def test_every_recipe_is_measured_and_plotted(
     pipeline: Pipeline, sprites: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,16 +119,18 @@ def loop(runner: Runner) -> Loop:
 
 
 @pytest.fixture(scope="module")
-def alone(random_settings: Settings) -> Callable[..., tuple[list[bytes], list[bytes], bytes]]:
+def alone(
+    runner: Runner, random_settings: Settings
+) -> Callable[..., tuple[list[bytes], list[bytes], bytes]]:
     """What a job comes to in a worker that has never done anything else; asked the same again,
-    it remembers.
+    it remembers. With `again`, the worker has weights of its own.
     """
     known: dict[Job, tuple[list[bytes], list[bytes], bytes]] = {}
 
     def draw(wanted: Job, again: bool = False) -> tuple[list[bytes], list[bytes], bytes]:
         key = replace(wanted, id="", deadline=0.0)
         if key not in known or again:
-            loop = Loop(Runner(random_settings))
+            loop = Loop(Runner(random_settings) if again else emptied(runner))
             loop.scheduler.add(wanted)
             loop.run()
             known[key] = loop.outcome(wanted.id)

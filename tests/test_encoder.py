@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from server.api.images.encoder import ImageEncoder
+from server.api.images.encode import ImageEncoder
 from server.engine.errors import Draining, QueueFull
 
 

@@ -60,6 +60,7 @@ def test_each_question_alone_reaches_the_network_s_way_down(
     assert gradient.abs().sum() > 0
 
 
+@pytest.mark.training
 def test_the_same_features_learn_the_answers() -> None:
     network = guided()
     tokens = torch.randint(len(network.codebook), (2, 4 * network.patch, 4 * network.patch))

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import ImageCms
@@ -27,6 +27,7 @@ from server.api.images.colour import (
 )
 from server.api.images.decode import ImageLimits, decode
 from server.api.images.sniff import sniff
+from tests.conftest import examples
 from tests.hostile import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, png
 from tests.shown_files import (
     ADOBE_RGB,
@@ -242,7 +243,7 @@ def test_a_space_that_does_not_exist_has_no_profile() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_a_damaged_profile_is_used_or_ignored(data: st.DataObject) -> None:
     profile = bytearray(data.draw(st.sampled_from([PROFILES["p3"], grey_profile(2.2)])))
     for at in data.draw(st.lists(st.integers(0, len(profile) - 1), max_size=6)):

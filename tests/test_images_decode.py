@@ -10,7 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -26,6 +26,7 @@ from server.api.images.decode import (
     repaint_mask,
 )
 from server.api.images.sniff import sniff
+from tests.conftest import examples
 from tests.hostile import (
     GREY,
     GREY_ALPHA,
@@ -89,7 +90,7 @@ def test_rotation_agrees_with_pillows() -> None:
 
 
 @given(st.binary(max_size=80))
-@settings(max_examples=100)
+@examples(100)
 def test_any_exif_block_has_an_orientation(block: bytes) -> None:
     assert orientation(b"MM\0*" + block) >= 0
 
@@ -173,7 +174,7 @@ def status_of(content: bytes) -> int:
 
 
 @given(st.sampled_from([plain_png(), encoded("JPEG"), encoded("WEBP"), gif()]), st.data())
-@settings(max_examples=150)
+@examples(150)
 def test_a_file_with_flipped_bytes_is_a_picture_or_an_error_of_ours(
     content: bytes, data: st.DataObject
 ) -> None:

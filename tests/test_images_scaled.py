@@ -30,7 +30,7 @@ def gradient(width: int, height: int, channels: int = 3) -> PIL.Image.Image:
 
 def encoded(image: PIL.Image.Image, format: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, format, **options)
+    image.save(file, format, **({"compress_level": 1} if format == "PNG" else {}), **options)
     return file.getvalue()
 
 
@@ -79,7 +79,7 @@ def test_every_format_is_reduced_to_what_it_shows(format: str, options: dict[str
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "I;16", "LA", "RGBA"])
 def test_every_mode_is_reduced_in_its_colours(mode: str) -> None:
-    whole = gradient(SIDE, SIDE)
+    whole = gradient(SIDE, SIDE // 2)
     if mode == "I;16":
         grey = np.asarray(whole.convert("L")).astype(np.uint16) << 8
         content = encoded(PIL.Image.fromarray(grey), "PNG")
@@ -87,7 +87,7 @@ def test_every_mode_is_reduced_in_its_colours(mode: str) -> None:
         converted = whole.convert(mode)
         content = encoded(converted, "JPEG" if mode == "CMYK" else "PNG")
     expected = PIL.Image.fromarray(decode(content, LIMITS).on_white)
-    expected = expected.resize((512, 512), PIL.Image.Resampling.BICUBIC)
+    expected = expected.resize((512, 256), PIL.Image.Resampling.BICUBIC)
     # Of a dithered image, filters keep different amounts of noise.
     assert_alike(for_clip(content), expected, 20 if mode == "1" else 4)
 

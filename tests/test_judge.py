@@ -130,6 +130,7 @@ def test_damage_without_strength_changes_nothing() -> None:
     assert torch.allclose(blocky(pictures, none), pictures, atol=1e-3)
 
 
+@pytest.mark.training
 def test_training_writes_a_judge(
     atlas: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,9 +85,14 @@ def test_a_draw_depends_on_its_seed_alone() -> None:
         sample(["server/none.py"], 1, seed=0)
 
 
-def test_every_module_with_mutants_has_tests() -> None:
-    for mutant in sample(mutate.MODULES, 0, seed=0):
-        assert related_tests(mutant.module)
+@pytest.fixture(scope="module")
+def every_mutant() -> list[Mutant]:
+    return sample(mutate.MODULES, 0, seed=0)
+
+
+def test_every_module_with_mutants_has_tests(every_mutant: list[Mutant]) -> None:
+    for module in {mutant.module for mutant in every_mutant}:
+        assert related_tests(module)
 
 
 def test_modules_and_tests_that_are_related_exist() -> None:
@@ -157,6 +162,8 @@ def test_a_copy_has_the_files_of_the_working_tree_and_runs_their_tests(
     assert run_mutant(copy, boundary, ["tests/test_a.py"], 300.0).outcome == "caught"
 
 
-def test_every_fault_said_to_change_nothing_is_still_in_the_code() -> None:
-    known = {mutant.identity for mutant in sample(mutate.MODULES, count=0, seed=0)}
+def test_every_fault_said_to_change_nothing_is_still_in_the_code(
+    every_mutant: list[Mutant],
+) -> None:
+    known = {mutant.identity for mutant in every_mutant}
     assert [identity for identity in EQUIVALENT if identity not in known] == []

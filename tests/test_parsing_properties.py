@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 import PIL.Image
 from fastapi import Request
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +30,7 @@ from server.api.errors import ApiError
 from server.api.images.decode import ImageLimits, decode
 from server.api.images.sniff import PNG_MAGIC, DamagedFileError, UnknownFormatError, sniff
 from server.api.schemas import ImageBytes, ImageBytesList, file_bytes
+from tests.conftest import examples
 from tests.hostile import encoded, gif, plain_png
 
 LIMIT = 2**16
@@ -91,7 +92,7 @@ def form(*parts: tuple[str, bytes, bool]) -> bytes:
 
 
 @given(st.sampled_from(HEADS), st.binary(max_size=120))
-@settings(max_examples=200)
+@examples(200)
 def test_what_begins_like_a_picture_has_a_size_or_is_damaged_and_never_grows(
     head: bytes, rest: bytes
 ) -> None:
@@ -103,7 +104,7 @@ def test_what_begins_like_a_picture_has_a_size_or_is_damaged_and_never_grows(
 
 
 @given(st.sampled_from(FILES), st.integers(0, 10_000))
-@settings(max_examples=80)
+@examples(80)
 def test_a_file_cut_anywhere_is_a_picture_or_an_error_of_ours(content: bytes, end: int) -> None:
     decoded_or_refused(content[: end % len(content)])
 
@@ -111,7 +112,7 @@ def test_a_file_cut_anywhere_is_a_picture_or_an_error_of_ours(content: bytes, en
 @given(
     st.sampled_from(FILES), st.sampled_from(FILES), st.integers(0, 10_000), st.integers(0, 10_000)
 )
-@settings(max_examples=80)
+@examples(80)
 def test_a_file_with_anothers_middle_is_a_picture_or_an_error_of_ours(
     content: bytes, other: bytes, at: int, size: int
 ) -> None:
@@ -129,7 +130,7 @@ def decoded_or_refused(content: bytes) -> None:
 
 
 @given(pixels)
-@settings(max_examples=40)
+@examples(40)
 def test_a_pngs_pixels_arrive_bit_for_bit(rgb: np.ndarray) -> None:
     assert np.array_equal(decode(png(rgb), LIMITS).rgb, rgb)
 
@@ -143,7 +144,7 @@ def test_a_pngs_pixels_arrive_bit_for_bit(rgb: np.ndarray) -> None:
         max_size=5,
     ),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_what_stands_in_a_png_beside_its_pixels_changes_nothing(
     rgb: np.ndarray, extras: list[tuple[bytes, bytes]]
 ) -> None:
@@ -165,7 +166,7 @@ def png(rgb: np.ndarray) -> bytes:
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 300), max_size=4), st.booleans())
-@settings(max_examples=80)
+@examples(80)
 def test_base64_is_its_bytes_wherever_its_lines_break(
     content: bytes, breaks: list[int], as_url: bool
 ) -> None:
@@ -176,7 +177,7 @@ def test_base64_is_its_bytes_wherever_its_lines_break(
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=100)
+@examples(100)
 def test_any_text_is_base64_or_an_error_of_ours(text: str) -> None:
     with contextlib.suppress(PydanticCustomError):
         assert isinstance(file_bytes(text), bytes)
@@ -193,7 +194,7 @@ def test_any_text_is_base64_or_an_error_of_ours(text: str) -> None:
     st.lists(st.binary(min_size=1), max_size=3),
     st.data(),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_a_form_means_the_same_however_it_is_cut_into_pieces(
     prompt: str, steps: int, flag: bool, image: bytes, images: list[bytes], data: st.DataObject
 ) -> None:
@@ -211,7 +212,7 @@ def test_a_form_means_the_same_however_it_is_cut_into_pieces(
 
 
 @given(st.binary(max_size=80), st.integers(0, 400), st.integers(0, 80))
-@settings(max_examples=150)
+@examples(150)
 @example(noise=b"\r\n--limit", at=0, skipped=0)
 @example(noise=b"", at=300, skipped=80)
 def test_a_damaged_form_is_understood_or_refused(noise: bytes, at: int, skipped: int) -> None:
@@ -226,7 +227,7 @@ def test_a_damaged_form_is_understood_or_refused(noise: bytes, at: int, skipped:
     st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=40),
     st.binary(max_size=80),
 )
-@settings(max_examples=100)
+@examples(100)
 def test_any_parameters_of_the_content_type_are_understood_or_refused(
     parameters: str, body: bytes
 ) -> None:
@@ -249,19 +250,19 @@ values = st.recursive(
         st.sampled_from(list(Fields.model_fields)) | st.text(max_size=8), values, max_size=4
     )
 )
-@settings(max_examples=150)
+@examples(150)
 def test_any_json_is_understood_or_refused(fields: dict[str, object]) -> None:
     refused_or_understood(json.dumps(fields).encode(), JSON)
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=100)
+@examples(100)
 def test_any_bytes_called_json_are_understood_or_refused(body: bytes) -> None:
     refused_or_understood(body, JSON)
 
 
 @given(words, st.binary(min_size=1, max_size=60))
-@settings(max_examples=40)
+@examples(40)
 def test_json_and_form_mean_the_same(prompt: str, image: bytes) -> None:
     as_json = json.dumps({"prompt": prompt, "image": base64.b64encode(image).decode()}).encode()
     as_form = form(("prompt", prompt.encode(), False), ("image", image, True))

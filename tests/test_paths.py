@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from server.api import create_app
-from server.api.middleware import canonical_path
+from server.api.middleware import Keys, canonical_path
 from server.api.openapi import EXAMPLES
 from server.settings import Settings
 from tests import fake_worker
@@ -121,10 +121,11 @@ def test_they_open_no_path_that_needs_a_key(closed: httpx.Client) -> None:
 
 def test_an_open_path_may_be_written_with_a_slash(fake_settings: Callable[..., Settings]) -> None:
     settings = fake_settings(api_keys=KEY, open_paths="/docs/,/,/v1/*")
-    assert not settings.needs_key("/docs")
-    assert not settings.needs_key("/")
-    assert not settings.needs_key("/v1/models")
-    assert settings.needs_key("/metrics")
+    keys = Keys(settings.keys, settings.paths_without_key)
+    assert not keys.needed_for("/docs")
+    assert not keys.needed_for("/")
+    assert not keys.needed_for("/v1/models")
+    assert keys.needed_for("/metrics")
 
 
 # ── query parameters ──────────────────────────────────────────────────────────────────────────────

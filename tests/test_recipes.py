@@ -102,6 +102,7 @@ def test_differences_are_paired_by_prompt(bundle):
     assert found.high - found.low > 0.1
 
 
+@pytest.mark.heavy
 def test_the_comparison_ends_with_a_line_of_json(bundle, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(art, "atlas", drawn_art)
     monkeypatch.setattr(recipes, "atlas", drawn_art)

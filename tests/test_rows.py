@@ -41,6 +41,19 @@ def with_regions(pipeline: Pipeline, *regions: tuple[str, Tensor], prompt: str =
     return generate(PLAIN, base.noise, base.conditional, base.unconditional, regions=made)
 
 
+# ── previews ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_preview_shows_the_latest_draw_without_what_became_noise_again(pipeline):
+    renoised, kept = row(pipeline), row(pipeline, config=replace(PLAIN, renoise_steps=0))
+    assert torch.equal(renoised.clean, renoised.noise.start)
+    pipeline.advance([renoised, kept])
+    assert agreement(renoised.tokens, kept.tokens) < 1
+    assert torch.equal(renoised.clean, kept.tokens)
+    (final,) = run(pipeline, renoised)
+    assert torch.equal(renoised.clean, final)
+
+
 # ── inpainting and outpainting ────────────────────────────────────────────────────────────────────
 
 

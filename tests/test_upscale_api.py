@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from server.api import create_app
-from server.api.images.encoder import ImageEncoder
+from server.api.images.encode import ImageEncoder
 from server.api.planning.workload import DECODING_WORK, FILE_WORK
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving

@@ -21,7 +21,7 @@ import torch
 
 from load_tests.processes import runs, workers
 from load_tests.serving import free_port
-from server.engine.worker_process import MAX_REASON, describe
+from server.engine.child import MAX_REASON, describe
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).parents[1]

@@ -23,10 +23,9 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.compression import Compression
 from server.api.idempotency import REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
-from server.api.images.encoder import ImageEncoder
+from server.api.images.encode import ImageEncoder
 from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.api.middleware import (
@@ -34,6 +33,7 @@ from server.api.middleware import (
     Guard,
     HeadAsGet,
     HealthPort,
+    Keys,
     Observation,
     SecurityHeaders,
     logged_path,
@@ -43,7 +43,7 @@ from server.api.openapi import DocumentedApp
 from server.api.origins import OriginGuard, TrustedProxies
 from server.api.planning.operations import OPERATIONS
 from server.api.state import AppState, request_state
-from server.api.transfer import BodyBudget, BodyLimit, SendTimeout
+from server.api.transfer import BodyBudget, BodyLimit, Compression, SendTimeout
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
@@ -145,7 +145,7 @@ def create_app(
                 await tracing.stop()
 
     app = DocumentedApp(
-        needs_key=settings.needs_key,
+        needs_key=Keys(settings.keys, settings.paths_without_key).needed_for,
         title="Paellera",
         description=DESCRIPTION,
         lifespan=lifespan,

@@ -289,8 +289,8 @@ class Guard:
     """ASGI middleware that rejects requests too long, unauthenticated or beyond a key's limits."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app, self._settings = app, settings
-        self._keys = Keys(settings.keys)
+        self._app, self._sdapi = app, settings.sdapi
+        self._keys = Keys(settings.keys, settings.paths_without_key)
         self._rate = Rate(settings.key_rate_per_minute, settings.key_burst)
         self._concurrency = Concurrency(settings.key_concurrency)
 
@@ -314,9 +314,9 @@ class Guard:
 
     def _client(self, request: Request) -> str:
         path = request.scope["path"]
-        if not self._settings.needs_key(path):
+        if not self._keys.needed_for(path):
             return ANYBODY
-        basic = self._settings.sdapi and path.startswith(SDAPI)
+        basic = self._sdapi and path.startswith(SDAPI)
         return self._keys.name(request.headers.get("authorization", ""), basic=basic)
 
     def _slot(self, client: str) -> AbstractContextManager[None]:
@@ -370,8 +370,16 @@ def _malformed_head(code: str, message: str) -> ApiError:
 class Keys:
     """API keys, kept as hashes. A key's name is the first eight digits of its SHA-256."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], open_paths: Sequence[str] = ()) -> None:
+        """Create the keys; none: no request needs one. open_paths: as `Settings.open_paths`."""
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        # Requests' paths have no slash at their end (`CanonicalPath`).
+        self._open = frozenset(path.rstrip("/") or "/" for path in open_paths)
+        self._open_below = tuple(path[:-1] for path in open_paths if path.endswith("/*"))
+
+    def needed_for(self, path: str) -> bool:
+        """Return whether a request for the path needs a key."""
+        return bool(self._digests) and not (path in self._open or path.startswith(self._open_below))
 
     def name(self, authorization: str, *, basic: bool = False) -> str:
         """Return the name of the key in an `Authorization` header. Raises ApiError 401.

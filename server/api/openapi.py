@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from server.api.body import FORM, JSON
 from server.api.schemas import ErrorAnswer
 from server.api.sse import Event
+from server.api.validation import json_schema
 
 ERRORS = {
     400: "Malformed JSON or form, unsupported by the weights, or a host that is not allowed",
@@ -122,8 +123,8 @@ def describe_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
 
 def _without_references(schema: type[BaseModel]) -> dict[str, Any]:
     """Return the schema with inlined definitions: the document has no place for them."""
-    whole = schema.model_json_schema()
-    definitions = whole.pop("$defs", {})
+    whole = json_schema(schema)
+    definitions = whole.get("$defs", {})
 
     def inlined(value: Any) -> Any:
         if isinstance(value, dict):
@@ -132,7 +133,7 @@ def _without_references(schema: type[BaseModel]) -> dict[str, Any]:
             return {name: inlined(inner) for name, inner in value.items()}
         return [inlined(inner) for inner in value] if isinstance(value, list) else value
 
-    return dict(inlined(whole))
+    return {name: inlined(value) for name, value in whole.items() if name != "$defs"}
 
 
 # ── document ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,7 @@
-"""The first lines of a worker process. The standard library alone, so that they run at once."""
+"""A worker process's beginning: `enter`, then `run`.
+
+Little is imported before `run`, so that the first lines run at once.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,19 @@ import sys
 import threading
 
 _PR_SET_PDEATHSIG = 1
+MAX_REASON = 300
+# Errors that the next attempt would meet again: wrong settings, weights and installations. Others
+# may pass: a device or a disk that is full or busy.
+_LASTING = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
 def enter(parent: int) -> None:
@@ -42,3 +58,39 @@ def exit_at_end_of_input() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     os._exit(1)
+
+
+def run(pipe: int) -> None:
+    """Run the function that the API process names. An error becomes a log line and a message."""
+    import contextlib
+    import importlib
+    import logging
+    from multiprocessing.connection import Connection
+
+    from server import logs
+    from server.engine.messages import Crashed, send_message
+
+    connection = Connection(pipe)
+    try:
+        module, name, settings = connection.recv()
+    except EOFError:  # the API process is gone
+        sys.exit(1)
+    sys.argv = ["paellera-worker"]
+    log = logging.getLogger(__name__)
+    logs.configure(settings.log_level)
+    try:
+        getattr(importlib.import_module(module), name)(connection, settings)
+    except Exception as error:
+        crash = Crashed(describe(error), isinstance(error, _LASTING))
+        log.critical("worker crashed", exc_info=True, extra={"fields": {"reason": crash.reason}})
+        with contextlib.suppress(OSError):
+            send_message(connection, crash)
+        sys.exit(1)
+
+
+def describe(error: Exception) -> str:
+    """Return the error as one printable line."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    if not text or not isinstance(error, ValueError | OSError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}…"

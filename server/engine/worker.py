@@ -23,6 +23,7 @@ from model.image_request import InputImage
 from model.row_builder import group_by
 from model.runtime import prepare
 from model.tiles import Mosaic, lanczos
+from server.engine.child import describe
 from server.engine.messages import (
     Cancel,
     Count,
@@ -47,7 +48,6 @@ from server.engine.messages import (
 )
 from server.engine.runner import DECODE_ROWS, Decoding, Runner, Stopwatch
 from server.engine.scheduler import Pool, RowId, Scheduler
-from server.engine.worker_process import describe
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from model.canvas import Pixels, crop
 from model.config import Operation
-from model.image_request import Edit, Enlarge, InputImage, Reference
+from model.image_request import Edit, Enlarge, InputImage, Reference, Region
 from model.tiles import lanczos
 from server.api.errors import ApiError, invalid_value
 from server.api.images.admission import Uploads
@@ -56,7 +56,10 @@ from server.metrics import Metrics
 
 def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
     size = drafted.size()
-    regions, parameters = decode_regions(request.regions, whole(size, size), drafted, uploads)
+    regions: tuple[Region, ...] = ()
+    parameters: dict[str, Any] = {}
+    if request.regions:
+        regions, parameters = decode_regions(request.regions, whole(size, size), drafted, uploads)
     if request.hires is None:
         job = drafted.job(size, request.prompt, regions=regions)
         return Plan("generate", job, size, parameters)
