@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,9 +25,7 @@ from model.training.codes import USED, Codes
 from model.training.data import Scenes, Source, Text, as_float
 from model.training.processes import rank, world
 from model.training.scenes import ASPECTS
-
-if TYPE_CHECKING:
-    from model.training.stencils import Stencils
+from model.training.stencils import Stencils
 
 _AT_ONCE = 32  # images that are drawn and encoded together
 # Encoders are not as exact as the codes that they learn: noise up to these deviations on a byte's

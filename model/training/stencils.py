@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from model.networks.vqgan_v3 import VQGAN
 from model.training import art
-from model.training.features import encode_images
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import COLOURS, NAMES
 from model.training.render import Layouts, render
@@ -163,10 +162,9 @@ def stencils_of(
         whole = cover.view(SQUARE[1] // TOKEN, TOKEN, -1, TOKEN).amin((1, 3)) >= 250
         near = (latents - mean).norm(dim=-1).amax(0) < spread
         tokens.append(torch.where(whole & near, same, own).to(torch.int16))
-    plain = torch.zeros(len(NAMES), 3, SQUARE[1], SQUARE[0])
     blank = Layouts.blank(len(NAMES))
     blank.background[:] = torch.arange(len(NAMES))
-    plain = encode_images(vqgan, render(blank, atlas, *SQUARE).float() / 255)
+    plain = vqgan.encode(render(blank, atlas, *SQUARE).float() / 255)
     rows = torch.tensor([(s, n, b, *tint) for group in keys for s, n, b, tint in group])
     return Stencils(rows, torch.cat(tokens), plain.flatten(1).mode(dim=1).values.to(torch.int16))
 
