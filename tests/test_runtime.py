@@ -44,6 +44,17 @@ def test_importing_a_network_computes_and_declares_nothing():
     assert done.stdout == "\n0\n", done.stderr
 
 
+def test_a_bundle_loads_in_a_process_that_prepared_nothing():
+    done = run_fresh(
+        "import torch\n"
+        "from model.bundle import load_v3\n"
+        "from model.config import find_bundle\n"
+        "load_v3(find_bundle('tiny'), torch.device('cpu'), torch.float32)\n"
+        "print('loaded')"
+    )
+    assert done.stdout == "loaded\n", done.stderr
+
+
 def test_prepare_may_be_called_again_with_another_thread_count():
     before = torch.get_num_threads()
     try:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from model.config import ByteEncoderConfig, CLIPConfig
 from model.kernels.cpu import LinearMap, linear_map
 from model.networks.layers import to_device
+from model.runtime import declare_missing_torchvision_operators
 
 # Passes are packed for a text of about this many tokens.
 TYPICAL_LENGTH = 64
@@ -243,6 +244,7 @@ class ByteEncoder(nn.Module):
     """transformers' T5 encoder on UTF-8 bytes; the state dict is that of a `T5EncoderModel`."""
 
     def __init__(self, config: ByteEncoderConfig) -> None:
+        declare_missing_torchvision_operators()
         from transformers import T5Config, T5EncoderModel
 
         super().__init__()
@@ -331,6 +333,7 @@ class CLIP(nn.Module):
         directory: of the bundle's own merges file, for configurations that name one. Raises
         ValueError for a file that is no list of merges, or too long for the vocabulary.
         """
+        declare_missing_torchvision_operators()
         import open_clip
         from open_clip.tokenizer import SimpleTokenizer
 
