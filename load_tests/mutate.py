@@ -52,7 +52,7 @@ RELATED_TESTS = {
     "model/rows.py": ("test_rows", "test_row_builder", "test_pipeline", "test_cuda_graphs"),
     "model/sampling.py": ("test_sampling", "test_rows", "test_pipeline", "test_transcription"),
     "server/api": ("test_api",),
-    "server/api/app.py": ("test_models", "test_playground"),
+    "server/api/app.py": ("test_models", "test_playground", "test_tracing"),
     "server/api/body.py": ("test_transfer", "test_bad_input", "test_parsing_properties"),
     "server/api/errors.py": ("test_errors", "test_bad_input"),
     "server/api/images": ("test_images_decode", "test_images_hostile", "test_image_operations"),

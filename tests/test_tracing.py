@@ -21,7 +21,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -181,6 +181,19 @@ def test_an_invalid_request_is_no_failure_of_the_server(traced: Traced) -> None:
     request = traced.spans()[""]
     assert request.status.status_code is StatusCode.UNSET
     assert request.attributes["http.response.status_code"] == 422
+
+
+def test_a_server_that_stops_has_its_last_spans_exported(
+    fake_settings: Callable[..., Settings],
+) -> None:
+    exporter = InMemorySpanExporter()
+    processor = BatchSpanProcessor(exporter, schedule_delay_millis=3_600_000)
+    app = create_app(fake_settings(), worker=fake_worker.main, tracing=Tracing(processor))
+    with serving(app) as address, httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        client.post("/generate", json={"prompt": "a ball"}).raise_for_status()
+        assert exporter.get_finished_spans() == ()
+    assert any(Traced.is_request(span) for span in exporter.get_finished_spans())
 
 
 def test_probes_leave_no_span(traced: Traced) -> None:
