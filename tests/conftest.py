@@ -149,6 +149,7 @@ TRAINING_MODULES = {
     "test_checker",
     "test_distill",
     "test_finetune",
+    "test_reward",
     "test_training",
     "test_training_loop",
 }
