@@ -145,6 +145,7 @@ PROCESS_MODULES = {
     "test_worker_process",
 }
 TRAINING_MODULES = {
+    "test_block_skips",
     "test_captions",
     "test_checker",
     "test_distill",

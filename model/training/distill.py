@@ -30,7 +30,7 @@ import torch
 from model.bundle import BundleV3, load_v3
 from model.config import MAX_GUIDANCE, Recipe, SamplingConfig, find_bundle
 from model.networks.denoiser_v3 import Denoiser
-from model.training import checkpoint, denoiser, loop
+from model.training import block_skips, checkpoint, denoiser, loop
 from model.training.codes import quiet
 from model.training.data import Scenes
 from model.training.decoding import Filters
@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
         "--teacher", type=Path, help="checkpoint of a denoiser, instead of the bundle's own"
     )
     denoiser.add_data_arguments(p)
+    block_skips.add_argument(p)
     p.add_argument(
         "--drop-clip",
         type=float,
@@ -250,6 +251,7 @@ def train(args: argparse.Namespace) -> None:
     make = Source.of_scenes if args.data is None else Source.of_images
     source = make(bundle, o, args)
     student = Student(network)
+    block_skips.skip_at_random(network, args.skip_blocks)
     if first:
         before = loop.load(rounds[first - 1].checkpoint, o.device)
         student.load_state_dict(before["ema"])
