@@ -145,10 +145,12 @@ PROCESS_MODULES = {
     "test_worker_process",
 }
 TRAINING_MODULES = {
+    "test_block_skips",
     "test_captions",
     "test_checker",
     "test_distill",
     "test_finetune",
+    "test_reward",
     "test_training",
     "test_training_loop",
 }

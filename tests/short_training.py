@@ -114,9 +114,11 @@ def run(
     checkpoint: Path,
     *arguments: object,
     crash_at: int | None = None,
+    crash_in: Path | None = None,
 ) -> list[float]:
     """A trainer's command line with `--steps` among the arguments: its losses. With `crash_at`,
-    raises Crash after that step and its checkpoint, in the middle of the next."""
+    raises Crash after that step and its checkpoint, in the middle of the next; with `crash_in`,
+    only in the training with that checkpoint."""
     losses: list[float] = []
 
     def interrupted(
@@ -127,6 +129,7 @@ def run(
             if (
                 o.checkpoint.exists()
                 and crash_at is not None
+                and crash_in in (None, o.checkpoint)
                 and loop.load(o.checkpoint)["step"] == crash_at
             ):
                 raise Crash

@@ -21,9 +21,19 @@ from model.rows import generate
 from model.sampling import timesteps
 from model.training import assemble, distill, loop
 from model.training.codes import quiet
-from model.training.distill import Draws, Student, Teacher, guidance_loss
+from model.training.distillation import (
+    Draws,
+    Student,
+    Teacher,
+    consistency_loss,
+    frozen_copy,
+    guidance_loss,
+    joined,
+    progressive_loss,
+    step_times,
+)
 from model.training.judged import divergence
-from model.training.objective import ConditionInputs, condition_of
+from model.training.objective import ConditionInputs, NoisePath, condition_of, corrupt
 from tests.conftest import (
     micro_config,
     randomise,
@@ -86,7 +96,7 @@ def test_the_target_is_what_a_guided_row_s_step_computes(random_bundle, step):
     kept = torch.ones(1, 2, dtype=torch.bool)
     inputs = ConditionInputs(prompt.byt5, prompt.mask, prompt.clip, image, kept)
     t = torch.tensor(timesteps(6)[step : step + 1])
-    target = teacher.features(noise.start[None], t, inputs)
+    target = teacher.features(noise.start[None], t, teacher.conditions(inputs))
     torch.testing.assert_close(target, seen[0], atol=1e-3, rtol=1e-3)
 
 
@@ -112,7 +122,7 @@ def test_a_shorter_condition_is_padded_with_masked_keys(lengths):
         Condition(torch.randn(rows, length, 6), None)
         for rows, length in zip((2, 1), lengths, strict=True)
     )
-    both = distill.joined(asked, nothing)
+    both = joined(asked, nothing)
     assert both.kv.shape == (4, max(lengths), 6)
     for i, own in enumerate((asked.kv[0], asked.kv[1], nothing.kv[0], nothing.kv[0])):
         assert torch.equal(both.kv[i, : len(own)], own)
@@ -248,11 +258,255 @@ def test_the_teacher_may_be_a_checkpoint(monkeypatch, bundle, corpus_file, tmp_p
     assert all(torch.equal(t, after[name]) for name, t in network.state_dict().items())
 
 
+# ── fewer steps ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tokens_that_are_noise_early_are_the_same_noise_later():
+    tokens = torch.randint(64, (50, 8, 8))
+    path = NoisePath.of(tokens, 64)
+    (early, at_s), (late, at_t) = (path.at(torch.full((50,), t)) for t in (0.3, 0.7))
+    assert (at_t | ~at_s).all()
+    assert torch.equal(late[at_s], early[at_s])
+    assert torch.equal(early[~at_s], tokens[~at_s])
+    shares = at_s.float().mean().item(), at_t.float().mean().item()
+    assert shares == pytest.approx((0.3, 0.7), abs=0.03)
+    torch.manual_seed(1)
+    noisy, noised = corrupt(tokens, torch.ones(50), 64)
+    assert noised.all()
+    assert (noisy == tokens).float().mean() < 0.1
+
+
+def test_steps_of_a_length_begin_at_1_as_often_as_at_any_other_stretch_of_it():
+    t, s = step_times(20_000, torch.device("cpu"), 0.25)
+    torch.testing.assert_close(t - s, torch.full_like(t, 0.25))
+    assert s.min() >= 0
+    assert t.max() <= 1
+    assert (t == 1).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    early, _ = step_times(20_000, torch.device("cpu"), 0.25, early=1.5)
+    assert (early == 1).float().mean() > 0.3
+
+
+class Watched:
+    """A network's inputs, in the order of its passes."""
+
+    def __init__(self, monkeypatch, network):
+        self.passes = []
+        features, times = network.features, network.times
+
+        def noted(t):
+            self.passes.append([t])
+            return times(t)
+
+        def watched(tokens, *rest):
+            self.passes[-1].append(tokens)
+            return features(tokens, *rest)
+
+        monkeypatch.setattr(network, "times", noted)
+        monkeypatch.setattr(network, "features", watched)
+
+
+def unguided(teacher):
+    return replace(teacher, nothing=None)
+
+
+def network_like(pipeline):
+    network = Denoiser(pipeline.config.denoiser)
+    network.load_state_dict(pipeline.bundle.denoiser.state_dict())
+    return network
+
+
+def test_the_teacher_answers_one_step_later_with_the_same_noise(monkeypatch, random_bundle):
+    pipeline, guided = teacher_of(random_bundle)
+    teacher, network = unguided(guided), network_like(pipeline)
+    x = examples(16)
+    seen, answered = Watched(monkeypatch, network), Watched(monkeypatch, teacher.denoiser)
+    consistency_loss(Student(network), teacher, Draws(lambda: x), 4)()
+    ((t, late),), ((s, early),) = seen.passes, answered.passes
+    torch.testing.assert_close(t - s, torch.full_like(t, 0.25))
+    assert len(early) == len(late) == 16  # one branch
+    changed = early != x.tokens
+    assert torch.equal(late[changed], early[changed])
+    assert (late != x.tokens).sum() > changed.sum()
+
+
+def test_progressively_one_step_follows_two_of_the_teacher_s_sampler(monkeypatch, random_bundle):
+    """The first of the two draws tokens; as many as the time says become the image's noise."""
+    pipeline, guided = teacher_of(random_bundle)
+    teacher, network = unguided(guided), network_like(pipeline)
+    x = examples(16)
+    seen, answered = Watched(monkeypatch, network), Watched(monkeypatch, teacher.denoiser)
+    monkeypatch.setattr(Teacher, "_draw", lambda *_: torch.full((16, 8, 8), 63))
+    progressive_loss(Student(network), teacher, Draws(lambda: x), 2)()
+    ((t, late),), ((first, same), (middle, between)) = seen.passes, answered.passes
+    assert torch.equal(first, t)
+    assert torch.equal(same, late)
+    torch.testing.assert_close(t - middle, torch.full_like(t, 0.25))
+    noise = between != 63
+    assert noise.float().mean() == pytest.approx(middle.mean().item(), abs=0.05)
+    both = noise & (late != x.tokens)
+    assert torch.equal(between[both], late[both])
+
+
+def test_a_teacher_s_step_draws_at_the_temperature_of_the_recipe(random_bundle):
+    config = replace(SAMPLING, temperature=(1.0, 0.05))
+    _, guided = teacher_of(random_bundle, config)
+    teacher = unguided(guided)
+    x = examples(64)
+    kept = torch.ones(64, 2, dtype=torch.bool)
+    inputs = ConditionInputs(x.byt5, x.mask, x.clip_text, x.clip_image, kept)
+    conditions = teacher.conditions(inputs)
+    shares = []
+    for t in (1.0, 1 / 6):
+        times = torch.full((64,), t)
+        likeliest = teacher.denoiser.project(teacher.features(x.tokens, times, conditions))
+        drawn = teacher.step(x.tokens, times, torch.full((64,), -1.0), conditions, x.tokens)
+        shares.append((drawn == likeliest.argmax(-1)).float().mean().item())
+        greedy = replace(teacher, greedy=True)
+        same = greedy.step(x.tokens, times, torch.full((64,), -1.0), conditions, x.tokens)
+        assert torch.equal(same, likeliest.argmax(-1))
+    assert shares[0] < 0.5 < 0.8 < shares[1]
+
+
+@pytest.mark.parametrize("loss_of", [consistency_loss, progressive_loss])
+def test_a_student_s_own_prediction_one_step_later_is_something_to_learn(random_bundle, loss_of):
+    pipeline, guided = teacher_of(random_bundle)
+    network = network_like(pipeline)
+    draws = Draws(lambda: examples(8))
+    for teacher in (guided, unguided(guided)):
+        values = [loss_of(Student(network), teacher, draws, 2, own)()[0] for own in (True, False)]
+        assert all(value > 0.01 for value in values)
+        assert values[0] != values[1]
+    value, _ = loss_of(Student(network), unguided(guided), draws, 2)()
+    value.backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert all(p.grad is None for p in guided.denoiser.parameters())
+
+
+@pytest.mark.parametrize("kind", [[], ["--progressive"]])
+def test_the_loss_of_a_round_falls(monkeypatch, bundle, corpus_file, tmp_path, kind):
+    arguments = [bundle, "--steps", "2", "--updates", 30, "--corpus", corpus_file, "--lr", 1e-2]
+    losses = run(monkeypatch, distill, tmp_path / "x.pt", *arguments, "--batch", 8, *kind)
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), losses
+
+
+def rounds_with_teachers(monkeypatch):
+    """Return a list that gets (steps, teacher) of every round that is trained."""
+    seen = []
+
+    def watched(student, teacher, draws, steps, reverse=True):
+        if not seen or seen[-1][1] is not teacher:
+            seen.append((steps, teacher))
+        return consistency_loss(student, teacher, draws, steps, reverse)
+
+    monkeypatch.setattr(distill, "consistency_loss", watched)
+    return seen
+
+
+def test_the_student_of_a_round_is_the_teacher_of_the_next(
+    monkeypatch, bundle, corpus_file, tmp_path
+):
+    rounds = rounds_with_teachers(monkeypatch)
+    arguments = [bundle, "--guidance", "--steps", "4,2", "--updates", 3, "--corpus", corpus_file]
+    run(monkeypatch, distill, tmp_path / "x.pt", *arguments, "--batch", 4)
+    (first, guided), (second, teacher) = rounds
+    assert (first, second) == (4, 2)
+    assert guided.nothing is not None
+    assert teacher.nothing is None
+    student = assemble.averaged(loop.load(tmp_path / "x-4.pt"), "denoiser.")
+    before = load_v3(bundle, torch.device("cpu"), torch.float32).denoiser.state_dict()
+    taught = teacher.denoiser.state_dict()
+    assert all(torch.equal(t, taught[name]) for name, t in student.items())
+    assert not torch.equal(student["clf.1.weight"], before["clf.1.weight"])
+    after = assemble.averaged(loop.load(tmp_path / "x-2.pt"), "denoiser.")
+    assert not torch.equal(student["clf.1.weight"], after["clf.1.weight"])
+
+
+def test_without_guidance_the_first_teacher_has_one_branch(
+    monkeypatch, bundle, corpus_file, tmp_path
+):
+    rounds = rounds_with_teachers(monkeypatch)
+    arguments = [bundle, "--steps", "4", "--updates", 1, "--corpus", corpus_file]
+    run(monkeypatch, distill, tmp_path / "x.pt", *arguments, "--batch", 4)
+    assert rounds[0][1].nothing is None
+
+
+@pytest.mark.parametrize("form", ["scenes", "images"])
+@pytest.mark.parametrize("crash_at", [2, 3])
+def test_interrupted_rounds_end_as_those_that_were_not(
+    monkeypatch, bundle, random_bundle, corpus_file, tmp_path, form, crash_at
+):
+    """In the middle of the second round, and between both."""
+    if form == "scenes":
+        where = [bundle, "--corpus", corpus_file]
+    else:
+        where = [random_bundle, "--data", write_pictures(tmp_path / "data", 20)]
+    common = [*where, "--steps", "4,2", "--progressive", "--updates", 3, "--batch", 2]
+    run(monkeypatch, distill, tmp_path / "whole.pt", *common)
+    torch.manual_seed(99)
+    if crash_at == 2:
+        with pytest.raises(Crash):
+            run(
+                monkeypatch,
+                distill,
+                tmp_path / "parts.pt",
+                *common,
+                crash_in=tmp_path / "parts-2.pt",
+                crash_at=crash_at,
+            )
+    else:
+        run(monkeypatch, distill, tmp_path / "parts.pt", *common)
+        (tmp_path / "parts-2.pt").unlink()
+    torch.manual_seed(98)
+    run(monkeypatch, distill, tmp_path / "parts.pt", *common, "--resume")
+    for steps in (4, 2):
+        whole, parts = (
+            without_clock(loop.load(tmp_path / f"{name}-{steps}.pt")) for name in ("whole", "parts")
+        )
+        assert whole["step"] == 3
+        assert identical(whole, parts)
+
+
+def test_all_rounds_done_leave_nothing_to_resume(monkeypatch, bundle, corpus_file, tmp_path):
+    arguments = [bundle, "--steps", "4,2", "--updates", 2, "--corpus", corpus_file, "--batch", 2]
+    assert len(run(monkeypatch, distill, tmp_path / "x.pt", *arguments)) == 4
+    assert run(monkeypatch, distill, tmp_path / "x.pt", *arguments, "--resume") == []
+
+
+def test_a_bundle_of_the_last_round_draws_in_its_steps(
+    monkeypatch, capsys, bundle, corpus_file, tmp_path
+):
+    arguments = [bundle, "--steps", "4,2", "--updates", 1, "--corpus", corpus_file, "--batch", 2]
+    run(monkeypatch, distill, tmp_path / "x.pt", *arguments)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "to use it" in line)
+    command = line.partition("assemble ")[2].replace("NEW_BUNDLE", str(tmp_path / "two")).split()
+    monkeypatch.setattr(sys, "argv", ["assemble", *command])
+    assemble.main()
+    sampling = BundleConfig.read(tmp_path / "two").recipe.sampling()
+    assert (sampling.steps, sampling.guided) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "2,4"], "falling numbers"),
+        (["--steps", "4,0"], "falling numbers"),
+        (["--steps", "80"], "falling numbers"),
+        (["--guidance", "--progressive"], "go with --steps"),
+        (["--guidance", "--forward"], "go with --steps"),
+    ],
+)
+def test_impossible_rounds_are_refused(monkeypatch, capsys, bundle, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["distill", str(bundle), *arguments])
+    with pytest.raises(SystemExit):
+        distill.main()
+    assert message in capsys.readouterr().err
+
+
 def test_without_a_kind_of_distillation_there_is_a_message(monkeypatch, capsys, bundle):
     monkeypatch.setattr(sys, "argv", ["distill", str(bundle)])
     with pytest.raises(SystemExit):
         distill.main()
-    assert "--guidance is needed" in capsys.readouterr().err
+    assert "--guidance or --steps is needed" in capsys.readouterr().err
 
 
 def test_unusable_images_end_with_a_message(monkeypatch, random_bundle, tmp_path):
@@ -270,7 +524,7 @@ def test_folded_weights_of_attention_are_those_unfolded():
         x.byt5, x.mask, x.clip_text, x.clip_image, torch.ones(4, 2, dtype=torch.bool)
     )
     plain = condition_of(network, inputs, (1.2, 0.4))
-    frozen = distill.frozen_copy(network, torch.float32)
+    frozen = frozen_copy(network, torch.float32)
     folded = condition_of(frozen, inputs, (1.2, 0.4))
     torch.testing.assert_close(folded.kv, plain.kv, atol=1e-4, rtol=1e-4)
     assert torch.equal(folded.mask, plain.mask)

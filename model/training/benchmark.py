@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.config import SamplingConfig
+from model.config import BundleConfig, SamplingConfig
 from model.pipeline import Pipeline
 from model.training import prompts
 from model.training.checker import Judge, Reading, Verdict, check
@@ -128,16 +128,17 @@ class Drawn:
 
     def images(self, cases: Sequence[BenchPrompt], seeds: Sequence[int]) -> Tensor:
         """Return one image per case and seed, drawn by the bundle's pipeline; see `Source`."""
-        width, height = self._size(cases[0].scene.aspect)
+        width, height = size_of(cases[0].scene.aspect, self.pipeline.config)
         texts = [case.text for case in cases]
         return self.pipeline.generate(texts, seeds, self.sampling, width=width, height=height)
 
-    def _size(self, aspect: Aspect) -> tuple[int, int]:
-        """Return the aspect's (width, height) for bundles of any native size."""
-        config = self.pipeline.config
-        unit = min(config.native_size) / 256
-        step = config.size_step
-        return tuple(max(step, round(side * unit / step) * step) for side in aspect)  # type: ignore[return-value]
+
+def size_of(aspect: Aspect, config: BundleConfig) -> Aspect:
+    """Return the (width, height) in which a bundle of any native size draws an aspect."""
+    unit = min(config.native_size) / 256
+    step = config.size_step
+    width, height = (max(step, round(side * unit / step) * step) for side in aspect)
+    return width, height
 
 
 @dataclass(frozen=True)

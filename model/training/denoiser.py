@@ -25,7 +25,7 @@ from model.bundle import BundleV3, load_v3
 from model.config import BundleV3Config, find_bundle
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.vqgan_v3 import VQGAN
-from model.training import checkpoint, loop
+from model.training import block_skips, checkpoint, loop
 from model.training.captioned import DataError, open_collection
 from model.training.data import Scenes
 from model.training.decoding import Filters
@@ -121,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(lr=None)  # it depends on where the training begins
     add_data_arguments(p)
+    block_skips.add_argument(p)
     p.add_argument(
         "--stencils",
         type=Path,
@@ -341,6 +342,7 @@ def train(args: argparse.Namespace) -> None:
     denoiser = Denoiser(config.denoiser).to(o.device)
     if args.from_bundle and kept is not None:
         denoiser.load_state_dict(kept)
+    block_skips.skip_at_random(denoiser, args.skip_blocks)
     guided = Guided(denoiser, vqgan.vquantizer.codebook.weight).to(o.device)
     scenes = Scenes.load(args.corpus, o.device, o.data_seed)
     known = None if args.stencils is None else Stencils.load(args.stencils)
@@ -386,6 +388,7 @@ def train_on_own(
     denoiser = Denoiser(bundle.config.denoiser).to(o.device)
     if from_bundle:
         denoiser.load_state_dict(bundle.denoiser.state_dict())
+    block_skips.skip_at_random(denoiser, args.skip_blocks)
     bundle = replace(bundle, denoiser=denoiser)  # frees the memory of the one it came with
     guided = Guided(denoiser, bundle.vqgan.vquantizer.codebook.weight).to(o.device)
     data = own_images(bundle, o, args.data, Filters(args.min_side, args.max_aspect))

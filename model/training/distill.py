@@ -1,208 +1,58 @@
-"""Distil a bundle's denoiser: one branch instead of two, by teaching what guidance comes to.
+"""Distil a bundle's denoiser: one branch instead of two, and fewer steps.
 
     python -m model.training.distill tiny --guidance --minutes 60
     python -m model.training.distill tiny --guidance 2 --data my-images --updates 5000
     python -m model.training.assemble one --base tiny --denoiser runs/distilled.pt
+    python -m model.training.distill tiny --guidance --steps 8,4,2 --updates 1500
+    python -m model.training.distill tiny --teacher runs/distilled.pt --steps 4 --progressive
 
-The student is the same network and begins with the teacher's weights. Both see the same noised
-images and conditions; the student's prediction follows the teacher's guided one, which takes two
-branches. Afterwards it draws with guidance 1, in half of the passes. The training data are those of
-`model.training.denoiser`: a corpus' scenes, or with --data your own images. Letters: B rows, H W
-token grid, n steps.
+The student is the same network and begins with the teacher's weights. With --guidance its
+prediction follows the teacher's guided one, which takes two branches. Afterwards it draws with
+guidance 1, in half of the passes. With --steps there is a round of training for every number of
+steps: a prediction follows the teacher's at the sampler's next time, or with --progressive after a
+step of the teacher's sampler that is half as long. The student of one round is the teacher of the
+next. The training data are those of `model.training.denoiser`: a corpus' scenes, or with --data
+your own images.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import nullcontext
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from model import sampling
 from model.bundle import BundleV3, load_v3
 from model.config import MAX_GUIDANCE, Recipe, SamplingConfig, find_bundle
-from model.networks.denoiser_v3 import Condition, Denoiser
-from model.training import checkpoint, denoiser, loop
+from model.networks.denoiser_v3 import Denoiser
+from model.training import block_skips, checkpoint, denoiser, loop
 from model.training.codes import quiet
 from model.training.data import Scenes
 from model.training.decoding import Filters
-from model.training.denoiser import EARLY, FOCUS, JUDGED, JUDGED_OF_SCENES, Encoding
-from model.training.features import Examples, Pool
-from model.training.judged import divergence
-from model.training.objective import (
-    ConditionInputs,
-    attention,
-    choose_positions,
-    condition_of,
-    corrupt,
-    disturbed,
-    draw_times,
-    folded,
-    gathered,
-    in_products,
-    position_weights,
-    projection_of,
+from model.training.denoiser import EARLY, FOCUS, JUDGED_OF_SCENES, Encoding
+from model.training.distillation import (
+    DROP_CLIP,
+    Draws,
+    Student,
+    Teacher,
+    consistency_loss,
+    guidance_loss,
+    progressive_loss,
 )
+from model.training.features import Pool
 
-# In use a student nearly always has all of a condition, unlike the network that it comes from.
-_DROP_CLIP = 0.1
 # Shares of captions that are empty, without and with the image's embedding. The empty ones say what
 # is drawn without a prompt; nothing is guided by them any more.
 _EMPTY, _SHOWN = 0.02, 0.08
 _RATE = 3e-4
-_ROUNDING = 1e-3  # of a step
+_ROUND = 1500  # training steps
+_MOST_STEPS = 64
 _RECIPE = "recipe"  # as much guidance as it says
-
-
-class Student(nn.Module):
-    """The network that is trained, named as in the checkpoints of `model.training.denoiser`."""
-
-    def __init__(self, network: Denoiser) -> None:
-        super().__init__()
-        self.denoiser = network
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen denoiser, and what guides it.
-
-    nothing: the condition of an empty prompt, one row. guidances: of each step of the recipe, [n].
-    attention_weights: of the recipe, as `Recipe.attention_weights`.
-    """
-
-    denoiser: Denoiser
-    nothing: Condition
-    guidances: Tensor
-    attention_weights: tuple[float, float] | None = None
-
-    @classmethod
-    def of(
-        cls, network: Denoiser, bundle: BundleV3, config: SamplingConfig, dtype: torch.dtype
-    ) -> Teacher:
-        """Return a teacher with a network's weights, guided as `config` says.
-
-        bundle: whose encoders read the empty prompt. dtype: of the products.
-        """
-        frozen = frozen_copy(network, dtype)
-        device = next(frozen.parameters()).device
-        text = bundle.byt5([""])
-        with torch.no_grad():
-            nothing = frozen.condition(
-                text.embeddings.to(device, dtype),
-                text.mask.to(device),
-                bundle.clip.encode_text([""]).to(device, dtype),
-            )
-        guidances = torch.tensor(sampling.guidances(config), device=device)
-        return cls(frozen, nothing, guidances, bundle.config.recipe.attention_weights)
-
-    def guidance(self, t: Tensor) -> Tensor:
-        """Return the guidance [B] at times t [B], that of the recipe's step there."""
-        n = len(self.guidances)
-        # A step's own time may be rounded to a little more.
-        return self.guidances[((1 - t) * n + _ROUNDING).long().clamp(0, n - 1)]
-
-    @torch.no_grad()
-    def features(self, noisy: Tensor, t: Tensor, inputs: ConditionInputs) -> Tensor:
-        """Return guided features [B, H, W, c_out] of noised tokens [B, H, W] at times t [B]."""
-        B, device = len(noisy), noisy.device
-        with torch.autocast(device.type, enabled=False):
-            asked = condition_of(self.denoiser, inputs, self.attention_weights)
-            rows = torch.arange(B, device=device).repeat(2)
-            both = joined(asked, self.nothing)
-            features = self.denoiser.features(noisy, self.denoiser.times(t), both, rows)
-            conditional, unconditional = features.float().chunk(2)
-            g = self.guidance(t)[:, None, None, None]
-            return (g * conditional + (1 - g) * unconditional).to(features.dtype)
-
-
-def frozen_copy(network: Denoiser, dtype: torch.dtype) -> Denoiser:
-    """Return a copy that is not trained, of this type, with its fixed weights folded."""
-    copy = deepcopy(network).to(dtype).eval().requires_grad_(False)
-    copy.fold()
-    copy.fold_condition()
-    return copy
-
-
-def joined(asked: Condition, nothing: Condition) -> Condition:
-    """Return the conditions of B rows, then the unconditional one B times; the shorter is padded.
-
-    nothing: a condition of one row.
-    """
-    B, length = len(asked.kv), max(asked.length, nothing.length)
-    one, other = padded(asked, length), padded(nothing, length)
-    return Condition(
-        torch.cat([one.kv, other.kv.expand(B, -1, -1)]),
-        torch.cat([_mask(one), _mask(other).expand(B, -1)]),
-    )
-
-
-def padded(condition: Condition, length: int) -> Condition:
-    """Return a condition with masked keys behind its own, `length` in all."""
-    more = length - condition.length
-    return Condition(F.pad(condition.kv, (0, 0, 0, more)), F.pad(_mask(condition), (0, more)))
-
-
-def _mask(condition: Condition) -> Tensor:
-    if condition.mask is not None:
-        return condition.mask
-    return torch.ones(condition.kv.shape[:2], dtype=torch.bool, device=condition.kv.device)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What one kind of step learns from.
-
-    draw: returns a batch. early: as of `draw_times`. judged, focus: as of `choose_positions`.
-    drop_clip: the probability of dropping each of CLIP's embeddings.
-    """
-
-    draw: Callable[[], Examples]
-    early: float = 1.0
-    judged: float = JUDGED
-    focus: float = 1.0
-    drop_clip: float = _DROP_CLIP
-
-
-def guidance_loss(student: Student, teacher: Teacher, draws: Draws) -> loop.Loss:
-    """Return the loss KL(the teacher's guided prediction ‖ the student's), at random times."""
-    network = student.denoiser
-
-    def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        x = draws.draw()
-        t = draw_times(len(x.tokens), x.tokens.device, draws.early)
-        noisy, noised = corrupt(x.tokens, t, network.config.num_labels)
-        judged = choose_positions(x.tokens, draws.judged, draws.focus, x.commonest)
-        inputs = disturbed(x, draws.drop_clip)
-        target = gathered(teacher.features(noisy, t, inputs), judged)
-        with in_products(network), attention(t.device):
-            condition = trained_condition(network, inputs, teacher.attention_weights)
-            asked = gathered(network.features(noisy, network.times(t), condition), judged)
-        weights = position_weights(t, noised, judged)
-        value, agreed = divergence(
-            asked,
-            projection_of(network),
-            target,
-            projection_of(teacher.denoiser),
-            weights / len(asked),
-        )
-        return value, {"agreed": agreed.float().mean()}
-
-    return loss
-
-
-def trained_condition(
-    network: Denoiser, inputs: ConditionInputs, weights: tuple[float, float] | None
-) -> Condition:
-    """Return a batch's condition, through which gradients pass; see `condition_of`."""
-    # Folded maps are weighted in place, which autograd does not permit.
-    with folded(network) if weights is None else nullcontext():
-        return condition_of(network, inputs, weights)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -219,14 +69,33 @@ def parser() -> argparse.ArgumentParser:
         help="teach what guidance comes to: this much, by default the recipe's",
     )
     p.add_argument(
+        "--steps",
+        dest="rounds",
+        type=_rounds,
+        metavar="N[,N…]",
+        help=f"teach to draw in fewer steps, a round of --updates (default {_ROUND}) for each "
+        "number, such as 8,4,2. Every round has a checkpoint of its own; --minutes is not read",
+    )
+    p.add_argument(
+        "--progressive",
+        action="store_true",
+        help="with --steps: one step follows two of the teacher's sampler",
+    )
+    p.add_argument(
+        "--forward",
+        action="store_true",
+        help="with --steps: minimise KL(teacher ‖ student), not KL(student ‖ teacher)",
+    )
+    p.add_argument(
         "--teacher", type=Path, help="checkpoint of a denoiser, instead of the bundle's own"
     )
     denoiser.add_data_arguments(p)
+    block_skips.add_argument(p)
     p.add_argument(
         "--drop-clip",
         type=float,
-        default=_DROP_CLIP,
-        help=f"how often each of CLIP's embeddings is dropped ({_DROP_CLIP:g})",
+        default=DROP_CLIP,
+        help=f"how often each of CLIP's embeddings is dropped ({DROP_CLIP:g})",
     )
     return p
 
@@ -240,12 +109,26 @@ def _guidance(text: str) -> float | str:
     return value
 
 
-def guided_sampling(recipe: Recipe, guidance: float | str) -> SamplingConfig:
-    """Return the recipe's sampling, with constant guidance if that is a number."""
-    if isinstance(guidance, str):
+def _rounds(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(","))
+    falling = all(a > b for a, b in pairwise(numbers))
+    if not falling or not 1 <= numbers[-1] <= numbers[0] <= _MOST_STEPS:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not one or several falling numbers from {_MOST_STEPS} to 1"
+        )
+    return numbers
+
+
+def guided_sampling(recipe: Recipe, guidance: float | str | None) -> SamplingConfig:
+    """Return the recipe's sampling, with constant guidance if that is a number.
+
+    guidance: None for none.
+    """
+    if guidance == _RECIPE:
         return recipe.sampling()
+    constant = 1.0 if guidance is None else float(guidance)
     steps = recipe.num_inference_steps
-    return recipe.sampling(guidance=(guidance, guidance), guidance_steps=steps)
+    return recipe.sampling(guidance=(constant, constant), guidance_steps=steps)
 
 
 def starting_network(bundle: BundleV3, teacher: Path | None, device: torch.device) -> Denoiser:
@@ -262,36 +145,46 @@ def starting_network(bundle: BundleV3, teacher: Path | None, device: torch.devic
     return network
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train as the parsed command line says.
+# ── data ──────────────────────────────────────────────────────────────────────────────────────────
 
-    Raises DataError for unusable data, and the errors of `load_v3`.
+LossOf = Callable[[Draws], loop.Loss]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where batches come from.
+
+    losses: return what to minimise, by the loss of each kind of batch. before: called before every
+    step. recordable: whether a step can be recorded.
     """
-    o = loop.options(args)
-    bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
-    network = starting_network(bundle, args.teacher, o.device)
-    if args.data is None:
-        quiet(network)
-    config = guided_sampling(bundle.config.recipe, args.guidance)
-    teacher = Teacher.of(network, bundle, config, o.dtype)
-    student = Student(network)
-    if args.data is not None:
-        data = denoiser.own_images(bundle, o, args.data, Filters(args.min_side, args.max_aspect))
+
+    data: loop.Data
+    losses: Callable[[LossOf], loop.Loss | loop.Mixture]
+    before: Callable[[], None] | None
+    recordable: bool
+
+    @classmethod
+    def of_images(cls, bundle: BundleV3, o: loop.Options, args: argparse.Namespace) -> Source:
+        """Return the source of the user's images. Raises DataError for unusable data."""
+        filters = Filters(args.min_side, args.max_aspect)
+        data = denoiser.own_images(bundle, o, args.data, filters)
         draws = Draws(lambda: next(data), drop_clip=args.drop_clip)
         # Batches are of many lengths, and made on the host.
-        loop.fit(
-            student, guidance_loss(student, teacher, draws), replace(o, record=False), data=data
-        )
-        return
-    scenes = Scenes.load(args.corpus, o.device, o.data_seed)
-    encoding = Encoding.of(bundle.config, bundle.vqgan, scenes, o.batch, args.kept, o.dtype)
-    encoding.begin()
-    losses = encoding.losses(
-        lambda pool, batch, bytes_read: guidance_loss(
-            student, teacher, scene_draws(pool, batch, bytes_read, args.drop_clip)
-        )
-    )
-    loop.fit(student, losses, o, data=encoding, before=encoding.grow)
+        return cls(data, lambda loss_of: loss_of(draws), None, recordable=False)
+
+    @classmethod
+    def of_scenes(cls, bundle: BundleV3, o: loop.Options, args: argparse.Namespace) -> Source:
+        """Return the source of a corpus' scenes."""
+        scenes = Scenes.load(args.corpus, o.device, o.data_seed)
+        encoding = Encoding.of(bundle.config, bundle.vqgan, scenes, o.batch, args.kept, o.dtype)
+        encoding.begin()
+
+        def losses(loss_of: LossOf) -> loop.Mixture:
+            return encoding.losses(
+                lambda pool, batch, read: loss_of(scene_draws(pool, batch, read, args.drop_clip))
+            )
+
+        return cls(encoding, losses, encoding.grow, recordable=True)
 
 
 def scene_draws(pool: Pool, batch: int, bytes_read: int, drop_clip: float) -> Draws:
@@ -305,13 +198,107 @@ def scene_draws(pool: Pool, batch: int, bytes_read: int, drop_clip: float) -> Dr
     )
 
 
+# ── rounds ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Round(NamedTuple):
+    """A training with one teacher. steps: to learn to draw in, None to learn guidance alone."""
+
+    steps: int | None
+    checkpoint: Path
+
+    def done(self, updates: int | None) -> bool:
+        """Return whether it has been trained for so many steps."""
+        if updates is None or not self.checkpoint.exists():
+            return False
+        return bool(loop.load(self.checkpoint)["step"] >= updates)
+
+
+def rounds_of(args: argparse.Namespace) -> list[Round]:
+    """Return the rounds that the command line asks for; several have a file each."""
+    if args.rounds is None:
+        return [Round(None, args.checkpoint)]
+    path: Path = args.checkpoint
+    return [Round(n, path.with_name(f"{path.stem}-{n}{path.suffix}")) for n in args.rounds]
+
+
+def first_round(rounds: Sequence[Round], updates: int | None) -> int:
+    """Return the number of the first round that is not done, to resume with, or of the last."""
+    return next((i for i, own in enumerate(rounds) if not own.done(updates)), len(rounds) - 1)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train as the parsed command line says; `args.checkpoint` is the last round's afterwards.
+
+    Raises DataError for unusable data, and the errors of `load_v3`.
+    """
+    rounds = rounds_of(args)
+    if args.rounds is not None and args.steps is None:
+        args.steps = _ROUND
+    first = first_round(rounds, args.steps) if args.resume else 0
+    # A round that has not begun goes on from the state at the end of the one before.
+    begun = not first or rounds[first].checkpoint.exists()
+    args.checkpoint = rounds[first if begun else first - 1].checkpoint
+    o = loop.options(args)
+    bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)
+    network = starting_network(bundle, args.teacher, o.device)
+    if args.data is None:
+        quiet(network)
+    config = guided_sampling(bundle.config.recipe, args.guidance)
+    teacher = Teacher.of(network, bundle, config, o.dtype)
+    if args.guidance is None:
+        teacher = replace(teacher, nothing=None)
+    make = Source.of_scenes if args.data is None else Source.of_images
+    source = make(bundle, o, args)
+    student = Student(network)
+    block_skips.skip_at_random(network, args.skip_blocks)
+    if first:
+        before = loop.load(rounds[first - 1].checkpoint, o.device)
+        student.load_state_dict(before["ema"])
+        teacher = teacher.succeeded_by(network, o.dtype)
+        if not begun:
+            source.data.load_state_dict(before["data"])
+            loop.restore_noise(before, o.device)
+    o = replace(o, record=o.record and source.recordable)
+    for number, own in enumerate(rounds[first:], first):
+        if number > first:
+            teacher = teacher.succeeded_by(network, o.dtype)
+        resume = o.resume and begun and number == first
+        average = loop.fit(
+            student,
+            source.losses(partial(_loss, args, own, student, teacher)),
+            replace(o, checkpoint=own.checkpoint, resume=resume),
+            data=source.data,
+            before=source.before,
+        )
+        student.load_state_dict(average.state_dict())
+    args.checkpoint = rounds[-1].checkpoint
+
+
+def _loss(
+    args: argparse.Namespace, own: Round, student: Student, teacher: Teacher, draws: Draws
+) -> loop.Loss:
+    if own.steps is None:
+        return guidance_loss(student, teacher, draws)
+    loss = progressive_loss if args.progressive else consistency_loss
+    return loss(student, teacher, draws, own.steps, reverse=not args.forward)
+
+
+def _recipe(args: argparse.Namespace) -> Iterator[str]:
+    yield "guidance=1"
+    if args.rounds is not None:
+        yield f"steps={args.rounds[-1]}"
+
+
 def main() -> None:
     """Distil as the command line says; exit with a message for unusable data."""
     p = parser()
     args = p.parse_args()
-    if args.guidance is None:
-        p.error("--guidance is needed")
-    denoiser.run(train, args, "--recipe", "guidance=1")
+    if args.guidance is None and args.rounds is None:
+        p.error("--guidance or --steps is needed")
+    if args.rounds is None and (args.progressive or args.forward):
+        p.error("--progressive and --forward go with --steps")
+    denoiser.run(train, args, "--recipe", ",".join(_recipe(args)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Letters: N positions, c channels, K codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
         to_projection = torch.zeros_like(projection, dtype=torch.float32)
         total, right = weights.new_zeros(()), torch.empty_like(target, dtype=torch.bool)
         given = smoothing + (near.share if near is not None else 0.0)
-        rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
-        for start in range(0, len(features), rows):
-            part = slice(start, start + rows)
+        for part in _parts(features):
             f = features[part]
             t = target[part, None]
             w = weights[part, None]
@@ -148,9 +147,7 @@ class _Divergence(torch.autograd.Function):
         to_projection = torch.zeros_like(projection, dtype=torch.float32)
         total = weights.new_zeros(())
         agreed = torch.empty_like(weights, dtype=torch.bool)
-        rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
-        for start in range(0, len(features), rows):
-            part = slice(start, start + rows)
+        for part in _parts(features):
             f = features[part]
             w = weights[part, None]
             log_p = (f @ own.T).float().log_softmax(-1)
@@ -198,3 +195,51 @@ def divergence(
         features, projection, target, target_projection, weights.float(), reverse
     )  # type: ignore[no-untyped-call]
     return result
+
+
+class _LogProbability(torch.autograd.Function):
+    """The autograd function of `log_probability`: its backward pass computes the softmax again."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, projection: Tensor, target: Tensor) -> Tensor:
+        """Return log p [N]. features: [N, c]. projection: [K, c]. target: [N]."""
+        W = projection.to(features.dtype)
+        result = features.new_empty(len(features), dtype=torch.float32)
+        total = torch.empty_like(result)
+        for part in _parts(features):
+            z = (features[part] @ W.T).float()
+            total[part] = z.logsumexp(-1)
+            result[part] = z.gather(1, target[part, None])[:, 0] - total[part]
+        ctx.save_for_backward(features, projection, target, total)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of features and projection, by those of each log p [N]."""
+        features, projection, target, total = ctx.saved_tensors
+        W = projection.to(features.dtype)
+        to_features = torch.empty_like(features)
+        to_projection = torch.zeros_like(projection, dtype=torch.float32)
+        for part in _parts(features):
+            f, w = features[part], gradients[0][part, None]
+            p = ((f @ W.T).float() - total[part, None]).exp_()
+            g = p.mul_(-w).scatter_add_(1, target[part, None], w).to(f.dtype)
+            to_features[part] = g @ W
+            to_projection += g.T @ f
+        return to_features, to_projection, None
+
+
+def log_probability(features: Tensor, projection: Tensor, target: Tensor) -> Tensor:
+    """Return log p [N] of target codes [N] in softmax(projection · features), in fp32.
+
+    features: [N, c]. projection: [K, c]. Both get gradients; products have the features' type.
+    """
+    result: Tensor = _LogProbability.apply(features, projection, target)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _parts(features: Tensor) -> Iterator[slice]:
+    """Yield the rows that are computed together, of features [N, c]."""
+    rows = _ROWS_ON_CPU if features.device.type == "cpu" else _ROWS
+    for start in range(0, len(features), rows):
+        yield slice(start, start + rows)

@@ -50,6 +50,7 @@ __all__ = [
     "prepared",
     "rank",
     "replace",
+    "restore_noise",
 ]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
@@ -131,6 +132,15 @@ class Average:
         torch._foreach_add_(self._old, change)
 
 
+def restore_noise(saved: Mapping[str, Any], device: torch.device) -> None:
+    """Continue with the random numbers that a checkpoint's training would have drawn next."""
+    if rank() != 0:  # the saved ones are the first process's; the others' must stay others
+        return
+    torch.set_rng_state(saved["rng"].cpu())
+    if "cuda_rng" in saved and device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), device)
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
@@ -170,10 +180,7 @@ class _Run:
         self.step, self.seconds = saved["step"], saved["seconds"]
         if self.data is not None and "data" in saved:
             self.data.load_state_dict(saved["data"])
-        if rank() == 0:  # the saved noise is the first process's; the others' must stay another
-            torch.set_rng_state(saved["rng"].cpu())
-            if "cuda_rng" in saved and self.o.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.o.device)
+        restore_noise(saved, self.o.device)
 
     def save(self) -> None:
         """Write the checkpoint. Every process must call this; the first one writes."""

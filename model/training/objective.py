@@ -40,10 +40,33 @@ def draw_times(count: int, device: torch.device, early: float = 1.0) -> Tensor:
     return 1 - torch.rand(count, device=device) ** early
 
 
+@dataclass(frozen=True, slots=True)
+class NoisePath:
+    """Images on their way to noise. Where one is noise at a time, it is the same noise later.
+
+    tokens: clean, [B, H, W]. uniform: the time [B, H, W] from which on each is noise. noise: the
+    codes [B, H, W] that take their places.
+    """
+
+    tokens: Tensor
+    uniform: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, codes: int) -> NoisePath:
+        """Return a random path of tokens [B, H, W]. codes: the number of codes."""
+        uniform = torch.rand(tokens.shape, device=tokens.device)
+        return cls(tokens, uniform, torch.randint_like(tokens, codes))
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens [B, H, W] at times t [B], and where they are noise."""
+        noised = self.uniform < t[:, None, None]
+        return torch.where(noised, self.noise, self.tokens), noised
+
+
 def corrupt(tokens: Tensor, t: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """Return tokens [B, H, W] with random codes at a share t [B] of them, and where those are."""
-    noised = torch.rand(tokens.shape, device=tokens.device) < t[:, None, None]
-    return torch.where(noised, torch.randint_like(tokens, codes), tokens), noised
+    return NoisePath.of(tokens, codes).at(t)
 
 
 @contextmanager

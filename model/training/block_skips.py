@@ -1,0 +1,84 @@
+"""Leave out a denoiser's blocks at random in training, so that some can be removed afterwards.
+
+After SnapFusion's robust training: a network that has met each block's absence loses less when a
+block is taken out, and what it loses without each is worth comparing. Letters: B rows, H W grid, C
+channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.networks.denoiser_v3 import AttentionBlock, ConvBlock, Denoiser
+
+
+def removable(denoiser: Denoiser) -> dict[str, nn.Module]:
+    """Return the blocks that add to what they are given, C and A, by name, in order.
+
+    The first of an up level is not among them: it also reads what the way down has left.
+    """
+    return {
+        name: block
+        for name, block in denoiser.named_modules()
+        if isinstance(block, AttentionBlock)
+        or (isinstance(block, ConvBlock) and not reads_skip(block))
+    }
+
+
+def reads_skip(block: ConvBlock) -> bool:
+    """Return whether a convolution block reads a skip."""
+    return block.depthwise.weight.shape[1] > 1
+
+
+def add_argument(p: argparse.ArgumentParser) -> None:
+    """Add `--skip-blocks` to a trainer's arguments."""
+    p.add_argument(
+        "--skip-blocks",
+        type=_probability,
+        default=0.0,
+        metavar="P",
+        help="leave out each block of each image with this probability, so that blocks can be "
+        "removed afterwards (0)",
+    )
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return value
+
+
+def skip_at_random(denoiser: Denoiser, probability: float) -> None:
+    """Leave out each removable block of each row with a probability, in training mode.
+
+    Each row's blocks are drawn anew in every pass, on the device, so that a step can be recorded.
+    They are computed all the same. Does nothing at probability 0.
+    """
+
+    def skipped(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        x: Tensor = inputs[0]
+        left_out = torch.rand(len(x), 1, 1, 1, device=x.device) < probability
+        return torch.where(left_out, x, output)
+
+    if probability:
+        for block in removable(denoiser).values():
+            block.register_forward_hook(skipped)
+
+
+@contextmanager
+def without(block: nn.Module) -> Iterator[None]:
+    """Leave out one removable block, for this context."""
+    handle = block.register_forward_hook(lambda _, inputs, output: inputs[0])
+    try:
+        yield
+    finally:
+        handle.remove()
