@@ -133,7 +133,7 @@ def info(
         float | None, typer.Option(help="GB of a machine or GPU: show the precisions that fit")
     ] = None,
 ) -> None:
-    """Show a bundle's networks, sizes, recipe and memory needs."""
+    """Show a bundle's networks, sizes, presets and memory needs."""
     from dataclasses import asdict
 
     from model.checkpoints.memory import contents, needs
@@ -164,6 +164,12 @@ def info(
     )
     typer.echo("\nrecipe")
     _print_pairs(asdict(config.recipe), indent="  ")
+    for name, preset in config.presets.items():
+        default = ", the default" if name == config.default_preset else ""
+        steps = "for {} to {} steps".format(*preset.steps)
+        typer.echo(f"\npreset {name}{default}, {steps}, by {preset.network}")
+        own, first = asdict(preset.recipe), asdict(config.recipe)
+        _print_pairs({key: own[key] for key in own if own[key] != first[key]}, indent="  ")
 
 
 @weights_app.command()
@@ -244,7 +250,8 @@ def _origin(
     verify_files(directory, config)
     if recipe is not None:
         config = replace(config, recipe=published().recipe(recipe))
-    sources = {network: directory / f"{network}.safetensors" for network in config.networks} | given
+    files = {network: directory / f"{network}.safetensors" for network in config.network_names}
+    sources = files | given
     return config, sources, None if config.clip.merges is None else directory / config.clip.merges
 
 
