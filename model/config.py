@@ -252,7 +252,7 @@ Operation = Literal[
 CONFIG_FILE = "bundle.json"
 # Of bundle.json; absent is 1. Presets came with 2.
 FORMAT = 2
-PRESETS_FORMAT = 2
+PRESETS_FORMAT: Literal[2] = 2
 MAX_CONFIG_BYTES = 2**20
 
 

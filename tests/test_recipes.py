@@ -77,7 +77,7 @@ def test_a_bundle_with_changes_draws_by_the_changed_recipe(bundle):
         f"{bundle}@steps=2,guidance=1,prior_steps=3", torch.device("cpu"), torch.float32
     )
     assert pipeline.config.recipe.sampling().steps == 2
-    assert pipeline.prior_noise[0] == 4
+    assert pipeline.prior_noise(pipeline.prior_settings())[0] == 4
     branches = []
     advance = type(pipeline).advance
 

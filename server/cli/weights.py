@@ -192,6 +192,9 @@ def check(
         Path, typer.Option("--output", "-o", help="File for the eight images")
     ] = Path("weights-check.png"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
+    preset: Annotated[
+        str | None, typer.Option(help="A preset of the bundle; default: its default one")
+    ] = None,
 ) -> None:
     """Generate eight fixed prompts and check the images by CLIP, and for NaN."""
     from tqdm import tqdm
@@ -209,7 +212,7 @@ def check(
         with tqdm(
             total=len(PROMPTS), desc="generating", unit="image", leave=False, disable=None
         ) as bar:
-            found = check_pipeline(pipeline, bar.update)
+            found = check_pipeline(pipeline, bar.update, preset)
         write_sheet(found.pictures, output)
     for i, prompt in enumerate(PROMPTS):
         typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
@@ -250,8 +253,8 @@ def _origin(
     verify_files(directory, config)
     if recipe is not None:
         config = replace(config, recipe=published().recipe(recipe))
-    files = {network: directory / f"{network}.safetensors" for network in config.network_names}
-    sources = files | given
+    kept = {network: directory / f"{network}.safetensors" for network in config.network_names}
+    sources = kept | given
     return config, sources, None if config.clip.merges is None else directory / config.clip.merges
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, SupportsIndex
 
-from model.config import Interpolation, SamplingConfig
+from model.config import DENOISER, Interpolation, SamplingConfig
 from model.image_request import (
     Edit,
     Enlarge,
@@ -371,6 +371,7 @@ class Step:
     """A finished denoiser step.
 
     branches: of all its rows. pixels: width times height of each row. model: the bundle's name.
+    denoiser: the network's.
     """
 
     rows: int
@@ -378,6 +379,7 @@ class Step:
     pixels: int
     seconds: float
     model: str = ""
+    denoiser: str = DENOISER
 
 
 @dataclass(frozen=True, slots=True)
