@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast, get_args
 
@@ -768,7 +769,7 @@ class BundleConfig:
         """The smallest width and height, pixels."""
         return self.size_step
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """A name for exactly these weights: the hash of everything but the bundle's name.
 

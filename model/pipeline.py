@@ -353,7 +353,6 @@ class Pipeline(ABC):
 
         All rows share a token grid and a denoiser; everything else may differ by row.
         """
-        executor = self.executors[rows[0].sampling.denoiser]
         branches = self._branches_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
         times = torch.stack([self._time_table(row)[row.step] for row in rows])  # [B, S]
@@ -362,10 +361,10 @@ class Pipeline(ABC):
             [row.schedule[row.step] for row in rows], dim=1
         ).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
-        features = executor.features(tokens, times, branches, weights)
-        drawn = self._sample(executor, rows, features, SamplingInputs(uniform, inverse, mass))
+        features = self._executor_of(rows).features(tokens, times, branches, weights)
+        drawn = self._sample(rows, features, SamplingInputs(uniform, inverse, mass))
         source = torch.stack([row.source for row in rows])
-        uniform = self._renoise_uniforms(executor, rows, features, drawn, probability)
+        uniform = self._renoise_uniforms(rows, features, drawn, probability)
         # Not in the memory that was drawn into, because an executor may draw the next rows there.
         settled = self._renoise_and_pin(drawn, source, uniform, probability, pinned_tokens(rows))
         for row, clean, tokens in zip(rows, *settled, strict=True):
@@ -386,13 +385,12 @@ class Pipeline(ABC):
             progress(steps)
         return torch.stack([row.tokens for row in rows])
 
+    def _executor_of(self, rows: Sequence[Row]) -> Executor:
+        """Return what computes the steps of rows of one denoiser."""
+        return self.executors[rows[0].sampling.denoiser]
+
     def _renoise_uniforms(
-        self,
-        executor: Executor,
-        rows: Sequence[Row],
-        features: Tensor,
-        drawn: Tensor,
-        probability: Tensor,
+        self, rows: Sequence[Row], features: Tensor, drawn: Tensor, probability: Tensor
     ) -> Tensor:
         """Return uniforms [B, H, W], of which this step renoises the smallest.
 
@@ -402,6 +400,7 @@ class Pipeline(ABC):
         numbers = [i for i, row in enumerate(rows) if row.renoises_by_confidence]
         if not numbers:
             return uniform
+        executor = self._executor_of(rows)
         if len(numbers) == len(rows):
             log_p = executor.log_probability(features, drawn)
             return sampling.least_confident_first(log_p, uniform, probability)
@@ -450,10 +449,9 @@ class Pipeline(ABC):
             self._times[key] = denoiser.times(to_device(row.times[:-1], self.device))
         return self._times[key]
 
-    def _sample(
-        self, executor: Executor, rows: Sequence[Row], features: Tensor, inputs: SamplingInputs
-    ) -> Tensor:
+    def _sample(self, rows: Sequence[Row], features: Tensor, inputs: SamplingInputs) -> Tensor:
         """Draw tokens [B, H, W] from guided features [B, H, W, c_out], by each row's sampler."""
+        executor = self._executor_of(rows)
         families: dict[Sampler, list[int]] = {}
         for i, row in enumerate(rows):
             families.setdefault(row.sampling.sampler, []).append(i)

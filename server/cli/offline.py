@@ -51,7 +51,9 @@ def plan(
     except ValidationError as error:
         raise from_validation(error, schema, fields) from None
     if recorded:
-        request = request.model_copy(update={"seed": fields.get("seed")})
+        # Other weights may be given on purpose.
+        known = {"seed": fields.get("seed"), "model_sha256": None}
+        request = request.model_copy(update=known)
     output = request.response_format or "png"
     drafted = draft(request, operation, {config.name: config}, settings, output)
     uploads = Uploads(image_limits(settings))
