@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,15 @@ from model.config import (
     DenoiserV1Config,
     Preset,
 )
+from model.networks.denoiser_v3 import Denoiser
+from model.training import assemble
+from model.training.recipe_text import changed
 from tests.conftest import (
     micro_config,
     micro_preset_config,
     micro_v1_config,
     random_networks,
+    randomise,
     write_merges,
     write_random_bundle,
 )
@@ -191,3 +196,84 @@ def test_a_second_denoiser_is_verified_and_counted(preset_bundle):
     assert verify(preset_bundle).preset_names == (QUALITY, "fast")
     _, parts = contents(str(preset_bundle))
     assert 0 < parts["denoiser-fast"].parameters < parts["denoiser"].parameters
+
+
+# ── assembling ────────────────────────────────────────────────────────────────────────────────────
+
+
+def checkpoint(directory: Path, config: DenoiserConfig, seed: int) -> Path:
+    """A training's checkpoint of a denoiser with weights of its own."""
+    denoiser = Denoiser(config)
+    randomise(denoiser, seed)
+    weights = {f"denoiser.{name}": t for name, t in denoiser.state_dict().items()}
+    torch.save({"ema": weights}, directory / "x.pt")
+    return directory / "x.pt"
+
+
+def assembled(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["assemble", *map(str, arguments), "--dtype", "float32"])
+    assemble.main()
+
+
+def test_a_preset_is_added_to_a_bundle_with_a_denoiser_of_its_own(
+    random_bundle, monkeypatch, tmp_path
+):
+    base, out = load_bundle(random_bundle, CPU, torch.float32), tmp_path / "mine"
+    config = base.config
+    assert isinstance(config.denoiser, DenoiserConfig)
+    weights = checkpoint(tmp_path, replace(config.denoiser, blocks=(1, 1)), 7)
+    recipe = "steps=3,guidance=1,guidance_steps=0"
+    network = ("--denoiser", weights, "--sizes", '{"blocks": [1, 1]}')
+    more = ("--recipe", recipe, "--steps", "1:4", "--default")
+    assembled(monkeypatch, out, "--base", random_bundle, "--preset", "fast", *network, *more)
+    loaded = load_bundle(out, CPU, torch.float32)
+    fast = loaded.config.preset("fast")
+    assert (loaded.config.name, loaded.config.default_preset) == ("mine", "fast")
+    assert (fast.steps, fast.network, fast.guided) == ((1, 4), "denoiser-fast", False)
+    assert fast.recipe == changed(config.recipe, recipe)
+    assert loaded.config.recipe == config.recipe
+    for file in ("denoiser", "vqgan", "prior", "byt5", "clip"):
+        name = f"{file}.safetensors"
+        assert loaded.config.files[name] == config.files[name]
+    expected = torch.load(weights)["ema"]["denoiser.byt5_mapper.weight"]
+    assert torch.equal(loaded.denoisers["fast"].state_dict()["byt5_mapper.weight"], expected)
+
+    # A second one shares its denoiser; it is added to the bundle itself.
+    assembled(monkeypatch, out, "--preset", "live", "--denoiser-of", "fast", "--recipe", "steps=1")
+    loaded = load_bundle(out, CPU, torch.float32)
+    assert loaded.config.preset_names == ("quality", "fast", "live")
+    assert loaded.config.preset("live").network == "denoiser-fast"
+    assert loaded.config.preset("live").steps == (1, 1)
+    assert list(loaded.denoisers) == ["fast"]
+    assert verify(out) == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "quality"], "this preset is the bundle's recipe"),
+        (["--preset", "Fast!"], "pattern"),
+        (["--preset", "fast", "--steps", "7:9"], "holds the recipe's 6 steps, not 7 to 9"),
+        (["--preset", "fast", "--denoiser-of", "live"], "there is no preset 'live'"),
+        (["--preset", "fast", "--recipe", "step=1"], "NAME=VALUE"),
+        (["--steps", "1:4"], "need --preset"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_refused_in_words(
+    random_bundle, monkeypatch, tmp_path, capsys, arguments, words
+):
+    base = ["--base", random_bundle] if "--preset" in arguments else []
+    with pytest.raises(SystemExit):
+        assembled(monkeypatch, tmp_path / "mine", *base, *arguments)
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_its_tensor(
+    random_bundle, monkeypatch, tmp_path, capsys
+):
+    other = replace(micro_config().denoiser, c_in=8)
+    arguments = ["--preset", "fast", "--denoiser", checkpoint(tmp_path, other, 0)]
+    with pytest.raises(SystemExit):
+        assembled(monkeypatch, tmp_path / "mine", "--base", random_bundle, *arguments)
+    assert "x.pt: tensor" in capsys.readouterr().err
