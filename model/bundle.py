@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from model.config import (
     CONFIG_FILE,
     DENOISER,
+    QUALITY,
     BundleConfig,
     BundleV1Config,
     BundleV3Config,
@@ -201,6 +202,28 @@ def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> to
         isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
     )
     return torch.float32 if few_rows and device.type == "cpu" else dtype
+
+
+def of_preset(bundle: Bundle, name: str) -> Bundle:
+    """Return the bundle as if a preset were its only one, by its recipe and its denoiser.
+
+    Raises ValueError for an unknown preset.
+    """
+    config = bundle.config
+    if name not in config.preset_names:
+        raise ValueError(f"{config.name} has {', '.join(config.preset_names)}, not {name!r}")
+    preset = config.preset(name)
+    fields: dict[str, Any] = {"denoiser": config.denoiser_of(preset.network)}
+    alone = replace(
+        config,
+        recipe=preset.recipe,
+        presets={},
+        denoisers={},
+        default_preset=QUALITY,
+        **fields,
+    )
+    denoiser: Any = bundle.every_denoiser[preset.network]
+    return replace(bundle, config=alone, denoiser=denoiser, denoisers={})
 
 
 def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> BundleV3:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.bundle import Bundle, BundleV3, load_bundle
+from model.bundle import Bundle, load_bundle, of_preset
 from model.config import DENOISER, SamplingConfig
 from model.image_request import Edit, Enlarge, ImageRequest, InputImage, Region, Repaint
 from model.pipeline import Pipeline
@@ -77,16 +77,11 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
 def of_the_fast_denoiser_alone(directory: Path) -> Pipeline:
     """The same weights as if the fast denoiser and its recipe were all that the bundle had."""
     both = load_bundle(directory, torch.device("cpu"), torch.float32)
-    assert isinstance(both, BundleV3)
-    fast = both.config.preset("fast")
-    config = replace(
-        both.config,
-        denoiser=both.config.denoisers["fast"],
-        recipe=fast.recipe,
-        presets={},
-        denoisers={},
-    )
-    return Pipeline.of(replace(both, config=config, denoiser=both.denoisers["fast"], denoisers={}))
+    alone = of_preset(both, "fast")
+    assert alone.config.preset_names == ("quality",)
+    assert alone.config.denoiser == both.config.denoisers["fast"]
+    assert alone.denoiser is both.denoisers["fast"]
+    return Pipeline.of(alone)
 
 
 def test_a_preset_draws_what_a_bundle_of_its_denoiser_and_recipe_draws(presets, preset_bundle):
