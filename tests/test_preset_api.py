@@ -201,6 +201,9 @@ def test_attention_weights_are_the_request_s_or_the_recipe_s(server):
     assert parameters(server, preset="fast")["attention_weights"] is None
     sent = {"attention_weights": {"image": 2}}
     assert parameters(server, **sent)["attention_weights"] == {"text": 1, "image": 2}
+    form = {**PROMPT, "response_format": "json", "attention_weights": '{"image": 2}'}
+    answer = server.post("/generate", files={name: (None, sent) for name, sent in form.items()})
+    assert answer.json()["parameters"]["attention_weights"] == {"text": 1, "image": 2}
 
 
 # ── what is told ──────────────────────────────────────────────────────────────────────────────────

@@ -13,8 +13,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from model.bundle import BundleError, load_bundle, save_bundle
+from model.checkpoints.convert import import_bundle
 from model.checkpoints.memory import contents
 from model.checkpoints.verify import verify
 from model.config import (
@@ -30,6 +32,7 @@ from model.config import (
 from model.networks.denoiser_v3 import Denoiser
 from model.training import assemble
 from model.training.recipe_text import changed
+from server.cli import app
 from tests.conftest import (
     micro_config,
     micro_preset_config,
@@ -277,3 +280,15 @@ def test_a_checkpoint_of_another_shape_is_refused_by_its_tensor(
     with pytest.raises(SystemExit):
         assembled(monkeypatch, tmp_path / "mine", "--base", random_bundle, *arguments)
     assert "x.pt: tensor" in capsys.readouterr().err
+
+
+def test_an_import_keeps_the_presets_of_its_origin(preset_bundle, tmp_path):
+    config = BundleConfig.read(preset_bundle)
+    sources = {name: preset_bundle / f"{name}.safetensors" for name in config.network_names}
+    out, merges = tmp_path / "imported", preset_bundle / "merges.txt.gz"
+    written = import_bundle(sources, config, out, torch.float16, merges)
+    assert written.preset_names == (QUALITY, "fast")
+    assert load_bundle(out, CPU, torch.float32).config == written
+    shown = CliRunner().invoke(app, ["weights", "info", str(out)])
+    assert "preset fast, for 1 to 4 steps, by denoiser-fast" in shown.stdout
+    assert "renoise_order" in shown.stdout

@@ -195,8 +195,10 @@ class AttentionWeights(BaseModel):
 
     model_config = STRICT
 
-    text: AttentionWeight = 1.0
-    image: AttentionWeight = 1.0
+    text: Annotated[AttentionWeight, Field(description="Factor for the prompt's bytes")] = 1.0
+    image: Annotated[
+        AttentionWeight, Field(description="Factor for the prior's image, or the sent one")
+    ] = 1.0
 
 
 class RecipeFields(BaseModel):

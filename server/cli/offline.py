@@ -155,7 +155,10 @@ def recorded_request(png: bytes, files: Sequence[bytes]) -> tuple[Operation, dic
 def _with_files(value: Any, files: Mapping[str, bytes], name: str = "") -> Any:
     """Return the value with files in place of their hashes. Raises ValueError for a missing one."""
     if isinstance(value, dict):
-        return {key: _with_files(inner, files, key) for key, inner in value.items()}
+        return {
+            key: inner if key == "attention_weights" else _with_files(inner, files, key)
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
         return [_with_files(inner, files, name) for inner in value]
     if name not in ("image", "mask", "references"):
