@@ -92,6 +92,9 @@ def test_every_operation_is_drawn_by_the_preset_that_it_names(server, operation)
         ({"guidance_scale": 3}, ("quality", 6)),
         ({"guidance_scale": [1, 2]}, ("quality", 6)),
         ({"hires": {"steps": 12}}, ("quality", 6)),
+        ({"renoise_steps": 3}, ("fast", 3)),
+        ({"renoise_steps": 4}, ("quality", 6)),
+        ({"guidance_steps": 5}, ("quality", 6)),
         ({"temperature": 1, "sampler": "argmax", "renoise_order": "random"}, ("fast", 3)),
         ({"preset": "quality", "num_inference_steps": 2}, ("quality", 2)),
     ],
@@ -116,6 +119,7 @@ def test_fields_override_a_preset_s_recipe(server):
         ({"negative_prompt": "blur"}, "negative_prompt", "draws without guidance"),
         ({"guidance_scale": 3}, "guidance_scale", "or send another preset, such as quality"),
         ({"hires": {"steps": 12}}, "hires.steps", "1 to 4 steps"),
+        ({"renoise_steps": 4}, "renoise_steps", "takes 3 steps"),
     ],
 )
 def test_a_preset_that_does_not_suit_its_request_is_400(server, fields, param, words):

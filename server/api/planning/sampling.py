@@ -102,6 +102,13 @@ def find_misfit(request: RecipeFields, preset: Preset) -> Misfit | None:
     ):
         if steps is not None and not fewest <= steps <= most:
             return Misfit(param, f"is made for {fewest} to {most} steps", steps)
+    usual = preset.recipe.num_inference_steps
+    for param, count in (
+        ("renoise_steps", request.renoise_steps),
+        ("guidance_steps", request.guidance_steps),
+    ):
+        if request.num_inference_steps is None and count is not None and count > usual:
+            return Misfit(param, f"takes {usual} steps", count)
     if preset.guided:
         return None
     without = "draws without guidance, which this field needs"
