@@ -727,9 +727,9 @@ class BundleConfig:
 
     def relative_work(self, network: str) -> float:
         """Return the work of a denoiser's step in that of the first one."""
-        return (
-            self.denoiser_of(network).work / (self.denoiser.work or 1.0) if self.denoisers else 1.0
-        )
+        if not self.denoisers:
+            return 1.0
+        return self.denoiser_of(network).work / (self.denoiser.work or 1.0)
 
     def with_preset(
         self,
