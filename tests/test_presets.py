@@ -250,6 +250,13 @@ def test_a_preset_is_added_to_a_bundle_with_a_denoiser_of_its_own(
     assert list(loaded.denoisers) == ["fast"]
     assert verify(out) == loaded.config
 
+    # What is not named stays.
+    assembled(monkeypatch, out, "--preset", "fast", "--recipe", "steps=2")
+    config = BundleConfig.read(out)
+    fast = config.preset("fast")
+    assert (fast.recipe.num_inference_steps, fast.steps) == (2, (1, 4))
+    assert (fast.network, config.default_preset) == ("denoiser-fast", "fast")
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -259,6 +266,7 @@ def test_a_preset_is_added_to_a_bundle_with_a_denoiser_of_its_own(
         (["--preset", "fast", "--steps", "7:9"], "holds the recipe's 6 steps, not 7 to 9"),
         (["--preset", "fast", "--denoiser-of", "live"], "there is no preset 'live'"),
         (["--preset", "fast", "--recipe", "step=1"], "NAME=VALUE"),
+        (["--preset", "fast", "--denoiser", "x.pt", "--sizes", '{"size": 1}'], "size: "),
         (["--steps", "1:4"], "need --preset"),
     ],
 )

@@ -39,12 +39,10 @@ from model.bundle import (
 )
 from model.config import (
     CONFIG_FILE,
-    QUALITY,
     BundleConfig,
     BundleV3Config,
     DenoiserConfig,
     Preset,
-    Recipe,
     find_bundle,
 )
 from model.networks.denoiser_v3 import Denoiser
@@ -143,12 +141,13 @@ def with_denoiser(
 
 @dataclass(frozen=True)
 class NewPreset:
-    """A preset to add to a bundle.
+    """A preset to add to a bundle, or to change.
 
     recipe: changes of the preset's recipe, or of the bundle's if the preset is new. steps: (fewest,
-    most) that it is made for; None is 1 to the recipe's. checkpoint: of a denoiser of its own.
-    sizes: what its configuration changes of the first denoiser's. denoiser_of: the preset whose
-    denoiser it shares; None is the first. default: whether it becomes the default preset.
+    most) that it is made for; None is as before, and 1 to the recipe's if that does not fit.
+    checkpoint: of a denoiser of its own. sizes: what its configuration changes of the first
+    denoiser's. denoiser_of: the preset whose denoiser it shares; None keeps its denoiser, and is
+    the first for a new preset. default: whether it becomes the default preset.
     """
 
     name: str
@@ -174,7 +173,9 @@ def with_preset(base: Path, new: NewPreset, out: Path, dtype: torch.dtype) -> Bu
     except RecipeError:
         raise
     except ValidationError as error:
-        raise PresetError(error.errors()[0]["msg"]) from None
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise PresetError(f"{where}{first['msg']}") from None
     except ValueError as error:
         raise PresetError(str(error)) from None
     denoisers = dict(bundle.denoisers)
@@ -191,24 +192,26 @@ class PresetError(ValueError):
 
 def _extended(config: BundleV3Config, new: NewPreset, name: str) -> BundleV3Config:
     """Return a configuration of this name with the preset. Raises ValueError and RecipeError."""
-    known = config.preset(new.name if new.name in config.preset_names else QUALITY)
     sizes = None
     if new.checkpoint is not None:
         sizes = TypeAdapter(DenoiserConfig).validate_python(asdict(config.denoiser) | new.sizes)
-    preset = _preset(new, changed(known.recipe, new.recipe), config)
-    extended = config.with_preset(new.name, preset, sizes, default=new.default)
+    extended = config.with_preset(new.name, _preset(new, config), sizes, default=new.default)
     return TypeAdapter(BundleV3Config).validate_python(asdict(extended) | {"name": name})
 
 
-def _preset(new: NewPreset, recipe: Recipe, config: BundleV3Config) -> Preset:
-    steps = new.steps or (1, recipe.num_inference_steps)
+def _preset(new: NewPreset, config: BundleV3Config) -> Preset:
+    known = config.presets.get(new.name)
+    recipe = changed(known.recipe if known else config.recipe, new.recipe)
+    steps = new.steps or (known.steps if known else (0, 0))
+    if new.steps is None and not steps[0] <= recipe.num_inference_steps <= steps[1]:
+        steps = 1, recipe.num_inference_steps
     if new.checkpoint is not None:
         return Preset(recipe, steps, new.name)
     if new.denoiser_of is None:
-        return Preset(recipe, steps)
+        return Preset(recipe, steps, known.denoiser if known else None)
     if new.denoiser_of not in config.preset_names:
-        known = ", ".join(config.preset_names)
-        raise ValueError(f"there is no preset {new.denoiser_of!r}, only {known}")
+        names = ", ".join(config.preset_names)
+        raise ValueError(f"there is no preset {new.denoiser_of!r}, only {names}")
     return Preset(recipe, steps, config.preset(new.denoiser_of).denoiser)
 
 
