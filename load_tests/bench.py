@@ -2,6 +2,7 @@
 
     python -m load_tests.bench --steps 8,12 --repeats 20 --requests 20      # or: paellera bench …
     python -m load_tests.bench --repeats 3 --requests 3 --no-transcription  # quick
+    python -m load_tests.bench --preset fast         # a preset beside quality, in its own steps
 
 The `PAELLERA_*` variables apply here as they do to the server (weights, device, dtype, threads).
 The last line of output is JSON.
@@ -24,8 +25,9 @@ from rich.table import Table
 from load_tests.prompts import prompts
 from load_tests.report import Report, quantiles
 from load_tests.serving import server_timing_ms, serving
-from load_tests.stages import Workload, ceiling, flops, measure
-from model.config import find_bundle
+from load_tests.stages import Stage, Workload, ceiling, flops, measure
+from model.bundle import of_preset
+from model.config import QUALITY, find_bundle
 from model.pipeline import Pipeline, PipelineV3
 from model.runtime import pick_device, pick_dtype, prepare
 from server.settings import Settings
@@ -53,10 +55,12 @@ def main(
             f"weights: {pipeline.config.name} is of the v1 family, and the sampler that "
             f"is transcribed here is v3's"
         )
+    _check_presets(pipeline, options.preset)
     measured = _describe(pipeline) | _measure_stages(pipeline, options)
     report.add(_stage_table(measured["stages"]))
     if options.requests > 0:
-        measured["http"] = _measure_http(settings.bundles[0], options.steps, options.requests)
+        asked = _requests(options.steps, options.preset)
+        measured["http"] = _measure_http(settings.bundles[0], asked, options.requests)
         measured["overhead_ms"] = _overheads(measured["http"], measured["stages"])
         report.add(_http_table(measured["http"], measured["overhead_ms"]))
     report.emit(measured, json_only=options.json_only)
@@ -86,6 +90,12 @@ def _parse(arguments: Sequence[str] | None, program: str) -> tuple[argparse.Name
         action="store_false",
         help="leave the published code out",
     )
+    parser.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        help="a preset to measure beside quality; may be repeated",
+    )
     parser.add_argument("--json-only", action="store_true", help="no tables")
     sent = list(sys.argv[1:] if arguments is None else arguments)
     return parser.parse_args(sent), sent
@@ -106,6 +116,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _check_presets(pipeline: PipelineV3, presets: Sequence[str]) -> None:
+    """Raise ValueError for a preset that the weights lack, and for `quality`."""
+    config = pipeline.config
+    known = ", ".join(config.presets) or "none beside it"
+    for name in presets:
+        if name not in config.presets:
+            raise ValueError(f"preset: {config.name} has {known}, and not {name}")
+
+
+def _preset_stages(pipeline: PipelineV3, preset: str) -> dict[str, Stage]:
+    """Return the stages that differ between presets, as `loop_fast`."""
+    alone = Pipeline.of(of_preset(pipeline.bundle, preset))
+    assert isinstance(alone, PipelineV3)
+    steps = alone.config.recipe.num_inference_steps
+    stages = Workload(alone).engine_stages([steps])
+    names = ("prior", "condition", "step", f"loop_{steps}", f"request_{steps}")
+    return {f"{name.removesuffix(f'_{steps}')}_{preset}": stages[name] for name in names}
+
+
+def _requests(step_counts: Sequence[int], presets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the fields of each kind of request, by its name in the report."""
+    quality = {str(n): {"preset": QUALITY, "num_inference_steps": n} for n in step_counts}
+    return {**quality, **{name: {"preset": name} for name in presets}}
+
+
 def _describe(pipeline: PipelineV3) -> dict[str, Any]:
     config = pipeline.config
     return {
@@ -122,6 +157,8 @@ def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[s
     """Return times, operations and floors by stage, and the speed-ups over transcriptions."""
     workload, dtype = Workload(pipeline), _dtype(pipeline)
     stages = workload.engine_stages(options.steps)
+    for preset in options.preset:
+        stages |= _preset_stages(pipeline, preset)
     dtypes = dict.fromkeys(stages, dtype)
     if options.transcription:
         for autocast in (None, dtype) if dtype != torch.float32 else (None,):
@@ -139,7 +176,7 @@ def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[s
             _name(used): round(rate / 1e9, 1) for used, rate in ceilings.items()
         },
         "stages": figures,
-        "speedup": _speedups(figures),
+        "speedup": _speedups(figures) | _preset_speedups(figures, options),
     }
 
 
@@ -161,45 +198,55 @@ def _speedups(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def _measure_http(weights: str, step_counts: Sequence[int], requests: int) -> dict[str, Any]:
+def _preset_speedups(
+    figures: Mapping[str, Mapping[str, float]], options: argparse.Namespace
+) -> dict[str, float]:
+    """Return the median of the longest request of `quality` over that of each preset."""
+    longest = figures[f"request_{max(options.steps)}"]["p50_ms"]
+    presets: Sequence[str] = options.preset
+    return {name: round(longest / figures[f"request_{name}"]["p50_ms"], 2) for name in presets}
+
+
+def _measure_http(
+    weights: str, asked: Mapping[str, Mapping[str, Any]], requests: int
+) -> dict[str, Any]:
     """Measure one request at a time against a server of its own.
 
-    Every prompt is new to the server, so that no answer comes from a cache.
+    Every prompt is new to the server, so that no answer comes from a cache. asked: fields by the
+    name of the kind of request.
     """
     new = prompts()
     with (
         serving({"PAELLERA_WEIGHTS": weights}) as server,
         httpx.Client(base_url=server.url, timeout=600) as client,
     ):
-        first, _ = _generate(client, next(new), seed=0, steps=step_counts[0])
-        seconds: dict[int, list[float]] = {steps: [] for steps in step_counts}
-        timings: dict[int, list[dict[str, float]]] = {steps: [] for steps in step_counts}
-        for seed, steps in itertools.product(range(1, requests + 1), step_counts):
-            taken, stages = _generate(client, next(new), seed, steps)
-            seconds[steps].append(taken)
-            timings[steps].append(stages)
+        first, _ = _generate(client, next(new), 0, next(iter(asked.values())))
+        seconds: dict[str, list[float]] = {kind: [] for kind in asked}
+        timings: dict[str, list[dict[str, float]]] = {kind: [] for kind in asked}
+        for seed, kind in itertools.product(range(1, requests + 1), asked):
+            taken, stages = _generate(client, next(new), seed, asked[kind])
+            seconds[kind].append(taken)
+            timings[kind].append(stages)
         return {
             "start_to_ready_s": round(server.start_to_ready_s, 2),
             "first_request_ms": round(first * 1000, 2),
             "requests": {
-                str(n): quantiles(seconds[n]) | {"server_timing_ms": _medians(timings[n])}
-                for n in step_counts
+                kind: quantiles(seconds[kind]) | {"server_timing_ms": _medians(timings[kind])}
+                for kind in asked
             },
             "peak_memory_mib": server.peak_memory_mib(),
         }
 
 
 def _generate(
-    client: httpx.Client, prompt: str, seed: int, steps: int
+    client: httpx.Client, prompt: str, seed: int, fields: Mapping[str, Any]
 ) -> tuple[float, dict[str, float]]:
     """Return the seconds of one image for the client, and the server's milliseconds by stage.
 
     Raises httpx.HTTPStatusError.
     """
     began = time.perf_counter()
-    response = client.post(
-        "/generate", json={"prompt": prompt, "seed": seed, "num_inference_steps": steps}
-    )
+    response = client.post("/generate", json={"prompt": prompt, "seed": seed, **fields})
     taken = time.perf_counter() - began
     response.raise_for_status()
     return taken, server_timing_ms(response)
@@ -246,7 +293,7 @@ def _http_table(http: Mapping[str, Any], overheads: Mapping[str, Mapping[str, fl
     table = _table(
         f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)",
         "ms",
-        *(f"{steps} steps" for steps in requests),
+        *(f"{kind} steps" if kind.isdecimal() else kind for kind in requests),
     )
     for key in ("p50_ms", "p95_ms", "p99_ms"):
         table.add_row(key.removesuffix("_ms"), *(f"{row[key]:.2f}" for row in requests.values()))

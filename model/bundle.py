@@ -16,9 +16,9 @@ import json
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from model.config import (
     CONFIG_FILE,
+    DENOISER,
+    QUALITY,
     BundleConfig,
     BundleV1Config,
     BundleV3Config,
@@ -43,6 +45,7 @@ from model.config import (
     PriorConfig,
     VQGANConfig,
     VQGANV1Config,
+    further_denoiser,
 )
 from model.kernels.int8 import to_int8
 from model.networks.denoiser_v1 import VQGANV1, DenoiserV1
@@ -75,18 +78,28 @@ class BundleError(ValueError):
 class Bundle:
     """One set of weights, in evaluation mode, on one device.
 
-    Each family of networks has a class of its own below.
+    Each family of networks has a class of its own below. denoisers: the further ones, by the names
+    in the configuration's `denoisers`.
     """
 
     config: BundleConfig
     denoiser: Denoiser | DenoiserV1
     vqgan: VQGAN | VQGANV1
     clip: CLIP
+    denoisers: Mapping[str, Denoiser | DenoiserV1] = field(default_factory=dict, kw_only=True)
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield each network and its name."""
         for name in self.config.networks:
             yield name, getattr(self, name)
+        for name, denoiser in self.denoisers.items():
+            yield further_denoiser(name), denoiser
+
+    @property
+    def every_denoiser(self) -> dict[str, Denoiser | DenoiserV1]:
+        """All denoisers by their networks' names, the first one first."""
+        further = {further_denoiser(name): each for name, each in self.denoisers.items()}
+        return {DENOISER: self.denoiser, **further}
 
 
 @dataclass(frozen=True)
@@ -119,25 +132,25 @@ def build(
 
     Raises BundleError for sizes that make no network.
     """
-    networks: dict[str, Any] = {}
     with torch.device(device):
-        for name in config.networks:
-            part = getattr(config, name)
-            try:
-                networks[name] = (
-                    CLIP(part, directory)
-                    if isinstance(part, CLIPConfig)
-                    else _NETWORKS[type(part)](part)
-                )
-            except (
-                ArithmeticError,
-                AssertionError,
-                LookupError,
-                RuntimeError,
-                ValueError,
-            ) as error:
-                raise BundleError(f"{CONFIG_FILE}: {name} cannot be built ({error})") from error
-    return _BUNDLES[type(config)](config=config, **networks)
+        networks = {
+            name: _build(name, getattr(config, name), directory) for name in config.networks
+        }
+        denoisers = {
+            name: _build(further_denoiser(name), part, directory)
+            for name, part in config.denoisers.items()
+        }
+    return _BUNDLES[type(config)](config=config, denoisers=denoisers, **networks)
+
+
+def _build(name: str, part: Any, directory: Path | None) -> Any:
+    """Return the network that a part of a configuration describes. Raises BundleError."""
+    try:
+        if isinstance(part, CLIPConfig):
+            return CLIP(part, directory)
+        return _NETWORKS[type(part)](part)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        raise BundleError(f"{CONFIG_FILE}: {name} cannot be built ({error})") from error
 
 
 def load_bundle(
@@ -189,6 +202,28 @@ def _dtype_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> to
         isinstance(module, Prior) and sum(p.numel() for p in module.parameters()) < _SMALL_PRIOR
     )
     return torch.float32 if few_rows and device.type == "cpu" else dtype
+
+
+def of_preset(bundle: Bundle, name: str) -> Bundle:
+    """Return the bundle as if a preset were its only one, by its recipe and its denoiser.
+
+    Raises ValueError for an unknown preset.
+    """
+    config = bundle.config
+    if name not in config.preset_names:
+        raise ValueError(f"{config.name} has {', '.join(config.preset_names)}, not {name!r}")
+    preset = config.preset(name)
+    fields: dict[str, Any] = {"denoiser": config.denoiser_of(preset.network)}
+    alone = replace(
+        config,
+        recipe=preset.recipe,
+        presets={},
+        denoisers={},
+        default_preset=QUALITY,
+        **fields,
+    )
+    denoiser: Any = bundle.every_denoiser[preset.network]
+    return replace(bundle, config=alone, denoiser=denoiser, denoisers={})
 
 
 def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> BundleV3:
@@ -269,7 +304,7 @@ def verify_files(
     Raises BundleError. same: compares a file of the right size. A listed file lies in the directory
     itself: neither its name nor a symbolic link may lead out of it.
     """
-    needed = [f"{name}.safetensors" for name in config.networks] + (
+    needed = [f"{name}.safetensors" for name in config.network_names] + (
         [config.clip.merges] if config.clip.merges else []
     )
     if absent := [name for name in needed if name not in config.files]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, from_json, to_jsonable_python
@@ -132,6 +134,10 @@ class CLIPConfig:
         return self.text_cfg.context_length
 
 
+# Maps of C to C channels in a block of each kind.
+_MAPS = {"C": 8, "T": 0, "A": 4}
+
+
 @dataclass(frozen=True)
 class DenoiserV1Config:
     """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`).
@@ -164,6 +170,17 @@ class DenoiserV1Config:
     def token_step(self) -> int:
         """Divisor of the token grid's sides, which are halved once between every two levels."""
         return int(2 ** (len(self.down_levels) - 1))
+
+    @property
+    def work(self) -> float:
+        """Multiplications of a step for one token of a branch, those of the blocks."""
+        deepest = len(self.down_levels) - 1
+        return sum(
+            (down + up) * _MAPS["C"] * (self.c_hidden / 2 ** (deepest - level)) ** 2 / 4**level
+            for level, (down, up) in enumerate(
+                zip(self.down_levels, reversed(self.up_levels), strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -234,7 +251,9 @@ Operation = Literal[
 ]
 
 CONFIG_FILE = "bundle.json"
-FORMAT = 1  # of bundle.json; absent is 1
+# Of bundle.json; absent is 1. Presets came with 2.
+FORMAT = 2
+PRESETS_FORMAT: Literal[2] = 2
 MAX_CONFIG_BYTES = 2**20
 
 
@@ -292,6 +311,19 @@ class DenoiserConfig:
         """Divisor of the token grid's sides: the patch, halved once between every two levels."""
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
+    @property
+    def work(self) -> float:
+        """Multiplications of a step for one token of a branch, those of the blocks' maps."""
+        levels = zip(self.c_hidden, self.blocks, self.level_config, strict=True)
+        return sum(
+            2
+            * blocks
+            * sum(map(_MAPS.__getitem__, kinds))
+            * width**2
+            / (self.patch_size * 2**i) ** 2
+            for i, (width, blocks, kinds) in enumerate(levels)
+        )
+
 
 @dataclass(frozen=True)
 class VQGANConfig:
@@ -330,13 +362,25 @@ class PriorConfig:
     num_blocks: Layers = 48
 
 
+# The preset that every bundle has: its recipe and its first denoiser.
+QUALITY = "quality"
+# A small, quick preset, which clients with a choice of qualities get for the lowest.
+FAST = "fast"
+# The name of the first denoiser, as of its file.
+DENOISER = "denoiser"
+MAX_PRESETS = 16
+PresetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """The sampling of one image, with all defaults filled in.
 
     guidance, temperature: (first step's value, last step's value), linear in between; guidance
     applies to `guidance_steps` steps, of which the first is number `guidance_start`. renoise_steps:
-    after how many of the first steps start tokens are put back.
+    after how many of the first steps start tokens are put back. preset: its prior's settings are
+    used. denoiser: the network that takes the steps. attention_weights: as of a recipe; None: the
+    preset's.
     """
 
     steps: int
@@ -351,6 +395,9 @@ class SamplingConfig:
     renoise_mode: RenoiseMode = "start"
     renoise_order: RenoiseOrder = "random"
     guidance_start: int = 0
+    preset: str = QUALITY
+    denoiser: str = DENOISER
+    attention_weights: tuple[float, float] | None = None
 
     @property
     def guided(self) -> bool:
@@ -386,6 +433,14 @@ AttentionWeight = Annotated[float, Field(ge=0, le=100)]
 
 # Of a recipe, in the order in which they were added.
 _ADDED_FIELDS = ("renoise_order", "guidance_start")
+
+
+class PriorSettings(NamedTuple):
+    """What decides the prior's result beside its text and its noise."""
+
+    steps: int
+    guidance: float
+    sampler: PriorSampler
 
 
 @dataclass(frozen=True)
@@ -433,6 +488,7 @@ class Recipe:
         renoise_mode: RenoiseMode | None = None,
         renoise_order: RenoiseOrder | None = None,
         guidance_start: int | None = None,
+        attention_weights: tuple[float, float] | None = None,
         deterministic: bool = False,
     ) -> SamplingConfig:
         """Return the recipe with a request's values.
@@ -462,7 +518,13 @@ class Recipe:
             renoise_mode=renoise_mode or self.renoise_mode,
             renoise_order=renoise_order or self.renoise_order,
             guidance_start=guidance_start,
+            attention_weights=attention_weights or self.attention_weights,
         )
+
+    @property
+    def prior(self) -> PriorSettings:
+        """The prior's settings."""
+        return PriorSettings(self.prior_steps, self.prior_guidance, self.prior_sampler)
 
     @property
     def unwritten(self) -> set[str]:
@@ -472,6 +534,42 @@ class Recipe:
         its hash, and an older release reads a bundle that does not use them.
         """
         return {name for name in _ADDED_FIELDS if getattr(self, name) == getattr(Recipe, name)}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named recipe of a bundle, with one of its denoisers.
+
+    steps: (fewest, most) denoising steps that it is good for. denoiser: the name of a further
+    denoiser of the bundle; None is the first one.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    recipe: Recipe
+    steps: tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]] = (1, 64)
+    denoiser: PresetName | None = None
+
+    def __post_init__(self) -> None:
+        fewest, most = self.steps
+        if not fewest <= self.recipe.num_inference_steps <= most:
+            needed = f"a range that holds the recipe's {self.recipe.num_inference_steps} steps"
+            raise ValueError(f"steps must be {needed}, not {fewest} to {most}")
+
+    @property
+    def network(self) -> str:
+        """The name of its denoiser, as of the file."""
+        return DENOISER if self.denoiser is None else further_denoiser(self.denoiser)
+
+    @property
+    def guided(self) -> bool:
+        """Whether its recipe uses guidance, so that it can follow a negative prompt."""
+        return self.recipe.sampling().guided
+
+
+def further_denoiser(name: str) -> str:
+    """Return the network's name of a further denoiser."""
+    return f"{DENOISER}-{name}"
 
 
 @dataclass(frozen=True)
@@ -491,13 +589,17 @@ class BundleConfig:
     Each family of networks has a class of its own below.
 
     native_size: (width, height) in pixels the weights were trained at. networks: the fields that
-    are networks, each a file of that name.
+    are networks, each a file of that name. presets: those beside `quality`, which is `recipe` with
+    the first denoiser. default_preset: the preset of a request that names none. denoisers: further
+    ones, which share all other networks with the first; `denoiser-NAME` is the file of each.
     """
 
     __pydantic_config__ = _STRICT
 
     networks: ClassVar[tuple[str, ...]]
     samplers: ClassVar[tuple[Sampler, ...]]
+    # What all denoisers of a bundle have in common.
+    denoiser_inputs: ClassVar[tuple[str, ...]]
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     family: str
@@ -506,8 +608,13 @@ class BundleConfig:
     vqgan: VQGANConfig | VQGANV1Config
     clip: CLIPConfig
     recipe: Recipe
+    presets: Annotated[Mapping[PresetName, Preset], Field(max_length=MAX_PRESETS)] = field(
+        default_factory=dict
+    )
+    default_preset: PresetName = QUALITY
+    denoisers: Mapping[PresetName, DenoiserConfig | DenoiserV1Config] = field(default_factory=dict)
     files: Annotated[dict[str, FileEntry], Field(max_length=64)] = field(default_factory=dict)
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
 
     def __post_init__(self) -> None:
         for names, (a, b) in self._agreements.items():
@@ -519,6 +626,44 @@ class BundleConfig:
         if any(side < self.smallest_side or side % self.size_step for side in self.native_size):
             sizes = f"multiples of {self.size_step} from {self.smallest_side} on"
             raise ValueError(f"native_size must be two {sizes}, not {self.native_size}")
+        self._check_presets()
+        self._check_denoisers()
+
+    def _check_denoisers(self) -> None:
+        used = {preset.denoiser for preset in self.presets.values()}
+        for name, other in self.denoisers.items():
+            for part in self.denoiser_inputs:
+                first, own = getattr(self.denoiser, part), getattr(other, part)
+                if own != first:
+                    raise ValueError(
+                        f"denoisers.{name}.{part} must be denoiser's, {first}, not {own}"
+                    )
+            if self.denoiser.token_step % other.token_step:
+                steps = f"{other.token_step} does not divide {self.denoiser.token_step}"
+                raise ValueError(f"denoisers.{name} needs larger steps of sizes: {steps}")
+            if name not in used:
+                raise ValueError(f"denoisers.{name} is used by no preset")
+
+    def _check_presets(self) -> None:
+        if self.presets and self.format < PRESETS_FORMAT:
+            raise ValueError(f"presets need format {PRESETS_FORMAT}, not {self.format}")
+        if QUALITY in self.presets:
+            raise ValueError(f"presets.{QUALITY}: this preset is the bundle's recipe")
+        if self.default_preset not in self.preset_names:
+            known = ", ".join(self.preset_names)
+            raise ValueError(f"default_preset must be one of {known}, not {self.default_preset}")
+        for name, preset in self.presets.items():
+            if preset.denoiser is not None and preset.denoiser not in self.denoisers:
+                known = ", ".join(self.denoisers) or "none"
+                unknown = f"denoisers has {known}, not {preset.denoiser}"
+                raise ValueError(f"presets.{name}.denoiser: {unknown}")
+            if preset.recipe.sampler not in self.samplers:
+                known = ", ".join(self.samplers)
+                drawn = f"these networks draw by {known}, not by {preset.recipe.sampler}"
+                raise ValueError(f"presets.{name}.recipe.sampler: {drawn}")
+            if preset.recipe.schedule != self.denoiser.schedule:
+                needed = f"must be the denoiser's, {self.denoiser.schedule}"
+                raise ValueError(f"presets.{name}.recipe.schedule {needed}")
 
     @property
     def _agreements(self) -> dict[str, tuple[object, object]]:
@@ -544,6 +689,76 @@ class BundleConfig:
         """The longest prompt of each encoder, end marks included."""
         return {"clip_tokens": self.clip.context_length}
 
+    # ── presets ───────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def network_names(self) -> tuple[str, ...]:
+        """The names of all networks, each a file: those of the family, then further denoisers."""
+        return (*self.networks, *map(further_denoiser, self.denoisers))
+
+    @property
+    def preset_names(self) -> tuple[str, ...]:
+        """The names of all presets, `quality` first."""
+        return (QUALITY, *self.presets)
+
+    def preset(self, name: str) -> Preset:
+        """Return a preset by its name. Raises KeyError."""
+        return Preset(self.recipe) if name == QUALITY else self.presets[name]
+
+    def denoiser_of(self, network: str) -> DenoiserConfig | DenoiserV1Config:
+        """Return the configuration of a denoiser by its network's name. Raises KeyError."""
+        if network == DENOISER:
+            return self.denoiser
+        return self.denoisers[network.removeprefix(further_denoiser(""))]
+
+    def presets_of(self, network: str) -> list[Preset]:
+        """Return the presets that use a denoiser, by its network's name."""
+        presets = map(self.preset, self.preset_names)
+        return [preset for preset in presets if preset.network == network]
+
+    def sampling(self, preset: str | None = None, **asked: Any) -> SamplingConfig:
+        """Return a preset's recipe with a request's values, as `Recipe.sampling` does.
+
+        preset: None is the default one. Raises KeyError for an unknown one.
+        """
+        name = self.default_preset if preset is None else preset
+        chosen = self.preset(name)
+        return replace(chosen.recipe.sampling(**asked), preset=name, denoiser=chosen.network)
+
+    def relative_work(self, network: str) -> float:
+        """Return the work of a denoiser's step in that of the first one."""
+        if not self.denoisers:
+            return 1.0
+        return self.denoiser_of(network).work / (self.denoiser.work or 1.0)
+
+    def with_preset(
+        self,
+        name: str,
+        preset: Preset,
+        denoiser: DenoiserConfig | DenoiserV1Config | None = None,
+        *,
+        default: bool = False,
+    ) -> Self:
+        """Return the configuration with a preset more, or one that replaces that of its name.
+
+        denoiser: the configuration of `preset.denoiser`, unless it is there already. default:
+        whether it becomes the default preset.
+        """
+        presets = {**self.presets, name: preset}
+        denoisers = dict(self.denoisers)
+        if preset.denoiser is not None and denoiser is not None:
+            denoisers[preset.denoiser] = denoiser
+        used = {each.denoiser for each in presets.values()}
+        return replace(
+            self,
+            presets=presets,
+            denoisers={key: kept for key, kept in denoisers.items() if key in used},
+            default_preset=name if default else self.default_preset,
+            format=PRESETS_FORMAT,
+        )
+
+    # ── sizes ─────────────────────────────────────────────────────────────────────────────────────
+
     @property
     def size_step(self) -> int:
         """Width and height are multiples of this number of pixels."""
@@ -554,18 +769,13 @@ class BundleConfig:
         """The smallest width and height, pixels."""
         return self.size_step
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """A name for exactly these weights: the hash of everything but the bundle's name.
 
         That is the configuration, the recipe, and the listed files' hashes.
         """
-        fields = to_jsonable_python(self, exclude={"name"})
-        fields["recipe"] = {
-            key: value
-            for key, value in fields["recipe"].items()
-            if key not in self.recipe.unwritten
-        }
+        fields = to_jsonable_python(self, exclude={"name": True, **self._unwritten})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -591,10 +801,23 @@ class BundleConfig:
 
     def write(self, directory: Path) -> None:
         """Write `bundle.json`."""
-        content = _parser(type(self)).dump_json(
-            self, indent=2, exclude={"recipe": self.recipe.unwritten}
-        )
+        content = _parser(type(self)).dump_json(self, indent=2, exclude=self._unwritten)
         (directory / CONFIG_FILE).write_bytes(content + b"\n")
+
+    @property
+    def _unwritten(self) -> dict[str, Any]:
+        """What `bundle.json` leaves out, as pydantic's `exclude`: see `Recipe.unwritten`."""
+        recipes = {name: {"recipe": p.recipe.unwritten} for name, p in self.presets.items()}
+        absent = {
+            "presets": not self.presets,
+            "denoisers": not self.denoisers,
+            "default_preset": self.default_preset == QUALITY,
+        }
+        return {
+            "recipe": self.recipe.unwritten,
+            "presets": recipes,
+            **{name: True for name, is_absent in absent.items() if is_absent},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -603,9 +826,11 @@ class BundleV3Config(BundleConfig):
 
     networks = ("denoiser", "vqgan", "prior", "byt5", "clip")
     samplers = ("multinomial", "argmax", "typical", "quant")
+    denoiser_inputs = ("num_labels", "byt5_embd", "clip_embd")
 
     family: Literal["v3"] = "v3"
     denoiser: DenoiserConfig
+    denoisers: Mapping[PresetName, DenoiserConfig] = field(default_factory=dict)
     vqgan: VQGANConfig
     prior: PriorConfig
     byt5: ByteEncoderConfig
@@ -639,9 +864,11 @@ class BundleV1Config(BundleConfig):
 
     networks = ("denoiser", "vqgan", "clip")
     samplers = ("multinomial", "argmax", "typical")
+    denoiser_inputs = ("num_labels", "c_clip")
 
     family: Literal["v1"] = "v1"
     denoiser: DenoiserV1Config
+    denoisers: Mapping[PresetName, DenoiserV1Config] = field(default_factory=dict)
     vqgan: VQGANV1Config
     embedding: Literal["text", "image"] = "text"
 

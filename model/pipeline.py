@@ -25,11 +25,13 @@ from torch import Tensor
 from model import sampling
 from model.bundle import Bundle, BundleV1, BundleV3, load_bundle
 from model.config import (
+    DENOISER,
     BundleConfig,
     BundleV1Config,
     BundleV3Config,
     Encoders,
     Kernels,
+    PriorSettings,
     RenoiseMode,
     RenoiseOrder,
     Sampler,
@@ -84,12 +86,23 @@ class SamplingInputs(NamedTuple):
         return SamplingInputs(*(part[members] for part in self))
 
 
+class Reader(NamedTuple):
+    """A denoiser as the reader of a condition, by the network's name.
+
+    attention_weights: factors on the attention that it gives to (text, image) tokens of a
+    conditional branch; None is off.
+    """
+
+    denoiser: str
+    attention_weights: tuple[float, float] | None = None
+
+
 # Their logits over 8192 codes are 1 GiB in fp32, of which a sampler needs several.
 _TOKENS_DRAWN_AT_ONCE = 2**15
 
 # The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings
-# [B, D'].
-PriorFn = Callable[[Tensor, Tensor], Tensor]
+# [B, D'], by these settings.
+PriorFn = Callable[[Tensor, Tensor, PriorSettings], Tensor]
 # The decoder: codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device.
 DecodeFn = Callable[[Tensor], Tensor]
 
@@ -113,10 +126,13 @@ class Executor(Protocol):
 
 
 class Eager:
-    """Compute a step by calling one operator after the other."""
+    """Compute a step by calling one operator after the other.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle, self.denoiser = bundle, bundle.denoiser
+    denoiser: the name of the network that takes the step.
+    """
+
+    def __init__(self, bundle: Bundle, denoiser: str = DENOISER) -> None:
+        self.bundle, self.denoiser = bundle, bundle.every_denoiser[denoiser]
 
     def features(
         self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor
@@ -168,7 +184,8 @@ class Eager:
 class Pipeline(ABC):
     """A bundle ready to compute; the two classes below are its families. Not thread-safe.
 
-    executor, decode_tokens: replaced by CUDA graphs where they are captured.
+    denoisers, executors: each denoiser and what computes its steps, by the network's name.
+    executors, decode_tokens: replaced by CUDA graphs where they are captured.
     """
 
     config: BundleConfig
@@ -177,9 +194,10 @@ class Pipeline(ABC):
         self.bundle, self.config = bundle, bundle.config
         weight = next(bundle.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.executor: Executor = Eager(bundle)
+        self.denoisers = bundle.every_denoiser
+        self.executors: dict[str, Executor] = {name: Eager(bundle, name) for name in self.denoisers}
         self.decode_tokens: DecodeFn = self._decode_tokens
-        self._times: dict[tuple[int, Schedule], Tensor] = {}
+        self._times: dict[tuple[str, int, Schedule], Tensor] = {}
         self._branches: BranchBatch | None = None
 
     @classmethod
@@ -209,8 +227,22 @@ class Pipeline(ABC):
         return encoded.to(self.device, self.dtype, non_blocking=True)
 
     @property
-    def prior_noise(self) -> tuple[int, int]:
-        """(S + 1, D): the Gaussian noise of an image for the prior."""
+    def executor(self) -> Executor:
+        """What computes the steps of the first denoiser."""
+        return self.executors[DENOISER]
+
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        self.executors[DENOISER] = executor
+
+    def prior_settings(self, sampling: SamplingConfig | None = None) -> PriorSettings:
+        """Return the prior's settings of an image's preset, by default of the first one."""
+        if sampling is None:
+            return self.config.recipe.prior
+        return self.config.preset(sampling.preset).recipe.prior
+
+    def prior_noise(self, settings: PriorSettings) -> tuple[int, int]:
+        """Return (S + 1, D): the shape of the Gaussian noise of an image for the prior."""
         return 0, self.config.clip.embed_dim
 
     def noise(
@@ -221,15 +253,19 @@ class Pipeline(ABC):
         steps: int,
         renoise_mode: RenoiseMode = "start",
         renoise_order: RenoiseOrder = "random",
+        prior: PriorSettings | None = None,
     ) -> Noise:
-        """Return all of one image's randomness, on the CPU."""
+        """Return all of one image's randomness, on the CPU.
+
+        prior: the prior's settings, by default the bundle's.
+        """
         codes, grid = self.config.vqgan.codebook_size, self.grid(width, height)
         return sampling.draw_noise(
             seed,
             codes=codes,
             grid=grid,
             steps=steps,
-            prior=self.prior_noise,
+            prior=self.prior_noise(prior or self.prior_settings()),
             renoise_mode=renoise_mode,
             renoise_order=renoise_order,
         )
@@ -243,15 +279,33 @@ class Pipeline(ABC):
         """Encode texts in one batch. Neighbours in the list do not change each other's result."""
 
     @abstractmethod
-    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
-        """Return, for each prompt and noise, the CLIP embedding [1, D'] of a fitting image."""
+    def prior_embeddings(
+        self,
+        prompts: Sequence[Prompt],
+        noises: Sequence[Noise],
+        settings: PriorSettings | None = None,
+    ) -> list[Tensor]:
+        """Return, for each prompt and noise, the CLIP embedding [1, D'] of a fitting image.
+
+        settings: the prior's, by which the noises were drawn; by default the bundle's.
+        """
 
     @abstractmethod
-    def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
-        """Return the denoiser's condition.
+    def condition(
+        self, prompt: Prompt, image: Tensor | None = None, reader: Reader | None = None
+    ) -> AnyCondition:
+        """Return a denoiser's condition.
 
-        image: a CLIP embedding [1, D'], for the conditional branch.
+        image: a CLIP embedding [1, D'], for the conditional branch. reader: by default the first
+        denoiser with the recipe's weights.
         """
+
+    def reader(self, sampling: SamplingConfig | None = None) -> Reader:
+        """Return what reads the conditions of an image; by default the first denoiser."""
+        if sampling is None:
+            return Reader(DENOISER, self.config.recipe.attention_weights)
+        recipe = self.config.preset(sampling.preset).recipe
+        return Reader(sampling.denoiser, sampling.attention_weights or recipe.attention_weights)
 
     @torch.inference_mode()
     def encode_images(self, pictures: Tensor) -> Tensor:
@@ -297,7 +351,7 @@ class Pipeline(ABC):
     def advance(self, rows: Sequence[Row]) -> None:
         """Take one step for every row.
 
-        All rows share a token grid; everything else may differ by row.
+        All rows share a token grid and a denoiser; everything else may differ by row.
         """
         branches = self._branches_of(rows)
         tokens = torch.stack([row.tokens for row in rows])  # [B, H, W]
@@ -307,7 +361,7 @@ class Pipeline(ABC):
             [row.schedule[row.step] for row in rows], dim=1
         ).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
-        features = self.executor.features(tokens, times, branches, weights)
+        features = self._executor_of(rows).features(tokens, times, branches, weights)
         drawn = self._sample(rows, features, SamplingInputs(uniform, inverse, mass))
         source = torch.stack([row.source for row in rows])
         uniform = self._renoise_uniforms(rows, features, drawn, probability)
@@ -320,7 +374,7 @@ class Pipeline(ABC):
     def denoise(
         self, rows: Sequence[Row], progress: Callable[[int], object] = lambda steps: None
     ) -> Tensor:
-        """Step rows of one token grid until all are done; return their tokens [B, H, W].
+        """Step rows of one token grid and denoiser until all are done; return tokens [B, H, W].
 
         progress: called after every step with the number of steps since the call.
         """
@@ -330,6 +384,10 @@ class Pipeline(ABC):
             steps += 1
             progress(steps)
         return torch.stack([row.tokens for row in rows])
+
+    def _executor_of(self, rows: Sequence[Row]) -> Executor:
+        """Return what computes the steps of rows of one denoiser."""
+        return self.executors[rows[0].sampling.denoiser]
 
     def _renoise_uniforms(
         self, rows: Sequence[Row], features: Tensor, drawn: Tensor, probability: Tensor
@@ -342,11 +400,12 @@ class Pipeline(ABC):
         numbers = [i for i, row in enumerate(rows) if row.renoises_by_confidence]
         if not numbers:
             return uniform
+        executor = self._executor_of(rows)
         if len(numbers) == len(rows):
-            log_p = self.executor.log_probability(features, drawn)
+            log_p = executor.log_probability(features, drawn)
             return sampling.least_confident_first(log_p, uniform, probability)
         members = to_device(numbers, self.device)
-        log_p = self.executor.log_probability(features[members], drawn[members])
+        log_p = executor.log_probability(features[members], drawn[members])
         uniform[members] = sampling.least_confident_first(
             log_p, uniform[members], probability[members]
         )
@@ -383,24 +442,25 @@ class Pipeline(ABC):
 
     def _time_table(self, row: Row) -> Tensor:
         """Return the time's part of the denoiser's blocks at every step of the schedule, [n, S]."""
-        key = row.sampling.steps, row.sampling.schedule
+        sampling = row.sampling
+        key = sampling.denoiser, sampling.steps, sampling.schedule
         if key not in self._times:
-            self._times[key] = self.bundle.denoiser.times(to_device(row.times[:-1], self.device))
+            denoiser = self.denoisers[sampling.denoiser]
+            self._times[key] = denoiser.times(to_device(row.times[:-1], self.device))
         return self._times[key]
 
     def _sample(self, rows: Sequence[Row], features: Tensor, inputs: SamplingInputs) -> Tensor:
         """Draw tokens [B, H, W] from guided features [B, H, W, c_out], by each row's sampler."""
+        executor = self._executor_of(rows)
         families: dict[Sampler, list[int]] = {}
         for i, row in enumerate(rows):
             families.setdefault(row.sampling.sampler, []).append(i)
         if len(families) == 1:
-            return self.executor.sample(rows[0].sampling.sampler, features, inputs)
+            return executor.sample(rows[0].sampling.sampler, features, inputs)
         tokens = torch.empty(features.shape[:-1], dtype=torch.int64, device=self.device)
         for family, numbers in families.items():
             members = to_device(numbers, self.device)
-            tokens[members] = self.executor.sample(
-                family, features[members], inputs.select(members)
-            )
+            tokens[members] = executor.sample(family, features[members], inputs.select(members))
         return tokens
 
     @torch.inference_mode()
@@ -451,15 +511,16 @@ class Pipeline(ABC):
         progress: Callable[[int], object] = lambda step: None,
     ) -> Tensor:
         """Return tokens [B, H, W]; the arguments are those of `generate`."""
-        config = config or self.config.recipe.sampling()
+        config = config or self.config.sampling()
         w, h = width or self.config.native_size[0], height or self.config.native_size[1]
-        modes = config.renoise_mode, config.renoise_order
-        noises = [self.noise(seed, w, h, config.steps, *modes) for seed in seeds]
+        settings, reader = self.prior_settings(config), self.reader(config)
+        drawn = config.steps, config.renoise_mode, config.renoise_order, settings
+        noises = [self.noise(seed, w, h, *drawn) for seed in seeds]
         *encoded, negative = self.encode([*prompts, negative_prompt])
-        images = self.prior_embeddings(encoded, noises)
-        unconditional = self.condition(negative) if config.guided else None
+        images = self.prior_embeddings(encoded, noises, settings)
+        unconditional = self.condition(negative, reader=reader) if config.guided else None
         rows = [
-            self.start(noise, config, self.condition(prompt, image), unconditional)
+            self.start(noise, config, self.condition(prompt, image, reader), unconditional)
             for noise, prompt, image in zip(noises, encoded, images, strict=True)
         ]
         return self.denoise(rows, progress)
@@ -475,10 +536,9 @@ class PipelineV3(Pipeline):
         super().__init__(bundle)
         self.run_prior: PriorFn = self._run_prior
 
-    @property
-    def prior_noise(self) -> tuple[int, int]:
-        """(S + 1, D), by the recipe's number of prior steps."""
-        return self.config.recipe.prior_steps + 1, self.config.clip.embed_dim
+    def prior_noise(self, settings: PriorSettings) -> tuple[int, int]:
+        """Return (S + 1, D), by the number of the prior's steps."""
+        return settings.steps + 1, self.config.clip.embed_dim
 
     def text_length(self, prompt: str) -> int:
         """Return the length class of the prompt's bytes."""
@@ -504,30 +564,46 @@ class PipelineV3(Pipeline):
         return [Prompt(*row) for row in rows]
 
     @torch.inference_mode()
-    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+    def prior_embeddings(
+        self,
+        prompts: Sequence[Prompt],
+        noises: Sequence[Noise],
+        settings: PriorSettings | None = None,
+    ) -> list[Tensor]:
         """Run the prior."""
         text = torch.cat([p.clip for p in prompts])
         noise = torch.stack([n.prior for n in noises], dim=1).to(self.device, non_blocking=True)
-        return list(self.run_prior(text, noise).to(text.dtype).split(1))
+        images = self.run_prior(text, noise, settings or self.prior_settings())
+        return list(images.to(text.dtype).split(1))
 
-    def _run_prior(self, text: Tensor, noise: Tensor) -> Tensor:
-        r = self.config.recipe
+    def _run_prior(self, text: Tensor, noise: Tensor, settings: PriorSettings) -> Tensor:
         return prior.sample(
-            self.bundle.prior, text, noise, guidance=r.prior_guidance, sampler=r.prior_sampler
+            self.bundle.prior,
+            text,
+            noise,
+            guidance=settings.guidance,
+            sampler=settings.sampler,
         )
 
     @torch.inference_mode()
-    def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
-        """Return keys and values; the conditional branch's are weighted by the recipe."""
-        weights = self._attention_weights(prompt) if image is not None else None
-        return self.bundle.denoiser.condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
+    def condition(
+        self, prompt: Prompt, image: Tensor | None = None, reader: Reader | None = None
+    ) -> AnyCondition:
+        """Return keys and values; the conditional branch's are weighted."""
+        reader = reader or self.reader()
+        weights = self._attention_weights(prompt, reader) if image is not None else None
+        denoiser: Any = self.denoisers[reader.denoiser]
+        condition: AnyCondition = denoiser.condition(
+            prompt.byt5, prompt.mask, prompt.clip, image, weights
+        )
+        return condition
 
-    def _attention_weights(self, prompt: Prompt) -> Tensor | None:
-        """Return the recipe's weights [1, L] of condition tokens."""
-        weights = self.config.recipe.attention_weights
-        if weights is None:
+    def _attention_weights(self, prompt: Prompt, reader: Reader) -> Tensor | None:
+        """Return the reader's weights [1, L] of condition tokens."""
+        if reader.attention_weights is None:
             return None
-        return attention_weights(prompt.mask, self.config.denoiser.clip_seq_len, weights)
+        config: Any = self.config.denoiser_of(reader.denoiser)
+        return attention_weights(prompt.mask, config.clip_seq_len, reader.attention_weights)
 
 
 def attention_weights(mask: Tensor, clip_seq_len: int, weights: tuple[float, float]) -> Tensor:
@@ -572,11 +648,20 @@ class PipelineV1(Pipeline):
             for row in zip(embeddings, cut, strict=True)
         ]
 
-    def prior_embeddings(self, prompts: Sequence[Prompt], noises: Sequence[Noise]) -> list[Tensor]:
+    def prior_embeddings(
+        self,
+        prompts: Sequence[Prompt],
+        noises: Sequence[Noise],
+        settings: PriorSettings | None = None,
+    ) -> list[Tensor]:
         """Return the texts' own embeddings."""
         return [prompt.clip for prompt in prompts]
 
     @torch.inference_mode()
-    def condition(self, prompt: Prompt, image: Tensor | None = None) -> AnyCondition:
+    def condition(
+        self, prompt: Prompt, image: Tensor | None = None, reader: Reader | None = None
+    ) -> AnyCondition:
         """Return the blocks' scales and shifts, of the image if there is one, else of the text."""
-        return self.bundle.denoiser.condition(prompt.clip if image is None else image)
+        denoiser: Any = self.denoisers[(reader or self.reader()).denoiser]
+        condition: AnyCondition = denoiser.condition(prompt.clip if image is None else image)
+        return condition

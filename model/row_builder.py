@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from model.conditioning import Conditioning, interpolate, mean
+from model.config import PriorSettings
 from model.image_request import Edit, ImageRequest, InputImage, Refine, Repaint, Tile
 from model.networks.text_encoders import Prompt
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, Reader
 from model.rows import (
     AnyCondition,
     PinnedTokens,
@@ -91,14 +92,14 @@ class DictCache:
 class TextKey(NamedTuple):
     """The inputs of an encoded text.
 
-    shared: whether its batch may have held others. negative: with an unconditional branch. scope:
-    the request's `cache_scope`.
+    shared: whether its batch may have held others. negative: the denoiser that reads it as its
+    unconditional branch; empty if none does. scope: the request's `cache_scope`.
     """
 
     model: str
     prompt: str
     shared: bool
-    negative: bool
+    negative: str
     scope: str
 
 
@@ -112,12 +113,20 @@ class PriorKey(NamedTuple):
     seed: int
     width: int
     height: int
+    settings: PriorSettings
 
 
 class EmbeddingKey(NamedTuple):
     """The prior's result as an embedding, not yet as a condition."""
 
     prior: PriorKey
+
+
+class BranchKey(NamedTuple):
+    """The inputs of a conditional branch: the prior's result as the condition of a denoiser."""
+
+    prior: PriorKey
+    reader: Reader
 
 
 class ImageKey(NamedTuple):
@@ -153,7 +162,7 @@ class _Encodings:
 
     texts: Mapping[TextKey, EncodedText]
     images: Mapping[ImageKey, Tensor]
-    conditions: Mapping[PriorKey, AnyCondition]
+    conditions: Mapping[BranchKey, AnyCondition]
     embeddings: Mapping[PriorKey, Tensor]
 
 
@@ -206,16 +215,19 @@ class RowBuilder:
 
     def _noise(self, request: ImageRequest, width: int, height: int) -> Noise:
         sampling = request.sampling
-        modes = sampling.renoise_mode, sampling.renoise_order
-        return self.pipeline.noise(request.seed, width, height, sampling.steps, *modes)
+        settings = self.pipeline.prior_settings(sampling)
+        drawn = sampling.steps, sampling.renoise_mode, sampling.renoise_order, settings
+        return self.pipeline.noise(request.seed, width, height, *drawn)
 
     def _whole_noise(self, request: ImageRequest, tile: Tile) -> Noise:
         """Return the randomness that an image's tiles share; drawn once while they are built."""
         sampling, size = request.sampling, (tile.width, tile.height)
-        modes = sampling.renoise_mode, sampling.renoise_order
+        settings = self.pipeline.prior_settings(sampling)
+        modes = sampling.renoise_mode, sampling.renoise_order, settings
         key = request.seed, size, tile.prior_size, sampling.steps, modes
         if key not in self._whole:
-            prior = self.pipeline.noise(request.seed, *tile.prior_size, steps=0).prior
+            drawn = self.pipeline.noise(request.seed, *tile.prior_size, steps=0, prior=settings)
+            prior = drawn.prior
             self._whole = {key: replace(self._noise(request, *size), prior=prior)}
         return self._whole[key]
 
@@ -232,12 +244,13 @@ class RowBuilder:
             self._model,
             prompt,
             shared=not request.sampling.deterministic,
-            negative=False,
+            negative="",
             scope=request.cache_scope,
         )
 
     def _negative_key(self, request: ImageRequest) -> TextKey:
-        return self._text_key(request, request.negative_prompt)._replace(negative=True)
+        key = self._text_key(request, request.negative_prompt)
+        return key._replace(negative=request.sampling.denoiser)
 
     def _image_key(
         self, request: ImageRequest, kind: Literal["tokens", "embedding"], image: InputImage
@@ -254,7 +267,15 @@ class RowBuilder:
         )
 
     def _prior_key(self, request: ImageRequest, prompt: str) -> PriorKey:
-        return PriorKey(self._text_key(request, prompt), request.seed, *request.prior_size)
+        settings = self.pipeline.prior_settings(request.sampling)
+        text = self._text_key(request, prompt)
+        return PriorKey(text, request.seed, *request.prior_size, settings)
+
+    def _branch_key(self, request: ImageRequest, prompt: str) -> BranchKey:
+        return BranchKey(self._prior_key(request, prompt), self._reader(request))
+
+    def _reader(self, request: ImageRequest) -> Reader:
+        return self.pipeline.reader(request.sampling)
 
     def _images(self, request: ImageRequest) -> Iterable[tuple[ImageKey, InputImage]]:
         seen = [reference.picture for reference in request.references]
@@ -265,12 +286,12 @@ class RowBuilder:
             image = request.canvas.picture
             yield self._image_key(request, "tokens", image), image
 
-    def _branch_keys(self, request: ImageRequest) -> list[PriorKey]:
+    def _branch_keys(self, request: ImageRequest) -> list[BranchKey]:
         """Return those of the prior's results that become a branch as they are."""
         mixed = bool(request.keyframes or request.references)
         prompts = [] if mixed else [request.prompt]
         prompts += [region.prompt for region in request.regions]
-        return [self._prior_key(request, prompt) for prompt in prompts]
+        return [self._branch_key(request, prompt) for prompt in prompts]
 
     def _mixed_keys(self, request: ImageRequest) -> list[PriorKey]:
         """Return those of the prior's results that are mixed with others first."""
@@ -307,24 +328,23 @@ class RowBuilder:
         branches = []
         for region in request.regions:
             weight = token_weight(as_tensor(region.weight).float() / 255, self._downscale)
-            condition = encodings.conditions[self._prior_key(request, region.prompt)]
+            condition = encodings.conditions[self._branch_key(request, region.prompt)]
             branches.append(RegionBranch(condition, self._on_device(weight)))
         return branches
 
     def _conditional(self, request: ImageRequest, encodings: _Encodings) -> AnyCondition:
         if request.keyframes:
             frame = self._frame(request, encodings)
-            return self.pipeline.condition(frame.prompt, frame.image)
+            return self.pipeline.condition(frame.prompt, frame.image, self._reader(request))
         if request.references:
             embeddings = [
                 self._embedding(request, reference.picture, encodings)
                 for reference in request.references
             ]
             prompt = encodings.texts[self._text_key(request, request.prompt)].prompt
-            return self.pipeline.condition(
-                prompt, mean(embeddings, [reference.weight for reference in request.references])
-            )
-        return encodings.conditions[self._prior_key(request, request.prompt)]
+            image = mean(embeddings, [reference.weight for reference in request.references])
+            return self.pipeline.condition(prompt, image, self._reader(request))
+        return encodings.conditions[self._branch_key(request, request.prompt)]
 
     def _frame(self, request: ImageRequest, encodings: _Encodings) -> Conditioning:
         """Return a keyframe's conditioning, or one between it and the next."""
@@ -376,19 +396,23 @@ class _BatchEncoder:
         return dict(zip(keys, encoded, strict=True))
 
     def condition_on_prior(
-        self, noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]
-    ) -> dict[PriorKey, AnyCondition]:
+        self, branches: Mapping[BranchKey, Noise], texts: Mapping[TextKey, EncodedText]
+    ) -> dict[BranchKey, AnyCondition]:
         """Return the conditional branch of each prompt with the prior's image embedding."""
 
-        def condition(missing: list[PriorKey]) -> list[AnyCondition]:
-            embeddings = self._run_prior(missing, noises, texts)
-            pairs = zip(missing, embeddings, strict=True)
+        def condition(missing: list[BranchKey]) -> list[AnyCondition]:
+            # Branches of several denoisers may share a result of the prior.
+            noises = {key.prior: branches[key] for key in missing}
+            embeddings = self._run_prior(list(noises), noises, texts)
+            images = dict(zip(noises, embeddings, strict=True))
             return [
-                self._pipeline.condition(texts[key.text].prompt, embedding)
-                for key, embedding in pairs
+                self._pipeline.condition(
+                    texts[key.prior.text].prompt, images[key.prior], key.reader
+                )
+                for key in missing
             ]
 
-        keys = list(noises)
+        keys = list(branches)
         return dict(zip(keys, self._cache.fetch("prior", keys, condition), strict=True))
 
     def run_prior(
@@ -416,7 +440,12 @@ class _BatchEncoder:
             ]
             pairs = zip(batch, prompts, strict=True)
             return [
-                EncodedText(p, self._pipeline.condition(p) if key.negative else None)
+                EncodedText(
+                    p,
+                    self._pipeline.condition(p, reader=Reader(key.negative))
+                    if key.negative
+                    else None,
+                )
                 for key, p in pairs
             ]
 
@@ -446,10 +475,12 @@ class _BatchEncoder:
     ) -> list[Tensor]:
         def run(batch: list[PriorKey]) -> list[Tensor]:
             prompts = [texts[key.text].prompt for key in batch]
-            embeddings = self._pipeline.prior_embeddings(prompts, [noises[key] for key in batch])
+            embeddings = self._pipeline.prior_embeddings(
+                prompts, [noises[key] for key in batch], batch[0].settings
+            )
             return [embedding.clone() for embedding in embeddings]
 
-        return _in_batches(keys, lambda key: None if key.text.shared else key, run)
+        return _in_batches(keys, lambda key: key.settings if key.text.shared else key, run)
 
 
 def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:

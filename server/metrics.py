@@ -269,6 +269,9 @@ class Metrics:
         )
         self.rows_running = self._gauge("rows_running", "Rows in denoising")
         self.images = self._counter("images", "Images answered, by native endpoint", "endpoint")
+        self.preset_images = self._counter(
+            "preset_images", "Images answered, by weights and preset", "model", "preset"
+        )
         self.rejected = self._counter(
             "rejected", "Rejected requests, by error code; without /readyz probes", "reason"
         )

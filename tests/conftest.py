@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,7 @@ from model.config import (
     CLIPVisionConfig,
     DenoiserConfig,
     DenoiserV1Config,
+    Preset,
     PriorConfig,
     Recipe,
     VQGANConfig,
@@ -340,6 +342,30 @@ def micro_config(name: str = "random") -> BundleV3Config:
     )
 
 
+def micro_preset_config(name: str = "presets", *, default: bool = False) -> BundleV3Config:
+    """`micro_config` with a preset `fast`, which has a smaller denoiser and fewer prior steps."""
+    config = micro_config(name)
+    recipe = Recipe(
+        num_inference_steps=3,
+        renoise_steps=2,
+        guidance_scale=(1.0, 1.0),
+        guidance_steps=0,
+        temperature=(0.5, 0.2),
+        prior_steps=2,
+        renoise_order="halton",
+    )
+    fast = Preset(recipe, steps=(1, 4), denoiser="fast")
+    denoiser = replace(
+        config.denoiser,
+        c_hidden=(16,),
+        nhead=(2,),
+        blocks=(1,),
+        level_config=("CTA",),
+        clip_seq_len=2,
+    )
+    return config.with_preset("fast", fast, denoiser, default=default)
+
+
 def micro_v1_config(name: str = "random-v1") -> BundleV1Config:
     """The v1 architecture at widths that cost nothing; the size step is 4 pixels."""
     return BundleV1Config(
@@ -412,6 +438,13 @@ def write_random_bundle(directory: Path, config: BundleConfig | None = None) -> 
 def random_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
     """A directory with a whole bundle of random weights."""
     return write_random_bundle(tmp_path_factory.mktemp("bundles") / "random")
+
+
+@pytest.fixture(scope="session")
+def preset_bundle(tmp_path_factory: pytest.TempPathFactory, prepared: None) -> Path:
+    """As `random_bundle`, with the preset `fast` and its denoiser."""
+    directory = tmp_path_factory.mktemp("bundles") / "presets"
+    return write_random_bundle(directory, micro_preset_config())
 
 
 @pytest.fixture(scope="session")

@@ -87,11 +87,14 @@ def test_one_image_comes_as_a_png_with_its_seed_and_its_parameters(client: httpx
         "image/png",
         "7",
     )
+    entry = client.get(f"/v1/models/{NAME}").json()
     picture = opened(answer.content)
     assert (picture.size, picture.getpixel((0, 0))) == (NATIVE_SIZE, tuple(fake_worker.colour(7)))
     assert json.loads(picture.info["parameters"]) == {
         "operation": "generate",
         "model": NAME,
+        "model_sha256": entry["sha256"],
+        "preset": "quality",
         "prompt": "a ball",
         "negative_prompt": "blur",
         "width": 64,
@@ -105,6 +108,8 @@ def test_one_image_comes_as_a_png_with_its_seed_and_its_parameters(client: httpx
         "typical_mass": 0.2,
         "renoise_steps": 11,
         "renoise_mode": "start",
+        "renoise_order": "random",
+        "attention_weights": None,
         "deterministic": False,
         "truncated": [],
     }

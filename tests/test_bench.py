@@ -97,6 +97,22 @@ def test_quick_options_leave_out_what_they_say(
     assert not any(name.startswith("transcription") for name in report["stages"])
 
 
+def test_a_preset_is_measured_beside_quality(
+    preset_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps", "2", "--repeats", "1", "--requests", "1", "--no-transcription")
+    weights = ("--weights", str(preset_bundle), "--preset", "fast")
+    lines, report = run(capsys, *weights, *options)
+    assert {"prior_fast", "condition_fast", "step_fast", "loop_fast", "request_fast"} <= report[
+        "stages"
+    ].keys()
+    assert report["http"]["requests"].keys() == report["overhead_ms"].keys() == {"2", "fast"}
+    assert report["speedup"]["fast"] > 0
+    assert any("fast" in line for line in lines)
+    with pytest.raises(ValueError, match="has fast, and not best"):
+        main(["--weights", str(preset_bundle), "--preset", "best"])
+
+
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "8,"], ["--repeats", "0"]])
 def test_impossible_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -10,14 +10,20 @@ import io
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import PIL.Image
 import pytest
 from playwright.sync_api import Page, Route, expect
 
 from load_tests.browser import CHROMIUM, Playground
+from server.api import create_app
+from server.settings import Settings
+from tests import fake_worker
+from tests.conftest import micro_preset_config, serving, wait_until
 from tests.test_browser import (
     APPLE,
     FOX,
@@ -431,6 +437,65 @@ def test_a_drawn_image_is_enlarged_and_a_second_pass_draws_as_large_a_one(
     said = playground.draw(APPLE)
     assert "first preview after" in said
     assert playground.shown.shape == (2 * height, 2 * width, 3)
+
+
+# ── presets ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def hasty_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Weights with the presets `quality` and `fast`, the default one."""
+    directory = tmp_path_factory.mktemp("hasty")
+    micro_preset_config("hasty", default=True).write(directory)
+    app = create_app(Settings(weights=str(directory)), worker=fake_worker.main)
+    with serving(app) as url:
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
+        yield url
+
+
+def test_a_preset_is_chosen_with_its_recipe_and_sent(opened: Open, hasty_address: str) -> None:
+    playground = opened(hasty_address)
+    playground.ready()
+    page = playground.page
+    preset, steps = page.locator("#preset"), page.locator("#num_inference_steps")
+    expect(preset).to_be_visible()
+    assert preset.locator("option").all_inner_texts() == ["Quality", "Fast"]
+    expect(preset).to_have_value("fast")
+    expect(steps).to_have_value("3")
+    sent = answering(playground, "generate", (32, 32), preset="quality")
+    playground.draw("a ball")
+    assert not {"preset", "num_inference_steps"} & sent[-1].keys()
+    page.select_option("#width", "64")
+    page.fill("#num_inference_steps", "2")
+    page.select_option("#preset", "quality")
+    expect(steps).to_have_value("6")
+    expect(page.locator("#width")).to_have_value("64")
+    playground.draw("a ball")
+    assert (sent[-1]["preset"], sent[-1]["width"]) == ("quality", 64)
+    assert "num_inference_steps" not in sent[-1]
+    page.locator("#reset").click()
+    expect(preset).to_have_value("fast")
+    expect(steps).to_have_value("3")
+    page.locator("#reuse").click()
+    expect(preset).to_have_value("quality")
+
+
+def test_a_conflict_is_said_at_the_field(opened: Open, hasty_address: str) -> None:
+    playground = opened(hasty_address)
+    playground.ready()
+    page = playground.page
+    page.select_option("#preset", "quality")
+    page.select_option("#preset", "fast")
+    page.fill("#negative_prompt", "blur")
+    playground.press("a ball")
+    expect(page.locator("#error")).to_contain_text("preset fast draws without guidance")
+    expect(page.locator("#negative_prompt")).to_be_focused()
+    assert [complaint for complaint in playground.complaints if "400" not in complaint] == []
+    playground.complaints.clear()
+
+
+def test_weights_with_one_preset_offer_no_choice(plain: Playground) -> None:
+    expect(plain.page.locator("#preset")).to_be_hidden()
 
 
 # ── everybody's page ──────────────────────────────────────────────────────────────────────────────

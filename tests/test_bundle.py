@@ -422,9 +422,9 @@ def test_a_bundle_may_itself_be_reached_through_a_symbolic_link(directory):
 
 def test_a_newer_format_is_refused_as_that_before_its_unknown_fields_are(directory):
     path = directory / CONFIG_FILE
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2, "surprise": 1'))
+    path.write_text(path.read_text().replace('"format": 1', '"format": 3, "surprise": 1'))
     with pytest.raises(
-        ValidationError, match="these weights are of format 2, this Paellera reads formats up to 1"
+        ValidationError, match="these weights are of format 3, this Paellera reads formats up to 2"
     ) as refusal:
         load(directory)
     assert "surprise" not in str(refusal.value)

@@ -11,10 +11,14 @@ from typing import Any
 import httpx
 import PIL.Image
 import pytest
+import torch
 from click.testing import Result
 from PIL.PngImagePlugin import PngInfo
 
-from load_tests.serving import Server
+from load_tests.serving import Server, serving
+from model.bundle import save_bundle
+from model.config import BundleConfig
+from tests.conftest import micro_preset_config, random_networks, randomise, write_merges
 from tests.test_cli import assert_one_line, paellera, server  # noqa: F401, the fixture
 
 
@@ -279,3 +283,107 @@ def assert_replay_refused(bundle: Path, folder: Path, text: PngInfo) -> None:
     assert result.stderr.strip().isprintable()
     assert len(result.stderr) < 2000
     assert not (folder / "again.png").exists()
+
+
+# ── presets ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def parameters_of(path: Path) -> dict[str, Any]:
+    with PIL.Image.open(path) as image:
+        return dict(json.loads(image.info["parameters"]))
+
+
+SAMPLING = {
+    "preset": ["--preset", "fast"],
+    "sampling": [
+        "--renoise-order",
+        "confidence",
+        "--guidance-start",
+        "0.3",
+        "--guidance-end",
+        "0.7",
+        "--attention-weights",
+        "0.5,2",
+    ],
+}
+
+
+@pytest.mark.parametrize("options", SAMPLING)
+@pytest.mark.parametrize("command", TWINS)
+def test_a_preset_and_every_field_of_sampling_are_replayed(
+    command: str, options: str, files: Path, preset_bundle: Path, tmp_path: Path
+) -> None:
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    made = twin(command, files, preset_bundle, *SAMPLING[options], "-o", first)
+    assert made.exit_code == 0, made.stderr
+    recorded = parameters_of(first)
+    if options == "preset":
+        assert (recorded["preset"], recorded["renoise_order"]) == ("fast", "halton")
+    else:
+        assert recorded["renoise_order"] == "confidence"
+        assert recorded["attention_weights"] == {"text": 0.5, "image": 2}
+        assert (recorded["guidance_start"], recorded["guidance_end"]) == (1 / 3, 2 / 3)
+    without = command in ("generate", "hires")
+    sent = [] if without else ["--image", files / "image.png", "--mask", files / "mask.png"]
+    replayed = paellera("replay", first, "-o", again, "--weights", preset_bundle, *sent)
+    assert replayed.exit_code == 0, replayed.stderr
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_a_preset_s_image_is_the_server_s_and_its_parameters_repeat_it(
+    preset_bundle: Path, tmp_path: Path
+) -> None:
+    made = paellera(
+        "generate", "red apple", "--preset", "fast", "--seed", "3", "--weights", preset_bundle,
+        "--deterministic", "-o", tmp_path / "own.png",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    content = (tmp_path / "own.png").read_bytes()
+    fields = {"prompt": "red apple", "preset": "fast", "seed": 3, "deterministic": True}
+    with (
+        serving({"PAELLERA_WEIGHTS": str(preset_bundle)}) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
+        answer = client.post("/generate", json=fields)
+        assert answer.content == content
+        recorded = parameters_of(tmp_path / "own.png")
+        for name in ("operation", "truncated"):
+            del recorded[name]
+        assert client.post("/generate", json=recorded).content == content
+        conflict = client.post("/generate", json={**fields, "negative_prompt": "on"})
+        assert conflict.json()["error"]["code"] == "preset_conflict"
+
+
+def test_a_replay_by_other_weights_names_those_that_drew(
+    preset_bundle: Path, tmp_path: Path
+) -> None:
+    first, config = tmp_path / "first.png", BundleConfig.read(preset_bundle)
+    made = paellera("generate", "red apple", "--weights", preset_bundle, "-o", first)
+    assert made.exit_code == 0, made.stderr
+    merges = write_merges(tmp_path / "merges")
+    others = random_networks(merges, micro_preset_config(config.name))
+    randomise(others.vqgan, 5)
+    save_bundle(others, tmp_path / "others", torch.float32, merges)
+    again = tmp_path / "again.png"
+    result = paellera("replay", first, "-o", again, "--weights", tmp_path / "others")
+    words = "drawn by other weights, of sha256", config.sha256
+    assert_one_line(result.stderr, result.exit_code, 1, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "best"], "quality, fast"),
+        (["--preset", "fast", "--steps", "9"], "1 to 4 steps"),
+        (["--attention-weights", "1"], "must be two numbers"),
+        (["--guidance-steps", "2", "--guidance-start", "0.5"], "must be absent beside"),
+        (["--renoise-order", "up"], "random, halton or confidence"),
+    ],
+)
+def test_senseless_sampling_is_one_line(
+    arguments: list[str], words: str, preset_bundle: Path, tmp_path: Path
+) -> None:
+    result = paellera(
+        "generate", "red apple", "--weights", preset_bundle, "-o", tmp_path / "a.png", *arguments
+    )
+    assert_one_line(result.stderr, result.exit_code, 2, words)

@@ -101,7 +101,7 @@ def test_a_written_bundle_reads_back_equal(tmp_path):
         (("surprise",), 1, "surprise"),
         (("denoiser", "dropout"), 0.1, "denoiser.dropout"),
         (("recipe", "sampler"), "magic", "recipe.sampler"),
-        (("format",), 2, "format"),
+        (("format",), 3, "format"),
         (("name",), "../tiny", "name"),
         (("native_size",), [64], "native_size"),
         (("files", "merges"), {"sha256": "abc", "bytes": 1}, "files.merges.sha256"),
@@ -253,6 +253,7 @@ def test_a_recipe_alone_is_what_its_authors_recommend():
         guidance_steps=6,
         temperature=(0.7, 0.3),
         sampler="multinomial",
+        attention_weights=(1.2, 0.4),
     )
 
 
@@ -273,6 +274,7 @@ def test_every_wish_is_granted():
         "temperature": (1.0, 0.5),
         "sampler": "typical",
         "typical_mass": 0.0,
+        "attention_weights": (1.0, 0.5),
         "deterministic": True,
     }
     assert micro_config().recipe.sampling(**wishes) == SamplingConfig(**wishes)

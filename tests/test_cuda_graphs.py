@@ -268,18 +268,19 @@ def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
     counters: Counter[Count] = Counter()
     graphs = PriorGraphs(pipeline, (1, 4), rerun, counters)
     graphs.capture_all()
-    steps, width = pipeline.prior_noise
+    settings = pipeline.prior_settings()
+    steps, width = pipeline.prior_noise(settings)
     drawn = []
     for count in (1, 3, 2):
         text, noise = torch.randn(count, width), torch.randn(steps, count, width)
-        drawn.append((graphs(text, noise), pipeline.run_prior(text, noise)))
+        drawn.append((graphs(text, noise, settings), pipeline.run_prior(text, noise, settings)))
     for (
         replayed,
         expected,
     ) in drawn:  # after all of them: a replay takes nothing away from those before it
         torch.testing.assert_close(replayed, expected, atol=1e-5, rtol=1e-5)
     assert counters["graph_replays", ""] == 3
-    graphs(torch.randn(5, width), torch.randn(steps, 5, width))
+    graphs(torch.randn(5, width), torch.randn(steps, 5, width), settings)
     assert counters["graph_replays", ""] == 3
 
 

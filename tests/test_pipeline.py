@@ -291,7 +291,7 @@ def test_rows_of_other_orders_change_nothing_for_a_row(pipeline, order):
 
 def test_attention_weights_go_to_the_last_real_tokens_of_the_conditional_branch(pipeline):
     (prompt,) = pipeline.encode(["red apple"])  # 9 bytes and an end mark
-    weights = pipeline._attention_weights(prompt)
+    weights = pipeline._attention_weights(prompt, pipeline.reader())
     padding = prompt.mask.shape[1] - 10
     expected = [1.0] * 8 + [1.2] * 2 + [1.0] * padding + [1.2] * 4 + [0.4] * 4
     assert weights.tolist() == [pytest.approx(expected)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.config import BundleConfig, Recipe
+from model.pipeline import Pipeline
 from model.training import art, assemble, benchmark, curves, recipes
 from model.training.detector import Detector
 from model.training.recipe_text import RecipeError, changed
@@ -77,7 +78,7 @@ def test_a_bundle_with_changes_draws_by_the_changed_recipe(bundle):
         f"{bundle}@steps=2,guidance=1,prior_steps=3", torch.device("cpu"), torch.float32
     )
     assert pipeline.config.recipe.sampling().steps == 2
-    assert pipeline.prior_noise[0] == 4
+    assert pipeline.prior_noise(pipeline.prior_settings())[0] == 4
     branches = []
     advance = type(pipeline).advance
 
@@ -150,3 +151,19 @@ def test_a_bundle_with_another_denoiser_may_have_another_recipe(
     with pytest.raises(SystemExit):
         assemble.main()
     assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_preset_is_measured_as_if_it_were_the_only_one(preset_bundle):
+    device, dtype = torch.device("cpu"), torch.float32
+    fast = recipes.loaded(f"{preset_bundle}@fast", device, dtype)
+    assert fast.config.recipe.num_inference_steps == 3
+    both = Pipeline.load(preset_bundle)
+    expected = both.generate_tokens(["red apple"], [1], both.config.sampling("fast"))
+    tokens = fast.generate_tokens(["red apple"], [1], fast.config.recipe.sampling())
+    assert torch.equal(tokens, expected)
+    changed_too = recipes.loaded(f"{preset_bundle}@fast,steps=1", device, dtype)
+    assert changed_too.config.recipe.num_inference_steps == 1
+    plain = recipes.loaded(str(preset_bundle), device, dtype)
+    assert plain.config.recipe == both.config.recipe
+    with pytest.raises(RecipeError, match="has quality, fast, not 'best'"):
+        recipes.loaded(f"{preset_bundle}@best", device, dtype)

@@ -134,7 +134,7 @@ def test_a_prior_is_asked_once_for_a_keyframe_however_many_frames(runner, monkey
     monkeypatch.setattr(
         pipeline,
         "prior_embeddings",
-        lambda prompts, noises: asked.append(len(prompts)) or draw(prompts, noises),
+        lambda prompts, *rest: asked.append(len(prompts)) or draw(prompts, *rest),
     )
     drawn(runner, job("a", **FRAMES | {"seeds": (0,) * 6}))
     assert asked == [2]

@@ -181,7 +181,7 @@ def test_tiles_share_the_prior_s_result_with_the_image_before(runner, monkeypatc
     monkeypatch.setattr(
         pipeline,
         "prior_embeddings",
-        lambda prompts, noises: asked.append(len(prompts)) or prior(pipeline, prompts, noises),
+        lambda prompts, *rest: asked.append(len(prompts)) or prior(pipeline, prompts, *rest),
     )
     both = twice()
     drawn(own, both)

@@ -154,6 +154,11 @@ ROWS: dict[str, tuple[Spec, ...]] = {
         stage("image"),
         ("Pictures", "ops", (("{{endpoint}}", per_second("paella_images_total", "endpoint")),)),
         (
+            "Pictures by preset",
+            "ops",
+            (("{{preset}}", per_second("paella_preset_images_total", "preset")),),
+        ),
+        (
             "Repeats under an Idempotency-Key",
             "reqps",
             (("{{outcome}}", per_second("paella_idempotent_repeats_total", "outcome")),),

@@ -81,7 +81,7 @@ class Batch:
     def _builder_of_new(self) -> RowBuilder:
         """Return a row builder that, like the server, knows the empty negative prompt only."""
         return RowBuilder(
-            self.pipeline, DictCache(lambda key: isinstance(key, TextKey) and key.negative)
+            self.pipeline, DictCache(lambda key: isinstance(key, TextKey) and bool(key.negative))
         )
 
     def started(self, steps: int) -> list[Row]:

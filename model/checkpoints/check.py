@@ -125,15 +125,23 @@ class _Watched(Eager):
 
 
 @torch.inference_mode()
-def check(pipeline: Pipeline, progress: Callable[[], object] = lambda: None) -> Findings:
+def check(
+    pipeline: Pipeline, progress: Callable[[], object] = lambda: None, preset: str | None = None
+) -> Findings:
     """Generate the prompts' images, one after the other, by the bundle's own recipe.
 
-    progress: called after every image.
+    progress: called after every image. preset: by default the bundle's default one. Raises
+    ValueError for an unknown one.
     """
-    watched = pipeline.executor = _Watched(pipeline.bundle)
+    if preset is not None and preset not in pipeline.config.preset_names:
+        known = ", ".join(pipeline.config.preset_names)
+        raise ValueError(f"preset: {pipeline.config.name} has {known}, not {preset}")
+    sampling = pipeline.config.sampling(preset)
+    watched = _Watched(pipeline.bundle, sampling.denoiser)
+    pipeline.executors[sampling.denoiser] = watched
     tokens = []
     for seed, prompt in enumerate(PROMPTS):
-        tokens.append(pipeline.generate_tokens([prompt], [seed])[0].cpu())
+        tokens.append(pipeline.generate_tokens([prompt], [seed], sampling)[0].cpu())
         progress()
     drawn = torch.stack(tokens)
     decoded = torch.cat(

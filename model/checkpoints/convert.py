@@ -59,7 +59,7 @@ def import_bundle(
     modules = dict(build(config, None if merges is None else merges.parent).networks())
     plans = {
         name: _fitting(open_checkpoint(sources[name]), name, state_of(modules[name]))
-        for name in config.networks
+        for name in config.network_names
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
     _check_space(plans.values(), directory)

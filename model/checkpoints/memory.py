@@ -64,7 +64,7 @@ def contents(name: str) -> tuple[BundleConfig, dict[str, Part]]:
     config = BundleConfig.read(directory)
     missing = [
         network
-        for network in config.networks
+        for network in config.network_names
         if not (directory / f"{network}.safetensors").is_file()
     ]
     if missing:
@@ -72,7 +72,7 @@ def contents(name: str) -> tuple[BundleConfig, dict[str, Part]]:
             f"{directory / CONFIG_FILE} is there, but {', '.join(missing)}.safetensors is not"
         )
     return config, {
-        network: _read(directory / f"{network}.safetensors") for network in config.networks
+        network: _read(directory / f"{network}.safetensors") for network in config.network_names
     }
 
 

@@ -4,6 +4,10 @@
     python -m model.training.assemble weights/tiny --dtype float16
     python -m model.training.assemble mine --base tiny --denoiser runs/denoiser.pt
     python -m model.training.assemble one --base tiny --denoiser runs/x.pt --recipe guidance=1
+    python -m model.training.assemble mine --preset fast --denoiser runs/x.pt --recipe steps=4
+
+With --preset the bundle gets a named recipe, beside `quality`, and with --denoiser a further
+denoiser of its own, which shares all other networks. Without --base it is added to OUT itself.
 
 A network without a checkpoint keeps the weights of the bundle that OUT already holds, or random
 weights if there is none: the prior and the denoiser train on a bundle whose encoders and VQGAN are
@@ -13,15 +17,35 @@ trained.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, load_v3, save_bundle
-from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, find_bundle
+from model.bundle import (
+    Bundle,
+    BundleError,
+    BundleV3,
+    assign,
+    build,
+    inner,
+    load_bundle,
+    load_v3,
+    save_bundle,
+)
+from model.config import (
+    CONFIG_FILE,
+    BundleConfig,
+    BundleV3Config,
+    DenoiserConfig,
+    Preset,
+    find_bundle,
+)
+from model.networks.denoiser_v3 import Denoiser
 from model.runtime import prepare
 from model.training import loop, tiny
 from model.training.checkpoint import averaged
@@ -62,9 +86,13 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
     merges = merges if merges.exists() else there
-    bundle = build(config, merges.parent, "cpu")
+    kept = None
     if (out / CONFIG_FILE).exists():
-        _keep(bundle, load_bundle(out, torch.device("cpu"), torch.float32))
+        kept = load_bundle(out, torch.device("cpu"), torch.float32)
+        config = _with_presets_of(kept, config)
+    bundle = build(config, merges.parent, "cpu")
+    if kept is not None:
+        _keep(bundle, kept)
     for network, (name, prefix) in SOURCES.items():
         checkpoint = runs / f"{name}.pt"
         if checkpoint.exists():
@@ -111,6 +139,104 @@ def with_denoiser(
     return save_bundle(replace(bundle, config=config), out, dtype, merges)
 
 
+@dataclass(frozen=True)
+class NewPreset:
+    """A preset to add to a bundle, or to change.
+
+    recipe: changes of the preset's recipe, or of the bundle's if the preset is new. steps: (fewest,
+    most) that it is made for; None is as before, and 1 to the recipe's if that does not fit.
+    checkpoint: of a denoiser of its own. sizes: what its configuration changes of the first
+    denoiser's. denoiser_of: the preset whose denoiser it shares; None keeps its denoiser, and is
+    the first for a new preset. default: whether it becomes the default preset.
+    """
+
+    name: str
+    recipe: str = ""
+    steps: tuple[int, int] | None = None
+    checkpoint: Path | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+    denoiser_of: str | None = None
+    default: bool = False
+
+
+def with_preset(base: Path, new: NewPreset, out: Path, dtype: torch.dtype) -> BundleConfig:
+    """Write the bundle `base` with a preset more, and return its configuration.
+
+    The new bundle has the name of the directory `out`.
+
+    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, RecipeError for
+    an invalid recipe, and PresetError for a preset that the bundle cannot have.
+    """
+    bundle = load_v3(base, torch.device("cpu"), torch.float32)
+    try:
+        config = _extended(bundle.config, new, out.resolve().name)
+    except RecipeError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise PresetError(f"{where}{first['msg']}") from None
+    except ValueError as error:
+        raise PresetError(str(error)) from None
+    denoisers = dict(bundle.denoisers)
+    if new.checkpoint is not None:
+        denoisers[new.name] = _denoiser(config.denoisers[new.name], new.checkpoint)
+    kept = {name: denoisers[name] for name in config.denoisers}
+    merges = None if config.clip.merges is None else base / config.clip.merges
+    return save_bundle(replace(bundle, config=config, denoisers=kept), out, dtype, merges)
+
+
+class PresetError(ValueError):
+    """A preset that a bundle cannot have."""
+
+
+def _extended(config: BundleV3Config, new: NewPreset, name: str) -> BundleV3Config:
+    """Return a configuration of this name with the preset. Raises ValueError and RecipeError."""
+    sizes = None
+    if new.checkpoint is not None:
+        sizes = TypeAdapter(DenoiserConfig).validate_python(asdict(config.denoiser) | new.sizes)
+    extended = config.with_preset(new.name, _preset(new, config), sizes, default=new.default)
+    return TypeAdapter(BundleV3Config).validate_python(asdict(extended) | {"name": name})
+
+
+def _preset(new: NewPreset, config: BundleV3Config) -> Preset:
+    known = config.presets.get(new.name)
+    recipe = changed(known.recipe if known else config.recipe, new.recipe)
+    steps = new.steps or (known.steps if known else (0, 0))
+    if new.steps is None and not steps[0] <= recipe.num_inference_steps <= steps[1]:
+        steps = 1, recipe.num_inference_steps
+    if new.checkpoint is not None:
+        return Preset(recipe, steps, new.name)
+    if new.denoiser_of is None:
+        return Preset(recipe, steps, known.denoiser if known else None)
+    if new.denoiser_of not in config.preset_names:
+        names = ", ".join(config.preset_names)
+        raise ValueError(f"there is no preset {new.denoiser_of!r}, only {names}")
+    return Preset(recipe, steps, config.preset(new.denoiser_of).denoiser)
+
+
+def _denoiser(config: DenoiserConfig, checkpoint: Path) -> Denoiser:
+    with torch.device("meta"):
+        denoiser = Denoiser(config)
+    weights = averaged(loop.load(checkpoint), SOURCES["denoiser"][1])
+    assign(denoiser, weights, torch.float32, where=str(checkpoint))
+    return denoiser.eval().requires_grad_(False)
+
+
+def _with_presets_of(kept: Bundle, config: BundleV3Config) -> BundleV3Config:
+    """Return a configuration with the presets of a bundle of the same family."""
+    if not isinstance(kept, BundleV3):
+        return config
+    old = kept.config
+    return replace(
+        config,
+        presets=old.presets,
+        denoisers=old.denoisers,
+        default_preset=old.default_preset,
+        format=old.format,
+    )
+
+
 def _keep(bundle: Bundle, old: Bundle) -> None:
     for (_, module), (_, kept) in zip(bundle.networks(), old.networks(), strict=True):
         module.load_state_dict(kept.state_dict())
@@ -126,26 +252,66 @@ def main() -> None:
     p.add_argument(
         "--base", help="name or path of the bundle that all but the denoiser is taken from"
     )
-    p.add_argument("--denoiser", type=Path, help="checkpoint of the denoiser that goes into --base")
+    p.add_argument(
+        "--denoiser", type=Path, help="checkpoint of the denoiser for --base, or for --preset"
+    )
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     p.add_argument(
         "--recipe", default="", help="changes of the recipe of --base, such as steps=4,guidance=1"
     )
+    p.add_argument("--preset", help="name of a preset to add, such as fast")
+    p.add_argument(
+        "--steps",
+        type=_range,
+        metavar="FEWEST:MOST",
+        help="steps that --preset is made for; default: 1 to those of its recipe",
+    )
+    p.add_argument(
+        "--sizes",
+        type=json.loads,
+        default={},
+        help="what differs from the first denoiser, such as '{\"blocks\": [1, 2]}'",
+    )
+    p.add_argument("--denoiser-of", help="preset whose denoiser --preset shares")
+    p.add_argument(
+        "--default", action="store_true", help="make --preset the one of requests that name none"
+    )
     args = p.parse_args()
-    if (args.base is None) != (args.denoiser is None):
+    if args.preset is None and (args.base is None) != (args.denoiser is None):
         p.error("--base and --denoiser go together")
+    if args.preset is None and (args.steps or args.sizes or args.denoiser_of or args.default):
+        p.error("--steps, --sizes, --denoiser-of and --default need --preset")
     prepare()
-    dtype = getattr(torch, args.dtype)
-    if args.base is None:
-        config = assemble(args.runs, args.out, dtype)
-    else:
-        try:
-            config = with_denoiser(
-                find_bundle(args.base), args.denoiser, args.out, dtype, args.recipe
-            )
-        except RecipeError as error:
-            p.error(str(error))
+    try:
+        config = _assemble_as_told(args, getattr(torch, args.dtype))
+    except (RecipeError, PresetError, BundleError) as error:
+        p.error(str(error))
     print_files(config)
+
+
+def _assemble_as_told(args: argparse.Namespace, dtype: torch.dtype) -> BundleConfig:
+    """Assemble what the command line says. Raises RecipeError, PresetError and BundleError."""
+    if args.preset is not None:
+        new = NewPreset(
+            args.preset,
+            args.recipe,
+            args.steps,
+            args.denoiser,
+            args.sizes,
+            args.denoiser_of,
+            args.default,
+        )
+        base = args.out if args.base is None else find_bundle(args.base)
+        return with_preset(base, new, args.out, dtype)
+    if args.base is None:
+        return assemble(args.runs, args.out, dtype)
+    return with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype, args.recipe)
+
+
+def _range(text: str) -> tuple[int, int]:
+    """Return "1:4" as (1, 4)."""
+    fewest, _, most = text.partition(":")
+    return int(fewest), int(most or fewest)
 
 
 def print_files(config: BundleConfig) -> None:

@@ -3,7 +3,8 @@
     python -m model.training.recipes tiny tiny@steps=8 tiny@steps=8,renoise_order=halton
     python -m model.training.recipes tiny runs/student@steps=4 runs/student@steps=1 --count 1000
 
-An argument is a bundle's name or path, and after an `@` the changes of its recipe. The table has
+An argument is a bundle's name or path, and after an `@` a preset of it, changes of the recipe, or
+both: `tiny@fast,steps=2`. The table has
 the share of images that fulfil their prompts, with a 95 % interval, its difference to the first
 argument's with the interval of that difference over the same prompts, KID and the time of one
 image. The last line is one JSON object. The prompts are those that recipes are searched on, never
@@ -25,7 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from load_tests.report import Report
-from model.config import SamplingConfig, find_bundle
+from model.bundle import load_bundle, of_preset
+from model.config import QUALITY, SamplingConfig, find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
 from model.training import benchmark, curves
@@ -59,15 +61,23 @@ class Measured:
 
 
 def loaded(name: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """Return the pipeline of `BUNDLE` or `BUNDLE@CHANGES`.
+    """Return the pipeline of `BUNDLE`, `BUNDLE@PRESET`, `BUNDLE@CHANGES`, or of both after the `@`.
 
-    Raises the errors of `Pipeline.load`, and RecipeError for changes that are none.
+    The preset, by default `quality`, is the only one that it has.
+
+    Raises the errors of `Pipeline.load`, and RecipeError for an unknown preset and for changes that
+    are none.
     """
-    bundle, _, changes = name.partition("@")
-    pipeline = Pipeline.load(find_bundle(bundle), device, dtype)
-    config = pipeline.config
-    recipe = changed(config.recipe, changes)
-    return Pipeline.of(replace(pipeline.bundle, config=replace(config, recipe=recipe)))
+    path, _, changes = name.partition("@")
+    first, _, rest = changes.partition(",")
+    preset, changes = (first, rest) if first and "=" not in first else (QUALITY, changes)
+    loaded_bundle = load_bundle(find_bundle(path), device, dtype)
+    try:
+        bundle = of_preset(loaded_bundle, preset)
+    except ValueError as error:
+        raise RecipeError(f"{name!r}: {error}, and is no change NAME=VALUE") from None
+    recipe = changed(bundle.config.recipe, changes)
+    return Pipeline.of(replace(bundle, config=replace(bundle.config, recipe=recipe)))
 
 
 def hits(
@@ -127,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("recipes", nargs="+", metavar="BUNDLE[@CHANGES]")
+    p.add_argument("recipes", nargs="+", metavar="BUNDLE[@PRESET,CHANGES]")
     p.add_argument("--set", default="tune", help="tune (default), reward or report")
     p.add_argument("--count", type=int, default=curves.COUNT, help="prompts of all categories")
     p.add_argument("--seeds", type=int, default=1, help="images of each prompt")

@@ -65,6 +65,9 @@ EXPOSED_HEADERS = [
     REPLAYED,
     "X-Request-Id",
     "X-Seed",
+    "X-Preset",
+    "X-Renoise-Order",
+    "X-Model-Sha256",
     "X-Prompt-Truncated",
     "Server-Timing",
     "Retry-After",
@@ -106,6 +109,8 @@ def create_app(
     models = read_models(settings)
     for name, config in models.items():
         metrics.weights_info.labels(name, config.sha256).set(1)
+        for preset in config.preset_names:
+            metrics.preset_images.labels(name, preset)
     make_engine = engine or partial(EngineClient, worker=worker)
     tracing = tracing or _start_tracing(settings)
     made = make_engine(settings, metrics)

@@ -11,9 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from model.compositing import FEATHER
-from model.config import Operation
+from model.config import FAST, QUALITY, BundleConfig, Operation
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
+from server.api.planning.sampling import fitting_preset
 from server.api.schemas import (
     IMAGE_DESCRIPTION,
     STRICT,
@@ -46,7 +47,7 @@ QUALITIES: dict[AnyQuality, Quality] = {
     "xhigh": "high",
     "max": "high",
 }
-# Factors of the recipe's steps.
+# Factors of the steps of the preset `quality`.
 STEP_FACTORS: dict[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
 MAX_STEPS = 64
 # Fields of OpenAI's newest models that the weights have no counterpart of, and the advice.
@@ -132,7 +133,12 @@ class ImagesFields(RecipeFields):
     ] = "auto"
     quality: Annotated[
         AnyQuality,
-        Field(description="Steps of the recipe; half with low; twice with high, hd, xhigh and max"),
+        Field(
+            description="auto: the weights' default preset. low: the preset fast, or half of the"
+            " steps of quality where the weights have none or it does not suit the request. medium,"
+            " standard: quality. high, hd, xhigh, max: quality with twice its steps. Without effect"
+            " beside preset"
+        ),
     ] = "auto"
     output_format: Annotated[
         Literal["png", "jpeg", "webp", "gif", "svg"],
@@ -188,26 +194,36 @@ class ImagesFields(RecipeFields):
         name = (self.model or "").rpartition("/")[2]
         return name in URL_MODELS and "response_format" not in self.model_fields_set
 
-    @property
-    def effective_quality(self) -> Quality:
-        """The quality, one of three."""
-        return QUALITIES[self.quality]
+    def effective_quality(self, preset: str) -> Quality:
+        """Return the quality of images that a preset drew, one of three."""
+        if self.preset is None and self.quality != "auto":
+            return QUALITIES[self.quality]
+        return "low" if preset == FAST else "medium"
 
-    def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
+    def native(self, size: Size, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return the operation and the fields of the native request that does the same.
 
         Args:
             size: requested (width, height), None for auto.
-            recipe_steps: denoising steps of the weights' recipe.
+            config: of the weights that draw.
         """
         raise NotImplementedError
 
-    def _common(self, size: Size, recipe_steps: int) -> dict[str, Any]:
+    def _common(self, size: Size, config: BundleConfig) -> dict[str, Any]:
         fields: dict[str, Any] = {name: getattr(self, name) for name in RecipeFields.model_fields}
-        if self.num_inference_steps is None:
-            steps = round(STEP_FACTORS[self.effective_quality] * recipe_steps)
-            fields["num_inference_steps"] = min(MAX_STEPS, max(1, steps))
+        if self.preset is None:
+            preset = self._preset(config)
+            fields["preset"] = preset
+            if preset == QUALITY and self.num_inference_steps is None:
+                factor = STEP_FACTORS[QUALITIES[self.quality]]
+                steps = round(factor * config.recipe.num_inference_steps)
+                fields["num_inference_steps"] = min(MAX_STEPS, max(1, steps))
         return fields if size is None else fields | {"width": size[0], "height": size[1]}
+
+    def _preset(self, config: BundleConfig) -> str:
+        """Return the preset for the requested quality."""
+        wanted = {"auto": config.default_preset, "low": FAST}.get(self.quality, QUALITY)
+        return fitting_preset(wanted, self, config)
 
 
 class GenerationsRequest(ImagesFields):
@@ -223,9 +239,9 @@ class GenerationsRequest(ImagesFields):
     ] = None
     regions: Regions = ()
 
-    def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
+    def native(self, size: Size, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /generate."""
-        fields = self._common(size, recipe_steps)
+        fields = self._common(size, config)
         return "generate", {**fields, "prompt": self.prompt, "regions": self.regions}
 
 
@@ -292,11 +308,11 @@ class EditsRequest(ImagesFields):
             raise PydanticCustomError("image_missing", message, details)
         return self
 
-    def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
+    def native(self, size: Size, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /inpaint with a mask; without, /edit, or /inpaint of a transparent image."""
         first, *others = self.image or self.images
         inputs = {
-            **self._common(size, recipe_steps),
+            **self._common(size, config),
             "prompt": self.prompt,
             "image": first,
             "references": others,
@@ -323,9 +339,9 @@ class VariationRequest(ImagesFields):
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
     fit: FitChoice = "crop"
 
-    def native(self, size: Size, recipe_steps: int) -> tuple[Operation, dict[str, Any]]:
+    def native(self, size: Size, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /variations."""
-        fields = self._common(size, recipe_steps)
+        fields = self._common(size, config)
         own = {"image": self.image, "prompt": self.prompt, "fit": self.fit}
         return "variations", {**fields, **own}
 

@@ -46,6 +46,9 @@ def _headers(descriptions: dict[str, str]) -> dict[str, Any]:
 HEADERS = _headers(
     {
         "X-Seed": "Seed of the first image",
+        "X-Preset": "Preset that drew the images",
+        "X-Renoise-Order": "Order in which tokens became noise again",
+        "X-Model-Sha256": "Hash of the weights",
         "X-Request-Id": "The client's id, or a generated one",
         "Server-Timing": "queue, encode, prior, denoise, decode, image, in milliseconds",
         "X-Prompt-Truncated": "Encoders that truncated the prompt, if any",

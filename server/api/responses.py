@@ -393,6 +393,7 @@ def record_images(state: AppState, plan: Plan, count: int, began: float) -> floa
     seconds = time.perf_counter() - began
     state.metrics.image_encode_duration.observe(seconds)
     state.metrics.images.labels(f"/{plan.operation}").inc(count)
+    state.metrics.preset_images.labels(plan.job.model, plan.job.sampling.preset).inc(count)
     if state.tracing:
         state.tracing.record_image(seconds, count)
     return seconds
@@ -418,6 +419,9 @@ def answer_headers(
     seed = plan.job.seeds[0]
     headers = {
         "X-Seed": str(seed),
+        "X-Preset": plan.job.sampling.preset,
+        "X-Renoise-Order": plan.job.sampling.renoise_order,
+        "X-Model-Sha256": plan.job.model_sha256,
         "Server-Timing": timing,
         "Content-Disposition": f'inline; filename="{plan.operation}-{seed}.{extension}"',
     }

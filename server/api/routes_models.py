@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from model.config import Preset
 from server.api.planning.draft import ANY_NAME, find_model
 from server.api.schemas import ErrorAnswer
 from server.api.state import AppState, app_state
@@ -30,6 +31,17 @@ class ModelLimits(BaseModel):
     text: dict[str, int]
 
 
+class PresetEntry(BaseModel):
+    """A preset of the weights."""
+
+    recipe: Annotated[dict[str, Any], Field(description="Defaults of a request's absent fields")]
+    steps: Annotated[
+        tuple[int, int], Field(description="Fewest and most denoising steps that it is made for")
+    ]
+    guided: Annotated[bool, Field(description="Whether it can use guidance and negative prompts")]
+    denoiser: Annotated[str, Field(description="Network that takes its steps")]
+
+
 class ModelEntry(BaseModel):
     """OpenAI's fields, then extensions."""
 
@@ -45,7 +57,11 @@ class ModelEntry(BaseModel):
     capabilities: Annotated[
         dict[str, list[str]], Field(description="Operations, samplers and networks, by name")
     ]
-    recipe: Annotated[dict[str, Any], Field(description="Defaults of a request's absent fields")]
+    recipe: Annotated[dict[str, Any], Field(description="Recipe of the default preset")]
+    presets: Annotated[
+        dict[str, PresetEntry], Field(description="By the names for the field `preset`")
+    ]
+    default_preset: Annotated[str, Field(description="Preset of a request that names none")]
 
 
 class ModelList(BaseModel):
@@ -111,7 +127,18 @@ def describe(name: str, state: AppState) -> ModelEntry:
         capabilities={
             "operations": list(config.operations),
             "samplers": list(config.samplers),
-            "networks": list(config.networks),
+            "networks": list(config.network_names),
         },
-        recipe=asdict(config.recipe),
+        recipe=asdict(config.preset(config.default_preset).recipe),
+        presets={name: _preset_entry(config.preset(name)) for name in config.preset_names},
+        default_preset=config.default_preset,
+    )
+
+
+def _preset_entry(preset: Preset) -> PresetEntry:
+    return PresetEntry(
+        recipe=asdict(preset.recipe),
+        steps=preset.steps,
+        guided=preset.guided,
+        denoiser=preset.network,
     )

@@ -90,7 +90,7 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
             planned,
             fields.file_format,
             fields.file_quality,
-            fields.effective_quality,
+            fields.effective_quality(planned.job.sampling.preset),
             links,
             with_files=fields.response_format == "b64_json",
         )
@@ -138,7 +138,7 @@ async def _plan(request: Request, fields: ImagesFields) -> Plan:
     config = find_model(fields.model, state.models, state.settings.aliases)
     _check_supported(fields)
     size = _size(fields.size, config, state.settings)
-    operation, native = fields.native(size, config.recipe.num_inference_steps)
+    operation, native = fields.native(size, config)
     # Validated already: the native fields have the same types.
     schema = EditOrInpaintRequest if operation == "edit" else OPERATIONS[operation][0]
     native_fields = schema.model_construct(**native)

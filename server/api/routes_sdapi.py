@@ -123,13 +123,17 @@ class A1111Answer:
         return write_infotext(parameters["prompt"], parameters["negative_prompt"], fields)
 
     def _extra(self, *, interrupted: bool) -> dict[str, object]:
-        """Return what was drawn otherwise than requested."""
+        """Return what was drawn otherwise than requested, and what its clients do not ask for."""
         extra: dict[str, object] = {}
-        sent, steps = self.fields.sampler_name, self.fields.steps
-        if sent and sent.lower() != self.plan.job.sampling.sampler:
+        sent, steps, sampling = self.fields.sampler_name, self.fields.steps, self.plan.job.sampling
+        if sent and sent.lower() != sampling.sampler:
             extra["Requested sampler"] = sent
-        if steps not in (None, self.plan.job.sampling.steps):
+        if steps not in (None, sampling.steps):
             extra["Requested steps"] = steps
+        if self.config.presets:
+            extra["Preset"] = sampling.preset
+        if sampling.renoise_order != "random":
+            extra["Renoise order"] = sampling.renoise_order
         return extra | ({"Interrupted": True} if interrupted else {})
 
     def _info(self, finished: Finished, *, interrupted: bool) -> dict[str, Any]:

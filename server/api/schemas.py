@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from model.compositing import FEATHER, MAX_FEATHER
-from model.config import Interpolation, RenoiseMode, Sampler
+from model.config import Interpolation, RenoiseMode, RenoiseOrder, Sampler
 from server.api.images.decode import MaskMode
 from server.api.images.encode import Format
 from server.api.images.fit import FitMode, ReturnSize
@@ -81,6 +81,7 @@ Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.05, le=5, allow_inf_nan=False)]
 StepCount = Annotated[int, Field(ge=0, le=64)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+AttentionWeight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Scale = Annotated[
     float,
     Field(ge=1, le=4, allow_inf_nan=False, description="Factor of width and height, in pixels"),
@@ -189,13 +190,34 @@ ImageBytesList = Annotated[
 # ── common fields ─────────────────────────────────────────────────────────────────────────────────
 
 
+class AttentionWeights(BaseModel):
+    """Factors on the attention that the denoiser gives to the prompt and to the prior's image."""
+
+    model_config = STRICT
+
+    text: Annotated[AttentionWeight, Field(description="Factor for the prompt's bytes")] = 1.0
+    image: Annotated[
+        AttentionWeight, Field(description="Factor for the prior's image, or the sent one")
+    ] = 1.0
+
+
 class RecipeFields(BaseModel):
     """Fields of every endpoint that generates images, OpenAI's included.
 
-    Absent fields follow the recipe of the weights.
+    Absent fields follow the recipe of the preset.
     """
 
     model_config = STRICT
+
+    preset: Annotated[
+        str | None,
+        Field(
+            max_length=64,
+            description="Named recipe of the weights, such as quality or fast; /v1/models lists"
+            " them. Default: the weights' own choice, and quality for a request that it does not"
+            " suit",
+        ),
+    ] = None
 
     negative_prompt: Annotated[
         Text, Field(description="Text that replaces the empty unconditional prompt")
@@ -238,8 +260,29 @@ class RecipeFields(BaseModel):
         RenoiseMode | None,
         Field(description="Source of that noise: start tokens, tokens before the step, or random"),
     ] = None
+    renoise_order: Annotated[
+        RenoiseOrder | None,
+        Field(
+            description="Tokens that become noise again: random ones, evenly spread ones (halton),"
+            " or those that the denoiser is least sure of (confidence)"
+        ),
+    ] = None
     guidance_steps: Annotated[
         StepCount | None, Field(description="Number of first steps with guidance")
+    ] = None
+    guidance_start: Annotated[
+        Fraction | None,
+        Field(
+            description="Begin of the steps with guidance, as a fraction of all steps; not beside"
+            " guidance_steps"
+        ),
+    ] = None
+    guidance_end: Annotated[
+        Fraction | None, Field(description="End of the steps with guidance; as guidance_start")
+    ] = None
+    attention_weights: Annotated[
+        AttentionWeights | None,
+        Field(description="Factors on the attention to the prompt's text and to the prior's image"),
     ] = None
     timeout_s: Annotated[
         float | None,
@@ -261,6 +304,14 @@ class RecipeFields(BaseModel):
     ] = None
     model: Annotated[
         str | None, Field(max_length=64, description="Name of loaded weights; default: the first")
+    ] = None
+    model_sha256: Annotated[
+        str | None,
+        Field(
+            max_length=64,
+            description="Hash of the weights that must draw, as in an image's parameters; other"
+            " weights are an error",
+        ),
     ] = None
     stream: Annotated[
         bool, Field(description="Answer with server-sent events: queue position to images")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from model.compositing import MAX_FEATHER
-from model.config import BundleConfig, Operation, Recipe
+from model.config import FAST, QUALITY, BundleConfig, Operation, Preset, Recipe
 from server.api.errors import invalid_value
 from server.api.schemas import Fraction, Hires, ImageBytes, ImageBytesList, Seed, Text
 from server.api.validation import json_schema
@@ -87,7 +87,11 @@ class SdRequest(SdFields):
     batch_size: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Images, times n_iter")] = 1
     n_iter: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Images, times batch_size")] = 1
     steps: Annotated[
-        int | None, Field(description="Denoising steps; default and maximum: the recipe's")
+        int | None,
+        Field(
+            description="Denoising steps; default and maximum: the preset's. As few as the preset"
+            " fast has choose it, unless there is a negative prompt"
+        ),
     ] = None
     cfg_scale: Annotated[
         float,
@@ -140,28 +144,46 @@ class SdRequest(SdFields):
             raise invalid_value("batch_size", allowed, images)
         sampler = (self.sampler_name or str(self.sampler_index)).lower()
         shows_previews = bool(self.override_settings["live_previews_enable"])
+        name = self.preset(config)
+        preset = config.preset(name)
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "seed": self.seed,
             "n": images,
             "model": config.name,
-            "num_inference_steps": clamped_steps(self.steps, config.recipe),
-            "guidance_scale": guidance(self.cfg_scale, config.recipe),
+            "preset": name,
+            "num_inference_steps": clamped_steps(self.steps, preset),
+            "guidance_scale": guidance(self.cfg_scale, preset.recipe),
             "sampler": sampler if sampler in config.samplers else None,
             # Only a stream has previews.
             "stream": shows_previews,
             "partial_images": max(1, PREVIEWS // images) if shows_previews else 0,
         }
 
+    def preset(self, config: BundleConfig) -> str:
+        """Return the preset that draws: its clients choose by the number of steps.
+
+        A few steps without a negative prompt are for `fast`, none at all for the default one.
+        """
+        name = config.default_preset if self.steps is None else FAST
+        if name not in config.preset_names:
+            return QUALITY
+        preset = config.preset(name)
+        too_many = self.steps is not None and self.steps > preset.recipe.num_inference_steps
+        is_unsuited = bool(self.negative_prompt.strip()) and not preset.guided
+        return QUALITY if too_many or is_unsuited else name
+
     @property
     def _size(self) -> dict[str, Any]:
         return {"width": self.width, "height": self.height}
 
 
-def clamped_steps(steps: int | None, recipe: Recipe) -> int | None:
+def clamped_steps(steps: int | None, preset: Preset) -> int | None:
     """Return a client's number of steps, at most the recipe's; None if it sent none."""
-    return None if steps is None else max(1, min(steps, recipe.num_inference_steps))
+    if steps is None:
+        return None
+    return max(preset.steps[0], min(steps, preset.recipe.num_inference_steps))
 
 
 def guidance(cfg_scale: float, recipe: Recipe) -> tuple[float, float] | None:
@@ -217,7 +239,8 @@ class Txt2ImgRequest(SdRequest):
             scale = max(self.hr_resize_x / width, self.hr_resize_y / height)
         if not 1 <= scale <= 4:
             raise invalid_value(param, "the result may be 1 to 4 times as large", scale)
-        steps = clamped_steps(self.hr_second_pass_steps or self.steps, config.recipe)
+        preset = config.preset(self.preset(config))
+        steps = clamped_steps(self.hr_second_pass_steps or self.steps, preset)
         strength = {} if self.denoising_strength is None else {"strength": self.denoising_strength}
         return Hires(scale=scale, steps=steps, **strength)
 

@@ -117,6 +117,7 @@ def log_job(request: Request, job: Job) -> None:
         "seed": job.seeds[0],
         "size": "{}x{}".format(*job.drawn_size),
         "steps": job.sampling.steps,
+        "preset": job.sampling.preset,
     }
     if app_state(request).settings.log_prompts:
         fields |= {"prompts": job.prompts, "negative_prompt": job.negative_prompt}

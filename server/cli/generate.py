@@ -73,12 +73,28 @@ def _common(
     seed: Annotated[
         int | None, typer.Option(help="The same seed gives the same image; default: random")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Named recipe of the weights, such as quality or fast")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance: Annotated[
         str | None, typer.Option(help="Classifier-free guidance, a number or START,END; 1 is off")
     ] = None,
     guidance_steps: Annotated[
         int | None, typer.Option(help="Number of first steps with guidance")
+    ] = None,
+    guidance_start: Annotated[
+        float | None,
+        typer.Option(help="Begin of the steps with guidance, as a fraction of all steps"),
+    ] = None,
+    guidance_end: Annotated[
+        float | None, typer.Option(help="End of the steps with guidance, likewise")
+    ] = None,
+    attention_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Factors TEXT,IMAGE on the attention to the prompt and the prior's image"
+        ),
     ] = None,
     temperature: Annotated[
         str | None, typer.Option(help="Sampling temperature of the tokens, a number or START,END")
@@ -94,6 +110,10 @@ def _common(
     ] = None,
     renoise_steps: Annotated[
         int | None, typer.Option(help="Number of first steps that add noise again")
+    ] = None,
+    renoise_order: Annotated[
+        str | None,
+        typer.Option(help="Tokens that become noise again: random, halton or confidence"),
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels")] = None,
@@ -330,6 +350,8 @@ def replay(
             file.write(content)
     if content != unsigned(original):
         causes = "other weights, another device, or it was generated in a batch with others"
+        if fields.get("model_sha256") not in (None, planned.job.model_sha256):
+            causes = f"it was drawn by other weights, of sha256 {fields['model_sha256']}"
         fail(f"{output} differs from {png}: {causes}", FAILED)
     typer.echo(f"{output}  identical")
 
@@ -358,6 +380,7 @@ def _run(
     steps: int | None,
     guidance: str | None,
     temperature: str | None,
+    attention_weights: str | None,
     weights: str | None,
     device: str | None,
     **others: Any,
@@ -371,6 +394,7 @@ def _run(
     numbers = {
         "guidance_scale": _pair("guidance", guidance),
         "temperature": _pair("temperature", temperature),
+        "attention_weights": _attention_weights(attention_weights),
     }
     fields = {**own, **others, "num_inference_steps": steps, **numbers}
     settings = read_settings(weights=weights, device=device)
@@ -433,6 +457,16 @@ def _pair(option: str, text: str | None) -> list[float] | None:
     """Return "8" as [8, 8]."""
     numbers = _numbers(option, text)
     return numbers * 2 if numbers and len(numbers) == 1 else numbers
+
+
+def _attention_weights(text: str | None) -> Fields | None:
+    """Return "1.2,0.4" as {"text": 1.2, "image": 0.4}."""
+    numbers = _numbers("attention-weights", text)
+    if numbers is None:
+        return None
+    if len(numbers) != 2:
+        fail(f"attention-weights: must be two numbers, TEXT,IMAGE (sent: {text!r})", INVALID)
+    return dict(zip(("text", "image"), numbers, strict=True))
 
 
 def _regions(texts: Sequence[str] | None) -> list[Fields]:

@@ -51,7 +51,9 @@ def plan(
     except ValidationError as error:
         raise from_validation(error, schema, fields) from None
     if recorded:
-        request = request.model_copy(update={"seed": fields.get("seed")})
+        # Other weights may be given on purpose.
+        known = {"seed": fields.get("seed"), "model_sha256": None}
+        request = request.model_copy(update=known)
     output = request.response_format or "png"
     drafted = draft(request, operation, {config.name: config}, settings, output)
     uploads = Uploads(image_limits(settings))
@@ -153,7 +155,10 @@ def recorded_request(png: bytes, files: Sequence[bytes]) -> tuple[Operation, dic
 def _with_files(value: Any, files: Mapping[str, bytes], name: str = "") -> Any:
     """Return the value with files in place of their hashes. Raises ValueError for a missing one."""
     if isinstance(value, dict):
-        return {key: _with_files(inner, files, key) for key, inner in value.items()}
+        return {
+            key: inner if key == "attention_weights" else _with_files(inner, files, key)
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
         return [_with_files(inner, files, name) for inner in value]
     if name not in ("image", "mask", "references"):

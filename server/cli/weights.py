@@ -133,7 +133,7 @@ def info(
         float | None, typer.Option(help="GB of a machine or GPU: show the precisions that fit")
     ] = None,
 ) -> None:
-    """Show a bundle's networks, sizes, recipe and memory needs."""
+    """Show a bundle's networks, sizes, presets and memory needs."""
     from dataclasses import asdict
 
     from model.checkpoints.memory import contents, needs
@@ -164,6 +164,12 @@ def info(
     )
     typer.echo("\nrecipe")
     _print_pairs(asdict(config.recipe), indent="  ")
+    for name, preset in config.presets.items():
+        default = ", the default" if name == config.default_preset else ""
+        steps = "for {} to {} steps".format(*preset.steps)
+        typer.echo(f"\npreset {name}{default}, {steps}, by {preset.network}")
+        own, first = asdict(preset.recipe), asdict(config.recipe)
+        _print_pairs({key: own[key] for key in own if own[key] != first[key]}, indent="  ")
 
 
 @weights_app.command()
@@ -186,6 +192,9 @@ def check(
         Path, typer.Option("--output", "-o", help="File for the eight images")
     ] = Path("weights-check.png"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")] = "auto",
+    preset: Annotated[
+        str | None, typer.Option(help="A preset of the bundle; default: its default one")
+    ] = None,
 ) -> None:
     """Generate eight fixed prompts and check the images by CLIP, and for NaN."""
     from tqdm import tqdm
@@ -203,7 +212,7 @@ def check(
         with tqdm(
             total=len(PROMPTS), desc="generating", unit="image", leave=False, disable=None
         ) as bar:
-            found = check_pipeline(pipeline, bar.update)
+            found = check_pipeline(pipeline, bar.update, preset)
         write_sheet(found.pictures, output)
     for i, prompt in enumerate(PROMPTS):
         typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
@@ -244,7 +253,8 @@ def _origin(
     verify_files(directory, config)
     if recipe is not None:
         config = replace(config, recipe=published().recipe(recipe))
-    sources = {network: directory / f"{network}.safetensors" for network in config.networks} | given
+    kept = {network: directory / f"{network}.safetensors" for network in config.network_names}
+    sources = kept | given
     return config, sources, None if config.clip.merges is None else directory / config.clip.merges
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import sampling
-from model.config import BundleConfig, BundleV3Config, Sampler
+from model.config import (
+    DENOISER,
+    BundleConfig,
+    BundleV3Config,
+    DenoiserConfig,
+    PriorSettings,
+    Sampler,
+    further_denoiser,
+)
 from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.layers import to_device
@@ -76,12 +84,17 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphShapes:
-    """The shapes to capture. decode_rows, prior_rows: numbers of images."""
+    """The shapes to capture.
+
+    buckets: of the first denoiser's steps; further: of further denoisers', by the network's name.
+    decode_rows, prior_rows: numbers of images.
+    """
 
     buckets: Sequence[Bucket]
     grids: Sequence[tuple[int, int]]
     decode_rows: Sequence[int]
     prior_rows: Sequence[int]
+    further: Mapping[str, Sequence[Bucket]] = field(default_factory=dict)
 
     @classmethod
     def for_server(
@@ -97,6 +110,10 @@ class GraphShapes:
             grids=grids(config, sizes),
             decode_rows=row_counts(decode_rows),
             prior_rows=row_counts(max_rows),
+            further={
+                network: step_buckets(config, max_rows, sizes, network)
+                for network in map(further_denoiser, config.denoisers)
+            },
         )
 
 
@@ -106,20 +123,26 @@ def row_counts(most: int) -> list[int]:
 
 
 def step_buckets(
-    config: BundleConfig, max_rows: int, sizes: Iterable[tuple[int, int]]
+    config: BundleConfig,
+    max_rows: int,
+    sizes: Iterable[tuple[int, int]],
+    network: str = DENOISER,
 ) -> list[Bucket]:
     """Return every bucket of these image sizes and the scheduler's classes of lengths.
 
-    sizes: (width, height) in pixels.
+    Rows have one branch where no preset of the denoiser is guided. sizes: (width, height) in
+    pixels. network: the denoiser's name.
     """
-    lengths = [1]
-    if isinstance(config, BundleV3Config):
+    lengths, denoiser = [1], config.denoiser_of(network)
+    if isinstance(config, BundleV3Config) and isinstance(denoiser, DenoiserConfig):
         # A class counts a text's bytes; CLIP's text and image follow them.
-        longest, clip = config.byt5.max_bytes, 2 * config.denoiser.clip_seq_len
+        longest, clip = config.byt5.max_bytes, 2 * denoiser.clip_seq_len
         lengths = sorted({min(length, longest) + clip for length in LENGTHS})
+    guided = network == DENOISER or any(p.guided for p in config.presets_of(network))
+    per_row = (1, 2) if guided else (1,)
     return [
         Bucket(*shape)
-        for shape in product(grids(config, sizes), row_counts(max_rows), (1, 2), lengths)
+        for shape in product(grids(config, sizes), row_counts(max_rows), per_row, lengths)
     ]
 
 
@@ -160,15 +183,22 @@ def use_cuda_graphs(
 ) -> None:
     """Capture a pipeline's steps, decodes and priors of these shapes; it replays them from now on.
 
-    new_recorder: called twice, for the steps' memory pool, and for the one of decodes and priors,
-    which run in one stream beside the steps. counters: of captures, replays and eager steps.
+    new_recorder: called twice, for the memory pool of all denoisers' steps, and for the one of
+    decodes and priors, which run in one stream beside the steps. counters: of captures, replays and
+    eager steps.
     """
-    steps = StepGraphs(pipeline, shapes.buckets, new_recorder(), counters)
-    steps.capture_all()
+    recorder = new_recorder()
+    executors = {
+        network: StepGraphs(pipeline, buckets, recorder, counters, network)
+        for network, buckets in {DENOISER: shapes.buckets, **shapes.further}.items()
+    }
+    for steps in executors.values():
+        steps.capture_all()
     beside = new_recorder()
     decodes = DecodeGraphs(pipeline, shapes.grids, shapes.decode_rows, beside, counters)
     decodes.capture_all()
-    pipeline.executor, pipeline.decode_tokens = steps, decodes
+    pipeline.executors.update(executors)
+    pipeline.decode_tokens = decodes
     if isinstance(pipeline, PipelineV3):
         priors = PriorGraphs(pipeline, shapes.prior_rows, beside, counters)
         priors.capture_all()
@@ -301,7 +331,8 @@ class _Draw:
 class StepGraphs:
     """Replace `Eager` where shapes repeat.
 
-    Weights that differ by position, as those of regions do, are not captured.
+    Weights that differ by position, as those of regions do, are not captured. network: the
+    denoiser's name.
     """
 
     def __init__(
@@ -310,8 +341,10 @@ class StepGraphs:
         buckets: Iterable[Bucket],
         recorder: Recorder,
         counters: Counter[Count],
+        network: str = DENOISER,
     ) -> None:
-        self.eager, self.denoiser = Eager(pipeline.bundle), pipeline.bundle.denoiser
+        self.eager, self.denoiser = Eager(pipeline.bundle, network), pipeline.denoisers[network]
+        self._network = network
         self.counters, self._recorder = counters, recorder
         self._device, self._ready = pipeline.device, False
         self._samplers = pipeline.config.samplers
@@ -413,7 +446,7 @@ class StepGraphs:
             features = denoiser.features(tokens, times, condition, row_of)
             return sampling.mix_branches(features, row_of, weights, rows)
 
-        recording = self._capture(guided, f"the step of {bucket}")
+        recording = self._capture(guided, f"the step of {self._network}, {bucket}")
         return None if recording is None else _Step(tokens, times, weights, condition, recording)
 
     def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
@@ -440,7 +473,7 @@ class StepGraphs:
         features, rows = torch.zeros_like(example), len(example)
         shapes = example.shape[:3], (rows,), (rows,)
         inputs = SamplingInputs(*(torch.full(shape, 0.5, device=self._device) for shape in shapes))
-        name = f"the draw of {rows} rows by {sampler}"
+        name = f"the draw of {rows} rows of {self._network} by {sampler}"
         recording = self._capture(lambda: self.eager.sample(sampler, features, inputs), name)
         return None if recording is None else _Draw(features, inputs, recording)
 
@@ -467,6 +500,8 @@ class _PriorRun:
 class PriorGraphs:
     """Replace a pipeline's `run_prior`: all of its steps are one graph for each number of images.
 
+    Presets whose priors have other settings have graphs of their own.
+
     Sixty steps of forty-eight small blocks are more than ten thousand launches. They would keep the
     worker from stepping rows for longer than the device takes to compute them.
 
@@ -482,34 +517,39 @@ class PriorGraphs:
     ) -> None:
         self.eager: PriorFn = pipeline.run_prior
         self.counters, self._recorder = counters, recorder
-        self._shape, self._device = pipeline.prior_noise, pipeline.device
-        self._dtype = pipeline.dtype
+        config = pipeline.config
+        settings = {config.preset(name).recipe.prior for name in config.preset_names}
+        self._shapes = {each: pipeline.prior_noise(each) for each in settings}
+        self._device, self._dtype = pipeline.device, pipeline.dtype
         self._rows = sorted(set(rows), reverse=True)
-        self._captured: dict[int, _PriorRun] = {}
+        self._captured: dict[tuple[PriorSettings, int], _PriorRun] = {}
 
     @torch.inference_mode()
     def capture_all(self) -> None:
         """Capture every number of images."""
-        for rows in self._rows:
-            if run := self._capture(rows):
-                self._captured[rows] = run
+        for settings, rows in product(self._shapes, self._rows):
+            if run := self._capture(settings, rows):
+                self._captured[settings, rows] = run
 
-    def _capture(self, rows: int) -> _PriorRun | None:
-        steps, width = self._shape
+    def _capture(self, settings: PriorSettings, rows: int) -> _PriorRun | None:
+        steps, width = self._shapes[settings]
         text = torch.zeros(rows, width, dtype=self._dtype, device=self._device)
         noise = torch.zeros(steps, rows, width, device=self._device)
-        name = f"the prior of {rows} images"
-        recording = capture(self._recorder, lambda: self.eager(text, noise), name, self.counters)
+        name = f"the prior of {rows} images in {settings.steps} steps"
+        recording = capture(
+            self._recorder, lambda: self.eager(text, noise, settings), name, self.counters
+        )
         return None if recording is None else _PriorRun(text, noise, recording)
 
     @torch.inference_mode()
-    def __call__(self, text: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, text: Tensor, noise: Tensor, settings: PriorSettings) -> Tensor:
         """Compute as `PriorFn`; more images than any graph has are computed eagerly."""
         B = len(text)
-        rows = min((rows for rows in self._captured if rows >= B), default=None)
+        known = (rows for each, rows in self._captured if each == settings and rows >= B)
+        rows = min(known, default=None)
         if rows is None:
-            return self.eager(text, noise)
-        run = self._captured[rows]
+            return self.eager(text, noise, settings)
+        run = self._captured[settings, rows]
         run.text[:B] = text
         run.noise[:, :B] = noise
         run.recording.replay()

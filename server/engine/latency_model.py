@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+from model.config import DENOISER
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import Pool
 
@@ -75,18 +76,26 @@ class _Unfinished:
 class _Kind(NamedTuple):
     """What measurements are kept apart by. pixels: width times height of a row.
 
-    tiled: whether the rows are tiles, which share the prior's result and more.
+    tiled: whether the rows are tiles, which share the prior's result and more. denoiser: the
+    network's name.
     """
 
     model: str
     pixels: int
     tiled: bool = False
+    denoiser: str = DENOISER
+
+    @property
+    def weights(self) -> tuple[str, str, bool]:
+        """What measurements of other sizes must share to be scaled to this one."""
+        return self.model, self.denoiser, self.tiled
 
     @classmethod
     def of(cls, job: Job) -> _Kind:
         """Return the kind of a job's last pass."""
         width, height = job.row_size(job.passes[-1][0][0])
-        return cls(job.model, width * height, job.enlarge is not None)
+        tiled, denoiser = job.enlarge is not None, job.sampling.denoiser
+        return cls(job.model, width * height, tiled, denoiser)
 
 
 @dataclass(slots=True)
@@ -103,7 +112,8 @@ class LatencyModel:
     def record_step(self, step: Step, now: float) -> None:
         """Record a finished step."""
         self.measured_at = now
-        known = self._steps.setdefault(_Kind(step.model, step.pixels), {})
+        kind = _Kind(step.model, step.pixels, denoiser=step.denoiser)
+        known = self._steps.setdefault(kind, {})
         known.setdefault(step.branches, _Average(step.seconds, now)).record(step.seconds, now)
 
     def record_job(self, job: Job, timings: Timings, now: float) -> None:
@@ -187,11 +197,19 @@ class LatencyModel:
         branches: of each row.
         """
         pixels = pool.width * pool.height
-        seconds = self.step(pool.model, pixels, max(1.0, rows) * branches, now, least=least)
+        branches *= max(1.0, rows)
+        seconds = self.step(pool.model, pixels, branches, now, denoiser=pool.denoiser, least=least)
         return None if seconds is None else seconds * min(1.0, rows)
 
     def step(
-        self, model: str, pixels: int, branches: float, now: float, *, least: bool = False
+        self,
+        model: str,
+        pixels: int,
+        branches: float,
+        now: float,
+        *,
+        denoiser: str = DENOISER,
+        least: bool = False,
     ) -> float | None:
         """Return the seconds of a step of so many branches; None while nothing is known.
 
@@ -209,12 +227,8 @@ class LatencyModel:
         measured = {kind: known for kind, known in recent.items() if known}
         if not measured:
             return None
-        return _for_kind(
-            measured,
-            _Kind(model, pixels),
-            lambda known: _interpolate(known, branches, least),
-            least,
-        )
+        kind = _Kind(model, pixels, denoiser=denoiser)
+        return _for_kind(measured, kind, lambda known: _interpolate(known, branches, least), least)
 
 
 @dataclass(slots=True)
@@ -243,10 +257,10 @@ def _for_kind(
 ) -> float | None:
     """Return the seconds of the nearest measured size, of the same weights if there is one, scaled.
 
-    least: 0 if nothing of these weights was measured, and no more than was measured. Tiles are
-    others' weights in this respect.
+    least: 0 if nothing of these weights was measured, and no more than was measured. Tiles, and
+    another denoiser of a bundle, are others' weights in this respect.
     """
-    same = [other for other in measured if (other.model, other.tiled) == (kind.model, kind.tiled)]
+    same = [other for other in measured if other.weights == kind.weights]
     if least and not same:
         return 0.0
     nearest = min(same or measured, key=lambda other: abs(other.pixels - kind.pixels), default=None)

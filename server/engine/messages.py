@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, SupportsIndex
 
-from model.config import Interpolation, SamplingConfig
+from model.config import DENOISER, Interpolation, SamplingConfig
 from model.image_request import (
     Edit,
     Enlarge,
@@ -66,7 +66,8 @@ class Job:
     image, at most, are sent before it is done. early: each image is sent as soon as it is done, and
     all of them again with the answer. traceparent: the W3C trace context of a traced request, whose
     answer has `step_seconds`; otherwise empty. held_bytes: size of the client's files that the API
-    process keeps until the images are done.
+    process keeps until the images are done. model_sha256: the weights' hash, for the answer.
+    step_work: of a step of its denoiser, in that of the weights' first one.
 
     The other fields are those of `model.image_request.ImageRequest`. With keyframes the rows are
     frames, evenly spaced from the first keyframe to the last.
@@ -95,6 +96,8 @@ class Job:
     cache_scope: str = ""
     held_bytes: int = 0
     enlarge: Enlarge | None = None
+    model_sha256: str = ""
+    step_work: float = 1.0
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -145,8 +148,8 @@ class Job:
 
     @property
     def work(self) -> float:
-        """Steps of all rows together, each times its row's pixels and branches."""
-        return sum(
+        """Steps of all rows together, each times its row's pixels and branches' work."""
+        return self.step_work * sum(
             math.prod(self.row_size(rows[0])) * self.row_branches(rows[0]) * len(rows) * steps
             for rows, steps in self.passes
         )
@@ -371,6 +374,7 @@ class Step:
     """A finished denoiser step.
 
     branches: of all its rows. pixels: width times height of each row. model: the bundle's name.
+    denoiser: the network's.
     """
 
     rows: int
@@ -378,6 +382,7 @@ class Step:
     pixels: int
     seconds: float
     model: str = ""
+    denoiser: str = DENOISER
 
 
 @dataclass(frozen=True, slots=True)

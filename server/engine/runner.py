@@ -353,8 +353,9 @@ class Runner:
     def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
         """Take one denoiser step for started rows of one pool; return those that are now done."""
         stepped = [self.rows[row] for row in rows]
-        kind = (model, len(rows), self.branches(rows), stepped[0].tokens.shape)
-        with self.threads.all() if stepped[0].sampling.deterministic else self.threads.step(kind):
+        first = stepped[0]
+        kind = (model, first.sampling.denoiser, len(rows), self.branches(rows), first.tokens.shape)
+        with self.threads.all() if first.sampling.deterministic else self.threads.step(kind):
             self.pipelines[model].advance(stepped)
         self.streams.stepped()
         return [row for row in rows if self.rows[row].done]
@@ -396,11 +397,19 @@ class Runner:
     # ── before the first request ──────────────────────────────────────────────────────────────────
 
     def warm_up(self) -> None:
-        """Run every stage of every bundle and capture its graphs, so that no request has to."""
+        """Run every stage of every bundle and capture its graphs, so that no request has to.
+
+        That is every preset once, and every denoiser with the largest batch.
+        """
         for pipeline in self.pipelines.values():
-            began, sampling = time.perf_counter(), pipeline.config.recipe.sampling(steps=2)
-            pipeline.generate(["warm"], [0], sampling)
-            self._warm_up_batch(pipeline, sampling, time.perf_counter() - began)
+            largest: dict[str, tuple[SamplingConfig, float]] = {}
+            for preset in pipeline.config.preset_names:
+                began, sampling = time.perf_counter(), pipeline.config.sampling(preset, steps=2)
+                pipeline.generate(["warm"], [0], sampling)
+                seconds = time.perf_counter() - began
+                largest.setdefault(sampling.denoiser, (sampling, seconds))
+            for sampling, seconds in largest.values():
+                self._warm_up_batch(pipeline, sampling, seconds)
             if self.device.type == "cuda" and self._settings.cuda_graphs:
                 self.capture_graphs(pipeline, lambda: CUDARecorder(self.device))
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
+from model.config import DENOISER
 from server.engine.messages import Job, Priority
 
 # Steps of other pools between two of one pool, at most: two pools share the steps three to one at
@@ -54,7 +55,8 @@ class Pool:
 
     length: the class of their conditions, one of LENGTHS. The encoder's own count is known only
     once a job has started, but it reads bytes, so the text tells as much. reserved_for: the job
-    whose rows step alone, or the row that does; None where others may join.
+    whose rows step alone, or the row that does; None where others may join. denoiser: the network
+    that takes the steps, by its name; presets that share it share steps.
     """
 
     model: str
@@ -62,6 +64,7 @@ class Pool:
     height: int
     length: int
     reserved_for: RowId | str | None
+    denoiser: str = DENOISER
 
     @classmethod
     def of(cls, job: Job, index: int) -> Pool:
@@ -71,7 +74,8 @@ class Pool:
         # steps hold nothing but itself.
         if job.sampling.deterministic:
             reserved_for = RowId(job.id, index)
-        return cls(job.model, *job.row_size(index), _length(job), reserved_for)
+        denoiser = job.sampling.denoiser
+        return cls(job.model, *job.row_size(index), _length(job), reserved_for, denoiser)
 
 
 @dataclass(slots=True)

@@ -378,9 +378,8 @@ class Worker:
         )
         self.runner.step(pool.model, rows)
         ended = time.perf_counter()
-        self._steps.append(
-            Step(len(rows), branches, pool.width * pool.height, ended - began, pool.model)
-        )
+        pixels, seconds = pool.width * pool.height, ended - began
+        self._steps.append(Step(len(rows), branches, pixels, seconds, pool.model, pool.denoiser))
         for row in rows:
             self._progress[row.job].steps += 1
         for id in {row.job for row in rows if self.scheduler.job(row.job).traceparent}:

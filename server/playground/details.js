@@ -21,6 +21,7 @@ function rows({ parameters, width, height, original, model }) {
     size,
     ...(scale ? [["Enlarged", `${scale} times`]] : []),
     ["Seed", parameters.seed],
+    ...((parameters.preset ?? "quality") === "quality" ? [] : [["Preset", parameters.preset]]),
     ["Steps", parameters.num_inference_steps],
     ["Guidance", [...new Set(parameters.guidance_scale)].join(" → ")],
     ["Sampler", parameters.sampler],

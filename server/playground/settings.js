@@ -5,6 +5,8 @@ const SIZED = ["generate", "variations", "interpolate"];
 const FITTED = ["edit", "variations"];
 const FEATHERED = ["inpaint", "outpaint"];
 // Fields that a request may lack; an image's parameters set them, or their defaults do.
+// Fields that a preset's recipe sets.
+const RECIPE = ["num_inference_steps", "guidance_scale", "sampler", "temperature_start", "temperature_end"];
 const OPTIONAL = ["feather", "fit", "resize", "hires_scale", "hires_strength", "hires_steps"];
 
 export class Settings {
@@ -15,6 +17,7 @@ export class Settings {
     this.changed = new Set();
     form.addEventListener("input", ({ target }) => {
       this.changed.add(target.name);
+      if (target.name === "preset") this.#followPreset();
       this.#show();
     });
   }
@@ -41,15 +44,17 @@ export class Settings {
     const sides = Array.from({ length: Math.floor(high / step) }, (_, i) => (i + 1) * step).filter((side) => side >= low);
     for (const name of ["width", "height"]) options(this.fields[name], sides);
     options(this.fields.sampler, model.capabilities.samplers);
+    this.fields.preset.replaceChildren(...Object.keys(model.presets).map((name) => new Option(name[0].toUpperCase() + name.slice(1), name)));
+    this.form.querySelector("#preset-field").hidden = this.fields.preset.options.length < 2;
     for (const radio of this.fields.operation) radio.disabled = !this.supports(radio.value);
     if (!this.supports(this.operation)) [...this.fields.operation].find((radio) => !radio.disabled)?.click();
-    this.#defaults();
+    this.#choosePreset(kept.preset);
     this.#write(kept);
   }
 
   reset() {
     this.changed.clear();
-    this.#defaults();
+    this.#choosePreset();
     this.fields.negative_prompt.value = this.fields.seed.value = "";
     Object.assign(this.fields.n, { value: "1" });
     this.fields.partial_images.value = "5";
@@ -65,6 +70,7 @@ export class Settings {
     const asked = { model: this.model.id };
     const number = (name) => bounded(fields[name]);
     if (SIZED.includes(operation) || this.#resized) Object.assign(asked, { width: number("width"), height: number("height") });
+    if (changed.has("preset")) asked.preset = fields.preset.value;
     for (const name of ["num_inference_steps", "guidance_scale"]) if (changed.has(name)) asked[name] = number(name);
     if (changed.has("sampler")) asked.sampler = fields.sampler.value;
     if (changed.has("temperature_start") || changed.has("temperature_end")) {
@@ -100,7 +106,7 @@ export class Settings {
   fill(parameters) {
     const { guidance_scale: guidance, temperature, hires, strength, ...same } = parameters;
     this.changed.clear();
-    this.#defaults();
+    this.#choosePreset(parameters.preset);
     for (const name of OPTIONAL) restore(this.fields[name]);
     this.#write({
       ...same,
@@ -125,6 +131,7 @@ export class Settings {
   }
 
   recall(values) {
+    if (values.preset) this.#choosePreset(values.preset);
     this.#write(values);
   }
 
@@ -132,11 +139,31 @@ export class Settings {
     return Object.fromEntries([...this.changed].filter((name) => this.fields[name]?.value !== undefined).map((name) => [name, valueOf(this.fields[name])]));
   }
 
+  /** Chooses a preset if the weights have it, otherwise their default one, and sets the form to its recipe. */
+  #choosePreset(name) {
+    const { presets, default_preset: usual } = this.model;
+    const chosen = presets[name] ? name : usual;
+    this.fields.preset.value = chosen;
+    this.changed.delete("preset");
+    if (chosen !== usual) this.changed.add("preset");
+    this.#defaults();
+  }
+
+  /** Sets the fields of a recipe to that of the preset that was chosen by hand. */
+  #followPreset() {
+    for (const name of RECIPE) this.changed.delete(name);
+    this.#applyRecipe();
+  }
+
   #defaults() {
-    const { native_size: size, recipe } = this.model;
+    const [width, height] = this.model.native_size;
+    this.#set({ width, height });
+    this.#applyRecipe();
+  }
+
+  #applyRecipe() {
+    const { recipe } = this.model.presets[this.fields.preset.value];
     this.#set({
-      width: size[0],
-      height: size[1],
       num_inference_steps: recipe.num_inference_steps,
       guidance_scale: recipe.guidance_scale[0],
       sampler: recipe.sampler,
@@ -149,7 +176,7 @@ export class Settings {
   #write(values) {
     for (const [name, value] of Object.entries(values)) {
       const field = this.fields[name];
-      if (name === "operation" || name === "model" || value === undefined || value === null || !field) continue;
+      if (name === "operation" || name === "model" || name === "preset" || value === undefined || value === null || !field) continue;
       const before = valueOf(field);
       this.#set({ [name]: value });
       if (valueOf(field) !== before) this.changed.add(name);

@@ -17,6 +17,7 @@ from model.config import BundleConfig, Operation, SamplingConfig
 from model.image_request import Enlarge
 from server.api.errors import ApiError, invalid_value
 from server.api.images.fit import Size, follow, within
+from server.api.planning.sampling import choose_sampling
 from server.api.planning.workload import (
     DECODING_WORK,
     ENLARGING_WORK,
@@ -138,6 +139,7 @@ class Draft:
             images=rows_of(self.request),
             steps=steps,
             branches=1 + regions + self.sampling.guided,
+            share=self.config.relative_work(self.sampling.denoiser),
             output=DECODING_WORK
             + FILE_WORK[self.output]
             + previews * (DECODING_WORK + PREVIEW_WORK),
@@ -205,6 +207,8 @@ class Draft:
         job = Job(
             id=uuid.uuid4().hex,
             model=self.config.name,
+            model_sha256=self.config.sha256,
+            step_work=self.config.relative_work(self.sampling.denoiser),
             prompt=prompt,
             negative_prompt=request.negative_prompt,
             width=size[0],
@@ -237,11 +241,13 @@ def draft(
     """Choose weights and sampling. The parameters are `Draft`'s.
 
     Raises:
-        ApiError: 404 unknown weights, 400 unsupported by them, 422 contradictory fields.
+        ApiError: 404 unknown weights, 400 unsupported by them or by the preset, 422 contradictory
+            fields, or other weights than those of the requested hash.
     """
     config = find_model(request.model, models, settings.aliases)
     check_operation(config, operation)
-    sampling = _sampling(request, config, settings)
+    _check_weights(request, config)
+    sampling = choose_sampling(request, config, settings)
     if settings.sizes == "nearest" and operation in RESIZED and request.width and request.height:
         size = nearest_size((request.width, request.height), config, settings)
         request = request.model_copy(update={"width": size[0], "height": size[1]})
@@ -261,6 +267,13 @@ def find_model(name: str | None, models: Models, aliases: Mapping[str, str]) -> 
         message = f"model: unknown; loaded are {named} (sent: {name[:80]!r})"
         raise ApiError(HTTPStatus.NOT_FOUND, "model_not_found", message, "model")
     return models[known]
+
+
+def _check_weights(request: SamplingFields, config: BundleConfig) -> None:
+    """Raise ApiError 422 if the request is for weights of another hash."""
+    if request.model_sha256 not in (None, config.sha256):
+        loaded = f"{config.name} has {config.sha256}; leave it out to draw with these weights"
+        raise invalid_value("model_sha256", loaded, request.model_sha256)
 
 
 def check_operation(config: BundleConfig, operation: Operation) -> None:
@@ -317,30 +330,3 @@ def seeds(first: int | None, n: int) -> tuple[int, ...]:
     """Return the seeds of n images: consecutive int64 from `first`, or from a random one."""
     start = secrets.randbelow(RANDOM_SEEDS) if first is None else first
     return tuple((start + i + INT64) % (2 * INT64) - INT64 for i in range(n))
-
-
-def _sampling(request: SamplingFields, config: BundleConfig, settings: Settings) -> SamplingConfig:
-    deterministic = request.deterministic
-    sampling = config.recipe.sampling(
-        steps=request.num_inference_steps,
-        renoise_steps=request.renoise_steps,
-        guidance=request.guidance_scale,
-        guidance_steps=request.guidance_steps,
-        temperature=request.temperature,
-        sampler=request.sampler,
-        typical_mass=request.typical_mass,
-        renoise_mode=request.renoise_mode,
-        deterministic=settings.deterministic if deterministic is None else deterministic,
-    )
-    if sampling.sampler not in config.samplers:
-        supported = ", ".join(config.samplers)
-        message = f"sampler: {config.name} supports {supported} (sent: {sampling.sampler!r})"
-        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_sampler", message, "sampler")
-    for param, count in (
-        ("renoise_steps", sampling.renoise_steps),
-        ("guidance_steps", sampling.guidance_steps),
-    ):
-        if count > sampling.steps:
-            allowed = f"must be from 0 to num_inference_steps, which is {sampling.steps}"
-            raise invalid_value(param, allowed, count)
-    return sampling

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.canvas import Pixels, on_white
+from model.config import SamplingConfig
 from server.api.images.fit import Restoration, Size
 from server.engine.messages import Image, Job
 
@@ -67,6 +68,8 @@ class Plan:
         common = {
             "operation": self.operation,
             "model": job.model,
+            "model_sha256": job.model_sha256 or None,
+            "preset": sampling.preset,
             "prompt": job.prompt,
             "negative_prompt": job.negative_prompt,
             "width": self.size[0],
@@ -74,12 +77,14 @@ class Plan:
             "seed": job.seeds[index],
             "num_inference_steps": sampling.steps,
             "guidance_scale": list(sampling.guidance),
-            "guidance_steps": sampling.guidance_steps,
+            **_guidance_interval(sampling),
             "temperature": list(sampling.temperature),
             "sampler": sampling.sampler,
             "typical_mass": sampling.typical_mass,
             "renoise_steps": sampling.renoise_steps,
             "renoise_mode": sampling.renoise_mode,
+            "renoise_order": sampling.renoise_order,
+            "attention_weights": _attention_weights(sampling),
             "deterministic": sampling.deterministic,
         }
         frame = {"frame": index} if job.keyframes else {}
@@ -91,6 +96,22 @@ class Plan:
         parameters = self.parameters(truncated, 0) | {"n": images}
         parameters.pop("frame", None)
         return parameters
+
+
+def _guidance_interval(sampling: SamplingConfig) -> dict[str, float]:
+    """Return the fields for the steps with guidance: their number, unless others come before."""
+    first, steps = sampling.guidance_start, sampling.steps
+    if first == 0:
+        return {"guidance_steps": sampling.guidance_steps}
+    end = (first + sampling.guidance_steps) / steps
+    return {"guidance_start": first / steps, "guidance_end": end}
+
+
+def _attention_weights(sampling: SamplingConfig) -> dict[str, float] | None:
+    if sampling.attention_weights is None:
+        return None
+    text, image = sampling.attention_weights
+    return {"text": text, "image": image}
 
 
 def file_hash(content: bytes) -> str:

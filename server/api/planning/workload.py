@@ -38,6 +38,7 @@ class Workload:
         branches: branches of a step.
         output: work for decoding, previews and files.
         enlarging: work for a pixel that is enlarged, its file included.
+        share: a branch's work in that of the weights' first denoiser.
     """
 
     images: int
@@ -45,10 +46,12 @@ class Workload:
     branches: int
     output: int
     enlarging: int
+    share: float = 1.0
 
     def of(self, size: Size, enlarged: int = 0) -> int:
         """Return the work. size: of the generated images. enlarged: pixels of each result."""
-        generated = size[0] * size[1] * (self.steps * self.branches + self.output)
+        each = self.steps * self.branches * self.share + self.output
+        generated = math.ceil(size[0] * size[1] * each)
         return self.images * (generated + enlarged * self.enlarging)
 
     def check(self, size: Size, enlarged: int, allowed: int) -> None:
@@ -56,10 +59,11 @@ class Workload:
         work, pixels = self.of(size, enlarged), size[0] * size[1]
         if work > allowed:
             enlarging = f", {enlarged} pixels as much as {self.enlarging} to enlarge"
+            share = f", each {self.share:.2g} of a full one" if self.share != 1 else ""
             message = (
                 f"the request's work is {work}, the maximum {allowed}"
                 f" ({self.images} images of {pixels} pixels, {self.steps} steps of {self.branches}"
-                f" branches, and as much as {self.output} for decoding and files"
+                f" branches{share}, and as much as {self.output} for decoding and files"
                 f"{enlarging if enlarged else ''})"
             )
             raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
@@ -79,7 +83,7 @@ def check_tiles_work(job: Job, enlarge: Enlarge, output: AnyFormat, allowed: int
     branches = 1 + len(job.regions)
     steps = drawn * job.passes[0][1] * (branches + job.sampling.guided)
     steps += tile_pixels * enlarge.steps * (branches + enlarge.sampling.guided)
-    work = steps + decoded * DECODING_WORK + files
+    work = math.ceil(steps * job.step_work) + decoded * DECODING_WORK + files
     if work > allowed:
         message = (
             f"the request's work is {work}, the maximum {allowed}"
