@@ -348,6 +348,17 @@ async def test_the_middleware_reports_a_client_that_stalled() -> None:
     assert table.answers.get(("one", "key")) is not None
 
 
+async def test_an_answer_is_kept_for_the_ten_minutes_of_the_documentation() -> None:
+    table = IdempotencyTable(1 << 20, Metrics())
+    record = recorder(table, taken)
+    record.begin(("one", "key"), b"digest")
+    await record.send(START)
+    await record.send(BODY)
+    kept = table.answers.get(("one", "key"))
+    assert kept is not None
+    assert kept[1] == pytest.approx(600, abs=30)
+
+
 async def test_an_answer_larger_than_the_table_is_for_those_who_wait_alone() -> None:
     table = IdempotencyTable(4, Metrics())
     record = recorder(table, taken)

@@ -17,6 +17,7 @@ from model.rows import (
     Row,
     edit,
     generate,
+    refine,
     repaint,
     token_mask,
     token_weight,
@@ -138,6 +139,22 @@ def test_what_an_edit_returns_to_noise_is_the_seeds_own(pipeline, picture):
     assert torch.equal(mine.tokens, other.tokens)
     assert torch.equal(mine.tokens[noised], mine.noise.start[noised])
     assert not torch.equal(edit(row(pipeline, seed=1), picture, 0.5).tokens, mine.tokens)
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.75])
+def test_a_refined_row_keeps_every_token_that_is_not_noised(pipeline, strength):
+    config = replace(PLAIN, steps=12, renoise_steps=11)
+    picture = torch.full((64, 64), 5)
+    base = row(pipeline, config=config)
+    wide = generate(config, pipeline.noise(0, 256, 256, 12), base.conditional, base.unconditional)
+    mine = refine(wide, picture, strength)
+    assert mine.pinned is not None
+    assert torch.equal(mine.pinned.tokens, picture)
+    noised = mine.tokens != picture
+    assert not (mine.pinned.keep & noised).any()
+    # Of 64 codes the noise hits the image's own code once in a while.
+    assert (mine.pinned.keep | noised).float().mean() > 0.96
+    assert 1 - mine.pinned.keep.float().mean() == pytest.approx(strength, abs=0.04)
 
 
 # ── regions ───────────────────────────────────────────────────────────────────────────────────────
