@@ -1,6 +1,7 @@
 """Plant small faults in the code, one at a time, and count how many of them the tests catch.
 
     python -m load_tests.mutate
+    python -m load_tests.mutate --kept outcomes.jsonl     # goes on after an interruption
     python -m load_tests.mutate --count 20 --seed 1 --modules server/engine/client.py model/rows.py
 
 Each fault (a mutant) is planted in a temporary copy of the working tree, and the tests related to
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import random
 import shlex
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     preload()
     with tempfile.TemporaryDirectory() as directory:
-        results = list(_run_all(Copy(Path(directory)), mutants))
+        results = list(_run_all(Copy(Path(directory)), mutants, Kept(options.kept)))
     report.add(_table(results))
     report.emit(summary(results))
 
@@ -262,6 +264,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=MODULES,
         help="files and folders, relative to the repository",
+    )
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        help="a file of JSON lines to add outcomes to; those caught in it are not run again",
     )
     parser.add_argument(
         "--list", action="store_true", help="print the drawn mutants and run nothing"
@@ -309,9 +316,41 @@ def related_tests(module: str, root: Path = ROOT) -> list[str]:
     return tests
 
 
-def _run_all(copy: Copy, mutants: Sequence[Mutant]) -> Iterator[Result]:
+class Kept:
+    """Outcomes of earlier runs in a file of JSON lines; without a path nothing is kept.
+
+    Survivors are not among them, for tests may have been added.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        known = [json.loads(line) for line in lines]
+        self._known = {each["mutant"]: each for each in known if each["outcome"] != "survived"}
+
+    def get(self, mutant: Mutant) -> Result | None:
+        """Return the outcome of an earlier run, or None."""
+        found = self._known.get(mutant.identity)
+        return found and Result(mutant, found["outcome"], found["seconds"])
+
+    def add(self, result: Result) -> None:
+        """Write an outcome at once, so that an interruption loses none."""
+        if self._path is not None:
+            line = {
+                "mutant": result.mutant.identity,
+                "outcome": result.outcome,
+                "seconds": round(result.seconds, 1),
+            }
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _run_all(copy: Copy, mutants: Sequence[Mutant], kept: Kept) -> Iterator[Result]:
     baselines: dict[str, float] = {}
     for number, mutant in enumerate(mutants, 1):
+        if (earlier := kept.get(mutant)) is not None:
+            yield earlier
+            continue
         tests = related_tests(mutant.module, copy.directory)
         for test in tests:
             if test not in baselines and mutant.identity not in EQUIVALENT:
@@ -321,6 +360,7 @@ def _run_all(copy: Copy, mutants: Sequence[Mutant]) -> Iterator[Result]:
         result = run_mutant(copy, mutant, tests, timeout_s)
         progress = f"{number}/{len(mutants)} {result.outcome} {result.seconds:.0f} s"
         print(f"{progress} {mutant.identity}", file=sys.stderr, flush=True)
+        kept.add(result)
         yield result
 
 

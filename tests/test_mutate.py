@@ -11,7 +11,7 @@ import pytest
 from load_tests import mutate
 from load_tests.equivalent_mutants import EQUIVALENT
 from load_tests.mutants import Mutant, find_mutants
-from load_tests.mutate import Copy, Result, related_tests, run_mutant, sample, summary
+from load_tests.mutate import Copy, Kept, Result, related_tests, run_mutant, sample, summary
 from load_tests.report import wilson_interval
 
 SOURCE = '''"""A docstring."""
@@ -132,6 +132,19 @@ def test_equivalent_mutants_are_not_run_and_do_not_count(
     figures = summary([Result(planted("x"), outcome, 1.0) for outcome in outcomes])  # type: ignore[arg-type]
     assert (figures["mutants"], figures["rate"], figures["equivalent"]) == (15, 0.8, 5)
     assert figures["survivors"] == [planted("x").identity] * 2
+
+
+def test_what_was_caught_is_not_run_again_and_a_survivor_is(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.jsonl"
+    for name, outcome in (("a", "caught"), ("b", "survived"), ("c", "timeout")):
+        Kept(path).add(Result(planted(name), outcome, 1.26))  # type: ignore[arg-type]
+    again = Kept(path)
+    assert again.get(planted("a")) == Result(planted("a"), "caught", 1.3)
+    assert again.get(planted("b")) is None
+    assert again.get(planted("c")) == Result(planted("c"), "timeout", 1.3)
+    assert again.get(planted("d")) is None
+    Kept(None).add(Result(planted("a"), "caught", 1.0))
+    assert Kept(None).get(planted("a")) is None
 
 
 def test_wilson_s_interval_is_the_published_one() -> None:
