@@ -59,8 +59,8 @@ batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; a
 faults soak hostile: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests; all attacks at once
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
-evaluate: $(VENV)/.dev art  ## PaellaBench on the embedded weights; ARGS=--quick is short
-	$(BIN)/python -m model.training.evaluate $(ARGS)
+evaluate: $(VENV)/.dev art  ## PaellaBench on the embedded weights; PRESETS=all: of each preset; ARGS=--quick is short
+	$(BIN)/python -m model.training.evaluate $(if $(PRESETS),--presets $(PRESETS)) $(ARGS)
 
 # The objects of the pictures that training and evaluation draw; without them the tests that draw them are skipped and say so.
 art: $(VENV)/.dev  ## fetch the objects' art with npm into $PAELLERA_ART, or ~/.cache/paellera/art

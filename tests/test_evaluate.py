@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from model.training.benchmark import Drawn
 from model.training.checker import Found, Reading
 from model.training.detector import Detector
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
+from model.training.recipe_text import RecipeError
 
 
 class Guess:
@@ -60,6 +62,34 @@ def test_the_bench_has_a_row_for_every_judge_and_every_check(
 
 def test_a_small_bundle_is_refused_with_a_reason(pipeline: Pipeline) -> None:
     assert "needs 256" in str(evaluate.unfit(pipeline))
+
+
+def test_presets_are_named_one_by_one_or_are_all_of_the_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = str(bundle)
+    assert evaluate.presets_of(name, None) == [name]
+    assert evaluate.presets_of(name, "all") == [f"{name}@quality"]
+    assert evaluate.presets_of(name, "quality,fast") == [f"{name}@quality", f"{name}@fast"]
+    with pytest.raises(RecipeError, match="exclude each other"):
+        evaluate.presets_of(f"{name}@steps=4", "all")
+
+
+def test_the_fastest_preset_near_the_best_has_the_fewest_branches() -> None:
+    means = {"quality": (0.80, 24), "half": (0.79, 12), "fast": (0.785, 4), "poor": (0.7, 1)}
+    measured = {
+        name: {"paella_bench": {"detector": mean}, "branches": branches}
+        for name, (mean, branches) in means.items()
+    }
+    assert evaluate.fastest(measured) == "fast"
+    assert evaluate.fastest(measured, within=0.012) == "half"
+
+
+def test_the_cost_of_an_image_counts_the_branches_of_its_guided_steps(pipeline: Pipeline) -> None:
+    sampling = pipeline.config.recipe.sampling(steps=4, guidance=(2.0, 2.0))
+    assert evaluate.cost(replace(sampling, guidance_steps=3)).branches == 7
+    plain = pipeline.config.recipe.sampling(steps=4, guidance=(1.0, 1.0))
+    assert evaluate.cost(plain).branches == 4
 
 
 def test_time_decides_how_many_seeds() -> None:

@@ -3,6 +3,7 @@
     python -m model.training.evaluate                          # the embedded weights, all of it
     python -m model.training.evaluate --bundle runs/tiny --quick    # 300 prompts, one seed
     python -m model.training.evaluate --bundle tiny@steps=4,guidance=1      # another recipe
+    python -m model.training.evaluate --presets all            # every preset of the bundle
     python -m model.training.evaluate --contact-sheet docs/contact_sheet.webp
     python -m model.training.evaluate --operations             # inpainting, outpainting, …
     python -m model.training.evaluate --curves docs/plots      # guidance, steps, KID
@@ -20,7 +21,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from rich.table import Table
 from torch import Tensor
 
 from load_tests.report import Report
+from model.config import BundleConfig, SamplingConfig, find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
+from model.sampling import guidances
 from model.training import benchmark, scene_samplers, scenes
 from model.training.art import atlas
 from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
@@ -384,10 +387,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bundle", default="tiny", help="name or path; @CHANGES of its recipe may follow"
     )
+    p.add_argument(
+        "--presets",
+        metavar="NAMES",
+        help="presets of the bundle, separated by commas, or all: PaellaBench of each in turn",
+    )
     p.add_argument("--set", default="report", help="tune, reward or report (default)")
     p.add_argument("--quick", action="store_true", help="25 prompts of a category, one seed")
     p.add_argument("--minutes", type=float, default=15, help="after which seeds are saved on")
-    p.add_argument("--contact-sheet", type=Path, help="also write 48 untuned prompts' images")
+    p.add_argument("--contact-sheet", type=Path, help="write 48 untuned prompts' images instead")
     p.add_argument("--operations", action="store_true", help="judge the image operations instead")
     p.add_argument("--only", choices=OPERATIONS, action="append", help="of the image operations")
     p.add_argument("--cases", type=int, default=100, help="of every operation, 100 by default")
@@ -411,6 +419,49 @@ def unfit(pipeline: Pipeline) -> str | None:
     return f"not evaluated: {name} draws {width} by {height} pixels, PaellaBench needs {NATIVE}"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What an image costs. guidance: at the first and the last step. branches: of all steps."""
+
+    steps: int
+    guidance: tuple[float, float]
+    branches: int
+
+
+def cost(sampling: SamplingConfig) -> Cost:
+    """Return the steps and branches of one image."""
+    guided = sum(guidance != 1 for guidance in guidances(sampling))
+    return Cost(sampling.steps, sampling.guidance, sampling.steps + guided)
+
+
+def presets_of(bundle: str, presets: str | None) -> list[str]:
+    """Return the names to load, `BUNDLE@PRESET`, of presets separated by commas, or of all.
+
+    Raises RecipeError for changes of the recipe beside presets.
+    """
+    if presets is None:
+        return [bundle]
+    if "@" in bundle:
+        raise RecipeError(f"{bundle!r}: a recipe's changes and --presets exclude each other")
+    names = presets.split(",")
+    if presets == "all":
+        names = list(BundleConfig.read(find_bundle(bundle)).preset_names)
+    return [f"{bundle}@{name}" for name in names]
+
+
+def fastest(measured: Mapping[str, Mapping[str, Any]], within: float = 0.02) -> str:
+    """Return the preset with the fewest branches whose mean is within two points of the best."""
+    means = {name: found["paella_bench"]["detector"] for name, found in measured.items()}
+    near = [name for name in means if means[name] >= max(means.values()) - within]
+    return min(near, key=lambda name: measured[name]["branches"])
+
+
+def sampling_of(pipeline: Pipeline, args: argparse.Namespace) -> SamplingConfig:
+    """Return the sampling of a pipeline's recipe with the command line's changes."""
+    guidance = None if args.guidance is None else (args.guidance, args.guidance)
+    return pipeline.config.recipe.sampling(steps=args.steps, guidance=guidance)
+
+
 def main() -> None:
     """Evaluate as the command line says, and print a table and one line of JSON."""
     args = _parser().parse_args()
@@ -420,10 +471,14 @@ def main() -> None:
         "evaluate", command=" ".join(["python -m model.training.evaluate", *sys.argv[1:]])
     )
     began = time.monotonic()
+    dtype = pick_dtype(args.dtype, device)
     try:
-        pipeline = loaded(args.bundle, device, pick_dtype(args.dtype, device))
+        pipelines = {
+            name: loaded(name, device, dtype) for name in presets_of(args.bundle, args.presets)
+        }
     except RecipeError as error:
         raise SystemExit(str(error)) from None
+    pipeline = next(iter(pipelines.values()))
     if reason := unfit(pipeline):
         raise SystemExit(reason)
     first = Detector.load(args.judge, device)
@@ -431,7 +486,7 @@ def main() -> None:
     result: dict[str, Any] = {"bundle": pipeline.config.name, "sha256": pipeline.config.sha256}
     if args.contact_sheet:
         contact_sheet(pipeline, args.contact_sheet)
-    if args.operations:
+    elif args.operations:
         shares, table = judge_operations(
             pipeline, first, sprites, args.cases, args.only or tuple(OPERATIONS)
         )
@@ -442,19 +497,24 @@ def main() -> None:
 
         result |= curves.measure(pipeline, first, sprites, args.curves)
     else:
-        guidance = None if args.guidance is None else (args.guidance, args.guidance)
-        sampling = pipeline.config.recipe.sampling(steps=args.steps, guidance=guidance)
         second = Templates(atlas(128).to(device))
-        bench = Bench(pipeline, Drawn(pipeline, sampling), sprites, first, second)
-        if args.judges:
-            result |= judge_judges(bench)
-            report.add(judges_table(result | {}))
+        measured = {}
+        for name, each in pipelines.items():
+            sampling = sampling_of(each, args)
+            bench = Bench(each, Drawn(each, sampling), sprites, first, second)
+            if args.judges:
+                result |= judge_judges(bench)
+                report.add(judges_table(result | {}))
+                break
+            found = paella_bench(bench, args.set, args.minutes / len(pipelines), args.quick)
+            measured[name] = bench_json(found) | asdict(cost(sampling))
+            report.add(bench_table(found, f"{name}, {args.set} prompts, {sampling.steps} steps"))
         else:
-            found = paella_bench(bench, args.set, args.minutes, args.quick)
-            title = f"PaellaBench, {args.set} prompts, {sampling.steps} steps"
-            report.add(bench_table(found, title))
-            result |= {"steps": sampling.steps, "guidance": sampling.guidance}
-            result |= bench_json(found) | {"networks": networks(pipeline, sprites)}
+            result |= {"networks": networks(pipeline, sprites)}
+            if args.presets is None:
+                result |= measured[args.bundle]
+            else:
+                result |= {"presets": measured, "fastest_near_the_best": fastest(measured)}
     result["seconds"] = round(time.monotonic() - began, 1)
     report.emit(result)
 
