@@ -83,6 +83,7 @@ class BundleOf:
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser, self.config = denoiser, None
+        self.every_denoiser = {"denoiser": denoiser}
 
 
 def trace_row(

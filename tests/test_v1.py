@@ -247,6 +247,7 @@ class BundleOf:
     def __init__(self, denoiser: DenoiserV1) -> None:
         self.denoiser, self.config = denoiser, None
         self.every_denoiser = {"denoiser": denoiser}
+        self.every_denoiser = {"denoiser": denoiser}
 
 
 class Recorded(Eager):
