@@ -12,6 +12,7 @@ import { History } from "./history.js";
 import { listenForImages } from "./image_import.js";
 import { Keyframes } from "./keyframes.js";
 import { Latency } from "./latency.js";
+import { Live } from "./live.js";
 import { Margins } from "./margins.js";
 import { Mask } from "./mask.js";
 import { Regions } from "./regions.js";
@@ -61,8 +62,9 @@ const regions = new Regions({ list: $("regions"), layer: $("layer"), toggle: $("
   showRegions();
   snippets.show();
 });
+const live = new Live({ request: liveRequest, shown: showLive, rested: describeLive, failed: failLive });
 const keyframes = new Keyframes($("keyframes"), () => snippets.show());
-const gallery = new Gallery($("gallery"), { select: show, remove: forget });
+const gallery = new Gallery($("gallery"), { select: choose, remove: forget });
 const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference") }, useModels);
 
 const panel = {
@@ -80,6 +82,10 @@ let models = [];
 let shown = null;
 let running = null;
 let recalled = false;
+/** The newest image of live mode, {request, entry, urls}, until it is kept in the history. */
+let latest = null;
+/** Whether the form was changed while a request of the button ran. */
+let missed = false;
 
 // ── requests ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -89,6 +95,7 @@ function currentRequest() {
 
 async function run(make) {
   if (running) return;
+  settle();
   errors.clear();
   const began = performance.now();
   const generated = [];
@@ -122,6 +129,7 @@ function end() {
   $("cancel").ariaDisabled = "true";
   $("progress").value = 0;
   showRegions();
+  if (missed) drawLive();
 }
 
 function report(message, fraction) {
@@ -168,6 +176,83 @@ function cancel() {
   running?.abort();
 }
 
+// ── live mode ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Draws the changed form in live mode, after the button's request if one runs. */
+function drawLive() {
+  missed = Boolean(running);
+  if ($("live").checked && !running) live.typed();
+}
+
+function switchLive() {
+  $("live-latency").textContent = "";
+  if (!$("live").checked) return settle();
+  fixSeed();
+  if (running) missed = true;
+  else live.restart();
+}
+
+function fixSeed() {
+  if (!settings.chooseSeed()) return;
+  remember();
+  snippets.show();
+}
+
+/** Returns the form's request as live mode draws it, or null if there is nothing to draw. */
+function liveRequest() {
+  if (!$("live").checked || !$("prompt").value.trim() || !settings.model || settings.operation !== "generate") return null;
+  // A seed that is being replaced.
+  if (!$("seed").value.trim() && document.activeElement === $("seed")) return null;
+  fixSeed();
+  const request = currentRequest();
+  return { ...request, count: 1, fields: settings.quick(request.fields) };
+}
+
+function showLive(request, result) {
+  const [[entry, urls]] = generatedEntries(request, result);
+  latest = { request, entry, urls };
+  errors.clear();
+  canvas.show(urls, { width: entry.width, height: entry.height }, describe(entry));
+  showRegions();
+  $("status").textContent = "";
+  $("live-latency").textContent = milliseconds(result.seconds);
+}
+
+/** Tells about the image once typing rests; screen readers announce the status. */
+function describeLive() {
+  const { request, entry } = latest;
+  requests.set(entry.id, request);
+  select(entry);
+  $("status").textContent = `Drawn in ${milliseconds(entry.seconds)}. Seed ${entry.parameters.seed}.`;
+}
+
+function failLive(error, wait) {
+  const unanswered = error instanceof TypeError;
+  const message = unanswered ? "The server does not answer" : error.message;
+  const next = wait ? `Live mode waits for ${wait} s.` : "The next key tries again.";
+  const text = unanswered || error instanceof ServerError ? `${message}. ${next}` : message;
+  // The same text written again would be announced again.
+  if ($("status").textContent !== text) $("status").textContent = text;
+}
+
+/** Ends live drawing until the form changes, and keeps its last image in the history. */
+function settle() {
+  live.halt();
+  if (!latest) return;
+  const { request, entry, urls } = latest;
+  latest = null;
+  requests.set(entry.id, request);
+  add(entry, urls);
+  show(entry);
+}
+
+/** Keeps the last image when the page is left, which must load no images any more. */
+function leave() {
+  live.halt();
+  if (latest) history.add(latest.entry, latest.urls);
+  latest = null;
+}
+
 // ── shown image ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** Shows an entry of the history on the canvas, as input of further requests. */
@@ -183,6 +268,11 @@ function show(entry) {
   margins.reset(entry, longestSide());
   showRegions();
   showHint();
+}
+
+function choose(entry) {
+  settle();
+  show(entry);
 }
 
 /** Shows an entry's details. */
@@ -214,6 +304,10 @@ function blank() {
   showRegions();
   $("shown").hidden = true;
   $("timings").hidden = true;
+}
+
+function showGallery() {
+  gallery.render(history.entries, ({ id }) => history.images(id));
 }
 
 function showHistory() {
@@ -330,7 +424,7 @@ function upscale() {
 
 function remember() {
   try {
-    localStorage.setItem(FORM, JSON.stringify(settings.remember()));
+    localStorage.setItem(FORM, JSON.stringify({ ...settings.remember(), live: $("live").checked }));
   } catch {
     // Storage may be full or forbidden; the form lasts as long as the page.
   }
@@ -338,13 +432,16 @@ function remember() {
 
 function recall() {
   try {
-    settings.recall(JSON.parse(localStorage.getItem(FORM)) ?? {});
+    const { live: isLive, ...values } = JSON.parse(localStorage.getItem(FORM)) ?? {};
+    settings.recall(values);
+    $("live").checked = isLive === true;
   } catch {
     // As above.
   }
 }
 
 function importImage({ url, ...file }) {
+  settle();
   const entry = openedEntry(file);
   add(entry, [url]);
   show(entry);
@@ -387,6 +484,7 @@ const pressed = {
   reset: () => {
     settings.reset();
     useOperation();
+    drawLive();
   },
   download: () => {
     const url = canvas.current ?? history.images(shown.id)[0];
@@ -409,6 +507,8 @@ const pressed = {
   "copy-curl": () => copy("curl"),
   "copy-python": () => copy("python"),
 };
+// They act on the shown image, which the history must have.
+for (const id of ["again", "reuse", "upscale", "forget", "download", "forget-all"]) $(id).addEventListener("click", settle);
 for (const [id, act] of Object.entries(pressed)) $(id).addEventListener("click", act);
 
 $("form").addEventListener("submit", (event) => {
@@ -417,11 +517,24 @@ $("form").addEventListener("submit", (event) => {
 });
 $("form").addEventListener("input", ({ target }) => {
   remember();
-  if (target.name === "operation") return useOperation();
+  if (target.id === "live") return switchLive();
+  if (target.name === "operation") {
+    settle();
+    return useOperation();
+  }
   showRegions();
   snippets.show();
+  drawLive();
 });
-$("model").addEventListener("change", useModel);
+$("seed").addEventListener("change", drawLive);
+$("layer").addEventListener("pointerup", drawLive);
+$("regions").addEventListener("click", drawLive);
+$("model").addEventListener("change", () => {
+  useModel();
+  drawLive();
+});
+window.addEventListener("pagehide", leave);
+window.addEventListener("pageshow", ({ persisted }) => persisted && showGallery());
 $("theme").value = document.documentElement.dataset.theme;
 $("theme").addEventListener("change", ({ target }) => {
   document.documentElement.dataset.theme = target.value;
@@ -432,12 +545,12 @@ $("theme").addEventListener("change", ({ target }) => {
   }
 });
 document.addEventListener("keydown", shortcut);
-window.addEventListener("storage", () => gallery.render(history.entries, ({ id }) => history.images(id)));
+window.addEventListener("storage", showGallery);
 listenForImages({ input: $("open"), onImage: importImage, onError: (message) => errors.show(message), side: longestSide });
 
 $("examples").append(...EXAMPLES.map(example));
 $("settings").open = matchMedia("(min-width: 60rem)").matches;
-gallery.render(history.entries, ({ id }) => history.images(id));
+showGallery();
 showHistory();
 if (history.damaged) errors.show("The saved history cannot be read. It was deleted, and a new one begins.");
 connection.connect();

@@ -37,7 +37,7 @@ export async function runRequest(request, { canvas, previews, report, signal, ch
   return { answer, urls: answer.images?.map(dataUrl) ?? urls, seconds: since(began), preview };
 }
 
-function dataUrl({ format, b64_json }) {
+export function dataUrl({ format, b64_json }) {
   return `data:image/${format};base64,${b64_json}`;
 }
 

@@ -4,9 +4,11 @@ const RANGES = ["num_inference_steps", "guidance_scale", "strength", "feather", 
 const SIZED = ["generate", "variations", "interpolate"];
 const FITTED = ["edit", "variations"];
 const FEATHERED = ["inpaint", "outpaint"];
-// Fields that a request may lack; an image's parameters set them, or their defaults do.
 // Fields that a preset's recipe sets.
 const RECIPE = ["num_inference_steps", "guidance_scale", "sampler", "temperature_start", "temperature_end"];
+const FAST = "fast";
+const FEW_STEPS = 4;
+// Fields that a request may lack; an image's parameters set them, or their defaults do.
 const OPTIONAL = ["feather", "fit", "resize", "hires_scale", "hires_strength", "hires_steps"];
 
 export class Settings {
@@ -86,6 +88,27 @@ export class Settings {
     if (operation === "interpolate") return { ...asked, frames: number("frames"), mode: fields.mode.value };
     if (operation === "upscale") return { ...asked, scale: number("scale"), strength: number("upscale_strength") };
     return { ...asked, n: number("n") };
+  }
+
+  /** Returns a request's fields for one image while one types: by the preset `fast`, or else in few steps. */
+  quick({ n, hires, deterministic, num_inference_steps: steps, ...fields }) {
+    const { presets } = this.model;
+    if (presets[FAST]) {
+      const { guidance_scale, sampler, temperature, negative_prompt, ...others } = fields;
+      return { ...others, preset: FAST };
+    }
+    const preset = presets[this.fields.preset.value];
+    const few = Math.max(FEW_STEPS, preset.steps[0]);
+    return { ...fields, num_inference_steps: Math.min(few, steps ?? preset.recipe.num_inference_steps) };
+  }
+
+  /** Chooses a seed if the form says random, and returns whether it did. */
+  chooseSeed() {
+    const { seed } = this.fields;
+    if (seed.value.trim()) return false;
+    seed.value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+    this.changed.add("seed");
+    return true;
   }
 
   #hires(number) {
