@@ -5,6 +5,8 @@ import { dataUrl } from "./run_request.js";
 
 // From the last key to the next request while another one is in flight, which it supersedes; otherwise requests are sent at once.
 const PAUSE_MS = 60;
+// No younger request is superseded: otherwise keys that come faster than images would keep every image from appearing.
+const GRACE_MS = 300;
 // The same with reduced motion, for every request: images change only when typing pauses.
 const CALM_MS = 500;
 const REST_MS = 1000;
@@ -17,13 +19,14 @@ export class Live {
    * and the seconds until the next request may be sent; the next key tries again.
    */
   constructor({ request, shown, rested, failed }) {
-    Object.assign(this, { request, shown, rested, failed, asked: "", flight: null, timer: 0, rest: 0, typedAt: 0, earliest: 0 });
+    Object.assign(this, { request, shown, rested, failed, asked: "", flight: null, timer: 0, rest: 0, typedAt: 0, sentAt: 0, earliest: 0 });
   }
 
   /** Draws the form as it is now. */
   typed() {
     this.typedAt = performance.now();
-    this.#schedule();
+    if (this.#wanted() === "") this.#abort();
+    else this.#schedule();
   }
 
   /** Draws the form even if it is what was drawn last. */
@@ -36,17 +39,23 @@ export class Live {
   halt() {
     clearTimeout(this.rest);
     this.#abort();
+    this.asked = this.#wanted() ?? "";
+  }
+
+  /** Returns the request as text, empty for none, or null for an incomplete form. */
+  #wanted() {
     try {
-      this.asked = serialize(this.request());
+      return serialize(this.request());
     } catch {
-      // An incomplete form is never drawn as it is.
+      return null;
     }
   }
 
   #schedule() {
     clearTimeout(this.timer);
     const pause = calm.matches ? CALM_MS : this.flight ? PAUSE_MS : 0;
-    const wait = Math.max(this.typedAt + pause, this.earliest) - performance.now();
+    const allowed = this.flight ? this.sentAt + GRACE_MS : this.earliest;
+    const wait = Math.max(this.typedAt + pause, allowed) - performance.now();
     if (wait > 0) this.timer = setTimeout(() => this.#draw(), wait);
     else this.#draw();
   }
@@ -74,7 +83,7 @@ export class Live {
   async #send(request, asked) {
     const flight = new AbortController();
     const began = this.typedAt;
-    Object.assign(this, { asked, flight });
+    Object.assign(this, { asked, flight, sentAt: performance.now() });
     try {
       const result = await draw(request, flight.signal);
       if (this.flight !== flight) return;
