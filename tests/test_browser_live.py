@@ -475,10 +475,13 @@ def test_it_is_announced_when_typing_rests_and_not_image_by_image(
 
 def test_nothing_moves_while_images_change(live: Playground, endpoint: Endpoint) -> None:
     page = live.page
+    places = ("#run", "#canvas", "#status")
+    before = [page.locator(place).bounding_box() for place in places]
     page.keyboard.press("a")
     endpoint.expect_requests(1)
     endpoint.answer()
     expect_shown(live, "a")
+    assert [page.locator(place).bounding_box() for place in places] == before
     page.evaluate(
         """() => {
           window.jumps = 0;

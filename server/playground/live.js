@@ -92,6 +92,7 @@ export class Live {
       this.rest = setTimeout(this.rested, REST_MS);
     } catch (error) {
       if (this.flight !== flight) return;
+      clearTimeout(this.rest);
       const wait = Number(error.retryAfter) || 0;
       Object.assign(this, { asked: "", earliest: performance.now() + 1000 * wait });
       this.failed(error, wait);
