@@ -436,7 +436,7 @@ _ADDED_FIELDS = ("renoise_order", "guidance_start")
 
 
 class PriorSettings(NamedTuple):
-    """What decides the prior's result beside its text and its noise."""
+    """Settings that decide the prior's result, beside its text and its noise."""
 
     steps: int
     guidance: float
@@ -563,7 +563,7 @@ class Preset:
 
     @property
     def guided(self) -> bool:
-        """Whether its recipe uses guidance, so that it can follow a negative prompt."""
+        """Return whether its recipe uses guidance, so that it can follow a negative prompt."""
         return self.recipe.sampling().guided
 
 
@@ -806,7 +806,7 @@ class BundleConfig:
 
     @property
     def _unwritten(self) -> dict[str, Any]:
-        """What `bundle.json` leaves out, as pydantic's `exclude`: see `Recipe.unwritten`."""
+        """Return what `bundle.json` leaves out, as pydantic's `exclude`: see `Recipe.unwritten`."""
         recipes = {name: {"recipe": p.recipe.unwritten} for name, p in self.presets.items()}
         absent = {
             "presets": not self.presets,

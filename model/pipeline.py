@@ -228,7 +228,7 @@ class Pipeline(ABC):
 
     @property
     def executor(self) -> Executor:
-        """What computes the steps of the first denoiser."""
+        """Return what computes the steps of the first denoiser."""
         return self.executors[DENOISER]
 
     @executor.setter

@@ -120,13 +120,17 @@ def test_an_edit_of_strength_one_ignores_the_picture(pipeline, picture):
     )
 
 
+def wide_row(pipeline: Pipeline) -> Row:
+    """Return a new row of 64 x 64 tokens and twelve steps."""
+    config = replace(PLAIN, steps=12, renoise_steps=11)
+    base = row(pipeline, config=config)
+    return generate(config, pipeline.noise(0, 256, 256, 12), base.conditional, base.unconditional)
+
+
 @pytest.mark.parametrize("strength", [0.25, 0.5, 0.75])
 def test_an_edit_begins_where_as_much_is_noise_as_its_strength_says(pipeline, strength):
-    config = replace(PLAIN, steps=12, renoise_steps=11)
     picture = torch.full((64, 64), 5)
-    base = row(pipeline, config=config)
-    wide = generate(config, pipeline.noise(0, 256, 256, 12), base.conditional, base.unconditional)
-    mine = edit(wide, picture, strength)
+    mine = edit(wide_row(pipeline), picture, strength)
     assert mine.step == 12 - round(12 * strength)
     assert 1 - agreement(mine.tokens, picture) == pytest.approx(
         strength * 63 / 64, abs=0.04
@@ -143,11 +147,8 @@ def test_what_an_edit_returns_to_noise_is_the_seeds_own(pipeline, picture):
 
 @pytest.mark.parametrize("strength", [0.25, 0.75])
 def test_a_refined_row_keeps_every_token_that_is_not_noised(pipeline, strength):
-    config = replace(PLAIN, steps=12, renoise_steps=11)
     picture = torch.full((64, 64), 5)
-    base = row(pipeline, config=config)
-    wide = generate(config, pipeline.noise(0, 256, 256, 12), base.conditional, base.unconditional)
-    mine = refine(wide, picture, strength)
+    mine = refine(wide_row(pipeline), picture, strength)
     assert mine.pinned is not None
     assert torch.equal(mine.pinned.tokens, picture)
     noised = mine.tokens != picture

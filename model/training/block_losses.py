@@ -41,7 +41,7 @@ _BYTES = 24  # read of each caption
 
 @dataclass(frozen=True)
 class Lost:
-    """How much larger the loss is without a block, with its standard error over batches."""
+    """A block, and how much larger the loss is without it, with the standard error over batches."""
 
     block: str
     weights: int

@@ -229,17 +229,10 @@ def consistency_loss(
     image, with the same noise.
     """
 
-    def loss() -> tuple[Tensor, dict[str, Tensor]]:
-        x = draws.draw()
-        t, s = step_times(len(x.tokens), x.tokens.device, 1 / steps, draws.early)
-        path = _path(student, x)
-        noisy, noised = path.at(t)
-        inputs = disturbed(x, draws.drop_clip)
-        target = teacher.features(path.at(s)[0], s, teacher.conditions(inputs))
-        task = Task(x, inputs, t, noisy, noised, target)
-        return _followed(student, teacher, draws, task, reverse)
+    def target(step: Step, conditions: Condition) -> Tensor:
+        return teacher.features(step.path.at(step.s)[0], step.s, conditions)
 
-    return loss
+    return _step_loss(student, teacher, draws, steps, reverse, target)
 
 
 def progressive_loss(
@@ -251,16 +244,48 @@ def progressive_loss(
     student's, and the student follows its prediction after that, as in `consistency_loss`.
     """
 
+    def target(step: Step, conditions: Condition) -> Tensor:
+        middle = (step.t + step.s) / 2
+        between = teacher.step(step.noisy, step.t, middle, conditions, step.path.noise)
+        return teacher.features(between, middle, conditions)
+
+    return _step_loss(student, teacher, draws, steps, reverse, target)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of the sampler on a noised image. t, s: where it begins and ends, [B] each.
+
+    noisy: the tokens [B, H, W] at t.
+    """
+
+    path: NoisePath
+    t: Tensor
+    s: Tensor
+    noisy: Tensor
+
+
+def _step_loss(
+    student: Student,
+    teacher: Teacher,
+    draws: Draws,
+    steps: int,
+    reverse: bool,
+    target: Callable[[Step, Condition], Tensor],
+) -> loop.Loss:
+    """Return the loss of following a target in steps of 1/steps.
+
+    target: returns the teacher's features [B, H, W, c_out] for a step and the conditions.
+    """
+
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         x = draws.draw()
-        t, end = step_times(len(x.tokens), x.tokens.device, 1 / steps, draws.early)
+        t, s = step_times(len(x.tokens), x.tokens.device, 1 / steps, draws.early)
         path = _path(student, x)
         noisy, noised = path.at(t)
         inputs = disturbed(x, draws.drop_clip)
-        conditions, middle = teacher.conditions(inputs), (t + end) / 2
-        between = teacher.step(noisy, t, middle, conditions, path.noise)
-        target = teacher.features(between, middle, conditions)
-        task = Task(x, inputs, t, noisy, noised, target)
+        wanted = target(Step(path, t, s, noisy), teacher.conditions(inputs))
+        task = Task(x, inputs, t, noisy, noised, wanted)
         return _followed(student, teacher, draws, task, reverse)
 
     return loss

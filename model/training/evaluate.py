@@ -462,6 +462,19 @@ def sampling_of(pipeline: Pipeline, args: argparse.Namespace) -> SamplingConfig:
     return pipeline.config.recipe.sampling(steps=args.steps, guidance=guidance)
 
 
+def second_judge(device: torch.device) -> Judge:
+    """Return the judge that is never used for tuning or reward."""
+    return Templates(atlas(128).to(device))
+
+
+def bench_of(
+    pipeline: Pipeline, args: argparse.Namespace, sprites: Tensor, first: Detector, second: Judge
+) -> Bench:
+    """Return the bench of a pipeline as the command line says."""
+    drawn = Drawn(pipeline, sampling_of(pipeline, args))
+    return Bench(pipeline, drawn, sprites, first, second)
+
+
 def main() -> None:
     """Evaluate as the command line says, and print a table and one line of JSON."""
     args = _parser().parse_args()
@@ -496,25 +509,26 @@ def main() -> None:
         from model.training import curves  # which needs matplotlib
 
         result |= curves.measure(pipeline, first, sprites, args.curves)
+    elif args.judges:
+        result |= judge_judges(bench_of(pipeline, args, sprites, first, second_judge(device)))
+        report.add(judges_table(result))
     else:
-        second = Templates(atlas(128).to(device))
-        measured = {}
+        measured, second = {}, second_judge(device)
         for name, each in pipelines.items():
+            found = paella_bench(
+                bench_of(each, args, sprites, first, second),
+                args.set,
+                args.minutes / len(pipelines),
+                args.quick,
+            )
             sampling = sampling_of(each, args)
-            bench = Bench(each, Drawn(each, sampling), sprites, first, second)
-            if args.judges:
-                result |= judge_judges(bench)
-                report.add(judges_table(result | {}))
-                break
-            found = paella_bench(bench, args.set, args.minutes / len(pipelines), args.quick)
             measured[name] = bench_json(found) | asdict(cost(sampling))
             report.add(bench_table(found, f"{name}, {args.set} prompts, {sampling.steps} steps"))
+        result |= {"networks": networks(pipeline, sprites)}
+        if args.presets is None:
+            result |= measured[args.bundle]
         else:
-            result |= {"networks": networks(pipeline, sprites)}
-            if args.presets is None:
-                result |= measured[args.bundle]
-            else:
-                result |= {"presets": measured, "fastest_near_the_best": fastest(measured)}
+            result |= {"presets": measured, "fastest_near_the_best": fastest(measured)}
     result["seconds"] = round(time.monotonic() - began, 1)
     report.emit(result)
 

@@ -18,6 +18,7 @@ import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from model.networks.vqgan_v3 import VQGAN
 from model.training import art
+from model.training.data import as_float
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import COLOURS, NAMES
 from model.training.render import Layouts, render
@@ -38,7 +40,7 @@ from model.training.vqgan import trained_vqgan
 _AT_ONCE = 32  # images
 _GROUPS = 8  # things that a process encodes at a time
 _NO_TINT = (255, 255, 255)
-Key = tuple[int, int, int, tuple[int, int, int]]  # sprite, length, background, tint
+Key = tuple[int, float, int, tuple[int, int, int]]  # sprite, length, background, tint
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,11 @@ class Stencils:
     tokens: Tensor
     plain: Tensor
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _numbers(self) -> dict[Key, int]:
+        """Return the row of each key."""
         rows = self.keys.tolist()
-        numbers = {(s, n, b, (r, g, k)): i for i, (s, n, b, r, g, k) in enumerate(rows)}
-        object.__setattr__(self, "_numbers", numbers)
+        return {(s, n, b, (r, g, k)): i for i, (s, n, b, r, g, k) in enumerate(rows)}
 
     @classmethod
     def load(cls, path: Path) -> Stencils:
@@ -85,8 +88,11 @@ class Stencils:
         background = int(layouts.background[row])
         for slot in (layouts.sprite[row] >= 0).nonzero()[:, 0].tolist():
             sprite, length = int(layouts.sprite[row, slot]), float(layouts.length[row, slot])
-            tint = tuple(layouts.tint[row, slot].tolist()) if sprite < len(SHAPES) else _NO_TINT
-            number = self._numbers.get((sprite, length, background, tint))  # type: ignore[attr-defined]
+            tint = _NO_TINT
+            if sprite < len(SHAPES):
+                red, green, blue = layouts.tint[row, slot].tolist()
+                tint = red, green, blue
+            number = self._numbers.get((sprite, length, background, tint))
             x, y = (layouts.centre[row, slot] / TOKEN).tolist()
             turned = bool(layouts.mirror[row, slot]) or bool(layouts.angle[row, slot])
             if number is None or turned or x != int(x) or y != int(y):
@@ -122,7 +128,7 @@ def groups(lengths: Iterable[int]) -> list[list[Key]]:
 
     A list has the plain backgrounds that training shows the thing before.
     """
-    found = []
+    found: list[list[Key]] = []
     for length in lengths:
         for number, name in enumerate(NAMES_OF_KINDS):
             if number >= len(SHAPES):
@@ -151,7 +157,7 @@ def stencils_of(
         layouts = _layouts(group)
         latents = torch.cat(
             [
-                vqgan.encode_latents(render(part, atlas, *SQUARE).float().to(atlas.device) / 255)
+                vqgan.encode_latents(as_float(render(part, atlas, *SQUARE), atlas.device))
                 for part in (layouts[i : i + _AT_ONCE] for i in range(0, len(layouts), _AT_ONCE))
             ]
         ).float()
@@ -164,7 +170,7 @@ def stencils_of(
         tokens.append(torch.where(whole & near, same, own).to(torch.int16))
     blank = Layouts.blank(len(NAMES))
     blank.background[:] = torch.arange(len(NAMES))
-    plain = vqgan.encode(render(blank, atlas, *SQUARE).float() / 255)
+    plain = vqgan.encode(as_float(render(blank, atlas, *SQUARE), atlas.device))
     rows = torch.tensor([(s, n, b, *tint) for group in keys for s, n, b, tint in group])
     return Stencils(rows, torch.cat(tokens), plain.flatten(1).mode(dim=1).values.to(torch.int16))
 
