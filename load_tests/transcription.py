@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import DenoiserConfig, SamplingConfig
+from model.config import SamplingConfig
+from model.network_config import DenoiserConfig
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -35,19 +35,21 @@ from model.config import (
     BundleConfig,
     BundleV1Config,
     BundleV3Config,
+    Encoders,
+    FileEntry,
+    Kernels,
+    further_denoiser,
+)
+from model.kernels.int8 import to_int8
+from model.network_config import (
     ByteEncoderConfig,
     CLIPConfig,
     DenoiserConfig,
     DenoiserV1Config,
-    Encoders,
-    FileEntry,
-    Kernels,
     PriorConfig,
     VQGANConfig,
     VQGANV1Config,
-    further_denoiser,
 )
-from model.kernels.int8 import to_int8
 from model.networks.denoiser_v1 import VQGANV1, DenoiserV1
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.prior import Prior

@@ -1,4 +1,4 @@
-"""Configurations of the networks, recipes and bundles, as frozen dataclasses. No torch here.
+"""Configurations of recipes and bundles, as frozen dataclasses. No torch here.
 
 A `bundle.json` may come from anybody: every number has bounds, far beyond the published sizes, and
 nothing in it names code or a place to fetch from. The bounds hold for what is parsed, by
@@ -15,27 +15,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, from_json, to_jsonable_python
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-MAX_SIDE = 8192  # pixels
-MAX_LEVELS = 8
-
-# Channels of a layer, and codes or tokens of a vocabulary.
-Width = Annotated[int, Field(ge=1, le=65_536)]
-Vocabulary = Annotated[int, Field(ge=2, le=2**20)]
-# Channels of a sinusoidal embedding.
-TimeWidth = Annotated[int, Field(ge=4, le=4096, multiple_of=2)]
-Layers = Annotated[int, Field(ge=1, le=256)]
-Blocks = Annotated[int, Field(ge=0, le=128)]
-Heads = Annotated[int, Field(ge=1, le=1024)]
-Ratio = Annotated[float, Field(gt=0, le=64)]
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-# A file in the bundle's directory.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-Levels = Field(min_length=1, max_length=MAX_LEVELS)
+from model.network_config import (
+    STRICT,
+    Schedule,
+    Side,
+)
+from model.network_config import ByteEncoderConfig as ByteEncoderConfig
+from model.network_config import CLIPConfig as CLIPConfig
+from model.network_config import CLIPTextConfig as CLIPTextConfig
+from model.network_config import CLIPVisionConfig as CLIPVisionConfig
+from model.network_config import DenoiserConfig as DenoiserConfig
+from model.network_config import DenoiserV1Config as DenoiserV1Config
+from model.network_config import PriorConfig as PriorConfig
+from model.network_config import VQGANConfig as VQGANConfig
+from model.network_config import VQGANV1Config as VQGANV1Config
 
 # Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights
 # in int8.
@@ -44,200 +40,8 @@ Encoders = Literal["device", "cpu", "int8"]
 Kernels = Literal["auto", "triton", "torch"]
 
 
-@dataclass(frozen=True)
-class ByteEncoderConfig:
-    """The encoder half of a ByT5: the arguments of `transformers.T5Config`.
-
-    max_bytes: most bytes of a prompt, end mark included.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    d_model: Width
-    d_kv: Width
-    d_ff: Width
-    num_layers: Layers
-    num_heads: Heads
-    vocab_size: Annotated[int, Field(ge=259, le=2**20)] = 384
-    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 32
-    relative_attention_max_distance: Annotated[int, Field(ge=2, le=65_536)] = 128
-    feed_forward_proj: Literal["gated-gelu", "relu"] = "gated-gelu"
-    max_bytes: Annotated[int, Field(ge=2, le=4096)] = 768
-
-    def __post_init__(self) -> None:
-        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
-            raise ValueError("relative_attention_max_distance must exceed a quarter of the buckets")
-
-
-@dataclass(frozen=True)
-class CLIPVisionConfig:
-    """The sizes in open_clip's `vision_cfg`. layers: four numbers are a residual network's."""
-
-    __pydantic_config__ = _STRICT
-
-    image_size: Annotated[int, Field(ge=8, le=2048)] = 224
-    patch_size: Annotated[int, Field(ge=1, le=256)] = 16
-    width: Width = 768
-    layers: Layers | tuple[Layers, Layers, Layers, Layers] = 12
-    head_width: Width = 64
-    mlp_ratio: Ratio = 4.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.layers, int):
-            _divides("head_width", self.head_width, "width", self.width)
-            _divides("patch_size", self.patch_size, "image_size", self.image_size)
-        else:
-            _divides("head_width", self.head_width, "32 width", 32 * self.width)
-
-
-@dataclass(frozen=True)
-class CLIPTextConfig:
-    """The sizes in open_clip's `text_cfg`."""
-
-    __pydantic_config__ = _STRICT
-
-    context_length: Annotated[int, Field(ge=3, le=1024)] = 77
-    vocab_size: Vocabulary = 49408
-    width: Width = 512
-    heads: Heads = 8
-    layers: Layers = 12
-    mlp_ratio: Ratio = 4.0
-
-    def __post_init__(self) -> None:
-        _divides("heads", self.heads, "width", self.width)
-
-
-def _divides(name: str, divisor: int, of: str, number: int) -> None:
-    if divisor < 1 or number % divisor:
-        raise ValueError(f"{name} must divide {of}, and {divisor} does not divide {number}")
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    """The CLIP pair: sizes of open_clip's `vision_cfg` and `text_cfg`, and the tokenizer's merges.
-
-    merges: name of a gzipped byte-pair merges file inside the bundle; None is open_clip's published
-    vocabulary.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    embed_dim: Width
-    vision_cfg: CLIPVisionConfig
-    text_cfg: CLIPTextConfig
-    quick_gelu: bool = False
-    merges: FileName | None = None
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of a text, start and end marks included."""
-        return self.text_cfg.context_length
-
-
-# Maps of C to C channels in a block of each kind.
-_MAPS = {"C": 8, "T": 0, "A": 4}
-
-
-@dataclass(frozen=True)
-class DenoiserV1Config:
-    """The v1 denoiser (github.com/dome272/Paella, `DenoiseUNet`).
-
-    The defaults count 577,995,184 parameters.
-
-    down_levels: blocks of every level, finest first; up_levels: deepest first. c_hidden: the
-    deepest level's width, halved for each above.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    schedule: ClassVar[Literal["cosine"]] = "cosine"
-
-    num_labels: Width = 8192
-    c_hidden: Width = 1280
-    c_clip: Width = 1024
-    c_r: TimeWidth = 64
-    down_levels: Annotated[tuple[Blocks, ...], Levels] = (4, 8, 16)
-    up_levels: Annotated[tuple[Blocks, ...], Levels] = (16, 8, 4)
-
-    def __post_init__(self) -> None:
-        for name in ("down_levels", "up_levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.down_levels) != len(self.up_levels):
-            raise ValueError("down_levels and up_levels must name the same number of levels")
-        _divides("2 to the number of halvings", self.token_step, "c_hidden", self.c_hidden)
-
-    @property
-    def token_step(self) -> int:
-        """Divisor of the token grid's sides, which are halved once between every two levels."""
-        return int(2 ** (len(self.down_levels) - 1))
-
-    @property
-    def work(self) -> float:
-        """Multiplications of a step for one token of a branch, those of the blocks."""
-        deepest = len(self.down_levels) - 1
-        return sum(
-            (down + up) * _MAPS["C"] * (self.c_hidden / 2 ** (deepest - level)) ** 2 / 4**level
-            for level, (down, up) in enumerate(
-                zip(self.down_levels, reversed(self.up_levels), strict=True)
-            )
-        )
-
-
-@dataclass(frozen=True)
-class VQGANV1Config:
-    """The v1 VQGAN (github.com/CompVis/taming-transformers, `GumbelVQ`).
-
-    The arguments are those of `ddconfig`, then the model's own; the defaults are ruDALL-E's f8.
-
-    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution`
-    pixels would have one of these sides.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    double_z: bool = False
-    z_channels: Width = 256
-    resolution: Side = 256
-    in_channels: Literal[3] = 3
-    out_ch: Literal[3] = 3
-    ch: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 128
-    ch_mult: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Levels] = (1, 1, 2, 4)
-    num_res_blocks: Layers = 2
-    attn_resolutions: Annotated[tuple[Side, ...], Field(max_length=MAX_LEVELS)] = (32,)
-    n_embed: Width = 8192
-    embed_dim: Width = 256
-
-    def __post_init__(self) -> None:
-        for name in ("ch_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.double_z or self.z_channels != self.embed_dim:
-            needed = "z_channels = embed_dim latents, not means and variances (double_z)"
-            raise ValueError(f"the Gumbel quantiser takes {needed}")
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of every level, finest first."""
-        return [self.ch * factor for factor in self.ch_mult]
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes."""
-        return self.n_embed
-
-    @property
-    def downscale(self) -> int:
-        """Pixels per token and side: the picture is halved between each two levels."""
-        return int(2 ** (len(self.ch_mult) - 1))
-
-    def attends(self, level: int) -> bool:
-        """Return whether a level has attention, for images of any size."""
-        return self.resolution >> level in self.attn_resolutions
-
-
 Sampler = Literal["multinomial", "argmax", "typical", "quant"]
 PriorSampler = Literal["ddpm", "ddim"]
-# How the share of noise falls from 1 to 0 over the steps: v3's way and v1's.
-Schedule = Literal["linear", "cosine"]
 # The path between two conditionings: straight, or along the great circle.
 Interpolation = Literal["lerp", "slerp"]
 # What takes a renoised token's place: its start token, what it was before the step, or a fresh
@@ -255,111 +59,6 @@ CONFIG_FILE = "bundle.json"
 FORMAT = 2
 PRESETS_FORMAT: Literal[2] = 2
 MAX_CONFIG_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """The v3 denoiser (github.com/dome272/Paella, `Paella`).
-
-    The defaults count 1,008,350,592 parameters.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    schedule: ClassVar[Schedule] = "linear"
-
-    byt5_embd: Width = 2560
-    c_in: Width = 256
-    c_out: Width = 256
-    num_labels: Width = 8192
-    c_r: TimeWidth = 64
-    patch_size: Annotated[int, Field(ge=1, le=16)] = 2
-    c_cond: Width = 1024
-    c_hidden: Annotated[tuple[Width, ...], Levels] = (640, 1280, 1280)
-    nhead: Annotated[tuple[Annotated[int, Field(ge=-1, le=1024)], ...], Levels] = (-1, 16, 16)
-    blocks: Annotated[tuple[Blocks, ...], Levels] = (6, 16, 6)
-    level_config: Annotated[tuple[Annotated[str, Field(max_length=8)], ...], Levels] = (
-        "CT",
-        "CTA",
-        "CTA",
-    )
-    clip_embd: Width = 1024
-    clip_seq_len: Annotated[int, Field(ge=1, le=256)] = 4
-    kernel_size: Annotated[int, Field(ge=1, le=31)] = 3
-    self_attn: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("c_hidden", "nhead", "blocks", "level_config"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if (
-            len({len(self.c_hidden), len(self.nhead), len(self.blocks), len(self.level_config)})
-            != 1
-        ):
-            raise ValueError(
-                "c_hidden, nhead, blocks and level_config must name the same number of levels"
-            )
-        if unknown := set("".join(self.level_config)) - set("CTA"):
-            raise ValueError(f"level_config may hold C, T and A, not {''.join(sorted(unknown))}")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
-        for heads, width, kinds in zip(self.nhead, self.c_hidden, self.level_config, strict=True):
-            if "A" in kinds:
-                _divides("nhead", heads, "c_hidden", width)
-
-    @property
-    def token_step(self) -> int:
-        """Divisor of the token grid's sides: the patch, halved once between every two levels."""
-        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
-
-    @property
-    def work(self) -> float:
-        """Multiplications of a step for one token of a branch, those of the blocks' maps."""
-        levels = zip(self.c_hidden, self.blocks, self.level_config, strict=True)
-        return sum(
-            2
-            * blocks
-            * sum(map(_MAPS.__getitem__, kinds))
-            * width**2
-            / (self.patch_size * 2**i) ** 2
-            for i, (width, blocks, kinds) in enumerate(levels)
-        )
-
-
-@dataclass(frozen=True)
-class VQGANConfig:
-    """The v3 VQGAN (github.com/dome272/Paella, `VQModel`).
-
-    Every level after the first halves the image once more.
-    """
-
-    __pydantic_config__ = _STRICT
-
-    levels: Annotated[int, Field(ge=1, le=MAX_LEVELS)] = 2
-    bottleneck_blocks: Blocks = 12
-    c_hidden: Width = 384
-    c_latent: Width = 4
-    codebook_size: Width = 8192
-    scale_factor: Annotated[float, Field(gt=0, le=1e6)] = 0.3764
-
-    def __post_init__(self) -> None:
-        _divides("2 to the number of halvings", 2 ** (self.levels - 1), "c_hidden", self.c_hidden)
-
-    @property
-    def downscale(self) -> int:
-        """Pixels per token and side: 2 by the pixel-unshuffle, 2 by each strided convolution."""
-        return 2**self.levels
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """The CLIP text → CLIP image diffusion prior (github.com/dome272/Paella, `PriorModel`)."""
-
-    __pydantic_config__ = _STRICT
-
-    c_hidden: Width = 1280
-    c_r: TimeWidth = 64
-    clip_r: Width = 1024
-    num_blocks: Layers = 48
 
 
 # The preset that every bundle has: its recipe and its first denoiser.
@@ -451,7 +150,7 @@ class Recipe:
     conditional branch; None is off.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     num_inference_steps: Annotated[int, Field(ge=1, le=64)]
     renoise_steps: StepCount
@@ -544,7 +243,7 @@ class Preset:
     denoiser of the bundle; None is the first one.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     recipe: Recipe
     steps: tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]] = (1, 64)
@@ -576,7 +275,7 @@ def further_denoiser(name: str) -> str:
 class FileEntry:
     """One file of a bundle, by which a damaged or replaced one is detected before it is used."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0, le=2**44)]
@@ -594,7 +293,7 @@ class BundleConfig:
     ones, which share all other networks with the first; `denoiser-NAME` is the file of each.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     networks: ClassVar[tuple[str, ...]]
     samplers: ClassVar[tuple[Sampler, ...]]
@@ -726,10 +425,14 @@ class BundleConfig:
         return replace(chosen.recipe.sampling(**asked), preset=name, denoiser=chosen.network)
 
     def relative_work(self, network: str) -> float:
-        """Return the work of a denoiser's step in that of the first one."""
-        if not self.denoisers:
-            return 1.0
-        return self.denoiser_of(network).work / (self.denoiser.work or 1.0)
+        """Return the work of a denoiser's step in that of the first one. Raises KeyError."""
+        return self._relative_work[network]
+
+    @cached_property
+    def _relative_work(self) -> dict[str, float]:
+        first = self.denoiser.work or 1.0
+        further = {further_denoiser(name): each.work for name, each in self.denoisers.items()}
+        return {DENOISER: 1.0, **{name: work / first for name, work in further.items()}}
 
     def with_preset(
         self,
@@ -759,7 +462,7 @@ class BundleConfig:
 
     # ── sizes ─────────────────────────────────────────────────────────────────────────────────────
 
-    @property
+    @cached_property
     def size_step(self) -> int:
         """Width and height are multiples of this number of pixels."""
         return self.vqgan.downscale * self.denoiser.token_step
@@ -768,6 +471,10 @@ class BundleConfig:
     def smallest_side(self) -> int:
         """The smallest width and height, pixels."""
         return self.size_step
+
+    def sides(self, largest: int) -> range:
+        """Return the possible widths and heights up to `largest`, pixels."""
+        return range(self.smallest_side, largest + 1, self.size_step)
 
     @cached_property
     def sha256(self) -> str:

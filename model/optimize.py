@@ -12,7 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from model.config import DenoiserConfig, Kernels, PriorConfig
+from model.config import Kernels
+from model.network_config import DenoiserConfig, PriorConfig
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.layers import Pointwise
 from model.networks.prior import Prior

@@ -36,8 +36,8 @@ from model.config import (
     RenoiseOrder,
     Sampler,
     SamplingConfig,
-    Schedule,
 )
+from model.network_config import Schedule
 from model.networks import prior
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.layers import to_device

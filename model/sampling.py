@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.config import RenoiseMode, RenoiseOrder, SamplingConfig, Schedule
+from model.config import RenoiseMode, RenoiseOrder, SamplingConfig
+from model.network_config import Schedule
 
 NEVER = -1.0  # a renoising probability below every uniform number
 # The Gumbel noise on a token's log probability when confidence chooses what becomes noise again;

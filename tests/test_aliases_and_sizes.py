@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from model.config import BundleConfig
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.planning.draft import NEAREST_AREAS, find_model, nearest_size, possible_sides
+from server.api.planning.draft import find_model
+from server.api.planning.sizes import NEAREST_AREAS, nearest_size
 from server.api.schemas import GenerateRequest
 from server.cli.offline import plan as offline_plan
 from server.settings import Settings
@@ -159,7 +160,7 @@ def test_the_nearest_size_is_possible_near_the_native_area_and_of_no_worse_ratio
     settings = Settings()
     found = nearest_size((width, height), config, settings)
     assert nearest_size(found, config, settings) == found
-    sides = possible_sides(config, settings)
+    sides = config.sides(settings.max_side)
     assert found[0] in sides
     assert found[1] in sides
     native = config.native_size[0] * config.native_size[1]

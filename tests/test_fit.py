@@ -31,8 +31,7 @@ from server.api.images.fit import (
 )
 from server.api.images.sniff import coefficient_bytes, sniff
 from server.api.planning.draft import draft
-from server.api.planning.operations import OPERATIONS
-from server.api.planning.plan import Plan, image_of
+from server.api.planning.operations import OPERATIONS, Plan
 from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings
@@ -76,7 +75,7 @@ def plan_of(operation: Any, settings: Settings | None = None, **fields: Any) -> 
 def drawn(plan: Plan, value: int = 77) -> Image:
     """An image as the worker would return it, of one colour."""
     size = plan.job.height, plan.job.width, 3
-    return image_of(np.full(size, value, dtype=np.uint8), 0)
+    return Image.of(np.full(size, value, dtype=np.uint8), 0)
 
 
 def array(image: Image) -> np.ndarray[Any, np.dtype[np.uint8]]:

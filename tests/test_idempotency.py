@@ -12,13 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.types import Message, Scope
 
 from server.api import create_app, idempotency
 from server.api.idempotency import Idempotency, IdempotencyTable, Recorder, digest_of
 from server.api.openapi import EXAMPLES
 from server.api.schemas import EditRequest, GenerateRequest
-from server.api.state import RequestState, add_request_state
+from server.api.state import RequestState, add_request_state, request_state
 from server.api.transfer import ClientStalledError
 from server.metrics import Metrics
 from server.settings import Settings
@@ -335,11 +336,16 @@ async def test_an_answer_is_made_to_its_end_although_its_client_stalls() -> None
 
 async def test_the_middleware_reports_a_client_that_stalled() -> None:
     table = IdempotencyTable(2**20, Metrics())
-    scope: Scope = {"type": "http", "headers": [(b"idempotency-key", b"key")]}
-    add_request_state(scope, RequestState("id"))
+    scope: Scope = {
+        "type": "http",
+        "path": "/generate",
+        "headers": [(b"idempotency-key", b"key")],
+    }
+    add_request_state(scope, RequestState("id", "one"))
 
     async def app(scope: Scope, receive: Any, send: Any) -> None:
-        scope[idempotency.RECORDER].begin(("one", "key"), b"digest")
+        fields = GenerateRequest(prompt="a ball")
+        assert await request_state(scope).earlier_answer(Request(scope), fields) is None
         await send(START)
         await send(BODY)
 

@@ -12,7 +12,7 @@ import pytest
 
 from server.api import create_app
 from server.api.images.encode import ImageEncoder
-from server.api.planning.workload import DECODING_WORK, FILE_WORK
+from server.api.planning.draft import DECODING_WORK, FILE_WORK
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving
 from tests.test_image_operations import as_form, as_json, noise, opened, pixels, png, refused

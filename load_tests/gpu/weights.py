@@ -17,14 +17,8 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle, assign, build, optimize_bundle, save_bundle, state_of
 from model.checkpoints.manifest import published
-from model.config import (
-    BundleConfig,
-    BundleV1Config,
-    BundleV3Config,
-    CLIPConfig,
-    CLIPVisionConfig,
-    Kernels,
-)
+from model.config import BundleConfig, BundleV1Config, BundleV3Config, Kernels
+from model.network_config import CLIPConfig, CLIPVisionConfig
 
 Family = Literal["v3", "v1"]
 BUNDLES: dict[Family, str] = {"v3": "paella-v3", "v1": "paella-v1"}

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import DenoiserV1Config
+from model.network_config import DenoiserV1Config
 from model.networks.layers import (
     Conv,
     ConvTranspose,

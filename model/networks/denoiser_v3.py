@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import DenoiserConfig
 from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
+from model.network_config import DenoiserConfig
 from model.networks.layers import (
     Conv,
     Downsample,

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import PriorConfig, PriorSampler
+from model.config import PriorSampler
 from model.kernels.cpu import BlockFn, BlockWeights, plain_block
+from model.network_config import PriorConfig
 from model.networks.layers import sinusoid
 
 Predictor = Callable[[Tensor, Iterable[Tensor], float | None], Tensor]

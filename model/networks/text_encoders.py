@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ByteEncoderConfig, CLIPConfig
 from model.kernels.cpu import LinearMap, linear_map
+from model.network_config import ByteEncoderConfig, CLIPConfig
 from model.networks.layers import to_device
 from model.runtime import declare_missing_torchvision_operators
 

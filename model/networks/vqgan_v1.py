@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import VQGANV1Config
+from model.network_config import VQGANV1Config
 from model.networks.layers import Conv, Pointwise, channels_first, channels_last
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import VQGANConfig
 from model.kernels.cpu import LinearMap, PackedDepthwise, linear_map, supported
+from model.network_config import VQGANConfig
 from model.networks.layers import (
     Conv,
     ConvTranspose,

@@ -37,14 +37,8 @@ from model.bundle import (
     load_v3,
     save_bundle,
 )
-from model.config import (
-    CONFIG_FILE,
-    BundleConfig,
-    BundleV3Config,
-    DenoiserConfig,
-    Preset,
-    find_bundle,
-)
+from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, Preset, find_bundle
+from model.network_config import DenoiserConfig
 from model.networks.denoiser_v3 import Denoiser
 from model.runtime import prepare
 from model.training import loop, tiny

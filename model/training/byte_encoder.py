@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.bundle import load_v3
-from model.config import ByteEncoderConfig, find_bundle
+from model.config import find_bundle
+from model.network_config import ByteEncoderConfig
 from model.networks.text_encoders import ByteEncoder
 from model.training import loop, tiny
 from model.training.captions import THING_ATTRIBUTES

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from model.config import (
+from model.config import Recipe
+from model.network_config import (
     ByteEncoderConfig,
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     DenoiserConfig,
     PriorConfig,
-    Recipe,
     VQGANConfig,
 )
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.bundle import load_v3
-from model.config import VQGANConfig, find_bundle
+from model.config import find_bundle
+from model.network_config import VQGANConfig
 from model.networks.vqgan_v3 import VQGAN, ResidualBlock
 from model.training import loop, tiny
 from model.training.data import Scenes

@@ -23,7 +23,7 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.idempotency import REPLAYED, Idempotency, IdempotencyTable
+from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
 from server.api.images.encode import ImageEncoder
 from server.api.images.marking import Marker
@@ -36,6 +36,7 @@ from server.api.middleware import (
     Keys,
     Observation,
     SecurityHeaders,
+    WithHeader,
     logged_path,
     register_error_handlers,
 )
@@ -231,7 +232,8 @@ def _add_middleware(
     """Add the middleware, the innermost first."""
     app.add_middleware(HeadAsGet)
     if settings.idempotency_bytes:
-        app.add_middleware(Idempotency, table=idempotency)
+        keep = partial(Idempotency, table=idempotency)
+        app.add_middleware(WithHeader, header=HEADER, middleware=keep)
     app.add_middleware(
         BodyLimit,
         limit=settings.max_body_bytes,

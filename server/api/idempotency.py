@@ -1,7 +1,7 @@
 """`Idempotency-Key`: a repeated request gets the first answer, or waits for it while it is made.
 
-A handler asks `earlier_answer` once it has the request's fields. The middleware `Idempotency` keeps
-what a first request is answered. Per process: docs/scale.md.
+A handler calls `RequestState.earlier_answer` once it has the request's fields. The middleware
+`Idempotency` keeps the answer to a first request. Per process: docs/scale.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ OWN_ERRORS = frozenset({"client_closed", "cancelled"})
 EVENT_STREAM = "text/event-stream"
 # The events of a stream that are its results: no previews, nothing about the queue.
 RESULT_EVENT = re.compile(rb"event: (image|error|\S*completed)\n")
-RECORDER = "paellera.recorder"
 
 # Owner and sent value.
 Name = tuple[str, str]
@@ -141,17 +140,18 @@ class IdempotencyTable:
 
 
 class Idempotency:
-    """ASGI middleware that keeps the answers of first requests with an `Idempotency-Key`."""
+    """ASGI middleware that keeps the answers of first requests with an `Idempotency-Key`.
+
+    Requests without this header do not pass it (`middleware.WithHeader`).
+    """
 
     def __init__(self, app: ASGIApp, table: IdempotencyTable) -> None:
         self._app, self._table = app, table
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on. Raises ClientStalledError, once the answer is made."""
-        if scope["type"] != "http" or HEADER not in Headers(scope=scope):
-            await self._app(scope, receive, send)
-            return
-        recorder = scope[RECORDER] = Recorder(self._table, scope, send)
+        """Pass one HTTP request on. Raises ClientStalledError, once the answer is made."""
+        recorder = Recorder(self._table, scope, send)
+        request_state(scope).earlier_answer = recorder.earlier_answer
         try:
             await self._app(scope, receive, recorder.send)
         finally:
@@ -179,6 +179,32 @@ class Recorder:
         # None: too large.
         self._chunks: list[bytes] | None = []
         self._reserved = 0
+
+    async def earlier_answer(self, request: Request, fields: BaseModel) -> Response | None:
+        """Return the answer to an earlier request of the same owner with this `Idempotency-Key`.
+
+        Waits for an answer that is being made. None: this is the first request with the key, and
+        the handler's answer is kept.
+
+        Args:
+            request: the request.
+            fields: its fields, which repeats must have too.
+
+        Raises:
+            ApiError: 400 invalid key, 422 (400 under /v1) another request under the same key, 499.
+        """
+        name, table = (owner_of(request), _sent_key(request)), self.table
+        digest = await asyncio.to_thread(digest_of, request.scope["path"], fields)
+        while True:
+            if (kept := table.answers.get(name)) is not None:
+                _check_same(request, table, digest, kept[0].digest)
+                return _repeat(request, table, kept[0].answer, "answered")
+            if (attempt := table.running.get(name)) is None:
+                request_state(request).abandoned = self.begin(name, digest).abandoned
+                return None
+            _check_same(request, table, digest, attempt.digest)
+            if (answer := await unless_cancelled(request, attempt.join())) is not None:
+                return _repeat(request, table, answer, "joined")
 
     def begin(self, name: Name, digest: bytes) -> Attempt:
         """Keep the answer from now on, for repeats under this name."""
@@ -276,36 +302,6 @@ class RepeatedAnswer(Response):
         for chunk in chunks:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-async def earlier_answer(request: Request, fields: BaseModel) -> Response | None:
-    """Return the answer to an earlier request of the same owner with this `Idempotency-Key`.
-
-    Waits for an answer that is being made. None: there is no key, or this is the first request with
-    it; what the handler then returns is kept.
-
-    Args:
-        request: the request.
-        fields: its fields, which repeats must have too.
-
-    Raises:
-        ApiError: 400 invalid key, 422 (400 under /v1) another request under the same key, 499.
-    """
-    recorder: Recorder | None = request.scope.get(RECORDER)
-    if recorder is None:
-        return None
-    name, table = (owner_of(request), _sent_key(request)), recorder.table
-    digest = await asyncio.to_thread(digest_of, request.scope["path"], fields)
-    while True:
-        if (kept := table.answers.get(name)) is not None:
-            _check_same(request, table, digest, kept[0].digest)
-            return _repeat(request, table, kept[0].answer, "answered")
-        if (attempt := table.running.get(name)) is None:
-            request_state(request).abandoned = recorder.begin(name, digest).abandoned
-            return None
-        _check_same(request, table, digest, attempt.digest)
-        if (answer := await unless_cancelled(request, attempt.join())) is not None:
-            return _repeat(request, table, answer, "joined")
 
 
 def _repeat(request: Request, table: IdempotencyTable, answer: Answer, outcome: str) -> Response:

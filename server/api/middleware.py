@@ -186,6 +186,18 @@ class HeadAsGet:
             scope["route"] = inner.get("route")
 
 
+class WithHeader:
+    """ASGI middleware that passes requests with a header through another one, others past it."""
+
+    def __init__(self, app: ASGIApp, header: str, middleware: Callable[[ASGIApp], ASGIApp]) -> None:
+        self._app, self._header, self._inner = app, header, middleware(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        present = scope["type"] == "http" and self._header in Headers(scope=scope)
+        await (self._inner if present else self._app)(scope, receive, send)
+
+
 class SecurityHeaders:
     """Adds the headers that keep browsers from misreading, framing or reporting an answer."""
 

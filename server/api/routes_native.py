@@ -12,12 +12,10 @@ from fastapi.responses import JSONResponse
 from model.config import Operation
 from server.api.body import read_body
 from server.api.errors import ApiError, invalid_value
-from server.api.idempotency import earlier_answer
 from server.api.images.encode import Format
 from server.api.images.url_store import ImageLinks
 from server.api.openapi import BINARY, describe_answers, describe_body, describe_events
-from server.api.planning.operations import OPERATIONS, plan
-from server.api.planning.plan import Plan
+from server.api.planning.operations import OPERATIONS, Plan, plan
 from server.api.responses import (
     NativeStream,
     accepted_animation,
@@ -36,7 +34,7 @@ from server.api.schemas import (
     SamplingFields,
 )
 from server.api.sse import stream_events
-from server.api.state import app_state, cancel
+from server.api.state import app_state, cancel, request_state
 from server.engine.messages import Finished
 
 router = APIRouter()
@@ -86,7 +84,7 @@ def _endpoint(
         _check_query(request)
         limit = app_state(request).settings.max_body_bytes
         fields = await read_body(request, schema, limit)
-        if (earlier := await earlier_answer(request, fields)) is not None:
+        if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
             return earlier
         wanted, quality, stream = _output(request, fields), fields.quality, fields.stream
         links = image_links(request) if wanted == "url" else None

@@ -22,7 +22,6 @@ from fastapi.responses import JSONResponse
 from model.config import BundleConfig
 from server.api.body import read_body
 from server.api.errors import ApiError, as_bad_request, shortened
-from server.api.idempotency import earlier_answer
 from server.api.images.encode import Format, encode
 from server.api.images.url_store import ImageLinks
 from server.api.openai_schemas import (
@@ -35,9 +34,9 @@ from server.api.openai_schemas import (
     VariationRequest,
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
-from server.api.planning.draft import find_model, nearest_size, possible_sides
-from server.api.planning.operations import OPERATIONS, plan
-from server.api.planning.plan import Plan
+from server.api.planning.draft import find_model
+from server.api.planning.operations import OPERATIONS, Plan, plan
+from server.api.planning.sizes import nearest_size
 from server.api.responses import (
     answer_headers,
     encode_all,
@@ -49,7 +48,7 @@ from server.api.responses import (
 )
 from server.api.schemas import EditOrInpaintRequest
 from server.api.sse import Comment, DeferredEvent, Emit, Event, stream_events
-from server.api.state import app_state
+from server.api.state import app_state, request_state
 from server.engine.messages import Finished, Preview
 from server.settings import Settings
 
@@ -81,7 +80,7 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         state = app_state(request)
         fields = await read_body(request, endpoint.schema, state.settings.max_body_bytes)
-        if (earlier := await earlier_answer(request, fields)) is not None:
+        if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
             return earlier
         links = _links(request, fields)
         planned = await _plan(request, fields)
@@ -173,7 +172,7 @@ def _size(sent: str, config: BundleConfig, settings: Settings) -> Size:
     """
     if sent == "auto":
         return None
-    sides = possible_sides(config, settings)
+    sides = config.sides(settings.max_side)
     if match := SIZE.fullmatch(sent):
         size = int(match[1]), int(match[2])
         if settings.sizes == "nearest":

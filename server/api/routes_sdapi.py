@@ -28,15 +28,13 @@ from pydantic import BaseModel
 from model.config import BundleConfig, Operation
 from server.api.body import JSON, read_body
 from server.api.errors import cancelled, invalid_value
-from server.api.idempotency import earlier_answer
 from server.api.images.admission import Uploads
 from server.api.images.decode import checked_file
 from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
 from server.api.openapi import describe_answers, describe_errors
 from server.api.planning.draft import find_model
-from server.api.planning.operations import OPERATIONS, plan
-from server.api.planning.plan import Plan
+from server.api.planning.operations import OPERATIONS, Plan, plan
 from server.api.responses import answer_headers, encode_all, stage_seconds, until_deadline
 from server.api.sdapi_clients import Clients, Drawing
 from server.api.sdapi_schemas import (
@@ -50,7 +48,7 @@ from server.api.sdapi_schemas import (
     SdRequest,
     Txt2ImgRequest,
 )
-from server.api.state import AppState, app_state, owner_of, unless_cancelled
+from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
 from server.engine.messages import Finished, Timings
 
 HASH_DIGITS = 10
@@ -190,7 +188,7 @@ def _drawing_endpoint(schema: type[SdRequest]) -> Callable[[Request], Awaitable[
 async def _draw(request: Request, schema: type[SdRequest], drawing: Drawing) -> Response:
     """Plan and run a request; note its plan. Raises ApiError and EngineError."""
     fields = await read_body(request, schema, app_state(request).settings.max_body_bytes)
-    if (earlier := await earlier_answer(request, fields)) is not None:
+    if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
         return earlier
     answer = await _planned(request, fields)
     # The files may be large, and are not needed while the job waits.
@@ -261,7 +259,7 @@ async def extra_single_image(request: Request) -> Response:
 
 async def _upscaled(request: Request, state: AppState, drawing: Drawing) -> Response:
     fields = await read_body(request, ExtraSingleImageRequest, state.settings.max_body_bytes)
-    if (earlier := await earlier_answer(request, fields)) is not None:
+    if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
         return earlier
     file = await asyncio.to_thread(checked_file, fields.image, state.decoder.limits, "image")
     native = {**fields.native((file.width, file.height)), "model": _config(request, None).name}
@@ -289,7 +287,7 @@ async def png_info(request: Request) -> Response:
     """Return the texts in a PNG, and the parameters among them by name."""
     state = app_state(request)
     fields = await read_body(request, PngInfoRequest, state.settings.max_body_bytes)
-    if (earlier := await earlier_answer(request, fields)) is not None:
+    if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
         return earlier
     deadline = time.monotonic() + state.settings.timeout_s
 
@@ -350,7 +348,7 @@ async def options(request: Request) -> Response:
 async def set_options(request: Request) -> Response:
     """Choose the model of this client's next requests; ignore all other options."""
     fields = await read_body(request, OptionsRequest, app_state(request).settings.max_body_bytes)
-    if (earlier := await earlier_answer(request, fields)) is not None:
+    if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
         return earlier
     if fields.sd_model_checkpoint is not None:
         chosen = _config(request, fields.sd_model_checkpoint)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastapi import Request
+from fastapi import Request, Response
+from pydantic import BaseModel
 from starlette.types import Scope
 
 from model.config import BundleConfig
@@ -66,6 +67,10 @@ async def _at_once() -> None:
     """Return."""
 
 
+async def _no_answer(_: Request, __: BaseModel) -> None:
+    """Return None."""
+
+
 @dataclass(slots=True)
 class RequestState:
     """The state of one request, shared by middleware and handlers and shown in the access log.
@@ -75,6 +80,8 @@ class RequestState:
         client: name of the API key, None until the request is authenticated.
         error_code: code of the error answer, if the answer is one.
         job_fields: the job's fields for the access log, empty until there is a job.
+        earlier_answer: given the request's fields, returns the answer to an earlier request that
+            this one repeats, or None.
         abandoned: called when the client has left; waits until nobody else wants the answer.
     """
 
@@ -82,6 +89,9 @@ class RequestState:
     client: str | None = None
     error_code: str | None = None
     job_fields: dict[str, Any] = field(default_factory=dict)
+    earlier_answer: Callable[[Request, BaseModel], Coroutine[Any, Any, Response | None]] = (
+        _no_answer
+    )
     abandoned: Callable[[], Coroutine[Any, Any, None]] = _at_once
 
 

@@ -22,9 +22,9 @@ from model.runtime import pick_device, pick_dtype, prepare, use
 from model.tiles import lanczos
 from server.api.images.admission import Uploads, image_limits
 from server.api.images.encode import read_parameters
+from server.api.planning.conditions import file_hash
 from server.api.planning.draft import draft
-from server.api.planning.operations import OPERATIONS
-from server.api.planning.plan import Plan, file_hash
+from server.api.planning.operations import OPERATIONS, Plan
 from server.api.validation import from_validation
 from server.engine.messages import Image, Job
 from server.settings import Settings

@@ -29,11 +29,11 @@ from model.config import (
     DENOISER,
     BundleConfig,
     BundleV3Config,
-    DenoiserConfig,
     PriorSettings,
     Sampler,
     further_denoiser,
 )
+from model.network_config import DenoiserConfig
 from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.layers import to_device

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal, SupportsIndex
 
+import numpy as np
+
+from model.canvas import Pixels
 from model.config import DENOISER, Interpolation, SamplingConfig
 from model.image_request import (
     Edit,
@@ -299,6 +302,16 @@ class Image:
     width: int
     height: int
     pixels: bytes | memoryview
+
+    @classmethod
+    def of(cls, array: Pixels, index: int) -> Image:
+        """Return uint8 [H, W, 3], or [H, W, 4] with alpha, as an image."""
+        return cls(index, array.shape[1], array.shape[0], np.ascontiguousarray(array).tobytes())
+
+    @property
+    def array(self) -> Pixels:
+        """The pixels as uint8 [H, W, 3], or [H, W, 4] with alpha; not to be written to."""
+        return np.frombuffer(self.pixels, np.uint8).reshape(self.height, self.width, -1)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return Image, (self.index, self.width, self.height, out_of_band(self.pixels, protocol))

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from model import sampling
-from model.config import DenoiserConfig, PriorConfig
 from model.kernels.cpu import BlockWeights, plain_block
 from model.kernels.triton.depthwise_norm import depthwise_norm, plain_depthwise_norm, taps_of
 from model.kernels.triton.draw import SAMPLERS, Fused, draw, plain_draw, supported
 from model.kernels.triton.gelu_response import gelu_response, plain_gelu_response
 from model.kernels.triton.prior_block import prior_block
 from model.kernels.triton.renoise_and_pin import renoise_and_pin
+from model.network_config import DenoiserConfig, PriorConfig
 
 _ERROR, _AGREEMENT = 0.05, 0.9
 _TOKENS = 70

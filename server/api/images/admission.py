@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -82,25 +82,24 @@ def decoding_cost(file: ImageFile, side: int) -> int:
     return min(file.pixels, reduced + file.pixels // JPEG_CODES)
 
 
+@dataclass(slots=True)
 class Uploads:
     """The image files of one request: checked together, then decoded one after the other.
 
     Every method that reads a file raises the ApiErrors of `decode`.
+
+    Attributes:
+        limits: of the files.
+        deadline: monotonic seconds.
     """
 
-    def __init__(self, limits: ImageLimits, deadline: float = math.inf) -> None:
-        """Create it without files. deadline: monotonic seconds."""
-        self._limits, self._deadline = limits, deadline
-        # (width, height) and cost by the identity of the content, which the request holds. What a
-        # decoder reads is a copy, which would double the memory of requests that wait.
-        self._sizes: dict[int, tuple[int, int]] = {}
-        self._costs: dict[int, int] = {}
-        self._stopped = False
-
-    @property
-    def limits(self) -> ImageLimits:
-        """Limits of the files."""
-        return self._limits
+    limits: ImageLimits
+    deadline: float = math.inf
+    # (width, height) and cost by the identity of the content, which the request holds. What a
+    # decoder reads is a copy, which would double the memory of requests that wait.
+    _sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _costs: dict[int, int] = field(default_factory=dict)
+    _stopped: bool = False
 
     @property
     def pixels(self) -> int:
@@ -115,8 +114,8 @@ class Uploads:
         """Read the headers of (param, content); raise ApiError 413 beyond the summed pixels."""
         for param, content in files:
             self.stored_size(content, param)
-        if self.pixels > self._limits.max_request_pixels:
-            allowed = f"the images of a request may have {self._limits.max_request_pixels} pixels"
+        if self.pixels > self.limits.max_request_pixels:
+            allowed = f"the images of a request may have {self.limits.max_request_pixels} pixels"
             message = f"{files[-1][0]}: {allowed} together (sent: {self.pixels})"
             status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
             raise ApiError(status, "image_too_large", message, files[-1][0])
@@ -125,15 +124,15 @@ class Uploads:
         """Return (width, height) by the file's header, before any rotation."""
         self._check_time()
         if id(content) not in self._sizes:
-            file = checked_file(content, self._limits, param)
+            file = checked_file(content, self.limits, param)
             self._sizes[id(content)] = file.width, file.height
-            self._costs[id(content)] = decoding_cost(file, self._limits.scaled_side)
+            self._costs[id(content)] = decoding_cost(file, self.limits.scaled_side)
         return self._sizes[id(content)]
 
     def decode(self, content: bytes, param: str = "image", fit: Fit | None = None) -> DecodedImage:
         """Decode one file as `decode` does. Raises DeadlineExceeded after the deadline."""
         self._check_time()
-        return decode(content, self._limits, param, fit)
+        return decode(content, self.limits, param, fit)
 
     def mask(
         self,
@@ -150,7 +149,7 @@ class Uploads:
         stored = self.stored_size(content, param)
         if sorted(stored) != sorted(size):
             raise mask_size_mismatch(param, size, stored)
-        if scaled is None or stored[0] * stored[1] <= self._limits.max_pixels:
+        if scaled is None or stored[0] * stored[1] <= self.limits.max_pixels:
             return repaint_mask(self.decode(content, param), mode, size, param)
 
         def fit(upright: tuple[int, int]) -> tuple[int, int]:
@@ -161,7 +160,7 @@ class Uploads:
         return repaint_mask(self.decode(content, param, fit), mode, scaled, param)
 
     def _check_time(self) -> None:
-        if self._stopped or time.monotonic() > self._deadline:
+        if self._stopped or time.monotonic() > self.deadline:
             raise DeadlineExceeded("the deadline passed")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,12 @@ from model.tiles import lanczos
 from server.api.images.admission import REFERENCE_SIDE, Uploads
 from server.api.images.fit import FitMode, Size, View, decode_view, framed
 from server.api.planning.draft import Draft, check_operation
-from server.api.planning.plan import file_hash
 from server.api.schemas import KeyframeEntry, RegionEntry
+
+
+def file_hash(content: bytes) -> str:
+    """Return the hash that stands for a sent file in parameters; `paellera replay` needs it."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def decode_regions(

@@ -1,4 +1,4 @@
-"""A `Draft`: a request with its weights, sampling and bounds, and the job that it becomes."""
+"""A `Draft`: a request with its weights, preset, sampling and bounds, and the job it becomes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.canvas import Array, pad_to_multiple
-from model.config import BundleConfig, Operation, SamplingConfig
+from model.config import QUALITY, BundleConfig, Operation, Preset, Recipe, SamplingConfig
 from model.image_request import Enlarge
-from server.api.errors import ApiError, invalid_value
+from server.api.errors import ApiError, invalid_value, shortened
 from server.api.images.fit import Size, follow, within
-from server.api.planning.sampling import choose_sampling
-from server.api.planning.workload import (
-    DECODING_WORK,
-    ENLARGING_WORK,
-    FILE_WORK,
-    PREVIEW_WORK,
-    Workload,
-    check_tiles_work,
-    rows_of,
+from server.api.planning.sizes import nearest_side, nearest_size
+from server.api.schemas import (
+    INT64,
+    AnyFormat,
+    GenerateRequest,
+    InterpolateRequest,
+    RecipeFields,
+    SamplingFields,
 )
-from server.api.schemas import INT64, AnyFormat, SamplingFields
 from server.engine.messages import Job
 from server.settings import Settings
 
@@ -35,12 +33,25 @@ from server.settings import Settings
 RANDOM_SEEDS = 2**53
 
 Models = Mapping[str, BundleConfig]
-# Areas in native ones at which the weights still draw well, the least and the most.
-NEAREST_AREAS = (0.5, 1.5)
 # Operations whose width and height may be any; those of others follow from an image.
 RESIZED: tuple[Operation, ...] = ("generate", "variations", "edit", "inpaint", "interpolate")
 # The alias of every name that has none.
 ANY_NAME = "*"
+UNGUIDED = (1.0, 1.0)
+# The cost of a result per pixel beside its steps, in branches of a step: tokens to pixels, and
+# pixels to a file. Measured on a CPU: docs/log.md.
+DECODING_WORK = 3
+FILE_WORK: dict[AnyFormat, int] = {
+    "png": 1,
+    "json": 1,
+    "url": 1,
+    "jpeg": 1,
+    "webp": 1,
+    "gif": 6,
+}
+PREVIEW_WORK = 1
+# The cost of a pixel that is enlarged to the sent image's resolution, beside that of its file.
+ENLARGING_WORK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class Draft:
         height = self.request.height or self.config.native_size[1]
         if self.settings.sizes == "nearest":
             return nearest_size((width, height), self.config, self.settings)
-        sides = possible_sides(self.config, self.settings)
+        sides = self.config.sides(self.settings.max_side)
         for param, pixels in (("width", width), ("height", height)):
             if pixels not in sides:
                 allowed = (
@@ -87,12 +98,12 @@ class Draft:
 
         The missing side is rounded to one that the weights generate.
         """
-        sides = possible_sides(self.config, self.settings)
+        sides = self.config.sides(self.settings.max_side)
         width, height = self.request.width, self.request.height
         if (width is None) == (height is None) or (width or height) not in sides:
             return self.size()
         ideal = follow(source, width, height)
-        return width or _nearest_side(ideal[0], sides), height or _nearest_side(ideal[1], sides)
+        return width or nearest_side(ideal[0], sides), height or nearest_side(ideal[1], sides)
 
     def fitted_size(
         self, source: Size, steps: int | None = None, regions: int = 0, enlarged: int = 0
@@ -113,7 +124,7 @@ class Draft:
             ApiError: 422, the requested size is too large.
         """
         width, height = self.request.width, self.request.height
-        sides = possible_sides(self.config, self.settings)
+        sides = self.config.sides(self.settings.max_side)
         if width or height:
             size = follow(source, width, height)
             if max(size) > sides[-1]:
@@ -284,49 +295,213 @@ def check_operation(config: BundleConfig, operation: Operation) -> None:
         raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_operation", message, "model")
 
 
-def possible_sides(config: BundleConfig, settings: Settings) -> range:
-    """Return the widths and heights that the weights generate, in pixels."""
-    return range(config.smallest_side, settings.max_side + 1, config.size_step)
-
-
-def _nearest_side(pixels: int, sides: range) -> int:
-    """Return the side next to one of `pixels`."""
-    return min(sides, key=lambda side: abs(side - pixels))
-
-
-def nearest_size(
-    size: tuple[int, int], config: BundleConfig, settings: Settings
-) -> tuple[int, int]:
-    """Return the (width, height) in pixels at which the weights draw best what was asked for.
-
-    The ratio of the sides comes first, then the native area. The area is within `NEAREST_AREAS` of
-    the native one, for which the weights were trained. A size that is possible there is unchanged.
-    """
-    sides = possible_sides(config, settings)
-    native = config.native_size[0] * config.native_size[1]
-    ratio = size[0] / size[1]
-
-    def is_possible(candidate: tuple[int, int]) -> bool:
-        area = candidate[0] * candidate[1] / native
-        return candidate[1] in sides and NEAREST_AREAS[0] <= area <= NEAREST_AREAS[1]
-
-    def distance(candidate: tuple[int, int]) -> tuple[float, float]:
-        width, height = candidate
-        return abs(math.log(width / height / ratio)), abs(math.log(width * height / native))
-
-    if size[0] in sides and is_possible(size):
-        return size
-    candidates = []
-    for width in sides:
-        # The sides next to the one in the ratio, within the areas.
-        lowest, highest = (native * share / width for share in NEAREST_AREAS)
-        ideal = min(max(width / ratio, lowest, sides[0]), highest, sides[-1])
-        below = sides[0] + int((ideal - sides[0]) // sides.step) * sides.step
-        candidates += [(width, below), (width, below + sides.step)]
-    return min(filter(is_possible, candidates), key=distance)
-
-
 def seeds(first: int | None, n: int) -> tuple[int, ...]:
     """Return the seeds of n images: consecutive int64 from `first`, or from a random one."""
     start = secrets.randbelow(RANDOM_SEEDS) if first is None else first
     return tuple((start + i + INT64) % (2 * INT64) - INT64 for i in range(n))
+
+
+# ── sampling ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Misfit(NamedTuple):
+    """A field for which a preset is not made. reason: follows the preset's name."""
+
+    param: str
+    reason: str
+    sent: object
+
+
+def choose_sampling(
+    request: RecipeFields, config: BundleConfig, settings: Settings
+) -> SamplingConfig:
+    """Return a request's sampling.
+
+    Raises:
+        ApiError: 400 unsupported by the weights or by the preset, 422 contradictory fields.
+    """
+    preset = choose_preset(request, config)
+    deterministic, weights = request.deterministic, request.attention_weights
+    sampling = config.sampling(
+        preset,
+        steps=request.num_inference_steps,
+        renoise_steps=request.renoise_steps,
+        guidance=request.guidance_scale,
+        temperature=request.temperature,
+        sampler=request.sampler,
+        typical_mass=request.typical_mass,
+        renoise_mode=request.renoise_mode,
+        renoise_order=request.renoise_order,
+        attention_weights=None if weights is None else (weights.text, weights.image),
+        deterministic=settings.deterministic if deterministic is None else deterministic,
+        **_guidance_interval(request, config.preset(preset).recipe),
+    )
+    if sampling.sampler not in config.samplers:
+        supported = ", ".join(config.samplers)
+        message = f"sampler: {config.name} supports {supported} (sent: {sampling.sampler!r})"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_sampler", message, "sampler")
+    for param, count in (
+        ("renoise_steps", sampling.renoise_steps),
+        ("guidance_steps", sampling.guidance_steps),
+    ):
+        if count > sampling.steps:
+            allowed = f"must be from 0 to num_inference_steps, which is {sampling.steps}"
+            raise invalid_value(param, allowed, count)
+    return sampling
+
+
+def choose_preset(request: RecipeFields, config: BundleConfig) -> str:
+    """Return the name of the preset that draws a request.
+
+    A request that names none has the default one or, where that does not suit it, `quality`.
+
+    Raises:
+        ApiError: 422 unknown preset, 400 one that does not suit the request.
+    """
+    if request.preset is None:
+        return fitting_preset(config.default_preset, request, config)
+    if request.preset not in config.preset_names:
+        known = ", ".join(config.preset_names)
+        raise invalid_value(
+            "preset", f"must be one that {config.name} has: {known}", request.preset
+        )
+    misfit = find_misfit(request, config.preset(request.preset))
+    if misfit and request.preset != QUALITY:
+        advice = f"leave {misfit.param} out, or send another preset, such as {QUALITY}"
+        message = (
+            f"{misfit.param}: preset {request.preset} {misfit.reason}; {advice}"
+            f" (sent: {shortened(misfit.sent)})"
+        )
+        raise ApiError(HTTPStatus.BAD_REQUEST, "preset_conflict", message, misfit.param)
+    return request.preset
+
+
+def fitting_preset(name: str, request: RecipeFields, config: BundleConfig) -> str:
+    """Return the preset's name if the weights have it and it suits the request, else `quality`."""
+    if name not in config.preset_names or find_misfit(request, config.preset(name)):
+        return QUALITY
+    return name
+
+
+def find_misfit(request: RecipeFields, preset: Preset) -> Misfit | None:
+    """Return the first field that the preset does not suit; None if it suits all of them."""
+    fewest, most = preset.steps
+    hires = request.hires if isinstance(request, GenerateRequest) else None
+    for param, steps in (
+        ("num_inference_steps", request.num_inference_steps),
+        ("hires.steps", hires.steps if hires else None),
+    ):
+        if steps is not None and not fewest <= steps <= most:
+            return Misfit(param, f"is made for {fewest} to {most} steps", steps)
+    usual = preset.recipe.num_inference_steps
+    for param, count in (
+        ("renoise_steps", request.renoise_steps),
+        ("guidance_steps", request.guidance_steps),
+    ):
+        if request.num_inference_steps is None and count is not None and count > usual:
+            return Misfit(param, f"takes {usual} steps", count)
+    if preset.guided:
+        return None
+    without = "draws without guidance, which this field needs"
+    if request.negative_prompt.strip():
+        return Misfit("negative_prompt", without, request.negative_prompt)
+    if request.guidance_scale not in (None, UNGUIDED):
+        return Misfit("guidance_scale", without, request.guidance_scale)
+    return None
+
+
+def _guidance_interval(request: RecipeFields, recipe: Recipe) -> dict[str, int | None]:
+    """Return the first step with guidance, and the number of such steps; None is the recipe's.
+
+    Raises:
+        ApiError: 422, the fields contradict each other.
+    """
+    start, end = request.guidance_start, request.guidance_end
+    if start is None and end is None:
+        return {"guidance_steps": request.guidance_steps}
+    if request.guidance_steps is not None:
+        allowed = "must be absent beside guidance_start and guidance_end"
+        raise invalid_value("guidance_steps", allowed, request.guidance_steps)
+    if start is not None and end is not None and start > end:
+        raise invalid_value("guidance_start", f"must be at most guidance_end, {end:g}", start)
+    n = recipe.num_inference_steps
+    steps = request.num_inference_steps or n
+    first = round(steps * (recipe.guidance_start / n if start is None else start))
+    last_share = (recipe.guidance_start + recipe.guidance_steps) / n if end is None else end
+    return {
+        "guidance_start": first,
+        "guidance_steps": max(0, round(steps * last_share) - first),
+    }
+
+
+# ── work ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The work of a request but for its size, in branches of a step for each pixel.
+
+    Attributes:
+        images: images or frames.
+        steps: steps of each image.
+        branches: branches of a step.
+        output: work for decoding, previews and files.
+        enlarging: work for a pixel that is enlarged, its file included.
+        share: a branch's work in that of the weights' first denoiser.
+    """
+
+    images: int
+    steps: int
+    branches: int
+    output: int
+    enlarging: int
+    share: float = 1.0
+
+    def of(self, size: Size, enlarged: int = 0) -> int:
+        """Return the work. size: of the generated images. enlarged: pixels of each result."""
+        each = self.steps * self.branches * self.share + self.output
+        generated = math.ceil(size[0] * size[1] * each)
+        return self.images * (generated + enlarged * self.enlarging)
+
+    def check(self, size: Size, enlarged: int, allowed: int) -> None:
+        """Raise ApiError 422 if the work is more than allowed."""
+        work, pixels = self.of(size, enlarged), size[0] * size[1]
+        if work > allowed:
+            enlarging = f", {enlarged} pixels as much as {self.enlarging} to enlarge"
+            share = f", each {self.share:.2g} of a full one" if self.share != 1 else ""
+            message = (
+                f"the request's work is {work}, the maximum {allowed}"
+                f" ({self.images} images of {pixels} pixels, {self.steps} steps of {self.branches}"
+                f" branches{share}, and as much as {self.output} for decoding and files"
+                f"{enlarging if enlarged else ''})"
+            )
+            raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
+
+
+def check_tiles_work(job: Job, enlarge: Enlarge, output: AnyFormat, allowed: int) -> None:
+    """Raise ApiError 422 if a job with enlarged images is more work than allowed.
+
+    Tiles are encoded and decoded, those of previews decoded once more each.
+    """
+    images, tiles = len(job.seeds), len(enlarge.tiling)
+    tile_pixels = images * tiles * math.prod(enlarge.tiling.tile)
+    previews = min(job.previews, max(0, job.steps - 1))
+    drawn = 0 if enlarge.image else images * job.width * job.height
+    decoded = drawn + (2 + previews) * tile_pixels
+    files = images * math.prod(enlarge.size) * (FILE_WORK[output] + previews * PREVIEW_WORK)
+    branches = 1 + len(job.regions)
+    steps = drawn * job.passes[0][1] * (branches + job.sampling.guided)
+    steps += tile_pixels * enlarge.steps * (branches + enlarge.sampling.guided)
+    work = math.ceil(steps * job.step_work) + decoded * DECODING_WORK + files
+    if work > allowed:
+        message = (
+            f"the request's work is {work}, the maximum {allowed}"
+            f" ({images} images in {tiles} tiles of {math.prod(enlarge.tiling.tile)} pixels,"
+            f" {job.steps} steps, encoding, decoding and files)"
+        )
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
+
+
+def rows_of(fields: SamplingFields) -> int:
+    """Return the number of images or frames that a request asks for."""
+    return fields.frames if isinstance(fields, InterpolateRequest) else fields.n

@@ -16,7 +16,6 @@ from server.api.images.admission import Uploads
 from server.api.images.decode import DecodedImage, repaint_mask
 from server.api.images.fit import Restoration, Size, View, extended, fitted, keeps_ratio
 from server.api.planning.draft import Draft
-from server.api.planning.plan import array_of, image_of
 from server.api.schemas import EditRequest, InpaintRequest, OutpaintRequest
 from server.engine.messages import Image
 
@@ -52,7 +51,7 @@ class Layout(NamedTuple):
 
     def cropped(self, image: Image) -> Image:
         """Return a generated image without the padding."""
-        return image_of(self.cropped_pixels(array_of(image)), image.index)
+        return Image.of(self.cropped_pixels(image.array), image.index)
 
     def cropped_pixels(self, image: Pixels) -> Pixels:
         """Return a generated image [H, W, 3] without the padding."""
@@ -62,8 +61,8 @@ class Layout(NamedTuple):
         """Return the kept pixels bit for bit, generated ones elsewhere, without a seam."""
         weight = crop(self.weight, *self.size)
         original = crop(self.rgb, *self.size) if self.transparent is None else self.transparent
-        generated = crop(array_of(image), *self.size)
-        return image_of(composite(original, generated, weight, self.feather), image.index)
+        generated = crop(image.array, *self.size)
+        return Image.of(composite(original, generated, weight, self.feather), image.index)
 
     def corrected(self, image: Pixels) -> Pixels:
         """Return a generated image [H, W, 3] without the padding and without a seam to the kept."""

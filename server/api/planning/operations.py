@@ -1,4 +1,4 @@
-"""The planner of each operation: from a request and its files to a `Plan`.
+"""`Plan`: how to answer a request; and each operation's planner, from a request and its files.
 
 Planning takes a while if there are images, so it waits for one of the decoder's threads
 (`server/api/images/admission.py`) until the deadline, or until the client leaves.
@@ -7,8 +7,8 @@ Planning takes a while if there are images, so it waits for one of the decoder's
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -17,26 +17,25 @@ import numpy as np
 from fastapi import Request
 from pydantic import BaseModel
 
-from model.canvas import Pixels, crop
-from model.config import Operation
+from model.canvas import Pixels, crop, on_white
+from model.config import Operation, SamplingConfig
 from model.image_request import Edit, Enlarge, InputImage, Reference, Region
 from model.tiles import lanczos
 from server.api.errors import ApiError, invalid_value
 from server.api.images.admission import Uploads
 from server.api.images.decode import repaint_mask
-from server.api.images.fit import Size, decode_view, whole
+from server.api.images.fit import Restoration, Size, decode_view, whole
 from server.api.planning.conditions import (
     decode_fitted_reference,
     decode_keyframe,
     decode_references,
     decode_regions,
     enlarged_region,
+    file_hash,
     image_as_prompt,
 )
-from server.api.planning.draft import Draft, check_operation, draft, seeds
+from server.api.planning.draft import Draft, check_operation, draft, rows_of, seeds
 from server.api.planning.layout import choose_canvas, choose_view, inpaint_weight, lay_out, restore
-from server.api.planning.plan import Plan, array_of, file_hash, image_of
-from server.api.planning.workload import rows_of
 from server.api.schemas import (
     AnyFormat,
     EditOrInpaintRequest,
@@ -50,8 +49,107 @@ from server.api.schemas import (
     VariationsRequest,
 )
 from server.api.state import app_state, log_job, request_state, unless_cancelled
-from server.engine.messages import Image
+from server.engine.messages import Image, Job
 from server.metrics import Metrics
+
+
+def _unchanged(image: Image) -> Image:
+    return image
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to answer a request.
+
+    Attributes:
+        operation: name of the native endpoint.
+        job: the worker's part. Its size is a multiple of the size step and may exceed `size`.
+        size: (width, height) at which the image is drawn, in pixels.
+        operation_parameters: effective values of the operation's own fields, files by hash.
+        finish: postprocessing, from a generated image or a preview to one of `size`.
+        restoration: postprocessing instead, to the sent image's resolution; None if the answer has
+            `size`.
+        is_transparent: whether the answer's images keep an alpha channel.
+        opaque: whether they are shown over white nevertheless.
+    """
+
+    operation: str
+    job: Job
+    size: Size
+    operation_parameters: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[Image], Image] = _unchanged
+    restoration: Restoration | None = None
+    is_transparent: bool = False
+    opaque: bool = False
+
+    @property
+    def answer_size(self) -> Size:
+        """(width, height) of the answer's images in pixels."""
+        return self.restoration.view.full_size if self.restoration else self.size
+
+    def result(self, image: Image) -> Image:
+        """Return the answer's image from a generated one. It may take seconds."""
+        if self.restoration is None:
+            return self.preview(image)
+        return self._shown(Image.of(self.restoration.restored(image.array), image.index))
+
+    def preview(self, image: Image) -> Image:
+        """Return an image of `size` from a generated one or a preview."""
+        return self._shown(self.finish(image))
+
+    def _shown(self, image: Image) -> Image:
+        return Image.of(on_white(image.array), image.index) if self.opaque else image
+
+    def parameters(self, truncated: tuple[str, ...], index: int) -> dict[str, Any]:
+        """Return all effective parameters of image `index`; a request for them repeats it."""
+        job, sampling = self.job, self.job.sampling
+        common = {
+            "operation": self.operation,
+            "model": job.model,
+            "model_sha256": job.model_sha256 or None,
+            "preset": sampling.preset,
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt,
+            "width": self.size[0],
+            "height": self.size[1],
+            "seed": job.seeds[index],
+            "num_inference_steps": sampling.steps,
+            "guidance_scale": list(sampling.guidance),
+            **_guidance_interval(sampling),
+            "temperature": list(sampling.temperature),
+            "sampler": sampling.sampler,
+            "typical_mass": sampling.typical_mass,
+            "renoise_steps": sampling.renoise_steps,
+            "renoise_mode": sampling.renoise_mode,
+            "renoise_order": sampling.renoise_order,
+            "attention_weights": _attention_weights(sampling),
+            "deterministic": sampling.deterministic,
+        }
+        frame = {"frame": index} if job.keyframes else {}
+        return {**common, **self.operation_parameters, **frame, "truncated": list(truncated)}
+
+    def shared_parameters(self, truncated: tuple[str, ...]) -> dict[str, Any]:
+        """Return the effective parameters of all images together."""
+        images = 1 if self.job.keyframes else len(self.job.seeds)
+        parameters = self.parameters(truncated, 0) | {"n": images}
+        parameters.pop("frame", None)
+        return parameters
+
+
+def _guidance_interval(sampling: SamplingConfig) -> dict[str, float]:
+    """Return the fields for the steps with guidance: their number, unless others come before."""
+    first, steps = sampling.guidance_start, sampling.steps
+    if first == 0:
+        return {"guidance_steps": sampling.guidance_steps}
+    end = (first + sampling.guidance_steps) / steps
+    return {"guidance_start": first / steps, "guidance_end": end}
+
+
+def _attention_weights(sampling: SamplingConfig) -> dict[str, float] | None:
+    if sampling.attention_weights is None:
+        return None
+    text, image = sampling.attention_weights
+    return {"text": text, "image": image}
 
 
 def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -350,7 +448,6 @@ def _empty_mask(message: str) -> ApiError:
 
 def _shown(enlarge: Enlarge, image: Image) -> Image:
     """Return an enlarged image without the padding, or a preview from before it is enlarged."""
-    pixels = array_of(image)
     if (image.width, image.height) != enlarge.tiling.canvas:
-        return image_of(lanczos(pixels, enlarge.size), image.index)
-    return image_of(crop(pixels, *enlarge.size), image.index)
+        return Image.of(lanczos(image.array, enlarge.size), image.index)
+    return Image.of(crop(image.array, *enlarge.size), image.index)
