@@ -42,11 +42,10 @@ class Entry:
     shown: tuple[tuple[str, str], ...] = ()
 
     def command(self, host: str) -> list[str]:
-        form = [
-            word
-            for name, value in {**self.fields, "seed": "7"}.items()
-            for word in ("-F", f"{name}={value}")
-        ]
+        suffix = Path(self.output).suffix[1:]
+        format = {} if suffix == "png" else {"response_format": suffix}
+        fields = {**self.fields, **format, "seed": "7"}
+        form = [word for name, value in fields.items() for word in ("-F", f"{name}={value}")]
         return ["curl", "-sSf", *form, f"{host}/{self.endpoint}", "-o", self.output]
 
 
@@ -67,7 +66,7 @@ ENTRIES = (
             "mask": "@mask.png",
             "prompt": "a frog on a white background",
         },
-        "inpainted.png",
+        "inpainted.webp",
         (("image", "fox.png"), ("mask", "mask.png")),
     ),
     Entry(
@@ -80,7 +79,7 @@ ENTRIES = (
             "right": str(WIDTH // 2),
             "down": str(HEIGHT // 4),
         },
-        "outpainted.png",
+        "outpainted.webp",
         (("image", "fox.png"),),
     ),
     Entry(
@@ -88,16 +87,16 @@ ENTRIES = (
         "Another image with a similar CLIP embedding.",
         "variations",
         {"image": "@fox.png"},
-        "variation.png",
+        "variation.webp",
         (("image", "fox.png"),),
     ),
     Entry(
         "variations of two images",
         "The weighted mean of two CLIP embeddings.",
         "variations",
-        {"image": "@fox.png", "image[]": "@inpainted.png", "weights": "[0.5, 0.5]"},
-        "mixed.png",
-        (("image", "fox.png"), ("image", "inpainted.png")),
+        {"image": "@fox.png", "image[]": "@inpainted.webp", "weights": "[0.5, 0.5]"},
+        "mixed.webp",
+        (("image", "fox.png"), ("image", "inpainted.webp")),
     ),
     Entry(
         "edit",
@@ -108,7 +107,7 @@ ENTRIES = (
             "prompt": "a koala on a white background",
             "strength": "0.6",
         },
-        "edited.png",
+        "edited.webp",
         (("image", "fox.png"),),
     ),
     Entry(
@@ -121,7 +120,7 @@ ENTRIES = (
             "scale": "2",
             "strength": "0.1",
         },
-        "upscaled.png",
+        "upscaled.webp",
         (("image", "fox.png"),),
     ),
     Entry(
@@ -133,7 +132,7 @@ ENTRIES = (
             "regions": '[{"prompt": "a small red heart on the left, white background", "box": [0, 0, 0.5, 1], "softness": 0.2},'
             ' {"prompt": "a small blue circle on the right, white background", "box": [0.5, 0, 1, 1], "softness": 0.2}]',
         },
-        "regions.png",
+        "regions.webp",
     ),
     Entry(
         "interpolate",
@@ -142,9 +141,8 @@ ENTRIES = (
         {
             "keyframes": '[{"prompt": "a fox on a white background"}, {"prompt": "a penguin on a white background"}]',
             "frames": "16",
-            "response_format": "gif",
         },
-        "between.gif",
+        "between.webp",
     ),
 )
 

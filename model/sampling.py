@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import RenoiseMode, RenoiseOrder, SamplingConfig
@@ -22,6 +23,7 @@ NEVER = -1.0  # a renoising probability below every uniform number
 # The Gumbel noise on a token's log probability when confidence chooses what becomes noise again;
 # it falls with the share of noise.
 CONFIDENCE_NOISE = 1.0
+_BLOCK = 64  # codes whose probabilities are summed at once
 _GRIDS = 16  # whose Halton orders are remembered
 
 
@@ -162,13 +164,28 @@ def guidances(sampling: SamplingConfig) -> list[float]:
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw codes [...] from softmax(logits [..., K]), with one uniform in [0, 1) each.
 
-    The first code whose cumulated probability exceeds the uniform, in fp32. Rounding may leave the
-    total a little off one: the uniform is compared with its share of the total, and the clamp
-    catches one that rounds up to it.
+    The first code whose cumulated probability exceeds the uniform's share of the total, in fp32:
+    first the block of codes, then the code in it, which reads most probabilities once only. A code
+    of probability zero is never drawn.
     """
-    cdf = logits.softmax(-1, dtype=torch.float32).cumsum(-1)
-    found = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
-    return found.clamp_(max=logits.shape[-1] - 1)
+    p = logits.softmax(-1, dtype=torch.float32)
+    p = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    blocks = p.sum(-1).cumsum(-1)
+    block, rest = _first_above(blocks, uniform.unsqueeze(-1) * blocks[..., -1:])
+    codes = p.gather(-2, block.unsqueeze(-1).expand(*block.shape, _BLOCK)).squeeze(-2).cumsum(-1)
+    code, _ = _first_above(codes, rest)
+    return (block * _BLOCK + code).squeeze(-1)
+
+
+def _first_above(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first places [..., 1] where cdf [..., n] exceeds target [..., 1], and the rest.
+
+    A target that rounding has left at the end or beyond is taken as just below it. The rest is that
+    of the target behind the place before.
+    """
+    target = torch.minimum(target, torch.nextafter(cdf[..., -1:], cdf.new_zeros(())))
+    place = torch.searchsorted(cdf, target, right=True)
+    return place, target - F.pad(cdf, (1, 0)).gather(-1, place)
 
 
 def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:

@@ -195,6 +195,17 @@ def test_a_code_of_no_probability_is_never_drawn(logits, excluded, u):
     assert not excluded.gather(-1, drawn[:, None]).any()
 
 
+@pytest.mark.parametrize("u", [0.0, 2**-24, 0.5, LARGEST_UNIFORM, 1.0])
+def test_a_code_of_no_probability_is_never_drawn_from_a_large_vocabulary(u):
+    # Runs of such codes at the start, at the end and in the middle, longer than any block of sums.
+    excluded = torch.rand(64, 1000) < torch.rand(64, 1)
+    excluded[:, :150] = excluded[:, 400:600] = excluded[:, -150:] = True
+    excluded[:, 300] = False
+    logits = (8 * torch.randn(64, 1000)).masked_fill(excluded, -torch.inf)
+    drawn = sampling.inverse_cdf(logits, torch.full((64,), u))
+    assert not excluded.gather(-1, drawn[:, None]).any()
+
+
 @pytest.mark.parametrize("kept", [0, 3, 8191])
 @pytest.mark.parametrize("u", [0.0, 0.5, LARGEST_UNIFORM])
 def test_a_certain_code_is_drawn_by_every_uniform(kept, u):
