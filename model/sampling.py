@@ -185,6 +185,7 @@ def _first_above(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     target = torch.minimum(target, torch.nextafter(cdf[..., -1:], cdf.new_zeros(())))
     place = torch.searchsorted(cdf, target, right=True)
+    place = place.clamp_(max=cdf.shape[-1] - 1)  # of a row that is NaN
     return place, target - F.pad(cdf, (1, 0)).gather(-1, place)
 
 
