@@ -426,13 +426,12 @@ class BundleConfig:
 
     def relative_work(self, network: str) -> float:
         """Return the work of a denoiser's step in that of the first one. Raises KeyError."""
-        return self._relative_work[network]
+        return 1.0 if network == DENOISER else self._further_work[network]
 
     @cached_property
-    def _relative_work(self) -> dict[str, float]:
+    def _further_work(self) -> dict[str, float]:
         first = self.denoiser.work or 1.0
-        further = {further_denoiser(name): each.work for name, each in self.denoisers.items()}
-        return {DENOISER: 1.0, **{name: work / first for name, work in further.items()}}
+        return {further_denoiser(name): d.work / first for name, d in self.denoisers.items()}
 
     def with_preset(
         self,

@@ -194,6 +194,7 @@ class Pipeline(ABC):
         self.bundle, self.config = bundle, bundle.config
         weight = next(bundle.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.downscale = bundle.config.vqgan.downscale
         self.denoisers = bundle.every_denoiser
         self.executors: dict[str, Executor] = {name: Eager(bundle, name) for name in self.denoisers}
         self.decode_tokens: DecodeFn = self._decode_tokens
@@ -219,8 +220,7 @@ class Pipeline(ABC):
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Convert pixels (width, height) to tokens (H, W)."""
-        f = self.config.vqgan.downscale
-        return height // f, width // f
+        return height // self.downscale, width // self.downscale
 
     def _here(self, encoded: Tensor) -> Tensor:
         """Move an encoder's result to the denoiser's device and type."""

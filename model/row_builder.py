@@ -372,7 +372,7 @@ class RowBuilder:
 
     @property
     def _downscale(self) -> int:
-        return self.pipeline.config.vqgan.downscale
+        return self.pipeline.downscale
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.pipeline.device, non_blocking=True)
