@@ -194,7 +194,6 @@ class Pipeline(ABC):
         self.bundle, self.config = bundle, bundle.config
         weight = next(bundle.denoiser.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.downscale = bundle.config.vqgan.downscale
         self.denoisers = bundle.every_denoiser
         self.executors: dict[str, Executor] = {name: Eager(bundle, name) for name in self.denoisers}
         self.decode_tokens: DecodeFn = self._decode_tokens
@@ -217,6 +216,11 @@ class Pipeline(ABC):
     def of(bundle: Bundle) -> Pipeline:
         """Return the pipeline for a bundle's family."""
         return PipelineV3(bundle) if isinstance(bundle, BundleV3) else PipelineV1(bundle)
+
+    @cached_property
+    def downscale(self) -> int:
+        """Pixels per token and side."""
+        return self.config.vqgan.downscale
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Convert pixels (width, height) to tokens (H, W)."""
