@@ -317,7 +317,7 @@ class RowBuilder:
         tokens = encodings.images[self._image_key(request, "tokens", request.canvas.picture)]
         match request.canvas:
             case Repaint(mask=mask):
-                keep = ~token_mask(as_tensor(mask).bool(), self._downscale)
+                keep = ~token_mask(as_tensor(mask).bool(), self.pipeline.downscale)
                 return repaint(row, PinnedTokens(tokens, self._on_device(keep)))
             case Edit(strength=strength):
                 return edit(row, tokens, strength)
@@ -327,7 +327,7 @@ class RowBuilder:
     def _regions(self, request: ImageRequest, encodings: _Encodings) -> list[RegionBranch]:
         branches = []
         for region in request.regions:
-            weight = token_weight(as_tensor(region.weight).float() / 255, self._downscale)
+            weight = token_weight(as_tensor(region.weight).float() / 255, self.pipeline.downscale)
             condition = encodings.conditions[self._branch_key(request, region.prompt)]
             branches.append(RegionBranch(condition, self._on_device(weight)))
         return branches
@@ -369,10 +369,6 @@ class RowBuilder:
         return tuple(
             sorted({name for key in keys for name in encodings.texts[key].prompt.truncated})
         )
-
-    @property
-    def _downscale(self) -> int:
-        return self.pipeline.downscale
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.pipeline.device, non_blocking=True)

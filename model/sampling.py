@@ -171,22 +171,22 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     p = logits.softmax(-1, dtype=torch.float32)
     p = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     blocks = p.sum(-1).cumsum(-1)
-    block, rest = _first_above(blocks, uniform.unsqueeze(-1) * blocks[..., -1:])
+    block, target = _first_above(blocks, uniform.unsqueeze(-1) * blocks[..., -1:])
+    rest = target - F.pad(blocks, (1, 0)).gather(-1, block)
     codes = p.gather(-2, block.unsqueeze(-1).expand(*block.shape, _BLOCK)).squeeze(-2).cumsum(-1)
     code, _ = _first_above(codes, rest)
     return (block * _BLOCK + code).squeeze(-1)
 
 
 def _first_above(cdf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first places [..., 1] where cdf [..., n] exceeds target [..., 1], and the rest.
+    """Return the first places [..., 1] where cdf [..., n] exceeds target [..., 1], and the target.
 
-    A target that rounding has left at the end or beyond is taken as just below it. The rest is that
-    of the target behind the place before.
+    A target that rounding has left at the end or beyond is taken as just below it.
     """
     target = torch.minimum(target, torch.nextafter(cdf[..., -1:], cdf.new_zeros(())))
     place = torch.searchsorted(cdf, target, right=True)
     place = place.clamp_(max=cdf.shape[-1] - 1)  # of a row that is NaN
-    return place, target - F.pad(cdf, (1, 0)).gather(-1, place)
+    return place, target
 
 
 def typical_mask(logits: Tensor, mass: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from load_tests.processes import runs, workers
 from load_tests.serving import free_port
 from server.engine.child import MAX_REASON, describe
 from tests.conftest import wait_until
+from tests.test_api import metric
 
 ROOT = Path(__file__).parents[1]
 FAKE_SERVER = ("-m", "tests.fake_server")
@@ -175,21 +176,16 @@ def test_a_worker_needs_neither_the_start_directory_nor_the_modules_in_it(
     assert {"server starting", "worker lost"} <= set(messages)
 
 
-def _ready_workers(url: str) -> int:
-    """Return the number of workers that accept jobs, 0 while nothing answers."""
-    try:
-        lines = httpx.get(f"{url}/metrics", timeout=20).text.splitlines()
-    except httpx.TransportError:
-        return 0
-    return sum(line.startswith("paella_worker_ready{") and line.endswith(" 1.0") for line in lines)
-
-
 def test_a_server_stays_ready_while_one_of_two_workers_is_replaced(
     tmp_path: Path, bundle: Path
 ) -> None:
-    with started(tmp_path, *FAKE_SERVER, weights=bundle, devices="cpu,cpu") as server:
-        # The server is ready while any worker is.
-        wait_until(lambda: _ready_workers(server.url) == 2)
+    with (
+        started(tmp_path, *FAKE_SERVER, weights=bundle, devices="cpu,cpu") as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        wait_until(lambda: server.ready)
+        # It is while any worker is.
+        wait_until(lambda: all(metric(client, "paella_worker_ready", worker=w) for w in "01"))
         first, second = server.workers
         os.kill(first, signal.SIGSTOP)
         os.kill(first, signal.SIGKILL)

@@ -348,8 +348,7 @@ class CLIP(nn.Module):
         if config.merges is not None and directory is not None:
             check_merges(directory / config.merges)
             merges = {"bpe_path": str(directory / config.merges)}
-        self.context_length = config.context_length
-        self.tokenizer = SimpleTokenizer(context_length=self.context_length, **merges)
+        self.tokenizer = SimpleTokenizer(context_length=config.context_length, **merges)
         if merges and self.tokenizer.vocab_size > config.text_cfg.vocab_size:
             sizes = f"{self.tokenizer.vocab_size} tokens, and vocab_size is"
             raise ValueError(f"{config.merges} makes {sizes} {config.text_cfg.vocab_size}")
@@ -358,7 +357,7 @@ class CLIP(nn.Module):
 
     def complete(self) -> None:
         """Build the causal mask, which no state dict has, after a meta module got its tensors."""
-        length = self.context_length
+        length = self.tokenizer.context_length
         mask = torch.full(
             (length, length), -torch.inf, device=self.device, dtype=self.model.logit_scale.dtype
         ).triu_(1)
@@ -381,7 +380,7 @@ class CLIP(nn.Module):
 
         Start and end marks count.
         """
-        context, t = self.context_length, self.tokenizer
+        context, t = self.tokenizer.context_length, self.tokenizer
         words = [self._token_ids(prompt) for prompt in prompts]
         rows = [[t.sot_token_id, *ids, t.eot_token_id] for ids, _ in words]
         tokens = torch.zeros(len(rows), context, dtype=torch.int64)
@@ -407,7 +406,7 @@ class CLIP(nn.Module):
         for match in t.pat.finditer(t.clean_fn(text[:MAX_CHARACTERS])):
             word = "".join(t.byte_encoder[byte] for byte in match.group().encode("utf-8"))
             ids += [t.encoder[part] for part in t.bpe(word).split(" ")]
-            if len(ids) > self.context_length:
+            if len(ids) > t.context_length:
                 return ids, True
         return ids, is_cut
 

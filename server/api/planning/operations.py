@@ -59,7 +59,7 @@ def _unchanged(image: Image) -> Image:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to answer a request.
+    """Describe how to answer a request.
 
     Attributes:
         operation: name of the native endpoint.
