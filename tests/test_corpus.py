@@ -68,6 +68,18 @@ def test_the_number_of_processes_changes_nothing(monkeypatch):
     assert not np.array_equal(alone["text"], corpus.sample_arrays(120, 6, 1)["text"])
 
 
+def test_the_command_line_samples_the_mixture_it_names(monkeypatch, tmp_path):
+    found = {}
+    for name in ("full", "first"):
+        out = tmp_path / f"{name}.safetensors"
+        arguments = [str(out), "--images", "3000", "--processes", "1", "--mixture", name]
+        monkeypatch.setattr("sys.argv", ["corpus", *arguments])
+        corpus.main()
+        layouts = corpus.load(out).layouts
+        found[name] = ((layouts.sprite >= 0).sum(1) == 1) & (layouts.length[:, 0] == 176)
+    assert found["first"].sum() > 1.2 * found["full"].sum()
+
+
 def test_a_file_holds_everything(small, tmp_path):
     small.save(tmp_path / "corpus.safetensors")
     again = corpus.load(tmp_path / "corpus.safetensors")

@@ -113,6 +113,45 @@ def test_a_token_that_the_thing_covers_is_the_same_before_all_backgrounds(
     assert torch.equal(apart.tokens[1].long(), network.encode(image)[0])
 
 
+def by_hand(backgrounds: tuple[int, ...]) -> Stencils:
+    """Return stencils of a square: covered tokens 7 and 8, an outline of 100 + the background."""
+    grids = torch.zeros(len(backgrounds), 16, 16, dtype=torch.int16)
+    for grid, background in zip(grids, backgrounds, strict=True):
+        grid[:] = background
+        grid[4:12, 4:12] = 100 + background
+        grid[5:11, 5:8], grid[5:11, 8:11] = 7, 8
+    keys = torch.tensor([[SQUARE, 96, background, *RED] for background in backgrounds])
+    return Stencils(keys, grids, torch.arange(12, dtype=torch.int16) + 20)
+
+
+def settled(known: Stencils, layouts: Layouts, width: int = 16) -> Tensor:
+    tokens = torch.full((1, 16, width), -5)
+    known.settle(layouts, tokens)
+    return tokens[0]
+
+
+def test_encoded_scenes_take_over_what_is_the_same_before_all_backgrounds() -> None:
+    known = by_hand((WHITE, BLUE))
+    tokens = settled(known, one(SQUARE, 96, SEA, 128 - 64), width=24)
+    expected = torch.full((16, 24), -5)
+    expected[5:11, 1:4], expected[5:11, 4:7] = 7, 8
+    assert torch.equal(tokens, expected)
+    cut = settled(known, one(SQUARE, 96, SEA, 16, 128))
+    assert torch.equal(cut[5:11, :4], torch.tensor([7, 8, 8, 8]).expand(6, 4))
+    assert (cut[:, 4:] == -5).all()
+
+
+@pytest.mark.parametrize("change", ["mirror", "angle", "centre", "tint"])
+def test_encoded_scenes_keep_their_own_tokens_where_a_sprite_is_another(change: str) -> None:
+    layouts = one(SQUARE, 96, SEA)
+    getattr(layouts, change)[0, 0] = 1
+    assert (settled(by_hand((WHITE, BLUE)), layouts) == -5).all()
+
+
+def test_one_background_alone_does_not_tell_what_a_thing_covers() -> None:
+    assert (settled(by_hand((WHITE,)), one(SQUARE, 96, SEA)) == -5).all()
+
+
 def test_they_are_the_same_after_a_file(known: Stencils, tmp_path: Path) -> None:
     known.save(tmp_path / "s.safetensors")
     again = Stencils.load(tmp_path / "s.safetensors")
@@ -152,8 +191,9 @@ def test_a_pool_encodes_only_what_is_not_known(known: Stencils, network: VQGAN) 
     pool.grow(counting, 40)  # type: ignore[arg-type]
     assert counting.encoded == 20
     assert torch.equal(pool.tokens[0], known.lay(layouts[:1], 16, 16)[0][0].to(torch.int16))
-    image = render(layouts[1:2], art.shapes()).float() / 255
-    assert torch.equal(pool.tokens[1].long(), network.encode(image)[0])
+    encoded = network.encode(render(layouts[1:2], art.shapes()).float() / 255)
+    known.settle(layouts[1:2], encoded)
+    assert torch.equal(pool.tokens[1].long(), encoded[0])
 
 
 @pytest.mark.parametrize(("with_stencils", "uses"), [(True, 4), (False, 16)])

@@ -261,7 +261,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     began = time.perf_counter()
-    arrays = sample_arrays(options.images, options.seed, options.processes)
+    mix = MIXTURES[options.mixture]
+    arrays = sample_arrays(options.images, options.seed, options.processes, mix)
     save_file(arrays, options.out)
     taken = time.perf_counter() - began
     print(f"{options.images} images in {taken:.1f} s, {options.images / taken:.0f} a second")

@@ -285,7 +285,9 @@ class Pool:
         tokens, known = self.stencils.lay(self.scenes.corpus.layouts[index], *self.tokens.shape[1:])
         others = (~known).nonzero()[:, 0]
         if len(others):
-            tokens[others] = self._encoded(vqgan, index[others])
+            encoded = self._encoded(vqgan, index[others])
+            self.stencils.settle(self.scenes.corpus.layouts[index[others]], encoded)
+            tokens[others] = encoded
         return tokens
 
     def _encoded(self, vqgan: VQGAN, index: Tensor) -> Tensor:

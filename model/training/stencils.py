@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,7 +42,9 @@ from model.training.vqgan import trained_vqgan
 _AT_ONCE = 32  # images
 _GROUPS = 8  # things that a process encodes at a time
 _NO_TINT = (255, 255, 255)
-Key = tuple[int, float, int, tuple[int, int, int]]  # sprite, length, background, tint
+Colour = tuple[int, int, int]
+Key = tuple[int, float, int, Colour]  # sprite, length, background, tint
+Look = tuple[int, float, Colour]  # a key without its background
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,20 @@ class Stencils:
         """Write them to a safetensors file."""
         save_file({"keys": self.keys, "tokens": self.tokens, "plain": self.plain}, path)
 
+    @cached_property
+    def _covered(self) -> dict[Look, Tensor]:
+        """Return the tokens [h, w] that a look has before all its backgrounds, −1 elsewhere."""
+        rows = defaultdict[Look, list[int]](list)
+        for (sprite, length, _, tint), row in self._numbers.items():
+            rows[sprite, length, tint].append(row)
+        found = {}
+        for look, numbers in rows.items():
+            own = self.tokens[numbers]
+            # Of one background alone nothing tells what the thing covers.
+            same = (own == own[0]).all(0) if len(own) > 1 else torch.zeros_like(own[0]).bool()
+            found[look] = torch.where(same & ~torch.isin(own[0], self.plain), own[0], -1)
+        return found
+
     def lay(self, layouts: Layouts, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Return (the tokens [N, height, width] of layouts, which of them are known [N]).
 
@@ -80,34 +98,67 @@ class Stencils:
         tokens = self.plain[background.clamp(max=len(self.plain) - 1)].long()
         tokens = tokens[:, None, None].expand(-1, height, width).clone()
         for row in known.nonzero()[:, 0].tolist():
-            known[row] = self._lay(layouts, row, tokens[row])
+            behind = int(background[row])
+            numbers = [
+                None if spot is None else self._numbers.get((*spot.look[:2], behind, spot.look[2]))
+                for spot in _spots(layouts, row)
+            ]
+            known[row] = None not in numbers
+            for spot, number in zip(_spots(layouts, row), numbers, strict=True):
+                if spot is not None and number is not None:
+                    stencil = self.tokens[number].long()
+                    _put(tokens[row], stencil, spot, stencil != int(self.plain[behind]))
         return tokens, known
 
-    def _lay(self, layouts: Layouts, row: int, grid: Tensor) -> bool:
-        """Lay a layout's sprites on the grid; return False if one of them has no stencil."""
-        background = int(layouts.background[row])
-        for slot in (layouts.sprite[row] >= 0).nonzero()[:, 0].tolist():
-            sprite, length = int(layouts.sprite[row, slot]), float(layouts.length[row, slot])
-            tint = _NO_TINT
-            if sprite < len(SHAPES):
-                red, green, blue = layouts.tint[row, slot].tolist()
-                tint = red, green, blue
-            number = self._numbers.get((sprite, length, background, tint))
-            x, y = (layouts.centre[row, slot] / TOKEN).tolist()
-            turned = bool(layouts.mirror[row, slot]) or bool(layouts.angle[row, slot])
-            if number is None or turned or x != int(x) or y != int(y):
-                return False
-            stencil = self.tokens[number].long()
-            top, left = int(y) - stencil.shape[0] // 2, int(x) - stencil.shape[1] // 2
-            # Only what lies within the grid; the rest of a stencil is background.
-            part = stencil[
-                max(0, -top) : max(0, grid.shape[0] - top),
-                max(0, -left) : max(0, grid.shape[1] - left),
-            ]
-            below = grid[max(0, top) :, max(0, left) :][: part.shape[0], : part.shape[1]]
-            thing = part != int(self.plain[background])
-            below[thing] = part[thing]
-        return True
+    def settle(self, layouts: Layouts, tokens: Tensor) -> None:
+        """Give encoded tokens [N, h, w] of layouts those that things have before all backgrounds.
+
+        It changes what is wholly covered by an upright sprite on the lattice that has stencils.
+        """
+        for row in range(len(layouts)):
+            spots = _spots(layouts, row)
+            if len(spots) > 1 and None in spots:
+                continue  # an unknown sprite may lie over another
+            for spot in spots:
+                if spot is not None and spot.look in self._covered:
+                    covered = self._covered[spot.look].long()
+                    _put(tokens[row], covered, spot, covered >= 0)
+
+
+class _Spot(NamedTuple):
+    """What lies at a place: its look, and its middle on the lattice, in tokens."""
+
+    look: Look
+    x: int
+    y: int
+
+
+def _spots(layouts: Layouts, row: int) -> list[_Spot | None]:
+    """Return where a layout's sprites lie; None for one that is turned or off the lattice."""
+    found: list[_Spot | None] = []
+    for slot in (layouts.sprite[row] >= 0).nonzero()[:, 0].tolist():
+        sprite, length = int(layouts.sprite[row, slot]), float(layouts.length[row, slot])
+        tint = _NO_TINT
+        if sprite < len(SHAPES):
+            red, green, blue = layouts.tint[row, slot].tolist()
+            tint = red, green, blue
+        x, y = (layouts.centre[row, slot] / TOKEN).tolist()
+        turned = bool(layouts.mirror[row, slot]) or bool(layouts.angle[row, slot])
+        upright = not turned and x == int(x) and y == int(y)
+        found.append(_Spot((sprite, length, tint), int(x), int(y)) if upright else None)
+    return found
+
+
+def _put(grid: Tensor, stencil: Tensor, spot: _Spot, chosen: Tensor) -> None:
+    """Put a stencil's chosen tokens on the grid, as far as they lie within it."""
+    top, left = spot.y - stencil.shape[0] // 2, spot.x - stencil.shape[1] // 2
+    within = (
+        slice(max(0, -top), max(0, grid.shape[0] - top)),
+        slice(max(0, -left), max(0, grid.shape[1] - left)),
+    )
+    part = stencil[within]
+    below = grid[max(0, top) :, max(0, left) :][: part.shape[0], : part.shape[1]]
+    below[chosen[within]] = part[chosen[within]]
 
 
 def _layouts(things: Iterable[Key]) -> Layouts:
@@ -197,7 +248,7 @@ def main() -> None:
     parser.add_argument("--vqgan", type=Path, required=True, help="a VQGAN's checkpoint")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
-    keys = groups((LONE_LENGTHS["normal"], PAIR_LENGTHS["normal"]))
+    keys = groups((LONE_LENGTHS["normal"], PAIR_LENGTHS["normal"], LONE_LENGTHS["large"]))
     chunks = [keys[i : i + _GROUPS] for i in range(0, len(keys), _GROUPS)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
