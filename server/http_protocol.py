@@ -19,14 +19,14 @@ from http import HTTPStatus
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.errors import ApiError, too_many_connections
-from server.api.middleware import (
+from server.api.access import (
     MAX_HEADER_BYTES,
     MAX_URL_BYTES,
     headers_too_large,
     url_too_long,
 )
-from server.api.transfer import TRANSPORT
+from server.api.errors import ApiError, too_many_connections
+from server.api.middleware import TRANSPORT
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class _Rejected(Exception):  # noqa: N818, no error of this program
 class BoundedProtocol(HttpToolsProtocol):
     """A connection that ends when its client exceeds a bound or does not continue.
 
-    `middleware.Guard` answers requests whose heads end within all limits together but exceed one.
+    `access.Guard` answers requests whose heads end within all limits together but exceed one.
 
     Attributes:
         all: all connections of the server.

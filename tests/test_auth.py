@@ -25,8 +25,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from server.api import create_app
+from server.api.access import MAX_HEADER_BYTES, MAX_URL_BYTES, Concurrency, Keys, Rate
 from server.api.errors import ApiError
-from server.api.middleware import MAX_HEADER_BYTES, MAX_URL_BYTES, Concurrency, Keys, Rate
 from server.api.validation import from_validation
 from server.settings import Settings
 from server.uvicorn_server import Server

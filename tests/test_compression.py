@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.transfer import (
+from server.api.middleware import (
     HELD_BYTES,
     ClientStalledError,
     Compression,

@@ -16,8 +16,7 @@ from model.pipeline import SamplingInputs
 from model.rows import PinnedTokens, RegionBranch, Row
 from server.api.images.encode import encode
 from server.engine.messages import Image, Job
-from server.engine.prompt_cache import tensors_in
-from server.engine.runner import Runner, Stopwatch
+from server.engine.runner import Runner, Stopwatch, tensors_in
 from server.engine.scheduler import RowId, Scheduler
 from server.settings import Settings
 from tests.conftest import emptied

@@ -21,17 +21,19 @@ import pytest
 
 from server.api import create_app
 from server.api.images.decode import ImageLimits, decode
-from server.api.images.encode import animate, encode, read_parameters
-from server.api.images.marking import (
+from server.api.images.encode import (
     COMPOSITES,
     MAX_JPEG_SEGMENT,
-    SOURCE_TYPES,
     Marker,
     Marking,
+    animate,
+    encode,
     is_marked,
+    read_parameters,
     source_type,
     unsigned,
 )
+from server.api.images.signing import SOURCE_TYPES
 from server.api.planning.operations import OPERATIONS
 from server.engine.messages import Image
 from server.settings import Settings

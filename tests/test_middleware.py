@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.body import BodyLimit
 from server.api.errors import ApiError
-from server.api.middleware import HealthPort, Observation, SecurityHeaders
+from server.api.middleware import HealthPort, Observation, SecurityHeaders, SendTimeout
 from server.api.state import request_state
-from server.api.transfer import BodyLimit, SendTimeout
 from server.metrics import Metrics
 from tests.virtual_time import START, virtual_time
 

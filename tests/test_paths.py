@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from server.api import create_app
-from server.api.middleware import Keys, canonical_path
+from server.api.access import Keys
+from server.api.middleware import canonical_path
 from server.api.openapi import EXAMPLES
 from server.settings import Settings
 from tests import fake_worker

@@ -16,8 +16,14 @@ import torch
 from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
 from server.engine.messages import Job
-from server.engine.prompt_cache import tensor_bytes, tensors_in
-from server.engine.runner import Runner, Stopwatch, Streams, ThreadTuner
+from server.engine.runner import (
+    Runner,
+    Stopwatch,
+    Streams,
+    ThreadTuner,
+    tensor_bytes,
+    tensors_in,
+)
 from server.engine.scheduler import RowId
 from server.settings import Settings
 from tests.conftest import emptied

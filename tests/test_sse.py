@@ -16,8 +16,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from server.api.middleware import ClientStalledError, SendTimeout
 from server.api.sse import MAX_PREVIEWS, DeferredEvent, Event, EventQueue, EventStream
-from server.api.transfer import ClientStalledError, SendTimeout
 from server.settings import MIB, Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, wait_until

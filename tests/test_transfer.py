@@ -9,16 +9,9 @@ from collections.abc import Callable
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.body import TEXT_BODY_BYTES
+from server.api.body import TEXT_BODY_BYTES, BodyBudget, BodyLimit
 from server.api.errors import ApiError
-from server.api.transfer import (
-    PIECE_BYTES,
-    TRANSPORT,
-    BodyBudget,
-    BodyLimit,
-    ClientStalledError,
-    SendTimeout,
-)
+from server.api.middleware import PIECE_BYTES, TRANSPORT, ClientStalledError, SendTimeout
 from tests.virtual_time import START, settle, virtual_time
 
 CHUNK = TEXT_BODY_BYTES

@@ -23,28 +23,27 @@ from server.api import (
     routes_sdapi,
     static,
 )
+from server.api.access import Guard, Keys, OriginGuard, TrustedProxies
+from server.api.body import BodyBudget, BodyLimit
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
-from server.api.images.encode import ImageEncoder
-from server.api.images.marking import Marker
+from server.api.images.encode import ImageEncoder, Marker
 from server.api.images.url_store import UrlStore
 from server.api.middleware import (
     CanonicalPath,
-    Guard,
+    Compression,
     HeadAsGet,
     HealthPort,
-    Keys,
     Observation,
     SecurityHeaders,
+    SendTimeout,
     WithHeader,
     logged_path,
     register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
-from server.api.origins import OriginGuard, TrustedProxies
 from server.api.planning.operations import OPERATIONS
 from server.api.state import AppState, request_state
-from server.api.transfer import BodyBudget, BodyLimit, Compression, SendTimeout
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker

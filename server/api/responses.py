@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
 
+from server.api.access import base_url
 from server.api.errors import ApiError, shortened
 from server.api.images.encode import AnimationFormat, Format, animate, encode
 from server.api.images.url_store import EXTENSIONS, ImageLinks, StoredImage
-from server.api.origins import base_url
 from server.api.planning.operations import Plan
 from server.api.sse import DeferredEvent, Emit, Event
 from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled

@@ -1,5 +1,7 @@
 """Hold the worker's tensors: start rows (encode, prior, condition), step them, decode them.
 
+Encoded prompts, encoded images and results of the prior are cached, up to a number of bytes.
+
 On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each
 deterministic row a pool of its own, so that it always meets the same shapes.
 """
@@ -8,22 +10,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from model.config import SamplingConfig, find_bundle
 from model.pipeline import Pipeline
-from model.row_builder import RowBuilder, group_by
+from model.row_builder import Cached, RowBuilder, group_by
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
 from server.engine.cuda_graphs import CUDARecorder, GraphShapes, Recorder, use_cuda_graphs
 from server.engine.messages import Count, Image, Job
-from server.engine.prompt_cache import PromptCache, tensor_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
 from server.settings import Settings
 
@@ -31,6 +33,80 @@ from server.settings import Settings
 DECODE_ROWS = 4
 # The time that the largest batch may take at start, about.
 WARM_UP_S = 5.0
+
+
+# ── cache ─────────────────────────────────────────────────────────────────────────────────────────
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class PromptCache:
+    """A least-recently-used cache, bounded by bytes; a `model.row_builder.EncodingCache`.
+
+    capacity: bytes of all values together; a larger value is not kept. size_of: bytes of a value.
+    held: bytes now. counters: where hits and misses are counted.
+    """
+
+    def __init__(
+        self, capacity: int, size_of: Callable[[object], int], counters: Counter[Count]
+    ) -> None:
+        self.capacity, self.held = capacity, 0
+        self._size_of, self._counters = size_of, counters
+        self._values: OrderedDict[Hashable, object] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def values(self) -> list[object]:
+        """Return all values, the least recently used first."""
+        return list(self._values.values())
+
+    def fetch(
+        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
+    ) -> list[V]:
+        """Return the keys' values; compute the missing ones in one call, each once.
+
+        Keys of different kinds must differ.
+        """
+        values = {key: cast(V, self._values[key]) for key in keys if key in self._values}
+        missing = [key for key in dict.fromkeys(keys) if key not in values]
+        self._counters["prompt_cache_hits", kind] += len(keys) - len(missing)
+        self._counters["prompt_cache_misses", kind] += len(missing)
+        if missing:
+            values.update(zip(missing, compute(missing), strict=True))
+        for key in keys:
+            self._use(key, values[key])
+        return [values[key] for key in keys]
+
+    def _use(self, key: Hashable, value: object) -> None:
+        """Mark the value as the last one used, and evict others if there is no room."""
+        if key not in self._values:
+            size = self._size_of(value)
+            if size > self.capacity:
+                return
+            self._values[key] = value
+            self.held += size
+        self._values.move_to_end(key)
+        while self.held > self.capacity:
+            self.held -= self._size_of(self._values.popitem(last=False)[1])
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield every tensor in a tree of dataclasses and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def tensor_bytes(value: object) -> int:
+    """Return the bytes of the memory that the tensors in a value hold."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors_in(value))
 
 
 # ── streams ───────────────────────────────────────────────────────────────────────────────────────
