@@ -169,7 +169,9 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     of probability zero is never drawn.
     """
     p = logits.softmax(-1, dtype=torch.float32)
-    p = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    if spare := -p.shape[-1] % _BLOCK:
+        p = F.pad(p, (0, spare))  # it would copy even if there were nothing to add
+    p = p.unflatten(-1, (-1, _BLOCK))
     blocks = p.sum(-1).cumsum(-1)
     block, target = _first_above(blocks, uniform.unsqueeze(-1) * blocks[..., -1:])
     rest = target - F.pad(blocks, (1, 0)).gather(-1, block)
