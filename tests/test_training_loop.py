@@ -166,6 +166,19 @@ def test_by_steps_the_learning_rate_falls_over_the_last_of_them_whatever_time_it
     assert run.rate(run.share(elapsed=1e9)) == pytest.approx(o.lr * rate)
 
 
+@pytest.mark.parametrize(("share", "rate"), [(0.2, 1.0), (0.5, 0.625), (0.9, 0.125)])
+def test_the_last_share_of_the_training_can_be_chosen(o, share, rate):
+    run = loop._Run(small_prior(), replace(o, warmup=1, fall=0.8))
+    assert run.rate(share) == pytest.approx(o.lr * rate)
+
+
+@pytest.mark.parametrize("sent", ["0", "1.5", "-0.1"])
+def test_a_share_is_above_0_and_at_most_1(sent, capsys):
+    with pytest.raises(SystemExit):
+        loop.parser("", name="x", batch=1, lr=1.0, minutes=1).parse_args(["--fall", sent])
+    assert "at most 1" in capsys.readouterr().err
+
+
 def test_steps_are_counted_from_the_very_first(o):
     o = replace(o, steps=5)
     network = small_prior()

@@ -67,7 +67,7 @@ _STEPS: tuple[tuple[int, int, float], ...] = (
 _BATCH_SHARES = (1.0, 2 / 3, 2 / 3)
 # Uses of a scene, with other noise each time. A scene that is met often is learnt by heart, and
 # encoding one takes twice as long as a step of it; where most tokens are known it need not be.
-_MET, _MET_WITH_STENCILS = 16, 4
+_MET, _MET_WITH_STENCILS = 16, 6
 _ENCODED_AT_ONCE = 4  # batches
 _ENCODED_FIRST = 32  # batches encoded before the first step
 # On scenes, times are 1 − u^1.5 with u even in [0, 1), so that more of them are early: all is noise

@@ -1,8 +1,9 @@
 """Run a training: budget, learning rate schedule, EMA, checkpoints and progress bar.
 
 A trainer brings a module and a loss. The budget is time: `--minutes 20` means that on any machine,
-and the learning rate falls over the last 30 % of it. A checkpoint holds the whole state of the
-networks, so `--resume` continues from there, for as many minutes as given and with new scenes.
+and the learning rate falls over the last 30 % of it (`--fall`). A checkpoint holds the whole state
+of the networks, so `--resume` continues from there, for as many minutes as given and with new
+scenes.
 
 Or the budget is steps: `--steps 10000` is the same training on any machine, and `--resume` finishes
 it as if it had never been interrupted, bit for bit if one process trains on the same machine.
@@ -54,7 +55,6 @@ __all__ = [
 ]
 
 Loss = Callable[[], tuple[Tensor, dict[str, Tensor]]]
-_DECAY_SHARE = 0.3
 _SAVE_SECONDS = 120.0
 # On CUDA:
 _REHEARSALS = 3  # steps before one is recorded
@@ -217,7 +217,7 @@ class _Run:
         return (
             self.o.lr
             * min(1.0, (self.step + 1) / self.o.warmup)
-            * max(0.02, min(1.0, (1 - share) / _DECAY_SHARE))
+            * max(0.02, min(1.0, (1 - share) / self.o.fall))
         )
 
     def learn(self, loss: Loss | Mixture, share: float) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class Options:
     images of one pass; `accumulate` passes make a step. seed: for values that must be new after a
     resumption; data_seed: for data whose position is in the checkpoint. save_seconds: between two
     checkpoints, 0 for the usual two minutes. record: record steps on CUDA as graphs if possible.
+    fall: the last share of the budget, over which the learning rate falls.
     """
 
     minutes: float
@@ -42,6 +43,7 @@ class Options:
     workers: int
     save_seconds: float = 0.0
     record: bool = True
+    fall: float = 0.3
 
 
 def parser(
@@ -98,6 +100,12 @@ def parser(
     p.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
     p.add_argument("--warmup", type=_positive, default=200, help="steps until the peak")
     p.add_argument(
+        "--fall",
+        type=_share,
+        default=0.3,
+        help="the last share of the training, over which the rate falls (default 0.3)",
+    )
+    p.add_argument(
         "--ema",
         type=float,
         default=ema,
@@ -124,6 +132,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
 
 
 def options(args: argparse.Namespace) -> Options:
@@ -160,6 +175,7 @@ def options(args: argparse.Namespace) -> Options:
         dtype=torch.bfloat16 if dtype == torch.float16 else dtype,  # bf16 needs no loss scaling
         workers=workers,
         record=not args.no_record,
+        fall=args.fall,
     )
 
 
