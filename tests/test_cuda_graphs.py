@@ -24,11 +24,10 @@ from server.engine.messages import Count
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config
-from tests.test_pipeline import PLAIN, PROMPTS, SAMPLERS, agreement, row, run
+from tests.test_pipeline import PLAIN, PROMPTS, SAMPLERS, UNGUIDED, agreement, row, run
 
 GRID = (8, 8)
 LENGTHS = (16, 80)
-UNGUIDED = replace(PLAIN, guidance=(1.0, 1.0))
 
 
 class NothingAsked(TorchDispatchMode):
@@ -192,12 +191,33 @@ def test_the_smallest_graph_that_fits_is_replayed(pipeline, graphs, monkeypatch)
         return features(tokens, times, condition, row_of)
 
     monkeypatch.setattr(graphs.denoiser, "features", seen)
+    draws, sample = list[int](), graphs.eager.sample
+    monkeypatch.setattr(
+        graphs.eager,
+        "sample",
+        lambda name, *rest: draws.append(len(rest[0])) or sample(name, *rest),
+    )
     unguided, guided = row(pipeline, config=UNGUIDED), row(pipeline)
     length = min(length for length in LENGTHS if length >= unguided.conditional.length)
-    pipeline.advance([unguided])
-    pipeline.advance([unguided, guided])
-    pipeline.advance([unguided, guided, row(pipeline, config=UNGUIDED)])
-    assert shapes == [(1, 1, length), (2, 4, length), (4, 8, length)]
+    rows = [unguided, guided, row(pipeline, config=UNGUIDED), row(pipeline, seed=1)]
+    for count in range(1, 5):
+        pipeline.advance(rows[:count])
+    assert shapes == [(1, 1, length), (2, 4, length), (4, 8, length), (4, 8, length)]
+    assert draws == [1, 2, 4, 4]
+    assert graphs.counters["graph_replays", ""] == len(shapes) + len(draws)
+
+
+def test_a_graph_is_replayed_for_conditions_of_exactly_its_length(pipeline):
+    mine, counters = row(pipeline, config=UNGUIDED), Counter[Count]()
+    replaying = PipelineV3(pipeline.bundle)
+    for length, replays in ((mine.conditional.length - 1, 0), (mine.conditional.length, 1)):
+        graphs = StepGraphs(pipeline, [Bucket(GRID, 1, 1, length)], rerun, counters)
+        graphs.capture_all()
+        replaying.executor = graphs
+        replaying.advance([mine])
+        assert counters["graph_eager_steps", ""] == 1
+        # One of the step, and one of each draw.
+        assert counters["graph_replays", ""] == 1 + 2 * replays
 
 
 def test_everything_is_recorded_before_the_first_step_and_nothing_after_it(pipeline, graphs):
@@ -270,8 +290,10 @@ def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
     graphs.capture_all()
     settings = pipeline.prior_settings()
     steps, width = pipeline.prior_noise(settings)
+    rows, eager = list[int](), graphs.eager
+    graphs.eager = lambda text, *rest: rows.append(len(text)) or eager(text, *rest)
     drawn = []
-    for count in (1, 3, 2):
+    for count in (1, 3, 2, 4):
         text, noise = torch.randn(count, width), torch.randn(steps, count, width)
         drawn.append((graphs(text, noise, settings), pipeline.run_prior(text, noise, settings)))
     for (
@@ -279,27 +301,31 @@ def test_a_prior_s_replay_is_its_eager_run_for_any_number_of_images(pipeline):
         expected,
     ) in drawn:  # after all of them: a replay takes nothing away from those before it
         torch.testing.assert_close(replayed, expected, atol=1e-5, rtol=1e-5)
-    assert counters["graph_replays", ""] == 3
     graphs(torch.randn(5, width), torch.randn(steps, 5, width), settings)
-    assert counters["graph_replays", ""] == 3
+    assert rows == [1, 4, 4, 4, 5], "the smallest graph that fits"
+    assert counters["graph_replays", ""] == 4
 
 
 def test_pictures_replayed_are_those_decoded_eagerly_for_any_number_and_size_of_them(pipeline):
     counters: Counter[Count] = Counter()
     graphs = DecodeGraphs(pipeline, [GRID, (8, 16)], (1, 4), rerun, counters)
     graphs.capture_all()
+    rows, eager = list[int](), graphs.eager
+    graphs.eager = lambda tokens: rows.append(len(tokens)) or eager(tokens)
     tokens = [
-        torch.randint(64, (count, *grid)) for count, grid in ((3, GRID), (1, (8, 16)), (2, GRID))
+        torch.randint(64, (count, *grid))
+        for count, grid in ((3, GRID), (1, (8, 16)), (2, GRID), (4, GRID))
     ]
     decoded = [graphs(each) for each in tokens]
     for each, pictures in zip(
         tokens, decoded, strict=True
     ):  # after all of them: a replay takes nothing away from those before it
         assert (pictures.int() - pipeline.decode_tokens(each).int()).abs().max() <= 1
-    assert (counters["graph_captures", "false"], counters["graph_replays", ""]) == (4, 3)
+    assert (counters["graph_captures", "false"], counters["graph_replays", ""]) == (4, 4)
     for odd in (torch.randint(64, (5, *GRID)), torch.randint(64, (1, 16, 16))):
         assert torch.equal(graphs(odd), pipeline.decode_tokens(odd))
-    assert counters["graph_replays", ""] == 3
+    assert rows == [4, 1, 4, 4, 5, 1], "the smallest graph that fits"
+    assert counters["graph_replays", ""] == 4
 
 
 V1 = replace(PLAIN, temperature=(1.0, 1.0), schedule="cosine")

@@ -24,7 +24,13 @@ import pytest
 from load_tests.misbehaving import is_whole
 from load_tests.processes import resident_mib
 from load_tests.serving import free_port, wait_until_ready
-from server.http_protocol import MAX_HEADERS, MAX_PIPELINED, MAX_TRAILER_BYTES
+from server.http_protocol import (
+    LOGGED_EVERY_S,
+    MAX_HEADERS,
+    MAX_PIPELINED,
+    MAX_TRAILER_BYTES,
+    Connections,
+)
 from server.settings import Settings
 from tests.conftest import wait_until
 from tests.test_auth import KEY, all_answered, listening, said, served
@@ -358,6 +364,50 @@ def test_a_connection_is_refused_if_all_have_a_request_except_on_the_operations_
         assert b'paella_rejected_total{reason="too_many_connections"} 3.0' in metrics
     lines = [record for record in caplog.records if record.msg == "connection limit reached"]
     assert len(lines) == 1, "one line for many"
+
+
+class Waiting:
+    """A connection without a request."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.connections, self.closed = connections, False
+        connections.wait(self)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.closed = True
+        self.connections.waiting.pop(self)  # type: ignore[call-overload]
+
+
+def test_the_log_counts_the_connections_closed_and_refused_since_its_last_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, refused = 1000.0, list[None]()
+    monkeypatch.setattr("server.http_protocol.time.monotonic", lambda: now)
+    connections = Connections(2, exempt_port=9, on_refused=lambda: refused.append(None))
+
+    def admitted(port: int = 80) -> bool:
+        return connections.admit(None, port)  # type: ignore[arg-type]
+
+    def lines() -> list[dict[str, int]]:
+        return [record.__dict__["fields"] for record in caplog.records]
+
+    assert not admitted()
+    assert lines() == [{"limit": 2, "closed": 0, "refused": 1}]
+    first, second = Waiting(connections), Waiting(connections)
+    assert connections.admit(first, 80), "closes the other one"  # type: ignore[arg-type]
+    assert (first.closed, second.closed) == (False, True)
+    assert admitted()
+    assert [admitted(), admitted(), admitted(port=9)] == [False, False, True]
+    now += LOGGED_EVERY_S - 0.1
+    assert not admitted()
+    assert len(lines()) == 1
+    now += 0.1
+    assert not admitted()
+    assert lines()[1:] == [{"limit": 2, "closed": 2, "refused": 4}]
+    assert len(refused) == 5
+    now += LOGGED_EVERY_S
+    assert not admitted()
+    assert lines()[2:] == [{"limit": 2, "closed": 0, "refused": 1}]
 
 
 def limit_descriptors(soft: int, hard: int) -> Callable[[], None]:

@@ -15,6 +15,8 @@ from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import RowId, Scheduler
 from tests.test_fairness import Machine
 from tests.test_scheduler import SAMPLING, job
+from tests.test_upscale import enlarging, twice
+from tests.test_worker import SAMPLING as GUIDED
 
 SMALL, LARGE = 64 * 64, 256 * 64
 
@@ -213,6 +215,19 @@ def test_a_pool_with_more_steps_left_than_the_job_takes_no_more_turns_than_the_j
     made = costs((1, SMALL, 0.1), (1, LARGE, 0.5), (2, LARGE, 0.9))
     others = [asked("b", width=256, steps=30)]
     assert made.predict(asked(), others, slots=4, now=0.0) == pytest.approx(10 * (0.1 + 0.5))
+
+
+@pytest.mark.parametrize(("left", "seconds"), [(22, 2.1), (20, 2.0), (18, 1.9), (6, 1.3), (0, 1.0)])
+def test_the_steps_left_of_an_enlarged_image_are_its_last_ones(left, seconds):
+    """One image of 4 steps, then 9 tiles of 2 steps, each step of 2 branches."""
+    made = costs((1, SMALL, 0.1), (20, SMALL, 2.0))
+    enlarged = replace(
+        twice("b", sampling=GUIDED, enlarge=replace(enlarging(64, 64), sampling=GUIDED)),
+        model="tiny",
+    )
+    assert enlarged.row_steps == 22
+    predicted = made.predict(asked(steps=10), [enlarged], 16, 0.0, {"b": left})
+    assert predicted == pytest.approx(seconds)
 
 
 def test_the_nearest_size_is_the_ground_for_others():

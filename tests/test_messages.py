@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import pickle
 import threading
+from dataclasses import replace
 from multiprocessing import Pipe
 
 import numpy as np
 import pytest
 
+from model.image_request import (
+    Edit,
+    Enlarge,
+    InputImage,
+    Keyframe,
+    Reference,
+    Region,
+    Repaint,
+)
+from model.tiles import Tiling
 from server.engine.messages import (
     Dropped,
     Finished,
@@ -18,6 +29,7 @@ from server.engine.messages import (
     receive_message,
     send_message,
 )
+from tests.test_scheduler import SAMPLING, job
 
 
 def pictures(*sides: int) -> Finished:
@@ -88,3 +100,42 @@ def test_an_image_can_be_pickled_as_anything_else(protocol):
         4,
         bytes(image.pixels),
     )
+
+
+# ── jobs ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sent(size: int) -> InputImage:
+    return InputImage(1, size, bytes(size), "")
+
+
+REGIONS = (Region("a", sent(1)), Region("b", sent(20)))
+ENLARGE = Enlarge(Tiling.of((32, 32), (32, 32), 4), (32, 32), 0.5, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("parts", "count"),
+    [
+        ({}, 0),
+        ({"held_bytes": 7}, 7),
+        ({"canvas": Edit(sent(1), 0.5)}, 1),
+        ({"canvas": Repaint(sent(1), sent(20))}, 21),
+        ({"references": (Reference(sent(1), 1.0), Reference(sent(20), 1.0))}, 21),
+        ({"keyframes": (Keyframe("a", sent(1)), Keyframe("b"), Keyframe("", sent(20)))}, 21),
+        ({"regions": REGIONS}, 21),
+        ({"enlarge": ENLARGE}, 0),
+        ({"enlarge": replace(ENLARGE, regions=REGIONS)}, 21),
+        ({"enlarge": replace(ENLARGE, image=sent(300))}, 300),
+        (
+            {
+                "canvas": Repaint(sent(4000), sent(50_000)),
+                "regions": REGIONS,
+                "enlarge": replace(ENLARGE, regions=REGIONS, image=sent(300)),
+                "held_bytes": 600_000,
+            },
+            654_342,
+        ),
+    ],
+)
+def test_a_job_counts_the_bytes_of_every_image_mask_and_weight(parts, count):
+    assert replace(job("a"), **parts).image_bytes == count

@@ -32,6 +32,7 @@ PLAIN = SamplingConfig(
     sampler="multinomial",
     typical_mass=0.4,
 )
+UNGUIDED = replace(PLAIN, guidance=(1.0, 1.0))
 SAMPLERS = ("multinomial", "argmax", "typical", "quant")
 
 
@@ -222,6 +223,21 @@ def test_guidance_is_cond_times_g_plus_uncond_times_one_minus_g(pipeline):
     )
     (tokens,) = run(pipeline, mine)
     assert agreement(tokens, (3 * cond - 2 * uncond).argmax(-1)[0]) >= 0.99
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "typical"])
+def test_each_step_draws_from_logits_divided_by_its_own_temperature(pipeline, sampler):
+    config = replace(UNGUIDED, steps=2, renoise_steps=0, temperature=(2.0, 0.25), sampler=sampler)
+    mine, denoiser = row(pipeline, config=config), pipeline.bundle.denoiser
+    for step, temperature in enumerate(config.temperature):
+        times = denoiser.times(torch.tensor([mine.times[step]]))
+        logits = denoiser.project(denoiser.features(mine.tokens[None], times, mine.conditional))
+        if sampler == "typical":
+            mass = torch.full(logits.shape[:-1], config.typical_mass)
+            logits = sampling.keep_typical(logits, mass)
+        expected = sampling.inverse_cdf(logits / temperature, mine.noise.draw[step][None])
+        pipeline.advance([mine])
+        assert agreement(mine.tokens, expected[0]) >= 0.99
 
 
 def test_renoising_falls_with_time_and_stops_after_its_steps():

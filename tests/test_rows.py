@@ -158,6 +158,22 @@ def test_a_refined_row_keeps_every_token_that_is_not_noised(pipeline, strength):
     assert 1 - mine.pinned.keep.float().mean() == pytest.approx(strength, abs=0.04)
 
 
+@pytest.mark.parametrize(
+    ("strength", "uniform", "kept"),
+    [(0.5, 0.5 - 2**-25, False), (0.5, 0.5, False), (0.5, 0.5 + 2**-24, True), (0.0, 0.0, True)],
+)
+def test_a_token_is_redrawn_up_to_the_very_share_of_noise(
+    pipeline, picture, strength, uniform, kept
+):
+    mine = row(pipeline)
+    assert mine.times[3] == 0.5
+    mine.noise = replace(mine.noise, renoise=torch.full_like(mine.noise.renoise, uniform))
+    refine(mine, picture, strength)
+    assert mine.pinned is not None
+    assert torch.equal(mine.pinned.keep, torch.full(GRID, kept))
+    assert torch.equal(mine.tokens, picture if kept else mine.noise.start)
+
+
 # ── regions ───────────────────────────────────────────────────────────────────────────────────────
 
 
