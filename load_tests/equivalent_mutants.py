@@ -30,4 +30,12 @@ EQUIVALENT: dict[str, str] = {
     "return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else value": (
         "of this one number Pydantic makes the same integer"
     ),
+    "server/api/routes_native.py:: 0 -> 1 in "
+    '("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),': (
+        "an example in the document; a request for several images has this index too"
+    ),
+    "server/api/routes_openai.py:: 0 -> 1 in "
+    '(f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),': (
+        "an example in the document; a request for several images has this index too"
+    ),
 }

@@ -313,6 +313,15 @@ def test_parts_may_be_numbered(endpoint: TestClient) -> None:
     refused(form(endpoint, files=[("image[x]", FILE)]), 422, "image[x]", "the fields are")
 
 
+def test_parts_without_a_number_come_first_in_the_order_in_which_they_were_sent(
+    endpoint: TestClient,
+) -> None:
+    names = ("images[1]", "images[]", "images", "images[0]")
+    files = [(name, ("cat.png", PNG + bytes(i), "image/png")) for i, name in enumerate(names)]
+    sizes = form(endpoint, files=files).json()["images"]
+    assert [size - len(PNG) for size in sizes] == [1, 2, 3, 0]
+
+
 @pytest.mark.parametrize("name", ["keyframes.1.image", "keyframes[1].image", "keyframes[1][image]"])
 def test_a_file_within_an_object_is_named_in_any_of_three_ways(
     endpoint: TestClient, name: str
