@@ -448,6 +448,10 @@ def test_all_texts_of_a_form_share_one_bound_on_their_structure(endpoint: TestCl
         ({"guidance_scale": [1] * 3}, "guidance_scale", "at most 2 entries"),
         ({"keyframes": [{f"k{i}": 1 for i in range(2000)}]}, "keyframes", "at all levels"),
         ({"prompt": [[1] * 2000]}, "prompt", "at all levels"),
+        ({"prompt": [[1] * 1000]}, "prompt", "at all levels"),
+        # As many as allowed: the schema names what is wrong.
+        ({"prompt": [[1] * 999]}, "prompt", "must be text"),
+        ({"images": [1] * 4}, "images", "one image is expected"),
     ],
 )
 def test_a_list_s_length_is_checked_before_its_entries(
