@@ -44,4 +44,12 @@ EQUIVALENT: dict[str, str] = {
     "server/http_protocol.py:: 5.0 -> 10.0 in CLOSE_TIMEOUT_S = 5.0": (
         "a grace period, chosen by taste, like EXIT_GRACE_S"
     ),
+    "server/api/routes_native.py:: 0 -> 1 in "
+    '("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),': (
+        "an example in the document; a request for several images has this index too"
+    ),
+    "server/api/routes_openai.py:: 0 -> 1 in "
+    '(f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),': (
+        "an example in the document; a request for several images has this index too"
+    ),
 }

@@ -589,6 +589,34 @@ def test_an_unforeseen_error_is_500_without_a_trace(fake_settings: Configure) ->
     assert answer.headers["x-request-id"]
 
 
+def test_the_threads_for_images_end_with_the_server(fake_settings: Configure) -> None:
+    def threads() -> set[str]:
+        started = set(threading.enumerate()) - before
+        return {thread.name.partition("_")[0] for thread in started} & working
+
+    before, working = set(threading.enumerate()), {"sniff", "decode", "encode"}
+    # Held: threads of an app that nothing refers to would end by themselves.
+    app = create_app(fake_settings(), worker=fake_worker.main)
+    with serving(app) as address:
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        answer = httpx.post(f"{address}/edit", json=EXAMPLES["/edit"], timeout=20)
+        assert answer.status_code == 200, answer.text
+        assert threads() == working
+    wait_until(lambda: not threads(), 10)
+
+
+def test_what_is_over_leaves_the_memory_although_nobody_asks_for_it(
+    fake_settings: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.app.EXPIRY_INTERVAL_S", 0.05)
+    monkeypatch.setattr("server.api.idempotency.LIFETIME_S", 0.1)
+    with served(fake_settings(url_ttl_s=0.1)) as client:
+        headers = {"Idempotency-Key": "mine"}
+        assert post(client, response_format="url", headers=headers).status_code == 200
+        wait_until(lambda: metric(client, "paella_url_store_bytes") == 0, 10)
+        wait_until(lambda: metric(client, "paella_idempotency_bytes") == 0, 10)
+
+
 def test_several_bundles_are_served_by_name_the_first_by_default(tmp_path: Path) -> None:
     paths = [str(write_bundle(tmp_path / name, name)) for name in ("one", "two")]
     with served(Settings(weights=",".join(paths))) as client:

@@ -570,3 +570,18 @@ def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Con
     opened = security(KEY, open_paths="/metrics,/v1/*")
     assert [opened[path] for path in ("/metrics", "/v1/models/{name}")] == [None, None]
     assert opened["/healthz"] == [{"HTTPBearer": []}]
+
+
+def test_the_documentation_has_401_where_a_key_is_needed(fake_settings: Configure) -> None:
+    def answers(keys: str, path: str) -> dict[str, Any]:
+        client = asking(fake_settings(api_keys=keys))
+        document = client.get("/openapi.json", headers=AUTHORIZED).json()
+        assert "ErrorAnswer" in document["components"]["schemas"]
+        return dict(document["paths"][path]["get"]["responses"])
+
+    missing = answers(KEY, "/v1/models")["401"]
+    (content,) = missing["content"].values()
+    assert content["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
+    assert "key" in missing["description"]
+    assert "401" not in answers(KEY, "/healthz")
+    assert "401" not in answers("", "/v1/models")

@@ -12,8 +12,20 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from server.api import create_app
+from server.api.schemas import (
+    AttentionWeights,
+    EditRequest,
+    GenerateRequest,
+    Hires,
+    InpaintRequest,
+    InterpolateRequest,
+    OutpaintRequest,
+    RegionEntry,
+    UpscaleRequest,
+)
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
@@ -95,6 +107,55 @@ def test_a_field_out_of_bounds_is_422_and_named(
     client: httpx.Client, field: str, value: object, mention: str
 ) -> None:
     refused(client.post("/generate", json={"prompt": "a ball", field: value}), 422, field, mention)
+
+
+IMAGE = {"image": b"a file"}
+PROMPT = {"prompt": "a ball"}
+REGION = {**PROMPT, "box": [0, 0, 1, 1]}
+KEYFRAMES = {"keyframes": [PROMPT, PROMPT]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "sent", "field", "least", "most"),
+    [
+        (GenerateRequest, PROMPT, "n", 1, 16),
+        (GenerateRequest, PROMPT, "num_inference_steps", 1, 64),
+        (GenerateRequest, PROMPT, "guidance_scale", 0, 30.0),
+        (GenerateRequest, PROMPT, "temperature", 0.05, 5),
+        (GenerateRequest, PROMPT, "typical_mass", 0, 1.0),
+        (GenerateRequest, PROMPT, "renoise_steps", 0, 64),
+        (GenerateRequest, PROMPT, "guidance_steps", 0, 64),
+        (GenerateRequest, PROMPT, "guidance_start", 0, 1.0),
+        (GenerateRequest, PROMPT, "guidance_end", 0, 1.0),
+        (GenerateRequest, PROMPT, "timeout_s", 0.05, 600),
+        (GenerateRequest, PROMPT, "partial_images", 0, 8),
+        (GenerateRequest, PROMPT, "width", 1, None),
+        (GenerateRequest, PROMPT, "height", 1, None),
+        (GenerateRequest, PROMPT, "quality", 1, 100),
+        (AttentionWeights, {}, "text", 0, 100.0),
+        (RegionEntry, REGION, "weight", 0, 1.0),
+        (RegionEntry, REGION, "softness", 0, 1.0),
+        (Hires, {}, "scale", 1, 4.0),
+        (Hires, {}, "strength", 0, 1.0),
+        (Hires, {}, "steps", 1, 64),
+        (InpaintRequest, PROMPT | IMAGE, "feather", 0, 64),
+        *((OutpaintRequest, IMAGE, side, 0, 4096) for side in ("left", "right", "up", "down")),
+        (EditRequest, PROMPT | IMAGE, "strength", 0, 1.0),
+        (UpscaleRequest, IMAGE, "scale", 1, 4.0),
+        (UpscaleRequest, IMAGE, "strength", 0, 0.6),
+        (InterpolateRequest, KEYFRAMES, "frames", 2, 64),
+    ],
+)
+def test_a_number_may_be_as_small_and_as_large_as_its_bounds(
+    schema: type[BaseModel], sent: dict[str, Any], field: str, least: float, most: float | None
+) -> None:
+    """A bound that is a float is that of a number with a fraction."""
+    ends = [least] if most is None else [least, most]
+    step = 0.01 if float in map(type, ends) else 1
+    for end, beyond in zip(ends, (-step, step), strict=False):
+        schema.model_validate(sent | {field: end})
+        with pytest.raises(ValidationError, match=field):
+            schema.model_validate(sent | {field: end + beyond})
 
 
 @pytest.mark.parametrize("field", ["model", "sampler", "seed", "negative_prompt", "n", "colour"])
@@ -280,6 +341,14 @@ def test_too_much_work_is_422_with_the_figure(client: httpx.Client) -> None:
         None,
         str(16 * 512 * 512 * (64 + 4)),
     )
+    for format in ("png", "jpeg", "webp", "json", "url"):
+        answer = client.post("/generate", json={**fields, "response_format": format})
+        refused(answer, 422, None, f"work is {work},")
+    keyframes = {"keyframes": [{"prompt": "a ball"}] * 2, "frames": 64}
+    frames = {"width": 512, "height": 512, "num_inference_steps": 12, **keyframes}
+    for format, file in (("webp", 1), ("gif", 6)):
+        answer = client.post("/interpolate", json={**frames, "response_format": format})
+        refused(answer, 422, None, f"work is {64 * 512 * 512 * (12 * 2 + 3 + file)},")
 
 
 def test_an_unknown_path_is_404(client: httpx.Client) -> None:

@@ -313,6 +313,15 @@ def test_parts_may_be_numbered(endpoint: TestClient) -> None:
     refused(form(endpoint, files=[("image[x]", FILE)]), 422, "image[x]", "the fields are")
 
 
+def test_parts_without_a_number_come_first_in_the_order_in_which_they_were_sent(
+    endpoint: TestClient,
+) -> None:
+    names = ("images[1]", "images[]", "images", "images[0]")
+    files = [(name, ("cat.png", PNG + bytes(i), "image/png")) for i, name in enumerate(names)]
+    sizes = form(endpoint, files=files).json()["images"]
+    assert [size - len(PNG) for size in sizes] == [1, 2, 3, 0]
+
+
 @pytest.mark.parametrize("name", ["keyframes.1.image", "keyframes[1].image", "keyframes[1][image]"])
 def test_a_file_within_an_object_is_named_in_any_of_three_ways(
     endpoint: TestClient, name: str
@@ -439,6 +448,10 @@ def test_all_texts_of_a_form_share_one_bound_on_their_structure(endpoint: TestCl
         ({"guidance_scale": [1] * 3}, "guidance_scale", "at most 2 entries"),
         ({"keyframes": [{f"k{i}": 1 for i in range(2000)}]}, "keyframes", "at all levels"),
         ({"prompt": [[1] * 2000]}, "prompt", "at all levels"),
+        ({"prompt": [[1] * 1000]}, "prompt", "at all levels"),
+        # As many as allowed: the schema names what is wrong.
+        ({"prompt": [[1] * 999]}, "prompt", "must be text"),
+        ({"images": [1] * 4}, "images", "one image is expected"),
     ],
 )
 def test_a_list_s_length_is_checked_before_its_entries(

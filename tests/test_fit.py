@@ -448,6 +448,21 @@ def test_a_photo_is_scaled_to_what_the_requests_work_allows() -> None:
     assert caught.value.code == "too_much_work"
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ((512, 40), (512, 40)),
+        ((40, 512), (40, 512)),
+        ((513, 40), (512, 40)),
+        ((40, 513), (40, 512)),
+        ((2048, 400), (512, 100)),
+        ((400, 2048), (100, 512)),
+    ],
+)
+def test_an_image_has_its_own_size_up_to_the_largest_side(source: Size, expected: Size) -> None:
+    assert plan_of("edit", prompt="a ball", image=photo(source)).size == expected
+
+
 # ── return_size ───────────────────────────────────────────────────────────────────────────────────
 
 

@@ -20,7 +20,7 @@ from server.api.planning.draft import DECODING_WORK, FILE_WORK, PREVIEW_WORK
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
-from tests.test_api import opened
+from tests.test_api import metric, opened
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 OPERATIONS = ("inpaint", "outpaint", "variations", "edit", "upscale", "interpolate")
@@ -267,6 +267,7 @@ def test_a_mask_of_everything_is_drawn_anew(client: httpx.Client) -> None:
         {"left": 10},
         {"right": 7, "up": 21},
         {"left": 1, "right": 2, "up": 3, "down": 4},
+        {"left": 0, "right": 0, "up": 0, "down": 1},
         {"down": 64},
     ],
 )
@@ -494,7 +495,9 @@ def events(answer: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
 
 def test_streamed_frames_come_each_once_between_queued_and_completed(client: httpx.Client) -> None:
     fields = fields_of("interpolate") | {"response_format": "png", "stream": True}
+    counted = metric(client, "paella_images_total", endpoint="/interpolate")
     told = events(client.post("/interpolate", json=fields, headers={"X-Request-Id": "mine"}))
+    assert metric(client, "paella_images_total", endpoint="/interpolate") == counted + 3
     assert [name for name, _ in told] == [
         "queued",
         "started",

@@ -10,6 +10,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -25,11 +26,13 @@ from openai.types import (
     ImageGenPartialImageEvent,
     ImagesResponse,
 )
+from pydantic import ValidationError
 
 from server.api import create_app
+from server.api.openai_schemas import GenerationsRequest
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import NAME, serving, wait_until
+from tests.conftest import NAME, micro_config, serving, wait_until
 from tests.test_api import metric
 from tests.test_image_operations import Array, noise, png
 
@@ -136,6 +139,37 @@ def test_quality_is_a_number_of_steps_unless_one_is_given(
         prompt="a ball", quality=quality, extra_body={"num_inference_steps": 3}
     )
     assert parameters(given)["num_inference_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("quality", "usual", "steps"),
+    [
+        ("high", 31, 62),
+        ("high", 32, 64),
+        ("max", 33, 64),
+        ("hd", 64, 64),
+        ("auto", 64, 64),
+        ("low", 4, 2),
+        ("low", 2, 1),
+        ("low", 1, 1),
+    ],
+)
+def test_quality_means_from_1_to_64_steps_whatever_the_recipe_has(
+    quality: Any, usual: int, steps: int
+) -> None:
+    micro = micro_config()
+    recipe = replace(micro.recipe, num_inference_steps=usual, renoise_steps=0, guidance_steps=0)
+    request = GenerationsRequest(prompt="a ball", quality=quality)
+    _, fields = request.native(None, replace(micro, recipe=recipe))
+    assert fields["num_inference_steps"] == steps
+
+
+@pytest.mark.parametrize(("sent", "quality"), [(None, 90), (0, 1), (1, 1), (2, 2), (100, 100)])
+def test_compression_is_a_file_s_quality_from_1_to_100(sent: int | None, quality: int) -> None:
+    assert GenerationsRequest(prompt="a ball", output_compression=sent).file_quality == quality
+    for beyond in (-1, 101):
+        with pytest.raises(ValidationError, match="output_compression"):
+            GenerationsRequest(prompt="a ball", output_compression=beyond)
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])

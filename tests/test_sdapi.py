@@ -17,12 +17,13 @@ import pytest
 
 from model.config import Recipe
 from server.api import create_app
+from server.api.errors import ApiError
 from server.api.sdapi_clients import MAX_CHOICES, MOST_PROGRESS, Clients, Drawing
-from server.api.sdapi_schemas import PREVIEWS, guidance
+from server.api.sdapi_schemas import PREVIEWS, ExtraSingleImageRequest, Txt2ImgRequest, guidance
 from server.engine.messages import Image, Preview
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import NAME, serving, wait_until
+from tests.conftest import NAME, micro_config, serving, wait_until
 from tests.test_auth import AUTHORIZED, KEY, OTHER, asking
 from tests.test_image_operations import noise, png, white
 
@@ -206,6 +207,72 @@ def test_a_second_pass_is_hires(sd: httpx.Client) -> None:
     )
     resized = post(sd, "txt2img", prompt="a ball", enable_hr=True, hr_resize_x=128, hr_scale=9)
     assert opened(resized["images"][0]).size == (128, 64)
+
+
+LARGER = {"prompt": "a ball", "width": 64, "height": 32, "enable_hr": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        ({"hr_scale": 1}, 1),
+        ({"hr_scale": 4}, 4),
+        ({"hr_scale": 0.99}, None),
+        ({"hr_scale": 4.01}, None),
+        ({"hr_resize_x": 64}, 1),
+        ({"hr_resize_y": 32}, 1),
+        ({"hr_resize_x": 256, "hr_resize_y": 32}, 4),
+        ({"hr_resize_x": 64, "hr_resize_y": 128}, 4),
+        ({"hr_resize_x": 63}, None),
+        ({"hr_resize_y": 1}, None),
+        ({"hr_resize_x": 257}, None),
+        ({"hr_resize_y": 129}, None),
+    ],
+)
+def test_a_second_pass_is_from_1_to_4_times_as_large(
+    fields: dict[str, Any], scale: float | None
+) -> None:
+    request = Txt2ImgRequest.model_validate(LARGER | fields)
+    if scale is None:
+        param = list(fields)[-1]
+        with pytest.raises(ApiError, match=f"{param}: the result may be 1 to 4 times as large"):
+            request.native(micro_config())
+    else:
+        assert request.native(micro_config())[1]["hires"].scale == scale
+
+
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [
+        ((64, 32), 1),
+        ((0, 32), 1),
+        ((256, 0), 4),
+        ((64, 128), 4),
+        ((63, 31), None),
+        ((0, 0), None),
+        ((257, 128), None),
+        ((256, 129), None),
+    ],
+)
+def test_an_image_is_enlarged_to_a_size_from_1_to_4_times_its_own(
+    size: tuple[int, int], scale: float | None
+) -> None:
+    fields = {"image": b"a file", "resize_mode": 1}
+    fields |= {"upscaling_resize_w": size[0], "upscaling_resize_h": size[1]}
+    request = ExtraSingleImageRequest.model_validate(fields)
+    if scale is None:
+        with pytest.raises(ApiError, match="1 to 4 times as large as 64x32"):
+            request.native((64, 32))
+    else:
+        assert request.native((64, 32))["scale"] == scale
+
+
+def test_sixteen_images_are_the_most_together() -> None:
+    for batch_size, n_iter in ((16, 1), (1, 16), (4, 4)):
+        request = Txt2ImgRequest(batch_size=batch_size, n_iter=n_iter)
+        assert request.native(micro_config())[1]["n"] == 16
+    with pytest.raises(ApiError, match="batch_size: must be at most 16"):
+        Txt2ImgRequest(batch_size=9, n_iter=2).native(micro_config())
 
 
 @pytest.mark.parametrize(

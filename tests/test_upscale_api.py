@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from model.config import BundleConfig, Operation
 from server.api import create_app
+from server.api.errors import ApiError
+from server.api.images.admission import Uploads, image_limits
 from server.api.images.encode import ImageEncoder
-from server.api.planning.draft import DECODING_WORK, FILE_WORK
+from server.api.planning.draft import DECODING_WORK, FILE_WORK, draft
+from server.api.planning.operations import OPERATIONS
+from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving
 from tests.test_image_operations import as_form, as_json, noise, opened, pixels, png, refused
@@ -106,6 +112,66 @@ def test_tiles_count_as_work(fake_settings: Configure) -> None:
             answer = upscale(client, *NATIVE_SIZE, prompt="a ball", num_inference_steps=12)
             assert answer.status_code == status, answer.text
     refused(answer, 422, "too_much_work", None, str(work))
+
+
+PIXELS = NATIVE_SIZE[0] * NATIVE_SIZE[1]
+# Of an image of twice the native size: 3 × 3 tiles, and the file.
+TILES, FILE = 9 * PIXELS, 4 * PIXELS
+PREVIEWS = {"stream": True, "partial_images": 8}
+BOX = {"prompt": "a box", "box": [0, 0, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields", "work"),
+    [
+        # 4 of 12 steps are taken; a tile is encoded and decoded, which are 3 steps each.
+        ("upscale", {}, TILES * (4 + 6) + FILE),
+        ("upscale", {"n": 3}, 3 * (TILES * (4 + 6) + FILE)),
+        ("upscale", {"strength": 0}, TILES * 6 + FILE),
+        ("upscale", {"guidance_scale": 2}, TILES * (2 * 4 + 6) + FILE),
+        ("upscale", {"partial_images": 8}, TILES * (4 + 6) + FILE),
+        # No preview comes after the last step.
+        ("upscale", PREVIEWS, TILES * (4 + 6 + 3 * 3) + (1 + 3) * FILE),
+        ("upscale", PREVIEWS | {"partial_images": 2}, TILES * (4 + 6 + 2 * 3) + (1 + 2) * FILE),
+        ("upscale", PREVIEWS | {"num_inference_steps": 7}, TILES * (2 + 6 + 3) + (1 + 1) * FILE),
+        ("upscale", PREVIEWS | {"num_inference_steps": 4}, TILES * (1 + 6) + FILE),
+        ("upscale", PREVIEWS | {"strength": 0}, TILES * 6 + FILE),
+        # The first image has 12 guided steps.
+        ("generate", {}, PIXELS * (2 * 12 + 3) + TILES * (4 + 6) + FILE),
+        ("generate", {"n": 2}, 2 * (PIXELS * (2 * 12 + 3) + TILES * (4 + 6) + FILE)),
+        (
+            "generate",
+            {"regions": [BOX, BOX]},
+            PIXELS * (4 * 12 + 3) + TILES * (3 * 4 + 6) + FILE,
+        ),
+        (
+            "generate",
+            PREVIEWS,
+            PIXELS * (2 * 12 + 3) + TILES * (4 + 6 + 8 * 3) + (1 + 8) * FILE,
+        ),
+        (
+            "generate",
+            PREVIEWS | {"num_inference_steps": 1},
+            PIXELS * (2 + 3) + TILES * 6 + FILE,
+        ),
+    ],
+)
+def test_tiles_previews_and_files_are_the_work_of_a_larger_image(
+    bundle: Path, operation: Operation, fields: dict[str, Any], work: int
+) -> None:
+    own = {"image": png(noise(*NATIVE_SIZE))} if operation == "upscale" else {"hires": {}}
+    schema, planner = OPERATIONS[operation]
+    config = BundleConfig.read(bundle)
+    request = schema.model_validate(PROMPT | own | fields)
+
+    def plan_within(allowed: int) -> None:
+        settings = Settings(weights=str(bundle), max_request_work=allowed)
+        drafted = draft(request, operation, {config.name: config}, settings)
+        planner(request, drafted, Uploads(image_limits(settings)))
+
+    plan_within(work)
+    with pytest.raises(ApiError, match=f"work is {work},"):
+        plan_within(work - 1)
 
 
 def test_a_large_file_takes_the_room_of_several(
