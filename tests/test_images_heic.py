@@ -354,6 +354,48 @@ def test_an_av1_image_has_at_most_eight_frames(kind: int) -> None:
         sniff(single(b"av01", av1_unit(SMALL) + frame * 9, STATED))
 
 
+def test_a_box_may_have_a_size_of_64_bits_or_the_rest_of_the_file() -> None:
+    for sequence, allowed in ((SMALL, True), (LARGE, False)):
+        content = single(b"av01", av1_unit(sequence), STATED)
+        at = content.index(b"meta") - 4
+        meta = content[at + 8 : at + int.from_bytes(content[at : at + 4])]
+        others = content.replace(b"meta", b"free")
+        assert_allowed(others + bytes(4) + b"meta" + meta, allowed)
+        assert_allowed(others + struct.pack(">I4sQ", 1, b"meta", 16 + len(meta)) + meta, allowed)
+        for size in (15, 17 + len(meta)):
+            with pytest.raises(DamagedFileError, match="no still image"):
+                sniff(others + struct.pack(">I4sQ", 1, b"meta", size) + meta)
+
+
+TILES = tiled(FILES["444"], FILES["444"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (TILES[:-1], "cut off"),
+        (TILES.replace(b"infe\2", b"infe\1"), "have no types"),
+        (TILES.replace(b"infe\2\0\0\0\0\2", b"infe\2\0\0\0\0\1"), "two items of a number"),
+        (
+            TILES.replace(struct.pack(">4H", 2, 0, 0, 1), struct.pack(">4H", 1, 0, 0, 1)),
+            "two items of a number",
+        ),
+        (
+            TILES.replace(struct.pack(">4H", 3, 1, 0, 1), struct.pack(">4H", 3, 2, 0, 1)),
+            "not in the file",
+        ),
+        (TILES.replace(b"dimg\0\3\0\2", b"dimg\0\3\x10\1"), "more than 4096 items"),
+        (TILES.replace(b"dimg\0\3\0\2", b"dimg\0\3\x10\0"), "ends too early"),
+        (TILES.replace(b"hvcC", b"free"), "no parameters"),
+        (TILES.replace(b"pitm", b"free"), "no still image"),
+    ],
+)
+def test_what_is_wrong_in_a_file_s_boxes_is_named(content: bytes, reason: str) -> None:
+    assert content != TILES
+    with pytest.raises(DamagedFileError, match=reason):
+        sniff(content)
+
+
 def test_coded_parts_and_boxes_are_counted_to_a_bound() -> None:
     delimiter = b"\x12\0"
     assert_allowed(single(b"av01", av1_unit(SMALL) + delimiter * 19_999, STATED), allowed=True)
