@@ -65,17 +65,25 @@ def full(name: bytes, *parts: bytes, version: int = 0, flags: int = 0) -> bytes:
     return box(name, struct.pack(">I", version << 24 | flags), *parts)
 
 
-def tiled(left: bytes, right: bytes, size: tuple[int, int] = (100, 60), tiles: int = 2) -> bytes:
+def tiled(
+    left: bytes,
+    right: bytes,
+    size: tuple[int, int] = (100, 60),
+    tiles: int = 2,
+    wide: bool = False,
+) -> bytes:
     """A file of tiles side by side, of which `size` (width, height) is shown.
 
-    left, right: files of one tile; further ones are the right one again.
+    left, right: files of one tile; further ones are the right one again. wide: the boxes are of
+    the versions whose numbers have 32 or 64 bits.
     """
     first, second = (_parsed(content) for content in (left, right))
     config = first.property(first.primary, b"hvcC")
     assert config is not None
     pieces = [items.data(items.primary) for items in (first, second)]
     ids = [1, *([2] * (tiles - 1))]
-    grid = struct.pack(">4BHH", 0, 0, 0, tiles - 1, *size)
+    number = "I" if wide else "H"
+    grid = struct.pack(f">4B2{number}", 0, wide, 0, tiles - 1, *size)
     properties = box(
         b"ipco",
         left[config.start - 8 : config.end],
@@ -83,34 +91,71 @@ def tiled(left: bytes, right: bytes, size: tuple[int, int] = (100, 60), tiles: i
         full(b"ispe", struct.pack(">II", *size)),
         full(b"pixi", b"\3\x08\x08\x08"),
     )
-    owned = struct.pack(">I", 3) + bytes.fromhex("0001 02 81 02 0002 02 81 02 0003 02 03 04")
+    owned = struct.pack(">I", 3)
+    for item, numbers in ((1, (0x81, 2)), (2, (0x81, 2)), (3, (3, 4))):
+        # Of either size, the highest bit says that the property is essential.
+        indices = [(each & 0x80) << 8 | each & 0x7F for each in numbers] if wide else numbers
+        owned += struct.pack(f">{number}B2{'H' if wide else 'B'}", item, 2, *indices)
     kinds = ((1, b"hvc1"), (2, b"hvc1"), (3, b"grid"))
     infos = (
-        full(b"infe", struct.pack(">HH", item, 0), kind, b"\0", version=2) for item, kind in kinds
+        full(b"infe", struct.pack(f">{number}H", item, 0), kind, b"\0", version=3 if wide else 2)
+        for item, kind in kinds
     )
 
     def meta(at: int) -> bytes:
-        places = struct.pack(">HHHHHHII", 0x4400, 3, 1, 0, 0, 1, at, len(pieces[0]))
-        places += struct.pack(">HHHHII", 2, 0, 0, 1, at + len(pieces[0]), len(pieces[1]))
-        places += struct.pack(">HHHHII", 3, 1, 0, 1, 0, len(grid))
+        starts = (at, at + len(pieces[0]), 0)
+        places = struct.pack(f">H{number}", 0x8884 if wide else 0x4400, 3)
+        for item, begin, data in zip((1, 2, 3), starts, (*pieces, grid), strict=True):
+            places += struct.pack(f">{number}HH", item, item == 3, 0)
+            if wide:
+                # The origin, one extent, its index, and its place from there.
+                places += struct.pack(">QHIQQ", begin, 1, 7, 0, len(data))
+            else:
+                places += struct.pack(">HII", 1, begin, len(data))
         return full(
             b"meta",
             handler,
-            full(b"pitm", b"\0\3"),
+            full(b"pitm", struct.pack(f">{number}", 3), version=int(wide)),
             listed,
             referred,
-            box(b"iprp", properties, full(b"ipma", owned)),
-            full(b"iloc", places, version=1),
+            box(b"iprp", properties, full(b"ipma", owned, version=int(wide), flags=int(wide))),
+            full(b"iloc", places, version=2 if wide else 1),
             box(b"idat", grid),
         )
 
     handler = full(b"hdlr", bytes(4) + b"pict" + bytes(13))
-    listed = full(b"iinf", struct.pack(">H", 3), *infos)
-    references = struct.pack(f">HH{tiles}H", 3, tiles, *ids)
-    referred = full(b"iref", box(b"dimg", references))
+    listed = full(b"iinf", struct.pack(f">{number}", 3), *infos, version=int(wide))
+    references = struct.pack(f">{number}H{tiles}{number}", 3, tiles, *ids)
+    referred = full(b"iref", box(b"dimg", references), version=int(wide))
     start = box(b"ftyp", b"heic\0\0\0\0mif1heic")
     at = len(start) + len(meta(0)) + 8
     return start + meta(at) + box(b"mdat", *pieces)
+
+
+def single(kind: bytes, data: bytes, size: tuple[int, int], *properties: bytes) -> bytes:
+    """A file of one image of this type and coded data that states this size."""
+    owned = [full(b"ispe", struct.pack(">II", *size)), *properties]
+    indices = struct.pack(">IHB", 1, 1, len(owned)) + bytes(range(1, len(owned) + 1))
+    info = full(b"infe", struct.pack(">HH", 1, 0), kind, b"\0", version=2)
+
+    def meta(at: int) -> bytes:
+        return full(
+            b"meta",
+            full(b"pitm", b"\0\1"),
+            full(b"iinf", b"\0\1", info),
+            box(b"iprp", box(b"ipco", *owned), full(b"ipma", indices)),
+            full(b"iloc", struct.pack(">HHHHHII", 0x4400, 1, 1, 0, 1, at, len(data))),
+        )
+
+    start = box(b"ftyp", b"mif1\0\0\0\0mif1")
+    return start + meta(len(start) + len(meta(0)) + 8) + box(b"mdat", data)
+
+
+def hevc_config(*units: bytes, length_size: int = 4) -> bytes:
+    """The parameters of an HEVC image. length_size: bytes of a length before each coded unit."""
+    listed = b"".join(struct.pack(">H", len(unit)) + unit for unit in units)
+    head = bytes(21) + bytes([0xFC | length_size - 1, len(units) > 0])
+    return box(b"hvcC", head, b"\x21" + struct.pack(">H", len(units)) + listed if units else b"")
 
 
 def _parsed(content: bytes) -> bmff._Items:

@@ -25,7 +25,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from server.api import create_app
-from server.api.access import MAX_HEADER_BYTES, MAX_URL_BYTES, Concurrency, Keys, Rate
+from server.api.access import (
+    MAX_HEADER_BYTES,
+    MAX_URL_BYTES,
+    Concurrency,
+    Keys,
+    Rate,
+    check_head,
+)
 from server.api.errors import ApiError
 from server.api.validation import from_validation
 from server.settings import Settings
@@ -336,6 +343,32 @@ def test_urls_and_headers_that_are_too_long_are_refused_in_the_one_shape(
     )
     assert (url.status_code, code(url)) == (414, "url_too_long")
     assert (headers.status_code, code(headers)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "headers", "status"),
+    [
+        (8192, 0, 32_768, None),
+        (8000, 192, 9, None),
+        (8193, 0, 9, 414),
+        (8000, 193, 9, 414),
+        (1, 8192, 9, 414),
+        (1, 0, 32_769, 431),
+    ],
+)
+def test_a_url_may_have_8192_bytes_and_headers_32768(
+    path: int, query: int, headers: int, status: int | None
+) -> None:
+    scope = {
+        "http_version": "1.0",
+        "raw_path": b"/" * path,
+        "query_string": b"q" * query,
+        "headers": [(b"short", b"y"), (b"x", b"y" * (headers - 7))],
+    }
+    rejected = pytest.raises(ApiError) if status else contextlib.nullcontext()
+    with rejected as error:
+        check_head(scope)
+    assert error is None or error.value.status == status
 
 
 @pytest.mark.parametrize(

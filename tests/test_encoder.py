@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 
 import pytest
@@ -42,6 +43,21 @@ async def test_no_more_files_are_made_at_once_than_there_are_threads() -> None:
     files.go_on.set()
     assert await asyncio.gather(*tasks[:3]) == ["file"] * 3
     assert (files.made, encoder.images_unfinished) == (3, 0), "nobody waits for the others"
+    encoder.close()
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(None, 2), (1, 2), (2, 2), (5, 5)])
+async def test_there_is_a_thread_for_every_cpu_and_at_least_two(
+    monkeypatch: pytest.MonkeyPatch, cpus: int | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    encoder, files = ImageEncoder(), Files()
+    tasks = [asyncio.create_task(encoder.run(files.make)) for _ in range(threads + 1)]
+    for _ in range(threads):
+        assert await asyncio.to_thread(files.begun.acquire, timeout=30)
+    assert not await asyncio.to_thread(files.begun.acquire, timeout=0.05)
+    files.go_on.set()
+    await asyncio.gather(*tasks)
     encoder.close()
 
 

@@ -15,11 +15,8 @@ from numpy.typing import NDArray
 from PIL import ImageCms
 
 from server.api.errors import ApiError
-from server.api.images import colour
+from server.api.images import ImageFile, colour
 from server.api.images.colour import (
-    MAX_PROFILE_BYTES,
-    PRIMARIES,
-    SRGB,
     UnreadableProfileError,
     colorants,
     matrix_profile,
@@ -51,6 +48,19 @@ from tests.shown_files import (
 )
 
 LIMITS = ImageLimits()
+MIB = 2**20
+# Of ITU-T H.273: x and y of white, red, green and blue.
+PRIMARIES = {
+    1: (0.3127, 0.3290, 0.640, 0.330, 0.300, 0.600, 0.150, 0.060),
+    5: (0.3127, 0.3290, 0.640, 0.330, 0.290, 0.600, 0.150, 0.060),
+    6: (0.3127, 0.3290, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
+    11: (0.314, 0.351, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+    12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+}
+SRGB = PRIMARIES[1]
+SRGB_TRANSFERS = (1, 6, 13, 14, 15)
+EXPONENTS = dict.fromkeys(SRGB_TRANSFERS) | {4: 2.2, 5: 2.8, 8: 1.0}
 
 
 def rgb_of(content: bytes) -> NDArray[np.int_]:
@@ -202,6 +212,37 @@ def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> Non
     )
 
 
+def code_points(primaries: int, transfer: int) -> bytes:
+    return chunk(b"cICP", bytes([primaries, transfer, 0, 1]))
+
+
+SPACES_BY_CODE = [(code, 13) for code in PRIMARIES if code != 1]
+SPACES_BY_CODE += [(code, transfer) for code in (1, 12) for transfer in (4, 5, 8)]
+SPACES_BY_CODE += [(12, transfer) for transfer in SRGB_TRANSFERS]
+
+
+@pytest.mark.parametrize(("primaries", "transfer"), SPACES_BY_CODE)
+def test_code_points_are_a_space(primaries: int, transfer: int) -> None:
+    shown = rgb_of(any_png(8, RGB, code_points(primaries, transfer)))
+    space = PRIMARIES[primaries], EXPONENTS[transfer]
+    assert np.abs(shown - in_srgb(COLOURS[..., :3], *space)).max() <= 1.5
+    avif = ImageFile("AVIF", W, H, b"", {"nclx": struct.pack(">3HB", primaries, transfer, 0, 128)})
+    assert profile_of(avif) == matrix_profile(*space)
+
+
+def test_code_points_of_srgb_hdr_and_unknown_ones_change_nothing_and_leave_the_profile() -> None:
+    others = [(1, transfer) for transfer in SRGB_TRANSFERS]
+    others += [(12, 16), (12, 18), (9, 0), (12, 2), (2, 13), (3, 8), (1, 16)]
+    adobe = rgb_of(any_png(8, RGB, icc(PROFILES["adobe"])))
+    for pair in others:
+        extra = code_points(*pair)
+        np.testing.assert_array_equal(rgb_of(any_png(8, RGB, extra)), COLOURS[..., :3])
+        with_profile = rgb_of(any_png(8, RGB, extra + icc(PROFILES["adobe"])))
+        np.testing.assert_array_equal(with_profile, adobe)
+    with_both = rgb_of(any_png(8, RGB, code_points(12, 13) + icc(PROFILES["adobe"])))
+    np.testing.assert_array_equal(with_both, rgb_of(any_png(8, RGB, code_points(12, 13))))
+
+
 def test_grey_has_profiles_of_its_own() -> None:
     every = np.arange(256, dtype=np.uint8)
     content = png([every.tobytes()], 256, 8, GREY, icc(grey_profile(1.0)))
@@ -214,7 +255,7 @@ def test_grey_has_profiles_of_its_own() -> None:
 
 UNREADABLE = {
     "cut": icc(PROFILES["p3"][:150]),
-    "too long": icc(PROFILES["p3"] + bytes(MAX_PROFILE_BYTES)),
+    "too long": icc(PROFILES["p3"].ljust(4 * MIB + 1, b"\0")),
     "not compressed": chunk(b"iCCP", b"p\0\0" + PROFILES["p3"]),
     "of grey": icc(grey_profile(1.0)),
     "impossible chromaticities": gamma(1)
@@ -237,6 +278,11 @@ def test_a_profile_that_cannot_be_read_is_ignored_and_logged(
     assert len(record.fields["reason"]) < 80  # type: ignore[attr-defined]
 
 
+def test_a_profile_may_have_4_mib() -> None:
+    longest = any_png(8, RGB, icc(PROFILES["adobe"].ljust(4 * MIB, b"\0")))
+    np.testing.assert_array_equal(rgb_of(longest), rgb_of(any_png(8, RGB, icc(PROFILES["adobe"]))))
+
+
 def test_a_space_that_does_not_exist_has_no_profile() -> None:
     with pytest.raises(UnreadableProfileError):
         matrix_profile(SRGB, 1e9)
@@ -253,7 +299,7 @@ def test_a_damaged_profile_is_used_or_ignored(data: st.DataObject) -> None:
 
 def test_a_profile_is_inflated_no_further_than_allowed() -> None:
     bomb = any_png(8, RGB, chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(64 * 2**20), 9)))
-    assert len(profile_of(sniff(bomb)) or b"") == MAX_PROFILE_BYTES + 1
+    assert len(profile_of(sniff(bomb)) or b"") == 4 * MIB + 1
     np.testing.assert_array_equal(rgb_of(bomb), COLOURS[..., :3])
 
 
@@ -261,7 +307,13 @@ def test_a_profile_s_programs_are_hidden_from_the_library() -> None:
     profile = PROFILES["p3"]
     program = profile[:132] + profile[132:].replace(b"bTRC", b"D2B0", 1)
     assert colour._without_programs(program)[132:].count(b"D2B0") == 0
-    assert colour._without_programs(profile) == profile
+    # What stands behind the table of tags is their data.
+    for unchanged in (profile, profile + b"D2B0" * 100):
+        assert colour._without_programs(unchanged) == unchanged
+    # LittleCMS reads no more than 100 tags.
+    tags = [b"%04d" % i + bytes(8) for i in range(99)]
+    most = b"".join([profile[:128], struct.pack(">I", 100), *tags, b"D2B3" + bytes(8)])
+    assert colour._without_programs(most) == most.replace(b"D2B3", b"none")
 
 
 # ── JPEG as viewers open it ───────────────────────────────────────────────────────────────────────

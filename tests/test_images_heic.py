@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from server.api.images import DamagedFileError, UnknownFormatError, bmff
 from server.api.images import decode as decode_module
 from server.api.images.decode import ImageLimits, decode
 from server.api.images.sniff import sniff
-from tests.heic_files import box, tiled
+from tests.heic_files import box, hevc_config, single, tiled
 from tests.shown_files import P3, saved
 
 FOLDER = Path(__file__).parent / "data" / "heic"
@@ -27,6 +28,7 @@ SIZES = {
     "large": (2048, 1024),
 }
 LIMITS = ImageLimits()
+MIB = 2**20
 
 
 def with_size(content: bytes, width: int, height: int) -> bytes:
@@ -122,6 +124,290 @@ def kinds_of(content: bytes) -> set[bytes]:
 def test_a_file_that_decodes_to_more_than_its_header_says_is_refused(content: bytes) -> None:
     with pytest.raises(DamagedFileError, match="larger than its header"):
         sniff(content)
+
+
+@pytest.mark.parametrize(
+    ("stated", "coded"),
+    [
+        # Four times as many pixels as the header states, or 20 Mi more, and 1 Mi for the blocks.
+        ((1024, 1024), (2**15, 5 * 32)),
+        ((4096, 2048), (2**15, (8 + 21) * 32)),
+    ],
+)
+def test_coded_images_may_be_somewhat_larger(
+    stated: tuple[int, int], coded: tuple[int, int]
+) -> None:
+    def of(width: int, height: int) -> bytes:
+        content = tiled(FILES["444"], FILES["444"], (width, height))
+        canvas = b"ispe" + struct.pack(">III", 0, width, height)
+        return content.replace(canvas, b"ispe" + struct.pack(">III", 0, *stated))
+
+    file = sniff(of(*coded))
+    assert (file.width, file.height) == stated
+    with pytest.raises(DamagedFileError, match="larger than its header"):
+        sniff(of(coded[0], coded[1] + 1))
+
+
+def test_numbers_of_any_width_are_read() -> None:
+    usual, wide = (tiled(FILES["444"], FILES["p3"], wide=wide) for wide in (False, True))
+    for content in (usual, wide):
+        items = items_of(content)
+        assert (items.primary, items.tiles) == (3, {3: [1, 2]})
+        assert [items.data(item) for item in (1, 2)] == [
+            items_of(FILES[name]).data(1) for name in ("444", "p3")
+        ]
+        names = [[each.name for each in items.properties[item]] for item in (1, 2, 3)]
+        assert names == [[b"hvcC", b"ispe"], [b"hvcC", b"ispe"], [b"ispe", b"pixi"]]
+    file = sniff(wide)
+    assert (file.width, file.height) == (100, 60)
+    pytest.importorskip("pi_heif", reason="the extra heic is not installed")
+    np.testing.assert_array_equal(decode(wide, LIMITS).rgb, decode(usual, LIMITS).rgb)
+
+
+# ── sizes in coded images ─────────────────────────────────────────────────────────────────────────
+
+STATED = (1024, 1024)
+
+
+def packed(bits: str) -> bytes:
+    """The bytes of binary digits, with 0 behind them; blanks do not count."""
+    digits = bits.replace(" ", "")
+    return int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8))
+
+
+def assert_allowed(content: bytes, allowed: bool) -> None:
+    """Assert that a file that states `STATED` has coded images of at most 5 Mi pixels, or not."""
+    if allowed:
+        file = sniff(content)
+        assert (file.width, file.height) == STATED
+    else:
+        with pytest.raises(DamagedFileError, match="larger than its header"):
+            sniff(content)
+
+
+TICKS = "1" * 64
+# Profile, still picture, and no reduced header.
+AV1 = "000 0 0"
+# The head of an AV1 sequence (AV1, 5.5.1), up to its sizes. A level above 7 has a tier behind it.
+AV1_HEADS = {
+    "short": f"{AV1} 0 0 00000 {'0' * 12} 00111",
+    "with a tier": f"{AV1} 0 0 00000 {'0' * 12} 01000 1",
+    "with a time": f"{AV1} 1 {TICKS} 0 0 0 00000 {'1' * 12} 00100",
+    "with equal intervals": f"{AV1} 1 {TICKS} 1 00110 0 0 00000 {'1' * 12} 00100",
+    "with a decoder": f"{AV1} 1 {TICKS} 0 1 00010 {'1' * 42} 0 00000 {'1' * 12} 00100 1 1111111",
+    "with another's decoder": f"{AV1} 1 {TICKS} 0 1 00010 {'1' * 42} 0 00000 {'1' * 12} 00100 0",
+    "with a delay": f"{AV1} 0 1 00000 {'1' * 12} 00100 1 1111",
+    "with another's delay": f"{AV1} 0 1 00000 {'1' * 12} 00100 0",
+    "with all of it, twice": f"{AV1} 1 {TICKS} 1 1 1 00000 {'1' * 42} 1 00001"
+    + f"{'1' * 12} 11111 0 1 111 1 1111" * 2,
+}
+
+
+def av1_unit(sequence: bytes, kind: int = 1, head: int = 2, extension: bytes = b"") -> bytes:
+    return bytes([kind << 3 | head]) + extension + bytes([len(sequence)]) + sequence
+
+
+@pytest.mark.parametrize("name", AV1_HEADS)
+def test_an_av1_frame_has_as_many_pixels_as_its_sequence_can_say(name: str) -> None:
+    for width_bits, height_bits, allowed in ((11, 11, True), (12, 11, False), (11, 12, False)):
+        counts = f"{width_bits - 1:04b} {height_bits - 1:04b} {'1' * (width_bits + height_bits)}"
+        unit = av1_unit(packed(f"{AV1_HEADS[name]} {counts}"))
+        assert_allowed(single(b"av01", unit, STATED), allowed)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "allowed"),
+    [(5120, 1024, True), (5121, 1024, False), (1024, 5120, True), (1024, 5121, False)],
+)
+def test_an_av1_still_has_the_size_that_it_says(width: int, height: int, allowed: bool) -> None:
+    sizes = f"1100 1101 {width - 1:013b} {height - 1:014b}"
+    unit = av1_unit(packed(f"000 1 1 00100 {sizes}"))
+    assert_allowed(single(b"av01", unit, STATED), allowed)
+
+
+LARGE, SMALL = (
+    packed(f"000 1 1 00100 1100 1100 {side - 1:013b} {side - 1:013b}") for side in (8192, 8)
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        av1_unit(LARGE),
+        av1_unit(SMALL) + av1_unit(LARGE),
+        av1_unit(LARGE) + av1_unit(SMALL),
+        b"\x08" + LARGE,  # without a length it has the rest
+        av1_unit(LARGE, head=6, extension=b"\0"),
+        b"\x0c\0" + LARGE,
+        # A reserved bit means nothing.
+        av1_unit(LARGE, head=3),
+        b"\x09" + LARGE,
+        # A length of two bytes, and the longest, of eight.
+        bytes([0x0A, len(LARGE) | 0x80, 0]) + LARGE,
+        bytes([0x0A, len(LARGE) | 0x80]) + b"\x80" * 7 + LARGE,
+        b"\x12\0\x7a\xac\2" + bytes(300) + av1_unit(LARGE),  # behind 300 bytes of padding
+    ],
+)
+def test_the_largest_av1_sequence_counts_wherever_it_is(data: bytes) -> None:
+    assert_allowed(single(b"av01", data, STATED), allowed=False)
+    assert_allowed(single(b"av01", data.replace(LARGE, SMALL), STATED), allowed=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"), [(b"av01", av1_unit(LARGE[:3])), (b"hvc1", b"\0\0\0\4B\1\xf1\0")]
+)
+def test_a_sequence_that_is_cut_off_is_not_read_on(kind: bytes, data: bytes) -> None:
+    content = single(kind, data + bytes(2000), STATED, hevc_config())
+    with pytest.raises(DamagedFileError, match="ends within its header"):
+        sniff(content)
+
+
+def test_what_is_no_av1_sequence_has_no_size() -> None:
+    for kind in (0, 2, 3, 5, 9, 15):
+        assert_allowed(single(b"av01", av1_unit(LARGE, kind), STATED), allowed=True)
+
+
+def golomb(value: int) -> str:
+    return "0" * ((value + 1).bit_length() - 1) + f"{value + 1:b}"
+
+
+def hevc_unit(width: int, height: int, layers: str = "", chroma: int = 1, kind: int = 33) -> bytes:
+    """A sequence parameter set (HEVC, 7.3.2.2).
+
+    layers: two digits for each further one, whether it has a profile and whether it has a level.
+    """
+    flags = [layers[at : at + 2] for at in range(0, len(layers), 2)]
+    reserved = "00" * (8 - len(flags)) if flags else ""
+    lengths = [88 * int(profile) + 8 * int(level) for profile, level in flags]
+    colours = golomb(chroma) + ("1" if chroma == 3 else "")
+    bits = f"1111 {len(flags):03b} 1 {'0' * 96} {layers} {reserved} {'1' * sum(lengths)}"
+    payload = packed(f"{bits} {golomb(0)} {colours} {golomb(width)} {golomb(height)} 1")
+    # Three bytes that could begin another unit are kept apart by a 3.
+    return bytes([kind << 1, 1]) + re.sub(rb"\0\0(?=[\0-\3])", b"\0\0\3", payload)
+
+
+def hevc(*units: bytes, stored: tuple[bytes, ...] = (), length_size: int = 4) -> bytes:
+    """A file of these coded units. stored: those among its parameters."""
+    data = b"".join(len(unit).to_bytes(length_size) + unit for unit in units)
+    return single(b"hvc1", data, STATED, hevc_config(*stored, length_size=length_size))
+
+
+@pytest.mark.parametrize("layers", ["", "11", "10", "01", "00", "001101", "111111111111"])
+@pytest.mark.parametrize("chroma", [0, 1, 2, 3])
+def test_an_hevc_frame_has_the_size_that_its_sequence_says(layers: str, chroma: int) -> None:
+    for width, height, allowed in ((5120, 1024, True), (5121, 1024, False), (1024, 5121, False)):
+        unit = hevc_unit(width, height, layers, chroma)
+        assert_allowed(hevc(unit), allowed)
+        assert_allowed(hevc(stored=(unit,)), allowed)
+
+
+WIDE = hevc_unit(8192, 8192)
+
+
+@pytest.mark.parametrize(
+    ("content", "allowed"),
+    [
+        (hevc(hevc_unit(8, 8), WIDE), False),
+        (hevc(WIDE, hevc_unit(8, 8)), False),
+        (hevc(WIDE, length_size=2), False),
+        (hevc(stored=(hevc_unit(8, 8), WIDE, hevc_unit(8, 8))), False),
+        (hevc(hevc_unit(8192, 8192, kind=32)), True),
+        (hevc(hevc_unit(8192, 8192, kind=34)), True),
+        # Those of another layer.
+        (hevc(WIDE[:1] + b"\x09" + WIDE[2:]), True),
+        (hevc(bytes([WIDE[0] | 1]) + WIDE[1:]), True),
+        (hevc(WIDE[:1], b""), True),
+    ],
+)
+def test_the_largest_hevc_sequence_counts_wherever_it_is(content: bytes, allowed: bool) -> None:
+    assert_allowed(content, allowed)
+
+
+SLICE = b"\x26\1\x80"
+
+
+@pytest.mark.parametrize(
+    ("units", "frames"),
+    [
+        ([SLICE] * 8, 8),
+        ([SLICE] * 9, 9),
+        ([SLICE] + [b"\x26\1\x7f"] * 9, 1),  # further slices of one picture
+        ([b"\x3e\1\x80"] * 9, 9),
+        ([b"\x40\1\x80"] * 9, 0),
+        ([b"\x26\1"] * 9, 0),
+    ],
+)
+def test_an_hevc_image_has_at_most_eight_frames(units: list[bytes], frames: int) -> None:
+    content = hevc(hevc_unit(8, 8), *units)
+    if frames > 8:
+        with pytest.raises(DamagedFileError, match="more than one frame"):
+            sniff(content)
+    else:
+        assert_allowed(content, allowed=True)
+
+
+@pytest.mark.parametrize("kind", [3, 6])
+def test_an_av1_image_has_at_most_eight_frames(kind: int) -> None:
+    frame = av1_unit(b"", kind)
+    assert_allowed(single(b"av01", av1_unit(SMALL) + frame * 8, STATED), allowed=True)
+    with pytest.raises(DamagedFileError, match="more than one frame"):
+        sniff(single(b"av01", av1_unit(SMALL) + frame * 9, STATED))
+
+
+def test_a_box_may_have_a_size_of_64_bits_or_the_rest_of_the_file() -> None:
+    for sequence, allowed in ((SMALL, True), (LARGE, False)):
+        content = single(b"av01", av1_unit(sequence), STATED)
+        at = content.index(b"meta") - 4
+        meta = content[at + 8 : at + int.from_bytes(content[at : at + 4])]
+        others = content.replace(b"meta", b"free")
+        assert_allowed(others + bytes(4) + b"meta" + meta, allowed)
+        assert_allowed(others + struct.pack(">I4sQ", 1, b"meta", 16 + len(meta)) + meta, allowed)
+        for size in (15, 17 + len(meta)):
+            with pytest.raises(DamagedFileError, match="no still image"):
+                sniff(others + struct.pack(">I4sQ", 1, b"meta", size) + meta)
+
+
+TILES = tiled(FILES["444"], FILES["444"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (TILES[:-1], "cut off"),
+        (TILES.replace(b"infe\2", b"infe\1"), "have no types"),
+        (TILES.replace(b"infe\2\0\0\0\0\2", b"infe\2\0\0\0\0\1"), "two items of a number"),
+        (
+            TILES.replace(struct.pack(">4H", 2, 0, 0, 1), struct.pack(">4H", 1, 0, 0, 1)),
+            "two items of a number",
+        ),
+        (
+            TILES.replace(struct.pack(">4H", 3, 1, 0, 1), struct.pack(">4H", 3, 2, 0, 1)),
+            "not in the file",
+        ),
+        (TILES.replace(b"dimg\0\3\0\2", b"dimg\0\3\x10\1"), "more than 4096 items"),
+        (TILES.replace(b"dimg\0\3\0\2", b"dimg\0\3\x10\0"), "ends too early"),
+        (TILES.replace(b"hvcC", b"free"), "no parameters"),
+        (TILES.replace(b"pitm", b"free"), "no still image"),
+    ],
+)
+def test_what_is_wrong_in_a_file_s_boxes_is_named(content: bytes, reason: str) -> None:
+    assert content != TILES
+    with pytest.raises(DamagedFileError, match=reason):
+        sniff(content)
+
+
+def test_coded_parts_and_boxes_are_counted_to_a_bound() -> None:
+    delimiter = b"\x12\0"
+    assert_allowed(single(b"av01", av1_unit(SMALL) + delimiter * 19_999, STATED), allowed=True)
+    with pytest.raises(DamagedFileError, match="20000 coded parts"):
+        sniff(single(b"av01", av1_unit(SMALL) + delimiter * 20_000, STATED))
+    assert_allowed(hevc(hevc_unit(8, 8), *[b""] * 19_998, stored=(b"",)), allowed=True)
+    with pytest.raises(DamagedFileError, match="20000 coded parts"):
+        sniff(hevc(hevc_unit(8, 8), *[b""] * 19_999, stored=(b"",)))
+    # Beside ftyp, meta and mdat.
+    assert sniff(FILES["444"] + box(b"free") * 4092).format == "HEIF"
+    with pytest.raises(DamagedFileError, match="4096 boxes"):
+        sniff(FILES["444"] + box(b"free") * 4093)
 
 
 def test_sizes_are_bounded_as_of_any_file() -> None:

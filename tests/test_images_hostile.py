@@ -89,6 +89,38 @@ def test_scans_are_bounded_though_a_decoder_would_read_more() -> None:
     assert decode(hostile.with_scans(100), ImageLimits()).size == hostile.SIZE
 
 
+def headers_of(jpeg: bytes) -> int:
+    """The number of segments before the pixels."""
+    at, count = 2, 0
+    while jpeg[at + 1] != 0xDA:
+        at, count = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]), count + 1
+    return count
+
+
+def with_parts(place: str, count: int) -> bytes:
+    """An image of so many chunks or segments: in a PNG, or in a JPEG before or behind its scan."""
+    if place == "png":
+        return hostile.plain_png(hostile.chunk(b"tEXt") * (count - 3))  # beside IHDR, IDAT, IEND
+    jpeg, comment = hostile.encoded("JPEG"), hostile.segment(0xFE, b"")
+    if place == "before":
+        return jpeg[:2] + comment * (count - headers_of(jpeg) - 1) + jpeg[2:]
+    return jpeg[:-2] + comment * (count - 2) + jpeg[-2:]
+
+
+@pytest.mark.parametrize(
+    ("place", "most", "parts"),
+    [
+        ("png", 20_000, "20000 chunks"),
+        ("before", 2000, "2000 segments"),
+        ("behind", 2000, "2000 segments"),
+    ],
+)
+def test_parts_are_counted_to_a_bound(place: str, most: int, parts: str) -> None:
+    assert decode(with_parts(place, most), ImageLimits()).size == hostile.SIZE
+    with pytest.raises(DamagedFileError, match=parts):
+        sniff(with_parts(place, most + 1))
+
+
 @pytest.mark.parametrize("name", MANIFEST)
 def test_inpaint_answers_what_it_can_and_refuses_the_rest_before_the_engine(
     inpaint: tuple[httpx.Client, list[Job]], name: str

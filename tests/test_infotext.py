@@ -148,3 +148,19 @@ def test_the_number_of_texts_and_their_sum_are_bounded() -> None:
     half = bytes(MAX_TEXT_BYTES // 2 + 1)
     large = with_chunks(*[chunk(b"tEXt", f"{i}\0".encode() + half) for i in range(3)])
     assert len(png_texts(large)) == 1
+
+
+@pytest.mark.parametrize(("before", "texts"), [(19_999, {"k": "a text"}), (20_000, {})])
+def test_a_text_is_looked_for_in_the_first_20000_chunks(before: int, texts: dict[str, str]) -> None:
+    text = chunk(b"tEXt", b"k\0a text")
+    assert png_texts(with_chunks(*[chunk(b"IDAT")] * before, text)) == texts
+
+
+def test_a_text_as_long_as_all_may_be_is_read() -> None:
+    for name, data in (
+        (b"tEXt", bytes(MAX_TEXT_BYTES)),
+        (b"zTXt", b"\0" + zlib.compress(bytes(MAX_TEXT_BYTES))),
+    ):
+        longest = chunk(name, b"long\0" + data)
+        assert png_texts(with_chunks(longest)) == {"long": "\0" * MAX_TEXT_BYTES}
+        assert list(png_texts(with_chunks(longest, chunk(b"tEXt", b"k\0more")))) == ["long"]
