@@ -379,7 +379,7 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
     image = png(noise(width, height))
     with serving(app) as address, httpx.Client(base_url=address) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        pixels, steps = width * height, embedded.recipe.num_inference_steps
+        pixels, steps = width * height, embedded.sampling().steps
         result = DECODING_WORK + FILE_WORK["png"]
         refused(
             as_json(client, "generate", prompt="a ball", regions=[box, box]),
@@ -414,7 +414,7 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
         refused(animation, 422, "too_much_work", None, f"{5 * pixels * (2 * steps + result)},")
         previews = {"prompt": "a ball", "stream": True, "partial_images": 8}
         each = DECODING_WORK + PREVIEW_WORK
-        for sent, made in ((steps, 8), (3, 2), (1, 0)):
+        for sent, made in ((12, 8), (3, 2), (1, 0)):
             result = DECODING_WORK + FILE_WORK["png"] + made * each
             refused(
                 as_json(client, "generate", **previews, num_inference_steps=sent),
@@ -426,7 +426,7 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
 
 
 def test_64_frames_of_512_pixels_as_a_gif_are_too_much_at_any_number_of_steps() -> None:
-    """Their file alone took 22 s: FIELD.md, T18."""
+    """Their file alone took 22 s."""
     settings = Settings()
     frames, pixels = 64, settings.max_side**2
     assert frames * pixels * (1 + DECODING_WORK + FILE_WORK["gif"]) > settings.max_request_work
