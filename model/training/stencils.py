@@ -51,7 +51,8 @@ Look = tuple[int, float, Colour]  # a key without its background
 class Stencils:
     """Known tokens. keys: [S, 6], a `Key` a row. tokens: int16 [S, h, w], the thing in the middle.
 
-    plain: int16 [P], the token of each plain background.
+    plain: int16 [P, h, w], the tokens of each plain background without a thing. Those at an
+    image's border are others than those in its middle, and must not be laid elsewhere.
     """
 
     keys: Tensor
@@ -82,9 +83,10 @@ class Stencils:
         found = {}
         for look, numbers in rows.items():
             own = self.tokens[numbers]
+            empty = self.plain[int(self.keys[numbers[0], 2])]
             # Of one background alone nothing tells what the thing covers.
             same = (own == own[0]).all(0) if len(own) > 1 else torch.zeros_like(own[0]).bool()
-            found[look] = torch.where(same & ~torch.isin(own[0], self.plain), own[0], -1)
+            found[look] = torch.where(same & (own[0] != empty), own[0], -1)
         return found
 
     def lay(self, layouts: Layouts, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +97,12 @@ class Stencils:
         """
         background = layouts.background.long()
         known = background < len(self.plain)
-        tokens = self.plain[background.clamp(max=len(self.plain) - 1)].long()
-        tokens = tokens[:, None, None].expand(-1, height, width).clone()
+        rows, columns = (
+            _stretched(old, new)
+            for old, new in zip(self.plain.shape[1:], (height, width), strict=True)
+        )
+        empty = self.plain[:, rows][:, :, columns].long()
+        tokens = empty[background.clamp(max=len(self.plain) - 1)]
         for row in known.nonzero()[:, 0].tolist():
             behind = int(background[row])
             numbers = [
@@ -106,8 +112,8 @@ class Stencils:
             known[row] = None not in numbers
             for spot, number in zip(_spots(layouts, row), numbers, strict=True):
                 if spot is not None and number is not None:
-                    stencil = self.tokens[number].long()
-                    _put(tokens[row], stencil, spot, stencil != int(self.plain[behind]))
+                    stencil = self.tokens[number]
+                    _put(tokens[row], stencil.long(), spot, stencil != self.plain[behind])
         return tokens, known
 
     def settle(self, layouts: Layouts, tokens: Tensor) -> None:
@@ -159,6 +165,13 @@ def _put(grid: Tensor, stencil: Tensor, spot: _Spot, chosen: Tensor) -> None:
     part = stencil[within]
     below = grid[max(0, top) :, max(0, left) :][: part.shape[0], : part.shape[1]]
     below[chosen[within]] = part[chosen[within]]
+
+
+def _stretched(length: int, wanted: int) -> Tensor:
+    """Return `wanted` of the places 0 … length − 1, the middle one repeated."""
+    half = length // 2
+    middle = torch.full((wanted - length,), half)
+    return torch.cat([torch.arange(half), middle, torch.arange(half, length)])
 
 
 def _layouts(things: Iterable[Key]) -> Layouts:
@@ -223,7 +236,7 @@ def stencils_of(
     blank.background[:] = torch.arange(len(NAMES))
     plain = vqgan.encode(as_float(render(blank, atlas, *SQUARE), atlas.device))
     rows = torch.tensor([(s, n, b, *tint) for group in keys for s, n, b, tint in group])
-    return Stencils(rows, torch.cat(tokens), plain.flatten(1).mode(dim=1).values.to(torch.int16))
+    return Stencils(rows, torch.cat(tokens), plain.to(torch.int16))
 
 
 _worker: tuple[VQGAN, Tensor] | None = None
