@@ -61,8 +61,8 @@ EQUIVALENT: dict[str, str] = {
     "return _differs(stored, key * (255 // ((1 << depth) - 1)))": (
         "the depth is 2, 4 or 8 here, for which the quotient is the same"
     ),
-    "server/api/images/encode.py:_after_gif_head: 128 -> 129 in "
-    "start = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)": (
-        "the file is Pillow's, which always has a palette"
+    "server/api/images/encode.py:_palette_bytes: 128 -> 129 in "
+    "return 3 << (flags & 7) + 1 if flags & 0x80 else 0": (
+        "the file is Pillow's, which sets the lowest bit only beside a palette"
     ),
 }

@@ -1,4 +1,4 @@
-"""How a job ended: sent from one process to another, and answered to its client."""
+"""Errors of jobs, as they cross from process to process and as clients get them."""
 
 from __future__ import annotations
 

@@ -152,9 +152,9 @@ def settled(known: Stencils, layouts: Layouts, width: int = 16) -> Tensor:
 def test_encoded_scenes_take_over_what_is_the_same_before_all_backgrounds() -> None:
     known = by_hand((WHITE, BLUE))
     tokens = settled(known, one(SQUARE, 96, SEA, 128 - 64), width=24)
-    expected = torch.full((16, 24), -5)
-    expected[5:11, 1:4], expected[5:11, 4:7] = 7, 8
-    assert torch.equal(tokens, expected)
+    covered = torch.full((16, 24), -5)
+    covered[5:11, 1:4], covered[5:11, 4:7] = 7, 8
+    assert torch.equal(tokens, covered)
     cut = settled(known, one(SQUARE, 96, SEA, 16, 128))
     assert torch.equal(cut[5:11, :4], torch.tensor([7, 8, 8, 8]).expand(6, 4))
     assert (cut[:, 4:] == -5).all()

@@ -105,15 +105,13 @@ class Stencils:
         tokens = empty[background.clamp(max=len(self.plain) - 1)]
         for row in known.nonzero()[:, 0].tolist():
             behind = int(background[row])
-            numbers = [
-                None if spot is None else self._numbers.get((*spot.look[:2], behind, spot.look[2]))
-                for spot in _spots(layouts, row)
-            ]
-            known[row] = None not in numbers
-            for spot, number in zip(_spots(layouts, row), numbers, strict=True):
-                if spot is not None and number is not None:
-                    stencil = self.tokens[number]
-                    _put(tokens[row], stencil.long(), spot, stencil != self.plain[behind])
+            for spot in _spots(layouts, row):
+                number = None if spot is None else self._numbers.get(spot.before(behind))
+                if spot is None or number is None:
+                    known[row] = False
+                    break
+                stencil = self.tokens[number]
+                _put(tokens[row], stencil.long(), spot, stencil != self.plain[behind])
         return tokens, known
 
     def settle(self, layouts: Layouts, tokens: Tensor) -> None:
@@ -123,8 +121,8 @@ class Stencils:
         """
         for row in range(len(layouts)):
             spots = _spots(layouts, row)
-            if len(spots) > 1 and None in spots:
-                continue  # an unknown sprite may lie over another
+            if None in spots:
+                continue  # that sprite may lie over another
             for spot in spots:
                 if spot is not None and spot.look in self._covered:
                     covered = self._covered[spot.look].long()
@@ -132,11 +130,16 @@ class Stencils:
 
 
 class _Spot(NamedTuple):
-    """What lies at a place: its look, and its middle on the lattice, in tokens."""
+    """A thing's look, and its middle on the lattice, in tokens."""
 
     look: Look
     x: int
     y: int
+
+    def before(self, background: int) -> Key:
+        """Return the key of the look before a background."""
+        sprite, length, tint = self.look
+        return sprite, length, background, tint
 
 
 def _spots(layouts: Layouts, row: int) -> list[_Spot | None]:

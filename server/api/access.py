@@ -1,4 +1,4 @@
-"""Who may send a request: API keys and their limits, hosts, and web pages.
+"""Check who may send a request: API keys and their limits, hosts, and web pages.
 
 A page of any site can make its visitor's browser send requests to a server on the visitor's machine
 or network: directly (cross-site request forgery), or under a name of its own that resolves to the
@@ -290,7 +290,7 @@ class Authority:
 
     @property
     def is_address(self) -> bool:
-        """Whether the name is an IP address."""
+        """Return whether the name is an IP address."""
         return _address(self.name) is not None
 
 

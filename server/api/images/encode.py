@@ -99,7 +99,7 @@ def source_type(operation: str) -> SourceType:
 
 @dataclass(frozen=True, slots=True)
 class Marking:
-    """What a file says about itself.
+    """Marks of a file: its source, the request's parameters, a signature.
 
     Attributes:
         source: None leaves the mark out.
@@ -174,9 +174,13 @@ def user_comment(text: str) -> bytes:
 
 def _after_gif_head(content: bytes) -> int:
     """Return where a GIF's palette and loop count end; readers look for the loop count there."""
-    flags = content[10]
-    start = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    start = 13 + _palette_bytes(content[10])
     return start + 19 if content.startswith(GIF_LOOP, start) else start
+
+
+def _palette_bytes(flags: int) -> int:
+    """Return the length of the palette that the flags of a GIF or of one of its frames announce."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def is_marked(png: bytes) -> bool:
@@ -301,7 +305,7 @@ def _with_equal_frames(gif: bytes) -> bytes:
 
     Programs that take an animation apart count its frames.
     """
-    start = 13 + (3 << (gif[10] & 7) + 1 if gif[10] & 0x80 else 0)
+    start = 13 + _palette_bytes(gif[10])
     parts, repeats = [gif[:start]], 0
     while gif[start] != 0x3B:
         if gif[start] == 0x21:
@@ -313,8 +317,7 @@ def _with_equal_frames(gif: bytes) -> bytes:
                 block = block[:4] + struct.pack("<H", FRAME_MS // 10) + block[6:]
             parts.append(block)
         else:
-            flags = gif[start + 9]
-            end = _after_blocks(gif, start + 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
+            end = _after_blocks(gif, start + 11 + _palette_bytes(gif[start + 9]))
             parts += [gif[start:end], SAME_FRAME * repeats]
         start = end
     return b"".join([*parts, b";"])
