@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.bundle import load_bundle, state_of
@@ -233,6 +234,19 @@ def test_the_loss_of_a_picture_to_itself_is_nothing_and_edges_count_beside_pixel
     assert vqgan.reconstruction_loss(image + ramp, image).item() == pytest.approx(
         expected.item(), rel=1e-3
     )
+
+
+def test_a_vqgan_continues_from_a_checkpoint_and_from_weights_alone(tmp_path):
+    """A checkpoint may be lost; the weights of a bundle remain, and stencils are made with them."""
+    config = micro_config().vqgan
+    network = vqgan.Autoencoder.fresh(config)
+    torch.save({"ema": network.state_dict()}, tmp_path / "vqgan.pt")
+    save_file(state_of(network.vqgan), tmp_path / "vqgan.safetensors")
+    for name in ("vqgan.pt", "vqgan.safetensors"):
+        found = vqgan.trained_vqgan(tmp_path / name, config)
+        for key, value in network.vqgan.state_dict().items():
+            torch.testing.assert_close(found.vqgan.state_dict()[key], value)
+        torch.testing.assert_close(found.codes.sums, network.vqgan.vquantizer.codebook.weight)
 
 
 def test_gradients_pass_straight_through_the_quantiser_to_the_encoder():

@@ -25,7 +25,7 @@ from model.bundle import BundleV3, load_v3
 from model.config import BundleV3Config, find_bundle
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.vqgan_v3 import VQGAN
-from model.training import block_skips, checkpoint, loop
+from model.training import block_skips, loop
 from model.training.captioned import DataError, open_collection
 from model.training.data import Scenes
 from model.training.decoding import Filters
@@ -46,6 +46,7 @@ from model.training.objective import (
     projection_of,
 )
 from model.training.stencils import Stencils
+from model.training.vqgan import trained_vqgan
 
 LABEL_SMOOTHING, SMOOTHING_BESIDE_NEAR = 0.1, 0.04
 # This share of a row's positions is projected to the codebook and judged: the softmax would else
@@ -364,10 +365,8 @@ def frozen(
     if args.vqgan is not None:
         from model.training.assemble import tiny_config
 
-        config, vqgan = tiny_config(), VQGAN(tiny_config().vqgan)
-        state = loop.load(args.vqgan)
-        vqgan.load_state_dict(checkpoint.averaged(state, "vqgan.") if "ema" in state else state)
-        return config, vqgan.to(o.device).eval().requires_grad_(False), None
+        vqgan = trained_vqgan(args.vqgan).vqgan
+        return tiny_config(), vqgan.to(o.device).eval().requires_grad_(False), None
     if args.bundle is None:
         raise DataError("a bundle or --vqgan is needed: tokens come from a trained VQGAN")
     bundle = load_v3(find_bundle(args.bundle), o.device, torch.float32)

@@ -261,7 +261,7 @@ def main() -> None:
     """Encode the usual lengths as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the safetensors file to write")
-    parser.add_argument("--vqgan", type=Path, required=True, help="a VQGAN's checkpoint")
+    parser.add_argument("--vqgan", type=Path, required=True, help="a VQGAN's checkpoint or weights")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     keys = groups((LONE_LENGTHS["normal"], PAIR_LENGTHS["normal"], LONE_LENGTHS["large"]))

@@ -260,9 +260,16 @@ def main() -> None:
 
 
 def trained_vqgan(checkpoint: Path, config: VQGANConfig | None = None) -> Autoencoder:
-    """Return the averaged autoencoder of a checkpoint, with its codebook's counts."""
-    trained = Autoencoder(VQGAN(config or tiny.VQGAN))
-    trained.load_state_dict(loop.load(checkpoint)["ema"])
+    """Return the autoencoder of a checkpoint (its average), or of a bundle's vqgan.safetensors.
+
+    Weights alone do not hold how often each code was used, so those counts begin anew.
+    """
+    state = loop.load(checkpoint)
+    config = config or tiny.VQGAN
+    if "ema" not in state:
+        return Autoencoder.of(state, config)
+    trained = Autoencoder(VQGAN(config))
+    trained.load_state_dict(state["ema"])
     return trained
 
 
