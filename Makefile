@@ -14,12 +14,12 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--custom-compile-command 'make lock' --index-url https://pypi.org/simple -c requirements/torch.txt \
 	--excludes requirements/excluded.txt --no-emit-package torch --no-emit-package torchvision
 
-.PHONY: serve test test-fast client-test scale-test lint format types check screenshots bench batching curve faults soak hostile fuzz scenarios mutate evaluate art browser prometheus nginx exiftool lock audit sbom clean
+.PHONY: serve test test-fast client-test scale-test lint format types check screenshots bench batching curve faults soak hostile fuzz scenarios mutate evaluate art browser prometheus nginx exiftool tcmalloc lock audit sbom clean
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
-test: $(VENV)/.dev browser prometheus nginx exiftool  ## run the test suite; ARGS="-m 'not slow'" narrows it
+test: $(VENV)/.dev browser prometheus nginx exiftool tcmalloc  ## run the test suite; ARGS="-m 'not slow'" narrows it
 	$(BIN)/pytest $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training, two at a time; ARGS=tests/test_body.py narrows it
@@ -91,6 +91,12 @@ exiftool:
 	@command -v exiftool >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 		&& apt-get install -qq -y --no-install-recommends libimage-exiftool-perl >/dev/null; } \
 		|| echo "no exiftool: install libimage-exiftool-perl to run the test that needs it"
+
+# A CPU worker uses it where it is installed.
+tcmalloc:
+	@ls /usr/lib/*/libtcmalloc*.so.* >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& apt-get install -qq -y --no-install-recommends libtcmalloc-minimal4 >/dev/null; } \
+		|| echo "no tcmalloc: install libtcmalloc-minimal4 to run the test that needs it"
 
 lock: $(VENV)/.dev  ## pin every dependency with hashes (network); ARGS="--upgrade" or "--upgrade-package NAME"
 	$(COMPILE) $(ARGS) pyproject.toml --extra otel -o requirements/serve.txt

@@ -9,12 +9,14 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
+from server.engine import supervisor
 from server.engine.runner import LATE, SOON, ThreadTuner
 from server.engine.supervisor import (
     KERNEL_CACHE_ENTRIES,
     SPIN_COUNT,
     limit_kernel_cache,
     limit_spin_count,
+    worker_environment,
 )
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
@@ -152,3 +154,49 @@ def test_kernels_of_few_shapes_are_kept_unless_the_environment_says_how_many(
     monkeypatch.setattr(os, "environ", {"LRU_CACHE_CAPACITY": said} if said else {})
     limit_kernel_cache()
     assert os.environ["LRU_CACHE_CAPACITY"] == (said or str(KERNEL_CACHE_ENTRIES))
+
+
+@pytest.mark.parametrize(
+    ("said", "installed", "preloaded"),
+    [
+        (None, "libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4"),
+        (None, None, None),
+        ("", "libtcmalloc_minimal.so.4", ""),
+        ("libjemalloc.so.2", "libtcmalloc_minimal.so.4", "libjemalloc.so.2"),
+    ],
+)
+def test_a_worker_gets_an_installed_tcmalloc_unless_the_environment_preloads_something(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, installed: str | None, preloaded: str | None
+) -> None:
+    before = {"HOME": "/tmp"} | ({} if said is None else {"LD_PRELOAD": said})
+    monkeypatch.setattr(os, "environ", dict(before))
+    monkeypatch.setattr(supervisor, "faster_allocator", lambda: installed)
+    environment = worker_environment()
+    assert environment.get("LD_PRELOAD") == preloaded
+    # tcmalloc's own lines would stand in a log of JSON.
+    assert ("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD" in environment) == (
+        said is None and installed is not None
+    )
+    assert environment["HOME"] == "/tmp"
+    assert os.environ == before
+
+
+@pytest.mark.parametrize(
+    ("platform", "there", "found"),
+    [
+        (
+            "linux",
+            {"tcmalloc_minimal": "libtcmalloc_minimal.so.4", "tcmalloc": "libtcmalloc.so.4"},
+            "libtcmalloc_minimal.so.4",
+        ),
+        ("linux", {"tcmalloc": "libtcmalloc.so.4"}, "libtcmalloc.so.4"),
+        ("linux", {"jemalloc": "libjemalloc.so.2"}, None),
+        ("darwin", {"tcmalloc_minimal": "libtcmalloc_minimal.dylib"}, None),
+    ],
+)
+def test_either_tcmalloc_is_found_on_linux_alone(
+    monkeypatch: pytest.MonkeyPatch, platform: str, there: dict[str, str], found: str | None
+) -> None:
+    monkeypatch.setattr(supervisor.sys, "platform", platform)
+    monkeypatch.setattr(supervisor.ctypes.util, "find_library", there.get)
+    assert supervisor.faster_allocator.__wrapped__() == found

@@ -163,6 +163,10 @@ def test_on_a_gpu_triton_can_compile_its_launchers_and_run_them() -> None:
     assert COMPOSE["services"]["server-cpu"]["tmpfs"] == ["/tmp"]
 
 
+def test_on_a_cpu_the_worker_finds_the_faster_allocator() -> None:
+    assert any(keyword == "RUN" and "libtcmalloc-minimal4" in rest for keyword, rest in stages()[1])
+
+
 # ── its commands ──────────────────────────────────────────────────────────────────────────────────
 
 

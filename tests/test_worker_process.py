@@ -22,6 +22,7 @@ import torch
 from load_tests.processes import runs, workers
 from load_tests.serving import free_port
 from server.engine.child import MAX_REASON, describe
+from server.engine.supervisor import faster_allocator
 from tests.conftest import wait_until
 from tests.test_api import metric
 
@@ -104,6 +105,24 @@ def test_a_loading_worker_ends_with_a_killed_server_even_if_it_is_stopped(
             os.kill(worker, signal.SIGSTOP)
         server.process.kill()
         wait_until(lambda: not runs(worker), timeout_s=20)
+
+
+@pytest.mark.skipif(faster_allocator() is None, reason="install libtcmalloc-minimal4")
+@pytest.mark.parametrize("said", [None, ""])
+def test_tcmalloc_is_in_the_worker_and_not_in_the_api_process_unless_it_was_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path, said: str | None
+) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    if said is not None:
+        monkeypatch.setenv("LD_PRELOAD", said)
+    with started(tmp_path, *FAKE_SERVER, weights=bundle) as server:
+        wait_until(lambda: server.ready)
+        (worker,) = server.workers
+        loaded = {
+            process: "tcmalloc" in Path(f"/proc/{process}/maps").read_text()
+            for process in (worker, server.process.pid)
+        }
+        assert loaded == {worker: said is None, server.process.pid: False}
 
 
 def test_elsewhere_than_on_linux_it_ends_with_its_standard_input() -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import ctypes.util
+import functools
 import logging
 import os
 import subprocess
@@ -80,6 +82,34 @@ def limit_kernel_cache() -> None:
     The environment's own setting takes precedence.
     """
     os.environ.setdefault("LRU_CACHE_CAPACITY", str(KERNEL_CACHE_ENTRIES))
+
+
+@functools.cache
+def faster_allocator() -> str | None:
+    """Return the name of tcmalloc's library, by which the loader finds it; None if not installed.
+
+    A step on a CPU takes a third less time with it than with glibc's malloc (docs/log.md).
+    """
+    if sys.platform != "linux":
+        return None
+    for name in ("tcmalloc_minimal", "tcmalloc"):
+        if found := ctypes.util.find_library(name):
+            return found
+    return None
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment of a worker: this process's, and tcmalloc preloaded if installed.
+
+    An allocator must be there before a process begins, so the worker cannot choose it by itself.
+    The environment's own `LD_PRELOAD` takes precedence, an empty one too.
+    """
+    environment = dict(os.environ)
+    if "LD_PRELOAD" not in environment and (allocator := faster_allocator()):
+        environment["LD_PRELOAD"] = allocator
+        # It would write a line to the log, not in the log's format, for each large tensor.
+        environment.setdefault("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", str(1 << 62))
+    return environment
 
 
 def run_worker(connection: Connection, settings: Settings) -> None:
@@ -206,7 +236,11 @@ def _popen(pipe: Connection) -> subprocess.Popen[bytes]:
     # -P: the start directory is not searched for modules.
     command = [sys.executable, "-P", "-c", _BOOTSTRAP, str(descriptor), str(os.getpid()), *path]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, pass_fds=[descriptor], cwd=None if directory else "/"
+        command,
+        stdin=subprocess.PIPE,
+        pass_fds=[descriptor],
+        cwd=None if directory else "/",
+        env=worker_environment(),
     )
 
 
