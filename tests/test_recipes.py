@@ -96,11 +96,13 @@ def test_differences_are_paired_by_prompt(bundle):
     first = np.array([[True], [False], [True], [False]] * 50)
     better = first.copy()
     better[1] = True
-    found = recipes.compared("x", pipeline, better, first)
+    own, others = ({"counting": each[:100], "position": each[100:]} for each in (better, first))
+    found = recipes.compared("x", pipeline, own, others)
     assert (found.score, found.difference) == (0.505, 0.005)
     # Unpaired, the interval would be as wide as that of the score.
     assert 0 <= found.difference_low <= 0.005 <= found.difference_high <= 0.02
     assert found.high - found.low > 0.1
+    assert found.categories == {"counting": 0.51, "position": 0.5}
 
 
 @pytest.mark.heavy
@@ -114,8 +116,12 @@ def test_the_comparison_ends_with_a_line_of_json(bundle, monkeypatch, capsys, tm
     fixed = ["--count", "11", "--device", "cpu", "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", ["recipes", *names, *fixed])
     recipes.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
     assert [row["recipe"] for row in result["recipes"]] == names
+    square = set(benchmark.CRITERIA) - {"three_two", benchmark.CONTROL}
+    assert all(set(row["categories"]) == square for row in result["recipes"])
+    assert "two objects" in printed
     assert [row["sampling"]["steps"] for row in result["recipes"]] == [1, 2]
     assert result["recipes"][0]["difference"] == 0
     assert result["prompts"] == 11

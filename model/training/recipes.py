@@ -4,11 +4,11 @@
     python -m model.training.recipes tiny runs/student@steps=4 runs/student@steps=1 --count 1000
 
 An argument is a bundle's name or path, and after an `@` a preset of it, changes of the recipe, or
-both: `tiny@fast,steps=2`. The table has
-the share of images that fulfil their prompts, with a 95 % interval, its difference to the first
-argument's with the interval of that difference over the same prompts, KID and the time of one
-image. The last line is one JSON object. The prompts are those that recipes are searched on, never
-those of the report, unless --set says so. Needs the art (`make art`) for KID's true renders.
+both: `tiny@fast,steps=2`. The table has the share of images that fulfil their prompts, with a 95 %
+interval, its difference to the first argument's with the interval of that difference over the same
+prompts, KID and the time of one image. A second table has each category's share. The last line is
+one JSON object. The prompts are those that recipes are searched on, never those of the report,
+unless --set says so. Needs the art (`make art`) for KID's true renders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,7 +44,8 @@ Prompts = dict[str, list[BenchPrompt]]
 class Measured:
     """One recipe's figures: shares of images with 95 % intervals, KID, and a single image's time.
 
-    difference, difference_low, difference_high: to the first recipe, paired by prompt.
+    difference, difference_low, difference_high: to the first recipe, paired by prompt. categories:
+    the share of each.
     """
 
     recipe: str
@@ -56,6 +57,7 @@ class Measured:
     difference: float
     difference_low: float
     difference_high: float
+    categories: dict[str, float]
     kid: float
     milliseconds: float
 
@@ -82,24 +84,31 @@ def loaded(name: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
 
 def hits(
     pipeline: Pipeline, judge: Featured, cases: Prompts, seeds: Sequence[int]
-) -> tuple[Bools, Tensor]:
+) -> tuple[dict[str, Bools], Tensor]:
     """Draw and judge prompts by a pipeline's recipe.
 
-    Returns which images are right, [prompts, seeds], and features [prompts, P] of the first seed's.
+    Returns which images of each category are right, [prompts, seeds], and features [prompts, P] of
+    the first seed's, of all categories.
     """
     source = Drawn(pipeline, pipeline.config.recipe.sampling())
     sheets = {name: benchmark.judged(source, some, seeds, judge) for name, some in cases.items()}
-    right = [
-        benchmark.hits(sheet, "detector", benchmark.CRITERIA[name])
+    right = {
+        name: benchmark.hits(sheet, "detector", benchmark.CRITERIA[name])
         for name, sheet in sheets.items()
-    ]
-    return np.concatenate(right), torch.cat([sheet.features for sheet in sheets.values()])
+    }
+    return right, torch.cat([sheet.features for sheet in sheets.values()])
 
 
-def compared(name: str, pipeline: Pipeline, own: Bools, first: Bools) -> Measured:
-    """Return a recipe's figures beside the first recipe's hits; KID and time are still zero."""
+def compared(
+    name: str, pipeline: Pipeline, right: Mapping[str, Bools], first: Mapping[str, Bools]
+) -> Measured:
+    """Return a recipe's figures beside the first recipe's hits; KID and time are still zero.
+
+    right, first: which images of each category are right, [prompts, seeds].
+    """
+    own = np.concatenate(list(right.values()))
     low, high = benchmark.bootstrap(own.mean(1))
-    change = own.mean(1) - first.mean(1)
+    change = own.mean(1) - np.concatenate(list(first.values())).mean(1)
     change_low, change_high = benchmark.bootstrap(change)
     return Measured(
         name,
@@ -111,6 +120,7 @@ def compared(name: str, pipeline: Pipeline, own: Bools, first: Bools) -> Measure
         difference=round(float(change.mean()), 4),
         difference_low=round(change_low, 4),
         difference_high=round(change_high, 4),
+        categories={each: round(float(some.mean()), 4) for each, some in right.items()},
         kid=0.0,
         milliseconds=0.0,
     )
@@ -128,6 +138,16 @@ def table(rows: Sequence[Measured]) -> Table:
             f"{100 * row.difference_low:+.1f} … {100 * row.difference_high:+.1f}",
             f"{row.kid:.2f}",
             f"{row.milliseconds:.0f}",
+        )
+    return result
+
+
+def category_table(rows: Sequence[Measured]) -> Table:
+    """Return a table of each category's share of right images, a column for each recipe."""
+    result = Table("category, right in %", *(row.recipe for row in rows))
+    for name in rows[0].categories:
+        result.add_row(
+            name.replace("_", " "), *(f"{100 * row.categories[name]:.0f}" for row in rows)
         )
     return result
 
@@ -161,24 +181,25 @@ def main() -> None:
     cases = curves.fixed_prompts(args.count, args.set)
     truth = torch.cat([curves.true_features(sprites, some, judge) for some in cases.values()])
     rows: list[Measured] = []
-    first: Bools | None = None
+    first: dict[str, Bools] | None = None
     for name in args.recipes:
         try:
             pipeline = loaded(name, device, dtype)
         except RecipeError as error:
             raise SystemExit(str(error)) from None
-        own, features = hits(pipeline, judge, cases, range(args.seeds))
-        first = own if first is None else first
+        right, features = hits(pipeline, judge, cases, range(args.seeds))
+        first = right if first is None else first
         source = Drawn(pipeline, pipeline.config.recipe.sampling())
         rows.append(
             replace(
-                compared(name, pipeline, own, first),
+                compared(name, pipeline, right, first),
                 kid=round(benchmark.kid(features, truth)[0], 3),
                 milliseconds=round(curves.milliseconds(source, next(iter(cases.values()))), 1),
             )
         )
         print(rows[-1], file=sys.stderr, flush=True)
     report.add(table(rows))
+    report.add(category_table(rows))
     report.emit(
         {
             "set": args.set,
