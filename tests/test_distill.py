@@ -19,7 +19,7 @@ from model.networks.denoiser_v3 import Condition, Denoiser
 from model.pipeline import Pipeline, PipelineV3
 from model.rows import generate
 from model.sampling import timesteps
-from model.training import assemble, distill, loop
+from model.training import assemble, denoiser, distill, loop
 from model.training.codes import quiet
 from model.training.distillation import (
     Draws,
@@ -34,6 +34,8 @@ from model.training.distillation import (
 )
 from model.training.judged import divergence
 from model.training.objective import ConditionInputs, NoisePath, condition_of, corrupt
+from model.training.palette import NAMES
+from model.training.stencils import Stencils
 from tests.conftest import (
     micro_config,
     randomise,
@@ -213,6 +215,27 @@ def test_a_distilled_bundle_draws_with_one_branch(monkeypatch, bundle, corpus_fi
     pipeline.bundle.denoiser.features = watched
     pipeline.generate(["a red circle"], [0])
     assert branches == [1] * 6
+
+
+@pytest.mark.parametrize(("trainer", "more"), [(denoiser, []), (distill, ["--guidance"])])
+def test_known_tokens_are_laid_instead_of_encoded(
+    monkeypatch, bundle, corpus_file, tmp_path, trainer, more
+):
+    nothing = Stencils(
+        torch.zeros(0, 6), torch.zeros(0, 2, 2).short(), torch.zeros(len(NAMES), 2, 2).short()
+    )
+    nothing.save(tmp_path / "stencils.safetensors")
+    laid, lay = [], Stencils.lay
+
+    def watched(self, layouts, height, width):
+        laid.append((height, width))
+        return lay(self, layouts, height, width)
+
+    monkeypatch.setattr(Stencils, "lay", watched)
+    stencils = ["--stencils", str(tmp_path / "stencils.safetensors")]
+    where = [str(bundle), "--corpus", str(corpus_file), *stencils, *more]
+    run_main(monkeypatch, trainer, tmp_path / "x.pt", 1, *where)
+    assert laid
 
 
 @pytest.mark.parametrize("form", ["scenes", "images"])

@@ -124,11 +124,6 @@ def parser() -> argparse.ArgumentParser:
     add_data_arguments(p)
     block_skips.add_argument(p)
     p.add_argument(
-        "--stencils",
-        type=Path,
-        help="tokens of things on plain backgrounds, from model.training.stencils with this VQGAN",
-    )
-    p.add_argument(
         "--drop-clip",
         type=float,
         default=DROP_CLIP,
@@ -170,6 +165,16 @@ def add_data_arguments(p: argparse.ArgumentParser) -> None:
         default=300_000,
         help="encoded scenes of each aspect held in memory (default 300000)",
     )
+    p.add_argument(
+        "--stencils",
+        type=Path,
+        help="tokens of things on plain backgrounds, from model.training.stencils with this VQGAN",
+    )
+
+
+def known_stencils(args: argparse.Namespace) -> Stencils | None:
+    """Return the tokens of --stencils; None without it."""
+    return None if args.stencils is None else Stencils.load(args.stencils)
 
 
 def own_images(bundle: BundleV3, o: loop.Options, data: str, filters: Filters) -> ExampleStream:
@@ -346,7 +351,7 @@ def train(args: argparse.Namespace) -> None:
     block_skips.skip_at_random(denoiser, args.skip_blocks)
     guided = Guided(denoiser, vqgan.vquantizer.codebook.weight).to(o.device)
     scenes = Scenes.load(args.corpus, o.device, o.data_seed)
-    known = None if args.stencils is None else Stencils.load(args.stencils)
+    known = known_stencils(args)
     encoding = Encoding.of(
         config, vqgan, scenes, o.batch, args.kept, o.dtype, sprites=True, stencils=known
     )

@@ -176,7 +176,15 @@ class Source:
     def of_scenes(cls, bundle: BundleV3, o: loop.Options, args: argparse.Namespace) -> Source:
         """Return the source of a corpus' scenes."""
         scenes = Scenes.load(args.corpus, o.device, o.data_seed)
-        encoding = Encoding.of(bundle.config, bundle.vqgan, scenes, o.batch, args.kept, o.dtype)
+        encoding = Encoding.of(
+            bundle.config,
+            bundle.vqgan,
+            scenes,
+            o.batch,
+            args.kept,
+            o.dtype,
+            stencils=denoiser.known_stencils(args),
+        )
         encoding.begin()
 
         def losses(loss_of: LossOf) -> loop.Mixture:
