@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from model.compositing import blended
 from model.config import BundleConfig, find_bundle
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads, decoding_cost, image_limits
@@ -223,6 +224,19 @@ def test_a_jpeg_may_declare_more_pixels_than_are_decoded() -> None:
         checked_file(photo((401, 320)), limits, "image")
     with pytest.raises(ApiError, match="at most 8000 pixels"):
         checked_file(png(white(400, 320)), limits, "image")
+
+
+@pytest.mark.parametrize(
+    ("side", "scale"), [(399, 1), (400, 2), (799, 2), (800, 4), (1599, 4), (1600, 8), (3200, 8)]
+)
+def test_a_jpeg_is_reduced_by_2_4_or_8_as_long_as_twice_the_needed_side_is_left(
+    side: int, scale: int
+) -> None:
+    content = photo((side, 64))
+    pixels = -(-side // scale) * (64 // scale)
+    assert decode(content, ImageLimits(max_pixels=pixels), fit=lambda _: (100, 1)).size == (100, 1)
+    with pytest.raises(ApiError, match=f"at most {pixels - 1} pixels"):
+        decode(content, ImageLimits(max_pixels=pixels - 1), fit=lambda _: (100, 1))
 
 
 def test_a_progressive_jpeg_may_have_as_many_coefficients_as_a_decoder_may_hold() -> None:
@@ -588,8 +602,33 @@ def test_weights_blend_the_original_into_what_is_enlarged() -> None:
     view = whole((4, 2), (2, 1))
     original = np.full((2, 4, 3), 100, dtype=np.uint8)
     weights = np.array([[0, 128, 255, 255]] * 2, dtype=np.uint8)
-    result = view.restored(np.full((1, 2, 3), 200, dtype=np.uint8), original, weights)
+    drawn_view = np.full((1, 2, 3), 200, dtype=np.uint8)
+    result = view.restored(drawn_view, original, weights, unmix=False)
     assert result[..., 0].tolist() == [[100, 150, 200, 200]] * 2
+
+
+def test_an_original_is_blended_in_strips_as_it_would_be_at_once() -> None:
+    rng = np.random.default_rng(0)
+    size = (50, 200)
+    original, drawn_view = (rng.integers(256, size=(200, 50, 3), dtype=np.uint8) for _ in range(2))
+    weights = rng.choice(np.array([0, 90, 255], dtype=np.uint8), size=(200, 50))
+    results = [
+        whole(size, size).restored(drawn_view, original, weights, unmix) for unmix in (True, False)
+    ]
+    for result, unmix in zip(results, (True, False), strict=True):
+        np.testing.assert_array_equal(result, blended(original, drawn_view, weights, unmix))
+    assert (results[0] != results[1]).any()
+
+
+@pytest.mark.parametrize(("feather", "unmix"), [(0, False), (1, True), (8, True)])
+def test_an_original_s_edges_are_unmixed_unless_the_weights_alone_decide(
+    feather: int, unmix: bool
+) -> None:
+    size = (600, 400)
+    fields = {"prompt": "a ball", "image": photo(size), "mask": mask_of(size)}
+    plan = plan_of("inpaint", **fields, return_size="original", feather=feather)
+    assert plan.restoration
+    assert plan.restoration.unmix is unmix
 
 
 def test_an_original_is_blended_once_and_keeps_its_transparency() -> None:

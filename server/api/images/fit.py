@@ -128,7 +128,7 @@ class View:
         return min(max(inside, 0.0), float(self.size[axis]))
 
     def restored(
-        self, drawn: Pixels, original: Pixels, repainted: Mask | Pixels, unmix: bool = True
+        self, drawn: Pixels, original: Pixels, repainted: Mask | Pixels, unmix: bool
     ) -> Pixels:
         """Return the drawn view enlarged, with the original's own pixels where it is kept.
 
@@ -137,7 +137,7 @@ class View:
             original: uint8 [H, W, C], the sent image; the result has as many channels.
             repainted: [H, W], true where the drawn image replaces the original, or the drawn
                 image's share of 255.
-            unmix: of `model.canvas.blended`.
+            unmix: of `model.compositing.blended`.
         """
         x0, y0, _, _ = self.box
         result = self.enlarged(drawn)
@@ -174,7 +174,7 @@ class Restoration:
     view: View
     drawn: Callable[[Pixels], Pixels]
     original: Callable[[], tuple[Pixels, Mask | Pixels]] | None
-    unmix: bool = True
+    unmix: bool
 
     @property
     def pixels(self) -> int:
