@@ -99,6 +99,22 @@ def test_neither_metadata_nor_films_reach_a_decoder() -> None:
     assert b"moov" not in content
 
 
+@pytest.mark.parametrize("brand", [b"avis", b"msf1", b"hevc", b"hevx"])
+def test_a_film_s_brands_become_a_still_s_and_nothing_else_changes(brand: bytes) -> None:
+    for before in ((b"mif1", brand), (brand, b"heic"), (brand, brand)):
+        after = tuple(b"mif1" if each == brand else each for each in before)
+        film, still = (
+            TILES[:8] + main + bytes(4) + b"".join(compatible) + TILES[24:]
+            for main, compatible in ((brand, before), (b"heic", after))
+        )
+        assert sniff(film).content == still
+    # Coded data may look like a brand.
+    for shift in range(4):
+        data = av1_unit(SMALL) + av1_unit(bytes(shift) + brand, kind=15)
+        content = single(b"av01", data, STATED)
+        assert sniff(content).content == content[:8] + b"avif" + content[12:]
+
+
 def items_of(content: bytes) -> bmff._Items:
     top = bmff._boxes(content, 0, len(content))
     return bmff._items(content, next(box for box in top if box.name == b"meta"))
@@ -254,7 +270,12 @@ def test_the_largest_av1_sequence_counts_wherever_it_is(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "data"), [(b"av01", av1_unit(LARGE[:3])), (b"hvc1", b"\0\0\0\4B\1\xf1\0")]
+    ("kind", "data"),
+    [
+        (b"av01", av1_unit(LARGE[:3])),
+        (b"hvc1", b"\0\0\0\4B\1\xf1\0"),
+        (b"hvc1", b"\0\0\0\2B\1"),
+    ],
 )
 def test_a_sequence_that_is_cut_off_is_not_read_on(kind: bytes, data: bytes) -> None:
     content = single(kind, data + bytes(2000), STATED, hevc_config())
