@@ -145,9 +145,10 @@ def chromaticities(values: tuple[float, ...]) -> bytes:
     return chunk(b"cHRM", struct.pack(">8I", *(round(value * 100_000) for value in values)))
 
 
-def grey_profile(exponent: float) -> bytes:
-    curve = b"para\0\0\0\0\0\0\0\0" + struct.pack(">i", round(exponent * 65536))
-    return profile_of(b"mntrGRAYXYZ ", {b"kTRC": curve})
+def grey_profile(exponent: float | None) -> bytes:
+    """A profile of grey. exponent: None is for sRGB's curve."""
+    colours = matrix_profile(SRGB, exponent)
+    return profile_of(b"mntrGRAYXYZ ", {b"kTRC": colours[colours.rindex(b"para") :]})
 
 
 def profile_of(kind: bytes, tags: dict[bytes, bytes]) -> bytes:

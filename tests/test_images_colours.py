@@ -198,6 +198,36 @@ def test_srgbs_profile_changes_no_bit(profile: bytes) -> None:
     np.testing.assert_array_equal(rgb_of(any_png(8, RGB, icc(profile))), COLOURS[..., :3])
 
 
+@pytest.mark.parametrize("colours", [GREY, RGB])
+@pytest.mark.parametrize(("levels", "kept"), [(1, True), (2, False)])
+def test_a_profile_that_moves_no_colour_by_more_than_a_level_is_srgbs(
+    colours: int, levels: int, kept: bool
+) -> None:
+    usual, moved = (
+        struct.pack(">i", round(65536 * (0.055 + by / 255) / 1.055)) for by in (0, levels)
+    )
+    profile = grey_profile(None) if colours == GREY else PROFILES["srgb"]
+    assert profile.count(usual) == (1 if colours == GREY else 3)
+    every = np.arange(256)
+    row = every[:, None].repeat(1 if colours == GREY else 3, axis=1).astype(np.uint8).tobytes()
+    shown = rgb_of(png([row], 256, 8, colours, icc(profile.replace(usual, moved))))[0]
+    if kept:
+        np.testing.assert_array_equal(shown, every[:, None].repeat(3, axis=1))
+        return
+    # Up to 10 the curve is a line, which stays.
+    expected = np.where(every > 10, np.minimum(every + levels, 255), every)
+    assert np.abs(shown - expected[:, None]).max() <= (0 if colours == GREY else 1)
+
+
+def test_the_curve_of_srgb_s_profile_is_srgbs() -> None:
+    at = PROFILES["srgb"].index(b"para\0\0\0\0\0\3\0\0") + 12
+    numbers = struct.unpack_from(">5i", PROFILES["srgb"], at)
+    exponent, scale, offset, slope, end = (number / 65536 for number in numbers)
+    coded = np.arange(256) / 255
+    curve = np.where(coded >= end, (scale * coded + offset) ** exponent, slope * coded)
+    assert np.abs(curve - linear(coded, None)).max() < 1e-4
+
+
 def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> None:
     both = gamma(0.45455) + chromaticities(ADOBE_RGB)
     for alone in (gamma(0.45455), chromaticities(ADOBE_RGB), gamma(0)):
@@ -234,8 +264,8 @@ def test_code_points_of_srgb_hdr_and_unknown_ones_change_nothing_and_leave_the_p
     others = [(1, transfer) for transfer in SRGB_TRANSFERS]
     others += [(12, 16), (12, 18), (9, 0), (12, 2), (2, 13), (3, 8), (1, 16)]
     adobe = rgb_of(any_png(8, RGB, icc(PROFILES["adobe"])))
-    for pair in others:
-        extra = code_points(*pair)
+    cut = [chunk(b"cICP"), chunk(b"cICP", b"\x0c")]
+    for extra in [*(code_points(*pair) for pair in others), *cut]:
         np.testing.assert_array_equal(rgb_of(any_png(8, RGB, extra)), COLOURS[..., :3])
         with_profile = rgb_of(any_png(8, RGB, extra + icc(PROFILES["adobe"])))
         np.testing.assert_array_equal(with_profile, adobe)
@@ -251,6 +281,8 @@ def test_grey_has_profiles_of_its_own() -> None:
     with_alpha = decode(any_png(8, GREY_ALPHA, icc(grey_profile(1.0))), LIMITS)
     assert np.abs(with_alpha.rgb - expected[0, COLOURS[..., 0]]).max() <= 0.6
     assert with_alpha.has_alpha
+    deep = rgb_of(any_png(16, GREY, icc(grey_profile(1.0))))
+    assert np.abs(deep - expected[0, stored(16, GREY)[..., 0] >> 8]).max() <= 0.6
 
 
 UNREADABLE = {
