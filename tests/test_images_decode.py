@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from server.api.errors import ApiError
+from server.api.images import DamagedFileError
 from server.api.images import decode as decode_module
 from server.api.images.admission import ImageDecoder, Uploads
 from server.api.images.decode import (
@@ -268,3 +269,28 @@ def test_a_gif_keeps_its_transparent_colour_and_loses_its_other_extensions() -> 
     decoded = decode(content, ImageLimits())
     assert decoded.alpha is not None
     assert decoded.alpha.tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize(
+    ("canvas", "frame", "size", "area"),
+    [
+        ((4, 3), (4, 3), (4, 3), None),
+        ((1, 1), (2, 3), (2, 3), None),
+        ((3, 5), (7, 2), (7, 5), (0, 0, 7, 2)),
+        ((5, 3), (2, 7), (5, 7), (0, 0, 2, 7)),
+    ],
+)
+def test_a_gif_is_as_large_as_its_canvas_and_its_first_frame(
+    canvas: tuple[int, int],
+    frame: tuple[int, int],
+    size: tuple[int, int],
+    area: tuple[int, ...] | None,
+) -> None:
+    file = sniff(gif(canvas, frame))
+    assert ((file.width, file.height), file.area) == (size, area)
+
+
+def test_a_gif_that_ends_before_its_first_frame_is_damaged() -> None:
+    before_frame = gif().index(b",")
+    with pytest.raises(DamagedFileError, match="no frame"):
+        sniff(gif()[:before_frame] + b";" + bytes(20))

@@ -18,6 +18,20 @@ SIDE = 4 * REFERENCE_SIDE
 LIMITS = ImageLimits()
 
 
+@pytest.fixture
+def resized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes that images have before they are resized."""
+    sizes: list[tuple[int, int]] = []
+    real = PIL.Image.Image.resize
+
+    def noting(self: PIL.Image.Image, *arguments: Any, **more: Any) -> PIL.Image.Image:
+        sizes.append(self.size)
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(PIL.Image.Image, "resize", noting)
+    return sizes
+
+
 def gradient(width: int, height: int, channels: int = 3) -> PIL.Image.Image:
     """Red grows to the right, green downwards; the upper half is transparent with an alpha."""
     array = np.zeros((height, width, channels), dtype=np.uint8)
@@ -116,18 +130,19 @@ def test_a_rotated_image_is_fitted_upright(orientation: int, format: str) -> Non
     assert_alike(for_clip(content), whole.resize(needed, PIL.Image.Resampling.BICUBIC))
 
 
-def test_a_large_jpeg_is_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_jpeg_is_never_whole_in_memory(resized: list[tuple[int, int]]) -> None:
     content = encoded(gradient(SIDE, SIDE), "JPEG")
-    sizes = []
-    real = PIL.Image.Image.resize
-
-    def noting(self: PIL.Image.Image, *arguments: Any, **more: Any) -> PIL.Image.Image:
-        sizes.append(self.size)
-        return real(self, *arguments, **more)
-
-    monkeypatch.setattr(PIL.Image.Image, "resize", noting)
     assert for_clip(content).size == (512, 512)
-    assert sizes[0] == (SIDE // 2, SIDE // 2), "reduced by the decoder, to twice what is needed"
+    assert resized[0] == (SIDE // 2, SIDE // 2), "reduced by the decoder, to twice what is needed"
+
+
+@pytest.mark.parametrize("stored", [(1600, 400), (400, 1600)])
+def test_either_side_of_a_jpeg_bounds_what_the_decoder_reduces(
+    resized: list[tuple[int, int]], stored: tuple[int, int]
+) -> None:
+    content = encoded(gradient(*stored), "JPEG")
+    assert decode(content, LIMITS, fit=lambda _: (100, 100)).size == (100, 100)
+    assert resized[0] == (stored[0] // 2, stored[1] // 2)
 
 
 def test_an_image_can_be_needed_larger_than_it_is() -> None:
