@@ -30,6 +30,7 @@ RANDOM = json.dumps({"b64_json": random.Random(0).randbytes(100_000).hex()}).enc
         ("gzip, deflate, br, zstd", True),
         ("*", True),
         ("x-gzip", True),
+        ("gzip;q=1", True),
         ("", False),
         ("identity", False),
         ("gzip;q=0", False),
@@ -90,6 +91,13 @@ async def test_other_answers_stay_as_they_are(
     assert message["body"] == body
     assert "content-encoding" not in headers
     assert ("vary" in headers) is varies
+
+
+@pytest.mark.parametrize(("length", "compressed"), [(499, False), (500, True)])
+async def test_short_answers_are_not_compressed(length: int, compressed: bool) -> None:
+    headers, message = await answered(TEXT[:length])
+    assert ("content-encoding" in headers) is compressed
+    assert (message["body"] == TEXT[:length]) is not compressed
 
 
 async def test_an_encoded_answer_is_not_encoded_again() -> None:

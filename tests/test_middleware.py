@@ -15,7 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.body import BodyLimit
 from server.api.errors import ApiError
-from server.api.middleware import HealthPort, Observation, SecurityHeaders, SendTimeout
+from server.api.middleware import (
+    CanonicalPath,
+    Compression,
+    HeadAsGet,
+    HealthPort,
+    Observation,
+    SecurityHeaders,
+    SendTimeout,
+    WithHeader,
+)
 from server.api.state import request_state
 from server.metrics import Metrics
 from tests.virtual_time import START, virtual_time
@@ -266,6 +275,10 @@ async def test_health_has_a_port_of_its_own(path: str, port: int, status: int) -
         lambda app: HealthPort(app, 9),
         lambda app: SecurityHeaders(app),
         lambda app: Observation(app, Metrics()),
+        lambda app: CanonicalPath(app),
+        lambda app: HeadAsGet(app),
+        lambda app: Compression(app),
+        lambda app: WithHeader(app, "origin", SecurityHeaders),
     ],
 )
 async def test_events_of_the_server_s_life_pass_unchanged(
