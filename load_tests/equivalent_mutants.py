@@ -54,6 +54,18 @@ EQUIVALENT: dict[str, str] = {
     ),
     "server/api/images/bmff.py:still_image: codecs <= set(CODECS) -> codecs < set(CODECS) in "
     "if len(codecs) != 1 or not codecs <= set(CODECS):": "one codec is never all of them",
+    "server/api/images/colour.py:_by_code_points: 0 -> 1 in "
+    "if (primaries == 1 and TRANSFERS.get(transfer, 0) is None) or transfer not in TRANSFERS:": (
+        "any number stands for an unknown transfer function, which the second half refuses"
+    ),
+    "server/api/images/colour.py:_by_code_points: 2 -> 3 in "
+    "def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:": (
+        "code points that are cut off are unknown, as 2 and 3 both are"
+    ),
+    "server/api/images/decode.py:_bounded.bounded: 1 -> 2 in "
+    'scale = jpeg_scale(stored, size) if file.format == "JPEG" else 1': (
+        "files of the other formats with too many pixels are refused before"
+    ),
     "server/api/images/decode.py:_heif: decoder.options.THUMBNAILS = False -> pass": (
         "the decoder lists thumbnails in an image's info, where nobody reads them"
     ),
