@@ -112,7 +112,9 @@ def test_by_default_an_impossible_size_is_refused(client: httpx.Client) -> None:
         ((1792, 1024), (64, 32)),
         ((1024, 1792), (32, 64)),
         ((512, 256), (64, 32)),
+        # The most and the least area.
         ((64, 48), (64, 48)),
+        ((32, 32), (32, 32)),
         ((16, 16), (48, 48)),
         ((99999, 1), (192, 16)),
     ],

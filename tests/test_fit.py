@@ -14,6 +14,7 @@ import pytest
 
 from model.compositing import blended
 from model.config import BundleConfig, find_bundle
+from model.image_request import Repaint
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads, decoding_cost, image_limits
 from server.api.images.decode import DecodedImage, ImageLimits, checked_file, decode
@@ -37,7 +38,7 @@ from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings
 from tests.conftest import NATIVE_SIZE
-from tests.test_image_operations import as_json, opened, pixels, png, refused, white
+from tests.test_image_operations import as_json, noise, opened, pixels, png, refused, white
 
 PHONE = (4032, 3024)
 ORIENTATION = 0x0112
@@ -422,6 +423,44 @@ def test_a_padded_image_is_drawn_beyond_its_edges() -> None:
     assert (result[:20] == 250).all()
 
 
+@pytest.mark.parametrize(("side", "size"), [("right", (110, 100)), ("down", (100, 110))])
+def test_padding_is_drawn_beyond_a_new_edge_and_mirrors_the_image_beyond_an_old_one(
+    side: str, size: Size
+) -> None:
+    """The embedded weights draw multiples of 64 pixels."""
+    image = noise(100, 100)
+    plan = plan_of("outpaint", image=png(image), **{side: 10})
+    assert plan.size == size
+    assert isinstance(plan.job.canvas, Repaint)
+    repainted = np.zeros((128, 128), dtype=np.bool_)
+    repainted[:, 100:] = True
+    expected = repainted if side == "right" else repainted.T
+    np.testing.assert_array_equal(plan.job.canvas.mask.array, expected)
+    edited = plan_of("edit", prompt="a ball", image=png(image)).job.canvas
+    assert edited
+    mirrored = np.pad(image, [(0, 28), (0, 28), (0, 0)], mode="reflect")
+    np.testing.assert_array_equal(edited.picture.array, mirrored)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "param"),
+    [
+        (600, 500, "width"),
+        (600, 600, "width"),
+        (500, 600, "height"),
+        (600, None, "width"),
+        (None, 600, "height"),
+    ],
+)
+def test_of_a_size_that_is_too_large_the_longer_side_is_named(
+    width: int | None, height: int | None, param: str
+) -> None:
+    fields = {"prompt": "a ball", "image": png(noise()), "width": width, "height": height}
+    with pytest.raises(ApiError, match="at most 512 pixels a side") as caught:
+        plan_of("edit", **fields)
+    assert caught.value.param == param
+
+
 def test_a_mask_outside_the_crop_is_refused() -> None:
     mask = np.zeros((200, 400), dtype=np.uint8)
     mask[:, :50] = 255
@@ -460,6 +499,43 @@ def test_a_photo_is_scaled_to_what_the_requests_work_allows() -> None:
     with pytest.raises(ApiError) as caught:
         plan_of("edit", **fields, **heavy, width=512)
     assert caught.value.code == "too_much_work"
+
+
+DRAWN_WORK = 512 * 256 * (2 * 12 + 4)  # 12 guided steps, 3 for decoding, 1 for the file
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields", "size", "work"),
+    [
+        ("edit", {"image": photo((512, 256))}, (512, 256), DRAWN_WORK),
+        # It is padded to the size before.
+        ("edit", {"image": photo((500, 250))}, (500, 250), DRAWN_WORK),
+        # 2 for an enlarged pixel, 1 for its file.
+        ("edit", {"image": photo((1024, 512))}, (512, 256), DRAWN_WORK + 1024 * 512 * 3),
+        (
+            "outpaint",
+            {"image": photo((512, 512)), "right": 512},
+            (512, 256),
+            DRAWN_WORK + 1024 * 512 * 3,
+        ),
+    ],
+)
+def test_pixels_that_are_enlarged_to_an_original_are_work_too(
+    operation: str, fields: dict[str, Any], size: Size, work: int
+) -> None:
+    sent = {"prompt": "a ball", "return_size": "original", **fields}
+    if operation == "edit":
+        sent["strength"] = 1.0
+
+    def plan_within(allowed: int, **more: int) -> Plan:
+        return plan_of(operation, Settings(max_request_work=allowed), **sent, **more)
+
+    assert plan_within(work).size == size
+    assert plan_within(work - 1).size == (448, 224)
+    with pytest.raises(ApiError, match=f"work is {work},"):
+        plan_within(work - 1, width=size[0])
+    with pytest.raises(ApiError, match=f"work is {work},"):
+        plan_within(1)
 
 
 @pytest.mark.parametrize(
@@ -579,6 +655,25 @@ def test_an_original_has_bounds_of_its_own() -> None:
     assert caught.value.code == "too_much_work"
 
 
+@pytest.mark.parametrize(
+    ("operation", "fields", "most"),
+    [
+        ("edit", {"prompt": "a ball"}, 1200 * 900),
+        # The answer is a part, but the whole image is decoded.
+        ("edit", {"prompt": "a ball", "width": 256, "height": 256}, 1200 * 900),
+        ("outpaint", {"right": 300}, 1500 * 900),
+    ],
+)
+def test_the_larger_of_the_sent_image_and_the_answer_bounds_an_original(
+    operation: str, fields: dict[str, Any], most: int
+) -> None:
+    sent = {"image": photo((1200, 900)), "return_size": "original", **fields}
+    assert plan_of(operation, Settings(max_image_pixels=most), **sent).restoration
+    with pytest.raises(ApiError, match=f"at most {most - 1} pixels") as caught:
+        plan_of(operation, Settings(max_image_pixels=most - 1), **sent)
+    assert caught.value.param == "return_size"
+
+
 def test_replaying_the_effective_size_needs_no_luck_with_rounding() -> None:
     for size in ((4000, 3001), (4000, 3005), (6000, 7), (777, 10_01)):
         content = photo(size)
@@ -649,6 +744,20 @@ def test_an_original_is_blended_once_and_keeps_its_transparency() -> None:
     assert (pixels[:, 910:] == (77, 77, 77, 255)).all()
     half = image[400, 600, :3] * (127 / 255) + 77 * (128 / 255)
     assert np.abs(pixels[400, 600, :3] - half).max() <= 1
+
+
+def test_without_a_feather_the_weights_alone_blend_an_original() -> None:
+    """With one, the edge's pixels would lose what they have of the removed colour."""
+    image = np.full((800, 1200, 3), 100, dtype=np.uint8)
+    image[:, 600], image[:, 601:] = 150, 200
+    mask = np.zeros((800, 1200), dtype=np.uint8)
+    mask[:, 600], mask[:, 601:] = 128, 255
+    fields = {"prompt": "a ball", "image": png(image), "mask": png(mask), "feather": 0}
+    plan = plan_of("inpaint", **fields, return_size="original")
+    result = array(plan.result(drawn(plan)))
+    assert (result[:, :600] == 100).all()
+    assert (result[:, 601:] == 77).all()
+    assert np.abs(result[:, 600] - (150 * 127 + 77 * 128) / 255).max() <= 1
 
 
 @pytest.mark.parametrize("operation", ["inpaint", "outpaint", "variations", "edit"])
