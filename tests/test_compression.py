@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -43,16 +44,21 @@ def test_gzip_is_used_where_it_is_accepted(header: str, accepted: bool) -> None:
     assert accepts_gzip(header) is accepted
 
 
-async def answered(
-    body: bytes, media_type: str = "application/json", accept: str = "gzip", **extra: str
-) -> tuple[dict[str, str], Message]:
-    """Return headers and body of an answer through the middleware."""
-    headers = {"content-type": media_type, "content-length": str(len(body)), **extra}
+async def answered_in_pieces(
+    pieces: Sequence[bytes],
+    media_type: str = "application/json",
+    accept: str = "gzip",
+    **extra: str,
+) -> tuple[dict[str, str], list[Message]]:
+    """Return headers and body messages of an answer through the middleware."""
+    headers = {"content-type": media_type, "content-length": str(sum(map(len, pieces))), **extra}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
-        await send({"type": "http.response.body", "body": body})
+        for piece in pieces[:-1]:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": pieces[-1]})
 
     sent: list[Message] = []
 
@@ -61,15 +67,22 @@ async def answered(
 
     scope: Any = {"type": "http", "headers": [(b"accept-encoding", accept.encode())]}
     await Compression(app)(scope, None, send)  # type: ignore[arg-type]
-    start, content = sent
-    return {name.decode(): value.decode() for name, value in start["headers"]}, content
+    start, *contents = sent
+    return {name.decode(): value.decode() for name, value in start["headers"]}, contents
 
 
-@pytest.mark.parametrize("body", [TEXT, RANDOM])
-async def test_json_is_compressed(body: bytes) -> None:
+async def answered(body: bytes, *kind: str, **extra: str) -> tuple[dict[str, str], Message]:
+    """Return headers and the only body message, as `answered_in_pieces`."""
+    headers, (content,) = await answered_in_pieces([body], *kind, **extra)
+    return headers, content
+
+
+# What is repeated, and what code lengths alone make shorter.
+@pytest.mark.parametrize(("body", "share"), [(TEXT, 0.05), (RANDOM, 0.8)])
+async def test_json_is_compressed(body: bytes, share: float) -> None:
     headers, message = await answered(body)
     assert gzip.decompress(message["body"]) == body
-    assert len(message["body"]) < 0.8 * len(body)
+    assert len(message["body"]) < share * len(body)
     assert headers["content-encoding"] == "gzip"
     assert headers["content-length"] == str(len(message["body"]))
     assert headers["vary"] == "Accept-Encoding"
@@ -94,10 +107,16 @@ async def test_other_answers_stay_as_they_are(
 
 
 @pytest.mark.parametrize(("length", "compressed"), [(499, False), (500, True)])
-async def test_short_answers_are_not_compressed(length: int, compressed: bool) -> None:
-    headers, message = await answered(TEXT[:length])
+async def test_json_is_compressed_from_500_bytes_on(length: int, compressed: bool) -> None:
+    headers, _ = await answered(b"[" + b" " * (length - 2) + b"]")
     assert ("content-encoding" in headers) is compressed
-    assert (message["body"] == TEXT[:length]) is not compressed
+
+
+async def test_json_that_comes_in_pieces_stays_as_it_is() -> None:
+    pieces = [TEXT[:1000], TEXT[1000:]]
+    headers, messages = await answered_in_pieces(pieces)
+    assert [message["body"] for message in messages] == pieces
+    assert "content-encoding" not in headers
 
 
 async def test_an_encoded_answer_is_not_encoded_again() -> None:
