@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from server.api import create_app
 from server.api.schemas import (
     AttentionWeights,
+    EditOrInpaintRequest,
     EditRequest,
     GenerateRequest,
     Hires,
@@ -25,6 +26,7 @@ from server.api.schemas import (
     OutpaintRequest,
     RegionEntry,
     UpscaleRequest,
+    VariationsRequest,
 )
 from server.settings import Settings
 from tests import fake_worker
@@ -156,6 +158,56 @@ def test_a_number_may_be_as_small_and_as_large_as_its_bounds(
         schema.model_validate(sent | {field: end})
         with pytest.raises(ValidationError, match=field):
             schema.model_validate(sent | {field: end + beyond})
+
+
+@pytest.mark.parametrize(
+    ("schema", "sent", "field", "entry", "least", "most"),
+    [
+        (GenerateRequest, {}, "prompt", "x", 1, 32_000),
+        (GenerateRequest, PROMPT, "negative_prompt", "x", 0, 32_000),
+        (GenerateRequest, PROMPT, "preset", "x", 0, 64),
+        (GenerateRequest, PROMPT, "model", "x", 0, 64),
+        (GenerateRequest, PROMPT, "model_sha256", "x", 0, 64),
+        (GenerateRequest, PROMPT, "regions", REGION, 0, 8),
+        (InpaintRequest, PROMPT | IMAGE, "references", b"a file", 0, 15),
+        (EditRequest, PROMPT | IMAGE, "references", b"a file", 0, 15),
+        (VariationsRequest, {}, "image", b"a file", 1, 8),
+        (VariationsRequest, IMAGE, "weights", 1, 0, 8),
+        (InterpolateRequest, {}, "keyframes", PROMPT, 2, 8),
+    ],
+)
+def test_a_text_and_a_list_may_be_as_short_and_as_long_as_their_bounds(
+    schema: type[BaseModel], sent: dict[str, Any], field: str, entry: Any, least: int, most: int
+) -> None:
+    def value(count: int) -> Any:
+        return entry * count if isinstance(entry, str) else [entry] * count
+
+    for count in (least, most):
+        schema.model_validate(sent | {field: value(count)})
+    for count in ([least - 1] if least else []) + [most + 1]:
+        with pytest.raises(ValidationError, match=field):
+            schema.model_validate(sent | {field: value(count)})
+
+
+@pytest.mark.parametrize(
+    ("schema", "sent", "defaults"),
+    [
+        (GenerateRequest, PROMPT, {"n": 1, "quality": 90, "partial_images": 0, "stream": False}),
+        (AttentionWeights, {}, {"text": 1, "image": 1}),
+        (RegionEntry, REGION, {"weight": 1, "softness": 0}),
+        (Hires, {}, {"scale": 2, "strength": 0.3}),
+        (InpaintRequest, PROMPT | IMAGE, {"keep_unmasked": True, "feather": 8}),
+        (OutpaintRequest, IMAGE, {"left": 0, "right": 0, "up": 0, "down": 0, "feather": 8}),
+        (EditRequest, PROMPT | IMAGE, {"strength": 0.6}),
+        (EditOrInpaintRequest, PROMPT | IMAGE, {"keep_unmasked": True, "feather": 8}),
+        (UpscaleRequest, IMAGE, {"scale": 2, "strength": 0.3}),
+        (InterpolateRequest, KEYFRAMES, {"frames": 16}),
+    ],
+)
+def test_a_request_without_a_number_or_a_switch_has_the_documented_one(
+    schema: type[BaseModel], sent: dict[str, Any], defaults: dict[str, Any]
+) -> None:
+    assert schema.model_validate(sent).model_dump(include=set(defaults)) == defaults
 
 
 @pytest.mark.parametrize("field", ["model", "sampler", "seed", "negative_prompt", "n", "colour"])
