@@ -506,8 +506,10 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
             "200",
             "400",
             "401",
+            "403",
             "404",
             "406",
+            "408",
             "413",
             "415",
             "422",
@@ -517,7 +519,15 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
             "504",
         } <= set(operation["responses"])
         assert "event: " in operation["responses"]["200"]["content"]["text/event-stream"]["example"]
-        assert "retry-after-ms" in operation["responses"]["429"]["headers"]
+        assert {
+            status
+            for status, answer in operation["responses"].items()
+            if "retry-after-ms" in answer.get("headers", {})
+        } == {"429", "500", "503"}
+        assert operation["requestBody"]["required"] is True
+        (key,) = (each for each in operation["parameters"] if each["name"] == "Idempotency-Key")
+        assert (key["in"], key["required"]) == ("header", False)
+        assert (key["schema"]["minLength"], key["schema"]["maxLength"]) == (1, 255)
     generate = drawing["/generate"]
     schema = generate["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["n"]["maximum"] == 16
