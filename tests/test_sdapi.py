@@ -109,13 +109,22 @@ def test_txt2img_answers_with_images_parameters_and_a_text_about_them(sd: httpx.
     assert (info["seed"], info["all_seeds"], info["index_of_first_image"]) == (5, [5, 6, 7, 8], 0)
     assert (info["width"], info["height"], info["steps"], info["cfg_scale"]) == (64, 32, 12, 7)
     assert info["all_prompts"] == ["a ball"] * 4
+    unused = {
+        "subseed_strength": 0,
+        "restore_faces": False,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "clip_skip": 1,
+        "is_using_inpainting_conditioning": False,
+    }
+    assert unused.items() <= info.items()
     texts = [opened(image).info["parameters"] for image in answer["images"]]
     assert texts == info["infotexts"]
     assert texts[1].startswith(
         "a ball\nNegative prompt: blur, text\nSteps: 12, Sampler: multinomial, Schedule type:"
         " Automatic, CFG scale: 7, Seed: 6, Size: 64x32, Model hash: "
     )
-    assert texts[1].endswith(f"Model: {NAME}")
+    assert texts[1].endswith(f"Model hash: {info['sd_model_hash']}, Model: {NAME}")
 
 
 def test_the_image_is_the_native_endpoint_s(sd: httpx.Client) -> None:
@@ -362,6 +371,8 @@ def test_of_a_transparent_mask_the_opaque_part_is_repainted(sd: httpx.Client) ->
     strokes[..., 3] = 255
     strokes[:, 32:, :3] = 255
     assert kept(strokes)(sd) == [True, False]
+    strokes[..., 3], strokes[:, :32, 3] = 128, 129
+    assert kept(strokes)(sd) == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +461,17 @@ def running(client: httpx.Client) -> int:
 def test_an_idle_server_says_so(sd: httpx.Client) -> None:
     idle = sd.get("progress").json()
     assert (idle["progress"], idle["eta_relative"], idle["current_image"]) == (0, 0, None)
-    assert (idle["state"]["job_count"], idle["state"]["sampling_steps"]) == (0, 0)
+    assert idle["state"] == {
+        "skipped": False,
+        "interrupted": False,
+        "stopping_generation": False,
+        "job": "",
+        "job_count": 0,
+        "job_timestamp": "0",
+        "job_no": 0,
+        "sampling_step": 0,
+        "sampling_steps": 0,
+    }
 
 
 def test_a_running_request_has_a_progress_and_an_interrupted_one_without_previews_is_499(
@@ -462,6 +483,7 @@ def test_a_running_request_has_a_progress_and_an_interrupted_one_without_preview
         state = sd.get("progress").json()
         assert 0 < state["progress"] < 1
         assert (state["state"]["job"], state["state"]["job_count"]) == ("txt2img", 1)
+        assert state["state"]["interrupted"] is False
         assert sd.post("interrupt").json() == {}
         assert (held.result().status_code, held.result().json()["error"]["code"]) == (
             499,
@@ -576,7 +598,18 @@ def test_a_key_may_be_the_password_of_http_basic_here_alone(fake_settings: Confi
 def test_the_model_is_chosen_by_name_title_or_hash_if_it_is_loaded(sd: httpx.Client) -> None:
     (model,) = sd.get("sd-models").json()
     assert model["title"] == f"{NAME} [{model['hash']}]"
-    assert sd.get("options").json()["sd_model_checkpoint"] == model["title"]
+    assert len(model["sha256"]) == 64
+    assert model["hash"] == model["sha256"][:10]
+    assert sd.get("options").json() == {
+        "sd_model_checkpoint": model["title"],
+        "sd_checkpoint_hash": model["sha256"],
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": 1,
+        "enable_pnginfo": True,
+        "samples_format": "png",
+        "live_previews_enable": True,
+        "live_previews_image_format": "png",
+    }
     for name in (NAME, model["title"], model["title"].upper(), model["hash"], f"{NAME}.ckpt"):
         assert sd.post("options", json={"sd_model_checkpoint": name, "x": 1}).json() is None
         assert drawn(sd, override_settings={"sd_model_checkpoint": name})["sd_model_name"] == NAME
@@ -594,25 +627,45 @@ def test_each_client_s_choice_is_its_own_and_their_number_is_bounded() -> None:
     assert clients.chosen("one") is None
 
 
+def upscaler(name: str) -> dict[str, Any]:
+    return {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4}
+
+
 @pytest.mark.parametrize(
-    "path",
+    ("path", "expected"),
     [
-        "schedulers",
-        "upscalers",
-        "latent-upscale-modes",
-        "sd-vae",
-        "loras",
-        "cmd-flags",
-        "scripts",
-        "embeddings",
-        "script-info",
-        "extensions",
+        (
+            "schedulers",
+            [
+                {
+                    "name": "automatic",
+                    "label": "Automatic",
+                    "aliases": None,
+                    "default_rho": -1,
+                    "need_inner_model": False,
+                }
+            ],
+        ),
+        ("upscalers", [upscaler(name) for name in ("None", "Lanczos", "Nearest", "Paella")]),
+        ("latent-upscale-modes", [{"name": "Paella"}]),
+        ("sd-vae", []),
+        ("loras", []),
+        ("embeddings", {"loaded": {}, "skipped": {}}),
+        ("hypernetworks", []),
+        ("face-restorers", []),
+        ("realesrgan-models", []),
+        ("prompt-styles", []),
+        ("scripts", {"txt2img": [], "img2img": []}),
+        ("script-info", []),
+        ("extensions", []),
+        ("cmd-flags", {"api": True, "nowebui": True}),
     ],
 )
-def test_the_lists_that_clients_ask_for_are_there(sd: httpx.Client, path: str) -> None:
+def test_the_lists_that_clients_ask_for_are_there(
+    sd: httpx.Client, path: str, expected: object
+) -> None:
     answer = sd.get(path)
-    assert answer.status_code == 200
-    assert isinstance(answer.json(), list | dict)
+    assert (answer.status_code, answer.json()) == (200, expected)
 
 
 @pytest.mark.parametrize(
@@ -649,7 +702,9 @@ def test_a_path_of_two_methods_names_both(sd: httpx.Client) -> None:
 
 def test_the_document_has_them_and_unknown_fields_are_allowed(sd: httpx.Client) -> None:
     paths = sd.get(at_root(sd, "/openapi.json")).json()["paths"]
-    schema = paths["/sdapi/v1/img2img"]["post"]["requestBody"]["content"]["application/json"]
+    body = paths["/sdapi/v1/img2img"]["post"]["requestBody"]
+    assert body["required"] is True
+    schema = body["content"]["application/json"]
     assert "additionalProperties" not in schema["schema"]
     assert schema["schema"]["required"] == ["init_images"]
     for path in ("img2img", "options"):
