@@ -48,6 +48,9 @@ EQUIVALENT: dict[str, str] = {
     '("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),': (
         "an example in the document; a request for several images has this index too"
     ),
+    'server/api/openapi.py:: 2 -> 3 in "/v1/images/variations": {"image": IMAGE, "n": 2},': (
+        "an example in the document, in which any number of images works"
+    ),
     "server/api/routes_openai.py:: 0 -> 1 in "
     '(f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),': (
         "an example in the document; a request for several images has this index too"
