@@ -8,15 +8,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.body import BodyLimit
 from server.api.errors import ApiError
 from server.api.middleware import (
     CanonicalPath,
+    ClientStalledError,
     Compression,
     HeadAsGet,
     HealthPort,
@@ -24,8 +27,9 @@ from server.api.middleware import (
     SecurityHeaders,
     SendTimeout,
     WithHeader,
+    error_response,
 )
-from server.api.state import request_state
+from server.api.state import RequestState, add_request_state, request_state
 from server.metrics import Metrics
 from tests.virtual_time import START, virtual_time
 
@@ -78,6 +82,11 @@ def answering(*headers: tuple[bytes, bytes], status: int = 200) -> ASGIApp:
         await send({"type": "http.response.body", "body": b"x"})
 
     return app
+
+
+def app_with(metrics: Metrics) -> SimpleNamespace:
+    """Return as much of an app as an error answer needs."""
+    return SimpleNamespace(state=SimpleNamespace(paellera=SimpleNamespace(metrics=metrics)))
 
 
 def headers_of(message: Message) -> dict[str, str]:
@@ -219,6 +228,49 @@ async def test_an_exception_is_logged_and_answered_with_500_unless_the_answer_ha
     assert fields["status"] == 200
 
 
+async def test_a_client_that_stalled_is_logged_and_gets_no_second_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def stalled(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ClientStalledError
+
+    messages, fields, _ = await observed(stalled, caplog, http_scope())
+    assert (messages, fields["code"], fields["status"]) == ([], "client_stalled", 0)
+
+
+async def test_a_duration_is_logged_in_milliseconds_and_measured_in_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(perf_counter=iter([10.0, 10.25]).__next__)
+    monkeypatch.setattr("server.api.middleware.time", clock)
+    _, fields, metrics = await observed(answering(), caplog, http_scope())
+    assert fields["duration_ms"] == 250
+    labels = {"endpoint": "/generate", "status": "200"}
+    assert metrics.registry.get_sample_value("paella_request_duration_seconds_sum", labels) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "counted"),
+    [
+        (422, "invalid_value", 1),
+        (429, "queue_full", 1),
+        (503, "draining", 1),
+        (503, "not_ready", 0),
+        (499, "client_closed", 0),
+        (500, "internal", 0),
+        (504, "deadline_exceeded", 0),
+    ],
+)
+def test_refusals_are_counted_and_failures_are_not(status: int, code: str, counted: int) -> None:
+    metrics = Metrics()
+    scope = http_scope(app=app_with(metrics))
+    add_request_state(scope, RequestState("id"))
+    assert error_response(ApiError(status, code, "why"), Request(scope)).status_code == status
+    assert request_state(scope).error_code == code
+    value = metrics.registry.get_sample_value("paella_rejected_total", {"reason": code})
+    assert (value or 0) == counted
+
+
 async def test_an_unknown_path_is_cut_in_the_log_and_becomes_no_label(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -255,15 +307,8 @@ async def test_security_headers_are_added_and_an_answer_s_own_are_kept() -> None
 )
 async def test_health_has_a_port_of_its_own(path: str, port: int, status: int) -> None:
     app = Observation(HealthPort(answering(), port=9), Metrics())
-
-    class App:
-        """As much of an app as an error answer needs."""
-
-        class state:  # noqa: N801
-            class paellera:  # noqa: N801
-                metrics = Metrics()
-
-    start, _ = await sent_by(app, http_scope(path, server=("0.0.0.0", port), app=App))
+    scope = http_scope(path, server=("0.0.0.0", port), app=app_with(Metrics()))
+    start, _ = await sent_by(app, scope)
     assert start["status"] == status
 
 
