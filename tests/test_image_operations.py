@@ -414,10 +414,16 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
         refused(animation, 422, "too_much_work", None, f"{5 * pixels * (2 * steps + result)},")
         previews = {"prompt": "a ball", "stream": True, "partial_images": 8}
         each = DECODING_WORK + PREVIEW_WORK
-        for sent, made in ((12, 8), (3, 2), (1, 0)):
+        unread = previews | {"stream": False}
+        for body, sent, made in (
+            (previews, 12, 8),
+            (previews, 3, 2),
+            (previews, 1, 0),
+            (unread, 12, 0),
+        ):
             result = DECODING_WORK + FILE_WORK["png"] + made * each
             refused(
-                as_json(client, "generate", **previews, num_inference_steps=sent),
+                as_json(client, "generate", **body, num_inference_steps=sent),
                 422,
                 "too_much_work",
                 None,

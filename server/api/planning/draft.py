@@ -142,10 +142,18 @@ class Draft:
         # The job is refused for its work.
         return own[0] if own else within(source, sides[-1])
 
+    @property
+    def previews(self) -> int:
+        """Return how many previews of each image are asked for: none without a stream.
+
+        Clients keep the field when they turn streams off.
+        """
+        return self.request.partial_images if self.request.stream else 0
+
     def workload(self, steps: int | None = None, regions: int = 0) -> Workload:
         """Return the request's work but for its size. The arguments are those of `fitted_size`."""
         steps = self.sampling.steps if steps is None else steps
-        previews = min(self.request.partial_images, max(0, steps - 1))
+        previews = min(self.previews, max(0, steps - 1))
         return Workload(
             images=rows_of(self.request),
             steps=steps,
@@ -228,8 +236,7 @@ class Draft:
             deadline=self.deadline,
             arrived_at=self.arrived_at,
             priority=request.priority,
-            # Clients keep the field when they turn streams off.
-            previews=request.partial_images if request.stream else 0,
+            previews=self.previews,
             cache_scope=self.cache_scope,
             **{"seeds": seeds(request.seed, request.n), **parts},
         )
