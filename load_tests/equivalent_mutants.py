@@ -55,6 +55,9 @@ EQUIVALENT: dict[str, str] = {
     '(f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),': (
         "an example in the document; a request for several images has this index too"
     ),
+    "server/api/sdapi_clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
+        "a running request's progress is bounded by MOST_PROGRESS"
+    ),
     "server/api/images/bmff.py:still_image: codecs <= set(CODECS) -> codecs < set(CODECS) in "
     "if len(codecs) != 1 or not codecs <= set(CODECS):": "one codec is never all of them",
     "server/api/images/colour.py:_by_code_points: 0 -> 1 in "

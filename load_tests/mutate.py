@@ -151,6 +151,7 @@ RELATED_TESTS = {
     ),
     "server/engine/messages.py": (
         "test_messages",
+        "test_ray_routing",
         "test_worker",
         "test_row_builder",
         "test_upscale",

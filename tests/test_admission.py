@@ -250,6 +250,18 @@ async def test_a_job_is_rejected_at_once_if_it_would_be_late_and_told_whether_to
 
 
 @virtual_time
+async def test_a_job_that_ends_exactly_at_its_deadline_is_admitted_or_told_to_come_back() -> None:
+    async with engine() as e:
+        # A binary fraction, so that ten steps are 1.25 s exactly.
+        e.worker.measure((1, 0.125), (SLOTS, 0.125))
+        await e.forecast(job(seconds=1.25))
+        await raised(await e.ask(job(seconds=1.24)), DeadlineUnreachable)
+        await e.ask(job(rows=SLOTS))
+        assert (await raised(await e.ask(job(seconds=1.25)), DeadlineUnreachable)).retryable
+        assert not (await raised(await e.ask(job(seconds=1.24)), DeadlineUnreachable)).retryable
+
+
+@virtual_time
 async def test_an_idle_server_tries_a_job_again_when_its_measurements_are_old() -> None:
     async with engine() as e:
         e.worker.measure((1, 100.0))
@@ -569,6 +581,24 @@ async def test_messages_about_a_job_that_nobody_waits_for_are_ignored() -> None:
             e.worker.say(message)
         e.worker.say(Finished(gone.id, (), Timings()))
         assert not (await e.ask(job())).done()
+
+
+@virtual_time
+async def test_a_job_that_has_its_answer_already_is_told_nothing_more() -> None:
+    async with engine() as e:
+        told: list[object] = []
+        early = job(early=True, previews=1)
+        hooks = dict.fromkeys(("on_drawn", "on_preview"), told.append)
+        task = await e.ask(early, **hooks, on_started=lambda: told.append("started"))
+        e.worker.say(Failed(early.id, "internal", "", retryable=False))
+        for message in (
+            Running((early.id,)),
+            Preview(early.id, 0, 1, picture(0)),
+            Drawn(early.id, picture(0)),
+        ):
+            e.worker.say(message)
+        await raised(task, JobFailed)
+        assert told == []
 
 
 @virtual_time

@@ -74,6 +74,14 @@ def test_a_neighbour_who_is_there_from_the_start_is_found_as_soon() -> None:
     assert machine.threads.chosen == 1
 
 
+def test_a_neighbour_is_found_as_soon_by_steps_of_a_kind_that_was_not_measured_before() -> None:
+    machine = Machine(2)
+    machine.step(10 * LATE)
+    machine.neighbour()
+    machine.step(SOON + 4, kind="other")
+    assert machine.threads.chosen == 1
+
+
 def test_the_best_of_many_is_found() -> None:
     machine = Machine(16)
     machine.step(100)
@@ -128,7 +136,7 @@ def test_a_step_that_fails_in_a_trial_leaves_the_chosen_number_and_is_tried_agai
 
 def test_where_there_is_nothing_to_choose_nothing_is_changed() -> None:
     machine = Machine(1)
-    machine.use = lambda threads: pytest.fail("changed")  # type: ignore[method-assign]
+    machine.threads = ThreadTuner(1, lambda _: pytest.fail("changed"), lambda: machine.now)
     machine.step(LATE)
     with machine.threads.all():
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from model.row_builder import DictCache, RowBuilder
 from server.engine.cuda_graphs import GraphShapes, StepGraphs, step_buckets, use_cuda_graphs
 from server.engine.latency_model import LatencyModel
 from server.engine.messages import Finished, Heartbeat, Job, Step
-from server.engine.runner import Runner, Stopwatch
-from server.engine.scheduler import Pool, RowId, Scheduler
+from server.engine.runner import WARM_UP_S, Runner, Stopwatch
+from server.engine.scheduler import LENGTHS, Pool, RowId, Scheduler
 from server.settings import Settings
 from tests.conftest import emptied, micro_preset_config
 from tests.test_cuda_graphs import rerun
@@ -222,6 +223,32 @@ def test_the_warm_up_runs_every_preset_and_the_largest_batch_of_every_denoiser(r
     assert calls[:2] == [("quality", 1), ("fast", 1)]
     assert [preset for preset, _ in calls[2:]] == ["quality", "fast"]
     assert all(count > 1 for _, count in calls[2:])
+
+
+@pytest.mark.parametrize(
+    ("fitting", "count"), [(100, 4), (4.01, 4), (3.99, 3), (2.01, 2), (1.99, 1), (0.1, 1)]
+)
+def test_the_largest_batch_has_as_many_rows_as_fit_into_the_warm_up_up_to_those_of_a_step(
+    loaded, monkeypatch, fitting, count
+):
+    """As if one row took the warm-up's time divided by `fitting`."""
+    settings = Settings(device="cpu", dtype="float32", max_batch_rows=4, threads=1)
+    runner = Runner(settings, loaded.pipelines.values())
+    clock = SimpleNamespace(now=0.0)
+    batches: list[tuple[list[str], list[int]]] = []
+
+    def watched(prompts, seeds, config):
+        clock.now += WARM_UP_S / fitting
+        batches.append((list(prompts), list(seeds)))
+
+    monkeypatch.setattr(runner.pipelines["presets"], "generate", watched)
+    ticking = SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr("server.engine.runner.time", ticking)
+    runner.warm_up()
+    assert [len(prompts) for prompts, _ in batches] == [1, 1, count, count]
+    for prompts, seeds in batches[2:]:
+        assert seeds == list(range(count))
+        assert all(len(prompt) >= LENGTHS[-1] for prompt in prompts)
 
 
 @pytest.mark.parametrize("preset", ["fast", "quality"])

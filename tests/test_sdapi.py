@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -18,14 +21,24 @@ import pytest
 from model.config import Recipe
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.sdapi_clients import MAX_CHOICES, MOST_PROGRESS, Clients, Drawing
+from server.api.planning.operations import Plan
+from server.api.sdapi_clients import (
+    LEAST_PROGRESS,
+    MAX_CHOICES,
+    MOST_PROGRESS,
+    Clients,
+    Drawing,
+)
 from server.api.sdapi_schemas import PREVIEWS, ExtraSingleImageRequest, Txt2ImgRequest, guidance
+from server.engine.latency_model import Forecast
 from server.engine.messages import Image, Preview
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import NAME, micro_config, serving, wait_until
+from tests.conftest import NAME, micro_config, micro_preset_config, serving, wait_until
+from tests.test_admission import job, picture
 from tests.test_auth import AUTHORIZED, KEY, OTHER, asking
 from tests.test_image_operations import noise, png, white
+from tests.virtual_time import virtual_time
 
 Configure = Callable[..., Settings]
 
@@ -149,6 +162,31 @@ def test_guidance_that_changes_over_the_steps_keeps_its_shape() -> None:
     assert guidance(7, recipe) is None
     assert guidance(1, recipe) == (1, 1)
     assert guidance(4, recipe) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "preset"),
+    [
+        ({"steps": 1}, "fast"),
+        ({"steps": 3}, "fast"),
+        ({"steps": 4}, "quality"),
+        ({"steps": 3, "negative_prompt": " "}, "fast"),
+        ({"steps": 3, "negative_prompt": "blur"}, "quality"),
+        ({}, "quality"),
+    ],
+)
+def test_no_more_steps_than_the_recipe_of_fast_choose_it_unless_a_negative_prompt_needs_guidance(
+    fields: dict[str, Any], preset: str
+) -> None:
+    assert Txt2ImgRequest(**fields).preset(micro_preset_config()) == preset
+
+
+def test_a_negative_prompt_is_for_fast_too_if_it_is_guided() -> None:
+    config = micro_preset_config()
+    fast = config.presets["fast"]
+    guided = replace(fast.recipe, guidance_scale=(2.0, 2.0), guidance_steps=3)
+    request = Txt2ImgRequest(steps=3, negative_prompt="blur")
+    assert request.preset(config.with_preset("fast", replace(fast, recipe=guided))) == "fast"
 
 
 @pytest.mark.parametrize(("sent", "steps"), [(20, 12), (7, 7), (0, 1), (150, 12), (None, 12)])
@@ -514,11 +552,43 @@ def test_previews_are_shown_meanwhile_and_are_the_images_of_an_interrupted_reque
     assert info["all_seeds"] == [5]
 
 
+@virtual_time
+async def test_progress_follows_the_previews_or_the_predicted_time_whichever_is_further() -> None:
+    drawing = Drawing("txt2img", began=time.monotonic())
+    assert drawing.steps == 0
+    drawing.plan = Plan("generate", job(rows=2, previews=2), (32, 16))
+    assert drawing.steps == 10
+    await asyncio.sleep(4)
+    assert drawing.progress == LEAST_PROGRESS
+    drawing.admit(Forecast(0, 8.0))
+    assert drawing.progress == LEAST_PROGRESS
+    await asyncio.sleep(2)
+    assert drawing.progress == pytest.approx(2 / 8)
+    # If six seconds were a quarter of it.
+    assert drawing.eta_s == pytest.approx(18)
+    # (image, preview, progress): each image has two previews, and a third part after them.
+    for index, number, progress in ((0, 0, 2 / 8), (1, 1, 3 / 6), (0, 1, 4 / 6)):
+        drawing.preview(Preview("id", number, 1, picture(index)))
+        assert drawing.progress == pytest.approx(progress)
+    await asyncio.sleep(5)
+    assert drawing.progress == pytest.approx(7 / 8)
+    await asyncio.sleep(5)
+    assert drawing.progress == MOST_PROGRESS
+
+
+async def test_a_request_that_is_predicted_to_take_no_time_has_a_progress() -> None:
+    drawing = Drawing("txt2img")
+    drawing.admit(Forecast(0, 0.0))
+    assert drawing.progress == LEAST_PROGRESS
+
+
 async def test_a_drawn_request_keeps_no_previews_and_cannot_be_interrupted() -> None:
     drawing = Drawing("txt2img")
-    drawing.preview(Preview("id", 0, 1, Image(0, 1, 1, b"123")))
+    preview = Preview("id", 0, 1, Image(0, 1, 1, b"123"))
+    drawing.preview(preview)
+    drawing.shown = preview, asyncio.get_running_loop().create_future()
     drawing.finish_drawing()
-    assert (drawing.previews, drawing.progress) == ({}, MOST_PROGRESS)
+    assert (drawing.previews, drawing.shown, drawing.progress) == ({}, None, MOST_PROGRESS)
     drawing.interrupt()
     assert not drawing.interrupted.done()
 
@@ -618,13 +688,22 @@ def test_the_model_is_chosen_by_name_title_or_hash_if_it_is_loaded(sd: httpx.Cli
     assert sd.post("options", json=sd.get("options").json()).status_code == 200
 
 
-def test_each_client_s_choice_is_its_own_and_their_number_is_bounded() -> None:
+def test_each_client_s_choice_is_its_own() -> None:
     clients = Clients()
     clients.choose("one", "tiny")
     assert (clients.chosen("one"), clients.chosen("other")) == ("tiny", None)
-    for number in range(MAX_CHOICES):
+
+
+def test_beyond_the_most_choices_the_client_that_has_not_chosen_for_longest_is_forgotten() -> None:
+    clients = Clients()
+    clients.choose("one", "tiny")
+    for number in range(MAX_CHOICES - 1):
         clients.choose(str(number), "tiny")
-    assert clients.chosen("one") is None
+    assert clients.chosen("one") == "tiny"
+    clients.choose("one", "large")
+    clients.choose("late", "tiny")
+    choices = [clients.chosen(client) for client in ("0", "1", "one", "late")]
+    assert choices == [None, "tiny", "large", "tiny"]
 
 
 def upscaler(name: str) -> dict[str, Any]:

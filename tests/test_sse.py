@@ -213,6 +213,20 @@ async def test_a_slow_reader_gets_the_latest_preview_of_each_image_and_every_oth
     ]
 
 
+async def test_a_preview_replaces_only_one_of_its_own_image_even_if_there_are_many() -> None:
+    queue = EventQueue()
+    previews = [(0, number) for number in range(MAX_PREVIEWS)]
+    for image, number in (*previews, (1, 0), (0, MAX_PREVIEWS), (1, 1)):
+        event = Event("preview", {"place": (image, number)})
+        queue.put(DeferredEvent(lambda event=event: event, image))
+    queue.close()
+    taken = []
+    while (item := await queue.get()) is not None:
+        assert isinstance(item, DeferredEvent)
+        taken.append(item.make().data["place"])
+    assert taken == [*previews[1:], (0, MAX_PREVIEWS), (1, 1)]
+
+
 @pytest.mark.process
 async def test_a_reader_that_takes_nothing_is_let_go_and_its_work_cancelled(
     fake_settings: Configure,

@@ -9,7 +9,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, Never
 
 import pytest
 
@@ -29,7 +31,13 @@ from server.engine.messages import (
     Timings,
     ToWorker,
 )
-from server.engine.supervisor import EXIT_GRACE_S, Supervisor, WorkerMain, WorkerMessage
+from server.engine.supervisor import (
+    EXIT_GRACE_S,
+    Supervisor,
+    WorkerMain,
+    WorkerMessage,
+    WorkerProcess,
+)
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
@@ -247,6 +255,17 @@ async def test_a_passing_reason_a_later_start_and_a_crash_at_work_are_not_fatal(
         assert supervisor.status.reason == "the worker exited with code -9; another is starting"
 
 
+@virtual_time
+async def test_a_lasting_crash_of_a_worker_that_was_ready_is_not_fatal() -> None:
+    async with supervised() as (supervisor, s):
+        s.now.say(Crashed("no such file", lasting=True))
+        s.now.exit(1)
+        await settle()
+        reason = "the worker crashed: no such file; another is starting"
+        assert supervisor.status.reason == reason
+        assert supervisor.status.fatal is None
+
+
 # ── stalls ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -445,3 +464,24 @@ async def test_no_process_at_the_start_is_an_error() -> None:
             await Supervisor(
                 fake_worker.main, Settings(), setting.metrics, setting.listener
             ).start()
+
+
+async def test_a_process_that_the_system_refuses_leaves_no_pipe_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends: list[Connection] = []
+
+    def pipe() -> tuple[Connection, Connection]:
+        ends.extend(Pipe())
+        return ends[0], ends[1]
+
+    def refuse(*_: object, **__: object) -> Never:
+        raise OSError("no process")
+
+    monkeypatch.setattr("server.engine.supervisor.Pipe", pipe)
+    monkeypatch.setattr("server.engine.supervisor.subprocess.Popen", refuse)
+    monkeypatch.setattr("server.engine.supervisor.worker_environment", dict)
+    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
+    with pytest.raises(OSError, match="no process"):
+        process.start()
+    assert [end.closed for end in ends] == [True, True]

@@ -94,6 +94,21 @@ def test_rows_are_images_then_the_tiles_of_each() -> None:
     assert sent.image_bytes == 56 * 32 * 3
 
 
+def test_work_counts_the_pixels_branches_and_steps_of_every_row_of_both_passes() -> None:
+    guided_once = replace(SAMPLING, guidance_steps=1)
+    enlarge = replace(enlarging(64, 64), sampling=replace(SAMPLING, guidance=(1.0, 1.0)))
+    wanted = twice(width=48, sampling=guided_once, enlarge=enlarge)
+    # Pixels times steps.
+    image, tiles = 48 * 32 * 4, 9 * 32 * 32 * 2
+    assert wanted.work == pytest.approx(image * 1.25 + tiles)
+    assert replace(wanted, seeds=(5, 6)).work == pytest.approx(2 * wanted.work)
+    assert replace(wanted, step_work=0.3).work == pytest.approx(0.3 * wanted.work)
+    regions = replace(wanted, regions=(Region("on and on", weight()),))
+    assert regions.work == pytest.approx(image * 2.25 + tiles * 2)
+    sent = replace(wanted, enlarge=replace(enlarge, image=picture(3, 64, 64)))
+    assert sent.work == pytest.approx(tiles)
+
+
 def test_previews_are_spread_over_both_passes() -> None:
     assert twice(previews=2).preview_steps == (2, 4)
     assert twice(previews=8).preview_steps == (1, 2, 3, 4, 5)

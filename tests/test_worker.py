@@ -213,14 +213,17 @@ def test_a_seed_s_picture_is_the_same_in_company(far):
 
 
 def test_steps_are_reported_in_beats(far):
-    far.send(job("a", seeds=(0, 1)))
+    began = time.perf_counter()
+    far.send(job("a", seeds=(0, 1), sampling=replace(SAMPLING, guidance_steps=1)))
     steps: list[Step] = []
     while len(steps) < SAMPLING.steps:
         beat = far.receive(lambda m: isinstance(m, Heartbeat))
         assert isinstance(beat, Heartbeat)
         steps += beat.steps
     assert [(step.rows, step.pixels) for step in steps] == [(2, 32 * 32)] * SAMPLING.steps
+    assert [step.branches for step in steps] == [4, 2, 2, 2]
     assert all(step.seconds > 0 for step in steps)
+    assert sum(step.seconds for step in steps) <= time.perf_counter() - began
 
 
 def test_an_idle_worker_still_beats(far):
