@@ -55,6 +55,23 @@ EQUIVALENT: dict[str, str] = {
     '(f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),': (
         "an example in the document; a request for several images has this index too"
     ),
+    "server/api/sdapi_clients.py:Drawing: 0.0 -> 1.0 in predicted_s: float = 0.0": (
+        "read only of an admitted job, whose prediction replaces it"
+    ),
+    "server/engine/client.py:PendingJob.show: 1 -> 2 in "
+    "and preview.number > self._previewed.get(preview.image.index, -1)": (
+        "previews are numbered from 0 on"
+    ),
+    "server/engine/runner.py:ThreadTuner._record_step: self._most > 1 -> self._most >= 1 in "
+    "if self._wait == 0 and self._trial is None and self._most > 1:": (
+        "with one thread at most, the only other number to try is one"
+    ),
+    "server/engine/supervisor.py:Supervisor.__init__: self._started_at = 0.0 -> pass": (
+        "every start sets it before anything reads it"
+    ),
+    "server/engine/supervisor.py:Supervisor.__init__: 0.0 -> 1.0 in self._started_at = 0.0": (
+        "every start sets it before anything reads it"
+    ),
     "server/api/sdapi_clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
         "a running request's progress is bounded by MOST_PROGRESS"
     ),

@@ -262,6 +262,16 @@ async def test_a_job_that_ends_exactly_at_its_deadline_is_admitted_or_told_to_co
 
 
 @virtual_time
+async def test_a_late_job_is_told_to_come_back_unless_measurements_prove_it_hopeless() -> None:
+    async with engine() as e:
+        e.worker.measure((1, 0.1), (SLOTS, 0.1))
+        await e.ask(job(rows=SLOTS))
+        # Steps of 64 times as many pixels were not measured: they need 1 s at least.
+        large = job(seconds=1.1, width=256, height=128)
+        assert (await raised(await e.ask(large), DeadlineUnreachable)).retryable
+
+
+@virtual_time
 async def test_an_idle_server_tries_a_job_again_when_its_measurements_are_old() -> None:
     async with engine() as e:
         e.worker.measure((1, 100.0))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from itertools import pairwise
 
 import pytest
 
@@ -54,6 +55,22 @@ def test_undisturbed_all_cores_are_used_and_trials_become_rare() -> None:
     assert machine.used[-2 * LATE :].count(1) <= 4
 
 
+def test_the_pause_between_trials_in_vain_doubles_up_to_the_longest() -> None:
+    machine = Machine(2)
+    machine.step(10 * LATE)
+    trials = [i for i, threads in enumerate(pairwise(machine.used)) if threads == (2, 1)]
+    # A trial itself is a few steps more.
+    pauses = [(after - before) // SOON for before, after in pairwise(trials)]
+    assert pauses[:6] == [2, 4, 8, 16, LATE // SOON, LATE // SOON]
+
+
+def test_a_number_of_threads_that_takes_several_times_as_long_is_tried_for_a_single_step() -> None:
+    machine = Machine(2)
+    machine.seconds = {1: 9.0, 2: 0.75}.__getitem__
+    machine.step(SOON + 4)
+    assert machine.used.count(1) == 1
+
+
 def test_beside_a_neighbour_one_is_used_after_a_few_steps_and_all_again_when_it_is_gone() -> None:
     machine = Machine(2)
     machine.step(10 * LATE)
@@ -86,6 +103,9 @@ def test_the_best_of_many_is_found() -> None:
     machine = Machine(16)
     machine.step(100)
     assert machine.threads.chosen == 4
+    machine.seconds = {1: 1.0, 2: 0.9, 4: 0.8, 8: 0.5, 16: 0.6}.__getitem__
+    machine.step(LATE)
+    assert machine.threads.chosen == 8
 
 
 def test_one_step_that_takes_long_changes_nothing() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from model.compositing import MAX_FEATHER
 from model.config import Recipe
 from server.api import create_app
 from server.api.errors import ApiError
@@ -29,7 +30,13 @@ from server.api.sdapi_clients import (
     Clients,
     Drawing,
 )
-from server.api.sdapi_schemas import PREVIEWS, ExtraSingleImageRequest, Txt2ImgRequest, guidance
+from server.api.sdapi_schemas import (
+    PREVIEWS,
+    ExtraSingleImageRequest,
+    Img2ImgRequest,
+    Txt2ImgRequest,
+    guidance,
+)
 from server.engine.latency_model import Forecast
 from server.engine.messages import Image, Preview
 from server.settings import Settings
@@ -361,6 +368,36 @@ def test_img2img_edits_and_echoes_the_images_only_on_request(sd: httpx.Client) -
     assert base64.b64decode(included["init_images"][0]) == png(noise())
 
 
+def redrawing(**fields: Any) -> Img2ImgRequest:
+    return Img2ImgRequest.model_validate({"init_images": [b"an image"], **fields})
+
+
+@pytest.mark.parametrize(
+    ("blur", "feather"),
+    [(None, None), (0, 0), (MAX_FEATHER, MAX_FEATHER), (MAX_FEATHER + 1, MAX_FEATHER)],
+)
+def test_a_mask_s_blur_is_the_feather_up_to_the_largest(
+    blur: int | None, feather: int | None
+) -> None:
+    operation, fields = redrawing(mask=b"a mask", mask_blur=blur).native(micro_config())
+    assert (operation, fields.get("feather")) == ("inpaint", feather)
+
+
+def test_the_mask_is_echoed_and_kept_for_it_only_on_request() -> None:
+    request = redrawing(mask=b"a mask", include_init_images=True)
+    assert request.without_files() == request
+    sent = [base64.b64encode(content).decode() for content in (b"an image", b"a mask")]
+    assert [*request.echoed["init_images"], request.echoed["mask"]] == sent
+    assert redrawing(include_init_images=True).echoed["mask"] is None
+    without = redrawing(mask=b"a mask", mask_blur=4).without_files()
+    assert (without.init_images, without.mask) == ([], b"")
+    assert (without.echoed["init_images"], without.echoed["mask"]) == (None, None)
+    assert without.details(micro_config()) == {"Mask blur": 4}
+    unmasked = redrawing().without_files()
+    assert unmasked.mask is None
+    assert unmasked.details(micro_config()) == {"Denoising strength": 0.75}
+
+
 @pytest.mark.parametrize("resize_mode", range(4))
 def test_width_and_height_resize_the_image_first(sd: httpx.Client, resize_mode: int) -> None:
     answer = post(
@@ -600,6 +637,18 @@ async def test_an_interrupted_request_keeps_its_previews_although_it_is_drawn_th
     drawing.finish_drawing()
     assert drawing.interrupted.done()
     assert len(drawing.previews) == 1
+
+
+async def test_a_client_s_requests_are_those_that_still_run_the_oldest_first() -> None:
+    clients = Clients()
+    with clients.drawing("one", "txt2img") as first:
+        with clients.drawing("one", "img2img") as second:
+            assert clients.drawings("one") == [first, second]
+            assert clients.drawings("other") == []
+        assert clients.drawings("one") == [first]
+        clients.interrupt("one")
+        assert (first.interrupted.done(), second.interrupted.done()) == (True, False)
+    assert clients.drawings("one") == []
 
 
 def test_previews_can_be_switched_off(sd: httpx.Client) -> None:

@@ -335,6 +335,16 @@ async def test_a_worker_is_not_blamed_for_the_time_in_which_the_api_process_stoo
 
 
 @virtual_time
+async def test_nor_is_a_loading_worker_taken_for_silent_after_the_api_process_stood_still() -> None:
+    async with supervised(ready=False, start_timeout_s=1000) as (supervisor, s):
+        loop = asyncio.get_running_loop()
+        loop.selector.now += 10 * STALL_S  # type: ignore[attr-defined]
+        await asyncio.sleep(10 * STALL_S)
+        assert supervisor.state.silent_s == 0
+        assert len(s.processes) == 1
+
+
+@virtual_time
 async def test_a_second_job_does_not_end_the_silence() -> None:
     async with supervised() as (supervisor, _):
         supervisor.send(job())

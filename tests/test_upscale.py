@@ -113,7 +113,10 @@ def test_previews_are_spread_over_both_passes() -> None:
     assert twice(previews=2).preview_steps == (2, 4)
     assert twice(previews=8).preview_steps == (1, 2, 3, 4, 5)
     assert twice().steps_taken(0, 3) == 3
-    assert twice().steps_taken(5, 3) == 5
+    assert [twice().steps_taken(row, 3) for row in (1, 5)] == [5, 5]
+    edited = job("b", canvas=Edit(picture(), 0.5))
+    assert (edited.steps, edited.steps_taken(0, 3)) == (2, 1)
+    assert job("c").preview_steps == ()
 
 
 def test_a_prediction_covers_both_passes_and_a_job_without_a_step() -> None:

@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
@@ -22,6 +23,7 @@ from model.config import SamplingConfig
 from server.engine import worker
 from server.engine.messages import (
     Cancel,
+    Count,
     Dropped,
     Failed,
     Finished,
@@ -212,7 +214,8 @@ def test_a_seed_s_picture_is_the_same_in_company(far):
     assert np.mean(one == other) >= 0.9
 
 
-def test_steps_are_reported_in_beats(far):
+def test_steps_are_reported_in_beats(far, monkeypatch):
+    monkeypatch.setattr(worker, "_HEARTBEAT_S", 0.0)
     began = time.perf_counter()
     far.send(job("a", seeds=(0, 1), sampling=replace(SAMPLING, guidance_steps=1)))
     steps: list[Step] = []
@@ -224,6 +227,47 @@ def test_steps_are_reported_in_beats(far):
     assert [step.branches for step in steps] == [4, 2, 2, 2]
     assert all(step.seconds > 0 for step in steps)
     assert sum(step.seconds for step in steps) <= time.perf_counter() - began
+
+
+def test_counts_of_the_prompt_cache_are_reported_once(far, monkeypatch):
+    monkeypatch.setattr(worker, "_HEARTBEAT_S", 0.0)
+    reported: Counter[Count] = Counter()
+
+    def count(message: FromWorker) -> bool:
+        if isinstance(message, Heartbeat):
+            reported.update(message.counts)
+        return isinstance(message, Finished)
+
+    for id in ("a", "b"):
+        far.send(job(id, prompt="a red apple"))
+        far.receive(count)
+    # The next one follows the decoding.
+    last = far.receive(lambda m: isinstance(m, Heartbeat))
+    assert isinstance(last, Heartbeat)
+    reported.update(last.counts)
+    assert reported["prompt_cache_hits", "text"] > 0
+    assert reported == far.runner.counters
+
+
+def test_a_worker_waits_for_messages_only_while_it_has_no_job(runner, monkeypatch):
+    near, connection = Pipe()
+    loop, poll = Worker(near, runner, max_rows=4, idle_heartbeat_s=2.5), near.poll
+    waits = set[tuple[float, bool]]()
+
+    def watched(timeout: float) -> bool:
+        waits.add((timeout, loop.scheduler.idle))
+        return poll(timeout)
+
+    monkeypatch.setattr(near, "poll", watched)
+    thread = threading.Thread(target=loop.run, daemon=True)
+    thread.start()
+    far = Far(connection, runner, thread)
+    far.send(job("a"))
+    assert isinstance(far.answer("a"), Finished)
+    far.stop()
+    near.close()
+    connection.close()
+    assert waits == {(2.5, True), (0, False)}
 
 
 def test_an_idle_worker_still_beats(far):
