@@ -296,6 +296,25 @@ def test_a_second_pass_is_from_1_to_4_times_as_large(
 
 
 @pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({}, None),
+        ({"steps": 4}, 4),
+        ({"hr_second_pass_steps": 5}, 5),
+        ({"hr_second_pass_steps": 0, "steps": 4}, 4),
+        ({"hr_second_pass_steps": 2, "steps": 4}, 2),
+        ({"hr_second_pass_steps": 7}, 6),
+    ],
+)
+def test_a_second_pass_has_steps_of_its_own_or_as_many_as_the_first(
+    fields: dict[str, Any], steps: int | None
+) -> None:
+    request = Txt2ImgRequest.model_validate({"enable_hr": True, **fields})
+    hires = request.native(micro_config())[1]["hires"]
+    assert (hires.scale, hires.steps) == (2, steps)
+
+
+@pytest.mark.parametrize(
     ("size", "scale"),
     [
         ((64, 32), 1),

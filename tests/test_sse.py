@@ -15,9 +15,11 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
+from starlette.types import Scope
 
 from server.api.middleware import ClientStalledError, SendTimeout
 from server.api.sse import MAX_PREVIEWS, DeferredEvent, Event, EventQueue, EventStream
+from server.api.state import RequestState, add_request_state, request_state
 from server.settings import MIB, Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, wait_until
@@ -278,14 +280,18 @@ async def test_what_nobody_foresaw_ends_the_stream_with_an_error_that_tells_noth
     queue, work = EventQueue(), asyncio.create_task(asyncio.sleep(3600))
     queue.put(DeferredEvent(broken))
     bodies: list[bytes] = []
+    scope: Scope = {"type": "http"}
+    add_request_state(scope, RequestState("id"))
 
     async def send(message: Any) -> None:
         bodies.append(message.get("body", b""))
 
-    await EventStream(queue, work, fake_settings(), "id")({}, None, send)  # type: ignore[arg-type]
+    await EventStream(queue, work, fake_settings(), "id")(scope, None, send)  # type: ignore[arg-type]
     ((name, data),) = events(iter(b"".join(bodies).decode().splitlines()))
     assert (name, data["error"]["code"]) == ("error", "internal")
     assert "secret" not in str(data)
+    # For the access log and the trace.
+    assert request_state(scope).error_code == "internal"
 
 
 # ── with the embedded weights ─────────────────────────────────────────────────────────────────────

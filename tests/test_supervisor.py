@@ -335,7 +335,7 @@ async def test_a_worker_is_not_blamed_for_the_time_in_which_the_api_process_stoo
 
 
 @virtual_time
-async def test_nor_is_a_loading_worker_taken_for_silent_after_the_api_process_stood_still() -> None:
+async def test_a_loading_worker_is_not_taken_for_silent_after_the_api_process_stood_still() -> None:
     async with supervised(ready=False, start_timeout_s=1000) as (supervisor, s):
         loop = asyncio.get_running_loop()
         loop.selector.now += 10 * STALL_S  # type: ignore[attr-defined]
