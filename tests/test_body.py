@@ -234,6 +234,31 @@ def test_an_integer_may_have_a_fraction_of_zeros(endpoint: TestClient, text: str
     assert form(endpoint, {"seed": text}).json() == {"seed": 2}
 
 
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [
+        ("9007199254740992.0", 2**53),
+        ("-9007199254740992.0", -(2**53)),
+        ("9007199254740991.0", 2**53 - 1),
+        # Beyond 2^53 a float may stand for several integers.
+        ("9007199254740994.0", None),
+        ("-9007199254740994.0", None),
+        ("1e17", None),
+    ],
+)
+def test_a_fraction_of_zeros_is_ignored_as_far_as_floats_are_exact(
+    endpoint: TestClient, text: str, seed: int | None
+) -> None:
+    for answer in (
+        raw(endpoint, b'{"seed": %s}' % text.encode(), "application/json"),
+        form(endpoint, {"seed": text}),
+    ):
+        if seed is None:
+            refused(answer, 422, "seed", "a whole number", "invalid_value")
+        else:
+            assert answer.json() == {"seed": seed}
+
+
 def test_no_part_of_a_form_is_written_to_disk(
     endpoint: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +325,16 @@ def test_a_file_for_an_entry_that_is_not_there_is_422(endpoint: TestClient, name
         422,
         name.partition(".")[0] or None,
     )
+
+
+def test_text_for_an_entry_is_422_for_it_belongs_into_the_json(endpoint: TestClient) -> None:
+    body = part(b"[{}]", b"keyframes") + part(b"a ball", b"keyframes.0.prompt") + b"--b--\r\n"
+    refused(raw(endpoint, body), 422, "keyframes", "keyframes.0.prompt: not a file")
+
+
+def test_a_long_name_of_an_entry_that_is_not_there_is_shortened(endpoint: TestClient) -> None:
+    name = "x" * 100
+    refused(form(endpoint, files=[(f"{name}.image", FILE)]), 422, name[:80], "no such entry")
 
 
 def test_parts_may_be_numbered(endpoint: TestClient) -> None:
