@@ -214,6 +214,32 @@ def test_a_jpeg_costs_what_is_decoded_of_it() -> None:
     assert uploads.pixels == 8 * PHONE[0] * PHONE[1] * 3 // 8
 
 
+@pytest.mark.parametrize(
+    ("size", "side", "cost"),
+    [
+        ((400, 320), 81, 400 * 320),
+        ((400, 320), 80, 200 * 160 + 16_000),
+        ((400, 320), 40, 100 * 80 + 16_000),
+        ((400, 320), 20, 50 * 40 + 16_000),
+        ((401, 321), 40, 101 * 81 + 16_090),
+        # The shorter side decides, whichever it is.
+        ((400, 100), 50, 400 * 100),
+        ((100, 400), 50, 100 * 400),
+    ],
+)
+def test_a_jpeg_s_cost_is_of_what_is_decoded_and_of_an_eighth_of_its_codes(
+    size: Size, side: int, cost: int
+) -> None:
+    assert decoding_cost(sniff(photo(size)), side) == cost
+
+
+@pytest.mark.parametrize(("max_side", "side"), [(256, 512), (512, 512), (1024, 1024)])
+def test_an_image_is_needed_as_large_as_what_is_drawn_or_a_reference(
+    max_side: int, side: int
+) -> None:
+    assert image_limits(Settings(max_side=max_side)).scaled_side == side
+
+
 def test_a_jpeg_may_declare_more_pixels_than_are_decoded() -> None:
     limits = ImageLimits(max_pixels=100 * 80, max_jpeg_pixels=400 * 320)
     content = photo((400, 320))

@@ -8,7 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ import pytest
 from server.api.errors import ApiError
 from server.api.images import admission
 from server.api.images.admission import DECODE_PRIORITY, ImageDecoder, Uploads
-from server.api.images.decode import ImageLimits, decode
+from server.api.images.decode import MIB, ImageLimits, decode
+from server.engine import latency_model
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from tests.conftest import raised
-from tests.hostile import GREY, SIZE, plain_png, png
+from tests.hostile import GREY, SIZE, bomb_header, padded, plain_png, png
 
 PIXELS = SIZE[0] * SIZE[1]
 FILE = plain_png()
@@ -51,6 +53,15 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made.open.set()
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the queue and its measurements take for the time, monotonic seconds."""
+    made = SimpleNamespace(now=100.0)
+    for module in (admission, latency_model):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))
+    return made
+
+
 def files(name: str, count: int = 1) -> list[tuple[str, bytes]]:
     return [(f"{name}{i}", FILE + bytes([i])) for i in range(count)]
 
@@ -65,6 +76,17 @@ def ask(decoder: ImageDecoder, name: str, count: int = 1, **more: Any) -> asynci
         return [param for param, _ in sent]
 
     return asyncio.create_task(decoder.run(work, sent, **more))
+
+
+def hold(decoder: ImageDecoder, gate: Gate, *contents: bytes) -> asyncio.Task[bool]:
+    """Occupy the queue with these files, none of which is decoded."""
+    sent = [(f"{i}", content) for i, content in enumerate(contents)]
+    return asyncio.create_task(decoder.run(lambda uploads: gate.open.wait(30), sent))
+
+
+def head(rows: int) -> bytes:
+    """The head of a PNG of 1024 pixels a row."""
+    return bomb_header((1024, rows))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -104,6 +126,79 @@ async def test_the_queue_is_bounded_in_bytes(gate: Gate) -> None:
     await until(lambda: decoder.bytes_unfinished == 3 * size)
     gate.open.set()
     await asyncio.gather(held, fits)
+    decoder.close()
+
+
+async def test_by_default_256_mebipixels_wait(gate: Gate) -> None:
+    decoder = ImageDecoder()
+    held = [hold(decoder, gate, *(head(2**14) + bytes([i]) for i in range(4))) for _ in range(4)]
+    await until(lambda: decoder.pixels_unfinished == 256 * MIB)
+    await raised(ask(decoder, "a"), QueueFull)
+    gate.open.set()
+    await asyncio.gather(*held)
+    decoder.close()
+
+
+async def test_by_default_128_mebibytes_wait(gate: Gate) -> None:
+    decoder, content = ImageDecoder(), padded(16 * MIB)
+    held = [hold(decoder, gate, *[content] * 4) for _ in range(2)]
+    await until(lambda: decoder.bytes_unfinished == 128 * MIB)
+    await raised(ask(decoder, "a"), QueueFull)
+    gate.open.set()
+    await asyncio.gather(*held)
+    decoder.close()
+
+
+async def test_by_default_the_images_of_two_requests_are_decoded_at_once(gate: Gate) -> None:
+    others, decoder = set(threading.enumerate()), ImageDecoder()
+    tasks = [ask(decoder, name) for name in "abc"]
+    await until(lambda: decoder.pixels_unfinished == 3 * PIXELS)
+    names = {thread.name for thread in set(threading.enumerate()) - others}
+    assert {name for name in names if name.startswith("decode")} == {"decode_0", "decode_1"}
+    gate.open.set()
+    await asyncio.gather(*tasks)
+    decoder.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "told"),
+    [
+        (3072, (2048, 4096, 2048), [0.15, 0.35, 0.45]),
+        # Nothing counts for less than a mebipixel.
+        (4096, (512, 512), [0.2, 0.25]),
+        (512, (4096, 4096), [0.05, 0.25]),
+    ],
+)
+async def test_a_refusal_names_when_those_before_it_should_be_decoded(
+    clock: SimpleNamespace, gate: Gate, before: int, asked: Sequence[int], told: list[float]
+) -> None:
+    """Until the first is, at 20 mebipixels a second."""
+    decoder = ImageDecoder(threads=1, queue_pixels=4 * MIB)
+    held = hold(decoder, gate, head(before))
+    await until(lambda: decoder.pixels_unfinished == 1024 * before)
+    refused = [await raised(hold(decoder, gate, head(rows)), QueueFull) for rows in asked]
+    assert [error.retry_after for error in refused] == pytest.approx(told)
+    gate.open.set()
+    await held
+    decoder.close()
+
+
+async def test_a_refusal_s_time_follows_what_decoding_took(
+    clock: SimpleNamespace, gate: Gate
+) -> None:
+    decoder = ImageDecoder(threads=1, queue_pixels=4 * MIB)
+
+    def take_a_second(uploads: Uploads) -> None:
+        clock.now += 1.0
+
+    await decoder.run(take_a_second, [("image", head(2048))])
+    held = hold(decoder, gate, head(3072))
+    await until(lambda: decoder.pixels_unfinished == 3 * MIB)
+    refused = await raised(hold(decoder, gate, head(2048)), QueueFull)
+    # Two mebipixels in a second, beside nine tenths of the first guess.
+    assert refused.retry_after == pytest.approx(3 * (1 + 0.9 * 0.05) / (2 + 0.9))
+    gate.open.set()
+    await held
     decoder.close()
 
 
@@ -172,9 +267,12 @@ async def test_a_client_that_leaves_costs_no_more_than_the_image_being_decoded(
 
 
 async def test_a_closed_decoder_drains() -> None:
-    decoder = ImageDecoder()
+    decoder = ImageDecoder(threads=1)
     decoder.close()
-    await raised(ask(decoder, "a"), Draining)
+    async with asyncio.timeout(30):
+        for name in "ab":
+            await raised(ask(decoder, name), Draining)
+            await raised(decoder.run_large(list), Draining)
     assert decoder.bytes_unfinished == 0
 
 
