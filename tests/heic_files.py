@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +132,32 @@ def tiled(
     return start + meta(at) + box(b"mdat", *pieces)
 
 
-def single(kind: bytes, data: bytes, size: tuple[int, int], *properties: bytes) -> bytes:
-    """A file of one image of this type and coded data that states this size."""
+def single(
+    kind: bytes,
+    data: bytes,
+    size: tuple[int, int],
+    *properties: bytes,
+    others: Sequence[tuple[int, int]] = (),
+) -> bytes:
+    """A file of one image of this type and coded data that states this size.
+
+    others: where further items without a type are, (start, bytes) of each.
+    """
     owned = [full(b"ispe", struct.pack(">II", *size)), *properties]
     indices = struct.pack(">IHB", 1, 1, len(owned)) + bytes(range(1, len(owned) + 1))
     info = full(b"infe", struct.pack(">HH", 1, 0), kind, b"\0", version=2)
 
     def meta(at: int) -> bytes:
+        places = b"".join(
+            struct.pack(">HHHII", item, 0, 1, *place)
+            for item, place in enumerate([(at, len(data)), *others], start=1)
+        )
         return full(
             b"meta",
             full(b"pitm", b"\0\1"),
             full(b"iinf", b"\0\1", info),
             box(b"iprp", box(b"ipco", *owned), full(b"ipma", indices)),
-            full(b"iloc", struct.pack(">HHHHHII", 0x4400, 1, 1, 0, 1, at, len(data))),
+            full(b"iloc", struct.pack(">HH", 0x4400, 1 + len(others)), places),
         )
 
     start = box(b"ftyp", b"mif1\0\0\0\0mif1")

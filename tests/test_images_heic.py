@@ -417,6 +417,24 @@ def test_what_is_wrong_in_a_file_s_boxes_is_named(content: bytes, reason: str) -
         sniff(content)
 
 
+def test_all_items_together_have_at_most_twice_the_file_s_bytes() -> None:
+    data = av1_unit(SMALL)
+
+    def of(*others: tuple[int, int]) -> bytes:
+        return single(b"av01", data, STATED, others=others)
+
+    size = len(of((0, 0), (0, 0)))
+    assert_allowed(of((0, size), (0, size - len(data))), allowed=True)
+    assert_allowed(of((0, size), (size, 0)), allowed=True)
+    for others in (
+        [(0, size), (0, size - len(data) + 1)],
+        [(0, size), (size, 1)],
+        [(1, size), (0, 0)],
+    ):
+        with pytest.raises(DamagedFileError, match="cut off"):
+            sniff(of(*others))
+
+
 def test_coded_parts_and_boxes_are_counted_to_a_bound() -> None:
     delimiter = b"\x12\0"
     assert_allowed(single(b"av01", av1_unit(SMALL) + delimiter * 19_999, STATED), allowed=True)
