@@ -127,7 +127,7 @@ def wide_row(pipeline: Pipeline) -> Row:
     return generate(config, pipeline.noise(0, 256, 256, 12), base.conditional, base.unconditional)
 
 
-@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("strength", [1 / 12, 0.25, 0.5, 0.75, 11 / 12])
 def test_an_edit_begins_where_as_much_is_noise_as_its_strength_says(pipeline, strength):
     picture = torch.full((64, 64), 5)
     mine = edit(wide_row(pipeline), picture, strength)
@@ -145,7 +145,13 @@ def test_what_an_edit_returns_to_noise_is_the_seeds_own(pipeline, picture):
     assert not torch.equal(edit(row(pipeline, seed=1), picture, 0.5).tokens, mine.tokens)
 
 
-@pytest.mark.parametrize("strength", [0.25, 0.75])
+def test_refining_with_a_strength_of_one_keeps_nothing(pipeline, picture):
+    mine = refine(row(pipeline), picture, 1.0)
+    assert mine.pinned is None
+    assert torch.equal(run(pipeline, mine)[0], run(pipeline, row(pipeline))[0])
+
+
+@pytest.mark.parametrize("strength", [1 / 12, 0.25, 0.75, 11 / 12])
 def test_a_refined_row_keeps_every_token_that_is_not_noised(pipeline, strength):
     picture = torch.full((64, 64), 5)
     mine = refine(wide_row(pipeline), picture, strength)

@@ -474,6 +474,30 @@ def test_a_halton_order_is_the_published_sequence():
     assert [ranks[place] for place in places] == [0, 1, 2, 3, 4]
 
 
+def mirrored(number: int, base: int) -> float:
+    """A number's digits behind the point, the last first."""
+    value, scale = 0.0, 1.0
+    while number:
+        scale /= base
+        number, digit = divmod(number, base)
+        value += digit * scale
+    return value
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (4, 6), (16, 16), (7, 6)])
+def test_a_halton_order_is_that_of_the_first_visits(grid):
+    """In a grid of (7, 6) the last position is visited by the 204th number only."""
+    H, W = grid
+    visits = [(int(mirrored(i, 3) * H), int(mirrored(i, 2) * W)) for i in range(5 * H * W)]
+    ranks = sampling.halton_ranks(grid)
+    assert [ranks[place] for place in dict.fromkeys(visits)] == list(range(H * W))
+
+
+def test_a_halton_order_which_all_share_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        sampling.halton_ranks((4, 6))[0, 0] = 7
+
+
 def with_order(seed: int, order: str, **changes: object) -> sampling.Noise:
     known = {"codes": 64, "grid": (16, 16), "steps": 3, "prior": (3, 8)}
     return sampling.draw_noise(seed, **{**known, **changes}, renoise_order=order)
@@ -537,6 +561,22 @@ def test_the_least_confident_come_first_and_noise_mixes_them(monkeypatch):
     # At the end no noise is left, whatever its strength.
     last = sampling.least_confident_first(log_p, uniform, torch.tensor([0.0]))
     assert torch.equal(last, order)
+
+
+@pytest.mark.parametrize(
+    ("share", "ranks"),
+    [
+        (sampling.NEVER, [3, 2, 1, 0]),
+        (0.0, [3, 2, 1, 0]),
+        (0.5, [3, 1, 2, 0]),
+        (1.0, [2, 1, 3, 0]),
+    ],
+)
+def test_gumbel_noise_is_added_to_confidence_in_proportion_to_the_share_of_noise(share, ranks):
+    """The sums are 0, -1, -0.3, -2.5 at a share of 0.5, and 1, -0.5, 1.4, -2.5 at 1."""
+    log_p, gumbel = torch.tensor([[-1.0, -1.5, -2.0, -2.5], [2.0, 1.0, 3.4, 0.0]]).view(2, 1, 2, 2)
+    order = sampling.least_confident_first(log_p, (-(-gumbel).exp()).exp(), torch.tensor([share]))
+    assert order.flatten().tolist() == [(rank + 0.5) / 4 for rank in ranks]
 
 
 def test_each_row_has_its_own_order_of_confidence():
