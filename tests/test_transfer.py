@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable
 
 import pytest
+from fastapi.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api import create_app
 from server.api.body import TEXT_BODY_BYTES, BodyBudget, BodyLimit
 from server.api.errors import ApiError
 from server.api.middleware import PIECE_BYTES, TRANSPORT, ClientStalledError, SendTimeout
+from server.settings import Settings
+from tests import fake_worker
 from tests.virtual_time import START, settle, virtual_time
 
 CHUNK = TEXT_BODY_BYTES
@@ -112,6 +116,16 @@ async def test_bodies_of_text_pass_whatever_the_budget() -> None:
     assert [body.code() for body in bodies] == [None] * 10
 
 
+def test_an_app_reads_a_body_within_its_bound_even_if_the_budget_is_smaller(
+    fake_settings: Callable[..., Settings],
+) -> None:
+    settings = fake_settings(max_body_bytes=4 * CHUNK, body_budget_bytes=1)
+    client = TestClient(create_app(settings, worker=fake_worker.main))
+    assert client.post("/generate", json={"prompt": "a" * 3 * CHUNK}).status_code == 422
+    assert client.post("/edit", files={"image": bytes(3 * CHUNK)}).status_code == 422
+    assert client.post("/edit", files={"image": bytes(5 * CHUNK)}).status_code == 413
+
+
 @virtual_time
 async def test_a_whole_body_has_a_timeout_however_often_a_byte_of_it_arrives() -> None:
     body = uploads(CHUNK, total_s=100.0)()
@@ -205,6 +219,19 @@ async def test_the_connection_of_an_answer_that_breaks_off_is_aborted() -> None:
     with pytest.raises(RuntimeError):
         await SendTimeout(broken, 30, PIECE_BYTES)(client.scope, _never, client.read)
     assert client.transport.aborted
+
+
+@virtual_time
+async def test_an_app_aborts_the_connection_of_a_client_that_reads_nothing(
+    fake_settings: Callable[..., Settings],
+) -> None:
+    app = create_app(fake_settings(send_timeout_s=5), worker=fake_worker.main)
+    client = Client(pause_s=1, leaves_after=0)
+    request = {"method": "GET", "path": "/healthz", "query_string": b""}
+    scope = {**client.scope, **request, "headers": [(b"host", b"localhost")]}
+    await app(scope, _never, client.read)
+    assert client.transport.aborted
+    assert time.monotonic() - START == 5
 
 
 async def _never() -> Message:
