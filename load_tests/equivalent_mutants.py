@@ -10,6 +10,10 @@ _STEP_COSTS_LINE = (
     "None if any(each is None for each in seconds) else sum(each or 0.0 for each in seconds)"
 )
 
+_HALTON = "model/sampling.py:halton_ranks: "
+_HALTON_FIRST = "first, known = np.full(n, -1, dtype=np.int64), 0"
+_HALTON_INDEX = "index = np.arange(start, start + 4 * n)"
+
 _V3_BUCKETS = "server/engine/cuda_graphs.py:step_buckets: "
 _V3_CONFIG = "isinstance(config, BundleV3Config)"
 _V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
@@ -30,12 +34,25 @@ EQUIVALENT: dict[str, str] = {
     'pillow_image.save(file, "PNG", compress_level=1, pnginfo=chunks)': (
         "the same pixels, a little smaller and a little later"
     ),
-    "server/api/body.py:_number: abs(value) <= LARGEST_EXACT -> abs(value) < LARGEST_EXACT in "
-    "return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else value": (
-        "of this one number Pydantic makes the same integer"
-    ),
     "model/sampling.py:: 64 -> 65 in _BLOCK = 64  # codes whose probabilities are summed at once": (
         "any block size draws the same codes; it changes speed, which no test measures"
+    ),
+    "model/sampling.py:: 16 -> 17 in _GRIDS = 16  # whose Halton orders are remembered": (
+        "it changes speed and memory, which no test measures"
+    ),
+    f"{_HALTON}4 -> 5 in {_HALTON_INDEX}": (
+        "any number of points at once gives the same order; it changes speed"
+    ),
+    f"{_HALTON}4 * n -> 4 / n in {_HALTON_INDEX}": (
+        "any number of points at once gives the same order; it changes speed"
+    ),
+    f"{_HALTON}1 -> 2 in {_HALTON_FIRST}": "any number below 0 says that no point was there",
+    f"{_HALTON}0 -> 1 in {_HALTON_FIRST}": (
+        "counted anew before it is read again; it ends the search at once in a grid of one"
+        " position, whose rank is 0 all the same"
+    ),
+    "model/rows.py:edit: row.step > 0 -> row.step >= 0 in if row.step > 0:": (
+        "before step 0 all is noise: renoising with probability 1 leaves the start tokens there"
     ),
     f"{_V3_BUCKETS}{_V3_CONFIG} and {_V3_DENOISER} -> {_V3_CONFIG} or {_V3_DENOISER} in "
     f"if {_V3_CONFIG} and {_V3_DENOISER}:": (
