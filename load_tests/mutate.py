@@ -66,6 +66,7 @@ RELATED_TESTS = {
         "test_nginx",
         "test_bad_input",
         "test_url_store",
+        "test_sdapi",
     ),
     "server/api/app.py": (
         "test_transfer",
