@@ -427,14 +427,21 @@ def _place(fields: dict[str, Any], name: str, part: str | bytes) -> None:
     try:
         target: Any = fields
         for key in path:
-            target = target[int(key)] if isinstance(target, list) else target[key]
-        if not isinstance(target, dict) or target is fields or isinstance(part, str):
+            target = target[_position(key)] if isinstance(target, list) else target[key]
+        if not isinstance(target, dict) or isinstance(part, str):
             raise TypeError
         target[last] = part
     except (KeyError, IndexError, ValueError, TypeError):
         message = f"{name[:80]}: not a file, or no such entry in the JSON text before the first dot"
         param = path[0][:80] or None
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, param) from None
+
+
+def _position(key: str) -> int:
+    """Return a list's position. Raises ValueError for others than digits, such as −1."""
+    if not (key.isascii() and key.isdigit()):
+        raise ValueError
+    return int(key)
 
 
 # ── in transit ────────────────────────────────────────────────────────────────────────────────────
