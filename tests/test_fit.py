@@ -130,6 +130,28 @@ def test_three_ways_to_fit_a_wide_image_into_a_square(
     assert (tall.scaled, tall.offset) == (scaled[::-1], offset[::-1])
 
 
+@pytest.mark.parametrize(
+    ("ratio", "mode", "size", "offset"),
+    [
+        ((2, 1), "crop", (100, 50), (0, 0)),
+        ((1, 1), "crop", (50, 50), (-25, 0)),
+        ((1, 1), "pad", (100, 100), (0, 25)),
+        ((1, 1), "stretch", (100, 50), (0, 0)),
+        ((1, 2), "crop", (25, 50), (-38, 0)),
+        ((1, 2), "pad", (100, 200), (0, 75)),
+        ((4, 1), "crop", (100, 25), (0, -13)),
+        ((4, 1), "pad", (200, 50), (50, 0)),
+    ],
+)
+def test_a_frame_in_a_ratio_shows_the_image_unscaled_if_it_fits(
+    ratio: Size, mode: FitMode, size: Size, offset: Size
+) -> None:
+    view = framed((100, 50), ratio, mode, max(size))
+    assert (view.size, view.scaled, view.offset) == (size, (100, 50), offset)
+    halved = framed((100, 50), ratio, mode, max(size) // 2)
+    assert halved.size == tuple(-(-each // 2) for each in size)
+
+
 @pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
 def test_views_of_any_size_are_whole_images(mode: FitMode) -> None:
     rng = np.random.default_rng(0)
@@ -602,32 +624,62 @@ def test_kept_pixels_of_an_original_are_exact(orientation: int) -> None:
     assert (preview.width, preview.height) == plan.size
 
 
-def test_an_outpainted_original_grows_by_its_margins_exactly() -> None:
+@pytest.mark.parametrize(
+    "margins",
+    [
+        {"left": 33, "down": 200},
+        {"right": 90, "up": 57},
+        {"left": 33, "right": 90, "up": 57, "down": 200},
+    ],
+)
+def test_an_outpainted_original_grows_by_its_margins_exactly(margins: dict[str, int]) -> None:
     content = photo((1000, 600))
-    margins = {"left": 33, "down": 200}
+    left, right, up, down = (margins.get(side, 0) for side in ("left", "right", "up", "down"))
     plan = plan_of("outpaint", image=content, **margins, return_size="original", feather=0)
-    assert plan.answer_size == (1033, 800)
-    result = array(plan.result(drawn(plan)))
-    np.testing.assert_array_equal(result[:600, 33:], decode(content, ImageLimits()).rgb)
-    assert (result[720:, 100:] == 77).all()
+    assert plan.answer_size == (left + 1000 + right, up + 600 + down)
+    expected = np.full((up + 600 + down, left + 1000 + right, 3), 77, dtype=np.uint8)
+    expected[up : up + 600, left : left + 1000] = decode(content, ImageLimits()).rgb
+    np.testing.assert_array_equal(array(plan.result(drawn(plan))), expected)
 
 
-def test_a_cropped_original_is_the_crop() -> None:
-    content = photo((1000, 600))
-    mask = np.zeros((600, 1000), dtype=np.uint8)
-    mask[200:400, 400:600] = 255
-    fields = {"prompt": "a ball", "image": content, "mask": png(mask), "return_size": "original"}
-    plan = plan_of("inpaint", **fields, width=256, height=256)
-    assert plan.answer_size[1] == 600
-    left = (1000 - plan.answer_size[0]) // 2
-    assert abs(plan.answer_size[0] - 600) <= 4
-    result = array(plan.result(drawn(plan)))
-    inside = slice(None), slice(left, left + plan.answer_size[0])
-    kept = mask[inside] == 0
-    expected = decode(content, ImageLimits()).rgb[inside]
-    # The crop's left edge may be rounded by a pixel.
-    shifts = [np.roll(expected, shift, axis=1) for shift in (-2, -1, 0, 1, 2)]
-    assert any((result[kept][::50] == shifted[kept][::50]).mean() > 0.95 for shifted in shifts)
+@pytest.mark.parametrize(
+    ("size", "fit", "box"),
+    [
+        ((1000, 600), "crop", (202, 0, 800, 600)),
+        ((600, 1000), "crop", (0, 202, 600, 800)),
+        ((1000, 600), "pad", (0, -198, 1000, 798)),
+        ((600, 1000), "pad", (-198, 0, 798, 1000)),
+    ],
+)
+def test_an_original_in_a_square_is_the_part_of_its_plane_that_was_drawn(
+    size: Size, fit: str, box: tuple[int, int, int, int]
+) -> None:
+    content = photo(size)
+    mask = np.zeros(size[::-1], dtype=np.uint8)
+    mask[250:350, 250:350] = 255
+    fields = {"prompt": "a ball", "image": content, "mask": png(mask), "fit": fit, "feather": 0}
+    plan = plan_of("inpaint", **fields, width=256, height=256, return_size="original")
+    plane = decode(content, ImageLimits()).rgb
+    plane[mask > 0] = 77
+    beyond = 200
+    plane = np.pad(plane, [(beyond, beyond), (beyond, beyond), (0, 0)], constant_values=77)
+    x0, y0, x1, y1 = (beyond + edge for edge in box)
+    np.testing.assert_array_equal(array(plan.result(drawn(plan))), plane[y0:y1, x0:x1])
+
+
+@pytest.mark.parametrize("source", [(400, 200), (200, 400)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_all_of_a_drawn_view_is_enlarged_to_its_edges(source: Size, fit: FitMode) -> None:
+    view = fitted(source, (100, 100), fit)
+    ramp = np.arange(100, dtype=np.uint8)
+    x, y = np.meshgrid(ramp, ramp)
+    enlarged = view.enlarged(np.dstack([x, y, x]))
+    side = 200 if fit == "crop" else 400
+    assert enlarged.shape == (side, side, 3)
+    expected = (np.arange(side) + 0.5) * 100 / side - 0.5
+    inside = slice(20, -20)  # there the filter sees both sides
+    for channel, values in ((0, expected[None, :]), (1, expected[:, None])):
+        assert np.abs(enlarged[..., channel] - values)[inside, inside].max() < 0.75
 
 
 def test_an_edit_is_enlarged_to_the_original() -> None:
