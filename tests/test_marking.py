@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from server.api.images.encode import (
     read_parameters,
     source_type,
     unsigned,
+    user_comment,
 )
 from server.api.images.signing import SOURCE_TYPES
 from server.api.planning.operations import OPERATIONS
@@ -164,6 +166,14 @@ def test_animations_and_previews_are_marked_too(client: httpx.Client) -> None:
         assert all(source(base64.b64decode(each)) == TRAINED for each in files)
 
 
+@pytest.mark.parametrize("mark", [True, False])
+@pytest.mark.parametrize("embed_parameters", [True, False])
+def test_a_preview_is_marked_as_its_result_is(mark: bool, embed_parameters: bool) -> None:
+    marker = Marker(Settings(mark=mark, embed_parameters=embed_parameters))
+    assert marker.of("edit") == Marking(source_type("edit") if mark else None, embed_parameters)
+    assert marker.of_preview("edit") == marker.of("edit")
+
+
 @pytest.mark.process
 def test_an_operator_can_leave_out_marks_and_parameters(fake_settings: Configure) -> None:
     settings = fake_settings(mark=False, embed_parameters=False)
@@ -189,6 +199,27 @@ def comment(content: bytes) -> dict[str, Any]:
     return dict(json.loads(value[8:].decode("utf-16-be")))
 
 
+def directory(tiff: bytes, start: int) -> tuple[list[tuple[Any, ...]], int]:
+    """A directory's entries (tag, type, count, value or its place), and where the next one is."""
+    (count,) = struct.unpack_from(">H", tiff, start)
+    entries = [struct.unpack_from(">HHII", tiff, start + 2 + 12 * i) for i in range(count)]
+    return entries, struct.unpack_from(">I", tiff, start + 2 + 12 * count)[0]
+
+
+def test_an_exif_block_is_what_its_directories_say() -> None:
+    """Pillow passes over faults that other readers report."""
+    block = user_comment("a ball, 赤")
+    text = b"UNICODE\0" + "a ball, 赤".encode("utf-16-be")
+    long, undefined = 4, 7
+    assert block[:4] == b"MM\0*"
+    ((*pointer, exif),), following = directory(block, int.from_bytes(block[4:8]))
+    assert (pointer, following) == ([0x8769, long, 1], 0)
+    ((*version, digits), (*held, at)), following = directory(block, exif)
+    assert (version, digits.to_bytes(4)) == ([0x9000, undefined, 4], b"0232")
+    assert (held, following) == ([0x9286, undefined, len(text)], 0)
+    assert block[at:] == text
+
+
 @pytest.mark.parametrize("format", ["jpeg", "webp", "webp-animation"])
 def test_parameters_stand_in_exif(format: str) -> None:
     assert comment(made(format)) == PARAMETERS
@@ -208,6 +239,14 @@ def test_parameters_that_a_jpeg_cannot_hold_are_left_out() -> None:
     assert not PIL.Image.open(io.BytesIO(content)).getexif()
     assert source(content) == TRAINED
     assert comment(made("webp", prompt="x" * MAX_JPEG_SEGMENT))["prompt"] == "x" * MAX_JPEG_SEGMENT
+
+
+def test_a_jpeg_holds_parameters_up_to_the_end_of_a_segment() -> None:
+    # A segment has 65533 bytes, 70 of them before the text, which takes two for a character.
+    others = len(json.dumps(PARAMETERS | {"prompt": ""}, ensure_ascii=False))
+    longest = "x" * ((65_533 - 70) // 2 - others)
+    assert comment(made("jpeg", prompt=longest))["prompt"] == longest
+    assert not PIL.Image.open(io.BytesIO(made("jpeg", prompt=longest + "x"))).getexif()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -339,6 +378,7 @@ def test_a_signature_is_verified_by_the_library_s_reader(
     with c2pa.Reader(media_type, io.BytesIO(content), context=context) as reader:
         assert reader.get_validation_state() == "Trusted", reader.json()
         manifest = reader.get_active_manifest()
+    assert "thumbnail" not in manifest
     (actions,) = (a for a in manifest["assertions"] if a["label"].startswith("c2pa.actions"))
     assert actions["data"]["actions"][0]["digitalSourceType"] == COMPOSITE
     damaged = bytearray(content)
