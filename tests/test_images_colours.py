@@ -25,7 +25,7 @@ from server.api.images.colour import (
 from server.api.images.decode import ImageLimits, decode
 from server.api.images.sniff import sniff
 from tests.conftest import examples
-from tests.hostile import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, png
+from tests.hostile import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, png, segment
 from tests.shown_files import (
     ADOBE_RGB,
     COLOURS,
@@ -188,6 +188,14 @@ def test_a_profile_in_several_segments_is_whole_or_nothing() -> None:
     assert sniff(content).colour["icc"] == long
     at = content.index(b"ICC_PROFILE\0\2")
     assert sniff(content[:at] + b"X" + content[at + 1 :]).colour == {}
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (3, 2, 1)])
+def test_parts_of_a_profile_may_come_in_any_order(order: tuple[int, ...]) -> None:
+    jpeg = saved("JPEG")
+    parts = b"".join(segment(0xE2, b"ICC_PROFILE\0" + bytes([i, 3, i])) for i in order)
+    assert sniff(jpeg[:2] + parts + jpeg[2:]).colour == {"icc": b"\1\2\3"}
+    assert sniff(jpeg).colour == {}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,13 @@ def test_rotation_agrees_with_pillows() -> None:
     np.testing.assert_array_equal(decode(content, LIMITS).rgb, expected)
 
 
+def test_the_first_of_two_exif_blocks_counts() -> None:
+    jpeg = encoded("JPEG")
+    turned, upright = (segment(0xE1, b"Exif\0\0" + exif(turn)) for turn in (6, 1))
+    for blocks, size in ((turned + upright, (H, W)), (upright + turned, (W, H))):
+        assert decode(jpeg[:2] + blocks + jpeg[2:], LIMITS).size == size
+
+
 @given(st.binary(max_size=80))
 @examples(100)
 def test_any_exif_block_has_an_orientation(block: bytes) -> None:

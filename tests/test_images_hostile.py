@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from server.api import create_app
 from server.api.errors import ApiError
+from server.api.images import UnknownFormatError
 from server.api.images.decode import ImageLimits, decode, repaint_mask
-from server.api.images.sniff import DamagedFileError, sniff
+from server.api.images.sniff import DamagedFileError, coefficient_bytes, sniff
 from server.engine.messages import Job
 from server.settings import Settings
 from tests import fake_worker, hostile
@@ -119,6 +121,81 @@ def test_parts_are_counted_to_a_bound(place: str, most: int, parts: str) -> None
     assert decode(with_parts(place, most), ImageLimits()).size == hostile.SIZE
     with pytest.raises(DamagedFileError, match=parts):
         sniff(with_parts(place, most + 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b"%PDF-1.7", "PDF"),
+        (b"PK\x03\x04", "ZIP"),
+        (b"BM", "BMP"),
+        (b"II*\0", "TIFF"),
+        (b"MM\0*", "TIFF"),
+        (b"8BPS", "PSD"),
+        (b"\0\0\x01\0", "ICO"),
+        (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
+        (b"\xff\x0a", "JPEG XL"),
+        (b"\x1f\x8b", "gzip"),
+        (b"\xef\xbb\xbf \t\r\n<P>", "HTML or XML"),
+        # An image begins within the first 1000 bytes.
+        (b" " * 996 + b"<SVG", "SVG"),
+        (b" " * 997 + b"<SVG", "HTML or XML"),
+        # Either of WebP's two names alone is none.
+        (b"RIFF\x24\0\0\0WAVEfmt ", "none of these"),
+        (b"RIFX\x24\0\0\0WEBPVP8 ", "none of these"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_by_its_name(content: bytes, name: str) -> None:
+    with pytest.raises(UnknownFormatError, match=f"^{name}$"):
+        sniff(content)
+
+
+def jpeg_segments(frame: int, scan: bytes, factors: bytes = b"\x22\x11\x11") -> bytes:
+    """A JPEG of 400x320 pixels without their data. frame: the marker of its header.
+
+    scan: components of the first scan, from 1 on. factors: of each component's sampling.
+    """
+    components = b"".join(bytes([i, each, 0]) for i, each in enumerate(factors, 1))
+    header = b"\x08" + struct.pack(">HHB", 320, 400, len(factors)) + components
+    first = bytes([len(scan)]) + b"".join(bytes([i, 0]) for i in scan) + b"\0\x3f\0"
+    segments = hostile.segment(frame, header) + hostile.segment(0xDA, first)
+    return b"\xff\xd8" + segments + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("frame", range(0xC0, 0xD0))
+def test_a_decoder_holds_the_coefficients_of_progressive_files_and_of_separate_scans(
+    frame: int,
+) -> None:
+    together, apart = jpeg_segments(frame, b"\1\2\3"), jpeg_segments(frame, b"\1")
+    if frame in (0xC4, 0xC8, 0xCC):  # tables, and a reserved marker
+        with pytest.raises(DamagedFileError, match="no frame header"):
+            sniff(together)
+        return
+    held, is_progressive = 3 * 400 * 320, frame in (0xC2, 0xC6, 0xCA, 0xCE)
+    assert coefficient_bytes(sniff(apart)) == held
+    assert coefficient_bytes(sniff(together)) == (held if is_progressive else 0)
+
+
+@pytest.mark.parametrize(
+    ("factors", "bytes_per_pixel"),
+    [
+        (b"\x11", 2),
+        (b"\x22", 2),
+        (b"\x11\x11\x11", 6),
+        (b"\x22\x11\x11", 3),
+        (b"\x41\x11\x11", 3),
+        (b"\x14\x11\x11", 3),
+        # The densest component of either direction counts.
+        (b"\x21\x12\x11", 2.5),
+        (b"\x22\x22\x11\x22", 6.5),
+        (b"\0", 0),
+    ],
+)
+def test_coefficients_are_two_bytes_each_and_as_many_as_components_are_sampled(
+    factors: bytes, bytes_per_pixel: float
+) -> None:
+    file = sniff(jpeg_segments(0xC2, b"\1", factors))
+    assert coefficient_bytes(file) == bytes_per_pixel * 400 * 320
 
 
 @pytest.mark.parametrize("name", MANIFEST)
