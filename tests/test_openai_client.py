@@ -275,7 +275,8 @@ def test_edits_may_come_as_openai_s_json(client: httpx.Client) -> None:
     recorded = json.loads(picture.info["parameters"])
     assert (recorded["operation"], len(recorded["references"])) == ("inpaint", 1)
     assert np.array_equal(np.asarray(picture.convert("RGB"))[:, :32], noise()[:, :32])
-    alone = client.post("/v1/images/edits", json={"prompt": "a ball", "image": reference(IMAGE)})
+    unset = reference(IMAGE) | {"file_id": None}
+    alone = client.post("/v1/images/edits", json={"prompt": "a ball", "image": unset})
     assert alone.json()["size"] == "64x32"
 
 
@@ -292,6 +293,13 @@ def test_edits_may_come_as_openai_s_json(client: httpx.Client) -> None:
         ),
         ({"images": [{"file_id": "f"}]}, "unsupported_value", "images", "keeps no files"),
         ({"images": [{"url": "f"}]}, "invalid_value", "images", '{"image_url": "data:'),
+        ({"images": [{"image_url": 5}]}, "invalid_value", "images", '{"image_url": "data:'),
+        (
+            {"images": [reference(IMAGE) | {"detail": "high"}]},
+            "invalid_value",
+            "images",
+            '{"image_url": "data:',
+        ),
         (
             {"images": [{"image_url": "https://example.org/a.png"}]},
             "url_refused",
