@@ -113,6 +113,24 @@ EQUIVALENT: dict[str, str] = {
     "return _differs(stored, key * (255 // ((1 << depth) - 1)))": (
         "the depth is 2, 4 or 8 here, for which the quotient is the same"
     ),
+    "server/api/images/fit.py:framed: max(frame) > side -> max(frame) >= side in "
+    "return fitted(source, within(frame, side) if max(frame) > side else frame, mode)": (
+        "a frame whose longer side is already as long is scaled to itself"
+    ),
+    "server/api/images/fit.py:framed: ratio[0] * source[1] > ratio[1] * source[0] -> "
+    "ratio[0] * source[1] >= ratio[1] * source[0] in "
+    "is_wider = ratio[0] * source[1] > ratio[1] * source[0]": (
+        "an image in the ratio itself does not come here"
+    ),
+    "server/api/images/fit.py:fitted: size[0] * source[1] > size[1] * source[0] -> "
+    "size[0] * source[1] >= size[1] * source[0] in "
+    "is_wider = size[0] * source[1] > size[1] * source[0]": (
+        "an image in the ratio itself does not come here"
+    ),
+    "server/api/images/signing.py:Signer.__init__: 1 -> 2 in "
+    'PIL.Image.new("RGB", (1, 1)).save(file, "PNG")': (
+        "the image is signed for a trial alone, which works with any size"
+    ),
     "server/api/images/encode.py:_palette_bytes: 128 -> 129 in "
     "return 3 << (flags & 7) + 1 if flags & 0x80 else 0": (
         "the file is Pillow's, which sets the lowest bit only beside a palette"
