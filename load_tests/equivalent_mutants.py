@@ -113,6 +113,9 @@ EQUIVALENT: dict[str, str] = {
     "return _differs(stored, key * (255 // ((1 << depth) - 1)))": (
         "the depth is 2, 4 or 8 here, for which the quotient is the same"
     ),
+    "server/api/images/encode.py:_with_equal_frames: 0 -> 1 in parts, repeats = [gif[:start]], 0": (
+        "Pillow writes a block with its time before every frame, which sets the number"
+    ),
     "server/api/images/fit.py:framed: max(frame) > side -> max(frame) >= side in "
     "return fitted(source, within(frame, side) if max(frame) > side else frame, mode)": (
         "a frame whose longer side is already as long is scaled to itself"

@@ -25,6 +25,7 @@ from server.api.images.decode import ImageLimits, decode
 from server.api.images.encode import (
     COMPOSITES,
     MAX_JPEG_SEGMENT,
+    Format,
     Marker,
     Marking,
     animate,
@@ -115,6 +116,7 @@ def test_without_mark_and_parameters_nothing_is_said(format: str) -> None:
     content = made(format, UNMARKED)
     assert packet(content) == ""
     assert b"red" not in content
+    assert b"Exif" not in content
     assert not PIL.Image.open(io.BytesIO(content)).getexif()
 
 
@@ -247,6 +249,14 @@ def test_a_jpeg_holds_parameters_up_to_the_end_of_a_segment() -> None:
     longest = "x" * ((65_533 - 70) // 2 - others)
     assert comment(made("jpeg", prompt=longest))["prompt"] == longest
     assert not PIL.Image.open(io.BytesIO(made("jpeg", prompt=longest + "x"))).getexif()
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_a_file_without_parameters_has_no_empty_ones(format: Format) -> None:
+    file = PIL.Image.open(io.BytesIO(encode(PICTURE, format, 90, {})))
+    assert "parameters" not in file.info
+    assert not file.getexif()
+    assert b"UserComment" not in animate([PICTURE], "gif", 90, {})
 
 
 @pytest.mark.parametrize("format", FORMATS)
