@@ -162,6 +162,23 @@ def jpeg_segments(frame: int, scan: bytes, factors: bytes = b"\x22\x11\x11") -> 
     return b"\xff\xd8" + segments + b"\xff\xd9"
 
 
+def test_a_jpeg_that_ends_before_its_pixels_is_damaged_whatever_follows() -> None:
+    jpeg = jpeg_segments(0xC0, b"\1\2\3")
+    pixels = jpeg.index(b"\xff\xda")
+    for behind in (b"", jpeg[pixels:]):
+        with pytest.raises(DamagedFileError, match="ends before its pixels"):
+            sniff(jpeg[:pixels] + b"\xff\xd9" + behind)
+
+
+# Bytes are searched in blocks of 65536, and a marker is two of them.
+@pytest.mark.parametrize("skipped", [0, 65_534, 65_535, 65_536, 65_537])
+def test_a_marker_is_found_behind_any_number_of_bytes(skipped: int) -> None:
+    jpeg, comment = jpeg_segments(0xC0, b"\1\2\3"), hostile.segment(0xFE, b"")
+    assert sniff(jpeg[:2] + comment + bytes(skipped) + jpeg[2:]).content == jpeg
+    long = jpeg[:-2] + bytes(skipped) + jpeg[-2:]
+    assert (sniff(long).content, sniff(long).ended) == (long, True)
+
+
 @pytest.mark.parametrize("frame", range(0xC0, 0xD0))
 def test_a_decoder_holds_the_coefficients_of_progressive_files_and_of_separate_scans(
     frame: int,
