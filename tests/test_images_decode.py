@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import struct
 import threading
 import warnings
 
@@ -97,6 +98,19 @@ def test_the_first_of_two_exif_blocks_counts() -> None:
         assert decode(jpeg[:2] + blocks + jpeg[2:], LIMITS).size == size
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_the_orientation_may_stand_anywhere_in_its_directory(order: str, before: int) -> None:
+    head = (b"MM\0*" if order == ">" else b"II*\0") + struct.pack(f"{order}I", 14) + bytes(6)
+    other = struct.pack(f"{order}HHII", 0x010E, 2, 4, 3)
+    turned = struct.pack(f"{order}HHIHH", 0x0112, 3, 1, 6, 0)
+    count, fewer = (struct.pack(f"{order}H", number) for number in (before + 2, before + 1))
+    assert orientation(head + count + other * before + turned + other) == 6
+    # Upright: without the entry, or where the directory is cut off before it.
+    assert orientation(head + fewer + other * (before + 1)) == 1
+    assert orientation(head + count + other * before + turned[:-3]) == 1
+
+
 @given(st.binary(max_size=80))
 @examples(100)
 def test_any_exif_block_has_an_orientation(block: bytes) -> None:
@@ -136,10 +150,16 @@ def test_an_animations_first_frame_is_taken() -> None:
 
 def test_transparent_pixels_are_white_on_white_and_opaque_ones_keep_their_bits() -> None:
     picture = decode(
-        png([b"\x0a\x14\x1e\0" + b"\x0a\x14\x1e\xff" + b"\0\0\0\x80"], width=3, colours=RGBA),
+        png(
+            [b"\x0a\x14\x1e\0" + b"\x0a\x14\x1e\xff" + b"\0\0\0\x80" + b"\x7f\x7f\x7f\1"],
+            width=4,
+            colours=RGBA,
+        ),
         LIMITS,
     )
-    assert picture.on_white.tolist() == [[[255, 255, 255], [10, 20, 30], [127, 127, 127]]]
+    # The last pixel is 254.498, which is rounded down.
+    shown = [[255, 255, 255], [10, 20, 30], [127, 127, 127], [254, 254, 254]]
+    assert picture.on_white.tolist() == [shown]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +224,12 @@ def test_pillows_warnings_are_not_heard() -> None:
         heard.clear()
         assert decode(broken, LIMITS).size == SIZE
     assert not heard
+
+
+def test_luminance_is_the_sum_of_itu_r_601_rounded() -> None:
+    colours = {(255, 0, 0): 76, (0, 200, 0): 117, (0, 0, 100): 11, (0, 0, 250): 29, (0, 1, 8): 1}
+    picture = decode(png([b"".join(map(bytes, colours))], width=len(colours)), LIMITS)
+    assert picture.luminance.tolist() == [[*colours.values()]]
 
 
 def as_mask(rows: list[bytes], colours: int) -> DecodedImage:
