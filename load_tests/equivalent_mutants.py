@@ -134,8 +134,4 @@ EQUIVALENT: dict[str, str] = {
     'PIL.Image.new("RGB", (1, 1)).save(file, "PNG")': (
         "the image is signed for a trial alone, which works with any size"
     ),
-    "server/api/images/encode.py:_palette_bytes: 128 -> 129 in "
-    "return 3 << (flags & 7) + 1 if flags & 0x80 else 0": (
-        "the file is Pillow's, which sets the lowest bit only beside a palette"
-    ),
 }

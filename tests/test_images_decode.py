@@ -323,6 +323,17 @@ def test_a_gif_is_as_large_as_its_canvas_and_its_first_frame(
     assert ((file.width, file.height), file.area) == (size, area)
 
 
+def test_a_gif_s_palette_may_be_the_frame_s_own_beside_the_size_of_none() -> None:
+    content = gif()
+    flags = content[10]
+    assert flags & 0x80
+    end = 13 + (3 << (flags & 7) + 1)
+    frame = content.index(b",", end)
+    header = content[:10] + bytes([flags & 0x7F | 1]) + content[11:13]
+    own = content[end : frame + 9] + bytes([flags]) + content[13:end] + content[frame + 10 :]
+    assert (decode(header + own, LIMITS).rgb == decode(content, LIMITS).rgb).all()
+
+
 def test_a_gif_that_ends_before_its_first_frame_is_damaged() -> None:
     before_frame = gif().index(b",")
     with pytest.raises(DamagedFileError, match="no frame"):

@@ -27,6 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from model.canvas import on_white
 from server.api.images.signing import SOURCE_TYPES, Signer
+from server.api.images.sniff import after_gif_blocks, gif_palette_bytes
 from server.engine.errors import Draining, QueueFull
 from server.engine.latency_model import Pace
 from server.engine.messages import Image
@@ -174,13 +175,8 @@ def user_comment(text: str) -> bytes:
 
 def _after_gif_head(content: bytes) -> int:
     """Return where a GIF's palette and loop count end; readers look for the loop count there."""
-    start = 13 + _palette_bytes(content[10])
+    start = 13 + gif_palette_bytes(content[10])
     return start + 19 if content.startswith(GIF_LOOP, start) else start
-
-
-def _palette_bytes(flags: int) -> int:
-    """Return the length of the palette that the flags of a GIF or of one of its frames announce."""
-    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def is_marked(png: bytes) -> bool:
@@ -305,11 +301,11 @@ def _with_equal_frames(gif: bytes) -> bytes:
 
     Programs that take an animation apart count its frames.
     """
-    start = 13 + _palette_bytes(gif[10])
+    start = 13 + gif_palette_bytes(gif[10])
     parts, repeats = [gif[:start]], 0
     while gif[start] != 0x3B:
         if gif[start] == 0x21:
-            end = _after_blocks(gif, start + 2)
+            end = after_gif_blocks(gif, start + 2)
             block = gif[start:end]
             if gif[start + 1] == 0xF9:
                 (delay,) = struct.unpack_from("<H", block, 4)
@@ -317,17 +313,10 @@ def _with_equal_frames(gif: bytes) -> bytes:
                 block = block[:4] + struct.pack("<H", FRAME_MS // 10) + block[6:]
             parts.append(block)
         else:
-            end = _after_blocks(gif, start + 11 + _palette_bytes(gif[start + 9]))
+            end = after_gif_blocks(gif, start + 11 + gif_palette_bytes(gif[start + 9]))
             parts += [gif[start:end], SAME_FRAME * repeats]
         start = end
     return b"".join([*parts, b";"])
-
-
-def _after_blocks(gif: bytes, start: int) -> int:
-    """Return where a chain of length-prefixed blocks ends."""
-    while length := gif[start]:
-        start += 1 + length
-    return start + 1
 
 
 def _pillow(image: Image) -> PIL.Image.Image:

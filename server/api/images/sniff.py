@@ -127,10 +127,10 @@ def _webp(content: bytes) -> ImageFile:
 def _gif(content: bytes) -> ImageFile:
     """Return the larger of the canvas and the first frame, which may exceed the canvas."""
     width, height, flags = struct.unpack_from("<HHB", content, 6)
-    head = start = 13 + _palette_bytes(flags)
+    head = start = 13 + gif_palette_bytes(flags)
     control = b""
     while content[start] == 0x21:
-        end = _after_blocks(content, start + 2)
+        end = after_gif_blocks(content, start + 2)
         if content[start + 1] == 0xF9:  # the graphic control holds the transparent colour
             control = content[start:end]
         start = end
@@ -144,12 +144,13 @@ def _gif(content: bytes) -> ImageFile:
     return ImageFile("GIF", width, height, content, area=None if covered else area)
 
 
-def _palette_bytes(flags: int) -> int:
+def gif_palette_bytes(flags: int) -> int:
+    """Return the length of the palette that the flags of a GIF or of one of its frames announce."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _after_blocks(content: bytes, start: int) -> int:
-    """Return where a chain of length-prefixed blocks ends."""
+def after_gif_blocks(content: bytes, start: int) -> int:
+    """Return where a GIF's chain of length-prefixed blocks ends."""
     while length := content[start]:
         start += 1 + length
     return start + 1
