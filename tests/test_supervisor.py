@@ -5,7 +5,10 @@ suspects, and no real clock.
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
+import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -45,6 +48,7 @@ from tests.test_admission import job, picture
 from tests.virtual_time import START, settle, virtual_time
 
 STALL_S, START_S = 8.0, 60.0
+PATIENCE_S = 60
 
 
 class PlayedProcess:
@@ -495,3 +499,102 @@ async def test_a_process_that_the_system_refuses_leaves_no_pipe_open(
     with pytest.raises(OSError, match="no process"):
         process.start()
     assert [end.closed for end in ends] == [True, True]
+
+
+# ── the process ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Child:
+    """A child process whose end of the pipe is closed as it starts.
+
+    returncode: None if it does not exit before it is killed. says: bytes that it sends as a
+    message.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, returncode: int | None, says: bytes = b""
+    ) -> None:
+        self.returncode, self.says = returncode, says
+        self.stdin = io.BytesIO()
+        self.waits: list[float | None] = []
+        self.ends: tuple[Connection, Connection] = Pipe()
+        monkeypatch.setattr("server.engine.supervisor.Pipe", lambda: self.ends)
+        monkeypatch.setattr("server.engine.supervisor.subprocess.Popen", self.start)
+        monkeypatch.setattr("server.engine.supervisor.worker_environment", dict)
+
+    def start(self, *_: object, **__: object) -> Child:
+        if self.says:
+            self.ends[1].send_bytes(self.says)
+        return self
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.waits.append(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("worker", timeout or 0)
+        return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -9
+
+
+async def exit_code(process: WorkerProcess) -> int | None:
+    async with asyncio.timeout(PATIENCE_S):
+        return await process.exited
+
+
+async def test_what_a_process_held_is_closed_when_it_has_exited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child = Child(monkeypatch, returncode=3)
+    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
+    process.start()
+    assert await exit_code(process) == 3
+    assert child.waits == [EXIT_GRACE_S]
+    assert child.stdin.closed
+    assert [end.closed for end in child.ends] == [True, True]
+
+
+async def test_a_process_that_closes_its_pipe_and_does_not_exit_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child = Child(monkeypatch, returncode=None)
+    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
+    process.start()
+    assert await exit_code(process) == -9
+    assert child.waits == [EXIT_GRACE_S, None]
+
+
+async def test_a_process_that_sends_what_is_no_message_is_killed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = Child(monkeypatch, returncode=None, says=b"no message")
+    received: list[FromWorker] = []
+    process = WorkerProcess(fake_worker.main, Settings(), received.append)
+    process.start()
+    assert await exit_code(process) == -9
+    assert child.waits == [EXIT_GRACE_S], "it was killed before"
+    assert received == []
+    assert "worker killed: unreadable message" in [record.msg for record in caplog.records]
+
+
+async def test_the_pipe_is_closed_only_when_no_message_is_being_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sending, go_on, closed = threading.Event(), threading.Event(), list[bool]()
+
+    def send(connection: Connection, _: object) -> None:
+        sending.set()
+        assert go_on.wait(PATIENCE_S)
+        closed.append(connection.closed)
+
+    Child(monkeypatch, returncode=0)
+    monkeypatch.setattr("server.engine.supervisor.send_message", send)
+    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
+    process.send(Cancel("a"))
+    process.start()
+    assert await asyncio.to_thread(sending.wait, PATIENCE_S)
+    # It has exited already, so this would be enough time to close the pipe.
+    await asyncio.wait([process.exited], timeout=0.1)
+    go_on.set()
+    assert await exit_code(process) == 0
+    assert closed == [False]

@@ -276,6 +276,19 @@ def test_an_idle_worker_still_beats(far):
     assert (beat.steps, beat.rows_running, beat.rows_waiting) == ((), 0, 0)
 
 
+def test_a_worker_at_work_waits_with_its_beat_and_an_idle_one_beats_at_once(far, monkeypatch):
+    monkeypatch.setattr(worker, "_HEARTBEAT_S", math.inf)
+    far.send(job("a"))
+    while not isinstance(
+        message := far.receive(lambda m: isinstance(m, Heartbeat | Finished)), Finished
+    ):
+        assert isinstance(message, Heartbeat)
+        assert message.steps == (), "it was idle before the job"
+    beat = far.receive(lambda m: isinstance(m, Heartbeat))
+    assert isinstance(beat, Heartbeat)
+    assert len(beat.steps) == SAMPLING.steps
+
+
 def test_beats_say_how_many_steps_begun_jobs_have_left(far, monkeypatch):
     monkeypatch.setattr(worker, "_HEARTBEAT_S", 0.0)
     far.send(job("a", seeds=(0, 1)))
