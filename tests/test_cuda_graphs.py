@@ -16,14 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.config import BundleConfig
 from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
 from model.rows import RegionBranch, Row
-from server.engine.cuda_graphs import Bucket, DecodeGraphs, PriorGraphs, StepGraphs, step_buckets
+from server.engine.cuda_graphs import (
+    Bucket,
+    DecodeGraphs,
+    GraphShapes,
+    PriorGraphs,
+    StepGraphs,
+    row_counts,
+    step_buckets,
+    use_cuda_graphs,
+)
 from server.engine.messages import Count
 from server.engine.runner import Runner
 from server.settings import Settings
-from tests.conftest import micro_config
+from tests.conftest import micro_config, micro_preset_config, micro_v1_config
 from tests.test_pipeline import PLAIN, PROMPTS, SAMPLERS, UNGUIDED, agreement, row, run
 
 GRID = (8, 8)
@@ -228,17 +238,26 @@ def test_everything_is_recorded_before_the_first_step_and_nothing_after_it(pipel
     assert graphs.counters["graph_replays", ""] == 12  # six steps and six draws
 
 
-def test_the_largest_graph_is_recorded_first(pipeline):
-    seen = []
-    buckets = [Bucket(GRID, rows, 2, 80) for rows in (1, 4, 2)]
+def test_the_largest_graph_is_recorded_first(pipeline, monkeypatch):
+    buckets = [Bucket(GRID, rows, 2, length) for length in LENGTHS for rows in (1, 4, 2)]
+    graphs = StepGraphs(pipeline, buckets, rerun, Counter())
+    shapes, features = list[tuple[int, int]](), graphs.denoiser.features
 
-    def record(function: Callable[[], Tensor]) -> Rerun:
-        recording = rerun(function)
-        seen.append(len(recording.output))
-        return recording
+    def seen(tokens: Tensor, times: Tensor, condition: Condition, row_of: Tensor) -> Tensor:
+        shapes.append((len(tokens), condition.length))
+        return features(tokens, times, condition, row_of)
 
-    StepGraphs(pipeline, buckets, record, Counter()).capture_all()
-    assert seen[:3] == [4, 2, 1]
+    monkeypatch.setattr(graphs.denoiser, "features", seen)
+    graphs.capture_all()
+    assert shapes == [(4, 80), (4, 16), (2, 80), (2, 16), (1, 80), (1, 16)]
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])],
+)
+def test_numbers_of_rows_are_powers_of_two_and_the_most(most, counts):
+    assert row_counts(most) == counts
 
 
 def test_every_row_count_up_to_the_most_has_a_bucket_and_every_length_that_a_text_can_have():
@@ -248,6 +267,29 @@ def test_every_row_count_up_to_the_most_has_a_bucket_and_every_length_that_a_tex
     assert {b.grid for b in made} == {(8, 16)}
     assert {b.branches_per_row for b in made} == {1, 2}
     assert max(b.length for b in made) == config.byt5.max_bytes + 2 * config.denoiser.clip_seq_len
+
+
+def test_lengths_are_the_scheduler_s_classes_up_to_the_longest_text_and_one_for_v1():
+    config = micro_config()
+    longer = replace(config, byt5=replace(config.byt5, max_bytes=300))
+    beside = 2 * config.denoiser.clip_seq_len
+
+    def lengths(config: BundleConfig) -> list[int]:
+        return sorted({b.length for b in step_buckets(config, 2, [config.native_size])})
+
+    assert lengths(longer) == [96 + beside, 256 + beside, 300 + beside]
+    assert lengths(micro_v1_config()) == [1]
+
+
+def test_a_server_s_shapes_are_of_its_sizes_rows_and_decodes_for_every_denoiser():
+    config = micro_preset_config()
+    shapes = GraphShapes.for_server(config, [(64, 32), (32, 32)], max_rows=5, decode_rows=3)
+    assert shapes.grids == [(8, 16), (8, 8)]
+    assert (shapes.decode_rows, shapes.prior_rows) == ([1, 2, 3], [1, 2, 4, 5])
+    assert list(shapes.further) == ["denoiser-fast"]
+    for buckets in (shapes.buckets, shapes.further["denoiser-fast"]):
+        assert {b.rows for b in buckets} == {1, 2, 4, 5}
+        assert {b.grid for b in buckets} == {(8, 16), (8, 8)}
 
 
 def test_what_the_buckets_promise_is_what_the_longest_prompt_needs(pipeline):
@@ -382,6 +424,31 @@ def test_rows_of_v1_with_regions_are_computed_eagerly_beside_others(v1, v1_graph
     ):
         assert agreement(replayed, expected) >= 0.99
     assert v1_graphs.counters["graph_eager_steps", ""] == PLAIN.steps
+
+
+def test_graphs_of_v1_are_of_its_steps_and_beside_them_of_its_images(v1):
+    pipeline, eager = Pipeline.of(v1.bundle), Pipeline.of(v1.bundle)
+    recorded, counters = list[int](), Counter[Count]()
+
+    def new_recorder() -> Callable[[Callable[[], Tensor]], Rerun]:
+        number = len(recorded)
+        recorded.append(0)
+
+        def record(function: Callable[[], Tensor]) -> Rerun:
+            recorded[number] += 1
+            return rerun(function)
+
+        return record
+
+    shapes = GraphShapes.for_server(v1.config, [v1.config.native_size], 1, 1)
+    use_cuda_graphs(pipeline, shapes, new_recorder, counters)
+    # Steps of one branch and of two, and draws of three samplers.
+    assert recorded == [2 + 3, 1]
+    tokens = pipeline.generate_tokens(["red apple"], [7], V1)
+    assert agreement(tokens, eager.generate_tokens(["red apple"], [7], V1)) >= 0.99
+    assert (pipeline.decode(tokens).int() - eager.decode(tokens).int()).abs().max() <= 1
+    assert counters["graph_replays", ""] == 2 * V1.steps + 1
+    assert not counters["graph_eager_steps", ""]
 
 
 def test_what_cannot_be_recorded_is_computed_eagerly(pipeline):

@@ -280,6 +280,19 @@ def test_requests_before_the_first_answer_are_bounded(fake_settings: Configure) 
         assert connection.recv(1) == b""
 
 
+def test_a_malformed_body_is_answered_if_nobody_can_take_that_for_an_earlier_answer(
+    fake_settings: Configure,
+) -> None:
+    malformed = chunked()[:-3] + b"no size\r\n\r\n"
+    held = b'{"prompt": "hold"}'
+    earlier = b"POST /generate HTTP/1.1\r\n" + JSON_HEAD + b"Content-Length: 18\r\n\r\n" + held
+    with served(fake_settings()) as client:
+        port = client.base_url.port or 0
+        answer = all_answered(port, malformed)
+        assert (status_of(answer), error_of(answer)) == (400, "malformed_request")
+        assert all_answered(port, earlier + malformed) == b""
+
+
 # ── idle connections ──────────────────────────────────────────────────────────────────────────────
 
 

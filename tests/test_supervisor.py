@@ -7,13 +7,16 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any, Never
 
 import pytest
@@ -31,8 +34,10 @@ from server.engine.messages import (
     ProcessStats,
     Ready,
     Running,
+    Stop,
     Timings,
     ToWorker,
+    receive_message,
 )
 from server.engine.supervisor import (
     EXIT_GRACE_S,
@@ -328,6 +333,29 @@ async def test_a_worker_that_loads_for_too_long_is_killed_and_the_next_has_as_lo
 
 
 @virtual_time
+@pytest.mark.parametrize(
+    ("ready", "event", "reason"),
+    [
+        (True, "worker stalled", "the worker has not answered for 8 s"),
+        (False, "worker start timed out", "the worker was not ready after 60 s"),
+    ],
+)
+async def test_a_worker_that_takes_long_to_end_is_killed_again_and_logged_once(
+    caplog: pytest.LogCaptureFixture, ready: bool, event: str, reason: str
+) -> None:
+    async with supervised(ready) as (_, s):
+        kills: list[PlayedProcess] = []
+        s.now.kill = lambda: kills.append(s.now)  # type: ignore[method-assign]
+        await asyncio.sleep(START_S + 2 * STALL_S)
+        assert len(kills) > 1
+        lines = [record for record in caplog.records if record.msg == event]
+        assert [line.__dict__["fields"] for line in lines] == [{"reason": reason}]
+        s.now.exit(-9)
+        await settle()
+        assert s.listener.losses[0][0] == f"{reason} and was killed"
+
+
+@virtual_time
 async def test_a_worker_is_not_blamed_for_the_time_in_which_the_api_process_stood_still() -> None:
     async with supervised() as (_, s):
         loop = asyncio.get_running_loop()
@@ -505,26 +533,31 @@ async def test_a_process_that_the_system_refuses_leaves_no_pipe_open(
 
 
 class Child:
-    """A child process whose end of the pipe is closed as it starts.
+    """A child process, played by the test.
 
-    returncode: None if it does not exit before it is killed. says: bytes that it sends as a
-    message.
+    end: its end of the pipe. returncode: None while it runs. waits: how long others waited for its
+    exit. at_exit: what was to be done, and what was no longer to be done, at the interpreter's
+    exit.
     """
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, returncode: int | None, says: bytes = b""
-    ) -> None:
-        self.returncode, self.says = returncode, says
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.returncode: int | None = None
         self.stdin = io.BytesIO()
         self.waits: list[float | None] = []
         self.ends: tuple[Connection, Connection] = Pipe()
-        monkeypatch.setattr("server.engine.supervisor.Pipe", lambda: self.ends)
-        monkeypatch.setattr("server.engine.supervisor.subprocess.Popen", self.start)
-        monkeypatch.setattr("server.engine.supervisor.worker_environment", dict)
+        self.at_exit: list[tuple[str, object]] = []
+        replaced = {
+            "Pipe": lambda: self.ends,
+            "subprocess.Popen": self.start,
+            "worker_environment": dict,
+            "atexit.register": lambda function: self.at_exit.append(("do", function)),
+            "atexit.unregister": lambda function: self.at_exit.append(("do not", function)),
+        }
+        for name, function in replaced.items():
+            monkeypatch.setattr(f"server.engine.supervisor.{name}", function)
 
     def start(self, *_: object, **__: object) -> Child:
-        if self.says:
-            self.ends[1].send_bytes(self.says)
+        self.end = Connection(os.dup(self.ends[1].fileno()))
         return self
 
     def wait(self, timeout: float | None = None) -> int:
@@ -533,8 +566,21 @@ class Child:
             raise subprocess.TimeoutExpired("worker", timeout or 0)
         return self.returncode
 
+    def exit(self, code: int) -> None:
+        self.returncode = code
+        self.end.close()
+
     def kill(self) -> None:
-        self.returncode = -9
+        self.exit(-9)
+
+
+def started(
+    monkeypatch: pytest.MonkeyPatch, main: WorkerMain = fake_worker.main
+) -> tuple[WorkerProcess, Child]:
+    child = Child(monkeypatch)
+    process = WorkerProcess(main, Settings(), lambda _: None)
+    process.start()
+    return process, child
 
 
 async def exit_code(process: WorkerProcess) -> int | None:
@@ -545,21 +591,21 @@ async def exit_code(process: WorkerProcess) -> int | None:
 async def test_what_a_process_held_is_closed_when_it_has_exited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    child = Child(monkeypatch, returncode=3)
-    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
-    process.start()
+    process, child = started(monkeypatch)
+    child.exit(3)
     assert await exit_code(process) == 3
     assert child.waits == [EXIT_GRACE_S]
     assert child.stdin.closed
     assert [end.closed for end in child.ends] == [True, True]
+    # A server that ends without having stopped its worker kills it.
+    assert child.at_exit == [("do", process.kill), ("do not", process.kill)]
 
 
 async def test_a_process_that_closes_its_pipe_and_does_not_exit_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    child = Child(monkeypatch, returncode=None)
-    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
-    process.start()
+    process, child = started(monkeypatch)
+    child.end.close()
     assert await exit_code(process) == -9
     assert child.waits == [EXIT_GRACE_S, None]
 
@@ -567,14 +613,33 @@ async def test_a_process_that_closes_its_pipe_and_does_not_exit_is_killed(
 async def test_a_process_that_sends_what_is_no_message_is_killed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    child = Child(monkeypatch, returncode=None, says=b"no message")
-    received: list[FromWorker] = []
-    process = WorkerProcess(fake_worker.main, Settings(), received.append)
-    process.start()
+    process, child = started(monkeypatch)
+    child.end.send_bytes(b"no message")
     assert await exit_code(process) == -9
     assert child.waits == [EXIT_GRACE_S], "it was killed before"
-    assert received == []
     assert "worker killed: unreadable message" in [record.msg for record in caplog.records]
+
+
+async def test_a_process_that_stops_as_it_is_asked_to_is_not_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process, child = started(monkeypatch)
+    module, name, _ = child.end.recv()
+    assert (module, name) == ("tests.fake_worker", "main")
+    stopping = asyncio.create_task(process.stop(2 * PATIENCE_S))
+    assert await asyncio.to_thread(child.end.poll, PATIENCE_S)
+    assert receive_message(child.end) == Stop()
+    child.exit(0)
+    async with asyncio.timeout(PATIENCE_S):
+        await stopping
+    assert process.exited.result() == 0
+
+
+async def test_a_process_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, _ = started(monkeypatch)
+    async with asyncio.timeout(PATIENCE_S):
+        await process.stop(0.01)
+    assert process.exited.result() == -9
 
 
 async def test_the_pipe_is_closed_only_when_no_message_is_being_sent(
@@ -587,14 +652,34 @@ async def test_the_pipe_is_closed_only_when_no_message_is_being_sent(
         assert go_on.wait(PATIENCE_S)
         closed.append(connection.closed)
 
-    Child(monkeypatch, returncode=0)
     monkeypatch.setattr("server.engine.supervisor.send_message", send)
-    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
+    process, child = started(monkeypatch)
     process.send(Cancel("a"))
-    process.start()
     assert await asyncio.to_thread(sending.wait, PATIENCE_S)
-    # It has exited already, so this would be enough time to close the pipe.
+    child.exit(0)
+    # Enough to close the pipe, if nothing kept it open.
     await asyncio.wait([process.exited], timeout=0.1)
     go_on.set()
     assert await exit_code(process) == 0
     assert closed == [False]
+
+
+async def test_a_worker_s_main_function_must_have_a_name_in_a_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def main(connection: Connection, settings: Settings) -> None:
+        """Never called."""
+
+    with pytest.raises(ValueError, match="must be importable"):
+        WorkerProcess(main, Settings(), lambda _: None)
+    main.__module__, main.__qualname__ = "__main__", "main"
+    file = SimpleNamespace(__spec__=None)
+    monkeypatch.setitem(sys.modules, "__main__", file)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be importable"):
+        WorkerProcess(main, Settings(), lambda _: None)
+    # As `python -m tests.fake_worker` has it.
+    file.__spec__ = SimpleNamespace(name="tests.fake_worker")
+    process, child = started(monkeypatch, main)
+    assert child.end.recv()[:2] == ("tests.fake_worker", "main")
+    child.exit(0)
+    assert await exit_code(process) == 0

@@ -279,6 +279,18 @@ def test_a_drawn_image_is_drawn_again_from_what_it_looked_like(far: Far) -> None
     assert far.runner.rows == {}
 
 
+def test_a_drawn_image_is_scaled_once_for_all_of_its_tiles(far: Far, monkeypatch) -> None:  # noqa: F811
+    scaled = list[tuple[int, ...]]()
+    monkeypatch.setattr(
+        worker,
+        "lanczos",
+        lambda pixels, *sizes: scaled.append(pixels.shape) or lanczos(pixels, *sizes),
+    )
+    far.send(twice("a", seeds=(7, 8)))
+    assert isinstance(far.answer("a"), Finished)
+    assert scaled == [(32, 32, 3)] * 2
+
+
 def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(far: Far) -> None:  # noqa: F811
     far.send(twice("many", seeds=(7, 8)))
     far.send(twice("one", seeds=(8,)))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from server.engine import worker
 from server.engine.messages import (
     Cancel,
     Count,
+    Drawn,
     Dropped,
     Failed,
     Finished,
@@ -35,11 +37,12 @@ from server.engine.messages import (
     Running,
     Step,
     Stop,
+    Timings,
     ToWorker,
     receive_message,
     send_message,
 )
-from server.engine.runner import Runner
+from server.engine.runner import Runner, Stopwatch
 from server.engine.worker import Worker
 from tests.test_decode_queue import LateMark
 
@@ -160,6 +163,46 @@ def test_stages_are_timed_and_add_up_to_no_more_than_the_wait(far):
     assert sum(stages) <= time.perf_counter() - began
 
 
+def test_a_job_s_seconds_are_those_of_its_stages_and_of_its_wait_for_a_slot(far, monkeypatch):
+    """As if rows started in 3 s, stepped in 10 s and were decoded in 100 s."""
+    clock = SimpleNamespace(now=1000.0)
+    start, step, decode = far.runner.start, far.runner.step, far.runner.decode
+
+    def started(parts, watch):
+        truncated = start(parts, Stopwatch())
+        clock.now += 3
+        watch.count("encode", 1.0)
+        watch.count("prior", 2.0)
+        return truncated
+
+    def stepped(model, rows):
+        clock.now += 10
+        return step(model, rows)
+
+    def decoded(model, rows):
+        clock.now += 100
+        return decode(model, rows)
+
+    for name, function in (("start", started), ("step", stepped), ("decode", decoded)):
+        monkeypatch.setattr(far.runner, name, function)
+    ticking = SimpleNamespace(
+        perf_counter=lambda: clock.now, monotonic=time.monotonic, process_time=time.process_time
+    )
+    monkeypatch.setattr(worker, "time", ticking)
+    gate, two = Gate(far, monkeypatch), replace(SAMPLING, steps=2, renoise_steps=1)
+    far.send(job("first", seeds=(0, 1, 2, 3), sampling=two))
+    gate.wait()
+    # It arrives after the first one's first step, and waits for its slots.
+    far.send(job("second", sampling=two, traceparent="00-1-2-01"))
+    gate.opened.set()
+    first, second = far.answer("first"), far.answer("second")
+    assert isinstance(first, Finished)
+    assert isinstance(second, Finished)
+    assert first.timings == Timings(queue=0, encode=1, prior=2, denoise=2 * 10, decode=100)
+    assert second.timings == replace(first.timings, queue=10 + 100)
+    assert second.step_seconds == (3 + 10, 3 + 2 * 10)
+
+
 def test_a_traced_job_s_answer_tells_when_each_step_ended(far):
     far.send(job("a", seeds=(3, 4), traceparent="00-1-2-01"))
     answer = far.answer("a")
@@ -190,6 +233,23 @@ def test_more_rows_than_slots_are_all_drawn(far):
     answer = far.answer("many")
     assert isinstance(answer, Finished)
     assert sorted(image.index for image in answer.images) == list(range(9))
+
+
+def test_images_of_an_early_job_are_sent_as_they_are_done_and_again_with_its_answer(far):
+    def said() -> tuple[list[FromWorker], Finished]:
+        messages = list[FromWorker]()
+        while not isinstance(
+            message := far.receive(lambda m: not isinstance(m, Running | Heartbeat)), Finished
+        ):
+            messages.append(message)
+        return messages, message
+
+    far.send(job("plain", seeds=(0, 1)))
+    assert said()[0] == []
+    far.send(job("early", "the red apple " * 20, seeds=tuple(range(6)), early=True))
+    drawn, answer = said()
+    assert drawn == [Drawn("early", image, ("byt5", "clip")) for image in answer.images]
+    assert sorted(image.index for image in answer.images) == list(range(6))
 
 
 def test_a_seed_s_picture_is_the_same_in_company(far):
