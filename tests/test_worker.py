@@ -7,6 +7,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,17 +16,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from load_tests.processes import resident_mib
 from model.config import SamplingConfig
 from server.engine import worker
 from server.engine.messages import (
     Cancel,
     Count,
+    Crashed,
     Drawn,
     Dropped,
     Failed,
@@ -672,3 +677,61 @@ def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
     near.close()
+
+
+@pytest.mark.parametrize(("stall_s", "idle_s"), [(2.0, 0.5), (4.0, 1.0), (60.0, 1.0)])
+def test_an_idle_worker_beats_every_second_and_several_times_within_the_stall_timeout(
+    runner, random_settings, monkeypatch, stall_s, idle_s
+):
+    near, connection = Pipe()
+    waits, poll = list[float](), near.poll
+    monkeypatch.setattr(near, "poll", lambda timeout: waits.append(timeout) or poll(timeout))
+    for stage in ("warm_up", "choose_threads"):
+        monkeypatch.setattr(runner, stage, lambda: None)
+    changes = {"threads": torch.get_num_threads(), "stall_timeout_s": stall_s}
+    send_message(connection, Stop())
+    worker.main(near, random_settings.model_copy(update=changes), lambda _: runner)
+    assert receive_message(connection) == Ready("cpu", "float32")
+    assert waits == [idle_s]
+    near.close()
+    connection.close()
+
+
+def test_a_failed_device_is_told_and_ends_the_process_whether_anybody_listens_or_not(
+    random_settings, monkeypatch
+):
+    def lost(_):
+        raise torch.AcceleratorError("CUDA error: lost")
+
+    codes = list[int]()
+    monkeypatch.setattr("server.engine.worker.os._exit", codes.append)
+    settings = random_settings.model_copy(update={"threads": torch.get_num_threads()})
+    near, connection = Pipe()
+    worker.main(near, settings, lost)
+    assert receive_message(connection) == Crashed(
+        "the device failed: AcceleratorError: CUDA error: lost", lasting=False
+    )
+    connection.close()
+    worker.main(near, settings, lost)
+    assert codes == [70, 70]
+    near.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_s_memory_threads_and_time_are_those_of_its_process(monkeypatch):
+    began = time.process_time()
+    stats = worker.process_stats(torch.device("cpu"))
+    assert began <= stats.cpu_seconds <= time.process_time()
+    assert (stats.threads, stats.device_bytes) == (torch.get_num_threads(), {})
+    now, most = (resident_mib(os.getpid(), peak=peak) for peak in (False, True))
+    assert stats.resident_bytes / 2**20 == pytest.approx(now, rel=0.1)
+
+    def resident(platform: str) -> int:
+        with monkeypatch.context() as patched:
+            patched.setattr(worker, "_STATM", Path("/nowhere"))
+            patched.setattr("server.engine.worker.sys.platform", platform)
+            return worker.process_stats(torch.device("cpu")).resident_bytes
+
+    # Without /proc it is the most that it ever was, which macOS tells in bytes, others in KiB.
+    assert resident("freebsd14") / 2**20 >= 0.9 * most
+    assert resident("freebsd14") == pytest.approx(1024 * resident("darwin"), rel=0.1)
