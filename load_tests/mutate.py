@@ -196,6 +196,7 @@ RELATED_TESTS = {
         "test_upscale",
     ),
     "server/environment.py": ("test_settings",),
+    "server/http_protocol.py": ("test_http_protocol", "test_auth"),
     "server/metrics.py": ("test_admission", "test_client"),
     "server/settings.py": ("test_environment", "test_auth", "test_docker"),
     "server/uvicorn_server.py": ("test_http_protocol", "test_auth"),

@@ -24,6 +24,7 @@ import pytest
 from load_tests.misbehaving import is_whole
 from load_tests.processes import resident_mib
 from load_tests.serving import free_port, wait_until_ready
+from server.api.access import MAX_URL_BYTES
 from server.http_protocol import (
     LOGGED_EVERY_S,
     MAX_HEADERS,
@@ -134,6 +135,17 @@ def test_short_trailers_are_ignored(fake_settings: Configure) -> None:
     with served(fake_settings()) as client:
         request = chunked(b"Connection: close\r\n") + b"Digest: abc\r\n\r\n"
         assert status_of(all_answered(client.base_url.port or 0, request)) == 200
+
+
+def test_names_and_values_of_trailers_are_bounded(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client:
+        port = client.base_url.port or 0
+        request = (
+            chunked(b"Connection: close\r\n") + b"a: b\r\nc: " + b"d" * (MAX_TRAILER_BYTES - 3)
+        )
+        assert status_of(all_answered(port, request + b"\r\n\r\n")) == 200
+        more = all_answered(port, request + b"d\r\n\r\n")
+        assert (status_of(more), error_of(more)) == (400, "malformed_request")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +260,15 @@ def test_headers_are_bounded_in_number_as_each_takes_memory(fake_settings: Confi
     assert (status_of(more), error_of(more)) == (431, "headers_too_large")
 
 
+def test_a_url_is_bounded_in_bytes_with_its_query(fake_settings: Configure) -> None:
+    head = b"GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    url = b"/healthz?" + b"a" * (MAX_URL_BYTES - 9)
+    with listening(fake_settings()) as (port,):
+        assert status_of(all_answered(port, head % url)) == 200
+        longer = all_answered(port, head % (url + b"a"))
+    assert (status_of(longer), error_of(longer)) == (414, "url_too_long")
+
+
 def test_http_1_0_needs_no_host(fake_settings: Configure) -> None:
     with listening(fake_settings()) as (port,):
         assert status_of(all_answered(port, b"GET /healthz HTTP/1.0\r\n\r\n")) == 200
@@ -276,7 +297,7 @@ def test_requests_before_the_first_answer_are_bounded(fake_settings: Configure) 
         with pytest.raises(TimeoutError):
             connection.recv(1)
         connection.settimeout(20)
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connection.recv(1) == b""
 
 
