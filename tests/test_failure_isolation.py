@@ -61,6 +61,19 @@ def test_after_an_error_each_job_runs_alone_in_order_and_one_fails(
     assert "secret" not in failures[0].message
 
 
+@pytest.mark.parametrize(
+    ("error", "times"), [(RuntimeError(), 0), (MemoryError(), 2), (torch.OutOfMemoryError(), 2)]
+)
+def test_free_memory_is_given_back_each_time_that_there_was_too_little(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, times: int
+) -> None:
+    given_back = list[None]()
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: given_back.append(None))
+    # The stage of all jobs, then the one job's.
+    run(ROWS, failing(error))
+    assert len(given_back) == times
+
+
 def test_a_failed_device_is_nobody_s_failure() -> None:
     with pytest.raises(torch.AcceleratorError):
         run(ROWS, failing(torch.AcceleratorError("CUDA error")))

@@ -4,6 +4,7 @@ how long each is kept.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -20,21 +21,26 @@ from typing import IO, Any
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from load_tests.misbehaving import is_whole
 from load_tests.processes import resident_mib
 from load_tests.serving import free_port, wait_until_ready
 from server.api.access import MAX_URL_BYTES
 from server.http_protocol import (
+    CLOSE_TIMEOUT_S,
     LOGGED_EVERY_S,
     MAX_HEADERS,
     MAX_PIPELINED,
     MAX_TRAILER_BYTES,
+    BoundedProtocol,
     Connections,
 )
 from server.settings import Settings
 from tests.conftest import wait_until
 from tests.test_auth import KEY, all_answered, listening, said, served
+from tests.virtual_time import START, virtual_time
 
 Configure = Callable[..., Settings]
 PATIENCE_S = 60
@@ -342,6 +348,113 @@ def test_a_head_after_an_answer_has_the_timeout_of_heads(fake_settings: Configur
         assert status_of(one_answer(connection)) == 200
         connection.sendall(b"\r\n")
         assert connection.recv(1000) == b""
+
+
+# ── timers ────────────────────────────────────────────────────────────────────────────────────────
+
+HEAD_S, IDLE_S, ANSWER_S = 30.0, 75.0, 10.0
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
+
+
+class Transport:
+    """Of a client that takes nothing of what is left when its connection closes."""
+
+    closed_at: float | None = None
+    aborted_at: float | None = None
+
+    def get_extra_info(self, name: str) -> None:
+        """No socket, and no addresses."""
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self.closed_at is not None
+
+    def close(self) -> None:
+        if self.closed_at is None:
+            self.closed_at = time.monotonic() - START
+
+    def abort(self) -> None:
+        self.aborted_at = time.monotonic() - START
+
+    def ended(self) -> tuple[float | None, float | None]:
+        """When it was closed, and when aborted."""
+        return self.closed_at, self.aborted_at
+
+
+def connected(transport: Transport, answer_s: float = 0.0) -> BoundedProtocol:
+    """A new connection, whose requests are answered after some seconds."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(answer_s)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    class Protocol(BoundedProtocol):
+        all = Connections(10, exempt_port=None, on_refused=lambda: None)
+        head_timeout_s = HEAD_S
+
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        proxy_headers=False,
+        log_config=None,
+        timeout_keep_alive=int(IDLE_S),
+    )
+    protocol = Protocol(config, ServerState(), {})
+    protocol.connection_made(transport)  # type: ignore[arg-type]
+    return protocol
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    ("sent", "closed_at"),
+    [
+        (b"", HEAD_S),
+        (GET, HEAD_S),
+        (GET + b"\r\n", ANSWER_S + IDLE_S),
+        (GET + b"Connection: close\r\n\r\n", ANSWER_S),
+    ],
+)
+async def test_a_connection_is_closed_in_time_and_aborted_if_its_client_takes_nothing(
+    sent: bytes, closed_at: float
+) -> None:
+    transport = Transport()
+    protocol = connected(transport, ANSWER_S)
+    if sent:
+        protocol.data_received(sent)
+    await asyncio.sleep(1000)
+    assert transport.ended() == pytest.approx((closed_at, closed_at + CLOSE_TIMEOUT_S))
+
+
+@virtual_time
+@pytest.mark.parametrize(("sent", "closed_at"), [(b"", 0.0), (GET + b"\r\n", ANSWER_S)])
+async def test_a_stopping_server_closes_a_connection_at_once_or_after_its_answer(
+    sent: bytes, closed_at: float
+) -> None:
+    transport = Transport()
+    protocol = connected(transport, ANSWER_S)
+    if sent:
+        protocol.data_received(sent)
+    protocol.shutdown()
+    await asyncio.sleep(1000)
+    assert transport.ended() == pytest.approx((closed_at, closed_at + CLOSE_TIMEOUT_S))
+
+
+@virtual_time
+async def test_a_connection_that_has_ended_is_not_aborted() -> None:
+    transport = Transport()
+    protocol = connected(transport)
+    protocol.close()
+    protocol.connection_lost(None)
+    await asyncio.sleep(1000)
+    assert transport.ended() == (0.0, None)
 
 
 # ── how many ──────────────────────────────────────────────────────────────────────────────────────

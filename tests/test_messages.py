@@ -23,6 +23,7 @@ from model.tiles import Tiling
 from server.engine.messages import (
     Dropped,
     Finished,
+    Heartbeat,
     Image,
     Preview,
     Timings,
@@ -139,3 +140,12 @@ ENLARGE = Enlarge(Tiling.of((32, 32), (32, 32), 4), (32, 32), 0.5, SAMPLING)
 )
 def test_a_job_counts_the_bytes_of_every_image_mask_and_weight(parts, count):
     assert replace(job("a"), **parts).image_bytes == count
+
+
+def test_what_a_message_does_not_say_is_nothing():
+    plain, beat = job("a"), Heartbeat((), 0, 0)
+    assert Timings() == Timings(queue=0, encode=0, prior=0, denoise=0, decode=0)
+    assert (plain.arrived_at, plain.previews, plain.held_bytes, beat.cache_bytes) == (0, 0, 0, 0)
+    assert not plain.alone
+    assert not plain.early
+    assert plain.step_work == 1
