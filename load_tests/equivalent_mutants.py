@@ -18,6 +18,7 @@ _V3_BUCKETS = "server/engine/cuda_graphs.py:step_buckets: "
 _V3_CONFIG = "isinstance(config, BundleV3Config)"
 _V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
 
+
 EQUIVALENT: dict[str, str] = {
     f"{_STEP_COSTS}any((each is None for each in seconds)) -> all((each is None for each in seconds)) in {_STEP_COSTS_LINE}": (
         "a cost is None if nothing was measured lately, and then all costs are"
@@ -107,6 +108,9 @@ EQUIVALENT: dict[str, str] = {
         "files of the other formats with too many pixels are refused before"
     ),
     "server/api/images/decode.py:_heif: decoder.options.THUMBNAILS = False -> pass": (
+        "the decoder lists thumbnails in an image's info, where nobody reads them"
+    ),
+    "server/api/images/decode.py:_heif: False -> True in decoder.options.THUMBNAILS = False": (
         "the decoder lists thumbnails in an image's info, where nobody reads them"
     ),
     "server/api/images/decode.py:_differs_from_key: 255 -> 256 in "

@@ -69,10 +69,12 @@ RELATED_TESTS = {
         "test_sdapi",
     ),
     "server/api/app.py": (
+        "test_metrics",
         "test_transfer",
         "test_models",
         "test_playground",
         "test_origins",
+        "test_aliases_and_sizes",
         "test_paths",
         "test_tracing",
         "test_auth",

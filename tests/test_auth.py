@@ -127,7 +127,12 @@ def test_what_is_no_key_of_the_list_is_401_as_openai_s_client_expects_it(
         answer.json()["error"].items()
         >= {"code": "invalid_api_key", "type": "invalid_request_error"}.items()
     )
-    assert answer.headers["www-authenticate"].startswith("Bearer ")
+    challenge = answer.headers["www-authenticate"]
+    assert challenge.startswith("Bearer ")
+    # A key that was sent is wrong; none is merely missing (RFC 6750).
+    assert ('error="invalid_token"' in challenge) == bool(header)
+    message = answer.json()["error"]["message"]
+    assert ("unknown" in message, "required" in message) == (bool(header), not header)
     assert rejected(client, "invalid_api_key") == 1
 
 
@@ -434,6 +439,15 @@ def test_a_long_body_is_no_long_head(fake_settings: Configure) -> None:
             assert answer.status_code == 415
 
 
+def test_a_body_that_is_alone_may_be_larger_than_the_budget_of_all(
+    fake_settings: Configure,
+) -> None:
+    client = asking(fake_settings(max_body_bytes=300_000, body_budget_bytes=1))
+    json_type = {"Content-Type": "application/json"}
+    answer = client.post("/generate", content=b" " * 300_000, headers=json_type)
+    assert (answer.status_code, code(answer)) == (400, "malformed_json")
+
+
 # ── ports, proxies, pages ─────────────────────────────────────────────────────────────────────────
 
 
@@ -577,6 +591,22 @@ def test_a_bucket_of_the_latency_names_a_request_that_fell_into_it(
     assert [exemplar.labels for exemplar in exemplars] == (
         [{"request_id": request_id}] if is_exemplar else []
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [({}, True), ({"api_keys": KEY}, False), ({"api_keys": KEY, "operations_port": 9}, True)],
+)
+def test_the_metrics_name_requests_only_where_no_other_client_reads_them(
+    fake_settings: Configure, settings: dict[str, Any], shown: bool
+) -> None:
+    client = asking(fake_settings(**settings))
+    base = f"http://testserver:{settings.get('operations_port', 80)}"
+    client.get(f"{base}/healthz", headers={"X-Request-Id": "a-secret-of-mine"})
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    answer = client.get(f"{base}/metrics", headers=AUTHORIZED | accept)
+    assert answer.status_code == 200
+    assert ("a-secret-of-mine" in answer.text) == shown
 
 
 def test_prometheus_own_text_is_what_others_get(fake_settings: Configure) -> None:

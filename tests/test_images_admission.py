@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from server.api.errors import ApiError
 from server.api.images import admission
-from server.api.images.admission import ImageDecoder, Uploads
+from server.api.images.admission import ImageDecoder, Uploads, image_limits
 from server.api.images.decode import MIB, ImageLimits, decode
 from server.engine import latency_model
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
+from server.settings import Settings
 from tests.conftest import raised
 from tests.hostile import GREY, SIZE, bomb_header, padded, plain_png, png
+from tests.test_images_scaled import encoded
 
 PIXELS = SIZE[0] * SIZE[1]
 FILE = plain_png()
@@ -320,6 +323,44 @@ def test_a_stopped_thread_reads_no_further_file() -> None:
     uploads.stop()
     with pytest.raises(DeadlineExceeded):
         uploads.decode(FILE)
+
+
+def test_files_are_read_up_to_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: 5.0))
+    in_time = Uploads(ImageLimits(), deadline=5.0)
+    assert in_time.stored_size(FILE) == in_time.decode(FILE).size == SIZE
+    late = Uploads(ImageLimits(), deadline=4.999)
+    with pytest.raises(DeadlineExceeded):
+        late.stored_size(FILE)
+    with pytest.raises(DeadlineExceeded):
+        late.decode(FILE)
+
+
+def test_a_mask_too_large_to_be_decoded_whole_is_reduced() -> None:
+    size, scaled = (400, 320), (50, 40)
+    content = encoded(PIL.Image.new("L", size, 255), "JPEG")
+    exactly, smaller = (ImageLimits(max_pixels=400 * 320 - less) for less in (0, 1))
+    for limits, shown in ((exactly, size), (smaller, scaled)):
+        mask = Uploads(limits).mask(content, None, size, scaled=scaled)
+        assert mask.shape == shown[::-1]
+        assert mask.all()
+    with pytest.raises(ApiError) as turned:
+        Uploads(smaller).mask(content, None, size[::-1], scaled=scaled[::-1])
+    assert turned.value.code == "mask_size_mismatch"
+
+
+def test_the_limits_of_files_are_the_settings() -> None:
+    assert image_limits(Settings()) == ImageLimits()
+    settings = Settings(
+        max_image_bytes=1,
+        max_image_pixels=2,
+        max_request_pixels=3,
+        max_jpeg_pixels=4,
+        max_side=600,
+    )
+    assert image_limits(settings) == ImageLimits(1, 2, 3, 4, 600)
+    # References have up to 512 pixels a side, however small the results are.
+    assert image_limits(Settings(max_side=64)).scaled_side == 512
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities")

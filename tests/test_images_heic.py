@@ -16,7 +16,7 @@ from server.api.images import DamagedFileError, UnknownFormatError, bmff
 from server.api.images import decode as decode_module
 from server.api.images.decode import ImageLimits, decode
 from server.api.images.sniff import sniff
-from tests.heic_files import box, hevc_config, single, tiled
+from tests.heic_files import box, full, hevc_config, single, tiled
 from tests.shown_files import P3, saved
 
 FOLDER = Path(__file__).parent / "data" / "heic"
@@ -375,17 +375,79 @@ def test_an_av1_image_has_at_most_eight_frames(kind: int) -> None:
         sniff(single(b"av01", av1_unit(SMALL) + frame * 9, STATED))
 
 
+def meta_of(content: bytes) -> bytes:
+    """What is in the file's box `meta`."""
+    at = content.index(b"meta") - 4
+    return content[at + 8 : at + int.from_bytes(content[at : at + 4])]
+
+
+def with_meta(content: bytes, meta: bytes) -> bytes:
+    """The file with another box `meta`, which is its last one, so that its data stay in place."""
+    return content.replace(b"meta", b"free") + box(b"meta", meta)
+
+
 def test_a_box_may_have_a_size_of_64_bits_or_the_rest_of_the_file() -> None:
     for sequence, allowed in ((SMALL, True), (LARGE, False)):
         content = single(b"av01", av1_unit(sequence), STATED)
-        at = content.index(b"meta") - 4
-        meta = content[at + 8 : at + int.from_bytes(content[at : at + 4])]
-        others = content.replace(b"meta", b"free")
+        meta, others = meta_of(content), content.replace(b"meta", b"free")
         assert_allowed(others + bytes(4) + b"meta" + meta, allowed)
         assert_allowed(others + struct.pack(">I4sQ", 1, b"meta", 16 + len(meta)) + meta, allowed)
         for size in (15, 17 + len(meta)):
             with pytest.raises(DamagedFileError, match="no still image"):
                 sniff(others + struct.pack(">I4sQ", 1, b"meta", size) + meta)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "allowed"),
+    [(5120, 1024, True), (5121, 1024, False), (1024, 5121, False)],
+)
+def test_every_size_that_a_file_states_counts(width: int, height: int, allowed: bool) -> None:
+    another = box(b"ispe", struct.pack(">III", 0, width, height))
+    assert_allowed(single(b"av01", av1_unit(SMALL), STATED, another), allowed)
+
+
+def test_only_some_kinds_of_boxes_may_be_there_twice() -> None:
+    content = single(b"av01", av1_unit(SMALL), STATED)
+    meta = meta_of(content)
+    for name in (b"free", b"uuid"):
+        assert_allowed(with_meta(content, meta + 2 * box(name)), allowed=True)
+    for name in (b"pitm", b"iinf", b"iprp", b"iloc", b"more"):
+        with pytest.raises(DamagedFileError, match="two boxes of a kind"):
+            sniff(with_meta(content, meta + 2 * box(name)))
+
+
+def test_properties_may_be_listed_in_several_boxes() -> None:
+    content = single(b"av01", av1_unit(SMALL), STATED)
+    meta = meta_of(content)
+    start, listed, end = (meta.index(name) - 4 for name in (b"iprp", b"ipma", b"iloc"))
+    kept, owned, none = meta[start + 8 : listed], meta[listed:end], box(b"ipma", bytes(8))
+    for lists in (owned + none, none + owned):
+        several = meta[:start] + box(b"iprp", kept, lists) + meta[end:]
+        assert_allowed(with_meta(content, several), allowed=True)
+
+
+def test_an_image_s_parts_may_overlap_up_to_twice_the_file() -> None:
+    data = av1_unit(SMALL)
+    content = single(b"av01", data, STATED)
+    meta, begin = meta_of(content), len(content) - len(data)
+    start, listed, end = (meta.index(name) - 4 for name in (b"iinf", b"iprp", b"iloc"))
+    kinds = ((1, b"av01"), (2, b"mime"))
+    infos = (
+        full(b"infe", struct.pack(">HH", item, 0), kind, b"\0", version=2) for item, kind in kinds
+    )
+    listed_items = full(b"iinf", b"\0\2", *infos)
+
+    def of(first: int, second: int) -> bytes:
+        """The file with two parts of these lengths, both from its beginning, in metadata."""
+        places = struct.pack(">HH", 0x4400, 2) + struct.pack(">HHHII", 1, 0, 1, begin, len(data))
+        places += struct.pack(">HHHIIII", 2, 0, 2, 0, first, 0, second)
+        parts = meta[:start], listed_items, meta[listed:end], full(b"iloc", places)
+        return with_meta(content, b"".join(parts))
+
+    size = len(of(0, 0))
+    assert_allowed(of(size, size - len(data)), allowed=True)
+    with pytest.raises(DamagedFileError, match="cut off"):
+        sniff(of(size, size - len(data) + 1))
 
 
 TILES = tiled(FILES["444"], FILES["444"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.messages import Heartbeat, ProcessStats, Step
@@ -15,6 +16,8 @@ from server.metrics import (
     WorkerState,
     document,
 )
+from tests.conftest import NAME
+from tests.test_auth import Configure, asking
 
 
 def names(metrics: Metrics) -> set[str]:
@@ -133,6 +136,30 @@ def test_figures_with_known_labels_are_there_before_anything_has_happened() -> N
     )
     assert value("paella_prompt_cache_hits_total", {"what": "prior"}) == 0
     assert value("paella_graph_captures_total", {"after_ready": "true"}) == 0
+
+
+@pytest.mark.parametrize("sdapi", [False, True])
+def test_endpoints_that_draw_and_presets_are_shown_before_their_first_request(
+    fake_settings: Configure, sdapi: bool
+) -> None:
+    text = asking(fake_settings(sdapi=sdapi)).get("/metrics").text
+    samples = [sample for each in text_string_to_metric_families(text) for sample in each.samples]
+    requests = {
+        sample.labels["endpoint"]: sample.value
+        for sample in samples
+        if sample.name == "paella_request_duration_seconds_count"
+    }
+    endpoints = ["generate", "inpaint", "outpaint", "variations", "edit", "upscale", "interpolate"]
+    endpoints += [f"v1/images/{name}" for name in ("generations", "edits", "variations")]
+    if sdapi:
+        endpoints += [f"sdapi/v1/{name}" for name in ("txt2img", "img2img", "extra-single-image")]
+    assert requests == {f"/{endpoint}": 0 for endpoint in endpoints}
+    presets = [
+        (sample.labels, sample.value)
+        for sample in samples
+        if sample.name == "paella_preset_images_total"
+    ]
+    assert presets == [({"model": NAME, "preset": "quality"}, 0)]
 
 
 def test_of_a_worker_that_is_lost_no_figure_of_its_process_is_left() -> None:

@@ -436,6 +436,36 @@ def test_the_stream_of_a_seed_is_pinned():
     assert ends == pytest.approx([0.4382453, 0.45246707, 0.60042232], abs=1e-6)
 
 
+def of_all_streams(seed: int) -> sampling.Noise:
+    return sampling.draw_noise(
+        seed,
+        codes=64,
+        grid=(16, 16),
+        steps=3,
+        prior=(3, 8),
+        renoise_mode="rand",
+        renoise_order="halton",
+    )
+
+
+def test_fresh_tokens_are_a_stream_of_their_own():
+    stream = np.random.Generator(np.random.Philox(42).jumped(1))
+    expected = stream.integers(64, size=(3, 16, 16), dtype=np.int64)
+    noise = of_all_streams(42)
+    assert torch.equal(noise.fresh, torch.from_numpy(expected))
+    plain = draw(42, grid=(16, 16))
+    assert torch.equal(noise.start, plain.start)
+    assert torch.equal(noise.draw, plain.draw)
+
+
+def test_all_64_bits_of_a_seed_count_in_every_stream():
+    noise, unsigned = of_all_streams(-7), of_all_streams(2**64 - 7)
+    for one, twin in ((noise.fresh, unsigned.fresh), (noise.renoise, unsigned.renoise)):
+        assert torch.equal(one, twin)
+    for bit in (7, 31, 40, 62):
+        assert not torch.equal(of_all_streams(-7 ^ (1 << bit)).fresh, noise.fresh)
+
+
 def test_more_steps_begin_with_the_same_randomness():
     few, many = draw(7, steps=3), draw(7, steps=9)
     assert torch.equal(few.start, many.start)
@@ -577,6 +607,13 @@ def test_gumbel_noise_is_added_to_confidence_in_proportion_to_the_share_of_noise
     log_p, gumbel = torch.tensor([[-1.0, -1.5, -2.0, -2.5], [2.0, 1.0, 3.4, 0.0]]).view(2, 1, 2, 2)
     order = sampling.least_confident_first(log_p, (-(-gumbel).exp()).exp(), torch.tensor([share]))
     assert order.flatten().tolist() == [(rank + 0.5) / 4 for rank in ranks]
+
+
+def test_extreme_uniforms_spoil_no_order_of_confidence():
+    log_p = torch.tensor([[[-1.0, 0.0, -1.5]]])
+    uniform = torch.tensor([[[0.0, LARGEST_UNIFORM, 0.5]]])
+    order = sampling.least_confident_first(log_p, uniform, torch.tensor([0.0]))
+    assert (3 * order - 0.5).round().flatten().tolist() == [1, 2, 0]
 
 
 def test_each_row_has_its_own_order_of_confidence():
