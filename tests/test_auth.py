@@ -377,6 +377,34 @@ def test_a_url_may_have_8192_bytes_and_headers_32768(
 
 
 @pytest.mark.parametrize(
+    ("version", "names", "refusal"),
+    [
+        ("1.1", ["host"], None),
+        ("1.1", ["host", "transfer-encoding"], None),
+        ("1.1", [], "invalid_host"),
+        ("1.1", ["host", "host"], "invalid_host"),
+        ("1.0", [], None),
+        ("1.0", ["host"], None),
+        ("1.0", ["host", "host"], "invalid_host"),
+        ("1.0", ["host", "transfer-encoding"], "invalid_transfer_encoding"),
+        ("2", [], None),
+    ],
+)
+def test_a_head_must_not_be_ambiguous(version: str, names: list[str], refusal: str | None) -> None:
+    scope = {
+        "http_version": version,
+        "query_string": b"",
+        "headers": [(name.encode(), b"x") for name in names],
+    }
+    rejected = pytest.raises(ApiError) if refusal else contextlib.nullcontext()
+    with rejected as error:
+        check_head(scope)
+    if error is not None:
+        assert (error.value.status, error.value.code) == (400, refusal)
+        assert error.value.headers == {"Connection": "close"}
+
+
+@pytest.mark.parametrize(
     ("endless", "status"),
     [(b"GET /", 414), (b"GET / HTTP/1.1\r\nX: ", 431), (b"GET / HTTP/1.1\r\n", 431)],
 )

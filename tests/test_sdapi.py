@@ -728,6 +728,9 @@ def test_a_key_may_be_the_password_of_http_basic_here_alone(fake_settings: Confi
     assert client.get(path).headers["www-authenticate"].startswith("Basic ")
     assert status("/v1/models", auth=("anybody", KEY)) == 401
     assert client.get("/v1/models").headers["www-authenticate"].startswith("Bearer ")
+    without = asking(fake_settings(api_keys=KEY)).get(path, auth=("anybody", KEY))
+    assert without.status_code == 401
+    assert without.headers["www-authenticate"].startswith("Bearer ")
 
 
 # ── models and lists ──────────────────────────────────────────────────────────────────────────────
