@@ -103,6 +103,12 @@ EQUIVALENT: dict[str, str] = {
     "def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:": (
         "code points that are cut off are unknown, as 2 and 3 both are"
     ),
+    "server/api/images/decode.py:: 256 -> 257 in GREY_ROWS = 256": (
+        "rows computed at once; the result is the same"
+    ),
+    "server/api/images/decode.py:: 64 -> 65 in FILLER = bytes(range(64))": (
+        "any coded pixels show whether the decoder still waits for some"
+    ),
     "server/api/images/decode.py:_bounded.bounded: 1 -> 2 in "
     'scale = jpeg_scale(stored, size) if file.format == "JPEG" else 1': (
         "files of the other formats with too many pixels are refused before"

@@ -470,6 +470,24 @@ def test_json_may_be_long_but_not_intricate(endpoint: TestClient) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("commas", "status", "code"),
+    [(131_072, 400, "malformed_json"), (131_073, 413, "body_too_large")],
+)
+def test_a_body_may_have_as_many_commas_as_text_of_128_kib(
+    endpoint: TestClient, commas: int, status: int, code: str
+) -> None:
+    answer = raw(endpoint, b"," * commas + b" ", "application/json")
+    refused(answer, status, None, code=code)
+
+
+def test_the_texts_of_a_form_may_have_as_many_commas_together(endpoint: TestClient) -> None:
+    first = part(b"," * 65_536, b"keyframes")
+    for commas, status in ((65_536, 422), (65_537, 413)):
+        answer = raw(endpoint, first + part(b"," * commas, b"keyframes") + b"--b--\r\n")
+        assert answer.status_code == status
+
+
 def test_all_texts_of_a_form_share_one_bound_on_their_structure(endpoint: TestClient) -> None:
     """64 texts of 128 KiB would each pass alone, and take seconds together."""
     text = b"[" + b"[]," * (TEXT_BODY_BYTES // 6) + b"[]]"
@@ -498,6 +516,19 @@ def test_a_list_s_length_is_checked_before_its_entries(
 ) -> None:
     """An entry that is wrong would otherwise be named first."""
     refused(endpoint.post("/", json=fields), 422, param, mention, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "allowed"),
+    [("", True), ("identity", True), (" Identity ", True), ("gzip", False), ("br, gzip", False)],
+)
+def test_a_body_must_not_be_compressed(endpoint: TestClient, encoding: str, allowed: bool) -> None:
+    answer = endpoint.post("/", json={"prompt": "a"}, headers={"Content-Encoding": encoding})
+    if allowed:
+        assert answer.json() == {"prompt": "a"}
+    else:
+        refused(answer, 415, None, "Content-Encoding", "unsupported_content_encoding")
+        assert answer.headers["accept-encoding"] == "identity"
 
 
 @pytest.mark.parametrize(

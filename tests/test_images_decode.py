@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from server.api.errors import ApiError
 from server.api.images import DamagedFileError
@@ -214,6 +214,12 @@ def test_a_file_with_flipped_bytes_is_a_picture_or_an_error_of_ours(
     assert outcome in (200, 413, 422)
 
 
+def test_decoders_start_no_threads_of_their_own() -> None:
+    assert AvifImagePlugin.DEFAULT_MAX_THREADS == 1
+    heif = decode_module._heif()
+    assert heif is None or heif.options.DECODE_THREADS == 1
+
+
 def test_pillows_warnings_are_not_heard() -> None:
     jpeg = encoded("JPEG")
     broken = jpeg[:2] + segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\x02\0\x1a\x01\x05\0") + jpeg[2:]
@@ -260,6 +266,22 @@ def test_luminance_takes_no_notice_of_colours_that_transparency_hides() -> None:
     assert repaint_mask(as_mask([b"\xff\0\xff\xff"], GREY_ALPHA), "luminance", (2, 1)).tolist() == [
         [0, 255]
     ]
+
+
+def test_every_colour_of_every_alpha_is_blended_with_white_to_the_nearest() -> None:
+    colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    rgb = colour[..., None].repeat(3, axis=2)
+    picture = DecodedImage(rgb.astype(np.uint8), alpha.astype(np.uint8), "")
+    exact = (rgb * alpha[..., None] + 255 * (255 - alpha[..., None])) / 255
+    np.testing.assert_array_equal(picture.on_white, exact.round())
+
+
+def test_luminance_is_itu_r_601_to_the_nearest() -> None:
+    # More rows than are computed at once.
+    rgb = np.random.default_rng(0).integers(0, 256, (300, 256, 3), dtype=np.uint8)
+    red, green, blue = np.moveaxis(rgb.astype(int), -1, 0)
+    expected = (299 * red + 587 * green + 114 * blue + 500) // 1000
+    np.testing.assert_array_equal(DecodedImage(rgb, None, "").luminance, expected)
 
 
 def test_an_image_can_be_its_own_mask() -> None:
