@@ -93,6 +93,18 @@ EQUIVALENT: dict[str, str] = {
     "server/api/sdapi_clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
         "a running request's progress is bounded by MOST_PROGRESS"
     ),
+    "server/api/body.py:_reason: 200 -> 201 in return reason(error)[:200]": (
+        "no message of the JSON parser is that long"
+    ),
+    "server/api/images/admission.py:: 10 -> 11 in DECODE_PRIORITY = 10": (
+        "a priority, chosen by taste; the tests replace it"
+    ),
+    "server/api/images/admission.py:_Entry: 0 -> 1 in bytes: int = 0": (
+        "every entry of the queue has its own number before it is in it"
+    ),
+    "server/api/images/admission.py:_Entry: 0 -> 1 in pixels: int = 0": (
+        "every entry of the queue has its own number before it is in it"
+    ),
     "server/api/images/bmff.py:still_image: codecs <= set(CODECS) -> codecs < set(CODECS) in "
     "if len(codecs) != 1 or not codecs <= set(CODECS):": "one codec is never all of them",
     "server/api/images/colour.py:_by_code_points: 0 -> 1 in "

@@ -162,6 +162,11 @@ def test_a_key_is_1_to_255_printable_characters(server: httpx.Client, key: str) 
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_idempotency_key")
 
 
+def test_a_key_that_is_too_long_is_shown_to_80_characters(server: httpx.Client) -> None:
+    message = post(server, "k" * 256, prompt="a ball").json()["error"]["message"]
+    assert f"(sent: '{'k' * 80}')" in message
+
+
 def test_two_keys_in_one_request_are_refused(server: httpx.Client) -> None:
     headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
     answer = server.post("/generate", json={"prompt": "a ball"}, headers=headers)

@@ -224,8 +224,10 @@ async def test_a_deadline_ends_the_wait_for_a_thread(gate: Gate) -> None:
     decoder = ImageDecoder(threads=1)
     first = ask(decoder, "a")
     await gate.until_reached()
-    late = ask(decoder, "b", deadline=time.monotonic() + 0.05)
+    began = time.monotonic()
+    late = ask(decoder, "b", deadline=began + 0.05)
     await raised(late, DeadlineExceeded)
+    assert 0.05 <= time.monotonic() - began < 1
     assert decoder.pixels_unfinished == PIXELS, "its room is free at once"
     gate.open.set()
     await first
@@ -277,6 +279,18 @@ async def test_a_closed_decoder_drains() -> None:
             await raised(ask(decoder, name), Draining)
             await raised(decoder.run_large(list), Draining)
     assert decoder.bytes_unfinished == 0
+
+
+async def test_a_decoder_that_closes_ends_its_image_and_refuses_all_who_wait(gate: Gate) -> None:
+    decoder = ImageDecoder(threads=1)
+    first, second, third = (ask(decoder, name) for name in "abc")
+    await gate.until_reached()
+    await until(lambda: decoder.pixels_unfinished == 3 * PIXELS)
+    decoder.close()
+    gate.open.set()
+    assert await first == ["a0"]
+    for waiting in (second, third):
+        await raised(asyncio.wait_for(waiting, 30), Draining)
 
 
 # ── one request ───────────────────────────────────────────────────────────────────────────────────
@@ -364,14 +378,17 @@ def test_the_limits_of_files_are_the_settings() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities")
-async def test_images_are_decoded_at_a_lower_priority_than_steps() -> None:
+@pytest.mark.parametrize("less", [3, 0, -3])
+async def test_images_are_decoded_at_no_higher_priority_than_steps(
+    monkeypatch: pytest.MonkeyPatch, less: int
+) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    monkeypatch.setattr(admission, "DECODE_PRIORITY", min(own + less, 19))
     decoder = ImageDecoder(threads=1)
 
     def priority(uploads: Uploads) -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    # Beside a worker's thread that wants all of a core, a tenth of it.
-    assert await decoder.run(priority) == max(own, 10)
+    assert await decoder.run(priority) == max(own, min(own + less, 19))
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
     decoder.close()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from server.api.access import Authority
 from server.settings import Settings
-from tests.test_auth import KEY, Configure, all_answered, listening
+from tests.test_auth import KEY, Configure, all_answered, asking, listening
 
 EVIL = "https://evil.example"
 BODY = b'{"prompt": ""}'
@@ -72,6 +72,13 @@ def test_on_loopback_a_name_that_somebody_pointed_here_is_not_answered(
     local: int, host: str, path: str
 ) -> None:
     assert sent(local, path, headers={"Host": host}) == (400, "host_not_allowed")
+
+
+def test_a_name_that_is_not_answered_is_shown_to_80_characters(fake_settings: Configure) -> None:
+    client = asking(fake_settings())
+    answer = client.get("http://127.0.0.1/v1/models", headers={"Host": "x" * 100})
+    assert answer.status_code == 400
+    assert f"(sent: '{'x' * 80}')" in answer.json()["error"]["message"]
 
 
 @pytest.mark.process

@@ -315,8 +315,7 @@ class ImageDecoder:
         Raises:
             Draining: the server is stopping.
         """
-        entry = _Entry(left=True)
-        return await self._images.run(work, entry, self._end)
+        return await self._images.run(work, _Entry(), self._end)
 
     def _admit(self, entry: _Entry, size: int, pixels: int) -> None:
         """Count these bytes and pixels for the entry. Raises QueueFull if others leave no room."""
