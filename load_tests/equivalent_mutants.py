@@ -38,6 +38,10 @@ EQUIVALENT: dict[str, str] = {
     "model/sampling.py:: 64 -> 65 in _BLOCK = 64  # codes whose probabilities are summed at once": (
         "any block size draws the same codes; it changes speed, which no test measures"
     ),
+    "model/sampling.py:: 1.0 -> 2.0 in "
+    "NEVER = -1.0  # a renoising probability below every uniform number": (
+        "any number below 0 is below every uniform number"
+    ),
     "model/sampling.py:: 16 -> 17 in _GRIDS = 16  # whose Halton orders are remembered": (
         "it changes speed and memory, which no test measures"
     ),

@@ -384,6 +384,18 @@ async def test_an_answer_larger_than_the_table_is_for_those_who_wait_alone() -> 
     assert (table.answers.get(("one", "key")), table.answers.bytes) == (None, 0)
 
 
+async def test_a_stream_larger_than_the_table_is_made_again_for_those_who_wait() -> None:
+    table = IdempotencyTable(30, Metrics())
+    record = recorder(table, taken)
+    attempt = record.begin(("one", "key"), b"digest")
+    await record.send(STREAM)
+    for event in (b"event: image\ndata: 1\n\n", b"event: image\ndata: 2\n\n"):
+        await record.send({**BODY, "body": event, "more_body": True})
+    await record.send({**BODY, "body": b"", "more_body": False})
+    assert await attempt.join() is None
+    assert (table.answers.get(("one", "key")), table.answers.bytes) == (None, 0)
+
+
 async def test_the_events_of_a_stream_count_while_it_runs_and_displace_answers() -> None:
     table = IdempotencyTable(idempotency.OVERHEAD_BYTES + 20, Metrics())
     finished = recorder(table, taken)

@@ -237,6 +237,8 @@ def test_the_curve_of_srgb_s_profile_is_srgbs() -> None:
 
 
 def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> None:
+    half = any_png(8, RGB, gamma(0.5) + chromaticities(ADOBE_RGB))
+    assert profile_of(sniff(half)) == matrix_profile(ADOBE_RGB, 2.0)
     both = gamma(0.45455) + chromaticities(ADOBE_RGB)
     for alone in (gamma(0.45455), chromaticities(ADOBE_RGB), gamma(0)):
         np.testing.assert_array_equal(rgb_of(any_png(8, RGB, alone)), COLOURS[..., :3])

@@ -233,6 +233,15 @@ def test_adding_a_constant_to_the_logits_changes_nothing(logits, uniform, consta
     )
 
 
+def test_a_row_that_is_not_a_number_draws_a_code_and_changes_no_other_row():
+    logits, uniform = torch.randn(3, 128), torch.rand(3)
+    expected = sampling.inverse_cdf(logits, uniform)
+    logits[1] = torch.nan
+    drawn = sampling.inverse_cdf(logits, uniform)
+    assert torch.equal(drawn[::2], expected[::2])
+    assert 0 <= drawn[1] < 128
+
+
 def test_half_precision_logits_are_summed_in_single_precision():
     # In fp16 the sum of 8192 equal weights stops growing at 2048.
     drawn = sampling.inverse_cdf(torch.zeros(3, 8192).half(), torch.tensor([0.25, 0.5, 0.75]))
@@ -287,6 +296,10 @@ def test_mass_one_keeps_everything_and_mass_zero_the_most_typical_alone():
     assert sampling.typical_mask(logits, torch.tensor([0.0])).sum() == 1
 
 
+def test_a_mass_that_rounding_leaves_out_of_reach_keeps_everything():
+    assert sampling.typical_mask(torch.randn(2, 30), torch.tensor([2.0, 2.0])).all()
+
+
 def test_codes_of_no_probability_do_not_disturb_the_entropy():
     logits = torch.randn(1, 20)
     padded = torch.cat([logits, torch.full((1, 5), -torch.inf)], dim=-1)
@@ -327,6 +340,13 @@ def test_renoising_puts_start_tokens_back_with_each_row_s_probability():
     assert shares.tolist() == pytest.approx([0, 0.1, 0.75, 1, 0], abs=5 * 0.5 / side)
     assert shares[3] == 1
     assert shares[4] == 0
+
+
+def test_a_token_is_renoised_up_to_the_very_probability():
+    uniform = torch.tensor([[[0.5 - 2**-25, 0.5, 0.5 + 2**-24]]])
+    tokens, start = torch.zeros_like(uniform), torch.ones_like(uniform)
+    out = sampling.renoise(tokens, start, uniform, torch.tensor([0.5]))
+    assert out.flatten().tolist() == [1, 1, 0]
 
 
 def test_even_a_uniform_of_zero_is_not_renoised_after_the_last_renoising_step():
