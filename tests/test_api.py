@@ -123,11 +123,13 @@ def test_the_parameters_in_a_png_give_the_same_file_again(client: httpx.Client) 
 
 
 def test_server_timing_names_every_stage(client: httpx.Client) -> None:
-    stages = dict(
-        entry.split(";dur=") for entry in post(client).headers["server-timing"].split(", ")
-    )
+    began = time.perf_counter()
+    timing = post(client).headers["server-timing"]
+    elapsed_ms = 1000 * (time.perf_counter() - began)
+    stages = dict(entry.split(";dur=") for entry in timing.split(", "))
     assert list(stages) == ["queue", "encode", "prior", "denoise", "decode", "image"]
     assert float(stages["encode"]) == 2.0
+    assert 0 <= float(stages["image"]) <= elapsed_ms
 
 
 def test_several_images_come_as_json_in_the_order_of_their_seeds(client: httpx.Client) -> None:
@@ -164,6 +166,9 @@ def test_an_absent_seed_is_drawn_anew_and_returned(client: httpx.Client) -> None
         ("*/*", {}, "image/png"),
         ("image/webp", {}, "image/webp"),
         ("image/jpeg;q=0.5, image/webp;q=0.9", {}, "image/webp"),
+        ("image/jpeg;q=0.9, image/webp;q=1", {}, "image/webp"),
+        ("image/png;q=much, image/jpeg;q=0.5", {}, "image/jpeg"),
+        ("image/webp;level=1;q=0.1, image/jpeg;q=0.5", {}, "image/jpeg"),
         ("text/html, image/*;q=0.8", {}, "image/png"),
         ("application/json", {}, "application/json"),
         ("text/html", {}, "application/json"),
@@ -191,7 +196,9 @@ def test_the_format_is_what_was_asked_for(
     )
 
 
-@pytest.mark.parametrize("accept", ["image/avif", "image/heic, text/html", "IMAGE/AVIF;q=0.5"])
+@pytest.mark.parametrize(
+    "accept", ["image/avif", "image/heic, text/html", "IMAGE/AVIF;q=0.5", "image/png;q=0"]
+)
 def test_an_image_type_that_cannot_be_made_is_406(client: httpx.Client, accept: str) -> None:
     answer = post(client, headers={"Accept": accept})
     assert (answer.status_code, error_of(answer)["code"]) == (406, "not_acceptable")
@@ -422,6 +429,8 @@ def test_metrics_count_pictures_requests_and_steps(client: httpx.Client) -> None
         > 0
     )
     assert metric(client, "paella_step_rows_count") > 0
+    assert metric(client, "paella_image_encode_duration_seconds_count") > 0
+    assert metric(client, "paella_preset_images_total", model=NAME, preset="quality") >= 3
     assert metric(client, "paella_weights_info", model=NAME) == 1
 
 

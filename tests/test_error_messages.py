@@ -285,6 +285,11 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
         BALL | {"steps": True},
         "steps: must be a whole number (sent: 'true')",
     ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"send_images": 2},
+        "send_images: must be 0, 1 or true or false (sent: 2)",
+    ),
     ("/sdapi/v1/png-info", {}, "image: required: "),
     ("/sdapi/v1/options", {"sd_model_checkpoint": "x"}, "model: unknown; loaded are "),
 ]

@@ -4,6 +4,7 @@ nothing else.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_v1_config, serving, wait_until
+from tests.test_image_operations import noise, png
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,14 @@ def test_an_operation_they_were_not_made_for_is_answered_with_400(several, model
     words = {} if endpoint == "/variations" else {"prompt": "a ball"}
     answer = several.post(endpoint, json={"image": "aGk=", "model": model, **words})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_operation")
+
+
+def test_one_image_among_the_keyframes_needs_weights_for_images(several):
+    image = base64.b64encode(png(noise())).decode()
+    fields = {"keyframes": [{"prompt": "a ball"}, {"image": image}], "frames": 2}
+    answer = several.post("/interpolate", json={**fields, "model": "of-text"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_operation")
+    assert several.post("/interpolate", json=fields).status_code == 200
 
 
 def test_a_side_too_short_for_the_networks_is_refused_with_the_shortest(several):

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
+from pydantic import ValidationError
 
 from model.compositing import MAX_FEATHER
 from model.config import Recipe
@@ -45,7 +46,8 @@ from tests.conftest import NAME, micro_config, micro_preset_config, serving, wai
 from tests.test_admission import job, picture
 from tests.test_auth import AUTHORIZED, KEY, OTHER, asking
 from tests.test_image_operations import noise, png, white
-from tests.virtual_time import virtual_time
+from tests.test_state import endless
+from tests.virtual_time import settle, virtual_time
 
 Configure = Callable[..., Settings]
 
@@ -231,6 +233,12 @@ def test_a_sampler_may_come_under_its_old_name(
     assert drawn(sd, **sent)["sampler_name"] == sampler
 
 
+def test_a_sampler_s_name_has_at_most_200_characters() -> None:
+    assert Txt2ImgRequest(sampler_name="x" * 200).sampler_name == "x" * 200
+    with pytest.raises(ValidationError, match="sampler_name"):
+        Txt2ImgRequest(sampler_name="x" * 201)
+
+
 @pytest.mark.parametrize("seed", [-1, None, "", "absent"])
 def test_minus_one_and_nothing_are_random_seeds(sd: httpx.Client, seed: Any) -> None:
     fields = {} if seed == "absent" else {"seed": seed}
@@ -278,6 +286,7 @@ LARGER = {"prompt": "a ball", "width": 64, "height": 32, "enable_hr": True}
         ({"hr_resize_x": 256, "hr_resize_y": 32}, 4),
         ({"hr_resize_x": 64, "hr_resize_y": 128}, 4),
         ({"hr_resize_x": 63}, None),
+        ({"hr_resize_x": 1}, None),
         ({"hr_resize_y": 1}, None),
         ({"hr_resize_x": 257}, None),
         ({"hr_resize_y": 129}, None),
@@ -495,6 +504,34 @@ def test_images_and_masks_that_do_not_fit_are_refused(
     assert refused(sd, "img2img", prompt="a ball", **fields) == refusal
 
 
+@pytest.mark.parametrize(
+    ("resize_mode", "fit"),
+    [(None, "stretch"), (0, "stretch"), (1, "crop"), (2, "pad"), (3, "stretch")],
+)
+def test_a_resize_mode_says_how_an_image_fits_its_size(resize_mode: int | None, fit: str) -> None:
+    operation, fields = redrawing(resize_mode=resize_mode).native(micro_config())
+    assert (operation, fields["fit"]) == ("edit", fit)
+
+
+def enlarging(**fields: Any) -> dict[str, Any]:
+    """The native fields for an image of 256×256 pixels."""
+    request = ExtraSingleImageRequest.model_validate({"image": b"a file", **fields})
+    return request.native((256, 256))
+
+
+@pytest.mark.parametrize(
+    ("upscaler", "strength"),
+    [(None, 0), ("None", 0), ("LANCZOS", 0), ("Nearest", 0), ("R-ESRGAN 4x+", None)],
+)
+def test_plain_upscalers_draw_nothing(upscaler: str | None, strength: float | None) -> None:
+    assert enlarging(upscaler_1=upscaler).get("strength") == strength
+
+
+def test_an_image_is_enlarged_by_2_or_to_512_pixels_by_default() -> None:
+    assert enlarging()["scale"] == 2
+    assert enlarging(resize_mode=1)["scale"] == 2
+
+
 def test_an_image_is_enlarged(sd: httpx.Client) -> None:
     fields = {"image": url(png(noise())), "upscaler_1": "R-ESRGAN 4x+"}
     answer = post(sd, "extra-single-image", **fields, upscaling_resize=1.5)
@@ -668,6 +705,26 @@ async def test_a_client_s_requests_are_those_that_still_run_the_oldest_first() -
         clients.interrupt("one")
         assert (first.interrupted.done(), second.interrupted.done()) == (True, False)
     assert clients.drawings("one") == []
+
+
+async def test_an_interrupted_request_s_work_has_ended_when_it_is_answered() -> None:
+    drawing, ended = Drawing("txt2img"), list[str]()
+    task = asyncio.create_task(drawing.unless_interrupted(endless(ended)))
+    await settle()
+    drawing.interrupt()
+    assert await task is None
+    assert ended == ["work"]
+
+
+@pytest.mark.parametrize(("images", "previews"), [(1, 2), (2, 1), (3, 1), (16, 1)])
+def test_a_request_has_two_previews_together_and_one_of_each_image_at_least(
+    images: int, previews: int
+) -> None:
+    off = {"live_previews_enable": False}
+    for sent, expected in (({}, (True, previews)), (off, (False, 0))):
+        request = Txt2ImgRequest(batch_size=images, override_settings=sent)
+        fields = request.native(micro_config())[1]
+        assert (fields["stream"], fields["partial_images"]) == expected
 
 
 def test_previews_can_be_switched_off(sd: httpx.Client) -> None:

@@ -18,13 +18,23 @@ import pytest
 from starlette.types import Scope
 
 from server.api.middleware import ClientStalledError, SendTimeout
-from server.api.sse import MAX_PREVIEWS, DeferredEvent, Event, EventQueue, EventStream
+from server.api.sse import (
+    MAX_PREVIEWS,
+    DeferredEvent,
+    Emit,
+    Event,
+    EventQueue,
+    EventStream,
+    stream_events,
+)
 from server.api.state import RequestState, add_request_state, request_state
+from server.engine.errors import QueueFull
 from server.settings import MIB, Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, wait_until
 from tests.test_api import metric, served
 from tests.test_image_operations import Array, fields_of, noise, png, white
+from tests.test_state import request_of
 
 Told = list[tuple[str, dict[str, Any]]]
 Configure = Callable[..., Settings]
@@ -79,6 +89,7 @@ def test_every_operation_tells_its_place_its_begin_and_the_json_answer(
     assert [name for name, _ in story if name != "image"] == ["queued", "started", "completed"]
     queued, started, completed = (data for name, data in story if name != "image")
     assert (queued["id"], queued["position"], queued["predicted_s"] > 0) == ("mine", 0, True)
+    assert queued["predicted_s"] == round(queued["predicted_s"], 3), "in milliseconds"
     steps = {"edit": 7, "upscale": 4}.get(operation, 12)
     assert started == {"id": "mine", "steps": steps}
     listed = client.post(
@@ -140,6 +151,18 @@ def test_a_failure_before_the_first_event_has_a_status_and_a_later_one_is_an_eve
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
     name, data = told(client, "generate", prompt="fail")[-1]
     assert (name, data["error"]["code"]) == ("error", "internal")
+
+
+async def test_a_stream_that_ends_before_its_first_event_raises_its_error_or_is_empty() -> None:
+    async def refused(_: Emit) -> None:
+        raise QueueFull(1.0)
+
+    async def silent(_: Emit) -> None:
+        await asyncio.sleep(0)
+
+    with pytest.raises(QueueFull):
+        await stream_events(request_of(), refused)
+    assert (await stream_events(request_of(), silent)).status_code == 204
 
 
 @pytest.mark.process
