@@ -257,7 +257,7 @@ def test_images_are_counted_by_preset(server):
 
 def test_a_smaller_denoiser_s_steps_are_less_work():
     share = micro_preset_config().relative_work("denoiser-fast")
-    whole = Workload(images=1, steps=4, branches=1, output=3, enlarging=2)
+    whole = Workload(images=1, steps=4, branches=1, output=3, enlarging=2, share=1.0)
     less = Workload(images=1, steps=4, branches=1, output=3, enlarging=2, share=share)
     assert less.of((32, 32)) < whole.of((32, 32))
     assert less.of((32, 32)) == pytest.approx(32 * 32 * (4 * share + 3), abs=1)

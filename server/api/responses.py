@@ -112,7 +112,7 @@ async def respond_in_time(
 async def until_deadline(plan: Plan) -> AsyncIterator[None]:
     """Bound the time for an answer's files. Raises DeadlineExceeded at the request's deadline."""
     try:
-        async with asyncio.timeout(max(0.0, plan.job.deadline - time.monotonic())):
+        async with asyncio.timeout(plan.job.deadline - time.monotonic()):
             yield
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed") from None

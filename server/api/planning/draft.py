@@ -462,7 +462,7 @@ class Workload:
     branches: int
     output: int
     enlarging: int
-    share: float = 1.0
+    share: float
 
     def of(self, size: Size, enlarged: int = 0) -> int:
         """Return the work. size: of the generated images. enlarged: pixels of each result."""
