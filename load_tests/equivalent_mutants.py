@@ -160,4 +160,29 @@ EQUIVALENT: dict[str, str] = {
     'PIL.Image.new("RGB", (1, 1)).save(file, "PNG")': (
         "the image is signed for a trial alone, which works with any size"
     ),
+    "server/api/planning/draft.py:Draft.fitted_size: side < max(source) -> side <= max(source) in "
+    "reduced = (within(source, side) for side in reversed(sides) if side < max(source))": (
+        "the further size is the image's own, which was tried before"
+    ),
+    "server/api/planning/operations.py:_edit: check_operation(drafted.config, 'inpaint') -> pass "
+    'in check_operation(drafted.config, "inpaint")': "all weights that edit inpaint too",
+    "server/api/sdapi_schemas.py:SdFields: True -> False in "
+    'model_config = ConfigDict(extra="ignore", frozen=True)': "nothing assigns to a field",
+    "server/api/sdapi_schemas.py:SdRequest.native: raise NotImplementedError -> pass": (
+        "every request that is made has a method of its own"
+    ),
+    "server/api/validation.py:_unknown: 1 -> 2 in "
+    "near = difflib.get_close_matches(name, names, 1)": "only the nearest is named",
+    "server/api/validation.py:_list: 0 -> 1 in "
+    "if entries and all(entry == entries[0] for entry in entries):": (
+        "the entries of every list of a fixed length are alike"
+    ),
+    "server/api/validation.py:_list: all((entry == entries[0] for entry in entries)) -> "
+    "any((entry == entries[0] for entry in entries)) in "
+    "if entries and all(entry == entries[0] for entry in entries):": (
+        "the entries of every list of a fixed length are alike"
+    ),
+    "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (
+        "the timer would find the job answered"
+    ),
 }
