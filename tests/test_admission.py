@@ -276,9 +276,9 @@ async def test_an_idle_server_tries_a_job_again_when_its_measurements_are_old() 
     async with engine() as e:
         e.worker.measure((1, 100.0))
         await raised(await e.ask(job(seconds=1)), DeadlineUnreachable)
-        await asyncio.sleep(RETRY_FORECAST_S - 0.1)
+        await asyncio.sleep(RETRY_FORECAST_S)
         await raised(await e.ask(job(seconds=1)), DeadlineUnreachable)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
         held = await e.ask(job(seconds=5))
         assert not held.done()
         await raised(await e.ask(job(seconds=1)), DeadlineUnreachable)  # it is idle no more
@@ -535,6 +535,15 @@ async def test_a_worker_that_is_ready_in_time_ends_the_wait() -> None:
 
 
 @virtual_time
+async def test_a_worker_that_becomes_ready_gets_the_jobs_that_no_other_has() -> None:
+    async with engine(ready=False, devices="cpu,cpu") as e:
+        await e.ask(job())
+        for worker in e.workers:
+            worker.become_ready()
+        assert [len(worker.received) for worker in e.workers] == [1, 0]
+
+
+@virtual_time
 async def test_a_job_ends_at_its_deadline_and_frees_the_worker() -> None:
     async with engine() as e:
         held = job(seconds=3)
@@ -622,6 +631,8 @@ async def test_heartbeats_become_figures() -> None:
                     (Step(2, 2, PIXELS, 0.1),), 3, 0, counts=counts, cache_bytes=5, stats=stats
                 )
             )
+        assert e.figure("paella_queue_depth") == 0
+        assert [e.figure("paella_worker_ready", worker=number) for number in "01"] == [1, 1]
         await e.ask(job(rows=10))
         assert e.client.rows_running == e.figure("paella_rows_running") == 6
         assert e.figure("paella_queue_depth") == 4
@@ -782,6 +793,19 @@ async def test_stopping_rejects_new_jobs_and_gives_the_unfinished_ones_the_drain
         assert time.monotonic() - START == pytest.approx(5)
         await stopping
         assert e.worker.stopped
+
+
+@virtual_time
+async def test_stopping_waits_for_a_worker_though_another_can_never_start() -> None:
+    async with engine(devices="cpu,cpu", drain_timeout_s=5) as e:
+        e.workers[1].status = WorkerStatus(False, "no such device", fatal="no such device")
+        task = await e.ask(begun := job())
+        stopping = asyncio.create_task(e.client.stop())
+        await asyncio.sleep(3)
+        assert not task.done()
+        e.workers[0].finish(begun.id)
+        assert (await task).id == begun.id
+        await stopping
 
 
 @virtual_time

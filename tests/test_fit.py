@@ -417,6 +417,15 @@ def test_variations_follow_their_first_image_in_sizes_that_are_drawn(client: htt
     refused(as_json(client, "variations", **fields, width=100), 422, "invalid_value", "width")
 
 
+@pytest.mark.parametrize(("sent", "weights"), [({}, [1, 1]), ({"weights": [0.0, 0.5]}, [0, 0.5])])
+def test_images_of_a_variation_count_alike_unless_weights_say_otherwise(
+    sent: dict[str, Any], weights: list[float]
+) -> None:
+    plan = plan_of("variations", image=[png(noise()), png(noise(32, 32))], **sent)
+    assert [reference.weight for reference in plan.job.references] == weights
+    assert plan.parameters((), 0)["weights"] == weights
+
+
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 def test_a_narrow_image_in_a_square_takes_no_more_memory_than_the_square(fit: FitMode) -> None:
     view = fitted((30_000, 3), (512, 512), fit)
@@ -509,6 +518,14 @@ def test_of_a_size_that_is_too_large_the_longer_side_is_named(
     assert caught.value.param == param
 
 
+def test_the_faintest_grey_of_a_mask_is_repainted() -> None:
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[8, 8] = 1
+    plan = plan_of("inpaint", prompt="a ball", image=png(noise(64, 64)), mask=png(mask))
+    assert isinstance(plan.job.canvas, Repaint)
+    np.testing.assert_array_equal(plan.job.canvas.mask.array[:64, :64], mask)
+
+
 def test_a_mask_outside_the_crop_is_refused() -> None:
     mask = np.zeros((200, 400), dtype=np.uint8)
     mask[:, :50] = 255
@@ -558,6 +575,14 @@ DRAWN_WORK = 512 * 256 * (2 * 12 + 4)  # 12 guided steps, 3 for decoding, 1 for 
         ("edit", {"image": photo((512, 256))}, (512, 256), DRAWN_WORK),
         # It is padded to the size before.
         ("edit", {"image": photo((500, 250))}, (500, 250), DRAWN_WORK),
+        # Nothing is enlarged.
+        ("edit", {"image": photo((1024, 512)), "return_size": "result"}, (512, 256), DRAWN_WORK),
+        (
+            "outpaint",
+            {"image": photo((512, 512)), "right": 512, "return_size": "result"},
+            (512, 256),
+            DRAWN_WORK,
+        ),
         # 2 for an enlarged pixel, 1 for its file.
         ("edit", {"image": photo((1024, 512))}, (512, 256), DRAWN_WORK + 1024 * 512 * 3),
         (
@@ -616,7 +641,7 @@ def test_kept_pixels_of_an_original_are_exact(orientation: int) -> None:
     plan = plan_of("inpaint", **fields)
     assert max(plan.size) == 512
     assert plan.answer_size == (width, height)
-    assert plan.job.image_bytes > len(content) + len(fields["mask"])
+    assert plan.job.held_bytes == len(content) + len(fields["mask"])
     result = array(plan.result(drawn(plan)))
     np.testing.assert_array_equal(result[mask == 0], whole_image[mask == 0])
     assert (result[300:400, 350:450] == 77).all()
@@ -686,8 +711,32 @@ def test_an_edit_is_enlarged_to_the_original() -> None:
     fields = {"prompt": "a ball", "image": photo((1000, 600)), "return_size": "original"}
     plan = plan_of("edit", **fields)
     assert (plan.size, plan.answer_size) == ((512, 307), (1000, 600))
+    assert plan.job.held_bytes == 0
     assert (array(plan.result(drawn(plan))) == 77).all()
     assert plan_of("edit", **fields | {"image": photo((100, 60))}).restoration is None
+
+
+def test_a_cut_out_original_is_opaque_and_keeps_what_was_opaque() -> None:
+    image = np.full((800, 1200, 4), (200, 100, 50, 255), dtype=np.uint8)
+    image[:, 900:, 3] = 0
+    content = png(image)
+    fields = {"prompt": "a ball", "image": content, "return_size": "original", "feather": 0}
+    plan = plan_of("inpaint", **fields)
+    assert (plan.answer_size, plan.is_transparent) == ((1200, 800), False)
+    assert plan.job.held_bytes == len(content)
+    result = array(plan.result(drawn(plan)))
+    np.testing.assert_array_equal(result[:, :900], image[:, :900, :3])
+    assert (result[:, 910:] == 77).all()
+
+
+def test_an_offset_of_the_decoder_disappears_from_an_original_too() -> None:
+    image = np.full((800, 1200, 3), 100, dtype=np.uint8)
+    mask = np.zeros((800, 1200), dtype=np.uint8)
+    mask[:, 600:] = 255
+    fields = {"prompt": "a ball", "image": png(image), "mask": png(mask)}
+    plan = plan_of("inpaint", **fields, return_size="original")
+    result = array(plan.result(drawn(plan, 120))).astype(int)
+    assert np.abs(result - image).max() <= 2
 
 
 def test_an_original_is_answered_recorded_and_repeated(client: httpx.Client) -> None:

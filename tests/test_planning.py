@@ -1,13 +1,18 @@
-"""What a plan draws by itself, seeds that every client can send back; and what a result costs."""
+"""What a plan draws by itself: seeds that clients can send back, steps with guidance, its work."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from model.config import BundleConfig, find_bundle
-from server.api.planning.draft import draft, seeds
+from server.api.errors import ApiError
+from server.api.planning.draft import Workload, choose_sampling, draft, seeds
 from server.api.schemas import AnyFormat, GenerateRequest
 from server.settings import Settings
+from tests.conftest import micro_config
 
 
 def test_a_drawn_seed_is_one_that_javascript_reads_exactly() -> None:
@@ -40,3 +45,50 @@ def test_a_result_costs_its_decoding_its_file_and_its_previews(
     )
     assert (plain.output, plain.enlarging) == (3 + file, 2 + file)
     assert (streamed.output, streamed.enlarging) == (3 + file + 2 * (3 + 1), 2 + file)
+
+
+@pytest.fixture(scope="module")
+def guided_between() -> BundleConfig:
+    """Weights whose recipe guides the second to the fourth of its six steps."""
+    config = micro_config()
+    return replace(config, recipe=replace(config.recipe, guidance_start=1, guidance_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "first", "steps"),
+    [
+        ({}, 1, 3),
+        ({"guidance_start": 0}, 0, 4),
+        ({"guidance_start": 0.5}, 3, 1),
+        ({"guidance_start": 0.5, "num_inference_steps": 12}, 6, 2),
+        # After the recipe's last step with guidance.
+        ({"guidance_start": 1}, 6, 0),
+        ({"guidance_end": 0.5}, 1, 2),
+        ({"guidance_end": 1}, 1, 5),
+        ({"guidance_end": 1, "num_inference_steps": 12}, 2, 10),
+    ],
+)
+def test_a_missing_end_of_the_guidance_is_the_recipe_s(
+    guided_between: BundleConfig, fields: dict[str, Any], first: int, steps: int
+) -> None:
+    request = GenerateRequest(prompt="a ball", **fields)
+    sampling = choose_sampling(request, guided_between, Settings())
+    assert (sampling.guidance_start, sampling.guidance_steps) == (first, steps)
+
+
+def test_too_much_work_is_told_with_its_parts() -> None:
+    workload = Workload(images=2, steps=12, branches=2, output=4, enlarging=3, share=1.0)
+    workload.check((64, 32), 0, 114688)
+    with pytest.raises(ApiError) as full:
+        workload.check((64, 32), 0, 114687)
+    assert full.value.message == (
+        "the request's work is 114688, the maximum 114687 (2 images of 2048 pixels, 12 steps of 2"
+        " branches, and as much as 4 for decoding and files)"
+    )
+    with pytest.raises(ApiError) as smaller:
+        replace(workload, share=0.25).check((64, 32), 100, 1)
+    assert smaller.value.message == (
+        "the request's work is 41560, the maximum 1 (2 images of 2048 pixels, 12 steps of 2"
+        " branches, each 0.25 of a full one, and as much as 4 for decoding and files, 100 pixels as"
+        " much as 3 to enlarge)"
+    )

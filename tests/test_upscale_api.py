@@ -17,10 +17,10 @@ from server.api.errors import ApiError
 from server.api.images.admission import Uploads, image_limits
 from server.api.images.encode import ImageEncoder
 from server.api.planning.draft import DECODING_WORK, FILE_WORK, draft
-from server.api.planning.operations import OPERATIONS
+from server.api.planning.operations import OPERATIONS, Plan
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import NATIVE_SIZE, serving
+from tests.conftest import NATIVE_SIZE, micro_preset_config, serving
 from tests.test_image_operations import as_form, as_json, noise, opened, pixels, png, refused
 from tests.test_sse import Configure, told
 
@@ -121,6 +121,22 @@ PREVIEWS = {"stream": True, "partial_images": 8}
 BOX = {"prompt": "a box", "box": [0, 0, 1, 1]}
 
 
+def planned(
+    config: BundleConfig,
+    operation: Operation,
+    max_request_work: int | None = None,
+    **fields: Any,
+) -> Plan:
+    """Plan a request as the server does."""
+    settings = (
+        Settings() if max_request_work is None else Settings(max_request_work=max_request_work)
+    )
+    schema, planner = OPERATIONS[operation]
+    request = schema.model_validate(PROMPT | fields)
+    drafted = draft(request, operation, {config.name: config}, settings)
+    return planner(request, drafted, Uploads(image_limits(settings)))
+
+
 @pytest.mark.parametrize(
     ("operation", "fields", "work"),
     [
@@ -160,18 +176,34 @@ def test_tiles_previews_and_files_are_the_work_of_a_larger_image(
     bundle: Path, operation: Operation, fields: dict[str, Any], work: int
 ) -> None:
     own = {"image": png(noise(*NATIVE_SIZE))} if operation == "upscale" else {"hires": {}}
-    schema, planner = OPERATIONS[operation]
-    config = BundleConfig.read(bundle)
-    request = schema.model_validate(PROMPT | own | fields)
-
-    def plan_within(allowed: int) -> None:
-        settings = Settings(weights=str(bundle), max_request_work=allowed)
-        drafted = draft(request, operation, {config.name: config}, settings)
-        planner(request, drafted, Uploads(image_limits(settings)))
-
-    plan_within(work)
+    config, sent = BundleConfig.read(bundle), own | fields
+    planned(config, operation, max_request_work=work, **sent)
     with pytest.raises(ApiError, match=f"work is {work},"):
-        plan_within(work - 1)
+        planned(config, operation, max_request_work=work - 1, **sent)
+
+
+def test_tiles_of_a_smaller_denoiser_are_less_work() -> None:
+    config = micro_preset_config()
+    pixels = math.prod(config.native_size)
+    fields = {"preset": "fast", "hires": {"strength": 0.5, "steps": 4}}
+    enlarge = planned(config, "generate", **fields).job.enlarge
+    assert enlarge
+    tiles = len(enlarge.tiling) * math.prod(enlarge.tiling.tile)
+    # Three steps of the image and two of each tile.
+    steps = math.ceil((3 * pixels + 2 * tiles) * config.relative_work("denoiser-fast"))
+    work = steps + 3 * (pixels + 2 * tiles) + 4 * pixels
+    planned(config, "generate", max_request_work=work, **fields)
+    with pytest.raises(ApiError, match=f"work is {work},"):
+        planned(config, "generate", max_request_work=work - 1, **fields)
+
+
+def test_what_would_become_too_large_is_refused_before_it_is_decoded(bundle: Path) -> None:
+    config = BundleConfig.read(bundle)
+    for width, param in ((700, "scale"), (64, "image")):
+        cut_off = png(noise(width, 32))[:-40]
+        with pytest.raises(ApiError) as refusal:
+            planned(config, "upscale", image=cut_off)
+        assert refusal.value.param == param
 
 
 def test_a_large_file_takes_the_room_of_several(
