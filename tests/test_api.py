@@ -498,6 +498,7 @@ def test_every_request_is_logged_without_its_prompt(
         if record.__dict__["fields"]["request_id"] == "logged"
     )
     assert (fields["path"], fields["status"], fields["method"]) == ("/generate", 200, "POST")
+    assert (fields["model"], fields["images"], fields["preset"]) == (NAME, 1, "quality")
     assert "secret" not in str([record.__dict__ for record in caplog.records])
 
 

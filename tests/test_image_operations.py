@@ -16,6 +16,7 @@ import pytest
 
 from model.config import BundleConfig
 from server.api import create_app
+from server.api.images.admission import ImageDecoder
 from server.api.planning.draft import DECODING_WORK, FILE_WORK, PREVIEW_WORK
 from server.settings import Settings
 from tests import fake_worker
@@ -330,6 +331,23 @@ def test_an_edit_has_the_pictures_size_or_the_one_it_is_scaled_to(client: httpx.
     assert pixels(
         as_json(client, "edit", prompt="a ball", image=image, width=40, height=70)
     ).shape == (70, 40, 3)
+
+
+def test_only_what_is_brought_to_an_original_s_size_takes_a_thread_for_large_images(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, run_large = list[str](), ImageDecoder.run_large
+
+    def counting(decoder: ImageDecoder, work: Any) -> Any:
+        taken.append("a thread")
+        return run_large(decoder, work)
+
+    monkeypatch.setattr(ImageDecoder, "run_large", counting)
+    fields = {"prompt": "a ball", "image": png(noise(600, 40))}
+    assert pixels(as_json(client, "edit", **fields)).shape[1] == 512
+    assert taken == []
+    assert pixels(as_json(client, "edit", **fields, return_size="original")).shape[1] == 600
+    assert taken == ["a thread"]
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, "high"])
