@@ -259,8 +259,8 @@ def test_a_smaller_denoiser_s_steps_are_less_work():
     share = micro_preset_config().relative_work("denoiser-fast")
     whole = Workload(images=1, steps=4, branches=1, output=3, enlarging=2, share=1.0)
     less = Workload(images=1, steps=4, branches=1, output=3, enlarging=2, share=share)
-    assert less.of((32, 32)) < whole.of((32, 32))
-    assert less.of((32, 32)) == pytest.approx(32 * 32 * (4 * share + 3), abs=1)
+    assert less.of((32, 32), 0) < whole.of((32, 32), 0)
+    assert less.of((32, 32), 0) == pytest.approx(32 * 32 * (4 * share + 3), abs=1)
 
 
 def test_work_that_is_too_much_for_one_denoiser_may_not_be_for_another(tmp_path):

@@ -105,9 +105,7 @@ class Draft:
         ideal = follow(source, width, height)
         return width or nearest_side(ideal[0], sides), height or nearest_side(ideal[1], sides)
 
-    def fitted_size(
-        self, source: Size, steps: int | None = None, regions: int = 0, enlarged: int = 0
-    ) -> Size:
+    def fitted_size(self, source: Size, steps: int | None, regions: int, enlarged: int) -> Size:
         """Return the size at which an image of this size is drawn.
 
         It is the requested one, of which a missing side follows the image's ratio. Otherwise it is
@@ -150,7 +148,7 @@ class Draft:
         """
         return self.request.partial_images if self.request.stream else 0
 
-    def workload(self, steps: int | None = None, regions: int = 0) -> Workload:
+    def workload(self, steps: int | None, regions: int) -> Workload:
         """Return the request's work but for its size. The arguments are those of `fitted_size`."""
         steps = self.sampling.steps if steps is None else steps
         previews = min(self.previews, max(0, steps - 1))
@@ -464,7 +462,7 @@ class Workload:
     enlarging: int
     share: float
 
-    def of(self, size: Size, enlarged: int = 0) -> int:
+    def of(self, size: Size, enlarged: int) -> int:
         """Return the work. size: of the generated images. enlarged: pixels of each result."""
         each = self.steps * self.branches * self.share + self.output
         generated = math.ceil(size[0] * size[1] * each)
