@@ -426,6 +426,17 @@ def test_images_of_a_variation_count_alike_unless_weights_say_otherwise(
     assert plan.parameters((), 0)["weights"] == weights
 
 
+def test_references_and_an_image_without_a_prompt_count_fully() -> None:
+    image = png(noise())
+    plans = (
+        plan_of("edit", prompt="a ball", image=image, references=[image, png(noise(32, 32))]),
+        plan_of("outpaint", image=image, right=32),
+        plan_of("outpaint", image=image, right=32, prompt="a ball"),
+    )
+    weights = [[reference.weight for reference in plan.job.references] for plan in plans]
+    assert weights == [[1, 1], [1], []]
+
+
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 def test_a_narrow_image_in_a_square_takes_no_more_memory_than_the_square(fit: FitMode) -> None:
     view = fitted((30_000, 3), (512, 512), fit)

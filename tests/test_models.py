@@ -117,12 +117,20 @@ def test_an_operation_they_were_not_made_for_is_answered_with_400(several, model
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_operation")
 
 
-def test_one_image_among_the_keyframes_needs_weights_for_images(several):
-    image = base64.b64encode(png(noise())).decode()
-    fields = {"keyframes": [{"prompt": "a ball"}, {"image": image}], "frames": 2}
-    answer = several.post("/interpolate", json={**fields, "model": "of-text"})
+IMAGE = base64.b64encode(png(noise())).decode()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        ("/interpolate", {"keyframes": [{"prompt": "a ball"}, {"image": IMAGE}], "frames": 2}),
+        ("/edit", {"prompt": "a ball", "image": IMAGE, "references": [IMAGE]}),
+    ],
+)
+def test_one_image_that_is_to_be_understood_needs_weights_for_images(several, endpoint, fields):
+    answer = several.post(endpoint, json={**fields, "model": "of-text"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_operation")
-    assert several.post("/interpolate", json=fields).status_code == 200
+    assert several.post(endpoint, json=fields).status_code == 200
 
 
 def test_a_side_too_short_for_the_networks_is_refused_with_the_shortest(several):

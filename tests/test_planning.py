@@ -1,4 +1,4 @@
-"""What a plan draws by itself: seeds that clients can send back, steps with guidance, its work."""
+"""What a plan decides by itself: seeds, steps with guidance, sizes for CLIP, what is too much."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from model.config import BundleConfig, find_bundle
 from server.api.errors import ApiError
+from server.api.images.admission import REFERENCE_SIDE
+from server.api.planning.conditions import reference_size
 from server.api.planning.draft import Workload, choose_sampling, draft, seeds
 from server.api.schemas import AnyFormat, GenerateRequest
 from server.settings import Settings
@@ -74,6 +76,23 @@ def test_a_missing_end_of_the_guidance_is_the_recipe_s(
     request = GenerateRequest(prompt="a ball", **fields)
     sampling = choose_sampling(request, guided_between, Settings())
     assert (sampling.guidance_start, sampling.guidance_steps) == (first, steps)
+
+
+@pytest.mark.parametrize(
+    ("stored", "needed"),
+    [
+        ((REFERENCE_SIDE, 10), (REFERENCE_SIDE, 10)),
+        ((10, 20), (10, 20)),
+        ((4 * REFERENCE_SIDE, REFERENCE_SIDE), (REFERENCE_SIDE, REFERENCE_SIDE // 4)),
+        ((REFERENCE_SIDE, 4 * REFERENCE_SIDE), (REFERENCE_SIDE // 4, REFERENCE_SIDE)),
+        ((10 * REFERENCE_SIDE, 1), (REFERENCE_SIDE, 1)),
+        ((1, 10 * REFERENCE_SIDE), (1, REFERENCE_SIDE)),
+    ],
+)
+def test_an_image_for_clip_is_scaled_down_to_a_longest_side(
+    stored: tuple[int, int], needed: tuple[int, int]
+) -> None:
+    assert reference_size(stored) == needed
 
 
 def test_too_much_work_is_told_with_its_parts() -> None:
