@@ -413,6 +413,7 @@ def test_one_side_is_followed_by_the_other(client: httpx.Client, operation: str)
 def test_variations_follow_their_first_image_in_sizes_that_are_drawn(client: httpx.Client) -> None:
     fields = {"image": [photo((4000, 2900)), photo((10, 100))]}
     assert pixels(as_json(client, "variations", **fields, width=128)).shape == (96, 128, 3)
+    assert pixels(as_json(client, "variations", **fields, height=96)).shape == (96, 128, 3)
     assert pixels(as_json(client, "variations", **fields, height=512)).shape == (512, 512, 3)
     refused(as_json(client, "variations", **fields, width=100), 422, "invalid_value", "width")
 
