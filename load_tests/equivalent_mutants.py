@@ -18,6 +18,11 @@ _V3_BUCKETS = "server/engine/cuda_graphs.py:step_buckets: "
 _V3_CONFIG = "isinstance(config, BundleV3Config)"
 _V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
 
+_NATIVE = "server/api/routes_native.py:: "
+_NATIVE_FILE = '_FILE = {"b64_json": "…", "width": 256, "height": 256}'
+_NATIVE_QUEUED = '("queued", {"id": "mine", "position": 0, "predicted_s": 0.08}),'
+_NATIVE_PREVIEW = '("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),'
+_NATIVE_IMAGE = '("image", {"index": 0, **_FILE, "seed": 7, "format": "png"}),'
 
 EQUIVALENT: dict[str, str] = {
     f"{_STEP_COSTS}any((each is None for each in seconds)) -> all((each is None for each in seconds)) in {_STEP_COSTS_LINE}": (
@@ -164,6 +169,10 @@ EQUIVALENT: dict[str, str] = {
     "reduced = (within(source, side) for side in reversed(sides) if side < max(source))": (
         "the further size is the image's own, which was tried before"
     ),
+    "server/api/planning/conditions.py:decode_regions: check_operation(drafted.config, 'regions') "
+    '-> pass in check_operation(drafted.config, "regions")': (
+        "all weights whose requests may have regions support them"
+    ),
     "server/api/planning/operations.py:_edit: check_operation(drafted.config, 'inpaint') -> pass "
     'in check_operation(drafted.config, "inpaint")': "all weights that edit inpaint too",
     "server/api/sdapi_schemas.py:SdFields: True -> False in "
@@ -181,6 +190,34 @@ EQUIVALENT: dict[str, str] = {
     "any((entry == entries[0] for entry in entries)) in "
     "if entries and all(entry == entries[0] for entry in entries):": (
         "the entries of every list of a fixed length are alike"
+    ),
+    **dict.fromkeys(
+        (
+            f"{_NATIVE}256 -> 257 in {_NATIVE_FILE}",
+            f'{_NATIVE}1763749200 -> 1763749201 in "created": 1763749200,',
+            f"{_NATIVE}0 -> 1 in {_NATIVE_QUEUED}",
+            f"{_NATIVE}0.08 -> 0.16 in {_NATIVE_QUEUED}",
+            f'{_NATIVE}12 -> 13 in ("started", {{"id": "mine", "steps": 12}}),',
+            f"{_NATIVE}6 -> 7 in {_NATIVE_PREVIEW}",
+            f"{_NATIVE}12 -> 13 in {_NATIVE_PREVIEW}",
+            f"{_NATIVE}0 -> 1 in {_NATIVE_IMAGE}",
+            f"{_NATIVE}7 -> 8 in {_NATIVE_IMAGE}",
+        ),
+        "an example in the document, in which another number would do",
+    ),
+    **dict.fromkeys(
+        (
+            "server/api/routes_sdapi.py:A1111Answer.respond: 90 -> 91 in contents, seconds = "
+            'await encode_all(self.state, self.plan, finished, "png", 90, text)',
+            "server/api/routes_sdapi.py:_upscaled.run: 90 -> 91 in (content,), seconds = "
+            'await encode_all(state, planned, finished, "png", 90)',
+            "server/api/routes_sdapi.py:_current_image.work: 90 -> 91 in "
+            'content = encode(planned.finish(preview.image), "png", 90, {}, marking=marking)',
+        ),
+        "a PNG has no quality",
+    ),
+    'server/api/routes_sdapi.py:_white_mask.work: 1 -> 2 in file, "PNG", compress_level=1': (
+        "the same pixels, a little smaller and a little later"
     ),
     "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (
         "the timer would find the job answered"

@@ -352,6 +352,20 @@ def test_automatic1111_s_steps_choose_the_preset(server, model, fields, expected
     assert info["guidance_scale"] == ([1, 1] if expected[0] == "fast" else info["guidance_scale"])
 
 
+def test_automatic1111_s_options_choose_the_model_that_draws_the_client_s_next_requests(server):
+    def drawn_by(**fields):
+        answer = server.post("/sdapi/v1/txt2img", json={**PROMPT, **fields})
+        return json.loads(answer.json()["info"])["sd_model_name"]
+
+    assert drawn_by() == "choosing"
+    for name in ("plain", "choosing"):
+        chosen = server.post("/sdapi/v1/options", json={"sd_model_checkpoint": name})
+        assert chosen.status_code == 200
+        assert server.get("/sdapi/v1/options").json()["sd_model_checkpoint"].startswith(name)
+        assert drawn_by() == name
+        assert drawn_by(override_settings={"sd_model_checkpoint": "hasty"}) == "hasty"
+
+
 def test_automatic1111_s_second_pass_is_within_the_preset_s_steps(server):
     body = {**PROMPT, "steps": 2, "enable_hr": True, "hr_second_pass_steps": 30}
     answer = server.post("/sdapi/v1/txt2img", json=body)

@@ -613,6 +613,8 @@ def test_a_running_request_has_a_progress_and_an_interrupted_one_without_preview
         wait_until(lambda: sd.get("progress").json()["state"]["sampling_steps"] == 12)
         state = sd.get("progress").json()
         assert 0 < state["progress"] < 1
+        assert state["progress"] == round(state["progress"], 4)
+        assert state["eta_relative"] == round(state["eta_relative"], 3)
         assert (state["state"]["job"], state["state"]["job_count"]) == ("txt2img", 1)
         assert state["state"]["interrupted"] is False
         assert sd.post("interrupt").json() == {}
