@@ -39,7 +39,7 @@ def test_a_result_costs_its_decoding_its_file_and_its_previews(
     config = BundleConfig.read(find_bundle("tiny"))
     models, settings = {config.name: config}, Settings()
     plain, streamed = (
-        draft(request, "generate", models, settings, output).workload()
+        draft(request, "generate", models, settings, output).workload(None, 0)
         for request in (
             GenerateRequest(prompt="a ball"),
             GenerateRequest(prompt="a ball", stream=True, partial_images=2),
