@@ -92,6 +92,7 @@ RELATED_TESTS = {
     "server/api/images/bmff.py": ("test_images_heic",),
     "server/api/images/colour.py": ("test_images_colours", "test_images_shown"),
     "server/api/images/decode.py": (
+        "test_images_admission",
         "test_images_scaled",
         "test_images_colours",
         "test_images_heic",

@@ -345,6 +345,14 @@ def test_a_gif_is_as_large_as_its_canvas_and_its_first_frame(
     assert ((file.width, file.height), file.area) == (size, area)
 
 
+def test_a_jpeg_in_inks_keeps_the_marker_that_says_how_they_are_coded() -> None:
+    """Without Adobe's marker red would be cyan."""
+    file = io.BytesIO()
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(file, "JPEG")
+    red = decode(file.getvalue(), LIMITS).rgb.reshape(-1, 3).mean(0)
+    assert abs(red - (255, 0, 0)).max() < 60
+
+
 def test_a_gif_s_palette_may_be_the_frame_s_own_beside_the_size_of_none() -> None:
     content = gif()
     flags = content[10]
