@@ -17,6 +17,7 @@ from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
 from server.engine.messages import Job
 from server.engine.runner import (
+    Mark,
     Runner,
     Stopwatch,
     Streams,
@@ -182,6 +183,51 @@ def test_a_row_that_is_done_as_it_begins_is_read_in_the_stream_that_made_its_tok
     )
     runner.decode("random", [row])
     assert [tensor is runner.rows[row].tokens for tensor in streams.reading] == [True]
+
+
+class Event:
+    """Stands in for the device's: what is before it is computed once `passed` is set."""
+
+    def __init__(self) -> None:
+        self.passed = self.waited = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+class Launched(Streams):
+    """A stream whose work is not computed at once, with the tensors handed over to the steps."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.events: list[Event] = []
+        self.handed: list[torch.Tensor] = []
+
+    def mark(self) -> Mark:
+        self.events.append(Event())
+        return Mark(self.events[-1])  # type: ignore[arg-type]
+
+    def hand_over(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.handed += tensors
+
+
+def test_a_row_is_stepped_once_its_beginning_is_computed_and_handed_over_once(runner):
+    runner.streams = streams = Launched()
+    (first,) = started(runner, job("a"))
+    (second,) = started(runner, job("b"))
+    streams.events[1].passed = True
+    assert runner.started([first, second]) == [second]
+    assert any(tensor is runner.rows[second].tokens for tensor in streams.handed)
+    assert not streams.events[0].waited
+    # Nothing else can be stepped.
+    assert runner.started([first]) == [first]
+    assert streams.events[0].waited
+    handed = len(streams.handed)
+    assert runner.started([first, second]) == [first, second]
+    assert len(streams.handed) == handed
 
 
 def test_bundles_of_both_families_draw_in_one_runner(random_bundle, random_v1_bundle):

@@ -909,6 +909,9 @@ def test_a_path_of_two_methods_names_both(sd: httpx.Client) -> None:
     assert sd.get("interrupt").headers["allow"] == "POST"
 
 
+GETS = ("options", "sd-models", "samplers", "progress", "memory")
+
+
 def test_the_document_has_them_and_unknown_fields_are_allowed(sd: httpx.Client) -> None:
     paths = sd.get(at_root(sd, "/openapi.json")).json()["paths"]
     body = paths["/sdapi/v1/img2img"]["post"]["requestBody"]
@@ -916,5 +919,8 @@ def test_the_document_has_them_and_unknown_fields_are_allowed(sd: httpx.Client) 
     schema = body["content"]["application/json"]
     assert "additionalProperties" not in schema["schema"]
     assert schema["schema"]["required"] == ["init_images"]
+    summaries = {path: paths[f"/sdapi/v1/{path}"]["get"]["summary"] for path in GETS}
+    assert summaries["sd-models"] == "Return the loaded weights"
+    assert all(each.startswith("Return ") and "." not in each for each in summaries.values())
     for path in ("img2img", "options"):
         assert {"400", "404", "415", "422"} <= set(paths[f"/sdapi/v1/{path}"]["post"]["responses"])
