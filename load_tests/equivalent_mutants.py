@@ -222,4 +222,8 @@ EQUIVALENT: dict[str, str] = {
     "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (
         "the timer would find the job answered"
     ),
+    "server/engine/supervisor.py:worker_environment: 62 -> 63 in "
+    'environment.setdefault("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", str(1 << 62))': (
+        "no allocation is as large as either"
+    ),
 }

@@ -448,6 +448,16 @@ async def test_a_stopping_server_closes_a_connection_at_once_or_after_its_answer
 
 
 @virtual_time
+async def test_a_long_head_that_comes_in_parts_is_not_taken_for_a_trailer() -> None:
+    transport = Transport()
+    protocol = connected(transport)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nA: "
+    protocol.data_received(head + b"a" * MAX_TRAILER_BYTES)
+    protocol.data_received(b"\r\n\r\n")
+    assert transport.ended() == (None, None)
+
+
+@virtual_time
 async def test_a_connection_that_has_ended_is_not_aborted() -> None:
     transport = Transport()
     protocol = connected(transport)

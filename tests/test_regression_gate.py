@@ -12,7 +12,7 @@ from model.training.benchmark import CRITERIA, Drawn
 from model.training.detector import WEIGHTS, Detector
 from model.training.evaluate import unfit
 
-LEAST = 9  # of 30; these weights draw 13, and other arithmetic changes one or two of them
+LEAST = 22  # of 30; these weights draw 27, and other arithmetic changes one or two of them
 
 
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason="no judge: python -m model.training.judge")

@@ -59,10 +59,10 @@ DENOISER = DenoiserConfig(
 )
 
 RECIPE = Recipe(
-    num_inference_steps=12,
-    renoise_steps=11,
-    guidance_scale=(1.5, 1.5),
-    guidance_steps=12,
+    num_inference_steps=8,
+    renoise_steps=8,
+    guidance_scale=(2.0, 2.0),
+    guidance_steps=8,
     temperature=(0.5, 0.2),
     prior_steps=4,
     prior_guidance=2.0,
