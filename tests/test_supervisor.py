@@ -601,15 +601,6 @@ async def test_what_a_process_held_is_closed_when_it_has_exited(
     assert child.at_exit == [("do", process.kill), ("do not", process.kill)]
 
 
-async def test_a_process_that_closes_its_pipe_and_does_not_exit_is_killed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    process, child = started(monkeypatch)
-    child.end.close()
-    assert await exit_code(process) == -9
-    assert child.waits == [EXIT_GRACE_S, None]
-
-
 async def test_a_process_that_sends_what_is_no_message_is_killed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
