@@ -546,6 +546,7 @@ class Child:
         self.waits: list[float | None] = []
         self.ends: tuple[Connection, Connection] = Pipe()
         self.at_exit: list[tuple[str, object]] = []
+        self._closing = threading.Lock()
         replaced = {
             "Pipe": lambda: self.ends,
             "subprocess.Popen": self.start,
@@ -568,7 +569,12 @@ class Child:
 
     def exit(self, code: int) -> None:
         self.returncode = code
-        self.end.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close its end. A thread that sees this may kill it before this has returned."""
+        with self._closing:
+            self.end.close()
 
     def kill(self) -> None:
         self.exit(-9)
@@ -599,6 +605,15 @@ async def test_what_a_process_held_is_closed_when_it_has_exited(
     assert [end.closed for end in child.ends] == [True, True]
     # A server that ends without having stopped its worker kills it.
     assert child.at_exit == [("do", process.kill), ("do not", process.kill)]
+
+
+async def test_a_process_that_closes_its_pipe_and_does_not_exit_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process, child = started(monkeypatch)
+    child.close()
+    assert await exit_code(process) == -9
+    assert child.waits == [EXIT_GRACE_S, None]
 
 
 async def test_a_process_that_sends_what_is_no_message_is_killed(
