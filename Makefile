@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Installs Debian packages where that is possible: as root, with apt.
+APT_INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y
 
 # Files with a known hash, and nothing that is not listed (`make lock`).
 INSTALL := $(BIN)/pip install --quiet --no-deps --require-hashes
@@ -69,7 +71,7 @@ art: $(VENV)/.dev  ## fetch the objects' art with npm into $PAELLERA_ART, or ~/.
 # Drives the playground; without one the tests that do so are skipped and say so.
 browser:
 	@command -v chromium >/dev/null \
-		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } \
+		|| { $(APT_INSTALL) chromium >/dev/null; } \
 		|| echo "no Chromium: install chromium to run the tests of the playground"
 
 screenshots: $(VENV)/.dev browser  ## the documentation's pictures of the playground
@@ -77,25 +79,21 @@ screenshots: $(VENV)/.dev browser  ## the documentation's pictures of the playgr
 
 # Rules, alerts and the dashboard's queries are tested with the real thing.
 prometheus:
-	@command -v promtool >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-		&& apt-get install -qq -y --no-install-recommends prometheus; } || echo "no promtool: install prometheus to run the tests that need it"
+	@command -v promtool >/dev/null || { $(APT_INSTALL) --no-install-recommends prometheus; } || echo "no promtool: install prometheus to run the tests that need it"
 
 # nginx's configuration, too.
 nginx:
-	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-		&& apt-get install -qq -y --no-install-recommends nginx-light >/dev/null; } \
+	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || { $(APT_INSTALL) --no-install-recommends nginx-light >/dev/null; } \
 		|| echo "no nginx: install nginx-light to run the tests that need it"
 
 # Reads the marks of generated files.
 exiftool:
-	@command -v exiftool >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-		&& apt-get install -qq -y --no-install-recommends libimage-exiftool-perl >/dev/null; } \
+	@command -v exiftool >/dev/null || { $(APT_INSTALL) --no-install-recommends libimage-exiftool-perl >/dev/null; } \
 		|| echo "no exiftool: install libimage-exiftool-perl to run the test that needs it"
 
 # A CPU worker uses it where it is installed.
 tcmalloc:
-	@ls /usr/lib/*/libtcmalloc*.so.* >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-		&& apt-get install -qq -y --no-install-recommends libtcmalloc-minimal4 >/dev/null; } \
+	@ls /usr/lib/*/libtcmalloc*.so.* >/dev/null 2>&1 || { $(APT_INSTALL) --no-install-recommends libtcmalloc-minimal4 >/dev/null; } \
 		|| echo "no tcmalloc: install libtcmalloc-minimal4 to run the test that needs it"
 
 lock: $(VENV)/.dev  ## pin every dependency with hashes (network); ARGS="--upgrade" or "--upgrade-package NAME"

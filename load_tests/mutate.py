@@ -5,10 +5,10 @@
     python -m load_tests.mutate --count 20 --seed 1 --modules server/engine/client.py model/rows.py
 
 Each fault (a mutant) is planted in a temporary copy of the working tree, and the tests related to
-its module run there: `tests/test_<module>.py` and those of `RELATED_TESTS`. A mutant is caught if a
-test fails or the tests take longer than their timeout. Survivors that change no behaviour are
-listed with a reason in `load_tests/equivalent_mutants.py`. Exits with 1 if the tests fail without a
-fault; the last line is JSON.
+its module run there: `tests/test_<module>.py` and those of `load_tests/related_tests.py`. A mutant
+is caught if a test fails or the tests take longer than their timeout. Survivors that change no
+behaviour are listed with a reason in `load_tests/equivalent_mutants.py`. Exits with 1 if the tests
+fail without a fault; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from rich.table import Table
 
 from load_tests.equivalent_mutants import EQUIVALENT
 from load_tests.mutants import Mutant, find_mutants
+from load_tests.related_tests import RELATED_TESTS
 from load_tests.report import Report, wilson_interval
 
 ROOT = Path(__file__).parents[1]
@@ -48,166 +49,6 @@ MODULES = (
     "model/rows.py",
     "model/row_builder.py",
 )
-# Tests of a module or a folder, the quickest first, beside the one of the module's own name.
-RELATED_TESTS = {
-    "model/row_builder.py": (
-        "test_runner",
-        "test_v1_operations",
-        "test_row_builder",
-        "test_upscale",
-        "test_preset_engine",
-    ),
-    "model/rows.py": ("test_rows", "test_row_builder", "test_pipeline", "test_cuda_graphs"),
-    "model/sampling.py": ("test_sampling", "test_rows", "test_pipeline", "test_transcription"),
-    "server/api": ("test_api",),
-    "server/api/access.py": (
-        "test_auth",
-        "test_origins",
-        "test_nginx",
-        "test_bad_input",
-        "test_url_store",
-        "test_sdapi",
-    ),
-    "server/api/app.py": (
-        "test_metrics",
-        "test_transfer",
-        "test_models",
-        "test_playground",
-        "test_origins",
-        "test_aliases_and_sizes",
-        "test_paths",
-        "test_tracing",
-        "test_auth",
-        "test_idempotency",
-    ),
-    "server/api/body.py": (
-        "test_transfer",
-        "test_middleware",
-        "test_bad_input",
-        "test_parsing_properties",
-    ),
-    "server/api/errors.py": ("test_errors", "test_bad_input"),
-    "server/api/images": ("test_images_decode", "test_images_hostile", "test_image_operations"),
-    "server/api/images/admission.py": ("test_images_admission", "test_upload_pressure", "test_fit"),
-    "server/api/images/bmff.py": ("test_images_heic",),
-    "server/api/images/colour.py": ("test_images_colours", "test_images_shown"),
-    "server/api/images/decode.py": (
-        "test_images_admission",
-        "test_images_scaled",
-        "test_images_colours",
-        "test_images_heic",
-        "test_fit",
-    ),
-    "server/api/images/encode.py": (
-        "test_encoder",
-        "test_marking",
-        "test_answers_in_time",
-        "test_deterministic",
-    ),
-    "server/api/images/infotext.py": ("test_infotext",),
-    "server/api/images/signing.py": ("test_marking",),
-    "server/api/images/sniff.py": ("test_images_hostile", "test_images_colours", "test_fit"),
-    "server/api/middleware.py": (
-        "test_middleware",
-        "test_transfer",
-        "test_compression",
-        "test_paths",
-        "test_sse",
-        "test_auth",
-        "test_paths",
-    ),
-    "server/api/openai_schemas.py": ("test_openai_client",),
-    "server/api/openapi.py": ("test_openai_client", "test_bad_input", "test_auth"),
-    "server/api/planning": (
-        "test_planning",
-        "test_images_scaled",
-        "test_upload_pressure",
-        "test_image_operations",
-        "test_alpha_table",
-        "test_bad_input",
-        "test_canvas",
-        "test_openai_client",
-        "test_aliases_and_sizes",
-        "test_preset_api",
-        "test_upscale_api",
-        "test_models",
-        "test_fit",
-    ),
-    "server/api/planning/operations.py": ("test_answers_in_time",),
-    "server/api/responses.py": (
-        "test_answers_in_time",
-        "test_image_operations",
-        "test_openai_client",
-        "test_sse",
-        "test_url_store",
-        "test_paths",
-        "test_upscale_api",
-        "test_tracing",
-    ),
-    "server/api/routes_health.py": ("test_models",),
-    "server/api/routes_models.py": ("test_models",),
-    "server/api/routes_native.py": ("test_image_operations", "test_sse"),
-    "server/api/routes_openai.py": ("test_openai_client",),
-    "server/api/routes_sdapi.py": ("test_sdapi", "test_alpha_table", "test_preset_api"),
-    "server/api/schemas.py": ("test_bad_input", "test_image_operations", "test_parsing_properties"),
-    "server/api/sdapi_clients.py": ("test_sdapi",),
-    "server/api/sdapi_schemas.py": ("test_sdapi", "test_preset_api", "test_error_messages"),
-    "server/api/sse.py": ("test_openai_client",),
-    "server/api/state.py": ("test_sse", "test_bad_input"),
-    "server/api/static.py": ("test_playground",),
-    "server/api/validation.py": ("test_error_messages", "test_bad_input"),
-    "server/engine/child.py": ("test_worker_process", "test_supervision"),
-    "server/engine/client.py": ("test_admission", "test_client", "test_supervision"),
-    "server/engine/cuda_graphs.py": ("test_cuda_graphs", "test_preset_engine"),
-    "server/engine/errors.py": ("test_client", "test_api"),
-    "server/engine/interface.py": ("test_api",),
-    "server/engine/latency_model.py": (
-        "test_latency_model",
-        "test_admission",
-        "test_upscale",
-        "test_preset_engine",
-    ),
-    "server/engine/messages.py": (
-        "test_messages",
-        "test_ray_routing",
-        "test_worker",
-        "test_row_builder",
-        "test_upscale",
-    ),
-    "server/engine/runner.py": (
-        "test_cpu_threads",
-        "test_prompt_cache",
-        "test_runner",
-        "test_worker",
-        "test_row_builder",
-        "test_preset_engine",
-    ),
-    "server/engine/retry_slots.py": ("test_admission", "test_images_admission", "test_auth"),
-    "server/engine/scheduler.py": (
-        "test_scheduler",
-        "test_fairness",
-        "test_worker",
-        "test_preset_engine",
-    ),
-    "server/engine/supervisor.py": (
-        "test_supervisor",
-        "test_cpu_threads",
-        "test_worker_process",
-        "test_client",
-        "test_supervision",
-    ),
-    "server/engine/worker.py": (
-        "test_failure_isolation",
-        "test_decode_queue",
-        "test_worker",
-        "test_upscale",
-    ),
-    "server/environment.py": ("test_settings",),
-    "server/http_protocol.py": ("test_http_protocol", "test_auth"),
-    "server/metrics.py": ("test_admission", "test_client"),
-    "server/settings.py": ("test_environment", "test_auth", "test_docker"),
-    "server/uvicorn_server.py": ("test_http_protocol", "test_auth"),
-}
 # Slow or machine-dependent tests prove nothing here that others do not.
 MARKERS = "not slow and not browser and not ray and not observability and not gpu"
 NICENESS = 10

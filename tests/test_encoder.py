@@ -81,7 +81,7 @@ async def test_requests_are_refused_while_too_many_images_wait_for_their_files()
 
 
 async def refusal(encoder: ImageEncoder, images: int) -> float:
-    """How long a request for so many images is told to wait, while six wait for their files."""
+    """Return the seconds a request for images is told to wait while six wait for their files."""
     files = Files()
     others = asyncio.create_task(encoder.run(files.make, images=6))
     assert await asyncio.to_thread(files.begun.acquire, timeout=30)

@@ -357,7 +357,7 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 
 
 class Transport:
-    """Of a client that takes nothing of what is left when its connection closes."""
+    """Stand for a client that reads nothing more once its connection closes."""
 
     closed_at: float | None = None
     aborted_at: float | None = None
@@ -382,12 +382,12 @@ class Transport:
         self.aborted_at = time.monotonic() - START
 
     def ended(self) -> tuple[float | None, float | None]:
-        """When it was closed, and when aborted."""
+        """Return when it was closed, and when aborted."""
         return self.closed_at, self.aborted_at
 
 
 def connected(transport: Transport, answer_s: float = 0.0) -> BoundedProtocol:
-    """A new connection, whose requests are answered after some seconds."""
+    """Return a new connection, whose requests are answered after some seconds."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(answer_s)
@@ -412,6 +412,18 @@ def connected(transport: Transport, answer_s: float = 0.0) -> BoundedProtocol:
     return protocol
 
 
+async def ends(sent: bytes, *, stopping: bool) -> tuple[float | None, float | None]:
+    """Return when a connection that gets these bytes is closed and aborted; requests take 10 s."""
+    transport = Transport()
+    protocol = connected(transport, ANSWER_S)
+    if sent:
+        protocol.data_received(sent)
+    if stopping:
+        protocol.shutdown()
+    await asyncio.sleep(1000)
+    return transport.ended()
+
+
 @virtual_time
 @pytest.mark.parametrize(
     ("sent", "closed_at"),
@@ -425,12 +437,8 @@ def connected(transport: Transport, answer_s: float = 0.0) -> BoundedProtocol:
 async def test_a_connection_is_closed_in_time_and_aborted_if_its_client_takes_nothing(
     sent: bytes, closed_at: float
 ) -> None:
-    transport = Transport()
-    protocol = connected(transport, ANSWER_S)
-    if sent:
-        protocol.data_received(sent)
-    await asyncio.sleep(1000)
-    assert transport.ended() == pytest.approx((closed_at, closed_at + CLOSE_TIMEOUT_S))
+    expected = (closed_at, closed_at + CLOSE_TIMEOUT_S)
+    assert await ends(sent, stopping=False) == pytest.approx(expected)
 
 
 @virtual_time
@@ -438,13 +446,8 @@ async def test_a_connection_is_closed_in_time_and_aborted_if_its_client_takes_no
 async def test_a_stopping_server_closes_a_connection_at_once_or_after_its_answer(
     sent: bytes, closed_at: float
 ) -> None:
-    transport = Transport()
-    protocol = connected(transport, ANSWER_S)
-    if sent:
-        protocol.data_received(sent)
-    protocol.shutdown()
-    await asyncio.sleep(1000)
-    assert transport.ended() == pytest.approx((closed_at, closed_at + CLOSE_TIMEOUT_S))
+    expected = (closed_at, closed_at + CLOSE_TIMEOUT_S)
+    assert await ends(sent, stopping=True) == pytest.approx(expected)
 
 
 @virtual_time

@@ -58,7 +58,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the queue and its measurements take for the time, monotonic seconds."""
+    """Replace the time, in monotonic seconds, that the queue and its measurements read."""
     made = SimpleNamespace(now=100.0)
     for module in (admission, latency_model):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))

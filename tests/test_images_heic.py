@@ -376,13 +376,13 @@ def test_an_av1_image_has_at_most_eight_frames(kind: int) -> None:
 
 
 def meta_of(content: bytes) -> bytes:
-    """What is in the file's box `meta`."""
+    """Return what is in the file's box `meta`."""
     at = content.index(b"meta") - 4
     return content[at + 8 : at + int.from_bytes(content[at : at + 4])]
 
 
 def with_meta(content: bytes, meta: bytes) -> bytes:
-    """The file with another box `meta`, which is its last one, so that its data stay in place."""
+    """Return the file with another box `meta`, its last one, so that its data stay in place."""
     return content.replace(b"meta", b"free") + box(b"meta", meta)
 
 

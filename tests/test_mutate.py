@@ -12,6 +12,7 @@ from load_tests import mutate
 from load_tests.equivalent_mutants import EQUIVALENT
 from load_tests.mutants import Mutant, find_mutants
 from load_tests.mutate import Copy, Kept, Result, related_tests, run_mutant, sample, summary
+from load_tests.related_tests import RELATED_TESTS
 from load_tests.report import wilson_interval
 
 SOURCE = '''"""A docstring."""
@@ -96,7 +97,7 @@ def test_every_module_with_mutants_has_tests(every_mutant: list[Mutant]) -> None
 
 
 def test_modules_and_tests_that_are_related_exist() -> None:
-    for module, tests in mutate.RELATED_TESTS.items():
+    for module, tests in RELATED_TESTS.items():
         assert (mutate.ROOT / module).exists()
         assert all((mutate.ROOT / "tests" / f"{name}.py").exists() for name in tests), module
 

@@ -1,4 +1,4 @@
-"""What a plan decides by itself: seeds, steps with guidance, sizes for CLIP, what is too much."""
+"""Test what a plan decides: seeds, steps with guidance, sizes for CLIP, what is too much."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def _properties(content: bytes, box: _Box, properties: list[_Box]) -> dict[int, 
             boxes = by_item.setdefault(reader.uint(4 if version else 2), [])
             for _ in range(reader.uint(1)):
                 index = reader.uint(size) & (0x7FFF if size == 2 else 0x7F)
-                boxes.extend(properties[index - 1 : index])
+                boxes.extend(properties[index - 1 : index])  # from 1; 0 means none
     return by_item
 
 

@@ -101,7 +101,9 @@ def choose_canvas(
         width = source[0] + margins["left"] + margins["right"]
         height = source[1] + margins["up"] + margins["down"]
         enlarged = width * height if request.return_size == "original" else 0
-        size = drafted.fitted_size((width, height), None, len(request.regions), enlarged)
+        size = drafted.fitted_size(
+            (width, height), steps=None, regions=len(request.regions), enlarged=enlarged
+        )
         if not keeps_ratio((width, height), size):
             allowed = f"must keep the ratio of the canvas, {width}x{height}; leave it out"
             raise invalid_value("width", allowed, f"{size[0]}x{size[1]}")
