@@ -36,8 +36,8 @@ EQUIVALENT: dict[str, str] = {
     "first = error.errors(include_url=False)[0]": (
         "the answer is made of other entries; leaving these out saves time"
     ),
-    "server/api/images/encode.py:encode: 1 -> 2 in "
-    'pillow_image.save(file, "PNG", compress_level=1, pnginfo=chunks)': (
+    "server/api/images/encode.py:_save_png: 1 -> 2 in "
+    'pillow_image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE, pnginfo=chunks)': (
         "the same pixels, a little smaller and a little later"
     ),
     "model/sampling.py:: 64 -> 65 in _BLOCK = 64  # codes whose probabilities are summed at once": (

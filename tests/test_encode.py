@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import PIL.Image
@@ -15,6 +16,29 @@ from server.engine.messages import Image
 def image(seed: int, size: int = 32) -> Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image(0, size, size, pixels.tobytes())
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 1), (1, 40), (40, 1), (48, 32), (512, 512), (512, 513)]
+)
+def test_a_png_has_exactly_the_pixels_and_the_texts(width: int, height: int, channels: int) -> None:
+    sent = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    sent[: height // 2] //= 64  # with runs, and with differences of both signs
+    content = encode(Image.of(sent, 0), "png", 90, {"prompt": "ein Apfel, 苹果"})
+    with PIL.Image.open(io.BytesIO(content)) as file:
+        assert file.mode == {3: "RGB", 4: "RGBA"}[channels]
+        np.testing.assert_array_equal(np.asarray(file), sent)
+        assert json.loads(file.info["parameters"])["prompt"] == "ein Apfel, 苹果"
+    with PIL.Image.open(io.BytesIO(content)) as file:
+        file.verify()  # every chunk's checksum
+    assert content.endswith(b"\0\0\0\0IEND\xaeB\x60\x82")
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+def test_a_png_of_a_plain_image_is_small(width: int) -> None:
+    plain = np.full((256, width, 3), 200, np.uint8)
+    assert len(encode(Image.of(plain, 0), "png", 90, {})) < plain.nbytes / 50
 
 
 @pytest.mark.parametrize(("quality", "vertical"), [(50, 2), (94, 2), (95, 1), (100, 1)])

@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import time
+import zlib
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import PIL.Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, putchunk
 
 from model.canvas import on_white
 from server.api.images.signing import SOURCE_TYPES, Signer
@@ -54,6 +55,12 @@ SAME_FRAME = (
 SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
 # Operations whose results contain, or are redrawn from, an image that the client sent.
 COMPOSITES = frozenset({"inpaint", "outpaint", "edit", "upscale"})
+
+# Up to this many pixels a PNG is written in the quickest way, where its time counts most.
+QUICK_PNG_PIXELS = 512 * 512
+# Of a PNG, by channels: 3 for RGB, 4 for RGBA.
+PNG_COLOUR_TYPES = {3: 2, 4: 6}
+PNG_UP = 2
 
 XMP_KEYWORD = "XML:com.adobe.xmp"
 # Bytes of a JPEG's marker segment, less those of its length.
@@ -244,14 +251,12 @@ def encode(
     The same arguments give the same bytes, unless they are signed. quality: 1…100, for JPEG and
     WebP. text: takes the place of the parameters in a PNG's text chunk.
     """
-    pillow_image = _pillow(image)
     file = io.BytesIO()
     match format:
         case "png":
-            # Compression level 1 takes a quarter of the default's time for a file 20 % larger.
-            chunks = png_text(parameters, text, marking)
-            pillow_image.save(file, "PNG", compress_level=1, pnginfo=chunks)
+            _save_png(image, file, png_text(parameters, text, marking))
         case "jpeg":
+            pillow_image = _pillow(image)
             if pillow_image.mode == "RGBA":
                 pillow_image = PIL.Image.fromarray(on_white(np.asarray(pillow_image)))
             colours = "4:4:4" if quality >= FULL_COLOUR_QUALITY else "4:2:0"
@@ -260,8 +265,35 @@ def encode(
         case "webp":
             # Method 2 of 0…6 takes 0.6 of the default's time for nearly the same size.
             options = marking.webp_options(parameters)
-            pillow_image.save(file, "WEBP", quality=quality, method=2, **options)
+            _pillow(image).save(file, "WEBP", quality=quality, method=2, **options)
     return marking.signed(file.getvalue(), f"image/{format}")
+
+
+def _save_png(image: Image, file: io.BytesIO, chunks: PngInfo) -> None:
+    """Write a PNG with these text chunks.
+
+    Run lengths and Huffman codes alone compress what a filter leaves better than deflate's level 1
+    does. Up to `QUICK_PNG_PIXELS` every row has the filter Up, which takes a quarter of the time
+    that Pillow takes to choose one; of larger images the chosen filters' smaller file counts more.
+    """
+    if image.width * image.height > QUICK_PNG_PIXELS:
+        pillow_image = _pillow(image)
+        pillow_image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE, pnginfo=chunks)
+        return
+    rows = np.frombuffer(image.pixels, np.uint8).reshape(image.height, -1)
+    filtered = np.empty((image.height, 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = PNG_UP
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    compressor = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    colour_type = PNG_COLOUR_TYPES[rows.shape[1] // image.width]
+    header = struct.pack(">2I5B", image.width, image.height, 8, colour_type, 0, 0, 0)
+    file.write(b"\x89PNG\r\n\x1a\n")
+    putchunk(file, b"IHDR", header)
+    for name, content, *_ in chunks.chunks:
+        putchunk(file, name, content)
+    putchunk(file, b"IDAT", compressor.compress(filtered.data) + compressor.flush())
+    putchunk(file, b"IEND")
 
 
 def animate(
