@@ -37,6 +37,10 @@ def _depthwise_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **_
     return 2 * 9 * math.prod(out_shape)
 
 
+def _transposed_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **__: object) -> int:
+    return 2 * 4 * 4 * math.prod(x) * out_shape[1]
+
+
 # The CPU's own kernels, which torch's counter does not know. Their packed weights do not tell their
 # shape.
 _UNCOUNTED = {
@@ -46,6 +50,7 @@ _UNCOUNTED = {
     torch.ops.mkl._mkl_linear: _linear_flops,
     torch.ops.mkldnn._linear_pointwise: _linear_flops,
     torch.ops.mkldnn._convolution_pointwise: _depthwise_flops,
+    torch.ops.mkldnn._convolution_transpose_pointwise: _transposed_flops,
 }
 
 

@@ -17,6 +17,7 @@ from model.config import DenoiserConfig
 from model.kernels import cpu
 from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
 from model.networks.denoiser_v3 import ConvBlock, Denoiser
+from model.networks.layers import ConvTranspose
 from tests.conftest import golden
 
 DTYPES = [
@@ -69,6 +70,23 @@ def test_packed_depthwise_is_the_convolution_for_any_size(
     torch.testing.assert_close(y, expected, atol=tolerance(dtype), rtol=tolerance(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8, 8, 24), (2, 8, 8, 24), (1, 5, 3, 24)])
+def test_a_packed_transposed_convolution_is_the_plain_one_for_any_size(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    conv = ConvTranspose(24, 16, 4, stride=2, padding=1).to(dtype)
+    x = torch.randn(*shape).to(dtype)
+    with torch.inference_mode():
+        expected = conv(x)
+        conv.pack(8, 8)
+        y = conv(x)
+    assert y.shape == (shape[0], 2 * shape[1], 2 * shape[2], 16)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected, atol=tolerance(dtype), rtol=tolerance(dtype))
+
+
 def test_half_precision_and_other_devices_stay_plain() -> None:
     assert not supported(torch.empty(1, dtype=torch.float16))
     assert not supported(torch.empty(1, device="meta"))
@@ -93,11 +111,13 @@ def wrong(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
 COMPUTING = [
     ("mkldnn", "_linear_pointwise"),
     ("mkldnn", "_convolution_pointwise"),
+    ("mkldnn", "_convolution_transpose_pointwise"),
     ("mkl", "_mkl_linear"),
 ]
 PACKING = [
     ("mkldnn", "_reorder_linear_weight"),
     ("mkldnn", "_reorder_convolution_weight"),
+    ("mkldnn", "_reorder_convolution_transpose_weight"),
     ("mkl", "_mkl_reorder_linear_weight"),
 ]
 

@@ -1,6 +1,6 @@
 """Compute operations without Triton: packed weights on the CPU, and the prior's block.
 
-Packed linear maps and depthwise convolutions have their weights laid out as the CPU's kernels read
+Packed linear maps and convolutions have their weights laid out as the CPU's kernels read
 them. The operators are those that `torch.compile` calls for frozen weights; without them each call
 rearranges the weights again. Eager PyTorch offers no public way to them, so each stands beside its
 plain twin (the module it was made from), and `supported` tries all of them once before any is used.
@@ -12,7 +12,7 @@ Letters: B rows, D channels of the prior's residual stream, I inner channels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
@@ -92,6 +92,14 @@ def disagreeing(dtype: torch.dtype) -> list[str]:
         expected = F.conv2d(image.permute(0, 3, 1, 2), kernel, offset, padding=padding, groups=24)
         if not _agree(depthwise(image), expected.permute(0, 2, 3, 1)):
             wrong.append(f"depthwise convolution, padding {padding}")
+    weight = random(24, 16, 4, 4)
+    transposed = PackedTransposed(weight, random(16), (1, 8, 8, 24), [2, 2], [1, 1])
+    for given in (image, image[:, :5]):
+        expected = F.conv_transpose2d(
+            given.permute(0, 3, 1, 2), weight, transposed.bias, stride=2, padding=1
+        )
+        if not _agree(transposed(given), expected.permute(0, 2, 3, 1)):
+            wrong.append("transposed convolution")
     return wrong
 
 
@@ -181,6 +189,36 @@ class PackedDepthwise:
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the convolution for x [B, H, W, C]."""
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], ""
+        )
+        return y.permute(0, 2, 3, 1)
+
+
+class PackedTransposed:
+    """A transposed convolution [B, H, W, I] → [B, H', W', O] for weights [I, O, k, k].
+
+    shape: what the input's will mostly be. Another is computed as exactly, only less fast.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int, int, int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> None:
+        B, H, W, C = shape
+        self.bias = bias
+        # padding, output padding, stride, dilation, groups
+        self.geometry = (padding, [0, 0], stride, [1, 1], 1)
+        self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+            weight.detach(), *self.geometry, [B, C, H, W]
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the convolution for x [B, H, W, I]."""
+        y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
             x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], ""
         )
         return y.permute(0, 2, 3, 1)

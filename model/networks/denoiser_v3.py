@@ -21,8 +21,10 @@ from model.networks.layers import (
     Norm,
     Pointwise,
     Upsample,
+    by_place,
     channels_first,
     channels_last,
+    from_patches,
     norm,
     pixel_unshuffle,
     sinusoid,
@@ -597,23 +599,14 @@ class Denoiser(nn.Module):
 
     def _unpatch(self, x: Tensor) -> Tensor:
         """Map [B, h, w, C] to [B, h·p, w·p, c_out]: `clf`, then the published pixel-shuffle."""
-        p, (B, h, w, _) = self.config.patch_size, x.shape
         weight, bias = self.unpatch_weight, self.unpatch_bias
         if weight is None:
             weight, bias = self._unpatch_parameters()
-        patches = F.linear(x, weight, bias).view(B, h, w, p, p, -1)
-        return patches.transpose(2, 3).reshape(B, h * p, w * p, -1)
+        return from_patches(F.linear(x, weight, bias), self.config.patch_size)
 
     def _unpatch_parameters(self) -> tuple[Tensor, Tensor]:
-        """Return `clf`'s weight and bias with the channel order (c, i, j) as (i, j, c).
-
-        In this order a pixel's channels are copied whole.
-        """
-        places = self.config.patch_size**2
-        weight, bias = (
-            t.view(-1, places, *t.shape[1:]).transpose(0, 1).flatten(0, 1)
-            for t in self.clf[1].parameters()
-        )
+        """Return `clf`'s weight and bias in the order of `from_patches`."""
+        weight, bias = (by_place(p, self.config.patch_size) for p in self.clf[1].parameters())
         return weight.flatten(1), bias
 
     def project(self, features: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.cpu import PackedTransposed
+
 EPS = 1e-6
 
 
@@ -47,6 +49,23 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     return x.permute(0, 1, 4, 2, 5, 3).reshape(B, H * factor, W * factor, C // factor**2)
 
 
+def from_patches(x: Tensor, factor: int) -> Tensor:
+    """Rearrange [B, H, W, f²·C] to [B, H·f, W·f, C], the channels by row, column and channel.
+
+    This is `pixel_shuffle` for weights in another order, with which rows of a patch are copied
+    whole.
+    """
+    B, H, W, _ = x.shape
+    patches = x.view(B, H, W, factor, factor, -1)
+    return patches.transpose(2, 3).reshape(B, H * factor, W * factor, -1)
+
+
+def by_place(parameter: Tensor, factor: int) -> Tensor:
+    """Reorder the first axis of a map's weight or bias from `pixel_shuffle` to `from_patches`."""
+    places = factor**2
+    return parameter.view(-1, places, *parameter.shape[1:]).transpose(0, 1).flatten(0, 1)
+
+
 class Norm(nn.Module):
     """`norm` as a member of a published nn.Sequential."""
 
@@ -66,8 +85,20 @@ class Conv(nn.Conv2d):
 class ConvTranspose(nn.ConvTranspose2d):
     """A transposed convolution [B, H, W, C] → [B, H', W', O]."""
 
+    packed: PackedTransposed | None = None
+
+    def pack(self, height: int, width: int) -> None:
+        """Pack the weights for the CPU's kernels, for one image of this size."""
+        shape, padding = (
+            (1, height, width, self.in_channels),
+            [int(zeros) for zeros in self.padding],
+        )
+        self.packed = PackedTransposed(self.weight, self.bias, shape, self.stride, padding)
+
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Compute it; shapes as in the class."""
+        if self.packed is not None and output_size is None:
+            return self.packed(x)
         return channels_last(super().forward(channels_first(x), output_size))
 
 

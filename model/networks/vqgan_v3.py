@@ -18,8 +18,10 @@ from model.networks.layers import (
     Conv,
     ConvTranspose,
     Pointwise,
+    by_place,
     channels_first,
     channels_last,
+    from_patches,
     norm,
     pixel_shuffle,
     pixel_unshuffle,
@@ -129,6 +131,7 @@ class VQGAN(nn.Module):
         self.vquantizer = VectorQuantizer(config.codebook_size, config.c_latent)
         self.up_blocks = nn.ModuleList(self._decoder(widths[::-1]))
         self.out_block = nn.Sequential(Pointwise(widths[0], 12))
+        self.packed_out: LinearMap | None = None
 
     def _encoder(self, widths: list[int]) -> list[nn.Module]:
         blocks: list[nn.Module] = []
@@ -161,9 +164,12 @@ class VQGAN(nn.Module):
             return
         for block in self.up_blocks:
             if isinstance(block, ConvTranspose):
+                block.pack(height, width)
                 height, width = 2 * height, 2 * width
             elif isinstance(block, ResidualBlock):
                 block.pack(height, width)
+        weight, bias = (by_place(p.detach(), 2) for p in self.out_block[0].parameters())
+        self.packed_out = linear_map(weight.flatten(1), bias, height * width)
 
     def encode_latents(self, image: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as latents [B, H/f, W/f, c_latent].
@@ -187,6 +193,8 @@ class VQGAN(nn.Module):
         x = latents.to(self.vquantizer.codebook.weight.dtype)
         for block in self.up_blocks:
             x = block(x)
+        if self.packed_out is not None:
+            return from_patches(self.packed_out(x), 2).permute(0, 3, 1, 2)
         return pixel_shuffle(self.out_block(x), 2).permute(0, 3, 1, 2)
 
     def decode(self, tokens: Tensor) -> Tensor:
