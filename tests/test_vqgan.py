@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import VQGANConfig
-from model.networks.layers import pixel_shuffle, pixel_unshuffle
+from model.networks.layers import norm, norm_of_few, pixel_shuffle, pixel_unshuffle
 from model.networks.vqgan_v3 import VQGAN, VectorQuantizer
 from tests.conftest import golden, randomise
 
@@ -98,6 +98,18 @@ def test_pictures_of_a_batch_do_not_see_each_other(recorded):
         vqgan.decode(x["indices"][1:]), x["decoded_from_indices"][1:], **TOLERANCE
     )
     assert torch.equal(vqgan.encode(x["image"][1:]), x["indices"][1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 6, 24, 31])
+def test_the_norm_of_few_channels_is_the_layer_norm(channels, dtype):
+    torch.manual_seed(0)
+    x = (5 * torch.randn(2, 3, 4, channels) + 20).to(dtype)
+    x[0, 0] = 0.3  # all channels alike
+    before = x.clone()
+    expected = norm(x.float()).to(dtype)
+    torch.testing.assert_close(norm_of_few(x), expected, atol=2e-4, rtol=1e-2)
+    assert x.equal(before)
 
 
 def test_the_nearest_code_is_the_one_of_smallest_distance():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.kernels.cpu import LinearMap, PackedDepthwise, linear_map, supported
 from model.network_config import VQGANConfig
 from model.networks.layers import (
+    FEW,
     Conv,
     ConvTranspose,
     Pointwise,
@@ -23,6 +24,7 @@ from model.networks.layers import (
     channels_last,
     from_patches,
     norm,
+    norm_of_few,
     pixel_shuffle,
     pixel_unshuffle,
 )
@@ -80,8 +82,9 @@ class ResidualBlock(nn.Module):
         """Compute it for x [B, H, W, C]."""
         if self.packed is not None:
             depthwise, expand, contract = self.packed
-            x = x + depthwise(_replicated(norm(x)))
-            return x + contract(expand(norm(x)))
+            normed = norm_of_few if x.shape[-1] < FEW else norm
+            x = x + depthwise(_replicated(normed(x)))
+            return x + contract(expand(normed(x)))
         g = self.gammas
         y = channels_first(torch.addcmul(g[1], norm(x), 1 + g[0]))
         y = self.depthwise[1](
