@@ -44,16 +44,21 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute it for x [B, H, W, C]."""
-        # A sum of squares: `vector_norm` over the middle axes is many times slower on the CPU.
-        # fp32, because fp16 cannot hold 256².
-        wide = x.float()
-        # `square` is `pow`, ten times a product's time. The root of a channel that is zero
-        # everywhere has no gradient: hence the 1e-20.
-        energy = (wide * wide).sum((1, 2), keepdim=True).add_(1e-20).sqrt_()
-        scale = torch.addcdiv(
-            energy.new_ones(()), self.gamma * energy, energy.mean(-1, keepdim=True).add_(1e-6)
-        )
-        return torch.addcmul(self.beta, x, scale.to(x.dtype))
+        return torch.addcmul(self.beta, x, response(x, self.gamma))
+
+
+def response(x: Tensor, gamma: Tensor) -> Tensor:
+    """Return the scale [B, 1, 1, C] of the channels of x [B, H, W, C], of its type.
+
+    gamma: [1, 1, 1, C]. Energies are fp32, because fp16 cannot hold 256².
+    """
+    wide = x.float()
+    # `vector_norm` over the middle axes is many times slower on the CPU than this, and `square` is
+    # `pow`, ten times a product's time. The root of a channel that is zero everywhere has no
+    # gradient: hence the 1e-20.
+    energy = (wide * wide).sum((1, 2), keepdim=True).add_(1e-20).sqrt_()
+    mean = energy.mean(-1, keepdim=True).add_(1e-6)
+    return torch.addcdiv(energy.new_ones(()), gamma * energy, mean).to(x.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -75,7 +80,7 @@ class ConvBlock(nn.Module):
             nn.Identity(),  # the published dropout's place
             nn.Linear(4 * channels, channels),
         )
-        self.packed: tuple[PackedDepthwise, PackedLinear, PackedLinear] | None = None
+        self.packed: tuple[PackedDepthwise, PackedLinear, Tensor, PackedLinear] | None = None
         self.fused: FusedConvBlock | None = None
 
     def fuse(self) -> None:
@@ -91,17 +96,23 @@ class ConvBlock(nn.Module):
             self.fused = FusedConvBlock(self.depthwise, expand, response, contract)
 
     def pack(self, batch: int, height: int, width: int) -> None:
-        """Pack the weights for the CPU's kernels, for inputs mostly of this size."""
+        """Pack the weights for the CPU's kernels, for inputs mostly of this size.
+
+        What the response norm adds is the same everywhere, so the last map's bias holds it.
+        """
         single, mlp, rows = (
             self._single_depthwise(),
             self.channelwise.get_parameter,
             batch * height * width,
         )
         bias = self.depthwise.bias if len(single) == self.depthwise.groups else None
+        weight, offset = mlp("4.weight").detach(), mlp("4.bias").detach()
+        added = torch.mv(weight.float(), mlp("2.beta").detach().flatten().float())
         self.packed = (
             PackedDepthwise(single, bias, (batch, height, width, len(single))),
             PackedLinear(mlp("0.weight"), mlp("0.bias"), rows, "gelu"),
-            PackedLinear(mlp("4.weight"), mlp("4.bias"), rows),
+            mlp("2.gamma").detach().float(),
+            PackedLinear(weight, (offset.float() + added).to(offset.dtype), rows),
         )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -115,8 +126,9 @@ class ConvBlock(nn.Module):
         )
         if self.packed is None:
             return x + self.channelwise(norm(y))
-        _, expand, contract = self.packed
-        return x + contract(self.channelwise[2](expand(norm(y))))
+        _, expand, gamma, contract = self.packed
+        hidden = expand(norm(y))
+        return x + contract(hidden * response(hidden, gamma))
 
     def _depthwise(self, x: Tensor) -> Tensor:
         return self.depthwise(x) if self.packed is None else self.packed[0](x)
