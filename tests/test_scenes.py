@@ -195,6 +195,22 @@ def test_the_first_mixture_is_mostly_one_thing_in_the_middle():
         assert {len(scene.things) for scene in mix} == {0, 1, 2, 3}
 
 
+def test_the_mixture_of_several_shows_more_of_what_is_hard():
+    rng = random.Random(18)
+    several, first = (
+        [scene_samplers.sample(rng, mix) for _ in range(4000)]
+        for mix in (scene_samplers.SEVERAL, scene_samplers.FIRST)
+    )
+    for hard in (
+        lambda scene: len(scene.things) == 2,
+        lambda scene: len(scene.things) == 3,
+        lambda scene: any(thing.count > 1 for thing in scene.things),
+        lambda scene: scene.close_up,
+        lambda scene: scene.aspect != SQUARE,
+    ):
+        assert sum(map(hard, several)) > 1.15 * sum(map(hard, first))
+
+
 def test_layouts_off_the_lattice_are_turned_and_mirrored_at_times():
     rng = random.Random(7)
     scene = Scene("white", (Thing("zebra", None),))

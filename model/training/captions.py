@@ -92,9 +92,9 @@ class Wording:
     articles: float = 0.7
     shape_colours: float = 0.97
     object_colours: float = 0.3
-    synonyms: float = 0.3
-    typos: float = 0.06
-    tags: float = 0.1
+    synonyms: float = 0.35
+    typos: float = 0.08
+    tags: float = 0.2
     centre: float = 0.1
     close_ups: float = 0.75
     media: float = 0.15

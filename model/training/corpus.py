@@ -257,7 +257,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--mixture", choices=MIXTURES, default="full", help="first: mostly one object in the middle"
+        "--mixture",
+        choices=MIXTURES,
+        default="full",
+        help="first: mostly one object in the middle; several: more of what is hard, to go on with",
     )
     options = parser.parse_args()
     began = time.perf_counter()

@@ -76,7 +76,20 @@ FIRST = Mixture(
     sizes=("small",) * 3 + ("normal",) * 14 + ("large",) * 3,
     aligned=0.985,
 )
-MIXTURES = {"full": FULL, "first": FIRST}
+# To go on with, once single things in the middle are right: more of what is still hard.
+SEVERAL = replace(
+    FIRST,
+    object=0.54,
+    pair=0.17,
+    count=0.1,
+    three=0.03,
+    close_ups=0.08,
+    odd_aspects=0.08,
+    scenes_for_more=0.05,
+    centred=0.65,
+    sizes=("small",) * 3 + ("normal",) * 13 + ("large",) * 4,
+)
+MIXTURES = {"full": FULL, "first": FIRST, "several": SEVERAL}
 _NORMAL_PAIRS: tuple[tuple[Size, Size], ...] = (("normal", "normal"),) * 20
 PAIR_SIZES: tuple[tuple[Size, Size], ...] = (
     *_NORMAL_PAIRS,
