@@ -38,7 +38,9 @@ def test_every_recipe_is_measured_and_plotted(
     torch.manual_seed(0)
     result = curves.measure(pipeline, Detector().eval(), sprites, tmp_path, 11)
     assert [point["guidance"] for point in result["guidance"]] == [1.0, 2.0]
-    assert [point["steps"] for point in result["steps"]] == [1, 2]
+    for name, guided in (("steps", True), ("unguided", False)):
+        assert [point["steps"] for point in result[name]] == [1, 2]
+        assert all((point["guidance"] != 1.0) is guided for point in result[name])
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"guidance.svg", "steps.svg", "alignment_kid.svg"}
     assert all(path.stat().st_size < 60_000 for path in tmp_path.iterdir())

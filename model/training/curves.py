@@ -75,11 +75,16 @@ def measure(
         point(pipeline, recipe.sampling(guidance=(g, g)), judge, cases, truth) for g in GUIDANCES
     ]
     by_steps = [point(pipeline, recipe.sampling(steps=n), judge, cases, truth) for n in STEPS]
-    plot(by_guidance, by_steps, folder)
+    unguided = [
+        point(pipeline, recipe.sampling(steps=n, guidance=(1.0, 1.0)), judge, cases, truth)
+        for n in STEPS
+    ]
+    plot(by_guidance, by_steps, unguided, folder)
     return {
         "prompts": sum(map(len, cases.values())),
         "guidance": [asdict(p) for p in by_guidance],
         "steps": [asdict(p) for p in by_steps],
+        "unguided": [asdict(p) for p in unguided],
     }
 
 
@@ -125,7 +130,12 @@ def milliseconds(source: Drawn, cases: Sequence[BenchPrompt]) -> float:
     return 1000 * float(np.median(times[1:]))
 
 
-def plot(by_guidance: Sequence[Point], by_steps: Sequence[Point], folder: Path) -> None:
+def plot(
+    by_guidance: Sequence[Point],
+    by_steps: Sequence[Point],
+    unguided: Sequence[Point],
+    folder: Path,
+) -> None:
     """Write guidance.svg, alignment_kid.svg and steps.svg.
 
     Raises ImportError without matplotlib.
@@ -137,40 +147,52 @@ def plot(by_guidance: Sequence[Point], by_steps: Sequence[Point], folder: Path) 
 
     folder.mkdir(parents=True, exist_ok=True)
     with pyplot.rc_context({"svg.hashsalt": "paellera", "font.size": 9, "svg.fonttype": "none"}):
-        _draw(
-            folder / "guidance.svg",
-            [(p.guidance, p) for p in by_guidance],
-            "guidance",
-            labels=[],
-        )
+        _draw(folder / "guidance.svg", "guidance", [_Line([(p.guidance, p) for p in by_guidance])])
+        guided = f"guidance {by_steps[0].guidance:g}"
         _draw(
             folder / "steps.svg",
-            [(p.milliseconds, p) for p in by_steps],
             "milliseconds of one image",
-            labels=[f"{p.steps}" for p in by_steps],
+            [
+                _Line([(p.milliseconds, p) for p in by_steps], [p.steps for p in by_steps], guided),
+                _Line(
+                    [(p.milliseconds, p) for p in unguided],
+                    [p.steps for p in unguided],
+                    "no guidance",
+                ),
+            ],
         )
         _draw(
             folder / "alignment_kid.svg",
-            [(p.kid, p) for p in by_guidance],
             "1,000 KID against true renders, lower is better",
-            labels=[f"{p.guidance:g}" for p in by_guidance],
+            [_Line([(p.kid, p) for p in by_guidance], [p.guidance for p in by_guidance])],
         )
 
 
-def _draw(
-    path: Path, points: Sequence[tuple[float, Point]], label: str, labels: Sequence[str]
-) -> None:
-    """Draw the score with its interval over some number of each point."""
+@dataclass(frozen=True)
+class _Line:
+    """Points over some number of each. marks: beside the points. name: for the legend."""
+
+    points: Sequence[tuple[float, Point]]
+    marks: Sequence[float] = ()
+    name: str | None = None
+
+
+def _draw(path: Path, label: str, lines: Sequence[_Line]) -> None:
+    """Draw scores with their intervals."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(4.6, 3.0), layout="constrained")
-    x = [at for at, _ in points]
-    score = [100 * p.score for _, p in points]
-    below = [100 * (p.score - p.low) for _, p in points]
-    above = [100 * (p.high - p.score) for _, p in points]
-    axes.errorbar(x, score, yerr=[below, above], marker="o", markersize=3, capsize=2, linewidth=1)
-    for at, y, text in zip(x, score, labels, strict=False):
-        axes.annotate(text, (at, y), xytext=(4, 4), textcoords="offset points")
+    for line in lines:
+        x = [at for at, _ in line.points]
+        score = [100 * p.score for _, p in line.points]
+        below = [100 * (p.score - p.low) for _, p in line.points]
+        above = [100 * (p.high - p.score) for _, p in line.points]
+        style = {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1}
+        axes.errorbar(x, score, yerr=[below, above], label=line.name, **style)
+        for at, y, mark in zip(x, score, line.marks, strict=False):
+            axes.annotate(f"{mark:g}", (at, y), xytext=(4, 4), textcoords="offset points")
+    if any(line.name for line in lines):
+        axes.legend(loc="lower right")
     axes.set_xlabel(label)
     axes.set_ylabel("prompts fulfilled, %")
     axes.set_ylim(0, 102)
