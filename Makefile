@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --quiet --no-deps --require-hashes
 # pip's own index.
 TORCH_INDEX ?=
 INSTALL_TORCH := $(BIN)/pip install --quiet $(TORCH_INDEX:%=--index-url %)
-# The locks, resolved for all systems. What comes with torch is left out, for it differs by index.
+# The locks, resolved for all systems. Packages that come with torch are left out, because they differ by index.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command 'make lock' --index-url https://pypi.org/simple -c requirements/torch.txt \
 	--excludes requirements/excluded.txt --no-emit-package torch --no-emit-package torchvision
@@ -58,13 +58,13 @@ batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; a
 	$(INSTALL) -r requirements/load.txt
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
-faults soak hostile: $(VENV)/.dev  ## everything that can go wrong (ARGS=--under-load: meanwhile requests arrive); ten thousand requests; all attacks at once
+faults soak hostile: $(VENV)/.dev  ## faults (ARGS=--under-load: while requests arrive); ten thousand requests; all attacks at once
 	$(BIN)/python -m load_tests.$@ $(ARGS)
 
 evaluate: $(VENV)/.dev art  ## PaellaBench on the embedded weights; PRESETS=all: of each preset; ARGS=--quick is short
 	$(BIN)/python -m model.training.evaluate $(if $(PRESETS),--presets $(PRESETS)) $(ARGS)
 
-# The objects of the pictures that training and evaluation draw; without them the tests that draw them are skipped and say so.
+# The objects in the images of training and evaluation; without them the tests that draw them are skipped and say so.
 art: $(VENV)/.dev  ## fetch the objects' art with npm into $PAELLERA_ART, or ~/.cache/paellera/art
 	$(BIN)/python -m model.training.art
 
@@ -74,7 +74,7 @@ browser:
 		|| { $(APT_INSTALL) chromium >/dev/null; } \
 		|| echo "no Chromium: install chromium to run the tests of the playground"
 
-screenshots: $(VENV)/.dev browser  ## the documentation's pictures of the playground
+screenshots: $(VENV)/.dev browser  ## the documentation's images of the playground
 	$(BIN)/pytest tests/test_browser.py -k fits --screenshots docs/playground
 
 # Rules, alerts and the dashboard's queries are tested with the real thing.
