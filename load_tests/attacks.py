@@ -31,7 +31,7 @@ OPEN = "open at the end"
 class Attack:
     """Clients that do the same again and again.
 
-    entry: of section T of the field reports. clients: at once. every_s: seconds from one attempt of
+    entry: by which `--only` chooses it. clients: at once. every_s: seconds from one attempt of
     a client to its next, or more if the attempt takes longer. together: all at the same time, else
     one after the other.
     """

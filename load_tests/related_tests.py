@@ -1,4 +1,4 @@
-"""Which tests `load_tests/mutate.py` runs for a module, beside the one of the module's own name."""
+"""List the tests that `load_tests/mutate.py` runs for a module, beside that of its own name."""
 
 # Of a module or a folder, the quickest first.
 RELATED_TESTS = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from model.canvas import Floats, Mask, Pixels, on_white, pull, resized, shares, soften
 
-# Pixels; one token of the embedded weights, two of the published ones.
+# Pixels; half a token of the embedded weights, two of the published v3 ones.
 FEATHER = 8
 MAX_FEATHER = 64
 

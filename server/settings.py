@@ -269,10 +269,10 @@ class Settings(BaseSettings):
     upscale_max_side: Annotated[
         int, Field(ge=1, description="Maximum width and height of results of /upscale and `hires`")
     ] = 1024
-    # Enough for as much interpolation as a request can ask for at 256 × 256, 64 frames of 12 guided
-    # steps as a GIF, or for sixteen such 512 × 512 images. Sixteen 256 × 256 images of a prompt are
-    # a fifth of it. The embedded weights on a CPU answer all of these before the default timeout. A
-    # GPU allows far more.
+    # Enough for 64 frames, the most of an interpolation, at 256 × 256 in 12 guided steps as a GIF,
+    # or for sixteen 512 × 512 images in as many steps. Sixteen 256 × 256 images in the 4 guided
+    # steps of the embedded weights' default preset are a tenth of it. These weights on a CPU answer
+    # all of these before the default timeout. A GPU allows far more.
     max_request_work: Annotated[
         int,
         Field(

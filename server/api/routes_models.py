@@ -26,7 +26,11 @@ class ModelLimits(BaseModel):
     min_side: int
     max_side: int
     max_request_work: Annotated[
-        int, Field(description="Images times steps times pixels times branches of one request")
+        int,
+        Field(
+            description="Of one request: images times pixels times (steps times branches, plus"
+            " decoding and file)"
+        ),
     ]
     text: dict[str, int]
 

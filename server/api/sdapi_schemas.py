@@ -90,7 +90,7 @@ class SdRequest(SdFields):
         int | None,
         Field(
             description="Denoising steps; default and maximum: the preset's. As few as the preset"
-            " fast has choose it, unless there is a negative prompt"
+            " fast has choose it, unless it cannot follow the negative prompt"
         ),
     ] = None
     cfg_scale: Annotated[
