@@ -28,7 +28,7 @@ class ModelLimits(BaseModel):
     max_request_work: Annotated[
         int,
         Field(
-            description="Of one request: images times pixels times (steps times branches, plus"
+            description="Maximum per request: images times pixels times (steps times branches, plus"
             " decoding and file)"
         ),
     ]
