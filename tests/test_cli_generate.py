@@ -5,10 +5,12 @@ from its own parameters.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -196,23 +198,32 @@ def test_a_replay_without_the_file_that_was_sent_is_refused_in_one_line(
     assert_one_line(result.stderr, result.exit_code, 2, "parameters")
 
 
-def test_a_replay_that_differs_says_so(random_bundle: Path, tmp_path: Path) -> None:
-    paellera(
-        "generate",
-        "apple",
-        "-o",
-        tmp_path / "first.png",
-        "--weights",
-        random_bundle,
-        "--steps",
-        "1",
-    )
-    changed = (tmp_path / "first.png").read_bytes() + b"more"
-    (tmp_path / "changed.png").write_bytes(changed)
-    result = paellera(
-        "replay", tmp_path / "changed.png", "-o", tmp_path / "again.png", "--weights", random_bundle
-    )
-    assert_one_line(result.stderr, result.exit_code, 1, "differs")
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (lambda pixels: pixels, 0, "same pixels, in another file"),
+        (lambda pixels: pixels ^ 1, 1, "by up to 1 of 255"),
+        (lambda pixels: pixels[:, :-1], 1, "by up to 255 of 255"),
+    ],
+    ids=["as it was", "other pixels", "another size"],
+)
+def test_a_replay_compares_pixels_where_files_differ(
+    change: Callable[[Any], Any],
+    code: int,
+    words: str,
+    random_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    first, other, again = (tmp_path / f"{name}.png" for name in ("first", "other", "again"))
+    rest = ["--weights", random_bundle]
+    paellera("generate", "apple", "-o", first, "--steps", "1", *rest)
+    with PIL.Image.open(first) as image:
+        text = PngInfo()
+        text.add_text("parameters", image.info["parameters"])
+        PIL.Image.fromarray(change(np.asarray(image))).save(other, pnginfo=text)
+    result = paellera("replay", other, "-o", again, *rest)
+    assert result.exit_code == code
+    assert words in result.stdout + result.stderr
 
 
 # ── replay: its files and other people's ──────────────────────────────────────────────────────────
@@ -229,7 +240,7 @@ def test_a_replay_overwrites_nothing_unasked_and_compares_with_what_was_there(
     assert_one_line(result.stderr, result.exit_code, 2, "exists already", "--force")
     assert path.read_bytes() == original + b"more"
     result = paellera("replay", path, "-o", path, "--force", *rest)
-    assert_one_line(result.stderr, result.exit_code, 1, "differs")
+    assert (result.exit_code, result.stdout.strip()) == (0, f"{path}  same pixels, in another file")
     assert path.read_bytes() == original
     result = paellera("replay", path, "-o", path, "--force", *rest)
     assert (result.exit_code, result.stdout.strip()) == (0, f"{path}  identical")

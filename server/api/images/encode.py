@@ -202,6 +202,23 @@ def unsigned(png: bytes) -> bytes:
     return b"".join(kept)
 
 
+def largest_difference(png: bytes, other: bytes) -> int:
+    """Return the largest difference of two PNGs' values, 0…255; 255 if their sizes differ.
+
+    Raises ValueError for a damaged file.
+    """
+    try:
+        first, second = (
+            np.asarray(PIL.Image.open(io.BytesIO(content), formats=("PNG",)).convert("RGBA"))
+            for content in (png, other)
+        )
+    except (OSError, SyntaxError):
+        raise ValueError("a damaged PNG cannot be compared") from None
+    if first.shape != second.shape:
+        return 255
+    return int(np.abs(first.astype(np.int16) - second).max())
+
+
 class Marker:
     """Chooses the marking of generated files, as the settings say."""
 
