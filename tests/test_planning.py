@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from server.api.images.admission import REFERENCE_SIDE
 from server.api.planning.conditions import reference_size
 from server.api.planning.draft import Workload, choose_sampling, draft, seeds
 from server.api.schemas import AnyFormat, GenerateRequest
+from server.cli.offline import plan
 from server.settings import Settings
-from tests.conftest import micro_config
+from tests.conftest import micro_config, micro_preset_config
 
 
 def test_a_drawn_seed_is_one_that_javascript_reads_exactly() -> None:
@@ -76,6 +78,28 @@ def test_a_missing_end_of_the_guidance_is_the_recipe_s(
     request = GenerateRequest(prompt="a ball", **fields)
     sampling = choose_sampling(request, guided_between, Settings())
     assert (sampling.guidance_start, sampling.guidance_steps) == (first, steps)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("preset", [None, "fast"])
+def test_the_parameters_of_a_preset_whose_guidance_has_no_step_draw_its_image_again(
+    tmp_path: Path, preset: str | None, first: int
+) -> None:
+    config = micro_preset_config(default=True)
+    fast = config.presets["fast"]
+    recipe = replace(fast.recipe, guidance_scale=(4.0, 4.0), guidance_start=first)
+    config.with_preset("fast", replace(fast, recipe=recipe)).write(tmp_path)
+    settings = Settings(weights=str(tmp_path))
+    planned, _ = plan("generate", {"prompt": "a ball", "preset": preset}, settings)
+    told = planned.parameters((), 0)
+    assert (told["preset"], told["guidance_scale"]) == ("fast", [4, 4])
+    for name in ("operation", "truncated"):
+        del told[name]
+    again, _ = plan("generate", told, settings)
+    assert again.job.sampling == planned.job.sampling
+    with pytest.raises(ApiError) as refused:
+        plan("generate", {"prompt": "a ball", "preset": "fast", "guidance_scale": 4}, settings)
+    assert (refused.value.code, refused.value.param) == ("preset_conflict", "guidance_scale")
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,19 @@ def test_guidance_that_changes_over_the_steps_keeps_its_shape() -> None:
     assert guidance(4, recipe) == (2, 5)
 
 
+@pytest.mark.parametrize("cfg_scale", [0, 4, 7, 12])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_preset_without_guided_steps_is_drawn_whatever_cfg_scale_says(
+    cfg_scale: float, scale: float
+) -> None:
+    config = micro_preset_config()
+    fast = config.presets["fast"]
+    unguided = replace(fast, recipe=replace(fast.recipe, guidance_scale=(scale, scale)))
+    request = Txt2ImgRequest(steps=3, cfg_scale=cfg_scale)
+    _, fields = request.native(config.with_preset("fast", unguided))
+    assert (fields["preset"], fields["guidance_scale"]) == ("fast", None)
+
+
 @pytest.mark.parametrize(
     ("fields", "preset"),
     [

@@ -154,7 +154,7 @@ class SdRequest(SdFields):
             "model": config.name,
             "preset": name,
             "num_inference_steps": clamped_steps(self.steps, preset),
-            "guidance_scale": guidance(self.cfg_scale, preset.recipe),
+            "guidance_scale": guidance(self.cfg_scale, preset.recipe) if preset.guided else None,
             "sampler": sampler if sampler in config.samplers else None,
             # Only a stream has previews.
             "stream": shows_previews,

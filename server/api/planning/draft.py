@@ -410,9 +410,18 @@ def find_misfit(request: RecipeFields, preset: Preset) -> Misfit | None:
     without = "draws without guidance, which this field needs"
     if request.negative_prompt.strip():
         return Misfit("negative_prompt", without, request.negative_prompt)
-    if request.guidance_scale not in (None, UNGUIDED):
+    if request.guidance_scale not in (None, UNGUIDED) and not _guides_no_step(request):
         return Misfit("guidance_scale", without, request.guidance_scale)
     return None
+
+
+def _guides_no_step(request: RecipeFields) -> bool:
+    """Return whether the fields say that no step has guidance, whatever its scale.
+
+    The parameters of an image do so if its preset's recipe has a scale and no step that uses it.
+    """
+    start, end = request.guidance_start, request.guidance_end
+    return request.guidance_steps == 0 or (start is not None and start == end)
 
 
 def _guidance_interval(request: RecipeFields, recipe: Recipe) -> dict[str, int | None]:
