@@ -299,6 +299,8 @@ class BundleConfig:
     samplers: ClassVar[tuple[Sampler, ...]]
     # What all denoisers of a bundle have in common.
     denoiser_inputs: ClassVar[tuple[str, ...]]
+    # Whether the denoisers attend to the text and to an image, so that both can be weighed.
+    attends: ClassVar[bool] = True
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     family: str
@@ -571,6 +573,7 @@ class BundleV1Config(BundleConfig):
     networks = ("denoiser", "vqgan", "clip")
     samplers = ("multinomial", "argmax", "typical")
     denoiser_inputs = ("num_labels", "c_clip")
+    attends = False
 
     family: Literal["v1"] = "v1"
     denoiser: DenoiserV1Config

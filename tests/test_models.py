@@ -107,6 +107,16 @@ def test_what_weights_cannot_do_is_answered_with_400_and_what_they_can(
     assert "typical" in error["message"] or "variations" in error["message"]
 
 
+def test_weights_without_attention_refuse_weights_for_it(several):
+    sent = {"attention_weights": {"text": 2}}
+    error = generate(several, model="of-text", **sent).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_value", "attention_weights")
+    assert "of-text has no attention" in error["message"]
+    answer = generate(several, model="of-text", attention_weights=None)
+    assert answer.json()["parameters"]["attention_weights"] is None
+    assert generate(several, **sent).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("model", "endpoint"),
     [("of-text", "/variations"), ("of-image", "/inpaint"), ("of-image", "/edit")],

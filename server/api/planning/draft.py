@@ -345,6 +345,10 @@ def choose_sampling(
         supported = ", ".join(config.samplers)
         message = f"sampler: {config.name} supports {supported} (sent: {sampling.sampler!r})"
         raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_sampler", message, "sampler")
+    if weights is not None and not config.attends:
+        sent = shortened(weights.model_dump())
+        message = f"attention_weights: {config.name} has no attention; leave it out (sent: {sent})"
+        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_value", message, "attention_weights")
     for param, count in (
         ("renoise_steps", sampling.renoise_steps),
         ("guidance_steps", sampling.guidance_steps),
