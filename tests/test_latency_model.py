@@ -8,8 +8,10 @@ import random
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 
+from model.image_request import Edit, InputImage
 from server.engine.latency_model import MEMORY_S, LatencyModel, Pace
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import RowId, Scheduler
@@ -82,6 +84,18 @@ def test_a_branch_costs_what_a_row_without_guidance_does():
     assert made.predict(guided, [replace(guided, id="b")], slots=4, now=0.0) == pytest.approx(
         10 * 0.25
     )
+
+
+@pytest.mark.parametrize(("first", "step_s"), [(0, 0.1), (3, 0.13), (5, 0.15)])
+def test_an_edit_costs_the_branches_of_the_steps_that_it_takes(first, step_s):
+    """Five of ten steps are guided, and the edit takes the last five."""
+    made = costs((1, SMALL, 0.1), (2, SMALL, 0.15))
+    guided = replace(SAMPLING, steps=10, guidance=(4.0, 4.0), guidance_steps=5)
+    image = InputImage.of(np.zeros((64, 64, 3), np.uint8))
+    edit = replace(asked(), sampling=replace(guided, guidance_start=first), canvas=Edit(image, 0.5))
+    for least in (False, True):
+        seconds = made.predict(edit, [], slots=4, now=0.0, least=least)
+        assert seconds == pytest.approx(5 * step_s)
 
 
 def test_each_other_pool_takes_its_turn():

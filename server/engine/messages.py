@@ -239,11 +239,19 @@ class Job:
         return self.steps - self.enlarge.sampling.steps + step
 
     def row_branches(self, row: int) -> float:
-        """Return the branches of a row, averaged over the steps of its schedule."""
+        """Return the branches of a row, averaged over the steps that it takes."""
         tiled = self.enlarge if row >= len(self.seeds) else None
         sampling = tiled.sampling if tiled else self.sampling
-        guided = sampling.guidance_steps / sampling.steps if sampling.guided else 0.0
-        return 1 + len(self.regions) + guided
+        taken = tiled.steps if tiled else sampling.steps - self.steps_skipped
+        return 1 + len(self.regions) + _guided_share(sampling, taken)
+
+
+def _guided_share(sampling: SamplingConfig, taken: int) -> float:
+    """Return the share of steps with guidance among so many of the last ones of a schedule."""
+    if not (sampling.guided and taken):
+        return 0.0
+    first = max(sampling.guidance_start, sampling.steps - taken)
+    return max(0, sampling.guidance_start + sampling.guidance_steps - first) / taken
 
 
 @dataclass(frozen=True, slots=True)
