@@ -494,6 +494,26 @@ def test_a_conflict_is_said_at_the_field(opened: Open, hasty_address: str) -> No
     playground.complaints.clear()
 
 
+def test_a_temperature_may_lie_between_the_steps_of_its_arrows(plain: Playground) -> None:
+    page = plain.page
+    sent = answering(plain, "generate", (WIDTH, HEIGHT))
+    page.fill("#temperature_start", "0.333")
+    page.fill("#temperature_end", "0.05")
+    plain.draw(APPLE)
+    assert sent[-1]["temperature"] == [0.333, 0.05]
+    for field, number, bounds in (
+        ("#temperature_start", "5.01", "from 0.05 to 5"),
+        ("#temperature_start", "0.01", "from 0.05 to 5"),
+        ("#n", "1.5", "from 1 to 16"),
+    ):
+        before = page.input_value(field)
+        page.fill(field, number)
+        plain.press(APPLE)
+        expect(page.locator("#error")).to_contain_text(f"must be a number {bounds}")
+        page.fill(field, before)
+    assert len(sent) == 1
+
+
 def test_weights_with_one_preset_offer_no_choice(plain: Playground) -> None:
     expect(plain.page.locator("#preset")).to_be_hidden()
 

@@ -241,9 +241,11 @@ function labelOf(field) {
   return [...field.labels[0].childNodes].find((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()).data.trim();
 }
 
-/** Returns the field's number. Throws Error if it is out of bounds. */
+/** Returns the field's number; a fraction may lie between the steps of its arrows. Throws Error if it is out of bounds. */
 function bounded(field) {
-  if (field.value === "" || !field.checkValidity()) throw new Error(`${labelOf(field)}: must be a number from ${field.min} to ${field.max}`);
+  const { valid, stepMismatch, rangeUnderflow, rangeOverflow } = field.validity;
+  const between = stepMismatch && !Number.isInteger(Number(field.step || 1)) && !rangeUnderflow && !rangeOverflow;
+  if (field.value === "" || !(valid || between)) throw new Error(`${labelOf(field)}: must be a number from ${field.min} to ${field.max}`);
   return Number(field.value);
 }
 
