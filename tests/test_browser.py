@@ -511,6 +511,28 @@ def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address:
     assert page.locator("#sampler option").all_inner_texts() == ["argmax"]
 
 
+def test_the_chosen_weights_stay_chosen_while_the_server_starts(
+    opened: Open, plain_address: str
+) -> None:
+    playground = opened("about:blank")
+    page = playground.page
+    models = httpx.get(f"{plain_address}/v1/models").json()
+    both = [models["data"][0], {**models["data"][0], "id": "other"}]
+    page.route("**/v1/models", lambda route: route.fulfill(json={**models, "data": both}))
+    page.route("**/readyz", lambda route: route.fulfill(status=503, body="starting"))
+    page.goto(plain_address)
+    page.select_option("#model", "other")
+    for _ in range(2):
+        with page.expect_response("**/v1/models"):
+            pass
+    page.unroute("**/readyz")
+    playground.ready()
+    assert page.input_value("#model") == "other"
+    playground.complaints[:] = [
+        complaint for complaint in playground.complaints if "503" not in complaint
+    ]
+
+
 def test_old_pictures_make_room_for_new_ones_and_their_parameters_stay(plain: Playground) -> None:
     left = plain.page.evaluate(
         """async () => {

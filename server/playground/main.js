@@ -345,8 +345,10 @@ async function copy(language) {
 // ── the form ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 function useModels(data) {
+  const { value: chosen } = $("model");
   models = data;
   $("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
+  if (models.some(({ id }) => id === chosen)) $("model").value = chosen;
   useModel();
   if (!recalled) begun();
   recalled = true;
