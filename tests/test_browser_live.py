@@ -346,6 +346,23 @@ def test_without_a_connection_the_next_key_tries_again(
     forgive(live, "ERR_INTERNET_DISCONNECTED")
 
 
+def test_a_key_that_the_server_does_not_know_any_more_is_asked_for_without_taking_the_focus(
+    live: Playground, endpoint: Endpoint
+) -> None:
+    page = live.page
+    page.keyboard.press("a")
+    endpoint.expect_requests(1)
+    expect(page.locator("#key-form")).to_be_hidden()
+    endpoint.refuse(401)
+    expect(page.locator("#key-form")).to_be_visible()
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.press("b")
+    endpoint.expect_requests(2)
+    endpoint.answer()
+    expect_shown(live, "ab")
+    forgive(live, "401")
+
+
 # ── the history, the button, announcements ────────────────────────────────────────────────────────
 
 

@@ -32,11 +32,12 @@ export class Connection {
     }
   }
 
-  askForKey(error) {
+  /** quietly: leaves the focus where it is. */
+  askForKey(error, { quietly = false } = {}) {
     this.keyForm.hidden = false;
     this.reference.hidden = true;
     this.#say(error.message, "waiting");
-    this.key.focus();
+    if (!quietly) this.key.focus();
   }
 
   async #ready() {

@@ -227,6 +227,7 @@ function describeLive() {
 }
 
 function failLive(error, wait) {
+  if (error.status === 401) connection.askForKey(error, { quietly: true });
   const unanswered = error instanceof TypeError;
   const message = unanswered ? "The server does not answer" : error.message;
   const next = wait ? `Live mode waits for ${wait} s.` : "The next key tries again.";
