@@ -314,18 +314,34 @@ def test_a_refusal_is_quiet_and_the_next_key_waits_as_long_as_the_server_says(
     page.keyboard.press("a")
     endpoint.expect_requests(1)
     began = time.monotonic()
-    endpoint.refuse(status, **{"Retry-After": "2"})
-    expect(page.locator("#status")).to_have_text("too many requests. Live mode waits for 2 s.")
+    endpoint.refuse(status, **{"Retry-After": "4"})
+    expect(page.locator("#status")).to_have_text("too many requests. Live mode waits for 4 s.")
     page.keyboard.type("bc")
     expect(page.locator("#error")).to_be_empty()
     expect(page.locator("#prompt")).to_be_focused()
     endpoint.expect_requests(2)
-    assert time.monotonic() - began > 1.9
+    assert time.monotonic() - began > 3.9
     assert endpoint.prompts == ["a", "abc"]
     endpoint.answer()
     expect_shown(live, "abc")
     expect(page.locator("#status")).to_have_text("")
     forgive(live, str(status))
+
+
+def test_a_refused_text_is_drawn_without_another_key_as_soon_as_the_server_allows(
+    live: Playground, endpoint: Endpoint
+) -> None:
+    page = live.page
+    page.keyboard.press("a")
+    endpoint.expect_requests(1)
+    began = time.monotonic()
+    endpoint.refuse(429, **{"Retry-After": "1"})
+    endpoint.expect_requests(2)
+    assert time.monotonic() - began > 0.9
+    assert endpoint.prompts == ["a", "a"]
+    endpoint.answer()
+    expect_shown(live, "a")
+    forgive(live, "429")
 
 
 def test_without_a_connection_the_next_key_tries_again(

@@ -16,7 +16,7 @@ export class Live {
   /**
    * request: returns the request to draw, or null for none; may throw. shown: called with (request, {answer, urls, seconds}) once the image
    * is decoded; seconds: since the last key that it contains. rested: called a second after the last image. failed: called with an error
-   * and the seconds until the next request may be sent; the next key tries again.
+   * and the seconds until the form is drawn again; 0: by the next key.
    */
   constructor({ request, shown, rested, failed }) {
     Object.assign(this, { request, shown, rested, failed, asked: "", flight: null, timer: 0, rest: 0, typedAt: 0, sentAt: 0, earliest: 0 });
@@ -83,6 +83,7 @@ export class Live {
   async #send(request, asked) {
     const flight = new AbortController();
     const began = this.typedAt;
+    let wait = 0;
     Object.assign(this, { asked, flight, sentAt: performance.now() });
     try {
       const result = await draw(request, flight.signal);
@@ -93,12 +94,12 @@ export class Live {
     } catch (error) {
       if (this.flight !== flight) return;
       clearTimeout(this.rest);
-      const wait = Number(error.retryAfter) || 0;
+      wait = Number(error.retryAfter) || 0;
       Object.assign(this, { asked: "", earliest: performance.now() + 1000 * wait });
       this.failed(error, wait);
     }
     this.flight = null;
-    if (this.timer) this.#schedule();
+    if (this.timer || wait) this.#schedule();
   }
 }
 
