@@ -18,7 +18,7 @@ from model.pipeline import Pipeline
 from model.row_builder import DictCache, RowBuilder
 from server.engine.cuda_graphs import GraphShapes, StepGraphs, step_buckets, use_cuda_graphs
 from server.engine.latency_model import LatencyModel
-from server.engine.messages import Finished, Heartbeat, Job, Step
+from server.engine.messages import Finished, Heartbeat, Job, Step, Timings
 from server.engine.runner import WARM_UP_S, Runner, Stopwatch
 from server.engine.scheduler import LENGTHS, Pool, RowId, Scheduler
 from server.settings import Settings
@@ -292,3 +292,15 @@ def test_a_denoiser_s_steps_are_predicted_from_its_own():
     model.record_step(Step(1, 1, pixels, 0.01, "presets", NETWORK), now=0.0)
     assert model.predict(fast, [], 4, 0.0, least=True) == pytest.approx(3 * 0.01)
     assert model.predict(quality, [], 4, 0.0) == pytest.approx(6 * 0.2)
+
+
+def test_presets_of_one_denoiser_have_their_own_time_around_the_steps():
+    """The prior of one may take more steps than that of another."""
+    model, pixels = LatencyModel(), 32 * 32
+    model.record_step(Step(1, 1, pixels, 0.01, "presets", NETWORK), now=0.0)
+    slow, fast = asked("a", replace(FAST, preset="slow")), asked("b", FAST)
+    model.record_job(slow, Timings(prior=9.0), now=0.0)
+    assert model.predict(fast, [], 4, 0.0, least=True) == pytest.approx(3 * 0.01)
+    assert model.predict(slow, [], 4, 0.0, least=True) == pytest.approx(3 * 0.01 + 9)
+    model.record_job(fast, Timings(prior=0.1), now=0.0)
+    assert model.predict(fast, [], 4, 0.0) == pytest.approx(3 * 0.01 + 0.1)

@@ -77,25 +77,26 @@ class _Kind(NamedTuple):
     """What measurements are kept apart by. pixels: width times height of a row.
 
     tiled: whether the rows are tiles, which share the prior's result and more. denoiser: the
-    network's name.
+    network's name. preset: of a job, because its prior may take more steps or fewer than another's.
     """
 
     model: str
     pixels: int
     tiled: bool = False
     denoiser: str = DENOISER
+    preset: str = ""
 
     @property
-    def weights(self) -> tuple[str, str, bool]:
+    def weights(self) -> tuple[str, str, str, bool]:
         """What measurements of other sizes must share to be scaled to this one."""
-        return self.model, self.denoiser, self.tiled
+        return self.model, self.denoiser, self.preset, self.tiled
 
     @classmethod
     def of(cls, job: Job) -> _Kind:
         """Return the kind of a job's last pass."""
         width, height = job.row_size(job.passes[-1][0][0])
-        tiled, denoiser = job.enlarge is not None, job.sampling.denoiser
-        return cls(job.model, width * height, tiled, denoiser)
+        tiled, sampling = job.enlarge is not None, job.sampling
+        return cls(job.model, width * height, tiled, sampling.denoiser, sampling.preset)
 
 
 @dataclass(slots=True)
@@ -258,7 +259,7 @@ def _for_kind(
     """Return the seconds of the nearest measured size, of the same weights if there is one, scaled.
 
     least: 0 if nothing of these weights was measured, and no more than was measured. Tiles, and
-    another denoiser of a bundle, are others' weights in this respect.
+    another denoiser or preset of a bundle, are others' weights in this respect.
     """
     same = [other for other in measured if other.weights == kind.weights]
     if least and not same:
