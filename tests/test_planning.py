@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.config import BundleConfig, find_bundle
+from model.config import QUALITY, BundleConfig, find_bundle
 from server.api.errors import ApiError
 from server.api.images.admission import REFERENCE_SIDE
 from server.api.planning.conditions import reference_size
@@ -97,9 +97,14 @@ def test_the_parameters_of_a_preset_whose_guidance_has_no_step_draw_its_image_ag
         del told[name]
     again, _ = plan("generate", told, settings)
     assert again.job.sampling == planned.job.sampling
-    with pytest.raises(ApiError) as refused:
-        plan("generate", {"prompt": "a ball", "preset": "fast", "guidance_scale": 4}, settings)
-    assert (refused.value.code, refused.value.param) == ("preset_conflict", "guidance_scale")
+    for param, value in (("guidance_scale", 4), ("guidance_steps", 1), ("guidance_end", 0.5)):
+        asked = {"prompt": "a ball", "preset": preset, param: value}
+        if preset is None:
+            assert plan("generate", asked, settings)[0].job.sampling.preset == QUALITY
+            continue
+        with pytest.raises(ApiError) as refused:
+            plan("generate", asked, settings)
+        assert (refused.value.code, refused.value.param) == ("preset_conflict", param)
 
 
 @pytest.mark.parametrize(

@@ -414,18 +414,24 @@ def find_misfit(request: RecipeFields, preset: Preset) -> Misfit | None:
     without = "draws without guidance, which this field needs"
     if request.negative_prompt.strip():
         return Misfit("negative_prompt", without, request.negative_prompt)
-    if request.guidance_scale not in (None, UNGUIDED) and not _guides_no_step(request):
-        return Misfit("guidance_scale", without, request.guidance_scale)
-    return None
+    param = _asks_for_guidance(request, preset.recipe)
+    return Misfit(param, without, getattr(request, param)) if param else None
 
 
-def _guides_no_step(request: RecipeFields) -> bool:
-    """Return whether the fields say that no step has guidance, whatever its scale.
+def _asks_for_guidance(request: RecipeFields, recipe: Recipe) -> str | None:
+    """Return the field by which a request has guidance although the recipe has none.
 
-    The parameters of an image do so if its preset's recipe has a scale and no step that uses it.
+    The recipe may have a scale that no step uses, and so may the parameters of its images.
     """
     start, end = request.guidance_start, request.guidance_end
-    return request.guidance_steps == 0 or (start is not None and start == end)
+    if request.guidance_steps == 0 or (start is not None and start == end):
+        return None
+    if request.guidance_scale is not None:
+        return None if request.guidance_scale == UNGUIDED else "guidance_scale"
+    if recipe.guidance_scale == UNGUIDED:
+        return None
+    fields = ("guidance_steps", "guidance_start", "guidance_end")
+    return next((name for name in fields if getattr(request, name)), None)
 
 
 def _guidance_interval(request: RecipeFields, recipe: Recipe) -> dict[str, int | None]:
