@@ -414,8 +414,8 @@ def find_misfit(request: RecipeFields, preset: Preset) -> Misfit | None:
     without = "draws without guidance, which this field needs"
     if request.negative_prompt.strip():
         return Misfit("negative_prompt", without, request.negative_prompt)
-    param = _asks_for_guidance(request, preset.recipe)
-    return Misfit(param, without, getattr(request, param)) if param else None
+    field = _asks_for_guidance(request, preset.recipe)
+    return Misfit(field, without, getattr(request, field)) if field else None
 
 
 def _asks_for_guidance(request: RecipeFields, recipe: Recipe) -> str | None:
