@@ -25,7 +25,7 @@ INTRODUCTION = """# Performance
 
 Everything here was measured by the command above its table, on the machine named with it, with
 the embedded weights of its time unless it says otherwise. Until 2026-11-28 those drew 128x128
-pixels; now they draw 256x256, and an image takes longer.
+pixels; now they draw 256x256 in fewer steps.
 `python -m load_tests.performance` writes this page from `load_tests/results/`."""
 
 Result = Mapping[str, Any]
