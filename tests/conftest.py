@@ -603,8 +603,9 @@ def step(embedded: BundleConfig) -> int:
 @pytest.fixture(scope="session")
 def live_server() -> Iterator[str]:
     """The address of a server with the embedded weights and a real worker, ready, shared
-    likewise.
+    likewise. It computes with one thread, because tests run beside it, and another number of
+    threads rounds otherwise.
     """
-    with serving(create_app(Settings(port=0))) as address:
+    with serving(create_app(Settings(port=0, threads=1))) as address:
         wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200, timeout_s=600)
         yield address
