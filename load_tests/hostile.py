@@ -35,7 +35,7 @@ from server.environment import PREFIX
 from server.settings import Settings
 
 # MiB of resident memory that docs/limits.md states for the default settings.
-STATED_MIB: Mapping[str, float] = {"api": 2600, "worker": 1950}
+STATED_MIB: Mapping[str, float] = {"api": 2600, "worker": 2150}
 # Likewise, of the API process with AUTOMATIC1111's endpoints.
 SDAPI_API_MIB = 2800
 P99_FACTOR = 3.0
