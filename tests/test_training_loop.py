@@ -15,7 +15,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from load_tests.serving import free_port
 from model.networks.prior import Prior
 from model.training import loop, prior
 from tests.conftest import micro_config
@@ -387,31 +386,6 @@ def train_matrices(folder: Path, steps: int) -> None:
     network, loss = matrices_and_a_loss()
     loop.fit(network, loss, o, matrices=["0.weight", "2.weight", "4.weight"])
     torch.save(network.state_dict(), folder / f"{loop.rank()}.pt")
-
-
-def test_a_process_leaves_the_others_before_its_interpreter_ends():
-    # Otherwise the connections' threads abort it at times, after its last checkpoint.
-    script = (
-        "import atexit\n"
-        "import torch.distributed as dist\n"
-        "atexit.register(lambda: print('in the end', dist.is_initialized()))\n"
-        "from model.training import loop\n"
-        "parser = loop.parser(None, name='x', batch=1, lr=1.0, minutes=1)\n"
-        "loop.options(parser.parse_args(['--device', 'cpu']))\n"
-        "print('joined', dist.is_initialized())\n"
-    )
-    root = Path(__file__).parents[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment = {**os.environ, **alone, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(root)}
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
-    assert process.stdout.splitlines() == ["joined True", "in the end False"]
 
 
 def test_two_processes_stay_one_network_and_take_the_steps_of_one(tmp_path):

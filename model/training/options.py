@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,11 +187,4 @@ def _join_others(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(_leave_others)
     return device
-
-
-def _leave_others() -> None:
-    """End the threads of the connections: a process that ends before them aborts at times."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
