@@ -149,9 +149,7 @@ class Upsample(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Compute it; shapes as in the class."""
-        B, H, W, _ = x.shape
-        patches = (x @ self.weight.permute(0, 2, 3, 1).flatten(1)).view(B, H, W, 2, 2, -1)
-        y = patches.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1)
+        y = from_patches(x @ self.weight.permute(0, 2, 3, 1).flatten(1), 2)
         return y if self.bias is None else y + self.bias
 
 

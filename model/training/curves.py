@@ -153,12 +153,8 @@ def plot(
             folder / "steps.svg",
             "milliseconds of one image",
             [
-                _Line([(p.milliseconds, p) for p in by_steps], [p.steps for p in by_steps], guided),
-                _Line(
-                    [(p.milliseconds, p) for p in unguided],
-                    [p.steps for p in unguided],
-                    "no guidance",
-                ),
+                _Line([(p.milliseconds, p) for p in points], [p.steps for p in points], name)
+                for name, points in ((guided, by_steps), ("no guidance", unguided))
             ],
         )
         _draw(
