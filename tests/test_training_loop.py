@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from load_tests.serving import free_port
 from model.networks.prior import Prior
 from model.training import loop, prior
 from tests.conftest import micro_config
@@ -386,6 +387,35 @@ def train_matrices(folder: Path, steps: int) -> None:
     network, loss = matrices_and_a_loss()
     loop.fit(network, loss, o, matrices=["0.weight", "2.weight", "4.weight"])
     torch.save(network.state_dict(), folder / f"{loop.rank()}.pt")
+
+
+def test_no_thread_of_the_group_outlives_a_training(tmp_path):
+    # One that frees a tensor while Python ends aborts the process at times, after all its work.
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import atexit\n"
+        "from pathlib import Path\n"
+        "from tests.test_training_loop import train_matrices\n"
+        "def names():\n"
+        "    return [p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm')]\n"
+        "atexit.register(lambda: print(*names()))\n"
+        f"train_matrices(Path({str(tmp_path)!r}), 2)\n"
+        "print(*names())\n"
+    )
+    root = Path(__file__).parents[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        check=True,
+        timeout=120,
+        cwd=root,
+        env={**os.environ, **alone, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    during, after = ended.stdout.splitlines()
+    assert "gloo" in during
+    assert "gloo" not in after
 
 
 def test_two_processes_stay_one_network_and_take_the_steps_of_one(tmp_path):

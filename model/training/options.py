@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,5 +187,16 @@ def _join_others(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # Before the group exists: these modules keep the group of their import as a default argument,
+    # and then its threads never end.
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: F401
+
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(_leave_others)
     return device
+
+
+def _leave_others() -> None:
+    """End the group's threads: one that frees a tensor while Python ends aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
