@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,44 @@ def test_presets_are_named_one_by_one_or_are_all_of_the_bundle(
     assert evaluate.presets_of(name, "quality,fast") == [f"{name}@quality", f"{name}@fast"]
     with pytest.raises(RecipeError, match="exclude each other"):
         evaluate.presets_of(f"{name}@steps=4", "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "changed"),
+    [
+        ("tiny", None, None, "tiny"),
+        ("tiny", 4, None, "tiny@steps=4"),
+        ("tiny@fast", 4, 1.5, "tiny@fast,steps=4,guidance=1.5"),
+        ("tiny@steps=8", None, 0.0, "tiny@steps=8,guidance=0.0"),
+    ],
+)
+def test_steps_and_guidance_of_the_command_line_are_changes_of_every_recipe(
+    name: str, steps: int | None, guidance: float | None, changed: str
+) -> None:
+    assert evaluate.with_changes(name, steps, guidance) == changed
+
+
+@pytest.mark.parametrize("what", ["--operations", "--curves=plots", "--contact-sheet=x.webp"])
+def test_everything_is_drawn_by_the_changed_recipe(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(name: str, *_: object) -> Pipeline:
+        raise RecipeError(name)
+
+    monkeypatch.setattr(evaluate, "loaded", loaded)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--bundle", "tiny@fast", "--steps", "3", what])
+    with pytest.raises(SystemExit, match="tiny@fast,steps=3"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize("other", ["--curves=plots", "--judges", "--contact-sheet=sheet.webp"])
+def test_several_presets_are_refused_where_one_is_judged(
+    other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--presets", "all", other])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "--bundle BUNDLE@PRESET" in capsys.readouterr().err
 
 
 def test_the_fastest_preset_near_the_best_has_the_fewest_branches() -> None:

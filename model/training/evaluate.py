@@ -390,7 +390,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--presets",
         metavar="NAMES",
-        help="presets of the bundle, separated by commas, or all: PaellaBench of each in turn",
+        help="presets of the bundle, separated by commas, or all: each in turn, for PaellaBench and"
+        " --operations",
     )
     p.add_argument("--set", default="report", help="tune, reward or report (default)")
     p.add_argument("--quick", action="store_true", help="25 prompts of a category, one seed")
@@ -435,7 +436,7 @@ def cost(sampling: SamplingConfig) -> Cost:
 
 
 def presets_of(bundle: str, presets: str | None) -> list[str]:
-    """Return the names to load, `BUNDLE@PRESET`, of presets separated by commas, or of all.
+    """Return the names of recipes, `BUNDLE@PRESET`, of presets separated by commas, or of all.
 
     Raises RecipeError for changes of the recipe beside presets.
     """
@@ -456,10 +457,15 @@ def fastest(measured: Mapping[str, Mapping[str, Any]], within: float = 0.02) -> 
     return min(near, key=lambda name: measured[name]["branches"])
 
 
-def sampling_of(pipeline: Pipeline, args: argparse.Namespace) -> SamplingConfig:
-    """Return the sampling of a pipeline's recipe with the command line's changes."""
-    guidance = None if args.guidance is None else (args.guidance, args.guidance)
-    return pipeline.config.recipe.sampling(steps=args.steps, guidance=guidance)
+def with_changes(name: str, steps: int | None, guidance: float | None) -> str:
+    """Return the name to load of a recipe with other steps and guidance; None is the recipe's."""
+    changes = [
+        f"{field}={value}"
+        for field, value in (("steps", steps), ("guidance", guidance))
+        if value is not None
+    ]
+    path, _, others = name.partition("@")
+    return "@".join(filter(None, (path, ",".join(filter(None, (others, *changes))))))
 
 
 def second_judge(device: torch.device) -> Judge:
@@ -467,30 +473,42 @@ def second_judge(device: torch.device) -> Judge:
     return Templates(atlas(128).to(device))
 
 
-def bench_of(
-    pipeline: Pipeline, args: argparse.Namespace, sprites: Tensor, first: Detector, second: Judge
-) -> Bench:
-    """Return the bench of a pipeline as the command line says."""
-    drawn = Drawn(pipeline, sampling_of(pipeline, args))
+def bench_of(pipeline: Pipeline, sprites: Tensor, first: Detector, second: Judge) -> Bench:
+    """Return the bench of a pipeline by its own recipe."""
+    drawn = Drawn(pipeline, pipeline.config.recipe.sampling())
     return Bench(pipeline, drawn, sprites, first, second)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args()
+    if args.presets and (args.contact_sheet or args.curves or args.judges):
+        parser.error("--presets is for PaellaBench and --operations; or --bundle BUNDLE@PRESET")
+    return args
+
+
+def _pipelines(args: argparse.Namespace, device: torch.device) -> dict[str, Pipeline]:
+    """Return the pipelines of all recipes to judge, by their names; exit if one is unknown."""
+    dtype = pick_dtype(args.dtype, device)
+    try:
+        return {
+            name: loaded(with_changes(name, args.steps, args.guidance), device, dtype)
+            for name in presets_of(args.bundle, args.presets)
+        }
+    except RecipeError as error:
+        raise SystemExit(str(error)) from None
 
 
 def main() -> None:
     """Evaluate as the command line says, and print a table and one line of JSON."""
-    args = _parser().parse_args()
+    args = _arguments()
     prepare(args.threads)
     device = pick_device(args.device)
     report = Report(
         "evaluate", command=" ".join(["python -m model.training.evaluate", *sys.argv[1:]])
     )
     began = time.monotonic()
-    dtype = pick_dtype(args.dtype, device)
-    try:
-        pipelines = {
-            name: loaded(name, device, dtype) for name in presets_of(args.bundle, args.presets)
-        }
-    except RecipeError as error:
-        raise SystemExit(str(error)) from None
+    pipelines = _pipelines(args, device)
     pipeline = next(iter(pipelines.values()))
     if reason := unfit(pipeline):
         raise SystemExit(reason)
@@ -500,28 +518,32 @@ def main() -> None:
     if args.contact_sheet:
         contact_sheet(pipeline, args.contact_sheet)
     elif args.operations:
-        shares, table = judge_operations(
-            pipeline, first, sprites, args.cases, args.only or tuple(OPERATIONS)
-        )
+        measured = {}
+        for name, each in pipelines.items():
+            measured[name], table = judge_operations(
+                each, first, sprites, args.cases, args.only or tuple(OPERATIONS)
+            )
+            table.title = f"{name}, {table.title}"
+            report.add(table)
+        shares = measured[args.bundle] if args.presets is None else measured
         result |= {"cases": args.cases, "operations": shares}
-        report.add(table)
     elif args.curves:
         from model.training import curves  # which needs matplotlib
 
         result |= curves.measure(pipeline, first, sprites, args.curves)
     elif args.judges:
-        result |= judge_judges(bench_of(pipeline, args, sprites, first, second_judge(device)))
+        result |= judge_judges(bench_of(pipeline, sprites, first, second_judge(device)))
         report.add(judges_table(result))
     else:
         measured, second = {}, second_judge(device)
         for name, each in pipelines.items():
             found = paella_bench(
-                bench_of(each, args, sprites, first, second),
+                bench_of(each, sprites, first, second),
                 args.set,
                 args.minutes / len(pipelines),
                 args.quick,
             )
-            sampling = sampling_of(each, args)
+            sampling = each.config.recipe.sampling()
             measured[name] = bench_json(found) | asdict(cost(sampling))
             report.add(bench_table(found, f"{name}, {args.set} prompts, {sampling.steps} steps"))
         result |= {"networks": networks(pipeline, sprites)}
