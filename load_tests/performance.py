@@ -93,7 +93,7 @@ def _origin(result: Result) -> str:
         f" ({special})" if special else ""
     )
     others = result.get("others_share_of_the_machine")
-    busy = "" if others is None else f", {_percent(others)} of it busy with other things"
+    busy = "" if others is None else f", {_percent(max(0.0, others))} of it busy with other things"
     source = f"[all of it](../load_tests/results/{result['file']})"
     return f"`{result['command']}`: {machine}{busy}, {result['date'][:10]}; {source}."
 

@@ -5,12 +5,14 @@ no test says.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from load_tests import bench
 from load_tests.bench import _overheads, main
 from load_tests.report import quantiles
 from load_tests.stages import Workload, flops, measure
@@ -23,6 +25,26 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str],
     main(arguments, program="bench")
     *lines, last = capsys.readouterr().out.splitlines()
     return lines, json.loads(last)
+
+
+def test_the_command_runs_anew_in_a_worker_s_environment_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(bench.os, "execve", lambda *how: begun.append(how))
+    monkeypatch.setenv("LD_PRELOAD", "other.so")
+    bench.begin_as_a_worker()
+    assert not begun, "the environment's own allocator takes precedence"
+    monkeypatch.delenv("LD_PRELOAD")
+    monkeypatch.setattr("server.engine.supervisor.faster_allocator", lambda: "fast.so")
+    bench.begin_as_a_worker()
+    ((program, words, environment),) = begun
+    assert (program, words) == (sys.executable, sys.orig_argv)
+    assert environment["LD_PRELOAD"] == "fast.so"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    bench.begin_as_a_worker()
+    assert len(begun) == 1
 
 
 def test_last_line_holds_every_stage_the_server_and_the_machine(

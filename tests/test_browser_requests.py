@@ -480,6 +480,39 @@ def test_a_preset_is_chosen_with_its_recipe_and_sent(opened: Open, hasty_address
     expect(preset).to_have_value("quality")
 
 
+def test_what_keeps_a_share_of_an_image_shows_quality(opened: Open, hasty_address: str) -> None:
+    playground = opened(hasty_address)
+    playground.ready()
+    page = playground.page
+    preset, steps = page.locator("#preset"), page.locator("#num_inference_steps")
+    page.select_option("#sampler", "argmax")
+    for operation, usual, count in (
+        ("Edit", "quality", "6"),
+        ("Inpaint", "fast", "3"),
+        ("Upscale", "quality", "6"),
+        ("Generate", "fast", "3"),
+    ):
+        playground.choose(operation)
+        expect(preset).to_have_value(usual)
+        expect(steps).to_have_value(count)
+        expect(page.locator("#sampler")).to_have_value("argmax")
+    page.select_option("#hires_scale", "2")
+    expect(preset).to_have_value("quality")
+    sent = answering(playground, "generate", (32, 32), preset="fast", hires={"scale": 2})
+    playground.draw("a ball")
+    assert "preset" not in sent[-1]
+    # That image was asked for by name.
+    page.locator("#reuse").click()
+    expect(preset).to_have_value("fast")
+    playground.draw("a ball")
+    assert sent[-1]["preset"] == "fast"
+    page.locator("#reset").click()
+    page.select_option("#preset", "quality")
+    page.select_option("#preset", "fast")
+    playground.choose("Edit")
+    expect(preset).to_have_value("fast")
+
+
 def test_a_conflict_is_said_at_the_field(opened: Open, hasty_address: str) -> None:
     playground = opened(hasty_address)
     playground.ready()

@@ -43,8 +43,8 @@ def test_a_result_costs_its_decoding_its_file_and_its_previews(
     plain, streamed = (
         draft(request, "generate", models, settings, output).workload(None, 0)
         for request in (
-            GenerateRequest(prompt="a ball"),
-            GenerateRequest(prompt="a ball", stream=True, partial_images=2),
+            GenerateRequest(prompt="a ball", preset="quality"),
+            GenerateRequest(prompt="a ball", preset="quality", stream=True, partial_images=2),
         )
     )
     assert (plain.output, plain.enlarging) == (3 + file, 2 + file)

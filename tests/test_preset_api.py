@@ -77,7 +77,9 @@ def test_every_operation_is_drawn_by_the_preset_that_it_names(server, operation)
     assert (told["preset"], told["num_inference_steps"]) == ("fast", 3)
     assert (told["guidance_scale"], told["renoise_order"]) == ([1, 1], "halton")
     assert parameters(server, operation)["preset"] == "quality"
-    assert parameters(server, operation, model="hasty")["preset"] == "fast"
+    # Strengths are counted in steps, and a few steps cannot tell them apart.
+    usual = "quality" if operation in ("edit", "upscale") else "fast"
+    assert parameters(server, operation, model="hasty")["preset"] == usual
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,11 @@ def test_every_operation_is_drawn_by_the_preset_that_it_names(server, operation)
         ({"guidance_scale": 3}, ("quality", 6)),
         ({"guidance_scale": [1, 2]}, ("quality", 6)),
         ({"hires": {"steps": 12}}, ("quality", 6)),
+        ({"hires": {}}, ("quality", 6)),
+        ({"hires": {}, "preset": "fast"}, ("fast", 3)),
+        ({"operation": "edit", "strength": 0.9}, ("quality", 6)),
+        ({"operation": "edit", "strength": 1}, ("fast", 3)),
+        ({"operation": "edit", "num_inference_steps": 3}, ("quality", 3)),
         ({"renoise_steps": 3}, ("fast", 3)),
         ({"renoise_steps": 4}, ("quality", 6)),
         ({"guidance_steps": 5}, ("quality", 6)),
@@ -318,6 +325,30 @@ def test_openai_s_quality_chooses_the_preset(server, model, fields, expected, to
     assert (recorded["preset"], recorded["num_inference_steps"]) == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "files", "expected"),
+    [
+        ({}, {}, ("quality", 6)),
+        ({"quality": "low"}, {}, ("quality", 3)),
+        ({"strength": "1"}, {}, ("fast", 3)),
+        ({}, {"mask": png(white())}, ("fast", 3)),
+        ({"preset": "fast"}, {}, ("fast", 3)),
+    ],
+)
+def test_openai_s_edits_have_quality_where_a_share_of_the_image_is_kept(
+    server, fields, files, expected
+):
+    data = {**PROMPT, "model": "hasty", "mask_mode": "luminance", **fields}
+    if not files:
+        del data["mask_mode"]
+    answer = server.post("/v1/images/edits", data=data, files={"image": png(noise()), **files})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-preset"] == expected[0]
+    content = answer.json()["data"][0]["b64_json"]
+    recorded = json.loads(opened(base64.b64decode(content)).info["parameters"])
+    assert (recorded["preset"], recorded["num_inference_steps"]) == expected
+
+
 def test_openai_s_conflict_is_400(server):
     body = {**PROMPT, "preset": "fast", "negative_prompt": "blur"}
     answer = server.post("/v1/images/generations", json=body)
@@ -370,4 +401,4 @@ def test_automatic1111_s_second_pass_is_within_the_preset_s_steps(server):
     body = {**PROMPT, "steps": 2, "enable_hr": True, "hr_second_pass_steps": 30}
     answer = server.post("/sdapi/v1/txt2img", json=body)
     assert answer.status_code == 200, answer.text
-    assert "Hires steps: 3" in json.loads(answer.json()["info"])["infotexts"][0]
+    assert "Hires steps: 6" in json.loads(answer.json()["info"])["infotexts"][0]

@@ -35,6 +35,7 @@ from server.api.sdapi_schemas import (
     PREVIEWS,
     ExtraSingleImageRequest,
     Img2ImgRequest,
+    SdRequest,
     Txt2ImgRequest,
     guidance,
 )
@@ -191,16 +192,54 @@ def test_a_preset_without_guided_steps_is_drawn_whatever_cfg_scale_says(
     [
         ({"steps": 1}, "fast"),
         ({"steps": 3}, "fast"),
-        ({"steps": 4}, "quality"),
+        ({"steps": 4}, "fast"),
+        ({"steps": 5}, "quality"),
         ({"steps": 3, "negative_prompt": " "}, "fast"),
         ({"steps": 3, "negative_prompt": "blur"}, "quality"),
         ({}, "quality"),
     ],
 )
-def test_no_more_steps_than_the_recipe_of_fast_choose_it_unless_a_negative_prompt_needs_guidance(
+def test_up_to_four_steps_choose_fast_unless_a_negative_prompt_needs_guidance(
     fields: dict[str, Any], preset: str
 ) -> None:
     assert Txt2ImgRequest(**fields).preset(micro_preset_config()) == preset
+
+
+@pytest.mark.parametrize(
+    ("recipe", "most", "sent", "drawn"),
+    [
+        (2, 6, 1, ("fast", 1)),
+        (2, 6, 4, ("fast", 4)),
+        (2, 6, 5, ("quality", 5)),
+        (2, 3, 3, ("fast", 3)),
+        (2, 3, 4, ("quality", 4)),
+        (6, 8, 6, ("fast", 6)),
+        (6, 8, 7, ("quality", 6)),
+    ],
+)
+def test_few_steps_are_drawn_by_fast_as_sent_within_its_range(
+    recipe: int, most: int, sent: int, drawn: tuple[str, int]
+) -> None:
+    config = micro_preset_config()
+    fast = config.presets["fast"]
+    fewer = replace(fast, recipe=replace(fast.recipe, num_inference_steps=recipe), steps=(1, most))
+    _, fields = Txt2ImgRequest(steps=sent).native(config.with_preset("fast", fewer))
+    assert (fields["preset"], fields["num_inference_steps"]) == drawn
+
+
+@pytest.mark.parametrize(
+    ("request_", "preset"),
+    [
+        (Txt2ImgRequest(enable_hr=True), "quality"),
+        (Txt2ImgRequest(enable_hr=True, steps=2), "quality"),
+        (Img2ImgRequest(init_images=[b"1"]), "quality"),
+        (Img2ImgRequest(init_images=[b"1"], steps=2), "quality"),
+        (Img2ImgRequest(init_images=[b"1"], denoising_strength=1), "fast"),
+        (Img2ImgRequest(init_images=[b"1"], mask=b"2"), "fast"),
+    ],
+)
+def test_what_keeps_a_share_of_an_image_is_for_quality(request_: SdRequest, preset: str) -> None:
+    assert request_.preset(micro_preset_config(default=True)) == preset
 
 
 def test_a_negative_prompt_is_for_fast_too_if_it_is_guided() -> None:

@@ -297,6 +297,11 @@ class EditsRequest(ImagesFields):
     fit: FitChoice = "crop"
     return_size: ReturnSizeChoice = "result"
 
+    @property
+    def begins_midway(self) -> bool:
+        """Whether there is no mask, as with /edit."""
+        return self.mask is None and self._strength().get("strength", 0.0) < 1
+
     @model_validator(mode="after")
     def _images_once(self) -> Self:
         if self.image and self.images:

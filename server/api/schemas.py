@@ -326,6 +326,14 @@ class RecipeFields(BaseModel):
         ),
     ] = 0
 
+    @property
+    def begins_midway(self) -> bool:
+        """Whether a part of the schedule is skipped, because a part of an image is kept.
+
+        How much becomes noise is then counted in steps.
+        """
+        return False
+
 
 class SamplingFields(RecipeFields):
     """Fields of every native endpoint."""
@@ -473,6 +481,11 @@ class GenerateRequest(SamplingFields):
         ),
     ] = None
 
+    @property
+    def begins_midway(self) -> bool:
+        """Whether there is a second pass, which keeps some of the first."""
+        return self.hires is not None
+
 
 class InpaintRequest(SamplingFields):
     """Repaint a part of an image. Width and height, if given, scale it first."""
@@ -540,6 +553,11 @@ class EditRequest(SamplingFields):
     return_size: ReturnSizeChoice = "result"
     references: References = Field(default_factory=list)
 
+    @property
+    def begins_midway(self) -> bool:
+        """Whether some of the image is kept."""
+        return self.strength < 1
+
 
 class UpscaleRequest(SamplingFields):
     """Enlarge an image and draw its detail, by default without guidance.
@@ -559,6 +577,11 @@ class UpscaleRequest(SamplingFields):
             description="Fraction of the scaled image that is drawn",
         ),
     ] = 0.3
+
+    @property
+    def begins_midway(self) -> bool:
+        """Always: most of the image is kept."""
+        return True
 
 
 class EditOrInpaintRequest(EditRequest):

@@ -23,6 +23,8 @@ MAX_IMAGES = 16
 MAX_GUIDANCE = 30.0
 # The cfg_scale that stands for the recipe's guidance; 1 is none, and others follow linearly.
 CFG_SCALE = 7.0
+# Steps that clients of few-step models send: a preset of fewer takes them too, where it can.
+FEW_STEPS = 4
 # Previews of a request's images together; each image has at least one.
 PREVIEWS = 2
 # Names of upscalers that add no detail.
@@ -90,7 +92,8 @@ class SdRequest(SdFields):
         int | None,
         Field(
             description="Denoising steps; default and maximum: the preset's. As few as the preset"
-            " fast has choose it, unless it cannot follow the negative prompt"
+            " fast has, or up to 4 if it can take them, choose it, unless it cannot follow the"
+            " negative prompt"
         ),
     ] = None
     cfg_scale: Annotated[
@@ -165,25 +168,39 @@ class SdRequest(SdFields):
         """Return the preset that draws: its clients choose by the number of steps.
 
         A few steps without a negative prompt are for `fast`, none at all for the default one.
+        Requests that begin midway are for `quality`, as with the native endpoints.
         """
         name = config.default_preset if self.steps is None else FAST
-        if name not in config.preset_names:
+        if name not in config.preset_names or self.begins_midway:
             return QUALITY
         preset = config.preset(name)
-        too_many = self.steps is not None and self.steps > preset.recipe.num_inference_steps
+        too_many = self.steps is not None and self.steps > most_steps(preset)
         is_unsuited = bool(self.negative_prompt.strip()) and not preset.guided
         return QUALITY if too_many or is_unsuited else name
+
+    @property
+    def begins_midway(self) -> bool:
+        """Whether some of an image is kept, see `RecipeFields`."""
+        return False
 
     @property
     def _size(self) -> dict[str, Any]:
         return {"width": self.width, "height": self.height}
 
 
+def most_steps(preset: Preset) -> int:
+    """Return how many steps a client may have.
+
+    These are the recipe's, or FEW_STEPS if that is more, and in the preset's range.
+    """
+    return max(preset.recipe.num_inference_steps, min(FEW_STEPS, preset.steps[1]))
+
+
 def clamped_steps(steps: int | None, preset: Preset) -> int | None:
-    """Return a client's number of steps, at most the recipe's; None if it sent none."""
+    """Return a client's number of steps, within the preset's; None if it sent none."""
     if steps is None:
         return None
-    return max(preset.steps[0], min(steps, preset.recipe.num_inference_steps))
+    return max(preset.steps[0], min(steps, most_steps(preset)))
 
 
 def guidance(cfg_scale: float, recipe: Recipe) -> tuple[float, float] | None:
@@ -213,6 +230,11 @@ class Txt2ImgRequest(SdRequest):
     hr_second_pass_steps: Annotated[int, Field(description="0: as steps")] = 0
     hr_resize_x: Annotated[int, Field(description="Width of the result, instead of hr_scale")] = 0
     hr_resize_y: Annotated[int, Field(description="Height of the result, likewise")] = 0
+
+    @property
+    def begins_midway(self) -> bool:
+        """Whether there is a second pass."""
+        return self.enable_hr
 
     def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /generate."""
@@ -267,6 +289,11 @@ class Img2ImgRequest(SdRequest):
     denoising_strength: Annotated[
         Fraction, Field(description="Without a mask: fraction turned to noise first")
     ] = 0.75
+
+    @property
+    def begins_midway(self) -> bool:
+        """Whether there is no mask, as with /edit."""
+        return self.mask is None and self.denoising_strength < 1
 
     def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /inpaint with a mask, /edit without."""

@@ -86,8 +86,9 @@ def config(
 )
 def bench(context: typer.Context) -> None:
     """Measure every stage, the published code, and a server over HTTP (`paellera bench --help`)."""
-    from load_tests.bench import main
+    from load_tests.bench import begin_as_a_worker, main
 
+    begin_as_a_worker()
     with one_line_errors():
         main(context.args, program="paellera bench")
 

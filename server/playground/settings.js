@@ -7,6 +7,7 @@ const FEATHERED = ["inpaint", "outpaint"];
 // Fields that a preset's recipe sets.
 const RECIPE = ["num_inference_steps", "guidance_scale", "sampler", "temperature_start", "temperature_end"];
 const FAST = "fast";
+const QUALITY = "quality";
 const FEW_STEPS = 4;
 // Fields that a request may lack; an image's parameters set them, or their defaults do.
 const OPTIONAL = ["feather", "fit", "resize", "hires_scale", "hires_strength", "hires_steps"];
@@ -20,6 +21,7 @@ export class Settings {
     form.addEventListener("input", ({ target }) => {
       this.changed.add(target.name);
       if (target.name === "preset") this.#followPreset();
+      else this.#followRequest();
       this.#show();
     });
   }
@@ -30,6 +32,7 @@ export class Settings {
 
   set operation(name) {
     this.fields.operation.value = name;
+    this.#followRequest();
     this.#show();
   }
 
@@ -52,16 +55,17 @@ export class Settings {
     if (!this.supports(this.operation)) [...this.fields.operation].find((radio) => !radio.disabled)?.click();
     this.#choosePreset(kept.preset);
     this.#write(kept);
+    this.#followRequest();
   }
 
   reset() {
     this.changed.clear();
+    for (const name of OPTIONAL) restore(this.fields[name]);
     this.#choosePreset();
     this.fields.negative_prompt.value = this.fields.seed.value = "";
     Object.assign(this.fields.n, { value: "1" });
     this.fields.partial_images.value = "5";
     this.fields.deterministic.checked = false;
-    for (const name of OPTIONAL) restore(this.fields[name]);
     this.#show();
   }
 
@@ -129,8 +133,8 @@ export class Settings {
   fill(parameters) {
     const { guidance_scale: guidance, temperature, hires, strength, ...same } = parameters;
     this.changed.clear();
-    this.#choosePreset(parameters.preset);
     for (const name of OPTIONAL) restore(this.fields[name]);
+    this.#choosePreset(parameters.preset);
     this.#write({
       ...same,
       guidance_scale: guidance?.[0],
@@ -141,6 +145,7 @@ export class Settings {
       hires_strength: hires?.strength,
       hires_steps: hires?.steps,
     });
+    if (this.fields.preset.value !== this.#usual) this.changed.add("preset");
   }
 
   /** The requested size in pixels. */
@@ -156,20 +161,40 @@ export class Settings {
   recall(values) {
     if (values.preset) this.#choosePreset(values.preset);
     this.#write(values);
+    this.#followRequest();
   }
 
   #values() {
     return Object.fromEntries([...this.changed].filter((name) => this.fields[name]?.value !== undefined).map((name) => [name, valueOf(this.fields[name])]));
   }
 
-  /** Chooses a preset if the weights have it, otherwise their default one, and sets the form to its recipe. */
+  /** The preset of a request that names none: `quality` where a share of an image is kept, otherwise the default one. */
+  get #usual() {
+    const { operation, fields } = this;
+    const keeps = {
+      generate: Boolean(fields.hires_scale.value),
+      edit: Number(fields.strength.value) < 1,
+      upscale: true,
+    };
+    return keeps[operation] ? QUALITY : this.model.default_preset;
+  }
+
+  /** Chooses a preset if the weights have it, otherwise the usual one, and sets the form to its recipe. */
   #choosePreset(name) {
-    const { presets, default_preset: usual } = this.model;
-    const chosen = presets[name] ? name : usual;
+    const chosen = this.model.presets[name] ? name : this.#usual;
     this.fields.preset.value = chosen;
     this.changed.delete("preset");
-    if (chosen !== usual) this.changed.add("preset");
+    if (chosen !== this.#usual) this.changed.add("preset");
     this.#defaults();
+  }
+
+  /** Sets the preset to the request's usual one unless it was chosen by hand; what else was changed stays. */
+  #followRequest() {
+    if (!this.model || this.changed.has("preset") || this.fields.preset.value === this.#usual) return;
+    const kept = RECIPE.filter((name) => this.changed.has(name)).map((name) => [name, this.fields[name].value]);
+    this.fields.preset.value = this.#usual;
+    this.#applyRecipe();
+    this.#set(Object.fromEntries(kept));
   }
 
   /** Sets the fields of a recipe to that of the preset that was chosen by hand. */
