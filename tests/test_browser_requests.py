@@ -480,7 +480,7 @@ def test_a_preset_is_chosen_with_its_recipe_and_sent(opened: Open, hasty_address
     expect(preset).to_have_value("quality")
 
 
-def test_what_keeps_a_share_of_an_image_shows_quality(opened: Open, hasty_address: str) -> None:
+def test_what_few_steps_draw_worse_shows_quality(opened: Open, hasty_address: str) -> None:
     playground = opened(hasty_address)
     playground.ready()
     page = playground.page
@@ -496,6 +496,10 @@ def test_what_keeps_a_share_of_an_image_shows_quality(opened: Open, hasty_addres
         expect(preset).to_have_value(usual)
         expect(steps).to_have_value(count)
         expect(page.locator("#sampler")).to_have_value("argmax")
+    page.locator("#add-region").click()
+    expect(preset).to_have_value("quality")
+    page.get_by_role("button", name="Remove region 1").click()
+    expect(preset).to_have_value("fast")
     page.select_option("#hires_scale", "2")
     expect(preset).to_have_value("quality")
     sent = answering(playground, "generate", (32, 32), preset="fast", hires={"scale": 2})

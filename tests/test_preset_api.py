@@ -21,6 +21,7 @@ from tests.test_api import metric, opened
 from tests.test_image_operations import as_json, noise, png, refused, white
 
 PROMPT = {"prompt": "a ball"}
+REGION = {"prompt": "a cube", "box": [0, 0, 0.5, 1]}
 # Of every endpoint with steps, beside the prompt.
 OPERATIONS: dict[str, dict[str, Any]] = {
     "generate": {},
@@ -77,7 +78,7 @@ def test_every_operation_is_drawn_by_the_preset_that_it_names(server, operation)
     assert (told["preset"], told["num_inference_steps"]) == ("fast", 3)
     assert (told["guidance_scale"], told["renoise_order"]) == ([1, 1], "halton")
     assert parameters(server, operation)["preset"] == "quality"
-    # Strengths are counted in steps, and a few steps cannot tell them apart.
+    # A strength is counted in steps, so few steps do not suit it.
     usual = "quality" if operation in ("edit", "upscale") else "fast"
     assert parameters(server, operation, model="hasty")["preset"] == usual
 
@@ -97,6 +98,10 @@ def test_every_operation_is_drawn_by_the_preset_that_it_names(server, operation)
         ({"hires": {}}, ("quality", 6)),
         ({"hires": {}, "preset": "fast"}, ("fast", 3)),
         ({"operation": "edit", "strength": 0.9}, ("quality", 6)),
+        ({"regions": [REGION]}, ("quality", 6)),
+        ({"regions": [REGION], "preset": "fast"}, ("fast", 3)),
+        ({"operation": "inpaint", "regions": [REGION]}, ("quality", 6)),
+        ({"operation": "outpaint", "regions": [REGION]}, ("quality", 6)),
         ({"operation": "edit", "strength": 1}, ("fast", 3)),
         ({"operation": "edit", "num_inference_steps": 3}, ("quality", 3)),
         ({"renoise_steps": 3}, ("fast", 3)),
@@ -306,6 +311,7 @@ def test_work_that_is_too_much_for_one_denoiser_may_not_be_for_another(tmp_path)
         ("hasty", {"quality": "medium"}, ("quality", 6), "medium"),
         ("hasty", {"quality": "high"}, ("quality", 12), "high"),
         ("hasty", {"negative_prompt": "blur"}, ("quality", 6), "medium"),
+        ("hasty", {"regions": [REGION]}, ("quality", 6), "medium"),
         ("hasty", {"quality": "low", "negative_prompt": "blur"}, ("quality", 3), "low"),
         ("hasty", {"quality": "low", "num_inference_steps": 2}, ("fast", 2), "low"),
         ("hasty", {"quality": "low", "num_inference_steps": 9}, ("quality", 9), "low"),

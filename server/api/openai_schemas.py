@@ -239,6 +239,11 @@ class GenerationsRequest(ImagesFields):
     ] = None
     regions: Regions = ()
 
+    @property
+    def needs_steps(self) -> bool:
+        """Whether there are regions."""
+        return bool(self.regions)
+
     def native(self, size: Size, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /generate."""
         fields = self._common(size, config)
@@ -298,7 +303,7 @@ class EditsRequest(ImagesFields):
     return_size: ReturnSizeChoice = "result"
 
     @property
-    def begins_midway(self) -> bool:
+    def needs_steps(self) -> bool:
         """Whether there is no mask, as with /edit."""
         return self.mask is None and self._strength().get("strength", 0.0) < 1
 

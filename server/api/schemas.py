@@ -327,10 +327,11 @@ class RecipeFields(BaseModel):
     ] = 0
 
     @property
-    def begins_midway(self) -> bool:
-        """Whether a part of the schedule is skipped, because a part of an image is kept.
+    def needs_steps(self) -> bool:
+        """Whether few steps draw it worse than many.
 
-        How much becomes noise is then counted in steps.
+        So it is where a share of an image is kept, because how much is counted in steps, and with
+        regions (docs/operations.md has the figures).
         """
         return False
 
@@ -482,9 +483,9 @@ class GenerateRequest(SamplingFields):
     ] = None
 
     @property
-    def begins_midway(self) -> bool:
-        """Whether there is a second pass, which keeps some of the first."""
-        return self.hires is not None
+    def needs_steps(self) -> bool:
+        """Whether there are regions, or a second pass, which keeps some of the first."""
+        return bool(self.regions) or self.hires is not None
 
 
 class InpaintRequest(SamplingFields):
@@ -513,6 +514,11 @@ class InpaintRequest(SamplingFields):
     references: References = Field(default_factory=list)
     regions: Regions = ()
 
+    @property
+    def needs_steps(self) -> bool:
+        """Whether there are regions."""
+        return bool(self.regions)
+
 
 class OutpaintRequest(SamplingFields):
     """Extend an image beyond its edges. Width and height, if given, must keep its ratio."""
@@ -526,6 +532,11 @@ class OutpaintRequest(SamplingFields):
     feather: Feather = FEATHER
     return_size: ReturnSizeChoice = "result"
     regions: Regions = ()
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether there are regions."""
+        return bool(self.regions)
 
 
 class VariationsRequest(SamplingFields):
@@ -554,7 +565,7 @@ class EditRequest(SamplingFields):
     references: References = Field(default_factory=list)
 
     @property
-    def begins_midway(self) -> bool:
+    def needs_steps(self) -> bool:
         """Whether some of the image is kept."""
         return self.strength < 1
 
@@ -579,7 +590,7 @@ class UpscaleRequest(SamplingFields):
     ] = 0.3
 
     @property
-    def begins_midway(self) -> bool:
+    def needs_steps(self) -> bool:
         """Always: most of the image is kept."""
         return True
 

@@ -168,10 +168,10 @@ class SdRequest(SdFields):
         """Return the preset that draws: its clients choose by the number of steps.
 
         A few steps without a negative prompt are for `fast`, none at all for the default one.
-        Requests that begin midway are for `quality`, as with the native endpoints.
+        What few steps draw worse is for `quality`, as with the native endpoints.
         """
         name = config.default_preset if self.steps is None else FAST
-        if name not in config.preset_names or self.begins_midway:
+        if name not in config.preset_names or self.needs_steps:
             return QUALITY
         preset = config.preset(name)
         too_many = self.steps is not None and self.steps > most_steps(preset)
@@ -179,7 +179,7 @@ class SdRequest(SdFields):
         return QUALITY if too_many or is_unsuited else name
 
     @property
-    def begins_midway(self) -> bool:
+    def needs_steps(self) -> bool:
         """Whether some of an image is kept, see `RecipeFields`."""
         return False
 
@@ -232,7 +232,7 @@ class Txt2ImgRequest(SdRequest):
     hr_resize_y: Annotated[int, Field(description="Height of the result, likewise")] = 0
 
     @property
-    def begins_midway(self) -> bool:
+    def needs_steps(self) -> bool:
         """Whether there is a second pass."""
         return self.enable_hr
 
@@ -291,7 +291,7 @@ class Img2ImgRequest(SdRequest):
     ] = 0.75
 
     @property
-    def begins_midway(self) -> bool:
+    def needs_steps(self) -> bool:
         """Whether there is no mask, as with /edit."""
         return self.mask is None and self.denoising_strength < 1
 

@@ -59,6 +59,7 @@ const snippets = new SnippetPanel({ details: $("code"), snippet: $("snippet"), f
 const mask = new Mask({ canvas: $("mask"), ring: $("ring"), brush: $("brush"), erase: $("erase") }, () => snippets.show());
 const margins = new Margins(document.querySelectorAll(".handle"), showMargins);
 const regions = new Regions({ list: $("regions"), layer: $("layer"), toggle: $("draw-regions"), button: $("add-region") }, () => {
+  settings.divide(regions.values.length > 0 && settings.supports("regions"));
   showRegions();
   snippets.show();
 });
@@ -405,8 +406,8 @@ function reuse({ operation, prompt, model, parameters }) {
   if (models.some(({ id }) => id === model)) $("model").value = model;
   settings.operation = operation;
   useModel();
-  settings.fill(parameters);
   regions.fill(parameters.regions ?? []);
+  settings.fill(parameters);
   $("prompt").value = parameters.prompt ?? "";
   if (operation === "interpolate") keyframes.fill(parameters.keyframes.map((keyframe) => keyframe.prompt ?? ""));
   remember();

@@ -18,6 +18,7 @@ export class Settings {
     this.fields = form.elements;
     this.model = null;
     this.changed = new Set();
+    this.divided = false;
     form.addEventListener("input", ({ target }) => {
       this.changed.add(target.name);
       if (target.name === "preset") this.#followPreset();
@@ -168,15 +169,23 @@ export class Settings {
     return Object.fromEntries([...this.changed].filter((name) => this.fields[name]?.value !== undefined).map((name) => [name, valueOf(this.fields[name])]));
   }
 
-  /** The preset of a request that names none: `quality` where a share of an image is kept, otherwise the default one. */
+  /** has: whether the request has regions. */
+  divide(has) {
+    this.divided = has;
+    this.#followRequest();
+  }
+
+  /** The preset of a request that names none: `quality` with regions and where a share of an image is kept, otherwise the default one. */
   get #usual() {
-    const { operation, fields } = this;
-    const keeps = {
-      generate: Boolean(fields.hires_scale.value),
+    const { operation, fields, divided } = this;
+    const needsSteps = {
+      generate: divided || Boolean(fields.hires_scale.value),
+      inpaint: divided,
+      outpaint: divided,
       edit: Number(fields.strength.value) < 1,
       upscale: true,
     };
-    return keeps[operation] ? QUALITY : this.model.default_preset;
+    return needsSteps[operation] ? QUALITY : this.model.default_preset;
   }
 
   /** Chooses a preset if the weights have it, otherwise the usual one, and sets the form to its recipe. */

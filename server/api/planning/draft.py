@@ -363,7 +363,7 @@ def choose_preset(request: RecipeFields, config: BundleConfig) -> str:
     """Return the name of the preset that draws a request.
 
     A request that names none has the default one or, where that does not suit it, `quality`. It
-    does not suit those that begin midway either: few steps cannot tell their strengths apart.
+    does not suit those that few steps draw worse either.
 
     Raises:
         ApiError: 422 unknown preset, 400 one that does not suit the request.
@@ -388,7 +388,7 @@ def choose_preset(request: RecipeFields, config: BundleConfig) -> str:
 
 def fitting_preset(name: str, request: RecipeFields, config: BundleConfig) -> str:
     """Return the preset's name if the weights have it and it suits the request, else `quality`."""
-    if name not in config.preset_names or request.begins_midway:
+    if name not in config.preset_names or request.needs_steps:
         return QUALITY
     if find_misfit(request, config.preset(name)):
         return QUALITY
