@@ -106,6 +106,7 @@ def plain(opened: Open, plain_address: str) -> Playground:
 
 
 def test_a_picture_is_seen_at_least_twice_before_it_is_done(playground: Playground) -> None:
+    playground.page.select_option("#preset", "quality")
     playground.page.evaluate(
         """() => {
           window.seen = [];

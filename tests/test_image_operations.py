@@ -398,20 +398,21 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
     with serving(app) as address, httpx.Client(base_url=address) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         pixels, steps = width * height, embedded.sampling().steps
+        more_steps = embedded.recipe.num_inference_steps
         result = DECODING_WORK + FILE_WORK["png"]
         refused(
             as_json(client, "generate", prompt="a ball", regions=[box, box]),
             422,
             "too_much_work",
             None,
-            f"work is {pixels * (4 * steps + result)},",
+            f"work is {pixels * (4 * more_steps + result)},",
         )
         refused(
             as_json(client, "edit", prompt="a ball", image=image, strength=0.5),
             422,
             "too_much_work",
             None,
-            f"work is {pixels * (steps + result)},",
+            f"work is {pixels * (more_steps + result)},",
         )
         keyframes = [{"prompt": "a ball"}, {"prompt": "a box"}]
         for format in ("png", "gif"):
