@@ -298,7 +298,7 @@ class Figures:
 
     @property
     def passes(self) -> bool:
-        """Whether the case meets the criteria."""
+        """Return whether the case meets the criteria."""
         seam = self.seam <= STRONGER * max(self.inside, self.content) + LEVEL
         return seam and self.ring <= DELTA_E and self.identical
 

@@ -100,7 +100,7 @@ class SamplingConfig:
 
     @property
     def guided(self) -> bool:
-        """Whether any step needs the unconditional branch."""
+        """Return whether any step needs the unconditional branch."""
         return self.guidance_steps > 0 and self.guidance != (1.0, 1.0)
 
     @property

@@ -67,7 +67,7 @@ class Row:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are taken."""
+        """Return whether all steps are taken."""
         return self.step >= self.sampling.steps
 
     @property

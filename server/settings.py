@@ -545,7 +545,7 @@ class Settings(BaseSettings):
 
     @property
     def is_local(self) -> bool:
-        """Whether `host` is an address or a name of this machine's loopback interface."""
+        """Return whether `host` is an address or a name of this machine's loopback interface."""
         name = self.host.lower().strip("[]")
         if _is_address(name):
             return ipaddress.ip_address(name).is_loopback

@@ -17,8 +17,10 @@ from model.training import evaluate
 from model.training.art import shapes
 from model.training.benchmark import Drawn
 from model.training.checker import Found, Reading
+from model.training.contact_sheet import contact_sheet
 from model.training.detector import Detector
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
+from model.training.network_figures import networks
 from model.training.recipe_text import RecipeError
 
 
@@ -159,14 +161,14 @@ def test_the_judges_are_judged_on_every_kind(
 
 
 def test_the_other_networks_have_figures(pipeline: Pipeline, sprites: Tensor) -> None:
-    figures = evaluate.networks(pipeline, sprites, 16)
+    figures = networks(pipeline, sprites, 16)
     assert 0 < figures["vqgan_psnr"] < 30
     assert 0 <= figures["clip_text_found"] <= 1
 
 
 def test_a_contact_sheet_shows_every_prompt(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "sheet.webp"
-    evaluate.contact_sheet(pipeline, path, ["a red star", "a cat", "a blue ring"], columns=2)
+    contact_sheet(pipeline, path, ["a red star", "a cat", "a blue ring"], columns=2)
     width, height = pipeline.config.native_size
     with Image.open(path) as sheet:
         assert sheet.size == (2 * (width + 12), 2 * (height + 40))

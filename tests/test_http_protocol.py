@@ -111,7 +111,7 @@ def process(
 
 
 def is_closed_after(connection: socket.socket, begun: bytes, endless: bytes) -> bool:
-    """Whether the server closes the connection before it has read many times the bound."""
+    """Return whether the server closes the connection before it has read many times the bound."""
     segment = endless * (2 * MAX_TRAILER_BYTES // len(endless))
     try:
         connection.sendall(begun)

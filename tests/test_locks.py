@@ -191,7 +191,7 @@ def test_servers_run_on_the_versions_that_were_tested() -> None:
 
 
 def is_pinned(command: str) -> bool:
-    """Whether a `pip install` takes only files with a hash, torch, or this project."""
+    """Return whether a `pip install` takes only files with a hash, torch, or this project."""
     if "--extra-index-url" in command:
         return False
     if "requirements/torch" in command:

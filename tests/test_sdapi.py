@@ -492,7 +492,7 @@ def test_width_and_height_resize_the_image_first(sd: httpx.Client, resize_mode: 
 
 
 def kept(mask: np.ndarray[Any, Any], **fields: Any) -> Callable[[httpx.Client], list[bool]]:
-    """Whether the image's left and right half are kept."""
+    """Return whether the image's left and right half are kept."""
 
     def halves(client: httpx.Client) -> list[bool]:
         answer = post(

@@ -389,6 +389,20 @@ def train_matrices(folder: Path, steps: int) -> None:
     torch.save(network.state_dict(), folder / f"{loop.rank()}.pt")
 
 
+def said_by(*arguments: str, **environment: str) -> str:
+    """What Python, which can import the tests, prints with these arguments, to the end."""
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, *arguments],
+        check=True,
+        timeout=120,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
 def test_no_thread_of_the_group_outlives_a_training(tmp_path):
     # One that frees a tensor while Python ends aborts the process at times, after all its work.
     script = tmp_path / "train.py"
@@ -402,18 +416,9 @@ def test_no_thread_of_the_group_outlives_a_training(tmp_path):
         f"train_matrices(Path({str(tmp_path)!r}), 2)\n"
         "print(*names())\n"
     )
-    root = Path(__file__).parents[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    ended = subprocess.run(
-        [sys.executable, str(script)],
-        check=True,
-        timeout=120,
-        cwd=root,
-        env={**os.environ, **alone, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    during, after = ended.stdout.splitlines()
+    said = said_by(str(script), MASTER_PORT=str(free_port()), **alone)
+    during, after = said.splitlines()
     assert "gloo" in during
     assert "gloo" not in after
 
@@ -421,8 +426,7 @@ def test_no_thread_of_the_group_outlives_a_training(tmp_path):
 def test_two_processes_stay_one_network_and_take_the_steps_of_one(tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     together.mkdir(), alone.mkdir()
-    torchrun = [
-        sys.executable,
+    torchrun = (
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
@@ -430,21 +434,14 @@ def test_two_processes_stay_one_network_and_take_the_steps_of_one(tmp_path):
         "--master-port",
         "0",
         "--standalone",
-    ]
+    )
     script = tmp_path / "train.py"
     script.write_text(
         "from pathlib import Path\n"
         "from tests.test_training_loop import train_matrices\n"
         f"train_matrices(Path({str(together)!r}), 3)\n"
     )
-    root = Path(__file__).parents[1]
-    subprocess.run(
-        [*torchrun, str(script)],
-        check=True,
-        timeout=120,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
+    said_by(*torchrun, str(script))
     train_matrices(alone, 3)
     first, second, one = (
         torch.load(path, weights_only=True)

@@ -66,7 +66,7 @@ class Prior(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether a fused kernel computes the blocks of a few rows."""
+        """Return whether a fused kernel computes the blocks of a few rows."""
         return self._fused is not None
 
     def fuse(self, block: BlockFn, most_rows: int) -> None:

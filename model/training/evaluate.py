@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from rich.table import Table
 from torch import Tensor
 
@@ -40,11 +37,12 @@ from model.sampling import guidances
 from model.training import benchmark, scene_samplers, scenes
 from model.training.art import atlas
 from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
-from model.training.captions import COMPLETE, describe
 from model.training.checker import Judge, check
+from model.training.contact_sheet import contact_sheet
 from model.training.detector import NATIVE, WEIGHTS, Detector
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
-from model.training.prompts import CONTACT_SHEET, BenchPrompt
+from model.training.network_figures import HELD_OUT_SEED, networks
+from model.training.prompts import BenchPrompt
 from model.training.recipe_text import RecipeError
 from model.training.recipes import loaded
 from model.training.repertoire import OPERATIONS, Stage
@@ -53,12 +51,10 @@ from model.training.studio import Studio
 from model.training.templates import Templates
 
 JUDGES = ("detector", "templates")
-_HELD_OUT_SEED = 987_654_321  # no trainer's stream starts from it
 _QUICK = 25  # prompts of a category
 _ORACLE = 60  # prompts of a category whose true renders the second judge reads
 _RESERVE = 0.2  # of the time: for renders, judges and kinds drawn again
 _CONFUSIONS = 20
-_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -221,7 +217,7 @@ def bench_json(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lone_scenes(copies: int) -> list[BenchPrompt]:
     """Return scenes of every kind alone, shapes in turn in all colours."""
-    rng = np.random.default_rng(_HELD_OUT_SEED)
+    rng = np.random.default_rng(HELD_OUT_SEED)
     cases = []
     for _ in range(copies):
         for name in NAMES_OF_KINDS:
@@ -280,82 +276,7 @@ def judges_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-# ── the other networks ────────────────────────────────────────────────────────────────────────────
-
-
-@torch.inference_mode()
-def networks(pipeline: Pipeline, sprites: Tensor, count: int = 256) -> dict[str, float]:
-    """Return figures of the other networks on held-out scenes.
-
-    VQGAN reconstruction, CLIP retrieval among `count` images, the prior's likeness.
-    """
-    rng = np.random.default_rng(_HELD_OUT_SEED)
-    chosen = [_square(rng) for _ in range(count)]
-    texts = [describe(scene, rng, wording=COMPLETE).text for scene in chosen]
-    cases = [BenchPrompt(text, scene) for text, scene in zip(texts, chosen, strict=True)]
-    errors = []
-    truths = []
-    used = set[int]()
-    renders = Rendered(sprites)
-    for start in range(0, count, _BATCH):
-        images = renders.images(cases[start : start + _BATCH], [start] * _BATCH)
-        tokens = pipeline.encode_images(images)
-        used.update(tokens.unique().tolist())
-        apart = (pipeline.decode(tokens).float() - images.float()) / 255
-        errors.append(apart.square().mean((1, 2, 3)))
-        truths += pipeline.embed_images(list(images))
-    prompts = pipeline.encode(texts)
-    truth, text = torch.cat(truths).float(), torch.cat([prompt.clip for prompt in prompts]).float()
-    similarity = F.normalize(truth, dim=-1) @ F.normalize(text, dim=-1).T
-    correct = torch.arange(count, device=similarity.device)
-    width, height = pipeline.config.native_size
-    noises = [pipeline.noise(i, width, height, 1) for i in range(count)]
-    guessed = torch.cat(pipeline.prior_embeddings(prompts, noises)).float()
-    likeness = F.cosine_similarity
-    return {
-        "vqgan_psnr": round(float((-10 * torch.cat(errors).log10()).mean()), 2),
-        "codes_used": len(used),
-        "clip_text_found": round(float((similarity.argmax(1) == correct).float().mean()), 4),
-        "clip_image_found": round(float((similarity.argmax(0) == correct).float().mean()), 4),
-        "prior_cosine": round(float(likeness(guessed, truth).mean()), 4),
-        "prior_cosine_shuffled": round(float(likeness(guessed, truth.roll(1, 0)).mean()), 4),
-    }
-
-
-def _square(rng: np.random.Generator) -> Scene:
-    while True:
-        scene = scene_samplers.sample(rng)
-        if scene.aspect == SQUARE:
-            return scene
-
-
-# ── sheets and operations ─────────────────────────────────────────────────────────────────────────
-
-
-def contact_sheet(
-    pipeline: Pipeline, path: Path, prompts: Sequence[str] = CONTACT_SHEET, columns: int = 8
-) -> None:
-    """Write the prompts' images with their words below; seeds are the positions."""
-    sampling = pipeline.config.recipe.sampling()
-    parts = [
-        pipeline.generate(
-            prompts[i : i + _BATCH], range(i, min(i + _BATCH, len(prompts))), sampling
-        )
-        for i in range(0, len(prompts), _BATCH)
-    ]
-    images = torch.cat(parts).numpy()
-    _, height, width, _ = images.shape
-    cell = (width + 12, height + 40)
-    rows = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        x, y = i % columns * cell[0] + 6, i // columns * cell[1] + 6
-        sheet.paste(Image.fromarray(image), (x, y))
-        text = "\n".join(textwrap.wrap(prompt, max(12, width // 7)))
-        pen.text((x, y + height + 3), text, fill="black", font_size=12, spacing=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, quality=90, method=6)
+# ── operations ────────────────────────────────────────────────────────────────────────────────────
 
 
 def judge_operations(
@@ -459,13 +380,11 @@ def fastest(measured: Mapping[str, Mapping[str, Any]], within: float = 0.02) -> 
 
 def with_changes(name: str, steps: int | None, guidance: float | None) -> str:
     """Return the name to load of a recipe with other steps and guidance; None is the recipe's."""
-    changes = [
-        f"{field}={value}"
-        for field, value in (("steps", steps), ("guidance", guidance))
-        if value is not None
-    ]
-    path, _, others = name.partition("@")
-    return "@".join(filter(None, (path, ",".join(filter(None, (others, *changes))))))
+    path, _, changes = name.partition("@")
+    for field, value in (("steps", steps), ("guidance", guidance)):
+        if value is not None:
+            changes += f"{',' if changes else ''}{field}={value}"
+    return f"{path}@{changes}" if changes else name
 
 
 def second_judge(device: torch.device) -> Judge:

@@ -239,11 +239,6 @@ class GenerationsRequest(ImagesFields):
     ] = None
     regions: Regions = ()
 
-    @property
-    def needs_steps(self) -> bool:
-        """Whether there are regions."""
-        return bool(self.regions)
-
     def native(self, size: Size, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /generate."""
         fields = self._common(size, config)
@@ -304,7 +299,7 @@ class EditsRequest(ImagesFields):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether there is no mask, as with /edit."""
+        """Return whether there is no mask, as with /edit."""
         return self.mask is None and self._strength().get("strength", 0.0) < 1
 
     @model_validator(mode="after")

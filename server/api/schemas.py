@@ -328,12 +328,12 @@ class RecipeFields(BaseModel):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether few steps draw it worse than many.
+        """Return whether few steps draw it worse than many.
 
-        So it is where a share of an image is kept, because how much is counted in steps, and with
-        regions (docs/operations.md has the figures).
+        So it is with regions, and where a share of an image is kept, because how much is counted in
+        steps (docs/operations.md has the figures).
         """
-        return False
+        return bool(getattr(self, "regions", ()))
 
 
 class SamplingFields(RecipeFields):
@@ -484,8 +484,8 @@ class GenerateRequest(SamplingFields):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether there are regions, or a second pass, which keeps some of the first."""
-        return bool(self.regions) or self.hires is not None
+        """Return whether there are regions, or a second pass, which keeps some of the first."""
+        return super().needs_steps or self.hires is not None
 
 
 class InpaintRequest(SamplingFields):
@@ -514,11 +514,6 @@ class InpaintRequest(SamplingFields):
     references: References = Field(default_factory=list)
     regions: Regions = ()
 
-    @property
-    def needs_steps(self) -> bool:
-        """Whether there are regions."""
-        return bool(self.regions)
-
 
 class OutpaintRequest(SamplingFields):
     """Extend an image beyond its edges. Width and height, if given, must keep its ratio."""
@@ -532,11 +527,6 @@ class OutpaintRequest(SamplingFields):
     feather: Feather = FEATHER
     return_size: ReturnSizeChoice = "result"
     regions: Regions = ()
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether there are regions."""
-        return bool(self.regions)
 
 
 class VariationsRequest(SamplingFields):
@@ -566,7 +556,7 @@ class EditRequest(SamplingFields):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether some of the image is kept."""
+        """Return whether some of the image is kept."""
         return self.strength < 1
 
 
@@ -591,7 +581,7 @@ class UpscaleRequest(SamplingFields):
 
     @property
     def needs_steps(self) -> bool:
-        """Always: most of the image is kept."""
+        """Return true: most of the image is kept."""
         return True
 
 

@@ -180,7 +180,7 @@ class SdRequest(SdFields):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether some of an image is kept, see `RecipeFields`."""
+        """Return whether some of an image is kept, see `RecipeFields`."""
         return False
 
     @property
@@ -233,7 +233,7 @@ class Txt2ImgRequest(SdRequest):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether there is a second pass."""
+        """Return whether there is a second pass."""
         return self.enable_hr
 
     def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
@@ -292,7 +292,7 @@ class Img2ImgRequest(SdRequest):
 
     @property
     def needs_steps(self) -> bool:
-        """Whether there is no mask, as with /edit."""
+        """Return whether there is no mask, as with /edit."""
         return self.mask is None and self.denoising_strength < 1
 
     def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:

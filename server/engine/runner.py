@@ -120,7 +120,7 @@ class Mark:
 
     @property
     def passed(self) -> bool:
-        """Whether the device has computed everything before it."""
+        """Return whether the device has computed everything before it."""
         return self._event is None or self._event.query()
 
     def wait(self) -> None:

@@ -137,7 +137,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether there is no job."""
+        """Return whether there is no job."""
         return not self._jobs
 
     def expired(self, now: float) -> list[str]:

@@ -270,7 +270,7 @@ def _import_name(main: WorkerMain) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """Whether a job sent now would be started, and if not, why.
+    """Return whether a job sent now would be started, and if not, why.
 
     device, dtype: the worker's, None before it is first ready. fatal: why the first start failed,
     if every other would too.
@@ -358,7 +358,7 @@ class Supervisor:
 
     @property
     def accepting(self) -> bool:
-        """Whether the worker reads jobs, at once or after its current step."""
+        """Return whether the worker reads jobs, at once or after its current step."""
         return self._status.ready
 
     @property

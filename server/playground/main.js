@@ -59,7 +59,7 @@ const snippets = new SnippetPanel({ details: $("code"), snippet: $("snippet"), f
 const mask = new Mask({ canvas: $("mask"), ring: $("ring"), brush: $("brush"), erase: $("erase") }, () => snippets.show());
 const margins = new Margins(document.querySelectorAll(".handle"), showMargins);
 const regions = new Regions({ list: $("regions"), layer: $("layer"), toggle: $("draw-regions"), button: $("add-region") }, () => {
-  settings.divide(regions.values.length > 0 && settings.supports("regions"));
+  settings.divide(regions.values.length > 0);
   showRegions();
   snippets.show();
 });

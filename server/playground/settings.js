@@ -169,7 +169,7 @@ export class Settings {
     return Object.fromEntries([...this.changed].filter((name) => this.fields[name]?.value !== undefined).map((name) => [name, valueOf(this.fields[name])]));
   }
 
-  /** has: whether the request has regions. */
+  /** has: whether there are regions, which only some weights draw. */
   divide(has) {
     this.divided = has;
     this.#followRequest();
@@ -177,7 +177,8 @@ export class Settings {
 
   /** The preset of a request that names none: `quality` with regions and where a share of an image is kept, otherwise the default one. */
   get #usual() {
-    const { operation, fields, divided } = this;
+    const { operation, fields } = this;
+    const divided = this.divided && this.supports("regions");
     const needsSteps = {
       generate: divided || Boolean(fields.hires_scale.value),
       inpaint: divided,

@@ -88,7 +88,7 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether any call failed."""
+        """Return whether any call failed."""
         return any(not ok for ok, _ in self.calls.values())
 
 

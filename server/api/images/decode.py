@@ -114,7 +114,7 @@ class DecodedImage:
 
     @property
     def has_alpha(self) -> bool:
-        """Whether any pixel is not opaque."""
+        """Return whether any pixel is not opaque."""
         return self.alpha is not None
 
     @property

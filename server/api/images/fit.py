@@ -64,7 +64,7 @@ class View:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the view has another resolution than the sent image."""
+        """Return whether the view has another resolution than the sent image."""
         return self.scaled != self.source
 
     @property

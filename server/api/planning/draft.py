@@ -390,9 +390,7 @@ def fitting_preset(name: str, request: RecipeFields, config: BundleConfig) -> st
     """Return the preset's name if the weights have it and it suits the request, else `quality`."""
     if name not in config.preset_names or request.needs_steps:
         return QUALITY
-    if find_misfit(request, config.preset(name)):
-        return QUALITY
-    return name
+    return QUALITY if find_misfit(request, config.preset(name)) else name
 
 
 def find_misfit(request: RecipeFields, preset: Preset) -> Misfit | None:
