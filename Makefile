@@ -21,8 +21,8 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
 
-test: $(VENV)/.dev browser prometheus nginx exiftool tcmalloc  ## run the test suite; ARGS="-m 'not slow'" narrows it
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/.dev browser prometheus nginx exiftool tcmalloc  ## run the test suite, two files at a time; ARGS="-m 'not slow'" narrows it
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the tests without a browser, a process or training, two at a time; ARGS=tests/test_body.py narrows it
 	$(BIN)/pytest --fast -n 2 --dist loadfile $(ARGS)

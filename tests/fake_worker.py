@@ -11,6 +11,7 @@ answers with pictures that no file format makes small.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import pickle
@@ -43,6 +44,7 @@ from server.settings import Settings
 SLOW_S = 0.15
 IDLE_HEARTBEAT_S = 0.1
 EXIT_CODE = 3
+LOADING = "the fake worker is loading"
 FAILURES: dict[str, Failed] = {
     "fail": Failed("", "internal", "/home/someone/model.py: Traceback", retryable=False),
     "oom": Failed("", "out_of_memory", "CUDA out of memory", retryable=True),
@@ -177,7 +179,8 @@ def dead_on_arrival(connection: Connection, settings: Settings) -> None:
 
 
 def slow_to_start(connection: Connection, settings: Settings) -> None:
-    """A worker that is loading for longer than any test waits."""
+    """A worker that is loading for longer than any test waits; it logs LOADING when it begins."""
+    logging.getLogger(__name__).warning(LOADING)
     time.sleep(3600)
 
 

@@ -24,6 +24,7 @@ from load_tests.serving import free_port
 from server.engine.child import MAX_REASON, describe
 from server.engine.supervisor import faster_allocator
 from tests.conftest import wait_until
+from tests.fake_worker import LOADING
 from tests.test_api import metric
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,15 @@ def started(folder: Path, *command: str, cwd: Path = ROOT, **settings: object) -
         process.wait()
 
 
+def loading_worker(server: Started) -> int:
+    """The process of a `slow_to_start` worker, once it does what this worker does: by then it has
+    told the kernel that it ends with the server.
+    """
+    wait_until(lambda: server.reason == "starting" and LOADING in server.log.read_text())
+    (worker,) = server.workers
+    return worker
+
+
 # ── it ends with the server ───────────────────────────────────────────────────────────────────────
 
 
@@ -99,8 +109,7 @@ def test_a_loading_worker_ends_with_a_killed_server_even_if_it_is_stopped(
     tmp_path: Path, bundle: Path, stopped: bool
 ) -> None:
     with started(tmp_path, *FAKE_SERVER, "slow_to_start", weights=bundle) as server:
-        wait_until(lambda: server.reason == "starting" and len(server.workers) == 1)
-        (worker,) = server.workers
+        worker = loading_worker(server)
         if stopped:
             os.kill(worker, signal.SIGSTOP)
         server.process.kill()
@@ -167,8 +176,7 @@ def test_a_loading_worker_that_is_stopped_is_replaced_after_the_start_timeout(
 ) -> None:
     settings = {"weights": bundle, "start_timeout_s": 2}
     with started(tmp_path, *FAKE_SERVER, "slow_to_start", **settings) as server:
-        wait_until(lambda: server.reason == "starting" and len(server.workers) == 1)
-        (worker,) = server.workers
+        worker = loading_worker(server)
         os.kill(worker, signal.SIGSTOP)
         wait_until(lambda: "was not ready after 2 s and was killed" in server.reason)
         wait_until(lambda: server.workers not in ([], [worker]))
