@@ -80,6 +80,7 @@ def blocks_of(denoiser: Denoiser) -> list[Block]:
         for side, levels in sides
         for level, blocks in enumerate(levels)
         for name, module in blocks.named_children()
+        if not isinstance(module, nn.Identity)  # the place of a pruned one
     ]
 
 

@@ -154,6 +154,8 @@ class Transcription(nn.Module):
             )
             for i in reversed(levels)
         )
+        for block in c.pruned_blocks:
+            self.set_submodule(block, nn.Identity())
         self.clf = nn.Sequential(
             ChannelNorm(c.c_hidden[0]),
             nn.Conv2d(c.c_hidden[0], c.c_out * c.patch_size**2, 1),

@@ -390,8 +390,12 @@ def is_finite(tensor: Tensor) -> bool:
 def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
     """Give a meta module its tensors, converted to `dtype` where they are floating point.
 
+    A file may still hold the blocks that a denoiser's configuration prunes; they are not used.
     Raises the errors of `check_fit`.
     """
+    if isinstance(module, Denoiser):
+        pruned = tuple(f"{name}." for name in module.config.pruned_blocks)
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(pruned)}
     check_fit(tensors, state_of(module), where)
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     inner(module).load_state_dict(

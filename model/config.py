@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,9 +55,10 @@ Operation = Literal[
 ]
 
 CONFIG_FILE = "bundle.json"
-# Of bundle.json; absent is 1. Presets came with 2.
-FORMAT = 2
-PRESETS_FORMAT: Literal[2] = 2
+# Of bundle.json; absent is 1.
+Format = Literal[1, 2, 3]
+FORMAT: Format = 3
+_CAME_WITH: dict[Format, str] = {2: "presets", 3: "pruned blocks"}
 MAX_CONFIG_BYTES = 2**20
 
 
@@ -281,6 +282,15 @@ class FileEntry:
     bytes: Annotated[int, Field(ge=0, le=2**44)]
 
 
+def needed_format(
+    presets: Mapping[str, Preset], denoisers: Iterable[DenoiserConfig | DenoiserV1Config]
+) -> Format:
+    """Return the first format of `bundle.json` in which all of this can be written."""
+    if any(isinstance(d, DenoiserConfig) and d.pruned_blocks for d in denoisers):
+        return 3
+    return 2 if presets else 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
     """The contents of `bundle.json`, which describes a weights directory.
@@ -315,7 +325,7 @@ class BundleConfig:
     default_preset: PresetName = QUALITY
     denoisers: Mapping[PresetName, DenoiserConfig | DenoiserV1Config] = field(default_factory=dict)
     files: Annotated[dict[str, FileEntry], Field(max_length=64)] = field(default_factory=dict)
-    format: Literal[1, 2] = 1
+    format: Format = 1
 
     def __post_init__(self) -> None:
         for names, (a, b) in self._agreements.items():
@@ -327,6 +337,9 @@ class BundleConfig:
         if any(side < self.smallest_side or side % self.size_step for side in self.native_size):
             sizes = f"multiples of {self.size_step} from {self.smallest_side} on"
             raise ValueError(f"native_size must be two {sizes}, not {self.native_size}")
+        needed = needed_format(self.presets, (self.denoiser, *self.denoisers.values()))
+        if self.format < needed:
+            raise ValueError(f"{_CAME_WITH[needed]} need format {needed}, not {self.format}")
         self._check_presets()
         self._check_denoisers()
 
@@ -346,8 +359,6 @@ class BundleConfig:
                 raise ValueError(f"denoisers.{name} is used by no preset")
 
     def _check_presets(self) -> None:
-        if self.presets and self.format < PRESETS_FORMAT:
-            raise ValueError(f"presets need format {PRESETS_FORMAT}, not {self.format}")
         if QUALITY in self.presets:
             raise ValueError(f"presets.{QUALITY}: this preset is the bundle's recipe")
         if self.default_preset not in self.preset_names:
@@ -453,12 +464,13 @@ class BundleConfig:
         if preset.denoiser is not None and denoiser is not None:
             denoisers[preset.denoiser] = denoiser
         used = {each.denoiser for each in presets.values()}
+        kept = {key: config for key, config in denoisers.items() if key in used}
         return replace(
             self,
             presets=presets,
-            denoisers={key: kept for key, kept in denoisers.items() if key in used},
+            denoisers=kept,
             default_preset=name if default else self.default_preset,
-            format=PRESETS_FORMAT,
+            format=needed_format(presets, (self.denoiser, *kept.values())),
         )
 
     # ── sizes ─────────────────────────────────────────────────────────────────────────────────────
@@ -551,6 +563,11 @@ class BundleV3Config(BundleConfig):
             "prior.clip_r and clip.embed_dim": (self.prior.clip_r, self.clip.embed_dim),
             **super()._agreements,
         }
+
+    @property
+    def _unwritten(self) -> dict[str, Any]:
+        further = {name: other.unwritten for name, other in self.denoisers.items()}
+        return {"denoiser": self.denoiser.unwritten, "denoisers": further, **super()._unwritten}
 
     @property
     def operations(self) -> tuple[Operation, ...]:

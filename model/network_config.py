@@ -6,6 +6,7 @@ The bounds are far beyond the published sizes, and hold for what is parsed (`mod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -25,6 +26,8 @@ Blocks = Annotated[int, Field(ge=0, le=128)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 Ratio = Annotated[float, Field(gt=0, le=64)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+# A block of a v3 denoiser, as its parameters' names begin.
+BlockName = Annotated[str, Field(pattern=r"^(down|up)_blocks\.\d\.\d{1,4}$")]
 # A file in the bundle's directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Levels = Field(min_length=1, max_length=MAX_LEVELS)
@@ -223,10 +226,22 @@ class VQGANV1Config:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A block of a v3 denoiser. kind: C, T or A. level: 0 is the finest."""
+
+    kind: str
+    level: int
+    reads_skip: bool
+
+
+@dataclass(frozen=True)
 class DenoiserConfig:
     """The v3 denoiser (github.com/dome272/Paella, `Paella`).
 
     The defaults count 1,008,350,592 parameters.
+
+    pruned_blocks: blocks that the network does without, by their parameters' names. The others keep
+    the names they would have with them.
     """
 
     __pydantic_config__ = STRICT
@@ -252,9 +267,10 @@ class DenoiserConfig:
     clip_seq_len: Annotated[int, Field(ge=1, le=256)] = 4
     kernel_size: Annotated[int, Field(ge=1, le=31)] = 3
     self_attn: bool = True
+    pruned_blocks: tuple[BlockName, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("c_hidden", "nhead", "blocks", "level_config"):
+        for name in ("c_hidden", "nhead", "blocks", "level_config", "pruned_blocks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if (
             len({len(self.c_hidden), len(self.nhead), len(self.blocks), len(self.level_config)})
@@ -270,6 +286,14 @@ class DenoiserConfig:
         for heads, width, kinds in zip(self.nhead, self.c_hidden, self.level_config, strict=True):
             if "A" in kinds:
                 _divides("nhead", heads, "c_hidden", width)
+        if wrong := [name for name in self.pruned_blocks if name not in self.prunable_blocks]:
+            known = ", ".join(self.prunable_blocks)
+            raise ValueError(f"pruned_blocks may hold {known}, not {', '.join(wrong)}")
+
+    @property
+    def unwritten(self) -> set[str]:
+        """Fields that `bundle.json` leaves out: see `Recipe.unwritten`."""
+        return set() if self.pruned_blocks else {"pruned_blocks"}
 
     @property
     def token_step(self) -> int:
@@ -277,16 +301,41 @@ class DenoiserConfig:
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
     @property
+    def every_block(self) -> dict[str, Block]:
+        """All blocks by name, in the order of a pass, those that are pruned too."""
+        levels = range(len(self.c_hidden))
+        ways = [("down", i, i) for i in levels]
+        ways += [("up", i, level) for i, level in enumerate(reversed(levels))]
+        result = {}
+        for way, place, level in ways:
+            kinds = self.level_config[level] * self.blocks[level]
+            # On the way down a level begins with a change of resolution.
+            before = int(way == "down" and level > 0)
+            first_repeat = len(self.level_config[level])
+            for number, kind in enumerate(kinds):
+                reads_skip = way == "up" and place > 0 and kind == "C" and number < first_repeat
+                name = f"{way}_blocks.{place}.{before + number}"
+                result[name] = Block(kind, level, reads_skip)
+        return result
+
+    @cached_property
+    def prunable_blocks(self) -> tuple[str, ...]:
+        """The blocks that the network can do without: C and A, which add to what they are given.
+
+        The first C of an up level is not among them: it also reads what the way down has left.
+        """
+        every = self.every_block.items()
+        return tuple(name for name, b in every if b.kind in "CA" and not b.reads_skip)
+
+    @property
     def work(self) -> float:
         """Multiplications of a step for one token of a branch, those of the blocks' maps."""
-        levels = zip(self.c_hidden, self.blocks, self.level_config, strict=True)
         return sum(
-            2
-            * blocks
-            * sum(map(_MAPS.__getitem__, kinds))
-            * width**2
-            / (self.patch_size * 2**i) ** 2
-            for i, (width, blocks, kinds) in enumerate(levels)
+            _MAPS[block.kind]
+            * self.c_hidden[block.level] ** 2
+            / (self.patch_size * 2**block.level) ** 2
+            for name, block in self.every_block.items()
+            if name not in self.pruned_blocks
         )
 
 

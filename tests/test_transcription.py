@@ -40,6 +40,7 @@ VARIANTS = {
     "no patches": replace(SMALL, patch_size=1),
     "wide kernels": replace(SMALL, kernel_size=5),
     "no self-attention": replace(SMALL, self_attn=False),
+    "pruned": replace(SMALL, pruned_blocks=("down_blocks.1.3", "down_blocks.1.4", "up_blocks.0.2")),
 }
 
 

@@ -340,6 +340,8 @@ class Denoiser(nn.Module):
         levels = range(len(c.c_hidden))
         self.down_blocks = nn.ModuleList(self._down_level(i) for i in levels)
         self.up_blocks = nn.ModuleList(self._up_level(i) for i in reversed(levels))
+        for block in c.pruned_blocks:
+            self.set_submodule(block, nn.Identity())
         self.clf = nn.Sequential(Norm(), Pointwise(c.c_hidden[0], c.c_out * c.patch_size**2))
         self.out_mapper = nn.Sequential(Norm(), Pointwise(c.c_out, c.num_labels, bias=False))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,21 @@ from model.bundle import (
     load_v3,
     save_bundle,
 )
-from model.config import CONFIG_FILE, BundleConfig, BundleV3Config, Preset, find_bundle
+from model.config import (
+    CONFIG_FILE,
+    BundleConfig,
+    BundleV3Config,
+    Preset,
+    find_bundle,
+    needed_format,
+)
 from model.network_config import DenoiserConfig
 from model.networks.denoiser_v3 import Denoiser
 from model.runtime import prepare
 from model.training import loop, tiny
 from model.training.checkpoint import averaged
 from model.training.codes import quiet
+from model.training.pruning import names, pruned_config
 from model.training.recipe_text import RecipeError, changed
 
 # Network → (checkpoint, where the published module sits in what was trained).
@@ -107,30 +116,39 @@ def load_network(bundle: Bundle, network: str, weights: dict[str, Tensor]) -> No
 
 
 def with_denoiser(
-    base: Path, checkpoint: Path, out: Path, dtype: torch.dtype, recipe: str = ""
+    base: Path,
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype,
+    recipe: str = "",
+    prune: Sequence[str] = (),
 ) -> BundleConfig:
     """Write the bundle `base` with a trained denoiser, and return its configuration.
 
     The new bundle has the name of the directory `out`; the other networks stay as they are.
-    recipe: changes of its recipe, as `recipe_text.changed` reads them.
+    recipe: changes of its recipe, as `recipe_text.changed` reads them. prune: blocks that the
+    denoiser does without.
 
-    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, RecipeError for
-    an invalid recipe, and pydantic.ValidationError for a name that a bundle cannot have.
+    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape or unknown blocks,
+    RecipeError for an invalid recipe, and pydantic.ValidationError for a name that a bundle cannot
+    have.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
-    assign(
-        bundle.denoiser,
-        averaged(loop.load(checkpoint), SOURCES["denoiser"][1]),
-        torch.float32,
-        where=str(checkpoint),
-    )
+    old = bundle.config
+    try:
+        sizes = pruned_config(old.denoiser, prune)
+    except ValueError as error:
+        raise BundleError(str(error)) from None
     changes = {
         "name": out.resolve().name,
-        "recipe": asdict(changed(bundle.config.recipe, recipe)),
+        "recipe": asdict(changed(old.recipe, recipe)),
+        "denoiser": asdict(sizes),
+        "format": needed_format(old.presets, (sizes, *old.denoisers.values())),
     }
-    config = TypeAdapter(BundleV3Config).validate_python(asdict(bundle.config) | changes)
+    config = TypeAdapter(BundleV3Config).validate_python(asdict(old) | changes)
     merges = None if config.clip.merges is None else base / config.clip.merges
-    return save_bundle(replace(bundle, config=config), out, dtype, merges)
+    denoiser = _denoiser(sizes, checkpoint)
+    return save_bundle(replace(bundle, config=config, denoiser=denoiser), out, dtype, merges)
 
 
 @dataclass(frozen=True)
@@ -266,6 +284,13 @@ def main() -> None:
         default={},
         help="what differs from the first denoiser, such as '{\"blocks\": [1, 2]}'",
     )
+    p.add_argument(
+        "--prune",
+        type=names,
+        default=(),
+        metavar="BLOCK[,BLOCK…]",
+        help="blocks that the checkpoint's denoiser does without (docs/distillation.md)",
+    )
     p.add_argument("--denoiser-of", help="preset whose denoiser --preset shares")
     p.add_argument(
         "--default", action="store_true", help="make --preset the one of requests that name none"
@@ -273,6 +298,8 @@ def main() -> None:
     args = p.parse_args()
     if args.preset is None and (args.base is None) != (args.denoiser is None):
         p.error("--base and --denoiser go together")
+    if args.prune and args.denoiser is None:
+        p.error("--prune is about the blocks of --denoiser")
     if args.preset is None and (args.steps or args.sizes or args.denoiser_of or args.default):
         p.error("--steps, --sizes, --denoiser-of and --default need --preset")
     prepare()
@@ -291,7 +318,7 @@ def _assemble_as_told(args: argparse.Namespace, dtype: torch.dtype) -> BundleCon
             args.recipe,
             args.steps,
             args.denoiser,
-            args.sizes,
+            args.sizes | ({"pruned_blocks": args.prune} if args.prune else {}),
             args.denoiser_of,
             args.default,
         )
@@ -299,7 +326,9 @@ def _assemble_as_told(args: argparse.Namespace, dtype: torch.dtype) -> BundleCon
         return with_preset(base, new, args.out, dtype)
     if args.base is None:
         return assemble(args.runs, args.out, dtype)
-    return with_denoiser(find_bundle(args.base), args.denoiser, args.out, dtype, args.recipe)
+    return with_denoiser(
+        find_bundle(args.base), args.denoiser, args.out, dtype, args.recipe, args.prune
+    )
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from load_tests.report import Report
-from model.bundle import load_v3
+from model.bundle import BundleV3, load_v3
 from model.config import find_bundle
 from model.networks.denoiser_v3 import Denoiser
 from model.runtime import pick_device, prepare
@@ -78,44 +78,71 @@ def _weights(block: nn.Module) -> int:
     return sum(p.numel() for p in block.parameters())
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's parser."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("bundle", help="name or path")
-    p.add_argument("--checkpoint", type=Path, help="of a denoiser, instead of the bundle's own")
-    p.add_argument("--corpus", type=Path, help="what `python -m model.training.corpus` wrote")
-    p.add_argument("--batches", type=int, default=16)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--threads", type=int, default=0)
-    return p
+@dataclass(frozen=True)
+class Measuring:
+    """A denoiser, the scenes that its losses are measured on, and how many of them."""
+
+    bundle: BundleV3
+    network: Denoiser
+    pool: Pool
+    batches: int
+    batch: int
+
+    @staticmethod
+    def parser(description: str | None) -> argparse.ArgumentParser:
+        """Return a parser of the arguments that `of` reads."""
+        p = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        p.add_argument("bundle", help="name or path")
+        p.add_argument("--checkpoint", type=Path, help="of a denoiser, instead of the bundle's own")
+        p.add_argument("--corpus", type=Path, help="what `python -m model.training.corpus` wrote")
+        p.add_argument("--batches", type=int, default=16)
+        p.add_argument("--batch", type=int, default=32)
+        p.add_argument("--device", default="auto")
+        p.add_argument("--threads", type=int, default=0)
+        return p
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Measuring:
+        """Load what the parsed command line names, and encode the scenes."""
+        device = pick_device(args.device)
+        bundle = load_v3(find_bundle(args.bundle), device, torch.float32)
+        network = starting_network(bundle, args.checkpoint, device).eval()
+        quiet(network)
+        scenes = Scenes.load(args.corpus, device, 0)
+        images = args.batches * args.batch
+        config, vqgan = bundle.config, bundle.vqgan
+        encoding = Encoding.of(config, vqgan, scenes, args.batch, images, torch.float32)
+        encoding.begin(args.batches)
+        return cls(bundle, network, encoding.pools[0], args.batches, args.batch)
+
+    @property
+    def images(self) -> int:
+        """The number of images that a loss is the mean of."""
+        return self.batches * self.batch
+
+    def losses(self, network: Denoiser) -> tuple[float, list[Lost]]:
+        """Return the whole network's mean loss, and what is lost without each block."""
+        return measure(network, self.pool, self.batches, self.batch)
 
 
 def main() -> None:
     """Measure as the command line says, and print a table and one line of JSON."""
-    args = parser().parse_args()
+    args = Measuring.parser(__doc__).parse_args()
     command = shlex.join(["python", "-m", "model.training.block_losses", *sys.argv[1:]])
     report = Report("block_losses", command=command)
     prepare(args.threads)
-    device = pick_device(args.device)
-    bundle = load_v3(find_bundle(args.bundle), device, torch.float32)
-    network = starting_network(bundle, args.checkpoint, device).eval()
-    quiet(network)
-    scenes = Scenes.load(args.corpus, device, 0)
-    images = args.batches * args.batch
-    encoding = Encoding.of(bundle.config, bundle.vqgan, scenes, args.batch, images, torch.float32)
-    encoding.begin(args.batches)
-    whole, rows = measure(network, encoding.pools[0], args.batches, args.batch)
+    measuring = Measuring.of(args)
+    whole, rows = measuring.losses(measuring.network)
     table = Table("block", "thousand weights", "more loss without it", "standard error")
     for row in rows:
         table.add_row(row.block, f"{row.weights / 1000:.0f}", f"{row.more:.4f}", f"{row.error:.4f}")
     report.add(table)
     report.emit(
         {
-            "weights": bundle.config.name,
-            "images": images,
+            "weights": measuring.bundle.config.name,
+            "images": measuring.images,
             "loss": whole,
             "blocks": [asdict(row) for row in rows],
         }

@@ -5,14 +5,15 @@
     python -m model.training.assemble one --base tiny --denoiser runs/distilled.pt
     python -m model.training.distill tiny --guidance --steps 8,4,2 --updates 1500
     python -m model.training.distill tiny --teacher runs/distilled.pt --steps 4 --progressive
+    python -m model.training.distill tiny --guidance --prune down_blocks.1.3,down_blocks.1.9
 
-The student is the same network and begins with the teacher's weights. With --guidance its
-prediction follows the teacher's guided one, which takes two branches. Afterwards it draws with
-guidance 1, in half of the passes. With --steps there is a round of training for every number of
-steps: a prediction follows the teacher's at the sampler's next time, or with --progressive after a
-step of the teacher's sampler that is half as long. The student of one round is the teacher of the
-next. The training data are those of `model.training.denoiser`: a corpus' scenes, or with --data
-your own images.
+The student is the same network, or with --prune the same without some blocks, and begins with the
+teacher's weights. With --guidance its prediction follows the teacher's guided one, which takes two
+branches. Afterwards it draws with guidance 1, in half of the passes. With --steps there is a round
+of training for every number of steps: a prediction follows the teacher's at the sampler's next
+time, or with --progressive after a step of the teacher's sampler that is half as long. The student
+of one round is the teacher of the next. The training data are those of `model.training.denoiser`: a
+corpus' scenes, or with --data your own images.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import torch
 from model.bundle import BundleV3, load_v3
 from model.config import MAX_GUIDANCE, Recipe, SamplingConfig, find_bundle
 from model.networks.denoiser_v3 import Denoiser
-from model.training import block_skips, checkpoint, denoiser, loop
+from model.training import block_skips, checkpoint, denoiser, loop, pruning
+from model.training.captioned import DataError
 from model.training.codes import quiet
 from model.training.data import Scenes
 from model.training.decoding import Filters
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     )
     denoiser.add_data_arguments(p)
     block_skips.add_argument(p)
+    pruning.add_argument(p)
     p.add_argument(
         "--drop-clip",
         type=float,
@@ -238,7 +241,7 @@ def first_round(rounds: Sequence[Round], updates: int | None) -> int:
 def train(args: argparse.Namespace) -> None:
     """Train as the parsed command line says; `args.checkpoint` is the last round's afterwards.
 
-    Raises DataError for unusable data, and the errors of `load_v3`.
+    Raises DataError for unusable data or blocks, and the errors of `load_v3`.
     """
     rounds = rounds_of(args)
     if args.rounds is not None and args.steps is None:
@@ -258,6 +261,10 @@ def train(args: argparse.Namespace) -> None:
         teacher = replace(teacher, nothing=None)
     make = Source.of_scenes if args.data is None else Source.of_images
     source = make(bundle, o, args)
+    try:
+        network = pruning.pruned(network, args.prune)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     student = Student(network)
     block_skips.skip_at_random(network, args.skip_blocks)
     if first:
@@ -306,7 +313,9 @@ def main() -> None:
         p.error("--guidance or --steps is needed")
     if args.rounds is None and (args.progressive or args.forward):
         p.error("--progressive and --forward go with --steps")
-    denoiser.run(train, args, "--recipe", ",".join(_recipe(args)))
+    options = ["--recipe", ",".join(_recipe(args))]
+    options += ["--prune", ",".join(args.prune)] if args.prune else []
+    denoiser.run(train, args, *options)
 
 
 if __name__ == "__main__":

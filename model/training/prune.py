@@ -1,0 +1,145 @@
+"""Choose the blocks that a denoiser can best do without: those that cost most for what they add.
+
+    python -m model.training.prune tiny --corpus runs/corpus.safetensors --blocks 3
+    python -m model.training.distill tiny --guidance --prune down_blocks.1.3,down_blocks.1.9
+
+Blocks go one at a time. In every round the loss is measured without each block that is left, over
+the same images, times and noise, and the block goes whose absence adds least to the loss for each
+millisecond that it takes. Milliseconds are those of a step with packed weights on this CPU
+(`load_tests.blocks`). What goes changes what the others are worth, so each round measures anew.
+
+After SnapFusion's search for an efficient network. The network without these blocks is worse until
+it has been trained: the second command distils the whole network into the smaller one. The last
+line is JSON, with every round's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import count
+
+import torch
+from rich.table import Table
+
+from load_tests import blocks
+from load_tests.report import Report
+from model.config import find_bundle
+from model.pipeline import Pipeline
+from model.runtime import prepare
+from model.training.block_losses import Lost, Measuring
+from model.training.pruning import pruned
+
+_PASSES = 200
+
+
+@dataclass(frozen=True)
+class Round:
+    """A block that goes. more: of the loss, to the whole network's. milliseconds: that it took.
+
+    others: what the loss would have grown by without another block instead, from the loss before.
+    """
+
+    block: str
+    more: float
+    milliseconds: float
+    others: dict[str, float]
+
+
+def search(
+    losses_without: Callable[[tuple[str, ...]], list[Lost]],
+    milliseconds: Mapping[str, float],
+    blocks: int,
+    most: float,
+) -> list[Round]:
+    """Return the rounds of a search, one for each block that goes.
+
+    Args:
+        losses_without: for blocks that are gone, what is lost without each one more.
+        milliseconds: of each block.
+        blocks: the most that go.
+        most: of the loss that may be added in all.
+    """
+    rounds: list[Round] = []
+    added = 0.0
+    for _ in range(blocks):
+        gone = tuple(own.block for own in rounds)
+        lost = {row.block: row.more for row in losses_without(gone)}
+        if not lost:
+            break
+        # A block whose absence helps is first, the one that takes longest before the others.
+        best = min(lost, key=lambda name: max(lost[name], 1e-4) / milliseconds[name])
+        added += lost[best]
+        if added > most:
+            break
+        others = {name: more for name, more in lost.items() if name != best}
+        rounds.append(Round(best, round(added, 5), milliseconds[best], others))
+    return rounds
+
+
+def block_milliseconds(pipeline: Pipeline, branches: int, passes: int) -> dict[str, float]:
+    """Return every block's tenth percentile in one row's step, by name."""
+    parts, _ = blocks.measure(blocks.Step.of(pipeline, branches), passes)
+    return {part.name: part.low for part in parts}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    p = Measuring.parser(__doc__)
+    p.add_argument("--blocks", type=int, default=3, help="the most that go (default 3)")
+    p.add_argument(
+        "--most",
+        type=float,
+        default=float("inf"),
+        help="of the loss that may be added in all; without it, --blocks alone decides",
+    )
+    p.add_argument("--branches", type=int, default=2, help="of the measured step (default 2)")
+    p.add_argument("--passes", type=int, default=_PASSES, help=f"{_PASSES} by default")
+    return p
+
+
+def table(rounds: Iterable[Round]) -> Table:
+    """Return the rounds as a table."""
+    result = Table("round", "block", "ms", "more loss in all", "next best, more loss")
+    for number, own in zip(count(1), rounds, strict=False):
+        cells = (str(number), own.block, f"{own.milliseconds:.3f}", f"{own.more:.4f}")
+        least = min(own.others, key=lambda name: own.others[name], default="")
+        result.add_row(*cells, f"{least} {own.others[least]:.4f}" if least else "")
+    return result
+
+
+def main() -> None:
+    """Search as the command line says, and print a table and one line of JSON."""
+    args = parser().parse_args()
+    command = shlex.join(["python", "-m", "model.training.prune", *sys.argv[1:]])
+    report = Report("prune", command=command)
+    prepare(args.threads)
+    pipeline = Pipeline.load(find_bundle(args.bundle), torch.device("cpu"))
+    milliseconds = block_milliseconds(pipeline, args.branches, args.passes)
+    measuring = Measuring.of(args)
+
+    def losses_without(gone: tuple[str, ...]) -> list[Lost]:
+        return measuring.losses(pruned(measuring.network, gone))[1]
+
+    whole, _ = measuring.losses(measuring.network)
+    rounds = search(losses_without, milliseconds, args.blocks, args.most)
+    report.add(table(rounds))
+    chosen = [own.block for own in rounds]
+    print("--prune", ",".join(chosen))
+    report.emit(
+        {
+            "weights": pipeline.config.name,
+            "branches": args.branches,
+            "images": measuring.images,
+            "loss": whole,
+            "pruned": chosen,
+            "rounds": [asdict(own) for own in rounds],
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
