@@ -2,6 +2,7 @@
 
     python -m load_tests.curve --plot docs/curve.svg
     python -m load_tests.curve --seconds 4 --sides 128,256 --steps 8,12
+    python -m load_tests.curve --steps 2 --devices cpu,cpu     # two workers on the CPU
 
 Requests come as a Poisson process, whatever the server does; a latency counts from the time at
 which the request was due. The rate is multiplied until the server is saturated: it answers less
@@ -84,13 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sent = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(sent)
     report = Report("curve", command=shlex.join(["python", "-m", "load_tests.curve", *sent]))
-    with serving({}) as server:
+    settings = {"PAELLERA_DEVICES": options.devices} if options.devices else {}
+    with serving(settings) as server:
         options.sides = options.sides or (server.sizes().native[0],)
         others = Others(server)
         points = asyncio.run(Curve(server, options).run())
         measured: dict[str, Any] = {"others_share_of_the_machine": others.share()}
     measured |= {
         "kinds": [str(kind) for kind in kinds_of(options.sides, options.steps)],
+        "devices": options.devices,
         **summary(points),
     }
     report.add(_table(points))
@@ -123,6 +126,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--timeout", type=float, default=5, help="of the requests, in seconds, 5 by default"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    parser.add_argument(
+        "--devices", default="", help="PAELLERA_DEVICES of the server, such as cpu,cpu"
+    )
     parser.add_argument("--plot", type=Path, help="an SVG or PNG file to draw")
     return parser.parse_args(arguments)
 

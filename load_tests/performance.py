@@ -15,11 +15,8 @@ from typing import Any
 from load_tests.soak import SETTLING
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, PLOT = (
-    ROOT / "load_tests" / "results",
-    ROOT / "docs" / "performance.md",
-    ROOT / "docs" / "curve.svg",
-)
+RESULTS, DOCS = ROOT / "load_tests" / "results", ROOT / "docs"
+PAGE = DOCS / "performance.md"
 
 INTRODUCTION = """# Performance
 
@@ -37,10 +34,10 @@ def main() -> None:
     """Write the page, and the plot of the newest curve. Needs the extra `load`."""
     found = results(RESULTS)
     PAGE.write_text(page(found))
-    for result in newest(found, "curve")[:1]:
+    for name, result in {_plot(r): r for r in reversed(newest(found, "curve"))}.items():
         from load_tests.plot import draw
 
-        draw(result, PLOT)
+        draw(result, DOCS / name)
 
 
 def results(directory: Path) -> list[dict[str, Any]]:
@@ -56,10 +53,12 @@ def results(directory: Path) -> list[dict[str, Any]]:
 def newest(found: Iterable[Result], report: str) -> list[Result]:
     """Return the last result of this kind on each machine, the latest first.
 
-    Results of different families of networks count as different kinds.
+    Results of different families of networks, and of other workers, count as different kinds.
     """
     last = {
-        (r["hardware"]["cpu"], *r.get("families", ())): r for r in found if r["report"] == report
+        (r["hardware"]["cpu"], *r.get("families", ()), r.get("devices", "")): r
+        for r in found
+        if r["report"] == report
     }
     return sorted(last.values(), key=lambda result: str(result["date"]), reverse=True)
 
@@ -168,12 +167,20 @@ def _curve(result: Result) -> Section:
         f" {result['knee_per_s']:.1f} a second; up to {result['on_target_per_s']:.1f}, 99 of "
         f"100 are answered within half a second."
     )
-    said += "\n\n![latency over the rate of arrivals](curve.svg)"
+    if result.get("devices"):
+        said = f"Workers: {', '.join(result['devices'].split(','))}. {said}"
+    said += f"\n\n![latency over the rate of arrivals]({_plot(result)})"
     return (
         said,
         ["arriving /s", "answered /s", "p50 ms", "p95 ms", "p99 ms", "under 500 ms", "refused"],
         rows,
     )
+
+
+def _plot(result: Result) -> str:
+    """Return the name of a curve's plot in docs/, one for each number of workers."""
+    workers = len(result.get("devices", "").split(","))
+    return "curve.svg" if workers == 1 else f"curve-{workers}-workers.svg"
 
 
 def _batching(result: Result) -> Section:

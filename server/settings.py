@@ -208,7 +208,8 @@ class Settings(BaseSettings):
         str | None,
         Field(
             pattern=rf"^{DEVICE}(,{DEVICE})*$",
-            description="Devices, one worker each, such as cuda:0,cuda:1; replaces PAELLERA_DEVICE",
+            description="Devices, one worker each, such as cuda:0,cuda:1, or cpu,cpu: two workers"
+            " that share the cores; replaces PAELLERA_DEVICE",
         ),
     ] = None
     dtype: Annotated[

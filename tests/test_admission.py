@@ -16,6 +16,7 @@ import pytest
 
 from model.config import SamplingConfig
 from server.engine.client import MAX_SOLO_CRASHES, RETRY_FORECAST_S, EngineClient
+from server.engine.cpu_share import CALM_S
 from server.engine.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -79,6 +80,7 @@ class PlayedWorker:
         self.jobs: dict[str, Job] = {}
         self.received: list[Job] = []
         self.cancelled: list[str] = []
+        self.shares: list[int] = []
         self.started = self.stopped = self.silent = False
 
     @property
@@ -99,8 +101,16 @@ class PlayedWorker:
     async def stop(self) -> None:
         self.stopped = True
 
+    @property
+    def computes_on_cpu(self) -> bool:
+        return bool(self.jobs)
+
+    def share_cpu(self, workers: int) -> None:
+        self.shares.append(workers)
+
     def send(self, job: Job) -> None:
         self.jobs[job.id] = job
+        self.listener.on_rows_owed(self)  # type: ignore[arg-type]
         self.received.append(job)
 
     def cancel(self, id: str) -> None:
@@ -461,6 +471,23 @@ async def test_a_job_goes_to_the_worker_that_owes_the_fewest_rows() -> None:
             [1, 2],
         ]
         assert [worker.settings.devices for worker in e.workers] == [None, None]
+
+
+@virtual_time
+async def test_workers_that_compute_share_the_cpu_until_one_is_alone_for_a_while() -> None:
+    async with engine(devices="cpu,cpu") as e:
+        first, second = job(), job()
+        await e.ask(first)
+        assert [worker.shares[-1:] for worker in e.workers] == [[1], []]
+        await e.ask(second)
+        assert [worker.shares[-1] for worker in e.workers] == [2, 2]
+        e.workers[1].finish(second.id)
+        await asyncio.sleep(CALM_S / 2)
+        e.worker.say(Heartbeat((), 1, 0))
+        assert e.worker.shares[-1] == 2
+        await asyncio.sleep(CALM_S)
+        e.worker.say(Heartbeat((), 1, 0))
+        assert e.worker.shares[-1] == 1
 
 
 @virtual_time

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from server.engine import supervisor
-from server.engine.runner import LATE, SOON, ThreadTuner
+from server.engine.cpu_threads import LATE, SOON, SharedThreads, ThreadTuner
 from server.engine.supervisor import (
     KERNEL_CACHE_ENTRIES,
     SPIN_COUNT,
@@ -161,6 +161,45 @@ def test_where_there_is_nothing_to_choose_nothing_is_changed() -> None:
     with machine.threads.all():
         pass
     assert set(machine.used) == {1}
+
+
+# ── several workers ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "most"), [(2, 2, 1), (8, 2, 4), (8, 3, 2), (2, 3, 1), (1, 2, 1)]
+)
+def test_each_of_several_workers_computes_with_its_part_of_the_cores(
+    cores: int, workers: int, most: int
+) -> None:
+    computing = [cores]
+    threads = SharedThreads(cores, computing.append)
+    threads.share(workers)
+    assert computing[-1] == most
+    with threads.step("kind"):
+        assert computing[-1] == most
+    with threads.all():
+        assert computing[-1] == cores, "roundings must not depend on other workers"
+    assert computing[-1] == most
+    threads.share(1)
+    assert computing[-1] == cores
+
+
+def test_what_was_chosen_for_a_number_of_workers_is_remembered() -> None:
+    computing = [4]
+    threads = SharedThreads(4, computing.append)
+    threads.tuner.chosen = 2
+    threads.share(2)
+    threads.tuner.chosen = 1
+    threads.share(1)
+    assert computing[-1] == 2
+    threads.share(2)
+    assert computing[-1] == 1
+
+
+def test_a_share_that_is_no_news_changes_nothing() -> None:
+    threads = SharedThreads(4, lambda _: pytest.fail("changed"))
+    threads.share(1)
 
 
 @pytest.mark.parametrize(

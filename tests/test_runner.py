@@ -15,13 +15,13 @@ import torch
 
 from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
+from server.engine.cpu_threads import ThreadTuner
 from server.engine.messages import Job
 from server.engine.runner import (
     Mark,
     Runner,
     Stopwatch,
     Streams,
-    ThreadTuner,
     tensor_bytes,
     tensors_in,
 )
@@ -280,4 +280,4 @@ def test_threads_are_chosen_unless_the_settings_say_how_many(runner, monkeypatch
         Settings(device="cpu", dtype="float32", threads=threads), runner.pipelines.values()
     )
     chosen.choose_threads()
-    assert chosen.threads.chosen == most
+    assert chosen.threads.tuner.chosen == most

@@ -34,6 +34,7 @@ from server.engine.messages import (
     ProcessStats,
     Ready,
     Running,
+    ShareCPU,
     Stop,
     Timings,
     ToWorker,
@@ -92,6 +93,10 @@ class Listener:
         self.ready = 0
         self.messages: list[WorkerMessage] = []
         self.losses: list[tuple[str, frozenset[str], frozenset[str]]] = []
+        self.owed: list[int] = []
+
+    def on_rows_owed(self, worker: Supervisor) -> None:
+        self.owed.append(worker.rows_owed)
 
     def on_worker_ready(self, worker: Supervisor) -> None:
         self.ready += 1
@@ -147,6 +152,48 @@ async def supervised(
         await settle()
         yield supervisor, setting
         await supervisor.stop()
+
+
+# ── the share of a CPU ────────────────────────────────────────────────────────────────────────────
+
+
+@virtual_time
+async def test_a_worker_is_told_its_share_once_and_each_new_process_anew() -> None:
+    async with supervised(start_timeout_s=1000) as (supervisor, s):
+        for workers in (1, 2, 2, 1):
+            supervisor.share_cpu(workers)
+        assert s.now.received == [ShareCPU(2), ShareCPU(1)]
+        supervisor.share_cpu(2)
+        s.now.exit(1)
+        await asyncio.sleep(1)
+        s.now.say(Ready("cpu", "float32"))
+        supervisor.share_cpu(2)
+        assert s.now.received == [ShareCPU(2)]
+
+
+@virtual_time
+async def test_each_change_of_what_a_worker_owes_is_reported_before_it_learns_of_it() -> None:
+    async with supervised() as (supervisor, s):
+        told: list[int] = []
+        s.listener.on_rows_owed = lambda worker: told.append(len(s.now.received))  # type: ignore[method-assign]
+        one, other = job(), job()
+        for each in (one, other):
+            supervisor.send(each)
+        assert told == [0, 1]
+        assert supervisor.computes_on_cpu
+        supervisor.cancel(one.id)
+        s.now.say(Dropped(one.id))
+        s.now.say(Finished(other.id, (), Timings()))
+        assert len(told) == 4
+        assert not supervisor.computes_on_cpu
+
+
+@virtual_time
+async def test_a_worker_on_another_device_does_not_compute_on_the_cpu() -> None:
+    async with supervised(ready=False) as (supervisor, s):
+        s.now.say(Ready("cuda:0", "float16"))
+        supervisor.send(job())
+        assert not supervisor.computes_on_cpu
 
 
 # ── restarts ──────────────────────────────────────────────────────────────────────────────────────

@@ -26,6 +26,7 @@ import torch
 from load_tests.processes import resident_mib
 from model.config import SamplingConfig
 from server.engine import worker
+from server.engine.cpu_threads import SharedThreads
 from server.engine.messages import (
     Cancel,
     Count,
@@ -40,6 +41,7 @@ from server.engine.messages import (
     Preview,
     Ready,
     Running,
+    ShareCPU,
     Step,
     Stop,
     Timings,
@@ -590,6 +592,16 @@ def test_suspects_share_no_batch_as_they_start(far, monkeypatch):
     for _ in range(4):
         assert isinstance(far.receive(lambda m: isinstance(m, Finished | Failed)), Finished)
     assert sorted(batches, key=sorted) == [{"first"}, {"one", "other"}, {"suspect"}]
+
+
+def test_a_worker_computes_with_its_share_of_the_threads(far, monkeypatch):
+    used: list[int] = []
+    monkeypatch.setattr(far.runner, "threads", SharedThreads(4, used.append))
+    far.send(ShareCPU(2))
+    far.send(job("a"))
+    assert isinstance(far.answer("a"), Finished)
+    assert used[0] == 2
+    assert 4 not in used
 
 
 def test_jobs_that_are_being_decoded_are_announced_with_those_of_the_stage_beside_them(

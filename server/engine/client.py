@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from server.engine.cpu_share import CPUShare
 from server.engine.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -137,6 +138,7 @@ class EngineClient:
             Supervisor(worker, device_settings, self.metrics, self)
             for device_settings in per_device
         ]
+        self._cpu = CPUShare(self.workers)
         self._pending: dict[str, PendingJob] = {}
         self._pace = Pace()
         self._latency = LatencyModel()
@@ -347,6 +349,10 @@ class EngineClient:
             if entry.worker is None and not entry.answer.done():
                 entry.send_to(worker)
 
+    def on_rows_owed(self, worker: Supervisor) -> None:
+        """Divide the CPU anew."""
+        self._cpu.update()
+
     def on_worker_message(self, worker: Supervisor, message: WorkerMessage) -> None:
         """Pass a message on to its job, and its figures to the metrics."""
         match message:
@@ -386,6 +392,7 @@ class EngineClient:
             self._latency.record_job(entry.job, timings, time.monotonic())
 
     def _record_heartbeat(self, heartbeat: Heartbeat) -> None:
+        self._cpu.update()
         self.metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)
         for step in heartbeat.steps:
             self._latency.record_step(step, time.monotonic())

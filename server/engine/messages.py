@@ -437,7 +437,14 @@ class Heartbeat:
     stats: ProcessStats | None = None
 
 
-ToWorker = Job | Cancel | Stop
+@dataclass(frozen=True, slots=True)
+class ShareCPU:
+    """The number of workers that compute on this CPU from now on, the receiver among them."""
+
+    workers: int
+
+
+ToWorker = Job | Cancel | ShareCPU | Stop
 FromWorker = Ready | Crashed | Preview | Drawn | Finished | Failed | Dropped | Running | Heartbeat
 
 

@@ -40,6 +40,7 @@ from server.engine.messages import (
     Preview,
     Ready,
     Running,
+    ShareCPU,
     Stop,
     ToWorker,
     receive_message,
@@ -289,6 +290,9 @@ class Listener(Protocol):
     def on_worker_ready(self, worker: Supervisor) -> None:
         """Handle a worker that accepts jobs from now on."""
 
+    def on_rows_owed(self, worker: Supervisor) -> None:
+        """Handle a change of what the worker has to compute, before it learns of it."""
+
     def on_worker_message(self, worker: Supervisor, message: WorkerMessage) -> None:
         """Handle a message about jobs."""
 
@@ -314,6 +318,7 @@ class Supervisor:
         self.failures = 0
         # Rows of the jobs that the worker has not answered, cancelled ones included.
         self._owed: dict[str, int] = {}
+        self._sharing = 1  # workers on its CPU, as it was told
         self._was_ready = False
         self._cancelled_at: dict[str, float] = {}
         self._running: tuple[str, ...] = ()
@@ -374,7 +379,19 @@ class Supervisor:
     def send(self, job: Job) -> None:
         """Send the worker a job."""
         self._owed[job.id] = job.rows
+        self._listener.on_rows_owed(self)
         self._worker.send(job)
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Return whether it has something to compute, on the CPU."""
+        return bool(self._owed) and self._status.device == "cpu"
+
+    def share_cpu(self, workers: int) -> None:
+        """Tell the worker how many workers compute on its CPU, unless it knows."""
+        if workers != self._sharing:
+            self._sharing = workers
+            self._worker.send(ShareCPU(workers))
 
     def cancel(self, id: str) -> None:
         """Free the job's slots at the next step, if the worker has it."""
@@ -394,10 +411,10 @@ class Supervisor:
                 self._crash = message
             case Finished(id=id) | Failed(id=id):
                 self.failures = 0
-                self._owed.pop(id, None)
+                self._answered(id)
                 self._listener.on_worker_message(self, message)
             case Dropped(id):
-                self._owed.pop(id, None)
+                self._answered(id)
                 if cancelled_at := self._cancelled_at.pop(id, None):
                     self._metrics.cancel_duration.observe(time.monotonic() - cancelled_at)
             case Running(jobs):
@@ -409,6 +426,10 @@ class Supervisor:
                 self.last_heartbeat = message
                 self._listener.on_worker_message(self, message)
         self._heard_at = time.monotonic() if self._status.ready else None
+
+    def _answered(self, id: str) -> None:
+        if self._owed.pop(id, None) is not None:
+            self._listener.on_rows_owed(self)
 
     # ── crashes and stalls ────────────────────────────────────────────────────────────────────────
 
@@ -467,9 +488,10 @@ class Supervisor:
         first = not self._was_ready and not self.failures
         fatal = reason if first and self._crash and self._crash.lasting else None
         self._status = WorkerStatus(False, f"{reason}; another is starting", fatal=fatal)
-        self._owed, self._cancelled_at = {}, {}
+        self._owed, self._cancelled_at, self._sharing = {}, {}, 1
         self._running = ()
         self._heard_at, self.last_heartbeat = None, Heartbeat((), 0, 0)
+        self._listener.on_rows_owed(self)
         self._listener.on_worker_lost(self, reason, unfinished, suspects)
 
     async def _watch(self) -> None:

@@ -40,6 +40,7 @@ from server.engine.messages import (
     ProcessStats,
     Ready,
     Running,
+    ShareCPU,
     Step,
     Stop,
     Timings,
@@ -312,6 +313,8 @@ class Worker:
                 case Cancel(id):
                     self._forget(id)
                     send_message(self.connection, Dropped(id))
+                case ShareCPU(workers):
+                    self.runner.threads.share(workers)
                 case Stop():
                     return False
             if self.scheduler.idle:
