@@ -284,12 +284,36 @@ def _seeded() -> None:
 def golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A file of tests/data: (constructor arguments, state dict, recorded inputs and outputs)."""
     with safe_open(Path(__file__).parent / "data" / f"{name}.safetensors", framework="pt") as file:
-        config = json.loads(file.metadata()["config"])
+        described = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+    tensors = {
+        key: t.long() if t.dtype == torch.int16 else t
+        for key, t in (tensors | drawn_again(json.loads(described.get("drawn", "{}")))).items()
+    }
     weights = {
         key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")
     }
-    return config, weights, {key: t for key, t in tensors.items() if not key.startswith("weights.")}
+    rest = {key: t for key, t in tensors.items() if not key.startswith("weights.")}
+    return json.loads(described["config"]), weights, rest
+
+
+def drawn_again(recipe: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights that were drawn at random when they were recorded, drawn once more.
+
+    recipe: seed, and for each parameter in order its name, shape, scale and offset; no scale where
+    the file itself has it. Raises RuntimeError if this torch draws other numbers.
+    """
+    if not recipe:
+        return {}
+    generator, drawn = torch.Generator().manual_seed(recipe["seed"]), {}
+    for name, shape, scale, offset in recipe["tensors"]:
+        numbers = torch.randn(shape, generator=generator)
+        if scale is not None:
+            drawn[f"weights.{name}"] = offset + numbers * scale
+    total = sum(float(t.double().abs().sum()) for t in drawn.values())
+    if abs(total - recipe["total"]) > 1e-4 * recipe["total"]:
+        raise RuntimeError(f"this torch draws other weights: {total}, recorded {recipe['total']}")
+    return drawn
 
 
 def micro_config(name: str = "random") -> BundleV3Config:
