@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +223,35 @@ def test_a_server_stays_ready_while_one_of_two_workers_is_replaced(
         assert answers
         assert all(answers)
         assert second in server.workers
+
+
+# ── two of them share a CPU ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is not shared")
+def test_workers_that_compute_at_once_share_the_cores_and_draw_the_same_bytes(
+    tmp_path: Path, random_bundle: Path
+) -> None:
+    settings = {"weights": random_bundle, "devices": "cpu,cpu", "dtype": "float32"}
+    body = {"prompt": "a red circle", "seed": 1, "deterministic": True, "num_inference_steps": 32}
+
+    def threads(client: httpx.Client) -> list[float]:
+        return [metric(client, "paella_worker_threads", worker=w) for w in "01"]
+
+    with (
+        started(tmp_path, *PAELLERA, **settings) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(4) as callers,
+    ):
+        wait_until(lambda: server.ready)
+        wait_until(lambda: all(metric(client, "paella_worker_ready", worker=w) for w in "01"))
+        long = body | {"n": 8, "deterministic": False, "response_format": "json"}
+        held = [callers.submit(client.post, "/generate", json=long) for _ in range(2)]
+        cores = len(os.sched_getaffinity(0))
+        wait_until(lambda: all(0 < each <= cores // 2 for each in threads(client)))
+        answers = [callers.submit(client.post, "/generate", json=body) for _ in range(4)]
+        assert len({answer.result().content for answer in answers}) == 1
+        assert {answer.result().status_code for answer in (*held, *answers)} == {200}
 
 
 # ── it says why it did not start ──────────────────────────────────────────────────────────────────
