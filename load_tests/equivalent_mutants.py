@@ -21,7 +21,7 @@ _V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
 _NATIVE = "server/api/routes_native.py:: "
 _NATIVE_FILE = '_FILE = {"b64_json": "…", "width": 256, "height": 256}'
 _NATIVE_QUEUED = '("queued", {"id": "mine", "position": 0, "predicted_s": 0.08}),'
-_NATIVE_PREVIEW = '("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),'
+_NATIVE_PREVIEW = '("preview", {"index": 0, "step": 1, "of": 2, **_FILE, "format": "jpeg"}),'
 _NATIVE_IMAGE = '("image", {"index": 0, **_FILE, "seed": 7, "format": "png"}),'
 
 EQUIVALENT: dict[str, str] = {
@@ -72,7 +72,7 @@ EQUIVALENT: dict[str, str] = {
         "a grace period, chosen by taste, like EXIT_GRACE_S"
     ),
     "server/api/routes_native.py:: 0 -> 1 in "
-    '("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),': (
+    '("preview", {"index": 0, "step": 1, "of": 2, **_FILE, "format": "jpeg"}),': (
         "an example in the document; a request for several images has this index too"
     ),
     'server/api/openapi.py:: 2 -> 3 in "/v1/images/variations": {"image": IMAGE, "n": 2},': (
@@ -89,7 +89,7 @@ EQUIVALENT: dict[str, str] = {
     "and preview.number > self._previewed.get(preview.image.index, -1)": (
         "previews are numbered from 0 on"
     ),
-    "server/engine/runner.py:ThreadTuner._record_step: self._most > 1 -> self._most >= 1 in "
+    "server/engine/cpu_threads.py:ThreadTuner._record_step: self._most > 1 -> self._most >= 1 in "
     "if self._wait == 0 and self._trial is None and self._most > 1:": (
         "with one thread at most, the only other number to try is one"
     ),
@@ -197,9 +197,9 @@ EQUIVALENT: dict[str, str] = {
             f'{_NATIVE}1763749200 -> 1763749201 in "created": 1763749200,',
             f"{_NATIVE}0 -> 1 in {_NATIVE_QUEUED}",
             f"{_NATIVE}0.08 -> 0.16 in {_NATIVE_QUEUED}",
-            f'{_NATIVE}12 -> 13 in ("started", {{"id": "mine", "steps": 12}}),',
-            f"{_NATIVE}6 -> 7 in {_NATIVE_PREVIEW}",
-            f"{_NATIVE}12 -> 13 in {_NATIVE_PREVIEW}",
+            f'{_NATIVE}2 -> 3 in ("started", {{"id": "mine", "steps": 2}}),',
+            f"{_NATIVE}1 -> 2 in {_NATIVE_PREVIEW}",
+            f"{_NATIVE}2 -> 3 in {_NATIVE_PREVIEW}",
             f"{_NATIVE}0 -> 1 in {_NATIVE_IMAGE}",
             f"{_NATIVE}7 -> 8 in {_NATIVE_IMAGE}",
         ),

@@ -109,6 +109,8 @@ RELATED_TESTS = {
     "server/api/validation.py": ("test_error_messages", "test_bad_input"),
     "server/engine/child.py": ("test_worker_process", "test_supervision"),
     "server/engine/client.py": ("test_admission", "test_client", "test_supervision"),
+    "server/engine/cpu_share.py": ("test_cpu_share", "test_admission"),
+    "server/engine/cpu_threads.py": ("test_cpu_threads", "test_runner", "test_worker"),
     "server/engine/cuda_graphs.py": ("test_cuda_graphs", "test_preset_engine"),
     "server/engine/errors.py": ("test_client", "test_api"),
     "server/engine/interface.py": ("test_api",),
@@ -126,7 +128,6 @@ RELATED_TESTS = {
         "test_upscale",
     ),
     "server/engine/runner.py": (
-        "test_cpu_threads",
         "test_prompt_cache",
         "test_runner",
         "test_worker",

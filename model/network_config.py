@@ -289,6 +289,9 @@ class DenoiserConfig:
         if wrong := [name for name in self.pruned_blocks if name not in self.prunable_blocks]:
             known = ", ".join(self.prunable_blocks)
             raise ValueError(f"pruned_blocks may hold {known}, not {', '.join(wrong)}")
+        attention = {name for name, block in self.every_block.items() if block.kind == "A"}
+        if attention and attention <= {*self.pruned_blocks}:
+            raise ValueError("pruned_blocks must leave one attention block, which reads the prompt")
 
     @property
     def unwritten(self) -> set[str]:

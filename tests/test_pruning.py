@@ -78,6 +78,16 @@ def test_what_is_no_block_that_adds_cannot_be_pruned(name):
         replace(micro_config().denoiser, pruned_blocks=(name,))
 
 
+def test_one_attention_block_stays_because_nothing_else_reads_the_prompt():
+    config = micro_config().denoiser
+    attention = [name for name, block in config.every_block.items() if block.kind == "A"]
+    some = replace(config, pruned_blocks=tuple(attention[1:]))
+    assert not prune.may_go(some, attention[0])
+    assert prune.may_go(some, "down_blocks.0.0")
+    with pytest.raises(ValueError, match="must leave one attention block"):
+        pruned_config(some, attention[:1])
+
+
 def test_a_pruned_network_s_steps_count_less():
     config = micro_config().denoiser
     less = replace(config, pruned_blocks=(FIRST,)).work

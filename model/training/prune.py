@@ -28,10 +28,11 @@ from rich.table import Table
 from load_tests import blocks
 from load_tests.report import Report
 from model.config import find_bundle
+from model.network_config import DenoiserConfig
 from model.pipeline import Pipeline
 from model.runtime import prepare
 from model.training.block_losses import Lost, Measuring
-from model.training.pruning import pruned
+from model.training.pruning import pruned, pruned_config
 
 _PASSES = 200
 
@@ -80,6 +81,15 @@ def search(
     return rounds
 
 
+def may_go(config: DenoiserConfig, block: str) -> bool:
+    """Return whether a network can do without this block too: one attention block must stay."""
+    try:
+        pruned_config(config, [block])
+    except ValueError:
+        return False
+    return True
+
+
 def block_milliseconds(pipeline: Pipeline, branches: int, passes: int) -> dict[str, float]:
     """Return every block's tenth percentile in one row's step, by name."""
     parts, _ = blocks.measure(blocks.Step.of(pipeline, branches), passes)
@@ -122,7 +132,9 @@ def main() -> None:
     measuring = Measuring.of(args)
 
     def losses_without(gone: tuple[str, ...]) -> list[Lost]:
-        return measuring.losses(pruned(measuring.network, gone))[1]
+        smaller = pruned(measuring.network, gone)
+        rows = measuring.losses(smaller)[1]
+        return [row for row in rows if may_go(smaller.config, row.block)]
 
     whole, _ = measuring.losses(measuring.network)
     rounds = search(losses_without, milliseconds, args.blocks, args.most)

@@ -52,8 +52,8 @@ IMAGES = {f"image/{format}": BINARY for format in ("png", "jpeg", "webp")}
 ANIMATIONS = {f"image/{format}": BINARY for format in ("gif", "webp")}
 EVENTS = describe_events(
     ("queued", {"id": "mine", "position": 0, "predicted_s": 0.08}),
-    ("started", {"id": "mine", "steps": 12}),
-    ("preview", {"index": 0, "step": 6, "of": 12, **_FILE, "format": "jpeg"}),
+    ("started", {"id": "mine", "steps": 2}),
+    ("preview", {"index": 0, "step": 1, "of": 2, **_FILE, "format": "jpeg"}),
     ("image", {"index": 0, **_FILE, "seed": 7, "format": "png"}),
     ("completed", _ANSWER),
 )
