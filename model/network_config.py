@@ -286,6 +286,10 @@ class DenoiserConfig:
         for heads, width, kinds in zip(self.nhead, self.c_hidden, self.level_config, strict=True):
             if "A" in kinds:
                 _divides("nhead", heads, "c_hidden", width)
+        if self.pruned_blocks:
+            self._check_pruned_blocks()
+
+    def _check_pruned_blocks(self) -> None:
         if wrong := [name for name in self.pruned_blocks if name not in self.prunable_blocks]:
             known = ", ".join(self.prunable_blocks)
             raise ValueError(f"pruned_blocks may hold {known}, not {', '.join(wrong)}")
@@ -303,7 +307,7 @@ class DenoiserConfig:
         """Divisor of the token grid's sides: the patch, halved once between every two levels."""
         return self.patch_size * 2 ** (len(self.c_hidden) - 1)
 
-    @property
+    @cached_property
     def every_block(self) -> dict[str, Block]:
         """All blocks by name, in the order of a pass, those that are pruned too."""
         levels = range(len(self.c_hidden))

@@ -208,9 +208,14 @@ def checkpoint(directory: Path, config: DenoiserConfig, seed: int) -> Path:
     """A training's checkpoint of a denoiser with weights of its own."""
     denoiser = Denoiser(config)
     randomise(denoiser, seed)
+    return saved(denoiser, directory / "x.pt")
+
+
+def saved(denoiser: Denoiser, path: Path) -> Path:
+    """A training's checkpoint of this denoiser."""
     weights = {f"denoiser.{name}": t for name, t in denoiser.state_dict().items()}
-    torch.save({"ema": weights}, directory / "x.pt")
-    return directory / "x.pt"
+    torch.save({"ema": weights}, path)
+    return path
 
 
 def assembled(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

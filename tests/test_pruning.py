@@ -18,7 +18,7 @@ from model.bundle import BundleError, load_bundle, sha256
 from model.config import CONFIG_FILE, BundleConfig, DenoiserConfig
 from model.networks.denoiser_v3 import AttentionBlock, ConvBlock, Denoiser, TimeBlock
 from model.pipeline import Pipeline
-from model.training import assemble, distill, loop, prune
+from model.training import distill, loop, prune
 from model.training.block_losses import Lost
 from model.training.block_skips import removable, without
 from model.training.pruning import pruned, pruned_config
@@ -26,6 +26,7 @@ from tests.conftest import micro_config, randomise, write_random_bundle
 from tests.short_training import run
 from tests.small_training import art_of_our_own, corpus_file, small_config  # noqa: F401
 from tests.test_block_skips import features
+from tests.test_presets import assembled, saved
 from tests.test_training import examples
 
 CPU = torch.device("cpu")
@@ -47,16 +48,6 @@ def network():
     return own
 
 
-def weights_file(directory, network):
-    torch.save({"ema": {f"denoiser.{k}": t for k, t in network.state_dict().items()}}, directory)
-    return directory
-
-
-def assembled(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["assemble", *map(str, arguments), "--dtype", "float32"])
-    assemble.main()
-
-
 # ── the configuration ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -67,7 +58,14 @@ def test_a_configuration_names_the_blocks_of_its_network(config):
     kinds = {ConvBlock: "C", TimeBlock: "T", AttentionBlock: "A"}
     found = {name: kinds[type(m)] for name, m in network.named_modules() if type(m) in kinds}
     assert {name: block.kind for name, block in config.every_block.items()} == found
+    skips = [name for name in found if found[name] == "C" and reads_two(network, name)]
+    assert skips == [name for name, block in config.every_block.items() if block.reads_skip]
     assert config.prunable_blocks == tuple(removable(network))
+
+
+def reads_two(network, name):
+    """Return whether a convolution block has weights for what it is given and for a skip."""
+    return network.get_submodule(name).depthwise.weight.shape[1] == 2
 
 
 @pytest.mark.parametrize(
@@ -140,7 +138,7 @@ def test_a_copy_does_not_change_with_its_original(network):
 
 
 def test_a_pruned_bundle_draws_packed_as_plain(network, tmp_path, monkeypatch, random_bundle):
-    checkpoint = weights_file(tmp_path / "x.pt", network)
+    checkpoint = saved(network, tmp_path / "x.pt")
     names = f"{FIRST},{SECOND}"
     out = tmp_path / "less"
     assembled(monkeypatch, out, "--base", random_bundle, "--denoiser", checkpoint, "--prune", names)
@@ -187,7 +185,7 @@ def test_the_table_of_blocks_has_no_line_for_a_pruned_one(network):
 
 
 def test_a_preset_may_have_a_pruned_denoiser(network, tmp_path, monkeypatch, random_bundle):
-    checkpoint = weights_file(tmp_path / "x.pt", pruned(network, [FIRST]))
+    checkpoint = saved(pruned(network, [FIRST]), tmp_path / "x.pt")
     out = tmp_path / "mine"
     more = ("--denoiser", checkpoint, "--prune", FIRST, "--recipe", "steps=2")
     assembled(monkeypatch, out, "--base", random_bundle, "--preset", "fast", *more)
@@ -196,6 +194,18 @@ def test_a_preset_may_have_a_pruned_denoiser(network, tmp_path, monkeypatch, ran
     assert config.denoisers["fast"].pruned_blocks == (FIRST,)
     assert config.format == 3
     assert config.relative_work("denoiser-fast") < 1
+
+
+def test_a_preset_of_a_pruned_bundle_lacks_its_blocks_and_its_own(
+    network, tmp_path, monkeypatch, random_bundle
+):
+    base, out = tmp_path / "base", tmp_path / "mine"
+    first = saved(pruned(network, [FIRST]), tmp_path / "first.pt")
+    assembled(monkeypatch, base, "--base", random_bundle, "--denoiser", first, "--prune", FIRST)
+    both = saved(pruned(network, [FIRST, SECOND]), tmp_path / "both.pt")
+    more = ("--denoiser", both, "--prune", SECOND, "--recipe", "steps=2")
+    assembled(monkeypatch, out, "--base", base, "--preset", "fast", *more)
+    assert BundleConfig.read(out).denoisers["fast"].pruned_blocks == (FIRST, SECOND)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +219,7 @@ def test_a_preset_may_have_a_pruned_denoiser(network, tmp_path, monkeypatch, ran
 def test_impossible_prunings_are_refused(
     network, tmp_path, monkeypatch, capsys, random_bundle, arguments, message
 ):
-    file = weights_file(tmp_path / "x.pt", pruned(network, [FIRST]))
+    file = saved(pruned(network, [FIRST]), tmp_path / "x.pt")
     named = {"BASE": random_bundle, "FILE": file}
     with pytest.raises(SystemExit):
         assembled(monkeypatch, tmp_path / "out", *(named.get(a, a) for a in arguments))

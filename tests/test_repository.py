@@ -1,4 +1,4 @@
-"""What everybody who clones the repository downloads stays small."""
+"""Keep what everybody who clones the repository downloads small."""
 
 from __future__ import annotations
 

@@ -390,7 +390,7 @@ def train_matrices(folder: Path, steps: int) -> None:
 
 
 def said_by(*arguments: str, **environment: str) -> str:
-    """What Python, which can import the tests, prints with these arguments, to the end."""
+    """Return what Python, which can import the tests, prints with these arguments, to the end."""
     root = Path(__file__).parents[1]
     return subprocess.run(
         [sys.executable, *arguments],

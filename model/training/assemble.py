@@ -158,8 +158,9 @@ class NewPreset:
     recipe: changes of the preset's recipe, or of the bundle's if the preset is new. steps: (fewest,
     most) that it is made for; None is as before, and 1 to the recipe's if that does not fit.
     checkpoint: of a denoiser of its own. sizes: what its configuration changes of the first
-    denoiser's. denoiser_of: the preset whose denoiser it shares; None keeps its denoiser, and is
-    the first for a new preset. default: whether it becomes the default preset.
+    denoiser's. prune: blocks that it does without, beside those that the first one lacks.
+    denoiser_of: the preset whose denoiser it shares; None keeps its denoiser, and is the first for
+    a new preset. default: whether it becomes the default preset.
     """
 
     name: str
@@ -167,6 +168,7 @@ class NewPreset:
     steps: tuple[int, int] | None = None
     checkpoint: Path | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
+    prune: Sequence[str] = ()
     denoiser_of: str | None = None
     default: bool = False
 
@@ -207,6 +209,7 @@ def _extended(config: BundleV3Config, new: NewPreset, name: str) -> BundleV3Conf
     sizes = None
     if new.checkpoint is not None:
         sizes = TypeAdapter(DenoiserConfig).validate_python(asdict(config.denoiser) | new.sizes)
+        sizes = pruned_config(sizes, new.prune)
     extended = config.with_preset(new.name, _preset(new, config), sizes, default=new.default)
     return TypeAdapter(BundleV3Config).validate_python(asdict(extended) | {"name": name})
 
@@ -318,7 +321,8 @@ def _assemble_as_told(args: argparse.Namespace, dtype: torch.dtype) -> BundleCon
             args.recipe,
             args.steps,
             args.denoiser,
-            args.sizes | ({"pruned_blocks": args.prune} if args.prune else {}),
+            args.sizes,
+            args.prune,
             args.denoiser_of,
             args.default,
         )

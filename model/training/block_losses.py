@@ -122,6 +122,10 @@ class Measuring:
         """The number of images that a loss is the mean of."""
         return self.batches * self.batch
 
+    def loss(self, network: Denoiser) -> float:
+        """Return a network's mean loss."""
+        return round(float(losses(network, self.pool, self.batches, self.batch).mean()), 5)
+
     def losses(self, network: Denoiser) -> tuple[float, list[Lost]]:
         """Return the whole network's mean loss, and what is lost without each block."""
         return measure(network, self.pool, self.batches, self.batch)

@@ -15,25 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.networks.denoiser_v3 import AttentionBlock, ConvBlock, Denoiser
+from model.networks.denoiser_v3 import Denoiser
 
 
 def removable(denoiser: Denoiser) -> dict[str, nn.Module]:
-    """Return the blocks that add to what they are given, C and A, by name, in order.
-
-    The first of an up level is not among them: it also reads what the way down has left.
-    """
-    return {
-        name: block
-        for name, block in denoiser.named_modules()
-        if isinstance(block, AttentionBlock)
-        or (isinstance(block, ConvBlock) and not reads_skip(block))
-    }
-
-
-def reads_skip(block: ConvBlock) -> bool:
-    """Return whether a convolution block reads a skip."""
-    return block.depthwise.weight.shape[1] > 1
+    """Return the blocks that the network has and can do without, by name, in order."""
+    config = denoiser.config
+    left = (name for name in config.prunable_blocks if name not in config.pruned_blocks)
+    return {name: denoiser.get_submodule(name) for name in left}
 
 
 def add_argument(p: argparse.ArgumentParser) -> None:

@@ -20,7 +20,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import count
 
 import torch
 from rich.table import Table
@@ -114,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
 def table(rounds: Iterable[Round]) -> Table:
     """Return the rounds as a table."""
     result = Table("round", "block", "ms", "more loss in all", "next best, more loss")
-    for number, own in zip(count(1), rounds, strict=False):
+    for number, own in enumerate(rounds, 1):
         cells = (str(number), own.block, f"{own.milliseconds:.3f}", f"{own.more:.4f}")
         least = min(own.others, key=lambda name: own.others[name], default="")
         result.add_row(*cells, f"{least} {own.others[least]:.4f}" if least else "")
@@ -136,7 +135,6 @@ def main() -> None:
         rows = measuring.losses(smaller)[1]
         return [row for row in rows if may_go(smaller.config, row.block)]
 
-    whole, _ = measuring.losses(measuring.network)
     rounds = search(losses_without, milliseconds, args.blocks, args.most)
     report.add(table(rounds))
     chosen = [own.block for own in rounds]
@@ -146,7 +144,7 @@ def main() -> None:
             "weights": pipeline.config.name,
             "branches": args.branches,
             "images": measuring.images,
-            "loss": whole,
+            "loss": measuring.loss(measuring.network),
             "pruned": chosen,
             "rounds": [asdict(own) for own in rounds],
         }

@@ -360,6 +360,7 @@ class EngineClient:
                 for started in filter(None, map(self._pending.get, jobs)):
                     started.start()
             case Heartbeat():
+                self._cpu.update()
                 self._record_heartbeat(message)
             case Failed():
                 self._fail(message)
@@ -392,7 +393,6 @@ class EngineClient:
             self._latency.record_job(entry.job, timings, time.monotonic())
 
     def _record_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self._cpu.update()
         self.metrics.record_heartbeat(heartbeat, self._settings.max_batch_rows)
         for step in heartbeat.steps:
             self._latency.record_step(step, time.monotonic())

@@ -271,7 +271,7 @@ def _import_name(main: WorkerMain) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """Return whether a job sent now would be started, and if not, why.
+    """A worker's state: whether a job sent now would be started, and if not, why.
 
     device, dtype: the worker's, None before it is first ready. fatal: why the first start failed,
     if every other would too.
