@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from load_tests.report import Report
 from model.config import find_bundle
-from model.networks.denoiser_v3 import AttentionBlock, Condition, ConvBlock, Denoiser, TimeBlock
+from model.networks.blocks_v3 import AttentionBlock, ConvBlock, TimeBlock
+from model.networks.denoiser_v3 import Condition, Denoiser
 from model.pipeline import Pipeline, SamplingInputs
 from model.runtime import pick_dtype, prepare
 

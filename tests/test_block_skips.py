@@ -11,7 +11,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from model.networks.denoiser_v3 import AttentionBlock, ConvBlock, Denoiser
+from model.networks.blocks_v3 import AttentionBlock, ConvBlock
+from model.networks.denoiser_v3 import Denoiser
 from model.training import block_losses, denoiser, distill
 from model.training.block_skips import removable, skip_at_random, without
 from model.training.features import Examples

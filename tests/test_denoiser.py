@@ -12,13 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DenoiserConfig
-from model.networks.denoiser_v3 import (
-    AttentionBlock,
-    Condition,
-    ConvBlock,
-    Denoiser,
-    GlobalResponseNorm,
-)
+from model.networks.blocks_v3 import AttentionBlock, ConvBlock, GlobalResponseNorm
+from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.layers import Downsample, Upsample, norm
 from tests.conftest import golden, randomise
 

@@ -16,8 +16,9 @@ from model.bundle import load_bundle
 from model.config import DenoiserConfig
 from model.kernels import cpu
 from model.kernels.cpu import PackedDepthwise, PackedLinear, supported
-from model.networks.denoiser_v3 import ConvBlock, Denoiser
-from model.networks.layers import ConvTranspose
+from model.networks.blocks_v3 import ConvBlock
+from model.networks.denoiser_v3 import Denoiser
+from model.networks.layers import ConvTranspose, Downsample, Upsample
 from tests.conftest import golden
 
 DTYPES = [
@@ -46,6 +47,39 @@ def test_packed_linear_is_linear_for_any_number_of_rows(
         torch.testing.assert_close(
             packed(x), expected, atol=tolerance(dtype), rtol=tolerance(dtype)
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [6, 5, 40])
+def test_a_packed_map_adds_to_a_residual_without_changing_it(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 40).to(dtype), torch.randn(rows, 24).to(dtype)
+    residual = torch.randn(rows, 40).to(dtype)
+    before = residual.clone()
+    with torch.inference_mode():
+        expected = (residual.double() + linear.double()(x.double())).to(dtype)
+        linear = linear.to(dtype)
+        y = PackedLinear(linear.weight, linear.bias, 6).add_to(residual, x)
+    torch.testing.assert_close(y, expected, atol=tolerance(dtype), rtol=tolerance(dtype))
+    assert residual.equal(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Downsample, Upsample])
+@pytest.mark.parametrize("shape", [(1, 4, 4, 24), (2, 4, 4, 24), (1, 6, 2, 24)])
+def test_packed_changes_of_size_are_the_plain_ones(
+    shape: tuple[int, ...], kind: type[Downsample | Upsample], bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layer, x = kind(24, 40).to(dtype), torch.randn(*shape).to(dtype)
+    if not bias:
+        layer.bias = None
+    with torch.inference_mode():
+        expected = layer(x)
+        layer.pack(1, 4, 4)
+        y = layer(x)
+    torch.testing.assert_close(y, expected, atol=tolerance(dtype), rtol=tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

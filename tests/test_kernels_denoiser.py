@@ -13,7 +13,8 @@ import torch
 from model.config import PriorConfig
 from model.kernels.triton import trial
 from model.kernels.triton.prior_block import ROWS, prior_block
-from model.networks.denoiser_v3 import ConvBlock, Denoiser
+from model.networks.blocks_v3 import ConvBlock
+from model.networks.denoiser_v3 import Denoiser
 from model.networks.prior import Prior, sample
 from model.optimize import use_triton
 from model.pipeline import Eager, Pipeline, PipelineV3, SamplingInputs

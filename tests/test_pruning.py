@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from load_tests import blocks
 from model.bundle import BundleError, load_bundle, sha256
 from model.config import CONFIG_FILE, BundleConfig, DenoiserConfig
-from model.networks.denoiser_v3 import AttentionBlock, ConvBlock, Denoiser, TimeBlock
+from model.networks.blocks_v3 import AttentionBlock, ConvBlock, TimeBlock
+from model.networks.denoiser_v3 import Denoiser
 from model.pipeline import Pipeline
 from model.training import distill, loop, prune
 from model.training.block_losses import Lost

@@ -86,6 +86,9 @@ def disagreeing(dtype: torch.dtype) -> list[str]:
         # The second input has another number of rows than the weights were packed for.
         if not all(_agree(packed(given), plain(given)) for given in (x, x[:5])):
             wrong.append(f"linear map, activation {activation}")
+    residual, packed = random(6, 40), PackedLinear(weight, bias, len(x))
+    if not _agree(packed.add_to(residual, x), residual + F.linear(x, weight, bias)):
+        wrong.append("linear map added to a residual")
     kernel, offset, image = random(24, 1, 3, 3), random(24), random(1, 8, 8, 24)
     for padding in (0, 1):
         depthwise = PackedDepthwise(kernel, offset, (1, 8, 8, 24), padding)
@@ -157,6 +160,15 @@ class PackedLinear:
             return y
         name, algorithm = _POINTWISE[self.activation]
         y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+        return y
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Compute residual [..., O] plus the map for x [..., I], whose activation is "none"."""
+        if self.mkl:
+            return residual + self(x)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self.packed, self.bias, "add"
+        )
         return y
 
 

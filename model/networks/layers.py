@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels.cpu import PackedTransposed
+from model.kernels.cpu import PackedLinear, PackedTransposed
 
 EPS = 1e-6
 
@@ -125,8 +125,14 @@ class Downsample(nn.Conv2d):
     It is computed as a linear map of 2×2 patches.
     """
 
+    packed: PackedLinear | None = None
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 2, stride=2)
+
+    def pack(self, batch: int, height: int, width: int) -> None:
+        """Pack the weights for the CPU's kernels, for outputs mostly of this size."""
+        self.packed = PackedLinear(self._map(), self.bias, batch * height * width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute it; shapes as in the class."""
@@ -134,8 +140,14 @@ class Downsample(nn.Conv2d):
         patches = (
             x.view(B, H // 2, 2, W // 2, 2, C).transpose(2, 3).reshape(B, H // 2, W // 2, 4 * C)
         )
+        if self.packed is not None:
+            return self.packed(patches)
+        return F.linear(patches, self._map(), self.bias)
+
+    def _map(self) -> Tensor:
+        """Return the weight [O, 4C] of the linear map."""
         # A view where the weight lies channels-last in memory, as after loading a bundle.
-        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
 
 
 class Upsample(nn.ConvTranspose2d):
@@ -144,11 +156,22 @@ class Upsample(nn.ConvTranspose2d):
     It is computed as a linear map of pixels.
     """
 
+    packed: PackedLinear | None = None
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 2, stride=2)
 
+    def pack(self, batch: int, height: int, width: int) -> None:
+        """Pack the weights for the CPU's kernels, for inputs mostly of this size."""
+        bias = None if self.bias is None else self.bias.repeat(4)
+        self.packed = PackedLinear(
+            self.weight.permute(2, 3, 1, 0).flatten(0, 2), bias, batch * height * width
+        )
+
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Compute it; shapes as in the class."""
+        if self.packed is not None:
+            return from_patches(self.packed(x), 2)
         y = from_patches(x @ self.weight.permute(0, 2, 3, 1).flatten(1), 2)
         return y if self.bias is None else y + self.bias
 

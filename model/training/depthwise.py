@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.networks.denoiser_v3 import ConvBlock
+from model.networks.blocks_v3 import ConvBlock
 from model.networks.layers import channels_first, channels_last
 from model.networks.vqgan_v3 import ResidualBlock
 

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.networks.denoiser_v3 import ConvBlock, Denoiser
+from model.networks.blocks_v3 import ConvBlock
+from model.networks.denoiser_v3 import Denoiser
 from model.networks.layers import norm
 from model.training.judged import Neighbours
 

@@ -1,6 +1,6 @@
 """A C block of the v3 denoiser in six launches instead of some twenty.
 
-`model.networks.denoiser_v3.ConvBlock` is the twin.
+`model.networks.blocks_v3.ConvBlock` is the twin.
 """
 
 from __future__ import annotations
