@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from load_tests.report import Report
 from model.config import find_bundle
+from model.executor import SamplingInputs
 from model.networks.blocks_v3 import AttentionBlock, ConvBlock, TimeBlock
 from model.networks.denoiser_v3 import Condition, Denoiser
-from model.pipeline import Pipeline, SamplingInputs
+from model.pipeline import Pipeline
 from model.runtime import pick_dtype, prepare
 
 _WARM_UP = 10  # passes

@@ -102,7 +102,7 @@ EQUIVALENT: dict[str, str] = {
     "server/api/sdapi_clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
         "a running request's progress is bounded by MOST_PROGRESS"
     ),
-    "server/api/body.py:_reason: 200 -> 201 in return reason(error)[:200]": (
+    "server/api/json_body.py:_reason: 200 -> 201 in return reason(error)[:200]": (
         "no message of the JSON parser is that long"
     ),
     "server/api/images/admission.py:: 10 -> 11 in DECODE_PRIORITY = 10": (

@@ -2,6 +2,7 @@
 
 # Of a module or a folder, the quickest first.
 RELATED_TESTS = {
+    "model/executor.py": ("test_pipeline", "test_cuda_graphs", "test_v1"),
     "model/row_builder.py": (
         "test_runner",
         "test_v1_operations",
@@ -32,12 +33,10 @@ RELATED_TESTS = {
         "test_auth",
         "test_idempotency",
     ),
-    "server/api/body.py": (
-        "test_transfer",
-        "test_middleware",
-        "test_bad_input",
-        "test_parsing_properties",
-    ),
+    "server/api/body.py": ("test_bad_input", "test_parsing_properties"),
+    "server/api/body_limit.py": ("test_body", "test_transfer", "test_middleware"),
+    "server/api/form_body.py": ("test_body", "test_bad_input", "test_parsing_properties"),
+    "server/api/json_body.py": ("test_body", "test_bad_input", "test_parsing_properties"),
     "server/api/errors.py": ("test_errors", "test_bad_input"),
     "server/api/images": ("test_images_decode", "test_images_hostile", "test_image_operations"),
     "server/api/images/admission.py": ("test_images_admission", "test_upload_pressure", "test_fit"),

@@ -16,7 +16,8 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.body import TEXT_BODY_BYTES, read_body
+from server.api.body import read_body
+from server.api.body_limit import TEXT_BODY_BYTES
 from server.api.errors import ApiError
 from server.api.schemas import ImageBytes, ImageBytesList, SamplingFields
 from tests.hostile import plain_png

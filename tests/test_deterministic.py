@@ -12,7 +12,7 @@ import torch
 
 from model import rows as operations
 from model.config import SamplingConfig
-from model.pipeline import SamplingInputs
+from model.executor import SamplingInputs
 from model.rows import PinnedTokens, RegionBranch, Row
 from server.api.images.encode import encode
 from server.engine.messages import Image, Job

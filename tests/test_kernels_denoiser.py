@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from model.config import PriorConfig
+from model.executor import Eager, SamplingInputs
 from model.kernels.triton import trial
 from model.kernels.triton.prior_block import ROWS, prior_block
 from model.networks.blocks_v3 import ConvBlock
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.prior import Prior, sample
 from model.optimize import use_triton
-from model.pipeline import Eager, Pipeline, PipelineV3, SamplingInputs
+from model.pipeline import Pipeline, PipelineV3
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config, randomise

@@ -15,7 +15,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.body import BodyLimit
+from server.api.body_limit import BodyLimit
 from server.api.errors import ApiError
 from server.api.middleware import (
     CanonicalPath,

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import create_app
-from server.api.body import TEXT_BODY_BYTES, BodyBudget, BodyLimit
+from server.api.body_limit import TEXT_BODY_BYTES, BodyBudget, BodyLimit
 from server.api.errors import ApiError
 from server.api.middleware import PIECE_BYTES, TRANSPORT, ClientStalledError, SendTimeout
 from server.settings import Settings

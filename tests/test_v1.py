@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DenoiserV1Config, RenoiseMode, Sampler, SamplingConfig, VQGANV1Config
+from model.executor import Eager, SamplingInputs
 from model.networks.denoiser_v1 import VQGANV1, ConditionV1, DenoiserV1, noise_probability
-from model.pipeline import Eager, Pipeline, PipelineV1, SamplingInputs
+from model.pipeline import Pipeline, PipelineV1
 from model.rows import PinnedTokens, RegionBranch, Row, generate, repaint
 from model.sampling import Noise, draw_noise, keep_typical
 from tests.conftest import golden, randomise

@@ -21,9 +21,10 @@ from load_tests.gpu.stages import release
 from load_tests.gpu.weights import Family
 from model.bundle import BundleV3
 from model.config import Sampler
+from model.executor import BranchBatch, Eager, SamplingInputs
 from model.networks.layers import to_device
 from model.networks.text_encoders import Prompt
-from model.pipeline import BranchBatch, Eager, Pipeline, PipelineV3, SamplingInputs
+from model.pipeline import Pipeline, PipelineV3
 
 # A network of a hundred layers adds up its roundings, of which fp16 has eleven bits and bf16 eight.
 LIMITS = {torch.float32: 0.001, torch.float16: 0.02, torch.bfloat16: 0.1}

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from model.bundle import is_finite
 from model.config import Sampler
-from model.pipeline import BranchBatch, Eager, Pipeline, SamplingInputs
+from model.executor import BranchBatch, Eager, SamplingInputs
+from model.pipeline import Pipeline
 
 # Simple things in plain colours, which every generation of weights has seen; the seeds are their
 # places.

@@ -24,7 +24,7 @@ from server.api import (
     static,
 )
 from server.api.access import Guard, Keys, OriginGuard, TrustedProxies
-from server.api.body import BodyBudget, BodyLimit
+from server.api.body_limit import BodyBudget, BodyLimit
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
 from server.api.images.encode import ImageEncoder, Marker

@@ -33,19 +33,12 @@ from model.config import (
     Sampler,
     further_denoiser,
 )
+from model.executor import BranchBatch, Eager, SamplingInputs
 from model.network_config import DenoiserConfig
 from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.layers import to_device
-from model.pipeline import (
-    BranchBatch,
-    DecodeFn,
-    Eager,
-    Pipeline,
-    PipelineV3,
-    PriorFn,
-    SamplingInputs,
-)
+from model.pipeline import DecodeFn, Pipeline, PipelineV3, PriorFn
 from model.rows import AnyCondition
 from server.engine.messages import Count
 from server.engine.scheduler import LENGTHS
