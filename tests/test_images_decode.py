@@ -263,6 +263,32 @@ def test_values_between_the_extremes_are_weights() -> None:
     assert nearly_opaque.stored.shape == (1, 2, 4)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("quality", [5, 31, 48, 63, 70, 75, 95])
+def test_black_and_white_of_a_jpeg_are_black_and_white(quality: int, mode: str) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))  # along the blocks of a JPEG, so that no edge rings
+    file = io.BytesIO()
+    mask.convert(mode).save(file, "JPEG", quality=quality)
+    weights = repaint_mask(decode(file.getvalue(), LIMITS, "mask"), None, (64, 64))
+    np.testing.assert_array_equal(weights, np.asarray(mask))
+
+
+def test_black_and_white_of_video_are_black_and_white_and_weights_never_jump() -> None:
+    ramp = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+    weights = DecodedImage(ramp, None, "", lossy=True).whiteness[0].astype(int)
+    assert weights[[0, 16, 17, 234, 235, 255]].tolist() == [0, 0, 2, 252, 255, 255]
+    assert weights[32:224].tolist() == list(range(32, 224))
+    assert set(np.diff(weights)) <= {0, 1, 2, 3}
+
+
+def test_an_empty_mask_is_told_its_brightest_value() -> None:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), 1).save(file, "JPEG", quality=95)
+    with pytest.raises(ApiError, match="white pixels are repainted, and the mask's brightest is 1"):
+        repaint_mask(decode(file.getvalue(), LIMITS, "mask"), None, (8, 8))
+
+
 def test_luminance_takes_no_notice_of_colours_that_transparency_hides() -> None:
     assert repaint_mask(as_mask([b"\xff\0\xff\xff"], GREY_ALPHA), "luminance", (2, 1)).tolist() == [
         [0, 255]

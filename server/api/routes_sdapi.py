@@ -233,7 +233,7 @@ async def _white_mask(request: Request, mask: bytes, inverted: bool) -> bytes:
 
     def work(uploads: Uploads) -> bytes:
         image = uploads.decode(mask, "mask")
-        white = image.luminance
+        white = image.whiteness
         if image.alpha is not None:
             white = np.where(image.alpha > HALF, np.uint8(OPAQUE), np.uint8(0))
         file = io.BytesIO()

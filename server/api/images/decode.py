@@ -46,6 +46,19 @@ COEFFICIENT_BYTES = 16
 OPAQUE = 255
 # ITU-R 601 in parts of 1000.
 LUMA = np.array([299, 587, 114], dtype=np.uint32)
+# Formats that store flat black as 1 to 3 and white as 252 to 254, in video's range as 16 and 235.
+LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF")
+# The luminance that was meant, by the one that they hold: without a jump, and the same in between.
+NEARLY_BLACK, GREY_FROM, GREY_UP_TO, NEARLY_WHITE = 16, 32, 223, 235
+MEANT = (
+    np.interp(
+        np.arange(256),
+        [0, NEARLY_BLACK, GREY_FROM, GREY_UP_TO, NEARLY_WHITE, OPAQUE],
+        [0, 0, GREY_FROM, GREY_UP_TO, OPAQUE, OPAQUE],
+    )
+    .round()
+    .astype(np.uint8)
+)
 # Rows of which the luminance is computed at once: it takes sixteen times the memory of its result.
 GREY_ROWS = 256
 
@@ -106,11 +119,13 @@ class DecodedImage:
         rgb: uint8 [H, W, 3] as stored, transparent pixels included.
         alpha: uint8 [H, W], None if every pixel is opaque.
         sha256: hex digest of the uploaded file.
+        lossy: whether the file's format may have changed the pixels a little.
     """
 
     rgb: Pixels
     alpha: NDArray[np.uint8] | None
     sha256: str
+    lossy: bool = False
 
     @property
     def has_alpha(self) -> bool:
@@ -131,6 +146,11 @@ class DecodedImage:
     def on_white(self) -> Pixels:
         """uint8 [H, W, 3] over white, as a viewer shows it; opaque pixels are unchanged."""
         return self.rgb if self.alpha is None else self._over(255)
+
+    @property
+    def whiteness(self) -> NDArray[np.uint8]:
+        """uint8 [H, W], the luminance as it was meant: of a lossy mask, nearly black is black."""
+        return MEANT[self.luminance] if self.lossy else self.luminance
 
     @property
     def luminance(self) -> NDArray[np.uint8]:
@@ -180,7 +200,7 @@ def decode(
         raise _undecodable(param, f"this {file.format} file is damaged or cut off") from None
     if alpha is not None and alpha.min() == OPAQUE:
         alpha = None  # editors store an alpha channel in files that are not transparent anywhere
-    return DecodedImage(rgb, alpha, hashlib.sha256(content).hexdigest())
+    return DecodedImage(rgb, alpha, hashlib.sha256(content).hexdigest(), file.format in LOSSY)
 
 
 def repaint_mask(
@@ -207,12 +227,14 @@ def repaint_mask(
         message = "no pixel is transparent; mask_mode luminance repaints the white ones"
         raise _unprocessable("mask_without_alpha", param, message)
     alpha = None if mode == "luminance" else image.alpha
-    mask = image.luminance if alpha is None else OPAQUE - alpha
-    if not mask.any():
-        kind = "white" if alpha is None else "transparent"
-        message = f"nothing to repaint; {kind} pixels are repainted, and the mask has none"
-        raise _unprocessable("empty_mask", param, message)
-    return mask
+    mask = image.whiteness if alpha is None else OPAQUE - alpha
+    if mask.any():
+        return mask
+    message = "nothing to repaint; transparent pixels are repainted, and the mask has none"
+    if alpha is None:
+        brightest = f"the mask's brightest is {image.luminance.max()} of {OPAQUE}"
+        message = f"nothing to repaint; white pixels are repainted, and {brightest}"
+    raise _unprocessable("empty_mask", param, message)
 
 
 def mask_size_mismatch(param: str, wanted: tuple[int, int], sent: tuple[int, int]) -> ApiError:
