@@ -108,6 +108,21 @@ def _bound_kernel_buffer(transport: asyncio.Transport) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
 
 
+class _UntilClose(int):
+    """The length of a body that ends with its connection, as uvicorn counts down: never reached."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> _UntilClose:
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class _Rejected(Exception):  # noqa: N818, no error of this program
     """Ends parsing; the connection is answered with the ApiError and closed."""
 
@@ -257,6 +272,10 @@ class BoundedProtocol(HttpToolsProtocol):
         # The extension of `transfer.SendTimeout`.
         self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            # Such a client knows no chunks (RFC 9112, 6.1).
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _UntilClose()
         self._in_head = False
         self._unanswered += 1
         self._stop_timer()
@@ -294,7 +313,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _reject(self, answer: ApiError) -> None:
         """Answer and close; only close if the client could take it for a part of an answer."""
-        fields = {"code": answer.code, "reason": answer.message, "client": self.client}
+        host = self.client[0] if self.client else None
+        fields = {"code": answer.code, "reason": answer.message, "client": host}
         log.info("request rejected", extra={"fields": fields})
         if self._unanswered > 1 or (self._unanswered and self.cycle.response_started):
             self.close()

@@ -169,7 +169,7 @@ class TracedRequests:
     def _finish(self, span: Span, scope: Scope, status: int | None) -> None:
         if not span.is_recording():
             return
-        if route := getattr(scope.get("route"), "path", None):
+        if route := getattr(scope.get("route"), "path_format", None):
             span.update_name(f"{scope['method']} {route}")
         attributes = {
             "http.request.method": scope["method"],

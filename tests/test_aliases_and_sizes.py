@@ -75,6 +75,17 @@ def test_aliases_are_listed_after_the_models_but_for_every_other_name(
     assert lenient.get("/v1/models/whatever").json()["alias_of"] == NAME
 
 
+@pytest.mark.parametrize("path", ["stabilityai/sdxl-turbo", "stabilityai%2Fsdxl-turbo"])
+def test_an_alias_with_a_slash_is_found_by_its_name(lenient: httpx.Client, path: str) -> None:
+    answer = lenient.get(f"/v1/models/{path}")
+    assert answer.json()["id"] == "stabilityai/sdxl-turbo"
+
+
+def test_an_unknown_model_with_a_slash_is_not_an_unknown_path(client: httpx.Client) -> None:
+    error = client.get("/v1/models/stabilityai/sdxl-turbo").json()["error"]
+    assert error["code"] == "model_not_found"
+
+
 def test_an_unknown_name_is_told_the_aliases_too() -> None:
     models: dict[str, BundleConfig] = {"tiny": micro_config("tiny")}
     with pytest.raises(ApiError, match=r"loaded are tiny, dall-e-3 \(sent: 'dall-e-2'\)"):

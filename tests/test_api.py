@@ -358,6 +358,14 @@ def test_a_running_request_can_be_deleted_by_its_id_and_its_rows_leave(
         assert client.delete("/requests/other").status_code == 204
 
 
+def test_a_request_whose_id_has_slashes_can_be_deleted(fake_settings: Configure) -> None:
+    with served(fake_settings()) as client, concurrent.futures.ThreadPoolExecutor() as threads:
+        doomed = threads.submit(post, client, "hold", {"X-Request-Id": "b64+//=="})
+        wait_until(lambda: metric(client, "paella_rows_running") == 1)
+        assert client.delete("/requests/b64+%2F%2F==").status_code == 204
+        assert doomed.result().status_code == 499
+
+
 @pytest.mark.parametrize("id", ["unknown", "%00", "x" * 3000])
 def test_deleting_a_request_that_does_not_run_is_404(client: httpx.Client, id: str) -> None:
     answer = client.delete(f"/requests/{id}")

@@ -275,6 +275,23 @@ def test_a_url_is_bounded_in_bytes_with_its_query(fake_settings: Configure) -> N
     assert (status_of(longer), error_of(longer)) == (414, "url_too_long")
 
 
+def test_http_1_0_gets_a_stream_as_it_is_until_the_connection_ends(
+    fake_settings: Configure,
+) -> None:
+    body = b'{"prompt": "a ball", "stream": true}'
+    head = (
+        b"POST /generate HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    with listening(fake_settings()) as (port,):
+        answer = all_answered(port, head % len(body) + body)
+    headers, _, events = answer.partition(b"\r\n\r\n")
+    assert status_of(answer) == 200
+    assert b"transfer-encoding" not in headers.lower()
+    assert b"connection: close" in headers.lower()
+    assert events.startswith((b"event:", b"data:", b":"))
+    assert events.endswith(b"\n\n")
+
+
 def test_http_1_0_needs_no_host(fake_settings: Configure) -> None:
     with listening(fake_settings()) as (port,):
         assert status_of(all_answered(port, b"GET /healthz HTTP/1.0\r\n\r\n")) == 200

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -102,7 +103,27 @@ def test_head_is_documented_nowhere(client: httpx.Client) -> None:
     ],
 )
 def test_empty_segments_are_removed(path: str, canonical: str) -> None:
-    assert canonical_path(path) == canonical
+    assert canonical_path({"path": path, "raw_path": path.encode()}) == canonical
+    assert canonical_path({"path": path}) == canonical
+
+
+@pytest.mark.parametrize(
+    ("sent", "path"),
+    [
+        ("/v1//models/maker%2Fname/", "/v1/models/maker/name"),
+        ("/requests/b64+%2F%2F==", "/requests/b64+//=="),
+        ("/requests/50%25%2F", "/requests/50%/"),
+    ],
+)
+def test_slashes_in_names_stay(sent: str, path: str) -> None:
+    assert canonical_path({"path": unquote(sent), "raw_path": sent.encode()}) == path
+
+
+def test_a_path_without_v1_is_told_the_right_one(client: httpx.Client) -> None:
+    for path in ("/images/generations", "/models"):
+        answer = client.post(path) if path.endswith("s/generations") else client.get(path)
+        assert f"did you mean /v1{path}?" in answer.json()["error"]["message"]
+    assert "did you mean" not in client.get("/no/such").json()["error"]["message"]
 
 
 def test_extra_slashes_do_not_matter(client: httpx.Client) -> None:

@@ -165,7 +165,7 @@ class Keys:
         # Compare with every key every time, so that the duration reveals nothing.
         known = sum([hmac.compare_digest(digest, other) for other in self._digests])
         if scheme.lower() != "bearer" or not known:
-            raise _unauthorized(wrong=bool(authorization), basic=basic)
+            raise _unauthorized(scheme.lower() if authorization else None, basic=basic)
         return digest.hex()[:8]
 
 
@@ -177,15 +177,25 @@ def _password(credentials: str) -> str:
         return ""
 
 
-def _unauthorized(wrong: bool, basic: bool) -> ApiError:
-    """Return error 401. wrong: a key was sent, but an unknown one. basic: as `Keys.name`."""
-    challenge = 'Bearer realm="paellera"' + (', error="invalid_token"' if wrong else "")
+def _unauthorized(scheme: str | None, basic: bool) -> ApiError:
+    """Return error 401, which never repeats what was sent.
+
+    scheme: of the header that was sent, None without one. basic: as `Keys.name`.
+    """
+    wrong = ', error="invalid_token"' if scheme is not None else ""
+    challenge = f'Bearer realm="paellera"{wrong}'
     if basic:
         # Some clients send a password only when they are asked for one.
         challenge = 'Basic realm="paellera", charset="UTF-8"'
-    message = "unknown API key"
-    if not wrong:
-        message = "an API key is required, as the header Authorization: Bearer <key>"
+    match scheme:
+        case None:
+            message = "an API key is required, as the header Authorization: Bearer <key>"
+        case "bearer":
+            message = "unknown API key"
+        case "basic":
+            message = "HTTP Basic is accepted under /sdapi only; send Authorization: Bearer <key>"
+        case _:
+            message = "the header must be Authorization: Bearer <key>, with the word Bearer"
     headers = {"WWW-Authenticate": challenge}
     return ApiError(HTTPStatus.UNAUTHORIZED, "invalid_api_key", message, headers=headers)
 

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from urllib.parse import quote, unquote
 
 from fastapi import FastAPI, Response
 from starlette.datastructures import Headers, MutableHeaders
@@ -119,7 +120,9 @@ class Observation:
         # Only routes become labels: paths invented by clients would fill the metrics. A request
         # rejected before routing has no route yet.
         known = scope["path"] in self._metrics.endpoints
-        endpoint = getattr(scope.get("route"), "path", scope["path"] if known else "unmatched")
+        endpoint = getattr(
+            scope.get("route"), "path_format", scope["path"] if known else "unmatched"
+        )
         state = request_state(scope)
         self._metrics.record_request(str(endpoint), status, seconds, state.id)
         fields = {
@@ -149,7 +152,8 @@ def logged_path(scope: Scope) -> str:
 class CanonicalPath:
     """Removes empty segments of a path, before anything reads it: `//v1/models/` is `/v1/models`.
 
-    Keys, hosts and routes must not disagree about what a request asks for.
+    Keys, hosts and routes must not disagree about what a request asks for. A slash that is sent as
+    `%2F` is a part of a name, such as that of a model, and stays.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -158,13 +162,17 @@ class CanonicalPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
         if scope["type"] == "http":
-            scope = {**scope, "path": canonical_path(scope["path"])}
+            scope = {**scope, "path": canonical_path(scope)}
         await self._app(scope, receive, send)
 
 
-def canonical_path(path: str) -> str:
-    """Return a path with single slashes between its segments and none behind them."""
-    return "/" + "/".join(segment for segment in path.split("/") if segment)
+def canonical_path(scope: Scope) -> str:
+    """Return a request's path with single slashes between its segments and none behind them."""
+    path: str = scope["path"]
+    encoded = (scope.get("raw_path") or b"").decode("latin-1")
+    if unquote(encoded) != path:  # an ASGI server may leave it out
+        encoded = quote(path)
+    return "/" + "/".join(unquote(segment) for segment in encoded.split("/") if segment)
 
 
 class HeadAsGet:
@@ -270,6 +278,9 @@ def register_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         status = HTTPStatus(error.status_code)
         message = f"{status.phrase}: {request.method} {request.url.path[:200]}"
+        path = f"/v1{request.scope['path']}"
+        if request.method in methods_of(app, {**request.scope, "path": path}):
+            message += f"; did you mean {path}?"
         headers = dict(error.headers or {})
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = ", ".join(methods_of(app, request.scope))

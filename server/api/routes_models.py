@@ -97,7 +97,7 @@ async def list_models(request: Request) -> ModelList:
 
 
 @router.get(
-    "/v1/models/{name}",
+    "/v1/models/{name:path}",
     summary="One of the loaded weights",
     operation_id=SHOW_MODEL,
     responses={404: {"description": "Unknown weights", "model": ErrorAnswer}},

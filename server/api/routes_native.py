@@ -162,7 +162,7 @@ for _operation, (_schema, _) in OPERATIONS.items():
 
 
 @router.delete(
-    "/requests/{id}",
+    "/requests/{id:path}",
     tags=["requests"],
     status_code=204,
     summary="Cancel a running request",

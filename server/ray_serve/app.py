@@ -277,7 +277,7 @@ class Front:
 
 
 def _is_for_all(scope: Scope) -> bool:
-    is_image = canonical_path(scope["path"]).startswith(IMAGES)
+    is_image = canonical_path(scope).startswith(IMAGES)
     return scope["method"] == "DELETE" or (is_image and scope["method"] in ("GET", "HEAD"))
 
 
