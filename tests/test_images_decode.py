@@ -321,6 +321,11 @@ def test_a_mask_of_another_size_names_both() -> None:
         repaint_mask(as_mask([b"\xff\0"], GREY), None, (5, 4))
 
 
+def test_a_mask_that_lies_on_its_side_is_told_of_the_orientation() -> None:
+    with pytest.raises(ApiError, match="1x2 pixels .*turned by its EXIF orientation"):
+        repaint_mask(as_mask([b"\xff\0"], GREY), None, (1, 2))
+
+
 async def test_no_more_requests_pictures_than_threads_are_worked_on_at_once() -> None:
     running, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2, timeout=30)
 

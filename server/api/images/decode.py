@@ -242,6 +242,10 @@ def mask_size_mismatch(param: str, wanted: tuple[int, int], sent: tuple[int, int
     message = (
         f"must be as large as the image, {wanted[0]}x{wanted[1]} pixels (sent: {sent[0]}x{sent[1]})"
     )
+    if sent == wanted[::-1]:
+        message += (
+            "; the image's size is the one in which it is shown, turned by its EXIF orientation"
+        )
     return _unprocessable("mask_size_mismatch", param, message)
 
 
