@@ -427,8 +427,8 @@ async def plan(
     state, scope = app_state(request), request_state(request).client or ""
     settings = state.settings
     if parts > 1:
-        work = settings.max_request_work // parts
-        settings = settings.model_copy(update={"max_request_work": work})
+        part = settings.max_request_work // parts
+        settings = settings.model_copy(update={"max_request_work": part})
     drafted = draft(fields, operation, state.models, settings, output, scope)
     planner = partial(OPERATIONS[operation][1], drafted.request, drafted)
     state.encoder.check_room(rows_of(fields))
