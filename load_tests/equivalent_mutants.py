@@ -209,7 +209,7 @@ EQUIVALENT: dict[str, str] = {
         (
             "server/api/routes_sdapi.py:A1111Answer.respond: 90 -> 91 in contents, seconds = "
             'await encode_all(self.state, self.plan, finished, "png", 90, text)',
-            "server/api/routes_sdapi.py:_upscaled.run: 90 -> 91 in (content,), seconds = "
+            "server/api/routes_sdapi.py:_enlarged.run: 90 -> 91 in (content,), seconds = "
             'await encode_all(state, planned, finished, "png", 90)',
             "server/api/routes_sdapi.py:_current_image.work: 90 -> 91 in "
             'content = encode(planned.finish(preview.image), "png", 90, {}, marking=marking)',

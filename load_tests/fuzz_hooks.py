@@ -261,6 +261,9 @@ def _shrink_sdapi(body: dict[str, Any], path: str) -> None:
             body |= {"mask": PICTURES[2]} if body.get("mask") else {}
         case "v1/extra-single-image":
             body |= {"image": PICTURES[0], "resize_mode": 0, "upscaling_resize": 1.5}
+        case "v1/extra-batch-images":
+            body |= {"imageList": [{"data": PICTURES[0], "name": "a"}]}
+            body |= {"resize_mode": 0, "upscaling_resize": 1.5}
         case "v1/options":
             # Others would answer all later requests of this client with 404.
             body.pop("sd_model_checkpoint", None)

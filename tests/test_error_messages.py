@@ -19,6 +19,7 @@ from server.api.openai_schemas import EditsRequest, GenerationsRequest, Variatio
 from server.api.planning.operations import OPERATIONS
 from server.api.schemas import IMAGE_DESCRIPTION
 from server.api.sdapi_schemas import (
+    ExtraBatchImagesRequest,
     ExtraSingleImageRequest,
     Img2ImgRequest,
     OptionsRequest,
@@ -34,6 +35,8 @@ JSON = {"Content-Type": "application/json"}
 FILE = IMAGE_DESCRIPTION[0].lower() + IMAGE_DESCRIPTION[1:]
 IMAGE = base64.b64encode(png(noise())).decode()
 MASK = base64.b64encode(png(white())).decode()
+LARGE = base64.b64encode(png(noise(512, 256))).decode()
+NO_IMAGE = base64.b64encode(b"no image").decode()
 BALL = {"prompt": "a ball"}
 REGION_FIELDS = "prompt, box, mask, weight, softness"
 TEXT = "text of 1 to 32000 characters"
@@ -242,7 +245,26 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     (
         "/sdapi/v1/txt2img",
         BALL | {"enable_hr": True, "hr_scale": 5},
-        "hr_scale: the result may be 1 to 4 times as large (sent: 5.0)",
+        "hr_scale: the result may be 1 to 4 times as large as the drawn image: 64x32 to 256x128"
+        " (sent: 5.0)",
+    ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"enable_hr": True, "hr_resize_x": 32, "hr_resize_y": 16},
+        "hr_resize_x: the result may be 1 to 4 times as large as the drawn image: 64x32 to 256x128"
+        " (sent: '32x16')",
+    ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"width": 512, "height": 512, "enable_hr": True, "hr_scale": 4},
+        "hr_scale: the result may have at most 1024 pixels a side; 4 times the drawn 512x512 is"
+        " 2048x2048",
+    ),
+    (
+        "/sdapi/v1/txt2img",
+        BALL | {"width": 512, "height": 512, "enable_hr": True, "hr_resize_y": 1536},
+        "hr_resize_y: the result may have at most 1024 pixels a side; 3 times the drawn 512x512 is"
+        " 1536x1536",
     ),
     (
         "/sdapi/v1/txt2img",
@@ -252,14 +274,25 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     (
         "/sdapi/v1/txt2img",
         BALL | {"override_settings": {"sd_model_checkpoint": 5}},
-        "sd_model_checkpoint: must be the name of a model (sent: 5)",
+        "override_settings.sd_model_checkpoint: must be the name of a model (sent: 5)",
     ),
     (
         "/sdapi/v1/txt2img",
         BALL | {"override_settings": {"sd_model_checkpoint": "v1-5-pruned"}},
-        "model: unknown; loaded are ",
+        "override_settings.sd_model_checkpoint: unknown; loaded are ",
     ),
     ("/sdapi/v1/img2img", BALL, "init_images: required: "),
+    ("/sdapi/v1/img2img", BALL | {"init_images": []}, "init_images: one image is required"),
+    (
+        "/sdapi/v1/img2img",
+        BALL | {"init_images": [NO_IMAGE]},
+        "init_images.0: must be a PNG, JPEG, WebP, ",
+    ),
+    (
+        "/sdapi/v1/img2img",
+        BALL | {"init_images": [IMAGE], "mask": MASK, "mask_blur": -1},
+        "mask_blur: must be a number of at least 0 (sent: -1)",
+    ),
     (
         "/sdapi/v1/img2img",
         BALL | {"init_images": ["https://x.y/z.png"]},
@@ -278,7 +311,36 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     (
         "/sdapi/v1/extra-single-image",
         {"image": IMAGE, "resize_mode": 1, "upscaling_resize_w": 9000},
-        "upscaling_resize_w: the result may be 1 to 4 times as large as ",
+        "upscaling_resize_w: the result may be 1 to 4 times as large as the sent image: 64x32 to"
+        " 256x128 (sent: '9000x512')",
+    ),
+    (
+        "/sdapi/v1/extra-single-image",
+        {"image": LARGE, "upscaling_resize": 4},
+        "upscaling_resize: the result may have at most 1024 pixels a side; 4 times the sent 512x256"
+        " is 2048x1024",
+    ),
+    (
+        "/sdapi/v1/extra-single-image",
+        {"image": LARGE, "resize_mode": 1, "upscaling_resize_w": 0, "upscaling_resize_h": 768},
+        "upscaling_resize_h: the result may have at most 1024 pixels a side; 3 times the sent"
+        " 512x256 is 1536x768",
+    ),
+    ("/sdapi/v1/extra-batch-images", {}, "imageList: required: "),
+    (
+        "/sdapi/v1/extra-batch-images",
+        {"imageList": [{"data": IMAGE}, {"data": "https://x.y/z.png"}]},
+        "imageList.1.data: https URLs are refused, because the server fetches nothing; send the",
+    ),
+    (
+        "/sdapi/v1/extra-batch-images",
+        {"imageList": [{"data": IMAGE}, {"data": NO_IMAGE}]},
+        "imageList.1.data: must be a PNG, JPEG, WebP, ",
+    ),
+    (
+        "/sdapi/v1/extra-batch-images",
+        {"imageList": [{"data": IMAGE}] * 17},
+        "imageList: at most 16 entries (sent: 17)",
     ),
     (
         "/sdapi/v1/txt2img",
@@ -291,7 +353,11 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
         "send_images: must be 0, 1 or true or false (sent: 2)",
     ),
     ("/sdapi/v1/png-info", {}, "image: required: "),
-    ("/sdapi/v1/options", {"sd_model_checkpoint": "x"}, "model: unknown; loaded are "),
+    (
+        "/sdapi/v1/options",
+        {"sd_model_checkpoint": "x"},
+        "sd_model_checkpoint: unknown; loaded are ",
+    ),
 ]
 
 
@@ -323,6 +389,7 @@ SCHEMAS: list[type[BaseModel]] = [
     Txt2ImgRequest,
     Img2ImgRequest,
     ExtraSingleImageRequest,
+    ExtraBatchImagesRequest,
     PngInfoRequest,
     OptionsRequest,
 ]

@@ -152,7 +152,8 @@ def test_endpoints_that_draw_and_presets_are_shown_before_their_first_request(
     endpoints = ["generate", "inpaint", "outpaint", "variations", "edit", "upscale", "interpolate"]
     endpoints += [f"v1/images/{name}" for name in ("generations", "edits", "variations")]
     if sdapi:
-        endpoints += [f"sdapi/v1/{name}" for name in ("txt2img", "img2img", "extra-single-image")]
+        drawing = ("txt2img", "img2img", "extra-single-image", "extra-batch-images")
+        endpoints += [f"sdapi/v1/{name}" for name in drawing]
     assert requests == {f"/{endpoint}": 0 for endpoint in endpoints}
     presets = [
         (sample.labels, sample.value)

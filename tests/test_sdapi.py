@@ -17,12 +17,14 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
-from pydantic import ValidationError
+from fastapi.testclient import TestClient
+from pydantic import BaseModel, ValidationError
 
 from model.compositing import MAX_FEATHER
 from model.config import Recipe
 from server.api import create_app
 from server.api.errors import ApiError
+from server.api.images.decode import ORIENTATION
 from server.api.planning.operations import Plan
 from server.api.sdapi_clients import (
     LEAST_PROGRESS,
@@ -33,14 +35,16 @@ from server.api.sdapi_clients import (
 )
 from server.api.sdapi_schemas import (
     PREVIEWS,
+    Enlargement,
     ExtraSingleImageRequest,
     Img2ImgRequest,
     SdRequest,
     Txt2ImgRequest,
     guidance,
 )
+from server.engine.client import EngineClient
 from server.engine.latency_model import Forecast
-from server.engine.messages import Image, Preview
+from server.engine.messages import Finished, Image, Job, Preview, Timings
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_config, micro_preset_config, serving, wait_until
@@ -51,6 +55,7 @@ from tests.test_state import endless
 from tests.virtual_time import settle, virtual_time
 
 Configure = Callable[..., Settings]
+SETTINGS = Settings()
 
 # What webuiapi 0.9.17 sends besides the fields that a test names.
 SENT_TOO = {
@@ -112,7 +117,11 @@ def refused(client: httpx.Client, path: str, **fields: Any) -> tuple[int, str, s
 
 
 def test_without_the_setting_there_are_no_such_endpoints(client: httpx.Client) -> None:
-    assert client.post("/sdapi/v1/txt2img", json={"prompt": "a ball"}).status_code == 404
+    for method, path in (("POST", "txt2img"), ("GET", "options"), ("PUT", "no/such/path")):
+        answer = client.request(method, f"/sdapi/v1/{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+        assert "PAELLERA_SDAPI=true" in answer.json()["error"]["message"]
+    assert "PAELLERA_SDAPI" not in client.get("/no/such/path").text
     assert "/sdapi/v1/txt2img" not in client.get("/openapi.json").text
 
 
@@ -183,7 +192,7 @@ def test_a_preset_without_guided_steps_is_drawn_whatever_cfg_scale_says(
     fast = config.presets["fast"]
     unguided = replace(fast, recipe=replace(fast.recipe, guidance_scale=(scale, scale)))
     request = Txt2ImgRequest(steps=3, cfg_scale=cfg_scale)
-    _, fields = request.native(config.with_preset("fast", unguided))
+    _, fields = request.native(config.with_preset("fast", unguided), SETTINGS)
     assert (fields["preset"], fields["guidance_scale"]) == ("fast", None)
 
 
@@ -223,7 +232,7 @@ def test_few_steps_are_drawn_by_fast_as_sent_within_its_range(
     config = micro_preset_config()
     fast = config.presets["fast"]
     fewer = replace(fast, recipe=replace(fast.recipe, num_inference_steps=recipe), steps=(1, most))
-    _, fields = Txt2ImgRequest(steps=sent).native(config.with_preset("fast", fewer))
+    _, fields = Txt2ImgRequest(steps=sent).native(config.with_preset("fast", fewer), SETTINGS)
     assert (fields["preset"], fields["num_inference_steps"]) == drawn
 
 
@@ -323,6 +332,60 @@ def test_a_second_pass_is_hires(sd: httpx.Client) -> None:
     assert opened(resized["images"][0]).size == (128, 64)
 
 
+def test_a_second_pass_to_a_width_and_a_height_is_cropped_to_them(sd: httpx.Client) -> None:
+    fields = {"prompt": "a ball", "enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 96}
+    answer = post(sd, "txt2img", **fields)
+    assert opened(answer["images"][0]).size == (96, 96)
+    assert "Size: 64x32" in json.loads(answer["info"])["infotexts"][0]
+    assert "Hires resize: 96x96" in json.loads(answer["info"])["infotexts"][0]
+
+
+@pytest.mark.parametrize(
+    ("side", "resized", "scale"),
+    [(1024, 128, 4), (512, 128, 4), (64, 64, 2), (96, 64, 2), (32, 64, 2), (None, 64, 2)],
+)
+def test_a_second_pass_to_a_size_is_from_the_size_that_is_drawn(
+    side: int | None, resized: int, scale: float
+) -> None:
+    nearest = Settings(sizes="nearest")
+    fields = {"width": side, "height": side, "hr_resize_x": resized, "hr_resize_y": resized}
+    request = Txt2ImgRequest.model_validate({"enable_hr": True, **fields})
+    assert request.native(micro_config(), nearest)[1]["hires"].scale == scale
+    assert request.details(micro_config(), nearest)["Hires resize"] == f"{resized}x{resized}"
+
+
+def test_hr_scale_multiplies_the_size_that_is_drawn() -> None:
+    request = Txt2ImgRequest(width=1024, height=1024, enable_hr=True, hr_scale=5)
+    with pytest.raises(ApiError, match="as the drawn image: 32x32 to 128x128"):
+        request.native(micro_config(), Settings(sizes="nearest"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "unused"),
+    [
+        (Txt2ImgRequest, {"denoising_strength": 1.5, "hr_scale": "much", "hr_resize_x": 1.5}),
+        (Img2ImgRequest, {"mask_blur": -1, "inpainting_mask_invert": 2}),
+        (Img2ImgRequest, {"mask": b"a mask", "denoising_strength": 1.5}),
+        (ExtraSingleImageRequest, {"resize_mode": 1, "upscaling_resize": 0}),
+        (ExtraSingleImageRequest, {"upscaling_resize_w": -1, "upscaling_crop": 2}),
+    ],
+)
+def test_fields_without_effect_are_not_checked(
+    request_: type[BaseModel], unused: dict[str, Any]
+) -> None:
+    files = {"init_images": [b"an image"], "image": b"an image"}
+    request = request_.model_validate(files | unused)
+    defaults = {name: field.default for name, field in request_.model_fields.items()}
+    ignored = unused.keys() - {"mask", "resize_mode"}
+    assert all(getattr(request, name) == defaults[name] for name in ignored)
+    used = {"enable_hr": True, "mask": b"a mask", "resize_mode": 1} | unused
+    used |= {"mask": None} if "mask" in unused else {}
+    used |= {"resize_mode": 0} if "upscaling_resize" in unused else {}
+    with pytest.raises(ValidationError) as refused:
+        request_.model_validate(files | used)
+    assert {error["loc"][0] for error in refused.value.errors()} == ignored
+
+
 LARGER = {"prompt": "a ball", "width": 64, "height": 32, "enable_hr": True}
 
 
@@ -351,9 +414,9 @@ def test_a_second_pass_is_from_1_to_4_times_as_large(
     if scale is None:
         param = list(fields)[-1]
         with pytest.raises(ApiError, match=f"{param}: the result may be 1 to 4 times as large"):
-            request.native(micro_config())
+            request.native(micro_config(), SETTINGS)
     else:
-        assert request.native(micro_config())[1]["hires"].scale == scale
+        assert request.native(micro_config(), SETTINGS)[1]["hires"].scale == scale
 
 
 @pytest.mark.parametrize(
@@ -371,7 +434,7 @@ def test_a_second_pass_has_steps_of_its_own_or_as_many_as_the_first(
     fields: dict[str, Any], steps: int | None
 ) -> None:
     request = Txt2ImgRequest.model_validate({"enable_hr": True, **fields})
-    hires = request.native(micro_config())[1]["hires"]
+    hires = request.native(micro_config(), SETTINGS)[1]["hires"]
     assert (hires.scale, hires.steps) == (2, steps)
 
 
@@ -395,18 +458,18 @@ def test_an_image_is_enlarged_to_a_size_from_1_to_4_times_its_own(
     fields |= {"upscaling_resize_w": size[0], "upscaling_resize_h": size[1]}
     request = ExtraSingleImageRequest.model_validate(fields)
     if scale is None:
-        with pytest.raises(ApiError, match="1 to 4 times as large as 64x32"):
-            request.native((64, 32))
+        with pytest.raises(ApiError, match="as the sent image: 64x32 to 256x128"):
+            scale_of(request, (64, 32))
     else:
-        assert request.native((64, 32))["scale"] == scale
+        assert scale_of(request, (64, 32)) == scale
 
 
 def test_sixteen_images_are_the_most_together() -> None:
     for batch_size, n_iter in ((16, 1), (1, 16), (4, 4)):
         request = Txt2ImgRequest(batch_size=batch_size, n_iter=n_iter)
-        assert request.native(micro_config())[1]["n"] == 16
+        assert request.native(micro_config(), SETTINGS)[1]["n"] == 16
     with pytest.raises(ApiError, match="batch_size: must be at most 16"):
-        Txt2ImgRequest(batch_size=9, n_iter=2).native(micro_config())
+        Txt2ImgRequest(batch_size=9, n_iter=2).native(micro_config(), SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -421,11 +484,11 @@ def test_sixteen_images_are_the_most_together() -> None:
         ({"cfg_scale": "much"}, (422, "invalid_value", "cfg_scale")),
         (
             {"override_settings": {"sd_model_checkpoint": "sdxl"}},
-            (404, "model_not_found", "model"),
+            (404, "model_not_found", "override_settings"),
         ),
         (
             {"override_settings": {"sd_model_checkpoint": 7}},
-            (422, "invalid_value", "sd_model_checkpoint"),
+            (422, "invalid_value", "override_settings"),
         ),
     ],
 )
@@ -454,12 +517,19 @@ def redrawing(**fields: Any) -> Img2ImgRequest:
 
 @pytest.mark.parametrize(
     ("blur", "feather"),
-    [(None, None), (0, 0), (MAX_FEATHER, MAX_FEATHER), (MAX_FEATHER + 1, MAX_FEATHER)],
+    [
+        (None, None),
+        (0, 0),
+        (4.6, 5),
+        (MAX_FEATHER, MAX_FEATHER),
+        (MAX_FEATHER + 1, MAX_FEATHER),
+        (1e300, MAX_FEATHER),
+    ],
 )
 def test_a_mask_s_blur_is_the_feather_up_to_the_largest(
-    blur: int | None, feather: int | None
+    blur: float | None, feather: int | None
 ) -> None:
-    operation, fields = redrawing(mask=b"a mask", mask_blur=blur).native(micro_config())
+    operation, fields = redrawing(mask=b"a mask", mask_blur=blur).native(micro_config(), SETTINGS)
     assert (operation, fields.get("feather")) == ("inpaint", feather)
 
 
@@ -472,10 +542,10 @@ def test_the_mask_is_echoed_and_kept_for_it_only_on_request() -> None:
     without = redrawing(mask=b"a mask", mask_blur=4).without_files()
     assert (without.init_images, without.mask) == ([], b"")
     assert (without.echoed["init_images"], without.echoed["mask"]) == (None, None)
-    assert without.details(micro_config()) == {"Mask blur": 4}
+    assert without.details(micro_config(), SETTINGS) == {"Mask blur": 4}
     unmasked = redrawing().without_files()
     assert unmasked.mask is None
-    assert unmasked.details(micro_config()) == {"Denoising strength": 0.75}
+    assert unmasked.details(micro_config(), SETTINGS) == {"Denoising strength": 0.75}
 
 
 @pytest.mark.parametrize("resize_mode", range(4))
@@ -561,14 +631,17 @@ def test_images_and_masks_that_do_not_fit_are_refused(
     [(None, "stretch"), (0, "stretch"), (1, "crop"), (2, "pad"), (3, "stretch")],
 )
 def test_a_resize_mode_says_how_an_image_fits_its_size(resize_mode: int | None, fit: str) -> None:
-    operation, fields = redrawing(resize_mode=resize_mode).native(micro_config())
+    operation, fields = redrawing(resize_mode=resize_mode).native(micro_config(), SETTINGS)
     assert (operation, fields["fit"]) == ("edit", fit)
 
 
-def enlarging(**fields: Any) -> dict[str, Any]:
-    """The native fields for an image of 256×256 pixels."""
-    request = ExtraSingleImageRequest.model_validate({"image": b"a file", **fields})
-    return request.native((256, 256))
+def enlarging(**fields: Any) -> ExtraSingleImageRequest:
+    return ExtraSingleImageRequest.model_validate({"image": b"a file", **fields})
+
+
+def scale_of(request: ExtraSingleImageRequest, size: tuple[int, int]) -> float:
+    """The factor for an image of this size."""
+    return Enlargement.model_construct(**request.native(request.image)).scale_for(size)
 
 
 @pytest.mark.parametrize(
@@ -576,12 +649,12 @@ def enlarging(**fields: Any) -> dict[str, Any]:
     [(None, 0), ("None", 0), ("LANCZOS", 0), ("Nearest", 0), ("R-ESRGAN 4x+", None)],
 )
 def test_plain_upscalers_draw_nothing(upscaler: str | None, strength: float | None) -> None:
-    assert enlarging(upscaler_1=upscaler).get("strength") == strength
+    assert enlarging(upscaler_1=upscaler).native(b"a file").get("strength") == strength
 
 
 def test_an_image_is_enlarged_by_2_or_to_512_pixels_by_default() -> None:
-    assert enlarging()["scale"] == 2
-    assert enlarging(resize_mode=1)["scale"] == 2
+    assert scale_of(enlarging(), (256, 256)) == 2
+    assert scale_of(enlarging(resize_mode=1), (256, 256)) == 2
 
 
 def test_an_image_is_enlarged(sd: httpx.Client) -> None:
@@ -595,6 +668,171 @@ def test_an_image_is_enlarged(sd: httpx.Client) -> None:
     assert opened(post(sd, "extra-single-image", **fields, **sized)["image"]).size == (128, 64)
     refusal = (422, "invalid_value", "upscaling_resize")
     assert refused(sd, "extra-single-image", **fields, upscaling_resize=9) == refusal
+
+
+def test_an_image_is_cropped_to_a_width_and_a_height_unless_the_client_says_no(
+    sd: httpx.Client,
+) -> None:
+    fields = {"image": url(png(noise())), "resize_mode": 1}
+    fields |= {"upscaling_resize_w": 128, "upscaling_resize_h": 128}
+    cropped = post(sd, "extra-single-image", **fields)
+    assert opened(cropped["image"]).size == (128, 128)
+    assert "Upscaled by: 4" in cropped["html_info"]
+    whole = post(sd, "extra-single-image", **fields, upscaling_crop=False)
+    assert opened(whole["image"]).size == (256, 128)
+    fields |= {"upscaling_resize_w": 0}
+    assert opened(post(sd, "extra-single-image", **fields)["image"]).size == (256, 128)
+
+
+def test_a_cropped_plan_is_for_the_middle_of_the_images() -> None:
+    plan = Plan("upscale", job(), (6, 3), {"scale": 2.0})
+    pixels = np.arange(6 * 3 * 3, dtype=np.uint8).reshape(3, 6, 3)
+    cropped = plan.cropped((3, 2))
+    assert np.array_equal(cropped.result(Image.of(pixels, 1)).array, pixels[0:2, 1:4])
+    assert (cropped.answer_size, cropped.result(Image.of(pixels, 1)).index) == ((3, 2), 1)
+    parameters = cropped.parameters((), 0)
+    assert (parameters["width"], parameters["height"], parameters["scale"]) == (6, 3, 2.0)
+    assert plan.cropped(None) == plan.cropped((6, 3)) == plan
+
+
+def test_an_image_is_enlarged_to_a_size_as_it_is_shown_not_as_it_is_stored(
+    sd: httpx.Client,
+) -> None:
+    exif, file = PIL.Image.Exif(), io.BytesIO()
+    exif[ORIENTATION] = 6
+    PIL.Image.fromarray(noise(32, 64)).save(file, "JPEG", exif=exif)
+    fields = {"image": url(file.getvalue()), "resize_mode": 1, "upscaling_crop": False}
+    fields |= {"upscaling_resize_w": 128, "upscaling_resize_h": 64}
+    answer = post(sd, "extra-single-image", **fields)
+    assert opened(answer["image"]).size == (128, 64)
+    assert "Upscaled by: 2" in answer["html_info"]
+
+
+# ── several images ────────────────────────────────────────────────────────────────────────────────
+
+
+def listed(*sizes: tuple[int, int]) -> list[dict[str, str]]:
+    return [{"data": url(png(noise(*size))), "name": f"{size}"} for size in sizes]
+
+
+def test_images_are_enlarged_alike_in_their_order(sd: httpx.Client) -> None:
+    sizes = (64, 32), (32, 48)
+    answer = post(sd, "extra-batch-images", imageList=listed(*sizes), upscaling_resize=1.5)
+    assert [opened(image).size for image in answer["images"]] == [(96, 48), (48, 72)]
+    assert answer["html_info"].count("Upscaled by: 1.5") == 2
+    to = {"resize_mode": 1, "upscaling_resize_w": 96, "upscaling_resize_h": 96}
+    answer = post(sd, "extra-batch-images", imageList=listed(*sizes), **to)
+    assert [opened(image).size for image in answer["images"]] == [(96, 96)] * 2
+    assert running(sd) == 0
+
+
+def black(job: Job) -> Finished:
+    """The result of a job that enlarges an image."""
+    assert job.enlarge is not None
+    width, height = job.enlarge.tiling.canvas
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    return Finished(job.id, (Image.of(pixels, 0),), Timings())
+
+
+@pytest.fixture
+def drawn_jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs of an engine that draws black at once."""
+    jobs = list[Job]()
+
+    async def run(_: EngineClient, job: Job, **__: Any) -> Finished:
+        jobs.append(job)
+        return black(job)
+
+    monkeypatch.setattr(EngineClient, "run", run)
+    return jobs
+
+
+BATCH = "/sdapi/v1/extra-batch-images"
+
+
+def test_several_images_have_the_work_of_one_request(
+    fake_settings: Configure, drawn_jobs: list[Job]
+) -> None:
+    client = asking(fake_settings(sdapi=True, max_request_work=400_000))
+    too_many = client.post(BATCH, json={"imageList": listed(*[(64, 32)] * 4)})
+    assert too_many.json()["error"]["code"] == "too_much_work"
+    assert not drawn_jobs
+    assert client.post(BATCH, json={"imageList": listed(*[(64, 32)] * 3)}).status_code == 200
+
+
+def test_several_images_have_the_deadline_of_one_request(
+    fake_settings: Configure, drawn_jobs: list[Job]
+) -> None:
+    client = asking(fake_settings(sdapi=True))
+    assert client.post(BATCH, json={"imageList": listed((64, 32), (32, 48))}).status_code == 200
+    first, second = drawn_jobs
+    # They arrive one after the other.
+    assert abs(second.deadline - first.deadline) < (second.arrived_at - first.arrived_at) / 2
+
+
+def test_several_images_have_the_pixels_of_one_request_and_are_all_checked_first(
+    fake_settings: Configure, drawn_jobs: list[Job]
+) -> None:
+    client = asking(fake_settings(sdapi=True, max_request_pixels=64 * 32 * 2))
+    unread = {"data": base64.b64encode(b"no image").decode()}
+    for files, code in (
+        (listed(*[(64, 32)] * 3), "image_too_large"),
+        ([*listed((64, 32)), unread], "unsupported_image_format"),
+    ):
+        error = client.post(BATCH, json={"imageList": files}).json()["error"]
+        assert (error["code"], error["param"]) == (code, "imageList")
+    assert not drawn_jobs
+
+
+@pytest.mark.parametrize(("finished", "status"), [(0, 499), (1, 200)])
+def test_an_interruption_leaves_the_images_that_are_finished(
+    fake_settings: Configure, monkeypatch: pytest.MonkeyPatch, finished: int, status: int
+) -> None:
+    app = create_app(fake_settings(sdapi=True), worker=fake_worker.main)
+    jobs = list[Job]()
+
+    async def run(_: EngineClient, job: Job, **__: Any) -> Finished:
+        if len(jobs) == finished:
+            app.state.sdapi.interrupt("address testclient")
+            await asyncio.Event().wait()
+        jobs.append(job)
+        return black(job)
+
+    monkeypatch.setattr(EngineClient, "run", run)
+    answer = TestClient(app).post(BATCH, json={"imageList": listed((64, 32), (32, 48))})
+    assert answer.status_code == status
+    assert len(answer.json().get("images", [])) == finished
+
+
+def test_an_image_of_several_that_fails_is_named(sd: httpx.Client) -> None:
+    sent = {"imageList": listed((64, 32), (32, 48)), "resize_mode": 1, "upscaling_resize_w": 256}
+    sent["upscaling_resize_h"] = 32
+    refusal = (422, "invalid_value", "upscaling_resize_w")
+    assert refused(sd, "extra-batch-images", **sent) == refusal
+    damaged = base64.b64encode(png(noise())[:-40]).decode()
+    answer = sd.post("extra-batch-images", json={"imageList": [{"data": damaged}]})
+    assert answer.json()["error"]["message"].startswith("imageList.0.data: ")
+    assert answer.json()["error"]["param"] == "imageList"
+
+
+def test_images_cannot_be_described(sd: httpx.Client) -> None:
+    answer = sd.post("interrogate", json={"image": url(png(noise())), "model": "clip"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unsupported_operation")
+    assert "no model that describes" in error["message"]
+
+
+def test_a_deadline_is_the_server_s_and_no_field(fake_settings: Configure) -> None:
+    app = create_app(fake_settings(sdapi=True, timeout_s=0.5), worker=fake_worker.main)
+    with (
+        serving(app) as address,
+        httpx.Client(base_url=f"{address}/sdapi/v1/", timeout=20) as client,
+    ):
+        wait_until(lambda: client.get(at_root(client, "/readyz")).status_code == 200)
+        answer = client.post("txt2img", json={"prompt": "hold"})
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("deadline_exceeded", None)
+    assert error["message"].startswith("PAELLERA_TIMEOUT_S passed")
 
 
 # ── parameters of images ──────────────────────────────────────────────────────────────────────────
@@ -777,7 +1015,7 @@ def test_a_request_has_two_previews_together_and_one_of_each_image_at_least(
     off = {"live_previews_enable": False}
     for sent, expected in (({}, (True, previews)), (off, (False, 0))):
         request = Txt2ImgRequest(batch_size=images, override_settings=sent)
-        fields = request.native(micro_config())[1]
+        fields = request.native(micro_config(), SETTINGS)[1]
         assert (fields["stream"], fields["partial_images"]) == expected
 
 
@@ -865,7 +1103,7 @@ def test_the_model_is_chosen_by_name_title_or_hash_if_it_is_loaded(sd: httpx.Cli
     for name in (NAME, model["title"], model["title"].upper(), model["hash"], f"{NAME}.ckpt"):
         assert sd.post("options", json={"sd_model_checkpoint": name, "x": 1}).json() is None
         assert drawn(sd, override_settings={"sd_model_checkpoint": name})["sd_model_name"] == NAME
-    refusal = (404, "model_not_found", "model")
+    refusal = (404, "model_not_found", "sd_model_checkpoint")
     assert refused(sd, "options", sd_model_checkpoint="sdxl") == refusal
     assert sd.post("options", json=sd.get("options").json()).status_code == 200
 
@@ -971,6 +1209,9 @@ def test_the_document_has_them_and_unknown_fields_are_allowed(sd: httpx.Client) 
     schema = body["content"]["application/json"]
     assert "additionalProperties" not in schema["schema"]
     assert schema["schema"]["required"] == ["init_images"]
+    batch = paths["/sdapi/v1/extra-batch-images"]["post"]["requestBody"]["content"]
+    entry = batch["application/json"]["schema"]["properties"]["imageList"]["items"]
+    assert entry["required"] == ["data"]
     summaries = {path: paths[f"/sdapi/v1/{path}"]["get"]["summary"] for path in GETS}
     assert summaries["sd-models"] == "Return the loaded weights"
     assert all(each.startswith("Return ") and "." not in each for each in summaries.values())

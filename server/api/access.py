@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from server.api.errors import ApiError, retry_headers
-from server.api.middleware import error_response, port_of
+from server.api.middleware import SDAPI, error_response, port_of
 from server.api.routes_health import PATHS
 from server.api.state import ANYBODY, app_state, request_state
 from server.engine.retry_slots import RetrySlots
@@ -37,8 +37,7 @@ from server.settings import Settings
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 
-# Paths whose clients send a key by HTTP Basic, and those that end requests and so count for none.
-SDAPI = "/sdapi/"
+# Paths that end requests and so count for none.
 UNCOUNTED = frozenset({f"{SDAPI}v1/interrupt", f"{SDAPI}v1/skip"})
 # The time that a request takes is unknown here, seconds.
 CONCURRENCY_RETRY_S = 1.0
@@ -88,6 +87,7 @@ class Guard:
         path = request.scope["path"]
         if not self._keys.needed_for(path):
             return ANYBODY
+        # AUTOMATIC1111's clients send a key by HTTP Basic.
         basic = self._sdapi and path.startswith(SDAPI)
         return self._keys.name(request.headers.get("authorization", ""), basic=basic)
 

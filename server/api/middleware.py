@@ -54,6 +54,8 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
+# Paths of AUTOMATIC1111's endpoints.
+SDAPI = "/sdapi/"
 VALID_ID = re.compile(r"[ -~]{1,128}")
 MAX_LOGGED_PATH = 200
 # Those that any route has.
@@ -281,6 +283,8 @@ def register_error_handlers(app: FastAPI) -> None:
         path = f"/v1{request.scope['path']}"
         if request.method in methods_of(app, {**request.scope, "path": path}):
             message += f"; did you mean {path}?"
+        if status == HTTPStatus.NOT_FOUND and _is_switched_off(request):
+            message += "; AUTOMATIC1111's API is off, and PAELLERA_SDAPI=true switches it on"
         headers = dict(error.headers or {})
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = ", ".join(methods_of(app, request.scope))
@@ -294,6 +298,11 @@ def register_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(EngineError, on_engine_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+
+
+def _is_switched_off(request: Request) -> bool:
+    is_sdapi = request.url.path.startswith(SDAPI)
+    return is_sdapi and not app_state(request).settings.sdapi
 
 
 def methods_of(app: FastAPI, scope: Scope) -> list[str]:

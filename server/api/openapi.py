@@ -115,7 +115,7 @@ def describe_events(*events: tuple[str, dict[str, Any]]) -> dict[str, Any]:
 
 def describe_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
     """Return FastAPI's `openapi_extra` of an endpoint that takes JSON and forms."""
-    described = _without_references(schema)
+    described = without_references(schema)
     content: dict[str, Any] = {media_type: {"schema": described} for media_type in (JSON, FORM)}
     content[JSON]["example"] = EXAMPLES[path]
     return {
@@ -124,7 +124,7 @@ def describe_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
     }
 
 
-def _without_references(schema: type[BaseModel]) -> dict[str, Any]:
+def without_references(schema: type[BaseModel]) -> dict[str, Any]:
     """Return the schema with inlined definitions: the document has no place for them."""
     whole = json_schema(schema)
     definitions = whole.get("$defs", {})

@@ -13,11 +13,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL.Image
@@ -25,21 +27,24 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from model.config import BundleConfig, Operation
+from model.config import BundleConfig
 from server.api.body import JSON, read_body
-from server.api.errors import cancelled, invalid_value
+from server.api.errors import ApiError, cancelled, from_engine, invalid_value
 from server.api.images.admission import Uploads
-from server.api.images.decode import checked_file
 from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
-from server.api.openapi import describe_answers, describe_errors
+from server.api.openapi import describe_answers, describe_errors, without_references
 from server.api.planning.draft import find_model
 from server.api.planning.operations import OPERATIONS, Plan, plan
 from server.api.responses import answer_headers, encode_all, stage_seconds, until_deadline
 from server.api.sdapi_clients import Clients, Drawing
 from server.api.sdapi_schemas import (
+    Enlargement,
     ExtraAnswer,
+    ExtraBatchAnswer,
+    ExtraBatchImagesRequest,
     ExtraSingleImageRequest,
+    ExtrasRequest,
     Img2ImgRequest,
     OptionsRequest,
     PngInfoAnswer,
@@ -49,15 +54,19 @@ from server.api.sdapi_schemas import (
     Txt2ImgRequest,
 )
 from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
+from server.engine.errors import DeadlineExceeded, EngineError
 from server.engine.messages import Finished, Timings
 
 HASH_DIGITS = 10
+# The setting in place of the native field `timeout_s`.
+DEADLINE = "PAELLERA_TIMEOUT_S"
 OPAQUE = 255
 HALF = 128
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
 DRAWING_PATHS = tuple(
-    f"{router.prefix}{path}" for path in ("/txt2img", "/img2img", "/extra-single-image")
+    f"{router.prefix}{path}"
+    for path in ("/txt2img", "/img2img", "/extra-single-image", "/extra-batch-images")
 )
 
 
@@ -74,6 +83,34 @@ def _clients(request: Request) -> Clients:
 def _json(value: object) -> Response:
     # Not Starlette's, which fails for half of a surrogate pair.
     return Response(json.dumps(value), media_type=JSON)
+
+
+@contextmanager
+def _as_sent(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise errors of the server's own endpoints as those of the fields that the client sent.
+
+    names: the client's, by native name.
+    """
+    try:
+        yield
+    except EngineError as error:
+        raise _renamed(from_engine(error), names) from None
+    except ApiError as error:
+        raise _renamed(error, names) from None
+
+
+def _renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    where, colon, problem = error.message.partition(":")
+    message = names.get(where, where) + colon + problem
+    for native, sent in {**names, "timeout_s": DEADLINE}.items():
+        # Other names are words too.
+        if "_" in native or "." in native:
+            message = message.replace(native, sent)
+    # These clients send no deadline.
+    param = None if error.param == "timeout_s" else error.param
+    if param is not None:
+        param = names.get(param, param).partition(".")[0]
+    return ApiError(error.status, error.code, message, param, error.headers)
 
 
 # ── drawing ───────────────────────────────────────────────────────────────────────────────────────
@@ -115,10 +152,14 @@ class A1111Answer:
             "Size": f"{parameters['width']}x{parameters['height']}",
             "Model hash": self.config.sha256[:HASH_DIGITS],
             "Model": self.config.name,
-            **self.fields.details(self.config),
+            **self._details,
             **self._extra(interrupted=interrupted),
         }
         return write_infotext(parameters["prompt"], parameters["negative_prompt"], fields)
+
+    @property
+    def _details(self) -> dict[str, object]:
+        return self.fields.details(self.config, self.state.settings)
 
     def _extra(self, *, interrupted: bool) -> dict[str, object]:
         """Return what was drawn otherwise than requested, and what its clients do not ask for."""
@@ -164,7 +205,7 @@ class A1111Answer:
             "sd_vae_hash": None,
             "seed_resize_from_w": -1,
             "seed_resize_from_h": -1,
-            "denoising_strength": fields.details(self.config).get("Denoising strength"),
+            "denoising_strength": self._details.get("Denoising strength"),
             "extra_generation_params": self._extra(interrupted=interrupted),
             "index_of_first_image": 0,
             "infotexts": [self._infotext(each, interrupted=interrupted) for each in parameters],
@@ -190,7 +231,9 @@ async def _draw(request: Request, schema: type[SdRequest], drawing: Drawing) -> 
     fields = await read_body(request, schema, app_state(request).settings.max_body_bytes)
     if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
         return earlier
-    answer = await _planned(request, fields)
+    names = fields.sent_names
+    with _as_sent(names):
+        answer = await _planned(request, fields)
     # The files may be large, and are not needed while the job waits.
     del fields
     drawing.plan = planned = answer.plan
@@ -204,7 +247,8 @@ async def _draw(request: Request, schema: type[SdRequest], drawing: Drawing) -> 
         async with until_deadline(planned):
             return await answer.respond(finished)
 
-    return await unless_cancelled(request, run())
+    with _as_sent(names):
+        return await unless_cancelled(request, run())
 
 
 async def _interrupted(drawing: Drawing) -> Response:
@@ -219,12 +263,12 @@ async def _planned(request: Request, fields: SdRequest) -> A1111Answer:
     """Plan a request; the answer does not hold its images."""
     state = app_state(request)
     config = _config(request, fields.checkpoint)
-    operation, native = fields.native(config)
+    operation, native = fields.native(config, state.settings)
     if isinstance(fields, Img2ImgRequest) and fields.mask is not None:
         native["mask"] = await _white_mask(request, fields.mask, fields.inpainting_mask_invert)
     # Validated already: the native fields have the same types.
     native_fields = OPERATIONS[operation][0].model_construct(**native)
-    planned = await plan(request, native_fields, operation)
+    planned = (await plan(request, native_fields, operation)).cropped(fields.cropped_size)
     return A1111Answer(state, fields.without_files(), config, planned)
 
 
@@ -247,40 +291,122 @@ async def _white_mask(request: Request, mask: bytes, inverted: bool) -> bytes:
     return await unless_cancelled(request, state.decoder.run(work, [("mask", mask)], deadline))
 
 
+class Enlarged(NamedTuple):
+    """An enlarged image: a PNG in base64, what was done, as HTML, and headers for the answer."""
+
+    image: str
+    html: str
+    headers: dict[str, str]
+
+
 async def extra_single_image(request: Request) -> Response:
     """Return the image, enlarged."""
-    state = app_state(request)
     with _clients(request).drawing(owner_of(request), "extras") as drawing:
-        answer = await drawing.unless_interrupted(_upscaled(request, state, drawing))
+        answer = await drawing.unless_interrupted(_single(request, drawing))
         if answer is None:
             raise cancelled()
         return answer
 
 
-async def _upscaled(request: Request, state: AppState, drawing: Drawing) -> Response:
-    fields = await read_body(request, ExtraSingleImageRequest, state.settings.max_body_bytes)
+async def _single(request: Request, drawing: Drawing) -> Response:
+    limit = app_state(request).settings.max_body_bytes
+    fields = await read_body(request, ExtraSingleImageRequest, limit)
     if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
         return earlier
-    file = await asyncio.to_thread(checked_file, fields.image, state.decoder.limits, "image")
-    native = {**fields.native((file.width, file.height)), "model": _config(request, None).name}
-    upscaling: Operation = "upscale"
-    planned = await plan(request, OPERATIONS[upscaling][0].model_construct(**native), upscaling)
-    drawing.plan = planned
-    shown = html.escape(f"Upscaled by: {native['scale']:g}, upscaler: {fields.upscaler_1}")
-    # The files may be large, and are not needed while the job waits.
-    del fields, file, native
+    upscaler, names = fields.upscaler_1, fields.sent_names
+    with _as_sent(names):
+        planned = await _enlarging(request, fields, fields.image)
+        # The files may be large, and are not needed while the job waits.
+        del fields
+        image, html_info, headers = await _enlarged(request, drawing, planned, upscaler)
+    return await _large_json({"html_info": html_info, "image": image}, headers)
 
-    async def run() -> Response:
+
+async def extra_batch_images(request: Request) -> Response:
+    """Return the images, enlarged one after the other; of an interrupted request the first ones."""
+    state = app_state(request)
+    deadline = time.monotonic() + state.settings.timeout_s
+    fields = await read_body(request, ExtraBatchImagesRequest, state.settings.max_body_bytes)
+    if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
+        return earlier
+    files = [(f"imageList.{i}.data", entry.data) for i, entry in enumerate(fields.imageList)]
+    with _as_sent(fields.sent_names):
+        # All headers, before the first image is drawn.
+        check = state.decoder.run(lambda _: None, files, deadline)
+        await unless_cancelled(request, check)
+    done = list[Enlarged]()
+    for name, file in files:
+        work = partial(_one_of, request, fields, file, deadline, len(files))
+        with (
+            _as_sent({**fields.sent_names, "image": name}),
+            _clients(request).drawing(owner_of(request), "extras") as drawing,
+        ):
+            enlarged = await drawing.unless_interrupted(work(drawing))
+        if enlarged is None:
+            break
+        done.append(enlarged)
+    if not done:
+        raise cancelled()
+    shown = "".join(each.html for each in done)
+    return await _large_json({"html_info": shown, "images": [each.image for each in done]})
+
+
+async def _one_of(
+    request: Request,
+    fields: ExtrasRequest,
+    file: bytes,
+    deadline: float,
+    parts: int,
+    drawing: Drawing,
+) -> Enlarged:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise DeadlineExceeded("the deadline passed")
+    planned = await _enlarging(request, fields, file, left_s, parts)
+    return await _enlarged(request, drawing, planned, fields.upscaler_1)
+
+
+async def _enlarging(
+    request: Request,
+    fields: ExtrasRequest,
+    file: bytes,
+    timeout_s: float | None = None,
+    parts: int = 1,
+) -> Plan:
+    """Plan to enlarge a file. parts: files of the request. Raises ApiError and EngineError."""
+    native = {**fields.native(file), "model": _config(request, None).name, "timeout_s": timeout_s}
+    # Validated already: the native fields have the same types.
+    planned = await plan(request, Enlargement.model_construct(**native), "upscale", parts=parts)
+    return planned.cropped(fields.cropped_size)
+
+
+async def _enlarged(request: Request, drawing: Drawing, planned: Plan, upscaler: str) -> Enlarged:
+    """Run a plan. upscaler: its name, to be shown. Raises ApiError and EngineError."""
+    state = app_state(request)
+    drawing.plan = planned
+
+    async def run() -> Enlarged:
         finished = await state.engine.run(planned.job, on_admitted=drawing.admit)
         drawing.finish_drawing()
         async with until_deadline(planned):
             (content,), seconds = await encode_all(state, planned, finished, "png", 90)
+        scale = planned.operation_parameters["scale"]
+        shown = html.escape(f"Upscaled by: {scale:g}, upscaler: {upscaler}")
         headers = answer_headers(planned, finished, stage_seconds(finished, seconds), "json")
-        body = {"html_info": f"<p>{shown}</p>", "image": base64.b64encode(content).decode()}
-        content = await asyncio.to_thread(lambda: json.dumps(body).encode())
-        return Response(content, media_type=JSON, headers=headers)
+        return Enlarged(base64.b64encode(content).decode(), f"<p>{shown}</p>", headers)
 
     return await unless_cancelled(request, run())
+
+
+async def _large_json(body: object, headers: dict[str, str] | None = None) -> Response:
+    content = await asyncio.to_thread(lambda: json.dumps(body).encode())
+    return Response(content, media_type=JSON, headers=headers)
+
+
+async def interrogate(_: Request) -> Response:
+    """Refuse the request. Raises ApiError 400."""
+    message = "this server draws images and has no model that describes them"
+    raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_operation", message)
 
 
 async def png_info(request: Request) -> Response:
@@ -311,7 +437,7 @@ def _config(request: Request, sent: object) -> BundleConfig:
     """Return the weights of a checkpoint's name, title or hash.
 
     sent: None is the one that the client chose, or the default. Raises ApiError 404, or 422 for no
-    text.
+    text, about `model`.
     """
     state = app_state(request)
     if sent is None:
@@ -319,7 +445,7 @@ def _config(request: Request, sent: object) -> BundleConfig:
     if sent is None:
         return find_model(None, state.models, state.settings.aliases)
     if not isinstance(sent, str):
-        raise invalid_value("sd_model_checkpoint", "must be the name of a model", sent)
+        raise invalid_value("model", "must be the name of a model", sent)
     for config in state.models.values():
         known = (config.name, _title(config), config.sha256, config.sha256[:HASH_DIGITS])
         if sent.lower() in [name.lower() for name in known]:
@@ -351,7 +477,8 @@ async def set_options(request: Request) -> Response:
     if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
         return earlier
     if fields.sd_model_checkpoint is not None:
-        chosen = _config(request, fields.sd_model_checkpoint)
+        with _as_sent(fields.sent_names):
+            chosen = _config(request, fields.sd_model_checkpoint)
         _clients(request).choose(owner_of(request), chosen.name)
     return JSONResponse(None)
 
@@ -530,7 +657,7 @@ def _post(
 
 
 def _document(schema: type[BaseModel] | None) -> dict[str, Any]:
-    return schema.model_json_schema() if schema else {}
+    return without_references(schema) if schema else {}
 
 
 _post("/txt2img", _drawing_endpoint(Txt2ImgRequest), "Text to image", Txt2ImgRequest, SdAnswer)
@@ -542,6 +669,14 @@ _post(
     ExtraSingleImageRequest,
     ExtraAnswer,
 )
+_post(
+    "/extra-batch-images",
+    extra_batch_images,
+    "Enlarge images",
+    ExtraBatchImagesRequest,
+    ExtraBatchAnswer,
+)
+_post("/interrogate", interrogate, "Refused: nothing here describes images")
 _post("/png-info", png_info, "Parameters in an image", PngInfoRequest, PngInfoAnswer)
 _post("/options", set_options, "Choose the model", OptionsRequest)
 _post("/interrupt", interrupt, "End the client's own requests")

@@ -584,6 +584,10 @@ class UpscaleRequest(SamplingFields):
         """Return true: most of the image is kept."""
         return True
 
+    def scale_for(self, size: tuple[int, int]) -> float:
+        """Return the scale for an upright image of this size, (width, height) in pixels."""
+        return self.scale
+
 
 class EditOrInpaintRequest(EditRequest):
     """OpenAI's edit without a mask: /inpaint if the image is transparent anywhere, else /edit."""

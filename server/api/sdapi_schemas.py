@@ -8,16 +8,41 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticUseDefault
 
 from model.compositing import MAX_FEATHER
 from model.config import FAST, QUALITY, BundleConfig, Operation, Preset, Recipe
 from server.api.errors import invalid_value
-from server.api.schemas import Fraction, Hires, ImageBytes, ImageBytesList, Seed, Text
+from server.api.images.fit import Size
+from server.api.planning.draft import drawn_size
+from server.api.schemas import (
+    Fraction,
+    Hires,
+    ImageBytes,
+    ImageBytesList,
+    Scale,
+    Seed,
+    Text,
+    UpscaleRequest,
+)
 from server.api.validation import json_schema
+from server.settings import Settings
 
 MAX_IMAGES = 16
 MAX_GUIDANCE = 30.0
@@ -37,6 +62,34 @@ Name = Annotated[Text, Field(max_length=200)]
 Flag = Annotated[
     bool, BeforeValidator(lambda sent: sent, json_schema_input_type=bool | Literal[0, 1])
 ]
+
+# The field that chooses the model of one request.
+CHECKPOINT = "override_settings.sd_model_checkpoint"
+
+
+def _ignored_unless(is_used: Callable[[dict[str, Any]], bool]) -> WrapValidator:
+    """Return a validator that takes the default for a wrong value of a field without effect.
+
+    Clients send the fields of what they have switched off too. is_used: says by the fields before
+    this one whether it has an effect.
+    """
+
+    def validate(sent: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return handler(sent)
+        except ValidationError:
+            if is_used(info.data):
+                raise
+            raise PydanticUseDefault from None
+
+    return WrapValidator(validate)
+
+
+HIRES_ONLY = _ignored_unless(lambda sent: sent.get("enable_hr") is True)
+MASKED_ONLY = _ignored_unless(lambda sent: sent.get("mask") is not None)
+UNMASKED_ONLY = _ignored_unless(lambda sent: sent.get("mask") is None)
+FACTOR_ONLY = _ignored_unless(lambda sent: sent.get("resize_mode") == 0)
+SIZE_ONLY = _ignored_unless(lambda sent: sent.get("resize_mode") == 1)
 
 
 def _known_settings(sent: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +130,11 @@ class SdFields(BaseModel):
             if value is not None and value != ""
         }
 
+    @property
+    def sent_names(self) -> dict[str, str]:
+        """The fields as the client names them, by the native names that errors have."""
+        return {"model": "sd_model_checkpoint"}
+
 
 class SdRequest(SdFields):
     """Fields of the endpoints that draw."""
@@ -115,12 +173,28 @@ class SdRequest(SdFields):
     ] = Field(default_factory=lambda: _known_settings({}))
     send_images: Annotated[Flag, Field(description="Whether the answer has the images")] = True
 
-    def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
+    def native(self, config: BundleConfig, settings: Settings) -> tuple[Operation, dict[str, Any]]:
         """Return the operation and the fields of the native request that does the same.
 
         config: of the weights that draw. Raises ApiError 422 for contradictory fields.
         """
         raise NotImplementedError
+
+    @property
+    def sent_names(self) -> dict[str, str]:
+        """The fields as the client names them, by the native names that errors have."""
+        names = {
+            "n": "batch_size",
+            "num_inference_steps": "steps",
+            "guidance_scale": "cfg_scale",
+            "sampler": "sampler_name",
+        }
+        return super().sent_names | names | ({"model": CHECKPOINT} if self.checkpoint else {})
+
+    @property
+    def cropped_size(self) -> Size | None:
+        """(width, height) to which the images are cropped, None if they are not."""
+        return None
 
     def without_files(self) -> SdRequest:
         """Return the request without its images, which are large and not needed any more."""
@@ -136,7 +210,7 @@ class SdRequest(SdFields):
         """The model that the request chooses, None if it chooses none."""
         return self.override_settings["sd_model_checkpoint"]
 
-    def details(self, config: BundleConfig) -> dict[str, object]:
+    def details(self, config: BundleConfig, settings: Settings) -> dict[str, object]:
         """Return what the images' text says beyond the common fields."""
         return {}
 
@@ -223,48 +297,105 @@ class Txt2ImgRequest(SdRequest):
     enable_hr: Annotated[
         Flag, Field(description="Draw again, hr_scale times as large, by denoising_strength")
     ] = False
-    hr_scale: Annotated[float, Field(allow_inf_nan=False, description="1…4, with enable_hr")] = 2.0
+    hr_scale: Annotated[
+        float, Field(allow_inf_nan=False, description="1…4, with enable_hr"), HIRES_ONLY
+    ] = 2.0
     denoising_strength: Annotated[
-        Fraction | None, Field(description="With enable_hr: fraction turned to noise before")
+        Fraction | None,
+        Field(description="With enable_hr: fraction turned to noise before"),
+        HIRES_ONLY,
     ] = None
-    hr_second_pass_steps: Annotated[int, Field(description="0: as steps")] = 0
-    hr_resize_x: Annotated[int, Field(description="Width of the result, instead of hr_scale")] = 0
-    hr_resize_y: Annotated[int, Field(description="Height of the result, likewise")] = 0
+    hr_second_pass_steps: Annotated[int, Field(description="0: as steps"), HIRES_ONLY] = 0
+    hr_resize_x: Annotated[
+        int, Field(description="Width of the result, instead of hr_scale"), HIRES_ONLY
+    ] = 0
+    hr_resize_y: Annotated[
+        int, Field(description="Height of the result, likewise; both: cropped to them"), HIRES_ONLY
+    ] = 0
 
     @property
     def needs_steps(self) -> bool:
         """Return whether there is a second pass."""
         return self.enable_hr
 
-    def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
+    @property
+    def sent_names(self) -> dict[str, str]:
+        """As in every request, and those of the second pass."""
+        return super().sent_names | {
+            "hires.scale": self._scaling_field,
+            "hires.strength": "denoising_strength",
+            "hires.steps": "hr_second_pass_steps" if self.hr_second_pass_steps else "steps",
+        }
+
+    @property
+    def cropped_size(self) -> Size | None:
+        """The size that was asked for, if the second pass has one."""
+        width, height = self.hr_resize_x, self.hr_resize_y
+        return (width, height) if self.enable_hr and width > 0 and height > 0 else None
+
+    def native(self, config: BundleConfig, settings: Settings) -> tuple[Operation, dict[str, Any]]:
         """Return /generate."""
-        hires = self._hires(config) if self.enable_hr else None
+        hires = self._hires(config, settings) if self.enable_hr else None
         return "generate", {**self._common(config), **self._size, "hires": hires}
 
-    def details(self, config: BundleConfig) -> dict[str, object]:
+    def details(self, config: BundleConfig, settings: Settings) -> dict[str, object]:
         """Return the second pass."""
         if not self.enable_hr:
             return {}
-        hires = self._hires(config)
+        hires = self._hires(config, settings)
+        size = self.cropped_size
         return {
             "Denoising strength": hires.strength,
-            "Hires upscale": hires.scale,
+            **({"Hires resize": "{}x{}".format(*size)} if size else {"Hires upscale": hires.scale}),
             "Hires steps": hires.steps,
             "Hires upscaler": "Paella",
         }
 
-    def _hires(self, config: BundleConfig) -> Hires:
-        width, height = self.width or config.native_size[0], self.height or config.native_size[1]
-        param, scale = "hr_scale", self.hr_scale
-        if self.hr_resize_x > 0 or self.hr_resize_y > 0:
-            param = "hr_resize_x" if self.hr_resize_x > 0 else "hr_resize_y"
-            scale = max(self.hr_resize_x / width, self.hr_resize_y / height)
-        if not 1 <= scale <= 4:
-            raise invalid_value(param, "the result may be 1 to 4 times as large", scale)
+    @property
+    def _scaling_field(self) -> str:
+        if self.hr_resize_x > 0:
+            return "hr_resize_x"
+        return "hr_resize_y" if self.hr_resize_y > 0 else "hr_scale"
+
+    def _hires(self, config: BundleConfig, settings: Settings) -> Hires:
+        drawn = drawn_size(self.width, self.height, config, settings)
+        scale: float = self.hr_scale
+        sent: object = scale
+        if self._scaling_field != "hr_scale":
+            wanted = max(0, self.hr_resize_x), max(0, self.hr_resize_y)
+            scale, sent = covering_scale(drawn, wanted), "{}x{}".format(*wanted)
+        _check_scale(self._scaling_field, scale, "drawn", drawn, sent)
         preset = config.preset(self.preset(config))
         steps = clamped_steps(self.hr_second_pass_steps or self.steps, preset)
         strength = {} if self.denoising_strength is None else {"strength": self.denoising_strength}
         return Hires(scale=scale, steps=steps, **strength)
+
+
+def covering_scale(size: Size, wanted: Size) -> float:
+    """Return by how much an image is enlarged to cover a size; a side of 0 pixels is any."""
+    return max(wanted[0] / size[0], wanted[1] / size[1])
+
+
+def _check_scale(param: str, scale: float, kind: str, size: Size, sent: object) -> None:
+    """Raise ApiError 422 for a result that is smaller than its image, or too large.
+
+    Args:
+        param: the field to name.
+        scale: of the result.
+        kind: of the image, in words.
+        size: (width, height) of the image in pixels.
+        sent: what the client asked for.
+    """
+    if not 1 <= scale <= 4:
+        least, most = ("{}x{}".format(*(side * times for side in size)) for times in (1, 4))
+        allowed = f"the result may be 1 to 4 times as large as the {kind} image: {least} to {most}"
+        raise invalid_value(param, allowed, sent)
+
+
+def _some_image(sent: object) -> object:
+    if sent == []:
+        raise PydanticCustomError("image_missing", "one image is required")
+    return sent
 
 
 class Img2ImgRequest(SdRequest):
@@ -272,22 +403,32 @@ class Img2ImgRequest(SdRequest):
 
     job = "img2img"
 
-    init_images: Annotated[ImageBytesList, Field(min_length=1, max_length=1)]
+    init_images: Annotated[
+        ImageBytesList, Field(min_length=1, max_length=1), BeforeValidator(_some_image)
+    ]
     mask: Annotated[
         ImageBytes | None,
         Field(description="White is repainted, or what is opaque if the mask is transparent"),
     ] = None
-    mask_blur: Annotated[int | None, Field(ge=0, description="Pixels, as `feather`")] = None
-    inpainting_mask_invert: Annotated[Flag, Field(description="Repaint the other part")] = False
+    mask_blur: Annotated[
+        float | None,
+        Field(ge=0, allow_inf_nan=False, description="Pixels, as `feather`, rounded"),
+        MASKED_ONLY,
+    ] = None
+    inpainting_mask_invert: Annotated[
+        Flag, Field(description="Repaint the other part"), MASKED_ONLY
+    ] = False
     inpaint_full_res: Annotated[
-        Flag, Field(description="With a mask: in the image's own size, not width and height")
+        Flag,
+        Field(description="With a mask: in the image's own size, not width and height"),
+        MASKED_ONLY,
     ] = True
     resize_mode: Annotated[
         int, Field(ge=0, le=3, description="0, 3: stretch; 1: crop; 2: fill")
     ] = 0
     include_init_images: Annotated[Flag, Field(description="Return the sent images too")] = False
     denoising_strength: Annotated[
-        Fraction, Field(description="Without a mask: fraction turned to noise first")
+        Fraction, Field(description="Without a mask: fraction turned to noise first"), UNMASKED_ONLY
     ] = 0.75
 
     @property
@@ -295,7 +436,18 @@ class Img2ImgRequest(SdRequest):
         """Return whether there is no mask, as with /edit."""
         return self.mask is None and self.denoising_strength < 1
 
-    def native(self, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
+    @property
+    def sent_names(self) -> dict[str, str]:
+        """As in every request, and those of the image and its mask."""
+        return super().sent_names | {
+            "image": "init_images.0",
+            "strength": "denoising_strength",
+            "feather": "mask_blur",
+            "fit": "resize_mode",
+            "return_size": "inpaint_full_res",
+        }
+
+    def native(self, config: BundleConfig, settings: Settings) -> tuple[Operation, dict[str, Any]]:
         """Return /inpaint with a mask, /edit without."""
         fields = {**self._common(config), "image": self.init_images[0]}
         fitted = {**self._size, "fit": FITS[self.resize_mode]}
@@ -303,11 +455,11 @@ class Img2ImgRequest(SdRequest):
             return "edit", {**fields, **fitted, "strength": self.denoising_strength}
         masked: dict[str, Any] = {"mask": self.mask, "mask_mode": "luminance"}
         if self.mask_blur is not None:
-            masked["feather"] = min(MAX_FEATHER, self.mask_blur)
+            masked["feather"] = min(MAX_FEATHER, round(self.mask_blur))
         placed = {"return_size": "original"} if self.inpaint_full_res else fitted
         return "inpaint", {**fields, **masked, **placed}
 
-    def details(self, config: BundleConfig) -> dict[str, object]:
+    def details(self, config: BundleConfig, settings: Settings) -> dict[str, object]:
         """Return strength, or blur."""
         if self.mask is None:
             return {"Denoising strength": self.denoising_strength}
@@ -334,34 +486,91 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-class ExtraSingleImageRequest(SdFields):
-    """Enlarge an image."""
+class Enlargement(UpscaleRequest):
+    """/upscale by a factor or, with `covered`, by what it takes to cover a size.
 
-    image: ImageBytes
+    covered: (width, height) in pixels; 0 is any.
+    """
+
+    scale: Scale = 1.0
+    covered: Size | None = None
+
+    def scale_for(self, size: Size) -> float:
+        """Return the factor for an upright image of this size. Raises ApiError 422."""
+        if self.covered is None:
+            return self.scale
+        param = "upscaling_resize_w" if self.covered[0] else "upscaling_resize_h"
+        scale = covering_scale(size, self.covered)
+        _check_scale(param, scale, "sent", size, "{}x{}".format(*self.covered))
+        return scale
+
+
+class ExtrasRequest(SdFields):
+    """Fields of the endpoints that enlarge images."""
+
     resize_mode: Annotated[
         Literal[0, 1], Field(description="0: by a factor; 1: to a width and a height")
     ] = 0
-    upscaling_resize: Annotated[float, Field(ge=1, le=4, description="Factor")] = 2.0
-    upscaling_resize_w: Annotated[int, Field(ge=0, description="Pixels, with resize_mode 1")] = 512
-    upscaling_resize_h: Annotated[int, Field(ge=0, description="Pixels, with resize_mode 1")] = 512
+    upscaling_resize: Annotated[Scale, Field(description="Factor"), FACTOR_ONLY] = 2.0
+    upscaling_resize_w: Annotated[
+        int, Field(ge=0, description="Pixels, with resize_mode 1"), SIZE_ONLY
+    ] = 512
+    upscaling_resize_h: Annotated[
+        int, Field(ge=0, description="Pixels, with resize_mode 1"), SIZE_ONLY
+    ] = 512
+    upscaling_crop: Annotated[
+        Flag,
+        Field(
+            description="With resize_mode 1: crop what is larger than width and height, around the"
+            " middle"
+        ),
+        SIZE_ONLY,
+    ] = True
     upscaler_1: Annotated[
         Name, Field(description="None, Lanczos, Nearest: without new detail; others: with it")
     ] = "None"
 
-    def native(self, stored: tuple[int, int]) -> dict[str, Any]:
-        """Return the fields of /upscale.
+    @property
+    def sent_names(self) -> dict[str, str]:
+        """As in every request, and that of the factor."""
+        by_size = "upscaling_resize_w" if self.upscaling_resize_w else "upscaling_resize_h"
+        return super().sent_names | {"scale": by_size if self.resize_mode else "upscaling_resize"}
 
-        stored: (width, height) of the image in pixels. Raises ApiError 422.
-        """
-        scale = self.upscaling_resize
-        if self.resize_mode == 1:
-            width, height = self.upscaling_resize_w, self.upscaling_resize_h
-            scale = max(width / stored[0], height / stored[1])
-            if not 1 <= scale <= 4:
-                allowed = f"the result may be 1 to 4 times as large as {stored[0]}x{stored[1]}"
-                raise invalid_value("upscaling_resize_w", allowed, f"{width}x{height}")
+    @property
+    def cropped_size(self) -> Size | None:
+        """(width, height) to which the images are cropped, None if they are not."""
+        width, height = self.upscaling_resize_w, self.upscaling_resize_h
+        is_cropped = self.resize_mode == 1 and self.upscaling_crop and width and height
+        return (width, height) if is_cropped else None
+
+    def native(self, image: bytes) -> dict[str, Any]:
+        """Return the fields of `Enlargement` for an image file."""
+        by_size = {"covered": (self.upscaling_resize_w, self.upscaling_resize_h)}
+        sized = by_size if self.resize_mode == 1 else {"scale": self.upscaling_resize}
         plain = {"strength": 0.0} if self.upscaler_1.lower() in PLAIN_UPSCALERS else {}
-        return {"image": self.image, "scale": scale, **plain}
+        return {"image": image, **sized, **plain}
+
+
+class ExtraSingleImageRequest(ExtrasRequest):
+    """Enlarge an image."""
+
+    image: ImageBytes
+
+
+class BatchEntry(BaseModel):
+    """An image of several. Its name is ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    data: ImageBytes
+
+
+class ExtraBatchImagesRequest(ExtrasRequest):
+    """Enlarge images, all alike."""
+
+    imageList: Annotated[  # noqa: N815
+        list[BatchEntry], Field(min_length=1, max_length=MAX_IMAGES)
+    ]
 
 
 class PngInfoRequest(SdFields):
@@ -394,6 +603,13 @@ class ExtraAnswer(BaseModel):
 
     html_info: str
     image: str
+
+
+class ExtraBatchAnswer(BaseModel):
+    """Enlarged images in base64."""
+
+    html_info: str
+    images: list[str]
 
 
 class PngInfoAnswer(BaseModel):

@@ -79,6 +79,16 @@ def test_hires_and_upscaling(api: Any) -> None:
     upscaler = webuiapi.Upscaler.ESRGAN_4x
     large = api.extra_single_image(image=image, upscaler_1=upscaler, upscaling_resize=1.5)
     assert large.image.size == (96, 48)
+    names = {"name_list": ["one", "two"]}
+    several = api.extra_batch_images(images=[image] * 2, upscaling_resize=1.5, **names)
+    assert [each.size for each in several.images] == [(96, 48)] * 2
+    fields = {"resize_mode": 1, "upscaling_resize_w": 128, "upscaling_resize_h": 128}
+    assert api.extra_single_image(image=image, **fields).image.size == (128, 128)
+
+
+def test_what_this_server_cannot_do_is_said(api: Any) -> None:
+    with pytest.raises(RuntimeError, match="no model that describes"):
+        api.interrogate(PIL.Image.fromarray(noise()))
 
 
 def test_progress_with_a_preview_and_interruption(api: Any) -> None:

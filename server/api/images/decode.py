@@ -243,9 +243,7 @@ def mask_size_mismatch(param: str, wanted: tuple[int, int], sent: tuple[int, int
         f"must be as large as the image, {wanted[0]}x{wanted[1]} pixels (sent: {sent[0]}x{sent[1]})"
     )
     if sent == wanted[::-1]:
-        message += (
-            "; the image's size is the one in which it is shown, turned by its EXIF orientation"
-        )
+        message += "; the image is turned by its EXIF orientation first"
     return _unprocessable("mask_size_mismatch", param, message)
 
 

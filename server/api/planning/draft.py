@@ -78,20 +78,9 @@ class Draft:
         timeout_s = self.request.timeout_s
         return self.arrived_at + (self.settings.timeout_s if timeout_s is None else timeout_s)
 
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """Return the requested or the native size, (width, height). Raises ApiError 422."""
-        width = self.request.width or self.config.native_size[0]
-        height = self.request.height or self.config.native_size[1]
-        if self.settings.sizes == "nearest":
-            return nearest_size((width, height), self.config, self.settings)
-        sides = self.config.sides(self.settings.max_side)
-        for param, pixels in (("width", width), ("height", height)):
-            if pixels not in sides:
-                allowed = (
-                    f"must be a multiple of {sides.step} from {sides[0]} to {sides[-1]} pixels"
-                )
-                raise invalid_value(param, allowed, pixels)
-        return width, height
+        return drawn_size(self.request.width, self.request.height, self.config, self.settings)
 
     def size_for(self, source: Size) -> Size:
         """Return `size`; if one side is missing, it follows the ratio of an image of this size.
@@ -195,8 +184,13 @@ class Draft:
         sampling, largest = sampling or self.sampling, self.settings.upscale_max_side
         width, height = (round(side * scale) for side in size)
         if max(width, height) > largest:
-            allowed = f"the result may have at most {largest} pixels a side"
-            raise invalid_value(param, allowed, f"{width}x{height}")
+            kind = "sent" if param == "scale" else "drawn"
+            message = (
+                f"{param}: the result may have at most {largest} pixels a side;"
+                f" {scale:g} times the {kind} {size[0]}x{size[1]} is {width}x{height}"
+            )
+            status = HTTPStatus.UNPROCESSABLE_ENTITY
+            raise ApiError(status, "invalid_value", message, param)
         return Enlarge.of(self.config, size, scale, strength, sampling)
 
     def job(
@@ -268,6 +262,24 @@ def draft(
         size = nearest_size((request.width, request.height), config, settings)
         request = request.model_copy(update={"width": size[0], "height": size[1]})
     return Draft(request, config, sampling, settings, output, cache_scope)
+
+
+def drawn_size(
+    width: int | None, height: int | None, config: BundleConfig, settings: Settings
+) -> Size:
+    """Return the size at which an image of this width and height is drawn; None: the native one's.
+
+    Raises ApiError 422.
+    """
+    width, height = width or config.native_size[0], height or config.native_size[1]
+    if settings.sizes == "nearest":
+        return nearest_size((width, height), config, settings)
+    sides = config.sides(settings.max_side)
+    for param, pixels in (("width", width), ("height", height)):
+        if pixels not in sides:
+            allowed = f"must be a multiple of {sides.step} from {sides[0]} to {sides[-1]} pixels"
+            raise invalid_value(param, allowed, pixels)
+    return width, height
 
 
 def find_model(name: str | None, models: Models, aliases: Mapping[str, str]) -> BundleConfig:

@@ -97,6 +97,23 @@ class Plan:
         """Return an image of `size` from a generated one or a preview."""
         return self._shown(self.finish(image))
 
+    def cropped(self, size: Size | None) -> Plan:
+        """Return the plan for the images' middle, with the parameters of the whole images.
+
+        size: (width, height) in pixels; None crops nothing.
+        """
+        if size is None or size == self.size:
+            return self
+        (width, height), whole = size, self.size
+        left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+
+        def finish(image: Image) -> Image:
+            pixels = self.finish(image).array
+            return Image.of(pixels[top : top + height, left : left + width], image.index)
+
+        parameters = {"width": whole[0], "height": whole[1], **self.operation_parameters}
+        return replace(self, size=size, operation_parameters=parameters, finish=finish)
+
     def _shown(self, image: Image) -> Image:
         return Image.of(on_white(image.array), image.index) if self.opaque else image
 
@@ -185,7 +202,7 @@ def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
         request.feather,
     )
     if not layout.weight.any():
-        raise _empty_mask("mask: nothing to repaint in the part of the image that fit leaves")
+        raise _empty_mask("mask: nothing to repaint in the part that width and height leave")
     regions, region_parameters = decode_regions(request.regions, view, drafted, uploads)
     references, reference_parameters = decode_references(request.references, drafted, uploads)
     parameters = {
@@ -321,13 +338,14 @@ def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
 
 
 def _upscale(request: UpscaleRequest, drafted: Draft, uploads: Uploads) -> Plan:
-    scale, strength = request.scale, request.strength
+    strength = request.strength
     # Each tile knows the whole prompt, and guidance would draw all of it in every tile.
     if request.guidance_scale is None:
         drafted = replace(drafted, sampling=drafted.sampling.unguided)
     # Before the image is decoded. A rotation swaps the sides, which have one bound.
-    drafted.enlarge(uploads.stored_size(request.image), scale, strength)
+    drafted.enlarge(uploads.stored_size(request.image), request.scale, strength)
     image = uploads.decode(request.image)
+    scale = request.scale_for(image.size)
     enlarge = drafted.enlarge(image.size, scale, strength)
     for param, side, actual in (
         ("width", request.width, enlarge.size[0]),
@@ -385,7 +403,11 @@ OPERATIONS: dict[Operation, tuple[type[SamplingFields], Planner]] = {
 
 
 async def plan(
-    request: Request, fields: SamplingFields, operation: Operation, output: AnyFormat = "png"
+    request: Request,
+    fields: SamplingFields,
+    operation: Operation,
+    output: AnyFormat = "png",
+    parts: int = 1,
 ) -> Plan:
     """Plan a request, in the decoder's threads if it has images, and note its job for the log.
 
@@ -394,6 +416,7 @@ async def plan(
         fields: its fields.
         operation: what they ask for.
         output: format of the answer's images.
+        parts: plans that the request has; each may be that part of a request's work.
 
     Raises:
         ApiError: 404 unknown weights, 400 unsupported by them, 413 and 422 invalid images or
@@ -402,7 +425,11 @@ async def plan(
             passed.
     """
     state, scope = app_state(request), request_state(request).client or ""
-    drafted = draft(fields, operation, state.models, state.settings, output, scope)
+    settings = state.settings
+    if parts > 1:
+        part = settings.max_request_work // parts
+        settings = settings.model_copy(update={"max_request_work": part})
+    drafted = draft(fields, operation, state.models, settings, output, scope)
     planner = partial(OPERATIONS[operation][1], drafted.request, drafted)
     state.encoder.check_room(rows_of(fields))
     if isinstance(fields, GenerateRequest) and not fields.regions:
