@@ -57,6 +57,7 @@ def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
         ("prompt", "", "required: text of 1 to 32000 characters"),
         ("prompt", " \t\n\u3000", "white space"),
         ("prompt", "\x1d\x85\ufeff", "white space"),
+        ("prompt", "\u200b\u200d\u2060\xad\ufe0f\u3164", "invisible"),
         ("prompt", "x" * 32_001, "text of 1 to 32000 characters (sent: 32001 characters)"),
         ("prompt", "a\0b", "NUL"),
         ("prompt", 7, "must be text of 1 to"),
@@ -74,7 +75,8 @@ def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
         ("seed", 1.5, "a whole number"),
         ("seed", False, "a whole number"),
         ("width", 17, "multiple of 16"),
-        ("width", 0, "of at least 1"),
+        ("width", 0, "a multiple of the weights' size_step"),
+        ("width", "wide", "a whole number"),
         ("width", 10**9, "512"),
         ("height", 528, "512"),
         ("height", -16, "sent: -16"),
@@ -82,7 +84,7 @@ def raw(client: httpx.Client, body: bytes | str) -> httpx.Response:
         ("num_inference_steps", 65, "64"),
         ("guidance_scale", 30.01, "30"),
         ("guidance_scale", [1, 31], "30"),
-        ("guidance_scale", [1], "a list of 2, each a number from 0 to 30"),
+        ("guidance_scale", [1], "must be a number from 0 to 30 or a list of 2"),
         ("guidance_scale", [1, 2, 3], "at most 2 entries"),
         ("guidance_scale", True, "a number from 0 to 30"),
         ("guidance_scale", "8", "a number from 0 to 30"),
@@ -219,7 +221,7 @@ def test_what_is_left_blank_is_absent(client: httpx.Client, field: str) -> None:
 
 def test_an_unknown_null_is_absent_and_a_known_one_is_not(client: httpx.Client) -> None:
     assert client.post("/generate", json={"prompt": "a ball", "colour": None}).status_code == 200
-    refused(client.post("/generate", json={"prompt": "a ball", "n": None}), 422, "n", "sent: None")
+    refused(client.post("/generate", json={"prompt": "a ball", "n": None}), 422, "n", "sent: null")
 
 
 def test_partial_images_without_a_stream_are_ignored(client: httpx.Client) -> None:
@@ -229,6 +231,27 @@ def test_partial_images_without_a_stream_are_ignored(client: httpx.Client) -> No
 
 def test_the_prompt_is_required(client: httpx.Client) -> None:
     refused(client.post("/generate", json={}), 422, "prompt", "required")
+
+
+def test_a_list_that_is_too_short_is_not_absent(client: httpx.Client) -> None:
+    for value in ([1], []):
+        answer = client.post("/generate", json={"prompt": "a ball", "guidance_scale": value})
+        assert answer.json()["error"]["code"] == "invalid_value"
+
+
+def test_formats_may_be_written_in_upper_case(client: httpx.Client) -> None:
+    fields = {"prompt": "a ball", "response_format": "JPG"}
+    assert client.post("/generate", json=fields).headers["content-type"] == "image/jpeg"
+    fields = {"prompt": "a ball", "output_format": "PNG", "response_format": "B64_JSON"}
+    assert client.post("/v1/images/generations", json=fields).json()["output_format"] == "png"
+
+
+def test_an_image_of_recorded_parameters_is_a_digest_and_no_url(client: httpx.Client) -> None:
+    image = {"prompt": "a ball", "response_format": "json"}
+    sent = client.post("/generate", json=image).json()["images"][0]["b64_json"]
+    drawn = client.post("/edit", json={**image, "image": sent}).json()["parameters"]
+    again = {"prompt": drawn["prompt"], "image": drawn["image"]}
+    refused(client.post("/edit", json=again), 422, "image", "the digest of the image")
 
 
 def test_unknown_weights_are_404_and_the_known_ones_listed(client: httpx.Client) -> None:
@@ -242,6 +265,9 @@ def test_unknown_weights_are_404_and_the_known_ones_listed(client: httpx.Client)
     [
         ("", "Expecting value"),
         ("{", "line 1"),
+        ('{"prompt": "a\tball"}', "Invalid control character at line 1, column 14"),
+        ('{"image": "QUJD\nREVG"}', "base64 needs none (base64 -w0 FILE)"),
+        ('{"image": "QUJD\r\nREVG"}', "JSON writes as \\n"),
         ('{"prompt": "a ball"', "delimiter"),
         ('{"prompt": "a ball", "guidance_scale": NaN}', "NaN"),
         ('{"prompt": "a ball", "guidance_scale": -Infinity}', "Infinity"),
@@ -265,6 +291,8 @@ def test_json_that_is_not_an_object_is_422(client: httpx.Client, body: str) -> N
 def test_a_lone_surrogate_is_422(client: httpx.Client, escape: str) -> None:
     refused(raw(client, f'{{"prompt": "a {escape} ball"}}'), 422, "prompt")
     refused(raw(client, f'{{"prompt": "a ball", "a{escape}": 1}}'), 422, "a" + escape)
+    inner = raw(client, f'{{"prompt": "a ball", "hires": {{"a{escape}": 1}}}}')
+    refused(inner, 422, "hires", "a" + escape)
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
@@ -279,6 +307,8 @@ def test_of_a_repeated_field_the_last_counts(client: httpx.Client) -> None:
 
 def test_an_unknown_fields_long_name_is_shortened(client: httpx.Client) -> None:
     refused(client.post("/generate", json={"prompt": "a ball", "x" * 50_000: 1}), 422, "x" * 80)
+    inner = client.post("/generate", json={"prompt": "a ball", "hires": {"x" * 50_000: 1}})
+    refused(inner, 422, "hires", f"hires.{'x' * 80}: unknown field; the fields are scale")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.api.body import read_body
 from server.api.body_limit import TEXT_BODY_BYTES
 from server.api.errors import ApiError
-from server.api.schemas import ImageBytes, ImageBytesList, SamplingFields
+from server.api.schemas import Hires, ImageBytes, ImageBytesList, Regions, SamplingFields
 from tests.hostile import plain_png
 
 PNG = plain_png()
@@ -42,6 +43,8 @@ class Everything(SamplingFields):
     mask_mode: Literal["alpha", "luminance"] | None = None
     keep_unmasked: bool = True
     keyframes: Annotated[list[Keyframe], Field(max_length=8, default_factory=list)]
+    regions: Regions = ()
+    hires: Hires | None = None
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def refused(
     assert error["param"] == param
     assert mention in error["message"]
     assert code in (None, error["code"])
-    assert len(error["message"]) < 500
+    assert len(error["message"]) < 600
 
 
 def form(
@@ -241,13 +244,19 @@ def test_an_integer_may_have_a_fraction_of_zeros(endpoint: TestClient, text: str
         ("9007199254740992.0", 2**53),
         ("-9007199254740992.0", -(2**53)),
         ("9007199254740991.0", 2**53 - 1),
-        # Beyond 2^53 a float may stand for several integers.
-        ("9007199254740994.0", None),
-        ("-9007199254740994.0", None),
-        ("1e17", None),
+        # Beyond 2^53 a float may stand for several integers; the text does not.
+        ("9007199254740993.0", 2**53 + 1),
+        ("-12345678901234567.0", -12345678901234567),
+        ("1e16", 10**16),
+        ("1E18", 10**18),
+        ("9223372036854775807e0", 2**63 - 1),
+        ("9007199254740993.5", None),
+        ("1e19", None),
+        ("1e999", None),
+        ("1e999999999", None),
     ],
 )
-def test_a_fraction_of_zeros_is_ignored_as_far_as_floats_are_exact(
+def test_a_number_is_whole_if_its_text_is(
     endpoint: TestClient, text: str, seed: int | None
 ) -> None:
     for answer in (
@@ -276,8 +285,21 @@ def test_in_a_form_one_value_is_a_list_of_one_where_only_lists_fit(endpoint: Tes
     assert form(endpoint, {"keyframes": '{"prompt": "a ball"}'}).json() == {"keyframes": ["a ball"]}
 
 
-@pytest.mark.parametrize(("text", "meaning"), [("true", True), ("True", True), (" FALSE ", False)])
-def test_booleans_in_a_form_may_be_capitalised(
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("true", True),
+        ("True", True),
+        ("on", True),
+        ("YES", True),
+        ("1", True),
+        (" FALSE ", False),
+        ("Off", False),
+        ("no", False),
+        ("0", False),
+    ],
+)
+def test_booleans_in_a_form_may_be_written_as_by_programs_and_checkboxes(
     endpoint: TestClient, text: str, meaning: bool
 ) -> None:
     assert form(endpoint, {"keep_unmasked": text}).json() == {"keep_unmasked": meaning}
@@ -291,7 +313,12 @@ def test_booleans_in_a_form_may_be_capitalised(
         ("seed", "1.5", "a whole number"),
         ("seed", "9" * 5000, "a whole number"),
         ("temperature", "NaN", "finite"),
-        ("keep_unmasked", "1", "true or false"),
+        ("keep_unmasked", "2", "true or false"),
+        ("seed", "on", "a whole number"),
+        ("seed", "+-7", "a whole number"),
+        ("seed", "\N{ARABIC-INDIC DIGIT ONE}", "a whole number"),
+        ("seed", "9" * 100_000 + "x", "a whole number"),
+        ("temperature", ".", "a number from 0.05 to 5"),
         ("guidance_scale", "[1", "a number from 0 to 30"),
         ("guidance_scale", "[" * 50_000, "a number from 0 to 30"),
         ("mask_mode", "red", "alpha or luminance"),
@@ -305,8 +332,29 @@ def test_a_forms_text_that_does_not_fit_is_422_and_named(
     refused(form(endpoint, {field: text}), 422, field, mention)
 
 
-def test_a_file_where_text_belongs_is_422_and_not_echoed(endpoint: TestClient) -> None:
-    refused(form(endpoint, files=[("prompt", FILE)]), 422, "prompt", f"(sent: {len(PNG)} bytes)")
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("temperature", ".5", 0.5),
+        ("temperature", "1.", 1),
+        ("temperature", "+5e-1", 0.5),
+        ("temperature", "00.5", 0.5),
+        ("seed", "007", 7),
+        ("seed", "+7", 7),
+        ("seed", " -7 ", -7),
+    ],
+)
+def test_numbers_in_a_form_may_be_written_as_by_people(
+    endpoint: TestClient, field: str, text: str, value: float
+) -> None:
+    told = form(endpoint, {field: text}).json()[field]
+    assert told in (value, [value, value])
+
+
+@pytest.mark.parametrize("field", ["prompt", "seed", "guidance_scale", "keyframes"])
+def test_a_file_where_text_belongs_is_422_and_not_echoed(endpoint: TestClient, field: str) -> None:
+    answer = form(endpoint, files=[(field, FILE)])
+    refused(answer, 422, field, f"(sent: {len(PNG)} bytes); send it as text, not as a file")
 
 
 @pytest.mark.parametrize(
@@ -320,26 +368,102 @@ def test_a_file_where_text_belongs_is_422_and_not_echoed(endpoint: TestClient) -
         "keyframes.0_1.image",
         "keyframes.\N{ARABIC-INDIC DIGIT ONE}.image",
         "keyframes.0.prompt.a",
+        "keyframes.00001.image",
+        "keyframes.image",
+        "keyframes[x][image]",
+        "keyframes[][image]",
         "nothing.0.image",
-        ".image",
     ],
 )
 def test_a_file_for_an_entry_that_is_not_there_is_422(endpoint: TestClient, name: str) -> None:
     refused(
         form(endpoint, {"keyframes": '[{"prompt": "a"}, {}]'}, [(name, FILE)]),
         422,
-        name.partition(".")[0] or None,
+        re.split(r"[.\[]", name)[0],
     )
 
 
-def test_text_for_an_entry_is_422_for_it_belongs_into_the_json(endpoint: TestClient) -> None:
-    body = part(b"[{}]", b"keyframes") + part(b"a ball", b"keyframes.0.prompt") + b"--b--\r\n"
-    refused(raw(endpoint, body), 422, "keyframes", "keyframes.0.prompt: not a file")
+NESTED = {
+    "attention_weights": {"text": 1.1, "image": 2},
+    "keyframes": [{"prompt": "größer"}, {"prompt": "7"}],
+    "guidance_scale": [1, 2.5],
+    "hires": {"scale": 2, "steps": 4, "strength": 0.3},
+    "regions": [
+        {"prompt": "a", "box": [0, 0, 0.5, 1], "weight": 0.5, "softness": 0},
+        {"prompt": "b", "box": [0.5, 0, 1, 1], "weight": 1, "softness": 0},
+    ],
+}
 
 
-def test_a_long_name_of_an_entry_that_is_not_there_is_shortened(endpoint: TestClient) -> None:
-    name = "x" * 100
-    refused(form(endpoint, files=[(f"{name}.image", FILE)]), 422, name[:80], "no such entry")
+def named_parts(value: object, name: str, inner: str) -> Iterator[tuple[str, str]]:
+    """Names and texts of the parts that hold a value. inner: how the name of a key is written."""
+    if not isinstance(value, dict | list):
+        yield name, str(value)
+        return
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in entries:
+        yield from named_parts(entry, name + inner.format(key) if name else str(key), inner)
+
+
+@pytest.mark.parametrize("inner", ["[{}]", ".{}"])
+def test_objects_and_lists_in_a_form_may_be_sent_in_parts(endpoint: TestClient, inner: str) -> None:
+    parts = list(named_parts(NESTED, "", inner))
+    as_json = endpoint.post("/", json=NESTED)
+    assert as_json.status_code == 200, as_json.text
+    for order in (parts, parts[::-1]):
+        assert form(endpoint, dict(order)).json() == as_json.json()
+
+
+def test_the_parts_of_an_object_may_be_json_lists_and_blank(endpoint: TestClient) -> None:
+    box = [(f"regions[0][box][{place}]", (None, text)) for place, text in (("", "0"), ("", ".5"))]
+    box += [("regions[0][box][2]", (None, "1")), ("regions[0][box][3]", (None, "1"))]
+    parts = {"regions[0][prompt]": "a", "regions[0][mask]": "", "hires[scale]": ""}
+    other = {"regions[1].prompt": "b", "regions[1][box]": "[0, 0, 1, 1]", "regions[1].weight": "1"}
+    told = form(endpoint, {**parts, **other}, box).json()
+    assert [region["box"] for region in told["regions"]] == [[0, 0.5, 1, 1], [0, 0, 1, 1]]
+    assert "hires" not in told
+
+
+def test_files_may_be_the_only_parts_of_objects(endpoint: TestClient) -> None:
+    files = [("keyframes[0][image]", FILE), ("keyframes[2].image", FILE)]
+    answer = form(endpoint, {"keyframes[1][prompt]": "a"}, files)
+    assert answer.json()["keyframes"] == [len(PNG), "a", len(PNG)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "param", "mention"),
+    [
+        (["keyframes=[{}]", "keyframes.0.prompt=a"], "keyframes", "also sent as one value"),
+        (['hires={"scale": 2}', "hires[scale]=2"], "hires", "hires[scale]: hires is also sent"),
+        (["hires[scale]=2", "hires.scale=2"], "hires", "hires.scale: sent twice"),
+        (["regions[0][box]=[0,0,1,1]", "regions[0][box][0]=0"], "regions", "sent twice"),
+        (["regions[0]={}", "regions[1][prompt]=a"], "regions", "regions is also sent as one"),
+        (["regions[1][prompt]=a"], "regions", "regions[1][prompt]: no such entry; positions start"),
+        (["regions[0][prompt]=a", "regions[2][prompt]=b"], "regions", "have no gaps"),
+        (["regions[][prompt]=a"], "regions", "write the entry's position, from 0"),
+        (["regions[a][prompt]=a"], "regions", "regions has no such entry; it is a list"),
+        (
+            ["regions[0].prompt=a", "regions[0].box[0]=a"],
+            "regions",
+            "regions.0.box.0: must be a number from 0 to 1",
+        ),
+        (["hires[scale]=x"], "hires", "hires.scale: must be a number from 1 to 4 (sent: 'x')"),
+        (["hires[skale]=2"], "hires", "hires.skale: unknown field; did you mean scale?"),
+        (["hires[scale][x]=2"], "hires", "hires.scale has no such entry; it is no list"),
+        (["hires[0]=2"], "hires", "hires: must be an object with scale"),
+        (["seed[x]=2"], "seed", "seed has no such entry; it is no list"),
+        (["colour[red]=2"], "colour", "colour: unknown field"),
+        (["hires[scale=2"], "hires[scale", "unknown field"),
+        ([f"hires{'[x]' * 1000}=2"], "hires", "hires.x: unknown field"),
+        ([f"{'x' * 100}.image=2"], "x" * 80, "unknown field"),
+        ([".image=2"], ".image", "unknown field"),
+    ],
+)
+def test_parts_that_have_no_place_are_422_and_named(
+    endpoint: TestClient, parts: list[str], param: str, mention: str
+) -> None:
+    texts = [(name, (None, text)) for name, _, text in (each.partition("=") for each in parts)]
+    refused(form(endpoint, files=texts), 422, param, mention)
 
 
 def test_parts_may_be_numbered(endpoint: TestClient) -> None:
@@ -350,7 +474,7 @@ def test_parts_may_be_numbered(endpoint: TestClient) -> None:
     assert form(endpoint, files=[("images[1]", other), ("images[0]", FILE)]).json() == {
         "images": [len(PNG), len(PNG) + 4]
     }
-    refused(form(endpoint, files=[("image[x]", FILE)]), 422, "image[x]", "the fields are")
+    refused(form(endpoint, files=[("image[x]", FILE)]), 422, "image", "it is no list")
 
 
 def test_parts_without_a_number_come_first_in_the_order_in_which_they_were_sent(

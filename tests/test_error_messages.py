@@ -49,7 +49,7 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     (
         "/generate",
         {"prompt": " "},
-        "prompt: must hold more than white space and control characters: describe the image"
+        "prompt: must hold more than white space and invisible characters: describe the image"
         " (sent: ' ')",
     ),
     ("/generate", {"prompt": 7}, f"prompt: must be {TEXT} (sent: 7)"),
@@ -66,6 +66,13 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     ),
     # ── numbers and choices ──
     ("/generate", BALL | {"n": 17}, "n: must be a whole number from 1 to 16 (sent: 17)"),
+    ("/generate", BALL | {"n": None}, "n: must be a whole number from 1 to 16 (sent: null)"),
+    ("/generate", BALL | {"n": True}, "n: must be a whole number from 1 to 16 (sent: true)"),
+    (
+        "/generate",
+        BALL | {"temperature": float("inf")},
+        "temperature: must be a finite number (sent: Infinity)",
+    ),
     ("/generate", BALL | {"n": "2"}, "n: must be a whole number from 1 to 16 (sent: '2')"),
     (
         "/generate",
@@ -97,6 +104,11 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "/generate",
+        BALL | {"width": 0},
+        "width: must be a multiple of the weights' size_step (GET /v1/models) above 0 (sent: 0)",
+    ),
+    (
+        "/generate",
         BALL | {"width": 100},
         "width: must be a multiple of 16 from 16 to 512 pixels (sent: 100)",
     ),
@@ -121,7 +133,66 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
         BALL | {"regions": [{**BALL, "box": [0, 0, 1, 1], "hardness": 1}]},
         f"regions.0.hardness: unknown field; the fields are {REGION_FIELDS}",
     ),
+    (
+        "/generate",
+        BALL | {"steps": 8},
+        "steps: unknown field; did you mean num_inference_steps? the fields are ",
+    ),
+    (
+        "/generate",
+        BALL | {"size": "64x32"},
+        "size: unknown field; did you mean width and height? the fields are ",
+    ),
+    (
+        "/generate",
+        BALL | {"num_images": 2},
+        "num_images: unknown field; did you mean n? the fields are ",
+    ),
+    (
+        "/generate",
+        BALL | {"negativePrompt": "red"},
+        "negativePrompt: unknown field; did you mean negative_prompt? the fields are ",
+    ),
+    (
+        "/generate",
+        BALL | {"format": "png"},
+        "format: unknown field; did you mean response_format? the fields are ",
+    ),
+    ("/generate", BALL | {"request": "x"}, "request: unknown field; the fields are "),
+    ("/generate", BALL | {"init_image": "x"}, "init_image: unknown field; the fields are "),
+    (
+        "/edit",
+        BALL | {"image": IMAGE, "denoising_strength": 1},
+        "denoising_strength: unknown field; did you mean strength? the fields are ",
+    ),
+    (
+        "/v1/images/generations",
+        BALL | {"steps": 8},
+        "steps: unknown field; did you mean num_inference_steps? the fields are ",
+    ),
+    (
+        "/v1/images/generations",
+        BALL | {"format": "png"},
+        "format: unknown field; did you mean output_format? the fields are ",
+    ),
     # ── lists ──
+    (
+        "/generate",
+        BALL | {"guidance_scale": [1]},
+        "guidance_scale: must be a number from 0 to 30 or a list of 2, each a number from 0 to 30"
+        " (sent: 1 entry)",
+    ),
+    (
+        "/generate",
+        BALL | {"temperature": []},
+        "temperature: must be a number from 0.05 to 5 or a list of 2, each a number from 0.05 to 5"
+        " (sent: 0 entries)",
+    ),
+    (
+        "/generate",
+        BALL | {"regions": [{**BALL, "box": [0, 0, 1]}]},
+        "regions.0.box: must be a list of 4, each a number from 0 to 1 (sent: 3 entries)",
+    ),
     (
         "/generate",
         BALL | {"regions": [{**BALL, "box": [0, 0, 1, 1], "weight": 2}]},
@@ -141,7 +212,7 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
     (
         "/interpolate",
         {"keyframes": [BALL]},
-        "keyframes: must be a list of 2 to 8 (sent: 1 entries)",
+        "keyframes: must be a list of 2 to 8 (sent: 1 entry)",
     ),
     (
         "/interpolate",
@@ -170,6 +241,12 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
         BALL | {"image": "https://example.org/a.png"},
         "image: https URLs are refused, because the server fetches nothing; send the image as"
         " base64, a data URL or a file (sent: 'https://example.org/a.png')",
+    ),
+    (
+        "/edit",
+        BALL | {"image": "sha256:" + "0f" * 32},
+        "image: this is the digest of the image that was used, as in an image's parameters; send"
+        " the image itself, as base64, a data URL or a file (sent: 'sha256:0f0f",
     ),
     (
         "/outpaint",
@@ -201,6 +278,11 @@ MESSAGES: list[tuple[str, dict[str, Any], str]] = [
         "/v1/images/generations",
         BALL | {"output_format": "gif"},
         "output_format: images are png, jpeg or webp (sent: 'gif')",
+    ),
+    (
+        "/v1/images/generations",
+        BALL | {"output_format": "bmp"},
+        "output_format: must be png, jpeg or webp (sent: 'bmp')",
     ),
     (
         "/v1/images/generations",
@@ -371,7 +453,8 @@ def idle(fake_settings: Callable[..., Settings]) -> TestClient:
 def test_a_message_says_what_is_wrong_and_what_is_allowed(
     idle: TestClient, path: str, fields: dict[str, Any], message: str
 ) -> None:
-    answer = idle.post(path, content=json.dumps(fields), headers=JSON)
+    body = json.dumps(fields).replace("Infinity", "1e999")
+    answer = idle.post(path, content=body, headers=JSON)
     error = answer.json()["error"]
     wrong_status = 400 if path.startswith("/v1/") else 422
     assert answer.status_code == (404 if error["code"] == "model_not_found" else wrong_status)

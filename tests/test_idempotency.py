@@ -180,6 +180,15 @@ def test_errors_that_would_come_again_are_kept_and_others_are_not(server: httpx.
     failed = [post(server, "failed", prompt="fail") for _ in range(2)]
     assert [answer.status_code for answer in failed] == [500, 500]
     assert "idempotent-replayed" not in failed[1].headers
+    # An error that is kept does not use up its key for the corrected request.
+    for wrong in ({"width": 250}, {"preset": "none"}, {"model": "other"}):
+        key = f"corrected {wrong}"
+        refused = [post(server, key, **wrong) for _ in range(2)]
+        assert refused[0].status_code in (404, 422)
+        assert "idempotent-replayed" in refused[1].headers
+        assert post(server, key).status_code == 200
+        assert post(server, key).headers["idempotent-replayed"] == "true"
+        assert post(server, key, **wrong).json()["error"]["code"] == "idempotency_mismatch"
     # A body that fails validation says the same again, and does not use up its key.
     assert post(server, "invalid", n=17).status_code == 422
     assert post(server, "invalid", n=1).status_code == 200

@@ -211,6 +211,15 @@ def test_an_edit_with_a_mask_keeps_what_is_opaque_in_it(api: OpenAI) -> None:
     assert parameters(answer)["operation"] == "inpaint"
 
 
+def test_an_edit_takes_objects_and_lists_as_extra_body(api: OpenAI) -> None:
+    """The client writes them into a form, as attention_weights[text] and guidance_scale[]."""
+    weights, guidance = {"text": 1.1, "image": 0.4}, [2, 4.5]
+    fields = {"attention_weights": weights, "guidance_scale": guidance, "deterministic": True}
+    answer = api.images.edit(image=IMAGE, prompt="a ball", extra_body=fields)
+    recorded = parameters(answer)
+    assert (recorded["attention_weights"], recorded["guidance_scale"]) == (weights, guidance)
+
+
 def test_an_edit_without_a_mask_is_of_the_whole_picture(api: OpenAI) -> None:
     answer = api.images.edit(image=("cat.png", io.BytesIO(IMAGE)), prompt="a ball")
     assert (parameters(answer)["operation"], parameters(answer)["strength"]) == ("edit", 0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Mapping
@@ -32,13 +33,18 @@ class _Shortened(reprlib.Repr):
     def repr_bytes(self, sent: bytes, _: int) -> str:
         return f"{len(sent)} bytes"
 
+    def repr1(self, sent: object, level: int) -> str:
+        if sent is None or isinstance(sent, bool | float):
+            return json.dumps(sent)
+        return super().repr1(sent, level)
+
 
 _shortened = _Shortened()
 _shortened.maxstring = _shortened.maxother = 80
 
 
 def shortened(sent: object) -> str:
-    """Return a value as messages show it: a file by its size, a long text cut."""
+    """Return a value as messages show it: as in JSON, a file by its size, a long text cut."""
     return _shortened.repr(sent)
 
 

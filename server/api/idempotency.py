@@ -67,6 +67,11 @@ class Answer:
         """Bytes of the body."""
         return sum(map(len, self.chunks))
 
+    @property
+    def is_success(self) -> bool:
+        """Return whether it is no error."""
+        return self.status < HTTPStatus.BAD_REQUEST
+
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
@@ -196,7 +201,9 @@ class Recorder:
         name, table = (owner_of(request), _sent_key(request)), self.table
         digest = await asyncio.to_thread(digest_of, request.scope["path"], fields)
         while True:
-            if (kept := table.answers.get(name)) is not None:
+            kept = table.answers.get(name)
+            # An error gave the client nothing: the corrected request may have the same key.
+            if kept is not None and (kept[0].digest == digest or kept[0].answer.is_success):
                 _check_same(request, table, digest, kept[0].digest)
                 return _repeat(request, table, kept[0].answer, "answered")
             if (attempt := table.running.get(name)) is None:

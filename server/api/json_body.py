@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from http import HTTPStatus
 from typing import Any, Never
 
@@ -14,8 +15,12 @@ from server.api.errors import ApiError, reason
 # A body with images in it is long strings and little else: as many commas, brackets and braces as
 # a full text body could have.
 STRUCTURE = (b",", b"[", b"{")
-# Beyond, a float may stand for several integers.
-LARGEST_EXACT = 2**53
+# From there on, a float may stand for several integers, and no field takes whole numbers as large.
+LARGEST_EXACT, LARGEST_WHOLE = 2**53, 2**64
+
+LINE_BREAK = (
+    ": a text holds a line break, which JSON writes as \\n; base64 needs none (base64 -w0 FILE)"
+)
 
 
 async def read_json(request: Request, limit: int) -> dict[str, Any]:
@@ -60,7 +65,12 @@ def _parse(body: bytearray) -> dict[str, Any]:
 def number(text: str) -> int | float:
     """Return a JSON number with a fraction or an exponent; 2.0 is an integer, as in JSON Schema."""
     value = float(text)
-    return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else value
+    if not value.is_integer() or abs(value) > LARGEST_WHOLE:
+        return value
+    if abs(value) < LARGEST_EXACT:
+        return int(value)
+    exact = Decimal(text)
+    return int(exact) if exact == exact.to_integral_value() else value
 
 
 def _reject_constant(name: str) -> Never:
@@ -70,7 +80,9 @@ def _reject_constant(name: str) -> Never:
 def _reason(error: Exception) -> str:
     match error:
         case json.JSONDecodeError():
-            return f"{error.msg} at line {error.lineno}, column {error.colno}"
+            place = f"{error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
+            is_line_break = "control" in error.msg and error.doc[error.pos] in "\r\n"
+            return place + LINE_BREAK if is_line_break else place
         case UnicodeDecodeError():
             return "it is not UTF-8"
         case RecursionError():

@@ -31,7 +31,7 @@ from server.api.schemas import (
     Text,
     as_list,
     file_bytes,
-    jpg_as_jpeg,
+    format_name,
 )
 
 Quality = Literal["low", "medium", "high"]
@@ -61,12 +61,19 @@ UNSUPPORTED_FIELDS = {
 # OpenAI's models that answer with URLs unless they are asked for files.
 URL_MODELS = ("dall-e-2", "dall-e-3")
 UNSUPPORTED = "Any value but null is answered with 400"
-FILE_FORMATS: dict[str, Format] = {"png": "png", "jpeg": "jpeg", "webp": "webp"}
 
 # OpenAI's most for one edit.
 MAX_EDIT_IMAGES = 16
 
 Size = tuple[int, int] | None
+
+
+def _supported_format(sent: object) -> object:
+    """Return a format's name. Raises PydanticCustomError for OpenAI's others than the server's."""
+    name = format_name(sent)
+    if name in ("gif", "svg"):
+        raise PydanticCustomError("unsupported_format", "images are png, jpeg or webp")
+    return name
 
 
 # ── images ────────────────────────────────────────────────────────────────────────────────────────
@@ -141,9 +148,9 @@ class ImagesFields(RecipeFields):
         ),
     ] = "auto"
     output_format: Annotated[
-        Literal["png", "jpeg", "webp", "gif", "svg"],
-        BeforeValidator(jpg_as_jpeg),
-        Field(description="File format; gif and svg are answered with 400"),
+        Format,
+        BeforeValidator(_supported_format),
+        Field(description="File format; OpenAI's gif and svg are answered with 400"),
     ] = "png"
     output_compression: Annotated[
         int | None,
@@ -156,6 +163,7 @@ class ImagesFields(RecipeFields):
     ] = None
     response_format: Annotated[
         Literal["b64_json", "url"],
+        BeforeValidator(format_name),
         Field(
             description="url: of a file that this server keeps for a while; not for streams. If it"
             " is absent and model is dall-e-2 or dall-e-3: both"
@@ -177,11 +185,6 @@ class ImagesFields(RecipeFields):
     @classmethod
     def _without_nulls(cls, sent: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in sent.items() if value is not None}
-
-    @property
-    def file_format(self) -> Format:
-        """Format of the answer's images."""
-        return FILE_FORMATS.get(self.output_format, "png")
 
     @property
     def file_quality(self) -> int:

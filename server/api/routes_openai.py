@@ -87,7 +87,7 @@ def _handler(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         answer = OpenAIAnswer(
             request,
             planned,
-            fields.file_format,
+            fields.output_format,
             fields.file_quality,
             fields.effective_quality(planned.job.sampling.preset),
             links,
@@ -141,7 +141,7 @@ async def _plan(request: Request, fields: ImagesFields) -> Plan:
     # Validated already: the native fields have the same types.
     schema = EditOrInpaintRequest if operation == "edit" else OPERATIONS[operation][0]
     native_fields = schema.model_construct(**native)
-    planned = await plan(request, native_fields, operation, fields.file_format)
+    planned = await plan(request, native_fields, operation, fields.output_format)
     return replace(planned, opaque=True) if fields.background == "opaque" else planned
 
 
@@ -152,9 +152,6 @@ def _unsupported(param: str, supported: str, sent: object) -> ApiError:
 
 
 def _check_supported(fields: ImagesFields) -> None:
-    if fields.output_format != fields.file_format:
-        message = "images are png, jpeg or webp"
-        raise _unsupported("output_format", message, fields.output_format)
     if fields.background == "transparent":
         raise _unsupported("background", "images are opaque; send opaque or auto", "transparent")
     if fields.output_compression not in (None, 100) and fields.output_format == "png":

@@ -28,7 +28,10 @@ AnyFormat = Format | Literal["gif", "json", "url"]
 # ── text and numbers ──────────────────────────────────────────────────────────────────────────────
 
 # The two text validators as patterns for the document, read alike by Python's and ECMA's engines.
-_VISIBLE = r"[^\s\x00-\x1f\x7f-\x9f\ufeff]"
+_VISIBLE = (
+    r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]"
+)
 _NO_NUL = r"^[^\x00]*$"
 _NOT_BLANK = rf"^[^\x00]*{_VISIBLE}[^\x00]*$"
 
@@ -42,7 +45,7 @@ def _without_nul(text: str) -> str:
 def _not_blank(text: str) -> str:
     if not re.search(_VISIBLE, text):
         raise ValueError(
-            "must hold more than white space and control characters: describe the image"
+            "must hold more than white space and invisible characters: describe the image"
         )
     return text
 
@@ -53,13 +56,20 @@ def _pair(value: object) -> object:
     return tuple(value) if isinstance(value, list) else (value, value)
 
 
-def jpg_as_jpeg(value: object) -> object:
-    """Return a format's name; the common file name extension stands for JPEG."""
-    return "jpeg" if value == "jpg" else value
+def format_name(value: object) -> object:
+    """Return a format's name in lower case; the common file name extension stands for JPEG."""
+    name = value.lower() if isinstance(value, str) else value
+    return "jpeg" if name == "jpg" else name
 
 
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _above_zero(pixels: int) -> int:
+    if pixels < 1:
+        raise ValueError("must be a multiple of the weights' size_step (GET /v1/models) above 0")
+    return pixels
 
 
 def _drawn_seed(seed: int | None) -> int | None:
@@ -86,6 +96,7 @@ Scale = Annotated[
     float,
     Field(ge=1, le=4, allow_inf_nan=False, description="Factor of width and height, in pixels"),
 ]
+Side = Annotated[int, Field(json_schema_extra={"exclusiveMinimum": 0}), AfterValidator(_above_zero)]
 Seed = Annotated[int | None, Field(ge=-INT64, lt=INT64), AfterValidator(_drawn_seed)]
 
 
@@ -121,6 +132,12 @@ def _payload(sent: str) -> tuple[str, bool]:
     scheme = URL_SCHEME.match(sent)
     if scheme is None:
         return sent, False
+    if scheme[1].lower() == "sha256":
+        message = (
+            "this is the digest of the image that was used, as in an image's parameters; "
+            "send the image itself, as base64, a data URL or a file"
+        )
+        raise PydanticCustomError("image_digest", message)
     if scheme[1].lower() != "data":
         message = (
             "{scheme} URLs are refused, because the server fetches nothing; "
@@ -340,16 +357,15 @@ class SamplingFields(RecipeFields):
     """Fields of every native endpoint."""
 
     width: Annotated[
-        int | None,
+        Side | None,
         Field(
-            ge=1,
             description="Pixels, a multiple of the weights' size step; default: their native size",
         ),
     ] = None
-    height: Annotated[int | None, Field(ge=1, description="As width")] = None
+    height: Annotated[Side | None, Field(description="As width")] = None
     response_format: Annotated[
         Format | Literal["json", "url"] | None,
-        BeforeValidator(jpg_as_jpeg),
+        BeforeValidator(format_name),
         Field(description="Overrides the Accept header; url: JSON with URLs of stored PNGs"),
     ] = None
     quality: Annotated[int, Field(ge=1, le=100, description="Quality of JPEG and WebP")] = 90
@@ -438,7 +454,7 @@ KeepUnmasked = Annotated[
 ]
 AnimationChoice = Annotated[
     AnyFormat | None,
-    BeforeValidator(jpg_as_jpeg),
+    BeforeValidator(format_name),
     Field(
         description="Overrides the Accept header; gif and webp are animations; url: JSON with URLs"
         " of stored PNGs"

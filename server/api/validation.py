@@ -27,6 +27,7 @@ CODES = {
     "extra_forbidden": "unknown_field",
     "image_url": "url_refused",
     "image_file_id": "unsupported_value",
+    "unsupported_format": "unsupported_value",
 }
 # Errors of a value that no description of the permitted ones explains.
 TEXTS = {
@@ -38,22 +39,60 @@ COMPLETE = frozenset({"secret", "image_missing", "image_twice"})
 # Validators of this server raise ValueError, or PydanticCustomError with another type than these.
 PYDANTIC_TYPES = frozenset(get_args(ErrorType)) - {"value_error"}
 
+# Fields of this server, and their names in other APIs. The first that the endpoint has is meant.
+OTHER_NAMES = (
+    ("num_inference_steps", "steps num_steps inference_steps sampling_steps ddim_steps"),
+    ("width and height", "size image_size resolution"),
+    ("n", "num_images num_images_per_prompt num_outputs batch_size samples"),
+    ("guidance_scale", "cfg_scale cfg guidance"),
+    ("negative_prompt", "negative negative_text"),
+    ("prompt", "text"),
+    ("image", "init_image init_images input_image source_image"),
+    ("mask", "mask_image mask_img"),
+    ("strength", "denoising_strength denoise prompt_strength"),
+    ("output_format", "format file_format image_format"),
+    ("response_format", "format file_format image_format output_format"),
+    ("seed", "random_seed noise_seed"),
+    ("sampler", "sampler_name scheduler"),
+    ("model", "model_name model_id checkpoint"),
+    ("timeout_s", "timeout"),
+)
+# Names less alike than this, from 0 to 1, are other words rather than misspelt ones.
+ALIKE = 0.8
 
-def unknown_field(name: str, known: Iterable[str]) -> ApiError:
-    """Return the error for a field that the endpoint does not have."""
-    # A field's name may hold anything, lone surrogates included.
-    shown = name[:80].encode("utf-8", "backslashreplace").decode()
-    message = f"{shown}: {_unknown(shown, known)}"
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_field", message, shown)
+
+def unknown_field(name: str, known: Iterable[str], within: Sequence[str] = ()) -> ApiError:
+    """Return the error for a field that the endpoint, or an object at a path in it, lacks."""
+    path = [*within, shown_name(name)]
+    message = f"{'.'.join(path)}: {_unknown(path[-1], list(known))}"
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_field", message, path[0])
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, 1)
-    listed = f"the fields are {', '.join(names)}"
-    return (
-        f"unknown field; did you mean {near[0]}? {listed}" if near else f"unknown field; {listed}"
-    )
+def shown_name(name: str) -> str:
+    """Return a field's name as messages show it: it may be long and hold lone surrogates."""
+    return name[:80].encode("utf-8", "backslashreplace").decode()
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    meant = _meant(name, known)
+    hint = f"; did you mean {meant}?" if meant else ";"
+    return f"unknown field{hint} the fields are {', '.join(known)}"
+
+
+def _meant(name: str, known: Sequence[str]) -> str | None:
+    """Return the field, or the fields, that a client probably means."""
+    plain = _plain(name)
+    for fields, others in OTHER_NAMES:
+        if plain in map(_plain, others.split()) and set(fields.split(" and ")) <= set(known):
+            return fields
+    by_plain = {_plain(field): field for field in known}
+    near = difflib.get_close_matches(plain, by_plain, 1, ALIKE)
+    return by_plain[near[0]] if near else None
+
+
+def _plain(name: str) -> str:
+    """Return a name without what differs between conventions, such as camelCase and snake_case."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def from_validation(
@@ -66,13 +105,21 @@ def from_validation(
         schema: the request's; without it, pydantic's own words describe the permitted values.
         sent: the request's fields, so that the error names only what the client wrote.
     """
-    first = error.errors(include_url=False)[0]
+    first = _of_lists(error.errors(include_url=False)[0])
     path = _path(first, sent) if schema else [str(part) for part in first["loc"]]
     param = first.get("ctx", {}).get("param") or (path[0] if path else None)
     where = ".".join(path) or param or "body"
     message = f"{where}: {_problem(first, schema, path or [param or ''])}"
     code = CODES.get(first["type"], "invalid_value")
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, message, param)
+
+
+def _of_lists(error: ErrorDetails) -> ErrorDetails:
+    """Return the error; that of an entry which a list of fixed length lacks, as the list's."""
+    *place, last = error["loc"] or ("",)
+    if error["type"] != "missing" or not isinstance(last, int):
+        return error
+    return {**error, "type": "too_short", "loc": tuple(place)}
 
 
 def _path(error: ErrorDetails, sent: object) -> list[str]:
@@ -83,9 +130,9 @@ def _path(error: ErrorDetails, sent: object) -> list[str]:
         is_entry = isinstance(value, list) and isinstance(part, int) and part < len(value)
         if is_entry or (isinstance(value, dict) and part in value):
             value = value[part]
-        elif error["type"] != "missing" or part != error["loc"][-1] or isinstance(part, int):
+        elif error["type"] != "missing" or part != error["loc"][-1]:
             continue
-        path.append(str(part))
+        path.append(shown_name(str(part)))
     return path
 
 
@@ -96,14 +143,21 @@ def _problem(error: ErrorDetails, schema: type[BaseModel] | None, path: Sequence
         return f"required: {permitted(kind)}" if kind else "required"
     if error["type"] == "extra_forbidden" and schema:
         parent = field_schema(schema, path[:-1]) or {}
-        return _unknown(path[-1], parent.get("properties", ()))
+        return _unknown(path[-1], list(parent.get("properties", ())))
     if error["type"] in COMPLETE:
         return error["msg"]
     if error["type"] in PYDANTIC_TYPES and kind:
         text = TEXTS.get(error["type"]) or f"must be {permitted(kind)}"
     else:
         text = error["msg"].removeprefix("Value error, ")
-    return f"{text} (sent: {_sent(error)})"
+    return f"{text} (sent: {_sent(error)}){_file_hint(error)}"
+
+
+def _file_hint(error: ErrorDetails) -> str:
+    """Return the advice for a form's file where no field takes one."""
+    if not isinstance(error["input"], bytes) or error["type"] not in PYDANTIC_TYPES:
+        return ""
+    return "; send it as text, not as a file (with curl: -F 'field=<file' in place of '=@file')"
 
 
 def _sent(error: ErrorDetails) -> str:
@@ -112,7 +166,7 @@ def _sent(error: ErrorDetails) -> str:
     if error["type"] == "string_too_long" and isinstance(value, str):
         return f"{len(value)} characters"
     if error["type"] in ("too_long", "too_short") and isinstance(value, list | tuple):
-        return f"{len(value)} entries"
+        return "1 entry" if len(value) == 1 else f"{len(value)} entries"
     return shortened(value)
 
 
