@@ -200,6 +200,20 @@ def test_what_is_no_base64_is_422(endpoint: TestClient, sent: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "sent", ["/home/me/cat.png", "cat.png", "C:\\Users\\me\\cat.png", "c:/cat"]
+)
+def test_a_file_s_path_is_taken_for_one_on_every_system(endpoint: TestClient, sent: str) -> None:
+    answer = endpoint.post("/", json={"image": sent})
+    refused(answer, 422, "image", "is it the name of a file?", "invalid_value")
+
+
+def test_base64_may_be_indented(endpoint: TestClient) -> None:
+    lines = [BASE64[i : i + 20] for i in range(0, len(BASE64), 20)]
+    for sent in ("\n    ".join(lines), " \r\n\t".join(lines), "  \n" + "\n  ".join(lines) + "\n  "):
+        assert endpoint.post("/", json={"image": sent}).json() == {"image": len(PNG)}
+
+
+@pytest.mark.parametrize(
     ("sent", "mention"),
     [
         (BASE64.replace("A", " ", 1), f"character {BASE64.index('A') + 1} is ' ': was '+' decoded"),

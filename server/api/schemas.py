@@ -102,7 +102,8 @@ Seed = Annotated[int | None, Field(ge=-INT64, lt=INT64), AfterValidator(_drawn_s
 
 # ── images ────────────────────────────────────────────────────────────────────────────────────────
 
-URL_SCHEME = re.compile(r"([a-z][a-z0-9+.-]{0,30}):", re.IGNORECASE)
+# One letter is a drive of Windows.
+URL_SCHEME = re.compile(r"([a-z][a-z0-9+.-]{1,30}):", re.IGNORECASE)
 IMAGE_DESCRIPTION = (
     "A PNG, JPEG, WebP, GIF, AVIF or (if the server has its decoder) HEIC file: base64 or a data "
     "URL in JSON, a file in a form"
@@ -156,6 +157,8 @@ def _from_base64(text: str, is_url: bool) -> bytes:
 
     Raises PydanticCustomError that says what is wrong.
     """
+    if " " in text and "\n" in text:  # indented, as in YAML
+        text = "\n".join(line.strip() for line in text.split("\n"))
     stray = _NOT_BASE64.search(text)
     if stray is not None:
         raise _no_base64(f"character {stray.start() + 1} is {stray[0]!r}{_hint(stray[0])}")
@@ -175,7 +178,7 @@ def _hint(stray: str) -> str:
     """Return the likely mistake behind a character that is not base64's."""
     if stray == " ":
         return ": was '+' decoded as a space?"
-    return ": is it the name of a file?" if stray == "." else ""
+    return ": is it the name of a file?" if stray in (".", ":", "\\") else ""
 
 
 def _no_base64(reason: str) -> PydanticCustomError:
