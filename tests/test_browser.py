@@ -247,8 +247,42 @@ def test_several_pictures_are_drawn_beside_each_other_and_one_is_chosen(plain: P
     plain.page.fill("#n", "3")
     plain.draw(APPLE)
     assert plain.page.locator("#gallery img").count() == 3
+    plain.choose("Inpaint")
+    expect(plain.page.locator("#operation-hint")).to_contain_text("Choose one of the images first.")
+    plain.press(APPLE)
+    expect(plain.page.locator("#error")).to_have_text("Choose one of the images first.")
     plain.page.locator("#tiles button").nth(2).click()
+    expect(plain.page.locator("#operation-hint")).not_to_contain_text("first")
     assert plain.shown.shape == (32, 64, 3)
+
+
+def test_the_empty_state_says_whether_there_are_images_to_choose(plain: Playground) -> None:
+    title = plain.page.locator("#empty-title")
+    expect(title).to_have_text("No images yet")
+    plain.draw(APPLE)
+    plain.page.reload()
+    expect(title).to_have_text("No image chosen")
+
+
+def test_a_prompt_is_written_in_the_direction_of_its_script(plain: Playground) -> None:
+    plain.draw("تفاحة حمراء")
+    for text in ("#prompt", "#caption"):
+        expect(plain.page.locator(text)).to_have_css("direction", "rtl")
+
+
+def test_the_settings_of_an_interpolation_say_that_its_images_are_missing(
+    plain: Playground,
+) -> None:
+    page = plain.page
+    plain.draw(APPLE)
+    plain.choose("Interpolate")
+    page.get_by_role("button", name="Remove keyframe 2").click()
+    page.get_by_role("button", name="Add the shown image").click()
+    page.evaluate("document.getElementById('status').textContent = ''")
+    page.locator("#run").click()
+    plain.finished()
+    page.get_by_role("button", name="Use its settings").click()
+    expect(page.locator("#error")).to_contain_text("does not keep the images of keyframes")
 
 
 def test_variations_and_edits_begin_with_the_picture_that_is_shown(plain: Playground) -> None:
@@ -279,6 +313,29 @@ def test_a_picture_can_be_dropped_and_pasted(plain: Playground) -> None:
         )
         expect(plain.page.locator("#caption")).to_have_text(f"{event}.png")
         assert plain.shown.shape == (32, 64, 3)
+
+
+def test_text_wins_over_its_picture_where_text_is_written(plain: Playground) -> None:
+    page = plain.page
+    taken = page.evaluate(
+        """() => ["#prompt", "#guidance_scale"].map((field) => {
+          const transfer = new DataTransfer();
+          transfer.setData("text/plain", "a red apple");
+          transfer.setData("text/html", "<td>a red apple</td>");
+          transfer.items.add(new File(["no image"], "image.png", { type: "image/png" }));
+          const paste = { clipboardData: transfer, bubbles: true, cancelable: true };
+          return !document.querySelector(field).dispatchEvent(new ClipboardEvent("paste", paste));
+        })"""
+    )
+    assert taken == [False, True]
+
+
+@pytest.mark.parametrize("text", ["cut this long prompt", "a short prompt"])
+def test_a_prompt_that_was_cut_is_said(plain: Playground, text: str) -> None:
+    said = plain.draw(text)
+    is_cut = text.startswith("cut")
+    assert ("The prompt was too long: its end was cut." in said) == is_cut
+    assert ("end cut (byt5, clip)" in plain.page.inner_text("#facts")) == is_cut
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -4,9 +4,9 @@ export const NEEDS_IMAGE = ["inpaint", "outpaint", "variations", "edit", "upscal
 export const PROMPT_OPTIONAL = ["outpaint", "variations", "interpolate", "upscale"];
 export const HAS_REGIONS = ["generate", "inpaint", "outpaint"];
 
-/** A request without a required part. element: the place to add it. */
+/** A request without a required part. element: the field at fault, or null. */
 export class IncompleteRequest extends Error {
-  constructor(message, element) {
+  constructor(message, element = null) {
     super(message);
     this.element = element;
   }
@@ -17,7 +17,7 @@ export class IncompleteRequest extends Error {
  * none), the number of expected images, and the title in the history. Throws IncompleteRequest.
  */
 export function buildRequest({ settings, canvas, mask, margins, regions, keyframes, prompt }) {
-  if (!settings.model) throw new IncompleteRequest("The server has not answered yet.", prompt);
+  if (!settings.model) throw new IncompleteRequest("The server has not answered yet.");
   const operation = settings.operation;
   const text = prompt.value.trim();
   const fields = { ...settings.request(), ...(text && { prompt: text }) };
@@ -26,7 +26,8 @@ export function buildRequest({ settings, canvas, mask, margins, regions, keyfram
   if (operation === "interpolate") return interpolation(request, keyframes, prompt);
   if (HAS_REGIONS.includes(operation) && settings.supports("regions")) divide(request, regions);
   if (!NEEDS_IMAGE.includes(operation)) return request;
-  if (!canvas.current) throw new IncompleteRequest("An image is required: generate, select, drop, paste or open one.", prompt);
+  if (canvas.tiled) throw new IncompleteRequest("Choose one of the images first.");
+  if (!canvas.current) throw new IncompleteRequest("An image is required: generate, select, drop, paste or open one.");
   request.images.image = canvas.current;
   if (operation === "inpaint") return masked(request, mask);
   if (operation === "outpaint") return extended(request, margins);

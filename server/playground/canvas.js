@@ -77,6 +77,11 @@ export class Canvas {
     return this.view === this.empty;
   }
 
+  /** Whether several images are shown side by side. */
+  get tiled() {
+    return this.view === this.tiles;
+  }
+
   get current() {
     return this.frames[Number(this.frameNumber.value)] ?? null;
   }

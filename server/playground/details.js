@@ -13,6 +13,11 @@ export function showDetails({ box, caption, facts, again, reuse, timings }, entr
   render(timings, entry.timings, entry.seconds);
 }
 
+/** Says that the encoders cut a prompt, in a sentence after another one; empty if they did not. */
+export function cutNote({ truncated }) {
+  return truncated?.length ? " The prompt was too long: its end was cut." : "";
+}
+
 function rows({ parameters, width, height, original, model }) {
   const size = ["Size", `${width} × ${height}`];
   if (!parameters) return original ? [size, ["Size of the file", original.join(" × ")]] : [size];
@@ -26,6 +31,7 @@ function rows({ parameters, width, height, original, model }) {
     ["Guidance", [...new Set(parameters.guidance_scale)].join(" → ")],
     ["Sampler", parameters.sampler],
     ["Weights", model],
+    ...(parameters.truncated?.length ? [["Prompt", `end cut (${parameters.truncated.join(", ")})`]] : []),
   ];
 }
 

@@ -13,8 +13,14 @@ export class Gallery {
 
   /** images: returns an entry's data URLs or null. */
   render(entries, images) {
+    const index = this.buttons.indexOf(document.activeElement);
+    const id = this.buttons[index]?.dataset.id;
     this.list.replaceChildren(...entries.map((entry) => this.#item(entry, images(entry)?.[0])));
     this.#tabStop();
+    this.mark(this.marked);
+    if (index < 0) return;
+    const same = this.buttons.findIndex((button) => button.dataset.id === id);
+    this.#focus(same < 0 ? Math.min(index, this.buttons.length - 1) : same);
   }
 
   prepend(entry, image) {
@@ -24,6 +30,7 @@ export class Gallery {
 
   /** Marks the shown entry. */
   mark(id) {
+    this.marked = id;
     for (const button of this.buttons) button.setAttribute("aria-current", String(button.dataset.id === id));
   }
 
@@ -92,7 +99,7 @@ function thumbnail(entry, url) {
 
 function placeholder(entry) {
   const text = document.createElement("span");
-  text.className = "evicted";
+  Object.assign(text, { className: "evicted", dir: "auto" });
   text.textContent = describe(entry);
   return text;
 }

@@ -27,6 +27,11 @@ export class History {
     return [];
   }
 
+  /** Whether the history consists of this storage key; null: all keys. */
+  static owns(name) {
+    return name === null || name === INDEX || name.startsWith(IMAGES);
+  }
+
   /** Drops the oldest images until these fit, and the oldest entries beyond the maximum. */
   add(entry, images) {
     const entries = [entry, ...this.entries];
@@ -63,7 +68,7 @@ export class History {
 
   #eraseAll() {
     const stored = this.storage ? Object.keys(this.storage) : [];
-    for (const name of [...this.memory.keys(), ...stored]) if (name === INDEX || name.startsWith(IMAGES)) this.#erase(name);
+    for (const name of [...this.memory.keys(), ...stored]) if (History.owns(name)) this.#erase(name);
   }
 
   #erase(name) {

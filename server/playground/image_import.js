@@ -2,6 +2,7 @@
 
 // Until the server has told its own limit.
 const DEFAULT_SIDE = 512;
+const WRITABLE = 'textarea, input:not([type="range"], [type="checkbox"], [type="radio"], [type="file"])';
 const HEIC_BRANDS = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"];
 
 /**
@@ -23,7 +24,9 @@ export function listenForImages({ input, onImage, onError, side }) {
   });
   document.addEventListener("paste", (event) => {
     const file = imageFile(event.clipboardData);
-    if (!file) return;
+    // Spreadsheets and word processors copy a picture of the text along with it.
+    const isText = event.target.closest?.(WRITABLE) && event.clipboardData?.types.includes("text/plain");
+    if (!file || isText) return;
     event.preventDefault();
     load(file);
   });

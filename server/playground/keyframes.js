@@ -33,7 +33,7 @@ export class Keyframes {
   }
 
   addPrompt(text = "") {
-    const input = Object.assign(document.createElement("input"), { value: text, maxLength: 32000, placeholder: "a prompt" });
+    const input = Object.assign(document.createElement("input"), { value: text, maxLength: 32000, placeholder: "a prompt", dir: "auto" });
     this.#add(input);
     return input;
   }

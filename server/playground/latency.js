@@ -43,9 +43,9 @@ export function quantile(share, counts) {
 }
 
 export class Latency {
-  /** read: resolves to the metrics' text. */
-  constructor({ chart, summary, read }) {
-    Object.assign(this, { chart, summary, read, polls: [] });
+  /** read: resolves to the metrics' text. failed: called with the error of a failed read. */
+  constructor({ chart, summary, read, failed }) {
+    Object.assign(this, { chart, summary, read, failed, polls: [] });
     this.#poll();
     setInterval(() => document.hidden || this.#poll(), PERIOD);
     new ResizeObserver(() => this.#draw()).observe(chart);
@@ -55,6 +55,7 @@ export class Latency {
     try {
       this.#take(histogram(await this.read()), Date.now());
     } catch (error) {
+      this.failed(error);
       this.summary.textContent = error.status ? `Metrics unavailable: ${error.message}` : "The server does not answer.";
     }
   }
@@ -107,8 +108,7 @@ function axis({ width, top, y }) {
 
 function minutes({ now, x, height }) {
   return [0, 1, 2, 3, 4, 5].map((ago) => {
-    const anchor = ago === 0 ? "end" : ago === 5 ? "start" : "middle";
-    return svg("text", { x: x(now - ago * 60_000), y: height - 6, "text-anchor": anchor }, ago ? `−${ago} min` : "now");
+    return svg("text", { x: x(now - ago * 60_000), y: height - 6, "text-anchor": ago ? "middle" : "end" }, ago ? `−${ago} min` : "now");
   });
 }
 

@@ -1,10 +1,10 @@
 // The playground: connects form, canvas, history and server.
 
-import { ServerError, send } from "./api.js";
-import { HAS_REGIONS, IncompleteRequest, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
+import { NoAnswer, ServerError, send } from "./api.js";
+import { HAS_REGIONS, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
 import { Canvas } from "./canvas.js";
 import { Connection } from "./connection.js";
-import { showDetails } from "./details.js";
+import { cutNote, showDetails } from "./details.js";
 import { generatedEntries, openedEntry } from "./entries.js";
 import { FormErrors } from "./form_errors.js";
 import { Gallery, describe } from "./gallery.js";
@@ -36,7 +36,10 @@ const OPERATIONS = {
   interpolate: ["Interpolate", "Images between prompts or images, all from the same noise."],
   upscale: ["Upscale", "Enlarge the image, drawing its details. The prompt is optional."],
 };
+const LOST_KEYFRAMES = "The history does not keep the images of keyframes. Remove the empty keyframes, and add the images again.";
 const FORM = "paellera.form";
+// Whose Enter key draws: touch keyboards have no Control key.
+const touch = matchMedia("(pointer: coarse)");
 
 const $ = (id) => document.getElementById(id);
 
@@ -66,7 +69,7 @@ const regions = new Regions({ list: $("regions"), layer: $("layer"), toggle: $("
 const live = new Live({ request: liveRequest, shown: showLive, rested: describeLive, failed: failLive });
 const keyframes = new Keyframes($("keyframes"), () => snippets.show());
 const gallery = new Gallery($("gallery"), { select: choose, remove: forget });
-const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference") }, useModels);
+const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference"), prompt: $("prompt") }, useModels);
 
 const panel = {
   box: $("shown"),
@@ -97,6 +100,7 @@ function currentRequest() {
 async function run(make) {
   if (running) return;
   settle();
+  remember();
   errors.clear();
   const began = performance.now();
   const generated = [];
@@ -130,6 +134,7 @@ function end() {
   $("cancel").ariaDisabled = "true";
   $("progress").value = 0;
   showRegions();
+  showHint();
   if (missed) drawLive();
 }
 
@@ -159,18 +164,16 @@ function finish(generated, { seconds, preview }) {
   else select(generated[0]);
   const first = preview === undefined ? "" : `, first preview after ${milliseconds(preview)}`;
   const what = generated.length > 1 ? `${generated.length} images` : shown.operation === "interpolate" ? "All frames" : "Generated";
-  $("status").textContent = `${what} in ${milliseconds(seconds)}${first}. Seed ${generated[0].parameters.seed}.`;
+  $("status").textContent = `${what} in ${milliseconds(seconds)}${first}. Seed ${generated[0].parameters.seed}.${cutNote(generated[0].parameters)}`;
 }
 
 function fail(error) {
   if (running) restore();
   if (error.name === "AbortError") return void ($("status").textContent = "Cancelled.");
   $("status").textContent = "";
-  if (error.status === 401) connection.askForKey(error);
-  if (error instanceof ServerError) return errors.showServerError(error);
-  // fetch throws TypeError without an answer.
-  errors.show(error instanceof TypeError && running ? "The server does not answer." : error.message);
-  if (error instanceof IncompleteRequest) error.element.focus();
+  if (error instanceof ServerError) errors.showServerError(error);
+  else errors.show(error instanceof NoAnswer ? `${error.message}.` : error.message, { element: error.element });
+  connection.failed(error);
 }
 
 function cancel() {
@@ -224,15 +227,13 @@ function describeLive() {
   const { request, entry } = latest;
   requests.set(entry.id, request);
   select(entry);
-  $("status").textContent = `Drawn in ${milliseconds(entry.seconds)}. Seed ${entry.parameters.seed}.`;
+  $("status").textContent = `Drawn in ${milliseconds(entry.seconds)}. Seed ${entry.parameters.seed}.${cutNote(entry.parameters)}`;
 }
 
 function failLive(error, wait) {
-  if (error.status === 401) connection.askForKey(error, { quietly: true });
-  const unanswered = error instanceof TypeError;
-  const message = unanswered ? "The server does not answer" : error.message;
+  connection.failed(error, { quietly: true });
   const next = wait ? `Live mode waits for ${wait} s.` : "The next key tries again.";
-  const text = unanswered || error instanceof ServerError ? `${message}. ${next}` : message;
+  const text = error instanceof NoAnswer || error instanceof ServerError ? `${error.message}. ${next}` : error.message;
   // The same text written again would be announced again.
   if ($("status").textContent !== text) $("status").textContent = text;
 }
@@ -262,7 +263,9 @@ function show(entry) {
   const images = history.images(entry.id);
   select(entry);
   if (!images) {
-    errors.show("This image was removed for newer ones. “Use its settings” and generate it again: its seed gives the same image.");
+    const reason = history.entries.some(({ id }) => id === entry.id) ? "removed for newer ones" : "deleted in another tab";
+    const again = entry.parameters ? " “Use its settings” and generate it again: its seed gives the same image." : "";
+    errors.show(`This image was ${reason}.${again}`);
     return;
   }
   canvas.show(images, { width: entry.width, height: entry.height }, describe(entry));
@@ -310,12 +313,14 @@ function blank() {
 
 function showGallery() {
   gallery.render(history.entries, ({ id }) => history.images(id));
+  showHistory();
 }
 
 function showHistory() {
   const { length } = history.entries;
   $("forget-all").hidden = !length;
   $("history-note").hidden = !length;
+  $("empty-title").textContent = length ? "No image chosen" : "No images yet";
 }
 
 function showMargins(dragging) {
@@ -353,14 +358,15 @@ function useModels(data) {
   if (models.some(({ id }) => id === chosen)) $("model").value = chosen;
   useModel();
   if (!recalled) begun();
-  recalled = true;
 }
 
 /** Continues the start that needs the server, and its key if one is required. */
 function begun() {
   recall();
   const metrics = async () => (await send("metrics")).text();
-  new Latency({ chart: $("chart"), summary: $("latency-summary"), read: metrics });
+  // Metrics may need another key than the page's.
+  const failed = (error) => error.status !== 401 && connection.failed(error);
+  new Latency({ chart: $("chart"), summary: $("latency-summary"), read: metrics, failed });
 }
 
 function useModel() {
@@ -371,7 +377,7 @@ function useModel() {
   $("incapable").textContent = `${model.id} does not support: ${names.map(([, [label]]) => label.toLowerCase()).join(", ")}.`;
   $("add-picture").disabled = !settings.supports("variations");
   $("upscale").hidden = !settings.supports("upscale");
-  if (shown) margins.reset(shown, longestSide());
+  if (shown && margins.limits.side !== longestSide()) margins.reset(shown, longestSide());
   useOperation();
 }
 
@@ -399,7 +405,8 @@ function useOperation() {
 function showHint() {
   const [, hint] = OPERATIONS[settings.operation];
   const incomplete = NEEDS_IMAGE.includes(settings.operation) && !canvas.current;
-  $("operation-hint").textContent = incomplete ? `${hint} Generate, drop or open an image first.` : hint;
+  const first = canvas.tiled ? "Choose one of the images first." : "Generate, drop or open an image first.";
+  $("operation-hint").textContent = incomplete ? `${hint} ${first}` : hint;
 }
 
 function reuse({ operation, prompt, model, parameters }) {
@@ -413,6 +420,7 @@ function reuse({ operation, prompt, model, parameters }) {
   remember();
   useOperation();
   $("prompt").focus();
+  if (parameters.keyframes?.some(({ prompt }) => prompt === undefined)) errors.show(LOST_KEYFRAMES);
 }
 
 /** Enlarges the shown image as the form says, described by its own prompt. */
@@ -427,8 +435,10 @@ function upscale() {
 }
 
 function remember() {
+  // Until then, the storage knows more than the form.
+  if (!recalled) return;
   try {
-    localStorage.setItem(FORM, JSON.stringify({ ...settings.remember(), live: $("live").checked }));
+    localStorage.setItem(FORM, JSON.stringify(settings.remember()));
   } catch {
     // Storage may be full or forbidden; the form lasts as long as the page.
   }
@@ -436,12 +446,12 @@ function remember() {
 
 function recall() {
   try {
-    const { live: isLive, ...values } = JSON.parse(localStorage.getItem(FORM)) ?? {};
-    settings.recall(values);
-    $("live").checked = isLive === true;
+    settings.recall(JSON.parse(localStorage.getItem(FORM)) ?? {});
   } catch {
     // As above.
   }
+  recalled = true;
+  remember();
 }
 
 function importImage({ url, ...file }) {
@@ -468,7 +478,9 @@ function example(prompt) {
 
 function shortcut(event) {
   const writing = event.target.closest?.("input, textarea, select, [role=application]");
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
+  if (event.isComposing) return;
+  const go = event.ctrlKey || event.metaKey || (touch.matches && event.target.id === "prompt" && !event.shiftKey);
+  if (event.key === "Enter" && go) $("form").requestSubmit();
   else if (event.key === "Escape" && running) cancel();
   else if (event.key === "/" && !writing) $("prompt").focus();
   else return;
@@ -487,6 +499,7 @@ const pressed = {
   forget: () => forget(shown.id),
   reset: () => {
     settings.reset();
+    remember();
     useOperation();
     drawLive();
   },
@@ -498,8 +511,7 @@ const pressed = {
   "forget-all": () => {
     if (!confirm("Delete all images of the history?")) return;
     history.clear();
-    gallery.render([], () => null);
-    showHistory();
+    showGallery();
     blank();
   },
   "mask-undo": () => mask.undo(),
@@ -549,12 +561,12 @@ $("theme").addEventListener("change", ({ target }) => {
   }
 });
 document.addEventListener("keydown", shortcut);
-window.addEventListener("storage", showGallery);
+window.addEventListener("storage", ({ key }) => History.owns(key) && showGallery());
 listenForImages({ input: $("open"), onImage: importImage, onError: (message) => errors.show(message), side: longestSide });
 
 $("examples").append(...EXAMPLES.map(example));
 $("settings").open = matchMedia("(min-width: 60rem)").matches;
+useOperation();
 showGallery();
-showHistory();
 if (history.damaged) errors.show("The saved history cannot be read. It was deleted, and a new one begins.");
 connection.connect();

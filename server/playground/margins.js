@@ -68,18 +68,20 @@ export class Margins {
     let start = null;
     const [x, y] = OUTWARDS[side];
     handle.addEventListener("pointerdown", (event) => {
+      if (!event.isPrimary) return;
       handle.setPointerCapture(event.pointerId);
       handle.focus();
-      start = { at: event.clientX * x + event.clientY * y, value: this.values[side] };
+      start = { pointerId: event.pointerId, at: event.clientX * x + event.clientY * y, value: this.values[side] };
       event.preventDefault();
     });
     handle.addEventListener("pointermove", (event) => {
-      if (start) this.#set(side, start.value + (event.clientX * x + event.clientY * y - start.at) / this.scale, true);
+      if (start?.pointerId === event.pointerId) this.#set(side, start.value + (event.clientX * x + event.clientY * y - start.at) / this.scale, true);
     });
     for (const name of ["pointerup", "pointercancel"]) {
-      handle.addEventListener(name, () => {
-        if (start) this.#changed(false);
+      handle.addEventListener(name, ({ pointerId }) => {
+        if (start?.pointerId !== pointerId) return;
         start = null;
+        this.#changed(false);
       });
     }
     handle.addEventListener("keydown", (event) => this.#key(event, side));

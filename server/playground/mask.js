@@ -6,12 +6,12 @@ const MAX_UNDO = 30;
 export class Mask {
   /** change: called when the mask has changed. */
   constructor(elements, change) {
-    Object.assign(this, elements, { change, undoable: [], last: null, cursor: null, down: false });
+    Object.assign(this, elements, { change, undoable: [], last: null, pointer: null, cursor: null, down: false });
     this.context = this.canvas.getContext("2d", { willReadFrequently: true });
     this.paint = stripes(this.context);
     this.canvas.addEventListener("pointerdown", (event) => this.#begin(event));
     this.canvas.addEventListener("pointermove", (event) => this.#move(event));
-    for (const name of ["pointerup", "pointercancel"]) this.canvas.addEventListener(name, () => this.#end());
+    for (const name of ["pointerup", "pointercancel"]) this.canvas.addEventListener(name, ({ pointerId }) => pointerId === this.pointer && this.#end());
     this.canvas.addEventListener("pointerleave", () => (this.ring.hidden = document.activeElement !== this.canvas));
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
     this.canvas.addEventListener("focus", () => this.canvas.matches(":focus-visible") && this.#aim(this.cursor ?? this.#middle));
@@ -98,7 +98,8 @@ export class Mask {
   }
 
   #begin(event) {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || !event.isPrimary) return;
+    this.pointer = event.pointerId;
     this.canvas.setPointerCapture(event.pointerId);
     this.#remember();
     this.last = this.#place(event);
@@ -106,6 +107,8 @@ export class Mask {
   }
 
   #move(event) {
+    // A second finger does not paint.
+    if (event.pointerId !== (this.pointer ?? event.pointerId)) return;
     this.#aim(this.#place(event));
     if (!this.last) return;
     const events = event.getCoalescedEvents?.() ?? [];
@@ -114,7 +117,7 @@ export class Mask {
 
   #end() {
     if (this.last) this.change();
-    this.last = null;
+    Object.assign(this, { last: null, pointer: null });
   }
 
   #stroke(to) {

@@ -18,8 +18,9 @@ export class Regions {
     toggle.addEventListener("change", change);
     button.addEventListener("click", () => this.add()?.prompt.focus());
     layer.addEventListener("pointerdown", (event) => this.#begin(event));
-    layer.addEventListener("pointermove", (event) => this.drag && this.#move(event));
-    for (const name of ["pointerup", "pointercancel"]) layer.addEventListener(name, () => this.drag && this.#end());
+    const dragging = ({ pointerId }) => this.drag?.pointerId === pointerId;
+    layer.addEventListener("pointermove", (event) => dragging(event) && this.#move(event));
+    for (const name of ["pointerup", "pointercancel"]) layer.addEventListener(name, (event) => dragging(event) && this.#end());
   }
 
   get shown() {
@@ -97,13 +98,13 @@ export class Regions {
   }
 
   #begin(event) {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || !event.isPrimary) return;
     const at = this.#at(event);
     const held = this.regions.find(({ mark }) => mark === event.target);
     const region = held ?? this.add([at[0], at[1], at[0], at[1]]);
     if (!region) return;
     this.layer.setPointerCapture(event.pointerId);
-    this.drag = { region, at, box: region.box, isNew: !held, moved: held ? edgesAt(event, held.mark) : [0, 0, 1, 1] };
+    this.drag = { pointerId: event.pointerId, region, at, box: region.box, isNew: !held, moved: held ? edgesAt(event, held.mark) : [0, 0, 1, 1] };
     event.preventDefault();
   }
 
@@ -136,7 +137,7 @@ export class Regions {
 /** Returns a region's elements: its entry of the list with prompt, numbers and button, and its mark on the canvas. */
 function parts(text) {
   const element = (name, properties = {}) => Object.assign(document.createElement(name), properties);
-  const prompt = element("input", { value: text, maxLength: 32000, placeholder: "a prompt" });
+  const prompt = element("input", { value: text, maxLength: 32000, placeholder: "a prompt", dir: "auto" });
   const remove = element("button", { type: "button", textContent: "Remove" });
   const edges = EDGES.map(() => element("input", { type: "number", min: "0", max: "100", step: "any", required: true }));
   const item = element("li");

@@ -9,8 +9,18 @@ const RECIPE = ["num_inference_steps", "guidance_scale", "sampler", "temperature
 const FAST = "fast";
 const QUALITY = "quality";
 const FEW_STEPS = 4;
+// Fields that no reset changes.
+const KEPT = ["operation", "prompt", "live"];
 // Fields that a request may lack; an image's parameters set them, or their defaults do.
 const OPTIONAL = ["feather", "fit", "resize", "hires_scale", "hires_strength", "hires_steps"];
+
+/** A value that cannot be sent. element: its field. */
+class InvalidField extends Error {
+  constructor(element, message) {
+    super(message);
+    this.element = element;
+  }
+}
 
 export class Settings {
   constructor(form) {
@@ -61,16 +71,12 @@ export class Settings {
 
   reset() {
     this.changed.clear();
-    for (const name of OPTIONAL) restore(this.fields[name]);
+    for (const field of this.fields) if (field.name && !KEPT.includes(field.name)) restore(field);
     this.#choosePreset();
-    this.fields.negative_prompt.value = this.fields.seed.value = "";
-    Object.assign(this.fields.n, { value: "1" });
-    this.fields.partial_images.value = "5";
-    this.fields.deterministic.checked = false;
     this.#show();
   }
 
-  /** Returns the request's fields except prompts and images. Throws Error for an invalid number. */
+  /** Returns the request's fields except prompts and images. Throws InvalidField for an invalid number. */
   request() {
     const { fields, changed } = this;
     const operation = this.operation;
@@ -156,12 +162,14 @@ export class Settings {
 
   /** Returns the values to restore when the page is opened again. */
   remember() {
-    return { ...this.#values(), prompt: this.fields.prompt.value };
+    return { ...this.#values(), prompt: this.fields.prompt.value, live: this.fields.live.checked };
   }
 
+  /** What has been typed already stays. */
   recall(values) {
+    const typed = this.#values();
     if (values.preset) this.#choosePreset(values.preset);
-    this.#write(values);
+    this.#write({ ...values, ...typed });
     this.#followRequest();
   }
 
@@ -276,17 +284,17 @@ function labelOf(field) {
   return [...field.labels[0].childNodes].find((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()).data.trim();
 }
 
-/** Returns the field's number; a fraction may lie between the steps of its arrows. Throws Error if it is out of bounds. */
+/** Returns the field's number; a fraction may lie between the steps of its arrows. Throws InvalidField if it is out of bounds. */
 function bounded(field) {
   const { valid, stepMismatch, rangeUnderflow, rangeOverflow } = field.validity;
   const between = stepMismatch && !Number.isInteger(Number(field.step || 1)) && !rangeUnderflow && !rangeOverflow;
-  if (field.value === "" || !(valid || between)) throw new Error(`${labelOf(field)}: must be a number from ${field.min} to ${field.max}`);
+  if (field.value === "" || !(valid || between)) throw new InvalidField(field, `${labelOf(field)}: must be a number from ${field.min} to ${field.max}`);
   return Number(field.value);
 }
 
-/** Returns the field's integer. Throws Error beyond the integers that JavaScript represents exactly. */
+/** Returns the field's integer. Throws InvalidField beyond the integers that JavaScript represents exactly. */
 function whole(field) {
   const value = Number(field.value);
-  if (!Number.isSafeInteger(value)) throw new Error(`${labelOf(field)}: must be an integer between −2⁵³ and 2⁵³`);
+  if (!Number.isSafeInteger(value)) throw new InvalidField(field, `${labelOf(field)}: must be an integer between −2⁵³ and 2⁵³`);
   return value;
 }
