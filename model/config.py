@@ -39,6 +39,7 @@ from model.recipe import RenoiseMode as RenoiseMode
 from model.recipe import RenoiseOrder as RenoiseOrder
 from model.recipe import Sampler as Sampler
 from model.recipe import SamplingConfig as SamplingConfig
+from model.vocabulary import Vocabulary
 
 # Where the text encoders are: with the other networks, on the CPU, or with them and ByT5's weights
 # in int8.
@@ -53,9 +54,9 @@ Operation = Literal[
 
 CONFIG_FILE = "bundle.json"
 # Of bundle.json; absent is 1.
-Format = Literal[1, 2, 3]
-FORMAT: Format = 3
-_CAME_WITH: dict[Format, str] = {2: "presets", 3: "pruned blocks"}
+Format = Literal[1, 2, 3, 4]
+FORMAT: Format = 4
+_CAME_WITH: dict[Format, str] = {2: "presets", 3: "pruned blocks", 4: "a vocabulary"}
 MAX_CONFIG_BYTES = 2**20
 
 
@@ -112,9 +113,13 @@ class FileEntry:
 
 
 def needed_format(
-    presets: Mapping[str, Preset], denoisers: Iterable[DenoiserConfig | DenoiserV1Config]
+    presets: Mapping[str, Preset],
+    denoisers: Iterable[DenoiserConfig | DenoiserV1Config],
+    vocabulary: Vocabulary | None = None,
 ) -> Format:
     """Return the first format of `bundle.json` in which all of this can be written."""
+    if vocabulary is not None:
+        return 4
     if any(isinstance(d, DenoiserConfig) and d.pruned_blocks for d in denoisers):
         return 3
     return 2 if presets else 1
@@ -140,6 +145,8 @@ class BundleConfig:
     denoiser_inputs: ClassVar[tuple[str, ...]]
     # Whether the denoisers attend to the text and to an image, so that both can be weighed.
     attends: ClassVar[bool] = True
+    # What prompts are reduced to before they are encoded; None: nothing is left out.
+    vocabulary: Vocabulary | None = None
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     family: str
@@ -166,7 +173,8 @@ class BundleConfig:
         if any(side < self.smallest_side or side % self.size_step for side in self.native_size):
             sizes = f"multiples of {self.size_step} from {self.smallest_side} on"
             raise ValueError(f"native_size must be two {sizes}, not {self.native_size}")
-        needed = needed_format(self.presets, (self.denoiser, *self.denoisers.values()))
+        denoisers = (self.denoiser, *self.denoisers.values())
+        needed = needed_format(self.presets, denoisers, self.vocabulary)
         if self.format < needed:
             raise ValueError(f"{_CAME_WITH[needed]} need format {needed}, not {self.format}")
         self._check_presets()
@@ -229,6 +237,10 @@ class BundleConfig:
     def text_limits(self) -> dict[str, int]:
         """The longest prompt of each encoder, end marks included."""
         return {"clip_tokens": self.clip.context_length}
+
+    def read_prompt(self, prompt: str) -> str:
+        """Return what of a prompt is encoded: all of it, unless the weights have a vocabulary."""
+        return prompt if self.vocabulary is None else self.vocabulary.read(prompt)
 
     # ── presets ───────────────────────────────────────────────────────────────────────────────────
 
@@ -299,7 +311,7 @@ class BundleConfig:
             presets=presets,
             denoisers=kept,
             default_preset=name if default else self.default_preset,
-            format=needed_format(presets, (self.denoiser, *kept.values())),
+            format=needed_format(presets, (self.denoiser, *kept.values()), self.vocabulary),
         )
 
     # ── sizes ─────────────────────────────────────────────────────────────────────────────────────
@@ -361,6 +373,7 @@ class BundleConfig:
             "presets": not self.presets,
             "denoisers": not self.denoisers,
             "default_preset": self.default_preset == QUALITY,
+            "vocabulary": self.vocabulary is None,
         }
         return {
             "recipe": self.recipe.unwritten,

@@ -428,14 +428,14 @@ class PipelineV3(Pipeline):
         return settings.steps + 1, self.config.clip.embed_dim
 
     def text_length(self, prompt: str) -> int:
-        """Return the length class of the prompt's bytes."""
-        limit = self.config.byt5.max_bytes
-        return bucket(min(len(prompt.encode("utf-8", "replace")) + 1, limit), limit)
+        """Return the length class of the prompt's bytes, as far as they are read."""
+        limit, read = self.config.byt5.max_bytes, self.config.read_prompt(prompt)
+        return bucket(min(len(read.encode("utf-8", "replace")) + 1, limit), limit)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
         """Encode by both text encoders."""
-        b = self.bundle
+        b, prompts = self.bundle, list(map(self.config.read_prompt, prompts))
         tokens, cut = b.clip.tokenize(prompts)
         out, clip = b.byt5(prompts), b.clip.encode_tokens(tokens)
         named = [

@@ -422,9 +422,9 @@ def test_a_bundle_may_itself_be_reached_through_a_symbolic_link(directory):
 
 def test_a_newer_format_is_refused_as_that_before_its_unknown_fields_are(directory):
     path = directory / CONFIG_FILE
-    path.write_text(path.read_text().replace('"format": 1', '"format": 4, "surprise": 1'))
+    path.write_text(path.read_text().replace('"format": 1', '"format": 5, "surprise": 1'))
     with pytest.raises(
-        ValidationError, match="these weights are of format 4, this Paellera reads formats up to 3"
+        ValidationError, match="these weights are of format 5, this Paellera reads formats up to 4"
     ) as refusal:
         load(directory)
     assert "surprise" not in str(refusal.value)

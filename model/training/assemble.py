@@ -143,7 +143,7 @@ def with_denoiser(
         "name": out.resolve().name,
         "recipe": asdict(changed(old.recipe, recipe)),
         "denoiser": asdict(sizes),
-        "format": needed_format(old.presets, (sizes, *old.denoisers.values())),
+        "format": needed_format(old.presets, (sizes, *old.denoisers.values()), old.vocabulary),
     }
     config = TypeAdapter(BundleV3Config).validate_python(asdict(old) | changes)
     merges = None if config.clip.merges is None else base / config.clip.merges

@@ -16,7 +16,7 @@ from model.training.scenes import Random, kind_of, pick
 
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────
 
-_COLOUR_WORDS: dict[str, tuple[str, ...]] = {
+COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "gray": ("gray", "grey"),
     "purple": ("purple", "purple", "violet"),
     "cyan": ("cyan", "cyan", "turquoise"),
@@ -274,5 +274,5 @@ def names_of(kind: str) -> Names:
 
 def colour_word(name: str, rng: Random) -> str:
     """Return a word for a palette colour."""
-    words = _COLOUR_WORDS.get(name)
+    words = COLOUR_WORDS.get(name)
     return pick(rng, words) if words else name

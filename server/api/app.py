@@ -68,6 +68,7 @@ EXPOSED_HEADERS = [
     "X-Preset",
     "X-Renoise-Order",
     "X-Model-Sha256",
+    "X-Prompt-Read",
     "X-Prompt-Truncated",
     "Server-Timing",
     "Retry-After",

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 from fastapi import Request, Response
 
@@ -425,6 +426,8 @@ def answer_headers(
         "Server-Timing": timing,
         "Content-Disposition": f'inline; filename="{plan.operation}-{seed}.{extension}"',
     }
+    if plan.prompt_read is not None and plan.is_reduced:
+        headers["X-Prompt-Read"] = quote(plan.prompt_read, safe=" ,'.-")
     if finished.truncated:
         headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
     return headers

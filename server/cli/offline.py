@@ -144,7 +144,8 @@ def recorded_request(png: bytes, files: Sequence[bytes]) -> tuple[Operation, dic
         raise ValueError(f"the image's operation is unknown, {str(operation)[:80]!r}")
     if type(frame) is not int or frame < 0:
         raise ValueError(f"the image's frame is no number of one, {str(frame)[:80]!r}")
-    fields.pop("truncated", None)
+    for outcome in ("truncated", "prompt_read"):
+        fields.pop(outcome, None)
     by_hash = {file_hash(content): content for content in files}
     try:
         return operation, _with_files(fields, by_hash), frame

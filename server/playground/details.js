@@ -31,6 +31,7 @@ function rows({ parameters, width, height, original, model }) {
     ["Guidance", [...new Set(parameters.guidance_scale)].join(" → ")],
     ["Sampler", parameters.sampler],
     ["Weights", model],
+    ...(parameters.prompt_read ? [["Read as", parameters.prompt_read]] : []),
     ...(parameters.truncated?.length ? [["Prompt", `end cut (${parameters.truncated.join(", ")})`]] : []),
   ];
 }

@@ -71,6 +71,7 @@ class Plan:
             `size`.
         is_transparent: whether the answer's images keep an alpha channel.
         opaque: whether they are shown over white nevertheless.
+        prompt_read: what of the prompt is encoded.
     """
 
     operation: str
@@ -81,6 +82,7 @@ class Plan:
     restoration: Restoration | None = None
     is_transparent: bool = False
     opaque: bool = False
+    prompt_read: str | None = None
 
     @property
     def answer_size(self) -> Size:
@@ -143,7 +145,14 @@ class Plan:
             "deterministic": sampling.deterministic,
         }
         frame = {"frame": index} if job.keyframes else {}
-        return {**common, **self.operation_parameters, **frame, "truncated": list(truncated)}
+        reading = {"prompt_read": self.prompt_read} if self.is_reduced else {}
+        truncation = {"truncated": list(truncated)}
+        return {**common, **self.operation_parameters, **frame, **reading, **truncation}
+
+    @property
+    def is_reduced(self) -> bool:
+        """Return whether the weights' vocabulary leaves out a part of the prompt."""
+        return self.prompt_read not in (None, self.job.prompt)
 
     def shared_parameters(self, truncated: tuple[str, ...]) -> dict[str, Any]:
         """Return the effective parameters of all images together."""
@@ -391,14 +400,26 @@ def _interpolate(request: InterpolateRequest, drafted: Draft, uploads: Uploads) 
 
 
 Planner = Callable[[Any, Draft, Uploads], Plan]
+
+
+def _with_reading(planner: Planner) -> Planner:
+    """Return the planner, whose plans also tell what of the prompt is encoded."""
+
+    def plan_and_read(request: Any, drafted: Draft, uploads: Uploads) -> Plan:
+        planned = planner(request, drafted, uploads)
+        return replace(planned, prompt_read=drafted.config.read_prompt(planned.job.prompt))
+
+    return plan_and_read
+
+
 OPERATIONS: dict[Operation, tuple[type[SamplingFields], Planner]] = {
-    "generate": (GenerateRequest, _generate),
-    "inpaint": (InpaintRequest, _inpaint),
-    "outpaint": (OutpaintRequest, _outpaint),
-    "variations": (VariationsRequest, _variations),
-    "edit": (EditRequest, _edit),
-    "upscale": (UpscaleRequest, _upscale),
-    "interpolate": (InterpolateRequest, _interpolate),
+    "generate": (GenerateRequest, _with_reading(_generate)),
+    "inpaint": (InpaintRequest, _with_reading(_inpaint)),
+    "outpaint": (OutpaintRequest, _with_reading(_outpaint)),
+    "variations": (VariationsRequest, _with_reading(_variations)),
+    "edit": (EditRequest, _with_reading(_edit)),
+    "upscale": (UpscaleRequest, _with_reading(_upscale)),
+    "interpolate": (InterpolateRequest, _with_reading(_interpolate)),
 }
 
 
