@@ -286,7 +286,7 @@ def test_used_port_is_told_in_one_line(bundle: Path) -> None:
     [
         (["--weights", "absent"], ["absent", CONFIG_FILE]),
         (["--weights", ","], ["weights"]),
-        (["--port", "65536"], ["port", "65535", "65536"]),
+        (["--port", "65536"], ["--port", "65535", "65536"]),
     ],
 )
 @pytest.mark.process
@@ -301,7 +301,7 @@ def test_settings_that_cannot_be_served_are_refused_in_one_line(
 def test_bad_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAELLERA_QUEUE_ROWS", "many")
     result = paellera_process("serve")
-    assert_one_line(result.stderr, result.returncode, 2, "queue_rows", "many")
+    assert_one_line(result.stderr, result.returncode, 2, "PAELLERA_QUEUE_ROWS", "many")
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────

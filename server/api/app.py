@@ -47,6 +47,7 @@ from server.api.state import AppState, request_state
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
+from server.environment import PREFIX
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -178,15 +179,15 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     for config in configs:
         if max(config.native_size) > settings.max_side:
             native = f"the native size of {config.name}, {config.native_size}"
-            raise ValueError(f"max_side {settings.max_side} excludes {native}")
+            raise ValueError(f"{PREFIX}MAX_SIDE {settings.max_side} excludes {native}")
     models = {config.name: config for config in configs}
     if len(models) < len(configs):
         raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")
     for alias, name in settings.aliases.items():
         if name not in models or alias in models:
             loaded = ", ".join(models)
-            message = f"model_aliases: {alias}={name} must be a new name for one of {loaded}"
-            raise ValueError(message)
+            message = f"{alias}={name} must be a new name for one of {loaded}"
+            raise ValueError(f"{PREFIX}MODEL_ALIASES: {message}")
     return models
 
 

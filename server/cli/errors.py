@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Never
+from collections.abc import Container, Iterator
+from typing import TYPE_CHECKING, Never
 
 import typer
 
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 FAILED, INVALID = 1, 2
 MAX_LINE = 1000
+# Units of settings, by the end of their names.
+UNITS = {"bytes": ", in bytes", "s": ", in seconds"}
 
 
 def fail(message: str, code: int) -> Never:
@@ -33,15 +38,37 @@ def one_line_errors(invalid_code: int = INVALID) -> Iterator[None]:
 
     from server.api.errors import ApiError, reason
     from server.api.validation import from_validation
+    from server.settings import Settings
 
     try:
         yield
     except ValidationError as error:
+        if error.title == Settings.__name__:
+            fail(settings_problem(error), invalid_code)
         where = "bundle.json: " if error.title.startswith("Bundle") else ""
-        fail(where + from_validation(error).message, invalid_code)
+        fail(where + from_validation(error, whole="").message, invalid_code)
     except ApiError as error:
         fail(error.message, invalid_code)
     except (ValueError, FileNotFoundError) as error:
         fail(reason(error), invalid_code)
     except (OSError, SafetensorError) as error:
         fail(str(error), FAILED)
+
+
+def settings_problem(error: ValidationError, options: Container[str] = ()) -> str:
+    """Return what is wrong with the settings, by the variable or the option's name.
+
+    Args:
+        error: of `Settings`.
+        options: the fields that options of the command line set.
+    """
+    from server.api.validation import from_validation
+    from server.environment import PREFIX
+    from server.settings import Settings
+
+    found = from_validation(error, Settings, Settings.model_fields, whole="")
+    if found.param is None:
+        return found.message
+    name = f"--{found.param}" if found.param in options else f"{PREFIX}{found.param.upper()}"
+    unit = UNITS.get(found.param.rpartition("_")[2], "")
+    return f"{name}{unit}{found.message.removeprefix(found.param)}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli.errors import FAILED, INVALID, fail, one_line_errors
+from server.cli.errors import FAILED, INVALID, fail, one_line_errors, settings_problem
 
 if TYPE_CHECKING:
     from model.config import Operation
@@ -493,8 +493,13 @@ def _regions(texts: Sequence[str] | None) -> list[Fields]:
 
 
 def read_settings(**given: object) -> Settings:
-    """Return the environment's settings, overridden by the given options."""
+    """Return the environment's settings, overridden by the given options. Raises ValueError."""
+    from pydantic import ValidationError
+
     from server.settings import Settings
 
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Settings(**options)
+    try:
+        return Settings(**options)
+    except ValidationError as error:
+        raise ValueError(settings_problem(error, options)) from None
