@@ -37,7 +37,8 @@ MIB = 2**20
 DAY_S = 86_400
 MIN_KEY_LENGTH = 16
 # Paths that need no key, unless `open_paths` names others.
-OPEN_PATHS = ("/", "/playground/*", "/healthz", "/health", "/readyz", "/images/*")
+PROBES = ("/healthz", "/health", "/readyz")
+OPEN_PATHS = ("/", "/playground/*", *PROBES, "/images/*")
 # Another name for a model, and the model's own.
 ALIAS = re.compile(r"[^\s,=]{1,64}=[^\s,=]{1,64}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps")
@@ -436,7 +437,8 @@ class Settings(BaseSettings):
         _each(_is_path, "paths that begin with /; * may only follow the last /"),
         Field(
             description="Comma-separated paths without a key; /x/* is everything below /x/."
-            f" Default: {', '.join(OPEN_PATHS)}, and /metrics on PAELLERA_OPERATIONS_PORT"
+            f" Default: {', '.join(OPEN_PATHS)}, and /metrics on PAELLERA_OPERATIONS_PORT. A value"
+            " replaces the list; on PAELLERA_OPERATIONS_PORT the probes stay open"
         ),
     ] = None
     key_rate_per_minute: Annotated[
@@ -624,18 +626,39 @@ class Settings(BaseSettings):
         if not self.is_local and not self.allowed_hosts:
             message = f"requests may name any host; set {PREFIX}ALLOWED_HOSTS"
             found.append(f"{message} against DNS rebinding")
+        found += self._closed_paths()
         if ignored := kubernetes_variables(os.environ):
             shown = ", ".join(ignored[:5]) + (", …" if len(ignored) > 5 else "")
             message = f"Kubernetes' service variables are ignored: {shown}"
             found.append(f"{message}; enableServiceLinks: false in the pod avoids them")
         return found
 
+    def _closed_paths(self) -> Iterator[str]:
+        """Yield a warning for each use that a list of open paths leaves without its paths."""
+        if not self.keys or self.open_paths is None:
+            return
+        scraped = () if self.operations_port is None else ("/metrics",)
+        uses = {"probes": ("/healthz", "/readyz"), "Prometheus": scraped}
+        if self._is_open("/docs"):
+            uses["/docs"] = ("/openapi.json", "/playground/*")
+        for use, paths in uses.items():
+            if closed := [path for path in paths if not self._is_open(path)]:
+                message = f"{PREFIX}OPEN_PATHS replaces the default list and lacks"
+                yield f"{message} {', '.join(closed)}: {use} without a key will get 401"
+
+    def _is_open(self, path: str) -> bool:
+        opened = self.paths_without_key
+        return path in opened or any(
+            path.startswith(each[:-1]) for each in opened if each.endswith("/*")
+        )
+
     @property
     def paths_without_key(self) -> tuple[str, ...]:
-        """The entries of `open_paths`, or the default ones."""
-        if self.open_paths is not None:
-            return _parts(self.open_paths)
-        return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
+        """The entries of `open_paths`, or the default ones; probes on a port of their own too."""
+        if self.open_paths is None:
+            return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
+        opened = _parts(self.open_paths)
+        return opened if self.operations_port is None else (*opened, *PROBES)
 
 
 # ── docs/settings.md ──────────────────────────────────────────────────────────────────────────────
