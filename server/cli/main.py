@@ -97,7 +97,7 @@ def bench(context: typer.Context) -> None:
 
 
 def run_server(api: FastAPI, settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM, then drain.
+    """Serve until SIGINT, SIGTERM or SIGHUP (unless it is ignored, as by `nohup`), then drain.
 
     Raises:
         SystemExit: 0 after SIGTERM, 1 if the server could not start, 2 if no worker ever can.
@@ -114,6 +114,10 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     server = Server(api)
     # After a drain, uvicorn raises the signal again, which would count as killed by it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # uvicorn leaves it alone, and the default kills. Windows has none.
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, server.handle_exit)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=listeners)
     if server.failure:
