@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -164,6 +165,12 @@ def test_a_server_that_others_reach_without_keys_is_warned_of(
             {"PAELLERA_API_KEYS": KEY, "PAELLERA_C2PA_KEY": "key.pem"},
             "PAELLERA_C2PA_CERTIFICATE and PAELLERA_C2PA_KEY are needed together",
         ),
+        (
+            {"PAELLERA_C2PA_CERTIFICATE": "/absent.pem", "PAELLERA_C2PA_KEY": "/absent.pem"},
+            "PAELLERA_C2PA_CERTIFICATE: /absent.pem: No such file",
+        ),
+        ({"PAELLERA_HOST": "http://localhost"}, "PAELLERA_HOST: must be an IP address"),
+        ({"PAELLERA_MAX_REQUEST_WORK": "1"}, "PAELLERA_MAX_REQUEST_WORK 1 excludes every request"),
         ({"PAELLERA_MAX_SIDE": "64"}, "PAELLERA_MAX_SIDE 64 excludes"),
     ],
 )
@@ -177,6 +184,20 @@ def test_nonsense_is_refused_in_one_line_with_exit_code_2(
     assert words in line
     assert KEY not in line
     assert done.stdout == ""
+
+
+@pytest.mark.process
+def test_config_refuses_weights_of_another_size_than_listed(
+    random_bundle: Path, tmp_path: Path
+) -> None:
+    cut = shutil.copytree(random_bundle, tmp_path / "cut")
+    with (cut / "vqgan.safetensors").open("r+b") as file:
+        file.truncate(100)
+    done = command("config", variables={"PAELLERA_WEIGHTS": str(cut)})
+    assert done.returncode == 2
+    assert "vqgan.safetensors has 100 bytes; bundle.json lists" in done.stderr
+    (cut / "vqgan.safetensors").unlink()
+    assert "is missing" in command("config", variables={"PAELLERA_WEIGHTS": str(cut)}).stderr
 
 
 @pytest.mark.process

@@ -66,14 +66,19 @@ def config(
     weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
-    """Print the settings of `serve` with their sources, or why it would refuse them."""
-    from server.api.app import read_models
-    from server.cli.config import describe, lines
+    """Print the settings of `serve` with their sources, or why it would refuse them.
+
+    Of the weights only the configuration and the files' sizes are checked: `paellera weights
+    verify` checks their content.
+    """
+    from server.api import create_app
+    from server.cli.config import check_sizes, describe, lines
 
     options = {"host": host, "port": port, "weights": weights}
     with one_line_errors():
         settings = read_settings(**options)
-        read_models(settings)
+        create_app(settings)
+        check_sizes(settings)
     described = describe(settings, options)
     typer.echo(json.dumps(described, indent=2) if as_json else "\n".join(lines(described)))
     for warning in settings.warnings:
