@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Container, Iterator
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Any, Never
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    import click
     from pydantic import ValidationError
 
 FAILED, INVALID = 1, 2
@@ -24,6 +28,39 @@ def fail(message: str, code: int) -> Never:
         line = f"{line[:MAX_LINE]}…"
     typer.echo(f"paellera: {line}", err=True)
     raise typer.Exit(code)
+
+
+class Commands(TyperGroup):
+    """Commands whose failure to write their output, as on a full disk, is one line too."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse the arguments, and print the help if they ask for it."""
+        with _failed_output():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with _failed_output():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _failed_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # click ends silently.
+    except OSError as error:
+        # Or the interpreter would try to write the rest, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(_words(error), FAILED)
+
+
+def _words(error: Exception) -> str:
+    """Return the exception's text, an OSError's without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 @contextlib.contextmanager
@@ -49,10 +86,14 @@ def one_line_errors(invalid_code: int = INVALID) -> Iterator[None]:
         fail(where + from_validation(error, whole="").message, invalid_code)
     except ApiError as error:
         fail(error.message, invalid_code)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         fail(reason(error), invalid_code)
+    except FileNotFoundError as error:
+        fail(_words(error), invalid_code)
+    except BrokenPipeError:
+        raise
     except (OSError, SafetensorError) as error:
-        fail(str(error), FAILED)
+        fail(_words(error), FAILED)
 
 
 def settings_problem(error: ValidationError, options: Container[str] = ()) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.errors import FAILED, INVALID, fail, one_line_errors
+from server.cli.errors import FAILED, INVALID, Commands, fail, one_line_errors
 from server.cli.generate import Weights, read_settings, register
 from server.cli.weights import weights_app
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 app = typer.Typer(
-    help="An inference server for Paella, a text-to-image model.",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -36,6 +37,26 @@ app = typer.Typer(
 )
 app.add_typer(weights_app, name="weights")
 register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"paellera {version('paellera')}")
+        raise typer.Exit
+
+
+@app.callback(help="An inference server for Paella, a text-to-image model.")
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
 
 
 Host = Annotated[
