@@ -502,9 +502,8 @@ def find_bundle(name_or_path: str) -> Path:
     if path.is_file():
         reason = "it is a file; name its directory"
     elif len(path.parts) == 1:
-        reason = (
-            f"neither the included weights nor the current directory has a {path}/{CONFIG_FILE}"
-        )
+        places = "neither the included weights nor the current directory has"
+        reason = f"{places} a {path}/{CONFIG_FILE}"
     else:
         reason = f"there is no {path / CONFIG_FILE}"
     raise FileNotFoundError(f"no bundle {name_or_path!r}: {reason}")
