@@ -236,8 +236,8 @@ class Settings(BaseSettings):
         str,
         _each(ALIAS.fullmatch, "pairs such as dall-e-3=tiny,*=tiny"),
         Field(
-            description="Comma-separated other names of models, dall-e-3=tiny; *=tiny is every"
-            " other name"
+            description="Comma-separated other names of models, such as dall-e-3=tiny; `*=tiny`:"
+            " every unknown name means tiny"
         ),
     ] = ""
     sizes: Annotated[
@@ -277,7 +277,8 @@ class Settings(BaseSettings):
     encoders: Annotated[
         Encoders,
         Field(
-            description="Text encoders on the device, the CPU, or the device with int8 byte encoder"
+            description="Place of the text encoders. device: PAELLERA_DEVICE; cpu: the CPU; int8:"
+            " on the device, with the ByT5 encoder in int8"
         ),
     ] = "device"
     kernels: Annotated[
@@ -285,7 +286,12 @@ class Settings(BaseSettings):
         Field(description="Step kernels: Triton on CUDA if it is installed (auto), or torch alone"),
     ] = "auto"
     threads: Annotated[
-        int, Field(ge=0, description="CPU threads of a worker; 0: measured, the fastest number")
+        int,
+        Field(
+            ge=0,
+            description="CPU threads of a worker; 0: the server measures and uses the fastest"
+            " number",
+        ),
     ] = 0
     deterministic: Annotated[
         bool, Field(description="Default of the request field `deterministic`")
@@ -313,7 +319,11 @@ class Settings(BaseSettings):
     ] = 256
     queue_bytes: Annotated[
         int,
-        Field(ge=1, description="Maximum size of unfinished requests' decoded images, likewise"),
+        Field(
+            ge=1,
+            description="Maximum size of unfinished requests' decoded images; further requests get"
+            " 429",
+        ),
     ] = 128 * MIB
     max_batch_rows: Annotated[
         int, Field(ge=1, description="Maximum of images per denoiser step")
@@ -327,9 +337,9 @@ class Settings(BaseSettings):
         int, Field(ge=1, description="Maximum width and height of results of /upscale and `hires`")
     ] = 1024
     # Enough for 64 frames, the most of an interpolation, at 256 × 256 in 12 guided steps as a GIF,
-    # or for sixteen 512 × 512 images in as many steps. Sixteen 256 × 256 images in the 4 guided
-    # steps of the embedded weights' default preset are a tenth of it. These weights on a CPU answer
-    # all of these before the default timeout. A GPU allows far more.
+    # or for sixteen 512 × 512 images in as many steps. Sixteen 256 × 256 images in the 2 guided
+    # steps of the embedded weights' default preset are a sixteenth of it. These weights on a CPU
+    # answer all of these before the default timeout. A GPU allows far more.
     max_request_work: Annotated[
         int,
         Field(
@@ -370,7 +380,10 @@ class Settings(BaseSettings):
         ),
     ] = 64 * MIB
     url_ttl_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Time for which such an image is kept")
+        float,
+        Field(
+            gt=0, le=DAY_S, description="Seconds for which an image of response_format url is kept"
+        ),
     ] = 3600
     max_connections: Annotated[int, Field(ge=1, description="Maximum of open connections")] = 1000
     max_image_bytes: Annotated[
@@ -383,8 +396,8 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            description="The same for a JPEG, which is decoded at a smaller size if it is to be"
-            " scaled",
+            description="Maximum width times height of one uploaded JPEG, which is decoded at a"
+            " smaller size if it is to be scaled",
         ),
     ] = 64 * MIB
     max_request_pixels: Annotated[
@@ -396,7 +409,11 @@ class Settings(BaseSettings):
     ] = 256 * MIB
     decode_queue_bytes: Annotated[
         int,
-        Field(ge=1, description="Maximum of image file bytes that wait likewise"),
+        Field(
+            ge=1,
+            description="Maximum size of image files that wait to be decoded; further requests get"
+            " 429",
+        ),
     ] = 128 * MIB
     decode_threads: Annotated[
         int, Field(ge=1, description="Requests whose uploaded images are decoded at once")
@@ -406,7 +423,7 @@ class Settings(BaseSettings):
 
     mark: Annotated[
         bool,
-        Field(description="Mark generated files as such in XMP, for people and programs that ask"),
+        Field(description="Write XMP metadata into every file that says: made by AI"),
     ] = True
     embed_parameters: Annotated[
         bool,
@@ -456,7 +473,9 @@ class Settings(BaseSettings):
     timeout_s: Annotated[
         float,
         Field(
-            ge=0.05, le=600, description="Default of the request field `timeout_s`, its deadline"
+            ge=0.05,
+            le=600,
+            description="Default of the request field `timeout_s`, the deadline in seconds",
         ),
     ] = 60
     start_wait_s: Annotated[
@@ -464,29 +483,33 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Maximum wait of a request for a starting worker before 503",
+            description="Seconds that a request waits at most for a starting worker, before 503",
         ),
     ] = 30
     heartbeat_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Interval of comments in a stream without events")
+        float,
+        Field(gt=0, le=DAY_S, description="Seconds between comments in a stream without events"),
     ] = 15
     receive_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for reading a request's headers, and between chunks of its body",
+            description="Timeout in seconds for reading a request's headers, and between chunks"
+            " of its body",
         ),
     ] = 30
     body_timeout_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Timeout for reading a request's whole body")
+        float,
+        Field(gt=0, le=DAY_S, description="Timeout in seconds for reading a request's whole body"),
     ] = 120
     send_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for a client that reads nothing of its answer; it is disconnected",
+            description="Timeout in seconds for a client that reads nothing of its answer; it is"
+            " disconnected",
         ),
     ] = 30
     keep_alive_s: Annotated[
@@ -494,18 +517,22 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Timeout for an idle connection after an answer; above that of the proxy",
+            description="Timeout in seconds for an idle connection after an answer; above that of"
+            " the proxy",
         ),
     ] = 75
     stall_timeout_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Timeout for a silent worker, which is replaced")
+        float,
+        Field(
+            gt=0, le=DAY_S, description="Timeout in seconds for a silent worker, which is replaced"
+        ),
     ] = 30
     start_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for a worker that loads its weights; it is replaced",
+            description="Timeout in seconds for a worker that loads its weights; it is replaced",
         ),
     ] = 600
     shutdown_delay_s: Annotated[
@@ -513,11 +540,13 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Time after SIGTERM with /readyz 503 in which requests are still accepted",
+            description="Seconds after SIGTERM with /readyz 503 in which requests are still"
+            " accepted",
         ),
     ] = 0
     drain_timeout_s: Annotated[
-        float, Field(ge=0, le=DAY_S, description="Time for running requests when the server stops")
+        float,
+        Field(ge=0, le=DAY_S, description="Seconds for running requests when the server stops"),
     ] = 30
 
     # ── log ──
@@ -667,7 +696,9 @@ HEAD = """\
 # Settings
 
 *For operators.* All environment variables of `paellera serve`, read once at start; an error names
-an invalid one. Generated by `python -m server.settings > docs/settings.md`.
+an invalid one. Generated by `python -m server.settings > docs/settings.md`. The
+[glossary](architecture.md#glossary) explains row, branch, native size, size step, prior, recipe and
+bundle.
 
 | variable | default | allowed | |
 |---|---|---|---|

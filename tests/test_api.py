@@ -368,7 +368,10 @@ def test_a_starting_server_lives_but_is_not_ready(fake_settings: Configure) -> N
     with served(fake_settings(start_wait_s=0.05), fake_worker.slow_to_start, ready=False) as client:
         assert client.get("/healthz").status_code == 200
         not_ready, refused = client.get("/readyz"), post(client)
-        assert (not_ready.status_code, error_of(not_ready)["message"]) == (503, "starting")
+        assert (not_ready.status_code, error_of(not_ready)["message"]) == (
+            503,
+            "starting: the worker loads its weights",
+        )
         assert (refused.status_code, error_of(refused)["code"]) == (503, "starting")
         assert int(refused.headers["retry-after"]) >= 1
 

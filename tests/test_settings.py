@@ -184,6 +184,13 @@ def test_each_of_the_devices_is_a_worker_and_without_them_there_is_one() -> None
     assert Settings(device="cpu", devices="cuda:0,cuda:1").worker_devices == ("cuda:0", "cuda:1")
 
 
+def test_every_time_is_described_with_its_unit() -> None:
+    times = {
+        name: str(i.description) for name, i in Settings.model_fields.items() if name[-2:] == "_s"
+    }
+    assert {name for name, text in times.items() if "seconds" not in text.lower()} == set()
+
+
 def test_every_setting_is_described_and_the_page_of_settings_is_current() -> None:
     assert [name for name, info in Settings.model_fields.items() if not info.description] == []
     page = Path(__file__).parents[1] / "docs/settings.md"
