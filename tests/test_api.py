@@ -652,7 +652,7 @@ def test_weights_that_cannot_be_served_stop_the_start(
 ) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         create_app(Settings(weights="nothing"))
-    with pytest.raises(ValueError, match="max_side"):
+    with pytest.raises(ValueError, match="PAELLERA_MAX_SIDE"):
         create_app(fake_settings(max_side=48))
     create_app(fake_settings(max_side=max(NATIVE_SIZE)))
     same = [str(write_bundle(tmp_path / directory)) for directory in ("a", "b")]
