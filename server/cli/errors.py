@@ -12,7 +12,6 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    import click
     from pydantic import ValidationError
 
 FAILED, INVALID = 1, 2
@@ -33,12 +32,14 @@ def fail(message: str, code: int) -> Never:
 class Commands(TyperGroup):
     """Commands whose failure to write their output, as on a full disk, is one line too."""
 
-    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
         """Parse the arguments, and print the help if they ask for it."""
         with _failed_output():
-            return super().make_context(*arguments, **options)
+            return super().make_context(info_name, args, parent, **extra)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         with _failed_output():
             return super().invoke(ctx)
