@@ -1,7 +1,7 @@
-"""A hundred pictures, as many at once as the server steps together, each in a file of its own:
+"""A hundred images, as many at once as the server steps together, each in a file of its own:
 python batch.py [URL] [COUNT]
 
-Batch work makes room for interactive work, and whoever is told to come back later does.
+Batch work makes room for interactive work. Rejected requests are sent again when the server says.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ async def draw_all() -> list[bytes]:
 
 
 began = time.perf_counter()
-pictures = asyncio.run(draw_all())
-print(f"{count} pictures, {count / (time.perf_counter() - began):.1f} a second")
-for seed, picture in enumerate(pictures):
-    Path(f"circle-{seed}.png").write_bytes(picture)
+images = asyncio.run(draw_all())
+print(f"{count} images, {count / (time.perf_counter() - began):.1f} a second")
+for seed, image in enumerate(images):
+    Path(f"circle-{seed}.png").write_bytes(image)

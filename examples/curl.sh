@@ -1,5 +1,5 @@
 #!/bin/sh
-# A prompt becomes a PNG, and the PNG's apple another one. Usage: sh curl.sh [URL]
+# Draws apple.png, then edits it into green.png. Usage: sh curl.sh [URL]
 set -eu
 url=${1:-${PAELLERA_CLIENT_URL:-http://127.0.0.1:8000}}
 # curl reads the key from its standard input, where no list of processes shows it.

@@ -1,4 +1,4 @@
-"""Four pictures of a prompt, by plain HTTP: python generate.py [URL]"""
+"""Four images of a prompt, by plain HTTP: python generate.py [URL]"""
 
 import base64
 import os

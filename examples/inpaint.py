@@ -1,4 +1,4 @@
-"""The middle of a picture drawn anew, the rest kept bit for bit: python inpaint.py [URL]"""
+"""Draw the middle of an image again, and keep the rest bit for bit: python inpaint.py [URL]"""
 
 import io
 import os

@@ -20,7 +20,7 @@ REQUESTS = (
     'paella_request_duration_seconds_{}{{endpoint!~"/metrics|/healthz|/readyz|unmatched"}}[5m]'
 )
 QUERIES = {
-    "pictures a second": "sum(rate(paella_images_total[5m]))",
+    "images a second": "sum(rate(paella_images_total[5m]))",
     "latency p50, s": f"histogram_quantile(0.5, sum by (le) (rate({REQUESTS.format('bucket')})))",
     "latency p99, s": f"histogram_quantile(0.99, sum by (le) (rate({REQUESTS.format('bucket')})))",
     "rows a step": "sum(rate(paella_step_rows_sum[5m])) / sum(rate(paella_step_rows_count[5m]))",
@@ -52,7 +52,7 @@ def scraped() -> dict[str, float]:
                 total[sample.name + sample.labels.get("le", "")] += sample.value
     requests = total["paella_request_duration_seconds_count"] or 1
     return {
-        "pictures": total["paella_images_total"],
+        "images": total["paella_images_total"],
         "latency mean, s": total["paella_request_duration_seconds_sum"] / requests,
         "under 0.5 s, %": 100 * total["paella_request_duration_seconds_bucket0.5"] / requests,
         "rows a step": total["paella_step_rows_sum"] / (total["paella_step_rows_count"] or 1),

@@ -1,4 +1,4 @@
-"""A picture and an edit of it with OpenAI's own client, which is only told another address:
+"""Generate an image and edit it with OpenAI's own client, at another address:
 python openai_client.py [URL]
 """
 

@@ -1,4 +1,4 @@
-"""A picture continued to both sides: python outpaint.py [URL]"""
+"""Continue an image on both sides: python outpaint.py [URL]"""
 
 import io
 import os

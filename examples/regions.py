@@ -1,4 +1,4 @@
-"""A prompt for the whole picture and others for its halves: python regions.py [URL]"""
+"""A prompt for the whole image, and others for its halves: python regions.py [URL]"""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A picture as it comes into being, as an animation: python stream_to_gif.py [URL]"""
+"""Save the previews of an image as an animation: python stream_to_gif.py [URL]"""
 
 import base64
 import io

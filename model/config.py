@@ -508,8 +508,15 @@ def find_bundle(name_or_path: str) -> Path:
     import weights
 
     shipped = Path(weights.__path__[0]) / name_or_path
-    for directory in (shipped, Path(name_or_path).expanduser()):
+    path = Path(name_or_path).expanduser()
+    for directory in (shipped, path):
         if (directory / CONFIG_FILE).is_file():
             return directory
-    places = f"neither weights/{name_or_path} nor that path holds a {CONFIG_FILE}"
-    raise FileNotFoundError(f"no bundle {name_or_path!r}: {places}")
+    if path.is_file():
+        reason = "it is a file; name its directory"
+    elif len(path.parts) == 1:
+        places = "neither the included weights nor the current directory has"
+        reason = f"{places} a {path}/{CONFIG_FILE}"
+    else:
+        reason = f"there is no {path / CONFIG_FILE}"
+    raise FileNotFoundError(f"no bundle {name_or_path!r}: {reason}")

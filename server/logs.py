@@ -1,13 +1,12 @@
 """Log lines as JSON objects, one per line, on standard error, times in UTC.
 
 The dict in a record's `extra={"fields": …}` becomes top-level keys. A thread writes the lines, so
-that a reader of the log which stands still stops no request; lines beyond a bound are dropped and
-counted.
+that a reader of the log which stands still stops no request; lines beyond a bound, and those that
+cannot be written, are dropped and counted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import os
@@ -48,7 +47,7 @@ class BackgroundHandler(logging.Handler):
     """Writes records to a file descriptor in a thread; `emit` never waits for the reader.
 
     Attributes:
-        dropped: lines that found no room.
+        dropped: lines that found no room, in the queue or on the disk.
     """
 
     def __init__(self, descriptor: int, max_bytes: int = MAX_WAITING_BYTES) -> None:
@@ -92,12 +91,11 @@ class BackgroundHandler(logging.Handler):
                 self._changed.wait_for(lambda: self._lines)
                 line = self._lines.popleft()
                 untold, self._untold = self._untold, 0
-            # The disk may be full, or the reader gone.
-            with contextlib.suppress(OSError):
-                _write(self._descriptor, line)
-                if untold:
-                    _write(self._descriptor, self._told(untold))
+            written = _write(self._descriptor, line)
+            told = written and (not untold or _write(self._descriptor, self._told(untold)))
             with self._changed:
+                self.dropped += not written
+                self._untold += (not written) + (0 if told else untold)
                 self._bytes -= len(line)
                 self._changed.notify_all()
 
@@ -107,11 +105,15 @@ class BackgroundHandler(logging.Handler):
         return self.format(record).encode() + b"\n"
 
 
-def _write(descriptor: int, line: bytes) -> None:
-    """Write a whole line. Raises OSError."""
+def _write(descriptor: int, line: bytes) -> bool:
+    """Write a whole line; return whether it was: the disk may be full, or the reader gone."""
     # Not through sys.stderr, whose lock the exiting interpreter would wait for.
-    while line:
-        line = line[os.write(descriptor, line) :]
+    try:
+        while line:
+            line = line[os.write(descriptor, line) :]
+    except OSError:
+        return False
+    return True
 
 
 def configure(level: str) -> None:
@@ -133,6 +135,6 @@ def configure(level: str) -> None:
 
 
 def dropped_lines() -> int:
-    """Return how many lines of this process had no room."""
+    """Return how many lines of this process were dropped."""
     handlers = logging.getLogger("server").handlers
     return sum(each.dropped for each in handlers if isinstance(each, BackgroundHandler))

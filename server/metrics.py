@@ -211,7 +211,7 @@ LOG_METRIC = MetricInfo(
     "paella_log_lines_dropped_total",
     "counter",
     (),
-    "Log lines of the API process dropped because the log's reader stood still",
+    "Log lines of the API process lost because the log's reader stopped reading or a write failed",
 )
 
 
@@ -415,9 +415,10 @@ the id of a request that fell into it. With `PAELLERA_API_KEYS` there are exempl
 `python -m server.metrics > docs/metrics.md`.
 
 Counters, and the metrics of endpoints that generate images, exist at 0 from the start. Metrics are
-summed over workers, except those with a label `worker`, its index in `PAELLERA_DEVICES`: these are
-absent until the worker's first heartbeat, and end with its process. Counters continue when a worker
-is replaced. A worker's counts arrive with its heartbeats, four per second under load. `process_*`
+summed over workers, except those with a label `worker`, its index in `PAELLERA_DEVICES`.
+`paella_worker_ready` and `paella_worker_silent_seconds` always exist; the other metrics of a worker
+are absent until its first heartbeat, and end with its process. Counters continue when a worker is
+replaced. A worker's counts arrive with its heartbeats, four per second under load. `process_*`
 describe the API process.
 
 Bucket edges of every latency, in seconds, include 0.5, so that the share below 500 ms is exact:

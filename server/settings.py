@@ -8,12 +8,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     SecretStr,
     ValidationInfo,
@@ -34,20 +35,30 @@ from server.environment import PREFIX, Environment, kubernetes_variables, withou
 
 MIB = 2**20
 DAY_S = 86_400
-DEVICE = r"(auto|cpu|cuda(:\d{1,3})?|mps)"
-ORIGIN = r"[a-z][a-z0-9+.-]*://[^\s,/]+"
 MIN_KEY_LENGTH = 16
 # Paths that need no key, unless `open_paths` names others.
-OPEN_PATHS = ("/", "/playground/*", "/healthz", "/health", "/readyz", "/images/*")
+PROBES = ("/healthz", "/health", "/readyz")
+OPEN_PATHS = ("/", "/playground/*", *PROBES, "/images/*")
 # Another name for a model, and the model's own.
 ALIAS = re.compile(r"[^\s,=]{1,64}=[^\s,=]{1,64}")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps")
+DEVICES = "auto, cpu, cuda, mps or a GPU such as cuda:1"
+HOST = re.compile(r"\w([\w.-]*\w)?", re.ASCII)
 # A host name, an address, or every name below a domain, without a port.
 HOST_PATTERN = re.compile(r"\*|(\*\.)?\w([\w.-]*\w)?|\[[0-9A-Fa-f:.]+\]", re.ASCII)
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,/]+")
+SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}")
+URL = re.compile(r"https?://[^\s/?#@,]+(/[^\s?#]*)?")
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """Return the parts of a comma-separated list, in order."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _parts(text: str) -> tuple[str, ...]:
     """Return the parts of a comma-separated list, in order and without duplicates."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    return tuple(dict.fromkeys(_items(text)))
 
 
 def _is_valid_key(key: str) -> bool:
@@ -65,39 +76,82 @@ def _valid_keys(keys: SecretStr) -> SecretStr:
     return keys
 
 
+def _each(is_valid: Callable[[str], object], words: str) -> AfterValidator:
+    """Return a validator of comma-separated lists, spaces allowed. words: the permitted parts."""
+
+    def checked(text: str | None) -> str | None:
+        for part in _parts(text or ""):
+            if not is_valid(part):
+                raise _wrong(words if part == text else f"{words}, not {part[:80]!r}")
+        return text
+
+    return AfterValidator(checked)
+
+
+def _wrong(words: str) -> PydanticCustomError:
+    """Return the error of a setting that must be what the words say."""
+    return PydanticCustomError("setting", "must be {words}", {"words": words})
+
+
 def _valid_proxies(proxies: str) -> str:
     """Refuse what would match no client, and therefore be ignored."""
     for proxy in _parts(proxies) if proxies.strip() != "*" else ():
         try:
-            ipaddress.ip_network(proxy)
+            network = ipaddress.ip_network(proxy, strict=False)
         except ValueError:
-            message = "must be * alone, or addresses and networks such as 10.0.0.0/8, not {proxy}"
-            raise PydanticCustomError("proxy", message, {"proxy": repr(proxy)}) from None
+            words = "* alone, or addresses and networks such as 10.0.0.0/8"
+            raise _wrong(f"{words}, not {proxy[:80]!r}") from None
+        if ipaddress.ip_interface(proxy).ip != network.network_address:
+            message = f"{proxy}: the bits after the prefix must be zero, as in {network}"
+            raise PydanticCustomError("setting", "{message}", {"message": message})
     return proxies.strip()
 
 
-def _valid_paths(paths: str | None) -> str | None:
-    for path in _parts(paths or ""):
-        if not path.startswith("/") or "*" in path.removesuffix("/*"):
-            message = "a path begins with /, and * may only follow the last /, not {path}"
-            raise PydanticCustomError("path", message, {"path": repr(path)})
-    return paths
+def _valid_public_url(url: str) -> str:
+    if "@" in url:
+        # The message must not quote a password.
+        raise PydanticCustomError("secret", "must have no user name and no password")
+    if url and not URL.fullmatch(url):
+        raise _wrong("an http:// or https:// URL without a query: https://images.example.com")
+    return url
 
 
-def _valid_hosts(hosts: str) -> str:
-    for host in _parts(hosts):
-        if not HOST_PATTERN.fullmatch(host) and not _is_address(host):
-            message = "must be *, host names, *.names and addresses without a port, not {host}"
-            raise PydanticCustomError("host", message, {"host": repr(host)})
-    return hosts
+def _valid_host(host: str) -> str:
+    if not HOST.fullmatch(host) and not _is_address(host):
+        raise _wrong("an IP address or a host name, without a scheme, a port or brackets")
+    return host
 
 
-def _valid_aliases(aliases: str) -> str:
-    for alias in _parts(aliases):
-        if not ALIAS.fullmatch(alias):
-            message = "must be pairs such as dall-e-3=tiny,*=tiny, not {alias}"
-            raise PydanticCustomError("alias", message, {"alias": repr(alias)})
-    return aliases
+def _valid_origins(origins: str) -> str:
+    for origin in _parts(origins) if origins.strip() != "*" else ():
+        if not ORIGIN.fullmatch(origin):
+            words = "* alone, or origins such as https://a.example, without a slash at the end"
+            raise _wrong(f"{words}, not {origin[:80]!r}")
+    return origins.strip()
+
+
+def _valid_device(device: str) -> str:
+    if not DEVICE.fullmatch(device):
+        raise _wrong(DEVICES)
+    return device
+
+
+def _valid_weights(weights: str) -> str:
+    if not _parts(weights):
+        raise _wrong("names or paths of bundles")
+    return weights
+
+
+def _is_path(path: str) -> bool:
+    return path.startswith("/") and "*" not in path.removesuffix("/*")
+
+
+def _is_allowed_host(host: str) -> bool:
+    return bool(HOST_PATTERN.fullmatch(host)) or _is_address(host)
+
+
+def _lower(text: object) -> object:
+    return text.lower() if isinstance(text, str) else text
 
 
 def _is_address(host: str) -> bool:
@@ -128,7 +182,9 @@ class Settings(BaseSettings):
 
     # ── network ──
 
-    host: Annotated[str, Field(description="Address to listen on")] = "127.0.0.1"
+    host: Annotated[str, AfterValidator(_valid_host), Field(description="Address to listen on")] = (
+        "127.0.0.1"
+    )
     port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 is any free one")] = 8000
     operations_port: Annotated[
         int | None,
@@ -148,14 +204,14 @@ class Settings(BaseSettings):
     ] = ""
     cors_origins: Annotated[
         str,
+        AfterValidator(_valid_origins),
         Field(
-            pattern=rf"^(\*|{ORIGIN}(,{ORIGIN})*)?$",
             description="Comma-separated origins, or *, whose pages may call the API (CORS)",
         ),
     ] = ""
     allowed_hosts: Annotated[
         str,
-        AfterValidator(_valid_hosts),
+        _each(_is_allowed_host, "*, host names, *.names or addresses without a port"),
         Field(
             description="Comma-separated names (*.example.com: every name below it; *: any) that"
             " requests may have in their Host header. Default: localhost, *.localhost and"
@@ -164,8 +220,8 @@ class Settings(BaseSettings):
     ] = ""
     public_url: Annotated[
         str,
+        AfterValidator(_valid_public_url),
         Field(
-            pattern=r"^(https?://[^\s/?#@,]+(/[^\s?#]*)?)?$",
             description="The server's own address for clients, if a proxy changes it:"
             " https://images.example.com",
         ),
@@ -178,10 +234,10 @@ class Settings(BaseSettings):
     ] = False
     model_aliases: Annotated[
         str,
-        AfterValidator(_valid_aliases),
+        _each(ALIAS.fullmatch, "pairs such as dall-e-3=tiny,*=tiny"),
         Field(
-            description="Comma-separated other names of models, dall-e-3=tiny; *=tiny is every"
-            " other name"
+            description="Comma-separated other names of models, such as dall-e-3=tiny; `*=tiny`:"
+            " every unknown name means tiny"
         ),
     ] = ""
     sizes: Annotated[
@@ -196,18 +252,18 @@ class Settings(BaseSettings):
 
     weights: Annotated[
         str,
+        AfterValidator(_valid_weights),
         Field(
-            pattern=r"[^,\s]",
             description="Comma-separated bundle names or paths; the first is the default model",
         ),
     ] = "tiny"
-    device: Annotated[str, Field(pattern=rf"^{DEVICE}$", description="Device of the worker")] = (
-        "auto"
-    )
+    device: Annotated[
+        str, AfterValidator(_valid_device), Field(description="Device of the worker")
+    ] = "auto"
     devices: Annotated[
         str | None,
+        _each(DEVICE.fullmatch, DEVICES),
         Field(
-            pattern=rf"^{DEVICE}(,{DEVICE})*$",
             description="Devices, one worker each, such as cuda:0,cuda:1, or cpu,cpu: two workers"
             " that share the cores; replaces PAELLERA_DEVICE",
         ),
@@ -221,7 +277,8 @@ class Settings(BaseSettings):
     encoders: Annotated[
         Encoders,
         Field(
-            description="Text encoders on the device, the CPU, or the device with int8 byte encoder"
+            description="Place of the text encoders. device: PAELLERA_DEVICE; cpu: the CPU; int8:"
+            " on the device, with the ByT5 encoder in int8"
         ),
     ] = "device"
     kernels: Annotated[
@@ -229,7 +286,12 @@ class Settings(BaseSettings):
         Field(description="Step kernels: Triton on CUDA if it is installed (auto), or torch alone"),
     ] = "auto"
     threads: Annotated[
-        int, Field(ge=0, description="CPU threads of a worker; 0: measured, the fastest number")
+        int,
+        Field(
+            ge=0,
+            description="CPU threads of a worker; 0: the server measures and uses the fastest"
+            " number",
+        ),
     ] = 0
     deterministic: Annotated[
         bool, Field(description="Default of the request field `deterministic`")
@@ -239,8 +301,8 @@ class Settings(BaseSettings):
     ] = True
     graph_sizes: Annotated[
         str,
+        _each(SIZE.fullmatch, "sizes in pixels such as 128x256"),
         Field(
-            pattern=r"^([0-9]{1,5}x[0-9]{1,5}(,[0-9]{1,5}x[0-9]{1,5})*)?$",
             description="Comma-separated image sizes to capture beside the native one: 128x256",
         ),
     ] = ""
@@ -257,7 +319,11 @@ class Settings(BaseSettings):
     ] = 256
     queue_bytes: Annotated[
         int,
-        Field(ge=1, description="Maximum size of unfinished requests' decoded images, likewise"),
+        Field(
+            ge=1,
+            description="Maximum size of unfinished requests' decoded images; further requests get"
+            " 429",
+        ),
     ] = 128 * MIB
     max_batch_rows: Annotated[
         int, Field(ge=1, description="Maximum of images per denoiser step")
@@ -271,9 +337,9 @@ class Settings(BaseSettings):
         int, Field(ge=1, description="Maximum width and height of results of /upscale and `hires`")
     ] = 1024
     # Enough for 64 frames, the most of an interpolation, at 256 × 256 in 12 guided steps as a GIF,
-    # or for sixteen 512 × 512 images in as many steps. Sixteen 256 × 256 images in the 4 guided
-    # steps of the embedded weights' default preset are a tenth of it. These weights on a CPU answer
-    # all of these before the default timeout. A GPU allows far more.
+    # or for sixteen 512 × 512 images in as many steps. Sixteen 256 × 256 images in the 2 guided
+    # steps of the embedded weights' default preset are a sixteenth of it. These weights on a CPU
+    # answer all of these before the default timeout. A GPU allows far more.
     max_request_work: Annotated[
         int,
         Field(
@@ -314,7 +380,10 @@ class Settings(BaseSettings):
         ),
     ] = 64 * MIB
     url_ttl_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Time for which such an image is kept")
+        float,
+        Field(
+            gt=0, le=DAY_S, description="Seconds for which an image of response_format url is kept"
+        ),
     ] = 3600
     max_connections: Annotated[int, Field(ge=1, description="Maximum of open connections")] = 1000
     max_image_bytes: Annotated[
@@ -327,8 +396,8 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            description="The same for a JPEG, which is decoded at a smaller size if it is to be"
-            " scaled",
+            description="Maximum width times height of one uploaded JPEG, which is decoded at a"
+            " smaller size if it is to be scaled",
         ),
     ] = 64 * MIB
     max_request_pixels: Annotated[
@@ -340,7 +409,11 @@ class Settings(BaseSettings):
     ] = 256 * MIB
     decode_queue_bytes: Annotated[
         int,
-        Field(ge=1, description="Maximum of image file bytes that wait likewise"),
+        Field(
+            ge=1,
+            description="Maximum size of image files that wait to be decoded; further requests get"
+            " 429",
+        ),
     ] = 128 * MIB
     decode_threads: Annotated[
         int, Field(ge=1, description="Requests whose uploaded images are decoded at once")
@@ -350,7 +423,7 @@ class Settings(BaseSettings):
 
     mark: Annotated[
         bool,
-        Field(description="Mark generated files as such in XMP, for people and programs that ask"),
+        Field(description="Write XMP metadata into every file that says: made by AI"),
     ] = True
     embed_parameters: Annotated[
         bool,
@@ -378,10 +451,11 @@ class Settings(BaseSettings):
     ] = SecretStr("")
     open_paths: Annotated[
         str | None,
-        AfterValidator(_valid_paths),
+        _each(_is_path, "paths that begin with /; * may only follow the last /"),
         Field(
             description="Comma-separated paths without a key; /x/* is everything below /x/."
-            f" Default: {', '.join(OPEN_PATHS)}, and /metrics on PAELLERA_OPERATIONS_PORT"
+            f" Default: {', '.join(OPEN_PATHS)}, and /metrics on PAELLERA_OPERATIONS_PORT. A value"
+            " replaces the list; on PAELLERA_OPERATIONS_PORT the probes stay open"
         ),
     ] = None
     key_rate_per_minute: Annotated[
@@ -399,7 +473,9 @@ class Settings(BaseSettings):
     timeout_s: Annotated[
         float,
         Field(
-            ge=0.05, le=600, description="Default of the request field `timeout_s`, its deadline"
+            ge=0.05,
+            le=600,
+            description="Default of the request field `timeout_s`, the deadline in seconds",
         ),
     ] = 60
     start_wait_s: Annotated[
@@ -407,29 +483,33 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Maximum wait of a request for a starting worker before 503",
+            description="Seconds that a request waits at most for a starting worker, before 503",
         ),
     ] = 30
     heartbeat_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Interval of comments in a stream without events")
+        float,
+        Field(gt=0, le=DAY_S, description="Seconds between comments in a stream without events"),
     ] = 15
     receive_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for reading a request's headers, and between chunks of its body",
+            description="Timeout in seconds for reading a request's headers, and between chunks"
+            " of its body",
         ),
     ] = 30
     body_timeout_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Timeout for reading a request's whole body")
+        float,
+        Field(gt=0, le=DAY_S, description="Timeout in seconds for reading a request's whole body"),
     ] = 120
     send_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for a client that reads nothing of its answer; it is disconnected",
+            description="Timeout in seconds for a client that reads nothing of its answer; it is"
+            " disconnected",
         ),
     ] = 30
     keep_alive_s: Annotated[
@@ -437,18 +517,22 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Timeout for an idle connection after an answer; above that of the proxy",
+            description="Timeout in seconds for an idle connection after an answer; above that of"
+            " the proxy",
         ),
     ] = 75
     stall_timeout_s: Annotated[
-        float, Field(gt=0, le=DAY_S, description="Timeout for a silent worker, which is replaced")
+        float,
+        Field(
+            gt=0, le=DAY_S, description="Timeout in seconds for a silent worker, which is replaced"
+        ),
     ] = 30
     start_timeout_s: Annotated[
         float,
         Field(
             gt=0,
             le=DAY_S,
-            description="Timeout for a worker that loads its weights; it is replaced",
+            description="Timeout in seconds for a worker that loads its weights; it is replaced",
         ),
     ] = 600
     shutdown_delay_s: Annotated[
@@ -456,17 +540,20 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Time after SIGTERM with /readyz 503 in which requests are still accepted",
+            description="Seconds after SIGTERM with /readyz 503 in which requests are still"
+            " accepted",
         ),
     ] = 0
     drain_timeout_s: Annotated[
-        float, Field(ge=0, le=DAY_S, description="Time for running requests when the server stops")
+        float,
+        Field(ge=0, le=DAY_S, description="Seconds for running requests when the server stops"),
     ] = 30
 
     # ── log ──
 
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
+        BeforeValidator(_lower),
         Field(description="Minimum severity of log lines"),
     ] = "info"
     log_prompts: Annotated[bool, Field(description="Log the prompts of every request")] = False
@@ -502,20 +589,22 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _signature_is_whole(self) -> Self:
         if bool(self.c2pa_certificate) != bool(self.c2pa_key):
-            raise ValueError("c2pa_certificate and c2pa_key are needed together")
+            message = f"{PREFIX}C2PA_CERTIFICATE and {PREFIX}C2PA_KEY are needed together"
+            raise ValueError(message)
         if self.c2pa_certificate and not self.mark:
-            raise ValueError("mark false leaves nothing that c2pa_certificate could sign")
+            message = f"{PREFIX}MARK=false leaves nothing to sign: remove {PREFIX}C2PA_CERTIFICATE"
+            raise ValueError(f"{message}, or set {PREFIX}MARK=true")
         return self
 
     @property
     def worker_devices(self) -> tuple[str, ...]:
         """The device of every worker; a device that is listed twice has two workers."""
-        return (self.device,) if self.devices is None else tuple(self.devices.split(","))
+        return (self.device,) if self.devices is None else _items(self.devices)
 
     @property
     def picture_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of `graph_sizes`, in pixels."""
-        pairs = [size.split("x") for size in self.graph_sizes.split(",") if size]
+        pairs = [size.split("x") for size in _items(self.graph_sizes)]
         return [(int(width), int(height)) for width, height in pairs]
 
     @property
@@ -566,18 +655,39 @@ class Settings(BaseSettings):
         if not self.is_local and not self.allowed_hosts:
             message = f"requests may name any host; set {PREFIX}ALLOWED_HOSTS"
             found.append(f"{message} against DNS rebinding")
+        found += self._closed_paths()
         if ignored := kubernetes_variables(os.environ):
             shown = ", ".join(ignored[:5]) + (", …" if len(ignored) > 5 else "")
             message = f"Kubernetes' service variables are ignored: {shown}"
             found.append(f"{message}; enableServiceLinks: false in the pod avoids them")
         return found
 
+    def _closed_paths(self) -> Iterator[str]:
+        """Yield a warning for each use that a list of open paths leaves without its paths."""
+        if not self.keys or self.open_paths is None:
+            return
+        scraped = () if self.operations_port is None else ("/metrics",)
+        uses = {"probes": ("/healthz", "/readyz"), "Prometheus": scraped}
+        if self._is_open("/docs"):
+            uses["/docs"] = ("/openapi.json", "/playground/*")
+        for use, paths in uses.items():
+            if closed := [path for path in paths if not self._is_open(path)]:
+                message = f"{PREFIX}OPEN_PATHS replaces the default list and lacks"
+                yield f"{message} {', '.join(closed)}: {use} without a key will get 401"
+
+    def _is_open(self, path: str) -> bool:
+        opened = self.paths_without_key
+        return path in opened or any(
+            path.startswith(each[:-1]) for each in opened if each.endswith("/*")
+        )
+
     @property
     def paths_without_key(self) -> tuple[str, ...]:
-        """The entries of `open_paths`, or the default ones."""
-        if self.open_paths is not None:
-            return _parts(self.open_paths)
-        return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
+        """The entries of `open_paths`, or the default ones; probes on a port of their own too."""
+        if self.open_paths is None:
+            return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
+        opened = _parts(self.open_paths)
+        return opened if self.operations_port is None else (*opened, *PROBES)
 
 
 # ── docs/settings.md ──────────────────────────────────────────────────────────────────────────────
@@ -586,7 +696,9 @@ HEAD = """\
 # Settings
 
 *For operators.* All environment variables of `paellera serve`, read once at start; an error names
-an invalid one. Generated by `python -m server.settings > docs/settings.md`.
+an invalid one. Generated by `python -m server.settings > docs/settings.md`. The
+[glossary](architecture.md#glossary) explains row, branch, native size, size step, prior, recipe and
+bundle.
 
 | variable | default | allowed | |
 |---|---|---|---|

@@ -25,7 +25,7 @@ MIN_CONNECTIONS = 16
 
 
 class Server(uvicorn.Server):
-    """Drains on SIGTERM and SIGINT: requests have `drain_timeout_s`, later ones get 503.
+    """Drains on SIGTERM, SIGINT and SIGHUP: requests have `drain_timeout_s`, later ones get 503.
 
     The engine learns of it at once; uvicorn alone would tell it after the last request. Before
     that, the server is not ready for `shutdown_delay_s`, but serves.

@@ -96,7 +96,7 @@ def test_an_unknown_name_is_told_the_aliases_too() -> None:
 def test_an_alias_of_no_model_and_a_model_s_own_name_are_refused_at_the_start(
     fake_settings: Configure, aliases: str
 ) -> None:
-    with pytest.raises(ValueError, match="model_aliases"):
+    with pytest.raises(ValueError, match="PAELLERA_MODEL_ALIASES"):
         asking(fake_settings(model_aliases=aliases))
 
 

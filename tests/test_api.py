@@ -376,7 +376,10 @@ def test_a_starting_server_lives_but_is_not_ready(fake_settings: Configure) -> N
     with served(fake_settings(start_wait_s=0.05), fake_worker.slow_to_start, ready=False) as client:
         assert client.get("/healthz").status_code == 200
         not_ready, refused = client.get("/readyz"), post(client)
-        assert (not_ready.status_code, error_of(not_ready)["message"]) == (503, "starting")
+        assert (not_ready.status_code, error_of(not_ready)["message"]) == (
+            503,
+            "starting: the worker loads its weights",
+        )
         assert (refused.status_code, error_of(refused)["code"]) == (503, "starting")
         assert int(refused.headers["retry-after"]) >= 1
 
@@ -657,7 +660,7 @@ def test_weights_that_cannot_be_served_stop_the_start(
 ) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         create_app(Settings(weights="nothing"))
-    with pytest.raises(ValueError, match="max_side"):
+    with pytest.raises(ValueError, match="PAELLERA_MAX_SIDE"):
         create_app(fake_settings(max_side=48))
     create_app(fake_settings(max_side=max(NATIVE_SIZE)))
     same = [str(write_bundle(tmp_path / directory)) for directory in ("a", "b")]

@@ -13,6 +13,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,7 +36,7 @@ from server.api.access import (
 )
 from server.api.errors import ApiError
 from server.api.validation import from_validation
-from server.settings import Settings
+from server.settings import OPEN_PATHS, PROBES, Settings
 from server.uvicorn_server import Server
 from tests import fake_worker
 from tests.conftest import running, wait_until
@@ -196,6 +197,48 @@ def test_metrics_on_a_port_of_their_own_need_no_key_unless_the_settings_say_othe
         settings = fake_settings(api_keys=KEY, open_paths=open_paths)
         with listening(settings, ports=2) as (_, port):
             assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == status
+
+
+@pytest.mark.process
+def test_probes_on_a_port_of_their_own_need_no_key_whatever_the_settings_say(
+    fake_settings: Configure,
+) -> None:
+    settings = fake_settings(api_keys=KEY, open_paths="/docs,/openapi.json")
+    with listening(settings, ports=2) as (_, port):
+        answers = [httpx.get(f"http://127.0.0.1:{port}{path}") for path in PROBES]
+    assert 401 not in [answer.status_code for answer in answers]
+
+
+DOCUMENTED = "/docs, /openapi.json"
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"open_paths": DOCUMENTED}, ["/healthz, /readyz", "/playground/*"]),
+        ({"open_paths": "/healthz, /docs, /playground/*"}, ["/readyz", "/openapi.json"]),
+        ({"open_paths": "/playground/*", "operations_port": 9}, ["/metrics"]),
+        ({"open_paths": "/healthz, /readyz"}, []),
+        ({"open_paths": "/*"}, []),
+        ({"open_paths": DOCUMENTED, "api_keys": ""}, []),
+        ({}, []),
+    ],
+)
+def test_a_list_of_open_paths_that_lacks_needed_ones_is_warned_of(
+    settings: dict[str, Any], missing: list[str]
+) -> None:
+    warnings = Settings(**{"api_keys": KEY, **settings}).warnings
+    assert len(warnings) == len(missing)
+    for warning, paths in zip(warnings, missing, strict=True):
+        assert f"PAELLERA_OPEN_PATHS replaces the default list and lacks {paths}:" in warning
+
+
+def test_the_list_of_the_deployment_page_opens_the_documentation_and_closes_nothing() -> None:
+    page = (Path(__file__).parents[1] / "docs/deploy.md").read_text()
+    (value,) = re.findall(r"PAELLERA_OPEN_PATHS=(\S+)", page)
+    settings = Settings(api_keys=KEY, open_paths=value)
+    assert set(settings.paths_without_key) == {*OPEN_PATHS, "/docs", "/openapi.json"}
+    assert settings.warnings == []
 
 
 def test_a_key_s_name_is_the_beginning_of_its_hash() -> None:

@@ -425,12 +425,12 @@ def test_too_much_work_is_422_with_the_figure(client: httpx.Client) -> None:
     )
     for format in ("png", "jpeg", "webp", "json", "url"):
         answer = client.post("/generate", json={**fields, "response_format": format})
-        refused(answer, 422, None, f"work is {work},")
+        refused(answer, 422, None, f"costs {work},")
     keyframes = {"keyframes": [{"prompt": "a ball"}] * 2, "frames": 64}
     frames = {"width": 512, "height": 512, "num_inference_steps": 12, **keyframes}
     for format, file in (("webp", 1), ("gif", 6)):
         answer = client.post("/interpolate", json={**frames, "response_format": format})
-        refused(answer, 422, None, f"work is {64 * 512 * 512 * (12 * 2 + 3 + file)},")
+        refused(answer, 422, None, f"costs {64 * 512 * 512 * (12 * 2 + 3 + file)},")
 
 
 def test_an_unknown_path_is_404(client: httpx.Client) -> None:

@@ -11,17 +11,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import PIL.Image
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 import weights
 from load_tests.serving import Server, serving
-from model.config import CONFIG_FILE, BundleConfig
+from model.config import CONFIG_FILE, BundleConfig, Operation
+from server.api.planning.operations import OPERATIONS
 from server.cli import app
 from tests.conftest import wait_until
 
@@ -205,6 +208,129 @@ def test_impossible_request_is_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["edit", "apple", "--image", "FILE"], "image: "),
+        (["inpaint", "apple", "--image", "GOOD", "--mask", "FILE"], "mask: "),
+        (["vary", "--image", "GOOD", "--image", "FILE"], "image: "),
+        (["interpolate", "--keyframe", "apple", "--keyframe", "@FILE"], "keyframe: "),
+        (["generate", "apple", "--region", '{"prompt": "a", "mask": "FILE"}'], "region: "),
+        (["replay", "FILE"], "png: "),
+        (["replay", "GOOD", "--mask", "FILE"], "mask: "),
+    ],
+)
+@pytest.mark.parametrize("name", ["absent.png", "."])
+def test_a_file_that_cannot_be_read_is_told_with_its_option(
+    random_bundle: Path, tmp_path: Path, command: list[str], words: str, name: str
+) -> None:
+    good = tmp_path / "good.png"
+    PIL.Image.new("RGB", (16, 16)).save(good)
+    bad = str(tmp_path / name)
+    arguments = [part.replace("FILE", bad).replace("GOOD", str(good)) for part in command]
+    result = paellera(*arguments, "-o", tmp_path / "out.png", "--weights", random_bundle)
+    assert_one_line(result.stderr, result.exit_code, 2, f"paellera: {words}{bad}: ")
+    assert "Errno" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["out.jpg", "out.webp", "out"])
+def test_replay_writes_png_alone(tmp_path: Path, name: str) -> None:
+    png = tmp_path / "first.png"
+    PIL.Image.new("RGB", (16, 16)).save(png)
+    result = paellera("replay", png, "-o", tmp_path / name)
+    assert_one_line(result.stderr, result.exit_code, 2, "output", ".png", name)
+
+
+NOT_FIELDS = {"output", "weights", "device", "help"}
+# Options that have another name than the fields, or become fields of an object.
+FIELDS = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "region": "regions",
+    "keyframe": "keyframes",
+    "image_weights": "weights",
+    "hires_strength": "hires",
+    "hires_steps": "hires",
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_command_has_only_options_that_its_requests_take(operation: Operation) -> None:
+    name = "vary" if operation == "variations" else operation
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    options = {option.name for option in command.params} - NOT_FIELDS
+    fields = OPERATIONS[operation][0].model_fields.keys()
+    assert {FIELDS.get(option, option) for option in options} <= fields
+
+
+def test_the_help_of_interpolate_tells_how_frames_are_written() -> None:
+    assert "one animation" in " ".join(paellera("interpolate", "--help").stdout.split())
+
+
+def test_bytes_that_the_locale_does_not_know_are_told_with_it(
+    random_bundle: Path, tmp_path: Path
+) -> None:
+    result = paellera(
+        "generate", "w\udcc3\udcbcrfel", "-o", tmp_path / "a.png", "--weights", random_bundle
+    )
+    assert_one_line(result.stderr, result.exit_code, 2, "locale", "LC_ALL=C.UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("absent", "neither the included weights nor the current directory has a absent/"),
+        ("/no/such", "there is no /no/such/bundle.json"),
+        ("BUNDLE/bundle.json", "it is a file; name its directory"),
+    ],
+)
+def test_weights_that_are_not_there_are_told_by_their_path(
+    random_bundle: Path, name: str, words: str
+) -> None:
+    result = paellera("weights", "verify", name.replace("BUNDLE", str(random_bundle)))
+    assert_one_line(result.stderr, result.exit_code, 1, words)
+
+
+def test_a_configuration_that_is_no_json_is_told_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text("{")
+    result = paellera("weights", "verify", tmp_path)
+    assert_one_line(result.stderr, result.exit_code, 1, f"{CONFIG_FILE}: Invalid JSON")
+    assert "body" not in result.stderr
+
+
+@pytest.mark.parametrize("memory", ["nan", "-5", "0", "inf"])
+def test_a_machine_has_a_memory_of_more_than_nothing(random_bundle: Path, memory: str) -> None:
+    result = paellera("weights", "info", random_bundle, "--memory", memory)
+    assert_one_line(result.stderr, result.exit_code, 2, "memory", memory)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
+@pytest.mark.parametrize("command", [["config"], ["weights", "list"], ["--version"]])
+@pytest.mark.process
+def test_output_on_a_full_disk_is_told_in_one_line(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "server.cli", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert_one_line(done.stderr, done.returncode, 1, "No space left on device")
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["generate", "-h"], ["weights", "-h"]])
+def test_help_has_a_short_option_too(arguments: list[str]) -> None:
+    result = paellera(*arguments)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert paellera("--version").stdout == f"paellera {version('paellera')}\n"
+
+
 def test_damaged_bundle_is_refused_in_one_line(damaged_bundle: Path, tmp_path: Path) -> None:
     result = paellera("generate", "apple", "-o", tmp_path / "out.png", "--weights", damaged_bundle)
     assert_one_line(result.stderr, result.exit_code, 2, "vqgan.safetensors", "sha256")
@@ -286,7 +412,7 @@ def test_used_port_is_told_in_one_line(bundle: Path) -> None:
     [
         (["--weights", "absent"], ["absent", CONFIG_FILE]),
         (["--weights", ","], ["weights"]),
-        (["--port", "65536"], ["port", "65535", "65536"]),
+        (["--port", "65536"], ["--port", "65535", "65536"]),
     ],
 )
 @pytest.mark.process
@@ -301,7 +427,7 @@ def test_settings_that_cannot_be_served_are_refused_in_one_line(
 def test_bad_environment_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAELLERA_QUEUE_ROWS", "many")
     result = paellera_process("serve")
-    assert_one_line(result.stderr, result.returncode, 2, "queue_rows", "many")
+    assert_one_line(result.stderr, result.returncode, 2, "PAELLERA_QUEUE_ROWS", "many")
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -122,11 +123,8 @@ def test_what_only_resembles_kubernetes_variables_is_a_setting(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    if name == "PAELLERA_PORT":
-        with pytest.raises(ValueError, match="port"):
-            Settings()
-    else:
-        assert Settings().host == value
+    with pytest.raises(ValueError, match=name.removeprefix("PAELLERA_").lower()):
+        Settings()
 
 
 @pytest.mark.parametrize(
@@ -160,10 +158,20 @@ def test_a_server_that_others_reach_without_keys_is_warned_of(
     ("variables", "words"),
     [
         ({"PAELLERA_API_KEY": KEY}, "did you mean PAELLERA_API_KEYS?"),
-        ({"PAELLERA_DRAIN_TIMEOUT_S": "inf"}, "drain_timeout_s"),
+        ({"PAELLERA_DRAIN_TIMEOUT_S": "inf"}, "PAELLERA_DRAIN_TIMEOUT_S, in seconds: must be"),
         ({"PAELLERA_TRUSTED_PROXIES": "10.0.0.0/33"}, "10.0.0.0/33"),
         ({"PAELLERA_OPEN_PATHS": "/,healthz"}, "'healthz'"),
-        ({"PAELLERA_MAX_SIDE": "64"}, "max_side 64 excludes"),
+        (
+            {"PAELLERA_API_KEYS": KEY, "PAELLERA_C2PA_KEY": "key.pem"},
+            "PAELLERA_C2PA_CERTIFICATE and PAELLERA_C2PA_KEY are needed together",
+        ),
+        (
+            {"PAELLERA_C2PA_CERTIFICATE": "/absent.pem", "PAELLERA_C2PA_KEY": "/absent.pem"},
+            "PAELLERA_C2PA_CERTIFICATE: /absent.pem: No such file",
+        ),
+        ({"PAELLERA_HOST": "http://localhost"}, "PAELLERA_HOST: must be an IP address"),
+        ({"PAELLERA_MAX_REQUEST_WORK": "1"}, "PAELLERA_MAX_REQUEST_WORK 1 excludes every request"),
+        ({"PAELLERA_MAX_SIDE": "64"}, "PAELLERA_MAX_SIDE 64 excludes"),
     ],
 )
 def test_nonsense_is_refused_in_one_line_with_exit_code_2(
@@ -176,6 +184,20 @@ def test_nonsense_is_refused_in_one_line_with_exit_code_2(
     assert words in line
     assert KEY not in line
     assert done.stdout == ""
+
+
+@pytest.mark.process
+def test_config_refuses_weights_of_another_size_than_listed(
+    random_bundle: Path, tmp_path: Path
+) -> None:
+    cut = shutil.copytree(random_bundle, tmp_path / "cut")
+    with (cut / "vqgan.safetensors").open("r+b") as file:
+        file.truncate(100)
+    done = command("config", variables={"PAELLERA_WEIGHTS": str(cut)})
+    assert done.returncode == 2
+    assert "vqgan.safetensors has 100 bytes; bundle.json lists" in done.stderr
+    (cut / "vqgan.safetensors").unlink()
+    assert "is missing" in command("config", variables={"PAELLERA_WEIGHTS": str(cut)}).stderr
 
 
 @pytest.mark.process

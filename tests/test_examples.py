@@ -87,7 +87,7 @@ def test_an_example_makes_its_animation(
 
 
 def test_the_batch_is_as_large_as_asked(live_server: str, tmp_path: Path) -> None:
-    assert "20 pictures" in run(tmp_path, "batch.py", live_server, "20")
+    assert "20 images" in run(tmp_path, "batch.py", live_server, "20")
     assert len(list(tmp_path.glob("circle-*.png"))) == 20
 
 
@@ -103,7 +103,7 @@ def test_the_address_may_come_from_the_environment(
         check=True,
     )
     assert [line.split("  ")[0] for line in done.stdout.splitlines()][:2] == [
-        "pictures",
+        "images",
         "latency mean, s",
     ]
 

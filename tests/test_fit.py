@@ -617,9 +617,9 @@ def test_pixels_that_are_enlarged_to_an_original_are_work_too(
 
     assert plan_within(work).size == size
     assert plan_within(work - 1).size == (448, 224)
-    with pytest.raises(ApiError, match=f"work is {work},"):
+    with pytest.raises(ApiError, match=f"costs {work},"):
         plan_within(work - 1, width=size[0])
-    with pytest.raises(ApiError, match=f"work is {work},"):
+    with pytest.raises(ApiError, match=f"costs {work},"):
         plan_within(1)
 
 

@@ -392,7 +392,8 @@ def test_a_regions_mask_is_as_large_as_the_picture(client: httpx.Client) -> None
 @pytest.mark.process
 def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: BundleConfig) -> None:
     width, height = embedded.native_size
-    app = create_app(Settings(weights="tiny", max_request_work=1), worker=fake_worker.main)
+    settings = Settings(weights="tiny", max_request_work=64 * 64 * 4)
+    app = create_app(settings, worker=fake_worker.main)
     box = {"prompt": "a box", "box": [0, 0, 1, 1]}
     image = png(noise(width, height))
     with serving(app) as address, httpx.Client(base_url=address) as client:
@@ -405,14 +406,14 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
             422,
             "too_much_work",
             None,
-            f"work is {pixels * (4 * more_steps + result)},",
+            f"costs {pixels * (4 * more_steps + result)},",
         )
         refused(
             as_json(client, "edit", prompt="a ball", image=image, strength=0.5),
             422,
             "too_much_work",
             None,
-            f"work is {pixels * (more_steps + result)},",
+            f"costs {pixels * (more_steps + result)},",
         )
         keyframes = [{"prompt": "a ball"}, {"prompt": "a box"}]
         for format in ("png", "gif"):
@@ -423,7 +424,7 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
                 422,
                 "too_much_work",
                 None,
-                f"work is {5 * pixels * (2 * steps + result)},",
+                f"costs {5 * pixels * (2 * steps + result)},",
             )
         animation = client.post(
             "/interpolate",
@@ -446,7 +447,7 @@ def test_work_counts_regions_frames_and_the_steps_an_edit_takes(embedded: Bundle
                 422,
                 "too_much_work",
                 None,
-                f"work is {pixels * (2 * sent + result)},",
+                f"costs {pixels * (2 * sent + result)},",
             )
 
 

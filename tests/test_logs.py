@@ -91,6 +91,25 @@ def test_a_critical_line_does_not_wait_for_a_reader_without_end(pipe: tuple[int,
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
+def test_lines_that_find_a_full_disk_are_counted_and_told_when_there_is_room_again(
+    tmp_path: Path,
+) -> None:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    handler = BackgroundHandler(descriptor)
+    for _ in range(3):
+        handler.emit(record_of("lost"))
+    handler.flush()
+    assert handler.dropped == 3
+    with (tmp_path / "log").open("w") as file:
+        os.dup2(file.fileno(), descriptor)
+    handler.emit(record_of("written"))
+    handler.flush()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["message"] for line in lines] == ["written", "log lines dropped"]
+    assert (lines[1]["dropped"], handler.dropped) == (3, 3)
+
+
 @pytest.mark.process
 def test_a_server_whose_log_nobody_reads_answers_and_stops(bundle: Path) -> None:
     port = free_port()

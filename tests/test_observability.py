@@ -10,7 +10,7 @@ import runpy
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ import pytest
 import yaml
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from server.api import create_app
 from server.metrics import WORKER_METRICS, Metrics
+from server.settings import Settings
+from tests import fake_worker
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,8 @@ QUERIES = sorted(
         for target in panel["targets"]
     }
 )
+# Selectors of the requests' durations.
+READ = r"paella_request_duration_seconds_(?:bucket|count|sum)(?:{[^}]*})?"
 # On a machine that is busy with everything else.
 PATIENCE_S = 300
 
@@ -171,7 +176,7 @@ def test_every_alert_says_how_urgent_it_is_and_has_its_section_in_the_runbook() 
     }
     assert anchors == {name.lower() for name in ALERTS}
     for name, alert in ALERTS.items():
-        assert alert["annotations"]["runbook_url"] == f"docs/runbook.md#{name.lower()}"
+        assert alert["annotations"]["runbook"] == f"docs/runbook.md#{name.lower()}"
         assert alert["labels"]["severity"] in ("page", "ticket")
 
 
@@ -198,6 +203,45 @@ def test_a_loaded_server_gives_every_query_of_the_dashboard_and_every_rule_its_d
     )
     exemplars = prometheus.exemplars('paella_request_duration_seconds_bucket{endpoint="/generate"}')
     assert {"request_id": "an-exemplar"} in [exemplar["labels"] for exemplar in exemplars]
+
+
+@pytest.fixture
+def endpoints(fake_settings: Callable[..., Settings]) -> tuple[dict[str, Any], frozenset[str]]:
+    """The methods of every path of the app, and the paths that draw."""
+    app = create_app(fake_settings(sdapi=True), worker=fake_worker.main)
+    return app.openapi()["paths"], app.state.paellera.metrics.endpoints
+
+
+def test_the_rules_read_every_endpoint_that_draws_and_no_other(
+    endpoints: tuple[dict[str, Any], frozenset[str]],
+) -> None:
+    paths, drawing = endpoints
+    of_all = [rule["expr"] for rule in RULES if "objective" not in rule.get("record", "")]
+    read = [found for expr in of_all for found in re.findall(READ, expr)]
+    assert len(read) == 2
+    for selector in read:
+        (pattern,) = re.findall(r'endpoint=~"([^"]*)"', selector)
+        assert {path for path in paths if re.fullmatch(pattern, path)} == drawing
+
+
+def test_every_endpoint_that_takes_a_job_counts_as_drawing(
+    endpoints: tuple[dict[str, Any], frozenset[str]],
+) -> None:
+    paths, drawing = endpoints
+    posts = {path for path, methods in paths.items() if "post" in methods}
+    words = "png-info|interrupt|skip|options|(refresh|reload|unload)-.*"
+    assert {path for path in posts if not re.fullmatch(f"/sdapi/v1/({words})", path)} == drawing
+
+
+def test_the_objective_counts_every_endpoint_that_draws_from_text_alone(
+    endpoints: tuple[dict[str, Any], frozenset[str]],
+) -> None:
+    _, drawing = endpoints
+    from_text = {path for path in drawing if re.search(r"/(generate|generations|txt2img)$", path)}
+    read = [found for rule in RULES for found in re.findall(READ, rule["expr"])]
+    patterns = {pattern for each in read for pattern in re.findall(r'endpoint=~"([^"]*)"', each)}
+    (objective,) = (pattern for pattern in patterns if "edit" not in pattern)
+    assert {path for path in drawing if re.fullmatch(objective, path)} == from_text
 
 
 def read_by_alerts() -> list[str]:

@@ -130,13 +130,13 @@ def test_too_much_work_is_told_with_its_parts() -> None:
     with pytest.raises(ApiError) as full:
         workload.check((64, 32), 0, 114687)
     assert full.value.message == (
-        "the request's work is 114688, the maximum 114687 (2 images of 2048 pixels, 12 steps of 2"
-        " branches, and as much as 4 for decoding and files)"
+        "this request costs 114688, more than PAELLERA_MAX_REQUEST_WORK (114687)."
+        " Cost = 2 images * 2048 pixels * (12 steps * 2 branches + 4)"
     )
     with pytest.raises(ApiError) as smaller:
-        replace(workload, share=0.25).check((64, 32), 100, 1)
+        replace(workload, images=1, share=0.25).check((64, 32), 100, 1)
     assert smaller.value.message == (
-        "the request's work is 41560, the maximum 1 (2 images of 2048 pixels, 12 steps of 2"
-        " branches, each 0.25 of a full one, and as much as 4 for decoding and files, 100 pixels as"
-        " much as 3 to enlarge)"
+        "this request costs 20780, more than PAELLERA_MAX_REQUEST_WORK (1)."
+        " Cost = 1 image * (2048 pixels * (12 steps * 2 branches * 0.25 + 4)"
+        " + 100 pixels * 3 to enlarge)"
     )

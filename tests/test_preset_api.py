@@ -294,7 +294,7 @@ def test_work_that_is_too_much_for_one_denoiser_may_not_be_for_another(tmp_path)
         )
         assert drawn(client, preset="fast", num_inference_steps=4) == ("fast", 4)
         answer = as_json(client, "generate", **PROMPT, preset="fast", n=4)
-        refused(answer, 422, "too_much_work", None, "of a full one")
+        refused(answer, 422, "too_much_work", None, "1 branch * 0.")
 
 
 # ── other faces ───────────────────────────────────────────────────────────────────────────────────

@@ -56,7 +56,7 @@ def unfinished(address: str) -> int:
     return int(float(line.split()[1]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_lets_the_worker_finish_what_is_running(server, number):
     process, address = server
     (worker,) = workers(process.pid)

@@ -55,6 +55,7 @@ from tests.virtual_time import START, settle, virtual_time
 
 STALL_S, START_S = 8.0, 60.0
 PATIENCE_S = 60
+STARTING = "starting: the worker loads its weights"
 
 
 class PlayedProcess:
@@ -250,7 +251,7 @@ async def test_a_process_that_the_system_refuses_is_asked_for_again_after_a_long
 @virtual_time
 async def test_the_status_tells_why_no_job_would_be_started() -> None:
     async with supervised(ready=False) as (supervisor, s):
-        assert (supervisor.status.ready, supervisor.status.reason) == (False, "starting")
+        assert (supervisor.status.ready, supervisor.status.reason) == (False, STARTING)
         assert not supervisor.accepting
         s.now.say(Ready("cpu", "bfloat16"))
         assert supervisor.accepting
@@ -369,7 +370,7 @@ async def test_every_message_ends_the_silence() -> None:
 async def test_a_worker_that_loads_for_too_long_is_killed_and_the_next_has_as_long() -> None:
     async with supervised(ready=False) as (supervisor, s):
         await asyncio.sleep(START_S - 0.1)
-        assert (len(s.processes), supervisor.status.reason) == (1, "starting")
+        assert (len(s.processes), supervisor.status.reason) == (1, STARTING)
         await asyncio.sleep(STALL_S / 4 + 0.2)
         reason = "the worker was not ready after 60 s and was killed"
         assert supervisor.status.reason == f"{reason}; another is starting"

@@ -178,7 +178,7 @@ def test_tiles_previews_and_files_are_the_work_of_a_larger_image(
     own = {"image": png(noise(*NATIVE_SIZE))} if operation == "upscale" else {"hires": {}}
     config, sent = BundleConfig.read(bundle), own | fields
     planned(config, operation, max_request_work=work, **sent)
-    with pytest.raises(ApiError, match=f"work is {work},"):
+    with pytest.raises(ApiError, match=f"costs {work},"):
         planned(config, operation, max_request_work=work - 1, **sent)
 
 
@@ -193,7 +193,7 @@ def test_tiles_of_a_smaller_denoiser_are_less_work() -> None:
     steps = math.ceil((3 * pixels + 2 * tiles) * config.relative_work("denoiser-fast"))
     work = steps + 3 * (pixels + 2 * tiles) + 4 * pixels
     planned(config, "generate", max_request_work=work, **fields)
-    with pytest.raises(ApiError, match=f"work is {work},"):
+    with pytest.raises(ApiError, match=f"costs {work},"):
         planned(config, "generate", max_request_work=work - 1, **fields)
 
 

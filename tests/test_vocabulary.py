@@ -13,6 +13,8 @@ from model.config import BundleConfig, find_bundle
 from model.pipeline import Pipeline
 from model.training.vocabulary import vocabulary
 from model.vocabulary import Vocabulary
+from server.cli.offline import plan
+from server.settings import Settings
 
 WORDS = Vocabulary(
     things="apple, apples, cat, cats, duck, dragon, hat, horse, ice cream, lion, oil drum, "
@@ -121,3 +123,11 @@ def test_a_pipeline_encodes_what_is_read(random_bundle: Path) -> None:
     assert read.byt5.equal(known.byt5)
     assert read.clip.equal(known.clip)
     assert reading.text_length("a red apple" + ", 4k" * 30) == plain.text_length("a red apple")
+
+
+def test_a_plan_tells_what_is_read_of_a_prompt_and_only_then() -> None:
+    reduced, _ = plan("generate", {"prompt": "a red apple, 4k", "seed": 1}, Settings())
+    assert reduced.parameters((), 0)["prompt"] == "a red apple, 4k"
+    assert reduced.parameters((), 0)["prompt_read"] == "a red apple"
+    whole, _ = plan("generate", {"prompt": "a red apple", "seed": 1}, Settings())
+    assert "prompt_read" not in whole.parameters((), 0)

@@ -116,7 +116,7 @@ ROWS: dict[str, tuple[Spec, ...]] = {
     "Encode and prior": (
         stage("encode"),
         stage("prior"),
-        ("Remembered, by what was looked for", "percentunit", (("{{what}}", share_remembered()),)),
+        ("Prompt cache hit rate, by kind", "percentunit", (("{{what}}", share_remembered()),)),
         ("Cache", "bytes", (("held", "sum(paella_prompt_cache_bytes)"),)),
     ),
     "Steps": (
@@ -152,9 +152,9 @@ ROWS: dict[str, tuple[Spec, ...]] = {
     "Decode, image, answers": (
         stage("decode"),
         stage("image"),
-        ("Pictures", "ops", (("{{endpoint}}", per_second("paella_images_total", "endpoint")),)),
+        ("Images", "ops", (("{{endpoint}}", per_second("paella_images_total", "endpoint")),)),
         (
-            "Pictures by preset",
+            "Images by preset",
             "ops",
             (("{{preset}}", per_second("paella_preset_images_total", "preset")),),
         ),

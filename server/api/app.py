@@ -42,11 +42,13 @@ from server.api.middleware import (
     register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
+from server.api.planning.draft import DECODING_WORK, FILE_WORK
 from server.api.planning.operations import OPERATIONS
 from server.api.state import AppState, request_state
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
+from server.environment import PREFIX
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -95,9 +97,8 @@ def create_app(
     Raises:
         FileNotFoundError: weights do not exist.
         pydantic.ValidationError: weights or settings are invalid.
-        OSError: the certificate for signatures cannot be read.
-        ValueError: settings exclude the weights, ask for traces without the extra `otel`, or for
-            signatures without the extra `provenance` or with an unfit certificate.
+        ValueError: settings exclude the weights or every request, ask for traces without the extra
+            `otel`, or for signatures without the extra `provenance` or with an unfit certificate.
     """
     settings = settings or Settings()
     # Clients that may read the metrics must not learn each other's request ids.
@@ -179,16 +180,25 @@ def read_models(settings: Settings) -> dict[str, BundleConfig]:
     for config in configs:
         if max(config.native_size) > settings.max_side:
             native = f"the native size of {config.name}, {config.native_size}"
-            raise ValueError(f"max_side {settings.max_side} excludes {native}")
+            raise ValueError(f"{PREFIX}MAX_SIDE {settings.max_side} excludes {native}")
+        _check_work(config, settings)
     models = {config.name: config for config in configs}
     if len(models) < len(configs):
         raise ValueError(f"two of the bundles {', '.join(settings.bundles)} have the same name")
     for alias, name in settings.aliases.items():
         if name not in models or alias in models:
             loaded = ", ".join(models)
-            message = f"model_aliases: {alias}={name} must be a new name for one of {loaded}"
-            raise ValueError(message)
+            message = f"{alias}={name} must be a new name for one of {loaded}"
+            raise ValueError(f"{PREFIX}MODEL_ALIASES: {message}")
     return models
+
+
+def _check_work(config: BundleConfig, settings: Settings) -> None:
+    """Raise ValueError if even the smallest image is too much work, its steps left out."""
+    side, allowed = config.smallest_side, settings.max_request_work
+    if (least := side**2 * (DECODING_WORK + FILE_WORK["png"])) > allowed:
+        message = f"{PREFIX}MAX_REQUEST_WORK {allowed} excludes every request to {config.name}"
+        raise ValueError(f"{message}: the smallest, {side}x{side} pixels, costs over {least}")
 
 
 async def _expire(store: UrlStore, idempotency: IdempotencyTable) -> None:

@@ -96,7 +96,10 @@ def _plain(name: str) -> str:
 
 
 def from_validation(
-    error: ValidationError, schema: type[BaseModel] | None = None, sent: object = None
+    error: ValidationError,
+    schema: type[BaseModel] | None = None,
+    sent: object = None,
+    whole: str = "body",
 ) -> ApiError:
     """Return the first of pydantic's errors.
 
@@ -104,12 +107,14 @@ def from_validation(
         error: pydantic's.
         schema: the request's; without it, pydantic's own words describe the permitted values.
         sent: the request's fields, so that the error names only what the client wrote.
+        whole: the name of the object itself; empty: an error of no single field has only its text.
     """
     first = _of_lists(error.errors(include_url=False)[0])
     path = _path(first, sent) if schema else [str(part) for part in first["loc"]]
     param = first.get("ctx", {}).get("param") or (path[0] if path else None)
-    where = ".".join(path) or param or "body"
-    message = f"{where}: {_problem(first, schema, path or [param or ''])}"
+    where = ".".join(path) or param or whole
+    problem = _problem(first, schema, path or [param or ""])
+    message = f"{where}: {problem}" if where else problem
     code = CODES.get(first["type"], "invalid_value")
     return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, message, param)
 
@@ -150,6 +155,9 @@ def _problem(error: ErrorDetails, schema: type[BaseModel] | None, path: Sequence
         text = TEXTS.get(error["type"]) or f"must be {permitted(kind)}"
     else:
         text = error["msg"].removeprefix("Value error, ")
+    # The whole object may hold secrets, and says nothing of what is wrong with it.
+    if (kind and kind.get("writeOnly")) or not error["loc"]:
+        return text
     return f"{text} (sent: {_sent(error)}){_file_hint(error)}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from model.config import CONFIG_FILE, BundleConfig, find_bundle
 from server.environment import PREFIX, given_settings, without_blank
 from server.settings import Settings
 
@@ -31,6 +32,17 @@ def describe(settings: Settings, options: Mapping[str, object]) -> Described:
             "source": f"--{field}" if field in given else source,
         }
     return described
+
+
+def check_sizes(settings: Settings) -> None:
+    """Raise ValueError if a file of a bundle is missing or has another size than listed."""
+    for directory in map(find_bundle, settings.bundles):
+        for name, entry in BundleConfig.read(directory).files.items():
+            path = directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != entry.bytes:
+                state = "is missing" if found is None else f"has {found} bytes"
+                raise ValueError(f"{path} {state}; {CONFIG_FILE} lists {entry.bytes} bytes")
 
 
 def lines(described: Described) -> Iterator[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli.errors import FAILED, INVALID, fail, one_line_errors
+from server.cli.errors import FAILED, INVALID, fail, one_line_errors, settings_problem
 
 if TYPE_CHECKING:
     from model.config import Operation
@@ -27,7 +28,7 @@ FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 ANIMATIONS = {".gif": "gif", ".webp": "webp"}
 
 Prompt = Annotated[str, typer.Argument(help="Description of the image")]
-OptionalPrompt = Annotated[str, typer.Option(help="Description, in addition to the images")]
+OptionalPrompt = Annotated[str, typer.Option(help="Text prompt, used together with the images")]
 ImageFile = Annotated[Path, typer.Option(help="A PNG, JPEG, WebP, GIF, AVIF or HEIC file")]
 RegionList = Annotated[
     list[str] | None,
@@ -36,7 +37,7 @@ RegionList = Annotated[
         'or "mask": a file instead of the box; may be repeated'
     ),
 ]
-Margin = Annotated[int, typer.Option(help="Pixels of the image added on this side")]
+Margin = Annotated[int, typer.Option(help="Pixels to add on this side")]
 Feather = Annotated[
     int | None,
     typer.Option(help="Scale of the seam's correction in pixels, 0 to 64; 0 is none; default: 8"),
@@ -85,10 +86,11 @@ def _common(
     ] = None,
     guidance_start: Annotated[
         float | None,
-        typer.Option(help="Begin of the steps with guidance, as a fraction of all steps"),
+        typer.Option(help="Start of the steps with guidance, as a fraction of all steps"),
     ] = None,
     guidance_end: Annotated[
-        float | None, typer.Option(help="End of the steps with guidance, likewise")
+        float | None,
+        typer.Option(help="End of the steps with guidance, as a fraction of all steps"),
     ] = None,
     attention_weights: Annotated[
         str | None,
@@ -127,23 +129,35 @@ def _common(
     """Declare the options that all operations share."""
 
 
-def _operation(name: Operation) -> Callable[[Callable[..., Fields]], Callable[..., None]]:
-    """Return a decorator that makes a command of a function that returns request fields."""
+def _operation(
+    name: Operation, *, without: Sequence[str] = (), output: str | None = None
+) -> Callable[[Callable[..., Fields]], Callable[..., None]]:
+    """Return a decorator that makes a command of a function that returns request fields.
+
+    Args:
+        name: the operation.
+        without: common options that it does not take.
+        output: the help of the option `--output`, in place of the common one.
+    """
 
     def decorated(function: Callable[..., Fields]) -> Callable[..., None]:
         own, common = (inspect.signature(each, eval_str=True) for each in (function, _common))
+        options = {key: each for key, each in common.parameters.items() if key not in without}
+        if output is not None:
+            told = Annotated[Path, typer.Option("--output", "-o", help=output)]
+            options["output"] = options["output"].replace(annotation=told)
 
         @functools.wraps(function)
-        def command(**options: Any) -> None:
-            shared = {option: options.pop(option) for option in common.parameters}
+        def command(**given: Any) -> None:
+            shared = {option: given.pop(option) for option in options}
             with one_line_errors():
-                _run(name, function(**options), **shared)
+                _run(name, function(**given), **shared)
 
-        every = [*own.parameters.values(), *common.parameters.values()]
+        every = [*own.parameters.values(), *options.values()]
         command.__signature__ = inspect.Signature(sorted(every, key=_has_default))  # type: ignore[attr-defined]
         command.__annotations__ = {
             **function.__annotations__,
-            **_common.__annotations__,
+            **{key: each.annotation for key, each in options.items()},
             "return": None,
         }
         return command
@@ -163,7 +177,7 @@ def generate(
     prompt: Prompt,
     region: RegionList = None,
     hires: Annotated[
-        float | None, typer.Option(help="Draw the image again, so many times as large, 1 to 4")
+        float | None, typer.Option(help="Enlarge by this factor (1 to 4) and draw again")
     ] = None,
     hires_strength: Annotated[
         float | None, typer.Option(help="Fraction of the scaled image that is drawn again")
@@ -197,7 +211,10 @@ def inpaint(
     region: RegionList = None,
 ) -> Fields:
     """Repaint a part of an image."""
-    files = {"image": image.read_bytes(), "mask": mask.read_bytes() if mask else None}
+    files = {
+        "image": _content("image", image),
+        "mask": None if mask is None else _content("mask", mask),
+    }
     return {
         "prompt": prompt,
         **files,
@@ -226,7 +243,7 @@ def outpaint(
     margins = {"left": left, "right": right, "up": up, "down": down}
     return {
         "prompt": prompt,
-        "image": image.read_bytes(),
+        "image": _content("image", image),
         **margins,
         "feather": feather,
         "return_size": return_size,
@@ -248,7 +265,7 @@ def vary(
     """Generate other images with the same content."""
     return {
         "prompt": prompt,
-        "image": [path.read_bytes() for path in image],
+        "image": [_content("image", path) for path in image],
         "weights": _numbers("image-weights", image_weights),
         "fit": fit,
     }
@@ -268,14 +285,14 @@ def edit(
     """Redraw an image, keeping its structure."""
     return {
         "prompt": prompt,
-        "image": image.read_bytes(),
+        "image": _content("image", image),
         "strength": strength,
         "fit": fit,
         "return_size": return_size,
     }
 
 
-@_operation("upscale")
+@_operation("upscale", without=("width", "height"))
 def upscale(
     image: ImageFile,
     prompt: OptionalPrompt = "",
@@ -288,10 +305,15 @@ def upscale(
     ] = None,
 ) -> Fields:
     """Enlarge an image and draw its detail."""
-    return {"prompt": prompt, "image": image.read_bytes(), "scale": scale, "strength": strength}
+    content = _content("image", image)
+    return {"prompt": prompt, "image": content, "scale": scale, "strength": strength}
 
 
-@_operation("interpolate")
+@_operation(
+    "interpolate",
+    without=("n",),
+    output="A .gif or .webp file for one animation; a .png or .jpg one becomes NAME-0, NAME-1, …",
+)
 def interpolate(
     keyframe: Annotated[
         list[str],
@@ -303,7 +325,9 @@ def interpolate(
 ) -> Fields:
     """Generate the images between others; an animation for .gif and .webp output."""
     entries = [
-        {"image": Path(each[1:]).read_bytes()} if each.startswith("@") else {"prompt": each}
+        {"image": _content("keyframe", Path(each[1:]))}
+        if each.startswith("@")
+        else {"prompt": each}
         for each in keyframe
     ]
     return {"keyframes": entries, "frames": frames, "mode": mode, "prompt": prompt}
@@ -338,11 +362,14 @@ def replay(
     from server.cli.offline import plan, recorded_request
 
     with one_line_errors():
-        original = png.read_bytes()
+        original = _content("png", png)
+        _format_of(output, {".png": "png"})
         if output.exists() and not force:
             raise ValueError(f"output: {output} exists already; --force overwrites it")
         operation, fields, frame = recorded_request(
-            original, [path.read_bytes() for path in (*(image or ()), *(mask or ()))]
+            original,
+            [_content("image", path) for path in image or ()]
+            + [_content("mask", path) for path in mask or ()],
         )
         settings = read_settings(weights=weights, device=device)
         planned, _ = plan(operation, fields, settings, recorded=True)
@@ -400,7 +427,9 @@ def _run(
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan
 
-    format = _format_of(output, ANIMATIONS if operation == "interpolate" else {})
+    known = FORMATS | ANIMATIONS if operation == "interpolate" else FORMATS
+    format = _format_of(output, known)
+    _check_encoding([own, others])
     numbers = {
         "guidance_scale": _pair("guidance", guidance),
         "temperature": _pair("temperature", temperature),
@@ -446,13 +475,32 @@ def _write(
         typer.echo(f"the prompt was truncated for {' and '.join(truncated)}", err=True)
 
 
-def _format_of(output: Path, more: dict[str, str]) -> str:
-    known = FORMATS | more
+def _format_of(output: Path, known: dict[str, str]) -> str:
+    """Return the format by the name's end. Raises ValueError."""
     if not output.parent.is_dir():
         raise ValueError(f"output: there is no directory {str(output.parent)!r}")
     if output.suffix.lower() not in known:
         raise ValueError(f"output: the name must end in {', '.join(known)} (sent: {output.name!r})")
     return known[output.suffix.lower()]
+
+
+def _content(option: str, path: Path) -> bytes:
+    """Return a file's content, or fail with the option's name."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fail(f"{option}: {path}: {error.strerror}", INVALID)
+
+
+def _check_encoding(value: Any) -> None:
+    """Fail if a text in the fields has bytes that the locale's encoding could not decode."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_encoding(inner)
+    elif isinstance(value, str) and any("\udc80" <= character <= "\udcff" for character in value):
+        encoding = sys.getfilesystemencoding()
+        message = f"a text has bytes that the encoding of the locale, {encoding}, does not know"
+        fail(f"{message}: set a UTF-8 locale, such as LC_ALL=C.UTF-8", INVALID)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -487,14 +535,20 @@ def _regions(texts: Sequence[str] | None) -> list[Fields]:
         except ValueError:
             example = '{"prompt": "a star", "box": [0, 0, 0.5, 1]}'
             fail(f"region: must be JSON such as {example} (sent: {text!r})", INVALID)
-        masked = isinstance(entry, dict) and isinstance(entry.get("mask"), str)
-        entries.append({**entry, "mask": Path(entry["mask"]).read_bytes()} if masked else entry)
+        if isinstance(entry, dict) and isinstance(entry.get("mask"), str):
+            entry["mask"] = _content("region", Path(entry["mask"]))
+        entries.append(entry)
     return entries
 
 
 def read_settings(**given: object) -> Settings:
-    """Return the environment's settings, overridden by the given options."""
+    """Return the environment's settings, overridden by the given options. Raises ValueError."""
+    from pydantic import ValidationError
+
     from server.settings import Settings
 
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Settings(**options)
+    try:
+        return Settings(**options)
+    except ValidationError as error:
+        raise ValueError(settings_problem(error, options)) from None

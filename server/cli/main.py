@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.errors import FAILED, INVALID, fail, one_line_errors
+from server.cli.errors import FAILED, INVALID, Commands, fail, one_line_errors
 from server.cli.generate import Weights, read_settings, register
 from server.cli.weights import weights_app
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 app = typer.Typer(
-    help="An inference server for Paella, a text-to-image model.",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -36,6 +37,26 @@ app = typer.Typer(
 )
 app.add_typer(weights_app, name="weights")
 register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"paellera {version('paellera')}")
+        raise typer.Exit
+
+
+@app.callback(help="An inference server for Paella, a text-to-image model.")
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
 
 
 Host = Annotated[
@@ -66,14 +87,19 @@ def config(
     weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
-    """Print the settings of `serve` with their sources, or why it would refuse them."""
-    from server.api.app import read_models
-    from server.cli.config import describe, lines
+    """Print the settings of `serve` with their sources, or why it would refuse them.
+
+    Of the weights only the configuration and the files' sizes are checked: `paellera weights
+    verify` checks their content.
+    """
+    from server.api import create_app
+    from server.cli.config import check_sizes, describe, lines
 
     options = {"host": host, "port": port, "weights": weights}
     with one_line_errors():
         settings = read_settings(**options)
-        read_models(settings)
+        create_app(settings)
+        check_sizes(settings)
     described = describe(settings, options)
     typer.echo(json.dumps(described, indent=2) if as_json else "\n".join(lines(described)))
     for warning in settings.warnings:
@@ -97,7 +123,7 @@ def bench(context: typer.Context) -> None:
 
 
 def run_server(api: FastAPI, settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM, then drain.
+    """Serve until SIGINT, SIGTERM or SIGHUP (unless it is ignored, as by `nohup`), then drain.
 
     Raises:
         SystemExit: 0 after SIGTERM, 1 if the server could not start, 2 if no worker ever can.
@@ -114,6 +140,10 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     server = Server(api)
     # After a drain, uvicorn raises the signal again, which would count as killed by it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # uvicorn leaves it alone, and the default kills. Windows has none.
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        signal.signal(hangup, server.handle_exit)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=listeners)
     if server.failure:

@@ -5,13 +5,14 @@ Commands import what they need, so that `paellera --help` is instant.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli.errors import FAILED, fail, one_line_errors
+from server.cli.errors import FAILED, INVALID, fail, one_line_errors
 
 if TYPE_CHECKING:
     from model.checkpoints.manifest import PublishedFile
@@ -73,7 +74,8 @@ def fetch(
             else:
                 typer.echo(f"{file.where}: {fetch_file(file)}")
                 if file.sha256 is None:
-                    note = "nobody states its sha256; that of the first fetch is enforced"
+                    note = "no published sha256 is known. The hash of this first download is"
+                    note = f"{note} stored, and later downloads must match it"
                     typer.echo(f"{file.where}: {note}", err=True)
 
 
@@ -138,6 +140,8 @@ def info(
 
     from model.checkpoints.memory import contents, needs
 
+    if memory is not None and not 0 < memory < math.inf:
+        fail(f"memory: must be a number of GB above 0 (sent: {memory:g})", INVALID)
     with one_line_errors():
         config, parts = contents(name)
     _print_pairs(

@@ -28,15 +28,16 @@ _LASTING = (
 
 
 def enter(parent: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the API process, and end when it ends.
+    """Leave Ctrl-C, SIGTERM and SIGHUP to the API process, and end when it ends.
 
     A terminal's Ctrl-C and a service manager's SIGTERM reach every process of the group, but only
     the API process decides when the worker stops: after the drain.
 
     parent: the API process's number.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP.
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if not killed_with_parent():
         threading.Thread(target=exit_at_end_of_input, name="lifeline", daemon=True).start()
     # The parent may have ended before the kernel was told.

@@ -226,8 +226,8 @@ class Marker:
         """Load the certificate, if there is one.
 
         Raises:
-            OSError: a file of the certificate or the key cannot be read.
-            ValueError: the extra `provenance` is missing, or nothing can be signed with them.
+            ValueError: the extra `provenance` is missing, a file of the certificate or the key
+                cannot be read, or nothing can be signed with them.
         """
         self._mark = settings is None or settings.mark
         self._embed_parameters = settings is None or settings.embed_parameters

@@ -25,15 +25,17 @@ class Signer:
             algorithm: C2PA's name of the signature's.
 
         Raises:
-            OSError: a file cannot be read.
-            ValueError: the package is missing, or nothing can be signed with these files.
+            ValueError: the package is missing, a file cannot be read, or nothing can be signed with
+                these files.
         """
         try:
             import c2pa
         except ModuleNotFoundError as error:
             message = "PAELLERA_C2PA_CERTIFICATE needs the extra provenance"
             raise ValueError(f"{message}: pip install 'paellera[provenance]'") from error
-        info = c2pa.C2paSignerInfo(algorithm, certificate.read_bytes(), key.read_bytes(), b"")
+        info = c2pa.C2paSignerInfo(
+            algorithm, _read(certificate, "CERTIFICATE"), _read(key, "KEY"), b""
+        )
         # No timestamp authority. Not every version accepts None as an argument, and an empty URL is
         # one to the library.
         info.ta_url = None
@@ -61,3 +63,11 @@ class Signer:
         with self._lock, self._library.Builder(manifest, self._context) as builder:
             builder.sign(self._signer, media_type, io.BytesIO(content), signed)
         return signed.getvalue()
+
+
+def _read(path: Path, kind: str) -> bytes:
+    """Return a file's content. Raises ValueError with the name of the setting."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"PAELLERA_C2PA_{kind}: {path}: {error.strerror}") from error

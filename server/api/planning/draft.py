@@ -502,17 +502,14 @@ class Workload:
 
     def check(self, size: Size, enlarged: int, allowed: int) -> None:
         """Raise ApiError 422 if the work is more than allowed."""
-        work, pixels = self.of(size, enlarged), size[0] * size[1]
+        work = self.of(size, enlarged)
         if work > allowed:
-            enlarging = f", {enlarged} pixels as much as {self.enlarging} to enlarge"
-            share = f", each {self.share:.2g} of a full one" if self.share != 1 else ""
-            message = (
-                f"the request's work is {work}, the maximum {allowed}"
-                f" ({self.images} images of {pixels} pixels, {self.steps} steps of {self.branches}"
-                f" branches{share}, and as much as {self.output} for decoding and files"
-                f"{enlarging if enlarged else ''})"
-            )
-            raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
+            share = f" * {self.share:.2g}" if self.share != 1 else ""
+            steps = f"{_counted(self.steps, 'step')} * {_counted(self.branches, 'branch', 'es')}"
+            each = f"{size[0] * size[1]} pixels * ({steps}{share} + {self.output})"
+            if enlarged:
+                each = f"({each} + {enlarged} pixels * {self.enlarging} to enlarge)"
+            raise _too_much_work(work, allowed, f"Cost = {_counted(self.images, 'image')} * {each}")
 
 
 def check_tiles_work(job: Job, enlarge: Enlarge, output: AnyFormat, allowed: int) -> None:
@@ -531,12 +528,19 @@ def check_tiles_work(job: Job, enlarge: Enlarge, output: AnyFormat, allowed: int
     steps += tile_pixels * enlarge.steps * (branches + enlarge.sampling.guided)
     work = math.ceil(steps * job.step_work) + decoded * DECODING_WORK + files
     if work > allowed:
-        message = (
-            f"the request's work is {work}, the maximum {allowed}"
-            f" ({images} images in {tiles} tiles of {math.prod(enlarge.tiling.tile)} pixels,"
-            f" {job.steps} steps, encoding, decoding and files)"
-        )
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
+        drawn_tiles = f"{tiles} tiles of {math.prod(enlarge.tiling.tile)} pixels"
+        parts = f"{_counted(images, 'image')} in {drawn_tiles}, {_counted(job.steps, 'step')}"
+        raise _too_much_work(work, allowed, f"It has {parts}, encoding, decoding and files")
+
+
+def _too_much_work(work: int, allowed: int, reason: str) -> ApiError:
+    limit = f"more than PAELLERA_MAX_REQUEST_WORK ({allowed})"
+    message = f"this request costs {work}, {limit}. {reason}"
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{plural if count != 1 else ''}"
 
 
 def rows_of(fields: SamplingFields) -> int:
