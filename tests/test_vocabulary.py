@@ -15,6 +15,7 @@ from model.training.vocabulary import vocabulary
 from model.vocabulary import Vocabulary
 from server.cli.offline import plan
 from server.settings import Settings
+from tests.test_auth import served
 
 WORDS = Vocabulary(
     things="apple, apples, cat, cats, duck, dragon, hat, horse, ice cream, lion, oil drum, "
@@ -131,3 +132,16 @@ def test_a_plan_tells_what_is_read_of_a_prompt_and_only_then() -> None:
     assert reduced.parameters((), 0)["prompt_read"] == "a red apple"
     whole, _ = plan("generate", {"prompt": "a red apple", "seed": 1}, Settings())
     assert "prompt_read" not in whole.parameters((), 0)
+
+
+@pytest.mark.process
+def test_the_answer_says_what_was_read() -> None:
+    with served(Settings(weights="tiny")) as client:
+        reduced = client.post("/generate", json={"prompt": "a red apple, 4k, naïve"})
+        whole = client.post("/generate", json={"prompt": "a red apple"})
+        listed = client.post("/generate", json={"prompt": "an ugly cat", "response_format": "json"})
+        openai = client.post("/v1/images/generations", json={"prompt": "a lion, 8k"})
+    assert reduced.headers["x-prompt-read"] == "a red apple"
+    assert "x-prompt-read" not in whole.headers
+    assert listed.json()["parameters"]["prompt_read"] == "a cat"
+    assert openai.headers["x-prompt-read"] == "a lion"
