@@ -33,7 +33,7 @@ EQUIVALENT: dict[str, str] = {
     "server/engine/supervisor.py:: 5.0 -> 10.0 in EXIT_GRACE_S = 5.0": "a grace period, chosen by taste; the tests read the constant",
     "server/engine/supervisor.py:run_worker: limit_spin_count() -> pass": "changes speed alone, which no test measures",
     "server/api/validation.py:from_validation: False -> True in "
-    "first = error.errors(include_url=False)[0]": (
+    "first = _of_lists(error.errors(include_url=False)[0])": (
         "the answer is made of other entries; leaving these out saves time"
     ),
     "server/api/images/encode.py:_save_png: 1 -> 2 in "
@@ -180,8 +180,8 @@ EQUIVALENT: dict[str, str] = {
     "server/api/sdapi_schemas.py:SdRequest.native: raise NotImplementedError -> pass": (
         "every request that is made has a method of its own"
     ),
-    "server/api/validation.py:_unknown: 1 -> 2 in "
-    "near = difflib.get_close_matches(name, names, 1)": "only the nearest is named",
+    "server/api/validation.py:_meant: 1 -> 2 in "
+    "near = difflib.get_close_matches(plain, by_plain, 1, ALIKE)": "only the nearest is named",
     "server/api/validation.py:_list: 0 -> 1 in "
     "if entries and all(entry == entries[0] for entry in entries):": (
         "the entries of every list of a fixed length are alike"

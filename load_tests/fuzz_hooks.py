@@ -34,7 +34,7 @@ SEMANTIC = (
     "one for each image",
     "nothing to repaint",
     "must be as large as the image",
-    "the request's work is",
+    "this request costs",
     "base64",
     "must be a PNG",
     "is damaged",

@@ -13,7 +13,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
+
+from model.network_config import STRICT
 
 # Words that ask for a look, not for a thing. They count only within the name of a thing.
 _LOOKS = """
@@ -82,7 +84,7 @@ class Vocabulary:
     something, such as colours, sides, scenes and tags, separated by spaces.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = STRICT
 
     things: Annotated[str, Field(min_length=1, max_length=2**20)]
     words: Annotated[str, Field(max_length=2**20)]

@@ -102,7 +102,7 @@ def test_a_written_bundle_reads_back_equal(tmp_path):
         (("surprise",), 1, "surprise"),
         (("denoiser", "dropout"), 0.1, "denoiser.dropout"),
         (("recipe", "sampler"), "magic", "recipe.sampler"),
-        (("format",), 4, "format"),
+        (("format",), 5, "format"),
         (("name",), "../tiny", "name"),
         (("native_size",), [64], "native_size"),
         (("files", "merges"), {"sha256": "abc", "bytes": 1}, "files.merges.sha256"),

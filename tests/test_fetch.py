@@ -259,7 +259,10 @@ def test_of_a_bundle_what_the_hub_has_is_fetched_and_the_rest_is_said_to_lie_els
     monkeypatch.setattr(manifest, "published", lambda: Manifest(files, bundles={"both": bundle}))
     result = paellera_fetch("both")
     assert result.exit_code == 0, result.output
-    unknown = f"{FILE.where}: nobody states its sha256; that of the first fetch is enforced"
+    unknown = (
+        f"{FILE.where}: no published sha256 is known. The hash of this first download is stored, "
+        "and later downloads must match it"
+    )
     assert result.stderr.splitlines() == [unknown, "f8.pt is not on the hub; it is among friends"]
     assert fetched(FILE).read_bytes() == CONTENT
 

@@ -229,7 +229,7 @@ def test_every_endpoint_that_takes_a_job_counts_as_drawing(
 ) -> None:
     paths, drawing = endpoints
     posts = {path for path, methods in paths.items() if "post" in methods}
-    words = "png-info|interrupt|skip|options|(refresh|reload|unload)-.*"
+    words = "png-info|interrogate|interrupt|skip|options|(refresh|reload|unload)-.*"
     assert {path for path in posts if not re.fullmatch(f"/sdapi/v1/({words})", path)} == drawing
 
 

@@ -313,7 +313,7 @@ class Supervisor:
     ) -> None:
         self._main, self._settings = main, settings
         self._metrics, self._listener = metrics, listener
-        self._status = WorkerStatus(ready=False, reason="starting: the worker loads its weights")
+        self._status = WorkerStatus(ready=False, reason="starting")
         self.last_heartbeat = Heartbeat((), 0, 0)
         self.failures = 0
         # Rows of the jobs that the worker has not answered, cancelled ones included.
