@@ -24,7 +24,7 @@ _LOOKS = """
     focus detail details detailed high low hd quality best masterpiece colorful colourful colors
     colours vivid vibrant studio professional landscape portrait ink oil watercolor watercolour
     painted paint digital pixel vector sketch pencil drawing illustration render rendered rendering
-    line lines retro vintage old new fantasy magic magical elegant cool cold wide view angle shot
+    line lines retro vintage fantasy magic magical elegant cool cold wide view angle shot
     grain award trending glowing epic style styled aesthetic resolution
 """
 LOOKS = frozenset(_LOOKS.split())
@@ -70,37 +70,55 @@ _FLAG = re.compile(r"(?:^|\s)--[a-z]+(?: [\w.:]+)?", re.IGNORECASE)  # --ar 16:9
 _EMPHASIS = re.compile(r":-?\d+(?:\.\d+)?(?=[)\]])|[()\[\]{}]")  # (word:1.2)
 _CLAUSE_END = re.compile(r"[,;|\n]+|[.!?](?=\s|$)")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+# A caption that describes a thing by tags, some of which may name others.
+_TAGGED = re.compile(r"something to do with|a thing (?:like this|about)", re.IGNORECASE)
+# What stands between two things that captions would join by "and".
+_BETWEEN = frozenset(("on", "in", "with", "inside", "near", "behind", "by", "at"))
 _LONGEST_READ = 4096  # characters; encoders of small weights read a few hundred
 _LONGEST_NAME = 5  # words
 _LONGEST_WORD = 32  # letters of one that may be misspelt
-_SHORTEST_MISSPELT = 4  # letters
+_SHORTEST_MISSPELT = 5  # letters
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """What captions of the training say.
 
-    things: names of what can be drawn, separated by commas. words: further words that mean
-    something, such as colours, sides, scenes and tags, separated by spaces.
+    things: names of what can be drawn, separated by commas. places: words for scenes, sides and
+    views, separated by commas. words: further words that captions have beside these, such as
+    colours and sizes, separated by spaces. tags: words that describe a thing instead of its name,
+    and mean nothing beside one, separated by spaces.
     """
 
     __pydantic_config__ = STRICT
 
     things: Annotated[str, Field(min_length=1, max_length=2**20)]
-    words: Annotated[str, Field(max_length=2**20)]
+    places: Annotated[str, Field(max_length=2**20)] = ""
+    words: Annotated[str, Field(max_length=2**20)] = ""
+    tags: Annotated[str, Field(max_length=2**20)] = ""
 
     @cached_property
-    def _names(self) -> frozenset[tuple[str, ...]]:
+    def _things(self) -> frozenset[tuple[str, ...]]:
         return frozenset(tuple(words_of(name)) for name in self.things.split(","))
 
     @cached_property
-    def _meaning(self) -> frozenset[str]:
-        """Words that mean something on their own."""
+    def _places(self) -> frozenset[tuple[str, ...]]:
+        return frozenset(tuple(words_of(name)) for name in self.places.split(",")) - {()}
+
+    @cached_property
+    def _beside_names(self) -> frozenset[str]:
+        """Words that mean something beside the name of a thing."""
         return frozenset(self.words.split()) - LOOKS - FUNCTION
 
     @cached_property
+    def _without_names(self) -> frozenset[str]:
+        """Words that mean something where nothing is named."""
+        return self._beside_names | (frozenset(self.tags.split()) - LOOKS - FUNCTION)
+
+    @cached_property
     def _known(self) -> frozenset[str]:
-        return self._meaning | {word for name in self._names for word in name}
+        phrases = self._things | self._places
+        return self._beside_names | {word for phrase in phrases for word in phrase}
 
     @cached_property
     def _nearly(self) -> frozenset[str]:
@@ -117,46 +135,58 @@ class Vocabulary:
         """
         plain = _EMPHASIS.sub(" ", _FLAG.sub(" ", _TAG.sub(" ", prompt[:_LONGEST_READ])))
         plain = _THANKS.sub("", _ASKED.sub("", plain.strip(), count=1))
-        plain = _MEDIUM.sub(_close_up, plain, count=1)
         first, *others = _CLAUSE_END.split(_IN_STYLE.sub("", plain))
         others = [clause for clause in others if not _MEDIUM_AFTER.fullmatch(clause)]
-        clauses = [_WORD.findall(clause) for clause in (first, *others)]
-        if not self._means(clauses[0]):
+        clauses = [
+            _WORD.findall(_MEDIUM.sub(_close_up, clause.strip(), count=1))
+            for clause in (first, *others)
+        ]
+        named = any(map(self._thing_places, clauses))
+        meaning = self._beside_names if named else self._without_names
+        if _TAGGED.search(prompt) or not self._means(clauses[0], meaning):
             return prompt
-        kept = [self._kept(clause) for clause in clauses]
-        if not any(map(self._named, kept)):
+        kept = [self._kept(clause, meaning) for clause in clauses]
+        if not named:
             kept[0] = clauses[0]
         text = ", ".join(" ".join(clause) for clause in kept if clause)
         text = prompt if words_of(text) == words_of(prompt) else text
         return text.lower() if prompt.isupper() else text
 
-    def _kept(self, clause: list[str]) -> list[str]:
-        """Return a clause without the words that captions do not have, or nothing of it."""
-        if not self._means(clause):
+    def _kept(self, clause: list[str], meaning: frozenset[str]) -> list[str]:
+        """Return a clause without the words that captions do not have, or nothing of it.
+
+        meaning: the words that count beside names.
+        """
+        if not self._means(clause, meaning):
             return []
-        words, named = [word.lower() for word in clause], self._named(clause)
+        places = self._thing_places(clause) | _found(clause, self._places)
         known = [
-            i in named or word in FUNCTION or word in self._meaning or self._is_misspelt(word)
-            for i, word in enumerate(words)
+            i in places or word.lower() in FUNCTION | meaning or self._is_misspelt(word.lower())
+            for i, word in enumerate(clause)
         ]
-        return _joined(clause, known)
+        return self._side_by_side(_joined(clause, known))
 
-    def _means(self, clause: list[str]) -> bool:
+    def _means(self, clause: list[str], meaning: frozenset[str]) -> bool:
         """Return whether a clause says something that captions say, perhaps misspelt."""
-        words = [word.lower() for word in clause]
-        known = any(word in self._meaning or self._is_misspelt(word) for word in words)
-        return known or bool(self._named(clause))
+        known = any(word in meaning or self._is_misspelt(word) for word in map(str.lower, clause))
+        return known or bool(self._thing_places(clause) or _found(clause, self._places))
 
-    def _named(self, clause: list[str]) -> set[int]:
+    def _side_by_side(self, clause: list[str]) -> list[str]:
+        """Return "a cat and a sofa" for "a cat on a sofa", a relation that captions do not have."""
+        things, places = self._thing_places(clause), _found(clause, self._places)
+        result = list(clause)
+        for i, word in enumerate(clause):
+            if word.lower() not in _BETWEEN or i in things | places or i - 1 not in things:
+                continue
+            rest = (k for k in range(i + 1, len(clause)) if clause[k].lower() not in ARTICLES)
+            noun = next((k for k in rest if clause[k].lower() not in self._beside_names), None)
+            if noun in things and noun not in places:
+                result[i] = "and"
+        return result
+
+    def _thing_places(self, clause: list[str]) -> set[int]:
         """Return the places of words that belong to the name of a thing."""
-        words = [word.lower() for word in clause]
-        places: set[int] = set()
-        for start in range(len(words)):
-            for length in range(min(_LONGEST_NAME, len(words) - start), 0, -1):
-                if tuple(words[start : start + length]) in self._names:
-                    places.update(range(start, start + length))
-                    break
-        return places
+        return _found(clause, self._things)
 
     def _is_misspelt(self, word: str) -> bool:
         """Return whether a word is a known one but for one letter."""
@@ -165,6 +195,18 @@ class Vocabulary:
         return word in self._nearly or any(
             part in self._known or part in self._nearly for part in _shortened(word)
         )
+
+
+def _found(clause: list[str], phrases: frozenset[tuple[str, ...]]) -> set[int]:
+    """Return the places of words that belong to one of the phrases."""
+    words = [word.lower() for word in clause]
+    places: set[int] = set()
+    for start in range(len(words)):
+        for length in range(min(_LONGEST_NAME, len(words) - start), 0, -1):
+            if tuple(words[start : start + length]) in phrases:
+                places.update(range(start, start + length))
+                break
+    return places
 
 
 def _close_up(medium: re.Match[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from model.bundle import load_bundle
 from model.config import BundleConfig, find_bundle
 from model.pipeline import Pipeline
+from model.training.prompts import bench
 from model.training.vocabulary import vocabulary
-from model.vocabulary import Vocabulary
+from model.vocabulary import Vocabulary, words_of
 from server.cli.offline import plan
 from server.settings import Settings
 from tests.test_auth import served
@@ -20,8 +22,10 @@ from tests.test_auth import served
 WORDS = Vocabulary(
     things="apple, apples, cat, cats, duck, dragon, hat, horse, ice cream, lion, oil drum, "
     "painting, robot, sofa, van, zebra, zebras, circle, square",
-    words="a red green blue yellow small large two three on the left of right above beach sunset "
-    "at night in snow background plain close-up up close cute sitting bones scary white",
+    places="on the left, right, above, at the beach, beach, sunset, at sunset, at night, in snow, "
+    "snow, evening light, close-up, up close, a close-up of",
+    words="red green blue yellow small large two three background plain cute white",
+    tags="sitting bones scary table light",
 )
 
 
@@ -46,6 +50,9 @@ WORDS = Vocabulary(
         ("knight fighting a dragon", "a dragon"),
         ("a close-up photo of a lion", "a close-up of a lion"),
         ("a lion standing on the left, golden hour", "a lion on the left"),
+        ("A beautiful red apple on a table, cinematic lighting", "A red apple"),
+        ("a cat sitting on a sofa", "a cat and a sofa"),
+        ("Blue background, photo of a cat", "Blue background, a cat"),
         ("RED APPLE", "red apple"),
         ("PHOTO OF A CAT, 4K", "a cat"),
     ],
@@ -70,6 +77,10 @@ def test_a_prompt_is_reduced_to_what_captions_say(prompt: str, read: str) -> Non
         "ein roter Apfel, hochauflösend",
         "猫",
         "bones and scary",
+        "something to do with bones, a scary light and a cat",
+        "a duck in the evening light",
+        "a cat on the left of a duck",
+        "a dragon at the beach",
     ],
 )
 def test_what_captions_say_and_what_begins_with_nothing_known_stay(prompt: str) -> None:
@@ -87,6 +98,20 @@ def test_reading_twice_changes_nothing_more() -> None:
 def test_long_prompts_are_read_up_to_a_bound(part: str) -> None:
     assert len(WORDS.read(part * 32_000)) <= len(part) * 32_000
     assert len(WORDS.read("a cat and " + "a dragon and " * 10_000)) < 5_000
+
+
+def test_the_captions_vocabulary_leaves_the_benchmark_s_prompts_as_they_are() -> None:
+    collected = vocabulary()
+    cases = [
+        case for name, cases in bench("report").items() if name != "descriptions" for case in cases
+    ]
+    media = re.compile(
+        r"\b((an? )?(photo|picture|image|drawing|illustration|3d render|icon) of|draw|show me) "
+    )
+    for case in cases:
+        asked = words_of(media.sub("", case.text.lower()))
+        assert words_of(media.sub("", collected.read(case.text).lower())) == asked
+    assert len(cases) > 1500
 
 
 def test_the_captions_vocabulary_leaves_captions_as_they_are() -> None:

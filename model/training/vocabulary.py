@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 
 from model.config import BundleConfig, find_bundle, needed_format
@@ -28,25 +29,35 @@ from model.training.caption_words import (
 from model.training.kinds import KINDS, NAMES_OF_KINDS
 from model.training.palette import NAMES
 from model.training.scenery import SCENES
-from model.vocabulary import Vocabulary, words_of
+from model.vocabulary import FUNCTION, Vocabulary, words_of
 
 
 def vocabulary() -> Vocabulary:
-    """Return what captions can say: the names of all kinds, and further words."""
+    """Return what captions can say."""
     things = {
         " ".join(words_of(name))
         for names in map(names_of, NAMES_OF_KINDS)
         for name in (names.usual, names.plural, *names.synonyms)
     }
-    tables = (COLOUR_WORDS, SIZE_WORDS, SIDE_WORDS, RELATION_WORDS, NUMBER_WORDS)
-    texts = [
-        *(text for table in tables for texts in table.values() for text in texts),
-        *(text for scene in SCENE_WORDS.values() for texts in scene for text in texts),
-        *(*CLOSE_UP_BEFORE, *CLOSE_UP_AFTER, *FILLERS, *PLAIN, *TAGGED, *NAMES, *SCENES),
-        *(tag for kind in KINDS for tag in kind.tags),
-    ]
-    words = {word for text in texts for word in words_of(text)}
-    return Vocabulary(", ".join(sorted(things)), " ".join(sorted(words)))
+    scenes = [text for scene in SCENE_WORDS.values() for texts in scene for text in texts]
+    tables = (SIDE_WORDS, RELATION_WORDS)
+    sides = [text for table in tables for texts in table.values() for text in texts]
+    views = [*CLOSE_UP_BEFORE, *CLOSE_UP_AFTER, *SCENES]
+    places = {" ".join(words_of(text)) for text in (*scenes, *sides, *views)} - FUNCTION
+    tables = (COLOUR_WORDS, SIZE_WORDS, NUMBER_WORDS)
+    texts = [text for table in tables for texts in table.values() for text in texts]
+    words = _words_of([*texts, *FILLERS, *PLAIN, *TAGGED, *NAMES, "in front of"])
+    tags = _words_of(tag for kind in KINDS for tag in kind.tags)
+    return Vocabulary(
+        things=", ".join(sorted(things)),
+        places=", ".join(sorted(places)),
+        words=" ".join(sorted(words)),
+        tags=" ".join(sorted(tags - words)),
+    )
+
+
+def _words_of(texts: Iterable[str]) -> set[str]:
+    return {word for text in texts for word in words_of(text)}
 
 
 def main() -> None:
@@ -60,8 +71,8 @@ def main() -> None:
     collected = vocabulary()
     format = needed_format(config.presets, (config.denoiser, *config.denoisers.values()), collected)
     replace(config, vocabulary=collected, format=format).write(directory)
-    names, words = collected.things.count(",") + 1, len(collected.words.split())
-    print(f"{directory}: {names} names, {words} further words")
+    names = collected.things.count(",") + 1
+    print(f"{directory}: {names} names")
 
 
 if __name__ == "__main__":
