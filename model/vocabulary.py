@@ -17,14 +17,15 @@ from pydantic import Field
 
 from model.network_config import STRICT
 
-# Words that ask for a look, not for a thing. They count only within the name of a thing.
+# Words that ask for a look or name furniture. They count only within the name of a thing.
 _LOOKS = """
     art artistic artwork comic cinematic photo photograph photographic photography photorealistic
     realistic realism film movie cinema light lights lighting bright dark dramatic moody soft sharp
     focus detail details detailed high low hd quality best masterpiece colorful colourful colors
     colours vivid vibrant studio professional landscape portrait ink oil watercolor watercolour
     painted paint digital pixel vector sketch pencil drawing illustration render rendered rendering
-    line lines retro vintage fantasy magic magical elegant cool cold wide view angle shot
+    line lines retro vintage fantasy magic magical elegant cool cold wide view angle shot table
+    tables desk shelf
     grain award trending glowing epic style styled aesthetic resolution
 """
 LOOKS = frozenset(_LOOKS.split())

@@ -40,12 +40,12 @@ def vocabulary() -> Vocabulary:
         for name in (names.usual, names.plural, *names.synonyms)
     }
     scenes = [text for scene in SCENE_WORDS.values() for texts in scene for text in texts]
-    tables = (SIDE_WORDS, RELATION_WORDS)
-    sides = [text for table in tables for texts in table.values() for text in texts]
+    positions = (*SIDE_WORDS.values(), *RELATION_WORDS.values())
+    sides = [text for texts in positions for text in texts]
     views = [*CLOSE_UP_BEFORE, *CLOSE_UP_AFTER, *SCENES]
     places = {" ".join(words_of(text)) for text in (*scenes, *sides, *views)} - FUNCTION
-    tables = (COLOUR_WORDS, SIZE_WORDS, NUMBER_WORDS)
-    texts = [text for table in tables for texts in table.values() for text in texts]
+    properties = (*COLOUR_WORDS.values(), *SIZE_WORDS.values(), *NUMBER_WORDS.values())
+    texts = [text for texts in properties for text in texts]
     words = _words_of([*texts, *FILLERS, *PLAIN, *TAGGED, *NAMES, "in front of"])
     tags = _words_of(tag for kind in KINDS for tag in kind.tags)
     return Vocabulary(
