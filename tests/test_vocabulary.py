@@ -13,7 +13,7 @@ from model.bundle import load_bundle
 from model.config import BundleConfig, find_bundle
 from model.pipeline import Pipeline
 from model.training.prompts import bench
-from model.training.vocabulary import vocabulary
+from model.training.vocabulary import main, vocabulary
 from model.vocabulary import Vocabulary, words_of
 from server.cli.offline import plan
 from server.settings import Settings
@@ -170,3 +170,15 @@ def test_the_answer_says_what_was_read() -> None:
     assert "x-prompt-read" not in whole.headers
     assert listed.json()["parameters"]["prompt_read"] == "a cat"
     assert openai.headers["x-prompt-read"] == "a lion"
+
+
+def test_a_vocabulary_can_be_removed_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BundleConfig.read(find_bundle("tiny"))
+    config.write(tmp_path)
+    for options, expected in ((["--remove"], None), ([], config.vocabulary)):
+        monkeypatch.setattr("sys.argv", ["vocabulary", str(tmp_path), *options])
+        main()
+        assert BundleConfig.read(tmp_path).vocabulary == expected
+    assert BundleConfig.read(tmp_path) == config

@@ -60,19 +60,28 @@ def _words_of(texts: Iterable[str]) -> set[str]:
     return {word for text in texts for word in words_of(text)}
 
 
+def with_vocabulary(config: BundleConfig, words: Vocabulary | None) -> BundleConfig:
+    """Return the configuration with another vocabulary, or with none, and the format for it."""
+    denoisers = (config.denoiser, *config.denoisers.values())
+    format = needed_format(config.presets, denoisers, words)
+    return replace(config, vocabulary=words, format=format)
+
+
 def main() -> None:
-    """Write the vocabulary into the bundle that the command line names."""
+    """Write or remove the vocabulary of the bundle that the command line names."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("bundle", help="name or path; only its bundle.json changes")
-    directory = find_bundle(p.parse_args().bundle)
-    config = BundleConfig.read(directory)
-    collected = vocabulary()
-    format = needed_format(config.presets, (config.denoiser, *config.denoisers.values()), collected)
-    replace(config, vocabulary=collected, format=format).write(directory)
-    names = collected.things.count(",") + 1
-    print(f"{directory}: {names} names")
+    p.add_argument(
+        "--remove", action="store_true", help="read prompts as they are: for captions of your own"
+    )
+    args = p.parse_args()
+    directory = find_bundle(args.bundle)
+    words = None if args.remove else vocabulary()
+    with_vocabulary(BundleConfig.read(directory), words).write(directory)
+    kept = f"{words.things.count(',') + 1} names" if words else "no vocabulary"
+    print(f"{directory}: {kept}")
 
 
 if __name__ == "__main__":
