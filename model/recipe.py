@@ -1,4 +1,4 @@
-"""How an image is drawn: recipes, and one request's sampling. No torch here."""
+"""Define how an image is drawn: recipes, and one request's sampling. No torch here."""
 
 from __future__ import annotations
 

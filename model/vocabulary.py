@@ -24,9 +24,8 @@ _LOOKS = """
     focus detail details detailed high low hd quality best masterpiece colorful colourful colors
     colours vivid vibrant studio professional landscape portrait ink oil watercolor watercolour
     painted paint digital pixel vector sketch pencil drawing illustration render rendered rendering
-    line lines retro vintage fantasy magic magical elegant cool cold wide view angle shot table
-    tables desk shelf
-    grain award trending glowing epic style styled aesthetic resolution
+    line lines retro vintage fantasy magic magical elegant cool cold wide view angle shot grain
+    award trending glowing epic style styled aesthetic resolution table tables desk shelf
 """
 LOOKS = frozenset(_LOOKS.split())
 _FUNCTION = """
@@ -35,6 +34,8 @@ _FUNCTION = """
 """
 FUNCTION = frozenset(_FUNCTION.split())
 ARTICLES = frozenset(("a", "an", "the", "some"))
+# Words that mean nothing on their own.
+_EMPTY = LOOKS | FUNCTION
 
 # Ways to ask, before what is asked for. "Draw" and "show me" are captions' own words.
 _ASKED = re.compile(
@@ -83,7 +84,7 @@ _SHORTEST_MISSPELT = 5  # letters
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What captions of the training say.
+    """Know what captions of the training say.
 
     things: names of what can be drawn, separated by commas. places: words for scenes, sides and
     views, separated by commas. words: further words that captions have beside these, such as
@@ -109,12 +110,12 @@ class Vocabulary:
     @cached_property
     def _beside_names(self) -> frozenset[str]:
         """Words that mean something beside the name of a thing."""
-        return frozenset(self.words.split()) - LOOKS - FUNCTION
+        return frozenset(self.words.split()) - _EMPTY
 
     @cached_property
     def _without_names(self) -> frozenset[str]:
         """Words that mean something where nothing is named."""
-        return self._beside_names | (frozenset(self.tags.split()) - LOOKS - FUNCTION)
+        return self._beside_names | (frozenset(self.tags.split()) - _EMPTY)
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -162,8 +163,8 @@ class Vocabulary:
             return []
         places = self._thing_places(clause) | _found(clause, self._places)
         known = [
-            i in places or word.lower() in FUNCTION | meaning or self._is_misspelt(word.lower())
-            for i, word in enumerate(clause)
+            i in places or word in FUNCTION or word in meaning or self._is_misspelt(word)
+            for i, word in enumerate(map(str.lower, clause))
         ]
         return self._side_by_side(_joined(clause, known))
 
@@ -191,7 +192,7 @@ class Vocabulary:
 
     def _is_misspelt(self, word: str) -> bool:
         """Return whether a word is a known one but for one letter."""
-        if not _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD or word in LOOKS | FUNCTION:
+        if not _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD or word in _EMPTY:
             return False
         return word in self._nearly or any(
             part in self._known or part in self._nearly for part in _shortened(word)

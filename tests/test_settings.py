@@ -65,7 +65,7 @@ def test_what_is_out_of_bounds_or_unknown_is_refused_by_name(field: str, value: 
 
 
 def problem(values: dict[str, object], settings: type[Settings] = Settings) -> str:
-    """What the command line says of them."""
+    """Return what the command line says of them."""
     with pytest.raises(ValidationError) as raised:
         settings.model_validate(values)
     return settings_problem(raised.value)

@@ -426,7 +426,7 @@ def answer_headers(
         "Server-Timing": timing,
         "Content-Disposition": f'inline; filename="{plan.operation}-{seed}.{extension}"',
     }
-    if plan.prompt_read is not None and plan.is_reduced:
+    if plan.prompt_read is not None:
         headers["X-Prompt-Read"] = quote(plan.prompt_read, safe=" ,'.-")
     if finished.truncated:
         headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)

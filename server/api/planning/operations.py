@@ -71,7 +71,7 @@ class Plan:
             `size`.
         is_transparent: whether the answer's images keep an alpha channel.
         opaque: whether they are shown over white nevertheless.
-        prompt_read: what of the prompt is encoded.
+        prompt_read: what of the prompt is encoded, if the weights leave out a part.
     """
 
     operation: str
@@ -145,14 +145,9 @@ class Plan:
             "deterministic": sampling.deterministic,
         }
         frame = {"frame": index} if job.keyframes else {}
-        reading = {"prompt_read": self.prompt_read} if self.is_reduced else {}
+        reading = {} if self.prompt_read is None else {"prompt_read": self.prompt_read}
         truncation = {"truncated": list(truncated)}
         return {**common, **self.operation_parameters, **frame, **reading, **truncation}
-
-    @property
-    def is_reduced(self) -> bool:
-        """Return whether the weights' vocabulary leaves out a part of the prompt."""
-        return self.prompt_read not in (None, self.job.prompt)
 
     def shared_parameters(self, truncated: tuple[str, ...]) -> dict[str, Any]:
         """Return the effective parameters of all images together."""
@@ -407,7 +402,8 @@ def _with_reading(planner: Planner) -> Planner:
 
     def plan_and_read(request: Any, drafted: Draft, uploads: Uploads) -> Plan:
         planned = planner(request, drafted, uploads)
-        return replace(planned, prompt_read=drafted.config.read_prompt(planned.job.prompt))
+        read = drafted.config.read_prompt(planned.job.prompt)
+        return planned if read == planned.job.prompt else replace(planned, prompt_read=read)
 
     return plan_and_read
 
