@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -49,6 +49,19 @@ HOST_PATTERN = re.compile(r"\*|(\*\.)?\w([\w.-]*\w)?|\[[0-9A-Fa-f:.]+\]", re.ASC
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,/]+")
 SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}")
 URL = re.compile(r"https?://[^\s/?#@,]+(/[^\s?#]*)?")
+
+
+class OpenPaths:
+    """Match paths without a slash at their end against entries such as /docs and /playground/*."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        entries = tuple(entries)
+        self._exact = frozenset(path.rstrip("/") or "/" for path in entries)
+        self._below = tuple(path[:-1] for path in entries if path.endswith("/*"))
+
+    def __contains__(self, path: str) -> bool:
+        """Return whether an entry opens the path."""
+        return path in self._exact or path.startswith(self._below)
 
 
 def _items(text: str) -> tuple[str, ...]:
@@ -668,18 +681,13 @@ class Settings(BaseSettings):
             return
         scraped = () if self.operations_port is None else ("/metrics",)
         uses = {"probes": ("/healthz", "/readyz"), "Prometheus": scraped}
-        if self._is_open("/docs"):
+        opened = OpenPaths(self.paths_without_key)
+        if "/docs" in opened:
             uses["/docs"] = ("/openapi.json", "/playground/*")
         for use, paths in uses.items():
-            if closed := [path for path in paths if not self._is_open(path)]:
+            if closed := [path for path in paths if path not in opened]:
                 message = f"{PREFIX}OPEN_PATHS replaces the default list and lacks"
                 yield f"{message} {', '.join(closed)}: {use} without a key will get 401"
-
-    def _is_open(self, path: str) -> bool:
-        opened = self.paths_without_key
-        return path in opened or any(
-            path.startswith(each[:-1]) for each in opened if each.endswith("/*")
-        )
 
     @property
     def paths_without_key(self) -> tuple[str, ...]:

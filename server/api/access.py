@@ -31,7 +31,7 @@ from server.api.middleware import SDAPI, error_response, port_of
 from server.api.routes_health import PATHS
 from server.api.state import ANYBODY, app_state, request_state
 from server.engine.retry_slots import RetrySlots
-from server.settings import Settings
+from server.settings import OpenPaths, Settings
 
 # Enough for clients, cookies and a proxy's additions; too little to fill the memory.
 MAX_URL_BYTES = 8 * 1024
@@ -145,13 +145,11 @@ class Keys:
     def __init__(self, keys: Sequence[str], open_paths: Sequence[str] = ()) -> None:
         """Create the keys; none: no request needs one. open_paths: as `Settings.open_paths`."""
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-        # Requests' paths have no slash at their end (`CanonicalPath`).
-        self._open = frozenset(path.rstrip("/") or "/" for path in open_paths)
-        self._open_below = tuple(path[:-1] for path in open_paths if path.endswith("/*"))
+        self._open = OpenPaths(open_paths)
 
     def needed_for(self, path: str) -> bool:
         """Return whether a request for the path needs a key."""
-        return bool(self._digests) and not (path in self._open or path.startswith(self._open_below))
+        return bool(self._digests) and path not in self._open
 
     def name(self, authorization: str, *, basic: bool = False) -> str:
         """Return the name of the key in an `Authorization` header. Raises ApiError 401.
