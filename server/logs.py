@@ -117,9 +117,15 @@ def _write(descriptor: int, line: bytes) -> bool:
 
 
 def configure(level: str) -> None:
-    """Log this package's records from `level` upwards, others' warnings; call once per process."""
+    """Log this package's records from `level` upwards, others' warnings; call once per process.
+
+    Without a standard error (`2>&-`), nothing is logged.
+    """
+    _open_standard_descriptors()
+    handler: logging.Handler
     try:
-        handler: logging.Handler = BackgroundHandler(sys.stderr.fileno())
+        # None if it was closed.
+        handler = BackgroundHandler(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     except (OSError, io.UnsupportedOperation):
         # Standard error is no file.
         handler = logging.StreamHandler()
@@ -132,6 +138,16 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers = root.handlers or [handler]
     logging.captureWarnings(True)
+
+
+def _open_standard_descriptors() -> None:
+    """Open closed ones of descriptors 0 to 2 on /dev/null.
+
+    Otherwise they become sockets and pipes, into which native code writes its messages.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def dropped_lines() -> int:

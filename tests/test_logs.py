@@ -130,3 +130,29 @@ def test_a_server_whose_log_nobody_reads_answers_and_stops(bundle: Path) -> None
         server.kill()
         server.wait()
         server.stderr.close()
+
+
+# ── no reader at all ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_server_whose_standard_streams_are_closed_serves_without_a_log(
+    bundle: Path, closed: str
+) -> None:
+    port = free_port()
+    environment = {**os.environ, "PAELLERA_WEIGHTS": str(bundle), "PAELLERA_LOG_LEVEL": "info"}
+    command = [sys.executable, "-m", "tests.fake_server", "--port", str(port)]
+    server = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command], env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(server, f"{url}/readyz")
+        if Path("/proc/self/fd").exists():
+            # No socket or pipe: native code would write its messages into it.
+            assert Path(f"/proc/{server.pid}/fd/2").readlink() == Path(os.devnull)
+        assert httpx.post(f"{url}/generate", json={"prompt": "a"}, timeout=60).status_code == 200
+        server.terminate()
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
