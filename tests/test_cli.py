@@ -4,6 +4,7 @@ line.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import socket
@@ -26,6 +27,7 @@ from load_tests.serving import Server, serving
 from model.config import CONFIG_FILE, BundleConfig, Operation
 from server.api.planning.operations import OPERATIONS
 from server.cli import app
+from server.cli.main import _listen
 from tests.conftest import wait_until
 
 
@@ -405,6 +407,34 @@ def test_used_port_is_told_in_one_line(bundle: Path) -> None:
         port = str(used.getsockname()[1])
         result = paellera_process("serve", "--port", port, "--weights", bundle)
     assert_one_line(result.stderr, result.returncode, 1, "127.0.0.1", port, "in use")
+
+
+# 192.0.2.1 and 2001:db8::1 are for documentation and nobody's, `.invalid` is no domain.
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "host.invalid"])
+@pytest.mark.process
+def test_a_host_that_is_not_this_machine_is_told_in_one_line_that_names_it_once(
+    bundle: Path, host: str
+) -> None:
+    result = paellera_process("serve", "--host", host, "--port", "0", "--weights", bundle)
+    assert_one_line(result.stderr, result.returncode, 1, f"cannot listen on {host} port 0: ")
+    assert result.stderr.count(host) == 1
+
+
+def test_a_port_that_needs_more_rights_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(address: tuple[str, int]) -> None:
+        # As Python words it; root may have such a port.
+        raise PermissionError(
+            errno.EACCES, f"Permission denied (while attempting to bind on address {address})"
+        )
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    with pytest.raises(typer.Exit) as exit_:
+        _listen("127.0.0.1", 80)
+    assert exit_.value.exit_code == 1
+    expected = "paellera: cannot listen on 127.0.0.1 port 80: Permission denied\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(

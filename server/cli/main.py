@@ -164,7 +164,9 @@ def _listen(host: str, port: int) -> socket.socket:
         dual = socket.has_dualstack_ipv6()
         return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=dual)
     except OSError as error:
-        fail(f"cannot listen on {host} port {port}: {error.strerror}", FAILED)
+        # Without Python's "(while attempting to bind on address …)", which repeats host and port.
+        reason = (error.strerror or str(error)).partition(" (while ")[0]
+        fail(f"cannot listen on {host} port {port}: {reason}", FAILED)
 
 
 def _greet(settings: Settings, port: int) -> None:
