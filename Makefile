@@ -16,7 +16,11 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--custom-compile-command 'make lock' --index-url https://pypi.org/simple -c requirements/torch.txt \
 	--excludes requirements/excluded.txt --no-emit-package torch --no-emit-package torchvision
 
-.PHONY: serve test test-fast client-test scale-test lint format types check screenshots bench batching curve faults soak hostile fuzz scenarios mutate evaluate art browser prometheus nginx exiftool tcmalloc lock audit sbom clean
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-fast client-test scale-test lint format types check screenshots bench batching curve faults soak hostile fuzz scenarios mutate evaluate art browser prometheus nginx exiftool tcmalloc lock audit sbom clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / { printf "%-29s  %s\n", $$1, $$2 }' Makefile
 
 serve: $(VENV)/.serve  ## start the server with the embedded weights on PAELLERA_HOST:PAELLERA_PORT
 	$(BIN)/paellera serve
@@ -37,21 +41,21 @@ scale-test: $(VENV)/.dev  ## the tests that start a Ray of their own
 	$(INSTALL) -r requirements/scale.txt
 	$(BIN)/pytest -m ray $(ARGS)
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev  ## Ruff's rules and format, and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev  ## fix what Ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.dev
+types: $(VENV)/.dev  ## check the types with mypy
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test  ## lint, types and test: what CI runs
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev  ## measure every stage, the published code, and a server over HTTP
 	$(BIN)/paellera bench
 
 batching curve fuzz scenarios: $(VENV)/.dev  ## beside whole-request batching; at rising rates; Schemathesis; Locust
@@ -69,7 +73,7 @@ art: $(VENV)/.dev  ## fetch the objects' art with npm into $PAELLERA_ART, or ~/.
 	$(BIN)/python -m model.training.art
 
 # Drives the playground; without one the tests that do so are skipped and say so.
-browser:
+browser:  ## install Chromium for the tests that need it, as root with apt
 	@command -v chromium >/dev/null \
 		|| { $(APT_INSTALL) chromium >/dev/null; } \
 		|| echo "no Chromium: install chromium to run the tests of the playground"
@@ -78,21 +82,21 @@ screenshots: $(VENV)/.dev browser  ## the documentation's images of the playgrou
 	$(BIN)/pytest tests/test_browser.py -k fits --screenshots docs/playground
 
 # Rules, alerts and the dashboard's queries are tested with the real thing.
-prometheus:
+prometheus:  ## likewise promtool
 	@command -v promtool >/dev/null || { $(APT_INSTALL) --no-install-recommends prometheus; } || echo "no promtool: install prometheus to run the tests that need it"
 
 # nginx's configuration, too.
-nginx:
+nginx:  ## likewise nginx
 	@PATH="$$PATH:/usr/sbin"; command -v nginx >/dev/null || { $(APT_INSTALL) --no-install-recommends nginx-light >/dev/null; } \
 		|| echo "no nginx: install nginx-light to run the tests that need it"
 
 # Reads the marks of generated files.
-exiftool:
+exiftool:  ## likewise exiftool
 	@command -v exiftool >/dev/null || { $(APT_INSTALL) --no-install-recommends libimage-exiftool-perl >/dev/null; } \
 		|| echo "no exiftool: install libimage-exiftool-perl to run the test that needs it"
 
 # A CPU worker uses it where it is installed.
-tcmalloc:
+tcmalloc:  ## likewise tcmalloc
 	@ls /usr/lib/*/libtcmalloc*.so.* >/dev/null 2>&1 || { $(APT_INSTALL) --no-install-recommends libtcmalloc-minimal4 >/dev/null; } \
 		|| echo "no tcmalloc: install libtcmalloc-minimal4 to run the test that needs it"
 
@@ -116,23 +120,33 @@ sbom: $(VENV)/.dev  ## dist/paellera.cdx.json: the content of the image, as Cycl
 	cat requirements/serve.txt requirements/build.txt requirements/torch.txt | $(BIN)/cyclonedx-py requirements - \
 		--pyproject pyproject.toml --mc-type application --output-reproducible --of JSON -o $(SBOM)
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+# Made anew where its creation failed half-way (no pip), its Python is gone, or is too old. A failure leaves nothing.
+NEW_ENOUGH := sys.version_info >= (3, 11)
+USABLE := $(shell [ -x $(BIN)/pip ] && $(BIN)/python -c 'import sys; print($(NEW_ENOUGH))' 2>/dev/null)
+$(BIN)/pip: $(if $(filter True,$(USABLE)),,FORCE)
+	@$(PYTHON) -c 'import sys; $(NEW_ENOUGH) or sys.exit("Python 3.11 or newer is required, this is %d.%d.%d; \
+	PYTHON=python3.12 make $(MAKECMDGOALS)" % sys.version_info[:3])'
+	@[ -e $(VENV)/pyvenv.cfg ] || [ -z "$$(ls -A $(VENV) 2>/dev/null)" ] \
+		|| { echo "$(VENV) is no virtual environment: move it away" >&2; exit 1; }
+	@[ ! -e $(VENV)/pyvenv.cfg ] || echo "$(VENV) has no pip, or no Python 3.11 or newer: making it anew"
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+FORCE:
 
 # Reinstalled when the dependencies change; -e, so a change of the code needs nothing.
-$(VENV)/.serve: pyproject.toml requirements/build.txt requirements/serve.txt requirements/torch.txt | $(BIN)/python
+$(VENV)/.serve: pyproject.toml requirements/build.txt requirements/serve.txt requirements/torch.txt $(BIN)/pip
 	$(INSTALL) -r requirements/build.txt
 	$(INSTALL) -r requirements/serve.txt
 	$(INSTALL_TORCH) -r requirements/torch.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.dev: pyproject.toml requirements/build.txt requirements/dev.txt requirements/torch-dev.txt requirements/torch.txt | $(BIN)/python
+$(VENV)/.dev: pyproject.toml requirements/build.txt requirements/dev.txt requirements/torch-dev.txt requirements/torch.txt $(BIN)/pip
 	$(INSTALL) -r requirements/build.txt
 	$(INSTALL) -r requirements/dev.txt
 	$(INSTALL_TORCH) -r requirements/torch-dev.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@ $(VENV)/.serve
 
-clean:
+clean:  ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
