@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from load_tests.serving import free_port, wait_until_ready
-from server.api.routes_health import PATHS
+from server.paths import OPERATIONS
 from server.settings import Settings
 from tests.conftest import wait_until
 
@@ -225,7 +225,7 @@ def test_a_body_as_large_as_the_server_takes_is_passed_on_and_a_larger_one_refus
     assert "nginx" in beyond.text
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", OPERATIONS)
 def test_health_and_metrics_are_not_published(proxied: Proxied, path: str) -> None:
     answer = proxied.client.get(path)
     assert answer.status_code == 404

@@ -23,7 +23,7 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.access import Guard, Keys, OriginGuard, TrustedProxies
+from server.api.access import Guard, Keys, OriginGuard
 from server.api.body_limit import BodyBudget, BodyLimit
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
@@ -42,6 +42,7 @@ from server.api.middleware import (
     register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
+from server.api.origins import TrustedProxies
 from server.api.planning.draft import DECODING_WORK, FILE_WORK
 from server.api.planning.operations import OPERATIONS
 from server.api.state import AppState, request_state

@@ -29,12 +29,13 @@ from server.api.errors import (
     CLIENT_CLOSED_REQUEST,
     NOT_READY,
     ApiError,
+    ClientStalledError,
     client_closed,
     from_engine,
     internal_error,
 )
-from server.api.images.url_store import IMAGES
-from server.api.routes_health import PATHS
+from server.api.headers import weighted
+from server.api.origins import port_of
 from server.api.state import (
     RequestState,
     add_request_state,
@@ -43,6 +44,7 @@ from server.api.state import (
 )
 from server.engine.errors import EngineError
 from server.metrics import Metrics
+from server.paths import IMAGES, OPERATIONS, SDAPI
 
 log = logging.getLogger("server.access")
 
@@ -54,8 +56,6 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
-# Paths of AUTOMATIC1111's endpoints.
-SDAPI = "/sdapi/"
 VALID_ID = re.compile(r"[ -~]{1,128}")
 MAX_LOGGED_PATH = 200
 # Those that any route has.
@@ -243,13 +243,7 @@ class HealthPort:
             await self._app(scope, receive, send)
 
     def _is_misdirected(self, scope: Scope) -> bool:
-        return (scope["path"] in PATHS) != (port_of(scope) == self._port)
-
-
-def port_of(scope: Scope) -> int | None:
-    """Return the port at which the request arrived, None if the server does not tell."""
-    port: int | None = (scope.get("server") or ("", None))[1]
-    return port
+        return (scope["path"] in OPERATIONS) != (port_of(scope) == self._port)
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -316,10 +310,6 @@ def methods_of(app: FastAPI, scope: Scope) -> list[str]:
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
-
-
-class ClientStalledError(Exception):
-    """The client did not take its answer in time; its connection was aborted."""
 
 
 @dataclass(eq=False, slots=True)
@@ -456,19 +446,8 @@ class Compression:
 
 def accepts_gzip(header: str) -> bool:
     """Return whether an `Accept-Encoding` header allows gzip (RFC 9110, 12.5.3)."""
-    weights = {}
-    for entry in header.split(","):
-        coding, *options = (part.strip().lower() for part in entry.split(";"))
-        weight = next((option[2:] for option in options if option.startswith("q=")), "1")
-        weights[coding] = _weight(weight)
+    weights = dict(weighted(header))
     return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
-
-
-def _weight(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
 
 
 def _is_json(start: Message) -> bool:
