@@ -7,7 +7,7 @@ LIVENESS = "/healthz"
 READINESS = "/readyz"
 PROBES = (LIVENESS, "/health", READINESS)
 METRICS = "/metrics"
-OPERATIONS = (*PROBES, METRICS)
+HEALTH_PATHS = (*PROBES, METRICS)
 # The path below which stored images are.
 IMAGES = "/images/"
 # Paths of AUTOMATIC1111's endpoints.

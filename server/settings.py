@@ -670,7 +670,7 @@ class Settings(BaseSettings):
 
     @property
     def warnings(self) -> list[str]:
-        """What the log says at start about these settings and the environment."""
+        """The warnings that the log has at start, about these settings and the environment."""
         found = [self.exposure] if self.exposure else []
         if not self.is_local and not self.allowed_hosts:
             message = f"requests may name any host; set {PREFIX}ALLOWED_HOSTS"

@@ -33,7 +33,7 @@ from server.api.origins import (
 )
 from server.api.state import ANYBODY, request_state
 from server.engine.retry_slots import RetrySlots
-from server.paths import OPERATIONS, SDAPI
+from server.paths import HEALTH_PATHS, SDAPI
 from server.settings import OpenPaths, Settings
 
 # Enough for clients, cookies and a proxy's additions; too little to fill the memory.
@@ -291,7 +291,7 @@ class OriginGuard:
 
     def _is_exempt(self, scope: Scope) -> bool:
         port = port_of(scope)
-        return scope["path"] in OPERATIONS or (port is not None and port == self._operations_port)
+        return scope["path"] in HEALTH_PATHS or (port is not None and port == self._operations_port)
 
 
 class AllowedHosts:

@@ -51,6 +51,7 @@ from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
 from server.environment import PREFIX
 from server.metrics import Metrics
+from server.paths import HEALTH_PATHS
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -258,9 +259,7 @@ def _add_middleware(
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)
     if tracing:
-        app.add_middleware(
-            tracing.middleware, untraced=routes_health.PATHS, describe=_span_attributes
-        )
+        app.add_middleware(tracing.middleware, untraced=HEALTH_PATHS, describe=_span_attributes)
     app.add_middleware(Observation, metrics=metrics)
     if settings.origins:
         app.add_middleware(

@@ -1,7 +1,7 @@
 """ASGI middleware: request id, access log, metrics, ports, headers, errors, answers in transit.
 
-Pure ASGI, so that nothing is buffered. `access.py` has what rejects requests, `body.py` what bounds
-bodies. docs/limits.md lists the bounds of answers.
+Pure ASGI, so that nothing is buffered. `access.py` rejects requests, `body_limit.py` bounds bodies.
+docs/limits.md lists the bounds of answers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from server.api.state import (
 )
 from server.engine.errors import EngineError
 from server.metrics import Metrics
-from server.paths import IMAGES, OPERATIONS, SDAPI
+from server.paths import HEALTH_PATHS, IMAGES, SDAPI
 
 log = logging.getLogger("server.access")
 
@@ -201,7 +201,8 @@ class WithHeader:
     """ASGI middleware that passes requests with a header through another one, others past it."""
 
     def __init__(self, app: ASGIApp, header: str, middleware: Callable[[ASGIApp], ASGIApp]) -> None:
-        self._app, self._header, self._inner = app, header, middleware(app)
+        self._app, self._header = app, header
+        self._inner = middleware(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
@@ -243,7 +244,7 @@ class HealthPort:
             await self._app(scope, receive, send)
 
     def _is_misdirected(self, scope: Scope) -> bool:
-        return (scope["path"] in OPERATIONS) != (port_of(scope) == self._port)
+        return (scope["path"] in HEALTH_PATHS) != (port_of(scope) == self._port)
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -301,12 +302,12 @@ def _is_switched_off(request: Request) -> bool:
 
 def methods_of(app: FastAPI, scope: Scope) -> list[str]:
     """Return the methods of a request's path; of its routes each knows only its own."""
-    scopes = {method: {**scope, "method": method} for method in METHODS}
-    return [
-        method
-        for method, other in scopes.items()
-        if any(route.matches(other)[0] == Match.FULL for route in app.routes)
-    ]
+
+    def exists(method: str) -> bool:
+        other = {**scope, "method": method}
+        return any(route.matches(other)[0] == Match.FULL for route in app.routes)
+
+    return [method for method in METHODS if exists(method)]
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
@@ -341,7 +342,7 @@ class SendTimeout:
     application holds for a request is held until then. All answers together may have `budget`
     bytes; beyond it, the answer that has waited longest for its client is aborted.
 
-    The server must pause `send` while bytes are unsent (`uvicorn_server.BoundedProtocol`).
+    The server must pause `send` while bytes are unsent (`http_protocol.BoundedProtocol`).
     """
 
     def __init__(self, app: ASGIApp, timeout_s: float, budget: int) -> None:

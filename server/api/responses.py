@@ -246,7 +246,8 @@ class NativeStream:
 
     def _image(self, drawn: Drawn) -> Event:
         began = time.perf_counter()
-        state, plan, index = app_state(self.request), self.plan, drawn.image.index
+        state, plan = app_state(self.request), self.plan
+        index = drawn.image.index
         parameters = plan.parameters(drawn.truncated, index)
         marking = state.marker.of(plan.operation)
         content = encode(

@@ -163,7 +163,8 @@ class A1111Answer:
     def _extra(self, *, interrupted: bool) -> dict[str, object]:
         """Return what was drawn otherwise than requested, and what its clients do not ask for."""
         extra: dict[str, object] = {}
-        sent, steps, sampling = self.fields.sampler_name, self.fields.steps, self.plan.job.sampling
+        sent, steps = self.fields.sampler_name, self.fields.steps
+        sampling = self.plan.job.sampling
         if sent and sent.lower() != sampling.sampler:
             extra["Requested sampler"] = sent
         if steps not in (None, sampling.steps):

@@ -48,7 +48,8 @@ LUMA = np.array([299, 587, 114], dtype=np.uint32)
 # Formats that store flat black as 1 to 3 and white as 252 to 254, in video's range as 16 and 235.
 LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF")
 # The luminance that was meant, by the one that they hold: without a jump, and the same in between.
-NEARLY_BLACK, GREY_FROM, GREY_UP_TO, NEARLY_WHITE = 16, 32, 223, 235
+NEARLY_BLACK, GREY_FROM = 16, 32
+GREY_UP_TO, NEARLY_WHITE = 223, 235
 MEANT = (
     np.interp(
         np.arange(256),
