@@ -266,10 +266,10 @@ def _generate(
 
 
 def _medians(timings: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {
-        stage: quantiles([timing[stage] / 1000 for timing in timings])["p50_ms"]
-        for stage in timings[0]
-    }
+    def median(stage: str) -> float:
+        return quantiles([timing[stage] / 1000 for timing in timings])["p50_ms"]
+
+    return {stage: median(stage) for stage in timings[0]}
 
 
 def _overheads(
@@ -279,10 +279,14 @@ def _overheads(
 
     It is the time beyond the same request in this process, and beyond its bare sampling loop.
     """
+
+    def beyond(name: str, steps: str, row: Mapping[str, float]) -> float:
+        return round(row["p50_ms"] - stages[f"{name}_{steps}"]["p50_ms"], 2)
+
     return {
         steps: {
-            f"beyond_{name}": round(row["p50_ms"] - stages[f"{name}_{steps}"]["p50_ms"], 2)
-            for name in ("request", "loop")
+            "beyond_request": beyond("request", steps, row),
+            "beyond_loop": beyond("loop", steps, row),
         }
         for steps, row in http["requests"].items()
     }

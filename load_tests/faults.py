@@ -71,7 +71,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a request ended. code: of the error; status 0 is a connection that broke."""
+    """The end of a request. code: of the error; status 0 is a connection that broke."""
 
     status: int
     code: str | None = None

@@ -263,7 +263,8 @@ def _table(family: str, figures: Mapping[str, Any]) -> Table:
             f"weights, encoders: {place}",
             f"{need['device'] / GB:.2f} GB on the device, {need['cpu'] / GB:.2f} GB beside it",
         )
-    load, serve, written = figures["load"], figures["serving"], figures["import"]
+    load, serve = figures["load"], figures["serving"]
+    written = figures["import"]
     counts = figures["gflop_per_forward"]
     table.add_row(
         "one forward at the native size",

@@ -17,7 +17,7 @@ from hypothesis import strategies
 # The smallest possible side in pixels, from `load_tests.fuzz`.
 SIDE = int(os.environ.get("FUZZ_SIDE", "64"))
 STEPS, FRAMES = 4, 3
-# Why a request that fits the document may be refused all the same: what fields, pictures and
+# Why a request that fits the document may be refused all the same: what fields, images and
 # weights ask of each other.
 SEMANTIC = (
     "multiple of",
@@ -58,14 +58,13 @@ SEMANTIC = (
 # The document allows null for JSON. Written into a form it is the text "null", which is no null.
 NULL_IN_A_FORM = "(sent: 'null')"
 IDEMPOTENCY_KEY = "Idempotency-Key"
-PICTURE_FIELDS = ("image", "mask")
 SDAPI = "/sdapi/"
 # Fields of any endpoint.
 NAMES: set[str] = set()
 MARGINS = ("left", "right", "up", "down")
 
 
-def pictures() -> list[str]:
+def images() -> list[str]:
     """Return small files of all formats in base64, with transparency and without."""
     found = []
     for format, mode in (
@@ -82,7 +81,7 @@ def pictures() -> list[str]:
     return found
 
 
-PICTURES = pictures()
+IMAGES = images()
 
 
 def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
@@ -113,7 +112,7 @@ def _mark(value: Any) -> None:
         and value.get("type") == "string"
         and "base64" in value.get("description", "")
     ):
-        value["format"] = "picture"
+        value["format"] = "image"
 
 
 def refused_for_a_reason(context: Any, response: Any, case: Any) -> None:
@@ -221,7 +220,7 @@ def _shrink_native(body: dict[str, Any], path: str) -> None:
         body.pop("height", None)
     match path:
         case "/inpaint":
-            body |= {"image": PICTURES[0], "mask": PICTURES[2], "mask_mode": "luminance"}
+            body |= {"image": IMAGES[0], "mask": IMAGES[2], "mask_mode": "luminance"}
         case "/outpaint":
             body |= {side: SIDE * bool(body.get(side)) for side in MARGINS} | {"right": SIDE}
         case "/variations":
@@ -229,11 +228,11 @@ def _shrink_native(body: dict[str, Any], path: str) -> None:
         case "/generate" if body.get("hires"):
             body["hires"] = {"scale": 2, "steps": STEPS}
         case "/upscale":
-            body |= {"image": PICTURES[0], "scale": min(body.get("scale", 2), 2)}
+            body |= {"image": IMAGES[0], "scale": min(body.get("scale", 2), 2)}
         case "/interpolate":
             body |= {
                 "frames": FRAMES,
-                "keyframes": [{"prompt": "a red ball"}, {"image": PICTURES[0]}],
+                "keyframes": [{"prompt": "a red ball"}, {"image": IMAGES[0]}],
             }
 
 
@@ -244,8 +243,8 @@ def _shrink_openai(body: dict[str, Any], path: str) -> None:
     if path == "/v1/images/edits" and body.get("mask"):
         body |= {
             "size": "auto",
-            "image": PICTURES[0],
-            "mask": PICTURES[2],
+            "image": IMAGES[0],
+            "mask": IMAGES[2],
             "mask_mode": "luminance",
         }
 
@@ -257,19 +256,19 @@ def _shrink_sdapi(body: dict[str, Any], path: str) -> None:
             for name in ("override_settings", "hr_resize_x", "hr_resize_y"):
                 body.pop(name, None)
             body |= {"hr_scale": 2} if body.get("enable_hr") else {}
-            body |= {"init_images": [PICTURES[0]]} if "init_images" in body else {}
-            body |= {"mask": PICTURES[2]} if body.get("mask") else {}
+            body |= {"init_images": [IMAGES[0]]} if "init_images" in body else {}
+            body |= {"mask": IMAGES[2]} if body.get("mask") else {}
         case "v1/extra-single-image":
-            body |= {"image": PICTURES[0], "resize_mode": 0, "upscaling_resize": 1.5}
+            body |= {"image": IMAGES[0], "resize_mode": 0, "upscaling_resize": 1.5}
         case "v1/extra-batch-images":
-            body |= {"imageList": [{"data": PICTURES[0], "name": "a"}]}
+            body |= {"imageList": [{"data": IMAGES[0], "name": "a"}]}
             body |= {"resize_mode": 0, "upscaling_resize": 1.5}
         case "v1/options":
             # Others would answer all later requests of this client with 404.
             body.pop("sd_model_checkpoint", None)
 
 
-schemathesis.openapi.format("picture", strategies.sampled_from(PICTURES))
+schemathesis.openapi.format("image", strategies.sampled_from(IMAGES))
 schemathesis.hook(before_load_schema)
 schemathesis.hook(before_call)
 schemathesis.check(refused_for_a_reason)

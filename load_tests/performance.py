@@ -101,7 +101,8 @@ def _origin(result: Result) -> str:
 
 
 def _bench(result: Result) -> Section:
-    http, stages, overhead = result["http"], result["stages"], result.get("overhead_ms", {})
+    http, stages = result["http"], result["stages"]
+    overhead = result.get("overhead_ms", {})
     rows = []
     for steps, row in http["requests"].items():
         loop = stages[f"loop_{steps}"]
@@ -184,7 +185,8 @@ def _plot(result: Result) -> str:
 
 
 def _batching(result: Result) -> Section:
-    peer, own, ratio = result["litserve"], result["paellera"], result["ratios"]["throughput"]
+    peer, own = result["litserve"], result["paellera"]
+    ratio = result["ratios"]["throughput"]
     rows = [
         [
             "answers /s, saturated",

@@ -38,6 +38,7 @@ RELATED_TESTS = {
     "server/api/form_body.py": ("test_body", "test_bad_input", "test_parsing_properties"),
     "server/api/json_body.py": ("test_body", "test_bad_input", "test_parsing_properties"),
     "server/api/errors.py": ("test_errors", "test_bad_input"),
+    "server/api/headers.py": ("test_compression", "test_paths", "test_image_operations"),
     "server/api/images": ("test_images_decode", "test_images_hostile", "test_image_operations"),
     "server/api/images/admission.py": ("test_images_admission", "test_upload_pressure", "test_fit"),
     "server/api/images/bmff.py": ("test_images_heic",),
@@ -68,6 +69,7 @@ RELATED_TESTS = {
     ),
     "server/api/openai_schemas.py": ("test_openai_client",),
     "server/api/openapi.py": ("test_openai_client", "test_bad_input", "test_auth"),
+    "server/api/origins.py": ("test_origins", "test_url_store"),
     "server/api/planning": (
         "test_planning",
         "test_images_scaled",
@@ -155,7 +157,9 @@ RELATED_TESTS = {
     ),
     "server/environment.py": ("test_settings",),
     "server/http_protocol.py": ("test_http_protocol", "test_auth"),
+    "server/memory.py": ("test_worker", "test_sdapi"),
     "server/metrics.py": ("test_admission", "test_client"),
+    "server/paths.py": ("test_auth", "test_middleware", "test_origins"),
     "server/settings.py": ("test_environment", "test_auth", "test_docker"),
     "server/uvicorn_server.py": ("test_http_protocol", "test_auth"),
 }

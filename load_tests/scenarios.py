@@ -33,7 +33,7 @@ SCENARIOS = ("Generate", "MixedOperations", "Bursts")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of one kind of request in one scenario."""
+    """The results of one kind of request in one scenario."""
 
     scenario: str
     request: str

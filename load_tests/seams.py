@@ -5,7 +5,7 @@
     python -m load_tests.seams --sheet docs/seams.webp
 
 An object on five surfaces is removed by four kinds of masks, and the surfaces are outpainted. The
-drawn picture is the one that an ideal model draws: the surface without the object, its fine texture
+drawn image is the one that an ideal model draws: the surface without the object, its fine texture
 another one. The decoder's stand-in blurs it and errs by an offset and by waves of other colours;
 a VQGAN does what it does. Nothing is sampled.
 
@@ -228,14 +228,14 @@ def _tokens(weight: Pixels) -> Mask:
 
 
 def blurred(case: Case) -> Pixels:
-    """Return the drawn picture as a decoder without errors of colour would show it."""
+    """Return the drawn image as a decoder without errors of colour would show it."""
     padded = np.pad(case.drawn.astype(np.float64), [(1, 1), (1, 1), (0, 0)], mode="edge")
     rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
     return _pixels((rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4)
 
 
 def stand_in(case: Case) -> Pixels:
-    """Return the drawn picture blurred, with an offset and waves of other colours."""
+    """Return the drawn image blurred, with an offset and waves of other colours."""
     rng = np.random.default_rng((*case.seed, 1))
     side = len(case.drawn)
     y, x = np.mgrid[:side, :side]
@@ -310,14 +310,14 @@ def measured(
 
     Args:
         case: the case.
-        decoded: uint8 [H, W, 3], its drawn picture from the decoder.
+        decoded: uint8 [H, W, 3], its drawn image from the decoder.
         drawing: uint8 [H, W, 3], that without the decoder's error of colour.
         local: compare means of 5×5 pixels for the ring.
         feather: of the composite, in pixels.
     """
     result = composite(case.original, decoded, case.weight, feather)
     pasted = composite(case.original, decoded, case.weight, 0)
-    # The perfect result: the mask's blend of clean pictures.
+    # The perfect result: the mask's blend of clean images.
     ideal = composite(case.clean, drawing, case.weight, 0)
     rings = border_distance(case.weight > 0)
     zone = (rings >= 1) & (rings <= ZONE)

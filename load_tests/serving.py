@@ -193,10 +193,19 @@ async def figures_when_idle(client: httpx.AsyncClient) -> Counter[str]:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that is not in use."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """Return a port of the loopback for a server that this process starts.
+
+    On Linux it stays bound until this process ends: the kernel chooses it for no other socket, and
+    a server may listen on it all the same.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port: int = holder.getsockname()[1]
+    if sys.platform == "linux":
+        holder.detach()
+    holder.close()
+    return port
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:

@@ -55,7 +55,7 @@ _UNCOUNTED = {
 
 
 class Workload:
-    """One prompt on one pipeline, and every stage of its way to a picture as something to call."""
+    """One prompt on one pipeline, and every stage of its way to an image as something to call."""
 
     def __init__(self, pipeline: PipelineV3, seed: int = 0) -> None:
         self.pipeline = pipeline

@@ -23,7 +23,7 @@ REQUEST_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a request costs: side × side pixels, denoised in so many steps."""
+    """The cost of a request: side × side pixels, denoised in `steps` steps."""
 
     side: int
     steps: int

@@ -80,7 +80,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of the requests that arrived before, during and after a fault.
+    """The results of the requests that arrived before, during and after a fault.
 
     refused: with an error that says when to come back. lost_of_its_own: clients the fault brought
     along. unready_s: for how long /readyz did not say yes. latency: of all that were sent, from

@@ -187,5 +187,10 @@ def on_white(original: Pixels) -> Pixels:
     """Return [H, W, 3] from [H, W, 4] as a viewer shows it over white; [H, W, 3] unchanged."""
     if original.shape[2] == 3:
         return original
-    alpha = original[..., 3:].astype(np.uint16)  # 255 × 255 + 127 just fits
-    return ((original[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return blended(original[..., :3], original[..., 3], 255)
+
+
+def blended(rgb: Pixels, alpha: Pixels, background: int) -> Pixels:
+    """Return [H, W, 3] over a grey background, rounded. alpha: uint8 [H, W]."""
+    opacity = alpha[..., None].astype(np.uint16)  # 255 × 255 + 127 just fits
+    return ((rgb * opacity + background * (255 - opacity) + 127) // 255).astype(np.uint8)

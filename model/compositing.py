@@ -16,7 +16,7 @@ FEATHER = 8
 MAX_FEATHER = 64
 
 # The correction of a seam, in levels of 255. Differences between the original and the decoder's
-# picture that lie further from their neighbourhood's, or from zero, are content.
+# image that lie further from their neighbourhood's, or from zero, are content.
 UNLIKE_OTHERS = 48.0
 UNLIKE_ZERO = 144.0
 # Both are wider in texture, by so many standard deviations of it.
@@ -141,7 +141,7 @@ def seam_correction(original: Pixels, painted: Pixels, repainted: Mask, feather:
 
     Args:
         original: [H, W, 3].
-        painted: [H, W, 3], the decoder's picture, which covers the kept part too.
+        painted: [H, W, 3], the decoder's image, which covers the kept part too.
         repainted: bool [H, W].
         feather: pixels, 0 for no correction. Differences along the seam are averaged over about
             one and a half feathers, over up to three in texture (24 and 48 pixels at most).

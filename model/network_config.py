@@ -18,7 +18,7 @@ MAX_LEVELS = 8
 
 # Channels of a layer, and codes or tokens of a vocabulary.
 Width = Annotated[int, Field(ge=1, le=65_536)]
-Vocabulary = Annotated[int, Field(ge=2, le=2**20)]
+VocabularySize = Annotated[int, Field(ge=2, le=2**20)]
 # Channels of a sinusoidal embedding.
 TimeWidth = Annotated[int, Field(ge=4, le=4096, multiple_of=2)]
 Layers = Annotated[int, Field(ge=1, le=256)]
@@ -88,7 +88,7 @@ class CLIPTextConfig:
     __pydantic_config__ = STRICT
 
     context_length: Annotated[int, Field(ge=3, le=1024)] = 77
-    vocab_size: Vocabulary = 49408
+    vocab_size: VocabularySize = 49408
     width: Width = 512
     heads: Heads = 8
     layers: Layers = 12
@@ -180,7 +180,7 @@ class VQGANV1Config:
 
     The arguments are those of `ddconfig`, then the model's own; the defaults are ruDALL-E's f8.
 
-    resolution, attn_resolutions: attention sits at the levels where a picture of `resolution`
+    resolution, attn_resolutions: attention sits at the levels where an image of `resolution`
     pixels would have one of these sides.
     """
 
@@ -217,7 +217,7 @@ class VQGANV1Config:
 
     @property
     def downscale(self) -> int:
-        """Pixels per token and side: the picture is halved between each two levels."""
+        """Pixels per token and side: the image is halved between each two levels."""
         return int(2 ** (len(self.ch_mult) - 1))
 
     def attends(self, level: int) -> bool:

@@ -32,13 +32,11 @@ def declare_missing_torchvision_operators() -> None:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep freed memory instead of returning it to the kernel.
 
-    Otherwise every activation's pages would be returned, and faulted in again.
-
-    PyTorch has no caching allocator on the CPU: each large tensor is a fresh mmap whose pages fault
-    in again. Elsewhere than on glibc this does nothing; a preloaded tcmalloc or jemalloc has its
-    own cache and ignores it.
+    PyTorch has no caching allocator on the CPU: each large tensor would be a fresh mmap, whose
+    pages fault in again. Only glibc is affected; a preloaded tcmalloc or jemalloc has a cache.
     """
-    m_trim_threshold, m_mmap_threshold, largest_mmap_threshold = -1, -3, 32 << 20
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    largest_mmap_threshold = 32 << 20
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(m_mmap_threshold, largest_mmap_threshold)
@@ -46,7 +44,10 @@ def keep_freed_memory() -> None:
 
 
 def prepare(threads: int = 0) -> None:
-    """Do all of the above. threads: CPU threads for tensor operations; 0 keeps torch's choice."""
+    """Declare missing operators, keep freed memory, and set the number of threads.
+
+    threads: CPU threads for tensor operations; 0 keeps torch's choice.
+    """
     declare_missing_torchvision_operators()
     keep_freed_memory()
     if threads:

@@ -66,7 +66,7 @@ def draw_noise(
 
     grid: (H, W). prior: (S + 1, D). NumPy's Philox takes all 64 bits of the seed (torch's CPU
     generator keeps 32). Start tokens come first and the steps' uniforms last and step by step, so
-    the same seed at another step count begins from the same picture; fresh tokens and the start of
+    the same seed at another step count begins from the same image; fresh tokens and the start of
     a Halton order have streams of their own, for the same reason.
     """
     rng = np.random.Generator(np.random.Philox(seed % 2**64))

@@ -269,7 +269,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Rejected(_malformed("too many pipelined requests"))
-        # The extension of `transfer.SendTimeout`.
+        # The extension of `middleware.SendTimeout`.
         self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
         super().on_headers_complete()
         if self.parser.get_http_version() == "1.0":

@@ -32,13 +32,20 @@ from pydantic_settings import (
 
 from model.config import Encoders, Kernels
 from server.environment import PREFIX, Environment, kubernetes_variables, without_blank
+from server.paths import (
+    DOCS,
+    LIVENESS,
+    METRICS,
+    OPEN_PATHS,
+    OPENAPI,
+    PLAYGROUND,
+    PROBES,
+    READINESS,
+)
 
 MIB = 2**20
 DAY_S = 86_400
 MIN_KEY_LENGTH = 16
-# Paths that need no key, unless `open_paths` names others.
-PROBES = ("/healthz", "/health", "/readyz")
-OPEN_PATHS = ("/", "/playground/*", *PROBES, "/images/*")
 # Another name for a model, and the model's own.
 ALIAS = re.compile(r"[^\s,=]{1,64}=[^\s,=]{1,64}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps")
@@ -663,7 +670,7 @@ class Settings(BaseSettings):
 
     @property
     def warnings(self) -> list[str]:
-        """What the log says at start about these settings and the environment."""
+        """The warnings that the log has at start, about these settings and the environment."""
         found = [self.exposure] if self.exposure else []
         if not self.is_local and not self.allowed_hosts:
             message = f"requests may name any host; set {PREFIX}ALLOWED_HOSTS"
@@ -679,11 +686,11 @@ class Settings(BaseSettings):
         """Yield a warning for each use that a list of open paths leaves without its paths."""
         if not self.keys or self.open_paths is None:
             return
-        scraped = () if self.operations_port is None else ("/metrics",)
-        uses = {"probes": ("/healthz", "/readyz"), "Prometheus": scraped}
+        scraped = () if self.operations_port is None else (METRICS,)
+        uses = {"probes": (LIVENESS, READINESS), "Prometheus": scraped}
         opened = OpenPaths(self.paths_without_key)
-        if "/docs" in opened:
-            uses["/docs"] = ("/openapi.json", "/playground/*")
+        if DOCS in opened:
+            uses[DOCS] = (OPENAPI, f"{PLAYGROUND}*")
         for use, paths in uses.items():
             if closed := [path for path in paths if path not in opened]:
                 message = f"{PREFIX}OPEN_PATHS replaces the default list and lacks"
@@ -693,7 +700,7 @@ class Settings(BaseSettings):
     def paths_without_key(self) -> tuple[str, ...]:
         """The entries of `open_paths`, or the default ones; probes on a port of their own too."""
         if self.open_paths is None:
-            return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, "/metrics")
+            return OPEN_PATHS if self.operations_port is None else (*OPEN_PATHS, METRICS)
         opened = _parts(self.open_paths)
         return opened if self.operations_port is None else (*opened, *PROBES)
 

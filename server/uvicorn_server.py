@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import resource
 import socket
-import sys
 import time
 
 import uvicorn
@@ -119,10 +119,6 @@ class Server(uvicorn.Server):
 
 def possible_connections(wanted: int) -> int:
     """Raise the soft limit of descriptors for so many connections; return how many it allows."""
-    if sys.platform == "win32":  # It bounds sockets, not descriptors.
-        return wanted
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + RESERVED_DESCRIPTORS
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -36,7 +36,8 @@ from server.api.access import (
 )
 from server.api.errors import ApiError
 from server.api.validation import from_validation
-from server.settings import OPEN_PATHS, PROBES, Settings
+from server.paths import OPEN_PATHS, PROBES
+from server.settings import Settings
 from server.uvicorn_server import Server
 from tests import fake_worker
 from tests.conftest import running, wait_until

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from server.api.errors import ClientStalledError
 from server.api.middleware import (
     HELD_BYTES,
-    ClientStalledError,
     Compression,
     SendTimeout,
     accepts_gzip,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from load_tests.faults import Fault, Outcome, Trial, _parse, _references
 from load_tests.faults import request as body_of
-from load_tests.serving import serving
+from load_tests.serving import free_port, serving
 
 GOOD = Outcome(
     "kill",
@@ -52,3 +54,12 @@ async def test_an_instrumented_server_breaks_on_demand_and_loses_nothing(
     assert outcome.good
     assert (repeated.in_flight, repeated.answered) == (3, 3)
     assert repeated.good
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the port for its server")
+def test_a_port_for_a_server_is_given_to_no_other_socket() -> None:
+    port = free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        assert listener.getsockname()[1] == port

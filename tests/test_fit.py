@@ -160,7 +160,7 @@ def test_views_of_any_size_are_whole_images(mode: FitMode) -> None:
         view = fitted((source[0], source[1]), (size[0], size[1]), mode)
         rgb = np.zeros((view.decoded[1], view.decoded[0], 3), dtype=np.uint8)
         assert rgb.size <= 3 * 300 * 300
-        part = view.part_of(DecodedImage(rgb, rgb[..., 0], ""))
+        part = view.part_of(DecodedImage(rgb, rgb[..., 0]))
         assert part.size == view.inner
         assert part.alpha is not None
         assert part.alpha.shape == part.rgb.shape[:2]

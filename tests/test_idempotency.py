@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.types import Message, Scope
 
 from server.api import create_app, idempotency
+from server.api.errors import ClientStalledError
 from server.api.idempotency import Idempotency, IdempotencyTable, Recorder, digest_of
-from server.api.middleware import ClientStalledError
 from server.api.openapi import EXAMPLES
 from server.api.schemas import EditRequest, GenerateRequest
 from server.api.state import RequestState, add_request_state, request_state

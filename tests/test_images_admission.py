@@ -18,10 +18,10 @@ import pytest
 from server.api.errors import ApiError
 from server.api.images import admission
 from server.api.images.admission import ImageDecoder, Uploads, image_limits
-from server.api.images.decode import MIB, ImageLimits, decode
+from server.api.images.decode import ImageLimits, decode
 from server.engine import latency_model
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
-from server.settings import Settings
+from server.settings import MIB, Settings
 from tests.conftest import raised
 from tests.hostile import GREY, SIZE, bomb_header, padded, plain_png, png
 from tests.test_images_scaled import encoded

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.api.routes_health import PATHS
 from server.metrics import Metrics
+from server.paths import HEALTH_PATHS
 from server.settings import PREFIX, Settings
 from server.uvicorn_server import WRITE_TIMEOUT_S
 from tests.test_docker import stages
@@ -187,7 +187,7 @@ def test_probes_ask_what_the_server_answers_on_the_operations_port() -> None:
         # Never /readyz: a server that drains or whose worker restarts would be killed.
         "livenessProbe": "/healthz",
     }
-    assert set(paths.values()) <= set(PATHS)
+    assert set(paths.values()) <= set(HEALTH_PATHS)
     assert {CONTAINER[name]["httpGet"]["port"] for name in paths} == {"operations"}
 
 
@@ -236,7 +236,7 @@ def test_metrics_are_scraped_from_the_operations_service_as_the_alerts_job() -> 
     scraped = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())
     assert labels[monitor["jobLabel"]] == scraped["scrape_configs"][0]["job_name"]
     (endpoint,) = monitor["endpoints"]
-    assert endpoint["path"] in PATHS
+    assert endpoint["path"] in HEALTH_PATHS
     ports = one("Service", "paellera-operations")["spec"]["ports"]
     assert endpoint["port"] in {port["name"] for port in ports}
 

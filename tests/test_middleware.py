@@ -16,10 +16,9 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.body_limit import BodyLimit
-from server.api.errors import ApiError
+from server.api.errors import ApiError, ClientStalledError
 from server.api.middleware import (
     CanonicalPath,
-    ClientStalledError,
     Compression,
     HeadAsGet,
     HealthPort,

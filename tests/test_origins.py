@@ -12,7 +12,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from server.api.access import Authority
+from server.api.origins import Authority
 from server.settings import Settings
 from tests.test_auth import KEY, Configure, all_answered, asking, listening
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import httpx
 import pytest
 
 from load_tests.processes import workers
-from load_tests.serving import wait_until_ready
+from load_tests.serving import free_port, wait_until_ready
 from tests.conftest import wait_until
 
 REQUESTS = 12
@@ -27,8 +26,7 @@ PATIENCE_S = 60
 @pytest.fixture
 def server(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that leads a group of its own, and its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "PAELLERA_WEIGHTS": str(bundle),

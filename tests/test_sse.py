@@ -17,7 +17,8 @@ import PIL.Image
 import pytest
 from starlette.types import Scope
 
-from server.api.middleware import ClientStalledError, SendTimeout
+from server.api.errors import ClientStalledError
+from server.api.middleware import SendTimeout
 from server.api.sse import (
     MAX_PREVIEWS,
     DeferredEvent,

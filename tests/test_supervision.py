@@ -162,15 +162,20 @@ async def test_previews_are_handed_on_once_each_though_a_worker_began_again(word
 # ── against real workers ──────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture
+def stall_timeout_s() -> float:
+    return 15.0
+
+
 @pytest_asyncio.fixture
-async def client(random_bundle: Path) -> AsyncIterator[EngineClient]:
+async def client(random_bundle: Path, stall_timeout_s: float) -> AsyncIterator[EngineClient]:
     settings = Settings(
         weights=str(random_bundle),
         device="cpu",
         dtype="float32",
         drain_timeout_s=0,
         start_wait_s=PATIENCE_S,
-        stall_timeout_s=15,
+        stall_timeout_s=stall_timeout_s,
         threads=1,
     )
     client = EngineClient(settings, Metrics(), faulty_runner.main)
@@ -205,7 +210,11 @@ def same_picture(answer: object, pipeline: Pipeline, prompt: str, seed: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["accelerator", "kill", "hang"])
+@pytest.mark.parametrize(
+    ("fault", "stall_timeout_s"),
+    # A worker that hangs is waited for up to three times.
+    [("accelerator", 15.0), ("kill", 15.0), ("hang", 4.0)],
+)
 async def test_neighbours_of_a_fatal_request_get_the_pictures_of_their_seeds(
     client: EngineClient, pipeline: Pipeline, fault: str
 ) -> None:

@@ -16,10 +16,10 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from server.api import create_app
-from server.api.access import FORWARDED_HOSTS, base_url
 from server.api.errors import ApiError
 from server.api.images.url_store import OVERHEAD_BYTES, StoredImage, UrlStore
 from server.api.middleware import logged_path
+from server.api.origins import FORWARDED_HOSTS, base_url
 from server.settings import Settings
 from tests.conftest import wait_until
 from tests.test_api import metric, served

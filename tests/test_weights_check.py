@@ -32,7 +32,7 @@ def test_trained_weights_behave(trained):
 
 def test_the_check_draws_native_images_of_its_prompts(trained, native):
     width, height = native
-    assert trained.pictures.shape == (len(PROMPTS), height, width, 3)
+    assert trained.images.shape == (len(PROMPTS), height, width, 3)
     assert 1 < trained.codes_used <= trained.codes
 
 
@@ -84,9 +84,9 @@ def test_nan_is_found_where_it_is(random_bundle, network, where):
 
 
 def test_blank_and_collapsed_pictures_are_said_to_be_that(trained):
-    pictures, tokens = torch.full_like(trained.pictures, 7), torch.zeros_like(trained.tokens)
-    flat = replace(trained, pictures=pictures, tokens=tokens, similarity=torch.eye(8))
-    assert flat.problems == ["one code fills 100% of a picture", "8 of the images are blank"]
+    images, tokens = torch.full_like(trained.images, 7), torch.zeros_like(trained.tokens)
+    flat = replace(trained, images=images, tokens=tokens, similarity=torch.eye(8))
+    assert flat.problems == ["one code fills 100% of an image", "8 of the images are blank"]
 
 
 def test_a_chance_is_the_share_of_assignments_that_fit_as_well(trained):

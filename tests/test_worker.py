@@ -740,8 +740,8 @@ def test_a_worker_s_memory_threads_and_time_are_those_of_its_process(monkeypatch
 
     def resident(platform: str) -> int:
         with monkeypatch.context() as patched:
-            patched.setattr(worker, "_STATM", Path("/nowhere"))
-            patched.setattr("server.engine.worker.sys.platform", platform)
+            patched.setattr("server.memory._STATM", Path("/nowhere"))
+            patched.setattr("server.memory.sys.platform", platform)
             return worker.process_stats(torch.device("cpu")).resident_bytes
 
     # Without /proc it is the most that it ever was, which macOS tells in bytes, others in KiB.

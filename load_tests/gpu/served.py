@@ -60,7 +60,8 @@ def run(options: Options, results: Results) -> None:
 
 class _Served:
     def __init__(self, server: Server, family: Family, options: Options, results: Results) -> None:
-        self.server, self.options, self.results, self.family = server, options, results, family
+        self.server, self.options = server, options
+        self.results, self.family = results, family
         self.durations = Durations.of(options)
         self.target = generate_endpoint(server.url)
         self.kind = Kind(options.size(family)[0], options.steps[-1])

@@ -51,7 +51,8 @@ class _Judge:
     def __init__(
         self, where: Row, least: dict[str, Cost], ceilings: Ceilings, results: Results
     ) -> None:
-        self.where, self.least, self.ceilings, self.results = where, least, ceilings, results
+        self.where, self.least = where, least
+        self.ceilings, self.results = ceilings, results
 
     def add(self, executor: str, stage: str, figures: Row) -> None:
         rows, cost = self.where["rows"], self.least[stage]

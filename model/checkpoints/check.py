@@ -47,11 +47,11 @@ COLLAPSED, BLANK = 0.95, 2.0
 class Findings:
     """The generated images and their scores.
 
-    pictures: uint8 [8, height, width, 3]. tokens: [8, H, W] of `codes` codes. similarity: [8, 8],
+    images: uint8 [8, height, width, 3]. tokens: [8, H, W] of `codes` codes. similarity: [8, 8],
     cosine of each image with each prompt. broken: the stages whose results had NaN or infinity.
     """
 
-    pictures: Tensor
+    images: Tensor
     tokens: Tensor
     codes: int
     similarity: Tensor
@@ -59,12 +59,12 @@ class Findings:
 
     @property
     def matched(self) -> float:
-        """CLIP score of the pictures with their own prompts."""
+        """CLIP score of the images with their own prompts."""
         return self.similarity.diag().mean().item()
 
     @property
     def shuffled(self) -> float:
-        """CLIP score of the pictures with each other's prompts."""
+        """CLIP score of the images with each other's prompts."""
         n = len(self.similarity)
         return ((self.similarity.sum() - self.similarity.diag().sum()) / (n * n - n)).item()
 
@@ -84,12 +84,12 @@ class Findings:
 
     @property
     def most_common(self) -> float:
-        """The share of the most common code, in the picture where it is largest."""
+        """The share of the most common code, in the image where it is largest."""
         return max(t.flatten().bincount().max().item() / t.numel() for t in self.tokens)
 
     @property
     def entropy(self) -> float:
-        """Bits of a token, over all pictures; log2 of `codes` if every code is as common."""
+        """Bits of a token, over all images; log2 of `codes` if every code is as common."""
         share = self.tokens.flatten().bincount(minlength=self.codes) / self.tokens.numel()
         return torch.special.entr(share).sum().item() / float(np.log(2))
 
@@ -98,8 +98,8 @@ class Findings:
         """The problems of the weights, in words; none if they behave."""
         found = [f"there is NaN or infinity in the {where}" for where in self.broken]
         if self.most_common > COLLAPSED:
-            found.append(f"one code fills {self.most_common:.0%} of a picture")
-        if (blank := int((self.pictures.float().std((1, 2, 3)) < BLANK).sum())) > 0:
+            found.append(f"one code fills {self.most_common:.0%} of an image")
+        if (blank := int((self.images.float().std((1, 2, 3)) < BLANK).sum())) > 0:
             found.append(f"{blank} of the images are blank")
         if self.matched - self.shuffled < MARGIN or self.chance > CHANCE:
             scores = f"{self.matched:.3f} for those, {self.shuffled:.3f} for others"
@@ -151,8 +151,8 @@ def check(
     clip = pipeline.bundle.clip
     images = torch.cat(
         [
-            clip.encode_image(picture[None].clamp(0, 1).nan_to_num().to(clip.device))
-            for picture in decoded
+            clip.encode_image(image[None].clamp(0, 1).nan_to_num().to(clip.device))
+            for image in decoded
         ]
     )
     texts = clip.encode_text(PROMPTS)
@@ -163,10 +163,7 @@ def check(
     }
     similarity = F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
     return Findings(
-        pictures=(decoded.nan_to_num().clamp(0, 1) * 255)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1),
+        images=(decoded.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1),
         tokens=drawn,
         codes=pipeline.config.vqgan.codebook_size,
         similarity=similarity.nan_to_num().cpu(),
@@ -174,14 +171,14 @@ def check(
     )
 
 
-def write_sheet(pictures: Tensor, path: Path) -> None:
+def write_sheet(images: Tensor, path: Path) -> None:
     """Write the images in rows of four.
 
     Raises ValueError for a file name that is no image's, and OSError.
     """
-    _, height, width, _ = pictures.shape
-    rows = -(-len(pictures) // COLUMNS)
+    _, height, width, _ = images.shape
+    rows = -(-len(images) // COLUMNS)
     sheet = Image.new("RGB", (width * COLUMNS, height * rows), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture.numpy()), (i % COLUMNS * width, i // COLUMNS * height))
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image.numpy()), (i % COLUMNS * width, i // COLUMNS * height))
     sheet.save(path)

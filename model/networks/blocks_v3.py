@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scales every channel by its energy over the picture, relative to the mean channel's."""
+    """Scales every channel by its energy over the image, relative to the mean channel's."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

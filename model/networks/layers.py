@@ -106,10 +106,8 @@ class ConvTranspose(nn.ConvTranspose2d):
 
     def pack(self, height: int, width: int) -> None:
         """Pack the weights for the CPU's kernels, for one image of this size."""
-        shape, padding = (
-            (1, height, width, self.in_channels),
-            [int(zeros) for zeros in self.padding],
-        )
+        shape = (1, height, width, self.in_channels)
+        padding = [int(zeros) for zeros in self.padding]
         self.packed = PackedTransposed(self.weight, self.bias, shape, self.stride, padding)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -292,9 +292,8 @@ class ByteEncoder(nn.Module):
         tokens, mask, truncated = self.tokenize(prompts)
         device = self.t5.shared.weight.device
         tokens, mask = (t.to(device, non_blocking=True) for t in (tokens, mask))
-        if self.tower is None or torch.is_autocast_enabled(
-            device.type
-        ):  # packed operators know nothing of autocast
+        # Packed operators know nothing of autocast.
+        if self.tower is None or torch.is_autocast_enabled(device.type):
             embeddings = self.t5(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         else:
             embeddings = self.tower(tokens, mask)

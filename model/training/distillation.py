@@ -192,7 +192,7 @@ def _mask(condition: Condition) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """What one kind of step learns from.
+    """The examples of one kind of step.
 
     draw: returns a batch. early: as of `draw_times`. judged, focus: as of `choose_positions`.
     drop_clip: the probability of dropping each of CLIP's embeddings.
@@ -309,7 +309,7 @@ def _path(student: Student, x: Examples) -> NoisePath:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a student sees and is to answer.
+    """The inputs of a student, and its target.
 
     t: [B]. noisy: [B, H, W] tokens at t. noised: where they are noise. target: features
     [B, H, W, c_out] of the teacher.

@@ -343,7 +343,7 @@ def unfit(pipeline: Pipeline) -> str | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an image costs. guidance: at the first and the last step. branches: of all steps."""
+    """The cost of an image. guidance: at the first and the last step. branches: of all steps."""
 
     steps: int
     guidance: tuple[float, float]

@@ -11,26 +11,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import ipaddress
-import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, cast
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from server.api.errors import ApiError, retry_headers
-from server.api.middleware import SDAPI, error_response, port_of
-from server.api.routes_health import PATHS
-from server.api.state import ANYBODY, app_state, request_state
+from server.api.middleware import error_response
+from server.api.origins import (
+    DEFAULT_PORTS,
+    FORWARDED_HOSTS,
+    Authority,
+    address_of,
+    origin_of,
+    port_of,
+)
+from server.api.state import ANYBODY, request_state
 from server.engine.retry_slots import RetrySlots
+from server.paths import HEALTH_PATHS, SDAPI
 from server.settings import OpenPaths, Settings
 
 # Enough for clients, cookies and a proxy's additions; too little to fill the memory.
@@ -45,12 +48,6 @@ CONCURRENCY_RETRY_S = 1.0
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # Sec-Fetch-Site of requests by the server's own pages, and by the user.
 OWN_SITE = frozenset({"same-origin", "none"})
-DEFAULT_PORTS = {"http": 80, "https": 443}
-FORWARDED_HOSTS = "paellera.forwarded_hosts"
-
-_NAME = r"(?P<name>\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\\\[\],]+?)\.?(:(?P<port>\d{1,5})?)?"
-_HOST = re.compile(_NAME)
-_ORIGIN = re.compile(rf"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://{_NAME}/?")
 
 
 # ── API keys and limits ───────────────────────────────────────────────────────────────────────────
@@ -269,39 +266,6 @@ class Concurrency:
 # ── hosts and pages ───────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class Authority:
-    """A host name or address in lower case, and a port if one was written."""
-
-    name: str
-    port: int | None
-
-    @classmethod
-    def parse(cls, host: str) -> Authority | None:
-        """Return the parts of a Host header, or None if it is malformed."""
-        match = _HOST.fullmatch(host.strip())
-        return match and cls._of(match)
-
-    @classmethod
-    def of_origin(cls, origin: str) -> Authority | None:
-        """Return an origin's host with its port, the scheme's default one included."""
-        match = _ORIGIN.fullmatch(origin)
-        if match is None:
-            return None
-        found = cls._of(match)
-        return cls(found.name, found.port or DEFAULT_PORTS.get(match["scheme"].lower()))
-
-    @classmethod
-    def _of(cls, match: re.Match[str]) -> Authority:
-        port = match["port"]
-        return cls(match["name"].lower().strip("[]"), int(port) if port else None)
-
-    @property
-    def is_address(self) -> bool:
-        """Return whether the name is an IP address."""
-        return _address(self.name) is not None
-
-
 class OriginGuard:
     """ASGI middleware that rejects foreign hosts, and state changes by foreign pages.
 
@@ -327,7 +291,7 @@ class OriginGuard:
 
     def _is_exempt(self, scope: Scope) -> bool:
         port = port_of(scope)
-        return scope["path"] in PATHS or (port is not None and port == self._operations_port)
+        return scope["path"] in HEALTH_PATHS or (port is not None and port == self._operations_port)
 
 
 class AllowedHosts:
@@ -341,7 +305,7 @@ class AllowedHosts:
     def __init__(self, settings: Settings) -> None:
         self._allowed = [name.lower().strip("[]") for name in settings.hosts]
         self._is_local = settings.is_local
-        public = Authority.of_origin(_origin(settings.public_url))
+        public = Authority.of_origin(origin_of(settings.public_url))
         self._public = public and public.name
 
     def check(self, scope: Scope) -> None:
@@ -359,7 +323,7 @@ class AllowedHosts:
             raise ApiError(HTTPStatus.BAD_REQUEST, "host_not_allowed", message)
 
     def _arrived_locally(self, scope: Scope) -> bool:
-        address = _address((scope.get("server") or ("",))[0])
+        address = address_of((scope.get("server") or ("",))[0])
         return self._is_local and address is not None and address.is_loopback
 
     def _allows(self, host: Authority) -> bool:
@@ -375,7 +339,7 @@ class AllowedPages:
 
     def __init__(self, settings: Settings) -> None:
         self._origins = frozenset(origin.lower() for origin in settings.origins)
-        self._public = _origin(settings.public_url)
+        self._public = origin_of(settings.public_url)
 
     def check(self, scope: Scope) -> None:
         """Raise ApiError 403 if a foreign page's request would change the server's state."""
@@ -408,58 +372,9 @@ class AllowedPages:
         return page in [Authority(host.name, host.port or default) for host in named]
 
 
-class TrustedProxies:
-    """ASGI middleware that takes client, scheme and host from the headers of trusted proxies."""
-
-    def __init__(self, app: ASGIApp, proxies: str) -> None:
-        self._app = ProxyHeadersMiddleware(cast(Any, app), proxies)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Note the hosts in X-Forwarded-Host, then let uvicorn's middleware do the rest."""
-        peer = (scope.get("client") or (None,))[0]
-        if scope["type"] == "http" and peer in self._app.trusted_hosts:
-            scope[FORWARDED_HOSTS] = _forwarded_hosts(scope)
-        await self._app(cast(Any, scope), cast(Any, receive), cast(Any, send))
-
-
-def base_url(request: Request) -> str:
-    """Return the server's URL as the client knows it, without a slash at its end.
-
-    Raises:
-        ApiError: 400, without `public_url` and a valid Host header.
-    """
-    if public := app_state(request).settings.public_url:
-        return public.rstrip("/")
-    scope = request.scope
-    hosts = [*scope.get(FORWARDED_HOSTS, ()), *request.headers.getlist("host")]
-    host = hosts[0].strip() if hosts else ""
-    if Authority.parse(host) is None:
-        message = f"the URL of an image needs a valid Host header (sent: {host[:80]!r})"
-        raise ApiError(HTTPStatus.BAD_REQUEST, "invalid_host", message)
-    return f"{scope['scheme']}://{host}{scope.get('root_path', '').rstrip('/')}"
-
-
-def _forwarded_hosts(scope: Scope) -> Sequence[str]:
-    sent = ",".join(Headers(scope=scope).getlist("x-forwarded-host"))
-    return [host.strip() for host in sent.split(",") if host.strip()]
-
-
-def _origin(url: str) -> str:
-    """Return the origin of an http or https URL in lower case, without its default port."""
-    scheme, _, rest = url.lower().partition("://")
-    return f"{scheme}://{rest.partition('/')[0]}".removesuffix(f":{DEFAULT_PORTS.get(scheme)}")
-
-
 def _matches(name: str, *patterns: str) -> bool:
     """Return whether a pattern is the name, or `*.` and a domain above it."""
     return any(
         name.endswith(pattern[1:]) if pattern.startswith("*.") else name == pattern
         for pattern in patterns
     )
-
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError:
-        return None

@@ -23,7 +23,7 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.access import Guard, Keys, OriginGuard, TrustedProxies
+from server.api.access import Guard, Keys, OriginGuard
 from server.api.body_limit import BodyBudget, BodyLimit
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
@@ -42,6 +42,7 @@ from server.api.middleware import (
     register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
+from server.api.origins import TrustedProxies
 from server.api.planning.draft import DECODING_WORK, FILE_WORK
 from server.api.planning.operations import OPERATIONS
 from server.api.state import AppState, request_state
@@ -50,6 +51,7 @@ from server.engine.interface import MakeEngine
 from server.engine.supervisor import WorkerMain, run_worker
 from server.environment import PREFIX
 from server.metrics import Metrics
+from server.paths import HEALTH_PATHS
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -257,9 +259,7 @@ def _add_middleware(
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)
     if tracing:
-        app.add_middleware(
-            tracing.middleware, untraced=routes_health.PATHS, describe=_span_attributes
-        )
+        app.add_middleware(tracing.middleware, untraced=HEALTH_PATHS, describe=_span_attributes)
     app.add_middleware(Observation, metrics=metrics)
     if settings.origins:
         app.add_middleware(

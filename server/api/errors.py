@@ -48,6 +48,10 @@ def shortened(sent: object) -> str:
     return _shortened.repr(sent)
 
 
+class ClientStalledError(Exception):
+    """The client did not take its answer in time; its connection was aborted."""
+
+
 class ApiError(Exception):
     """An error answer.
 

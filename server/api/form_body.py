@@ -225,6 +225,11 @@ def _kind(path: Path, schema: type[BaseModel]) -> Kind | None:
 # ── fields ────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _in_order(entries: list[tuple[int, Any]]) -> list[Any]:
+    """Return the values of (position, value) pairs by position."""
+    return [value for _, value in sorted(entries, key=itemgetter(0))]
+
+
 def _collect(parts: Iterable[Part], schema: type[BaseModel]) -> dict[str, Any]:
     """Return the fields of parts that are whole fields or entries of their lists."""
     values: dict[str, list[tuple[int, Any]]] = {}
@@ -236,10 +241,7 @@ def _collect(parts: Iterable[Part], schema: type[BaseModel]) -> dict[str, Any]:
         value = content if isinstance(content, bytes) else _value(content, (field,), schema)
         position = int(positions[0] or 0) if positions else 0
         values.setdefault(field, []).append((position, value))
-    ordered = {
-        field: [value for _, value in sorted(entries, key=itemgetter(0))]
-        for field, entries in values.items()
-    }
+    ordered = {field: _in_order(entries) for field, entries in values.items()}
     return {
         field: sent if len(sent) > 1 or field in lists else _single(sent[0], field, schema)
         for field, sent in ordered.items()

@@ -19,8 +19,7 @@ from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import CLIENT_CLOSED_REQUEST, ApiError
-from server.api.middleware import ClientStalledError
+from server.api.errors import CLIENT_CLOSED_REQUEST, ApiError, ClientStalledError
 from server.api.state import owner_of, request_state, unless_cancelled
 from server.fair_cache import FairCache
 from server.metrics import Metrics

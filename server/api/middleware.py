@@ -1,7 +1,7 @@
 """ASGI middleware: request id, access log, metrics, ports, headers, errors, answers in transit.
 
-Pure ASGI, so that nothing is buffered. `access.py` has what rejects requests, `body.py` what bounds
-bodies. docs/limits.md lists the bounds of answers.
+Pure ASGI, so that nothing is buffered. `access.py` rejects requests, `body_limit.py` bounds bodies.
+docs/limits.md lists the bounds of answers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from server.api.errors import (
     CLIENT_CLOSED_REQUEST,
     NOT_READY,
     ApiError,
+    ClientStalledError,
     client_closed,
     from_engine,
     internal_error,
 )
-from server.api.images.url_store import IMAGES
-from server.api.routes_health import PATHS
+from server.api.headers import weighted
+from server.api.origins import port_of
 from server.api.state import (
     RequestState,
     add_request_state,
@@ -43,6 +44,7 @@ from server.api.state import (
 )
 from server.engine.errors import EngineError
 from server.metrics import Metrics
+from server.paths import HEALTH_PATHS, IMAGES, SDAPI
 
 log = logging.getLogger("server.access")
 
@@ -54,8 +56,6 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "frame-ancestors 'none'",
 }
-# Paths of AUTOMATIC1111's endpoints.
-SDAPI = "/sdapi/"
 VALID_ID = re.compile(r"[ -~]{1,128}")
 MAX_LOGGED_PATH = 200
 # Those that any route has.
@@ -201,7 +201,8 @@ class WithHeader:
     """ASGI middleware that passes requests with a header through another one, others past it."""
 
     def __init__(self, app: ASGIApp, header: str, middleware: Callable[[ASGIApp], ASGIApp]) -> None:
-        self._app, self._header, self._inner = app, header, middleware(app)
+        self._app, self._header = app, header
+        self._inner = middleware(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
@@ -243,13 +244,7 @@ class HealthPort:
             await self._app(scope, receive, send)
 
     def _is_misdirected(self, scope: Scope) -> bool:
-        return (scope["path"] in PATHS) != (port_of(scope) == self._port)
-
-
-def port_of(scope: Scope) -> int | None:
-    """Return the port at which the request arrived, None if the server does not tell."""
-    port: int | None = (scope.get("server") or ("", None))[1]
-    return port
+        return (scope["path"] in HEALTH_PATHS) != (port_of(scope) == self._port)
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -307,19 +302,15 @@ def _is_switched_off(request: Request) -> bool:
 
 def methods_of(app: FastAPI, scope: Scope) -> list[str]:
     """Return the methods of a request's path; of its routes each knows only its own."""
-    scopes = {method: {**scope, "method": method} for method in METHODS}
-    return [
-        method
-        for method, other in scopes.items()
-        if any(route.matches(other)[0] == Match.FULL for route in app.routes)
-    ]
+
+    def exists(method: str) -> bool:
+        other = {**scope, "method": method}
+        return any(route.matches(other)[0] == Match.FULL for route in app.routes)
+
+    return [method for method in METHODS if exists(method)]
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
-
-
-class ClientStalledError(Exception):
-    """The client did not take its answer in time; its connection was aborted."""
 
 
 @dataclass(eq=False, slots=True)
@@ -351,7 +342,7 @@ class SendTimeout:
     application holds for a request is held until then. All answers together may have `budget`
     bytes; beyond it, the answer that has waited longest for its client is aborted.
 
-    The server must pause `send` while bytes are unsent (`uvicorn_server.BoundedProtocol`).
+    The server must pause `send` while bytes are unsent (`http_protocol.BoundedProtocol`).
     """
 
     def __init__(self, app: ASGIApp, timeout_s: float, budget: int) -> None:
@@ -456,19 +447,8 @@ class Compression:
 
 def accepts_gzip(header: str) -> bool:
     """Return whether an `Accept-Encoding` header allows gzip (RFC 9110, 12.5.3)."""
-    weights = {}
-    for entry in header.split(","):
-        coding, *options = (part.strip().lower() for part in entry.split(";"))
-        weight = next((option[2:] for option in options if option.startswith("q=")), "1")
-        weights[coding] = _weight(weight)
+    weights = dict(weighted(header))
     return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
-
-
-def _weight(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
 
 
 def _is_json(start: Message) -> bool:

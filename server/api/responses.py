@@ -17,10 +17,11 @@ from urllib.parse import quote
 
 from fastapi import Request, Response
 
-from server.api.access import base_url
 from server.api.errors import ApiError, shortened
+from server.api.headers import weighted
 from server.api.images.encode import AnimationFormat, Format, animate, encode
 from server.api.images.url_store import EXTENSIONS, ImageLinks, StoredImage
+from server.api.origins import base_url
 from server.api.planning.operations import Plan
 from server.api.sse import DeferredEvent, Emit, Event
 from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
@@ -72,20 +73,15 @@ def _json_for(accept: str, known: Mapping[str, object]) -> Literal["json"]:
 
 
 def _preferred(accept: str, known: Mapping[str, T]) -> T | None:
-    weighted = []
-    for entry in accept.split(","):
-        media_type, *options = (part.strip().lower() for part in entry.split(";"))
-        weight = next((option[2:] for option in options if option.startswith("q=")), "1")
-        weighted.append((-_weight(weight), media_type))
-    ranked = sorted((entry for entry in weighted if entry[0] < 0), key=lambda entry: entry[0])
-    return next((known[name] for _, name in ranked if name in known), None)
+    """Return the value of the known media type with the highest weight, the first one among equals.
 
-
-def _weight(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
+    None: the client accepts none of them.
+    """
+    accepted = [(name, weight) for name, weight in weighted(accept) if name in known and weight > 0]
+    if not accepted:
+        return None
+    name, _ = max(accepted, key=lambda entry: entry[1])
+    return known[name]
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
@@ -250,7 +246,8 @@ class NativeStream:
 
     def _image(self, drawn: Drawn) -> Event:
         began = time.perf_counter()
-        state, plan, index = app_state(self.request), self.plan, drawn.image.index
+        state, plan = app_state(self.request), self.plan
+        index = drawn.image.index
         parameters = plan.parameters(drawn.truncated, index)
         marking = state.marker.of(plan.operation)
         content = encode(

@@ -13,7 +13,6 @@ from server.api.schemas import ErrorAnswer
 from server.api.state import app_state
 
 router = APIRouter(tags=["health"])
-PATHS = ("/healthz", "/health", "/readyz", "/metrics")
 
 ALIVE = {"status": "alive"}
 READY = {"status": "ready", "device": "cpu", "dtype": "float32", "models": ["tiny"]}

@@ -86,7 +86,8 @@ def _endpoint(
         fields = await read_body(request, schema, limit)
         if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
             return earlier
-        wanted, quality, stream = _output(request, fields), fields.quality, fields.stream
+        wanted = _output(request, fields)
+        quality, stream = fields.quality, fields.stream
         links = image_links(request) if wanted == "url" else None
         planned = await plan(request, fields, operation, wanted)
         # The files may be large, and are not needed while the job waits.

@@ -11,14 +11,12 @@ import html
 import io
 import json
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -31,6 +29,7 @@ from model.config import BundleConfig
 from server.api.body import JSON, read_body
 from server.api.errors import ApiError, cancelled, from_engine, invalid_value
 from server.api.images.admission import Uploads
+from server.api.images.decode import OPAQUE
 from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
 from server.api.openapi import describe_answers, describe_errors, without_references
@@ -56,11 +55,11 @@ from server.api.sdapi_schemas import (
 from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
 from server.engine.errors import DeadlineExceeded, EngineError
 from server.engine.messages import Finished, Timings
+from server.memory import resident_bytes
 
 HASH_DIGITS = 10
 # The setting in place of the native field `timeout_s`.
 DEADLINE = "PAELLERA_TIMEOUT_S"
-OPAQUE = 255
 HALF = 128
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
@@ -164,7 +163,8 @@ class A1111Answer:
     def _extra(self, *, interrupted: bool) -> dict[str, object]:
         """Return what was drawn otherwise than requested, and what its clients do not ask for."""
         extra: dict[str, object] = {}
-        sent, steps, sampling = self.fields.sampler_name, self.fields.steps, self.plan.job.sampling
+        sent, steps = self.fields.sampler_name, self.fields.steps
+        sampling = self.plan.job.sampling
         if sent and sent.lower() != sampling.sampler:
             extra["Requested sampler"] = sent
         if steps not in (None, sampling.steps):
@@ -567,21 +567,10 @@ async def interrupt(request: Request) -> Response:
 
 async def memory(request: Request) -> Response:
     """Return this process's memory and that of the machine, in bytes."""
-    used, total = _resident_bytes(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    used = resident_bytes()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     ram = {"free": total - used, "used": used, "total": total}
     return JSONResponse({"ram": ram, "cuda": {"error": "see /metrics for the workers' memory"}})
-
-
-def _resident_bytes() -> int:
-    try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource  # Windows has none
-
-        # The maximum until now, which Linux counts in KiB and macOS in bytes.
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
 
 
 def _upscaler(name: str) -> dict[str, Any]:

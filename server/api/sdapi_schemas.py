@@ -103,15 +103,13 @@ def _known_settings(sent: dict[str, Any]) -> dict[str, Any]:
 @cache
 def _numbers(schema: type[BaseModel]) -> frozenset[str]:
     """Return the names of a request's fields that are numbers."""
-    kinds = {
-        name: kind.get("anyOf", [kind]) for name, kind in json_schema(schema)["properties"].items()
-    }
-    return frozenset(
-        name
-        for name, branches in kinds.items()
-        if {"integer", "number"} & {branch.get("type") for branch in branches}
-        and "boolean" not in {branch.get("type") for branch in branches}
-    )
+
+    def is_number(kind: dict[str, Any]) -> bool:
+        types = {branch.get("type") for branch in kind.get("anyOf", [kind])}
+        return bool(types & {"integer", "number"}) and "boolean" not in types
+
+    fields = json_schema(schema)["properties"].items()
+    return frozenset(name for name, kind in fields if is_number(kind))
 
 
 class SdFields(BaseModel):
@@ -387,8 +385,9 @@ def _check_scale(param: str, scale: float, kind: str, size: Size, sent: object) 
         sent: what the client asked for.
     """
     if not 1 <= scale <= 4:
-        least, most = ("{}x{}".format(*(side * times for side in size)) for times in (1, 4))
-        allowed = f"the result may be 1 to 4 times as large as the {kind} image: {least} to {most}"
+        width, height = size
+        sizes = f"{width}x{height} to {4 * width}x{4 * height}"
+        allowed = f"the result may be 1 to 4 times as large as the {kind} image: {sizes}"
         raise invalid_value(param, allowed, sent)
 
 

@@ -59,19 +59,19 @@ class StaticFile:
         return cls(content, MEDIA_TYPES[path.suffix], etag)
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def page(request: Request) -> Response:
     """Return the page."""
     return _response(request, "index.html")
 
 
-@router.api_route("/docs", methods=["GET", "HEAD"])
+@router.get("/docs")
 async def docs(request: Request) -> Response:
     """Return the page of the API reference."""
     return _response(request, "docs.html")
 
 
-@router.api_route("/playground/{name}", methods=["GET", "HEAD"])
+@router.get("/playground/{name}")
 async def file(request: Request, name: str) -> Response:
     """Return a file of either page."""
     return _response(request, name)

@@ -273,7 +273,8 @@ def _text(kind: Kind) -> str:
 
 
 def _list(kind: Kind) -> str:
-    low, high, entries = kind.get("minItems"), kind.get("maxItems"), kind.get("prefixItems")
+    low, high = kind.get("minItems"), kind.get("maxItems")
+    entries = kind.get("prefixItems")
     if entries and all(entry == entries[0] for entry in entries):
         return f"a list of {len(entries)}, each {permitted(entries[0])}"
     if high is None:

@@ -140,10 +140,9 @@ def run_server(api: FastAPI, settings: Settings) -> None:
     server = Server(api)
     # After a drain, uvicorn raises the signal again, which would count as killed by it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # uvicorn leaves it alone, and the default kills. Windows has none.
-    hangup = getattr(signal, "SIGHUP", None)
-    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-        signal.signal(hangup, server.handle_exit)
+    # uvicorn leaves it alone, and the default kills.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, server.handle_exit)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=listeners)
     if server.failure:

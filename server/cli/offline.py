@@ -98,7 +98,8 @@ class _Painter:
 
     def __init__(self, pipeline: Pipeline, size: int, bar: tqdm[Any]) -> None:
         """Create it. size: rows of a batch."""
-        self._pipeline, self._size, self._bar = pipeline, size, bar
+        self._pipeline = pipeline
+        self._size, self._bar = size, bar
         self._builder = RowBuilder(pipeline, DictCache())
         self.truncated: tuple[str, ...] = ()
 

@@ -217,7 +217,7 @@ def check(
             total=len(PROMPTS), desc="generating", unit="image", leave=False, disable=None
         ) as bar:
             found = check_pipeline(pipeline, bar.update, preset)
-        write_sheet(found.pictures, output)
+        write_sheet(found.images, output)
     for i, prompt in enumerate(PROMPTS):
         typer.echo(f"{found.similarity[i, i]:6.3f}  {prompt}")
     others = f"{found.shuffled:.3f} with those of other images"

@@ -35,9 +35,8 @@ def enter(parent: int) -> None:
 
     parent: the API process's number.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP.
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if not killed_with_parent():
         threading.Thread(target=exit_at_end_of_input, name="lifeline", daemon=True).start()
     # The parent may have ended before the kernel was told.

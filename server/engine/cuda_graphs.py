@@ -212,9 +212,8 @@ def capture(
     """
     try:
         recording = recorder(function)
-    except (
-        RuntimeError
-    ) as error:  # what may not be captured, or does not fit into the device's memory
+    except RuntimeError as error:
+        # It may not be captured, or does not fit into the device's memory.
         log.warning("not captured, will be computed eagerly: %s: %s", name, error)
         return None
     counters["graph_captures", str(ready).lower()] += 1

@@ -5,20 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 
-from model.canvas import Pixels
 from model.image_request import InputImage
 from model.row_builder import group_by
 from model.runtime import prepare
@@ -49,6 +44,7 @@ from server.engine.messages import (
 )
 from server.engine.runner import DECODE_ROWS, Decoding, Runner, Stopwatch
 from server.engine.scheduler import Pool, RowId, Scheduler
+from server.memory import resident_bytes
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -60,7 +56,6 @@ DEVICE_FAILED = 70
 
 _HEARTBEAT_S = 0.25
 _IDLE_HEARTBEAT_S = 1.0
-_STATM = Path("/proc/self/statm")
 
 
 # ── failure isolation ─────────────────────────────────────────────────────────────────────────────
@@ -354,7 +349,7 @@ class Worker:
             return
         waiting = self._progress[job.id].drawn
         if drawn := waiting.get(place[0]):
-            canvas = lanczos(_pixels(drawn), enlarge.size, enlarge.tiling.canvas)
+            canvas = lanczos(drawn.array, enlarge.size, enlarge.tiling.canvas)
             self.scheduler.update(job.with_source(place[0], InputImage.of(canvas)))
             del waiting[place[0]]
 
@@ -374,11 +369,9 @@ class Worker:
         self.decode_queue.add(row, DecodeRequest(self.scheduler.pool(row)))
 
     def _advance(self, rows: list[RowId]) -> list[RowId]:
-        pool, branches, began = (
-            self.scheduler.pool(rows[0]),
-            self.runner.branches(rows),
-            time.perf_counter(),
-        )
+        pool = self.scheduler.pool(rows[0])
+        branches = self.runner.branches(rows)
+        began = time.perf_counter()
         self.runner.step(pool.model, rows)
         ended = time.perf_counter()
         pixels, seconds = pool.width * pool.height, ended - began
@@ -460,7 +453,7 @@ class Worker:
         mosaics = self._progress[job.id].mosaics
         mosaic = mosaics.setdefault(image, Mosaic(job.enlarge.tiling))
         stage = finished if tile.preview is None else tile.preview
-        reached = mosaic.put(number, stage, _pixels(tile.image))
+        reached = mosaic.put(number, stage, tile.image.array)
         if reached is None:
             return
         blended = Image(image, *job.drawn_size, mosaic.blend().tobytes())
@@ -534,25 +527,12 @@ class Worker:
         self._counts_sent, self._heartbeat_at = counts, now
 
 
-def _pixels(image: Image) -> Pixels:
-    """Return an image as uint8 [H, W, 3]."""
-    return np.frombuffer(image.pixels, np.uint8).reshape(image.height, image.width, 3)
-
-
 def process_stats(device: torch.device) -> ProcessStats:
     """Return this process's memory, processor time, threads, and memory of its device."""
     device_bytes = _device_bytes(device) if device.type == "cuda" else {}
     return ProcessStats(
-        _resident_bytes(), time.process_time(), torch.get_num_threads(), device_bytes
+        resident_bytes(), time.process_time(), torch.get_num_threads(), device_bytes
     )
-
-
-def _resident_bytes() -> int:
-    """Return the resident memory; where the system has no /proc, the most it ever was."""
-    if _STATM.exists():
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _device_bytes(device: torch.device) -> dict[str, int]:

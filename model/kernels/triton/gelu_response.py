@@ -6,7 +6,7 @@ then that product, where nearly all of a step's time goes, would have to be a ke
 instead of the vendor's. To leave a pass over the activations for that would have to be measured
 first.
 
-Letters: B pictures, P pixels, C channels.
+Letters: B images, P pixels, C channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Into so many parts the pixels of a picture are divided, whose sums are added in one order: no
+# Into so many parts the pixels of an image are divided, whose sums are added in one order: no
 # atomics, the same bits in every run.
 _PARTS = 8
 _BLOCK = 1024

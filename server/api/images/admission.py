@@ -23,7 +23,6 @@ from model.canvas import Pixels
 from server.api.errors import ApiError
 from server.api.images import ImageFile
 from server.api.images.decode import (
-    MIB,
     DecodedImage,
     Fit,
     ImageLimits,
@@ -38,12 +37,12 @@ from server.api.images.encode import submit
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.engine.latency_model import Pace
 from server.engine.retry_slots import RetrySlots
-from server.settings import Settings
+from server.settings import MIB, Settings
 
 Result = TypeVar("Result")
 
 # Seconds per Mi pixels before the first measurement.
-FIRST_PACE_S = 0.05
+FIRST_MIB_S = 0.05
 # CLIP reads images of at most a few hundred pixels a side: no more than this crosses the pipe.
 REFERENCE_SIDE = 512
 # So many pixels of a JPEG cost as much as one decoded pixel, beside those that are decoded.
@@ -250,7 +249,7 @@ class ImageDecoder:
         # that its own are too large, or that the queue is full.
         self._headers = _Threads(1, "sniff")
         self._images = _Threads(threads, "decode", _lower_priority)
-        self._pace = Pace(seconds=FIRST_PACE_S, rows=1.0)
+        self._pace = Pace(seconds=FIRST_MIB_S, rows=1.0)
         self._retry_slots = RetrySlots()
 
     @property
@@ -319,11 +318,12 @@ class ImageDecoder:
 
     def _admit(self, entry: _Entry, size: int, pixels: int) -> None:
         """Count these bytes and pixels for the entry. Raises QueueFull if others leave no room."""
-        others = self._entries - {entry}
-        before = sum(other.pixels for other in others)
-        held = sum(other.bytes for other in others)
-        full = before + pixels > self._queue_pixels or held + size > self._queue_bytes
-        if others and full:
+        self._entries.discard(entry)
+        before = self.pixels_unfinished
+        is_full = (
+            before + pixels > self._queue_pixels or self.bytes_unfinished + size > self._queue_bytes
+        )
+        if self._entries and is_full:
             pace = self._pace.seconds_per_row / MIB
             earliest_s, spacing_s = max(before, MIB) * pace, max(pixels, MIB) * pace
             raise QueueFull(self._retry_slots.take(earliest_s, spacing_s, time.monotonic()))

@@ -200,7 +200,9 @@ def _extents(content: bytes, box: _Box, data: _Box | None) -> dict[int, list[tup
     """Return where the items' data are: in the file, or in the box `idat`."""
     reader, version = _versioned(content, box)
     sizes = reader.uint(2)
-    offset_size, length_size, base_size = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15
+    offset_size = sizes >> 12
+    length_size = sizes >> 8 & 15
+    base_size = sizes >> 4 & 15
     index_size = sizes & 15 if version else 0
     extents: dict[int, list[tuple[int, int]]] = {}
     total = 0
@@ -285,7 +287,11 @@ def _check_coded_sizes(items: _Items, most: int) -> None:
     units = iter(range(MAX_UNITS))
     pixels = {item: _coded_pixels(items, item, units) for item in items.types}
     grids = [item for item, kind in items.types.items() if kind.name == b"grid"]
-    tiled = [sum(pixels.get(tile, 0) for tile in _coded(items, grid)) for grid in grids]
+
+    def tiles_of(grid: int) -> int:
+        return sum(pixels.get(tile, 0) for tile in _coded(items, grid))
+
+    tiled = map(tiles_of, grids)
     stated = [struct.unpack_from(">II", items.content, box.start + 4) for box in items.sizes]
     stated += [_grid_size(items.data(grid)) for grid in grids]
     largest = max(*pixels.values(), *tiled, *(width * height for width, height in stated))

@@ -6,7 +6,6 @@ before anything is decoded.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import logging
@@ -25,11 +24,12 @@ import PIL.Image
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, PngImagePlugin
 
-from model.canvas import Pixels
+from model.canvas import Pixels, blended
 from server.api.errors import ApiError
 from server.api.images import DamagedFileError, ImageFile, UnknownFormatError
 from server.api.images.colour import UnreadableProfileError, profile_of, to_srgb
 from server.api.images.sniff import JPEG_EOI, coefficient_bytes, sniff
+from server.settings import MIB
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ MaskMode = Literal["alpha", "luminance"]
 # The size at which an image of (width, height) pixels is needed.
 Fit = Callable[[tuple[int, int]], tuple[int, int]]
 
-MIB = 2**20
 # A decoder that can decode a smaller image directly, and Pillow's own reduction, leave at least so
 # many times the pixels a side that are needed.
 REDUCING_GAP = 2.0
@@ -49,7 +48,8 @@ LUMA = np.array([299, 587, 114], dtype=np.uint32)
 # Formats that store flat black as 1 to 3 and white as 252 to 254, in video's range as 16 and 235.
 LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF")
 # The luminance that was meant, by the one that they hold: without a jump, and the same in between.
-NEARLY_BLACK, GREY_FROM, GREY_UP_TO, NEARLY_WHITE = 16, 32, 223, 235
+NEARLY_BLACK, GREY_FROM = 16, 32
+GREY_UP_TO, NEARLY_WHITE = 223, 235
 MEANT = (
     np.interp(
         np.arange(256),
@@ -118,13 +118,11 @@ class DecodedImage:
     Attributes:
         rgb: uint8 [H, W, 3] as stored, transparent pixels included.
         alpha: uint8 [H, W], None if every pixel is opaque.
-        sha256: hex digest of the uploaded file.
         lossy: whether the file's format may have changed the pixels a little.
     """
 
     rgb: Pixels
     alpha: NDArray[np.uint8] | None
-    sha256: str
     lossy: bool = False
 
     @property
@@ -145,7 +143,7 @@ class DecodedImage:
     @property
     def on_white(self) -> Pixels:
         """uint8 [H, W, 3] over white, as a viewer shows it; opaque pixels are unchanged."""
-        return self.rgb if self.alpha is None else self._over(255)
+        return self.rgb if self.alpha is None else blended(self.rgb, self.alpha, 255)
 
     @property
     def whiteness(self) -> NDArray[np.uint8]:
@@ -158,15 +156,10 @@ class DecodedImage:
         grey = np.empty(self.rgb.shape[:2], dtype=np.uint8)
         for top in range(0, len(grey), GREY_ROWS):
             rows = slice(top, top + GREY_ROWS)
-            grey[rows] = (self._over(0, rows) @ LUMA + 500) // 1000
+            rgb = self.rgb[rows]
+            shown = rgb if self.alpha is None else blended(rgb, self.alpha[rows], 0)
+            grey[rows] = (shown @ LUMA + 500) // 1000
         return grey
-
-    def _over(self, background: int, rows: slice = slice(None)) -> Pixels:
-        if self.alpha is None:
-            return self.rgb[rows]
-        alpha = self.alpha[rows, :, None].astype(np.uint16)  # 255 × 255 + 127 just fits
-        blended = (self.rgb[rows] * alpha + background * (255 - alpha) + 127) // 255
-        return blended.astype(np.uint8)
 
 
 def decode(
@@ -200,7 +193,7 @@ def decode(
         raise _undecodable(param, f"this {file.format} file is damaged or cut off") from None
     if alpha is not None and alpha.min() == OPAQUE:
         alpha = None  # editors store an alpha channel in files that are not transparent anywhere
-    return DecodedImage(rgb, alpha, hashlib.sha256(content).hexdigest(), file.format in LOSSY)
+    return DecodedImage(rgb, alpha, file.format in LOSSY)
 
 
 def repaint_mask(

@@ -43,7 +43,7 @@ AnimationFormat = Literal["gif", "webp"]
 
 FRAME_MS = 80
 # Seconds per image before the first measurement.
-FIRST_PACE_S = 0.02
+FIRST_IMAGE_S = 0.02
 # From this quality on, JPEG keeps colours at full resolution, as people who ask for it expect.
 FULL_COLOUR_QUALITY = 95
 # A frame of one transparent pixel: it shows what was there, for the time in its first block.
@@ -439,7 +439,7 @@ class ImageEncoder:
         """
         self._queue_images = queue_images
         self._pool = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 1), "encode")
-        self._pace = Pace(seconds=FIRST_PACE_S)
+        self._pace = Pace(seconds=FIRST_IMAGE_S)
         self._retry_slots = RetrySlots()
         self.images_unfinished = 0
 

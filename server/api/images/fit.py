@@ -161,7 +161,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Restoration:
-    """How a finished image is brought to the sent image's resolution.
+    """The way of a finished image to the sent image's resolution.
 
     Attributes:
         view: the part of the sent image that was drawn.

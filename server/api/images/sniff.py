@@ -173,7 +173,8 @@ def _jpeg(content: bytes) -> ImageFile:
     """Read the segments before the pixels. Bytes between segments are skipped, as viewers do."""
     kept: list[bytes] = []
     profile: dict[int, bytes] = {}
-    exif, start, size = b"", 2, None
+    exif, size = b"", None
+    start = 2
     for _ in range(MAX_JPEG_SEGMENTS):
         start = _next_marker(content, start, JPEG_MARKERS)
         marker = content[start + 1]

@@ -13,9 +13,8 @@ from http import HTTPStatus
 from server.api.errors import ApiError
 from server.api.images.encode import Format
 from server.fair_cache import FairCache
+from server.paths import IMAGES as IMAGES
 
-# The path below which stored images are.
-IMAGES = "/images/"
 # Of an id, which is the only credential.
 ID_BYTES = 16
 # Memory of an entry beside the file.
