@@ -23,7 +23,7 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.access import Guard, Keys, OriginGuard, TrustedProxies
+from server.api.access import Guard, HeadGuard, Keys, OriginGuard, TrustedProxies
 from server.api.body_limit import BodyBudget, BodyLimit
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
@@ -256,6 +256,7 @@ def _add_middleware(
     app.add_middleware(OriginGuard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)
+    app.add_middleware(HeadGuard)
     if tracing:
         app.add_middleware(
             tracing.middleware, untraced=routes_health.PATHS, describe=_span_attributes
