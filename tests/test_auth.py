@@ -709,10 +709,19 @@ def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Con
     assert security(KEY)["/generate"] == [{"HTTPBearer": []}]
     assert security(KEY)["/healthz"] is None
     assert security(KEY)["/metrics"] == [{"HTTPBearer": []}]
-    assert security(KEY, operations_port=9)["/metrics"] is None
     opened = security(KEY, open_paths="/metrics,/v1/*")
     assert [opened[path] for path in ("/metrics", "/v1/models/{name}")] == [None, None]
     assert opened["/healthz"] == [{"HTTPBearer": []}]
+
+
+def test_the_documentation_has_health_and_metrics_unless_they_are_on_a_port_of_their_own(
+    fake_settings: Configure,
+) -> None:
+    def paths(**settings: object) -> set[str]:
+        return set(asking(fake_settings(**settings)).get("/openapi.json").json()["paths"])
+
+    assert {*PROBES, "/metrics"} <= paths()
+    assert paths() - paths(operations_port=9) == {*PROBES, "/metrics"}
 
 
 def test_the_documentation_has_401_where_a_key_is_needed(fake_settings: Configure) -> None:
