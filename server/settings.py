@@ -680,14 +680,15 @@ class Settings(BaseSettings):
         if not self.keys or self.open_paths is None:
             return
         scraped = () if self.operations_port is None else ("/metrics",)
-        uses = {"probes": ("/healthz", "/readyz"), "Prometheus": scraped}
+        linked = ("/images/*",) if self.url_store_bytes else ()
+        uses = {"probes": ("/healthz", "/readyz"), "Prometheus": scraped, "images by URL": linked}
         opened = OpenPaths(self.paths_without_key)
         if "/docs" in opened:
             uses["/docs"] = ("/openapi.json", "/playground/*")
         for use, paths in uses.items():
             if closed := [path for path in paths if path not in opened]:
                 message = f"{PREFIX}OPEN_PATHS replaces the default list and lacks"
-                yield f"{message} {', '.join(closed)}: {use} without a key will get 401"
+                yield f"{message} {', '.join(closed)}: {use} will get 401 without a key"
 
     @property
     def paths_without_key(self) -> tuple[str, ...]:

@@ -215,10 +215,15 @@ DOCUMENTED = "/docs, /openapi.json"
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
-        ({"open_paths": DOCUMENTED}, ["/healthz, /readyz", "/playground/*"]),
-        ({"open_paths": "/healthz, /docs, /playground/*"}, ["/readyz", "/openapi.json"]),
-        ({"open_paths": "/playground/*", "operations_port": 9}, ["/metrics"]),
-        ({"open_paths": "/healthz, /readyz"}, []),
+        ({"open_paths": DOCUMENTED}, ["/healthz, /readyz", "/images/*", "/playground/*"]),
+        (
+            {"open_paths": "/healthz, /docs, /playground/*"},
+            ["/readyz", "/images/*", "/openapi.json"],
+        ),
+        ({"open_paths": "/images/*", "operations_port": 9}, ["/metrics"]),
+        ({"open_paths": "/healthz, /readyz"}, ["/images/*"]),
+        ({"open_paths": "/healthz, /readyz", "url_store_bytes": 0}, []),
+        ({"open_paths": "/healthz, /readyz, /images/*"}, []),
         ({"open_paths": "/*"}, []),
         ({"open_paths": DOCUMENTED, "api_keys": ""}, []),
         ({}, []),
@@ -233,11 +238,20 @@ def test_a_list_of_open_paths_that_lacks_needed_ones_is_warned_of(
         assert f"PAELLERA_OPEN_PATHS replaces the default list and lacks {paths}:" in warning
 
 
-def test_the_list_of_the_deployment_page_opens_the_documentation_and_closes_nothing() -> None:
-    page = (Path(__file__).parents[1] / "docs/deploy.md").read_text()
-    (value,) = re.findall(r"PAELLERA_OPEN_PATHS=(\S+)", page)
+@pytest.mark.parametrize(
+    ("page", "opened"),
+    [
+        ("docs/deploy.md", {"/docs", "/openapi.json"}),
+        ("CHANGELOG.md", {"/docs", "/openapi.json", "/metrics"}),
+    ],
+)
+def test_the_lists_in_the_documents_open_more_and_close_nothing(
+    page: str, opened: set[str]
+) -> None:
+    text = (Path(__file__).parents[1] / page).read_text()
+    (value,) = re.findall(r"PAELLERA_OPEN_PATHS=([^\s`]+)", text)
     settings = Settings(api_keys=KEY, open_paths=value)
-    assert set(settings.paths_without_key) == {*OPEN_PATHS, "/docs", "/openapi.json"}
+    assert set(settings.paths_without_key) == {*OPEN_PATHS, *opened}
     assert settings.warnings == []
 
 
