@@ -161,11 +161,11 @@ def _curve(result: Result) -> Section:
         rates = (f"{point.arrived:.1f}", f"{point.served:.1f}")
         shares = (_percent(point.under_target), _percent(point.refused))
         rows.append([*rates, *_latencies(point.latency), *shares])
-    highest = summary(points)
+    top = summary(points)
     said = (
         f"{', '.join(result['kinds'])}. Requests are sent when they are due, whatever the server "
-        f"does. It answers up to {highest['knee_per_s']:.1f} a second before it saturates, and up to "
-        f"{highest['on_target_per_s']:.1f} a second with 99 of 100 requests answered within half a "
+        f"does. It answers up to {top['knee_per_s']:.1f} a second before it saturates, and up to "
+        f"{top['on_target_per_s']:.1f} a second with 99 of 100 requests answered within half a "
         "second. An answer counts in the second of its end, so a row can have a few more or fewer "
         "answers than arrivals."
     )
