@@ -82,7 +82,7 @@ def begin_as_a_worker() -> None:
 def _parse(arguments: Sequence[str] | None, program: str) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the arguments that they were parsed from."""
     parser = argparse.ArgumentParser(
-        prog=program, description="How fast one picture is; the last line of output is JSON."
+        prog=program, description="Latency of one image; the last line of output is JSON."
     )
     parser.add_argument("--weights", help="bundle name or path; default: that of the settings")
     parser.add_argument(
@@ -294,7 +294,7 @@ def _overheads(
 
 def _stage_table(stages: Mapping[str, Mapping[str, float]]) -> Table:
     table = _table(
-        "One picture, in this process", "stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "floor ms"
+        "One image, in this process", "stage", "p50 ms", "p95 ms", "p99 ms", "GFLOP", "floor ms"
     )
     for name, row in stages.items():
         table.add_row(
@@ -308,7 +308,7 @@ def _http_table(http: Mapping[str, Any], overheads: Mapping[str, Mapping[str, fl
     """Return a table with one column per step count: the client's times, then the server's."""
     requests: Mapping[str, Mapping[str, Any]] = http["requests"]
     table = _table(
-        f"One picture, over HTTP (ready after {http['start_to_ready_s']} s)",
+        f"One image, over HTTP (ready after {http['start_to_ready_s']} s)",
         "ms",
         *(f"{kind} steps" if kind.isdecimal() else kind for kind in requests),
     )

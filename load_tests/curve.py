@@ -18,8 +18,8 @@ import asyncio
 import math
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,11 @@ TARGET_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The result of one rate.
+    """The result of one rate, in requests per second.
 
-    rate, arrived, served: per second. latency: of the answered requests, if there are any. The
-    others are shares.
+    rate: the nominal one. arrived: requests that were due in the counted seconds, which differs
+    from it by chance. served: answers in these seconds, some of them to earlier requests. latency:
+    of the answered requests, if there are any. The others are shares.
     """
 
     rate: float
@@ -60,6 +61,11 @@ class Point:
     under_target: float
     refused: float
     failed: float
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Point:
+        """Return the point that a result in JSON has."""
+        return cls(**{field.name: stored[field.name] for field in fields(cls)})
 
     @property
     def sustained(self) -> bool:
@@ -176,23 +182,22 @@ def evaluate(
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any]:
-    """Return the two rates that describe the curve.
+    """Return the two rates that describe the curve, and all points.
 
     knee_per_s: the answers per second at the highest sustained rate. on_target_per_s: the same at
     the highest rate with a p99 within 500 ms.
     """
-    knee = max(
-        (point for point in points if point.sustained), key=lambda point: point.rate, default=None
-    )
-    on_target = max((point.rate for point in points if point.on_target), default=0.0)
+    by_rate = sorted(points, key=lambda point: point.rate)
     return {
-        "knee_per_s": knee.served if knee else 0.0,
-        "on_target_per_s": on_target,
-        "points": [
-            asdict(point) | {"sustained": point.sustained}
-            for point in sorted(points, key=lambda point: point.rate)
-        ],
+        "knee_per_s": _highest(point for point in by_rate if point.sustained),
+        "on_target_per_s": _highest(point for point in by_rate if point.on_target),
+        "points": [asdict(point) | {"sustained": point.sustained} for point in by_rate],
     }
+
+
+def _highest(points: Iterable[Point]) -> float:
+    """Return the answers per second at the last of these points; 0 without any."""
+    return next((point.served for point in reversed(list(points))), 0.0)
 
 
 class Curve:

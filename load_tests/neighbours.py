@@ -136,7 +136,7 @@ def ask(server: Server, requests: int, seconds: float) -> list[float]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="One picture beside busy processes, milliseconds", title_justify="left")
+    table = Table(title="One image beside busy processes, milliseconds", title_justify="left")
     for column in ("threads", "busy processes", "requests", "p50", "p95", "longest"):
         table.add_column(column, justify="left" if column == "threads" else "right")
     for row in rows:

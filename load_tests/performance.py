@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from load_tests.curve import Point, summary
 from load_tests.soak import SETTLING
 
 ROOT = Path(__file__).parents[1]
@@ -20,9 +21,9 @@ PAGE = DOCS / "performance.md"
 
 INTRODUCTION = """# Performance
 
-Everything here was measured by the command above its table, on the machine named with it, with
-the embedded weights of its time unless it says otherwise. Until 2026-11-28 those drew 128x128
-pixels; now they draw 256x256 in fewer steps.
+*For evaluators.* Each table names its command, machine and date. It used the embedded weights of
+that date unless it says otherwise. Until 2026-11-28 those drew 128x128 pixels; now they draw
+256x256 in fewer steps.
 `python -m load_tests.performance` writes this page from `load_tests/results/`."""
 
 Result = Mapping[str, Any]
@@ -155,25 +156,26 @@ def _neighbours(result: Result) -> Section:
 
 
 def _curve(result: Result) -> Section:
+    points = [Point.of(point) for point in result["points"]]
     rows = []
-    for point in result["points"]:
-        latency = _latencies(point["latency"])
-        shares = (_percent(point["under_target"]), _percent(point["refused"]))
-        rows.append([f"{point['rate']:.1f}", f"{point['served']:.1f}", *latency, *shares])
+    for point in points:
+        rates = (f"{point.arrived:.1f}", f"{point.served:.1f}")
+        shares = (_percent(point.under_target), _percent(point.refused))
+        rows.append([*rates, *_latencies(point.latency), *shares])
+    top = summary(points)
     said = (
-        f"{', '.join(result['kinds'])}; requests are sent when they are due, whatever the "
-        f"server does. It keeps up with"
-    )
-    said += (
-        f" {result['knee_per_s']:.1f} a second; up to {result['on_target_per_s']:.1f}, 99 of "
-        f"100 are answered within half a second."
+        f"{', '.join(result['kinds'])}. Requests are sent when they are due, whatever the server "
+        f"does. It answers up to {top['knee_per_s']:.1f} a second before it saturates, and up to "
+        f"{top['on_target_per_s']:.1f} a second with 99 of 100 requests answered within half a "
+        "second. An answer counts in the second of its end, so a row can have a few more or fewer "
+        "answers than arrivals."
     )
     if result.get("devices"):
         said = f"Workers: {', '.join(result['devices'].split(','))}. {said}"
     said += f"\n\n![latency over the rate of arrivals]({_plot(result)})"
     return (
         said,
-        ["arriving /s", "answered /s", "p50 ms", "p95 ms", "p99 ms", "under 500 ms", "refused"],
+        ["arrived /s", "answered /s", "p50 ms", "p95 ms", "p99 ms", "under 500 ms", "refused"],
         rows,
     )
 
@@ -225,7 +227,7 @@ def _faults(result: Result) -> Section:
         [*(f[key] for key in keys), "yes" if f["same_bytes"] else "no", f["ready_after_s"]]
         for f in result["faults"]
     ]
-    said = "Every deterministic picture must have the bytes it has when nothing goes wrong."
+    said = "Every deterministic image must have the bytes that it has without a fault."
     return (
         said,
         [
@@ -245,8 +247,8 @@ def _faults_under_load(result: Result) -> Section:
     keys = ("fault", "sent", "answered", "refused", "lost", "replayed", "unready_s")
     rows = [[*(f[key] for key in keys), _ms(f["latency"]["p99_ms"])] for f in result["faults"]]
     said = (
-        "Requests keep arriving, whatever happens. Lost is who gets neither a picture nor a "
-        "refusal that says when to come back."
+        "Requests keep arriving during the fault. A request is lost if it gets neither an image "
+        "nor an error with a retry time."
     )
     return (
         said,
@@ -324,23 +326,23 @@ def _fuzz(result: Result) -> Section:
     found = ", ".join(result["found"] + result["errors"]) or "nothing"
     return (
         f"{result['requests']:,} requests to {result['operations']['tested']} operations; "
-        f"found: {found}.",
+        f"faults found: {found}.",
         [],
         [],
     )
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], Section]]] = {
-    "bench": ("One picture", _bench),
-    "neighbours": ("One picture beside busy processes", _neighbours),
+    "bench": ("One image", _bench),
+    "neighbours": ("One image beside busy processes", _neighbours),
     "operations": ("Other operations", _operations),
     "curve": ("Latency and throughput", _curve),
     "batching": ("Mixed requests, beside whole-request batching", _batching),
-    "scenarios": ("Clients who think", _scenarios),
+    "scenarios": ("Simulated users", _scenarios),
     "faults": ("Faults with requests in flight", _faults),
     "faults-under-load": ("Faults while requests arrive", _faults_under_load),
-    "soak": ("Thousands of requests on end", _soak),
-    "fuzz": ("Requests that nobody would send", _fuzz),
+    "soak": ("Thousands of consecutive requests", _soak),
+    "fuzz": ("Malformed requests", _fuzz),
     "full_size": ("At full size", _full_size),
 }
 

@@ -40,7 +40,7 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
         _lines(axes, measured)
-        _frame(axes, max(point["rate"] for point in measured["points"]))
+        _frame(axes, max(point["arrived"] for point in measured["points"]))
         figure.savefig(
             path, dpi=150, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else {}
         )
@@ -48,7 +48,7 @@ def draw(measured: Mapping[str, Any], path: Path) -> None:
 
 def _lines(axes: Axes, measured: Mapping[str, Any]) -> None:
     points = [point for point in measured["points"] if point["latency"]]
-    rates = [point["rate"] for point in points]
+    rates = [point["arrived"] for point in points]
     for name, colour in COLOURS.items():
         latencies = [point["latency"][f"{name}_ms"] for point in points]
         axes.plot(rates, latencies, "o-", color=colour, markersize=4, linewidth=1.8)
@@ -69,7 +69,7 @@ def _lines(axes: Axes, measured: Mapping[str, Any]) -> None:
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
     )
-    saturated = min(point["rate"] for point in measured["points"] if not point["sustained"])
+    saturated = min(point["arrived"] for point in measured["points"] if not point["sustained"])
     axes.axvspan(saturated, RIGHT * max(rates[-1], saturated), color=FAINT, alpha=0.15, linewidth=0)
     axes.annotate(
         "saturated",

@@ -578,6 +578,37 @@ def test_the_documents_bounds_are_exact_and_its_forms_have_no_null(client: httpx
     assert as_form["regions"]["maxItems"] == 8
 
 
+def test_every_documented_error_has_the_one_shape(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    schema = {"$ref": "#/components/schemas/ErrorAnswer"}
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            for status, answer in operation["responses"].items():
+                if status >= "4":
+                    assert answer["content"]["application/json"]["schema"] == schema, (path, status)
+    assert "ValidationError" not in str(document["components"]["schemas"].keys())
+    assert "403" in document["paths"]["/requests/{id}"]["delete"]["responses"]
+
+
+@pytest.mark.parametrize(
+    ("path", "default"),
+    [
+        ("/generate", "their native size"),
+        ("/inpaint", "the image's"),
+        ("/outpaint", "the canvas'"),
+        ("/edit", "the image's"),
+        ("/upscale", "follow from `scale`"),
+    ],
+)
+def test_width_and_height_are_documented_as_each_endpoint_reads_them(
+    client: httpx.Client, path: str, default: str
+) -> None:
+    body = client.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]
+    properties = body["content"]["application/json"]["schema"]["properties"]
+    assert default in properties["width"]["description"]
+    assert properties["height"]["description"] in ("As width", properties["width"]["description"])
+
+
 def test_only_interpolate_is_documented_to_answer_with_gif(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     posts = {path: operations["post"] for path, operations in paths.items() if "post" in operations}

@@ -216,10 +216,15 @@ DOCUMENTED = "/docs, /openapi.json"
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
-        ({"open_paths": DOCUMENTED}, ["/healthz, /readyz", "/playground/*"]),
-        ({"open_paths": "/healthz, /docs, /playground/*"}, ["/readyz", "/openapi.json"]),
-        ({"open_paths": "/playground/*", "operations_port": 9}, ["/metrics"]),
-        ({"open_paths": "/healthz, /readyz"}, []),
+        ({"open_paths": DOCUMENTED}, ["/healthz, /readyz", "/images/*", "/playground/*"]),
+        (
+            {"open_paths": "/healthz, /docs, /playground/*"},
+            ["/readyz", "/images/*", "/openapi.json"],
+        ),
+        ({"open_paths": "/images/*", "operations_port": 9}, ["/metrics"]),
+        ({"open_paths": "/healthz, /readyz"}, ["/images/*"]),
+        ({"open_paths": "/healthz, /readyz", "url_store_bytes": 0}, []),
+        ({"open_paths": "/healthz, /readyz, /images/*"}, []),
         ({"open_paths": "/*"}, []),
         ({"open_paths": DOCUMENTED, "api_keys": ""}, []),
         ({}, []),
@@ -234,11 +239,20 @@ def test_a_list_of_open_paths_that_lacks_needed_ones_is_warned_of(
         assert f"PAELLERA_OPEN_PATHS replaces the default list and lacks {paths}:" in warning
 
 
-def test_the_list_of_the_deployment_page_opens_the_documentation_and_closes_nothing() -> None:
-    page = (Path(__file__).parents[1] / "docs/deploy.md").read_text()
-    (value,) = re.findall(r"PAELLERA_OPEN_PATHS=(\S+)", page)
+@pytest.mark.parametrize(
+    ("page", "opened"),
+    [
+        ("docs/deploy.md", {"/docs", "/openapi.json"}),
+        ("CHANGELOG.md", {"/docs", "/openapi.json", "/metrics"}),
+    ],
+)
+def test_the_lists_in_the_documents_open_more_and_close_nothing(
+    page: str, opened: set[str]
+) -> None:
+    text = (Path(__file__).parents[1] / page).read_text()
+    (value,) = re.findall(r"PAELLERA_OPEN_PATHS=([^\s`]+)", text)
     settings = Settings(api_keys=KEY, open_paths=value)
-    assert set(settings.paths_without_key) == {*OPEN_PATHS, "/docs", "/openapi.json"}
+    assert set(settings.paths_without_key) == {*OPEN_PATHS, *opened}
     assert settings.warnings == []
 
 
@@ -710,10 +724,19 @@ def test_the_documentation_asks_for_a_key_where_one_is_needed(fake_settings: Con
     assert security(KEY)["/generate"] == [{"HTTPBearer": []}]
     assert security(KEY)["/healthz"] is None
     assert security(KEY)["/metrics"] == [{"HTTPBearer": []}]
-    assert security(KEY, operations_port=9)["/metrics"] is None
     opened = security(KEY, open_paths="/metrics,/v1/*")
     assert [opened[path] for path in ("/metrics", "/v1/models/{name}")] == [None, None]
     assert opened["/healthz"] == [{"HTTPBearer": []}]
+
+
+def test_the_documentation_has_health_and_metrics_unless_they_are_on_a_port_of_their_own(
+    fake_settings: Configure,
+) -> None:
+    def paths(**settings: object) -> set[str]:
+        return set(asking(fake_settings(**settings)).get("/openapi.json").json()["paths"])
+
+    assert {*PROBES, "/metrics"} <= paths()
+    assert paths() - paths(operations_port=9) == {*PROBES, "/metrics"}
 
 
 def test_the_documentation_has_401_where_a_key_is_needed(fake_settings: Configure) -> None:

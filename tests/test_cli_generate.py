@@ -46,10 +46,22 @@ TWINS: dict[str, list[str]] = {
         "mask.png",
         "--mask-mode",
         "luminance",
+        "--reference",
+        "mask.png",
     ],
     "outpaint": ["--image", "image.png", "--right", "24", "--up", "3"],
     "vary": ["--image", "image.png", "--image", "mask.png", "--image-weights", "0.3,0.7"],
-    "edit": ["red apple", "--image", "image.png", "--strength", "0.5"],
+    "edit": [
+        "red apple",
+        "--image",
+        "image.png",
+        "--strength",
+        "0.5",
+        "--reference",
+        "mask.png",
+        "--reference",
+        "image.png",
+    ],
     "upscale": ["--image", "image.png", "--scale", "2", "--strength", "0.4"],
     "hires": ["red apple", "--hires", "1.5", "--hires-strength", "0.5", "--region", REGION],
 }
@@ -180,6 +192,7 @@ def test_inpaint_writes_the_bytes_that_serve_answers(
         "mask_mode": "luminance",
     }
     parts = {name: (files / f"{name}.png").read_bytes() for name in ("image", "mask")}
+    parts["references"] = parts["mask"]
     answer = httpx.post(
         f"{server.url}/inpaint", data=fields, files=parts, timeout=60
     ).raise_for_status()
@@ -194,6 +207,10 @@ def test_a_replay_without_the_file_that_was_sent_is_refused_in_one_line(
     for given in ([], ["--image", files / "mask.png"]):
         result = paellera("replay", tmp_path / "first.png", "-o", tmp_path / "again.png", *given)
         assert_one_line(result.stderr, result.exit_code, 2, "image", "sha256:")
+    given = ["--image", files / "image.png"]
+    result = paellera("replay", tmp_path / "first.png", "-o", tmp_path / "again.png", *given)
+    words = "the image with sha256:", "is missing; give it by --image"
+    assert_one_line(result.stderr, result.exit_code, 2, *words)
     result = paellera("replay", files / "image.png", "-o", tmp_path / "again.png")
     assert_one_line(result.stderr, result.exit_code, 2, "parameters")
 
@@ -224,6 +241,22 @@ def test_a_replay_compares_pixels_where_files_differ(
     result = paellera("replay", other, "-o", again, *rest)
     assert result.exit_code == code
     assert words in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--deterministic"]])
+def test_a_replay_that_differs_names_what_may_have_changed(
+    options: list[str], random_bundle: Path, tmp_path: Path
+) -> None:
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    rest = ["--weights", random_bundle]
+    paellera("generate", "apple", "-o", first, "--steps", "1", *options, *rest)
+    with PIL.Image.open(first) as image:
+        text = PngInfo()
+        text.add_text("parameters", image.info["parameters"])
+        PIL.Image.fromarray(np.asarray(image) ^ 1).save(first, pnginfo=text)
+    result = paellera("replay", first, "-o", again, *rest)
+    assert "another number of CPU threads" in result.stderr
+    assert ("a batch with others" in result.stderr) is not bool(options)
 
 
 # ── replay: its files and other people's ──────────────────────────────────────────────────────────

@@ -63,9 +63,13 @@ def test_only_what_was_due_after_the_warm_up_counts_and_serving_by_when_it_was_a
     )
 
 
-def test_the_summary_names_the_knee_and_the_highest_rate_within_half_a_second() -> None:
+def test_the_summary_has_the_answers_at_the_knee_and_at_the_last_rate_within_half_a_second() -> (
+    None
+):
+    good = replace(GOOD, served=3.9)
     slow = replace(GOOD, rate=9, arrived=9, served=8.9, latency=LATENCY | {"p99_ms": 900.0})
     saturated = replace(slow, rate=13, arrived=13, served=10)
-    found = summary([GOOD, saturated, slow])
-    assert (found["knee_per_s"], found["on_target_per_s"]) == (8.9, 4)
+    found = summary([good, saturated, slow])
+    assert (found["knee_per_s"], found["on_target_per_s"]) == (8.9, 3.9)
     assert [point["sustained"] for point in found["points"]] == [True, True, False]
+    assert summary([saturated])["knee_per_s"] == 0

@@ -243,6 +243,9 @@ def test_a_tunnel_is_refused(fake_settings: Configure) -> None:
         (b"GET /healthz HTTP/1.1\r\n", "invalid_host"),
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", "invalid_host"),
         (b"GET /healthz HTTP/1.0\r\nHost: localhost\r\nHost: b\r\n", "invalid_host"),
+        (b"GET /v1/models HTTP/1.1\r\n", "invalid_host"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", "invalid_host"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n", "invalid_host"),
         (
             b"POST /generate HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n",
             "invalid_transfer_encoding",

@@ -2,7 +2,7 @@
 
 A page of any site can make its visitor's browser send requests to a server on the visitor's machine
 or network: directly (cross-site request forgery), or under a name of its own that resolves to the
-server's address (DNS rebinding). Programs that are no browsers pass both checks. Settings of keys
+server's address (DNS rebinding). Programs other than browsers pass both checks. Settings of keys
 and limits: docs/limits.md.
 """
 
@@ -50,48 +50,24 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN_SITE = frozenset({"same-origin", "none"})
 
 
-# ── API keys and limits ───────────────────────────────────────────────────────────────────────────
+# ── heads ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Guard:
-    """ASGI middleware that rejects requests too long, unauthenticated or beyond a key's limits."""
+class HeadGuard:
+    """ASGI middleware that rejects ambiguous and too long heads, before others read them."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app, self._sdapi = app, settings.sdapi
-        self._keys = Keys(settings.keys, settings.paths_without_key)
-        self._rate = Rate(settings.key_rate_per_minute, settings.key_burst)
-        self._concurrency = Concurrency(settings.key_concurrency)
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request, then pass it on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request = Request(scope)
-        try:
-            check_head(scope)
-            client = self._client(request)
-            request_state(scope).client = client
-            is_counted = request.method == "POST" and scope["path"] not in UNCOUNTED
-            slot = self._slot(client) if is_counted else nullcontext()
-        except ApiError as error:
-            await error_response(error, request)(scope, receive, send)
-            return
-        with slot:
-            await self._app(scope, receive, send)
-
-    def _client(self, request: Request) -> str:
-        path = request.scope["path"]
-        if not self._keys.needed_for(path):
-            return ANYBODY
-        # AUTOMATIC1111's clients send a key by HTTP Basic.
-        basic = self._sdapi and path.startswith(SDAPI)
-        return self._keys.name(request.headers.get("authorization", ""), basic=basic)
-
-    def _slot(self, client: str) -> AbstractContextManager[None]:
-        self._concurrency.check(client)
-        self._rate.take(client)
-        return self._concurrency.count(client)
+        if scope["type"] == "http":
+            try:
+                check_head(scope)
+            except ApiError as error:
+                await error_response(error, Request(scope))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def check_head(scope: Scope) -> None:
@@ -134,6 +110,49 @@ def _check_framing(scope: Scope) -> None:
 def _malformed_head(code: str, message: str) -> ApiError:
     headers = {"Connection": "close"}
     return ApiError(HTTPStatus.BAD_REQUEST, code, message, headers=headers)
+
+
+# ── API keys and limits ───────────────────────────────────────────────────────────────────────────
+
+
+class Guard:
+    """ASGI middleware that rejects requests unauthenticated or beyond a key's limits."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._sdapi = app, settings.sdapi
+        self._keys = Keys(settings.keys, settings.paths_without_key)
+        self._rate = Rate(settings.key_rate_per_minute, settings.key_burst)
+        self._concurrency = Concurrency(settings.key_concurrency)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request, then pass it on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            client = self._client(request)
+            request_state(scope).client = client
+            is_counted = request.method == "POST" and scope["path"] not in UNCOUNTED
+            slot = self._slot(client) if is_counted else nullcontext()
+        except ApiError as error:
+            await error_response(error, request)(scope, receive, send)
+            return
+        with slot:
+            await self._app(scope, receive, send)
+
+    def _client(self, request: Request) -> str:
+        path = request.scope["path"]
+        if not self._keys.needed_for(path):
+            return ANYBODY
+        # AUTOMATIC1111's clients send a key by HTTP Basic.
+        basic = self._sdapi and path.startswith(SDAPI)
+        return self._keys.name(request.headers.get("authorization", ""), basic=basic)
+
+    def _slot(self, client: str) -> AbstractContextManager[None]:
+        self._concurrency.check(client)
+        self._rate.take(client)
+        return self._concurrency.count(client)
 
 
 class Keys:

@@ -23,7 +23,7 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.access import Guard, Keys, OriginGuard
+from server.api.access import Guard, HeadGuard, Keys, OriginGuard
 from server.api.body_limit import BodyBudget, BodyLimit
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
@@ -155,6 +155,7 @@ def create_app(
 
     app = DocumentedApp(
         needs_key=Keys(settings.keys, settings.paths_without_key).needed_for,
+        elsewhere=() if settings.operations_port is None else routes_health.PATHS,
         title="Paellera",
         description=DESCRIPTION,
         lifespan=lifespan,
@@ -258,6 +259,7 @@ def _add_middleware(
     app.add_middleware(OriginGuard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)
+    app.add_middleware(HeadGuard)
     if tracing:
         app.add_middleware(tracing.middleware, untraced=HEALTH_PATHS, describe=_span_attributes)
     app.add_middleware(Observation, metrics=metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,6 +28,8 @@ ERRORS = {
     503: "Starting, draining, or the worker was lost",
     504: "Deadline exceeded",
 }
+# FastAPI declares it for every path with a parameter.
+UNUSED_ERROR = "HTTPValidationError"
 BEARER, KEY_DESCRIPTION = "HTTPBearer", "One of PAELLERA_API_KEYS"
 KEY_MISSING = {
     "description": ERRORS[401],
@@ -101,6 +103,11 @@ def describe_errors() -> dict[int | str, dict[str, Any]]:
     return {status: _error(status, text) for status, text in ERRORS.items()}
 
 
+def describe_error(status: int) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` for one of the errors in `ERRORS`."""
+    return {status: _error(status, ERRORS[status])}
+
+
 def _error(status: int, description: str) -> dict[str, Any]:
     answer = {"description": description, "model": ErrorAnswer}
     return answer | ({"headers": RETRY_HEADERS} if status in (429, 500, 503) else {})
@@ -146,20 +153,25 @@ def without_references(schema: type[BaseModel]) -> dict[str, Any]:
 class DocumentedApp(FastAPI):
     """FastAPI with an exact document: whole bounds, forms without null, keys where needed."""
 
-    def __init__(self, needs_key: Callable[[str], bool], **options: Any) -> None:
+    def __init__(
+        self, needs_key: Callable[[str], bool], elsewhere: Collection[str] = (), **options: Any
+    ) -> None:
         """Create the app.
 
         Args:
             needs_key: whether requests for a path need an API key.
+            elsewhere: paths that the API's port does not serve.
             options: of FastAPI.
         """
         super().__init__(**options)
-        self._needs_key = needs_key
+        self._needs_key, self._elsewhere = needs_key, elsewhere
 
     def openapi(self) -> dict[str, Any]:
         """Return the document."""
         if self.openapi_schema is None:
             document = exact(super().openapi())
+            for path in self._elsewhere:
+                del document["paths"][path]
             self._describe_keys(document)
             self.openapi_schema = document
         return self.openapi_schema
@@ -175,10 +187,17 @@ class DocumentedApp(FastAPI):
 
 
 def exact(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the document with whole numbers as integers and without null in forms."""
+    """Return the document with whole numbers as integers and without null in forms.
+
+    FastAPI's own error, which no endpoint answers with, is left out.
+    """
     whole: dict[str, Any] = _with_integers(document)
+    for name in (UNUSED_ERROR, "ValidationError"):
+        whole["components"]["schemas"].pop(name, None)
     for path in whole["paths"].values():
         for operation in path.values():
+            if UNUSED_ERROR in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
             form = operation.get("requestBody", {}).get("content", {}).get(FORM)
             if form and "properties" in form["schema"]:
                 fields = form["schema"]["properties"].items()

@@ -14,7 +14,13 @@ from server.api.body import read_body
 from server.api.errors import ApiError, invalid_value
 from server.api.images.encode import Format
 from server.api.images.url_store import ImageLinks
-from server.api.openapi import BINARY, describe_answers, describe_body, describe_events
+from server.api.openapi import (
+    BINARY,
+    describe_answers,
+    describe_body,
+    describe_error,
+    describe_events,
+)
 from server.api.planning.operations import OPERATIONS, Plan, plan
 from server.api.responses import (
     NativeStream,
@@ -171,6 +177,7 @@ for _operation, (_schema, _) in OPERATIONS.items():
     responses={
         204: {"description": "Cancelled; its rows leave at the next step"},
         404: {"description": "No such request", "model": ErrorAnswer},
+        **describe_error(403),
     },
 )
 async def delete_request(request: Request, id: str) -> Response:

@@ -465,6 +465,26 @@ AnimationChoice = Annotated[
 ]
 
 
+ImageSide = Annotated[
+    Side | None,
+    Field(
+        description="Pixels; default: the image's, scaled down to the server's limits. Of one side"
+        " alone the other follows, in the image's ratio"
+    ),
+]
+CanvasSide = Annotated[
+    Side | None,
+    Field(
+        description="Pixels, in the canvas' ratio; default: the canvas', scaled down to the"
+        " server's limits"
+    ),
+]
+ResultSide = Annotated[
+    Side | None,
+    Field(description="Pixels of the result, which follow from `scale`; another value is an error"),
+]
+
+
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -510,6 +530,8 @@ class GenerateRequest(SamplingFields):
 class InpaintRequest(SamplingFields):
     """Repaint a part of an image. Width and height, if given, scale it first."""
 
+    width: ImageSide = None
+    height: ImageSide = None
     prompt: NonBlankText
     image: ImageBytes
     mask: Annotated[
@@ -537,6 +559,8 @@ class InpaintRequest(SamplingFields):
 class OutpaintRequest(SamplingFields):
     """Extend an image beyond its edges. Width and height, if given, must keep its ratio."""
 
+    width: CanvasSide = None
+    height: CanvasSide = None
     prompt: Annotated[Text, Field(description="Empty: continue the image")] = ""
     image: ImageBytes
     left: Margin = 0
@@ -563,6 +587,8 @@ class VariationsRequest(SamplingFields):
 class EditRequest(SamplingFields):
     """Redraw an image, keeping its structure. Width and height, if given, scale it first."""
 
+    width: ImageSide = None
+    height: ImageSide = None
     prompt: NonBlankText
     image: ImageBytes
     strength: Annotated[
@@ -585,6 +611,8 @@ class UpscaleRequest(SamplingFields):
     Width and height, if given, must be the result's.
     """
 
+    width: ResultSide = None
+    height: ResultSide = None
     prompt: Annotated[Text, Field(description="Empty: the image itself is the content")] = ""
     image: ImageBytes
     scale: Scale = 2.0

@@ -37,6 +37,12 @@ RegionList = Annotated[
         'or "mask": a file instead of the box; may be repeated'
     ),
 ]
+ReferenceList = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="An image of the wanted content beside the prompt; may be repeated, up to 15"
+    ),
+]
 Margin = Annotated[int, typer.Option(help="Pixels to add on this side")]
 Feather = Annotated[
     int | None,
@@ -208,6 +214,7 @@ def inpaint(
     feather: Feather = None,
     fit: Fit = None,
     return_size: ReturnSize = None,
+    reference: ReferenceList = None,
     region: RegionList = None,
 ) -> Fields:
     """Repaint a part of an image."""
@@ -223,6 +230,7 @@ def inpaint(
         "feather": feather,
         "fit": fit,
         "return_size": return_size,
+        "references": _contents("reference", reference),
         "regions": _regions(region),
     }
 
@@ -265,7 +273,7 @@ def vary(
     """Generate other images with the same content."""
     return {
         "prompt": prompt,
-        "image": [_content("image", path) for path in image],
+        "image": _contents("image", image),
         "weights": _numbers("image-weights", image_weights),
         "fit": fit,
     }
@@ -281,6 +289,7 @@ def edit(
     ] = None,
     fit: Fit = None,
     return_size: ReturnSize = None,
+    reference: ReferenceList = None,
 ) -> Fields:
     """Redraw an image, keeping its structure."""
     return {
@@ -289,6 +298,7 @@ def edit(
         "strength": strength,
         "fit": fit,
         "return_size": return_size,
+        "references": _contents("reference", reference),
     }
 
 
@@ -339,7 +349,9 @@ def replay(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file")] = False,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="Every image that was sent with the request; may be repeated"),
+        typer.Option(
+            help="Every image that was sent with the request, references included; may be repeated"
+        ),
     ] = None,
     mask: Annotated[
         list[Path] | None,
@@ -368,8 +380,7 @@ def replay(
             raise ValueError(f"output: {output} exists already; --force overwrites it")
         operation, fields, frame = recorded_request(
             original,
-            [_content("image", path) for path in image or ()]
-            + [_content("mask", path) for path in mask or ()],
+            _contents("image", image) + _contents("mask", mask),
         )
         settings = read_settings(weights=weights, device=device)
         planned, _ = plan(operation, fields, settings, recorded=True)
@@ -384,9 +395,11 @@ def replay(
         same_file = content == unsigned(original)
         difference = 0 if same_file else largest_difference(content, original)
     if difference:
-        causes = (
-            "other weights, another device or version, or it was generated in a batch with others"
-        )
+        causes = "other weights, another device or version, another number of CPU threads"
+        if not fields.get("deterministic"):
+            causes += (
+                ", or a batch with others (`deterministic` avoids the last two on one machine)"
+            )
         if fields.get("model_sha256") not in (None, planned.job.model_sha256):
             causes = f"it was drawn by other weights, of sha256 {fields['model_sha256']}"
         fail(f"{output} differs from {png} by up to {difference} of 255: {causes}", FAILED)
@@ -490,6 +503,11 @@ def _content(option: str, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         fail(f"{option}: {path}: {error.strerror}", INVALID)
+
+
+def _contents(option: str, paths: Sequence[Path] | None) -> list[bytes]:
+    """Return the files' contents, or fail with the option's name."""
+    return [_content(option, path) for path in paths or ()]
 
 
 def _check_encoding(value: Any) -> None:

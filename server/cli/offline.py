@@ -166,5 +166,6 @@ def _with_files(value: Any, files: Mapping[str, bytes], name: str = "") -> Any:
     if name not in ("image", "mask", "references"):
         return value
     if not isinstance(value, str) or value not in files:
-        raise ValueError(f"the {name} with {str(value)[:80]} is missing; give it by --{name}")
+        option = "mask" if name == "mask" else "image"
+        raise ValueError(f"the {option} with {str(value)[:80]} is missing; give it by --{option}")
     return files[value]
