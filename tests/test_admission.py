@@ -823,6 +823,19 @@ async def test_stopping_rejects_new_jobs_and_gives_the_unfinished_ones_the_drain
 
 
 @virtual_time
+async def test_a_start_that_fails_stops_the_workers_that_were_started() -> None:
+    async with engine(ready=False, devices="cpu,cpu") as e:
+
+        async def refuse() -> None:
+            raise OSError("no process")
+
+        e.workers[1].start = refuse  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="no process"):
+            await e.client.start()
+        assert e.worker.stopped
+
+
+@virtual_time
 async def test_stopping_waits_for_a_worker_though_another_can_never_start() -> None:
     async with engine(devices="cpu,cpu", drain_timeout_s=5) as e:
         e.workers[1].status = WorkerStatus(False, "no such device", fatal="no such device")

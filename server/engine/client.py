@@ -166,10 +166,14 @@ class EngineClient:
     async def start(self) -> None:
         """Start the workers and return before they are ready.
 
-        Raises OSError if the system grants no process.
+        Raises OSError if the system does not grant every process; none is left then.
         """
-        for worker in self.workers:
-            await worker.start()
+        try:
+            for worker in self.workers:
+                await worker.start()
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         """Refuse new jobs, give the unfinished ones `drain_timeout_s`, then stop the workers."""
