@@ -156,11 +156,13 @@ class TracedRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["traceresponse"] = current_context()
+                if context := current_context():
+                    MutableHeaders(scope=message)["traceresponse"] = context
             await send(message)
 
         with self._tracing.request(scope["method"], Headers(scope=scope)) as span:
-            scope[TRACE_ID] = trace.format_trace_id(span.get_span_context().trace_id)
+            if (context := span.get_span_context()).is_valid:
+                scope[TRACE_ID] = trace.format_trace_id(context.trace_id)
             try:
                 await self._app(scope, receive, send_with_context)
             finally:
@@ -231,10 +233,10 @@ class TracedEngine:
 
 
 def current_context() -> str:
-    """Return the current span as the value of a header `traceparent`."""
+    """Return the current span as the value of a header `traceparent`, "" if it is invalid."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
-    return carrier["traceparent"]
+    return carrier.get("traceparent", "")
 
 
 def _job_attributes(job: Job) -> dict[str, str | int]:
