@@ -14,7 +14,7 @@ import pytest
 from model.image_request import Edit, InputImage
 from server.engine.latency_model import MEMORY_S, LatencyModel, Pace
 from server.engine.messages import Job, Step, Timings
-from server.engine.scheduler import RowId, Scheduler
+from server.engine.scheduler import Pool, RowId, Scheduler
 from tests.test_fairness import Machine
 from tests.test_scheduler import SAMPLING, job
 from tests.test_upscale import enlarging, twice
@@ -270,6 +270,26 @@ def test_the_pace_is_of_the_busy_time_of_about_ten_jobs(monkeypatch: pytest.Monk
     now = 111.0
     pace.record(1, sent_at=110.0)  # idle until then
     assert pace.seconds_per_row == pytest.approx((0.9 * 2.962 + 1) / (0.9 * 6.41 + 1))
+
+
+def test_a_prediction_looks_at_each_pass_once_and_reads_no_prompt(monkeypatch):
+    class Unread(str):
+        """Text that a job reads when it is made, and nobody later."""
+
+        reads = 0
+
+        def encode(self, *args: str) -> bytes:
+            Unread.reads += 1
+            return super().encode(*args)
+
+    pools: list[int] = []
+    of = Pool.of
+    monkeypatch.setattr(Pool, "of", lambda job, index: pools.append(index) or of(job, index))
+    made = costs((1, SMALL, 0.1))
+    others = [asked(f"{i}", rows=50, prompt=Unread("a ball")) for i in range(3)]
+    Unread.reads = 0
+    made.predict(asked(), others, 16, 0.0)
+    assert (pools, Unread.reads) == ([0] * 4, 0)
 
 
 @pytest.mark.parametrize("seed", range(8))

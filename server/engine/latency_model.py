@@ -176,10 +176,12 @@ class LatencyModel:
         parts = [(each, rows, left) for each in jobs for rows, left in each.passes()]
         for each, rows, left in parts:
             share = min(1.0, left / len(rows) / rounds)
-            for i in rows:
-                pool = Pool.of(each.job, i)
-                present[pool] += share
-                branches[pool] += share * each.job.row_branches(i)
+            # All rows of a pass share a pool, unless each is a pool of its own.
+            alone = each.job.sampling.deterministic
+            for first, count in ((i, 1) for i in rows) if alone else ((rows[0], len(rows)),):
+                pool = Pool.of(each.job, first)
+                present[pool] += share * count
+                branches[pool] += share * count * each.job.row_branches(first)
         running = min(1.0, slots / sum(present.values()))
         seconds = [
             self._round(pool, count * running, branches[pool] / count, now, least)
