@@ -156,6 +156,7 @@ RELATED_TESTS = {
     "server/environment.py": ("test_settings",),
     "server/http_protocol.py": ("test_http_protocol", "test_auth"),
     "server/metrics.py": ("test_admission", "test_client"),
+    "server/pace.py": ("test_admission", "test_images_admission", "test_ray_routing"),
     "server/settings.py": ("test_environment", "test_auth", "test_docker"),
     "server/uvicorn_server.py": ("test_http_protocol", "test_auth"),
 }

@@ -22,11 +22,12 @@ from server.engine.errors import (
     Starting,
     WorkerLost,
 )
-from server.engine.latency_model import Forecast, LatencyModel, Pace
+from server.engine.latency_model import Forecast, LatencyModel
 from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Job, Preview, Running
 from server.engine.retry_slots import RetrySlots
 from server.engine.supervisor import Supervisor, WorkerMain, WorkerMessage, WorkerStatus, run_worker
 from server.metrics import Metrics
+from server.pace import Pace
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class EngineClient:
         ]
         self._cpu = CPUShare(self.workers)
         self._pending: dict[str, PendingJob] = {}
-        self._pace = Pace()
+        self._pace = Pace()  # of rows
         self._latency = LatencyModel()
         self._retry_slots = RetrySlots()
         self._draining = False
@@ -290,7 +291,7 @@ class EngineClient:
         finish = self._latency.predict(job, others, slots, now, left)
         before = sum(other.rows for other in others)
         # The pace may be old: it is no reason to reject a job, but better than no figure at all.
-        seconds = (before + job.rows) * self._pace.seconds_per_row if finish is None else finish
+        seconds = (before + job.rows) * self._pace.seconds_per_unit if finish is None else finish
         return Forecast(max(0, before + 1 - slots), seconds)
 
     def _time_to_room(self, rows: int, image_bytes: int) -> float | None:
@@ -310,11 +311,11 @@ class EngineClient:
             finishing += entry.rows
             excess_rows -= entry.rows
             excess_bytes -= entry.image_bytes
-        return finishing * self._pace.seconds_per_row
+        return finishing * self._pace.seconds_per_unit
 
     def _retry_after(self, earliest_s: float, rows: int, now: float) -> float:
         """Return the seconds after which the client of a rejected job of `rows` should retry."""
-        spacing_s = rows * self._pace.seconds_per_row
+        spacing_s = rows * self._pace.seconds_per_unit
         return self._retry_slots.take(earliest_s, spacing_s, now)
 
     def _may_try(self, now: float) -> bool:

@@ -9,12 +9,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
-from prometheus_client import Metric
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -23,6 +22,7 @@ from server.engine.errors import DeadlineExceeded, Draining, EngineError, Starti
 from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerMain, WorkerStatus, run_worker
 from server.metrics import Metrics
+from server.ray_serve.broadcast import Report, Reports
 from server.ray_serve.deduplication import Call, ReplayFilter
 from server.ray_serve.merged_metrics import MergedRegistry
 from server.ray_serve.routing import Load, LoadMeter
@@ -31,20 +31,10 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
-REPORT_TIMEOUT_S = 5.0
 # Replicas lost under one job after which it fails: the job itself may be the cause.
 MAX_ATTEMPTS = 4
 # Errors of one replica where another may succeed.
 RETRYABLE = (Draining, Starting, WorkerLost)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A replica's report of every second. status: None if it has no engine."""
-
-    replica: str
-    status: WorkerStatus | None
-    metrics: list[Metric]
 
 
 class LocalEngine:
@@ -153,9 +143,9 @@ class RemoteEngine:
             peers: Ray handle of the API's own deployment.
         """
         self._settings, self._metrics = settings, metrics
-        self._engines, self._peers = engines, peers
+        self._engines = engines
         self._sender = ray.get_runtime_context().get_actor_id()
-        self._reports: list[Report] = []
+        self._reports = Reports(engines, peers)
         self._draining = False
         self.own_metrics = metrics.registry
         self._merged = metrics.registry = MergedRegistry()
@@ -172,7 +162,7 @@ class RemoteEngine:
 
     def status(self) -> WorkerStatus:
         """Return ready while any replica is."""
-        statuses = [report.status for report in self._reports if report.status]
+        statuses = [report.status for report in self._reports.recent if report.status]
         if self._draining:
             return WorkerStatus(ready=False, reason="draining")
         ready = (status for status in statuses if status.ready)
@@ -244,19 +234,7 @@ class RemoteEngine:
 
     async def _poll(self) -> None:
         while True:
-            self._reports = [*await self._ask(self._engines), *await self._ask(self._peers)]
-            self._merged.replicas = {report.replica: report.metrics for report in self._reports}
+            await self._reports.poll()
+            recent = self._reports.recent
+            self._merged.replicas = {report.replica: report.metrics for report in recent}
             await asyncio.sleep(REPORT_INTERVAL_S)
-
-    async def _ask(self, handle: Any) -> list[Report]:
-        """Return the reports of those that answer: replicas come and go."""
-        try:
-            answers = await handle.broadcast("report").results_async(
-                timeout_s=REPORT_TIMEOUT_S, return_exceptions=True
-            )
-        except Exception as error:
-            # The next poll is a second later.
-            fields = {"reason": repr(error)[:200]}
-            log.warning("replica reports missing", extra={"fields": fields})
-            return []
-        return [answer for answer in answers if isinstance(answer, Report)]
