@@ -112,6 +112,7 @@ RELATED_TESTS = {
     "server/engine/cpu_threads.py": ("test_cpu_threads", "test_runner", "test_worker"),
     "server/engine/cuda_graphs.py": ("test_cuda_graphs", "test_preset_engine"),
     "server/engine/errors.py": ("test_client", "test_api"),
+    "server/engine/hooks.py": ("test_hooks", "test_admission"),
     "server/engine/interface.py": ("test_api",),
     "server/engine/latency_model.py": (
         "test_latency_model",

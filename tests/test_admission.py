@@ -26,6 +26,7 @@ from server.engine.errors import (
     Starting,
     WorkerLost,
 )
+from server.engine.hooks import Hooks
 from server.engine.latency_model import Forecast
 from server.engine.messages import (
     Drawn,
@@ -164,7 +165,7 @@ class Engine:
     async def ask(self, job: Job, **hooks: Any) -> asyncio.Task[Finished]:
         """Let the client have a job; return once it is admitted or rejected."""
         keep = hooks.pop("on_admitted", lambda forecast: self.forecasts.update({job.id: forecast}))
-        task = asyncio.create_task(self.client.run(job, on_admitted=keep, **hooks))
+        task = asyncio.create_task(self.client.run(job, Hooks(on_admitted=keep, **hooks)))
         await settle()
         return task
 

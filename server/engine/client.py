@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from server.engine.cpu_share import CPUShare
 from server.engine.errors import (
@@ -22,6 +22,7 @@ from server.engine.errors import (
     Starting,
     WorkerLost,
 )
+from server.engine.hooks import NO_HOOKS, HookName, Hooks, ReplayFilter
 from server.engine.latency_model import Forecast, LatencyModel
 from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Job, Preview, Running
 from server.engine.retry_slots import RetrySlots
@@ -32,10 +33,6 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-OnPreview = Callable[[Preview], object]
-OnDrawn = Callable[[Drawn], object]
-OnStarted = Callable[[], object]
-
 # A job that was alone in the stage in which this many workers crashed is not replayed again.
 MAX_SOLO_CRASHES = 2
 # An idle server admits a job whose forecast is too late once its measurements are this old,
@@ -45,7 +42,7 @@ RETRY_FORECAST_S = 10.0
 
 @dataclass(slots=True)
 class PendingJob:
-    """One unfinished job: the worker that has it, and the caller's hooks.
+    """One unfinished job: the worker that has it, and the calls of the caller's hooks.
 
     image_bytes: of the job. worker, sent_at: None while the job waits for a worker. timeout: ends
     that wait. solo_crashes: workers that crashed in a stage with this job alone.
@@ -56,16 +53,11 @@ class PendingJob:
     forecast: Forecast
     answer: asyncio.Future[Finished | EngineError]
     image_bytes: int
-    on_started: OnStarted | None = None
-    on_preview: OnPreview | None = None
-    on_drawn: OnDrawn | None = None
+    calls: ReplayFilter
     worker: Supervisor | None = None
     sent_at: float | None = None
     timeout: asyncio.TimerHandle | None = None
     solo_crashes: int = 0
-    # The number of each image's latest preview: a replay begins with the first.
-    _previewed: dict[int, int] = field(default_factory=dict)
-    _delivered: set[int] = field(default_factory=set)
 
     @property
     def rows(self) -> int:
@@ -85,27 +77,10 @@ class PendingJob:
         self.resolve(answer)
         return answer
 
-    def start(self) -> None:
-        """Report once that the job's first row is started."""
-        if self.on_started and not self.answer.done():
-            self.on_started()
-        self.on_started = None
-
-    def show(self, preview: Preview) -> None:
-        """Deliver a preview, unless a replay repeats it."""
-        if (
-            self.on_preview
-            and not self.answer.done()
-            and preview.number > self._previewed.get(preview.image.index, -1)
-        ):
-            self._previewed[preview.image.index] = preview.number
-            self.on_preview(preview)
-
-    def deliver(self, drawn: Drawn) -> None:
-        """Deliver an image, unless a replay repeats it."""
-        if self.on_drawn and not self.answer.done() and drawn.image.index not in self._delivered:
-            self._delivered.add(drawn.image.index)
-            self.on_drawn(drawn)
+    def call(self, hook: HookName, *args: Any) -> None:
+        """Call one of the hooks, unless the job is answered or a replay repeats the call."""
+        if not self.answer.done():
+            self.calls.call(hook, *args)
 
     def send_to(self, worker: Supervisor) -> None:
         """Send the job to a worker."""
@@ -209,30 +184,17 @@ class EngineClient:
         # The size is unknown yet, but any image takes a byte.
         self._check_room(rows, 1, time.monotonic())
 
-    async def run(
-        self,
-        job: Job,
-        on_preview: OnPreview | None = None,
-        on_drawn: OnDrawn | None = None,
-        on_admitted: Callable[[Forecast], object] = lambda _: None,
-        on_started: OnStarted | None = None,
-    ) -> Finished:
+    async def run(self, job: Job, hooks: Hooks = NO_HOOKS) -> Finished:
         """Return the job's images; `timings.queue` counts from this call on.
 
         Cancelling the awaiting task cancels the job. job.id must be unique among the unfinished.
-        The hooks are called on the event loop. on_preview: with those of `job.previews` that are
-        made in time, each image's in order and none twice. on_drawn: with each image of a job that
-        is `early`, in any order and none twice. on_admitted: before this waits for the first time,
-        unless the job is rejected. on_started: once, when a worker starts the job.
 
         Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded or
         JobFailed.
         """
-        entry = self._admit(job)
-        entry.on_preview, entry.on_drawn = on_preview, on_drawn
-        entry.on_started = on_started
+        entry = self._admit(job, hooks)
         try:
-            on_admitted(entry.forecast)
+            entry.call("on_admitted", entry.forecast)
             self._dispatch(entry)
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 answer = await entry.answer
@@ -249,13 +211,14 @@ class EngineClient:
 
     # ── admission and dispatch ────────────────────────────────────────────────────────────────────
 
-    def _admit(self, job: Job) -> PendingJob:
+    def _admit(self, job: Job, hooks: Hooks) -> PendingJob:
         now = time.monotonic()
         if job.deadline <= now:
             raise DeadlineExceeded("the deadline passed")
         self._check_room(job.rows, job.image_bytes, now)
         answer: asyncio.Future[Finished | EngineError] = asyncio.get_running_loop().create_future()
-        entry = PendingJob(job, now, self._forecast(job, now), answer, job.image_bytes)
+        forecast, calls = self._forecast(job, now), ReplayFilter(hooks)
+        entry = PendingJob(job, now, forecast, answer, job.image_bytes, calls)
         self._pending[job.id] = entry
         return entry
 
@@ -363,7 +326,7 @@ class EngineClient:
         match message:
             case Running(jobs):
                 for started in filter(None, map(self._pending.get, jobs)):
-                    started.start()
+                    started.call("on_started")
             case Heartbeat():
                 self._cpu.update()
                 self._record_heartbeat(message)
@@ -372,9 +335,9 @@ class EngineClient:
             case Finished():
                 self._finish(message)
             case Preview(id) if entry := self._pending.get(id):
-                entry.show(message)
+                entry.call("on_preview", message)
             case Drawn(id) if entry := self._pending.get(id):
-                entry.deliver(message)
+                entry.call("on_drawn", message)
 
     def _fail(self, message: Failed) -> None:
         fields = {

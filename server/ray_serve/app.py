@@ -33,8 +33,7 @@ from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.ray_serve.broadcast import Report, ask_all, best_answer
-from server.ray_serve.deduplication import Call
-from server.ray_serve.engines import LocalEngine, RemoteEngine
+from server.ray_serve.engines import Call, LocalEngine, RemoteEngine
 from server.ray_serve.routing import Load, WaitEstimator, replicas_for
 from server.settings import Settings
 from server.uvicorn_server import WRITE_TIMEOUT_S
