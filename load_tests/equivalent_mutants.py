@@ -85,10 +85,8 @@ EQUIVALENT: dict[str, str] = {
     "server/api/sdapi_clients.py:Drawing: 0.0 -> 1.0 in predicted_s: float = 0.0": (
         "read only of an admitted job, whose prediction replaces it"
     ),
-    "server/engine/client.py:PendingJob.show: 1 -> 2 in "
-    "and preview.number > self._previewed.get(preview.image.index, -1)": (
-        "previews are numbered from 0 on"
-    ),
+    "server/engine/hooks.py:ReplayFilter._is_new: 1 -> 2 in "
+    "latest = self._latest_preview.get(image.index, -1)": ("previews are numbered from 0 on"),
     "server/engine/cpu_threads.py:ThreadTuner._record_step: self._most > 1 -> self._most >= 1 in "
     "if self._wait == 0 and self._trial is None and self._most > 1:": (
         "with one thread at most, the only other number to try is one"

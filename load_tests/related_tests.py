@@ -114,6 +114,7 @@ RELATED_TESTS = {
     "server/engine/cpu_threads.py": ("test_cpu_threads", "test_runner", "test_worker"),
     "server/engine/cuda_graphs.py": ("test_cuda_graphs", "test_preset_engine"),
     "server/engine/errors.py": ("test_client", "test_api"),
+    "server/engine/hooks.py": ("test_hooks", "test_admission"),
     "server/engine/interface.py": ("test_api",),
     "server/engine/latency_model.py": (
         "test_latency_model",
@@ -159,6 +160,7 @@ RELATED_TESTS = {
     "server/http_protocol.py": ("test_http_protocol", "test_auth"),
     "server/memory.py": ("test_worker", "test_sdapi"),
     "server/metrics.py": ("test_admission", "test_client"),
+    "server/pace.py": ("test_admission", "test_images_admission", "test_ray_routing"),
     "server/paths.py": ("test_auth", "test_middleware", "test_origins"),
     "server/settings.py": ("test_environment", "test_auth", "test_docker"),
     "server/uvicorn_server.py": ("test_http_protocol", "test_auth"),

@@ -263,23 +263,26 @@ def is_listed(path: Path, entry: FileEntry) -> bool:
     """Return as `is_hashed`, but hash a large file only if it may have changed since."""
     if path.stat().st_size < LARGE:
         return is_hashed(path, entry)
-    if _read(path.parent).get(path.name) == _state(path, entry):
+    # Before the file is read: a file that changes meanwhile must not count as verified.
+    state = _state(path, entry)
+    if _read(path.parent).get(path.name) == state:
         return True
     if not is_hashed(path, entry):
         return False
-    remember(path, entry)
+    _record(path, state)
     return True
 
 
 def remember(path: Path, entry: FileEntry) -> None:
-    """Record that a file's content is the listed one, if it is large."""
-    if path.stat().st_size < LARGE:
-        return
+    """Record that the present content of a file is the listed one, if it is large."""
+    if path.stat().st_size >= LARGE:
+        _record(path, _state(path, entry))
+
+
+def _record(path: Path, state: dict[str, object]) -> None:
     # A bundle that cannot be written to is hashed every time.
     with _writing, contextlib.suppress(OSError):
-        (path.parent / RECORD).write_text(
-            json.dumps({**_read(path.parent), path.name: _state(path, entry)})
-        )
+        (path.parent / RECORD).write_text(json.dumps({**_read(path.parent), path.name: state}))
 
 
 def _state(path: Path, entry: FileEntry) -> dict[str, object]:

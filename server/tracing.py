@@ -10,12 +10,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
-from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -28,6 +27,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.engine.errors import DeadlineUnreachable, EngineError, QueueFull
+from server.engine.hooks import NO_HOOKS, Hooks
 from server.engine.interface import Engine
 from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerStatus
@@ -156,11 +156,13 @@ class TracedRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["traceresponse"] = current_context()
+                if context := current_context():
+                    MutableHeaders(scope=message)["traceresponse"] = context
             await send(message)
 
         with self._tracing.request(scope["method"], Headers(scope=scope)) as span:
-            scope[TRACE_ID] = trace.format_trace_id(span.get_span_context().trace_id)
+            if (context := span.get_span_context()).is_valid:
+                scope[TRACE_ID] = trace.format_trace_id(context.trace_id)
             try:
                 await self._app(scope, receive, send_with_context)
             finally:
@@ -206,17 +208,15 @@ class TracedEngine:
         """Raise QueueFull or Draining if a job of so many images would be rejected now."""
         self.engine.check_room(rows)
 
-    @property
-    def run(self) -> Callable[..., Coroutine[Any, Any, Finished]]:
-        """Run a job; record its stages."""
-        return self._run if trace.get_current_span().is_recording() else self.engine.run
-
-    async def _run(self, job: Job, **hooks: Any) -> Finished:
+    async def run(self, job: Job, hooks: Hooks = NO_HOOKS) -> Finished:
+        """Run a job; record the stages of a traced request's."""
         request = trace.get_current_span()
+        if not request.is_recording():
+            return await self.engine.run(job, hooks)
         request.set_attributes(_job_attributes(job))
         arrived_at = time.time_ns()
         try:
-            finished = await self.engine.run(replace(job, traceparent=current_context()), **hooks)
+            finished = await self.engine.run(replace(job, traceparent=current_context()), hooks)
         except EngineError as error:
             # A stream has sent its status already.
             request.set_attribute("error.type", type(error).__name__)
@@ -231,10 +231,10 @@ class TracedEngine:
 
 
 def current_context() -> str:
-    """Return the current span as the value of a header `traceparent`."""
+    """Return the current span as the value of a header `traceparent`, "" if it is invalid."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
-    return carrier["traceparent"]
+    return carrier.get("traceparent", "")
 
 
 def _job_attributes(job: Job) -> dict[str, str | int]:

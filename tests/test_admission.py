@@ -26,6 +26,7 @@ from server.engine.errors import (
     Starting,
     WorkerLost,
 )
+from server.engine.hooks import Hooks
 from server.engine.latency_model import Forecast
 from server.engine.messages import (
     Drawn,
@@ -164,7 +165,7 @@ class Engine:
     async def ask(self, job: Job, **hooks: Any) -> asyncio.Task[Finished]:
         """Let the client have a job; return once it is admitted or rejected."""
         keep = hooks.pop("on_admitted", lambda forecast: self.forecasts.update({job.id: forecast}))
-        task = asyncio.create_task(self.client.run(job, on_admitted=keep, **hooks))
+        task = asyncio.create_task(self.client.run(job, Hooks(on_admitted=keep, **hooks)))
         await settle()
         return task
 
@@ -819,6 +820,19 @@ async def test_stopping_rejects_new_jobs_and_gives_the_unfinished_ones_the_drain
         await raised(tasks[1], Draining)
         assert time.monotonic() - START == pytest.approx(5)
         await stopping
+        assert e.worker.stopped
+
+
+@virtual_time
+async def test_a_start_that_fails_stops_the_workers_that_were_started() -> None:
+    async with engine(ready=False, devices="cpu,cpu") as e:
+
+        async def refuse() -> None:
+            raise OSError("no process")
+
+        e.workers[1].start = refuse  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="no process"):
+            await e.client.start()
         assert e.worker.stopped
 
 

@@ -4,11 +4,13 @@ operations, OpenAPI.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import io
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -27,7 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.api import create_app
 from server.api.openapi import EXAMPLES
-from server.engine.supervisor import WorkerMain
+from server.engine.errors import Draining
+from server.engine.supervisor import Supervisor, WorkerMain
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, NATIVE_SIZE, serving, wait_until, write_bundle
@@ -665,6 +668,28 @@ def test_the_threads_for_images_end_with_the_server(fake_settings: Configure) ->
         assert answer.status_code == 200, answer.text
         assert threads() == working
     wait_until(lambda: not threads(), 10)
+
+
+def test_a_start_that_fails_ends_the_workers_that_were_started_and_the_threads(
+    fake_settings: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, start = list[Supervisor](), Supervisor.start
+
+    async def start_one(worker: Supervisor) -> None:
+        if started:
+            raise OSError("no process")
+        await start(worker)
+        started.append(worker)
+
+    monkeypatch.setattr(Supervisor, "start", start_one)
+    app = create_app(fake_settings(devices="cpu,cpu"), worker=fake_worker.main)
+    with pytest.raises(OSError, match="no process"), TestClient(app):
+        pass
+    assert started[0].pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0].pid, 0)
+    with pytest.raises(Draining):
+        asyncio.run(app.state.paellera.decoder.run_large(lambda: None))
 
 
 def test_what_is_over_leaves_the_memory_although_nobody_asks_for_it(

@@ -82,6 +82,20 @@ def test_another_content_of_the_same_size_and_time_is_noticed(large):
     assert not is_listed(large, entry)
 
 
+def test_a_file_that_changes_while_it_is_hashed_is_not_taken_for_verified(large, monkeypatch):
+    entry, original = entry_of(large), bundle.sha256
+
+    def replaced(path: Path) -> str:
+        digest = original(path)
+        path.write_bytes(b"something else")
+        return digest
+
+    monkeypatch.setattr(bundle, "sha256", replaced)
+    assert is_listed(large, entry), "the content that was hashed is the listed one"
+    monkeypatch.setattr(bundle, "sha256", original)
+    assert not is_listed(large, entry)
+
+
 def test_another_entry_is_noticed(large, tmp_path):
     assert is_listed(large, entry_of(large))
     (tmp_path / "other").write_bytes(b"WEIGHTS")

@@ -15,11 +15,11 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from server import pace
 from server.api.errors import ApiError
 from server.api.images import admission
 from server.api.images.admission import ImageDecoder, Uploads, image_limits
 from server.api.images.decode import ImageLimits, decode
-from server.engine import latency_model
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.settings import MIB, Settings
 from tests.conftest import raised
@@ -60,7 +60,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Replace the time, in monotonic seconds, that the queue and its measurements read."""
     made = SimpleNamespace(now=100.0)
-    for module in (admission, latency_model):
+    for module in (admission, pace):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))
     return made
 
@@ -202,6 +202,18 @@ async def test_a_refusal_s_time_follows_what_decoding_took(
     assert refused.retry_after == pytest.approx(3 * (1 + 0.9 * 0.05) / (2 + 0.9))
     gate.open.set()
     await held
+    decoder.close()
+
+
+async def test_the_pace_is_measured_in_the_thread_that_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(pace.Pace, "record", lambda *_: threads.append(threading.current_thread()))
+    decoder = ImageDecoder(threads=2)
+    await asyncio.gather(*(decoder.run(lambda _: None, files(name)) for name in ("a", "b")))
+    await raised(decoder.run(lambda _: 1 // 0, files("c")), ZeroDivisionError)
+    assert threads == [threading.current_thread()] * 2
     decoder.close()
 
 

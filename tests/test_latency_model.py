@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from model.image_request import Edit, InputImage
-from server.engine.latency_model import MEMORY_S, LatencyModel, Pace
+from server.engine.latency_model import MEMORY_S, LatencyModel
 from server.engine.messages import Job, Step, Timings
-from server.engine.scheduler import RowId, Scheduler
+from server.engine.scheduler import Pool, RowId, Scheduler
 from tests.test_fairness import Machine
 from tests.test_scheduler import SAMPLING, job
 from tests.test_upscale import enlarging, twice
@@ -256,20 +256,24 @@ def test_between_two_counts_of_branches_a_step_lies_on_a_line_and_beyond_them_in
     assert {n: made.step("tiny", SMALL, n, now=0.0) for n in expected} == pytest.approx(expected)
 
 
-def test_the_pace_is_of_the_busy_time_of_about_ten_jobs(monkeypatch: pytest.MonkeyPatch):
-    now = 100.0
-    monkeypatch.setattr("server.engine.latency_model.time.monotonic", lambda: now)
-    pace = Pace(last_finish=now)
-    assert pace.seconds_per_row == pytest.approx(0.2)
-    now = 102.0
-    pace.record(4, sent_at=100.0)
-    assert pace.seconds_per_row == pytest.approx((0.9 * 0.2 + 2) / (0.9 + 4))
-    now = 103.0
-    pace.record(2, sent_at=101.0)  # half of its time was the one's before it
-    assert pace.seconds_per_row == pytest.approx((0.9 * 2.18 + 1) / (0.9 * 4.9 + 2))
-    now = 111.0
-    pace.record(1, sent_at=110.0)  # idle until then
-    assert pace.seconds_per_row == pytest.approx((0.9 * 2.962 + 1) / (0.9 * 6.41 + 1))
+def test_a_prediction_looks_at_each_pass_once_and_reads_no_prompt(monkeypatch):
+    class Unread(str):
+        """Text that a job reads when it is made, and nobody later."""
+
+        reads = 0
+
+        def encode(self, *args: str) -> bytes:
+            Unread.reads += 1
+            return super().encode(*args)
+
+    pools: list[int] = []
+    of = Pool.of
+    monkeypatch.setattr(Pool, "of", lambda job, index: pools.append(index) or of(job, index))
+    made = costs((1, SMALL, 0.1))
+    others = [asked(f"{i}", rows=50, prompt=Unread("a ball")) for i in range(3)]
+    Unread.reads = 0
+    made.predict(asked(), others, 16, 0.0)
+    assert (pools, Unread.reads) == ([0] * 4, 0)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -15,7 +15,7 @@ from server.engine.runner import PromptCache
 
 def cache(capacity: int) -> PromptCache:
     """Of texts, each as large as it is long."""
-    return PromptCache(capacity, lambda value: len(str(value)), Counter[Count]())
+    return PromptCache(capacity, lambda _, value: len(str(value)), Counter[Count]())
 
 
 def fetch(cache: PromptCache, *keys: str) -> list[str]:
@@ -70,7 +70,7 @@ def test_keys_of_one_call_are_answered_though_they_do_not_fit_together():
 
 def test_hits_and_misses_are_counted_by_kind():
     counters = Counter[Count]()
-    held = PromptCache(10, len, counters)
+    held = PromptCache(10, lambda _, value: len(str(value)), counters)
     held.fetch("text", ["a", "b", "a"], list)
     held.fetch("prior", ["c"], list)
     held.fetch("text", ["b"], list)
@@ -87,4 +87,4 @@ def test_the_bound_holds_whatever_is_fetched(capacity, calls):
     held = cache(capacity)
     for keys in calls:
         fetch(held, *keys)
-        assert held.held == sum(map(len, map(str, held.values()))) <= capacity
+        assert held.held == sum(len(str(value)) for _, value in held.items()) <= capacity

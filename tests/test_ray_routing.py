@@ -106,9 +106,18 @@ def test_a_meter_tells_what_is_unfinished_and_how_fast_it_goes() -> None:
     assert meter.load(ready=True) == Load(units={"me": 4.0, "you": 1.0})
     end(True)
     load = meter.load(ready=False)
-    assert (load.ready, dict(load.units)) == (False, {"me": 0.0, "you": 1.0})
+    assert (load.ready, dict(load.units)) == (False, {"you": 1.0})
     assert load.seconds_per_unit is not None
     assert load.seconds_per_unit >= 0
+
+
+def test_a_sender_without_jobs_leaves_nothing_behind() -> None:
+    meter = LoadMeter()
+    for sender in ("a", "b"):
+        ends = [meter.begin(sender, job(side=side)) for side in (64, 96, 192)]
+        for end in ends:
+            end(False)
+    assert meter.load(ready=True).units == {}
 
 
 @given(st.integers(0, 1_000_000), st.floats(0.5, 100))

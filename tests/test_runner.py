@@ -4,10 +4,11 @@ what it decodes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, starmap
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from server.engine.runner import (
     Runner,
     Stopwatch,
     Streams,
+    entry_bytes,
+    leaves,
     tensor_bytes,
     tensors_in,
 )
@@ -129,12 +132,19 @@ def test_the_bound_on_bytes_holds_and_what_does_not_fit_is_computed_all_the_same
     rows = started(small, *(job(f"{i}", "apple " * (i % 5), seeds=(i,)) for i in range(12)))
     assert len(small.rows) == len(rows) == 12
     assert 0 < small.cache.held <= 10_000
-    assert small.cache.held == sum(map(tensor_bytes, small.cache.values()))
+    assert small.cache.held == sum(starmap(entry_bytes, small.cache.items()))
+
+
+def test_the_prompts_of_cached_results_count_for_the_bound(runner):
+    small = emptied(runner, capacity=1_000_000)
+    started(small, *(job(f"{i}", chr(0x4E00 + i) * 100_000) for i in range(10)))
+    held = {text for key, _ in small.cache.items() for text in leaves(key) if isinstance(text, str)}
+    assert 0 < sum(map(sys.getsizeof, held)) <= 1_000_000
 
 
 def test_what_is_remembered_holds_no_memory_of_its_batch(runner):
     started(runner, *(job(f"{i}", f"apple {i}", seeds=(i,)) for i in range(8)))
-    for value in runner.cache.values():
+    for value in dict(runner.cache.items()).values():
         assert tensor_bytes(value) == sum(tensor.nbytes for tensor in tensors_in(value))
 
 

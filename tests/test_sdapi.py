@@ -43,6 +43,7 @@ from server.api.sdapi_schemas import (
     guidance,
 )
 from server.engine.client import EngineClient
+from server.engine.hooks import Hooks
 from server.engine.latency_model import Forecast
 from server.engine.messages import Finished, Image, Job, Preview, Timings
 from server.settings import Settings
@@ -739,7 +740,7 @@ def drawn_jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs of an engine that draws black at once."""
     jobs = list[Job]()
 
-    async def run(_: EngineClient, job: Job, **__: Any) -> Finished:
+    async def run(_: EngineClient, job: Job, hooks: Hooks) -> Finished:
         jobs.append(job)
         return black(job)
 
@@ -791,7 +792,7 @@ def test_an_interruption_leaves_the_images_that_are_finished(
     app = create_app(fake_settings(sdapi=True), worker=fake_worker.main)
     jobs = list[Job]()
 
-    async def run(_: EngineClient, job: Job, **__: Any) -> Finished:
+    async def run(_: EngineClient, job: Job, hooks: Hooks) -> Finished:
         if len(jobs) == finished:
             app.state.sdapi.interrupt("address testclient")
             await asyncio.Event().wait()

@@ -18,6 +18,7 @@ from model.config import SamplingConfig
 from model.pipeline import Pipeline
 from server.engine.client import MAX_SOLO_CRASHES, EngineClient
 from server.engine.errors import JobFailed, WorkerLost
+from server.engine.hooks import Hooks
 from server.engine.messages import Job, Preview
 from server.metrics import Metrics
 from server.settings import Settings
@@ -152,7 +153,8 @@ async def test_a_worker_that_dies_in_the_midst_of_an_answer_has_not_given_it() -
 async def test_previews_are_handed_on_once_each_though_a_worker_began_again(word: str) -> None:
     previews: list[Preview] = []
     async with running() as client:
-        await client.run(replace(job(word, seconds=PATIENCE_S), previews=2), previews.append)
+        shown = replace(job(word, seconds=PATIENCE_S), previews=2)
+        await client.run(shown, Hooks(on_preview=previews.append))
         assert figure(client, "paella_requests_replayed_total") == (word == "half-show")
     assert [(preview.number, preview.image.pixels[:3]) for preview in previews] == [
         (i, fake_worker.colour(i)) for i in range(2)
@@ -248,7 +250,7 @@ async def test_a_worker_killed_at_work_is_replaced_and_the_picture_is_that_of_th
     await client.run(picture("red apple", 1))
     long = replace(picture("red apple", 7), sampling=replace(STEPS, steps=64))
     started = asyncio.Event()
-    task = asyncio.create_task(client.run(long, on_started=started.set))
+    task = asyncio.create_task(client.run(long, Hooks(on_started=started.set)))
     await asyncio.wait_for(started.wait(), PATIENCE_S)
     kill(client)
     answer = await task

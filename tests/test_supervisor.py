@@ -527,6 +527,23 @@ async def test_messages_about_jobs_are_passed_on_in_their_order() -> None:
         assert s.listener.messages == messages
 
 
+@virtual_time
+async def test_an_error_of_the_supervision_is_logged_and_no_worker_counts_as_starting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> Never:
+        raise KeyError("job")
+
+    async with supervised() as (supervisor, s):
+        s.listener.on_worker_lost = fail  # type: ignore[method-assign]
+        s.now.exit(1)
+        await asyncio.sleep(100)
+        reason = "worker supervision failed: KeyError('job')"
+        status = supervisor.status
+        assert (status.ready, status.reason, status.fatal) == (False, reason, reason)
+    assert "worker supervision failed" in [record.msg for record in caplog.records]
+
+
 # ── stopping ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -542,6 +559,13 @@ async def test_a_worker_that_reads_messages_is_given_time_to_stop_and_replaced_n
         await asyncio.sleep(100)
         assert len(s.processes) == 1
         assert s.listener.losses == []
+
+
+@virtual_time
+async def test_a_supervisor_that_was_never_started_can_be_stopped() -> None:
+    setting = Setting()
+    await Supervisor(fake_worker.main, Settings(), setting.metrics, setting.listener).stop()
+    assert setting.processes == []
 
 
 @virtual_time
@@ -653,6 +677,29 @@ async def test_what_a_process_held_is_closed_when_it_has_exited(
     assert [end.closed for end in child.ends] == [True, True]
     # A server that ends without having stopped its worker kills it.
     assert child.at_exit == [("do", process.kill), ("do not", process.kill)]
+
+
+@pytest.mark.parametrize("refused", ["worker-sender", "worker-receiver"])
+async def test_a_process_whose_threads_the_system_refuses_is_killed_and_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    start = threading.Thread.start
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if thread.name == refused:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    child = Child(monkeypatch)
+    process = WorkerProcess(fake_worker.main, Settings(), lambda _: None)
+    monkeypatch.setattr("server.engine.supervisor.threading.Thread.start", start_or_refuse)
+    with pytest.raises(OSError, match="no thread"):
+        process.start()
+    assert child.returncode == -9
+    assert child.stdin.closed
+    assert [end.closed for end in child.ends] == [True, True]
+    assert child.at_exit == [("do", process.kill), ("do not", process.kill)]
+    assert "worker-sender" not in [thread.name for thread in threading.enumerate()]
 
 
 async def test_a_process_that_closes_its_pipe_and_does_not_exit_is_killed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -155,6 +156,26 @@ def test_an_invalid_traceparent_begins_a_trace_of_its_own(
     request = traced.spans()[""]
     assert request.parent is None
     assert f"{request.context.trace_id:032x}" != TRACE
+
+
+def test_requests_are_answered_without_spans_while_the_sdk_is_disabled(
+    fake_settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(SimpleSpanProcessor(exporter))
+    app = create_app(fake_settings(), worker=fake_worker.main, tracing=tracing)
+    with serving(app) as address, httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        with caplog.at_level(logging.INFO, logger="server"):
+            answer = client.post("/generate", json={"prompt": "a ball"})
+    assert answer.status_code == 200, answer.text
+    assert "traceresponse" not in answer.headers
+    logged = [record.fields for record in caplog.records if record.msg == "request"]
+    assert "trace_id" not in logged[-1]
+    assert not exporter.get_finished_spans()
 
 
 def test_a_stream_s_span_lasts_until_its_last_event(traced: Traced) -> None:

@@ -141,9 +141,9 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         for warning in settings.warnings:
             log.warning("unsafe or ignored setting", extra={"fields": {"warning": warning}})
-        await state.engine.start()
         expiry = asyncio.create_task(_expire(state.url_store, idempotency))
         try:
+            await state.engine.start()
             yield
         finally:
             expiry.cancel()

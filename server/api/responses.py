@@ -26,6 +26,7 @@ from server.api.planning.operations import Plan
 from server.api.sse import DeferredEvent, Emit, Event
 from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
 from server.engine.errors import DeadlineExceeded
+from server.engine.hooks import Hooks
 from server.engine.latency_model import Forecast
 from server.engine.messages import Drawn, Finished, Image, Preview
 
@@ -203,8 +204,7 @@ class NativeStream:
 
     async def run(self, emit: Emit) -> None:
         """Run the plan's job and emit its events. Raises EngineError."""
-        finished = await app_state(self.request).engine.run(
-            self.plan.job,
+        hooks = Hooks(
             on_admitted=lambda forecast: emit(self._queued(forecast)),
             on_started=lambda: emit(self._started()),
             on_preview=lambda preview: emit(
@@ -212,6 +212,7 @@ class NativeStream:
             ),
             on_drawn=lambda drawn: emit(DeferredEvent(lambda: self._image(drawn))),
         )
+        finished = await app_state(self.request).engine.run(self.plan.job, hooks)
         emit(await self._completed(finished))
 
     @property

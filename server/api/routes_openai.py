@@ -49,6 +49,7 @@ from server.api.responses import (
 from server.api.schemas import EditOrInpaintRequest
 from server.api.sse import Comment, DeferredEvent, Emit, Event, stream_events
 from server.api.state import app_state, request_state
+from server.engine.hooks import Hooks
 from server.engine.messages import Finished, Preview
 from server.settings import Settings
 
@@ -241,8 +242,7 @@ class OpenAIAnswer:
 
     async def stream(self, prefix: str, emit: Emit) -> None:
         """Run the plan's job; emit `prefix`.partial_image, and `prefix`.completed per image."""
-        finished = await app_state(self.request).engine.run(
-            self.plan.job,
+        hooks = Hooks(
             # OpenAI has no such event, but the answer's headers should not wait for an image.
             on_admitted=lambda _: emit(Comment("queued")),
             on_preview=lambda preview: emit(
@@ -251,6 +251,7 @@ class OpenAIAnswer:
                 )
             ),
         )
+        finished = await app_state(self.request).engine.run(self.plan.job, hooks)
         async with until_deadline(self.plan):
             contents, _ = await self._encode(finished)
         usage = self._usage(1)

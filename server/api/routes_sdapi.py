@@ -54,6 +54,7 @@ from server.api.sdapi_schemas import (
 )
 from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
 from server.engine.errors import DeadlineExceeded, EngineError
+from server.engine.hooks import Hooks
 from server.engine.messages import Finished, Timings
 from server.memory import resident_bytes
 
@@ -240,9 +241,8 @@ async def _draw(request: Request, schema: type[SdRequest], drawing: Drawing) -> 
     drawing.answer_early = partial(answer.respond, interrupted=True)
 
     async def run() -> Response:
-        finished = await answer.state.engine.run(
-            planned.job, on_admitted=drawing.admit, on_preview=drawing.preview
-        )
+        hooks = Hooks(on_admitted=drawing.admit, on_preview=drawing.preview)
+        finished = await answer.state.engine.run(planned.job, hooks)
         drawing.finish_drawing()
         async with until_deadline(planned):
             return await answer.respond(finished)
@@ -386,7 +386,7 @@ async def _enlarged(request: Request, drawing: Drawing, planned: Plan, upscaler:
     drawing.plan = planned
 
     async def run() -> Enlarged:
-        finished = await state.engine.run(planned.job, on_admitted=drawing.admit)
+        finished = await state.engine.run(planned.job, Hooks(on_admitted=drawing.admit))
         drawing.finish_drawing()
         async with until_deadline(planned):
             (content,), seconds = await encode_all(state, planned, finished, "png", 90)

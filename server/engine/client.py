@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from server.engine.cpu_share import CPUShare
 from server.engine.errors import (
@@ -22,18 +22,16 @@ from server.engine.errors import (
     Starting,
     WorkerLost,
 )
-from server.engine.latency_model import Forecast, LatencyModel, Pace
+from server.engine.hooks import NO_HOOKS, HookName, Hooks, ReplayFilter
+from server.engine.latency_model import Forecast, LatencyModel
 from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Job, Preview, Running
 from server.engine.retry_slots import RetrySlots
 from server.engine.supervisor import Supervisor, WorkerMain, WorkerMessage, WorkerStatus, run_worker
 from server.metrics import Metrics
+from server.pace import Pace
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
-
-OnPreview = Callable[[Preview], object]
-OnDrawn = Callable[[Drawn], object]
-OnStarted = Callable[[], object]
 
 # A job that was alone in the stage in which this many workers crashed is not replayed again.
 MAX_SOLO_CRASHES = 2
@@ -44,7 +42,7 @@ RETRY_FORECAST_S = 10.0
 
 @dataclass(slots=True)
 class PendingJob:
-    """One unfinished job: the worker that has it, and the caller's hooks.
+    """One unfinished job: the worker that has it, and the calls of the caller's hooks.
 
     image_bytes: of the job. worker, sent_at: None while the job waits for a worker. timeout: ends
     that wait. solo_crashes: workers that crashed in a stage with this job alone.
@@ -55,16 +53,11 @@ class PendingJob:
     forecast: Forecast
     answer: asyncio.Future[Finished | EngineError]
     image_bytes: int
-    on_started: OnStarted | None = None
-    on_preview: OnPreview | None = None
-    on_drawn: OnDrawn | None = None
+    calls: ReplayFilter
     worker: Supervisor | None = None
     sent_at: float | None = None
     timeout: asyncio.TimerHandle | None = None
     solo_crashes: int = 0
-    # The number of each image's latest preview: a replay begins with the first.
-    _previewed: dict[int, int] = field(default_factory=dict)
-    _delivered: set[int] = field(default_factory=set)
 
     @property
     def rows(self) -> int:
@@ -84,27 +77,10 @@ class PendingJob:
         self.resolve(answer)
         return answer
 
-    def start(self) -> None:
-        """Report once that the job's first row is started."""
-        if self.on_started and not self.answer.done():
-            self.on_started()
-        self.on_started = None
-
-    def show(self, preview: Preview) -> None:
-        """Deliver a preview, unless a replay repeats it."""
-        if (
-            self.on_preview
-            and not self.answer.done()
-            and preview.number > self._previewed.get(preview.image.index, -1)
-        ):
-            self._previewed[preview.image.index] = preview.number
-            self.on_preview(preview)
-
-    def deliver(self, drawn: Drawn) -> None:
-        """Deliver an image, unless a replay repeats it."""
-        if self.on_drawn and not self.answer.done() and drawn.image.index not in self._delivered:
-            self._delivered.add(drawn.image.index)
-            self.on_drawn(drawn)
+    def call(self, hook: HookName, *args: Any) -> None:
+        """Call one of the hooks, unless the job is answered or a replay repeats the call."""
+        if not self.answer.done():
+            self.calls.call(hook, *args)
 
     def send_to(self, worker: Supervisor) -> None:
         """Send the job to a worker."""
@@ -140,7 +116,7 @@ class EngineClient:
         ]
         self._cpu = CPUShare(self.workers)
         self._pending: dict[str, PendingJob] = {}
-        self._pace = Pace()
+        self._pace = Pace()  # of rows
         self._latency = LatencyModel()
         self._retry_slots = RetrySlots()
         self._draining = False
@@ -166,10 +142,14 @@ class EngineClient:
     async def start(self) -> None:
         """Start the workers and return before they are ready.
 
-        Raises OSError if the system grants no process.
+        Raises OSError if the system does not grant every process; none is left then.
         """
-        for worker in self.workers:
-            await worker.start()
+        try:
+            for worker in self.workers:
+                await worker.start()
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         """Refuse new jobs, give the unfinished ones `drain_timeout_s`, then stop the workers."""
@@ -204,30 +184,17 @@ class EngineClient:
         # The size is unknown yet, but any image takes a byte.
         self._check_room(rows, 1, time.monotonic())
 
-    async def run(
-        self,
-        job: Job,
-        on_preview: OnPreview | None = None,
-        on_drawn: OnDrawn | None = None,
-        on_admitted: Callable[[Forecast], object] = lambda _: None,
-        on_started: OnStarted | None = None,
-    ) -> Finished:
+    async def run(self, job: Job, hooks: Hooks = NO_HOOKS) -> Finished:
         """Return the job's images; `timings.queue` counts from this call on.
 
         Cancelling the awaiting task cancels the job. job.id must be unique among the unfinished.
-        The hooks are called on the event loop. on_preview: with those of `job.previews` that are
-        made in time, each image's in order and none twice. on_drawn: with each image of a job that
-        is `early`, in any order and none twice. on_admitted: before this waits for the first time,
-        unless the job is rejected. on_started: once, when a worker starts the job.
 
         Raises QueueFull, DeadlineUnreachable, Draining, Starting, WorkerLost, DeadlineExceeded or
         JobFailed.
         """
-        entry = self._admit(job)
-        entry.on_preview, entry.on_drawn = on_preview, on_drawn
-        entry.on_started = on_started
+        entry = self._admit(job, hooks)
         try:
-            on_admitted(entry.forecast)
+            entry.call("on_admitted", entry.forecast)
             self._dispatch(entry)
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 answer = await entry.answer
@@ -244,13 +211,14 @@ class EngineClient:
 
     # ── admission and dispatch ────────────────────────────────────────────────────────────────────
 
-    def _admit(self, job: Job) -> PendingJob:
+    def _admit(self, job: Job, hooks: Hooks) -> PendingJob:
         now = time.monotonic()
         if job.deadline <= now:
             raise DeadlineExceeded("the deadline passed")
         self._check_room(job.rows, job.image_bytes, now)
         answer: asyncio.Future[Finished | EngineError] = asyncio.get_running_loop().create_future()
-        entry = PendingJob(job, now, self._forecast(job, now), answer, job.image_bytes)
+        forecast, calls = self._forecast(job, now), ReplayFilter(hooks)
+        entry = PendingJob(job, now, forecast, answer, job.image_bytes, calls)
         self._pending[job.id] = entry
         return entry
 
@@ -286,7 +254,7 @@ class EngineClient:
         finish = self._latency.predict(job, others, slots, now, left)
         before = sum(other.rows for other in others)
         # The pace may be old: it is no reason to reject a job, but better than no figure at all.
-        seconds = (before + job.rows) * self._pace.seconds_per_row if finish is None else finish
+        seconds = (before + job.rows) * self._pace.seconds_per_unit if finish is None else finish
         return Forecast(max(0, before + 1 - slots), seconds)
 
     def _time_to_room(self, rows: int, image_bytes: int) -> float | None:
@@ -306,11 +274,11 @@ class EngineClient:
             finishing += entry.rows
             excess_rows -= entry.rows
             excess_bytes -= entry.image_bytes
-        return finishing * self._pace.seconds_per_row
+        return finishing * self._pace.seconds_per_unit
 
     def _retry_after(self, earliest_s: float, rows: int, now: float) -> float:
         """Return the seconds after which the client of a rejected job of `rows` should retry."""
-        spacing_s = rows * self._pace.seconds_per_row
+        spacing_s = rows * self._pace.seconds_per_unit
         return self._retry_slots.take(earliest_s, spacing_s, now)
 
     def _may_try(self, now: float) -> bool:
@@ -358,7 +326,7 @@ class EngineClient:
         match message:
             case Running(jobs):
                 for started in filter(None, map(self._pending.get, jobs)):
-                    started.start()
+                    started.call("on_started")
             case Heartbeat():
                 self._cpu.update()
                 self._record_heartbeat(message)
@@ -367,9 +335,9 @@ class EngineClient:
             case Finished():
                 self._finish(message)
             case Preview(id) if entry := self._pending.get(id):
-                entry.show(message)
+                entry.call("on_preview", message)
             case Drawn(id) if entry := self._pending.get(id):
-                entry.deliver(message)
+                entry.call("on_drawn", message)
 
     def _fail(self, message: Failed) -> None:
         fields = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from server.engine.messages import Finished
+from server.engine.hooks import NO_HOOKS, Hooks
+from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerStatus
 from server.metrics import Metrics
 from server.settings import Settings
@@ -26,9 +27,8 @@ class Engine(Protocol):
     def check_room(self, rows: int) -> None:
         """Raise QueueFull or Draining if a job of so many images would be rejected now."""
 
-    @property
-    def run(self) -> Callable[..., Coroutine[Any, Any, Finished]]:
-        """Run a job; hooks are passed by the names of `EngineClient.run`'s parameters."""
+    async def run(self, job: Job, hooks: Hooks = NO_HOOKS) -> Finished:
+        """Run a job."""
 
 
 MakeEngine = Callable[[Settings, Metrics], Engine]

@@ -8,7 +8,6 @@ assumes that what was never measured takes no time: only it may reject a job.
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,10 +175,12 @@ class LatencyModel:
         parts = [(each, rows, left) for each in jobs for rows, left in each.passes()]
         for each, rows, left in parts:
             share = min(1.0, left / len(rows) / rounds)
-            for i in rows:
-                pool = Pool.of(each.job, i)
-                present[pool] += share
-                branches[pool] += share * each.job.row_branches(i)
+            # All rows of a pass share a pool, unless each is a pool of its own.
+            alone = each.job.sampling.deterministic
+            for first, count in ((i, 1) for i in rows) if alone else ((rows[0], len(rows)),):
+                pool = Pool.of(each.job, first)
+                present[pool] += share * count
+                branches[pool] += share * count * each.job.row_branches(first)
         running = min(1.0, slots / sum(present.values()))
         seconds = [
             self._round(pool, count * running, branches[pool] / count, now, least)
@@ -230,27 +231,6 @@ class LatencyModel:
             return None
         kind = _Kind(model, pixels, denoiser=denoiser)
         return _for_kind(measured, kind, lambda known: _interpolate(known, branches, least), least)
-
-
-@dataclass(slots=True)
-class Pace:
-    """Seconds that workers take per row, averaged over about ten jobs; 0.2 before the first."""
-
-    seconds: float = 0.2
-    rows: float = 1.0
-    last_finish: float = field(default_factory=lambda: time.monotonic())
-
-    def record(self, rows: float, sent_at: float) -> None:
-        """Record a finished job of so many rows. sent_at: monotonic seconds."""
-        now = time.monotonic()
-        self.seconds = 0.9 * self.seconds + now - max(self.last_finish, sent_at)
-        self.rows = 0.9 * self.rows + rows
-        self.last_finish = now
-
-    @property
-    def seconds_per_row(self) -> float:
-        """The average."""
-        return self.seconds / self.rows
 
 
 def _for_kind(

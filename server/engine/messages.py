@@ -101,6 +101,14 @@ class Job:
     enlarge: Enlarge | None = None
     model_sha256: str = ""
     step_work: float = 1.0
+    # Bytes of the longest text that a branch reads. Every forecast needs it of every unfinished
+    # job.
+    text_bytes: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        negative = (self.negative_prompt,) if self.sampling.guided else ()
+        longest = max(len(text.encode("utf-8", "replace")) for text in (*self.prompts, *negative))
+        object.__setattr__(self, "text_bytes", longest)
 
     @property
     def prompts(self) -> tuple[str, ...]:

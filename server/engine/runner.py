@@ -8,6 +8,7 @@ deterministic row a pool of its own, so that it always meets the same shapes.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -44,12 +45,12 @@ V = TypeVar("V")
 class PromptCache:
     """A least-recently-used cache, bounded by bytes; a `model.row_builder.EncodingCache`.
 
-    capacity: bytes of all values together; a larger value is not kept. size_of: bytes of a value.
-    held: bytes now. counters: where hits and misses are counted.
+    capacity: bytes of all entries together; a larger entry is not kept. size_of: bytes of an entry,
+    by its key and its value. held: bytes now. counters: where hits and misses are counted.
     """
 
     def __init__(
-        self, capacity: int, size_of: Callable[[object], int], counters: Counter[Count]
+        self, capacity: int, size_of: Callable[[Hashable, object], int], counters: Counter[Count]
     ) -> None:
         self.capacity, self.held = capacity, 0
         self._size_of, self._counters = size_of, counters
@@ -58,9 +59,9 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._values)
 
-    def values(self) -> list[object]:
-        """Return all values, the least recently used first."""
-        return list(self._values.values())
+    def items(self) -> list[tuple[Hashable, object]]:
+        """Return all keys and values, the least recently used first."""
+        return list(self._values.items())
 
     def fetch(
         self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
@@ -82,31 +83,43 @@ class PromptCache:
     def _use(self, key: Hashable, value: object) -> None:
         """Mark the value as the last one used, and evict others if there is no room."""
         if key not in self._values:
-            size = self._size_of(value)
+            size = self._size_of(key, value)
             if size > self.capacity:
                 return
             self._values[key] = value
             self.held += size
         self._values.move_to_end(key)
         while self.held > self.capacity:
-            self.held -= self._size_of(self._values.popitem(last=False)[1])
+            self.held -= self._size_of(*self._values.popitem(last=False))
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Yield everything in a tree of dataclasses and tuples."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
     """Yield every tensor in a tree of dataclasses and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from tensors_in(part)
+    return (leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
 
 
 def tensor_bytes(value: object) -> int:
     """Return the bytes of the memory that the tensors in a value hold."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors_in(value))
+
+
+def entry_bytes(key: Hashable, value: object) -> int:
+    """Return the bytes of a cached value's tensors and of the texts in its key."""
+    return tensor_bytes(value) + sum(
+        sys.getsizeof(leaf) for leaf in leaves(key) if isinstance(leaf, str)
+    )
 
 
 # ── streams ───────────────────────────────────────────────────────────────────────────────────────
@@ -260,7 +273,7 @@ class Runner:
         self._settings, self.streams = settings, Streams(device)
         self.threads = SharedThreads(1, torch.set_num_threads)
         self.counters: Counter[Count] = Counter()
-        self.cache = PromptCache(settings.prompt_cache_bytes, tensor_bytes, self.counters)
+        self.cache = PromptCache(settings.prompt_cache_bytes, entry_bytes, self.counters)
         self._builders = {
             name: RowBuilder(pipeline, self.cache) for name, pipeline in self.pipelines.items()
         }

@@ -225,6 +225,4 @@ class Scheduler:
 
 
 def _length(job: Job) -> int:
-    texts = (*job.prompts, job.negative_prompt) if job.sampling.guided else job.prompts
-    longest = max(len(text.encode("utf-8", "replace")) for text in texts) + 1
-    return next((length for length in LENGTHS if longest <= length), LENGTHS[-1])
+    return next((length for length in LENGTHS if job.text_bytes < length), LENGTHS[-1])

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -151,7 +151,7 @@ class WorkerProcess:
         )
 
     def start(self) -> None:
-        """Start the process. Raises OSError if the system grants none.
+        """Start the process. Raises OSError if the system grants none, or no threads for it.
 
         The process ends with the thread that calls this, which is the event loop's.
         """
@@ -168,8 +168,13 @@ class WorkerProcess:
         atexit.register(self.kill)
         with contextlib.suppress(OSError):
             self._connection.send(self._first)
-        self._sender.start()
-        self._receiver.start()
+        try:
+            self._sender.start()
+            self._receiver.start()
+        except RuntimeError as error:
+            self.kill()
+            self._reap()
+            raise OSError("no thread for the worker's messages") from error
 
     def send(self, message: ToWorker) -> None:
         """Queue the message.
@@ -223,7 +228,8 @@ class WorkerProcess:
             self._process.wait()
         atexit.unregister(self.kill)
         self._outbox.put(None)
-        self._sender.join()
+        if self._sender.is_alive():
+            self._sender.join()
         self._connection.close()
         if self._process.stdin:
             self._process.stdin.close()
@@ -273,8 +279,8 @@ def _import_name(main: WorkerMain) -> tuple[str, str]:
 class WorkerStatus:
     """A worker's state: whether a job sent now would be started, and if not, why.
 
-    device, dtype: the worker's, None before it is first ready. fatal: why the first start failed,
-    if every other would too.
+    device, dtype: the worker's, None before it is first ready. fatal: why no worker can be started
+    any more: the first start failed and every other would too, or the supervisor itself failed.
     """
 
     ready: bool
@@ -314,6 +320,8 @@ class Supervisor:
         self._main, self._settings = main, settings
         self._metrics, self._listener = metrics, listener
         self._status = WorkerStatus(ready=False, reason="starting")
+        self._failure: str | None = None  # why workers are no longer watched and replaced
+        self._tasks: list[asyncio.Task[None]] = []
         self.last_heartbeat = Heartbeat((), 0, 0)
         self.failures = 0
         # Rows of the jobs that the worker has not answered, cancelled ones included.
@@ -339,9 +347,13 @@ class Supervisor:
             asyncio.create_task(self._keep_alive()),
             asyncio.create_task(self._watch()),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_ended)
 
     async def stop(self) -> None:
-        """Stop the worker; it is not replaced."""
+        """Stop the worker, if one was started; it is not replaced."""
+        if not self._tasks:
+            return
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -351,6 +363,8 @@ class Supervisor:
     @property
     def status(self) -> WorkerStatus:
         """The worker's state, for probes and for dispatching."""
+        if self._failure:
+            return replace(self._status, ready=False, reason=self._failure, fatal=self._failure)
         if self._status.ready and self._stalled:
             return WorkerStatus(False, self._silence, self._status.device, self._status.dtype)
         return self._status
@@ -470,6 +484,13 @@ class Supervisor:
                 except OSError:
                     log.exception("worker not started")
             self._metrics.worker_restarts.inc()
+
+    def _on_task_ended(self, task: asyncio.Task[None]) -> None:
+        """Report an error that ended the supervision, since nobody awaits its tasks."""
+        if task.cancelled() or not (error := task.exception()):
+            return
+        log.error("worker supervision failed", exc_info=error)
+        self._failure = f"worker supervision failed: {error!r}"
 
     def _reason(self, code: int | None) -> str:
         """Return why the worker has exited, in words."""

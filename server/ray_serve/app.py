@@ -26,14 +26,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
 from server.api import create_app
-from server.api.images.url_store import IMAGES
 from server.api.middleware import canonical_path
 from server.engine.errors import EngineError
 from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerMain, run_worker
 from server.metrics import Metrics
-from server.ray_serve.deduplication import Call
-from server.ray_serve.engines import REPORT_TIMEOUT_S, LocalEngine, RemoteEngine, Report
+from server.paths import IMAGES
+from server.ray_serve.broadcast import Report, ask_all, best_answer
+from server.ray_serve.engines import Call, LocalEngine, RemoteEngine
 from server.ray_serve.routing import Load, WaitEstimator, replicas_for
 from server.settings import Settings
 from server.uvicorn_server import WRITE_TIMEOUT_S
@@ -267,13 +267,8 @@ class Front:
     async def _best(self, scope: Scope) -> Response:
         """Return the best of all answers."""
         method, path = scope["method"], scope["raw_path"].decode()
-        asked = self._peers.broadcast("answer", method, path, dict(Headers(scope=scope)))
-        answers = await asked.results_async(timeout_s=REPORT_TIMEOUT_S, return_exceptions=True)
-        status, headers, content = min(
-            (answer for answer in answers if isinstance(answer, tuple)),
-            key=lambda answer: answer[0],
-        )
-        return Response(content, status, headers)
+        answers = await ask_all(self._peers, "answer", method, path, dict(Headers(scope=scope)))
+        return best_answer(answers or [])
 
 
 def _is_for_all(scope: Scope) -> bool:

@@ -9,21 +9,21 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
-from prometheus_client import Metric
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from server.engine.client import EngineClient
 from server.engine.errors import DeadlineExceeded, Draining, EngineError, Starting, WorkerLost
+from server.engine.hooks import NO_HOOKS, HookName, Hooks, ReplayFilter
 from server.engine.messages import Finished, Job
 from server.engine.supervisor import WorkerMain, WorkerStatus, run_worker
 from server.metrics import Metrics
-from server.ray_serve.deduplication import Call, ReplayFilter
+from server.ray_serve.broadcast import Report, Reports
 from server.ray_serve.merged_metrics import MergedRegistry
 from server.ray_serve.routing import Load, LoadMeter
 from server.settings import Settings
@@ -31,20 +31,12 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
-REPORT_TIMEOUT_S = 5.0
 # Replicas lost under one job after which it fails: the job itself may be the cause.
 MAX_ATTEMPTS = 4
+# A call of a hook: its name and the arguments.
+Call = tuple[HookName, tuple[Any, ...]]
 # Errors of one replica where another may succeed.
 RETRYABLE = (Draining, Starting, WorkerLost)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A replica's report of every second. status: None if it has no engine."""
-
-    replica: str
-    status: WorkerStatus | None
-    metrics: list[Metric]
 
 
 class LocalEngine:
@@ -76,7 +68,7 @@ class LocalEngine:
         await self._engine.stop()
 
     async def run(
-        self, sender: str, job: Job, timeout_s: float, hooks: tuple[str, ...]
+        self, sender: str, job: Job, timeout_s: float, hooks: tuple[HookName, ...]
     ) -> AsyncIterator[Call | Finished | EngineError]:
         """Run a job; yield the calls of its hooks as they happen, then the outcome.
 
@@ -84,14 +76,14 @@ class LocalEngine:
             sender: the API replica.
             job: the job; its deadline and arrival are replaced.
             timeout_s: seconds until the deadline, because machines have clocks of their own.
-            hooks: names of the hooks of `EngineClient.run` to report.
+            hooks: names of the hooks to report.
         """
         calls: asyncio.Queue[Call | None] = asyncio.Queue()
         deadline = time.monotonic() + timeout_s
         arrived_at = deadline - (job.deadline - job.arrived_at)
         job = replace(job, deadline=deadline, arrived_at=arrived_at)
-        reporters = {name: partial(_put, calls, name) for name in hooks}
-        work = asyncio.create_task(self._engine.run(job, **reporters))
+        reporters = Hooks(**{name: partial(_put, calls, name) for name in hooks})
+        work = asyncio.create_task(self._engine.run(job, reporters))
         work.add_done_callback(lambda _: calls.put_nowait(None))
         end = self._meter.begin(sender, job)
         finished = False
@@ -132,7 +124,7 @@ class LocalEngine:
         return Report(replica, self._engine.status(), metrics)
 
 
-def _put(calls: asyncio.Queue[Call | None], name: str, *args: Any) -> None:
+def _put(calls: asyncio.Queue[Call | None], name: HookName, *args: Any) -> None:
     calls.put_nowait((name, args))
 
 
@@ -153,9 +145,9 @@ class RemoteEngine:
             peers: Ray handle of the API's own deployment.
         """
         self._settings, self._metrics = settings, metrics
-        self._engines, self._peers = engines, peers
+        self._engines = engines
         self._sender = ray.get_runtime_context().get_actor_id()
-        self._reports: list[Report] = []
+        self._reports = Reports(engines, peers)
         self._draining = False
         self.own_metrics = metrics.registry
         self._merged = metrics.registry = MergedRegistry()
@@ -172,7 +164,7 @@ class RemoteEngine:
 
     def status(self) -> WorkerStatus:
         """Return ready while any replica is."""
-        statuses = [report.status for report in self._reports if report.status]
+        statuses = [report.status for report in self._reports.recent if report.status]
         if self._draining:
             return WorkerStatus(ready=False, reason="draining")
         ready = (status for status in statuses if status.ready)
@@ -184,12 +176,12 @@ class RemoteEngine:
         if self._draining:
             raise Draining("the server is stopping")
 
-    async def run(self, job: Job, **hooks: Any) -> Finished:
+    async def run(self, job: Job, hooks: Hooks = NO_HOOKS) -> Finished:
         """Run a job as `EngineClient.run` does, on any replica.
 
         It restarts elsewhere if its replica is lost, with the same result because it is seeded.
         """
-        replay_filter = ReplayFilter({name: hook for name, hook in hooks.items() if hook})
+        replay_filter = ReplayFilter(hooks)
         if self._draining:
             raise Draining("the server is stopping")
         try:
@@ -223,7 +215,7 @@ class RemoteEngine:
             RayError, RayServeException: the replica was lost.
         """
         # A replica confirms at once that it has the job, which shows that it is alive.
-        hooks = tuple({*replay_filter.hooks, "on_admitted"})
+        hooks = tuple({*replay_filter.hooks.names, "on_admitted"})
         timeout_s = job.deadline - time.monotonic()
         engines = self._engines.options(stream=True)
         stream = engines.run.remote(self._sender, job, timeout_s, hooks)
@@ -235,7 +227,8 @@ class RemoteEngine:
                         return message
                     if isinstance(message, EngineError):
                         raise message
-                    replay_filter.forward(message)
+                    name, args = message
+                    replay_filter.call(name, *args)
         except TimeoutError:
             raise Starting("no replica took the request in time") from None
         finally:
@@ -244,19 +237,7 @@ class RemoteEngine:
 
     async def _poll(self) -> None:
         while True:
-            self._reports = [*await self._ask(self._engines), *await self._ask(self._peers)]
-            self._merged.replicas = {report.replica: report.metrics for report in self._reports}
+            await self._reports.poll()
+            recent = self._reports.recent
+            self._merged.replicas = {report.replica: report.metrics for report in recent}
             await asyncio.sleep(REPORT_INTERVAL_S)
-
-    async def _ask(self, handle: Any) -> list[Report]:
-        """Return the reports of those that answer: replicas come and go."""
-        try:
-            answers = await handle.broadcast("report").results_async(
-                timeout_s=REPORT_TIMEOUT_S, return_exceptions=True
-            )
-        except Exception as error:
-            # The next poll is a second later.
-            fields = {"reason": repr(error)[:200]}
-            log.warning("replica reports missing", extra={"fields": fields})
-            return []
-        return [answer for answer in answers if isinstance(answer, Report)]

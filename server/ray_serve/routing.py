@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server.engine.latency_model import Pace
 from server.engine.messages import Job
+from server.pace import Pace
 
 # An image of 256 × 256 in twelve guided steps: pixels times steps times branches.
 UNIT = 256 * 256 * 12 * 2
@@ -48,27 +48,30 @@ class LoadMeter:
     """Measures a replica's own load."""
 
     def __init__(self) -> None:
-        self._unfinished: defaultdict[str, float] = defaultdict(float)
+        self._unfinished: defaultdict[str, list[float]] = defaultdict(list)
         self._pace: Pace | None = None
 
     def begin(self, sender: str, job: Job) -> Callable[[bool], None]:
         """Count the job until the returned function is called with whether it was finished."""
         units = work_units(job)
         began = time.monotonic()
-        self._unfinished[sender] += units
+        self._unfinished[sender].append(units)
 
         def end(finished: bool) -> None:
-            self._unfinished[sender] -= units
+            self._unfinished[sender].remove(units)
+            if not self._unfinished[sender]:
+                del self._unfinished[sender]
             if finished:
-                self._pace = self._pace or Pace(seconds=0.0, rows=0.0, last_finish=began)
+                self._pace = self._pace or Pace(seconds=0.0, units=0.0, last_finish=began)
                 self._pace.record(units, began)
 
         return end
 
     def load(self, ready: bool) -> Load:
         """Return the current load."""
-        seconds_per_unit = self._pace.seconds_per_row if self._pace else None
-        return Load(ready, dict(self._unfinished), seconds_per_unit)
+        seconds_per_unit = self._pace.seconds_per_unit if self._pace else None
+        units = {sender: sum(jobs) for sender, jobs in self._unfinished.items()}
+        return Load(ready, units, seconds_per_unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ from server.api.images.decode import (
 )
 from server.api.images.encode import submit
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
-from server.engine.latency_model import Pace
 from server.engine.retry_slots import RetrySlots
+from server.pace import Pace
 from server.settings import MIB, Settings
 
 Result = TypeVar("Result")
@@ -198,10 +198,19 @@ class _Threads:
         self._free = asyncio.Semaphore(count)
 
     async def run(
-        self, work: Callable[[], Result], entry: _Entry, on_end: Callable[[_Entry], None]
+        self,
+        work: Callable[[], Result],
+        entry: _Entry,
+        on_end: Callable[[_Entry], None],
+        on_result: Callable[[float], None] = lambda began: None,
     ) -> Result:
-        """Return the result of `work`. Cancelled, it is not begun, or ends unheard."""
+        """Return the result of `work`. Cancelled, it is not begun, or ends unheard.
+
+        on_end: called when the thread is free. on_result: before that unless `work` failed, with
+        the time at which it began, monotonic seconds.
+        """
         await self._free.acquire()
+        began = time.monotonic()
         try:
             future = submit(self.pool, work)
         except Draining:
@@ -212,9 +221,10 @@ class _Threads:
         def end(done: asyncio.Future[Result]) -> None:
             self._free.release()
             entry.running = False
+            # The exception is read in any case, so that asyncio does not log it as unheard.
+            if not done.cancelled() and not done.exception():
+                on_result(began)
             on_end(entry)
-            if not done.cancelled():
-                done.exception()  # read, so that asyncio does not log it as unheard
 
         future.add_done_callback(end)
         return await asyncio.shield(future)
@@ -249,7 +259,7 @@ class ImageDecoder:
         # that its own are too large, or that the queue is full.
         self._headers = _Threads(1, "sniff")
         self._images = _Threads(threads, "decode", _lower_priority)
-        self._pace = Pace(seconds=FIRST_MIB_S, rows=1.0)
+        self._pace = Pace(seconds=FIRST_MIB_S)  # of Mi pixels
         self._retry_slots = RetrySlots()
 
     @property
@@ -297,7 +307,12 @@ class ImageDecoder:
                 if files:
                     await self._headers.run(lambda: uploads.check(files), entry, self._end)
                     self._admit(entry, entry.bytes, uploads.pixels)
-                return await self._images.run(lambda: self._timed(work, uploads), entry, self._end)
+                return await self._images.run(
+                    lambda: work(uploads),
+                    entry,
+                    self._end,
+                    lambda began: self._measure(uploads.pixels, began),
+                )
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed") from None
         finally:
@@ -324,7 +339,7 @@ class ImageDecoder:
             before + pixels > self._queue_pixels or self.bytes_unfinished + size > self._queue_bytes
         )
         if self._entries and is_full:
-            pace = self._pace.seconds_per_row / MIB
+            pace = self._pace.seconds_per_unit / MIB
             earliest_s, spacing_s = max(before, MIB) * pace, max(pixels, MIB) * pace
             raise QueueFull(self._retry_slots.take(earliest_s, spacing_s, time.monotonic()))
         entry.bytes, entry.pixels = size, pixels
@@ -335,9 +350,6 @@ class ImageDecoder:
         if entry.left and not entry.running:
             self._entries.discard(entry)
 
-    def _timed(self, work: Callable[[Uploads], Result], uploads: Uploads) -> Result:
-        began = time.monotonic()
-        result = work(uploads)
-        if uploads.pixels:
-            self._pace.record(uploads.pixels / MIB, began)
-        return result
+    def _measure(self, pixels: int, began: float) -> None:
+        if pixels:
+            self._pace.record(pixels / MIB, began)

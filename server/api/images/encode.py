@@ -30,9 +30,9 @@ from model.canvas import on_white
 from server.api.images.signing import SOURCE_TYPES, Signer
 from server.api.images.sniff import after_gif_blocks, gif_palette_bytes
 from server.engine.errors import Draining, QueueFull
-from server.engine.latency_model import Pace
 from server.engine.messages import Image
 from server.engine.retry_slots import RetrySlots
+from server.pace import Pace
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -439,7 +439,7 @@ class ImageEncoder:
         """
         self._queue_images = queue_images
         self._pool = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 1), "encode")
-        self._pace = Pace(seconds=FIRST_IMAGE_S)
+        self._pace = Pace(seconds=FIRST_IMAGE_S)  # of images
         self._retry_slots = RetrySlots()
         self.images_unfinished = 0
 
@@ -452,7 +452,7 @@ class ImageEncoder:
         excess = self.images_unfinished + images - self._queue_images
         # A request larger than the queue is still answered, alone.
         if self.images_unfinished and excess > 0:
-            pace = self._pace.seconds_per_row
+            pace = self._pace.seconds_per_unit
             now = time.monotonic()
             raise QueueFull(self._retry_slots.take(excess * pace, images * pace, now))
 

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from server.api.errors import ApiError
 from server.api.images.encode import Format
 from server.fair_cache import FairCache
-from server.paths import IMAGES as IMAGES
+from server.paths import IMAGES
 
 # Of an id, which is the only credential.
 ID_BYTES = 16

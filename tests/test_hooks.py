@@ -4,8 +4,8 @@ was told.
 
 from __future__ import annotations
 
+from server.engine.hooks import HookName, Hooks, ReplayFilter
 from server.engine.messages import Drawn, Image, Preview
-from server.ray_serve.deduplication import ReplayFilter
 
 
 def preview(number: int, index: int = 0) -> Preview:
@@ -16,14 +16,17 @@ def drawn(index: int) -> Drawn:
     return Drawn("id", Image(index, 1, 1, b"abc"))
 
 
-def told(*calls: tuple[str, object]) -> list[tuple[str, object]]:
+def told(*calls: tuple[HookName, object]) -> list[tuple[str, object]]:
     heard: list[tuple[str, object]] = []
-    hooks = ("on_admitted", "on_preview", "on_drawn")
-    replay_filter = ReplayFilter(
-        {name: lambda *args, name=name: heard.append((name, *args)) for name in hooks}
+    hooks = Hooks(
+        on_admitted=lambda forecast: heard.append(("on_admitted", forecast)),
+        on_preview=lambda preview: heard.append(("on_preview", preview)),
+        on_drawn=lambda drawn: heard.append(("on_drawn", drawn)),
     )
+    assert hooks.names == {"on_admitted", "on_preview", "on_drawn"}
+    replay_filter = ReplayFilter(hooks)
     for name, *args in calls:
-        replay_filter.forward((name, tuple(args)))
+        replay_filter.call(name, *args)
     return heard
 
 
