@@ -225,6 +225,6 @@ class Scheduler:
 
 
 def _length(job: Job) -> int:
-    texts = (*job.prompts, job.negative_prompt) if job.sampling.guided else job.prompts
+    texts = job.encoded_texts
     longest = max(len(text.encode("utf-8", "replace")) for text in texts) + 1
     return next((length for length in LENGTHS if longest <= length), LENGTHS[-1])
