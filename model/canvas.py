@@ -167,6 +167,14 @@ def box_mask(box: tuple[float, float, float, float], width: int, height: int) ->
     return mask
 
 
+def box_weight(box: tuple[float, float, float, float], width: int, height: int) -> Pixels:
+    """Return the weight of a region that has all of a box: uint8 [H, W], 255 inside.
+
+    box: as of `box_mask`.
+    """
+    return region_weight(box_mask(box, width, height), 1.0, 0.0)
+
+
 def region_weight(where: Mask | Pixels, weight: float, softness: float) -> Pixels:
     """Return a region's weight at every pixel, uint8 [H, W]; 255 is the full weight.
 

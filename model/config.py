@@ -28,6 +28,7 @@ from model.network_config import DenoiserV1Config as DenoiserV1Config
 from model.network_config import PriorConfig as PriorConfig
 from model.network_config import VQGANConfig as VQGANConfig
 from model.network_config import VQGANV1Config as VQGANV1Config
+from model.prompt_reading import Reading, read, read_negative
 from model.recipe import DENOISER as DENOISER
 from model.recipe import MAX_GUIDANCE as MAX_GUIDANCE
 from model.recipe import QUALITY as QUALITY
@@ -173,6 +174,9 @@ class BundleConfig:
         if any(side < self.smallest_side or side % self.size_step for side in self.native_size):
             sizes = f"multiples of {self.size_step} from {self.smallest_side} on"
             raise ValueError(f"native_size must be two {sizes}, not {self.native_size}")
+        recipes = (self.recipe, *(preset.recipe for preset in self.presets.values()))
+        if self.vocabulary is None and any(recipe.auto_regions for recipe in recipes):
+            raise ValueError("auto_regions needs a vocabulary, which names the things of a prompt")
         denoisers = (self.denoiser, *self.denoisers.values())
         needed = needed_format(self.presets, denoisers, self.vocabulary)
         if self.format < needed:
@@ -238,9 +242,13 @@ class BundleConfig:
         """The longest prompt of each encoder, end marks included."""
         return {"clip_tokens": self.clip.context_length}
 
-    def read_prompt(self, prompt: str) -> str:
+    def read_prompt(self, prompt: str) -> Reading:
         """Return what of a prompt is encoded: all of it, unless the weights have a vocabulary."""
-        return prompt if self.vocabulary is None else self.vocabulary.read(prompt)
+        return Reading(prompt) if self.vocabulary is None else read(self.vocabulary, prompt)
+
+    def read_negative(self, prompt: str) -> str:
+        """Return what of a negative prompt is encoded, as `read_prompt` does."""
+        return prompt if self.vocabulary is None else read_negative(self.vocabulary, prompt)
 
     # ── presets ───────────────────────────────────────────────────────────────────────────────────
 

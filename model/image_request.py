@@ -7,6 +7,7 @@ and its parts can be cached by content. `model/row_builder.py` turns requests in
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pickle import PickleBuffer
 from typing import Any, SupportsIndex
@@ -14,7 +15,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
+from model.canvas import box_weight
 from model.config import BundleConfig, Interpolation, SamplingConfig
+from model.prompt_reading import Part
 from model.tiles import Tiling
 
 
@@ -108,6 +111,18 @@ class Region:
 
     prompt: str
     weight: InputImage
+
+
+def parted(parts: Sequence[Part], width: int, height: int) -> tuple[str, tuple[Region, ...]]:
+    """Return the prompt and the regions of an image whose parts have prompts of their own.
+
+    The first part's stands for the prompt, which has what the regions leave. width, height: pixels.
+    """
+    first, *others = parts
+    regions = (
+        Region(part.prompt, InputImage.of(box_weight(part.box, width, height))) for part in others
+    )
+    return first.prompt, tuple(regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +244,20 @@ class ImageRequest:
     def prompts(self) -> tuple[str, ...]:
         """Every text that a conditional branch reads."""
         return conditional_prompts(self.prompt, self.keyframes, self.regions)
+
+    def read_as(self, readings: Mapping[str, str], negative_prompt: str) -> ImageRequest:
+        """Return the request with other texts for some of its own, and for the negative prompt."""
+
+        def read(text: str) -> str:
+            return readings.get(text, text)
+
+        return replace(
+            self,
+            prompt=read(self.prompt),
+            negative_prompt=negative_prompt,
+            keyframes=tuple(replace(each, prompt=read(each.prompt)) for each in self.keyframes),
+            regions=tuple(replace(each, prompt=read(each.prompt)) for each in self.regions),
+        )
 
 
 def steps_skipped(strength: float, steps: int) -> int:

@@ -37,12 +37,21 @@ from model.config import (
     SamplingConfig,
 )
 from model.executor import BranchBatch, Eager, Executor, SamplingInputs
+from model.image_request import parted
 from model.network_config import Schedule
 from model.networks import prior
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.layers import to_device
 from model.networks.text_encoders import Prompt, bucket
-from model.rows import AnyCondition, RegionBranch, Row, generate, pinned_tokens
+from model.rows import (
+    AnyCondition,
+    RegionBranch,
+    Row,
+    as_tensor,
+    generate,
+    pinned_tokens,
+    token_weight,
+)
 from model.sampling import Noise
 
 
@@ -55,6 +64,14 @@ class Reader(NamedTuple):
 
     denoiser: str
     attention_weights: tuple[float, float] | None = None
+
+
+class _Asked(NamedTuple):
+    """A text of an image. weight: of a region's at every token, [H, W]."""
+
+    text: str
+    noise: Noise
+    weight: Tensor | None = None
 
 
 # The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings
@@ -403,14 +420,40 @@ class Pipeline(ABC):
         settings, reader = self.prior_settings(config), self.reader(config)
         drawn = config.steps, config.renoise_mode, config.renoise_order, settings
         noises = [self.noise(seed, w, h, *drawn) for seed in seeds]
-        *encoded, negative = self.encode([*prompts, negative_prompt])
-        images = self.prior_embeddings(encoded, noises, settings)
-        unconditional = self.condition(negative, reader=reader) if config.guided else None
-        rows = [
-            self.start(noise, config, self.condition(prompt, image, reader), unconditional)
-            for noise, prompt, image in zip(noises, encoded, images, strict=True)
+        requests = [
+            asked
+            for prompt, noise in zip(prompts, noises, strict=True)
+            for asked in self._read(prompt, noise, config, w, h)
         ]
+        texts = [asked.text for asked in requests]
+        *encoded, negative = self.encode([*texts, self.config.read_negative(negative_prompt)])
+        images = self.prior_embeddings(encoded, [asked.noise for asked in requests], settings)
+        unconditional = self.condition(negative, reader=reader) if config.guided else None
+        rows: list[Row] = []
+        regions: list[RegionBranch] = []
+        for asked, text, image in zip(requests, encoded, images, strict=True):
+            condition = self.condition(text, image, reader)
+            if asked.weight is not None:
+                regions.append(RegionBranch(condition, asked.weight))
+                continue
+            rows.append(self.start(asked.noise, config, condition, unconditional, regions))
+            regions = []
         return self.denoise(rows, progress)
+
+    def _read(
+        self, prompt: str, noise: Noise, config: SamplingConfig, width: int, height: int
+    ) -> list[_Asked]:
+        """Return the texts of an image: those of its regions, then the prompt's."""
+        reading = self.config.read_prompt(prompt)
+        if not (reading.parts and self.config.preset(config.preset).recipe.auto_regions):
+            return [_Asked(reading.text, noise)]
+        first, regions = parted(reading.parts, width, height)
+        weights = [
+            token_weight(as_tensor(region.weight).to(self.device) / 255, self.downscale)
+            for region in regions
+        ]
+        texts = [region.prompt for region in regions]
+        return [*map(_Asked, texts, [noise] * len(texts), weights), _Asked(first, noise)]
 
 
 class PipelineV3(Pipeline):
@@ -429,13 +472,13 @@ class PipelineV3(Pipeline):
 
     def text_length(self, prompt: str) -> int:
         """Return the length class of the prompt's bytes, as far as they are read."""
-        limit, read = self.config.byt5.max_bytes, self.config.read_prompt(prompt)
-        return bucket(min(len(read.encode("utf-8", "replace")) + 1, limit), limit)
+        limit = self.config.byt5.max_bytes
+        return bucket(min(len(prompt.encode("utf-8", "replace")) + 1, limit), limit)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Prompt]:
         """Encode by both text encoders."""
-        b, prompts = self.bundle, list(map(self.config.read_prompt, prompts))
+        b = self.bundle
         tokens, cut = b.clip.tokenize(prompts)
         out, clip = b.byt5(prompts), b.clip.encode_tokens(tokens)
         named = [

@@ -86,7 +86,7 @@ AttentionWeight = Annotated[float, Field(ge=0, le=100)]
 
 
 # Of a recipe, in the order in which they were added.
-_ADDED_FIELDS = ("renoise_order", "guidance_start")
+_ADDED_FIELDS = ("renoise_order", "guidance_start", "auto_regions")
 
 
 class PriorSettings(NamedTuple):
@@ -102,7 +102,8 @@ class Recipe:
     """A bundle's sampling defaults, as its authors recommend them.
 
     attention_weights: factors on the attention given to the (text, image) condition tokens of the
-    conditional branch; None is off.
+    conditional branch; None is off. auto_regions: whether several things in a prompt are drawn each
+    by a prompt of its own, in its own part of the image.
     """
 
     __pydantic_config__ = STRICT
@@ -122,6 +123,7 @@ class Recipe:
     renoise_mode: RenoiseMode = "start"
     renoise_order: RenoiseOrder = "random"
     guidance_start: StepCount = 0
+    auto_regions: bool = False
 
     def __post_init__(self) -> None:
         if max(self.renoise_steps, self.guidance_steps) > self.num_inference_steps:

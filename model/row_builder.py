@@ -32,6 +32,7 @@ from model.rows import (
     PinnedTokens,
     RegionBranch,
     Row,
+    as_tensor,
     edit,
     refine,
     repaint,
@@ -485,13 +486,6 @@ def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return list(groups.values())
-
-
-def as_tensor(image: InputImage) -> Tensor:
-    """Return uint8 [H, W, 3], or [H, W] where there is one byte a pixel."""
-    flat = torch.frombuffer(bytearray(image.content), dtype=torch.uint8)
-    channels = flat.numel() // (image.width * image.height)
-    return flat.view(image.height, image.width, *[channels] * (channels > 1))
 
 
 def _in_batches(

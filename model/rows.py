@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.config import SamplingConfig
-from model.image_request import steps_skipped
+from model.image_request import InputImage, steps_skipped
 from model.networks.denoiser_v1 import ConditionV1
 from model.networks.denoiser_v3 import Condition
 from model.networks.layers import to_device
@@ -262,3 +262,10 @@ def token_weight(weight: Tensor, downscale: int) -> Tensor:
     return weight.view(height // downscale, downscale, width // downscale, downscale).mean(
         dim=(1, 3)
     )
+
+
+def as_tensor(image: InputImage) -> Tensor:
+    """Return uint8 [H, W, 3], or [H, W] where there is one byte a pixel."""
+    flat = torch.frombuffer(bytearray(image.content), dtype=torch.uint8)
+    channels = flat.numel() // (image.width * image.height)
+    return flat.view(image.height, image.width, *[channels] * (channels > 1))

@@ -1,251 +1,331 @@
-"""Read prompts as the captions that small weights were trained on: leave out what those never say.
+"""Know the words of the captions that small weights were trained on.
 
-People write "photo of a red apple, highly detailed, 4k". Text encoders that were trained on a
-million web captions know such words; those of small weights, which know "a red apple", read noise.
-A bundle with a `Vocabulary` has its prompts reduced to what it can draw.
+Text encoders that were trained on a million web captions know "a crimson automobile, 4k"; those of
+small weights know "a red car", and read noise in other words. `model/prompt_reading.py` puts
+prompts into the words of a `Vocabulary`. No torch here.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from model.network_config import STRICT
 
-# Words that ask for a look or name furniture. They count only within the name of a thing.
-_LOOKS = """
-    art artistic artwork comic cinematic photo photograph photographic photography photorealistic
-    realistic realism film movie cinema light lights lighting bright dark dramatic moody soft sharp
-    focus detail details detailed high low hd quality best masterpiece colorful colourful colors
-    colours vivid vibrant studio professional landscape portrait ink oil watercolor watercolour
-    painted paint digital pixel vector sketch pencil drawing illustration render rendered rendering
-    line lines retro vintage fantasy magic magical elegant cool cold wide view angle shot grain
-    award trending glowing epic style styled aesthetic resolution table tables desk shelf
-"""
-LOOKS = frozenset(_LOOKS.split())
+ARTICLES = frozenset(("a", "an", "the", "some"))
 _FUNCTION = """
     a an the and or of with in on at by for from to into near under over behind between is are it
-    its this that some very
+    its this that some front inside
 """
 FUNCTION = frozenset(_FUNCTION.split())
-ARTICLES = frozenset(("a", "an", "the", "some"))
-# Words that mean nothing on their own.
-_EMPTY = LOOKS | FUNCTION
-
-# Ways to ask, before what is asked for. "Draw" and "show me" are captions' own words.
-_ASKED = re.compile(
-    r"^\W*(?:/?imagine(?: prompt)?\b[: ]*)?"
-    r"(?:(?:hi|hello|hey|please|kindly|just|ok|okay)\b[ ,!]*)*"
-    r"(?:(?:can|could|would|will) you\b[ ,]*(?:please )?)?"
-    r"(?:(?:i want|i need|i'd like|i would like|give me|let's see|let me see)\b *"
-    r"(?:you to |to (?:see|have) )?)?"
-    r"(?:(?:please )?(?:draw|paint|make|create|generate|render|produce|design|illustrate|show)\b *"
-    r"(?:me |us |for me )?)?",
-    re.IGNORECASE,
+NUMBERS = frozenset(
+    [
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "pair",
+        "couple",
+        "dozen",
+    ]
 )
-# A medium, before what is shown in it.
-_MEDIUM = re.compile(
-    r"^(?:an? |the )?(?:[\w-]+ ){0,3}"
-    r"(?:photo|photograph|picture|image|drawing|painting|illustration|render|rendering|sketch"
-    r"|portrait|icon|artwork|shot|view) of ",
-    re.IGNORECASE,
-)
-# A medium or a look, behind what is shown in it: "oil painting", "comic book style".
-_MEDIUM_AFTER = re.compile(
-    r"\W*(?:(?!and |or |an? |the )[\w-]+ ){0,3}"
-    r"(?:style|styled|aesthetic|art|artwork|painting|drawing"
-    r"|illustration|photo|photograph|photography|picture|image|render|rendering|sketch|portrait"
-    r"|wallpaper|poster|sticker|logo|icon|clipart|cartoon|anime|3d|emoji)\W*",
-    re.IGNORECASE,
-)
-_IN_STYLE = re.compile(
-    r"\b(?:in|with) (?:(?:the|an?) )?(?:style of [^,;|.\n]*|(?:[\w-]+ ){1,3}style\b)", re.IGNORECASE
-)
-_THANKS = re.compile(r"[ ,]*\b(?:please|thanks|thank you)\b[ .!?]*$", re.IGNORECASE)
-_TAG = re.compile(r"<[^<>]{0,200}>")  # <lora:name:0.8>
-_FLAG = re.compile(r"(?:^|\s)--[a-z]+(?: [\w.:]+)?", re.IGNORECASE)  # --ar 16:9
-_EMPHASIS = re.compile(r":-?\d+(?:\.\d+)?(?=[)\]])|[()\[\]{}]")  # (word:1.2)
-_CLAUSE_END = re.compile(r"[,;|\n]+|[.!?](?=\s|$)")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-# A caption that describes a thing by tags, some of which may name others.
-_TAGGED = re.compile(r"something to do with|a thing (?:like this|about)", re.IGNORECASE)
-# What stands between two things that captions would join by "and".
-_BETWEEN = frozenset(("on", "in", "with", "inside", "near", "behind", "by", "at"))
-_LONGEST_READ = 4096  # characters; encoders of small weights read a few hundred
-_LONGEST_NAME = 5  # words
+_AN = ("a", "e", "i", "o", "u", "hour", "x-ray", "suv", "8 ")
+_NOT_AN = ("uni", "use", "uku", "ufo", "eu", "one", "u-")
+LONGEST_PHRASE = 6  # words
 _LONGEST_WORD = 32  # letters of one that may be misspelt
 _SHORTEST_MISSPELT = 5  # letters
+_SHORTEST_OF_SEVERAL = 4  # letters of a word that may be misspelt in a name of several
+_SEVERAL = 5  # things
+
+Phrase = tuple[str, ...]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One kind of thing that can be drawn: its name, its plural and its other names.
+
+    tags: what people say of it without its name. colour: the one that it has, if it has one. bare:
+    whether its name has no article, as "bread".
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: Text
+    plural: Text
+    synonyms: tuple[Text, ...] = ()
+    tags: tuple[Text, ...] = ()
+    colour: Text | None = None
+    bare: bool = False
+
+
+class Named(NamedTuple):
+    """A name of a thing as it stands in a prompt. plural: whether it names several."""
+
+    thing: Thing
+    plural: bool
+
+    @property
+    def name(self) -> str:
+        """The name that the captions use most."""
+        return self.thing.plural if self.plural else self.thing.name
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Know what captions of the training say.
 
-    things: names of what can be drawn, separated by commas. places: words for scenes, sides and
-    views, separated by commas. words: further words that captions have beside these, such as
-    colours and sizes, separated by spaces. tags: words that describe a thing instead of its name,
-    and mean nothing beside one, separated by spaces.
+    things: what can be drawn. places: words for scenes, sides and views. colours, sizes, words:
+    what captions have beside names, separated by spaces; words are the rest, such as "cute" and
+    "background". aliases: words of a caption for words that no caption has, such as red for
+    crimson. english: words that differ by a letter from a known one and are correct nevertheless,
+    separated by spaces.
     """
 
     __pydantic_config__ = STRICT
 
-    things: Annotated[str, Field(min_length=1, max_length=2**20)]
-    places: Annotated[str, Field(max_length=2**20)] = ""
-    words: Annotated[str, Field(max_length=2**20)] = ""
-    tags: Annotated[str, Field(max_length=2**20)] = ""
+    things: Annotated[tuple[Thing, ...], Field(min_length=1, max_length=2**14)]
+    places: tuple[Text, ...] = ()
+    colours: Annotated[str, Field(max_length=2**16)] = ""
+    sizes: Annotated[str, Field(max_length=2**16)] = ""
+    words: Annotated[str, Field(max_length=2**16)] = ""
+    aliases: Mapping[Text, Text] = field(default_factory=dict)
+    english: Annotated[str, Field(max_length=2**16)] = ""
+
+    def thing(self, phrase: Phrase) -> Named | None:
+        """Return the thing of this name: the usual one, a synonym, or the plural of either.
+
+        Of a name of several words, one may be misspelt.
+        """
+        if named := self._names.get(phrase):
+            return named
+        unknown = [i for i, word in enumerate(phrase) if word not in self._known]
+        for i in unknown if len(phrase) > 1 else ():
+            for known, named in self._with_a_gap.get((*phrase[:i], "", *phrase[i + 1 :]), ()):
+                if _differ_by_a_letter(phrase[i], known):
+                    return named
+        return None
+
+    def _may_be_misspelt(self, word: str) -> bool:
+        return len(word) >= _SHORTEST_OF_SEVERAL and word not in self._words | FUNCTION
+
+    def longest(self, word: str) -> int:
+        """Return how many words the longest phrase has that begins with this one."""
+        return self._longest.get(word, 1 if word in self._known else LONGEST_PHRASE)
+
+    def is_place(self, phrase: Phrase) -> bool:
+        """Return whether captions have this phrase for a scene, a side, a relation or a view."""
+        return phrase in self._places
+
+    def is_property(self, word: str) -> bool:
+        """Return whether captions have this word beside names: a colour, a size, a number."""
+        return word in self._words
+
+    def is_colour(self, word: str) -> bool:
+        """Return whether this word is a colour of captions."""
+        return word in self._colours
+
+    def is_size(self, word: str) -> bool:
+        """Return whether this word is a size of captions."""
+        return word in self._sizes
+
+    def alias(self, phrase: Phrase) -> Phrase | None:
+        """Return a caption's words for others of this meaning."""
+        return self._aliases.get(phrase)
+
+    def corrected(self, word: str) -> str | None:
+        """Return the known word for a misspelt one, None for a word that is another one.
+
+        Hardly anybody gets the first letter wrong.
+        """
+        if not _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD or word in self._correct:
+            return None
+        found = map(self._nearest, (word, *_as_it_sounds(word)))
+        return next((known for known in found if known), None)
+
+    def _nearest(self, word: str) -> str | None:
+        """Return the known word that differs by a letter: less, more, changed or swapped."""
+        if word in self._known:
+            return word
+        if word in self._shortened:
+            return self._shortened[word]
+        parts = sorted(_without_a_letter(word))  # the same choice every time
+        longer = [part for part in parts if part in self._known]
+        near = [self._shortened[part] for part in parts if part in self._shortened]
+        near.sort(key=lambda known: len(known) != len(word))
+        return next(iter((*longer, *near)), None)
+
+    def described(self, phrases: Iterable[Phrase], colours: Iterable[str] = ()) -> Thing | None:
+        """Return the thing that most of these tags are said of; None without a tag.
+
+        Of several, one of these colours, then the one with the fewest other tags. A single word
+        says enough only if it is said of several things, as "fruit" is.
+        """
+        tags = set(phrases)
+        said = [number for phrase in tags for number in self._tagged.get(phrase, ())]
+        enough = len(said) >= _SEVERAL or any(len(phrase) > 1 for phrase in tags)
+        if not said or not (enough or len(set(said)) < len(said)):
+            return None
+        shown = set(colours)
+
+        def rank(number: int) -> tuple[int, bool, int, int]:
+            thing = self.things[number]
+            return said.count(number), thing.colour in shown, -len(thing.tags), -number
+
+        return self.things[max(set(said), key=rank)]
+
+    def is_tag(self, phrase: Phrase) -> bool:
+        """Return whether this phrase is said of things without their names."""
+        return phrase in self._tagged
+
+    # ── indices ───────────────────────────────────────────────────────────────────────────────────
 
     @cached_property
-    def _things(self) -> frozenset[tuple[str, ...]]:
-        return frozenset(tuple(words_of(name)) for name in self.things.split(","))
+    def _names(self) -> dict[Phrase, Named]:
+        """Every name by its words: usual names come before synonyms, and both before guesses."""
+        found: dict[Phrase, Named] = {}
+        for thing in self.things:
+            found.setdefault(words_of(thing.name), Named(thing, plural=False))
+            found.setdefault(words_of(thing.plural), Named(thing, plural=True))
+        for thing in self.things:
+            for name in thing.synonyms:
+                found.setdefault(words_of(name), Named(thing, plural=False))
+        for phrase, named in list(found.items()):
+            if not named.plural:
+                for plural in _plurals(phrase[-1]):
+                    found.setdefault((*phrase[:-1], plural), Named(named.thing, plural=True))
+        for phrase, named in list(found.items()):
+            if len(phrase) == 2:
+                found.setdefault(("".join(phrase),), named)
+        return found
 
     @cached_property
-    def _places(self) -> frozenset[tuple[str, ...]]:
-        return frozenset(tuple(words_of(name)) for name in self.places.split(",")) - {()}
+    def _with_a_gap(self) -> dict[Phrase, list[tuple[str, Named]]]:
+        """The names of several words by all but one of their words, and that word."""
+        found: dict[Phrase, list[tuple[str, Named]]] = {}
+        for phrase, named in self._names.items():
+            for i, word in enumerate(phrase if len(phrase) > 1 else ()):
+                if self._may_be_misspelt(word):
+                    gap = (*phrase[:i], "", *phrase[i + 1 :])
+                    found.setdefault(gap, []).append((word, named))
+        return found
 
     @cached_property
-    def _beside_names(self) -> frozenset[str]:
-        """Words that mean something beside the name of a thing."""
-        return frozenset(self.words.split()) - _EMPTY
+    def _places(self) -> frozenset[Phrase]:
+        phrases = [*map(words_of, self.places)]
+        bare = [phrase[1:] for phrase in phrases if phrase[0] in ARTICLES]
+        return frozenset((*phrases, *bare)) - {()}
 
     @cached_property
-    def _without_names(self) -> frozenset[str]:
-        """Words that mean something where nothing is named."""
-        return self._beside_names | (frozenset(self.tags.split()) - _EMPTY)
+    def _longest(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for phrase in (*self._names, *self._places, *self._aliases):
+            found[phrase[0]] = max(len(phrase), found.get(phrase[0], 1))
+        return found
+
+    @cached_property
+    def _colours(self) -> frozenset[str]:
+        return frozenset(self.colours.split())
+
+    @cached_property
+    def _sizes(self) -> frozenset[str]:
+        return frozenset(self.sizes.split())
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return self._colours | self._sizes | (frozenset(self.words.split()) - FUNCTION)
+
+    @cached_property
+    def _aliases(self) -> dict[Phrase, Phrase]:
+        return {words_of(other): words_of(own) for other, own in self.aliases.items()}
+
+    @cached_property
+    def _tagged(self) -> dict[Phrase, list[int]]:
+        """The numbers of the things that each tag is said of."""
+        found: dict[Phrase, list[int]] = {}
+        for number, thing in enumerate(self.things):
+            for tag in set(map(words_of, thing.tags)):
+                found.setdefault(tag, []).append(number)
+        return found
 
     @cached_property
     def _known(self) -> frozenset[str]:
-        phrases = self._things | self._places
-        return self._beside_names | {word for phrase in phrases for word in phrase}
+        """Every word that captions have."""
+        phrases = (*self._names, *self._places)
+        return self._words | {word for phrase in phrases for word in phrase}
 
     @cached_property
-    def _nearly(self) -> frozenset[str]:
-        """Every known word without one of its letters, by which misspelt ones are found."""
-        long = (word for word in self._known if len(word) >= _SHORTEST_MISSPELT)
-        return frozenset(part for word in long for part in _shortened(word))
+    def _correct(self) -> frozenset[str]:
+        """Every word that is spelt right."""
+        phrases = (*self._aliases, *self._tagged)
+        others = {word for phrase in phrases for word in phrase}
+        return self._known | FUNCTION | others | frozenset(self.english.split())
 
-    def read(self, prompt: str) -> str:
-        """Return what of a prompt the captions of the training could say.
-
-        Left out are requests ("could you draw me"), media, marks of other programs
-        (`<lora:x:1>`, `(word:1.2)`, `--ar 16:9`), looks ("highly detailed, 4k") and further words
-        that no caption has. What a prompt begins with stays as it is if it names nothing known.
-        """
-        plain = _EMPHASIS.sub(" ", _FLAG.sub(" ", _TAG.sub(" ", prompt[:_LONGEST_READ])))
-        plain = _THANKS.sub("", _ASKED.sub("", plain.strip(), count=1))
-        first, *others = _CLAUSE_END.split(_IN_STYLE.sub("", plain))
-        others = [clause for clause in others if not _MEDIUM_AFTER.fullmatch(clause)]
-        clauses = [
-            _WORD.findall(_MEDIUM.sub(_close_up, clause.strip(), count=1))
-            for clause in (first, *others)
+    @cached_property
+    def _shortened(self) -> dict[str, str]:
+        """The known words by what is left of them without one of their letters."""
+        names = [
+            name for thing in self.things for name in (thing.name, thing.plural, *thing.synonyms)
         ]
-        named = any(map(self._thing_places, clauses))
-        meaning = self._beside_names if named else self._without_names
-        if _TAGGED.search(prompt) or not self._means(clauses[0], meaning):
-            return prompt
-        kept = [self._kept(clause, meaning) for clause in clauses]
-        if not named:
-            kept[0] = clauses[0]
-        text = ", ".join(" ".join(clause) for clause in kept if clause)
-        text = prompt if words_of(text) == words_of(prompt) else text
-        return text.lower() if prompt.isupper() else text
-
-    def _kept(self, clause: list[str], meaning: frozenset[str]) -> list[str]:
-        """Return a clause without the words that captions do not have, or nothing of it.
-
-        meaning: the words that count beside names.
-        """
-        if not self._means(clause, meaning):
-            return []
-        places = self._thing_places(clause) | _found(clause, self._places)
-        known = [
-            i in places or word in FUNCTION or word in meaning or self._is_misspelt(word)
-            for i, word in enumerate(map(str.lower, clause))
-        ]
-        return self._side_by_side(_joined(clause, known))
-
-    def _means(self, clause: list[str], meaning: frozenset[str]) -> bool:
-        """Return whether a clause says something that captions say, perhaps misspelt."""
-        known = any(word in meaning or self._is_misspelt(word) for word in map(str.lower, clause))
-        return known or bool(self._thing_places(clause) or _found(clause, self._places))
-
-    def _side_by_side(self, clause: list[str]) -> list[str]:
-        """Return "a cat and a sofa" for "a cat on a sofa", a relation that captions do not have."""
-        things, places = self._thing_places(clause), _found(clause, self._places)
-        result = list(clause)
-        for i, word in enumerate(clause):
-            if word.lower() not in _BETWEEN or i in things | places or i - 1 not in things:
-                continue
-            rest = (k for k in range(i + 1, len(clause)) if clause[k].lower() not in ARTICLES)
-            noun = next((k for k in rest if clause[k].lower() not in self._beside_names), None)
-            if noun in things and noun not in places:
-                result[i] = "and"
-        return result
-
-    def _thing_places(self, clause: list[str]) -> set[int]:
-        """Return the places of words that belong to the name of a thing."""
-        return _found(clause, self._things)
-
-    def _is_misspelt(self, word: str) -> bool:
-        """Return whether a word is a known one but for one letter."""
-        if not _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD or word in _EMPTY:
-            return False
-        return word in self._nearly or any(
-            part in self._known or part in self._nearly for part in _shortened(word)
-        )
+        known = self._words.union(*map(words_of, (*names, *self.places)))
+        long = sorted(word for word in known if len(word) >= _SHORTEST_MISSPELT)
+        return {part: word for word in reversed(long) for part in _without_a_letter(word)}
 
 
-def _found(clause: list[str], phrases: frozenset[tuple[str, ...]]) -> set[int]:
-    """Return the places of words that belong to one of the phrases."""
-    words = [word.lower() for word in clause]
-    places: set[int] = set()
-    for start in range(len(words)):
-        for length in range(min(_LONGEST_NAME, len(words) - start), 0, -1):
-            if tuple(words[start : start + length]) in phrases:
-                places.update(range(start, start + length))
-                break
-    return places
+def words_of(text: str) -> Phrase:
+    """Return the words of a text in lower case; hyphens part words."""
+    return tuple(
+        part for word in _WORD.findall(text) for part in re.split("-", _plain(word)) if part
+    )
 
 
-def _close_up(medium: re.Match[str]) -> str:
-    near = re.search(r"\bclose|\bmacro", medium[0], re.IGNORECASE)
-    return "a close-up of " if near else ""
+def _plain(word: str) -> str:
+    return word.lower().replace("\u2019", "'")
 
 
-def words_of(text: str) -> list[str]:
-    """Return the words of a text in lower case."""
-    return [word.lower() for word in _WORD.findall(text)]
+def with_article(words: str) -> str:
+    """Return the words with "a" or "an" in front."""
+    vowel = words.startswith(_AN) and not words.startswith(_NOT_AN)
+    return ("an " if vowel else "a ") + words
 
 
-def _shortened(word: str) -> set[str]:
-    """Return a word without one of its letters; hardly anybody gets the first one wrong."""
+def _plurals(noun: str) -> Iterator[str]:
+    """Yield what may be the plural of a noun."""
+    yield f"{noun}s"
+    if noun.endswith(("s", "x", "z", "ch", "sh", "o")):
+        yield f"{noun}es"
+    if noun.endswith("y"):
+        yield f"{noun[:-1]}ies"
+    if noun.endswith(("f", "fe")):
+        yield f"{noun.rstrip('e')[:-1]}ves"
+
+
+def _as_it_sounds(word: str) -> Iterator[str]:
+    """Yield a word with letters that sound alike: "elephant" for "elefant"."""
+    for letters, others in (("f", "ph"), ("k", "c"), ("c", "k"), ("y", "i"), ("i", "y")):
+        if letters in word[1:]:
+            yield word[0] + word[1:].replace(letters, others)
+
+
+def _differ_by_a_letter(one: str, other: str) -> bool:
+    """Return whether two words differ by a letter: less, more, changed or swapped."""
+    if abs(len(one) - len(other)) > 1 or one[0] != other[0]:
+        return False
+    return bool(({one} | _without_a_letter(one)) & ({other} | _without_a_letter(other)))
+
+
+def _without_a_letter(word: str) -> set[str]:
+    """Return a word without one of its letters, but for the first."""
     return {word[:i] + word[i + 1 :] for i in range(1, len(word))}
-
-
-def _joined(clause: list[str], known: list[bool]) -> list[str]:
-    """Return the known words, without articles and prepositions that are left without a noun."""
-    result: list[str] = []
-    for i, word in enumerate(clause):
-        if not known[i]:
-            continue
-        gap = i > 0 and not known[i - 1]
-        if gap and word.lower() in FUNCTION:
-            _strip(result)
-            if result and word.lower() in ARTICLES:
-                result.append("and")
-        elif gap and result and result[-1].lower() in ("a", "an"):
-            result[-1] = result[-1][0] + ("n" if word[0].lower() in "aeiou" else "")
-        result.append(word)
-    if not all(known[-1:]):
-        _strip(result)
-    repeated = [a.lower() == b.lower() == "and" for a, b in pairwise(result)]
-    return [word for word, again in zip(result, [*repeated, False], strict=True) if not again]
-
-
-def _strip(words: list[str]) -> None:
-    while words and words[-1].lower() in FUNCTION:
-        words.pop()

@@ -34,6 +34,7 @@ from model.config import Encoders, Kernels
 from server.environment import PREFIX, Environment, kubernetes_variables, without_blank
 from server.paths import (
     DOCS,
+    IMAGES,
     LIVENESS,
     METRICS,
     OPEN_PATHS,

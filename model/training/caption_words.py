@@ -13,6 +13,7 @@ from model.training.kinds import KINDS, NAMES_OF_KINDS
 from model.training.palette import NAMES
 from model.training.scenery import SCENES
 from model.training.scenes import Random, kind_of, pick
+from model.vocabulary import with_article
 
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,16 +191,6 @@ def scene_words(name: str) -> SceneWords:
         the = with_article(name)
         return SceneWords((f"in front of {the}", f"with {the} behind it"), (the,), (name,))
     return words
-
-
-_AN = ("a", "e", "i", "o", "u", "hour", "x-ray", "suv", "8 ")
-_NOT_AN = ("uni", "use", "uku", "ufo", "eu", "one", "u-")
-
-
-def with_article(words: str) -> str:
-    """Return the words with "a" or "an" in front."""
-    vowel = words.startswith(_AN) and not words.startswith(_NOT_AN)
-    return ("an " if vowel else "a ") + words
 
 
 _NAME_WORDS = frozenset(

@@ -30,7 +30,6 @@ from model.training.caption_words import (
     names_of,
     scene_words,
     tag_sets,
-    with_article,
 )
 from model.training.kinds import NAMES_OF_KINDS, NUMBERS, SHAPES
 from model.training.palette import NAMES
@@ -50,6 +49,7 @@ from model.training.scenes import (
     default_background,
     pick,
 )
+from model.vocabulary import with_article
 
 SIZES = ("small", "large")
 PLACES = (1, 2, 3)  # of the things in a caption, in the order of Scene.things

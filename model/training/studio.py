@@ -58,14 +58,17 @@ class Studio:
         embedding replaces the prior's. regions: prompts, and where they count, [H, W] of 0 … 255.
         """
         width, height = size or self.pipeline.config.native_size
+        read = self.pipeline.config.read_prompt
         return ImageRequest(
-            prompt,
+            read(prompt).text,
             seed,
             width,
             height,
             self.sampling,
             references=() if like is None else (Reference(InputImage.of(like), 1.0),),
-            regions=tuple(Region(text, InputImage.of(weight)) for text, weight in regions),
+            regions=tuple(
+                Region(read(text).text, InputImage.of(weight)) for text, weight in regions
+            ),
         )
 
     def inpainting(self, prompt: str, seed: int, image: Pixels, mask: Mask) -> ImageRequest:
@@ -110,9 +113,10 @@ class Studio:
         self, prompts: tuple[str, str], seed: int, count: int, mode: Interpolation = "slerp"
     ) -> list[ImageRequest]:
         """Return requests for frames between two prompts, the ends included."""
-        ends = (Keyframe(prompts[0]), Keyframe(prompts[1]))
-        first = replace(self.text("", seed), keyframes=ends, mode=mode)
-        return [replace(first, position=i / (count - 1)) for i in range(count)]
+        first, second = (self.pipeline.config.read_prompt(prompt).text for prompt in prompts)
+        ends = (Keyframe(first), Keyframe(second))
+        start = replace(self.text("", seed), keyframes=ends, mode=mode)
+        return [replace(start, position=i / (count - 1)) for i in range(count)]
 
     # ── images ──────────────────────────────────────────────────────────────────────────────────
 

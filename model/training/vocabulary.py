@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from model.config import BundleConfig, find_bundle, needed_format
 from model.training.caption_words import (
@@ -19,40 +20,86 @@ from model.training.caption_words import (
     FILLERS,
     NUMBER_WORDS,
     PLAIN,
-    RELATION_WORDS,
     SCENE_WORDS,
     SIDE_WORDS,
     SIZE_WORDS,
-    TAGGED,
     names_of,
 )
-from model.training.kinds import KINDS, NAMES_OF_KINDS
+from model.training.kinds import NAMES_OF_KINDS
 from model.training.palette import NAMES
 from model.training.scenery import SCENES
-from model.vocabulary import FUNCTION, Vocabulary, words_of
+from model.training.scenes import kind_of
+from model.vocabulary import FUNCTION, Thing, Vocabulary, words_of
+
+# Words of English, of the small word list of SCOWL, that `Vocabulary.corrected` would take for
+# misspelt words of captions.
+_ENGLISH = Path(__file__).with_name("english.txt")
+
+# Names that captions do not have, because they would be those of colours.
+SYNONYMS = {"tangerine": ("an orange", "the orange", "orange fruit")}
+
+# Words of captions for those that people also use.
+ALIASES: dict[str, str] = {
+    other: word
+    for word, others in {
+        "red": "crimson, scarlet, ruby, cherry red, dark red, maroon, burgundy, vermilion",
+        "orange": "amber, apricot coloured, tangerine coloured",
+        "yellow": "golden, gold, lemon yellow, mustard yellow, blond, blonde, ginger yellow",
+        "green": "emerald, lime green, olive green, dark green, light green, mint green, olive",
+        "cyan": "teal, aqua, aquamarine, sky blue, light blue, baby blue, blue green",
+        "blue": "navy, navy blue, dark blue, royal blue, cobalt, azure, sapphire, indigo",
+        "purple": "lavender, lilac, mauve, plum coloured",
+        "pink": "magenta, fuchsia, rosy, hot pink, salmon pink",
+        "brown": "tan, chestnut, chocolate brown, dark brown, light brown, beige, wooden",
+        "gray": "silver, silvery, charcoal, dark grey, light grey, dark gray, light gray",
+        "white": "ivory, cream coloured, snow white, off white",
+        "black": "ebony, jet black, pitch black",
+        "large": "giant, gigantic, enormous, massive, oversized",
+        "small": "miniature, mini, teeny, wee",
+        "in a forest": "in a jungle, in the jungle, in a rainforest, in the rainforest",
+        "in a meadow": "in a garden, in the garden, in a park, in the park, in a field, on a lawn",
+        "in a room": "in a kitchen, in the kitchen, in a bedroom, in the bedroom, in an office",
+        "in a city": "in a town, in new york, in the streets, in tokyo, in paris, in london",
+        "at the beach": "at the seaside, on the shore, at the shore, on an island",
+        "on the sea": "on a lake, on the lake, in a lake, on a river, on the river",
+        "in the mountains": "on a mountain, on the mountain, in the hills",
+        "in the sky": "in the air, in the clouds, flying in the sky",
+        "in space": "in the universe, among the stars, on the moon, on mars",
+        "underwater": "in the water, in the ocean, below the sea",
+    }.items()
+    for other in others.split(", ")
+}
 
 
 def vocabulary() -> Vocabulary:
     """Return what captions can say."""
-    things = {
-        " ".join(words_of(name))
-        for names in map(names_of, NAMES_OF_KINDS)
-        for name in (names.usual, names.plural, *names.synonyms)
-    }
     scenes = [text for scene in SCENE_WORDS.values() for texts in scene for text in texts]
-    positions = (*SIDE_WORDS.values(), *RELATION_WORDS.values())
-    sides = [text for texts in positions for text in texts]
+    sides = [text for texts in SIDE_WORDS.values() for text in texts]
     views = [*CLOSE_UP_BEFORE, *CLOSE_UP_AFTER, *SCENES]
     places = {" ".join(words_of(text)) for text in (*scenes, *sides, *views)} - FUNCTION
-    properties = (*COLOUR_WORDS.values(), *SIZE_WORDS.values(), *NUMBER_WORDS.values())
-    texts = [text for texts in properties for text in texts]
-    words = _words_of([*texts, *FILLERS, *PLAIN, *TAGGED, *NAMES, "in front of"])
-    tags = _words_of(tag for kind in KINDS for tag in kind.tags)
+    colours = _words_of([*NAMES, *(word for words in COLOUR_WORDS.values() for word in words)])
+    sizes = _words_of(word for words in SIZE_WORDS.values() for word in words)
+    numbers = [text for texts in NUMBER_WORDS.values() for text in texts]
     return Vocabulary(
-        things=", ".join(sorted(things)),
-        places=", ".join(sorted(places)),
-        words=" ".join(sorted(words)),
-        tags=" ".join(sorted(tags - words)),
+        things=tuple(map(_thing, NAMES_OF_KINDS)),
+        places=tuple(sorted(places)),
+        colours=" ".join(sorted(colours)),
+        sizes=" ".join(sorted(sizes)),
+        words=" ".join(sorted(_words_of([*numbers, *FILLERS, *PLAIN]) - FUNCTION)),
+        aliases=ALIASES,
+        english=" ".join(_ENGLISH.read_text().split()),
+    )
+
+
+def _thing(kind: str) -> Thing:
+    names, of_art = names_of(kind), kind_of(kind)
+    return Thing(
+        names.usual,
+        names.plural,
+        (*names.synonyms, *SYNONYMS.get(names.usual, ())),
+        tags=of_art.tags if of_art else (),
+        colour=of_art.colour if of_art else None,
+        bare=names.usual in names.bare,
     )
 
 
@@ -80,7 +127,7 @@ def main() -> None:
     directory = find_bundle(args.bundle)
     words = None if args.remove else vocabulary()
     with_vocabulary(BundleConfig.read(directory), words).write(directory)
-    kept = f"{words.things.count(',') + 1} names" if words else "no vocabulary"
+    kept = f"{len(words.things)} things" if words else "no vocabulary"
     print(f"{directory}: {kept}")
 
 

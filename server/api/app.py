@@ -155,7 +155,7 @@ def create_app(
 
     app = DocumentedApp(
         needs_key=Keys(settings.keys, settings.paths_without_key).needed_for,
-        elsewhere=() if settings.operations_port is None else routes_health.PATHS,
+        elsewhere=() if settings.operations_port is None else HEALTH_PATHS,
         title="Paellera",
         description=DESCRIPTION,
         lifespan=lifespan,

@@ -18,6 +18,7 @@ from server.api.planning.draft import fitting_preset
 from server.api.schemas import (
     IMAGE_DESCRIPTION,
     STRICT,
+    AutoRegions,
     Base64Text,
     Feather,
     FitChoice,
@@ -241,11 +242,12 @@ class GenerationsRequest(ImagesFields):
         Field(description="Accepted without effect: describe the style in the prompt"),
     ] = None
     regions: Regions = ()
+    auto_regions: AutoRegions = None
 
     def native(self, size: Size, config: BundleConfig) -> tuple[Operation, dict[str, Any]]:
         """Return /generate."""
-        fields = self._common(size, config)
-        return "generate", {**fields, "prompt": self.prompt, "regions": self.regions}
+        own = {name: getattr(self, name) for name in ("prompt", "regions", "auto_regions")}
+        return "generate", {**self._common(size, config), **own}
 
 
 class EditsRequest(ImagesFields):

@@ -221,6 +221,11 @@ class AttentionWeights(BaseModel):
     ] = 1.0
 
 
+PromptRead = Annotated[
+    str | None, Field(max_length=2**17, description="As in an image's parameters; ignored")
+]
+
+
 class RecipeFields(BaseModel):
     """Fields of every endpoint that generates images, OpenAI's included.
 
@@ -304,6 +309,7 @@ class RecipeFields(BaseModel):
         AttentionWeights | None,
         Field(description="Factors on the attention to the prompt's text and to the prior's image"),
     ] = None
+    prompt_read: PromptRead = None
     timeout_s: Annotated[
         float | None,
         Field(
@@ -380,6 +386,7 @@ class RegionEntry(BaseModel):
     model_config = STRICT
 
     prompt: NonBlankText
+    prompt_read: PromptRead = None
     box: Annotated[
         tuple[Fraction, Fraction, Fraction, Fraction] | None,
         BeforeValidator(_as_tuple),
@@ -414,6 +421,13 @@ Regions = Annotated[
         description="Other prompts for parts of the image; each costs one more branch",
     ),
     BeforeValidator(_as_tuple),
+]
+AutoRegions = Annotated[
+    bool | None,
+    Field(
+        description="Draw two to four things of the prompt each by a prompt of its own, in its own"
+        " part of the image; not beside regions. Default: the preset's choice"
+    ),
 ]
 References = Annotated[
     ImageBytesList,
@@ -513,6 +527,7 @@ class GenerateRequest(SamplingFields):
 
     prompt: NonBlankText
     regions: Regions = ()
+    auto_regions: AutoRegions = None
     hires: Annotated[
         Hires | None,
         Field(
@@ -655,6 +670,7 @@ class KeyframeEntry(BaseModel):
     model_config = STRICT
 
     prompt: NonBlankText | None = None
+    prompt_read: PromptRead = None
     image: ImageBytes | None = None
 
     @model_validator(mode="after")

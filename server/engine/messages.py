@@ -70,7 +70,9 @@ class Job:
     all of them again with the answer. traceparent: the W3C trace context of a traced request, whose
     answer has `step_seconds`; otherwise empty. held_bytes: size of the client's files that the API
     process keeps until the images are done. model_sha256: the weights' hash, for the answer.
-    step_work: of a step of its denoiser, in that of the weights' first one.
+    step_work: of a step of its denoiser, in that of the weights' first one. readings: what is
+    encoded of its texts, where that is not all of them. negative_reading: the same of its negative
+    prompt.
 
     The other fields are those of `model.image_request.ImageRequest`. With keyframes the rows are
     frames, evenly spaced from the first keyframe to the last.
@@ -101,19 +103,31 @@ class Job:
     enlarge: Enlarge | None = None
     model_sha256: str = ""
     step_work: float = 1.0
-    # Bytes of the longest text that a branch reads. Every forecast needs it of every unfinished
-    # job.
+    readings: Mapping[str, str] = field(default_factory=dict)
+    negative_reading: str | None = None
+    # Bytes of the longest text that is encoded. Every forecast needs it of every unfinished job.
     text_bytes: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        negative = (self.negative_prompt,) if self.sampling.guided else ()
-        longest = max(len(text.encode("utf-8", "replace")) for text in (*self.prompts, *negative))
+        longest = max(len(text.encode("utf-8", "replace")) for text in self.encoded_texts)
         object.__setattr__(self, "text_bytes", longest)
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Every text that a conditional branch reads."""
+        """Every text that a conditional branch stands for."""
         return conditional_prompts(self.prompt, self.keyframes, self.regions)
+
+    @property
+    def encoded_texts(self) -> tuple[str, ...]:
+        """What is encoded of every text, the negative prompt included if it is used."""
+        read = tuple(self.readings.get(text, text) for text in self.prompts)
+        return (*read, self.encoded_negative) if self.sampling.guided else read
+
+    @property
+    def encoded_negative(self) -> str:
+        """What is encoded of the negative prompt."""
+        unread = self.negative_reading is None
+        return self.negative_prompt if unread else self.negative_reading or ""
 
     @property
     def image_bytes(self) -> int:
@@ -201,7 +215,8 @@ class Job:
             image, number = place
             source = self.enlarge.image or self.enlarge.sources[image]
             assert source is not None
-            return self.enlarge.tile(self.image(image), source, number)
+            tile = self.enlarge.tile(self.image(image), source, number)
+            return tile.read_as(self.readings, self.encoded_negative)
         return ImageRequest(
             prompt=self.prompt,
             seed=self.seeds[index],
@@ -216,7 +231,7 @@ class Job:
             mode=self.mode,
             regions=self.regions,
             cache_scope=self.cache_scope,
-        )
+        ).read_as(self.readings, self.encoded_negative)
 
     def position(self, index: int) -> float:
         """Return a frame's place among the keyframes; 1.5 is half way from second to third."""

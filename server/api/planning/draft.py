@@ -7,7 +7,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from model.canvas import Array, pad_to_multiple
 from model.config import QUALITY, BundleConfig, Operation, Preset, Recipe, SamplingConfig
 from model.image_request import Enlarge
+from model.prompt_reading import Part
 from server.api.errors import ApiError, invalid_value, shortened
 from server.api.images.fit import Size, follow, within
 from server.api.planning.sizes import nearest_side, nearest_size
@@ -129,6 +130,22 @@ class Draft:
         # The job is refused for its work.
         return own[0] if own else within(source, sides[-1])
 
+    def parts(self, request: GenerateRequest) -> tuple[Part, ...]:
+        """Return the parts of the image that get prompts of their own; none for one prompt.
+
+        Raises:
+            ApiError: 400, asked for although the weights have no vocabulary.
+        """
+        if request.auto_regions and self.config.vocabulary is None:
+            message = (
+                f"auto_regions: {self.config.name} has no vocabulary; leave it out (sent: true)"
+            )
+            raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_value", message, "auto_regions")
+        wanted = request.auto_regions
+        if wanted is None:
+            wanted = self.config.preset(self.sampling.preset).recipe.auto_regions
+        return self.config.read_prompt(request.prompt).parts if wanted else ()
+
     @property
     def previews(self) -> int:
         """Return how many previews of each image are asked for: none without a stream.
@@ -214,6 +231,15 @@ class Draft:
         Raises:
             ApiError: 422, more work than allowed.
         """
+        job = self._job(size, prompt, **parts)
+        if job.enlarge:
+            check_tiles_work(job, job.enlarge, self.output, self.settings.max_request_work)
+            return job
+        workload = self.workload(steps, len(job.regions))
+        workload.check(size, enlarged, self.settings.max_request_work)
+        return job
+
+    def _job(self, size: Size, prompt: str, **parts: Any) -> Job:
         request = self.request
         job = Job(
             id=uuid.uuid4().hex,
@@ -232,12 +258,14 @@ class Draft:
             cache_scope=self.cache_scope,
             **{"seeds": seeds(request.seed, request.n), **parts},
         )
-        if job.enlarge:
-            check_tiles_work(job, job.enlarge, self.output, self.settings.max_request_work)
+        if self.config.vocabulary is None:
             return job
-        workload = self.workload(steps, len(job.regions))
-        workload.check(size, enlarged, self.settings.max_request_work)
-        return job
+        read = {text: self.config.read_prompt(text).text for text in job.prompts}
+        return replace(
+            job,
+            readings={**{text: own for text, own in read.items() if own != text}, **job.readings},
+            negative_reading=self.config.read_negative(job.negative_prompt),
+        )
 
 
 def draft(
@@ -533,10 +561,14 @@ def check_tiles_work(job: Job, enlarge: Enlarge, output: AnyFormat, allowed: int
         raise _too_much_work(work, allowed, f"It has {parts}, encoding, decoding and files")
 
 
+class TooMuchWorkError(ApiError):
+    """422: a request costs more than the settings allow."""
+
+
 def _too_much_work(work: int, allowed: int, reason: str) -> ApiError:
     limit = f"more than PAELLERA_MAX_REQUEST_WORK ({allowed})"
     message = f"this request costs {work}, {limit}. {reason}"
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
+    return TooMuchWorkError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
 
 
 def _counted(count: int, noun: str, plural: str = "s") -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from pydantic import BaseModel
 
 from model.canvas import Pixels, crop, on_white
 from model.config import Operation, SamplingConfig
-from model.image_request import Edit, Enlarge, InputImage, Reference, Region
+from model.image_request import Edit, Enlarge, InputImage, Reference, Region, parted
 from model.tiles import lanczos
 from server.api.errors import ApiError, invalid_value
 from server.api.images.admission import Uploads
@@ -34,7 +36,14 @@ from server.api.planning.conditions import (
     file_hash,
     image_as_prompt,
 )
-from server.api.planning.draft import Draft, check_operation, draft, rows_of, seeds
+from server.api.planning.draft import (
+    Draft,
+    TooMuchWorkError,
+    check_operation,
+    draft,
+    rows_of,
+    seeds,
+)
 from server.api.planning.layout import choose_canvas, choose_view, inpaint_weight, lay_out, restore
 from server.api.schemas import (
     AnyFormat,
@@ -175,18 +184,40 @@ def _attention_weights(sampling: SamplingConfig) -> dict[str, float] | None:
 
 def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
     size = drafted.size()
-    regions: tuple[Region, ...] = ()
-    parameters: dict[str, Any] = {}
     if request.regions:
         regions, parameters = decode_regions(request.regions, whole(size, size), drafted, uploads)
+        return _generate_with(request, drafted, size, parameters, regions=regions)
+    parts = drafted.parts(request)
+    if drafted.config.vocabulary is None:
+        return _generate_with(request, drafted, size, {})
+    if parts:
+        first, regions = parted(parts, *size)
+        readings = {request.prompt: first}
+        with suppress(TooMuchWorkError):
+            return _generate_with(
+                request, drafted, size, {"auto_regions": True}, regions=regions, readings=readings
+            )
+    return _generate_with(request, drafted, size, {"auto_regions": False})
+
+
+def _generate_with(
+    request: GenerateRequest,
+    drafted: Draft,
+    size: Size,
+    parameters: dict[str, Any],
+    *,
+    regions: tuple[Region, ...] = (),
+    readings: Mapping[str, str] = MappingProxyType({}),
+) -> Plan:
+    """Return the plan with these regions. The other arguments are those of `Draft.job`."""
+    job_with = partial(drafted.job, size, request.prompt, regions=regions, readings=dict(readings))
     if request.hires is None:
-        job = drafted.job(size, request.prompt, regions=regions)
-        return Plan("generate", job, size, parameters)
+        return Plan("generate", job_with(), size, parameters)
     scale, strength = request.hires.scale, request.hires.strength
     sampling = drafted.sampling.with_steps(request.hires.steps or drafted.sampling.steps).unguided
     enlarge = drafted.enlarge(size, scale, strength, sampling, "hires.scale")
     enlarge = replace(enlarge, regions=tuple(enlarged_region(each, enlarge) for each in regions))
-    job = drafted.job(size, request.prompt, regions=regions, enlarge=enlarge)
+    job = job_with(enlarge=enlarge)
     hires = {"scale": scale, "strength": strength, "steps": sampling.steps}
     parameters |= {"width": size[0], "height": size[1], "hires": hires}
     return Plan("generate", job, enlarge.size, parameters, partial(_shown, enlarge))
@@ -402,7 +433,7 @@ def _with_reading(planner: Planner) -> Planner:
 
     def plan_and_read(request: Any, drafted: Draft, uploads: Uploads) -> Plan:
         planned = planner(request, drafted, uploads)
-        read = drafted.config.read_prompt(planned.job.prompt)
+        read = drafted.config.read_prompt(planned.job.prompt).text
         return planned if read == planned.job.prompt else replace(planned, prompt_read=read)
 
     return plan_and_read
