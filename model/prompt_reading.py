@@ -33,7 +33,7 @@ Kind = Literal["article", "property", "number", "thing", "place", "unknown"]
 
 # ── what other programs and people write around a prompt ──────────────────────────────────────────
 
-_LONGEST_READ = 4096  # characters; encoders of small weights read a few hundred
+_LONGEST_READ = 1024  # characters; encoders of small weights read a few hundred
 _INFOTEXT = re.compile(r"^\s*(?:negative prompt:|steps: \d).*", re.I | re.M | re.S)
 _TAG = re.compile(r"<[^<>]{0,200}>")  # <lora:name:0.8>
 _WITHOUT_FLAG = re.compile(r"(?:--|[\u2014\u2013])no\b(?:(?!\s--).)*", re.I | re.S)
@@ -185,6 +185,11 @@ class _Unit:
     def text(self) -> str:
         return " ".join(self.words)
 
+    @property
+    def beside_name(self) -> Phrase:
+        """The words but for the name of a thing."""
+        return self.words[: -len(self.named.name.split())] if self.named else self.words
+
 
 class _Item(NamedTuple):
     """A word or a name within a group of words without a preposition."""
@@ -205,6 +210,8 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     text = _caption(vocabulary, prompt)
     text = prompt if words_of(text) == words_of(prompt) else text
     text = text.lower() if prompt.isupper() else text
+    if len(text) > _LONGEST_READ:
+        return Reading(text)
     return Reading(text, _parts(vocabulary, _Clauses(vocabulary, text)))
 
 
@@ -274,7 +281,8 @@ def _described(vocabulary: Vocabulary, clauses: _Clauses, *, certain: bool) -> s
         return None
     sides = [unit.text for unit in others if unit.role == "side"][:1]
     scenes = [u.text for u in others if u.role == "place" or "background" in u.words][:1]
-    return ", ".join([" ".join([with_article(thing.name), *sides]), *scenes])
+    name = thing.name if thing.bare else with_article(thing.name)
+    return ", ".join([" ".join([name, *sides]), *scenes])
 
 
 def _tags(vocabulary: Vocabulary, words: Phrase, *, certain: bool) -> tuple[list[Phrase], Phrase]:
@@ -536,8 +544,7 @@ class _Parser:
 def _coloured(unit: _Unit, colours: Phrase) -> _Unit:
     """Return a thing with further colours."""
     assert unit.named is not None
-    name = len(unit.named.name.split())
-    words = (*unit.words[:-name], *colours, *unit.words[-name:])
+    words = (*unit.beside_name, *colours, *unit.named.name.split())
     return replace(unit, words=_agreeing(words, unit.named))
 
 
@@ -621,7 +628,7 @@ def _parts(vocabulary: Vocabulary, clauses: _Clauses) -> tuple[Part, ...]:
     """
     units = clauses.units
     things = [i for i, unit in enumerate(units) if unit.role == "thing"]
-    words = {word for unit in units for word in unit.words}
+    words = {word for unit in units for word in unit.beside_name}
     if (
         len(things) not in _PLACES_OF
         or words & (NUMBERS | _CLOSE_UP)

@@ -248,6 +248,7 @@ NOT_FIELDS = {"output", "weights", "device", "help"}
 FIELDS = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
+    "reference": "references",
     "region": "regions",
     "keyframe": "keyframes",
     "image_weights": "weights",

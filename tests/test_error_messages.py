@@ -38,7 +38,7 @@ MASK = base64.b64encode(png(white())).decode()
 LARGE = base64.b64encode(png(noise(512, 256))).decode()
 NO_IMAGE = base64.b64encode(b"no image").decode()
 BALL = {"prompt": "a ball"}
-REGION_FIELDS = "prompt, box, mask, weight, softness"
+REGION_FIELDS = "prompt, box, mask, weight, softness, prompt_read"
 TEXT = "text of 1 to 32000 characters"
 
 # (path, fields, message); the field at fault comes first in the message.

@@ -1,8 +1,7 @@
-"""Prompts as people write them, read as the captions that small weights know."""
+"""The words that small weights know: collected, written into a bundle, and used by the server."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,119 +9,19 @@ import pytest
 import torch
 
 from model.bundle import load_bundle
+from model.canvas import box_weight
 from model.config import BundleConfig, find_bundle
+from model.image_request import ImageRequest, InputImage, Region
 from model.pipeline import Pipeline
-from model.training.prompts import bench
-from model.training.vocabulary import main, vocabulary
-from model.vocabulary import Vocabulary, words_of
+from model.row_builder import DictCache, RowBuilder
+from model.training.vocabulary import main, vocabulary, with_vocabulary
+from server.api.errors import ApiError
+from server.api.planning.operations import Plan
 from server.cli.offline import plan
+from server.engine.scheduler import Pool
 from server.settings import Settings
 from tests.test_auth import served
-
-WORDS = Vocabulary(
-    things="apple, apples, cat, cats, duck, dragon, hat, horse, ice cream, lion, oil drum, "
-    "painting, robot, sofa, van, zebra, zebras, circle, square",
-    places="on the left, right, above, at the beach, beach, sunset, at sunset, at night, in snow, "
-    "snow, evening light, close-up, up close, a close-up of",
-    words="red green blue yellow small large two three background plain cute white",
-    tags="sitting bones scary table light",
-)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "read"),
-    [
-        ("a red apple, highly detailed, 4k", "a red apple"),
-        ("photo of a red apple, trending on artstation, masterpiece", "a red apple"),
-        ("A photograph of an ugly apple", "an apple"),
-        ("Could you draw me an apple please?", "an apple"),
-        ("Please generate a picture of three green apples", "three green apples"),
-        ("/imagine prompt: a lion, golden rays --ar 16:9 --v 6", "a lion"),
-        ("(a red apple:1.2), ((masterpiece)), <lora:x:0.8>", "a red apple"),
-        ("a red apple in the style of Van Gogh", "a red apple"),
-        ("a lion in a cartoon style on the left", "a lion on the left"),
-        ("a robot, comic book style, vibrant colors", "a robot"),
-        ("sunset at the beach, oil painting", "sunset at the beach"),
-        ("an oil painting of a cat", "a cat"),
-        ("a highly detailed red apple", "a red apple"),
-        ("a wonderful apple", "an apple"),
-        ("a cute cat wearing a hat", "a cute cat and a hat"),
-        ("knight fighting a dragon", "a dragon"),
-        ("a close-up photo of a lion", "a close-up of a lion"),
-        ("a lion standing on the left, golden hour", "a lion on the left"),
-        ("A beautiful red apple on a table, cinematic lighting", "A red apple"),
-        ("a cat sitting on a sofa", "a cat and a sofa"),
-        ("Blue background, photo of a cat", "Blue background, a cat"),
-        ("RED APPLE", "red apple"),
-        ("PHOTO OF A CAT, 4K", "a cat"),
-    ],
-)
-def test_a_prompt_is_reduced_to_what_captions_say(prompt: str, read: str) -> None:
-    assert WORDS.read(prompt) == read
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "",
-        "a red apple",
-        "A red apple.",
-        "two cats in the snow, blue background",
-        "a blue circle above a red square",
-        "a zebrra and a drgon",
-        "oil drum",
-        "ice cream, a painting",
-        "a robot, a hat and a painting",
-        "a platypus",
-        "ein roter Apfel, hochauflösend",
-        "猫",
-        "bones and scary",
-        "something to do with bones, a scary light and a cat",
-        "a duck in the evening light",
-        "a cat on the left of a duck",
-        "a dragon at the beach",
-    ],
-)
-def test_what_captions_say_and_what_begins_with_nothing_known_stay(prompt: str) -> None:
-    assert WORDS.read(prompt) == prompt
-
-
-def test_reading_twice_changes_nothing_more() -> None:
-    for prompt in ("a cat wearing a hat, 4k", "Could you draw me an ugly apple?", "RED APPLE"):
-        assert WORDS.read(WORDS.read(prompt)) == WORDS.read(prompt)
-
-
-@pytest.mark.parametrize(
-    "part", ["a cat ", "((", "in ", "<", "a", "imagine ", "please ", "the-", ","]
-)
-def test_long_prompts_are_read_up_to_a_bound(part: str) -> None:
-    assert len(WORDS.read(part * 32_000)) <= len(part) * 32_000
-    assert len(WORDS.read("a cat and " + "a dragon and " * 10_000)) < 5_000
-
-
-def test_the_captions_vocabulary_leaves_the_benchmark_s_prompts_as_they_are() -> None:
-    collected = vocabulary()
-    cases = [
-        case for name, cases in bench("report").items() if name != "descriptions" for case in cases
-    ]
-    media = re.compile(
-        r"\b((an? )?(photo|picture|image|drawing|illustration|3d render|icon) of|draw|show me) "
-    )
-    for case in cases:
-        asked = words_of(media.sub("", case.text.lower()))
-        assert words_of(media.sub("", collected.read(case.text).lower())) == asked
-    assert len(cases) > 1500
-
-
-def test_the_captions_vocabulary_leaves_captions_as_they_are() -> None:
-    collected = vocabulary()
-    for prompt in (
-        "a small red heart on the left, a zebra and a grey diamond",
-        "something to do with bones, head and scary",
-        "zoomed in, a lion in front of a starry sky",
-        "Three yellow ducks on a blue background.",
-    ):
-        assert collected.read(prompt) == prompt
+from tests.test_prompt_reading import WORDS
 
 
 def test_the_embedded_weights_have_the_captions_vocabulary() -> None:
@@ -135,28 +34,125 @@ def test_a_vocabulary_needs_its_format_and_survives_writing(tmp_path: Path) -> N
         replace(config, format=2)
     config.write(tmp_path)
     assert BundleConfig.read(tmp_path).sha256 == config.sha256
-    without = replace(config, vocabulary=None)
+    without = with_vocabulary(config, None)
     assert without.sha256 != config.sha256
     without.write(tmp_path)
     assert "vocabulary" not in (tmp_path / "bundle.json").read_text()
 
 
-def test_a_pipeline_encodes_what_is_read(random_bundle: Path) -> None:
+def test_regions_of_its_own_need_a_vocabulary() -> None:
+    config = BundleConfig.read(find_bundle("tiny"))
+    with pytest.raises(ValueError, match="auto_regions needs a vocabulary"):
+        replace(config, vocabulary=None)
+
+
+def reading_pipeline(random_bundle: Path, *, auto_regions: bool = False) -> Pipeline:
     bundle = load_bundle(random_bundle, torch.device("cpu"), torch.float32)
-    config = replace(bundle.config, vocabulary=WORDS, format=4)
-    reading, plain = Pipeline.of(replace(bundle, config=config)), Pipeline.of(bundle)
-    (read,), (known,) = reading.encode(["a red apple, 4k"]), plain.encode(["a red apple"])
-    assert read.byt5.equal(known.byt5)
-    assert read.clip.equal(known.clip)
-    assert reading.text_length("a red apple" + ", 4k" * 30) == plain.text_length("a red apple")
+    recipe = replace(bundle.config.recipe, auto_regions=auto_regions)
+    config = replace(bundle.config, vocabulary=WORDS, recipe=recipe, format=4)
+    return Pipeline.of(replace(bundle, config=config))
+
+
+def test_a_pipeline_draws_what_is_read(random_bundle: Path) -> None:
+    plain = Pipeline.load(random_bundle, torch.device("cpu"), torch.float32)
+    reading = reading_pipeline(random_bundle)
+    (drawn,) = reading.generate(["a crimson apple, 4k"], [1], negative_prompt="blurry")
+    (known,) = plain.generate(["a red apple"], [1])
+    assert drawn.equal(known)
+
+
+def test_a_pipeline_draws_two_things_by_prompts_of_their_own(random_bundle: Path) -> None:
+    plain = Pipeline.load(random_bundle, torch.device("cpu"), torch.float32)
+    reading = reading_pipeline(random_bundle, auto_regions=True)
+    prompts = ["a cat and a dog, 4k", "a cat", "a cat above a dog"]
+    parted = reading.generate(prompts, [1, 2, 3])
+    width, height = plain.config.native_size
+    right = InputImage.of(box_weight((0.5, 0, 1, 1), width, height))
+    below = InputImage.of(box_weight((0, 0.5, 1, 1), width, height))
+    sampling = plain.config.sampling()
+    requests = [
+        ImageRequest(text, seed, width, height, sampling, regions=regions)
+        for seed, (text, regions) in enumerate(
+            [
+                ("a small cat on the left", (Region("a small dog on the right", right),)),
+                ("a cat", ()),
+                ("a small cat at the top", (Region("a small dog at the bottom", below),)),
+            ],
+            start=1,
+        )
+    ]
+    rows = RowBuilder(plain, DictCache()).build(requests)
+    assert plain.decode(plain.denoise(rows)).equal(parted)
+
+
+def planned(prompt: str, **fields: object) -> Plan:
+    made, _ = plan("generate", {"prompt": prompt, "seed": 1, **fields}, Settings())
+    return made
 
 
 def test_a_plan_tells_what_is_read_of_a_prompt_and_only_then() -> None:
-    reduced, _ = plan("generate", {"prompt": "a red apple, 4k", "seed": 1}, Settings())
+    reduced = planned("a red apple, 4k")
     assert reduced.parameters((), 0)["prompt"] == "a red apple, 4k"
     assert reduced.parameters((), 0)["prompt_read"] == "a red apple"
-    whole, _ = plan("generate", {"prompt": "a red apple", "seed": 1}, Settings())
-    assert "prompt_read" not in whole.parameters((), 0)
+    assert reduced.job.image(0).prompt == "a red apple"
+    assert "prompt_read" not in planned("a red apple").parameters((), 0)
+
+
+def test_every_text_of_a_request_is_read() -> None:
+    region = {"prompt": "an automobile, 4k", "box": [0, 0, 0.5, 1]}
+    request = {"prompt": "crimson", "negative_prompt": "blurry, a puppy", "regions": [region]}
+    image, parameters = planned(**request).job.image(0), planned(**request).parameters((), 0)
+    assert [each.prompt for each in image.regions] == ["a car"]
+    assert image.negative_prompt == "a dog"
+    assert parameters["negative_prompt"] == "blurry, a puppy"
+    assert parameters["regions"][0]["prompt_read"] == "a car"
+    frames, _ = plan(
+        "interpolate", {"keyframes": [{"prompt": "a cat, 4k"}, {"prompt": "a dog"}]}, Settings()
+    )
+    assert [each.prompt for each in frames.job.image(0).keyframes] == ["a cat", "a dog"]
+    assert frames.parameters((), 0)["keyframes"][0]["prompt_read"] == "a cat"
+
+
+def test_rows_share_steps_by_the_length_of_what_is_read() -> None:
+    long = planned("a red apple" + ", 4k" * 100).job
+    assert Pool.of(long, 0) == Pool.of(planned("a red apple").job, 0)
+
+
+def test_two_things_become_regions_unless_the_request_says_otherwise() -> None:
+    parted = planned("a puppy and a cat, 4k")
+    image = parted.job.image(0)
+    assert image.prompt == "a small dog on the left"
+    assert [each.prompt for each in image.regions] == ["a small cat on the right"]
+    assert parted.parameters((), 0)["auto_regions"] is True
+    assert parted.parameters((), 0)["prompt"] == "a puppy and a cat, 4k"
+    assert parted.parameters((), 0)["prompt_read"] == "a dog and a cat"
+    whole = planned("a puppy and a cat, 4k", auto_regions=False)
+    assert whole.job.image(0).prompt == "a dog and a cat"
+    assert whole.parameters((), 0)["auto_regions"] is False
+    own = planned("a puppy and a cat", regions=[{"prompt": "a hat", "box": [0, 0, 1, 0.5]}])
+    assert own.job.image(0).prompt == "a dog and a cat"
+    assert "auto_regions" not in own.parameters((), 0)
+
+
+def test_regions_that_would_cost_too_much_are_left_out() -> None:
+    fields = {"num_inference_steps": 4, "width": 256, "height": 256}
+    needed = 256 * 256 * (4 * 2 + 4)
+    settings = Settings(max_request_work=needed)
+    whole, _ = plan("generate", {"prompt": "a dog and a cat", **fields}, settings)
+    assert whole.parameters((), 0)["auto_regions"] is False
+    larger = Settings(max_request_work=needed + 256 * 256 * 4)
+    parted, _ = plan("generate", {"prompt": "a dog and a cat", **fields}, larger)
+    assert parted.parameters((), 0)["auto_regions"] is True
+
+
+def test_weights_without_a_vocabulary_part_no_prompts(random_bundle: Path) -> None:
+    settings = Settings(weights=str(random_bundle))
+    fields = {"prompt": "a dog and a cat"}
+    whole, _ = plan("generate", fields, settings)
+    assert "auto_regions" not in whole.parameters((), 0)
+    with pytest.raises(ApiError, match="has no vocabulary") as raised:
+        plan("generate", {**fields, "auto_regions": True}, settings)
+    assert raised.value.status == 400
 
 
 @pytest.mark.process
@@ -170,6 +166,33 @@ def test_the_answer_says_what_was_read() -> None:
     assert "x-prompt-read" not in whole.headers
     assert listed.json()["parameters"]["prompt_read"] == "a cat"
     assert openai.headers["x-prompt-read"] == "a lion"
+
+
+@pytest.mark.process
+def test_parameters_of_an_image_draw_it_again() -> None:
+    region = {"prompt": "a sofa, 4k", "box": [0, 0, 0.5, 1]}
+    json = {"response_format": "json", "deterministic": True}
+    with served(Settings(weights="tiny")) as client:
+        for request in (
+            {"prompt": "a crimson apple, 4k"},
+            {"prompt": "a puppy and a cat, 4k"},
+            {"prompt": "a puppy and a cat", "auto_regions": False},
+            {"prompt": "a cat, 4k", "regions": [region]},
+        ):
+            first = client.post("/generate", json=request | json).json()
+            parameters = dict(first["parameters"])
+            del parameters["operation"], parameters["truncated"]
+            again = client.post("/generate", json=parameters | json)
+            assert again.status_code == 200, again.text
+            assert again.json()["images"][0]["b64_json"] == first["images"][0]["b64_json"]
+
+
+@pytest.mark.process
+def test_a_long_reading_makes_no_long_header() -> None:
+    prompt = "2 \u53ea, " + "\u732b" * 900 + ", a cat" + ", blue background" * 60
+    with served(Settings(weights="tiny")) as client:
+        answer = client.post("/generate", json={"prompt": prompt})
+    assert len(answer.headers["x-prompt-read"]) <= 2400
 
 
 def test_a_vocabulary_can_be_removed_and_written_again(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from model.config import BundleConfig, find_bundle, needed_format
+from model.config import BundleConfig, Recipe, find_bundle, needed_format
 from model.training.caption_words import (
     CLOSE_UP_AFTER,
     CLOSE_UP_BEFORE,
@@ -108,10 +108,26 @@ def _words_of(texts: Iterable[str]) -> set[str]:
 
 
 def with_vocabulary(config: BundleConfig, words: Vocabulary | None) -> BundleConfig:
-    """Return the configuration with another vocabulary, or with none, and the format for it."""
+    """Return the configuration with another vocabulary, or with none, and the format for it.
+
+    With one, all presets draw the things of a prompt each in its own part of the image.
+    """
+
+    def with_regions(recipe: Recipe) -> Recipe:
+        return replace(recipe, auto_regions=words is not None)
+
     denoisers = (config.denoiser, *config.denoisers.values())
-    format = needed_format(config.presets, denoisers, words)
-    return replace(config, vocabulary=words, format=format)
+    presets = {
+        name: replace(preset, recipe=with_regions(preset.recipe))
+        for name, preset in config.presets.items()
+    }
+    return replace(
+        config,
+        vocabulary=words,
+        recipe=with_regions(config.recipe),
+        presets=presets,
+        format=needed_format(presets, denoisers, words),
+    )
 
 
 def main() -> None:

@@ -45,6 +45,8 @@ MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
 
 
 # ── content negotiation ───────────────────────────────────────────────────────────────────────────
+# Characters of the header X-Prompt-Read: proxies refuse an answer with long headers.
+_PROMPT_READ = 200
 
 
 def accepted_format(accept: str) -> Format | Literal["json"]:
@@ -425,7 +427,7 @@ def answer_headers(
         "Content-Disposition": f'inline; filename="{plan.operation}-{seed}.{extension}"',
     }
     if plan.prompt_read is not None:
-        headers["X-Prompt-Read"] = quote(plan.prompt_read, safe=" ,'.-")
+        headers["X-Prompt-Read"] = quote(plan.prompt_read[:_PROMPT_READ], safe=" ,'.-")
     if finished.truncated:
         headers["X-Prompt-Truncated"] = ", ".join(finished.truncated)
     return headers

@@ -386,7 +386,6 @@ class RegionEntry(BaseModel):
     model_config = STRICT
 
     prompt: NonBlankText
-    prompt_read: PromptRead = None
     box: Annotated[
         tuple[Fraction, Fraction, Fraction, Fraction] | None,
         BeforeValidator(_as_tuple),
@@ -403,6 +402,7 @@ class RegionEntry(BaseModel):
         Fraction,
         Field(description="Width of the border's ramp, as a fraction of half the shorter side"),
     ] = 0.0
+    prompt_read: PromptRead = None
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

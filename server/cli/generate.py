@@ -191,11 +191,22 @@ def generate(
     hires_steps: Annotated[
         int | None, typer.Option(help="Denoising steps of the second pass; default: --steps")
     ] = None,
+    auto_regions: Annotated[
+        bool | None,
+        typer.Option(
+            help="Draw two to four things of the prompt each in its own part of the image"
+        ),
+    ] = None,
 ) -> Fields:
     """Generate images from a prompt. Absent options follow the recipe of the weights."""
     options = {"scale": hires, "strength": hires_strength, "steps": hires_steps}
     second = {name: value for name, value in options.items() if value is not None}
-    return {"prompt": prompt, "regions": _regions(region), "hires": second or None}
+    return {
+        "prompt": prompt,
+        "regions": _regions(region),
+        "auto_regions": auto_regions,
+        "hires": second or None,
+    }
 
 
 @_operation("inpaint")

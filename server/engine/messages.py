@@ -70,9 +70,9 @@ class Job:
     all of them again with the answer. traceparent: the W3C trace context of a traced request, whose
     answer has `step_seconds`; otherwise empty. held_bytes: size of the client's files that the API
     process keeps until the images are done. model_sha256: the weights' hash, for the answer.
-    step_work: of a step of its denoiser, in that of the weights' first one. readings: what is
-    encoded of its texts, where that is not all of them. negative_reading: the same of its negative
-    prompt.
+    step_work: of a step of its denoiser, in that of the weights' first one. readings: texts, and
+    what is encoded of each, where that is not all of it. negative_reading: what is encoded of the
+    negative prompt; None: all of it.
 
     The other fields are those of `model.image_request.ImageRequest`. With keyframes the rows are
     frames, evenly spaced from the first keyframe to the last.
@@ -103,7 +103,7 @@ class Job:
     enlarge: Enlarge | None = None
     model_sha256: str = ""
     step_work: float = 1.0
-    readings: Mapping[str, str] = field(default_factory=dict)
+    readings: tuple[tuple[str, str], ...] = ()
     negative_reading: str | None = None
     # Bytes of the longest text that is encoded. Every forecast needs it of every unfinished job.
     text_bytes: int = field(init=False, compare=False)
@@ -120,7 +120,8 @@ class Job:
     @property
     def encoded_texts(self) -> tuple[str, ...]:
         """What is encoded of every text, the negative prompt included if it is used."""
-        read = tuple(self.readings.get(text, text) for text in self.prompts)
+        readings = dict(self.readings)
+        read = tuple(readings.get(text, text) for text in self.prompts)
         return (*read, self.encoded_negative) if self.sampling.guided else read
 
     @property
@@ -216,7 +217,7 @@ class Job:
             source = self.enlarge.image or self.enlarge.sources[image]
             assert source is not None
             tile = self.enlarge.tile(self.image(image), source, number)
-            return tile.read_as(self.readings, self.encoded_negative)
+            return tile.read_as(dict(self.readings), self.encoded_negative)
         return ImageRequest(
             prompt=self.prompt,
             seed=self.seeds[index],
@@ -231,7 +232,7 @@ class Job:
             mode=self.mode,
             regions=self.regions,
             cache_scope=self.cache_scope,
-        ).read_as(self.readings, self.encoded_negative)
+        ).read_as(dict(self.readings), self.encoded_negative)
 
     def position(self, index: int) -> float:
         """Return a frame's place among the keyframes; 1.5 is half way from second to third."""

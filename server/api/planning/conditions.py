@@ -34,7 +34,8 @@ def decode_regions(
         regions.append(Region(entry.prompt, InputImage.of(drafted.padded(weight))))
         place = {"box": list(entry.box)} if entry.box else {"mask": file_hash(entry.mask or b"")}
         shape = {"weight": entry.weight, "softness": entry.softness}
-        parameters.append({"prompt": entry.prompt, **place, **shape})
+        reading = drafted.reading(entry.prompt)
+        parameters.append({"prompt": entry.prompt, **reading, **place, **shape})
     return tuple(regions), {"regions": parameters}
 
 

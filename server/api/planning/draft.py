@@ -130,6 +130,11 @@ class Draft:
         # The job is refused for its work.
         return own[0] if own else within(source, sides[-1])
 
+    def reading(self, prompt: str) -> dict[str, str]:
+        """Return a parameter that tells what of a prompt is encoded, if that is not all of it."""
+        read = self.config.read_prompt(prompt).text
+        return {} if read == prompt else {"prompt_read": read}
+
     def parts(self, request: GenerateRequest) -> tuple[Part, ...]:
         """Return the parts of the image that get prompts of their own; none for one prompt.
 
@@ -263,7 +268,9 @@ class Draft:
         read = {text: self.config.read_prompt(text).text for text in job.prompts}
         return replace(
             job,
-            readings={**{text: own for text, own in read.items() if own != text}, **job.readings},
+            readings=tuple(
+                item for item in (read | dict(job.readings)).items() if len({*item}) > 1
+            ),
             negative_reading=self.config.read_negative(job.negative_prompt),
         )
 

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -192,7 +191,7 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
         return _generate_with(request, drafted, size, {})
     if parts:
         first, regions = parted(parts, *size)
-        readings = {request.prompt: first}
+        readings = ((request.prompt, first),)
         with suppress(TooMuchWorkError):
             return _generate_with(
                 request, drafted, size, {"auto_regions": True}, regions=regions, readings=readings
@@ -207,10 +206,10 @@ def _generate_with(
     parameters: dict[str, Any],
     *,
     regions: tuple[Region, ...] = (),
-    readings: Mapping[str, str] = MappingProxyType({}),
+    readings: tuple[tuple[str, str], ...] = (),
 ) -> Plan:
     """Return the plan with these regions. The other arguments are those of `Draft.job`."""
-    job_with = partial(drafted.job, size, request.prompt, regions=regions, readings=dict(readings))
+    job_with = partial(drafted.job, size, request.prompt, regions=regions, readings=readings)
     if request.hires is None:
         return Plan("generate", job_with(), size, parameters)
     scale, strength = request.hires.scale, request.hires.strength
@@ -418,7 +417,9 @@ def _interpolate(request: InterpolateRequest, drafted: Draft, uploads: Uploads) 
         early=request.stream,
     )
     entries = [
-        {"prompt": entry.prompt} if entry.image is None else {"image": file_hash(entry.image)}
+        {"image": file_hash(entry.image)}
+        if entry.image is not None
+        else {"prompt": entry.prompt, **drafted.reading(entry.prompt or "")}
         for entry in request.keyframes
     ]
     parameters = {"keyframes": entries, "frames": request.frames, "mode": request.mode}
@@ -433,8 +434,7 @@ def _with_reading(planner: Planner) -> Planner:
 
     def plan_and_read(request: Any, drafted: Draft, uploads: Uploads) -> Plan:
         planned = planner(request, drafted, uploads)
-        read = drafted.config.read_prompt(planned.job.prompt).text
-        return planned if read == planned.job.prompt else replace(planned, prompt_read=read)
+        return replace(planned, prompt_read=drafted.reading(planned.job.prompt).get("prompt_read"))
 
     return plan_and_read
 

@@ -1,0 +1,322 @@
+"""Prompts as people write them, read as the captions that small weights know."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from model.prompt_reading import read, read_negative
+from model.training.caption_words import names_of
+from model.training.prompts import bench
+from model.training.vocabulary import vocabulary
+from model.vocabulary import Thing, Vocabulary, words_of
+
+
+def named(*names: str) -> tuple[Thing, ...]:
+    return tuple(Thing(name, f"{name}s") for name in names)
+
+
+THINGS = named(
+    *("apple", "cat", "bird", "duck", "dragon", "horse", "lion", "robot", "van", "zebra", "circle"),
+    *("square", "painting", "umbrella", "hotel", "scarf", "fire engine", "bell", "dog face"),
+)
+WORDS = Vocabulary(
+    things=(
+        *THINGS,
+        Thing("couch", "couches", ("sofa",)),
+        Thing("sun hat", "sun hats", ("hat",), ("straw", "beach wear")),
+        Thing("dog", "dogs", ("puppy",), ("pet", "loyal", "animal")),
+        Thing("banana", "bananas", (), ("fruit", "monkey food"), "yellow"),
+        Thing("cherry", "cherries", (), ("fruit", "cake topping"), "red"),
+        Thing("lemon", "lemons", (), ("fruit", "sour"), "yellow"),
+        Thing("gloves", "pairs of gloves", ("pair of gloves",), bare=True),
+        Thing("tangerine", "tangerines", ("an orange", "orange fruit"), ("fruit",), "orange"),
+        Thing("melon", "melons", (), ("fruit",)),
+        Thing("grapes", "grapes", (), ("fruit",)),
+        Thing("mountain", "mountains"),
+        Thing("silver medal", "silver medals"),
+    ),
+    places=(
+        *("on the left", "on the right", "at the top", "in the top left corner", "top", "bottom"),
+        *(
+            "in the bottom right corner",
+            "at the beach",
+            "beach",
+            "the beach",
+            "sunset",
+            "at sunset",
+        ),
+        *(
+            "in the snow",
+            "snow",
+            "forest",
+            "a forest",
+            "in a forest",
+            "sea",
+            "mountain",
+            "mountains",
+        ),
+        *("close-up", "up close", "a close-up of", "underwater", "deep in the ocean"),
+        *("in the middle", "against the sky", "under the stars", "floating in space"),
+    ),
+    colours="red green blue yellow white black orange brown",
+    sizes="small tiny large big",
+    words="two three four couple pair cute background plain just",
+    aliases={"crimson": "red", "sky blue": "blue", "in a jungle": "in a forest"},
+    english="spots crowd there score",
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [
+        # looks and media, before and behind
+        ("a red apple, highly detailed, 4k", "a red apple"),
+        ("masterpiece, best quality, a red apple", "a red apple"),
+        ("oil painting, a red apple", "a red apple"),
+        ("A photograph of an ugly apple", "an apple"),
+        ("an oil painting of a cat", "a cat"),
+        ("a robot, comic book style, vibrant colors", "a robot"),
+        ("a red apple in the style of Van Gogh", "a red apple"),
+        ("a cat in the style of Van Gogh at the beach", "a cat at the beach"),
+        ("a cat by Vincent van Gogh", "a cat"),
+        ("a lion in a cartoon style on the left", "a lion on the left"),
+        ("a cat in a forest anime style", "a cat in a forest"),
+        ("underwater photo of a duck", "a duck, underwater"),
+        ("a close-up photo of a lion", "a close-up of a lion"),
+        ("a highly detailed red apple", "a red apple"),
+        ("sunset at the beach, oil painting", "sunset at the beach"),
+        # requests
+        ("Could you draw me an apple please?", "an apple"),
+        ("Please generate a picture of three green apples", "three green apples"),
+        ("Hello, I am Bob. Please draw a cat.", "a cat"),
+        ("It is raining. A cat with an umbrella.", "a cat and an umbrella"),
+        # marks of other programs
+        ("/imagine prompt: a lion, golden rays --ar 16:9 --v 6", "a lion"),
+        ("a cat \u2014ar 4:3", "a cat"),
+        ("a cat --no red hat, birds", "a cat"),
+        ("a cat\nNegative prompt: dog, blurry\nSteps: 20, Sampler: Euler", "a cat"),
+        ("(a red apple:1.2), ((masterpiece)), <lora:x:0.8>", "a red apple"),
+        ("cat::2 dog::1", "cat, dog"),
+        ("a cat, f/2.8, 85mm, 8k", "a cat"),
+        ("score_9, score_8_up, a cat", "a cat"),
+        # nouns that are not known, with their properties
+        ("a red apple and a blue cup", "a red apple"),
+        ("a dog with a red collar", "a dog"),
+        ("three red apples on a white table", "three red apples"),
+        ("a little girl and a dog", "a dog"),
+        ("a woman in a red hat", "a red sun hat"),
+        ("knight fighting a dragon", "a dragon"),
+        ("a herd of horses", "horses"),
+        ("a few apples", "apples"),
+        ("a 2 year old cat", "a cat"),
+        ("a hotel with a view of the sea", "a hotel, the sea"),
+        ("a beach ball and a cat", "a cat"),
+        # what is not wanted
+        ("a cat without a hat", "a cat"),
+        ("a red apple, not green", "a red apple"),
+        ("no dogs, just a cat", "a cat"),
+        # other words for the same
+        ("a crimson apple", "a red apple"),
+        ("a sky-blue apple", "a blue apple"),
+        ("a lion in a jungle", "a lion in a forest"),
+        ("a sofa", "a couch"),
+        ("three puppies", "three dogs"),
+        ("an orange", "a tangerine"),
+        ("a fire-truck", "a fire-truck"),
+        ("a fireengine", "a fire engine"),
+        ("two fire-engines", "two fire-engines"),
+        ("a pair of gloves", "gloves"),
+        ("a cat that is black", "a black cat"),
+        # misspelt words
+        ("a zebrra and a drgon", "a zebra and a dragon"),
+        ("a sliver medal", "a silver medal"),
+        ("a dog with spots", "a dog"),
+        ("a crowd of cats", "cats"),
+        ("there is a cat", "a cat"),
+        # descriptions
+        ("something sour", "something sour"),
+        ("something to do with a pet, loyal", "a dog"),
+        ("a yellow fruit", "a banana"),
+        ("something for cake topping, blue background", "a cherry, blue background"),
+        # relations between things
+        ("a cute cat wearing a hat", "a cute cat and a sun hat"),
+        ("a cat sitting on a sofa", "a cat and a couch"),
+        ("a cat sitting on top of a sofa", "a cat above a couch"),
+        ("a cat next to a lamp", "a cat"),
+        ("a bird above the sea", "a bird above the sea"),
+        ("red circle blue square", "red circle and blue square"),
+        ("RED APPLE", "red apple"),
+        ("PHOTO OF A CAT, 4K", "a cat"),
+    ],
+)
+def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
+    assert read(WORDS, prompt).text == caption
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "a red apple",
+        "A red apple.",
+        "two cats in the snow, blue background",
+        "a blue circle above a red square",
+        "a cat on the left and a dog on the right",
+        "on the left a cat and on the right a dog",
+        "an orange cat",
+        "a cat on an orange background",
+        "a duck on orange",
+        "a big mountain and a small dog",
+        "a cat in front of a mountain",
+        "mountains at sunset",
+        "a dog floating in space",
+        "a dog deep in the ocean",
+        "a cat up close",
+        "a cat, the background is red",
+        "a couple of cats",
+        "a platypus",
+        "ein roter Apfel, hochauflösend",
+        "猫",
+        "2 只猫, 4k",
+        "a white table",
+        "a painting",
+        "just red",
+    ],
+)
+def test_captions_and_prompts_that_name_nothing_known_stay(prompt: str) -> None:
+    assert read(WORDS, prompt).text == prompt
+
+
+SIDES = {
+    "on the left": (0, 0, 0.5, 1),
+    "on the right": (0.5, 0, 1, 1),
+    "at the top": (0, 0, 1, 0.5),
+    "at the bottom": (0, 0.5, 1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [
+        ("a cat and a dog", "a small cat on the left", "a small dog on the right"),
+        ("a dog on the right of a cat", "a small dog on the right", "a small cat on the left"),
+        ("a bird above a sofa", "a small bird at the top", "a small couch at the bottom"),
+        ("a big cat below a tiny dog", "a small cat at the bottom", "a small dog at the top"),
+        ("a cat on the right and a dog", "a small cat on the right", "a small dog on the left"),
+        ("a cat and a dog on the left", "a small cat on the right", "a small dog on the left"),
+    ],
+)
+def test_two_things_are_two_parts(prompt: str, first: str, second: str) -> None:
+    found = read(WORDS, prompt).parts
+    assert [part.prompt for part in found] == [first, second]
+    assert [part.box for part in found] == [
+        next(box for side, box in SIDES.items() if text.endswith(side)) for text in (first, second)
+    ]
+
+
+def test_a_part_has_the_scene_of_the_whole() -> None:
+    parts = read(WORDS, "in the snow, cat and dog, blue background").parts
+    assert [part.prompt for part in parts] == [
+        "small cat on the left in the snow, blue background",
+        "small dog on the right in the snow, blue background",
+    ]
+
+
+def test_three_and_four_things_and_corners_are_parts() -> None:
+    three = read(WORDS, "a cat, a dog and a bird").parts
+    assert [part.prompt for part in three] == [
+        "a small cat at the top left",
+        "a small dog at the top right",
+        "a small bird at the bottom",
+    ]
+    assert three[2].box == (0, 0.5, 1, 1)
+    assert len(read(WORDS, "a cat, a dog, a bird and a lion").parts) == 4
+    corners = read(WORDS, "a cat in the top left corner and a dog in the bottom right corner").parts
+    assert [part.box for part in corners] == [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat",
+        "two cats and a dog",
+        "a close-up of a cat and a dog",
+        "a cat, a dog, a bird, a lion and a horse",
+        "a platypus and an echidna",
+        "a cat with a collar",
+        "sunset and snow",
+    ],
+)
+def test_other_prompts_have_no_parts(prompt: str) -> None:
+    assert read(WORDS, prompt).parts == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [
+        ("", ""),
+        ("blurry, low quality, extra fingers", ""),
+        ("ugly, red background, a dog", "red background, a dog"),
+        ("猫", ""),
+    ],
+)
+def test_a_negative_prompt_says_only_what_is_known(prompt: str, caption: str) -> None:
+    assert read_negative(WORDS, prompt) == caption
+
+
+def test_reading_again_changes_nothing_more() -> None:
+    collected = vocabulary()
+    cases = [case for some in bench("tune").values() for case in some][::3]
+    for case in cases:
+        reading = read(collected, case.text)
+        for text in (reading.text, *(part.prompt for part in reading.parts)):
+            assert read(collected, text).text == text
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["a cat ", "((", "in ", "<", "a", "imagine ", "please ", "the-", ",", " ,", "- ", "by A "],
+)
+def test_reading_takes_time_in_proportion_to_the_prompt(part: str) -> None:
+    def seconds(length: int) -> float:
+        prompt = "a cat" + (part * length)[:length]
+        best = []
+        for _ in range(3):
+            began = time.process_time()
+            read(WORDS, prompt)
+            best.append(time.process_time() - began)
+        return min(best)
+
+    read(WORDS, "a cat")
+    assert seconds(1000) < 8 * max(seconds(250), 0.001)
+    assert seconds(32_000) < 8 * max(seconds(1000), 0.001)
+
+
+MEDIA = re.compile(
+    r"\b((an? )?(photo|picture|image|drawing|illustration|3d render|icon) of|draw|show me) "
+)
+
+
+def test_the_benchmark_s_prompts_are_read_as_they_are_but_for_other_names() -> None:
+    collected, cases = vocabulary(), bench("report")
+    renamed = {"descriptions", "synonyms_misspellings"}
+    for case in (case for name, some in cases.items() if name not in renamed for case in some):
+        asked = words_of(MEDIA.sub("", case.text.lower()))
+        found = read(collected, case.text)
+        assert words_of(MEDIA.sub("", found.text.lower())) == asked
+        things = len(case.scene.things)
+        assert len(found.parts) == (things if things == 2 else 0)
+
+
+def test_the_benchmark_s_synonyms_and_misspelt_names_are_read_as_the_usual_ones() -> None:
+    collected, cases = vocabulary(), bench("report")
+    right = [
+        names_of(case.scene.things[0].kind).usual in read(collected, case.text).text
+        for name in ("synonyms_misspellings", "descriptions")
+        for case in cases[name]
+    ]
+    assert sum(right[:120]) >= 119
+    assert sum(right[120:]) >= 100
