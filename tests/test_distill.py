@@ -20,6 +20,7 @@ from model.pipeline import Pipeline, PipelineV3
 from model.rows import generate
 from model.sampling import timesteps
 from model.training import assemble, denoiser, distill, loop
+from model.training.captioned import DataError
 from model.training.codes import quiet
 from model.training.distillation import (
     Draws,
@@ -535,7 +536,7 @@ def test_without_a_kind_of_distillation_there_is_a_message(monkeypatch, capsys, 
 def test_unusable_images_end_with_a_message(monkeypatch, random_bundle, tmp_path):
     arguments = ["--guidance", "--data", str(tmp_path), "--checkpoint", str(tmp_path / "x.pt")]
     monkeypatch.setattr(sys, "argv", ["distill", str(random_bundle), *arguments, "--device", "cpu"])
-    with pytest.raises(SystemExit, match=str(tmp_path)):
+    with pytest.raises(DataError, match=str(tmp_path)):
         distill.main()
 
 

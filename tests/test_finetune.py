@@ -21,6 +21,7 @@ from model.config import BundleConfig, find_bundle
 from model.networks.vqgan_v3 import VQGAN
 from model.pipeline import Pipeline
 from model.training import art, assemble, denoiser, loop, objective
+from model.training.captioned import DataError
 from model.training.features import Examples, ExampleStream
 from tests.conftest import randomise
 from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
@@ -174,7 +175,7 @@ def test_the_command_says_in_one_line_that_there_is_nothing_to_train_on(
 ):
     (tmp_path / "x.png").write_bytes(b"no")
     (tmp_path / "x.txt").write_text("a caption")
-    with pytest.raises(SystemExit, match=r"nothing in it can be used \(1 not an image\)"):
+    with pytest.raises(DataError, match=r"nothing in it can be used \(1 not an image\)"):
         run(
             monkeypatch,
             denoiser,
@@ -223,7 +224,7 @@ def test_no_art_is_needed_for_pictures(monkeypatch, tmp_path, random_bundle, cor
     [([], "a bundle or --vqgan is needed"), (["--data", "somewhere"], "--data needs a bundle")],
 )
 def test_the_command_says_what_it_lacks(monkeypatch, tmp_path, arguments, said):
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(DataError, match=said):
         run(monkeypatch, denoiser, tmp_path / "x.pt", *arguments, "--steps", 1)
 
 

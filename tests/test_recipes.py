@@ -134,7 +134,7 @@ def test_a_recipe_that_is_none_ends_with_a_message(bundle, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["recipes", f"{bundle}@step=1", "--count", "11", "--device", "cpu"]
     )
-    with pytest.raises(SystemExit, match="step"):
+    with pytest.raises(RecipeError, match="step"):
         recipes.main()
 
 
