@@ -135,9 +135,8 @@ def with_denoiser(
     recipe: changes of its recipe, as `recipe_text.changed` reads them. prune: blocks that the
     denoiser does without.
 
-    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape or unknown blocks,
-    RecipeError for an invalid recipe, and pydantic.ValidationError for a name that a bundle cannot
-    have.
+    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, unknown blocks or
+    a name that a bundle cannot have, and RecipeError for an invalid recipe.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
     old = bundle.config
@@ -151,7 +150,10 @@ def with_denoiser(
         "denoiser": asdict(sizes),
         "format": needed_format(old.presets, (sizes, *old.denoisers.values()), old.vocabulary),
     }
-    config = TypeAdapter(BundleV3Config).validate_python(asdict(old) | changes)
+    try:
+        config = TypeAdapter(BundleV3Config).validate_python(asdict(old) | changes)
+    except ValidationError as error:
+        raise BundleError(_first_problem(error)) from None
     merges = None if config.clip.merges is None else base / config.clip.merges
     denoiser = _denoiser(sizes, checkpoint)
     return save_bundle(replace(bundle, config=config, denoiser=denoiser), out, dtype, merges)
@@ -193,9 +195,7 @@ def with_preset(base: Path, new: NewPreset, out: Path, dtype: torch.dtype) -> Bu
     except RecipeError:
         raise
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        raise PresetError(f"{where}{first['msg']}") from None
+        raise PresetError(_first_problem(error)) from None
     except ValueError as error:
         raise PresetError(str(error)) from None
     denoisers = dict(bundle.denoisers)
@@ -204,6 +204,14 @@ def with_preset(base: Path, new: NewPreset, out: Path, dtype: torch.dtype) -> Bu
     kept = {name: denoisers[name] for name in config.denoisers}
     merges = None if config.clip.merges is None else base / config.clip.merges
     return save_bundle(replace(bundle, config=config, denoisers=kept), out, dtype, merges)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["loc"] == ("name",):
+        allowed = "up to 64 letters, digits, dots, hyphens and underscores"
+        return f"a bundle cannot have the name {first['input']!r}: {allowed} are allowed"
+    return "".join(f"{part}: " for part in first["loc"]) + first["msg"]
 
 
 class PresetError(ValueError):
