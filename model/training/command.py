@@ -50,6 +50,6 @@ def _words(error: Exception) -> str | None:
     if isinstance(error, ValueError | OSError | ImportError | SafetensorError | SubprocessError):
         return str(error)
     if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
-        first = "".join(str(error).splitlines()[1:2]).partition(", ")[0]
-        return f"the weights are another network's: {first.strip().rstrip('.')}"
+        problem = "".join(str(error).splitlines()[1:2]).partition(", ")[0]
+        return f"the weights are another network's: {problem.strip().rstrip('.')}"
     return None
