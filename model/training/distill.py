@@ -111,7 +111,7 @@ def _guidance(text: str) -> float | str:
 
 
 def _rounds(text: str) -> tuple[int, ...]:
-    numbers = tuple(at_least(1)(part) for part in text.split(","))
+    numbers = tuple(at_least(0)(part) for part in text.split(","))
     falling = all(a > b for a, b in pairwise(numbers))
     if not falling or not 1 <= numbers[-1] <= numbers[0] <= _MOST_STEPS:
         raise argparse.ArgumentTypeError(
