@@ -57,6 +57,7 @@ from model.networks.text_encoders import CLIP, ByteEncoder
 from model.networks.vqgan_v3 import VQGAN
 from model.optimize import lay_out_weights, optimize
 from model.runtime import pick_dtype
+from model.whole_file import whole_file
 
 # Parameters of a prior; 32 MiB of fp32, about what a core's caches hold.
 _SMALL_PRIOR = 2**23
@@ -463,7 +464,8 @@ def save_bundle(
                 k: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous()
                 for k, t in state_of(module).items()
             }
-            save_file(state, partial / f"{network}.safetensors")
+            with whole_file(partial / f"{network}.safetensors") as file:
+                save_file(state, file)
         if merges is not None and bundle.config.clip.merges is not None:
             shutil.copyfile(merges, partial / bundle.config.clip.merges)
         config = replace(

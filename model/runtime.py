@@ -57,11 +57,16 @@ def prepare(threads: int = 0) -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of this name; "auto" is CUDA if there is one, else the CPU.
 
-    Raises ValueError for an absent one.
+    Raises ValueError for an unknown or absent one.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is none of auto, cpu, cuda, cuda:1 and mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         present = torch.cuda.device_count()
         raise ValueError(f"device {name!r} is not there: this machine has {present} CUDA devices")
@@ -80,10 +85,13 @@ def use(device: torch.device) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the type of this name; "auto" is what the device multiplies fastest.
 
-    That is fp16 on CUDA, bf16 on a CPU with AMX or AVX512-BF16, else fp32.
+    That is fp16 on CUDA, bf16 on a CPU with AMX or AVX512-BF16, else fp32. Raises ValueError for
+    an unknown one.
     """
     named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name != "auto":
+        if name not in named:
+            raise ValueError(f"number type {name!r} is none of auto, {', '.join(named)}")
         return named[name]
     if device.type == "cuda":
         return torch.float16

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -351,6 +352,18 @@ def test_a_save_that_fails_leaves_the_old_bundle_as_it_was(directory, monkeypatc
         save_bundle(loaded, directory, torch.float16, merges=directory / "no such file")
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert list(directory.parent.iterdir()) == [directory]
+
+
+def test_a_saved_bundle_s_files_can_be_read_by_whom_the_umask_says(directory):
+    loaded = load_bundle(directory, CPU, torch.float32)
+    before = os.umask(0o027)
+    try:
+        save_bundle(loaded, directory, torch.float32, directory / "merges.txt.gz")
+    finally:
+        os.umask(before)
+    weights = list(directory.glob("*.safetensors"))
+    assert weights
+    assert {stat.S_IMODE(path.stat().st_mode) for path in weights} == {0o640}
 
 
 def test_saving_over_a_bundle_replaces_it(directory):

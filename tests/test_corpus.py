@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from model.training import corpus
 from model.training.captions import ATTRIBUTES, LONGEST, PLACES, THING_ATTRIBUTES
@@ -87,6 +90,33 @@ def test_a_file_holds_everything(small, tmp_path):
         assert torch.equal(getattr(again, name), getattr(small, name))
     for name in corpus._layout_arrays(0):
         assert torch.equal(getattr(again.layouts, name), getattr(small.layouts, name))
+
+
+def test_a_saved_file_can_be_read_by_whom_the_umask_says(small, tmp_path):
+    before = os.umask(0o027)
+    try:
+        small.save(tmp_path / "corpus.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "corpus.safetensors").stat().st_mode) == 0o640
+
+
+def test_a_file_that_is_no_corpus_is_called_that(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no corpus .*absent: `python -m"):
+        corpus.load(tmp_path / "absent")
+    (tmp_path / "text").write_text("no corpus")
+    with pytest.raises(ValueError, match="text is no corpus"):
+        corpus.load(tmp_path / "text")
+    save_file({"other": np.zeros(3)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="other is no corpus"):
+        corpus.load(tmp_path / "other")
+
+
+def test_the_place_of_the_corpus_is_checked_before_it_is_sampled(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus, "sample_arrays", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr(sys, "argv", ["corpus", str(tmp_path)])
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        corpus.main()
 
 
 @pytest.mark.process

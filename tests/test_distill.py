@@ -20,6 +20,7 @@ from model.pipeline import Pipeline, PipelineV3
 from model.rows import generate
 from model.sampling import timesteps
 from model.training import assemble, denoiser, distill, loop
+from model.training.captioned import DataError
 from model.training.codes import quiet
 from model.training.distillation import (
     Draws,
@@ -514,6 +515,7 @@ def test_a_bundle_of_the_last_round_draws_in_its_steps(
         (["--steps", "2,4"], "falling numbers"),
         (["--steps", "4,0"], "falling numbers"),
         (["--steps", "80"], "falling numbers"),
+        (["--steps", "4,two"], "'two' is no whole number"),
         (["--guidance", "--progressive"], "go with --steps"),
         (["--guidance", "--forward"], "go with --steps"),
     ],
@@ -523,6 +525,12 @@ def test_impossible_rounds_are_refused(monkeypatch, capsys, bundle, arguments, m
     with pytest.raises(SystemExit):
         distill.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_round_s_checkpoint_is_not_replaced_without_resume(monkeypatch, bundle, tmp_path):
+    (tmp_path / "x-2.pt").touch()
+    with pytest.raises(DataError, match=r"x-2\.pt exists: go on with --resume"):
+        run(monkeypatch, distill, tmp_path / "x.pt", bundle, "--steps", "4,2")
 
 
 def test_without_a_kind_of_distillation_there_is_a_message(monkeypatch, capsys, bundle):
@@ -535,7 +543,7 @@ def test_without_a_kind_of_distillation_there_is_a_message(monkeypatch, capsys, 
 def test_unusable_images_end_with_a_message(monkeypatch, random_bundle, tmp_path):
     arguments = ["--guidance", "--data", str(tmp_path), "--checkpoint", str(tmp_path / "x.pt")]
     monkeypatch.setattr(sys, "argv", ["distill", str(random_bundle), *arguments, "--device", "cpu"])
-    with pytest.raises(SystemExit, match=str(tmp_path)):
+    with pytest.raises(DataError, match=str(tmp_path)):
         distill.main()
 
 

@@ -102,7 +102,7 @@ def test_everything_is_drawn_by_the_changed_recipe(
 
     monkeypatch.setattr(evaluate, "loaded", loaded)
     monkeypatch.setattr(sys, "argv", ["evaluate", "--bundle", "tiny@fast", "--steps", "3", what])
-    with pytest.raises(SystemExit, match="tiny@fast,steps=3"):
+    with pytest.raises(RecipeError, match="tiny@fast,steps=3"):
         evaluate.main()
 
 

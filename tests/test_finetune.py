@@ -15,13 +15,16 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from typer.testing import CliRunner
 
 from model.bundle import BundleError, load_bundle
 from model.config import BundleConfig, find_bundle
 from model.networks.vqgan_v3 import VQGAN
 from model.pipeline import Pipeline
 from model.training import art, assemble, denoiser, loop, objective
+from model.training.captioned import DataError
 from model.training.features import Examples, ExampleStream
+from server.cli import app
 from tests.conftest import randomise
 from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
 from tests.short_training import Crash, run
@@ -174,7 +177,7 @@ def test_the_command_says_in_one_line_that_there_is_nothing_to_train_on(
 ):
     (tmp_path / "x.png").write_bytes(b"no")
     (tmp_path / "x.txt").write_text("a caption")
-    with pytest.raises(SystemExit, match=r"nothing in it can be used \(1 not an image\)"):
+    with pytest.raises(DataError, match=r"nothing in it can be used \(1 not an image\)"):
         run(
             monkeypatch,
             denoiser,
@@ -223,7 +226,7 @@ def test_no_art_is_needed_for_pictures(monkeypatch, tmp_path, random_bundle, cor
     [([], "a bundle or --vqgan is needed"), (["--data", "somewhere"], "--data needs a bundle")],
 )
 def test_the_command_says_what_it_lacks(monkeypatch, tmp_path, arguments, said):
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(DataError, match=said):
         run(monkeypatch, denoiser, tmp_path / "x.pt", *arguments, "--steps", 1)
 
 
@@ -355,6 +358,32 @@ def test_a_trained_denoiser_goes_into_a_bundle_and_all_else_stays(
     assert BundleConfig.read(out).name == "mine"
     width, height = BundleConfig.read(out).native_size
     assert Pipeline.load(out).generate(["anything"], [0]).shape == (1, height, width, 3)
+
+
+def test_a_trainer_s_checkpoint_can_be_imported(monkeypatch, tmp_path, random_bundle):
+    """The way to a bundle that the documentation shows for published weights."""
+    checkpoint, out = tmp_path / "x.pt", tmp_path / "mine"
+    data = write_pictures(tmp_path / "data", 4)
+    run(monkeypatch, denoiser, checkpoint, random_bundle, "--data", data, "--steps", 1)
+    command = ["weights", "import", random_bundle, out, "--denoiser", checkpoint]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    expected = {name: t.half().float() for name, t in trained(checkpoint, "ema").items()}
+    assert identical(tensors(out)["denoiser"], expected)
+
+
+def test_a_name_that_a_bundle_cannot_have_is_refused_in_words(tmp_path, random_bundle):
+    weights = load_bundle(random_bundle, torch.device("cpu"), torch.float32).denoiser.state_dict()
+    torch.save({"ema": {f"denoiser.{name}": t for name, t in weights.items()}}, tmp_path / "x.pt")
+    with pytest.raises(BundleError, match="cannot have the name 'my bundle': up to 64 letters"):
+        assemble.with_denoiser(
+            random_bundle, tmp_path / "x.pt", tmp_path / "my bundle", torch.float32
+        )
+
+
+def test_without_a_vocabulary_the_folder_of_the_checkpoints_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nosuch/clip_merges\.txt\.gz"):
+        assemble.assemble(tmp_path / "nosuch", tmp_path / "out", torch.float16)
 
 
 def test_a_denoiser_of_another_shape_is_refused(tmp_path, random_bundle):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +218,110 @@ def test_metadata_says_captions_before_text_files_do(tmp_path):
     }
 
 
+def test_metadata_may_begin_with_a_byte_order_mark(tmp_path):
+    write_pictures(tmp_path, 1)
+    line = json.dumps({"file_name": "000.png", "text": "from metadata"})
+    (tmp_path / "metadata.jsonl").write_bytes(line.encode("utf-8-sig"))
+    source = pictures(tmp_path, 1)
+    assert source.draw()[1] == ["from metadata"]
+    assert not source.skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        (unicodedata.normalize("NFD", "é.png"), unicodedata.normalize("NFC", "é.png")),
+        (unicodedata.normalize("NFC", "é.png"), unicodedata.normalize("NFD", "é.png")),
+        ("s/a.png", "s/../s/./a.png"),
+        ("s/a.png", "s\\a.png"),
+        ("a\\b.png", "a\\b.png"),
+    ],
+    ids=["composed", "decomposed", "dots", "backslash", "backslash in the name"],
+)
+def test_metadata_names_a_file_however_its_path_is_written(tmp_path, name, written):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    plain().save(tmp_path / name)
+    line = json.dumps({"file_name": written, "text": "from metadata"})
+    (tmp_path / "metadata.jsonl").write_text(line)
+    source = pictures(tmp_path, 1)
+    assert source.draw()[1] == source.draw()[1] == ["from metadata"]
+    assert not source.skipped
+
+
+def test_a_caption_s_suffix_may_be_in_capitals(tmp_path):
+    plain().save(tmp_path / "NAME.PNG")
+    (tmp_path / "NAME.TXT").write_text("in capitals")
+    assert pictures(tmp_path, 1).draw()[1] == ["in capitals"]
+    (tmp_path / "NAME.txt").write_text("in small letters")
+    assert pictures(tmp_path, 1).draw()[1] == ["in small letters"]
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    data = write_pictures(tmp_path / "data", 2)
+    write_pictures(tmp_path / "elsewhere" / "deep", 1)
+    (data / "a link").symlink_to(tmp_path / "elsewhere")
+    (data / "z link").symlink_to(tmp_path / "elsewhere")
+    (data / "loop").symlink_to(data)
+    (tmp_path / "elsewhere" / "back").symlink_to(data)
+    names = captioned._listed(data)
+    assert sorted(names) == ["000.png", "001.png", "a link/deep/000.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_counted(monkeypatch, tmp_path):
+    data = write_pictures(tmp_path / "data", 1)
+    (data / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(folder: Path) -> object:
+        if folder.name == "closed":
+            raise PermissionError
+        return scandir(folder)
+
+    monkeypatch.setattr(captioned.os, "scandir", refused)
+    source = pictures(data, 1)
+    source.draw()
+    source.draw()
+    assert source.skipped == {"unreadable folder": 1}
+
+
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_images_of_other_formats_are_counted(tmp_path, form):
+    data = write_pictures(tmp_path / "data", 1)
+    others = ["a.heic", "b.AVIF", "c.gif", "d.bmp", "e.tif", "f.tiff", "g.jfif"]
+    for name in others:
+        (data / name).write_bytes(b"an image")
+        (data / name).with_suffix(".txt").write_text("a caption")
+    source = pictures(data if form == "folder" else write_shards(tmp_path / "shards", [data]), 1)
+    source.draw()
+    source.draw()
+    assert source.skipped == {"format not supported": len(others)}
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("a caption".encode("utf-16-le"), "caption is not UTF-8"),
+        ("a caption".encode("utf-16"), "caption is not UTF-8"),
+        ("\u200b\u2060 \n".encode(), "empty caption"),
+        ("\ufeff\ufeff".encode(), "empty caption"),
+    ],
+)
+def test_a_caption_without_a_visible_letter_is_none(tmp_path, caption, reason):
+    write_pictures(tmp_path, 2)
+    (tmp_path / "000.txt").write_bytes(caption)
+    source = pictures(tmp_path, 1)
+    assert source.draw()[1] == source.draw()[1] == ["picture 1"]
+    assert source.skipped == {reason: 1}
+
+
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = write_pictures(tmp_path / "data", 1)
+    where = str(data) if form == "folder" else write_shards(tmp_path / "shards", [data])
+    assert pictures(where.replace(str(tmp_path), "~"), 1).draw()[1] == ["picture 0"]
+
+
 def test_a_shard_is_read_up_to_where_it_is_cut_and_the_next_ones_whole(tmp_path):
     parts = [write_pictures(tmp_path / f"part{i}", 6) for i in range(2)]
     for path in (tmp_path / "part1").glob("*.txt"):
@@ -237,6 +343,9 @@ def test_a_shard_is_read_up_to_where_it_is_cut_and_the_next_ones_whole(tmp_path)
         (lambda folder: write_pictures(folder, 0), "no .png, .jpg, .jpeg, .webp"),
         (lambda folder: folder / "nothing", "no such folder"),
         (lambda folder: folder / "shard-{000..003}.tar", "nor 3 more"),
+        (lambda folder: write_pictures(folder, 3) / "000.png", "is a file: name the folder"),
+        (lambda folder: write_pictures(folder, 3) / "*.tar", "patterns use braces, such as shards"),
+        (lambda folder: "", "the name of the data is empty"),
         (lambda folder: write_shards(folder, [write_pictures(folder / "empty", 0)]), "it is empty"),
         (
             lambda folder: (
@@ -246,7 +355,17 @@ def test_a_shard_is_read_up_to_where_it_is_cut_and_the_next_ones_whole(tmp_path)
         ),
         (lambda folder: write_shards(folder, [write_pictures(folder / "small", 3)]), "3 too small"),
     ],
-    ids=["no pictures", "no folder", "no shards", "empty shard", "no captions", "too small"],
+    ids=[
+        "no pictures",
+        "no folder",
+        "no shards",
+        "file",
+        "star",
+        "no name",
+        "empty shard",
+        "no captions",
+        "too small",
+    ],
 )
 @pytest.mark.parametrize("threads", [0, 2])
 def test_nothing_to_train_on_is_an_error_that_says_why(tmp_path, prepare, words, threads):

@@ -116,8 +116,17 @@ def test_what_was_imported_is_not_hashed_again(run, tmp_path, monkeypatch):
         },
         lambda state: {"model": {"state_dict": state}},
         lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+        *(
+            lambda state, prefix=prefix: {
+                "model": {f"{prefix}{name}": torch.zeros_like(t) for name, t in state.items()},
+                "ema": {f"{prefix}{name}": t for name, t in state.items()}
+                | {"beside.weight": torch.zeros(2)},
+                "step": 3,
+            }
+            for prefix in ("denoiser.", "vqgan.", "t5.", "model.")
+        ),
     ],
-    ids=["training", "averaged", "nested", "distributed"],
+    ids=["training", "averaged", "nested", "distributed", "denoiser", "vqgan", "t5", "clip"],
 )
 def test_training_checkpoints_are_unwrapped(states, tmp_path, wrap):
     state = read_state(saved(wrap(states["prior"]), tmp_path / "training.pt"))
@@ -250,6 +259,15 @@ def test_a_truncated_pickle_is_refused(run, sources, tmp_path, share):
 def test_what_is_no_checkpoint_is_refused(run, sources, tmp_path, content):
     sources["denoiser"].write_bytes(content)
     assert refusal(run, tmp_path).startswith("denoiser.pt is refused: ")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_torch_did_not_write_is_refused_without_torch_s_words(
+    run, sources, tmp_path, protocol
+):
+    sources["denoiser"].write_bytes(pickle.dumps({"a": [1.0]}, protocol=protocol))
+    message = refusal(run, tmp_path)
+    assert message.endswith("it is no checkpoint that torch.save wrote, or it is damaged")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -22,6 +22,7 @@ from model.pipeline import Pipeline
 from model.training import distill, loop, prune
 from model.training.block_losses import Lost
 from model.training.block_skips import removable, without
+from model.training.captioned import DataError
 from model.training.pruning import pruned, pruned_config
 from tests.conftest import micro_config, randomise, write_random_bundle
 from tests.short_training import run
@@ -258,7 +259,7 @@ def test_a_whole_teacher_teaches_a_pruned_student(
 def test_unknown_blocks_end_a_training_with_a_message(monkeypatch, tmp_path, corpus_file, prepared):
     bundle = write_random_bundle(tmp_path / "random", small_config())
     common = [bundle, "--corpus", corpus_file, "--batch", 4, "--updates", 1, "--guidance"]
-    with pytest.raises(SystemExit, match=r"not down_blocks\.7\.1"):
+    with pytest.raises(DataError, match=r"not down_blocks\.7\.1"):
         run(monkeypatch, distill, tmp_path / "x.pt", *common, "--prune", "down_blocks.7.1")
 
 

@@ -134,7 +134,14 @@ def test_a_recipe_that_is_none_ends_with_a_message(bundle, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["recipes", f"{bundle}@step=1", "--count", "11", "--device", "cpu"]
     )
-    with pytest.raises(SystemExit, match="step"):
+    with pytest.raises(RecipeError, match="step"):
+        recipes.main()
+
+
+def test_every_recipe_is_read_before_the_first_is_measured(bundle, monkeypatch):
+    monkeypatch.setattr(recipes, "hits", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["recipes", str(bundle), f"{bundle}@step=1"])
+    with pytest.raises(RecipeError, match="step"):
         recipes.main()
 
 

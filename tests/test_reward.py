@@ -17,6 +17,7 @@ from model.training.distill import starting_network
 from model.training.distillation import Student, Teacher
 from model.training.judged import log_probability
 from model.training.prompts import BenchPrompt
+from model.training.recipe_text import RecipeError
 from model.training.rollouts import Case, Plan, Rollouts, advantages, stratified_times
 from model.training.scenes import Scene, Thing
 from tests.short_training import Crash, run
@@ -330,5 +331,5 @@ def test_the_command_to_use_it_names_the_bundle_and_the_recipe(
 
 
 def test_an_invalid_recipe_ends_with_a_message(monkeypatch, random_bundle, toy, tmp_path):
-    with pytest.raises(SystemExit, match="NAME=VALUE"):
+    with pytest.raises(RecipeError, match="NAME=VALUE"):
         run(monkeypatch, reward, tmp_path / "x.pt", f"{find_bundle(str(random_bundle))}@steps")

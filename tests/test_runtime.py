@@ -86,6 +86,17 @@ def test_a_named_device_is_taken_at_its_word_if_it_is_there(monkeypatch):
         pick_device("cuda:2")
 
 
+@pytest.mark.parametrize("name", ["gpu", "xpu", "meta", "cuda:x", ""])
+def test_an_unknown_device_is_refused_with_those_that_are_known(name):
+    with pytest.raises(ValueError, match="is none of auto, cpu, cuda, cuda:1 and mps"):
+        pick_device(name)
+
+
+def test_an_unknown_dtype_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match="'fp16x' is none of auto, float32, float16, bfloat16"):
+        pick_dtype("fp16x", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("cuda", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_auto_is_cuda_where_there_is_one(monkeypatch, cuda, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)

@@ -3,6 +3,7 @@ not known."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +197,22 @@ class Counting:
     def encode_latents(self, images: Tensor) -> Tensor:
         self.encoded += len(images)
         return self.network.encode_latents(images)
+
+
+def test_an_absent_vqgan_is_noticed_before_any_process_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(stencils, "ProcessPoolExecutor", lambda *_, **rest: pytest.fail("started"))
+    arguments = [str(tmp_path / "out"), "--vqgan", str(tmp_path / "absent.pt")]
+    monkeypatch.setattr(sys, "argv", ["stencils", *arguments])
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pt"):
+        stencils.main()
+
+
+def test_a_file_that_has_no_stencils_is_called_that(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no stencils"):
+        Stencils.load(tmp_path / "absent")
+    (tmp_path / "text").write_text("no stencils")
+    with pytest.raises(ValueError, match="text has no stencils"):
+        Stencils.load(tmp_path / "text")
 
 
 def test_a_pool_encodes_only_what_is_not_known(known: Stencils, network: VQGAN) -> None:

@@ -4,6 +4,7 @@ average."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +17,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from load_tests.serving import free_port
+from model.bundle import BundleError
 from model.networks.prior import Prior
-from model.training import loop, prior
+from model.training import (
+    checkpoint,
+    command,
+    denoiser,
+    distill,
+    evaluate,
+    loop,
+    prior,
+    prune,
+    recipes,
+    reward,
+)
+from model.training.captioned import DataError
 from tests.conftest import micro_config
 from tests.short_training import fit
 
@@ -91,6 +105,63 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(monkeypatch, o):
     with pytest.raises(OSError, match="full"):
         fit(monkeypatch, 1, network, prior_loss(network), o)
     assert o.checkpoint.read_bytes() == before
+    assert [path.name for path in o.checkpoint.parent.iterdir()] == [o.checkpoint.name]
+
+
+def test_a_full_disk_is_called_that_and_leaves_nothing(monkeypatch, tmp_path):
+    def full(contents, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"x\.pt was not written: [\d,]+ bytes are free"):
+        checkpoint.save(tmp_path / "x.pt", {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_an_interrupted_run_finishes_its_step_and_can_be_resumed(o, capsys, number, status):
+    o = replace(o, steps=4)
+    whole = small_prior()
+    loop.fit(whole, prior_loss(whole), replace(o, checkpoint=o.checkpoint.with_name("whole.pt")))
+
+    first, taken = small_prior(), []
+    inner = prior_loss(first)
+
+    def loss():
+        taken.append(1)
+        if len(taken) == 2:
+            signal.raise_signal(number)
+        return inner()
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        loop.fit(first, loss, o)
+    assert ended.value.code == status
+    assert signal.getsignal(number) is before
+    assert "interrupted at step 2; continue with --resume" in capsys.readouterr().err
+    assert loop.load(o.checkpoint)["step"] == 2
+
+    second = small_prior(seed=99)
+    loop.fit(second, prior_loss(second), replace(o, resume=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True)
+    )
+
+
+def test_a_second_signal_ends_the_run_at_once(o):
+    network = small_prior()
+
+    def loss():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(network, loss, replace(o, steps=4))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_kept_weights_are_the_average_not_the_last(monkeypatch, o):
@@ -319,6 +390,146 @@ def test_options_come_from_the_command_line():
     assert options.dtype == torch.bfloat16
     assert options.workers == 0
     assert (options.steps, options.accumulate, options.log_dir) == (None, 1, None)
+
+
+def given(*arguments: object) -> loop.Options:
+    parser = loop.parser("Trains.", name="x", batch=32, lr=1e-3, minutes=5)
+    return loop.options(parser.parse_args(["--device", "cpu", *map(str, arguments)]))
+
+
+def test_a_checkpoint_is_not_replaced_by_a_run_that_does_not_resume_it(tmp_path):
+    torch.save({"step": 7}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt exists: go on from it with --resume"):
+        given("--checkpoint", tmp_path / "x.pt")
+    assert given("--checkpoint", tmp_path / "x.pt", "--resume").resume
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*x\.pt: begin without --resume"):
+        given("--checkpoint", tmp_path / "x.pt", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"text", "no checkpoint that torch.save wrote"), (b"PK\x03\x04", "is cut short")],
+)
+def test_what_is_no_checkpoint_cannot_be_resumed(tmp_path, content, words):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(BundleError, match=words):
+        given("--checkpoint", tmp_path / "x.pt", "--resume")
+    torch.save({"weight": torch.ones(1)}, tmp_path / "x.pt")
+    with pytest.raises(BundleError, match="holds weights alone"):
+        given("--checkpoint", tmp_path / "x.pt", "--resume")
+
+
+def test_where_nothing_can_be_written_is_noticed_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        given("--checkpoint", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        given("--checkpoint", tmp_path / "file" / "x.pt")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        given("--checkpoint", tmp_path / "x.pt", "--log-dir", tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("option", "sent", "words"),
+    [
+        ("--minutes", "-3", "-3 is not a number above 0"),
+        ("--minutes", "0", "0 is not a number above 0"),
+        ("--minutes", "nan", "nan is not a number above 0"),
+        ("--minutes", "inf", "inf is not a number above 0"),
+        ("--minutes", "ten", "'ten' is no number"),
+        ("--steps", "1.5", "'1.5' is no whole number"),
+        ("--lr", "-1", "-1 is not a number from 0 on"),
+        ("--ema", "2", "2 is not from 0 to below 1"),
+        ("--seed", "-1", "-1 is not at least 0"),
+        ("--threads", "-1", "-1 is not at least 0"),
+        ("--dtype", "fp16x", "invalid choice: 'fp16x'"),
+        ("--drop-clip", "5", "5 is not from 0 to 1"),
+        ("--max-aspect", "nan", "nan is not at least 1"),
+        ("--min-side", "-1", "-1 is not at least 0"),
+        ("--kept", "0", "0 is not at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_in_words(option, sent, words, capsys):
+    with pytest.raises(SystemExit):
+        denoiser.parser().parse_args([f"{option}={sent}"])
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "parser",
+    [
+        denoiser.parser,
+        distill.parser,
+        evaluate._parser,
+        prune.parser,
+        recipes.parser,
+        reward.parser,
+    ],
+    ids=lambda parser: parser.__module__.rpartition(".")[2],
+)
+def test_every_option_of_a_command_is_explained(parser):
+    assert [action.dest for action in parser()._actions if not action.help] == []
+    assert parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (DataError("nothing\nin it"), 2, "train: nothing in it"),
+        (BundleError("x.pt is cut short"), 2, "train: x.pt is cut short"),
+        (FileNotFoundError("no bundle"), 2, "train: no bundle"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "train: x: No such file"),
+        (PermissionError(13, "Permission denied", "x.pt"), 1, "train: x.pt: Permission denied"),
+        (ModuleNotFoundError("No module named 'tensorboard'"), 2, "train: No module named"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_command_ends_in_one_sentence_for_what_its_user_can_mend(
+    monkeypatch, capsys, error, status, said
+):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    with pytest.raises(SystemExit) as ended:
+        command.run(main)
+    assert ended.value.code == status
+    told = capsys.readouterr().err
+    assert told.startswith(said)
+    assert told.count("\n") == (1 if said else 0)
+
+
+def test_weights_of_another_network_are_called_that(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit):
+        command.run(lambda: nn.Linear(2, 2).load_state_dict({}))
+    assert capsys.readouterr().err == (
+        'train: the weights are another network\'s: Missing key(s) in state_dict: "weight"\n'
+    )
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        command.run(lambda: print(1 / 0))
+
+
+@pytest.mark.process
+def test_a_trainer_s_command_ends_in_one_sentence(tmp_path):
+    arguments = ["nosuch", "--data", str(tmp_path), "--checkpoint", str(tmp_path / "x.pt")]
+    done = subprocess.run(
+        [sys.executable, "-m", "model.training.denoiser", *arguments, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("denoiser: no bundle 'nosuch': ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", ["--steps", "--accumulate", "--batch", "--warmup"])

@@ -39,6 +39,8 @@ _WRAPPERS = (
     "module.",
     "_orig_mod.",
 )  # what DistributedDataParallel and torch.compile put before every name
+# Before the network's names in what our trainers train; what they train beside it is not kept.
+_TRAINED = ("denoiser.", "vqgan.", "t5.", "model.")
 
 # State dicts lie at most so deep in a training checkpoint.
 MAX_NESTING = 4
@@ -129,8 +131,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises BundleError.
     """
-    content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+    content = read_content(path, mmap=True)
     state = {_plain(name): tensor for name, tensor in _unwrapped(content, path.name).items()}
+    state = _network(state)
     for name, tensor in state.items():
         if len(name) > MAX_NAME_LENGTH:
             raise BundleError(f"{path.name}: tensor {name[:40]!r}… has too long a name")
@@ -142,22 +145,33 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def read_content(path: Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> Any:
+    """Return all that a file holds, a safetensors file or what `torch.save` wrote.
+
+    mmap: map a pickle's tensors into memory, on the CPU. Raises BundleError, and OSError for a file
+    that cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        return _safetensors(path, device)
+    return _unpickled(path, device, mmap)
+
+
+def _safetensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return load_file(path, str(device))
     except SafetensorError as error:
         raise BundleError(f"{path.name} is not a readable safetensors file ({error})") from None
 
 
-def _unpickled(path: Path) -> Any:
-    mapped = zipfile.is_zipfile(path)
-    if mapped:
+def _unpickled(path: Path, device: torch.device | str, mmap: bool) -> Any:
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
         _check_archive(path)
     with path.open("rb") as file:
-        if not mapped and file.read(2) == b"PK":
+        if not zipped and file.read(2) == b"PK":
             raise BundleError(f"{path.name} is cut short: the end of its zip archive is missing")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipped)
     except OSError:
         raise
     except Exception as error:  # a hostile or damaged pickle can raise whatever it likes
@@ -189,8 +203,7 @@ def _why(error: Exception) -> str:
     text = str(error)
     if wanted := re.search(r"GLOBAL ([\w.]+)", text):
         return f"its pickle asks for {wanted[1]}, and weights need no code"
-    lines = text.strip().splitlines() or [type(error).__name__]
-    return f"it is no readable checkpoint ({lines[0][:120]})"
+    return "it is no checkpoint that torch.save wrote, or it is damaged"
 
 
 def _unwrapped(content: Any, where: str) -> dict[str, Tensor]:
@@ -230,6 +243,19 @@ def _no_weights(content: dict[Any, Any]) -> str:
 def _key(key: object) -> str:
     """Return a dict's key for a message: others than texts may be large, or contain themselves."""
     return repr(key[:80]) if isinstance(key, str) else f"of type {type(key).__name__}"
+
+
+def _network(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the network of what a trainer of ours trained, else the state itself."""
+    for prefix in _TRAINED:
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
+        if own:
+            return own
+    return state
 
 
 def _plain(name: str) -> str:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from model.training import command
 from model.training.kinds import KINDS, SHAPES
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -239,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -49,7 +49,8 @@ from model.config import (
 from model.network_config import DenoiserConfig
 from model.networks.denoiser_v3 import Denoiser
 from model.runtime import prepare
-from model.training import loop, tiny
+from model.training import command, loop, tiny
+from model.training.arguments import COUNT
 from model.training.checkpoint import averaged
 from model.training.codes import quiet
 from model.training.pruning import names, pruned_config
@@ -89,6 +90,11 @@ def assemble(runs: Path, out: Path, dtype: torch.dtype) -> BundleConfig:
     merges = runs / str(config.clip.merges)
     there = out / str(config.clip.merges)
     merges = merges if merges.exists() else there
+    if not merges.exists():
+        raise FileNotFoundError(
+            f"there is no {runs / merges.name}, which model.training.clip writes, and {out} holds"
+            " no bundle yet"
+        )
     kept = None
     if (out / CONFIG_FILE).exists():
         kept = load_bundle(out, torch.device("cpu"), torch.float32)
@@ -129,9 +135,8 @@ def with_denoiser(
     recipe: changes of its recipe, as `recipe_text.changed` reads them. prune: blocks that the
     denoiser does without.
 
-    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape or unknown blocks,
-    RecipeError for an invalid recipe, and pydantic.ValidationError for a name that a bundle cannot
-    have.
+    Raises the errors of `load_v3`, BundleError for a checkpoint of another shape, unknown blocks or
+    a name that a bundle cannot have, and RecipeError for an invalid recipe.
     """
     bundle = load_v3(base, torch.device("cpu"), torch.float32)
     old = bundle.config
@@ -145,7 +150,10 @@ def with_denoiser(
         "denoiser": asdict(sizes),
         "format": needed_format(old.presets, (sizes, *old.denoisers.values()), old.vocabulary),
     }
-    config = TypeAdapter(BundleV3Config).validate_python(asdict(old) | changes)
+    try:
+        config = TypeAdapter(BundleV3Config).validate_python(asdict(old) | changes)
+    except ValidationError as error:
+        raise BundleError(_first_problem(error)) from None
     merges = None if config.clip.merges is None else base / config.clip.merges
     denoiser = _denoiser(sizes, checkpoint)
     return save_bundle(replace(bundle, config=config, denoiser=denoiser), out, dtype, merges)
@@ -187,9 +195,7 @@ def with_preset(base: Path, new: NewPreset, out: Path, dtype: torch.dtype) -> Bu
     except RecipeError:
         raise
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        raise PresetError(f"{where}{first['msg']}") from None
+        raise PresetError(_first_problem(error)) from None
     except ValueError as error:
         raise PresetError(str(error)) from None
     denoisers = dict(bundle.denoisers)
@@ -198,6 +204,14 @@ def with_preset(base: Path, new: NewPreset, out: Path, dtype: torch.dtype) -> Bu
     kept = {name: denoisers[name] for name in config.denoisers}
     merges = None if config.clip.merges is None else base / config.clip.merges
     return save_bundle(replace(bundle, config=config, denoisers=kept), out, dtype, merges)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["loc"] == ("name",):
+        allowed = "up to 64 letters, digits, dots, hyphens and underscores"
+        return f"a bundle cannot have the name {first['input']!r}: {allowed} are allowed"
+    return "".join(f"{part}: " for part in first["loc"]) + first["msg"]
 
 
 class PresetError(ValueError):
@@ -262,15 +276,25 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("out", type=Path)
-    p.add_argument("--runs", type=Path, default=Path("runs"))
+    p.add_argument("out", type=Path, help="folder of the bundle to write")
+    p.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder of the trainers' checkpoints (default %(default)s)",
+    )
     p.add_argument(
         "--base", help="name or path of the bundle that all but the denoiser is taken from"
     )
     p.add_argument(
         "--denoiser", type=Path, help="checkpoint of the denoiser for --base, or for --preset"
     )
-    p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    p.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        default="float16",
+        help="number type of the written weights (default %(default)s)",
+    )
     p.add_argument(
         "--recipe", default="", help="changes of the recipe of --base, such as steps=4,guidance=1"
     )
@@ -283,7 +307,7 @@ def main() -> None:
     )
     p.add_argument(
         "--sizes",
-        type=json.loads,
+        type=_json_object,
         default={},
         help="what differs from the first denoiser, such as '{\"blocks\": [1, 2]}'",
     )
@@ -338,7 +362,17 @@ def _assemble_as_told(args: argparse.Namespace, dtype: torch.dtype) -> BundleCon
 def _range(text: str) -> tuple[int, int]:
     """Return "1:4" as (1, 4)."""
     fewest, _, most = text.partition(":")
-    return int(fewest), int(most or fewest)
+    return COUNT(fewest), COUNT(most or fewest)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return content
 
 
 def print_files(config: BundleConfig) -> None:
@@ -348,4 +382,4 @@ def print_files(config: BundleConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -27,6 +27,8 @@ from model.bundle import BundleV3, load_v3
 from model.config import find_bundle
 from model.networks.denoiser_v3 import Denoiser
 from model.runtime import pick_device, prepare
+from model.training import command
+from model.training.arguments import COUNT
 from model.training.block_skips import removable, without
 from model.training.codes import quiet
 from model.training.data import Scenes
@@ -34,6 +36,7 @@ from model.training.denoiser import EARLY, Encoding, token_loss
 from model.training.distill import starting_network
 from model.training.features import Pool
 from model.training.objective import draw_times
+from model.training.options import add_device_arguments
 
 Floats = npt.NDArray[np.float64]
 _BYTES = 24  # read of each caption
@@ -95,12 +98,17 @@ class Measuring:
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         p.add_argument("bundle", help="name or path")
-        p.add_argument("--checkpoint", type=Path, help="of a denoiser, instead of the bundle's own")
+        p.add_argument(
+            "--checkpoint", type=Path, help="a denoiser's checkpoint, instead of the bundle's own"
+        )
         p.add_argument("--corpus", type=Path, help="what `python -m model.training.corpus` wrote")
-        p.add_argument("--batches", type=int, default=16)
-        p.add_argument("--batch", type=int, default=32)
-        p.add_argument("--device", default="auto")
-        p.add_argument("--threads", type=int, default=0)
+        p.add_argument(
+            "--batches", type=COUNT, default=16, help="batches to measure on (default %(default)s)"
+        )
+        p.add_argument(
+            "--batch", type=COUNT, default=32, help="images of a batch (default %(default)s)"
+        )
+        add_device_arguments(p, dtype=None)
         return p
 
     @classmethod
@@ -154,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

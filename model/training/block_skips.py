@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.networks.denoiser_v3 import Denoiser
+from model.training.arguments import BELOW_ONE
 
 
 def removable(denoiser: Denoiser) -> dict[str, nn.Module]:
@@ -29,19 +30,12 @@ def add_argument(p: argparse.ArgumentParser) -> None:
     """Add `--skip-blocks` to a trainer's arguments."""
     p.add_argument(
         "--skip-blocks",
-        type=_probability,
+        type=BELOW_ONE,
         default=0.0,
         metavar="P",
         help="leave out each block of each image with this probability, so that blocks can be "
         "removed afterwards (0)",
     )
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
-    return value
 
 
 def skip_at_random(denoiser: Denoiser, probability: float) -> None:

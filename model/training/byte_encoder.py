@@ -27,7 +27,7 @@ from model.bundle import load_v3
 from model.config import find_bundle
 from model.network_config import ByteEncoderConfig
 from model.networks.text_encoders import ByteEncoder
-from model.training import loop, tiny
+from model.training import checkpoint, command, loop, tiny
 from model.training.captions import THING_ATTRIBUTES
 from model.training.codes import KIND_WIDTH, ONE, STARTS, USED, Codes, classes_of
 from model.training.data import Scenes, Text
@@ -227,7 +227,7 @@ def train(
     """
     encoder.train()
     codes, rng = Codes(scenes.corpus), np.random.default_rng(o.seed)
-    steps = count(loop.load(o.checkpoint)["step"] if o.resume else 0)
+    steps = count(checkpoint.resumable(o.checkpoint)["step"] if o.resume else 0)
     whole = captions(scenes, codes, o.batch, rng, held_out)
     parts = pieces(scenes, codes, 2 * o.batch, held_out)
 
@@ -269,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

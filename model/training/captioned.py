@@ -1,8 +1,9 @@
 """List captioned images: a folder of files, or webdataset shards. No image is opened here.
 
 A folder holds `name.png` (.jpg, .jpeg, .webp) with `name.txt` beside it, at any depth; a
-`metadata.jsonl` with `file_name` and `text` may hold the captions instead. Shards are tar files of
-such pairs, named by a path with braces: `shards-{000..009}.tar`.
+`metadata.jsonl` with `file_name` and `text` may hold the captions instead. Links to folders are
+followed, and every folder is read once. Shards are tar files of such pairs, named by a path with
+braces: `shards-{000..009}.tar`.
 
 Several processes share a collection: each has its own files or shards, so that no two processes
 read the same image.
@@ -10,9 +11,13 @@ read the same image.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import random
+import tarfile
+import unicodedata
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +30,12 @@ from model.training.decoding import Unusable
 from model.training.processes import rank, world
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Counted, so that nobody wonders where they are.
+_OTHER_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".svg"),
+    *(".tif", ".tiff"),
+)
+_UNSUPPORTED = "format not supported"
 _METADATA = "metadata.jsonl"
 
 T = TypeVar("T")
@@ -70,7 +81,16 @@ def open_collection(where: str, seed: int) -> Collection:
 
     Raises DataError if it is neither, or holds fewer items than there are processes.
     """
-    return Folder(Path(where), seed) if Path(where).is_dir() else Shards(where, seed)
+    if not where.strip():
+        raise DataError("the name of the data is empty: name a folder, or shards")
+    path = Path(os.path.expanduser(where))
+    if path.is_dir():
+        return Folder(path, seed)
+    if path.is_file() and ".tar" not in path.suffixes and not tarfile.is_tarfile(path):
+        raise DataError(f"{where} is a file: name the folder that it is in")
+    if ":" not in where and not path.exists() and any(sign in where for sign in "*?["):
+        raise DataError(f"{where}: patterns use braces, such as shards-{{000..009}}.tar")
+    return Shards(where, seed)
 
 
 class Folder:
@@ -99,7 +119,8 @@ class Shards:
     def __init__(self, pattern: str, seed: int) -> None:
         from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
 
-        urls = expand_urls(pattern)
+        # os.path's function, because a Path would make one slash of a URL's two.
+        urls = [os.path.expanduser(url) for url in expand_urls(pattern)]
         # A URL with a scheme (http:, pipe:) is opened later, when it is read.
         if absent := [url for url in urls if ":" not in url and not Path(url).is_file()]:
             raise DataError(
@@ -133,21 +154,23 @@ def _share(where: Path | str, items: Sequence[T], what: str) -> Sequence[T]:
 
 def _listed(directory: Path) -> dict[str, Record | Unusable]:
     """Return every image, and every entry of the metadata, by path relative to the directory."""
-    files = {Path(parent) / name for parent, _, names in os.walk(directory) for name in names}
+    files, found = _below(directory)
+    # `.txt` comes after `.TXT`, and the later one counts.
+    texts = {_key(path.with_suffix("")): path for path in files if path.suffix.lower() == ".txt"}
+    by_key = {_key(path): path for path in files}
     described = {
-        path: caption
-        for file in sorted(files)
+        path if path in files else by_key.get(_key(path), path): caption
+        for file in files
         if file.name == _METADATA
         for path, caption in _described(file)
     }
-    found: dict[Path, Record | Unusable] = {}
     for path in files:
         if path.suffix.lower() in _SUFFIXES:
-            beside = path.with_suffix(".txt")
             caption = described.get(path)
-            found[path] = Record(
-                path, caption if isinstance(caption, str) else beside if beside in files else None
-            )
+            beside = texts.get(_key(path.with_suffix("")))
+            found[path] = Record(path, caption if isinstance(caption, str) else beside)
+        elif path.suffix.lower() in _OTHER_SUFFIXES:
+            found[path] = Unusable(_UNSUPPORTED)
     for path, caption in described.items():
         if path not in found:
             found[path] = (
@@ -158,9 +181,43 @@ def _listed(directory: Path) -> dict[str, Record | Unusable]:
     return {os.path.relpath(path, directory): record for path, record in found.items()}
 
 
+def _below(directory: Path) -> tuple[dict[Path, None], dict[Path, Record | Unusable]]:
+    """Return the files in a directory and below it, in order, and the folders that are unreadable.
+
+    Every folder is read once, by its own name rather than by that of a link to it.
+    """
+    files: list[Path] = []
+    unreadable: dict[Path, Record | Unusable] = {}
+    seen, waiting = set[tuple[int, int]](), deque([directory])
+    while waiting:
+        folder = waiting.popleft()
+        try:
+            own = folder.stat()
+            if (own.st_dev, own.st_ino) in seen:
+                continue
+            seen.add((own.st_dev, own.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if not entry.is_dir():
+                        files.append(Path(entry))
+                    elif entry.is_symlink():
+                        waiting.append(Path(entry))
+                    else:
+                        waiting.appendleft(Path(entry))
+        except OSError:
+            unreadable[folder] = Unusable("unreadable folder")
+    return dict.fromkeys(sorted(files)), unreadable
+
+
+def _key(path: Path) -> str:
+    """Return the same text for paths that are written differently: macOS decomposes letters."""
+    return unicodedata.normalize("NFC", os.path.normpath(str(path).replace("\\", "/")))
+
+
 def _described(metadata: Path) -> Iterator[tuple[Path, str | Unusable]]:
     """Yield (image, caption) for every line; for an invalid line its place, and Unusable."""
-    for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
+    content = metadata.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -198,4 +255,7 @@ def _samples(url: str) -> Iterator[Record | Unusable]:
 
 def _record(sample: dict[str, Any]) -> Record | Unusable:
     image = next((sample[suffix[1:]] for suffix in _SUFFIXES if suffix[1:] in sample), None)
-    return Unusable("no image") if image is None else Record(image, sample.get("txt"))
+    if image is not None:
+        return Record(image, sample.get("txt"))
+    other = any(suffix[1:] in sample for suffix in _OTHER_SUFFIXES)
+    return Unusable(_UNSUPPORTED if other else "no image")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from model.bundle import load_v3
 from model.config import find_bundle
 from model.networks.text_encoders import CLIP, PIXEL_STATISTICS
-from model.training import loop, tiny
+from model.training import command, loop, tiny
+from model.training.checkpoint import averaged
 from model.training.codes import KIND_WIDTH, Codes
 from model.training.data import Scenes
 
@@ -263,7 +264,9 @@ def main() -> None:
         metavar="BUNDLE",
         help="name or path of the bundle whose pair and vocabulary to go on with",
     )
-    p.add_argument("--start", type=Path, help="checkpoint whose averaged weights to begin with")
+    p.add_argument(
+        "--start", type=Path, help="checkpoint of this trainer whose averaged weights to begin with"
+    )
     p.add_argument(
         "--text-only",
         action="store_true",
@@ -283,7 +286,7 @@ def main() -> None:
     if kept is not None:
         clip.load_state_dict(load_v3(kept, torch.device("cpu"), torch.float32).clip.state_dict())
     if args.start is not None:
-        clip.load_state_dict(loop.load(args.start)["ema"])
+        clip.load_state_dict(averaged(loop.load(args.start), ""))
     scenes = with_tokens(scenes, clip)
     trained = train(clip.to(o.device), scenes, o, text_only=args.text_only)
     if loop.rank() == 0 and not args.text_only:
@@ -291,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

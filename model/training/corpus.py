@@ -22,12 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from model.training import command
+from model.training.arguments import COUNT, at_least
 from model.training.captions import ATTRIBUTES, LONGEST, PLACES, THING_ATTRIBUTES, Caption, describe
 from model.training.scene_layout import Layout, layout
 from model.training.scene_samplers import FULL, MIXTURES, Mixture, sample
 from model.training.scenes import ASPECTS, MOST, Random, Scene
+from model.whole_file import check_place, whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,12 +206,17 @@ class Corpus:
         tensors = {name: getattr(self, name) for name in _FIELDS}
         for name in _layout_arrays(0):
             tensors[_LAYOUT + name] = getattr(self.layouts, name)
-        save_file({name: tensor.cpu().numpy() for name, tensor in tensors.items()}, path)
+        _write({name: tensor.cpu().numpy() for name, tensor in tensors.items()}, path)
 
     def caption(self, image: int, which: int = 0) -> str:
         """Return one caption as text."""
         length = int(self.length[image, which])
         return bytes(self.text[image, which, :length].tolist()).decode(errors="replace")
+
+
+def _write(arrays: Arrays, path: Path | str) -> None:
+    with whole_file(Path(path)) as partial:
+        save_file(arrays, partial)
 
 
 def _corpus(arrays: Arrays) -> Corpus:
@@ -227,8 +236,16 @@ def generate(n: int, seed: int, processes: int = 1) -> Corpus:
 
 
 def load(path: Path | str) -> Corpus:
-    """Return the corpus in a file. Raises FileNotFoundError without it."""
-    return _corpus(load_file(path))
+    """Return the corpus in a file.
+
+    Raises FileNotFoundError without it, and ValueError for another kind of file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no corpus {path}: `python -m model.training.corpus` writes one")
+    try:
+        return _corpus(load_file(path))
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{path} is no corpus ({error})") from None
 
 
 def save(corpus: Corpus, path: Path | str) -> None:
@@ -251,11 +268,26 @@ def layouts(scenes: Sequence[Scene], seed: int, *, aligned: bool = True) -> Layo
 
 def main() -> None:
     """Sample the corpus that the command line asks for, and print the rate."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the safetensors file to write")
-    parser.add_argument("--images", "--pictures", type=int, default=400_000)
-    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--images",
+        "--pictures",
+        type=COUNT,
+        default=400_000,
+        help="how many to sample (default %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=COUNT,
+        default=multiprocessing.cpu_count(),
+        help="how many sample at once (default one for each core, %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="of the samples (default %(default)s)"
+    )
     parser.add_argument(
         "--mixture",
         choices=MIXTURES,
@@ -263,13 +295,14 @@ def main() -> None:
         help="first: mostly one object in the middle; several: more of what is hard, to go on with",
     )
     options = parser.parse_args()
+    check_place(options.out)
     began = time.perf_counter()
     mix = MIXTURES[options.mixture]
     arrays = sample_arrays(options.images, options.seed, options.processes, mix)
-    save_file(arrays, options.out)
+    _write(arrays, options.out)
     taken = time.perf_counter() - began
     print(f"{options.images} images in {taken:.1f} s, {options.images / taken:.0f} a second")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

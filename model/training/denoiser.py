@@ -25,7 +25,8 @@ from model.bundle import BundleV3, load_v3
 from model.config import BundleV3Config, find_bundle
 from model.networks.denoiser_v3 import Denoiser
 from model.networks.vqgan_v3 import VQGAN
-from model.training import block_skips, loop
+from model.training import block_skips, command, loop
+from model.training.arguments import COUNT, SHARE, at_least, number_in
 from model.training.captioned import DataError, open_collection
 from model.training.data import Scenes
 from model.training.decoding import Filters
@@ -125,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     block_skips.add_argument(p)
     p.add_argument(
         "--drop-clip",
-        type=float,
+        type=SHARE,
         default=DROP_CLIP,
         help=f"how often each of CLIP's embeddings is dropped ({DROP_CLIP:g})",
     )
@@ -149,19 +150,19 @@ def add_data_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--min-side",
-        type=int,
+        type=at_least(0),
         default=0,
-        help="leave out images whose shorter side has fewer pixels",
+        help="leave out images whose shorter side has fewer pixels (default 0)",
     )
     p.add_argument(
         "--max-aspect",
-        type=float,
+        type=number_in("at least 1", lambda value: value >= 1),
         default=math.inf,
-        help="leave out images with a larger ratio of longer to shorter side",
+        help="leave out images with a larger ratio of longer to shorter side (default none)",
     )
     p.add_argument(
         "--kept",
-        type=int,
+        type=COUNT,
         default=300_000,
         help="encoded scenes of each aspect held in memory (default 300000)",
     )
@@ -411,26 +412,23 @@ def train_on_own(
 def run(
     trainer: Callable[[argparse.Namespace], object], args: argparse.Namespace, *options: str
 ) -> None:
-    """Train, and print how to assemble a bundle of the result; exit for unusable data.
+    """Train, and print how to assemble a bundle of the result. Raises the trainer's errors.
 
     Args:
         trainer: what writes `args.checkpoint`.
         args: of the command line.
         options: more of them for `model.training.assemble`.
     """
-    try:
-        trainer(args)
-    except DataError as error:
-        raise SystemExit(str(error)) from None
+    trainer(args)
     if loop.rank() == 0:
         command = ("--base", args.bundle, "--denoiser", args.checkpoint, *options)
         print("to use it: python -m model.training.assemble NEW_BUNDLE", *command)
 
 
 def main() -> None:
-    """Train as the command line says; exit with a message for unusable data."""
+    """Train as the command line says."""
     run(train, parser().parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

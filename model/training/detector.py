@@ -13,7 +13,6 @@ alone: they have never seen an image of the judged networks.
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from model.training.checker import Found, Reading
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import nearest
 from model.training.scenery import BACKGROUNDS
+from model.whole_file import whole_file
 
 WEIGHTS = Path(__file__).parent / "judges" / "detector.safetensors"
 NATIVE = 256  # pixels of an image's shorter side, in which boxes are given
@@ -170,15 +170,13 @@ class Detector(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights in float16, replacing the file as a whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             name: tensor.to("cpu", torch.float16).contiguous()
             for name, tensor in self.state_dict().items()
             if tensor.is_floating_point()
         }
-        partial = path.with_suffix(".partial")
-        save_file(state, partial, {"names": json.dumps(_names())})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(state, partial, {"names": json.dumps(_names())})
 
     @property
     def device(self) -> torch.device:

@@ -31,7 +31,8 @@ import torch
 from model.bundle import BundleV3, load_v3
 from model.config import MAX_GUIDANCE, Recipe, SamplingConfig, find_bundle
 from model.networks.denoiser_v3 import Denoiser
-from model.training import block_skips, checkpoint, denoiser, loop, pruning
+from model.training import block_skips, checkpoint, command, denoiser, loop, pruning
+from model.training.arguments import SHARE, at_least, number_in
 from model.training.captioned import DataError
 from model.training.codes import quiet
 from model.training.data import Scenes
@@ -96,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     pruning.add_argument(p)
     p.add_argument(
         "--drop-clip",
-        type=float,
+        type=SHARE,
         default=DROP_CLIP,
         help=f"how often each of CLIP's embeddings is dropped ({DROP_CLIP:g})",
     )
@@ -106,14 +107,11 @@ def parser() -> argparse.ArgumentParser:
 def _guidance(text: str) -> float | str:
     if text == _RECIPE:
         return text
-    value = float(text)
-    if not 0 <= value <= MAX_GUIDANCE:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {MAX_GUIDANCE}")
-    return value
+    return number_in(f"from 0 to {MAX_GUIDANCE:g}", lambda value: 0 <= value <= MAX_GUIDANCE)(text)
 
 
 def _rounds(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
+    numbers = tuple(at_least(0)(part) for part in text.split(","))
     falling = all(a > b for a, b in pairwise(numbers))
     if not falling or not 1 <= numbers[-1] <= numbers[0] <= _MOST_STEPS:
         raise argparse.ArgumentTypeError(
@@ -244,6 +242,8 @@ def train(args: argparse.Namespace) -> None:
     Raises DataError for unusable data or blocks, and the errors of `load_v3`.
     """
     rounds = rounds_of(args)
+    if not args.resume and (there := [own for own in rounds if own.checkpoint.exists()]):
+        raise DataError(f"{there[0].checkpoint} exists: go on with --resume, or name another")
     if args.rounds is not None and args.steps is None:
         args.steps = _ROUND
     first = first_round(rounds, args.steps) if args.resume else 0
@@ -306,7 +306,7 @@ def _recipe(args: argparse.Namespace) -> Iterator[str]:
 
 
 def main() -> None:
-    """Distil as the command line says; exit with a message for unusable data."""
+    """Distil as the command line says."""
     p = parser()
     args = p.parse_args()
     if args.guidance is None and args.rounds is None:
@@ -319,4 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -34,7 +34,8 @@ from model.config import BundleConfig, SamplingConfig, find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
 from model.sampling import guidances
-from model.training import benchmark, scene_samplers, scenes
+from model.training import benchmark, command, scene_samplers, scenes
+from model.training.arguments import COUNT, NOT_NEGATIVE, POSITIVE
 from model.training.art import atlas
 from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
 from model.training.checker import Judge, check
@@ -42,6 +43,7 @@ from model.training.contact_sheet import contact_sheet
 from model.training.detector import NATIVE, WEIGHTS, Detector
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.network_figures import HELD_OUT_SEED, networks
+from model.training.options import add_device_arguments
 from model.training.prompts import BenchPrompt
 from model.training.recipe_text import RecipeError
 from model.training.recipes import loaded
@@ -314,21 +316,33 @@ def _parser() -> argparse.ArgumentParser:
         help="presets of the bundle, separated by commas, or all: each in turn, for PaellaBench and"
         " --operations",
     )
-    p.add_argument("--set", default="report", help="tune, reward or report (default)")
+    p.add_argument(
+        "--set",
+        choices=("tune", "reward", "report"),
+        default="report",
+        help="which prompts (default %(default)s)",
+    )
     p.add_argument("--quick", action="store_true", help="25 prompts of a category, one seed")
-    p.add_argument("--minutes", type=float, default=15, help="after which seeds are saved on")
+    p.add_argument(
+        "--minutes",
+        type=POSITIVE,
+        default=15,
+        help="after this time no further seeds are drawn (default %(default)s)",
+    )
     p.add_argument("--contact-sheet", type=Path, help="write 48 untuned prompts' images instead")
     p.add_argument("--operations", action="store_true", help="judge the image operations instead")
-    p.add_argument("--only", choices=OPERATIONS, action="append", help="of the image operations")
-    p.add_argument("--cases", type=int, default=100, help="of every operation, 100 by default")
+    p.add_argument(
+        "--only", choices=OPERATIONS, action="append", help="with --operations: only this one"
+    )
+    p.add_argument(
+        "--cases", type=COUNT, default=100, help="cases of every operation (default %(default)s)"
+    )
     p.add_argument("--curves", type=Path, metavar="FOLDER", help="plot the curves there instead")
     p.add_argument("--judges", action="store_true", help="validate the judges instead")
-    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the first judge's weights")
-    p.add_argument("--steps", type=int, help="other than the recipe's")
-    p.add_argument("--guidance", type=float, help="other than the recipe's")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
-    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the first judge's weights, a file")
+    p.add_argument("--steps", type=COUNT, help="steps of an image (default: the recipe's)")
+    p.add_argument("--guidance", type=NOT_NEGATIVE, help="guidance (default: the recipe's)")
+    add_device_arguments(p)
     return p
 
 
@@ -407,15 +421,15 @@ def _arguments() -> argparse.Namespace:
 
 
 def _pipelines(args: argparse.Namespace, device: torch.device) -> dict[str, Pipeline]:
-    """Return the pipelines of all recipes to judge, by their names; exit if one is unknown."""
+    """Return the pipelines of all recipes to judge, by their names.
+
+    Raises the errors of `loaded` and `presets_of`.
+    """
     dtype = pick_dtype(args.dtype, device)
-    try:
-        return {
-            name: loaded(with_changes(name, args.steps, args.guidance), device, dtype)
-            for name in presets_of(args.bundle, args.presets)
-        }
-    except RecipeError as error:
-        raise SystemExit(str(error)) from None
+    return {
+        name: loaded(with_changes(name, args.steps, args.guidance), device, dtype)
+        for name in presets_of(args.bundle, args.presets)
+    }
 
 
 def main() -> None:
@@ -475,4 +489,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

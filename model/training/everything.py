@@ -30,8 +30,10 @@ from typing import Any
 import torch
 
 from model.runtime import prepare
-from model.training import checkpoint
+from model.training import checkpoint, command
+from model.training.arguments import COUNT, POSITIVE
 from model.training.everything_roles import ROLES, Plan, log, network_file
+from model.whole_file import whole_file
 
 # Share of the budget for encoders and VQGAN where the denoiser follows them; seconds for the work
 # after the last step.
@@ -157,8 +159,8 @@ def _prepare_data(plan: Plan) -> None:
     with ThreadPoolExecutor(1) as thread:
         drawn = thread.submit(art.atlas)
         arrays = corpus.sample_arrays(plan.images, 0, max(1, (os.cpu_count() or 2) - 3))
-        save_file(arrays, s / "corpus.partial")
-        (s / "corpus.partial").rename(s / "corpus.safetensors")
+        with whole_file(s / "corpus.safetensors") as partial:
+            save_file(arrays, partial)
         log(f"corpus: {plan.images}")
         known = corpus.load(s / "corpus.safetensors")
         checkpoint.save(s / "atlas.pt", drawn.result())
@@ -225,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("out", type=Path, nargs="?", help="folder for parts, log and figures")
-    p.add_argument("--budget-seconds", type=float, default=300)
+    p.add_argument("--budget-seconds", type=POSITIVE, default=300, help="of all (default 300)")
     p.add_argument(
         "--started",
         type=float,
@@ -243,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         help="an earlier run's OUT, for the networks that this run does not train",
     )
     p.add_argument("--vqgan", type=Path, help="checkpoint of `model.training.vqgan` to go on with")
-    p.add_argument("--images", "--pictures", type=int, default=300_000, help="size of the corpus")
+    p.add_argument("--images", "--pictures", type=COUNT, default=300_000, help="size of the corpus")
     p.add_argument("--smoke", action="store_true", help="a short run on the CPU, all sizes small")
     p.add_argument(
         "--join",
@@ -282,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -207,6 +207,7 @@ def _role_judge(plan: Plan) -> None:
     from model.training import judge
 
     left = plan.encoders_until - time.time() - (4 if plan.smoke else 12)
+    (plan.scratch / "judge.pt").unlink(missing_ok=True)  # of a process that failed
     minutes = max(min(_JUDGE_SECONDS, left), 1) / 60
     arguments = {
         "--minutes": minutes,

@@ -146,7 +146,9 @@ def load(
     caption = (
         record.caption if isinstance(record.caption, str) else _text(_contents(record.caption))
     )
-    if not caption.strip():
+    if "\0" in caption:  # UTF-16, of which ASCII's letters pass for UTF-8
+        raise Unusable("caption is not UTF-8")
+    if not any(letter.isprintable() and not letter.isspace() for letter in caption):
         raise Unusable("empty caption")
     pixels = decode(_contents(record.image), size, filters, place)
     return torch.from_numpy(pixels).permute(2, 0, 1), caption.strip()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.training import loop
+from model.training import command, loop
 from model.training.art import atlas
 from model.training.augment import damaged
 from model.training.backgrounds import paint
@@ -295,7 +295,9 @@ def main() -> None:
     """Train as the command line says, and write the weights."""
     parser = loop.parser(__doc__, name="judge", batch=64, lr=3e-3, minutes=20, ema=0.995)
     parser.set_defaults(warmup=50)
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="the weights' file (default: the built-in one)"
+    )
     o = loop.options(args := parser.parse_args())
     sprites = atlas(_ATLAS).to(o.device)
     scatter = Scatter().to(o.device)
@@ -324,4 +326,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -8,6 +8,8 @@ scenes.
 Or the budget is steps: `--steps 10000` is the same training on any machine, and `--resume` finishes
 it as if it had never been interrupted, bit for bit if one process trains on the same machine.
 
+Ctrl-C or SIGTERM ends a training after its current step, with a checkpoint.
+
 Several processes, one a GPU or a core: `torchrun --nproc-per-node 2 -m model.training.denoiser …`.
 
 On CUDA nothing waits for the device: a step is recorded once as a graph and replayed. For that a
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 
 from model.training import checkpoint
 from model.training.checkpoint import load
+from model.training.interruption import Interruption
 from model.training.optimizers import Optimizers
 from model.training.options import Options, options, parser
 from model.training.processes import average_over_processes, first_clock, rank, total, world
@@ -166,7 +169,7 @@ class _Run:
         self._sums, self._summed = dict[str, Tensor](), 0
         self._under_way = deque[torch.cuda.Event]()
         if o.resume:
-            self._restore(load(o.checkpoint, o.device))
+            self._restore(checkpoint.resumable(o.checkpoint, o.device))
         self.first_step = self.step
         if dist.is_initialized():
             for tensor in module.state_dict().values():
@@ -397,6 +400,9 @@ def fit(
     before: called before every step, never recorded. saved: called with the averaged twin after
     every checkpoint but the last. run: the result of `prepared` for the same module, to continue
     with.
+
+    Raises SystemExit with 130 after SIGINT and with 143 after SIGTERM, once the checkpoint is
+    written.
     """
     if run is None:
         run = _Run(module, o, data, matrices)
@@ -405,8 +411,9 @@ def fit(
     start = last_save = looked = time.monotonic()
     earlier = run.seconds
     budget, unit = (o.minutes * 60, "s") if o.steps is None else (o.steps, "steps")
-    with Report(budget, unit, o.log_dir, run.step + 1) as report:
-        while (share := run.share(time.monotonic() - start)) < 1:
+    with Report(budget, unit, o.log_dir, run.step + 1) as report, Interruption() as interruption:
+        stopped = 0
+        while not stopped and (share := run.share(time.monotonic() - start)) < 1:
             if before is not None:
                 before()
             figures = run.learn(loss, share)
@@ -422,10 +429,21 @@ def fit(
                 if saved is not None:
                     saved(run.average.module)
                 last_save = time.monotonic()
+            stopped = int(first_clock(interruption.signal))
         if on_cuda:
             report.update(run.drain(), run.moment(share))
-    run.save()
-    left_out = total(data.skipped if data is not None else {})
+        run.save()
+        stopped = int(first_clock(interruption.signal))
+    _tell_end(run, stopped)
+    if stopped:
+        raise SystemExit(128 + stopped)
+    return run.average.module
+
+
+def _tell_end(run: _Run, stopped: int) -> None:
+    """Print what was left out, and whether a signal ended the training. Every process calls it."""
+    left_out = total(run.data.skipped if run.data is not None else {})
     if left_out and rank() == 0:
         print(f"images left out: {by_reason(left_out)}")
-    return run.average.module
+    if stopped and rank() == 0:
+        print(f"interrupted at step {run.step}; continue with --resume", file=sys.stderr)

@@ -13,7 +13,16 @@ import torch.distributed as dist
 
 from model.runtime import pick_device, pick_dtype, prepare
 from model.training import checkpoint
+from model.training.arguments import (
+    BELOW_ONE,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SOME_SHARE,
+    at_least,
+)
 from model.training.processes import rank
+from model.whole_file import check_place
 
 
 @dataclass(frozen=True)
@@ -66,19 +75,20 @@ def parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument(
-        "--minutes", type=float, default=minutes, help=f"how long to train (default {minutes:g})"
+        "--minutes", type=POSITIVE, default=minutes, help=f"how long to train (default {minutes:g})"
     )
     p.add_argument(
         steps_option,
         dest="steps",
-        type=_positive,
+        type=COUNT,
         help="how long to train instead: this many steps, those before --resume among them",
     )
     p.add_argument(
         "--checkpoint",
         type=Path,
         default=Path("runs") / f"{name}.pt",
-        help="written every two minutes and at the end",
+        help=f"written every two minutes, at the end and after Ctrl-C (default runs/{name}.pt); "
+        "without --resume it must not exist",
     )
     p.add_argument(
         "--log-dir", type=Path, help="where to write TensorBoard scalars (default nowhere)"
@@ -89,61 +99,67 @@ def parser(
         help="what `python -m model.training.corpus` wrote; without it, a small one is sampled",
     )
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    p.add_argument(
-        "--batch", type=_positive, default=batch, help=f"images a pass (default {batch})"
-    )
+    p.add_argument("--batch", type=COUNT, default=batch, help=f"images a pass (default {batch})")
     p.add_argument(
         "--accumulate",
-        type=_positive,
+        type=COUNT,
         default=1,
         help="passes a step (default 1): for batches that do not fit into memory",
     )
-    p.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default {lr:g})")
-    p.add_argument("--warmup", type=_positive, default=200, help="steps until the peak")
+    p.add_argument(
+        "--lr", type=NOT_NEGATIVE, default=lr, help=f"peak learning rate (default {lr:g})"
+    )
+    p.add_argument(
+        "--warmup", type=COUNT, default=200, help="steps until the peak (default %(default)s)"
+    )
     p.add_argument(
         "--fall",
-        type=_share,
+        type=SOME_SHARE,
         default=0.3,
         help="the last share of the training, over which the rate falls (default 0.3)",
     )
     p.add_argument(
         "--ema",
-        type=float,
+        type=BELOW_ONE,
         default=ema,
-        help="decay of the averaged weights, the ones that are kept",
+        help="decay of the averaged weights, the ones that are kept (default %(default)s)",
     )
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto", help="of the products; master weights are float32")
-    p.add_argument("--threads", type=int, default=0)
+    p.add_argument(
+        "--seed", type=at_least(0), default=0, help="of weights and data (default %(default)s)"
+    )
+    add_device_arguments(p, "number type of the products; weights are float32")
     p.add_argument(
         "--no-record", action="store_true", help="on CUDA, launch every operator of every step anew"
     )
     p.add_argument(
         "--workers",
-        type=int,
+        type=at_least(-1),
         default=-1,
-        help="that draw or decode images; by default none on a CPU, all cores beside a GPU",
+        help="threads that decode images (default -1: none on a CPU, all cores beside a GPU)",
     )
     return p
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
+def add_device_arguments(p: argparse.ArgumentParser, dtype: str | None = "number type") -> None:
+    """Add --device, --threads and --dtype. dtype: its help, None for a command without it."""
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
+    if dtype is not None:
+        types = ("auto", "float32", "float16", "bfloat16")
+        p.add_argument("--dtype", choices=types, default="auto", help=f"{dtype} (default auto)")
+    p.add_argument(
+        "--threads", type=at_least(0), default=0, help="CPU threads (default 0: as torch chooses)"
+    )
 
 
 def options(args: argparse.Namespace) -> Options:
-    """Turn parsed arguments into Options. Also prepares the process and seeds it."""
+    """Turn parsed arguments into Options. Also prepares the process and seeds it.
+
+    Raises ValueError or OSError where the checkpoint or the log cannot be written,
+    FileNotFoundError or BundleError without a checkpoint to resume, and the errors of
+    `pick_device`.
+    """
+    _check_places(args)
+    saved = checkpoint.resumable(args.checkpoint) if args.resume else {}
     prepare(args.threads)
     device = _join_others(pick_device(args.device))
     dtype = pick_dtype(args.dtype, device)
@@ -154,7 +170,6 @@ def options(args: argparse.Namespace) -> Options:
         if device.type == "cuda"
         else 0
     )
-    saved = checkpoint.load(args.checkpoint) if args.resume else {}
     first = args.seed + 1_000_003 * rank()
     # A resumed run meets new scenes, not those it began with; so does every process of several.
     seed = first + saved.get("step", 0)
@@ -178,6 +193,17 @@ def options(args: argparse.Namespace) -> Options:
         record=not args.no_record,
         fall=args.fall,
     )
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Check what will be written, before anything is computed. Raises ValueError and OSError."""
+    check_place(args.checkpoint)
+    if args.checkpoint.exists() and not args.resume:
+        raise ValueError(
+            f"{args.checkpoint} exists: go on from it with --resume, or name another --checkpoint"
+        )
+    if args.log_dir is not None and args.log_dir.exists() and not args.log_dir.is_dir():
+        raise ValueError(f"--log-dir {args.log_dir} is a file; name a folder")
 
 
 def _join_others(device: torch.device) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.bundle import load_v3
 from model.config import find_bundle
 from model.networks.prior import Prior, add_noise
-from model.training import loop, tiny
+from model.training import command, loop, tiny
 from model.training.codes import Codes
 from model.training.data import Scenes
 
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -30,6 +30,8 @@ from model.config import find_bundle
 from model.network_config import DenoiserConfig
 from model.pipeline import Pipeline
 from model.runtime import prepare
+from model.training import command
+from model.training.arguments import COUNT, number_in
 from model.training.block_losses import Lost, Measuring
 from model.training.pruning import pruned, pruned_config
 
@@ -98,15 +100,22 @@ def block_milliseconds(pipeline: Pipeline, branches: int, passes: int) -> dict[s
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     p = Measuring.parser(__doc__)
-    p.add_argument("--blocks", type=int, default=3, help="the most that go (default 3)")
+    p.add_argument("--blocks", type=COUNT, default=3, help="at most so many blocks go (default 3)")
     p.add_argument(
         "--most",
-        type=float,
+        type=number_in("a number", lambda value: value == value),
         default=float("inf"),
-        help="of the loss that may be added in all; without it, --blocks alone decides",
+        help="what may be added to the loss in all; without it, --blocks alone decides",
     )
-    p.add_argument("--branches", type=int, default=2, help="of the measured step (default 2)")
-    p.add_argument("--passes", type=int, default=_PASSES, help=f"{_PASSES} by default")
+    p.add_argument(
+        "--branches", type=COUNT, default=2, help="branches of the step to time (default 2)"
+    )
+    p.add_argument(
+        "--passes",
+        type=COUNT,
+        default=_PASSES,
+        help="how often the step is timed (default %(default)s)",
+    )
     return p
 
 
@@ -152,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

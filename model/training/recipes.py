@@ -30,10 +30,12 @@ from model.bundle import load_bundle, of_preset
 from model.config import QUALITY, SamplingConfig, find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
-from model.training import benchmark, curves
+from model.training import benchmark, command, curves
+from model.training.arguments import COUNT
 from model.training.art import atlas
 from model.training.benchmark import Bools, Drawn, Featured
 from model.training.detector import WEIGHTS, Detector
+from model.training.options import add_device_arguments
 from model.training.prompts import BenchPrompt
 from model.training.recipe_text import RecipeError, changed
 
@@ -157,14 +159,26 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("recipes", nargs="+", metavar="BUNDLE[@PRESET,CHANGES]")
-    p.add_argument("--set", default="tune", help="tune (default), reward or report")
-    p.add_argument("--count", type=int, default=curves.COUNT, help="prompts of all categories")
-    p.add_argument("--seeds", type=int, default=1, help="images of each prompt")
-    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the judge's weights")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
-    p.add_argument("--threads", type=int, default=0)
+    p.add_argument(
+        "recipes", nargs="+", metavar="BUNDLE[@PRESET,CHANGES]", help="what to compare, see above"
+    )
+    p.add_argument(
+        "--set",
+        choices=("tune", "reward", "report"),
+        default="tune",
+        help="which prompts (default %(default)s)",
+    )
+    p.add_argument(
+        "--count",
+        type=COUNT,
+        default=curves.COUNT,
+        help="prompts of all categories together (default %(default)s)",
+    )
+    p.add_argument(
+        "--seeds", type=COUNT, default=1, help="images of each prompt (default %(default)s)"
+    )
+    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the judge's weights, a file")
+    add_device_arguments(p)
     return p
 
 
@@ -177,16 +191,13 @@ def main() -> None:
     arguments = " ".join(["python -m model.training.recipes", *sys.argv[1:]])
     report = Report("recipes", command=arguments)
     began = time.monotonic()
+    pipelines = [loaded(name, device, dtype) for name in args.recipes]
     judge, sprites = Detector.load(args.judge, device), atlas().to(device)
     cases = curves.fixed_prompts(args.count, args.set)
     truth = torch.cat([curves.true_features(sprites, some, judge) for some in cases.values()])
     rows: list[Measured] = []
     first: dict[str, Bools] | None = None
-    for name in args.recipes:
-        try:
-            pipeline = loaded(name, device, dtype)
-        except RecipeError as error:
-            raise SystemExit(str(error)) from None
+    for name, pipeline in zip(args.recipes, pipelines, strict=True):
         right, features = hits(pipeline, judge, cases, range(args.seeds))
         first = right if first is None else first
         source = Drawn(pipeline, pipeline.config.recipe.sampling())
@@ -212,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

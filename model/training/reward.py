@@ -25,7 +25,8 @@ from torch import Tensor
 
 from model.bundle import BundleError, BundleV3
 from model.pipeline import Pipeline
-from model.training import benchmark, denoiser, loop
+from model.training import benchmark, command, denoiser, loop
+from model.training.arguments import COUNT, NOT_NEGATIVE
 from model.training.checker import Reading, check
 from model.training.detector import WEIGHTS, Detector
 from model.training.distill import starting_network
@@ -38,7 +39,6 @@ from model.training.objective import (
     in_products,
     projection_of,
 )
-from model.training.recipe_text import RecipeError
 from model.training.recipes import loaded
 from model.training.rollouts import Case, Plan, Reward, Rollouts, States
 
@@ -63,22 +63,31 @@ def parser() -> argparse.ArgumentParser:
         "bundle", metavar="BUNDLE[@CHANGES]", help="name or path, and changes of its recipe"
     )
     p.add_argument("--teacher", type=Path, help="checkpoint to begin with, instead of the bundle's")
-    p.add_argument("--prompts", type=int, default=_PROMPTS, help="of a rollout")
-    p.add_argument("--images", type=int, default=_IMAGES, help="of each prompt")
-    p.add_argument("--times", type=int, default=_TIMES, help="at which each image is noised again")
+    p.add_argument(
+        "--prompts", type=COUNT, default=_PROMPTS, help="prompts of a rollout (default %(default)s)"
+    )
+    p.add_argument(
+        "--images", type=COUNT, default=_IMAGES, help="images of each prompt (default %(default)s)"
+    )
+    p.add_argument(
+        "--times",
+        type=COUNT,
+        default=_TIMES,
+        help="how many times each image is noised again at (default %(default)s)",
+    )
     p.add_argument(
         "--clip",
-        type=float,
+        type=NOT_NEGATIVE,
         default=_CLIP,
         help=f"how far the ratio of mean log-probabilities may be from 1 ({_CLIP:g})",
     )
     p.add_argument(
         "--kl",
-        type=float,
+        type=NOT_NEGATIVE,
         default=_KL,
         help=f"weight of the divergence from the beginning ({_KL:g})",
     )
-    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the judge's weights")
+    p.add_argument("--judge", type=Path, default=WEIGHTS, help="the judge's weights, a file")
     return p
 
 
@@ -225,7 +234,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Train as the command line says; exit with a message for an invalid recipe."""
+    """Train as the command line says."""
     args = parser().parse_args()
     name, _, changes = args.bundle.partition("@")
 
@@ -233,12 +242,9 @@ def main() -> None:
         train(own)
         own.bundle = name
 
-    try:
-        recipe = ",".join(filter(None, (changes, "guidance=1")))
-        denoiser.run(trained, args, "--recipe", recipe)
-    except RecipeError as error:
-        raise SystemExit(str(error)) from None
+    recipe = ",".join(filter(None, (changes, "guidance=1")))
+    denoiser.run(trained, args, "--recipe", recipe)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

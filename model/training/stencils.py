@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from model.networks.vqgan_v3 import VQGAN
-from model.training import art
+from model.training import art, command
+from model.training.arguments import COUNT
 from model.training.data import as_float
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import COLOURS, NAMES
@@ -38,6 +40,7 @@ from model.training.scene_layout import LONE_LENGTHS, PAIR_LENGTHS
 from model.training.scenery import BACKGROUNDS
 from model.training.scenes import SQUARE, TOKEN, backgrounds, object_named
 from model.training.vqgan import trained_vqgan
+from model.whole_file import check_place, whole_file
 
 _AT_ONCE = 32  # images
 _GROUPS = 8  # things that a process encodes at a time
@@ -67,12 +70,21 @@ class Stencils:
 
     @classmethod
     def load(cls, path: Path) -> Stencils:
-        """Return those of a file. Raises FileNotFoundError without it."""
-        return cls(**load_file(path))
+        """Return those of a file.
+
+        Raises FileNotFoundError without it, and ValueError for another kind of file.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"no stencils {path}: model.training.stencils writes them")
+        try:
+            return cls(**load_file(path))
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"{path} has no stencils ({error})") from None
 
     def save(self, path: Path) -> None:
         """Write them to a safetensors file."""
-        save_file({"keys": self.keys, "tokens": self.tokens, "plain": self.plain}, path)
+        with whole_file(path) as partial:
+            save_file({"keys": self.keys, "tokens": self.tokens, "plain": self.plain}, partial)
 
     @cached_property
     def _covered(self) -> dict[Look, Tensor]:
@@ -259,11 +271,22 @@ def _encoded(keys: list[list[Key]]) -> Stencils:
 
 def main() -> None:
     """Encode the usual lengths as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the safetensors file to write")
     parser.add_argument("--vqgan", type=Path, required=True, help="a VQGAN's checkpoint or weights")
-    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument(
+        "--processes",
+        type=COUNT,
+        default=multiprocessing.cpu_count(),
+        help="how many encode at once (default one for each core, %(default)s)",
+    )
     options = parser.parse_args()
+    check_place(options.out)
+    # What every process will read; there an error would only break the pool.
+    trained_vqgan(options.vqgan)
+    art.art_file()
     keys = groups((LONE_LENGTHS["normal"], PAIR_LENGTHS["normal"], LONE_LENGTHS["large"]))
     chunks = [keys[i : i + _GROUPS] for i in range(0, len(keys), _GROUPS)]
     context = multiprocessing.get_context("spawn")
@@ -281,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.training import command
 from model.training.art import atlas
 from model.training.backgrounds import PARAMETERS, paint
 from model.training.kinds import FILE, SHAPES
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

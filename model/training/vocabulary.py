@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from model.config import BundleConfig, Recipe, find_bundle, needed_format
+from model.training import command
 from model.training.caption_words import (
     CLOSE_UP_AFTER,
     CLOSE_UP_BEFORE,
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -22,7 +22,8 @@ from model.bundle import load_v3
 from model.config import find_bundle
 from model.network_config import VQGANConfig
 from model.networks.vqgan_v3 import VQGAN, ResidualBlock
-from model.training import loop, tiny
+from model.training import command, loop, tiny
+from model.training.arguments import at_least
 from model.training.data import Scenes
 from model.training.scenes import ASPECTS
 
@@ -236,7 +237,12 @@ def train(
 def main() -> None:
     """Train as the command line says."""
     p = loop.parser(__doc__, name="vqgan", batch=64, lr=_RATE, minutes=20, ema=_EMA)
-    p.add_argument("--crop", type=int, default=128, help="pixels a side of the crops it sees")
+    p.add_argument(
+        "--crop",
+        type=at_least(tiny.VQGAN.downscale),
+        default=128,
+        help="pixels a side of the crops it sees (default %(default)s)",
+    )
     p.add_argument(
         "--from-bundle",
         metavar="BUNDLE",
@@ -274,4 +280,4 @@ def trained_vqgan(checkpoint: Path, config: VQGANConfig | None = None) -> Autoen
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
