@@ -643,6 +643,8 @@ def _parts(vocabulary: Vocabulary, clauses: _Clauses) -> tuple[Part, ...]:
         text = f"{_small(vocabulary, units[i])} {phrase}"
         for scene in scenes:
             text = _with(text, replace(scene, gap=True), _lead(scene, units[i], has_thing=True))
+        if not scenes and vocabulary.background:
+            text = f"{text} {vocabulary.background}"
         parts.append(Part(text, box))
     return tuple(parts)
 

@@ -90,7 +90,8 @@ class Vocabulary:
     things: what can be drawn. places: words for scenes, sides and views. colours, sizes, words:
     what captions have beside names, separated by spaces; words are the rest, such as "cute" and
     "background". aliases: words of a caption for words that no caption has, such as red for
-    crimson. english: words that differ by a letter from a known one and are correct nevertheless,
+    crimson. background: what the parts of an image have in common if a prompt does not say, such as
+    "on a white background". english: words that differ by a letter from a known one and are correct nevertheless,
     separated by spaces.
     """
 
@@ -102,6 +103,7 @@ class Vocabulary:
     sizes: Annotated[str, Field(max_length=2**16)] = ""
     words: Annotated[str, Field(max_length=2**16)] = ""
     aliases: Mapping[Text, Text] = field(default_factory=dict)
+    background: Annotated[str, Field(max_length=200)] = ""
     english: Annotated[str, Field(max_length=2**16)] = ""
 
     def thing(self, phrase: Phrase) -> Named | None:

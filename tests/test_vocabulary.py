@@ -121,8 +121,9 @@ def test_rows_share_steps_by_the_length_of_what_is_read() -> None:
 def test_two_things_become_regions_unless_the_request_says_otherwise() -> None:
     parted = planned("a puppy and a cat, 4k")
     image = parted.job.image(0)
-    assert image.prompt == "a small dog on the left"
-    assert [each.prompt for each in image.regions] == ["a small cat on the right"]
+    assert image.prompt == "a small dog on the left on a white background"
+    (region,) = image.regions
+    assert region.prompt == "a small cat on the right on a white background"
     assert parted.parameters((), 0)["auto_regions"] is True
     assert parted.parameters((), 0)["prompt"] == "a puppy and a cat, 4k"
     assert parted.parameters((), 0)["prompt_read"] == "a dog and a cat"

@@ -88,6 +88,7 @@ def vocabulary() -> Vocabulary:
         sizes=" ".join(sorted(sizes)),
         words=" ".join(sorted(_words_of([*numbers, *FILLERS, *PLAIN]) - FUNCTION)),
         aliases=ALIASES,
+        background="on a white background",
         english=" ".join(_ENGLISH.read_text().split()),
     )
 
