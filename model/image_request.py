@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from model.canvas import box_weight
 from model.config import BundleConfig, Interpolation, SamplingConfig
-from model.prompt_reading import Part
+from model.prompt_parts import Part
 from model.tiles import Tiling
 
 

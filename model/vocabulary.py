@@ -90,9 +90,9 @@ class Vocabulary:
     things: what can be drawn. places: words for scenes, sides and views. colours, sizes, words:
     what captions have beside names, separated by spaces; words are the rest, such as "cute" and
     "background". aliases: words of a caption for words that no caption has, such as red for
-    crimson. background: what the parts of an image have in common if a prompt does not say, such as
-    "on a white background". english: words that differ by a letter from a known one and are correct nevertheless,
-    separated by spaces.
+    crimson. background: what the parts of an image have in common if a prompt does not say, such
+    as "on a white background". english: words that differ from a known one by a letter and are
+    correct all the same, separated by spaces.
     """
 
     __pydantic_config__ = STRICT

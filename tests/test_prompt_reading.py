@@ -63,7 +63,7 @@ WORDS = Vocabulary(
     ),
     colours="red green blue yellow white black orange brown",
     sizes="small tiny large big",
-    words="two three four couple pair cute background plain just",
+    words="two three four 2 3 4 couple pair cute background plain just",
     aliases={"crimson": "red", "sky blue": "blue", "in a jungle": "in a forest"},
     english="spots crowd there score",
 )
@@ -217,6 +217,34 @@ def test_two_things_are_two_parts(prompt: str, first: str, second: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("two red cats", ["a small red cat on the left", "a small red cat on the right"]),
+        ("a pair of cats", ["a small cat on the left", "a small cat on the right"]),
+        ("a pair of big cats", ["a small cat on the left", "a small cat on the right"]),
+        (
+            "3 apples in the snow",
+            [
+                "a small apple at the top left in the snow",
+                "a small apple at the top right in the snow",
+                "a small apple at the bottom in the snow",
+            ],
+        ),
+        (
+            "two cats and a dog",
+            [
+                "a small cat at the top left",
+                "a small cat at the top right",
+                "a small dog at the bottom",
+            ],
+        ),
+    ],
+)
+def test_several_of_the_same_are_as_many_parts(prompt: str, parts: list[str]) -> None:
+    assert [part.prompt for part in read(WORDS, prompt).parts] == parts
+
+
 def test_a_part_has_the_scene_of_the_whole() -> None:
     parts = read(WORDS, "in the snow, cat and dog, blue background").parts
     assert [part.prompt for part in parts] == [
@@ -242,7 +270,10 @@ def test_three_and_four_things_and_corners_are_parts() -> None:
     "prompt",
     [
         "a cat",
-        "two cats and a dog",
+        "four cats",
+        "five cats",
+        "two cats on the left",
+        "three cats and two dogs",
         "a close-up of a cat and a dog",
         "a cat, a dog, a bird, a lion and a horse",
         "a platypus and an echidna",
@@ -307,8 +338,8 @@ def test_the_benchmark_s_prompts_are_read_as_they_are_but_for_other_names() -> N
         asked = words_of(MEDIA.sub("", case.text.lower()))
         found = read(collected, case.text)
         assert words_of(MEDIA.sub("", found.text.lower())) == asked
-        things = len(case.scene.things)
-        assert len(found.parts) == (things if things == 2 else 0)
+        several = sum(thing.count for thing in case.scene.things)
+        assert len(found.parts) == (several if several in (2, 3) else 0)
 
 
 def test_the_benchmark_s_synonyms_and_misspelt_names_are_read_as_the_usual_ones() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from model.canvas import Array, pad_to_multiple
 from model.config import QUALITY, BundleConfig, Operation, Preset, Recipe, SamplingConfig
 from model.image_request import Enlarge
-from model.prompt_reading import Part
+from model.prompt_parts import Part
 from server.api.errors import ApiError, invalid_value, shortened
 from server.api.images.fit import Size, follow, within
 from server.api.planning.sizes import nearest_side, nearest_size

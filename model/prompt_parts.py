@@ -1,0 +1,134 @@
+"""Part an image by the things that a caption names, each with a caption of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from model.prompt_units import CLOSE_UP, Unit, agreeing, lead_of, with_unit
+from model.vocabulary import ARTICLES, NUMBERS, Vocabulary
+
+Box = tuple[float, float, float, float]
+
+# Where a part of an image lies, and how captions say that.
+_SIDES: dict[str, tuple[str, Box]] = {
+    "left": ("on the left", (0, 0, 0.5, 1)),
+    "right": ("on the right", (0.5, 0, 1, 1)),
+    "top": ("at the top", (0, 0, 1, 0.5)),
+    "bottom": ("at the bottom", (0, 0.5, 1, 1)),
+    "top left": ("at the top left", (0, 0, 0.5, 0.5)),
+    "top right": ("at the top right", (0.5, 0, 1, 0.5)),
+    "bottom left": ("at the bottom left", (0, 0.5, 0.5, 1)),
+    "bottom right": ("at the bottom right", (0.5, 0.5, 1, 1)),
+}
+_NUMBERS_UP_TO_FOUR = {"pair": 2, "couple": 2, "1": 1, "2": 2, "3": 3, "4": 4}
+_NUMBERS_UP_TO_FOUR |= {"one": 1, "two": 2, "three": 3, "four": 4}
+_OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+_PLACES_OF: dict[int, tuple[str, ...]] = {
+    2: ("left", "right"),
+    3: ("top left", "top right", "bottom"),
+    4: ("top left", "top right", "bottom left", "bottom right"),
+}
+
+
+class Part(NamedTuple):
+    """A part of an image, and the prompt for it. box: (x0, y0, x1, y1), fractions of the image."""
+
+    prompt: str
+    box: Box
+
+
+def parts_of(vocabulary: Vocabulary, units: Sequence[Unit]) -> tuple[Part, ...]:
+    """Return the parts of an image that show one thing each; none if one prompt says it better.
+
+    Small weights draw one thing far better than two, and hardly ever three. Each is called small,
+    because a thing of the usual size does not fit into a part.
+    """
+    counted = _counted(vocabulary, units)
+    number = sum(count for _, count in counted)
+    words = {word for unit in units for word in unit.beside_name}
+    if number not in _PLACES_OF or not words.isdisjoint(CLOSE_UP):
+        return ()
+    if len(counted) == 1 and (number == max(_PLACES_OF) or _side_in(units)):
+        return ()
+    things = [unit for unit, count in counted for _ in range(count)]
+    sides = _sides_of(units) if number == len(counted) else _PLACES_OF[number]
+    scenes = [
+        unit
+        for unit in units
+        if unit.role == "place" or (unit.role == "property" and not _counts(unit))
+    ]
+    parts = []
+    for thing, side in zip(things, sides, strict=True):
+        phrase, box = _SIDES[side]
+        text = f"{_small(vocabulary, thing)} {phrase}"
+        for scene in scenes:
+            text = with_unit(text, replace(scene, gap=True), lead_of(scene, thing, has_thing=True))
+        if not scenes and vocabulary.background:
+            text = f"{text} {vocabulary.background}"
+        parts.append(Part(text, box))
+    return tuple(parts)
+
+
+def _counts(unit: Unit) -> list[str]:
+    """Return the words of a unit that count, such as "two" or "pair"."""
+    return [word for word in unit.beside_name if word in NUMBERS or word.isdigit()]
+
+
+def _counted(vocabulary: Vocabulary, units: Sequence[Unit]) -> list[tuple[Unit, int]]:
+    """Return every thing of a caption, one of several, and how many there are; 0 if it is unclear.
+
+    "Three red apples" is a red apple and 3, "a pair of cats" a cat and 2, "cats" are one thing.
+    """
+    found: list[tuple[Unit, int]] = []
+    pending: list[str] = []
+    for unit in units:
+        numbers = [*pending, *_counts(unit)]
+        pending = numbers if unit.role == "property" else []
+        if unit.role != "thing" or unit.named is None:
+            continue
+        if not numbers:
+            found.append((unit, 1))
+            continue
+        count = _NUMBERS_UP_TO_FOUR.get(numbers[0], 0) if len(numbers) == 1 else 0
+        named = unit.named._replace(plural=False)
+        properties = [word for word in unit.beside_name if word not in ARTICLES | {*numbers}]
+        article = [] if named.thing.bare else ["a"]
+        words = agreeing((*article, *properties, *named.name.split()), named)
+        found.append((replace(unit, words=words, named=named), count))
+    return found if all(count for _, count in found) else []
+
+
+def _sides_of(units: Sequence[Unit]) -> Sequence[str]:
+    """Return where each of several things lies: as said, or side by side."""
+    things = [i for i, unit in enumerate(units) if unit.role == "thing"]
+    usual = _PLACES_OF[len(things)]
+    if len(things) > 2:
+        return usual
+    first, second = things
+    between = units[first + 1 : second]
+    relation = next((unit.sides for unit in between if unit.role == "relation"), None)
+    if relation:
+        return relation
+    leading = any(unit.role == "side" for unit in units[:first])
+    places = (units[:first], between) if leading else (between, units[second + 1 :])
+    one, other = (_side_in(part) for part in places)
+    if one and other:
+        return (one, other) if one != other else usual
+    if one in _OPPOSITE:
+        return one, _OPPOSITE[one]
+    return (_OPPOSITE[other], other) if other in _OPPOSITE else usual
+
+
+def _side_in(units: Sequence[Unit]) -> str:
+    """Return the first side that is said of a part of an image, or nothing."""
+    sides = (unit.sides[0] for unit in units if unit.role == "side")
+    return next((side for side in sides if side in _SIDES), "")
+
+
+def _small(vocabulary: Vocabulary, unit: Unit) -> str:
+    """Return a thing with its properties, and called small."""
+    article = [word for word in unit.words[:1] if word in ARTICLES]
+    rest = [word for word in unit.words[len(article) :] if not vocabulary.is_size(word)]
+    return " ".join([*(["a"] if article else []), "small", *rest])
