@@ -130,6 +130,7 @@ def test_two_things_become_regions_unless_the_request_says_otherwise() -> None:
     whole = planned("a puppy and a cat, 4k", auto_regions=False)
     assert whole.job.image(0).prompt == "a dog and a cat"
     assert whole.parameters((), 0)["auto_regions"] is False
+    assert planned("a puppy").parameters((), 0)["auto_regions"] is True
     own = planned("a puppy and a cat", regions=[{"prompt": "a hat", "box": [0, 0, 1, 0.5]}])
     assert own.job.image(0).prompt == "a dog and a cat"
     assert "auto_regions" not in own.parameters((), 0)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from model.canvas import Array, pad_to_multiple
 from model.config import QUALITY, BundleConfig, Operation, Preset, Recipe, SamplingConfig
 from model.image_request import Enlarge
-from model.prompt_parts import Part
 from server.api.errors import ApiError, invalid_value, shortened
 from server.api.images.fit import Size, follow, within
 from server.api.planning.sizes import nearest_side, nearest_size
@@ -135,8 +134,8 @@ class Draft:
         read = self.config.read_prompt(prompt).text
         return {} if read == prompt else {"prompt_read": read}
 
-    def parts(self, request: GenerateRequest) -> tuple[Part, ...]:
-        """Return the parts of the image that get prompts of their own; none for one prompt.
+    def auto_regions(self, request: GenerateRequest) -> bool:
+        """Return whether the things of a prompt are drawn each by a prompt of its own.
 
         Raises:
             ApiError: 400, asked for although the weights have no vocabulary.
@@ -146,10 +145,9 @@ class Draft:
                 f"auto_regions: {self.config.name} has no vocabulary; leave it out (sent: true)"
             )
             raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_value", message, "auto_regions")
-        wanted = request.auto_regions
-        if wanted is None:
-            wanted = self.config.preset(self.sampling.preset).recipe.auto_regions
-        return self.config.read_prompt(request.prompt).parts if wanted else ()
+        if request.auto_regions is not None:
+            return request.auto_regions
+        return self.config.preset(self.sampling.preset).recipe.auto_regions
 
     @property
     def previews(self) -> int:

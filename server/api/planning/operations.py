@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
@@ -186,17 +185,19 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
     if request.regions:
         regions, parameters = decode_regions(request.regions, whole(size, size), drafted, uploads)
         return _generate_with(request, drafted, size, parameters, regions=regions)
-    parts = drafted.parts(request)
+    auto_regions = drafted.auto_regions(request)
     if drafted.config.vocabulary is None:
         return _generate_with(request, drafted, size, {})
-    if parts:
+    if auto_regions and (parts := drafted.config.read_prompt(request.prompt).parts):
         first, regions = parted(parts, *size)
         readings = ((request.prompt, first),)
-        with suppress(TooMuchWorkError):
+        try:
             return _generate_with(
                 request, drafted, size, {"auto_regions": True}, regions=regions, readings=readings
             )
-    return _generate_with(request, drafted, size, {"auto_regions": False})
+        except TooMuchWorkError:
+            auto_regions = False
+    return _generate_with(request, drafted, size, {"auto_regions": auto_regions})
 
 
 def _generate_with(
