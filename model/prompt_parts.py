@@ -52,23 +52,36 @@ def parts_of(vocabulary: Vocabulary, units: Sequence[Unit]) -> tuple[Part, ...]:
         return ()
     if len(counted) == 1 and (number == max(_PLACES_OF) or _side_in(units)):
         return ()
-    things = [unit for unit, count in counted for _ in range(count)]
+    things = [(i, unit) for i, (unit, count) in enumerate(counted) for _ in range(count)]
     sides = _sides_of(units) if number == len(counted) else _PLACES_OF[number]
-    scenes = [
-        unit
-        for unit in units
-        if unit.role == "place" or (unit.role == "property" and not _counts(unit))
-    ]
     parts = []
-    for thing, side in zip(things, sides, strict=True):
+    for (i, thing), side in zip(things, sides, strict=True):
         phrase, box = _SIDES[side]
         text = f"{_small(vocabulary, thing)} {phrase}"
+        scenes = _scenes_of(i, units)
         for scene in scenes:
             text = with_unit(text, replace(scene, gap=True), lead_of(scene, thing, has_thing=True))
         if not scenes and vocabulary.background:
             text = f"{text} {vocabulary.background}"
         parts.append(Part(text, box))
     return tuple(parts)
+
+
+def _scenes_of(number: int, units: Sequence[Unit]) -> list[Unit]:
+    """Return the scenes and backgrounds of thing `number`: all of them, or those said behind it.
+
+    "A cat in the snow and a dog at the beach" has one for each.
+    """
+    before_all: list[Unit] = []
+    behind: list[list[Unit]] = []
+    for unit in units:
+        if unit.role == "thing":
+            behind.append([])
+        elif unit.role == "place" or (unit.role == "property" and not _counts(unit)):
+            (behind[-1] if behind else before_all).append(unit)
+    if sum(map(bool, behind)) < 2:
+        return [*before_all, *(scene for scenes in behind for scene in scenes)]
+    return [*before_all, *behind[number]]
 
 
 def _counts(unit: Unit) -> list[str]:
@@ -131,4 +144,5 @@ def _small(vocabulary: Vocabulary, unit: Unit) -> str:
     """Return a thing with its properties, and called small."""
     article = [word for word in unit.words[:1] if word in ARTICLES]
     rest = [word for word in unit.words[len(article) :] if not vocabulary.is_size(word)]
-    return " ".join([*(["a"] if article else []), "small", *rest])
+    bare = unit.named is not None and (unit.named.plural or unit.named.thing.bare)
+    return " ".join([*(["a"] if article and not bare else []), "small", *rest])

@@ -34,12 +34,21 @@ _AGE = re.compile(
     r"|\b\w+[ -](?:legged|headed|eyed|seater|wheeled|dimensional)\b",
     re.I,
 )
-_BY_ARTIST = re.compile(r"\bby [A-Z][\w.'-]*(?: (?:[A-Z][\w.'-]*|van|von|de|da|di|der|el))*")
+_PREPOSITION = r"(?:on|in|at|with|near|under|above|and|of|an?|the|\w+ing)\b"
 _IN_STYLE = re.compile(
-    r"\b(?:in|with) (?:the )?styles? of (?:(?!(?:on|in|at|with|near|under|above|and)\b)[\w.'-]+ ?)"
-    r"{1,4}",
+    rf"\b(?:in|with) (?:the )?styles? of (?:(?!{_PREPOSITION})[\w.'-]+ ?){{1,4}}", re.I
+)
+_ARTIST = re.compile(
+    r"(?:\b(?:by|in the style of) )?\b(?:(?:vincent )?van gogh|picasso|(?:claude )?monet|manet"
+    r"|dali|rembrandt|(?:leonardo )?da vinci|klimt|warhol|banksy|hokusai|kandinsky|matisse|cezanne"
+    r"|(?:studio )?ghibli|disney|pixar)\b(?: style)?",
     re.I,
 )
+_BY_NAME = re.compile(r"\bby [A-Z][\w.'-]*(?: (?:[A-Z][\w.'-]*|van|von|de|da|di|der|el))*")
+_BLACK_AND_WHITE = re.compile(
+    r"\bblack[- ]and[- ]white(?= (?:\w+ )?(?:photo|picture|image|drawing|sketch|line|film))", re.I
+)
+_AND = re.compile(r"[&+/]")
 _ASKED = re.compile(
     r"^[^\w<(]*(?:/?imagine(?: prompt)?\b[: ]*)?"
     r"(?:(?:hi|hello|hey|please|kindly|ok|okay)\b[ ,.!]*)*"
@@ -79,7 +88,8 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     become the usual names.
     """
     text = _caption(vocabulary, prompt)
-    text = prompt if words_of(text) == words_of(prompt) else text
+    if words_of(text) == words_of(prompt) and _cleaned(prompt) == prompt.strip():
+        text = prompt
     text = text.lower() if prompt.isupper() else text
     if len(text) > _LONGEST_READ:
         return Reading(text)
@@ -108,7 +118,8 @@ def _cleaned(prompt: str) -> str:
     text = _TAG.sub(" ", _INFOTEXT.sub(" ", prompt[:_LONGEST_READ]))
     text = _WEIGHT.sub(" , ", _FLAG.sub(" ", _WITHOUT_FLAG.sub(" ", text)))
     text = _OPTICS.sub(" ", _BRACKETS.sub(" ", text))
-    return _AGE.sub(" ", _IN_STYLE.sub(" ", _BY_ARTIST.sub(" ", text))).strip()
+    text = _BLACK_AND_WHITE.sub(" ", _IN_STYLE.sub(" ", _BY_NAME.sub(" ", _ARTIST.sub(" ", text))))
+    return _AND.sub(" and ", _AGE.sub(" ", text).replace("#", ",")).strip()
 
 
 def _requested(vocabulary: Vocabulary, text: str) -> str:
@@ -141,14 +152,15 @@ def _described(vocabulary: Vocabulary, clauses: Clauses, *, certain: bool) -> st
     for clause in clauses:
         said, rest = _tags(vocabulary, clause.words, certain=certain)
         units = [unit for unit in Parser(vocabulary, rest).units if unit.role != "thing"]
+        scenes = [u for u in units if u.role == "place" and "background" not in u.words]
         known = {word for unit in units for word in unit.words} | _SOMETHING | FUNCTION | LOOKS
-        if not certain and not known.issuperset(rest):
+        if not certain and (scenes or not known.issuperset(rest)):
             return None
         tags += said
         others += units
     colours = [word for unit in others for word in unit.words if vocabulary.is_colour(word)]
     thing = vocabulary.described(tags, colours)
-    if thing is None:
+    if thing is None or not (certain or vocabulary.says_enough(tags)):
         return None
     sides = [unit.text for unit in others if unit.role == "side"][:1]
     scenes = [u.text for u in others if u.role == "place" or "background" in u.words][:1]

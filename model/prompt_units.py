@@ -32,7 +32,7 @@ _CLAUSE_END = re.compile(r"[,;|\n\u3001\u3002\uff0c\uff1b]+|[.!?:](?=\s|$)")
 _MEDIA_WORDS = """
     photo photograph photography picture image drawing painting illustration render rendering
     sketch portrait icon artwork art shot view style styled aesthetic wallpaper poster sticker logo
-    clipart cartoon anime 3d emoji screenshot print
+    clipart cartoon anime 3d emoji screenshot print page
 """
 _MEDIA = frozenset(_MEDIA_WORDS.split())
 _STYLES = frozenset(("style", "styled", "aesthetic"))
@@ -45,9 +45,19 @@ _LOOK_WORDS = """
     vintage retro wide angle award winning trending artstation glowing epic resolution ultra raw
 """
 LOOKS = _MEDIA | frozenset(_LOOK_WORDS.split())
-_NEGATION_WORDS = "no not without never except excluding minus don't isn't doesn't"
+# What follows one of these is not in the image: not wanted, or only like the thing before it.
+_NEGATION_WORDS = """
+    no not without never except excluding minus don't isn't doesn't aren't won't avoid instead
+    rather neither nor or like as made named called dressed resembling
+"""
 _NEGATIONS = frozenset(_NEGATION_WORDS.split())
-_ENDS_NEGATION = frozenset(("and", "but", "just", "only"))
+_ENDS_NEGATION = frozenset(("but", "just", "only"))
+_PLACING = frozenset(("on", "in", "at", "under", "near", "behind", "by"))
+# Behind a name that says only what something looks like: "a heart shaped balloon".
+_LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "patterned", "flavored"))
+# Parts of a thing, which no caption has beside it: "a cat with blue eyes".
+_OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
+_OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
 CLOSE_UP = frozenset(("close", "closeup", "macro"))
 _IS = frozenset(("is", "are", "that", "it", "its", "this"))
 _PREPOSITIONS = FUNCTION - ARTICLES - _IS - frozenset(("and", "or", "of"))
@@ -181,6 +191,11 @@ class Parser:
     @property
     def units(self) -> list[Unit]:
         """The units; a relation that is not between two things leads to a place or is left out."""
+        if [unit.role for unit in self._units[:3]] == ["relation", "thing", "thing"]:
+            # "Left of a dog is a cat" is "a cat left of a dog".
+            relation, one, other, *rest = self._units
+            ordered = (replace(unit, lead=(), gap=False) for unit in (other, relation, one))
+            self._units = [*ordered, *rest]
         kept: list[Unit] = []
         for i, unit in enumerate(self._units):
             before, after = kept[-1:], self._units[i + 1 : i + 2]
@@ -203,9 +218,8 @@ class Parser:
         """Take the longest known phrase at a place, or one word; return how many words it has."""
         if words[i] in _NEGATIONS:
             self._close()
-            self._gap = True
-            ends = (k for k in range(i + 1, len(words)) if words[k] in _ENDS_NEGATION)
-            return next(ends, len(words)) - i
+            self._leave_out()
+            return self._denied(words, i) - i
         longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 1))
         for n in range(min(longest, LONGEST_PHRASE, len(words) - i), 0, -1):
             following = words[i + n] if i + n < len(words) else None
@@ -215,6 +229,19 @@ class Parser:
                 return n
         self._take_word(words[i])
         return 1
+
+    @staticmethod
+    def _denied(words: Phrase, start: int) -> int:
+        """Return the end of what a negation denies: a noun, or several, up to a preposition."""
+        for i in range(start + 1, len(words)):
+            noun_before = i > start + 1 and words[i - 1] not in FUNCTION
+            listed = words[start] in ("no", "without", "neither") and words[i] == "and"
+            article_follows = not ARTICLES.isdisjoint(words[i + 1 : i + 2])
+            if words[i] in _ENDS_NEGATION or (noun_before and words[i] in _PLACING):
+                return i
+            if words[i] == "and" and noun_before and (article_follows or not listed):
+                return i
+        return len(words)
 
     def _take_phrase(self, phrase: Phrase, following: str | None) -> bool:
         known = self._vocabulary
@@ -228,7 +255,7 @@ class Parser:
             return False
         elif alias is not None and named is None and not known.is_place(alias):
             self._group.append(_Item("property", alias))
-        elif (alias or known.is_place(phrase)) and not (named and self._is_thing(following)):
+        elif known.is_place(alias or phrase) and not (named and self._is_thing(following)):
             self._take_place(alias or phrase)
         elif named and not (following == "of" and phrase[-1] in _MEDIA):
             if phrase[0] in ARTICLES:
@@ -268,6 +295,8 @@ class Parser:
             self._group.append(_Item(kind, (word,)))
         else:
             kind = "property" if known.is_property(word) else "unknown"
+            if word.endswith("ing") and self._group and self._group[-1].kind == "unknown":
+                self._close()  # "a little girl holding …"
             self._group.append(_Item(kind, (word,)))
 
     # ── groups ────────────────────────────────────────────────────────────────────────────────────
@@ -282,10 +311,10 @@ class Parser:
         kinds, last = [item.kind for item in group], group[-1]
         if last.words[-1] in _STYLES and "place" not in kinds:
             self._leave_out()
-        elif "thing" in kinds:
-            self._add_thing(group)
         elif before == "of" and last.words[-1] in _MEDIA | CLOSE_UP:
             self._add_medium(group)
+        elif "thing" in kinds:
+            self._add_thing(group)
         elif last.kind == "unknown" and not (last.words[0] in LOOKS and "place" in kinds):
             self._leave_out()
         elif "place" in kinds:
@@ -313,15 +342,21 @@ class Parser:
         words = [word for item in group for word in item.words]
         if before == "of" and any(item.kind == "number" for item in group):
             return True
-        return any(word == "background" or self._vocabulary.is_colour(word) for word in words)
+        if "background" in words:
+            return True
+        return any(map(self._vocabulary.is_colour, words)) and "of" not in self._lead
 
     def _with_properties(self, group: list[_Item]) -> list[_Item]:
         """Return a group in which names that only describe another one are properties.
 
-        So is "orange" in "an orange cat", "an orange background" and "on orange".
+        So is "orange" in "an orange cat", "an orange background" and "on orange". "Heart" in "a
+        heart shaped balloon" says nothing that captions could.
         """
         known, result = self._vocabulary, list(group)
         for i, item in enumerate(group):
+            if item.kind == "thing" and not _LIKE.isdisjoint(_words_of(group[i + 1 : i + 2])):
+                result[i] = _Item("unknown", item.words)
+                continue
             describes = any(other.kind == "thing" for other in group[i + 1 :])
             describes |= any(other.words == ("background",) for other in group[i + 1 :])
             describes |= len(group) == 1 and self._lead[-1:] == ["on"]
@@ -331,11 +366,27 @@ class Parser:
         return result
 
     def _add_thing(self, group: Sequence[_Item]) -> None:
-        number = max(i for i, item in enumerate(group) if item.kind == "thing")
+        things = [i for i, item in enumerate(group) if item.kind == "thing"]
+        painted = len(things) > 1 and group[things[-1]].words[-1] in _MEDIA  # "a dog painting"
+        number = things[-2] if painted else things[-1]
         named = group[number].named
         assert named is not None
-        kept = [item for item in group[: number + 1] if item.kind != "unknown"]
-        words = (*_words_of(kept[:-1]), *named.name.split())
+        if self._lead[-1:] == ["with"] and named.name in _OWN_PARTS and self._units:
+            self._leave_out()
+            return
+        kept: list[_Item] = []
+        for i, item in enumerate(group[:number]):
+            unknown = any(other.kind == "unknown" for other in group[i:number])
+            if item.kind == "number" and unknown and not (named.plural or named.thing.bare):
+                continue  # "a 3 tier cake"
+            if item.kind == "place":
+                self._late.append(Unit("place", item.words, gap=True))
+            elif item.kind not in ("unknown", "thing"):
+                kept.append(item)
+        words = (*_words_of(kept), *named.name.split())
+        if self._lead == ["of"] and not self._gap and self._units[-1:] and self._units[-1].named:
+            container = self._units.pop()  # "a bowl of apples", "a school of fish"
+            self._lead, self._gap = list(container.lead), container.gap
         self._add("thing", agreeing(words, named), named=named)
 
     def _add(

@@ -47,7 +47,6 @@ LONGEST_PHRASE = 6  # words
 _LONGEST_WORD = 32  # letters of one that may be misspelt
 _SHORTEST_MISSPELT = 5  # letters
 _SHORTEST_OF_SEVERAL = 4  # letters of a word that may be misspelt in a name of several
-_SEVERAL = 5  # things
 
 Phrase = tuple[str, ...]
 Text = Annotated[str, Field(min_length=1, max_length=200)]
@@ -91,8 +90,8 @@ class Vocabulary:
     what captions have beside names, separated by spaces; words are the rest, such as "cute" and
     "background". aliases: words of a caption for words that no caption has, such as red for
     crimson. background: what the parts of an image have in common if a prompt does not say, such
-    as "on a white background". english: words that differ from a known one by a letter and are
-    correct all the same, separated by spaces.
+    as "on a white background". kinds: tags that name many things at once, such as "fruit". english:
+    words that differ from a known one by a letter and are correct all the same.
     """
 
     __pydantic_config__ = STRICT
@@ -104,6 +103,7 @@ class Vocabulary:
     words: Annotated[str, Field(max_length=2**16)] = ""
     aliases: Mapping[Text, Text] = field(default_factory=dict)
     background: Annotated[str, Field(max_length=200)] = ""
+    kinds: Annotated[str, Field(max_length=2**16)] = ""
     english: Annotated[str, Field(max_length=2**16)] = ""
 
     def thing(self, phrase: Phrase) -> Named | None:
@@ -152,15 +152,14 @@ class Vocabulary:
 
         Hardly anybody gets the first letter wrong.
         """
-        if not _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD or word in self._correct:
+        is_long = _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD
+        if not is_long or "'" in word or word in self._correct:
             return None
-        found = map(self._nearest, (word, *_as_it_sounds(word)))
-        return next((known for known in found if known), None)
+        sounds = (other for other in _as_it_sounds(word) if other in self._known)
+        return self._nearest(word) or next(sounds, None)
 
     def _nearest(self, word: str) -> str | None:
         """Return the known word that differs by a letter: less, more, changed or swapped."""
-        if word in self._known:
-            return word
         if word in self._shortened:
             return self._shortened[word]
         parts = sorted(_without_a_letter(word))  # the same choice every time
@@ -172,13 +171,10 @@ class Vocabulary:
     def described(self, phrases: Iterable[Phrase], colours: Iterable[str] = ()) -> Thing | None:
         """Return the thing that most of these tags are said of; None without a tag.
 
-        Of several, one of these colours, then the one with the fewest other tags. A single word
-        says enough only if it is said of several things, as "fruit" is.
+        Of several, one of these colours, then the one with the fewest other tags.
         """
-        tags = set(phrases)
-        said = [number for phrase in tags for number in self._tagged.get(phrase, ())]
-        enough = len(said) >= _SEVERAL or any(len(phrase) > 1 for phrase in tags)
-        if not said or not (enough or len(set(said)) < len(said)):
+        said = [number for phrase in set(phrases) for number in self._tagged.get(phrase, ())]
+        if not said:
             return None
         shown = set(colours)
 
@@ -187,6 +183,13 @@ class Vocabulary:
             return said.count(number), thing.colour in shown, -len(thing.tags), -number
 
         return self.things[max(set(said), key=rank)]
+
+    def says_enough(self, phrases: Iterable[Phrase]) -> bool:
+        """Return whether these tags describe a thing: two of one, several words, or a kind."""
+        tags = set(phrases)
+        said = [number for phrase in tags for number in self._tagged.get(phrase, ())]
+        kinds = frozenset(self.kinds.split())
+        return len(set(said)) < len(said) or any(len(p) > 1 or p[0] in kinds for p in tags)
 
     def is_tag(self, phrase: Phrase) -> bool:
         """Return whether this phrase is said of things without their names."""

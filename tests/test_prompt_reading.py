@@ -64,6 +64,7 @@ WORDS = Vocabulary(
     colours="red green blue yellow white black orange brown",
     sizes="small tiny large big",
     words="two three four 2 3 4 couple pair cute background plain just",
+    kinds="fruit animal",
     aliases={"crimson": "red", "sky blue": "blue", "in a jungle": "in a forest"},
     english="spots crowd there score",
 )
@@ -78,6 +79,9 @@ WORDS = Vocabulary(
         ("oil painting, a red apple", "a red apple"),
         ("A photograph of an ugly apple", "an apple"),
         ("an oil painting of a cat", "a cat"),
+        ("a zebra print drawing of a cat", "a cat"),
+        ("black and white photo of a cat", "a cat"),
+        ("sunflowers and a cat by van gogh", "a cat"),
         ("a robot, comic book style, vibrant colors", "a robot"),
         ("a red apple in the style of Van Gogh", "a red apple"),
         ("a cat in the style of Van Gogh at the beach", "a cat at the beach"),
@@ -114,10 +118,29 @@ WORDS = Vocabulary(
         ("a 2 year old cat", "a cat"),
         ("a hotel with a view of the sea", "a hotel, the sea"),
         ("a beach ball and a cat", "a cat"),
+        ("a forest hotel", "a hotel, forest"),
+        ("a cat, dog painting", "a cat, dog"),
+        ("a hotel of apples", "apples"),
         # what is not wanted
         ("a cat without a hat", "a cat"),
         ("a red apple, not green", "a red apple"),
         ("no dogs, just a cat", "a cat"),
+        ("a cat without hats and dogs", "a cat"),
+        ("a cat without a hat and a dog", "a cat and a dog"),
+        ("a cat with no hat in the snow", "a cat in the snow"),
+        ("please don't draw a dog, draw a cat", "a cat"),
+        ("a cat instead of a dog", "a cat"),
+        ("a cat or a dog", "a cat"),
+        # what a thing only looks like, consists of or is called
+        ("a cat shaped sofa", "a couch"),
+        ("a horse as big as a hotel", "a horse"),
+        ("a dog named Lion", "a dog"),
+        ("a robot made of apples", "a robot"),
+        ("a heart of orange, a cat", "a cat"),
+        # numbers and colours of unknown nouns
+        ("a 3 tier apple", "an apple"),
+        ("two women riding horses", "horses"),
+        ("black man holding apple", "apple"),
         # other words for the same
         ("a crimson apple", "a red apple"),
         ("a sky-blue apple", "a blue apple"),
@@ -148,6 +171,9 @@ WORDS = Vocabulary(
         ("a cat next to a lamp", "a cat"),
         ("a bird above the sea", "a bird above the sea"),
         ("red circle blue square", "red circle and blue square"),
+        ("left of a dog is a cat", "a cat left of a dog"),
+        ("cat & dog", "cat and dog"),
+        ("#cat #dog", "cat, dog"),
         ("RED APPLE", "red apple"),
         ("PHOTO OF A CAT, 4K", "a cat"),
     ],
@@ -182,6 +208,7 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
         "猫",
         "2 只猫, 4k",
         "a white table",
+        "a beach at night",
         "a painting",
         "just red",
     ],
@@ -251,6 +278,42 @@ def test_a_part_has_the_scene_of_the_whole() -> None:
         "small cat on the left in the snow, blue background",
         "small dog on the right in the snow, blue background",
     ]
+
+
+def test_each_thing_has_its_own_scene_if_there_are_several() -> None:
+    parts = read(WORDS, "a cat in the snow and a dog at the beach").parts
+    assert [part.prompt for part in parts] == [
+        "a small cat on the left in the snow",
+        "a small dog on the right at the beach",
+    ]
+
+
+def test_several_without_a_number_have_no_article() -> None:
+    parts = read(WORDS, "the apples and some cats").parts
+    assert [part.prompt for part in parts] == [
+        "small apples on the left",
+        "small cats on the right",
+    ]
+
+
+@pytest.mark.parametrize(
+    "word", ["girls", "blanket", "takes", "don't", "father's", "monet", "types"]
+)
+def test_correct_words_are_not_corrected(word: str) -> None:
+    assert vocabulary().corrected(word) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "known"),
+    [
+        ("elefant", "elephant"),
+        ("pengiun", "penguin"),
+        ("octapus", "octopus"),
+        ("girrafe", "giraffe"),
+    ],
+)
+def test_misspelt_words_are_corrected(word: str, known: str) -> None:
+    assert vocabulary().corrected(word) == known
 
 
 def test_three_and_four_things_and_corners_are_parts() -> None:

@@ -37,7 +37,25 @@ from model.vocabulary import FUNCTION, Thing, Vocabulary, words_of
 _ENGLISH = Path(__file__).with_name("english.txt")
 
 # Names that captions do not have, because they would be those of colours.
-SYNONYMS = {"tangerine": ("an orange", "the orange", "orange fruit")}
+SYNONYMS = {
+    "tangerine": ("an orange", "the orange", "orange fruit"),
+    "tulip": ("flower",),
+    "bouquet": ("flowers",),
+    "soccer ball": ("ball",),
+    "cup of coffee": ("cup", "mug"),
+    "handbag": ("bag",),
+    "bowl with spoon": ("bowl",),
+    "lotion bottle": ("bottle",),
+    "t-shirt": ("shirt",),
+    "crossed swords": ("sword", "swords"),
+    "palm tree": ("palm",),
+}
+# Names that people use for other things.
+_MISLEADING = frozenset(("big wheel",))
+_KINDS = """
+    animal bird fish insect fruit vegetable flower plant vehicle building clothing footwear headwear
+    instrument weapon tool dessert sport pet reptile rodent mammal food drink
+"""
 
 # Words of captions for those that people also use.
 ALIASES: dict[str, str] = {
@@ -59,14 +77,14 @@ ALIASES: dict[str, str] = {
         "small": "miniature, mini, teeny, wee",
         "in a forest": "in a jungle, in the jungle, in a rainforest, in the rainforest",
         "in a meadow": "in a garden, in the garden, in a park, in the park, in a field, on a lawn",
-        "in a room": "in a kitchen, in the kitchen, in a bedroom, in the bedroom, in an office",
+        "in a room": "in a museum, in a kitchen, in the kitchen, in a bedroom, in an office",
         "in a city": "in a town, in new york, in the streets, in tokyo, in paris, in london",
         "at the beach": "at the seaside, on the shore, at the shore, on an island",
-        "on the sea": "on a lake, on the lake, in a lake, on a river, on the river",
+        "on the sea": "in the water, in the ocean, on a lake, on the lake, in a lake, on a river",
         "in the mountains": "on a mountain, on the mountain, in the hills",
         "in the sky": "in the air, in the clouds, flying in the sky",
         "in space": "in the universe, among the stars, on the moon, on mars",
-        "underwater": "in the water, in the ocean, below the sea",
+        "underwater": "below the sea, beneath the sea, on the sea bed",
     }.items()
     for other in others.split(", ")
 }
@@ -89,6 +107,7 @@ def vocabulary() -> Vocabulary:
         words=" ".join(sorted(_words_of([*numbers, *FILLERS, *PLAIN]) - FUNCTION)),
         aliases=ALIASES,
         background="on a white background",
+        kinds=" ".join(_KINDS.split()),
         english=" ".join(_ENGLISH.read_text().split()),
     )
 
@@ -98,7 +117,11 @@ def _thing(kind: str) -> Thing:
     return Thing(
         names.usual,
         names.plural,
-        (*names.synonyms, *SYNONYMS.get(names.usual, ())),
+        tuple(
+            name
+            for name in (*names.synonyms, *SYNONYMS.get(names.usual, ()))
+            if name not in _MISLEADING
+        ),
         tags=of_art.tags if of_art else (),
         colour=of_art.colour if of_art else None,
         bare=names.usual in names.bare,
