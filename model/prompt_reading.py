@@ -152,9 +152,9 @@ def _described(vocabulary: Vocabulary, clauses: Clauses, *, certain: bool) -> st
     for clause in clauses:
         said, rest = _tags(vocabulary, clause.words, certain=certain)
         units = [unit for unit in Parser(vocabulary, rest).units if unit.role != "thing"]
-        scenes = [u for u in units if u.role == "place" and "background" not in u.words]
+        shows_scene = any(u.role == "place" and "background" not in u.words for u in units)
         known = {word for unit in units for word in unit.words} | _SOMETHING | FUNCTION | LOOKS
-        if not certain and (scenes or not known.issuperset(rest)):
+        if not certain and (shows_scene or not known.issuperset(rest)):
             return None
         tags += said
         others += units
