@@ -408,6 +408,7 @@ def test_a_client_that_goes_away_in_the_midst_of_its_body_is_no_error_of_ours(
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(head.encode() + b"--x")
         wait_until(lambda: answers_counted(client, "499") == 1)
+        assert metric(client, "paella_cancelled_total", stage="upload") == 1
 
 
 def test_a_hundred_requests_at_once_are_all_answered_rightly(client: httpx.Client) -> None:

@@ -313,6 +313,8 @@ def register_error_handlers(app: FastAPI) -> None:
         return error_response(api_error, request)
 
     async def on_disconnect(request: Request, _: Exception) -> Response:
+        # Only a reader of the body gets this exception.
+        app_state(request).metrics.cancelled.labels("upload").inc()
         return error_response(client_closed(), request)
 
     app.add_exception_handler(ApiError, on_api_error)

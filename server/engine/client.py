@@ -45,7 +45,8 @@ class PendingJob:
     """One unfinished job: the worker that has it, and the calls of the caller's hooks.
 
     image_bytes: of the job. worker, sent_at: None while the job waits for a worker. timeout: ends
-    that wait. solo_crashes: workers that crashed in a stage with this job alone.
+    that wait. started: whether the worker has begun it. solo_crashes: workers that crashed in a
+    stage with this job alone.
     """
 
     job: Job
@@ -57,6 +58,7 @@ class PendingJob:
     worker: Supervisor | None = None
     sent_at: float | None = None
     timeout: asyncio.TimerHandle | None = None
+    started: bool = False
     solo_crashes: int = 0
 
     @property
@@ -201,7 +203,7 @@ class EngineClient:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed") from None
         except asyncio.CancelledError:
-            self.metrics.cancelled.labels("worker" if entry.worker else "queue").inc()
+            self.metrics.cancelled.labels("worker" if entry.started else "queue").inc()
             raise
         finally:
             self._forget(entry)
@@ -325,8 +327,9 @@ class EngineClient:
         """Pass a message on to its job, and its figures to the metrics."""
         match message:
             case Running(jobs):
-                for started in filter(None, map(self._pending.get, jobs)):
-                    started.call("on_started")
+                for entry in filter(None, map(self._pending.get, jobs)):
+                    entry.started = True
+                    entry.call("on_started")
             case Heartbeat():
                 self._cpu.update()
                 self._record_heartbeat(message)
@@ -372,7 +375,7 @@ class EngineClient:
         for id in unfinished:
             if (entry := self._pending.get(id)) is None or entry.answer.done():
                 continue
-            entry.worker = None
+            entry.worker, entry.started = None, False
             if id in suspects:
                 entry.job = replace(entry.job, alone=True)
                 entry.solo_crashes += len(suspects) == 1
