@@ -605,7 +605,9 @@ async def test_cancelling_the_caller_frees_the_worker_and_is_counted_by_place() 
 
 
 @virtual_time
-async def test_failures_are_told_to_their_own_caller() -> None:
+async def test_failures_are_told_to_their_own_caller_and_logged_but_for_passed_deadlines(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with engine() as e:
         one, other, late = job(), job(), job()
         tasks = [await e.ask(each) for each in (one, other, late)]
@@ -620,6 +622,8 @@ async def test_failures_are_told_to_their_own_caller() -> None:
         )
         await raised(tasks[2], DeadlineExceeded)
         assert not tasks[1].done()
+        failed = [record.fields["job"] for record in caplog.records if record.msg == "job failed"]
+        assert failed == [one.id, "unknown"]
 
 
 @virtual_time

@@ -343,18 +343,21 @@ class EngineClient:
                 entry.call("on_drawn", message)
 
     def _fail(self, message: Failed) -> None:
-        fields = {
-            "job": message.id,
-            "code": message.code,
-            "reason": message.message,
-            "retryable": message.retryable,
-        }
-        log.error("job failed", extra={"fields": fields})
+        error: EngineError
+        if message.code == "deadline":
+            # Whether the worker or `run` notices it first is chance: neither is the server's fault.
+            error = DeadlineExceeded(message.message)
+        else:
+            error = JobFailed(message.code, message.message, message.retryable)
+            fields = {
+                "job": message.id,
+                "code": message.code,
+                "reason": message.message,
+                "retryable": message.retryable,
+            }
+            log.error("job failed", extra={"fields": fields})
         if entry := self._pending.get(message.id):
-            if message.code == "deadline":
-                entry.resolve(DeadlineExceeded(message.message))
-            else:
-                entry.resolve(JobFailed(message.code, message.message, message.retryable))
+            entry.resolve(error)
 
     def _finish(self, message: Finished) -> None:
         if (entry := self._pending.get(message.id)) and entry.sent_at is not None:
