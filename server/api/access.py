@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import ApiError, retry_headers
-from server.api.middleware import error_response
+from server.api.middleware import METHODS, error_response
 from server.api.origins import (
     DEFAULT_PORTS,
     FORWARDED_HOSTS,
@@ -320,13 +320,11 @@ class CrossOrigin(CORSMiddleware):
     Refuses a preflight with an error in the one shape.
     """
 
-    METHODS = ("GET", "HEAD", "POST", "DELETE")
-
     def __init__(self, app: ASGIApp, origins: Sequence[str], exposed: Sequence[str]) -> None:
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=self.METHODS,
+            allow_methods=METHODS,
             allow_headers=["*"],
             allow_private_network=True,
             expose_headers=exposed,
@@ -354,7 +352,7 @@ class CrossOrigin(CORSMiddleware):
         )
         if not self.is_allowed_origin(origin):
             raise _PreflightRefusedError(*_foreign_origin(origin), headers=cors)
-        allowed = ", ".join(self.METHODS)
+        allowed = ", ".join(METHODS)
         message = f"pages of other origins may send {allowed} (sent: {method[:20]!r})"
         raise _PreflightRefusedError(
             HTTPStatus.METHOD_NOT_ALLOWED,

@@ -58,8 +58,8 @@ SECURITY_HEADERS = {
 }
 VALID_ID = re.compile(r"[ -~]{1,128}")
 MAX_LOGGED_PATH = 200
-# Those that any route has.
-METHODS = ("GET", "POST", "DELETE")
+# Those that any route has; HEAD is answered as GET.
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 # The scope's key for the connection's transport, where the server gives it.
 TRANSPORT = "paellera.transport"
@@ -332,7 +332,7 @@ def methods_of(app: FastAPI, scope: Scope) -> list[str]:
     """Return the methods of a request's path; of its routes each knows only its own."""
 
     def exists(method: str) -> bool:
-        other = {**scope, "method": method}
+        other = {**scope, "method": "GET" if method == "HEAD" else method}
         return any(route.matches(other)[0] == Match.FULL for route in app.routes)
 
     return [method for method in METHODS if exists(method)]
