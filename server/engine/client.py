@@ -327,9 +327,9 @@ class EngineClient:
         """Pass a message on to its job, and its figures to the metrics."""
         match message:
             case Running(jobs):
-                for entry in filter(None, map(self._pending.get, jobs)):
-                    entry.started = True
-                    entry.call("on_started")
+                for each in filter(None, map(self._pending.get, jobs)):
+                    each.started = True
+                    each.call("on_started")
             case Heartbeat():
                 self._cpu.update()
                 self._record_heartbeat(message)
