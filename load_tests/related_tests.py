@@ -98,7 +98,7 @@ RELATED_TESTS = {
     ),
     "server/api/routes_health.py": ("test_models",),
     "server/api/routes_models.py": ("test_models",),
-    "server/api/routes_native.py": ("test_image_operations", "test_sse"),
+    "server/api/routes_native.py": ("test_image_operations", "test_sse", "test_idempotency"),
     "server/api/routes_openai.py": ("test_openai_client",),
     "server/api/routes_sdapi.py": ("test_sdapi", "test_alpha_table", "test_preset_api"),
     "server/api/schemas.py": ("test_bad_input", "test_image_operations", "test_parsing_properties"),

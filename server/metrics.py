@@ -276,7 +276,10 @@ class Metrics:
             "rejected", "Rejected requests, by error code; without /readyz probes", "reason"
         )
         self.cancelled = self._counter(
-            "cancelled", "Requests cancelled by a disconnect or a DELETE", "stage"
+            "cancelled",
+            "Requests cancelled by a disconnect or a DELETE: during their upload or its decoding, "
+            "in the queue, or after a worker started them",
+            "stage",
         )
         self.cancel_duration = self._seconds(
             "cancel_duration", "From a cancellation to the last step of the request's rows"

@@ -588,17 +588,26 @@ async def test_cancelling_the_caller_frees_the_worker_and_is_counted_by_place() 
         await settle()
         e.worker.become_ready()
         assert e.worker.received == []
-        sent = await e.ask(held := job())
-        sent.cancel()
+        held = [job(), job(), job()]
+        sent, started, replayed = [await e.ask(each) for each in held]
+        e.worker.say(Running((held[1].id,)))
+        for task in (sent, started):
+            task.cancel()
         await settle()
-        assert e.worker.cancelled == [held.id]
+        assert e.worker.cancelled == [held[0].id, held[1].id]
+        e.worker.say(Running((held[2].id,)))
+        e.worker.crash()
+        replayed.cancel()
+        await settle()
         assert [
             e.figure("paella_cancelled_total", stage=stage) for stage in ("queue", "worker")
-        ] == [1, 1]
+        ] == [3, 1]
 
 
 @virtual_time
-async def test_failures_are_told_to_their_own_caller() -> None:
+async def test_failures_are_told_to_their_own_caller_and_logged_but_for_passed_deadlines(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with engine() as e:
         one, other, late = job(), job(), job()
         tasks = [await e.ask(each) for each in (one, other, late)]
@@ -613,6 +622,8 @@ async def test_failures_are_told_to_their_own_caller() -> None:
         )
         await raised(tasks[2], DeadlineExceeded)
         assert not tasks[1].done()
+        failed = [record.fields["job"] for record in caplog.records if record.msg == "job failed"]
+        assert failed == [one.id, "unknown"]
 
 
 @virtual_time

@@ -180,6 +180,17 @@ def test_an_absent_seed_is_drawn_anew_and_returned(client: httpx.Client) -> None
         ("image/jpg", {}, "image/jpeg"),
         ("image/avif", {"response_format": "jpg"}, "image/jpeg"),
         ("image/png;q=0, image/jpeg", {}, "image/jpeg"),
+        ("image/png;q=0, */*", {}, "image/jpeg"),
+        ("*/*, image/jpg;q=0, image/png;q=0", {}, "image/webp"),
+        ("image/*;q=0, */*;q=0.1", {}, "application/json"),
+        ("image/*, image/png;q=0.5", {}, "image/jpeg"),
+        ("image/*;q=0.5, image/webp", {}, "image/webp"),
+        ("image/webp, image/png", {}, "image/webp"),
+        ("application/json, */*", {}, "application/json"),
+        ("image/png;q=inf, image/jpeg;q=0.5", {}, "image/jpeg"),
+        ("image/png;q=nan, image/jpeg;q=0.5", {}, "image/jpeg"),
+        ("image/png;q=-1, image/jpeg;q=0.5", {}, "image/jpeg"),
+        ("image/png;q=1.5, image/jpeg;q=0.5", {}, "image/jpeg"),
         ("image/webp", {"response_format": "jpeg"}, "image/jpeg"),
         ("image/webp", {"response_format": "json"}, "application/json"),
     ],
@@ -408,6 +419,7 @@ def test_a_client_that_goes_away_in_the_midst_of_its_body_is_no_error_of_ours(
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(head.encode() + b"--x")
         wait_until(lambda: answers_counted(client, "499") == 1)
+        assert metric(client, "paella_cancelled_total", stage="upload") == 1
 
 
 def test_a_hundred_requests_at_once_are_all_answered_rightly(client: httpx.Client) -> None:

@@ -609,6 +609,71 @@ def test_a_browser_s_question_beforehand_needs_no_key(fake_settings: Configure) 
     )
 
 
+PAGE = "https://a.example"
+
+
+def preflight(method: str = "POST", origin: str = PAGE, **more: str) -> dict[str, str]:
+    return {"Origin": origin, "Access-Control-Request-Method": method, **more}
+
+
+@pytest.mark.parametrize("origins", [PAGE, "*"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE"])
+def test_a_preflight_for_a_server_on_a_private_network_is_granted(
+    fake_settings: Configure, origins: str, method: str
+) -> None:
+    asked = preflight(method, **{"Access-Control-Request-Private-Network": "true"})
+    answer = asking(fake_settings(cors_origins=origins)).options("/generate", headers=asked)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-private-network"] == "true"
+    assert answer.headers["access-control-allow-origin"] == origins
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "code"),
+    [
+        (preflight(), 200, None),
+        (preflight(origin="https://b.example"), 403, "foreign_origin"),
+        (preflight("PATCH"), 405, "method_not_allowed"),
+    ],
+)
+def test_a_preflight_is_logged_measured_and_refused_in_the_one_shape(
+    fake_settings: Configure,
+    access_log: pytest.LogCaptureFixture,
+    asked: dict[str, str],
+    status: int,
+    code: str | None,
+) -> None:
+    client = asking(fake_settings(cors_origins=PAGE))
+    answer = client.options("/generate", headers={**asked, "X-Request-Id": "asked-before"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (status, "asked-before")
+    line = said(access_log, "asked-before")
+    assert (line["method"], line["status"], line.get("code")) == ("OPTIONS", status, code)
+    metrics = client.get("/metrics").text
+    labels = f'{{endpoint="unmatched",status="{status}"}}'
+    assert f"paella_request_duration_seconds_count{labels} 1.0" in metrics
+    allowed = asked["Origin"] == PAGE
+    assert answer.headers.get("access-control-allow-origin") == (PAGE if allowed else None)
+    assert "Origin" in answer.headers["vary"]
+    if code:
+        assert answer.json()["error"]["code"] == code
+        assert f'paella_rejected_total{{reason="{code}"}} 1.0' in metrics
+
+
+def test_pages_may_read_every_error(fake_settings: Configure) -> None:
+    app = create_app(fake_settings(cors_origins=PAGE), worker=fake_worker.main)
+    app.get("/broken")(lambda: 1 / 0)
+    client = TestClient(app, raise_server_exceptions=False)
+    answers = [
+        client.get("/broken", headers={"Origin": PAGE}),
+        client.get("/nothing", headers={"Origin": PAGE}),
+        client.patch("/generate", headers={"Origin": PAGE}),
+        client.post("/generate", content=b"{", headers={"Origin": PAGE}),
+    ]
+    assert [answer.status_code for answer in answers] == [500, 404, 405, 415]
+    assert {answer.headers.get("access-control-allow-origin") for answer in answers} == {PAGE}
+    assert all("x-request-id" in answer.headers for answer in answers)
+
+
 # ── answers and the log ───────────────────────────────────────────────────────────────────────────
 
 

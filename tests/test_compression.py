@@ -37,6 +37,7 @@ RANDOM = json.dumps({"b64_json": random.Random(0).randbytes(100_000).hex()}).enc
         ("gzip;q=0", False),
         ("gzip; q=0, *", False),
         ("gzip;q=much", False),
+        ("gzip;q=inf", False),
         ("*;q=0", False),
     ],
 )

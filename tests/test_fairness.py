@@ -36,12 +36,13 @@ class Machine:
     ) -> None:
         self.scheduler, self.cost = scheduler, cost
         self.now = 0.0
+        self.admitted: set[RowId] = set()
         self.turns: list[list[RowId]] = []
         self.steps: Counter[RowId] = Counter()
         self.finished_at: dict[RowId, float] = {}
 
     def step(self) -> list[RowId]:
-        self.scheduler.admit()
+        self.admitted.update(self.scheduler.admit())
         turn = self.scheduler.next_rows()
         self.turns.append(turn)
         self.now += self.cost(turn)
@@ -206,6 +207,80 @@ def test_a_batch_pool_steps_after_an_interactive_one_but_does_step():
     )
     machine = Machine(s)
     assert "".join(machine.step()[0].job[0] for _ in range(8)) == ("i" * PATIENCE + "b") * 2
+
+
+# ── both priorities in one pool ───────────────────────────────────────────────────────────────────
+
+
+def beside_batch(steps: int, batch_rows: int, **options: bool) -> Machine:
+    """Run an interactive image that arrives while images of a batch request of its pool run; a step
+    takes a second for each of its rows.
+    """
+    s = Scheduler(16, **options)
+    batch = replace(long("batch", 100, priority="batch"), seeds=tuple(range(batch_rows)))
+    s.add(batch)
+    machine = Machine(s, len)
+    machine.step()
+    machine.now = 0.0
+    s.add(long("interactive", steps, arrived_at=1.0))
+    while RowId("interactive", 0) not in machine.finished_at:
+        machine.step()
+    return machine
+
+
+def test_an_interactive_row_steps_without_the_batch_rows_of_its_pool():
+    machine = beside_batch(PATIENCE, batch_rows=12)
+    assert machine.turns[1:] == [rows("interactive", 0)] * PATIENCE
+    assert machine.finished_at[RowId("interactive", 0)] == PATIENCE
+
+
+def test_batch_rows_take_part_in_every_fourth_step_beside_interactive_ones():
+    machine = beside_batch(3 * (PATIENCE + 1), batch_rows=2)
+    assert [len(turn) for turn in machine.turns[1:]] == ([1] * PATIENCE + [3]) * 3
+
+
+def test_where_rows_cost_little_both_priorities_share_every_step():
+    machine = beside_batch(PATIENCE, batch_rows=2, batch_waits=False)
+    assert [len(turn) for turn in machine.turns[1:]] == [3] * PATIENCE
+
+
+def test_a_batch_row_that_joins_an_interactive_pool_waits_from_then_on():
+    s = scheduler(4, long("interactive", 100))
+    machine = Machine(s)
+    for _ in range(2 * PATIENCE):
+        machine.step()
+    s.add(long("batch", 1, priority="batch"))
+    turns = [{row.job for row in machine.step()} for _ in range(PATIENCE + 1)]
+    assert turns == [{"interactive"}] * PATIENCE + [{"interactive", "batch"}]
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(0, 60), st.integers(1, 9), st.sampled_from(PRIORITIES), st.booleans()
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+)
+def test_no_running_row_waits_for_long_and_all_finish_whatever_their_priorities(arrivals):
+    s = Scheduler(8)
+    machine = Machine(s)
+    todo = [
+        long(f"{i}", steps, width=128 if wide else 64, arrived_at=float(at), priority=priority)
+        for i, (at, steps, priority, wide) in enumerate(sorted(arrivals))
+    ]
+    count, waited = len(todo), Counter[RowId]()
+    while todo or s.rows_waiting or s.rows_running:
+        while todo and todo[0].arrived_at <= machine.now:
+            s.add(todo.pop(0))
+        if not machine.step():
+            continue
+        for row in machine.admitted - machine.finished_at.keys():
+            waited[row] = 0 if row in machine.turns[-1] else waited[row] + 1
+            # Of two pools, one waits for `PATIENCE` steps, and its batch rows for its next turn.
+            assert waited[row] <= 2 * PATIENCE + 1
+    assert len(machine.finished_at) == count
 
 
 # ── streams that never end ────────────────────────────────────────────────────────────────────────

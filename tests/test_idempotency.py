@@ -109,6 +109,32 @@ def test_without_a_key_and_with_another_one_it_is_drawn_again(server: httpx.Clie
     assert server.post("/generate", json={"prompt": "a ball"}).content != first.content
 
 
+def test_the_format_is_compared_however_the_request_asks_for_it(server: httpx.Client) -> None:
+    first = post(server, "format", headers={"Accept": "image/png"})
+    assert first.headers["content-type"] == "image/png"
+    for headers, fields in [
+        ({"Accept": "application/json"}, {}),
+        ({"Accept": "image/webp"}, {}),
+        ({"Accept": "image/png"}, {"response_format": "json"}),
+    ]:
+        other = post(server, "format", headers=headers, **fields)
+        assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_mismatch")
+    for headers, fields in [
+        ({"Accept": "image/png, */*;q=0.5"}, {}),
+        ({"Accept": "*/*"}, {}),
+        ({"Accept": "image/webp"}, {"response_format": "png"}),
+    ]:
+        assert post(server, "format", headers=headers, **fields).content == first.content
+
+
+def test_the_format_of_an_animation_is_compared(server: httpx.Client) -> None:
+    fields = {"keyframes": [{"prompt": "a"}, {"prompt": "b"}], "frames": 2}
+    for accept, status in [("image/gif", 200), ("application/json", 422), ("image/gif", 200)]:
+        answer = post(server, "animation", "/interpolate", {"Accept": accept}, **fields, prompt="")
+        assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "image/gif"
+
+
 def test_fields_are_compared_and_not_bytes(server: httpx.Client) -> None:
     png = server.post("/generate", json={"prompt": "a ball", "seed": 1}).content
     fields = {"prompt": "a hat", "strength": 0.5}

@@ -15,7 +15,7 @@ from model.image_request import Edit, InputImage
 from server.engine.latency_model import MEMORY_S, LatencyModel
 from server.engine.messages import Job, Step, Timings
 from server.engine.scheduler import Pool, RowId, Scheduler
-from tests.test_fairness import Machine
+from tests.test_fairness import PRIORITIES, Machine
 from tests.test_scheduler import SAMPLING, job
 from tests.test_upscale import enlarging, twice
 from tests.test_worker import SAMPLING as GUIDED
@@ -276,10 +276,12 @@ def test_a_prediction_looks_at_each_pass_once_and_reads_no_prompt(monkeypatch):
     assert (pools, Unread.reads) == ([0] * 4, 0)
 
 
+# Interactive jobs that arrive later pass batch jobs.
+@pytest.mark.parametrize(("priorities", "middle"), [(["interactive"], 0.7), (PRIORITIES, 0.5)])
 @pytest.mark.parametrize("seed", range(8))
-def test_predictions_are_near_what_the_scheduler_does(seed):
+def test_predictions_are_near_what_the_scheduler_does(seed, priorities, middle):
     """Jobs of three sizes arrive at random under a load that fills the slots; each prediction is
-    compared with its job's finish.
+    compared with its job's finish. As in the client, batch jobs do not count for interactive ones.
     """
     rng = random.Random(seed)
     slots, made, scheduler = 8, LatencyModel(), Scheduler(8)
@@ -305,12 +307,18 @@ def test_predictions_are_near_what_the_scheduler_does(seed):
                 rng.randint(1, 4),
                 width=rng.choice([64, 64, 64, 128]),
                 deadline=machine.now + 60,
+                priority=rng.choice(priorities),
             )
+            others = [
+                each
+                for each in todo.values()
+                if (each.priority, new.priority) != ("batch", "interactive")
+            ]
             left = {
                 id: sum(j.sampling.steps - machine.steps[RowId(id, r)] for r in range(len(j.seeds)))
                 for id, j in todo.items()
             }
-            if (guess := made.predict(new, list(todo.values()), slots, 0.0, left)) is not None:
+            if (guess := made.predict(new, others, slots, 0.0, left)) is not None:
                 predicted[new.id] = (machine.now, guess)
             todo[new.id] = new
             scheduler.add(new)
@@ -329,7 +337,7 @@ def test_predictions_are_near_what_the_scheduler_does(seed):
             del todo[id]
     ratios = sorted(guess / took for id, (took, guess) in predicted.items() if id.endswith("done"))
     assert len(ratios) >= 10
-    assert 0.7 < ratios[len(ratios) // 2] < 1.6
+    assert middle < ratios[len(ratios) // 2] < 1.6
     # Who arrives later cannot be foreseen, so a few are far off.
     tenth = len(ratios) // 10
     assert 0.3 < ratios[tenth] <= ratios[-1 - tenth] < 3

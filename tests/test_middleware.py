@@ -15,6 +15,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access import CrossOrigin
 from server.api.body_limit import BodyLimit
 from server.api.errors import ApiError, ClientStalledError
 from server.api.middleware import (
@@ -22,6 +23,7 @@ from server.api.middleware import (
     Compression,
     HeadAsGet,
     HealthPort,
+    InternalErrors,
     Observation,
     SecurityHeaders,
     SendTimeout,
@@ -214,7 +216,7 @@ async def test_an_exception_is_logged_and_answered_with_500_unless_the_answer_ha
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise RuntimeError("/secret")
 
-    messages, fields, _ = await observed(broken, caplog, http_scope())
+    messages, fields, _ = await observed(InternalErrors(broken), caplog, http_scope())
     assert (messages[0]["status"], fields["status"]) == (500, 500)
     assert b"secret" not in messages[1]["body"]
     assert "x-request-id" in headers_of(messages[0])
@@ -222,7 +224,7 @@ async def test_an_exception_is_logged_and_answered_with_500_unless_the_answer_ha
         record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR
     ] == [True]
     caplog.clear()
-    messages, fields, _ = await observed(breaking_off, caplog, http_scope())
+    messages, fields, _ = await observed(InternalErrors(breaking_off), caplog, http_scope())
     assert [message["type"] for message in messages] == ["http.response.start"]
     assert fields["status"] == 200
 
@@ -233,7 +235,7 @@ async def test_a_client_that_stalled_is_logged_and_gets_no_second_answer(
     async def stalled(scope: Scope, receive: Receive, send: Send) -> None:
         raise ClientStalledError
 
-    messages, fields, _ = await observed(stalled, caplog, http_scope())
+    messages, fields, _ = await observed(InternalErrors(stalled), caplog, http_scope())
     assert (messages, fields["code"], fields["status"]) == ([], "client_stalled", 0)
 
 
@@ -319,6 +321,8 @@ async def test_health_has_a_port_of_its_own(path: str, port: int, status: int) -
         lambda app: HealthPort(app, 9),
         lambda app: SecurityHeaders(app),
         lambda app: Observation(app, Metrics()),
+        lambda app: InternalErrors(app),
+        lambda app: CrossOrigin(app, ["*"], []),
         lambda app: CanonicalPath(app),
         lambda app: HeadAsGet(app),
         lambda app: Compression(app),

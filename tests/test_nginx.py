@@ -203,6 +203,14 @@ def test_events_arrive_while_the_job_still_runs_and_a_leaving_client_cancels_it(
     wait_until(lambda: proxied.metric("paella_rows_running") == 0)
 
 
+def test_a_request_of_http_1_0_without_a_host_is_served(proxied: Proxied) -> None:
+    address = proxied.client.base_url
+    with socket.create_connection((address.host, address.port), PATIENCE_S) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")
+        status_line = connection.makefile("rb").readline()
+    assert status_line.split()[1] == b"200"
+
+
 def test_connections_to_the_server_outlive_a_pause(proxied: Proxied) -> None:
     def post() -> None:
         assert proxied.client.post("/generate", json={"prompt": "a"}).status_code == 200
@@ -229,8 +237,10 @@ def test_a_body_as_large_as_the_server_takes_is_passed_on_and_a_larger_one_refus
     assert "nginx" in beyond.text
 
 
+@pytest.mark.parametrize("written", ["{}", "{}/", "/{}", "{}//", "{}/.", "{}?a=1", "/x/..{}"])
 @pytest.mark.parametrize("path", HEALTH_PATHS)
-def test_health_and_metrics_are_not_published(proxied: Proxied, path: str) -> None:
-    answer = proxied.client.get(path)
+def test_health_and_metrics_are_not_published(proxied: Proxied, path: str, written: str) -> None:
+    target = written.format(path)
+    answer = proxied.client.get("/", extensions={"target": target.encode()})
     assert answer.status_code == 404
     assert "nginx" in answer.text

@@ -84,6 +84,12 @@ def test_head_of_what_has_no_get_is_405(client: httpx.Client, path: str) -> None
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/metrics", "/images/a.png"])
+def test_head_is_among_the_methods_of_what_has_get(client: httpx.Client, path: str) -> None:
+    answer = client.put(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
 def test_head_is_documented_nowhere(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert not [path for path, methods in paths.items() if "head" in methods]

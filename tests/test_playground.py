@@ -88,6 +88,7 @@ def test_a_file_that_a_browser_has_is_not_sent_again_until_it_changes(client: ht
     )
     assert (again.status_code, again.content) == (304, b"")
     assert again.headers["etag"] == first.headers["etag"]
+    assert client.get("/", headers={"If-None-Match": "*"}).status_code == 304
     assert (
         client.get("/playground/main.js", headers={"If-None-Match": '"other"'}).status_code == 200
     )

@@ -1196,7 +1196,7 @@ def test_samplers_begin_with_the_recipe_s_and_memory_is_in_bytes(sd: httpx.Clien
 
 def test_a_path_of_two_methods_names_both(sd: httpx.Client) -> None:
     answer = sd.put("options", json={})
-    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, POST")
     assert sd.get("interrupt").headers["allow"] == "POST"
 
 

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ import pytest
 from server.api.images import admission
 from server.api.images.admission import ImageDecoder
 from server.api.images.decode import decode
+from server.engine import client as engine_client
 from server.settings import Settings
 from tests.conftest import wait_until
 from tests.hostile import SIZE, plain_png
@@ -60,6 +62,17 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 @pytest.fixture
+def retry_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the time from which retries are counted: each wait is then longer than the last,
+    however slowly the requests follow each other.
+    """
+    now = time.monotonic()
+    stopped = SimpleNamespace(monotonic=lambda: now)
+    for module in (admission, engine_client):
+        monkeypatch.setattr(module, "time", stopped)
+
+
+@pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], ImageDecoder]]:
     """The decoder of the server that the test starts next."""
     made: list[ImageDecoder] = []
@@ -81,6 +94,7 @@ def test_a_request_of_more_pixels_than_allowed_is_refused_before_one_is_decoded(
         assert "pixels together" in error_of(answer)["message"]
 
 
+@pytest.mark.usefixtures("retry_clock")
 def test_a_full_queue_of_images_is_429_and_text_is_not_held_up(
     fake_settings: Configure, gate: threading.Event, decoder: Callable[[], ImageDecoder]
 ) -> None:
@@ -101,6 +115,7 @@ def test_a_full_queue_of_images_is_429_and_text_is_not_held_up(
         assert variations(client, 4).status_code == 200
 
 
+@pytest.mark.usefixtures("retry_clock")
 def test_images_are_not_decoded_for_an_engine_without_room(
     fake_settings: Configure, gate: threading.Event, decoder: Callable[[], ImageDecoder]
 ) -> None:
@@ -117,7 +132,8 @@ def test_images_are_not_decoded_for_an_engine_without_room(
         assert [(answer.status_code, error_of(answer)["code"]) for answer in refused] == [
             (429, "queue_full")
         ] * 2
-        assert refused[0].headers["retry-after-ms"] != refused[1].headers["retry-after-ms"]
+        waits = [int(answer.headers["retry-after-ms"]) for answer in refused]
+        assert 0 < waits[0] < waits[1]
         assert client.delete("/requests/held").status_code == 204
         assert held.result().status_code == 499
         gate.set()

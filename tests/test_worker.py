@@ -626,6 +626,20 @@ def test_jobs_that_are_being_decoded_are_announced_with_those_of_the_stage_besid
     assert isinstance(far.answer("long"), Finished)
 
 
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", {"interactive"}), ("cuda", {"interactive", "batch"})]
+)
+def test_batch_rows_let_interactive_ones_step_without_them_on_a_cpu_only(device, expected):
+    near, connection = Pipe()
+    scheduler = Worker(near, SimpleNamespace(device=torch.device(device)), max_rows=4).scheduler
+    scheduler.add(job("batch", priority="batch"))
+    scheduler.add(job("interactive"))
+    scheduler.admit()
+    assert {row.job for row in scheduler.next_rows()} == expected
+    near.close()
+    connection.close()
+
+
 def test_a_failed_device_ends_the_worker_because_it_can_compute_nothing_any_more(
     runner, monkeypatch, caplog
 ):

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http import HTTPStatus
 
-from fastapi import Request
+from fastapi import Request, Response
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.errors import ApiError, retry_headers
-from server.api.middleware import error_response
+from server.api.middleware import METHODS, error_response
 from server.api.origins import (
     DEFAULT_PORTS,
     FORWARDED_HOSTS,
@@ -313,6 +314,66 @@ class OriginGuard:
         return scope["path"] in HEALTH_PATHS or (port is not None and port == self._operations_port)
 
 
+class CrossOrigin(CORSMiddleware):
+    """CORS for the pages of `origins`, whose server may be on a private network (a browser asks).
+
+    Refuses a preflight with an error in the one shape.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str], exposed: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=METHODS,
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=exposed,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a preflight, or pass a request on and tell the browser who may read its answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        except _PreflightRefusedError as error:
+            await error_response(error, Request(scope))(scope, receive, send)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Return the answer to a preflight. Raises ApiError 403 or 405."""
+        answer = super().preflight_response(request_headers)
+        if answer.status_code == HTTPStatus.OK:
+            return answer
+        cors = {
+            name: value
+            for name, value in answer.headers.items()
+            if name == "vary" or name.startswith("access-control-")
+        }
+        origin, method = (
+            request_headers[name] for name in ("origin", "access-control-request-method")
+        )
+        if not self.is_allowed_origin(origin):
+            raise _PreflightRefusedError(*_foreign_origin(origin), headers=cors)
+        allowed = ", ".join(METHODS)
+        message = f"pages of other origins may send {allowed} (sent: {method[:20]!r})"
+        raise _PreflightRefusedError(
+            HTTPStatus.METHOD_NOT_ALLOWED,
+            "method_not_allowed",
+            message,
+            headers=cors | {"Allow": allowed},
+        )
+
+
+class _PreflightRefusedError(ApiError):
+    """A preflight was refused. No endpoint raises it."""
+
+
+def _foreign_origin(origin: str | None) -> tuple[int, str, str]:
+    """Return the status, code and message of the error for a page that is not allowed."""
+    message = "pages of other origins may not do this: set PAELLERA_CORS_ORIGINS, or"
+    message = f"{message} PAELLERA_PUBLIC_URL if it is the server's own page behind a proxy"
+    shown = "" if origin is None else f" (sent: {origin[:80]!r})"
+    return HTTPStatus.FORBIDDEN, "foreign_origin", message + shown
+
+
 class AllowedHosts:
     """The names in `allowed_hosts`, or the default ones.
 
@@ -370,10 +431,7 @@ class AllowedPages:
             return
         if site is None and origin is not None and self._is_own(origin, scope):
             return
-        message = "pages of other origins may not do this: set PAELLERA_CORS_ORIGINS, or"
-        message = f"{message} PAELLERA_PUBLIC_URL if it is the server's own page behind a proxy"
-        shown = "" if origin is None else f" (sent: {origin[:80]!r})"
-        raise ApiError(HTTPStatus.FORBIDDEN, "foreign_origin", message + shown)
+        raise ApiError(*_foreign_origin(origin))
 
     def _allows(self, origin: str | None) -> bool:
         return "*" in self._origins or (origin is not None and origin.lower() in self._origins)

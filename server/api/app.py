@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from model.config import BundleConfig, find_bundle
@@ -23,7 +22,7 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.access import Guard, HeadGuard, Keys, OriginGuard
+from server.api.access import CrossOrigin, Guard, HeadGuard, Keys, OriginGuard
 from server.api.body_limit import BodyBudget, BodyLimit
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
@@ -34,6 +33,7 @@ from server.api.middleware import (
     Compression,
     HeadAsGet,
     HealthPort,
+    InternalErrors,
     Observation,
     SecurityHeaders,
     SendTimeout,
@@ -262,15 +262,10 @@ def _add_middleware(
     app.add_middleware(HeadGuard)
     if tracing:
         app.add_middleware(tracing.middleware, untraced=HEALTH_PATHS, describe=_span_attributes)
-    app.add_middleware(Observation, metrics=metrics)
+    app.add_middleware(InternalErrors)
     if settings.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
-        )
+        app.add_middleware(CrossOrigin, origins=settings.origins, exposed=EXPOSED_HEADERS)
+    app.add_middleware(Observation, metrics=metrics)
     app.add_middleware(Compression)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(CanonicalPath)

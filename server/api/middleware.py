@@ -58,8 +58,8 @@ SECURITY_HEADERS = {
 }
 VALID_ID = re.compile(r"[ -~]{1,128}")
 MAX_LOGGED_PATH = 200
-# Those that any route has.
-METHODS = ("GET", "POST", "DELETE")
+# Those that any route has; HEAD is answered as GET.
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 # The scope's key for the connection's transport, where the server gives it.
 TRANSPORT = "paellera.transport"
@@ -81,7 +81,7 @@ MAX_REPETITIVE_RATIO = 0.6
 
 
 class Observation:
-    """Assigns every request an id, answers 500 for unhandled exceptions, logs and measures."""
+    """Assigns every request an id, logs and measures it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -111,17 +111,14 @@ class Observation:
         except ClientStalledError:
             state.error_code = "client_stalled"
             log.warning("client stalled", extra={"fields": {"request_id": state.id}})
-        except Exception:
-            log.exception("unhandled exception", extra={"fields": {"request_id": state.id}})
-            if not status:
-                await internal_error().response()(scope, receive, send_with_id)
         finally:
             self._record(scope, status, time.perf_counter() - began, server_timing)
 
     def _record(self, scope: Scope, status: int, seconds: float, server_timing: str | None) -> None:
         # Only routes become labels: paths invented by clients would fill the metrics. A request
-        # rejected before routing has no route yet.
-        known = scope["path"] in self._metrics.endpoints
+        # rejected before routing has no route yet. A preflight asks for none: it would pass for a
+        # fast request.
+        known = scope["path"] in self._metrics.endpoints and scope["method"] != "OPTIONS"
         endpoint = getattr(
             scope.get("route"), "path_format", scope["path"] if known else "unmatched"
         )
@@ -142,6 +139,35 @@ class Observation:
         }
         present = {name: value for name, value in fields.items() if value is not None}
         log.info("request", extra={"fields": present})
+
+
+class InternalErrors:
+    """Answers 500 for unhandled exceptions, unless an answer has begun, and logs them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except ClientStalledError:
+            raise
+        except Exception:
+            fields = {"request_id": request_state(scope).id}
+            log.exception("unhandled exception", extra={"fields": fields})
+            if not begun:
+                await internal_error().response()(scope, receive, send)
 
 
 def logged_path(scope: Scope) -> str:
@@ -287,6 +313,8 @@ def register_error_handlers(app: FastAPI) -> None:
         return error_response(api_error, request)
 
     async def on_disconnect(request: Request, _: Exception) -> Response:
+        # Only a reader of the body gets this exception.
+        app_state(request).metrics.cancelled.labels("upload").inc()
         return error_response(client_closed(), request)
 
     app.add_exception_handler(ApiError, on_api_error)
@@ -304,7 +332,7 @@ def methods_of(app: FastAPI, scope: Scope) -> list[str]:
     """Return the methods of a request's path; of its routes each knows only its own."""
 
     def exists(method: str) -> bool:
-        other = {**scope, "method": method}
+        other = {**scope, "method": "GET" if method == "HEAD" else method}
         return any(route.matches(other)[0] == Match.FULL for route in app.routes)
 
     return [method for method in METHODS if exists(method)]

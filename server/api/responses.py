@@ -32,15 +32,12 @@ from server.engine.messages import Drawn, Finished, Image, Preview
 
 T = TypeVar("T")
 
+# Of those that a client accepts alike, the first is sent.
 MEDIA_TYPES: dict[str, Format | Literal["json"]] = {
-    "application/json": "json",
-    "application/*": "json",
     "image/png": "png",
     "image/jpeg": "jpeg",
-    "image/jpg": "jpeg",
     "image/webp": "webp",
-    "image/*": "png",
-    "*/*": "png",
+    "application/json": "json",
 }
 
 
@@ -67,10 +64,9 @@ def _json_for(accept: str, known: Mapping[str, object]) -> Literal["json"]:
     """Return JSON, unless the client would save the answer as an image that it is not."""
     if "image/" not in accept.lower():
         return "json"
-    supported = ", ".join(name for name in known if "*" not in name)
     message = (
-        f"Accept: the answer can be {supported}; send one of these or */*, or choose by the field"
-        f" response_format (sent: {shortened(accept)})"
+        f"Accept: the answer can be {', '.join(known)}; send one of these or */*, or choose by the"
+        f" field response_format (sent: {shortened(accept)})"
     )
     raise ApiError(HTTPStatus.NOT_ACCEPTABLE, "not_acceptable", message)
 
@@ -78,13 +74,20 @@ def _json_for(accept: str, known: Mapping[str, object]) -> Literal["json"]:
 def _preferred(accept: str, known: Mapping[str, T]) -> T | None:
     """Return the value of the known media type with the highest weight, the first one among equals.
 
+    The weight of a type is that of the most exact range that includes it (RFC 9110, 12.5.1).
+
     None: the client accepts none of them.
     """
-    accepted = [(name, weight) for name, weight in weighted(accept) if name in known and weight > 0]
-    if not accepted:
-        return None
-    name, _ = max(accepted, key=lambda entry: entry[1])
-    return known[name]
+    weights = {name.replace("image/jpg", "image/jpeg"): each for name, each in weighted(accept)}
+    order = list(weights)
+
+    def preference(media_type: str) -> tuple[float, int]:
+        kind = media_type.partition("/")[0]
+        ranges = [name for name in (media_type, f"{kind}/*", "*/*") if name in weights]
+        return (weights[ranges[0]], -order.index(ranges[0])) if ranges else (0.0, 0)
+
+    best = max(known, key=preference)
+    return known[best] if preference(best)[0] > 0 else None
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────

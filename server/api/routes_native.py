@@ -90,9 +90,11 @@ def _endpoint(
         _check_query(request)
         limit = app_state(request).settings.max_body_bytes
         fields = await read_body(request, schema, limit)
+        wanted = _output(request, fields)
+        # By its headers a request may ask for another answer than one with the same fields.
+        fields = fields.model_copy(update={"response_format": wanted})
         if (earlier := await request_state(request).earlier_answer(request, fields)) is not None:
             return earlier
-        wanted = _output(request, fields)
         quality, stream = fields.quality, fields.stream
         links = image_links(request) if wanted == "url" else None
         planned = await plan(request, fields, operation, wanted)

@@ -98,6 +98,7 @@ def _response(request: Request, name: str) -> Response:
     if (file := static_files().get(name) or swagger_ui().get(name)) is None:
         raise ApiError(HTTPStatus.NOT_FOUND, "not_found", "the playground has no such file")
     headers = {**HEADERS, "ETag": file.etag}
-    if file.etag in request.headers.get("if-none-match", ""):
+    known = request.headers.get("if-none-match", "")
+    if known == "*" or file.etag in known:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return Response(file.content, media_type=file.media_type, headers=headers)

@@ -45,7 +45,8 @@ class PendingJob:
     """One unfinished job: the worker that has it, and the calls of the caller's hooks.
 
     image_bytes: of the job. worker, sent_at: None while the job waits for a worker. timeout: ends
-    that wait. solo_crashes: workers that crashed in a stage with this job alone.
+    that wait. started: whether the worker has begun it. solo_crashes: workers that crashed in a
+    stage with this job alone.
     """
 
     job: Job
@@ -57,6 +58,7 @@ class PendingJob:
     worker: Supervisor | None = None
     sent_at: float | None = None
     timeout: asyncio.TimerHandle | None = None
+    started: bool = False
     solo_crashes: int = 0
 
     @property
@@ -201,7 +203,7 @@ class EngineClient:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed") from None
         except asyncio.CancelledError:
-            self.metrics.cancelled.labels("worker" if entry.worker else "queue").inc()
+            self.metrics.cancelled.labels("worker" if entry.started else "queue").inc()
             raise
         finally:
             self._forget(entry)
@@ -325,8 +327,9 @@ class EngineClient:
         """Pass a message on to its job, and its figures to the metrics."""
         match message:
             case Running(jobs):
-                for started in filter(None, map(self._pending.get, jobs)):
-                    started.call("on_started")
+                for each in filter(None, map(self._pending.get, jobs)):
+                    each.started = True
+                    each.call("on_started")
             case Heartbeat():
                 self._cpu.update()
                 self._record_heartbeat(message)
@@ -340,18 +343,21 @@ class EngineClient:
                 entry.call("on_drawn", message)
 
     def _fail(self, message: Failed) -> None:
-        fields = {
-            "job": message.id,
-            "code": message.code,
-            "reason": message.message,
-            "retryable": message.retryable,
-        }
-        log.error("job failed", extra={"fields": fields})
+        error: EngineError
+        if message.code == "deadline":
+            # Whether the worker or `run` notices it first is chance: neither is the server's fault.
+            error = DeadlineExceeded(message.message)
+        else:
+            error = JobFailed(message.code, message.message, message.retryable)
+            fields = {
+                "job": message.id,
+                "code": message.code,
+                "reason": message.message,
+                "retryable": message.retryable,
+            }
+            log.error("job failed", extra={"fields": fields})
         if entry := self._pending.get(message.id):
-            if message.code == "deadline":
-                entry.resolve(DeadlineExceeded(message.message))
-            else:
-                entry.resolve(JobFailed(message.code, message.message, message.retryable))
+            entry.resolve(error)
 
     def _finish(self, message: Finished) -> None:
         if (entry := self._pending.get(message.id)) and entry.sent_at is not None:
@@ -372,7 +378,7 @@ class EngineClient:
         for id in unfinished:
             if (entry := self._pending.get(id)) is None or entry.answer.done():
                 continue
-            entry.worker = None
+            entry.worker, entry.started = None, False
             if id in suspects:
                 entry.job = replace(entry.job, alone=True)
                 entry.solo_crashes += len(suspects) == 1

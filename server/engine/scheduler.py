@@ -1,11 +1,12 @@
 """Decide which rows start and which rows step next. Pure Python, no torch, no clock.
 
 A row is one image of a job, or one tile of an image. Rows that can share a denoiser step form a
-pool, which steps all of its running rows together, so rows join and leave at every step. A pool
+pool, which steps its running rows together, so rows join and leave at every step. A pool
 with interactive rows goes before one without, then the one with the row that arrived first, but
 none waits for more than `PATIENCE` steps of others (and once for each other pool that has waited as
-long). Waiting rows get free slots in the same order, with a share of the slots and of the turns
-reserved for either priority.
+long). Where a step takes longer the more rows it has, a pool's batch rows let its interactive ones
+step without them, as patiently. Waiting rows get free slots in the same order, with a share of the
+slots and of the turns reserved for either priority.
 
 Deadlines decide nothing here: a client that allows more time than others would wait until no others
 arrive, and one that allows less would pass everybody.
@@ -22,7 +23,7 @@ from model.config import DENOISER
 from server.engine.messages import Job, Priority
 
 # Steps of other pools between two of one pool, at most: two pools share the steps three to one at
-# worst.
+# worst. A pool's batch rows take part in its next step after as many.
 PATIENCE = 3
 
 # While both priorities wait, every fifth freed slot goes to a batch row, but only to one that has
@@ -80,17 +81,27 @@ class Pool:
 
 @dataclass(slots=True)
 class _Running:
-    """A pool's running rows, and the number of steps of others since its last one."""
+    """A pool's running rows.
+
+    waited: steps of other pools since its last one. batch_waited: steps since the last one that had
+    all of its rows.
+    """
 
     rows: list[RowId] = field(default_factory=list)
     waited: int = 0
+    batch_waited: int = 0
 
 
 class Scheduler:
-    """Give rows at most `max_rows` running slots, and choose the pool that steps next."""
+    """Give rows at most `max_rows` running slots, and choose the rows that step next."""
 
-    def __init__(self, max_rows: int) -> None:
-        self.max_rows = max_rows
+    def __init__(self, max_rows: int, *, batch_waits: bool = True) -> None:
+        """Create the scheduler.
+
+        batch_waits: interactive rows step without the batch rows of their pool. False where more
+        rows hardly lengthen a step, and batch rows would only hold their slots for longer.
+        """
+        self.max_rows, self._batch_waits = max_rows, batch_waits
         self._jobs: dict[str, Job] = {}
         self._arrivals = count()
         # By the job's arrival, then the row's.
@@ -174,7 +185,10 @@ class Scheduler:
     @property
     def _batch_running(self) -> int:
         rows = [row for running in self._running.values() for row in running.rows]
-        return sum(self._jobs[row.job].priority == "batch" for row in rows)
+        return len(rows) - len(self._interactive(rows))
+
+    def _interactive(self, rows: list[RowId]) -> list[RowId]:
+        return [row for row in rows if self._jobs[row.job].priority == "interactive"]
 
     def finish(self, row: RowId) -> None:
         """Free a row's slot."""
@@ -201,13 +215,22 @@ class Scheduler:
     # ── turns ─────────────────────────────────────────────────────────────────────────────────────
 
     def next_rows(self) -> list[RowId]:
-        """Return the rows of the next pool, all to be stepped together; none if nothing runs."""
+        """Return rows of the next pool, to be stepped together; none if nothing runs."""
         if not self._running:
             return []
         chosen = self._running[self._next_pool()]
         for running in self._running.values():
             running.waited += 1
+            running.batch_waited += 1
         chosen.waited = 0
+        interactive = self._interactive(chosen.rows)
+        if (
+            self._batch_waits
+            and 0 < len(interactive) < len(chosen.rows)
+            and chosen.batch_waited <= PATIENCE
+        ):
+            return interactive
+        chosen.batch_waited = 0
         return list(chosen.rows)
 
     def _next_pool(self) -> Pool:
@@ -219,9 +242,8 @@ class Scheduler:
     def _urgency(self, pool: Pool) -> tuple[bool, float, int]:
         """Return a key that is smaller for a more urgent pool."""
         running = self._running[pool]
-        jobs = [self._jobs[row.job] for row in running.rows]
-        batch_only = all(job.priority == "batch" for job in jobs)
-        return batch_only, min(job.arrived_at for job in jobs), -running.waited
+        arrived_at = min(self._jobs[row.job].arrived_at for row in running.rows)
+        return not self._interactive(running.rows), arrived_at, -running.waited
 
 
 def _length(job: Job) -> int:

@@ -281,7 +281,10 @@ class Worker:
         """Create the worker. idle_heartbeat_s: interval of the heartbeats without jobs."""
         self.connection, self.runner = connection, runner
         self._idle_heartbeat_s = idle_heartbeat_s
-        self.scheduler, self.decode_queue = Scheduler(max_rows), DecodeQueue()
+        # A GPU computes the rows of a step side by side, a CPU one after the other.
+        on_cpu = runner.device.type == "cpu"
+        self.scheduler = Scheduler(max_rows, batch_waits=on_cpu)
+        self.decode_queue = DecodeQueue()
         self._progress: dict[str, _Progress] = {}
         self._steps: list[Step] = []
         self._counts_sent: Counter[Count] = Counter()
