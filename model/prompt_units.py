@@ -186,27 +186,22 @@ class Parser:
         while i < len(words):
             i += self._take(words, i)
         self._close()
-        self._units += self._late
+        self.units: Sequence[Unit] = self._connected(_in_usual_order([*self._units, *self._late]))
 
-    @property
-    def units(self) -> list[Unit]:
-        """The units; a relation that is not between two things leads to a place or is left out."""
-        if [unit.role for unit in self._units[:3]] == ["relation", "thing", "thing"]:
-            # "Left of a dog is a cat" is "a cat left of a dog".
-            relation, one, other, *rest = self._units
-            ordered = (replace(unit, lead=(), gap=False) for unit in (other, relation, one))
-            self._units = [*ordered, *rest]
+    def _connected(self, units: Sequence[Unit]) -> list[Unit]:
+        """Return units of which a relation is between two things; others lead to a place or go.
+
+        A colour that is said of a thing becomes one of its properties.
+        """
         kept: list[Unit] = []
-        for i, unit in enumerate(self._units):
-            before, after = kept[-1:], self._units[i + 1 : i + 2]
+        for i, unit in enumerate(units):
+            before, after = kept[-1:], units[i + 1 : i + 2]
             if before and self._says_of(unit, before[0]):
                 kept[-1] = _coloured(before[0], unit.words)
-                continue
-            if unit.role != "relation" or [u.role for u in before + after] == ["thing", "thing"]:
-                relation = self._units[i - 1] if i else unit
-                leads = unit.role == "place" and relation.role == "relation"
-                lead = (*relation.words, *unit.lead) if leads else unit.lead
-                kept.append(replace(unit, lead=lead))
+            elif unit.role == "place" and i and units[i - 1].role == "relation":
+                kept.append(replace(unit, lead=(*units[i - 1].words, *unit.lead)))
+            elif unit.role != "relation" or [u.role for u in (*before, *after)] == ["thing"] * 2:
+                kept.append(unit)
         return kept
 
     def _says_of(self, unit: Unit, before: Unit) -> bool:
@@ -399,6 +394,14 @@ class Parser:
     ) -> None:
         self._units.append(Unit(role, words, tuple(self._lead), self._gap, named, sides))
         self._lead, self._gap = [], False
+
+
+def _in_usual_order(units: Sequence[Unit]) -> Sequence[Unit]:
+    """Return "a cat left of a dog" for "left of a dog is a cat"."""
+    if [unit.role for unit in units[:3]] != ["relation", "thing", "thing"]:
+        return units
+    relation, one, other, *rest = units
+    return [*(replace(u, lead=(), gap=False) for u in (other, relation, one)), *rest]
 
 
 def _coloured(unit: Unit, colours: Phrase) -> Unit:
