@@ -143,6 +143,9 @@ def create_app(
             log.warning("unsafe or ignored setting", extra={"fields": {"warning": warning}})
         expiry = asyncio.create_task(_expire(state.url_store, idempotency))
         try:
+            for config in state.models.values():
+                # Builds the indices of its vocabulary, which the first request would wait for.
+                config.read_prompt("something that nobody wrote")
             await state.engine.start()
             yield
         finally:
