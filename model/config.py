@@ -59,6 +59,7 @@ Format = Literal[1, 2, 3, 4]
 FORMAT: Format = 4
 _CAME_WITH: dict[Format, str] = {2: "presets", 3: "pruned blocks", 4: "a vocabulary"}
 MAX_CONFIG_BYTES = 2**20
+_THINGS = "things of the vocabulary, in its JSON"
 
 
 # A small, quick preset, which clients with a choice of qualities get for the lowest.
@@ -370,8 +371,16 @@ class BundleConfig:
 
     def write(self, directory: Path) -> None:
         """Write `bundle.json`."""
-        content = _parser(type(self)).dump_json(self, indent=2, exclude=self._unwritten)
-        (directory / CONFIG_FILE).write_bytes(content + b"\n")
+        fields = _parser(type(self)).dump_python(self, mode="json", exclude=self._unwritten)
+        things: list[str] = []
+        if self.vocabulary is not None:  # one thing a line
+            things = [
+                json.dumps(each.written, ensure_ascii=False) for each in self.vocabulary.things
+            ]
+            fields["vocabulary"]["things"] = [_THINGS]
+        content = json.dumps(fields, indent=1, ensure_ascii=False)
+        content = content.replace(json.dumps(_THINGS), ",\n   ".join(things))
+        (directory / CONFIG_FILE).write_text(f"{content}\n", encoding="utf-8")
 
     @property
     def _unwritten(self) -> dict[str, Any]:

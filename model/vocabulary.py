@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -68,6 +68,11 @@ class Thing:
     tags: tuple[Text, ...] = ()
     colour: Text | None = None
     bare: bool = False
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """Its fields for `bundle.json`, without those that have their default."""
+        return {name: value for name, value in asdict(self).items() if value}
 
 
 class Named(NamedTuple):
