@@ -149,16 +149,18 @@ def _described(vocabulary: Vocabulary, clauses: Clauses, *, certain: bool) -> st
     """
     tags: list[Phrase] = []
     others: list[Unit] = []
+    colours: list[str] = []
     for clause in clauses:
         said, rest = _tags(vocabulary, clause.words, certain=certain)
         units = [unit for unit in Parser(vocabulary, rest).units if unit.role != "thing"]
         shows_scene = any(u.role == "place" and "background" not in u.words for u in units)
         known = {word for unit in units for word in unit.words} | _SOMETHING | FUNCTION | LOOKS
+        known |= {*filter(vocabulary.is_property, rest)}
+        colours += filter(vocabulary.is_colour, rest)
         if not certain and (shows_scene or not known.issuperset(rest)):
             return None
         tags += said
         others += units
-    colours = [word for unit in others for word in unit.words if vocabulary.is_colour(word)]
     thing = vocabulary.described(tags, colours)
     if thing is None or not (certain or vocabulary.says_enough(tags)):
         return None

@@ -339,6 +339,8 @@ class Parser:
             return True
         if "background" in words:
             return True
+        if group[0].kind == "article":
+            return False  # "a violet" is a flower
         return any(map(self._vocabulary.is_colour, words)) and "of" not in self._lead
 
     def _with_properties(self, group: list[_Item]) -> list[_Item]:

@@ -118,6 +118,7 @@ WORDS = Vocabulary(
         ("a 2 year old cat", "a cat"),
         ("a hotel with a view of the sea", "a hotel, the sea"),
         ("a beach ball and a cat", "a cat"),
+        ("a green above a cat", "a cat"),
         ("a forest hotel", "a hotel, forest"),
         ("a cat, dog painting", "a cat, dog"),
         ("a hotel of apples", "apples"),
