@@ -69,7 +69,7 @@ _DESCRIBED = re.compile(
 
 
 class Reading(NamedTuple):
-    """What is read of a prompt.
+    """Tell what is read of a prompt.
 
     text: a caption. parts: if it names two to four things, a caption of each, and where it is; the
     first has what the others leave of the image.
@@ -87,8 +87,9 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     nouns that no caption has, with their properties. Synonyms, misspelt words and descriptions
     become the usual names.
     """
-    text = _caption(vocabulary, prompt)
-    if words_of(text) == words_of(prompt) and _cleaned(prompt) == prompt.strip():
+    cleaned = _cleaned(prompt)
+    text = _caption(vocabulary, prompt, cleaned)
+    if words_of(text) == words_of(prompt) and cleaned == prompt.strip():
         text = prompt
     text = text.lower() if prompt.isupper() else text
     if len(text) > _LONGEST_READ:
@@ -102,8 +103,8 @@ def read_negative(vocabulary: Vocabulary, prompt: str) -> str:
     return clauses.text if clauses.units else ""
 
 
-def _caption(vocabulary: Vocabulary, prompt: str) -> str:
-    cleaned = _cleaned(prompt)
+def _caption(vocabulary: Vocabulary, prompt: str, cleaned: str) -> str:
+    """Return the caption of a prompt. cleaned: the same without the marks of other programs."""
     clauses = Clauses(vocabulary, _requested(vocabulary, cleaned))
     described = bool(_DESCRIBED.search(cleaned))
     if any(unit.role == "thing" for unit in clauses.units) and not described:

@@ -45,6 +45,7 @@ _LOOK_WORDS = """
     vintage retro wide angle award winning trending artstation glowing epic resolution ultra raw
 """
 LOOKS = _MEDIA | frozenset(_LOOK_WORDS.split())
+_LOOKS_ONLY = LOOKS | FUNCTION
 # What follows one of these is not in the image: not wanted, or only like the thing before it.
 _NEGATION_WORDS = """
     no not without never except excluding minus don't isn't doesn't aren't won't avoid instead
@@ -59,6 +60,7 @@ _LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "pattern
 _OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
 _OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
 CLOSE_UP = frozenset(("close", "closeup", "macro"))
+_SEEN_AS = _MEDIA | CLOSE_UP
 _IS = frozenset(("is", "are", "that", "it", "its", "this"))
 _PREPOSITIONS = FUNCTION - ARTICLES - _IS - frozenset(("and", "or", "of"))
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
@@ -93,7 +95,7 @@ _LONGEST_RELATION = {
 
 @dataclass(frozen=True)
 class Unit:
-    """What a few words of a clause say.
+    """Tell what a few words of a clause say.
 
     words: in a caption. lead: words such as "and" or "on a" before it. gap: whether something
     before it was left out.
@@ -157,13 +159,13 @@ class Clause(NamedTuple):
 
     @property
     def is_medium(self) -> bool:
-        """Whether it only names a kind of images that is also a thing, as "oil painting"."""
+        """Return whether it only names a kind of images that is also a thing, as "oil painting"."""
         return len(self.units) == 1 and self.units[0].words[0] in _MEDIA
 
     @property
     def asks_for_a_look(self) -> bool:
-        """Whether it says nothing but how the image should look."""
-        return not self.units and all(w in LOOKS | FUNCTION or w.isdigit() for w in self.words)
+        """Return whether it says nothing but how the image should look."""
+        return not self.units and all(w in _LOOKS_ONLY or w.isdigit() for w in self.words)
 
 
 class Parser:
@@ -306,7 +308,7 @@ class Parser:
         kinds, last = [item.kind for item in group], group[-1]
         if last.words[-1] in _STYLES and "place" not in kinds:
             self._leave_out()
-        elif before == "of" and last.words[-1] in _MEDIA | CLOSE_UP:
+        elif before == "of" and last.words[-1] in _SEEN_AS:
             self._add_medium(group)
         elif "thing" in kinds:
             self._add_thing(group)
@@ -334,7 +336,7 @@ class Parser:
 
     def _says_something(self, group: Sequence[_Item], before: str) -> bool:
         """Return whether a group without a noun does: a colour, a background, "a pair"."""
-        words = [word for item in group for word in item.words]
+        words = _words_of(group)
         if before == "of" and any(item.kind == "number" for item in group):
             return True
         if "background" in words:
@@ -357,9 +359,8 @@ class Parser:
             describes = any(other.kind == "thing" for other in group[i + 1 :])
             describes |= any(other.words == ("background",) for other in group[i + 1 :])
             describes |= len(group) == 1 and self._lead[-1:] == ["on"]
-            words = [word for word in item.words if word not in ARTICLES]
-            if item.kind == "thing" and describes and all(map(known.is_property, words)):
-                result[i : i + 1] = [_Item("property", item.words)]
+            if item.kind == "thing" and describes and all(map(known.is_property, item.words)):
+                result[i] = _Item("property", item.words)
         return result
 
     def _add_thing(self, group: Sequence[_Item]) -> None:

@@ -23,23 +23,8 @@ _FUNCTION = """
     its this that some front inside
 """
 FUNCTION = frozenset(_FUNCTION.split())
-NUMBERS = frozenset(
-    [
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "pair",
-        "couple",
-        "dozen",
-    ]
-)
+_NUMBER_WORDS = "one two three four five six seven eight nine ten pair couple dozen"
+NUMBERS = frozenset(_NUMBER_WORDS.split())
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _AN = ("a", "e", "i", "o", "u", "hour", "x-ray", "suv", "8 ")
 _NOT_AN = ("uni", "use", "uku", "ufo", "eu", "one", "u-")
@@ -178,7 +163,7 @@ class Vocabulary:
 
         Of several, one of these colours, then the one with the fewest other tags.
         """
-        said = [number for phrase in set(phrases) for number in self._tagged.get(phrase, ())]
+        said = self._said_of(phrases)
         if not said:
             return None
         shown = set(colours)
@@ -191,10 +176,13 @@ class Vocabulary:
 
     def says_enough(self, phrases: Iterable[Phrase]) -> bool:
         """Return whether these tags describe a thing: two of one, several words, or a kind."""
-        tags = set(phrases)
-        said = [number for phrase in tags for number in self._tagged.get(phrase, ())]
+        tags, said = set(phrases), self._said_of(phrases)
         kinds = frozenset(self.kinds.split())
         return len(set(said)) < len(said) or any(len(p) > 1 or p[0] in kinds for p in tags)
+
+    def _said_of(self, phrases: Iterable[Phrase]) -> list[int]:
+        """Return the numbers of the things that each of these tags is said of."""
+        return [number for phrase in set(phrases) for number in self._tagged.get(phrase, ())]
 
     def is_tag(self, phrase: Phrase) -> bool:
         """Return whether this phrase is said of things without their names."""

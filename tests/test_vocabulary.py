@@ -13,6 +13,7 @@ from model.canvas import box_weight
 from model.config import BundleConfig, find_bundle
 from model.image_request import ImageRequest, InputImage, Region
 from model.pipeline import Pipeline
+from model.prompt_reading import Reading
 from model.row_builder import DictCache, RowBuilder
 from model.training.vocabulary import main, vocabulary, with_vocabulary
 from server.api.errors import ApiError
@@ -111,6 +112,19 @@ def test_every_text_of_a_request_is_read() -> None:
     )
     assert [each.prompt for each in frames.job.image(0).keyframes] == ["a cat", "a dog"]
     assert frames.parameters((), 0)["keyframes"][0]["prompt_read"] == "a cat"
+
+
+def test_each_text_of_a_request_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, read_prompt = list[str](), BundleConfig.read_prompt
+
+    def counting(config: BundleConfig, prompt: str) -> Reading:
+        texts.append(prompt)
+        return read_prompt(config, prompt)
+
+    monkeypatch.setattr(BundleConfig, "read_prompt", counting)
+    planned("a puppy and a cat, 4k")
+    assert texts[0] == "a puppy and a cat, 4k"
+    assert len(texts) == len(set(texts))
 
 
 def test_rows_share_steps_by_the_length_of_what_is_read() -> None:

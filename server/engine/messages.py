@@ -119,14 +119,14 @@ class Job:
 
     @property
     def encoded_texts(self) -> tuple[str, ...]:
-        """What is encoded of every text, the negative prompt included if it is used."""
+        """Return what is encoded of every text, the negative prompt included if it is used."""
         readings = dict(self.readings)
         read = tuple(readings.get(text, text) for text in self.prompts)
         return (*read, self.encoded_negative) if self.sampling.guided else read
 
     @property
     def encoded_negative(self) -> str:
-        """What is encoded of the negative prompt."""
+        """Return what is encoded of the negative prompt."""
         unread = self.negative_reading is None
         return self.negative_prompt if unread else self.negative_reading or ""
 

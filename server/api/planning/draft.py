@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from model.canvas import Array, pad_to_multiple
 from model.config import QUALITY, BundleConfig, Operation, Preset, Recipe, SamplingConfig
 from model.image_request import Enlarge
+from model.prompt_reading import Reading
 from server.api.errors import ApiError, invalid_value, shortened
 from server.api.images.fit import Size, follow, within
 from server.api.planning.sizes import nearest_side, nearest_size
@@ -71,6 +72,7 @@ class Draft:
     output: AnyFormat = "png"
     cache_scope: str = ""
     arrived_at: float = field(default_factory=time.monotonic)
+    _readings: dict[str, Reading] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def deadline(self) -> float:
@@ -129,9 +131,15 @@ class Draft:
         # The job is refused for its work.
         return own[0] if own else within(source, sides[-1])
 
+    def read(self, prompt: str) -> Reading:
+        """Return what of a text of this request is encoded, which is found out once."""
+        if prompt not in self._readings:
+            self._readings[prompt] = self.config.read_prompt(prompt)
+        return self._readings[prompt]
+
     def reading(self, prompt: str) -> dict[str, str]:
         """Return a parameter that tells what of a prompt is encoded, if that is not all of it."""
-        read = self.config.read_prompt(prompt).text
+        read = self.read(prompt).text
         return {} if read == prompt else {"prompt_read": read}
 
     def auto_regions(self, request: GenerateRequest) -> bool:
@@ -263,7 +271,7 @@ class Draft:
         )
         if self.config.vocabulary is None:
             return job
-        read = {text: self.config.read_prompt(text).text for text in job.prompts}
+        read = {text: self.read(text).text for text in job.prompts}
         return replace(
             job,
             readings=tuple(

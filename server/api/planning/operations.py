@@ -188,7 +188,7 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
     auto_regions = drafted.auto_regions(request)
     if drafted.config.vocabulary is None:
         return _generate_with(request, drafted, size, {})
-    if auto_regions and (parts := drafted.config.read_prompt(request.prompt).parts):
+    if auto_regions and (parts := drafted.read(request.prompt).parts):
         first, regions = parted(parts, *size)
         readings = ((request.prompt, first),)
         try:
