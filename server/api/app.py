@@ -22,29 +22,31 @@ from server.api import (
     routes_sdapi,
     static,
 )
-from server.api.access import CrossOrigin, Guard, HeadGuard, Keys, OriginGuard
+from server.api.auth import KeyGuard, Keys
 from server.api.body_limit import BodyBudget, BodyLimit
+from server.api.compression import Compression
+from server.api.error_handlers import register_error_handlers
+from server.api.head_guard import HeadGuard
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
 from server.api.images.encode import ImageEncoder, Marker
 from server.api.images.url_store import UrlStore
 from server.api.middleware import (
     CanonicalPath,
-    Compression,
     HeadAsGet,
     HealthPort,
     InternalErrors,
     Observation,
     SecurityHeaders,
-    SendTimeout,
     WithHeader,
     logged_path,
-    register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
+from server.api.origin_guard import CrossOrigin, OriginGuard
 from server.api.origins import TrustedProxies
 from server.api.planning.draft import DECODING_WORK, FILE_WORK
 from server.api.planning.operations import OPERATIONS
+from server.api.send_timeout import SendTimeout
 from server.api.state import AppState, request_state
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
@@ -258,7 +260,7 @@ def _add_middleware(
         # A budget below the bound of one body would reject that body even when it is alone.
         budget=BodyBudget(max(settings.body_budget_bytes, settings.max_body_bytes)),
     )
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(KeyGuard, settings=settings)
     app.add_middleware(OriginGuard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)
