@@ -15,7 +15,7 @@ from model.config import BundleConfig, Operation
 from server.api import create_app
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads, image_limits
-from server.api.images.encode import ImageEncoder
+from server.api.images.encode_queue import ImageEncoder
 from server.api.planning.draft import DECODING_WORK, FILE_WORK, draft
 from server.api.planning.operations import OPERATIONS, Plan
 from server.settings import Settings

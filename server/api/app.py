@@ -29,7 +29,8 @@ from server.api.error_handlers import register_error_handlers
 from server.api.head_guard import HeadGuard
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
-from server.api.images.encode import ImageEncoder, Marker
+from server.api.images.encode_queue import ImageEncoder
+from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.api.middleware import (
     CanonicalPath,

@@ -33,7 +33,7 @@ from server.api.images.decode import (
     mask_size_mismatch,
     repaint_mask,
 )
-from server.api.images.encode import submit
+from server.api.images.encode_queue import submit
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.engine.retry_slots import RetrySlots
 from server.pace import Pace
