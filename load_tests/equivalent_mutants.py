@@ -122,7 +122,7 @@ EQUIVALENT: dict[str, str] = {
     "def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:": (
         "code points that are cut off are unknown, as 2 and 3 both are"
     ),
-    "server/api/images/decode.py:: 256 -> 257 in GREY_ROWS = 256": (
+    "server/api/images/decoded_image.py:: 256 -> 257 in GREY_ROWS = 256": (
         "rows computed at once; the result is the same"
     ),
     "server/api/images/decode.py:: 64 -> 65 in FILLER = bytes(range(64))": (

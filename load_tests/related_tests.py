@@ -46,6 +46,7 @@ RELATED_TESTS = {
         "test_images_heic",
         "test_fit",
     ),
+    "server/api/images/decoded_image.py": ("test_images_shown", "test_fit", "test_alpha_table"),
     "server/api/images/encode.py": ("test_marking", "test_answers_in_time", "test_deterministic"),
     "server/api/images/encode_queue.py": ("test_answers_in_time", "test_upscale_api"),
     "server/api/images/infotext.py": ("test_infotext",),

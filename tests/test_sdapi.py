@@ -24,15 +24,9 @@ from model.compositing import MAX_FEATHER
 from model.config import Recipe
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.images.decode import ORIENTATION
+from server.api.images.orientation import ORIENTATION
 from server.api.planning.operations import Plan
-from server.api.sdapi_clients import (
-    LEAST_PROGRESS,
-    MAX_CHOICES,
-    MOST_PROGRESS,
-    Clients,
-    Drawing,
-)
+from server.api.sdapi_clients import LEAST_PROGRESS, MAX_CHOICES, MOST_PROGRESS, Clients, Drawing
 from server.api.sdapi_schemas import (
     PREVIEWS,
     Enlargement,

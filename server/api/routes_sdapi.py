@@ -29,7 +29,7 @@ from model.config import BundleConfig
 from server.api.body import JSON, read_body
 from server.api.errors import ApiError, cancelled, from_engine, invalid_value
 from server.api.images.admission import Uploads
-from server.api.images.decode import OPAQUE
+from server.api.images.decoded_image import OPAQUE
 from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
 from server.api.openapi import describe_answers, describe_errors, without_references

@@ -16,7 +16,7 @@ from model.canvas import Array, pad_to_multiple
 from model.config import QUALITY, BundleConfig, Operation, Preset, Recipe, SamplingConfig
 from model.image_request import Enlarge
 from model.prompt_reading import Reading
-from server.api.errors import ApiError, invalid_value, shortened
+from server.api.errors import ApiError, invalid_value, shortened, unprocessable
 from server.api.images.fit import Size, follow, within
 from server.api.planning.sizes import nearest_side, nearest_size
 from server.api.schemas import (
@@ -213,12 +213,11 @@ class Draft:
         width, height = (round(side * scale) for side in size)
         if max(width, height) > largest:
             kind = "sent" if param == "scale" else "drawn"
-            message = (
-                f"{param}: the result may have at most {largest} pixels a side;"
+            problem = (
+                f"the result may have at most {largest} pixels a side;"
                 f" {scale:g} times the {kind} {size[0]}x{size[1]} is {width}x{height}"
             )
-            status = HTTPStatus.UNPROCESSABLE_ENTITY
-            raise ApiError(status, "invalid_value", message, param)
+            raise unprocessable("invalid_value", param, problem)
         return Enlarge.of(self.config, size, scale, strength, sampling)
 
     def job(

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from model.canvas import Pixels, crop, on_white
 from model.config import Operation, SamplingConfig
 from model.image_request import Edit, Enlarge, InputImage, Reference, Region, parted
 from model.tiles import lanczos
-from server.api.errors import ApiError, invalid_value
+from server.api.errors import invalid_value, unprocessable
 from server.api.images.admission import Uploads
-from server.api.images.decode import repaint_mask
+from server.api.images.decoded_image import repaint_mask
 from server.api.images.fit import Restoration, Size, decode_view, whole
 from server.api.planning.conditions import (
     decode_fitted_reference,
@@ -237,7 +236,8 @@ def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
         request.feather,
     )
     if not layout.weight.any():
-        raise _empty_mask("mask: nothing to repaint in the part that width and height leave")
+        problem = "nothing to repaint in the part that width and height leave"
+        raise unprocessable("empty_mask", "mask", problem)
     regions, region_parameters = decode_regions(request.regions, view, drafted, uploads)
     references, reference_parameters = decode_references(request.references, drafted, uploads)
     parameters = {
@@ -516,10 +516,6 @@ def uploaded_files(value: object, param: str = "") -> Iterator[tuple[str, bytes]
                 yield from uploaded_files(
                     item, param if isinstance(item, bytes) else f"{param}.{i}"
                 )
-
-
-def _empty_mask(message: str) -> ApiError:
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "empty_mask", message, "mask")
 
 
 def _shown(enlarge: Enlarge, image: Image) -> Image:
