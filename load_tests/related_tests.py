@@ -72,7 +72,8 @@ RELATED_TESTS = {
         "test_models",
         "test_fit",
     ),
-    "server/api/planning/operations.py": ("test_answers_in_time",),
+    "server/api/planning/plan.py": ("test_answers_in_time", "test_sdapi"),
+    "server/api/planning/plan_request.py": ("test_answers_in_time", "test_sse"),
     "server/api/responses.py": (
         "test_answers_in_time",
         "test_image_operations",

@@ -34,7 +34,8 @@ from server.api.images.fit import (
 )
 from server.api.images.sniff import coefficient_bytes, sniff
 from server.api.planning.draft import draft
-from server.api.planning.operations import OPERATIONS, Plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
 from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings

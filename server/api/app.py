@@ -45,8 +45,8 @@ from server.api.middleware import (
 from server.api.openapi import DocumentedApp
 from server.api.origin_guard import CrossOrigin, OriginGuard
 from server.api.origins import TrustedProxies
-from server.api.planning.draft import DECODING_WORK, FILE_WORK
 from server.api.planning.operations import OPERATIONS
+from server.api.planning.work import DECODING_WORK, FILE_WORK
 from server.api.send_timeout import SendTimeout
 from server.api.state import AppState, request_state
 from server.engine.client import EngineClient

@@ -21,7 +21,9 @@ from server.api.openapi import (
     describe_error,
     describe_events,
 )
-from server.api.planning.operations import OPERATIONS, Plan, plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
+from server.api.planning.plan_request import plan_request
 from server.api.responses import (
     NativeStream,
     accepted_animation,
@@ -97,7 +99,7 @@ def _endpoint(
             return earlier
         quality, stream = fields.quality, fields.stream
         links = image_links(request) if wanted == "url" else None
-        planned = await plan(request, fields, operation, wanted)
+        planned = await plan_request(request, fields, operation, wanted)
         # The files may be large, and are not needed while the job waits.
         del fields
         if stream:

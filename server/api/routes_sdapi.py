@@ -34,7 +34,9 @@ from server.api.images.encode import encode
 from server.api.images.infotext import png_texts, read_infotext, write_infotext
 from server.api.openapi import describe_answers, describe_errors, without_references
 from server.api.planning.draft import find_model
-from server.api.planning.operations import OPERATIONS, Plan, plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
+from server.api.planning.plan_request import plan_request
 from server.api.responses import answer_headers, encode_all, stage_seconds, until_deadline
 from server.api.sdapi_clients import Clients, Drawing
 from server.api.sdapi_schemas import (
@@ -268,7 +270,7 @@ async def _planned(request: Request, fields: SdRequest) -> A1111Answer:
         native["mask"] = await _white_mask(request, fields.mask, fields.inpainting_mask_invert)
     # Validated already: the native fields have the same types.
     native_fields = OPERATIONS[operation][0].model_construct(**native)
-    planned = (await plan(request, native_fields, operation)).cropped(fields.cropped_size)
+    planned = (await plan_request(request, native_fields, operation)).cropped(fields.cropped_size)
     return A1111Answer(state, fields.without_files(), config, planned)
 
 
@@ -376,7 +378,9 @@ async def _enlarging(
     """Plan to enlarge a file. parts: files of the request. Raises ApiError and EngineError."""
     native = {**fields.native(file), "model": _config(request, None).name, "timeout_s": timeout_s}
     # Validated already: the native fields have the same types.
-    planned = await plan(request, Enlargement.model_construct(**native), "upscale", parts=parts)
+    planned = await plan_request(
+        request, Enlargement.model_construct(**native), "upscale", parts=parts
+    )
     return planned.cropped(fields.cropped_size)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from fastapi import Response
 
-from server.api.planning.operations import Plan
+from server.api.planning.plan import Plan
 from server.engine.latency_model import Forecast
 from server.engine.messages import Finished, Preview
 

@@ -20,7 +20,7 @@ from server.cli.errors import FAILED, INVALID, fail, one_line_errors, settings_p
 if TYPE_CHECKING:
     from model.config import Operation
     from server.api.images.marking import Marking
-    from server.api.planning.operations import Plan
+    from server.api.planning.plan import Plan
     from server.engine.messages import Image
     from server.settings import Settings
 

@@ -27,7 +27,8 @@ from server.api.images.admission import Uploads, image_limits
 from server.api.images.marking import read_parameters
 from server.api.planning.conditions import file_hash
 from server.api.planning.draft import draft
-from server.api.planning.operations import OPERATIONS, Plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
 from server.api.validation import from_validation
 from server.engine.messages import Image, Job
 from server.settings import Settings
