@@ -19,7 +19,6 @@ from server.api import (
     routes_models,
     routes_native,
     routes_openai,
-    routes_sdapi,
     static,
 )
 from server.api.auth import KeyGuard, Keys
@@ -47,6 +46,7 @@ from server.api.origin_guard import CrossOrigin, OriginGuard
 from server.api.origins import TrustedProxies
 from server.api.planning.operations import OPERATIONS
 from server.api.planning.work import DECODING_WORK, FILE_WORK
+from server.api.sdapi import routes as sdapi_routes
 from server.api.send_timeout import SendTimeout
 from server.api.state import AppState, request_state
 from server.engine.client import EngineClient
@@ -111,7 +111,7 @@ def create_app(
     openai_paths = [
         f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS
     ]
-    other_paths = [*openai_paths, *(routes_sdapi.DRAWING_PATHS if settings.sdapi else ())]
+    other_paths = [*openai_paths, *(sdapi_routes.DRAWING_PATHS if settings.sdapi else ())]
     metrics.expect([f"/{operation}" for operation in OPERATIONS], other_paths)
     models = read_models(settings)
     for name, config in models.items():
@@ -177,7 +177,7 @@ def create_app(
     app.include_router(routes_images.router)
     app.include_router(routes_models.router)
     if settings.sdapi:
-        routes_sdapi.include(app)
+        sdapi_routes.include(app)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app
