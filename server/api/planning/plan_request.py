@@ -63,12 +63,12 @@ async def plan_request(
             # Decoding would be in vain. The engine checks again when it is done.
             state.engine.check_room(rows_of(fields))
         work = state.decoder.run(planner, files, drafted.deadline)
-        planned = await unless_cancelled(request, _counted(work, state.metrics))
+        planned = await unless_cancelled(request, _count_if_cancelled(work, state.metrics))
     log_job(request, planned.job)
     return planned
 
 
-async def _counted(work: Coroutine[Any, Any, Plan], metrics: Metrics) -> Plan:
+async def _count_if_cancelled(work: Coroutine[Any, Any, Plan], metrics: Metrics) -> Plan:
     try:
         return await work
     except asyncio.CancelledError:
