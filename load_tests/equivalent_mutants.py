@@ -82,7 +82,7 @@ EQUIVALENT: dict[str, str] = {
     '(f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),': (
         "an example in the document; a request for several images has this index too"
     ),
-    "server/api/sdapi_clients.py:Drawing: 0.0 -> 1.0 in predicted_s: float = 0.0": (
+    "server/api/sdapi/clients.py:Drawing: 0.0 -> 1.0 in predicted_s: float = 0.0": (
         "read only of an admitted job, whose prediction replaces it"
     ),
     "server/engine/hooks.py:ReplayFilter._is_new: 1 -> 2 in "
@@ -97,7 +97,7 @@ EQUIVALENT: dict[str, str] = {
     "server/engine/supervisor.py:Supervisor.__init__: 0.0 -> 1.0 in self._started_at = 0.0": (
         "every start sets it before anything reads it"
     ),
-    "server/api/sdapi_clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
+    "server/api/sdapi/clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
         "a running request's progress is bounded by MOST_PROGRESS"
     ),
     "server/api/json_body.py:_reason: 200 -> 201 in return reason(error)[:200]": (
@@ -122,7 +122,7 @@ EQUIVALENT: dict[str, str] = {
     "def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:": (
         "code points that are cut off are unknown, as 2 and 3 both are"
     ),
-    "server/api/images/decode.py:: 256 -> 257 in GREY_ROWS = 256": (
+    "server/api/images/decoded_image.py:: 256 -> 257 in GREY_ROWS = 256": (
         "rows computed at once; the result is the same"
     ),
     "server/api/images/decode.py:: 64 -> 65 in FILLER = bytes(range(64))": (
@@ -173,9 +173,9 @@ EQUIVALENT: dict[str, str] = {
     ),
     "server/api/planning/operations.py:_edit: check_operation(drafted.config, 'inpaint') -> pass "
     'in check_operation(drafted.config, "inpaint")': "all weights that edit inpaint too",
-    "server/api/sdapi_schemas.py:SdFields: True -> False in "
+    "server/api/sdapi/schemas.py:SdFields: True -> False in "
     'model_config = ConfigDict(extra="ignore", frozen=True)': "nothing assigns to a field",
-    "server/api/sdapi_schemas.py:SdRequest.native: raise NotImplementedError -> pass": (
+    "server/api/sdapi/schemas.py:SdRequest.native: raise NotImplementedError -> pass": (
         "every request that is made has a method of its own"
     ),
     "server/api/validation.py:_meant: 1 -> 2 in "
@@ -205,16 +205,16 @@ EQUIVALENT: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "server/api/routes_sdapi.py:A1111Answer.respond: 90 -> 91 in contents, seconds = "
+            "server/api/sdapi/generation.py:A1111Answer.respond: 90 -> 91 in contents, seconds = "
             'await encode_all(self.state, self.plan, finished, "png", 90, text)',
-            "server/api/routes_sdapi.py:_enlarged.run: 90 -> 91 in (content,), seconds = "
+            "server/api/sdapi/extras.py:_enlarged.run: 90 -> 91 in (content,), seconds = "
             'await encode_all(state, planned, finished, "png", 90)',
-            "server/api/routes_sdapi.py:_current_image.work: 90 -> 91 in "
+            "server/api/sdapi/progress.py:_current_image.work: 90 -> 91 in "
             'content = encode(planned.finish(preview.image), "png", 90, {}, marking=marking)',
         ),
         "a PNG has no quality",
     ),
-    'server/api/routes_sdapi.py:_white_mask.work: 1 -> 2 in file, "PNG", compress_level=1': (
+    'server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in file, "PNG", compress_level=1': (
         "the same pixels, a little smaller and a little later"
     ),
     "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (

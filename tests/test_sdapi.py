@@ -24,16 +24,10 @@ from model.compositing import MAX_FEATHER
 from model.config import Recipe
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.images.decode import ORIENTATION
-from server.api.planning.operations import Plan
-from server.api.sdapi_clients import (
-    LEAST_PROGRESS,
-    MAX_CHOICES,
-    MOST_PROGRESS,
-    Clients,
-    Drawing,
-)
-from server.api.sdapi_schemas import (
+from server.api.images.orientation import ORIENTATION
+from server.api.planning.plan import Plan
+from server.api.sdapi.clients import LEAST_PROGRESS, MAX_CHOICES, MOST_PROGRESS, Clients, Drawing
+from server.api.sdapi.schemas import (
     PREVIEWS,
     Enlargement,
     ExtraSingleImageRequest,

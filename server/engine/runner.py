@@ -393,7 +393,7 @@ class Runner:
 
     def capture_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
         """Replay the pipeline's computations from now on, at its native and the settings' sizes."""
-        sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
+        sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.captured_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
         shapes = GraphShapes.for_server(
