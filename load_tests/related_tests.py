@@ -113,7 +113,9 @@ RELATED_TESTS = {
     "server/engine/cpu_share.py": ("test_cpu_share", "test_admission"),
     "server/engine/cpu_threads.py": ("test_cpu_threads", "test_runner", "test_worker"),
     "server/engine/cuda_graphs.py": ("test_cuda_graphs", "test_preset_engine"),
+    "server/engine/decode_queue.py": ("test_decode_queue", "test_worker", "test_upscale"),
     "server/engine/errors.py": ("test_client", "test_api"),
+    "server/engine/failure_isolation.py": ("test_failure_isolation", "test_worker"),
     "server/engine/hooks.py": ("test_hooks", "test_admission"),
     "server/engine/interface.py": ("test_api",),
     "server/engine/latency_model.py": (
@@ -150,12 +152,7 @@ RELATED_TESTS = {
         "test_client",
         "test_supervision",
     ),
-    "server/engine/worker.py": (
-        "test_failure_isolation",
-        "test_decode_queue",
-        "test_worker",
-        "test_upscale",
-    ),
+    "server/engine/worker.py": ("test_worker", "test_upscale"),
     "server/environment.py": ("test_settings",),
     "server/http_protocol.py": ("test_http_protocol", "test_auth"),
     "server/memory.py": ("test_worker", "test_sdapi"),
