@@ -113,6 +113,7 @@ RELATED_TESTS = {
     "server/engine/cpu_share.py": ("test_cpu_share", "test_admission"),
     "server/engine/cpu_threads.py": ("test_cpu_threads", "test_runner", "test_worker"),
     "server/engine/cuda_graphs.py": ("test_cuda_graphs", "test_preset_engine"),
+    "server/engine/cuda_streams.py": ("test_runner", "test_worker"),
     "server/engine/decode_queue.py": ("test_decode_queue", "test_worker", "test_upscale"),
     "server/engine/errors.py": ("test_client", "test_api"),
     "server/engine/failure_isolation.py": ("test_failure_isolation", "test_worker"),
@@ -131,8 +132,8 @@ RELATED_TESTS = {
         "test_row_builder",
         "test_upscale",
     ),
+    "server/engine/prompt_cache.py": ("test_prompt_cache", "test_runner"),
     "server/engine/runner.py": (
-        "test_prompt_cache",
         "test_runner",
         "test_worker",
         "test_row_builder",

@@ -66,8 +66,8 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
     rows = scheduler.admit()
     runner.start([(each, range(len(each.seeds))) for each in jobs], Stopwatch())
     while batch := scheduler.next_rows():
-        done = runner.step(scheduler.pool(batch[0]).model, batch)
-        for row in done:
+        runner.step(scheduler.pool(batch[0]).model, batch)
+        for row in filter(runner.done, batch):
             scheduler.finish(row)
     return [runner.rows[row].tokens for row in rows]
 
