@@ -41,7 +41,8 @@ from server.engine.messages import (
     Step,
     Timings,
 )
-from server.engine.supervisor import Listener, WorkerMain, WorkerMessage, WorkerStatus
+from server.engine.supervisor import Listener, WorkerMessage, WorkerStatus
+from server.engine.worker_process import WorkerMain
 from server.metrics import Metrics, WorkerState
 from server.settings import Settings
 from tests import fake_worker
