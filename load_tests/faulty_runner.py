@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from server.engine import worker
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings

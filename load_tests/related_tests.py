@@ -120,19 +120,21 @@ RELATED_TESTS = {
     "server/engine/failure_isolation.py": ("test_failure_isolation", "test_worker"),
     "server/engine/hooks.py": ("test_hooks", "test_admission"),
     "server/engine/interface.py": ("test_api",),
+    "server/engine/job.py": (
+        "test_messages",
+        "test_scheduler",
+        "test_ray_routing",
+        "test_worker",
+        "test_row_builder",
+        "test_upscale",
+    ),
     "server/engine/latency_model.py": (
         "test_latency_model",
         "test_admission",
         "test_upscale",
         "test_preset_engine",
     ),
-    "server/engine/messages.py": (
-        "test_messages",
-        "test_ray_routing",
-        "test_worker",
-        "test_row_builder",
-        "test_upscale",
-    ),
+    "server/engine/messages.py": ("test_messages", "test_worker"),
     "server/engine/prompt_cache.py": ("test_prompt_cache", "test_runner"),
     "server/engine/runner.py": (
         "test_runner",

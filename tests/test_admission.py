@@ -27,6 +27,7 @@ from server.engine.errors import (
     WorkerLost,
 )
 from server.engine.hooks import Hooks
+from server.engine.job import Job
 from server.engine.latency_model import Forecast
 from server.engine.messages import (
     Drawn,
@@ -34,7 +35,6 @@ from server.engine.messages import (
     Finished,
     Heartbeat,
     Image,
-    Job,
     Preview,
     ProcessStats,
     Running,

@@ -15,7 +15,8 @@ from model.config import SamplingConfig
 from model.executor import SamplingInputs
 from model.rows import PinnedTokens, RegionBranch, Row
 from server.api.images.encode import encode
-from server.engine.messages import Image, Job
+from server.engine.job import Job
+from server.engine.messages import Image
 from server.engine.prompt_cache import tensors_in
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler

@@ -17,8 +17,9 @@ from model.image_request import Edit, Enlarge, ImageRequest, InputImage, Region,
 from model.pipeline import Pipeline
 from model.row_builder import DictCache, RowBuilder
 from server.engine.cuda_graphs import GraphShapes, StepGraphs, step_buckets, use_cuda_graphs
+from server.engine.job import Job
 from server.engine.latency_model import LatencyModel
-from server.engine.messages import Finished, Heartbeat, Job, Step, Timings
+from server.engine.messages import Finished, Heartbeat, Step, Timings
 from server.engine.runner import WARM_UP_S, Runner, Stopwatch
 from server.engine.scheduler import LENGTHS, Pool, RowId, Scheduler
 from server.settings import Settings

@@ -18,7 +18,7 @@ from model.image_request import Edit, InputImage
 from model.pipeline import Pipeline
 from server.engine.cpu_threads import ThreadTuner
 from server.engine.cuda_streams import Mark, Streams
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.prompt_cache import entry_bytes, leaves, tensor_bytes, tensors_in
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId

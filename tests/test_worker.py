@@ -27,6 +27,7 @@ from load_tests.processes import resident_mib
 from model.config import SamplingConfig
 from server.engine import decode_queue, worker
 from server.engine.cpu_threads import SharedThreads
+from server.engine.job import Job
 from server.engine.messages import (
     Cancel,
     Count,
@@ -37,7 +38,6 @@ from server.engine.messages import (
     Finished,
     FromWorker,
     Heartbeat,
-    Job,
     Preview,
     Ready,
     Running,

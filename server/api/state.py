@@ -18,7 +18,7 @@ from server.api.images.admission import ImageDecoder
 from server.api.images.encode import ImageEncoder, Marker
 from server.api.images.url_store import UrlStore
 from server.engine.interface import Engine
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.metrics import Metrics
 from server.settings import Settings
 

@@ -23,8 +23,9 @@ from server.engine.errors import (
     WorkerLost,
 )
 from server.engine.hooks import NO_HOOKS, HookName, Hooks, ReplayFilter
+from server.engine.job import Job
 from server.engine.latency_model import Forecast, LatencyModel
-from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Job, Preview, Running
+from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Preview, Running
 from server.engine.retry_slots import RetrySlots
 from server.engine.supervisor import Supervisor, WorkerMessage, WorkerStatus
 from server.engine.worker_process import WorkerMain, run_worker

@@ -23,7 +23,8 @@ from model.runtime import pick_device, pick_dtype, use
 from server.engine.cpu_threads import SharedThreads
 from server.engine.cuda_graphs import CUDARecorder, GraphShapes, Recorder, use_cuda_graphs
 from server.engine.cuda_streams import Mark, Streams
-from server.engine.messages import Count, Image, Job
+from server.engine.job import Job
+from server.engine.messages import Count, Image
 from server.engine.prompt_cache import PromptCache, entry_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
 from server.settings import Settings

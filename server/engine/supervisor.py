@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from server.engine.job import Job
 from server.engine.messages import (
     Cancel,
     Crashed,
@@ -20,7 +21,6 @@ from server.engine.messages import (
     Finished,
     FromWorker,
     Heartbeat,
-    Job,
     Preview,
     Ready,
     Running,

@@ -21,6 +21,7 @@ from model.tiles import Mosaic, lanczos
 from server.engine.child import describe
 from server.engine.decode_queue import DecodedImage, DecodeQueue, DecodeRequest
 from server.engine.failure_isolation import IsolatedStage
+from server.engine.job import Job
 from server.engine.messages import (
     Cancel,
     Count,
@@ -32,7 +33,6 @@ from server.engine.messages import (
     Finished,
     Heartbeat,
     Image,
-    Job,
     Preview,
     ProcessStats,
     Ready,

@@ -27,7 +27,7 @@ from server.api.schemas import (
     RecipeFields,
     SamplingFields,
 )
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.settings import Settings
 
 # JavaScript reads JSON numbers exactly up to here, so that any client can send a seed back.

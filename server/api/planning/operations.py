@@ -56,7 +56,8 @@ from server.api.schemas import (
     VariationsRequest,
 )
 from server.api.state import app_state, log_job, request_state, unless_cancelled
-from server.engine.messages import Image, Job
+from server.engine.job import Job
+from server.engine.messages import Image
 from server.metrics import Metrics
 
 
