@@ -14,7 +14,7 @@ _HALTON = "model/sampling.py:halton_ranks: "
 _HALTON_FIRST = "first, known = np.full(n, -1, dtype=np.int64), 0"
 _HALTON_INDEX = "index = np.arange(start, start + 4 * n)"
 
-_V3_BUCKETS = "server/engine/cuda_graphs.py:step_buckets: "
+_V3_BUCKETS = "server/engine/graph_shapes.py:step_buckets: "
 _V3_CONFIG = "isinstance(config, BundleV3Config)"
 _V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
 

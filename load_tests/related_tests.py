@@ -118,6 +118,7 @@ RELATED_TESTS = {
     "server/engine/decode_queue.py": ("test_decode_queue", "test_worker", "test_upscale"),
     "server/engine/errors.py": ("test_client", "test_api"),
     "server/engine/failure_isolation.py": ("test_failure_isolation", "test_worker"),
+    "server/engine/graph_shapes.py": ("test_cuda_graphs", "test_preset_engine"),
     "server/engine/hooks.py": ("test_hooks", "test_admission"),
     "server/engine/interface.py": ("test_api",),
     "server/engine/job.py": (

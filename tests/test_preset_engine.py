@@ -16,7 +16,8 @@ from model.config import DENOISER, SamplingConfig
 from model.image_request import Edit, Enlarge, ImageRequest, InputImage, Region, Repaint
 from model.pipeline import Pipeline
 from model.row_builder import DictCache, RowBuilder
-from server.engine.cuda_graphs import GraphShapes, StepGraphs, step_buckets, use_cuda_graphs
+from server.engine.cuda_graphs import StepGraphs, use_cuda_graphs
+from server.engine.graph_shapes import GraphShapes, step_buckets
 from server.engine.job import Job
 from server.engine.latency_model import LatencyModel
 from server.engine.messages import Finished, Heartbeat, Step, Timings

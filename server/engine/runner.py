@@ -21,8 +21,9 @@ from model.row_builder import RowBuilder, group_by
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
 from server.engine.cpu_threads import SharedThreads
-from server.engine.cuda_graphs import CUDARecorder, GraphShapes, Recorder, use_cuda_graphs
+from server.engine.cuda_graphs import CUDARecorder, Recorder, use_cuda_graphs
 from server.engine.cuda_streams import Mark, Streams
+from server.engine.graph_shapes import GraphShapes
 from server.engine.job import Job
 from server.engine.messages import Count, Image
 from server.engine.prompt_cache import PromptCache, entry_bytes, tensors_in
