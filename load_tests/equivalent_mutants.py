@@ -14,7 +14,7 @@ _HALTON = "model/sampling.py:halton_ranks: "
 _HALTON_FIRST = "first, known = np.full(n, -1, dtype=np.int64), 0"
 _HALTON_INDEX = "index = np.arange(start, start + 4 * n)"
 
-_V3_BUCKETS = "server/engine/cuda_graphs.py:step_buckets: "
+_V3_BUCKETS = "server/engine/graph_shapes.py:step_buckets: "
 _V3_CONFIG = "isinstance(config, BundleV3Config)"
 _V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
 
@@ -30,8 +30,8 @@ EQUIVALENT: dict[str, str] = {
     ),
     f"{_STEP_COSTS}0.0 -> 1.0 in {_STEP_COSTS_LINE}": "no measured cost is 0, and None costs return before",
     f"{_STEP_COSTS}count -> not (count) in if count": "every pool has a share above 0: jobs without steps left are dropped before",
-    "server/engine/supervisor.py:: 5.0 -> 10.0 in EXIT_GRACE_S = 5.0": "a grace period, chosen by taste; the tests read the constant",
-    "server/engine/supervisor.py:run_worker: limit_spin_count() -> pass": "changes speed alone, which no test measures",
+    "server/engine/worker_process.py:: 5.0 -> 10.0 in EXIT_GRACE_S = 5.0": "a grace period, chosen by taste; the tests read the constant",
+    "server/engine/worker_process.py:run_worker: limit_spin_count() -> pass": "changes speed alone, which no test measures",
     "server/api/validation.py:from_validation: False -> True in "
     "first = _of_lists(error.errors(include_url=False)[0])": (
         "the answer is made of other entries; leaving these out saves time"
@@ -220,7 +220,7 @@ EQUIVALENT: dict[str, str] = {
     "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (
         "the timer would find the job answered"
     ),
-    "server/engine/supervisor.py:worker_environment: 62 -> 63 in "
+    "server/engine/cpu_environment.py:worker_environment: 62 -> 63 in "
     'environment.setdefault("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", str(1 << 62))': (
         "no allocation is as large as either"
     ),

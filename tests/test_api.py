@@ -30,7 +30,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.api import create_app
 from server.api.openapi import EXAMPLES
 from server.engine.errors import Draining
-from server.engine.supervisor import Supervisor, WorkerMain
+from server.engine.supervisor import Supervisor
+from server.engine.worker_process import WorkerMain
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, NATIVE_SIZE, serving, wait_until, write_bundle

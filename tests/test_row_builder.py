@@ -12,7 +12,7 @@ import torch
 
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
 from model.row_builder import DictCache
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings

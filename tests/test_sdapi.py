@@ -38,8 +38,9 @@ from server.api.sdapi.schemas import (
 )
 from server.engine.client import EngineClient
 from server.engine.hooks import Hooks
+from server.engine.job import Job
 from server.engine.latency_model import Forecast
-from server.engine.messages import Finished, Image, Job, Preview, Timings
+from server.engine.messages import Finished, Image, Preview, Timings
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_config, micro_preset_config, serving, wait_until

@@ -51,7 +51,7 @@ from server.api.send_timeout import SendTimeout
 from server.api.state import AppState, request_state
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
-from server.engine.supervisor import WorkerMain, run_worker
+from server.engine.worker_process import WorkerMain, run_worker
 from server.environment import PREFIX
 from server.metrics import Metrics
 from server.paths import HEALTH_PATHS

@@ -19,7 +19,7 @@ from server.api.images.encode_queue import ImageEncoder
 from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.engine.interface import Engine
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.metrics import Metrics
 from server.settings import Settings
 

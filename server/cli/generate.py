@@ -422,7 +422,7 @@ def register(app: typer.Typer) -> None:
 
 def _limit_spin_count() -> None:
     """Bound how long OpenMP's waiting threads spin; called before torch is imported."""
-    from server.engine.supervisor import limit_spin_count
+    from server.engine.cpu_environment import limit_spin_count
 
     limit_spin_count()
 

@@ -30,7 +30,8 @@ from server.api.planning.draft import draft
 from server.api.planning.operations import OPERATIONS
 from server.api.planning.plan import Plan
 from server.api.validation import from_validation
-from server.engine.messages import Image, Job
+from server.engine.job import Job
+from server.engine.messages import Image
 from server.settings import Settings
 
 

@@ -29,7 +29,7 @@ from server.api.planning.work import (
     rows_of,
 )
 from server.api.schemas import INT64, AnyFormat, GenerateRequest, SamplingFields
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.settings import Settings
 
 # JavaScript reads JSON numbers exactly up to here, so that any client can send a seed back.

@@ -9,7 +9,8 @@ from typing import Any
 from model.canvas import on_white
 from model.config import SamplingConfig
 from server.api.images.fit import Restoration, Size
-from server.engine.messages import Image, Job
+from server.engine.job import Job
+from server.engine.messages import Image
 
 
 def _unchanged(image: Image) -> Image:

@@ -10,7 +10,7 @@ from model.image_request import Enlarge
 from server.api.errors import ApiError
 from server.api.images.fit import Size
 from server.api.schemas import AnyFormat, InterpolateRequest, SamplingFields
-from server.engine.messages import Job
+from server.engine.job import Job
 
 # The cost of a result per pixel beside its steps, in branches of a step: tokens to pixels, and
 # pixels to a file. Measured on a CPU: docs/log.md.
