@@ -1,0 +1,268 @@
+"""What groups of words mean: things with their properties, places and properties of the whole.
+
+A group is a few words without a preposition between them, such as "a small red apple". A noun that
+is not known takes its properties with it: of "a red cup" nothing stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from model.vocabulary import ARTICLES, FUNCTION, Named, Phrase, Vocabulary, with_article
+
+Role = Literal["thing", "place", "side", "relation", "property"]
+Kind = Literal["article", "property", "number", "thing", "place", "unknown"]
+
+# Kinds of images, which are not things in them: "an oil painting of a cat".
+_MEDIA_WORDS = """
+    photo photograph photography picture image drawing painting illustration render rendering
+    sketch portrait icon artwork art shot view style styled aesthetic wallpaper poster sticker logo
+    clipart cartoon anime 3d emoji screenshot print page
+"""
+MEDIA = frozenset(_MEDIA_WORDS.split())
+_STYLES = frozenset(("style", "styled", "aesthetic"))
+# Words that ask for a look.
+_LOOK_WORDS = """
+    artistic comic cinematic photographic photorealistic realistic realism film movie cinema light
+    lights lighting bright dark dramatic moody soft sharp focus detail details detailed high highly
+    low hd hdr uhd quality best masterpiece colorful colourful colors colours vivid vibrant studio
+    professional oil ink watercolor watercolour digital pixel vector fantasy magic magical elegant
+    vintage retro wide angle award winning trending artstation glowing epic resolution ultra raw
+"""
+LOOKS = MEDIA | frozenset(_LOOK_WORDS.split())
+
+# Behind a name that says only what something looks like: "a heart shaped balloon".
+_LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "patterned", "flavored"))
+# Parts of a thing, which no caption has beside it: "a cat with blue eyes".
+_OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
+_OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
+CLOSE_UP = frozenset(("close", "closeup", "macro"))
+_SEEN_AS = MEDIA | CLOSE_UP
+IS = frozenset(("is", "are", "that", "it", "its", "this"))
+PREPOSITIONS = FUNCTION - ARTICLES - IS - frozenset(("and", "or", "of"))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tell what a few words of a clause say.
+
+    words: in a caption. lead: words such as "and" or "on a" before it. gap: whether something
+    before it was left out.
+    """
+
+    role: Role
+    words: Phrase
+    lead: Phrase = ()
+    gap: bool = False
+    named: Named | None = None
+    sides: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The words of a caption."""
+        return " ".join(self.words)
+
+    @property
+    def beside_name(self) -> Phrase:
+        """The words but for the name of a thing."""
+        return self.words[: -len(self.named.name.split())] if self.named else self.words
+
+
+class Item(NamedTuple):
+    """A word or a name within a group of words without a preposition."""
+
+    kind: Kind
+    words: Phrase
+    named: Named | None = None
+
+
+class Units:
+    """The units of a clause so far.
+
+    lead: function words since the last unit. gap: whether something since then was left out. late:
+    units that go behind all others.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._units: list[Unit] = []
+        self._late: list[Unit] = []
+        self._gap = False
+        self.lead: list[str] = []
+
+    @property
+    def all(self) -> Sequence[Unit]:
+        """The units in the order of a caption."""
+        return [*self._units, *self._late]
+
+    def add_group(self, group: Sequence[Item], before: str = "") -> None:
+        """Add what a group says. before: the function word behind it."""
+        for part in _parted(self._described(group)):
+            self._add_part(part, before)
+
+    def add(
+        self,
+        role: Role,
+        words: Phrase,
+        *,
+        named: Named | None = None,
+        sides: tuple[str, ...] = (),
+    ) -> None:
+        """Add a unit."""
+        self._units.append(Unit(role, words, tuple(self.lead), self._gap, named, sides))
+        self.lead, self._gap = [], False
+
+    def leave_out(self) -> None:
+        """Leave out words, and those that lead to them."""
+        self._gap = True
+        self.lead = []
+
+    def _add_part(self, group: Sequence[Item], before: str) -> None:
+        kinds, last = [item.kind for item in group], group[-1]
+        if last.words[-1] in _STYLES and "place" not in kinds:
+            self.leave_out()
+        elif before == "of" and last.words[-1] in _SEEN_AS:
+            self._add_medium(group)
+        elif "thing" in kinds:
+            self._add_thing(group)
+        elif last.kind == "unknown" and not (last.words[0] in LOOKS and "place" in kinds):
+            self.leave_out()
+        elif "place" in kinds:
+            self.add("place", _words_of(group, ("article", "property", "place")))
+        elif self._says_something(group, before):
+            self.add("property", _words_of(group, ("article", "property", "number")))
+        elif kinds != ["article"]:
+            self.leave_out()
+
+    def _add_medium(self, group: Sequence[Item]) -> None:
+        """Leave out "a photo of", but not what it says of the image: where, or from how near."""
+        if CLOSE_UP & set(_words_of(group)):
+            self.add("place", ("a", "close-up", "of"))
+            return
+        if place := _words_of(group, ("place",)):
+            self._late.append(Unit("place", place, gap=True))
+        self.leave_out()
+
+    def _says_something(self, group: Sequence[Item], before: str) -> bool:
+        """Return whether a group without a noun does: a colour, a background, "a pair"."""
+        words = _words_of(group)
+        if before == "of" and any(item.kind == "number" for item in group):
+            return True
+        if "background" in words:
+            return True
+        if group[0].kind == "article":
+            return False  # "a violet" is a flower
+        return any(map(self._vocabulary.is_colour, words)) and "of" not in self.lead
+
+    def _described(self, group: Sequence[Item]) -> list[Item]:
+        """Return a group in which names that only describe another one are properties.
+
+        So is "orange" in "an orange cat", "an orange background" and "on orange". "Heart" in "a
+        heart shaped balloon" says nothing that captions could.
+        """
+        known, result = self._vocabulary, list(group)
+        for i, item in enumerate(group):
+            if item.kind == "thing" and not _LIKE.isdisjoint(_words_of(group[i + 1 : i + 2])):
+                result[i] = Item("unknown", item.words)
+                continue
+            describes = any(other.kind == "thing" for other in group[i + 1 :])
+            describes |= any(other.words == ("background",) for other in group[i + 1 :])
+            describes |= len(group) == 1 and self.lead[-1:] == ["on"]
+            if item.kind == "thing" and describes and all(map(known.is_property, item.words)):
+                result[i] = Item("property", item.words)
+        return result
+
+    def _add_thing(self, group: Sequence[Item]) -> None:
+        things = [i for i, item in enumerate(group) if item.kind == "thing"]
+        painted = len(things) > 1 and group[things[-1]].words[-1] in MEDIA  # "a dog painting"
+        number = things[-2] if painted else things[-1]
+        named = group[number].named
+        assert named is not None
+        if self.lead[-1:] == ["with"] and named.name in _OWN_PARTS and self._units:
+            self.leave_out()
+            return
+        kept: list[Item] = []
+        for i, item in enumerate(group[:number]):
+            unknown = any(other.kind == "unknown" for other in group[i:number])
+            if item.kind == "number" and unknown and not (named.plural or named.thing.bare):
+                continue  # "a 3 tier cake"
+            if item.kind == "place":
+                self._late.append(Unit("place", item.words, gap=True))
+            elif item.kind not in ("unknown", "thing"):
+                kept.append(item)
+        words = (*_words_of(kept), *named.name.split())
+        if self.lead == ["of"] and not self._gap and self._units[-1:] and self._units[-1].named:
+            container = self._units.pop()  # "a bowl of apples", "a school of fish"
+            self.lead, self._gap = list(container.lead), container.gap
+        self.add("thing", agreeing(words, named), named=named)
+
+
+def agreeing(words: Phrase, named: Named) -> Phrase:
+    """Return the words of a thing with the article that its first word needs."""
+    if words[0] not in ("a", "an"):
+        return words
+    if named.plural or named.thing.bare:
+        return words[1:]
+    return tuple(with_article(" ".join(words[1:])).split())
+
+
+def _parted(group: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Yield the parts of a group: each thing but a name's first words, and what is behind the last.
+
+    "A cat wearing sunglasses" and "red circle blue square" have two, "an arrow black background"
+    has a thing and a property.
+    """
+    start = 0
+    for i, item in enumerate(group[:-1]):
+        if item.kind == "thing" and group[i + 1].kind != "thing":
+            rest = {other.kind for other in group[i + 1 :]}
+            if not rest.isdisjoint(("thing", "property", "place")):
+                yield group[start : i + 1]
+                start = i + 1
+    if group:
+        yield group[start:]
+
+
+def _words_of(group: Sequence[Item], kinds: Sequence[str] | None = None) -> Phrase:
+    chosen = (item for item in group if kinds is None or item.kind in kinds)
+    return tuple(word for item in chosen for word in item.words)
+
+
+# ── units → captions ──────────────────────────────────────────────────────────────────────────────
+
+
+def joined(units: Sequence[Unit]) -> str:
+    """Return the caption of a clause's units."""
+    text, before, has_thing = "", None, False
+    for unit in units:
+        text = with_unit(text, unit, lead_of(unit, before, has_thing=has_thing))
+        before, has_thing = unit, has_thing or unit.role == "thing"
+    return text
+
+
+def with_unit(text: str, unit: Unit, lead: Sequence[str]) -> str:
+    """Return a text and one unit more, behind a comma if nothing else joins them."""
+    words = " ".join((*lead, *unit.words))
+    if not text:
+        return words
+    bare = unit.gap and unit.role in ("place", "property") and not lead
+    return f"{text}, {words}" if bare and unit.words[0] not in PREPOSITIONS else f"{text} {words}"
+
+
+def lead_of(unit: Unit, before: Unit | None, *, has_thing: bool) -> Sequence[str]:
+    """Return the words that go before a unit: its own, or "and" between two things."""
+    if before is None:
+        return () if unit.gap or unit.role == "thing" else unit.lead
+    if unit.role == "thing" and has_thing:
+        if before.role == "relation":
+            return ()
+        as_written = not unit.gap and (before.role != "thing" or unit.lead == ("and",))
+        return unit.lead if as_written else ("and",)
+    if before.words[-1] == "of":
+        return ()
+    if not unit.gap:
+        joins = before.role == "property" or unit.role == "relation"
+        return unit.lead if joins else [word for word in unit.lead if word not in IS]
+    return [word for word in unit.lead if word in PREPOSITIONS]
