@@ -7,10 +7,10 @@ is not known takes its properties with it: of "a red cup" nothing stays.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from model.vocabulary import ARTICLES, FUNCTION, Named, Phrase, Vocabulary, with_article
+from model.vocabulary import ARTICLES, FUNCTION, Named, Phrase, Vocabulary, with_article, words_of
 
 Role = Literal["thing", "place", "side", "relation", "property"]
 Kind = Literal["article", "property", "number", "thing", "place", "unknown"]
@@ -38,6 +38,13 @@ _LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "pattern
 # Parts of a thing, which no caption has beside it: "a cat with blue eyes".
 _OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
 _OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
+# What words end in that say what a thing does: "a dog running", "a cat painted".
+_ENDS_OF_VERBS = ("ing", "ed", "en", "ly")
+_ADVERB_WORDS = """
+    out up down off away back around about through across along against toward towards onto upon
+    together upside facing while than who which where when
+"""
+_ADVERBS = frozenset(_ADVERB_WORDS.split())
 CLOSE_UP = frozenset(("close", "closeup", "macro"))
 _SEEN_AS = MEDIA | CLOSE_UP
 IS = frozenset(("is", "are", "that", "it", "its", "this"))
@@ -90,6 +97,7 @@ class Units:
         self._units: list[Unit] = []
         self._late: list[Unit] = []
         self._gap = False
+        self._tail: Phrase = ()
         self.lead: list[str] = []
 
     @property
@@ -112,11 +120,12 @@ class Units:
     ) -> None:
         """Add a unit."""
         self._units.append(Unit(role, words, tuple(self.lead), self._gap, named, sides))
-        self.lead, self._gap = [], False
+        self.lead, self._gap, self._tail = [], False, ()
 
     def leave_out(self) -> None:
         """Leave out words, and those that lead to them."""
         self._gap = True
+        self._tail = ()
         self.lead = []
 
     def _add_part(self, group: Sequence[Item], before: str) -> None:
@@ -130,7 +139,9 @@ class Units:
         elif last.kind == "unknown" and not (last.words[0] in LOOKS and "place" in kinds):
             self.leave_out()
         elif "place" in kinds:
-            self.add("place", _words_of(group, ("article", "property", "place")))
+            words = _words_of(group, ("article", "property", "place"))
+            an = words[0] in ("a", "an") and not words[-1].endswith("s")
+            self.add("place", words_of(with_article(" ".join(words[1:]))) if an else words)
         elif self._says_something(group, before):
             self.add("property", _words_of(group, ("article", "property", "number")))
         elif kinds != ["article"]:
@@ -193,10 +204,30 @@ class Units:
             elif item.kind not in ("unknown", "thing"):
                 kept.append(item)
         words = (*_words_of(kept), *named.name.split())
-        if self.lead == ["of"] and not self._gap and self._units[-1:] and self._units[-1].named:
-            container = self._units.pop()  # "a bowl of apples", "a school of fish"
-            self.lead, self._gap = list(container.lead), container.gap
+        self._empty_container()
         self.add("thing", agreeing(words, named), named=named)
+        self._tail = _words_of(group[things[-1] + 1 :])
+        self._gap = bool(self._tail)
+
+    def _empty_container(self) -> None:
+        """Leave out the bowl of "a bowl of apples"; move the field of "a field of flowers" back.
+
+        Nothing is in "a rabbit coming out of a hat".
+        """
+        if self.lead != ["of"] or not self._units:
+            return
+        contains = not self._gap or (self._tail and _is_noun(self._tail[-1]))
+        if contains and self._units[-1].named:
+            container = self._units.pop()
+            self.lead, self._gap = list(container.lead), container.gap
+        elif contains and self._units[-1].role == "place" and self._units[-1].words[-1] != "of":
+            self._late.append(replace(self._units.pop(), gap=True))
+            self.lead = []
+
+
+def _is_noun(word: str) -> bool:
+    """Return whether an unknown word behind a name may be a noun, as in "an ice sculpture"."""
+    return not word.endswith(_ENDS_OF_VERBS) and word not in _ADVERBS
 
 
 def agreeing(words: Phrase, named: Named) -> Phrase:
@@ -247,8 +278,9 @@ def with_unit(text: str, unit: Unit, lead: Sequence[str]) -> str:
     words = " ".join((*lead, *unit.words))
     if not text:
         return words
-    bare = unit.gap and unit.role in ("place", "property") and not lead
-    return f"{text}, {words}" if bare and unit.words[0] not in PREPOSITIONS else f"{text} {words}"
+    bare = unit.gap and unit.role in ("thing", "place", "property") and not lead
+    joins = text.endswith(" of") or unit.words[0] in PREPOSITIONS
+    return f"{text}, {words}" if bare and not joins else f"{text} {words}"
 
 
 def lead_of(unit: Unit, before: Unit | None, *, has_thing: bool) -> Sequence[str]:

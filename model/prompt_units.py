@@ -33,6 +33,7 @@ _NEGATIONS = frozenset(_NEGATION_WORDS.split())
 _ENDS_NEGATION = frozenset(("but", "just", "only"))
 _PLACING = frozenset(("on", "in", "at", "under", "near", "behind", "by"))
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
+_SIDES = frozenset((word,) for word in _SIDE_WORDS)
 _SIDE_WORDS |= {"upper": "top", "lower": "bottom"}
 _SIDE_WORDS |= dict.fromkeys(("middle", "center", "centre", "centered"), "centre")
 # How captions say where one thing is to another, and the sides of the two.
@@ -100,7 +101,8 @@ class Clause(NamedTuple):
     @property
     def asks_for_a_look(self) -> bool:
         """Return whether it says nothing but how the image should look."""
-        return not self.units and all(w in LOOKS or w in FUNCTION or w.isdigit() for w in self.words)
+        known = LOOKS | FUNCTION
+        return not self.units and all(word in known or word.isdigit() for word in self.words)
 
 
 class Parser:
@@ -137,9 +139,15 @@ class Parser:
             before, after = kept[-1:], units[i + 1 : i + 2]
             if before and self._says_of(unit, before[0]):
                 kept[-1] = _coloured(before[0], unit.words)
-            elif unit.role == "place" and i and units[i - 1].role == "relation":
-                kept.append(replace(unit, lead=(*units[i - 1].words, *unit.lead)))
-            elif unit.role != "relation" or [u.role for u in (*before, *after)] == ["thing"] * 2:
+            elif unit.role == "relation":
+                related = [u.role for u in (*before, *after)] == ["thing"] * 2
+                if related and not after[0].gap:
+                    kept.append(unit)
+            elif i and units[i - 1].role == "relation" and kept[-1:] != [units[i - 1]]:
+                leads = unit.role == "place" and not unit.gap
+                lead = (*units[i - 1].words, *unit.lead) if leads else unit.lead
+                kept.append(replace(unit, lead=lead, gap=not leads))
+            else:
                 kept.append(unit)
         return kept
 
@@ -156,10 +164,9 @@ class Parser:
             return self._denied(words, i) - i
         longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 1))
         for n in range(min(longest, LONGEST_PHRASE, len(words) - i), 0, -1):
-            following = words[i + n] if i + n < len(words) else None
             written = self._as_written[i : i + n]
             phrase = written if n > 1 and self._vocabulary.thing(written) else words[i : i + n]
-            if self._take_phrase(phrase, following):
+            if self._take_phrase(phrase, words[i + n : i + n + LONGEST_PHRASE]):
                 return n
         self._take_word(words[i])
         return 1
@@ -177,8 +184,10 @@ class Parser:
                 return i
         return len(words)
 
-    def _take_phrase(self, phrase: Phrase, following: str | None) -> bool:
+    def _take_phrase(self, phrase: Phrase, rest: Phrase) -> bool:
+        """Take a known phrase, if it is one. rest: the next words behind it."""
         known = self._vocabulary
+        following = rest[0] if rest else None
         alias = known.alias(phrase)
         named = known.thing(phrase)
         relation = _OTHER_RELATIONS.get(phrase, phrase)
@@ -189,6 +198,8 @@ class Parser:
             return False
         elif alias is not None and named is None and not known.is_place(alias):
             self._group.append(Item("property", alias))
+        elif phrase in _SIDES and self._is_no_side(rest):
+            return False
         elif known.is_place(alias or phrase) and not (named and self._is_thing(following)):
             self._take_place(alias or phrase)
         elif named and not (following == "of" and phrase[-1] in MEDIA):
@@ -204,6 +215,16 @@ class Parser:
         """Return whether a word for a place and a thing is the latter here: "a big mountain"."""
         related = following is not None and any(following == words[0] for words in _RELATIONS)
         return self._said.lead[-2:] != ["front", "of"] and (bool(self._group) or related)
+
+    def _is_no_side(self, rest: Phrase) -> bool:
+        """Return whether a side word describes another one: "top view", "looking left"."""
+        known, group = self._vocabulary, self._group
+        if group and group[-1].kind == "unknown" and group[-1].words[0].endswith("ing"):
+            return True
+        if not rest or rest[0] in FUNCTION | NUMBERS or known.is_property(rest[0]):
+            return False
+        phrases = [rest[:n] for n in range(1, len(rest) + 1)]
+        return not any(known.thing(phrase) or known.is_place(phrase) for phrase in phrases)
 
     def _take_place(self, phrase: Phrase) -> None:
         side = " ".join(dict.fromkeys(_SIDE_WORDS[w] for w in phrase if w in _SIDE_WORDS))

@@ -154,6 +154,21 @@ WORDS = Vocabulary(
         ("two fire-engines", "two fire-engines"),
         ("a pair of gloves", "gloves"),
         ("a cat that is black", "a black cat"),
+        # out of a container, and places whose preposition captions do not have
+        ("a dragon coming out of a hat", "a dragon and a sun hat"),
+        ("a bowl full of apples", "apples"),
+        ("a cat sculpture of a dog", "a dog"),
+        ("a cat running through the snow", "a cat, the snow"),
+        ("two dogs next to each other in a forest", "two dogs in a forest"),
+        ("a cat next to a lamp and a dog", "a cat and a dog"),
+        ("a cat in an enchanted forest", "a cat in a forest"),
+        ("a forest of apples", "apples, a forest"),
+        ("a cat in a forest of apples", "a cat and apples in a forest"),
+        ("a sunset over a hotel", "a sunset, a hotel"),
+        # sides that are none
+        ("a cat, top view", "a cat"),
+        ("a cat looking left", "a cat"),
+        ("a cat with an apple in its left hand", "a cat and an apple"),
         # misspelt words
         ("a zebrra and a drgon", "a zebra and a dragon"),
         ("a sliver medal", "a silver medal"),
