@@ -42,7 +42,7 @@ _OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "lea
 _ENDS_OF_VERBS = ("ing", "ed", "en", "ly")
 _ADVERB_WORDS = """
     out up down off away back around about through across along against toward towards onto upon
-    together upside facing while than who which where when
+    together upside facing cut while than who which where when
 """
 _ADVERBS = frozenset(_ADVERB_WORDS.split())
 CLOSE_UP = frozenset(("close", "closeup", "macro"))
@@ -98,6 +98,7 @@ class Units:
         self._late: list[Unit] = []
         self._gap = False
         self._tail: Phrase = ()
+        self._pending: tuple[Phrase, Phrase] | None = None
         self.lead: list[str] = []
 
     @property
@@ -120,12 +121,12 @@ class Units:
     ) -> None:
         """Add a unit."""
         self._units.append(Unit(role, words, tuple(self.lead), self._gap, named, sides))
-        self.lead, self._gap, self._tail = [], False, ()
+        self.lead, self._gap, self._tail, self._pending = [], False, (), None
 
     def leave_out(self) -> None:
         """Leave out words, and those that lead to them."""
         self._gap = True
-        self._tail = ()
+        self._tail, self._pending = (), None
         self.lead = []
 
     def _add_part(self, group: Sequence[Item], before: str) -> None:
@@ -140,12 +141,15 @@ class Units:
             self.leave_out()
         elif "place" in kinds:
             words = _words_of(group, ("article", "property", "place"))
-            an = words[0] in ("a", "an") and not words[-1].endswith("s")
-            self.add("place", words_of(with_article(" ".join(words[1:]))) if an else words)
+            self.add("place", _with_its_article(words))
         elif self._says_something(group, before):
-            self.add("property", _words_of(group, ("article", "property", "number")))
+            words = _words_of(group, ("article", "property", "number"))
+            self.add("property", _with_its_article(words))
         elif kinds != ["article"]:
+            lead, described = tuple(self.lead), set(kinds[1:]) == {"property"}
             self.leave_out()
+            if kinds[0] == "article" and described and before == "and":
+                self._pending = (lead, _words_of(group))
 
     def _add_medium(self, group: Sequence[Item]) -> None:
         """Leave out "a photo of", but not what it says of the image: where, or from how near."""
@@ -174,6 +178,9 @@ class Units:
         heart shaped balloon" says nothing that captions could.
         """
         known, result = self._vocabulary, list(group)
+        fruit = known.thing(("an", *group[-1].words)) if group else None
+        if fruit and any(item.kind in ("article", "number") for item in group):
+            result[-1] = Item("thing", group[-1].words, fruit)  # "a small orange"
         for i, item in enumerate(group):
             if item.kind == "thing" and not _LIKE.isdisjoint(_words_of(group[i + 1 : i + 2])):
                 result[i] = Item("unknown", item.words)
@@ -204,10 +211,21 @@ class Units:
             elif item.kind not in ("unknown", "thing"):
                 kept.append(item)
         words = (*_words_of(kept), *named.name.split())
+        if self._pending and self.lead == ["and"] and group[0].kind == "article":
+            self._add_pending(named, *self._pending)
         self._empty_container()
         self.add("thing", agreeing(words, named), named=named)
         self._tail = _words_of(group[things[-1] + 1 :])
         self._gap = bool(self._tail)
+
+    def _add_pending(self, named: Named, lead: Phrase, described: Phrase) -> None:
+        """Add the red one of "a red and a blue balloon"."""
+        first, *others = words_of(named.name)
+        if self._vocabulary.is_colour(first):  # the name of "a green apple"
+            named = self._vocabulary.thing(tuple(others)) or named
+        self.lead = list(lead)
+        self.add("thing", agreeing((*described, *words_of(named.name)), named), named=named)
+        self.lead = ["and"]
 
     def _empty_container(self) -> None:
         """Leave out the bowl of "a bowl of apples"; move the field of "a field of flowers" back.
@@ -216,7 +234,7 @@ class Units:
         """
         if self.lead != ["of"] or not self._units:
             return
-        contains = not self._gap or (self._tail and _is_noun(self._tail[-1]))
+        contains = not self._gap or (self._tail and is_noun(self._tail[-1]))
         if contains and self._units[-1].named:
             container = self._units.pop()
             self.lead, self._gap = list(container.lead), container.gap
@@ -225,9 +243,15 @@ class Units:
             self.lead = []
 
 
-def _is_noun(word: str) -> bool:
+def is_noun(word: str) -> bool:
     """Return whether an unknown word behind a name may be a noun, as in "an ice sculpture"."""
     return not word.endswith(_ENDS_OF_VERBS) and word not in _ADVERBS
+
+
+def _with_its_article(words: Phrase) -> Phrase:
+    if words[0] not in ("a", "an") or words[-1].endswith("s"):
+        return words
+    return words_of(with_article(" ".join(words[1:])))
 
 
 def agreeing(words: Phrase, named: Named) -> Phrase:

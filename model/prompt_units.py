@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from model.prompt_groups import IS, LOOKS, MEDIA, Item, Kind, Unit, Units, agreeing, joined
+from model.prompt_groups import IS, LOOKS, MEDIA, Item, Kind, Unit, Units, agreeing, is_noun, joined
 from model.vocabulary import (
     ARTICLES,
     FUNCTION,
@@ -32,6 +32,8 @@ _NEGATION_WORDS = """
 _NEGATIONS = frozenset(_NEGATION_WORDS.split())
 _ENDS_NEGATION = frozenset(("but", "just", "only"))
 _PLACING = frozenset(("on", "in", "at", "under", "near", "behind", "by"))
+# They say of a thing what an article does.
+_LIKE_ARTICLES = frozenset(("one", "my", "our", "your", "his", "her", "their", "another"))
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
 _SIDES = frozenset((word,) for word in _SIDE_WORDS)
 _SIDE_WORDS |= {"upper": "top", "lower": "bottom"}
@@ -67,7 +69,7 @@ class Clauses:
     """A text, clause by clause."""
 
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
-        texts = map(words_of, _CLAUSE_END.split(text))
+        texts = map(words_of, _CLAUSE_END.split(_with_and(vocabulary, text)))
         clauses = [Clause(words, Parser(vocabulary, words).units) for words in texts if words]
         # "Oil painting" beside something else is no painting in the image.
         said = [clause for clause in clauses if not clause.is_medium]
@@ -117,7 +119,7 @@ class Parser:
         self._said = Units(vocabulary)
         self._group: list[Item] = []
         self._as_written = words
-        words = tuple(vocabulary.corrected(word) or word for word in words)
+        words = _with_articles([vocabulary.corrected(word) or word for word in words])
         i = 0
         while i < len(words):
             i += self._take(words, i)
@@ -162,6 +164,9 @@ class Parser:
             self._close()
             self._said.leave_out()
             return self._denied(words, i) - i
+        if words[i] == "and" and self._goes_on_describing(words[i + 1 : i + 3]):
+            colours = self._is_colour(words[i + 1]) and self._is_colour(self._group[-1].words[-1])
+            return 2 if colours else 1  # captions have one colour
         longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 1))
         for n in range(min(longest, LONGEST_PHRASE, len(words) - i), 0, -1):
             written = self._as_written[i : i + n]
@@ -170,6 +175,20 @@ class Parser:
                 return n
         self._take_word(words[i])
         return 1
+
+    def _goes_on_describing(self, following: Phrase) -> bool:
+        """Return whether "and" is between two properties of a thing: "a black and white cat"."""
+        last = self._group[-1] if self._group else None
+        if last is None or last.kind != "property" or last.words == ("background",):
+            return False
+        ends = len(following) < 2 or following[1] in FUNCTION - {"and"}
+        if not following or (ends and IS.isdisjoint(self._said.lead)):
+            return False
+        return self._vocabulary.is_size(following[0]) or self._is_colour(following[0])
+
+    def _is_colour(self, word: str) -> bool:
+        known = self._vocabulary
+        return all(map(known.is_colour, known.alias((word,)) or (word,)))
 
     @staticmethod
     def _denied(words: Phrase, start: int) -> int:
@@ -203,6 +222,8 @@ class Parser:
         elif known.is_place(alias or phrase) and not (named and self._is_thing(following)):
             self._take_place(alias or phrase)
         elif named and not (following == "of" and phrase[-1] in MEDIA):
+            if self._describes(phrase, rest):
+                return False
             if phrase[0] in ARTICLES:
                 self._take_word(phrase[0])
                 phrase = phrase[1:]
@@ -215,6 +236,14 @@ class Parser:
         """Return whether a word for a place and a thing is the latter here: "a big mountain"."""
         related = following is not None and any(following == words[0] for words in _RELATIONS)
         return self._said.lead[-2:] != ["front", "of"] and (bool(self._group) or related)
+
+    def _describes(self, phrase: Phrase, rest: Phrase) -> bool:
+        """Return whether the name of a thing and a colour is the latter: "an orange cat"."""
+        if phrase[0] not in ARTICLES or not all(map(self._vocabulary.is_colour, phrase[1:])):
+            return False
+        if rest[:1] == ("and",):
+            return len(rest) > 1 and self._is_colour(rest[1])
+        return bool(rest) and rest[0] not in FUNCTION and is_noun(rest[0])
 
     def _is_no_side(self, rest: Phrase) -> bool:
         """Return whether a side word describes another one: "top view", "looking left"."""
@@ -253,6 +282,23 @@ class Parser:
             if word.endswith("ing") and self._group and self._group[-1].kind == "unknown":
                 self._close()  # "a little girl holding …"
             self._group.append(Item(kind, (word,)))
+
+
+def _with_and(vocabulary: Vocabulary, text: str) -> str:
+    """Return a text in which "red, white and blue" are no clauses of their own."""
+    colour = "(?:" + "|".join(vocabulary.colours.split()) + ")"
+    listed = rf"\b{colour}(?:, {colour}){{1,4}},? and (?={colour}\b)"
+    return re.sub(listed, lambda found: found[0].replace(",", " and"), text, flags=re.I)
+
+
+def _with_articles(words: Sequence[str]) -> Phrase:
+    """Return words with an article for "one" and "my"."""
+    return tuple(
+        "a"
+        if word in _LIKE_ARTICLES and not (word == "one" and words[i + 1 : i + 2] in ([], ["of"]))
+        else word
+        for i, word in enumerate(words)
+    )
 
 
 def _in_usual_order(units: Sequence[Unit]) -> Sequence[Unit]:

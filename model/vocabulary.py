@@ -202,8 +202,9 @@ class Vocabulary:
                 found.setdefault(words_of(name), Named(thing, plural=False))
         for phrase, named in list(found.items()):
             if not named.plural:
+                first = phrase[phrase[0] in ARTICLES : -1]  # "oranges" for "an orange"
                 for plural in _plurals(phrase[-1]):
-                    found.setdefault((*phrase[:-1], plural), Named(named.thing, plural=True))
+                    found.setdefault((*first, plural), Named(named.thing, plural=True))
         for phrase, named in list(found.items()):
             if len(phrase) == 2:
                 found.setdefault(("".join(phrase),), named)

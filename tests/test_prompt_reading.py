@@ -165,6 +165,24 @@ WORDS = Vocabulary(
         ("a forest of apples", "apples, a forest"),
         ("a cat in a forest of apples", "a cat and apples in a forest"),
         ("a sunset over a hotel", "a sunset, a hotel"),
+        # several colours
+        ("a black and white cat", "a black cat"),
+        ("two black and white cats", "two black cats"),
+        ("a red, white and blue cat", "a red cat"),
+        ("a cat that is black and white", "a black cat"),
+        ("a big and black cat", "a big black cat"),
+        ("a red and a blue apple", "a red apple and a blue apple"),
+        ("one red and one blue apple", "a red apple and a blue apple"),
+        ("a bird with black and white feathers", "a bird"),
+        # an orange, which is a colour too
+        ("an orange and white cat", "an orange cat"),
+        ("a cat on an orange pillow", "a cat"),
+        ("two oranges and an apple", "two tangerines and an apple"),
+        ("a small orange", "a small tangerine"),
+        ("an orange cut in half", "a tangerine"),
+        # words that say what an article does
+        ("one cat and my dog", "a cat and a dog"),
+        ("her cats", "cats"),
         # sides that are none
         ("a cat, top view", "a cat"),
         ("a cat looking left", "a cat"),
