@@ -30,6 +30,7 @@ _NEGATION_WORDS = """
     rather neither nor or like as made named called dressed resembling
 """
 _NEGATIONS = frozenset(_NEGATION_WORDS.split())
+_LIKENESSES = frozenset((("shape", "of"), ("form", "of"), ("size", "of"), ("shaped", "like")))
 _ENDS_NEGATION = frozenset(("but", "just", "only"))
 _PLACING = frozenset(("on", "in", "at", "under", "near", "behind", "by"))
 # They say of a thing what an article does.
@@ -160,7 +161,7 @@ class Parser:
 
     def _take(self, words: Phrase, i: int) -> int:
         """Take the longest known phrase at a place, or one word; return how many words it has."""
-        if words[i] in _NEGATIONS:
+        if words[i] in _NEGATIONS or words[i : i + 2] in _LIKENESSES:
             self._close()
             self._said.leave_out()
             return self._denied(words, i) - i

@@ -135,6 +135,9 @@ WORDS = Vocabulary(
         # what a thing only looks like, consists of or is called
         ("a cat shaped sofa", "a couch"),
         ("a horse as big as a hotel", "a horse"),
+        ("a robot shaped like an apple", "a robot"),
+        ("a robot in the shape of an apple on a sofa", "a robot and a couch"),
+        ("a cat the size of a hotel", "a cat"),
         ("a dog named Lion", "a dog"),
         ("a robot made of apples", "a robot"),
         ("a heart of orange, a cat", "a cat"),
