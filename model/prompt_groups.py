@@ -42,7 +42,10 @@ _OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "lea
 _ENDS_OF_VERBS = ("ing", "ed", "en", "ly")
 _ADVERB_WORDS = """
     out up down off away back around about through across along against toward towards onto upon
-    together upside facing cut while than who which where when
+    together upside facing cut while than bigger smaller larger faster taller who which where when
+    outside outdoors here there too please pls etc alone asleep apart today yesterday play fight run sit kiss
+    hug talk dance walk sleep eat swim fly stand look jump share watch ride drink read cook hold
+    meet sing chase
 """
 _ADVERBS = frozenset(_ADVERB_WORDS.split())
 CLOSE_UP = frozenset(("close", "closeup", "macro"))
@@ -98,6 +101,7 @@ class Units:
         self._late: list[Unit] = []
         self._gap = False
         self._tail: Phrase = ()
+        self._follows_thing = False
         self._pending: tuple[Phrase, Phrase] | None = None
         self.lead: list[str] = []
 
@@ -198,7 +202,10 @@ class Units:
         number = things[-2] if painted else things[-1]
         named = group[number].named
         assert named is not None
-        if self.lead[-1:] == ["with"] and named.name in _OWN_PARTS and self._units:
+        tail = _words_of(group[things[-1] + 1 :])
+        own_part = self.lead[-1:] == ["with"] and named.name in _OWN_PARTS and self._units
+        describes = self._follows_thing and not named.plural and tail and is_noun(tail[0])
+        if own_part or describes:  # "a cat with blue eyes", "a cat on a coffee table"
             self.leave_out()
             return
         kept: list[Item] = []
@@ -215,8 +222,8 @@ class Units:
             self._add_pending(named, *self._pending)
         self._empty_container()
         self.add("thing", agreeing(words, named), named=named)
-        self._tail = _words_of(group[things[-1] + 1 :])
-        self._gap = bool(self._tail)
+        self._follows_thing = True
+        self._tail, self._gap = tail, bool(tail)
 
     def _add_pending(self, named: Named, lead: Phrase, described: Phrase) -> None:
         """Add the red one of "a red and a blue balloon"."""
@@ -244,8 +251,13 @@ class Units:
 
 
 def is_noun(word: str) -> bool:
-    """Return whether an unknown word behind a name may be a noun, as in "an ice sculpture"."""
-    return not word.endswith(_ENDS_OF_VERBS) and word not in _ADVERBS
+    """Return whether an unknown word behind a name seems to be a noun, as in "an ice sculpture".
+
+    It is a verb or an adverb in "a dog running", "a dog sits" and "a dog outside".
+    """
+    verb = len(word) > 4 and word.endswith(_ENDS_OF_VERBS)
+    verb |= word.endswith("s") and not word.endswith("ss")
+    return len(word) > 2 and not verb and word not in _ADVERBS | LOOKS
 
 
 def _with_its_article(words: Phrase) -> Phrase:

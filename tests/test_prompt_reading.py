@@ -122,6 +122,17 @@ WORDS = Vocabulary(
         ("a forest hotel", "a hotel, forest"),
         ("a cat, dog painting", "a cat, dog"),
         ("a hotel of apples", "apples"),
+        # a name before a noun that is not known, beside another thing
+        ("a cat on a dog bed", "a cat"),
+        ("a cat left of an apple juice", "a cat"),
+        ("a cat next to a dog bed and a horse", "a cat and a horse"),
+        ("a horse jumps over an apple juice", "a horse"),
+        ("an apple juice", "an apple"),
+        ("cat w/ hat", "cat and sun hat"),
+        ("a dog n a cat", "a dog and a cat"),
+        ("a cat and a dog play", "a cat and a dog"),
+        ("an apple and cats play", "an apple and cats"),
+        ("a cat bigger than a dog", "a cat and a dog"),
         # what is not wanted
         ("a cat without a hat", "a cat"),
         ("a red apple, not green", "a red apple"),
