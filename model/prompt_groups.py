@@ -110,6 +110,11 @@ class Units:
         """The units in the order of a caption."""
         return [*self._units, *self._late]
 
+    @property
+    def last_named(self) -> Named | None:
+        """The name of the last unit, if it is a thing."""
+        return self._units[-1].named if self._units else None
+
     def add_group(self, group: Sequence[Item], before: str = "") -> None:
         """Add what a group says. before: the function word behind it."""
         for part in _parted(self._described(group)):

@@ -17,6 +17,7 @@ from model.vocabulary import (
     FUNCTION,
     LONGEST_PHRASE,
     NUMBERS,
+    Named,
     Phrase,
     Vocabulary,
     words_of,
@@ -33,6 +34,7 @@ _NEGATIONS = frozenset(_NEGATION_WORDS.split())
 _LIKENESSES = frozenset((("shape", "of"), ("form", "of"), ("size", "of"), ("shaped", "like")))
 _ENDS_NEGATION = frozenset(("but", "just", "only"))
 _PLACING = frozenset(("on", "in", "at", "under", "near", "behind", "by"))
+_BEFORE_VERBS = frozenset(("i", "we", "he", "she", "they", "can", "will"))
 # They say of a thing what an article does.
 _LIKE_ARTICLES = frozenset(("one", "my", "our", "your", "his", "her", "their", "another"))
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
@@ -223,7 +225,7 @@ class Parser:
         elif known.is_place(alias or phrase) and not (named and self._is_thing(following)):
             self._take_place(alias or phrase)
         elif named and not (following == "of" and phrase[-1] in MEDIA):
-            if self._describes(phrase, rest):
+            if self._describes(phrase, rest) or (len(phrase) == 1 and self._is_verb(named, rest)):
                 return False
             if phrase[0] in ARTICLES:
                 self._take_word(phrase[0])
@@ -245,6 +247,21 @@ class Parser:
         if rest[:1] == ("and",):
             return len(rest) > 1 and self._is_colour(rest[1])
         return bool(rest) and rest[0] not in FUNCTION and is_noun(rest[0])
+
+    def _is_verb(self, named: Named, rest: Phrase) -> bool:
+        """Return whether a name is a verb: "birds fly", "a bird that can fly", "I saw"."""
+        if not self._group:
+            lead, before = self._said.lead[-1:], self._said.last_named
+            plural = before is not None and before.plural
+            return (lead == ["that"] and named.plural != plural) or (
+                lead == ["to"] and not named.plural
+            )
+        first, last = self._group[0].words, self._group[-1]
+        is_one = first in (("a",), ("an",))
+        if last.named:
+            return named.plural != last.named.plural and last.named.plural != is_one
+        object_follows = not ARTICLES.isdisjoint(rest[:1])
+        return last.words[-1] in _BEFORE_VERBS or (named.plural and is_one and object_follows)
 
     def _is_no_side(self, rest: Phrase) -> bool:
         """Return whether a side word describes another one: "top view", "looking left"."""
