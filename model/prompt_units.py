@@ -34,7 +34,15 @@ _NEGATIONS = frozenset(_NEGATION_WORDS.split())
 _LIKENESSES = frozenset((("shape", "of"), ("form", "of"), ("size", "of"), ("shaped", "like")))
 _ENDS_NEGATION = frozenset(("but", "just", "only"))
 _PLACING = frozenset(("on", "in", "at", "under", "near", "behind", "by"))
+# Words of other languages, and those that show that a prompt is in English all the same.
+_FOREIGN_WORDS = """
+    ein eine einen einem einer der das dem und mit im auf ist une un le les des du et dans sur avec
+    el la los las una con en del il lo che di uma um com na het een op ett och med bir
+"""
+_FOREIGN = frozenset(_FOREIGN_WORDS.split())
+_ENGLISH = frozenset(("a", "an", "the", "of", "and", "with"))
 _BEFORE_VERBS = frozenset(("i", "we", "he", "she", "they", "can", "will"))
+_ONLY_WITH_ARTICLE = (("die",),)  # "a die", but "die cut" and "die Katze"
 # They say of a thing what an article does.
 _LIKE_ARTICLES = frozenset(("one", "my", "our", "your", "his", "her", "their", "another"))
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
@@ -73,7 +81,12 @@ class Clauses:
 
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
         texts = map(words_of, _CLAUSE_END.split(_with_and(vocabulary, text)))
-        clauses = [Clause(words, Parser(vocabulary, words).units) for words in texts if words]
+        foreign = _is_foreign(words_of(text))
+        clauses = [
+            Clause(words, Parser(vocabulary, words, foreign=foreign).units)
+            for words in texts
+            if words
+        ]
         # "Oil painting" beside something else is no painting in the image.
         said = [clause for clause in clauses if not clause.is_medium]
         self._all = said if any(clause.units for clause in said) else clauses
@@ -117,12 +130,13 @@ class Parser:
     a unit when it ends.
     """
 
-    def __init__(self, vocabulary: Vocabulary, words: Phrase) -> None:
+    def __init__(self, vocabulary: Vocabulary, words: Phrase, *, foreign: bool = False) -> None:
         self._vocabulary = vocabulary
         self._said = Units(vocabulary)
         self._group: list[Item] = []
         self._as_written = words
-        words = _with_articles([vocabulary.corrected(word) or word for word in words])
+        corrected = [vocabulary.corrected(word, foreign=foreign) or word for word in words]
+        words = _with_articles(corrected)
         i = 0
         while i < len(words):
             i += self._take(words, i)
@@ -225,6 +239,8 @@ class Parser:
         elif known.is_place(alias or phrase) and not (named and self._is_thing(following)):
             self._take_place(alias or phrase)
         elif named and not (following == "of" and phrase[-1] in MEDIA):
+            if phrase in _ONLY_WITH_ARTICLE and not self._group:
+                return False
             if self._describes(phrase, rest) or (len(phrase) == 1 and self._is_verb(named, rest)):
                 return False
             if phrase[0] in ARTICLES:
@@ -307,6 +323,11 @@ def _with_and(vocabulary: Vocabulary, text: str) -> str:
     colour = "(?:" + "|".join(vocabulary.colours.split()) + ")"
     listed = rf"\b{colour}(?:, {colour}){{1,4}},? and (?={colour}\b)"
     return re.sub(listed, lambda found: found[0].replace(",", " and"), text, flags=re.I)
+
+
+def _is_foreign(words: Phrase) -> bool:
+    """Return whether words are of another language than English."""
+    return not _FOREIGN.isdisjoint(words) and _ENGLISH.isdisjoint(words)
 
 
 def _with_articles(words: Sequence[str]) -> Phrase:

@@ -31,6 +31,7 @@ _NOT_AN = ("uni", "use", "uku", "ufo", "eu", "one", "u-")
 LONGEST_PHRASE = 6  # words
 _LONGEST_WORD = 32  # letters of one that may be misspelt
 _SHORTEST_MISSPELT = 5  # letters
+_SHORTEST_FOREIGN = 7  # letters of one in a prompt that is not in English
 _SHORTEST_OF_SEVERAL = 4  # letters of a word that may be misspelt in a name of several
 
 Phrase = tuple[str, ...]
@@ -137,12 +138,14 @@ class Vocabulary:
         """Return a caption's words for others of this meaning."""
         return self._aliases.get(phrase)
 
-    def corrected(self, word: str) -> str | None:
+    def corrected(self, word: str, *, foreign: bool = False) -> str | None:
         """Return the known word for a misspelt one, None for a word that is another one.
 
-        Hardly anybody gets the first letter wrong.
+        Hardly anybody gets the first letter wrong. foreign: whether it is of another language, in
+        which only long words are nearly the same.
         """
-        is_long = _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD
+        shortest = _SHORTEST_FOREIGN if foreign else _SHORTEST_MISSPELT
+        is_long = shortest <= len(word) <= _LONGEST_WORD
         if not is_long or "'" in word or word in self._correct:
             return None
         sounds = (other for other in _as_it_sounds(word) if other in self._known)

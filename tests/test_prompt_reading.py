@@ -37,6 +37,7 @@ WORDS = Vocabulary(
         Thing("grapes", "grapes", (), ("fruit",)),
         Thing("mountain", "mountains"),
         Thing("silver medal", "silver medals"),
+        Thing("dice", "dice", ("die",)),
     ),
     places=(
         *("on the left", "on the right", "at the top", "in the top left corner", "top", "bottom"),
@@ -142,7 +143,7 @@ WORDS = Vocabulary(
         ("a cat that wants to duck", "a cat"),
         ("a cat that ducks", "a cat"),
         ("we duck", "we duck"),
-        ("a woman ducks cat", "cat"),
+        ("a woman ducks cat", "a cat"),
         ("a few ducks", "ducks"),
         ("cat ducks", "ducks"),
         # what is not wanted
@@ -219,6 +220,12 @@ WORDS = Vocabulary(
         ("a dog with spots", "a dog"),
         ("a crowd of cats", "cats"),
         ("there is a cat", "a cat"),
+        # other languages
+        ("ein Umbrella", "umbrella"),
+        ("un umbrela", "umbrella"),
+        ("a lemonn en un zebrra", "a lemon and zebra"),
+        ("a die", "a dice"),
+        ("cute cat, die cut", "cute cat"),
         # descriptions
         ("something sour", "something sour"),
         ("something to do with a pet, loyal", "a dog"),
@@ -265,6 +272,8 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
         "a couple of cats",
         "a platypus",
         "ein roter Apfel, hochauflösend",
+        "une lemone",
+        "die Katzen",
         "猫",
         "2 只猫, 4k",
         "a white table",
