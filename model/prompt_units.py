@@ -25,6 +25,8 @@ from model.vocabulary import (
 
 _CLAUSE_END = re.compile(r"[,;|\n\u3001\u3002\uff0c\uff1b]+|[.!?:](?=\s|$)")
 
+_CAPITALISED = re.compile(r"(?<=\w )[A-Z]\w+")
+
 # What follows one of these is not in the image: not wanted, or only like the thing before it.
 _NEGATION_WORDS = """
     no not without never except excluding minus don't isn't doesn't aren't won't avoid instead
@@ -81,9 +83,9 @@ class Clauses:
 
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
         texts = map(words_of, _CLAUSE_END.split(_with_and(vocabulary, text)))
-        foreign = _is_foreign(words_of(text))
+        foreign, names = _is_foreign(words_of(text)), _proper_names(text)
         clauses = [
-            Clause(words, Parser(vocabulary, words, foreign=foreign).units)
+            Clause(words, Parser(vocabulary, words, foreign=foreign, names=names).units)
             for words in texts
             if words
         ]
@@ -130,12 +132,22 @@ class Parser:
     a unit when it ends.
     """
 
-    def __init__(self, vocabulary: Vocabulary, words: Phrase, *, foreign: bool = False) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        words: Phrase,
+        *,
+        foreign: bool = False,
+        names: frozenset[str] = frozenset(),
+    ) -> None:
         self._vocabulary = vocabulary
         self._said = Units(vocabulary)
         self._group: list[Item] = []
         self._as_written = words
-        corrected = [vocabulary.corrected(word, foreign=foreign) or word for word in words]
+        corrected = [
+            (None if word in names else vocabulary.corrected(word, foreign=foreign)) or word
+            for word in words
+        ]
         words = _with_articles(corrected)
         i = 0
         while i < len(words):
@@ -328,6 +340,14 @@ def _with_and(vocabulary: Vocabulary, text: str) -> str:
 def _is_foreign(words: Phrase) -> bool:
     """Return whether words are of another language than English."""
     return not _FOREIGN.isdisjoint(words) and _ENGLISH.isdisjoint(words)
+
+
+def _proper_names(text: str) -> frozenset[str]:
+    """Return the capitalised words within a text, unless it has capitals throughout."""
+    capitalised = _CAPITALISED.findall(text)
+    if 2 * len(capitalised) > len(words_of(text)) or _is_foreign(words_of(text)):
+        return frozenset()
+    return frozenset(map(str.lower, capitalised))
 
 
 def _with_articles(words: Sequence[str]) -> Phrase:

@@ -146,10 +146,14 @@ class Vocabulary:
         """
         shortest = _SHORTEST_FOREIGN if foreign else _SHORTEST_MISSPELT
         is_long = shortest <= len(word) <= _LONGEST_WORD
-        if not is_long or "'" in word or word in self._correct:
+        if not is_long or "'" in word or self._is_correct(word):
             return None
         sounds = (other for other in _as_it_sounds(word) if other in self._known)
         return self._nearest(word) or next(sounds, None)
+
+    def _is_correct(self, word: str) -> bool:
+        """Return whether a word is spelt right: the plurals of the list's words are, too."""
+        return word in self._correct or (word[-1] == "s" and word[:-1] in self._english)
 
     def _nearest(self, word: str) -> str | None:
         """Return the known word that differs by a letter: less, more, changed or swapped."""
@@ -273,7 +277,11 @@ class Vocabulary:
         """Every word that is spelt right."""
         phrases = (*self._aliases, *self._tagged)
         others = {word for phrase in phrases for word in phrase}
-        return self._known | FUNCTION | others | frozenset(self.english.split())
+        return self._known | FUNCTION | others | self._english
+
+    @cached_property
+    def _english(self) -> frozenset[str]:
+        return frozenset(self.english.split())
 
     @cached_property
     def _shortened(self) -> dict[str, str]:

@@ -218,6 +218,9 @@ WORDS = Vocabulary(
         ("a zebrra and a drgon", "a zebra and a dragon"),
         ("a sliver medal", "a silver medal"),
         ("a dog with spots", "a dog"),
+        ("a cat with Mr Zebrra", "a cat"),
+        ("A Cat And A Zebrra", "a cat and a zebra"),
+        ("A CAT AND A ZEBRRA", "a cat and a zebra"),
         ("a crowd of cats", "cats"),
         ("there is a cat", "a cat"),
         # other languages
@@ -366,7 +369,11 @@ def test_several_without_a_number_have_no_article() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["girls", "blanket", "takes", "don't", "father's", "monet", "types"]
+    "word",
+    [
+        *("girls", "blanket", "takes", "don't", "father's", "monet", "types", "louis", "chris"),
+        *("memes", "cairo", "steed", "scone", "scones"),
+    ],
 )
 def test_correct_words_are_not_corrected(word: str) -> None:
     assert vocabulary().corrected(word) is None
