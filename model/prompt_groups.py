@@ -38,6 +38,7 @@ _LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "pattern
 # Parts of a thing, which no caption has beside it: "a cat with blue eyes".
 _OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
 _OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
+_PAIRS = frozenset(("pair", "couple", "dozen"))
 # What words end in that say what a thing does: "a dog running", "a cat painted".
 _ENDS_OF_VERBS = ("ing", "ed", "en", "ly")
 _ADVERB_WORDS = """
@@ -216,8 +217,9 @@ class Units:
         kept: list[Item] = []
         for i, item in enumerate(group[:number]):
             unknown = any(other.kind == "unknown" for other in group[i:number])
+            unknown |= i > 0 and group[i - 1].words in (("a",), ("an",)) and item.words[0] not in _PAIRS
             if item.kind == "number" and unknown and not (named.plural or named.thing.bare):
-                continue  # "a 3 tier cake"
+                continue  # "a 3 tier cake", "a two door car"
             if item.kind == "place":
                 self._late.append(Unit("place", item.words, gap=True))
             elif item.kind not in ("unknown", "thing"):
@@ -225,7 +227,7 @@ class Units:
         words = (*_words_of(kept), *named.name.split())
         if self._pending and self.lead == ["and"] and group[0].kind == "article":
             self._add_pending(named, *self._pending)
-        self._empty_container()
+        self._empty_container(named)
         self.add("thing", agreeing(words, named), named=named)
         self._follows_thing = True
         self._tail, self._gap = tail, bool(tail)
@@ -239,15 +241,16 @@ class Units:
         self.add("thing", agreeing((*described, *words_of(named.name)), named), named=named)
         self.lead = ["and"]
 
-    def _empty_container(self) -> None:
+    def _empty_container(self, named: Named) -> None:
         """Leave out the bowl of "a bowl of apples"; move the field of "a field of flowers" back.
 
-        Nothing is in "a rabbit coming out of a hat".
+        So is the pair of "a pair of jeans" left out. Nothing is in "a rabbit coming out of a hat".
         """
         if self.lead != ["of"] or not self._units:
             return
         contains = not self._gap or (self._tail and is_noun(self._tail[-1]))
-        if contains and self._units[-1].named:
+        pair = named.thing.bare and not named.plural and self._units[-1].words[-1] == "pair"
+        if contains and (self._units[-1].named or pair):
             container = self._units.pop()
             self.lead, self._gap = list(container.lead), container.gap
         elif contains and self._units[-1].role == "place" and self._units[-1].words[-1] != "of":
@@ -286,6 +289,10 @@ def _parted(group: Sequence[Item]) -> Iterator[Sequence[Item]]:
     "A cat wearing sunglasses" and "red circle blue square" have two, "an arrow black background"
     has a thing and a property.
     """
+    named = [item.named for item in group if item.named]
+    if len(group) == len(named) > 2 and not any(name.thing.bare for name in named[:-1]):
+        yield from ([item] for item in group)  # "cat dog bird"
+        return
     start = 0
     for i, item in enumerate(group[:-1]):
         if item.kind == "thing" and group[i + 1].kind != "thing":

@@ -196,7 +196,7 @@ class Parser:
         if words[i] == "and" and self._goes_on_describing(words[i + 1 : i + 3]):
             colours = self._is_colour(words[i + 1]) and self._is_colour(self._group[-1].words[-1])
             return 2 if colours else 1  # captions have one colour
-        longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 1))
+        longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 2))
         for n in range(min(longest, LONGEST_PHRASE, len(words) - i), 0, -1):
             written = self._as_written[i : i + n]
             phrase = written if n > 1 and self._vocabulary.thing(written) else words[i : i + n]

@@ -100,10 +100,13 @@ class Vocabulary:
     def thing(self, phrase: Phrase) -> Named | None:
         """Return the thing of this name: the usual one, a synonym, or the plural of either.
 
-        Of a name of several words, one may be misspelt.
+        Of a name of several words, one may be misspelt. A name of one may be written apart.
         """
         if named := self._names.get(phrase):
             return named
+        if len(phrase) == 2 and not self.is_property(phrase[0]) and FUNCTION.isdisjoint(phrase):
+            if named := self._names.get(("".join(phrase),)):
+                return named  # "a pine apple"
         unknown = [i for i, word in enumerate(phrase) if word not in self._known]
         for i in unknown if len(phrase) > 1 else ():
             for known, named in self._with_a_gap.get((*phrase[:i], "", *phrase[i + 1 :]), ()):

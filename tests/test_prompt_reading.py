@@ -38,6 +38,8 @@ WORDS = Vocabulary(
         Thing("mountain", "mountains"),
         Thing("silver medal", "silver medals"),
         Thing("dice", "dice", ("die",)),
+        Thing("rainbow", "rainbows"),
+        Thing("wand", "wands"),
     ),
     places=(
         *("on the left", "on the right", "at the top", "in the top left corner", "top", "bottom"),
@@ -229,6 +231,17 @@ WORDS = Vocabulary(
         ("a lemonn en un zebrra", "a lemon and zebra"),
         ("a die", "a dice"),
         ("cute cat, die cut", "cute cat"),
+        # names written apart, lists without commas
+        ("a rain bow", "a rainbow"),
+        ("a red van rain bow", "a red rainbow"),
+        ("cat w/ and", "cat"),
+        ("cat dog bird", "cat and dog and bird"),
+        ("dog gloves cat", "cat"),
+        # numbers that count nothing
+        ("a two door van", "a van"),
+        ("a two van", "a van"),
+        ("a pair of red gloves", "red gloves"),
+        ("a couple of gloves", "a couple of gloves"),
         # descriptions
         ("something sour", "something sour"),
         ("something to do with a pet, loyal", "a dog"),

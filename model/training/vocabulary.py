@@ -53,7 +53,7 @@ SYNONYMS = {
     "palm tree": ("palm",),
 }
 # Names that people use for other things.
-_MISLEADING = frozenset(("big wheel",))
+_MISLEADING = frozenset(("big wheel", "world"))
 _KINDS = """
     animal bird fish insect fruit vegetable flower plant vehicle building clothing footwear headwear
     instrument weapon tool dessert sport pet reptile rodent mammal food drink
