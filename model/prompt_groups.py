@@ -217,7 +217,9 @@ class Units:
         kept: list[Item] = []
         for i, item in enumerate(group[:number]):
             unknown = any(other.kind == "unknown" for other in group[i:number])
-            unknown |= i > 0 and group[i - 1].words in (("a",), ("an",)) and item.words[0] not in _PAIRS
+            unknown |= (
+                i > 0 and group[i - 1].words in (("a",), ("an",)) and item.words[0] not in _PAIRS
+            )
             if item.kind == "number" and unknown and not (named.plural or named.thing.bare):
                 continue  # "a 3 tier cake", "a two door car"
             if item.kind == "place":

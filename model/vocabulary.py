@@ -142,13 +142,15 @@ class Vocabulary:
         return self._aliases.get(phrase)
 
     def corrected(self, word: str, *, foreign: bool = False) -> str | None:
-        """Return the known word for a misspelt one, None for a word that is another one.
+        """Return the known word for a misspelt one or a genitive, None for another word.
 
         Hardly anybody gets the first letter wrong. foreign: whether it is of another language, in
         which only long words are nearly the same.
         """
         shortest = _SHORTEST_FOREIGN if foreign else _SHORTEST_MISSPELT
         is_long = shortest <= len(word) <= _LONGEST_WORD
+        if word.endswith("'s") and word not in self._known and (word[:-2],) in self._names:
+            return word[:-2]  # "a lion's mane"
         if not is_long or "'" in word or self._is_correct(word):
             return None
         sounds = (other for other in _as_it_sounds(word) if other in self._known)

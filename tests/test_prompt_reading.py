@@ -237,6 +237,9 @@ WORDS = Vocabulary(
         ("cat w/ and", "cat"),
         ("cat dog bird", "cat and dog and bird"),
         ("dog gloves cat", "cat"),
+        # genitives
+        ("a lion's mane", "a lion"),
+        ("a lion's dog", "a dog"),
         # numbers that count nothing
         ("a two door van", "a van"),
         ("a two van", "a van"),
@@ -403,6 +406,19 @@ def test_correct_words_are_not_corrected(word: str) -> None:
 )
 def test_misspelt_words_are_corrected(word: str, known: str) -> None:
     assert vocabulary().corrected(word) == known
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [
+        ("a golden retriever", "a dog"),
+        ("a seagull on a tree branch", "a bird and a tree"),
+        ("the tallest house in the world", "the house"),
+        ("a peacock feather", "a feather"),
+    ],
+)
+def test_kinds_are_read_as_the_thing_that_is_most_like_them(prompt: str, caption: str) -> None:
+    assert read(vocabulary(), prompt).text == caption
 
 
 def test_three_and_four_things_and_corners_are_parts() -> None:

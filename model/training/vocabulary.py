@@ -52,6 +52,35 @@ SYNONYMS = {
     "crossed swords": ("sword", "swords"),
     "palm tree": ("palm",),
 }
+# Kinds of things for the thing that is most like them.
+SYNONYMS |= {
+    usual: (*SYNONYMS.get(usual, ()), *kinds.split(", "))
+    for usual, kinds in {
+        "bird": "sparrow, seagull, gull, robin, woodpecker, hummingbird, canary, finch, blue jay, "
+        "kingfisher, pelican, stork, heron, toucan, vulture",
+        "dove": "pigeon",
+        "eagle": "hawk, falcon",
+        "dog": "golden retriever, labrador, pug, bulldog, german shepherd, husky, dalmatian, "
+        "chihuahua, corgi, beagle, dachshund, shiba inu, border collie, terrier, rottweiler, "
+        "pomeranian, doggo, pup",
+        "fish": "goldfish, koi, trout, tuna, catfish",
+        "tropical fish": "clownfish",
+        "whale": "orca, narwhal",
+        "seal": "walrus",
+        "lizard": "iguana, chameleon, salamander, newt",
+        "monkey": "chimpanzee, chimp, baboon",
+        "t-rex": "triceratops, velociraptor",
+        "tulip": "daffodil, poppy, lily, orchid",
+        "tree": "oak, tree branch",
+        "house": "cabin, mansion, villa",
+        "church": "cathedral",
+        "chair": "armchair",
+        "window": "window sill",
+        "coat": "raincoat",
+        "guitar": "ukulele",
+        "piece of cake": "cheesecake",
+    }.items()
+}
 # Names that people use for other things.
 _MISLEADING = frozenset(("big wheel", "world"))
 _KINDS = """
