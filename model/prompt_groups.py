@@ -44,9 +44,9 @@ _ENDS_OF_VERBS = ("ing", "ed", "en", "ly")
 _ADVERB_WORDS = """
     out up down off away back around about through across along against toward towards onto upon
     together upside facing cut while than bigger smaller larger faster taller who which where when
-    outside outdoors here there too please pls etc alone asleep apart today yesterday play fight run sit kiss
-    hug talk dance walk sleep eat swim fly stand look jump share watch ride drink read cook hold
-    meet sing chase
+    outside outdoors here there too please pls etc alone asleep apart today yesterday play fight run
+    sit kiss hug talk dance walk sleep eat swim fly stand look jump share watch ride drink read cook
+    hold meet sing chase
 """
 _ADVERBS = frozenset(_ADVERB_WORDS.split())
 CLOSE_UP = frozenset(("close", "closeup", "macro"))

@@ -104,9 +104,9 @@ class Vocabulary:
         """
         if named := self._names.get(phrase):
             return named
-        if len(phrase) == 2 and not self.is_property(phrase[0]) and FUNCTION.isdisjoint(phrase):
-            if named := self._names.get(("".join(phrase),)):
-                return named  # "a pine apple"
+        apart = len(phrase) == 2 and not self.is_property(phrase[0])
+        if apart and FUNCTION.isdisjoint(phrase) and ("".join(phrase),) in self._names:
+            return self._names["".join(phrase),]  # "a pine apple"
         unknown = [i for i, word in enumerate(phrase) if word not in self._known]
         for i in unknown if len(phrase) > 1 else ():
             for known, named in self._with_a_gap.get((*phrase[:i], "", *phrase[i + 1 :]), ()):

@@ -33,9 +33,9 @@ from model.training.scenes import kind_of
 from model.vocabulary import FUNCTION, Thing, Vocabulary, words_of
 
 # Words of English that `Vocabulary.corrected` would take for misspelt words of captions: of the
-# small and the middle word list of SCOWL, whose licence permits any use; and about a hundred
-# names and informal words that SCOWL lacks, found with wordfreq (CC BY-SA 4.0). Plurals
-# of other words of the list are left out.
+# small and the middle word list of SCOWL, whose licence permits any use, but for rare ones; and
+# about a hundred names and informal words, found with wordfreq (CC BY-SA 4.0). Plurals of other
+# words of the list are left out.
 _ENGLISH = Path(__file__).with_name("english.txt")
 
 # Names that captions do not have, because they would be those of colours.
