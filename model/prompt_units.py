@@ -27,6 +27,9 @@ _CLAUSE_END = re.compile(r"[,;|\n\u3001\u3002\uff0c\uff1b]+|[.!?:](?=\s|$)")
 
 _CAPITALISED = re.compile(r"(?<=\w )[A-Z]\w+")
 
+_BETWEEN_COLOURS = frozenset(("one", "another", "the", "other", "a", "an", "and"))
+_SO_MANY = {2: {"two", "2"}, 3: {"three", "3"}, 4: {"four", "4"}}
+
 # What follows one of these is not in the image: not wanted, or only like the thing before it.
 _NEGATION_WORDS = """
     no not without never except excluding minus don't isn't doesn't aren't won't avoid instead
@@ -91,7 +94,8 @@ class Clauses:
         ]
         # "Oil painting" beside something else is no painting in the image.
         said = [clause for clause in clauses if not clause.is_medium]
-        self._all = said if any(clause.units for clause in said) else clauses
+        said = said if any(clause.units for clause in said) else clauses
+        self._all = _one_of_each_colour(vocabulary, said)
 
     def __iter__(self) -> Iterator[Clause]:
         return iter(self._all)
@@ -328,6 +332,42 @@ class Parser:
             if word.endswith("ing") and self._group and self._group[-1].kind == "unknown":
                 self._close()  # "a little girl holding …"
             self._group.append(Item(kind, (word,)))
+
+
+def _one_of_each_colour(vocabulary: Vocabulary, clauses: list[Clause]) -> list[Clause]:
+    """Return clauses with a red and a white rose for "two roses, one red and one white"."""
+    for i, clause in enumerate(clauses[:-1]):
+        several = clause.units[-1] if clause.units else None
+        if several is None or several.named is None or not several.named.plural:
+            continue
+        colours: list[str] = []
+        end = i + 1
+        while end < len(clauses) and (found := _colours_alone(vocabulary, clauses[end].words)):
+            colours += found
+            end += 1
+        numbers = {word for word in several.beside_name if word in NUMBERS or word.isdigit()}
+        if numbers <= _SO_MANY.get(len(colours), set()) and len(colours) in _SO_MANY:
+            units = [*clause.units[:-1], *_each(several, colours)]
+            return [*clauses[:i], Clause(clause.words, units), *clauses[end:]]
+    return clauses
+
+
+def _colours_alone(vocabulary: Vocabulary, words: Phrase) -> list[str]:
+    """Return the colours of a clause that says nothing else."""
+    colours = [word for word in words if vocabulary.is_colour(word)]
+    return colours if {*words} - {*colours} <= _BETWEEN_COLOURS else []
+
+
+def _each(several: Unit, colours: Sequence[str]) -> Iterator[Unit]:
+    """Yield one of several things in each colour."""
+    assert several.named is not None
+    one = several.named._replace(plural=False)
+    left_out = ARTICLES | NUMBERS
+    described = [w for w in several.beside_name if w not in left_out and not w.isdigit()]
+    for colour in colours:
+        words = agreeing(("a", *described, colour, *words_of(one.name)), one)
+        yield replace(several, words=words, named=one)
+        several = replace(several, lead=("and",), gap=False)
 
 
 def _with_and(vocabulary: Vocabulary, text: str) -> str:

@@ -203,6 +203,12 @@ WORDS = Vocabulary(
         ("a red and a blue apple", "a red apple and a blue apple"),
         ("one red and one blue apple", "a red apple and a blue apple"),
         ("a bird with black and white feathers", "a bird"),
+        ("two cats, one red and one white", "a red cat and a white cat"),
+        (
+            "three big apples: red, green, blue",
+            "a big red apple and a big green apple and a big blue apple",
+        ),
+        ("three apples, one red and one white", "three apples"),
         # an orange, which is a colour too
         ("an orange and white cat", "an orange cat"),
         ("a cat on an orange pillow", "a cat"),
