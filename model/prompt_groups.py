@@ -39,6 +39,7 @@ _LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "pattern
 _OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
 _OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
 _PAIRS = frozenset(("pair", "couple", "dozen"))
+_COLOUR = frozenset(("color", "colour"))
 # What words end in that say what a thing does: "a dog running", "a cat painted".
 _ENDS_OF_VERBS = ("ing", "ed", "en", "ly")
 _ADVERB_WORDS = """
@@ -151,6 +152,7 @@ class Units:
             self.leave_out()
         elif "place" in kinds:
             words = _words_of(group, ("article", "property", "place"))
+            self._gap |= group[0].kind == "unknown"  # "flying through space"
             self.add("place", _with_its_article(words))
         elif self._says_something(group, before):
             words = _words_of(group, ("article", "property", "number"))
@@ -189,7 +191,11 @@ class Units:
         """
         known, result = self._vocabulary, list(group)
         fruit = known.thing(("an", *group[-1].words)) if group else None
-        if fruit and any(item.kind in ("article", "number") for item in group):
+        if (
+            fruit
+            and _COLOUR.isdisjoint(_words_of(group))
+            and any(item.kind in ("article", "number") for item in group)
+        ):
             result[-1] = Item("thing", group[-1].words, fruit)  # "a small orange"
         for i, item in enumerate(group):
             if item.kind == "thing" and not _LIKE.isdisjoint(_words_of(group[i + 1 : i + 2])):

@@ -193,7 +193,7 @@ class Parser:
 
     def _take(self, words: Phrase, i: int) -> int:
         """Take the longest known phrase at a place, or one word; return how many words it has."""
-        if words[i] in _NEGATIONS or words[i : i + 2] in _LIKENESSES:
+        if words[i] in _NEGATIONS or (i > 1 and words[i : i + 2] in _LIKENESSES):
             self._close()
             self._said.leave_out()
             return self._denied(words, i) - i
@@ -217,6 +217,9 @@ class Parser:
         ends = len(following) < 2 or following[1] in FUNCTION - {"and"}
         if not following or (ends and IS.isdisjoint(self._said.lead)):
             return False
+        named = self._vocabulary.thing(following[1:])
+        if named and named.plural and self._group[0].kind == "property":
+            return False  # of "red and blue balloons" some are blue
         return self._vocabulary.is_size(following[0]) or self._is_colour(following[0])
 
     def _is_colour(self, word: str) -> bool:
@@ -372,7 +375,7 @@ def _each(several: Unit, colours: Sequence[str]) -> Iterator[Unit]:
 
 def _with_and(vocabulary: Vocabulary, text: str) -> str:
     """Return a text in which "red, white and blue" are no clauses of their own."""
-    colour = "(?:" + "|".join(vocabulary.colours.split()) + ")"
+    colour = "(?:" + "|".join(map(re.escape, vocabulary.colours.split() or ["-"])) + ")"
     listed = rf"\b{colour}(?:, {colour}){{1,4}},? and (?={colour}\b)"
     return re.sub(listed, lambda found: found[0].replace(",", " and"), text, flags=re.I)
 

@@ -164,6 +164,7 @@ WORDS = Vocabulary(
         ("a robot shaped like an apple", "a robot"),
         ("a robot in the shape of an apple on a sofa", "a robot and a couch"),
         ("a cat the size of a hotel", "a cat"),
+        ("the shape of a cat", "a cat"),
         ("a dog named Lion", "a dog"),
         ("a robot made of apples", "a robot"),
         ("a heart of orange, a cat", "a cat"),
@@ -188,6 +189,7 @@ WORDS = Vocabulary(
         ("a bowl full of apples", "apples"),
         ("a cat sculpture of a dog", "a dog"),
         ("a cat running through the snow", "a cat, the snow"),
+        ("a cat running through snow", "a cat, snow"),
         ("two dogs next to each other in a forest", "two dogs in a forest"),
         ("a cat next to a lamp and a dog", "a cat and a dog"),
         ("a cat in an enchanted forest", "a cat in a forest"),
@@ -203,6 +205,7 @@ WORDS = Vocabulary(
         ("a red and a blue apple", "a red apple and a blue apple"),
         ("one red and one blue apple", "a red apple and a blue apple"),
         ("a bird with black and white feathers", "a bird"),
+        ("red and blue apples and a sofa", "red and blue apples and a couch"),
         ("two cats, one red and one white", "a red cat and a white cat"),
         (
             "three big apples: red, green, blue",
@@ -305,6 +308,7 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
         "a beach at night",
         "a painting",
         "just red",
+        "the color orange",
     ],
 )
 def test_captions_and_prompts_that_name_nothing_known_stay(prompt: str) -> None:
