@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from model.config import BundleConfig, find_bundle
 from model.prompt_reading import read, read_negative
 from model.training.caption_words import names_of
 from model.training.prompts import bench
@@ -22,6 +23,7 @@ THINGS = named(
     *("apple", "cat", "bird", "duck", "dragon", "horse", "lion", "robot", "van", "zebra", "circle"),
     *("square", "painting", "umbrella", "hotel", "scarf", "fire engine", "bell", "dog face"),
 )
+EMBEDDED = BundleConfig.read(find_bundle("tiny"))
 WORDS = Vocabulary(
     things=(
         *THINGS,
@@ -376,6 +378,52 @@ def test_a_part_has_the_scene_of_the_whole() -> None:
         "small cat on the left in the snow, blue background",
         "small dog on the right in the snow, blue background",
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole"),
+    [
+        ("a red apple.", "a red apple on a white background"),
+        ("cat, 4k", "cat on a white background"),
+        ("two cats", "two cats on a white background"),
+        ("a cat on the left", "a cat on the left on a white background"),
+        ("a rabbit", "a rabbit on a blue background"),
+        ("a skull and an apple", "a skull and an apple on a blue background"),
+        ("a brown cow", "a brown cow on a white background"),
+        ("a white circle", "a white circle on a blue background"),
+        ("a white star and a blue star", "a white star and a blue star on a green background"),
+    ],
+)
+def test_a_whole_image_has_a_background_on_which_its_things_are_easy_to_see(
+    prompt: str, whole: str
+) -> None:
+    assert EMBEDDED.read_prompt(prompt).whole == whole
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat at the beach",
+        "a cat on black",
+        "snow",
+        "a close-up of a cat",
+        "asdf",
+        "a blue cat, sea",
+    ],
+)
+def test_no_background_is_added_to_a_scene_a_close_up_or_what_names_nothing(prompt: str) -> None:
+    reading = EMBEDDED.read_prompt(prompt)
+    assert reading.background == ""
+    assert reading.whole == reading.text
+
+
+def test_parts_of_a_prompt_share_their_background() -> None:
+    reading = EMBEDDED.read_prompt("a skull and an apple")
+    assert {part.prompt.partition(" on a ")[2] for part in reading.parts} == {"blue background"}
+
+
+def test_a_vocabulary_without_backgrounds_adds_none() -> None:
+    assert read(WORDS, "a cat").whole == "a cat"
 
 
 def test_each_thing_has_its_own_scene_if_there_are_several() -> None:
