@@ -18,17 +18,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from model.bundle import (
-    BundleError,
-    build,
-    file_entry,
-    load_bundle,
-    load_v3,
-    read_tensors,
-    save_bundle,
-    state_of,
-    verify_files,
-)
+from model.bundle import build, load_bundle, load_v3, save_bundle, state_of
+from model.bundle_files import BundleError, file_entry, read_tensors, verify_files
 from model.config import CONFIG_FILE, BundleConfig
 from tests.conftest import NETWORKS, micro_v1_config, random_networks, write_merges
 

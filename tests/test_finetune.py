@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from typer.testing import CliRunner
 
-from model.bundle import BundleError, load_bundle
+from model.bundle import load_bundle
+from model.bundle_files import BundleError
 from model.config import BundleConfig, find_bundle
 from model.networks.vqgan_v3 import VQGAN
 from model.pipeline import Pipeline

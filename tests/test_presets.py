@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from model.bundle import BundleError, load_bundle, save_bundle
+from model.bundle import load_bundle, save_bundle
+from model.bundle_files import BundleError
 from model.checkpoints.convert import import_bundle
 from model.checkpoints.memory import contents
 from model.checkpoints.verify import verify

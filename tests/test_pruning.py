@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from load_tests import blocks
-from model.bundle import BundleError, load_bundle, sha256
+from model.bundle import load_bundle
+from model.bundle_files import BundleError, sha256
 from model.config import CONFIG_FILE, BundleConfig, DenoiserConfig
 from model.networks.blocks_v3 import AttentionBlock, ConvBlock, TimeBlock
 from model.networks.denoiser_v3 import Denoiser

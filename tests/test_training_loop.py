@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from load_tests.serving import free_port
-from model.bundle import BundleError
+from model.bundle_files import BundleError
 from model.networks.prior import Prior
 from model.training import (
     checkpoint,
