@@ -48,6 +48,7 @@ MODULES = (
     "model/sampling.py",
     "model/rows.py",
     "model/row_builder.py",
+    "model/batch_encoder.py",
 )
 # Slow or machine-dependent tests prove nothing here that others do not.
 MARKERS = "not slow and not browser and not ray and not observability and not gpu"

@@ -2,6 +2,13 @@
 
 # Of a module or a folder, the quickest first.
 RELATED_TESTS = {
+    "model/batch_encoder.py": (
+        "test_prompt_cache",
+        "test_runner",
+        "test_row_builder",
+        "test_v1_operations",
+        "test_preset_engine",
+    ),
     "model/executor.py": ("test_pipeline", "test_cuda_graphs", "test_v1"),
     "model/prompt_parts.py": ("test_prompt_reading",),
     "model/prompt_units.py": ("test_prompt_reading",),

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from model.batch_encoder import DictCache
 from model.bundle import Bundle, load_bundle, of_preset
 from model.config import DENOISER, SamplingConfig
 from model.image_request import Edit, Enlarge, ImageRequest, InputImage, Region, Repaint
 from model.pipeline import Pipeline
-from model.row_builder import DictCache, RowBuilder
+from model.row_builder import RowBuilder
 from server.engine.cuda_graphs import GraphShapes, StepGraphs, step_buckets, use_cuda_graphs
 from server.engine.latency_model import LatencyModel
 from server.engine.messages import Finished, Heartbeat, Job, Step, Timings

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from model.batch_encoder import DictCache
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
-from model.row_builder import DictCache
 from server.engine.messages import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
@@ -76,7 +76,7 @@ def tokens_of(runner: Runner, shown: InputImage) -> torch.Tensor:
 
 def test_tokens_under_the_mask_are_drawn_and_the_others_are_the_pictures(runner):
     (tokens,) = drawn(runner, job("a", canvas=CANVAS))
-    own = tokens_of(runner, CANVAS.picture)
+    own = tokens_of(runner, CANVAS.image)
     assert torch.equal(tokens[:, 4:], own[:, 4:])
     assert (tokens[:, :4] != own[:, :4]).float().mean() > 0.5
 

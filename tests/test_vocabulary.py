@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.batch_encoder import DictCache
 from model.bundle import load_bundle
 from model.canvas import box_weight
 from model.config import BundleConfig, find_bundle
 from model.image_request import ImageRequest, InputImage, Region
 from model.pipeline import Pipeline
 from model.prompt_reading import Reading
-from model.row_builder import DictCache, RowBuilder
+from model.row_builder import RowBuilder
 from model.training.vocabulary import main, vocabulary, with_vocabulary
 from server.api.errors import ApiError
 from server.api.planning.operations import Plan
