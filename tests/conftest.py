@@ -56,6 +56,8 @@ from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
 
+pytest.register_assert_rewrite("tests.support")
+
 # Tests that run beside others compute on one core each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

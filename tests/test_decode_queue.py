@@ -11,17 +11,9 @@ import torch
 from server.engine.runner import DECODE_ROWS, Decoding, Mark
 from server.engine.scheduler import Pool, RowId
 from server.engine.worker import DecodeQueue, DecodeRequest
+from tests.support.workers import LateMark
 
 POOL = Pool("random", 2, 2, 96, None)
-
-
-class LateMark(Mark):
-    """A decode that is done once `passed` is set."""
-
-    passed = False
-
-    def __init__(self) -> None:
-        super().__init__(None)
 
 
 def decoding(rows: Sequence[RowId], mark: Mark | None = None) -> Decoding:

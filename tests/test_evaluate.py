@@ -14,31 +14,17 @@ from torch import Tensor
 
 from model.pipeline import Pipeline
 from model.training import bench_report, benchmark, evaluate, judge_accuracy
-from model.training.art import shapes
 from model.training.bench_report import Bench
 from model.training.benchmark import Drawn
-from model.training.checker import Found, Reading
 from model.training.contact_sheet import contact_sheet
 from model.training.detector import Detector
-from model.training.kinds import NAMES_OF_KINDS, SHAPES
+from model.training.kinds import NAMES_OF_KINDS
 from model.training.network_figures import networks
 from model.training.recipe_text import RecipeError
-
-
-class Guess:
-    """A judge that sees a red star in everything."""
-
-    def read(self, pictures: Tensor) -> list[Reading]:
-        star = Found("star", "red", (0.5, 0.5), (0.5, 0.5), 1.0)
-        return [Reading("white", (star,), (256, 256)) for _ in pictures]
-
-
-@pytest.fixture(scope="module")
-def sprites() -> Tensor:
-    """Return shapes, and grey squares for all objects."""
-    square = torch.full((1, 4, 16, 16), 128, dtype=torch.uint8)
-    square[:, 3] = 255
-    return torch.cat([shapes(16), square.expand(len(NAMES_OF_KINDS) - len(SHAPES), -1, -1, -1)])
+from tests.support.judging import (
+    Guess,
+    sprites_fixture,  # noqa: F401, fixtures
+)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,8 @@ from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings
 from tests.conftest import NATIVE_SIZE
-from tests.test_image_operations import as_json, noise, opened, pixels, png, refused, white
+from tests.support.images import noise, opened, png, white
+from tests.support.native_api import as_json, pixels, refused
 
 PHONE = (4032, 3024)
 ORIENTATION = 0x0112

@@ -32,7 +32,7 @@ from model.networks.text_encoders import check_merges
 from model.pipeline import Pipeline
 from server.cli import app
 from tests.conftest import NETWORKS, golden
-from tests.test_bundle import Explosive
+from tests.support.pickles import Explosive
 
 Tensors = dict[str, torch.Tensor]
 

@@ -1,7 +1,5 @@
 """Denoisers without some of their blocks: what they compute, their bundles, and the search."""
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
 import json
@@ -27,10 +25,9 @@ from model.training.captioned import DataError
 from model.training.pruning import pruned, pruned_config
 from tests.conftest import micro_config, randomise, write_random_bundle
 from tests.short_training import run
-from tests.small_training import art_of_our_own, corpus_file, small_config  # noqa: F401
-from tests.test_block_skips import features
-from tests.test_presets import assembled, saved
-from tests.test_training import examples
+from tests.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config  # noqa: F401, fixtures
+from tests.support.checkpoints import assembled, saved
+from tests.support.training_examples import examples, features
 
 CPU = torch.device("cpu")
 FIRST, SECOND = "down_blocks.1.3", "up_blocks.0.3"  # an attention and a convolution block

@@ -20,10 +20,9 @@ from model.training.studio import Studio
 from server.engine.messages import Repaint
 from server.engine.runner import Runner
 from tests.conftest import emptied
-from tests.test_evaluate import Guess, sprites
-from tests.test_row_builder import drawn, job, mask, picture
-
-__all__ = ["sprites"]
+from tests.support.judging import Guess, sprites_fixture  # noqa: F401, fixtures
+from tests.support.operation_inputs import drawn, mask, picture
+from tests.support.workers import job
 
 STAR = Scene("blue", (Thing("star", "red"),))
 

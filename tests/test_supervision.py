@@ -23,7 +23,7 @@ from server.engine.messages import Job, Preview
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
-from tests.test_client import figure, job, kill, running, until
+from tests.support.engine_clients import figure, job, kill, running, until
 
 STEPS = SamplingConfig(
     steps=6,

@@ -50,7 +50,7 @@ from server.engine.supervisor import (
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
-from tests.test_admission import job, picture
+from tests.support.fake_jobs import job, picture
 from tests.virtual_time import START, settle, virtual_time
 
 STALL_S, START_S = 8.0, 60.0

@@ -21,7 +21,7 @@ from model.training.regions import Group, candidates, cropped, partition
 from model.training.scenery import BACKGROUNDS
 from model.training.scenes import Scene, Thing
 from model.training.templates import Templates
-from tests.test_detector import shape_scenes
+from tests.support.judging import shape_scenes
 
 OBJECTS = NAMES_OF_KINDS[len(SHAPES) : len(SHAPES) + 4]
 

@@ -22,8 +22,8 @@ from server.api.planning.operations import Plan
 from server.cli.offline import plan
 from server.engine.scheduler import Pool
 from server.settings import Settings
-from tests.test_auth import served
-from tests.test_prompt_reading import WORDS
+from tests.support.reader_vocabulary import WORDS
+from tests.support.uvicorn_servers import served
 
 
 def test_the_embedded_weights_have_the_captions_vocabulary() -> None:

@@ -26,7 +26,7 @@ from server.engine.child import MAX_REASON, describe
 from server.engine.supervisor import faster_allocator
 from tests.conftest import wait_until
 from tests.fake_worker import LOADING
-from tests.test_api import metric
+from tests.support.servers import metric
 
 ROOT = Path(__file__).parents[1]
 FAKE_SERVER = ("-m", "tests.fake_server")
