@@ -44,7 +44,7 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import raised
 from tests.support.fake_jobs import PIXELS, SAMPLING, job, picture
-from tests.virtual_time import START, settle, virtual_time
+from tests.support.virtual_time import START, settle, virtual_time
 
 SLOTS = 4
 

@@ -22,6 +22,8 @@ from tests import fake_worker
 from tests.conftest import serving, wait_until
 from tests.support.images import png
 
+pytestmark = pytest.mark.process
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Endpoint = Literal["inpaint", "v1/images/edits"]
 

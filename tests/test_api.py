@@ -34,6 +34,8 @@ from tests.support.images import opened
 from tests.support.native_api import error_of, post
 from tests.support.servers import metric, served
 
+pytestmark = pytest.mark.process
+
 INT64_MAX = 2**63 - 1
 Configure = Callable[..., Settings]
 

@@ -15,9 +15,11 @@ from model.training import block_losses, denoiser, distill
 from model.training.block_skips import removable, skip_at_random, without
 from model.training.features import Examples
 from tests.conftest import micro_config, randomise, write_random_bundle
-from tests.short_training import run
-from tests.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config  # noqa: F401, fixtures
+from tests.support.short_training import run
+from tests.support.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config  # noqa: F401, fixtures
 from tests.support.training_examples import examples, features
+
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture

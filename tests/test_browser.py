@@ -41,6 +41,7 @@ from tests.support.browsers import (
 )
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
 ]

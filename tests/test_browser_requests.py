@@ -39,6 +39,7 @@ from tests.support.browsers import (  # noqa: F401, fixtures
 )
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
 ]

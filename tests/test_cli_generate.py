@@ -23,6 +23,8 @@ from model.config import BundleConfig
 from tests.conftest import micro_preset_config, random_networks, randomise, write_merges
 from tests.support.command_line import assert_one_line, paellera, server_fixture  # noqa: F401, fixtures
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:

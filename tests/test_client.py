@@ -12,6 +12,8 @@ from server.engine.errors import DeadlineExceeded, Draining, JobFailed, QueueFul
 from tests import fake_worker
 from tests.support.engine_clients import figure, job, kill, running, until
 
+pytestmark = pytest.mark.process
+
 
 async def test_jobs_sent_before_the_worker_is_ready_are_answered_once_it_is() -> None:
     async with running() as client:

@@ -40,16 +40,18 @@ from tests.conftest import (
     randomise,
     write_random_bundle,
 )
-from tests.picture_files import write_pictures
-from tests.short_training import Crash, run, run_main
-from tests.small_training import (  # noqa: F401, fixtures
+from tests.support.checkpoints import identical, without_clock
+from tests.support.picture_files import write_pictures
+from tests.support.short_training import Crash, run, run_main
+from tests.support.small_training import (  # noqa: F401, fixtures
     art_of_our_own_fixture,
     corpus_file_fixture,
     scenes_fixture,
     small_config,
 )
-from tests.support.checkpoints import identical, without_clock
 from tests.support.training_examples import examples
+
+pytestmark = pytest.mark.training
 
 SAMPLING = SamplingConfig(
     steps=6,

@@ -27,6 +27,8 @@ from server.uvicorn_server import WRITE_TIMEOUT_S
 from tests.conftest import wait_until
 from tests.support.dockerfile import Instruction, stages
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())

@@ -26,6 +26,8 @@ from tests.support.judging import (
     sprites_fixture,  # noqa: F401, fixtures
 )
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def bench(pipeline: Pipeline, sprites: Tensor) -> Bench:

@@ -23,6 +23,8 @@ from tests.conftest import serving, wait_until
 from tests.support.api_keys import KEY
 from tests.support.servers import Configure
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
 

@@ -24,10 +24,24 @@ from model.training.captioned import DataError
 from model.training.features import Examples, ExampleStream
 from server.cli import app
 from tests.conftest import randomise
-from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
-from tests.short_training import Crash, run
-from tests.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config, use  # noqa: F401, fixtures
 from tests.support.checkpoints import identical, without_clock
+from tests.support.picture_files import (
+    WHITE,
+    pictures,
+    plain,
+    write_mixed,
+    write_pictures,
+    write_shards,
+)
+from tests.support.short_training import Crash, run
+from tests.support.small_training import (  # noqa: F401, fixtures
+    art_of_our_own_fixture,
+    corpus_file_fixture,
+    small_config,
+    use,
+)
+
+pytestmark = pytest.mark.training
 
 ROOT = Path(__file__).parents[1]
 

@@ -42,7 +42,7 @@ from tests.conftest import wait_until
 from tests.support.access_log import said
 from tests.support.api_keys import KEY
 from tests.support.uvicorn_servers import all_answered, listening, served
-from tests.virtual_time import START, virtual_time
+from tests.support.virtual_time import START, virtual_time
 
 Configure = Callable[..., Settings]
 PATIENCE_S = 60

@@ -19,6 +19,8 @@ from tests import fake_worker
 from tests.conftest import NAME, micro_v1_config, serving, wait_until
 from tests.support.images import noise, png
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def several(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:

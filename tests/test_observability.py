@@ -49,7 +49,7 @@ READ = r"paella_request_duration_seconds_(?:bucket|count|sum)(?:{[^}]*})?"
 # On a machine that is busy with everything else.
 PATIENCE_S = 300
 
-pytestmark = pytest.mark.observability
+pytestmark = [pytest.mark.process, pytest.mark.observability]
 
 
 def promtool(*arguments: str | Path, stdin: str | None = None) -> None:

@@ -36,6 +36,8 @@ from tests.conftest import NAME, micro_config, serving, wait_until
 from tests.support.images import Array, noise, png
 from tests.support.servers import metric
 
+pytestmark = pytest.mark.process
+
 Configure = Callable[..., Settings]
 IMAGE = png(noise())
 

@@ -24,9 +24,9 @@ from model.training.block_skips import removable, without
 from model.training.captioned import DataError
 from model.training.pruning import pruned, pruned_config
 from tests.conftest import micro_config, randomise, write_random_bundle
-from tests.short_training import run
-from tests.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config  # noqa: F401, fixtures
 from tests.support.checkpoints import assembled, saved
+from tests.support.short_training import run
+from tests.support.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config  # noqa: F401, fixtures
 from tests.support.training_examples import examples, features
 
 CPU = torch.device("cpu")

@@ -54,7 +54,7 @@ from tests.support.app_requests import endless
 from tests.support.fake_jobs import job, picture
 from tests.support.images import noise, png, white
 from tests.support.servers import asking
-from tests.virtual_time import settle, virtual_time
+from tests.support.virtual_time import settle, virtual_time
 
 Configure = Callable[..., Settings]
 SETTINGS = Settings()

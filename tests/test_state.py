@@ -19,7 +19,7 @@ from server.api.state import (
 from tests.conftest import raised
 from tests.support.app_requests import Received, endless, request_of
 from tests.support.fake_jobs import job
-from tests.virtual_time import settle
+from tests.support.virtual_time import settle
 
 
 async def test_finished_work_leaves_nothing_behind() -> None:

@@ -25,6 +25,8 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.support.engine_clients import figure, job, kill, running, until
 
+pytestmark = pytest.mark.process
+
 STEPS = SamplingConfig(
     steps=6,
     renoise_steps=5,

@@ -51,7 +51,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
 from tests.support.fake_jobs import job, picture
-from tests.virtual_time import START, settle, virtual_time
+from tests.support.virtual_time import START, settle, virtual_time
 
 STALL_S, START_S = 8.0, 60.0
 PATIENCE_S = 60

@@ -50,8 +50,8 @@ from model.training.features import Pool, encode_bytes, encode_images
 from model.training.guides import Guided
 from model.training.judged import Neighbours, cross_entropy
 from tests.conftest import micro_config, randomise, write_merges
-from tests.short_training import run_main
-from tests.small_training import (  # noqa: F401, fixtures
+from tests.support.short_training import run_main
+from tests.support.small_training import (  # noqa: F401, fixtures
     art_of_our_own_fixture,
     corpus_file_fixture,
     scenes_fixture,
@@ -59,6 +59,8 @@ from tests.small_training import (  # noqa: F401, fixtures
     use,
 )
 from tests.support.training_examples import examples
+
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ from model.training import (
 )
 from model.training.captioned import DataError
 from tests.conftest import micro_config
-from tests.short_training import fit
+from tests.support.short_training import fit
+
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from tests.support.images import noise, opened, png
 from tests.support.native_api import as_form, as_json, pixels, refused
 from tests.support.servers import Configure
 
+pytestmark = pytest.mark.process
+
 PROMPT = {"prompt": "a ball", "seed": 5}
 
 

@@ -28,6 +28,8 @@ from tests.conftest import wait_until
 from tests.fake_worker import LOADING
 from tests.support.servers import metric
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 FAKE_SERVER = ("-m", "tests.fake_server")
 PAELLERA = ("-m", "server.cli", "serve")
