@@ -49,6 +49,7 @@ MODULES = (
     "model/rows.py",
     "model/row_builder.py",
     "model/batch_encoder.py",
+    "model/prompt_groups.py",
     "model/prompt_parts.py",
     "model/prompt_reading.py",
     "model/prompt_units.py",

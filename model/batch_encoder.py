@@ -85,7 +85,8 @@ class TextKey(NamedTuple):
 class PriorKey(NamedTuple):
     """The inputs of the prior's result.
 
-    The size is part of it because a seed's noise for the prior comes after its start tokens.
+    The size is part of it because a seed's noise for the prior comes after its start tokens. At a
+    temperature of 0, seed and size are 0, because no noise counts.
     """
 
     text: TextKey

@@ -510,7 +510,7 @@ class PipelineV3(Pipeline):
         return prior.sample(
             self.bundle.prior,
             text,
-            noise,
+            noise * settings.temperature,
             guidance=settings.guidance,
             sampler=settings.sampler,
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from model.prompt_units import CLOSE_UP, Unit, agreeing, lead_of, with_unit
+from model.prompt_groups import CLOSE_UP, Unit, agreeing, lead_of, with_unit
 from model.vocabulary import ARTICLES, NUMBERS, Vocabulary
 
 Box = tuple[float, float, float, float]

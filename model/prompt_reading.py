@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from model.prompt_groups import LOOKS, Unit, joined
 from model.prompt_parts import Part, parts_of
-from model.prompt_units import LOOKS, Clauses, Parser, Unit, joined
+from model.prompt_units import Clauses, Parser
 from model.vocabulary import FUNCTION, LONGEST_PHRASE, Phrase, Vocabulary, with_article, words_of
 
 # ── what other programs and people write around a prompt ──────────────────────────────────────────

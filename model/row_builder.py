@@ -167,6 +167,8 @@ class RowBuilder:
     def _prior_key(self, request: ImageRequest, prompt: str) -> PriorKey:
         settings = self.pipeline.prior_settings(request.sampling)
         text = self._text_key(request, prompt)
+        if settings.temperature == 0:
+            return PriorKey(text, seed=0, width=0, height=0, settings=settings)
         return PriorKey(text, request.seed, *request.prior_size, settings)
 
     def _branch_key(self, request: ImageRequest, prompt: str) -> BranchKey:

@@ -104,6 +104,25 @@ def test_a_prior_is_asked_once_for_a_keyframe_however_many_frames(runner, monkey
     assert asked == [2]
 
 
+def test_without_noise_the_prior_is_asked_once_for_a_prompt_whatever_the_seeds(runner, monkeypatch):
+    asked: list[int] = []
+    pipeline = runner.pipelines["random"]
+    settings, draw = pipeline.prior_settings(), pipeline.prior_embeddings
+    monkeypatch.setattr(
+        pipeline, "prior_settings", lambda sampling=None: settings._replace(temperature=0.0)
+    )
+    monkeypatch.setattr(
+        pipeline,
+        "prior_embeddings",
+        lambda prompts, *rest: asked.append(len(prompts)) or draw(prompts, *rest),
+    )
+    one, other = drawn(runner, job("a", seeds=(0, 1)))
+    assert not torch.equal(one, other)
+    (again,) = drawn(runner, job("b", seeds=(1,)))
+    assert torch.equal(again, other)
+    assert asked == [1]
+
+
 def test_a_region_of_full_weight_everywhere_is_its_prompt(runner):
     (tokens,) = drawn(runner, job("a", regions=(Region("the red apple", weight()),)))
     assert torch.equal(tokens, drawn(runner, job("b", prompt="the red apple"))[0])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.scheduler import STARTS, RowId, Scheduler
 from tests.support.scheduling import job, rows, scheduler
 

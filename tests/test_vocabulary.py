@@ -18,7 +18,7 @@ from model.prompt_reading import Reading
 from model.row_builder import RowBuilder
 from model.training.vocabulary import main, vocabulary, with_vocabulary
 from server.api.errors import ApiError
-from server.api.planning.operations import Plan
+from server.api.planning.plan import Plan
 from server.cli.offline import plan
 from server.engine.scheduler import Pool
 from server.settings import Settings

@@ -27,8 +27,8 @@ from server.cli.options import (
 
 if TYPE_CHECKING:
     from model.config import Operation
-    from server.api.images.encode import Marking
-    from server.api.planning.operations import Plan
+    from server.api.images.marking import Marking
+    from server.api.planning.plan import Plan
     from server.engine.messages import Image
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -159,7 +159,7 @@ def _run(
     **others: Any,
 ) -> None:
     limit_openmp_spinning()
-    from server.api.images.encode import Marker
+    from server.api.images.marking import Marker
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan
 
@@ -213,6 +213,6 @@ def _write(
 
 def limit_openmp_spinning() -> None:
     """Bound how long OpenMP's waiting threads spin; called before torch is imported."""
-    from server.engine.supervisor import limit_spin_count
+    from server.engine.cpu_environment import limit_spin_count
 
     limit_spin_count()

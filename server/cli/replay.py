@@ -31,16 +31,10 @@ def replay(
 ) -> None:
     """Generate an image again from the parameters in it; exit code 1 if any pixel differs."""
     limit_openmp_spinning()
-    from server.api.images.encode import (
-        Marking,
-        encode,
-        is_marked,
-        largest_difference,
-        source_type,
-        unsigned,
-    )
+    from server.api.images.encode import encode
+    from server.api.images.marking import Marking, is_marked, source_type, unsigned
     from server.cli.offline import generate as generate_images
-    from server.cli.offline import plan, recorded_request
+    from server.cli.offline import largest_difference, plan, recorded_request
 
     with one_line_errors():
         original = read_file("png", png)

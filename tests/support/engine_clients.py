@@ -13,8 +13,8 @@ from typing import Any
 
 from model.config import SamplingConfig
 from server.engine.client import EngineClient
-from server.engine.messages import Job
-from server.engine.supervisor import WorkerMain
+from server.engine.job import Job
+from server.engine.worker_process import WorkerMain
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 from model.image_request import Enlarge
 from model.tiles import Tiling
-from server.engine.messages import (
-    Job,
-)
+from server.engine.job import Job
 from tests.support.workers import SAMPLING, job
 
 FIXED = replace(SAMPLING, deterministic=True)

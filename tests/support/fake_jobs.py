@@ -8,9 +8,9 @@ from itertools import count
 from typing import Any
 
 from model.config import SamplingConfig
+from server.engine.job import Job
 from server.engine.messages import (
     Image,
-    Job,
 )
 
 SAMPLING = SamplingConfig(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 

@@ -28,6 +28,9 @@ WORDS = Vocabulary(
         Thing("grapes", "grapes", (), ("fruit",)),
         Thing("mountain", "mountains"),
         Thing("silver medal", "silver medals"),
+        Thing("dice", "dice", ("die",)),
+        Thing("rainbow", "rainbows"),
+        Thing("wand", "wands"),
     ),
     places=(
         *("on the left", "on the right", "at the top", "in the top left corner", "top", "bottom"),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from model.config import SamplingConfig
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.scheduler import (
     RowId,
     Scheduler,

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api import create_app
-from server.engine.supervisor import WorkerMain
+from server.engine.worker_process import WorkerMain
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until

@@ -12,18 +12,19 @@ from multiprocessing.connection import Connection
 import pytest
 
 from model.config import SamplingConfig
+from server.engine.cuda_streams import Mark
+from server.engine.job import Job
 from server.engine.messages import (
     Failed,
     Finished,
     FromWorker,
-    Job,
     Preview,
     Stop,
     ToWorker,
     receive_message,
     send_message,
 )
-from server.engine.runner import Mark, Runner
+from server.engine.runner import Runner
 from server.engine.worker import Worker
 
 PATIENCE_S = 60
