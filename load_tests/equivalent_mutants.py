@@ -224,4 +224,19 @@ EQUIVALENT: dict[str, str] = {
     'environment.setdefault("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", str(1 << 62))': (
         "no allocation is as large as either"
     ),
+    "model/prompt_groups.py:Unit: False -> True in gap: bool = False": (
+        "every unit is made with a gap of its own"
+    ),
+    "model/prompt_parts.py:_counted: unit.role != 'thing' or unit.named is None -> "
+    "unit.role != 'thing' and unit.named is None in "
+    'if unit.role != "thing" or unit.named is None:': (
+        "things have a name and no others do; the second is for the type checker"
+    ),
+    "model/prompt_reading.py:: 1024 -> 1025 in "
+    "_LONGEST_READ = 1024  # characters; encoders of small weights read a few hundred": (
+        "a bound, chosen by taste"
+    ),
+    "model/vocabulary.py:: 6 -> 7 in LONGEST_PHRASE = 6  # words": (
+        "a bound, chosen by taste; no name or place has seven words"
+    ),
 }

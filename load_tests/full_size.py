@@ -27,7 +27,8 @@ from rich.table import Table
 from load_tests.report import Report
 from load_tests.serving import server_timing_ms, serving
 from load_tests.stages import flops
-from model.bundle import RECORD, build
+from model.bundle import build
+from model.bundle_files import RECORD
 from model.checkpoints.manifest import published
 from model.checkpoints.memory import needs, shapes
 from model.config import BundleConfig, BundleV3Config

@@ -48,6 +48,12 @@ MODULES = (
     "model/sampling.py",
     "model/rows.py",
     "model/row_builder.py",
+    "model/batch_encoder.py",
+    "model/prompt_groups.py",
+    "model/prompt_parts.py",
+    "model/prompt_reading.py",
+    "model/prompt_units.py",
+    "model/vocabulary.py",
 )
 # Slow or machine-dependent tests prove nothing here that others do not.
 MARKERS = "not slow and not browser and not ray and not observability and not gpu"

@@ -2,7 +2,17 @@
 
 # Of a module or a folder, the quickest first.
 RELATED_TESTS = {
+    "model/batch_encoder.py": (
+        "test_prompt_cache",
+        "test_runner",
+        "test_row_builder",
+        "test_v1_operations",
+        "test_preset_engine",
+    ),
     "model/executor.py": ("test_pipeline", "test_cuda_graphs", "test_v1"),
+    "model/prompt_groups.py": ("test_prompt_reading",),
+    "model/prompt_parts.py": ("test_prompt_reading",),
+    "model/prompt_units.py": ("test_prompt_reading",),
     "model/row_builder.py": (
         "test_runner",
         "test_v1_operations",
@@ -12,6 +22,7 @@ RELATED_TESTS = {
     ),
     "model/rows.py": ("test_rows", "test_row_builder", "test_pipeline", "test_cuda_graphs"),
     "model/sampling.py": ("test_sampling", "test_rows", "test_pipeline", "test_transcription"),
+    "model/vocabulary.py": ("test_prompt_reading",),
     "server/api": ("test_api",),
     "server/api/app.py": (
         "test_metrics",

@@ -1,33 +1,24 @@
 """Load and save bundles: `bundle.json`, a safetensors file per network, and the tokenizer's merges.
 
-Loading is strict: every file must be the listed one, and every tensor expected, present, of the
-right shape and finite. Modules are built on the meta device and take the tensors as they come from
-the file, so a bundle is in memory once. Nothing here reads a pickle.
-
-A large file is hashed once: it counts as the hashed one while its size, its place on the disk and
-both its times are the same. `paellera weights verify` hashes everything.
+Loading is strict: every file must be the listed one and every tensor finite (`bundle_files.py`),
+expected, present and of the right shape. Modules are built on the meta device and take the tensors
+as they come from the file, so a bundle is in memory once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import shutil
-import struct
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.bundle_files import BundleError, file_entry, is_listed, read_tensors, verify_files
 from model.config import (
     CONFIG_FILE,
     DENOISER,
@@ -36,7 +27,6 @@ from model.config import (
     BundleV1Config,
     BundleV3Config,
     Encoders,
-    FileEntry,
     Kernels,
     further_denoiser,
 )
@@ -71,10 +61,6 @@ _NETWORKS: dict[type, Any] = {
     PriorConfig: Prior,
     ByteEncoderConfig: ByteEncoder,
 }
-
-
-class BundleError(ValueError):
-    """A bundle that must not be served; the message says which file and which tensor, and why."""
 
 
 @dataclass(frozen=True)
@@ -242,155 +228,6 @@ def load_v3(directory: Path, device: torch.device, dtype: torch.dtype) -> Bundle
     return bundle
 
 
-RECORD = ".verified.json"
-# Below, hashing costs less than a tenth of a second, and nothing is remembered.
-LARGE = 64 * 2**20
-
-_writing = threading.Lock()  # files are hashed side by side
-
-
-def sha256(path: Path) -> str:
-    """Return a file's hash, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_hashed(path: Path, entry: FileEntry) -> bool:
-    """Return whether the file's content is the listed one."""
-    return sha256(path) == entry.sha256
-
-
-def is_listed(path: Path, entry: FileEntry) -> bool:
-    """Return as `is_hashed`, but hash a large file only if it may have changed since."""
-    if path.stat().st_size < LARGE:
-        return is_hashed(path, entry)
-    # Before the file is read: a file that changes meanwhile must not count as verified.
-    state = _state(path, entry)
-    if _read(path.parent).get(path.name) == state:
-        return True
-    if not is_hashed(path, entry):
-        return False
-    _record(path, state)
-    return True
-
-
-def remember(path: Path, entry: FileEntry) -> None:
-    """Record that the present content of a file is the listed one, if it is large."""
-    if path.stat().st_size >= LARGE:
-        _record(path, _state(path, entry))
-
-
-def _record(path: Path, state: dict[str, object]) -> None:
-    # A bundle that cannot be written to is hashed every time.
-    with _writing, contextlib.suppress(OSError):
-        (path.parent / RECORD).write_text(json.dumps({**_read(path.parent), path.name: state}))
-
-
-def _state(path: Path, entry: FileEntry) -> dict[str, object]:
-    own = path.stat()
-    return {
-        "sha256": entry.sha256,
-        "file": [own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns],
-    }
-
-
-def _read(directory: Path) -> dict[str, object]:
-    try:
-        record = json.loads((directory / RECORD).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def verify_files(
-    directory: Path, config: BundleConfig, same: Callable[[Path, FileEntry], bool] = is_hashed
-) -> None:
-    """Check that every needed file is listed, and that every listed file is the listed one.
-
-    Raises BundleError. same: compares a file of the right size. A listed file lies in the directory
-    itself: neither its name nor a symbolic link may lead out of it.
-    """
-    needed = [f"{name}.safetensors" for name in config.network_names] + (
-        [config.clip.merges] if config.clip.merges else []
-    )
-    if absent := [name for name in needed if name not in config.files]:
-        raise BundleError(f"{CONFIG_FILE} does not list {', '.join(absent)}")
-    for name, entry in config.files.items():
-        _check_place(directory, name, entry.bytes)
-    # Side by side: hashing lets go of the interpreter's lock, and gigabytes take longer to hash
-    # than to read.
-    with ThreadPoolExecutor() as threads:
-        results = threads.map(lambda name: same(directory / name, config.files[name]), config.files)
-        if changed := [
-            name for name, is_same in zip(config.files, results, strict=True) if not is_same
-        ]:
-            raise BundleError(f"{', '.join(changed)}: not what was listed, the sha256 differs")
-
-
-def _check_place(directory: Path, name: str, expected: int) -> None:
-    """Check that a listed file lies in the directory itself and has the expected size.
-
-    Raises BundleError otherwise.
-    """
-    path = directory / name
-    if Path(name).name != name or name in {"", ".."} or "\\" in name:
-        raise BundleError(f"{CONFIG_FILE} lists {name!r}, which is no plain file name")
-    if path.resolve().parent != directory.resolve():
-        raise BundleError(f"{name} is a symbolic link out of the bundle")
-    if not path.is_file():
-        raise BundleError(f"{name} is listed but is not there")
-    found = path.stat().st_size
-    if found != expected:
-        cut = f"; {_cut_tensor(path)}" if name.endswith(".safetensors") and found < expected else ""
-        raise BundleError(f"{name} has {found} bytes, {CONFIG_FILE} says {expected}{cut}")
-
-
-def _cut_tensor(path: Path) -> str:
-    """Name the tensor that a truncated safetensors file ends in."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return "it ends within its header"
-    end = path.stat().st_size - 8 - length
-    cut = [
-        (entry["data_offsets"][0], name)
-        for name, entry in header.items()
-        if name != "__metadata__" and entry["data_offsets"][1] > end
-    ]
-    return f"the first incomplete tensor is {min(cut)[1]!r}" if cut else "no tensor is incomplete"
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return a safetensors file's tensors by name.
-
-    Raises BundleError for another format, and for NaN or infinity.
-    """
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise BundleError(
-            f"{path.name} is not a readable safetensors file ({error}); {_cut_tensor(path)}"
-        ) from None
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise BundleError(f"{path.name}: tensor {name!r} holds NaN or infinity")
-    return tensors
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether no value is NaN or infinite.
-
-    The extremes tell as much as all values, in a hundredth of the time (docs/log.md).
-    """
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
-
-
 def assign(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
     """Give a meta module its tensors, converted to `dtype` where they are floating point.
 
@@ -442,11 +279,6 @@ def inner(module: nn.Module) -> nn.Module:
     if isinstance(module, ByteEncoder):
         return module.t5
     return module.model if isinstance(module, CLIP) else module
-
-
-def file_entry(path: Path) -> FileEntry:
-    """Return a file's entry in `bundle.json`."""
-    return FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
 
 
 def save_bundle(

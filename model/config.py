@@ -47,8 +47,6 @@ from model.vocabulary import Vocabulary
 Encoders = Literal["device", "cpu", "int8"]
 # What computes the denoiser's steps; auto is Triton's kernels on CUDA, if Triton is installed.
 Kernels = Literal["auto", "triton", "torch"]
-
-
 Operation = Literal[
     "generate", "inpaint", "outpaint", "variations", "edit", "upscale", "interpolate", "regions"
 ]
@@ -60,7 +58,6 @@ FORMAT: Format = 4
 _CAME_WITH: dict[Format, str] = {2: "presets", 3: "pruned blocks", 4: "a vocabulary"}
 MAX_CONFIG_BYTES = 2**20
 _THINGS = "things of the vocabulary, in its JSON"
-
 
 # A small, quick preset, which clients with a choice of qualities get for the lowest.
 FAST = "fast"
@@ -189,10 +186,10 @@ class BundleConfig:
         used = {preset.denoiser for preset in self.presets.values()}
         for name, other in self.denoisers.items():
             for part in self.denoiser_inputs:
-                first, own = getattr(self.denoiser, part), getattr(other, part)
-                if own != first:
+                first, further = getattr(self.denoiser, part), getattr(other, part)
+                if further != first:
                     raise ValueError(
-                        f"denoisers.{name}.{part} must be denoiser's, {first}, not {own}"
+                        f"denoisers.{name}.{part} must be denoiser's, {first}, not {further}"
                     )
             if self.denoiser.token_step % other.token_step:
                 steps = f"{other.token_step} does not divide {self.denoiser.token_step}"
@@ -480,8 +477,6 @@ class BundleV1Config(BundleConfig):
 
 
 _FAMILIES: dict[object, type[BundleConfig]] = {"v3": BundleV3Config, "v1": BundleV1Config}
-
-
 _PARSERS: dict[str, TypeAdapter[Any]] = {}
 
 
@@ -493,12 +488,9 @@ def _parser(family: type[BundleConfig]) -> TypeAdapter[Any]:
 
 
 def _family_of(content: bytes) -> type[BundleConfig]:
-    """Return the class for a `bundle.json`.
+    """Return the class for a `bundle.json`; v3's, whose parser rejects them, for unknown families.
 
-    An absent or unknown family gives v3's class, whose parser then rejects it.
-
-    A newer format is said to be that before its unknown fields are complained about. Raises
-    pydantic.ValidationError.
+    Raises pydantic.ValidationError for a newer format, whose fields may be unknown.
     """
     try:
         fields = from_json(content)

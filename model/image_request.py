@@ -66,7 +66,7 @@ class Repaint:
     Both are as large as the request.
     """
 
-    picture: InputImage
+    image: InputImage
     mask: InputImage
 
 
@@ -74,7 +74,7 @@ class Repaint:
 class Edit:
     """Begin with the image, the share `strength` of it turned to noise. As large as the request."""
 
-    picture: InputImage
+    image: InputImage
     strength: float
 
 
@@ -85,7 +85,7 @@ class Refine:
     As large as the request.
     """
 
-    picture: InputImage
+    image: InputImage
     strength: float
 
 
@@ -93,7 +93,7 @@ class Refine:
 class Reference:
     """An image of any size whose CLIP embedding counts `weight` among the other references'."""
 
-    picture: InputImage
+    image: InputImage
     weight: float
 
 
@@ -102,7 +102,7 @@ class Keyframe:
     """One end of an interpolation: a prompt, or an image of any size with the prompt beside it."""
 
     prompt: str
-    picture: InputImage | None = None
+    image: InputImage | None = None
 
 
 @dataclass(frozen=True, slots=True)

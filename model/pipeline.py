@@ -77,7 +77,7 @@ class _Asked(NamedTuple):
 # The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings
 # [B, D'], by these settings.
 PriorFn = Callable[[Tensor, Tensor, PriorSettings], Tensor]
-# The decoder: codes [B, H, W] → pictures uint8 [B, height, width, 3] on the device.
+# The decoder: codes [B, H, W] → images uint8 [B, height, width, 3] on the device.
 DecodeFn = Callable[[Tensor], Tensor]
 
 
@@ -212,23 +212,23 @@ class Pipeline(ABC):
         return Reader(sampling.denoiser, sampling.attention_weights or recipe.attention_weights)
 
     @torch.inference_mode()
-    def encode_images(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Encode images uint8 [B, height, width, 3] to tokens [B, H, W].
 
         Width and height are multiples of the VQGAN's step.
         """
         return self.bundle.vqgan.encode(
-            (pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype)
+            (images.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 255).to(self.dtype)
         )
 
     @torch.inference_mode()
-    def embed_images(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+    def embed_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Return CLIP embeddings [1, D'] of images uint8 [height, width, 3] of any sizes."""
         clip = self.bundle.clip
         scaled = torch.cat(
             [
-                clip.scale((p.to(clip.device, non_blocking=True).permute(2, 0, 1) / 255)[None])
-                for p in pictures
+                clip.scale((image.to(clip.device, non_blocking=True).permute(2, 0, 1) / 255)[None])
+                for image in images
             ]
         )
         return list(self._here(clip.encode_image(scaled)).split(1))

@@ -215,8 +215,11 @@ class Parser:
         if last is None or last.kind != "property" or last.words == ("background",):
             return False
         ends = len(following) < 2 or following[1] in FUNCTION - {"and"}
-        if not following or (ends and IS.isdisjoint(self._said.lead)):
+        of_a_thing = not IS.isdisjoint(self._said.lead)  # "a cat that is black and white"
+        if not following or (ends and not of_a_thing):
             return False
+        if of_a_thing and following[1:] == ("background",):
+            return False  # "a cat that is cute and black background"
         named = self._vocabulary.thing(following[1:])
         if named and named.plural and self._group[0].kind == "property":
             return False  # of "red and blue balloons" some are blue

@@ -7,9 +7,7 @@
 
 The engine, the command line, the evaluation and the GPU checks all build their rows here.
 
-Requests of one call share batches. The same arithmetic may round differently at another batch size,
-so everything that a deterministic request needs is computed one text, one image or one prior at a
-time, and cached apart from the results of shared batches.
+Requests of one call share batches (`batch_encoder.py`).
 """
 
 from __future__ import annotations
@@ -17,15 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal
 
-import torch
 from torch import Tensor
 
+from model.batch_encoder import (
+    BatchEncoder,
+    BranchKey,
+    EncodedText,
+    EncodingCache,
+    ImageKey,
+    NoCache,
+    PriorKey,
+    TextKey,
+)
 from model.conditioning import Conditioning, interpolate, mean
-from model.config import PriorSettings
 from model.image_request import Edit, ImageRequest, InputImage, Refine, Repaint, Tile
-from model.networks.text_encoders import Prompt
 from model.pipeline import Pipeline, Reader
 from model.rows import (
     AnyCondition,
@@ -41,117 +46,8 @@ from model.rows import (
 )
 from model.sampling import Noise
 
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-# The kinds of results that are worth caching.
-Cached = Literal["text", "prior", "picture"]
 # Measure a stage: "encode" or "prior".
 StageTimer = Callable[[str], AbstractContextManager[None]]
-
-
-class EncodingCache(Protocol):
-    """Remember encoded texts and images, and results of the prior, by their keys."""
-
-    def fetch(
-        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
-    ) -> list[V]:
-        """Return the keys' values; compute the missing ones in one call, each once."""
-
-
-class NoCache:
-    """Compute everything at every call, each distinct key once."""
-
-    def fetch(
-        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
-    ) -> list[V]:
-        """Compute every distinct key."""
-        distinct = list(dict.fromkeys(keys))
-        values = dict(zip(distinct, compute(distinct), strict=True)) if distinct else {}
-        return [values[key] for key in keys]
-
-
-class DictCache:
-    """Remember everything, or the keys that `keeps` accepts, without a bound."""
-
-    def __init__(self, keeps: Callable[[Hashable], bool] = lambda key: True) -> None:
-        self._keeps = keeps
-        self._values: dict[Hashable, Any] = {}
-
-    def fetch(
-        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
-    ) -> list[V]:
-        """Return remembered values; compute the others in one call."""
-        missing = [key for key in dict.fromkeys(keys) if key not in self._values]
-        values = dict(zip(missing, compute(missing), strict=True)) if missing else {}
-        found = [values[key] if key in values else self._values[key] for key in keys]
-        self._values.update((key, value) for key, value in values.items() if self._keeps(key))
-        return found
-
-
-class TextKey(NamedTuple):
-    """The inputs of an encoded text.
-
-    shared: whether its batch may have held others. negative: the denoiser that reads it as its
-    unconditional branch; empty if none does. scope: the request's `cache_scope`.
-    """
-
-    model: str
-    prompt: str
-    shared: bool
-    negative: str
-    scope: str
-
-
-class PriorKey(NamedTuple):
-    """The inputs of the prior's result.
-
-    The size is part of it because a seed's noise for the prior comes after its start tokens. At a
-    temperature of 0, seed and size are 0, because no noise counts.
-    """
-
-    text: TextKey
-    seed: int
-    width: int
-    height: int
-    settings: PriorSettings
-
-
-class EmbeddingKey(NamedTuple):
-    """The prior's result as an embedding, not yet as a condition."""
-
-    prior: PriorKey
-
-
-class BranchKey(NamedTuple):
-    """The inputs of a conditional branch: the prior's result as the condition of a denoiser."""
-
-    prior: PriorKey
-    reader: Reader
-
-
-class ImageKey(NamedTuple):
-    """The inputs of an encoded image: its tokens, or CLIP's embedding of it.
-
-    scope: the request's `cache_scope`.
-    """
-
-    model: str
-    kind: Literal["tokens", "embedding"]
-    digest: str
-    width: int
-    height: int
-    shared: bool
-    scope: str
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedText:
-    """A prompt; unconditional: its unconditional branch, for negative prompts only."""
-
-    prompt: Prompt
-    unconditional: AnyCondition | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +69,7 @@ class RowBuilder:
 
     def __init__(self, pipeline: Pipeline, cache: EncodingCache | None = None) -> None:
         self.pipeline = pipeline
-        self._encoder = _BatchEncoder(pipeline, NoCache() if cache is None else cache)
+        self._encoder = BatchEncoder(pipeline, NoCache() if cache is None else cache)
         self._model = pipeline.config.name
         # The larger image whose tiles were built last.
         self._whole: dict[Hashable, Noise] = {}
@@ -282,12 +178,12 @@ class RowBuilder:
         return self.pipeline.reader(request.sampling)
 
     def _images(self, request: ImageRequest) -> Iterable[tuple[ImageKey, InputImage]]:
-        seen = [reference.picture for reference in request.references]
-        seen += [keyframe.picture for keyframe in request.keyframes if keyframe.picture]
+        seen = [reference.image for reference in request.references]
+        seen += [keyframe.image for keyframe in request.keyframes if keyframe.image]
         for image in seen:
             yield self._image_key(request, "embedding", image), image
         if request.canvas is not None:
-            image = request.canvas.picture
+            image = request.canvas.image
             yield self._image_key(request, "tokens", image), image
 
     def _branch_keys(self, request: ImageRequest) -> list[BranchKey]:
@@ -299,7 +195,7 @@ class RowBuilder:
 
     def _mixed_keys(self, request: ImageRequest) -> list[PriorKey]:
         """Return those of the prior's results that are mixed with others first."""
-        prompts = [keyframe.prompt for keyframe in request.keyframes if keyframe.picture is None]
+        prompts = [keyframe.prompt for keyframe in request.keyframes if keyframe.image is None]
         return [self._prior_key(request, prompt) for prompt in prompts]
 
     # ── one row ───────────────────────────────────────────────────────────────────────────────────
@@ -310,15 +206,13 @@ class RowBuilder:
             if request.sampling.guided
             else None
         )
-        conditional, regions = (
-            self._conditional(request, encodings),
-            self._regions(request, encodings),
-        )
+        conditional = self._conditional(request, encodings)
+        regions = self._regions(request, encodings)
         row = self.pipeline.start(noise, request.sampling, conditional, unconditional, regions)
         row.truncated = self._truncated(request, encodings)
         if request.canvas is None:
             return row
-        tokens = encodings.images[self._image_key(request, "tokens", request.canvas.picture)]
+        tokens = encodings.images[self._image_key(request, "tokens", request.canvas.image)]
         match request.canvas:
             case Repaint(mask=mask):
                 keep = ~token_mask(as_tensor(mask).bool(), self.pipeline.downscale)
@@ -342,7 +236,7 @@ class RowBuilder:
             return self.pipeline.condition(frame.prompt, frame.image, self._reader(request))
         if request.references:
             embeddings = [
-                self._embedding(request, reference.picture, encodings)
+                self._embedding(request, reference.image, encodings)
                 for reference in request.references
             ]
             prompt = encodings.texts[self._text_key(request, request.prompt)].prompt
@@ -359,11 +253,11 @@ class RowBuilder:
     def _keyframe(self, request: ImageRequest, number: int, encodings: _Encodings) -> Conditioning:
         keyframe = request.keyframes[number]
         prompt = encodings.texts[self._text_key(request, keyframe.prompt)].prompt
-        if keyframe.picture is None:
+        if keyframe.image is None:
             return Conditioning(
                 prompt, encodings.embeddings[self._prior_key(request, keyframe.prompt)]
             )
-        return Conditioning(prompt, self._embedding(request, keyframe.picture, encodings))
+        return Conditioning(prompt, self._embedding(request, keyframe.image, encodings))
 
     def _embedding(self, request: ImageRequest, image: InputImage, encodings: _Encodings) -> Tensor:
         return encodings.images[self._image_key(request, "embedding", image)]
@@ -376,128 +270,3 @@ class RowBuilder:
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.pipeline.device, non_blocking=True)
-
-
-class _BatchEncoder:
-    """Encode by the pipeline, in as few batches as the keys allow, through the cache."""
-
-    def __init__(self, pipeline: Pipeline, cache: EncodingCache) -> None:
-        self._pipeline, self._cache = pipeline, cache
-
-    def encode_texts(self, keys: Sequence[TextKey]) -> dict[TextKey, EncodedText]:
-        return dict(zip(keys, self._cache.fetch("text", keys, self._encode_texts), strict=True))
-
-    def encode_images(self, images: Mapping[ImageKey, InputImage]) -> dict[ImageKey, Tensor]:
-        """Return tokens [H, W], or a CLIP embedding [1, D'], as each key says."""
-        keys = list(images)
-        encoded = self._cache.fetch(
-            "picture", keys, lambda missing: self._encode_images(missing, images)
-        )
-        return dict(zip(keys, encoded, strict=True))
-
-    def condition_on_prior(
-        self, branches: Mapping[BranchKey, Noise], texts: Mapping[TextKey, EncodedText]
-    ) -> dict[BranchKey, AnyCondition]:
-        """Return the conditional branch of each prompt with the prior's image embedding."""
-
-        def condition(missing: list[BranchKey]) -> list[AnyCondition]:
-            # Branches of several denoisers may share a result of the prior.
-            noises = {key.prior: branches[key] for key in missing}
-            embeddings = self._run_prior(list(noises), noises, texts)
-            images = dict(zip(noises, embeddings, strict=True))
-            return [
-                self._pipeline.condition(
-                    texts[key.prior.text].prompt, images[key.prior], key.reader
-                )
-                for key in missing
-            ]
-
-        keys = list(branches)
-        return dict(zip(keys, self._cache.fetch("prior", keys, condition), strict=True))
-
-    def run_prior(
-        self, noises: Mapping[PriorKey, Noise], texts: Mapping[TextKey, EncodedText]
-    ) -> dict[PriorKey, Tensor]:
-        """Return the prior's image embeddings [1, D']."""
-
-        def embed(missing: list[EmbeddingKey]) -> list[Tensor]:
-            return self._run_prior([key.prior for key in missing], noises, texts)
-
-        keys = [EmbeddingKey(key) for key in noises]
-        return dict(zip(noises, self._cache.fetch("prior", keys, embed), strict=True))
-
-    def _encode_texts(self, keys: list[TextKey]) -> list[EncodedText]:
-        def batch_of(key: TextKey) -> Hashable:
-            # Texts of one length: a short one would be padded to its neighbours', and pay for it in
-            # every step.
-            return self._pipeline.text_length(key.prompt) if key.shared else key
-
-        def encode(batch: list[TextKey]) -> list[EncodedText]:
-            # Parts of a batch share its memory, all of which the last of them would hold.
-            prompts = [
-                Prompt(p.byt5.clone(), p.mask.clone(), p.clip.clone(), p.truncated)
-                for p in self._pipeline.encode([key.prompt for key in batch])
-            ]
-            pairs = zip(batch, prompts, strict=True)
-            return [
-                EncodedText(
-                    p,
-                    self._pipeline.condition(p, reader=Reader(key.negative))
-                    if key.negative
-                    else None,
-                )
-                for key, p in pairs
-            ]
-
-        return _in_batches(keys, batch_of, encode)
-
-    def _encode_images(
-        self, keys: list[ImageKey], images: Mapping[ImageKey, InputImage]
-    ) -> list[Tensor]:
-        def batch_of(key: ImageKey) -> Hashable:
-            # CLIP scales every image to one size; the VQGAN takes it as it is.
-            size = (key.width, key.height) if key.kind == "tokens" else None
-            return (key.kind, size) if key.shared else key
-
-        def encode(batch: list[ImageKey]) -> list[Tensor]:
-            pixels = [as_tensor(images[key]) for key in batch]
-            if batch[0].kind == "embedding":
-                return [embedding.clone() for embedding in self._pipeline.embed_images(pixels)]
-            return [tokens.clone() for tokens in self._pipeline.encode_images(torch.stack(pixels))]
-
-        return _in_batches(keys, batch_of, encode)
-
-    def _run_prior(
-        self,
-        keys: list[PriorKey],
-        noises: Mapping[PriorKey, Noise],
-        texts: Mapping[TextKey, EncodedText],
-    ) -> list[Tensor]:
-        def run(batch: list[PriorKey]) -> list[Tensor]:
-            prompts = [texts[key.text].prompt for key in batch]
-            embeddings = self._pipeline.prior_embeddings(
-                prompts, [noises[key] for key in batch], batch[0].settings
-            )
-            return [embedding.clone() for embedding in embeddings]
-
-        return _in_batches(keys, lambda key: key.settings if key.text.shared else key, run)
-
-
-def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Return the items of each key, in order."""
-    groups: dict[Hashable, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
-
-
-def _in_batches(
-    keys: Sequence[K], batch_of: Callable[[K], Hashable], compute: Callable[[list[K]], list[V]]
-) -> list[V]:
-    """Compute the keys of one batch in one call; return the values in the order of the keys."""
-    computed = {
-        key: value
-        for batch in group_by(keys, batch_of)
-        for key, value in zip(batch, compute(batch), strict=True)
-    }
-    return [computed[key] for key in keys]

@@ -9,6 +9,7 @@ import inspect
 import json
 import multiprocessing.process
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -55,6 +56,8 @@ from server.api import create_app
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
+
+pytest.register_assert_rewrite("tests.support")
 
 # Tests that run beside others compute on one core each.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -109,68 +112,8 @@ def examples(count: int) -> hypothesis.settings:
     return hypothesis.settings(max_examples=max(10, round(count * share)))
 
 
-# Modules of which every test starts a process.
-PROCESS_MODULES = {
-    "test_alpha_table",
-    "test_answers_in_time",
-    "test_api",
-    "test_applications",
-    "test_bad_input",
-    "test_bench",
-    "test_browser",
-    "test_browser_requests",
-    "test_client",
-    "test_docker",
-    "test_end_to_end",
-    "test_examples",
-    "test_fair_server",
-    "test_faults",
-    "test_full_disk",
-    "test_http_protocol",
-    "test_idempotency",
-    "test_models",
-    "test_nginx",
-    "test_observability",
-    "test_openai_client",
-    "test_packaging",
-    "test_paths",
-    "test_processes",
-    "test_ray_app",
-    "test_runtime",
-    "test_signals",
-    "test_supervision",
-    "test_tools_hosts",
-    "test_tracing",
-    "test_under_load",
-    "test_upload_pressure",
-    "test_upscale_api",
-    "test_worker_lifetime",
-}
-TRAINING_MODULES = {
-    "test_block_skips",
-    "test_captions",
-    "test_checker",
-    "test_distill",
-    "test_finetune",
-    "test_reward",
-    "test_training",
-    "test_training_loop",
-}
-# Modules that compute for seconds: interpreted kernels, networks of the published size.
-HEAVY_MODULES = {
-    "test_agreement",
-    "test_cli_generate",
-    "test_evaluate",
-    "test_full_size",
-    "test_gpu_script",
-    "test_kernels_denoiser",
-    "test_kernels_twins",
-    "test_regression_gate",
-    "test_render",
-    "test_weights_check",
-}
-SLOW_MODULES = PROCESS_MODULES | TRAINING_MODULES | HEAVY_MODULES
 NOT_FAST = ("browser", "gpu", "heavy", "observability", "process", "ray", "slow", "training")
+_MODULE_MARKS = re.compile(r"^pytestmark = (\[.*?\]$|[^\n]*)", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -247,20 +190,19 @@ def _names(code: CodeType) -> set[str]:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With --fast, do not import the modules without a fast test."""
-    return True if config.getoption("--fast") and collection_path.stem in SLOW_MODULES else None
+    if not config.getoption("--fast") or collection_path.suffix != ".py":
+        return None
+    marks = _MODULE_MARKS.search(collection_path.read_text())
+    return True if marks and set(NOT_FAST) & set(re.findall(r"mark\.(\w+)", marks[1])) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts a process or trains; run tests that start a Ray only with `-m ray`; with
-    --fast run the fast ones.
+    """Mark what starts a server; run tests that start a Ray only with `-m ray`; with --fast run
+    the fast ones.
     """
     for item in items:
-        if item.path.stem in PROCESS_MODULES or starts_a_server(item):
+        if starts_a_server(item):
             item.add_marker("process")
-        if item.path.stem in TRAINING_MODULES:
-            item.add_marker("training")
-        if item.path.stem in HEAVY_MODULES:
-            item.add_marker("heavy")
     unwanted = set(NOT_FAST if config.getoption("--fast") else ())
     if "ray" not in config.option.markexpr:
         unwanted.add("ray")

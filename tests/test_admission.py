@@ -9,12 +9,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import pytest
 
-from model.config import SamplingConfig
 from server.engine.client import MAX_SOLO_CRASHES, RETRY_FORECAST_S, EngineClient
 from server.engine.cpu_share import CALM_S
 from server.engine.errors import (
@@ -34,7 +32,6 @@ from server.engine.messages import (
     Failed,
     Finished,
     Heartbeat,
-    Image,
     Preview,
     ProcessStats,
     Running,
@@ -47,27 +44,10 @@ from server.metrics import Metrics, WorkerState
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import raised
-from tests.virtual_time import START, settle, virtual_time
+from tests.support.fake_jobs import PIXELS, SAMPLING, job, picture
+from tests.support.virtual_time import START, settle, virtual_time
 
-SAMPLING = SamplingConfig(
-    steps=10,
-    renoise_steps=0,
-    guidance=(1.0, 1.0),
-    guidance_steps=0,
-    temperature=(1.0, 1.0),
-    sampler="argmax",
-)
-PIXELS = 32 * 16
 SLOTS = 4
-
-ids = count()
-
-
-def job(rows: int = 1, seconds: float = 1000.0, **changes: Any) -> Job:
-    id, deadline = f"job{next(ids)}", time.monotonic() + seconds
-    return replace(
-        Job(id, "fake", "", "", 32, 16, tuple(range(rows)), SAMPLING, deadline), **changes
-    )
 
 
 class PlayedWorker:
@@ -149,10 +129,6 @@ class PlayedWorker:
         lost, self.jobs = frozenset(self.jobs), {}
         self.status = WorkerStatus(ready=False, reason="crashed; another is starting")
         self.listener.on_worker_lost(self, "crashed", lost, frozenset(suspects))  # type: ignore[arg-type]
-
-
-def picture(index: int) -> Image:
-    return Image(index, 32, 16, bytes(PIXELS * 3))
 
 
 class Engine:

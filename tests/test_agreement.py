@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from load_tests import agreement
+
+pytestmark = pytest.mark.heavy
 
 
 def test_it_ends_in_one_line_of_shares_for_every_batch(random_bundle, monkeypatch, capsys):

@@ -24,9 +24,9 @@ from server.cli.offline import plan as offline_plan
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_config, micro_v1_config, serving, wait_until
-from tests.test_api import opened, post
-from tests.test_auth import asking
-from tests.test_image_operations import as_json, fields_of
+from tests.support.images import opened
+from tests.support.native_api import as_json, fields_of, post
+from tests.support.servers import asking
 
 Configure = Callable[..., Settings]
 ALIASES = f"dall-e-3={NAME},stabilityai/sdxl-turbo={NAME}"

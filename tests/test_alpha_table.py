@@ -20,7 +20,9 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.test_image_operations import png
+from tests.support.images import png
+
+pytestmark = pytest.mark.process
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Endpoint = Literal["inpaint", "v1/images/edits"]

@@ -13,7 +13,8 @@ from server.api.images.encode import animate, encode
 from server.engine.messages import Image
 from server.settings import Settings
 from tests.conftest import wait_until
-from tests.test_api import error_of, post, served
+from tests.support.native_api import error_of, post
+from tests.support.servers import served
 
 pytestmark = pytest.mark.process
 

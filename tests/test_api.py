@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
-import io
 import json
 import logging
 import os
@@ -16,13 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
-import PIL.Image
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
@@ -31,54 +27,23 @@ from server.api import create_app
 from server.api.openapi import EXAMPLES
 from server.engine.errors import Draining
 from server.engine.supervisor import Supervisor
-from server.engine.worker_process import WorkerMain
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, NATIVE_SIZE, serving, wait_until, write_bundle
+from tests.support.images import opened
+from tests.support.native_api import error_of, post
+from tests.support.servers import metric, served
+
+pytestmark = pytest.mark.process
 
 INT64_MAX = 2**63 - 1
 Configure = Callable[..., Settings]
-
-
-def post(
-    client: httpx.Client,
-    prompt: str = "a ball",
-    headers: dict[str, str] | None = None,
-    **fields: Any,
-) -> httpx.Response:
-    return client.post("/generate", json={"prompt": prompt, **fields}, headers=headers)
-
-
-def opened(content: bytes) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(content))
-
-
-def metric(client: httpx.Client, name: str, **labels: str) -> float:
-    for family in text_string_to_metric_families(client.get("/metrics").text):
-        for sample in family.samples:
-            if sample.name == name and labels.items() <= sample.labels.items():
-                return sample.value
-    return 0.0
 
 
 def answers_counted(client: httpx.Client, status: str) -> float:
     """Return how many requests to /generate ended with the status."""
     name = "paella_request_duration_seconds_count"
     return metric(client, name, endpoint="/generate", status=status)
-
-
-@contextmanager
-def served(
-    settings: Settings, worker: WorkerMain = fake_worker.main, *, ready: bool = True
-) -> Iterator[httpx.Client]:
-    """A client of a server of its own, for the tests that would disturb the shared one."""
-    with (
-        serving(create_app(settings, worker=worker)) as address,
-        httpx.Client(base_url=address, timeout=20) as client,
-    ):
-        if ready:
-            wait_until(lambda: client.get("/readyz").status_code == 200)
-        yield client
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
@@ -268,12 +233,6 @@ def test_two_requests_may_use_one_id_at_once(client: httpx.Client) -> None:
 
 
 # ── when the engine says no ───────────────────────────────────────────────────────────────────────
-
-
-def error_of(answer: httpx.Response) -> dict[str, Any]:
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return dict(error)
 
 
 def test_a_passed_deadline_is_504(client: httpx.Client) -> None:

@@ -24,8 +24,8 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, serving, wait_until
-from tests.test_auth import KEY
-from tests.test_image_operations import noise, png, white
+from tests.support.api_keys import KEY
+from tests.support.images import noise, png, white
 
 pytestmark = pytest.mark.process
 

@@ -11,8 +11,7 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +31,12 @@ from server.api.head_guard import MAX_HEADER_BYTES, MAX_URL_BYTES, check_head
 from server.api.validation import from_validation
 from server.paths import OPEN_PATHS, PROBES
 from server.settings import Settings
-from server.uvicorn_server import Server
 from tests import fake_worker
-from tests.conftest import running, wait_until
-
-KEY, OTHER = "a-key-of-the-house", "another-key-of-it"
-AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
-Configure = Callable[..., Settings]
-
-
-def asking(settings: Settings) -> TestClient:
-    """A client of an app whose worker is not started."""
-    return TestClient(create_app(settings, worker=fake_worker.main), raise_server_exceptions=False)
-
-
-@contextmanager
-def listening(settings: Settings, ports: int = 1) -> Iterator[list[int]]:
-    """The command line's own server; gives its ports, of which `operations_port` may be the
-    last.
-    """
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ports)]
-    numbers = [listener.getsockname()[1] for listener in listeners]
-    if ports > 1:
-        settings = settings.model_copy(update={"operations_port": numbers[-1]})
-    with running(Server(create_app(settings, worker=fake_worker.main)), *listeners):
-        yield numbers
-
-
-@contextmanager
-def served(settings: Settings) -> Iterator[httpx.Client]:
-    """A client of it, once the fake worker is ready."""
-    with (
-        listening(settings) as (port,),
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
-    ):
-        wait_until(lambda: client.get("/readyz").status_code == 200)
-        yield client
-
-
-def all_answered(port: int, sent: bytes) -> bytes:
-    """What comes until the server closes the connection on which this was sent."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(sent)
-        return b"".join(iter(lambda: connection.recv(1000), b""))
+from tests.conftest import wait_until
+from tests.support.access_log import said
+from tests.support.api_keys import AUTHORIZED, KEY, OTHER
+from tests.support.servers import Configure, asking
+from tests.support.uvicorn_servers import all_answered, listening, served
 
 
 def code(answer: httpx.Response) -> str:
@@ -93,17 +55,6 @@ def rejected(client: TestClient, reason: str) -> float | None:
 def access_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, "server.access")
     return caplog
-
-
-def said(access_log: pytest.LogCaptureFixture, request_id: str) -> dict[str, Any]:
-    """The fields of this request's line, which is written after the answer."""
-
-    def found() -> list[dict[str, Any]]:
-        lines = [record.__dict__.get("fields", {}) for record in access_log.records]
-        return [fields for fields in lines if fields.get("request_id") == request_id]
-
-    wait_until(lambda: bool(found()))
-    return found()[0]
 
 
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────

@@ -32,6 +32,8 @@ from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
 
+pytestmark = pytest.mark.process
+
 JSON = {"Content-Type": "application/json"}
 
 

@@ -19,6 +19,8 @@ from load_tests.stages import Workload, flops, measure
 from model.config import BundleConfig
 from model.pipeline import Pipeline
 
+pytestmark = pytest.mark.process
+
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str], dict[str, Any]]:
     """The lines before the last, and the last one as JSON."""

@@ -1,7 +1,5 @@
 """Blocks that are left out at random in training, and what is lost without each."""
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
 import json
@@ -16,11 +14,12 @@ from model.networks.denoiser_v3 import Denoiser
 from model.training import block_losses, denoiser, distill
 from model.training.block_skips import removable, skip_at_random, without
 from model.training.features import Examples
-from model.training.objective import dropped_condition
 from tests.conftest import micro_config, randomise, write_random_bundle
-from tests.short_training import run
-from tests.small_training import art_of_our_own, corpus_file, small_config  # noqa: F401
-from tests.test_training import examples
+from tests.support.short_training import run
+from tests.support.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config  # noqa: F401, fixtures
+from tests.support.training_examples import examples, features
+
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture
@@ -28,15 +27,6 @@ def network():
     own = Denoiser(micro_config().denoiser)
     randomise(own)
     return own
-
-
-@torch.no_grad()
-def features(network, x: Examples, t=0.5):
-    """Return the features of examples, whose conditions are the same in every call."""
-    torch.manual_seed(3)
-    condition = dropped_condition(network, x, 0.0)
-    torch.manual_seed(4)
-    return network.features(x.tokens, network.times(torch.full((len(x.tokens),), t)), condition)
 
 
 def test_blocks_that_add_are_removable_but_those_that_read_a_skip(network):

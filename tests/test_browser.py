@@ -4,7 +4,6 @@ embedded weights.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import re
@@ -20,25 +19,34 @@ import numpy as np
 import PIL.Image
 import pytest
 from fastapi import Response
-from playwright.sync_api import Browser, expect
-from prometheus_client.parser import text_string_to_metric_families
+from playwright.sync_api import expect
 
-from load_tests.browser import CHROMIUM, Playground, browser
+from load_tests.browser import CHROMIUM, Playground
 from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
+from tests.support.browsers import (
+    APPLE,
+    FOX,
+    FOX_HEIGHT,
+    FOX_WIDTH,
+    Open,
+    opened,  # noqa: F401, fixtures
+    plain,  # noqa: F401, fixtures
+    plain_address,  # noqa: F401, fixtures
+    playground,  # noqa: F401, fixtures
+    rows,
+    serious,
+)
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
 ]
 
 ROOT = Path(__file__).parents[1]
-APPLE = "a red apple on a white background"
-FOX = ROOT / "docs" / "gallery" / "fox.png"
-with PIL.Image.open(FOX) as fox:
-    FOX_WIDTH, FOX_HEIGHT = fox.size
 SHOWN = (
     "a strawberry on a cyan background",
     "a dog on a yellow background",
@@ -47,60 +55,6 @@ SHOWN = (
     "a green cactus on an orange background",
     "a red mushroom on a black background",
 )
-Open = Callable[..., Playground]
-
-
-@pytest.fixture(scope="module")
-def plain_address(fake_settings: Callable[..., Settings]) -> Iterator[str]:
-    with serving(create_app(fake_settings(), worker=fake_worker.main)) as url:
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
-        yield url
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as launched:
-        yield launched
-
-
-@pytest.fixture
-def opened(chromium: Browser) -> Iterator[Open]:
-    """Opens the page in a browser that remembers nothing; in the end nothing must have been
-    complained about but what was expected.
-    """
-    pages: list[Playground] = []
-
-    def open(url: str, **context: Any) -> Playground:
-        size = {"width": 1280, "height": 900}
-        playground = Playground(
-            chromium.new_context(
-                **{"viewport": size, "reduced_motion": "reduce", **context}
-            ).new_page()
-        )
-        pages.append(playground)
-        playground.page.goto(url)
-        return playground
-
-    yield open
-    for playground in pages:
-        playground.page.context.close()
-    assert [complaint for playground in pages for complaint in playground.complaints] == []
-
-
-@pytest.fixture
-def playground(opened: Open, live_server: str) -> Playground:
-    """With the embedded weights."""
-    playground = opened(live_server)
-    playground.ready()
-    return playground
-
-
-@pytest.fixture
-def plain(opened: Open, plain_address: str) -> Playground:
-    """With a worker that answers at once, in plain colours of 64 × 32 pixels."""
-    playground = opened(plain_address)
-    playground.ready()
-    return playground
 
 
 # ── with the embedded weights ─────────────────────────────────────────────────────────────────────
@@ -355,19 +309,6 @@ def test_nothing_serious_keeps_anybody_from_using_it(
     assert found == set()
 
 
-def serious(playground: Playground) -> set[str]:
-    """What axe finds to be serious or critical on the page as it is."""
-    axe = ROOT / "tests" / "data" / "axe-core" / "axe.min.js.gz"
-    playground.page.evaluate(gzip.decompress(axe.read_bytes()).decode())
-    violations = playground.page.evaluate("async () => (await axe.run()).violations")
-    return {
-        f"{violation['id']}: {node['html']} {node['failureSummary']}"
-        for violation in violations
-        if violation["impact"] in ("serious", "critical")
-        for node in violation["nodes"]
-    }
-
-
 def test_the_same_request_from_a_terminal_is_the_same_request(
     plain: Playground, tmp_path: Path
 ) -> None:
@@ -432,14 +373,6 @@ def test_a_cancelled_request_leaves_the_server_and_the_picture_stays(
     expect(plain.page.locator("#status")).to_have_text("Cancelled.")
     assert (plain.shown == before).all()
     wait_until(lambda: rows(plain_address) == 0, timeout_s=60)
-
-
-def rows(address: str) -> float:
-    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
-    names = ("paella_rows_running", "paella_queue_depth")
-    return sum(
-        sample.value for family in families for sample in family.samples if sample.name in names
-    )
 
 
 def test_a_server_with_keys_is_asked_with_the_key_that_was_typed(

@@ -15,16 +15,7 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.test_browser import (
-    APPLE,
-    FOX,
-    Open,
-    chromium,  # noqa: F401
-    opened,  # noqa: F401
-    plain,  # noqa: F401
-    plain_address,  # noqa: F401
-)
-from tests.test_browser_live import forgive
+from tests.support.browsers import APPLE, FOX, Open, chromium, forgive, opened, plain, plain_address  # noqa: F401, fixtures
 
 pytestmark = [
     pytest.mark.browser,

@@ -14,20 +14,19 @@ from playwright.sync_api import Request, Route, expect
 from load_tests.browser import CHROMIUM, Playground
 from load_tests.playground import waits_of
 from tests.conftest import wait_until
-from tests.test_browser import (
+from tests.support.browsers import (  # noqa: F401, fixtures  # noqa: F401, fixtures
     APPLE,
-    Open,
-    chromium,  # noqa: F401
-    opened,  # noqa: F401
-    plain_address,  # noqa: F401
-    rows,
-    serious,
-)
-from tests.test_browser_requests import (
     HEIGHT,
     WIDTH,
-    hasty_address,  # noqa: F401
+    Open,
+    chromium,
+    forgive,
+    hasty_address,
+    opened,
+    plain_address,
     png,
+    rows,
+    serious,
 )
 
 pytestmark = [
@@ -136,15 +135,6 @@ def type_at_once(playground: Playground, text: str) -> None:
 
 def expect_shown(playground: Playground, prompt: str) -> None:
     expect(playground.page.locator("#picture")).to_have_attribute("alt", prompt)
-
-
-def forgive(playground: Playground, *texts: str) -> None:
-    """Drop the console's errors that contain one of the texts."""
-    playground.complaints[:] = [
-        complaint
-        for complaint in playground.complaints
-        if not any(text in complaint for text in texts)
-    ]
 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────

@@ -9,16 +9,16 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 from load_tests.browser import CHROMIUM, Playground
-from tests.test_browser import (
+from tests.support.browsers import (  # noqa: F401, fixtures
     APPLE,
     FOX,
     Open,
-    chromium,  # noqa: F401
-    opened,  # noqa: F401
-    plain_address,  # noqa: F401
+    chromium,
+    forgive,
+    opened,
+    plain_address,
     serious,
 )
-from tests.test_browser_live import forgive
 
 pytestmark = [
     pytest.mark.browser,

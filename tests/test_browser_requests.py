@@ -10,44 +10,42 @@ import io
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import PIL.Image
 import pytest
 from playwright.sync_api import Page, Route, expect
 
 from load_tests.browser import CHROMIUM, Playground
-from server.api import create_app
-from server.settings import Settings
-from tests import fake_worker
-from tests.conftest import micro_preset_config, serving, wait_until
-from tests.test_browser import (
+from tests.support.browsers import (  # noqa: F401, fixtures
     APPLE,
+    BLUE,
     FOX,
     FOX_HEIGHT,
     FOX_WIDTH,
+    HEIGHT,
+    RED,
+    WIDTH,
     Open,
-    chromium,  # noqa: F401
-    opened,  # noqa: F401
-    plain,  # noqa: F401
-    plain_address,  # noqa: F401
-    playground,  # noqa: F401
+    chromium,
+    hasty_address,
+    opened,
+    plain,
+    plain_address,
+    playground,
+    png,
     serious,
 )
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
 ]
 
 ORIENTATION = 0x0112
 TURN_RIGHT = 6
-RED, BLUE = (200, 30, 30), (30, 30, 200)
-# The fake weights' images.
-WIDTH, HEIGHT = 64, 32
 
 
 def answering(
@@ -84,12 +82,6 @@ def refusing(playground: Playground, operation: str, param: str) -> None:
         f"**/{operation}",
         lambda route: route.fulfill(status=422, json={"error": {**error, "code": "no"}}),
     )
-
-
-def png(size: tuple[int, int]) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.new("RGB", size, BLUE).save(file, "PNG")
-    return file.getvalue()
 
 
 def sent_image(body: dict[str, Any], name: str) -> PIL.Image.Image:
@@ -440,17 +432,6 @@ def test_a_drawn_image_is_enlarged_and_a_second_pass_draws_as_large_a_one(
 
 
 # ── presets ───────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def hasty_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Weights with the presets `quality` and `fast`, the default one."""
-    directory = tmp_path_factory.mktemp("hasty")
-    micro_preset_config("hasty", default=True).write(directory)
-    app = create_app(Settings(weights=str(directory)), worker=fake_worker.main)
-    with serving(app) as url:
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
-        yield url
 
 
 def test_a_preset_is_chosen_with_its_recipe_and_sent(opened: Open, hasty_address: str) -> None:

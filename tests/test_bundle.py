@@ -18,19 +18,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from model.bundle import (
-    BundleError,
-    build,
-    file_entry,
-    load_bundle,
-    load_v3,
-    read_tensors,
-    save_bundle,
-    state_of,
-    verify_files,
-)
+from model.bundle import build, load_bundle, load_v3, save_bundle, state_of
+from model.bundle_files import BundleError, file_entry, read_tensors, verify_files
 from model.config import CONFIG_FILE, BundleConfig
 from tests.conftest import NETWORKS, micro_v1_config, random_networks, write_merges
+from tests.support.pickles import Explosive
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
@@ -284,16 +276,6 @@ def test_a_directory_without_a_configuration_is_not_a_bundle(tmp_path):
 
 
 # ── what else lies there, and where one stands ────────────────────────────────────────────────────
-
-
-class Explosive:
-    """A pickle that leaves a mark when it is opened."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return (Path.touch, (self.mark,))
 
 
 @pytest.mark.parametrize("name", ["denoiser.pt", "pytorch_model.bin", "clip.ckpt"])

@@ -17,6 +17,8 @@ from model.training.scene_samplers import sample
 from model.training.scenery import BACKGROUNDS, SCENES
 from model.training.scenes import RELATION_SIDES, RELATIONS, SIDES, Scene, Thing
 
+pytestmark = pytest.mark.training
+
 COLOUR_WORDS = {"grey": "gray", "violet": "purple", "turquoise": "cyan"} | {n: n for n in NAMES}
 CORRECT = replace(USUAL, typos=0.0, tags=0.0)
 # Kinds whose names hold no colour, before plain backgrounds: every colour word means a colour.

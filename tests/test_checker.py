@@ -11,6 +11,8 @@ from torch import Tensor
 from model.training.checker import Found, Reading, Verdict, check, read_all, side_of, wanted
 from model.training.scenes import Scene, Side, Thing
 
+pytestmark = pytest.mark.training
+
 SHAPE = (256, 256)
 HEART = Found("heart", "red", (0.5, 0.5), (0.6, 0.6), 0.9)
 STAR = Found("star", "yellow", (0.27, 0.5), (0.4, 0.4), 0.9)

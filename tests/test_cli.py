@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,6 @@ import httpx
 import PIL.Image
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
 import weights
 from load_tests.serving import Server, serving
@@ -29,10 +27,11 @@ from server.api.planning.operations import OPERATIONS
 from server.cli import app
 from server.cli.main import _listen
 from tests.conftest import wait_until
-
-
-def paellera(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.support.command_line import (
+    assert_one_line,
+    paellera,
+    server_fixture,  # noqa: F401, fixtures
+)
 
 
 def paellera_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -44,20 +43,6 @@ def paellera_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]
         timeout=120,
         check=False,
     )
-
-
-def assert_one_line(stderr: str, code: int, expected_code: int, *words: str) -> None:
-    assert code == expected_code, stderr
-    (line,) = stderr.splitlines()
-    assert line.startswith("paellera: ")
-    for word in words:
-        assert word in line
-
-
-@pytest.fixture(scope="module")
-def server(random_bundle: Path) -> Iterator[Server]:
-    with serving({"PAELLERA_WEIGHTS": str(random_bundle)}) as server:
-        yield server
 
 
 @pytest.fixture

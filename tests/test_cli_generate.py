@@ -21,7 +21,9 @@ from load_tests.serving import Server, serving
 from model.bundle import save_bundle
 from model.config import BundleConfig
 from tests.conftest import micro_preset_config, random_networks, randomise, write_merges
-from tests.test_cli import assert_one_line, paellera, server  # noqa: F401, the fixture
+from tests.support.command_line import assert_one_line, paellera, server_fixture  # noqa: F401, fixtures
+
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_frames_become_an_animation_if_the_output_is_one(
 
 
 def test_inpaint_writes_the_bytes_that_serve_answers(
-    server: Server,  # noqa: F811
+    server: Server,
     random_bundle: Path,
     files: Path,
     tmp_path: Path,

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import BundleConfig
 from model.networks.denoiser_v3 import Condition
@@ -26,38 +25,11 @@ from server.engine.messages import Count
 from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config, micro_preset_config, micro_v1_config
-from tests.test_pipeline import PLAIN, PROMPTS, SAMPLERS, UNGUIDED, agreement, row, run
+from tests.support.eager_graphs import NothingAsked, Rerun, rerun
+from tests.support.pipeline_rows import PLAIN, PROMPTS, SAMPLERS, UNGUIDED, agreement, row, run
 
 GRID = (8, 8)
 LENGTHS = (16, 80)
-
-
-class NothingAsked(TorchDispatchMode):
-    """Fails where a function asks the device for a number: what is recorded may not, and what
-    runs beside the steps would wait for it.
-    """
-
-    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in self.ASKING, f"{func} waits for the device"
-        return func(*args, **kwargs or {})
-
-
-@dataclass
-class Rerun:
-    """As a graph: its output lies always in the same place."""
-
-    function: Callable[[], Tensor]
-    output: Tensor
-
-    def replay(self) -> None:
-        self.output.copy_(self.function())
-
-
-def rerun(function: Callable[[], Tensor]) -> Rerun:
-    with NothingAsked():
-        return Rerun(function, function())
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,7 @@ from model.pipeline import Pipeline
 from model.training import curves
 from model.training.detector import Detector
 from model.training.scenes import SQUARE
-from tests.test_evaluate import sprites
-
-__all__ = ["sprites"]
+from tests.support.judging import sprites_fixture  # noqa: F401, fixtures
 
 
 def test_the_prompts_are_fixed_square_and_of_all_categories() -> None:

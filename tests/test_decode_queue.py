@@ -12,17 +12,9 @@ from server.engine.cuda_streams import Mark
 from server.engine.decode_queue import DecodeQueue, DecodeRequest
 from server.engine.runner import DECODE_ROWS, Decoding
 from server.engine.scheduler import Pool, RowId
+from tests.support.workers import LateMark
 
 POOL = Pool("random", 2, 2, 96, None)
-
-
-class LateMark(Mark):
-    """A decode that is done once `passed` is set."""
-
-    passed = False
-
-    def __init__(self) -> None:
-        super().__init__(None)
 
 
 def decoding(rows: Sequence[RowId], mark: Mark | None = None) -> Decoding:

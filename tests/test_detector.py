@@ -25,21 +25,12 @@ from model.training.detector import (
     shape_colour,
     shrunk,
 )
-from model.training.kinds import SHAPES
-from model.training.scenes import SQUARE, Scene, Thing
+from model.training.scenes import Scene, Thing
+from tests.support.judging import shape_scenes
 
 needs_weights = pytest.mark.skipif(
     not WEIGHTS.is_file(), reason="no trained judge: python -m model.training.judge"
 )
-
-
-def shape_scenes() -> list[Scene]:
-    colours = ("red", "blue", "black", "yellow", "purple", "green", "white", "orange", "pink")
-    backgrounds = ("white", "yellow", "pink", "black", "white", "orange", "blue", "black", "green")
-    return [
-        Scene(background, (Thing(shape, colour),), None, SQUARE)
-        for shape, colour, background in zip(SHAPES, colours, backgrounds, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Distillation: the teacher's target is what guidance comes to in use, the student follows it, and
 an interrupted run ends as one that was not."""
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
 import sys
@@ -42,11 +40,18 @@ from tests.conftest import (
     randomise,
     write_random_bundle,
 )
-from tests.picture_files import write_pictures
-from tests.short_training import Crash, run, run_main
-from tests.small_training import art_of_our_own, corpus_file, scenes, small_config  # noqa: F401
-from tests.test_finetune import identical, without_clock
-from tests.test_training import examples
+from tests.support.checkpoints import identical, without_clock
+from tests.support.picture_files import write_pictures
+from tests.support.short_training import Crash, run, run_main
+from tests.support.small_training import (  # noqa: F401, fixtures
+    art_of_our_own_fixture,
+    corpus_file_fixture,
+    scenes_fixture,
+    small_config,
+)
+from tests.support.training_examples import examples
+
+pytestmark = pytest.mark.training
 
 SAMPLING = SamplingConfig(
     steps=6,

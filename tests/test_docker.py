@@ -25,26 +25,15 @@ from load_tests.serving import free_port
 from server.settings import Settings
 from server.uvicorn_server import WRITE_TIMEOUT_S
 from tests.conftest import wait_until
+from tests.support.dockerfile import Instruction, stages
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 SERVERS = ("server-cpu", "server-gpu")
 PATIENCE_S = 300
-
-Instruction = tuple[str, str]
-
-
-def stages() -> list[list[Instruction]]:
-    """The Dockerfile's instructions after each FROM."""
-    text = re.sub(r"^#.*\n", "", (DOCKER / "Dockerfile").read_text(), flags=re.MULTILINE)
-    lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line]
-    made: list[list[Instruction]] = []
-    for keyword, _, rest in (line.partition(" ") for line in lines):
-        if keyword == "FROM":
-            made.append([])
-        made[-1].append((keyword, rest.strip()))
-    return made
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:

@@ -18,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import wait_until
 
+pytestmark = pytest.mark.process
+
 APPLE = {"prompt": "a red apple on a white background", "seed": 7}
 
 

@@ -29,7 +29,8 @@ from server.api.sdapi.schemas import (
 from server.api.validation import from_validation
 from server.settings import Settings
 from tests import fake_worker
-from tests.test_image_operations import noise, png, white
+from tests.support.error_texts import JARGON
+from tests.support.images import noise, png, white
 
 JSON = {"Content-Type": "application/json"}
 FILE = IMAGE_DESCRIPTION[0].lower() + IMAGE_DESCRIPTION[1:]
@@ -476,8 +477,6 @@ SCHEMAS: list[type[BaseModel]] = [
     PngInfoRequest,
     OptionsRequest,
 ]
-# Words of pydantic's, and names of types, that tell a client nothing.
-JARGON = re.compile(r"Input should|Value error|valid (string|integer|number)|literal\[|function-")
 SENT = (object(), -(10**30), 10**30, "\ud800", "no such value", [None] * 50, {"no": "field"}, 1.5)
 
 

@@ -13,53 +13,42 @@ from PIL import Image
 from torch import Tensor
 
 from model.pipeline import Pipeline
-from model.training import evaluate
-from model.training.art import shapes
+from model.training import bench_report, benchmark, evaluate, judge_accuracy
+from model.training.bench_report import Bench
 from model.training.benchmark import Drawn
-from model.training.checker import Found, Reading
 from model.training.contact_sheet import contact_sheet
 from model.training.detector import Detector
-from model.training.kinds import NAMES_OF_KINDS, SHAPES
+from model.training.kinds import NAMES_OF_KINDS
 from model.training.network_figures import networks
 from model.training.recipe_text import RecipeError
+from tests.support.judging import (
+    Guess,
+    sprites_fixture,  # noqa: F401, fixtures
+)
 
-
-class Guess:
-    """A judge that sees a red star in everything."""
-
-    def read(self, pictures: Tensor) -> list[Reading]:
-        star = Found("star", "red", (0.5, 0.5), (0.5, 0.5), 1.0)
-        return [Reading("white", (star,), (256, 256)) for _ in pictures]
-
-
-@pytest.fixture(scope="module")
-def sprites() -> Tensor:
-    """Return shapes, and grey squares for all objects."""
-    square = torch.full((1, 4, 16, 16), 128, dtype=torch.uint8)
-    square[:, 3] = 255
-    return torch.cat([shapes(16), square.expand(len(NAMES_OF_KINDS) - len(SHAPES), -1, -1, -1)])
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def bench(pipeline: Pipeline, sprites: Tensor) -> evaluate.Bench:
+def bench(pipeline: Pipeline, sprites: Tensor) -> Bench:
     torch.manual_seed(0)
     source = Drawn(pipeline, pipeline.config.recipe.sampling(steps=1))
-    return evaluate.Bench(pipeline, source, sprites, Detector().eval(), Guess())
+    return Bench(pipeline, source, sprites, Detector().eval(), Guess())
 
 
 def test_the_bench_has_a_row_for_every_judge_and_every_check(
-    bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "_QUICK", 2)
-    monkeypatch.setattr(evaluate, "_ORACLE", 2)
-    result = evaluate.paella_bench(bench, "tune", 1, quick=True)
-    plain = json.loads(json.dumps(evaluate.bench_json(result)))
+    monkeypatch.setattr(bench_report, "_QUICK", 2)
+    monkeypatch.setattr(bench_report, "_ORACLE", 2)
+    result = bench_report.paella_bench(bench, "tune", 1, quick=True)
+    plain = json.loads(json.dumps(bench_report.bench_json(result)))
     rows = {"detector", "templates", "oracle, detector", "oracle, templates", "shuffled prompts"}
     assert set(plain["rows"]) == rows
     assert all(len(row) == 13 for row in plain["rows"].values())
     assert 0 <= plain["paella_bench"]["templates"] <= 1
     assert plain["kid_times_1000"]["mean"] > 0
-    table = evaluate.bench_table(result, "title")
+    table = bench_report.bench_table(result, "title")
     assert table.row_count == 13 + 1 + 3
 
 
@@ -134,30 +123,28 @@ def test_the_cost_of_an_image_counts_the_branches_of_its_guided_steps(pipeline: 
 
 
 def test_time_decides_how_many_seeds() -> None:
-    assert evaluate.seeds_within(600, 12, 1500) == 4
-    assert evaluate.seeds_within(600, 6, 1500) == 2
-    assert evaluate.seeds_within(-5, 6, 1500) == 1
+    assert bench_report.seeds_within(600, 12, 1500) == 4
+    assert bench_report.seeds_within(600, 6, 1500) == 2
+    assert bench_report.seeds_within(-5, 6, 1500) == 1
 
 
-def test_weak_kinds_are_drawn_again_with_fresh_seeds(bench: evaluate.Bench) -> None:
-    cases = evaluate.benchmark.categories("tune", 2)["single_object"]
+def test_weak_kinds_are_drawn_again_with_fresh_seeds(bench: Bench) -> None:
+    cases = benchmark.categories("tune", 2)["single_object"]
     sheet = bench.read(cases, [0], "single_object")
-    again = evaluate.draw_again(bench, sheet)
+    again = bench_report.draw_again(bench, sheet)
     assert set(again) == {case.scene.things[0].kind for case in cases}
     assert all(0 <= share <= 1 for share in again.values())
 
 
-def test_the_judges_are_judged_on_every_kind(
-    bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = evaluate._lone_scenes(1)[:4]
-    assert [case.text for case in evaluate._lone_scenes(2)] == list(NAMES_OF_KINDS) * 2
-    monkeypatch.setattr(evaluate, "_lone_scenes", lambda copies: few)
-    result = evaluate.judge_judges(bench, 1)
+def test_the_judges_are_judged_on_every_kind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = judge_accuracy._lone_scenes(1)[:4]
+    assert [case.text for case in judge_accuracy._lone_scenes(2)] == list(NAMES_OF_KINDS) * 2
+    monkeypatch.setattr(judge_accuracy, "_lone_scenes", lambda copies: few)
+    result = judge_accuracy.judge_judges(bench, 1)
     assert result["n"] == 4
     assert result["templates, renders"]["kinds"] == 0.25
     assert result["templates, renders"]["confusions"]["circle → star"] == 1
-    assert evaluate.judges_table(result).row_count == 4
+    assert judge_accuracy.judges_table(result).row_count == 4
 
 
 def test_the_other_networks_have_figures(pipeline: Pipeline, sprites: Tensor) -> None:

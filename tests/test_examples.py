@@ -20,7 +20,10 @@ import pytest
 from server.api import create_app
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.test_auth import KEY, Configure
+from tests.support.api_keys import KEY
+from tests.support.servers import Configure
+
+pytestmark = pytest.mark.process
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from server.api import create_app
 from server.settings import Settings
 from tests.conftest import serving, wait_until
-from tests.test_api import metric
+from tests.support.servers import metric
 
 pytestmark = pytest.mark.process
 

@@ -5,7 +5,7 @@ own, and streams that never end.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -23,42 +23,7 @@ from server.engine.scheduler import (
     RowId,
     Scheduler,
 )
-from tests.test_scheduler import SAMPLING, job, rows, scheduler
-
-
-class Machine:
-    """A runner without tensors: a step costs what `cost` says of its rows, and time is the sum
-    of the steps.
-    """
-
-    def __init__(
-        self, scheduler: Scheduler, cost: Callable[[Sequence[RowId]], float] = lambda _: 1.0
-    ) -> None:
-        self.scheduler, self.cost = scheduler, cost
-        self.now = 0.0
-        self.admitted: set[RowId] = set()
-        self.turns: list[list[RowId]] = []
-        self.steps: Counter[RowId] = Counter()
-        self.finished_at: dict[RowId, float] = {}
-
-    def step(self) -> list[RowId]:
-        self.admitted.update(self.scheduler.admit())
-        turn = self.scheduler.next_rows()
-        self.turns.append(turn)
-        self.now += self.cost(turn)
-        for row in turn:
-            self.steps[row] += 1
-            if self.steps[row] == self.scheduler.job(row.job).sampling.steps:
-                self.scheduler.finish(row)
-                self.finished_at[row] = self.now
-        return turn
-
-    def run(self) -> None:
-        while self.scheduler.rows_running or self.scheduler.rows_waiting:
-            self.step()
-
-
-PRIORITIES = ["interactive", "batch"]
+from tests.support.scheduling import PRIORITIES, SAMPLING, Machine, job, rows, scheduler
 
 
 def long(id: str, steps: int = 12, **changes: object) -> Job:

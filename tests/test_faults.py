@@ -13,6 +13,8 @@ from load_tests.faults import Fault, Outcome, Trial, _parse, _references
 from load_tests.faults import request as body_of
 from load_tests.serving import free_port, serving
 
+pytestmark = pytest.mark.process
+
 GOOD = Outcome(
     "kill",
     in_flight=9,

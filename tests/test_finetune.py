@@ -1,14 +1,11 @@
 """Training on somebody's own pictures: it is the same however often it is interrupted, and ends in
 a bundle that draws what they show."""
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +14,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from typer.testing import CliRunner
 
-from model.bundle import BundleError, load_bundle
+from model.bundle import load_bundle
+from model.bundle_files import BundleError
 from model.config import BundleConfig, find_bundle
 from model.networks.vqgan_v3 import VQGAN
 from model.pipeline import Pipeline
@@ -26,9 +24,24 @@ from model.training.captioned import DataError
 from model.training.features import Examples, ExampleStream
 from server.cli import app
 from tests.conftest import randomise
-from tests.picture_files import WHITE, pictures, plain, write_mixed, write_pictures, write_shards
-from tests.short_training import Crash, run
-from tests.small_training import art_of_our_own, corpus_file, small_config, use  # noqa: F401
+from tests.support.checkpoints import identical, without_clock
+from tests.support.picture_files import (
+    WHITE,
+    pictures,
+    plain,
+    write_mixed,
+    write_pictures,
+    write_shards,
+)
+from tests.support.short_training import Crash, run
+from tests.support.small_training import (  # noqa: F401, fixtures
+    art_of_our_own_fixture,
+    corpus_file_fixture,
+    small_config,
+    use,
+)
+
+pytestmark = pytest.mark.training
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,21 +89,6 @@ def test_a_position_in_other_data_is_not_taken_over(tmp_path, random_bundle):
 
 
 # ── the training ──────────────────────────────────────────────────────────────────────────────────
-
-
-def without_clock(saved: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in saved.items() if name != "seconds"}
-
-
-def identical(a: Any, b: Any) -> bool:
-    """Equality down to the last bit of every tensor."""
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.parametrize(

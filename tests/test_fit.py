@@ -40,7 +40,8 @@ from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings
 from tests.conftest import NATIVE_SIZE
-from tests.test_image_operations import as_json, noise, opened, pixels, png, refused, white
+from tests.support.images import noise, opened, png, white
+from tests.support.native_api import as_json, pixels, refused
 
 PHONE = (4032, 3024)
 ORIENTATION = 0x0112
@@ -467,9 +468,9 @@ def test_both_sides_fit_as_asked_for(operation: str, fit: str, edge: str) -> Non
     assert plan.size == (256, 256)
     if operation == "edit":
         assert plan.job.canvas
-        shown = plan.job.canvas.picture
+        shown = plan.job.canvas.image
     else:
-        shown = plan.job.references[0].picture
+        shown = plan.job.references[0].image
     image = np.frombuffer(shown.content, np.uint8).reshape(shown.height, shown.width, 3)
     if operation == "edit" or fit != "stretch":  # CLIP stretches what it reads
         assert shown.width == shown.height
@@ -510,7 +511,7 @@ def test_padding_is_drawn_beyond_a_new_edge_and_mirrors_the_image_beyond_an_old_
     edited = plan_of("edit", prompt="a ball", image=png(image)).job.canvas
     assert edited
     mirrored = np.pad(image, [(0, 28), (0, 28), (0, 0)], mode="reflect")
-    np.testing.assert_array_equal(edited.picture.array, mirrored)
+    np.testing.assert_array_equal(edited.image.array, mirrored)
 
 
 @pytest.mark.parametrize(

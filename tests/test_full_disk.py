@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import httpx
+import pytest
 
 from load_tests.serving import serving
+
+pytestmark = pytest.mark.process
 
 FULL = Path("/dev/full")
 FAKE_SERVER = ("-m", "tests.fake_server")

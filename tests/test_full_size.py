@@ -15,6 +15,8 @@ from model.checkpoints.memory import needs, shapes
 from model.pipeline import Pipeline
 from tests.conftest import micro_v1_config, write_merges
 
+pytestmark = pytest.mark.heavy
+
 PARAMETERS = {
     "paella-v3": {"denoiser": 1_008_350_592, "byt5": 2_614_091_264, "clip": 986_109_441},
     "paella-v1": {"denoiser": 577_995_184, "clip": 1_366_678_273},

@@ -23,6 +23,8 @@ from load_tests.gpu.timing import Budget, Ceilings, measure
 from load_tests.gpu.weights import config_of, random_bundle
 from load_tests.report import Report
 
+pytestmark = pytest.mark.heavy
+
 STAGES = {"encode", "prior", "condition", "step", "decode", "loop_2", "request_2"}
 
 

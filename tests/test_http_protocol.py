@@ -39,8 +39,10 @@ from server.http_protocol import (
 )
 from server.settings import Settings
 from tests.conftest import wait_until
-from tests.test_auth import KEY, all_answered, listening, said, served
-from tests.virtual_time import START, virtual_time
+from tests.support.access_log import said
+from tests.support.api_keys import KEY
+from tests.support.uvicorn_servers import all_answered, listening, served
+from tests.support.virtual_time import START, virtual_time
 
 Configure = Callable[..., Settings]
 PATIENCE_S = 60

@@ -25,7 +25,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.test_api import metric, served
+from tests.support.servers import metric, served
 
 KEY = "key-0123456789abcdef"
 OTHER_KEY = "key-fedcba9876543210"

@@ -16,7 +16,7 @@ from PIL import Image
 from model.training import captioned, image_batches
 from model.training.captioned import DataError, open_collection
 from model.training.decoding import Filters, Unusable, cover, decode, rgb
-from tests.picture_files import (
+from tests.support.picture_files import (
     RED,
     WHITE,
     encoded,

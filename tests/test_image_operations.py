@@ -5,13 +5,11 @@ what is refused.
 from __future__ import annotations
 
 import base64
-import io
 import json
 from typing import Any
 
 import httpx
 import numpy as np
-import PIL.Image
 import pytest
 
 from model.config import BundleConfig
@@ -21,83 +19,11 @@ from server.api.planning.work import DECODING_WORK, FILE_WORK, PREVIEW_WORK
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until
-from tests.test_api import metric, opened
+from tests.support.images import noise, opened, png, white
+from tests.support.native_api import as_form, as_json, fields_of, pixels, refused
+from tests.support.servers import metric
 
-Array = np.ndarray[Any, np.dtype[np.uint8]]
 OPERATIONS = ("inpaint", "outpaint", "variations", "edit", "upscale", "interpolate")
-
-
-def noise(width: int = 64, height: int = 32, channels: int = 3) -> Array:
-    return np.random.default_rng(1).integers(256, size=(height, width, channels), dtype=np.uint8)
-
-
-def png(array: Array) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
-
-
-def white(
-    width: int = 64, height: int = 32, box: tuple[int, int, int, int] = (16, 8, 40, 24)
-) -> Array:
-    mask = np.zeros((height, width), dtype=np.uint8)
-    mask[box[1] : box[3], box[0] : box[2]] = 255
-    return mask
-
-
-def fields_of(operation: str) -> dict[str, Any]:
-    """The least each of them takes; pictures are bytes."""
-    image = {"image": png(noise())}
-    return {
-        "inpaint": {"prompt": "a ball", **image, "mask": png(white())},
-        "outpaint": {**image, "right": 32},
-        "variations": image,
-        "edit": {"prompt": "a ball", **image},
-        "upscale": image,
-        "interpolate": {
-            "keyframes": [{"prompt": "a ball"}, {"prompt": "a box"}],
-            "frames": 3,
-            "response_format": "gif",
-        },
-    }[operation] | {"seed": 5}
-
-
-def as_json(client: httpx.Client, operation: str, **fields: Any) -> httpx.Response:
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [plain(inner) for inner in value]
-        return base64.b64encode(value).decode() if isinstance(value, bytes) else value
-
-    return client.post(f"/{operation}", json=plain(fields))
-
-
-def as_form(client: httpx.Client, operation: str, **fields: Any) -> httpx.Response:
-    files = {name: value for name, value in fields.items() if isinstance(value, bytes)}
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in fields.items()
-        if name not in files
-    }
-    parts = [(name, (None, text)) for name, text in texts.items()] + [
-        (name, (f"{name}.png", content)) for name, content in files.items()
-    ]
-    return client.post(f"/{operation}", files=parts)
-
-
-def pixels(answer: httpx.Response) -> Array:
-    assert answer.status_code == 200, answer.text
-    return np.asarray(opened(answer.content).convert("RGB"))
-
-
-def refused(
-    answer: httpx.Response, status: int, code: str, param: str | None, mention: str = ""
-) -> None:
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert (error["code"], error["param"]) == (code, param), error
-    assert mention in error["message"]
 
 
 # ── every operation ───────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.settings import MIB, Settings
 from tests.conftest import raised
 from tests.hostile import GREY, SIZE, bomb_header, padded, plain_png, png
-from tests.test_images_scaled import encoded
+from tests.support.images import encoded
 
 PIXELS = SIZE[0] * SIZE[1]
 FILE = plain_png()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from server.api.images.admission import REFERENCE_SIDE
 from server.api.images.decode import ImageLimits, decode
 from server.api.images.decoded_image import DecodedImage
 from server.api.planning.conditions import reference_size
+from tests.support.images import encoded
 
 SIDE = 4 * REFERENCE_SIDE
 LIMITS = ImageLimits()
@@ -41,12 +41,6 @@ def gradient(width: int, height: int, channels: int = 3) -> PIL.Image.Image:
     if channels == 4:
         array[height // 2 :, :, 3] = 255
     return PIL.Image.fromarray(array)
-
-
-def encoded(image: PIL.Image.Image, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **({"compress_level": 1} if format == "PNG" else {}), **options)
-    return file.getvalue()
 
 
 def for_clip(content: bytes) -> DecodedImage:

@@ -21,8 +21,9 @@ from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from model import bundle as verified
-from model.bundle import BundleError, load_bundle
+from model import bundle_files
+from model.bundle import load_bundle
+from model.bundle_files import BundleError
 from model.checkpoints import convert
 from model.checkpoints.checkpoint import open_checkpoint, read_state
 from model.checkpoints.convert import import_bundle
@@ -31,7 +32,7 @@ from model.networks.text_encoders import check_merges
 from model.pipeline import Pipeline
 from server.cli import app
 from tests.conftest import NETWORKS, golden
-from tests.test_bundle import Explosive
+from tests.support.pickles import Explosive
 
 Tensors = dict[str, torch.Tensor]
 
@@ -100,9 +101,9 @@ def test_an_imported_bundle_holds_every_tensor_rounded_once(run, states, tmp_pat
 
 
 def test_what_was_imported_is_not_hashed_again(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(verified, "LARGE", 1)
+    monkeypatch.setattr(bundle_files, "LARGE", 1)
     run()
-    monkeypatch.setattr(verified, "is_hashed", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr(bundle_files, "is_hashed", lambda *_: pytest.fail("hashed"))
     load_bundle(tmp_path / "out", torch.device("cpu"), torch.float32)
 
 

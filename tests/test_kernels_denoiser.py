@@ -23,6 +23,8 @@ from server.engine.runner import Runner
 from server.settings import Settings
 from tests.conftest import micro_config, randomise
 
+pytestmark = pytest.mark.heavy
+
 
 def test_a_fused_denoiser_sees_what_the_plain_one_sees():
     denoiser = Denoiser(micro_config().denoiser).eval().requires_grad_(False)

@@ -20,6 +20,8 @@ from model.kernels.triton.gelu_response import gelu_response, plain_gelu_respons
 from model.kernels.triton.prior_block import ROWS, prior_block
 from model.kernels.triton.renoise_and_pin import renoise_and_pin
 
+pytestmark = pytest.mark.heavy
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

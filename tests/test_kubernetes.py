@@ -16,7 +16,7 @@ from server.metrics import Metrics
 from server.paths import HEALTH_PATHS
 from server.settings import PREFIX, Settings
 from server.uvicorn_server import WRITE_TIMEOUT_S
-from tests.test_docker import stages
+from tests.support.dockerfile import stages
 
 ROOT = Path(__file__).parents[1]
 DIRECTORY = ROOT / "docker/kubernetes"

@@ -16,10 +16,9 @@ from server.engine.job import Job
 from server.engine.latency_model import MEMORY_S, LatencyModel
 from server.engine.messages import Step, Timings
 from server.engine.scheduler import Pool, RowId, Scheduler
-from tests.test_fairness import PRIORITIES, Machine
-from tests.test_scheduler import SAMPLING, job
-from tests.test_upscale import enlarging, twice
-from tests.test_worker import SAMPLING as GUIDED
+from tests.support.enlarging import enlarging, twice
+from tests.support.scheduling import PRIORITIES, SAMPLING, Machine, job
+from tests.support.workers import SAMPLING as GUIDED
 
 SMALL, LARGE = 64 * 64, 256 * 64
 

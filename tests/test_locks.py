@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.test_docker import stages
+from tests.support.dockerfile import stages
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "requirements"

@@ -40,7 +40,7 @@ from server.engine.messages import Image
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.test_image_operations import as_json, fields_of
+from tests.support.native_api import as_json, fields_of
 
 Configure = Callable[..., Settings]
 

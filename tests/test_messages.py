@@ -30,7 +30,7 @@ from server.engine.messages import (
     receive_message,
     send_message,
 )
-from tests.test_scheduler import SAMPLING, job
+from tests.support.scheduling import SAMPLING, job
 
 
 def pictures(*sides: int) -> Finished:

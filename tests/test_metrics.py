@@ -17,7 +17,7 @@ from server.metrics import (
     document,
 )
 from tests.conftest import NAME
-from tests.test_auth import Configure, asking
+from tests.support.servers import Configure, asking
 
 
 def names(metrics: Metrics) -> set[str]:

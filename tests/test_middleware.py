@@ -32,7 +32,7 @@ from server.api.origin_guard import CrossOrigin
 from server.api.send_timeout import SendTimeout
 from server.api.state import RequestState, add_request_state, request_state
 from server.metrics import Metrics
-from tests.virtual_time import START, virtual_time
+from tests.support.virtual_time import START, virtual_time
 
 LIMIT, TIMEOUT_S = 100, 5.0
 

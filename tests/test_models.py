@@ -17,7 +17,9 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_v1_config, serving, wait_until
-from tests.test_image_operations import noise, png
+from tests.support.images import noise, png
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")

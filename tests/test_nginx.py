@@ -26,6 +26,7 @@ from server.settings import Settings
 from server.uvicorn_server import Server
 from tests import fake_worker
 from tests.conftest import wait_until
+from tests.support.nginx import is_listening, start_nginx
 
 CONFIGURATION = Path(__file__).parents[1] / "docker/nginx/paellera.conf"
 TEXT = CONFIGURATION.read_text()
@@ -41,23 +42,6 @@ pytestmark = [
         reason="no nginx: install nginx-light, as `make nginx` does",
     ),
 ]
-
-MAIN = """
-{user}
-daemon off;
-pid {directory}/pid;
-error_log {directory}/error.log notice;
-events {{ worker_connections 256; }}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body;
-    proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi;
-    uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
-    include {directory}/paellera.conf;
-}}
-"""
 
 
 def setting(name: str) -> str:
@@ -98,19 +82,6 @@ class Proxied:
         return [line for line in lines if line["message"] == "request"]
 
 
-def start_nginx(directory: Path, configuration: str) -> subprocess.Popen[bytes]:
-    """Start nginx with this configuration of its servers. Raises CalledProcessError."""
-    (directory / "paellera.conf").write_text(configuration)
-    # Otherwise its workers could not enter the test's folder.
-    user = "user root;" if os.geteuid() == 0 else ""
-    (directory / "nginx.conf").write_text(MAIN.format(user=user, directory=directory))
-    command = ["nginx", "-p", str(directory), "-c", str(directory / "nginx.conf")]
-    command += ["-e", str(directory / "error.log")]
-    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin"}
-    subprocess.run([*command, "-t"], env=environment, check=True, capture_output=True)
-    return subprocess.Popen(command, env=environment)
-
-
 def listening(port: int, server_port: int) -> str:
     """Return the committed configuration for these ports."""
     text = TEXT.replace("listen 80;", f"listen 127.0.0.1:{port};")
@@ -145,11 +116,6 @@ def proxied(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 if process is not None:
                     process.terminate()
                     process.wait(PATIENCE_S)
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_its_bounds_are_those_of_the_server(fake_settings: Callable[..., Settings]) -> None:

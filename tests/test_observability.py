@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from server.metrics import WORKER_METRICS, Metrics
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import wait_until
+from tests.support.prometheus import needs_prometheus
 
 ROOT = Path(__file__).parents[1]
 PROMETHEUS, GRAFANA = ROOT / "docker/prometheus", ROOT / "docker/grafana"
@@ -49,11 +49,7 @@ READ = r"paella_request_duration_seconds_(?:bucket|count|sum)(?:{[^}]*})?"
 # On a machine that is busy with everything else.
 PATIENCE_S = 300
 
-pytestmark = pytest.mark.observability
-needs_prometheus = pytest.mark.skipif(
-    shutil.which("promtool") is None,
-    reason="no promtool: install prometheus, as `make prometheus` does",
-)
+pytestmark = [pytest.mark.process, pytest.mark.observability]
 
 
 def promtool(*arguments: str | Path, stdin: str | None = None) -> None:

@@ -33,8 +33,10 @@ from server.api.openai_schemas import GenerationsRequest
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_config, serving, wait_until
-from tests.test_api import metric
-from tests.test_image_operations import Array, noise, png
+from tests.support.images import Array, noise, png
+from tests.support.servers import metric
+
+pytestmark = pytest.mark.process
 
 Configure = Callable[..., Settings]
 IMAGE = png(noise())

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 
 from server.api.origins import Authority
 from server.settings import Settings
-from tests.test_auth import KEY, Configure, all_answered, asking, listening
+from tests.support.api_keys import KEY
+from tests.support.servers import Configure, asking
+from tests.support.uvicorn_servers import all_answered, listening
 
 EVIL = "https://evil.example"
 BODY = b'{"prompt": ""}'

@@ -11,6 +11,8 @@ import pytest
 
 from model.config import BundleConfig
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 
 

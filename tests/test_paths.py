@@ -19,7 +19,7 @@ from server.api.openapi import EXAMPLES
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, serving, wait_until
-from tests.test_api import metric
+from tests.support.servers import metric
 
 KEY = "key-0123456789abcdef"
 pytestmark = pytest.mark.process

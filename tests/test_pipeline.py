@@ -16,45 +16,11 @@ import torch
 from torch import Tensor
 
 from model import sampling
-from model.config import SamplingConfig
 from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
 from model.rows import Row, generate
 from model.sampling import NEVER
-
-PROMPTS = ("red apple", "", "the red apple in the red apple and on and on, until it is cut", "🍎")
-PLAIN = SamplingConfig(
-    steps=6,
-    renoise_steps=5,
-    guidance=(4.0, 4.0),
-    guidance_steps=6,
-    temperature=(0.7, 0.3),
-    sampler="multinomial",
-    typical_mass=0.4,
-)
-UNGUIDED = replace(PLAIN, guidance=(1.0, 1.0))
-SAMPLERS = ("multinomial", "argmax", "typical", "quant")
-
-
-def row(
-    pipeline: Pipeline, prompt: str = PROMPTS[0], seed: int = 0, config: SamplingConfig = PLAIN
-) -> Row:
-    noise = pipeline.noise(seed, 32, 32, config.steps, config.renoise_mode, config.renoise_order)
-    encoded, negative = pipeline.encode([prompt, ""])
-    (image,) = pipeline.prior_embeddings([encoded], [noise])
-    return pipeline.start(
-        noise, config, pipeline.condition(encoded, image), pipeline.condition(negative)
-    )
-
-
-def run(pipeline: Pipeline, *rows: Row) -> list[Tensor]:
-    while unfinished := [r for r in rows if not r.done]:
-        pipeline.advance(unfinished)
-    return [r.tokens for r in rows]
-
-
-def agreement(one: Tensor, other: Tensor) -> float:
-    return (one == other).float().mean().item()
+from tests.support.pipeline_rows import PLAIN, PROMPTS, SAMPLERS, UNGUIDED, agreement, row, run
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from server.api.planning.work import Workload
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import micro_config, micro_preset_config, serving, wait_until
-from tests.test_api import metric, opened
-from tests.test_image_operations import as_json, noise, png, refused, white
+from tests.support.images import noise, opened, png, white
+from tests.support.native_api import as_json, refused
+from tests.support.servers import metric
 
 PROMPT = {"prompt": "a ball"}
 REGION = {"prompt": "a cube", "box": [0, 0, 0.5, 1]}

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from model.batch_encoder import DictCache
 from model.bundle import Bundle, load_bundle, of_preset
 from model.config import DENOISER, SamplingConfig
 from model.image_request import Edit, Enlarge, ImageRequest, InputImage, Region, Repaint
 from model.pipeline import Pipeline
-from model.row_builder import DictCache, RowBuilder
+from model.row_builder import RowBuilder
 from server.engine.cuda_graphs import StepGraphs, use_cuda_graphs
 from server.engine.graph_shapes import GraphShapes, step_buckets
 from server.engine.job import Job
@@ -25,9 +26,9 @@ from server.engine.runner import WARM_UP_S, Runner, Stopwatch
 from server.engine.scheduler import LENGTHS, Pool, RowId, Scheduler
 from server.settings import Settings
 from tests.conftest import emptied, micro_preset_config
-from tests.test_cuda_graphs import rerun
-from tests.test_row_builder import mask, picture, weight
-from tests.test_worker import far, job  # noqa: F401, the fixture
+from tests.support.eager_graphs import rerun
+from tests.support.operation_inputs import mask, picture, weight
+from tests.support.workers import far_fixture, job  # noqa: F401, fixtures
 
 CONFIG = micro_preset_config()
 FAST, QUALITY = CONFIG.sampling("fast"), CONFIG.sampling("quality")
@@ -188,7 +189,7 @@ def test_tiles_are_drawn_by_the_denoiser_of_their_job(runner):
     assert {Pool.of(tiled, i).denoiser for i in rows} == {NETWORK}
 
 
-def test_the_worker_draws_jobs_of_both_and_tells_the_denoiser_of_each_step(far, presets):  # noqa: F811
+def test_the_worker_draws_jobs_of_both_and_tells_the_denoiser_of_each_step(far, presets):
     far.send(asked("a", QUALITY))
     far.send(asked("b", FAST))
     steps: Counter[str] = Counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from model.bundle import BundleError, load_bundle, save_bundle
+from model.bundle import load_bundle, save_bundle
+from model.bundle_files import BundleError
 from model.checkpoints.convert import import_bundle
 from model.checkpoints.memory import contents
 from model.checkpoints.verify import verify
@@ -30,7 +30,6 @@ from model.config import (
     Preset,
 )
 from model.networks.denoiser_v3 import Denoiser
-from model.training import assemble
 from model.training.recipe_text import changed
 from server.cli import app
 from tests.conftest import (
@@ -42,6 +41,7 @@ from tests.conftest import (
     write_merges,
     write_random_bundle,
 )
+from tests.support.checkpoints import assembled, saved
 
 CPU = torch.device("cpu")
 
@@ -209,18 +209,6 @@ def checkpoint(directory: Path, config: DenoiserConfig, seed: int) -> Path:
     denoiser = Denoiser(config)
     randomise(denoiser, seed)
     return saved(denoiser, directory / "x.pt")
-
-
-def saved(denoiser: Denoiser, path: Path) -> Path:
-    """A training's checkpoint of this denoiser."""
-    weights = {f"denoiser.{name}": t for name, t in denoiser.state_dict().items()}
-    torch.save({"ema": weights}, path)
-    return path
-
-
-def assembled(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["assemble", *map(str, arguments), "--dtype", "float32"])
-    assemble.main()
 
 
 def test_a_preset_is_added_to_a_bundle_with_a_denoiser_of_its_own(

@@ -12,7 +12,10 @@ import pytest
 
 from load_tests import processes
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
+]
 NOBODY = 2**30
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,66 +14,9 @@ from model.training.caption_words import names_of
 from model.training.prompts import bench
 from model.training.vocabulary import vocabulary
 from model.vocabulary import Thing, Vocabulary, words_of
+from tests.support.reader_vocabulary import WORDS, named
 
-
-def named(*names: str) -> tuple[Thing, ...]:
-    return tuple(Thing(name, f"{name}s") for name in names)
-
-
-THINGS = named(
-    *("apple", "cat", "bird", "duck", "dragon", "horse", "lion", "robot", "van", "zebra", "circle"),
-    *("square", "painting", "umbrella", "hotel", "scarf", "fire engine", "bell", "dog face"),
-)
 EMBEDDED = BundleConfig.read(find_bundle("tiny"))
-WORDS = Vocabulary(
-    things=(
-        *THINGS,
-        Thing("couch", "couches", ("sofa",)),
-        Thing("sun hat", "sun hats", ("hat",), ("straw", "beach wear")),
-        Thing("dog", "dogs", ("puppy",), ("pet", "loyal", "animal")),
-        Thing("banana", "bananas", (), ("fruit", "monkey food"), "yellow"),
-        Thing("cherry", "cherries", (), ("fruit", "cake topping"), "red"),
-        Thing("lemon", "lemons", (), ("fruit", "sour"), "yellow"),
-        Thing("gloves", "pairs of gloves", ("pair of gloves",), bare=True),
-        Thing("tangerine", "tangerines", ("an orange", "orange fruit"), ("fruit",), "orange"),
-        Thing("melon", "melons", (), ("fruit",)),
-        Thing("grapes", "grapes", (), ("fruit",)),
-        Thing("mountain", "mountains"),
-        Thing("silver medal", "silver medals"),
-        Thing("dice", "dice", ("die",)),
-        Thing("rainbow", "rainbows"),
-        Thing("wand", "wands"),
-    ),
-    places=(
-        *("on the left", "on the right", "at the top", "in the top left corner", "top", "bottom"),
-        *(
-            "in the bottom right corner",
-            "at the beach",
-            "beach",
-            "the beach",
-            "sunset",
-            "at sunset",
-        ),
-        *(
-            "in the snow",
-            "snow",
-            "forest",
-            "a forest",
-            "in a forest",
-            "sea",
-            "mountain",
-            "mountains",
-        ),
-        *("close-up", "up close", "a close-up of", "underwater", "deep in the ocean"),
-        *("in the middle", "against the sky", "under the stars", "floating in space"),
-    ),
-    colours="red green blue yellow white black orange brown",
-    sizes="small tiny large big",
-    words="two three four 2 3 4 couple pair cute background plain just",
-    kinds="fruit animal",
-    aliases={"crimson": "red", "sky blue": "blue", "in a jungle": "in a forest"},
-    english="spots crowd there score",
-)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +114,11 @@ WORDS = Vocabulary(
         ("a dog named Lion", "a dog"),
         ("a robot made of apples", "a robot"),
         ("a heart of orange, a cat", "a cat"),
+        # an unknown noun, a look or a property of nothing takes the words before it with it
+        ("a cat with a lamp at sea", "a cat at sea"),
+        ("a dog in anime style at sea", "a dog at sea"),
+        ("a cat that is cute and black background", "a cat, black background"),
+        ("highly detailed, sunset", "sunset"),
         # numbers and colours of unknown nouns
         ("a 3 tier apple", "an apple"),
         ("two women riding horses", "horses"),
@@ -186,6 +135,7 @@ WORDS = Vocabulary(
         ("two fire-engines", "two fire-engines"),
         ("a pair of gloves", "gloves"),
         ("a cat that is black", "a black cat"),
+        ("a cat is a plain background", "a cat a plain background"),
         # out of a container, and places whose preposition captions do not have
         ("a dragon coming out of a hat", "a dragon and a sun hat"),
         ("a bowl full of apples", "apples"),
@@ -230,6 +180,8 @@ WORDS = Vocabulary(
         # misspelt words
         ("a zebrra and a drgon", "a zebra and a dragon"),
         ("a sliver medal", "a silver medal"),
+        ("a zobra", "a zebra"),
+        ("a fyre engine", "a fire engine"),
         ("a dog with spots", "a dog"),
         ("a cat with Mr Zebrra", "a cat"),
         ("A Cat And A Zebrra", "a cat and a zebra"),
@@ -261,6 +213,7 @@ WORDS = Vocabulary(
         ("something to do with a pet, loyal", "a dog"),
         ("a yellow fruit", "a banana"),
         ("something for cake topping, blue background", "a cherry, blue background"),
+        ("a sour animal", "a lemon"),
         # relations between things
         ("a cute cat wearing a hat", "a cute cat and a sun hat"),
         ("a cat sitting on a sofa", "a cat and a couch"),
@@ -268,6 +221,7 @@ WORDS = Vocabulary(
         ("a cat next to a lamp", "a cat"),
         ("a bird above the sea", "a bird above the sea"),
         ("red circle blue square", "red circle and blue square"),
+        ("cat red apple", "cat and red apple"),
         ("left of a dog is a cat", "a cat left of a dog"),
         ("cat & dog", "cat and dog"),
         ("#cat #dog", "cat, dog"),
@@ -291,6 +245,7 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
         "on the left a cat and on the right a dog",
         "an orange cat",
         "a cat on an orange background",
+        "at sea, a dog",
         "a duck on orange",
         "a big mountain and a small dog",
         "a cat in front of a mountain",
@@ -307,6 +262,9 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
         "猫",
         "2 只猫, 4k",
         "a white table",
+        "a dig face",  # three letters are too few for a mistake
+        "an animal background",
+        "something fruit background pet",
         "a beach at night",
         "a painting",
         "just red",
@@ -315,6 +273,24 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
 )
 def test_captions_and_prompts_that_name_nothing_known_stay(prompt: str) -> None:
     assert read(WORDS, prompt).text == prompt
+
+
+def test_a_name_that_begins_as_a_request_does_stays() -> None:
+    words = replace(WORDS, things=(*WORDS.things, Thing("paint brush", "paint brushes")))
+    assert read(words, "paint brushes on the left, 4k").text == "paint brushes on the left"
+    assert read(words, "paint a paint brush").text == "a paint brush"
+
+
+def test_a_place_keeps_the_article_that_captions_have_in_it() -> None:
+    words = replace(WORDS, places=(*WORDS.places, "the front garden"))
+    assert read(words, "a dog in the front garden").text == "a dog in the front garden"
+
+
+def test_a_scene_that_is_also_said_of_a_thing_is_a_scene() -> None:
+    sled = Thing("sled", "sleds", (), ("snow", "winter sport"))
+    words = replace(WORDS, things=(*WORDS.things, sled))
+    assert read(words, "snow, winter sport").text == "snow"
+    assert read(words, "something like snow, winter sport").text == "a sled"
 
 
 SIDES = {
@@ -426,6 +402,30 @@ def test_a_vocabulary_without_backgrounds_adds_none() -> None:
     assert read(WORDS, "a cat").whole == "a cat"
 
 
+def test_a_part_without_a_scene_has_the_vocabulary_s_background() -> None:
+    words = replace(WORDS, backgrounds={"on a white background": ""})
+    assert [part.prompt for part in read(words, "a cat and a dog").parts] == [
+        "a small cat on the left on a white background",
+        "a small dog on the right on a white background",
+    ]
+    assert [part.prompt for part in read(words, "a cat and a dog in the snow").parts] == [
+        "a small cat on the left in the snow",
+        "a small dog on the right in the snow",
+    ]
+
+
+@pytest.mark.parametrize("number", ["1", "one"])
+def test_one_of_a_thing_is_one_part(number: str) -> None:
+    words = replace(WORDS, words=f"{WORDS.words} 1 one")
+    assert len(read(words, f"{number} cat and a dog").parts) == 2
+
+
+def test_the_upper_corner_is_the_top_one() -> None:
+    words = replace(WORDS, places=(*WORDS.places, "in the upper left corner"))
+    parts = read(words, "a cat in the upper left corner and a dog in the bottom right corner").parts
+    assert [part.box for part in parts] == [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
+
+
 def test_each_thing_has_its_own_scene_if_there_are_several() -> None:
     parts = read(WORDS, "a cat in the snow and a dog at the beach").parts
     assert [part.prompt for part in parts] == [
@@ -466,6 +466,14 @@ def test_misspelt_words_are_corrected(word: str, known: str) -> None:
     assert vocabulary().corrected(word) == known
 
 
+def test_a_misspelt_word_is_corrected_by_its_sound_up_to_32_letters() -> None:
+    long = "x" + 31 * "y"
+    words = Vocabulary(things=named("sphinx", long))
+    assert words.corrected("sfinx") == "sphinx"
+    assert words.corrected(f"{long[:-1]}z") == long
+    assert words.corrected(f"{long}z") is None
+
+
 @pytest.mark.parametrize(
     ("prompt", "caption"),
     [
@@ -487,7 +495,13 @@ def test_three_and_four_things_and_corners_are_parts() -> None:
         "a small bird at the bottom",
     ]
     assert three[2].box == (0, 0.5, 1, 1)
-    assert len(read(WORDS, "a cat, a dog, a bird and a lion").parts) == 4
+    four = read(WORDS, "a cat, a dog, a bird and a lion").parts
+    assert [part.box for part in four] == [
+        (0, 0, 0.5, 0.5),
+        (0.5, 0, 1, 0.5),
+        (0, 0.5, 0.5, 1),
+        (0.5, 0.5, 1, 1),
+    ]
     corners = read(WORDS, "a cat in the top left corner and a dog in the bottom right corner").parts
     assert [part.box for part in corners] == [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
 

@@ -1,7 +1,5 @@
 """Denoisers without some of their blocks: what they compute, their bundles, and the search."""
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
 import json
@@ -14,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from load_tests import blocks
-from model.bundle import BundleError, load_bundle, sha256
+from model.bundle import load_bundle
+from model.bundle_files import BundleError, sha256
 from model.config import CONFIG_FILE, BundleConfig, DenoiserConfig
 from model.networks.blocks_v3 import AttentionBlock, ConvBlock, TimeBlock
 from model.networks.denoiser_v3 import Denoiser
@@ -25,11 +24,10 @@ from model.training.block_skips import removable, without
 from model.training.captioned import DataError
 from model.training.pruning import pruned, pruned_config
 from tests.conftest import micro_config, randomise, write_random_bundle
-from tests.short_training import run
-from tests.small_training import art_of_our_own, corpus_file, small_config  # noqa: F401
-from tests.test_block_skips import features
-from tests.test_presets import assembled, saved
-from tests.test_training import examples
+from tests.support.checkpoints import assembled, saved
+from tests.support.short_training import run
+from tests.support.small_training import art_of_our_own_fixture, corpus_file_fixture, small_config  # noqa: F401, fixtures
+from tests.support.training_examples import examples, features
 
 CPU = torch.device("cpu")
 FIRST, SECOND = "down_blocks.1.3", "up_blocks.0.3"  # an attention and a convolution block

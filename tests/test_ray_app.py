@@ -27,7 +27,7 @@ from load_tests.processes import family
 from load_tests.serving import free_port
 from tests.conftest import wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.process, pytest.mark.ray]
 
 # Ray's own processes take a minute to start on a busy machine.
 PATIENCE_S = 300

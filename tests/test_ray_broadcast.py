@@ -11,7 +11,7 @@ import pytest
 
 from server.engine.supervisor import WorkerStatus
 from server.ray_serve.broadcast import KEPT_S, TIMEOUT_S, Report, Reports, ask_all, best_answer
-from tests.virtual_time import virtual_time
+from tests.support.virtual_time import virtual_time
 
 
 class Handle:

@@ -16,7 +16,7 @@ from model.training import art, assemble, benchmark, curves, recipes
 from model.training.detector import Detector
 from model.training.recipe_text import RecipeError, changed
 from tests.conftest import write_random_bundle
-from tests.small_training import drawn_art, small_config
+from tests.support.small_training import drawn_art, small_config
 
 RECIPE = Recipe(
     num_inference_steps=12,

@@ -12,6 +12,8 @@ from model.training.benchmark import CRITERIA, Drawn
 from model.training.detector import WEIGHTS, Detector
 from model.training.evaluate import unfit
 
+pytestmark = pytest.mark.heavy
+
 LEAST = 22  # of 30; these weights draw 27, and other arithmetic changes one or two of them
 
 

@@ -17,6 +17,8 @@ from model.training.palette import COLOURS
 from model.training.render import Layouts, _draw_all, render
 from model.training.scenery import BACKGROUNDS, SCENES
 
+pytestmark = pytest.mark.heavy
+
 SQUARE, TRIANGLE = SHAPES.index("square"), SHAPES.index("triangle")
 OBJECT = len(
     SHAPES

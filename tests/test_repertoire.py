@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.image_request import Repaint
 from model.pipeline import Pipeline
 from model.training.art import shapes
 from model.training.benchmark import rendered
@@ -17,13 +18,11 @@ from model.training.checker import Found, Reading
 from model.training.repertoire import OPERATIONS, Stage, around, by_side, seam
 from model.training.scenes import Scene, Thing
 from model.training.studio import Studio
-from server.engine.messages import Repaint
 from server.engine.runner import Runner
 from tests.conftest import emptied
-from tests.test_evaluate import Guess, sprites
-from tests.test_row_builder import drawn, job, mask, picture
-
-__all__ = ["sprites"]
+from tests.support.judging import Guess, sprites_fixture  # noqa: F401, fixtures
+from tests.support.operation_inputs import drawn, mask, picture
+from tests.support.workers import job
 
 STAR = Scene("blue", (Thing("star", "red"),))
 

@@ -20,8 +20,10 @@ from model.training.prompts import BenchPrompt
 from model.training.recipe_text import RecipeError
 from model.training.rollouts import Case, Plan, Rollouts, advantages, stratified_times
 from model.training.scenes import Scene, Thing
-from tests.short_training import Crash, run
-from tests.test_finetune import identical, without_clock
+from tests.support.checkpoints import identical, without_clock
+from tests.support.short_training import Crash, run
+
+pytestmark = pytest.mark.training
 
 FEW = 16  # codes of 64 that the toy's reward is for
 

@@ -10,47 +10,27 @@ import numpy as np
 import pytest
 import torch
 
-from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
-from model.row_builder import DictCache
-from server.engine.job import Job
+from model.batch_encoder import DictCache
+from model.image_request import Edit, Keyframe, Reference, Region, Repaint
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
 from tests.conftest import emptied
-from tests.test_worker import SAMPLING, Far, far, job  # noqa: F401, the fixture
+from tests.support.operation_inputs import (
+    CANVAS,
+    EVERY_KIND,
+    drawn,
+    mask,
+    picture,
+    tokens_of,
+    weight,
+)
+from tests.support.workers import SAMPLING, Far, far_fixture, job  # noqa: F401, fixtures
 
 FIXED = replace(SAMPLING, deterministic=True)
 
 
-def picture(seed: int = 0, width: int = 32, height: int = 32) -> InputImage:
-    return InputImage.of(
-        np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-    )
-
-
-def mask(*corner: int) -> InputImage:
-    """White from (0, 0) to the corner (x, y)."""
-    white = np.zeros((32, 32), dtype=np.bool_)
-    white[: corner[1], : corner[0]] = True
-    return InputImage.of(white)
-
-
-def weight(value: int = 255) -> InputImage:
-    return InputImage.of(np.full((32, 32), value, dtype=np.uint8))
-
-
-CANVAS = Repaint(picture(), mask(16, 32))
 FRAMES = {"seeds": (0, 0, 0), "keyframes": (Keyframe("red apple"), Keyframe("the red apple"))}
-EVERY_KIND = {
-    "inpaint": {"canvas": CANVAS},
-    "edit": {"canvas": Edit(picture(), 0.5)},
-    "variations": {"references": (Reference(picture(1), 0.3), Reference(picture(2, 20, 50), 0.7))},
-    "interpolate": {
-        "seeds": (0, 0, 0),
-        "keyframes": (Keyframe("red apple"), Keyframe("", picture(3))),
-    },
-    "regions": {"regions": (Region("on and on", weight(128)), Region("apple", weight(128)))},
-}
 
 
 @pytest.fixture(name="runner")
@@ -58,25 +38,9 @@ def _fresh(runner: Runner) -> Runner:
     return emptied(runner)
 
 
-def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
-    """Every image's tokens."""
-    runner.start([(each, range(len(each.seeds))) for each in jobs], Stopwatch())
-    rows = [RowId(each.id, i) for each in jobs for i in range(len(each.seeds))]
-    while left := [row for row in rows if not runner.rows[row].done]:
-        runner.step(jobs[0].model, left)
-    return [runner.rows[row].tokens for row in rows]
-
-
-def tokens_of(runner: Runner, shown: InputImage) -> torch.Tensor:
-    pixels = torch.frombuffer(bytearray(shown.content), dtype=torch.uint8).view(
-        1, shown.height, shown.width, 3
-    )
-    return runner.pipelines["random"].encode_images(pixels)[0]
-
-
 def test_tokens_under_the_mask_are_drawn_and_the_others_are_the_pictures(runner):
     (tokens,) = drawn(runner, job("a", canvas=CANVAS))
-    own = tokens_of(runner, CANVAS.picture)
+    own = tokens_of(runner, CANVAS.image)
     assert torch.equal(tokens[:, 4:], own[:, 4:])
     assert (tokens[:, :4] != own[:, :4]).float().mean() > 0.5
 
@@ -228,7 +192,7 @@ def test_the_first_generation_does_all_of_it_too(random_v1_bundle):
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_every_kind_comes_back_from_a_worker(far: Far, kind):  # noqa: F811
+def test_every_kind_comes_back_from_a_worker(far: Far, kind):
     far.send(job(kind, **EVERY_KIND[kind]))
     answer = far.answer(kind)
     assert [len(image.pixels) for image in answer.images] == [32 * 32 * 3] * len(
@@ -236,14 +200,14 @@ def test_every_kind_comes_back_from_a_worker(far: Far, kind):  # noqa: F811
     )
 
 
-def test_an_edit_without_a_step_comes_back_as_the_reconstruction(far: Far, pipeline):  # noqa: F811
+def test_an_edit_without_a_step_comes_back_as_the_reconstruction(far: Far, pipeline):
     far.send(job("a", canvas=Edit(picture(), 0.0)))
     pixels = np.frombuffer(far.answer("a").images[0].pixels, np.uint8)
     shown = torch.frombuffer(bytearray(picture().content), dtype=torch.uint8).view(1, 32, 32, 3)
     assert np.array_equal(pixels, pipeline.decode(pipeline.encode_images(shown)).flatten().numpy())
 
 
-def test_an_early_job_sends_each_image_and_then_all_of_them(far: Far):  # noqa: F811
+def test_an_early_job_sends_each_image_and_then_all_of_them(far: Far):
     far.send(job("a", early=True, **FRAMES))
     early = [far.receive(lambda m: hasattr(m, "image")).image for _ in range(3)]
     assert {image.index: bytes(image.pixels) for image in early} == {

@@ -22,7 +22,7 @@ from model.rows import (
     token_mask,
     token_weight,
 )
-from tests.test_pipeline import PLAIN, PROMPTS, agreement, row, run
+from tests.support.pipeline_rows import PLAIN, PROMPTS, agreement, row, run
 
 GRID = (8, 8)
 

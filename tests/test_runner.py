@@ -24,7 +24,7 @@ from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
 from tests.conftest import emptied
-from tests.test_worker import SAMPLING, job
+from tests.support.workers import SAMPLING, job
 
 
 class Calls:

@@ -10,6 +10,8 @@ import torch
 
 from model.runtime import declare_missing_torchvision_operators, pick_device, pick_dtype, prepare
 
+pytestmark = pytest.mark.process
+
 
 def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

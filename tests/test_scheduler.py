@@ -12,36 +12,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model.config import SamplingConfig
 from server.engine.job import Job
 from server.engine.scheduler import STARTS, RowId, Scheduler
-
-SAMPLING = SamplingConfig(
-    steps=1,
-    renoise_steps=0,
-    guidance=(1.0, 1.0),
-    guidance_steps=0,
-    temperature=(1.0, 1.0),
-    sampler="argmax",
-    typical_mass=0.2,
-)
-
-
-def job(
-    id: str, rows: int = 1, width: int = 64, model: str = "tiny", deadline: float = 100.0
-) -> Job:
-    return Job(id, model, "", "", width, 64, tuple(range(rows)), SAMPLING, deadline)
-
-
-def scheduler(max_rows: int, *jobs: Job) -> Scheduler:
-    made = Scheduler(max_rows)
-    for each in jobs:
-        made.add(each)
-    return made
-
-
-def rows(id: str, *indices: int) -> list[RowId]:
-    return [RowId(id, i) for i in indices]
+from tests.support.scheduling import job, rows, scheduler
 
 
 def test_rows_are_admitted_in_order_of_arrival_up_to_the_slots_there_are():

@@ -44,11 +44,12 @@ from server.engine.messages import Finished, Image, Preview, Timings
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_config, micro_preset_config, serving, wait_until
-from tests.test_admission import job, picture
-from tests.test_auth import AUTHORIZED, KEY, OTHER, asking
-from tests.test_image_operations import noise, png, white
-from tests.test_state import endless
-from tests.virtual_time import settle, virtual_time
+from tests.support.api_keys import AUTHORIZED, KEY, OTHER
+from tests.support.app_requests import endless
+from tests.support.fake_jobs import job, picture
+from tests.support.images import noise, png, white
+from tests.support.servers import asking
+from tests.support.virtual_time import settle, virtual_time
 
 Configure = Callable[..., Settings]
 SETTINGS = Settings()

@@ -11,7 +11,7 @@ from pydantic import SecretStr, ValidationError, create_model, model_validator
 
 from server.cli.errors import settings_problem
 from server.settings import Settings, document
-from tests.test_error_messages import JARGON
+from tests.support.error_texts import JARGON
 
 KEY = "a-key-of-sixteen-letters"
 

@@ -19,6 +19,8 @@ from load_tests.processes import workers
 from load_tests.serving import free_port, wait_until_ready
 from tests.conftest import wait_until
 
+pytestmark = pytest.mark.process
+
 REQUESTS = 12
 PATIENCE_S = 60
 

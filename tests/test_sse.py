@@ -7,8 +7,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -33,44 +32,13 @@ from server.engine.errors import QueueFull
 from server.settings import MIB, Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, wait_until
-from tests.test_api import metric, served
-from tests.test_image_operations import Array, fields_of, noise, png, white
-from tests.test_state import request_of
+from tests.support.app_requests import request_of
+from tests.support.event_streams import body_of, events, told
+from tests.support.images import Array, noise, png, white
+from tests.support.servers import metric, served
 
-Told = list[tuple[str, dict[str, Any]]]
 Configure = Callable[..., Settings]
 OPERATIONS = ("generate", "inpaint", "outpaint", "variations", "edit", "upscale", "interpolate")
-
-
-def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a stream's lines, as a browser reads them; comments are no events."""
-    name = ""
-    for line in lines:
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)
-
-
-def body_of(operation: str, **changes: Any) -> dict[str, Any]:
-    fields = {"prompt": "a ball", "seed": 5} if operation == "generate" else fields_of(operation)
-    fields = {
-        name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
-        for name, value in fields.items()
-    }
-    return fields | {"response_format": "png"} | changes
-
-
-def told(
-    client: httpx.Client, operation: str, headers: dict[str, str] | None = None, **changes: Any
-) -> Told:
-    with client.stream(
-        "POST", f"/{operation}", json=body_of(operation, stream=True, **changes), headers=headers
-    ) as answer:
-        assert answer.status_code == 200, answer.read()
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        return list(events(answer.iter_lines()))
 
 
 def pixels(entry: dict[str, Any]) -> Array:

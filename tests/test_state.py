@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from fastapi import Request
 
 from server.api.errors import ApiError
 from server.api.state import (
     ANYBODY,
-    RequestState,
-    add_request_state,
     app_state,
     cancel,
     log_job,
@@ -21,32 +16,10 @@ from server.api.state import (
     request_state,
     unless_cancelled,
 )
-from server.settings import Settings
 from tests.conftest import raised
-from tests.test_admission import job
-from tests.virtual_time import settle
-
-Received = asyncio.Queue[dict[str, Any]]
-
-
-def request_of(
-    received: Received | None = None, client: str | None = None, **settings: Any
-) -> Request:
-    """A request with the id `mine`. received: what its connection brings, by default nothing."""
-    state = SimpleNamespace(running={}, settings=Settings(**settings))
-    app = SimpleNamespace(state=SimpleNamespace(paellera=state))
-    scope = {"type": "http", "app": app, "client": ("192.0.2.7", 1234), "headers": []}
-    add_request_state(scope, RequestState("mine", client))
-    return Request(scope, (received or asyncio.Queue()).get)
-
-
-async def endless(ended: list[str]) -> None:
-    """Work that takes a moment to end when it is cancelled, and then says so."""
-    try:
-        await asyncio.Event().wait()
-    finally:
-        await asyncio.sleep(0)
-        ended.append("work")
+from tests.support.app_requests import Received, endless, request_of
+from tests.support.fake_jobs import job
+from tests.support.virtual_time import settle
 
 
 async def test_finished_work_leaves_nothing_behind() -> None:

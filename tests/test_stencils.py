@@ -19,7 +19,7 @@ from model.training.render import Layouts, render
 from model.training.scenery import BACKGROUNDS
 from model.training.stencils import Key, Stencils
 from tests.conftest import randomise
-from tests.small_training import small_config
+from tests.support.small_training import small_config
 
 SQUARE, STAR = SHAPES.index("square"), SHAPES.index("star")
 WHITE, BLUE = BACKGROUNDS.index("white"), BACKGROUNDS.index("blue")

@@ -24,7 +24,9 @@ from server.engine.messages import Preview
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
-from tests.test_client import figure, job, kill, running, until
+from tests.support.engine_clients import figure, job, kill, running, until
+
+pytestmark = pytest.mark.process
 
 STEPS = SamplingConfig(
     steps=6,

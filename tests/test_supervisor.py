@@ -35,8 +35,8 @@ from server.engine.worker_process import EXIT_GRACE_S, WorkerMain
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker
-from tests.test_admission import job, picture
-from tests.virtual_time import START, settle, virtual_time
+from tests.support.fake_jobs import job, picture
+from tests.support.virtual_time import START, settle, virtual_time
 
 STALL_S, START_S = 8.0, 60.0
 STARTING = "starting"

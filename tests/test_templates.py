@@ -17,10 +17,11 @@ from model.training.checker import check
 from model.training.close_ups import CloseUps
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import NAMES
+from model.training.regions import Group, candidates, cropped, partition
 from model.training.scenery import BACKGROUNDS
 from model.training.scenes import Scene, Thing
-from model.training.templates import Group, Templates, candidates, cropped, partition
-from tests.test_detector import shape_scenes
+from model.training.templates import Templates
+from tests.support.judging import shape_scenes
 
 OBJECTS = NAMES_OF_KINDS[len(SHAPES) : len(SHAPES) + 4]
 

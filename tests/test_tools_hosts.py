@@ -22,8 +22,8 @@ import yaml
 
 from load_tests.serving import free_port, serving
 from tests.conftest import wait_until
-from tests.test_nginx import is_listening, start_nginx
-from tests.test_observability import needs_prometheus
+from tests.support.nginx import is_listening, start_nginx
+from tests.support.prometheus import needs_prometheus
 
 pytestmark = pytest.mark.process
 

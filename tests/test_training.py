@@ -4,8 +4,6 @@ The networks are as small as they can be and the sprites are rectangles, so neit
 art is needed.
 """
 
-# ruff: noqa: F811
-
 from __future__ import annotations
 
 import io
@@ -52,8 +50,17 @@ from model.training.features import Pool, encode_bytes, encode_images
 from model.training.guides import Guided
 from model.training.judged import Neighbours, cross_entropy
 from tests.conftest import micro_config, randomise, write_merges
-from tests.short_training import run_main
-from tests.small_training import art_of_our_own, corpus_file, scenes, small_config, use  # noqa: F401
+from tests.support.short_training import run_main
+from tests.support.small_training import (  # noqa: F401, fixtures
+    art_of_our_own_fixture,
+    corpus_file_fixture,
+    scenes_fixture,
+    small_config,
+    use,
+)
+from tests.support.training_examples import examples
+
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture
@@ -671,13 +678,6 @@ def test_focus_prefers_a_thing_and_its_surroundings_on_either_side_of_the_outlin
     near = share[1:4, 1:4]
     assert near.min() > 2 * share[5:, 5:].max()
     assert near.max() < 1.4 * near.min()  # the thing itself no more than what surrounds it
-
-
-def examples(rows: int, length: int = 6) -> features.Examples:
-    mask = torch.arange(length) < (1 + torch.arange(rows) % length)[:, None]
-    clip_text, clip_image = torch.randn(2, rows, 16)
-    tokens, byt5 = torch.randint(64, (rows, 8, 8)), torch.randn(rows, length, 16)
-    return features.Examples(tokens, byt5, mask, clip_text, clip_image, empty=mask.sum(-1) == 1)
 
 
 def test_text_and_image_are_masked_as_groups_half_of_the_time_and_bytes_never():

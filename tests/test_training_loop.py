@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from load_tests.serving import free_port
-from model.bundle import BundleError
+from model.bundle_files import BundleError
 from model.networks.prior import Prior
 from model.training import (
     checkpoint,
@@ -33,7 +33,9 @@ from model.training import (
 )
 from model.training.captioned import DataError
 from tests.conftest import micro_config
-from tests.short_training import fit
+from tests.support.short_training import fit
+
+pytestmark = pytest.mark.training
 
 
 @pytest.fixture

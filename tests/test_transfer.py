@@ -16,7 +16,7 @@ from server.api.errors import ApiError, ClientStalledError
 from server.api.send_timeout import PIECE_BYTES, TRANSPORT, SendTimeout
 from server.settings import Settings
 from tests import fake_worker
-from tests.virtual_time import START, settle, virtual_time
+from tests.support.virtual_time import START, settle, virtual_time
 
 CHUNK = TEXT_BODY_BYTES
 SCOPE: Scope = {"type": "http", "headers": []}

@@ -16,6 +16,8 @@ from load_tests.misbehaving import Client, is_whole
 from load_tests.traffic import refused_honestly
 from load_tests.under_load import Outcome, _unread_pipe, measure
 
+pytestmark = pytest.mark.process
+
 GOOD = Outcome(
     "kill",
     sent=9,

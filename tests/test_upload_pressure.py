@@ -24,7 +24,8 @@ from server.engine import client as engine_client
 from server.settings import Settings
 from tests.conftest import wait_until
 from tests.hostile import SIZE, plain_png
-from tests.test_api import error_of, metric, post, served
+from tests.support.native_api import error_of, post
+from tests.support.servers import metric, served
 
 pytestmark = pytest.mark.process
 

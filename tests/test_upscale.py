@@ -11,7 +11,7 @@ import torch
 
 from model.image_request import Edit, Enlarge, InputImage, Reference, Region
 from model.row_builder import RowBuilder
-from model.tiles import Tiling, lanczos
+from model.tiles import lanczos
 from server.engine import worker
 from server.engine.job import Job
 from server.engine.latency_model import LatencyModel
@@ -29,29 +29,14 @@ from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
 from tests.conftest import emptied
-from tests.test_row_builder import picture, tokens_of, weight
-from tests.test_worker import SAMPLING, Far, Gate, far, job, shown  # noqa: F401, the fixture
-
-FIXED = replace(SAMPLING, deterministic=True)
-
-
-def enlarging(
-    width: int, height: int, strength: float = 0.5, scale: float = 1.0, **changes: object
-) -> Enlarge:
-    """To width × height by tiles of 32 × 32, before any padding."""
-    tiling = Tiling.of((round(width * scale), round(height * scale)), (32, 32), 4)
-    return replace(Enlarge(tiling, tiling.canvas, strength, FIXED), **changes)
+from tests.support.enlarging import FIXED, enlarging, twice
+from tests.support.operation_inputs import picture, tokens_of, weight
+from tests.support.workers import SAMPLING, Far, Gate, far_fixture, job, shown  # noqa: F401, fixtures
 
 
 def upscaling(id: str = "a", width: int = 56, height: int = 32, **changes: object) -> Job:
     """An image that the client sent, in two tiles."""
     enlarge = enlarging(width, height, image=picture(3, width, height))
-    return replace(job(id, sampling=FIXED, enlarge=enlarge), **changes)
-
-
-def twice(id: str = "a", strength: float = 0.5, **changes: object) -> Job:
-    """An image that is drawn at 32 × 32, then at 64 × 64 in nine tiles."""
-    enlarge = enlarging(64, 64, strength)
     return replace(job(id, sampling=FIXED, enlarge=enlarge), **changes)
 
 
@@ -247,7 +232,7 @@ def test_v1_draws_tiles_too(random_v1_bundle: Path) -> None:
 # ── the worker ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_sent_image_comes_back_blended_from_its_tiles(far: Far) -> None:  # noqa: F811
+def test_a_sent_image_comes_back_blended_from_its_tiles(far: Far) -> None:
     wanted = upscaling("sent", seeds=(5, 6))
     far.send(wanted)
     answer = far.answer("sent")
@@ -264,7 +249,7 @@ def test_a_sent_image_comes_back_blended_from_its_tiles(far: Far) -> None:  # no
         assert np.array_equal(array(answer, index), expected)
 
 
-def test_a_drawn_image_is_drawn_again_from_what_it_looked_like(far: Far) -> None:  # noqa: F811
+def test_a_drawn_image_is_drawn_again_from_what_it_looked_like(far: Far) -> None:
     far.send(job("small", sampling=FIXED))
     far.send(twice("large"))
     small, large = far.answer("small"), far.answer("large")
@@ -279,7 +264,7 @@ def test_a_drawn_image_is_drawn_again_from_what_it_looked_like(far: Far) -> None
     assert far.runner.rows == {}
 
 
-def test_a_drawn_image_is_scaled_once_for_all_of_its_tiles(far: Far, monkeypatch) -> None:  # noqa: F811
+def test_a_drawn_image_is_scaled_once_for_all_of_its_tiles(far: Far, monkeypatch) -> None:
     scaled = list[tuple[int, ...]]()
     monkeypatch.setattr(
         worker,
@@ -291,7 +276,7 @@ def test_a_drawn_image_is_scaled_once_for_all_of_its_tiles(far: Far, monkeypatch
     assert scaled == [(32, 32, 3)] * 2
 
 
-def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(far: Far) -> None:  # noqa: F811
+def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(far: Far) -> None:
     far.send(twice("many", seeds=(7, 8)))
     far.send(twice("one", seeds=(8,)))
     many, one = far.answer("many"), far.answer("one")
@@ -301,7 +286,7 @@ def test_image_i_of_a_seed_is_the_first_image_of_seed_plus_i(far: Far) -> None: 
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_previews_cover_both_passes(far: Far, strength: float) -> None:  # noqa: F811
+def test_previews_cover_both_passes(far: Far, strength: float) -> None:
     wanted = twice("a", strength, previews=8)
     far.send(wanted)
     previews, answer = shown(far, "a")
@@ -318,7 +303,7 @@ def test_previews_cover_both_passes(far: Far, strength: float) -> None:  # noqa:
         assert sizes[5] == (64, 64)
 
 
-def test_beats_count_the_steps_of_both_passes(far: Far, monkeypatch) -> None:  # noqa: F811
+def test_beats_count_the_steps_of_both_passes(far: Far, monkeypatch) -> None:
     monkeypatch.setattr(worker, "_HEARTBEAT_S", 0.0)
     enlarge = replace(enlarging(64, 64), sampling=SAMPLING)
     wanted = twice("a", sampling=SAMPLING, enlarge=enlarge)
@@ -335,7 +320,7 @@ def test_beats_count_the_steps_of_both_passes(far: Far, monkeypatch) -> None:  #
     assert pixels == {32 * 32}
 
 
-def test_a_job_cancelled_in_its_second_pass_leaves_nothing(far: Far, monkeypatch) -> None:  # noqa: F811
+def test_a_job_cancelled_in_its_second_pass_leaves_nothing(far: Far, monkeypatch) -> None:
     long = replace(enlarging(64, 64), sampling=replace(FIXED, steps=64))
     far.send(twice("a", previews=8, enlarge=long))
     far.receive(lambda m: isinstance(m, Preview) and m.step > SAMPLING.steps)
@@ -349,7 +334,7 @@ def test_a_job_cancelled_in_its_second_pass_leaves_nothing(far: Far, monkeypatch
     assert far.runner.rows == {}
 
 
-def test_a_second_pass_that_fails_fails_its_job_alone(far: Far, monkeypatch) -> None:  # noqa: F811
+def test_a_second_pass_that_fails_fails_its_job_alone(far: Far, monkeypatch) -> None:
     start = far.runner.start
 
     def picky(parts, watch):

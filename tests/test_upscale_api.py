@@ -23,8 +23,12 @@ from server.api.planning.work import DECODING_WORK, FILE_WORK
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, micro_preset_config, serving
-from tests.test_image_operations import as_form, as_json, noise, opened, pixels, png, refused
-from tests.test_sse import Configure, told
+from tests.support.event_streams import told
+from tests.support.images import noise, opened, png
+from tests.support.native_api import as_form, as_json, pixels, refused
+from tests.support.servers import Configure
+
+pytestmark = pytest.mark.process
 
 PROMPT = {"prompt": "a ball", "seed": 5}
 

@@ -22,7 +22,7 @@ from server.api.middleware import logged_path
 from server.api.origins import FORWARDED_HOSTS, base_url
 from server.settings import Settings
 from tests.conftest import wait_until
-from tests.test_api import metric, served
+from tests.support.servers import metric, served
 
 KEY = "key-0123456789abcdef"
 # An id has 128 bits.

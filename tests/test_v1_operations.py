@@ -14,8 +14,8 @@ from server.engine.job import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
-from tests.test_row_builder import EVERY_KIND
-from tests.test_worker import job
+from tests.support.operation_inputs import EVERY_KIND
+from tests.support.workers import job
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.batch_encoder import DictCache
 from model.bundle import load_bundle
 from model.canvas import box_weight
 from model.config import BundleConfig, find_bundle
 from model.image_request import ImageRequest, InputImage, Region
 from model.pipeline import Pipeline
 from model.prompt_reading import Reading
-from model.row_builder import DictCache, RowBuilder
+from model.row_builder import RowBuilder
 from model.training.vocabulary import main, vocabulary, with_vocabulary
 from server.api.errors import ApiError
 from server.api.planning.plan import Plan
@@ -22,8 +23,8 @@ from server.cli.offline import plan
 from server.engine.scheduler import Pool
 from server.settings import Settings
 from tests.hostile import plain_png
-from tests.test_auth import served
-from tests.test_prompt_reading import WORDS
+from tests.support.reader_vocabulary import WORDS
+from tests.support.uvicorn_servers import served
 
 
 def test_the_embedded_weights_have_the_captions_vocabulary() -> None:

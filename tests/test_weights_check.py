@@ -18,6 +18,8 @@ from model.pipeline import Pipeline
 from server.cli import app
 from tests.conftest import randomise
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def trained() -> Findings:

@@ -26,7 +26,9 @@ from server.engine.child import MAX_REASON, describe
 from server.engine.cpu_environment import faster_allocator
 from tests.conftest import wait_until
 from tests.fake_worker import LOADING
-from tests.test_api import metric
+from tests.support.servers import metric
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[1]
 FAKE_SERVER = ("-m", "tests.fake_server")

@@ -15,11 +15,12 @@ from load_tests.gpu.timing import Ceilings, Stage
 from load_tests.gpu.weights import weight_bytes
 from load_tests.prompts import prompts
 from load_tests.stages import flops
+from model.batch_encoder import DictCache, TextKey
 from model.bundle import Bundle, BundleV3
 from model.image_request import ImageRequest
 from model.networks.prior import Block
 from model.pipeline import Pipeline
-from model.row_builder import DictCache, RowBuilder, TextKey
+from model.row_builder import RowBuilder
 from model.rows import Row
 from server.engine.cuda_graphs import Recorder, use_cuda_graphs
 from server.engine.graph_shapes import GraphShapes, grids, step_buckets

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from model.bundle import is_finite
+from model.bundle_files import is_finite
 from model.config import Sampler
 from model.executor import BranchBatch, Eager, SamplingInputs
 from model.pipeline import Pipeline

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.bundle import BundleError
+from model.bundle_files import BundleError
 
 # Where training checkpoints keep the weights, the averaged ones first: those are what one samples
 # with.

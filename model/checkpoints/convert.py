@@ -18,7 +18,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from model.bundle import BundleError, build, check_fit, file_entry, is_finite, remember, state_of
+from model.bundle import build, check_fit, state_of
+from model.bundle_files import BundleError, file_entry, is_finite, remember
 from model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from model.config import BundleConfig
 

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.bundle import BundleError, build, check_fit, is_finite, state_of, verify_files
+from model.bundle import build, check_fit, state_of
+from model.bundle_files import BundleError, is_finite, verify_files
 from model.config import BundleConfig
 
 

@@ -27,17 +27,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from model.bundle import (
-    Bundle,
-    BundleError,
-    BundleV3,
-    assign,
-    build,
-    inner,
-    load_bundle,
-    load_v3,
-    save_bundle,
-)
+from model.bundle import Bundle, BundleV3, assign, build, inner, load_bundle, load_v3, save_bundle
+from model.bundle_files import BundleError
 from model.config import (
     CONFIG_FILE,
     BundleConfig,

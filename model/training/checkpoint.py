@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.bundle import BundleError
+from model.bundle_files import BundleError
 from model.checkpoints.checkpoint import read_content
 from model.whole_file import whole_file
 

@@ -18,13 +18,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -34,251 +32,22 @@ from model.config import BundleConfig, SamplingConfig, find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
 from model.sampling import guidances
-from model.training import benchmark, command, scene_samplers, scenes
+from model.training import command
 from model.training.arguments import COUNT, NOT_NEGATIVE, POSITIVE
 from model.training.art import atlas
-from model.training.benchmark import Drawn, Figure, Rendered, Sheet, Source
-from model.training.checker import Judge, check
+from model.training.bench_report import Bench, bench_json, bench_table, paella_bench, print_progress
+from model.training.benchmark import Drawn
+from model.training.checker import Judge
 from model.training.contact_sheet import contact_sheet
 from model.training.detector import NATIVE, WEIGHTS, Detector
-from model.training.kinds import NAMES_OF_KINDS, SHAPES
-from model.training.network_figures import HELD_OUT_SEED, networks
+from model.training.judge_accuracy import judge_judges, judges_table
+from model.training.network_figures import networks
 from model.training.options import add_device_arguments
-from model.training.prompts import BenchPrompt
 from model.training.recipe_text import RecipeError
 from model.training.recipes import loaded
 from model.training.repertoire import OPERATIONS, Stage
-from model.training.scenes import SQUARE, Scene
 from model.training.studio import Studio
 from model.training.templates import Templates
-
-JUDGES = ("detector", "templates")
-_QUICK = 25  # prompts of a category
-_ORACLE = 60  # prompts of a category whose true renders the second judge reads
-_RESERVE = 0.2  # of the time: for renders, judges and kinds drawn again
-_CONFUSIONS = 20
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The parts of an evaluation: a bundle, its recipe's images, sprites and the two judges."""
-
-    pipeline: Pipeline
-    source: Source
-    sprites: Tensor
-    first: Detector
-    second: Judge
-
-    def read(self, cases: Sequence[BenchPrompt], seeds: Sequence[int], label: str) -> Sheet:
-        """Draw and judge a category's images, with a line about it on standard error."""
-        began = time.monotonic()
-        sheet = benchmark.judged(self.source, cases, seeds, self.first, self.second)
-        seconds = time.monotonic() - began
-        _tell(f"{label}: {len(cases)} prompts, {len(seeds)} seeds, {seconds:.0f} s")
-        return sheet
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-# ── PaellaBench ───────────────────────────────────────────────────────────────────────────────────
-
-
-def seeds_within(seconds: float, images_per_second: float, prompts: int) -> int:
-    """Return for how many seeds of each prompt there is time, 1 … 4."""
-    affordable = seconds * images_per_second / max(prompts, 1)
-    return max(1, min(benchmark.SEEDS, int(affordable)))
-
-
-def draw_bench(bench: Bench, set_name: str, minutes: float, quick: bool) -> dict[str, Sheet]:
-    """Draw and judge all categories.
-
-    On a slow machine others than single_object get fewer seeds, so that the time suffices.
-    """
-    cases = benchmark.categories(set_name, _QUICK if quick else None)
-    began = time.monotonic()
-    seeds = 1 if quick else benchmark.SEEDS
-    single = bench.read(cases["single_object"], range(seeds), "single_object")
-    sheets = {"single_object": single}
-    spent = time.monotonic() - began
-    if not quick:
-        others = sum(len(some) for name, some in cases.items() if name not in sheets)
-        rate = len(cases["single_object"]) * seeds / spent
-        seeds = seeds_within(minutes * 60 * (1 - _RESERVE) - spent, rate, others)
-    for name, some in cases.items():
-        if name not in sheets:
-            sheets[name] = bench.read(some, range(seeds), name)
-    return sheets
-
-
-def draw_again(bench: Bench, single: Sheet) -> dict[str, float]:
-    """Return the share of right images of every weak kind, among 16 with fresh seeds."""
-    weak = benchmark.weak_kinds(single)
-    if not weak:
-        return {}
-    source = benchmark.judged(bench.source, weak, benchmark.FRESH, bench.first)
-    shares = benchmark.hits(source, "detector", benchmark.CRITERIA["single_object"]).mean(1)
-    names = [case.scene.things[0].kind for case in weak]
-    return dict(sorted(zip(names, shares.tolist(), strict=True), key=lambda pair: pair[1]))
-
-
-def oracle(bench: Bench, cases: Mapping[str, Sequence[BenchPrompt]]) -> dict[str, Sheet]:
-    """Return the judges' readings of the true renders after a way through the VQGAN."""
-    source = Rendered(bench.sprites, bench.pipeline)
-    sheets = {}
-    for name, some in cases.items():
-        chosen = some[:: max(1, len(some) // _ORACLE)]
-        sheets[name] = benchmark.judged(source, chosen, [0], bench.first, bench.second)
-    _tell("oracle: true renders through the VQGAN")
-    return sheets
-
-
-def true_features(bench: Bench, sheets: Mapping[str, Sheet]) -> Tensor:
-    """Return the first judge's features of true renders of all prompts' scenes."""
-    source = Rendered(bench.sprites)
-    made = [benchmark.judged(source, sheet.cases, [0], bench.first) for sheet in sheets.values()]
-    return torch.cat([sheet.features for sheet in made])
-
-
-def paella_bench(bench: Bench, set_name: str, minutes: float, quick: bool) -> dict[str, Any]:
-    """Return all figures of PaellaBench."""
-    sheets = draw_bench(bench, set_name, minutes, quick)
-    again = {} if quick else draw_again(bench, sheets["single_object"])
-    truth = oracle(bench, {name: sheet.cases for name, sheet in sheets.items()})
-    drawn = torch.cat([sheet.features for sheet in sheets.values()])
-    distance, spread = benchmark.kid(drawn, true_features(bench, sheets))
-    rows: dict[str, dict[str, Figure]] = {}
-    for judge in JUDGES:
-        rows[judge] = benchmark.figures(sheets, judge)
-        rows[f"oracle, {judge}"] = benchmark.figures(truth, judge)
-    rows["shuffled prompts"] = benchmark.figures(sheets, "detector", shift=1)
-    return {
-        "rows": rows,
-        "more": benchmark.more_figures(sheets, "detector"),
-        "drawn_again": again,
-        "kid": (distance, spread),
-        "agreement": agreement(sheets),
-    }
-
-
-def agreement(sheets: Mapping[str, Sheet]) -> float:
-    """Return for which share of images both judges give the category's verdict alike."""
-    same = []
-    for name, sheet in sheets.items():
-        one, other = (benchmark.hits(sheet, j, benchmark.CRITERIA[name]) for j in JUDGES)
-        same.append((one[:, : other.shape[1]] == other).ravel())
-    return float(np.concatenate(same).mean())
-
-
-def bench_table(result: Mapping[str, Any], title: str) -> Table:
-    """Return the table of categories: scores with intervals, best of the seeds, and other rows."""
-    rows: dict[str, dict[str, Figure]] = result["rows"]
-    table = Table("category", "n, seeds", "detector", "95 %", "best of", title=title)
-    for heading in ("templates", "oracle", "oracle, t.", "shuffled"):
-        table.add_column(heading, justify="right")
-    keys = ("templates", "oracle, detector", "oracle, templates", "shuffled prompts")
-    for name, figure in rows["detector"].items():
-        others = [f"{rows[key][name].mean:.1%}" if name in rows[key] else "" for key in keys]
-        table.add_row(name.replace("_", " "), *_cells(figure), *others)
-    means = [f"{benchmark.mean(rows[key]):.1%}" for key in keys]
-    first = rows["detector"]
-    scores = (f"{benchmark.mean(first):.1%}", "", f"{benchmark.best_mean(first):.1%}")
-    table.add_section()
-    table.add_row("PaellaBench mean", "", *scores, *means)
-    table.add_section()
-    for name, figure in result["more"].items():
-        table.add_row(name, *_cells(figure))
-    return table
-
-
-def _cells(figure: Figure) -> tuple[str, str, str, str]:
-    interval = f"{figure.low:.1%} … {figure.high:.1%}"
-    return f"{figure.n}, {figure.seeds}", f"{figure.mean:.1%}", interval, f"{figure.best:.1%}"
-
-
-def bench_json(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures as plain values."""
-    rows: dict[str, dict[str, Figure]] = result["rows"]
-    distance, spread = result["kid"]
-    again: dict[str, float] = result["drawn_again"]
-    return {
-        "paella_bench": {judge: round(benchmark.mean(rows[judge]), 4) for judge in JUDGES},
-        "best_of_mean": round(benchmark.best_mean(rows["detector"]), 4),
-        "rows": {key: {n: f.as_dict() for n, f in row.items()} for key, row in rows.items()},
-        "more": {name: figure.as_dict() for name, figure in result["more"].items()},
-        "weak_kinds_drawn_again": {name: round(share, 4) for name, share in again.items()},
-        "kinds_below_half": [name for name, share in again.items() if share < 0.5],
-        "kid_times_1000": {"mean": round(distance, 3), "std": round(spread, 3)},
-        "judges_agree": round(result["agreement"], 4),
-    }
-
-
-# ── the judges themselves ─────────────────────────────────────────────────────────────────────────
-
-
-def _lone_scenes(copies: int) -> list[BenchPrompt]:
-    """Return scenes of every kind alone, shapes in turn in all colours."""
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    cases = []
-    for _ in range(copies):
-        for name in NAMES_OF_KINDS:
-            scene = _alone(name, rng)
-            while scene.aspect != SQUARE:
-                scene = _alone(name, rng)
-            cases.append(BenchPrompt(name, scene))
-    return cases
-
-
-def _alone(name: str, rng: np.random.Generator) -> Scene:
-    if name not in SHAPES:
-        return scene_samplers.lone(rng, scenes.object_named(name), 0.3)
-    colour = scenes.pick(rng, scene_samplers.shape_colours(name))
-    return scene_samplers.lone(rng, scenes.Thing(name, colour), 0.3)
-
-
-def judge_judges(bench: Bench, copies: int = 2) -> dict[str, Any]:
-    """Return what the judges read in single objects that are known, and what they confuse."""
-    cases = _lone_scenes(copies)
-    sources = {"renders": Rendered(bench.sprites), "reconstructions": None}
-    sources["reconstructions"] = Rendered(bench.sprites, bench.pipeline)
-    result: dict[str, Any] = {"n": len(cases)}
-    for name, source in sources.items():
-        assert source is not None
-        sheet = benchmark.judged(source, cases, [0], bench.first, bench.second)
-        _tell(f"judges: {name} read")
-        for judge in JUDGES:
-            found = [row[0] for row in sheet.readings[judge]]
-            seen = [check(reading, case.scene) for reading, case in zip(found, cases, strict=True)]
-            shares = {
-                key: round(float(np.mean([getattr(verdict, key) for verdict in seen])), 4)
-                for key in ("kinds", "colours", "background", "count", "positions", "all")
-            }
-            wrong = Counter(
-                f"{case.scene.things[0].kind} → {_named(reading.things)}"
-                for case, reading, verdict in zip(cases, found, seen, strict=True)
-                if not verdict.kinds
-            )
-            confused = dict(wrong.most_common(_CONFUSIONS))
-            result[f"{judge}, {name}"] = shares | {"confusions": confused}
-    return result
-
-
-def _named(things: Sequence[Any]) -> str:
-    return things[0].kind if things else "nothing"
-
-
-def judges_table(result: Mapping[str, Any]) -> Table:
-    """Return the judges' shares, and the most frequent confusions below."""
-    keys = ("kinds", "colours", "background", "count", "positions", "all")
-    table = Table("judge, images", *keys, title=f"{result['n']} single things")
-    for name, shares in result.items():
-        if name != "n":
-            table.add_row(name, *(f"{shares[key]:.1%}" for key in keys))
-    return table
-
-
-# ── operations ────────────────────────────────────────────────────────────────────────────────────
 
 
 def judge_operations(
@@ -296,11 +65,8 @@ def judge_operations(
         result[name] = OPERATIONS[name](stage, cases)
         for figure, share in result[name].items():
             table.add_row(name, figure.replace("_", " "), f"{share:.1%}")
-        _tell(f"operation {name}: {result[name]}")
+        print_progress(f"operation {name}: {result[name]}")
     return result, table
-
-
-# ── command line ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _parser() -> argparse.ArgumentParser:

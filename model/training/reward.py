@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.bundle import BundleError, BundleV3
+from model.bundle import BundleV3
+from model.bundle_files import BundleError
 from model.pipeline import Pipeline
 from model.training import benchmark, command, denoiser, loop
 from model.training.arguments import COUNT, NOT_NEGATIVE

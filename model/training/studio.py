@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from model.batch_encoder import DictCache
 from model.canvas import Mask, Pixels, crop, fill, outpaint_canvas
 from model.config import Interpolation
 from model.image_request import (
@@ -25,7 +26,7 @@ from model.image_request import (
     Repaint,
 )
 from model.pipeline import Pipeline
-from model.row_builder import DictCache, RowBuilder
+from model.row_builder import RowBuilder
 from model.tiles import lanczos
 
 _BATCH = 16

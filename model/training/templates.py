@@ -14,40 +14,38 @@ regions and templates are compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy import ndimage  # type: ignore[import-untyped]
 from torch import Tensor
 
-from model.training.backdrops import Backdrops, lab
+from model.training.backdrops import Backdrops
 from model.training.checker import Found, Reading
 from model.training.close_ups import CloseUp, CloseUps
 from model.training.kinds import NAMES_OF_KINDS, SHAPES
 from model.training.palette import NAMES, nearest
+from model.training.regions import (
+    LEAST,
+    PARTS,
+    SIDE,
+    Group,
+    Labels,
+    candidates,
+    cropped,
+    difference,
+    partition,
+    regions,
+    smooth,
+)
 from model.training.scenery import BACKGROUNDS
 
-_SIDE = 128  # pixels of the shorter side, as this judge sees images
 _CELL = 24  # pixels a side in which all templates are compared; the last few in twice as many
 _MARGIN = 0.06  # of a cell's side that is left free on every side
 _ANGLES = (0.0, -8.0, 8.0)  # degrees by which templates are turned
-# ΔE from which a pixel is a thing's, and its growth with the background's error: see `_labels`.
-_UNLIKE, _NOISE = 10.0, 3.0
-_UNLIKE_MOST = 20.0
-_ROUGH = 1.5  # median ΔE from which specks of background are cleared away
-_SPECK = 0.0015  # share of a square image below which a region is nothing
-_LEAST = 0.008  # … below which it is no thing, but perhaps a part of one
-_PARTS = 6  # regions of an image that are looked at
-_NEAR = 14.0  # pixels between the parts of one thing, at most
-_ANOTHER = 0.04  # share of the image's contrast that a thing more must explain
 _UNEXPLAINED = 0.6  # share left over from which a region before a painted scene is part of it
-_BEYOND = 0.06  # share of an edge covered by a thing that goes beyond it
 _CLOSE = 0.6  # share of an image left over below which it is a close-up
 _BARE = 0.01  # share of a close-up that shows enough of its background
 _EVEN = 0.1  # how uneven that may be, of 0 … 1, and still be a plain colour
@@ -57,26 +55,6 @@ _SCALES = (0.94, 1.06)
 _EDGES = 2.0  # weight of edges beside colours in the last comparison
 _ANY_COLOUR = 1.3  # how much closer a shape must be, since its colour is free
 _BATCH = 64
-
-Labels = npt.NDArray[np.int32]
-Box = tuple[int, int, int, int]
-
-
-class Group(NamedTuple):
-    """Regions of an image that may be one thing: the image's number, theirs, and their box.
-
-    box: (left, top, right, bottom) in pixels. area: pixels.
-    """
-
-    image: int
-    regions: tuple[int, ...]
-    box: Box
-    area: int
-
-    @property
-    def side(self) -> int:
-        """Return the box's longer side in pixels."""
-        return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
 
 @dataclass(frozen=True)
@@ -133,13 +111,13 @@ class Templates:
     def _read(self, images: Tensor) -> list[Reading]:
         height, width = images.shape[1:3]
         planes = images.to(self.device).permute(0, 3, 1, 2).float() / 255
-        scale = _SIDE / min(height, width)
+        scale = SIDE / min(height, width)
         size = (round(height * scale), round(width * scale))
         planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
         numbers, behind = self.backdrops.find(planes)
         painted = torch.tensor([number >= len(NAMES) for number in numbers], device=self.device)
-        fields = _unlike(planes, behind, painted).cpu().numpy()
-        labels = [_labels(field) for field in fields]
+        fields = difference(planes, behind, painted).cpu().numpy()
+        labels = [regions(field) for field in fields]
         views = Views(planes, behind, torch.from_numpy(np.stack(labels)).to(self.device))
         near = [i for i, some in enumerate(labels) if height == width and cropped(some)]
         close = {i: self.close_ups.find(planes[i]) for i in near}
@@ -176,7 +154,7 @@ class Templates:
             end = at + len(some)
             chosen += partition(some, left[at:end], energy[at:end])
             at = end
-        return [group for group in chosen if group.area >= _LEAST * _SIDE**2]
+        return [group for group in chosen if group.area >= LEAST * SIDE**2]
 
     # ── comparing ─────────────────────────────────────────────────────────────────────────────────
 
@@ -199,7 +177,7 @@ class Templates:
             [along[:, 0, None, :].expand(-1, n, -1), along[:, 1, :, None].expand(-1, -1, n)], dim=-1
         )
         index = torch.tensor([group.image for group in groups], device=self.device)
-        own = torch.zeros(len(groups), _PARTS + 1, dtype=torch.bool)
+        own = torch.zeros(len(groups), PARTS + 1, dtype=torch.bool)
         for row, group in zip(own, groups, strict=True):
             row[[0, *group.regions]] = True
         labels = views.labels[index]
@@ -310,113 +288,12 @@ class Templates:
         )
 
 
-def _smooth(planes: Tensor) -> Tensor:
-    """Blur planes [..., H, W]: a judge must not expect details that no decoder draws."""
-    flat = planes.flatten(0, -3)
-    return F.avg_pool2d(flat, 3, 1, 1, count_include_pad=False).view_as(planes)
-
-
 def _distance(one: Tensor, other: Tensor) -> Tensor:
     """Return the squared difference of colours and edges [...] of images [..., 3, H, W]."""
-    apart = _smooth(one - other)
+    apart = smooth(one - other)
     down, across = apart.diff(dim=-2), apart.diff(dim=-1)
     edges = down.square().sum((-3, -2, -1)) + across.square().sum((-3, -2, -1))
     return apart.square().sum((-3, -2, -1)) + _EDGES * edges
-
-
-# ── images → regions ────────────────────────────────────────────────────────────────────────────
-
-
-def _unlike(images: Tensor, behind: Tensor, painted: Tensor) -> Tensor:
-    """Return the smoothed ΔE [N, H, W] between images and backgrounds [N, 3, H, W].
-
-    painted: [N], where the background has details of its own; these are blurred away beforehand.
-    """
-    blur = painted[:, None, None, None]
-    one, other = (torch.where(blur, _smooth(_smooth(x)), x) for x in (images, behind))
-    return _smooth((lab(one) - lab(other)).square().sum(1).sqrt())
-
-
-def _labels(unlike: npt.NDArray[np.float32]) -> Labels:
-    """Return the regions' numbers [H, W] of ΔE above a threshold, 1 the largest; 0 elsewhere.
-
-    The threshold grows with the median, which is the background's: it is not drawn exactly.
-    """
-    noise = float(np.median(unlike))
-    mask = unlike > min(_UNLIKE + _NOISE * noise, _UNLIKE_MOST)
-    if noise > _ROUGH:
-        mask = ndimage.binary_opening(mask)
-    labels, count = ndimage.label(mask)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
-    areas[0] = 0
-    largest = [i for i in np.argsort(-areas)[:_PARTS] if areas[i] >= _SPECK * _SIDE**2]
-    order = np.zeros(count + 1, dtype=np.int32)
-    order[largest] = np.arange(1, len(largest) + 1)
-    return np.asarray(order[labels], dtype=np.int32)
-
-
-def cropped(labels: Labels) -> bool:
-    """Return whether things [H, W] go beyond the image on two sides at least."""
-    mask = labels > 0
-    edges = (mask[0], mask[-1], mask[:, 0], mask[:, -1])
-    return sum(float(edge.mean()) > _BEYOND for edge in edges) >= 2
-
-
-def candidates(image: int, labels: Labels) -> Iterator[Group]:
-    """Return every region as a group, and those near to each other also together."""
-    boxes = [
-        (x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels) if y is not None
-    ]
-    areas = np.bincount(labels.ravel())
-    for size in range(1, len(boxes) + 1):
-        for members in combinations(range(len(boxes)), size):
-            if size == 1 or _connected([boxes[i] for i in members]):
-                corners = np.array([boxes[i] for i in members])
-                low, high = corners[:, :2].min(0), corners[:, 2:].max(0)
-                box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
-                numbers = tuple(i + 1 for i in members)
-                yield Group(image, numbers, box, int(areas[list(numbers)].sum()))
-
-
-def _connected(boxes: Sequence[Box]) -> bool:
-    """Return whether each box can be reached from the first by steps between near boxes."""
-    reached, rest = [boxes[0]], list(boxes[1:])
-    while near := [box for box in rest if any(_gap(box, other) <= _NEAR for other in reached)]:
-        reached += near
-        rest = [box for box in rest if box not in near]
-    return not rest
-
-
-def _gap(one: Box, other: Box) -> float:
-    """Return the pixels between two boxes, 0 where they overlap."""
-    across = max(0, other[0] - one[2], one[0] - other[2])
-    down = max(0, other[1] - one[3], one[1] - other[3])
-    return max(across, down)
-
-
-def partition(
-    groups: Sequence[Group], left: Sequence[float], energy: Sequence[float]
-) -> list[Group]:
-    """Return those groups of one image, no region in two of them, that leave least over.
-
-    left, energy: what each group's best template leaves over, and of how much. A thing more must
-    explain a share of it all.
-    """
-    singles = [i for i, group in enumerate(groups) if len(group.regions) == 1]
-    price = _ANOTHER * sum(energy[i] for i in singles)
-
-    def best(rest: frozenset[int]) -> tuple[float, list[Group]]:
-        if not rest:
-            return 0.0, []
-        first = min(rest)
-        options = []
-        for i, group in enumerate(groups):
-            if first in group.regions and rest.issuperset(group.regions):
-                cost, others = best(rest - set(group.regions))
-                options.append((cost + left[i] + price, [group, *others]))
-        return min(options, key=lambda option: option[0])
-
-    return best(frozenset(groups[i].regions[0] for i in singles))[1]
 
 
 def _found(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from server.cli.errors import FAILED, INVALID, Commands, fail, one_line_errors
-from server.cli.generate import Weights, read_settings, register
+from server.cli.generate import register
+from server.cli.options import Weights, read_settings
 from server.cli.weights import weights_app
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,12 @@ import PIL.Image
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from model.batch_encoder import DictCache
 from model.canvas import Pixels
 from model.config import BundleConfig, Operation, find_bundle
 from model.image_request import Enlarge, InputImage
 from model.pipeline import Pipeline
-from model.row_builder import DictCache, RowBuilder
+from model.row_builder import RowBuilder
 from model.runtime import pick_device, pick_dtype, prepare, use
 from model.tiles import lanczos
 from server.api.images.admission import Uploads, image_limits

@@ -237,7 +237,7 @@ def _origin(
     """Return a new bundle's configuration, checkpoints by network, and own tokenizer merges."""
     from dataclasses import replace
 
-    from model.bundle import verify_files
+    from model.bundle_files import verify_files
     from model.checkpoints.fetch import fetched
     from model.checkpoints.manifest import published
     from model.config import BundleConfig, find_bundle

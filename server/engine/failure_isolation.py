@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from model.row_builder import group_by
+from model.batch_encoder import group_by
 from server.engine.messages import FailureCode
 from server.engine.scheduler import RowId
 

@@ -103,10 +103,10 @@ class Job:
     @property
     def image_bytes(self) -> int:
         """Bytes of the client's images, masks and weights, decoded, and of files that are kept."""
-        canvas = () if self.canvas is None else (self.canvas.picture,)
+        canvas = () if self.canvas is None else (self.canvas.image,)
         masks = (self.canvas.mask,) if isinstance(self.canvas, Repaint) else ()
-        seen = (reference.picture for reference in self.references)
-        shown = (keyframe.picture for keyframe in self.keyframes if keyframe.picture)
+        seen = (reference.image for reference in self.references)
+        shown = (keyframe.image for keyframe in self.keyframes if keyframe.image)
         weights = [region.weight for region in self.regions]
         if self.enlarge:
             weights += [region.weight for region in self.enlarge.regions]

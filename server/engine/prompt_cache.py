@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
-from model.row_builder import Cached
+from model.batch_encoder import Cached
 from server.engine.messages import Count
 
 K = TypeVar("K", bound=Hashable)

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.batch_encoder import group_by
 from model.config import SamplingConfig, find_bundle
 from model.pipeline import Pipeline
-from model.row_builder import RowBuilder, group_by
+from model.row_builder import RowBuilder
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
 from server.engine.cpu_threads import SharedThreads

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from model.batch_encoder import group_by
 from model.image_request import InputImage
-from model.row_builder import group_by
 from model.runtime import prepare
 from model.tiles import Mosaic, lanczos
 from server.engine.child import describe

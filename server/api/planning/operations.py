@@ -226,7 +226,7 @@ def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
         layout.padded_size,
         request.prompt,
         steps=steps,
-        canvas=Edit(layout.canvas.picture, request.strength),
+        canvas=Edit(layout.canvas.image, request.strength),
         references=references,
         **held,
     )

@@ -83,18 +83,18 @@ def drawn_art(side: int = 32) -> torch.Tensor:
     return sprites
 
 
-@pytest.fixture(autouse=True)
-def art_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(name="art_of_our_own", autouse=True)
+def art_of_our_own_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(art, "atlas", drawn_art)
 
 
-@pytest.fixture(scope="session")
-def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(name="corpus_file", scope="session")
+def corpus_file_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.safetensors"
     corpus.generate(SCENES, 0, 1).save(path)
     return path
 
 
-@pytest.fixture
-def scenes(corpus_file: Path) -> Scenes:
+@pytest.fixture(name="scenes")
+def scenes_fixture(corpus_file: Path) -> Scenes:
     return Scenes(corpus.load(corpus_file), drawn_art())

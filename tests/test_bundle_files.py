@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from model import bundle
-from model.bundle import RECORD, is_listed, remember
+from model import bundle_files
+from model.bundle_files import RECORD, is_listed, remember
 from model.config import FileEntry
 
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(bundle, "LARGE", 4)
+    monkeypatch.setattr(bundle_files, "LARGE", 4)
     path = tmp_path / "bundle" / "denoiser.safetensors"
     path.parent.mkdir()
     path.write_bytes(b"weights")
@@ -35,8 +35,8 @@ def entry_of(path: Path) -> FileEntry:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were hashed since."""
     paths: list[Path] = []
-    original = bundle.sha256
-    monkeypatch.setattr(bundle, "sha256", lambda path: paths.append(path) or original(path))
+    original = bundle_files.sha256
+    monkeypatch.setattr(bundle_files, "sha256", lambda path: paths.append(path) or original(path))
     return paths
 
 
@@ -66,7 +66,7 @@ def test_files_that_are_hashed_side_by_side_are_all_remembered(large, hashed):
 
 
 def test_a_small_one_is_hashed_every_time_and_nothing_is_written(large, hashed, monkeypatch):
-    monkeypatch.setattr(bundle, "LARGE", 100)
+    monkeypatch.setattr(bundle_files, "LARGE", 100)
     entry = entry_of(large)
     assert is_listed(large, entry)
     assert is_listed(large, entry)
@@ -83,16 +83,16 @@ def test_another_content_of_the_same_size_and_time_is_noticed(large):
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_not_taken_for_verified(large, monkeypatch):
-    entry, original = entry_of(large), bundle.sha256
+    entry, original = entry_of(large), bundle_files.sha256
 
     def replaced(path: Path) -> str:
         digest = original(path)
         path.write_bytes(b"something else")
         return digest
 
-    monkeypatch.setattr(bundle, "sha256", replaced)
+    monkeypatch.setattr(bundle_files, "sha256", replaced)
     assert is_listed(large, entry), "the content that was hashed is the listed one"
-    monkeypatch.setattr(bundle, "sha256", original)
+    monkeypatch.setattr(bundle_files, "sha256", original)
     assert not is_listed(large, entry)
 
 
