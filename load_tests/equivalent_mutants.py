@@ -114,12 +114,8 @@ EQUIVALENT: dict[str, str] = {
     ),
     "server/api/images/bmff.py:still_image: codecs <= set(CODECS) -> codecs < set(CODECS) in "
     "if len(codecs) != 1 or not codecs <= set(CODECS):": "one codec is never all of them",
-    "server/api/images/colour.py:_by_code_points: 0 -> 1 in "
-    "if (primaries == 1 and TRANSFERS.get(transfer, 0) is None) or transfer not in TRANSFERS:": (
-        "any number stands for an unknown transfer function, which the second half refuses"
-    ),
-    "server/api/images/colour.py:_by_code_points: 2 -> 3 in "
-    "def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:": (
+    "server/api/images/colour.py:_space: 2 -> 3 in def _space(primaries: int = 2, "
+    "transfer: int = 2) -> tuple[tuple[float, ...], float | None] | None:": (
         "code points that are cut off are unknown, as 2 and 3 both are"
     ),
     "server/api/images/decoded_image.py:: 256 -> 257 in GREY_ROWS = 256": (
