@@ -27,8 +27,8 @@ NOT_SHOWN = {
     "webp_turned": "Chromium ignores EXIF in WebP",
     "avif_clear": "Chromium takes the alpha for video's range, though the file says full range",
     "avif_animated_full_range": "Chromium takes an animation's colours for video's range",
-    "png_gamma_chromaticities_of_srgb": "Chromium takes a gamma of 2.2 beside sRGB's chromaticities "
-    "at its word, though encoders of sRGB write both",
+    "png_gamma_chromaticities_of_srgb": "Chromium applies a gamma of 2.2 beside sRGB's "
+    "chromaticities, though encoders of sRGB write both",
     "jpeg_cmyk_icc": "Chromium converts to RGB first and takes that for the inks C, M and Y; it "
     "reads the Lab of lut16Type as version 4 of ICC encodes other tables",
 }
