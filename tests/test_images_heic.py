@@ -303,7 +303,8 @@ def hevc_unit(
 ) -> bytes:
     """A sequence parameter set (HEVC, 7.3.2.2).
 
-    cropped: the digits that say what is cropped. depths: bits of luma and of chroma. layers: two digits for each further one, whether it has a profile and whether it has a level.
+    layers: two digits for each further one, whether it has a profile and whether it has a level.
+    cropped: the digits that say what is cropped. depths: bits of luma and of chroma.
     """
     flags = [layers[at : at + 2] for at in range(0, len(layers), 2)]
     reserved = "00" * (8 - len(flags)) if flags else ""
