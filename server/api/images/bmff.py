@@ -26,6 +26,9 @@ IMAGE_BRANDS = frozenset(
     {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 )
 
+# By the first brand, files without images that are no video.
+OTHER_BRANDS = {b"crx ": "CR3, a camera's raw format", b"M4A ": "M4A audio", b"M4B ": "M4B audio"}
+
 
 @dataclass(frozen=True, slots=True)
 class _Box:
@@ -94,7 +97,7 @@ def still_image(content: bytes) -> ImageFile:
     """Return the still image of a file that begins with a box `ftyp`, without any metadata.
 
     Raises:
-        UnknownFormatError: the file is a video, or its images are neither AV1 nor HEVC.
+        UnknownFormatError: the file is a video or the like, or its images are neither AV1 nor HEVC.
         DamagedFileError: it has no image, or one that decodes to more pixels than the header says.
         struct.error: it ends too early, as does IndexError.
     """
@@ -104,7 +107,7 @@ def still_image(content: bytes) -> ImageFile:
         brands = {content[8:12], *(content[at : at + 4] for at in range(16, top[0].end, 4))}
         if brands & IMAGE_BRANDS:
             raise DamagedFileError("it holds no still image")
-        raise UnknownFormatError("video")
+        raise UnknownFormatError(OTHER_BRANDS.get(content[8:12], "video"))
     items = _items(content, meta)
     codecs = {items.kind(item) for item in _coded(items, items.primary)}
     if len(codecs) != 1 or not codecs <= set(CODECS):
