@@ -210,8 +210,16 @@ EQUIVALENT: dict[str, str] = {
         ),
         "a PNG has no quality",
     ),
-    'server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in file, "PNG", compress_level=1': (
+    "server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in "
+    'shown.save(file, "PNG", compress_level=1)': (
         "the same pixels, a little smaller and a little later"
+    ),
+    "server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in _, view = "
+    'decode_view(image, "image", lambda size: whole(size, (1, 1)), uploads)': (
+        "only the size of the sent image is read"
+    ),
+    "server/api/schemas.py:: 60 -> 61 in MOST_BEFORE = 60": (
+        "mistakes at the beginning are told by fewer characters"
     ),
     "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (
         "the timer would find the job answered"
