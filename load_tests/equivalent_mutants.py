@@ -114,12 +114,8 @@ EQUIVALENT: dict[str, str] = {
     ),
     "server/api/images/bmff.py:still_image: codecs <= set(CODECS) -> codecs < set(CODECS) in "
     "if len(codecs) != 1 or not codecs <= set(CODECS):": "one codec is never all of them",
-    "server/api/images/colour.py:_by_code_points: 0 -> 1 in "
-    "if (primaries == 1 and TRANSFERS.get(transfer, 0) is None) or transfer not in TRANSFERS:": (
-        "any number stands for an unknown transfer function, which the second half refuses"
-    ),
-    "server/api/images/colour.py:_by_code_points: 2 -> 3 in "
-    "def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:": (
+    "server/api/images/colour.py:_space: 2 -> 3 in def _space(primaries: int = 2, "
+    "transfer: int = 2) -> tuple[tuple[float, ...], float | None] | None:": (
         "code points that are cut off are unknown, as 2 and 3 both are"
     ),
     "server/api/images/decoded_image.py:: 256 -> 257 in GREY_ROWS = 256": (
@@ -214,8 +210,16 @@ EQUIVALENT: dict[str, str] = {
         ),
         "a PNG has no quality",
     ),
-    'server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in file, "PNG", compress_level=1': (
+    "server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in "
+    'shown.save(file, "PNG", compress_level=1)': (
         "the same pixels, a little smaller and a little later"
+    ),
+    "server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in _, view = "
+    'decode_view(image, "image", lambda size: whole(size, (1, 1)), uploads)': (
+        "only the size of the sent image is read"
+    ),
+    "server/api/schemas.py:: 60 -> 61 in MOST_BEFORE = 60": (
+        "mistakes at the beginning are told by fewer characters"
     ),
     "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (
         "the timer would find the job answered"

@@ -413,6 +413,14 @@ class Settings(BaseSettings):
             " smaller size if it is to be scaled",
         ),
     ] = 64 * MIB
+    max_heic_pixels: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Maximum width times height of one uploaded HEIC in 8 bits and 4:2:0, as"
+            " phones' photos are, that is to be scaled, if above that of any image",
+        ),
+    ] = 25 * MIB
     max_request_pixels: Annotated[
         int, Field(ge=1, description="Maximum width times height of a request's images together")
     ] = 64 * MIB

@@ -230,7 +230,10 @@ def pngs() -> Iterator[tuple[str, bytes]]:
     yield "srgb_over_gamma", any_png(8, RGB, chunk(b"sRGB", b"\0") + gamma(1.0))
     yield "gamma_chromaticities_of_srgb", any_png(8, RGB, gamma(0.45455) + chromaticities(SRGB))
     yield "gamma_grey", any_png(8, GREY, gamma(1.0))
-    yield "code_points_p3", any_png(8, RGB, chunk(b"cICP", bytes([12, 13, 0, 1])))
+    yield "gamma_near_2.2", any_png(8, RGB, gamma(0.45))
+    for name, codes in (("p3", (12, 13)), ("video", (1, 1)), ("srgb_over_profile", (1, 13))):
+        other = icc(PROFILES["adobe"]) if name == "srgb_over_profile" else b""
+        yield f"code_points_{name}", any_png(8, RGB, chunk(b"cICP", bytes([*codes, 0, 1])) + other)
     yield "turned", any_png(8, RGB, chunk(b"eXIf", exif(6)))
 
 

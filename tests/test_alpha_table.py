@@ -222,6 +222,7 @@ def test_transparency_is_kept_in_webp_and_white_in_jpeg_or_if_opaque_is_asked_fo
     ("mask", "mode", "code"),
     [
         (png(np.zeros((32, 64), np.uint8)), None, "empty_mask"),
+        (png(np.eye(32, 64, dtype=np.uint8)), None, "empty_mask"),
         (png(np.full((32, 64, 4), (0, 0, 0, 255), np.uint8)), None, "empty_mask"),
         (mask_file("opaque RGBA"), "alpha", "mask_without_alpha"),
         (mask_file("grey"), "alpha", "mask_without_alpha"),

@@ -382,9 +382,10 @@ def test_the_limits_of_files_are_the_settings() -> None:
         max_image_pixels=2,
         max_request_pixels=3,
         max_jpeg_pixels=4,
+        max_heic_pixels=5,
         max_side=600,
     )
-    assert image_limits(settings) == ImageLimits(1, 2, 3, 4, 600)
+    assert image_limits(settings) == ImageLimits(1, 2, 3, 4, 5, 600)
     # References have up to 512 pixels a side, however small the results are.
     assert image_limits(Settings(max_side=64)).scaled_side == 512
 

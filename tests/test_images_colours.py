@@ -59,8 +59,8 @@ PRIMARIES = {
     12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
 }
 SRGB = PRIMARIES[1]
-SRGB_TRANSFERS = (1, 6, 13, 14, 15)
-EXPONENTS = dict.fromkeys(SRGB_TRANSFERS) | {4: 2.2, 5: 2.8, 8: 1.0}
+VIDEO_TRANSFERS = (1, 6, 14, 15)
+EXPONENTS = {4: 2.2, 5: 2.8, 8: 1.0, 13: None}
 
 
 def rgb_of(content: bytes) -> NDArray[np.int_]:
@@ -240,7 +240,7 @@ def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> Non
     half = any_png(8, RGB, gamma(0.5) + chromaticities(ADOBE_RGB))
     assert profile_of(sniff(half)) == matrix_profile(ADOBE_RGB, 2.0)
     both = gamma(0.45455) + chromaticities(ADOBE_RGB)
-    for alone in (gamma(0.45455), chromaticities(ADOBE_RGB), gamma(0)):
+    for alone in (chromaticities(ADOBE_RGB), gamma(0)):
         np.testing.assert_array_equal(rgb_of(any_png(8, RGB, alone)), COLOURS[..., :3])
     expected = rgb_of(any_png(8, RGB, icc(PROFILES["adobe"])))
     assert np.abs(rgb_of(any_png(8, RGB, both)) - expected).max() <= 1
@@ -252,35 +252,82 @@ def test_gamma_and_chromaticities_are_a_profile_unless_there_is_another() -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "is_srgb"),
+    [
+        (0.43181, False),
+        (0.43182, True),
+        (0.45, True),
+        (0.4545, True),
+        (0.45455, True),
+        (0.47727, True),
+        (0.47728, False),
+    ],
+)
+@pytest.mark.parametrize("moved", [None, 0, 0.0009])
+def test_a_gamma_near_that_of_srgb_is_srgb_alone_and_with_its_chromaticities(
+    value: float, is_srgb: bool, moved: float | None
+) -> None:
+    """ImageMagick writes both beside values of sRGB, and libpng takes them for these."""
+    beside = b"" if moved is None else chromaticities((*SRGB[:-1], SRGB[-1] + moved))
+    profile = profile_of(sniff(any_png(8, RGB, gamma(value) + beside)))
+    assert (profile is None) == is_srgb
+
+
+def test_a_gamma_of_srgb_beside_other_chromaticities_is_another_space() -> None:
+    for at in range(8):
+        moved = (*SRGB[:at], SRGB[at] + 0.0011, *SRGB[at + 1 :])
+        extra = gamma(0.45455) + chromaticities(moved)
+        assert profile_of(sniff(any_png(8, RGB, extra))) is not None
+
+
 def code_points(primaries: int, transfer: int) -> bytes:
     return chunk(b"cICP", bytes([primaries, transfer, 0, 1]))
 
 
 SPACES_BY_CODE = [(code, 13) for code in PRIMARIES if code != 1]
 SPACES_BY_CODE += [(code, transfer) for code in (1, 12) for transfer in (4, 5, 8)]
-SPACES_BY_CODE += [(12, transfer) for transfer in SRGB_TRANSFERS]
+SPACES_BY_CODE += [(code, transfer) for code in (1, 12) for transfer in VIDEO_TRANSFERS]
 
 
 @pytest.mark.parametrize(("primaries", "transfer"), SPACES_BY_CODE)
-def test_code_points_are_a_space(primaries: int, transfer: int) -> None:
+def test_code_points_are_a_space_and_video_s_curve_is_srgb_s_in_avif_alone(
+    primaries: int, transfer: int
+) -> None:
     shown = rgb_of(any_png(8, RGB, code_points(primaries, transfer)))
-    space = PRIMARIES[primaries], EXPONENTS[transfer]
+    # Browsers show the curve of video by a gamma of 2.4 in PNG.
+    space = PRIMARIES[primaries], EXPONENTS.get(transfer, 2.4)
     assert np.abs(shown - in_srgb(COLOURS[..., :3], *space)).max() <= 1.5
     avif = ImageFile("AVIF", W, H, b"", {"nclx": struct.pack(">3HB", primaries, transfer, 0, 128)})
-    assert profile_of(avif) == matrix_profile(*space)
+    in_avif = PRIMARIES[primaries], EXPONENTS.get(transfer)
+    is_srgb = in_avif == (SRGB, None)
+    assert profile_of(avif) == (None if is_srgb else matrix_profile(*in_avif))
 
 
-def test_code_points_of_srgb_hdr_and_unknown_ones_change_nothing_and_leave_the_profile() -> None:
-    others = [(1, transfer) for transfer in SRGB_TRANSFERS]
-    others += [(12, 16), (12, 18), (9, 0), (12, 2), (2, 13), (3, 8), (1, 16)]
-    adobe = rgb_of(any_png(8, RGB, icc(PROFILES["adobe"])))
+OTHER_COLOURS = {
+    "profile": icc(PROFILES["adobe"]),
+    "gamma": gamma(1.0),
+    "both": gamma(1.0) + icc(PROFILES["adobe"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_COLOURS)
+def test_code_points_come_before_every_other_description(name: str) -> None:
+    srgb = any_png(8, RGB, code_points(1, 13) + OTHER_COLOURS[name])
+    np.testing.assert_array_equal(rgb_of(srgb), COLOURS[..., :3])
+    p3 = any_png(8, RGB, code_points(12, 13) + OTHER_COLOURS[name])
+    np.testing.assert_array_equal(rgb_of(p3), rgb_of(any_png(8, RGB, code_points(12, 13))))
+
+
+@pytest.mark.parametrize("name", OTHER_COLOURS)
+def test_code_points_of_hdr_and_unknown_ones_leave_the_other_descriptions(name: str) -> None:
+    others = [(12, 16), (12, 18), (9, 0), (12, 2), (2, 13), (3, 8), (1, 16)]
     cut = [chunk(b"cICP"), chunk(b"cICP", b"\x0c")]
+    expected = rgb_of(any_png(8, RGB, OTHER_COLOURS[name]))
     for extra in [*(code_points(*pair) for pair in others), *cut]:
         np.testing.assert_array_equal(rgb_of(any_png(8, RGB, extra)), COLOURS[..., :3])
-        with_profile = rgb_of(any_png(8, RGB, extra + icc(PROFILES["adobe"])))
-        np.testing.assert_array_equal(with_profile, adobe)
-    with_both = rgb_of(any_png(8, RGB, code_points(12, 13) + icc(PROFILES["adobe"])))
-    np.testing.assert_array_equal(with_both, rgb_of(any_png(8, RGB, code_points(12, 13))))
+        other = rgb_of(any_png(8, RGB, extra + OTHER_COLOURS[name]))
+        np.testing.assert_array_equal(other, expected)
 
 
 def test_grey_has_profiles_of_its_own() -> None:

@@ -280,6 +280,60 @@ def test_an_empty_mask_is_told_its_brightest_value() -> None:
         repaint_mask(decode(file.getvalue(), LIMITS, "mask"), None, (8, 8))
 
 
+@pytest.mark.parametrize(("most", "allowed"), [(1, False), (8, False), (9, True), (255, True)])
+def test_a_mask_whose_largest_weight_is_8_is_of_another_scale(most: int, allowed: bool) -> None:
+    masks = {
+        "luminance": (as_mask([bytes([0, most])], GREY), f"brightest is {most} of 255; multiply"),
+        "alpha": (
+            as_mask([bytes([0, 255, 0, 255 - most])], GREY_ALPHA),
+            f"lowest alpha is {255 - most} of 255",
+        ),
+    }
+    for mask, reason in masks.values():
+        if allowed:
+            assert repaint_mask(mask, None, (2, 1)).tolist() == [[0, most]]
+        else:
+            with pytest.raises(ApiError, match=reason) as refused:
+                repaint_mask(mask, None, (2, 1))
+            assert (refused.value.status, refused.value.code) == (422, "empty_mask")
+
+
+def test_a_mask_without_any_white_is_not_told_to_be_multiplied() -> None:
+    with pytest.raises(ApiError, match=r"brightest is 0 of 255$"):
+        repaint_mask(as_mask([b"\0\0"], GREY), None, (2, 1))
+
+
+def test_alpha_of_lossy_files_is_as_it_was_meant_like_their_luminance() -> None:
+    ramp = np.arange(256, dtype=np.uint8)[None]
+    rgb = np.zeros((1, 256, 3), np.uint8)
+    mask = DecodedImage(rgb, ramp, lossy=True)
+    white = DecodedImage(ramp[..., None].repeat(3, axis=2), None, lossy=True).whiteness
+    np.testing.assert_array_equal(repaint_mask(mask, None, (256, 1)), white[:, ::-1])
+    exact = DecodedImage(rgb, ramp)
+    np.testing.assert_array_equal(repaint_mask(exact, None, (256, 1)), 255 - ramp)
+
+
+def test_a_lossy_mask_that_is_nearly_opaque_everywhere_is_read_by_its_luminance() -> None:
+    left = np.zeros((1, 2, 3), np.uint8)
+    left[:, 0] = 255
+    nearly = np.array([[255, 240]], np.uint8)
+    opaque = DecodedImage(left, nearly, lossy=True)
+    assert repaint_mask(opaque, None, (2, 1)).tolist() == [[255, 0]]
+    with pytest.raises(ApiError, match="lowest alpha is 255"):
+        repaint_mask(opaque, "alpha", (2, 1))
+
+
+@pytest.mark.parametrize("format", ["AVIF", "WEBP"])
+def test_where_a_lossy_mask_is_opaque_nothing_is_repainted(format: str) -> None:
+    mask = Image.new("RGBA", (64, 64))
+    mask.paste((0, 0, 0, 255), (32, 0, 64, 64))
+    for quality in (20, 40, 60, 90):
+        content = encoded(format, mask, quality=quality, alpha_quality=quality)
+        weights = repaint_mask(decode(content, LIMITS, "mask"), None, (64, 64))
+        np.testing.assert_array_equal(weights[:, :28], 255)
+        np.testing.assert_array_equal(weights[:, 36:], 0)
+
+
 def test_luminance_takes_no_notice_of_colours_that_transparency_hides() -> None:
     assert repaint_mask(as_mask([b"\xff\0\xff\xff"], GREY_ALPHA), "luminance", (2, 1)).tolist() == [
         [0, 255]

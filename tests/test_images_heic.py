@@ -14,7 +14,7 @@ import pytest
 from server.api.errors import ApiError
 from server.api.images import DamagedFileError, UnknownFormatError, bmff
 from server.api.images import decode as decode_module
-from server.api.images.decode import ImageLimits, decode
+from server.api.images.decode import ImageLimits, checked_file, decode
 from server.api.images.sniff import sniff
 from tests.heic_files import box, full, hevc_config, single, tiled
 from tests.shown_files import P3, saved
@@ -292,17 +292,28 @@ def golomb(value: int) -> str:
     return "0" * ((value + 1).bit_length() - 1) + f"{value + 1:b}"
 
 
-def hevc_unit(width: int, height: int, layers: str = "", chroma: int = 1, kind: int = 33) -> bytes:
+def hevc_unit(
+    width: int,
+    height: int,
+    layers: str = "",
+    chroma: int = 1,
+    kind: int = 33,
+    cropped: str = "0",
+    depths: tuple[int, int] = (8, 8),
+) -> bytes:
     """A sequence parameter set (HEVC, 7.3.2.2).
 
     layers: two digits for each further one, whether it has a profile and whether it has a level.
+    cropped: the digits that say what is cropped. depths: bits of luma and of chroma.
     """
     flags = [layers[at : at + 2] for at in range(0, len(layers), 2)]
     reserved = "00" * (8 - len(flags)) if flags else ""
     lengths = [88 * int(profile) + 8 * int(level) for profile, level in flags]
     colours = golomb(chroma) + ("1" if chroma == 3 else "")
     bits = f"1111 {len(flags):03b} 1 {'0' * 96} {layers} {reserved} {'1' * sum(lengths)}"
-    payload = packed(f"{bits} {golomb(0)} {colours} {golomb(width)} {golomb(height)} 1")
+    sizes = f"{golomb(width)} {golomb(height)} {cropped}"
+    further_bits = "".join(golomb(depth - 8) for depth in depths)
+    payload = packed(f"{bits} {golomb(0)} {colours} {sizes} {further_bits} 1")
     # Three bytes that could begin another unit are kept apart by a 3.
     return bytes([kind << 1, 1]) + re.sub(rb"\0\0(?=[\0-\3])", b"\0\0\3", payload)
 
@@ -320,6 +331,60 @@ def test_an_hevc_frame_has_the_size_that_its_sequence_says(layers: str, chroma: 
         unit = hevc_unit(width, height, layers, chroma)
         assert_allowed(hevc(unit), allowed)
         assert_allowed(hevc(stored=(unit,)), allowed)
+
+
+@pytest.mark.parametrize("cropped", ["0", "1" + golomb(0) * 2 + golomb(5) * 2])
+@pytest.mark.parametrize(
+    ("chroma", "depths", "compact"),
+    [
+        (0, (8, 8), True),
+        (1, (8, 8), True),
+        (2, (8, 8), False),
+        (3, (8, 8), False),
+        (1, (10, 8), False),
+        (1, (8, 10), False),
+    ],
+)
+def test_8_bits_with_reduced_colours_are_compact(
+    chroma: int, depths: tuple[int, int], compact: bool, cropped: str
+) -> None:
+    unit = hevc_unit(8, 8, chroma=chroma, depths=depths, cropped=cropped)
+    small = hevc_unit(8, 8)
+    for file in (hevc(unit), hevc(small, unit), hevc(small, stored=(unit,))):
+        assert sniff(file).compact == compact
+    # Only the memory of HEVC's decoder was measured.
+    assert not sniff(single(b"av01", av1_unit(SMALL), STATED)).compact
+
+
+def test_a_photo_that_is_to_be_scaled_may_have_more_pixels_than_other_images() -> None:
+    photo, deep = (hevc(hevc_unit(8, 8, depths=(depth, depth))) for depth in (8, 10))
+    pixels = STATED[0] * STATED[1]
+    larger = ImageLimits(max_pixels=pixels - 1, max_heic_pixels=pixels)
+    assert checked_file(photo, larger, "image").compact
+    assert checked_file(photo, ImageLimits(max_pixels=pixels, max_heic_pixels=1), "image").compact
+    refusals = [
+        (photo, ImageLimits(max_pixels=9, max_heic_pixels=pixels - 1), pixels - 1, "HEIC"),
+        (deep, larger, pixels - 1, "IMAGE"),
+    ]
+    for content, limits, most, setting in refusals:
+        with pytest.raises(ApiError) as refused:
+            checked_file(content, limits, "image")
+        assert refused.value.status == 413
+        assert refused.value.message == (
+            f"image: may have at most {most} pixels as HEIC (the server's "
+            f"PAELLERA_MAX_{setting}_PIXELS); send a smaller one, or a JPEG of up to 67108864 "
+            "pixels (sent: 1024x1024)"
+        )
+    default = ImageLimits()
+    assert default.max_pixels < 5712 * 4284 < default.max_heic_pixels
+
+
+def test_a_photo_beyond_the_bound_of_other_images_is_decoded_only_to_be_scaled() -> None:
+    pytest.importorskip("pi_heif", reason="the extra heic is not installed")
+    limits = ImageLimits(max_pixels=2048 * 1024 - 1)
+    assert decode(FILES["large"], limits, fit=lambda _: (64, 32)).size == (64, 32)
+    with pytest.raises(ApiError, match="at most 2097151 pixels as HEIC"):
+        decode(FILES["large"], limits)
 
 
 WIDE = hevc_unit(8192, 8192)

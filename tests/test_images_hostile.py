@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import struct
@@ -135,7 +136,27 @@ def test_parts_are_counted_to_a_bound(place: str, most: int, parts: str) -> None
         (b"8BPS", "PSD"),
         (b"\0\0\x01\0", "ICO"),
         (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51\0\x29", "JPEG 2000"),
         (b"\xff\x0a", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"II\xbc\x01", "JPEG XR"),
+        (b"II+\0\x08\0", "BigTIFF"),
+        (b"MM\0+\0\x08", "BigTIFF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "EPS or PostScript"),
+        (b"\xc5\xd0\xd3\xc6", "EPS or PostScript"),
+        (b"P1\n# a comment\n2 2\n", "PNM"),
+        (b"P6\n2 2\n255\n", "PNM"),
+        (b"P7\nWIDTH 2\n", "PNM"),
+        (b"P8\n2 2\n", "none of these"),
+        (b"\x1aE\xdf\xa3\x9fB\x86\x81\1", "WebM or Matroska video"),
+        (b"\0\0\2" + bytes(40) + b"TRUEVISION-XFILE.\0", "TGA"),
+        (b'\n{"image": "a"}', "JSON"),
+        (b"[1, 2]", "JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer; .*git lfs pull"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "CR3, a camera's raw format"),
+        (b"\0\0\0\x18ftypM4A \0\0\0\0M4A isom", "M4A audio"),
+        (b"\0\0\0\x18ftypM4B \0\0\0\0M4B isom", "M4B audio"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isommp42", "video"),
         (b"\x1f\x8b", "gzip"),
         (b"\xef\xbb\xbf \t\r\n<P>", "HTML or XML"),
         # An image begins within the first 1000 bytes.
@@ -149,6 +170,46 @@ def test_parts_are_counted_to_a_bound(place: str, most: int, parts: str) -> None
 def test_a_file_of_another_format_is_refused_by_its_name(content: bytes, name: str) -> None:
     with pytest.raises(UnknownFormatError, match=f"^{name}$"):
         sniff(content)
+
+
+IMAGES = {
+    "PNG": hostile.plain_png(),
+    "JPEG": hostile.encoded("JPEG"),
+    "WEBP": hostile.encoded("WEBP"),
+    "GIF": hostile.gif(),
+    "AVIF": hostile.encoded("AVIF"),
+}
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\r\n ", b"data:image/png;base64,"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_file_that_holds_base64_is_named(name: str, before: bytes) -> None:
+    with pytest.raises(UnknownFormatError, match=r"^base64 or a data URL .* send the image itself"):
+        sniff(before + base64.b64encode(IMAGES[name]))
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG"])
+def test_an_image_that_was_converted_as_text_is_named(name: str) -> None:
+    content = IMAGES[name]
+    for text in (content.decode("utf-8", "replace"), content.decode("latin-1")):
+        with pytest.raises(UnknownFormatError, match="converted as UTF-8 text; read it as bytes"):
+            sniff(text.encode())
+
+
+def test_a_png_whose_line_ends_were_converted_is_named() -> None:
+    for before, after in ((b"\r\n", b"\n"), (b"\n", b"\r\n")):
+        with pytest.raises(UnknownFormatError, match="line ends were converted; read it as bytes"):
+            sniff(IMAGES["PNG"].replace(before, after))
+
+
+def test_jpegs_that_no_browser_shows_are_named_and_not_called_damaged() -> None:
+    jpeg = jpeg_segments(0xC1, b"\1\2\3")
+    precision = jpeg.index(b"\xff\xc1") + 4
+    for bits in (9, 12, 16):
+        with pytest.raises(UnknownFormatError, match=f"^JPEG with {bits} bits a channel; send 8$"):
+            sniff(jpeg[:precision] + bytes([bits]) + jpeg[precision + 1 :])
+    with pytest.raises(UnknownFormatError, match=r"^JPEG-LS$"):
+        sniff(jpeg.replace(b"\xff\xc1", b"\xff\xf7"))
 
 
 def jpeg_segments(frame: int, scan: bytes, factors: bytes = b"\x22\x11\x11") -> bytes:

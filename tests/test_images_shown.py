@@ -27,6 +27,8 @@ NOT_SHOWN = {
     "webp_turned": "Chromium ignores EXIF in WebP",
     "avif_clear": "Chromium takes the alpha for video's range, though the file says full range",
     "avif_animated_full_range": "Chromium takes an animation's colours for video's range",
+    "png_gamma_chromaticities_of_srgb": "Chromium applies a gamma of 2.2 beside sRGB's "
+    "chromaticities, though encoders of sRGB write both",
     "jpeg_cmyk_icc": "Chromium converts to RGB first and takes that for the inks C, M and Y; it "
     "reads the Lab of lut16Type as version 4 of ICC encodes other tables",
 }
@@ -46,6 +48,11 @@ def test_avif_has_the_alpha_that_was_encoded() -> None:
     assert picture.alpha is not None
     assert np.abs(picture.alpha.astype(int) - COLOURS[..., 3]).max() <= 2
     assert np.abs(picture.rgb.astype(int) - COLOURS[..., :3]).max() <= 4
+
+
+def test_the_values_that_encoders_of_srgb_write_change_no_bit() -> None:
+    picture = decode(FILES["png_gamma_chromaticities_of_srgb"].content, LIMITS)
+    np.testing.assert_array_equal(picture.rgb, COLOURS[..., :3])
 
 
 @pytest.mark.parametrize("name", ["avif_animated", "avif_animated_full_range"])

@@ -110,6 +110,17 @@ IMAGE_DESCRIPTION = (
 )
 # Those of the alphabet for URLs, as the usual ones.
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
+# Likely mistakes, by what is around the first character that is not base64's.
+MOST_BEFORE = 60
+_HINTS = {
+    "the text begins with a byte order mark; leave it out": re.compile(r"\A\ufeff"),
+    "'data:…;base64,' is there twice": re.compile(r"\Adata:"),
+    "'data:' is missing before it": re.compile(r"\A\w+/[\w+-]+;"),
+    "this is Python's b'…'; send base64.b64encode(…).decode()": re.compile(r"\Ab['\"]"),
+    "line breaks are escaped twice; send none": re.compile(r"\\[nr]\Z"),
+    "was '+' decoded as a space?": re.compile(r" .?\Z", re.DOTALL),
+    "is it the name of a file?": re.compile(r"[.:\\].?\Z", re.DOTALL),
+}
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=\r\n\t_-]")
 
 
@@ -161,7 +172,8 @@ def _from_base64(text: str, is_url: bool) -> bytes:
         text = "\n".join(line.strip() for line in text.split("\n"))
     stray = _NOT_BASE64.search(text)
     if stray is not None:
-        raise _no_base64(f"character {stray.start() + 1} is {stray[0]!r}{_hint(stray[0])}")
+        hint = _hint(text[max(0, stray.start() - MOST_BEFORE) : stray.end() + 1])
+        raise _no_base64(f"character {stray.start() + 1} is {stray[0]!r}{hint}")
     # Mail and command-line encoders break lines.
     letters = text.encode().translate(None, b"\r\n\t")
     standard = letters.translate(_URL_SAFE)
@@ -174,11 +186,12 @@ def _from_base64(text: str, is_url: bool) -> bytes:
         raise _no_base64("there is padding, '=', before its end") from None
 
 
-def _hint(stray: str) -> str:
-    """Return the likely mistake behind a character that is not base64's."""
-    if stray == " ":
-        return ": was '+' decoded as a space?"
-    return ": is it the name of a file?" if stray in (".", ":", "\\") else ""
+def _hint(around: str) -> str:
+    """Return the likely mistake behind a character that is not base64's.
+
+    around: what precedes it, the character, and the next one.
+    """
+    return next((f": {hint}" for hint, found in _HINTS.items() if found.search(around)), "")
 
 
 def _no_base64(reason: str) -> PydanticCustomError:

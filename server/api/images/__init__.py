@@ -29,6 +29,7 @@ class ImageFile:
             of AVIF and HEIC; the others are the contents of PNG chunks.
         area: (left, top, right, bottom) of the first image, if it leaves a part of the canvas free.
         ended: whether a JPEG has an end marker.
+        compact: whether a HEIC has 8 bits and 4:2:0 or grey, as photos have; it takes less memory.
     """
 
     format: FileFormat
@@ -38,6 +39,7 @@ class ImageFile:
     colour: Mapping[str, bytes] = field(default_factory=dict)
     area: tuple[int, int, int, int] | None = None
     ended: bool = True
+    compact: bool = False
 
     @property
     def pixels(self) -> int:

@@ -49,6 +49,7 @@ def image_limits(settings: Settings) -> ImageLimits:
         settings.max_image_pixels,
         settings.max_request_pixels,
         settings.max_jpeg_pixels,
+        settings.max_heic_pixels,
         max(settings.max_side, REFERENCE_SIDE),
     )
 

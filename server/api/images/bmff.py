@@ -26,6 +26,9 @@ IMAGE_BRANDS = frozenset(
     {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 )
 
+# By the first brand, files without images that are no video.
+OTHER_BRANDS = {b"crx ": "CR3, a camera's raw format", b"M4A ": "M4A audio", b"M4B ": "M4B audio"}
+
 
 @dataclass(frozen=True, slots=True)
 class _Box:
@@ -94,7 +97,7 @@ def still_image(content: bytes) -> ImageFile:
     """Return the still image of a file that begins with a box `ftyp`, without any metadata.
 
     Raises:
-        UnknownFormatError: the file is a video, or its images are neither AV1 nor HEVC.
+        UnknownFormatError: the file is a video or the like, or its images are neither AV1 nor HEVC.
         DamagedFileError: it has no image, or one that decodes to more pixels than the header says.
         struct.error: it ends too early, as does IndexError.
     """
@@ -104,7 +107,7 @@ def still_image(content: bytes) -> ImageFile:
         brands = {content[8:12], *(content[at : at + 4] for at in range(16, top[0].end, 4))}
         if brands & IMAGE_BRANDS:
             raise DamagedFileError("it holds no still image")
-        raise UnknownFormatError("video")
+        raise UnknownFormatError(OTHER_BRANDS.get(content[8:12], "video"))
     items = _items(content, meta)
     codecs = {items.kind(item) for item in _coded(items, items.primary)}
     if len(codecs) != 1 or not codecs <= set(CODECS):
@@ -113,7 +116,9 @@ def still_image(content: bytes) -> ImageFile:
     width, height = _size(items, items.primary)
     _check_coded_sizes(items, _most_coded_pixels(width * height))
     others = [box for box in top if box.name in (b"moov", b"meta") and box is not meta]
-    return ImageFile(format, width, height, _still(items, others, format), _colour(items))
+    content, colour = _still(items, others, format), _colour(items)
+    compact = format == "HEIF" and _is_compact(items)
+    return ImageFile(format, width, height, content, colour, compact=compact)
 
 
 def _most_coded_pixels(stated: int) -> int:
@@ -428,40 +433,60 @@ def _skip_av1_operating_points(bits: _Bits) -> None:
             bits.read(4)
 
 
+def _is_compact(items: _Items) -> bool:
+    """Return whether every HEVC image has 8 bits, and colours of half the resolution or none."""
+    return all(
+        _hevc_sequence(unit)[1]
+        for item, kind in items.types.items()
+        if kind.name == b"hvc1"
+        for unit in _hevc_units(items, item)
+    )
+
+
 def _hevc_pixels(items: _Items, item: int, units: Iterator[int]) -> int:
     """Return the most pixels that a frame of an HEVC item can have."""
-    box = items.property(item, b"hvcC")
-    if box is None:
-        raise DamagedFileError("a coded image has no parameters")
-    reader = _Reader(items.content, box.start + 21, box.end)
-    length_size = (reader.uint(1) & 3) + 1
     largest = frames = 0
-    for _ in range(reader.uint(1)):
-        reader.uint(1)
-        for _ in range(reader.uint(2)):
-            _next_unit(units)
-            size = reader.uint(2)
-            largest = max(largest, _hevc_sequence(items.content[reader.at : reader.at + size]))
-            reader.at += size
-    data = items.data(item)
-    reader = _Reader(data, 0, len(data))
-    while reader.at < len(data):
+    for unit in _hevc_units(items, item):
         _next_unit(units)
-        size = reader.uint(length_size)
-        unit = data[reader.at : reader.at + min(size, 1000)]
-        largest = max(largest, _hevc_sequence(unit))
+        largest = max(largest, _hevc_sequence(unit)[0])
         # The first slice of a picture begins with a bit that is set.
         frames += len(unit) > 2 and unit[0] < 64 and unit[2] > 127
-        reader.at += size
     if frames > MAX_FRAMES:
         raise DamagedFileError("an image of it has more than one frame")
     return largest
 
 
-def _hevc_sequence(unit: bytes) -> int:
-    """Return the pixels of a frame if the NAL unit is a sequence parameter set (HEVC, 7.3.2.2)."""
+def _hevc_units(items: _Items, item: int) -> Iterator[bytes]:
+    """Yield the beginning of each NAL unit of an HEVC item, those among its parameters first."""
+    box = items.property(item, b"hvcC")
+    if box is None:
+        raise DamagedFileError("a coded image has no parameters")
+    reader = _Reader(items.content, box.start + 21, box.end)
+    length_size = (reader.uint(1) & 3) + 1
+    for _ in range(reader.uint(1)):
+        reader.uint(1)
+        for _ in range(reader.uint(2)):
+            yield _next_hevc_unit(reader, 2)
+    data = items.data(item)
+    reader = _Reader(data, 0, len(data))
+    while reader.at < len(data):
+        yield _next_hevc_unit(reader, length_size)
+
+
+def _next_hevc_unit(reader: _Reader, length_size: int) -> bytes:
+    size = reader.uint(length_size)
+    unit = reader.content[reader.at : reader.at + min(size, 1000)]
+    reader.at += size
+    return unit
+
+
+def _hevc_sequence(unit: bytes) -> tuple[int, bool]:
+    """Return a frame's pixels and whether it is compact, by a sequence parameter set.
+
+    (HEVC, 7.3.2.2.) (0, True) for any other NAL unit.
+    """
     if len(unit) < 2 or unit[0] >> 1 & 63 != 33 or (unit[0] & 1, unit[1] >> 3) != (0, 0):
-        return 0  # another unit, or that of a second view, which no decoder here reads
+        return 0, True  # another unit, or that of a second view, which no decoder here reads
     bits = _Bits(unit[2:1000].replace(b"\0\0\3", b"\0\0"))
     bits.read(4)
     layers = bits.read(3)
@@ -471,6 +496,11 @@ def _hevc_sequence(unit: bytes) -> int:
     for profile, level in present:
         bits.read(88 * profile + 8 * level)
     bits.golomb()
-    if bits.golomb() == 3:
+    chroma = bits.golomb()
+    if chroma == 3:
         bits.read(1)
-    return bits.golomb() * bits.golomb()
+    pixels = bits.golomb() * bits.golomb()
+    for _ in range(4 * bits.read(1)):  # what is cropped
+        bits.golomb()
+    further_bits = bits.golomb(), bits.golomb()
+    return pixels, chroma <= 1 and further_bits == (0, 0)

@@ -36,15 +36,22 @@ PRIMARIES = {
 }
 # Exponent, scale, offset, slope of the linear part and its end (ICC parametric curve 3).
 SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
-# What the PNG specification tells encoders of sRGB to write.
-SRGB_GAMMA = 45455
-# Exponents of transfer functions; None is that of sRGB, as which browsers show video's too.
+# Exponents of transfer functions; None is that of sRGB. Screens show those of video by 2.4
+# (ITU-R BT.1886).
+SRGB_TRANSFER = 13
+VIDEO_TRANSFERS = (1, 6, 14, 15)
 TRANSFERS: dict[int, float | None] = {
-    **dict.fromkeys((1, 6, 13, 14, 15)),
+    **dict.fromkeys(VIDEO_TRANSFERS, 2.4),
     4: 2.2,
     5: 2.8,
     8: 1.0,
+    SRGB_TRANSFER: None,
 }
+# The PNG specification tells encoders of sRGB to write 45455 and `SRGB`. As libpng does: a gamma
+# within 5 % of 1/2.2 and chromaticities within 0.001 are these.
+SRGB_EXPONENT = 2.2
+GAMMA_TOLERANCE = 0.05
+CHROMATICITY_TOLERANCE = 0.001
 
 D50 = np.array([0.9642, 1.0, 0.8249])
 BRADFORD = np.array(
@@ -69,14 +76,17 @@ def profile_of(file: ImageFile) -> bytes | None:
 
 
 def _profile_of(colour: Mapping[str, bytes]) -> bytes | None:
-    if "cICP" in colour and (profile := _by_code_points(*colour["cICP"][:2])):
-        return profile
+    if "cICP" in colour and (space := _space(*colour["cICP"][:2])):
+        return _by_space(*space)
     if "iCCP" in colour:
         return _inflated(colour["iCCP"])
     if "icc" in colour:
         return colour["icc"]
     if "nclx" in colour:
-        return _by_code_points(*struct.unpack_from(">HH", colour["nclx"]))
+        primaries, transfer = struct.unpack_from(">HH", colour["nclx"])
+        # Browsers show that of video as sRGB's in AVIF, but not in PNG.
+        space = _space(primaries, SRGB_TRANSFER if transfer in VIDEO_TRANSFERS else transfer)
+        return _by_space(*space) if space else None
     return None if "sRGB" in colour or "gAMA" not in colour else _by_gamma(colour)
 
 
@@ -138,27 +148,34 @@ def matrix_profile(chromaticities: tuple[float, ...], exponent: float | None) ->
     return header + struct.pack(">I", len(names)) + tags + data
 
 
-def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:
-    """Return the profile of two code points; None for sRGB, and for HDR and unknown ones."""
-    if (primaries == 1 and TRANSFERS.get(transfer, 0) is None) or transfer not in TRANSFERS:
+def _space(primaries: int = 2, transfer: int = 2) -> tuple[tuple[float, ...], float | None] | None:
+    """Return chromaticities and exponent by two code points; None for HDR and unknown ones."""
+    if primaries not in PRIMARIES or transfer not in TRANSFERS:
         return None
-    if primaries not in PRIMARIES:
-        return None
-    return matrix_profile(PRIMARIES[primaries], TRANSFERS[transfer])
+    return PRIMARIES[primaries], TRANSFERS[transfer]
+
+
+def _by_space(chromaticities: tuple[float, ...], exponent: float | None) -> bytes | None:
+    """Return the profile of a space; None for sRGB."""
+    is_srgb = chromaticities == SRGB and exponent is None
+    return None if is_srgb else matrix_profile(chromaticities, exponent)
 
 
 def _by_gamma(colour: Mapping[str, bytes]) -> bytes | None:
     """Return the profile that a PNG's chunks gAMA and cHRM describe; None for sRGB.
 
-    As in browsers, the usual gamma alone means sRGB, and chromaticities alone mean nothing.
+    Chromaticities alone mean nothing.
     """
     (gamma,) = struct.unpack_from(">I", colour["gAMA"])
-    if gamma == 0 or (gamma == SRGB_GAMMA and "cHRM" not in colour):
+    if gamma == 0:
         return None
     chromaticities = SRGB
     if "cHRM" in colour:
         values = struct.unpack_from(">8I", colour["cHRM"])
         chromaticities = tuple(value / 100_000 for value in values)
+    is_usual = abs(SRGB_EXPONENT * gamma / 100_000 - 1) <= GAMMA_TOLERANCE
+    if is_usual and np.allclose(chromaticities, SRGB, rtol=0, atol=CHROMATICITY_TOLERANCE):
+        return None
     return matrix_profile(chromaticities, 100_000 / gamma)
 
 

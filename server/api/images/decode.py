@@ -61,6 +61,7 @@ class ImageLimits:
         max_pixels: of one image, at the size at which it is decoded.
         max_request_pixels: of a request's images together, likewise.
         max_jpeg_pixels: of a JPEG as its header declares it; it may be decoded smaller.
+        max_heic_pixels: of a HEIC in 8 bits and 4:2:0 that is to be scaled, if above `max_pixels`.
         scaled_side: the longest side at which an image is needed; references have a smaller one.
     """
 
@@ -68,6 +69,7 @@ class ImageLimits:
     max_pixels: int = 16 * MIB
     max_request_pixels: int = 64 * MIB
     max_jpeg_pixels: int = 64 * MIB
+    max_heic_pixels: int = 25 * MIB
     scaled_side: int = 512
 
 
@@ -91,7 +93,7 @@ def decode(
     """
     file = checked_file(content, limits, param)
     if fit is None and file.pixels > limits.max_pixels:
-        raise _too_many_pixels(param, limits.max_pixels, file)
+        raise _too_many_pixels(param, limits.max_pixels, file, limits)
     try:
         bounded = None if fit is None else _bounded(fit, file, limits, param)
         rgb, alpha = _arrays(_load(file, bounded, param))
@@ -125,7 +127,7 @@ def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
     _check_decoder(file, param)
     if not file.pixels:
         raise _undecodable(param, "the file is damaged: its width or height is 0")
-    most = limits.max_pixels
+    most = _most_decoded(file, limits)
     if file.format == "JPEG":
         # A decoder holds all coefficients of a progressive file at once, whatever the scale.
         held = coefficient_bytes(file)
@@ -134,8 +136,13 @@ def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
         if held > allowed_bytes:
             most = min(most, file.pixels * allowed_bytes // held)
     if file.pixels > most:
-        raise _too_many_pixels(param, most, file)
+        raise _too_many_pixels(param, most, file, limits)
     return file
+
+
+def _most_decoded(file: ImageFile, limits: ImageLimits) -> int:
+    """Return how many pixels of a file may be decoded in order to be scaled."""
+    return max(limits.max_pixels, limits.max_heic_pixels) if file.compact else limits.max_pixels
 
 
 def _check_decoder(file: ImageFile, param: str) -> None:
@@ -149,12 +156,13 @@ def _check_decoder(file: ImageFile, param: str) -> None:
 
 def _bounded(fit: Fit, file: ImageFile, limits: ImageLimits, param: str) -> Fit:
     """Return `fit`, but raise ApiError 413 if the decoder would have to decode too many pixels."""
+    most = _most_decoded(file, limits)
 
     def bounded(stored: tuple[int, int]) -> tuple[int, int]:
         size = fit(stored)
         scale = jpeg_scale(stored, size) if file.format == "JPEG" else 1
-        if -(-stored[0] // scale) * -(-stored[1] // scale) > limits.max_pixels:
-            raise _too_many_pixels(param, limits.max_pixels, file)
+        if -(-stored[0] // scale) * -(-stored[1] // scale) > most:
+            raise _too_many_pixels(param, most, file, limits)
         return size
 
     return bounded
@@ -315,8 +323,15 @@ def _too_large(param: str, allowed: str, sent: str) -> ApiError:
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "image_too_large", message, param)
 
 
-def _too_many_pixels(param: str, allowed: int, file: ImageFile) -> ApiError:
-    return _too_large(param, f"may have at most {allowed} pixels", f"{file.width}x{file.height}")
+def _too_many_pixels(param: str, most: int, file: ImageFile, limits: ImageLimits) -> ApiError:
+    allowed = f"may have at most {most} pixels"
+    if file.format == "HEIF":
+        setting = "HEIC" if most > limits.max_pixels else "IMAGE"
+        allowed += (
+            f" as HEIC (the server's PAELLERA_MAX_{setting}_PIXELS);"
+            f" send a smaller one, or a JPEG of up to {limits.max_jpeg_pixels} pixels"
+        )
+    return _too_large(param, allowed, f"{file.width}x{file.height}")
 
 
 def _unsupported(param: str, sent: str) -> ApiError:

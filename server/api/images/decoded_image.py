@@ -29,6 +29,8 @@ MEANT = (
     .round()
     .astype(np.uint8)
 )
+# Weights up to this alone draw nothing that anyone sees: a mask of 0 and 1 is of another scale.
+FAINT = 8
 # Rows of which the luminance is computed at once: it takes sixteen times the memory of its result.
 GREY_ROWS = 256
 
@@ -73,6 +75,14 @@ class DecodedImage:
         return MEANT[self.luminance] if self.lossy else self.luminance
 
     @property
+    def clearness(self) -> NDArray[np.uint8] | None:
+        """uint8 [H, W], 255 − alpha as it was meant, as `whiteness`; None without alpha."""
+        if self.alpha is None:
+            return None
+        clear = OPAQUE - self.alpha
+        return MEANT[clear] if self.lossy else clear
+
+    @property
     def luminance(self) -> NDArray[np.uint8]:
         """uint8 [H, W], ITU-R 601; transparent pixels are black, whatever colour they hide."""
         grey = np.empty(self.rgb.shape[:2], dtype=np.uint8)
@@ -100,22 +110,37 @@ def repaint_mask(
         param: the field to name in errors.
 
     Raises:
-        ApiError: 422 for another size, mode alpha without transparency, or nothing to repaint.
+        ApiError: 422 for another size, mode alpha without transparency, or nothing to repaint,
+            which is no weight above `FAINT`.
     """
     if image.size != size:
         raise mask_size_mismatch(param, size, image.size)
-    if mode == "alpha" and image.alpha is None:
+    clear = image.clearness
+    if mode == "alpha" and clear is None:
         message = "no pixel is transparent; mask_mode luminance repaints the white ones"
         raise unprocessable("mask_without_alpha", param, message)
-    alpha = None if mode == "luminance" else image.alpha
-    mask = image.whiteness if alpha is None else OPAQUE - alpha
-    if mask.any():
-        return mask
-    message = "nothing to repaint; transparent pixels are repainted, and the mask has none"
-    if alpha is None:
-        brightest = f"the mask's brightest is {image.luminance.max()} of {OPAQUE}"
-        message = f"nothing to repaint; white pixels are repainted, and {brightest}"
-    raise unprocessable("empty_mask", param, message)
+    # Lossy files may have some alpha below 255 where none was meant.
+    if mode == "luminance" or clear is None or (mode is None and not clear.any()):
+        white = image.whiteness
+        if white.max() <= FAINT:
+            raise empty_mask(param, int(image.luminance.max()))
+        return white
+    if clear.max() <= FAINT:
+        lowest = f"the mask's lowest alpha is {OPAQUE - clear.max()} of {OPAQUE}"
+        message = f"nothing to repaint; transparent pixels are repainted, and {lowest}"
+        raise unprocessable("empty_mask", param, message)
+    return clear
+
+
+def empty_mask(param: str, brightest: int) -> ApiError:
+    """Return the error for a mask without white. brightest: its largest luminance."""
+    message = (
+        "nothing to repaint; white pixels are repainted, "
+        f"and the mask's brightest is {brightest} of {OPAQUE}"
+    )
+    if brightest:
+        message += "; multiply a mask of 0 and 1 by 255"
+    return unprocessable("empty_mask", param, message)
 
 
 def mask_size_mismatch(param: str, wanted: tuple[int, int], sent: tuple[int, int]) -> ApiError:

@@ -7,6 +7,7 @@ profiles are taken out, for server/api/images/colour.py.
 
 from __future__ import annotations
 
+import re
 import struct
 
 import numpy as np
@@ -24,9 +25,9 @@ MAX_PNG_CHUNKS = 20_000
 
 JPEG_SOI = b"\xff\xd8"
 JPEG_EOI = b"\xff\xd9"
-EOI, SOS = 0xD9, 0xDA
+EOI, SOS, JPEG_LS = 0xD9, 0xDA, 0xF7
 JPEG_FRAMES = frozenset(
-    {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+    {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, JPEG_LS}
 )
 JPEG_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 # Comments and application data, except JFIF (E0) and Adobe (EE), which define the colour coding.
@@ -45,19 +46,44 @@ MAX_JPEG_SEGMENTS = 2000
 MAX_JPEG_SCANS = 100
 SEARCH_BYTES = 64 * 1024
 
-# Other formats that clients send, recognised only to be named in the error.
-OTHER_FORMATS = {
-    b"%PDF": "PDF",
-    b"PK\x03\x04": "ZIP",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"8BPS": "PSD",
-    b"\0\0\x01\0": "ICO",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\xff\x0a": "JPEG XL",
-    b"\x1f\x8b": "gzip",
+# Other files that clients send, recognised only to be named in the error: by how they begin, …
+OTHER_FORMATS: dict[str, tuple[bytes, ...]] = {
+    "PDF": (b"%PDF",),
+    "EPS or PostScript": (b"%!PS", b"\xc5\xd0\xd3\xc6"),
+    "ZIP": (b"PK\x03\x04",),
+    "gzip": (b"\x1f\x8b",),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "BigTIFF": (b"II+\0", b"MM\0+"),
+    "PSD": (b"8BPS",),
+    "ICO": (b"\0\0\x01\0",),
+    "JPEG 2000": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    "JPEG XL": (b"\0\0\0\x0cJXL ", b"\xff\x0a"),
+    "JPEG XR": (b"II\xbc",),
+    "PNM": tuple(b"P%d\n" % kind for kind in range(1, 8)),
+    "WebM or Matroska video": (b"\x1aE\xdf\xa3",),
+    "a Git LFS pointer; fetch the file with git lfs pull": (b"version https://git-lfs",),
+    "an image that was converted as UTF-8 text; read it as bytes": (
+        b"\xef\xbf\xbdPNG",
+        b"\xef\xbf\xbd" * 3,
+        b"\xc2\x89PNG",
+        b"\xc3\xbf\xc3\x98\xc3\xbf",
+    ),
+    "a PNG whose line ends were converted; read it as bytes": (
+        b"\x89PNG\n\x1a\n",
+        b"\x89PNG\r\r\n",
+    ),
 }
+# … and texts by what they begin with, behind a byte order mark and white space.
+OTHER_TEXTS = {
+    "base64 or a data URL as the content of a file; send the image itself": re.compile(
+        rb"data:|iVBORw0KGgo|/9j/|UklGR|R0lGOD|AAAA..Z0eX"
+    ),
+    "JSON": re.compile(rb"[{\[]"),
+    "SVG": re.compile(rb".*<svg", re.DOTALL | re.IGNORECASE),
+    "HTML or XML": re.compile(rb"<"),
+}
+TGA_END = b"TRUEVISION-XFILE.\0"
 
 
 def sniff(content: bytes) -> ImageFile:
@@ -157,13 +183,14 @@ def after_gif_blocks(content: bytes, start: int) -> int:
 
 
 def _other_format(content: bytes) -> str:
-    for magic, name in OTHER_FORMATS.items():
-        if content.startswith(magic):
+    for name, beginnings in OTHER_FORMATS.items():
+        if content.startswith(beginnings):
             return name
-    text = content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if b"<svg" in text:
-        return "SVG"
-    return "HTML or XML" if text.startswith(b"<") else "none of these"
+    text = content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
+    for name, beginning in OTHER_TEXTS.items():
+        if beginning.match(text):
+            return name
+    return "TGA" if content.endswith(TGA_END) else "none of these"
 
 
 # ── JPEG ──────────────────────────────────────────────────────────────────────────────────────────
@@ -184,7 +211,7 @@ def _jpeg(content: bytes) -> ImageFile:
             break
         end = start + 2 + struct.unpack_from(">H", content, start + 2)[0]
         if marker in JPEG_FRAMES:
-            size = struct.unpack_from(">HH", content, start + 5)
+            size = _frame_size(content, start)
         if marker not in JPEG_EXTRAS:
             kept.append(content[start:end])
         elif not exif and content.startswith(EXIF, start + 4):
@@ -203,6 +230,16 @@ def _jpeg(content: bytes) -> ImageFile:
     parts = [JPEG_SOI, exif, *kept, pixels, JPEG_EOI if ended else b""]
     colour = _whole_profile(profile)
     return ImageFile("JPEG", size[1], size[0], b"".join(parts), colour, ended=ended)
+
+
+def _frame_size(content: bytes, start: int) -> tuple[int, int]:
+    """Return height and width by a frame header. Raises UnknownFormatError for rare codings."""
+    if content[start + 1] == JPEG_LS:
+        raise UnknownFormatError("JPEG-LS")
+    bits, height, width = struct.unpack_from(">BHH", content, start + 4)
+    if bits > 8:
+        raise UnknownFormatError(f"JPEG with {bits} bits a channel; send 8")
+    return height, width
 
 
 def _end_of_image(content: bytes, start: int) -> int | None:

@@ -16,11 +16,13 @@ import numpy as np
 import PIL.Image
 from fastapi import Request, Response
 
+from model.canvas import Pixels
 from model.config import BundleConfig
 from server.api.body import JSON, read_body
-from server.api.errors import cancelled
+from server.api.errors import cancelled, unprocessable
 from server.api.images.admission import Uploads
-from server.api.images.decoded_image import OPAQUE
+from server.api.images.decoded_image import FAINT, OPAQUE, DecodedImage, empty_mask
+from server.api.images.fit import decode_view, whole
 from server.api.images.infotext import write_infotext
 from server.api.planning.operations import OPERATIONS
 from server.api.planning.plan import Plan
@@ -87,30 +89,53 @@ async def _planned(request: Request, fields: SdRequest) -> A1111Answer:
     config = find_checkpoint(request, fields.checkpoint)
     operation, native = fields.native(config, state.settings)
     if isinstance(fields, Img2ImgRequest) and fields.mask is not None:
-        native["mask"] = await _white_mask(request, fields.mask, fields.inpainting_mask_invert)
+        native["mask"] = await _white_mask(request, fields, fields.mask, native["image"])
     # Validated already: the native fields have the same types.
     native_fields = OPERATIONS[operation][0].model_construct(**native)
     planned = (await plan_request(request, native_fields, operation)).cropped(fields.cropped_size)
     return A1111Answer(state, fields.without_files(), config, planned)
 
 
-async def _white_mask(request: Request, mask: bytes, inverted: bool) -> bytes:
-    """Return a PNG that is white where AUTOMATIC1111 repaints by this mask."""
+async def _white_mask(request: Request, fields: Img2ImgRequest, mask: bytes, image: bytes) -> bytes:
+    """Return a PNG, as large as the image, that is white where AUTOMATIC1111 repaints."""
 
     def work(uploads: Uploads) -> bytes:
-        image = uploads.decode(mask, "mask")
-        white = image.whiteness
-        if image.alpha is not None:
-            white = np.where(image.alpha > HALF, np.uint8(OPAQUE), np.uint8(0))
+        white = _whiteness(uploads.decode(mask, "mask"), fields.inpainting_mask_invert)
+        shown = PIL.Image.fromarray(white)
+        if shown.size != uploads.stored_size(image):
+            # The size of the upright image, which is decoded as small as possible.
+            _, view = decode_view(image, "image", lambda size: whole(size, (1, 1)), uploads)
+            width, height = view.source
+            # A larger mask would not be decoded again.
+            if width * height <= uploads.limits.max_pixels:
+                shown = shown.resize((width, height), PIL.Image.Resampling.BILINEAR)
         file = io.BytesIO()
-        PIL.Image.fromarray(OPAQUE - white if inverted else white).save(
-            file, "PNG", compress_level=1
-        )
+        shown.save(file, "PNG", compress_level=1)
         return file.getvalue()
 
     state = app_state(request)
     deadline = time.monotonic() + state.settings.timeout_s
-    return await unless_cancelled(request, state.decoder.run(work, [("mask", mask)], deadline))
+    files = [("image", image), ("mask", mask)]
+    return await unless_cancelled(request, state.decoder.run(work, files, deadline))
+
+
+def _whiteness(mask: DecodedImage, inverted: bool) -> Pixels:
+    """Return uint8 [H, W], white where AUTOMATIC1111 repaints by this mask.
+
+    Raises ApiError 422 if a mask that is not inverted has nothing to repaint.
+    """
+    clear = mask.clearness
+    if mask.alpha is not None and clear is not None and clear.any():
+        white = np.where(mask.alpha > HALF, np.uint8(OPAQUE), np.uint8(0))
+        if not white.any() and not inverted:
+            highest = f"the mask's highest alpha is {mask.alpha.max()} of {OPAQUE}"
+            message = f"nothing to repaint; alpha above {HALF} is repainted, and {highest}"
+            raise unprocessable("empty_mask", "mask", message)
+    else:
+        white = mask.whiteness
+        if 0 < white.max() <= FAINT:
+            raise empty_mask("mask", int(mask.luminance.max()))
+    return OPAQUE - white if inverted else white
 
 
 @dataclass(frozen=True, slots=True)
