@@ -8,7 +8,7 @@ prompts into the words of a `Vocabulary`. No torch here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, NamedTuple
@@ -80,8 +80,9 @@ class Vocabulary:
     things: what can be drawn. places: words for scenes, sides and views. colours, sizes, words:
     what captions have beside names, separated by spaces; words are the rest, such as "cute" and
     "background". aliases: words of a caption for words that no caption has, such as red for
-    crimson. background: what the parts of an image have in common if a prompt does not say, such
-    as "on a white background". kinds: tags that name many things at once, such as "fruit". english:
+    crimson. backgrounds: what is behind the things of a prompt that does not say, such as "on a
+    white background", and the things that are hard to see there, separated by commas; the first is
+    the usual one. kinds: tags that name many things at once, such as "fruit". english:
     words that differ from a known one by a letter and are correct all the same.
     """
 
@@ -93,7 +94,9 @@ class Vocabulary:
     sizes: Annotated[str, Field(max_length=2**16)] = ""
     words: Annotated[str, Field(max_length=2**16)] = ""
     aliases: Mapping[Text, Text] = field(default_factory=dict)
-    background: Annotated[str, Field(max_length=200)] = ""
+    backgrounds: Mapping[Text, Annotated[str, Field(max_length=2**16)]] = field(
+        default_factory=dict
+    )
     kinds: Annotated[str, Field(max_length=2**16)] = ""
     english: Annotated[str, Field(max_length=2**16)] = ""
 
@@ -136,6 +139,22 @@ class Vocabulary:
     def is_size(self, word: str) -> bool:
         """Return whether this word is a size of captions."""
         return word in self._sizes
+
+    def background(self, things: Collection[tuple[Thing, Collection[str]]]) -> str:
+        """Return words for a background on which things are easy to see; none if there are no such.
+
+        things: each with the colours that are said of it.
+        """
+
+        def hides(background: str, thing: Thing, colours: Collection[str]) -> bool:
+            if colours:
+                return not set(colours).isdisjoint(background.split())
+            return thing.name in self._hidden[background]
+
+        for background in self.backgrounds:
+            if not any(hides(background, *each) for each in things):
+                return background
+        return next(iter(self.backgrounds), "")
 
     def alias(self, phrase: Phrase) -> Phrase | None:
         """Return a caption's words for others of this meaning."""
@@ -257,6 +276,11 @@ class Vocabulary:
     @cached_property
     def _words(self) -> frozenset[str]:
         return self._colours | self._sizes | (frozenset(self.words.split()) - FUNCTION)
+
+    @cached_property
+    def _hidden(self) -> dict[str, frozenset[str]]:
+        """The names of the things that are hard to see on each background."""
+        return {words: frozenset(names.split(", ")) for words, names in self.backgrounds.items()}
 
     @cached_property
     def _aliases(self) -> dict[Phrase, Phrase]:

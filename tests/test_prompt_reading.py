@@ -8,12 +8,15 @@ from dataclasses import replace
 
 import pytest
 
+from model.config import BundleConfig, find_bundle
 from model.prompt_reading import read, read_negative
 from model.training.caption_words import names_of
 from model.training.prompts import bench
 from model.training.vocabulary import vocabulary
 from model.vocabulary import Thing, Vocabulary, words_of
 from tests.support.reader_vocabulary import WORDS, named
+
+EMBEDDED = BundleConfig.read(find_bundle("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +357,7 @@ def test_a_part_has_the_scene_of_the_whole() -> None:
 
 
 def test_a_part_without_a_scene_has_the_vocabulary_s_background() -> None:
-    words = replace(WORDS, background="on a white background")
+    words = replace(WORDS, backgrounds={"on a white background": ""})
     assert [part.prompt for part in read(words, "a cat and a dog").parts] == [
         "a small cat on the left on a white background",
         "a small dog on the right on a white background",
@@ -375,6 +378,52 @@ def test_the_upper_corner_is_the_top_one() -> None:
     words = replace(WORDS, places=(*WORDS.places, "in the upper left corner"))
     parts = read(words, "a cat in the upper left corner and a dog in the bottom right corner").parts
     assert [part.box for part in parts] == [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole"),
+    [
+        ("a red apple.", "a red apple on a white background"),
+        ("cat, 4k", "cat on a white background"),
+        ("two cats", "two cats on a white background"),
+        ("a cat on the left", "a cat on the left on a white background"),
+        ("a rabbit", "a rabbit on a blue background"),
+        ("a skull and an apple", "a skull and an apple on a blue background"),
+        ("a brown cow", "a brown cow on a white background"),
+        ("a white circle", "a white circle on a blue background"),
+        ("a white star and a blue star", "a white star and a blue star on a green background"),
+    ],
+)
+def test_a_whole_image_has_a_background_on_which_its_things_are_easy_to_see(
+    prompt: str, whole: str
+) -> None:
+    assert EMBEDDED.read_prompt(prompt).whole == whole
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat at the beach",
+        "a cat on black",
+        "snow",
+        "a close-up of a cat",
+        "asdf",
+        "a blue cat, sea",
+    ],
+)
+def test_no_background_is_added_to_a_scene_a_close_up_or_what_names_nothing(prompt: str) -> None:
+    reading = EMBEDDED.read_prompt(prompt)
+    assert reading.background == ""
+    assert reading.whole == reading.text
+
+
+def test_parts_of_a_prompt_share_their_background() -> None:
+    reading = EMBEDDED.read_prompt("a skull and an apple")
+    assert {part.prompt.partition(" on a ")[2] for part in reading.parts} == {"blue background"}
+
+
+def test_a_vocabulary_without_backgrounds_adds_none() -> None:
+    assert read(WORDS, "a cat").whole == "a cat"
 
 
 def test_each_thing_has_its_own_scene_if_there_are_several() -> None:

@@ -26,10 +26,10 @@ from model.training.caption_words import (
     SIZE_WORDS,
     names_of,
 )
-from model.training.kinds import NAMES_OF_KINDS
+from model.training.kinds import KINDS, NAMES_OF_KINDS
 from model.training.palette import NAMES
 from model.training.scenery import SCENES
-from model.training.scenes import kind_of
+from model.training.scenes import DEFAULTS, kind_of, visible_on
 from model.vocabulary import FUNCTION, Thing, Vocabulary, words_of
 
 # Words of English that `Vocabulary.corrected` would take for misspelt words of captions: of the
@@ -137,9 +137,16 @@ def vocabulary() -> Vocabulary:
         sizes=" ".join(sorted(sizes)),
         words=" ".join(sorted(_words_of([*numbers, *FILLERS, *PLAIN]) - FUNCTION)),
         aliases=ALIASES,
-        background="on a white background",
+        backgrounds={f"on a {colour} background": _hidden_by(colour) for colour in DEFAULTS},
         kinds=" ".join(_KINDS.split()),
         english=" ".join(_ENGLISH.read_text().split()),
+    )
+
+
+def _hidden_by(colour: str) -> str:
+    """Return the names of the objects that are hard to see on a background of this colour."""
+    return ", ".join(
+        kind.name for kind in KINDS if colour not in visible_on(kind.name, kind.colour)
     )
 
 

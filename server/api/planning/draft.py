@@ -124,9 +124,13 @@ class Draft:
             self._readings[prompt] = self.config.read_prompt(prompt)
         return self._readings[prompt]
 
-    def reading(self, prompt: str) -> dict[str, str]:
-        """Return a parameter that tells what of a prompt is encoded, if that is not all of it."""
-        read = self.read(prompt).text
+    def reading(self, prompt: str, *, whole: bool = False) -> dict[str, str]:
+        """Return a parameter that tells what of a prompt is encoded, if that is not the prompt.
+
+        whole: whether the prompt is that of a whole image.
+        """
+        reading = self.read(prompt)
+        read = reading.whole if whole else reading.text
         return {} if read == prompt else {"prompt_read": read}
 
     def auto_regions(self, request: GenerateRequest) -> bool:

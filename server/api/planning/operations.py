@@ -52,8 +52,9 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
     auto_regions = drafted.auto_regions(request)
     if drafted.config.vocabulary is None:
         return _generate_with(request, drafted, size, {})
-    if auto_regions and (parts := drafted.read(request.prompt).parts):
-        first, regions = parted(parts, *size)
+    reading = drafted.read(request.prompt)
+    if auto_regions and reading.parts:
+        first, regions = parted(reading.parts, *size)
         readings = ((request.prompt, first),)
         try:
             return _generate_with(
@@ -61,7 +62,9 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
             )
         except TooMuchWorkError:
             auto_regions = False
-    return _generate_with(request, drafted, size, {"auto_regions": auto_regions})
+    parameters = {"auto_regions": auto_regions}
+    readings = ((request.prompt, reading.whole),)
+    return _generate_with(request, drafted, size, parameters, readings=readings)
 
 
 def _generate_with(
@@ -300,7 +303,9 @@ def _with_reading(planner: Planner) -> Planner:
 
     def plan_and_read(request: Any, drafted: Draft, uploads: Uploads) -> Plan:
         planned = planner(request, drafted, uploads)
-        return replace(planned, prompt_read=drafted.reading(planned.job.prompt).get("prompt_read"))
+        whole = isinstance(request, GenerateRequest) and not request.regions
+        reading = drafted.reading(planned.job.prompt, whole=whole)
+        return replace(planned, prompt_read=reading.get("prompt_read"))
 
     return plan_and_read
 
