@@ -356,6 +356,30 @@ def test_a_part_has_the_scene_of_the_whole() -> None:
     ]
 
 
+def test_a_part_without_a_scene_has_the_vocabulary_s_background() -> None:
+    words = replace(WORDS, backgrounds={"on a white background": ""})
+    assert [part.prompt for part in read(words, "a cat and a dog").parts] == [
+        "a small cat on the left on a white background",
+        "a small dog on the right on a white background",
+    ]
+    assert [part.prompt for part in read(words, "a cat and a dog in the snow").parts] == [
+        "a small cat on the left in the snow",
+        "a small dog on the right in the snow",
+    ]
+
+
+@pytest.mark.parametrize("number", ["1", "one"])
+def test_one_of_a_thing_is_one_part(number: str) -> None:
+    words = replace(WORDS, words=f"{WORDS.words} 1 one")
+    assert len(read(words, f"{number} cat and a dog").parts) == 2
+
+
+def test_the_upper_corner_is_the_top_one() -> None:
+    words = replace(WORDS, places=(*WORDS.places, "in the upper left corner"))
+    parts = read(words, "a cat in the upper left corner and a dog in the bottom right corner").parts
+    assert [part.box for part in parts] == [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
+
+
 @pytest.mark.parametrize(
     ("prompt", "whole"),
     [
@@ -400,30 +424,6 @@ def test_parts_of_a_prompt_share_their_background() -> None:
 
 def test_a_vocabulary_without_backgrounds_adds_none() -> None:
     assert read(WORDS, "a cat").whole == "a cat"
-
-
-def test_a_part_without_a_scene_has_the_vocabulary_s_background() -> None:
-    words = replace(WORDS, backgrounds={"on a white background": ""})
-    assert [part.prompt for part in read(words, "a cat and a dog").parts] == [
-        "a small cat on the left on a white background",
-        "a small dog on the right on a white background",
-    ]
-    assert [part.prompt for part in read(words, "a cat and a dog in the snow").parts] == [
-        "a small cat on the left in the snow",
-        "a small dog on the right in the snow",
-    ]
-
-
-@pytest.mark.parametrize("number", ["1", "one"])
-def test_one_of_a_thing_is_one_part(number: str) -> None:
-    words = replace(WORDS, words=f"{WORDS.words} 1 one")
-    assert len(read(words, f"{number} cat and a dog").parts) == 2
-
-
-def test_the_upper_corner_is_the_top_one() -> None:
-    words = replace(WORDS, places=(*WORDS.places, "in the upper left corner"))
-    parts = read(words, "a cat in the upper left corner and a dog in the bottom right corner").parts
-    assert [part.box for part in parts] == [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
 
 
 def test_each_thing_has_its_own_scene_if_there_are_several() -> None:
