@@ -32,7 +32,7 @@ from model.bundle import of_preset
 from model.config import QUALITY, find_bundle
 from model.pipeline import Pipeline, PipelineV3
 from model.runtime import pick_device, pick_dtype, prepare
-from server.engine.supervisor import worker_environment
+from server.engine.cpu_environment import worker_environment
 from server.settings import Settings
 
 WARM_UP = 2

@@ -14,7 +14,7 @@ _HALTON = "model/sampling.py:halton_ranks: "
 _HALTON_FIRST = "first, known = np.full(n, -1, dtype=np.int64), 0"
 _HALTON_INDEX = "index = np.arange(start, start + 4 * n)"
 
-_V3_BUCKETS = "server/engine/cuda_graphs.py:step_buckets: "
+_V3_BUCKETS = "server/engine/graph_shapes.py:step_buckets: "
 _V3_CONFIG = "isinstance(config, BundleV3Config)"
 _V3_DENOISER = "isinstance(denoiser, DenoiserConfig)"
 
@@ -30,8 +30,8 @@ EQUIVALENT: dict[str, str] = {
     ),
     f"{_STEP_COSTS}0.0 -> 1.0 in {_STEP_COSTS_LINE}": "no measured cost is 0, and None costs return before",
     f"{_STEP_COSTS}count -> not (count) in if count": "every pool has a share above 0: jobs without steps left are dropped before",
-    "server/engine/supervisor.py:: 5.0 -> 10.0 in EXIT_GRACE_S = 5.0": "a grace period, chosen by taste; the tests read the constant",
-    "server/engine/supervisor.py:run_worker: limit_spin_count() -> pass": "changes speed alone, which no test measures",
+    "server/engine/worker_process.py:: 5.0 -> 10.0 in EXIT_GRACE_S = 5.0": "a grace period, chosen by taste; the tests read the constant",
+    "server/engine/worker_process.py:run_worker: limit_spin_count() -> pass": "changes speed alone, which no test measures",
     "server/api/validation.py:from_validation: False -> True in "
     "first = _of_lists(error.errors(include_url=False)[0])": (
         "the answer is made of other entries; leaving these out saves time"
@@ -82,7 +82,7 @@ EQUIVALENT: dict[str, str] = {
     '(f"{_prefix}.completed", {**_example, "index": 0, "usage": {"…": 0}}),': (
         "an example in the document; a request for several images has this index too"
     ),
-    "server/api/sdapi_clients.py:Drawing: 0.0 -> 1.0 in predicted_s: float = 0.0": (
+    "server/api/sdapi/clients.py:Drawing: 0.0 -> 1.0 in predicted_s: float = 0.0": (
         "read only of an admitted job, whose prediction replaces it"
     ),
     "server/engine/hooks.py:ReplayFilter._is_new: 1 -> 2 in "
@@ -97,7 +97,7 @@ EQUIVALENT: dict[str, str] = {
     "server/engine/supervisor.py:Supervisor.__init__: 0.0 -> 1.0 in self._started_at = 0.0": (
         "every start sets it before anything reads it"
     ),
-    "server/api/sdapi_clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
+    "server/api/sdapi/clients.py:Drawing._by_previews: 1.0 -> 2.0 in return 1.0": (
         "a running request's progress is bounded by MOST_PROGRESS"
     ),
     "server/api/json_body.py:_reason: 200 -> 201 in return reason(error)[:200]": (
@@ -122,7 +122,7 @@ EQUIVALENT: dict[str, str] = {
     "def _by_code_points(primaries: int = 2, transfer: int = 2) -> bytes | None:": (
         "code points that are cut off are unknown, as 2 and 3 both are"
     ),
-    "server/api/images/decode.py:: 256 -> 257 in GREY_ROWS = 256": (
+    "server/api/images/decoded_image.py:: 256 -> 257 in GREY_ROWS = 256": (
         "rows computed at once; the result is the same"
     ),
     "server/api/images/decode.py:: 64 -> 65 in FILLER = bytes(range(64))": (
@@ -173,9 +173,9 @@ EQUIVALENT: dict[str, str] = {
     ),
     "server/api/planning/operations.py:_edit: check_operation(drafted.config, 'inpaint') -> pass "
     'in check_operation(drafted.config, "inpaint")': "all weights that edit inpaint too",
-    "server/api/sdapi_schemas.py:SdFields: True -> False in "
+    "server/api/sdapi/schemas.py:SdFields: True -> False in "
     'model_config = ConfigDict(extra="ignore", frozen=True)': "nothing assigns to a field",
-    "server/api/sdapi_schemas.py:SdRequest.native: raise NotImplementedError -> pass": (
+    "server/api/sdapi/schemas.py:SdRequest.native: raise NotImplementedError -> pass": (
         "every request that is made has a method of its own"
     ),
     "server/api/validation.py:_meant: 1 -> 2 in "
@@ -205,22 +205,22 @@ EQUIVALENT: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "server/api/routes_sdapi.py:A1111Answer.respond: 90 -> 91 in contents, seconds = "
+            "server/api/sdapi/generation.py:A1111Answer.respond: 90 -> 91 in contents, seconds = "
             'await encode_all(self.state, self.plan, finished, "png", 90, text)',
-            "server/api/routes_sdapi.py:_enlarged.run: 90 -> 91 in (content,), seconds = "
+            "server/api/sdapi/extras.py:_enlarged.run: 90 -> 91 in (content,), seconds = "
             'await encode_all(state, planned, finished, "png", 90)',
-            "server/api/routes_sdapi.py:_current_image.work: 90 -> 91 in "
+            "server/api/sdapi/progress.py:_current_image.work: 90 -> 91 in "
             'content = encode(planned.finish(preview.image), "png", 90, {}, marking=marking)',
         ),
         "a PNG has no quality",
     ),
-    'server/api/routes_sdapi.py:_white_mask.work: 1 -> 2 in file, "PNG", compress_level=1': (
+    'server/api/sdapi/generation.py:_white_mask.work: 1 -> 2 in file, "PNG", compress_level=1': (
         "the same pixels, a little smaller and a little later"
     ),
     "server/engine/client.py:EngineClient._forget: entry.set_timeout(None) -> pass": (
         "the timer would find the job answered"
     ),
-    "server/engine/supervisor.py:worker_environment: 62 -> 63 in "
+    "server/engine/cpu_environment.py:worker_environment: 62 -> 63 in "
     'environment.setdefault("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", str(1 << 62))': (
         "no allocation is as large as either"
     ),

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from server.engine import worker
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
@@ -41,11 +41,11 @@ class FaultyRunner(Runner):
         for row in rows:
             self._jobs.pop(row, None)
 
-    def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
+    def step(self, model: str, rows: Sequence[RowId]) -> None:
         for row in rows:
             if self.rows[row].step == FAULTY_STEP - 1:
                 self._meet(self._jobs[row], crowd=len(rows) > 1)
-        return super().step(model, rows)
+        super().step(model, rows)
 
     def _meet(self, job: Job, crowd: bool) -> None:
         fault, _, when = (job.prompt.split() or [""])[0].partition("-")

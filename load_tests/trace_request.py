@@ -30,7 +30,7 @@ import uvicorn
 
 from load_tests.processes import workers
 from server.api import create_app
-from server.engine.supervisor import run_worker
+from server.engine.worker_process import run_worker
 from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -446,7 +446,7 @@ class Pipeline(ABC):
         """Return the texts of an image: those of its regions, then the prompt's."""
         reading = self.config.read_prompt(prompt)
         if not (reading.parts and self.config.preset(config.preset).recipe.auto_regions):
-            return [_Asked(reading.text, noise)]
+            return [_Asked(reading.whole, noise)]
         first, regions = parted(reading.parts, width, height)
         weights = [
             token_weight(as_tensor(region.weight).to(self.device) / 255, self.downscale)
@@ -510,7 +510,7 @@ class PipelineV3(Pipeline):
         return prior.sample(
             self.bundle.prior,
             text,
-            noise,
+            noise * settings.temperature,
             guidance=settings.guidance,
             sampler=settings.sampler,
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from model.prompt_units import CLOSE_UP, Unit, agreeing, lead_of, with_unit
+from model.prompt_groups import CLOSE_UP, Unit, agreeing, lead_of, with_unit
 from model.vocabulary import ARTICLES, NUMBERS, Vocabulary
 
 Box = tuple[float, float, float, float]
@@ -54,6 +54,7 @@ def parts_of(vocabulary: Vocabulary, units: Sequence[Unit]) -> tuple[Part, ...]:
         return ()
     things = [(i, unit) for i, (unit, count) in enumerate(counted) for _ in range(count)]
     sides = _sides_of(units) if number == len(counted) else _PLACES_OF[number]
+    background = _usual_background(vocabulary, units)
     parts = []
     for (i, thing), side in zip(things, sides, strict=True):
         phrase, box = _SIDES[side]
@@ -61,10 +62,33 @@ def parts_of(vocabulary: Vocabulary, units: Sequence[Unit]) -> tuple[Part, ...]:
         scenes = _scenes_of(i, units)
         for scene in scenes:
             text = with_unit(text, replace(scene, gap=True), lead_of(scene, thing, has_thing=True))
-        if not scenes and vocabulary.background:
-            text = f"{text} {vocabulary.background}"
-        parts.append(Part(text, box))
+        parts.append(Part(text if scenes else f"{text} {background}".rstrip(), box))
     return tuple(parts)
+
+
+def background_of(vocabulary: Vocabulary, units: Sequence[Unit]) -> str:
+    """Return the background that a caption of things is meant to have; none if it names one.
+
+    Images of small weights are clearer if their captions say it.
+    """
+    is_shown = any(unit.role == "thing" for unit in units) and not any(map(_is_scene, units))
+    return _usual_background(vocabulary, units) if is_shown else ""
+
+
+def _usual_background(vocabulary: Vocabulary, units: Sequence[Unit]) -> str:
+    """Return words for a background on which the things of a caption are easy to see."""
+    return vocabulary.background(
+        [
+            (unit.named.thing, [*filter(vocabulary.is_colour, unit.beside_name)])
+            for unit in units
+            if unit.named
+        ]
+    )
+
+
+def _is_scene(unit: Unit) -> bool:
+    """Return whether a unit says what is behind the things, or from how near they are seen."""
+    return unit.role == "place" or (unit.role == "property" and not _counts(unit))
 
 
 def _scenes_of(number: int, units: Sequence[Unit]) -> list[Unit]:
@@ -77,7 +101,7 @@ def _scenes_of(number: int, units: Sequence[Unit]) -> list[Unit]:
     for unit in units:
         if unit.role == "thing":
             behind.append([])
-        elif unit.role == "place" or (unit.role == "property" and not _counts(unit)):
+        elif _is_scene(unit):
             (behind[-1] if behind else before_all).append(unit)
     if sum(map(bool, behind)) < 2:
         return [*before_all, *(scene for scenes in behind for scene in scenes)]

@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from model.prompt_parts import Part, parts_of
-from model.prompt_units import LOOKS, Clauses, Parser, Unit, joined
+from model.prompt_groups import LOOKS, Unit, joined
+from model.prompt_parts import Part, background_of, parts_of
+from model.prompt_units import Clauses, Parser
 from model.vocabulary import FUNCTION, LONGEST_PHRASE, Phrase, Vocabulary, with_article, words_of
 
 # ── what other programs and people write around a prompt ──────────────────────────────────────────
@@ -72,11 +73,18 @@ class Reading(NamedTuple):
     """Tell what is read of a prompt.
 
     text: a caption. parts: if it names two to four things, a caption of each, and where it is; the
-    first has what the others leave of the image.
+    first has what the others leave of the image. background: what the caption of a whole image has
+    behind the text, because it names a thing and no scene.
     """
 
     text: str
     parts: tuple[Part, ...] = ()
+    background: str = ""
+
+    @property
+    def whole(self) -> str:
+        """The caption of a whole image, not of a part of one."""
+        return f"{self.text.rstrip(' .,;!')} {self.background}" if self.background else self.text
 
 
 def read(vocabulary: Vocabulary, prompt: str) -> Reading:
@@ -94,7 +102,8 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     text = text.lower() if prompt.isupper() else text
     if len(text) > _LONGEST_READ:
         return Reading(text)
-    return Reading(text, parts_of(vocabulary, Clauses(vocabulary, text).units))
+    units = Clauses(vocabulary, text).units
+    return Reading(text, parts_of(vocabulary, units), background_of(vocabulary, units))
 
 
 def read_negative(vocabulary: Vocabulary, prompt: str) -> str:

@@ -1,16 +1,17 @@
 """Part prompts into units: things with their properties, places, sides and relations.
 
-A clause becomes groups of words without a preposition between them, and these become units. A noun
-that is not known takes its properties with it: of "a red cup" nothing stays.
+A clause becomes groups of words without a preposition between them, and these become units
+(`model/prompt_groups.py`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
+from model.prompt_groups import IS, LOOKS, MEDIA, Item, Kind, Unit, Units, agreeing, is_noun, joined
 from model.vocabulary import (
     ARTICLES,
     FUNCTION,
@@ -19,51 +20,38 @@ from model.vocabulary import (
     Named,
     Phrase,
     Vocabulary,
-    with_article,
     words_of,
 )
 
-Role = Literal["thing", "place", "side", "relation", "property"]
-Kind = Literal["article", "property", "number", "thing", "place", "unknown"]
-
 _CLAUSE_END = re.compile(r"[,;|\n\u3001\u3002\uff0c\uff1b]+|[.!?:](?=\s|$)")
 
-# Kinds of images, which are not things in them: "an oil painting of a cat".
-_MEDIA_WORDS = """
-    photo photograph photography picture image drawing painting illustration render rendering
-    sketch portrait icon artwork art shot view style styled aesthetic wallpaper poster sticker logo
-    clipart cartoon anime 3d emoji screenshot print page
-"""
-_MEDIA = frozenset(_MEDIA_WORDS.split())
-_STYLES = frozenset(("style", "styled", "aesthetic"))
-# Words that ask for a look.
-_LOOK_WORDS = """
-    artistic comic cinematic photographic photorealistic realistic realism film movie cinema light
-    lights lighting bright dark dramatic moody soft sharp focus detail details detailed high highly
-    low hd hdr uhd quality best masterpiece colorful colourful colors colours vivid vibrant studio
-    professional oil ink watercolor watercolour digital pixel vector fantasy magic magical elegant
-    vintage retro wide angle award winning trending artstation glowing epic resolution ultra raw
-"""
-LOOKS = _MEDIA | frozenset(_LOOK_WORDS.split())
-_LOOKS_ONLY = LOOKS | FUNCTION
+_CAPITALISED = re.compile(r"(?<=\w )[A-Z]\w+")
+
+_BETWEEN_COLOURS = frozenset(("one", "another", "the", "other", "a", "an", "and"))
+_SO_MANY = {2: {"two", "2"}, 3: {"three", "3"}, 4: {"four", "4"}}
+
 # What follows one of these is not in the image: not wanted, or only like the thing before it.
 _NEGATION_WORDS = """
     no not without never except excluding minus don't isn't doesn't aren't won't avoid instead
     rather neither nor or like as made named called dressed resembling
 """
 _NEGATIONS = frozenset(_NEGATION_WORDS.split())
+_LIKENESSES = frozenset((("shape", "of"), ("form", "of"), ("size", "of"), ("shaped", "like")))
 _ENDS_NEGATION = frozenset(("but", "just", "only"))
 _PLACING = frozenset(("on", "in", "at", "under", "near", "behind", "by"))
-# Behind a name that says only what something looks like: "a heart shaped balloon".
-_LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "patterned", "flavored"))
-# Parts of a thing, which no caption has beside it: "a cat with blue eyes".
-_OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
-_OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
-CLOSE_UP = frozenset(("close", "closeup", "macro"))
-_SEEN_AS = _MEDIA | CLOSE_UP
-_IS = frozenset(("is", "are", "that", "it", "its", "this"))
-_PREPOSITIONS = FUNCTION - ARTICLES - _IS - frozenset(("and", "or", "of"))
+# Words of other languages, and those that show that a prompt is in English all the same.
+_FOREIGN_WORDS = """
+    ein eine einen einem einer der das dem und mit im auf ist une un le les des du et dans sur avec
+    el la los las una con en del il lo che di uma um com na het een op ett och med bir
+"""
+_FOREIGN = frozenset(_FOREIGN_WORDS.split())
+_ENGLISH = frozenset(("a", "an", "the", "of", "and", "with"))
+_BEFORE_VERBS = frozenset(("i", "we", "he", "she", "they", "can", "will"))
+_ONLY_WITH_ARTICLE = (("die",),)  # "a die", but "die cut" and "die Katze"
+# They say of a thing what an article does.
+_LIKE_ARTICLES = frozenset(("one", "my", "our", "your", "his", "her", "their", "another"))
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
+_SIDES = frozenset((word,) for word in _SIDE_WORDS)
 _SIDE_WORDS |= {"upper": "top", "lower": "bottom"}
 _SIDE_WORDS |= dict.fromkeys(("middle", "center", "centre", "centered"), "centre")
 # How captions say where one thing is to another, and the sides of the two.
@@ -93,49 +81,21 @@ _LONGEST_RELATION = {
 }
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Tell what a few words of a clause say.
-
-    words: in a caption. lead: words such as "and" or "on a" before it. gap: whether something
-    before it was left out.
-    """
-
-    role: Role
-    words: Phrase
-    lead: Phrase = ()
-    gap: bool = False
-    named: Named | None = None
-    sides: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """The words of a caption."""
-        return " ".join(self.words)
-
-    @property
-    def beside_name(self) -> Phrase:
-        """The words but for the name of a thing."""
-        return self.words[: -len(self.named.name.split())] if self.named else self.words
-
-
-class _Item(NamedTuple):
-    """A word or a name within a group of words without a preposition."""
-
-    kind: Kind
-    words: Phrase
-    named: Named | None = None
-
-
 class Clauses:
     """A text, clause by clause."""
 
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
-        texts = map(words_of, _CLAUSE_END.split(text))
-        clauses = [Clause(words, Parser(vocabulary, words).units) for words in texts if words]
+        texts = map(words_of, _CLAUSE_END.split(_with_and(vocabulary, text)))
+        foreign, names = _is_foreign(words_of(text)), _proper_names(text)
+        clauses = [
+            Clause(words, Parser(vocabulary, words, foreign=foreign, names=names).units)
+            for words in texts
+            if words
+        ]
         # "Oil painting" beside something else is no painting in the image.
         said = [clause for clause in clauses if not clause.is_medium]
-        self._all = said if any(clause.units for clause in said) else clauses
+        said = said if any(clause.units for clause in said) else clauses
+        self._all = _one_of_each_colour(vocabulary, said)
 
     def __iter__(self) -> Iterator[Clause]:
         return iter(self._all)
@@ -160,12 +120,13 @@ class Clause(NamedTuple):
     @property
     def is_medium(self) -> bool:
         """Return whether it only names a kind of images that is also a thing, as "oil painting"."""
-        return len(self.units) == 1 and self.units[0].words[0] in _MEDIA
+        return len(self.units) == 1 and self.units[0].words[0] in MEDIA
 
     @property
     def asks_for_a_look(self) -> bool:
         """Return whether it says nothing but how the image should look."""
-        return not self.units and all(w in _LOOKS_ONLY or w.isdigit() for w in self.words)
+        known = LOOKS | FUNCTION
+        return not self.units and all(word in known or word.isdigit() for word in self.words)
 
 
 class Parser:
@@ -175,20 +136,33 @@ class Parser:
     a unit when it ends.
     """
 
-    def __init__(self, vocabulary: Vocabulary, words: Phrase) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        words: Phrase,
+        *,
+        foreign: bool = False,
+        names: frozenset[str] = frozenset(),
+    ) -> None:
         self._vocabulary = vocabulary
-        self._units: list[Unit] = []
-        self._lead: list[str] = []
-        self._group: list[_Item] = []
-        self._gap = False
-        self._late: list[Unit] = []
+        self._said = Units(vocabulary)
+        self._group: list[Item] = []
         self._as_written = words
-        words = tuple(vocabulary.corrected(word) or word for word in words)
+        corrected = [
+            (None if word in names else vocabulary.corrected(word, foreign=foreign)) or word
+            for word in words
+        ]
+        words = _with_articles(corrected)
         i = 0
         while i < len(words):
             i += self._take(words, i)
         self._close()
-        self.units: Sequence[Unit] = self._connected(_in_usual_order([*self._units, *self._late]))
+        self.units: Sequence[Unit] = self._connected(_in_usual_order(self._said.all))
+
+    def _close(self, before: str = "") -> None:
+        """End a group. before: the function word behind it."""
+        group, self._group = self._group, []
+        self._said.add_group(group, before)
 
     def _connected(self, units: Sequence[Unit]) -> list[Unit]:
         """Return units of which a relation is between two things; others lead to a place or go.
@@ -200,32 +174,57 @@ class Parser:
             before, after = kept[-1:], units[i + 1 : i + 2]
             if before and self._says_of(unit, before[0]):
                 kept[-1] = _coloured(before[0], unit.words)
-            elif unit.role == "place" and i and units[i - 1].role == "relation":
-                kept.append(replace(unit, lead=(*units[i - 1].words, *unit.lead)))
-            elif unit.role != "relation" or [u.role for u in (*before, *after)] == ["thing"] * 2:
+            elif unit.role == "relation":
+                related = [u.role for u in (*before, *after)] == ["thing"] * 2
+                if related and not after[0].gap:
+                    kept.append(unit)
+            elif i and units[i - 1].role == "relation" and kept[-1:] != [units[i - 1]]:
+                leads = unit.role == "place" and not unit.gap
+                lead = (*units[i - 1].words, *unit.lead) if leads else unit.lead
+                kept.append(replace(unit, lead=lead, gap=not leads))
+            else:
                 kept.append(unit)
         return kept
 
     def _says_of(self, unit: Unit, before: Unit) -> bool:
         """Return whether a unit is the colour of the thing before it: "a cat that is black"."""
         colours = unit.role == "property" and all(map(self._vocabulary.is_colour, unit.words))
-        return colours and before.role == "thing" and not _IS.isdisjoint(unit.lead)
+        return colours and before.role == "thing" and not IS.isdisjoint(unit.lead)
 
     def _take(self, words: Phrase, i: int) -> int:
         """Take the longest known phrase at a place, or one word; return how many words it has."""
-        if words[i] in _NEGATIONS:
+        if words[i] in _NEGATIONS or (i > 1 and words[i : i + 2] in _LIKENESSES):
             self._close()
-            self._leave_out()
+            self._said.leave_out()
             return self._denied(words, i) - i
-        longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 1))
+        if words[i] == "and" and self._goes_on_describing(words[i + 1 : i + 3]):
+            colours = self._is_colour(words[i + 1]) and self._is_colour(self._group[-1].words[-1])
+            return 2 if colours else 1  # captions have one colour
+        longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 2))
         for n in range(min(longest, LONGEST_PHRASE, len(words) - i), 0, -1):
-            following = words[i + n] if i + n < len(words) else None
             written = self._as_written[i : i + n]
             phrase = written if n > 1 and self._vocabulary.thing(written) else words[i : i + n]
-            if self._take_phrase(phrase, following):
+            if self._take_phrase(phrase, words[i + n : i + n + LONGEST_PHRASE]):
                 return n
         self._take_word(words[i])
         return 1
+
+    def _goes_on_describing(self, following: Phrase) -> bool:
+        """Return whether "and" is between two properties of a thing: "a black and white cat"."""
+        last = self._group[-1] if self._group else None
+        if last is None or last.kind != "property" or last.words == ("background",):
+            return False
+        ends = len(following) < 2 or following[1] in FUNCTION - {"and"}
+        if not following or (ends and IS.isdisjoint(self._said.lead)):
+            return False
+        named = self._vocabulary.thing(following[1:])
+        if named and named.plural and self._group[0].kind == "property":
+            return False  # of "red and blue balloons" some are blue
+        return self._vocabulary.is_size(following[0]) or self._is_colour(following[0])
+
+    def _is_colour(self, word: str) -> bool:
+        known = self._vocabulary
+        return all(map(known.is_colour, known.alias((word,)) or (word,)))
 
     @staticmethod
     def _denied(words: Phrase, start: int) -> int:
@@ -240,25 +239,33 @@ class Parser:
                 return i
         return len(words)
 
-    def _take_phrase(self, phrase: Phrase, following: str | None) -> bool:
+    def _take_phrase(self, phrase: Phrase, rest: Phrase) -> bool:
+        """Take a known phrase, if it is one. rest: the next words behind it."""
         known = self._vocabulary
+        following = rest[0] if rest else None
         alias = known.alias(phrase)
         named = known.thing(phrase)
         relation = _OTHER_RELATIONS.get(phrase, phrase)
         if relation in _RELATIONS and named is None:
             self._close()
-            self._add("relation", relation, sides=_RELATIONS[relation])
+            self._said.add("relation", relation, sides=_RELATIONS[relation])
         elif phrase[0] in ARTICLES and FUNCTION.isdisjoint(phrase[1:]) and named is None:
             return False
         elif alias is not None and named is None and not known.is_place(alias):
-            self._group.append(_Item("property", alias))
+            self._group.append(Item("property", alias))
+        elif phrase in _SIDES and self._is_no_side(rest):
+            return False
         elif known.is_place(alias or phrase) and not (named and self._is_thing(following)):
             self._take_place(alias or phrase)
-        elif named and not (following == "of" and phrase[-1] in _MEDIA):
+        elif named and not (following == "of" and phrase[-1] in MEDIA):
+            if phrase in _ONLY_WITH_ARTICLE and not self._group:
+                return False
+            if self._describes(phrase, rest) or (len(phrase) == 1 and self._is_verb(named, rest)):
+                return False
             if phrase[0] in ARTICLES:
                 self._take_word(phrase[0])
                 phrase = phrase[1:]
-            self._group.append(_Item("thing", phrase, named))
+            self._group.append(Item("thing", phrase, named))
         else:
             return False
         return True
@@ -266,137 +273,134 @@ class Parser:
     def _is_thing(self, following: str | None) -> bool:
         """Return whether a word for a place and a thing is the latter here: "a big mountain"."""
         related = following is not None and any(following == words[0] for words in _RELATIONS)
-        return self._lead[-2:] != ["front", "of"] and (bool(self._group) or related)
+        return self._said.lead[-2:] != ["front", "of"] and (bool(self._group) or related)
+
+    def _describes(self, phrase: Phrase, rest: Phrase) -> bool:
+        """Return whether the name of a thing and a colour is the latter: "an orange cat"."""
+        if phrase[0] not in ARTICLES or not all(map(self._vocabulary.is_colour, phrase[1:])):
+            return False
+        if rest[:1] == ("and",):
+            return len(rest) > 1 and self._is_colour(rest[1])
+        return bool(rest) and rest[0] not in FUNCTION and is_noun(rest[0])
+
+    def _is_verb(self, named: Named, rest: Phrase) -> bool:
+        """Return whether a name is a verb: "birds fly", "a bird that can fly", "I saw"."""
+        if not self._group:
+            lead, before = self._said.lead[-1:], self._said.last_named
+            plural = before is not None and before.plural
+            return (lead == ["that"] and named.plural != plural) or (
+                lead == ["to"] and not named.plural
+            )
+        first, last = self._group[0].words, self._group[-1]
+        is_one = first in (("a",), ("an",))
+        if last.named:
+            return named.plural != last.named.plural and last.named.plural != is_one
+        object_follows = not ARTICLES.isdisjoint(rest[:1])
+        return last.words[-1] in _BEFORE_VERBS or (named.plural and is_one and object_follows)
+
+    def _is_no_side(self, rest: Phrase) -> bool:
+        """Return whether a side word describes another one: "top view", "looking left"."""
+        known, group = self._vocabulary, self._group
+        if group and group[-1].kind == "unknown" and group[-1].words[0].endswith("ing"):
+            return True
+        if not rest or rest[0] in FUNCTION | NUMBERS or known.is_property(rest[0]):
+            return False
+        phrases = [rest[:n] for n in range(1, len(rest) + 1)]
+        return not any(known.thing(phrase) or known.is_place(phrase) for phrase in phrases)
 
     def _take_place(self, phrase: Phrase) -> None:
         side = " ".join(dict.fromkeys(_SIDE_WORDS[w] for w in phrase if w in _SIDE_WORDS))
         if side or not FUNCTION.isdisjoint(phrase[1:] if phrase[0] in ARTICLES else phrase):
             self._close()
-            self._add("side" if side else "place", phrase, sides=(side,) if side else ())
+            self._said.add("side" if side else "place", phrase, sides=(side,) if side else ())
             return
         if phrase[0] in ARTICLES:
             self._take_word(phrase[0])
             phrase = phrase[1:]
-        self._group.append(_Item("place", phrase))
+        self._group.append(Item("place", phrase))
 
     def _take_word(self, word: str) -> None:
         known = self._vocabulary
         if word in ARTICLES:
             self._close()
-            self._group.append(_Item("article", (word,)))
+            self._group.append(Item("article", (word,)))
         elif word in FUNCTION:
             self._close(before=word)
-            self._lead.append(word)
+            self._said.lead.append(word)
         elif word in NUMBERS or word.isdigit():
             kind: Kind = "number" if known.is_property(word) else "unknown"
-            self._group.append(_Item(kind, (word,)))
+            self._group.append(Item(kind, (word,)))
         else:
             kind = "property" if known.is_property(word) else "unknown"
             if word.endswith("ing") and self._group and self._group[-1].kind == "unknown":
                 self._close()  # "a little girl holding …"
-            self._group.append(_Item(kind, (word,)))
+            self._group.append(Item(kind, (word,)))
 
-    # ── groups ────────────────────────────────────────────────────────────────────────────────────
 
-    def _close(self, before: str = "") -> None:
-        """End a group; before: the function word behind it."""
-        group, self._group = self._group, []
-        for part in _parted(self._with_properties(group)):
-            self._add_group(part, before)
+def _one_of_each_colour(vocabulary: Vocabulary, clauses: list[Clause]) -> list[Clause]:
+    """Return clauses with a red and a white rose for "two roses, one red and one white"."""
+    for i, clause in enumerate(clauses[:-1]):
+        several = clause.units[-1] if clause.units else None
+        if several is None or several.named is None or not several.named.plural:
+            continue
+        colours: list[str] = []
+        end = i + 1
+        while end < len(clauses) and (found := _colours_alone(vocabulary, clauses[end].words)):
+            colours += found
+            end += 1
+        numbers = {word for word in several.beside_name if word in NUMBERS or word.isdigit()}
+        if numbers <= _SO_MANY.get(len(colours), set()) and len(colours) in _SO_MANY:
+            units = [*clause.units[:-1], *_each(several, colours)]
+            return [*clauses[:i], Clause(clause.words, units), *clauses[end:]]
+    return clauses
 
-    def _add_group(self, group: Sequence[_Item], before: str) -> None:
-        kinds, last = [item.kind for item in group], group[-1]
-        if last.words[-1] in _STYLES and "place" not in kinds:
-            self._leave_out()
-        elif before == "of" and last.words[-1] in _SEEN_AS:
-            self._add_medium(group)
-        elif "thing" in kinds:
-            self._add_thing(group)
-        elif last.kind == "unknown" and not (last.words[0] in LOOKS and "place" in kinds):
-            self._leave_out()
-        elif "place" in kinds:
-            self._add("place", _words_of(group, ("article", "property", "place")))
-        elif self._says_something(group, before):
-            self._add("property", _words_of(group, ("article", "property", "number")))
-        elif kinds != ["article"]:
-            self._leave_out()
 
-    def _leave_out(self) -> None:
-        self._gap = True
-        self._lead = []
+def _colours_alone(vocabulary: Vocabulary, words: Phrase) -> list[str]:
+    """Return the colours of a clause that says nothing else."""
+    colours = [word for word in words if vocabulary.is_colour(word)]
+    return colours if {*words} - {*colours} <= _BETWEEN_COLOURS else []
 
-    def _add_medium(self, group: Sequence[_Item]) -> None:
-        """Leave out "a photo of", but not what it says of the image: where, or from how near."""
-        if CLOSE_UP & set(_words_of(group)):
-            self._add("place", ("a", "close-up", "of"))
-            return
-        if place := _words_of(group, ("place",)):
-            self._late.append(Unit("place", place, gap=True))
-        self._leave_out()
 
-    def _says_something(self, group: Sequence[_Item], before: str) -> bool:
-        """Return whether a group without a noun does: a colour, a background, "a pair"."""
-        words = _words_of(group)
-        if before == "of" and any(item.kind == "number" for item in group):
-            return True
-        if "background" in words:
-            return True
-        if group[0].kind == "article":
-            return False  # "a violet" is a flower
-        return any(map(self._vocabulary.is_colour, words)) and "of" not in self._lead
+def _each(several: Unit, colours: Sequence[str]) -> Iterator[Unit]:
+    """Yield one of several things in each colour."""
+    assert several.named is not None
+    one = several.named._replace(plural=False)
+    left_out = ARTICLES | NUMBERS
+    described = [w for w in several.beside_name if w not in left_out and not w.isdigit()]
+    for colour in colours:
+        words = agreeing(("a", *described, colour, *words_of(one.name)), one)
+        yield replace(several, words=words, named=one)
+        several = replace(several, lead=("and",), gap=False)
 
-    def _with_properties(self, group: list[_Item]) -> list[_Item]:
-        """Return a group in which names that only describe another one are properties.
 
-        So is "orange" in "an orange cat", "an orange background" and "on orange". "Heart" in "a
-        heart shaped balloon" says nothing that captions could.
-        """
-        known, result = self._vocabulary, list(group)
-        for i, item in enumerate(group):
-            if item.kind == "thing" and not _LIKE.isdisjoint(_words_of(group[i + 1 : i + 2])):
-                result[i] = _Item("unknown", item.words)
-                continue
-            describes = any(other.kind == "thing" for other in group[i + 1 :])
-            describes |= any(other.words == ("background",) for other in group[i + 1 :])
-            describes |= len(group) == 1 and self._lead[-1:] == ["on"]
-            if item.kind == "thing" and describes and all(map(known.is_property, item.words)):
-                result[i] = _Item("property", item.words)
-        return result
+def _with_and(vocabulary: Vocabulary, text: str) -> str:
+    """Return a text in which "red, white and blue" are no clauses of their own."""
+    colour = "(?:" + "|".join(map(re.escape, vocabulary.colours.split() or ["-"])) + ")"
+    listed = rf"\b{colour}(?:, {colour}){{1,4}},? and (?={colour}\b)"
+    return re.sub(listed, lambda found: found[0].replace(",", " and"), text, flags=re.I)
 
-    def _add_thing(self, group: Sequence[_Item]) -> None:
-        things = [i for i, item in enumerate(group) if item.kind == "thing"]
-        painted = len(things) > 1 and group[things[-1]].words[-1] in _MEDIA  # "a dog painting"
-        number = things[-2] if painted else things[-1]
-        named = group[number].named
-        assert named is not None
-        if self._lead[-1:] == ["with"] and named.name in _OWN_PARTS and self._units:
-            self._leave_out()
-            return
-        kept: list[_Item] = []
-        for i, item in enumerate(group[:number]):
-            unknown = any(other.kind == "unknown" for other in group[i:number])
-            if item.kind == "number" and unknown and not (named.plural or named.thing.bare):
-                continue  # "a 3 tier cake"
-            if item.kind == "place":
-                self._late.append(Unit("place", item.words, gap=True))
-            elif item.kind not in ("unknown", "thing"):
-                kept.append(item)
-        words = (*_words_of(kept), *named.name.split())
-        if self._lead == ["of"] and not self._gap and self._units[-1:] and self._units[-1].named:
-            container = self._units.pop()  # "a bowl of apples", "a school of fish"
-            self._lead, self._gap = list(container.lead), container.gap
-        self._add("thing", agreeing(words, named), named=named)
 
-    def _add(
-        self,
-        role: Role,
-        words: Phrase,
-        *,
-        named: Named | None = None,
-        sides: tuple[str, ...] = (),
-    ) -> None:
-        self._units.append(Unit(role, words, tuple(self._lead), self._gap, named, sides))
-        self._lead, self._gap = [], False
+def _is_foreign(words: Phrase) -> bool:
+    """Return whether words are of another language than English."""
+    return not _FOREIGN.isdisjoint(words) and _ENGLISH.isdisjoint(words)
+
+
+def _proper_names(text: str) -> frozenset[str]:
+    """Return the capitalised words within a text, unless it has capitals throughout."""
+    capitalised = _CAPITALISED.findall(text)
+    if 2 * len(capitalised) > len(words_of(text)) or _is_foreign(words_of(text)):
+        return frozenset()
+    return frozenset(map(str.lower, capitalised))
+
+
+def _with_articles(words: Sequence[str]) -> Phrase:
+    """Return words with an article for "one" and "my"."""
+    return tuple(
+        "a"
+        if word in _LIKE_ARTICLES and not (word == "one" and words[i + 1 : i + 2] in ([], ["of"]))
+        else word
+        for i, word in enumerate(words)
+    )
 
 
 def _in_usual_order(units: Sequence[Unit]) -> Sequence[Unit]:
@@ -412,72 +416,3 @@ def _coloured(unit: Unit, colours: Phrase) -> Unit:
     assert unit.named is not None
     words = (*unit.beside_name, *colours, *unit.named.name.split())
     return replace(unit, words=agreeing(words, unit.named))
-
-
-def agreeing(words: Phrase, named: Named) -> Phrase:
-    """Return the words of a thing with the article that its first word needs."""
-    if words[0] not in ("a", "an"):
-        return words
-    if named.plural or named.thing.bare:
-        return words[1:]
-    return tuple(with_article(" ".join(words[1:])).split())
-
-
-def _parted(group: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    """Yield the parts of a group: each thing but a name's first words, and what is behind the last.
-
-    "A cat wearing sunglasses" and "red circle blue square" have two, "an arrow black background"
-    has a thing and a property.
-    """
-    start = 0
-    for i, item in enumerate(group[:-1]):
-        if item.kind == "thing" and group[i + 1].kind != "thing":
-            rest = {other.kind for other in group[i + 1 :]}
-            if not rest.isdisjoint(("thing", "property", "place")):
-                yield group[start : i + 1]
-                start = i + 1
-    if group:
-        yield group[start:]
-
-
-def _words_of(group: Sequence[_Item], kinds: Sequence[str] | None = None) -> Phrase:
-    chosen = (item for item in group if kinds is None or item.kind in kinds)
-    return tuple(word for item in chosen for word in item.words)
-
-
-# ── units → captions ──────────────────────────────────────────────────────────────────────────────
-
-
-def joined(units: Sequence[Unit]) -> str:
-    """Return the caption of a clause's units."""
-    text, before, has_thing = "", None, False
-    for unit in units:
-        text = with_unit(text, unit, lead_of(unit, before, has_thing=has_thing))
-        before, has_thing = unit, has_thing or unit.role == "thing"
-    return text
-
-
-def with_unit(text: str, unit: Unit, lead: Sequence[str]) -> str:
-    """Return a text and one unit more, behind a comma if nothing else joins them."""
-    words = " ".join((*lead, *unit.words))
-    if not text:
-        return words
-    bare = unit.gap and unit.role in ("place", "property") and not lead
-    return f"{text}, {words}" if bare and unit.words[0] not in _PREPOSITIONS else f"{text} {words}"
-
-
-def lead_of(unit: Unit, before: Unit | None, *, has_thing: bool) -> Sequence[str]:
-    """Return the words that go before a unit: its own, or "and" between two things."""
-    if before is None:
-        return () if unit.gap or unit.role == "thing" else unit.lead
-    if unit.role == "thing" and has_thing:
-        if before.role == "relation":
-            return ()
-        as_written = not unit.gap and (before.role != "thing" or unit.lead == ("and",))
-        return unit.lead if as_written else ("and",)
-    if before.words[-1] == "of":
-        return ()
-    if not unit.gap:
-        joins = before.role == "property" or unit.role == "relation"
-        return unit.lead if joins else [word for word in unit.lead if word not in _IS]
-    return [word for word in unit.lead if word in _PREPOSITIONS]

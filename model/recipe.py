@@ -86,15 +86,19 @@ AttentionWeight = Annotated[float, Field(ge=0, le=100)]
 
 
 # Of a recipe, in the order in which they were added.
-_ADDED_FIELDS = ("renoise_order", "guidance_start", "auto_regions")
+_ADDED_FIELDS = ("renoise_order", "guidance_start", "auto_regions", "prior_temperature")
 
 
 class PriorSettings(NamedTuple):
-    """Settings that decide the prior's result, beside its text and its noise."""
+    """Settings that decide the prior's result, beside its text and its noise.
+
+    temperature: factor on the noise, 0 to 1; at 0 the result depends on the text alone.
+    """
 
     steps: int
     guidance: float
     sampler: PriorSampler
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Recipe:
 
     attention_weights: factors on the attention given to the (text, image) condition tokens of the
     conditional branch; None is off. auto_regions: whether several things in a prompt are drawn each
-    by a prompt of its own, in its own part of the image.
+    by a prompt of its own, in its own part of the image. prior_temperature: factor on the prior's
+    noise.
     """
 
     __pydantic_config__ = STRICT
@@ -124,6 +129,7 @@ class Recipe:
     renoise_order: RenoiseOrder = "random"
     guidance_start: StepCount = 0
     auto_regions: bool = False
+    prior_temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     def __post_init__(self) -> None:
         if max(self.renoise_steps, self.guidance_steps) > self.num_inference_steps:
@@ -180,7 +186,9 @@ class Recipe:
     @property
     def prior(self) -> PriorSettings:
         """The prior's settings."""
-        return PriorSettings(self.prior_steps, self.prior_guidance, self.prior_sampler)
+        return PriorSettings(
+            self.prior_steps, self.prior_guidance, self.prior_sampler, self.prior_temperature
+        )
 
     @property
     def unwritten(self) -> set[str]:

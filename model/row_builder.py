@@ -107,7 +107,8 @@ class TextKey(NamedTuple):
 class PriorKey(NamedTuple):
     """The inputs of the prior's result.
 
-    The size is part of it because a seed's noise for the prior comes after its start tokens.
+    The size is part of it because a seed's noise for the prior comes after its start tokens. At a
+    temperature of 0, seed and size are 0, because no noise counts.
     """
 
     text: TextKey
@@ -270,6 +271,8 @@ class RowBuilder:
     def _prior_key(self, request: ImageRequest, prompt: str) -> PriorKey:
         settings = self.pipeline.prior_settings(request.sampling)
         text = self._text_key(request, prompt)
+        if settings.temperature == 0:
+            return PriorKey(text, seed=0, width=0, height=0, settings=settings)
         return PriorKey(text, request.seed, *request.prior_size, settings)
 
     def _branch_key(self, request: ImageRequest, prompt: str) -> BranchKey:

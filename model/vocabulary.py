@@ -8,7 +8,7 @@ prompts into the words of a `Vocabulary`. No torch here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, NamedTuple
@@ -31,6 +31,7 @@ _NOT_AN = ("uni", "use", "uku", "ufo", "eu", "one", "u-")
 LONGEST_PHRASE = 6  # words
 _LONGEST_WORD = 32  # letters of one that may be misspelt
 _SHORTEST_MISSPELT = 5  # letters
+_SHORTEST_FOREIGN = 7  # letters of one in a prompt that is not in English
 _SHORTEST_OF_SEVERAL = 4  # letters of a word that may be misspelt in a name of several
 
 Phrase = tuple[str, ...]
@@ -79,8 +80,9 @@ class Vocabulary:
     things: what can be drawn. places: words for scenes, sides and views. colours, sizes, words:
     what captions have beside names, separated by spaces; words are the rest, such as "cute" and
     "background". aliases: words of a caption for words that no caption has, such as red for
-    crimson. background: what the parts of an image have in common if a prompt does not say, such
-    as "on a white background". kinds: tags that name many things at once, such as "fruit". english:
+    crimson. backgrounds: what is behind the things of a prompt that does not say, such as "on a
+    white background", and the things that are hard to see there, separated by commas; the first is
+    the usual one. kinds: tags that name many things at once, such as "fruit". english:
     words that differ from a known one by a letter and are correct all the same.
     """
 
@@ -92,17 +94,22 @@ class Vocabulary:
     sizes: Annotated[str, Field(max_length=2**16)] = ""
     words: Annotated[str, Field(max_length=2**16)] = ""
     aliases: Mapping[Text, Text] = field(default_factory=dict)
-    background: Annotated[str, Field(max_length=200)] = ""
+    backgrounds: Mapping[Text, Annotated[str, Field(max_length=2**16)]] = field(
+        default_factory=dict
+    )
     kinds: Annotated[str, Field(max_length=2**16)] = ""
     english: Annotated[str, Field(max_length=2**16)] = ""
 
     def thing(self, phrase: Phrase) -> Named | None:
         """Return the thing of this name: the usual one, a synonym, or the plural of either.
 
-        Of a name of several words, one may be misspelt.
+        Of a name of several words, one may be misspelt. A name of one may be written apart.
         """
         if named := self._names.get(phrase):
             return named
+        apart = len(phrase) == 2 and not self.is_property(phrase[0])
+        if apart and FUNCTION.isdisjoint(phrase) and ("".join(phrase),) in self._names:
+            return self._names["".join(phrase),]  # "a pine apple"
         unknown = [i for i, word in enumerate(phrase) if word not in self._known]
         for i in unknown if len(phrase) > 1 else ():
             for known, named in self._with_a_gap.get((*phrase[:i], "", *phrase[i + 1 :]), ()):
@@ -133,20 +140,44 @@ class Vocabulary:
         """Return whether this word is a size of captions."""
         return word in self._sizes
 
+    def background(self, things: Collection[tuple[Thing, Collection[str]]]) -> str:
+        """Return words for a background on which things are easy to see; none if there are no such.
+
+        things: each with the colours that are said of it.
+        """
+
+        def hides(background: str, thing: Thing, colours: Collection[str]) -> bool:
+            if colours:
+                return not set(colours).isdisjoint(background.split())
+            return thing.name in self._hidden[background]
+
+        for background in self.backgrounds:
+            if not any(hides(background, *each) for each in things):
+                return background
+        return next(iter(self.backgrounds), "")
+
     def alias(self, phrase: Phrase) -> Phrase | None:
         """Return a caption's words for others of this meaning."""
         return self._aliases.get(phrase)
 
-    def corrected(self, word: str) -> str | None:
-        """Return the known word for a misspelt one, None for a word that is another one.
+    def corrected(self, word: str, *, foreign: bool = False) -> str | None:
+        """Return the known word for a misspelt one or a genitive, None for another word.
 
-        Hardly anybody gets the first letter wrong.
+        Hardly anybody gets the first letter wrong. foreign: whether it is of another language, in
+        which only long words are nearly the same.
         """
-        is_long = _SHORTEST_MISSPELT <= len(word) <= _LONGEST_WORD
-        if not is_long or "'" in word or word in self._correct:
+        shortest = _SHORTEST_FOREIGN if foreign else _SHORTEST_MISSPELT
+        is_long = shortest <= len(word) <= _LONGEST_WORD
+        if word.endswith("'s") and word not in self._known and (word[:-2],) in self._names:
+            return word[:-2]  # "a lion's mane"
+        if not is_long or "'" in word or self._is_correct(word):
             return None
         sounds = (other for other in _as_it_sounds(word) if other in self._known)
         return self._nearest(word) or next(sounds, None)
+
+    def _is_correct(self, word: str) -> bool:
+        """Return whether a word is spelt right: the plurals of the list's words are, too."""
+        return word in self._correct or (word[-1] == "s" and word[:-1] in self._english)
 
     def _nearest(self, word: str) -> str | None:
         """Return the known word that differs by a letter: less, more, changed or swapped."""
@@ -202,8 +233,9 @@ class Vocabulary:
                 found.setdefault(words_of(name), Named(thing, plural=False))
         for phrase, named in list(found.items()):
             if not named.plural:
+                first = phrase[phrase[0] in ARTICLES : -1]  # "oranges" for "an orange"
                 for plural in _plurals(phrase[-1]):
-                    found.setdefault((*phrase[:-1], plural), Named(named.thing, plural=True))
+                    found.setdefault((*first, plural), Named(named.thing, plural=True))
         for phrase, named in list(found.items()):
             if len(phrase) == 2:
                 found.setdefault(("".join(phrase),), named)
@@ -246,6 +278,11 @@ class Vocabulary:
         return self._colours | self._sizes | (frozenset(self.words.split()) - FUNCTION)
 
     @cached_property
+    def _hidden(self) -> dict[str, frozenset[str]]:
+        """The names of the things that are hard to see on each background."""
+        return {words: frozenset(names.split(", ")) for words, names in self.backgrounds.items()}
+
+    @cached_property
     def _aliases(self) -> dict[Phrase, Phrase]:
         return {words_of(other): words_of(own) for other, own in self.aliases.items()}
 
@@ -269,7 +306,11 @@ class Vocabulary:
         """Every word that is spelt right."""
         phrases = (*self._aliases, *self._tagged)
         others = {word for phrase in phrases for word in phrase}
-        return self._known | FUNCTION | others | frozenset(self.english.split())
+        return self._known | FUNCTION | others | self._english
+
+    @cached_property
+    def _english(self) -> frozenset[str]:
+        return frozenset(self.english.split())
 
     @cached_property
     def _shortened(self) -> dict[str, str]:

@@ -19,14 +19,9 @@ from http import HTTPStatus
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.access import (
-    MAX_HEADER_BYTES,
-    MAX_URL_BYTES,
-    headers_too_large,
-    url_too_long,
-)
 from server.api.errors import ApiError, too_many_connections
-from server.api.middleware import TRANSPORT
+from server.api.head_guard import MAX_HEADER_BYTES, MAX_URL_BYTES, headers_too_large, url_too_long
+from server.api.send_timeout import TRANSPORT
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +128,8 @@ class _Rejected(Exception):  # noqa: N818, no error of this program
 class BoundedProtocol(HttpToolsProtocol):
     """A connection that ends when its client exceeds a bound or does not continue.
 
-    `access.Guard` answers requests whose heads end within all limits together but exceed one.
+    `head_guard.HeadGuard` answers requests whose heads end within all limits together but
+    exceed one.
 
     Attributes:
         all: all connections of the server.
@@ -269,7 +265,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Rejected(_malformed("too many pipelined requests"))
-        # The extension of `middleware.SendTimeout`.
+        # The extension of `send_timeout.SendTimeout`.
         self.scope[TRANSPORT] = self.transport  # type: ignore[literal-required]
         super().on_headers_complete()
         if self.parser.get_http_version() == "1.0":

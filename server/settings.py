@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -42,6 +42,7 @@ from server.paths import (
     PLAYGROUND,
     PROBES,
     READINESS,
+    OpenPaths,
 )
 
 MIB = 2**20
@@ -57,19 +58,6 @@ HOST_PATTERN = re.compile(r"\*|(\*\.)?\w([\w.-]*\w)?|\[[0-9A-Fa-f:.]+\]", re.ASC
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s,/]+")
 SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}")
 URL = re.compile(r"https?://[^\s/?#@,]+(/[^\s?#]*)?")
-
-
-class OpenPaths:
-    """Match paths without a slash at their end against entries such as /docs and /playground/*."""
-
-    def __init__(self, entries: Iterable[str]) -> None:
-        entries = tuple(entries)
-        self._exact = frozenset(path.rstrip("/") or "/" for path in entries)
-        self._below = tuple(path[:-1] for path in entries if path.endswith("/*"))
-
-    def __contains__(self, path: str) -> bool:
-        """Return whether an entry opens the path."""
-        return path in self._exact or path.startswith(self._below)
 
 
 def _items(text: str) -> tuple[str, ...]:
@@ -627,7 +615,7 @@ class Settings(BaseSettings):
         return (self.device,) if self.devices is None else _items(self.devices)
 
     @property
-    def picture_sizes(self) -> list[tuple[int, int]]:
+    def captured_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of `graph_sizes`, in pixels."""
         pairs = [size.split("x") for size in _items(self.graph_sizes)]
         return [(int(width), int(height)) for width, height in pairs]

@@ -29,7 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.engine.errors import DeadlineUnreachable, EngineError, QueueFull
 from server.engine.hooks import NO_HOOKS, Hooks
 from server.engine.interface import Engine
-from server.engine.messages import Finished, Job
+from server.engine.job import Job
+from server.engine.messages import Finished
 from server.engine.supervisor import WorkerStatus
 
 # Key of a traced request's trace id in its ASGI scope, for the access log.

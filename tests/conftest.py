@@ -144,7 +144,7 @@ PROCESS_MODULES = {
     "test_under_load",
     "test_upload_pressure",
     "test_upscale_api",
-    "test_worker_process",
+    "test_worker_lifetime",
 }
 TRAINING_MODULES = {
     "test_block_skips",

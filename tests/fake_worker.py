@@ -19,6 +19,7 @@ import random
 import time
 from multiprocessing.connection import Connection
 
+from server.engine.job import Job
 from server.engine.messages import (
     Cancel,
     Drawn,
@@ -27,7 +28,6 @@ from server.engine.messages import (
     Finished,
     Heartbeat,
     Image,
-    Job,
     Preview,
     ProcessStats,
     Ready,

@@ -14,7 +14,7 @@ import sys
 import ray
 from ray import serve
 
-from server.engine.supervisor import run_worker
+from server.engine.worker_process import run_worker
 from server.ray_serve import app as ray_app
 from tests import fake_worker
 

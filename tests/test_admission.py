@@ -27,6 +27,7 @@ from server.engine.errors import (
     WorkerLost,
 )
 from server.engine.hooks import Hooks
+from server.engine.job import Job
 from server.engine.latency_model import Forecast
 from server.engine.messages import (
     Drawn,
@@ -34,14 +35,14 @@ from server.engine.messages import (
     Finished,
     Heartbeat,
     Image,
-    Job,
     Preview,
     ProcessStats,
     Running,
     Step,
     Timings,
 )
-from server.engine.supervisor import Listener, WorkerMain, WorkerMessage, WorkerStatus
+from server.engine.supervisor import Listener, WorkerMessage, WorkerStatus
+from server.engine.worker_process import WorkerMain
 from server.metrics import Metrics, WorkerState
 from server.settings import Settings
 from tests import fake_worker

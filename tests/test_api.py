@@ -33,7 +33,8 @@ from server.api.openapi import EXAMPLES, IMAGE
 from server.api.planning.operations import OPERATIONS
 from server.api.schemas import as_list, file_bytes
 from server.engine.errors import Draining
-from server.engine.supervisor import Supervisor, WorkerMain
+from server.engine.supervisor import Supervisor
+from server.engine.worker_process import WorkerMain
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, NATIVE_SIZE, body_schema, serving, wait_until, write_bundle

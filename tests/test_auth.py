@@ -26,15 +26,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from server.api import create_app
-from server.api.access import (
-    MAX_HEADER_BYTES,
-    MAX_URL_BYTES,
-    Concurrency,
-    Keys,
-    Rate,
-    check_head,
-)
+from server.api.auth import ConcurrencyLimit, Keys, RateLimit
 from server.api.errors import ApiError
+from server.api.head_guard import MAX_HEADER_BYTES, MAX_URL_BYTES, check_head
 from server.api.validation import from_validation
 from server.paths import OPEN_PATHS, PROBES
 from server.settings import Settings
@@ -303,7 +297,7 @@ def test_no_stretch_of_time_lets_more_in_than_the_burst_and_the_rate(
     pauses: list[float], burst: int, per_minute: float
 ) -> None:
     now, let_in = 0.0, []
-    rate = Rate(per_minute, burst, clock=lambda: now)
+    rate = RateLimit(per_minute, burst, clock=lambda: now)
     for pause in pauses:
         now += pause
         try:
@@ -318,12 +312,12 @@ def test_no_stretch_of_time_lets_more_in_than_the_burst_and_the_rate(
 
 
 def test_one_key_s_rate_is_not_another_s_and_0_is_none() -> None:
-    rate = Rate(1, 2, clock=lambda: 0.0)
+    rate = RateLimit(1, 2, clock=lambda: 0.0)
     for client in ("one", "one", "other"):
         rate.take(client)
     with pytest.raises(ApiError):
         rate.take("one")
-    unlimited = Rate(0, 1, clock=lambda: 0.0)
+    unlimited = RateLimit(0, 1, clock=lambda: 0.0)
     for _ in range(100):
         unlimited.take("one")
 
@@ -337,7 +331,7 @@ def told(limit: Callable[[str], None], client: str = "one") -> float:
 
 def test_refused_requests_of_one_key_are_told_different_times_at_which_each_is_let_in() -> None:
     now = 0.0
-    rate = Rate(60, 1, clock=lambda: now)
+    rate = RateLimit(60, 1, clock=lambda: now)
     rate.take("one")
     times = [told(rate.take) for _ in range(25)]
     assert times == pytest.approx(range(1, 26))
@@ -348,7 +342,7 @@ def test_refused_requests_of_one_key_are_told_different_times_at_which_each_is_l
 
 
 def test_requests_beyond_a_key_s_number_are_told_different_times_too() -> None:
-    concurrency = Concurrency(4, clock=lambda: 0.0)
+    concurrency = ConcurrencyLimit(4, clock=lambda: 0.0)
     with contextlib.ExitStack() as running:
         for _ in range(4):
             running.enter_context(concurrency.count("one"))

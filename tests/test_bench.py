@@ -36,7 +36,7 @@ def test_the_command_runs_anew_in_a_worker_s_environment_once(
     bench.begin_as_a_worker()
     assert not begun, "the environment's own allocator takes precedence"
     monkeypatch.delenv("LD_PRELOAD")
-    monkeypatch.setattr("server.engine.supervisor.faster_allocator", lambda: "fast.so")
+    monkeypatch.setattr("server.engine.cpu_environment.faster_allocator", lambda: "fast.so")
     bench.begin_as_a_worker()
     ((program, words, environment),) = begun
     assert (program, words) == (sys.executable, sys.orig_argv)

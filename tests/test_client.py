@@ -18,8 +18,8 @@ import pytest
 from model.config import SamplingConfig
 from server.engine.client import EngineClient
 from server.engine.errors import DeadlineExceeded, Draining, JobFailed, QueueFull, Starting
-from server.engine.messages import Job
-from server.engine.supervisor import WorkerMain
+from server.engine.job import Job
+from server.engine.worker_process import WorkerMain
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker

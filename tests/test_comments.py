@@ -56,5 +56,5 @@ def test_comments_and_docstrings_name_modules_and_classes_that_exist() -> None:
 
 
 def test_a_name_that_is_gone_is_found() -> None:
-    text = "`nowhere.py`, `nowhere.Guard`, `access.Nobody`, `access.Guard`, `random.Random`"
-    assert stale_names(text) == ["nowhere.py", "nowhere.Guard", "access.Nobody"]
+    text = "`nowhere.py`, `nowhere.Guard`, `auth.Nobody`, `auth.Keys`, `random.Random`"
+    assert stale_names(text) == ["nowhere.py", "nowhere.Guard", "auth.Nobody"]

@@ -11,13 +11,9 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from server.api.compression import Compression, accepts_gzip
 from server.api.errors import ClientStalledError
-from server.api.middleware import (
-    HELD_BYTES,
-    Compression,
-    SendTimeout,
-    accepts_gzip,
-)
+from server.api.send_timeout import HELD_BYTES, SendTimeout
 
 TEXT = json.dumps({"names": ["paella"] * 1000}).encode()
 RANDOM = json.dumps({"b64_json": random.Random(0).randbytes(100_000).hex()}).encode()

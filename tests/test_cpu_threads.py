@@ -10,15 +10,15 @@ from itertools import pairwise
 
 import pytest
 
-from server.engine import supervisor
-from server.engine.cpu_threads import LATE, SOON, SharedThreads, ThreadTuner
-from server.engine.supervisor import (
+from server.engine import cpu_environment
+from server.engine.cpu_environment import (
     KERNEL_CACHE_ENTRIES,
     SPIN_COUNT,
     limit_kernel_cache,
     limit_spin_count,
     worker_environment,
 )
+from server.engine.cpu_threads import LATE, SOON, SharedThreads, ThreadTuner
 
 SHARE_OF_ONE = {1: 1.0, 2: 0.75, 4: 0.5, 8: 0.6, 16: 0.9}
 
@@ -237,7 +237,7 @@ def test_a_worker_gets_an_installed_tcmalloc_unless_the_environment_preloads_som
 ) -> None:
     before = {"HOME": "/tmp"} | ({} if said is None else {"LD_PRELOAD": said})
     monkeypatch.setattr(os, "environ", dict(before))
-    monkeypatch.setattr(supervisor, "faster_allocator", lambda: installed)
+    monkeypatch.setattr(cpu_environment, "faster_allocator", lambda: installed)
     environment = worker_environment()
     assert environment.get("LD_PRELOAD") == preloaded
     # tcmalloc's own lines would stand in a log of JSON.
@@ -264,6 +264,6 @@ def test_a_worker_gets_an_installed_tcmalloc_unless_the_environment_preloads_som
 def test_either_tcmalloc_is_found_on_linux_alone(
     monkeypatch: pytest.MonkeyPatch, platform: str, there: dict[str, str], found: str | None
 ) -> None:
-    monkeypatch.setattr(supervisor.sys, "platform", platform)
-    monkeypatch.setattr(supervisor.ctypes.util, "find_library", there.get)
-    assert supervisor.faster_allocator.__wrapped__() == found
+    monkeypatch.setattr(cpu_environment.sys, "platform", platform)
+    monkeypatch.setattr(cpu_environment.ctypes.util, "find_library", there.get)
+    assert cpu_environment.faster_allocator.__wrapped__() == found

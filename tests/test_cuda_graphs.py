@@ -20,16 +20,8 @@ from model.config import BundleConfig
 from model.networks.denoiser_v3 import Condition
 from model.pipeline import Pipeline, PipelineV3
 from model.rows import RegionBranch, Row
-from server.engine.cuda_graphs import (
-    Bucket,
-    DecodeGraphs,
-    GraphShapes,
-    PriorGraphs,
-    StepGraphs,
-    row_counts,
-    step_buckets,
-    use_cuda_graphs,
-)
+from server.engine.cuda_graphs import DecodeGraphs, PriorGraphs, StepGraphs, use_cuda_graphs
+from server.engine.graph_shapes import Bucket, GraphShapes, row_counts, step_buckets
 from server.engine.messages import Count
 from server.engine.runner import Runner
 from server.settings import Settings

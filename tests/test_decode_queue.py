@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.runner import DECODE_ROWS, Decoding, Mark
+from server.engine.cuda_streams import Mark
+from server.engine.decode_queue import DecodeQueue, DecodeRequest
+from server.engine.runner import DECODE_ROWS, Decoding
 from server.engine.scheduler import Pool, RowId
-from server.engine.worker import DecodeQueue, DecodeRequest
 
 POOL = Pool("random", 2, 2, 96, None)
 

@@ -15,8 +15,10 @@ from model.config import SamplingConfig
 from model.executor import SamplingInputs
 from model.rows import PinnedTokens, RegionBranch, Row
 from server.api.images.encode import encode
-from server.engine.messages import Image, Job
-from server.engine.runner import Runner, Stopwatch, tensors_in
+from server.engine.job import Job
+from server.engine.messages import Image
+from server.engine.prompt_cache import tensors_in
+from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId, Scheduler
 from server.settings import Settings
 from tests.conftest import emptied
@@ -76,7 +78,8 @@ class Loop:
             self.runner.start(parts, Stopwatch())
         rows = self.scheduler.next_rows()
         self.turns.append({row.job for row in rows})
-        done = self._step(rows)
+        self._step(rows)
+        done = list(filter(self.runner.done, rows))
         for row in rows:
             self.tokens.setdefault(row, []).append(self.runner.rows[row].tokens.numpy().tobytes())
         for row, image in zip(
@@ -86,7 +89,7 @@ class Loop:
             self.scheduler.finish(row)
         self.runner.drop(done)
 
-    def _step(self, rows: list[RowId]) -> list[RowId]:
+    def _step(self, rows: list[RowId]) -> None:
         def draw(
             drawn: Sequence[Row], features: torch.Tensor, drawing: SamplingInputs
         ) -> torch.Tensor:
@@ -97,7 +100,7 @@ class Loop:
         pipeline = self.runner.pipelines["random"]
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(pipeline, "_sample", draw)
-            return self.runner.step("random", rows)
+            self.runner.step("random", rows)
 
     def cancel(self, id: str) -> None:
         self.runner.drop(self.scheduler.remove(id))

@@ -18,7 +18,7 @@ from server.api import create_app
 from server.api.openai_schemas import EditsRequest, GenerationsRequest, VariationRequest
 from server.api.planning.operations import OPERATIONS
 from server.api.schemas import IMAGE_DESCRIPTION
-from server.api.sdapi_schemas import (
+from server.api.sdapi.schemas import (
     ExtraBatchImagesRequest,
     ExtraSingleImageRequest,
     Img2ImgRequest,

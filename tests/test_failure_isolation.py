@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
+from server.engine.failure_isolation import IsolatedStage, StageFailure
 from server.engine.scheduler import RowId
-from server.engine.worker import IsolatedStage, StageFailure
 
 ROWS = [RowId(job, index) for job in ("a", "bad", "c") for index in range(2)]
 

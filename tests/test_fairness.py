@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.scheduler import (
     BATCH_TURN,
     INTERACTIVE_SHARE,

@@ -17,7 +17,8 @@ from model.config import BundleConfig, find_bundle
 from model.image_request import Repaint
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads, decoding_cost, image_limits
-from server.api.images.decode import DecodedImage, ImageLimits, checked_file, decode
+from server.api.images.decode import ImageLimits, checked_file, decode
+from server.api.images.decoded_image import DecodedImage
 from server.api.images.encode import encode
 from server.api.images.fit import (
     FitMode,
@@ -33,7 +34,8 @@ from server.api.images.fit import (
 )
 from server.api.images.sniff import coefficient_bytes, sniff
 from server.api.planning.draft import draft
-from server.api.planning.operations import OPERATIONS, Plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
 from server.cli.offline import recorded_request
 from server.engine.messages import Image
 from server.settings import Settings

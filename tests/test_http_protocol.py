@@ -27,7 +27,7 @@ from uvicorn.server import ServerState
 from load_tests.misbehaving import is_whole
 from load_tests.processes import resident_mib
 from load_tests.serving import free_port, wait_until_ready
-from server.api.access import MAX_URL_BYTES
+from server.api.head_guard import MAX_URL_BYTES
 from server.http_protocol import (
     CLOSE_TIMEOUT_S,
     LOGGED_EVERY_S,

@@ -18,7 +18,7 @@ import pytest
 from model.config import BundleConfig
 from server.api import create_app
 from server.api.images.admission import ImageDecoder
-from server.api.planning.draft import DECODING_WORK, FILE_WORK, PREVIEW_WORK
+from server.api.planning.work import DECODING_WORK, FILE_WORK, PREVIEW_WORK
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, serving, wait_until

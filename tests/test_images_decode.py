@@ -18,14 +18,9 @@ from server.api.errors import ApiError
 from server.api.images import DamagedFileError
 from server.api.images import decode as decode_module
 from server.api.images.admission import ImageDecoder, Uploads
-from server.api.images.decode import (
-    TRANSPOSITIONS,
-    DecodedImage,
-    ImageLimits,
-    decode,
-    orientation,
-    repaint_mask,
-)
+from server.api.images.decode import ImageLimits, decode
+from server.api.images.decoded_image import DecodedImage, repaint_mask
+from server.api.images.orientation import TRANSPOSITIONS, orientation
 from server.api.images.sniff import sniff
 from tests.conftest import examples
 from tests.hostile import (

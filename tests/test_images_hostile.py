@@ -17,9 +17,10 @@ from PIL.PngImagePlugin import PngInfo
 from server.api import create_app
 from server.api.errors import ApiError
 from server.api.images import UnknownFormatError
-from server.api.images.decode import ImageLimits, decode, repaint_mask
+from server.api.images.decode import ImageLimits, decode
+from server.api.images.decoded_image import repaint_mask
 from server.api.images.sniff import DamagedFileError, coefficient_bytes, sniff
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.settings import Settings
 from tests import fake_worker, hostile
 from tests.conftest import serving, wait_until

@@ -11,7 +11,8 @@ import pytest
 
 from server.api.errors import ApiError, invalid_value
 from server.api.images.admission import REFERENCE_SIDE
-from server.api.images.decode import DecodedImage, ImageLimits, decode
+from server.api.images.decode import ImageLimits, decode
+from server.api.images.decoded_image import DecodedImage
 from server.api.planning.conditions import reference_size
 
 SIDE = 4 * REFERENCE_SIDE

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from model.image_request import Edit, InputImage
+from server.engine.job import Job
 from server.engine.latency_model import MEMORY_S, LatencyModel
-from server.engine.messages import Job, Step, Timings
+from server.engine.messages import Step, Timings
 from server.engine.scheduler import Pool, RowId, Scheduler
 from tests.test_fairness import PRIORITIES, Machine
 from tests.test_scheduler import SAMPLING, job

@@ -22,14 +22,12 @@ import pytest
 
 from server.api import create_app
 from server.api.images.decode import ImageLimits, decode
-from server.api.images.encode import (
+from server.api.images.encode import Format, animate, encode
+from server.api.images.marking import (
     COMPOSITES,
     MAX_JPEG_SEGMENT,
-    Format,
     Marker,
     Marking,
-    animate,
-    encode,
     is_marked,
     read_parameters,
     source_type,

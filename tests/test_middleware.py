@@ -15,21 +15,21 @@ import pytest
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.access import CrossOrigin
 from server.api.body_limit import BodyLimit
+from server.api.compression import Compression
+from server.api.error_handlers import error_response
 from server.api.errors import ApiError, ClientStalledError
 from server.api.middleware import (
     CanonicalPath,
-    Compression,
     HeadAsGet,
     HealthPort,
     InternalErrors,
     Observation,
     SecurityHeaders,
-    SendTimeout,
     WithHeader,
-    error_response,
 )
+from server.api.origin_guard import CrossOrigin
+from server.api.send_timeout import SendTimeout
 from server.api.state import RequestState, add_request_state, request_state
 from server.metrics import Metrics
 from tests.virtual_time import START, virtual_time

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from server.api import create_app
-from server.api.access import Keys
+from server.api.auth import Keys
 from server.api.middleware import canonical_path
 from server.api.openapi import EXAMPLES
 from server.settings import Settings

@@ -393,3 +393,22 @@ def test_prior_embeddings_belong_to_their_prompt_and_noise(pipeline):
             pipeline.prior_embeddings([prompt], [noise])[0], embedding, atol=1e-4, rtol=1e-4
         )
     assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_the_prior_s_noise_is_scaled_by_its_temperature(pipeline):
+    (prompt,) = pipeline.encode(PROMPTS[:1])
+    noises = [pipeline.noise(seed, 32, 32, 1) for seed in (1, 2)]
+
+    def embeddings(temperature):
+        settings = pipeline.prior_settings()._replace(temperature=temperature)
+        return pipeline.prior_embeddings([prompt] * 2, noises, settings)
+
+    one, other = embeddings(1.0)
+    assert not torch.allclose(one, other, atol=0.1)
+    one, other = embeddings(0.0)
+    torch.testing.assert_close(one, other)
+    halved = [replace(noise, prior=noise.prior / 2) for noise in noises]
+    for found, expected in zip(
+        embeddings(0.5), pipeline.prior_embeddings([prompt] * 2, halved), strict=True
+    ):
+        torch.testing.assert_close(found, expected)

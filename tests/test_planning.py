@@ -12,7 +12,9 @@ from model.config import QUALITY, BundleConfig, find_bundle
 from server.api.errors import ApiError
 from server.api.images.admission import REFERENCE_SIDE
 from server.api.planning.conditions import reference_size
-from server.api.planning.draft import Workload, choose_sampling, draft, seeds
+from server.api.planning.draft import draft, seeds
+from server.api.planning.sampling_choice import choose_sampling
+from server.api.planning.work import Workload
 from server.api.schemas import AnyFormat, GenerateRequest
 from server.cli.offline import plan
 from server.settings import Settings

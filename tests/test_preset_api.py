@@ -13,7 +13,7 @@ import pytest
 
 from model.config import BundleConfig
 from server.api import create_app
-from server.api.planning.draft import Workload
+from server.api.planning.work import Workload
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import micro_config, micro_preset_config, serving, wait_until

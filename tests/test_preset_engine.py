@@ -16,9 +16,11 @@ from model.config import DENOISER, SamplingConfig
 from model.image_request import Edit, Enlarge, ImageRequest, InputImage, Region, Repaint
 from model.pipeline import Pipeline
 from model.row_builder import DictCache, RowBuilder
-from server.engine.cuda_graphs import GraphShapes, StepGraphs, step_buckets, use_cuda_graphs
+from server.engine.cuda_graphs import StepGraphs, use_cuda_graphs
+from server.engine.graph_shapes import GraphShapes, step_buckets
+from server.engine.job import Job
 from server.engine.latency_model import LatencyModel
-from server.engine.messages import Finished, Heartbeat, Job, Step, Timings
+from server.engine.messages import Finished, Heartbeat, Step, Timings
 from server.engine.runner import WARM_UP_S, Runner, Stopwatch
 from server.engine.scheduler import LENGTHS, Pool, RowId, Scheduler
 from server.settings import Settings
@@ -66,8 +68,8 @@ def drawn(runner: Runner, *jobs: Job) -> list[torch.Tensor]:
     rows = scheduler.admit()
     runner.start([(each, range(len(each.seeds))) for each in jobs], Stopwatch())
     while batch := scheduler.next_rows():
-        done = runner.step(scheduler.pool(batch[0]).model, batch)
-        for row in done:
+        runner.step(scheduler.pool(batch[0]).model, batch)
+        for row in filter(runner.done, batch):
             scheduler.finish(row)
     return [runner.rows[row].tokens for row in rows]
 

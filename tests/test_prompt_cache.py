@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.messages import Count
-from server.engine.runner import PromptCache
+from server.engine.prompt_cache import PromptCache
 
 
 def cache(capacity: int) -> PromptCache:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from model.config import BundleConfig, find_bundle
 from model.prompt_reading import read, read_negative
 from model.training.caption_words import names_of
 from model.training.prompts import bench
@@ -22,6 +23,7 @@ THINGS = named(
     *("apple", "cat", "bird", "duck", "dragon", "horse", "lion", "robot", "van", "zebra", "circle"),
     *("square", "painting", "umbrella", "hotel", "scarf", "fire engine", "bell", "dog face"),
 )
+EMBEDDED = BundleConfig.read(find_bundle("tiny"))
 WORDS = Vocabulary(
     things=(
         *THINGS,
@@ -37,6 +39,9 @@ WORDS = Vocabulary(
         Thing("grapes", "grapes", (), ("fruit",)),
         Thing("mountain", "mountains"),
         Thing("silver medal", "silver medals"),
+        Thing("dice", "dice", ("die",)),
+        Thing("rainbow", "rainbows"),
+        Thing("wand", "wands"),
     ),
     places=(
         *("on the left", "on the right", "at the top", "in the top left corner", "top", "bottom"),
@@ -122,6 +127,29 @@ WORDS = Vocabulary(
         ("a forest hotel", "a hotel, forest"),
         ("a cat, dog painting", "a cat, dog"),
         ("a hotel of apples", "apples"),
+        # a name before a noun that is not known, beside another thing
+        ("a cat on a dog bed", "a cat"),
+        ("a cat left of an apple juice", "a cat"),
+        ("a cat next to a dog bed and a horse", "a cat and a horse"),
+        ("a horse jumps over an apple juice", "a horse"),
+        ("an apple juice", "an apple"),
+        ("cat w/ hat", "cat and sun hat"),
+        ("a dog n a cat", "a dog and a cat"),
+        ("a cat and a dog play", "a cat and a dog"),
+        ("an apple and cats play", "an apple and cats"),
+        ("a cat bigger than a dog", "a cat and a dog"),
+        # verbs that are names too
+        ("cats duck", "cats"),
+        ("two cats duck in a forest", "two cats in a forest"),
+        ("a cat ducks under a sofa", "a cat under a couch"),
+        ("a boy ducks a cat", "a cat"),
+        ("a cat that can duck", "a cat"),
+        ("a cat that wants to duck", "a cat"),
+        ("a cat that ducks", "a cat"),
+        ("we duck", "we duck"),
+        ("a woman ducks cat", "a cat"),
+        ("a few ducks", "ducks"),
+        ("cat ducks", "ducks"),
         # what is not wanted
         ("a cat without a hat", "a cat"),
         ("a red apple, not green", "a red apple"),
@@ -135,6 +163,10 @@ WORDS = Vocabulary(
         # what a thing only looks like, consists of or is called
         ("a cat shaped sofa", "a couch"),
         ("a horse as big as a hotel", "a horse"),
+        ("a robot shaped like an apple", "a robot"),
+        ("a robot in the shape of an apple on a sofa", "a robot and a couch"),
+        ("a cat the size of a hotel", "a cat"),
+        ("the shape of a cat", "a cat"),
         ("a dog named Lion", "a dog"),
         ("a robot made of apples", "a robot"),
         ("a heart of orange, a cat", "a cat"),
@@ -154,12 +186,76 @@ WORDS = Vocabulary(
         ("two fire-engines", "two fire-engines"),
         ("a pair of gloves", "gloves"),
         ("a cat that is black", "a black cat"),
+        # out of a container, and places whose preposition captions do not have
+        ("a dragon coming out of a hat", "a dragon and a sun hat"),
+        ("a bowl full of apples", "apples"),
+        ("a cat sculpture of a dog", "a dog"),
+        ("a cat running through the snow", "a cat, the snow"),
+        ("a cat running through snow", "a cat, snow"),
+        ("two dogs next to each other in a forest", "two dogs in a forest"),
+        ("a cat next to a lamp and a dog", "a cat and a dog"),
+        ("a cat in an enchanted forest", "a cat in a forest"),
+        ("a forest of apples", "apples, a forest"),
+        ("a cat in a forest of apples", "a cat and apples in a forest"),
+        ("a sunset over a hotel", "a sunset, a hotel"),
+        # several colours
+        ("a black and white cat", "a black cat"),
+        ("two black and white cats", "two black cats"),
+        ("a red, white and blue cat", "a red cat"),
+        ("a cat that is black and white", "a black cat"),
+        ("a big and black cat", "a big black cat"),
+        ("a red and a blue apple", "a red apple and a blue apple"),
+        ("one red and one blue apple", "a red apple and a blue apple"),
+        ("a bird with black and white feathers", "a bird"),
+        ("red and blue apples and a sofa", "red and blue apples and a couch"),
+        ("two cats, one red and one white", "a red cat and a white cat"),
+        (
+            "three big apples: red, green, blue",
+            "a big red apple and a big green apple and a big blue apple",
+        ),
+        ("three apples, one red and one white", "three apples"),
+        # an orange, which is a colour too
+        ("an orange and white cat", "an orange cat"),
+        ("a cat on an orange pillow", "a cat"),
+        ("two oranges and an apple", "two tangerines and an apple"),
+        ("a small orange", "a small tangerine"),
+        ("an orange cut in half", "a tangerine"),
+        # words that say what an article does
+        ("one cat and my dog", "a cat and a dog"),
+        ("her cats", "cats"),
+        # sides that are none
+        ("a cat, top view", "a cat"),
+        ("a cat looking left", "a cat"),
+        ("a cat with an apple in its left hand", "a cat and an apple"),
         # misspelt words
         ("a zebrra and a drgon", "a zebra and a dragon"),
         ("a sliver medal", "a silver medal"),
         ("a dog with spots", "a dog"),
+        ("a cat with Mr Zebrra", "a cat"),
+        ("A Cat And A Zebrra", "a cat and a zebra"),
+        ("A CAT AND A ZEBRRA", "a cat and a zebra"),
         ("a crowd of cats", "cats"),
         ("there is a cat", "a cat"),
+        # other languages
+        ("ein Umbrella", "umbrella"),
+        ("un umbrela", "umbrella"),
+        ("a lemonn en un zebrra", "a lemon and zebra"),
+        ("a die", "a dice"),
+        ("cute cat, die cut", "cute cat"),
+        # names written apart, lists without commas
+        ("a rain bow", "a rainbow"),
+        ("a red van rain bow", "a red rainbow"),
+        ("cat w/ and", "cat"),
+        ("cat dog bird", "cat and dog and bird"),
+        ("dog gloves cat", "cat"),
+        # genitives
+        ("a lion's mane", "a lion"),
+        ("a lion's dog", "a dog"),
+        # numbers that count nothing
+        ("a two door van", "a van"),
+        ("a two van", "a van"),
+        ("a pair of red gloves", "red gloves"),
+        ("a couple of gloves", "a couple of gloves"),
         # descriptions
         ("something sour", "something sour"),
         ("something to do with a pet, loyal", "a dog"),
@@ -206,12 +302,15 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
         "a couple of cats",
         "a platypus",
         "ein roter Apfel, hochauflösend",
+        "une lemone",
+        "die Katzen",
         "猫",
         "2 只猫, 4k",
         "a white table",
         "a beach at night",
         "a painting",
         "just red",
+        "the color orange",
     ],
 )
 def test_captions_and_prompts_that_name_nothing_known_stay(prompt: str) -> None:
@@ -281,6 +380,52 @@ def test_a_part_has_the_scene_of_the_whole() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "whole"),
+    [
+        ("a red apple.", "a red apple on a white background"),
+        ("cat, 4k", "cat on a white background"),
+        ("two cats", "two cats on a white background"),
+        ("a cat on the left", "a cat on the left on a white background"),
+        ("a rabbit", "a rabbit on a blue background"),
+        ("a skull and an apple", "a skull and an apple on a blue background"),
+        ("a brown cow", "a brown cow on a white background"),
+        ("a white circle", "a white circle on a blue background"),
+        ("a white star and a blue star", "a white star and a blue star on a green background"),
+    ],
+)
+def test_a_whole_image_has_a_background_on_which_its_things_are_easy_to_see(
+    prompt: str, whole: str
+) -> None:
+    assert EMBEDDED.read_prompt(prompt).whole == whole
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat at the beach",
+        "a cat on black",
+        "snow",
+        "a close-up of a cat",
+        "asdf",
+        "a blue cat, sea",
+    ],
+)
+def test_no_background_is_added_to_a_scene_a_close_up_or_what_names_nothing(prompt: str) -> None:
+    reading = EMBEDDED.read_prompt(prompt)
+    assert reading.background == ""
+    assert reading.whole == reading.text
+
+
+def test_parts_of_a_prompt_share_their_background() -> None:
+    reading = EMBEDDED.read_prompt("a skull and an apple")
+    assert {part.prompt.partition(" on a ")[2] for part in reading.parts} == {"blue background"}
+
+
+def test_a_vocabulary_without_backgrounds_adds_none() -> None:
+    assert read(WORDS, "a cat").whole == "a cat"
+
+
 def test_each_thing_has_its_own_scene_if_there_are_several() -> None:
     parts = read(WORDS, "a cat in the snow and a dog at the beach").parts
     assert [part.prompt for part in parts] == [
@@ -298,7 +443,11 @@ def test_several_without_a_number_have_no_article() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["girls", "blanket", "takes", "don't", "father's", "monet", "types"]
+    "word",
+    [
+        *("girls", "blanket", "takes", "don't", "father's", "monet", "types", "louis", "chris"),
+        *("memes", "cairo", "steed", "scone", "scones"),
+    ],
 )
 def test_correct_words_are_not_corrected(word: str) -> None:
     assert vocabulary().corrected(word) is None
@@ -315,6 +464,19 @@ def test_correct_words_are_not_corrected(word: str) -> None:
 )
 def test_misspelt_words_are_corrected(word: str, known: str) -> None:
     assert vocabulary().corrected(word) == known
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [
+        ("a golden retriever", "a dog"),
+        ("a seagull on a tree branch", "a bird and a tree"),
+        ("the tallest house in the world", "the house"),
+        ("a peacock feather", "a feather"),
+    ],
+)
+def test_kinds_are_read_as_the_thing_that_is_most_like_them(prompt: str, caption: str) -> None:
+    assert read(vocabulary(), prompt).text == caption
 
 
 def test_three_and_four_things_and_corners_are_parts() -> None:

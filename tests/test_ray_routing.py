@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import SamplingConfig
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.ray_serve.routing import Load, LoadMeter, WaitEstimator, replicas_for, work_units
 
 

@@ -12,7 +12,7 @@ import torch
 
 from model.image_request import Edit, InputImage, Keyframe, Reference, Region, Repaint
 from model.row_builder import DictCache
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings
@@ -138,6 +138,25 @@ def test_a_prior_is_asked_once_for_a_keyframe_however_many_frames(runner, monkey
     )
     drawn(runner, job("a", **FRAMES | {"seeds": (0,) * 6}))
     assert asked == [2]
+
+
+def test_without_noise_the_prior_is_asked_once_for_a_prompt_whatever_the_seeds(runner, monkeypatch):
+    asked: list[int] = []
+    pipeline = runner.pipelines["random"]
+    settings, draw = pipeline.prior_settings(), pipeline.prior_embeddings
+    monkeypatch.setattr(
+        pipeline, "prior_settings", lambda sampling=None: settings._replace(temperature=0.0)
+    )
+    monkeypatch.setattr(
+        pipeline,
+        "prior_embeddings",
+        lambda prompts, *rest: asked.append(len(prompts)) or draw(prompts, *rest),
+    )
+    one, other = drawn(runner, job("a", seeds=(0, 1)))
+    assert not torch.equal(one, other)
+    (again,) = drawn(runner, job("b", seeds=(1,)))
+    assert torch.equal(again, other)
+    assert asked == [1]
 
 
 def test_a_region_of_full_weight_everywhere_is_its_prompt(runner):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from model.config import SamplingConfig
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.scheduler import STARTS, RowId, Scheduler
 
 SAMPLING = SamplingConfig(

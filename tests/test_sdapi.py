@@ -24,16 +24,10 @@ from model.compositing import MAX_FEATHER
 from model.config import Recipe
 from server.api import create_app
 from server.api.errors import ApiError
-from server.api.images.decode import ORIENTATION
-from server.api.planning.operations import Plan
-from server.api.sdapi_clients import (
-    LEAST_PROGRESS,
-    MAX_CHOICES,
-    MOST_PROGRESS,
-    Clients,
-    Drawing,
-)
-from server.api.sdapi_schemas import (
+from server.api.images.orientation import ORIENTATION
+from server.api.planning.plan import Plan
+from server.api.sdapi.clients import LEAST_PROGRESS, MAX_CHOICES, MOST_PROGRESS, Clients, Drawing
+from server.api.sdapi.schemas import (
     PREVIEWS,
     Enlargement,
     ExtraSingleImageRequest,
@@ -44,8 +38,9 @@ from server.api.sdapi_schemas import (
 )
 from server.engine.client import EngineClient
 from server.engine.hooks import Hooks
+from server.engine.job import Job
 from server.engine.latency_model import Forecast
-from server.engine.messages import Finished, Image, Job, Preview, Timings
+from server.engine.messages import Finished, Image, Preview, Timings
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, body_schema, micro_config, micro_preset_config, serving, wait_until

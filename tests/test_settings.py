@@ -147,7 +147,7 @@ def test_an_error_says_how_to_write_the_value(name: str, value: str, words: str)
     [
         ("devices", "cpu, cpu", "worker_devices", ("cpu", "cpu")),
         ("cors_origins", "https://a, https://b", "origins", ("https://a", "https://b")),
-        ("graph_sizes", "64x32, 32x64", "picture_sizes", [(64, 32), (32, 64)]),
+        ("graph_sizes", "64x32, 32x64", "captured_sizes", [(64, 32), (32, 64)]),
         ("weights", "a, b", "bundles", ("a", "b")),
         ("allowed_hosts", "a, b", "hosts", ("a", "b")),
         ("open_paths", "/a, /b", "paths_without_key", ("/a", "/b")),

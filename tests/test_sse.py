@@ -18,7 +18,7 @@ import pytest
 from starlette.types import Scope
 
 from server.api.errors import ClientStalledError
-from server.api.middleware import SendTimeout
+from server.api.send_timeout import SendTimeout
 from server.api.sse import (
     MAX_PREVIEWS,
     DeferredEvent,

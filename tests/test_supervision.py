@@ -19,7 +19,8 @@ from model.pipeline import Pipeline
 from server.engine.client import MAX_SOLO_CRASHES, EngineClient
 from server.engine.errors import JobFailed, WorkerLost
 from server.engine.hooks import Hooks
-from server.engine.messages import Job, Preview
+from server.engine.job import Job
+from server.engine.messages import Preview
 from server.metrics import Metrics
 from server.settings import Settings
 from tests import fake_worker

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api import create_app
 from server.api.body_limit import TEXT_BODY_BYTES, BodyBudget, BodyLimit
 from server.api.errors import ApiError, ClientStalledError
-from server.api.middleware import PIECE_BYTES, TRANSPORT, SendTimeout
+from server.api.send_timeout import PIECE_BYTES, TRANSPORT, SendTimeout
 from server.settings import Settings
 from tests import fake_worker
 from tests.virtual_time import START, settle, virtual_time

@@ -13,6 +13,7 @@ from model.image_request import Edit, Enlarge, InputImage, Reference, Region
 from model.row_builder import RowBuilder
 from model.tiles import Tiling, lanczos
 from server.engine import worker
+from server.engine.job import Job
 from server.engine.latency_model import LatencyModel
 from server.engine.messages import (
     Cancel,
@@ -20,7 +21,6 @@ from server.engine.messages import (
     Failed,
     Finished,
     Heartbeat,
-    Job,
     Preview,
     Step,
     Timings,

@@ -15,9 +15,11 @@ from model.config import BundleConfig, Operation
 from server.api import create_app
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads, image_limits
-from server.api.images.encode import ImageEncoder
-from server.api.planning.draft import DECODING_WORK, FILE_WORK, draft
-from server.api.planning.operations import OPERATIONS, Plan
+from server.api.images.encode_queue import ImageEncoder
+from server.api.planning.draft import draft
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
+from server.api.planning.work import DECODING_WORK, FILE_WORK
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NATIVE_SIZE, micro_preset_config, serving

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.engine.runner import Runner, Stopwatch
 from server.engine.scheduler import RowId
 from server.settings import Settings

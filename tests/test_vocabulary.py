@@ -17,10 +17,11 @@ from model.prompt_reading import Reading
 from model.row_builder import DictCache, RowBuilder
 from model.training.vocabulary import main, vocabulary, with_vocabulary
 from server.api.errors import ApiError
-from server.api.planning.operations import Plan
+from server.api.planning.plan import Plan
 from server.cli.offline import plan
 from server.engine.scheduler import Pool
 from server.settings import Settings
+from tests.hostile import plain_png
 from tests.test_auth import served
 from tests.test_prompt_reading import WORDS
 
@@ -94,9 +95,18 @@ def planned(prompt: str, **fields: object) -> Plan:
 def test_a_plan_tells_what_is_read_of_a_prompt_and_only_then() -> None:
     reduced = planned("a red apple, 4k")
     assert reduced.parameters((), 0)["prompt"] == "a red apple, 4k"
-    assert reduced.parameters((), 0)["prompt_read"] == "a red apple"
-    assert reduced.job.image(0).prompt == "a red apple"
-    assert "prompt_read" not in planned("a red apple").parameters((), 0)
+    assert reduced.parameters((), 0)["prompt_read"] == "a red apple on a white background"
+    assert reduced.job.image(0).prompt == "a red apple on a white background"
+    assert "prompt_read" not in planned("a red apple at the beach").parameters((), 0)
+
+
+def test_only_what_draws_a_whole_image_adds_a_background() -> None:
+    image = plain_png()
+    edited, _ = plan("edit", {"prompt": "a cat", "image": image, "strength": 0.5}, Settings())
+    assert edited.job.image(0).prompt == "a cat"
+    box = {"prompt": "a dog", "box": [0, 0, 0.5, 1]}
+    regions = planned("a cat", regions=[box]).job.image(0)
+    assert [regions.prompt, *(each.prompt for each in regions.regions)] == ["a cat", "a dog"]
 
 
 def test_every_text_of_a_request_is_read() -> None:
@@ -140,9 +150,9 @@ def test_two_things_become_regions_unless_the_request_says_otherwise() -> None:
     assert region.prompt == "a small cat on the right on a white background"
     assert parted.parameters((), 0)["auto_regions"] is True
     assert parted.parameters((), 0)["prompt"] == "a puppy and a cat, 4k"
-    assert parted.parameters((), 0)["prompt_read"] == "a dog and a cat"
+    assert parted.parameters((), 0)["prompt_read"] == "a dog and a cat on a white background"
     whole = planned("a puppy and a cat, 4k", auto_regions=False)
-    assert whole.job.image(0).prompt == "a dog and a cat"
+    assert whole.job.image(0).prompt == "a dog and a cat on a white background"
     assert whole.parameters((), 0)["auto_regions"] is False
     assert planned("a puppy").parameters((), 0)["auto_regions"] is True
     own = planned("a puppy and a cat", regions=[{"prompt": "a hat", "box": [0, 0, 1, 0.5]}])
@@ -175,13 +185,13 @@ def test_weights_without_a_vocabulary_part_no_prompts(random_bundle: Path) -> No
 def test_the_answer_says_what_was_read() -> None:
     with served(Settings(weights="tiny")) as client:
         reduced = client.post("/generate", json={"prompt": "a red apple, 4k, naïve"})
-        whole = client.post("/generate", json={"prompt": "a red apple"})
+        known = client.post("/generate", json={"prompt": "a red apple in the snow"})
         listed = client.post("/generate", json={"prompt": "an ugly cat", "response_format": "json"})
         openai = client.post("/v1/images/generations", json={"prompt": "a lion, 8k"})
-    assert reduced.headers["x-prompt-read"] == "a red apple"
-    assert "x-prompt-read" not in whole.headers
-    assert listed.json()["parameters"]["prompt_read"] == "a cat"
-    assert openai.headers["x-prompt-read"] == "a lion"
+    assert reduced.headers["x-prompt-read"] == "a red apple on a white background"
+    assert "x-prompt-read" not in known.headers
+    assert listed.json()["parameters"]["prompt_read"] == "a cat on a white background"
+    assert openai.headers["x-prompt-read"] == "a lion on a white background"
 
 
 @pytest.mark.process

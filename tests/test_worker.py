@@ -25,8 +25,9 @@ import torch
 
 from load_tests.processes import resident_mib
 from model.config import SamplingConfig
-from server.engine import worker
+from server.engine import decode_queue, worker
 from server.engine.cpu_threads import SharedThreads
+from server.engine.job import Job
 from server.engine.messages import (
     Cancel,
     Count,
@@ -37,7 +38,6 @@ from server.engine.messages import (
     Finished,
     FromWorker,
     Heartbeat,
-    Job,
     Preview,
     Ready,
     Running,
@@ -195,7 +195,8 @@ def test_a_job_s_seconds_are_those_of_its_stages_and_of_its_wait_for_a_slot(far,
     ticking = SimpleNamespace(
         perf_counter=lambda: clock.now, monotonic=time.monotonic, process_time=time.process_time
     )
-    monkeypatch.setattr(worker, "time", ticking)
+    for module in (worker, decode_queue):
+        monkeypatch.setattr(module, "time", ticking)
     gate, two = Gate(far, monkeypatch), replace(SAMPLING, steps=2, renoise_steps=1)
     far.send(job("first", seeds=(0, 1, 2, 3), sampling=two))
     gate.wait()

@@ -21,7 +21,8 @@ from model.networks.prior import Block
 from model.pipeline import Pipeline
 from model.row_builder import DictCache, RowBuilder, TextKey
 from model.rows import Row
-from server.engine.cuda_graphs import GraphShapes, Recorder, grids, step_buckets, use_cuda_graphs
+from server.engine.cuda_graphs import Recorder, use_cuda_graphs
+from server.engine.graph_shapes import GraphShapes, grids, step_buckets
 
 STAGES = ("encode", "prior", "condition", "step", "decode")
 

@@ -66,4 +66,5 @@ RECIPE = Recipe(
     temperature=(0.5, 0.2),
     prior_steps=4,
     prior_guidance=2.0,
+    prior_temperature=0.0,
 )

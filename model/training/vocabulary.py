@@ -26,14 +26,16 @@ from model.training.caption_words import (
     SIZE_WORDS,
     names_of,
 )
-from model.training.kinds import NAMES_OF_KINDS
+from model.training.kinds import KINDS, NAMES_OF_KINDS
 from model.training.palette import NAMES
 from model.training.scenery import SCENES
-from model.training.scenes import kind_of
+from model.training.scenes import DEFAULTS, kind_of, visible_on
 from model.vocabulary import FUNCTION, Thing, Vocabulary, words_of
 
-# Words of English, of the small word list of SCOWL, that `Vocabulary.corrected` would take for
-# misspelt words of captions.
+# Words of English that `Vocabulary.corrected` would take for misspelt words of captions: of the
+# small and the middle word list of SCOWL, whose licence permits any use, but for rare ones; and
+# about a hundred names and informal words, found with wordfreq (CC BY-SA 4.0). Plurals of other
+# words of the list are left out.
 _ENGLISH = Path(__file__).with_name("english.txt")
 
 # Names that captions do not have, because they would be those of colours.
@@ -50,8 +52,37 @@ SYNONYMS = {
     "crossed swords": ("sword", "swords"),
     "palm tree": ("palm",),
 }
+# Kinds of things for the thing that is most like them.
+SYNONYMS |= {
+    usual: (*SYNONYMS.get(usual, ()), *kinds.split(", "))
+    for usual, kinds in {
+        "bird": "sparrow, seagull, gull, robin, woodpecker, hummingbird, canary, finch, blue jay, "
+        "kingfisher, pelican, stork, heron, toucan, vulture",
+        "dove": "pigeon",
+        "eagle": "hawk, falcon",
+        "dog": "golden retriever, labrador, pug, bulldog, german shepherd, husky, dalmatian, "
+        "chihuahua, corgi, beagle, dachshund, shiba inu, border collie, terrier, rottweiler, "
+        "pomeranian, doggo, pup",
+        "fish": "goldfish, koi, trout, tuna, catfish",
+        "tropical fish": "clownfish",
+        "whale": "orca, narwhal",
+        "seal": "walrus",
+        "lizard": "iguana, chameleon, salamander, newt",
+        "monkey": "chimpanzee, chimp, baboon",
+        "t-rex": "triceratops, velociraptor",
+        "tulip": "daffodil, poppy, lily, orchid",
+        "tree": "oak, tree branch",
+        "house": "cabin, mansion, villa",
+        "church": "cathedral",
+        "chair": "armchair",
+        "window": "window sill",
+        "coat": "raincoat",
+        "guitar": "ukulele",
+        "piece of cake": "cheesecake",
+    }.items()
+}
 # Names that people use for other things.
-_MISLEADING = frozenset(("big wheel",))
+_MISLEADING = frozenset(("big wheel", "world"))
 _KINDS = """
     animal bird fish insect fruit vegetable flower plant vehicle building clothing footwear headwear
     instrument weapon tool dessert sport pet reptile rodent mammal food drink
@@ -106,9 +137,16 @@ def vocabulary() -> Vocabulary:
         sizes=" ".join(sorted(sizes)),
         words=" ".join(sorted(_words_of([*numbers, *FILLERS, *PLAIN]) - FUNCTION)),
         aliases=ALIASES,
-        background="on a white background",
+        backgrounds={f"on a {colour} background": _hidden_by(colour) for colour in DEFAULTS},
         kinds=" ".join(_KINDS.split()),
         english=" ".join(_ENGLISH.read_text().split()),
+    )
+
+
+def _hidden_by(colour: str) -> str:
+    """Return the names of the objects that are hard to see on a background of this colour."""
+    return ", ".join(
+        kind.name for kind in KINDS if colour not in visible_on(kind.name, kind.colour)
     )
 
 

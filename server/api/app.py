@@ -19,36 +19,39 @@ from server.api import (
     routes_models,
     routes_native,
     routes_openai,
-    routes_sdapi,
     static,
 )
-from server.api.access import CrossOrigin, Guard, HeadGuard, Keys, OriginGuard
+from server.api.auth import KeyGuard, Keys
 from server.api.body_limit import BodyBudget, BodyLimit
+from server.api.compression import Compression
+from server.api.error_handlers import register_error_handlers
+from server.api.head_guard import HeadGuard
 from server.api.idempotency import HEADER, REPLAYED, Idempotency, IdempotencyTable
 from server.api.images.admission import ImageDecoder, image_limits
-from server.api.images.encode import ImageEncoder, Marker
+from server.api.images.encode_queue import ImageEncoder
+from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.api.middleware import (
     CanonicalPath,
-    Compression,
     HeadAsGet,
     HealthPort,
     InternalErrors,
     Observation,
     SecurityHeaders,
-    SendTimeout,
     WithHeader,
     logged_path,
-    register_error_handlers,
 )
 from server.api.openapi import DocumentedApp
+from server.api.origin_guard import CrossOrigin, OriginGuard
 from server.api.origins import TrustedProxies
-from server.api.planning.draft import DECODING_WORK, FILE_WORK
 from server.api.planning.operations import OPERATIONS
+from server.api.planning.work import DECODING_WORK, FILE_WORK
+from server.api.sdapi import routes as sdapi_routes
+from server.api.send_timeout import SendTimeout
 from server.api.state import AppState, request_state
 from server.engine.client import EngineClient
 from server.engine.interface import MakeEngine
-from server.engine.supervisor import WorkerMain, run_worker
+from server.engine.worker_process import WorkerMain, run_worker
 from server.environment import PREFIX
 from server.metrics import Metrics
 from server.paths import HEALTH_PATHS
@@ -108,7 +111,7 @@ def create_app(
     openai_paths = [
         f"{routes_openai.router.prefix}{endpoint.path}" for endpoint in routes_openai.ENDPOINTS
     ]
-    other_paths = [*openai_paths, *(routes_sdapi.DRAWING_PATHS if settings.sdapi else ())]
+    other_paths = [*openai_paths, *(sdapi_routes.DRAWING_PATHS if settings.sdapi else ())]
     metrics.expect([f"/{operation}" for operation in OPERATIONS], other_paths)
     models = read_models(settings)
     for name, config in models.items():
@@ -174,7 +177,7 @@ def create_app(
     app.include_router(routes_images.router)
     app.include_router(routes_models.router)
     if settings.sdapi:
-        routes_sdapi.include(app)
+        sdapi_routes.include(app)
     app.include_router(routes_health.router)
     app.include_router(static.router)
     return app
@@ -258,7 +261,7 @@ def _add_middleware(
         # A budget below the bound of one body would reject that body even when it is alone.
         budget=BodyBudget(max(settings.body_budget_bytes, settings.max_body_bytes)),
     )
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(KeyGuard, settings=settings)
     app.add_middleware(OriginGuard, settings=settings)
     if settings.operations_port is not None:
         app.add_middleware(HealthPort, port=settings.operations_port)

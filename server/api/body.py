@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from server.api.errors import ApiError
+from server.api.errors import ApiError, unprocessable
 from server.api.form_body import read_form
 from server.api.json_body import read_json
 from server.api.validation import from_validation, json_schema, unknown_field
@@ -101,16 +101,16 @@ def _check_length(name: str, value: object, limit: int | None) -> None:
     Raises ApiError 422 for a longer list, or for more than `MAX_ENTRIES` at all levels together.
     """
     if isinstance(value, list) and limit is not None and len(value) > limit:
-        message = f"{name}: at most {limit} entries (sent: {len(value)})"
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, name)
+        problem = f"at most {limit} entries (sent: {len(value)})"
+        raise unprocessable("invalid_value", name, problem)
     entries, unvisited = 0, [value]
     while unvisited:
         entry = unvisited.pop()
         if isinstance(entry, list | dict):
             entries += len(entry)
             if entries > MAX_ENTRIES:
-                message = f"{name}: at most {MAX_ENTRIES} entries at all levels together"
-                raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, name)
+                problem = f"at most {MAX_ENTRIES} entries at all levels together"
+                raise unprocessable("invalid_value", name, problem)
             unvisited.extend(entry.values() if isinstance(entry, dict) else entry)
 
 

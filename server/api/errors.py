@@ -107,8 +107,12 @@ def cancelled() -> ApiError:
 
 def invalid_value(param: str, allowed: str, sent: object) -> ApiError:
     """Return the error for a field whose value is not allowed. allowed: the values that are."""
-    message = f"{param}: {allowed} (sent: {shortened(sent)})"
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_value", message, param)
+    return unprocessable("invalid_value", param, f"{allowed} (sent: {shortened(sent)})")
+
+
+def unprocessable(code: str, param: str, problem: str) -> ApiError:
+    """Return error 422 about a field. problem: explanation, without the field's name."""
+    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, f"{param}: {problem}", param)
 
 
 def as_bad_request(error: ApiError) -> ApiError:

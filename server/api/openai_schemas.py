@@ -12,9 +12,9 @@ from pydantic_core import PydanticCustomError
 
 from model.compositing import FEATHER
 from model.config import FAST, QUALITY, BundleConfig, Operation
-from server.api.images.decode import MaskMode
+from server.api.images.decoded_image import MaskMode
 from server.api.images.encode import Format
-from server.api.planning.draft import fitting_preset
+from server.api.planning.sampling_choice import fitting_preset
 from server.api.schemas import (
     IMAGE_DESCRIPTION,
     STRICT,

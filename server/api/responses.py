@@ -22,7 +22,7 @@ from server.api.headers import weighted
 from server.api.images.encode import AnimationFormat, Format, animate, encode
 from server.api.images.url_store import EXTENSIONS, ImageLinks, StoredImage
 from server.api.origins import base_url
-from server.api.planning.operations import Plan
+from server.api.planning.plan import Plan
 from server.api.sse import DeferredEvent, Emit, Event
 from server.api.state import AppState, app_state, owner_of, request_state, unless_cancelled
 from server.engine.errors import DeadlineExceeded

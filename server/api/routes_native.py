@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from model.config import Operation
 from server.api.body import read_body
-from server.api.errors import ApiError, invalid_value
+from server.api.errors import ApiError, invalid_value, unprocessable
 from server.api.images.encode import Format
 from server.api.images.url_store import ImageLinks
 from server.api.openapi import (
@@ -21,7 +21,9 @@ from server.api.openapi import (
     describe_error,
     describe_events,
 )
-from server.api.planning.operations import OPERATIONS, Plan, plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
+from server.api.planning.plan_request import plan_request
 from server.api.responses import (
     NativeStream,
     accepted_animation,
@@ -97,7 +99,7 @@ def _endpoint(
             return earlier
         quality, stream = fields.quality, fields.stream
         links = image_links(request) if wanted == "url" else None
-        planned = await plan(request, fields, operation, wanted)
+        planned = await plan_request(request, fields, operation, wanted)
         # The files may be large, and are not needed while the job waits.
         del fields
         if stream:
@@ -112,9 +114,8 @@ def _endpoint(
 def _check_query(request: Request) -> None:
     """Raise ApiError 422 for parameters in the URL, which nothing would read."""
     if name := next(iter(request.query_params), None):
-        shown = name[:80]
-        message = f"{shown}: the URL takes no parameters; send fields in the body"
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_field", message, shown)
+        problem = "the URL takes no parameters; send fields in the body"
+        raise unprocessable("unknown_field", name[:80], problem)
 
 
 def _file_format(wanted: AnyFormat) -> Format:

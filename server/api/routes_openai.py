@@ -35,7 +35,9 @@ from server.api.openai_schemas import (
 )
 from server.api.openapi import describe_answers, describe_body, describe_events
 from server.api.planning.draft import find_model
-from server.api.planning.operations import OPERATIONS, Plan, plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
+from server.api.planning.plan_request import plan_request
 from server.api.planning.sizes import nearest_size
 from server.api.responses import (
     answer_headers,
@@ -142,7 +144,7 @@ async def _plan(request: Request, fields: ImagesFields) -> Plan:
     # Validated already: the native fields have the same types.
     schema = EditOrInpaintRequest if operation == "edit" else OPERATIONS[operation][0]
     native_fields = schema.model_construct(**native)
-    planned = await plan(request, native_fields, operation, fields.output_format)
+    planned = await plan_request(request, native_fields, operation, fields.output_format)
     return replace(planned, opaque=True) if fields.background == "opaque" else planned
 
 

@@ -12,10 +12,10 @@ from pydantic_core import PydanticCustomError
 
 from model.compositing import FEATHER, MAX_FEATHER
 from model.config import Interpolation, RenoiseMode, RenoiseOrder, Sampler
-from server.api.images.decode import MaskMode
+from server.api.images.decoded_image import MaskMode
 from server.api.images.encode import Format
 from server.api.images.fit import FitMode, ReturnSize
-from server.engine.messages import Priority
+from server.engine.job import Priority
 
 INT64 = 2**63
 # Characters of a prompt, as in OpenAI's API. Encoders read their own limits' worth of it.

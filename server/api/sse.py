@@ -140,7 +140,7 @@ async def stream_events(
 class EventStream(Response):
     """Sends the queue's events until `work` is done.
 
-    `middleware.SendTimeout` disconnects a client that takes nothing; that cancels `work`.
+    `send_timeout.SendTimeout` disconnects a client that takes nothing; that cancels `work`.
     """
 
     media_type = "text/event-stream"

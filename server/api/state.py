@@ -15,10 +15,11 @@ from starlette.types import Scope
 from model.config import BundleConfig
 from server.api.errors import ApiError, cancelled, client_closed
 from server.api.images.admission import ImageDecoder
-from server.api.images.encode import ImageEncoder, Marker
+from server.api.images.encode_queue import ImageEncoder
+from server.api.images.marking import Marker
 from server.api.images.url_store import UrlStore
 from server.engine.interface import Engine
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.metrics import Metrics
 from server.settings import Settings
 

@@ -19,8 +19,8 @@ from server.cli.errors import FAILED, INVALID, fail, one_line_errors, settings_p
 
 if TYPE_CHECKING:
     from model.config import Operation
-    from server.api.images.encode import Marking
-    from server.api.planning.operations import Plan
+    from server.api.images.marking import Marking
+    from server.api.planning.plan import Plan
     from server.engine.messages import Image
     from server.settings import Settings
 
@@ -373,16 +373,10 @@ def replay(
 ) -> None:
     """Generate an image again from the parameters in it; exit code 1 if any pixel differs."""
     _limit_spin_count()
-    from server.api.images.encode import (
-        Marking,
-        encode,
-        is_marked,
-        largest_difference,
-        source_type,
-        unsigned,
-    )
+    from server.api.images.encode import encode
+    from server.api.images.marking import Marking, is_marked, source_type, unsigned
     from server.cli.offline import generate as generate_images
-    from server.cli.offline import plan, recorded_request
+    from server.cli.offline import largest_difference, plan, recorded_request
 
     with one_line_errors():
         original = _content("png", png)
@@ -428,7 +422,7 @@ def register(app: typer.Typer) -> None:
 
 def _limit_spin_count() -> None:
     """Bound how long OpenMP's waiting threads spin; called before torch is imported."""
-    from server.engine.supervisor import limit_spin_count
+    from server.engine.cpu_environment import limit_spin_count
 
     limit_spin_count()
 
@@ -447,7 +441,7 @@ def _run(
     **others: Any,
 ) -> None:
     _limit_spin_count()
-    from server.api.images.encode import Marker
+    from server.api.images.marking import Marker
     from server.cli.offline import generate as generate_images
     from server.cli.offline import plan
 

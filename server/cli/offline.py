@@ -6,10 +6,13 @@ bit-identical to the server's.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+import PIL.Image
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -21,12 +24,14 @@ from model.row_builder import DictCache, RowBuilder
 from model.runtime import pick_device, pick_dtype, prepare, use
 from model.tiles import lanczos
 from server.api.images.admission import Uploads, image_limits
-from server.api.images.encode import read_parameters
+from server.api.images.marking import read_parameters
 from server.api.planning.conditions import file_hash
 from server.api.planning.draft import draft
-from server.api.planning.operations import OPERATIONS, Plan
+from server.api.planning.operations import OPERATIONS
+from server.api.planning.plan import Plan
 from server.api.validation import from_validation
-from server.engine.messages import Image, Job
+from server.engine.job import Job
+from server.engine.messages import Image
 from server.settings import Settings
 
 
@@ -169,3 +174,20 @@ def _with_files(value: Any, files: Mapping[str, bytes], name: str = "") -> Any:
         option = "mask" if name == "mask" else "image"
         raise ValueError(f"the {option} with {str(value)[:80]} is missing; give it by --{option}")
     return files[value]
+
+
+def largest_difference(png: bytes, other: bytes) -> int:
+    """Return the largest difference of two PNGs' values, 0…255; 255 if their sizes differ.
+
+    Raises ValueError for a damaged file.
+    """
+    try:
+        first, second = (
+            np.asarray(PIL.Image.open(io.BytesIO(content), formats=("PNG",)).convert("RGBA"))
+            for content in (png, other)
+        )
+    except (OSError, SyntaxError):
+        raise ValueError("a damaged PNG cannot be compared") from None
+    if first.shape != second.shape:
+        return 255
+    return int(np.abs(first.astype(np.int16) - second).max())

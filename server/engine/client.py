@@ -23,10 +23,12 @@ from server.engine.errors import (
     WorkerLost,
 )
 from server.engine.hooks import NO_HOOKS, HookName, Hooks, ReplayFilter
+from server.engine.job import Job
 from server.engine.latency_model import Forecast, LatencyModel
-from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Job, Preview, Running
+from server.engine.messages import Drawn, Failed, Finished, Heartbeat, Preview, Running
 from server.engine.retry_slots import RetrySlots
-from server.engine.supervisor import Supervisor, WorkerMain, WorkerMessage, WorkerStatus, run_worker
+from server.engine.supervisor import Supervisor, WorkerMessage, WorkerStatus
+from server.engine.worker_process import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.pace import Pace
 from server.settings import Settings

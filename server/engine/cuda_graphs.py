@@ -15,136 +15,31 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import sampling
-from model.config import (
-    DENOISER,
-    BundleConfig,
-    BundleV3Config,
-    PriorSettings,
-    Sampler,
-    further_denoiser,
-)
+from model.config import DENOISER, PriorSettings, Sampler
 from model.executor import BranchBatch, Eager, SamplingInputs
-from model.network_config import DenoiserConfig
 from model.networks.denoiser_v1 import ConditionV1, DenoiserV1
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.layers import to_device
 from model.pipeline import DecodeFn, Pipeline, PipelineV3, PriorFn
 from model.rows import AnyCondition
+from server.engine.graph_shapes import Bucket, GraphShapes
 from server.engine.messages import Count
-from server.engine.scheduler import LENGTHS
 
 log = logging.getLogger(__name__)
 
 _WARM_UPS = 2
 
 Function = Callable[[], Tensor]
-
-
-# ── the shapes ────────────────────────────────────────────────────────────────────────────────────
-
-
-class Bucket(NamedTuple):
-    """The shapes of one step's graph.
-
-    grid: (H, W). branches_per_row: 1 or 2. length: condition tokens of each branch, 1 for v1.
-    """
-
-    grid: tuple[int, int]
-    rows: int
-    branches_per_row: int
-    length: int
-
-    @property
-    def branches(self) -> int:
-        """Branches of all rows together."""
-        return self.rows * self.branches_per_row
-
-    @property
-    def work(self) -> int:
-        """Tokens of all branches together."""
-        return self.branches * math.prod(self.grid)
-
-
-@dataclass(frozen=True)
-class GraphShapes:
-    """The shapes to capture.
-
-    buckets: of the first denoiser's steps; further: of further denoisers', by the network's name.
-    decode_rows, prior_rows: numbers of images.
-    """
-
-    buckets: Sequence[Bucket]
-    grids: Sequence[tuple[int, int]]
-    decode_rows: Sequence[int]
-    prior_rows: Sequence[int]
-    further: Mapping[str, Sequence[Bucket]] = field(default_factory=dict)
-
-    @classmethod
-    def for_server(
-        cls, config: BundleConfig, sizes: Iterable[tuple[int, int]], max_rows: int, decode_rows: int
-    ) -> GraphShapes:
-        """Return all shapes that a server meets: these image sizes and at most `max_rows` rows.
-
-        sizes: (width, height) in pixels.
-        """
-        sizes = list(sizes)
-        return cls(
-            buckets=step_buckets(config, max_rows, sizes),
-            grids=grids(config, sizes),
-            decode_rows=row_counts(decode_rows),
-            prior_rows=row_counts(max_rows),
-            further={
-                network: step_buckets(config, max_rows, sizes, network)
-                for network in map(further_denoiser, config.denoisers)
-            },
-        )
-
-
-def row_counts(most: int) -> list[int]:
-    """Return the powers of two below `most`, and `most`."""
-    return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
-
-
-def step_buckets(
-    config: BundleConfig,
-    max_rows: int,
-    sizes: Iterable[tuple[int, int]],
-    network: str = DENOISER,
-) -> list[Bucket]:
-    """Return every bucket of these image sizes and the scheduler's classes of lengths.
-
-    Rows have one branch where no preset of the denoiser is guided. sizes: (width, height) in
-    pixels. network: the denoiser's name.
-    """
-    lengths, denoiser = [1], config.denoiser_of(network)
-    if isinstance(config, BundleV3Config) and isinstance(denoiser, DenoiserConfig):
-        # A class counts a text's bytes; CLIP's text and image follow them.
-        longest, clip = config.byt5.max_bytes, 2 * denoiser.clip_seq_len
-        lengths = sorted({min(length, longest) + clip for length in LENGTHS})
-    guided = network == DENOISER or any(p.guided for p in config.presets_of(network))
-    per_row = (1, 2) if guided else (1,)
-    return [
-        Bucket(*shape)
-        for shape in product(grids(config, sizes), row_counts(max_rows), per_row, lengths)
-    ]
-
-
-def grids(config: BundleConfig, sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Convert image sizes (width, height) to token grids (H, W)."""
-    return [
-        (height // config.vqgan.downscale, width // config.vqgan.downscale)
-        for width, height in sizes
-    ]
 
 
 # ── capture ───────────────────────────────────────────────────────────────────────────────────────
@@ -366,6 +261,30 @@ class StepGraphs:
                 self._draws[sampler, rows, grid] = draw
         self._ready = True
 
+    def _capture_step(self, bucket: Bucket, inputs: _StaticInputs) -> _Step | None:
+        rows = bucket.rows
+        denoiser: Any = self.denoiser  # which reads conditions of the kind that its inputs have
+        tokens, times, weights, condition = inputs.views(bucket)
+        row_of = torch.arange(rows, device=self._device).repeat_interleave(bucket.branches_per_row)
+
+        def guided() -> Tensor:
+            features = denoiser.features(tokens, times, condition, row_of)
+            return sampling.mix_branches(features, row_of, weights, rows)
+
+        recording = self._capture(guided, f"the step of {self._network}, {bucket}")
+        return None if recording is None else _Step(tokens, times, weights, condition, recording)
+
+    def _capture_draw(self, sampler: Sampler, example: Tensor) -> _Draw | None:
+        features, rows = torch.zeros_like(example), len(example)
+        shapes = example.shape[:3], (rows,), (rows,)
+        inputs = SamplingInputs(*(torch.full(shape, 0.5, device=self._device) for shape in shapes))
+        name = f"the draw of {rows} rows of {self._network} by {sampler}"
+        recording = self._capture(lambda: self.eager.sample(sampler, features, inputs), name)
+        return None if recording is None else _Draw(features, inputs, recording)
+
+    def _capture(self, function: Function, name: str) -> Recording | None:
+        return capture(self._recorder, function, name, self.counters, ready=self._ready)
+
     def features(
         self, tokens: Tensor, times: Tensor, branches: BranchBatch, weights: Tensor
     ) -> Tensor:
@@ -428,19 +347,6 @@ class StepGraphs:
             self._loaded = bucket, branches, to_device(places, self._device)
         return self._loaded[2]
 
-    def _capture_step(self, bucket: Bucket, inputs: _StaticInputs) -> _Step | None:
-        rows = bucket.rows
-        denoiser: Any = self.denoiser  # which reads conditions of the kind that its inputs have
-        tokens, times, weights, condition = inputs.views(bucket)
-        row_of = torch.arange(rows, device=self._device).repeat_interleave(bucket.branches_per_row)
-
-        def guided() -> Tensor:
-            features = denoiser.features(tokens, times, condition, row_of)
-            return sampling.mix_branches(features, row_of, weights, rows)
-
-        recording = self._capture(guided, f"the step of {self._network}, {bucket}")
-        return None if recording is None else _Step(tokens, times, weights, condition, recording)
-
     def sample(self, sampler: Sampler, features: Tensor, inputs: SamplingInputs) -> Tensor:
         """Compute as `Executor.sample`; the result lasts until the next call."""
         B, H, W, _ = features.shape
@@ -460,17 +366,6 @@ class StepGraphs:
     def log_probability(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Compute as `Executor.log_probability`; a few launches, which no graph holds."""
         return self.eager.log_probability(features, tokens)
-
-    def _capture_draw(self, sampler: Sampler, example: Tensor) -> _Draw | None:
-        features, rows = torch.zeros_like(example), len(example)
-        shapes = example.shape[:3], (rows,), (rows,)
-        inputs = SamplingInputs(*(torch.full(shape, 0.5, device=self._device) for shape in shapes))
-        name = f"the draw of {rows} rows of {self._network} by {sampler}"
-        recording = self._capture(lambda: self.eager.sample(sampler, features, inputs), name)
-        return None if recording is None else _Draw(features, inputs, recording)
-
-    def _capture(self, function: Function, name: str) -> Recording | None:
-        return capture(self._recorder, function, name, self.counters, ready=self._ready)
 
     def _replay(self, recording: Recording) -> None:
         recording.replay()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from server.engine.hooks import NO_HOOKS, Hooks
-from server.engine.messages import Finished, Job
+from server.engine.job import Job
+from server.engine.messages import Finished
 from server.engine.supervisor import WorkerStatus
 from server.metrics import Metrics
 from server.settings import Settings

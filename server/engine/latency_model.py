@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from model.config import DENOISER
-from server.engine.messages import Job, Step, Timings
+from server.engine.job import Job
+from server.engine.messages import Step, Timings
 from server.engine.scheduler import Pool
 
 T = TypeVar("T")

@@ -1,32 +1,32 @@
 """Hold the worker's tensors: start rows (encode, prior, condition), step them, decode them.
 
-Encoded prompts, encoded images and results of the prior are cached, up to a number of bytes.
-
 On CUDA, starting and decoding run in a stream beside the steps. The scheduler gives each
 deterministic row a pool of its own, so that it always meets the same shapes.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from model.config import SamplingConfig, find_bundle
 from model.pipeline import Pipeline
-from model.row_builder import Cached, RowBuilder, group_by
+from model.row_builder import RowBuilder, group_by
 from model.rows import Row
 from model.runtime import pick_device, pick_dtype, use
 from server.engine.cpu_threads import SharedThreads
-from server.engine.cuda_graphs import CUDARecorder, GraphShapes, Recorder, use_cuda_graphs
-from server.engine.messages import Count, Image, Job
+from server.engine.cuda_graphs import CUDARecorder, Recorder, use_cuda_graphs
+from server.engine.cuda_streams import Mark, Streams
+from server.engine.graph_shapes import GraphShapes
+from server.engine.job import Job
+from server.engine.messages import Count, Image
+from server.engine.prompt_cache import PromptCache, entry_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
 from server.settings import Settings
 
@@ -34,175 +34,6 @@ from server.settings import Settings
 DECODE_ROWS = 4
 # The time that the largest batch may take at start, about.
 WARM_UP_S = 5.0
-
-
-# ── cache ─────────────────────────────────────────────────────────────────────────────────────────
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-
-class PromptCache:
-    """A least-recently-used cache, bounded by bytes; a `model.row_builder.EncodingCache`.
-
-    capacity: bytes of all entries together; a larger entry is not kept. size_of: bytes of an entry,
-    by its key and its value. held: bytes now. counters: where hits and misses are counted.
-    """
-
-    def __init__(
-        self, capacity: int, size_of: Callable[[Hashable, object], int], counters: Counter[Count]
-    ) -> None:
-        self.capacity, self.held = capacity, 0
-        self._size_of, self._counters = size_of, counters
-        self._values: OrderedDict[Hashable, object] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def items(self) -> list[tuple[Hashable, object]]:
-        """Return all keys and values, the least recently used first."""
-        return list(self._values.items())
-
-    def fetch(
-        self, kind: Cached, keys: Sequence[K], compute: Callable[[list[K]], list[V]]
-    ) -> list[V]:
-        """Return the keys' values; compute the missing ones in one call, each once.
-
-        Keys of different kinds must differ.
-        """
-        values = {key: cast(V, self._values[key]) for key in keys if key in self._values}
-        missing = [key for key in dict.fromkeys(keys) if key not in values]
-        self._counters["prompt_cache_hits", kind] += len(keys) - len(missing)
-        self._counters["prompt_cache_misses", kind] += len(missing)
-        if missing:
-            values.update(zip(missing, compute(missing), strict=True))
-        for key in keys:
-            self._use(key, values[key])
-        return [values[key] for key in keys]
-
-    def _use(self, key: Hashable, value: object) -> None:
-        """Mark the value as the last one used, and evict others if there is no room."""
-        if key not in self._values:
-            size = self._size_of(key, value)
-            if size > self.capacity:
-                return
-            self._values[key] = value
-            self.held += size
-        self._values.move_to_end(key)
-        while self.held > self.capacity:
-            self.held -= self._size_of(*self._values.popitem(last=False))
-
-
-def leaves(value: object) -> Iterator[object]:
-    """Yield everything in a tree of dataclasses and tuples."""
-    if is_dataclass(value):
-        for field in fields(value):
-            yield from leaves(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from leaves(part)
-    else:
-        yield value
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield every tensor in a tree of dataclasses and tuples."""
-    return (leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
-
-
-def tensor_bytes(value: object) -> int:
-    """Return the bytes of the memory that the tensors in a value hold."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors_in(value))
-
-
-def entry_bytes(key: Hashable, value: object) -> int:
-    """Return the bytes of a cached value's tensors and of the texts in its key."""
-    return tensor_bytes(value) + sum(
-        sys.getsizeof(leaf) for leaf in leaves(key) if isinstance(leaf, str)
-    )
-
-
-# ── streams ───────────────────────────────────────────────────────────────────────────────────────
-
-
-class Mark:
-    """A place in the side stream. Without a stream it is passed at once."""
-
-    def __init__(self, event: torch.cuda.Event | None) -> None:
-        self._event = event
-
-    @property
-    def passed(self) -> bool:
-        """Return whether the device has computed everything before it."""
-        return self._event is None or self._event.query()
-
-    def wait(self) -> None:
-        """Wait until the device has computed everything before it."""
-        if self._event is not None:
-            self._event.synchronize()
-
-
-class Streams:
-    """The device's own stream, in which rows are stepped, and on CUDA another one beside it.
-
-    On a CPU everything runs in line. The CUDA half follows the documented rules for streams and the
-    caching allocator.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last_step: torch.cuda.Event | None = None
-
-    @contextmanager
-    def beside(self, reading: Iterable[Tensor] = ()) -> Iterator[None]:
-        """Launch everything in this context beside the steps.
-
-        reading: tensors made by steps; it then runs after the steps that are already launched.
-        """
-        if self._side is None:
-            yield
-            return
-        read = list(reading)
-        if read:
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
-        for tensor in read:
-            tensor.record_stream(self._side)
-        with torch.cuda.stream(self._side):
-            yield
-
-    def mark(self) -> Mark:
-        """Return the place after everything launched beside the steps so far."""
-        return Mark(None if self._side is None else self._side.record_event())
-
-    def hand_over(self, tensors: Iterable[Tensor]) -> None:
-        """Let steps read tensors made beside them.
-
-        Their memory is not reused before the steps end.
-        """
-        if self._side is not None:
-            for tensor in tensors:
-                tensor.record_stream(torch.cuda.current_stream(self._device))
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """Return a copy that is complete when a mark set after this call is passed."""
-        if self._side is None:
-            return tensor.cpu()
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return copy.copy_(tensor, non_blocking=True)
-
-    def stepped(self) -> None:
-        """Wait for the step before the one that was launched last.
-
-        With more than two in flight a new row would wait for all of them.
-        """
-        if self._side is not None:
-            if self._last_step is not None:
-                self._last_step.synchronize()
-            self._last_step = torch.cuda.current_stream(self._device).record_event()
-
-
-# ── the runner ────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -319,15 +150,14 @@ class Runner:
                 self.streams.hand_over(tensors_in(self.rows[row]))
         return ready
 
-    def step(self, model: str, rows: Sequence[RowId]) -> list[RowId]:
-        """Take one denoiser step for started rows of one pool; return those that are now done."""
+    def step(self, model: str, rows: Sequence[RowId]) -> None:
+        """Take one denoiser step for started rows of one pool."""
         stepped = [self.rows[row] for row in rows]
         first = stepped[0]
         kind = (model, first.sampling.denoiser, len(rows), self.branches(rows), first.tokens.shape)
         with self.threads.all() if first.sampling.deterministic else self.threads.step(kind):
             self.pipelines[model].advance(stepped)
         self.streams.stepped()
-        return [row for row in rows if self.rows[row].done]
 
     def steps_done(self, row: RowId) -> int:
         """Return the number of steps that a row has taken, skipped ones included."""
@@ -393,7 +223,7 @@ class Runner:
 
     def capture_graphs(self, pipeline: Pipeline, new_recorder: Callable[[], Recorder]) -> None:
         """Replay the pipeline's computations from now on, at its native and the settings' sizes."""
-        sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.picture_sizes])
+        sizes = dict.fromkeys([pipeline.config.native_size, *self._settings.captured_sizes])
         step = pipeline.config.size_step
         fitting = [(width, height) for width, height in sizes if width % step == height % step == 0]
         shapes = GraphShapes.for_server(

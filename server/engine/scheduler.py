@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from model.config import DENOISER
-from server.engine.messages import Job, Priority
+from server.engine.job import Job, Priority
 
 # Steps of other pools between two of one pool, at most: two pools share the steps three to one at
 # worst. A pool's batch rows take part in its next step after as many.

@@ -1,32 +1,17 @@
 """Keep one worker process alive: start it, detect a crash or a stall, replace it.
 
 The listener learns of lost jobs, and which of them are suspects.
-
-The API process never imports torch: the worker's code is imported in the child process, which
-begins in `server/engine/child.py`. Unlike multiprocessing's, it imports nothing from the directory
-that the server was started in, runs after that directory is deleted, and ends with the API process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
-import ctypes.util
-import functools
 import logging
-import os
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from queue import SimpleQueue
 from typing import Protocol
 
+from server.engine.job import Job
 from server.engine.messages import (
     Cancel,
     Crashed,
@@ -36,16 +21,12 @@ from server.engine.messages import (
     Finished,
     FromWorker,
     Heartbeat,
-    Job,
     Preview,
     Ready,
     Running,
     ShareCPU,
-    Stop,
-    ToWorker,
-    receive_message,
-    send_message,
 )
+from server.engine.worker_process import EXIT_GRACE_S, WorkerMain, WorkerProcess
 from server.metrics import Metrics, WorkerState
 from server.settings import Settings
 
@@ -53,226 +34,9 @@ log = logging.getLogger(__name__)
 
 # The messages that concern jobs, and are passed on.
 WorkerMessage = Running | Preview | Drawn | Finished | Failed | Heartbeat
-WorkerMain = Callable[[Connection, Settings], None]
 
-EXIT_GRACE_S = 5.0
 FIRST_RESTART_DELAY_S = 0.1
 LAST_RESTART_DELAY_S = 30.0
-
-# OpenMP's spin count, measured: a smaller one slows an undisturbed step, a larger one a disturbed
-# step (docs/log.md).
-SPIN_COUNT = 10_000
-# Entries of PyTorch's cache of CPU kernels, each for one shape and up to megabytes large. Its
-# default, 1024, took 600 MiB after 130 image sizes; few entries made no step slower (docs/log.md).
-KERNEL_CACHE_ENTRIES = 16
-
-
-def limit_spin_count() -> None:
-    """Let waiting OpenMP threads sleep sooner; call it before torch is imported.
-
-    By default they spin for longer than the kernel lets another process compute, and take the cores
-    from the threads that they wait for. The environment's own settings take precedence.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-
-
-def limit_kernel_cache() -> None:
-    """Bound PyTorch's cache of CPU kernels; call it before torch computes.
-
-    The environment's own setting takes precedence.
-    """
-    os.environ.setdefault("LRU_CACHE_CAPACITY", str(KERNEL_CACHE_ENTRIES))
-
-
-@functools.cache
-def faster_allocator() -> str | None:
-    """Return the name of tcmalloc's library, by which the loader finds it; None if not installed.
-
-    A step on a CPU takes a third less time with it than with glibc's malloc (docs/log.md).
-    """
-    if sys.platform != "linux":
-        return None
-    for name in ("tcmalloc_minimal", "tcmalloc"):
-        if found := ctypes.util.find_library(name):
-            return found
-    return None
-
-
-def worker_environment() -> dict[str, str]:
-    """Return the environment of a worker: this process's, and tcmalloc preloaded if installed.
-
-    An allocator must be there before a process begins, so the worker cannot choose it by itself.
-    The environment's own `LD_PRELOAD` takes precedence, an empty one too.
-    """
-    environment = dict(os.environ)
-    if "LD_PRELOAD" not in environment and (allocator := faster_allocator()):
-        environment["LD_PRELOAD"] = allocator
-        # It would write a line to the log, not in the log's format, for each large tensor.
-        environment.setdefault("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", str(1 << 62))
-    return environment
-
-
-def run_worker(connection: Connection, settings: Settings) -> None:
-    """Run a worker in this process, which has no torch before."""
-    limit_spin_count()
-    limit_kernel_cache()
-    from server.engine.worker import main
-
-    main(connection, settings)
-
-
-# The process's first code. Its arguments: the pipe's descriptor, the API process's number, and the
-# directories to import from, which are not searched for the standard library before.
-_BOOTSTRAP = (
-    "import sys; pipe, parent, *sys.path = sys.argv[1:];"
-    " from server.engine.child import enter, run; enter(int(parent)); run(int(pipe))"
-)
-
-
-class WorkerProcess:
-    """A started child process.
-
-    Sending and receiving have a thread each, since a pipe blocks when its other end is busy and the
-    event loop must not. exited: its exit code (negative: a signal's number), once it has exited and
-    every message it sent has been passed to `on_message`.
-    """
-
-    def __init__(
-        self, main: WorkerMain, settings: Settings, on_message: Callable[[FromWorker], None]
-    ) -> None:
-        self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        self._on_message = on_message
-        self._first = (*_import_name(main), settings)
-        self._outbox: SimpleQueue[ToWorker | None] = SimpleQueue()
-        self._sender = threading.Thread(target=self._send_all, name="worker-sender", daemon=True)
-        self._receiver = threading.Thread(
-            target=self._receive_all, name="worker-receiver", daemon=True
-        )
-
-    def start(self) -> None:
-        """Start the process. Raises OSError if the system grants none, or no threads for it.
-
-        The process ends with the thread that calls this, which is the event loop's.
-        """
-        self._connection, far_end = Pipe()
-        try:
-            self._process = _popen(far_end)
-        except BaseException:
-            self._connection.close()
-            raise
-        finally:
-            # The pipe reports the child's end only if no other process holds the child's side of
-            # it.
-            far_end.close()
-        atexit.register(self.kill)
-        with contextlib.suppress(OSError):
-            self._connection.send(self._first)
-        try:
-            self._sender.start()
-            self._receiver.start()
-        except RuntimeError as error:
-            self.kill()
-            self._reap()
-            raise OSError("no thread for the worker's messages") from error
-
-    def send(self, message: ToWorker) -> None:
-        """Queue the message.
-
-        A message to a worker that has exited is lost; `exited` reports the exit.
-        """
-        self._outbox.put(message)
-
-    @property
-    def pid(self) -> int:
-        """Return the number of the started process."""
-        return self._process.pid
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self._process.kill()
-
-    async def stop(self, grace_s: float) -> None:
-        """Ask the worker to exit; kill it after `grace_s`."""
-        self.send(Stop())
-        await asyncio.wait([self.exited], timeout=grace_s)
-        if not self.exited.done():
-            self.kill()
-            await self.exited
-
-    def _send_all(self) -> None:
-        while (message := self._outbox.get()) is not None:
-            with contextlib.suppress(OSError):
-                send_message(self._connection, message)
-
-    def _receive_all(self) -> None:
-        loop = self.exited.get_loop()
-        try:
-            while True:
-                loop.call_soon_threadsafe(self._on_message, receive_message(self._connection))
-        except (EOFError, OSError):
-            pass
-        except Exception:
-            log.exception("worker killed: unreadable message")
-            self.kill()
-        self._reap()
-        # The loop is closed already when an interpreter exits without having stopped the client.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(self.exited.set_result, self._process.returncode)
-
-    def _reap(self) -> None:
-        try:
-            self._process.wait(EXIT_GRACE_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self._process.wait()
-        atexit.unregister(self.kill)
-        self._outbox.put(None)
-        if self._sender.is_alive():
-            self._sender.join()
-        self._connection.close()
-        if self._process.stdin:
-            self._process.stdin.close()
-
-
-def _popen(pipe: Connection) -> subprocess.Popen[bytes]:
-    """Start the interpreter. Its standard input ends when this process does."""
-    directory = _current_directory()
-    path = (entry or directory or "/" for entry in sys.path)
-    descriptor = pipe.fileno()
-    # -P: the start directory is not searched for modules.
-    command = [sys.executable, "-P", "-c", _BOOTSTRAP, str(descriptor), str(os.getpid()), *path]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        pass_fds=[descriptor],
-        cwd=None if directory else "/",
-        env=worker_environment(),
-    )
-
-
-def _current_directory() -> str | None:
-    """Return the current directory, None if it was deleted."""
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return None
-
-
-def _import_name(main: WorkerMain) -> tuple[str, str]:
-    """Return the function's module and name, by which the process imports it.
-
-    Raises ValueError for a function that no module has.
-    """
-    module, name = main.__module__, main.__qualname__
-    if module == "__main__":  # run by `python -m`
-        module = getattr(sys.modules[module].__spec__, "name", "")
-    if not module or "." in name:
-        raise ValueError(f"the worker's main function must be importable; {name} is not")
-    return module, name
-
-
-# ── its supervisor ────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,19 +190,16 @@ class Supervisor:
             case Finished(id=id) | Failed(id=id):
                 self.failures = 0
                 self._answered(id)
-                self._listener.on_worker_message(self, message)
             case Dropped(id):
                 self._answered(id)
                 if cancelled_at := self._cancelled_at.pop(id, None):
                     self._metrics.cancel_duration.observe(time.monotonic() - cancelled_at)
             case Running(jobs):
                 self._running = jobs
-                self._listener.on_worker_message(self, message)
-            case Preview() | Drawn():
-                self._listener.on_worker_message(self, message)
             case Heartbeat():
                 self.last_heartbeat = message
-                self._listener.on_worker_message(self, message)
+        if isinstance(message, WorkerMessage):
+            self._listener.on_worker_message(self, message)
         self._heard_at = time.monotonic() if self._status.ready else None
 
     def _answered(self, id: str) -> None:

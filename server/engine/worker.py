@@ -6,11 +6,11 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +19,9 @@ from model.row_builder import group_by
 from model.runtime import prepare
 from model.tiles import Mosaic, lanczos
 from server.engine.child import describe
+from server.engine.decode_queue import DecodedImage, DecodeQueue, DecodeRequest
+from server.engine.failure_isolation import IsolatedStage
+from server.engine.job import Job
 from server.engine.messages import (
     Cancel,
     Count,
@@ -30,7 +33,6 @@ from server.engine.messages import (
     Finished,
     Heartbeat,
     Image,
-    Job,
     Preview,
     ProcessStats,
     Ready,
@@ -42,8 +44,8 @@ from server.engine.messages import (
     receive_message,
     send_message,
 )
-from server.engine.runner import DECODE_ROWS, Decoding, Runner, Stopwatch
-from server.engine.scheduler import Pool, RowId, Scheduler
+from server.engine.runner import Runner, Stopwatch
+from server.engine.scheduler import RowId, Scheduler
 from server.memory import resident_bytes
 from server.settings import Settings
 
@@ -56,182 +58,6 @@ DEVICE_FAILED = 70
 
 _HEARTBEAT_S = 0.25
 _IDLE_HEARTBEAT_S = 1.0
-
-
-# ── failure isolation ─────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class StageFailure:
-    """A job that failed by itself. retryable: whether another attempt could succeed."""
-
-    job: str
-    code: FailureCode
-    message: str
-    retryable: bool
-
-
-class IsolatedStage(Generic[Result]):
-    """One stage for the rows of several jobs: for all together, then, if that raises, job by job.
-
-        attempt = IsolatedStage(rows, stage)
-        while batch := attempt.next_batch():
-            if failure := attempt.run(batch):
-                ...
-        attempt.results
-
-    A stage must change no row before all of its rows are computed, so that it can run again.
-    """
-
-    def __init__(self, rows: list[RowId], stage: Callable[[list[RowId]], list[Result]]) -> None:
-        self.results: list[Result] = []
-        self._stage = stage
-        self._batches = deque([rows])
-
-    def next_batch(self) -> list[RowId]:
-        """Return the rows to run next; none when the stage is over."""
-        return self._batches.popleft() if self._batches else []
-
-    def run(self, batch: list[RowId]) -> StageFailure | None:
-        """Run the stage for a batch; return the failure of a job that raised alone.
-
-        Raises torch.AcceleratorError, after which this process can compute nothing.
-        """
-        try:
-            self.results += self._stage(batch)
-            return None
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            jobs = by_job(batch)
-            log.error("stage failed", exc_info=error, extra={"fields": {"jobs": len(jobs)}})
-            out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        # Only here, where the error and the tensors in its frames are gone.
-        if out_of_memory:
-            torch.cuda.empty_cache()
-        if len(jobs) > 1:
-            self._batches.extendleft(reversed(jobs))
-            return None
-        job = batch[0].job
-        if out_of_memory:
-            return StageFailure(
-                job, "out_of_memory", "the device ran out of memory", retryable=True
-            )
-        return StageFailure(job, "internal", "the request could not be computed", retryable=False)
-
-
-def by_job(rows: list[RowId]) -> list[list[RowId]]:
-    """Return the rows of each job, in order."""
-    return group_by(rows, lambda row: row.job)
-
-
-# ── decode queue ──────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRequest:
-    """A row's request. preview: its number, None if the row is finished."""
-
-    pool: Pool
-    preview: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedImage:
-    """A row's image after `step` steps.
-
-    preview: its number, None if the row is finished. seconds: the time its batch took.
-    """
-
-    row: RowId
-    step: int
-    preview: int | None
-    image: Image
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _InProgress:
-    decoding: Decoding
-    requests: dict[RowId, DecodeRequest]
-    began: float
-
-    def finish(self) -> list[DecodedImage]:
-        images = self.decoding.images()
-        seconds = time.perf_counter() - self.began
-        rows = zip(self.decoding.rows, self.decoding.steps, images, strict=True)
-        return [
-            DecodedImage(row, step, self.requests[row].preview, image, seconds)
-            for row, step, image in rows
-        ]
-
-
-class DecodeQueue:
-    """Rows that wait to be decoded, and the one batch that is being decoded."""
-
-    def __init__(self) -> None:
-        self._finished: dict[RowId, DecodeRequest] = {}
-        self._previews: dict[RowId, DecodeRequest] = {}
-        self._in_progress: list[_InProgress] = []
-
-    @property
-    def rows_finished(self) -> int:
-        """Rows that have taken all of their steps and are not being decoded yet."""
-        return len(self._finished)
-
-    @property
-    def rows_in_progress(self) -> list[RowId]:
-        """The rows of the batch that is being decoded."""
-        return [row for each in self._in_progress for row in each.decoding.rows]
-
-    def add(self, row: RowId, request: DecodeRequest) -> None:
-        """Add a row; a preview replaces an earlier one, and a finished row its preview."""
-        if request.preview is None:
-            self._previews.pop(row, None)
-            self._finished[row] = request
-        else:
-            self._previews[row] = request
-
-    def remove(self, id: str) -> list[RowId]:
-        """Forget a job; return its finished rows."""
-        for row in [row for row in self._previews if row.job == id]:
-            del self._previews[row]
-        finished = [row for row in self._finished if row.job == id]
-        for row in finished:
-            del self._finished[row]
-        return finished
-
-    def next_batch(self) -> dict[RowId, DecodeRequest]:
-        """Take at most `DECODE_ROWS` rows of one pool; none while a batch is being decoded."""
-        if self._in_progress:
-            return {}
-        return _take_batch(self._finished) or _take_batch(self._previews)
-
-    def start(
-        self, requests: dict[RowId, DecodeRequest], decodings: Sequence[Decoding], began: float
-    ) -> None:
-        """Begin a batch. began: when its decoding was launched, `time.perf_counter` seconds."""
-        self._in_progress = [_InProgress(decoding, requests, began) for decoding in decodings]
-
-    def collect(self, *, wait: bool) -> list[DecodedImage]:
-        """Return the images of the batch, if it is decoded or `wait` is true."""
-        if not wait and not all(each.decoding.mark.passed for each in self._in_progress):
-            return []
-        decoded = [image for each in self._in_progress for image in each.finish()]
-        self._in_progress = []
-        return decoded
-
-
-def _take_batch(waiting: dict[RowId, DecodeRequest]) -> dict[RowId, DecodeRequest]:
-    """Remove and return the first row, and those of its pool that may be decoded with it."""
-    first = next(iter(waiting.values()), None)
-    batch = [row for row, request in waiting.items() if first and request.pool == first.pool][
-        :DECODE_ROWS
-    ]
-    return {row: waiting.pop(row) for row in batch}
-
-
-# ── the loop ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -335,7 +161,8 @@ class Worker:
         for row in rows:
             self._add_source(row)
         parts = [
-            (self.scheduler.job(part[0].job), [row.index for row in part]) for part in by_job(rows)
+            (self.scheduler.job(part[0].job), [row.index for row in part])
+            for part in group_by(rows, lambda row: row.job)
         ]
         watch, now = Stopwatch(), time.perf_counter()
         for (job, _), truncated in zip(parts, self.runner.start(parts, watch), strict=True):

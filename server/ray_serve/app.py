@@ -28,8 +28,9 @@ from server import logs
 from server.api import create_app
 from server.api.middleware import canonical_path
 from server.engine.errors import EngineError
-from server.engine.messages import Finished, Job
-from server.engine.supervisor import WorkerMain, run_worker
+from server.engine.job import Job
+from server.engine.messages import Finished
+from server.engine.worker_process import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.paths import IMAGES
 from server.ray_serve.broadcast import Report, ask_all, best_answer

@@ -20,8 +20,10 @@ from ray.serve.exceptions import RayServeException
 from server.engine.client import EngineClient
 from server.engine.errors import DeadlineExceeded, Draining, EngineError, Starting, WorkerLost
 from server.engine.hooks import NO_HOOKS, HookName, Hooks, ReplayFilter
-from server.engine.messages import Finished, Job
-from server.engine.supervisor import WorkerMain, WorkerStatus, run_worker
+from server.engine.job import Job
+from server.engine.messages import Finished
+from server.engine.supervisor import WorkerStatus
+from server.engine.worker_process import WorkerMain, run_worker
 from server.metrics import Metrics
 from server.ray_serve.broadcast import Report, Reports
 from server.ray_serve.merged_metrics import MergedRegistry

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from server.engine.messages import Job
+from server.engine.job import Job
 from server.pace import Pace
 
 # An image of 256 × 256 in twelve guided steps: pixels times steps times branches.

@@ -22,18 +22,9 @@ from typing import TypeVar
 from model.canvas import Pixels
 from server.api.errors import ApiError
 from server.api.images import ImageFile
-from server.api.images.decode import (
-    DecodedImage,
-    Fit,
-    ImageLimits,
-    MaskMode,
-    checked_file,
-    decode,
-    jpeg_scale,
-    mask_size_mismatch,
-    repaint_mask,
-)
-from server.api.images.encode import submit
+from server.api.images.decode import Fit, ImageLimits, checked_file, decode, jpeg_scale
+from server.api.images.decoded_image import DecodedImage, MaskMode, mask_size_mismatch, repaint_mask
+from server.api.images.encode_queue import submit
 from server.engine.errors import DeadlineExceeded, Draining, QueueFull
 from server.engine.retry_slots import RetrySlots
 from server.pace import Pace

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-import struct
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.features
@@ -24,16 +23,17 @@ import PIL.Image
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, PngImagePlugin
 
-from model.canvas import Pixels, blended
-from server.api.errors import ApiError
+from model.canvas import Pixels
+from server.api.errors import ApiError, unprocessable
 from server.api.images import DamagedFileError, ImageFile, UnknownFormatError
 from server.api.images.colour import UnreadableProfileError, profile_of, to_srgb
+from server.api.images.decoded_image import LOSSY, OPAQUE, DecodedImage
+from server.api.images.orientation import transposition_of, upright_size
 from server.api.images.sniff import JPEG_EOI, coefficient_bytes, sniff
 from server.settings import MIB
 
 log = logging.getLogger(__name__)
 
-MaskMode = Literal["alpha", "luminance"]
 # The size at which an image of (width, height) pixels is needed.
 Fit = Callable[[tuple[int, int]], tuple[int, int]]
 
@@ -42,46 +42,6 @@ Fit = Callable[[tuple[int, int]], tuple[int, int]]
 REDUCING_GAP = 2.0
 # Coefficients of a JPEG that a decoder may hold, in bytes per pixel of the largest other image.
 COEFFICIENT_BYTES = 16
-OPAQUE = 255
-# ITU-R 601 in parts of 1000.
-LUMA = np.array([299, 587, 114], dtype=np.uint32)
-# Formats that store flat black as 1 to 3 and white as 252 to 254, in video's range as 16 and 235.
-LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF")
-# The luminance that was meant, by the one that they hold: without a jump, and the same in between.
-NEARLY_BLACK, GREY_FROM = 16, 32
-GREY_UP_TO, NEARLY_WHITE = 223, 235
-MEANT = (
-    np.interp(
-        np.arange(256),
-        [0, NEARLY_BLACK, GREY_FROM, GREY_UP_TO, NEARLY_WHITE, OPAQUE],
-        [0, 0, GREY_FROM, GREY_UP_TO, OPAQUE, OPAQUE],
-    )
-    .round()
-    .astype(np.uint8)
-)
-# Rows of which the luminance is computed at once: it takes sixteen times the memory of its result.
-GREY_ROWS = 256
-
-EXIF = b"Exif\0\0"
-ORIENTATION = 0x0112
-# Transpositions that undo EXIF orientation 2…8.
-TRANSPOSITIONS = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
-
-SIDES_SWAPPED = {
-    PIL.Image.Transpose.TRANSPOSE,
-    PIL.Image.Transpose.ROTATE_270,
-    PIL.Image.Transpose.TRANSVERSE,
-    PIL.Image.Transpose.ROTATE_90,
-}
-
 GREY_MODES = ("1", "L", "LA")
 # Coded pixels as good as any, to tell a JPEG without an end marker from one that is cut off.
 FILLER = bytes(range(64))
@@ -109,57 +69,6 @@ class ImageLimits:
     max_request_pixels: int = 64 * MIB
     max_jpeg_pixels: int = 64 * MIB
     scaled_side: int = 512
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodedImage:
-    """An uploaded image.
-
-    Attributes:
-        rgb: uint8 [H, W, 3] as stored, transparent pixels included.
-        alpha: uint8 [H, W], None if every pixel is opaque.
-        lossy: whether the file's format may have changed the pixels a little.
-    """
-
-    rgb: Pixels
-    alpha: NDArray[np.uint8] | None
-    lossy: bool = False
-
-    @property
-    def has_alpha(self) -> bool:
-        """Return whether any pixel is not opaque."""
-        return self.alpha is not None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        return self.rgb.shape[1], self.rgb.shape[0]
-
-    @property
-    def stored(self) -> Pixels:
-        """uint8 [H, W, 3], or [H, W, 4] with alpha, as stored."""
-        return self.rgb if self.alpha is None else np.dstack([self.rgb, self.alpha])
-
-    @property
-    def on_white(self) -> Pixels:
-        """uint8 [H, W, 3] over white, as a viewer shows it; opaque pixels are unchanged."""
-        return self.rgb if self.alpha is None else blended(self.rgb, self.alpha, 255)
-
-    @property
-    def whiteness(self) -> NDArray[np.uint8]:
-        """uint8 [H, W], the luminance as it was meant: of a lossy mask, nearly black is black."""
-        return MEANT[self.luminance] if self.lossy else self.luminance
-
-    @property
-    def luminance(self) -> NDArray[np.uint8]:
-        """uint8 [H, W], ITU-R 601; transparent pixels are black, whatever colour they hide."""
-        grey = np.empty(self.rgb.shape[:2], dtype=np.uint8)
-        for top in range(0, len(grey), GREY_ROWS):
-            rows = slice(top, top + GREY_ROWS)
-            rgb = self.rgb[rows]
-            shown = rgb if self.alpha is None else blended(rgb, self.alpha[rows], 0)
-            grey[rows] = (shown @ LUMA + 500) // 1000
-        return grey
 
 
 def decode(
@@ -194,50 +103,6 @@ def decode(
     if alpha is not None and alpha.min() == OPAQUE:
         alpha = None  # editors store an alpha channel in files that are not transparent anywhere
     return DecodedImage(rgb, alpha, file.format in LOSSY)
-
-
-def repaint_mask(
-    image: DecodedImage, mode: MaskMode | None, size: tuple[int, int], param: str = "mask"
-) -> Pixels:
-    """Return uint8 [H, W]: how much of each pixel of the image of `size` is repainted.
-
-    0 keeps a pixel, 255 repaints it, and values between blend it. An image without a separate mask
-    may serve as its own with mode alpha.
-
-    Args:
-        image: the decoded mask.
-        mode: alpha repaints transparent pixels, luminance white ones; None is alpha if any pixel
-            of the mask is not opaque.
-        size: (width, height) of the image that is repainted.
-        param: the field to name in errors.
-
-    Raises:
-        ApiError: 422 for another size, mode alpha without transparency, or nothing to repaint.
-    """
-    if image.size != size:
-        raise mask_size_mismatch(param, size, image.size)
-    if mode == "alpha" and image.alpha is None:
-        message = "no pixel is transparent; mask_mode luminance repaints the white ones"
-        raise _unprocessable("mask_without_alpha", param, message)
-    alpha = None if mode == "luminance" else image.alpha
-    mask = image.whiteness if alpha is None else OPAQUE - alpha
-    if mask.any():
-        return mask
-    message = "nothing to repaint; transparent pixels are repainted, and the mask has none"
-    if alpha is None:
-        brightest = f"the mask's brightest is {image.luminance.max()} of {OPAQUE}"
-        message = f"nothing to repaint; white pixels are repainted, and {brightest}"
-    raise _unprocessable("empty_mask", param, message)
-
-
-def mask_size_mismatch(param: str, wanted: tuple[int, int], sent: tuple[int, int]) -> ApiError:
-    """Return the error for a mask of another size than its image. Sizes: (width, height)."""
-    message = (
-        f"must be as large as the image, {wanted[0]}x{wanted[1]} pixels (sent: {sent[0]}x{sent[1]})"
-    )
-    if sent == wanted[::-1]:
-        message += "; the image is turned by its EXIF orientation first"
-    return _unprocessable("mask_size_mismatch", param, message)
 
 
 def checked_file(content: bytes, limits: ImageLimits, param: str) -> ImageFile:
@@ -321,9 +186,9 @@ def _load(file: ImageFile, fit: Fit | None, param: str) -> PIL.Image.Image:
     """Return the first image of the file, upright, in sRGB, and resized as `fit` says."""
     image = _decoded(file, fit)
     stored = image.size if file.format == "HEIF" else (file.width, file.height)
-    size = stored if fit is None else fit(_turned(image, stored))
+    size = stored if fit is None else fit(upright_size(image, stored))
     grey = image.mode in GREY_MODES or image.mode.startswith("I")
-    transposition = _transposition(image)
+    transposition = transposition_of(image)
     shown = _in_8_bits(image, file)
     if transposition is not None:
         shown = shown.transpose(transposition)
@@ -357,7 +222,7 @@ def _decoded_content(file: ImageFile, content: bytes, fit: Fit | None) -> PIL.Im
     image = _opened(file, content)
     if fit is not None and file.format == "JPEG":
         # Only JPEG can be decoded smaller, and its orientation is known before its pixels.
-        width, height = _turned(image, fit(_turned(image, image.size)))
+        width, height = upright_size(image, fit(upright_size(image, image.size)))
         image.draft(None, (round(width * REDUCING_GAP), round(height * REDUCING_GAP)))
     image.load()
     return image
@@ -456,43 +321,8 @@ def _too_many_pixels(param: str, allowed: int, file: ImageFile) -> ApiError:
 
 def _unsupported(param: str, sent: str) -> ApiError:
     message = f"must be a PNG, JPEG, WebP, GIF, AVIF or HEIC file (sent: {sent})"
-    return _unprocessable("unsupported_image_format", param, message)
+    return unprocessable("unsupported_image_format", param, message)
 
 
 def _undecodable(param: str, reason: str) -> ApiError:
-    return _unprocessable("undecodable_image", param, reason)
-
-
-def _unprocessable(code: str, param: str, message: str) -> ApiError:
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, code, f"{param}: {message}", param)
-
-
-# ── EXIF orientation ──────────────────────────────────────────────────────────────────────────────
-
-
-def orientation(exif: bytes) -> int:
-    """Return the orientation in an EXIF block, 1…8; 1, upright, if it is absent or damaged.
-
-    `PIL.ImageOps.exif_transpose` is no substitute for hostile files: docs/log.md.
-    """
-    tiff = exif.removeprefix(EXIF)
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    try:
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start)
-        offsets = (start + 2 + 12 * i for i in range(count))
-        entries = (struct.unpack_from(f"{order}HHIH", tiff, offset) for offset in offsets)
-        return next((value for tag, _, _, value in entries if tag == ORIENTATION), 1)
-    except struct.error:
-        return 1
-
-
-def _turned(image: PIL.Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (width, height) of the upright image from that of the stored one, or the reverse."""
-    return size[::-1] if _transposition(image) in SIDES_SWAPPED else size
-
-
-def _transposition(image: PIL.Image.Image) -> PIL.Image.Transpose | None:
-    return TRANSPOSITIONS.get(orientation(image.info.get("exif") or b""))
+    return unprocessable("undecodable_image", param, reason)

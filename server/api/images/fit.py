@@ -15,7 +15,7 @@ import PIL.Image
 from model.canvas import Array, Mask, Pixels
 from model.compositing import EDGE, blended
 from server.api.images.admission import Uploads
-from server.api.images.decode import DecodedImage
+from server.api.images.decoded_image import DecodedImage
 
 FitMode = Literal["crop", "pad", "stretch"]
 ReturnSize = Literal["result", "original"]

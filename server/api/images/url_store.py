@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from server.api.errors import ApiError
+from server.api.errors import ApiError, unprocessable
 from server.api.images.encode import Format
 from server.fair_cache import FairCache
 from server.paths import IMAGES
@@ -72,10 +72,9 @@ class UrlStore:
         sizes = [len(each.content) + OVERHEAD_BYTES for each in images]
         files = dict(zip(names, zip(images, sizes, strict=True), strict=True))
         if not self._files.add(owner, files):
-            message = f"response_format: the images take {sum(sizes)} bytes, and the store for URLs"
-            message = f"{message} has {self._files.limit}; ask for fewer or smaller ones"
-            status = HTTPStatus.UNPROCESSABLE_ENTITY
-            raise ApiError(status, "images_too_large", message, "response_format")
+            problem = f"the images take {sum(sizes)} bytes, and the store for URLs has"
+            problem = f"{problem} {self._files.limit}; ask for fewer or smaller ones"
+            raise unprocessable("images_too_large", "response_format", problem)
         return names
 
     def get(self, name: str) -> tuple[StoredImage, float] | None:

@@ -1,5 +1,6 @@
 """A validated request to a `Plan`: the worker's job, and what is made of its images.
 
-`operations.plan` chooses weights, sampling and size, within the work allowed (`draft`, `sizes`);
-decodes images and lays them out (`layout`, `conditions`); and returns a `Plan`.
+`plan_request` chooses weights, sampling and size, within the work allowed (`draft`,
+`sampling_choice`, `sizes`, `work`); decodes images and lays them out (`layout`, `conditions`), as
+the operation's planner says (`operations`); and returns a `Plan` (`plan`).
 """

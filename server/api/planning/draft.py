@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 import uuid
@@ -10,24 +9,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from model.canvas import Array, pad_to_multiple
-from model.config import QUALITY, BundleConfig, Operation, Preset, Recipe, SamplingConfig
+from model.config import BundleConfig, Operation, SamplingConfig
 from model.image_request import Enlarge
 from model.prompt_reading import Reading
-from server.api.errors import ApiError, invalid_value, shortened
+from server.api.errors import ApiError, invalid_value, unprocessable
 from server.api.images.fit import Size, follow, within
-from server.api.planning.sizes import nearest_side, nearest_size
-from server.api.schemas import (
-    INT64,
-    AnyFormat,
-    GenerateRequest,
-    InterpolateRequest,
-    RecipeFields,
-    SamplingFields,
+from server.api.planning.sampling_choice import choose_sampling
+from server.api.planning.sizes import drawn_size, nearest_side, nearest_size
+from server.api.planning.work import (
+    DECODING_WORK,
+    ENLARGING_WORK,
+    FILE_WORK,
+    PREVIEW_WORK,
+    Workload,
+    check_tiles_work,
+    rows_of,
 )
-from server.engine.messages import Job
+from server.api.schemas import INT64, AnyFormat, GenerateRequest, SamplingFields
+from server.engine.job import Job
 from server.settings import Settings
 
 # JavaScript reads JSON numbers exactly up to here, so that any client can send a seed back.
@@ -38,21 +40,6 @@ Models = Mapping[str, BundleConfig]
 RESIZED: tuple[Operation, ...] = ("generate", "variations", "edit", "inpaint", "interpolate")
 # The alias of every name that has none.
 ANY_NAME = "*"
-UNGUIDED = (1.0, 1.0)
-# The cost of a result per pixel beside its steps, in branches of a step: tokens to pixels, and
-# pixels to a file. Measured on a CPU: docs/log.md.
-DECODING_WORK = 3
-FILE_WORK: dict[AnyFormat, int] = {
-    "png": 1,
-    "json": 1,
-    "url": 1,
-    "jpeg": 1,
-    "webp": 1,
-    "gif": 6,
-}
-PREVIEW_WORK = 1
-# The cost of a pixel that is enlarged to the sent image's resolution, beside that of its file.
-ENLARGING_WORK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +124,13 @@ class Draft:
             self._readings[prompt] = self.config.read_prompt(prompt)
         return self._readings[prompt]
 
-    def reading(self, prompt: str) -> dict[str, str]:
-        """Return a parameter that tells what of a prompt is encoded, if that is not all of it."""
-        read = self.read(prompt).text
+    def reading(self, prompt: str, *, whole: bool = False) -> dict[str, str]:
+        """Return a parameter that tells what of a prompt is encoded, if that is not the prompt.
+
+        whole: whether the prompt is that of a whole image.
+        """
+        reading = self.read(prompt)
+        read = reading.whole if whole else reading.text
         return {} if read == prompt else {"prompt_read": read}
 
     def auto_regions(self, request: GenerateRequest) -> bool:
@@ -213,12 +204,11 @@ class Draft:
         width, height = (round(side * scale) for side in size)
         if max(width, height) > largest:
             kind = "sent" if param == "scale" else "drawn"
-            message = (
-                f"{param}: the result may have at most {largest} pixels a side;"
+            problem = (
+                f"the result may have at most {largest} pixels a side;"
                 f" {scale:g} times the {kind} {size[0]}x{size[1]} is {width}x{height}"
             )
-            status = HTTPStatus.UNPROCESSABLE_ENTITY
-            raise ApiError(status, "invalid_value", message, param)
+            raise unprocessable("invalid_value", param, problem)
         return Enlarge.of(self.config, size, scale, strength, sampling)
 
     def job(
@@ -271,12 +261,10 @@ class Draft:
         )
         if self.config.vocabulary is None:
             return job
-        read = {text: self.read(text).text for text in job.prompts}
+        readings = {text: self.read(text).text for text in job.prompts} | dict(job.readings)
         return replace(
             job,
-            readings=tuple(
-                item for item in (read | dict(job.readings)).items() if len({*item}) > 1
-            ),
+            readings=tuple((text, read) for text, read in readings.items() if read != text),
             negative_reading=self.config.read_negative(job.negative_prompt),
         )
 
@@ -303,24 +291,6 @@ def draft(
         size = nearest_size((request.width, request.height), config, settings)
         request = request.model_copy(update={"width": size[0], "height": size[1]})
     return Draft(request, config, sampling, settings, output, cache_scope)
-
-
-def drawn_size(
-    width: int | None, height: int | None, config: BundleConfig, settings: Settings
-) -> Size:
-    """Return the size at which an image of this width and height is drawn; None: the native one's.
-
-    Raises ApiError 422.
-    """
-    width, height = width or config.native_size[0], height or config.native_size[1]
-    if settings.sizes == "nearest":
-        return nearest_size((width, height), config, settings)
-    sides = config.sides(settings.max_side)
-    for param, pixels in (("width", width), ("height", height)):
-        if pixels not in sides:
-            allowed = f"must be a multiple of {sides.step} from {sides[0]} to {sides[-1]} pixels"
-            raise invalid_value(param, allowed, pixels)
-    return width, height
 
 
 def find_model(name: str | None, models: Models, aliases: Mapping[str, str]) -> BundleConfig:
@@ -357,237 +327,3 @@ def seeds(first: int | None, n: int) -> tuple[int, ...]:
     """Return the seeds of n images: consecutive int64 from `first`, or from a random one."""
     start = secrets.randbelow(RANDOM_SEEDS) if first is None else first
     return tuple((start + i + INT64) % (2 * INT64) - INT64 for i in range(n))
-
-
-# ── sampling ──────────────────────────────────────────────────────────────────────────────────────
-
-
-class Misfit(NamedTuple):
-    """A field for which a preset is not made. reason: follows the preset's name."""
-
-    param: str
-    reason: str
-    sent: object
-
-
-def choose_sampling(
-    request: RecipeFields, config: BundleConfig, settings: Settings
-) -> SamplingConfig:
-    """Return a request's sampling.
-
-    Raises:
-        ApiError: 400 unsupported by the weights or by the preset, 422 contradictory fields.
-    """
-    preset = choose_preset(request, config)
-    deterministic, weights = request.deterministic, request.attention_weights
-    sampling = config.sampling(
-        preset,
-        steps=request.num_inference_steps,
-        renoise_steps=request.renoise_steps,
-        guidance=request.guidance_scale,
-        temperature=request.temperature,
-        sampler=request.sampler,
-        typical_mass=request.typical_mass,
-        renoise_mode=request.renoise_mode,
-        renoise_order=request.renoise_order,
-        attention_weights=None if weights is None else (weights.text, weights.image),
-        deterministic=settings.deterministic if deterministic is None else deterministic,
-        **_guidance_interval(request, config.preset(preset).recipe),
-    )
-    if sampling.sampler not in config.samplers:
-        supported = ", ".join(config.samplers)
-        message = f"sampler: {config.name} supports {supported} (sent: {sampling.sampler!r})"
-        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_sampler", message, "sampler")
-    if weights is not None and not config.attends:
-        sent = shortened(weights.model_dump())
-        message = f"attention_weights: {config.name} has no attention; leave it out (sent: {sent})"
-        raise ApiError(HTTPStatus.BAD_REQUEST, "unsupported_value", message, "attention_weights")
-    for param, count in (
-        ("renoise_steps", sampling.renoise_steps),
-        ("guidance_steps", sampling.guidance_steps),
-    ):
-        if count > sampling.steps:
-            allowed = f"must be from 0 to num_inference_steps, which is {sampling.steps}"
-            raise invalid_value(param, allowed, count)
-    return sampling
-
-
-def choose_preset(request: RecipeFields, config: BundleConfig) -> str:
-    """Return the name of the preset that draws a request.
-
-    A request that names none has the default one or, where that does not suit it, `quality`. It
-    does not suit those that few steps draw worse either.
-
-    Raises:
-        ApiError: 422 unknown preset, 400 one that does not suit the request.
-    """
-    if request.preset is None:
-        return fitting_preset(config.default_preset, request, config)
-    if request.preset not in config.preset_names:
-        known = ", ".join(config.preset_names)
-        raise invalid_value(
-            "preset", f"must be one that {config.name} has: {known}", request.preset
-        )
-    misfit = find_misfit(request, config.preset(request.preset))
-    if misfit and request.preset != QUALITY:
-        advice = f"leave {misfit.param} out, or send another preset, such as {QUALITY}"
-        message = (
-            f"{misfit.param}: preset {request.preset} {misfit.reason}; {advice}"
-            f" (sent: {shortened(misfit.sent)})"
-        )
-        raise ApiError(HTTPStatus.BAD_REQUEST, "preset_conflict", message, misfit.param)
-    return request.preset
-
-
-def fitting_preset(name: str, request: RecipeFields, config: BundleConfig) -> str:
-    """Return the preset's name if the weights have it and it suits the request, else `quality`."""
-    if name not in config.preset_names or request.needs_steps:
-        return QUALITY
-    return QUALITY if find_misfit(request, config.preset(name)) else name
-
-
-def find_misfit(request: RecipeFields, preset: Preset) -> Misfit | None:
-    """Return the first field that the preset does not suit; None if it suits all of them."""
-    fewest, most = preset.steps
-    hires = request.hires if isinstance(request, GenerateRequest) else None
-    for param, steps in (
-        ("num_inference_steps", request.num_inference_steps),
-        ("hires.steps", hires.steps if hires else None),
-    ):
-        if steps is not None and not fewest <= steps <= most:
-            return Misfit(param, f"is made for {fewest} to {most} steps", steps)
-    usual = preset.recipe.num_inference_steps
-    for param, count in (
-        ("renoise_steps", request.renoise_steps),
-        ("guidance_steps", request.guidance_steps),
-    ):
-        if request.num_inference_steps is None and count is not None and count > usual:
-            return Misfit(param, f"takes {usual} steps", count)
-    if preset.guided:
-        return None
-    without = "draws without guidance, which this field needs"
-    if request.negative_prompt.strip():
-        return Misfit("negative_prompt", without, request.negative_prompt)
-    field = _asks_for_guidance(request, preset.recipe)
-    return Misfit(field, without, getattr(request, field)) if field else None
-
-
-def _asks_for_guidance(request: RecipeFields, recipe: Recipe) -> str | None:
-    """Return the field by which a request has guidance although the recipe has none.
-
-    The recipe may have a scale that no step uses, and so may the parameters of its images.
-    """
-    start, end = request.guidance_start, request.guidance_end
-    if request.guidance_steps == 0 or (start is not None and start == end):
-        return None
-    if request.guidance_scale is not None:
-        return None if request.guidance_scale == UNGUIDED else "guidance_scale"
-    if recipe.guidance_scale == UNGUIDED:
-        return None
-    fields = ("guidance_steps", "guidance_start", "guidance_end")
-    return next((name for name in fields if getattr(request, name)), None)
-
-
-def _guidance_interval(request: RecipeFields, recipe: Recipe) -> dict[str, int | None]:
-    """Return the first step with guidance, and the number of such steps; None is the recipe's.
-
-    Raises:
-        ApiError: 422, the fields contradict each other.
-    """
-    start, end = request.guidance_start, request.guidance_end
-    if start is None and end is None:
-        return {"guidance_steps": request.guidance_steps}
-    if request.guidance_steps is not None:
-        allowed = "must be absent beside guidance_start and guidance_end"
-        raise invalid_value("guidance_steps", allowed, request.guidance_steps)
-    if start is not None and end is not None and start > end:
-        raise invalid_value("guidance_start", f"must be at most guidance_end, {end:g}", start)
-    n = recipe.num_inference_steps
-    steps = request.num_inference_steps or n
-    first = round(steps * (recipe.guidance_start / n if start is None else start))
-    last_share = (recipe.guidance_start + recipe.guidance_steps) / n if end is None else end
-    return {
-        "guidance_start": first,
-        "guidance_steps": max(0, round(steps * last_share) - first),
-    }
-
-
-# ── work ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The work of a request but for its size, in branches of a step for each pixel.
-
-    Attributes:
-        images: images or frames.
-        steps: steps of each image.
-        branches: branches of a step.
-        output: work for decoding, previews and files.
-        enlarging: work for a pixel that is enlarged, its file included.
-        share: a branch's work in that of the weights' first denoiser.
-    """
-
-    images: int
-    steps: int
-    branches: int
-    output: int
-    enlarging: int
-    share: float
-
-    def of(self, size: Size, enlarged: int) -> int:
-        """Return the work. size: of the generated images. enlarged: pixels of each result."""
-        each = self.steps * self.branches * self.share + self.output
-        generated = math.ceil(size[0] * size[1] * each)
-        return self.images * (generated + enlarged * self.enlarging)
-
-    def check(self, size: Size, enlarged: int, allowed: int) -> None:
-        """Raise ApiError 422 if the work is more than allowed."""
-        work = self.of(size, enlarged)
-        if work > allowed:
-            share = f" * {self.share:.2g}" if self.share != 1 else ""
-            steps = f"{_counted(self.steps, 'step')} * {_counted(self.branches, 'branch', 'es')}"
-            each = f"{size[0] * size[1]} pixels * ({steps}{share} + {self.output})"
-            if enlarged:
-                each = f"({each} + {enlarged} pixels * {self.enlarging} to enlarge)"
-            raise _too_much_work(work, allowed, f"Cost = {_counted(self.images, 'image')} * {each}")
-
-
-def check_tiles_work(job: Job, enlarge: Enlarge, output: AnyFormat, allowed: int) -> None:
-    """Raise ApiError 422 if a job with enlarged images is more work than allowed.
-
-    Tiles are encoded and decoded, those of previews decoded once more each.
-    """
-    images, tiles = len(job.seeds), len(enlarge.tiling)
-    tile_pixels = images * tiles * math.prod(enlarge.tiling.tile)
-    previews = min(job.previews, max(0, job.steps - 1))
-    drawn = 0 if enlarge.image else images * job.width * job.height
-    decoded = drawn + (2 + previews) * tile_pixels
-    files = images * math.prod(enlarge.size) * (FILE_WORK[output] + previews * PREVIEW_WORK)
-    branches = 1 + len(job.regions)
-    steps = drawn * job.passes[0][1] * (branches + job.sampling.guided)
-    steps += tile_pixels * enlarge.steps * (branches + enlarge.sampling.guided)
-    work = math.ceil(steps * job.step_work) + decoded * DECODING_WORK + files
-    if work > allowed:
-        drawn_tiles = f"{tiles} tiles of {math.prod(enlarge.tiling.tile)} pixels"
-        parts = f"{_counted(images, 'image')} in {drawn_tiles}, {_counted(job.steps, 'step')}"
-        raise _too_much_work(work, allowed, f"It has {parts}, encoding, decoding and files")
-
-
-class TooMuchWorkError(ApiError):
-    """422: a request costs more than the settings allow."""
-
-
-def _too_much_work(work: int, allowed: int, reason: str) -> ApiError:
-    limit = f"more than PAELLERA_MAX_REQUEST_WORK ({allowed})"
-    message = f"this request costs {work}, {limit}. {reason}"
-    return TooMuchWorkError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_much_work", message)
-
-
-def _counted(count: int, noun: str, plural: str = "s") -> str:
-    return f"{count} {noun}{plural if count != 1 else ''}"
-
-
-def rows_of(fields: SamplingFields) -> int:
-    """Return the number of images or frames that a request asks for."""
-    return fields.frames if isinstance(fields, InterpolateRequest) else fields.n

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +10,9 @@ import numpy as np
 from model.canvas import Pixels, crop, fill, outpaint_canvas
 from model.compositing import FEATHER, composite, corrected
 from model.image_request import InputImage, Repaint
-from server.api.errors import ApiError, invalid_value
+from server.api.errors import invalid_value, unprocessable
 from server.api.images.admission import Uploads
-from server.api.images.decode import DecodedImage, repaint_mask
+from server.api.images.decoded_image import DecodedImage, repaint_mask
 from server.api.images.fit import Restoration, Size, View, extended, fitted, keeps_ratio
 from server.api.planning.draft import Draft
 from server.api.schemas import EditRequest, InpaintRequest, OutpaintRequest
@@ -158,8 +157,8 @@ def inpaint_weight(
         mode, source = request.mask_mode, view.source
         return view.part_of_mask(uploads.mask(request.mask, mode, source, scaled=view.scaled))
     if not image.has_alpha:
-        message = "mask: required, unless the image is transparent where it is to be repainted"
-        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "missing_field", message, "mask")
+        problem = "required, unless the image is transparent where it is to be repainted"
+        raise unprocessable("missing_field", "mask", problem)
     return repaint_mask(image, "alpha", image.size, "image")
 
 

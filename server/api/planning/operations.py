@@ -1,30 +1,22 @@
-"""`Plan`: how to answer a request; and each operation's planner, from a request and its files.
-
-Planning takes a while if there are images, so it waits for one of the decoder's threads
-(`server/api/images/admission.py`) until the deadline, or until the client leaves.
-"""
+"""Each operation's planner: from a request and its files to a `Plan`."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 import numpy as np
-from fastapi import Request
-from pydantic import BaseModel
 
-from model.canvas import Pixels, crop, on_white
-from model.config import Operation, SamplingConfig
+from model.canvas import Pixels, crop
+from model.config import Operation
 from model.image_request import Edit, Enlarge, InputImage, Reference, Region, parted
 from model.tiles import lanczos
-from server.api.errors import ApiError, invalid_value
+from server.api.errors import invalid_value, unprocessable
 from server.api.images.admission import Uploads
-from server.api.images.decode import repaint_mask
-from server.api.images.fit import Restoration, Size, decode_view, whole
+from server.api.images.decoded_image import repaint_mask
+from server.api.images.fit import Size, decode_view, whole
 from server.api.planning.conditions import (
     decode_fitted_reference,
     decode_keyframe,
@@ -34,17 +26,11 @@ from server.api.planning.conditions import (
     file_hash,
     image_as_prompt,
 )
-from server.api.planning.draft import (
-    Draft,
-    TooMuchWorkError,
-    check_operation,
-    draft,
-    rows_of,
-    seeds,
-)
+from server.api.planning.draft import Draft, check_operation, seeds
 from server.api.planning.layout import choose_canvas, choose_view, inpaint_weight, lay_out, restore
+from server.api.planning.plan import Plan
+from server.api.planning.work import TooMuchWorkError
 from server.api.schemas import (
-    AnyFormat,
     EditOrInpaintRequest,
     EditRequest,
     GenerateRequest,
@@ -55,129 +41,7 @@ from server.api.schemas import (
     UpscaleRequest,
     VariationsRequest,
 )
-from server.api.state import app_state, log_job, request_state, unless_cancelled
-from server.engine.messages import Image, Job
-from server.metrics import Metrics
-
-
-def _unchanged(image: Image) -> Image:
-    return image
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Describe how to answer a request.
-
-    Attributes:
-        operation: name of the native endpoint.
-        job: the worker's part. Its size is a multiple of the size step and may exceed `size`.
-        size: (width, height) at which the image is drawn, in pixels.
-        operation_parameters: effective values of the operation's own fields, files by hash.
-        finish: postprocessing, from a generated image or a preview to one of `size`.
-        restoration: postprocessing instead, to the sent image's resolution; None if the answer has
-            `size`.
-        is_transparent: whether the answer's images keep an alpha channel.
-        opaque: whether they are shown over white nevertheless.
-        prompt_read: what of the prompt is encoded, if the weights leave out a part.
-    """
-
-    operation: str
-    job: Job
-    size: Size
-    operation_parameters: Mapping[str, Any] = field(default_factory=dict)
-    finish: Callable[[Image], Image] = _unchanged
-    restoration: Restoration | None = None
-    is_transparent: bool = False
-    opaque: bool = False
-    prompt_read: str | None = None
-
-    @property
-    def answer_size(self) -> Size:
-        """(width, height) of the answer's images in pixels."""
-        return self.restoration.view.full_size if self.restoration else self.size
-
-    def result(self, image: Image) -> Image:
-        """Return the answer's image from a generated one. It may take seconds."""
-        if self.restoration is None:
-            return self.preview(image)
-        return self._shown(Image.of(self.restoration.restored(image.array), image.index))
-
-    def preview(self, image: Image) -> Image:
-        """Return an image of `size` from a generated one or a preview."""
-        return self._shown(self.finish(image))
-
-    def cropped(self, size: Size | None) -> Plan:
-        """Return the plan for the images' middle, with the parameters of the whole images.
-
-        size: (width, height) in pixels; None crops nothing.
-        """
-        if size is None or size == self.size:
-            return self
-        (width, height), whole = size, self.size
-        left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-
-        def finish(image: Image) -> Image:
-            pixels = self.finish(image).array
-            return Image.of(pixels[top : top + height, left : left + width], image.index)
-
-        parameters = {"width": whole[0], "height": whole[1], **self.operation_parameters}
-        return replace(self, size=size, operation_parameters=parameters, finish=finish)
-
-    def _shown(self, image: Image) -> Image:
-        return Image.of(on_white(image.array), image.index) if self.opaque else image
-
-    def parameters(self, truncated: tuple[str, ...], index: int) -> dict[str, Any]:
-        """Return all effective parameters of image `index`; a request for them repeats it."""
-        job, sampling = self.job, self.job.sampling
-        common = {
-            "operation": self.operation,
-            "model": job.model,
-            "model_sha256": job.model_sha256 or None,
-            "preset": sampling.preset,
-            "prompt": job.prompt,
-            "negative_prompt": job.negative_prompt,
-            "width": self.size[0],
-            "height": self.size[1],
-            "seed": job.seeds[index],
-            "num_inference_steps": sampling.steps,
-            "guidance_scale": list(sampling.guidance),
-            **_guidance_interval(sampling),
-            "temperature": list(sampling.temperature),
-            "sampler": sampling.sampler,
-            "typical_mass": sampling.typical_mass,
-            "renoise_steps": sampling.renoise_steps,
-            "renoise_mode": sampling.renoise_mode,
-            "renoise_order": sampling.renoise_order,
-            "attention_weights": _attention_weights(sampling),
-            "deterministic": sampling.deterministic,
-        }
-        frame = {"frame": index} if job.keyframes else {}
-        reading = {} if self.prompt_read is None else {"prompt_read": self.prompt_read}
-        truncation = {"truncated": list(truncated)}
-        return {**common, **self.operation_parameters, **frame, **reading, **truncation}
-
-    def shared_parameters(self, truncated: tuple[str, ...]) -> dict[str, Any]:
-        """Return the effective parameters of all images together."""
-        images = 1 if self.job.keyframes else len(self.job.seeds)
-        parameters = self.parameters(truncated, 0) | {"n": images}
-        parameters.pop("frame", None)
-        return parameters
-
-
-def _guidance_interval(sampling: SamplingConfig) -> dict[str, float]:
-    """Return the fields for the steps with guidance: their number, unless others come before."""
-    first, steps = sampling.guidance_start, sampling.steps
-    if first == 0:
-        return {"guidance_steps": sampling.guidance_steps}
-    end = (first + sampling.guidance_steps) / steps
-    return {"guidance_start": first / steps, "guidance_end": end}
-
-
-def _attention_weights(sampling: SamplingConfig) -> dict[str, float] | None:
-    if sampling.attention_weights is None:
-        return None
-    text, image = sampling.attention_weights
-    return {"text": text, "image": image}
+from server.engine.messages import Image
 
 
 def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Plan:
@@ -188,8 +52,9 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
     auto_regions = drafted.auto_regions(request)
     if drafted.config.vocabulary is None:
         return _generate_with(request, drafted, size, {})
-    if auto_regions and (parts := drafted.read(request.prompt).parts):
-        first, regions = parted(parts, *size)
+    reading = drafted.read(request.prompt)
+    if auto_regions and reading.parts:
+        first, regions = parted(reading.parts, *size)
         readings = ((request.prompt, first),)
         try:
             return _generate_with(
@@ -197,7 +62,9 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
             )
         except TooMuchWorkError:
             auto_regions = False
-    return _generate_with(request, drafted, size, {"auto_regions": auto_regions})
+    parameters = {"auto_regions": auto_regions}
+    readings = ((request.prompt, reading.whole),)
+    return _generate_with(request, drafted, size, parameters, readings=readings)
 
 
 def _generate_with(
@@ -237,7 +104,8 @@ def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
         request.feather,
     )
     if not layout.weight.any():
-        raise _empty_mask("mask: nothing to repaint in the part that width and height leave")
+        problem = "nothing to repaint in the part that width and height leave"
+        raise unprocessable("empty_mask", "mask", problem)
     regions, region_parameters = decode_regions(request.regions, view, drafted, uploads)
     references, reference_parameters = decode_references(request.references, drafted, uploads)
     parameters = {
@@ -435,7 +303,9 @@ def _with_reading(planner: Planner) -> Planner:
 
     def plan_and_read(request: Any, drafted: Draft, uploads: Uploads) -> Plan:
         planned = planner(request, drafted, uploads)
-        return replace(planned, prompt_read=drafted.reading(planned.job.prompt).get("prompt_read"))
+        whole = isinstance(request, GenerateRequest) and not request.regions
+        reading = drafted.reading(planned.job.prompt, whole=whole)
+        return replace(planned, prompt_read=reading.get("prompt_read"))
 
     return plan_and_read
 
@@ -449,77 +319,6 @@ OPERATIONS: dict[Operation, tuple[type[SamplingFields], Planner]] = {
     "upscale": (UpscaleRequest, _with_reading(_upscale)),
     "interpolate": (InterpolateRequest, _with_reading(_interpolate)),
 }
-
-
-async def plan(
-    request: Request,
-    fields: SamplingFields,
-    operation: Operation,
-    output: AnyFormat = "png",
-    parts: int = 1,
-) -> Plan:
-    """Plan a request, in the decoder's threads if it has images, and note its job for the log.
-
-    Args:
-        request: the HTTP request, whose end ends the planning.
-        fields: its fields.
-        operation: what they ask for.
-        output: format of the answer's images.
-        parts: plans that the request has; each may be that part of a request's work.
-
-    Raises:
-        ApiError: 404 unknown weights, 400 unsupported by them, 413 and 422 invalid images or
-            fields, 499 the client left.
-        EngineError: the decoder's, the engine's or the encoder's queue is full, or the deadline
-            passed.
-    """
-    state, scope = app_state(request), request_state(request).client or ""
-    settings = state.settings
-    if parts > 1:
-        part = settings.max_request_work // parts
-        settings = settings.model_copy(update={"max_request_work": part})
-    drafted = draft(fields, operation, state.models, settings, output, scope)
-    planner = partial(OPERATIONS[operation][1], drafted.request, drafted)
-    state.encoder.check_room(rows_of(fields))
-    if isinstance(fields, GenerateRequest) and not fields.regions:
-        planned = planner(Uploads(state.decoder.limits))
-    else:
-        files = list(uploaded_files(fields))
-        if files:
-            # Decoding would be in vain. The engine checks again when it is done.
-            state.engine.check_room(rows_of(fields))
-        work = state.decoder.run(planner, files, drafted.deadline)
-        planned = await unless_cancelled(request, _counted(work, state.metrics))
-    log_job(request, planned.job)
-    return planned
-
-
-async def _counted(work: Coroutine[Any, Any, Plan], metrics: Metrics) -> Plan:
-    try:
-        return await work
-    except asyncio.CancelledError:
-        metrics.cancelled.labels("upload").inc()
-        raise
-
-
-def uploaded_files(value: object, param: str = "") -> Iterator[tuple[str, bytes]]:
-    """Yield (param, content) of every image file in a request's fields."""
-    match value:
-        case bytes():
-            yield param, value
-        case BaseModel():
-            prefix = param and f"{param}."
-            for name in type(value).model_fields:
-                yield from uploaded_files(getattr(value, name), f"{prefix}{name}")
-        case list() | tuple():
-            for i, item in enumerate(value):
-                yield from uploaded_files(
-                    item, param if isinstance(item, bytes) else f"{param}.{i}"
-                )
-
-
-def _empty_mask(message: str) -> ApiError:
-    return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "empty_mask", message, "mask")
 
 
 def _shown(enlarge: Enlarge, image: Image) -> Image:

@@ -1,14 +1,34 @@
-"""The size that the weights generate nearest to a requested one."""
+"""The size at which an image is drawn: the requested one, or the nearest that the weights can."""
 
 from __future__ import annotations
 
 import math
 
 from model.config import BundleConfig
+from server.api.errors import invalid_value
+from server.api.images.fit import Size
 from server.settings import Settings
 
 # Areas in native ones at which the weights still draw well, the least and the most.
 NEAREST_AREAS = (0.5, 1.5)
+
+
+def drawn_size(
+    width: int | None, height: int | None, config: BundleConfig, settings: Settings
+) -> Size:
+    """Return the size at which an image of this width and height is drawn; None: the native one's.
+
+    Raises ApiError 422.
+    """
+    width, height = width or config.native_size[0], height or config.native_size[1]
+    if settings.sizes == "nearest":
+        return nearest_size((width, height), config, settings)
+    sides = config.sides(settings.max_side)
+    for param, pixels in (("width", width), ("height", height)):
+        if pixels not in sides:
+            allowed = f"must be a multiple of {sides.step} from {sides[0]} to {sides[-1]} pixels"
+            raise invalid_value(param, allowed, pixels)
+    return width, height
 
 
 def nearest_side(pixels: int, sides: range) -> int:
@@ -16,9 +36,7 @@ def nearest_side(pixels: int, sides: range) -> int:
     return min(sides, key=lambda side: abs(side - pixels))
 
 
-def nearest_size(
-    size: tuple[int, int], config: BundleConfig, settings: Settings
-) -> tuple[int, int]:
+def nearest_size(size: Size, config: BundleConfig, settings: Settings) -> Size:
     """Return the (width, height) in pixels at which the weights draw best what was asked for.
 
     The ratio of the sides comes first, then the native area. The area is within `NEAREST_AREAS` of
@@ -28,11 +46,11 @@ def nearest_size(
     native = config.native_size[0] * config.native_size[1]
     ratio = size[0] / size[1]
 
-    def is_possible(candidate: tuple[int, int]) -> bool:
+    def is_possible(candidate: Size) -> bool:
         area = candidate[0] * candidate[1] / native
         return candidate[1] in sides and NEAREST_AREAS[0] <= area <= NEAREST_AREAS[1]
 
-    def distance(candidate: tuple[int, int]) -> tuple[float, float]:
+    def distance(candidate: Size) -> tuple[float, float]:
         width, height = candidate
         return abs(math.log(width / height / ratio)), abs(math.log(width * height / native))
 

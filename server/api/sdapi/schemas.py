@@ -30,7 +30,7 @@ from model.compositing import MAX_FEATHER
 from model.config import FAST, QUALITY, BundleConfig, Operation, Preset, Recipe
 from server.api.errors import invalid_value
 from server.api.images.fit import Size
-from server.api.planning.draft import drawn_size
+from server.api.planning.sizes import drawn_size
 from server.api.schemas import (
     Fraction,
     Hires,

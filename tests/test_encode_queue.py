@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.api.images.encode import ImageEncoder
+from server.api.images.encode_queue import ImageEncoder
 from server.engine.errors import Draining, QueueFull
 
 

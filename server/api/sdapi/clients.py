@@ -11,11 +11,11 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from fastapi import Response
+from fastapi import Request, Response
 
-from server.api.planning.operations import Plan
+from server.api.planning.plan import Plan
 from server.engine.latency_model import Forecast
 from server.engine.messages import Finished, Preview
 
@@ -164,3 +164,8 @@ class Clients:
     def chosen(self, client: str) -> str | None:
         """Return the model that the client chose, None if it chose none."""
         return self._choices.get(client)
+
+
+def clients_of(request: Request) -> Clients:
+    """Return the state of the clients of the request's app."""
+    return cast(Clients, request.app.state.sdapi)
