@@ -113,7 +113,7 @@ def _mark(value: Any) -> None:
     if (
         isinstance(value, dict)
         and value.get("type") == "string"
-        and "base64" in value.get("description", "")
+        and "base64" in value.get("description", "").lower()
     ):
         value["format"] = "image"
 
