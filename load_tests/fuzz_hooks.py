@@ -87,18 +87,21 @@ IMAGES = images()
 def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
     """Say what the document says in words: which strings are images, that blank is absent."""
     _mark(raw_schema)
-    for path, methods in raw_schema["paths"].items():
+    bodies = dict[str, dict[str, Any]]()
+    for methods in raw_schema["paths"].values():
         for operation in methods.values():
             for body in operation.get("requestBody", {}).get("content", {}).values():
-                _allow_blank(body["schema"], null=path.startswith(("/v1/", SDAPI)))
+                name = body["schema"]["$ref"].rpartition("/")[2]
+                bodies[name] = raw_schema["components"]["schemas"][name]
+    for schema in bodies.values():
+        _allow_blank(schema)
 
 
-def _allow_blank(schema: dict[str, Any], null: bool) -> None:
-    """Allow empty text in all optional fields. null: and null."""
-    blank: list[dict[str, Any]] = [{"const": ""}, *([{"type": "null"}] if null else [])]
+def _allow_blank(schema: dict[str, Any]) -> None:
+    """Allow empty text in all optional fields."""
     properties = schema.get("properties", {})
     for name in properties.keys() - schema.get("required", ()):
-        properties[name] = {"anyOf": [properties[name], *blank]}
+        properties[name] = {"anyOf": [properties[name], {"const": ""}]}
     NAMES.update(properties)
 
 
@@ -110,7 +113,7 @@ def _mark(value: Any) -> None:
     if (
         isinstance(value, dict)
         and value.get("type") == "string"
-        and "base64" in value.get("description", "")
+        and "base64" in value.get("description", "").lower()
     ):
         value["format"] = "image"
 

@@ -548,6 +548,15 @@ def client(fake_server: str) -> Iterator[httpx.Client]:
         yield client
 
 
+def body_schema(
+    document: dict[str, Any], path: str, media_type: str = "application/json"
+) -> dict[str, Any]:
+    """Return the JSON Schema of a path's request body in the server's OpenAPI document."""
+    body = document["paths"][path]["post"]["requestBody"]["content"][media_type]
+    name = body["schema"]["$ref"].rpartition("/")[2]
+    return dict(document["components"]["schemas"][name])
+
+
 @pytest.fixture(scope="session")
 def embedded() -> BundleConfig:
     """The configuration of the embedded weights."""

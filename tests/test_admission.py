@@ -529,6 +529,14 @@ async def test_requests_wait_for_a_starting_worker_as_long_as_the_settings_say()
 
 
 @virtual_time
+async def test_a_deadline_that_passes_before_a_worker_is_ready_is_answered_as_starting() -> None:
+    async with engine(ready=False, start_wait_s=7) as e:
+        task = await e.ask(job(seconds=1))
+        await asyncio.sleep(1.1)
+        assert "starting" in str(await raised(task, Starting))
+
+
+@virtual_time
 async def test_a_worker_that_is_ready_in_time_ends_the_wait() -> None:
     async with engine(ready=False, start_wait_s=7) as e:
         task = await e.ask(job())

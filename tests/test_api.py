@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,12 +25,15 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api import create_app
-from server.api.openapi import EXAMPLES
+from server.api.body import FORM, JSON
+from server.api.openapi import EXAMPLES, IMAGE
+from server.api.planning.operations import OPERATIONS
+from server.api.schemas import as_list, file_bytes
 from server.engine.errors import Draining
 from server.engine.supervisor import Supervisor
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import NAME, NATIVE_SIZE, serving, wait_until, write_bundle
+from tests.conftest import NAME, NATIVE_SIZE, body_schema, serving, wait_until, write_bundle
 from tests.support.images import opened
 from tests.support.native_api import error_of, post
 from tests.support.servers import metric, served
@@ -355,6 +359,13 @@ def test_a_starting_server_lives_but_is_not_ready(fake_settings: Configure) -> N
             "starting",
         )
         assert (refused.status_code, error_of(refused)["code"]) == (503, "starting")
+
+
+def test_a_short_deadline_on_a_starting_server_is_no_timeout(fake_settings: Configure) -> None:
+    with served(fake_settings(), fake_worker.slow_to_start, ready=False) as client:
+        refused = post(client, timeout_s=0.1)
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "starting")
+        assert float(refused.headers["retry-after"]) > 0
         assert int(refused.headers["retry-after"]) >= 1
 
 
@@ -494,8 +505,8 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
         path: methods["post"] for path, methods in document["paths"].items() if "post" in methods
     }
     assert set(drawing) == set(EXAMPLES)
-    for operation in drawing.values():
-        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    for path, operation in drawing.items():
+        schema = body_schema(document, path)
         assert schema["additionalProperties"] is False
         assert schema["properties"]["seed"]["anyOf"][0]["minimum"] == -(2**63)
         assert {
@@ -525,7 +536,7 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
         assert (key["in"], key["required"]) == ("header", False)
         assert (key["schema"]["minLength"], key["schema"]["maxLength"]) == (1, 255)
     generate = drawing["/generate"]
-    schema = generate["requestBody"]["content"]["application/json"]["schema"]
+    schema = body_schema(document, "/generate")
     assert schema["properties"]["n"]["maximum"] == 16
     assert {"maximum": 30, "minimum": 0, "type": "number"} in schema["properties"][
         "guidance_scale"
@@ -538,12 +549,9 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
 
 
 def test_the_documents_bounds_are_exact_and_its_forms_have_no_null(client: httpx.Client) -> None:
-    content = client.get("/openapi.json").json()["paths"]["/inpaint"]["post"]["requestBody"][
-        "content"
-    ]
+    document = client.get("/openapi.json").json()
     as_json, as_form = (
-        content[kind]["schema"]["properties"]
-        for kind in ("application/json", "multipart/form-data")
+        body_schema(document, "/inpaint", kind)["properties"] for kind in (JSON, FORM)
     )
     bounds = {"type": "integer", "minimum": -INT64_MAX - 1, "exclusiveMaximum": INT64_MAX + 1}
     assert bounds in as_json["seed"]["anyOf"]
@@ -578,8 +586,7 @@ def test_every_documented_error_has_the_one_shape(client: httpx.Client) -> None:
 def test_width_and_height_are_documented_as_each_endpoint_reads_them(
     client: httpx.Client, path: str, default: str
 ) -> None:
-    body = client.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]
-    properties = body["content"]["application/json"]["schema"]["properties"]
+    properties = body_schema(client.get("/openapi.json").json(), path)["properties"]
     assert default in properties["width"]["description"]
     assert properties["height"]["description"] in ("As width", properties["width"]["description"])
 
@@ -592,13 +599,90 @@ def test_only_interpolate_is_documented_to_answer_with_gif(client: httpx.Client)
     } == {"/interpolate"}
 
 
+def takes_files(field: dict[str, Any]) -> bool:
+    """Return whether a form's documented field is a file, or a list of files."""
+    return "binary" in (field.get("format"), field.get("items", {}).get("format"))
+
+
+def parts(
+    fields: dict[str, Any], files: Collection[str]
+) -> list[tuple[str, tuple[str | None, str | bytes]]]:
+    """Return fields as a form's parts, as httpx takes them. files: names of those that are."""
+    return [
+        (name, ("image.png", file_bytes(entry)))
+        if name in files
+        else (name, (None, entry if isinstance(entry, str) else json.dumps(entry)))
+        for name, value in fields.items()
+        for entry in as_list(value)
+    ]
+
+
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_the_documented_examples_work(client: httpx.Client, path: str) -> None:
-    operation = client.get("/openapi.json").json()["paths"][path]["post"]
-    answer = client.post(
-        path, json=operation["requestBody"]["content"]["application/json"]["example"]
-    )
+    document = client.get("/openapi.json").json()
+    content = document["paths"][path]["post"]["requestBody"]["content"]
+    answer = client.post(path, json=content[JSON]["example"])
     assert answer.status_code == 200, answer.text
+    fields = body_schema(document, path, FORM)["properties"]
+    example = content[FORM]["example"]
+    for files in ([name for name in fields if takes_files(fields[name])], []):
+        answer = client.post(path, files=parts(example, files))
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_a_forms_documented_files_are_the_fields_that_take_files(
+    client: httpx.Client, path: str
+) -> None:
+    fields = body_schema(client.get("/openapi.json").json(), path, FORM)["properties"]
+    files = [name for name in fields if takes_files(fields[name])]
+    for name in fields:
+        others = {other: value for other, value in EXAMPLES[path].items() if other != name}
+        file = (name, ("image.png", file_bytes(IMAGE)))
+        answer = client.post(path, files=[*parts(others, files), file])
+        refusals = "send it as text, not as a file", "not supported; leave it out"
+        is_refused = any(text in answer.text for text in refusals)
+        assert is_refused != (name in files), (name, answer.text[:200])
+
+
+def test_generated_clients_send_no_field_that_nobody_set(client: httpx.Client) -> None:
+    # They require or send a field with a default, and cannot express that one of two is required.
+    document = client.get("/openapi.json").json()
+    requests = [
+        schema
+        for name, schema in document["components"]["schemas"].items()
+        if name.endswith(("Request", "Form", "Entry")) and name not in ("ImageEntry", "ModelEntry")
+    ]
+    for schema in requests:
+        assert "anyOf" not in schema
+        assert all("default" not in field for field in schema["properties"].values())
+
+
+def test_no_default_contradicts_its_field() -> None:
+    for schema, _ in OPERATIONS.values():
+        for name, field in schema.model_json_schema()["properties"].items():
+            if "default" in field and field["default"] is None:
+                assert {"type": "null"} in field["anyOf"], name
+
+
+def test_every_operation_of_the_document_has_a_short_name_of_its_own(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    names = [operation["operationId"] for path in paths.values() for operation in path.values()]
+    assert len(set(names)) == len(names)
+    assert {"generate", "inpaint", "openai_edits", "show_model", "health", "healthz"} <= set(names)
+
+
+def test_lists_are_documented_without_prefix_items_and_streams_as_text(
+    client: httpx.Client,
+) -> None:
+    document = client.get("/openapi.json").json()
+    assert "prefixItems" not in json.dumps(document)
+    pairs = body_schema(document, "/generate")["properties"]["guidance_scale"]["anyOf"]
+    number = {"maximum": 30, "minimum": 0, "type": "number"}
+    assert {"type": "array", "items": number, "minItems": 2, "maxItems": 2} in pairs
+    for path in EXAMPLES:
+        answer = document["paths"][path]["post"]["responses"]["200"]
+        assert answer["content"]["text/event-stream"]["schema"]["type"] == "string"
 
 
 # ── the app ───────────────────────────────────────────────────────────────────────────────────────

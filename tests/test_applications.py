@@ -23,7 +23,7 @@ import pytest
 from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import NAME, serving, wait_until
+from tests.conftest import NAME, body_schema, serving, wait_until
 from tests.support.api_keys import KEY
 from tests.support.images import noise, png, white
 
@@ -301,7 +301,10 @@ def test_home_assistant(server: httpx.Client) -> None:
         ({"model": "dall-e-3", "response_format": "url"}, {"url"}),
         ({"model": "gpt-image-1"}, {"b64_json"}),
         ({"model": NAME}, {"b64_json"}),
-        ({}, {"b64_json"}),
+        ({}, {"b64_json", "url"}),
+        ({"model": None}, {"b64_json", "url"}),
+        ({"model": ""}, {"b64_json", "url"}),
+        ({"response_format": "b64_json"}, {"b64_json"}),
     ],
 )
 def test_files_and_urls_follow_the_model_unless_one_is_asked_for(
@@ -362,9 +365,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 def others(client: httpx.Client, path: str) -> list[str]:
     """Return the names of all fields of an endpoint but those that it needs."""
-    document = client.get("/openapi.json").json()
-    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-    return sorted(set(content["schema"]["properties"]) - set(NEEDED[path]))
+    schema = body_schema(client.get("/openapi.json").json(), path)
+    return sorted(set(schema["properties"]) - set(NEEDED[path]))
 
 
 # null is no value of native fields.
@@ -379,6 +381,14 @@ def test_empty_values_of_all_other_fields_are_absent(
     sent = NEEDED[path] | dict.fromkeys(others(server, path), empty)
     answer = server.post(path, json=sent)
     assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("path", [path for path in NEEDED if path.startswith(("/v1/", SD))])
+def test_the_document_allows_null_where_it_is_absent(server: httpx.Client, path: str) -> None:
+    fields = body_schema(server.get("/openapi.json").json(), path)["properties"]
+    for name in others(server, path):
+        values = fields[name].get("anyOf", [{"type": "null"}] if "type" not in fields[name] else [])
+        assert {"type": "null"} in values, name
 
 
 @pytest.mark.parametrize("path", [EDITS, "/v1/images/variations", "/edit", "/upscale"])

@@ -203,9 +203,11 @@ def test_an_answer_has_a_name_for_clients_that_save_it(
 # ── compression ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
-def test_json_is_compressed_when_asked(client: httpx.Client, path: str) -> None:
-    fields = {"prompt": "noise", "seed": 7, "n": 2}
+@pytest.mark.parametrize(
+    ("path", "format"), [("/generate", "json"), ("/v1/images/generations", "b64_json")]
+)
+def test_json_is_compressed_when_asked(client: httpx.Client, path: str, format: str) -> None:
+    fields = {"prompt": "noise", "seed": 7, "n": 2, "response_format": format}
     plain = client.post(path, json=fields, headers={"Accept-Encoding": "identity"})
     zipped = client.post(path, json=fields, headers={"Accept-Encoding": "gzip"})
     assert ("content-encoding" in plain.headers, zipped.headers["content-encoding"]) == (

@@ -44,7 +44,7 @@ from server.engine.latency_model import Forecast
 from server.engine.messages import Finished, Image, Preview, Timings
 from server.settings import Settings
 from tests import fake_worker
-from tests.conftest import NAME, micro_config, micro_preset_config, serving, wait_until
+from tests.conftest import NAME, body_schema, micro_config, micro_preset_config, serving, wait_until
 from tests.hostile import exif
 from tests.support.api_keys import AUTHORIZED, KEY, OTHER
 from tests.support.app_requests import endless
@@ -1273,17 +1273,21 @@ GETS = ("options", "sd-models", "samplers", "progress", "memory")
 
 
 def test_the_document_has_them_and_unknown_fields_are_allowed(sd: httpx.Client) -> None:
-    paths = sd.get(at_root(sd, "/openapi.json")).json()["paths"]
-    body = paths["/sdapi/v1/img2img"]["post"]["requestBody"]
-    assert body["required"] is True
-    schema = body["content"]["application/json"]
-    assert "additionalProperties" not in schema["schema"]
-    assert schema["schema"]["required"] == ["init_images"]
-    batch = paths["/sdapi/v1/extra-batch-images"]["post"]["requestBody"]["content"]
-    entry = batch["application/json"]["schema"]["properties"]["imageList"]["items"]
+    document = sd.get(at_root(sd, "/openapi.json")).json()
+    operation = document["paths"]["/sdapi/v1/img2img"]["post"]
+    assert operation["requestBody"]["required"] is True
+    assert "Idempotency-Key" in [each["name"] for each in operation["parameters"]]
+    schema = body_schema(document, "/sdapi/v1/img2img")
+    assert "additionalProperties" not in schema
+    assert schema["required"] == ["init_images"]
+    batch = body_schema(document, "/sdapi/v1/extra-batch-images")
+    assert batch["properties"]["imageList"]["items"] == {"$ref": "#/components/schemas/BatchEntry"}
+    entry = document["components"]["schemas"]["BatchEntry"]
     assert entry["required"] == ["data"]
+    paths = document["paths"]
     summaries = {path: paths[f"/sdapi/v1/{path}"]["get"]["summary"] for path in GETS}
     assert summaries["sd-models"] == "Return the loaded weights"
     assert all(each.startswith("Return ") and "." not in each for each in summaries.values())
     for path in ("img2img", "options"):
         assert {"400", "404", "415", "422"} <= set(paths[f"/sdapi/v1/{path}"]["post"]["responses"])
+    assert not {"200", "422"} & set(paths["/sdapi/v1/interrogate"]["post"]["responses"])

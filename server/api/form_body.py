@@ -164,11 +164,11 @@ def _is_nested(path: Path) -> bool:
 
 
 def _takes_file(path: Path, schema: type[BaseModel]) -> bool:
-    return tuple(key for key in path if not _is_position(key)) in _file_fields(schema)
+    return tuple(key for key in path if not _is_position(key)) in file_fields(schema)
 
 
 @cache
-def _file_fields(schema: type[BaseModel]) -> frozenset[Path]:
+def file_fields(schema: type[BaseModel]) -> frozenset[Path]:
     """Return the paths, without positions, of the fields that take files."""
     found = set[Path]()
     for name, field in schema.model_fields.items():
@@ -176,7 +176,7 @@ def _file_fields(schema: type[BaseModel]) -> frozenset[Path]:
             if kind is bytes:
                 found.add((name,))
             elif isinstance(kind, type) and issubclass(kind, BaseModel):
-                found.update((name, *inner) for inner in _file_fields(kind))
+                found.update((name, *inner) for inner in file_fields(kind))
     return frozenset(found)
 
 

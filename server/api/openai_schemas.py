@@ -26,6 +26,7 @@ from server.api.schemas import (
     ImageBytesList,
     KeepUnmasked,
     NonBlankText,
+    NullIsAbsent,
     RecipeFields,
     Regions,
     ReturnSizeChoice,
@@ -59,7 +60,8 @@ UNSUPPORTED_FIELDS = {
     "svg": "images are png, jpeg or webp",
     "markup": "send a mask for the part to change",
 }
-# OpenAI's models that answer with URLs unless they are asked for files.
+# OpenAI's models that answer with URLs unless they are asked for files. Without a model it is the
+# first.
 URL_MODELS = ("dall-e-2", "dall-e-3")
 UNSUPPORTED = "Any value but null is answered with 400"
 
@@ -129,8 +131,8 @@ OpenAIImageList = Annotated[
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class ImagesFields(RecipeFields):
-    """Fields of all of OpenAI's image endpoints. null means absent."""
+class ImagesFields(RecipeFields, NullIsAbsent):
+    """Fields of all of OpenAI's image endpoints."""
 
     size: Annotated[
         str,
@@ -167,7 +169,7 @@ class ImagesFields(RecipeFields):
         BeforeValidator(format_name),
         Field(
             description="url: of a file that this server keeps for a while; not for streams. If it"
-            " is absent and model is dall-e-2 or dall-e-3: both"
+            " is absent: both, where model is absent too or is dall-e-2 or dall-e-3"
         ),
     ] = "b64_json"
     background: Annotated[
@@ -182,11 +184,6 @@ class ImagesFields(RecipeFields):
     svg: Annotated[Any, Field(description=UNSUPPORTED)] = None
     markup: Annotated[Any, Field(description=UNSUPPORTED)] = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, sent: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in sent.items() if value is not None}
-
     @property
     def file_quality(self) -> int:
         """Quality of JPEG and WebP, 1…100."""
@@ -195,7 +192,7 @@ class ImagesFields(RecipeFields):
     @property
     def url_by_default(self) -> bool:
         """Return whether programs written for the requested model of OpenAI's expect a URL, too."""
-        name = (self.model or "").rpartition("/")[2]
+        name = (self.model or URL_MODELS[0]).rpartition("/")[2]
         return name in URL_MODELS and "response_format" not in self.model_fields_set
 
     def effective_quality(self, preset: str) -> Quality:
@@ -233,6 +230,8 @@ class ImagesFields(RecipeFields):
 class GenerationsRequest(ImagesFields):
     """Text to image."""
 
+    model_config = ConfigDict(title="OpenAIGenerationRequest")
+
     prompt: NonBlankText
     moderation: Annotated[
         Literal["auto", "low"], Field(description="Accepted without effect: nothing is moderated")
@@ -253,16 +252,16 @@ class GenerationsRequest(ImagesFields):
 class EditsRequest(ImagesFields):
     """Repaint the masked part of an image, or its transparent part, or redraw all of it."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"anyOf": [{"required": ["image"]}, {"required": ["images"]}]}
-    )
+    # Nothing is `required` where one of two fields is: generated clients cannot express that.
+    model_config = ConfigDict(title="OpenAIEditRequest")
 
     prompt: NonBlankText
     image: Annotated[
         OpenAIImageList,
         Field(
             default_factory=list,
-            description="The first is edited; the others show the wanted content",
+            description="Required unless there is `images`. The first is edited; the others show"
+            " the wanted content",
         ),
     ]
     images: Annotated[
@@ -344,6 +343,8 @@ class EditsRequest(ImagesFields):
 
 class VariationRequest(ImagesFields):
     """Other images with the same content."""
+
+    model_config = ConfigDict(title="OpenAIVariationRequest")
 
     image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import json
+import re
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from server.api.body import FORM, JSON
-from server.api.schemas import ErrorAnswer
+from server.api.form_body import file_fields
+from server.api.schemas import IMAGE_DESCRIPTION, ErrorAnswer, NullIsAbsent
 from server.api.sse import Event
-from server.api.validation import json_schema
 
 ERRORS = {
     400: "Malformed JSON or form, unsupported by the weights, or a host that is not allowed",
@@ -35,7 +38,11 @@ KEY_MISSING = {
     "description": ERRORS[401],
     "content": {JSON: {"schema": {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}}},
 }
-BINARY = {"schema": {"type": "string", "format": "binary"}}
+FILE = {"type": "string", "format": "binary"}
+BINARY = {"schema": FILE}
+NULL = {"type": "null"}
+LIST_KEYS = ("title", "minItems", "maxItems")
+FILE_OR_TEXT = "Base64 or a data URL is accepted as text, too"
 
 
 def _headers(descriptions: dict[str, str]) -> dict[str, Any]:
@@ -116,42 +123,120 @@ def _error(status: int, description: str) -> dict[str, Any]:
 def describe_events(*events: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the content of a stream. events: names and example data."""
     example = "".join(Event(name, data).encode().decode() for name, data in events)
-    # No type: some readers take it for the whole stream, a text, others for an event, an object.
-    schema = {"description": f"Server-sent events: {', '.join(dict(events))}, error"}
+    # The whole stream is a text. Without a type, generated clients take the JSON for anything, too.
+    schema = {
+        "type": "string",
+        "description": f"Server-sent events: {', '.join(dict(events))}, error",
+    }
     return {"text/event-stream": {"schema": schema, "example": example}}
 
 
 def describe_body(schema: type[BaseModel], path: str) -> dict[str, Any]:
-    """Return FastAPI's `openapi_extra` of an endpoint that takes JSON and forms."""
-    described = without_references(schema)
-    content: dict[str, Any] = {media_type: {"schema": described} for media_type in (JSON, FORM)}
-    content[JSON]["example"] = EXAMPLES[path]
+    """Return FastAPI's `openapi_extra` of an endpoint that takes JSON and forms.
+
+    Forms come first where there are files: some generators know the first kind alone.
+    """
+    described = describe_json_body(schema)
+    content = described["requestBody"]["content"]
+    form = {FORM: _form_body(schema)}
+    has_files = any(len(field) == 1 for field in file_fields(schema))
+    content = {**form, **content} if has_files else {**content, **form}
+    for body in content.values():
+        body["example"] = EXAMPLES[path]
+    described["requestBody"]["content"] = content
+    return described
+
+
+def describe_json_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """Return FastAPI's `openapi_extra` of an endpoint that is described for JSON alone."""
     return {
         "parameters": [IDEMPOTENCY_KEY],
-        "requestBody": {"required": True, "content": content},
+        "requestBody": {"required": True, "content": {JSON: {"schema": _json(schema)}}},
     }
 
 
-def without_references(schema: type[BaseModel]) -> dict[str, Any]:
-    """Return the schema with inlined definitions: the document has no place for them."""
-    whole = json_schema(schema)
-    definitions = whole.get("$defs", {})
+def _json(schema: type[BaseModel]) -> dict[str, Any]:
+    described = schema.model_json_schema(ref_template="#/components/schemas/{model}")
+    for each in (described, *described.get("$defs", {}).values()):
+        each["properties"] = {name: _optional(kind) for name, kind in each["properties"].items()}
+    if issubclass(schema, NullIsAbsent):
+        fields = described["properties"]
+        for name in fields.keys() - described.get("required", ()):
+            fields[name] = _with_null(fields[name])
+    return described
 
-    def inlined(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "$ref" in value:
-                return inlined(definitions[value["$ref"].rpartition("/")[2]])
-            return {name: inlined(inner) for name, inner in value.items()}
-        return [inlined(inner) for inner in value] if isinstance(value, list) else value
 
-    return {name: inlined(value) for name, value in whole.items() if name != "$defs"}
+def _optional(kind: dict[str, Any]) -> dict[str, Any]:
+    """Return a field's schema with its default in words alone.
+
+    Generated clients would require or send a `default`, and a sent value is not an absent one.
+    """
+    default = _plain(kind.get("default"))
+    kept = {name: value for name, value in kind.items() if name != "default"}
+    if default in (None, "", [], {}):
+        return kept
+    text = f"Default: {default if isinstance(default, str) else json.dumps(default)}"
+    return kept | {"description": ". ".join(filter(None, (kind.get("description"), text)))}
+
+
+def _form_body(schema: type[BaseModel]) -> dict[str, Any]:
+    described = _form(schema)
+    # Entries of other lists are files or objects, which no client joins by commas.
+    lists = [name for name, kind in described["properties"].items() if _holds_numbers(kind)]
+    encoding = {name: {"style": "form", "explode": True} for name in lists}
+    return {"schema": described, **({"encoding": encoding} if encoding else {})}
+
+
+def _holds_numbers(kind: dict[str, Any]) -> bool:
+    lists = [each for each in kind.get("anyOf", [kind]) if each.get("type") == "array"]
+    entries = [_plain(each)["items"] for each in lists]
+    return any(entry.get("type") == "number" for entry in entries)
+
+
+def _form(schema: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a form: files as such, and no null, which a form cannot express."""
+    described = _json(schema)
+    files = file_fields(schema)
+    described["title"] = f"{described['title'].removesuffix('Request')}Form"
+    described["properties"] = {
+        name: _as_file(kind) if (name,) in files else _without_null(kind)
+        for name, kind in described["properties"].items()
+    }
+    return described
+
+
+def _as_file(kind: dict[str, Any]) -> dict[str, Any]:
+    """Return the form's counterpart of an image, or of a list of them, in JSON."""
+    about = {"description": f"{kind.get('description', IMAGE_DESCRIPTION)}. {FILE_OR_TEXT}"}
+    for branch in kind.get("anyOf", ()):
+        if branch.get("type") == "array":
+            whole = branch | kind
+            kept = {name: whole[name] for name in LIST_KEYS if name in whole}
+            return kept | about | {"items": FILE | {"description": FILE_OR_TEXT}, "type": "array"}
+    return FILE | about | {"title": kind["title"]}
+
+
+def _with_null(kind: dict[str, Any]) -> dict[str, Any]:
+    outside = {name: kind[name] for name in ("title", "description") if name in kind}
+    inside = {name: value for name, value in kind.items() if name not in outside}
+    if not inside:
+        return kind
+    branches = inside["anyOf"] if inside.keys() == {"anyOf"} else [inside]
+    return outside | {"anyOf": [*branches, *([] if NULL in branches else [NULL])]}
+
+
+def _without_null(kind: dict[str, Any]) -> dict[str, Any]:
+    branches = [branch for branch in kind.get("anyOf", ()) if branch != NULL]
+    if len(branches) == 1:
+        return branches[0] | {key: value for key, value in kind.items() if key != "anyOf"}
+    return kind | {"anyOf": branches} if branches else kind
 
 
 # ── document ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class DocumentedApp(FastAPI):
-    """FastAPI with an exact document: whole bounds, forms without null, keys where needed."""
+    """FastAPI with an exact document: whole bounds, named schemas and operations, keys."""
 
     def __init__(
         self, needs_key: Callable[[str], bool], elsewhere: Collection[str] = (), **options: Any
@@ -163,7 +248,7 @@ class DocumentedApp(FastAPI):
             elsewhere: paths that the API's port does not serve.
             options: of FastAPI.
         """
-        super().__init__(**options)
+        super().__init__(generate_unique_id_function=operation_id, **options)
         self._needs_key, self._elsewhere = needs_key, elsewhere
 
     def openapi(self) -> dict[str, Any]:
@@ -186,42 +271,51 @@ class DocumentedApp(FastAPI):
             document["components"]["securitySchemes"] = {BEARER: scheme}
 
 
+def operation_id(route: APIRoute) -> str:
+    """Return the route's name as generated clients can use it: generate, sdapi_png_info."""
+    return re.sub(r"\W+", "_", route.name)
+
+
 def exact(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the document with whole numbers as integers and without null in forms.
+    """Return the document with whole numbers as integers, plain lists, and named bodies.
 
     FastAPI's own error, which no endpoint answers with, is left out.
     """
-    whole: dict[str, Any] = _with_integers(document)
+    whole: dict[str, Any] = _plain(document)
+    schemas = whole["components"]["schemas"]
     for name in (UNUSED_ERROR, "ValidationError"):
-        whole["components"]["schemas"].pop(name, None)
-    for path in whole["paths"].values():
-        for operation in path.values():
-            if UNUSED_ERROR in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]
-            form = operation.get("requestBody", {}).get("content", {}).get(FORM)
-            if form and "properties" in form["schema"]:
-                fields = form["schema"]["properties"].items()
-                form["schema"]["properties"] = {name: _without_null(kind) for name, kind in fields}
+        schemas.pop(name, None)
+    for operation in _operations(whole):
+        if UNUSED_ERROR in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]
+        for body in operation.get("requestBody", {}).get("content", {}).values():
+            described = body["schema"]
+            schemas.update(described.pop("$defs", {}))
+            schemas[described["title"]] = described
+            body["schema"] = {"$ref": f"#/components/schemas/{described['title']}"}
     return whole
 
 
-def _with_integers(value: Any) -> Any:
-    """Floats lose the last digits of a 64-bit bound, which exact readers of decimals notice."""
+def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for path in document["paths"].values():
+        yield from path.values()
+
+
+def _plain(value: Any) -> Any:
+    """Return a part of the document for readers of exact decimals, and of lists of one type.
+
+    Floats lose the last digits of a 64-bit bound. Some generators cannot read `prefixItems`.
+    """
     match value:
+        case {"prefixItems": [first, *others], **rest} if all(each == first for each in others):
+            return _plain({**rest, "items": first})
         case dict():
-            return {key: _with_integers(inner) for key, inner in value.items()}
+            return {key: _plain(inner) for key, inner in value.items()}
         case list():
-            return [_with_integers(inner) for inner in value]
+            return [_plain(inner) for inner in value]
         case float() if value.is_integer():
             return int(value)
     return value
-
-
-def _without_null(kind: dict[str, Any]) -> dict[str, Any]:
-    branches = [branch for branch in kind.get("anyOf", ()) if branch != {"type": "null"}]
-    if len(branches) == 1:
-        return branches[0] | {key: value for key, value in kind.items() if key != "anyOf"}
-    return kind | {"anyOf": branches} if branches else kind
 
 
 # ── examples ──────────────────────────────────────────────────────────────────────────────────────

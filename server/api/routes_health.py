@@ -23,7 +23,7 @@ ALIVE_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/health", summary="The same as /healthz", responses=ALIVE_RESPONSES)
+@router.get("/health", name="health", summary="The same as /healthz", responses=ALIVE_RESPONSES)
 @router.get("/healthz", summary="Liveness probe: the process answers", responses=ALIVE_RESPONSES)
 async def healthz() -> Response:
     """Return 200 while the process runs."""

@@ -22,7 +22,7 @@ INT64 = 2**63
 MAX_TEXT = 32_000
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-AnyFormat = Format | Literal["gif", "json", "url"]
+AnyFormat = Literal[Format, "gif", "json", "url"]
 
 
 # ── text and numbers ──────────────────────────────────────────────────────────────────────────────
@@ -223,6 +223,15 @@ ImageBytesList = Annotated[
 # ── common fields ─────────────────────────────────────────────────────────────────────────────────
 
 
+class NullIsAbsent(BaseModel):
+    """A request in which null means that a field is absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, sent: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in sent.items() if value is not None}
+
+
 class AttentionWeights(BaseModel):
     """Factors on the attention that the denoiser gives to the prompt and to the prior's image."""
 
@@ -276,13 +285,13 @@ class RecipeFields(BaseModel):
     ] = None
     guidance_scale: Annotated[
         tuple[Guidance, Guidance] | None,
-        BeforeValidator(_pair, json_schema_input_type=Guidance | tuple[Guidance, Guidance]),
+        BeforeValidator(_pair, json_schema_input_type=Guidance | tuple[Guidance, Guidance] | None),
         Field(description="Classifier-free guidance, a number or [start, end]; 1 is off"),
     ] = None
     temperature: Annotated[
         tuple[Temperature, Temperature] | None,
         BeforeValidator(
-            _pair, json_schema_input_type=Temperature | tuple[Temperature, Temperature]
+            _pair, json_schema_input_type=Temperature | tuple[Temperature, Temperature] | None
         ),
         Field(description="Sampling temperature of the tokens, a number or [start, end]"),
     ] = None
@@ -386,7 +395,7 @@ class SamplingFields(RecipeFields):
     ] = None
     height: Annotated[Side | None, Field(description="As width")] = None
     response_format: Annotated[
-        Format | Literal["json", "url"] | None,
+        Literal[Format, "json", "url"] | None,
         BeforeValidator(format_name),
         Field(description="Overrides the Accept header; url: JSON with URLs of stored PNGs"),
     ] = None

@@ -203,7 +203,8 @@ class EngineClient:
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 answer = await entry.answer
         except TimeoutError:
-            raise DeadlineExceeded("the deadline passed") from None
+            late = DeadlineExceeded("the deadline passed")
+            raise (late if entry.worker else self._no_worker(entry)) from None
         except asyncio.CancelledError:
             self.metrics.cancelled.labels("worker" if entry.started else "queue").inc()
             raise
@@ -300,12 +301,14 @@ class EngineClient:
         if workers := [worker for worker in self.workers if worker.accepting]:
             entry.send_to(min(workers, key=lambda w: (not w.status.ready, w.rows_owed)))
             return
-        error = WorkerLost if entry.sent_at else Starting
         loop = asyncio.get_running_loop()
         wait_s = self._settings.start_wait_s
-        entry.set_timeout(
-            loop.call_later(wait_s, lambda: entry.resolve(error(self.status().reason)))
-        )
+        entry.set_timeout(loop.call_later(wait_s, lambda: entry.resolve(self._no_worker(entry))))
+
+    def _no_worker(self, entry: PendingJob) -> EngineError:
+        """Return the error of a job that waited for a worker in vain."""
+        error = WorkerLost if entry.sent_at else Starting
+        return error(self.status().reason)
 
     def _forget(self, entry: PendingJob) -> None:
         del self._pending[entry.job.id]

@@ -40,7 +40,7 @@ class DeadlineUnreachable(EngineError):
 
 
 class Starting(EngineError):
-    """No worker became ready within `start_wait_s`."""
+    """No worker became ready within `start_wait_s`, or before the deadline."""
 
 
 class Draining(EngineError):
@@ -48,7 +48,7 @@ class Draining(EngineError):
 
 
 class WorkerLost(EngineError):
-    """The job's worker was lost, and no other became ready within `start_wait_s` to replay it."""
+    """The job's worker was lost, and no other became ready in time to replay it."""
 
 
 class DeadlineExceeded(EngineError):

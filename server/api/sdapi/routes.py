@@ -17,7 +17,12 @@ from server.api.body import JSON, read_body
 from server.api.errors import ApiError
 from server.api.images.admission import Uploads
 from server.api.images.infotext import png_texts, read_infotext
-from server.api.openapi import describe_answers, describe_errors, without_references
+from server.api.openapi import (
+    describe_answers,
+    describe_error,
+    describe_errors,
+    describe_json_body,
+)
 from server.api.sdapi.checkpoints import options, samplers, sd_models, set_options
 from server.api.sdapi.clients import Clients
 from server.api.sdapi.extras import extra_batch_images, extra_single_image
@@ -141,23 +146,20 @@ def _post(
     summary: str,
     schema: type[BaseModel] | None = None,
     answer: type[BaseModel] | None = None,
+    status: int = 200,
 ) -> None:
-    body = {"requestBody": {"required": True, "content": {JSON: {"schema": _document(schema)}}}}
-    errors = describe_errors() if schema else None
+    errors = describe_errors() if schema else describe_error(status) if status >= 400 else None
     router.add_api_route(
         path,
         endpoint,
         methods=["POST"],
         summary=summary,
         name=f"sdapi{path}",
+        status_code=status,
         response_class=JSONResponse,
         responses=describe_answers(summary, answer, {}) if answer else errors,
-        openapi_extra=body if schema else None,
+        openapi_extra=describe_json_body(schema) if schema else None,
     )
-
-
-def _document(schema: type[BaseModel] | None) -> dict[str, Any]:
-    return without_references(schema) if schema else {}
 
 
 _post("/txt2img", drawing_endpoint(Txt2ImgRequest), "Text to image", Txt2ImgRequest, SdAnswer)
@@ -176,7 +178,7 @@ _post(
     ExtraBatchImagesRequest,
     ExtraBatchAnswer,
 )
-_post("/interrogate", interrogate, "Refused: nothing here describes images")
+_post("/interrogate", interrogate, "Refused: nothing here describes images", status=400)
 _post("/png-info", png_info, "Parameters in an image", PngInfoRequest, PngInfoAnswer)
 _post("/options", set_options, "Choose the model", OptionsRequest)
 _post("/interrupt", interrupt, "End the client's own requests")
@@ -191,6 +193,7 @@ for _path, _endpoint in {
     "/memory": memory,
 }.items():
     _summary = (_endpoint.__doc__ or "").partition(".")[0]
-    router.add_api_route(_path, _endpoint, methods=["GET"], summary=_summary)
+    _name = f"sdapi_get{_path}"
+    router.add_api_route(_path, _endpoint, methods=["GET"], summary=_summary, name=_name)
 for _path, _answer in FIXED.items():
-    router.add_api_route(_path, _fixed(_answer), methods=["GET"], name=f"sdapi{_path}")
+    router.add_api_route(_path, _fixed(_answer), methods=["GET"], name=f"sdapi_get{_path}")

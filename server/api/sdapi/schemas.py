@@ -36,6 +36,7 @@ from server.api.schemas import (
     Hires,
     ImageBytes,
     ImageBytesList,
+    NullIsAbsent,
     Scale,
     Seed,
     Text,
@@ -112,7 +113,7 @@ def _numbers(schema: type[BaseModel]) -> frozenset[str]:
     return frozenset(name for name, kind in fields if is_number(kind))
 
 
-class SdFields(BaseModel):
+class SdFields(NullIsAbsent):
     """A request to one of AUTOMATIC1111's endpoints."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -125,7 +126,7 @@ class SdFields(BaseModel):
             # pydantic would read true as 1. As text it is no number.
             name: json.dumps(value) if isinstance(value, bool) and name in numbers else value
             for name, value in sent.items()
-            if value is not None and value != ""
+            if value != ""
         }
 
     @property
