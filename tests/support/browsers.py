@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 import PIL.Image
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -83,9 +83,7 @@ def plain(opened: Open, plain_address: str) -> Playground:
 
 def serious(playground: Playground) -> set[str]:
     """What axe finds to be serious or critical on the page as it is."""
-    axe = ROOT / "tests" / "data" / "axe-core" / "axe.min.js.gz"
-    playground.page.evaluate(gzip.decompress(axe.read_bytes()).decode())
-    violations = playground.page.evaluate("async () => (await axe.run()).violations")
+    violations = Axe().run(playground.page).response["violations"]
     return {
         f"{violation['id']}: {node['html']} {node['failureSummary']}"
         for violation in violations
