@@ -57,6 +57,9 @@ from server.engine.runner import Runner
 from server.settings import Settings
 from tests import fake_worker
 
+# Fixtures of the browser tests, which need each other.
+pytest_plugins = ("tests.support.browsers",)
+
 pytest.register_assert_rewrite("tests.support")
 
 # Tests that run beside others compute on one core each.

@@ -26,19 +26,7 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.support.browsers import (
-    APPLE,
-    FOX,
-    FOX_HEIGHT,
-    FOX_WIDTH,
-    Open,
-    opened,  # noqa: F401, fixtures
-    plain,  # noqa: F401, fixtures
-    plain_address,  # noqa: F401, fixtures
-    playground,  # noqa: F401, fixtures
-    rows,
-    serious,
-)
+from tests.support.browsers import APPLE, FOX, FOX_HEIGHT, FOX_WIDTH, Open, rows, serious
 
 pytestmark = [
     pytest.mark.process,

@@ -15,7 +15,7 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.support.browsers import APPLE, FOX, Open, chromium, forgive, opened, plain, plain_address  # noqa: F401, fixtures
+from tests.support.browsers import APPLE, FOX, Open, forgive
 
 pytestmark = [
     pytest.mark.browser,

@@ -14,20 +14,7 @@ from playwright.sync_api import Request, Route, expect
 from load_tests.browser import CHROMIUM, Playground
 from load_tests.playground import waits_of
 from tests.conftest import wait_until
-from tests.support.browsers import (  # noqa: F401, fixtures  # noqa: F401, fixtures
-    APPLE,
-    HEIGHT,
-    WIDTH,
-    Open,
-    chromium,
-    forgive,
-    hasty_address,
-    opened,
-    plain_address,
-    png,
-    rows,
-    serious,
-)
+from tests.support.browsers import APPLE, HEIGHT, WIDTH, Open, forgive, png, rows, serious
 
 pytestmark = [
     pytest.mark.browser,

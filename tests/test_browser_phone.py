@@ -9,16 +9,7 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 from load_tests.browser import CHROMIUM, Playground
-from tests.support.browsers import (  # noqa: F401, fixtures
-    APPLE,
-    FOX,
-    Open,
-    chromium,
-    forgive,
-    opened,
-    plain_address,
-    serious,
-)
+from tests.support.browsers import APPLE, FOX, Open, forgive, serious
 
 pytestmark = [
     pytest.mark.browser,

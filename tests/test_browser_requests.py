@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from load_tests.browser import CHROMIUM, Playground
-from tests.support.browsers import (  # noqa: F401, fixtures
+from tests.support.browsers import (
     APPLE,
     BLUE,
     FOX,
@@ -28,12 +28,6 @@ from tests.support.browsers import (  # noqa: F401, fixtures
     RED,
     WIDTH,
     Open,
-    chromium,
-    hasty_address,
-    opened,
-    plain,
-    plain_address,
-    playground,
     png,
     serious,
 )
