@@ -177,11 +177,12 @@ class Units:
         words = _words_of(group)
         if before == "of" and any(item.kind == "number" for item in group):
             return True
+        has_colour = any(map(self._vocabulary.is_colour, words))
         if "background" in words:
-            return True
+            return has_colour or before in IS  # not "on a plain background"
         if group[0].kind == "article":
             return False  # "a violet" is a flower
-        return any(map(self._vocabulary.is_colour, words)) and "of" not in self.lead
+        return has_colour and "of" not in self.lead
 
     def _described(self, group: Sequence[Item]) -> list[Item]:
         """Return a group in which names that only describe another one are properties.
@@ -295,7 +296,7 @@ def _parted(group: Sequence[Item]) -> Iterator[Sequence[Item]]:
     """Yield the parts of a group: each thing but a name's first words, and what is behind the last.
 
     "A cat wearing sunglasses" and "red circle blue square" have two, "an arrow black background"
-    has a thing and a property.
+    has a thing and a property, "a black background please" a property and an unknown word.
     """
     named = [item.named for item in group if item.named]
     if len(group) == len(named) > 2 and not any(name.thing.bare for name in named[:-1]):
@@ -303,7 +304,10 @@ def _parted(group: Sequence[Item]) -> Iterator[Sequence[Item]]:
         return
     start = 0
     for i, item in enumerate(group[:-1]):
-        if item.kind == "thing" and group[i + 1].kind != "thing":
+        if item.words == ("background",):
+            yield group[start : i + 1]
+            start = i + 1
+        elif item.kind == "thing" and group[i + 1].kind != "thing":
             rest = {other.kind for other in group[i + 1 :]}
             if not rest.isdisjoint(("thing", "property", "place")):
                 yield group[start : i + 1]

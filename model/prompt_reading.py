@@ -61,6 +61,8 @@ _ASKED = re.compile(
     re.I,
 )
 
+_CLAUSE_MARKS = " \t\r\n.,;:!?"
+
 # Words that ask for something by what is said of it.
 _SOMETHING_WORDS = "something anything thing things stuff do this like about with an a"
 _SOMETHING = frozenset(_SOMETHING_WORDS.split())
@@ -84,7 +86,9 @@ class Reading(NamedTuple):
     @property
     def whole(self) -> str:
         """The caption of a whole image, not of a part of one."""
-        return f"{self.text.rstrip(' .,;!')} {self.background}" if self.background else self.text
+        if not self.background:
+            return self.text
+        return f"{self.text.rstrip(_CLAUSE_MARKS)} {self.background}"
 
 
 def read(vocabulary: Vocabulary, prompt: str) -> Reading:
@@ -97,7 +101,7 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     """
     cleaned = _cleaned(prompt)
     text = _caption(vocabulary, prompt, cleaned)
-    if words_of(text) == words_of(prompt) and cleaned == prompt.strip():
+    if words_of(text) == words_of(prompt) and cleaned == prompt.strip() and "\n" not in cleaned:
         text = prompt
     text = text.lower() if prompt.isupper() else text
     if len(text) > _LONGEST_READ:
@@ -160,8 +164,11 @@ def _described(vocabulary: Vocabulary, clauses: Clauses, *, certain: bool) -> st
     tags: list[Phrase] = []
     others: list[Unit] = []
     colours: list[str] = []
+    background: Phrase = ()
     for clause in clauses:
-        said, rest = _tags(vocabulary, clause.words, certain=certain)
+        words, named = _without_background(vocabulary, clause.words)
+        background = background or named
+        said, rest = _tags(vocabulary, words, certain=certain)
         units = [unit for unit in Parser(vocabulary, rest).units if unit.role != "thing"]
         shows_scene = any(u.role == "place" and "background" not in u.words for u in units)
         known = {word for unit in units for word in unit.words} | _SOMETHING | FUNCTION | LOOKS
@@ -177,7 +184,19 @@ def _described(vocabulary: Vocabulary, clauses: Clauses, *, certain: bool) -> st
     sides = [unit.text for unit in others if unit.role == "side"][:1]
     scenes = [u.text for u in others if u.role == "place" or "background" in u.words][:1]
     name = thing.name if thing.bare else with_article(thing.name)
-    return ", ".join([" ".join([name, *sides]), *scenes])
+    text = " ".join([name, *sides])
+    if background[:1] == ("on",):
+        return " ".join([text, *background])
+    return ", ".join([text, " ".join(background)] if background else [text, *scenes])
+
+
+def _without_background(vocabulary: Vocabulary, words: Phrase) -> tuple[Phrase, Phrase]:
+    """Part a clause from the background at its end: "on red", "the background is red"."""
+    if words[-4:-1] == ("the", "background", "is"):
+        return words[:-4], words[-4:]
+    if len(words) > 2 and words[-2] == "on" and vocabulary.is_colour(words[-1]):
+        return words[:-2], words[-2:]
+    return words, ()
 
 
 def _tags(vocabulary: Vocabulary, words: Phrase, *, certain: bool) -> tuple[list[Phrase], Phrase]:

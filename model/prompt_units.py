@@ -23,6 +23,7 @@ from model.vocabulary import (
     words_of,
 )
 
+_LINE_END = re.compile(r"\b(\w+)[ \t]*\r?\n(?![ \t]*\r?\n)")
 _CLAUSE_END = re.compile(r"[,;|\n\u3001\u3002\uff0c\uff1b]+|[.!?:](?=\s|$)")
 
 _CAPITALISED = re.compile(r"(?<=\w )[A-Z]\w+")
@@ -54,6 +55,7 @@ _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
 _SIDES = frozenset((word,) for word in _SIDE_WORDS)
 _SIDE_WORDS |= {"upper": "top", "lower": "bottom"}
 _SIDE_WORDS |= dict.fromkeys(("middle", "center", "centre", "centered"), "centre")
+_SIDE_PHRASES = FUNCTION | {*_SIDE_WORDS, "side", "corner", "part"}
 # How captions say where one thing is to another, and the sides of the two.
 _RELATIONS: dict[Phrase, tuple[str, str]] = {
     words_of(said): sides
@@ -85,6 +87,7 @@ class Clauses:
     """A text, clause by clause."""
 
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
+        text = _unwrapped(vocabulary, text)
         texts = map(words_of, _CLAUSE_END.split(_with_and(vocabulary, text)))
         foreign, names = _is_foreign(words_of(text)), _proper_names(text)
         clauses = [
@@ -109,6 +112,17 @@ class Clauses:
     def text(self) -> str:
         """The caption."""
         return ", ".join(joined(clause.units) for clause in self if clause.units)
+
+
+def _unwrapped(vocabulary: Vocabulary, text: str) -> str:
+    """Return a text without the line breaks that part a phrase, as in "a red⏎apple"."""
+
+    def joined(match: re.Match[str]) -> str:
+        word = match[1].lower()
+        goes_on = word in FUNCTION or vocabulary.is_property(word)
+        return f"{match[1]} " if goes_on else match[0]
+
+    return _LINE_END.sub(joined, text)
 
 
 class Clause(NamedTuple):
@@ -167,13 +181,14 @@ class Parser:
     def _connected(self, units: Sequence[Unit]) -> list[Unit]:
         """Return units of which a relation is between two things; others lead to a place or go.
 
-        A colour that is said of a thing becomes one of its properties.
+        A colour that is said of a thing becomes one of its properties, and one that is said of the
+        background goes with it.
         """
         kept: list[Unit] = []
         for i, unit in enumerate(units):
             before, after = kept[-1:], units[i + 1 : i + 2]
             if before and self._says_of(unit, before[0]):
-                kept[-1] = _coloured(before[0], unit.words)
+                kept[-1] = _coloured(before[0], unit)
             elif unit.role == "relation":
                 related = [u.role for u in (*before, *after)] == ["thing"] * 2
                 if related and not after[0].gap:
@@ -187,9 +202,10 @@ class Parser:
         return kept
 
     def _says_of(self, unit: Unit, before: Unit) -> bool:
-        """Return whether a unit is the colour of the thing before it: "a cat that is black"."""
+        """Return whether a unit is the colour of what is before it: "a cat that is black"."""
         colours = unit.role == "property" and all(map(self._vocabulary.is_colour, unit.words))
-        return colours and before.role == "thing" and not IS.isdisjoint(unit.lead)
+        takes_one = before.role == "thing" or before.words[-1] == "background"
+        return colours and takes_one and not IS.isdisjoint(unit.lead)
 
     def _take(self, words: Phrase, i: int) -> int:
         """Take the longest known phrase at a place, or one word; return how many words it has."""
@@ -312,7 +328,9 @@ class Parser:
         return not any(known.thing(phrase) or known.is_place(phrase) for phrase in phrases)
 
     def _take_place(self, phrase: Phrase) -> None:
-        side = " ".join(dict.fromkeys(_SIDE_WORDS[w] for w in phrase if w in _SIDE_WORDS))
+        is_side = _SIDE_PHRASES.issuperset(phrase)  # not "in the middle of a forest"
+        words = (_SIDE_WORDS[word] for word in phrase if word in _SIDE_WORDS)
+        side = " ".join(dict.fromkeys(words)) if is_side else ""
         if side or not FUNCTION.isdisjoint(phrase[1:] if phrase[0] in ARTICLES else phrase):
             self._close()
             self._said.add("side" if side else "place", phrase, sides=(side,) if side else ())
@@ -414,8 +432,9 @@ def _in_usual_order(units: Sequence[Unit]) -> Sequence[Unit]:
     return [*(replace(u, lead=(), gap=False) for u in (other, relation, one)), *rest]
 
 
-def _coloured(unit: Unit, colours: Phrase) -> Unit:
-    """Return a thing with further colours."""
-    assert unit.named is not None
-    words = (*unit.beside_name, *colours, *unit.named.name.split())
+def _coloured(unit: Unit, colours: Unit) -> Unit:
+    """Return a thing or a background with the colours that are said of it."""
+    if unit.named is None:
+        return replace(unit, words=(*unit.words, *colours.lead, *colours.words))
+    words = (*unit.beside_name, *colours.words, *unit.named.name.split())
     return replace(unit, words=agreeing(words, unit.named))

@@ -135,7 +135,6 @@ EMBEDDED = BundleConfig.read(find_bundle("tiny"))
         ("two fire-engines", "two fire-engines"),
         ("a pair of gloves", "gloves"),
         ("a cat that is black", "a black cat"),
-        ("a cat is a plain background", "a cat a plain background"),
         # out of a container, and places whose preposition captions do not have
         ("a dragon coming out of a hat", "a dragon and a sun hat"),
         ("a bowl full of apples", "apples"),
@@ -415,6 +414,52 @@ def test_no_background_is_added_to_a_scene_a_close_up_or_what_names_nothing(prom
     reading = EMBEDDED.read_prompt(prompt)
     assert reading.background == ""
     assert reading.whole == reading.text
+
+
+_ON_WHITE = "a banana, the background is white"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole"),
+    [
+        ("a red mushroom on a black background please", "a red mushroom on a black background"),
+        ("a cat on blue background wallpaper", "a cat on blue background"),
+        ("a cat on a transparent background", "a cat on a white background"),
+        ("a cat, no background", "a cat on a white background"),
+        ("skull, glowing, dark background", "skull, black background"),
+        ("a cat, the background is red", "a cat, the background is red"),
+        ("wild, tusks, the background is black", "a boar, the background is black"),
+        ("a thing about fruit, monkeys love it, the background is white", _ON_WHITE),
+        ("something to do with bees and sticky on red", "a honey pot on red"),
+        ("a cat in the middle of a forest", "a cat in the middle of a forest"),
+        ("a cat on a green backdrop", "a cat on a green background"),
+    ],
+)
+def test_a_background_that_is_named_counts_and_one_without_a_colour_does_not(
+    prompt: str, whole: str
+) -> None:
+    assert EMBEDDED.read_prompt(prompt).whole == whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("a red\napple", "a red apple"),
+        (
+            "a small red \r\n apple on a\nblack background",
+            "a small red apple on a black background",
+        ),
+        ("a cat\nin the snow", "a cat, in the snow"),
+        ("cat\ndog", "cat, dog"),
+        ("a red apple\n", "a red apple\n"),
+    ],
+)
+def test_a_line_break_parts_no_phrase(prompt: str, text: str) -> None:
+    assert EMBEDDED.read_prompt(prompt).text == text
+
+
+def test_nothing_stands_between_a_caption_and_its_background() -> None:
+    assert EMBEDDED.read_prompt("a red apple! \n").whole == "a red apple on a white background"
 
 
 def test_parts_of_a_prompt_share_their_background() -> None:

@@ -106,6 +106,8 @@ ALIASES: dict[str, str] = {
         "black": "ebony, jet black, pitch black",
         "large": "giant, gigantic, enormous, massive, oversized",
         "small": "miniature, mini, teeny, wee",
+        "background": "backdrop, back ground",
+        "black background": "dark background",
         "in a forest": "in a jungle, in the jungle, in a rainforest, in the rainforest",
         "in a meadow": "in a garden, in the garden, in a park, in the park, in a field, on a lawn",
         "in a room": "in a museum, in a kitchen, in the kitchen, in a bedroom, in an office",
