@@ -338,6 +338,21 @@ def test_without_the_setting_the_server_loads_nothing_of_it(bundle: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["server.cli.main", "server.api", "server.uvicorn_server", "server.engine.worker_process"],
+)
+def test_propagators_that_are_not_installed_are_ignored(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}, fastapi"],
+        env={**os.environ, "OTEL_PROPAGATORS": "tracecontext,baggage,b3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_the_extra_the_error_says_what_to_install(
     fake_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
