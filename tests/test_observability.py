@@ -19,7 +19,8 @@ import yaml
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from server.api import create_app
-from server.metrics import WORKER_METRICS, Metrics
+from server.api.errors import NOT_READY
+from server.metrics import KEY_REJECTIONS, LOAD_REJECTIONS, WORKER_METRICS, Metrics
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import wait_until
@@ -214,7 +215,7 @@ def test_the_rules_read_every_endpoint_that_draws_and_no_other(
     paths, drawing = endpoints
     of_all = [rule["expr"] for rule in RULES if "objective" not in rule.get("record", "")]
     read = [found for expr in of_all for found in re.findall(READ, expr)]
-    assert len(read) == 2
+    assert read
     for selector in read:
         (pattern,) = re.findall(r'endpoint=~"([^"]*)"', selector)
         assert {path for path in paths if re.fullmatch(pattern, path)} == drawing
@@ -238,6 +239,17 @@ def test_the_objective_counts_every_endpoint_that_draws_from_text_alone(
     patterns = {pattern for each in read for pattern in re.findall(r'endpoint=~"([^"]*)"', each)}
     (objective,) = (pattern for pattern in patterns if "edit" not in pattern)
     assert {path for path in drawing if re.fullmatch(objective, path)} == from_text
+
+
+def test_the_rules_count_every_refusal_for_lack_of_room_time_or_a_worker() -> None:
+    # 429 and 503, as api.md lists them. A key's own limits, and probes, are not the server's load.
+    rows = re.findall(r"^\| (?:429|503) \| (.*?) \|", (ROOT / "docs/api.md").read_text(), re.M)
+    documented = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert documented - {*KEY_REJECTIONS, NOT_READY} == {*LOAD_REJECTIONS}
+    patterns = re.findall(r'reason=~"([^"]*)"', " ".join(rule["expr"] for rule in RULES))
+    assert patterns
+    for pattern in patterns:
+        assert set(pattern.split("|")) == {*LOAD_REJECTIONS}
 
 
 def read_by_alerts() -> list[str]:
