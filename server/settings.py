@@ -74,11 +74,18 @@ def _is_valid_key(key: str) -> bool:
     return len(key) >= MIN_KEY_LENGTH and key.isascii() and key.isprintable() and " " not in key
 
 
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+
+
 def _valid_keys(keys: SecretStr) -> SecretStr:
     # An error type of its own, because the messages of others quote the value.
     text = keys.get_secret_value()
     if text.strip() and not _parts(text):
         raise PydanticCustomError("secret", "the list has no key in it")
+    # Docker's --env-file and Kubernetes keep the quotes that a shell removes.
+    if any(map(_is_quoted, (text.strip(), *_parts(text)))):
+        raise PydanticCustomError("secret", "remove the quotes around the value or a key")
     if not all(map(_is_valid_key, _parts(text))):
         message = f"a key is {MIN_KEY_LENGTH} or more visible ASCII characters without commas"
         raise PydanticCustomError("secret", message)
