@@ -25,13 +25,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
 from model.config import Encoders, Kernels
-from server.environment import PREFIX, Environment, kubernetes_variables, without_blank
+from server.environment import (
+    PREFIX,
+    given_settings,
+    kubernetes_variables,
+    refuse_unknown,
+    without_blank,
+)
 from server.paths import (
     DOCS,
     IMAGES,
@@ -176,6 +183,22 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class Environment(EnvSettingsSource):
+    """Reads settings from `PAELLERA_*` variables; an empty variable counts as absent.
+
+    Raises:
+        UnknownVariableError: a variable with the prefix is neither a setting nor known otherwise.
+    """
+
+    def __init__(self, settings: type[BaseSettings]) -> None:
+        super().__init__(settings)
+        refuse_unknown(os.environ, settings.model_fields)
+        given = given_settings(os.environ, settings.model_fields)
+        self.env_vars = {
+            f"{PREFIX}{field}".lower(): os.environ[name] for field, name in given.items()
+        }
 
 
 class Settings(BaseSettings):
