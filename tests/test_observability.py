@@ -152,6 +152,19 @@ def test_prometheus_own_tool_finds_nothing_wrong_with_configuration_rules_and_na
 
 
 @needs_prometheus
+def test_the_documented_alertmanager_is_one_that_prometheus_accepts(tmp_path: Path) -> None:
+    blocks = (ROOT / "docs/deploy.md").read_text().split("```yaml\n")[1:]
+    alerting, routing = (yaml.safe_load(block.split("```")[0]) for block in blocks)
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+    config["rule_files"] = []
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({**config, **alerting}))
+    promtool("check", "config", tmp_path / "prometheus.yml")
+    receivers = {receiver["name"] for receiver in routing["receivers"]}
+    routes = (routing["route"], *routing["route"]["routes"])
+    assert {route["receiver"] for route in routes} == receivers
+
+
+@needs_prometheus
 def test_every_alert_goes_off_when_it_should_and_not_otherwise() -> None:
     promtool("test", "rules", PROMETHEUS / "alerts_test.yml")
     tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
