@@ -303,11 +303,24 @@ def test_the_dashboard_leaves_out_no_figure_and_shows_the_line_at_500_ms() -> No
     assert 0.5 in lines
 
 
+def test_panels_of_workers_name_the_server_and_the_worker() -> None:
+    targets = [target for panel in PANELS for target in panel["targets"]]
+    by_worker = [
+        each for each in targets if re.search(r"paella_(worker|gpu)_(?!rest)", each["expr"])
+    ]
+    assert by_worker
+    for target in by_worker:
+        assert "{{instance}} worker {{worker}}" in target["legendFormat"]
+
+
 def test_grafana_is_given_the_source_that_its_dashboard_asks() -> None:
     (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())[
         "datasources"
     ]
+    # A Prometheus that the viewer can choose; the only one, or the default, unless they do.
+    (variable,) = json.loads(DASHBOARD.read_text())["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", source["type"])
     assert {target["datasource"]["uid"] for panel in PANELS for target in panel["targets"]} == {
-        source["uid"]
+        f"${{{variable['name']}}}"
     }
     assert source["url"] == "http://prometheus:9090"
