@@ -165,7 +165,7 @@ RELATED_TESTS = {
         "test_worker_lifetime",
         "test_supervision",
     ),
-    "server/environment.py": ("test_settings",),
+    "server/environment.py": ("test_settings", "test_health_check"),
     "server/http_protocol.py": ("test_http_protocol", "test_auth"),
     "server/memory.py": ("test_worker", "test_sdapi"),
     "server/metrics.py": ("test_admission", "test_client"),

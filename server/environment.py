@@ -1,17 +1,15 @@
 """`PAELLERA_*` environment variables: settings, those of other readers, Kubernetes', unknown.
 
 An unknown name is refused, because a misspelt `PAELLERA_API_KEYS` would leave the server open.
+Imports the standard library alone, for the health check.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
-
-from pydantic_settings import BaseSettings, EnvSettingsSource
 
 PREFIX = "PAELLERA_"
 
@@ -34,22 +32,6 @@ _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 class UnknownVariableError(ValueError):
     """Environment variables with the prefix that nothing reads."""
-
-
-class Environment(EnvSettingsSource):
-    """Reads settings from `PAELLERA_*` variables; an empty variable counts as absent.
-
-    Raises:
-        UnknownVariableError: a variable with the prefix is neither a setting nor known otherwise.
-    """
-
-    def __init__(self, settings: type[BaseSettings]) -> None:
-        super().__init__(settings)
-        refuse_unknown(os.environ, settings.model_fields)
-        given = given_settings(os.environ, settings.model_fields)
-        self.env_vars = {
-            f"{PREFIX}{field}".lower(): os.environ[name] for field, name in given.items()
-        }
 
 
 def given_settings(environment: Mapping[str, str], fields: Iterable[str]) -> dict[str, str]:

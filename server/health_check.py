@@ -3,8 +3,8 @@
 python -m server.health_check
 
 Exit code 0 if /readyz answers 200, else 1 with the reason. Reads `PAELLERA_HOST`, `PAELLERA_PORT`
-and `PAELLERA_OPERATIONS_PORT` like `paellera serve`, but imports nothing of it, so that it takes
-little of a busy machine's time.
+and `PAELLERA_OPERATIONS_PORT` like `paellera serve`, but imports only the standard library, so that
+it takes little of a busy machine's time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import sys
 import urllib.request
 from collections.abc import Mapping
 
+from server.environment import given_settings
+
 TIMEOUT_S = 4.0
 
 
 def address(environment: Mapping[str, str]) -> str:
-    """Return the URL of /readyz."""
-    host = environment.get("PAELLERA_HOST") or "127.0.0.1"
-    ports = (environment.get(name, "") for name in ("PAELLERA_OPERATIONS_PORT", "PAELLERA_PORT"))
-    # Kubernetes sets PAELLERA_PORT=tcp://… for a Service of that name; the server ignores it.
-    port = next((port for port in ports if port.isdecimal()), "8000")
+    """Return the URL of /readyz. Raises ValueError for a port that is no number."""
+    given = given_settings(environment, ("host", "port", "operations_port"))
+    values = {field: environment[name] for field, name in given.items()}
+    host = values.get("host", "127.0.0.1")
+    port = int(values.get("operations_port") or values.get("port", "8000"))
     try:
         parsed = ipaddress.ip_address(host)
     except ValueError:
@@ -38,7 +40,10 @@ def main() -> None:
     """Run the check. Raises SystemExit."""
     # Never through a proxy of the environment.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    url = address(os.environ)
+    try:
+        url = address(os.environ)
+    except ValueError as error:
+        sys.exit(str(error))
     try:
         opener.open(url, timeout=TIMEOUT_S).close()
     except OSError as error:

@@ -26,14 +26,16 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
 # Characters of an exemplar's names and values together, by the OpenMetrics specification.
 MAX_EXEMPLAR = 128
-# Error codes of requests rejected by the engine, and by keys and their limits. Other codes appear
-# when they first occur.
-ENGINE_REJECTIONS = (
+# Error codes of requests rejected for lack of room, time or a worker, and by keys and their limits.
+# Other codes appear when they first occur.
+LOAD_REJECTIONS = (
     "queue_full",
     "deadline_unreachable",
     "starting",
     "worker_lost",
     "draining",
+    "too_many_connections",
+    "body_budget_exceeded",
 )
 KEY_REJECTIONS = ("rate_limit_exceeded", "concurrency_exceeded", "invalid_api_key")
 
@@ -375,7 +377,7 @@ class Metrics:
 
     def _begin_at_zero(self) -> None:
         for counter, values in {
-            self.rejected: (*ENGINE_REJECTIONS, *KEY_REJECTIONS),
+            self.rejected: (*LOAD_REJECTIONS, *KEY_REJECTIONS),
             self.cancelled: ("upload", "queue", "worker"),
             self.idempotent_repeats: ("answered", "joined", "mismatch"),
             self.counts["prompt_cache_hits"]: ("text", "picture", "prior"),

@@ -25,13 +25,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
 from model.config import Encoders, Kernels
-from server.environment import PREFIX, Environment, kubernetes_variables, without_blank
+from server.environment import (
+    PREFIX,
+    given_settings,
+    kubernetes_variables,
+    refuse_unknown,
+    without_blank,
+)
 from server.paths import (
     DOCS,
     IMAGES,
@@ -74,11 +81,18 @@ def _is_valid_key(key: str) -> bool:
     return len(key) >= MIN_KEY_LENGTH and key.isascii() and key.isprintable() and " " not in key
 
 
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+
+
 def _valid_keys(keys: SecretStr) -> SecretStr:
     # An error type of its own, because the messages of others quote the value.
     text = keys.get_secret_value()
     if text.strip() and not _parts(text):
         raise PydanticCustomError("secret", "the list has no key in it")
+    # Docker's --env-file and Kubernetes keep the quotes that a shell removes.
+    if any(map(_is_quoted, (text.strip(), *_parts(text)))):
+        raise PydanticCustomError("secret", "remove the quotes around the value or a key")
     if not all(map(_is_valid_key, _parts(text))):
         message = f"a key is {MIN_KEY_LENGTH} or more visible ASCII characters without commas"
         raise PydanticCustomError("secret", message)
@@ -169,6 +183,22 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class Environment(EnvSettingsSource):
+    """Reads settings from `PAELLERA_*` variables; an empty variable counts as absent.
+
+    Raises:
+        UnknownVariableError: a variable with the prefix is neither a setting nor known otherwise.
+    """
+
+    def __init__(self, settings: type[BaseSettings]) -> None:
+        super().__init__(settings)
+        refuse_unknown(os.environ, settings.model_fields)
+        given = given_settings(os.environ, settings.model_fields)
+        self.env_vars = {
+            f"{PREFIX}{field}".lower(): os.environ[name] for field, name in given.items()
+        }
 
 
 class Settings(BaseSettings):

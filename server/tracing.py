@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -33,6 +34,14 @@ from server.engine.job import Job
 from server.engine.messages import Finished
 from server.engine.supervisor import WorkerStatus
 
+log = logging.getLogger(__name__)
+
+# The only values of these variables; others are warned of.
+SUPPORTED = {
+    "OTEL_TRACES_EXPORTER": "otlp",
+    "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+}
 # Key of a traced request's trace id in its ASGI scope, for the access log.
 TRACE_ID = "paellera.trace_id"
 # A collector that does not answer delays the end of the process by this much at most.
@@ -59,11 +68,12 @@ class Tracing:
         """Create the spans' provider. processor: default: batches to an OTLP collector."""
         # Otherwise Python prints the exporter's failures as plain text.
         logger = logging.getLogger("opentelemetry")
-        logger.handlers, logger.propagate = logging.getLogger("server").handlers, False
+        logger.handlers, logger.propagate = [*logging.getLogger("server").handlers], False
         defaults = {"service.name": "paellera", "service.version": version("paellera")}
         resource = Resource.create(defaults).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
+        if processor := processor or _exporting_processor():
+            self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("paellera", version("paellera"))
 
     def middleware(
@@ -229,6 +239,18 @@ class TracedEngine:
             raise
         self.tracing.record_stages(arrived_at, finished)
         return finished
+
+
+def _exporting_processor() -> SpanProcessor | None:
+    """Return what exports by OTLP over HTTP, None with `OTEL_TRACES_EXPORTER=none`."""
+    if os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
+        return None
+    for variable, supported in SUPPORTED.items():
+        value = os.environ.get(variable, "").strip()
+        if value and value.lower() != supported:
+            fields = {"variable": variable, "value": value[:80], "used": supported}
+            log.warning("tracing variable ignored", extra={"fields": fields})
+    return BatchSpanProcessor(OTLPSpanExporter())
 
 
 def current_context() -> str:

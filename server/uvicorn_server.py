@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import resource
@@ -11,6 +12,7 @@ import time
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.lifespan.on import LifespanOn, LifespanSendMessage
 
 from server.api.state import AppState
 from server.http_protocol import BoundedProtocol, Connections
@@ -37,6 +39,7 @@ class Server(uvicorn.Server):
     failure: str | None = None
 
     def __init__(self, api: FastAPI) -> None:
+        self._api = api
         self._state: AppState = api.state.paellera
         settings = self._state.settings
         refused = self._state.metrics.rejected.labels("too_many_connections")
@@ -48,6 +51,13 @@ class Server(uvicorn.Server):
         class Protocol(BoundedProtocol):
             all = connections
             head_timeout_s = settings.receive_timeout_s
+
+        class Lifespan(LifespanOn):
+            async def send(self, message: LifespanSendMessage) -> None:
+                # Instead of a traceback, the command line prints the system's error as one line.
+                if message["type"] == "lifespan.startup.failed" and api.state.start_error:
+                    message["message"] = ""
+                await super().send(message)
 
         config = uvicorn.Config(
             api,
@@ -62,7 +72,23 @@ class Server(uvicorn.Server):
             # `_abort_unread` comes first; this is for what it does not end.
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 2 * WRITE_TIMEOUT_S,
         )
+        config.load()
+        config.lifespan_class = Lifespan
         super().__init__(config)
+
+    @property
+    def start_error(self) -> str | None:
+        """Why the system granted no worker process at the start, if that ended the server."""
+        error: OSError | None = self._api.state.start_error
+        if error is None:
+            return None
+        return f"no worker process could be started: {error.strerror or error}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the app and accept connections; if the app fails to start, stop."""
+        with contextlib.suppress(SystemExit):
+            await super().startup(sockets)
+        self.should_exit = self.should_exit or not self.started
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop: told to, or no worker can ever start.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -393,6 +394,35 @@ def test_used_port_is_told_in_one_line(bundle: Path) -> None:
         port = str(used.getsockname()[1])
         result = paellera_process("serve", "--port", port, "--weights", bundle)
     assert_one_line(result.stderr, result.returncode, 1, "127.0.0.1", port, "in use")
+
+
+NO_PROCESS = """
+import errno
+from server.cli import app
+from server.engine import worker_process
+
+def refuse(pipe):
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+worker_process._popen = refuse
+app(["serve", "--port", "0"])
+"""
+
+
+@pytest.mark.process
+def test_no_process_for_the_first_worker_is_told_in_one_line_behind_the_log(bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_PROCESS],
+        env={**os.environ, "PAELLERA_WEIGHTS": str(bundle)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *logged, last = done.stderr.splitlines()
+    words = "no worker process could be started: Resource temporarily unavailable"
+    assert_one_line(last, done.returncode, 1, words)
+    assert "Traceback" not in done.stderr
+    assert {json.loads(line)["level"] for line in logged} == {"info", "error"}
 
 
 # 192.0.2.1 and 2001:db8::1 are for documentation and nobody's, `.invalid` is no domain.

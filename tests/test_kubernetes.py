@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,22 @@ def test_the_autoscaler_scales_the_deployment_by_a_metric_that_the_server_has() 
     assert metric["pods"]["metric"]["name"] in names
     # With one replica the disruption budget would let a drained node stop the service.
     assert scaler["minReplicas"] > one("PodDisruptionBudget")["spec"]["maxUnavailable"]
+
+
+def test_the_documented_command_makes_a_prometheus_rule_of_all_rules_and_alerts() -> None:
+    (_, rest) = (ROOT / "docs/kubernetes.md").read_text().split("```sh\n")
+    command = rest.split("```")[0].replace("kubectl apply -f -", "cat")
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    made = yaml.safe_load(done.stdout)
+    assert made["kind"] == "PrometheusRule"
+    groups = [
+        group
+        for name in ("rules", "alerts")
+        for group in yaml.safe_load((ROOT / f"docker/prometheus/{name}.yml").read_text())["groups"]
+    ]
+    assert made["spec"] == {"groups": groups}
 
 
 def test_the_documented_adapter_rule_serves_the_autoscaler_s_metric() -> None:

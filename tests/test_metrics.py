@@ -9,8 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.messages import Heartbeat, ProcessStats, Step
 from server.metrics import (
-    ENGINE_REJECTIONS,
     KEY_REJECTIONS,
+    LOAD_REJECTIONS,
     WORKER_METRICS,
     Metrics,
     WorkerState,
@@ -125,7 +125,7 @@ def test_figures_with_known_labels_are_there_before_anything_has_happened() -> N
     )
     assert {
         value("paella_rejected_total", {"reason": reason})
-        for reason in (*ENGINE_REJECTIONS, *KEY_REJECTIONS)
+        for reason in (*LOAD_REJECTIONS, *KEY_REJECTIONS)
     } == {0}
     assert (
         value(

@@ -19,7 +19,8 @@ import yaml
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from server.api import create_app
-from server.metrics import WORKER_METRICS, Metrics
+from server.api.errors import NOT_READY
+from server.metrics import KEY_REJECTIONS, LOAD_REJECTIONS, WORKER_METRICS, Metrics
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import wait_until
@@ -151,6 +152,19 @@ def test_prometheus_own_tool_finds_nothing_wrong_with_configuration_rules_and_na
 
 
 @needs_prometheus
+def test_the_documented_alertmanager_is_one_that_prometheus_accepts(tmp_path: Path) -> None:
+    blocks = (ROOT / "docs/deploy.md").read_text().split("```yaml\n")[1:]
+    alerting, routing = (yaml.safe_load(block.split("```")[0]) for block in blocks)
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+    config["rule_files"] = []
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({**config, **alerting}))
+    promtool("check", "config", tmp_path / "prometheus.yml")
+    receivers = {receiver["name"] for receiver in routing["receivers"]}
+    routes = (routing["route"], *routing["route"]["routes"])
+    assert {route["receiver"] for route in routes} == receivers
+
+
+@needs_prometheus
 def test_every_alert_goes_off_when_it_should_and_not_otherwise() -> None:
     promtool("test", "rules", PROMETHEUS / "alerts_test.yml")
     tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
@@ -214,7 +228,7 @@ def test_the_rules_read_every_endpoint_that_draws_and_no_other(
     paths, drawing = endpoints
     of_all = [rule["expr"] for rule in RULES if "objective" not in rule.get("record", "")]
     read = [found for expr in of_all for found in re.findall(READ, expr)]
-    assert len(read) == 2
+    assert read
     for selector in read:
         (pattern,) = re.findall(r'endpoint=~"([^"]*)"', selector)
         assert {path for path in paths if re.fullmatch(pattern, path)} == drawing
@@ -238,6 +252,17 @@ def test_the_objective_counts_every_endpoint_that_draws_from_text_alone(
     patterns = {pattern for each in read for pattern in re.findall(r'endpoint=~"([^"]*)"', each)}
     (objective,) = (pattern for pattern in patterns if "edit" not in pattern)
     assert {path for path in drawing if re.fullmatch(objective, path)} == from_text
+
+
+def test_the_rules_count_every_refusal_for_lack_of_room_time_or_a_worker() -> None:
+    # 429 and 503, as api.md lists them. A key's own limits, and probes, are not the server's load.
+    rows = re.findall(r"^\| (?:429|503) \| (.*?) \|", (ROOT / "docs/api.md").read_text(), re.M)
+    documented = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert documented - {*KEY_REJECTIONS, NOT_READY} == {*LOAD_REJECTIONS}
+    patterns = re.findall(r'reason=~"([^"]*)"', " ".join(rule["expr"] for rule in RULES))
+    assert patterns
+    for pattern in patterns:
+        assert set(pattern.split("|")) == {*LOAD_REJECTIONS}
 
 
 def read_by_alerts() -> list[str]:
@@ -278,11 +303,24 @@ def test_the_dashboard_leaves_out_no_figure_and_shows_the_line_at_500_ms() -> No
     assert 0.5 in lines
 
 
+def test_panels_of_workers_name_the_server_and_the_worker() -> None:
+    targets = [target for panel in PANELS for target in panel["targets"]]
+    by_worker = [
+        each for each in targets if re.search(r"paella_(worker|gpu)_(?!rest)", each["expr"])
+    ]
+    assert by_worker
+    for target in by_worker:
+        assert "{{instance}} worker {{worker}}" in target["legendFormat"]
+
+
 def test_grafana_is_given_the_source_that_its_dashboard_asks() -> None:
     (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())[
         "datasources"
     ]
+    # A Prometheus that the viewer can choose; the only one, or the default, unless they do.
+    (variable,) = json.loads(DASHBOARD.read_text())["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", source["type"])
     assert {target["datasource"]["uid"] for panel in PANELS for target in panel["targets"]} == {
-        source["uid"]
+        f"${{{variable['name']}}}"
     }
     assert source["url"] == "http://prometheus:9090"

@@ -107,6 +107,16 @@ def test_no_error_of_a_secret_setting_prints_it(name: str, value: object) -> Non
     assert KEY not in problem({name: value})
 
 
+@pytest.mark.parametrize(
+    "value",
+    [f'"{KEY}"', f"'{KEY}'", f'"{KEY},{KEY}-2"', f'"{KEY}", "{KEY}-2"', f' "{KEY}"\r'],
+)
+def test_quotes_around_keys_are_refused_since_no_shell_has_removed_them(value: str) -> None:
+    said = problem({"api_keys": value})
+    assert said == "PAELLERA_API_KEYS: remove the quotes around the value or a key"
+    assert Settings(api_keys=f'{KEY}"').keys == (f'{KEY}"',)
+
+
 def test_no_error_prints_the_password_of_an_address() -> None:
     assert KEY not in problem({"public_url": f"https://user:{KEY}@images.example.com"})
 

@@ -338,6 +338,61 @@ def test_without_the_setting_the_server_loads_nothing_of_it(bundle: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
+def test_with_the_exporter_none_nothing_is_sent_and_answers_still_have_a_trace_id(
+    bundle: Path, tmp_path: Path
+) -> None:
+    with collecting() as collector:
+        environment = {
+            "PAELLERA_TRACING": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
+            "OTEL_TRACES_EXPORTER": "none",
+        }
+        with process(bundle, tmp_path / "log", **environment) as (server, address):
+            answer = httpx.post(f"{address}/generate", json={"prompt": "a"}, timeout=PATIENCE_S)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(PATIENCE_S) == 0
+    assert list(collector.names) == []
+    assert answer.headers["traceresponse"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "warned"),
+    [
+        ("OTEL_TRACES_EXPORTER", "otlp", False),
+        ("OTEL_TRACES_EXPORTER", "console", True),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf", False),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", True),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc", True),
+    ],
+)
+async def test_exporters_and_protocols_that_are_not_supported_are_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    variable: str,
+    value: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    await Tracing().stop()
+    lines = [line for line in caplog.records if line.msg == "tracing variable ignored"]
+    assert [line.__dict__["fields"]["variable"] for line in lines] == [variable] * warned
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["server.cli.main", "server.api", "server.uvicorn_server", "server.engine.worker_process"],
+)
+def test_propagators_that_are_not_installed_are_ignored(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}, fastapi"],
+        env={**os.environ, "OTEL_PROPAGATORS": "tracecontext,baggage,b3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_the_extra_the_error_says_what_to_install(
     fake_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -607,7 +607,7 @@ def test_the_process_is_ready_when_warm_and_ends_when_the_api_process_is_gone(
     thread = threading.Thread(target=worker.main, args=(near, settings))
     thread.start()
     assert connection.poll(PATIENCE_S)
-    assert receive_message(connection) == Ready("cpu", "float32")
+    assert receive_message(connection) == Ready("cpu", "float32", torch.get_num_threads())
     send_message(connection, job("a"))
     connection.close()
     thread.join(PATIENCE_S)
@@ -627,7 +627,7 @@ def test_an_idle_worker_beats_every_second_and_several_times_within_the_stall_ti
     changes = {"threads": torch.get_num_threads(), "stall_timeout_s": stall_s}
     send_message(connection, Stop())
     worker.main(near, random_settings.model_copy(update=changes), lambda _: runner)
-    assert receive_message(connection) == Ready("cpu", "float32")
+    assert receive_message(connection) == Ready("cpu", "float32", torch.get_num_threads())
     assert waits == [idle_s]
     near.close()
     connection.close()

@@ -11,7 +11,12 @@ from grafana_foundation_sdk.builders.common import (
     VizLegendOptions,
     VizTooltipOptions,
 )
-from grafana_foundation_sdk.builders.dashboard import Dashboard, Row, ThresholdsConfig
+from grafana_foundation_sdk.builders.dashboard import (
+    Dashboard,
+    DatasourceVariable,
+    Row,
+    ThresholdsConfig,
+)
 from grafana_foundation_sdk.builders.prometheus import Dataquery
 from grafana_foundation_sdk.builders.timeseries import Panel
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -30,7 +35,7 @@ from grafana_foundation_sdk.models.dashboard import (
     ThresholdsMode,
 )
 
-SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
+SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 GOAL_S = 0.5
 WIDTH, HEIGHT = 8, 8
 QUANTILES = ("p50", "p95", "p99")
@@ -173,7 +178,7 @@ ROWS: dict[str, tuple[Spec, ...]] = {
         ),
     ),
     "Workers": (
-        ("Ready", "short", (("worker {{worker}}", "paella_worker_ready"),)),
+        ("Ready", "short", (("{{instance}} worker {{worker}}", "paella_worker_ready"),)),
         (
             "Replaced, and their requests repeated",
             "short",
@@ -182,7 +187,7 @@ ROWS: dict[str, tuple[Spec, ...]] = {
                 ("repeated", f"sum(increase(paella_requests_replayed_total{RATE}))"),
             ),
         ),
-        ("Silent", "s", (("worker {{worker}}", "paella_worker_silent_seconds"),)),
+        ("Silent", "s", (("{{instance}} worker {{worker}}", "paella_worker_silent_seconds"),)),
         (
             "Log lines dropped",
             "short",
@@ -192,20 +197,30 @@ ROWS: dict[str, tuple[Spec, ...]] = {
             "Processor",
             "short",
             (
-                ("worker {{worker}}", per_second("paella_worker_cpu_seconds_total", "worker")),
-                ("API", f'sum(rate(process_cpu_seconds_total{{job="paellera"}}{RATE}))'),
+                (
+                    "{{instance}} worker {{worker}}",
+                    per_second("paella_worker_cpu_seconds_total", "instance", "worker"),
+                ),
+                (
+                    "{{instance}} API",
+                    f'sum by (instance) (rate(process_cpu_seconds_total{{job="paellera"}}{RATE}))',
+                ),
             ),
         ),
-        ("Threads", "short", (("worker {{worker}}", "paella_worker_threads"),)),
+        ("Threads", "short", (("{{instance}} worker {{worker}}", "paella_worker_threads"),)),
         (
             "Memory",
             "bytes",
             (
-                ("worker {{worker}}", "paella_worker_resident_memory_bytes"),
-                ("API", 'process_resident_memory_bytes{job="paellera"}'),
+                ("{{instance}} worker {{worker}}", "paella_worker_resident_memory_bytes"),
+                ("{{instance}} API", 'process_resident_memory_bytes{job="paellera"}'),
             ),
         ),
-        ("GPU memory", "bytes", (("worker {{worker}} {{kind}}", "paella_gpu_memory_bytes"),)),
+        (
+            "GPU memory",
+            "bytes",
+            (("{{instance}} worker {{worker}} {{kind}}", "paella_gpu_memory_bytes"),),
+        ),
     ),
 }
 
@@ -263,6 +278,7 @@ def dashboard() -> Dashboard:
         .readonly()
     )
     made.tooltip(DashboardCursorSync.CROSSHAIR)
+    made.with_variable(DatasourceVariable("source").type("prometheus").label("Data source"))
     for row, (title, panels) in enumerate(ROWS.items(), start=1):
         made.with_row(Row(title).id(100 * row))
         for number, spec in enumerate(panels, start=100 * row + 1):

@@ -149,7 +149,12 @@ def create_app(
             for config in state.models.values():
                 # Builds the indices of its vocabulary, which the first request would wait for.
                 config.read_prompt("something that nobody wrote")
-            await state.engine.start()
+            try:
+                await state.engine.start()
+            except OSError as error:
+                # For the command line, which prints it in place of a traceback.
+                app.state.start_error = error
+                raise
             yield
         finally:
             expiry.cancel()
@@ -170,6 +175,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.paellera = state
+    app.state.start_error = None
     _add_middleware(app, settings, metrics, tracing, idempotency)
     register_error_handlers(app)
     app.include_router(routes_native.router)

@@ -150,7 +150,7 @@ def run_server(api: FastAPI, settings: Settings) -> None:
         log.critical("server stopped", extra={"fields": {"reason": server.failure}})
         sys.exit(INVALID)
     if not server.started:
-        fail("the server could not start; the log has the reason", FAILED)
+        fail(server.start_error or "the server could not start; the log has the reason", FAILED)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -115,8 +115,8 @@ class EngineClient:
             for name in settings.worker_devices
         ]
         self.workers = [
-            Supervisor(worker, device_settings, self.metrics, self)
-            for device_settings in per_device
+            Supervisor(worker, device_settings, self.metrics, self, index)
+            for index, device_settings in enumerate(per_device)
         ]
         self._cpu = CPUShare(self.workers)
         self._pending: dict[str, PendingJob] = {}

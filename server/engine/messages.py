@@ -59,10 +59,11 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The weights are loaded, and every stage has run once."""
+    """The weights are loaded, and every stage has run once. threads: torch's, on the CPU."""
 
     device: str
     dtype: str
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,8 +79,15 @@ class Supervisor:
     """A sequence of workers on one device, one alive at a time."""
 
     def __init__(
-        self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener
+        self,
+        main: WorkerMain,
+        settings: Settings,
+        metrics: Metrics,
+        listener: Listener,
+        index: int = 0,
     ) -> None:
+        """Create the supervisor. index: the worker's, for the log; in `PAELLERA_DEVICES`."""
+        self._index = index
         self._main, self._settings = main, settings
         self._metrics, self._listener = metrics, listener
         self._status = WorkerStatus(ready=False, reason="starting")
@@ -181,7 +188,15 @@ class Supervisor:
 
     def _on_message(self, message: FromWorker) -> None:
         match message:
-            case Ready(device, dtype):
+            case Ready(device, dtype, threads):
+                fields = {
+                    "worker": self._index,
+                    "load_s": round(time.monotonic() - self._started_at, 1),
+                    "device": device,
+                    "dtype": dtype,
+                    "threads": threads,
+                }
+                log.info("worker ready", extra={"fields": fields})
                 self._status = WorkerStatus(True, "ready", device, dtype)
                 self._was_ready = True
                 self._listener.on_worker_ready(self)

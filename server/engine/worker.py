@@ -399,9 +399,8 @@ def _serve(connection: Connection, runner: Runner, settings: Settings) -> None:
     # Several heartbeats within the timeout.
     idle_heartbeat_s = min(_IDLE_HEARTBEAT_S, settings.stall_timeout_s / 4)
     try:
-        send_message(
-            connection, Ready(str(runner.device), str(runner.dtype).removeprefix("torch."))
-        )
+        dtype = str(runner.dtype).removeprefix("torch.")
+        send_message(connection, Ready(str(runner.device), dtype, torch.get_num_threads()))
         Worker(connection, runner, settings.max_batch_rows, idle_heartbeat_s).run()
     except (EOFError, BrokenPipeError):
         log.warning("API process gone")
