@@ -4,6 +4,7 @@ embedded weights.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -26,7 +27,16 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.support.browsers import APPLE, FOX, FOX_HEIGHT, FOX_WIDTH, Open, rows, serious
+from tests.support.browsers import (
+    APPLE,
+    FOX,
+    FOX_HEIGHT,
+    FOX_WIDTH,
+    Open,
+    forgive,
+    rows,
+    serious,
+)
 
 pytestmark = [
     pytest.mark.process,
@@ -462,6 +472,99 @@ def test_a_damaged_picture_of_the_history_counts_as_removed(plain: Playground) -
     plain.ready()
     page.locator("#gallery button").click()
     expect(page.locator("#error")).to_contain_text("This image was removed")
+
+
+def evict(playground: Playground, index: int) -> None:
+    """Remove the image of an entry from the history, as newer images do."""
+    playground.page.evaluate(
+        """(index) => {
+          const { id } = JSON.parse(localStorage["paellera.history"])[index];
+          localStorage.removeItem(`paellera.pictures.${id}`);
+        }""",
+        index,
+    )
+
+
+def test_an_image_that_the_history_has_lost_leaves_no_other_one_on_the_canvas(
+    plain: Playground,
+) -> None:
+    page = plain.page
+    plain.draw(APPLE)
+    page.evaluate("document.getElementById('status').textContent = ''")
+    plain.draw("a pear")
+    evict(plain, 1)
+    for _ in range(2):
+        page.locator("#gallery button").nth(1).click()
+        expect(page.locator("#caption")).to_have_text(APPLE)
+        expect(page.locator("#picture")).to_be_hidden()
+        expect(page.locator("#empty-title")).to_have_text("This image was removed for newer ones")
+        expect(page.locator("#error")).to_contain_text("its seed gives the same image")
+        for button in ("#download", "#upscale"):
+            expect(page.locator(button)).to_be_hidden()
+        plain.choose("Edit")
+        plain.press("a plum")
+        expect(page.locator("#error")).to_contain_text("An image is required")
+        page.reload()
+        plain.ready()
+    page.locator("#gallery button").nth(0).click()
+    for button in ("#download", "#upscale"):
+        expect(page.locator(button)).to_be_visible()
+
+
+@pytest.mark.parametrize("operation", ["Edit", "Vary", "Interpolate"])
+def test_a_lost_image_that_was_made_from_another_one_needs_that_again(
+    plain: Playground, operation: str
+) -> None:
+    page = plain.page
+    plain.load(FOX)
+    plain.choose(operation)
+    if operation == "Interpolate":
+        page.get_by_role("button", name="Remove keyframe 2").click()
+        page.locator("#keyframes input").fill(APPLE)
+        page.get_by_role("button", name="Add the shown image").click()
+    plain.draw(APPLE)
+    for index, said in enumerate(("another image, which must be given again", "Open its file")):
+        evict(plain, index)
+        page.locator("#gallery button").nth(index).click()
+        expect(page.locator("#error")).to_contain_text(said)
+        expect(page.locator("#error")).not_to_contain_text("the same image")
+
+
+def test_the_link_under_an_image_is_that_image(plain: Playground) -> None:
+    page = plain.page
+    plain.choose("Interpolate")
+    page.fill("#frames", "3")
+    for i, prompt in enumerate(("red", "blue")):
+        page.locator("#keyframes input").nth(i).fill(prompt)
+    plain.draw()
+    page.locator("#frame-number").focus()
+    page.keyboard.press("End")
+    link = page.locator("#download")
+    expect(link).to_have_attribute("href", re.compile("^blob:"))
+    with page.expect_download() as download:
+        link.click()
+    assert download.value.suggested_filename.endswith(".webp")
+    picture = page.get_attribute("#picture", "src") or ""
+    assert download.value.path().read_bytes() == base64.b64decode(picture.partition(",")[2])
+
+
+def test_images_side_by_side_stay_when_the_next_request_is_refused(plain: Playground) -> None:
+    page = plain.page
+    page.fill("#n", "4")
+    page.fill("#partial_images", "0")
+    plain.draw(APPLE)
+    before = page.locator("#tiles img").evaluate_all("images => images.map(({ src }) => src)")
+    refusal = {"error": {"message": "busy", "type": "server_error", "param": None, "code": "full"}}
+    page.route("**/generate", lambda route: route.fulfill(status=503, json=refusal))
+    plain.press("a pear")
+    expect(page.locator("#error")).to_contain_text("busy")
+    tiles = page.locator("#tiles img")
+    assert all(before)
+    assert tiles.evaluate_all("images => images.map(({ src }) => src)") == before
+    expect(tiles.first).to_be_visible()
+    tiles.nth(2).click()
+    expect(page.locator("#picture")).to_have_attribute("src", before[2])
+    forgive(plain, "503")
 
 
 def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address: str) -> None:

@@ -276,8 +276,23 @@ def test_an_image_deleted_in_another_tab_is_not_called_removed_for_newer_ones(
 ) -> None:
     plain.draw(APPLE)
     tab = second_tab(plain)
+    tab.fill("#n", "2")
+    tab.fill("#prompt", "a pear")
+    tab.locator("#run").click()
+    expect(plain.page.locator("#gallery button")).to_have_count(3)
+    plain.page.locator("#gallery button").first.focus()
+    plain.page.keyboard.press("Delete")
+    expect(tab.locator("#gallery button")).to_have_count(2)
+    tab.locator("#tiles button").last.click()
+    expect(tab.locator("#error")).to_contain_text("This image was deleted in another tab.")
+
+
+def test_an_image_deleted_in_another_tab_is_enlarged_where_it_is_shown(plain: Playground) -> None:
+    plain.draw(APPLE)
+    tab = second_tab(plain)
     tab.locator("#gallery button").click()
     plain.page.locator("#forget").click()
     expect(tab.locator("#gallery button")).to_have_count(0)
-    tab.locator("#upscale").click()
-    expect(tab.locator("#error")).to_contain_text("This image was deleted in another tab.")
+    with tab.expect_request("**/upscale"):
+        tab.locator("#upscale").click()
+    expect(tab.locator("#gallery button")).to_have_count(1)

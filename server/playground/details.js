@@ -1,5 +1,6 @@
 // Details of an image: caption, parameters, and latency by stage.
 
+import { NEEDS_IMAGE } from "./build_request.js";
 import { describe } from "./gallery.js";
 import { render } from "./timings.js";
 
@@ -16,6 +17,15 @@ export function showDetails({ box, caption, facts, again, reuse, timings }, entr
 /** Says that the encoders cut a prompt, in a sentence after another one; empty if they did not. */
 export function cutNote({ truncated }) {
   return truncated?.length ? " The prompt was too long: its end was cut." : "";
+}
+
+/** Says how to get an image again that the history has lost. */
+export function remedy({ operation, parameters }) {
+  if (!parameters) return "Open its file again.";
+  if (NEEDS_IMAGE.includes(operation) || parameters.keyframes?.some(({ prompt }) => prompt === undefined)) {
+    return "It was made from another image, which must be given again. “Use its settings” brings back the rest.";
+  }
+  return "“Use its settings” and generate it again: with the same weights, its seed gives the same image.";
 }
 
 function rows({ parameters, width, height, original, model }) {

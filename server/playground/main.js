@@ -4,7 +4,8 @@ import { NoAnswer, ServerError, send } from "./api.js";
 import { HAS_REGIONS, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
 import { Canvas } from "./canvas.js";
 import { Connection } from "./connection.js";
-import { cutNote, showDetails } from "./details.js";
+import { cutNote, remedy, showDetails } from "./details.js";
+import { Download } from "./download.js";
 import { generatedEntries, openedEntry } from "./entries.js";
 import { FormErrors } from "./form_errors.js";
 import { Gallery, describe } from "./gallery.js";
@@ -68,6 +69,7 @@ const regions = new Regions({ list: $("regions"), layer: $("layer"), toggle: $("
 });
 const live = new Live({ request: liveRequest, shown: showLive, rested: describeLive, failed: failLive });
 const keyframes = new Keyframes($("keyframes"), () => snippets.show());
+const download = new Download($("download"));
 const gallery = new Gallery($("gallery"), { select: choose, remove: forget });
 const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference"), prompt: $("prompt") }, useModels);
 
@@ -86,6 +88,8 @@ let models = [];
 let shown = null;
 let running = null;
 let recalled = false;
+/** Shows what the canvas had before the running request. */
+let restore = null;
 /** The newest image of live mode, {request, entry, urls}, until it is kept in the history. */
 let latest = null;
 /** Whether the form was changed while a request of the button ran. */
@@ -120,6 +124,7 @@ async function run(make) {
 
 function begin() {
   running = new AbortController();
+  restore = canvas.snapshot();
   canvas.busy(true);
   $("run").ariaDisabled = "true";
   $("cancel").ariaDisabled = "false";
@@ -168,7 +173,10 @@ function finish(generated, { seconds, preview }) {
 }
 
 function fail(error) {
-  if (running) restore();
+  if (running) {
+    restore();
+    layoutMargins();
+  }
   if (error.name === "AbortError") return void ($("status").textContent = "Cancelled.");
   $("status").textContent = "";
   if (error instanceof ServerError) errors.showServerError(error);
@@ -261,18 +269,17 @@ function leave() {
 /** Shows an entry of the history on the canvas, as input of further requests. */
 function show(entry) {
   const images = history.images(entry.id);
+  if (images) canvas.show(images, { width: entry.width, height: entry.height }, describe(entry));
+  else canvas.clear();
   select(entry);
-  if (!images) {
-    const reason = history.entries.some(({ id }) => id === entry.id) ? "removed for newer ones" : "deleted in another tab";
-    const again = entry.parameters ? " “Use its settings” and generate it again: its seed gives the same image." : "";
-    errors.show(`This image was ${reason}.${again}`);
-    return;
-  }
-  canvas.show(images, { width: entry.width, height: entry.height }, describe(entry));
   mask.reset(entry);
   margins.reset(entry, longestSide());
   showRegions();
   showHint();
+  if (images) return;
+  const reason = history.entries.some(({ id }) => id === entry.id) ? "removed for newer ones" : "deleted in another tab";
+  $("empty-title").textContent = `This image was ${reason}`;
+  errors.show(`This image was ${reason}. ${remedy(entry)}`);
 }
 
 function choose(entry) {
@@ -286,14 +293,14 @@ function select(entry) {
   shown = entry;
   gallery.mark(entry.id);
   showDetails(panel, entry, requests.has(entry.id));
+  offerImage();
 }
 
-/** Shows the image again that was there before a failed request, with its mask and margins. */
-function restore() {
-  const images = shown && history.images(shown.id);
-  if (!images) return canvas.clear();
-  canvas.show(images, { width: shown.width, height: shown.height }, describe(shown));
-  canvas.layout({ margins: margins.values });
+/** Offers what needs the shown image only while there is one. */
+function offerImage() {
+  const url = canvas.current ?? (shown && history.images(shown.id)?.[0]);
+  $("upscale").hidden = !url || !settings.supports("upscale");
+  download.offer(url, shown?.parameters?.seed ?? "opened");
 }
 
 function forget(id) {
@@ -332,6 +339,11 @@ function showMargins(dragging) {
   canvas.layout({ margins: margins.values, frozen: dragging });
   margins.scale = canvas.scale;
   if (!dragging) snippets.show();
+}
+
+function layoutMargins() {
+  canvas.layout({ margins: settings.operation === "outpaint" ? margins.values : { left: 0, right: 0, up: 0, down: 0 } });
+  margins.scale = canvas.scale;
 }
 
 /** Shows the regions' boxes, on an empty sheet if the shown image has another shape than the one to be generated. */
@@ -376,7 +388,7 @@ function useModel() {
   $("incapable").hidden = !names.length;
   $("incapable").textContent = `${model.id} does not support: ${names.map(([, [label]]) => label.toLowerCase()).join(", ")}.`;
   $("add-picture").disabled = !settings.supports("variations");
-  $("upscale").hidden = !settings.supports("upscale");
+  offerImage();
   if (shown && margins.limits.side !== longestSide()) margins.reset(shown, longestSide());
   useOperation();
 }
@@ -396,8 +408,7 @@ function useOperation() {
   showHint();
   $("prompt-label").textContent = PROMPT_OPTIONAL.includes(operation) ? "Prompt (optional)" : "Prompt";
   if (operation === "interpolate" && !keyframes.values.length) keyframes.fill([$("prompt").value, ""]);
-  if (!running) canvas.layout({ margins: operation === "outpaint" ? margins.values : { left: 0, right: 0, up: 0, down: 0 } });
-  margins.scale = canvas.scale;
+  if (!running) layoutMargins();
   showRegions();
   snippets.show();
 }
@@ -426,8 +437,8 @@ function reuse({ operation, prompt, model, parameters }) {
 /** Enlarges the shown image as the form says, described by its own prompt. */
 function upscale() {
   if (running) return;
-  if (!canvas.current || !history.images(shown.id)) show(shown);
-  if (!history.images(shown.id)) return;
+  if (!canvas.current) show(shown);
+  if (!canvas.current) return;
   settings.operation = "upscale";
   $("prompt").value = shown.parameters?.prompt ?? "";
   useOperation();
@@ -503,11 +514,7 @@ const pressed = {
     useOperation();
     drawLive();
   },
-  download: () => {
-    const url = canvas.current ?? history.images(shown.id)[0];
-    const extension = /^data:image\/(\w+)/.exec(url)[1];
-    Object.assign($("download"), { href: url, download: `paellera-${shown.parameters?.seed ?? "opened"}.${extension}` });
-  },
+  download: offerImage,
   "forget-all": () => {
     if (!confirm("Delete all images of the history?")) return;
     history.clear();
@@ -543,6 +550,7 @@ $("form").addEventListener("input", ({ target }) => {
   drawLive();
 });
 $("seed").addEventListener("change", drawLive);
+$("frame-number").addEventListener("input", offerImage);
 $("layer").addEventListener("pointerup", drawLive);
 $("regions").addEventListener("click", drawLive);
 $("model").addEventListener("change", () => {

@@ -1,0 +1,26 @@
+// The link that saves the shown image.
+
+export class Download {
+  constructor(link) {
+    Object.assign(this, { link, source: "" });
+  }
+
+  /** Points the link at an image, a data URL; without one, there is no link. name: the end of the file's name. */
+  offer(source, name) {
+    this.link.hidden = !source;
+    if (!source) return;
+    if (source !== this.source) this.#point(source);
+    this.link.download = `paellera-${name}.${/^data:image\/(\w+)/.exec(source)[1]}`;
+  }
+
+  #point(source) {
+    URL.revokeObjectURL(this.link.href);
+    this.link.href = URL.createObjectURL(fileOf(source));
+    this.source = source;
+  }
+}
+
+function fileOf(url) {
+  const [, type, content] = /^data:([^;,]+);base64,(.*)$/.exec(url);
+  return new Blob([Uint8Array.from(atob(content), (character) => character.charCodeAt(0))], { type });
+}
