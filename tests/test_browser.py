@@ -290,6 +290,58 @@ def test_a_prompt_that_was_cut_is_said(plain: Playground, text: str) -> None:
     assert ("end cut (byt5, clip)" in plain.page.inner_text("#facts")) == is_cut
 
 
+def test_a_long_prompt_scrolls_in_its_caption(plain: Playground) -> None:
+    page = plain.page
+    caption = page.locator("#caption")
+    plain.draw(APPLE)
+    assert caption.get_attribute("tabindex") is None
+    page.evaluate("document.getElementById('status').textContent = ''")
+    plain.draw("a pear and " * 2900)
+    box = caption.bounding_box()
+    assert box is not None
+    assert box["height"] < 300
+    caption.focus()
+    page.keyboard.press("End")
+    wait_until(lambda: caption.evaluate("(caption) => caption.scrollTop") > 0, timeout_s=60)
+
+
+def test_a_text_that_does_not_fit_into_its_field_is_said_to_be_cut(plain: Playground) -> None:
+    page = plain.page
+    page.focus("#prompt")
+    page.keyboard.insert_text("pears " * 5000)
+    expect(page.locator("#error")).to_be_empty()
+    page.keyboard.insert_text("apples " * 1000)
+    expect(page.locator("#error")).to_have_text(
+        "Only 32000 characters fit into this field: the end of the text was cut."
+    )
+    assert len(page.input_value("#prompt")) == 32000
+
+
+def test_the_picture_and_its_caption_alone_are_printed_on_white(
+    opened: Open, plain_address: str
+) -> None:
+    playground = opened(plain_address, color_scheme="dark")
+    playground.ready()
+    page = playground.page
+    playground.draw(APPLE)
+    page.emulate_media(media="print")
+    for printed in ("#picture", "#caption"):
+        expect(page.locator(printed)).to_be_visible()
+    for other in (".masthead", "#form", "#facts", "#download", "#timings", "#code", ".history"):
+        expect(page.locator(other).first).to_be_hidden()
+    expect(page.locator("#caption")).to_have_css("color", "rgb(36, 29, 21)")
+
+
+@pytest.mark.parametrize("path", ["", "docs"])
+def test_without_scripts_the_page_says_what_it_lacks(
+    opened: Open, plain_address: str, path: str
+) -> None:
+    playground = opened(f"{plain_address}/{path}", java_script_enabled=False)
+    notice = playground.page.locator("noscript p")
+    expect(notice).to_be_visible()
+    expect(notice).to_contain_text("needs JavaScript")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_serious_keeps_anybody_from_using_it(
     opened: Open, plain_address: str, scheme: str
@@ -643,7 +695,9 @@ def test_quantiles_are_read_off_the_server_s_histogram_as_prometheus_does(
     line = 'paella_request_duration_seconds_bucket{{endpoint="{}",le="{}",status="{}"}} {}'
     counts = (
         ("/generate", "0.1", 200, 10),
-        ("/generate", "0.2", 200, 30),
+        ("/generate", "0.2", 200, 10),
+        ("/upscale", "0.2", 200, 10),
+        ("/sdapi/v1/txt2img", "0.2", 200, 10),
         ("/generate", "+Inf", 200, 40),
     )
     others = (

@@ -9,6 +9,7 @@ export function showDetails({ box, caption, facts, again, reuse, timings }, entr
   box.hidden = false;
   caption.textContent = describe(entry);
   facts.replaceChildren(...rows(entry).map(row));
+  for (const text of [caption, ...facts.querySelectorAll("dd")]) makeScrollable(text);
   reuse.hidden = !entry.parameters;
   again.hidden = !repeatable;
   render(timings, entry.timings, entry.seconds);
@@ -41,14 +42,23 @@ function rows({ parameters, width, height, original, model }) {
     ["Guidance", [...new Set(parameters.guidance_scale)].join(" → ")],
     ["Sampler", parameters.sampler],
     ["Weights", model],
-    ...(parameters.prompt_read ? [["Read as", parameters.prompt_read]] : []),
+    ...(parameters.prompt_read ? [["Read as", parameters.prompt_read, "Words that the weights do not know are left out."]] : []),
     ...(parameters.truncated?.length ? [["Prompt", `end cut (${parameters.truncated.join(", ")})`]] : []),
   ];
 }
 
-function row([name, value]) {
+function row([name, value, note]) {
   const item = document.createElement("div");
-  const term = Object.assign(document.createElement("dt"), { textContent: name });
-  item.append(term, Object.assign(document.createElement("dd"), { textContent: String(value) }));
+  item.append(element("dt", name), element("dd", value), ...(note ? [element("dd", note, "hint")] : []));
   return item;
+}
+
+function element(tag, text, className = "") {
+  return Object.assign(document.createElement(tag), { textContent: String(text), className });
+}
+
+/** Lets the keyboard scroll a text that is longer than its box. */
+function makeScrollable(text) {
+  if (text.scrollHeight > text.clientHeight) text.tabIndex = 0;
+  else text.removeAttribute("tabindex");
 }

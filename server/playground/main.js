@@ -71,7 +71,10 @@ const live = new Live({ request: liveRequest, shown: showLive, rested: describeL
 const keyframes = new Keyframes($("keyframes"), () => snippets.show());
 const download = new Download($("download"));
 const gallery = new Gallery($("gallery"), { select: choose, remove: forget });
-const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference"), prompt: $("prompt") }, useModels);
+const connection = new Connection(
+  { readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), keyError: $("key-error"), reference: $("reference"), prompt: $("prompt") },
+  { connected: useModels, recovered: () => errors.clearOutage() },
+);
 
 const panel = {
   box: $("shown"),
@@ -95,7 +98,7 @@ let latest = null;
 /** Whether the form was changed while a request of the button ran. */
 let missed = false;
 
-// ── requests ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── requests ──
 
 function currentRequest() {
   return buildRequest({ settings, canvas, mask, margins, regions, keyframes, prompt: $("prompt") });
@@ -180,7 +183,7 @@ function fail(error) {
   if (error.name === "AbortError") return void ($("status").textContent = "Cancelled.");
   $("status").textContent = "";
   if (error instanceof ServerError) errors.showServerError(error);
-  else errors.show(error instanceof NoAnswer ? `${error.message}.` : error.message, { element: error.element });
+  else errors.show(error instanceof NoAnswer ? `${error.message}.` : error.message, { element: error.element, outage: error instanceof NoAnswer });
   connection.failed(error);
 }
 
@@ -188,7 +191,7 @@ function cancel() {
   running?.abort();
 }
 
-// ── live mode ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── live mode ──
 
 /** Draws the changed form in live mode, after the button's request if one runs. */
 function drawLive() {
@@ -264,7 +267,7 @@ function leave() {
   latest = null;
 }
 
-// ── shown image ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── shown image ──
 
 /** Shows an entry of the history on the canvas, as input of further requests. */
 function show(entry) {
@@ -292,7 +295,7 @@ function select(entry) {
   errors.clear();
   shown = entry;
   gallery.mark(entry.id);
-  showDetails(panel, entry, requests.has(entry.id));
+  showDetails(panel, entry, requests.has(entry.id) && models.some(({ id }) => id === entry.model));
   offerImage();
 }
 
@@ -361,15 +364,19 @@ async function copy(language) {
   $("status").textContent = "Copied.";
 }
 
-// ── the form ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── the form ──
 
 function useModels(data) {
   const { value: chosen } = $("model");
+  const lost = chosen && !data.some(({ id }) => id === chosen);
   models = data;
   $("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
-  if (models.some(({ id }) => id === chosen)) $("model").value = chosen;
+  if (chosen && !lost) $("model").value = chosen;
   useModel();
   if (!recalled) begun();
+  if (!lost) return;
+  if (shown) select(shown);
+  errors.show(`The server does not have the weights “${chosen}” any more. “${$("model").value}” is chosen now: generate again.`);
 }
 
 /** Continues the start that needs the server, and its key if one is required. */
@@ -474,7 +481,7 @@ function importImage({ url, ...file }) {
   $("status").textContent = original ? `Opened at ${width} × ${height}; the file has ${original.join(" × ")}.` : "";
 }
 
-// ── wiring ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── wiring ──
 
 function example(prompt) {
   const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
@@ -576,5 +583,9 @@ $("examples").append(...EXAMPLES.map(example));
 $("settings").open = matchMedia("(min-width: 60rem)").matches;
 useOperation();
 showGallery();
+if (!history.lasting) {
+  $("history-place").textContent = "Kept until this page is closed.";
+  $("gallery").dataset.empty = "What is drawn stays here until this page is closed.";
+}
 if (history.damaged) errors.show("The saved history cannot be read. It was deleted, and a new one begins.");
 connection.connect();
