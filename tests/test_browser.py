@@ -600,6 +600,27 @@ def test_the_link_under_an_image_is_that_image(plain: Playground) -> None:
     assert download.value.path().read_bytes() == base64.b64decode(picture.partition(",")[2])
 
 
+def test_all_frames_are_saved_as_one_animation(plain: Playground) -> None:
+    page = plain.page
+    plain.draw(APPLE)
+    expect(page.locator("#animate")).to_be_hidden()
+    plain.choose("Interpolate")
+    page.fill("#frames", "3")
+    for i, prompt in enumerate(("red", "blue")):
+        page.locator("#keyframes input").nth(i).fill(prompt)
+    page.evaluate("document.getElementById('status').textContent = ''")
+    plain.draw()
+    with page.expect_request("**/interpolate") as request, page.expect_download() as download:
+        page.locator("#animate").click()
+    seed = request.value.post_data_json["seed"]
+    assert f"{seed}" in page.inner_text("#facts")
+    assert download.value.suggested_filename == f"paellera-{seed}.gif"
+    with PIL.Image.open(download.value.path()) as animation:
+        assert (animation.format, getattr(animation, "n_frames", 1)) == ("GIF", 3)
+    expect(page.locator("#status")).to_have_text("Saved as a GIF.")
+    expect(page.locator("#player")).to_be_visible()
+
+
 def test_images_side_by_side_stay_when_the_next_request_is_refused(plain: Playground) -> None:
     page = plain.page
     page.fill("#n", "4")

@@ -5,13 +5,14 @@ import { describe } from "./gallery.js";
 import { render } from "./timings.js";
 
 /** entry: of the history. repeatable: whether its request can be sent again. */
-export function showDetails({ box, caption, facts, again, reuse, timings }, entry, repeatable) {
+export function showDetails({ box, caption, facts, again, animate, reuse, timings }, entry, repeatable) {
   box.hidden = false;
   caption.textContent = describe(entry);
   facts.replaceChildren(...rows(entry).map(row));
   for (const text of [caption, ...facts.querySelectorAll("dd")]) makeScrollable(text);
   reuse.hidden = !entry.parameters;
   again.hidden = !repeatable;
+  animate.hidden = !repeatable || entry.operation !== "interpolate";
   render(timings, entry.timings, entry.seconds);
 }
 

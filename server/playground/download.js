@@ -1,4 +1,4 @@
-// The link that saves the shown image.
+// Saves images as files: a link to the shown one, and what is made on demand.
 
 export class Download {
   constructor(link) {
@@ -18,6 +18,14 @@ export class Download {
     this.link.href = URL.createObjectURL(fileOf(source));
     this.source = source;
   }
+}
+
+/** Saves a file, a Blob, under this name. */
+export function save(file, name) {
+  const href = URL.createObjectURL(file);
+  Object.assign(document.createElement("a"), { href, download: name }).click();
+  // Browsers have begun to read it by then.
+  setTimeout(() => URL.revokeObjectURL(href), 60_000);
 }
 
 function fileOf(url) {

@@ -1,11 +1,11 @@
 // The playground: connects form, canvas, history and server.
 
-import { NoAnswer, ServerError, send } from "./api.js";
+import { NoAnswer, ServerError, file, send } from "./api.js";
 import { HAS_REGIONS, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
 import { Canvas } from "./canvas.js";
 import { Connection } from "./connection.js";
 import { cutNote, remedy, showDetails } from "./details.js";
-import { Download } from "./download.js";
+import { Download, save } from "./download.js";
 import { generatedEntries, openedEntry } from "./entries.js";
 import { FormErrors } from "./form_errors.js";
 import { Gallery, describe } from "./gallery.js";
@@ -81,6 +81,7 @@ const panel = {
   caption: $("caption"),
   facts: $("facts"),
   again: $("again"),
+  animate: $("animate"),
   reuse: $("reuse"),
   timings: { section: $("timings"), strip: $("strip"), list: $("stages") },
 };
@@ -182,9 +183,27 @@ function fail(error) {
   }
   if (error.name === "AbortError") return void ($("status").textContent = "Cancelled.");
   $("status").textContent = "";
+  const outage = error instanceof NoAnswer;
   if (error instanceof ServerError) errors.showServerError(error);
-  else errors.show(error instanceof NoAnswer ? `${error.message}.` : error.message, { element: error.element, outage: error instanceof NoAnswer });
+  else errors.show(outage ? `${error.message}.` : error.message, { element: error.element, outage });
   connection.failed(error);
+}
+
+/** Saves the shown frames as an animation, which the server draws again from their seed. */
+async function animate() {
+  if (running) return;
+  const { operation, fields } = requests.get(shown.id);
+  const { seed } = shown.parameters;
+  errors.clear();
+  begin();
+  try {
+    save(await file(operation, { ...fields, seed, response_format: "gif" }, running.signal), `paellera-${seed}.gif`);
+    $("status").textContent = "Saved as a GIF.";
+  } catch (error) {
+    fail(error);
+  } finally {
+    end();
+  }
 }
 
 function cancel() {
@@ -522,6 +541,7 @@ const pressed = {
     drawLive();
   },
   download: offerImage,
+  animate,
   "forget-all": () => {
     if (!confirm("Delete all images of the history?")) return;
     history.clear();
