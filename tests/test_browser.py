@@ -4,6 +4,7 @@ embedded weights.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -26,7 +27,16 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.support.browsers import APPLE, FOX, FOX_HEIGHT, FOX_WIDTH, Open, rows, serious
+from tests.support.browsers import (
+    APPLE,
+    FOX,
+    FOX_HEIGHT,
+    FOX_WIDTH,
+    Open,
+    forgive,
+    rows,
+    serious,
+)
 
 pytestmark = [
     pytest.mark.process,
@@ -280,6 +290,59 @@ def test_a_prompt_that_was_cut_is_said(plain: Playground, text: str) -> None:
     assert ("end cut (byt5, clip)" in plain.page.inner_text("#facts")) == is_cut
 
 
+def test_a_long_prompt_scrolls_in_its_caption(plain: Playground) -> None:
+    page = plain.page
+    caption = page.locator("#caption")
+    plain.draw(APPLE)
+    assert caption.get_attribute("tabindex") is None
+    page.evaluate("document.getElementById('status').textContent = ''")
+    plain.draw("a pear and " * 2900)
+    box = caption.bounding_box()
+    assert box is not None
+    assert box["height"] < 300
+    assert serious(plain) == set()
+    caption.focus()
+    page.keyboard.press("End")
+    wait_until(lambda: caption.evaluate("(caption) => caption.scrollTop") > 0, timeout_s=60)
+
+
+def test_a_text_that_does_not_fit_into_its_field_is_said_to_be_cut(plain: Playground) -> None:
+    page = plain.page
+    page.focus("#prompt")
+    page.keyboard.insert_text("pears " * 5000)
+    expect(page.locator("#error")).to_be_empty()
+    page.keyboard.insert_text("apples " * 1000)
+    expect(page.locator("#error")).to_have_text(
+        "Only 32000 characters fit into this field: the end of the text was cut."
+    )
+    assert len(page.input_value("#prompt")) == 32000
+
+
+def test_the_picture_and_its_caption_alone_are_printed_on_white(
+    opened: Open, plain_address: str
+) -> None:
+    playground = opened(plain_address, color_scheme="dark")
+    playground.ready()
+    page = playground.page
+    playground.draw(APPLE)
+    page.emulate_media(media="print")
+    for printed in ("#picture", "#caption"):
+        expect(page.locator(printed)).to_be_visible()
+    for other in (".masthead", "#form", "#facts", "#download", "#timings", "#code", ".history"):
+        expect(page.locator(other).first).to_be_hidden()
+    expect(page.locator("#caption")).to_have_css("color", "rgb(36, 29, 21)")
+
+
+@pytest.mark.parametrize("path", ["", "docs"])
+def test_without_scripts_the_page_says_what_it_lacks(
+    opened: Open, plain_address: str, path: str
+) -> None:
+    playground = opened(f"{plain_address}/{path}", java_script_enabled=False)
+    notice = playground.page.locator("noscript p")
+    expect(notice).to_be_visible()
+    expect(notice).to_contain_text("needs JavaScript")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_serious_keeps_anybody_from_using_it(
     opened: Open, plain_address: str, scheme: str
@@ -464,6 +527,120 @@ def test_a_damaged_picture_of_the_history_counts_as_removed(plain: Playground) -
     expect(page.locator("#error")).to_contain_text("This image was removed")
 
 
+def evict(playground: Playground, index: int) -> None:
+    """Remove the image of an entry from the history, as newer images do."""
+    playground.page.evaluate(
+        """(index) => {
+          const { id } = JSON.parse(localStorage["paellera.history"])[index];
+          localStorage.removeItem(`paellera.pictures.${id}`);
+        }""",
+        index,
+    )
+
+
+def test_an_image_that_the_history_has_lost_leaves_no_other_one_on_the_canvas(
+    plain: Playground,
+) -> None:
+    page = plain.page
+    plain.draw(APPLE)
+    page.evaluate("document.getElementById('status').textContent = ''")
+    plain.draw("a pear")
+    evict(plain, 1)
+    for _ in range(2):
+        page.locator("#gallery button").nth(1).click()
+        expect(page.locator("#caption")).to_have_text(APPLE)
+        expect(page.locator("#picture")).to_be_hidden()
+        expect(page.locator("#empty-title")).to_have_text("This image was removed for newer ones")
+        expect(page.locator("#error")).to_contain_text("its seed gives the same image")
+        for button in ("#download", "#upscale"):
+            expect(page.locator(button)).to_be_hidden()
+        plain.choose("Edit")
+        plain.press("a plum")
+        expect(page.locator("#error")).to_contain_text("An image is required")
+        page.reload()
+        plain.ready()
+    page.locator("#gallery button").nth(0).click()
+    for button in ("#download", "#upscale"):
+        expect(page.locator(button)).to_be_visible()
+
+
+@pytest.mark.parametrize("operation", ["Edit", "Vary", "Interpolate"])
+def test_a_lost_image_that_was_made_from_another_one_needs_that_again(
+    plain: Playground, operation: str
+) -> None:
+    page = plain.page
+    plain.load(FOX)
+    plain.choose(operation)
+    if operation == "Interpolate":
+        page.get_by_role("button", name="Remove keyframe 2").click()
+        page.locator("#keyframes input").fill(APPLE)
+        page.get_by_role("button", name="Add the shown image").click()
+    plain.draw(APPLE)
+    for index, said in enumerate(("another image, which must be given again", "Open its file")):
+        evict(plain, index)
+        page.locator("#gallery button").nth(index).click()
+        expect(page.locator("#error")).to_contain_text(said)
+        expect(page.locator("#error")).not_to_contain_text("the same image")
+
+
+def test_the_link_under_an_image_is_that_image(plain: Playground) -> None:
+    page = plain.page
+    plain.choose("Interpolate")
+    page.fill("#frames", "3")
+    for i, prompt in enumerate(("red", "blue")):
+        page.locator("#keyframes input").nth(i).fill(prompt)
+    plain.draw()
+    page.locator("#frame-number").focus()
+    page.keyboard.press("End")
+    link = page.locator("#download")
+    expect(link).to_have_attribute("href", re.compile("^blob:"))
+    with page.expect_download() as download:
+        link.click()
+    assert download.value.suggested_filename.endswith(".webp")
+    picture = page.get_attribute("#picture", "src") or ""
+    assert download.value.path().read_bytes() == base64.b64decode(picture.partition(",")[2])
+
+
+def test_all_frames_are_saved_as_one_animation(plain: Playground) -> None:
+    page = plain.page
+    plain.draw(APPLE)
+    expect(page.locator("#animate")).to_be_hidden()
+    plain.choose("Interpolate")
+    page.fill("#frames", "3")
+    for i, prompt in enumerate(("red", "blue")):
+        page.locator("#keyframes input").nth(i).fill(prompt)
+    page.evaluate("document.getElementById('status').textContent = ''")
+    plain.draw()
+    with page.expect_request("**/interpolate") as request, page.expect_download() as download:
+        page.locator("#animate").click()
+    seed = request.value.post_data_json["seed"]
+    assert f"{seed}" in page.inner_text("#facts")
+    assert download.value.suggested_filename == f"paellera-{seed}.gif"
+    with PIL.Image.open(download.value.path()) as animation:
+        assert (animation.format, getattr(animation, "n_frames", 1)) == ("GIF", 3)
+    expect(page.locator("#status")).to_have_text("Saved as a GIF.")
+    expect(page.locator("#player")).to_be_visible()
+
+
+def test_images_side_by_side_stay_when_the_next_request_is_refused(plain: Playground) -> None:
+    page = plain.page
+    page.fill("#n", "4")
+    page.fill("#partial_images", "0")
+    plain.draw(APPLE)
+    before = page.locator("#tiles img").evaluate_all("images => images.map(({ src }) => src)")
+    refusal = {"error": {"message": "busy", "type": "server_error", "param": None, "code": "full"}}
+    page.route("**/generate", lambda route: route.fulfill(status=503, json=refusal))
+    plain.press("a pear")
+    expect(page.locator("#error")).to_contain_text("busy")
+    tiles = page.locator("#tiles img")
+    assert all(before)
+    assert tiles.evaluate_all("images => images.map(({ src }) => src)") == before
+    expect(tiles.first).to_be_visible()
+    tiles.nth(2).click()
+    expect(page.locator("#picture")).to_have_attribute("src", before[2])
+    forgive(plain, "503")
+
+
 def test_what_the_weights_cannot_do_is_off_and_said(opened: Open, plain_address: str) -> None:
     playground = opened("about:blank")
     page = playground.page
@@ -540,7 +717,9 @@ def test_quantiles_are_read_off_the_server_s_histogram_as_prometheus_does(
     line = 'paella_request_duration_seconds_bucket{{endpoint="{}",le="{}",status="{}"}} {}'
     counts = (
         ("/generate", "0.1", 200, 10),
-        ("/generate", "0.2", 200, 30),
+        ("/generate", "0.2", 200, 10),
+        ("/upscale", "0.2", 200, 10),
+        ("/sdapi/v1/txt2img", "0.2", 200, 10),
         ("/generate", "+Inf", 200, 40),
     )
     others = (

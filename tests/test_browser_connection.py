@@ -15,7 +15,7 @@ from server.api import create_app
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
-from tests.support.browsers import APPLE, FOX, Open, forgive
+from tests.support.browsers import APPLE, FOX, Open, forgive, serious
 
 pytestmark = [
     pytest.mark.browser,
@@ -79,7 +79,7 @@ def test_a_key_is_used_without_what_copying_added(keyed: Playground, copied: str
 def test_a_key_that_no_server_can_have_is_refused_and_not_kept(keyed: Playground) -> None:
     page = keyed.page
     enter_key(keyed, "ключ")
-    expect(page.locator("#readiness")).to_contain_text("unknown API key")
+    expect(page.locator("#key-error")).to_contain_text("of ASCII")
     expect(page.locator("#key")).to_be_focused()
     assert page.evaluate("sessionStorage.getItem('paellera.key')") is None
     enter_key(keyed, KEY)
@@ -94,6 +94,49 @@ def test_a_stored_key_that_cannot_be_sent_is_asked_for_again(keyed: Playground) 
     expect(page.locator("#key-form")).to_be_visible()
     enter_key(keyed, KEY)
     keyed.ready()
+    forgive(keyed, "401")
+
+
+def test_each_wrong_key_is_said_at_its_field_and_can_be_typed_over(keyed: Playground) -> None:
+    page = keyed.page
+    field = page.locator("#key")
+    expect(field).to_have_accessible_description("")
+    for key, said in (
+        ("", "Enter a key."),
+        ("ключ", "Keys have only the letters, digits and signs of ASCII."),
+        ("first", "The server does not know this key."),
+        ("second", "The server does not know this key."),
+    ):
+        enter_key(keyed, key)
+        expect(field).to_have_accessible_description(said)
+        expect(field).to_have_attribute("aria-invalid", "true")
+        assert field.evaluate(
+            "({ selectionStart, selectionEnd }) => [selectionStart, selectionEnd]"
+        ) == [
+            0,
+            len(key),
+        ]
+        assert serious(keyed) == set()
+        page.keyboard.type("0")
+        expect(field).to_have_attribute("aria-invalid", "false")
+        expect(field).to_have_accessible_description("")
+    enter_key(keyed, KEY)
+    keyed.ready()
+    forgive(keyed, "401")
+
+
+def test_a_request_that_lacked_the_key_is_no_error_any_more_once_the_key_is_right(
+    keyed: Playground,
+) -> None:
+    page = keyed.page
+    enter_key(keyed, KEY)
+    keyed.ready()
+    page.evaluate("sessionStorage.setItem('paellera.key', 'old')")
+    keyed.press(APPLE)
+    expect(page.locator("#error")).to_contain_text("unknown API key")
+    enter_key(keyed, KEY)
+    keyed.ready()
+    expect(page.locator("#error")).to_be_empty()
     forgive(keyed, "401")
 
 
@@ -113,6 +156,7 @@ def test_a_proxy_s_error_page_is_said_in_words(plain: Playground) -> None:
     expect(page.locator("#readiness")).to_have_text(message)
     page.unroute("**/v1/models")
     plain.ready()
+    expect(page.locator("#error")).to_be_empty()
     forgive(plain, "502")
 
 
@@ -155,8 +199,36 @@ def test_a_server_that_stopped_is_not_shown_as_ready_until_it_answers_again(
     expect(page.locator("#readiness")).to_have_attribute("data-state", "waiting")
     page.unroute(down)
     plain.ready()
+    expect(page.locator("#error")).to_be_empty()
     expect(page.locator(".handle.up")).to_have_attribute("aria-valuenow", "32")
     forgive(plain, "ERR_CONNECTION_REFUSED")
+
+
+def test_weights_that_the_server_has_no_more_give_way_to_the_default_ones(
+    plain: Playground, plain_address: str
+) -> None:
+    page = plain.page
+    plain.draw(APPLE)
+    models = httpx.get(f"{plain_address}/v1/models").json()
+    other = {**models["data"][0], "id": "other"}
+    page.route("**/v1/models", lambda route: route.fulfill(json={**models, "data": [other]}))
+    error = {"message": "model: unknown", "type": "invalid_request_error", "param": "model"}
+    refusal = {"error": {**error, "code": "model_not_found"}}
+    page.route("**/generate", lambda route: route.fulfill(status=404, json=refusal))
+    plain.press("a pear")
+    expect(page.locator("#error")).to_have_text(
+        "The server does not have the weights “fake” any more. "
+        "“other” is chosen now: generate again."
+    )
+    assert page.input_value("#model") == "other"
+    assert page.input_value("#prompt") == "a pear"
+    # Its request names the former weights.
+    expect(page.get_by_role("button", name="Another seed")).to_be_hidden()
+    with page.expect_request("**/generate") as request:
+        page.keyboard.press("Control+Enter")
+    assert request.value.post_data_json["model"] == "other"
+    expect(page.locator("#error")).to_contain_text("model: unknown")
+    forgive(plain, "404")
 
 
 # ── before the server answers ─────────────────────────────────────────────────────────────────────
@@ -227,6 +299,25 @@ def test_the_prompt_of_an_example_or_of_a_button_is_remembered(plain: Playground
     assert page.input_value("#prompt") == prompt
 
 
+def test_a_browser_that_keeps_nothing_is_not_said_to_keep_the_history(
+    opened: Open, plain_address: str
+) -> None:
+    playground = opened("about:blank")
+    page = playground.page
+    page.add_init_script(
+        """Object.defineProperty(window, "localStorage", {
+          get() {
+            throw new DOMException("denied", "SecurityError");
+          },
+        });"""
+    )
+    playground.open(plain_address)
+    empty = "getComputedStyle(document.getElementById('gallery'), '::after').content"
+    assert "until this page is closed" in page.evaluate(empty)
+    playground.draw(APPLE)
+    expect(page.locator("#history-note")).to_contain_text("Kept until this page is closed.")
+
+
 # ── two tabs ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -276,8 +367,23 @@ def test_an_image_deleted_in_another_tab_is_not_called_removed_for_newer_ones(
 ) -> None:
     plain.draw(APPLE)
     tab = second_tab(plain)
+    tab.fill("#n", "2")
+    tab.fill("#prompt", "a pear")
+    tab.locator("#run").click()
+    expect(plain.page.locator("#gallery button")).to_have_count(3)
+    plain.page.locator("#gallery button").first.focus()
+    plain.page.keyboard.press("Delete")
+    expect(tab.locator("#gallery button")).to_have_count(2)
+    tab.locator("#tiles button").last.click()
+    expect(tab.locator("#error")).to_contain_text("This image was deleted in another tab.")
+
+
+def test_an_image_deleted_in_another_tab_is_enlarged_where_it_is_shown(plain: Playground) -> None:
+    plain.draw(APPLE)
+    tab = second_tab(plain)
     tab.locator("#gallery button").click()
     plain.page.locator("#forget").click()
     expect(tab.locator("#gallery button")).to_have_count(0)
-    tab.locator("#upscale").click()
-    expect(tab.locator("#error")).to_contain_text("This image was deleted in another tab.")
+    with tab.expect_request("**/upscale"):
+        tab.locator("#upscale").click()
+    expect(tab.locator("#gallery button")).to_have_count(1)

@@ -379,6 +379,21 @@ def test_a_refusal_goes_to_the_field_of_the_operation(
     plain.complaints.clear()
 
 
+def test_what_the_weights_read_of_a_prompt_is_said_to_lack_unknown_words(
+    plain: Playground,
+) -> None:
+    facts = plain.page.locator("#facts")
+    note = "Words that the weights do not know are left out."
+    plain.draw(APPLE)
+    expect(facts).not_to_contain_text(note)
+    answering(plain, "generate", (WIDTH, HEIGHT), prompt_read="a fox")
+    plain.page.evaluate("document.getElementById('status').textContent = ''")
+    plain.draw("a fox on a zeppelin")
+    expect(facts).to_contain_text("a fox")
+    expect(facts).to_contain_text(note)
+    assert serious(plain) == set()
+
+
 # ── with the server's part ────────────────────────────────────────────────────────────────────────
 
 

@@ -98,10 +98,20 @@ function pageMessage({ ok, status, statusText }, text) {
   return `A proxy answered in place of the server: ${status} ${statusText || title}`.trim();
 }
 
+/** Sends JSON. Throws as `send` does. */
+export function post(path, body, signal) {
+  return send(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+}
+
+/** Resolves to a request's file, a Blob. Throws as `send` does. */
+export async function file(path, body, signal) {
+  const response = await post(path, body, signal);
+  return received(response.blob());
+}
+
 /** Yields the events of a streamed request, {name, data}. Throws ServerError also for the event `error`. */
 export async function* stream(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  const response = await send(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  const response = await post(path, body, signal);
   for await (const event of events(response.body)) {
     if (event.name === "error") throw new ServerError(response.status, event.data.error);
     yield event;

@@ -41,8 +41,7 @@ export class Canvas {
   /** Shows several images side by side; returns a function (index, url) that fills one in. choose: called with the index of one. */
   tile(count, choose) {
     const items = Array.from({ length: count }, (_, i) => tile(i, choose));
-    this.tiles.replaceChildren(...items);
-    this.tiles.dataset.columns = String(Math.ceil(Math.sqrt(count)));
+    this.#arrange(items);
     this.player.hidden = true;
     this.frames = [];
     this.#only(this.tiles);
@@ -59,7 +58,24 @@ export class Canvas {
     this.layout();
   }
 
+  /** Returns a function that shows again what is shown now. */
+  snapshot() {
+    const { view, frames, size, picture, tiles, frameNumber } = this;
+    const { src, alt } = picture;
+    const { value } = frameNumber;
+    const items = [...tiles.children];
+    return () => {
+      Object.assign(this, { frames, size });
+      Object.assign(picture, { src, alt });
+      this.#arrange(items);
+      frameNumber.value = value;
+      this.player.hidden = frames.length < 2;
+      this.#only(view);
+    };
+  }
+
   busy(is) {
+    if (is) this.#pause();
     this.area.classList.toggle("busy", is);
     this.area.ariaBusy = String(is);
   }
@@ -104,6 +120,11 @@ export class Canvas {
     const { clientWidth, clientHeight } = this.area;
     const padding = 32;
     return Math.min(LARGEST_SCALE, (room * (clientWidth - padding)) / total.width, (room * (clientHeight - padding)) / total.height);
+  }
+
+  #arrange(tiles) {
+    this.tiles.replaceChildren(...tiles);
+    this.tiles.dataset.columns = String(Math.ceil(Math.sqrt(tiles.length)));
   }
 
   #only(shown) {

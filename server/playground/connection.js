@@ -6,15 +6,16 @@ const RETRY_MS = 1500;
 
 export class Connection {
   /**
-   * connected: called with the entries of GET /v1/models after each read. reference: the link to the API reference, hidden where a key is
-   * required: following a link sends none.
+   * connected: called with the entries of GET /v1/models after each read. recovered: called when the server is ready again. reference: the
+   * link to the API reference, hidden where a key is required: following a link sends none.
    */
-  constructor({ readiness, keyForm, key, reference, prompt }, connected) {
-    Object.assign(this, { readiness, keyForm, key, reference, prompt, connected, attempt: null, timer: 0 });
+  constructor({ readiness, keyForm, key, keyError, reference, prompt }, { connected, recovered }) {
+    Object.assign(this, { readiness, keyForm, key, keyError, reference, prompt, connected, recovered, attempt: null, timer: 0 });
+    key.addEventListener("input", () => this.#blameKey(""));
     keyForm.addEventListener("submit", (event) => {
       event.preventDefault();
       if (bearerKey.set(key.value)) this.connect();
-      else this.#askForKey({ message: "unknown API key: keys have only the letters, digits and signs of ASCII" });
+      else this.#refuseKey(key.value.trim() ? "Keys have only the letters, digits and signs of ASCII." : "Enter a key.");
     });
   }
 
@@ -36,15 +37,16 @@ export class Connection {
     }
   }
 
-  /** Takes note of a failed request: asks for a key, or looks whether the server is still there. quietly: as above. */
+  /** Takes note of a failed request: asks for a key, or looks whether the server is still there, with the same weights. quietly: as above. */
   failed(error, { quietly = false } = {}) {
     if (error.status === 401) this.#askForKey(error, quietly);
-    else if (error instanceof NoAnswer || error.status >= 500) this.connect({ quietly: true });
+    else if (error instanceof NoAnswer || error.status >= 500 || error.code === "model_not_found") this.connect({ quietly: true });
   }
 
   #acceptKey() {
     const typed = this.keyForm.contains(document.activeElement);
     this.keyForm.hidden = true;
+    this.#blameKey("");
     this.reference.hidden = Boolean(bearerKey.get());
     if (typed) this.prompt.focus();
   }
@@ -53,7 +55,21 @@ export class Connection {
     this.keyForm.hidden = false;
     this.reference.hidden = true;
     this.#say(error.message, "waiting");
-    if (!quietly) this.key.focus();
+    const message = bearerKey.get() ? "The server does not know this key." : "";
+    if (quietly) this.#blameKey(message);
+    else this.#refuseKey(message);
+  }
+
+  /** Marks the key as invalid, and selects it to be replaced. */
+  #refuseKey(message) {
+    this.#blameKey(message);
+    this.key.focus();
+    this.key.select();
+  }
+
+  #blameKey(message) {
+    this.keyError.textContent = message;
+    this.key.ariaInvalid = String(Boolean(message));
   }
 
   async #ready(signal) {
@@ -74,6 +90,7 @@ export class Connection {
 
   #say(sentence, state) {
     if (this.readiness.textContent !== sentence) this.readiness.textContent = sentence;
+    if (state === "ready" && this.readiness.dataset.state === "waiting") this.recovered();
     this.readiness.dataset.state = state;
   }
 }

@@ -19,6 +19,11 @@ export class History {
     this.damaged = false;
   }
 
+  /** Whether the history outlasts the page. */
+  get lasting() {
+    return this.storage !== null;
+  }
+
   get entries() {
     const entries = this.#read(INDEX) ?? [];
     if (Array.isArray(entries) && entries.every(isEntry)) return entries;
@@ -91,7 +96,7 @@ export class History {
   #stored(name, text) {
     try {
       this.storage?.setItem(name, text);
-      return this.storage !== null;
+      return this.lasting;
     } catch {
       return false;
     }

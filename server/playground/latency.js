@@ -2,7 +2,7 @@
 
 const SAMPLE = /^paella_request_duration_seconds_bucket\{([^}]*)\} (\S+)/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
-const GENERATING = /^\/(generate|inpaint|outpaint|variations|edit|interpolate|v1\/images\/.*)$/;
+const GENERATING = /^\/(generate|inpaint|outpaint|variations|edit|interpolate|upscale|v1\/images\/.*|sdapi\/v1\/(txt2img|img2img|extra-.*))$/;
 const PERIOD = 2000;
 const SHOWN = 300_000;
 const WINDOW = 60_000;

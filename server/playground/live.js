@@ -1,6 +1,6 @@
 // Live mode: draws the form's request again and again while one types; the newest text wins.
 
-import { send } from "./api.js";
+import { post } from "./api.js";
 import { dataUrl } from "./run_request.js";
 
 // From the last key to the next request while another one is in flight, which it supersedes; otherwise requests are sent at once.
@@ -109,8 +109,7 @@ function serialize(request) {
 
 /** Returns {answer, urls} when the image is ready to be painted. Throws as `send` does, and DOMException for an unreadable image. */
 async function draw({ operation, fields }, signal) {
-  const body = JSON.stringify({ ...fields, response_format: "json" });
-  const response = await send(operation, { method: "POST", headers: { "Content-Type": "application/json" }, body, signal });
+  const response = await post(operation, { ...fields, response_format: "json" }, signal);
   const answer = await response.json();
   const urls = answer.images.map(dataUrl);
   await Object.assign(new Image(), { src: urls[0] }).decode();

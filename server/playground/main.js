@@ -1,10 +1,11 @@
 // The playground: connects form, canvas, history and server.
 
-import { NoAnswer, ServerError, send } from "./api.js";
+import { NoAnswer, ServerError, file, send } from "./api.js";
 import { HAS_REGIONS, NEEDS_IMAGE, PROMPT_OPTIONAL, buildRequest } from "./build_request.js";
 import { Canvas } from "./canvas.js";
 import { Connection } from "./connection.js";
-import { cutNote, showDetails } from "./details.js";
+import { cutNote, remedy, showDetails } from "./details.js";
+import { Download, save } from "./download.js";
 import { generatedEntries, openedEntry } from "./entries.js";
 import { FormErrors } from "./form_errors.js";
 import { Gallery, describe } from "./gallery.js";
@@ -68,14 +69,19 @@ const regions = new Regions({ list: $("regions"), layer: $("layer"), toggle: $("
 });
 const live = new Live({ request: liveRequest, shown: showLive, rested: describeLive, failed: failLive });
 const keyframes = new Keyframes($("keyframes"), () => snippets.show());
+const download = new Download($("download"));
 const gallery = new Gallery($("gallery"), { select: choose, remove: forget });
-const connection = new Connection({ readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), reference: $("reference"), prompt: $("prompt") }, useModels);
+const connection = new Connection(
+  { readiness: $("readiness"), keyForm: $("key-form"), key: $("key"), keyError: $("key-error"), reference: $("reference"), prompt: $("prompt") },
+  { connected: useModels, recovered: () => errors.clearOutage() },
+);
 
 const panel = {
   box: $("shown"),
   caption: $("caption"),
   facts: $("facts"),
   again: $("again"),
+  animate: $("animate"),
   reuse: $("reuse"),
   timings: { section: $("timings"), strip: $("strip"), list: $("stages") },
 };
@@ -86,12 +92,14 @@ let models = [];
 let shown = null;
 let running = null;
 let recalled = false;
+/** Shows what the canvas had before the running request. */
+let restore = null;
 /** The newest image of live mode, {request, entry, urls}, until it is kept in the history. */
 let latest = null;
 /** Whether the form was changed while a request of the button ran. */
 let missed = false;
 
-// ── requests ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── requests ──
 
 function currentRequest() {
   return buildRequest({ settings, canvas, mask, margins, regions, keyframes, prompt: $("prompt") });
@@ -120,6 +128,7 @@ async function run(make) {
 
 function begin() {
   running = new AbortController();
+  restore = canvas.snapshot();
   canvas.busy(true);
   $("run").ariaDisabled = "true";
   $("cancel").ariaDisabled = "false";
@@ -168,19 +177,40 @@ function finish(generated, { seconds, preview }) {
 }
 
 function fail(error) {
-  if (running) restore();
+  if (running) {
+    restore();
+    layoutMargins();
+  }
   if (error.name === "AbortError") return void ($("status").textContent = "Cancelled.");
   $("status").textContent = "";
+  const outage = error instanceof NoAnswer;
   if (error instanceof ServerError) errors.showServerError(error);
-  else errors.show(error instanceof NoAnswer ? `${error.message}.` : error.message, { element: error.element });
+  else errors.show(outage ? `${error.message}.` : error.message, { element: error.element, outage });
   connection.failed(error);
+}
+
+/** Saves the shown frames as an animation, which the server draws again from their seed. */
+async function animate() {
+  if (running) return;
+  const { operation, fields } = requests.get(shown.id);
+  const { seed } = shown.parameters;
+  errors.clear();
+  begin();
+  try {
+    save(await file(operation, { ...fields, seed, response_format: "gif" }, running.signal), `paellera-${seed}.gif`);
+    $("status").textContent = "Saved as a GIF.";
+  } catch (error) {
+    fail(error);
+  } finally {
+    end();
+  }
 }
 
 function cancel() {
   running?.abort();
 }
 
-// ── live mode ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── live mode ──
 
 /** Draws the changed form in live mode, after the button's request if one runs. */
 function drawLive() {
@@ -256,23 +286,22 @@ function leave() {
   latest = null;
 }
 
-// ── shown image ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── shown image ──
 
 /** Shows an entry of the history on the canvas, as input of further requests. */
 function show(entry) {
   const images = history.images(entry.id);
+  if (images) canvas.show(images, { width: entry.width, height: entry.height }, describe(entry));
+  else canvas.clear();
   select(entry);
-  if (!images) {
-    const reason = history.entries.some(({ id }) => id === entry.id) ? "removed for newer ones" : "deleted in another tab";
-    const again = entry.parameters ? " “Use its settings” and generate it again: its seed gives the same image." : "";
-    errors.show(`This image was ${reason}.${again}`);
-    return;
-  }
-  canvas.show(images, { width: entry.width, height: entry.height }, describe(entry));
   mask.reset(entry);
   margins.reset(entry, longestSide());
   showRegions();
   showHint();
+  if (images) return;
+  const reason = history.entries.some(({ id }) => id === entry.id) ? "removed for newer ones" : "deleted in another tab";
+  $("empty-title").textContent = `This image was ${reason}`;
+  errors.show(`This image was ${reason}. ${remedy(entry)}`);
 }
 
 function choose(entry) {
@@ -285,15 +314,15 @@ function select(entry) {
   errors.clear();
   shown = entry;
   gallery.mark(entry.id);
-  showDetails(panel, entry, requests.has(entry.id));
+  showDetails(panel, entry, requests.has(entry.id) && models.some(({ id }) => id === entry.model));
+  offerImage();
 }
 
-/** Shows the image again that was there before a failed request, with its mask and margins. */
-function restore() {
-  const images = shown && history.images(shown.id);
-  if (!images) return canvas.clear();
-  canvas.show(images, { width: shown.width, height: shown.height }, describe(shown));
-  canvas.layout({ margins: margins.values });
+/** Offers what needs the shown image only while there is one. */
+function offerImage() {
+  const url = canvas.current ?? (shown && history.images(shown.id)?.[0]);
+  $("upscale").hidden = !url || !settings.supports("upscale");
+  download.offer(url, shown?.parameters?.seed ?? "opened");
 }
 
 function forget(id) {
@@ -334,6 +363,11 @@ function showMargins(dragging) {
   if (!dragging) snippets.show();
 }
 
+function layoutMargins() {
+  canvas.layout({ margins: settings.operation === "outpaint" ? margins.values : { left: 0, right: 0, up: 0, down: 0 } });
+  margins.scale = canvas.scale;
+}
+
 /** Shows the regions' boxes, on an empty sheet if the shown image has another shape than the one to be generated. */
 function showRegions() {
   const { operation, size } = settings;
@@ -349,15 +383,19 @@ async function copy(language) {
   $("status").textContent = "Copied.";
 }
 
-// ── the form ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── the form ──
 
 function useModels(data) {
   const { value: chosen } = $("model");
+  const lost = chosen && !data.some(({ id }) => id === chosen);
   models = data;
   $("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
-  if (models.some(({ id }) => id === chosen)) $("model").value = chosen;
+  if (chosen && !lost) $("model").value = chosen;
   useModel();
   if (!recalled) begun();
+  if (!lost) return;
+  if (shown) select(shown);
+  errors.show(`The server does not have the weights “${chosen}” any more. “${$("model").value}” is chosen now: generate again.`);
 }
 
 /** Continues the start that needs the server, and its key if one is required. */
@@ -376,7 +414,7 @@ function useModel() {
   $("incapable").hidden = !names.length;
   $("incapable").textContent = `${model.id} does not support: ${names.map(([, [label]]) => label.toLowerCase()).join(", ")}.`;
   $("add-picture").disabled = !settings.supports("variations");
-  $("upscale").hidden = !settings.supports("upscale");
+  offerImage();
   if (shown && margins.limits.side !== longestSide()) margins.reset(shown, longestSide());
   useOperation();
 }
@@ -396,8 +434,7 @@ function useOperation() {
   showHint();
   $("prompt-label").textContent = PROMPT_OPTIONAL.includes(operation) ? "Prompt (optional)" : "Prompt";
   if (operation === "interpolate" && !keyframes.values.length) keyframes.fill([$("prompt").value, ""]);
-  if (!running) canvas.layout({ margins: operation === "outpaint" ? margins.values : { left: 0, right: 0, up: 0, down: 0 } });
-  margins.scale = canvas.scale;
+  if (!running) layoutMargins();
   showRegions();
   snippets.show();
 }
@@ -426,8 +463,8 @@ function reuse({ operation, prompt, model, parameters }) {
 /** Enlarges the shown image as the form says, described by its own prompt. */
 function upscale() {
   if (running) return;
-  if (!canvas.current || !history.images(shown.id)) show(shown);
-  if (!history.images(shown.id)) return;
+  if (!canvas.current) show(shown);
+  if (!canvas.current) return;
   settings.operation = "upscale";
   $("prompt").value = shown.parameters?.prompt ?? "";
   useOperation();
@@ -463,7 +500,7 @@ function importImage({ url, ...file }) {
   $("status").textContent = original ? `Opened at ${width} × ${height}; the file has ${original.join(" × ")}.` : "";
 }
 
-// ── wiring ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── wiring ──
 
 function example(prompt) {
   const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
@@ -503,11 +540,8 @@ const pressed = {
     useOperation();
     drawLive();
   },
-  download: () => {
-    const url = canvas.current ?? history.images(shown.id)[0];
-    const extension = /^data:image\/(\w+)/.exec(url)[1];
-    Object.assign($("download"), { href: url, download: `paellera-${shown.parameters?.seed ?? "opened"}.${extension}` });
-  },
+  download: offerImage,
+  animate,
   "forget-all": () => {
     if (!confirm("Delete all images of the history?")) return;
     history.clear();
@@ -543,6 +577,7 @@ $("form").addEventListener("input", ({ target }) => {
   drawLive();
 });
 $("seed").addEventListener("change", drawLive);
+$("frame-number").addEventListener("input", offerImage);
 $("layer").addEventListener("pointerup", drawLive);
 $("regions").addEventListener("click", drawLive);
 $("model").addEventListener("change", () => {
@@ -568,5 +603,9 @@ $("examples").append(...EXAMPLES.map(example));
 $("settings").open = matchMedia("(min-width: 60rem)").matches;
 useOperation();
 showGallery();
+if (!history.lasting) {
+  $("history-place").textContent = "Kept until this page is closed.";
+  $("gallery").dataset.empty = "What is drawn stays here until this page is closed.";
+}
 if (history.damaged) errors.show("The saved history cannot be read. It was deleted, and a new one begins.");
 connection.connect();

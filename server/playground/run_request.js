@@ -34,7 +34,9 @@ export async function runRequest(request, { canvas, previews, report, signal, ch
   };
   for await (const { name, data } of stream(request.operation, requestBody(request, previews), signal)) handlers[name]?.(data);
   if (!answer) throw new Error("The answer ended before the image was complete.");
-  return { answer, urls: answer.images?.map(dataUrl) ?? urls, seconds: since(began), preview };
+  const finished = answer.images?.map(dataUrl) ?? urls;
+  if (request.count > 1) finished.forEach((url, i) => fill(i, url));
+  return { answer, urls: finished, seconds: since(began), preview };
 }
 
 export function dataUrl({ format, b64_json }) {
