@@ -67,10 +67,9 @@ class Reader(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """A text of an image, and how it is drawn. weight: of a region's at every token, [H, W]."""
+    """A text of an image. weight: of a region's at every token, [H, W]."""
 
     text: str
-    config: SamplingConfig
     noise: Noise
     weight: Tensor | None = None
 
@@ -419,10 +418,12 @@ class Pipeline(ABC):
         config = config or self.config.sampling()
         w, h = width or self.config.native_size[0], height or self.config.native_size[1]
         settings, reader = self.prior_settings(config), self.reader(config)
+        drawn = config.steps, config.renoise_mode, config.renoise_order, settings
+        noises = [self.noise(seed, w, h, *drawn) for seed in seeds]
         requests = [
             asked
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for asked in self._read(prompt, seed, config, w, h)
+            for prompt, noise in zip(prompts, noises, strict=True)
+            for asked in self._read(prompt, noise, config, w, h)
         ]
         texts = [asked.text for asked in requests]
         *encoded, negative = self.encode([*texts, self.config.read_negative(negative_prompt)])
@@ -435,33 +436,24 @@ class Pipeline(ABC):
             if asked.weight is not None:
                 regions.append(RegionBranch(condition, asked.weight))
                 continue
-            rows.append(self.start(asked.noise, asked.config, condition, unconditional, regions))
+            rows.append(self.start(asked.noise, config, condition, unconditional, regions))
             regions = []
         return self.denoise(rows, progress)
 
     def _read(
-        self, prompt: str, seed: int, config: SamplingConfig, width: int, height: int
+        self, prompt: str, noise: Noise, config: SamplingConfig, width: int, height: int
     ) -> list[_Asked]:
         """Return the texts of an image: those of its regions, then the prompt's."""
-        reading, recipe = self.config.read_prompt(prompt), self.config.preset(config.preset).recipe
-        in_parts = bool(reading.parts) and recipe.auto_regions
-        config = recipe.in_parts(config) if in_parts else config
-        drawn = config.steps, config.renoise_mode, config.renoise_order, recipe.prior
-        noise = self.noise(seed, width, height, *drawn)
-        if not in_parts:
-            return [_Asked(reading.whole, config, noise)]
+        reading = self.config.read_prompt(prompt)
+        if not (reading.parts and self.config.preset(config.preset).recipe.auto_regions):
+            return [_Asked(reading.whole, noise)]
         first, regions = parted(reading.parts, width, height)
         weights = [
             token_weight(as_tensor(region.weight).to(self.device) / 255, self.downscale)
             for region in regions
         ]
-        return [
-            *(
-                _Asked(region.prompt, config, noise, weight)
-                for region, weight in zip(regions, weights, strict=True)
-            ),
-            _Asked(first, config, noise),
-        ]
+        texts = [region.prompt for region in regions]
+        return [*map(_Asked, texts, [noise] * len(texts), weights), _Asked(first, noise)]
 
 
 class PipelineV3(Pipeline):

@@ -86,9 +86,7 @@ AttentionWeight = Annotated[float, Field(ge=0, le=100)]
 
 
 # Of a recipe, in the order in which they were added.
-_ADDED_FIELDS = (
-    *("renoise_order", "guidance_start", "auto_regions", "prior_temperature", "parts_steps"),
-)
+_ADDED_FIELDS = ("renoise_order", "guidance_start", "auto_regions", "prior_temperature")
 
 
 class PriorSettings(NamedTuple):
@@ -109,8 +107,8 @@ class Recipe:
 
     attention_weights: factors on the attention given to the (text, image) condition tokens of the
     conditional branch; None is off. auto_regions: whether several things in a prompt are drawn each
-    by a prompt of its own, in its own part of the image. parts_steps: the fewest steps of such an
-    image; None: as many as of others. prior_temperature: factor on the prior's noise.
+    by a prompt of its own, in its own part of the image. prior_temperature: factor on the prior's
+    noise.
     """
 
     __pydantic_config__ = STRICT
@@ -132,7 +130,6 @@ class Recipe:
     guidance_start: StepCount = 0
     auto_regions: bool = False
     prior_temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
-    parts_steps: Annotated[int, Field(ge=1, le=64)] | None = None
 
     def __post_init__(self) -> None:
         if max(self.renoise_steps, self.guidance_steps) > self.num_inference_steps:
@@ -185,11 +182,6 @@ class Recipe:
             guidance_start=guidance_start,
             attention_weights=attention_weights or self.attention_weights,
         )
-
-    def in_parts(self, sampling: SamplingConfig) -> SamplingConfig:
-        """Return the sampling of an image that is drawn in parts: at least `parts_steps` steps."""
-        steps = max(sampling.steps, self.parts_steps or 0)
-        return sampling if steps == sampling.steps else sampling.with_steps(steps)
 
     @property
     def prior(self) -> PriorSettings:

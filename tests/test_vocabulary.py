@@ -49,11 +49,9 @@ def test_regions_of_its_own_need_a_vocabulary() -> None:
         replace(config, vocabulary=None)
 
 
-def reading_pipeline(
-    random_bundle: Path, *, auto_regions: bool = False, parts_steps: int | None = None
-) -> Pipeline:
+def reading_pipeline(random_bundle: Path, *, auto_regions: bool = False) -> Pipeline:
     bundle = load_bundle(random_bundle, torch.device("cpu"), torch.float32)
-    recipe = replace(bundle.config.recipe, auto_regions=auto_regions, parts_steps=parts_steps)
+    recipe = replace(bundle.config.recipe, auto_regions=auto_regions)
     config = replace(bundle.config, vocabulary=WORDS, recipe=recipe, format=4)
     return Pipeline.of(replace(bundle, config=config))
 
@@ -66,21 +64,17 @@ def test_a_pipeline_draws_what_is_read(random_bundle: Path) -> None:
     assert drawn.equal(known)
 
 
-@pytest.mark.parametrize("more", [0, 2])
-def test_a_pipeline_draws_two_things_by_prompts_of_their_own(
-    random_bundle: Path, more: int
-) -> None:
+def test_a_pipeline_draws_two_things_by_prompts_of_their_own(random_bundle: Path) -> None:
     plain = Pipeline.load(random_bundle, torch.device("cpu"), torch.float32)
-    usual = plain.config.sampling()
-    longer = usual.with_steps(usual.steps + more)
-    reading = reading_pipeline(random_bundle, auto_regions=True, parts_steps=longer.steps)
+    reading = reading_pipeline(random_bundle, auto_regions=True)
     prompts = ["a cat and a dog, 4k", "a cat", "a cat above a dog"]
     parted = reading.generate(prompts, [1, 2, 3])
     width, height = plain.config.native_size
     right = InputImage.of(box_weight((0.5, 0, 1, 1), width, height))
     below = InputImage.of(box_weight((0, 0.5, 1, 1), width, height))
+    sampling = plain.config.sampling()
     requests = [
-        ImageRequest(text, seed, width, height, longer if regions else usual, regions=regions)
+        ImageRequest(text, seed, width, height, sampling, regions=regions)
         for seed, (text, regions) in enumerate(
             [
                 ("a small cat on the left", (Region("a small dog on the right", right),)),
@@ -165,22 +159,6 @@ def test_two_things_become_regions_unless_the_request_says_otherwise() -> None:
     own = planned("a puppy and a cat", regions=[{"prompt": "a hat", "box": [0, 0, 1, 0.5]}])
     assert own.job.image(0).prompt == "a dog and a cat"
     assert "auto_regions" not in own.parameters((), 0)
-
-
-def test_an_image_in_parts_takes_the_recipe_s_steps_for_parts_unless_the_request_says() -> None:
-    def steps(prompt: str, **fields: object) -> int:
-        sampling = planned(prompt, **fields).job.sampling
-        assert sampling.guidance_steps == sampling.renoise_steps == sampling.steps
-        return sampling.steps
-
-    recipe = BundleConfig.read(find_bundle("tiny")).preset("fast").recipe
-    assert recipe.parts_steps is not None
-    assert recipe.parts_steps > recipe.num_inference_steps
-    assert steps("a cat") == recipe.num_inference_steps
-    assert steps("a dog and a cat") == recipe.parts_steps
-    assert steps("a dog and a cat", auto_regions=False) == recipe.num_inference_steps
-    assert steps("a dog and a cat", num_inference_steps=1) == 1
-    assert steps("a dog and a cat", preset="quality") == 8
 
 
 def test_regions_that_would_cost_too_much_are_left_out() -> None:

@@ -149,14 +149,6 @@ class Draft:
         return self.config.preset(self.sampling.preset).recipe.auto_regions
 
     @property
-    def in_parts(self) -> Draft:
-        """The same for an image that is drawn in parts, which may take more steps."""
-        if self.request.num_inference_steps is not None:
-            return self
-        recipe = self.config.preset(self.sampling.preset).recipe
-        return replace(self, sampling=recipe.in_parts(self.sampling))
-
-    @property
     def previews(self) -> int:
         """Return how many previews of each image are asked for: none without a stream.
 

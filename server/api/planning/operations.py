@@ -58,12 +58,7 @@ def _generate(request: GenerateRequest, drafted: Draft, uploads: Uploads) -> Pla
         readings = ((request.prompt, first),)
         try:
             return _generate_with(
-                request,
-                drafted.in_parts,
-                size,
-                {"auto_regions": True},
-                regions=regions,
-                readings=readings,
+                request, drafted, size, {"auto_regions": True}, regions=regions, readings=readings
             )
         except TooMuchWorkError:
             auto_regions = False
