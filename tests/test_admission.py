@@ -54,7 +54,12 @@ class PlayedWorker:
     """A supervisor and its worker, played by the test."""
 
     def __init__(
-        self, main: WorkerMain, settings: Settings, metrics: Metrics, listener: Listener
+        self,
+        main: WorkerMain,
+        settings: Settings,
+        metrics: Metrics,
+        listener: Listener,
+        index: int = 0,
     ) -> None:
         self.settings, self.listener = settings, listener
         self.last_heartbeat = Heartbeat((), 0, 0)
