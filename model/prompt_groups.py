@@ -1,4 +1,4 @@
-"""What groups of words mean: things with their properties, places and properties of the whole.
+"""Tell what groups of words mean: things with their properties, places, properties of the whole.
 
 A group is a few words without a preposition between them, such as "a small red apple". A noun that
 is not known takes its properties with it: of "a red cup" nothing stays.
@@ -10,7 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from model.vocabulary import ARTICLES, FUNCTION, Named, Phrase, Vocabulary, with_article, words_of
+from model.vocabulary import (
+    ARTICLES,
+    FUNCTION,
+    NUMBERS,
+    Named,
+    Phrase,
+    Vocabulary,
+    with_article,
+    words_of,
+)
 
 Role = Literal["thing", "place", "side", "relation", "property"]
 Kind = Literal["article", "property", "number", "thing", "place", "unknown"]
@@ -80,6 +89,11 @@ class Unit:
     def beside_name(self) -> Phrase:
         """The words but for the name of a thing."""
         return self.words[: -len(self.named.name.split())] if self.named else self.words
+
+    @property
+    def numbers(self) -> list[str]:
+        """The words beside the name that count, such as "two" or "pair"."""
+        return [word for word in self.beside_name if is_number(word)]
 
 
 class Item(NamedTuple):
@@ -198,13 +212,15 @@ class Units:
             and any(item.kind in ("article", "number") for item in group)
         ):
             result[-1] = Item("thing", group[-1].words, fruit)  # "a small orange"
+        last_described = max(
+            (i for i, each in enumerate(group) if each.named or each.words == ("background",)),
+            default=-1,
+        )
         for i, item in enumerate(group):
             if item.kind == "thing" and not _LIKE.isdisjoint(_words_of(group[i + 1 : i + 2])):
                 result[i] = Item("unknown", item.words)
                 continue
-            describes = any(other.kind == "thing" for other in group[i + 1 :])
-            describes |= any(other.words == ("background",) for other in group[i + 1 :])
-            describes |= len(group) == 1 and self.lead[-1:] == ["on"]
+            describes = i < last_described or (len(group) == 1 and self.lead[-1:] == ["on"])
             if item.kind == "thing" and describes and all(map(known.is_property, item.words)):
                 result[i] = Item("property", item.words)
         return result
@@ -222,8 +238,9 @@ class Units:
             self.leave_out()
             return
         kept: list[Item] = []
+        unknowns = [i for i, item in enumerate(group[:number]) if item.kind == "unknown"]
         for i, item in enumerate(group[:number]):
-            unknown = any(other.kind == "unknown" for other in group[i:number])
+            unknown = bool(unknowns) and i <= unknowns[-1]
             unknown |= (
                 i > 0 and group[i - 1].words in (("a",), ("an",)) and item.words[0] not in _PAIRS
             )
@@ -265,6 +282,11 @@ class Units:
         elif contains and self._units[-1].role == "place" and self._units[-1].words[-1] != "of":
             self._late.append(replace(self._units.pop(), gap=True))
             self.lead = []
+
+
+def is_number(word: str) -> bool:
+    """Return whether a word counts."""
+    return word in NUMBERS or word.isdigit()
 
 
 def is_noun(word: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from model.prompt_groups import CLOSE_UP, Unit, agreeing, lead_of, with_unit
-from model.vocabulary import ARTICLES, NUMBERS, Vocabulary
+from model.vocabulary import ARTICLES, Vocabulary
 
 Box = tuple[float, float, float, float]
 
@@ -88,7 +88,7 @@ def _usual_background(vocabulary: Vocabulary, units: Sequence[Unit]) -> str:
 
 def _is_scene(unit: Unit) -> bool:
     """Return whether a unit says what is behind the things, or from how near they are seen."""
-    return unit.role == "place" or (unit.role == "property" and not _counts(unit))
+    return unit.role == "place" or (unit.role == "property" and not unit.numbers)
 
 
 def _scenes_of(number: int, units: Sequence[Unit]) -> list[Unit]:
@@ -108,11 +108,6 @@ def _scenes_of(number: int, units: Sequence[Unit]) -> list[Unit]:
     return [*before_all, *behind[number]]
 
 
-def _counts(unit: Unit) -> list[str]:
-    """Return the words of a unit that count, such as "two" or "pair"."""
-    return [word for word in unit.beside_name if word in NUMBERS or word.isdigit()]
-
-
 def _counted(vocabulary: Vocabulary, units: Sequence[Unit]) -> list[tuple[Unit, int]]:
     """Return every thing of a caption, one of several, and how many there are; 0 if it is unclear.
 
@@ -121,7 +116,7 @@ def _counted(vocabulary: Vocabulary, units: Sequence[Unit]) -> list[tuple[Unit, 
     found: list[tuple[Unit, int]] = []
     pending: list[str] = []
     for unit in units:
-        numbers = [*pending, *_counts(unit)]
+        numbers = [*pending, *unit.numbers]
         pending = numbers if unit.role == "property" else []
         if unit.role != "thing" or unit.named is None:
             continue

@@ -11,7 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from model.prompt_groups import IS, LOOKS, MEDIA, Item, Kind, Unit, Units, agreeing, is_noun, joined
+from model.prompt_groups import (
+    IS,
+    LOOKS,
+    MEDIA,
+    Item,
+    Kind,
+    Unit,
+    Units,
+    agreeing,
+    is_noun,
+    is_number,
+    joined,
+)
 from model.vocabulary import (
     ARTICLES,
     FUNCTION,
@@ -348,7 +360,7 @@ class Parser:
         elif word in FUNCTION:
             self._close(before=word)
             self._said.lead.append(word)
-        elif word in NUMBERS or word.isdigit():
+        elif is_number(word):
             kind: Kind = "number" if known.is_property(word) else "unknown"
             self._group.append(Item(kind, (word,)))
         else:
@@ -369,8 +381,7 @@ def _one_of_each_colour(vocabulary: Vocabulary, clauses: list[Clause]) -> list[C
         while end < len(clauses) and (found := _colours_alone(vocabulary, clauses[end].words)):
             colours += found
             end += 1
-        numbers = {word for word in several.beside_name if word in NUMBERS or word.isdigit()}
-        if numbers <= _SO_MANY.get(len(colours), set()) and len(colours) in _SO_MANY:
+        if {*several.numbers} <= _SO_MANY.get(len(colours), set()) and len(colours) in _SO_MANY:
             units = [*clause.units[:-1], *_each(several, colours)]
             return [*clauses[:i], Clause(clause.words, units), *clauses[end:]]
     return clauses
@@ -386,8 +397,7 @@ def _each(several: Unit, colours: Sequence[str]) -> Iterator[Unit]:
     """Yield one of several things in each colour."""
     assert several.named is not None
     one = several.named._replace(plural=False)
-    left_out = ARTICLES | NUMBERS
-    described = [w for w in several.beside_name if w not in left_out and not w.isdigit()]
+    described = [w for w in several.beside_name if w not in ARTICLES and not is_number(w)]
     for colour in colours:
         words = agreeing(("a", *described, colour, *words_of(one.name)), one)
         yield replace(several, words=words, named=one)
@@ -396,9 +406,7 @@ def _each(several: Unit, colours: Sequence[str]) -> Iterator[Unit]:
 
 def _with_and(vocabulary: Vocabulary, text: str) -> str:
     """Return a text in which "red, white and blue" are no clauses of their own."""
-    colour = "(?:" + "|".join(map(re.escape, vocabulary.colours.split() or ["-"])) + ")"
-    listed = rf"\b{colour}(?:, {colour}){{1,4}},? and (?={colour}\b)"
-    return re.sub(listed, lambda found: found[0].replace(",", " and"), text, flags=re.I)
+    return vocabulary.listed_colours.sub(lambda found: found[0].replace(",", " and"), text)
 
 
 def _is_foreign(words: Phrase) -> bool:

@@ -270,6 +270,12 @@ class Vocabulary:
         return frozenset(self.colours.split())
 
     @cached_property
+    def listed_colours(self) -> re.Pattern[str]:
+        """The pattern of several colours in front of a last one, such as "red, white and"."""
+        colour = "(?:" + "|".join(map(re.escape, self.colours.split() or ["-"])) + ")"
+        return re.compile(rf"\b{colour}(?:, {colour}){{1,4}},? and (?={colour}\b)", re.I)
+
+    @cached_property
     def _sizes(self) -> frozenset[str]:
         return frozenset(self.sizes.split())
 

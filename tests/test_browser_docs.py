@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, expect
 
-from load_tests.browser import CHROMIUM, browser
-from server.api import create_app
+from load_tests.browser import CHROMIUM
 from server.api.openapi import EXAMPLES, IMAGE
 from server.api.schemas import as_list
-from server.settings import Settings
-from tests import fake_worker
-from tests.conftest import serving, wait_until
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
 ]
-
-
-@pytest.fixture(scope="module")
-def address(fake_settings: Callable[..., Settings]) -> Iterator[str]:
-    with serving(create_app(fake_settings(), worker=fake_worker.main)) as url:
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, timeout_s=120)
-        yield url
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as launched:
-        yield launched
 
 
 def choose_files(field: Locator, files: list[Path]) -> None:
@@ -48,13 +29,13 @@ def choose_files(field: Locator, files: list[Path]) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_every_form_works_with_its_example_and_files(
-    chromium: Browser, address: str, path: str, tmp_path: Path
+    chromium: Browser, plain_address: str, path: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "image.png"
     file.write_bytes(base64.b64decode(IMAGE))
     fields = EXAMPLES[path]
     page = chromium.new_page()
-    page.goto(f"{address}/docs")
+    page.goto(f"{plain_address}/docs")
     operation = page.locator(f'.opblock:has([data-path="{path}"])')
     operation.locator(".opblock-summary-control").click()
     operation.get_by_role("button", name="Try it out").click()

@@ -282,19 +282,23 @@ def process(bundle: Path, log: Path, **environment: str) -> Iterator[tuple[subpr
             server.kill()
 
 
+def traced_answer(
+    bundle: Path, log: Path, collector: Collector, **environment: str
+) -> httpx.Response:
+    """Return an answer of a server that exports to the collector, once the server has stopped."""
+    variables = {"PAELLERA_TRACING": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
+    with process(bundle, log, **variables, **environment) as (server, address):
+        answer = httpx.post(f"{address}/generate", json={"prompt": "a"}, timeout=PATIENCE_S)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
+    return answer
+
+
 def test_spans_arrive_at_an_otlp_collector_at_the_latest_when_the_server_stops(
     bundle: Path, tmp_path: Path
 ) -> None:
     with collecting() as collector:
-        environment = {
-            "PAELLERA_TRACING": "true",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
-            "OTEL_SERVICE_NAME": "pictures",
-        }
-        with process(bundle, tmp_path / "log", **environment) as (server, address):
-            answer = httpx.post(f"{address}/generate", json={"prompt": "a"}, timeout=PATIENCE_S)
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(PATIENCE_S) == 0
+        answer = traced_answer(bundle, tmp_path / "log", collector, OTEL_SERVICE_NAME="pictures")
     assert sorted(collector.names) == sorted(["POST /generate", *STAGES])
     assert collector.resource["service.name"] == "pictures"
     trace_id = answer.headers["traceresponse"].split("-")[1]
@@ -342,15 +346,7 @@ def test_with_the_exporter_none_nothing_is_sent_and_answers_still_have_a_trace_i
     bundle: Path, tmp_path: Path
 ) -> None:
     with collecting() as collector:
-        environment = {
-            "PAELLERA_TRACING": "true",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
-            "OTEL_TRACES_EXPORTER": "none",
-        }
-        with process(bundle, tmp_path / "log", **environment) as (server, address):
-            answer = httpx.post(f"{address}/generate", json={"prompt": "a"}, timeout=PATIENCE_S)
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(PATIENCE_S) == 0
+        answer = traced_answer(bundle, tmp_path / "log", collector, OTEL_TRACES_EXPORTER="none")
     assert list(collector.names) == []
     assert answer.headers["traceresponse"]
 

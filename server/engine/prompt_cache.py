@@ -18,7 +18,7 @@ V = TypeVar("V")
 
 
 class PromptCache:
-    """A least-recently-used cache, bounded by bytes; a `model.row_builder.EncodingCache`.
+    """A least-recently-used cache, bounded by bytes; a `model.batch_encoder.EncodingCache`.
 
     capacity: bytes of all entries together; a larger entry is not kept. size_of: bytes of an entry,
     by its key and its value. held: bytes now. counters: where hits and misses are counted.

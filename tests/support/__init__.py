@@ -1,1 +1,1 @@
-"""What several test modules share. No test module imports another."""
+"""Share what several test modules need. No test module imports another."""

@@ -82,7 +82,7 @@ def plain(opened: Open, plain_address: str) -> Playground:
 
 
 def serious(playground: Playground) -> set[str]:
-    """What axe finds to be serious or critical on the page as it is."""
+    """Return what axe finds to be serious or critical on the page as it is."""
     violations = Axe().run(playground.page).response["violations"]
     return {
         f"{violation['id']}: {node['html']} {node['failureSummary']}"

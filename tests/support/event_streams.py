@@ -15,7 +15,7 @@ Told = list[tuple[str, dict[str, Any]]]
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a stream's lines, as a browser reads them; comments are no events."""
+    """Yield the events in a stream's lines, as a browser reads them; comments are none."""
     name = ""
     for line in lines:
         field, _, value = line.partition(": ")

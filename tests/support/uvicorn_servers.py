@@ -40,7 +40,7 @@ def served(settings: Settings) -> Iterator[httpx.Client]:
 
 
 def all_answered(port: int, sent: bytes) -> bytes:
-    """What comes until the server closes the connection on which this was sent."""
+    """Return what comes until the server closes the connection on which this was sent."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(sent)
         return b"".join(iter(lambda: connection.recv(1000), b""))
