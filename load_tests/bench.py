@@ -29,10 +29,12 @@ from load_tests.report import Report, quantiles
 from load_tests.serving import server_timing_ms, serving
 from load_tests.stages import Stage, Workload, ceiling, flops, measure
 from model.bundle import of_preset
-from model.config import QUALITY, find_bundle
+from model.compiled.use import use_compiled
+from model.config import QUALITY
 from model.pipeline import Pipeline, PipelineV3
-from model.runtime import pick_device, pick_dtype, prepare
+from model.runtime import prepare
 from server.engine.cpu_environment import worker_environment
+from server.engine.loading import load_pipeline, load_plain
 from server.settings import Settings
 
 WARM_UP = 2
@@ -49,17 +51,16 @@ def main(
     report = Report("bench", command=shlex.join([*program.split(), *sent]))
     settings = Settings(weights=options.weights) if options.weights else Settings()
     prepare(settings.threads)
-    device = pick_device(settings.device)
-    pipeline = Pipeline.load(
-        find_bundle(settings.bundles[0]), device, pick_dtype(settings.dtype, device)
-    )
+    pipeline = load_pipeline(settings.bundles[0], settings)
     if not isinstance(pipeline, PipelineV3):
         raise ValueError(
             f"weights: {pipeline.config.name} is of the v1 family, and the sampler that "
             f"is transcribed here is v3's"
         )
     _check_presets(pipeline, options.preset)
-    measured = _describe(pipeline) | _measure_stages(pipeline, options)
+    plain = load_plain(settings.bundles[0], settings) if pipeline.compiled else pipeline
+    assert isinstance(plain, PipelineV3)
+    measured = _describe(pipeline) | _measure_stages(pipeline, plain, options)
     report.add(_stage_table(measured["stages"]))
     if options.requests > 0:
         asked = _requests(options.steps, options.preset)
@@ -142,6 +143,8 @@ def _preset_stages(pipeline: PipelineV3, preset: str) -> dict[str, Stage]:
     """Return the stages that differ between presets, as `loop_fast`."""
     alone = Pipeline.of(of_preset(pipeline.bundle, preset))
     assert isinstance(alone, PipelineV3)
+    if pipeline.compiled:
+        use_compiled(alone, pipeline.compiled)
     steps = alone.config.recipe.num_inference_steps
     stages = Workload(alone).engine_stages([steps])
     names = ("prior", "condition", "step", f"loop_{steps}", f"request_{steps}")
@@ -163,17 +166,34 @@ def _describe(pipeline: PipelineV3) -> dict[str, Any]:
         "device": str(pipeline.device),
         "dtype": _name(_dtype(pipeline)),
         "threads": torch.get_num_threads(),
+        "compiled": pipeline.compiled is not None,
     }
 
 
-def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[str, Any]:
-    """Return times, operations and floors by stage, and the speed-ups over transcriptions."""
-    workload, dtype = Workload(pipeline), _dtype(pipeline)
-    stages = workload.engine_stages(options.steps)
+def _engine_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[str, Stage]:
+    """Return the stages of `quality`, then those of the presets."""
+    stages = Workload(pipeline).engine_stages(options.steps)
     for preset in options.preset:
         stages |= _preset_stages(pipeline, preset)
+    return stages
+
+
+def _measure_stages(
+    pipeline: PipelineV3, plain: PipelineV3, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return times, operations and floors by stage, and the speed-ups over transcriptions.
+
+    plain: the same pipeline, or one that is not compiled: its operations can be counted, and it is
+    measured beside the compiled one, as `step_plain`.
+    """
+    dtype, counted = _dtype(pipeline), _engine_stages(plain, options)
+    stages = dict(counted)
+    if pipeline.compiled:
+        counted |= {f"{name}_plain": stage for name, stage in counted.items()}
+        stages = {**counted, **_engine_stages(pipeline, options)}
     dtypes = dict.fromkeys(stages, dtype)
     if options.transcription:
+        workload = Workload(plain)
         for autocast in (None, dtype) if dtype != torch.float32 else (None,):
             transcribed = workload.transcription_stages(options.steps, autocast)
             stages |= transcribed
@@ -181,7 +201,8 @@ def _measure_stages(pipeline: PipelineV3, options: argparse.Namespace) -> dict[s
     seconds = measure(stages, pipeline.device, warm_up=WARM_UP, repeats=options.repeats)
     ceilings = {used: ceiling(pipeline.device, used) for used in dict.fromkeys(dtypes.values())}
     figures = {
-        name: quantiles(seconds[name]) | _floor(flops(stages[name]), ceilings[dtypes[name]])
+        name: quantiles(seconds[name])
+        | _floor(flops(counted.get(name, stages[name])), ceilings[dtypes[name]])
         for name in stages
     }
     return {

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from model.executor import BranchBatch, Eager, Executor, SamplingInputs
 from model.image_request import parted
 from model.network_config import Schedule
 from model.networks import prior
-from model.networks.denoiser_v3 import Denoiser
+from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.layers import to_device
 from model.networks.text_encoders import Prompt, bucket
 from model.rows import (
@@ -77,6 +77,10 @@ class _Asked(NamedTuple):
 # The prior, all of its steps: text embeddings [B, D'] and noise [S + 1, B, D'] → image embeddings
 # [B, D'], by these settings.
 PriorFn = Callable[[Tensor, Tensor, PriorSettings], Tensor]
+# A denoiser's condition, by `Denoiser.condition`'s arguments.
+ConditionFn = Callable[
+    [Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Condition
+]
 # The decoder: codes [B, H, W] → images uint8 [B, height, width, 3] on the device.
 DecodeFn = Callable[[Tensor], Tensor]
 
@@ -85,7 +89,8 @@ class Pipeline(ABC):
     """A bundle ready to compute; the two classes below are its families. Not thread-safe.
 
     denoisers, executors: each denoiser and what computes its steps, by the network's name.
-    executors, decode_tokens: replaced by CUDA graphs where they are captured.
+    executors, decode_tokens: replaced by CUDA graphs where they are captured, or by compiled forms.
+    compiled: the root of the folder that holds these; None if everything is plain.
     """
 
     config: BundleConfig
@@ -97,6 +102,7 @@ class Pipeline(ABC):
         self.denoisers = bundle.every_denoiser
         self.executors: dict[str, Executor] = {name: Eager(bundle, name) for name in self.denoisers}
         self.decode_tokens: DecodeFn = self._decode_tokens
+        self.compiled: Path | None = None
         self._times: dict[tuple[str, int, Schedule], Tensor] = {}
         self._branches: BranchBatch | None = None
 
@@ -369,6 +375,10 @@ class Pipeline(ABC):
 
     @torch.inference_mode()
     def _decode_tokens(self, tokens: Tensor) -> Tensor:
+        return self.pixels(tokens)
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """Decode tokens, in plain operators; see `DecodeFn`."""
         image = self.bundle.vqgan.decode(tokens).float().clamp_(0, 1).mul_(255).round_()
         return image.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -457,14 +467,21 @@ class Pipeline(ABC):
 
 
 class PipelineV3(Pipeline):
-    """Bytes, CLIP's text and the prior's image are keys and values for the denoiser's attention."""
+    """Bytes, CLIP's text and the prior's image are keys and values for the denoiser's attention.
+
+    run_prior: all steps of the prior. conditions: what computes each denoiser's condition, by the
+    network's name. Both may be replaced by faster forms.
+    """
 
     bundle: BundleV3
     config: BundleV3Config
 
     def __init__(self, bundle: BundleV3) -> None:
         super().__init__(bundle)
-        self.run_prior: PriorFn = self._run_prior
+        self.run_prior: PriorFn = self.sample_prior
+        self.conditions: dict[str, ConditionFn] = {
+            name: cast(Denoiser, denoiser).condition for name, denoiser in self.denoisers.items()
+        }
 
     def prior_noise(self, settings: PriorSettings) -> tuple[int, int]:
         """Return (S + 1, D), by the number of the prior's steps."""
@@ -506,7 +523,8 @@ class PipelineV3(Pipeline):
         images = self.run_prior(text, noise, settings or self.prior_settings())
         return list(images.to(text.dtype).split(1))
 
-    def _run_prior(self, text: Tensor, noise: Tensor, settings: PriorSettings) -> Tensor:
+    def sample_prior(self, text: Tensor, noise: Tensor, settings: PriorSettings) -> Tensor:
+        """Return the prior's image embeddings, in plain operators; see `PriorFn`."""
         return prior.sample(
             self.bundle.prior,
             text,
@@ -522,11 +540,8 @@ class PipelineV3(Pipeline):
         """Return keys and values; the conditional branch's are weighted."""
         reader = reader or self.reader()
         weights = self._attention_weights(prompt, reader) if image is not None else None
-        denoiser: Any = self.denoisers[reader.denoiser]
-        condition: AnyCondition = denoiser.condition(
-            prompt.byt5, prompt.mask, prompt.clip, image, weights
-        )
-        return condition
+        condition = self.conditions[reader.denoiser]
+        return condition(prompt.byt5, prompt.mask, prompt.clip, image, weights)
 
     def _attention_weights(self, prompt: Prompt, reader: Reader) -> Tensor | None:
         """Return the reader's weights [1, L] of condition tokens."""

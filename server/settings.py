@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -328,6 +329,19 @@ class Settings(BaseSettings):
         Kernels,
         Field(description="Step kernels: Triton on CUDA if it is installed (auto), or torch alone"),
     ] = "auto"
+    compiled: Annotated[
+        bool,
+        Field(
+            description="Compute by what `paellera compile` has made for these weights, if anything"
+        ),
+    ] = True
+    compiled_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder of compiled networks; by default paellera/compiled in the user's"
+            " cache ($XDG_CACHE_HOME, else ~/.cache)"
+        ),
+    ] = None
     threads: Annotated[
         int,
         Field(

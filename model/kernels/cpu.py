@@ -155,6 +155,8 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the map for x [..., I]."""
+        if torch.compiler.is_exporting():
+            return _plain_map(self.weight, self.bias, self.activation)(x)
         if self.mkl:
             y: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
             return y
@@ -164,7 +166,7 @@ class PackedLinear:
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """Compute residual [..., O] plus the map for x [..., I], whose activation is "none"."""
-        if self.mkl:
+        if self.mkl or torch.compiler.is_exporting():
             return residual + self(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
             x, residual, self.packed, self.bias, "add"
@@ -190,6 +192,7 @@ class PackedDepthwise:
             shape,
             [k // 2 if padding is None else padding for k in weight.shape[2:]],
         )
+        self.weight = weight.detach()
         self.bias, self.geometry = (
             bias,
             (zeros, [1, 1], [1, 1], C),
@@ -200,6 +203,11 @@ class PackedDepthwise:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the convolution for x [B, H, W, C]."""
+        if torch.compiler.is_exporting():
+            padding, _, _, groups = self.geometry
+            return F.conv2d(
+                x.permute(0, 3, 1, 2), self.weight, self.bias, padding=padding, groups=groups
+            ).permute(0, 2, 3, 1)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], ""
         )
@@ -222,6 +230,7 @@ class PackedTransposed:
     ) -> None:
         B, H, W, C = shape
         self.bias = bias
+        self.weight = weight.detach()
         # padding, output padding, stride, dilation, groups
         self.geometry = (padding, [0, 0], stride, [1, 1], 1)
         self.packed: Tensor = torch.ops.mkldnn._reorder_convolution_transpose_weight(
@@ -230,6 +239,11 @@ class PackedTransposed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the convolution for x [B, H, W, I]."""
+        if torch.compiler.is_exporting():
+            padding, _, stride, _, _ = self.geometry
+            return F.conv_transpose2d(
+                x.permute(0, 3, 1, 2), self.weight, self.bias, stride=stride, padding=padding
+            ).permute(0, 2, 3, 1)
         y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
             x.permute(0, 3, 1, 2), self.packed, self.bias, *self.geometry, "none", [], ""
         )

@@ -444,7 +444,7 @@ class _Pass:
         """Expand rows [B, …] to branches [N, …]; branches stay."""
         return (
             x
-            if self.row_of is None or len(x) == len(self.row_of)
+            if self.row_of is None or x.shape[0] == self.row_of.shape[0]
             else x.index_select(0, self.row_of)
         )
 

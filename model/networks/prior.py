@@ -57,7 +57,7 @@ class Prior(nn.Module):
         self.blocks = nn.ModuleList(
             [nn.Linear(c.clip_r, c.c_hidden), *self._residual, nn.Linear(c.c_hidden, c.clip_r)]
         )
-        self._schedules: dict[int, Tensor] | None = None
+        self._schedules: dict[int, tuple[list[float], Tensor]] | None = None
         self._fused: tuple[BlockFn, int] | None = None
 
     def fold(self) -> None:
@@ -78,12 +78,13 @@ class Prior(nn.Module):
 
         The parts are [S, blocks, 1, 4·c_hidden].
         """
-        ts = torch.linspace(1, 0, steps + 2)[1:]
         known = {} if self._schedules is None else self._schedules
         if steps not in known:
+            ts = torch.linspace(1, 0, steps + 2)[1:]
             device = self.get_parameter("blocks.0.weight").device
-            known[steps] = torch.stack(self.times(ts[:-1].to(device)), dim=1)[:, :, None]
-        return alpha_bar(ts).tolist(), known[steps]
+            times = torch.stack(self.times(ts[:-1].to(device)), dim=1)[:, :, None]
+            known[steps] = alpha_bar(ts).tolist(), times
+        return known[steps]
 
     def condition(self, clip_text: Tensor) -> tuple[Tensor, ...]:
         """Return the text's part of every block's first projection, [B, 4·c_hidden] each.
@@ -114,13 +115,13 @@ class Prior(nn.Module):
             h = F.linear(x, *enter)
             if guidance is not None:
                 h = torch.cat([h, h])
-            block = self._block_for(len(h))
+            block = self._block_for(h.shape[0])
             for own, extra in zip(weights, extras, strict=True):
                 h = block(h, extra, own)
             if guidance is not None:
                 # The last map is linear and the shares add up to one, so one mixed row leaves
                 # instead of two.
-                conditional, unconditional = h.float().chunk(2)
+                conditional, unconditional = h.float().unflatten(0, (2, -1)).unbind()
                 h = torch.lerp(unconditional, conditional, guidance).to(x.dtype)
             return F.linear(h, *leave)
 

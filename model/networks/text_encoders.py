@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,17 @@ class _ByteLayer:
 
 
 class ByteTower:
-    """A T5 encoder with a gated GELU: byte ids [B, L] and mask [B, L] → embeddings [B, L, D]."""
+    """A T5 encoder with a gated GELU: byte ids [B, L] and mask [B, L] → embeddings [B, L, D].
+
+    layers: `plain_layers`, unless a compiled form has taken their place.
+    """
 
     def __init__(self, t5: Any) -> None:
         self._t5, encoder = t5, t5.encoder
         self.heads, self.eps = t5.config.num_heads, t5.config.layer_norm_epsilon
         self._layers = [_byte_layer(*block.layer) for block in encoder.block]
         self._biases: dict[int, Tensor] = {}
+        self.layers: Callable[[Tensor, Tensor], Tensor] = self.plain_layers
 
     @staticmethod
     def supports(t5: Any) -> bool:
@@ -64,9 +68,14 @@ class ByteTower:
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Encode byte ids [B, L] with mask [B, L]."""
-        bias = self._bias(tokens.shape[1]).masked_fill(
-            ~mask[:, None, None], -torch.inf
-        )  # [B, heads, L, L]
+        return self.layers(tokens, self.masked_bias(mask))
+
+    def masked_bias(self, mask: Tensor) -> Tensor:
+        """Return the position bias of texts with mask [B, L], −∞ at padding: [B, heads, L, L]."""
+        return self._bias(mask.shape[1]).masked_fill(~mask[:, None, None], -torch.inf)
+
+    def plain_layers(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        """Encode byte ids [B, L], given `masked_bias`."""
         x = F.embedding(tokens, self._t5.shared.weight)
         for layer in self._layers:
             qkv = layer.qkv(self._norm(x, layer.attention_norm))
@@ -129,12 +138,15 @@ class TextTower:
     """CLIP's text tower: token ids [B, context] on the CPU → embeddings [B, D'].
 
     It is causal and read at the end mark, so what comes after the longest text's is not computed.
+
+    layers: `plain_layers`, unless a compiled form has taken their place.
     """
 
     def __init__(self, clip: Any, packed: bool = True) -> None:
         self._clip, self._blocks = clip, list(clip.transformer.resblocks)
         rows = TYPICAL_LENGTH // 2 if packed else None
         self._maps = [_text_maps(block, rows) for block in self._blocks]
+        self.layers: Callable[[Tensor, Tensor], Tensor] = self.plain_layers
 
     @staticmethod
     def supports(clip: Any) -> bool:
@@ -146,16 +158,23 @@ class TextTower:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Encode token ids [B, context]."""
-        clip, (B, context) = self._clip, tokens.shape
+        device = self._clip.positional_embedding.device
+        return self.layers(*(t.to(device, non_blocking=True) for t in self.read_part(tokens)))
+
+    def read_part(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns [B, L] that are read, up to the last end mark, and the marks [B]."""
         ends = tokens.argmax(-1)  # the end mark has the largest number
-        length = min(-(-(int(ends.max()) + 1) // _TOKEN_STEP) * _TOKEN_STEP, context)
-        device = clip.positional_embedding.device
-        tokens, ends = (t.to(device, non_blocking=True) for t in (tokens[:, :length], ends))
+        length = -(-(int(ends.max()) + 1) // _TOKEN_STEP) * _TOKEN_STEP
+        return tokens[:, :length], ends
+
+    def plain_layers(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """Encode what `read_part` returned, on the weights' device."""
+        clip, (B, length) = self._clip, tokens.shape
         x = F.embedding(tokens, clip.token_embedding.weight)
         x = x + clip.positional_embedding[:length]
         for block, maps in zip(self._blocks, self._maps, strict=True):
             x = _text_block(x, block, *maps)
-        x = clip.ln_final(x[torch.arange(B, device=device), ends])
+        x = clip.ln_final(x[torch.arange(B, device=x.device), ends])
         if clip.text_projection is None:
             return x
         return (

@@ -82,7 +82,8 @@ class ResidualBlock(nn.Module):
         """Compute it for x [B, H, W, C]."""
         if self.packed is not None:
             depthwise, expand, contract = self.packed
-            normed = norm_of_few if x.shape[-1] < FEW else norm
+            few = x.shape[-1] < FEW and not torch.compiler.is_exporting()
+            normed = norm_of_few if few else norm
             x = x + depthwise(_replicated(normed(x)))
             return x + contract(expand(normed(x)))
         g = self.gammas

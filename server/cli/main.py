@@ -1,4 +1,4 @@
-"""The command line: `paellera serve`, `config`, the image commands, `weights` and `bench`.
+"""The command line: `serve`, `config`, the image commands, `weights`, `compile` and `bench`.
 
 Commands import what they need, so that `paellera --help` is instant and `serve` keeps torch out of
 the API process. Exit codes: 1 failed, 2 invalid request.
@@ -105,6 +105,32 @@ def config(
     typer.echo(json.dumps(described, indent=2) if as_json else "\n".join(lines(described)))
     for warning in settings.warnings:
         typer.echo(f"warning: {warning}", err=True)
+
+
+@app.command("compile")
+def compile_weights(weights: Weights = None) -> None:
+    """Compile the networks for this machine's CPU: two minutes, and a C++ compiler is needed.
+
+    `serve` and the image commands compute by the result from their next start, until the weights,
+    torch, the precision or the CPU change.
+    """
+    from model.compiled.build import CompileError, compile_pipeline
+    from model.compiled.use import default_root
+    from model.runtime import prepare
+    from server.engine.loading import load_plain
+
+    with one_line_errors():
+        settings = read_settings(weights=weights)
+        prepare(settings.threads)
+        for name in settings.bundles:
+            pipeline, root = load_plain(name, settings), settings.compiled_dir or default_root()
+            try:
+                directory = compile_pipeline(
+                    pipeline, root, lambda program: typer.echo(program.name)
+                )
+            except CompileError as error:
+                fail(f"{name}: {error}", FAILED)
+            typer.echo(f"{name}: {directory}")
 
 
 @app.command(

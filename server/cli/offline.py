@@ -22,7 +22,7 @@ from model.config import BundleConfig, Operation, find_bundle
 from model.image_request import Enlarge, InputImage
 from model.pipeline import Pipeline
 from model.row_builder import RowBuilder
-from model.runtime import pick_device, pick_dtype, prepare, use
+from model.runtime import prepare
 from model.tiles import lanczos
 from server.api.images.admission import Uploads, image_limits
 from server.api.images.marking import read_parameters
@@ -32,6 +32,7 @@ from server.api.planning.operations import OPERATIONS
 from server.api.planning.plan import Plan
 from server.api.validation import from_validation
 from server.engine.job import Job
+from server.engine.loading import load_pipeline
 from server.engine.messages import Image
 from server.settings import Settings
 
@@ -80,10 +81,7 @@ def generate(
         The generated images, before postprocessing, and the encoders that truncated the prompt.
     """
     prepare(settings.threads)
-    device = use(pick_device(settings.device))
-    dtype = pick_dtype(settings.dtype, device)
-    bundle = find_bundle(settings.bundles[0])
-    pipeline = Pipeline.load(bundle, device, dtype, settings.encoders, settings.kernels)
+    pipeline = load_pipeline(settings.bundles[0], settings)
     indices = list(range(len(job.seeds))) if only is None else [only]
     steps = len(indices) * job.row_steps // len(job.seeds)
     with tqdm(total=steps, desc="denoising", unit="step", leave=False, disable=None) as bar:

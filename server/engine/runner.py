@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.batch_encoder import group_by
-from model.config import SamplingConfig, find_bundle
+from model.config import SamplingConfig
 from model.pipeline import Pipeline
 from model.row_builder import RowBuilder
 from model.rows import Row
@@ -26,6 +26,7 @@ from server.engine.cuda_graphs import CUDARecorder, Recorder, use_cuda_graphs
 from server.engine.cuda_streams import Mark, Streams
 from server.engine.graph_shapes import GraphShapes
 from server.engine.job import Job
+from server.engine.loading import load_pipeline
 from server.engine.messages import Count, Image
 from server.engine.prompt_cache import PromptCache, entry_bytes, tensors_in
 from server.engine.scheduler import LENGTHS, RowId
@@ -95,12 +96,7 @@ class Runner:
         self.dtype = pick_dtype(settings.dtype, device)
         self.device = device
         if pipelines is None:
-            pipelines = [
-                Pipeline.load(
-                    find_bundle(name), device, self.dtype, settings.encoders, settings.kernels
-                )
-                for name in settings.bundles
-            ]
+            pipelines = [load_pipeline(name, settings) for name in settings.bundles]
         self.pipelines = {pipeline.config.name: pipeline for pipeline in pipelines}
         self._settings, self.streams = settings, Streams(device)
         self.threads = SharedThreads(1, torch.set_num_threads)
