@@ -88,10 +88,12 @@ class _Module(nn.Module):
 @torch.no_grad()
 def _compile(program: Program, output: Path) -> None:
     from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     package = output.with_suffix(".pt2")
     try:
+        get_cpp_compiler()
         exported = torch.export.export(
             _Module(program).eval(), program.example, dynamic_shapes=(_axes(program),)
         )

@@ -115,15 +115,14 @@ def compile_weights(weights: Weights = None) -> None:
     torch, the precision or the CPU change.
     """
     from model.compiled.build import CompileError, compile_pipeline
-    from model.compiled.use import default_root
     from model.runtime import prepare
-    from server.engine.loading import load_plain
+    from server.engine.loading import compiled_root, load_plain
 
     with one_line_errors():
         settings = read_settings(weights=weights)
         prepare(settings.threads)
         for name in settings.bundles:
-            pipeline, root = load_plain(name, settings), settings.compiled_dir or default_root()
+            pipeline, root = load_plain(name, settings), compiled_root(settings)
             try:
                 directory = compile_pipeline(
                     pipeline, root, lambda program: typer.echo(program.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from model.compiled.use import default_root, use_compiled
 from model.config import find_bundle
 from model.pipeline import Pipeline
@@ -16,8 +18,14 @@ def load_pipeline(name: str, settings: Settings) -> Pipeline:
     """
     pipeline = load_plain(name, settings)
     if settings.compiled:
-        use_compiled(pipeline, settings.compiled_dir or default_root())
+        use_compiled(pipeline, compiled_root(settings))
     return pipeline
+
+
+def compiled_root(settings: Settings) -> Path:
+    """Return where compiled networks are kept."""
+    given = settings.compiled_dir
+    return default_root() if given is None else given.expanduser()
 
 
 def load_plain(name: str, settings: Settings) -> Pipeline:
