@@ -111,9 +111,11 @@ class Workload:
     def _row(self, steps: int) -> Row:
         # New conditions, as every request brings its own: the pipeline would otherwise keep the
         # last loop's stacked ones.
-        return self.pipeline.start(
-            self.noise, self.sampling(steps), replace(self.conditional), replace(self.unconditional)
-        )
+        sampling = self.sampling(steps)
+        conditions = replace(self.conditional), replace(self.unconditional)
+        row = self.pipeline.start(self.noise, sampling, *conditions)
+        row.unconditional_start = self.pipeline.unconditional_start(self.noise, sampling, "")
+        return row
 
     def _step(self, row: Row) -> None:
         row.step = 0
@@ -130,9 +132,10 @@ class Workload:
         p = self.pipeline
         (prompt,) = p.encode([PROMPT])
         (image,) = p.prior_embeddings([prompt], [self.noise])
-        row = p.start(
-            self.noise, self.sampling(steps), p.condition(prompt, image), p.condition(self.negative)
-        )
+        sampling = self.sampling(steps)
+        conditions = p.condition(prompt, image), p.condition(self.negative)
+        row = p.start(self.noise, sampling, *conditions)
+        row.unconditional_start = p.unconditional_start(self.noise, sampling, "")
         p.decode(p.denoise([row]))
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ codes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +55,12 @@ from model.rows import (
     token_weight,
 )
 from model.sampling import Noise
+
+# Noises over which an unconditional start is averaged, and token grids whose average is remembered.
+_NOISES = 16
+_REMEMBERED_STARTS = 64
+# Tokens of a batch of them.
+_TOKENS_AT_ONCE = 2**12
 
 
 class Reader(NamedTuple):
@@ -105,6 +113,7 @@ class Pipeline(ABC):
         self.compiled: Path | None = None
         self._times: dict[tuple[str, int, Schedule], Tensor] = {}
         self._branches: BranchBatch | None = None
+        self._starts: dict[tuple[str, tuple[int, ...], Schedule], Tensor] = {}
 
     @classmethod
     def load(
@@ -272,6 +281,7 @@ class Pipeline(ABC):
         ).unbind()  # [B] each
         uniform = torch.stack([row.noise.draw[row.step] for row in rows])
         features = self._executor_of(rows).features(tokens, times, branches, weights)
+        features = self._guide_first_steps(rows, features)
         drawn = self._sample(rows, features, SamplingInputs(uniform, inverse, mass))
         source = torch.stack([row.source for row in rows])
         uniform = self._renoise_uniforms(rows, features, drawn, probability)
@@ -294,6 +304,59 @@ class Pipeline(ABC):
             steps += 1
             progress(steps)
         return torch.stack([row.tokens for row in rows])
+
+    def _guide_first_steps(self, rows: Sequence[Row], features: Tensor) -> Tensor:
+        """Guide those rows' features [B, H, W, c_out] whose unconditional ones are known."""
+        known = [(i, row.known_unconditional) for i, row in enumerate(rows)]
+        members = [i for i, own in known if own is not None]
+        if not members:
+            return features
+        unconditional = torch.stack([own for _, own in known if own is not None])
+        guidance = to_device([rows[i].guidances[0] for i in members], self.device)
+        if len(members) == len(rows):
+            return sampling.guide(features, unconditional, guidance)
+        places = to_device(members, self.device)
+        guided = sampling.guide(features[places], unconditional, guidance)
+        return features.index_copy(0, places, guided)
+
+    @torch.inference_mode()
+    def unconditional_start(
+        self, noise: Noise, config: SamplingConfig, negative_prompt: str
+    ) -> Tensor | None:
+        """Return the features [H, W, c_out] of an unconditional branch that sees nothing but noise.
+
+        They say nothing about the image, so their average over several noises stands for them, and
+        is remembered for each token grid. None where the recipe does not ask for it, for another
+        unconditional text than the empty one, and for deterministic images, since the average may
+        be rounded otherwise in another process.
+        """
+        asked = self.config.preset(config.preset).recipe.averaged_start
+        if not asked or not config.guided or negative_prompt or config.deterministic:
+            return None
+        key = config.denoiser, tuple(noise.start.shape), config.schedule
+        if key not in self._starts:
+            if len(self._starts) == _REMEMBERED_STARTS:
+                self._starts.pop(next(iter(self._starts)))
+            self._starts[key] = self._averaged_start(*key)
+        return self._starts[key]
+
+    def _averaged_start(self, name: str, grid: tuple[int, ...], schedule: Schedule) -> Tensor:
+        """Return a denoiser's unconditional features at the first time, [H, W, c_out]."""
+        denoiser: Any = self.denoisers[name]
+        (prompt,) = self.encode([""])
+        condition: Any = self.condition(prompt, reader=Reader(name))
+        rng = np.random.Generator(np.random.Philox(0))
+        noise = torch.from_numpy(rng.integers(denoiser.config.num_labels, size=(_NOISES, *grid)))
+        times = denoiser.times(to_device([sampling.timesteps(1, schedule)[0]], self.device))
+        total = torch.zeros((), device=self.device)
+        for tokens in noise.split(max(1, _TOKENS_AT_ONCE // math.prod(grid))):
+            row_of = torch.arange(len(tokens), device=self.device)
+            several = type(condition).stack([condition] * len(tokens))
+            features = denoiser.features(
+                tokens.to(self.device), times.expand(len(tokens), -1).contiguous(), several, row_of
+            )
+            total = total + features.float().sum(0)
+        return (total / _NOISES).to(self.dtype)
 
     def _executor_of(self, rows: Sequence[Row]) -> Executor:
         """Return what computes the steps of rows of one denoiser."""
@@ -446,7 +509,11 @@ class Pipeline(ABC):
             if asked.weight is not None:
                 regions.append(RegionBranch(condition, asked.weight))
                 continue
-            rows.append(self.start(asked.noise, config, condition, unconditional, regions))
+            row = self.start(asked.noise, config, condition, unconditional, regions)
+            row.unconditional_start = self.unconditional_start(
+                asked.noise, config, self.config.read_negative(negative_prompt)
+            )
+            rows.append(row)
             regions = []
         return self.denoise(rows, progress)
 

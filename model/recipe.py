@@ -86,7 +86,13 @@ AttentionWeight = Annotated[float, Field(ge=0, le=100)]
 
 
 # Of a recipe, in the order in which they were added.
-_ADDED_FIELDS = ("renoise_order", "guidance_start", "auto_regions", "prior_temperature")
+_ADDED_FIELDS = (
+    "renoise_order",
+    "guidance_start",
+    "auto_regions",
+    "prior_temperature",
+    "averaged_start",
+)
 
 
 class PriorSettings(NamedTuple):
@@ -108,7 +114,8 @@ class Recipe:
     attention_weights: factors on the attention given to the (text, image) condition tokens of the
     conditional branch; None is off. auto_regions: whether several things in a prompt are drawn each
     by a prompt of its own, in its own part of the image. prior_temperature: factor on the prior's
-    noise.
+    noise. averaged_start: whether the unconditional branch of a first step, which sees nothing but
+    noise, is its average over several noises, computed once for an image size.
     """
 
     __pydantic_config__ = STRICT
@@ -130,6 +137,7 @@ class Recipe:
     guidance_start: StepCount = 0
     auto_regions: bool = False
     prior_temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
+    averaged_start: bool = False
 
     def __post_init__(self) -> None:
         if max(self.renoise_steps, self.guidance_steps) > self.num_inference_steps:

@@ -211,6 +211,9 @@ class RowBuilder:
         row = self.pipeline.start(noise, request.sampling, conditional, unconditional, regions)
         row.truncated = self._truncated(request, encodings)
         if request.canvas is None:
+            row.unconditional_start = self.pipeline.unconditional_start(
+                noise, request.sampling, request.negative_prompt
+            )
             return row
         tokens = encodings.images[self._image_key(request, "tokens", request.canvas.image)]
         match request.canvas:

@@ -51,7 +51,8 @@ class Row:
     again; None before the first step. conditional, unconditional: conditions of one row each;
     without guidance the second is None. pinned: tokens that no step may change. regions: conditions
     for parts of the image; the conditional one has the weight that they leave. truncated: the
-    encoders that cut one of its prompts.
+    encoders that cut one of its prompts. unconditional_start: the unconditional branch's features
+    of the first step, [H, W, c_out], if they are known without computing that branch.
     """
 
     sampling: SamplingConfig
@@ -64,6 +65,7 @@ class Row:
     regions: tuple[RegionBranch, ...] = ()
     drawn: Tensor | None = None
     truncated: tuple[str, ...] = ()
+    unconditional_start: Tensor | None = None
 
     @property
     def done(self) -> bool:
@@ -126,14 +128,24 @@ class Row:
     def branches(self) -> tuple[AnyCondition, ...]:
         """This step's conditions: the prompt's, the regions', the unconditional one if guided."""
         asked = (self.conditional, *(region.condition for region in self.regions))
-        if self.unconditional is None or self.guidances[self.step] == 1.0:
+        known = self.known_unconditional is not None
+        if self.unconditional is None or self.guidances[self.step] == 1.0 or known:
             return asked
         return (*asked, self.unconditional)
+
+    @property
+    def known_unconditional(self) -> Tensor | None:
+        """The unconditional branch's features of this step, if it is the first and they are known.
+
+        The row's features are then guided after the branches are mixed.
+        """
+        return self.unconditional_start if self.step == 0 else None
 
     @cached_property
     def guidance_weights(self) -> Tensor:
         """Every branch's weight at every step, [n, branches], on the device."""
-        guidance = to_device(self.guidances, self.tokens.device)
+        own = [1.0, *self.guidances[1:]] if self.unconditional_start is not None else self.guidances
+        guidance = to_device(own, self.tokens.device)
         return torch.stack([*[guidance] * (1 + len(self.regions)), 1 - guidance], dim=1)
 
     @cached_property
@@ -208,6 +220,7 @@ def repaint(row: Row, pinned: PinnedTokens) -> Row:
     """
     row.pinned = pinned
     row.tokens = row.pin(row.tokens)
+    row.unconditional_start = None  # of nothing but noise
     return row
 
 

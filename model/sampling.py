@@ -275,6 +275,12 @@ def renoise_and_pin(
     return torch.where(*kept, drawn), torch.where(*kept, following)
 
 
+def guide(features: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
+    """Apply guidance between features of rows [B, H, W, C]; guidance [B]. Sums are fp32."""
+    weight = guidance[:, None, None, None]
+    return torch.lerp(unconditional.float(), features.float(), weight).to(features.dtype)
+
+
 def mix_branches(branches: Tensor, row_of: Tensor, weights: Tensor, rows: int) -> Tensor:
     """Apply guidance: mix features of branches [N, H, W, C] into those of rows [B, H, W, C].
 

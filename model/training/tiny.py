@@ -67,4 +67,5 @@ RECIPE = Recipe(
     prior_steps=4,
     prior_guidance=2.0,
     prior_temperature=0.0,
+    averaged_start=True,
 )
