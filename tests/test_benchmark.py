@@ -101,6 +101,27 @@ def test_a_bundle_of_any_size_draws_every_aspect(pipeline: Pipeline) -> None:
     assert wide.shape[2] > wide.shape[1]
 
 
+def test_every_prompt_has_seeds_of_its_own() -> None:
+    seeds = [benchmark.seed_of(text, number) for text in ("a cat", "a dog") for number in range(4)]
+    assert len(set(seeds)) == 8
+    assert seeds == [benchmark.seed_of(text, n) for text in ("a cat", "a dog") for n in range(4)]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_bundle_draws_each_prompt_with_its_own_seed(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def generate(texts: object, seeds: Sequence[int], *_: object, **__: object) -> Tensor:
+        drawn.extend(seeds)
+        return torch.zeros(len(seeds), 32, 32, 3)
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    Drawn(pipeline, pipeline.config.recipe.sampling(steps=1)).images(CASES[:2], [0, 0])
+    assert drawn == [benchmark.seed_of(case.text, 0) for case in CASES[:2]]
+
+
 def test_true_pictures_have_the_aspects_of_their_scenes() -> None:
     scene = Scene("white", (Thing("star", "red"),), None, TALL)
     picture = benchmark.rendered([scene], [0], shapes(64))

@@ -1,7 +1,7 @@
 """Compute PaellaBench: the share of images that show what their prompts say, by category.
 
 After GenEval and DrawBench, in the world of `scenes.py`. A category has prompts of its own
-(`prompts.py`), each drawn with the same few seeds; a judge reads the images and `checker.check`
+(`prompts.py`), each drawn with a few seeds of its own; a judge reads the images and `checker.check`
 compares its reading with the prompt's scene. A category's score is the share of images that fulfil
 its criterion, with a 95 % interval by bootstrap over prompts; PaellaBench is the mean of all
 categories, each with the same weight.
@@ -9,6 +9,7 @@ categories, each with the same weight.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -130,7 +131,17 @@ class Drawn:
         """Return one image per case and seed, drawn by the bundle's pipeline; see `Source`."""
         width, height = size_of(cases[0].scene.aspect, self.pipeline.config)
         texts = [case.text for case in cases]
-        return self.pipeline.generate(texts, seeds, self.sampling, width=width, height=height)
+        own = [seed_of(text, number) for text, number in zip(texts, seeds, strict=True)]
+        return self.pipeline.generate(texts, own, self.sampling, width=width, height=height)
+
+
+def seed_of(prompt: str, number: int) -> int:
+    """Return the seed of a prompt's image of this number, different for every prompt.
+
+    All images of a seed begin with the same tokens. If all prompts shared a seed, one that suits
+    the network, or does not, would count for all of them at once.
+    """
+    return zlib.crc32(prompt.encode()) * 2**16 + number
 
 
 def size_of(aspect: Aspect, config: BundleConfig) -> Aspect:
