@@ -43,16 +43,22 @@ class Condition:
 
     @classmethod
     def stack(cls, conditions: Sequence[Condition]) -> Condition:
-        """Stack conditions of one row each, the shorter ones padded with masked keys."""
+        """Stack conditions of one row each, the shorter ones padded with masked keys.
+
+        A single one shares its memory with the result.
+        """
         longest = max(c.length for c in conditions)
-        kv = torch.cat([F.pad(c.kv, (0, 0, 0, longest - c.length)) for c in conditions])
-        masks = [
-            c.mask
-            if c.mask is not None
-            else torch.ones(1, c.length, dtype=torch.bool, device=kv.device)
-            for c in conditions
-        ]
-        return cls(kv, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]))
+        keys, masks = [], []
+        for c in conditions:
+            mask, spare = c.mask, longest - c.length
+            if mask is None:
+                mask = torch.ones(1, c.length, dtype=torch.bool, device=c.kv.device)
+            # Padding by nothing would copy.
+            keys.append(F.pad(c.kv, (0, 0, 0, spare)) if spare else c.kv)
+            masks.append(F.pad(mask, (0, spare)) if spare else mask)
+        if len(conditions) == 1:
+            return cls(keys[0], masks[0])
+        return cls(torch.cat(keys), torch.cat(masks))
 
     @property
     def length(self) -> int:
