@@ -83,6 +83,12 @@ class DecodedImage:
         return MEANT[clear] if self.lossy else clear
 
     @property
+    def has_clear_part(self) -> bool:
+        """Return whether there is anything to repaint in the image as its own mask."""
+        clear = self.clearness
+        return clear is not None and bool(clear.max() > FAINT)
+
+    @property
     def luminance(self) -> NDArray[np.uint8]:
         """uint8 [H, W], ITU-R 601; transparent pixels are black, whatever colour they hide."""
         grey = np.empty(self.rgb.shape[:2], dtype=np.uint8)
@@ -126,7 +132,7 @@ def repaint_mask(
             raise empty_mask(param, int(image.luminance.max()))
         return white
     if clear.max() <= FAINT:
-        lowest = f"the mask's lowest alpha is {OPAQUE - clear.max()} of {OPAQUE}"
+        lowest = f"its lowest alpha is {OPAQUE - clear.max()} of {OPAQUE}"
         message = f"nothing to repaint; transparent pixels are repainted, and {lowest}"
         raise unprocessable("empty_mask", param, message)
     return clear

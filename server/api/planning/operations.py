@@ -215,7 +215,7 @@ def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
     steps = round(request.strength * drafted.sampling.steps)
     choose = choose_view(request, drafted, uploads, steps=steps)
     image, view = decode_view(request.image, "image", choose, uploads)
-    if isinstance(request, EditOrInpaintRequest) and image.has_alpha:
+    if isinstance(request, EditOrInpaintRequest) and image.has_clear_part:
         check_operation(drafted.config, "inpaint")
         return _inpaint(request.inpaint, drafted, uploads)
     beyond = view.placed(np.zeros(image.rgb.shape[:2], dtype=np.uint8), outside=255)
