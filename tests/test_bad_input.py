@@ -246,6 +246,13 @@ def test_an_unknown_null_is_absent_and_a_known_one_is_not(client: httpx.Client) 
     refused(client.post("/generate", json={"prompt": "a ball", "n": None}), 422, "n", "sent: null")
 
 
+@pytest.mark.parametrize("schema", [EditRequest, InpaintRequest])
+def test_null_in_place_of_images_that_may_be_absent_is_none_of_them(
+    schema: type[EditRequest | InpaintRequest],
+) -> None:
+    assert schema.model_validate(PROMPT | IMAGE | {"references": None}).references == []
+
+
 def test_partial_images_without_a_stream_are_ignored(client: httpx.Client) -> None:
     answer = client.post("/generate", json={"prompt": "show", "partial_images": 2})
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
