@@ -171,6 +171,18 @@ def test_a_photo_whose_format_changed_its_alpha_a_little_is_edited_as_a_whole(
     assert operation(opened(answer_of(client, "v1/images/edits", file.getvalue()))) == "edit"
 
 
+@pytest.mark.parametrize("endpoint", BOTH)
+def test_an_image_whose_transparent_part_is_cropped_away_is_not_drawn_anew(
+    client: httpx.Client, endpoint: Endpoint
+) -> None:
+    image = stored(alpha=False)
+    image[:, :8, 3] = 0
+    size = {"width": "32", "height": "32"} if endpoint == "inpaint" else {"size": "32x32"}
+    error = answer_of(client, endpoint, png(image), **size).json()["error"]
+    assert (error["param"], error["code"]) == ("image", "empty_mask")
+    assert "in the part that width and height leave" in error["message"]
+
+
 def test_a_native_edit_redraws_a_transparent_image_and_answers_opaque(client: httpx.Client) -> None:
     result = opened(answer_of(client, "edit", image_file("transparent")))
     assert_blended(result, stored(alpha=True), np.full_like(WEIGHTS, 255))

@@ -83,10 +83,12 @@ class DecodedImage:
         return MEANT[clear] if self.lossy else clear
 
     @property
-    def has_clear_part(self) -> bool:
-        """Return whether there is anything to repaint in the image as its own mask."""
+    def is_nearly_opaque(self) -> bool:
+        """Return whether pixels are transparent, and all of them so little that nobody sees it."""
         clear = self.clearness
-        return clear is not None and bool(clear.max() > FAINT)
+        if self.alpha is None or clear is None:
+            return False
+        return bool(self.alpha.min() < OPAQUE and clear.max() <= FAINT)
 
     @property
     def luminance(self) -> NDArray[np.uint8]:
