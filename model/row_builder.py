@@ -266,10 +266,8 @@ class RowBuilder:
         return encodings.images[self._image_key(request, "embedding", image)]
 
     def _truncated(self, request: ImageRequest, encodings: _Encodings) -> tuple[str, ...]:
-        keys = [self._text_key(request, prompt) for prompt in request.prompts]
-        return tuple(
-            sorted({name for key in keys for name in encodings.texts[key].prompt.truncated})
-        )
+        texts = [encodings.texts[key] for key in self._text_keys([request])]
+        return tuple(sorted({name for text in texts for name in text.prompt.truncated}))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.pipeline.device, non_blocking=True)

@@ -24,7 +24,7 @@ from server.cli.offline import plan as offline_plan
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import NAME, micro_config, micro_v1_config, serving, wait_until
-from tests.support.images import opened
+from tests.support.images import noise, opened, png, white
 from tests.support.native_api import as_json, fields_of, post
 from tests.support.servers import asking
 
@@ -148,6 +148,30 @@ def test_operations_with_a_size_of_their_own_take_the_nearest_too(
     fields = fields_of(operation) | {"width": 1024, "height": 1024, "response_format": "json"}
     answer = as_json(lenient, operation, **fields).json()
     assert {(image["width"], image["height"]) for image in answer["images"]} == {(48, 48)}
+
+
+# Images of 32 × 16 pixels; the canvas is 64 × 16.
+@pytest.mark.parametrize(
+    ("operation", "sent", "drawn"),
+    [
+        ("edit", {"width": 1000}, (64, 32)),
+        ("edit", {"height": 1000}, (64, 32)),
+        ("inpaint", {"width": 1000}, (64, 32)),
+        ("variations", {"width": 1000}, (64, 32)),
+        ("variations", {"height": 1000}, (64, 32)),
+        ("outpaint", {"width": 1000}, (512, 128)),
+        ("outpaint", {"width": 1000, "height": 250}, (512, 128)),
+        ("outpaint", {"width": 50}, (50, 13)),
+    ],
+)
+def test_a_missing_side_follows_the_image_before_the_nearest_size_is_chosen(
+    lenient: httpx.Client, operation: str, sent: dict[str, int], drawn: tuple[int, int]
+) -> None:
+    images = {"image": png(noise(32, 16))}
+    if operation == "inpaint":
+        images["mask"] = png(white(32, 16, (8, 4, 24, 12)))
+    fields = fields_of(operation) | images | sent
+    assert opened(as_json(lenient, operation, **fields).content).size == drawn
 
 
 def test_a_size_that_is_no_size_is_refused_all_the_same(lenient: httpx.Client) -> None:

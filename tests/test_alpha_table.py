@@ -146,6 +146,43 @@ def test_an_opaque_image_without_a_mask_is_edited_or_lacks_its_mask(
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "missing_field")
 
 
+@pytest.mark.parametrize(("lowest", "drawn"), [(254, "edit"), (247, "edit"), (246, "inpaint")])
+def test_an_image_with_nothing_to_repaint_is_edited_as_a_whole(
+    client: httpx.Client, lowest: int, drawn: str
+) -> None:
+    image = stored(alpha=False)
+    image[:, 20, 3] = lowest
+    assert operation(opened(answer_of(client, "v1/images/edits", png(image)))) == drawn
+    native = answer_of(client, "inpaint", png(image))
+    assert native.status_code == (200 if drawn == "inpaint" else 422)
+    if drawn == "edit":
+        message = native.json()["error"]["message"]
+        assert message.startswith("image: nothing to repaint; ")
+        assert message.endswith(f"its lowest alpha is {lowest} of 255")
+
+
+def test_a_photo_whose_format_changed_its_alpha_a_little_is_edited_as_a_whole(
+    client: httpx.Client,
+) -> None:
+    image = stored(alpha=False)
+    image[:, 20, 3] = 240
+    file = io.BytesIO()
+    PIL.Image.fromarray(image).save(file, "WEBP", quality=80)
+    assert operation(opened(answer_of(client, "v1/images/edits", file.getvalue()))) == "edit"
+
+
+@pytest.mark.parametrize("endpoint", BOTH)
+def test_an_image_whose_transparent_part_is_cropped_away_is_not_drawn_anew(
+    client: httpx.Client, endpoint: Endpoint
+) -> None:
+    image = stored(alpha=False)
+    image[:, :8, 3] = 0
+    size = {"width": "32", "height": "32"} if endpoint == "inpaint" else {"size": "32x32"}
+    error = answer_of(client, endpoint, png(image), **size).json()["error"]
+    assert (error["param"], error["code"]) == ("image", "empty_mask")
+    assert "in the part that width and height leave" in error["message"]
+
+
 def test_a_native_edit_redraws_a_transparent_image_and_answers_opaque(client: httpx.Client) -> None:
     result = opened(answer_of(client, "edit", image_file("transparent")))
     assert_blended(result, stored(alpha=True), np.full_like(WEIGHTS, 255))

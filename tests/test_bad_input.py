@@ -4,6 +4,7 @@ and the server goes on.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from server.api.schemas import (
 from server.settings import Settings
 from tests import fake_worker
 from tests.conftest import serving, wait_until
+from tests.support.images import noise, png
 
 pytestmark = pytest.mark.process
 
@@ -221,9 +223,34 @@ def test_what_is_left_blank_is_absent(client: httpx.Client, field: str) -> None:
     assert client.post("/generate", files=parts).status_code == 200
 
 
+def test_what_is_left_blank_in_an_object_is_absent_in_json_as_in_a_form(
+    client: httpx.Client,
+) -> None:
+    region = {"prompt": "a box", "box": [0, 0, 1, 1], "mask": "", "weight": ""}
+    fields = {"prompt": "a ball", "regions": [region], "hires": {"scale": 2, "steps": ""}}
+    assert client.post("/generate", json=fields).status_code == 200
+    keyframes = [
+        {"prompt": "a ball", "image": ""},
+        {"prompt": "", "image": base64.b64encode(png(noise())).decode()},
+    ]
+    answer = client.post("/interpolate", json={"keyframes": keyframes, "frames": 2})
+    assert answer.status_code == 200, answer.text
+    blank = client.post(
+        "/generate", json={"prompt": "a ball", "regions": [region | {"prompt": ""}]}
+    )
+    refused(blank, 422, "regions", "regions.0.prompt: required")
+
+
 def test_an_unknown_null_is_absent_and_a_known_one_is_not(client: httpx.Client) -> None:
     assert client.post("/generate", json={"prompt": "a ball", "colour": None}).status_code == 200
     refused(client.post("/generate", json={"prompt": "a ball", "n": None}), 422, "n", "sent: null")
+
+
+@pytest.mark.parametrize("schema", [EditRequest, InpaintRequest])
+def test_null_in_place_of_images_that_may_be_absent_is_none_of_them(
+    schema: type[EditRequest | InpaintRequest],
+) -> None:
+    assert schema.model_validate(PROMPT | IMAGE | {"references": None}).references == []
 
 
 def test_partial_images_without_a_stream_are_ignored(client: httpx.Client) -> None:

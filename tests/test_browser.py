@@ -286,7 +286,7 @@ def test_text_wins_over_its_picture_where_text_is_written(plain: Playground) -> 
 def test_a_prompt_that_was_cut_is_said(plain: Playground, text: str) -> None:
     said = plain.draw(text)
     is_cut = text.startswith("cut")
-    assert ("The prompt was too long: its end was cut." in said) == is_cut
+    assert ("A prompt was too long: its end was cut." in said) == is_cut
     assert ("end cut (byt5, clip)" in plain.page.inner_text("#facts")) == is_cut
 
 

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from server.api.images.encode import FRAME_MS, animate, encode
+from server.api.images.marking import MARKED, Marking
 from server.engine.messages import Image
 
 
@@ -67,3 +68,28 @@ def test_a_gif_has_a_frame_for_every_image(order: list[int]) -> None:
             file.seek(frame)
             assert file.info["duration"] == FRAME_MS
             np.testing.assert_array_equal(np.asarray(file.convert("RGB")), few[i])
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+@pytest.mark.parametrize("order", [[0], [0, 0, 0], [0, 1, 1, 2], [0, 1, 1, 1, 0, 0], [0, 1, 2]])
+def test_an_animated_webp_has_a_frame_for_every_image_as_its_own_file_shows_it(
+    order: list[int], metadata: bool
+) -> None:
+    images = [image(i, 25) for i in range(3)]
+    marking = MARKED if metadata else Marking(source=None, embed_parameters=False)
+    content = animate((images[i] for i in order), "webp", 40, {"seed": 7}, marking)
+    with PIL.Image.open(io.BytesIO(content)) as file:
+        assert (file.n_frames, file.mode) == (len(order), "RGB")  # type: ignore[attr-defined]
+        assert (file.info["loop"], "xmp" in file.info, "exif" in file.info) == (0, *[metadata] * 2)
+        for frame, i in enumerate(order):
+            file.seek(frame)
+            shown = np.asarray(file)
+            assert file.info["duration"] == FRAME_MS
+            alone = PIL.Image.open(io.BytesIO(encode(images[i], "webp", 40, {})))
+            np.testing.assert_array_equal(shown, np.asarray(alone))
+
+
+def test_similar_frames_stay_frames_of_a_webp_of_low_quality() -> None:
+    plain = [Image.of(np.full((32, 32, 3), level, np.uint8), 0) for level in range(100, 108)]
+    with PIL.Image.open(io.BytesIO(animate(plain, "webp", 1, {}))) as file:
+        assert file.n_frames == len(plain)  # type: ignore[attr-defined]

@@ -262,6 +262,27 @@ def test_a_head_that_proxies_may_read_otherwise_is_400_and_the_connection_closed
     assert (status_of(answer), error_of(answer)) == (400, code)
 
 
+@pytest.mark.parametrize(
+    ("coding", "status"),
+    [
+        (b"gzip, chunked", 400),
+        (b"GZIP\r\nTransfer-Encoding: Chunked", 400),
+        (b"identity, chunked", 200),
+        (b"Chunked", 200),
+    ],
+)
+def test_an_encoded_body_in_chunks_is_400_that_names_the_encoding(
+    fake_settings: Configure, coding: bytes, status: int
+) -> None:
+    request = CHUNKED.replace(b"chunked", coding) % (b"Connection: close\r\n", len(BODY), BODY)
+    with listening(fake_settings()) as (port,):
+        answer = all_answered(port, request + b"\r\n")
+    assert status_of(answer) == status
+    if status == 400:
+        assert error_of(answer) == "invalid_transfer_encoding"
+        assert b"gzip, chunked" in answer.lower()
+
+
 def test_headers_are_bounded_in_number_as_each_takes_memory(fake_settings: Configure) -> None:
     with listening(fake_settings()) as (port,):
         head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"

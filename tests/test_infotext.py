@@ -58,6 +58,10 @@ def test_what_is_written_is_in_the_original_s_form() -> None:
     )
     assert write_infotext("", "", fields).startswith("Steps: 12")
     assert write_infotext("a ball", "", {"Seed": -3}) == "a ball\nSeed: -3"
+    numbers = {"Mask blur": 4.0, "Hires upscale": 2.0, "Denoising strength": 0.75}
+    assert write_infotext("", "", numbers) == (
+        "Mask blur: 4, Hires upscale: 2, Denoising strength: 0.75"
+    )
 
 
 VALUES = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from(' ,:"\\'))

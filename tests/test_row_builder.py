@@ -128,6 +128,13 @@ def test_a_region_of_full_weight_everywhere_is_its_prompt(runner):
     assert torch.equal(tokens, drawn(runner, job("b", prompt="the red apple"))[0])
 
 
+def test_a_negative_prompt_that_is_cut_is_told_unless_nothing_reads_it(runner):
+    long = job("a", negative_prompt="the red apple " * 20)
+    unread = replace(long, id="b", sampling=replace(SAMPLING, guidance_steps=0))
+    parts = [(each, range(1)) for each in (long, unread, job("c"))]
+    assert runner.start(parts, Stopwatch()) == [("byt5", "clip"), (), ()]
+
+
 def test_pictures_are_encoded_once_and_together_with_those_of_other_arrivals(runner, monkeypatch):
     batches: list[int] = []
     pipeline = runner.pipelines["random"]

@@ -144,6 +144,7 @@ def test_an_error_names_the_variable_and_says_in_words_what_it_may_be(name: str)
         ("host", "http://localhost", "without a scheme, a port"),
         ("host", "localhost:9000", "without a scheme, a port"),
         ("queue_bytes", "2GB", "in bytes: must be a whole number of at least 1 (sent: '2GB')"),
+        ("url_ttl_s", "0", "in seconds: must be a number above 0, at most 86400 (sent: '0')"),
         ("trusted_proxies", "10.0.0.5/8", "bits after the prefix must be zero, as in 10.0.0.0/8"),
         ("trusted_proxies", "proxy", "addresses and networks such as 10.0.0.0/8, not 'proxy'"),
     ],

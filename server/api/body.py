@@ -73,6 +73,7 @@ def _validate(sent: dict[str, Any], schema: type[Schema]) -> Schema:
         raise unknown_field(unknown, schema.model_fields)
     for name, value in fields.items():
         _check_length(name, value, _max_entries(schema).get(name))
+    fields = {name: _without_empty_text(value) for name, value in fields.items()}
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
@@ -91,6 +92,15 @@ def _without_absent(fields: dict[str, Any], schema: type[BaseModel]) -> dict[str
         for name, value in fields.items()
         if value != "" and not (value is None and name not in known)
     }
+
+
+def _without_empty_text(value: Any) -> Any:
+    """Return an object, or a list of objects, without the fields that are empty text."""
+    if isinstance(value, list):
+        return [_without_empty_text(entry) if isinstance(entry, dict) else entry for entry in value]
+    if isinstance(value, dict):
+        return {name: inner for name, inner in value.items() if inner != ""}
+    return value
 
 
 def _check_length(name: str, value: object, limit: int | None) -> None:

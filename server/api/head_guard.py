@@ -9,11 +9,13 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.error_handlers import error_response
-from server.api.errors import ApiError
+from server.api.errors import ApiError, shortened
 
 # Enough for clients, cookies and a proxy's additions; too little to fill the memory.
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 32 * 1024
+# Transfer codings that change nothing but the framing; empty list elements mean nothing.
+CODINGS = (b"chunked", b"identity", b"")
 
 
 class HeadGuard:
@@ -37,7 +39,8 @@ def check_head(scope: Scope) -> None:
     """Check URL and headers.
 
     Raises:
-        ApiError: 400 ambiguous about the host or the body's length, 414 or 431 too long.
+        ApiError: 400 ambiguous about the host or the body's length, or an encoded body; 414 or 431
+            too long.
     """
     _check_framing(scope)
     if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
@@ -67,6 +70,12 @@ def _check_framing(scope: Scope) -> None:
     # Proxies that speak HTTP/1.0 ignore the header and see another end of the body.
     if version == "1.0" and names[b"transfer-encoding"]:
         message = "HTTP/1.0 has no Transfer-Encoding; send Content-Length"
+        raise _malformed_head("invalid_transfer_encoding", message)
+    sent = b", ".join(v for name, v in scope["headers"] if name == b"transfer-encoding")
+    # The parser takes chunks apart and leaves other encodings of a body as they are.
+    if any(coding.strip().lower() not in CODINGS for coding in sent.split(b",")):
+        allowed = "Transfer-Encoding must be chunked alone; send the body as it is"
+        message = f"{allowed} (sent: {shortened(sent.decode('latin-1'))})"
         raise _malformed_head("invalid_transfer_encoding", message)
 
 

@@ -61,7 +61,7 @@ HEADERS = _headers(
         "X-Request-Id": "The client's id, or a generated one",
         "Server-Timing": "queue, encode, prior, denoise, decode, image, in milliseconds",
         "X-Prompt-Read": "What of the prompt the weights read, percent-encoded, unless it is all",
-        "X-Prompt-Truncated": "Encoders that truncated the prompt, if any",
+        "X-Prompt-Truncated": "Encoders that truncated a prompt, if any, negative ones included",
     }
 )
 RETRY_HEADERS = _headers(

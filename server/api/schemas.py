@@ -200,8 +200,8 @@ def _no_base64(reason: str) -> PydanticCustomError:
 
 
 def as_list(sent: Any) -> Any:
-    """Return a list; anything else as a list of one."""
-    return sent if isinstance(sent, list) else [sent]
+    """Return a list; null as an empty one, anything else as a list of one."""
+    return [] if sent is None else sent if isinstance(sent, list) else [sent]
 
 
 Base64Text = Annotated[str, Field(min_length=1, description=IMAGE_DESCRIPTION)]

@@ -251,6 +251,11 @@ def _range(kind: Kind, step: int) -> str:
     low, high = kind.get("minimum"), kind.get("maximum")
     if "exclusiveMaximum" in kind:
         high = kind["exclusiveMaximum"] - step
+    if step and "exclusiveMinimum" in kind:
+        low = kind["exclusiveMinimum"] + step
+    elif "exclusiveMinimum" in kind:
+        least = f" above {_number(kind['exclusiveMinimum'])}"
+        return least if high is None else f"{least}, at most {_number(high)}"
     if low is None:
         return "" if high is None else f" of at most {_number(high)}"
     return (

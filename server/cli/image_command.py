@@ -208,7 +208,7 @@ def _write(
         path.write_bytes(encode(image, format, quality, parameters, marking=marking))
         typer.echo(f"{path}  seed {planned.job.seeds[image.index]}")
     if truncated:
-        typer.echo(f"the prompt was truncated for {' and '.join(truncated)}", err=True)
+        typer.echo(f"a prompt was truncated for {' and '.join(truncated)}", err=True)
 
 
 def limit_openmp_spinning() -> None:

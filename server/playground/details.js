@@ -18,7 +18,7 @@ export function showDetails({ box, caption, facts, again, animate, reuse, timing
 
 /** Says that the encoders cut a prompt, in a sentence after another one; empty if they did not. */
 export function cutNote({ truncated }) {
-  return truncated?.length ? " The prompt was too long: its end was cut." : "";
+  return truncated?.length ? " A prompt was too long: its end was cut." : "";
 }
 
 /** Says how to get an image again that the history has lost. */

@@ -83,6 +83,14 @@ class DecodedImage:
         return MEANT[clear] if self.lossy else clear
 
     @property
+    def is_nearly_opaque(self) -> bool:
+        """Return whether pixels are transparent, and all of them so little that nobody sees it."""
+        clear = self.clearness
+        if self.alpha is None or clear is None:
+            return False
+        return bool(self.alpha.min() < OPAQUE and clear.max() <= FAINT)
+
+    @property
     def luminance(self) -> NDArray[np.uint8]:
         """uint8 [H, W], ITU-R 601; transparent pixels are black, whatever colour they hide."""
         grey = np.empty(self.rgb.shape[:2], dtype=np.uint8)
@@ -126,7 +134,7 @@ def repaint_mask(
             raise empty_mask(param, int(image.luminance.max()))
         return white
     if clear.max() <= FAINT:
-        lowest = f"the mask's lowest alpha is {OPAQUE - clear.max()} of {OPAQUE}"
+        lowest = f"its lowest alpha is {OPAQUE - clear.max()} of {OPAQUE}"
         message = f"nothing to repaint; transparent pixels are repainted, and {lowest}"
         raise unprocessable("empty_mask", param, message)
     return clear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,9 @@ SAME_FRAME = (
     b"!\xf9\4\5" + struct.pack("<H", FRAME_MS // 10) + b"\0\0"
     b",\0\0\0\0\1\0\1\0\x80" + bytes(6) + b"\2\2\x44\1\0"
 )
+# Of a WebP's frame: it takes the place of what was there.
+WEBP_NO_BLENDING = 0b10
+WEBP_ANIMATION, WEBP_XMP, WEBP_EXIF = 0b10, 0b100, 0b1000
 # Up to this many pixels a PNG is written in the quickest way, where its time counts most.
 QUICK_PNG_PIXELS = 512 * 512
 # Of a PNG, by channels: 3 for RGB, 4 for RGBA.
@@ -104,34 +107,55 @@ def animate(
 ) -> bytes:
     """Return the images as one animation that repeats endlessly. quality: 1…100, for WebP.
 
-    A GIF has a frame for every image; WebP shows equal ones as one frame.
-
-    Images are taken one by one, for GIF each when it is encoded.
+    Both have a frame for every image, also for equal ones: programs that take an animation apart
+    count its frames. Images are opaque, and are taken one by one, each when it is encoded.
     """
-    others = (_pillow(image) for image in images)
-    first = next(others)
-    file = io.BytesIO()
-    options: dict[str, Any] = {
-        "save_all": True,
-        "append_images": others,
-        "duration": FRAME_MS,
-        "loop": 0,
-    }
+    frames = (_pillow(image) for image in images)
     if format == "gif":
-        first.save(file, "GIF", **options)
-        content = marking.in_gif(_with_equal_frames(file.getvalue()), parameters)
+        content = marking.in_gif(_gif(frames), parameters)
     else:
-        options |= marking.webp_options(parameters)
-        first.save(file, "WEBP", quality=quality, method=2, **options)
-        content = file.getvalue()
+        content = _webp_animation(frames, quality, marking.webp_options(parameters))
     return marking.signed(content, f"image/{format}")
 
 
-def _with_equal_frames(gif: bytes) -> bytes:
-    """Return a GIF of Pillow's, which shows equal frames as one, with as many frames as were sent.
+def _gif(frames: Iterator[PIL.Image.Image]) -> bytes:
+    file = io.BytesIO()
+    first = next(frames)
+    first.save(file, "GIF", save_all=True, append_images=frames, duration=FRAME_MS, loop=0)
+    return _with_equal_frames(file.getvalue())
 
-    Programs that take an animation apart count its frames.
+
+def _webp_animation(
+    frames: Iterator[PIL.Image.Image], quality: int, options: dict[str, bytes]
+) -> bytes:
+    """Return an animated WebP of whole frames; libwebp's own encoder merges equal ones.
+
+    options: `xmp` and `exif`, if the file has them.
     """
+    parts: list[bytes] = []
+    for frame in frames:
+        file = io.BytesIO()
+        frame.save(file, "WEBP", quality=quality, method=2)
+        size = b"".join((side - 1).to_bytes(3, "little") for side in frame.size)
+        place = bytes(6) + size + FRAME_MS.to_bytes(3, "little") + bytes([WEBP_NO_BLENDING])
+        # The file of an opaque image without metadata is one chunk.
+        parts.append(_riff_chunk(b"ANMF", place + file.getvalue()[12:]))
+    flags = WEBP_ANIMATION | WEBP_XMP * ("xmp" in options) | WEBP_EXIF * ("exif" in options)
+    head = _riff_chunk(b"VP8X", struct.pack("<I", flags) + size)
+    endless = _riff_chunk(b"ANIM", bytes(6))
+    exif, xmp = (
+        _riff_chunk(name, options[key]) if key in options else b""
+        for name, key in ((b"EXIF", "exif"), (b"XMP ", "xmp"))
+    )
+    return _riff_chunk(b"RIFF", b"".join((b"WEBP", head, endless, *parts, exif, xmp)))
+
+
+def _riff_chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+
+def _with_equal_frames(gif: bytes) -> bytes:
+    """Return a GIF of Pillow's, which shows equal frames as one, with a frame for every image."""
     start = 13 + gif_palette_bytes(gif[10])
     parts, repeats = [gif[:start]], 0
     while gif[start] != 0x3B:

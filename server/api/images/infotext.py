@@ -36,7 +36,8 @@ def write_infotext(prompt: str, negative_prompt: str, fields: Mapping[str, objec
 
 
 def _quoted(value: object) -> str:
-    text = str(value)
+    # As their programs write numbers: 4, not 4.0.
+    text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
 
 

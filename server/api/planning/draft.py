@@ -28,7 +28,13 @@ from server.api.planning.work import (
     check_tiles_work,
     rows_of,
 )
-from server.api.schemas import INT64, AnyFormat, GenerateRequest, SamplingFields
+from server.api.schemas import (
+    INT64,
+    AnyFormat,
+    GenerateRequest,
+    OutpaintRequest,
+    SamplingFields,
+)
 from server.engine.job import Job
 from server.settings import Settings
 
@@ -78,9 +84,13 @@ class Draft:
         """
         sides = self.config.sides(self.settings.max_side)
         width, height = self.request.width, self.request.height
-        if (width is None) == (height is None) or (width or height) not in sides:
+        if (width is None) == (height is None):
             return self.size()
         ideal = follow(source, width, height)
+        if self.settings.sizes == "nearest":
+            return nearest_size(ideal, self.config, self.settings)
+        if (width or height) not in sides:
+            return self.size()
         return width or nearest_side(ideal[0], sides), height or nearest_side(ideal[1], sides)
 
     def fitted_size(self, source: Size, steps: int | None, regions: int, enlarged: int) -> Size:
@@ -102,7 +112,7 @@ class Draft:
         width, height = self.request.width, self.request.height
         sides = self.config.sides(self.settings.max_side)
         if width or height:
-            size = follow(source, width, height)
+            size = self._followed(source)
             if max(size) > sides[-1]:
                 allowed = f"the result may have at most {sides[-1]} pixels a side"
                 name = "width" if width and (not height or width >= height) else "height"
@@ -117,6 +127,17 @@ class Draft:
                 return size
         # The job is refused for its work.
         return own[0] if own else within(source, sides[-1])
+
+    def _followed(self, source: Size) -> Size:
+        """Return the requested size; a missing side follows the ratio of an image of this size."""
+        size = follow(source, self.request.width, self.request.height)
+        if self.settings.sizes != "nearest":
+            return size
+        if not isinstance(self.request, OutpaintRequest):
+            return nearest_size(size, self.config, self.settings)
+        # A canvas keeps its ratio.
+        largest = self.config.sides(self.settings.max_side)[-1]
+        return within(size, largest) if max(size) > largest else size
 
     def read(self, prompt: str) -> Reading:
         """Return what of a text of this request is encoded, which is found out once."""

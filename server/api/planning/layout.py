@@ -10,9 +10,9 @@ import numpy as np
 from model.canvas import Pixels, crop, fill, outpaint_canvas
 from model.compositing import FEATHER, composite, corrected
 from model.image_request import InputImage, Repaint
-from server.api.errors import invalid_value, unprocessable
+from server.api.errors import ApiError, invalid_value, unprocessable
 from server.api.images.admission import Uploads
-from server.api.images.decoded_image import DecodedImage, repaint_mask
+from server.api.images.decoded_image import OPAQUE, DecodedImage, repaint_mask
 from server.api.images.fit import Restoration, Size, View, extended, fitted, keeps_ratio
 from server.api.planning.draft import Draft
 from server.api.schemas import EditRequest, InpaintRequest, OutpaintRequest
@@ -156,10 +156,18 @@ def inpaint_weight(
     if request.mask is not None:
         mode, source = request.mask_mode, view.source
         return view.part_of_mask(uploads.mask(request.mask, mode, source, scaled=view.scaled))
-    if not image.has_alpha:
+    if image.alpha is None:
         problem = "required, unless the image is transparent where it is to be repainted"
         raise unprocessable("missing_field", "mask", problem)
+    if image.alpha.min() == OPAQUE:
+        raise nothing_left("image")
     return repaint_mask(image, "alpha", image.size, "image")
+
+
+def nothing_left(param: str) -> ApiError:
+    """Return the error for a mask, or an image as its own, whose part in the view keeps all."""
+    problem = "nothing to repaint in the part that width and height leave"
+    return unprocessable("empty_mask", param, problem)
 
 
 def lay_out(

@@ -13,7 +13,7 @@ from model.canvas import Pixels, crop
 from model.config import Operation
 from model.image_request import Edit, Enlarge, InputImage, Reference, Region, parted
 from model.tiles import lanczos
-from server.api.errors import invalid_value, unprocessable
+from server.api.errors import invalid_value
 from server.api.images.admission import Uploads
 from server.api.images.decoded_image import repaint_mask
 from server.api.images.fit import Size, decode_view, whole
@@ -27,7 +27,14 @@ from server.api.planning.conditions import (
     image_as_prompt,
 )
 from server.api.planning.draft import Draft, check_operation, seeds
-from server.api.planning.layout import choose_canvas, choose_view, inpaint_weight, lay_out, restore
+from server.api.planning.layout import (
+    choose_canvas,
+    choose_view,
+    inpaint_weight,
+    lay_out,
+    nothing_left,
+    restore,
+)
 from server.api.planning.plan import Plan
 from server.api.planning.work import TooMuchWorkError
 from server.api.schemas import (
@@ -104,8 +111,7 @@ def _inpaint(request: InpaintRequest, drafted: Draft, uploads: Uploads) -> Plan:
         request.feather,
     )
     if not layout.weight.any():
-        problem = "nothing to repaint in the part that width and height leave"
-        raise unprocessable("empty_mask", "mask", problem)
+        raise nothing_left("mask")
     regions, region_parameters = decode_regions(request.regions, view, drafted, uploads)
     references, reference_parameters = decode_references(request.references, drafted, uploads)
     parameters = {
@@ -215,7 +221,8 @@ def _edit(request: EditRequest, drafted: Draft, uploads: Uploads) -> Plan:
     steps = round(request.strength * drafted.sampling.steps)
     choose = choose_view(request, drafted, uploads, steps=steps)
     image, view = decode_view(request.image, "image", choose, uploads)
-    if isinstance(request, EditOrInpaintRequest) and image.has_alpha:
+    is_cut_out = image.has_alpha and not image.is_nearly_opaque
+    if isinstance(request, EditOrInpaintRequest) and is_cut_out:
         check_operation(drafted.config, "inpaint")
         return _inpaint(request.inpaint, drafted, uploads)
     beyond = view.placed(np.zeros(image.rgb.shape[:2], dtype=np.uint8), outside=255)

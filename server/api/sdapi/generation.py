@@ -169,7 +169,7 @@ class A1111Answer:
             "Steps": parameters["num_inference_steps"],
             "Sampler": parameters["sampler"],
             "Schedule type": "Automatic",
-            "CFG scale": f"{self.fields.cfg_scale:g}",
+            "CFG scale": self.fields.cfg_scale,
             "Seed": parameters["seed"],
             "Size": f"{parameters['width']}x{parameters['height']}",
             "Model hash": short_hash(self.config),
