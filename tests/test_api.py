@@ -537,7 +537,8 @@ def test_openapi_documents_the_fields_their_bounds_and_the_errors(client: httpx.
         assert (key["schema"]["minLength"], key["schema"]["maxLength"]) == (1, 255)
     generate = drawing["/generate"]
     schema = body_schema(document, "/generate")
-    assert schema["properties"]["n"]["maximum"] == 16
+    assert schema["properties"]["n"]["anyOf"][0]["maximum"] == 16
+    assert {"type": "null"} in schema["properties"]["n"]["anyOf"]
     assert {"maximum": 30, "minimum": 0, "type": "number"} in schema["properties"][
         "guidance_scale"
     ]["anyOf"]

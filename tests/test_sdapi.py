@@ -698,9 +698,9 @@ def test_images_and_masks_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize(
     ("resize_mode", "fit"),
-    [(None, "stretch"), (0, "stretch"), (1, "crop"), (2, "pad"), (3, "stretch")],
+    [(0, "stretch"), (1, "crop"), (2, "pad"), (3, "stretch")],
 )
-def test_a_resize_mode_says_how_an_image_fits_its_size(resize_mode: int | None, fit: str) -> None:
+def test_a_resize_mode_says_how_an_image_fits_its_size(resize_mode: int, fit: str) -> None:
     operation, fields = redrawing(resize_mode=resize_mode).native(micro_config(), SETTINGS)
     assert (operation, fields["fit"]) == ("edit", fit)
 
@@ -716,9 +716,9 @@ def scale_of(request: ExtraSingleImageRequest, size: tuple[int, int]) -> float:
 
 @pytest.mark.parametrize(
     ("upscaler", "strength"),
-    [(None, 0), ("None", 0), ("LANCZOS", 0), ("Nearest", 0), ("R-ESRGAN 4x+", None)],
+    [("None", 0), ("LANCZOS", 0), ("Nearest", 0), ("R-ESRGAN 4x+", None)],
 )
-def test_plain_upscalers_draw_nothing(upscaler: str | None, strength: float | None) -> None:
+def test_plain_upscalers_draw_nothing(upscaler: str, strength: float | None) -> None:
     assert enlarging(upscaler_1=upscaler).native(b"a file").get("strength") == strength
 
 

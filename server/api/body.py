@@ -64,7 +64,7 @@ def _media_type(request: Request) -> str:
 
 
 def _validate(sent: dict[str, Any], schema: type[Schema]) -> Schema:
-    fields = _without_absent(sent, schema)
+    fields = _without_blanks(sent)
     if schema.model_config.get("extra") == "ignore":
         fields = {name: value for name, value in fields.items() if name in schema.model_fields}
     # Pydantic rejects these too, but only after writing an error for every single one.
@@ -73,34 +73,27 @@ def _validate(sent: dict[str, Any], schema: type[Schema]) -> Schema:
         raise unknown_field(unknown, schema.model_fields)
     for name, value in fields.items():
         _check_length(name, value, _max_entries(schema).get(name))
-    fields = {name: _without_empty_text(value) for name, value in fields.items()}
+    fields = {name: _without_inner_blanks(value) for name, value in fields.items()}
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
         raise from_validation(error, schema, fields) from None
 
 
-def _without_absent(fields: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
-    """Return the fields without those that clients send empty because they were left blank.
+def _without_blanks(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields without those that are null or empty text.
 
-    Empty text is absent, and null in a field that the endpoint does not have. null in others is the
-    schema's business.
+    Forms send what their users left blank as empty text, and the serializers of many languages
+    write null for every field that is not set.
     """
-    known = schema.model_fields
-    return {
-        name: value
-        for name, value in fields.items()
-        if value != "" and not (value is None and name not in known)
-    }
+    return {name: value for name, value in fields.items() if value is not None and value != ""}
 
 
-def _without_empty_text(value: Any) -> Any:
-    """Return an object, or a list of objects, without the fields that are empty text."""
+def _without_inner_blanks(value: Any) -> Any:
+    """Return an object, or a list of objects, without the fields that are null or empty text."""
     if isinstance(value, list):
-        return [_without_empty_text(entry) if isinstance(entry, dict) else entry for entry in value]
-    if isinstance(value, dict):
-        return {name: inner for name, inner in value.items() if inner != ""}
-    return value
+        return [_without_blanks(entry) if isinstance(entry, dict) else entry for entry in value]
+    return _without_blanks(value) if isinstance(value, dict) else value
 
 
 def _check_length(name: str, value: object, limit: int | None) -> None:

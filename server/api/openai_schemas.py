@@ -26,7 +26,6 @@ from server.api.schemas import (
     ImageBytesList,
     KeepUnmasked,
     NonBlankText,
-    NullIsAbsent,
     RecipeFields,
     Regions,
     ReturnSizeChoice,
@@ -131,7 +130,7 @@ OpenAIImageList = Annotated[
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class ImagesFields(RecipeFields, NullIsAbsent):
+class ImagesFields(RecipeFields):
     """Fields of all of OpenAI's image endpoints."""
 
     size: Annotated[

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from server.api.body import FORM, JSON
 from server.api.form_body import file_fields
-from server.api.schemas import IMAGE_DESCRIPTION, ErrorAnswer, NullIsAbsent
+from server.api.schemas import IMAGE_DESCRIPTION, ErrorAnswer
 from server.api.sse import Event
 
 ERRORS = {
@@ -159,10 +159,9 @@ def _json(schema: type[BaseModel]) -> dict[str, Any]:
     described = schema.model_json_schema(ref_template="#/components/schemas/{model}")
     for each in (described, *described.get("$defs", {}).values()):
         each["properties"] = {name: _optional(kind) for name, kind in each["properties"].items()}
-    if issubclass(schema, NullIsAbsent):
-        fields = described["properties"]
-        for name in fields.keys() - described.get("required", ()):
-            fields[name] = _with_null(fields[name])
+    fields = described["properties"]
+    for name in fields.keys() - described.get("required", ()):
+        fields[name] = _with_null(fields[name])
     return described
 
 

@@ -223,15 +223,6 @@ ImageBytesList = Annotated[
 # ── common fields ─────────────────────────────────────────────────────────────────────────────────
 
 
-class NullIsAbsent(BaseModel):
-    """A request in which null means that a field is absent."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, sent: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in sent.items() if value is not None}
-
-
 class AttentionWeights(BaseModel):
     """Factors on the attention that the denoiser gives to the prompt and to the prior's image."""
 

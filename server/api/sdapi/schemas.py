@@ -36,7 +36,6 @@ from server.api.schemas import (
     Hires,
     ImageBytes,
     ImageBytesList,
-    NullIsAbsent,
     Scale,
     Seed,
     Text,
@@ -113,7 +112,7 @@ def _numbers(schema: type[BaseModel]) -> frozenset[str]:
     return frozenset(name for name, kind in fields if is_number(kind))
 
 
-class SdFields(NullIsAbsent):
+class SdFields(BaseModel):
     """A request to one of AUTOMATIC1111's endpoints."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
