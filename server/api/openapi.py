@@ -60,7 +60,7 @@ HEADERS = _headers(
         "X-Model-Sha256": "Hash of the weights",
         "X-Request-Id": "The client's id, or a generated one",
         "Server-Timing": "queue, encode, prior, denoise, decode, image, in milliseconds",
-        "X-Prompt-Read": "What of the prompt the weights read, percent-encoded, unless it is all",
+        "X-Prompt-Read": "Prompt in words that the weights know, if it differs; percent-encoded",
         "X-Prompt-Truncated": "Encoders that truncated the prompt, if any",
     }
 )

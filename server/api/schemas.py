@@ -278,7 +278,7 @@ class RecipeFields(BaseModel):
         ),
     ] = 1
     seed: Annotated[
-        Seed, Field(description="Random seed; default, and -1: random, and returned")
+        Seed, Field(description="Random seed; absent or -1: chosen, and part of the answer")
     ] = None
     num_inference_steps: Annotated[
         int | None, Field(ge=1, le=64, description="Denoising steps")
@@ -320,7 +320,7 @@ class RecipeFields(BaseModel):
     guidance_start: Annotated[
         Fraction | None,
         Field(
-            description="Begin of the steps with guidance, as a fraction of all steps; not beside"
+            description="Start of the steps with guidance, as a fraction of all steps; not beside"
             " guidance_steps"
         ),
     ] = None
@@ -338,7 +338,7 @@ class RecipeFields(BaseModel):
             ge=0.05,
             le=600,
             allow_inf_nan=False,
-            description="Deadline, in seconds from arrival; a later answer is an error 504",
+            description="Deadline, in seconds from arrival; after it the answer is an error 504",
         ),
     ] = None
     priority: Annotated[
@@ -369,8 +369,8 @@ class RecipeFields(BaseModel):
         Field(
             ge=0,
             le=8,
-            description="With stream: most previews of each image, evenly spread over its steps;"
-            " ignored without stream",
+            description="With stream: maximum number of previews of each image, evenly spread over"
+            " its steps; ignored without stream",
         ),
     ] = 0
 
@@ -447,7 +447,7 @@ Regions = Annotated[
 AutoRegions = Annotated[
     bool | None,
     Field(
-        description="Draw two to four things of the prompt each by a prompt of its own, in its own"
+        description="Draw two to four things of the prompt each by a separate prompt, in a separate"
         " part of the image; not beside regions. Default: the preset's choice"
     ),
 ]
