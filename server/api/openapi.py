@@ -25,7 +25,7 @@ ERRORS = {
     408: "Timeout while reading the body",
     413: "Body or image too large",
     415: "Unsupported Content-Type",
-    422: "A field out of bounds, an image that cannot be decoded, or an Idempotency-Key used twice",
+    422: "A field out of bounds, an undecodable image, or the Idempotency-Key of another request",
     429: "Queue full, deadline unreachable, or the key's limits exceeded; Retry-After says when",
     500: "Failed; x-should-retry: false if a retry cannot help",
     503: "Starting, draining, or the worker was lost",

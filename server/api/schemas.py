@@ -261,13 +261,13 @@ class RecipeFields(BaseModel):
         Field(
             max_length=64,
             description="Named recipe of the weights, such as quality or fast; /v1/models lists"
-            " them. Default: the weights' own choice, and quality for a request that it does not"
-            " suit",
+            " them. Default: the weights' default preset, or quality for a request that this preset"
+            " does not suit",
         ),
     ] = None
 
     negative_prompt: Annotated[
-        Text, Field(description="Text that replaces the empty unconditional prompt")
+        Text, Field(description="Content to avoid; replaces the empty unconditional prompt")
     ] = ""
     n: Annotated[
         int,
@@ -305,7 +305,7 @@ class RecipeFields(BaseModel):
     ] = None
     renoise_mode: Annotated[
         RenoiseMode | None,
-        Field(description="Source of that noise: start tokens, tokens before the step, or random"),
+        Field(description="Source of the noise: start tokens, tokens before the step, or random"),
     ] = None
     renoise_order: Annotated[
         RenoiseOrder | None,
@@ -504,8 +504,8 @@ AnimationChoice = Annotated[
 ImageSide = Annotated[
     Side | None,
     Field(
-        description="Pixels; default: the image's, scaled down to the server's limits. Of one side"
-        " alone the other follows, in the image's ratio"
+        description="Pixels; default: the image's, scaled down to the server's limits. An absent"
+        " side follows from the other, in the image's ratio"
     ),
 ]
 CanvasSide = Annotated[
@@ -615,7 +615,7 @@ class VariationsRequest(SamplingFields):
     image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
     weights: Annotated[
         Annotated[list[Fraction], Field(max_length=8)] | None,
-        Field(description="One for each image; default: equal"),
+        Field(description="Weight of each image; default: equal"),
     ] = None
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
     fit: FitChoice = "crop"
