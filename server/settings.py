@@ -276,15 +276,15 @@ class Settings(BaseSettings):
         str,
         _each(ALIAS.fullmatch, "pairs such as dall-e-3=tiny,*=tiny"),
         Field(
-            description="Comma-separated other names of models, such as dall-e-3=tiny; `*=tiny`:"
-            " every unknown name means tiny"
+            description="Comma-separated aliases of models, such as dall-e-3=tiny; `*=tiny`: every"
+            " unknown name means tiny"
         ),
     ] = ""
     sizes: Annotated[
         Literal["strict", "nearest"],
         Field(
-            description="Reject sizes that the weights cannot draw, or take the nearest one near"
-            " the native area, which the response reports"
+            description="strict: reject sizes that the weights cannot draw; nearest: draw the"
+            " nearest size near the native area, which the response reports"
         ),
     ] = "strict"
 
@@ -354,7 +354,8 @@ class Settings(BaseSettings):
         bool, Field(description="Default of the request field `deterministic`")
     ] = False
     cuda_graphs: Annotated[
-        bool, Field(description="Capture denoiser steps as CUDA graphs at start; off: run eagerly")
+        bool,
+        Field(description="Capture denoiser steps as CUDA graphs at start; false: run eagerly"),
     ] = True
     graph_sizes: Annotated[
         str,
@@ -370,8 +371,8 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            description="Maximum of unfinished images, or tiles of enlarged ones; further requests"
-            " get 429",
+            description="Maximum number of unfinished images, or tiles of enlarged ones; further"
+            " requests get 429",
         ),
     ] = 256
     queue_bytes: Annotated[
@@ -383,7 +384,7 @@ class Settings(BaseSettings):
         ),
     ] = 128 * MIB
     max_batch_rows: Annotated[
-        int, Field(ge=1, description="Maximum of images per denoiser step")
+        int, Field(ge=1, description="Maximum number of images per denoiser step")
     ] = 16
     prompt_cache_bytes: Annotated[
         int,
@@ -442,7 +443,9 @@ class Settings(BaseSettings):
             gt=0, le=DAY_S, description="Seconds for which an image of response_format url is kept"
         ),
     ] = 3600
-    max_connections: Annotated[int, Field(ge=1, description="Maximum of open connections")] = 1000
+    max_connections: Annotated[
+        int, Field(ge=1, description="Maximum number of open connections")
+    ] = 1000
     max_image_bytes: Annotated[
         int, Field(ge=1, description="Maximum size of one uploaded image file")
     ] = 16 * MIB
@@ -453,24 +456,29 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            description="Maximum width times height of one uploaded JPEG, which is decoded at a"
-            " smaller size if it is to be scaled",
+            description="Maximum width times height of one uploaded JPEG that is scaled down while"
+            " it is decoded",
         ),
     ] = 64 * MIB
     max_heic_pixels: Annotated[
         int,
         Field(
             ge=1,
-            description="Maximum width times height of one uploaded HEIC in 8 bits and 4:2:0, as"
-            " phones' photos are, that is to be scaled, if above that of any image",
+            description="Maximum width times height of one uploaded HEIC photo (8 bits, 4:2:0) that"
+            " is scaled down; PAELLERA_MAX_IMAGE_PIXELS if that is more",
         ),
     ] = 25 * MIB
     max_request_pixels: Annotated[
-        int, Field(ge=1, description="Maximum width times height of a request's images together")
+        int,
+        Field(ge=1, description="Maximum width times height of all images of a request together"),
     ] = 64 * MIB
     decode_queue_pixels: Annotated[
         int,
-        Field(ge=1, description="Maximum of pixels that wait to be decoded; further requests: 429"),
+        Field(
+            ge=1,
+            description="Maximum number of pixels that wait to be decoded; further requests get"
+            " 429",
+        ),
     ] = 256 * MIB
     decode_queue_bytes: Annotated[
         int,
@@ -481,14 +489,14 @@ class Settings(BaseSettings):
         ),
     ] = 128 * MIB
     decode_threads: Annotated[
-        int, Field(ge=1, description="Requests whose uploaded images are decoded at once")
+        int, Field(ge=1, description="Number of requests whose uploaded images are decoded at once")
     ] = 2
 
     # ── files ──
 
     mark: Annotated[
         bool,
-        Field(description="Write XMP metadata into every file that says: made by AI"),
+        Field(description="Mark every generated file as made by AI, in XMP metadata"),
     ] = True
     embed_parameters: Annotated[
         bool,
@@ -498,7 +506,7 @@ class Settings(BaseSettings):
         str,
         Field(
             description="PEM file of a certificate and its issuers; generated files are then signed"
-            " by C2PA, which needs the extra `provenance`"
+            " with C2PA, which needs the extra `provenance`"
         ),
     ] = ""
     c2pa_key: Annotated[str, Field(description="PEM file of that certificate's private key")] = ""
@@ -527,10 +535,16 @@ class Settings(BaseSettings):
         float, Field(ge=0, description="POST requests per minute and key, on average; 0: no limit")
     ] = 0
     key_burst: Annotated[
-        int, Field(ge=1, description="POST requests of one key at once, after a pause")
+        int,
+        Field(
+            ge=1, description="Maximum number of POST requests of one key at once, after a pause"
+        ),
     ] = 10
     key_concurrency: Annotated[
-        int, Field(ge=0, description="Unanswered POST requests of one key; 0: no limit")
+        int,
+        Field(
+            ge=0, description="Maximum number of unanswered POST requests of one key; 0: no limit"
+        ),
     ] = 0
 
     # ── timeouts ──
@@ -582,8 +596,8 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Timeout in seconds for an idle connection after an answer; above that of"
-            " the proxy",
+            description="Timeout in seconds for an idle connection after an answer; must exceed the"
+            " proxy's",
         ),
     ] = 75
     stall_timeout_s: Annotated[
@@ -605,7 +619,7 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=DAY_S,
-            description="Seconds after SIGTERM with /readyz 503 in which requests are still"
+            description="Seconds after SIGTERM in which /readyz is 503, and requests are still"
             " accepted",
         ),
     ] = 0

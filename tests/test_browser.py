@@ -576,7 +576,7 @@ def test_a_lost_image_that_was_made_from_another_one_needs_that_again(
         page.locator("#keyframes input").fill(APPLE)
         page.get_by_role("button", name="Add the shown image").click()
     plain.draw(APPLE)
-    for index, said in enumerate(("another image, which must be given again", "Open its file")):
+    for index, said in enumerate(("another image: open that image again", "Open its file")):
         evict(plain, index)
         page.locator("#gallery button").nth(index).click()
         expect(page.locator("#error")).to_contain_text(said)

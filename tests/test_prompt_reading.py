@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -636,3 +637,15 @@ def test_the_benchmark_s_synonyms_and_misspelt_names_are_read_as_the_usual_ones(
     ]
     assert sum(right[:120]) >= 119
     assert sum(right[120:]) >= 100
+
+
+def test_the_examples_in_the_documents_are_read_as_they_say() -> None:
+    page = (Path(__file__).parents[1] / "docs/weights.md").read_text()
+    table = page.partition("| in a prompt |")[2].partition("\n\n")[0]
+    checked = 0
+    for row in table.splitlines()[2:]:
+        _, prompts, captions, _ = (re.findall('"([^"]+)"', cell) for cell in row.split("|"))
+        for prompt, caption in zip(prompts, captions * len(prompts), strict=False):
+            assert EMBEDDED.read_prompt(prompt).text == caption
+            checked += 1
+    assert checked > 20

@@ -131,6 +131,19 @@ def train_all(monkeypatch, runs, corpus_file, steps=2):
     )
 
 
+def test_the_printed_command_makes_a_bundle_of_a_denoiser_trained_from_nothing(
+    monkeypatch, capsys, small, vqgan_file, corpus_file, tmp_path
+):
+    write_merges(tmp_path)
+    more = ["--vqgan", str(vqgan_file), "--corpus", str(corpus_file)]
+    run_main(monkeypatch, denoiser, tmp_path / "denoiser.pt", 1, *more)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "to use it" in line)
+    command = line.partition("assemble ")[2].replace("NEW_BUNDLE", str(tmp_path / "out")).split()
+    monkeypatch.setattr(sys, "argv", ["assemble", *command])
+    assemble.main()
+    assert load_bundle(tmp_path / "out", torch.device("cpu"), torch.float32)
+
+
 def test_from_nothing_to_a_bundle_that_draws(monkeypatch, small, corpus_file, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     train_all(monkeypatch, runs, corpus_file)

@@ -421,7 +421,9 @@ def run(
     """
     trainer(args)
     if loop.rank() == 0:
-        command = ("--base", args.bundle, "--denoiser", args.checkpoint, *options)
+        base = ("--base", args.bundle, "--denoiser", args.checkpoint)
+        # Without a bundle, the other networks' checkpoints lie beside this one.
+        command = (*(base if args.bundle else ("--runs", args.checkpoint.parent)), *options)
         print("to use it: python -m model.training.assemble NEW_BUNDLE", *command)
 
 

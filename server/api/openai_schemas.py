@@ -167,8 +167,8 @@ class ImagesFields(RecipeFields):
         Literal["b64_json", "url"],
         BeforeValidator(format_name),
         Field(
-            description="url: of a file that this server keeps for a while; not for streams. If it"
-            " is absent: both, where model is absent too or is dall-e-2 or dall-e-3"
+            description="url: a file that this server keeps for a while; not for streams. Absent:"
+            " both, if model is absent too, or is dall-e-2 or dall-e-3"
         ),
     ] = "b64_json"
     background: Annotated[

@@ -25,7 +25,7 @@ ERRORS = {
     408: "Timeout while reading the body",
     413: "Body or image too large",
     415: "Unsupported Content-Type",
-    422: "A field out of bounds, an image that cannot be decoded, or an Idempotency-Key used twice",
+    422: "A field out of bounds, an undecodable image, or the Idempotency-Key of another request",
     429: "Queue full, deadline unreachable, or the key's limits exceeded; Retry-After says when",
     500: "Failed; x-should-retry: false if a retry cannot help",
     503: "Starting, draining, or the worker was lost",
@@ -60,7 +60,7 @@ HEADERS = _headers(
         "X-Model-Sha256": "Hash of the weights",
         "X-Request-Id": "The client's id, or a generated one",
         "Server-Timing": "queue, encode, prior, denoise, decode, image, in milliseconds",
-        "X-Prompt-Read": "What of the prompt the weights read, percent-encoded, unless it is all",
+        "X-Prompt-Read": "Prompt in words that the weights know, if it differs; percent-encoded",
         "X-Prompt-Truncated": "Encoders that truncated a prompt, if any, negative ones included",
     }
 )

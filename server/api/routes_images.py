@@ -31,14 +31,14 @@ HEADERS = {
             "description": "The file",
             "content": {f"image/{format}": BINARY for format in ("png", "jpeg", "webp")},
         },
-        404: {"description": "Unknown, expired or displaced", "model": ErrorAnswer},
+        404: {"description": "Unknown, expired or evicted", "model": ErrorAnswer},
     },
 )
 async def stored_image(request: Request, name: str) -> Response:
     """Return the image. Its name, which cannot be guessed, is the only credential."""
     found = app_state(request).url_store.get(name)
     if found is None:
-        message = "no image has this address: it never existed, or its time is over"
+        message = "no image has this URL: it never existed, or has expired"
         headers = {"Cache-Control": "no-store"}
         raise ApiError(HTTPStatus.NOT_FOUND, "not_found", message, headers=headers)
     image, seconds_left = found

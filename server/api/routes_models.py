@@ -40,10 +40,12 @@ class PresetEntry(BaseModel):
 
     recipe: Annotated[dict[str, Any], Field(description="Defaults of a request's absent fields")]
     steps: Annotated[
-        tuple[int, int], Field(description="Fewest and most denoising steps that it is made for")
+        tuple[int, int], Field(description="Fewest and most denoising steps of the preset")
     ]
-    guided: Annotated[bool, Field(description="Whether it can use guidance and negative prompts")]
-    denoiser: Annotated[str, Field(description="Network that takes its steps")]
+    guided: Annotated[
+        bool, Field(description="Whether the preset has guidance and negative prompts")
+    ]
+    denoiser: Annotated[str, Field(description="Network that takes the preset's steps")]
 
 
 class ModelEntry(BaseModel):

@@ -252,13 +252,13 @@ class RecipeFields(BaseModel):
         Field(
             max_length=64,
             description="Named recipe of the weights, such as quality or fast; /v1/models lists"
-            " them. Default: the weights' own choice, and quality for a request that it does not"
-            " suit",
+            " them. Default: the weights' default preset, or quality for a request that this preset"
+            " does not suit",
         ),
     ] = None
 
     negative_prompt: Annotated[
-        Text, Field(description="Text that replaces the empty unconditional prompt")
+        Text, Field(description="Content to avoid; replaces the empty unconditional prompt")
     ] = ""
     n: Annotated[
         int,
@@ -269,7 +269,7 @@ class RecipeFields(BaseModel):
         ),
     ] = 1
     seed: Annotated[
-        Seed, Field(description="Random seed; default, and -1: random, and returned")
+        Seed, Field(description="Random seed; absent or -1: chosen, and part of the answer")
     ] = None
     num_inference_steps: Annotated[
         int | None, Field(ge=1, le=64, description="Denoising steps")
@@ -296,7 +296,7 @@ class RecipeFields(BaseModel):
     ] = None
     renoise_mode: Annotated[
         RenoiseMode | None,
-        Field(description="Source of that noise: start tokens, tokens before the step, or random"),
+        Field(description="Source of the noise: start tokens, tokens before the step, or random"),
     ] = None
     renoise_order: Annotated[
         RenoiseOrder | None,
@@ -311,7 +311,7 @@ class RecipeFields(BaseModel):
     guidance_start: Annotated[
         Fraction | None,
         Field(
-            description="Begin of the steps with guidance, as a fraction of all steps; not beside"
+            description="Start of the steps with guidance, as a fraction of all steps; not beside"
             " guidance_steps"
         ),
     ] = None
@@ -329,7 +329,7 @@ class RecipeFields(BaseModel):
             ge=0.05,
             le=600,
             allow_inf_nan=False,
-            description="Deadline, in seconds from arrival; a later answer is an error 504",
+            description="Deadline, in seconds from arrival; after it the answer is an error 504",
         ),
     ] = None
     priority: Annotated[
@@ -360,8 +360,8 @@ class RecipeFields(BaseModel):
         Field(
             ge=0,
             le=8,
-            description="With stream: most previews of each image, evenly spread over its steps;"
-            " ignored without stream",
+            description="With stream: maximum number of previews of each image, evenly spread over"
+            " its steps; ignored without stream",
         ),
     ] = 0
 
@@ -438,7 +438,7 @@ Regions = Annotated[
 AutoRegions = Annotated[
     bool | None,
     Field(
-        description="Draw two to four things of the prompt each by a prompt of its own, in its own"
+        description="Draw two to four things of the prompt each by a separate prompt, in a separate"
         " part of the image; not beside regions. Default: the preset's choice"
     ),
 ]
@@ -495,8 +495,8 @@ AnimationChoice = Annotated[
 ImageSide = Annotated[
     Side | None,
     Field(
-        description="Pixels; default: the image's, scaled down to the server's limits. Of one side"
-        " alone the other follows, in the image's ratio"
+        description="Pixels; default: the image's, scaled down to the server's limits. An absent"
+        " side follows from the other, in the image's ratio"
     ),
 ]
 CanvasSide = Annotated[
@@ -606,7 +606,7 @@ class VariationsRequest(SamplingFields):
     image: Annotated[ImageBytesList, Field(min_length=1, max_length=8)]
     weights: Annotated[
         Annotated[list[Fraction], Field(max_length=8)] | None,
-        Field(description="One for each image; default: equal"),
+        Field(description="Weight of each image; default: equal"),
     ] = None
     prompt: Annotated[Text, Field(description="Additional content of the images")] = ""
     fit: FitChoice = "crop"

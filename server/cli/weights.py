@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 MIB, GB = 2**20, 10**9
 
-weights_app = typer.Typer(help="Included and published weights.", no_args_is_help=True)
+weights_app = typer.Typer(
+    help="List, fetch, import, verify and check weights.", no_args_is_help=True
+)
 
 BundleName = Annotated[str, typer.Argument(metavar="NAME", help="Bundle name or path")]
 Checkpoint = Annotated[
@@ -132,7 +134,7 @@ def info(
         str, typer.Argument(metavar="NAME", help="Bundle name or path, or a published bundle")
     ],
     memory: Annotated[
-        float | None, typer.Option(help="GB of a machine or GPU: show the precisions that fit")
+        float | None, typer.Option(help="GB of a machine or GPU: show the placements that fit")
     ] = None,
 ) -> None:
     """Show a bundle's networks, sizes, presets and memory needs."""

@@ -109,7 +109,7 @@ def capture(
         recording = recorder(function)
     except RuntimeError as error:
         # It may not be captured, or does not fit into the device's memory.
-        log.warning("not captured, will be computed eagerly: %s: %s", name, error)
+        log.warning("graph not captured", extra={"fields": {"graph": name, "reason": str(error)}})
         return None
     counters["graph_captures", str(ready).lower()] += 1
     return recording

@@ -25,7 +25,7 @@ export function cutNote({ truncated }) {
 export function remedy({ operation, parameters }) {
   if (!parameters) return "Open its file again.";
   if (NEEDS_IMAGE.includes(operation) || parameters.keyframes?.some(({ prompt }) => prompt === undefined)) {
-    return "It was made from another image, which must be given again. “Use its settings” brings back the rest.";
+    return "It was made from another image: open that image again. “Use its settings” restores the other settings.";
   }
   return "“Use its settings” and generate it again: with the same weights, its seed gives the same image.";
 }

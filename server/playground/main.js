@@ -605,7 +605,7 @@ useOperation();
 showGallery();
 if (!history.lasting) {
   $("history-place").textContent = "Kept until this page is closed.";
-  $("gallery").dataset.empty = "What is drawn stays here until this page is closed.";
+  $("gallery").dataset.empty = "Generated images stay here until this page is closed.";
 }
 if (history.damaged) errors.show("The saved history cannot be read. It was deleted, and a new one begins.");
 connection.connect();
