@@ -201,7 +201,7 @@ class Units:
             return has_colour or before in IS  # not "on a plain background"
         if group[0].kind == "article":
             return False  # "a violet" is a flower
-        return has_colour and "of" not in self.lead
+        return has_colour and {"of", "with"}.isdisjoint(self.lead)
 
     def _described(self, group: Sequence[Item]) -> list[Item]:
         """Return a group in which names that only describe another one are properties.

@@ -108,7 +108,10 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     text = text.lower() if prompt.isupper() else text
     if len(text) > _LONGEST_READ:
         return Reading(text)
-    units = Clauses(vocabulary, text).units
+    clauses = Clauses(vocabulary, text)
+    if not _names_thing(clauses) and (shown := _scene(vocabulary, clauses)):
+        text, clauses = shown, Clauses(vocabulary, shown)
+    units = clauses.units
     return Reading(text, parts_of(vocabulary, units), background_of(vocabulary, units))
 
 
@@ -126,7 +129,7 @@ def _caption(vocabulary: Vocabulary, prompt: str, written: str, cleaned: str) ->
     in_english = translated(vocabulary, cleaned) if is_foreign(words_of(cleaned)) else cleaned
     clauses = Clauses(vocabulary, _requested(vocabulary, in_english))
     described = bool(_DESCRIBED.search(cleaned))
-    if any(unit.role == "thing" for unit in clauses.units) and not described:
+    if _names_thing(clauses) and not described:
         return clauses.text
     if caption := _described(vocabulary, clauses, certain=described):
         return caption
@@ -134,9 +137,13 @@ def _caption(vocabulary: Vocabulary, prompt: str, written: str, cleaned: str) ->
         return prompt
     for text in (cleaned, written):
         other = Clauses(vocabulary, _requested(vocabulary, translated(vocabulary, text)))
-        if any(unit.role == "thing" for unit in other.units):
+        if _names_thing(other):
             return other.text
     return _scene(vocabulary, other) or _unnamed(clauses, prompt)
+
+
+def _names_thing(clauses: Clauses) -> bool:
+    return any(unit.role == "thing" for unit in clauses.units)
 
 
 def _scene(vocabulary: Vocabulary, clauses: Clauses) -> str:

@@ -93,6 +93,11 @@ def _longest() -> dict[str, int]:
     return found
 
 
+def is_foreign_word(word: str, english: str) -> bool:
+    """Return whether a word is one of another language that does not mean this English one."""
+    return _dictionary().get((word,), (english,)) != (english,)
+
+
 def translations() -> Iterator[tuple[str, list[str]]]:
     """Yield words of captions, and emoji and words of other languages and for ideas for them."""
     for line in _FILE.read_text(encoding="utf-8").splitlines():
@@ -163,9 +168,9 @@ def _unicode_name(vocabulary: Vocabulary, emoji: str) -> Phrase:
         for n in range(len(name), 0, -1):
             for start in range(len(name) - n + 1):
                 phrase = name[start : start + n]
-                if vocabulary.thing(phrase):
+                if named := vocabulary.thing(phrase):
                     coloured = start > 0 and vocabulary.is_colour(name[start - 1])
-                    return name[start - coloured : start + n]
+                    return (*name[start - coloured : start], *words_of(named.name))
                 if n > 1 and (words := _known(vocabulary, phrase)):
                     return words
     return ()

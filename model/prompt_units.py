@@ -25,6 +25,7 @@ from model.prompt_groups import (
     is_number,
     joined,
 )
+from model.prompt_translation import is_foreign_word
 from model.vocabulary import (
     ARTICLES,
     FUNCTION,
@@ -179,7 +180,7 @@ class Parser:
         self._group: list[Item] = []
         self._as_written = words
         corrected = [
-            (None if word in names else vocabulary.corrected(word, foreign=foreign)) or word
+            word if word in names else _corrected(vocabulary, word, foreign=foreign)
             for word in words
         ]
         words = _with_articles(corrected)
@@ -394,6 +395,12 @@ class Parser:
             if word.endswith("ing") and self._group and self._group[-1].kind == "unknown":
                 self._close()  # "a little girl holding …"
             self._group.append(Item(kind, (word,)))
+
+
+def _corrected(vocabulary: Vocabulary, word: str, *, foreign: bool) -> str:
+    """Return a word as it is spelt right."""
+    known = vocabulary.corrected(word, foreign=foreign)
+    return word if known is None or is_foreign_word(word, known) else known
 
 
 def _one_of_each_colour(vocabulary: Vocabulary, clauses: list[Clause]) -> list[Clause]:

@@ -244,8 +244,9 @@ class Vocabulary:
         for phrase, named in list(found.items()):
             if not named.plural:
                 first = phrase[phrase[0] in ARTICLES : -1]  # "oranges" for "an orange"
+                several = "and" not in phrase  # "sun and clouds" is one picture
                 for plural in _plurals(phrase[-1]):
-                    found.setdefault((*first, plural), Named(named.thing, plural=True))
+                    found.setdefault((*first, plural), Named(named.thing, plural=several))
         for phrase, named in list(found.items()):
             if len(phrase) == 2:
                 found.setdefault(("".join(phrase),), named)
