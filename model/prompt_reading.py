@@ -77,18 +77,20 @@ class Reading(NamedTuple):
 
     text: a caption. parts: if it names two to four things, a caption of each, and where it is; the
     first has what the others leave of the image. background: what the caption of a whole image has
-    behind the text, because it names a thing and no scene.
+    behind the text, because it names a thing and no scene. shown: the caption of a whole image
+    for a text that names a scene and no thing.
     """
 
     text: str
     parts: tuple[Part, ...] = ()
     background: str = ""
+    shown: str = ""
 
     @property
     def whole(self) -> str:
         """The caption of a whole image, not of a part of one."""
         if not self.background:
-            return self.text
+            return self.shown or self.text
         return f"{self.text.rstrip(_CLAUSE_MARKS)} {self.background}"
 
 
@@ -109,8 +111,8 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     if len(text) > _LONGEST_READ:
         return Reading(text)
     clauses = Clauses(vocabulary, text)
-    if not _names_thing(clauses) and (shown := _scene(vocabulary, clauses)):
-        text, clauses = shown, Clauses(vocabulary, shown)
+    if not _names_thing(clauses):
+        return Reading(text, shown=_scene(vocabulary, clauses))
     units = clauses.units
     return Reading(text, parts_of(vocabulary, units), background_of(vocabulary, units))
 
@@ -139,7 +141,7 @@ def _caption(vocabulary: Vocabulary, prompt: str, written: str, cleaned: str) ->
         other = Clauses(vocabulary, _requested(vocabulary, translated(vocabulary, text)))
         if _names_thing(other):
             return other.text
-    return _scene(vocabulary, other) or _unnamed(clauses, prompt)
+    return other.text if _scene(vocabulary, other) else _unnamed(clauses, prompt)
 
 
 def _names_thing(clauses: Clauses) -> bool:

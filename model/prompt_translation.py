@@ -13,7 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from model.vocabulary import ARTICLES, FUNCTION, NUMBERS, Phrase, Vocabulary, words_of
+from model.vocabulary import (
+    ARTICLES,
+    FUNCTION,
+    LONGEST_PHRASE,
+    NUMBERS,
+    Phrase,
+    Vocabulary,
+    words_of,
+)
 
 _FILE = Path(__file__).with_name("translations.txt")
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff"
@@ -128,7 +136,9 @@ def _replaced(
         token = tokens[i]
         if not token.joined:
             result.add_marks(text[end : token.start])
-        n, words = _translation(vocabulary, tokens, i)
+        n, words = _scene(vocabulary, tokens, i), ()
+        if not n:
+            n, words = _translation(vocabulary, tokens, i)
         end = tokens[i + n - 1].end
         if token.is_emoji:
             count = _repeated(tokens, i)
@@ -144,14 +154,26 @@ def _replaced(
     return " ".join([*result.parts, *result.scene])
 
 
+def _phrase(tokens: Sequence[_Token], i: int, most: int) -> Phrase:
+    """Return the words from a place on that nothing but spaces parts."""
+    end = i + 1
+    while end < min(i + most, len(tokens)) and tokens[end].joined:
+        end += 1
+    return tuple(token.word for token in tokens[i:end])
+
+
+def _scene(vocabulary: Vocabulary, tokens: Sequence[_Token], i: int) -> int:
+    """Return how many tokens a scene has that begins there in the words of captions."""
+    phrase = _phrase(tokens, i, LONGEST_PHRASE)
+    lengths = range(len(phrase), 0, -1)
+    return next((n for n in lengths if vocabulary.is_place(phrase[:n])), 0)
+
+
 def _translation(vocabulary: Vocabulary, tokens: Sequence[_Token], i: int) -> tuple[int, Phrase]:
     """Return how many tokens the longest known phrase at a place has, and the words for it."""
-    longest = 1
-    most = _longest().get(tokens[i].word, 1)
-    while longest < most and i + longest < len(tokens) and tokens[i + longest].joined:
-        longest += 1
-    for n in range(longest, 0, -1):
-        phrase = tuple(token.word for token in tokens[i : i + n])
+    longest = _phrase(tokens, i, _longest().get(tokens[i].word, 1))
+    for n in range(len(longest), 0, -1):
+        phrase = longest[:n]
         if n == 1 and (phrase[0] in FUNCTION or vocabulary.is_property(phrase[0])):
             break  # English, though "the" is tea in French
         if words := _known(vocabulary, phrase):

@@ -65,6 +65,7 @@ _BEFORE_VERBS = frozenset(("i", "we", "he", "she", "they", "can", "will"))
 _ONLY_WITH_ARTICLE = (("die",),)  # "a die", but "die cut" and "die Katze"
 # They say of a thing what an article does.
 _LIKE_ARTICLES = frozenset(("one", "my", "our", "your", "his", "her", "their", "another"))
+_THE = [Item("article", ("the",))]
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
 _SIDES = frozenset((word,) for word in _SIDE_WORDS)
 _SIDE_WORDS |= {"upper": "top", "lower": "bottom"}
@@ -331,7 +332,8 @@ class Parser:
     def _is_thing(self, following: str | None) -> bool:
         """Return whether a word for a place and a thing is the latter here: "a big mountain"."""
         related = following is not None and any(following == words[0] for words in _RELATIONS)
-        return self._said.lead[-2:] != ["front", "of"] and (bool(self._group) or related)
+        described = self._group not in ([], _THE)  # not "the mountains"
+        return self._said.lead[-2:] != ["front", "of"] and (described or related)
 
     def _describes(self, phrase: Phrase, rest: Phrase) -> bool:
         """Return whether the name of a thing and a colour is the latter: "an orange cat"."""
