@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ _TOKEN = re.compile(
 )
 _VARIANTS = re.compile("[\u0300-\u036f\ufe0f\U0001f3fb-\U0001f3ff]")
 _BETWEEN = " \t-'\u2019"  # what may stand between the words of a phrase
+_LONGEST_OF_EMOJI = 3  # words of a thing in a Unicode name: "slice of pizza"
 _COUNTS = ("two", "three", "four")
 
 
@@ -131,24 +133,25 @@ def _replaced(
 ) -> str:
     """Return a text with other words for its tokens."""
     result = _Text(vocabulary)
+    within = _within(tokens)
     end = i = 0
     while i < len(tokens):
-        token = tokens[i]
+        token, gap = tokens[i], text[end : tokens[i].start]
         if not token.joined:
-            result.add_marks(text[end : token.start])
-        n, words = _scene(vocabulary, tokens, i), ()
-        if not n:
-            n, words = _translation(vocabulary, tokens, i)
+            result.add_marks(gap)
+        if only_emoji and token.is_emoji and i not in within:
+            end, i = token.end, i + 1
+            continue
+        n, words = _translation(vocabulary, tokens, i)
         end = tokens[i + n - 1].end
         if token.is_emoji:
             count = _repeated(tokens, i)
             end, n = tokens[i + count - 1].end, count
-            if not only_emoji or _is_within(tokens, i, i + count):
-                result.add_emoji(words, count)
+            result.add_emoji(words, count)
         elif words and not only_emoji:
             result.add_words(words)
         elif only_emoji or not token.is_ideograph:
-            result.add_as_written(text[token.start : end])
+            result.add_as_written(text[token.start : end], gap)
         i += n
     result.add_marks(text[end:])
     return " ".join([*result.parts, *result.scene])
@@ -170,7 +173,12 @@ def _scene(vocabulary: Vocabulary, tokens: Sequence[_Token], i: int) -> int:
 
 
 def _translation(vocabulary: Vocabulary, tokens: Sequence[_Token], i: int) -> tuple[int, Phrase]:
-    """Return how many tokens the longest known phrase at a place has, and the words for it."""
+    """Return how many tokens the longest known phrase at a place has, and the words for it.
+
+    A scene in the words of captions has no others: "in winter".
+    """
+    if known := _scene(vocabulary, tokens, i):
+        return known, ()
     longest = _phrase(tokens, i, _longest().get(tokens[i].word, 1))
     for n in range(len(longest), 0, -1):
         phrase = longest[:n]
@@ -187,7 +195,7 @@ def _unicode_name(vocabulary: Vocabulary, emoji: str) -> Phrase:
     for name in names:
         if name[:1] == ("regional",):  # half of a flag
             continue
-        for n in range(len(name), 0, -1):
+        for n in range(min(len(name), _LONGEST_OF_EMOJI), 0, -1):
             for start in range(len(name) - n + 1):
                 phrase = name[start : start + n]
                 if named := vocabulary.thing(phrase):
@@ -206,15 +214,18 @@ def _repeated(tokens: Sequence[_Token], i: int) -> int:
     return end - i
 
 
-def _is_within(tokens: Sequence[_Token], start: int, end: int) -> bool:
-    """Return whether emoji are beside a function word of their sentence."""
-    while start and tokens[start - 1].is_emoji:
-        start -= 1
-    while end < len(tokens) and tokens[end].is_emoji:
-        end += 1
-    before = tokens[start - 1].word if start and tokens[start].joined else ""
-    after = tokens[end].word if end < len(tokens) and tokens[end].joined else ""
-    return before in FUNCTION | NUMBERS or after in FUNCTION - ARTICLES
+def _within(tokens: Sequence[_Token]) -> set[int]:
+    """Return the numbers of the emoji that are beside a function word of their sentence."""
+    found: set[int] = set()
+    start = 0
+    for is_emoji, run in groupby(tokens, key=lambda token: token.is_emoji):
+        end = start + sum(1 for _ in run)
+        before = tokens[start - 1].word if start and tokens[start].joined else ""
+        after = tokens[end].word if end < len(tokens) and tokens[end].joined else ""
+        if is_emoji and (before in FUNCTION | NUMBERS or after in FUNCTION - ARTICLES):
+            found.update(range(start, end))
+        start = end
+    return found
 
 
 class _Text:
@@ -225,18 +236,22 @@ class _Text:
         self._thing_at: int | None = None  # where the last thing begins, if nothing follows it
         self._several = False
         self._after_emoji = False
+        self._as_written = False
         self.parts: list[str] = []
         self.scene: Phrase = ()
 
     def add_marks(self, marks: str) -> None:
         """Add what stands between words."""
         if marks := marks.strip():
-            self.parts.append(marks)
-            self._thing_at, self._after_emoji, self._several = None, False, False
+            self._add(marks)
+            self._several = False
 
-    def add_as_written(self, words: str) -> None:
-        """Add words that have no others."""
+    def add_as_written(self, words: str, gap: str) -> None:
+        """Add words that have no others. gap: what is between them and the words before."""
+        if self._as_written and gap.strip():  # "don't"
+            words = f"{self.parts.pop()}{gap}{words}"
         self._add(words)
+        self._as_written = True
         self._several = words.lower() in (*_COUNTS, "2", "3", "4")
 
     def add_emoji(self, words: Phrase, count: int) -> None:
@@ -271,7 +286,7 @@ class _Text:
 
     def _add(self, words: str) -> None:
         self.parts.append(words)
-        self._thing_at, self._after_emoji = None, False
+        self._thing_at, self._after_emoji, self._as_written = None, False, False
 
     def _plural(self, words: Phrase) -> Phrase:
         """Return words for several of what words are for one of."""

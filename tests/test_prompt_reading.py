@@ -316,6 +316,8 @@ TRANSLATED = replace(
         ("\U0001f468\u200d\U0001f415", "dog"),
         ("a cat \U0001f415", "a cat"),
         ("\U0001f415 a cat, 4k \U0001f426\U0001f426", "a cat"),
+        ("please don't draw a dog, draw a \U0001f426", "a bird"),
+        ("a cat's hat \U0001f426, \U0001f426 a bird", "a sun hat, a bird"),
         ("\U0001f30d", "globe"),  # by its Unicode name
         ("\U0001f534", "red circle"),
         ("\U0001f1e9\U0001f1ea", "\U0001f1e9\U0001f1ea"),  # a flag
