@@ -455,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measured(case, decoded, drawing, bool(options.bundle), options.feather)
         figures.append((case, found))
     if options.sheet:
-        sheet(made, options.feather).save(options.sheet, quality=80, method=6)
+        sheet(made, options.feather).save(options.sheet, quality=70, method=6)
     report.add(_table(figures))
     failed = [
         {"surface": case.surface, "mask": case.mask, **vars(found)}

@@ -372,7 +372,8 @@ class BundleConfig:
         things: list[str] = []
         if self.vocabulary is not None:  # one thing a line
             things = [
-                json.dumps(each.written, ensure_ascii=False) for each in self.vocabulary.things
+                json.dumps(each.written, ensure_ascii=False, separators=(",", ":"))
+                for each in self.vocabulary.things
             ]
             fields["vocabulary"]["things"] = [_THINGS]
         content = json.dumps(fields, indent=1, ensure_ascii=False)

@@ -47,7 +47,12 @@ _LIKE = frozenset(("shaped", "colored", "coloured", "striped", "print", "pattern
 # Parts of a thing, which no caption has beside it: "a cat with blue eyes".
 _OWN_PARTS = frozenset(("eye", "eyes", "wing", "wings", "tooth", "teeth", "wheel", "wheels"))
 _OWN_PARTS |= {"door", "doors", "window", "windows", "ear", "ears", "leaf", "leaves"}
-_PAIRS = frozenset(("pair", "couple", "dozen"))
+_HIGHEST_NUMBER, _HIGHEST_WORDS = 4, ("four", "4")
+_HIGHER_NUMBERS = NUMBERS - {"one", "two", "three", "four", "pair", "couple"}
+_HIGHER_NUMBERS |= {"many", "several", "numerous"}
+PAIRS = frozenset(("pair", "couple", "dozen"))
+_UPON = (("on",), ("in",), ("inside",), ("into",))
+_HEADWEAR = frozenset(("headwear", "crown"))
 _COLOUR = frozenset(("color", "colour"))
 # What words end in that say what a thing does: "a dog running", "a cat painted".
 _ENDS_OF_VERBS = ("ing", "ed", "en", "ly")
@@ -196,7 +201,7 @@ class Units:
             return has_colour or before in IS  # not "on a plain background"
         if group[0].kind == "article":
             return False  # "a violet" is a flower
-        return has_colour and "of" not in self.lead
+        return has_colour and {"of", "with"}.isdisjoint(self.lead)
 
     def _described(self, group: Sequence[Item]) -> list[Item]:
         """Return a group in which names that only describe another one are properties.
@@ -221,8 +226,9 @@ class Units:
                 result[i] = Item("unknown", item.words)
                 continue
             describes = i < last_described or (len(group) == 1 and self.lead[-1:] == ["on"])
-            if item.kind == "thing" and describes and all(map(known.is_property, item.words)):
-                result[i] = Item("property", item.words)
+            said = known.alias(item.words) or item.words
+            if item.kind == "thing" and describes and all(map(known.is_property, said)):
+                result[i] = Item("property", said)
         return result
 
     def _add_thing(self, group: Sequence[Item]) -> None:
@@ -242,11 +248,14 @@ class Units:
         for i, item in enumerate(group[:number]):
             unknown = bool(unknowns) and i <= unknowns[-1]
             unknown |= (
-                i > 0 and group[i - 1].words in (("a",), ("an",)) and item.words[0] not in _PAIRS
+                i > 0 and group[i - 1].words in (("a",), ("an",)) and item.words[0] not in PAIRS
             )
             if item.kind == "number" and unknown and not (named.plural or named.thing.bare):
                 continue  # "a 3 tier cake", "a two door car"
-            if item.kind == "place":
+            several = named.thing.plural in (named.name, named.thing.name)
+            if item.kind == "unknown" and i == unknowns[-1] and several:
+                kept += self._nearest_number(item.words[0])
+            elif item.kind == "place":
                 self._late.append(Unit("place", item.words, gap=True))
             elif item.kind not in ("unknown", "thing"):
                 kept.append(item)
@@ -257,6 +266,12 @@ class Units:
         self.add("thing", agreeing(words, named), named=named)
         self._follows_thing = True
         self._tail, self._gap = tail, bool(tail)
+
+    def _nearest_number(self, word: str) -> Sequence[Item]:
+        """Return the highest number of captions for a higher one."""
+        many = word in _HIGHER_NUMBERS or (word.isdecimal() and int(word) > _HIGHEST_NUMBER)
+        highest = next(filter(self._vocabulary.is_property, _HIGHEST_WORDS), None)
+        return [Item("number", (highest,))] if many and highest else []
 
     def _add_pending(self, named: Named, lead: Phrase, described: Phrase) -> None:
         """Add the red one of "a red and a blue balloon"."""
@@ -373,10 +388,23 @@ def lead_of(unit: Unit, before: Unit | None, *, has_thing: bool) -> Sequence[str
         if before.role == "relation":
             return ()
         as_written = not unit.gap and (before.role != "thing" or unit.lead == ("and",))
-        return unit.lead if as_written else ("and",)
+        joined = unit.lead if as_written else ("and",)
+        return (before.role == "thing" and _side_of(unit)) or joined
     if before.words[-1] == "of":
         return ()
     if not unit.gap:
         joins = before.role == "property" or unit.role == "relation"
         return unit.lead if joins else [word for word in unit.lead if word not in IS]
     return [word for word in unit.lead if word in PREPOSITIONS]
+
+
+def _side_of(unit: Unit) -> Phrase:
+    """Return how captions say where a thing is to the one before: "above" of "a bird on a tree"."""
+    assert unit.named is not None
+    if not _HEADWEAR.isdisjoint((*unit.named.thing.tags, unit.named.thing.name)) and unit.lead in (
+        (),
+        ("in",),
+        ("with",),
+    ):
+        return ("below",)  # "a cat wearing a hat"
+    return ("above",) if unit.lead in _UPON else ()

@@ -30,6 +30,8 @@ _PLACES_OF: dict[int, tuple[str, ...]] = {
     3: ("top left", "top right", "bottom"),
     4: ("top left", "top right", "bottom left", "bottom right"),
 }
+# Below the last of three is where the others are.
+_BELOW = {3: ("bottom left", "bottom right", "top")}
 
 
 class Part(NamedTuple):
@@ -111,19 +113,23 @@ def _scenes_of(number: int, units: Sequence[Unit]) -> list[Unit]:
 def _counted(vocabulary: Vocabulary, units: Sequence[Unit]) -> list[tuple[Unit, int]]:
     """Return every thing of a caption, one of several, and how many there are; 0 if it is unclear.
 
-    "Three red apples" is a red apple and 3, "a pair of cats" a cat and 2, "cats" are one thing.
+    "Three red apples" is a red apple and 3, "a pair of cats" a cat and 2. "Cats" are 2 if nothing
+    else is named, and one thing otherwise.
     """
     found: list[tuple[Unit, int]] = []
+    alone = sum(unit.role == "thing" for unit in units) == 1
     pending: list[str] = []
     for unit in units:
         numbers = [*pending, *unit.numbers]
         pending = numbers if unit.role == "property" else []
         if unit.role != "thing" or unit.named is None:
             continue
-        if not numbers:
+        if not numbers and not (unit.named.plural and alone):
             found.append((unit, 1))
             continue
-        count = _NUMBERS_UP_TO_FOUR.get(numbers[0], 0) if len(numbers) == 1 else 0
+        count = (
+            2 if not numbers else _NUMBERS_UP_TO_FOUR.get(numbers[0], 0) if len(numbers) == 1 else 0
+        )
         named = unit.named._replace(plural=False)
         properties = [word for word in unit.beside_name if word not in ARTICLES | {*numbers}]
         article = [] if named.thing.bare else ["a"]
@@ -137,7 +143,9 @@ def _sides_of(units: Sequence[Unit]) -> Sequence[str]:
     things = [i for i, unit in enumerate(units) if unit.role == "thing"]
     usual = _PLACES_OF[len(things)]
     if len(things) > 2:
-        return usual
+        *_, last = (unit for unit in units[: things[2]] if unit.role in ("relation", "thing"))
+        below = last.sides[1:] == ("top",) and len(things) == max(_BELOW)
+        return _BELOW[len(things)] if below else usual
     first, second = things
     between = units[first + 1 : second]
     relation = next((unit.sides for unit in between if unit.role == "relation"), None)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from model.prompt_groups import LOOKS, Unit, joined
 from model.prompt_parts import Part, background_of, parts_of
-from model.prompt_units import Clauses, Parser
+from model.prompt_translation import translated, with_emoji_named
+from model.prompt_units import Clauses, Parser, is_foreign
 from model.vocabulary import FUNCTION, LONGEST_PHRASE, Phrase, Vocabulary, with_article, words_of
 
 # ── what other programs and people write around a prompt ──────────────────────────────────────────
@@ -76,18 +77,20 @@ class Reading(NamedTuple):
 
     text: a caption. parts: if it names two to four things, a caption of each, and where it is; the
     first has what the others leave of the image. background: what the caption of a whole image has
-    behind the text, because it names a thing and no scene.
+    behind the text, because it names a thing and no scene. shown: the caption of a whole image
+    for a text that names a scene and no thing.
     """
 
     text: str
     parts: tuple[Part, ...] = ()
     background: str = ""
+    shown: str = ""
 
     @property
     def whole(self) -> str:
         """The caption of a whole image, not of a part of one."""
         if not self.background:
-            return self.text
+            return self.shown or self.text
         return f"{self.text.rstrip(_CLAUSE_MARKS)} {self.background}"
 
 
@@ -99,14 +102,18 @@ def read(vocabulary: Vocabulary, prompt: str) -> Reading:
     nouns that no caption has, with their properties. Synonyms, misspelt words and descriptions
     become the usual names.
     """
-    cleaned = _cleaned(prompt)
-    text = _caption(vocabulary, prompt, cleaned)
+    written = _cleaned(prompt)
+    cleaned = with_emoji_named(vocabulary, written)
+    text = _caption(vocabulary, prompt, written, cleaned)
     if words_of(text) == words_of(prompt) and cleaned == prompt.strip() and "\n" not in cleaned:
         text = prompt
     text = text.lower() if prompt.isupper() else text
     if len(text) > _LONGEST_READ:
         return Reading(text)
-    units = Clauses(vocabulary, text).units
+    clauses = Clauses(vocabulary, text)
+    if not _names_thing(clauses):
+        return Reading(text, shown=_scene(vocabulary, clauses))
+    units = clauses.units
     return Reading(text, parts_of(vocabulary, units), background_of(vocabulary, units))
 
 
@@ -116,15 +123,49 @@ def read_negative(vocabulary: Vocabulary, prompt: str) -> str:
     return clauses.text if clauses.units else ""
 
 
-def _caption(vocabulary: Vocabulary, prompt: str, cleaned: str) -> str:
-    """Return the caption of a prompt. cleaned: the same without the marks of other programs."""
-    clauses = Clauses(vocabulary, _requested(vocabulary, cleaned))
+def _caption(vocabulary: Vocabulary, prompt: str, written: str, cleaned: str) -> str:
+    """Return the caption of a prompt.
+
+    written: the same without the marks of other programs. cleaned: that without emoji.
+    """
+    in_english = translated(vocabulary, cleaned) if is_foreign(words_of(cleaned)) else cleaned
+    clauses = Clauses(vocabulary, _requested(vocabulary, in_english))
     described = bool(_DESCRIBED.search(cleaned))
-    if any(unit.role == "thing" for unit in clauses.units) and not described:
+    if _names_thing(clauses) and not described:
         return clauses.text
     if caption := _described(vocabulary, clauses, certain=described):
         return caption
-    return prompt if described else _unnamed(clauses, prompt)
+    if described:
+        return prompt
+    for text in (cleaned, written):
+        other = Clauses(vocabulary, _requested(vocabulary, translated(vocabulary, text)))
+        if _names_thing(other):
+            return other.text
+    return other.text if _scene(vocabulary, other) else _unnamed(clauses, prompt)
+
+
+def _names_thing(clauses: Clauses) -> bool:
+    return any(unit.role == "thing" for unit in clauses.units)
+
+
+def _scene(vocabulary: Vocabulary, clauses: Clauses) -> str:
+    """Return a caption that shows the scene of a prompt that names no thing; nothing without one.
+
+    Of several scenes, the first is shown before the last: "mountains at night".
+    """
+    scenes = [unit for unit in clauses.units if unit.role == "place"]
+    shown = [*filter(None, (_shown(vocabulary, unit.words) for unit in scenes))]
+    if not shown or (len(scenes) > 1 and vocabulary.thing(scenes[0].words)):
+        return ""
+    thing, *_ = Clauses(vocabulary, shown[0]).units
+    *_, behind = Clauses(vocabulary, shown[-1]).units
+    return " ".join([thing.text, *behind.lead, behind.text])
+
+
+def _shown(vocabulary: Vocabulary, words: Phrase) -> str:
+    """Return a caption that shows the scene that words end with."""
+    ends = (vocabulary.scene(words[start:]) for start in range(len(words)))
+    return next(filter(None, ends), "")
 
 
 def _cleaned(prompt: str) -> str:

@@ -15,6 +15,7 @@ from model.prompt_groups import (
     IS,
     LOOKS,
     MEDIA,
+    PAIRS,
     Item,
     Kind,
     Unit,
@@ -24,6 +25,7 @@ from model.prompt_groups import (
     is_number,
     joined,
 )
+from model.prompt_translation import is_foreign_word
 from model.vocabulary import (
     ARTICLES,
     FUNCTION,
@@ -63,6 +65,7 @@ _BEFORE_VERBS = frozenset(("i", "we", "he", "she", "they", "can", "will"))
 _ONLY_WITH_ARTICLE = (("die",),)  # "a die", but "die cut" and "die Katze"
 # They say of a thing what an article does.
 _LIKE_ARTICLES = frozenset(("one", "my", "our", "your", "his", "her", "their", "another"))
+_THE = [Item("article", ("the",))]
 _SIDE_WORDS = {word: word for word in ("top", "bottom", "left", "right")}
 _SIDES = frozenset((word,) for word in _SIDE_WORDS)
 _SIDE_WORDS |= {"upper": "top", "lower": "bottom"}
@@ -101,7 +104,7 @@ class Clauses:
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
         text = _unwrapped(vocabulary, text)
         texts = map(words_of, _CLAUSE_END.split(_with_and(vocabulary, text)))
-        foreign, names = _is_foreign(words_of(text)), _proper_names(text)
+        foreign, names = is_foreign(words_of(text)), _proper_names(text)
         clauses = [
             Clause(words, Parser(vocabulary, words, foreign=foreign, names=names).units)
             for words in texts
@@ -110,7 +113,10 @@ class Clauses:
         # "Oil painting" beside something else is no painting in the image.
         said = [clause for clause in clauses if not clause.is_medium]
         said = said if any(clause.units for clause in said) else clauses
-        self._all = _one_of_each_colour(vocabulary, said)
+        self._all = [
+            clause._replace(units=[_painted(vocabulary, unit) for unit in clause.units])
+            for clause in _one_of_each_colour(vocabulary, said)
+        ]
 
     def __iter__(self) -> Iterator[Clause]:
         return iter(self._all)
@@ -175,7 +181,7 @@ class Parser:
         self._group: list[Item] = []
         self._as_written = words
         corrected = [
-            (None if word in names else vocabulary.corrected(word, foreign=foreign)) or word
+            word if word in names else _corrected(vocabulary, word, foreign=foreign)
             for word in words
         ]
         words = _with_articles(corrected)
@@ -228,6 +234,8 @@ class Parser:
         if words[i] == "and" and self._goes_on_describing(words[i + 1 : i + 3]):
             colours = self._is_colour(words[i + 1]) and self._is_colour(self._group[-1].words[-1])
             return 2 if colours else 1  # captions have one colour
+        if n := self._take_measured(words, i):
+            return n
         longest = max(self._vocabulary.longest(words[i]), _LONGEST_RELATION.get(words[i], 2))
         for n in range(min(longest, LONGEST_PHRASE, len(words) - i), 0, -1):
             written = self._as_written[i : i + n]
@@ -236,6 +244,26 @@ class Parser:
                 return n
         self._take_word(words[i])
         return 1
+
+    def _take_measured(self, words: Phrase, i: int) -> int:
+        """Take the slice of cake of "a slice of chocolate cake"; return how many words it has."""
+        known = self._vocabulary
+        if words[i + 1 : i + 2] != ("of",) or words[i] in FUNCTION | PAIRS:
+            return 0
+        if known.thing(words[i : i + 3]):
+            return 0
+        end = i + 2
+        while end < min(i + 6, len(words)) and words[end] not in FUNCTION:
+            end += 1
+        for start in range(i + 3, end):
+            if known.thing(words[i + 2 : start + 1]):
+                return 0  # "a cup of bubble tea"
+            for stop in range(end, start, -1):
+                phrase = (*words[i : i + 2], *words[start:stop])
+                if named := known.thing(phrase):
+                    self._group.append(Item("thing", phrase, named))
+                    return stop - i
+        return 0
 
     def _goes_on_describing(self, following: Phrase) -> bool:
         """Return whether "and" is between two properties of a thing: "a black and white cat"."""
@@ -304,7 +332,8 @@ class Parser:
     def _is_thing(self, following: str | None) -> bool:
         """Return whether a word for a place and a thing is the latter here: "a big mountain"."""
         related = following is not None and any(following == words[0] for words in _RELATIONS)
-        return self._said.lead[-2:] != ["front", "of"] and (bool(self._group) or related)
+        described = self._group not in ([], _THE)  # not "the mountains"
+        return self._said.lead[-2:] != ["front", "of"] and (described or related)
 
     def _describes(self, phrase: Phrase, rest: Phrase) -> bool:
         """Return whether the name of a thing and a colour is the latter: "an orange cat"."""
@@ -370,6 +399,12 @@ class Parser:
             self._group.append(Item(kind, (word,)))
 
 
+def _corrected(vocabulary: Vocabulary, word: str, *, foreign: bool) -> str:
+    """Return a word as it is spelt right."""
+    known = vocabulary.corrected(word, foreign=foreign)
+    return word if known is None or is_foreign_word(word, known) else known
+
+
 def _one_of_each_colour(vocabulary: Vocabulary, clauses: list[Clause]) -> list[Clause]:
     """Return clauses with a red and a white rose for "two roses, one red and one white"."""
     for i, clause in enumerate(clauses[:-1]):
@@ -385,6 +420,15 @@ def _one_of_each_colour(vocabulary: Vocabulary, clauses: list[Clause]) -> list[C
             units = [*clause.units[:-1], *_each(several, colours)]
             return [*clauses[:i], Clause(clause.words, units), *clauses[end:]]
     return clauses
+
+
+def _painted(vocabulary: Vocabulary, unit: Unit) -> Unit:
+    """Return a unit with the colour that captions always give its thing: "a red heart"."""
+    colour = vocabulary.painted.get(unit.named.thing.name) if unit.named else None
+    if unit.named is None or colour is None or any(map(vocabulary.is_colour, unit.beside_name)):
+        return unit
+    words = (*unit.beside_name, colour, *words_of(unit.named.name))
+    return replace(unit, words=agreeing(words, unit.named))
 
 
 def _colours_alone(vocabulary: Vocabulary, words: Phrase) -> list[str]:
@@ -409,7 +453,7 @@ def _with_and(vocabulary: Vocabulary, text: str) -> str:
     return vocabulary.listed_colours.sub(lambda found: found[0].replace(",", " and"), text)
 
 
-def _is_foreign(words: Phrase) -> bool:
+def is_foreign(words: Phrase) -> bool:
     """Return whether words are of another language than English."""
     return not _FOREIGN.isdisjoint(words) and _ENGLISH.isdisjoint(words)
 
@@ -417,7 +461,7 @@ def _is_foreign(words: Phrase) -> bool:
 def _proper_names(text: str) -> frozenset[str]:
     """Return the capitalised words within a text, unless it has capitals throughout."""
     capitalised = _CAPITALISED.findall(text)
-    if 2 * len(capitalised) > len(words_of(text)) or _is_foreign(words_of(text)):
+    if 2 * len(capitalised) > len(words_of(text)) or is_foreign(words_of(text)):
         return frozenset()
     return frozenset(map(str.lower, capitalised))
 

@@ -83,7 +83,9 @@ class Vocabulary:
     crimson. backgrounds: what is behind the things of a prompt that does not say, such as "on a
     white background", and the things that are hard to see there, separated by commas; the first is
     the usual one. kinds: tags that name many things at once, such as "fruit". english:
-    words that differ from a known one by a letter and are correct all the same.
+    words that differ from a known one by a letter and are correct all the same. scenes: what a
+    prompt that names only a scene is read as, such as "a sun at sunset", and words for the scene,
+    separated by commas. painted: the usual colour of things that captions always give one.
     """
 
     __pydantic_config__ = STRICT
@@ -99,6 +101,8 @@ class Vocabulary:
     )
     kinds: Annotated[str, Field(max_length=2**16)] = ""
     english: Annotated[str, Field(max_length=2**16)] = ""
+    scenes: Mapping[Text, Annotated[str, Field(max_length=2**16)]] = field(default_factory=dict)
+    painted: Mapping[Text, Text] = field(default_factory=dict)
 
     def thing(self, phrase: Phrase) -> Named | None:
         """Return the thing of this name: the usual one, a synonym, or the plural of either.
@@ -160,6 +164,10 @@ class Vocabulary:
         """Return a caption's words for others of this meaning."""
         return self._aliases.get(phrase)
 
+    def scene(self, phrase: Phrase) -> str:
+        """Return a caption that shows a scene; nothing for other words."""
+        return self._scenes.get(phrase, "")
+
     def corrected(self, word: str, *, foreign: bool = False) -> str | None:
         """Return the known word for a misspelt one or a genitive, None for another word.
 
@@ -170,6 +178,8 @@ class Vocabulary:
         is_long = shortest <= len(word) <= _LONGEST_WORD
         if word.endswith("'s") and word not in self._known and (word[:-2],) in self._names:
             return word[:-2]  # "a lion's mane"
+        if not foreign and len(word) == shortest - 1 and not self._is_correct(word):
+            return next((other for other in _with_a_double(word) if other in self._known), None)
         if not is_long or "'" in word or self._is_correct(word):
             return None
         sounds = (other for other in _as_it_sounds(word) if other in self._known)
@@ -234,11 +244,14 @@ class Vocabulary:
         for phrase, named in list(found.items()):
             if not named.plural:
                 first = phrase[phrase[0] in ARTICLES : -1]  # "oranges" for "an orange"
+                several = "and" not in phrase  # "sun and clouds" is one picture
                 for plural in _plurals(phrase[-1]):
-                    found.setdefault((*first, plural), Named(named.thing, plural=True))
+                    found.setdefault((*first, plural), Named(named.thing, plural=several))
         for phrase, named in list(found.items()):
             if len(phrase) == 2:
                 found.setdefault(("".join(phrase),), named)
+            if len(phrase) == 3 and phrase[1] == "of":
+                found.setdefault((phrase[2], phrase[0]), named)  # "a ramen bowl"
         return found
 
     @cached_property
@@ -291,6 +304,11 @@ class Vocabulary:
     @cached_property
     def _aliases(self) -> dict[Phrase, Phrase]:
         return {words_of(other): words_of(own) for other, own in self.aliases.items()}
+
+    @cached_property
+    def _scenes(self) -> dict[Phrase, str]:
+        each = self.scenes.items()
+        return {words_of(other): own for own, others in each for other in others.split(",")}
 
     @cached_property
     def _tagged(self) -> dict[Phrase, list[int]]:
@@ -355,6 +373,11 @@ def _plurals(noun: str) -> Iterator[str]:
         yield f"{noun[:-1]}ies"
     if noun.endswith(("f", "fe")):
         yield f"{noun.rstrip('e')[:-1]}ves"
+
+
+def _with_a_double(word: str) -> Iterator[str]:
+    """Yield a word with one of its letters twice: "pizza" for "piza"."""
+    return (word[:i] + word[i - 1 :] for i in range(1, len(word) + 1))
 
 
 def _as_it_sounds(word: str) -> Iterator[str]:

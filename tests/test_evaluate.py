@@ -116,10 +116,11 @@ def test_the_fastest_preset_near_the_best_has_the_fewest_branches() -> None:
 
 
 def test_the_cost_of_an_image_counts_the_branches_of_its_guided_steps(pipeline: Pipeline) -> None:
-    sampling = pipeline.config.recipe.sampling(steps=4, guidance=(2.0, 2.0))
-    assert evaluate.cost(replace(sampling, guidance_steps=3)).branches == 7
-    plain = pipeline.config.recipe.sampling(steps=4, guidance=(1.0, 1.0))
-    assert evaluate.cost(plain).branches == 4
+    four = {"num_inference_steps": 4, "renoise_steps": 4, "guidance_steps": 3}
+    guided = replace(pipeline.config.recipe, **four, guidance_scale=(2.0, 2.0))
+    assert evaluate.cost(guided).branches == 7
+    assert evaluate.cost(replace(guided, averaged_start=True)).branches == 6
+    assert evaluate.cost(replace(guided, guidance_scale=(1.0, 1.0))).branches == 4
 
 
 def test_time_decides_how_many_seeds() -> None:

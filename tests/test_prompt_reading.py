@@ -11,10 +11,12 @@ import pytest
 
 from model.config import BundleConfig, find_bundle
 from model.prompt_reading import read, read_negative
+from model.prompt_translation import translations
 from model.training.caption_words import names_of
+from model.training.kinds import KINDS
 from model.training.prompts import bench
 from model.training.vocabulary import vocabulary
-from model.vocabulary import Thing, Vocabulary, words_of
+from model.vocabulary import FUNCTION, Thing, Vocabulary, words_of
 from tests.support.reader_vocabulary import WORDS, named
 
 EMBEDDED = BundleConfig.read(find_bundle("tiny"))
@@ -109,7 +111,7 @@ EMBEDDED = BundleConfig.read(find_bundle("tiny"))
         ("a cat shaped sofa", "a couch"),
         ("a horse as big as a hotel", "a horse"),
         ("a robot shaped like an apple", "a robot"),
-        ("a robot in the shape of an apple on a sofa", "a robot and a couch"),
+        ("a robot in the shape of an apple on a sofa", "a robot above a couch"),
         ("a cat the size of a hotel", "a cat"),
         ("the shape of a cat", "a cat"),
         ("a dog named Lion", "a dog"),
@@ -123,6 +125,16 @@ EMBEDDED = BundleConfig.read(find_bundle("tiny"))
         # numbers and colours of unknown nouns
         ("a 3 tier apple", "an apple"),
         ("two women riding horses", "horses"),
+        ("five cats", "four cats"),
+        ("12 red apples in the snow", "four red apples in the snow"),
+        ("a dozen cats", "four cats"),
+        ("a 5 star hotel", "a hotel"),
+        # a measure of something, and words between
+        ("a bundle of fresh straw", "a hay"),
+        ("a bundle of big red straw", "a hay"),
+        ("a straw bundle", "a hay"),
+        ("many cats", "four cats"),
+        ("several sheep", "four sheep"),
         ("black man holding apple", "apple"),
         # other words for the same
         ("a crimson apple", "a red apple"),
@@ -179,6 +191,8 @@ EMBEDDED = BundleConfig.read(find_bundle("tiny"))
         ("a cat with an apple in its left hand", "a cat and an apple"),
         # misspelt words
         ("a zebrra and a drgon", "a zebra and a dragon"),
+        ("an aple", "an apple"),
+        ("a hose", "a hose"),
         ("a sliver medal", "a silver medal"),
         ("a zobra", "a zebra"),
         ("a fyre engine", "a fire engine"),
@@ -189,8 +203,8 @@ EMBEDDED = BundleConfig.read(find_bundle("tiny"))
         ("a crowd of cats", "cats"),
         ("there is a cat", "a cat"),
         # other languages
-        ("ein Umbrella", "umbrella"),
-        ("un umbrela", "umbrella"),
+        ("ein Umbrella", "an umbrella"),
+        ("un umbrela", "an umbrella"),
         ("a lemonn en un zebrra", "a lemon and zebra"),
         ("a die", "a dice"),
         ("cute cat, die cut", "cute cat"),
@@ -216,10 +230,16 @@ EMBEDDED = BundleConfig.read(find_bundle("tiny"))
         ("a sour animal", "a lemon"),
         # relations between things
         ("a cute cat wearing a hat", "a cute cat and a sun hat"),
-        ("a cat sitting on a sofa", "a cat and a couch"),
+        ("a cute cat in a helmet", "a cute cat below a helmet"),
+        ("a cat wearing a helmet", "a cat below a helmet"),
+        ("a cat and a helmet", "a cat and a helmet"),
+        ("a cat sitting on a sofa", "a cat above a couch"),
         ("a cat sitting on top of a sofa", "a cat above a couch"),
         ("a cat next to a lamp", "a cat"),
         ("a bird above the sea", "a bird above the sea"),
+        ("a bird on a sofa", "a bird above a couch"),
+        ("a bird in a van", "a bird above a van"),
+        ("a bird on an unknown sofa", "a bird above a couch"),
         ("red circle blue square", "red circle and blue square"),
         ("cat red apple", "cat and red apple"),
         ("left of a dog is a cat", "a cat left of a dog"),
@@ -256,11 +276,6 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
         "a cat, the background is red",
         "a couple of cats",
         "a platypus",
-        "ein roter Apfel, hochauflösend",
-        "une lemone",
-        "die Katzen",
-        "猫",
-        "2 只猫, 4k",
         "a white table",
         "a dig face",  # three letters are too few for a mistake
         "an animal background",
@@ -273,6 +288,159 @@ def test_a_prompt_is_read_as_a_caption(prompt: str, caption: str) -> None:
 )
 def test_captions_and_prompts_that_name_nothing_known_stay(prompt: str) -> None:
     assert read(WORDS, prompt).text == prompt
+
+
+TRANSLATED = replace(
+    WORDS,
+    things=(*WORDS.things, *named("crown", "globe", "heart", "flame")),
+    places=(*WORDS.places, "on the beach"),
+    words=f"{WORDS.words} cute",
+    scenes={"a mountain at sea": "at sea, sea", "a bird at sunset": "at sunset, sunset"},
+    painted={"circle": "red"},
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [
+        # emoji
+        ("\U0001f415", "dog"),
+        ("\U0001f415 at the beach", "dog at the beach"),
+        ("a cat and a \U0001f415", "a cat and a dog"),
+        ("two \U0001f415 in the snow", "two dogs in the snow"),
+        ("\U0001f415\U0001f415", "two dogs"),
+        ("\U0001f415 \U0001f415 \U0001f415", "three dogs"),
+        ("\U0001f415" * 9, "four dogs"),
+        ("\U0001f34e\U0001f34e", "two apples"),
+        ("\U0001f415\U0001f426", "dog, bird"),
+        ("\U0001f415\U0001f3fd\ufe0f", "dog"),
+        ("\U0001f468\u200d\U0001f415", "dog"),
+        ("a cat \U0001f415", "a cat"),
+        ("\U0001f415 a cat, 4k \U0001f426\U0001f426", "a cat"),
+        ("please don't draw a dog, draw a \U0001f426", "a bird"),
+        ("a cat's hat \U0001f426, \U0001f426 a bird", "a sun hat, a bird"),
+        ("\U0001f30d", "globe"),  # by its Unicode name
+        ("\U0001f534", "red circle"),
+        ("\U0001f1e9\U0001f1ea", "\U0001f1e9\U0001f1ea"),  # a flag
+        ("\U0001f600 at home", "\U0001f600 at home"),
+        # other languages
+        ("Hund", "dog"),
+        ("ein schwarzer Hund", "a black dog"),
+        ("ein roter Apfel, hochauflösend", "a red apple"),
+        ("une lemone", "a lemon"),
+        ("die Katzen", "cats"),
+        ("猫", "cat"),
+        ("2 只猫, 4k", "2 cats"),
+        ("un perro negro en la playa", "a black dog at the beach"),
+        ("zwei Hund", "two dogs"),
+        ("zwei Hunde, 4k", "two dogs"),
+        ("\u4e24\u53ea\u72d7", "two dogs"),
+        ("ein Hund und a cat", "a cat"),
+        ("un perro en la playa, umbrella", "a dog at the beach, umbrella"),
+        ("en la playa ein Hund", "a dog at the beach"),
+        # ideas
+        ("a princess", "a crown"),
+        ("Iron Man!", "robot"),
+        ("a princess and a cat", "a cat"),
+        ("#princess", "crown"),
+        # scenes
+        ("sunset", "a bird at sunset"),
+        ("the sea, 4k", "a mountain at sea"),
+        ("a lonely sea", "a mountain at sea"),
+        ("the sea at sunset", "a mountain at sunset"),
+        ("a cat at sunset", "a cat at sunset"),
+        ("a mountain at sunset", "a mountain at sunset"),
+        ("forest", "forest"),
+        # colours that captions always say
+        ("a circle", "a red circle"),
+        ("two circles and a cat", "two red circles and a cat"),
+        ("a blue circle", "a blue circle"),
+        ("a circle that is green", "a green circle"),
+        ("two circles, one red and one white", "a red circle and a white circle"),
+    ],
+)
+def test_what_captions_cannot_say_is_put_into_their_words(prompt: str, caption: str) -> None:
+    assert read(TRANSLATED, prompt).whole == caption
+    assert read(TRANSLATED, caption).whole == caption
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [
+        ("\U0001f436 on the beach", "dog face on the beach"),
+        ("\U0001f355\U0001f355", "two pizzas"),
+        ("i love you \u2764\ufe0f", "red heart"),
+        ("\u2b50", "yellow star"),
+        ("\U0001f499", "blue heart"),
+        ("un chat noir", "a black cat"),
+        ("eine rote Katze im Schnee", "a red cat in the snow"),
+        ("\u0441\u043e\u0431\u0430\u043a\u0430", "dog"),
+        ("\u4e00\u53ea\u9ed1\u732b", "a black cat"),
+        ("zwei \u00c4pfel", "two apples"),
+        ("manana, una manzana", "an apple"),
+        ("Merry Christmas", "christmas tree"),
+        ("a wizard in a forest", "a magic wand in a forest"),
+        ("rainy day", "rain cloud"),
+        ("a city at night", "an office building at night"),
+        ("no people, just a beach", "a beach umbrella on the beach"),
+        ("the sea", "a sailboat at sea"),
+        ("the night sky", "a crescent moon at night"),
+        ("misty mountains", "a mountain in the mountains"),
+        ("an owl at midnight", "an owl at night"),
+        ("a turtle in a small pond", "a turtle in a small sea"),
+        ("a peach colored dress", "a pink dress"),
+        ("a khaki frog", "a green frog"),
+        ("a lavender heart", "a purple heart"),
+        ("a coral shoe", "an orange shoe"),
+        ("a field of lavender", "hyacinth, a meadow"),
+        ("a lion with a crown", "a lion below a crown"),
+        ("a slice of chocolate cake", "a piece of cake"),
+        ("a cup of bubble tea", "a bubble tea"),
+        ("a ramen bowl", "a bowl of noodles"),
+        ("un cane nella neve", "a dog in the snow"),
+        ("\U0001f602", "smiling sun"),
+        ("\U0001f3d6\ufe0f", "a beach umbrella on the beach"),
+        ("piza", "pizza"),
+        ("tres gatos", "three cats"),
+        ("hot dog with mustard", "hot dog"),
+        ("sun and clouds", "sun behind a cloud"),
+        ("\U0001f41f in the \U0001f30a", "fish above the wave"),
+        ("a burgundy car", "a red car"),
+        ("a pale blue whale", "a cyan whale"),
+    ],
+)
+def test_what_people_type_first_is_read(prompt: str, caption: str) -> None:
+    reading = EMBEDDED.read_prompt(prompt)
+    assert (reading.shown or reading.text) == caption
+
+
+def test_every_emoji_of_the_objects_is_read_as_its_name() -> None:
+    for kind in KINDS:
+        emoji = "".join(chr(int(code, 16)) for code in kind.code.split("-"))
+        assert kind.name in EMBEDDED.read_prompt(emoji).text
+
+
+def test_every_scene_that_is_shown_is_a_thing_and_a_scene() -> None:
+    known = vocabulary()
+    for caption, names in known.scenes.items():
+        assert read(known, caption).text == caption
+        assert all(read(known, name).whole == caption for name in names.split(", "))
+
+
+@pytest.mark.parametrize("prompt", ["at night", "snow", "the deep sea"])
+def test_a_scene_alone_shows_a_thing_only_in_a_whole_image(prompt: str) -> None:
+    reading = EMBEDDED.read_prompt(prompt)
+    assert reading.text == prompt
+    assert reading.whole == reading.shown != prompt
+
+
+def test_translations_are_words_of_captions() -> None:
+    known = vocabulary()
+    for caption, others in translations():
+        words = words_of(caption)
+        shown = known.thing(words) or known.is_place(words) or known.is_property(words[0])
+        assert shown or not FUNCTION.isdisjoint(words), caption
+        assert all(others), caption
 
 
 def test_a_name_that_begins_as_a_request_does_stays() -> None:
@@ -307,6 +475,8 @@ SIDES = {
         ("a cat and a dog", "a small cat on the left", "a small dog on the right"),
         ("a dog on the right of a cat", "a small dog on the right", "a small cat on the left"),
         ("a bird above a sofa", "a small bird at the top", "a small couch at the bottom"),
+        ("a bird on a sofa", "a small bird at the top", "a small couch at the bottom"),
+        ("a cat with a helmet", "a small cat at the bottom", "a small helmet at the top"),
         ("a big cat below a tiny dog", "a small cat at the bottom", "a small dog at the top"),
         ("a cat on the right and a dog", "a small cat on the right", "a small dog on the left"),
         ("a cat and a dog on the left", "a small cat on the right", "a small dog on the left"),
@@ -324,6 +494,7 @@ def test_two_things_are_two_parts(prompt: str, first: str, second: str) -> None:
     ("prompt", "parts"),
     [
         ("two red cats", ["a small red cat on the left", "a small red cat on the right"]),
+        ("red cats", ["a small red cat on the left", "a small red cat on the right"]),
         ("a pair of cats", ["a small cat on the left", "a small cat on the right"]),
         ("a pair of big cats", ["a small cat on the left", "a small cat on the right"]),
         (
@@ -405,7 +576,6 @@ def test_a_whole_image_has_a_background_on_which_its_things_are_easy_to_see(
     [
         "a cat at the beach",
         "a cat on black",
-        "snow",
         "a close-up of a cat",
         "asdf",
         "a blue cat, sea",
@@ -524,7 +694,7 @@ def test_a_misspelt_word_is_corrected_by_its_sound_up_to_32_letters() -> None:
     ("prompt", "caption"),
     [
         ("a golden retriever", "a dog"),
-        ("a seagull on a tree branch", "a bird and a tree"),
+        ("a seagull on a tree branch", "a bird above a tree"),
         ("the tallest house in the world", "the house"),
         ("a peacock feather", "a feather"),
     ],
@@ -541,6 +711,12 @@ def test_three_and_four_things_and_corners_are_parts() -> None:
         "a small bird at the bottom",
     ]
     assert three[2].box == (0, 0.5, 1, 1)
+    below = read(WORDS, "a cat and a dog under a bird").parts
+    assert [part.prompt for part in below] == [
+        "a small cat at the bottom left",
+        "a small dog at the bottom right",
+        "a small bird at the top",
+    ]
     four = read(WORDS, "a cat, a dog, a bird and a lion").parts
     assert [part.box for part in four] == [
         (0, 0, 0.5, 0.5),
@@ -593,21 +769,25 @@ def test_reading_again_changes_nothing_more() -> None:
             assert read(collected, text).text == text
 
 
+@pytest.mark.parametrize("begin", ["a cat", ""])
 @pytest.mark.parametrize(
     "part",
-    ["a cat ", "((", "in ", "<", "a", "imagine ", "please ", "the-", ",", " ,", "- ", "by A "],
+    [
+        *("a cat ", "((", "in ", "<", "a", "imagine ", "please ", "the-", ",", " ,", "- ", "by A "),
+        *("\U0001f415", "\U0001f415\u200d", "\u72d7", "un ", "knight in "),
+    ],
 )
-def test_reading_takes_time_in_proportion_to_the_prompt(part: str) -> None:
+def test_reading_takes_time_in_proportion_to_the_prompt(part: str, begin: str) -> None:
     def seconds(length: int) -> float:
-        prompt = "a cat" + (part * length)[:length]
+        prompt = begin + (part * length)[:length]
         best = []
         for _ in range(3):
             began = time.process_time()
-            read(WORDS, prompt)
+            read(TRANSLATED, prompt)
             best.append(time.process_time() - began)
         return min(best)
 
-    read(WORDS, "a cat")
+    read(TRANSLATED, "a cat")
     assert seconds(1000) < 8 * max(seconds(250), 0.001)
     assert seconds(32_000) < 8 * max(seconds(1000), 0.001)
 

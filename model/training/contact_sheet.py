@@ -38,4 +38,4 @@ def contact_sheet(
         text = "\n".join(textwrap.wrap(prompt, max(12, width // 7)))
         pen.text((x, y + height + 3), text, fill="black", font_size=12, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, quality=80, method=6)
+    sheet.save(path, quality=70, method=6)

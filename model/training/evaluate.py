@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from load_tests.report import Report
-from model.config import BundleConfig, SamplingConfig, find_bundle
+from model.config import BundleConfig, Recipe, find_bundle
 from model.pipeline import Pipeline
 from model.runtime import pick_device, pick_dtype, prepare
 from model.sampling import guidances
@@ -130,9 +130,11 @@ class Cost:
     branches: int
 
 
-def cost(sampling: SamplingConfig) -> Cost:
+def cost(recipe: Recipe) -> Cost:
     """Return the steps and branches of one image."""
-    guided = sum(guidance != 1 for guidance in guidances(sampling))
+    sampling = recipe.sampling()
+    own = guidances(sampling)[recipe.averaged_start :]
+    guided = sum(guidance != 1 for guidance in own)
     return Cost(sampling.steps, sampling.guidance, sampling.steps + guided)
 
 
@@ -242,9 +244,9 @@ def main() -> None:
                 args.minutes / len(pipelines),
                 args.quick,
             )
-            sampling = each.config.recipe.sampling()
-            measured[name] = bench_json(found) | asdict(cost(sampling))
-            report.add(bench_table(found, f"{name}, {args.set} prompts, {sampling.steps} steps"))
+            own = cost(each.config.recipe)
+            measured[name] = bench_json(found) | asdict(own)
+            report.add(bench_table(found, f"{name}, {args.set} prompts, {own.steps} steps"))
         result |= {"networks": networks(pipeline, sprites)}
         if args.presets is None:
             result |= measured[args.bundle]

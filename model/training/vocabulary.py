@@ -30,7 +30,7 @@ from model.training.kinds import KINDS, NAMES_OF_KINDS
 from model.training.palette import NAMES
 from model.training.scenery import SCENES
 from model.training.scenes import DEFAULTS, kind_of, visible_on
-from model.vocabulary import FUNCTION, Thing, Vocabulary, words_of
+from model.vocabulary import ARTICLES, FUNCTION, Thing, Vocabulary, words_of
 
 # Words of English that `Vocabulary.corrected` would take for misspelt words of captions: of the
 # small and the middle word list of SCOWL, whose licence permits any use, but for rare ones; and
@@ -56,6 +56,10 @@ SYNONYMS = {
 SYNONYMS |= {
     usual: (*SYNONYMS.get(usual, ()), *kinds.split(", "))
     for usual, kinds in {
+        "cricket bat": "baseball bat",
+        "crystal ball": "snow globe",
+        "lollipop": "candy cane",
+        "cookie": "gingerbread man, gingerbread",
         "bird": "sparrow, seagull, gull, robin, woodpecker, hummingbird, canary, finch, blue jay, "
         "kingfisher, pelican, stork, heron, toucan, vulture",
         "dove": "pigeon",
@@ -77,6 +81,10 @@ SYNONYMS |= {
         "chair": "armchair",
         "window": "window sill",
         "coat": "raincoat",
+        "cup of coffee": "hot chocolate, cup of hot chocolate, cup of cocoa",
+        "fire truck": "firefighter truck",
+        "pickup truck": "monster truck",
+        "horse": "mare, foal",
         "guitar": "ukulele",
         "piece of cake": "cheesecake",
     }.items()
@@ -92,34 +100,95 @@ _KINDS = """
 ALIASES: dict[str, str] = {
     other: word
     for word, others in {
-        "red": "crimson, scarlet, ruby, cherry red, dark red, maroon, burgundy, vermilion",
-        "orange": "amber, apricot coloured, tangerine coloured",
-        "yellow": "golden, gold, lemon yellow, mustard yellow, blond, blonde, ginger yellow",
-        "green": "emerald, lime green, olive green, dark green, light green, mint green, olive",
-        "cyan": "teal, aqua, aquamarine, sky blue, light blue, baby blue, blue green",
-        "blue": "navy, navy blue, dark blue, royal blue, cobalt, azure, sapphire, indigo",
-        "purple": "lavender, lilac, mauve, plum coloured",
-        "pink": "magenta, fuchsia, rosy, hot pink, salmon pink",
-        "brown": "tan, chestnut, chocolate brown, dark brown, light brown, beige, wooden",
-        "gray": "silver, silvery, charcoal, dark grey, light grey, dark gray, light gray",
-        "white": "ivory, cream coloured, snow white, off white",
-        "black": "ebony, jet black, pitch black",
+        "red": "crimson, scarlet, ruby, cherry red, maroon, burgundy, vermilion, brick red, "
+        "blood red, fire engine red, wine red, carmine, cardinal red",
+        "orange": "amber, apricot coloured, tangerine coloured, copper, rust coloured, ginger, "
+        "terracotta, carrot orange, coral",
+        "yellow": "golden, gold, lemon yellow, mustard yellow, blond, blonde, ginger yellow, "
+        "mustard, canary yellow, sunny yellow",
+        "green": "emerald, emerald green, lime green, olive green, mint green, olive, lime, mint, "
+        "jade, forest green, sage green, khaki, chartreuse, grass green, sea green",
+        "cyan": "teal, aqua, aquamarine, sky blue, light blue, baby blue, pale blue, blue green, "
+        "turquoise blue",
+        "blue": "navy, navy blue, royal blue, cobalt, azure, sapphire, indigo, cobalt blue, "
+        "ultramarine, denim blue, midnight blue, electric blue",
+        "purple": "lavender, lilac, mauve, plum coloured, plum, amethyst, orchid purple, lavendar",
+        "pink": "magenta, fuchsia, rosy, hot pink, salmon pink, salmon, coral pink, rose gold, "
+        "baby pink, bubblegum pink, peach coloured, peach colored, coral coloured, coral colored",
+        "brown": "tan, chestnut, chocolate brown, beige, wooden, bronze, caramel, sepia, "
+        "hazel, taupe, auburn, sand coloured, coffee coloured",
+        "gray": "silver, silvery, charcoal, slate gray, slate grey, ash grey, ash gray",
+        "white": "ivory, cream coloured, cream colored, snow white, off white, pearl white",
+        "black": "ebony, jet black, pitch black, onyx",
         "large": "giant, gigantic, enormous, massive, oversized",
         "small": "miniature, mini, teeny, wee",
         "background": "backdrop, back ground",
         "black background": "dark background",
+        "forest": "jungle, rainforest, rain forest",
         "in a forest": "in a jungle, in the jungle, in a rainforest, in the rainforest",
-        "in a meadow": "in a garden, in the garden, in a park, in the park, in a field, on a lawn",
-        "in a room": "in a museum, in a kitchen, in the kitchen, in a bedroom, in an office",
-        "in a city": "in a town, in new york, in the streets, in tokyo, in paris, in london",
-        "at the beach": "at the seaside, on the shore, at the shore, on an island",
-        "on the sea": "in the water, in the ocean, on a lake, on the lake, in a lake, on a river",
+        "meadow": "garden, park, field, farm, hill, countryside, prairie, backyard, farmland",
+        "in a meadow": "in a garden, in the garden, in a park, in the park, in a field, on a lawn, "
+        "on a farm, on the farm, on a hill, at the farm, at the park, in the countryside, "
+        "in nature, on a green field",
+        "room": "kitchen, bedroom, bathroom, classroom, museum, library",
+        "in a room": "in a museum, in a kitchen, in the kitchen, in a bedroom, in an office, "
+        "in a house, in the house, in my house, at school, in a cafe, in a restaurant",
+        "city": "town, village, new york, nyc",
+        "in a city": "in a town, in new york, in the streets, in tokyo, in paris, in london, "
+        "on the road, on a road, in a village, in the village, in traffic",
+        "sandy beach": "seashore, lagoon, coast",
+        "at the beach": "at the seaside, on the shore, at the shore, on an island, by the ocean",
+        "sea": "lake, river, pond, swimming pool, sea water",
+        "on the sea": "in the water, in the ocean, on a lake, on the lake, in a lake, on a river, "
+        "in a pond, on a pond, in the pond, in a pool, in the pool, in a river, in the river",
         "in the mountains": "on a mountain, on the mountain, in the hills",
-        "in the sky": "in the air, in the clouds, flying in the sky",
-        "in space": "in the universe, among the stars, on the moon, on mars",
-        "underwater": "below the sea, beneath the sea, on the sea bed",
+        "in the snow": "at the north pole, on an iceberg, on the ice, on ice, in antarctica, "
+        "in the arctic, in the winter, in a snowstorm, in a blizzard, at the south pole",
+        "in the desert": "in egypt, in the sahara, in the savanna, in the savannah, on the sand",
+        "in the sky": "in the air, in the clouds, flying in the sky, above the clouds",
+        "at sunset": "at dawn, at sunrise, at twilight, in the evening, during sunset, "
+        "at golden hour, in the sunset",
+        "sunset": "sunrise, dawn, dusk, twilight, golden hour",
+        "at night": "at midnight, at nighttime, during the night, in the dark, "
+        "in the moonlight, under the moon, under a full moon, in darkness",
+        "night sky": "night, midnight, nighttime",
+        "in space": "in the universe, among the stars, on the moon, on mars, from space",
+        "outer space": "universe, cosmos, milky way",
+        "underwater": "below the sea, beneath the sea, on the sea bed, under the ocean",
     }.items()
     for other in others.split(", ")
+}
+
+
+# What a prompt of nothing but a scene shows.
+_SHOWN_IN = {
+    "day sky": "a cloud in the sky",
+    "sunset": "a sun at sunset",
+    "starry night": "a crescent moon at night",
+    "sea": "a sailboat at sea",
+    "meadow": "a sunflower in a meadow",
+    "desert": "a cactus in the desert",
+    "snow": "a snowman in the snow",
+    "forest": "a tree in a forest",
+    "space": "saturn in space",
+    "beach": "a beach umbrella on the beach",
+    "mountains": "a mountain in the mountains",
+    "city": "an office building in the city",
+    "underwater": "a dolphin underwater",
+    "room": "a couch in a room",
+}
+
+# Shapes are drawn in all colours; without one in the caption, in several at once.
+_PAINTED = {
+    "circle": "red",
+    "square": "blue",
+    "triangle": "green",
+    "star": "yellow",
+    "heart": "red",
+    "cross": "red",
+    "diamond": "blue",
+    "ring": "yellow",
+    "crescent": "yellow",
 }
 
 
@@ -142,7 +211,16 @@ def vocabulary() -> Vocabulary:
         backgrounds={f"on a {colour} background": _hidden_by(colour) for colour in DEFAULTS},
         kinds=" ".join(_KINDS.split()),
         english=" ".join(_ENGLISH.read_text().split()),
+        scenes={shown: ", ".join(_said_of(name)) for name, shown in _SHOWN_IN.items()},
+        painted=_PAINTED,
     )
+
+
+def _said_of(scene: str) -> list[str]:
+    """Return the words of captions for a scene, and without their articles."""
+    said = [text for texts in SCENE_WORDS[scene] for text in texts]
+    bare = [" ".join(text.split()[1:]) for text in said if text.split()[0] in ARTICLES]
+    return [*dict.fromkeys((*said, *bare))]
 
 
 def _hidden_by(colour: str) -> str:

@@ -31,6 +31,9 @@ WORDS = Vocabulary(
         Thing("dice", "dice", ("die",)),
         Thing("rainbow", "rainbows"),
         Thing("wand", "wands"),
+        Thing("sheep", "sheep"),
+        Thing("hay", "hay", ("bundle of straw",)),
+        Thing("helmet", "helmets", (), ("headwear",)),
     ),
     places=(
         *("on the left", "on the right", "at the top", "in the top left corner", "top", "bottom"),
